@@ -1,0 +1,20 @@
+"""The project's ops: one module an op, each with its reference, its autograd and its choice of backend."""
+
+from .backends import BACKENDS, BackendRow, Support, backend_table, supports
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_logprob import linear_logprob
+from .scores import TokenScores
+from .selective_log_softmax import selective_log_softmax, selective_log_softmax_and_entropy
+
+__all__ = [
+    "BACKENDS",
+    "BackendRow",
+    "Support",
+    "TokenScores",
+    "backend_table",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
+    "supports",
+]

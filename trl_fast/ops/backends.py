@@ -1,0 +1,113 @@
+"""Which implementation serves a call, and why not another.
+
+Order: `triton` on a GPU, `cpp` on the CPU, `torch` always. A backend that was forced, by an op's `backend=` or by
+TRL_FAST_BACKEND, serves or raises with its reason: it never falls back silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+from .rows import register_fakes
+
+BACKENDS = ("triton", "cpp", "torch")
+OPS = ("linear_logprob", "linear_cross_entropy", "selective_log_softmax")
+ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Support(NamedTuple):
+    """Whether a backend can serve a call, and the reason, for people."""
+
+    ok: bool
+    reason: str
+
+
+class BackendRow(NamedTuple):
+    """A line of the table that `trl-fast env` prints."""
+
+    backend: str
+    ok: bool
+    reason: str
+
+
+@functools.cache
+def load_extension() -> Support:
+    """Loads `trl_fast._C`, which registers the C++ ops; the reason says what is missing."""
+    if importlib.util.find_spec("trl_fast._C") is None:
+        return Support(
+            False,
+            "the C++ extension is not built; install a C++ compiler and run `pip install --no-build-isolation -e .`",
+        )
+    try:
+        from trl_fast import _C
+    except ImportError as error:
+        return Support(False, f"the C++ extension does not load: {error}; rebuild it against this torch")
+    register_fakes()
+    return Support(True, f"compiled kernels, instruction set {_C.build_info()['isa']}")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _supports_triton(device: torch.device) -> Support:
+    if not _triton_installed():
+        return Support(False, "triton is not installed")
+    if device.type == "cuda":
+        return Support(True, "Triton kernels over cuBLAS blocks")
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return Support(True, "Triton's interpreter, for tests only")
+    return Support(False, f"Triton kernels need a CUDA device, not {device.type}")
+
+
+def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> Support:
+    """Whether `backend` can serve `op` for tensors of this device and dtype, and why.
+
+    Raises:
+        ValueError: the op or the backend is unknown.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: unknown name {op!r}; expected one of {OPS}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: unknown name {backend!r}; expected one of {BACKENDS} or None")
+    device = torch.device(device)
+    if backend == "torch":
+        return Support(True, "pure PyTorch, always there")
+    if dtype not in KERNEL_DTYPES:
+        return Support(False, f"kernels take float32, bfloat16 and float16, not {dtype}")
+    if backend == "triton":
+        return _supports_triton(device)
+    if device.type != "cpu":
+        return Support(False, f"the C++ kernels run on the CPU, not on {device.type}")
+    return load_extension()
+
+
+def choose_backend(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves a call: the forced one if any, else the first that can.
+
+    Raises:
+        ValueError: the forced backend is unknown.
+        RuntimeError: the forced backend cannot serve this call; the message has its reason.
+    """
+    forced = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if forced is None:
+        return next(name for name in BACKENDS if supports(op, name, device, dtype).ok)
+    support = supports(op, forced, device, dtype)
+    if not support.ok:
+        origin = "backend=" if requested else f"{ENVIRONMENT_VARIABLE}="
+        raise RuntimeError(f"{origin}{forced!r} was forced for {op}, but it cannot serve: {support.reason}")
+    return forced
+
+
+def backend_table(device: torch.device | str = "cpu") -> list[BackendRow]:
+    """Every backend with its reason, for float32 tensors on `device`."""
+    return [BackendRow(name, *supports("linear_logprob", name, device, torch.float32)) for name in BACKENDS]

@@ -1,0 +1,218 @@
+"""Cross-entropy straight from hidden states and the head's weight.
+
+A summed or averaged loss has a gradient that is known as soon as a row is scored, so `trl_fast::linear_cross_entropy`
+takes it in the forward pass, while the block's logits are still there: three passes over N·V·H, none recomputed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .backends import choose_backend
+from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, gemm_dtype, spans
+from .linear_logprob import autocast_hidden, differentiable_scores
+from .scores import LOGPROB_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
+from .transform import LogitTransform
+from .validation import check_finite, check_head_inputs, check_target_range
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def token_losses(
+    lse: torch.Tensor, logprobs: torch.Tensor, mean_logits: torch.Tensor, label_smoothing: float, z_loss: float
+) -> torch.Tensor:
+    """Loss of each row, (N,): -(1-ε)·logprob - ε·mean(logp) + z·lse².
+
+    ε is label smoothing (Szegedy et al., arXiv 1512.00567, section 7), z the auxiliary z-loss (PaLM, arXiv 2204.02311,
+    section 5). Terms with a zero factor are left out, so that mean_logits may then be NaN.
+    """
+    losses = -(1 - label_smoothing) * logprobs
+    if label_smoothing:
+        losses = losses - label_smoothing * (mean_logits - lse)
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    return losses
+
+
+@torch.library.custom_op("trl_fast::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    divisor: torch.Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    label_smoothing: float,
+    z_loss: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum of the rows' losses over `divisor` (0-d), and its gradients of hidden, weight, bias; empty if not needed."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        transform = LogitTransform(scale, softcap, inv_temperature)
+        head = Head(weight, bias, transform, gemm_dtype(hidden), backend, workspace_bytes)
+        product = hidden.to(head.dtype)
+        num_rows = hidden.shape[0]
+        height = head.block_rows(num_rows)
+        block = product.new_empty((height if num_rows else 0, head.vocab_size))
+        total = torch.zeros((), dtype=torch.promote_types(head.dtype, torch.float32), device=hidden.device)
+        divisor = divisor.to(total.dtype)
+        needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
+        gradients = HeadGradients(head, num_rows, **needs)
+        for rows in spans(num_rows, height):
+            logits = head.project(product[rows], block[: rows.stop - rows.start])
+            statistics = head.score(logits, targets[rows], MEAN_LOGITS if label_smoothing else 0)
+            lse, logprobs, mean_logits = (statistics[row] for row in (LSE_ROW, LOGPROB_ROW, MEAN_LOGITS_ROW))
+            total += token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss).sum()
+            if not any(needs.values()):
+                continue
+            coefficients = lse.new_zeros((4, lse.shape[0]))
+            a, _, d, e = coefficients
+            a += (1 + 2 * z_loss * lse) / divisor
+            d -= (1 - label_smoothing) / divisor
+            e -= label_smoothing / (divisor * head.vocab_size)
+            gradients.add(
+                rows,
+                product[rows],
+                targets[rows],
+                lse,
+                coefficients,
+                logits=logits,
+                consume_logits=True,
+                last=rows.stop == num_rows,
+            )
+        return (total / divisor, *gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype))
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, targets, bias, *options):
+    need_hidden, need_weight, need_bias, _, _ = options[-5:]
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return (
+        hidden.new_empty((), dtype=torch.promote_types(gemm_dtype(hidden), torch.float32)),
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=bias_dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, grad_loss, *_):  # noqa: ANN001, ANN202
+    grads = dict(zip((0, 1, 3), ctx.saved_tensors, strict=True))
+    if grad_loss is None:
+        return (None,) * 15
+    # Reading the upstream gradient would make the host wait for a GPU; on the CPU it saves a copy of [V, H].
+    scaled = grad_loss.device.type != "cpu" or grad_loss.item() != 1.0
+    return tuple(
+        (grads[i] * grad_loss.to(grads[i].dtype) if scaled else grads[i])
+        if i in grads and ctx.needs_input_grad[i]
+        else None
+        for i in range(15)
+    )
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_options(reduction: str, label_smoothing: float, z_loss: float) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: unknown value {reduction!r}; expected one of {REDUCTIONS}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
+    if z_loss < 0.0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss!r}")
+
+
+def _divisor(
+    reduction: str, num_items: int | torch.Tensor | None, num_kept: int, hidden: torch.Tensor
+) -> torch.Tensor:
+    if num_items is None:
+        num_items = max(num_kept, 1) if reduction == "mean" else 1
+    return torch.as_tensor(num_items, dtype=torch.float64, device=hidden.device).clamp(min=1)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    num_items: int | torch.Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of cap(logit_scale · (hidden weightᵀ + bias)) against targets; ignored rows never reach the head.
+
+    Args:
+        hidden: (N, H) float32|bfloat16|float16.
+        weight: (V, H), dtype of hidden (any float dtype under autocast).
+        targets: (N,) integer in [0, V), or ignore_index.
+        bias, softcap, logit_scale, workspace_bytes, backend: as in linear_logprob.
+        label_smoothing: ε in [0, 1], mass spread evenly over the vocabulary.
+        z_loss: factor of lse², added to every token's loss.
+        reduction: "mean" over the rows that are not ignored, "sum", or "none".
+        num_items: divisor of the sum instead of the number of rows (tokens of a whole accumulation window); 1 at least.
+
+    Returns:
+        0-d float32; (N,) float32 with zeros at ignored rows for "none". With no row left, a differentiable zero.
+
+    Raises:
+        ValueError, RuntimeError: as in linear_logprob; and for unknown reductions or factors out of range.
+    """
+    _check_options(reduction, label_smoothing, z_loss)
+    transform = LogitTransform.of(softcap=softcap, logit_scale=logit_scale)
+    hidden, autocast = autocast_hidden(hidden)
+    check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
+    kept = targets != ignore_index
+    num_kept = int(kept.sum())
+    all_rows = hidden.shape[0]
+    if num_kept < all_rows:
+        hidden, targets = hidden[kept], targets[kept]
+    if reduction == "none":
+        lse, logprobs, _, mean_logits, *_ = differentiable_scores(
+            "linear_cross_entropy",
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            transform=transform,
+            outputs=MEAN_LOGITS if label_smoothing else 0,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
+        losses = token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss)
+        return losses if num_kept == all_rows else losses.new_zeros(all_rows).masked_scatter(kept, losses)
+    check_target_range(targets, weight.shape[0])
+    check_finite(hidden)
+    grad_enabled = torch.is_grad_enabled()
+    loss, *_ = _linear_cross_entropy(
+        hidden,
+        weight,
+        targets.long(),
+        bias,
+        _divisor(reduction, num_items, num_kept, hidden),
+        *transform,
+        label_smoothing,
+        z_loss,
+        grad_enabled and hidden.requires_grad,
+        grad_enabled and weight.requires_grad,
+        grad_enabled and bias is not None and bias.requires_grad,
+        DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        choose_backend("linear_cross_entropy", backend, hidden.device, hidden.dtype),
+    )
+    return loss

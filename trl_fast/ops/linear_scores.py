@@ -1,0 +1,230 @@
+"""The head as torch.library ops: hidden states and the head's weight in, statistics per token out.
+
+`trl_fast::linear_scores` is the forward pass. What it keeps for the backward pass is its `cache`, chosen by the caller:
+
+| keep | cache | passes over N·V·H, forward + backward |
+|---|---|---|
+| NOTHING | empty | 1 without gradient; else the logits are computed again: 1 + 3 |
+| LOGITS | (N, V), only if it fits the workspace | 1 + 2 |
+| UNIT_GRADIENT | (N, H): d logprob / d hidden, for a frozen head | 2 + 0 |
+
+`trl_fast::linear_scores_backward` takes the row coefficients of `rows.py`, and so serves every differentiable output.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .blocks import Head, HeadGradients, gemm_dtype, spans
+from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
+from .transform import LogitTransform
+
+NOTHING, LOGITS, UNIT_GRADIENT = range(3)
+
+
+def _head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: tuple[float, float, float],
+    workspace_bytes: int,
+    backend: str,
+) -> Head:
+    return Head(weight, bias, LogitTransform(*transform), gemm_dtype(hidden), backend, workspace_bytes)
+
+
+def unit_coefficients(num_rows: int, like: torch.Tensor) -> torch.Tensor:
+    """Coefficients (4, R) of the gradient of each row's log-probability with an upstream gradient of one."""
+    column = torch.tensor([-1.0, 0.0, 1.0, 0.0], dtype=like.dtype, device=like.device)
+    return column[:, None].expand(4, num_rows).contiguous()
+
+
+@torch.library.custom_op("trl_fast::linear_scores", mutates_args=())
+def linear_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    outputs: int,
+    keep: int,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns lse, logprobs, entropy, mean_logits (N,), other statistics (6, N), and the cache, see the module.
+
+    hidden: (N, H); weight: (V, H); targets: (N,) int64; statistics float32, NaN where `outputs` did not ask for them.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
+        hidden = hidden.to(head.dtype)
+        num_rows = hidden.shape[0]
+        statistics = hidden.new_empty(
+            (NUM_STATISTICS, num_rows), dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
+        height = head.block_rows(num_rows)
+        block = hidden.new_empty((height if num_rows else 0, head.vocab_size))
+        gradients = HeadGradients(
+            head, num_rows, need_hidden=keep == UNIT_GRADIENT, need_weight=False, need_bias=False
+        )
+        for rows in spans(num_rows, height):
+            logits = head.project(hidden[rows], block[: rows.stop - rows.start])
+            statistics[:, rows] = head.score(logits, targets[rows], outputs)
+            if keep == UNIT_GRADIENT:
+                unit = unit_coefficients(rows.stop - rows.start, statistics)
+                gradients.add(
+                    rows,
+                    hidden[rows],
+                    targets[rows],
+                    statistics[LSE_ROW, rows],
+                    unit,
+                    logits=logits,
+                    consume_logits=True,
+                    last=rows.stop == num_rows,
+                )
+        if keep == UNIT_GRADIENT:
+            cache = gradients.hidden
+        else:
+            cache = block if keep == LOGITS else hidden.new_empty(0)
+        differentiable = (statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, MEAN_LOGITS_ROW))
+        return (*differentiable, statistics, cache)
+
+
+@linear_scores.register_fake
+def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, keep, workspace_bytes, backend):  # noqa: ANN001, ANN202
+    product = gemm_dtype(hidden)
+    wide = torch.promote_types(product, torch.float32)
+    num_rows = hidden.shape[0]
+    rows = [hidden.new_empty(num_rows, dtype=wide) for _ in range(4)]
+    if keep == UNIT_GRADIENT:
+        cache = hidden.new_empty(hidden.shape, dtype=wide)
+    elif keep == LOGITS:
+        cache = hidden.new_empty((num_rows, weight.shape[0]), dtype=product)
+    else:
+        cache = hidden.new_empty(0, dtype=product)
+    return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide), cache)
+
+
+@torch.library.custom_op("trl_fast::linear_scores_backward", mutates_args=())
+def linear_scores_backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    lse: torch.Tensor,
+    coefficients: torch.Tensor,
+    logits: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden (N, H), weight (V, H) and bias (V,), given row coefficients (4, N); empty where not needed.
+
+    logits: (N, V) raw logits if the forward pass kept them; they are left as they are.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
+        product = hidden.to(head.dtype)
+        num_rows = hidden.shape[0]
+        gradients = HeadGradients(
+            head, num_rows, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias
+        )
+        for rows in spans(num_rows, head.gradient_rows(num_rows)):
+            gradients.add(
+                rows,
+                product[rows],
+                targets[rows],
+                lse[rows],
+                coefficients[:, rows].contiguous(),
+                logits=None if logits is None else logits[rows],
+                last=rows.stop == num_rows,
+            )
+        return gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype)
+
+
+@linear_scores_backward.register_fake
+def _(hidden, weight, targets, bias, *options):
+    need_hidden, need_weight, need_bias, _, _ = options[-5:]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=weight.dtype if bias is None else bias.dtype),
+    )
+
+
+def row_coefficients(
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    vocab_size: int,
+    grad_lse: torch.Tensor | None,
+    grad_logprobs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_mean_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """The rows a, b, d, e (4, N) of the table in rows.py, summed over the outputs that have an upstream gradient."""
+    coefficients = lse.new_zeros((4, lse.shape[0]))
+    a, b, d, e = coefficients
+    if grad_lse is not None:
+        a += grad_lse
+    if grad_logprobs is not None:
+        a -= grad_logprobs
+        d += grad_logprobs
+    if grad_entropy is not None:
+        a -= grad_entropy * entropy
+        b -= grad_entropy
+    if grad_mean_logits is not None:
+        e += grad_mean_logits / vocab_size
+    return coefficients
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, targets, bias, *transform, _, keep, workspace_bytes, backend = inputs
+    lse, _, entropy, _, _, cache = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, cache)
+    ctx.transform, ctx.keep, ctx.workspace_bytes, ctx.backend = transform, keep, workspace_bytes, backend
+
+
+def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _statistics, _cache):  # noqa: ANN001, ANN202
+    hidden, weight, targets, bias, lse, entropy, cache = ctx.saved_tensors
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    others = (grad_lse, grad_entropy, grad_mean_logits)
+    no_gradients = (None,) * 7
+    if ctx.keep == UNIT_GRADIENT and all(grad is None for grad in others):
+        grad_hidden = None if grad_logprobs is None else (cache * grad_logprobs[:, None]).to(hidden.dtype)
+        return (grad_hidden, None, None, None, *no_gradients)
+    coefficients = row_coefficients(
+        lse, entropy, weight.shape[0], grad_lse, grad_logprobs, grad_entropy, grad_mean_logits
+    )
+    grad_hidden, grad_weight, grad_bias = linear_scores_backward(
+        hidden,
+        weight,
+        targets,
+        bias,
+        lse,
+        coefficients,
+        cache if ctx.keep == LOGITS else None,
+        *ctx.transform,
+        need_hidden,
+        need_weight,
+        need_bias,
+        ctx.workspace_bytes,
+        ctx.backend,
+    )
+    return (
+        grad_hidden if need_hidden else None,
+        grad_weight if need_weight else None,
+        None,
+        grad_bias if need_bias else None,
+        *no_gradients,
+    )
+
+
+linear_scores.register_autograd(_backward, setup_context=_setup_context)

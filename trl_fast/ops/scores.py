@@ -1,0 +1,58 @@
+"""What the head says about each scored token: the only thing that losses ever see of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Bits of the row kernels' `outputs` mask (csrc/cpu and kernels/ use the same numbers).
+ENTROPY = 1
+LOG_SUM_SQ_PROBS = 2
+MEAN_LOGITS = 4
+IS_TOP1 = 8
+
+OUTPUT_BITS = {
+    "logprobs": 0,
+    "entropy": ENTROPY,
+    "log_sum_sq_probs": LOG_SUM_SQ_PROBS,
+    "mean_logits": MEAN_LOGITS,
+    "is_top1": IS_TOP1,
+}
+
+# Rows of the statistics tensor that a row kernel returns, shape (6, R) float32.
+LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, IS_TOP1_ROW = range(6)
+NUM_STATISTICS = 6
+
+
+@dataclass
+class TokenScores:
+    """Per-token results of the head for N scored tokens.
+
+    Attributes:
+        logprobs: (N,) float32, log-probability of the target. Differentiable.
+        entropy: (N,) float32 or None, entropy of the next-token distribution in nats. Differentiable.
+        log_sum_sq_probs: (N,) float32 or None, log of the sum of squared probabilities.
+        mean_logits: (N,) float32 or None, mean of the transformed logits over the vocabulary.
+        is_top1: (N,) bool or None, whether the target is the first most likely token.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+
+def output_mask(outputs: tuple[str, ...] | list[str]) -> int:
+    """Bit mask of the named outputs.
+
+    Raises:
+        ValueError: an output name is unknown.
+    """
+    mask = 0
+    for name in outputs:
+        if name not in OUTPUT_BITS:
+            raise ValueError(f"outputs: unknown name {name!r}; expected names among {sorted(OUTPUT_BITS)}")
+        mask |= OUTPUT_BITS[name]
+    return mask

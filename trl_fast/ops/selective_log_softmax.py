@@ -1,0 +1,103 @@
+"""Log-probabilities of chosen tokens from logits that exist already (a model's own forward, vision models)."""
+
+from __future__ import annotations
+
+import torch
+
+from .backends import choose_backend
+from .linear_scores import row_coefficients
+from .rows import ROW_KERNELS
+from .scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_ROW
+from .transform import LogitTransform
+from .validation import check_selective_inputs, check_target_range
+
+
+@torch.library.custom_op("trl_fast::selective_scores", mutates_args=())
+def _selective_scores(
+    logits: torch.Tensor, index: torch.Tensor, inv_temperature: float, outputs: int, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """lse, logprobs, entropy (R,) float32 of logits (R, V) and index (R,); entropy is NaN unless asked for."""
+    statistics = ROW_KERNELS[backend].scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs)
+    return tuple(statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW))
+
+
+@_selective_scores.register_fake
+def _(logits, index, inv_temperature, outputs, backend):  # noqa: ANN001, ANN202
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return tuple(logits.new_empty(logits.shape[0], dtype=wide) for _ in range(3))
+
+
+@torch.library.custom_op("trl_fast::selective_scores_backward", mutates_args=())
+def _selective_scores_backward(
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    lse: torch.Tensor,
+    coefficients: torch.Tensor,
+    inv_temperature: float,
+    backend: str,
+) -> torch.Tensor:
+    """Gradient of logits (R, V) from row coefficients (4, R), see rows.py."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    ROW_KERNELS[backend].grad(logits, index, None, 1.0, 0.0, inv_temperature, lse, coefficients, 0, out)
+    return out
+
+
+@_selective_scores_backward.register_fake
+def _(logits, index, lse, coefficients, inv_temperature, backend):  # noqa: ANN001, ANN202
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, index, ctx.inv_temperature, _, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, index, output[0], output[2])
+
+
+def _backward(ctx, grad_lse, grad_logprobs, grad_entropy):  # noqa: ANN001, ANN202
+    logits, index, lse, entropy = ctx.saved_tensors
+    coefficients = row_coefficients(lse, entropy, logits.shape[-1], grad_lse, grad_logprobs, grad_entropy, None)
+    grad = _selective_scores_backward(logits, index, lse, coefficients, ctx.inv_temperature, ctx.backend)
+    return grad, None, None, None, None
+
+
+_selective_scores.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _selective(
+    logits: torch.Tensor, index: torch.Tensor, temperature: float, outputs: int, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    inv_temperature = LogitTransform.of(temperature=temperature).inv_temperature
+    check_selective_inputs(logits, index)
+    check_target_range(index, logits.shape[-1], "index")
+    backend = choose_backend("selective_log_softmax", backend, logits.device, logits.dtype)
+    rows = logits.reshape(-1, logits.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    _, logprobs, entropy = _selective_scores(rows, index.reshape(-1).long(), inv_temperature, outputs, backend)
+    return logprobs.view(index.shape), entropy.view(index.shape)
+
+
+def selective_log_softmax(
+    logits: torch.Tensor, index: torch.Tensor, *, temperature: float = 1.0, backend: str | None = None
+) -> torch.Tensor:
+    """`log_softmax(logits / temperature, -1)` gathered at `index`, with no [..., V] intermediate.
+
+    Args:
+        logits: (..., V) float32|bfloat16|float16.
+        index: (...) integer in [0, V).
+
+    Returns:
+        (...) float32, differentiable.
+
+    Raises:
+        ValueError: a shape, dtype, device, index or the temperature is not as above.
+        RuntimeError: the forced backend cannot serve.
+    """
+    return _selective(logits, index, temperature, 0, backend)[0]
+
+
+def selective_log_softmax_and_entropy(
+    logits: torch.Tensor, index: torch.Tensor, *, temperature: float = 1.0, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As selective_log_softmax, with the entropy (...) of each row's distribution in nats; both differentiable."""
+    return _selective(logits, index, temperature, ENTROPY, backend)

@@ -1,0 +1,102 @@
+"""What an op refuses, by name, before it computes anything."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CHECK_VARIABLE = "TRL_FAST_CHECK"
+
+
+def checks_requested() -> bool:
+    """Whether TRL_FAST_CHECK=1 asks for the checks that cost a read of the tensors."""
+    return os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
+
+
+def _expect(condition: bool, name: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_head_inputs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    same_dtype: bool,
+) -> None:
+    """Shapes, dtypes and devices of a head op: hidden (N, H), weight (V, H), targets (N,) integer, bias (V,) or None.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+    """
+    _expect(hidden.dim() == 2, "hidden", f"shape {tuple(hidden.shape)}", "shape (N, H)")
+    _expect(weight.dim() == 2, "weight", f"shape {tuple(weight.shape)}", "shape (V, H)")
+    hidden_size = hidden.shape[1]
+    _expect(weight.shape[1] == hidden_size, "weight", f"shape {tuple(weight.shape)}", f"shape (V, {hidden_size})")
+    _expect(weight.shape[0] > 0, "weight", "an empty vocabulary", "at least one row")
+    _expect(hidden.dtype in FLOATS, "hidden", hidden.dtype, "a floating-point dtype")
+    _expect(weight.dtype in FLOATS, "weight", weight.dtype, "a floating-point dtype")
+    if same_dtype:
+        remedy = f"{hidden.dtype} as hidden has (cast one of them, or run under torch.autocast)"
+        _expect(weight.dtype == hidden.dtype, "weight", weight.dtype, remedy)
+    _check_targets_type(targets, (hidden.shape[0],), "targets", hidden.device)
+    _expect(weight.device == hidden.device, "weight", weight.device, f"device {hidden.device} as hidden has")
+    if bias is not None:
+        _expect(tuple(bias.shape) == (weight.shape[0],), "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
+        _expect(bias.device == hidden.device, "bias", bias.device, f"device {hidden.device} as hidden has")
+        _expect(bias.dtype in FLOATS, "bias", bias.dtype, "a floating-point dtype")
+
+
+def _check_targets_type(targets: torch.Tensor, shape: tuple[int, ...], name: str, device: torch.device) -> None:
+    _expect(tuple(targets.shape) == shape, name, f"shape {tuple(targets.shape)}", f"shape {shape}")
+    integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    _expect(integer, name, targets.dtype, "an integer dtype")
+    _expect(targets.device == device, name, targets.device, f"device {device}")
+
+
+def check_selective_inputs(logits: torch.Tensor, index: torch.Tensor) -> None:
+    """Shapes, dtypes and devices of the selective ops: logits (..., V), index (...) integer.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+    """
+    _expect(logits.dim() >= 1, "logits", f"shape {tuple(logits.shape)}", "shape (..., V)")
+    _expect(logits.dtype in FLOATS, "logits", logits.dtype, "a floating-point dtype")
+    _check_targets_type(index, tuple(logits.shape[:-1]), "index", logits.device)
+
+
+def check_target_range(targets: torch.Tensor, vocab_size: int, name: str = "targets") -> None:
+    """Every target lies in [0, vocab_size). On a GPU only when TRL_FAST_CHECK=1, since it makes the host wait.
+
+    Raises:
+        ValueError: naming the first bad row, its value and the vocabulary.
+    """
+    if targets.device.type != "cpu" and not checks_requested():
+        return
+    bad = ((targets < 0) | (targets >= vocab_size)).flatten().nonzero()
+    if bad.numel():
+        row = int(bad[0])
+        raise ValueError(
+            f"{name}: row {row} is {int(targets.flatten()[row])}, outside the head's vocabulary [0, {vocab_size}); "
+            "the tokenizer and the model do not match, or an ignored position was not filtered out"
+        )
+
+
+def check_finite(hidden: torch.Tensor, name: str = "hidden") -> None:
+    """With TRL_FAST_CHECK=1: no NaN or infinity in `hidden` (N, H).
+
+    Raises:
+        ValueError: naming how many rows are not finite and the first of them.
+    """
+    if not checks_requested():
+        return
+    bad = (~torch.isfinite(hidden).all(dim=-1)).nonzero()
+    if bad.numel():
+        raise ValueError(
+            f"{name}: {bad.shape[0]} of {hidden.shape[0]} rows are not finite (NaN or infinity), first row "
+            f"{int(bad[0, 0])}; the model has diverged: lower the learning rate, or check the input and the weights"
+        )
