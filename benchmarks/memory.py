@@ -1,0 +1,48 @@
+"""Peak memory of a piece of code, measured at torch's own allocators.
+
+A TorchDispatchMode does not see what happens inside a custom op, and the process's resident size does not see memory
+that is used twice. The allocators see everything that lives in tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a call returned and how many bytes of tensors were alive at its peak, beyond those alive at its start."""
+
+    result: Any
+    peak_bytes: int
+
+
+def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu") -> Measured:
+    """Runs `function` once and measures the peak of live tensor bytes on `device` above the level at its start."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        return Measured(result, torch.cuda.max_memory_allocated(device) - start)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return Measured(result, peak)
