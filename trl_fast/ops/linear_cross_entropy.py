@@ -107,16 +107,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, *_):  # noqa: ANN001, ANN202
-    grads = dict(zip((0, 1, 3), ctx.saved_tensors, strict=True))
     if grad_loss is None:
         return (None,) * 15
-    # Reading the upstream gradient would make the host wait for a GPU; on the CPU it saves a copy of [V, H].
-    scaled = grad_loss.device.type != "cpu" or grad_loss.item() != 1.0
+    grads = dict(zip((0, 1, 3), ctx.saved_tensors, strict=True))
     return tuple(
-        (grads[i] * grad_loss.to(grads[i].dtype) if scaled else grads[i])
-        if i in grads and ctx.needs_input_grad[i]
-        else None
-        for i in range(15)
+        grads[i] * grad_loss.to(grads[i].dtype) if i in grads and ctx.needs_input_grad[i] else None for i in range(15)
     )
 
 

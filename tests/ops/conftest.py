@@ -1,0 +1,29 @@
+"""The backends that the ops' tests run on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from support.heads import BACKENDS
+from trl_fast.ops.backends import load_extension
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend's name in turn; Triton runs under the repaired interpreter."""
+    name = request.param
+    with contextlib.ExitStack() as stack:
+        if name == "cpp":
+            built = load_extension()
+            if not built.ok and not os.environ.get("CI"):
+                pytest.skip(built.reason)
+            assert built.ok, built.reason
+        if name == "triton":
+            from support.triton_interpreter import interpreted_kernels
+
+            stack.enter_context(interpreted_kernels())
+        yield name

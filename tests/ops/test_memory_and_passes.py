@@ -1,0 +1,115 @@
+"""What the head costs: never [N, vocab] beyond one row block, and the design's count of passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.memory import measure_peak
+from support.heads import make_problem
+
+from trl_fast.ops import linear_cross_entropy, linear_logprob
+
+N, V, H = 512, 8192, 16
+WHOLE = N * V * 4
+WEIGHT = V * H * 4
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def backend(request):
+    return request.param
+
+
+def logprob_step(backend, workspace_bytes, frozen=()):
+    problem = make_problem(N, V, H)
+    for name in frozen:
+        getattr(problem, name).requires_grad_(False)
+
+    def step():
+        options = {"workspace_bytes": workspace_bytes, "backend": backend, "outputs": ("entropy",)}
+        loss = linear_logprob(problem.hidden, problem.weight, problem.targets, **options).logprobs.sum()
+        if loss.requires_grad:
+            loss.backward()
+
+    return step
+
+
+def cross_entropy_step(backend, workspace_bytes):
+    problem = make_problem(N, V, H)
+
+    def step():
+        linear_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, workspace_bytes=workspace_bytes, backend=backend
+        ).backward()
+
+    return step
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden", "weight")], ids=["trained", "frozen", "scoring"])
+def test_logprob_stays_inside_its_workspace(frozen, backend):
+    workspace = WHOLE // 8
+    peak = measure_peak(logprob_step(backend, workspace, frozen)).peak_bytes
+    # Beside the workspace: the weight's gradient, and some [N, H] and [N] vectors.
+    allowed = workspace + (0 if frozen else WEIGHT) + 4 * N * H * 4 + 40 * N * 4
+    assert peak < allowed < WHOLE // 2
+
+
+def test_cross_entropy_stays_inside_its_workspace(backend):
+    workspace = WHOLE // 8
+    peak = measure_peak(cross_entropy_step(backend, workspace)).peak_bytes
+    # The gradient is scaled into a second tensor in backward.
+    assert peak < workspace + 2 * WEIGHT + 5 * N * H * 4 + 40 * N * 4 < WHOLE // 2
+
+
+def test_scoring_keeps_nothing(backend):
+    problem = make_problem(N, V, H)
+
+    def score():
+        with torch.no_grad():
+            return linear_logprob(problem.hidden, problem.weight, problem.targets, backend=backend)
+
+    scores = score()
+    assert scores.logprobs.grad_fn is None
+    live = measure_peak(lambda: [score() for _ in range(8)]).peak_bytes
+    once = measure_peak(score).peak_bytes
+    assert live < once + 8 * 10 * N * 4
+
+
+class CountedProducts:
+    """Sums the multiply-adds of the matrix products that the head issues."""
+
+    def __init__(self, monkeypatch):
+        self.flops = 0
+        mm, addmm_ = torch.mm, torch.Tensor.addmm_
+
+        def counted_mm(left, right, **kwargs):
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            return mm(left, right, **kwargs)
+
+        def counted_addmm_(total, left, right):
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            return addmm_(total, left, right)
+
+        monkeypatch.setattr(torch, "mm", counted_mm)
+        monkeypatch.setattr(torch.Tensor, "addmm_", counted_addmm_)
+
+    @property
+    def passes(self) -> float:
+        return self.flops / (2 * N * V * H)
+
+
+@pytest.mark.parametrize(
+    ("step", "passes"),
+    [
+        (lambda b: logprob_step(b, None, ("hidden", "weight")), 1),
+        (lambda b: logprob_step(b, WHOLE // 8, ("hidden", "weight")), 1),
+        (lambda b: logprob_step(b, WHOLE // 8, ("weight",)), 2),
+        (lambda b: logprob_step(b, None), 3),
+        (lambda b: logprob_step(b, WHOLE // 8), 4),
+        (lambda b: cross_entropy_step(b, WHOLE // 8), 3),
+    ],
+    ids=["scoring", "scoring in blocks", "frozen head", "kept logits", "logits beyond the workspace", "cross-entropy"],
+)
+def test_passes_over_the_head(step, passes, backend, monkeypatch):
+    count = CountedProducts(monkeypatch)
+    step(backend)()
+    assert count.passes == passes
