@@ -1,0 +1,171 @@
+"""From token trees to the batch that a model eats."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from .trees import Tree, truncate_tree
+
+LAYOUTS = ("packed", "padded")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """The sequences of some trees, laid out for one forward pass, and the places where a loss reads it.
+
+    Sequences (a prompt followed by one of its branches) are numbered tree after tree, branch after branch: the chosen
+    completion of pair i is sequence 2i, the rejected one 2i + 1. S sequences hold N scored tokens, ordered by
+    sequence, then by position. A completion's first token is scored too (the last token of the prompt predicts it),
+    except where the prompt is empty: there nothing predicts it.
+
+    - `input_ids` (B, T) int64. Packed: B = 1 and T = all tokens; padded: B = S, padding on the right.
+    - `position_ids` (B, T) int64, counted from 0 in each sequence.
+    - `attention_mask` (B, T) int64, 1 on tokens and 0 on padding; None in the packed layout.
+    - `sequence_lengths`: the lengths of the sequences of the packed row, in order; None in the padded layout.
+    - `score_positions` (N,) int64: index into the flattened (B · T) positions, of the one whose hidden state predicts
+      the scored token.
+    - `targets` (N,) int64: the scored token's id.
+    - `branch` (N,) int64: the sequence that it belongs to.
+    - `offset` (N,) int64: its 0-based index in its (truncated) completion.
+    - `branch_lengths` (S,) int64: completion tokens after truncation, also those that nothing predicts.
+    - `num_tokens`: tokens of all sequences after truncation; a prompt counts once for each of its branches.
+    - `extras`: tensors that ride along, such as precomputed reference log-probabilities.
+
+    It is not a mapping, but answers to field names as one (`"input_ids" in batch`, `batch["input_ids"]`), which is all
+    that `transformers.Trainer` asks of its inputs; a field that is None counts as absent.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    sequence_lengths: tuple[int, ...] | None
+    score_positions: torch.Tensor
+    targets: torch.Tensor
+    branch: torch.Tensor
+    offset: torch.Tensor
+    branch_lengths: torch.Tensor
+    num_tokens: int
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """The number of sequences S."""
+        return len(self.branch_lengths)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.extras or getattr(self, name, None) is not None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return self.extras[name] if name in self.extras else getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field or extra of that name, or `default`."""
+        return self[name] if name in self else default
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
+        """The same batch with every tensor on `device`."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "TokenBatch":
+        """The same batch with every tensor in pinned memory (called by torch's DataLoader)."""
+        return self._map_tensors(torch.Tensor.pin_memory)
+
+    def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        changes = {name: function(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **changes, extras={name: function(value) for name, value in self.extras.items()})
+
+
+def pack_trees(
+    trees: list[Tree],
+    layout: str,
+    pad_token_id: int,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    pad_to_multiple_of: int | None = None,
+) -> TokenBatch:
+    """Lay out `trees` as one batch.
+
+    `packed`: one row without padding, the sequences one after the other. `padded`: one row a sequence, padded on the
+    right with `pad_token_id` to the longest, rounded up to `pad_to_multiple_of`. Truncation comes first
+    (`truncate_tree`); the two layouts score the same tokens in the same order.
+
+    Raises ValueError for an unknown layout or truncation mode, and for `pad_to_multiple_of` in the packed layout,
+    which has no padding.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
+    if layout == "packed" and pad_to_multiple_of is not None:
+        raise ValueError(
+            f"pad_to_multiple_of={pad_to_multiple_of} has no meaning in the packed layout, which pads nothing; "
+            "leave it None or use the padded layout."
+        )
+    sequences = [
+        (tree.prompt_ids, branch)
+        for whole in trees
+        for tree in truncate_tree(whole, max_length, truncation_mode)
+        for branch in tree.branches
+    ]
+    lengths = [len(prompt_ids) + len(branch) for prompt_ids, branch in sequences]
+    if layout == "packed":
+        starts = [0, *accumulate(lengths)][: len(lengths)]
+        inputs = _packed_inputs(sequences, lengths)
+    else:
+        width = _round_up(max(lengths, default=0), pad_to_multiple_of)
+        starts = [index * width for index in range(len(lengths))]
+        inputs = _padded_inputs(sequences, lengths, width, pad_token_id)
+    return TokenBatch(**inputs, **_scored_tokens(sequences, starts), num_tokens=sum(lengths))
+
+
+def _packed_inputs(sequences: list[tuple[list[int], list[int]]], lengths: list[int]) -> dict[str, Any]:
+    positions = [torch.arange(length) for length in lengths]
+    return {
+        "input_ids": _int64([token for sequence in sequences for part in sequence for token in part])[None],
+        "position_ids": torch.cat(positions or [_int64([])])[None],
+        "attention_mask": None,
+        "sequence_lengths": tuple(lengths),
+    }
+
+
+def _padded_inputs(
+    sequences: list[tuple[list[int], list[int]]], lengths: list[int], width: int, pad_token_id: int
+) -> dict[str, Any]:
+    rows = [prompt + branch + [pad_token_id] * (width - len(prompt) - len(branch)) for prompt, branch in sequences]
+    positions = torch.arange(width).expand(len(rows), width)
+    return {
+        "input_ids": _int64(rows).reshape(len(rows), width),
+        "position_ids": positions.contiguous(),
+        "attention_mask": (positions < _int64(lengths)[:, None]).long(),
+        "sequence_lengths": None,
+    }
+
+
+def _scored_tokens(sequences: list[tuple[list[int], list[int]]], starts: list[int]) -> dict[str, torch.Tensor]:
+    score_positions, targets, branch, offset = [], [], [], []
+    for index, ((prompt_ids, completion), start) in enumerate(zip(sequences, starts, strict=True)):
+        first = 0 if prompt_ids else 1
+        scored = completion[first:]
+        targets += scored
+        branch += [index] * len(scored)
+        offset += range(first, first + len(scored))
+        predictor = start + len(prompt_ids) + first - 1
+        score_positions += range(predictor, predictor + len(scored))
+    return {
+        "score_positions": _int64(score_positions),
+        "targets": _int64(targets),
+        "branch": _int64(branch),
+        "offset": _int64(offset),
+        "branch_lengths": _int64([len(completion) for _, completion in sequences]),
+    }
+
+
+def _round_up(length: int, multiple: int | None) -> int:
+    return length if multiple is None else -(-length // multiple) * multiple
+
+
+def _int64(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)

@@ -1,0 +1,435 @@
+"""Direct preference optimisation and its relatives: from per-token log-probabilities to a loss and its metrics.
+
+Notation of the docstrings: P pairs, S = 2P sequences (the chosen completion of pair i is sequence 2i, the rejected
+one 2i + 1), N scored tokens. For a completion y of a prompt, log π(y) is the sum of its tokens' log-probabilities
+under the policy, log π_ref(y) under the reference; r = log π(y) − log π_ref(y) is its log-ratio; s(r) its score under
+the f-divergence (r itself for the reverse KL); subscripts c and r stand for chosen and rejected; δ = s_c − s_r;
+x = β·δ; σ is the logistic function; ε is `label_smoothing`.
+
+To add a loss: write its formula as a function of `PreferencePairs` and `DPOLossConfig`, and enter it in `PAIR_LOSSES`.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class DPOLossConfig:
+    """What to minimise. The fields have the names, meanings and defaults of `DPOConfig`.
+
+    `loss_type` is one name of `PAIR_LOSSES` or several, summed with `loss_weights` (1 each if None). Raises ValueError
+    for values that no loss can take; warns where TRL only warns.
+    """
+
+    loss_type: tuple[str, ...] | list[str] | str = ("sigmoid",)
+    loss_weights: tuple[float, ...] | list[float] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    discopop_tau: float = 0.05
+
+    def __post_init__(self) -> None:
+        names = (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+        object.__setattr__(self, "loss_type", names)
+        weights = self.loss_weights
+        object.__setattr__(self, "loss_weights", (1.0,) * len(names) if weights is None else tuple(weights))
+        self._check_names()
+        self._check_numbers()
+
+    def _check_names(self) -> None:
+        unknown = [name for name in self.loss_type if name not in PAIR_LOSSES]
+        if unknown or not self.loss_type:
+            raise ValueError(f"loss_type={list(self.loss_type)!r}: expected one or more of {', '.join(PAIR_LOSSES)}.")
+        if len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights={list(self.loss_weights)!r} has {len(self.loss_weights)} values for the "
+                f"{len(self.loss_type)} losses of loss_type={list(self.loss_type)!r}; expected one weight a loss."
+            )
+        if self.f_divergence_type not in F_DIVERGENCES:
+            raise ValueError(
+                f"f_divergence_type={self.f_divergence_type!r} is unknown; expected one of {', '.join(F_DIVERGENCES)}."
+            )
+        without_divergence = [name for name in self.loss_type if name not in F_DIVERGENCE_LOSSES]
+        if self.f_divergence_type != "reverse_kl" and without_divergence:
+            raise ValueError(
+                f"f_divergence_type={self.f_divergence_type!r} does not apply to loss_type={without_divergence!r}: "
+                "those losses see chosen and rejected apart, so the divergence's normaliser does not cancel. Expected "
+                f"'reverse_kl', or losses among {', '.join(sorted(F_DIVERGENCE_LOSSES))}."
+            )
+        sorting = [name for name in self.loss_type if name in ("aot", "aot_unpaired")]
+        if self.use_weighting and sorting:
+            raise ValueError(
+                f"use_weighting=True does not apply to loss_type={sorting!r}, which sorts the batch and so loses "
+                "track of the pairs that the weights belong to. Set use_weighting=False or choose another loss."
+            )
+
+    def _check_numbers(self) -> None:
+        if self.beta < 0 or (self.beta == 0 and {"ipo", "sppo_hard"} & set(self.loss_type)):
+            raise ValueError(f"beta={self.beta}: expected a positive number.")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: expected a number in [0, 1].")
+        if "exo_pair" in self.loss_type and self.label_smoothing in (0, 1):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing}: expected a number in (0, 1) for loss_type='exo_pair', whose "
+                "target distribution takes its logarithm; its paper recommends 1e-3."
+            )
+        if "robust" in self.loss_type and self.label_smoothing == 0.5:
+            raise ValueError(
+                "label_smoothing=0.5 divides by zero in loss_type='robust'; expected a number in [0, 0.5)."
+            )
+        if "robust" in self.loss_type and self.label_smoothing > 0.5:
+            warnings.warn(
+                f"label_smoothing={self.label_smoothing} turns the preferences of loss_type='robust' around; its "
+                "paper expects a number in [0, 0.5).",
+                stacklevel=4,
+            )
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(
+                f"ld_alpha={self.ld_alpha}: expected a number in [0, 1], or None for no length weighting."
+            )
+        if "discopop" in self.loss_type and self.discopop_tau <= 0:
+            raise ValueError(f"discopop_tau={self.discopop_tau}: expected a positive number.")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The per-token values that `dpo_loss` reads, by the names that `linear_logprob` knows them under."""
+        outputs = ("logprobs", "entropy", "mean_logits", "is_top1")
+        return (*outputs, "log_sum_sq_probs") if self.use_weighting else outputs
+
+
+class TokenScores(Protocol):
+    """Per-token values (N,) of the policy: `is_top1` bool, the others float32; None for those not asked for."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    log_sum_sq_probs: torch.Tensor | None
+    mean_logits: torch.Tensor | None
+    is_top1: torch.Tensor | None
+
+
+class Metric(NamedTuple):
+    """A mean in two parts, 0-d float tensors on the loss's device, so that processes can be summed before dividing."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def mean(self) -> torch.Tensor:
+        """total / count, and 0 where nothing was counted."""
+        return self.total / self.count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """What a pair loss may read; every tensor is (P,), float32 and differentiable, unless said otherwise.
+
+    `lengths` count completion tokens after truncation, also a first token that nothing predicts.
+    `mean_chosen_token_logprob` (0-d) is the mean log-probability over all scored chosen tokens of the batch.
+    The reference log-probabilities and the lengths carry no gradient.
+    """
+
+    chosen_logprobs: torch.Tensor
+    rejected_logprobs: torch.Tensor
+    ref_chosen_logprobs: torch.Tensor
+    ref_rejected_logprobs: torch.Tensor
+    chosen_scores: torch.Tensor
+    rejected_scores: torch.Tensor
+    chosen_lengths: torch.Tensor
+    rejected_lengths: torch.Tensor
+    mean_chosen_token_logprob: torch.Tensor
+
+    @cached_property
+    def chosen_logratios(self) -> torch.Tensor:
+        """r_c (P,)."""
+        return self.chosen_logprobs - self.ref_chosen_logprobs
+
+    @cached_property
+    def rejected_logratios(self) -> torch.Tensor:
+        """r_r (P,)."""
+        return self.rejected_logprobs - self.ref_rejected_logprobs
+
+    @property
+    def score_margins(self) -> torch.Tensor:
+        """δ = s_c − s_r (P,)."""
+        return self.chosen_scores - self.rejected_scores
+
+    @property
+    def mean_score_margins(self) -> torch.Tensor:
+        """s_c / |y_c| − s_r / |y_r| (P,)."""
+        chosen = self.chosen_scores / self.chosen_lengths.clamp(min=1)
+        return chosen - self.rejected_scores / self.rejected_lengths.clamp(min=1)
+
+
+# The f-divergences, arXiv 2309.16240: s(r) = f'(e^r) up to a constant, which cancels in δ. (P,) to (P,).
+
+
+def reverse_kl_score(logratios: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
+    """r."""
+    return logratios
+
+
+def forward_kl_score(logratios: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
+    """1 − e^(−r)."""
+    return 1 - torch.exp(-logratios)
+
+
+def js_divergence_score(logratios: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
+    """log(2·e^r / (1 + e^r)) = log 2 + log σ(r)."""
+    return math.log(2) + F.logsigmoid(logratios)
+
+
+def alpha_divergence_score(logratios: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
+    """(e^((α−1)·r) − 1) / (α − 1), the exponent capped at 80 so that it stays finite; r in the limit α = 1."""
+    power = config.f_alpha_divergence_coef - 1
+    if abs(power) < 1e-6:
+        return logratios
+    return (torch.exp((power * logratios).clamp(max=80)) - 1) / power
+
+
+F_DIVERGENCES: dict[str, Callable[[torch.Tensor, DPOLossConfig], torch.Tensor]] = {
+    "reverse_kl": reverse_kl_score,
+    "forward_kl": forward_kl_score,
+    "js_divergence": js_divergence_score,
+    "alpha_divergence": alpha_divergence_score,
+}
+
+
+# The losses: each takes the pairs and gives (P,), one value a pair.
+
+
+def sigmoid_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """−log σ(x). DPO, arXiv 2305.18290, Eq. 7. Like TRL's since 0.29 it takes no notice of `label_smoothing`."""
+    return -F.logsigmoid(config.beta * pairs.score_margins)
+
+
+def sigmoid_norm_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """−log σ(β·(s_c / |y_c| − s_r / |y_r|)): Eq. 7 of arXiv 2305.18290 on length-normalised scores."""
+    return -F.logsigmoid(config.beta * pairs.mean_score_margins)
+
+
+def robust_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """(−(1−ε)·log σ(x) + ε·log σ(−x)) / (1 − 2ε). Robust DPO, arXiv 2403.00409."""
+    x, eps = config.beta * pairs.score_margins, config.label_smoothing
+    return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)
+
+
+def hinge_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """max(0, 1 − x). SLiC-HF, arXiv 2305.10425, with the form that arXiv 2309.06657 (RSO) gives it."""
+    return torch.relu(1 - config.beta * pairs.score_margins)
+
+
+def ipo_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """(s_c / |y_c| − s_r / |y_r| − 1 / (2β))². IPO, arXiv 2310.12036, Eq. 17 (τ there is β), per token."""
+    return (pairs.mean_score_margins - 1 / (2 * config.beta)) ** 2
+
+
+def exo_pair_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """σ(x)·(log σ(x) − log(1−ε)) + σ(−x)·(log σ(−x) − log ε). EXO, arXiv 2402.00856, Eq. 16 for two completions."""
+    x, eps = config.beta * pairs.score_margins, config.label_smoothing
+    chosen_term = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-eps))
+    return chosen_term + torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(eps))
+
+
+def nca_pair_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """−log σ(β·r_c) − ½·log σ(−β·r_c) − ½·log σ(−β·r_r). NCA, arXiv 2402.05369, for a pair."""
+    chosen, rejected = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco_pair_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """−log σ(β·r_c) − log σ(−β·r_r). BCO, arXiv 2404.04656, without its reward shift."""
+    return -F.logsigmoid(config.beta * pairs.chosen_logratios) - F.logsigmoid(-config.beta * pairs.rejected_logratios)
+
+
+def sppo_hard_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """(r_c − 1/(2β))² + (r_r + 1/(2β))². SPPO, arXiv 2405.00675, Eq. 4.7 with win probabilities 1 and 0."""
+    target = 0.5 / config.beta
+    return (pairs.chosen_logratios - target) ** 2 + (pairs.rejected_logratios + target) ** 2
+
+
+def aot_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """AOT, paired, arXiv 2406.05882: sorted policy margins against sorted reference margins of the batch.
+
+    d = sort(log π(y_c) − log π(y_r)) − sort(log π_ref(y_c) − log π_ref(y_r)).
+    """
+    margins = pairs.chosen_logprobs - pairs.rejected_logprobs
+    ref_margins = pairs.ref_chosen_logprobs - pairs.ref_rejected_logprobs
+    return _smoothed_logistic(margins.sort().values - ref_margins.sort().values, config)
+
+
+def aot_unpaired_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """AOT, unpaired, arXiv 2406.05882: d = sort(r_c) − sort(r_r) over the batch."""
+    return _smoothed_logistic(pairs.chosen_logratios.sort().values - pairs.rejected_logratios.sort().values, config)
+
+
+def _smoothed_logistic(difference: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
+    x, eps = config.beta * difference, config.label_smoothing
+    return -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x)
+
+
+def apo_zero_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """1 − σ(β·r_c) + σ(β·r_r). APO-zero, arXiv 2408.06266, Eq. 7: pushes chosen up and rejected down."""
+    chosen, rejected = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
+    return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
+
+
+def apo_down_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """σ(β·r_c) + 1 − σ(β·(r_c − r_r)). APO-down, arXiv 2408.06266, Eq. 8: pushes both down, rejected further."""
+    margins = pairs.chosen_logratios - pairs.rejected_logratios
+    return torch.sigmoid(config.beta * pairs.chosen_logratios) + 1 - torch.sigmoid(config.beta * margins)
+
+
+def discopop_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """−(1−m)·log σ(x) + m·e^(−x) with m = σ(x/τ). DiscoPOP, arXiv 2406.08414, Eq. 5."""
+    x = config.beta * pairs.score_margins
+    mixture = torch.sigmoid(x / config.discopop_tau)
+    return -(1 - mixture) * F.logsigmoid(x) + mixture * torch.exp(-x)
+
+
+def sft_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
+    """The mean negative log-likelihood of all chosen tokens of the batch, the same for every pair.
+
+    The likelihood term of RPO, arXiv 2404.19733. A mean over the tokens of one micro-batch, so it depends on how
+    gradient accumulation cuts the batch, as TRL's does.
+    """
+    return -pairs.mean_chosen_token_logprob.expand_as(pairs.chosen_logprobs)
+
+
+PAIR_LOSSES: dict[str, Callable[[PreferencePairs, DPOLossConfig], torch.Tensor]] = {
+    "sigmoid": sigmoid_loss,
+    "hinge": hinge_loss,
+    "ipo": ipo_loss,
+    "exo_pair": exo_pair_loss,
+    "nca_pair": nca_pair_loss,
+    "robust": robust_loss,
+    "bco_pair": bco_pair_loss,
+    "sppo_hard": sppo_hard_loss,
+    "aot": aot_loss,
+    "aot_unpaired": aot_unpaired_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "discopop": discopop_loss,
+    "sft": sft_loss,
+    "sigmoid_norm": sigmoid_norm_loss,
+}
+
+# Losses that read the scores only through their difference, or not at all.
+F_DIVERGENCE_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})
+
+
+def sequence_logprobs(
+    token_logprobs: torch.Tensor,
+    branch: torch.Tensor,
+    offset: torch.Tensor,
+    branch_lengths: torch.Tensor,
+    ld_alpha: float | None = None,
+) -> torch.Tensor:
+    """Sum the log-probabilities of each sequence's tokens: (N,) to (S,), in the dtype of `token_logprobs`.
+
+    `branch`, `offset` (N,) and `branch_lengths` (S,) int64 are those of the `TokenBatch`. With `ld_alpha`, a pair's
+    tokens beyond the length that its two completions share count α instead of 1 (LD-DPO, arXiv 2409.06411);
+    lengths are then those of the scored tokens.
+    """
+    if ld_alpha is not None:
+        scored_lengths = _sum_by_sequence(torch.ones_like(branch), branch, branch_lengths)
+        shared_lengths = scored_lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
+        rank = offset - (branch_lengths - scored_lengths)[branch]
+        token_logprobs = torch.where(rank < shared_lengths[branch], token_logprobs, ld_alpha * token_logprobs)
+    return _sum_by_sequence(token_logprobs, branch, branch_lengths)
+
+
+def _sum_by_sequence(values: torch.Tensor, branch: torch.Tensor, branch_lengths: torch.Tensor) -> torch.Tensor:
+    return values.new_zeros(len(branch_lengths)).index_add(0, branch, values)
+
+
+def dpo_loss(
+    scores: TokenScores,
+    branch: torch.Tensor,
+    offset: torch.Tensor,
+    branch_lengths: torch.Tensor,
+    ref_sequence_logprobs: torch.Tensor,
+    config: DPOLossConfig,
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    """The weighted sum of the configured losses, each averaged over the pairs, and the metrics.
+
+    `scores` holds the values (N,) that `config.outputs` names; `branch` and `offset` (N,) and `branch_lengths` (S,)
+    int64 are those of the `TokenBatch`; `ref_sequence_logprobs` (S,) comes from `sequence_logprobs` with the same
+    `ld_alpha`. Returns the loss (0-d, the dtype of `scores.logprobs`) and detached metrics in TRL's order under TRL's
+    names, all left on the device. Nothing here waits for it.
+    """
+    logprobs = sequence_logprobs(scores.logprobs, branch, offset, branch_lengths, config.ld_alpha)
+    pairs = _pairs(logprobs, ref_sequence_logprobs.detach(), scores.logprobs, branch, branch_lengths, config)
+    weights = _pair_weights(scores, branch, branch_lengths) if config.use_weighting else None
+    loss = logprobs.new_zeros(())
+    for name, loss_weight in zip(config.loss_type, config.loss_weights, strict=True):
+        pair_losses = PAIR_LOSSES[name](pairs, config)
+        loss = loss + loss_weight * (pair_losses if weights is None else pair_losses * weights).mean()
+    return loss, {**_token_metrics(scores, branch), **_reward_metrics(pairs, config.beta)}
+
+
+def _pairs(
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    token_logprobs: torch.Tensor,
+    branch: torch.Tensor,
+    branch_lengths: torch.Tensor,
+    config: DPOLossConfig,
+) -> PreferencePairs:
+    scores = F_DIVERGENCES[config.f_divergence_type](logprobs - ref_logprobs, config)
+    return PreferencePairs(
+        chosen_logprobs=logprobs[0::2],
+        rejected_logprobs=logprobs[1::2],
+        ref_chosen_logprobs=ref_logprobs[0::2],
+        ref_rejected_logprobs=ref_logprobs[1::2],
+        chosen_scores=scores[0::2],
+        rejected_scores=scores[1::2],
+        chosen_lengths=branch_lengths[0::2],
+        rejected_lengths=branch_lengths[1::2],
+        mean_chosen_token_logprob=_masked_sum(token_logprobs, branch % 2 == 0).mean(),
+    )
+
+
+def _pair_weights(scores: TokenScores, branch: torch.Tensor, branch_lengths: torch.Tensor) -> torch.Tensor:
+    """w_c·w_r (P,) without gradient, w = exp(mean over tokens of log p − log Σp²). WPO, arXiv 2406.11827, Eq. 2."""
+    aligned = scores.logprobs.detach() - scores.log_sum_sq_probs.detach()
+    scored_lengths = _sum_by_sequence(torch.ones_like(branch), branch, branch_lengths).clamp(min=1)
+    weights = torch.exp(_sum_by_sequence(aligned, branch, branch_lengths) / scored_lengths)
+    return weights[0::2] * weights[1::2]
+
+
+@torch.no_grad()
+def _token_metrics(scores: TokenScores, branch: torch.Tensor) -> dict[str, Metric]:
+    chosen = branch % 2 == 0
+    return {
+        "entropy": _masked_sum(scores.entropy, torch.ones_like(chosen)),
+        "logits/chosen": _masked_sum(scores.mean_logits, chosen),
+        "logits/rejected": _masked_sum(scores.mean_logits, ~chosen),
+        "mean_token_accuracy": _masked_sum(scores.is_top1.float(), chosen),
+    }
+
+
+def _masked_sum(values: torch.Tensor, mask: torch.Tensor) -> Metric:
+    return Metric(torch.where(mask, values, 0).sum(), mask.sum(dtype=values.dtype))
+
+
+@torch.no_grad()
+def _reward_metrics(pairs: PreferencePairs, beta: float) -> dict[str, Metric]:
+    chosen_rewards, rejected_rewards = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+    values = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": pairs.chosen_logprobs,
+        "logps/rejected": pairs.rejected_logprobs,
+    }
+    return {name: Metric(value.sum(), torch.ones_like(value).sum()) for name, value in values.items()}
