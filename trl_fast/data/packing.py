@@ -55,16 +55,18 @@ class TokenBatch:
         return len(self.branch_lengths)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.extras or getattr(self, name, None) is not None
+        return self.get(name) is not None
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
+        value = self.get(name)
+        if value is None:
             raise KeyError(name)
-        return self.extras[name] if name in self.extras else getattr(self, name)
+        return value
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field or extra of that name, or `default`."""
-        return self[name] if name in self else default
+        value = self.extras.get(name, vars(self).get(name))
+        return default if value is None else value
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
         """The same batch with every tensor on `device`."""
