@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.heads import make_problem
 
+from support.heads import make_problem
 from trl_fast.ops import BACKENDS, backend_table, linear_logprob, supports
 from trl_fast.ops import backends as backends_module
 from trl_fast.ops.backends import Support, choose_backend

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.heads import make_problem
 
+from support.heads import make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, selective_log_softmax
 
 HEADS = [linear_logprob, linear_cross_entropy]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.heads import DTYPES, FLOOR, HeadProblem, assert_as_good, error, make_problem
 
+from support.heads import DTYPES, FLOOR, HeadProblem, assert_as_good, error, make_problem
 from trl_fast.ops import linear_cross_entropy
 from trl_fast.ops.linear_cross_entropy import _linear_cross_entropy
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from support.heads import (
     DTYPES,
     FLOOR,
@@ -13,7 +14,6 @@ from support.heads import (
     make_problem,
     scores_from_logits,
 )
-
 from trl_fast.ops import linear_logprob
 from trl_fast.ops.linear_scores import linear_scores, linear_scores_backward
 

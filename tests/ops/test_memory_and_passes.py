@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from benchmarks.memory import measure_peak
 from support.heads import make_problem
-
 from trl_fast.ops import linear_cross_entropy, linear_logprob
 
 N, V, H = 512, 8192, 16

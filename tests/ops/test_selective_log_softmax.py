@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.heads import DTYPES, FLOOR, assert_as_good, error, scores_from_logits
 
+from support.heads import DTYPES, FLOOR, assert_as_good, error, scores_from_logits
 from trl_fast.ops import selective_log_softmax, selective_log_softmax_and_entropy
 from trl_fast.ops.selective_log_softmax import _selective_scores, _selective_scores_backward
 

@@ -11,7 +11,8 @@ import torch
 from .backends import choose_backend
 from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, gemm_dtype, spans
 from .linear_logprob import autocast_hidden, differentiable_scores
-from .scores import LOGPROB_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
+from .rows import with_low_part
+from .scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
 from .transform import LogitTransform
 from .validation import check_finite, check_head_inputs, check_target_range
 
@@ -81,7 +82,7 @@ def _linear_cross_entropy(
                 product[rows],
                 targets[rows],
                 lse,
-                coefficients,
+                with_low_part(coefficients, statistics[LSE_LOW_ROW]),
                 logits=logits,
                 consume_logits=True,
                 last=rows.stop == num_rows,
@@ -106,7 +107,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx, grad_loss, *_):  # noqa: ANN001, ANN202
+def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 15
     grads = dict(zip((0, 1, 3), ctx.saved_tensors, strict=True))

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 
 from .blocks import Head, HeadGradients, gemm_dtype, spans
-from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
+from .rows import with_low_part
+from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
 from .transform import LogitTransform
 
 NOTHING, LOGITS, UNIT_GRADIENT = range(3)
@@ -53,7 +54,7 @@ def linear_scores(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns lse, logprobs, entropy, mean_logits (N,), other statistics (6, N), and the cache, see the module.
+    """Returns lse, logprobs, entropy, mean_logits (N,), all statistics (7, N), and the cache, see the module.
 
     hidden: (N, H); weight: (V, H); targets: (N,) int64; statistics float32, NaN where `outputs` did not ask for them.
     """
@@ -73,7 +74,9 @@ def linear_scores(
             logits = head.project(hidden[rows], block[: rows.stop - rows.start])
             statistics[:, rows] = head.score(logits, targets[rows], outputs)
             if keep == UNIT_GRADIENT:
-                unit = unit_coefficients(rows.stop - rows.start, statistics)
+                unit = with_low_part(
+                    unit_coefficients(rows.stop - rows.start, statistics), statistics[LSE_LOW_ROW, rows]
+                )
                 gradients.add(
                     rows,
                     hidden[rows],
@@ -93,7 +96,7 @@ def linear_scores(
 
 
 @linear_scores.register_fake
-def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, keep, workspace_bytes, backend):  # noqa: ANN001, ANN202
+def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, keep, workspace_bytes, backend):
     product = gemm_dtype(hidden)
     wide = torch.promote_types(product, torch.float32)
     num_rows = hidden.shape[0]
@@ -160,7 +163,7 @@ def _(hidden, weight, targets, bias, *options):
 
 
 def row_coefficients(
-    lse: torch.Tensor,
+    lse_low: torch.Tensor,
     entropy: torch.Tensor,
     vocab_size: int,
     grad_lse: torch.Tensor | None,
@@ -169,7 +172,7 @@ def row_coefficients(
     grad_mean_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """The rows a, b, d, e (4, N) of the table in rows.py, summed over the outputs that have an upstream gradient."""
-    coefficients = lse.new_zeros((4, lse.shape[0]))
+    coefficients = lse_low.new_zeros((4, lse_low.shape[0]))
     a, b, d, e = coefficients
     if grad_lse is not None:
         a += grad_lse
@@ -181,19 +184,19 @@ def row_coefficients(
         b -= grad_entropy
     if grad_mean_logits is not None:
         e += grad_mean_logits / vocab_size
-    return coefficients
+    return with_low_part(coefficients, lse_low)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, *transform, _, keep, workspace_bytes, backend = inputs
-    lse, _, entropy, _, _, cache = output
+    lse, _, entropy, _, statistics, cache = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, cache)
+    ctx.save_for_backward(hidden, weight, targets, bias, lse, statistics[LSE_LOW_ROW].clone(), entropy, cache)
     ctx.transform, ctx.keep, ctx.workspace_bytes, ctx.backend = transform, keep, workspace_bytes, backend
 
 
-def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _statistics, _cache):  # noqa: ANN001, ANN202
-    hidden, weight, targets, bias, lse, entropy, cache = ctx.saved_tensors
+def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _statistics, _cache):
+    hidden, weight, targets, bias, lse, lse_low, entropy, cache = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     others = (grad_lse, grad_entropy, grad_mean_logits)
     no_gradients = (None,) * 7
@@ -201,7 +204,7 @@ def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _sta
         grad_hidden = None if grad_logprobs is None else (cache * grad_logprobs[:, None]).to(hidden.dtype)
         return (grad_hidden, None, None, None, *no_gradients)
     coefficients = row_coefficients(
-        lse, entropy, weight.shape[0], grad_lse, grad_logprobs, grad_entropy, grad_mean_logits
+        lse_low, entropy, weight.shape[0], grad_lse, grad_logprobs, grad_entropy, grad_mean_logits
     )
     grad_hidden, grad_weight, grad_bias = linear_scores_backward(
         hidden,

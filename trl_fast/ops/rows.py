@@ -11,6 +11,9 @@ into gradients, given four coefficients a row, which is enough for every loss th
 | entropy H, upstream g | -g H | -g | 0 | 0 |
 | log-sum-exp, upstream g | g | 0 | 0 | 0 |
 | mean logit, upstream g | 0 | 0 | 0 | g / V |
+
+A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it. `with_low_part` puts what the rounding
+lost back by way of a and b.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from .scores import (
     LOG_SUM_SQ_PROBS,
     LOG_SUM_SQ_ROW,
     LOGPROB_ROW,
+    LSE_LOW_ROW,
     LSE_ROW,
     MEAN_LOGITS,
     MEAN_LOGITS_ROW,
@@ -43,6 +47,16 @@ class RowKernels(NamedTuple):
     grad: Callable[..., None]
     # Temporaries beyond the block itself, in bytes an element: what the workspace has to leave room for.
     bytes_per_element: int
+
+
+def with_low_part(coefficients: torch.Tensor, lse_low: torch.Tensor) -> torch.Tensor:
+    """Coefficients (4, R) for lse as they must be for the exact log-sum-exp, lse + lse_low.
+
+    p (a + b (u - lse - low)) with p = exp(u - lse) exp(-low): both factors go into a and b.
+    """
+    a, b, d, e = coefficients
+    factor = torch.exp(-lse_low)
+    return torch.stack((factor * (a - b * lse_low), factor * b, d, e))
 
 
 def row_scores_reference(
@@ -64,8 +78,8 @@ def row_scores_reference(
         outputs: mask of ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1.
 
     Returns:
-        (6, R) float32: lse, logprob, entropy, log of the sum of squared probabilities, mean logit, 1.0 where the
-        target is the first argmax. Rows that were not asked for are NaN.
+        (7, R) float32: lse, logprob, entropy, log of the sum of squared probabilities, mean logit, 1.0 where the
+        target is the first argmax, and what rounding lse to float32 lost. Rows that were not asked for are NaN.
     """
     u, _ = LogitTransform(scale, softcap, inv_temperature).apply(logits, bias)
     stats = u.new_full((NUM_STATISTICS, u.shape[0]), float("nan"))
@@ -73,7 +87,11 @@ def row_scores_reference(
         return stats
     # log_softmax and not u - lse: with a large common offset, lse itself is rounded too coarsely.
     logp = u.log_softmax(dim=-1)
-    stats[LSE_ROW] = torch.logsumexp(u, dim=-1)
+    top = u.amax(dim=-1)
+    log_sum = -logp.amax(dim=-1)
+    lse = top + log_sum
+    stats[LSE_ROW] = lse
+    stats[LSE_LOW_ROW] = torch.where(torch.isfinite(lse), (top - lse) + log_sum, 0.0)
     stats[LOGPROB_ROW] = logp.gather(1, targets[:, None]).squeeze(1)
     if outputs & IS_TOP1:
         stats[IS_TOP1_ROW] = (u.argmax(dim=-1) == targets).to(u.dtype)
@@ -155,9 +173,9 @@ def register_fakes() -> None:
     """Shapes of the C++ ops for FakeTensor and torch.compile; called once, after the extension is loaded."""
 
     @torch.library.register_fake("trl_fast::row_scores")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs):  # noqa: ANN001, ANN202
+    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs):
         return logits.new_empty((NUM_STATISTICS, logits.shape[0]), dtype=torch.float32)
 
     @torch.library.register_fake("trl_fast::row_grad")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, lse, coefficients, column_offset, out):  # noqa: ANN001, ANN202
+    def _(logits, targets, bias, scale, softcap, inv_temperature, lse, coefficients, column_offset, out):
         return None

@@ -7,7 +7,7 @@ import torch
 from .backends import choose_backend
 from .linear_scores import row_coefficients
 from .rows import ROW_KERNELS
-from .scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_ROW
+from .scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW
 from .transform import LogitTransform
 from .validation import check_selective_inputs, check_target_range
 
@@ -15,16 +15,19 @@ from .validation import check_selective_inputs, check_target_range
 @torch.library.custom_op("trl_fast::selective_scores", mutates_args=())
 def _selective_scores(
     logits: torch.Tensor, index: torch.Tensor, inv_temperature: float, outputs: int, backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """lse, logprobs, entropy (R,) float32 of logits (R, V) and index (R,); entropy is NaN unless asked for."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """lse, logprobs, entropy, low part of lse, (R,) float32 each, of logits (R, V) and index (R,).
+
+    entropy is NaN unless `outputs` asks for it.
+    """
     statistics = ROW_KERNELS[backend].scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs)
-    return tuple(statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW))
+    return tuple(statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LSE_LOW_ROW))
 
 
 @_selective_scores.register_fake
-def _(logits, index, inv_temperature, outputs, backend):  # noqa: ANN001, ANN202
+def _(logits, index, inv_temperature, outputs, backend):
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(logits.new_empty(logits.shape[0], dtype=wide) for _ in range(3))
+    return tuple(logits.new_empty(logits.shape[0], dtype=wide) for _ in range(4))
 
 
 @torch.library.custom_op("trl_fast::selective_scores_backward", mutates_args=())
@@ -43,19 +46,19 @@ def _selective_scores_backward(
 
 
 @_selective_scores_backward.register_fake
-def _(logits, index, lse, coefficients, inv_temperature, backend):  # noqa: ANN001, ANN202
+def _(logits, index, lse, coefficients, inv_temperature, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logits, index, ctx.inv_temperature, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, index, output[0], output[2])
+    ctx.save_for_backward(logits, index, output[0], output[2], output[3])
 
 
-def _backward(ctx, grad_lse, grad_logprobs, grad_entropy):  # noqa: ANN001, ANN202
-    logits, index, lse, entropy = ctx.saved_tensors
-    coefficients = row_coefficients(lse, entropy, logits.shape[-1], grad_lse, grad_logprobs, grad_entropy, None)
+def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, _grad_lse_low):
+    logits, index, lse, entropy, lse_low = ctx.saved_tensors
+    coefficients = row_coefficients(lse_low, entropy, logits.shape[-1], grad_lse, grad_logprobs, grad_entropy, None)
     grad = _selective_scores_backward(logits, index, lse, coefficients, ctx.inv_temperature, ctx.backend)
     return grad, None, None, None, None
 
@@ -73,7 +76,7 @@ def _selective(
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    _, logprobs, entropy = _selective_scores(rows, index.reshape(-1).long(), inv_temperature, outputs, backend)
+    _, logprobs, entropy, _ = _selective_scores(rows, index.reshape(-1).long(), inv_temperature, outputs, backend)
     return logprobs.view(index.shape), entropy.view(index.shape)
 
 

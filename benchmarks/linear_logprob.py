@@ -1,0 +1,211 @@
+"""The loss head against its peers and against its floor, the bare matrix products of the same row blocks.
+
+    python -m benchmarks.linear_logprob [--rows 1024 --hidden 896 --vocab 151936 --dtype bfloat16 --rounds 3]
+
+Prints, for a trained head, a frozen head and scoring without gradient: median seconds with min and max, the ratio to
+the floor and to TRL, and the peak of memory beyond inputs and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from trl_fast.ops import BACKENDS, linear_logprob, supports
+from trl_fast.ops.blocks import DEFAULT_WORKSPACE_BYTES, gemm_dtype, row_bytes, rows_per_block, spans
+
+from .memory import MIB
+from .timing import Contender, race
+
+MODES = ("trained", "frozen", "scoring")
+FLOOR, TRL = "floor: bare GEMMs", "TRL 1.16.0"
+
+
+@dataclass
+class Problem:
+    """hidden (N, H), weight (V, H), targets (N,), and the upstream gradient (N,) of the log-probs."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    upstream: torch.Tensor
+
+    def for_mode(self, mode: str) -> Problem:
+        """The same tensors, with gradients wanted as the mode says."""
+        hidden = self.hidden.detach().requires_grad_(mode != "scoring")
+        weight = self.weight.detach().requires_grad_(mode == "trained")
+        return Problem(hidden, weight, self.targets, self.upstream)
+
+    def finish(self, logprobs: torch.Tensor) -> None:
+        """Backward, and the gradients dropped again."""
+        if logprobs.requires_grad:
+            logprobs.backward(self.upstream)
+            self.hidden.grad = self.weight.grad = None
+
+
+def make_problem(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, hidden, generator=generator)
+    w = torch.randn(vocab, hidden, generator=generator) * hidden**-0.5
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    upstream = torch.randn(rows, generator=generator)
+    return Problem(x.to(device, dtype), w.to(device, dtype), targets.to(device), upstream.to(device))
+
+
+def ours(problem: Problem, backend: str) -> Callable[[], None]:
+    def run() -> None:
+        problem.finish(linear_logprob(problem.hidden, problem.weight, problem.targets, backend=backend).logprobs)
+
+    return run
+
+
+def trl(problem: Problem) -> Callable[[], None]:
+    from trl.kernels import ChunkedLogProbFunction
+
+    def run() -> None:
+        out = ChunkedLogProbFunction.apply(
+            problem.hidden, problem.weight, None, problem.targets, 1.0, 32768, None, 1.0, ()
+        )
+        problem.finish(out[0])
+
+    return run
+
+
+def plain(problem: Problem) -> Callable[[], None]:
+    """Whole logits, log-softmax in float32."""
+
+    def run() -> None:
+        logits = F.linear(problem.hidden, problem.weight).float()
+        problem.finish(logits.log_softmax(-1).gather(1, problem.targets[:, None]).squeeze(1))
+
+    return run
+
+
+def torch_chunked(problem: Problem) -> Callable[[], None]:
+    """torch's own chunked linear cross-entropy; its `none` reduction has per-token losses as we have."""
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def run() -> None:
+        losses = F.linear_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, reduction="none", options=options
+        )
+        problem.finish(-losses.float())
+
+    return run
+
+
+def bare_gemms(problem: Problem, mode: str, dtype: torch.dtype, block_rows: int) -> Callable[[], None]:
+    """The products that the mode cannot do without, into preallocated blocks; inputs already in the products' dtype."""
+    hidden, weight = problem.hidden.detach().to(dtype), problem.weight.detach().to(dtype)
+    block = torch.empty(block_rows, weight.shape[0], dtype=dtype, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.empty_like(weight) if mode == "trained" else None
+
+    def run() -> None:
+        for rows in spans(hidden.shape[0], block_rows):
+            logits = block[: rows.stop - rows.start]
+            torch.mm(hidden[rows], weight.t(), out=logits)
+            if mode != "scoring":
+                torch.mm(logits, weight, out=grad_hidden[rows])
+            if mode == "trained" and rows.start == 0:
+                torch.mm(logits.t(), hidden[rows], out=grad_weight)
+            elif mode == "trained":
+                grad_weight.addmm_(logits.t(), hidden[rows])
+
+    return run
+
+
+def contenders(problem: Problem, mode: str, skip: set[str]) -> list[Contender]:
+    problem = problem.for_mode(mode)
+    device, dtype = problem.hidden.device, problem.hidden.dtype
+    product = gemm_dtype(problem.hidden)
+    rows, vocab = problem.hidden.shape[0], problem.weight.shape[0]
+    block = rows_per_block(rows, row_bytes(vocab, product, "cpp"), DEFAULT_WORKSPACE_BYTES)
+    found = [
+        Contender(f"ours, {b}", ours(problem, b)) for b in BACKENDS if supports("linear_logprob", b, device, dtype).ok
+    ]
+    found.append(Contender(TRL, trl(problem)))
+    found.append(Contender("plain PyTorch, fp32 log-softmax", plain(problem)))
+    if mode == "trained":
+        found.append(Contender("F.linear_cross_entropy, chunked", torch_chunked(problem)))
+    found.append(Contender(FLOOR, bare_gemms(problem, mode, product, block)))
+    return [c for c in found if not any(word in c.name for word in skip)]
+
+
+def report(console: Console, mode: str, raced: list[Contender]) -> list[dict]:
+    by_name = {c.name: c for c in raced}
+    table = Table(title=f"{mode} head" if mode != "scoring" else "scoring, no gradient")
+    for column in ("", "median s", "min – max s", "× floor", "TRL is slower by", "peak MiB", "runs"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = []
+    for c in raced:
+        to_floor = c.median / by_name[FLOOR].median
+        to_trl = by_name[TRL].median / c.median if TRL in by_name else float("nan")
+        rows.append(
+            {
+                "mode": mode,
+                "name": c.name,
+                "seconds": c.seconds,
+                "median": c.median,
+                "over_floor": to_floor,
+                "trl_over_this": to_trl,
+                "peak_bytes": c.peak_bytes,
+            }
+        )
+        spread = f"{min(c.seconds):.2f} – {max(c.seconds):.2f}"
+        cells = (f"{c.median:.2f}", spread, f"{to_floor:.2f}", f"{to_trl:.2f}×", f"{c.peak_bytes / MIB:.0f}")
+        table.add_row(c.name, *cells, str(len(c.seconds)))
+    console.print(table)
+    return rows
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds; slower contenders run only once")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out contenders whose name contains one of these")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    console = Console()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    problem = make_problem(arguments.rows, arguments.hidden, arguments.vocab, dtype, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    isa = torch.backends.cpu.get_cpu_capability()
+    console.print(
+        f"N={arguments.rows} H={arguments.hidden} V={arguments.vocab} {dtype}, {device.type} ({name}, {isa}), "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; our products and the floor's run in "
+        f"{gemm_dtype(problem.hidden)}"
+    )
+    figures = []
+    for mode in arguments.modes:
+        raced = contenders(problem, mode, set(arguments.skip))
+        race(raced, arguments.rounds, arguments.patience, device, mode)
+        figures += report(console, mode, raced)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(
+            json.dumps({"arguments": vars(arguments), "figures": figures}, indent=1, default=str)
+        )
+
+
+if __name__ == "__main__":
+    main()

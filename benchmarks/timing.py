@@ -1,0 +1,58 @@
+"""Contenders timed in turns, so that a machine whose speed drifts is as fair to one as to another."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from rich.progress import Progress
+
+from .memory import measure_peak
+
+
+@dataclass
+class Contender:
+    """Something to time. `run` does one step and returns nothing that matters."""
+
+    name: str
+    run: Callable[[], object]
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def _timed(contender: Contender, device: torch.device) -> float:
+    gc.collect()
+    start = time.perf_counter()
+    contender.run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def race(contenders: list[Contender], rounds: int, patience: float, device: torch.device, title: str) -> None:
+    """Measures peak memory once (that is the warm-up too), then times `rounds` rounds, each contender once a round.
+
+    A contender that took longer than `patience` seconds in its first timed run is not run again.
+    """
+    with Progress(transient=True) as progress:
+        task = progress.add_task(title, total=len(contenders) * (rounds + 1))
+        for contender in contenders:
+            start = time.perf_counter()
+            contender.peak_bytes = measure_peak(contender.run, device).peak_bytes
+            elapsed = time.perf_counter() - start
+            if elapsed > patience:
+                contender.seconds.append(elapsed)
+            progress.advance(task)
+        for _ in range(rounds):
+            for contender in contenders:
+                if not contender.seconds or max(contender.seconds) <= patience:
+                    contender.seconds.append(_timed(contender, device))
+                progress.advance(task)

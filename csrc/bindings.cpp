@@ -1,0 +1,147 @@
+// Registers the C++ kernels as torch.ops.trl_fast.* and tells, through pybind11, how they were built.
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include "cpu/row_kernels.h"
+
+namespace trl_fast {
+namespace {
+
+Dtype dtype_of(const at::Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_VALUE(false, "logits: expected float32, bfloat16 or float16, got ", logits.scalar_type());
+  }
+}
+
+void check_vector(const at::Tensor& tensor, const char* name, int64_t size, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, ": expected a CPU tensor, got one on ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == size, name, ": expected shape (", size, ",), got ",
+                    tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, name, ": expected ", dtype, ", got ", tensor.scalar_type());
+}
+
+void check_rows(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, ": expected a CPU tensor, got one on ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected shape (R, C), got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": expected contiguous rows, got strides ",
+                    tensor.strides());
+}
+
+// Block and Transform point into these; they keep what had to be made contiguous or float alive.
+struct Inputs {
+  at::Tensor targets;
+  at::Tensor bias;
+  Block block;
+  Transform transform;
+};
+
+Inputs gather_inputs(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
+                     double scale, double softcap, double inv_temperature) {
+  check_rows(logits, "logits");
+  check_vector(targets, "targets", logits.size(0), at::kLong);
+  Inputs in;
+  in.targets = targets.contiguous();
+  if (bias) {
+    check_vector(*bias, "bias", logits.size(1), bias->scalar_type());
+    in.bias = bias->to(at::kFloat).contiguous();
+  }
+  in.block = {logits.const_data_ptr(), dtype_of(logits), logits.stride(0), logits.size(1),
+              in.targets.const_data_ptr<int64_t>()};
+  in.transform = {bias ? in.bias.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
+                  static_cast<float>(softcap), static_cast<float>(inv_temperature)};
+  return in;
+}
+
+int64_t rows_per_task(int64_t columns) {
+  return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, columns));
+}
+
+at::Tensor row_scores(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
+                      double scale, double softcap, double inv_temperature, int64_t outputs) {
+  const Inputs in = gather_inputs(logits, targets, bias, scale, softcap, inv_temperature);
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  at::Tensor statistics =
+      at::full({kNumStatistics, rows}, std::numeric_limits<float>::quiet_NaN(), logits.options().dtype(at::kFloat));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t target = in.block.targets[r];
+    TORCH_CHECK_VALUE(target >= 0 && target < columns, "targets: row ", r, " is ", target,
+                      ", outside the vocabulary [0, ", columns, ")");
+  }
+  const ScoreArgs args = {in.block, in.transform, outputs, statistics.mutable_data_ptr<float>(), rows};
+  const RowKernels& kernels = row_kernels();
+  at::parallel_for(0, rows, rows_per_task(columns),
+                   [&](int64_t begin, int64_t end) { kernels.scores(args, begin, end); });
+  return statistics;
+}
+
+void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias, double scale,
+              double softcap, double inv_temperature, const at::Tensor& lse, const at::Tensor& coefficients,
+              int64_t column_offset, at::Tensor out) {
+  const Inputs in = gather_inputs(logits, targets, bias, scale, softcap, inv_temperature);
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  check_rows(out, "out");
+  TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(),
+                    "out: expected shape and dtype of logits, ", logits.sizes(), " ", logits.scalar_type(), ", got ",
+                    out.sizes(), " ", out.scalar_type());
+  check_vector(lse, "lse", rows, at::kFloat);
+  TORCH_CHECK_VALUE(coefficients.dim() == 2 && coefficients.size(0) == 4 && coefficients.size(1) == rows &&
+                        coefficients.is_contiguous() && coefficients.scalar_type() == at::kFloat,
+                    "coefficients: expected a contiguous float32 tensor of shape (4, ", rows, "), got ",
+                    coefficients.sizes(), " ", coefficients.scalar_type());
+  const at::Tensor lse_dense = lse.contiguous();
+  const GradArgs args = {in.block,
+                         in.transform,
+                         lse_dense.const_data_ptr<float>(),
+                         coefficients.const_data_ptr<float>(),
+                         rows,
+                         column_offset,
+                         out.mutable_data_ptr(),
+                         out.stride(0)};
+  const RowKernels& kernels = row_kernels();
+  at::parallel_for(0, rows, rows_per_task(columns),
+                   [&](int64_t begin, int64_t end) { kernels.grad(args, begin, end); });
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["isas"] = compiled_isas();
+  info["isa"] = row_kernels().isa;
+  info["compiler"] = __VERSION__;
+  info["torch_version"] = TORCH_VERSION;
+#ifdef TRL_FAST_HAS_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
+  m.def(
+      "row_scores(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
+      "int outputs) -> Tensor");
+  m.def(
+      "row_grad(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
+      "Tensor lse, Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
+  m.impl("row_scores", &row_scores);
+  m.impl("row_grad", &row_grad);
+}
+
+}  // namespace trl_fast
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &trl_fast::build_info, "How this extension was built and which instruction set it runs.");
+}

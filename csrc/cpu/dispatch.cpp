@@ -1,0 +1,74 @@
+// Chooses the instruction set at run time.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "row_kernels.h"
+
+namespace trl_fast {
+
+#ifdef TRL_FAST_HAS_DEFAULT
+extern const RowKernels kRowKernelsDEFAULT;
+#endif
+#ifdef TRL_FAST_HAS_AVX2
+extern const RowKernels kRowKernelsAVX2;
+#endif
+#ifdef TRL_FAST_HAS_AVX512
+extern const RowKernels kRowKernelsAVX512;
+#endif
+
+namespace {
+
+struct Candidate {
+  const char* name;  // what TRL_FAST_CPU_ISA calls it
+  const RowKernels* kernels;
+  bool runs;  // on this CPU
+};
+
+// Best first.
+const Candidate kCandidates[] = {
+#ifdef TRL_FAST_HAS_AVX512
+    {"avx512", &kRowKernelsAVX512,
+     static_cast<bool>(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("fma"))},
+#endif
+#ifdef TRL_FAST_HAS_AVX2
+    {"avx2", &kRowKernelsAVX2,
+     static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                       __builtin_cpu_supports("f16c"))},
+#endif
+    {"default", &kRowKernelsDEFAULT, true},
+};
+
+const RowKernels& choose() {
+  const char* forced = std::getenv("TRL_FAST_CPU_ISA");
+  for (const Candidate& candidate : kCandidates) {
+    if (forced && *forced) {
+      if (std::string(forced) != candidate.name) continue;
+      if (!candidate.runs) throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": this CPU lacks it");
+      return *candidate.kernels;
+    }
+    if (candidate.runs) return *candidate.kernels;
+  }
+  throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": unknown or not compiled; compiled are " +
+                           compiled_isas());
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() {
+  static const RowKernels& chosen = choose();
+  return chosen;
+}
+
+const char* compiled_isas() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const Candidate& candidate : kCandidates) joined += (joined.empty() ? "" : ",") + std::string(candidate.name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+}  // namespace trl_fast

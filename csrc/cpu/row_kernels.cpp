@@ -1,0 +1,279 @@
+// The row kernels of one instruction set; CPU_CAPABILITY is its name (DEFAULT, AVX2, AVX512).
+//
+// A row is read once: in chunks that stay in the first-level cache, where a chunk is widened to float, transformed,
+// and then read as often as need be. Sums run in vector lanes within a chunk and in double across chunks.
+#include "row_kernels.h"
+
+#include <algorithm>
+
+#include "vec.h"
+
+#define TRL_FAST_JOIN_(a, b) a##b
+#define TRL_FAST_JOIN(a, b) TRL_FAST_JOIN_(a, b)
+#define TRL_FAST_TEXT_(a) #a
+#define TRL_FAST_TEXT(a) TRL_FAST_TEXT_(a)
+
+namespace {
+
+using trl_fast::Block;
+using trl_fast::Dtype;
+using trl_fast::GradArgs;
+using trl_fast::ScoreArgs;
+using trl_fast::Transform;
+
+constexpr int64_t kChunk = 2048;  // floats; a multiple of every vector width
+static_assert(kChunk % kWidth == 0);
+
+int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+// Widens n values; the rest of the last vector becomes `padding`.
+template <typename T>
+void widen_chunk(const T* from, int64_t n, float padding, float* to) {
+  const int64_t whole = n / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) store(to + i, widen(from + i));
+  if (whole == n) return;
+  T last[kWidth] = {};
+  std::memcpy(last, from + whole, (n - whole) * sizeof(T));
+  store(to + whole, widen(last));
+  for (int64_t i = n; i < padded(n); ++i) to[i] = padding;
+}
+
+template <typename T>
+void narrow_chunk(const float* from, int64_t n, T* to) {
+  const int64_t whole = n / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) narrow(to + i, load(from + i));
+  if (whole == n) return;
+  T last[kWidth];
+  narrow(last, load(from + whole));
+  std::memcpy(to + whole, last, (n - whole) * sizeof(T));
+}
+
+// Raw logits of columns [start, start + n), transformed in place; the derivative du/dz goes to `slope` unless null.
+// Padding stays -inf or becomes -softcap / temperature, so callers put -inf back.
+void transform_chunk(const Transform& t, int64_t start, int64_t n, float* u, float* slope) {
+  if (t.bias) {
+    for (int64_t i = 0; i < n; ++i) u[i] += t.bias[start + i];
+  }
+  const Vec scale = splat(t.scale), inv_temperature = splat(t.inv_temperature);
+  if (t.softcap == 0.0f) {
+    if (t.scale != 1.0f || t.inv_temperature != 1.0f) {
+      for (int64_t i = 0; i < n; i += kWidth) store(u + i, load(u + i) * scale * inv_temperature);
+    }
+    if (slope) std::fill(slope, slope + padded(n), t.scale * t.inv_temperature);
+  } else {
+    const Vec cap = splat(t.softcap), inv_cap = splat(1.0f / t.softcap);
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const Vec tanh = tanh_vec(load(u + i) * scale * inv_cap);
+      store(u + i, cap * tanh * inv_temperature);
+      if (slope) store(slope + i, (splat(1.0f) - tanh * tanh) * scale * inv_temperature);
+    }
+  }
+  for (int64_t i = n; i < padded(n); ++i) u[i] = -kInf;
+}
+
+template <typename T>
+void logits_chunk(const T* row, const Transform& t, int64_t start, int64_t n, float* u, float* slope = nullptr) {
+  widen_chunk(row + start, n, -kInf, u);
+  transform_chunk(t, start, n, u, slope);
+}
+
+template <typename T>
+float logit_at(const T* row, const Transform& t, int64_t column, float* slope = nullptr) {
+  float u[kWidth], slopes[kWidth];
+  logits_chunk(row, t, column, 1, u, slopes);
+  if (slope) *slope = slopes[0];
+  return u[0];
+}
+
+// Online sums of a row, relative to the running maximum m: s = sum e^(u-m), sx = sum e^(u-m) (u-m), sq = sum e^2(u-m).
+struct Online {
+  float m = -kInf;
+  double s = 0, sx = 0, sq = 0, total = 0;
+
+  void raise(float to) {
+    if (!(to > m)) return;
+    if (m > -kInf) {
+      const double shift = static_cast<double>(m) - to, factor = std::exp(shift);
+      sx = factor * (sx + shift * s);
+      s *= factor;
+      sq *= factor * factor;
+    }
+    m = to;
+  }
+};
+
+float chunk_max(const float* u, int64_t n) {
+  Vec best = splat(-kInf);
+  for (int64_t i = 0; i < n; i += kWidth) best = maximum(load(u + i), best);
+  return max_of(best);
+}
+
+template <bool kMoments>
+void add_chunk(const float* u, int64_t n, Online& online) {
+  const Vec m = splat(online.m);
+  Vec s[2] = {}, sx[2] = {}, sq[2] = {};
+  for (int64_t i = 0, k = 0; i < n; i += kWidth, k ^= 1) {
+    const Vec x = load(u + i) - m;
+    const Vec e = exp_vec(x);
+    s[k] += e;
+    if constexpr (kMoments) {
+      sx[k] += e > Vec{} ? e * x : e;  // not 0 * -inf
+      sq[k] += e * e;
+    }
+  }
+  online.s += sum_of(s[0]) + sum_of(s[1]);
+  if constexpr (kMoments) {
+    online.sx += sum_of(sx[0]) + sum_of(sx[1]);
+    online.sq += sum_of(sq[0]) + sum_of(sq[1]);
+  }
+}
+
+double chunk_total(const float* u, int64_t n) {
+  Vec total = {};
+  const int64_t whole = n / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) total += load(u + i);
+  double sum = sum_of(total);
+  for (int64_t i = whole; i < n; ++i) sum += u[i];
+  return sum;
+}
+
+// Whether some column before `target` has the logit `best`.
+template <typename T>
+bool found_before(const T* row, const Transform& t, int64_t target, float best) {
+  float u[kChunk];
+  for (int64_t start = 0; start < target; start += kChunk) {
+    const int64_t n = std::min(kChunk, target - start);
+    logits_chunk(row, t, start, n, u);
+    if (std::find(u, u + n, best) != u + n) return true;
+  }
+  return false;
+}
+
+template <typename T, bool kMoments>
+Online sum_row(const T* row, const Transform& t, int64_t columns, bool mean) {
+  alignas(64) float u[kChunk];
+  Online online;
+  for (int64_t start = 0; start < columns; start += kChunk) {
+    const int64_t n = std::min(kChunk, columns - start);
+    logits_chunk(row, t, start, n, u);
+    if (mean) online.total += chunk_total(u, n);
+    online.raise(chunk_max(u, n));
+    // A chunk of nothing but -inf adds nothing; -inf - -inf would be NaN. But NaN has to be seen.
+    if (online.m > -kInf || !std::all_of(u, u + n, [](float x) { return x == -kInf; })) {
+      add_chunk<kMoments>(u, n, online);
+    }
+  }
+  return online;
+}
+
+template <typename T>
+void scores(const ScoreArgs& args, int64_t begin, int64_t end) {
+  using namespace trl_fast;
+  const Block& block = args.block;
+  const bool mean = args.outputs & kMeanLogits;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* row = static_cast<const T*>(block.logits) + r * block.row_stride;
+    const int64_t target = block.targets[r];
+    const Online sums = (args.outputs & (kEntropy | kLogSumSqProbs))
+                            ? sum_row<T, true>(row, args.transform, block.columns, mean)
+                            : sum_row<T, false>(row, args.transform, block.columns, mean);
+    const float target_logit = logit_at(row, args.transform, target);
+    const double log_s = std::log(sums.s), lse = sums.m + log_s;
+    float* out = args.statistics + r;
+    const int64_t stride = args.statistic_stride;
+    out[kLse * stride] = static_cast<float>(lse);
+    // What rounding lse to float lost: with a large common offset the gradient would notice.
+    out[kLseLow * stride] = std::isfinite(lse) ? static_cast<float>(lse - static_cast<float>(lse)) : 0.0f;
+    out[kLogprob * stride] = static_cast<float>((static_cast<double>(target_logit) - sums.m) - log_s);
+    if (args.outputs & kEntropy) out[kEntropyRow * stride] = static_cast<float>(log_s - sums.sx / sums.s);
+    if (args.outputs & kLogSumSqProbs) out[kLogSumSqRow * stride] = static_cast<float>(std::log(sums.sq) - 2 * log_s);
+    if (mean) out[kMeanLogitsRow * stride] = static_cast<float>(sums.total / block.columns);
+    if (args.outputs & kIsTop1) {
+      const bool top = target_logit >= sums.m && !found_before(row, args.transform, target, target_logit);
+      out[kIsTop1Row * stride] = top ? 1.0f : 0.0f;
+    }
+  }
+}
+
+struct RowCoefficients {
+  float a, b, d, e;
+};
+
+// p (a + b (u - lse)) + e
+inline Vec logit_grad(Vec u, Vec lse, const RowCoefficients& c) {
+  const Vec x = u - lse;
+  const Vec p = exp_vec(x);
+  if (c.b == 0.0f) return p * splat(c.a) + splat(c.e);
+  const Vec product = p * (splat(c.a) + splat(c.b) * x);
+  return (p == Vec{} ? Vec{} : product) + splat(c.e);
+}
+
+template <typename T>
+void grad_row(const T* row, const GradArgs& args, float lse, int64_t target, const RowCoefficients& c, T* out) {
+  alignas(64) float u[kChunk], slope[kChunk];
+  const int64_t columns = args.block.columns;
+  const bool has_target = target >= 0 && target < columns;
+  float target_grad = 0;
+  if (has_target) {  // before `out`, which may be `row`, is written
+    float target_slope;
+    const float logit = logit_at(row, args.transform, target, &target_slope);
+    target_grad = (logit_grad(splat(logit), splat(lse), c)[0] + c.d) * target_slope;
+  }
+  const Vec lse_vec = splat(lse);
+  const float flat_slope = args.transform.scale * args.transform.inv_temperature;
+  const bool curved = args.transform.softcap != 0.0f;
+  for (int64_t start = 0; start < columns; start += kChunk) {
+    const int64_t n = std::min(kChunk, columns - start);
+    logits_chunk(row, args.transform, start, n, u, curved ? slope : nullptr);
+    if (curved) {
+      for (int64_t i = 0; i < n; i += kWidth) store(u + i, logit_grad(load(u + i), lse_vec, c) * load(slope + i));
+    } else {
+      const Vec factor = splat(flat_slope);
+      for (int64_t i = 0; i < n; i += kWidth) store(u + i, logit_grad(load(u + i), lse_vec, c) * factor);
+    }
+    if (has_target && target >= start && target < start + n) u[target - start] = target_grad;
+    narrow_chunk(u, n, out + start);
+  }
+}
+
+template <typename T>
+void grad(const GradArgs& args, int64_t begin, int64_t end) {
+  const int64_t stride = args.coefficient_stride;
+  for (int64_t r = begin; r < end; ++r) {
+    const float* c = args.coefficients + r;
+    grad_row(static_cast<const T*>(args.block.logits) + r * args.block.row_stride, args, args.lse[r],
+             args.block.targets[r] - args.column_offset, {c[0], c[stride], c[2 * stride], c[3 * stride]},
+             static_cast<T*>(args.out) + r * args.out_stride);
+  }
+}
+
+void scores_any(const ScoreArgs& args, int64_t begin, int64_t end) {
+  switch (args.block.dtype) {
+    case Dtype::kFloat32:
+      return scores<float>(args, begin, end);
+    case Dtype::kBFloat16:
+      return scores<BFloat16>(args, begin, end);
+    case Dtype::kFloat16:
+      return scores<Float16>(args, begin, end);
+  }
+}
+
+void grad_any(const GradArgs& args, int64_t begin, int64_t end) {
+  switch (args.block.dtype) {
+    case Dtype::kFloat32:
+      return grad<float>(args, begin, end);
+    case Dtype::kBFloat16:
+      return grad<BFloat16>(args, begin, end);
+    case Dtype::kFloat16:
+      return grad<Float16>(args, begin, end);
+  }
+}
+
+}  // namespace
+
+namespace trl_fast {
+
+extern const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY);
+const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {TRL_FAST_TEXT(CPU_CAPABILITY), scores_any, grad_any};
+
+}  // namespace trl_fast

@@ -1,0 +1,77 @@
+// The two row kernels as plain C++: no torch, so that each instruction set is its own small translation unit.
+//
+// What they compute is specified by trl_fast/ops/rows.py.
+#pragma once
+
+#include <cstdint>
+
+namespace trl_fast {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Bits of the `outputs` mask, the numbers of trl_fast/ops/scores.py.
+enum Output : int64_t { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
+
+// Rows of the statistics tensor.
+enum Statistic : int {
+  kLse = 0,
+  kLogprob = 1,
+  kEntropyRow = 2,
+  kLogSumSqRow = 3,
+  kMeanLogitsRow = 4,
+  kIsTop1Row = 5,
+  kLseLow = 6,
+  kNumStatistics = 7
+};
+
+// u = softcap * tanh(scale * (z + bias) / softcap) * inv_temperature; softcap 0 means none.
+struct Transform {
+  const float* bias;  // (C,) or null
+  float scale;
+  float softcap;
+  float inv_temperature;
+};
+
+// A block of rows of raw logits.
+struct Block {
+  const void* logits;
+  Dtype dtype;
+  int64_t row_stride;  // elements
+  int64_t columns;
+  const int64_t* targets;  // (R,)
+};
+
+struct ScoreArgs {
+  Block block;
+  Transform transform;
+  int64_t outputs;
+  float* statistics;         // (kNumStatistics, R)
+  int64_t statistic_stride;  // elements between two statistics of a row
+};
+
+struct GradArgs {
+  Block block;
+  Transform transform;
+  const float* lse;           // (R,)
+  const float* coefficients;  // rows a, b, d, e of (4, R)
+  int64_t coefficient_stride;
+  int64_t column_offset;
+  void* out;  // dtype of the logits; may be the logits
+  int64_t out_stride;
+};
+
+// One instruction set's implementation; both work on rows [begin, end).
+struct RowKernels {
+  const char* isa;
+  void (*scores)(const ScoreArgs&, int64_t begin, int64_t end);
+  void (*grad)(const GradArgs&, int64_t begin, int64_t end);
+};
+
+// The kernels for this machine: the best compiled instruction set that its CPU has, or the one that the environment
+// variable TRL_FAST_CPU_ISA (default, avx2, avx512) names. Throws std::runtime_error if that one cannot run.
+const RowKernels& row_kernels();
+
+// Names of the instruction sets that were compiled, separated by commas.
+const char* compiled_isas();
+
+}  // namespace trl_fast

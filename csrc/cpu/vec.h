@@ -1,0 +1,183 @@
+// A float vector as wide as the instruction set, on the compiler's vector extensions, with the few functions we need.
+//
+// Everything lives in an unnamed namespace: this header is compiled once per instruction set, and no instance may leak
+// from one translation unit into another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kWidth = 16;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+template <typename To, typename From>
+inline To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+inline Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float max_of(Vec x) {
+  float m = x[0];
+  for (int i = 1; i < kWidth; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+inline double sum_of(Vec x) {
+  double s = 0;
+  for (int i = 0; i < kWidth; ++i) s += x[i];
+  return s;
+}
+
+// e^x to about 1 ulp for x <= 88: x = n ln2 + r, |r| <= ln2 / 2, polynomial in r (Cephes expf), exponent added as
+// bits. -inf and everything below the normal range give 0; NaN stays NaN.
+inline Vec exp_vec(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
+  const Vec shifted = x * splat(1.44269504088896341f) + magic;
+  const Vec n = shifted - magic;
+  Vec r = x - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  const IVec exponent = (bits_as<IVec>(shifted) - bits_as<IVec>(magic)) << 23;
+  const Vec y = bits_as<Vec>(bits_as<IVec>(p) + exponent);
+  const Vec finite = x < splat(-87.3f) ? Vec{} : y;
+  return x == x ? finite : x;
+}
+
+// tanh to about 2 ulp: a polynomial near 0 (Cephes tanhf), where 1 - 2 / (e^2x + 1) would cancel, that form elsewhere.
+inline Vec tanh_vec(Vec x) {
+  const Vec magnitude = x < Vec{} ? -x : x;
+  const Vec z = x * x;
+  Vec p = splat(-5.70498872745e-3f);
+  p = p * z + splat(2.06390887954e-2f);
+  p = p * z + splat(-5.37397155531e-2f);
+  p = p * z + splat(1.33314422036e-1f);
+  p = p * z + splat(-3.33332819422e-1f);
+  const Vec near = p * z * x + x;
+  const Vec twice = magnitude > splat(20.0f) ? splat(40.0f) : magnitude + magnitude;
+  const Vec far = splat(1.0f) - splat(2.0f) / (exp_vec(twice) + splat(1.0f));
+  const Vec with_sign = x < Vec{} ? -far : far;
+  const Vec y = magnitude < splat(0.625f) ? near : with_sign;
+  return x == x ? y : x;
+}
+
+// ---- narrow dtypes
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec widen(const float* p) { return load(p); }
+
+inline Vec widen(const BFloat16* p) {
+  HVec h;
+  std::memcpy(&h, p, sizeof(h));
+  return bits_as<Vec>(__builtin_convertvector(h, UVec) << 16);
+}
+
+inline void narrow(float* p, Vec x) { store(p, x); }
+
+// Round to nearest even; NaN becomes the quiet NaN.
+inline void narrow(BFloat16* p, Vec x) {
+  const UVec u = bits_as<UVec>(x);
+  const UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const UVec kept = (x == x) ? rounded : (UVec{} + 0x7fc0u);
+  const HVec h = __builtin_convertvector(kept, HVec);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// The masked forms, all lanes on: GCC 12 warns of an uninitialised variable inside its own unmasked ones.
+inline Vec widen(const Float16* p) {
+  return bits_as<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+inline void narrow(Float16* p, Vec x) {
+  const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(x), mode));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline Vec widen(const Float16* p) {
+  return bits_as<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline void narrow(Float16* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Without conversion instructions: by exponent arithmetic. 2^112 moves a half's exponent to a float's, and subnormal
+// halves come out right because the multiplication normalises them.
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t rest = static_cast<uint32_t>(h & 0x7fffu) << 13;
+  if ((h & 0x7c00u) == 0x7c00u) return bits_as<float>(sign | rest | 0x7f800000u);
+  const float magnitude = bits_as<float>(rest) * 5.192296858534828e33f;
+  return bits_as<float>(sign | bits_as<uint32_t>(magnitude));
+}
+
+inline uint16_t float_to_half(float x) {
+  const uint32_t u = bits_as<uint32_t>(x);
+  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+  const uint32_t magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {
+    // Subnormal half: adding 0.5 lets the float adder round to multiples of 2^-24.
+    const float shifted = bits_as<float>(magnitude) + 0.5f;
+    return sign | static_cast<uint16_t>(bits_as<uint32_t>(shifted) - 0x3f000000u);
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
+  return sign | static_cast<uint16_t>(rounded >> 13);
+}
+
+inline Vec widen(const Float16* p) {
+  Vec x;
+  for (int i = 0; i < kWidth; ++i) x[i] = half_to_float(p[i].bits);
+  return x;
+}
+inline void narrow(Float16* p, Vec x) {
+  for (int i = 0; i < kWidth; ++i) p[i].bits = float_to_half(x[i]);
+}
+#endif
+
+}  // namespace

@@ -1,0 +1,68 @@
+"""A compiled-kernel performance backend for LLM post-training, with TRL's trainers, arguments and metric names."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Where each public name lives; imported on first use, so that `import trl_fast` stays cheap.
+_EXPORTS = {
+    "DPOConfig": "trl_fast.trainers",
+    "DPOTrainer": "trl_fast.trainers",
+    "RichProgressCallback": "trl_fast.trainers",
+    "SyncRefModelCallback": "trl_fast.trainers",
+    "ModelConfig": "trl_fast.cli.arguments",
+    "ScriptArguments": "trl_fast.cli.arguments",
+    "TrlParser": "trl_fast.cli.arguments",
+    "get_peft_config": "trl_fast.cli.arguments",
+    "get_quantization_config": "trl_fast.cli.arguments",
+    "extract_prompt": "trl_fast.data",
+    "is_conversational": "trl_fast.data",
+    "maybe_extract_prompt": "trl_fast.data",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from trl_fast.cli.arguments import (
+        ModelConfig,
+        ScriptArguments,
+        TrlParser,
+        get_peft_config,
+        get_quantization_config,
+    )
+    from trl_fast.data import extract_prompt, is_conversational, maybe_extract_prompt
+    from trl_fast.trainers import DPOConfig, DPOTrainer, RichProgressCallback, SyncRefModelCallback
+
+
+class _SourceTreeKernels:
+    """Finds `trl_fast.kernels` in a source tree, where the folder `kernels/` stands beside this package.
+
+    An installed wheel has the folder inside the package. The folder has no __init__.py, since a top-level package called
+    `kernels` would shadow the Hugging Face package of that name.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> object:
+        if name != "trl_fast.kernels":
+            return None
+        return PathFinder.find_spec("kernels", [str(Path(__file__).resolve().parent.parent)])
+
+
+if not (Path(__file__).resolve().parent / "kernels").is_dir():
+    sys.meta_path.append(_SourceTreeKernels)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'trl_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
