@@ -22,6 +22,12 @@ class Contender:
     run: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    # What the step is there to produce (gradients): not counted as extra memory.
+    result_bytes: int = 0
+
+    @property
+    def extra_bytes(self) -> int:
+        return max(0, self.peak_bytes - self.result_bytes)
 
     @property
     def median(self) -> float:

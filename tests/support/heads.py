@@ -32,7 +32,7 @@ class HeadProblem:
         return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
 
     def logits(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Transformed logits (N, V): the product in `dtype` (the tensors' own if None), the rest in at least float32."""
+        """Transformed logits (N, V): the product in `dtype` (None: the tensors' own), the rest in float32 at least."""
         hidden, weight = (
             (self.hidden, self.weight) if dtype is None else (self.hidden.to(dtype), self.weight.to(dtype))
         )
@@ -90,7 +90,7 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_as_good(got: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor, what: str, floor: float) -> None:
-    """The project's rule: our error is at most twice the same-dtype baseline's (`floor` where that is by luck zero)."""
+    """The project's rule: our error is at most twice the same-dtype baseline's, or below `floor`."""
     ours, theirs = error(got, exact), error(baseline, exact)
     assert ours <= max(2 * theirs, floor), f"{what}: relative error {ours:.3g}, PyTorch in the same dtype {theirs:.3g}"
 

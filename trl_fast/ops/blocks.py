@@ -4,8 +4,8 @@ Everything that scales with rows times vocabulary lives in one workspace. A forw
 row kernels then read each row once); a backward pass knows the rows' log-sum-exps, so it works on vocabulary tiles of
 all rows at once, and each tile of the weight's gradient is finished in one go, with no second [V, H] accumulator.
 
-GEMMs are ATen's. Where the machine has no fast bfloat16 or float16 product (a CPU without AMX or AVX512-BF16), tiles of
-the weight are widened to float32 on the way: the product is then faster by one to two orders of magnitude, and exact.
+GEMMs are ATen's. Where the machine has no fast bfloat16 or float16 product (a CPU without AMX or AVX512-BF16), tiles
+of the weight are widened to float32 on the way: the product is then one to two orders of magnitude faster, and exact.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def linear_cross_entropy(
         label_smoothing: ε in [0, 1], mass spread evenly over the vocabulary.
         z_loss: factor of lse², added to every token's loss.
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
-        num_items: divisor of the sum instead of the number of rows (tokens of a whole accumulation window); 1 at least.
+        num_items: divisor of the sum instead of the number of rows, at least 1 (tokens of an accumulation window).
 
     Returns:
         0-d float32; (N,) float32 with zeros at ignored rows for "none". With no row left, a differentiable zero.

@@ -13,7 +13,7 @@ from .validation import check_finite, check_head_inputs, check_target_range
 
 
 def autocast_hidden(hidden: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """`hidden` in autocast's dtype if autocast is on, and whether it is. The weight is cast tile by tile, never whole."""
+    """`hidden` in autocast's dtype if autocast is on, and whether it is; the weight is cast later, tile by tile."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):
         return hidden, False

