@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 class _SourceTreeKernels:
     """Finds `trl_fast.kernels` in a source tree, where the folder `kernels/` stands beside this package.
 
-    An installed wheel has the folder inside the package. The folder has no __init__.py, since a top-level package called
-    `kernels` would shadow the Hugging Face package of that name.
+    An installed wheel has the folder inside the package. The folder has no __init__.py, since a top-level package
+    called `kernels` would shadow the Hugging Face package of that name.
     """
 
     @staticmethod

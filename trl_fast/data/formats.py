@@ -140,6 +140,7 @@ def prepare_preference_dataset(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
 ) -> Dataset | IterableDataset:
@@ -150,8 +151,9 @@ def prepare_preference_dataset(
     already is not tokenized again. Where the prompt was implicit, the text columns are split too.
 
     With `keep_start`, rows whose prompt fills `max_length` are dropped; the rest is cut when a batch is made.
-    `max_prompt_length` is an older limit, in tokens: a longer prompt loses its beginning, before anything else is
-    cut. Streams are tokenized and checked row by row as they are read. `num_proc` processes work on a Dataset.
+    `max_prompt_length` and `max_completion_length` are older limits, in tokens: a longer prompt loses its beginning,
+    a longer completion its end, before anything else is cut. Streams are tokenized and checked row by row as they are
+    read. `num_proc` processes work on a Dataset.
 
     Raises ValueError for bad data (see `checks`), naming the dataset `name` and the row.
     """
@@ -168,6 +170,10 @@ def prepare_preference_dataset(
     if max_prompt_length is not None:
         options = _map_options(dataset, num_proc, f"Truncating prompts of {name} dataset")
         dataset = dataset.map(_keep_prompt_end, fn_kwargs={"max_prompt_length": max_prompt_length}, **options)
+    if max_completion_length is not None:
+        options = _map_options(dataset, num_proc, f"Truncating completions of {name} dataset")
+        arguments = {"max_completion_length": max_completion_length}
+        dataset = dataset.map(_keep_completion_start, fn_kwargs=arguments, **options)
     if isinstance(dataset, Dataset):
         check_completions(dataset, name)
     if max_length is not None and truncation_mode == "keep_start":
@@ -217,6 +223,10 @@ def _tokenize_row(
 def _keep_prompt_end(example: dict[str, Any], max_prompt_length: int) -> dict[str, list[int]]:
     prompt_ids = example["prompt_ids"]
     return {"prompt_ids": prompt_ids[max(len(prompt_ids) - max_prompt_length, 0) :]}
+
+
+def _keep_completion_start(example: dict[str, Any], max_completion_length: int) -> dict[str, list[int]]:
+    return {column: example[column][:max_completion_length] for column in ("chosen_ids", "rejected_ids")}
 
 
 def _prompt_leaves_room(example: dict[str, Any], max_length: int) -> bool:

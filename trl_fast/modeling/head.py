@@ -1,0 +1,78 @@
+"""The language-model head as the ops need it: its weight, its bias, and what is done to its logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class HeadParameters(NamedTuple):
+    """weight (V, H), bias (V,) or None; both differentiable if they train."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class HeadTransform(NamedTuple):
+    """What a model does to its raw logits: `softcap * tanh(logit_scale * z / softcap)`."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+def head_transform(config: PretrainedConfig) -> HeadTransform:
+    """Reads the transform from a model's config, under the names that the families use.
+
+    Gemma: final_logit_softcapping. Cohere: logit_scale. Muse: output_multiplier. Falcon-H1: lm_head_multiplier.
+    Granite and MiniCPM divide by logits_scaling, HyperCLOVA X multiplies by it.
+    """
+    config = config.get_text_config()
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None) if scale is None else scale
+    scaling = getattr(config, "logits_scaling", None)
+    if scale is None and scaling is not None:
+        scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    return HeadTransform(getattr(config, "final_logit_softcapping", None), 1.0 if scale is None else float(scale))
+
+
+def head_parameters(model: PreTrainedModel) -> HeadParameters:
+    """The weight and bias that the head multiplies by now: a LoRA adapter on it is added in, a saved copy is followed.
+
+    Raises:
+        ValueError: the model has no head, or an adapter on it cannot be written as a weight.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings; expected a causal language model")
+    if isinstance(head, ModulesToSaveWrapper):
+        saved = not head.disable_adapters and head.active_adapters[0] in head.modules_to_save
+        head = head.modules_to_save[head.active_adapters[0]] if saved else head.original_module
+    if isinstance(head, BaseTunerLayer):
+        return _adapted(head)
+    return HeadParameters(head.weight, getattr(head, "bias", None))
+
+
+def _adapted(head: BaseTunerLayer) -> HeadParameters:
+    base = head.get_base_layer()
+    weight, bias = base.weight, getattr(base, "bias", None)
+    if head.disable_adapters or head.merged:
+        return HeadParameters(weight, bias)
+    for adapter in head.active_adapters:
+        if not isinstance(head, LoraLinear) or adapter in head.lora_variant:
+            raise ValueError(
+                f"peft_config: the adapter on the head ({type(head).__name__}) cannot be added to its weight; "
+                "use plain LoRA there, or leave the head out of target_modules"
+            )
+        if getattr(head.lora_dropout[adapter], "p", 0.0) > 0 and head.training:
+            raise ValueError(
+                "peft_config: lora_dropout on the head cannot be fused; set lora_dropout=0 or leave the head out of "
+                "target_modules"
+            )
+        weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+    return HeadParameters(weight, bias)

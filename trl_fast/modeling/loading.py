@@ -1,0 +1,77 @@
+"""Models from names, and adapters onto models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def load_causal_lm(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
+    """Loads a causal language model by hub name or folder; float32 unless `dtype` says otherwise, as TRL does.
+
+    Raises:
+        ValueError: dtype is none of auto, bfloat16, float16, float32 or a torch.dtype.
+    """
+    dtype = init_kwargs.get("dtype", "float32")
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {_DTYPES} or a torch.dtype, got {dtype!r}")
+    init_kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if "device_map" not in init_kwargs:
+        init_kwargs["device_map"] = "auto" if torch.cuda.is_available() else None
+    config = AutoConfig.from_pretrained(
+        name_or_path,
+        trust_remote_code=init_kwargs.get("trust_remote_code", False),
+        revision=init_kwargs.get("revision") or "main",
+    )
+    if getattr(config, "vision_config", None) is not None:
+        raise ValueError(f"model {name_or_path!r} is a vision-language model; only text models are supported so far")
+    return AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether bitsandbytes holds the weights in 4 or 8 bits."""
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model inside, where adapters were put on."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """Puts a fresh adapter on a model. On a quantised one its weights become bfloat16 (QLoRA, arXiv 2305.14314).
+
+    Raises:
+        TypeError: peft_config is no PeftConfig.
+        ValueError: the model has an adapter already, or the method prepends virtual tokens.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "peft_config: the model is a PeftModel already; merge its adapter first (model.merge_and_unload()), or "
+            "leave peft_config out to train the adapter that it has"
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config: {type(peft_config).__name__} prepends virtual tokens, which is not supported; use LoRA"
+        )
+    adapted = get_peft_model(model, peft_config)
+    if is_quantized(model):
+        for name, parameter in adapted.named_parameters():
+            # DoRA's magnitudes take steps too small for bfloat16.
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return adapted
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Sets every dropout's probability to zero."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0

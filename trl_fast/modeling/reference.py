@@ -1,0 +1,111 @@
+"""The reference policy: another model, the same one without its adapter, or numbers computed beforehand."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from datasets.fingerprint import Hasher
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from .loading import load_causal_lm
+
+REFERENCE_ADAPTER = "ref"
+
+
+def copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy of the policy as it is now.
+
+    TRL loads the policy's checkpoint once more, and so loses what was changed since; a copy is what is meant. Only a
+    model that accelerate spread over devices is loaded again: its hooks point at the original's modules.
+    """
+    spread = len(set(getattr(model, "hf_device_map", None) or {"": 0}.values())) > 1
+    if spread:
+        reference = load_causal_lm(model.config._name_or_path, dtype=model.dtype)
+    else:
+        reference = copy.deepcopy(model)
+    return freeze(reference)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Evaluation mode, no gradients, no checkpointing; returns the model."""
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()
+    return model.eval().requires_grad_(False)
+
+
+def copy_adapter_as_reference(model: PeftModel) -> None:
+    """Freezes a copy of the adapter that a model came with, under the name "ref", as its reference policy."""
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                twin = model.get_parameter(name.replace(".default.", f".{REFERENCE_ADAPTER}."))
+                twin.copy_(parameter)
+                twin.requires_grad_(False)
+
+
+@contextmanager
+def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[None]:
+    """Within, the model is its reference: the named adapter, else "ref" if there is one, else no adapter at all."""
+    name = adapter or (REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
+    if name is None:
+        with model.disable_adapter():
+            yield
+        return
+    active = model.active_adapter
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+        # set_adapter makes whatever it activates trainable and freezes the rest.
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def reference_scope(model: torch.nn.Module, adapter: str | None = None):
+    """`adapter_reference` for a PeftModel; nothing for others."""
+    return adapter_reference(model, adapter) if isinstance(model, PeftModel) else nullcontext()
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of names, dtypes and values of every parameter: the key under which reference scores are cached."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_reference_columns(
+    dataset: Dataset,
+    key: tuple,
+    compute: Callable[[], tuple[list[float], list[float]]],
+    is_main_process: bool,
+    wait: Callable[[], None],
+) -> Dataset:
+    """`dataset` with ref_chosen_logps and ref_rejected_logps, computed once and cached on disk beside it.
+
+    `key` is all that the numbers depend on besides the dataset. A dataset without files is cached under the folder
+    that datasets uses for such.
+    """
+    fingerprint = Hasher.hash((dataset._fingerprint, key))
+    cache_file = dataset._get_cache_file_path(fingerprint)
+    if not os.path.exists(cache_file):
+        chosen, rejected = compute()
+        if is_main_process:
+            columns = Dataset.from_dict({"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
+            os.makedirs(os.path.dirname(cache_file), exist_ok=True)
+            columns.map(lambda row: row, cache_file_name=cache_file, desc="Caching reference log-probs")
+        wait()
+    return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)

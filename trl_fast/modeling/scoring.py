@@ -1,0 +1,202 @@
+"""From a token batch to token scores: the backbone runs on the batch, only scored positions reach the head."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from trl_fast.data.packing import TokenBatch, pack_trees
+from trl_fast.data.trees import Tree
+from trl_fast.ops import TokenScores, linear_logprob, selective_log_softmax_and_entropy
+
+from .attention import packed_inputs
+from .head import head_parameters, head_transform
+
+# How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """What a call of the model is asked for instead of logits.
+
+    score_positions (N,): flat positions whose hidden states predict targets (N,).
+    """
+
+    score_positions: torch.Tensor
+    targets: torch.Tensor
+    outputs: tuple[str, ...]
+    temperature: float = 1.0
+    backend: str | None = None
+    workspace_bytes: int | None = None
+
+
+@dataclass
+class ModelScores:
+    """Token scores, and the load-balancing loss (0-d) of a mixture of experts where it was asked for."""
+
+    tokens: TokenScores
+    aux_loss: torch.Tensor | None = None
+
+
+def attach_scoring(model: PreTrainedModel) -> None:
+    """Lets `model(..., scoring=ScoringRequest)` return ModelScores; without that keyword nothing changes.
+
+    It is the model's forward that is wrapped, so that whatever wraps the model (autocast, DDP, PEFT) stays in the way.
+    """
+    if hasattr(model, "trl_fast_fused_head"):
+        return
+    original = model.forward
+    model.trl_fast_fused_head = True
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: object, scoring: ScoringRequest | None = None, **kwargs: object):
+        if scoring is None:
+            return original(*args, **kwargs)
+        if not self.trl_fast_fused_head:
+            return _score_logits(original, scoring, *args, **kwargs)
+        return _score_hidden(self, scoring, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _score_hidden(
+    model: PreTrainedModel, scoring: ScoringRequest, *args: object, labels: None = None, **kwargs: object
+) -> ModelScores:
+    router = kwargs.get("output_router_logits")
+    output = model.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+    hidden = output.last_hidden_state
+    selected = hidden.reshape(-1, hidden.shape[-1])[scoring.score_positions]
+    weight, bias = head_parameters(model)
+    softcap, logit_scale = head_transform(model.config)
+    tokens = linear_logprob(
+        selected.to(weight.device),
+        weight,
+        scoring.targets.to(weight.device),
+        bias=bias,
+        temperature=scoring.temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        outputs=scoring.outputs,
+        workspace_bytes=scoring.workspace_bytes,
+        backend=scoring.backend,
+    )
+    mask = kwargs.get("attention_mask")
+    mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    return ModelScores(tokens, _aux_loss(model, output.router_logits, mask) if router else None)
+
+
+def _aux_loss(model: PreTrainedModel, router_logits: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The family's own load-balancing loss; it stands in the module of the model's class."""
+    config = model.config.get_text_config()
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if function is None:
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as function
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return function(router_logits, experts, config.num_experts_per_tok, attention_mask)
+
+
+def _score_logits(forward, scoring: ScoringRequest, *args: object, **kwargs: object) -> ModelScores:
+    """The slow path, for heads that we do not understand: the model's own logits, at the scored positions."""
+    output = forward(*args, **{**kwargs, "use_cache": False, "labels": None})
+    logits = output.logits.reshape(-1, output.logits.shape[-1])[scoring.score_positions]
+    logprobs, entropy = selective_log_softmax_and_entropy(
+        logits, scoring.targets, temperature=scoring.temperature, backend=scoring.backend
+    )
+    with torch.no_grad():
+        tempered = logits.float() / scoring.temperature
+        tokens = TokenScores(
+            logprobs=logprobs,
+            entropy=entropy,
+            log_sum_sq_probs=torch.logsumexp(2 * tempered.log_softmax(-1), -1),
+            mean_logits=tempered.mean(-1),
+            is_top1=tempered.argmax(-1) == scoring.targets,
+        )
+    return ModelScores(tokens, getattr(output, "aux_loss", None))
+
+
+def model_inputs(batch: TokenBatch) -> dict[str, object]:
+    """The keywords under which a model's forward takes a batch."""
+    inputs: dict[str, object] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if batch.sequence_lengths is None:
+        return {**inputs, "attention_mask": batch.attention_mask}
+    return {**inputs, **packed_inputs(batch.sequence_lengths, batch.input_ids)}
+
+
+def score(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    *,
+    outputs: tuple[str, ...] = ("logprobs",),
+    temperature: float = 1.0,
+    backend: str | None = None,
+    workspace_bytes: int | None = None,
+    **model_kwargs: object,
+) -> ModelScores:
+    """Scores the tokens of a batch. `model` had `attach_scoring`, and may be wrapped since (PEFT, DDP, autocast).
+
+    The arguments are those of `ops.linear_logprob`; `model_kwargs` go to the model's forward.
+    """
+    request = ScoringRequest(batch.score_positions, batch.targets, outputs, temperature, backend, workspace_bytes)
+    return model(**model_inputs(batch), scoring=request, **model_kwargs)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found: the largest differences in nats a token; infinite where a run failed."""
+
+    fused_error: float
+    packed_error: float
+    tolerance: float
+
+    @property
+    def fused_ok(self) -> bool:
+        return self.fused_error <= self.tolerance
+
+    @property
+    def packed_ok(self) -> bool:
+        return self.packed_error <= self.tolerance
+
+
+def verify(model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) -> Verdict:
+    """Compares our scores of a few short sequences with the model's own logits.
+
+    TRL trusts the config to tell what a head does to its logits; a model with a transform that nobody knew is then
+    silently trained on another policy. The same goes for architectures that mix the sequences of a packed row.
+    """
+    device = model.get_input_embeddings().weight.device
+    trees = [Tree(ids[:1], [ids[1:]]) for ids in sequences]
+    alone = [pack_trees([tree], "padded", 0).to(device) for tree in trees]
+    with _evaluating(model):
+        own = torch.cat([_own_logprobs(model, batch) for batch in alone])
+        fused = torch.cat([score(model, batch).tokens.logprobs for batch in alone])
+        fused_error = (fused - own).abs().max().item()
+        packed_error = float("inf")
+        if packed:
+            together = score(model, pack_trees(trees, "packed", 0).to(device)).tokens.logprobs
+            packed_error = (together - fused).abs().max().item()
+    return Verdict(fused_error, packed_error, _TOLERANCE.get(model.dtype, 2e-3))
+
+
+def _own_logprobs(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+    return logits[batch.score_positions].log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)

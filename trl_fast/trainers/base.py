@@ -1,0 +1,274 @@
+"""What all trainers do alike: models and tokenizers from names, metrics, evaluation, saving, resuming."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_fast.data.packing import TokenBatch
+from trl_fast.modeling.attention import supports_packed, use_segment_attention
+from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, load_causal_lm
+from trl_fast.modeling.scoring import attach_scoring, verify
+
+from .base_config import BaseConfig, deprecated
+from .metrics import MetricBuffer
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 12
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Makes sure, before any work is done, that its result can be written.
+
+    Raises:
+        ValueError: the folder cannot be made or written to.
+    """
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={output_dir!r} cannot be written to ({error.strerror or error}); choose another folder or "
+            "change its permissions"
+        ) from error
+
+
+def older_tokenizer_name(
+    owner: str, processing_class: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """`processing_class`, or what came under its older name `tokenizer`.
+
+    Raises:
+        ValueError: both were given.
+    """
+    if tokenizer is None:
+        return processing_class
+    if processing_class is not None:
+        raise ValueError("tokenizer and processing_class mean the same; give only processing_class")
+    deprecated(owner, "tokenizer", "it works; processing_class is the present name.")
+    return tokenizer
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end; one that was cut off has no trainer state."""
+    found = [
+        path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.split("-")[-1].isdigit() and (path / TRAINER_STATE_NAME).is_file()
+    ]
+    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
+
+
+class BaseTrainer(Trainer):
+    """`transformers.Trainer` on token batches; each subclass brings its data and its loss."""
+
+    method = ""
+    config_class = BaseConfig
+
+    def resolve_config(self, args: object | None, model: str | PreTrainedModel) -> BaseConfig:
+        """The trainer's own config: from `args`, or with defaults and an output folder named after the model."""
+        if args is None:
+            name = model if isinstance(model, str) else base_model(model).config._name_or_path
+            args = self.config_class(f"{(name or 'model').rstrip('/').split('/')[-1]}-{self.method.upper()}")
+        args = self.config_class.from_any(args)
+        check_output_dir(args.output_dir)
+        return args
+
+    def resolve_model(
+        self, model: str | PreTrainedModel | PeftModel, args: BaseConfig, quantization_config: object | None
+    ) -> PreTrainedModel | PeftModel:
+        """The model to train, loaded if it is given by name."""
+        # Adapters start from random weights, so the seed comes before everything.
+        set_seed(args.seed)
+        if isinstance(model, str):
+            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            if quantization_config is not None:
+                options["quantization_config"] = quantization_config
+            if args.parallel_mode.name == "DISTRIBUTED":
+                options["device_map"] = None
+            return load_causal_lm(model, **options)
+        if args.model_init_kwargs:
+            logger.warning("model_init_kwargs is ignored: the model is an object that is loaded already.")
+        if quantization_config is not None:
+            raise ValueError("quantization_config needs a model given by name; this one is loaded already")
+        return model
+
+    def resolve_tokenizer(
+        self, processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel | PeftModel, args: BaseConfig
+    ) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded from the model's name if need be, with a pad token that the model agrees on."""
+        inner = base_model(model)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(
+                inner.config._name_or_path,
+                revision=(args.model_init_kwargs or {}).get("revision", "main"),
+                trust_remote_code=args.trust_remote_code,
+            )
+        if isinstance(processing_class, ProcessorMixin):
+            raise ValueError("processing_class is a processor of images; only text models are supported so far")
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
+        if args.pad_token is not None:
+            if args.pad_token not in processing_class.get_vocab():
+                raise ValueError(f"pad_token={args.pad_token!r} is not in the tokenizer's vocabulary")
+            processing_class.pad_token = args.pad_token
+        if processing_class.pad_token is None:
+            if processing_class.eos_token is None:
+                raise ValueError(
+                    "processing_class has neither a pad token nor an eos token; set tokenizer.pad_token to a token "
+                    "of its vocabulary"
+                )
+            processing_class.pad_token = processing_class.eos_token
+        inner.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        if inner.generation_config is not None:
+            inner.generation_config.pad_token_id = processing_class.pad_token_id
+        return processing_class
+
+    def adapt(
+        self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: BaseConfig
+    ) -> PreTrainedModel | PeftModel:
+        """The model with its adapter, scoring forward and dropout as the arguments ask."""
+        attach_scoring(base_model(model))
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
+        if isinstance(model, PeftModel) and args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        if args.disable_dropout:
+            disable_dropout(model)
+        return model
+
+    def choose_layout(self, model: PreTrainedModel, args: BaseConfig, sequences: list[list[int]]) -> str:
+        """The batch layout for a model, tried out on a few short sequences; and whether the fused head may be used.
+
+        Raises:
+            ValueError: batch_layout="packed" was asked for and cannot be.
+        """
+        possible, reason = supports_packed(model, args.max_length)
+        wanted = args.batch_layout in ("auto", "packed") and possible
+        before = model.config.get_text_config()._attn_implementation
+        if wanted:
+            use_segment_attention(model)
+        probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1]
+        verdict = verify(model, probes, packed=wanted)
+        if not verdict.fused_ok:
+            logger.warning(
+                f"{type(model).__name__}: the fused head's log-probs differ from the model's own by up to "
+                f"{verdict.fused_error:.3g} nats, so its logits are transformed in a way that its config does not "
+                "tell. Training goes on with the model's own logits, which is slower and takes more memory."
+            )
+            model.trl_fast_fused_head = False
+        if wanted and not verdict.packed_ok:
+            possible, reason = (
+                False,
+                f"its packed scores differ from the single ones by {verdict.packed_error:.3g} nats",
+            )
+        if possible and wanted:
+            return "packed"
+        if before is not None and wanted:
+            model.set_attn_implementation(before)
+        if args.batch_layout == "packed":
+            raise ValueError(f"batch_layout='packed' cannot be used: {reason}; use 'auto' or 'padded'")
+        if args.batch_layout == "auto":
+            logger.warning(f"batch_layout: using 'padded', because {reason}.")
+        return "padded"
+
+    def start(self, **kwargs: Any) -> None:
+        """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""
+        args = kwargs["args"]
+        if isinstance(kwargs["train_dataset"], IterableDataset):
+            # Dispatching would cut a batch object into parts and put them together again.
+            args.accelerator_config.dispatch_batches = False
+        super().__init__(**kwargs)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} does not run under nn.DataParallel, which is used when several GPUs are "
+                "visible to one process; start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        # The trainer divides the loss by the accumulation steps itself; no loss of ours does.
+        self.model_accepts_loss_kwargs = False
+        self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
+        self._tokens_seen = 0
+        base_model(self.model).add_model_tags(["trl_fast", self.method])
+
+    @staticmethod
+    def check_dataset_type(dataset: object, name: str) -> None:
+        """Raises ValueError if `dataset` is None, TypeError if it is no Dataset or IterableDataset of `datasets`."""
+        if dataset is None:
+            raise ValueError(f"{name} is required")
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise TypeError(f"{name}: expected a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
+
+    # ---- metrics
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval", as the model is."""
+        return "train" if self.model.training else "eval"
+
+    def record(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Keeps one micro-batch's (total, count) pairs until the next log."""
+        self._buffers[self.mode].add(metrics)
+
+    def count_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """num_tokens as a metric: all tokens trained on so far, by every process."""
+        if self.mode == "train":
+            self._tokens_seen += batch.num_tokens
+        device = batch.input_ids.device
+        # Every micro-batch enters with the running total, and the last one is what is logged, as in TRL.
+        return torch.tensor(float(self._tokens_seen), device=device), torch.tensor(1.0, device=device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics since the last log, with "eval_" before their names in evaluation."""
+        mode = self.mode
+        metrics = self._buffers[mode].pop(lambda pairs: self.accelerator.reduce(pairs, "sum"))
+        if "num_tokens" in metrics:
+            seen = torch.tensor(self._tokens_seen, dtype=torch.int64, device=self.accelerator.device)
+            metrics["num_tokens"] = self.accelerator.reduce(seen, "sum").item()
+        prefix = "eval_" if mode == "eval" else ""
+        logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
+        super().log(logs, start_time)
+
+    # ---- saving and resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """Trains. resume_from_checkpoint=True goes on from the newest checkpoint that is complete.
+
+        Raises:
+            ValueError: True was given and there is no such checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: no complete checkpoint in output_dir={self.args.output_dir!r}"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Writes README.md into the output folder: what was trained, from what, with which method."""
+        if not self.is_world_process_zero():
+            return
+        origin = base_model(self.accelerator.unwrap_model(self.model)).config._name_or_path
+        lines = ["---", "library_name: transformers", f"model_name: {model_name or Path(self.args.output_dir).name}"]
+        if origin and not os.path.isdir(origin):
+            lines.append(f"base_model: {origin}")
+        lines += ["tags:", "- trl_fast", f"- {self.method}", "---", ""]
+        lines += [f"# {model_name or Path(self.args.output_dir).name}", ""]
+        lines += [f"Trained from `{origin}` with {self.method.upper()} by trl_fast.", ""]
+        Path(self.args.output_dir, "README.md").write_text("\n".join(lines))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        self.create_model_card(Path(self.args.output_dir).name)
+        super()._save_checkpoint(model, trial)

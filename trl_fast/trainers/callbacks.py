@@ -1,0 +1,163 @@
+"""Callbacks: a progress bar with a table of metrics, and a reference that follows the policy."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_SHOWN_ROWS = 8
+
+
+def metrics_table(rows: list[dict[str, float]], title: str) -> Table:
+    """A table of logged metrics, one row a log. rows: what Trainer.log was given, plus "step"."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("metric", no_wrap=True)
+    for row in rows:
+        table.add_column(f"step {row['step']}", justify="right")
+    for name in names:
+        table.add_row(name, *(_number(row.get(name)) for row in rows))
+    return table
+
+
+def _number(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class RichProgressCallback(TrainerCallback):
+    """A progress bar for training and evaluation, with a table of the last logs under it.
+
+    Where the output is no terminal, each log is printed as one line instead.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.progress: Progress | None = None
+        self.live: Live | None = None
+        self.train_task = self.eval_task = None
+        self.rows: list[dict[str, float]] = []
+
+    def _show(self) -> None:
+        if self.live is not None:
+            self.live.update(Group(self.progress, metrics_table(self.rows[-_SHOWN_ROWS:], "metrics")))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Starts the bar."""
+        if not state.is_world_process_zero:
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=self.console)
+        self.train_task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        if self.console.is_terminal:
+            self.live = Live(self.progress, console=self.console, refresh_per_second=4)
+            self.live.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Moves the bar."""
+        if self.progress is not None:
+            self.progress.update(self.train_task, completed=state.global_step)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: object = None,
+        **kwargs: object,
+    ) -> None:
+        """Moves the evaluation's bar, which exists while an evaluation runs."""
+        if self.progress is None or not hasattr(eval_dataloader, "__len__"):
+            return
+        if self.eval_task is None:
+            self.eval_task = self.progress.add_task("evaluating", total=len(eval_dataloader))
+        self.progress.advance(self.eval_task)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Takes the evaluation's bar away."""
+        if self.progress is not None and self.eval_task is not None:
+            self.progress.remove_task(self.eval_task)
+            self.eval_task = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Shows a log."""
+        if not state.is_world_process_zero or not logs:
+            return
+        self.rows.append({"step": state.global_step, **logs})
+        if self.live is not None:
+            self._show()
+        else:
+            shown = "  ".join(f"{name} {_number(value)}" for name, value in logs.items())
+            self.console.print(f"step {state.global_step}: {shown}", highlight=False, soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Stops the bar and leaves the table of the first and the last logs."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+        self.progress = None
+        if self.rows and state.is_world_process_zero:
+            chosen = self.rows if len(self.rows) <= _SHOWN_ROWS else [*self.rows[:2], *self.rows[2 - _SHOWN_ROWS :]]
+            self.console.print(metrics_table(chosen, "training"))
+
+
+class SyncRefModelCallback(TrainerCallback):
+    """Lets the reference follow the policy: ref = (1 - alpha) ref + alpha policy. TR-DPO, arXiv 2404.09656, Eq. 6.
+
+    alpha is args.ref_model_mixup_alpha, the update comes every args.ref_model_sync_steps steps.
+    """
+
+    def __init__(self, ref_model: torch.nn.Module, accelerator: Accelerator | None) -> None:
+        self.ref_model = ref_model
+        self.accelerator = accelerator
+        if accelerator is not None and accelerator.distributed_type in (
+            DistributedType.DEEPSPEED,
+            DistributedType.FSDP,
+        ):
+            raise NotImplementedError(
+                "sync_ref_model=True does not work with sharded parameters (DeepSpeed, FSDP) yet"
+            )
+
+    @staticmethod
+    @torch.no_grad()
+    def sync_target_model(model: torch.nn.Module, target_model: torch.nn.Module, alpha: float) -> None:
+        """Moves each parameter of target_model towards model's by the share alpha."""
+        for target, source in zip(target_model.parameters(), model.parameters(), strict=True):
+            target.lerp_(source.to(target.dtype), alpha)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Updates the reference when its time has come."""
+        if state.global_step % args.ref_model_sync_steps == 0:
+            model = kwargs["model"]
+            model = self.accelerator.unwrap_model(model) if self.accelerator is not None else model
+            self.sync_target_model(model, self.ref_model, args.ref_model_mixup_alpha)
