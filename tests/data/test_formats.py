@@ -100,14 +100,15 @@ def test_template_arguments_may_be_missing_in_a_row():
     )
 
 
-def test_completion_starts_where_tokens_first_merge_over_the_boundary():
+@pytest.mark.parametrize("chosen, rejected", [("ue", "ack"), ("!", "ue"), ("ue", "!")])
+def test_completion_starts_where_tokens_first_merge_over_the_boundary(chosen, rejected):
     tokenizer = build_tokenizer()
-    dataset = Dataset.from_dict({"prompt": ["The sky is bl"], "chosen": ["ue"], "rejected": ["ack"]})
+    dataset = Dataset.from_dict({"prompt": ["The sky is bl"], "chosen": [chosen], "rejected": [rejected]})
     row = prepare_preference_dataset(dataset, tokenizer)[0]
     assert token_rows([row]) == token_rows(prepare_with_trl(dataset, tokenizer))
     assert tokenizer.decode(row["prompt_ids"]) == "The sky is"
-    assert tokenizer.decode(row["chosen_ids"]) == " blue" + EOS
-    assert tokenizer.decode(row["rejected_ids"]) == " black" + EOS
+    assert tokenizer.decode(row["chosen_ids"]) == " bl" + chosen + EOS
+    assert tokenizer.decode(row["rejected_ids"]) == " bl" + rejected + EOS
 
 
 @pytest.mark.parametrize("truncation_mode, kept", [("keep_start", [0, 2]), ("keep_end", [0, 1, 2])])

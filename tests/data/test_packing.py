@@ -70,7 +70,7 @@ def test_layouts_score_the_same_tokens_from_the_same_places(max_length, truncati
 
 @pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", [None, 1, 2, 5, 9, 13])
-@pytest.mark.parametrize("pad_to_multiple_of", [None, 8])
+@pytest.mark.parametrize("pad_to_multiple_of", [None, 8, 9])
 def test_collator_equals_trls(max_length, truncation_mode, pad_to_multiple_of):
     rows = random_pairs(15, seed=4, empty_prompts=True)
     options = dict(

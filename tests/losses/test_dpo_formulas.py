@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,16 @@ def test_a_batch_without_scored_tokens_gives_finite_numbers():
     loss, metrics = run(batch, scores, scores.logprobs, config)
     assert loss.isfinite()
     assert all(metric.mean().isfinite() for metric in metrics.values())
+
+
+def test_nothing_waits_for_the_device():
+    """Meta tensors have no values: reading one on the host, or a shape that depends on one, raises."""
+    batch, scores, references = make_problem()
+    scores = SimpleNamespace(**{name: value.to("meta") for name, value in vars(scores).items()})
+    losses = [name for name in PAIR_LOSSES if not name.startswith("aot")]
+    config = DPOLossConfig(losses, label_smoothing=EPS, ld_alpha=0.5, use_weighting=True)
+    loss, metrics = run(batch.to("meta"), scores, references.to("meta"), config)
+    assert loss.device.type == metrics["entropy"].mean().device.type == "meta"
 
 
 @pytest.mark.parametrize(
