@@ -22,10 +22,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Measured:
-    """What a call returned and how many bytes of tensors were alive at its peak, beyond those alive at its start."""
+    """What a call returned and how many bytes of tensors were alive at its peak, beyond those alive at its start.
+
+    operators: names of the operators that ran, on the CPU ("aten::mm", "trl_fast::row_scores").
+    """
 
     result: Any
     peak_bytes: int
+    operators: frozenset[str] = frozenset()
 
 
 def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu") -> Measured:
@@ -40,9 +44,9 @@ def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu"
         return Measured(result, torch.cuda.max_memory_allocated(device) - start)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = profiler.profiler.kineto_results.events()
     live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return Measured(result, peak)
+    return Measured(result, peak, frozenset(event.name() for event in events))

@@ -1,0 +1,1 @@
+"""The command line: `trl-fast dpo`, `trl-fast env`."""

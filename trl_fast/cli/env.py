@@ -1,0 +1,126 @@
+"""`trl-fast env`: what is installed, which kernels are loaded and from where, and why others are not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = (
+    "trl-fast",
+    "torch",
+    "triton",
+    "transformers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "trl",
+    "bitsandbytes",
+    "deepspeed",
+    "liger-kernel",
+    "kernels",
+    "vllm",
+)
+CPU_FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+
+
+def versions() -> list[tuple[str, str]]:
+    """(name, value) of the platform and of every package that matters."""
+    rows = [("platform", platform.platform()), ("python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return rows
+
+
+def binary_parts() -> list[tuple[str, str]]:
+    """(name, value) of the compiled extension and of the Triton kernels, with where they come from."""
+    rows = []
+    spec = importlib.util.find_spec("trl_fast._C")
+    if spec is None:
+        rows.append(("trl_fast._C", "not built"))
+    else:
+        from trl_fast.ops.backends import load_extension
+
+        loaded = load_extension()
+        rows.append(("trl_fast._C", str(spec.origin)))
+        if loaded.ok:
+            from trl_fast import _C
+
+            rows += [(f"  {name}", str(value)) for name, value in _C.build_info().items()]
+        else:
+            rows.append(("  does not load", loaded.reason))
+    kernels = importlib.util.find_spec("trl_fast.kernels")
+    places = list(kernels.submodule_search_locations or []) if kernels else []
+    rows.append(("trl_fast.kernels", ", ".join(places) or "not found"))
+    return rows
+
+
+def cpu_facts() -> list[tuple[str, str]]:
+    """(name, value) of the processor, as far as /proc tells."""
+    import torch
+
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = set(fields.get("flags", "").split())
+    return [
+        ("model", fields.get("model name", platform.processor() or platform.machine())),
+        ("cores, torch threads", f"{os.cpu_count()}, {torch.get_num_threads()}"),
+        ("instruction sets", " ".join(flag for flag in CPU_FLAGS if flag in flags) or "unknown"),
+        ("torch runs", torch.backends.cpu.get_cpu_capability()),
+        ("bfloat16 products in hardware", "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"),
+    ]
+
+
+def gpu_facts() -> list[tuple[str, str]]:
+    """(name, value) of every CUDA device that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [("GPU", f"none seen by torch (CUDA build: {torch.version.cuda or 'no'})")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        rows.append((f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"))
+    return rows
+
+
+def backends() -> list[tuple[str, str, str]]:
+    """(backend, yes or no, reason) for this machine's best device."""
+    import torch
+
+    from trl_fast.ops import backend_table
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [(row.backend, "yes" if row.ok else "no", row.reason) for row in backend_table(device)]
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the tables; the exit status."""
+    if arguments:
+        raise ValueError(f"trl-fast env takes no arguments, got {' '.join(arguments)}")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    sections = {
+        "versions": versions(),
+        "compiled parts": binary_parts(),
+        "backends": backends(),
+        "CPU": cpu_facts(),
+        "GPU": gpu_facts(),
+    }
+    for title, rows in sections.items():
+        table = Table(title=title, title_justify="left", show_header=False, min_width=60)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    return 0

@@ -1,0 +1,43 @@
+"""The entry point of `trl-fast`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from rich.console import Console
+
+COMMANDS = {
+    "dpo": "train with Direct Preference Optimization and its relatives",
+    "env": "print versions, backends with reasons, and facts about this machine",
+}
+
+
+def usage() -> str:
+    """The help text."""
+    lines = ["usage: trl-fast COMMAND [ARGUMENTS]", "", "commands:"]
+    lines += [f"  {name:8}{what}" for name, what in COMMANDS.items()]
+    return "\n".join([*lines, "", "trl-fast COMMAND --help lists a command's arguments."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; its exit status. Errors of the user's become one line, 1; wrong usage is 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"trl-fast: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"trl_fast.cli.{command}").main(rest)
+    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
+        if "--debug" in sys.argv:
+            raise
+        Console(stderr=True).print(f"trl-fast {command}: {error}", style="red", highlight=False, soft_wrap=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
