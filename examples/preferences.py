@@ -1,4 +1,4 @@
-"""Preference pairs from reasoning-gym tasks, whose answers can be checked: the right one chosen, a wrong one rejected."""
+"""Preference pairs from reasoning-gym tasks, which score answers: the right one is chosen, a wrong one rejected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TASKS = (
 
 
 def near_miss(answer: str, rng: random.Random) -> str:
-    """A wrong answer of the right kind: a number beside the right one; a word unreversed, or with letters exchanged."""
+    """A wrong answer of the right kind: a number near the right one; a word unreversed, or with letters exchanged."""
     if answer.lstrip("-").isdigit():
         return str(int(answer) + rng.choice([-20, -10, -3, -2, -1, 1, 2, 3, 10, 20]))
     if rng.random() < 0.5:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +48,12 @@ class _SourceTreeKernels:
     """
 
     @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> object:
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != "trl_fast.kernels":
             return None
-        return PathFinder.find_spec("kernels", [str(Path(__file__).resolve().parent.parent)])
+        spec = ModuleSpec(name, loader=None, is_package=True)
+        spec.submodule_search_locations = [str(Path(__file__).resolve().parent.parent / "kernels")]
+        return spec
 
 
 if not (Path(__file__).resolve().parent / "kernels").is_dir():

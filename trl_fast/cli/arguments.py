@@ -119,7 +119,8 @@ class TrlParser(HfArgumentParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.add_argument("--config", help="YAML file whose keys become defaults; flags win.")
         for action in self._actions:
-            if callable(action.type) and not action.choices:
+            # For report_to, "none" is a value of its own.
+            if callable(action.type) and not action.choices and action.dest != "report_to":
                 action.type = _none_or(action.type)
 
     def parse_args_and_config(
