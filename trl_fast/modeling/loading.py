@@ -16,6 +16,7 @@ def load_causal_lm(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: dtype is none of auto, bfloat16, float16, float32 or a torch.dtype.
+        OSError: there is no such model.
     """
     dtype = init_kwargs.get("dtype", "float32")
     if isinstance(dtype, str) and dtype not in _DTYPES:
@@ -23,11 +24,14 @@ def load_causal_lm(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
     init_kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if "device_map" not in init_kwargs:
         init_kwargs["device_map"] = "auto" if torch.cuda.is_available() else None
-    config = AutoConfig.from_pretrained(
-        name_or_path,
-        trust_remote_code=init_kwargs.get("trust_remote_code", False),
-        revision=init_kwargs.get("revision") or "main",
-    )
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path,
+            trust_remote_code=init_kwargs.get("trust_remote_code", False),
+            revision=init_kwargs.get("revision") or "main",
+        )
+    except OSError as error:
+        raise OSError(f"model {name_or_path!r} is no folder here and cannot be had from the hub: {error}") from error
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(f"model {name_or_path!r} is a vision-language model; only text models are supported so far")
     return AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)

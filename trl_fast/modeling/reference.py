@@ -35,7 +35,7 @@ def copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Evaluation mode, no gradients, no checkpointing; returns the model."""
-    if getattr(model, "is_gradient_checkpointing", False):
+    if getattr(model, "is_activation_checkpointing", False):
         model.gradient_checkpointing_disable()
     return model.eval().requires_grad_(False)
 

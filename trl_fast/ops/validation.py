@@ -86,17 +86,21 @@ def check_target_range(targets: torch.Tensor, vocab_size: int, name: str = "targ
         )
 
 
+class NotFiniteError(ValueError):
+    """NaN or infinity where numbers were expected."""
+
+
 def check_finite(hidden: torch.Tensor, name: str = "hidden") -> None:
     """With TRL_FAST_CHECK=1: no NaN or infinity in `hidden` (N, H).
 
     Raises:
-        ValueError: naming how many rows are not finite and the first of them.
+        NotFiniteError: naming how many rows are not finite and the first of them.
     """
     if not checks_requested():
         return
     bad = (~torch.isfinite(hidden).all(dim=-1)).nonzero()
     if bad.numel():
-        raise ValueError(
+        raise NotFiniteError(
             f"{name}: {bad.shape[0]} of {hidden.shape[0]} rows are not finite (NaN or infinity), first row "
             f"{int(bad[0, 0])}; the model has diverged: lower the learning rate, or check the input and the weights"
         )

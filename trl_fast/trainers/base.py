@@ -19,8 +19,10 @@ from trl_fast.data.packing import TokenBatch
 from trl_fast.modeling.attention import supports_packed, use_segment_attention
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, load_causal_lm
 from trl_fast.modeling.scoring import attach_scoring, verify
+from trl_fast.ops.validation import NotFiniteError
 
 from .base_config import BaseConfig, deprecated
+from .callbacks import TokenCounter
 from .metrics import MetricBuffer
 
 logger = logging.getLogger(__name__)
@@ -199,7 +201,8 @@ class BaseTrainer(Trainer):
         # The trainer divides the loss by the accumulation steps itself; no loss of ours does.
         self.model_accepts_loss_kwargs = False
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
-        self._tokens_seen = 0
+        self._tokens = TokenCounter()
+        self.add_callback(self._tokens)
         base_model(self.model).add_model_tags(["trl_fast", self.method])
 
     @staticmethod
@@ -209,6 +212,13 @@ class BaseTrainer(Trainer):
             raise ValueError(f"{name} is required")
         if not isinstance(dataset, (Dataset, IterableDataset)):
             raise TypeError(f"{name}: expected a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of one micro-batch, its gradients accumulated; a check that fails on the way names the step."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"step {self.state.global_step + 1}: {error}") from error
 
     # ---- metrics
 
@@ -224,17 +234,17 @@ class BaseTrainer(Trainer):
     def count_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """num_tokens as a metric: all tokens trained on so far, by every process."""
         if self.mode == "train":
-            self._tokens_seen += batch.num_tokens
+            self._tokens.seen += batch.num_tokens
         device = batch.input_ids.device
         # Every micro-batch enters with the running total, and the last one is what is logged, as in TRL.
-        return torch.tensor(float(self._tokens_seen), device=device), torch.tensor(1.0, device=device)
+        return torch.tensor(float(self._tokens.seen), device=device), torch.tensor(1.0, device=device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log, with "eval_" before their names in evaluation."""
         mode = self.mode
         metrics = self._buffers[mode].pop(lambda pairs: self.accelerator.reduce(pairs, "sum"))
         if "num_tokens" in metrics:
-            seen = torch.tensor(self._tokens_seen, dtype=torch.int64, device=self.accelerator.device)
+            seen = torch.tensor(self._tokens.seen, dtype=torch.int64, device=self.accelerator.device)
             metrics["num_tokens"] = self.accelerator.reduce(seen, "sum").item()
         prefix = "eval_" if mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in metrics.items()})

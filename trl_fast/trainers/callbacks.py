@@ -10,19 +10,35 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-_SHOWN_ROWS = 8
+# What a table's borders and padding take beside a column's text.
+_COLUMN_FRAME = 3
+_MOST_COLUMNS = 16
 
 
-def metrics_table(rows: list[dict[str, float]], title: str) -> Table:
-    """A table of logged metrics, one row a log. rows: what Trainer.log was given, plus "step"."""
+def metrics_table(rows: list[dict[str, float]], title: str, width: int) -> Table:
+    """A table of logged metrics, a column a log: as many of the last ones as fit, and the first for comparison.
+
+    rows: what Trainer.log was given, plus "step", oldest first. width: of the console, in characters.
+    """
+    rows = [*rows[:1], *rows[1:][-_MOST_COLUMNS:]]
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]
+    columns = [[f"step {row['step']}", *(_number(row.get(name)) for name in names)] for row in rows]
+    widths = [max(map(len, column)) + _COLUMN_FRAME for column in columns]
+    left = width - max(map(len, ["metric", *names])) - _COLUMN_FRAME - 1 - widths[0]
+    shown = [columns[0]]
+    for column, needed in zip(columns[:0:-1], widths[:0:-1], strict=True):
+        left -= needed
+        if left < 0:
+            break
+        shown.insert(1, column)
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("metric", no_wrap=True)
-    for row in rows:
-        table.add_column(f"step {row['step']}", justify="right")
-    for name in names:
-        table.add_row(name, *(_number(row.get(name)) for row in rows))
+    for column in shown:
+        table.add_column(column[0], justify="right", no_wrap=True)
+    for index, name in enumerate(names, start=1):
+        table.add_row(name, *(column[index] for column in shown))
     return table
 
 
@@ -47,7 +63,7 @@ class RichProgressCallback(TrainerCallback):
 
     def _show(self) -> None:
         if self.live is not None:
-            self.live.update(Group(self.progress, metrics_table(self.rows[-_SHOWN_ROWS:], "metrics")))
+            self.live.update(Group(self.progress, metrics_table(self.rows, "metrics", self.console.width)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -119,14 +135,35 @@ class RichProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Stops the bar and leaves the table of the first and the last logs."""
+        """Stops the bar and leaves the table."""
         if self.live is not None:
             self.live.stop()
             self.live = None
         self.progress = None
         if self.rows and state.is_world_process_zero:
-            chosen = self.rows if len(self.rows) <= _SHOWN_ROWS else [*self.rows[:2], *self.rows[2 - _SHOWN_ROWS :]]
-            self.console.print(metrics_table(chosen, "training"))
+            self.console.print(metrics_table(self.rows, "training", self.console.width))
+
+
+class TokenCounter(TrainerCallback, ExportableState):
+    """Counts the tokens that this process has trained on; checkpoints carry the count, and a resumed run goes on from it.
+
+    Of several processes the first one's count is saved, and each goes on from that.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def state(self) -> dict[str, dict]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"seen": self.seen}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Takes the count over from the checkpoint, if there is one."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved:
+            self.seen = saved["attributes"]["seen"]
 
 
 class SyncRefModelCallback(TrainerCallback):

@@ -79,7 +79,7 @@ class DPOTrainer(BaseTrainer):
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model)
         self.check_dataset_type(train_dataset, "train_dataset")
-        if ref_model is not None and ref_model is model:
+        if isinstance(model, torch.nn.Module) and ref_model is model:
             raise ValueError("ref_model is the very object of model; leave it out to use a copy of the policy")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)

@@ -1,0 +1,144 @@
+"""Bad input is met by name, before training starts."""
+
+import os
+import stat
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import trl_fast
+from support.models import tiny_model
+from support.tokenizer import build_tokenizer
+from support.training import color_pairs, make_trainer
+
+ROW = {"prompt": "a", "chosen": " b", "rejected": " c"}
+
+
+@pytest.fixture
+def build(model_path, tmp_path):
+    def build(arguments=None, **settings):
+        given = {"model": model_path, "train_dataset": color_pairs(4), **(arguments or {})}
+        return make_trainer(trl_fast, tmp_path, arguments=given, **settings)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"prompt": "a", "completion": "b"}], "'chosen' and 'rejected'"),
+        ([ROW, {**ROW, "chosen": ""}], "row 1.*chosen.*empty"),
+        ([ROW, {**ROW, "rejected": None}], "row 1.*rejected"),
+        ([{**ROW, "rejected": " b"}] * 3, "'chosen' equals 'rejected' in all 3 rows"),
+        ([], "no rows"),
+    ],
+)
+def test_datasets(rows, message, build):
+    columns = rows[0] if rows else ROW
+    dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+    with pytest.raises(ValueError, match=f"(?is){message}"):
+        build({"train_dataset": dataset})
+
+
+def test_some_identical_pairs_are_a_warning_with_a_count(build, caplog):
+    build({"train_dataset": Dataset.from_list([ROW, {**ROW, "rejected": " b"}, ROW])})
+    assert [r.message for r in caplog.records if "1 of 3" in r.message]
+
+
+def test_no_dataset_or_another_thing(build):
+    with pytest.raises(ValueError, match="train_dataset is required"):
+        build({"train_dataset": None})
+    with pytest.raises(TypeError, match="train_dataset.*got list"):
+        build({"train_dataset": [ROW]})
+    with pytest.raises(TypeError, match="eval.*got list"):
+        build({"eval_dataset": [ROW]})
+
+
+def test_a_tokenizer_without_pad_and_eos(build):
+    tokenizer = build_tokenizer(eos_token=None, pad_token=None)
+    with pytest.raises(ValueError, match="neither a pad token nor an eos token"):
+        build({"processing_class": tokenizer})
+    with pytest.raises(ValueError, match="pad_token='<none>'"), pytest.warns(FutureWarning):
+        build(pad_token="<none>")
+    tokenizer = build_tokenizer(pad_token=None)
+    build({"processing_class": tokenizer})
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_vocabularies_that_do_not_match(build, tokenizer):
+    small = tiny_model(vocab_size=len(tokenizer) - 40)
+    with pytest.raises(ValueError, match=f"(?s)vocab.*{len(tokenizer) - 40}"):
+        build({"model": small, "processing_class": tokenizer})
+    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [len(tokenizer) + 5]}]
+    with pytest.raises(ValueError, match=f"(?s)rejected_ids.*{len(tokenizer) + 5}"):
+        build({"train_dataset": Dataset.from_list(rows)})
+
+
+def test_models(build, model_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32")
+    with pytest.raises(ValueError, match="ref_model is the very object of model"):
+        build({"model": model, "ref_model": model})
+    with pytest.raises(OSError, match="no-such-model"):
+        build({"model": "no-such-model"})
+    with pytest.raises(ValueError, match="dtype.*float8"):
+        build(model_init_kwargs={"dtype": "float8"})
+    lora = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="PeftModel already"):
+        build({"model": get_peft_model(model, lora), "peft_config": lora})
+    with pytest.raises(ValueError, match="virtual tokens"):
+        build({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)})
+    with pytest.raises(TypeError, match="peft_config.*got dict"):
+        build({"peft_config": {"r": 4}})
+    with pytest.raises(ValueError, match="lora_dropout on the head"):
+        build({"peft_config": LoraConfig(target_modules=["lm_head"], lora_dropout=0.1)}, disable_dropout=False).train()
+    with pytest.raises(NotImplementedError, match="sync_ref_model=True"):
+        build({"peft_config": lora}, sync_ref_model=True)
+    with pytest.raises(ValueError, match="router_aux_loss_coef=0.1"):
+        build(router_aux_loss_coef=0.1)
+
+
+def test_tokenizer_given_twice_or_of_another_kind(build, tokenizer):
+    with pytest.raises(ValueError, match="tokenizer and processing_class"):
+        build({"processing_class": tokenizer, "tokenizer": tokenizer})
+    with pytest.raises(TypeError, match="processing_class.*got str"):
+        build({"processing_class": "gpt2"})
+
+
+def test_a_layout_that_the_model_cannot_run(tmp_path, tokenizer):
+    model = tiny_model("mistral", vocab_size=len(tokenizer), sliding_window=16)
+    arguments = {"model": model, "processing_class": tokenizer, "train_dataset": color_pairs(4)}
+    with pytest.raises(ValueError, match="batch_layout='packed'.*sliding window of 16.*use 'auto' or 'padded'"):
+        make_trainer(trl_fast, tmp_path, arguments=arguments, batch_layout="packed")
+    trainer = make_trainer(trl_fast, tmp_path, arguments=arguments)
+    assert trainer.data_collator.layout == "padded"
+
+
+def test_an_output_folder_that_cannot_be_written(model_path, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    with pytest.raises(ValueError, match="output_dir=.*taken.*cannot be written to"):
+        make_trainer(trl_fast, taken / "run", arguments={"model": model_path, "train_dataset": color_pairs(4)})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_folder_without_permission(model_path, tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(ValueError, match="cannot be written to.*Permission"):
+        make_trainer(trl_fast, tmp_path / "run", arguments={"model": model_path, "train_dataset": color_pairs(4)})
+
+
+def test_nan_in_the_hidden_states_names_the_step(build, monkeypatch):
+    trainer = build()
+    with torch.no_grad():
+        trainer.model.model.norm.weight[0] = float("nan")
+    monkeypatch.setenv("TRL_FAST_CHECK", "1")
+    with pytest.raises(ValueError, match="step 1: hidden: .* not finite"):
+        trainer.train()
+
+
+def test_a_backend_that_cannot_serve_is_refused(build):
+    with pytest.raises((ValueError, RuntimeError), match="triton"):
+        build(head_backend="triton").train()

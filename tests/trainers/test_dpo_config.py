@@ -1,0 +1,156 @@
+"""DPOConfig: TRL's fields and defaults, older names, and values that are refused."""
+
+import dataclasses
+import warnings
+
+import pytest
+import trl
+from transformers import TrainingArguments
+
+import trl_fast
+from support.training import color_pairs, make_trainer
+
+CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+def test_every_field_of_trl_is_there_with_its_default(tmp_path):
+    theirs = trl.DPOConfig(str(tmp_path), **CPU)
+    ours = trl_fast.DPOConfig(str(tmp_path), **CPU)
+    different = {"pad_to_multiple_of"}  # "auto" there means a multiple that tensor cores like; here no padding at all
+    for field in dataclasses.fields(theirs):
+        if field.init and field.name not in different:
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+
+
+def test_bf16_is_on_where_the_machine_has_it_and_off_with_one_line_elsewhere(tmp_path, monkeypatch, caplog):
+    module = "trl_fast.trainers.base_config.machine_has_bf16"
+    monkeypatch.setattr(module, lambda: True)
+    assert trl_fast.DPOConfig(str(tmp_path), use_cpu=True).bf16 is True
+    assert trl_fast.DPOConfig(str(tmp_path), use_cpu=True, bf16=False).bf16 is False
+    assert not caplog.records
+    monkeypatch.setattr(module, lambda: False)
+    assert trl_fast.DPOConfig(str(tmp_path), use_cpu=True).bf16 is False
+    assert [r.message for r in caplog.records] == [
+        "This machine has no bfloat16 hardware: training in float32 (bf16=False)."
+    ]
+
+
+OLDER = {
+    "label_pad_token_id": -100,
+    "padding_value": 0,
+    "use_logits_to_keep": True,
+    "base_model_attribute_name": "model",
+    "use_liger_loss": True,
+    "force_use_ref_model": True,
+    "generate_during_eval": False,
+    "max_prompt_length": 8,
+    "max_completion_length": 8,
+    "reference_free": True,
+    "ref_model_init_kwargs": {"dtype": "float32"},
+    "model_adapter_name": "default",
+    "ref_adapter_name": "default",
+    "rpo_alpha": 0.5,
+    "truncation_mode": "keep_end",
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_an_older_name_gives_one_line_and_no_error(name, tmp_path):
+    with pytest.warns(FutureWarning, match=name) as record:
+        trl_fast.DPOConfig(str(tmp_path), **CPU, **{name: OLDER[name]})
+    assert sum("older TRL" in str(warning.message) for warning in record) == 1
+
+
+def test_rpo_alpha_became_a_loss(tmp_path):
+    with pytest.warns(FutureWarning):
+        config = trl_fast.DPOConfig(str(tmp_path), **CPU, loss_type="ipo", rpo_alpha=0.5)
+    assert config.loss_type == ["ipo", "sft"] and config.loss_weights == [1.0, 0.5]
+
+
+def test_padding_free_is_the_packed_layout(tmp_path):
+    assert trl_fast.DPOConfig(str(tmp_path), **CPU, padding_free=True).batch_layout == "packed"
+    with pytest.raises(ValueError, match="padding_free=True contradicts batch_layout='padded'"):
+        trl_fast.DPOConfig(str(tmp_path), **CPU, padding_free=True, batch_layout="padded")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"loss_type": ["sigmoyd"]}, "loss_type.*sigmoyd"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
+        ({"label_smoothing": 1.7}, "label_smoothing.*1.7"),
+        ({"ld_alpha": 1.5}, "ld_alpha.*1.5"),
+        ({"beta": -0.1}, "beta.*-0.1"),
+        ({"f_divergence_type": "backward_kl"}, "f_divergence_type.*backward_kl"),
+        ({"truncation_mode": "keep_middle"}, "truncation_mode.*keep_middle"),
+        ({"batch_layout": "tight"}, "batch_layout.*tight"),
+        ({"max_length": 0}, "max_length.*0"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model.*precompute_ref_log_probs"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"tools": ["search"]}, "tools.*column"),
+    ],
+)
+def test_values_that_are_refused(settings, message, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with pytest.raises(ValueError, match=message):
+            trl_fast.DPOConfig(str(tmp_path), **CPU, **settings)
+
+
+def test_activation_offloading_is_refused_by_name(tmp_path):
+    with pytest.raises(NotImplementedError, match="activation_offloading=True"):
+        trl_fast.DPOConfig(str(tmp_path), **CPU, activation_offloading=True)
+
+
+def test_trls_own_config_is_accepted(tmp_path, model_path):
+    config = trl.DPOConfig(str(tmp_path), **CPU, beta=0.3, loss_type=["ipo"], max_length=77)
+    trainer = trl_fast.DPOTrainer(model_path, args=config, train_dataset=color_pairs(4))
+    assert isinstance(trainer.args, trl_fast.DPOConfig)
+    assert (trainer.args.beta, trainer.args.loss_type, trainer.args.max_length) == (0.3, ["ipo"], 77)
+    with pytest.raises(TypeError, match="expected a DPOConfig, got dict"):
+        trl_fast.DPOTrainer(model_path, args={"beta": 0.3}, train_dataset=color_pairs(4))
+    plain = TrainingArguments(str(tmp_path), **CPU)
+    assert trl_fast.DPOTrainer(model_path, args=plain, train_dataset=color_pairs(4)).args.beta == 0.1
+
+
+def test_older_ways_of_writing_a_script(model_path, tokenizer, tmp_path):
+    with pytest.warns(FutureWarning, match="`tokenizer`"):
+        trainer = make_trainer(
+            trl_fast,
+            tmp_path,
+            arguments={
+                "model": model_path,
+                "ref_model": model_path,
+                "tokenizer": tokenizer,
+                "train_dataset": color_pairs(8),
+            },
+            max_prompt_length=4,
+            max_completion_length=5,
+            max_steps=1,
+        )
+    assert trainer.processing_class is tokenizer
+    assert max(len(row["prompt_ids"]) for row in trainer.train_dataset) == 4
+    assert max(len(row["chosen_ids"]) for row in trainer.train_dataset) == 5
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_reference_free_compares_with_nothing(model_path, tmp_path):
+    with pytest.warns(FutureWarning, match="reference_free"):
+        trainer = make_trainer(
+            trl_fast,
+            tmp_path,
+            arguments={"model": model_path, "train_dataset": color_pairs(8)},
+            reference_free=True,
+            max_steps=1,
+        )
+    assert trainer.ref_model is None
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["rewards/chosen"] == pytest.approx(0.1 * log["logps/chosen"], rel=1e-5)
+
+
+def test_no_arguments_at_all(model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = trl_fast.DPOTrainer(model_path, train_dataset=color_pairs(4))
+    assert trainer.args.output_dir.endswith("-DPO") and (tmp_path / trainer.args.output_dir).is_dir()
