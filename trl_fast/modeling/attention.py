@@ -75,12 +75,12 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
     """
     config = model.config.get_text_config()
     name = type(model).__name__
+    if getattr(config, "attn_logit_softcapping", None):
+        return False, f"{name} caps its attention logits, which SDPA cannot"
     if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
         return False, f"{name} does not take its attention function from transformers' AttentionInterface"
     if config._attn_implementation not in _REPLACEABLE:
         return False, f"attn_implementation={config._attn_implementation!r} was chosen, which takes no segments"
-    if getattr(config, "attn_logit_softcapping", None):
-        return False, f"{name} caps its attention logits, which SDPA cannot"
     if getattr(config, "alibi", False):
         return False, f"{name} has ALiBi position biases"
     kinds = set(getattr(config, "layer_types", None) or ())

@@ -145,9 +145,9 @@ class RichProgressCallback(TrainerCallback):
 
 
 class TokenCounter(TrainerCallback, ExportableState):
-    """Counts the tokens that this process has trained on; checkpoints carry the count, and a resumed run goes on from it.
+    """Counts the tokens that this process has trained on.
 
-    Of several processes the first one's count is saved, and each goes on from that.
+    Checkpoints carry the count and a resumed run goes on from it; of several processes, every one from the first's.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,58 @@
+"""Segment attention against a dense mask in float64, and which models may use it."""
+
+import pytest
+import torch
+
+from support.models import tiny_model
+from trl_fast.modeling.attention import segment_attention, supports_packed
+
+
+@pytest.mark.parametrize("lengths", [(5,), (1, 1), (3, 7, 2)])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_against_a_dense_mask(lengths, key_heads):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    query = torch.randn(1, 4, total, 8, generator=generator).requires_grad_()
+    key, value = (torch.randn(1, key_heads, total, 8, generator=generator).requires_grad_() for _ in range(2))
+    output, _ = segment_attention(None, query, key, value, None, scaling=0.3, sequence_lengths=lengths)
+
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = (segment[:, None] == segment[None, :]) & torch.ones(total, total).tril().bool()
+    k, v = (x.double().repeat_interleave(4 // key_heads, dim=1) for x in (key, value))
+    scores = (0.3 * query.double() @ k.transpose(-1, -2)).masked_fill(~mask, float("-inf"))
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+
+    weights = torch.randn(output.shape, generator=generator)
+    ours = torch.autograd.grad((output * weights).sum(), (query, key, value))
+    theirs = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted.to(got.dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "family, changes, max_length, reason",
+    [
+        ("llama", {}, 1024, None),
+        ("mistral", {"sliding_window": 64}, 1024, "sliding window of 64"),
+        ("mistral", {"sliding_window": 64}, 64, None),
+        ("mistral", {"sliding_window": 64}, None, "sliding window of 64"),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, 1024, None),
+        ("gemma2", {"sliding_window": 2048}, 1024, "caps its attention logits"),
+        ("bloom", {}, 1024, "AttentionInterface"),
+        ("mamba", {}, 1024, "AttentionInterface"),
+        ("gpt2", {}, 1024, None),
+    ],
+)
+def test_which_models_run_packed(family, changes, max_length, reason):
+    ok, why = supports_packed(tiny_model(family, **changes), max_length)
+    assert ok == (reason is None), why
+    if reason:
+        assert reason in why
+
+
+def test_a_chosen_attention_is_respected():
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    ok, why = supports_packed(model, 1024)
+    assert not ok and "flash_attention_2" in why
