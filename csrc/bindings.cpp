@@ -113,7 +113,7 @@ void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::op
 pybind11::dict build_info() {
   pybind11::dict info;
   info["isas"] = compiled_isas();
-  info["isa"] = row_kernels().isa;
+  info["isa"] = chosen_isa();
   info["compiler"] = __VERSION__;
   info["torch_version"] = TORCH_VERSION;
 #ifdef TRL_FAST_HAS_CUDA

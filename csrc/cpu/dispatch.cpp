@@ -41,26 +41,30 @@ const Candidate kCandidates[] = {
     {"default", &kRowKernelsDEFAULT, true},
 };
 
-const RowKernels& choose() {
+const Candidate& choose() {
   const char* forced = std::getenv("TRL_FAST_CPU_ISA");
   for (const Candidate& candidate : kCandidates) {
     if (forced && *forced) {
       if (std::string(forced) != candidate.name) continue;
       if (!candidate.runs) throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": this CPU lacks it");
-      return *candidate.kernels;
+      return candidate;
     }
-    if (candidate.runs) return *candidate.kernels;
+    if (candidate.runs) return candidate;
   }
   throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": unknown or not compiled; compiled are " +
                            compiled_isas());
 }
 
+const Candidate& chosen() {
+  static const Candidate& candidate = choose();
+  return candidate;
+}
+
 }  // namespace
 
-const RowKernels& row_kernels() {
-  static const RowKernels& chosen = choose();
-  return chosen;
-}
+const RowKernels& row_kernels() { return *chosen().kernels; }
+
+const char* chosen_isa() { return chosen().name; }
 
 const char* compiled_isas() {
   static const std::string names = [] {

@@ -10,8 +10,6 @@
 
 #define TRL_FAST_JOIN_(a, b) a##b
 #define TRL_FAST_JOIN(a, b) TRL_FAST_JOIN_(a, b)
-#define TRL_FAST_TEXT_(a) #a
-#define TRL_FAST_TEXT(a) TRL_FAST_TEXT_(a)
 
 namespace {
 
@@ -274,6 +272,6 @@ void grad_any(const GradArgs& args, int64_t begin, int64_t end) {
 namespace trl_fast {
 
 extern const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY);
-const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {TRL_FAST_TEXT(CPU_CAPABILITY), scores_any, grad_any};
+const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {scores_any, grad_any};
 
 }  // namespace trl_fast

@@ -62,7 +62,6 @@ struct GradArgs {
 
 // One instruction set's implementation; both work on rows [begin, end).
 struct RowKernels {
-  const char* isa;
   void (*scores)(const ScoreArgs&, int64_t begin, int64_t end);
   void (*grad)(const GradArgs&, int64_t begin, int64_t end);
 };
@@ -70,6 +69,9 @@ struct RowKernels {
 // The kernels for this machine: the best compiled instruction set that its CPU has, or the one that the environment
 // variable TRL_FAST_CPU_ISA (default, avx2, avx512) names. Throws std::runtime_error if that one cannot run.
 const RowKernels& row_kernels();
+
+// The name of the instruction set of row_kernels().
+const char* chosen_isa();
 
 // Names of the instruction sets that were compiled, separated by commas.
 const char* compiled_isas();

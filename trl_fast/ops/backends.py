@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from typing import NamedTuple
 
 import torch
 
 from .rows import register_fakes
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("triton", "cpp", "torch")
 OPS = ("linear_logprob", "linear_cross_entropy", "selective_log_softmax")
@@ -38,7 +41,16 @@ class BackendRow(NamedTuple):
 
 @functools.cache
 def load_extension() -> Support:
-    """Loads `trl_fast._C`, which registers the C++ ops; the reason says what is missing."""
+    """Loads `trl_fast._C`, which registers the C++ ops; the reason says what is missing, and so does one log line."""
+    support = _try_extension()
+    if support.ok:
+        register_fakes()
+    else:
+        logger.warning(f"{support.reason}. Until then everything runs in pure PyTorch, which is slower.")
+    return support
+
+
+def _try_extension() -> Support:
     if importlib.util.find_spec("trl_fast._C") is None:
         return Support(
             False,
@@ -48,8 +60,12 @@ def load_extension() -> Support:
         from trl_fast import _C
     except ImportError as error:
         return Support(False, f"the C++ extension does not load: {error}; rebuild it against this torch")
-    register_fakes()
-    return Support(True, f"compiled kernels, instruction set {_C.build_info()['isa']}")
+    info = _C.build_info()
+    if info["torch_version"].split(".")[:2] != torch.__version__.split(".")[:2]:
+        return Support(
+            False, f"the C++ extension was built against torch {info['torch_version']}; rebuild it against this torch"
+        )
+    return Support(True, f"compiled kernels, instruction set {info['isa']}")
 
 
 @functools.cache

@@ -1,0 +1,135 @@
+"""The C++ row kernels themselves: every instruction set against the reference, and as torch.library ops."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_fast.ops.backends import load_extension
+from trl_fast.ops.rows import row_grad_reference, row_scores_reference
+from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
+
+EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
+CPU_FLAGS = {
+    "default": (),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extension():
+    support = load_extension()
+    if not support.ok and not os.environ.get("CI"):
+        pytest.skip(support.reason)
+    assert support.ok, support.reason
+
+
+def rows(dtype, columns, transform):
+    """Logits with a row stride, an offset of 1e4, −inf and equal largest values; targets, bias, transform."""
+    generator = torch.Generator().manual_seed(columns)
+    logits = (4 * torch.randn(7, columns + 3, generator=generator)).to(dtype)[:, :columns]
+    logits[1] += 1e4 if dtype != torch.float16 else 1e3
+    logits[2, 1::2] = float("-inf")
+    logits[3] = 1.5
+    targets = torch.randint(0, columns, (7,), generator=generator)
+    bias = torch.randn(columns, generator=generator) if transform == "all" else None
+    return logits, targets, bias, ((0.5, 30.0, 1.25) if transform == "all" else (1.0, 0.0, 1.0))
+
+
+def compare(dtype, columns, transform):
+    """Both kernels against their references; each computes in float32 from the same logits."""
+    logits, targets, bias, constants = rows(dtype, columns, transform)
+    arguments = (logits, targets, bias, *constants)
+    got = torch.ops.trl_fast.row_scores(*arguments, EVERYTHING)
+    expected = row_scores_reference(*arguments, EVERYTHING)
+    exact = row_scores_reference(
+        logits.double(), targets, None if bias is None else bias.double(), *constants, EVERYTHING
+    )
+    torch.testing.assert_close(got[:6], expected[:6], rtol=2e-5, atol=2e-3, equal_nan=True)
+    torch.testing.assert_close(
+        (got[0].double() + got[6])[2:], exact[0].double()[2:], rtol=1e-6, atol=1e-6, equal_nan=True
+    )
+
+    coefficients = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    coefficients[1, ::3] = 0
+    lse = expected[0].contiguous()
+    wanted = torch.full_like(logits, float("nan"))
+    row_grad_reference(*arguments, lse, coefficients, 0, wanted)
+    out = logits.clone()
+    torch.ops.trl_fast.row_grad(out, *arguments[1:], lse, coefficients, 0, out)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(out, wanted, equal_nan=True, **tolerance)
+
+
+def compare_everything():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
+            for transform in ("none", "all"):
+                compare(dtype, columns, transform)
+
+
+def cpu_has(isa):
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return all(flag in flags for flag in CPU_FLAGS[isa])
+
+
+@pytest.mark.parametrize("isa", CPU_FLAGS)
+def test_every_instruction_set_of_this_machine(isa):
+    from trl_fast import _C
+
+    assert isa in _C.build_info()["isas"].split(",")
+    if not cpu_has(isa):
+        pytest.skip(f"this CPU has no {isa}: its kernels are compiled here, but not run")
+    program = (
+        "import test_cpp_rows as t; from trl_fast.ops.backends import load_extension as l; "
+        f"assert l().reason.endswith({isa!r}), l(); t.compare_everything()"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "TRL_FAST_CPU_ISA": isa, "PYTHONPATH": paths}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    program = "import trl_fast.ops.backends as b; b.load_extension()"
+    environment = {**os.environ, "TRL_FAST_CPU_ISA": "avx9"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode and "TRL_FAST_CPU_ISA=avx9" in result.stderr and "avx2" in result.stderr
+
+
+@pytest.mark.parametrize("transform", ["none", "all"])
+def test_opcheck(transform):
+    logits, targets, bias, constants = rows(torch.float32, 33, transform)
+    arguments = (logits, targets, bias, *constants)
+    torch.library.opcheck(torch.ops.trl_fast.row_scores, (*arguments, EVERYTHING))
+    lse = row_scores_reference(*arguments, 0)[0].contiguous()
+    out = torch.empty_like(logits)
+    torch.library.opcheck(torch.ops.trl_fast.row_grad, (*arguments, lse, torch.rand(4, 7), 0, out))
+
+
+def test_only_what_was_asked_for_is_computed():
+    logits, targets, bias, constants = rows(torch.float32, 33, "none")
+    got = torch.ops.trl_fast.row_scores(logits, targets, bias, *constants, MEAN_LOGITS)
+    assert not got[[0, 1, 4]].isnan().any() and got[[2, 3, 5]].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"logits": torch.zeros(7, 33, dtype=torch.float64)}, "logits"),
+        ({"logits": torch.zeros(33, 7).T}, "logits"),
+        ({"targets": torch.zeros(6, dtype=torch.int64)}, "targets"),
+        ({"targets": torch.full((7,), 33)}, "targets: row 0 is 33"),
+        ({"bias": torch.zeros(5)}, "bias"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    logits, targets, bias, constants = rows(torch.float32, 33, "none")
+    given = {"logits": logits, "targets": targets, "bias": bias, **change}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.trl_fast.row_scores(given["logits"], given["targets"], given["bias"], *constants, 0)
