@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import trl_fast
 from support.training import assert_same_logs, color_pairs, make_trainer
-from trl_fast.trainers.base import last_complete_checkpoint
+from trl_fast.trainers.base import newest_checkpoint
 
 LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
 
@@ -44,7 +44,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(peft, model_path, tmp_
     # A checkpoint whose writing was cut off has no trainer state yet.
     shutil.copytree(tmp_path / "run/checkpoint-4", tmp_path / "run/checkpoint-5")
     (tmp_path / "run/checkpoint-5/trainer_state.json").unlink()
-    assert last_complete_checkpoint(str(tmp_path / "run")).endswith("checkpoint-4")
+    assert newest_checkpoint(str(tmp_path / "run")).endswith("checkpoint-4")
 
     resumed = trainer_in(tmp_path / "run", model_path, peft=peft, save_strategy="steps")
     resumed.train(resume_from_checkpoint=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Sequence
@@ -66,8 +67,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit exclude each other; choose one")
-        # One module may stand for a pattern, such as all-linear.
-        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
+        # peft takes a lone string as a pattern that the whole name must match. TRL hands every lone module over so,
+        # and a plain name then matches nothing.
+        alone = isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1
+        if alone and re.search(r"all-linear|[\\*+?()\[\]|^$]", self.lora_target_modules[0]):
             self.lora_target_modules = self.lora_target_modules[0]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from trl_fast.trainers import DPOConfig, DPOTrainer, RichProgressCallback
+from trl_fast.trainers.base import newest_checkpoint
 
 from .arguments import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from .datasets import load_split
@@ -48,24 +51,28 @@ def make_trainer(script_args: ScriptArguments, training_args: DPOConfig, model_a
     return trainer
 
 
-def main(arguments: list[str]) -> int:
-    """Trains and saves; the exit status."""
-    console = Console()
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    """Everything that may fail for the user's input; what is returned trains, saves and gives the exit status."""
     script_args, training_args, model_args = make_parser().parse_args_and_config(arguments)
     trainer = make_trainer(script_args, training_args, model_args)
-    trainer.train(resume_from_checkpoint=_resume(training_args.resume_from_checkpoint))
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        console.print("Training completed.")
-        console.print(f"Model saved to {training_args.output_dir}.", soft_wrap=True)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    return 0
+    checkpoint = _resume(training_args)
+
+    def run() -> int:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(training_args.output_dir)
+        trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            Console().print(f"Model saved to {training_args.output_dir}.", soft_wrap=True)
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        return 0
+
+    return run
 
 
-def _resume(value: str | None) -> str | bool | None:
+def _resume(args: DPOConfig) -> str | None:
     """The flag gives text: a folder, or true for the newest checkpoint."""
-    if value is None or str(value).lower() in ("false", "none", ""):
+    value = str(args.resume_from_checkpoint or "")
+    if value.lower() in ("", "false", "none"):
         return None
-    return True if str(value).lower() == "true" else value
+    return newest_checkpoint(args.output_dir) if value.lower() == "true" else value

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -104,10 +105,15 @@ def backends() -> list[tuple[str, str, str]]:
     return [(row.backend, "yes" if row.ok else "no", row.reason) for row in backend_table(device)]
 
 
-def main(arguments: list[str]) -> int:
-    """Prints the tables; the exit status."""
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    """Refuses arguments; what is returned prints the tables."""
     if arguments:
         raise ValueError(f"trl-fast env takes no arguments, got {' '.join(arguments)}")
+    return print_environment
+
+
+def print_environment() -> int:
+    """Prints the tables; the exit status."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

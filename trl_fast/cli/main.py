@@ -21,7 +21,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; its exit status. Errors of the user's become one line, 1; wrong usage is 2."""
+    """Runs a command; its exit status. What is wrong with the user's input becomes one message, 1; wrong usage is 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -31,12 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"trl-fast: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"trl_fast.cli.{command}").main(rest)
-    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
-        if "--debug" in sys.argv:
-            raise
+        run = importlib.import_module(f"trl_fast.cli.{command}").prepare(rest)
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
         Console(stderr=True).print(f"trl-fast {command}: {error}", style="red", highlight=False, soft_wrap=True)
         return 1
+    return run()
 
 
 if __name__ == "__main__":

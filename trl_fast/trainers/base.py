@@ -63,14 +63,20 @@ def older_tokenizer_name(
     return tokenizer
 
 
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that was written to its end; one that was cut off has no trainer state."""
+def newest_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint that was written to its end; one that was cut off has no trainer state.
+
+    Raises:
+        ValueError: there is none.
+    """
     found = [
         path
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.split("-")[-1].isdigit() and (path / TRAINER_STATE_NAME).is_file()
     ]
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
+    if not found:
+        raise ValueError(f"resume_from_checkpoint=True: no complete checkpoint in output_dir={output_dir!r}")
+    return str(max(found, key=lambda path: int(path.name.split("-")[-1])))
 
 
 class BaseTrainer(Trainer):
@@ -259,11 +265,7 @@ class BaseTrainer(Trainer):
             ValueError: True was given and there is no such checkpoint.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"resume_from_checkpoint=True: no complete checkpoint in output_dir={self.args.output_dir!r}"
-                )
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:

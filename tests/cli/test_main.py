@@ -1,0 +1,85 @@
+"""The commands, as a person runs them."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trl_fast.cli.main import main
+
+SETTINGS = shlex.split(
+    "--per_device_train_batch_size 4 --max_steps 4 --logging_steps 1 --use_cpu true --bf16 false --report_to none "
+    "--dataloader_pin_memory false --learning_rate 1e-3"
+)
+
+
+def dpo(model_path, pairs_file, output_dir, *flags):
+    paths = ["--model_name_or_path", model_path, "--dataset_name", str(pairs_file), "--output_dir", str(output_dir)]
+    return main(["dpo", *paths, *SETTINGS, *flags])
+
+
+def test_env_prints_versions_backends_and_reasons(capsys):
+    assert main(["env"]) == 0
+    output = capsys.readouterr().out
+    for expected in (torch.__version__, "triton", "need a CUDA device", "pure PyTorch, always there", "torch threads"):
+        assert expected in output
+
+
+def test_dpo_trains_evaluates_saves_and_goes_on(model_path, pairs_file, tmp_path, capsys):
+    evaluation = ["--eval_strategy", "steps", "--eval_steps", "2", "--dataset_test_split", "train[:25%]"]
+    output_dir = tmp_path / "run"
+    assert dpo(model_path, pairs_file, output_dir, *evaluation, "--save_steps", "2") == 0
+    output = capsys.readouterr().out
+    for expected in ("rewards/margins", "eval_loss", "step 4", f"Model saved to {output_dir}"):
+        assert expected in output
+    trained = AutoModelForCausalLM.from_pretrained(output_dir)
+    start = AutoModelForCausalLM.from_pretrained(model_path)
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True))
+    assert {path.name for path in output_dir.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+    more = ["--resume_from_checkpoint", "true", "--max_steps", "5"]
+    assert dpo(model_path, pairs_file, output_dir, *more) == 0
+    output = capsys.readouterr().out
+    assert "step 5: loss" in output and "step 4: loss" not in output
+
+
+def test_dpo_with_lora_from_a_yaml_file(model_path, pairs_file, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model_name_or_path: {model_path}\ndataset_name: {pairs_file}\nuse_peft: true\nlora_r: 4\n"
+        f"lora_target_modules: [q_proj]\noutput_dir: {tmp_path / 'run'}\nloss_type: [ipo]\n"
+    )
+    assert main(["dpo", "--config", str(config), *SETTINGS]) == 0
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--dataset_name", "nothing.jsonl"], "dataset_name='nothing.jsonl'"),
+        (["--loss_type", "sigmoyd"], "sigmoyd"),
+        (["--model_name_or_path", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_an_error_is_one_line_and_status_1(flags, message, model_path, pairs_file, tmp_path, capsys):
+    assert dpo(model_path, pairs_file, tmp_path / "run", *flags) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-fast dpo:")]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_usage(capsys):
+    assert main([]) == 2
+    assert "dpo" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert main(["dance"]) == 2
+    assert "unknown command 'dance'" in capsys.readouterr().err
+
+
+def test_the_installed_command_runs():
+    command = os.path.join(os.path.dirname(sys.executable), "trl-fast")
+    result = subprocess.run([command, "dpo", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "--loss_type" in result.stdout

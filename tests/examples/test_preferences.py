@@ -1,0 +1,47 @@
+"""The demo's pairs and its real model."""
+
+import pytest
+import reasoning_gym
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.preferences import TASKS, Task, preference_pairs
+from examples.smollm2 import gguf_file, smollm2_folder
+
+
+def test_pairs_are_right_and_wrong_by_the_tasks_own_score():
+    data = preference_pairs(24, 9, seed=3)
+    assert (len(data["train"]), len(data["test"])) == (24, 9)
+    sources = {task.name: reasoning_gym.create_dataset(task.name, size=700, seed=3, **task.settings) for task in TASKS}
+    entries = {(name, entry["question"].strip()): entry for name, source in sources.items() for entry in source}
+    for row in [*data["train"], *data["test"]]:
+        question = row["prompt"][-1]["content"]
+        entry = entries[row["task"], question]
+        assert sources[row["task"]].score_answer(row["chosen"][0]["content"], entry) == 1.0
+        assert sources[row["task"]].score_answer(row["rejected"][0]["content"], entry) < 1.0
+
+
+def test_no_question_is_in_both_splits_and_the_seed_decides():
+    data = preference_pairs(24, 9, seed=3)
+    questions = [{row["prompt"][-1]["content"] for row in data[split]} for split in ("train", "test")]
+    assert len(questions[0]) == 24 and not questions[0] & questions[1]
+    assert preference_pairs(24, 9, seed=3)["train"][:] == data["train"][:]
+    assert preference_pairs(24, 9, seed=4)["train"][:] != data["train"][:]
+
+
+def test_too_many_pairs_are_refused_by_name():
+    few = Task("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 3})
+    with pytest.raises(ValueError, match="task 'gcd' has only . different questions, 60 were asked for"):
+        preference_pairs(60, 0, tasks=(few,))
+
+
+def test_the_real_model_says_something_sensible():
+    """SmolLM2-135M-Instruct, converted on the first call; the demo has done so before the tests in `.ci/run`."""
+    assert gguf_file().is_file()
+    folder = smollm2_folder()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+    assert tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
