@@ -21,7 +21,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; its exit status. What is wrong with the user's input becomes one message, 1; wrong usage is 2."""
+    """Runs a command; its exit status: 1 and one message for bad input, 2 for wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
