@@ -1,0 +1,36 @@
+"""The Triton row kernels: offsets beyond 32 bits, and what they compile to for GPUs that are not here."""
+
+import pytest
+import torch
+
+from benchmarks.kernel_report import KERNELS, TARGETS, compile_kernel, resources
+from support.triton_interpreter import interpreted_kernels
+from trl_fast.kernels import rows
+from trl_fast.ops.rows import row_grad_reference, row_scores_reference
+
+
+def test_offsets_beyond_32_bits():
+    """Three rows, 2³⁰ elements apart; only the pages that are touched take memory."""
+    stride, columns = 2**30, 40
+    storage = torch.empty(2 * stride + columns, dtype=torch.bfloat16)
+    logits = storage.as_strided((3, columns), (stride, 1))
+    logits.copy_(torch.randn(3, columns, generator=torch.Generator().manual_seed(0)))
+    targets, constants = torch.tensor([0, 7, 39]), (None, 1.0, 0.0, 1.0)
+    expected = row_scores_reference(logits, targets, *constants, 0)
+    with interpreted_kernels():
+        got = rows.row_scores(logits, targets, *constants, 0)
+        torch.testing.assert_close(got[:2], expected[:2])
+        wanted = torch.empty(3, columns, dtype=torch.bfloat16)
+        coefficients = torch.tensor([-1.0, 0.0, 1.0, 0.0])[:, None].expand(4, 3).contiguous()
+        row_grad_reference(logits, targets, *constants, expected[0], coefficients, 0, wanted)
+        rows.row_grad(logits, targets, *constants, expected[0], coefficients, 0, logits)
+        torch.testing.assert_close(logits, wanted)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.label)
+def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(kernel, target):
+    found = resources(compile_kernel(kernel, target), kernel.num_warps, target)
+    assert found.spill_bytes == 0
+    assert found.wide_loads > 0 and found.narrow_loads <= kernel.scalar_loads, found
+    assert found.registers * 32 * kernel.num_warps <= 65536
