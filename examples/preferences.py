@@ -23,7 +23,6 @@ class Task:
 TASKS = (
     Task("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 60}),
     Task("spell_backward", {"min_word_len": 4, "max_word_len": 7}),
-    Task("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
 )
 
 
