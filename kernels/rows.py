@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1 = 1, 2, 4, 8
-NUM_STATISTICS = 7
 # A block of 8 KiB is two 16-byte loads a thread; with twice that, the float32 scores spill on sm_80.
 BLOCK_BYTES, NUM_WARPS = 8192, 8
 
@@ -44,9 +43,10 @@ def row_scores_kernel(
     row_stride,
     targets,
     bias,
-    statistics,
-    statistic_stride,
+    state,
+    state_stride,
     num_columns,
+    column_offset,
     scale,
     softcap,
     inv_temperature,
@@ -58,17 +58,22 @@ def row_scores_kernel(
     WITH_TOP1: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row's statistics in one read: an online log-sum-exp, and the other sums relative to its running maximum."""
+    """Adds one row of a tile to its state in one read; the state's rows are those of `trl_fast.ops.rows`."""
     LOG2E: tl.constexpr = 1.4426950408889634
     index = tl.program_id(0).to(tl.int64)
     row = logits + index * row_stride
-    target = tl.load(targets + index)
-    top = -float("inf")
-    before = -float("inf")
-    s = 0.0
-    sx = 0.0
-    sq = 0.0
-    total = 0.0
+    target = tl.load(targets + index) - column_offset
+    state += index
+    top = tl.load(state).to(tl.float32)
+    s = tl.load(state + state_stride).to(tl.float32)
+    if WITH_ENTROPY:
+        sx = tl.load(state + 2 * state_stride).to(tl.float32)
+    if WITH_SQUARES:
+        sq = tl.load(state + 3 * state_stride).to(tl.float32)
+    if WITH_MEAN:
+        total = tl.load(state + 4 * state_stride).to(tl.float32)
+    if WITH_TOP1:
+        before = tl.load(state + 6 * state_stride).to(tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < num_columns
@@ -92,28 +97,22 @@ def row_scores_kernel(
             before = tl.maximum(before, tl.max(tl.where(columns < target, u, -float("inf")), 0))
         s = factor * s + tl.sum(e, 0)
         top = new_top
-    z = tl.load(row + target).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias + target).to(tl.float32)
-    target_logit, _ = _transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
-    log_s = tl.log(s)
-    lse = top + log_s
-    # What that addition lost, exactly (Knuth's two-sum).
-    part = lse - top
-    low = (top - (lse - part)) + (log_s - part)
-    out = statistics + index
-    tl.store(out, lse)
-    tl.store(out + statistic_stride, (target_logit - top) - log_s)
+    tl.store(state, top)
+    tl.store(state + state_stride, s)
     if WITH_ENTROPY:
-        tl.store(out + 2 * statistic_stride, log_s - sx / s)
+        tl.store(state + 2 * state_stride, sx)
     if WITH_SQUARES:
-        tl.store(out + 3 * statistic_stride, tl.log(sq) - 2.0 * log_s)
+        tl.store(state + 3 * state_stride, sq)
     if WITH_MEAN:
-        tl.store(out + 4 * statistic_stride, total / num_columns)
+        tl.store(state + 4 * state_stride, total)
     if WITH_TOP1:
-        is_top = (target_logit >= top) & (target_logit > before)
-        tl.store(out + 5 * statistic_stride, tl.where(is_top, 1.0, 0.0))
-    tl.store(out + 6 * statistic_stride, tl.where(tl.abs(lse) < float("inf"), low, 0.0))
+        tl.store(state + 6 * state_stride, before)
+    if (target >= 0) & (target < num_columns):
+        z = tl.load(row + target).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + target).to(tl.float32)
+        target_logit, _ = _transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
+        tl.store(state + 5 * state_stride, target_logit)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -162,35 +161,37 @@ def row_scores(
     softcap: float,
     inv_temperature: float,
     outputs: int,
-) -> torch.Tensor:
-    """Statistics (7, R) float32 of raw logits (R, V) float32|bfloat16|float16, rows strided or not; see rows.py.
+    column_offset: int,
+    state: torch.Tensor,
+) -> None:
+    """Adds a tile of raw logits (R, C) float32|bfloat16|float16, rows strided or not, to `state` (7, R) float64.
 
-    targets: (R,) int64 in [0, V); bias: (V,) or None; rows of statistics that `outputs` does not ask for are NaN.
+    targets: (R,) int64, columns of the full vocabulary; bias: (C,) or None; see rows.py.
     """
     rows, columns = logits.shape
-    statistics = torch.full((NUM_STATISTICS, rows), float("nan"), dtype=torch.float32, device=logits.device)
-    if rows:
-        row_scores_kernel[(rows,)](
-            logits,
-            logits.stride(0),
-            targets,
-            logits if bias is None else bias,
-            statistics,
-            statistics.stride(0),
-            columns,
-            scale,
-            softcap,
-            inv_temperature,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap != 0.0,
-            WITH_ENTROPY=bool(outputs & ENTROPY),
-            WITH_SQUARES=bool(outputs & LOG_SUM_SQ_PROBS),
-            WITH_MEAN=bool(outputs & MEAN_LOGITS),
-            WITH_TOP1=bool(outputs & IS_TOP1),
-            BLOCK=BLOCK_BYTES // logits.element_size(),
-            num_warps=NUM_WARPS,
-        )
-    return statistics
+    if rows == 0 or columns == 0:
+        return
+    row_scores_kernel[(rows,)](
+        logits,
+        logits.stride(0),
+        targets,
+        logits if bias is None else bias,
+        state,
+        state.stride(0),
+        columns,
+        column_offset,
+        scale,
+        softcap,
+        inv_temperature,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap != 0.0,
+        WITH_ENTROPY=bool(outputs & ENTROPY),
+        WITH_SQUARES=bool(outputs & LOG_SUM_SQ_PROBS),
+        WITH_MEAN=bool(outputs & MEAN_LOGITS),
+        WITH_TOP1=bool(outputs & IS_TOP1),
+        BLOCK=BLOCK_BYTES // logits.element_size(),
+        num_warps=NUM_WARPS,
+    )
 
 
 def row_grad(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
     )
     from trl_fast.data import extract_prompt, is_conversational, maybe_extract_prompt
     from trl_fast.trainers import DPOConfig, DPOTrainer, RichProgressCallback, SyncRefModelCallback
+
+
+# torch's own switch: large CPU tensors come in huge pages. Taking and giving back 600 MB, as a head's workspace does
+# in every step, then costs a fifth. It counts if no large tensor was made before.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class _SourceTreeKernels:

@@ -1,7 +1,7 @@
 // The row kernels of one instruction set; CPU_CAPABILITY is its name (DEFAULT, AVX2, AVX512).
 //
-// A row is read once: in chunks that stay in the first-level cache, where a chunk is widened to float, transformed,
-// and then read as often as need be. Sums run in vector lanes within a chunk and in double across chunks.
+// A tile's row is read once: in chunks that stay in the first-level cache, where a chunk is widened to float,
+// transformed, and then read as often as need be. Sums run in vector lanes within a chunk and in double across chunks.
 #include "row_kernels.h"
 
 #include <algorithm>
@@ -135,61 +135,47 @@ double chunk_total(const float* u, int64_t n) {
   return sum;
 }
 
-// Whether some column before `target` has the logit `best`.
-template <typename T>
-bool found_before(const T* row, const Transform& t, int64_t target, float best) {
-  float u[kChunk];
-  for (int64_t start = 0; start < target; start += kChunk) {
-    const int64_t n = std::min(kChunk, target - start);
-    logits_chunk(row, t, start, n, u);
-    if (std::find(u, u + n, best) != u + n) return true;
-  }
-  return false;
-}
-
 template <typename T, bool kMoments>
-Online sum_row(const T* row, const Transform& t, int64_t columns, bool mean) {
+void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state) {
+  using namespace trl_fast;
   alignas(64) float u[kChunk];
-  Online online;
+  const int64_t stride = args.state_stride, columns = args.block.columns;
+  Online online = {static_cast<float>(state[kTop * stride]), state[kSum * stride], state[kSumX * stride],
+                   state[kSumSq * stride], state[kTotal * stride]};
+  float before = static_cast<float>(state[kBefore * stride]);
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
-    logits_chunk(row, t, start, n, u);
-    if (mean) online.total += chunk_total(u, n);
-    online.raise(chunk_max(u, n));
+    logits_chunk(row, args.transform, start, n, u);
+    const float top = chunk_max(u, n);
+    if (args.outputs & kMeanLogits) online.total += chunk_total(u, n);
+    if (args.outputs & kIsTop1) {
+      const int64_t earlier = std::clamp<int64_t>(target - start, 0, n);
+      if (earlier == n) before = std::max(before, top);
+      if (earlier > 0 && earlier < n) before = std::max(before, *std::max_element(u, u + earlier));
+    }
+    if (target >= start && target < start + n) state[kTarget * stride] = u[target - start];
+    online.raise(top);
     // A chunk of nothing but -inf adds nothing; -inf - -inf would be NaN. But NaN has to be seen.
     if (online.m > -kInf || !std::all_of(u, u + n, [](float x) { return x == -kInf; })) {
       add_chunk<kMoments>(u, n, online);
     }
   }
-  return online;
+  state[kTop * stride] = online.m;
+  state[kSum * stride] = online.s;
+  state[kSumX * stride] = online.sx;
+  state[kSumSq * stride] = online.sq;
+  state[kTotal * stride] = online.total;
+  state[kBefore * stride] = before;
 }
 
 template <typename T>
 void scores(const ScoreArgs& args, int64_t begin, int64_t end) {
   using namespace trl_fast;
-  const Block& block = args.block;
-  const bool mean = args.outputs & kMeanLogits;
+  const bool moments = args.outputs & (kEntropy | kLogSumSqProbs);
   for (int64_t r = begin; r < end; ++r) {
-    const T* row = static_cast<const T*>(block.logits) + r * block.row_stride;
-    const int64_t target = block.targets[r];
-    const Online sums = (args.outputs & (kEntropy | kLogSumSqProbs))
-                            ? sum_row<T, true>(row, args.transform, block.columns, mean)
-                            : sum_row<T, false>(row, args.transform, block.columns, mean);
-    const float target_logit = logit_at(row, args.transform, target);
-    const double log_s = std::log(sums.s), lse = sums.m + log_s;
-    float* out = args.statistics + r;
-    const int64_t stride = args.statistic_stride;
-    out[kLse * stride] = static_cast<float>(lse);
-    // What rounding lse to float lost: with a large common offset the gradient would notice.
-    out[kLseLow * stride] = std::isfinite(lse) ? static_cast<float>(lse - static_cast<float>(lse)) : 0.0f;
-    out[kLogprob * stride] = static_cast<float>((static_cast<double>(target_logit) - sums.m) - log_s);
-    if (args.outputs & kEntropy) out[kEntropyRow * stride] = static_cast<float>(log_s - sums.sx / sums.s);
-    if (args.outputs & kLogSumSqProbs) out[kLogSumSqRow * stride] = static_cast<float>(std::log(sums.sq) - 2 * log_s);
-    if (mean) out[kMeanLogitsRow * stride] = static_cast<float>(sums.total / block.columns);
-    if (args.outputs & kIsTop1) {
-      const bool top = target_logit >= sums.m && !found_before(row, args.transform, target, target_logit);
-      out[kIsTop1Row * stride] = top ? 1.0f : 0.0f;
-    }
+    const T* row = static_cast<const T*>(args.block.logits) + r * args.block.row_stride;
+    const int64_t target = args.block.targets[r] - args.block.column_offset;
+    (moments ? score_row<T, true> : score_row<T, false>)(row, args, target, args.state + r);
   }
 }
 
@@ -240,7 +226,7 @@ void grad(const GradArgs& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const float* c = args.coefficients + r;
     grad_row(static_cast<const T*>(args.block.logits) + r * args.block.row_stride, args, args.lse[r],
-             args.block.targets[r] - args.column_offset, {c[0], c[stride], c[2 * stride], c[3 * stride]},
+             args.block.targets[r] - args.block.column_offset, {c[0], c[stride], c[2 * stride], c[3 * stride]},
              static_cast<T*>(args.out) + r * args.out_stride);
   }
 }

@@ -12,17 +12,8 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Bits of the `outputs` mask, the numbers of trl_fast/ops/scores.py.
 enum Output : int64_t { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
 
-// Rows of the statistics tensor.
-enum Statistic : int {
-  kLse = 0,
-  kLogprob = 1,
-  kEntropyRow = 2,
-  kLogSumSqRow = 3,
-  kMeanLogitsRow = 4,
-  kIsTop1Row = 5,
-  kLseLow = 6,
-  kNumStatistics = 7
-};
+// Rows of the state tensor, explained in trl_fast/ops/rows.py.
+enum State : int { kTop = 0, kSum = 1, kSumX = 2, kSumSq = 3, kTotal = 4, kTarget = 5, kBefore = 6, kNumStates = 7 };
 
 // u = softcap * tanh(scale * (z + bias) / softcap) * inv_temperature; softcap 0 means none.
 struct Transform {
@@ -32,21 +23,22 @@ struct Transform {
   float inv_temperature;
 };
 
-// A block of rows of raw logits.
+// A tile of raw logits.
 struct Block {
   const void* logits;
   Dtype dtype;
   int64_t row_stride;  // elements
   int64_t columns;
-  const int64_t* targets;  // (R,)
+  const int64_t* targets;  // (R,), columns of the full vocabulary
+  int64_t column_offset;   // of the tile's first column
 };
 
 struct ScoreArgs {
   Block block;
   Transform transform;
   int64_t outputs;
-  float* statistics;         // (kNumStatistics, R)
-  int64_t statistic_stride;  // elements between two statistics of a row
+  double* state;         // (kNumStates, R)
+  int64_t state_stride;  // elements between two entries of a row
 };
 
 struct GradArgs {
@@ -55,7 +47,6 @@ struct GradArgs {
   const float* lse;           // (R,)
   const float* coefficients;  // rows a, b, d, e of (4, R)
   int64_t coefficient_stride;
-  int64_t column_offset;
   void* out;  // dtype of the logits; may be the logits
   int64_t out_stride;
 };

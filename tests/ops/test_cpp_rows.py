@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trl_fast.ops.backends import load_extension
-from trl_fast.ops.rows import row_grad_reference, row_scores_reference
+from trl_fast.ops.rows import finish_scores, new_state, row_grad_reference, row_scores_reference
 from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
 
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
@@ -40,19 +40,29 @@ def rows(dtype, columns, transform):
     return logits, targets, bias, ((0.5, 30.0, 1.25) if transform == "all" else (1.0, 0.0, 1.0))
 
 
+def statistics(kernel, logits, targets, bias, constants, outputs, tiles=1):
+    """What a kernel makes of the rows, given in tiles."""
+    state = new_state(len(logits), logits.device)
+    columns = logits.shape[1]
+    for start in range(0, columns, -(-columns // tiles)):
+        part = slice(start, min(start + -(-columns // tiles), columns))
+        tile_bias = None if bias is None else bias[part]
+        kernel(logits[:, part], targets, tile_bias, *constants, outputs, start, state)
+    return finish_scores(state, outputs, columns, torch.promote_types(logits.dtype, torch.float32))
+
+
 def compare(dtype, columns, transform):
     """Both kernels against their references; each computes in float32 from the same logits."""
     logits, targets, bias, constants = rows(dtype, columns, transform)
     arguments = (logits, targets, bias, *constants)
-    got = torch.ops.trl_fast.row_scores(*arguments, EVERYTHING)
-    expected = row_scores_reference(*arguments, EVERYTHING)
-    exact = row_scores_reference(
-        logits.double(), targets, None if bias is None else bias.double(), *constants, EVERYTHING
-    )
-    torch.testing.assert_close(got[:6], expected[:6], rtol=2e-5, atol=2e-3, equal_nan=True)
-    torch.testing.assert_close(
-        (got[0].double() + got[6])[2:], exact[0].double()[2:], rtol=1e-6, atol=1e-6, equal_nan=True
-    )
+    exact_bias = None if bias is None else bias.double()
+    exact = statistics(row_scores_reference, logits.double(), targets, exact_bias, constants, EVERYTHING)
+    for tiles in (1, 3):
+        got = statistics(torch.ops.trl_fast.row_scores, logits, targets, bias, constants, EVERYTHING, tiles)
+        expected = statistics(row_scores_reference, logits, targets, bias, constants, EVERYTHING)
+        torch.testing.assert_close(got[:6], expected[:6], rtol=2e-5, atol=2e-3, equal_nan=True)
+        lse = got[0].double() + got[6]
+        torch.testing.assert_close(lse[2:], exact[0][2:], rtol=1e-6, atol=1e-6, equal_nan=True)
 
     coefficients = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
     coefficients[1, ::3] = 0
@@ -106,15 +116,15 @@ def test_an_unknown_instruction_set_is_refused_by_name():
 def test_opcheck(transform):
     logits, targets, bias, constants = rows(torch.float32, 33, transform)
     arguments = (logits, targets, bias, *constants)
-    torch.library.opcheck(torch.ops.trl_fast.row_scores, (*arguments, EVERYTHING))
-    lse = row_scores_reference(*arguments, 0)[0].contiguous()
+    torch.library.opcheck(torch.ops.trl_fast.row_scores, (*arguments, EVERYTHING, 0, new_state(7, logits.device)))
+    lse = statistics(row_scores_reference, logits, targets, bias, constants, 0)[0].contiguous()
     out = torch.empty_like(logits)
     torch.library.opcheck(torch.ops.trl_fast.row_grad, (*arguments, lse, torch.rand(4, 7), 0, out))
 
 
 def test_only_what_was_asked_for_is_computed():
     logits, targets, bias, constants = rows(torch.float32, 33, "none")
-    got = torch.ops.trl_fast.row_scores(logits, targets, bias, *constants, MEAN_LOGITS)
+    got = statistics(torch.ops.trl_fast.row_scores, logits, targets, bias, constants, MEAN_LOGITS)
     assert not got[[0, 1, 4]].isnan().any() and got[[2, 3, 5]].isnan().all()
 
 
@@ -124,12 +134,15 @@ def test_only_what_was_asked_for_is_computed():
         ({"logits": torch.zeros(7, 33, dtype=torch.float64)}, "logits"),
         ({"logits": torch.zeros(33, 7).T}, "logits"),
         ({"targets": torch.zeros(6, dtype=torch.int64)}, "targets"),
-        ({"targets": torch.full((7,), 33)}, "targets: row 0 is 33"),
         ({"bias": torch.zeros(5)}, "bias"),
+        ({"state": torch.zeros(7, 6, dtype=torch.float64)}, "state"),
+        ({"state": torch.zeros(7, 7)}, "state"),
     ],
 )
 def test_bad_input_is_named(change, message):
     logits, targets, bias, constants = rows(torch.float32, 33, "none")
-    given = {"logits": logits, "targets": targets, "bias": bias, **change}
+    given = {"logits": logits, "targets": targets, "bias": bias, "state": new_state(7, logits.device), **change}
     with pytest.raises(ValueError, match=message):
-        torch.ops.trl_fast.row_scores(given["logits"], given["targets"], given["bias"], *constants, 0)
+        torch.ops.trl_fast.row_scores(
+            given["logits"], given["targets"], given["bias"], *constants, 0, 0, given["state"]
+        )

@@ -200,7 +200,7 @@ def test_opcheck(keep, backend):
             *(x.detach() for x in args[:4]),
             lse,
             torch.ones(4, 5),
-            None,
+            torch.zeros(0, 0, 0),
             1.0,
             0.0,
             1.0,

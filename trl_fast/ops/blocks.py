@@ -1,8 +1,8 @@
-"""The head's three matrix products, in row blocks and vocabulary tiles of bounded size.
+"""The head's three matrix products, in tiles of bounded size.
 
-Everything that scales with rows times vocabulary lives in one workspace. A forward pass fills it with full rows (the
-row kernels then read each row once); a backward pass knows the rows' log-sum-exps, so it works on vocabulary tiles of
-all rows at once, and each tile of the weight's gradient is finished in one go, with no second [V, H] accumulator.
+The vocabulary is walked tile by tile, and the rows within it. A tile of the weight is thus widened or read once for
+all rows, a tile of logits is still in the cache when the row kernels read it, and a tile of the weight's gradient is
+finished in one go. Everything that scales with rows times vocabulary lives in one workspace.
 
 GEMMs are ATen's. Where the machine has no fast bfloat16 or float16 product (a CPU without AMX or AVX512-BF16), tiles
 of the weight are widened to float32 on the way: the product is then one to two orders of magnitude faster, and exact.
@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .rows import ROW_KERNELS
+from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale
 from .transform import LogitTransform
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
-# Scratch tiles are this share of the workspace: small enough for the cache to hold on to, wide enough for GEMMs.
-_TILE_SHARE = 16
-_MIN_TILE_COLUMNS = 2048
+# A tile of logits is at most this share of the workspace.
+_TILE_SHARE = 4
+# On a CPU the tiles of logits and of widened weight each stay below this, for the last-level cache to hold both.
+_CACHE_BYTES = 8 << 20
+_CPU_TILE_ROWS = 2048
+_MIN_TILE_COLUMNS = 512
 
 
 @functools.cache
@@ -38,13 +43,19 @@ def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32
 
 
+def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor whose memory is there. A CPU product that writes to fresh pages waits for each page."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    return tensor.zero_() if tensor.device.type == "cpu" else tensor
+
+
 def row_bytes(vocab_size: int, dtype: torch.dtype, backend: str) -> int:
     """Bytes of workspace that one row of logits takes, temporaries of the backend's row kernels included."""
     return vocab_size * (dtype.itemsize + ROW_KERNELS[backend].bytes_per_element)
 
 
 def rows_per_block(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> int:
-    """How many rows of logits fit the workspace, at least 1 and at most num_rows.
+    """How many rows of logits fit the workspace, at most num_rows.
 
     Raises:
         ValueError: not even one row fits.
@@ -53,7 +64,12 @@ def rows_per_block(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> i
         raise ValueError(
             f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {bytes_per_row} bytes"
         )
-    return max(1, min(num_rows, workspace_bytes // bytes_per_row))
+    return min(num_rows, workspace_bytes // bytes_per_row)
+
+
+def kept_rows(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> int:
+    """How many rows of logits a forward pass may keep for backward, which needs a tile beside them."""
+    return min(num_rows, (workspace_bytes - workspace_bytes // _TILE_SHARE) // bytes_per_row)
 
 
 def spans(total: int, step: int) -> Iterator[slice]:
@@ -62,10 +78,20 @@ def spans(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
+class Tiling(NamedTuple):
+    """Rows and columns of a tile of logits."""
+
+    rows: int
+    columns: int
+
+
 class Head:
     """A head's weight and transform, with its products. Nothing here has a gradient of its own.
 
     weight: (V, H) any float dtype; bias: (V,) or None; dtype: what products are computed in.
+
+    Raises:
+        ValueError: the workspace holds no row of logits.
     """
 
     def __init__(
@@ -81,26 +107,39 @@ class Head:
         self.bias = bias
         self.transform = transform
         self.dtype = dtype
+        # Partial sums of narrow dtypes would lose what the tiles contribute: accumulate in float32 at least.
+        self.wide = torch.promote_types(dtype, torch.float32)
         self.kernels = ROW_KERNELS[backend]
         self.vocab_size, self.hidden_size = weight.shape
         self.row_bytes = row_bytes(self.vocab_size, dtype, backend)
         self.workspace_bytes = workspace_bytes
         self._cast_tile: torch.Tensor | None = None
+        rows_per_block(1, self.row_bytes, workspace_bytes)
 
     def block_rows(self, num_rows: int) -> int:
-        """Rows of a forward block."""
+        """How many whole rows of logits the workspace holds."""
         return rows_per_block(num_rows, self.row_bytes, self.workspace_bytes)
 
-    def tile_columns(self, num_rows: int) -> int:
-        """Columns of a backward tile over `num_rows` rows: a share of the workspace, and no narrower than pays."""
+    def tiling(self, num_rows: int) -> Tiling:
+        """The tiles for `num_rows` rows: within a share of the workspace, and on a CPU within its cache."""
         element = self.row_bytes // self.vocab_size
-        columns = self.workspace_bytes // _TILE_SHARE // max(1, num_rows * element)
-        return min(self.vocab_size, max(_MIN_TILE_COLUMNS, columns // 64 * 64))
+        budget = self.workspace_bytes // _TILE_SHARE
+        rows, columns = num_rows, self.vocab_size
+        if self.weight.device.type == "cpu":
+            budget = min(budget, _CACHE_BYTES)
+            rows = min(rows, _CPU_TILE_ROWS)
+            columns = min(columns, _CACHE_BYTES // (self.hidden_size * self.dtype.itemsize))
+        columns = max(_MIN_TILE_COLUMNS, min(columns, budget // max(1, rows * element)) // 64 * 64)
+        columns = min(self.vocab_size, columns)
+        return Tiling(max(1, min(rows, budget // (columns * element))), columns)
 
-    def gradient_rows(self, num_rows: int) -> int:
-        """Rows of a backward block: all of them, unless even the narrowest tile would then exceed the workspace."""
-        narrowest = min(_MIN_TILE_COLUMNS, self.vocab_size) * (self.row_bytes // self.vocab_size)
-        return max(1, min(num_rows, self.workspace_bytes // narrowest))
+    def empty_logits(self, num_kept: int, num_rows: int) -> torch.Tensor:
+        """Room for raw logits of `num_kept` rows, (T, K, W): tile by tile as they are for `num_rows` rows in all.
+
+        One tile's rows lie together. In a (K, V) matrix each would be in a memory page of its own.
+        """
+        width = self.tiling(num_rows).columns
+        return large_empty((-(-self.vocab_size // width), num_kept, width), self.dtype, self.weight.device)
 
     def weight_tile(self, columns: slice) -> torch.Tensor:
         """Rows `columns` of the weight, (C, H) in the product's dtype; valid until the next call."""
@@ -111,17 +150,12 @@ class Head:
             self._cast_tile = torch.empty(tile.shape, dtype=self.dtype, device=tile.device)
         return self._cast_tile[: tile.shape[0]].copy_(tile)
 
-    def project(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Raw logits of all columns. hidden: (R, H); out: (R, V), both in the product's dtype."""
-        if self.weight.dtype == self.dtype:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        for columns in spans(self.vocab_size, self.tile_columns(hidden.shape[0])):
-            torch.mm(hidden, self.weight_tile(columns).t(), out=out[:, columns])
-        return out
-
-    def score(self, logits: torch.Tensor, targets: torch.Tensor, outputs: int) -> torch.Tensor:
-        """Statistics (6, R) float32 of a block of raw logits (R, V)."""
-        return self.kernels.scores(logits, targets, self.bias, *self.transform, outputs)
+    def score(
+        self, logits: torch.Tensor, targets: torch.Tensor, columns: slice, outputs: int, state: torch.Tensor
+    ) -> None:
+        """Adds raw logits (R, C) of the given columns to the rows' state (7, R)."""
+        bias = None if self.bias is None else self.bias[columns]
+        self.kernels.scores(logits, targets, bias, *self.transform, outputs, columns.start, state)
 
     def grad(
         self,
@@ -138,63 +172,158 @@ class Head:
         return out
 
 
+def score_rows(
+    head: Head,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    outputs: int,
+    state: torch.Tensor,
+    *,
+    keep: torch.Tensor | None = None,
+    unit_gradient: UnitGradient | None = None,
+) -> None:
+    """Adds all columns to the state (7, N) of all rows.
+
+    hidden: (N, H) in the product's dtype; keep: (T, K, W) takes the raw logits of the first K rows; unit_gradient:
+    goes through the same tiles.
+    """
+    num_rows = hidden.shape[0]
+    kept = 0 if keep is None else keep.shape[1]
+    height, width = head.tiling(num_rows)
+    parts = [*spans(kept, height), *(slice(kept + s.start, kept + s.stop) for s in spans(num_rows - kept, height))]
+    scratch = hidden.new_empty(min(height, num_rows - kept), width)
+    for number, columns in enumerate(spans(head.vocab_size, width)):
+        weight = head.weight_tile(columns)
+        for rows in parts:
+            room = keep[number, rows] if rows.start < kept else scratch[: rows.stop - rows.start]
+            tile = room[:, : columns.stop - columns.start]
+            torch.mm(hidden[rows], weight.t(), out=tile)
+            top = state[TOP, rows].clone() if unit_gradient is not None else None
+            head.score(tile, targets[rows], columns, outputs, state[:, rows])
+            if unit_gradient is not None:
+                unit_gradient.add(rows, tile, targets[rows], columns, weight, top, state[:, rows])
+
+
+class UnitGradient:
+    """d logprob / d hidden of every row, (N, H), in the sweep that scores it.
+
+    It is W[target] - sum_j p_j W_j. The sum is attention with the weight as keys and values, so it can be kept
+    relative to the largest logit so far and shrunk whenever that grows, as in FlashAttention (arXiv 2205.14135).
+    """
+
+    def __init__(self, head: Head, num_rows: int) -> None:
+        self.head = head
+        self.sum = torch.zeros(num_rows, head.hidden_size, dtype=head.wide, device=head.weight.device)
+
+    def add(
+        self,
+        rows: slice,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        columns: slice,
+        weight: torch.Tensor,
+        top: torch.Tensor,
+        state: torch.Tensor,
+    ) -> None:
+        """Adds a tile, whose logits (R, C) are overwritten; `top` (R,) is the state's before it saw the tile."""
+        # Coefficients of e^(u - m) du/dz, with the largest logit in the place of the log-sum-exp.
+        ones = torch.zeros(4, logits.shape[0], dtype=self.head.wide, device=logits.device)
+        ones[0] = 1.0
+        anchor = state[TOP].to(self.head.wide)
+        weights = self.head.grad(logits, targets, anchor, ones, columns, logits)
+        total = self.sum[rows]
+        total.mul_(rescale(top, state[TOP])[:, None].to(total.dtype))
+        _add_product(total, weights, weight)
+
+    def finish(self, targets: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """The unit gradient, once every column has been seen."""
+        slope = self.head.transform.slope(state[TARGET])[:, None].to(self.head.wide)
+        return (self.sum.div_(state[SUM][:, None].to(self.head.wide)).neg_()).addcmul_(
+            slope, self.head.weight[targets].to(self.head.wide)
+        )
+
+
+@dataclass
+class RowBlock:
+    """Rows whose gradient is to be taken, with the coefficients of rows.py.
+
+    rows: where they lie in the N rows; hidden: (R, H); targets, lse: (R,); coefficients: (4, R). logits: (T, K, W),
+    raw, if they are still there, else they are computed again; index: (R,) their rows in `logits`, None for all in
+    order; consume: whether logits may be overwritten.
+    """
+
+    rows: slice
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    lse: torch.Tensor
+    coefficients: torch.Tensor
+    logits: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    consume: bool = False
+
+    def parts(self, height: int) -> Iterator[RowBlock]:
+        """The same in blocks of at most `height` rows."""
+        for part in spans(len(self.targets), height):
+            rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
+            logits, index = self.logits, None
+            if self.index is not None:
+                index = self.index[part]
+            elif logits is not None:
+                logits = logits[:, part]
+            coefficients = self.coefficients[:, part].contiguous()
+            yield RowBlock(
+                rows, self.hidden[part], self.targets[part], self.lse[part], coefficients, logits, index, self.consume
+            )
+
+    def raw_logits(self, number: int, weight: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
+        """Logits (R, C) of a tile, in `scratch` (R, C) unless they are there and in order."""
+        if self.logits is None:
+            return torch.mm(self.hidden, weight.t(), out=scratch)
+        tile = self.logits[number, :, : scratch.shape[1]]
+        return tile if self.index is None else torch.index_select(tile, 0, self.index, out=scratch)
+
+
 class HeadGradients:
     """Sums the gradients of a head over row blocks: hidden (N, H), weight (V, H), bias (V,), each only if needed."""
 
     def __init__(self, head: Head, num_rows: int, *, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         device = head.weight.device
-        # Partial sums of narrow dtypes would lose what the tiles contribute: accumulate in float32 at least.
-        wide = torch.promote_types(head.dtype, torch.float32)
         self.head = head
-        self.hidden = torch.zeros(num_rows, head.hidden_size, dtype=wide, device=device) if need_hidden else None
+        self.hidden = torch.zeros(num_rows, head.hidden_size, dtype=head.wide, device=device) if need_hidden else None
         self.weight: torch.Tensor | None = None
         self._need_weight = need_weight
-        self._bias = torch.zeros(head.vocab_size, dtype=wide, device=device) if need_bias else None
-        self._wide = wide
+        self._bias = torch.zeros(head.vocab_size, dtype=head.wide, device=device) if need_bias else None
 
-    def add(
-        self,
-        rows: slice,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        lse: torch.Tensor,
-        coefficients: torch.Tensor,
-        *,
-        logits: torch.Tensor | None = None,
-        consume_logits: bool = False,
-        last: bool,
-    ) -> None:
-        """Adds one row block.
-
-        Args:
-            rows: where the block lies in the N rows.
-            hidden: (R, H), targets: (R,), lse: (R,), coefficients: (4, R), all of this block.
-            logits: (R, V) raw logits if they are still there, else they are computed again tile by tile.
-            consume_logits: whether `logits` may be overwritten.
-            last: whether no further block follows (a single block needs no wide accumulator for the weight).
-        """
+    def add(self, blocks: list[RowBlock], *, last: bool) -> None:
+        """Adds row blocks. `last`: no call follows (a single call needs no wide accumulator for the whole weight)."""
         head = self.head
         accumulate = self.weight is not None
-        if self._need_weight and self.weight is None:
-            dtype = head.weight.dtype if last else self._wide
-            self.weight = torch.empty(head.weight.shape, dtype=dtype, device=head.weight.device)
-        width = head.tile_columns(hidden.shape[0])
-        scratch = None
-        if logits is None or not consume_logits:
-            scratch = torch.empty(hidden.shape[0], width, dtype=head.dtype, device=hidden.device)
-        for columns in spans(head.vocab_size, width):
-            tile = scratch if scratch is None else scratch[:, : columns.stop - columns.start]
-            source = None if logits is None else logits[:, columns]
-            weight = head.weight_tile(columns) if (logits is None or self.hidden is not None) else None
-            if source is None:
-                source = torch.mm(hidden, weight.t(), out=tile)
-            grad = head.grad(source, targets, lse, coefficients, columns, source if tile is None else tile)
-            if self.hidden is not None:
-                _add_product(self.hidden[rows], grad, weight)
-            if self._need_weight:
-                _store_product(self.weight[columns], grad.t(), hidden, accumulate)
-            if self._bias is not None:
-                self._bias[columns] += grad.sum(dim=0, dtype=self._wide)
+        if self._need_weight and not accumulate:
+            dtype = head.weight.dtype if last else head.wide
+            self.weight = large_empty(head.weight.shape, dtype, head.weight.device)
+        height, width = head.tiling(max((len(block.targets) for block in blocks), default=0))
+        width = next((block.logits.shape[2] for block in blocks if block.logits is not None), width)
+        parts = [part for block in blocks for part in block.parts(height)]
+        scratch = torch.empty(height, width, dtype=head.dtype, device=head.weight.device)
+        narrow = self._need_weight and self.weight.dtype != head.wide
+        buffer = scratch.new_empty(width if narrow else 0, head.hidden_size, dtype=head.wide)
+        need_weight_tile = self.hidden is not None or any(part.logits is None for part in parts)
+        for number, columns in enumerate(spans(head.vocab_size, width)):
+            weight = head.weight_tile(columns) if need_weight_tile else None
+            weight_sum = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
+            for part in parts:
+                tile = scratch[: len(part.targets), : columns.stop - columns.start]
+                logits = part.raw_logits(number, weight, tile)
+                out = logits if part.consume else tile
+                grad = head.grad(logits, part.targets, part.lse, part.coefficients, columns, out)
+                if self.hidden is not None:
+                    _add_product(self.hidden[part.rows], grad, weight)
+                if weight_sum is not None:
+                    weight_sum.add(grad, part.hidden)
+                if self._bias is not None:
+                    self._bias[columns] += grad.sum(dim=0, dtype=head.wide)
+            if weight_sum is not None:
+                weight_sum.finish()
 
     def results(
         self, hidden_dtype: torch.dtype, bias_dtype: torch.dtype
@@ -211,19 +340,35 @@ class HeadGradients:
         return hidden, weight, bias
 
 
+class _WeightTile:
+    """The weight's gradient of one vocabulary tile, summed over row blocks in the widest dtype at hand."""
+
+    def __init__(self, total: torch.Tensor, buffer: torch.Tensor, accumulate: bool) -> None:
+        self.total = total
+        self.sum = total if total.dtype == buffer.dtype else buffer[: total.shape[0]]
+        self.empty = not accumulate
+
+    def add(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Adds gradᵀ (C, R) @ hidden (R, H)."""
+        if not self.empty:
+            _add_product(self.sum, grad.t(), hidden)
+        elif self.sum.dtype == grad.dtype:
+            torch.mm(grad.t(), hidden, out=self.sum)
+        else:
+            self.sum.copy_(torch.mm(grad.t(), hidden))
+        self.empty = False
+
+    def finish(self) -> None:
+        """Puts the sum where it belongs; without any row it is zero."""
+        if self.empty:
+            self.total.zero_()
+        elif self.sum is not self.total:
+            self.total.copy_(self.sum)
+
+
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left @ right, where total may be wider than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
         total.add_(torch.mm(left, right))
-
-
-def _store_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, accumulate: bool) -> None:
-    """total (+)= left @ right, where total may have another dtype than the factors."""
-    if accumulate:
-        _add_product(total, left, right)
-    elif total.dtype == left.dtype:
-        torch.mm(left, right, out=total)
-    else:
-        total.copy_(torch.mm(left, right))

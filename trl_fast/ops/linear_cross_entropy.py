@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, gemm_dtype, spans
+from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, RowBlock, gemm_dtype, score_rows, spans
 from .linear_logprob import autocast_hidden, differentiable_scores
-from .rows import with_low_part
+from .rows import finish_scores, new_state, with_low_part
 from .scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
 from .transform import LogitTransform
 from .validation import check_finite, check_head_inputs, check_target_range
@@ -60,34 +60,37 @@ def _linear_cross_entropy(
         product = hidden.to(head.dtype)
         num_rows = hidden.shape[0]
         height = head.block_rows(num_rows)
-        block = product.new_empty((height if num_rows else 0, head.vocab_size))
-        total = torch.zeros((), dtype=torch.promote_types(head.dtype, torch.float32), device=hidden.device)
+        total = torch.zeros((), dtype=head.wide, device=hidden.device)
         divisor = divisor.to(total.dtype)
         needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
         gradients = HeadGradients(head, num_rows, **needs)
-        for rows in spans(num_rows, height):
-            logits = head.project(product[rows], block[: rows.stop - rows.start])
-            statistics = head.score(logits, targets[rows], MEAN_LOGITS if label_smoothing else 0)
+        logits = head.empty_logits(height if any(needs.values()) else 0, height)
+        for rows in spans(num_rows, height or 1):
+            kept = logits[:, : rows.stop - rows.start]
+            state = new_state(rows.stop - rows.start, hidden.device)
+            outputs = MEAN_LOGITS if label_smoothing else 0
+            score_rows(head, product[rows], targets[rows], outputs, state, keep=kept)
+            statistics = finish_scores(state, outputs, head.vocab_size, head.wide)
             lse, logprobs, mean_logits = (statistics[row] for row in (LSE_ROW, LOGPROB_ROW, MEAN_LOGITS_ROW))
             total += token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss).sum()
-            if not any(needs.values()):
-                continue
-            coefficients = lse.new_zeros((4, lse.shape[0]))
-            a, _, d, e = coefficients
-            a += (1 + 2 * z_loss * lse) / divisor
-            d -= (1 - label_smoothing) / divisor
-            e -= label_smoothing / (divisor * head.vocab_size)
-            gradients.add(
-                rows,
-                product[rows],
-                targets[rows],
-                lse,
-                with_low_part(coefficients, statistics[LSE_LOW_ROW]),
-                logits=logits,
-                consume_logits=True,
-                last=rows.stop == num_rows,
-            )
+            if any(needs.values()):
+                coefficients = _coefficients(lse, divisor, head.vocab_size, label_smoothing, z_loss)
+                coefficients = with_low_part(coefficients, statistics[LSE_LOW_ROW])
+                block = RowBlock(rows, product[rows], targets[rows], lse, coefficients, kept, consume=True)
+                gradients.add([block], last=rows.stop == num_rows)
         return (total / divisor, *gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype))
+
+
+def _coefficients(
+    lse: torch.Tensor, divisor: torch.Tensor, vocab_size: int, label_smoothing: float, z_loss: float
+) -> torch.Tensor:
+    """The rows a, b, d, e (4, R) of rows.py for `token_losses` over `divisor`."""
+    coefficients = lse.new_zeros((4, lse.shape[0]))
+    a, _, d, e = coefficients
+    a += (1 + 2 * z_loss * lse) / divisor
+    d -= (1 - label_smoothing) / divisor
+    e -= label_smoothing / (divisor * vocab_size)
+    return coefficients
 
 
 @_linear_cross_entropy.register_fake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .blocks import DEFAULT_WORKSPACE_BYTES, gemm_dtype, row_bytes, rows_per_block
+from .blocks import DEFAULT_WORKSPACE_BYTES
 from .linear_scores import LOGITS, NOTHING, UNIT_GRADIENT, linear_scores
 from .scores import IS_TOP1_ROW, LOG_SUM_SQ_ROW, TokenScores, output_mask
 from .transform import LogitTransform
@@ -20,22 +20,12 @@ def autocast_hidden(hidden: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return hidden.to(torch.get_autocast_dtype(device)), True
 
 
-def what_to_keep(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    backend: str,
-    workspace_bytes: int,
-) -> int:
+def what_to_keep(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> int:
     """What the forward pass keeps for a backward pass, by the table in linear_scores.py."""
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_trains or hidden.requires_grad):
         return NOTHING
-    if not head_trains:
-        return UNIT_GRADIENT
-    rows = hidden.shape[0]
-    bytes_per_row = row_bytes(weight.shape[0], gemm_dtype(hidden), backend)
-    return LOGITS if rows_per_block(rows, bytes_per_row, workspace_bytes) >= rows else NOTHING
+    return LOGITS if head_trains else UNIT_GRADIENT
 
 
 def differentiable_scores(
@@ -57,7 +47,7 @@ def differentiable_scores(
     check_finite(hidden)
     backend = choose_backend(op, backend, hidden.device, hidden.dtype)
     workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-    keep = what_to_keep(hidden, weight, bias, backend, workspace_bytes)
+    keep = what_to_keep(hidden, weight, bias)
     return linear_scores(hidden, weight, targets.long(), bias, *transform, outputs, keep, workspace_bytes, backend)
 
 

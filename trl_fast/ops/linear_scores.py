@@ -4,19 +4,20 @@
 
 | keep | cache | passes over N·V·H, forward + backward |
 |---|---|---|
-| NOTHING | empty | 1 without gradient; else the logits are computed again: 1 + 3 |
-| LOGITS | (N, V), only if it fits the workspace | 1 + 2 |
+| NOTHING | empty | 1 without gradient |
+| LOGITS | (T, K, W): raw logits of as many rows as fit the workspace | 1 + 2 for those rows, 1 + 3 for the others |
 | UNIT_GRADIENT | (N, H): d logprob / d hidden, for a frozen head | 2 + 0 |
 
 `trl_fast::linear_scores_backward` takes the row coefficients of `rows.py`, and so serves every differentiable output.
+Rows whose coefficients are all zero take no part in it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .blocks import Head, HeadGradients, gemm_dtype, spans
-from .rows import with_low_part
+from .blocks import Head, HeadGradients, RowBlock, UnitGradient, gemm_dtype, kept_rows, score_rows
+from .rows import finish_scores, new_state, with_low_part
 from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
 from .transform import LogitTransform
 
@@ -32,12 +33,6 @@ def _head(
     backend: str,
 ) -> Head:
     return Head(weight, bias, LogitTransform(*transform), gemm_dtype(hidden), backend, workspace_bytes)
-
-
-def unit_coefficients(num_rows: int, like: torch.Tensor) -> torch.Tensor:
-    """Coefficients (4, R) of the gradient of each row's log-probability with an upstream gradient of one."""
-    column = torch.tensor([-1.0, 0.0, 1.0, 0.0], dtype=like.dtype, device=like.device)
-    return column[:, None].expand(4, num_rows).contiguous()
 
 
 @torch.library.custom_op("trl_fast::linear_scores", mutates_args=())
@@ -62,35 +57,14 @@ def linear_scores(
         head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
         hidden = hidden.to(head.dtype)
         num_rows = hidden.shape[0]
-        statistics = hidden.new_empty(
-            (NUM_STATISTICS, num_rows), dtype=torch.promote_types(hidden.dtype, torch.float32)
-        )
-        height = head.block_rows(num_rows)
-        block = hidden.new_empty((height if num_rows else 0, head.vocab_size))
-        gradients = HeadGradients(
-            head, num_rows, need_hidden=keep == UNIT_GRADIENT, need_weight=False, need_bias=False
-        )
-        for rows in spans(num_rows, height):
-            logits = head.project(hidden[rows], block[: rows.stop - rows.start])
-            statistics[:, rows] = head.score(logits, targets[rows], outputs)
-            if keep == UNIT_GRADIENT:
-                unit = with_low_part(
-                    unit_coefficients(rows.stop - rows.start, statistics), statistics[LSE_LOW_ROW, rows]
-                )
-                gradients.add(
-                    rows,
-                    hidden[rows],
-                    targets[rows],
-                    statistics[LSE_ROW, rows],
-                    unit,
-                    logits=logits,
-                    consume_logits=True,
-                    last=rows.stop == num_rows,
-                )
-        if keep == UNIT_GRADIENT:
-            cache = gradients.hidden
-        else:
-            cache = block if keep == LOGITS else hidden.new_empty(0)
+        state = new_state(num_rows, hidden.device)
+        kept = kept_rows(num_rows, head.row_bytes, workspace_bytes) if keep == LOGITS else 0
+        cache = head.empty_logits(kept, num_rows)
+        unit = UnitGradient(head, num_rows) if keep == UNIT_GRADIENT else None
+        score_rows(head, hidden, targets, outputs, state, keep=cache, unit_gradient=unit)
+        statistics = finish_scores(state, outputs, head.vocab_size, head.wide)
+        if unit is not None:
+            cache = unit.finish(targets, state)
         differentiable = (statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, MEAN_LOGITS_ROW))
         return (*differentiable, statistics, cache)
 
@@ -103,10 +77,10 @@ def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, k
     rows = [hidden.new_empty(num_rows, dtype=wide) for _ in range(4)]
     if keep == UNIT_GRADIENT:
         cache = hidden.new_empty(hidden.shape, dtype=wide)
-    elif keep == LOGITS:
-        cache = hidden.new_empty((num_rows, weight.shape[0]), dtype=product)
     else:
-        cache = hidden.new_empty(0, dtype=product)
+        head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
+        kept = kept_rows(num_rows, head.row_bytes, workspace_bytes) if keep == LOGITS else 0
+        cache = head.empty_logits(kept, num_rows)
     return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide), cache)
 
 
@@ -118,7 +92,7 @@ def linear_scores_backward(
     bias: torch.Tensor | None,
     lse: torch.Tensor,
     coefficients: torch.Tensor,
-    logits: torch.Tensor | None,
+    logits: torch.Tensor,
     scale: float,
     softcap: float,
     inv_temperature: float,
@@ -130,26 +104,44 @@ def linear_scores_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden (N, H), weight (V, H) and bias (V,), given row coefficients (4, N); empty where not needed.
 
-    logits: (N, V) raw logits if the forward pass kept them; they are left as they are.
+    logits: (T, K, W) raw logits of the first K rows, which the forward pass kept; they are left as they are.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
-        product = hidden.to(head.dtype)
         num_rows = hidden.shape[0]
-        gradients = HeadGradients(
-            head, num_rows, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias
-        )
-        for rows in spans(num_rows, head.gradient_rows(num_rows)):
-            gradients.add(
-                rows,
-                product[rows],
-                targets[rows],
-                lse[rows],
-                coefficients[:, rows].contiguous(),
-                logits=None if logits is None else logits[rows],
-                last=rows.stop == num_rows,
-            )
+        active = coefficients.ne(0).any(dim=0)
+        index = None if bool(active.all()) else active.nonzero().squeeze(1)
+        given = (hidden.to(head.dtype), targets, lse, coefficients.t())
+        if index is not None:
+            given = tuple(tensor[index] for tensor in given)
+        blocks = _row_blocks(*given, logits, index)
+        needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
+        gradients = HeadGradients(head, len(given[0]), **needs)
+        gradients.add(blocks, last=True)
+        if index is not None and need_hidden:
+            everywhere = gradients.hidden.new_zeros(num_rows, head.hidden_size)
+            gradients.hidden = everywhere.index_copy_(0, index, gradients.hidden)
         return gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype)
+
+
+def _row_blocks(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    coefficients: torch.Tensor,
+    logits: torch.Tensor,
+    index: torch.Tensor | None,
+) -> list[RowBlock]:
+    """The rows (their numbers `index` out of all, or None for all) with kept logits (T, K, W), and the others."""
+    num_rows = len(targets)
+    kept = logits.shape[1] if index is None else int((index < logits.shape[1]).sum())
+    blocks = []
+    for rows, source in ((slice(0, kept), logits), (slice(kept, num_rows), None)):
+        if rows.stop > rows.start:
+            chosen = index[rows] if index is not None and source is not None else None
+            given = (hidden[rows], targets[rows], lse[rows], coefficients[rows].t())
+            blocks.append(RowBlock(rows, *given, logits=source, index=chosen))
+    return blocks
 
 
 @linear_scores_backward.register_fake
@@ -213,7 +205,7 @@ def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _sta
         bias,
         lse,
         coefficients,
-        cache if ctx.keep == LOGITS else None,
+        cache if ctx.keep == LOGITS else hidden.new_empty(0, 0, 0),
         *ctx.transform,
         need_hidden,
         need_weight,

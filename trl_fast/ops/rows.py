@@ -1,7 +1,9 @@
 """The two row kernels: the PyTorch reference, which is their specification, and the table of implementations.
 
-Both work on a block of logits that fits the workspace. `row_scores` turns rows into statistics; `row_grad` turns them
-into gradients, given four coefficients a row, which is enough for every loss that this project has:
+Both work on a tile: some rows, and columns [column_offset, column_offset + C) of the vocabulary. `row_scores` adds a
+tile to each row's running state, relative to the largest logit so far (online softmax, Milakov and Gimelshein, arXiv
+1805.02867), so that the rest of the row need not exist; `finish_scores` turns the state into statistics. `row_grad`
+turns a tile into its gradient, given four coefficients a row, which is enough for every loss that this project has:
 
     p = exp(u - lse);   du = p * (a + b * (u - lse)) + e + d * onehot(target)
 
@@ -39,14 +41,57 @@ from .scores import (
 )
 from .transform import LogitTransform
 
+# Rows of the running state (7, R) float64: the largest logit m so far, sums of e^(u-m), e^(u-m) (u-m) and e^2(u-m),
+# the sum of the logits, the target's logit, and the largest logit before the target.
+TOP, SUM, SUM_X, SUM_SQ, TOTAL, TARGET, BEFORE = range(7)
+NUM_STATES = 7
+
 
 class RowKernels(NamedTuple):
     """One implementation of both row kernels; the signatures are those of the references below."""
 
-    scores: Callable[..., torch.Tensor]
+    scores: Callable[..., None]
     grad: Callable[..., None]
-    # Temporaries beyond the block itself, in bytes an element: what the workspace has to leave room for.
+    # Temporaries beyond the tile itself, in bytes an element: what the workspace has to leave room for.
     bytes_per_element: int
+
+
+def new_state(num_rows: int, device: torch.device) -> torch.Tensor:
+    """The state (7, R) of rows of which nothing has been seen; a target that never comes stays NaN."""
+    state = torch.zeros(NUM_STATES, num_rows, dtype=torch.float64, device=device)
+    state[TOP] = state[BEFORE] = float("-inf")
+    state[TARGET] = float("nan")
+    return state
+
+
+def finish_scores(state: torch.Tensor, outputs: int, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Statistics (7, R) of rows whose every column has been seen.
+
+    Returns, in `dtype`: lse, logprob, entropy, log of the sum of squared probabilities, mean logit, 1.0 where the
+    target is the first argmax, and what rounding lse to `dtype` lost. Rows that `outputs` did not ask for are NaN.
+    """
+    log_sum = state[SUM].log()
+    lse = state[TOP] + log_sum
+    rounded = lse.to(dtype)
+    statistics = torch.full((NUM_STATISTICS, state.shape[1]), float("nan"), dtype=dtype, device=state.device)
+    statistics[LSE_ROW] = rounded
+    statistics[LSE_LOW_ROW] = torch.where(rounded.isfinite(), lse - rounded, 0.0)
+    # The largest logit is subtracted first: with a large common offset, lse itself has lost digits.
+    statistics[LOGPROB_ROW] = (state[TARGET] - state[TOP]) - log_sum
+    if outputs & ENTROPY:
+        statistics[ENTROPY_ROW] = log_sum - state[SUM_X] / state[SUM]
+    if outputs & LOG_SUM_SQ_PROBS:
+        statistics[LOG_SUM_SQ_ROW] = state[SUM_SQ].log() - 2 * log_sum
+    if outputs & MEAN_LOGITS:
+        statistics[MEAN_LOGITS_ROW] = state[TOTAL] / vocab_size
+    if outputs & IS_TOP1:
+        statistics[IS_TOP1_ROW] = ((state[TARGET] >= state[TOP]) & (state[TARGET] > state[BEFORE])).to(dtype)
+    return statistics
+
+
+def rescale(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """The factor (R,) by which sums relative to the largest logit `before` shrink when it becomes `after`."""
+    return torch.where(before == float("-inf"), 0.0, torch.exp(before - after))
 
 
 def with_low_part(coefficients: torch.Tensor, lse_low: torch.Tensor) -> torch.Tensor:
@@ -59,6 +104,12 @@ def with_low_part(coefficients: torch.Tensor, lse_low: torch.Tensor) -> torch.Te
     return torch.stack((factor * (a - b * lse_low), factor * b, d, e))
 
 
+def _local_targets(targets: torch.Tensor, column_offset: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of the targets in a tile, clamped into it (R,), and whether they lie in it (R,) bool."""
+    local = targets - column_offset
+    return local.clamp(0, max(columns - 1, 0)), (local >= 0) & (local < columns)
+
+
 def row_scores_reference(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -67,42 +118,47 @@ def row_scores_reference(
     softcap: float,
     inv_temperature: float,
     outputs: int,
-) -> torch.Tensor:
-    """Statistics of each row of a block of raw logits.
+    column_offset: int,
+    state: torch.Tensor,
+) -> None:
+    """Adds a tile of raw logits to the state of its rows.
 
     Args:
-        logits: (R, V) float32|bfloat16|float16 (float64 gives the float64 reference), rows may be strided.
-        targets: (R,) int64 in [0, V).
-        bias: (V,) or None, added first.
+        logits: (R, C) float32|bfloat16|float16 (float64 gives the float64 reference), rows may be strided.
+        targets: (R,) int64, columns of the full vocabulary.
+        bias: (C,) or None, the slice that belongs to these columns; it is added first.
         scale, softcap, inv_temperature: see LogitTransform.
-        outputs: mask of ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1.
-
-    Returns:
-        (7, R) float32: lse, logprob, entropy, log of the sum of squared probabilities, mean logit, 1.0 where the
-        target is the first argmax, and what rounding lse to float32 lost. Rows that were not asked for are NaN.
+        outputs: mask of ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1: which sums are kept up besides SUM.
+        column_offset: the tile's first column in the vocabulary; tiles come in order.
+        state: (7, R) float64, changed in place.
     """
     u, _ = LogitTransform(scale, softcap, inv_temperature).apply(logits, bias)
-    stats = u.new_full((NUM_STATISTICS, u.shape[0]), float("nan"))
-    if u.shape[0] == 0:
-        return stats
-    # log_softmax and not u - lse: with a large common offset, lse itself is rounded too coarsely.
-    logp = u.log_softmax(dim=-1)
-    top = u.amax(dim=-1)
-    log_sum = -logp.amax(dim=-1)
-    lse = top + log_sum
-    stats[LSE_ROW] = lse
-    stats[LSE_LOW_ROW] = torch.where(torch.isfinite(lse), (top - lse) + log_sum, 0.0)
-    stats[LOGPROB_ROW] = logp.gather(1, targets[:, None]).squeeze(1)
-    if outputs & IS_TOP1:
-        stats[IS_TOP1_ROW] = (u.argmax(dim=-1) == targets).to(u.dtype)
-    if outputs & MEAN_LOGITS:
-        stats[MEAN_LOGITS_ROW] = u.mean(dim=-1)
-    if outputs & LOG_SUM_SQ_PROBS:
-        stats[LOG_SUM_SQ_ROW] = torch.logsumexp(2 * logp, dim=-1)
+    if u.numel() == 0:
+        return
+    local, inside = _local_targets(targets, column_offset, u.shape[1])
+    target_logits = u.gather(1, local[:, None]).squeeze(1)
+    state[TARGET] = torch.where(inside, target_logits.to(state.dtype), state[TARGET])
+    before = state[TOP].clone()
+    top = torch.maximum(before, u.amax(dim=1).to(state.dtype))
+    # While everything is -inf, subtract 0: -inf - -inf would be NaN.
+    anchor = torch.where(top == float("-inf"), 0.0, top)
+    shift = torch.where(before == float("-inf"), 0.0, before - anchor)
+    factor = shift.exp()
+    x = u - anchor[:, None].to(u.dtype)
+    e = x.exp()
     if outputs & ENTROPY:
-        p = logp.exp()
-        stats[ENTROPY_ROW] = -torch.where(p > 0, p * logp, 0.0).sum(dim=-1)
-    return stats
+        moment = torch.where(e > 0, e * x, e).sum(dim=1)
+        state[SUM_X] = factor * (state[SUM_X] + shift * state[SUM]) + moment
+    if outputs & LOG_SUM_SQ_PROBS:
+        state[SUM_SQ] = factor.square() * state[SUM_SQ] + e.square().sum(dim=1)
+    if outputs & MEAN_LOGITS:
+        state[TOTAL] += u.sum(dim=1)
+    if outputs & IS_TOP1:
+        columns = column_offset + torch.arange(u.shape[1], device=u.device)
+        earlier = u.masked_fill(columns >= targets[:, None], float("-inf")).amax(dim=1)
+        state[BEFORE] = torch.maximum(state[BEFORE], earlier.to(state.dtype))
+    state[SUM] = factor * state[SUM] + e.sum(dim=1)
+    state[TOP] = top
 
 
 def row_grad_reference(
@@ -132,20 +188,18 @@ def row_grad_reference(
     logp = u - lse[:, None].to(u.dtype)
     p = logp.exp()
     du = torch.where(p > 0, p * (a + b * logp), 0.0) + e
-    local = targets - column_offset
-    inside = (local >= 0) & (local < u.shape[1])
-    column = local.clamp(0, max(u.shape[1] - 1, 0))[:, None]
-    du.scatter_add_(1, column, torch.where(inside[:, None], d, 0.0))
+    local, inside = _local_targets(targets, column_offset, u.shape[1])
+    du.scatter_add_(1, local[:, None], torch.where(inside[:, None], d, 0.0))
     du *= inv_temperature * scale
     if tanh is not None:
         du *= 1 - tanh.square()
     out.copy_(du)
 
 
-def _triton_scores(*args: object) -> torch.Tensor:
+def _triton_scores(*args: object) -> None:
     from trl_fast.kernels.rows import row_scores
 
-    return row_scores(*args)
+    row_scores(*args)
 
 
 def _triton_grad(*args: object) -> None:
@@ -154,8 +208,8 @@ def _triton_grad(*args: object) -> None:
     row_grad(*args)
 
 
-def _cpp_scores(*args: object) -> torch.Tensor:
-    return torch.ops.trl_fast.row_scores(*args)
+def _cpp_scores(*args: object) -> None:
+    torch.ops.trl_fast.row_scores(*args)
 
 
 def _cpp_grad(*args: object) -> None:
@@ -173,8 +227,8 @@ def register_fakes() -> None:
     """Shapes of the C++ ops for FakeTensor and torch.compile; called once, after the extension is loaded."""
 
     @torch.library.register_fake("trl_fast::row_scores")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs):
-        return logits.new_empty((NUM_STATISTICS, logits.shape[0]), dtype=torch.float32)
+    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state):
+        return None
 
     @torch.library.register_fake("trl_fast::row_grad")
     def _(logits, targets, bias, scale, softcap, inv_temperature, lse, coefficients, column_offset, out):

@@ -20,7 +20,7 @@ OUTPUT_BITS = {
     "is_top1": IS_TOP1,
 }
 
-# Rows of the statistics tensor that a row kernel returns, shape (7, R) float32.
+# Rows of the statistics tensor, shape (7, R) float32.
 LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, IS_TOP1_ROW, LSE_LOW_ROW = range(7)
 NUM_STATISTICS = 7
 

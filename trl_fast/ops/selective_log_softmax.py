@@ -6,7 +6,7 @@ import torch
 
 from .backends import choose_backend
 from .linear_scores import row_coefficients
-from .rows import ROW_KERNELS
+from .rows import ROW_KERNELS, finish_scores, new_state
 from .scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW
 from .transform import LogitTransform
 from .validation import check_selective_inputs, check_target_range
@@ -20,7 +20,10 @@ def _selective_scores(
 
     entropy is NaN unless `outputs` asks for it.
     """
-    statistics = ROW_KERNELS[backend].scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs)
+    state = new_state(logits.shape[0], logits.device)
+    ROW_KERNELS[backend].scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs, 0, state)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    statistics = finish_scores(state, outputs, logits.shape[1], wide)
     return tuple(statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LSE_LOW_ROW))
 
 

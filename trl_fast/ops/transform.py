@@ -50,3 +50,10 @@ class LogitTransform(NamedTuple):
         if self.inv_temperature != 1.0:
             y = y * self.inv_temperature
         return y, tanh
+
+    def slope(self, u: torch.Tensor) -> torch.Tensor:
+        """du/dz where the transformed logit is u: any shape, any float dtype."""
+        slope = torch.full_like(u, self.scale * self.inv_temperature)
+        if self.softcap:
+            slope *= 1 - (u / (self.inv_temperature * self.softcap)).square()
+        return slope
