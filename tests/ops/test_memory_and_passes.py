@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.memory import measure_peak
 from support.heads import make_problem
-from trl_fast.ops import linear_cross_entropy, linear_logprob
+from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
 from trl_fast.ops.blocks import row_bytes
 
 N, V, H = 512, 8192, 16
@@ -45,12 +45,27 @@ def cross_entropy_step(backend, workspace_bytes):
     return step
 
 
+def token_loss_step(backend, workspace_bytes, frozen=()):
+    problem = make_problem(N, V, H)
+    for name in frozen:
+        getattr(problem, name).requires_grad_(False)
+
+    def step():
+        given = (problem.hidden, problem.weight, problem.targets, lambda scores, rows: scores.logprobs.square().sum())
+        loss = linear_token_loss(*given, workspace_bytes=workspace_bytes, backend=backend).loss
+        if loss.requires_grad:
+            loss.backward()
+
+    return step
+
+
+@pytest.mark.parametrize("step", [logprob_step, token_loss_step])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden", "weight")], ids=["trained", "frozen", "scoring"])
-def test_logprob_stays_inside_its_workspace(frozen, backend):
+def test_step_stays_inside_its_workspace(step, frozen, backend):
     workspace = WHOLE // 8
-    peak = measure_peak(logprob_step(backend, workspace, frozen)).peak_bytes
+    peak = measure_peak(step(backend, workspace, frozen)).peak_bytes
     # Beside the workspace: the weight's gradient, and some [N, H] and [N] vectors.
-    allowed = workspace + (0 if frozen else WEIGHT) + 4 * N * H * 4 + 40 * N * 4
+    allowed = workspace + (0 if frozen else 2 * WEIGHT) + 4 * N * H * 4 + 40 * N * 4
     assert peak < allowed < WHOLE // 2
 
 
@@ -107,8 +122,21 @@ class CountedProducts:
         (lambda b: logprob_step(b, None), 3),
         (lambda b: logprob_step(b, WHOLE // 8), lambda b: 4 - kept_share(b, WHOLE // 8)),
         (lambda b: cross_entropy_step(b, WHOLE // 8), 3),
+        (lambda b: token_loss_step(b, WHOLE // 8, ("hidden", "weight")), 1),
+        (lambda b: token_loss_step(b, WHOLE // 8, ("weight",)), 2),
+        (lambda b: token_loss_step(b, WHOLE // 8), 3),
     ],
-    ids=["scoring", "scoring in blocks", "frozen head", "kept logits", "logits beyond the workspace", "cross-entropy"],
+    ids=[
+        "scoring",
+        "scoring in blocks",
+        "frozen head",
+        "kept logits",
+        "logits beyond the workspace",
+        "cross-entropy",
+        "token loss, no gradient",
+        "token loss, frozen head",
+        "token loss",
+    ],
 )
 def test_passes_over_the_head(step, passes, backend, monkeypatch):
     count = CountedProducts(monkeypatch)

@@ -3,17 +3,20 @@
 from .backends import BACKENDS, BackendRow, Support, backend_table, supports
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprob import linear_logprob
+from .linear_token_loss import ScoredLoss, linear_token_loss
 from .scores import TokenScores
 from .selective_log_softmax import selective_log_softmax, selective_log_softmax_and_entropy
 
 __all__ = [
     "BACKENDS",
     "BackendRow",
+    "ScoredLoss",
     "Support",
     "TokenScores",
     "backend_table",
     "linear_cross_entropy",
     "linear_logprob",
+    "linear_token_loss",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "supports",

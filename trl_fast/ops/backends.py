@@ -19,7 +19,7 @@ from .rows import register_fakes
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("triton", "cpp", "torch")
-OPS = ("linear_logprob", "linear_cross_entropy", "selective_log_softmax")
+OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

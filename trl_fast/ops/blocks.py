@@ -67,11 +67,6 @@ def rows_per_block(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> i
     return min(num_rows, workspace_bytes // bytes_per_row)
 
 
-def kept_rows(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> int:
-    """How many rows of logits a forward pass may keep for backward, which needs a tile beside them."""
-    return min(num_rows, (workspace_bytes - workspace_bytes // _TILE_SHARE) // bytes_per_row)
-
-
 def spans(total: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most `step` that cover range(total)."""
     for start in range(0, total, step):
@@ -116,9 +111,13 @@ class Head:
         self._cast_tile: torch.Tensor | None = None
         rows_per_block(1, self.row_bytes, workspace_bytes)
 
+    def kept_rows(self, num_rows: int) -> int:
+        """How many whole rows of logits the workspace holds with a tile beside them."""
+        return min(num_rows, (self.workspace_bytes - self.workspace_bytes // _TILE_SHARE) // self.row_bytes)
+
     def block_rows(self, num_rows: int) -> int:
-        """How many whole rows of logits the workspace holds."""
-        return rows_per_block(num_rows, self.row_bytes, self.workspace_bytes)
+        """The same for ops that go block by block: at least one row, if there are any."""
+        return min(num_rows, max(1, self.kept_rows(num_rows)))
 
     def tiling(self, num_rows: int) -> Tiling:
         """The tiles for `num_rows` rows: within a share of the workspace, and on a CPU within its cache."""
@@ -275,12 +274,20 @@ class RowBlock:
                 rows, self.hidden[part], self.targets[part], self.lse[part], coefficients, logits, index, self.consume
             )
 
-    def raw_logits(self, number: int, weight: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
-        """Logits (R, C) of a tile, in `scratch` (R, C) unless they are there and in order."""
+    def raw_logits(
+        self, number: int, columns: slice, weight: torch.Tensor | None, scratch: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (R, C) of tile `number`, in `scratch` (R, C) unless they are there and in order."""
         if self.logits is None:
             return torch.mm(self.hidden, weight.t(), out=scratch)
-        tile = self.logits[number, :, : scratch.shape[1]]
+        tile = self.logits[number, :, : columns.stop - columns.start]
         return tile if self.index is None else torch.index_select(tile, 0, self.index, out=scratch)
+
+
+def active_rows(coefficients: torch.Tensor) -> torch.Tensor | None:
+    """Numbers (A,) of the rows whose coefficients (4, R) are not all zero; None if that is every row."""
+    active = coefficients.ne(0).any(dim=0)
+    return None if bool(active.all()) else active.nonzero().squeeze(1)
 
 
 class HeadGradients:
@@ -304,7 +311,8 @@ class HeadGradients:
         height, width = head.tiling(max((len(block.targets) for block in blocks), default=0))
         width = next((block.logits.shape[2] for block in blocks if block.logits is not None), width)
         parts = [part for block in blocks for part in block.parts(height)]
-        scratch = torch.empty(height, width, dtype=head.dtype, device=head.weight.device)
+        in_place = all(part.consume and part.logits is not None and part.index is None for part in parts)
+        scratch = torch.empty(0 if in_place else height, width, dtype=head.dtype, device=head.weight.device)
         narrow = self._need_weight and self.weight.dtype != head.wide
         buffer = scratch.new_empty(width if narrow else 0, head.hidden_size, dtype=head.wide)
         need_weight_tile = self.hidden is not None or any(part.logits is None for part in parts)
@@ -313,7 +321,7 @@ class HeadGradients:
             weight_sum = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
             for part in parts:
                 tile = scratch[: len(part.targets), : columns.stop - columns.start]
-                logits = part.raw_logits(number, weight, tile)
+                logits = part.raw_logits(number, columns, weight, tile)
                 out = logits if part.consume else tile
                 grad = head.grad(logits, part.targets, part.lse, part.coefficients, columns, out)
                 if self.hidden is not None:
@@ -324,6 +332,11 @@ class HeadGradients:
                     self._bias[columns] += grad.sum(dim=0, dtype=head.wide)
             if weight_sum is not None:
                 weight_sum.finish()
+
+    def spread_hidden(self, index: torch.Tensor, num_rows: int) -> None:
+        """Moves the gradients of the first A rows to the rows `index` (A,) of `num_rows`; the others get zero."""
+        everywhere = self.hidden.new_zeros(num_rows, self.head.hidden_size)
+        self.hidden = everywhere.index_copy_(0, index, self.hidden[: len(index)])
 
     def results(
         self, hidden_dtype: torch.dtype, bias_dtype: torch.dtype

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .backends import choose_backend
 from .blocks import DEFAULT_WORKSPACE_BYTES
 from .linear_scores import LOGITS, NOTHING, UNIT_GRADIENT, linear_scores
-from .scores import IS_TOP1_ROW, LOG_SUM_SQ_ROW, TokenScores, output_mask
+from .scores import TokenScores, output_mask, token_scores
 from .transform import LogitTransform
 from .validation import check_finite, check_head_inputs, check_target_range
 
@@ -87,7 +89,7 @@ def linear_logprob(
         RuntimeError: the forced backend cannot serve.
     """
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    _, logprobs, entropy, mean_logits, statistics, _ = differentiable_scores(
+    _, logprobs, entropy, _, statistics, _ = differentiable_scores(
         "linear_logprob",
         hidden,
         weight,
@@ -98,11 +100,5 @@ def linear_logprob(
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
-    statistics = statistics.detach()
-    return TokenScores(
-        logprobs=logprobs,
-        entropy=entropy if "entropy" in outputs else None,
-        log_sum_sq_probs=statistics[LOG_SUM_SQ_ROW] if "log_sum_sq_probs" in outputs else None,
-        mean_logits=mean_logits.detach() if "mean_logits" in outputs else None,
-        is_top1=statistics[IS_TOP1_ROW] > 0.5 if "is_top1" in outputs else None,
-    )
+    scores = token_scores(statistics.detach(), outputs)
+    return replace(scores, logprobs=logprobs, entropy=entropy if "entropy" in outputs else None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import Head, HeadGradients, RowBlock, UnitGradient, gemm_dtype, kept_rows, score_rows
+from .blocks import Head, HeadGradients, RowBlock, UnitGradient, active_rows, gemm_dtype, score_rows
 from .rows import finish_scores, new_state, with_low_part
 from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
 from .transform import LogitTransform
@@ -58,7 +58,7 @@ def linear_scores(
         hidden = hidden.to(head.dtype)
         num_rows = hidden.shape[0]
         state = new_state(num_rows, hidden.device)
-        kept = kept_rows(num_rows, head.row_bytes, workspace_bytes) if keep == LOGITS else 0
+        kept = head.kept_rows(num_rows) if keep == LOGITS else 0
         cache = head.empty_logits(kept, num_rows)
         unit = UnitGradient(head, num_rows) if keep == UNIT_GRADIENT else None
         score_rows(head, hidden, targets, outputs, state, keep=cache, unit_gradient=unit)
@@ -79,7 +79,7 @@ def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, k
         cache = hidden.new_empty(hidden.shape, dtype=wide)
     else:
         head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
-        kept = kept_rows(num_rows, head.row_bytes, workspace_bytes) if keep == LOGITS else 0
+        kept = head.kept_rows(num_rows) if keep == LOGITS else 0
         cache = head.empty_logits(kept, num_rows)
     return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide), cache)
 
@@ -108,9 +108,7 @@ def linear_scores_backward(
     """
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
-        num_rows = hidden.shape[0]
-        active = coefficients.ne(0).any(dim=0)
-        index = None if bool(active.all()) else active.nonzero().squeeze(1)
+        index = active_rows(coefficients)
         given = (hidden.to(head.dtype), targets, lse, coefficients.t())
         if index is not None:
             given = tuple(tensor[index] for tensor in given)
@@ -119,8 +117,7 @@ def linear_scores_backward(
         gradients = HeadGradients(head, len(given[0]), **needs)
         gradients.add(blocks, last=True)
         if index is not None and need_hidden:
-            everywhere = gradients.hidden.new_zeros(num_rows, head.hidden_size)
-            gradients.hidden = everywhere.index_copy_(0, index, gradients.hidden)
+            gradients.spread_hidden(index, hidden.shape[0])
         return gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype)
 
 

@@ -44,6 +44,15 @@ class TokenScores:
     is_top1: torch.Tensor | None = None
 
 
+def token_scores(statistics: torch.Tensor, outputs: tuple[str, ...] | list[str]) -> TokenScores:
+    """The named outputs of statistics (7, N); the others are None."""
+    row_of = {"entropy": ENTROPY_ROW, "log_sum_sq_probs": LOG_SUM_SQ_ROW, "mean_logits": MEAN_LOGITS_ROW}
+    named = {name: statistics[row] for name, row in row_of.items() if name in outputs}
+    if "is_top1" in outputs:
+        named["is_top1"] = statistics[IS_TOP1_ROW] > 0.5
+    return TokenScores(statistics[LOGPROB_ROW], **named)
+
+
 def output_mask(outputs: tuple[str, ...] | list[str]) -> int:
     """Bit mask of the named outputs.
 

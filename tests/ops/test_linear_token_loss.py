@@ -1,0 +1,176 @@
+"""linear_token_loss on every backend against the same loss of whole float64 logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support.heads import DTYPES, FLOOR, HeadProblem, assert_as_good, error, make_problem, scores_from_logits
+from trl_fast.ops import TokenScores, linear_cross_entropy, linear_token_loss
+
+# Bytes that hold a few rows of 333 logits, and one of the PyTorch kernels, which have temporaries.
+ROW_BLOCKS = 12_000
+N = 21
+ADVANTAGES = torch.linspace(-1.0, 1.0, N)
+OLD_LOGPROBS = torch.linspace(-7.0, -3.0, N)
+
+
+def clipped_policy_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+    """The PPO-clip objective (arXiv 1707.06347, eq. 7): rows on the far side of the clip have no gradient."""
+    ratio = (scores.logprobs - OLD_LOGPROBS[rows].to(scores.logprobs.dtype)).exp()
+    advantages = ADVANTAGES[rows].to(ratio.dtype)
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum() / N
+
+
+def with_entropy_bonus(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+    return clipped_policy_loss(scores, rows) - 0.1 * scores.entropy.sum()
+
+
+def dft(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+    """DFT (arXiv 2508.05629, eq. 9): the likelihood, weighted by the probability itself."""
+    return -(scores.logprobs * scores.logprobs.detach().exp()).sum()
+
+
+LOSSES = {"clipped": clipped_policy_loss, "entropy bonus": with_entropy_bonus, "dft": dft}
+
+
+def whole(problem: HeadProblem, token_loss, dtype: torch.dtype | None) -> torch.Tensor:
+    scores = scores_from_logits(problem.logits(dtype), problem.targets)
+    return token_loss(TokenScores(**scores), torch.arange(len(problem.targets)))
+
+
+def fused(problem: HeadProblem, token_loss, backend: str, **options) -> torch.Tensor:
+    given = (problem.hidden, problem.weight, problem.targets, token_loss)
+    options = {"outputs": ("logprobs", "entropy"), "bias": problem.bias, "backend": backend} | options
+    return linear_token_loss(*given, **problem.transform, **options).loss
+
+
+def make(dtype: torch.dtype = torch.float32) -> HeadProblem:
+    return make_problem(N, 333, dtype=dtype, bias=True, softcap=9.0, logit_scale=0.5, temperature=1.3)
+
+
+@pytest.mark.parametrize("workspace_bytes", [None, ROW_BLOCKS], ids=["one block", "row blocks"])
+@pytest.mark.parametrize("token_loss", LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_gradients(dtype, token_loss, workspace_bytes, backend):
+    problem = make(dtype)
+    got = fused(problem, token_loss, backend, workspace_bytes=workspace_bytes)
+    exact, baseline = whole(problem, token_loss, torch.float64), whole(problem, token_loss, None)
+    assert got.dtype == torch.float32
+    assert_as_good(got, baseline, exact, "loss", 4 * FLOOR[dtype])
+    grads = (torch.autograd.grad(loss, problem.leaves) for loss in (got, baseline, exact))
+    for leaf, a, b, c in zip(("hidden", "weight", "bias"), *grads, strict=True):
+        assert a.dtype == dtype
+        assert_as_good(a, b, c, f"gradient of {leaf}", 10 * FLOOR[dtype])
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_frozen_parts_and_retained_graph(frozen, backend):
+    problem = make()
+    getattr(problem, frozen).requires_grad_(False)
+    leaves = [x for x in problem.leaves if x.requires_grad]
+    loss = fused(problem, with_entropy_bonus, backend, workspace_bytes=ROW_BLOCKS)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(-2 * loss, leaves)
+    true = torch.autograd.grad(whole(problem, with_entropy_bonus, torch.float64), leaves)
+    for a, b, c in zip(first, second, true, strict=True):
+        assert error(a, c) < 5e-6 and error(b, -2 * c) < 5e-6
+
+
+@pytest.mark.parametrize("workspace_bytes", [None, ROW_BLOCKS], ids=["one block", "row blocks"])
+def test_rows_without_a_gradient_leave_before_the_products(workspace_bytes, backend, monkeypatch):
+    from trl_fast.ops import blocks
+
+    rows_added = []
+    add = blocks.HeadGradients.add
+
+    def counted_add(self, row_blocks, *, last):
+        rows_added.append(sum(len(block.targets) for block in row_blocks))
+        add(self, row_blocks, last=last)
+
+    monkeypatch.setattr(blocks.HeadGradients, "add", counted_add)
+    problem = make()
+    active = torch.zeros(N, dtype=torch.bool)
+    active[[1, 4, 5, 20]] = True
+
+    def masked(scores, rows):
+        return (scores.logprobs * active[rows]).sum()
+
+    fused(problem, masked, backend, workspace_bytes=workspace_bytes).backward()
+    true = torch.autograd.grad(whole(problem, masked, torch.float64), problem.leaves)
+    assert sum(rows_added) == 4
+    assert (problem.hidden.grad[~active] == 0).all()
+    for leaf, exact in zip(problem.leaves, true, strict=True):
+        assert error(leaf.grad, exact) < 5e-6
+
+
+def test_scores_come_back_whole_and_detached(backend):
+    problem = make()
+    outputs = ("logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    seen = []
+
+    def record(scores, rows):
+        seen.append(rows)
+        return scores.logprobs.sum()
+
+    options = {"bias": problem.bias, "outputs": outputs, "workspace_bytes": ROW_BLOCKS, "backend": backend}
+    got = linear_token_loss(
+        problem.hidden, problem.weight, problem.targets, record, **problem.transform, **options
+    ).scores
+    assert len(seen) > 1 and torch.equal(torch.cat(seen), torch.arange(N))
+    for name, exact in scores_from_logits(problem.logits(torch.float64), problem.targets).items():
+        assert not getattr(got, name).requires_grad
+        assert error(getattr(got, name).double(), exact.double()) < 2e-6
+
+
+def test_without_gradients_nothing_is_kept(backend, monkeypatch):
+    from trl_fast.ops import blocks
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a gradient was computed without need")
+
+    monkeypatch.setattr(blocks.HeadGradients, "add", refuse)
+    problem = make()
+    with torch.no_grad():
+        loss = fused(problem, with_entropy_bonus, backend)
+    assert not loss.requires_grad
+    assert error(loss, whole(problem, with_entropy_bonus, torch.float64)) < 2e-6
+
+
+@pytest.mark.parametrize("rows", [0, 4], ids=["no rows", "a loss of nothing"])
+def test_nothing_to_train_on_is_a_differentiable_zero(rows, backend):
+    problem = make_problem(rows, 60)
+    loss = fused(problem, lambda scores, rows: scores.logprobs.new_zeros(()), backend)
+    assert loss.item() == 0.0
+    loss.backward()
+    assert problem.hidden.grad.abs().sum() == 0 and problem.weight.grad.abs().sum() == 0
+
+
+def test_under_autocast_the_weight_may_be_wider(backend):
+    problem = make_problem(N, 90)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused(problem, dft, backend)
+    loss.backward()
+    assert problem.weight.grad.dtype == torch.float32
+    assert error(loss, whole(problem, dft, torch.float64)) < 1e-2
+
+
+def test_the_likelihood_is_cross_entropy(backend):
+    problem = make_problem(N, 90)
+    loss = fused(problem, lambda scores, rows: -scores.logprobs.sum(), backend)
+    true = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="sum", backend=backend)
+    assert torch.equal(loss, true)
+
+
+@pytest.mark.parametrize(
+    ("token_loss", "got"),
+    [
+        (lambda s, rows: s.logprobs, r"shape \(4,\)"),
+        (lambda s, rows: None, "NoneType"),
+        (lambda s, rows: 1.0, "float"),
+    ],
+)
+def test_a_loss_that_is_not_summed_is_refused(token_loss, got):
+    problem = make_problem(4, 30)
+    with pytest.raises(ValueError, match=f"token_loss: expected a summed loss, a 0-d tensor, got {got}"):
+        fused(problem, token_loss, "torch")

@@ -1,0 +1,194 @@
+"""Any loss that is a sum over tokens, straight from hidden states and the head's weight.
+
+How much a row of such a loss weighs is known as soon as the row is scored, so its gradient is taken in the forward
+pass, while the row's logits are still there: three passes over N·V·H, two with a frozen head, and none recomputed.
+GRPO, PPO, weighted likelihood and DFT (arXiv 2508.05629) are of this kind; sequence losses such as DPO are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from .backends import choose_backend
+from .blocks import (
+    DEFAULT_WORKSPACE_BYTES,
+    Head,
+    HeadGradients,
+    RowBlock,
+    active_rows,
+    gemm_dtype,
+    score_rows,
+    spans,
+)
+from .linear_logprob import autocast_hidden
+from .linear_scores import row_coefficients
+from .rows import finish_scores, new_state
+from .scores import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS, TokenScores, output_mask, token_scores
+from .transform import LogitTransform
+from .validation import check_finite, check_head_inputs, check_target_range
+
+TokenLoss = Callable[[TokenScores, torch.Tensor], torch.Tensor]
+
+
+class ScoredLoss(NamedTuple):
+    """loss: 0-d, differentiable; scores: what the head says about all N tokens, without gradient."""
+
+    loss: torch.Tensor
+    scores: TokenScores
+
+
+def _block_loss(
+    token_loss: TokenLoss, statistics: torch.Tensor, rows: torch.Tensor, outputs: tuple[str, ...], vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss (0-d) of a row block and its coefficients (4, R), from the derivatives of the loss by its scores."""
+    scores = token_scores(statistics, outputs)
+    leaves = [scores.logprobs.detach().requires_grad_()]
+    scores = replace(scores, logprobs=leaves[0])
+    if scores.entropy is not None:
+        leaves.append(scores.entropy.detach().requires_grad_())
+        scores = replace(scores, entropy=leaves[1])
+    with torch.enable_grad():
+        loss = token_loss(scores, rows)
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ValueError(f"token_loss: expected a summed loss, a 0-d tensor, got {got}")
+    grads = [None] * 2
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        grads[: len(found)] = found
+    entropy, lse_low = statistics[ENTROPY_ROW], statistics[LSE_LOW_ROW]
+    return loss.detach(), row_coefficients(lse_low, entropy, vocab_size, None, grads[0], grads[1], None)
+
+
+class _TokenLossSweep:
+    """Scores row blocks, asks `token_loss` what they weigh, and adds up the loss and the head's gradients."""
+
+    def __init__(self, head: Head, num_rows: int, token_loss: TokenLoss, outputs: tuple[str, ...]) -> None:
+        self.head = head
+        self.token_loss = token_loss
+        self.outputs = outputs
+        device = head.weight.device
+        self.loss = torch.zeros((), dtype=head.wide, device=device)
+        self.statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=head.wide, device=device)
+
+    def score(
+        self, hidden: torch.Tensor, targets: torch.Tensor, rows: slice, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Adds the rows' loss; their coefficients (4, R). keep: (T, R, W) takes their raw logits."""
+        mask = output_mask(self.outputs)
+        state = new_state(rows.stop - rows.start, hidden.device)
+        score_rows(self.head, hidden[rows], targets[rows], mask, state, keep=keep)
+        statistics = finish_scores(state, mask, self.head.vocab_size, self.head.wide)
+        self.statistics[:, rows] = statistics
+        numbers = torch.arange(rows.start, rows.stop, device=hidden.device)
+        loss, coefficients = _block_loss(self.token_loss, statistics, numbers, self.outputs, self.head.vocab_size)
+        self.loss += loss
+        return coefficients
+
+    def differentiate(self, hidden: torch.Tensor, targets: torch.Tensor, gradients: HeadGradients) -> None:
+        """Scores all rows (N, H), block by block, and adds their gradients while the logits are there."""
+        num_rows = hidden.shape[0]
+        height = self.head.block_rows(num_rows)
+        logits = self.head.empty_logits(height, height)
+        indices = [torch.empty(0, dtype=torch.int64, device=hidden.device)]
+        for rows in spans(num_rows, max(height, 1)):
+            kept = logits[:, : rows.stop - rows.start]
+            coefficients = self.score(hidden, targets, rows, kept)
+            index = active_rows(coefficients)
+            given = (hidden[rows], targets[rows], self.statistics[LSE_ROW, rows], coefficients.t())
+            if index is not None:
+                given = tuple(tensor[index] for tensor in given)
+            done = sum(map(len, indices))
+            place = slice(done, done + len(given[0]))
+            block = RowBlock(place, *given[:3], given[3].t(), logits=kept, index=index, consume=True)
+            gradients.add([block], last=rows.stop == num_rows)
+            indices.append(
+                rows.start + (torch.arange(len(given[0]), device=hidden.device) if index is None else index)
+            )
+        if gradients.hidden is not None:
+            gradients.spread_hidden(torch.cat(indices), num_rows)
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    """Not a torch.library op, because those take no functions; torch.compile breaks its graph here."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, sweep):
+        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+        needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
+        gradients = HeadGradients(sweep.head, hidden.shape[0], **needs)
+        product = hidden.to(sweep.head.dtype)
+        if any(needs.values()):
+            sweep.differentiate(product, targets, gradients)
+        else:
+            sweep.score(product, targets, slice(0, hidden.shape[0]), keep=None)
+        ctx.save_for_backward(*gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype))
+        ctx.mark_non_differentiable(sweep.statistics)
+        return sweep.loss, sweep.statistics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        needs = ctx.needs_input_grad[:3]
+        scaled = (
+            grad * grad_loss.to(grad.dtype) if need else None
+            for grad, need in zip(ctx.saved_tensors, needs, strict=True)
+        )
+        return (*scaled, None, None)
+
+
+@torch.compiler.disable
+def linear_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_loss: TokenLoss,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = ("logprobs",),
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> ScoredLoss:
+    """A sum over tokens of any differentiable function of their log-probability and entropy.
+
+    Rows to which `token_loss` gives no gradient (masked, clipped, zero advantage) take no part in the products of the
+    gradient.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_bytes, backend: as in
+            linear_logprob.
+        token_loss: called once a row block with its TokenScores of (R,) tensors, of which logprobs and entropy are
+            differentiable, and the rows' numbers (R,) int64 among the N; returns the block's share of the loss, a 0-d
+            tensor. The loss is the sum of all shares, so a mean has to be divided by a number that is known before.
+        outputs: what token_loss and the caller want to see, as in linear_logprob.
+
+    Returns:
+        ScoredLoss. With no rows the loss is a differentiable zero.
+
+    Raises:
+        ValueError, RuntimeError: as in linear_logprob; and if token_loss returns anything but a 0-d tensor.
+    """
+    transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    output_mask(outputs)
+    hidden, autocast = autocast_hidden(hidden)
+    check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
+    check_target_range(targets, weight.shape[0])
+    check_finite(hidden)
+    backend = choose_backend("linear_token_loss", backend, hidden.device, hidden.dtype)
+    workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    tensors = (hidden, weight, bias)
+    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    if not torch.is_grad_enabled():
+        tensors = detached
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = Head(*detached[1:], transform, gemm_dtype(hidden), backend, workspace_bytes)
+        sweep = _TokenLossSweep(head, hidden.shape[0], token_loss, outputs)
+        loss, statistics = _LinearTokenLoss.apply(*tensors, targets.long(), sweep)
+    return ScoredLoss(loss, token_scores(statistics, outputs))
