@@ -6,6 +6,7 @@ compile, the package installs without it and runs in PyTorch. TRL_FAST_REQUIRE_E
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import subprocess
@@ -15,7 +16,8 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-# One kernel source, compiled once per instruction set; the running CPU decides which is called.
+# Kernel sources, compiled once per instruction set; the running CPU decides which is called.
+ISA_SOURCES = ("row_kernels", "sparse_kernels")
 ISA_FLAGS = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
@@ -29,6 +31,7 @@ ISA_FLAGS = {
         "-DCPU_CAPABILITY_AVX512",
     ],
 }
+CUDA_TARGETS = (80, 90, 100)
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
 
 
@@ -52,13 +55,40 @@ def instruction_sets(machine: str) -> list[str]:
 
 
 def cuda_sources(cuda_home: str | None, torch_cuda: str | None, root: Path = ROOT) -> list[str]:
-    """The CUDA sources that join the build: all, if there are a toolkit and a CUDA build of torch, else none.
+    """The CUDA sources and their bindings, if there are a toolkit and a CUDA build of torch, else none.
 
     A visible GPU is not asked for: machines that build images have none.
     """
     if not cuda_home or not torch_cuda or not Path(cuda_home, "bin", "nvcc").exists():
         return []
-    return sorted(str(path.relative_to(root)) for path in (root / "csrc" / "cuda").glob("*.cu"))
+    folder = root / "csrc" / "cuda"
+    return sorted(str(path.relative_to(root)) for path in [*folder.glob("*.cu"), *folder.glob("*.cpp")])
+
+
+def cuda_arch_flags(known: str) -> list[str]:
+    """Machine code for CUDA_TARGETS and PTX of the newest, unless TORCH_CUDA_ARCH_LIST asks torch for others.
+
+    known: what `nvcc --list-gpu-arch` prints; older toolkits lack the newer targets.
+    """
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []
+    targets = [target for target in CUDA_TARGETS if f"compute_{target}" in known.split()]
+    flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    return flags + [f"-gencode=arch=compute_{target},code=compute_{target}" for target in targets[-1:]]
+
+
+def nvcc_flags(cuda_home: str) -> list[str]:
+    """How the CUDA sources are compiled."""
+    nvcc = str(Path(cuda_home, "bin", "nvcc"))
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return ["-O3", *cuda_arch_flags(known)]
+
+
+def pip_cuda_includes() -> list[str]:
+    """Headers of the CUDA libraries that pip installed with torch: a toolkit need not have all that torch includes."""
+    import torch
+
+    return [str(path) for path in sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))]
 
 
 def find_cuda_home() -> str | None:
@@ -74,21 +104,22 @@ def make_extension():
     from torch.utils import cpp_extension
 
     sources = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp"]
-    cuda = cuda_sources(find_cuda_home(), torch.version.cuda)
+    cuda_home = find_cuda_home()
+    cuda = cuda_sources(cuda_home, torch.version.cuda)
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     isas = instruction_sets(platform.machine())
     macros = [(f"TRL_FAST_HAS_{isa}", "1") for isa in isas] + ([("TRL_FAST_HAS_CUDA", "1")] if cuda else [])
     return kind(
         name="trl_fast._C",
         sources=sources + cuda,
-        include_dirs=[str(ROOT / "csrc")],
+        include_dirs=[str(ROOT / "csrc"), *(pip_cuda_includes() if cuda else [])],
         define_macros=macros,
-        extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": ["-O3"]} if cuda else COMMON_FLAGS,
+        extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": nvcc_flags(cuda_home)} if cuda else COMMON_FLAGS,
     )
 
 
 def compile_instruction_sets(build_dir: Path) -> list[str]:
-    """Object files of the row kernels, one per instruction set: an Extension has only one list of flags."""
+    """Object files of the kernels, each source one per instruction set: an Extension has only one list of flags."""
     import torch
     from torch.utils import cpp_extension
 
@@ -97,16 +128,16 @@ def compile_instruction_sets(build_dir: Path) -> list[str]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     build_dir.mkdir(parents=True, exist_ok=True)
     running, objects = [], []
-    for isa in instruction_sets(platform.machine()):
-        target = build_dir / f"row_kernels_{isa}.o"
+    for name, isa in itertools.product(ISA_SOURCES, instruction_sets(platform.machine())):
+        target = build_dir / f"{name}_{isa}.o"
         flags = [*COMMON_FLAGS, *ISA_FLAGS[isa], f"-DCPU_CAPABILITY={isa}", abi]
-        source = str(ROOT / "csrc" / "cpu" / "row_kernels.cpp")
+        source = str(ROOT / "csrc" / "cpu" / f"{name}.cpp")
         command = [compiler, *flags, f"-I{ROOT / 'csrc'}", *includes, "-c", source, "-o", str(target)]
         running.append((command, subprocess.Popen(command)))
         objects.append(str(target))
     for command, process in running:
         if process.wait():
-            raise RuntimeError(f"{' '.join(command[:1])} failed on csrc/cpu/row_kernels.cpp")
+            raise RuntimeError(f"{command[0]} failed on {command[-3]}")
     return objects
 
 

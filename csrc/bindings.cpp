@@ -4,12 +4,13 @@
 #include <torch/library.h>
 
 #include "cpu/row_kernels.h"
+#include "cpu/sparse_kernels.h"
 
 namespace trl_fast {
 namespace {
 
-Dtype dtype_of(const at::Tensor& logits) {
-  switch (logits.scalar_type()) {
+Dtype dtype_of(const at::Tensor& tensor, const char* name = "logits") {
+  switch (tensor.scalar_type()) {
     case at::kFloat:
       return Dtype::kFloat32;
     case at::kBFloat16:
@@ -17,7 +18,7 @@ Dtype dtype_of(const at::Tensor& logits) {
     case at::kHalf:
       return Dtype::kFloat16;
     default:
-      TORCH_CHECK_VALUE(false, "logits: expected float32, bfloat16 or float16, got ", logits.scalar_type());
+      TORCH_CHECK_VALUE(false, name, ": expected float32, bfloat16 or float16, got ", tensor.scalar_type());
   }
 }
 
@@ -111,6 +112,97 @@ void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::op
                    [&](int64_t begin, int64_t end) { kernels.grad(args, begin, end); });
 }
 
+// What one thread keeps of its rows, in order.
+struct Samples {
+  std::vector<int64_t> columns;
+  std::vector<float> logprobs;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> row_samples(const at::Tensor& logits, int64_t vocab_size,
+                                                           const std::optional<at::Tensor>& bias, double scale,
+                                                           double softcap, double inv_temperature,
+                                                           const at::Tensor& lse, const at::Tensor& offsets,
+                                                           double threshold) {
+  TORCH_CHECK_VALUE(logits.device().is_cpu() && logits.dim() == 3 && (logits.size(2) <= 1 || logits.stride(2) == 1),
+                    "logits: expected a CPU tensor of shape (T, R, W) with contiguous rows, got ", logits.sizes());
+  const int64_t rows = logits.size(1);
+  TORCH_CHECK_VALUE(logits.size(0) * logits.size(2) >= vocab_size, "vocab_size: ", vocab_size,
+                    " columns do not fit the logits' shape ", logits.sizes());
+  check_vector(lse, "lse", rows, at::kFloat);
+  check_vector(offsets, "offsets", rows, at::kDouble);
+  const at::Tensor lse_dense = lse.contiguous(), offsets_dense = offsets.contiguous();
+  at::Tensor bias_float;
+  if (bias) {
+    check_vector(*bias, "bias", vocab_size, bias->scalar_type());
+    bias_float = bias->to(at::kFloat).contiguous();
+  }
+  const Transform transform = {bias ? bias_float.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
+                               static_cast<float>(softcap), static_cast<float>(inv_temperature)};
+  const SampleArgs args = {logits.const_data_ptr(),
+                           dtype_of(logits),
+                           rows,
+                           logits.stride(0),
+                           logits.stride(1),
+                           logits.size(2),
+                           vocab_size,
+                           transform,
+                           lse_dense.const_data_ptr<float>(),
+                           offsets_dense.const_data_ptr<double>(),
+                           threshold};
+  // Every kept entry stands for a probability of `threshold` at least, and they sum to one but for rounding.
+  const int64_t capacity = static_cast<int64_t>(std::min<double>(vocab_size, 1.01 / threshold + 2));
+  at::Tensor counts = at::empty({rows}, at::kLong);
+  int64_t* counts_data = counts.mutable_data_ptr<int64_t>();
+  std::vector<Samples> by_row(rows);
+  at::parallel_for(0, rows, rows_per_task(vocab_size), [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> columns(capacity);
+    std::vector<float> logprobs(capacity);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t count = sparse_kernels().sample(args, row, columns.data(), logprobs.data(), capacity);
+      TORCH_CHECK_VALUE(count <= capacity, "lse: row ", row, " has probabilities that sum to more than one");
+      by_row[row].columns.assign(columns.begin(), columns.begin() + count);
+      by_row[row].logprobs.assign(logprobs.begin(), logprobs.begin() + count);
+      counts_data[row] = count;
+    }
+  });
+  const int64_t total = counts.sum().item<int64_t>();
+  at::Tensor columns = at::empty({total}, at::kLong), logprobs = at::empty({total}, at::kFloat);
+  int64_t* column = columns.mutable_data_ptr<int64_t>();
+  float* logprob = logprobs.mutable_data_ptr<float>();
+  for (const Samples& samples : by_row) {
+    column = std::copy(samples.columns.begin(), samples.columns.end(), column);
+    logprob = std::copy(samples.logprobs.begin(), samples.logprobs.end(), logprob);
+  }
+  return {counts, columns, logprobs};
+}
+
+at::Tensor sparse_product(const at::Tensor& starts, const at::Tensor& indices, const at::Tensor& values,
+                          const at::Tensor& dense, at::ScalarType dtype) {
+  check_rows(dense, "dense");
+  check_vector(starts, "starts", starts.numel(), at::kLong);
+  check_vector(indices, "indices", indices.numel(), at::kLong);
+  check_vector(values, "values", indices.numel(), at::kFloat);
+  const at::Tensor dense_starts = starts.contiguous(), dense_indices = indices.contiguous();
+  const at::Tensor dense_values = values.contiguous();
+  const int64_t rows = starts.numel() - 1, width = dense.size(1);
+  at::Tensor out = at::empty({rows, width}, dense.options().dtype(dtype));
+  const ProductArgs args = {dense_starts.const_data_ptr<int64_t>(),
+                            dense_indices.const_data_ptr<int64_t>(),
+                            dense_values.const_data_ptr<float>(),
+                            dense.const_data_ptr(),
+                            dtype_of(dense, "dense"),
+                            dense.stride(0),
+                            width,
+                            out.mutable_data_ptr(),
+                            dtype_of(out, "dtype"),
+                            width};
+  at::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(width + 64);
+    sparse_kernels().product(args, begin, end, scratch.data());
+  });
+  return out;
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["isas"] = compiled_isas();
@@ -134,11 +226,17 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
   m.def(
       "row_grad(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");
+  m.def(
+      "row_samples(Tensor logits, int vocab_size, Tensor? bias, float scale, float softcap, float inv_temperature, "
+      "Tensor lse, Tensor offsets, float threshold) -> (Tensor, Tensor, Tensor)");
+  m.def("sparse_product(Tensor starts, Tensor indices, Tensor values, Tensor dense, ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
   m.impl("row_scores", &row_scores);
   m.impl("row_grad", &row_grad);
+  m.impl("row_samples", &row_samples);
+  m.impl("sparse_product", &sparse_product);
 }
 
 }  // namespace trl_fast

@@ -4,41 +4,46 @@
 #include <string>
 
 #include "row_kernels.h"
+#include "sparse_kernels.h"
 
 namespace trl_fast {
 
 #ifdef TRL_FAST_HAS_DEFAULT
 extern const RowKernels kRowKernelsDEFAULT;
+extern const SparseKernels kSparseKernelsDEFAULT;
 #endif
 #ifdef TRL_FAST_HAS_AVX2
 extern const RowKernels kRowKernelsAVX2;
+extern const SparseKernels kSparseKernelsAVX2;
 #endif
 #ifdef TRL_FAST_HAS_AVX512
 extern const RowKernels kRowKernelsAVX512;
+extern const SparseKernels kSparseKernelsAVX512;
 #endif
 
 namespace {
 
 struct Candidate {
   const char* name;  // what TRL_FAST_CPU_ISA calls it
-  const RowKernels* kernels;
+  const RowKernels* rows;
+  const SparseKernels* sparse;
   bool runs;  // on this CPU
 };
 
 // Best first.
 const Candidate kCandidates[] = {
 #ifdef TRL_FAST_HAS_AVX512
-    {"avx512", &kRowKernelsAVX512,
+    {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512,
      static_cast<bool>(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("fma"))},
 #endif
 #ifdef TRL_FAST_HAS_AVX2
-    {"avx2", &kRowKernelsAVX2,
+    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2,
      static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                        __builtin_cpu_supports("f16c"))},
 #endif
-    {"default", &kRowKernelsDEFAULT, true},
+    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, true},
 };
 
 const Candidate& choose() {
@@ -62,7 +67,9 @@ const Candidate& chosen() {
 
 }  // namespace
 
-const RowKernels& row_kernels() { return *chosen().kernels; }
+const RowKernels& row_kernels() { return *chosen().rows; }
+
+const SparseKernels& sparse_kernels() { return *chosen().sparse; }
 
 const char* chosen_isa() { return chosen().name; }
 

@@ -10,7 +10,7 @@ import torch
 
 from .backends import choose_backend
 from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, RowBlock, gemm_dtype, score_rows, spans
-from .linear_logprob import autocast_hidden, differentiable_scores
+from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
 from .rows import finish_scores, new_state, with_low_part
 from .scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
 from .transform import LogitTransform
@@ -122,13 +122,17 @@ def _backward(ctx, grad_loss, *_):
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_options(reduction: str, label_smoothing: float, z_loss: float) -> None:
+def _check_options(reduction: str, label_smoothing: float, z_loss: float, head_grad: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: unknown value {reduction!r}; expected one of {REDUCTIONS}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
     if z_loss < 0.0:
         raise ValueError(f"z_loss must not be negative, got {z_loss!r}")
+    if head_grad == "sparse" and (label_smoothing or z_loss):
+        raise ValueError(
+            f"head_grad='sparse' has no gradient of label_smoothing={label_smoothing} or z_loss={z_loss}; expected 0"
+        )
 
 
 def _divisor(
@@ -154,6 +158,8 @@ def linear_cross_entropy(
     num_items: int | torch.Tensor | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    head_grad: str = "exact",
+    sparse_threshold: float = DEFAULT_SPARSE_THRESHOLD,
 ) -> torch.Tensor:
     """Cross-entropy of cap(logit_scale · (hidden weightᵀ + bias)) against targets; ignored rows never reach the head.
 
@@ -161,7 +167,8 @@ def linear_cross_entropy(
         hidden: (N, H) float32|bfloat16|float16.
         weight: (V, H), dtype of hidden (any float dtype under autocast).
         targets: (N,) integer in [0, V), or ignore_index.
-        bias, softcap, logit_scale, workspace_bytes, backend: as in linear_logprob.
+        bias, softcap, logit_scale, workspace_bytes, backend, head_grad, sparse_threshold: as in linear_logprob; the
+            sparse gradient has neither label smoothing nor z-loss.
         label_smoothing: ε in [0, 1], mass spread evenly over the vocabulary.
         z_loss: factor of lse², added to every token's loss.
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
@@ -173,7 +180,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, RuntimeError: as in linear_logprob; and for unknown reductions or factors out of range.
     """
-    _check_options(reduction, label_smoothing, z_loss)
+    _check_options(reduction, label_smoothing, z_loss, head_grad)
     transform = LogitTransform.of(softcap=softcap, logit_scale=logit_scale)
     hidden, autocast = autocast_hidden(hidden)
     check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
@@ -182,8 +189,9 @@ def linear_cross_entropy(
     all_rows = hidden.shape[0]
     if num_kept < all_rows:
         hidden, targets = hidden[kept], targets[kept]
-    if reduction == "none":
-        lse, logprobs, _, mean_logits, *_ = differentiable_scores(
+    divisor = _divisor(reduction, num_items, num_kept, hidden)
+    if reduction == "none" or head_grad != "exact":
+        scores = differentiable_scores(
             "linear_cross_entropy",
             hidden,
             weight,
@@ -193,8 +201,12 @@ def linear_cross_entropy(
             outputs=MEAN_LOGITS if label_smoothing else 0,
             workspace_bytes=workspace_bytes,
             backend=backend,
+            head_grad=head_grad,
+            sparse_threshold=sparse_threshold,
         )
-        losses = token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss)
+        losses = token_losses(scores.lse, scores.logprobs, scores.mean_logits, label_smoothing, z_loss)
+        if reduction != "none":
+            return losses.sum() / divisor.to(losses.dtype)
         return losses if num_kept == all_rows else losses.new_zeros(all_rows).masked_scatter(kept, losses)
     check_target_range(targets, weight.shape[0])
     check_finite(hidden)
@@ -204,7 +216,7 @@ def linear_cross_entropy(
         weight,
         targets.long(),
         bias,
-        _divisor(reduction, num_items, num_kept, hidden),
+        divisor,
         *transform,
         label_smoothing,
         z_loss,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from .backends import choose_backend
 from .blocks import DEFAULT_WORKSPACE_BYTES
 from .linear_scores import LOGITS, NOTHING, UNIT_GRADIENT, linear_scores
-from .scores import TokenScores, output_mask, token_scores
+from .scores import LSE_ROW, TokenScores, output_mask, token_scores
+from .sparse_scores import linear_scores_sparse
 from .transform import LogitTransform
 from .validation import check_finite, check_head_inputs, check_target_range
 
@@ -30,6 +32,28 @@ def what_to_keep(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return LOGITS if head_trains else UNIT_GRADIENT
 
 
+class DifferentiableScores(NamedTuple):
+    """(N,) tensors with gradients, where the kind of gradient has them, and all statistics (7, N) without."""
+
+    lse: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    mean_logits: torch.Tensor | None
+    statistics: torch.Tensor
+
+
+HEAD_GRADS = ("exact", "sparse")
+DEFAULT_SPARSE_THRESHOLD = 2.0**-14
+
+
+def check_head_grad(head_grad: str, sparse_threshold: float) -> None:
+    """Raises ValueError for an unknown kind of gradient or a threshold that is no probability."""
+    if head_grad not in HEAD_GRADS:
+        raise ValueError(f"head_grad: unknown value {head_grad!r}; expected one of {HEAD_GRADS}")
+    if not 0.0 < sparse_threshold < 1.0:
+        raise ValueError(f"sparse_threshold must lie between 0 and 1, got {sparse_threshold!r}")
+
+
 def differentiable_scores(
     op: str,
     hidden: torch.Tensor,
@@ -41,8 +65,11 @@ def differentiable_scores(
     outputs: int,
     workspace_bytes: int | None,
     backend: str | None,
-) -> tuple[torch.Tensor, ...]:
-    """Checks the inputs, chooses the backend and runs `trl_fast::linear_scores`; its six tensors."""
+    head_grad: str,
+    sparse_threshold: float,
+) -> DifferentiableScores:
+    """Checks the inputs, chooses the backend and runs `trl_fast::linear_scores` or its sparse counterpart."""
+    check_head_grad(head_grad, sparse_threshold)
     hidden, autocast = autocast_hidden(hidden)
     check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
     check_target_range(targets, weight.shape[0])
@@ -50,7 +77,15 @@ def differentiable_scores(
     backend = choose_backend(op, backend, hidden.device, hidden.dtype)
     workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     keep = what_to_keep(hidden, weight, bias)
-    return linear_scores(hidden, weight, targets.long(), bias, *transform, outputs, keep, workspace_bytes, backend)
+    given = (hidden, weight, targets.long(), bias)
+    if head_grad == "sparse" and keep != NOTHING:
+        offsets = torch.rand(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+        options = (*transform, outputs, sparse_threshold, workspace_bytes, backend)
+        logprobs, entropy, statistics, *_ = linear_scores_sparse(*given, offsets, *options)
+        return DifferentiableScores(statistics[LSE_ROW].detach(), logprobs, entropy, None, statistics.detach())
+    options = (*transform, outputs, keep, workspace_bytes, backend)
+    lse, logprobs, entropy, mean_logits, statistics, _ = linear_scores(*given, *options)
+    return DifferentiableScores(lse, logprobs, entropy, mean_logits, statistics.detach())
 
 
 def linear_logprob(
@@ -65,6 +100,8 @@ def linear_logprob(
     outputs: tuple[str, ...] = ("logprobs",),
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    head_grad: str = "exact",
+    sparse_threshold: float = DEFAULT_SPARSE_THRESHOLD,
 ) -> TokenScores:
     """Log-probability of each target under softmax(cap(logit_scale · (hidden weightᵀ + bias)) / temperature).
 
@@ -79,6 +116,10 @@ def linear_logprob(
         outputs: names among logprobs (always there), entropy (differentiable), log_sum_sq_probs, mean_logits, is_top1.
         workspace_bytes: limit of the memory that grows with N · V; default 1 GiB.
         backend: force "triton", "cpp" or "torch"; None takes the best that can serve.
+        head_grad: "exact", or "sparse" for an unbiased estimate without the backward products (see sparse_rows.py).
+            Its random numbers come from torch's default generator.
+        sparse_threshold: smaller probabilities are sampled: 2⁻¹² keeps about 300 entries a row on real text at an
+            error of 0.5%, 2⁻¹⁴ about 700 at 0.2%, as much as a bfloat16 product has.
 
     Returns:
         TokenScores of (N,) tensors; float32, is_top1 bool. Outputs that were not asked for are None.
@@ -89,7 +130,7 @@ def linear_logprob(
         RuntimeError: the forced backend cannot serve.
     """
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    _, logprobs, entropy, _, statistics, _ = differentiable_scores(
+    found = differentiable_scores(
         "linear_logprob",
         hidden,
         weight,
@@ -99,6 +140,8 @@ def linear_logprob(
         outputs=output_mask(outputs),
         workspace_bytes=workspace_bytes,
         backend=backend,
+        head_grad=head_grad,
+        sparse_threshold=sparse_threshold,
     )
-    scores = token_scores(statistics.detach(), outputs)
-    return replace(scores, logprobs=logprobs, entropy=entropy if "entropy" in outputs else None)
+    scores = token_scores(found.statistics, outputs)
+    return replace(scores, logprobs=found.logprobs, entropy=found.entropy if "entropy" in outputs else None)

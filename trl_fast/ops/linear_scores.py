@@ -24,7 +24,7 @@ from .transform import LogitTransform
 NOTHING, LOGITS, UNIT_GRADIENT = range(3)
 
 
-def _head(
+def head_of(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -32,6 +32,7 @@ def _head(
     workspace_bytes: int,
     backend: str,
 ) -> Head:
+    """The head as an op gets it: products in the dtype that suits `hidden`."""
     return Head(weight, bias, LogitTransform(*transform), gemm_dtype(hidden), backend, workspace_bytes)
 
 
@@ -54,7 +55,7 @@ def linear_scores(
     hidden: (N, H); weight: (V, H); targets: (N,) int64; statistics float32, NaN where `outputs` did not ask for them.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
+        head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
         hidden = hidden.to(head.dtype)
         num_rows = hidden.shape[0]
         state = new_state(num_rows, hidden.device)
@@ -78,7 +79,7 @@ def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, k
     if keep == UNIT_GRADIENT:
         cache = hidden.new_empty(hidden.shape, dtype=wide)
     else:
-        head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
+        head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
         kept = head.kept_rows(num_rows) if keep == LOGITS else 0
         cache = head.empty_logits(kept, num_rows)
     return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide), cache)
@@ -107,7 +108,7 @@ def linear_scores_backward(
     logits: (T, K, W) raw logits of the first K rows, which the forward pass kept; they are left as they are.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _head(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
+        head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
         index = active_rows(coefficients)
         given = (hidden.to(head.dtype), targets, lse, coefficients.t())
         if index is not None:

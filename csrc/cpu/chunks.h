@@ -1,0 +1,72 @@
+// What the kernels of one instruction set share: rows in chunks that stay in the first-level cache. Like vec.h it
+// lives in an unnamed namespace, once per translation unit.
+#pragma once
+
+#include <algorithm>
+
+#include "row_kernels.h"
+#include "vec.h"
+
+#define TRL_FAST_JOIN_(a, b) a##b
+#define TRL_FAST_JOIN(a, b) TRL_FAST_JOIN_(a, b)
+
+namespace {
+
+constexpr int64_t kChunk = 2048;  // floats; a multiple of every vector width
+static_assert(kChunk % kWidth == 0);
+
+int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+// Widens n values; the rest of the last vector becomes `padding`.
+template <typename T>
+void widen_chunk(const T* from, int64_t n, float padding, float* to) {
+  const int64_t whole = n / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) store(to + i, widen(from + i));
+  if (whole == n) return;
+  T last[kWidth] = {};
+  std::memcpy(last, from + whole, (n - whole) * sizeof(T));
+  store(to + whole, widen(last));
+  for (int64_t i = n; i < padded(n); ++i) to[i] = padding;
+}
+
+template <typename T>
+void narrow_chunk(const float* from, int64_t n, T* to) {
+  const int64_t whole = n / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) narrow(to + i, load(from + i));
+  if (whole == n) return;
+  T last[kWidth];
+  narrow(last, load(from + whole));
+  std::memcpy(to + whole, last, (n - whole) * sizeof(T));
+}
+
+// Raw logits of columns [start, start + n), transformed in place; the derivative du/dz goes to `slope` unless null.
+// Padding stays -inf or becomes -softcap / temperature, so callers put -inf back.
+void transform_chunk(const trl_fast::Transform& t, int64_t start, int64_t n, float* u, float* slope) {
+  if (t.bias) {
+    for (int64_t i = 0; i < n; ++i) u[i] += t.bias[start + i];
+  }
+  const Vec scale = splat(t.scale), inv_temperature = splat(t.inv_temperature);
+  if (t.softcap == 0.0f) {
+    if (t.scale != 1.0f || t.inv_temperature != 1.0f) {
+      for (int64_t i = 0; i < n; i += kWidth) store(u + i, load(u + i) * scale * inv_temperature);
+    }
+    if (slope) std::fill(slope, slope + padded(n), t.scale * t.inv_temperature);
+  } else {
+    const Vec cap = splat(t.softcap), inv_cap = splat(1.0f / t.softcap);
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const Vec tanh = tanh_vec(load(u + i) * scale * inv_cap);
+      store(u + i, cap * tanh * inv_temperature);
+      if (slope) store(slope + i, (splat(1.0f) - tanh * tanh) * scale * inv_temperature);
+    }
+  }
+  for (int64_t i = n; i < padded(n); ++i) u[i] = -kInf;
+}
+
+template <typename T>
+void logits_chunk(const T* row, const trl_fast::Transform& t, int64_t start, int64_t n, float* u,
+                  float* slope = nullptr) {
+  widen_chunk(row + start, n, -kInf, u);
+  transform_chunk(t, start, n, u, slope);
+}
+
+}  // namespace
