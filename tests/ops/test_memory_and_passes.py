@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.memory import measure_peak
-from support.heads import make_problem
+from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
 from trl_fast.ops.blocks import row_bytes
 
@@ -88,6 +88,32 @@ def test_scoring_keeps_nothing(backend):
     live = measure_peak(lambda: [score() for _ in range(8)]).peak_bytes
     once = measure_peak(score).peak_bytes
     assert live < once + 8 * 10 * N * 4
+
+
+# 130 rows in blocks of 75: the last block is smaller, and would choose wider tiles for itself.
+RAGGED = dict(n=130, v=3000, h=8)
+
+
+@pytest.mark.parametrize("op", ["cross-entropy", "token loss", "logprob", "sparse"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_and_tiles_of_different_sizes(op, bias, backend):
+    problem = make_problem(**RAGGED, bias=bias)
+    given = (problem.hidden, problem.weight, problem.targets)
+    options = {"bias": problem.bias, "workspace_bytes": 100 * row_bytes(3000, torch.float32, backend)}
+    options["backend"] = backend
+    if op == "cross-entropy":
+        loss = linear_cross_entropy(*given, reduction="sum", **options)
+    elif op == "token loss":
+        loss = linear_token_loss(*given, lambda scores, rows: -scores.logprobs.sum(), **options).loss
+    elif op == "logprob":
+        loss = -linear_logprob(*given, **options).logprobs.sum()
+    else:
+        loss = -linear_logprob(*given, **options, head_grad="sparse", sparse_threshold=1e-30).logprobs.sum()
+    got = torch.autograd.grad(loss, problem.leaves)
+    exact = torch.nn.functional.cross_entropy(problem.logits(torch.float64), problem.targets, reduction="sum")
+    assert error(loss, exact) < 1e-5
+    for grad, wanted in zip(got, torch.autograd.grad(exact, problem.leaves), strict=True):
+        assert error(grad, wanted) < 1e-5
 
 
 class CountedProducts:

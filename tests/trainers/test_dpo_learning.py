@@ -22,8 +22,12 @@ def endings(count, seed):
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("peft", [False, True])
-def test_held_out_accuracy_rises(peft, model_path, tmp_path):
+@pytest.mark.parametrize(
+    ("peft", "head_grad"),
+    [(False, "exact"), (True, "exact"), (False, "sparse")],
+    ids=["whole model", "LoRA", "sparse gradient of the head"],
+)
+def test_held_out_accuracy_rises(peft, head_grad, model_path, tmp_path):
     arguments = {"model": model_path, "train_dataset": endings(240, 0), "eval_dataset": endings(60, 1)}
     if peft:
         arguments["peft_config"] = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -38,6 +42,7 @@ def test_held_out_accuracy_rises(peft, model_path, tmp_path):
         warmup_steps=5,
         logging_steps=20,
         gradient_checkpointing=False,
+        head_grad=head_grad,
     )
     before = trainer.evaluate()
     trainer.train()

@@ -36,6 +36,7 @@ class ScoringRequest:
     temperature: float = 1.0
     backend: str | None = None
     workspace_bytes: int | None = None
+    head_grad: str = "exact"
 
 
 @dataclass
@@ -87,6 +88,7 @@ def _score_hidden(
         outputs=scoring.outputs,
         workspace_bytes=scoring.workspace_bytes,
         backend=scoring.backend,
+        head_grad=scoring.head_grad,
     )
     mask = kwargs.get("attention_mask")
     mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
@@ -138,13 +140,15 @@ def score(
     temperature: float = 1.0,
     backend: str | None = None,
     workspace_bytes: int | None = None,
+    head_grad: str = "exact",
     **model_kwargs: object,
 ) -> ModelScores:
     """Scores the tokens of a batch. `model` had `attach_scoring`, and may be wrapped since (PEFT, DDP, autocast).
 
     The arguments are those of `ops.linear_logprob`; `model_kwargs` go to the model's forward.
     """
-    request = ScoringRequest(batch.score_positions, batch.targets, outputs, temperature, backend, workspace_bytes)
+    options = (outputs, temperature, backend, workspace_bytes, head_grad)
+    request = ScoringRequest(batch.score_positions, batch.targets, *options)
     return model(**model_inputs(batch), scoring=request, **model_kwargs)
 
 

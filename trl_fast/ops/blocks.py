@@ -119,8 +119,11 @@ class Head:
         """The same for ops that go block by block: at least one row, if there are any."""
         return min(num_rows, max(1, self.kept_rows(num_rows)))
 
-    def tiling(self, num_rows: int) -> Tiling:
-        """The tiles for `num_rows` rows: within a share of the workspace, and on a CPU within its cache."""
+    def tiling(self, num_rows: int, kept_logits: torch.Tensor | None = None) -> Tiling:
+        """The tiles for `num_rows` rows: within a share of the workspace, and on a CPU within its cache.
+
+        kept_logits: (T, K, W), whose tiles decide the columns if there are any.
+        """
         element = self.row_bytes // self.vocab_size
         budget = self.workspace_bytes // _TILE_SHARE
         rows, columns = num_rows, self.vocab_size
@@ -130,6 +133,8 @@ class Head:
             columns = min(columns, _CACHE_BYTES // (self.hidden_size * self.dtype.itemsize))
         columns = max(_MIN_TILE_COLUMNS, min(columns, budget // max(1, rows * element)) // 64 * 64)
         columns = min(self.vocab_size, columns)
+        if kept_logits is not None and kept_logits.shape[1]:
+            columns = kept_logits.shape[2]
         return Tiling(max(1, min(rows, budget // (columns * element))), columns)
 
     def empty_logits(self, num_kept: int, num_rows: int) -> torch.Tensor:
@@ -188,7 +193,7 @@ def score_rows(
     """
     num_rows = hidden.shape[0]
     kept = 0 if keep is None else keep.shape[1]
-    height, width = head.tiling(num_rows)
+    height, width = head.tiling(num_rows, keep)
     parts = [*spans(kept, height), *(slice(kept + s.start, kept + s.stop) for s in spans(num_rows - kept, height))]
     scratch = hidden.new_empty(min(height, num_rows - kept), width)
     for number, columns in enumerate(spans(head.vocab_size, width)):
@@ -308,8 +313,8 @@ class HeadGradients:
         if self._need_weight and not accumulate:
             dtype = head.weight.dtype if last else head.wide
             self.weight = large_empty(head.weight.shape, dtype, head.weight.device)
-        height, width = head.tiling(max((len(block.targets) for block in blocks), default=0))
-        width = next((block.logits.shape[2] for block in blocks if block.logits is not None), width)
+        kept_logits = next((block.logits for block in blocks if block.logits is not None), None)
+        height, width = head.tiling(max((len(block.targets) for block in blocks), default=0), kept_logits)
         parts = [part for block in blocks for part in block.parts(height)]
         in_place = all(part.consume and part.logits is not None and part.index is None for part in parts)
         scratch = torch.empty(0 if in_place else height, width, dtype=head.dtype, device=head.weight.device)

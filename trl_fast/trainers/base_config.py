@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from trl_fast.ops.linear_logprob import HEAD_GRADS
+
 logger = logging.getLogger(__name__)
 
 BATCH_LAYOUTS = ("auto", "packed", "padded")
@@ -81,6 +83,13 @@ class BaseConfig(TrainingArguments):
     head_workspace_bytes: int | None = field(
         default=None, metadata={"help": "Limit of the memory that grows with tokens times vocabulary; default 1 GiB."}
     )
+    head_grad: str = field(
+        default="exact",
+        metadata={
+            "help": "sparse: an unbiased estimate of the head's gradient, without its two backward products.",
+            "choices": list(HEAD_GRADS),
+        },
+    )
     pad_token: str | None = field(
         default=None, metadata={"help": "Deprecated: set it on the tokenizer and pass that as processing_class."}
     )
@@ -92,6 +101,7 @@ class BaseConfig(TrainingArguments):
                 logger.warning("This machine has no bfloat16 hardware: training in float32 (bf16=False).")
         super().__post_init__()
         self._check_choice("batch_layout", BATCH_LAYOUTS)
+        self._check_choice("head_grad", HEAD_GRADS)
         if self.activation_offloading:
             raise NotImplementedError("activation_offloading=True is not supported yet; set it to False")
         if self.max_length is not None and self.max_length < 1:

@@ -283,6 +283,7 @@ class DPOTrainer(BaseTrainer):
             outputs=outputs,
             backend=self.args.head_backend,
             workspace_bytes=self.args.head_workspace_bytes,
+            head_grad=self.args.head_grad,
             **model_kwargs,
         )
 
