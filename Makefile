@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-CPP := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu*)
+CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
+NVCC ?= nvcc
+GPU_TARGETS := 80 90 100
 
-.PHONY: venv demo test test-slow bench lint format clean
+.PHONY: venv demo test test-slow bench check-gpu-code lint format clean
 
 venv: $(READY)
 
@@ -37,6 +40,14 @@ test-slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.linear_logprob
+
+# What GPU code can be held to without a GPU: it compiles for every target, and no kernel spills registers.
+check-gpu-code: $(READY)
+	for source in $(filter %.cu,$(CPP)); do \
+	  $(NVCC) -O3 -Icsrc $(foreach t,$(GPU_TARGETS),-gencode=arch=compute_$(t),code=sm_$(t)) -c $$source -o /dev/null \
+	    || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.kernel_report --check
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,19 +1,25 @@
 """What the GPU kernels compile to, for GPUs that need not be here.
 
-    python -m benchmarks.kernel_report
+    python -m benchmarks.kernel_report [--check]
 
-Compiles every Triton kernel ahead of time for each target and reads the machine code: registers, spills, shared
-memory, an estimate of occupancy, how wide global memory is accessed, and tensor-core instructions. Nothing is run.
+Compiles every Triton kernel, and with nvcc every CUDA kernel, ahead of time for each target and reads the machine
+code: registers, spills, shared memory, an estimate of occupancy, how wide global memory is accessed, and tensor-core
+instructions. Nothing is run. With --check, a kernel that spills makes the exit status 1.
+
+The last column is the traffic with global memory as a multiple of the least possible, which is to read every logit
+once and, for row_grad, to write every gradient once. It is counted in the machine code: the widths of the loads and
+stores that a thread executes in one trip through its tile (MachineCode.streamed_bytes), over the bytes of the logits
+that the source gives it for one trip. Values that belong to a row, such as its target or the running state, are left
+out: they are a few dozen bytes against a vocabulary. A bias counts wherever it is loaded, although what one row loads
+serves the others from the cache: a kernel with a bias shows more than 1 but need not move more memory.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
+import argparse
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -25,12 +31,8 @@ from triton.runtime.jit import JITFunction
 
 from trl_fast.kernels import rows
 
-TARGETS = (80, 90, 100)
-# Per multiprocessor: registers, warps, blocks, and bytes of shared memory (NVIDIA, CUDA C++ Programming Guide, table
-# of technical specifications per compute capability).
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32
-SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-SHARED_RESERVED = 1024
+from .cuda_kernels import compile_cuda_kernels, find_nvcc
+from .machine_code import TARGETS, Resources, read_cubin, resources_of
 
 
 @dataclass(frozen=True)
@@ -44,28 +46,15 @@ class KernelCase:
     num_warps: int
     # Loads of single values, such as a row's target, which cannot be wide.
     scalar_loads: int
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel needs. Loads and stores are counts of global-memory instructions in the code."""
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    occupancy: float
-    wide_loads: int
-    narrow_loads: int
-    wide_stores: int
-    narrow_stores: int
-    tensor_core_instructions: int
-    details: dict[str, int] = field(default_factory=dict, compare=False)
+    # Of global memory, that a thread has to move for its share of a tile.
+    least_bytes: int = 0
 
 
 def _row_cases() -> Iterator[KernelCase]:
     floats = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
     for dtype, itemsize in (("fp32", 4), ("bf16", 2)):
         block = {"BLOCK": rows.BLOCK_BYTES // itemsize}
+        share = rows.BLOCK_BYTES // (32 * rows.NUM_WARPS)
         logits = {"logits": f"*{dtype}", "row_stride": "i64", "targets": "*i64", "bias": f"*{dtype}"}
         for everything in (False, True):
             flags = ("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_SQUARES", "WITH_MEAN", "WITH_TOP1")
@@ -77,6 +66,7 @@ def _row_cases() -> Iterator[KernelCase]:
                 {**dict.fromkeys(flags, everything), **block},
                 rows.NUM_WARPS,
                 scalar_loads=9,
+                least_bytes=share,
             )
             sizes = {"lse": "*fp32", "coefficients": "*fp32", "coefficient_stride": "i64", "out": f"*{dtype}"}
             sizes |= {"out_stride": "i64", "num_columns": "i32", "column_offset": "i32"}
@@ -87,6 +77,7 @@ def _row_cases() -> Iterator[KernelCase]:
                 {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, **block},
                 rows.NUM_WARPS,
                 scalar_loads=6,
+                least_bytes=2 * share,
             )
 
 
@@ -103,82 +94,80 @@ def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": case.num_warps})
 
 
-def occupancy(registers: int, shared_bytes: int, num_warps: int, target: int) -> float:
-    """Share of a multiprocessor's warps that can be resident, by its registers and shared memory."""
-    registers_of_warp = -(-registers * 32 // 256) * 256
-    by_registers = REGISTERS // registers_of_warp // 4 * 4 // num_warps
-    by_shared = SHARED_BYTES[target] // (shared_bytes + SHARED_RESERVED)
-    return min(by_registers, by_shared, WARPS // num_warps, BLOCKS) * num_warps / WARPS
+def resources(compiled: CompiledKernel, num_warps: int, target: int, scalar_loads: int = 0) -> Resources:
+    """Reads a compiled Triton kernel's machine code."""
+    (code,) = read_cubin(compiled.asm["cubin"], target).values()
+    return resources_of(code, compiled.metadata.shared, num_warps, target, scalar_loads)
 
 
-def _run(tool: str, *arguments: str) -> str:
-    path = getattr(triton.knobs.nvidia, tool).path
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+def new_table() -> Table:
+    """The report's columns."""
+    table = Table(title="GPU kernels, compiled and not run")
+    for name in ("", "kernel", "target"):
+        table.add_column(name, no_wrap=True)
+    for name in ("registers", "spills B", "shared B", "occupancy", "loads 16 B + other", "stores", "tensor core"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bytes moved / least", justify="right", no_wrap=True)
+    return table
 
 
-def opcodes(cubin: bytes) -> list[str]:
-    """The machine instructions of a cubin, with their modifiers, in order."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        listing = _run("nvdisasm", "-c", str(path))
-    return re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing)
-
-
-def resources(compiled: CompiledKernel, num_warps: int, target: int) -> Resources:
-    """Reads a compiled kernel's machine code."""
-    cubin = compiled.asm["cubin"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = _run("cuobjdump", "--dump-resource-usage", str(path))
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    code = opcodes(cubin)
-
-    def count(pattern: str) -> int:
-        return sum(re.match(pattern, opcode) is not None for opcode in code)
-
-    loads, stores = count(r"LDG\b|LDG\."), count(r"STG\b|STG\.")
-    wide_loads, wide_stores = count(r"LDG\..*128"), count(r"STG\..*128")
-    shared = compiled.metadata.shared
-    return Resources(
-        registers=registers,
-        spill_bytes=4 * count(r"LDL|STL"),
-        shared_bytes=shared,
-        occupancy=occupancy(registers, shared, num_warps, target),
-        wide_loads=wide_loads,
-        narrow_loads=loads - wide_loads,
-        wide_stores=wide_stores,
-        narrow_stores=stores - wide_stores,
-        tensor_core_instructions=count(r"[HQI]G?MMA|UTC\w*MMA"),
-        details={"instructions": len(code)},
+def add_row(table: Table, language: str, label: str, target: int, found: Resources, least_bytes: int) -> None:
+    """One kernel on one target."""
+    table.add_row(
+        language,
+        label,
+        f"sm_{target}",
+        str(found.registers),
+        str(found.spill_bytes),
+        str(found.shared_bytes),
+        f"{found.occupancy:.0%}",
+        f"{found.wide_loads} + {found.narrow_loads}",
+        f"{found.wide_stores} + {found.narrow_stores}",
+        str(found.tensor_core_instructions),
+        f"{found.streamed_bytes / least_bytes:.2f}" if least_bytes else "",
     )
 
 
-def main() -> None:
-    """Prints the table."""
-    console = Console()
-    table = Table(title="GPU kernels, compiled and not run")
-    for name in ("kernel", "target"):
-        table.add_column(name, no_wrap=True)
-    for name in ("registers", "spills B", "shared B", "occupancy", "loads 16 B + other", "stores", "tensor core"):
-        table.add_column(name, justify="right")
+def report_triton(table: Table) -> list[str]:
+    """Adds the Triton kernels; the names of those that spill."""
+    spilling = []
     for case in KERNELS:
         for target in TARGETS:
-            found = resources(compile_kernel(case, target), case.num_warps, target)
-            table.add_row(
-                case.label,
-                f"sm_{target}",
-                str(found.registers),
-                str(found.spill_bytes),
-                str(found.shared_bytes),
-                f"{found.occupancy:.0%}",
-                f"{found.wide_loads} + {found.narrow_loads}",
-                f"{found.wide_stores} + {found.narrow_stores}",
-                str(found.tensor_core_instructions),
-            )
-    console.print(table)
+            found = resources(compile_kernel(case, target), case.num_warps, target, case.scalar_loads)
+            add_row(table, "Triton", case.label, target, found, case.least_bytes)
+            if found.spill_bytes:
+                spilling.append(f"Triton {case.label} sm_{target}")
+    return spilling
+
+
+def report_cuda(table: Table, nvcc: str) -> tuple[list[str], int]:
+    """Adds the CUDA kernels that are shown; the names of all that spill, and how many were compiled."""
+    compiled = [(kernel, target) for target in TARGETS for kernel in compile_cuda_kernels(nvcc, target)]
+    for kernel, target in sorted(compiled, key=lambda pair: (pair[0].label, pair[1])):
+        if kernel.shown:
+            add_row(table, "CUDA", kernel.label, target, kernel.resources, kernel.least_bytes)
+    spilling = [f"CUDA {kernel.label} sm_{target}" for kernel, target in compiled if kernel.resources.spill_bytes]
+    return spilling, len(compiled)
+
+
+def main() -> int:
+    """Prints the table; the exit status."""
+    parser = argparse.ArgumentParser(description="What the GPU kernels compile to.")
+    parser.add_argument("--check", action="store_true", help="fail if a kernel spills registers")
+    arguments = parser.parse_args()
+    table, nvcc = new_table(), find_nvcc()
+    spilling = report_triton(table)
+    notes = "CUDA kernels: skipped, there is no nvcc"
+    if nvcc:
+        cuda_spilling, count = report_cuda(table, nvcc)
+        spilling += cuda_spilling
+        notes = f"CUDA kernels: {count} instances compiled, those without and with every flag shown"
+    # A terminal wraps; a table that goes to a file is not cut.
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    print(notes)
+    print(f"spilling kernels: {', '.join(spilling) or 'none'}")
+    return 1 if arguments.check and spilling else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

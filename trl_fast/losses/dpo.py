@@ -7,17 +7,34 @@ the f-divergence (r itself for the reverse KL); subscripts c and r stand for cho
 x = β·δ; σ is the logistic function; ε is `label_smoothing`.
 
 To add a loss: write its formula as a function of `PreferencePairs` and `DPOLossConfig`, and enter it in `PAIR_LOSSES`.
+The losses that also have kernels have their formulas in `trl_fast.ops.pair_formulas`.
 """
 
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+
+from trl_fast.ops.pair_formulas import (
+    PairValues,
+    apo_down_loss,
+    apo_zero_loss,
+    bco_pair_loss,
+    check_pair_parameters,
+    discopop_loss,
+    exo_pair_loss,
+    hinge_loss,
+    ipo_loss,
+    nca_pair_loss,
+    robust_loss,
+    sigmoid_loss,
+    sigmoid_norm_loss,
+    sppo_hard_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -74,19 +91,7 @@ class DPOLossConfig:
             )
 
     def _check_numbers(self) -> None:
-        if self.beta < 0 or (self.beta == 0 and {"ipo", "sppo_hard"} & set(self.loss_type)):
-            raise ValueError(f"beta={self.beta}: expected a positive number.")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing}: expected a number in [0, 1].")
-        if "exo_pair" in self.loss_type and self.label_smoothing in (0, 1):
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing}: expected a number in (0, 1) for loss_type='exo_pair', whose "
-                "target distribution takes its logarithm; its paper recommends 1e-3."
-            )
-        if "robust" in self.loss_type and self.label_smoothing == 0.5:
-            raise ValueError(
-                "label_smoothing=0.5 divides by zero in loss_type='robust'; expected a number in [0, 0.5)."
-            )
+        check_pair_parameters(self.loss_type, self)
         if "robust" in self.loss_type and self.label_smoothing > 0.5:
             warnings.warn(
                 f"label_smoothing={self.label_smoothing} turns the preferences of loss_type='robust' around; its "
@@ -97,8 +102,6 @@ class DPOLossConfig:
             raise ValueError(
                 f"ld_alpha={self.ld_alpha}: expected a number in [0, 1], or None for no length weighting."
             )
-        if "discopop" in self.loss_type and self.discopop_tau <= 0:
-            raise ValueError(f"discopop_tau={self.discopop_tau}: expected a positive number.")
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -129,44 +132,14 @@ class Metric(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PreferencePairs:
-    """What a pair loss may read; every tensor is (P,), float32 and differentiable, unless said otherwise.
+class PreferencePairs(PairValues):
+    """What a pair loss may read: `PairValues`, and what only losses of the whole batch need.
 
-    `lengths` count completion tokens after truncation, also a first token that nothing predicts.
+    The lengths count completion tokens after truncation, also a first token that nothing predicts.
     `mean_chosen_token_logprob` (0-d) is the mean log-probability over all scored chosen tokens of the batch.
-    The reference log-probabilities and the lengths carry no gradient.
     """
 
-    chosen_logprobs: torch.Tensor
-    rejected_logprobs: torch.Tensor
-    ref_chosen_logprobs: torch.Tensor
-    ref_rejected_logprobs: torch.Tensor
-    chosen_scores: torch.Tensor
-    rejected_scores: torch.Tensor
-    chosen_lengths: torch.Tensor
-    rejected_lengths: torch.Tensor
     mean_chosen_token_logprob: torch.Tensor
-
-    @cached_property
-    def chosen_logratios(self) -> torch.Tensor:
-        """r_c (P,)."""
-        return self.chosen_logprobs - self.ref_chosen_logprobs
-
-    @cached_property
-    def rejected_logratios(self) -> torch.Tensor:
-        """r_r (P,)."""
-        return self.rejected_logprobs - self.ref_rejected_logprobs
-
-    @property
-    def score_margins(self) -> torch.Tensor:
-        """δ = s_c − s_r (P,)."""
-        return self.chosen_scores - self.rejected_scores
-
-    @property
-    def mean_score_margins(self) -> torch.Tensor:
-        """s_c / |y_c| − s_r / |y_r| (P,)."""
-        chosen = self.chosen_scores / self.chosen_lengths.clamp(min=1)
-        return chosen - self.rejected_scores / self.rejected_lengths.clamp(min=1)
 
 
 # The f-divergences, arXiv 2309.16240: s(r) = f'(e^r) up to a constant, which cancels in δ. (P,) to (P,).
@@ -206,56 +179,6 @@ F_DIVERGENCES: dict[str, Callable[[torch.Tensor, DPOLossConfig], torch.Tensor]] 
 # The losses: each takes the pairs and gives (P,), one value a pair.
 
 
-def sigmoid_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """−log σ(x). DPO, arXiv 2305.18290, Eq. 7. Like TRL's since 0.29 it takes no notice of `label_smoothing`."""
-    return -F.logsigmoid(config.beta * pairs.score_margins)
-
-
-def sigmoid_norm_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """−log σ(β·(s_c / |y_c| − s_r / |y_r|)): Eq. 7 of arXiv 2305.18290 on length-normalised scores."""
-    return -F.logsigmoid(config.beta * pairs.mean_score_margins)
-
-
-def robust_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """(−(1−ε)·log σ(x) + ε·log σ(−x)) / (1 − 2ε). Robust DPO, arXiv 2403.00409."""
-    x, eps = config.beta * pairs.score_margins, config.label_smoothing
-    return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)
-
-
-def hinge_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """max(0, 1 − x). SLiC-HF, arXiv 2305.10425, with the form that arXiv 2309.06657 (RSO) gives it."""
-    return torch.relu(1 - config.beta * pairs.score_margins)
-
-
-def ipo_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """(s_c / |y_c| − s_r / |y_r| − 1 / (2β))². IPO, arXiv 2310.12036, Eq. 17 (τ there is β), per token."""
-    return (pairs.mean_score_margins - 1 / (2 * config.beta)) ** 2
-
-
-def exo_pair_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """σ(x)·(log σ(x) − log(1−ε)) + σ(−x)·(log σ(−x) − log ε). EXO, arXiv 2402.00856, Eq. 16 for two completions."""
-    x, eps = config.beta * pairs.score_margins, config.label_smoothing
-    chosen_term = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-eps))
-    return chosen_term + torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(eps))
-
-
-def nca_pair_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """−log σ(β·r_c) − ½·log σ(−β·r_c) − ½·log σ(−β·r_r). NCA, arXiv 2402.05369, for a pair."""
-    chosen, rejected = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
-    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
-
-
-def bco_pair_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """−log σ(β·r_c) − log σ(−β·r_r). BCO, arXiv 2404.04656, without its reward shift."""
-    return -F.logsigmoid(config.beta * pairs.chosen_logratios) - F.logsigmoid(-config.beta * pairs.rejected_logratios)
-
-
-def sppo_hard_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """(r_c − 1/(2β))² + (r_r + 1/(2β))². SPPO, arXiv 2405.00675, Eq. 4.7 with win probabilities 1 and 0."""
-    target = 0.5 / config.beta
-    return (pairs.chosen_logratios - target) ** 2 + (pairs.rejected_logratios + target) ** 2
-
-
 def aot_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
     """AOT, paired, arXiv 2406.05882: sorted policy margins against sorted reference margins of the batch.
 
@@ -274,25 +197,6 @@ def aot_unpaired_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Te
 def _smoothed_logistic(difference: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
     x, eps = config.beta * difference, config.label_smoothing
     return -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x)
-
-
-def apo_zero_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """1 − σ(β·r_c) + σ(β·r_r). APO-zero, arXiv 2408.06266, Eq. 7: pushes chosen up and rejected down."""
-    chosen, rejected = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
-    return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
-
-
-def apo_down_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """σ(β·r_c) + 1 − σ(β·(r_c − r_r)). APO-down, arXiv 2408.06266, Eq. 8: pushes both down, rejected further."""
-    margins = pairs.chosen_logratios - pairs.rejected_logratios
-    return torch.sigmoid(config.beta * pairs.chosen_logratios) + 1 - torch.sigmoid(config.beta * margins)
-
-
-def discopop_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """−(1−m)·log σ(x) + m·e^(−x) with m = σ(x/τ). DiscoPOP, arXiv 2406.08414, Eq. 5."""
-    x = config.beta * pairs.score_margins
-    mixture = torch.sigmoid(x / config.discopop_tau)
-    return -(1 - mixture) * F.logsigmoid(x) + mixture * torch.exp(-x)
 
 
 def sft_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
@@ -385,16 +289,9 @@ def _pairs(
     config: DPOLossConfig,
 ) -> PreferencePairs:
     scores = F_DIVERGENCES[config.f_divergence_type](logprobs - ref_logprobs, config)
-    return PreferencePairs(
-        chosen_logprobs=logprobs[0::2],
-        rejected_logprobs=logprobs[1::2],
-        ref_chosen_logprobs=ref_logprobs[0::2],
-        ref_rejected_logprobs=ref_logprobs[1::2],
-        chosen_scores=scores[0::2],
-        rejected_scores=scores[1::2],
-        chosen_lengths=branch_lengths[0::2],
-        rejected_lengths=branch_lengths[1::2],
-        mean_chosen_token_logprob=_masked_sum(token_logprobs, branch % 2 == 0).mean(),
+    mean_chosen = _masked_sum(token_logprobs, branch % 2 == 0).mean()
+    return PreferencePairs.from_sequences(
+        logprobs, ref_logprobs, scores, branch_lengths, mean_chosen_token_logprob=mean_chosen
     )
 
 

@@ -4,12 +4,16 @@ from .backends import BACKENDS, BackendRow, Support, backend_table, supports
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprob import linear_logprob
 from .linear_token_loss import ScoredLoss, linear_token_loss
+from .pair_loss import PairLoss, pair_loss
+from .policy_loss import PolicyLoss, policy_loss
 from .scores import TokenScores
 from .selective_log_softmax import selective_log_softmax, selective_log_softmax_and_entropy
 
 __all__ = [
     "BACKENDS",
     "BackendRow",
+    "PairLoss",
+    "PolicyLoss",
     "ScoredLoss",
     "Support",
     "TokenScores",
@@ -17,6 +21,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprob",
     "linear_token_loss",
+    "pair_loss",
+    "policy_loss",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "supports",

@@ -19,7 +19,9 @@ from .rows import register_fakes
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("triton", "cpp", "torch")
-OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
+# Ops on vectors of one number a token.
+VECTOR_OPS = ("pair_loss", "policy_loss")
+OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax", *VECTOR_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,6 +100,10 @@ def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dty
     device = torch.device(device)
     if backend == "torch":
         return Support(True, "pure PyTorch, always there")
+    if op in VECTOR_OPS and backend == "cpp":
+        return Support(False, "there is no C++ kernel: on a CPU, one number a token costs nothing next to the head")
+    if op in VECTOR_OPS and dtype != torch.float32:
+        return Support(False, f"the loss kernels take float32, not {dtype}")
     if dtype not in KERNEL_DTYPES:
         return Support(False, f"kernels take float32, bfloat16 and float16, not {dtype}")
     if backend == "triton":

@@ -1,0 +1,77 @@
+"""The CUDA kernels, compiled by nvcc for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .machine_code import Resources, read_cubin, resources_of
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+# Every kernel has blocks of 256 threads. A thread of row_grad takes so many packs of sixteen bytes at once.
+NUM_WARPS, BATCH = 8, 2
+# Loads of values that belong to a row of row_grad; row_scores has a loop, where there are none.
+GRAD_SCALAR_LOADS = 6
+
+_NAME = re.compile(r"([a-z]+(?:_[a-z]+)*)_kernel[EI]")
+_ROW_FLAGS = re.compile(r"row_\w+_kernelI(f|13__nv_bfloat16|6__half)Lb([01])ELb([01])E(?:Li(\d+)E)?")
+_DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
+_OUTPUTS = {"0": "log-probs", "1": "entropy", "15": "all outputs"}
+# Without any flag (bias, softcap, outputs), and with all of them.
+_ENDS = {("0", "0", None), ("1", "1", None), ("0", "0", "0"), ("1", "1", "15")}
+_LEAST_BYTES = {"row_scores": 16, "row_grad": 2 * 16 * BATCH}
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """One kernel, or one instance of a kernel template, compiled for one target."""
+
+    label: str
+    # False for the instances between the one without any flag and the one with all of them.
+    shown: bool
+    # As in KernelCase; 0 where nobody has said.
+    least_bytes: int
+    resources: Resources
+
+
+def find_nvcc() -> str | None:
+    """nvcc's path, if there is a toolkit."""
+    return shutil.which("nvcc")
+
+
+def _label(mangled: str, name: str) -> tuple[str, bool]:
+    """A kernel's name for people, and whether it is shown."""
+    flags = re.search(_ROW_FLAGS, mangled)
+    if flags is None:
+        return name, True
+    dtype, bias, softcap, outputs = flags.groups()
+    words = [_OUTPUTS[outputs]] if outputs else []
+    words += [word for word, on in (("bias", bias), ("softcap", softcap)) if on == "1"]
+    return f"{name} {_DTYPES[dtype]} {', '.join(words) or 'plain'}", (
+        bias,
+        softcap,
+        outputs,
+    ) in _ENDS and dtype != "6__half"
+
+
+def compile_cuda_kernels(nvcc: str, target: int) -> Iterator[CudaKernel]:
+    """Every kernel of csrc/cuda, compiled for sm_`target`.
+
+    Raises:
+        subprocess.CalledProcessError: nvcc failed; its messages are on the terminal.
+    """
+    for source in sorted((SOURCES / "cuda").glob("*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kernels.cubin")
+            command = [nvcc, "-O3", f"-I{SOURCES}", "-cubin", f"-arch=sm_{target}", str(source), "-o", str(path)]
+            subprocess.run(command, check=True)
+            code = read_cubin(path.read_bytes(), target)
+        for mangled, function in sorted(code.items()):
+            name = re.search(_NAME, mangled).group(1)
+            found = resources_of(function, function.shared_bytes, NUM_WARPS, target, GRAD_SCALAR_LOADS)
+            yield CudaKernel(*_label(mangled, name), _LEAST_BYTES.get(name, 0), found)

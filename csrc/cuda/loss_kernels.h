@@ -1,0 +1,89 @@
+// Arguments and launchers of the CUDA loss kernels; what they compute is specified by trl_fast/ops/pair_loss.py and
+// trl_fast/ops/policy_loss.py, whose names these are. Pointers are into device memory.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;  // cudaStream_t is a pointer to it
+
+namespace trl_fast {
+
+// In the order of PAIR_FORMULAS in trl_fast/ops/pair_formulas.py.
+enum class PairLoss : int64_t {
+  kSigmoid,
+  kSigmoidNorm,
+  kRobust,
+  kHinge,
+  kIpo,
+  kExoPair,
+  kDiscopop,
+  kNcaPair,
+  kBcoPair,
+  kSppoHard,
+  kApoZero,
+  kApoDown,
+};
+
+struct PairLossArgs {
+  const float* logprobs;
+  const int64_t* starts;  // (2 * pairs + 1,)
+  const float* ref_logprobs;
+  const int64_t* lengths;
+  PairLoss loss;
+  float beta;
+  float label_smoothing;
+  float discopop_tau;
+  float* losses;             // (pairs,)
+  float* sequence_logprobs;  // (2 * pairs,)
+  float* slopes;             // (2 * pairs,)
+};
+
+struct PairLossBackwardArgs {
+  const float* slopes;
+  const int64_t* starts;
+  const float* grad_losses;  // or null
+  int64_t grad_losses_stride;
+  const float* grad_sequence_logprobs;  // or null
+  int64_t grad_sequence_logprobs_stride;
+  float* out;  // (N,)
+};
+
+// In the order of LOSS_TYPES in trl_fast/ops/policy_loss.py.
+enum class PolicyTerm : int64_t { kClip, kCispo, kSapo };
+
+struct PolicyLossArgs {
+  const float* logprobs;
+  const float* old_logprobs;  // or null
+  const float* ref_logprobs;  // or null
+  const float* advantages;
+  const int64_t* branch;
+  const float* weights;
+  int64_t num_tokens;
+  PolicyTerm term;
+  int64_t bias_correct_kl;
+  float beta;
+  float lower;
+  float upper;
+  float delta;
+  float temperature_pos;
+  float temperature_neg;
+  float max_log_ratio;
+  float* partial_sums;  // (policy_loss_blocks(num_tokens),)
+  float* kl;            // (N,), null without a reference
+  int8_t* clipped;
+  float* slopes;
+};
+
+// How many partial sums the loss of so many tokens has.
+constexpr int64_t policy_loss_blocks(int64_t num_tokens) { return (num_tokens + 1023) / 1024; }
+
+namespace cuda {
+
+// They enqueue work on `stream` and return; they throw std::runtime_error if the launch is refused.
+void launch_pair_loss(const PairLossArgs& args, int64_t pairs, CUstream_st* stream);
+void launch_pair_loss_backward(const PairLossBackwardArgs& args, int64_t pairs, int64_t num_tokens,
+                               CUstream_st* stream);
+void launch_policy_loss(const PolicyLossArgs& args, CUstream_st* stream);
+
+}  // namespace cuda
+}  // namespace trl_fast

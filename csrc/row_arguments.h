@@ -1,0 +1,108 @@
+// From the tensors of torch.ops.trl_fast.row_scores and row_grad to the kernels' arguments, with every check by name.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "cpu/row_kernels.h"
+
+namespace trl_fast {
+
+inline Dtype dtype_of(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_VALUE(false, name, ": expected float32, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+inline void check_device(const at::Tensor& tensor, const char* name, at::Device device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, name, ": expected a tensor on ", device, ", got one on ",
+                    tensor.device());
+}
+
+inline void check_vector(const at::Tensor& tensor, const char* name, int64_t size, at::ScalarType dtype,
+                         at::Device device) {
+  check_device(tensor, name, device);
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == size, name, ": expected shape (", size, ",), got ",
+                    tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, name, ": expected ", dtype, ", got ", tensor.scalar_type());
+}
+
+inline void check_rows(const at::Tensor& tensor, const char* name, at::Device device) {
+  check_device(tensor, name, device);
+  TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected shape (R, C), got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": expected contiguous rows, got strides ",
+                    tensor.strides());
+}
+
+// Block and Transform point into these; they keep what had to be made contiguous or float alive.
+struct RowInputs {
+  at::Tensor targets;
+  at::Tensor bias;
+  Block block;
+  Transform transform;
+};
+
+inline RowInputs row_inputs(at::DeviceType device_type, const at::Tensor& logits, const at::Tensor& targets,
+                            const std::optional<at::Tensor>& bias, double scale, double softcap,
+                            double inv_temperature, int64_t column_offset) {
+  TORCH_CHECK_VALUE(logits.device().type() == device_type, "logits: expected a tensor on ", device_type,
+                    ", got one on ", logits.device());
+  check_rows(logits, "logits", logits.device());
+  check_vector(targets, "targets", logits.size(0), at::kLong, logits.device());
+  RowInputs in;
+  in.targets = targets.contiguous();
+  if (bias) {
+    check_vector(*bias, "bias", logits.size(1), bias->scalar_type(), logits.device());
+    in.bias = bias->to(at::kFloat).contiguous();
+  }
+  in.block = {logits.const_data_ptr(), dtype_of(logits, "logits"),           logits.stride(0),
+              logits.size(1),          in.targets.const_data_ptr<int64_t>(), column_offset};
+  in.transform = {bias ? in.bias.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
+                  static_cast<float>(softcap), static_cast<float>(inv_temperature)};
+  return in;
+}
+
+inline ScoreArgs score_args(const RowInputs& in, const at::Tensor& logits, int64_t outputs, at::Tensor& state) {
+  const int64_t rows = logits.size(0);
+  check_device(state, "state", logits.device());
+  TORCH_CHECK_VALUE(state.dim() == 2 && state.size(0) == kNumStates && state.size(1) == rows &&
+                        (rows <= 1 || state.stride(1) == 1) && state.scalar_type() == at::kDouble,
+                    "state: expected a float64 tensor of shape (", static_cast<int>(kNumStates), ", ", rows,
+                    ") with contiguous rows, got ", state.sizes(), " ", state.scalar_type());
+  return {in.block, in.transform, outputs, state.mutable_data_ptr<double>(), state.stride(0)};
+}
+
+// `lse` has to be contiguous.
+inline GradArgs grad_args(const RowInputs& in, const at::Tensor& logits, const at::Tensor& lse,
+                          const at::Tensor& coefficients, at::Tensor& out) {
+  const int64_t rows = logits.size(0);
+  check_rows(out, "out", logits.device());
+  TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(),
+                    "out: expected shape and dtype of logits, ", logits.sizes(), " ", logits.scalar_type(), ", got ",
+                    out.sizes(), " ", out.scalar_type());
+  check_vector(lse, "lse", rows, at::kFloat, logits.device());
+  check_device(coefficients, "coefficients", logits.device());
+  TORCH_CHECK_VALUE(coefficients.dim() == 2 && coefficients.size(0) == 4 && coefficients.size(1) == rows &&
+                        coefficients.is_contiguous() && coefficients.scalar_type() == at::kFloat,
+                    "coefficients: expected a contiguous float32 tensor of shape (4, ", rows, "), got ",
+                    coefficients.sizes(), " ", coefficients.scalar_type());
+  return {in.block,
+          in.transform,
+          lse.const_data_ptr<float>(),
+          coefficients.const_data_ptr<float>(),
+          rows,
+          out.mutable_data_ptr(),
+          out.stride(0)};
+}
+
+}  // namespace trl_fast

@@ -1,0 +1,409 @@
+"""The loss kernels in Triton; `trl_fast/ops/pair_loss.py` and `policy_loss.py` specify them and explain the names.
+
+Offsets are 64-bit. No length and no number makes Triton compile again: only names of losses, flags and block sizes are
+compile-time constants. The formulas are those of `trl_fast/ops/pair_formulas.py`, each beside its derivative.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK, NUM_WARPS = 1024, 4
+# One program sums a whole pair, so it gets more threads.
+PAIR_BLOCK, PAIR_WARPS = 2048, 8
+
+MARGIN_LOSSES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
+NORMALIZED_LOSSES = ("sigmoid_norm", "ipo")
+
+
+@triton.jit
+def _at_most(x, bound):
+    """The minimum, which unlike tl.minimum keeps a NaN: one in the input must reach the loss."""
+    return tl.where(x > bound, bound, x)
+
+
+@triton.jit
+def _log_sigmoid(x):
+    """min(x, 0) − log(1 + e^−|x|), the logarithm as the series of 2·artanh(s), s = e / (2 + e) ≤ 1/3.
+
+    A GPU's fast logarithm has an absolute error, which near 1 is most of the result.
+    """
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    z = s * s
+    series = 1.0 / 9 + z * (1.0 / 11 + z * (1.0 / 13))
+    series = 1.0 + z * (1.0 / 3 + z * (1.0 / 5 + z * (1.0 / 7 + z * series)))
+    return tl.minimum(x, 0.0) - 2.0 * s * series
+
+
+@triton.jit
+def _margin_loss(x, beta, eps, log_eps, log_one_minus_eps, tau, LOSS: tl.constexpr):
+    """Loss and slope in x, the scaled margin, of a loss that reads nothing else."""
+    p, q = tl.sigmoid(x), tl.sigmoid(-x)
+    log_p, log_q = _log_sigmoid(x), _log_sigmoid(-x)
+    if LOSS == "hinge":
+        loss, slope = tl.where(x >= 1.0, 0.0, 1.0 - x), tl.where(x >= 1.0, 0.0, -1.0)
+    elif LOSS == "ipo":
+        residual = (x - 0.5) / beta
+        loss, slope = residual * residual, 2.0 * residual / beta
+    elif LOSS == "robust":
+        scale = 1.0 / (1.0 - 2.0 * eps)
+        loss, slope = (eps * log_q - (1.0 - eps) * log_p) * scale, -((1.0 - eps) * q + eps * p) * scale
+    elif LOSS == "exo_pair":
+        chosen, rejected = log_p - log_one_minus_eps, log_q - log_eps
+        loss, slope = p * chosen + q * rejected, p * q * (chosen - rejected)
+    elif LOSS == "discopop":
+        sharp = x / tau
+        m, rest = tl.sigmoid(sharp), tl.sigmoid(-sharp)
+        mixed = tl.exp(_log_sigmoid(sharp) - x)
+        loss, slope = mixed - rest * log_p, m * rest * log_p / tau - rest * q + mixed * (rest / tau - 1.0)
+    else:
+        tl.static_assert(LOSS == "sigmoid" or LOSS == "sigmoid_norm")
+        loss, slope = -log_p, -q
+    return loss, slope
+
+
+@triton.jit
+def _separate_loss(chosen, rejected, beta, LOSS: tl.constexpr):
+    """Loss and slopes in β·r_c and β·r_r of a loss that reads them apart."""
+    p_c, q_c = tl.sigmoid(chosen), tl.sigmoid(-chosen)
+    p_r, q_r = tl.sigmoid(rejected), tl.sigmoid(-rejected)
+    if LOSS == "sppo_hard":
+        c, r = (chosen - 0.5) / beta, (rejected + 0.5) / beta
+        loss, chosen_slope, rejected_slope = c * c + r * r, 2.0 * c / beta, 2.0 * r / beta
+    elif LOSS == "apo_zero":
+        loss, chosen_slope, rejected_slope = q_c + p_r, -p_c * q_c, p_r * q_r
+    elif LOSS == "apo_down":
+        q = tl.sigmoid(rejected - chosen)
+        rejected_slope = q * tl.sigmoid(chosen - rejected)
+        loss, chosen_slope = p_c + q, p_c * q_c - rejected_slope
+    elif LOSS == "nca_pair":
+        loss = -_log_sigmoid(chosen) - 0.5 * (_log_sigmoid(-chosen) + _log_sigmoid(-rejected))
+        chosen_slope, rejected_slope = 0.5 * p_c - q_c, 0.5 * p_r
+    else:
+        tl.static_assert(LOSS == "bco_pair")
+        loss, chosen_slope, rejected_slope = -_log_sigmoid(chosen) - _log_sigmoid(-rejected), -q_c, p_r
+    return loss, chosen_slope, rejected_slope
+
+
+@triton.jit
+def _sequence_sum(logprobs, starts, sequence, BLOCK: tl.constexpr):
+    end = tl.load(starts + sequence + 1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(tl.load(starts + sequence), end, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        total += tl.load(logprobs + tokens, mask=tokens < end, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def pair_loss_kernel(
+    logprobs,
+    starts,
+    ref_logprobs,
+    lengths,
+    losses,
+    sequence_logprobs,
+    slopes,
+    beta,
+    eps,
+    log_eps,
+    log_one_minus_eps,
+    tau,
+    LOSS: tl.constexpr,
+    OF_MARGIN: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a pair."""
+    pair = tl.program_id(0).to(tl.int64)
+    chosen, rejected = 2 * pair, 2 * pair + 1
+    chosen_logprob = _sequence_sum(logprobs, starts, chosen, BLOCK)
+    rejected_logprob = _sequence_sum(logprobs, starts, rejected, BLOCK)
+    chosen_scale, rejected_scale = beta, beta
+    if NORMALIZED:
+        chosen_scale /= tl.maximum(tl.load(lengths + chosen), 1).to(tl.float32)
+        rejected_scale /= tl.maximum(tl.load(lengths + rejected), 1).to(tl.float32)
+    chosen_reward = chosen_scale * (chosen_logprob - tl.load(ref_logprobs + chosen))
+    rejected_reward = rejected_scale * (rejected_logprob - tl.load(ref_logprobs + rejected))
+    if OF_MARGIN:
+        margin = chosen_reward - rejected_reward
+        loss, chosen_slope = _margin_loss(margin, beta, eps, log_eps, log_one_minus_eps, tau, LOSS)
+        rejected_slope = -chosen_slope
+    else:
+        loss, chosen_slope, rejected_slope = _separate_loss(chosen_reward, rejected_reward, beta, LOSS)
+    tl.store(losses + pair, loss)
+    tl.store(sequence_logprobs + chosen, chosen_logprob)
+    tl.store(sequence_logprobs + rejected, rejected_logprob)
+    tl.store(slopes + chosen, chosen_slope * chosen_scale)
+    tl.store(slopes + rejected, rejected_slope * rejected_scale)
+
+
+@triton.jit(do_not_specialize=["losses_stride", "sequences_stride"])
+def pair_loss_backward_kernel(
+    slopes,
+    starts,
+    grad_losses,
+    losses_stride,
+    grad_sequence_logprobs,
+    sequences_stride,
+    out,
+    HAS_LOSSES: tl.constexpr,
+    HAS_SEQUENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Several programs a sequence, which take its blocks in turn."""
+    sequence = tl.program_id(0).to(tl.int64)
+    grad = 0.0
+    if HAS_LOSSES:
+        grad += tl.load(slopes + sequence) * tl.load(grad_losses + sequence // 2 * losses_stride)
+    if HAS_SEQUENCES:
+        grad += tl.load(grad_sequence_logprobs + sequence * sequences_stride)
+    end = tl.load(starts + sequence + 1)
+    first = tl.load(starts + sequence) + tl.program_id(1) * BLOCK
+    for start in range(first, end, tl.num_programs(1) * BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        tl.store(out + tokens, tl.zeros([BLOCK], tl.float32) + grad, mask=tokens < end)
+
+
+@triton.jit
+def _exp_beyond_linear(x):
+    """e^x − x − 1; near 0, where the difference would cancel, its series."""
+    series = 1.0 + x / 6 * (1.0 + x / 7 * (1.0 + x / 8))
+    series = 1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * series))
+    return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * series, tl.exp(x) - x - 1.0)
+
+
+@triton.jit
+def _kl_estimate(difference, ratio, ratio_capped, max_log_ratio, BIAS_CORRECT: tl.constexpr):
+    """The estimate and its slope in log π, of which `difference` is the distance to log π_ref."""
+    capped = _at_most(difference, max_log_ratio)
+    kl = _exp_beyond_linear(capped)
+    slope = -(kl + capped)
+    if BIAS_CORRECT:
+        # ρ·e^d = π_ref / π_old does not depend on π, so the slope of ρ·(e^d − d − 1) is −d·ρ.
+        kl, slope = kl * ratio, tl.where(ratio_capped, slope, -capped) * ratio
+    return kl, tl.where(difference > max_log_ratio, 0.0, slope)
+
+
+# The terms: each gives the term, its slope in log π, and −1 or 1 where the ratio was clipped from below or above.
+
+
+@triton.jit
+def _clipped(ratio, advantage, lower, upper):
+    too_high = tl.where((ratio > upper) & (advantage > 0), 1, 0)
+    return tl.where((ratio < lower) & (advantage < 0), -1, too_high)
+
+
+@triton.jit
+def _clip_term(ratio, advantage, lower, upper, delta):
+    """Where both sides of the minimum are equal, so are their slopes."""
+    capped = _at_most(ratio, delta)
+    unclipped = capped * advantage
+    clipped = _at_most(tl.where(ratio < lower, lower, ratio), upper) * advantage
+    constant = tl.where(unclipped <= clipped, ratio > delta, (ratio < lower) | (ratio > upper))
+    slope = tl.where(constant, 0.0, -ratio * advantage)
+    return -tl.minimum(unclipped, clipped), slope, _clipped(capped, advantage, lower, upper)
+
+
+@triton.jit
+def _cispo_term(ratio, advantage, lower, upper, logprob):
+    slope = -_at_most(ratio, upper) * advantage
+    return slope * logprob, slope, _clipped(ratio, advantage, lower, upper)
+
+
+@triton.jit
+def _sapo_term(ratio, advantage, temperature_pos, temperature_neg):
+    temperature = tl.where(advantage > 0, temperature_pos, temperature_neg)
+    z = temperature * (ratio - 1.0)
+    gate = tl.sigmoid(z)
+    slope = -4.0 * gate * tl.sigmoid(-z) * ratio * advantage
+    return -4.0 / temperature * gate * advantage, slope, tl.zeros_like(z)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def policy_loss_kernel(
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    advantages,
+    branch,
+    weights,
+    partial_sums,
+    kl_out,
+    clipped_out,
+    slopes,
+    num_tokens,
+    beta,
+    lower,
+    upper,
+    delta,
+    temperature_pos,
+    temperature_neg,
+    max_log_ratio,
+    LOSS: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    BIAS_CORRECT_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a block of tokens."""
+    block = tl.program_id(0).to(tl.int64)
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    mask = tokens < num_tokens
+    logprob = tl.load(logprobs + tokens, mask=mask, other=0.0)
+    sequence = tl.load(branch + tokens, mask=mask, other=0)
+    advantage = tl.load(advantages + sequence, mask=mask, other=0.0)
+    weight = tl.load(weights + sequence, mask=mask, other=0.0)
+    log_ratio = tl.zeros([BLOCK], tl.float32)
+    if HAS_OLD:
+        log_ratio = logprob - tl.load(old_logprobs + tokens, mask=mask, other=0.0)
+    ratio = tl.exp(_at_most(log_ratio, max_log_ratio))
+    ratio_capped = log_ratio > max_log_ratio
+    if LOSS == "clip":
+        term, slope, clipped = _clip_term(ratio, advantage, lower, upper, delta)
+    elif LOSS == "cispo":
+        term, slope, clipped = _cispo_term(ratio, advantage, lower, upper, logprob)
+    else:
+        term, slope, clipped = _sapo_term(ratio, advantage, temperature_pos, temperature_neg)
+    if LOSS != "cispo":
+        slope = tl.where(ratio_capped, 0.0, slope)
+    if HAS_REF:
+        difference = tl.load(ref_logprobs + tokens, mask=mask, other=0.0) - logprob
+        kl, kl_slope = _kl_estimate(difference, ratio, ratio_capped, max_log_ratio, BIAS_CORRECT_KL)
+        tl.store(kl_out + tokens, kl, mask=mask)
+        term += beta * kl
+        slope += beta * kl_slope
+    tl.store(clipped_out + tokens, clipped.to(tl.int8), mask=mask)
+    tl.store(slopes + tokens, weight * slope, mask=mask)
+    tl.store(partial_sums + block, tl.sum(weight * term, 0))
+
+
+def pair_loss_forward(
+    logprobs: torch.Tensor,
+    starts: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    lengths: torch.Tensor,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    discopop_tau: float,
+    losses: torch.Tensor,
+    sequence_logprobs: torch.Tensor,
+    slopes: torch.Tensor,
+) -> None:
+    """Fills losses (P,), sequence_logprobs (S,) and slopes (S,), the derivative of its pair's loss by each of those.
+
+    logprobs (N,), ref_logprobs (S,) float32; starts (S + 1,), lengths (S,) int64; all contiguous.
+    """
+    if not len(losses):
+        return
+    pair_loss_kernel[(len(losses),)](
+        logprobs,
+        starts,
+        ref_logprobs,
+        lengths,
+        losses,
+        sequence_logprobs,
+        slopes,
+        beta,
+        label_smoothing,
+        math.log(label_smoothing) if label_smoothing > 0 else -math.inf,
+        math.log1p(-label_smoothing) if label_smoothing < 1 else -math.inf,
+        discopop_tau,
+        LOSS=loss_type,
+        OF_MARGIN=loss_type in MARGIN_LOSSES,
+        NORMALIZED=loss_type in NORMALIZED_LOSSES,
+        BLOCK=PAIR_BLOCK,
+        num_warps=PAIR_WARPS,
+    )
+
+
+def pair_loss_backward(
+    slopes: torch.Tensor,
+    starts: torch.Tensor,
+    grad_losses: torch.Tensor | None,
+    grad_sequence_logprobs: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Fills out (N,): slope times grad_losses (P,) of the pair, plus grad_sequence_logprobs (S,).
+
+    Each of the two may be strided, or None.
+    """
+    sequences = len(slopes)
+    if not sequences:
+        return
+    # As many programs as equally long sequences would need; the longer ones loop.
+    programs = max(1, triton.cdiv(len(out), sequences * BLOCK))
+    pair_loss_backward_kernel[(sequences, programs)](
+        slopes,
+        starts,
+        slopes if grad_losses is None else grad_losses,
+        0 if grad_losses is None else grad_losses.stride(0),
+        slopes if grad_sequence_logprobs is None else grad_sequence_logprobs,
+        0 if grad_sequence_logprobs is None else grad_sequence_logprobs.stride(0),
+        out,
+        HAS_LOSSES=grad_losses is not None,
+        HAS_SEQUENCES=grad_sequence_logprobs is not None,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+
+
+def policy_loss_forward(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    branch: torch.Tensor,
+    weights: torch.Tensor,
+    loss_type: str,
+    beta: float,
+    lower: float,
+    upper: float,
+    delta: float,
+    temperature_pos: float,
+    temperature_neg: float,
+    bias_correct_kl: bool,
+    max_log_ratio: float,
+    kl: torch.Tensor,
+    clipped: torch.Tensor,
+    slopes: torch.Tensor,
+) -> torch.Tensor:
+    """Fills kl (N,) if there is a reference, clipped (N,) int8 and slopes (N,); returns the loss as its partial sums.
+
+    logprobs, old_logprobs, ref_logprobs (N,), advantages, weights (S,) float32; branch (N,) int64; all contiguous.
+    """
+    blocks = triton.cdiv(len(logprobs), BLOCK)
+    partial_sums = logprobs.new_empty(blocks)
+    if not blocks:
+        return partial_sums
+    policy_loss_kernel[(blocks,)](
+        logprobs,
+        logprobs if old_logprobs is None else old_logprobs,
+        logprobs if ref_logprobs is None else ref_logprobs,
+        advantages,
+        branch,
+        weights,
+        partial_sums,
+        kl,
+        clipped,
+        slopes,
+        len(logprobs),
+        beta,
+        lower,
+        upper,
+        delta,
+        temperature_pos,
+        temperature_neg,
+        max_log_ratio,
+        LOSS=loss_type,
+        HAS_OLD=old_logprobs is not None,
+        HAS_REF=ref_logprobs is not None,
+        BIAS_CORRECT_KL=bias_correct_kl,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+    return partial_sums

@@ -1,0 +1,20 @@
+// The CUDA row kernels as a host library with C functions, for test_cuda_rows.py.
+#include "support/simt.h"
+
+// After the vocabulary that the kernels are written in.
+#include "cuda/row_kernels.cuh"
+
+extern "C" {
+
+void simt_row_scores(const trl_fast::ScoreArgs* args, int64_t rows, unsigned seed) {
+  trl_fast::dispatch_scores(*args, rows, [&](auto kernel, dim3 grid) {
+    simt::launch(grid, trl_fast::kThreads, seed, [&] { kernel(*args); });
+  });
+}
+
+void simt_row_grad(const trl_fast::GradArgs* args, int64_t rows, unsigned seed) {
+  trl_fast::dispatch_grad(*args, rows, [&](auto kernel, dim3 grid) {
+    simt::launch(grid, trl_fast::kThreads, seed, [&] { kernel(*args); });
+  });
+}
+}

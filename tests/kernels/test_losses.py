@@ -1,0 +1,320 @@
+"""The Triton loss kernels against the PyTorch reference in float64, and what they compile to."""
+
+import contextlib
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.kernel_report import TARGETS, KernelCase, compile_kernel, resources
+from support.heads import FLOOR, assert_as_good
+from support.losses import interpreted_losses, pair_problem, policy_problem
+from support.triton_interpreter import interpreted
+from trl_fast.kernels import losses as kernels
+from trl_fast.ops import pair_loss, policy_loss
+from trl_fast.ops.pair_formulas import PAIR_FORMULAS
+from trl_fast.ops.pair_loss import _pair_loss, _pair_loss_backward
+from trl_fast.ops.policy_loss import LOSS_TYPES, _policy_loss
+
+NUMBERS = {"beta": 0.3, "label_smoothing": 0.15, "discopop_tau": 0.4}
+FLOAT32 = FLOOR[torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request):
+    """Every test but the one that compiles runs the kernels in the interpreter."""
+    with contextlib.nullcontext() if "target" in request.fixturenames else interpreted_losses():
+        yield
+
+
+def run_pair(problem, dtype, backend, upstream, **keywords):
+    """losses, sequence_logprobs and the gradient of the logprobs, for `upstream` of both outputs."""
+    arguments = problem.arguments(dtype)
+    outputs = pair_loss(*arguments, **keywords, backend=backend)
+    upstream[1](upstream[0](outputs)).backward()
+    return *(output.detach() for output in outputs), arguments[0].grad
+
+
+def of_losses(outputs):
+    return (outputs.losses,)
+
+
+def of_sequences(outputs):
+    return (outputs.sequence_logprobs,)
+
+
+def of_both(outputs):
+    return outputs
+
+
+def weighted(outputs):
+    return sum((torch.arange(len(output), 0, -1) * output).sum() for output in outputs)
+
+
+def mean(outputs):
+    return sum(output.mean() for output in outputs)
+
+
+def assert_pair_as_good(problem, upstream, **keywords):
+    results = [
+        run_pair(problem, dtype, backend, upstream, **keywords)
+        for dtype, backend in ((torch.float32, "triton"), (torch.float32, "torch"), (torch.float64, "torch"))
+    ]
+    for name, *values in zip(("losses", "sequence_logprobs", "gradient"), *results, strict=True):
+        assert values[0].dtype == torch.float32
+        assert_as_good(*values, name, FLOAT32)
+
+
+@pytest.mark.parametrize("loss_type", PAIR_FORMULAS)
+def test_pair_loss_and_gradient(loss_type):
+    assert_pair_as_good(pair_problem(), (of_both, weighted), loss_type=loss_type, **NUMBERS)
+
+
+@pytest.mark.parametrize("reduce", [weighted, mean])
+@pytest.mark.parametrize("outputs", [of_losses, of_sequences, of_both])
+def test_pair_upstream_gradients(outputs, reduce):
+    """Those of a mean have stride 0, those of an output that nobody used are None."""
+    assert_pair_as_good(pair_problem(), (outputs, reduce), **NUMBERS)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "nca_pair"])
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 3), (1, 1), (5000, 0), (0, 1, 2, 0)], ids=str)
+def test_pair_sizes(lengths, loss_type):
+    problem = pair_problem(lengths)
+    problem.lengths = torch.tensor(lengths)
+    assert_pair_as_good(problem, (of_both, weighted), loss_type=loss_type)
+
+
+def test_pair_inputs_need_not_be_contiguous():
+    problem = pair_problem((3, 4, 0, 1))
+    for name, vector in vars(problem).items():
+        setattr(problem, name, torch.stack([vector, vector], dim=1)[:, 0])
+    logprobs, *rest = vars(problem).values()
+    got, expected = (pair_loss(logprobs, *rest, loss_type="ipo", backend=name) for name in ("triton", "torch"))
+    torch.testing.assert_close(got, expected)
+
+
+def test_no_pairs():
+    arguments = pair_problem(()).arguments()
+    losses, sequence_logprobs = pair_loss(*arguments, backend="triton")
+    assert losses.shape == sequence_logprobs.shape == (0,)
+    losses.sum().backward()
+    assert arguments[0].grad.shape == (0,)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e2, 1e4])
+@pytest.mark.parametrize("loss_type", PAIR_FORMULAS)
+def test_pair_extreme_log_ratios(loss_type, spread):
+    """Each value for itself: a sum would hide the small ones."""
+    problem = pair_problem((1,) * 16)
+    # Powers of two, so that the log-ratios themselves are exact.
+    signs = torch.tensor([(-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)]).flatten()
+    problem.ref_logprobs = torch.zeros(16)
+    problem.logprobs = torch.cat([signs, signs / 2]) * 2 ** round(torch.tensor(spread).log2().item())
+    results = [
+        run_pair(problem, dtype, backend, (of_losses, weighted), loss_type=loss_type, label_smoothing=0.15)
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "torch"))
+    ]
+    for got, exact in zip(*results, strict=True):
+        torch.testing.assert_close(got, exact.float(), rtol=2e-5, atol=1e-6)
+
+
+def test_pair_graph_is_kept_and_differentiated_once():
+    arguments = pair_problem((3, 4)).arguments()
+    losses, _ = pair_loss(*arguments, backend="triton")
+    gradients = [torch.autograd.grad(losses.sum(), arguments[0], retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*gradients)
+    (gradient,) = torch.autograd.grad(losses.sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+    with torch.no_grad():
+        assert not pair_loss(*arguments, backend="triton").losses.requires_grad
+
+
+def test_pair_opcheck():
+    vectors = pair_problem((3, 4, 0, 1)).arguments()
+    torch.library.opcheck(_pair_loss, (*vectors, "exo_pair", *NUMBERS.values()))
+    slopes, starts = torch.randn(4), vectors[1]
+    for upstream in ((torch.randn(2), None), (None, torch.randn(4)), (torch.randn(()).expand(2), torch.randn(4))):
+        torch.library.opcheck(_pair_loss_backward, (slopes, starts, 8, *upstream))
+
+
+def run_policy(problem, dtype, backend, **keywords):
+    """loss, kl, clipped and the gradient of the logprobs for an upstream gradient of 3."""
+    positional, reference = problem.arguments(dtype)
+    result = policy_loss(*positional, **reference, **keywords, backend=backend)
+    (3 * result.loss).backward()
+    return result.loss.detach(), result.kl, result.clipped, positional[0].grad
+
+
+@pytest.mark.parametrize("bias_correct_kl", [True, False])
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize(
+    "loss_type, delta", [("clip", None), ("clip", 1.1), ("clip", 1.5), ("cispo", None), ("sapo", None)]
+)
+def test_policy_loss_and_gradient(loss_type, delta, on_policy, reference, bias_correct_kl):
+    problem = policy_problem(on_policy=on_policy, reference=reference)
+    keywords = {"loss_type": loss_type, "delta": delta, "bias_correct_kl": bias_correct_kl}
+    keywords["beta"] = 0.3 if reference else 0.0
+    keywords["epsilon_high"] = 1.2 if loss_type == "cispo" else 0.28
+    ours, baseline, exact = (
+        run_policy(problem, dtype, backend, **keywords)
+        for dtype, backend in ((torch.float32, "triton"), (torch.float32, "torch"), (torch.float64, "torch"))
+    )
+    for name, index in (("loss", 0), ("kl", 1), ("gradient", 3)):
+        if exact[index] is None:
+            assert ours[index] is None
+            continue
+        assert ours[index].dtype == torch.float32
+        assert_as_good(ours[index], baseline[index], exact[index], name, FLOAT32)
+    assert torch.equal(ours[2], baseline[2])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("lengths", [(), (0, 0), (0, 3), (1,), (1023, 1), (1025,)], ids=str)
+def test_policy_sizes(lengths, loss_type):
+    problem = policy_problem(lengths)
+    results = [run_policy(problem, torch.float32, backend, loss_type=loss_type) for backend in ("triton", "torch")]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_policy_extreme_log_ratios(loss_type):
+    values = [a * b for a in (-1.0, 1.0) for b in (1e-3, 15.0, 41.0, 1e4)]
+    tokens = torch.cartesian_prod(torch.tensor(values), torch.tensor(values), torch.arange(3.0))
+    problem = policy_problem((len(tokens) // 3,) * 3)
+    problem.logprobs, problem.old_logprobs, problem.ref_logprobs = torch.zeros(len(tokens)), *tokens.T[:2]
+    problem.branch, problem.advantages = tokens.T[2].long(), torch.tensor([-1.0, 0.0, 1.0])
+    ours, exact = (
+        run_policy(problem, dtype, backend, loss_type=loss_type, beta=0.1)
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "torch"))
+    )
+    for got, expected in zip(ours, exact, strict=True):
+        # e^40 in float32 is off by the rounding of 40·log2(e) alone.
+        torch.testing.assert_close(got.double(), expected.double(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("loss_type", PAIR_FORMULAS)
+def test_a_nan_reaches_its_pair_and_no_other(loss_type, backend):
+    problem = pair_problem((3, 2, 4, 1))
+    problem.logprobs[1] = float("nan")
+    losses, sequence_logprobs, gradient = run_pair(
+        problem, torch.float32, backend, (of_losses, weighted), loss_type=loss_type, label_smoothing=0.15
+    )
+    assert losses.isnan().tolist() == [True, False]
+    assert sequence_logprobs.isnan().tolist() == [True, False, False, False]
+    # The hinge's slope is a constant.
+    assert gradient[:3].isnan().all() or loss_type == "hinge"
+    assert gradient[5:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("field", ["logprobs", "old_logprobs", "ref_logprobs"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_nan_reaches_the_loss_and_no_other_token(loss_type, field, backend):
+    problem = policy_problem((3, 2, 4, 1))
+    getattr(problem, field)[4] = float("nan")
+    loss, _, _, gradient = run_policy(problem, torch.float32, backend, loss_type=loss_type, beta=0.1)
+    assert loss.isnan() and gradient[torch.arange(10) != 4].isfinite().all()
+
+
+@triton.jit
+def evaluate_kernel(x, log_sigmoid, exp_beyond_linear, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    values = tl.load(x + lanes)
+    tl.store(log_sigmoid + lanes, kernels._log_sigmoid(values))
+    tl.store(exp_beyond_linear + lanes, kernels._exp_beyond_linear(values))
+
+
+def test_series_are_as_long_as_float32_needs():
+    x = torch.linspace(-1, 1, 4096)
+    log_sigmoid, exp_beyond_linear = torch.empty(2, 4096)
+    interpreted(evaluate_kernel)[(1,)](x, log_sigmoid, exp_beyond_linear, BLOCK=4096)
+    wide = x.double()
+    torch.testing.assert_close(log_sigmoid.double(), torch.nn.functional.logsigmoid(wide), rtol=3e-7, atol=0)
+    near = x.abs() < 0.5  # beyond, the difference itself is taken
+    expected = torch.special.expm1(wide) - wide
+    torch.testing.assert_close(exp_beyond_linear.double()[near], expected[near], rtol=2.5e-7, atol=0)
+
+
+def test_policy_sum_does_not_depend_on_the_order_of_programs():
+    """The interpreter shuffles them anew in every launch."""
+    problem = policy_problem()
+    losses = [run_policy(problem, torch.float32, "triton")[0] for _ in range(3)]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+def test_policy_graph_is_kept_and_differentiated_once():
+    positional, reference = policy_problem((3, 4)).arguments()
+    result = policy_loss(*positional, **reference, beta=0.1, backend="triton")
+    gradients = [torch.autograd.grad(result.loss, positional[0], retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*gradients)
+    assert not result.kl.requires_grad
+    (gradient,) = torch.autograd.grad(result.loss, positional[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+    with torch.no_grad():
+        assert not policy_loss(*positional, **reference, backend="triton").loss.requires_grad
+
+
+@pytest.mark.parametrize("on_policy, reference", [(False, True), (True, False)])
+def test_policy_opcheck(on_policy, reference):
+    problem = policy_problem((3, 4, 0, 1), on_policy=on_policy, reference=reference)
+    (logprobs, old, *rest), keywords = problem.arguments()
+    numbers = ("clip", 0.1 if reference else 0.0, 0.8, 1.2, 1.5, 1.0, 1.05, True)
+    torch.library.opcheck(_policy_loss, (logprobs, old, keywords["ref_logprobs"], *rest, *numbers))
+
+
+def case(label, kernel, vectors, others, numbers, constants, num_warps):
+    """`vectors` and `numbers` are names of float32 pointers and floats."""
+    signature = {**dict.fromkeys(vectors.split(), "*fp32"), **others, **dict.fromkeys(numbers.split(), "fp32")}
+    return KernelCase(label, kernel, signature, constants, num_warps, scalar_loads=0)
+
+
+def compiled_cases():
+    for loss_type in ("exo_pair", "sigmoid_norm", "nca_pair"):
+        yield case(
+            loss_type,
+            kernels.pair_loss_kernel,
+            "logprobs ref_logprobs losses sequence_logprobs slopes",
+            {"starts": "*i64", "lengths": "*i64"},
+            "beta eps log_eps log_one_minus_eps tau",
+            {
+                "LOSS": loss_type,
+                "OF_MARGIN": loss_type in kernels.MARGIN_LOSSES,
+                "NORMALIZED": loss_type in kernels.NORMALIZED_LOSSES,
+                "BLOCK": kernels.PAIR_BLOCK,
+            },
+            kernels.PAIR_WARPS,
+        )
+    yield case(
+        "backward",
+        kernels.pair_loss_backward_kernel,
+        "slopes grad_losses grad_sequence_logprobs out",
+        {"starts": "*i64", "losses_stride": "i64", "sequences_stride": "i64"},
+        "",
+        {"HAS_LOSSES": True, "HAS_SEQUENCES": True, "BLOCK": kernels.BLOCK},
+        kernels.NUM_WARPS,
+    )
+    for loss_type in LOSS_TYPES:
+        yield case(
+            loss_type,
+            kernels.policy_loss_kernel,
+            "logprobs old_logprobs ref_logprobs advantages weights partial_sums kl_out slopes",
+            {"branch": "*i64", "clipped_out": "*i8", "num_tokens": "i32"},
+            "beta lower upper delta temperature_pos temperature_neg max_log_ratio",
+            {"LOSS": loss_type, "HAS_OLD": True, "HAS_REF": True, "BIAS_CORRECT_KL": True, "BLOCK": kernels.BLOCK},
+            kernels.NUM_WARPS,
+        )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", compiled_cases(), ids=lambda kernel: kernel.label)
+def test_kernels_compile_without_spills(kernel, target):
+    found = resources(compile_kernel(kernel, target), kernel.num_warps, target)
+    assert found.spill_bytes == 0
+    assert found.registers * 32 * kernel.num_warps <= 65536

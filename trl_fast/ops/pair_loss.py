@@ -1,0 +1,183 @@
+"""Preference losses from per-token log-probabilities: one launch forward, one backward.
+
+The formulas are in `pair_formulas`; autograd through them is the PyTorch backend and the kernels' specification. A
+kernel sums each sequence, computes each pair's loss, and keeps the loss's derivative with respect to each sequence's
+log-probability, (S,), which is all that backward needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .backends import choose_backend
+from .loss_inputs import check_choice, check_logprobs, check_vector, values_are_checked
+from .pair_formulas import PAIR_FORMULAS, PairValues, check_pair_parameters
+
+
+class PairLoss(NamedTuple):
+    """`losses` (P,), one a pair, and `sequence_logprobs` (S,), both differentiable, in the dtype of the logprobs."""
+
+    losses: torch.Tensor
+    sequence_logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    beta: float
+    label_smoothing: float
+    discopop_tau: float
+
+
+@torch.library.custom_op("trl_fast::pair_loss", mutates_args=())
+def _pair_loss(
+    logprobs: torch.Tensor,
+    starts: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    lengths: torch.Tensor,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    discopop_tau: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """losses (P,), sequence_logprobs (S,) and the derivative of its pair's loss by each of the latter, (S,)."""
+    from trl_fast.kernels.losses import pair_loss_forward
+
+    losses = logprobs.new_empty(len(ref_logprobs) // 2)
+    sequence_logprobs, slopes = torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
+    pair_loss_forward(
+        *(logprobs, starts, ref_logprobs, lengths),
+        *(loss_type, beta, label_smoothing, discopop_tau),
+        *(losses, sequence_logprobs, slopes),
+    )
+    return losses, sequence_logprobs, slopes
+
+
+@_pair_loss.register_fake
+def _(logprobs, starts, ref_logprobs, lengths, loss_type, beta, label_smoothing, discopop_tau):
+    losses = logprobs.new_empty(ref_logprobs.shape[0] // 2)
+    return losses, torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
+
+
+@torch.library.custom_op("trl_fast::pair_loss_backward", mutates_args=())
+def _pair_loss_backward(
+    slopes: torch.Tensor,
+    starts: torch.Tensor,
+    num_tokens: int,
+    grad_losses: torch.Tensor | None,
+    grad_sequence_logprobs: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient (N,) of the tokens: slope times its pair's upstream gradient, plus its sequence's upstream gradient."""
+    from trl_fast.kernels.losses import pair_loss_backward
+
+    out = slopes.new_empty(num_tokens)
+    pair_loss_backward(slopes, starts, grad_losses, grad_sequence_logprobs, out)
+    return out
+
+
+@_pair_loss_backward.register_fake
+def _(slopes, starts, num_tokens, grad_losses, grad_sequence_logprobs):
+    return slopes.new_empty(num_tokens)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logprobs, starts = inputs[:2]
+    slopes = output[2]
+    ctx.num_tokens = logprobs.shape[0]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(slopes)
+    ctx.save_for_backward(slopes, starts)
+
+
+@once_differentiable
+def _backward(ctx, grad_losses, grad_sequence_logprobs, _grad_slopes):
+    slopes, starts = ctx.saved_tensors
+    grad = None
+    if grad_losses is not None or grad_sequence_logprobs is not None:
+        grad = _pair_loss_backward(slopes, starts, ctx.num_tokens, grad_losses, grad_sequence_logprobs)
+    return grad, *[None] * 7
+
+
+_pair_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _reference(
+    logprobs: torch.Tensor,
+    starts: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    lengths: torch.Tensor,
+    loss_type: str,
+    parameters: _Parameters,
+) -> PairLoss:
+    sequences = torch.arange(len(ref_logprobs), device=starts.device)
+    sequence = sequences.repeat_interleave(starts.diff(), output_size=len(logprobs))
+    sequence_logprobs = torch.zeros_like(ref_logprobs).index_add(0, sequence, logprobs)
+    logratios = sequence_logprobs - ref_logprobs
+    pairs = PairValues.from_sequences(sequence_logprobs, ref_logprobs, logratios, lengths)
+    return PairLoss(PAIR_FORMULAS[loss_type](pairs, parameters), sequence_logprobs)
+
+
+def _check_inputs(
+    logprobs: torch.Tensor, starts: torch.Tensor, ref_logprobs: torch.Tensor, lengths: torch.Tensor
+) -> None:
+    check_logprobs(logprobs)
+    num_sequences = ref_logprobs.numel()
+    if num_sequences % 2:
+        raise ValueError(f"ref_logprobs: expected an even number of sequences, two a pair, got {num_sequences}")
+    check_vector("ref_logprobs", ref_logprobs, num_sequences, logprobs)
+    check_vector("starts", starts, num_sequences + 1, logprobs, torch.int64)
+    check_vector("lengths", lengths, num_sequences, logprobs, torch.int64)
+    if values_are_checked(starts):
+        first, last = int(starts[0]), int(starts[-1])
+        if (first, last) != (0, len(logprobs)) or bool((starts.diff() < 0).any()):
+            raise ValueError(
+                f"starts: expected numbers that never fall, from 0 to the {len(logprobs)} of logprobs, "
+                f"got {starts.tolist()[:8]} … {last}"
+            )
+
+
+def pair_loss(
+    logprobs: torch.Tensor,
+    starts: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
+    backend: str | None = None,
+) -> PairLoss:
+    """The loss of each preference pair, with the reverse KL as divergence; formulas and papers: `pair_formulas`.
+
+    S = 2P sequences: the chosen one of pair i is sequence 2i, the rejected one 2i + 1.
+
+    Args:
+        logprobs: (N,) float32 logprobs of the scored tokens, sequence by sequence (float64 for the reference).
+        starts: (S + 1,) int64, the tokens of sequence s are [starts[s], starts[s + 1]). A sequence may be empty.
+        ref_logprobs: (S,) float32, the sequences' log-probabilities under the reference; gets no gradient.
+        lengths: (S,) int64, the token counts by which `ipo` and `sigmoid_norm` divide.
+        loss_type: a name of `PAIR_FORMULAS`.
+        beta, label_smoothing, discopop_tau: as in `DPOConfig`.
+
+    Returns:
+        losses (P,) and sequence_logprobs (S,), differentiable in logprobs.
+
+    Raises:
+        ValueError: a shape, dtype, device, name or number is not as above.
+        RuntimeError: the forced backend cannot serve.
+    """
+    check_choice("loss_type", loss_type, PAIR_FORMULAS)
+    parameters = _Parameters(beta, label_smoothing, discopop_tau)
+    check_pair_parameters((loss_type,), parameters)
+    _check_inputs(logprobs, starts, ref_logprobs, lengths)
+    vectors = (logprobs, starts, ref_logprobs.detach(), lengths)
+    if choose_backend("pair_loss", backend, logprobs.device, logprobs.dtype) == "torch":
+        return _reference(*vectors, loss_type, parameters)
+    losses, sequence_logprobs, _ = _pair_loss(
+        *(vector.contiguous() for vector in vectors), loss_type, beta, label_smoothing, discopop_tau
+    )
+    return PairLoss(losses, sequence_logprobs)
