@@ -5,65 +5,10 @@
 
 #include "cpu/row_kernels.h"
 #include "cpu/sparse_kernels.h"
+#include "row_arguments.h"
 
 namespace trl_fast {
 namespace {
-
-Dtype dtype_of(const at::Tensor& tensor, const char* name = "logits") {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK_VALUE(false, name, ": expected float32, bfloat16 or float16, got ", tensor.scalar_type());
-  }
-}
-
-void check_vector(const at::Tensor& tensor, const char* name, int64_t size, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, ": expected a CPU tensor, got one on ", tensor.device());
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == size, name, ": expected shape (", size, ",), got ",
-                    tensor.sizes());
-  TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, name, ": expected ", dtype, ", got ", tensor.scalar_type());
-}
-
-void check_rows(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, ": expected a CPU tensor, got one on ", tensor.device());
-  TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected shape (R, C), got ", tensor.sizes());
-  TORCH_CHECK_VALUE(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": expected contiguous rows, got strides ",
-                    tensor.strides());
-}
-
-// Block and Transform point into these; they keep what had to be made contiguous or float alive.
-struct Inputs {
-  at::Tensor targets;
-  at::Tensor bias;
-  Block block;
-  Transform transform;
-};
-
-Inputs gather_inputs(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
-                     double scale, double softcap, double inv_temperature, int64_t column_offset) {
-  check_rows(logits, "logits");
-  check_vector(targets, "targets", logits.size(0), at::kLong);
-  Inputs in;
-  in.targets = targets.contiguous();
-  if (bias) {
-    check_vector(*bias, "bias", logits.size(1), bias->scalar_type());
-    in.bias = bias->to(at::kFloat).contiguous();
-  }
-  in.block = {logits.const_data_ptr(),
-              dtype_of(logits),
-              logits.stride(0),
-              logits.size(1),
-              in.targets.const_data_ptr<int64_t>(),
-              column_offset};
-  in.transform = {bias ? in.bias.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
-                  static_cast<float>(softcap), static_cast<float>(inv_temperature)};
-  return in;
-}
 
 int64_t rows_per_task(int64_t columns) {
   return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, columns));
@@ -72,43 +17,21 @@ int64_t rows_per_task(int64_t columns) {
 void row_scores(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
                 double scale, double softcap, double inv_temperature, int64_t outputs, int64_t column_offset,
                 at::Tensor state) {
-  const Inputs in = gather_inputs(logits, targets, bias, scale, softcap, inv_temperature, column_offset);
-  const int64_t rows = logits.size(0);
-  TORCH_CHECK_VALUE(state.device().is_cpu() && state.dim() == 2 && state.size(0) == kNumStates &&
-                        state.size(1) == rows && (rows <= 1 || state.stride(1) == 1) &&
-                        state.scalar_type() == at::kDouble,
-                    "state: expected a float64 CPU tensor of shape (", static_cast<int>(kNumStates), ", ", rows,
-                    ") with contiguous rows, got ", state.sizes(), " ", state.scalar_type());
-  const ScoreArgs args = {in.block, in.transform, outputs, state.mutable_data_ptr<double>(), state.stride(0)};
+  const RowInputs in = row_inputs(at::kCPU, logits, targets, bias, scale, softcap, inv_temperature, column_offset);
+  const ScoreArgs args = score_args(in, logits, outputs, state);
   const RowKernels& kernels = row_kernels();
-  at::parallel_for(0, rows, rows_per_task(logits.size(1)),
+  at::parallel_for(0, logits.size(0), rows_per_task(logits.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.scores(args, begin, end); });
 }
 
 void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias, double scale,
               double softcap, double inv_temperature, const at::Tensor& lse, const at::Tensor& coefficients,
               int64_t column_offset, at::Tensor out) {
-  const Inputs in = gather_inputs(logits, targets, bias, scale, softcap, inv_temperature, column_offset);
-  const int64_t rows = logits.size(0), columns = logits.size(1);
-  check_rows(out, "out");
-  TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(),
-                    "out: expected shape and dtype of logits, ", logits.sizes(), " ", logits.scalar_type(), ", got ",
-                    out.sizes(), " ", out.scalar_type());
-  check_vector(lse, "lse", rows, at::kFloat);
-  TORCH_CHECK_VALUE(coefficients.dim() == 2 && coefficients.size(0) == 4 && coefficients.size(1) == rows &&
-                        coefficients.is_contiguous() && coefficients.scalar_type() == at::kFloat,
-                    "coefficients: expected a contiguous float32 tensor of shape (4, ", rows, "), got ",
-                    coefficients.sizes(), " ", coefficients.scalar_type());
+  const RowInputs in = row_inputs(at::kCPU, logits, targets, bias, scale, softcap, inv_temperature, column_offset);
   const at::Tensor lse_dense = lse.contiguous();
-  const GradArgs args = {in.block,
-                         in.transform,
-                         lse_dense.const_data_ptr<float>(),
-                         coefficients.const_data_ptr<float>(),
-                         rows,
-                         out.mutable_data_ptr(),
-                         out.stride(0)};
+  const GradArgs args = grad_args(in, logits, lse_dense, coefficients, out);
   const RowKernels& kernels = row_kernels();
-  at::parallel_for(0, rows, rows_per_task(columns),
+  at::parallel_for(0, logits.size(0), rows_per_task(logits.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.grad(args, begin, end); });
 }
 
@@ -128,18 +51,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_samples(const at::Tensor& log
   const int64_t rows = logits.size(1);
   TORCH_CHECK_VALUE(logits.size(0) * logits.size(2) >= vocab_size, "vocab_size: ", vocab_size,
                     " columns do not fit the logits' shape ", logits.sizes());
-  check_vector(lse, "lse", rows, at::kFloat);
-  check_vector(offsets, "offsets", rows, at::kDouble);
+  check_vector(lse, "lse", rows, at::kFloat, at::kCPU);
+  check_vector(offsets, "offsets", rows, at::kDouble, at::kCPU);
   const at::Tensor lse_dense = lse.contiguous(), offsets_dense = offsets.contiguous();
   at::Tensor bias_float;
   if (bias) {
-    check_vector(*bias, "bias", vocab_size, bias->scalar_type());
+    check_vector(*bias, "bias", vocab_size, bias->scalar_type(), at::kCPU);
     bias_float = bias->to(at::kFloat).contiguous();
   }
   const Transform transform = {bias ? bias_float.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
                                static_cast<float>(softcap), static_cast<float>(inv_temperature)};
   const SampleArgs args = {logits.const_data_ptr(),
-                           dtype_of(logits),
+                           dtype_of(logits, "logits"),
                            rows,
                            logits.stride(0),
                            logits.stride(1),
@@ -178,10 +101,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_samples(const at::Tensor& log
 
 at::Tensor sparse_product(const at::Tensor& starts, const at::Tensor& indices, const at::Tensor& values,
                           const at::Tensor& dense, at::ScalarType dtype) {
-  check_rows(dense, "dense");
-  check_vector(starts, "starts", starts.numel(), at::kLong);
-  check_vector(indices, "indices", indices.numel(), at::kLong);
-  check_vector(values, "values", indices.numel(), at::kFloat);
+  check_rows(dense, "dense", at::kCPU);
+  check_vector(starts, "starts", starts.numel(), at::kLong, at::kCPU);
+  check_vector(indices, "indices", indices.numel(), at::kLong, at::kCPU);
+  check_vector(values, "values", indices.numel(), at::kFloat, at::kCPU);
   const at::Tensor dense_starts = starts.contiguous(), dense_indices = indices.contiguous();
   const at::Tensor dense_values = values.contiguous();
   const int64_t rows = starts.numel() - 1, width = dense.size(1);

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.cuda_kernels import compile_cuda_kernels, find_nvcc
+from benchmarks.machine_code import TARGETS
 from support.heads import FLOOR, assert_as_good
 from support.losses import pair_problem, policy_problem
 from trl_fast.kernels import losses as launchers
@@ -235,6 +238,18 @@ def test_a_nan_reaches_the_loss_and_no_other_token(loss_type, field):
     getattr(problem, field)[4] = float("nan")
     loss, _, _, gradient = run_policy(problem, torch.float32, reference=False, loss_type=loss_type, beta=0.1)
     assert loss.isnan() and gradient[torch.arange(10) != 4].isfinite().all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiled_kernels_do_not_spill(target):
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    # The sources are compiled in the order of their names, and only when asked for.
+    found = {kernel.label: kernel.resources for kernel in islice(compile_cuda_kernels(nvcc, target), 3)}
+    assert set(found) == {"pair_loss", "pair_loss_backward", "policy_loss"}
+    for label, resources in found.items():
+        assert resources.spill_bytes == 0 and resources.occupancy >= 0.75, label
 
 
 def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

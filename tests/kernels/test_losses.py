@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.kernel_report import TARGETS, KernelCase, compile_kernel, resources
+from benchmarks.kernel_report import KernelCase, compile_kernel, resources
+from benchmarks.machine_code import TARGETS
 from support.heads import FLOOR, assert_as_good
 from support.losses import interpreted_losses, pair_problem, policy_problem
 from support.triton_interpreter import interpreted
@@ -134,10 +135,10 @@ def test_pair_graph_is_kept_and_differentiated_once():
 
 def test_pair_opcheck():
     vectors = pair_problem((3, 4, 0, 1)).arguments()
-    torch.library.opcheck(_pair_loss, (*vectors, "exo_pair", *NUMBERS.values()))
+    torch.library.opcheck(_pair_loss, (*vectors, "exo_pair", *NUMBERS.values(), "triton"))
     slopes, starts = torch.randn(4), vectors[1]
     for upstream in ((torch.randn(2), None), (None, torch.randn(4)), (torch.randn(()).expand(2), torch.randn(4))):
-        torch.library.opcheck(_pair_loss_backward, (slopes, starts, 8, *upstream))
+        torch.library.opcheck(_pair_loss_backward, (slopes, starts, 8, *upstream, "triton"))
 
 
 def run_policy(problem, dtype, backend, **keywords):
@@ -266,7 +267,7 @@ def test_policy_opcheck(on_policy, reference):
     problem = policy_problem((3, 4, 0, 1), on_policy=on_policy, reference=reference)
     (logprobs, old, *rest), keywords = problem.arguments()
     numbers = ("clip", 0.1 if reference else 0.0, 0.8, 1.2, 1.5, 1.0, 1.05, True)
-    torch.library.opcheck(_policy_loss, (logprobs, old, keywords["ref_logprobs"], *rest, *numbers))
+    torch.library.opcheck(_policy_loss, (logprobs, old, keywords["ref_logprobs"], *rest, *numbers, "triton"))
 
 
 def case(label, kernel, vectors, others, numbers, constants, num_warps):

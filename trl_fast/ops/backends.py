@@ -1,7 +1,7 @@
 """Which implementation serves a call, and why not another.
 
-Order: `triton` on a GPU, `cpp` on the CPU, `torch` always. A backend that was forced, by an op's `backend=` or by
-TRL_FAST_BACKEND, serves or raises with its reason: it never falls back silently.
+Order: `cuda` (compiled) and `triton` on a GPU, `cpp` on the CPU, `torch` always. A backend that was forced, by an op's
+`backend=` or by TRL_FAST_BACKEND, serves or raises with its reason: it never falls back silently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .rows import register_fakes
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("triton", "cpp", "torch")
+BACKENDS = ("cuda", "triton", "cpp", "torch")
 # Ops on vectors of one number a token.
 VECTOR_OPS = ("pair_loss", "policy_loss")
 OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax", *VECTOR_OPS)
@@ -87,6 +87,19 @@ def _supports_triton(device: torch.device) -> Support:
     return Support(False, f"Triton kernels need a CUDA device, not {device.type}")
 
 
+def _supports_cuda(device: torch.device) -> Support:
+    if device.type != "cuda":
+        return Support(False, f"the CUDA kernels run on a GPU, not on {device.type}")
+    loaded = load_extension()
+    if not loaded.ok:
+        return loaded
+    from trl_fast import _C
+
+    if not _C.build_info()["cuda"]:
+        return Support(False, "the C++ extension was built without CUDA; rebuild it with a CUDA toolkit and torch")
+    return Support(True, "compiled CUDA kernels over cuBLAS blocks")
+
+
 def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> Support:
     """Whether `backend` can serve `op` for tensors of this device and dtype, and why.
 
@@ -108,6 +121,8 @@ def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dty
         return Support(False, f"kernels take float32, bfloat16 and float16, not {dtype}")
     if backend == "triton":
         return _supports_triton(device)
+    if backend == "cuda":
+        return _supports_cuda(device)
     if device.type != "cpu":
         return Support(False, f"the C++ kernels run on the CPU, not on {device.type}")
     return load_extension()

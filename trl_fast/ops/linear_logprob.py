@@ -115,7 +115,7 @@ def linear_logprob(
         logit_scale: factor of the logits, first.
         outputs: names among logprobs (always there), entropy (differentiable), log_sum_sq_probs, mean_logits, is_top1.
         workspace_bytes: limit of the memory that grows with N · V; default 1 GiB.
-        backend: force "triton", "cpp" or "torch"; None takes the best that can serve.
+        backend: force "cuda", "triton", "cpp" or "torch"; None takes the best that can serve.
         head_grad: "exact", or "sparse" for an unbiased estimate without the backward products (see sparse_rows.py).
             Its random numbers come from torch's default generator.
         sparse_threshold: smaller probabilities are sampled: 2⁻¹² keeps about 300 entries a row on real text at an

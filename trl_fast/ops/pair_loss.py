@@ -42,22 +42,27 @@ def _pair_loss(
     beta: float,
     label_smoothing: float,
     discopop_tau: float,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """losses (P,), sequence_logprobs (S,) and the derivative of its pair's loss by each of the latter, (S,)."""
-    from trl_fast.kernels.losses import pair_loss_forward
+    if backend == "cuda":
+        pair_loss_forward, loss = torch.ops.trl_fast.pair_loss_forward, list(PAIR_FORMULAS).index(loss_type)
+    else:
+        from trl_fast.kernels.losses import pair_loss_forward
 
+        loss = loss_type
     losses = logprobs.new_empty(len(ref_logprobs) // 2)
     sequence_logprobs, slopes = torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
     pair_loss_forward(
         *(logprobs, starts, ref_logprobs, lengths),
-        *(loss_type, beta, label_smoothing, discopop_tau),
+        *(loss, beta, label_smoothing, discopop_tau),
         *(losses, sequence_logprobs, slopes),
     )
     return losses, sequence_logprobs, slopes
 
 
 @_pair_loss.register_fake
-def _(logprobs, starts, ref_logprobs, lengths, loss_type, beta, label_smoothing, discopop_tau):
+def _(logprobs, starts, ref_logprobs, lengths, *parameters):
     losses = logprobs.new_empty(ref_logprobs.shape[0] // 2)
     return losses, torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
 
@@ -69,9 +74,13 @@ def _pair_loss_backward(
     num_tokens: int,
     grad_losses: torch.Tensor | None,
     grad_sequence_logprobs: torch.Tensor | None,
+    backend: str,
 ) -> torch.Tensor:
     """Gradient (N,) of the tokens: slope times its pair's upstream gradient, plus its sequence's upstream gradient."""
-    from trl_fast.kernels.losses import pair_loss_backward
+    if backend == "cuda":
+        pair_loss_backward = torch.ops.trl_fast.pair_loss_backward_out
+    else:
+        from trl_fast.kernels.losses import pair_loss_backward
 
     out = slopes.new_empty(num_tokens)
     pair_loss_backward(slopes, starts, grad_losses, grad_sequence_logprobs, out)
@@ -79,14 +88,14 @@ def _pair_loss_backward(
 
 
 @_pair_loss_backward.register_fake
-def _(slopes, starts, num_tokens, grad_losses, grad_sequence_logprobs):
+def _(slopes, starts, num_tokens, grad_losses, grad_sequence_logprobs, backend):
     return slopes.new_empty(num_tokens)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logprobs, starts = inputs[:2]
     slopes = output[2]
-    ctx.num_tokens = logprobs.shape[0]
+    ctx.num_tokens, ctx.backend = logprobs.shape[0], inputs[-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(slopes)
     ctx.save_for_backward(slopes, starts)
@@ -97,8 +106,8 @@ def _backward(ctx, grad_losses, grad_sequence_logprobs, _grad_slopes):
     slopes, starts = ctx.saved_tensors
     grad = None
     if grad_losses is not None or grad_sequence_logprobs is not None:
-        grad = _pair_loss_backward(slopes, starts, ctx.num_tokens, grad_losses, grad_sequence_logprobs)
-    return grad, *[None] * 7
+        grad = _pair_loss_backward(slopes, starts, ctx.num_tokens, grad_losses, grad_sequence_logprobs, ctx.backend)
+    return grad, *[None] * 8
 
 
 _pair_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -175,9 +184,10 @@ def pair_loss(
     check_pair_parameters((loss_type,), parameters)
     _check_inputs(logprobs, starts, ref_logprobs, lengths)
     vectors = (logprobs, starts, ref_logprobs.detach(), lengths)
-    if choose_backend("pair_loss", backend, logprobs.device, logprobs.dtype) == "torch":
+    backend = choose_backend("pair_loss", backend, logprobs.device, logprobs.dtype)
+    if backend == "torch":
         return _reference(*vectors, loss_type, parameters)
     losses, sequence_logprobs, _ = _pair_loss(
-        *(vector.contiguous() for vector in vectors), loss_type, beta, label_smoothing, discopop_tau
+        *(vector.contiguous() for vector in vectors), loss_type, beta, label_smoothing, discopop_tau, backend
     )
     return PairLoss(losses, sequence_logprobs)

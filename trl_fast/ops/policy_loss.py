@@ -52,6 +52,21 @@ class _Parameters:
     bias_correct_kl: bool
 
 
+# Tokens a block of the CUDA kernel: policy_loss_blocks of csrc/cuda/loss_kernels.h.
+_CUDA_BLOCK = 1024
+
+
+def _cuda_forward(*args: object) -> torch.Tensor:
+    """The CUDA kernel with the arguments and the result of the Triton one."""
+    *vectors, loss_type, beta, lower, upper, delta, temperature_pos, temperature_neg, unbiased, cap = args[:15]
+    logprobs = vectors[0]
+    partial_sums = logprobs.new_empty(-(-len(logprobs) // _CUDA_BLOCK))
+    numbers = (beta, lower, upper, delta, temperature_pos, temperature_neg, unbiased, cap)
+    term = LOSS_TYPES.index(loss_type)
+    torch.ops.trl_fast.policy_loss_forward(*vectors, term, *numbers, partial_sums, *args[15:])
+    return partial_sums
+
+
 @torch.library.custom_op("trl_fast::policy_loss", mutates_args=())
 def _policy_loss(
     logprobs: torch.Tensor,
@@ -68,10 +83,12 @@ def _policy_loss(
     temperature_pos: float,
     temperature_neg: float,
     bias_correct_kl: bool,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss 0-d, kl (N,) or (0,) without a reference, clipped (N,) int8, derivative of the loss by logprobs (N,)."""
-    from trl_fast.kernels.losses import policy_loss_forward
-
+    policy_loss_forward = _cuda_forward
+    if backend != "cuda":
+        from trl_fast.kernels.losses import policy_loss_forward
     slopes = torch.empty_like(logprobs)
     kl = logprobs.new_empty(0 if ref_logprobs is None else len(logprobs))
     clipped = torch.empty_like(logprobs, dtype=torch.int8)
@@ -98,7 +115,7 @@ def _setup_context(ctx, inputs, output) -> None:
 @once_differentiable
 def _backward(ctx, grad_loss, _grad_kl, _grad_clipped, _grad_slopes):
     (slopes,) = ctx.saved_tensors
-    return grad_loss * slopes, *[None] * 13
+    return grad_loss * slopes, *[None] * 14
 
 
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -273,8 +290,9 @@ def policy_loss(
     _check_inputs(logprobs, old_logprobs, ref_logprobs, advantages, branch, weights)
     old_logprobs, ref_logprobs = (None if v is None else v.detach() for v in (old_logprobs, ref_logprobs))
     vectors = (logprobs, old_logprobs, ref_logprobs, advantages.detach(), branch, weights.detach())
-    if choose_backend("policy_loss", backend, logprobs.device, logprobs.dtype) == "torch":
+    backend = choose_backend("policy_loss", backend, logprobs.device, logprobs.dtype)
+    if backend == "torch":
         return _reference(*vectors, parameters)
     contiguous = (None if vector is None else vector.contiguous() for vector in vectors)
-    loss, kl, clipped, _ = _policy_loss(*contiguous, *vars(parameters).values())
+    loss, kl, clipped, _ = _policy_loss(*contiguous, *vars(parameters).values(), backend)
     return PolicyLoss(loss, None if ref_logprobs is None else kl, clipped)

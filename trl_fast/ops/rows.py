@@ -208,17 +208,19 @@ def _triton_grad(*args: object) -> None:
     row_grad(*args)
 
 
-def _cpp_scores(*args: object) -> None:
+# The compiled ops serve CPU and CUDA tensors, each with its own kernels.
+def _compiled_scores(*args: object) -> None:
     torch.ops.trl_fast.row_scores(*args)
 
 
-def _cpp_grad(*args: object) -> None:
+def _compiled_grad(*args: object) -> None:
     torch.ops.trl_fast.row_grad(*args)
 
 
 ROW_KERNELS = {
     "torch": RowKernels(row_scores_reference, row_grad_reference, 24),
-    "cpp": RowKernels(_cpp_scores, _cpp_grad, 0),
+    "cpp": RowKernels(_compiled_scores, _compiled_grad, 0),
+    "cuda": RowKernels(_compiled_scores, _compiled_grad, 0),
     "triton": RowKernels(_triton_scores, _triton_grad, 0),
 }
 

@@ -112,5 +112,6 @@ def _cpp_product(*args: object) -> torch.Tensor:
 SPARSE_KERNELS = {
     "torch": SparseKernels(row_samples_reference, sparse_product_reference),
     "cpp": SparseKernels(_cpp_samples, _cpp_product),
+    "cuda": SparseKernels(row_samples_reference, sparse_product_reference),
     "triton": SparseKernels(row_samples_reference, sparse_product_reference),
 }

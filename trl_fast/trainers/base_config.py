@@ -78,7 +78,8 @@ class BaseConfig(TrainingArguments):
         },
     )
     head_backend: str | None = field(
-        default=None, metadata={"help": "Force the head's backend: triton, cpp or torch. Unset: the best one here."}
+        default=None,
+        metadata={"help": "Force the head's backend: cuda, triton, cpp or torch. Unset: the best one here."},
     )
     head_workspace_bytes: int | None = field(
         default=None, metadata={"help": "Limit of the memory that grows with tokens times vocabulary; default 1 GiB."}
