@@ -280,7 +280,7 @@ struct Coefficients {
   __device__ float grad(const Logit& logit, bool is_target) const {
     const float x = logit.u - lse;
     const float p = exp_flushed(x);
-    const float du = (p > 0.0f ? p * (a + b * x) : 0.0f) + e;
+    const float du = (p == 0.0f ? 0.0f : p * (a + b * x)) + e;
     return (is_target ? du + d : du) * logit.slope;
   }
 };

@@ -123,7 +123,7 @@ def run_pair(problem, dtype, upstream, loss_type, *, reference):
     if reference:
         outputs = pair_loss(*arguments, loss_type=loss_type, **NUMBERS, backend="torch")
     else:
-        outputs = _pair_loss(*arguments, loss_type, *NUMBERS.values())[:2]
+        outputs = _pair_loss(*arguments, loss_type, *NUMBERS.values(), "triton")[:2]
     upstream(*outputs).backward()
     return *(output.detach() for output in outputs), arguments[0].grad
 
@@ -182,7 +182,7 @@ def run_policy(problem, dtype, *, reference, loss_type="clip", beta=0.0, delta=N
         loss, kl, clipped = policy_loss(logprobs, old, *rest, **keywords, **numbers, backend="torch")
     else:
         bounds = (float("-inf") if loss_type == "cispo" else 0.8, 1.2)
-        numbers = (loss_type, beta, *bounds, delta or float("inf"), 1.0, 1.05, bias_correct_kl)
+        numbers = (loss_type, beta, *bounds, delta or float("inf"), 1.0, 1.05, bias_correct_kl, "triton")
         loss, kl, clipped, _ = _policy_loss(logprobs, old, keywords["ref_logprobs"], *rest, *numbers)
     (3 * loss).backward()
     return loss.detach(), kl, clipped, logprobs.grad

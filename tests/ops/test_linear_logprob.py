@@ -216,3 +216,15 @@ def test_opcheck(keep, backend):
 def test_same_seed_same_bits(backend):
     first, second = (run(make_problem(30, 400), backend).logprobs for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_a_row_that_is_not_finite_shows_in_the_gradient(backend):
+    """A diverged model must not look like one that has nothing left to learn."""
+    problem = make_problem(3, 40)
+    with torch.no_grad():
+        problem.hidden[1] = float("nan")
+    scores = linear_logprob(problem.hidden, problem.weight, problem.targets, backend=backend)
+    scores.logprobs.sum().backward()
+    assert scores.logprobs.isnan().tolist() == [False, True, False]
+    assert problem.hidden.grad[1].isnan().all() and problem.weight.grad.isnan().any()
+    assert problem.hidden.grad[[0, 2]].isfinite().all()

@@ -187,7 +187,7 @@ def row_grad_reference(
     a, b, d, e = (row[:, None].to(u.dtype) for row in coefficients)
     logp = u - lse[:, None].to(u.dtype)
     p = logp.exp()
-    du = torch.where(p > 0, p * (a + b * logp), 0.0) + e
+    du = torch.where(p == 0, 0.0, p * (a + b * logp)) + e
     local, inside = _local_targets(targets, column_offset, u.shape[1])
     du.scatter_add_(1, local[:, None], torch.where(inside[:, None], d, 0.0))
     du *= inv_temperature * scale
