@@ -32,6 +32,7 @@ class TokenBatch:
     - `offset` (N,) int64: its 0-based index in its (truncated) completion.
     - `branch_lengths` (S,) int64: completion tokens after truncation, also those that nothing predicts.
     - `num_tokens`: tokens of all sequences after truncation; a prompt counts once for each of its branches.
+    - `group_sizes`: how many of the N scored tokens belong to each tree, in order.
     - `extras`: tensors that ride along, such as precomputed reference log-probabilities.
 
     It is not a mapping, but answers to field names as one (`"input_ids" in batch`, `batch["input_ids"]`), which is all
@@ -48,6 +49,7 @@ class TokenBatch:
     offset: torch.Tensor
     branch_lengths: torch.Tensor
     num_tokens: int
+    group_sizes: tuple[int, ...] = ()
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -106,12 +108,15 @@ def pack_trees(
             f"pad_to_multiple_of={pad_to_multiple_of} has no meaning in the packed layout, which pads nothing; "
             "leave it None or use the padded layout."
         )
-    sequences = [
-        (tree.prompt_ids, branch)
+    groups = [
+        [
+            (tree.prompt_ids, branch)
+            for tree in truncate_tree(whole, max_length, truncation_mode)
+            for branch in tree.branches
+        ]
         for whole in trees
-        for tree in truncate_tree(whole, max_length, truncation_mode)
-        for branch in tree.branches
     ]
+    sequences = [sequence for group in groups for sequence in group]
     lengths = [len(prompt_ids) + len(branch) for prompt_ids, branch in sequences]
     if layout == "packed":
         starts = [0, *accumulate(lengths)][: len(lengths)]
@@ -120,7 +125,8 @@ def pack_trees(
         width = _round_up(max(lengths, default=0), pad_to_multiple_of)
         starts = [index * width for index in range(len(lengths))]
         inputs = _padded_inputs(sequences, lengths, width, pad_token_id)
-    return TokenBatch(**inputs, **_scored_tokens(sequences, starts), num_tokens=sum(lengths))
+    sizes = tuple(sum(len(completion[_first_scored(prompt) :]) for prompt, completion in group) for group in groups)
+    return TokenBatch(**inputs, **_scored_tokens(sequences, starts), num_tokens=sum(lengths), group_sizes=sizes)
 
 
 def _packed_inputs(sequences: list[tuple[list[int], list[int]]], lengths: list[int]) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def _padded_inputs(
 def _scored_tokens(sequences: list[tuple[list[int], list[int]]], starts: list[int]) -> dict[str, torch.Tensor]:
     score_positions, targets, branch, offset = [], [], [], []
     for index, ((prompt_ids, completion), start) in enumerate(zip(sequences, starts, strict=True)):
-        first = 0 if prompt_ids else 1
+        first = _first_scored(prompt_ids)
         scored = completion[first:]
         targets += scored
         branch += [index] * len(scored)
@@ -163,6 +169,11 @@ def _scored_tokens(sequences: list[tuple[list[int], list[int]]], starts: list[in
         "offset": _int64(offset),
         "branch_lengths": _int64([len(completion) for _, completion in sequences]),
     }
+
+
+def _first_scored(prompt_ids: list[int]) -> int:
+    """The first completion token that something predicts."""
+    return 0 if prompt_ids else 1
 
 
 def _round_up(length: int, multiple: int | None) -> int:

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from trl_fast.data.packing import TokenBatch, pack_trees
 from trl_fast.data.trees import Tree
-from trl_fast.ops import TokenScores, linear_logprob, selective_log_softmax_and_entropy
+from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
+from trl_fast.ops.linear_token_loss import TokenLoss
+from trl_fast.ops.scores import detached
 
 from .attention import packed_inputs
 from .head import head_parameters, head_transform
@@ -27,7 +29,8 @@ _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 class ScoringRequest:
     """What a call of the model is asked for instead of logits.
 
-    score_positions (N,): flat positions whose hidden states predict targets (N,).
+    score_positions (N,): flat positions whose hidden states predict targets (N,). token_loss, group_sizes: as in
+    `ops.linear_token_loss`, for a loss whose gradient is to be taken while the head's logits are there.
     """
 
     score_positions: torch.Tensor
@@ -37,14 +40,20 @@ class ScoringRequest:
     backend: str | None = None
     workspace_bytes: int | None = None
     head_grad: str = "exact"
+    token_loss: TokenLoss | None = None
+    group_sizes: tuple[int, ...] | None = None
 
 
 @dataclass
 class ModelScores:
-    """Token scores, and the load-balancing loss (0-d) of a mixture of experts where it was asked for."""
+    """Token scores, and the load-balancing loss (0-d) of a mixture of experts where it was asked for.
+
+    `loss` (0-d) is that of the request's token_loss, if it had one: only the loss then has a gradient, not the scores.
+    """
 
     tokens: TokenScores
     aux_loss: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
 
 
 def attach_scoring(model: PreTrainedModel) -> None:
@@ -75,24 +84,40 @@ def _score_hidden(
     output = model.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     hidden = output.last_hidden_state
     selected = hidden.reshape(-1, hidden.shape[-1])[scoring.score_positions]
-    weight, bias = head_parameters(model)
-    softcap, logit_scale = head_transform(model.config)
-    tokens = linear_logprob(
-        selected.to(weight.device),
-        weight,
-        scoring.targets.to(weight.device),
-        bias=bias,
-        temperature=scoring.temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        outputs=scoring.outputs,
-        workspace_bytes=scoring.workspace_bytes,
-        backend=scoring.backend,
-        head_grad=scoring.head_grad,
-    )
+    tokens, loss = _run_head(model, selected, scoring)
     mask = kwargs.get("attention_mask")
     mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-    return ModelScores(tokens, _aux_loss(model, output.router_logits, mask) if router else None)
+    return ModelScores(tokens, _aux_loss(model, output.router_logits, mask) if router else None, loss)
+
+
+def _run_head(
+    model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest
+) -> tuple[TokenScores, torch.Tensor | None]:
+    """Token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions."""
+    weight, bias = head_parameters(model)
+    softcap, logit_scale = head_transform(model.config)
+    given = (hidden.to(weight.device), weight, scoring.targets.to(weight.device))
+    options = {
+        "bias": bias,
+        "temperature": scoring.temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "outputs": scoring.outputs,
+        "workspace_bytes": scoring.workspace_bytes,
+        "backend": scoring.backend,
+    }
+    if scoring.token_loss is not None and scoring.head_grad == "exact":
+        loss, tokens = linear_token_loss(*given, scoring.token_loss, **options, group_sizes=scoring.group_sizes)
+        return tokens, loss
+    return _with_loss(linear_logprob(*given, **options, head_grad=scoring.head_grad), scoring)
+
+
+def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScores, torch.Tensor | None]:
+    """Differentiable scores, or the loss of all of them and the scores without gradient."""
+    if scoring.token_loss is None:
+        return tokens, None
+    loss = scoring.token_loss(tokens, torch.arange(len(tokens.logprobs), device=tokens.logprobs.device))
+    return detached(tokens), loss
 
 
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -121,7 +146,8 @@ def _score_logits(forward, scoring: ScoringRequest, *args: object, **kwargs: obj
             mean_logits=tempered.mean(-1),
             is_top1=tempered.argmax(-1) == scoring.targets,
         )
-    return ModelScores(tokens, getattr(output, "aux_loss", None))
+    tokens, loss = _with_loss(tokens, scoring)
+    return ModelScores(tokens, getattr(output, "aux_loss", None), loss)
 
 
 def model_inputs(batch: TokenBatch) -> dict[str, object]:
@@ -141,13 +167,16 @@ def score(
     backend: str | None = None,
     workspace_bytes: int | None = None,
     head_grad: str = "exact",
+    token_loss: TokenLoss | None = None,
+    group_sizes: tuple[int, ...] | None = None,
     **model_kwargs: object,
 ) -> ModelScores:
     """Scores the tokens of a batch. `model` had `attach_scoring`, and may be wrapped since (PEFT, DDP, autocast).
 
-    The arguments are those of `ops.linear_logprob`; `model_kwargs` go to the model's forward.
+    The arguments are those of `ops.linear_logprob` and `ops.linear_token_loss`; `model_kwargs` go to the model's
+    forward.
     """
-    options = (outputs, temperature, backend, workspace_bytes, head_grad)
+    options = (outputs, temperature, backend, workspace_bytes, head_grad, token_loss, group_sizes)
     request = ScoringRequest(batch.score_positions, batch.targets, *options)
     return model(**model_inputs(batch), scoring=request, **model_kwargs)
 

@@ -11,7 +11,7 @@ of the weight are widened to float32 on the way: the product is then one to two 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +65,18 @@ def rows_per_block(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> i
             f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {bytes_per_row} bytes"
         )
     return min(num_rows, workspace_bytes // bytes_per_row)
+
+
+def group_spans(sizes: Sequence[int], step: int) -> Iterator[slice]:
+    """Consecutive slices of whole groups that cover range(sum(sizes)): at most `step` rows, or a single group."""
+    start = end = 0
+    for size in sizes:
+        if end > start and end + size - start > step:
+            yield slice(start, end)
+            start = end
+        end += size
+    if end > start:
+        yield slice(start, end)
 
 
 def spans(total: int, step: int) -> Iterator[slice]:
@@ -287,6 +299,34 @@ class RowBlock:
             return torch.mm(self.hidden, weight.t(), out=scratch)
         tile = self.logits[number, :, : columns.stop - columns.start]
         return tile if self.index is None else torch.index_select(tile, 0, self.index, out=scratch)
+
+
+def row_blocks(
+    rows: slice,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    coefficients: torch.Tensor,
+    logits: torch.Tensor,
+    index: torch.Tensor | None,
+    *,
+    consume: bool = False,
+) -> list[RowBlock]:
+    """The rows whose logits are kept, and the others.
+
+    rows: where all of them lie; hidden: (R, H); targets, lse: (R,); coefficients: (R, 4); logits: (T, K, W) of the
+    first K rows; index: (R,) their numbers among the rows that were scored, rising, None if they are all of them.
+    """
+    num_rows = len(targets)
+    kept = min(num_rows, logits.shape[1]) if index is None else int((index < logits.shape[1]).sum())
+    blocks = []
+    for part, source in ((slice(0, kept), logits), (slice(kept, num_rows), None)):
+        if part.stop > part.start:
+            chosen = index[part] if index is not None and source is not None else None
+            given = (hidden[part], targets[part], lse[part], coefficients[part].t())
+            place = slice(rows.start + part.start, rows.start + part.stop)
+            blocks.append(RowBlock(place, *given, logits=source, index=chosen, consume=consume))
+    return blocks
 
 
 def active_rows(coefficients: torch.Tensor) -> torch.Tensor | None:

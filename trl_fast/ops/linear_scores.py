@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import Head, HeadGradients, RowBlock, UnitGradient, active_rows, gemm_dtype, score_rows
+from .blocks import Head, HeadGradients, UnitGradient, active_rows, gemm_dtype, row_blocks, score_rows
 from .rows import finish_scores, new_state, with_low_part
 from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
 from .transform import LogitTransform
@@ -113,33 +113,13 @@ def linear_scores_backward(
         given = (hidden.to(head.dtype), targets, lse, coefficients.t())
         if index is not None:
             given = tuple(tensor[index] for tensor in given)
-        blocks = _row_blocks(*given, logits, index)
+        blocks = row_blocks(slice(0, len(given[0])), *given, logits, index)
         needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
         gradients = HeadGradients(head, len(given[0]), **needs)
         gradients.add(blocks, last=True)
         if index is not None and need_hidden:
             gradients.spread_hidden(index, hidden.shape[0])
         return gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype)
-
-
-def _row_blocks(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    coefficients: torch.Tensor,
-    logits: torch.Tensor,
-    index: torch.Tensor | None,
-) -> list[RowBlock]:
-    """The rows (their numbers `index` out of all, or None for all) with kept logits (T, K, W), and the others."""
-    num_rows = len(targets)
-    kept = logits.shape[1] if index is None else int((index < logits.shape[1]).sum())
-    blocks = []
-    for rows, source in ((slice(0, kept), logits), (slice(kept, num_rows), None)):
-        if rows.stop > rows.start:
-            chosen = index[rows] if index is not None and source is not None else None
-            given = (hidden[rows], targets[rows], lse[rows], coefficients[rows].t())
-            blocks.append(RowBlock(rows, *given, logits=source, index=chosen))
-    return blocks
 
 
 @linear_scores_backward.register_fake

@@ -2,12 +2,16 @@
 
 How much a row of such a loss weighs is known as soon as the row is scored, so its gradient is taken in the forward
 pass, while the row's logits are still there: three passes over N·V·H, two with a frozen head, and none recomputed.
-GRPO, PPO, weighted likelihood and DFT (arXiv 2508.05629) are of this kind; sequence losses such as DPO are not.
+GRPO, PPO, weighted likelihood and DFT (arXiv 2508.05629) are of this kind.
+
+Sequence losses such as DPO weigh a row by all that it belongs with: `group_sizes` says what that is. Groups are scored
+together, and their gradient taken while their logits are there; only the rows of a group that does not fit the
+workspace are computed again, a fourth pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,16 +22,17 @@ from .blocks import (
     DEFAULT_WORKSPACE_BYTES,
     Head,
     HeadGradients,
-    RowBlock,
     active_rows,
     gemm_dtype,
+    group_spans,
+    row_blocks,
     score_rows,
     spans,
 )
-from .linear_logprob import autocast_hidden
+from .linear_logprob import autocast_hidden, linear_logprob
 from .linear_scores import row_coefficients
 from .rows import finish_scores, new_state
-from .scores import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS, TokenScores, output_mask, token_scores
+from .scores import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS, TokenScores, detached, output_mask, token_scores
 from .transform import LogitTransform
 from .validation import check_finite, check_head_inputs, check_target_range
 
@@ -41,6 +46,13 @@ class ScoredLoss(NamedTuple):
     scores: TokenScores
 
 
+def _summed(loss: object) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ValueError(f"token_loss: expected a summed loss, a 0-d tensor, got {got}")
+    return loss
+
+
 def _block_loss(
     token_loss: TokenLoss, statistics: torch.Tensor, rows: torch.Tensor, outputs: tuple[str, ...], vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,10 +64,7 @@ def _block_loss(
         leaves.append(scores.entropy.detach().requires_grad_())
         scores = replace(scores, entropy=leaves[1])
     with torch.enable_grad():
-        loss = token_loss(scores, rows)
-    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise ValueError(f"token_loss: expected a summed loss, a 0-d tensor, got {got}")
+        loss = _summed(token_loss(scores, rows))
     grads = [None] * 2
     if loss.requires_grad:
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -67,10 +76,18 @@ def _block_loss(
 class _TokenLossSweep:
     """Scores row blocks, asks `token_loss` what they weigh, and adds up the loss and the head's gradients."""
 
-    def __init__(self, head: Head, num_rows: int, token_loss: TokenLoss, outputs: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        head: Head,
+        num_rows: int,
+        token_loss: TokenLoss,
+        outputs: tuple[str, ...],
+        group_sizes: Sequence[int] | None,
+    ) -> None:
         self.head = head
         self.token_loss = token_loss
         self.outputs = outputs
+        self.group_sizes = group_sizes
         device = head.weight.device
         self.loss = torch.zeros((), dtype=head.wide, device=device)
         self.statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=head.wide, device=device)
@@ -78,7 +95,7 @@ class _TokenLossSweep:
     def score(
         self, hidden: torch.Tensor, targets: torch.Tensor, rows: slice, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        """Adds the rows' loss; their coefficients (4, R). keep: (T, R, W) takes their raw logits."""
+        """Adds the rows' loss; their coefficients (4, R). keep: (T, K, W) takes the raw logits of the first K."""
         mask = output_mask(self.outputs)
         state = new_state(rows.stop - rows.start, hidden.device)
         score_rows(self.head, hidden[rows], targets[rows], mask, state, keep=keep)
@@ -95,7 +112,8 @@ class _TokenLossSweep:
         height = self.head.block_rows(num_rows)
         logits = self.head.empty_logits(height, height)
         indices = [torch.empty(0, dtype=torch.int64, device=hidden.device)]
-        for rows in spans(num_rows, max(height, 1)):
+        step = max(height, 1)
+        for rows in spans(num_rows, step) if self.group_sizes is None else group_spans(self.group_sizes, step):
             kept = logits[:, : rows.stop - rows.start]
             coefficients = self.score(hidden, targets, rows, kept)
             index = active_rows(coefficients)
@@ -104,8 +122,7 @@ class _TokenLossSweep:
                 given = tuple(tensor[index] for tensor in given)
             done = sum(map(len, indices))
             place = slice(done, done + len(given[0]))
-            block = RowBlock(place, *given[:3], given[3].t(), logits=kept, index=index, consume=True)
-            gradients.add([block], last=rows.stop == num_rows)
+            gradients.add(row_blocks(place, *given, kept, index, consume=True), last=rows.stop == num_rows)
             indices.append(
                 rows.start + (torch.arange(len(given[0]), device=hidden.device) if index is None else index)
             )
@@ -141,6 +158,18 @@ class _LinearTokenLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
+def _head_trains(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _check_groups(group_sizes: Sequence[int] | None, num_rows: int) -> None:
+    if group_sizes is not None and (min(group_sizes, default=0) < 0 or sum(group_sizes) != num_rows):
+        raise ValueError(
+            f"group_sizes: expected numbers of rows that sum to the {num_rows} of hidden, got {list(group_sizes)[:8]} "
+            f"with the sum {sum(group_sizes)}"
+        )
+
+
 @torch.compiler.disable
 def linear_token_loss(
     hidden: torch.Tensor,
@@ -155,6 +184,7 @@ def linear_token_loss(
     outputs: tuple[str, ...] = ("logprobs",),
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group_sizes: Sequence[int] | None = None,
 ) -> ScoredLoss:
     """A sum over tokens of any differentiable function of their log-probability and entropy.
 
@@ -168,13 +198,25 @@ def linear_token_loss(
             differentiable, and the rows' numbers (R,) int64 among the N; returns the block's share of the loss, a 0-d
             tensor. The loss is the sum of all shares, so a mean has to be divided by a number that is known before.
         outputs: what token_loss and the caller want to see, as in linear_logprob.
+        group_sizes: how many consecutive rows belong together, summing to N; token_loss is then given whole groups,
+            one or several at a time. None: every row stands alone.
 
     Returns:
         ScoredLoss. With no rows the loss is a differentiable zero.
 
     Raises:
-        ValueError, RuntimeError: as in linear_logprob; and if token_loss returns anything but a 0-d tensor.
+        ValueError, RuntimeError: as in linear_logprob; and if token_loss returns anything but a 0-d tensor, or the
+            group sizes are not those of N rows.
     """
+    _check_groups(group_sizes, hidden.shape[0])
+    if group_sizes is not None and not _head_trains(weight, bias):
+        # d logprob / d hidden needs no loss, so with a frozen head no group has to fit anywhere.
+        options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
+        scores = linear_logprob(
+            *(hidden, weight, targets), bias=bias, **options, workspace_bytes=workspace_bytes, backend=backend
+        )
+        loss = _summed(token_loss(scores, torch.arange(hidden.shape[0], device=hidden.device)))
+        return ScoredLoss(loss, detached(scores))
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     output_mask(outputs)
     hidden, autocast = autocast_hidden(hidden)
@@ -184,11 +226,11 @@ def linear_token_loss(
     backend = choose_backend("linear_token_loss", backend, hidden.device, hidden.dtype)
     workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     tensors = (hidden, weight, bias)
-    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    constants = [None if tensor is None else tensor.detach() for tensor in tensors]
     if not torch.is_grad_enabled():
-        tensors = detached
+        tensors = constants
     with torch.autocast(hidden.device.type, enabled=False):
-        head = Head(*detached[1:], transform, gemm_dtype(hidden), backend, workspace_bytes)
-        sweep = _TokenLossSweep(head, hidden.shape[0], token_loss, outputs)
+        head = Head(*constants[1:], transform, gemm_dtype(hidden), backend, workspace_bytes)
+        sweep = _TokenLossSweep(head, hidden.shape[0], token_loss, outputs, group_sizes)
         loss, statistics = _LinearTokenLoss.apply(*tensors, targets.long(), sweep)
     return ScoredLoss(loss, token_scores(statistics, outputs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -51,6 +51,12 @@ def token_scores(statistics: torch.Tensor, outputs: tuple[str, ...] | list[str])
     if "is_top1" in outputs:
         named["is_top1"] = statistics[IS_TOP1_ROW] > 0.5
     return TokenScores(statistics[LOGPROB_ROW], **named)
+
+
+def detached(scores: TokenScores) -> TokenScores:
+    """The same scores without gradient."""
+    values = (getattr(scores, field.name) for field in fields(scores))
+    return TokenScores(*(None if value is None else value.detach() for value in values))
 
 
 def output_mask(outputs: tuple[str, ...] | list[str]) -> int:
