@@ -104,6 +104,44 @@ def test_rows_without_a_gradient_leave_before_the_products(workspace_bytes, back
         assert error(leaf.grad, exact) < 5e-6
 
 
+GROUPS = (3, 0, 5, 1, 2, 9, 1)
+
+
+def pairwise(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+    """A loss that is not a sum over tokens: one logistic loss a group, on the sum of its log-probs."""
+    group = torch.arange(len(GROUPS)).repeat_interleave(torch.tensor(GROUPS))[rows]
+    whole = torch.zeros(len(GROUPS), dtype=scores.logprobs.dtype).index_add(0, group, scores.logprobs + 4.0)
+    present = torch.zeros(len(GROUPS)).index_fill(0, group, 1.0).bool()
+    return torch.where(present, torch.nn.functional.softplus(-whole), 0.0).sum()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", None])
+@pytest.mark.parametrize("workspace_bytes", [None, ROW_BLOCKS, 4 * ROW_BLOCKS])
+def test_groups_are_seen_whole_and_have_exact_gradients(frozen, workspace_bytes, backend):
+    problem = make()
+    if frozen:
+        getattr(problem, frozen).requires_grad_(False)
+    leaves = [x for x in problem.leaves if x.requires_grad]
+    borders = {0, *torch.tensor(GROUPS).cumsum(0).tolist()}
+
+    def checked(scores, rows):
+        assert int(rows[0]) in borders and int(rows[-1]) + 1 in borders
+        return pairwise(scores, rows)
+
+    loss = fused(problem, checked, backend, workspace_bytes=workspace_bytes, group_sizes=GROUPS)
+    exact = whole(problem, pairwise, torch.float64)
+    assert error(loss, exact) < 2e-6
+    grads = (torch.autograd.grad(value, leaves) for value in (loss, exact))
+    for got, true in zip(*grads, strict=True):
+        assert error(got, true) < 5e-6
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (N + 1, -1)])
+def test_groups_that_are_not_the_rows_are_refused(sizes):
+    with pytest.raises(ValueError, match="group_sizes: expected numbers of rows that sum to the 21 of hidden, got"):
+        fused(make(), pairwise, "torch", group_sizes=sizes)
+
+
 def test_scores_come_back_whole_and_detached(backend):
     problem = make()
     outputs = ("logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

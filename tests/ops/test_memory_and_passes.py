@@ -116,6 +116,23 @@ def test_blocks_and_tiles_of_different_sizes(op, bias, backend):
         assert error(grad, wanted) < 1e-5
 
 
+def sequence_loss_step(backend, group_size, frozen=()):
+    """Groups in whose loss the rows' weights depend on one another."""
+    problem = make_problem(N, V, H)
+    for name in frozen:
+        getattr(problem, name).requires_grad_(False)
+
+    def loss(scores, rows):
+        return scores.logprobs.view(-1, group_size).sum(1).square().sum()
+
+    def step():
+        given = (problem.hidden, problem.weight, problem.targets, loss)
+        options = {"workspace_bytes": WHOLE // 8, "backend": backend, "group_sizes": [group_size] * (N // group_size)}
+        linear_token_loss(*given, **options).loss.backward()
+
+    return step
+
+
 class CountedProducts:
     """Sums the multiply-adds of the matrix products that the head issues."""
 
@@ -151,6 +168,10 @@ class CountedProducts:
         (lambda b: token_loss_step(b, WHOLE // 8, ("hidden", "weight")), 1),
         (lambda b: token_loss_step(b, WHOLE // 8, ("weight",)), 2),
         (lambda b: token_loss_step(b, WHOLE // 8), 3),
+        (lambda b: sequence_loss_step(b, 4), 3),
+        (lambda b: sequence_loss_step(b, 4, ("weight",)), 2),
+        (lambda b: sequence_loss_step(b, N), lambda b: 4 - kept_share(b, WHOLE // 8)),
+        (lambda b: sequence_loss_step(b, N, ("weight",)), 2),
     ],
     ids=[
         "scoring",
@@ -162,6 +183,10 @@ class CountedProducts:
         "token loss, no gradient",
         "token loss, frozen head",
         "token loss",
+        "sequence loss, sequences that fit",
+        "sequence loss, sequences that fit, frozen head",
+        "sequence loss, a sequence beyond the workspace",
+        "sequence loss, a sequence beyond the workspace, frozen head",
     ],
 )
 def test_passes_over_the_head(step, passes, backend, monkeypatch):
