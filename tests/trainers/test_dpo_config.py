@@ -1,6 +1,8 @@
 """DPOConfig: TRL's fields and defaults, older names, and values that are refused."""
 
+import copy
 import dataclasses
+import pickle
 import warnings
 
 import pytest
@@ -61,6 +63,55 @@ def test_an_older_name_gives_one_line_and_no_error(name, tmp_path):
     assert sum("older TRL" in str(warning.message) for warning in record) == 1
 
 
+@pytest.mark.parametrize(
+    "older, now, value",
+    [
+        ("evaluation_strategy", "eval_strategy", "steps"),
+        ("no_cuda", "use_cpu", True),
+        ("warmup_ratio", "warmup_steps", 0.1),
+    ],
+)
+def test_a_renamed_field_moves_unless_the_present_one_is_set(older, now, value, tmp_path):
+    arguments = {"output_dir": str(tmp_path), "bf16": False, "report_to": "none"}
+    with pytest.warns(FutureWarning, match=f"`{now}`"):
+        config = trl_fast.DPOConfig(**arguments, **{older: value})
+    assert getattr(config, now) == value and getattr(config, older) is None
+    with pytest.warns(FutureWarning):
+        both = trl_fast.DPOConfig(**arguments, **{older: 0, now: value})
+    assert getattr(both, now) == value
+
+
+def test_the_warning_points_at_the_line_that_uses_the_name(tmp_path):
+    with pytest.warns(FutureWarning) as record:
+        trl_fast.DPOConfig(str(tmp_path), **CPU, rpo_alpha=0.5)
+    assert [warning.filename for warning in record if "rpo_alpha" in str(warning.message)] == [__file__]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("lerning_rate", "DPOConfig has no field 'lerning_rate'; did you mean 'learning_rate'?"),
+        ("max_lenght", "DPOConfig has no field 'max_lenght'; did you mean 'max_length'?"),
+        ("group_by_length", "DPOConfig has no field 'group_by_length'; set train_sampling_strategy='group_by_length'"),
+        ("zzz", "DPOConfig has no field 'zzz'"),
+    ],
+)
+def test_an_unknown_field_is_named_with_the_nearest_known_one(name, message, tmp_path):
+    with pytest.raises(TypeError) as error:
+        trl_fast.DPOConfig(str(tmp_path), **{name: 1})
+    assert str(error.value) == message
+
+
+def test_a_subclass_may_add_fields_and_a_config_can_be_copied_and_pickled(tmp_path):
+    @dataclasses.dataclass
+    class WithMore(trl_fast.DPOConfig):
+        more: int = 0
+
+    assert WithMore(str(tmp_path), **CPU, more=3).more == 3
+    config = trl_fast.DPOConfig(str(tmp_path), **CPU, beta=0.3)
+    assert copy.deepcopy(config).beta == pickle.loads(pickle.dumps(config)).beta == 0.3
+
+
 def test_rpo_alpha_became_a_loss(tmp_path):
     with pytest.warns(FutureWarning):
         config = trl_fast.DPOConfig(str(tmp_path), **CPU, loss_type="ipo", rpo_alpha=0.5)
@@ -109,6 +160,9 @@ def test_trls_own_config_is_accepted(tmp_path, model_path):
     assert (trainer.args.beta, trainer.args.loss_type, trainer.args.max_length) == (0.3, ["ipo"], 77)
     with pytest.raises(TypeError, match="expected a DPOConfig, got dict"):
         trl_fast.DPOTrainer(model_path, args={"beta": 0.3}, train_dataset=color_pairs(4))
+    other = trl.SFTConfig(str(tmp_path), **CPU, packing=True, max_length=77)
+    with pytest.raises(ValueError, match="DPOConfig does not have what this SFTConfig sets: packing=True"):
+        trl_fast.DPOTrainer(model_path, args=other, train_dataset=color_pairs(4))
     plain = TrainingArguments(str(tmp_path), **CPU)
     assert trl_fast.DPOTrainer(model_path, args=plain, train_dataset=color_pairs(4)).args.beta == 0.1
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from trl_fast.ops.linear_logprob import HEAD_GRADS
+from trl_fast.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +28,24 @@ def machine_has_bf16() -> bool:
 
 
 def deprecated(owner: str, name: str, what: str) -> None:
-    """One line about a name of an older TRL."""
-    warnings.warn(f"{owner}: `{name}` is a name of an older TRL; {what}", FutureWarning, stacklevel=4)
+    """One line about a name of an older TRL, which points at the line of the script that uses it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("trl_fast."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{owner}: `{name}` is a name of an older TRL; {what}", FutureWarning, stacklevel=level)
+
+
+def older_name(what: str | None = None, *, now: str | None = None) -> Any:
+    """A config field under a name that older scripts use; None unless it is given, and then one line says `what`.
+
+    now: the present field, which takes the value over unless it is set itself.
+    """
+    what = what or f"it works; `{now}` is the present name."
+    return field(default=None, metadata={"help": f"Older name: {what}", "older": what, "now": now})
+
+
+def _default(item: Field) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 @dataclass
@@ -38,6 +57,16 @@ class BaseConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    # Names that are gone from transformers or TRL and cannot be taken over, with what to do instead.
+    _GONE = {
+        "group_by_length": "set train_sampling_strategy='group_by_length'",
+        "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+        "half_precision_backend": "leave it out",
+        "fp16_backend": "leave it out",
+        "torchdynamo": "set torch_compile=True",
+        "per_gpu_train_batch_size": "set per_device_train_batch_size",
+        "per_gpu_eval_batch_size": "set per_device_eval_batch_size",
+    }
 
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many update steps; below 1, that share of all steps."}
@@ -91,11 +120,26 @@ class BaseConfig(TrainingArguments):
             "choices": list(HEAD_GRADS),
         },
     )
-    pad_token: str | None = field(
-        default=None, metadata={"help": "Deprecated: set it on the tokenizer and pass that as processing_class."}
+    pad_token: str | None = older_name("it works; set tokenizer.pad_token and pass processing_class instead.")
+    # Names of older transformers, which scripts for older TRL versions bring along.
+    evaluation_strategy: str | None = older_name(now="eval_strategy")
+    no_cuda: bool | None = older_name(now="use_cpu")
+    warmup_ratio: float | None = older_name(
+        "it works; `warmup_steps` below 1 is the present way to give a share of all steps.", now="warmup_steps"
     )
+    overwrite_output_dir: bool | None = older_name("it has no effect; the output folder is always written to.")
+    save_safetensors: bool | None = older_name("it has no effect; weights are always saved as safetensors.")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> BaseConfig:
+        known = inspect.signature(cls.__init__).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        for name in () if takes_any else kwargs.keys() - known.keys():
+            advice = f"; {cls._GONE[name]}" if name in cls._GONE else did_you_mean(name, known)
+            raise TypeError(f"{cls.__name__} has no field {name!r}{advice}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self._accept_older_names()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and machine_has_bf16()
             if not (self.bf16 or self.fp16):
@@ -107,9 +151,19 @@ class BaseConfig(TrainingArguments):
             raise NotImplementedError("activation_offloading=True is not supported yet; set it to False")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be a positive number of tokens or None, got {self.max_length}")
-        if self.pad_token is not None:
-            deprecated(type(self).__name__, "pad_token", "set tokenizer.pad_token and pass processing_class instead.")
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
+
+    def _accept_older_names(self) -> None:
+        by_name = {item.name: item for item in fields(self)}
+        for name, item in by_name.items():
+            if "older" not in item.metadata or getattr(self, name) is None:
+                continue
+            deprecated(type(self).__name__, name, item.metadata["older"])
+            now = item.metadata["now"]
+            if now is not None:
+                if getattr(self, now) == _default(by_name[now]):
+                    setattr(self, now, getattr(self, name))
+                setattr(self, name, None)
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -129,11 +183,19 @@ class BaseConfig(TrainingArguments):
 
         Raises:
             TypeError: `args` is not a TrainingArguments.
+            ValueError: it sets a field that this class does not have.
         """
         if isinstance(args, cls):
             return args
         if not isinstance(args, TrainingArguments):
             raise TypeError(f"args: expected a {cls.__name__}, got {type(args).__name__}")
+        given = {item.name: (getattr(args, item.name), _default(item)) for item in fields(args) if item.init}
         known = {item.name for item in fields(cls) if item.init}
-        values = {item.name: getattr(args, item.name) for item in fields(args) if item.init and item.name in known}
-        return cls(**values)
+        lost = [name for name, (value, default) in given.items() if name not in known and value != default]
+        if lost:
+            shown = ", ".join(f"{name}={given[name][0]!r}" for name in lost)
+            raise ValueError(
+                f"args: {cls.__name__} does not have what this {type(args).__name__} sets: {shown}; leave it at its "
+                f"default, or give a trl_fast.{cls.__name__}"
+            )
+        return cls(**{name: value for name, (value, _) in given.items() if name in known})

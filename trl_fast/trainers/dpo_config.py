@@ -7,28 +7,7 @@ from typing import Any
 
 from trl_fast.losses.dpo import DPOLossConfig
 
-from .base_config import BaseConfig, deprecated
-
-# Names of older TRL versions that no longer change anything, with what to tell people.
-_WITHOUT_EFFECT = {
-    "label_pad_token_id": "completions are found by length, so it has no effect.",
-    "padding_value": "padding is masked by length, so it has no effect.",
-    "use_logits_to_keep": "only scored positions ever reach the head, so it has no effect.",
-    "base_model_attribute_name": "the backbone is found by itself, so it has no effect.",
-    "use_liger_loss": "the fused head is always on, so it has no effect.",
-    "force_use_ref_model": "an explicit ref_model is always used, so it has no effect.",
-    "generate_during_eval": "generation during evaluation is not done; use LogCompletions in your own callback.",
-}
-# Names of older TRL versions that work.
-_STILL_WORKING = {
-    "max_prompt_length": "it works (longer prompts lose their beginning); max_length alone is the present way.",
-    "max_completion_length": "it works (longer completions lose their end); max_length alone is the present way.",
-    "reference_free": "it works (the reference log-probs are zero).",
-    "ref_model_init_kwargs": "it works for a ref_model given by name.",
-    "model_adapter_name": "it works (the adapter is made active).",
-    "ref_adapter_name": "it works (the adapter is the reference policy).",
-    "rpo_alpha": "it became loss_type=[..., 'sft'] with loss_weights=[..., rpo_alpha].",
-}
+from .base_config import BaseConfig, deprecated, older_name
 
 
 @dataclass
@@ -76,33 +55,37 @@ class DPOConfig(BaseConfig):
     ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "The policy's share when it follows."})
     ref_model_sync_steps: int = field(default=512, metadata={"help": "Steps between two such updates."})
 
-    # Names of older TRL versions, see _STILL_WORKING and _WITHOUT_EFFECT.
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Older name, still working."})
-    max_completion_length: int | None = field(default=None, metadata={"help": "Older name, still working."})
-    reference_free: bool | None = field(default=None, metadata={"help": "Older name, still working."})
-    ref_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Older name, still working."}
+    # Names of older TRL versions.
+    max_prompt_length: int | None = older_name(
+        "it works (longer prompts lose their beginning); max_length alone is the present way."
     )
-    model_adapter_name: str | None = field(default=None, metadata={"help": "Older name, still working."})
-    ref_adapter_name: str | None = field(default=None, metadata={"help": "Older name, still working."})
-    rpo_alpha: float | None = field(default=None, metadata={"help": "Older name, still working."})
-    label_pad_token_id: int | None = field(default=None, metadata={"help": "Older name, no effect."})
-    padding_value: int | None = field(default=None, metadata={"help": "Older name, no effect."})
-    use_logits_to_keep: bool | None = field(default=None, metadata={"help": "Older name, no effect."})
-    base_model_attribute_name: str | None = field(default=None, metadata={"help": "Older name, no effect."})
-    use_liger_loss: bool | None = field(default=None, metadata={"help": "Older name, no effect."})
-    force_use_ref_model: bool | None = field(default=None, metadata={"help": "Older name, no effect."})
-    generate_during_eval: bool | None = field(default=None, metadata={"help": "Older name, no effect."})
-    is_encoder_decoder: bool | None = field(default=None, metadata={"help": "Older name; only False works."})
-    tools: list[str] | None = field(default=None, metadata={"help": "Older name; make it a dataset column."})
+    max_completion_length: int | None = older_name(
+        "it works (longer completions lose their end); max_length alone is the present way."
+    )
+    reference_free: bool | None = older_name("it works (the reference log-probs are zero).")
+    ref_model_init_kwargs: dict[str, Any] | str | None = older_name("it works for a ref_model given by name.")
+    model_adapter_name: str | None = older_name("it works (the adapter is made active).")
+    ref_adapter_name: str | None = older_name("it works (the adapter is the reference policy).")
+    rpo_alpha: float | None = older_name("it became loss_type=[..., 'sft'] with loss_weights=[..., rpo_alpha].")
+    label_pad_token_id: int | None = older_name("completions are found by length, so it has no effect.")
+    padding_value: int | None = older_name("padding is masked by length, so it has no effect.")
+    use_logits_to_keep: bool | None = older_name("only scored positions ever reach the head, so it has no effect.")
+    base_model_attribute_name: str | None = older_name("the backbone is found by itself, so it has no effect.")
+    use_liger_loss: bool | None = older_name("the fused head is always on, so it has no effect.")
+    force_use_ref_model: bool | None = older_name("an explicit ref_model is always used, so it has no effect.")
+    generate_during_eval: bool | None = older_name(
+        "evaluation does not generate, so it has no effect; add a LogCompletionsCallback."
+    )
+    is_encoder_decoder: bool | None = older_name("only False works.")
+    tools: list[str] | None = older_name("give them in the dataset's column 'tools'.")
 
     _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["ref_model_init_kwargs"]
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        self._accept_older_names()
         super().__post_init__()
+        self._translate_older_names()
         self._check_choice("truncation_mode", ("keep_start", "keep_end"))
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
@@ -111,10 +94,7 @@ class DPOConfig(BaseConfig):
             )
         self.loss_config()
 
-    def _accept_older_names(self) -> None:
-        for name, what in {**_STILL_WORKING, **_WITHOUT_EFFECT}.items():
-            if getattr(self, name) is not None:
-                deprecated("DPOConfig", name, what)
+    def _translate_older_names(self) -> None:
         if self.is_encoder_decoder:
             raise ValueError("is_encoder_decoder=True: encoder-decoder models are not supported, only causal ones")
         if self.tools is not None:
@@ -125,7 +105,9 @@ class DPOConfig(BaseConfig):
             self.loss_weights = [*weights, self.rpo_alpha]
             self.rpo_alpha = None
         if self.truncation_mode == "keep_end":
-            deprecated("DPOConfig", "truncation_mode='keep_end'", "it works; 'keep_start' is the present default.")
+            deprecated(
+                type(self).__name__, "truncation_mode='keep_end'", "it works; 'keep_start' is the present default."
+            )
         if self.padding_free:
             if self.batch_layout == "padded":
                 raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
