@@ -1,6 +1,7 @@
 """Dataset formats → token trees → packed batches."""
 
 from .checks import (
+    TOKEN_COLUMNS,
     check_completions,
     check_head_vocabulary,
     check_preference_columns,
@@ -18,13 +19,16 @@ from .formats import (
 )
 from .packing import LAYOUTS, TokenBatch, pack_trees
 from .trees import TRUNCATION_MODES, Tree, truncate_tree
+from .validation import ValidationReport, validate
 
 __all__ = [
     "LAYOUTS",
+    "TOKEN_COLUMNS",
     "TRUNCATION_MODES",
     "DataCollatorForPreference",
     "TokenBatch",
     "Tree",
+    "ValidationReport",
     "check_completions",
     "check_head_vocabulary",
     "check_preference_columns",
@@ -38,4 +42,5 @@ __all__ = [
     "prepare_preference_dataset",
     "tokenize_preference",
     "truncate_tree",
+    "validate",
 ]

@@ -135,14 +135,16 @@ def check_not_emptied(dataset: Dataset, max_length: int, name: str = "train") ->
         )
 
 
-def check_token_ids(dataset: Dataset, vocab_size: int, name: str = "train") -> int:
-    """Return the largest token id of the token columns.
+def check_token_ids(
+    dataset: Dataset, vocab_size: int, name: str = "train", columns: tuple[str, ...] = TOKEN_COLUMNS
+) -> int:
+    """Return the largest token id of `columns`.
 
     Raises ValueError if an id is negative or not below `vocab_size`, the number of rows of the model's head.
     """
     largest = -1
-    for start, table in _token_tables(dataset):
-        for column in TOKEN_COLUMNS:
+    for start, table in _token_tables(dataset, columns):
+        for column in columns:
             extremes = pc.min_max(table[column].combine_chunks().flatten()).as_py()
             if extremes["max"] is None:
                 continue
@@ -183,9 +185,9 @@ def check_head_vocabulary(
     logger.warning(f"{message} The data holds none of the tokens beyond the head, so training goes on.")
 
 
-def _token_tables(dataset: Dataset) -> Iterator[tuple[int, pa.Table]]:
+def _token_tables(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> Iterator[tuple[int, pa.Table]]:
     """The token columns in slices of `SCAN_ROWS` rows, each with the number of its first row."""
-    tables = dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=SCAN_ROWS)
+    tables = dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=SCAN_ROWS)
     for index, table in enumerate(tables):
         yield index * SCAN_ROWS, table
 

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_fast.data.packing import TokenBatch
+from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids
 from trl_fast.modeling.attention import supports_packed, use_segment_attention
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, load_causal_lm
-from trl_fast.modeling.scoring import attach_scoring, verify
+from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
 from trl_fast.ops.validation import NotFiniteError
 
 from .base_config import BaseConfig, deprecated
@@ -26,6 +26,8 @@ from .callbacks import TokenCounter
 from .metrics import MetricBuffer
 
 logger = logging.getLogger(__name__)
+
+AnyDataset = Dataset | IterableDataset
 
 _PROBE_TOKENS = 12
 
@@ -79,11 +81,38 @@ def newest_checkpoint(output_dir: str) -> str:
     return str(max(found, key=lambda path: int(path.name.split("-")[-1])))
 
 
+def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
+    """The weight of a mixture of experts' load-balancing loss: the one wanted, else its config's; 0 for other models.
+
+    Raises:
+        ValueError: a weight is wanted and the model does not return its router's logits.
+    """
+    config = model.config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    if wanted and not has_router:
+        raise ValueError(
+            f"router_aux_loss_coef={wanted}: {type(model).__name__} is no mixture of experts that returns its "
+            "router's logits; leave it unset"
+        )
+    if not has_router:
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted)
+
+
 class BaseTrainer(Trainer):
-    """`transformers.Trainer` on token batches; each subclass brings its data and its loss."""
+    """`transformers.Trainer` on token batches; each subclass brings its data and its loss.
+
+    A subclass says what its prepared rows hold: `token_columns` are lists of token ids, which are held against the
+    model's vocabulary; `signature_columns` are all that the collator reads (None: the token columns).
+    """
 
     method = ""
     config_class = BaseConfig
+    token_columns: ClassVar[tuple[str, ...]] = ()
+    signature_columns: ClassVar[tuple[str, ...] | None] = None
+    # The trainer divides the loss by the accumulation steps itself; a loss that does it says otherwise.
+    loss_is_scaled_for_ga = False
+    router_aux_loss_coef = 0.0
 
     def resolve_config(self, args: object | None, model: str | PreTrainedModel) -> BaseConfig:
         """The trainer's own config: from `args`, or with defaults and an output folder named after the model."""
@@ -169,7 +198,7 @@ class BaseTrainer(Trainer):
         if wanted:
             use_segment_attention(model)
         probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1]
-        verdict = verify(model, probes, packed=wanted)
+        verdict = self.try_out(model, probes, packed=wanted)
         if not verdict.fused_ok:
             logger.warning(
                 f"{type(model).__name__}: the fused head's log-probs differ from the model's own by up to "
@@ -192,6 +221,10 @@ class BaseTrainer(Trainer):
             logger.warning(f"batch_layout: using 'padded', because {reason}.")
         return "padded"
 
+    def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) -> Verdict:
+        """How far our scores of a few sequences are from the model's own."""
+        return verify(model, sequences, packed=packed)
+
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""
         args = kwargs["args"]
@@ -204,8 +237,6 @@ class BaseTrainer(Trainer):
                 f"{type(self).__name__} does not run under nn.DataParallel, which is used when several GPUs are "
                 "visible to one process; start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
-        # The trainer divides the loss by the accumulation steps itself; no loss of ours does.
-        self.model_accepts_loss_kwargs = False
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
         self.add_callback(self._tokens)
@@ -219,12 +250,112 @@ class BaseTrainer(Trainer):
         if not isinstance(dataset, (Dataset, IterableDataset)):
             raise TypeError(f"{name}: expected a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
 
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: BaseConfig, name: str
+    ) -> AnyDataset:
+        """The rows that the collator reads; a prepared dataset comes back as it is. `name` is for messages."""
+        raise NotImplementedError
+
+    def prepare_datasets(
+        self,
+        train_dataset: AnyDataset,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
+        processing_class: PreTrainedTokenizerBase,
+        args: BaseConfig,
+        model: PreTrainedModel | PeftModel,
+    ) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
+        """Both datasets prepared, and their token ids held against the model's vocabulary."""
+
+        def prepare(dataset: AnyDataset, name: str) -> AnyDataset:
+            self.check_dataset_type(dataset, name)
+            return self.prepare_dataset(dataset, processing_class, args, name)
+
+        with args.main_process_first(desc="preparing the datasets"):
+            train_dataset = prepare(train_dataset, "train")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = prepare(eval_dataset, "eval")
+        parts = {"train": train_dataset} | (eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset})
+        inner = base_model(model)
+        vocab_size = (inner.get_output_embeddings() or inner.get_input_embeddings()).weight.shape[0]
+        largest = [
+            check_token_ids(part, vocab_size, name, self.token_columns)
+            for name, part in parts.items()
+            if isinstance(part, Dataset)
+        ]
+        streamed = any(isinstance(part, IterableDataset) for part in parts.values())
+        check_head_vocabulary(processing_class, vocab_size, None if streamed else max(largest, default=None))
+        return train_dataset, eval_dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(self.signature_columns or self.token_columns)
+
+    # ---- the loss
+
+    def score(
+        self, model: torch.nn.Module, batch: TokenBatch, outputs: tuple[str, ...] = ("logprobs",), **kwargs: Any
+    ) -> ModelScores:
+        """`modeling.score` with the head's settings of the arguments; `kwargs` are its own and the model's."""
+        return score(
+            model,
+            batch,
+            outputs=outputs,
+            backend=self.args.head_backend,
+            workspace_bytes=self.args.head_workspace_bytes,
+            head_grad=self.args.head_grad,
+            **kwargs,
+        )
+
+    @property
+    def router_kwargs(self) -> dict[str, bool]:
+        """What a scoring call is given in addition, so that its `aux_loss` comes with it where that counts."""
+        return {"output_router_logits": True} if self.router_aux_loss_coef else {}
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of one micro-batch, its gradients accumulated; a check that fails on the way names the step."""
         try:
             return super().training_step(*args, **kwargs)
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.state.global_step + 1}: {error}") from error
+
+    # ---- evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluates; a dataset given here is prepared as those of the constructor were.
+
+        Several datasets may come as a dict; their names then follow the prefix.
+        """
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):
+            eval_dataset = self.prepare_for_evaluation(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
+        """A dataset given to `evaluate`, prepared."""
+        return self.prepare_dataset(dataset, self.processing_class, self.args, "eval")
+
+    def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of a batch as `compute_metrics` wants them, from one more forward pass."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: TokenBatch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss of a batch, and for compute_metrics `whole_logits`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs).detach()
+            return (loss, None, None) if prediction_loss_only else (loss, *self.whole_logits(model, inputs))
 
     # ---- metrics
 

@@ -13,13 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_fast.data import (
-    DataCollatorForPreference,
-    TokenBatch,
-    check_head_vocabulary,
-    check_token_ids,
-    prepare_preference_dataset,
-)
+from trl_fast.data import TOKEN_COLUMNS, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
+from trl_fast.data.collator import REFERENCE_COLUMNS
 from trl_fast.losses.dpo import dpo_loss, sequence_logprobs
 from trl_fast.modeling.loading import base_model, disable_dropout, load_causal_lm
 from trl_fast.modeling.reference import (
@@ -30,13 +25,11 @@ from trl_fast.modeling.reference import (
     weights_hash,
     with_reference_columns,
 )
-from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.scoring import attach_scoring
 
-from .base import BaseTrainer, older_tokenizer_name
+from .base import AnyDataset, BaseTrainer, older_tokenizer_name, router_coefficient
 from .callbacks import SyncRefModelCallback
 from .dpo_config import DPOConfig
-
-AnyDataset = Dataset | IterableDataset
 
 
 class DPOTrainer(BaseTrainer):
@@ -58,6 +51,8 @@ class DPOTrainer(BaseTrainer):
 
     method = "dpo"
     config_class = DPOConfig
+    token_columns = TOKEN_COLUMNS
+    signature_columns = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS)
 
     def __init__(
         self,
@@ -84,9 +79,7 @@ class DPOTrainer(BaseTrainer):
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         self.loss_config = args.loss_config()
-        train_dataset, eval_dataset = self._prepare_datasets(
-            train_dataset, eval_dataset, processing_class, args, model
-        )
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         self.ref_model = self._make_reference(model, ref_model, args, peft_config)
         came_with_adapter = isinstance(model, PeftModel)
         model = self.adapt(model, peft_config, args)
@@ -95,7 +88,7 @@ class DPOTrainer(BaseTrainer):
         layout = self.choose_layout(base_model(model), args, _sample_sequences(train_dataset))
         if self.ref_model is not None:
             self._prepare_reference(base_model(model), args)
-        self.router_aux_loss_coef = _router_coefficient(base_model(model), args.router_aux_loss_coef)
+        self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
         super_collator = DataCollatorForPreference(
             pad_token_id=processing_class.pad_token_id,
             max_length=args.max_length,
@@ -120,34 +113,7 @@ class DPOTrainer(BaseTrainer):
 
     # ---- data
 
-    def _prepare_datasets(
-        self,
-        train_dataset: AnyDataset,
-        eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
-        processing_class: PreTrainedTokenizerBase,
-        args: DPOConfig,
-        model: PreTrainedModel | PeftModel,
-    ) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
-        def prepare(dataset: AnyDataset, name: str) -> AnyDataset:
-            self.check_dataset_type(dataset, name)
-            return self._prepare_dataset(dataset, processing_class, args, name)
-
-        with args.main_process_first(desc="preparing the datasets"):
-            train_dataset = prepare(train_dataset, "train")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
-            elif eval_dataset is not None:
-                eval_dataset = prepare(eval_dataset, "eval")
-        parts = {"train": train_dataset} | (eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset})
-        vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
-        largest = [
-            check_token_ids(part, vocab_size, name) for name, part in parts.items() if isinstance(part, Dataset)
-        ]
-        streamed = any(isinstance(part, IterableDataset) for part in parts.values())
-        check_head_vocabulary(processing_class, vocab_size, None if streamed else max(largest, default=None))
-        return train_dataset, eval_dataset
-
-    def _prepare_dataset(
+    def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: DPOConfig, name: str
     ) -> AnyDataset:
         return prepare_preference_dataset(
@@ -160,16 +126,6 @@ class DPOTrainer(BaseTrainer):
             num_proc=args.dataset_num_proc,
             name=name,
         )
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = [
-                "prompt_ids",
-                "chosen_ids",
-                "rejected_ids",
-                "ref_chosen_logps",
-                "ref_rejected_logps",
-            ]
 
     # ---- the reference
 
@@ -230,7 +186,7 @@ class DPOTrainer(BaseTrainer):
         model = self.model if self.ref_model is None else self.ref_model
         scope = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
         with reference_scope(scope, self.args.ref_adapter_name), self.compute_loss_context_manager():
-            tokens = self._score(model, batch, ("logprobs",)).tokens
+            tokens = self.score(model, batch, ("logprobs",)).tokens
         return sequence_logprobs(
             tokens.logprobs, batch.branch, batch.offset, batch.branch_lengths, self.loss_config.ld_alpha
         )
@@ -260,8 +216,8 @@ class DPOTrainer(BaseTrainer):
         def compute() -> tuple[list[float], list[float]]:
             size = self.args.precompute_ref_batch_size or batch_size
             # remove_unused_columns works on loaders that Trainer makes; this one is ours.
-            columns = [c for c in dataset.column_names if c in ("prompt_ids", "chosen_ids", "rejected_ids")]
-            loader = DataLoader(dataset.select_columns(columns), batch_size=size, collate_fn=self.data_collator)
+            rows = dataset.select_columns(list(TOKEN_COLUMNS))
+            loader = DataLoader(rows, batch_size=size, collate_fn=self.data_collator)
             scored = []
             for batch in tqdm(self.accelerator.prepare(loader), desc=f"Reference log-probs of {name}"):
                 pairs = self.compute_ref_log_probs(batch).view(-1, 2)
@@ -276,17 +232,6 @@ class DPOTrainer(BaseTrainer):
 
     # ---- the loss
 
-    def _score(self, model: torch.nn.Module, batch: TokenBatch, outputs: tuple[str, ...], **model_kwargs: Any):
-        return score(
-            model,
-            batch,
-            outputs=outputs,
-            backend=self.args.head_backend,
-            workspace_bytes=self.args.head_workspace_bytes,
-            head_grad=self.args.head_grad,
-            **model_kwargs,
-        )
-
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -295,8 +240,7 @@ class DPOTrainer(BaseTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """The loss (0-d) of one micro-batch; its metrics wait for the next log."""
-        router = {"output_router_logits": True} if self.router_aux_loss_coef else {}
-        scored = self._score(model, inputs, self.loss_config.outputs, **router)
+        scored = self.score(model, inputs, self.loss_config.outputs, **self.router_kwargs)
         reference = self.compute_ref_log_probs(inputs)
         loss, metrics = dpo_loss(
             scored.tokens, inputs.branch, inputs.offset, inputs.branch_lengths, reference, self.loss_config
@@ -312,71 +256,32 @@ class DPOTrainer(BaseTrainer):
 
     # ---- evaluation
 
-    def evaluate(
-        self,
-        eval_dataset: AnyDataset | dict[str, AnyDataset] | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluates; a dataset given here is prepared as those of the constructor were.
+    def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
+        """A dataset given to `evaluate`, with reference log-probs where those are precomputed.
 
         Raises:
-            ValueError: reference log-probs were precomputed from a policy that has been trained since.
+            ValueError: they were precomputed from a policy that has been trained since.
         """
-        if isinstance(eval_dataset, dict):
-            results = [
-                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{n}") for n, part in eval_dataset.items()
-            ]
-            return {name: value for result in results for name, value in result.items()}
-        if isinstance(eval_dataset, (Dataset, IterableDataset)):
-            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
-            if self.args.precompute_ref_log_probs and "ref_chosen_logps" not in eval_dataset.column_names:
-                if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
-                    raise ValueError(
-                        "evaluate(eval_dataset=...): with precompute_ref_log_probs=True the reference was the policy "
-                        "before training, which is gone; give the dataset to the constructor, or give a ref_model"
-                    )
-                eval_dataset = self._with_reference(eval_dataset, "eval", self.args.eval_batch_size)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = super().prepare_for_evaluation(dataset)
+        if not self.args.precompute_ref_log_probs or "ref_chosen_logps" in dataset.column_names:
+            return dataset
+        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
+            raise ValueError(
+                "evaluate(eval_dataset=...): with precompute_ref_log_probs=True the reference was the policy "
+                "before training, which is gone; give the dataset to the constructor, or give a ref_model"
+            )
+        return self._with_reference(dataset, "eval", self.args.eval_batch_size)
 
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: TokenBatch,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Loss, and for compute_metrics logits (2P, T, V) and labels (2P, T), chosen rows before rejected ones.
-
-        compute_metrics wants whole logits, so they are computed for it in an extra forward pass.
-        """
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-            if prediction_loss_only:
-                return loss.detach(), None, None
-            input_ids, attention_mask = _padded_rows(inputs, self.processing_class.pad_token_id)
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return loss.detach(), logits, input_ids
+    def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (2P, T, V) and labels (2P, T), chosen rows before rejected ones."""
+        input_ids, attention_mask = _padded_rows(inputs, self.processing_class.pad_token_id)
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids
 
 
 def _sample_sequences(dataset: AnyDataset) -> list[list[int]]:
     """Two token sequences of the first row, for trying the model out."""
     row = next(iter(dataset))
     return [row["prompt_ids"] + row[column] for column in ("chosen_ids", "rejected_ids")]
-
-
-def _router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
-    config = model.config.get_text_config()
-    has_router = hasattr(config, "output_router_logits")
-    if wanted and not has_router:
-        raise ValueError(
-            f"router_aux_loss_coef={wanted}: {type(model).__name__} is no mixture of experts that returns its "
-            "router's logits; leave it unset"
-        )
-    if not has_router:
-        return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted)
 
 
 def _padded_rows(batch: TokenBatch, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
