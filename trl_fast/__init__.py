@@ -22,8 +22,13 @@ _EXPORTS = {
     "TrlParser": "trl_fast.cli.arguments",
     "get_peft_config": "trl_fast.cli.arguments",
     "get_quantization_config": "trl_fast.cli.arguments",
+    "apply_chat_template": "trl_fast.data",
     "extract_prompt": "trl_fast.data",
     "is_conversational": "trl_fast.data",
+    "is_conversational_from_value": "trl_fast.data",
+    "maybe_apply_chat_template": "trl_fast.data",
+    "maybe_convert_to_chatml": "trl_fast.data",
+    "pack_dataset": "trl_fast.data",
     "maybe_extract_prompt": "trl_fast.data",
 }
 
@@ -37,7 +42,16 @@ if TYPE_CHECKING:
         get_peft_config,
         get_quantization_config,
     )
-    from trl_fast.data import extract_prompt, is_conversational, maybe_extract_prompt
+    from trl_fast.data import (
+        apply_chat_template,
+        extract_prompt,
+        is_conversational,
+        is_conversational_from_value,
+        maybe_apply_chat_template,
+        maybe_convert_to_chatml,
+        maybe_extract_prompt,
+        pack_dataset,
+    )
     from trl_fast.trainers import DPOConfig, DPOTrainer, RichProgressCallback, SyncRefModelCallback
 
 

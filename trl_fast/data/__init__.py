@@ -1,5 +1,11 @@
 """Dataset formats → token trees → packed batches."""
 
+from .chat import (
+    apply_chat_template,
+    is_conversational_from_value,
+    maybe_apply_chat_template,
+    maybe_convert_to_chatml,
+)
 from .checks import (
     TOKEN_COLUMNS,
     check_completions,
@@ -10,6 +16,7 @@ from .checks import (
     check_tokenizer,
 )
 from .collator import DataCollatorForPreference
+from .dataset_packing import pack_dataset, truncate_dataset
 from .formats import (
     extract_prompt,
     is_conversational,
@@ -29,6 +36,7 @@ __all__ = [
     "TokenBatch",
     "Tree",
     "ValidationReport",
+    "apply_chat_template",
     "check_completions",
     "check_head_vocabulary",
     "check_preference_columns",
@@ -37,10 +45,15 @@ __all__ = [
     "check_tokenizer",
     "extract_prompt",
     "is_conversational",
+    "is_conversational_from_value",
+    "maybe_apply_chat_template",
+    "maybe_convert_to_chatml",
     "maybe_extract_prompt",
+    "pack_dataset",
     "pack_trees",
     "prepare_preference_dataset",
     "tokenize_preference",
+    "truncate_dataset",
     "truncate_tree",
     "validate",
 ]
