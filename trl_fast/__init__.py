@@ -24,6 +24,7 @@ _EXPORTS = {
     "get_quantization_config": "trl_fast.cli.arguments",
     "apply_chat_template": "trl_fast.data",
     "extract_prompt": "trl_fast.data",
+    "get_training_chat_template": "trl_fast.data",
     "is_conversational": "trl_fast.data",
     "is_conversational_from_value": "trl_fast.data",
     "maybe_apply_chat_template": "trl_fast.data",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from trl_fast.data import (
         apply_chat_template,
         extract_prompt,
+        get_training_chat_template,
         is_conversational,
         is_conversational_from_value,
         maybe_apply_chat_template,

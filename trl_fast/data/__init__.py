@@ -25,6 +25,7 @@ from .formats import (
     tokenize_preference,
 )
 from .packing import LAYOUTS, TokenBatch, pack_trees
+from .training_templates import get_training_chat_template, has_generation_marks, trains_stop_token
 from .trees import TRUNCATION_MODES, Tree, truncate_tree
 from .validation import ValidationReport, validate
 
@@ -44,6 +45,8 @@ __all__ = [
     "check_token_ids",
     "check_tokenizer",
     "extract_prompt",
+    "get_training_chat_template",
+    "has_generation_marks",
     "is_conversational",
     "is_conversational_from_value",
     "maybe_apply_chat_template",
@@ -53,6 +56,7 @@ __all__ = [
     "pack_trees",
     "prepare_preference_dataset",
     "tokenize_preference",
+    "trains_stop_token",
     "truncate_dataset",
     "truncate_tree",
     "validate",

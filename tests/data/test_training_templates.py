@@ -1,0 +1,203 @@
+"""Marks around what the assistant said: against TRL's hand-made training templates, and where TRL has none."""
+
+from importlib.resources import files
+
+import pytest
+import trl.chat_template_utils
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from support.tokenizer import EOS, build_tokenizer
+from trl_fast.data.training_templates import get_training_chat_template, has_generation_marks, trains_stop_token
+
+TRL_TEMPLATES = files("trl") / "chat_templates"
+
+SYSTEM = {"role": "system", "content": "Be short."}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+THOUGHT = "<think>\n{}\n</think>\n\nYes."
+CONVERSATIONS = {
+    "one turn": [user("Hi"), assistant("Yes. ")],
+    "system": [SYSTEM, user("Hi"), assistant("Yes.")],
+    "two turns": [user("Hi"), assistant("Yes."), user("More?"), assistant("No.")],
+    "open end": [user("Hi"), assistant("Yes."), user("More?")],
+    "thoughts": [user("Hi"), assistant(THOUGHT.format("A")), user("So?"), assistant(THOUGHT.format("B"))],
+    "reasoning": [
+        user("Hi"),
+        assistant("Yes.", reasoning_content="A"),
+        user("So?"),
+        assistant("", reasoning_content="B"),
+    ],
+    "tools": [
+        user("1+2?"),
+        assistant("", tool_calls=[CALL]),
+        {"role": "tool", "content": "3"},
+        assistant("3."),
+        user("Ok."),
+        assistant("Bye."),
+    ],
+}
+
+# What TRL's training templates do that ours do not.
+THOUGHTS = {"thoughts", "reasoning"}
+EVERYWHERE = set(CONVERSATIONS)
+DIFFERENT = {
+    "deepseek_r1_distill": {"tools"},  # a tool's closing tag counts as said
+    "deepseekv3": {"tools", "thoughts"},  # thoughts are dropped
+    "diffusion_gemma": {"reasoning", "tools"},
+    # The next speaker's role counts as said.
+    "glm4moe": EVERYWHERE,
+    "gptoss": EVERYWHERE,
+    # Thoughts of earlier turns are dropped, those of the last one are learned.
+    **dict.fromkeys(["nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "nemotron_3_5_lightning"], THOUGHTS),
+}
+# These render lists of texts and images only.
+WITH_IMAGES = {"idefics3", "llava_next", "smolvlm"}
+NAMES = (path.name for path in TRL_TEMPLATES.iterdir())
+FAMILIES = {name.removesuffix("_training.jinja") for name in NAMES if "_training" in name} - WITH_IMAGES
+
+
+def said(template, messages, tools=None):
+    """The rendered text and the parts of it that are marked, or why the template refuses.
+
+    Parts without anything between them are one.
+    """
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    try:
+        texts, [spans] = render_jinja_template(
+            [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **special
+        )
+    except TemplateError as error:
+        return str(error)
+    joined = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1][1] = end
+        elif start < end:
+            joined.append([start, end])
+    return texts[0], [texts[0][start:end] for start, end in joined]
+
+
+def with_template(template):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_marks_what_trls_training_template_marks(family):
+    original = (TRL_TEMPLATES / f"{family}.jinja").read_text("utf-8")
+    reference = (TRL_TEMPLATES / f"{family}_training.jinja").read_text("utf-8")
+    if DIFFERENT.get(family) == EVERYWHERE:
+        pytest.skip("TRL marks the next speaker's role")
+    marked = get_training_chat_template(with_template(original))
+    for name in CONVERSATIONS.keys() - DIFFERENT.get(family, set()):
+        for tools in (None, TOOLS):
+            assert said(marked, CONVERSATIONS[name], tools) == said(reference, CONVERSATIONS[name], tools), name
+
+
+OWN_TEMPLATES = {
+    "chatml": """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}""",
+    "default system prompt": """{% if messages[0]['role'] != 'system' %}<|im_start|>system
+You help.<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}""",
+    "header and end token": """{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>
+
+{{ message['content'] | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>
+
+{% endif %}""",
+    "no header": """{% for message in messages %}{% if message['role'] == 'user' %}
+[INST] {{ message['content'] }} [/INST]{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}""",
+    "EOS at the end only": """{% for message in messages %}<|{{ message['role'] }}|>
+{{ message['content'] }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% else %}{{ eos_token }}{% endif %}""",
+}
+ENDS = {"no header": "<eos>", "header and end token": "<|eot|>", "EOS at the end only": "<|end|>\n"}
+
+
+@pytest.mark.parametrize("name", OWN_TEMPLATES)
+def test_marks_any_template_that_grows_with_the_conversation(name):
+    template = OWN_TEMPLATES[name]
+    tokenizer = with_template(template)
+    marked = get_training_chat_template(tokenizer)
+    for messages in (CONVERSATIONS["one turn"], CONVERSATIONS["two turns"], CONVERSATIONS["open end"]):
+        text, parts = said(marked, messages)
+        assert text == said(template, messages)[0]
+        end = ENDS.get(name, "<|im_end|>\n")
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert [part.strip() for part in parts][:-1] == [f"{answer}{end}".strip() for answer in answers][:-1]
+        assert parts[-1].strip().startswith(answers[-1].strip()) and end.strip() in parts[-1]
+
+
+def test_a_conversation_that_the_assistant_opens():
+    marked = get_training_chat_template(with_template(OWN_TEMPLATES["header and end token"]))
+    assert said(marked, [assistant("Hello."), user("Hi")])[1] == ["Hello.<|eot|>"]
+
+
+def test_the_generation_prompt_of_the_template_is_untouched():
+    template = OWN_TEMPLATES["chatml"]
+    tokenizer = with_template(template)
+    marked = get_training_chat_template(tokenizer)
+    for messages in CONVERSATIONS["two turns"], CONVERSATIONS["open end"]:
+        plain, other = (
+            tokenizer.apply_chat_template(messages, chat_template=t, tokenize=False, add_generation_prompt=True)
+            for t in (template, marked)
+        )
+        assert plain == other
+
+
+def test_a_template_with_marks_needs_no_other():
+    marked = "{% for m in messages %}{%- generation -%}{{ m.content }}{%- endgeneration -%}{% endfor %}"
+    assert has_generation_marks(marked) and has_generation_marks({"default": marked})
+    assert not has_generation_marks(None) and not has_generation_marks({"tool_use": marked})
+    assert get_training_chat_template(with_template(marked)) is None
+
+
+FORGETFUL = (
+    "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.role }}: {{ m.content }}{% endif %}{% endfor %}"
+)
+MUTE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [(FORGETFUL, "renders earlier messages differently"), (MUTE, "leaves out"), (None, "has no chat template")],
+)
+def test_a_template_that_cannot_tell_is_named_with_the_remedy(template, reason):
+    with pytest.raises(ValueError, match=f"^processing_class.*{reason}.*(generation|chat_template_path)"):
+        get_training_chat_template(with_template(template))
+
+
+ENDING_INSIDE = "{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+ENDING_OUTSIDE = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [ENDING_INSIDE, ENDING_OUTSIDE, OWN_TEMPLATES["chatml"], FORGETFUL])
+def test_whether_the_stop_token_is_learned(template):
+    tokenizer = with_template(template)
+    expected = trl.chat_template_utils.is_chat_template_stop_token_trained(tokenizer)
+    assert trains_stop_token(tokenizer) == expected
+    assert expected == (template == ENDING_INSIDE)
+
+
+def test_the_stop_token_is_learned_where_we_put_the_marks():
+    tokenizer = with_template(OWN_TEMPLATES["chatml"])
+    marked = get_training_chat_template(tokenizer)
+    assert EOS == "<|im_end|>" and trains_stop_token(tokenizer, marked)
