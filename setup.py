@@ -179,6 +179,7 @@ setup(
         "trl_fast",
         "trl_fast.cli",
         "trl_fast.data",
+        "trl_fast.dropin",
         "trl_fast.kernels",
         "trl_fast.losses",
         "trl_fast.modeling",
@@ -186,6 +187,7 @@ setup(
         "trl_fast.trainers",
     ],
     package_dir={"trl_fast.kernels": "kernels"},
+    package_data={"trl_fast.cli": ["accelerate_configs/*.yaml"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensionOrNot},
 )

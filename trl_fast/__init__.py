@@ -17,11 +17,15 @@ _EXPORTS = {
     "DPOTrainer": "trl_fast.trainers",
     "RichProgressCallback": "trl_fast.trainers",
     "SyncRefModelCallback": "trl_fast.trainers",
+    "DatasetMixtureConfig": "trl_fast.cli.arguments",
     "ModelConfig": "trl_fast.cli.arguments",
     "ScriptArguments": "trl_fast.cli.arguments",
-    "TrlParser": "trl_fast.cli.arguments",
+    "get_kbit_device_map": "trl_fast.cli.arguments",
     "get_peft_config": "trl_fast.cli.arguments",
     "get_quantization_config": "trl_fast.cli.arguments",
+    "get_dataset": "trl_fast.cli.datasets",
+    "TrlParser": "trl_fast.cli.parser",
+    "install_as_trl": "trl_fast.dropin",
     "apply_chat_template": "trl_fast.data",
     "extract_prompt": "trl_fast.data",
     "get_training_chat_template": "trl_fast.data",
@@ -37,12 +41,15 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from trl_fast.cli.arguments import (
+        DatasetMixtureConfig,
         ModelConfig,
         ScriptArguments,
-        TrlParser,
+        get_kbit_device_map,
         get_peft_config,
         get_quantization_config,
     )
+    from trl_fast.cli.datasets import get_dataset
+    from trl_fast.cli.parser import TrlParser
     from trl_fast.data import (
         apply_chat_template,
         extract_prompt,
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
         maybe_extract_prompt,
         pack_dataset,
     )
+    from trl_fast.dropin import install_as_trl
     from trl_fast.trainers import DPOConfig, DPOTrainer, RichProgressCallback, SyncRefModelCallback
 
 

@@ -1,25 +1,16 @@
-"""Arguments that scripts share, and a parser that reads them from flags and YAML, as TRL's does."""
+"""Arguments that scripts share, and what they describe: datasets, the model, its adapter and quantisation."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from argparse import ArgumentTypeError
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from transformers import HfArgumentParser
+from trl_fast.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig
-
-# Flags of `accelerate launch` that people put on the same line.
-_LAUNCHER_FLAGS = ("--accelerate_config", "--num_processes", "--num_machines", "--multi_gpu", "--main_process_port")
 
 
 @dataclass
@@ -36,6 +27,56 @@ class ScriptArguments:
     ignore_bias_buffers: bool = field(
         default=False, metadata={"help": "For DDP with models whose boolean buffers must not be synchronised."}
     )
+
+
+@dataclass
+class DatasetConfig:
+    """One dataset of a mixture; all but `columns` and `fraction` are arguments of `datasets.load_dataset`.
+
+    path may also be a file or a folder, as `dataset_name` may. columns: those to keep; None keeps all. fraction: this
+    dataset's share of the mixture, see `get_dataset`.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    split: str = "train"
+    columns: list[str] | None = None
+    fraction: float | None = None
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """Several datasets as one; in YAML, `datasets:` is a list of maps with the fields of DatasetConfig.
+
+    Raises:
+        ValueError: an entry of `datasets` has a key that DatasetConfig does not have, or no path.
+    """
+
+    datasets: list[DatasetConfig] = field(
+        default_factory=list, metadata={"help": "Datasets to put together, a list of maps in the YAML file."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the datasets of the mixture as streams."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share (below 1) or number of the mixture's rows to put into a test split."}
+    )
+
+    def __post_init__(self) -> None:
+        self.datasets = [
+            _dataset_config(entry, index) if isinstance(entry, dict) else entry
+            for index, entry in enumerate(self.datasets)
+        ]
+
+
+def _dataset_config(entry: dict[str, Any], index: int) -> DatasetConfig:
+    known = [item.name for item in fields(DatasetConfig)]
+    for key in entry:
+        if key not in known:
+            raise ValueError(f"datasets.{index}.{key} is unknown{did_you_mean(str(key), known)}")
+    if "path" not in entry:
+        raise ValueError(f"datasets.{index}: path is missing; give a hub name, a folder or a file")
+    return DatasetConfig(**entry)
 
 
 @dataclass
@@ -111,122 +152,10 @@ def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | Non
     )
 
 
-class TrlParser(HfArgumentParser):
-    """Parses dataclasses from flags and from a YAML file.
+def get_kbit_device_map() -> dict[str, int] | None:
+    """The device map for a quantised model: all of it on this process's GPU; None without one."""
+    import torch
+    from accelerate import PartialState
 
-    `--config file.yaml`: its keys become defaults, flags win; its map `env` goes to the environment. `--max-length` is
-    `--max_length`. `none` and `null` mean None.
-    """
-
-    def __init__(self, dataclass_types: type | Iterable[type], **kwargs: Any) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", help="YAML file whose keys become defaults; flags win.")
-        for action in self._actions:
-            # For report_to, "none" is a value of its own.
-            if callable(action.type) and not action.choices and action.dest != "report_to":
-                action.type = _none_or(action.type)
-
-    def parse_args_and_config(
-        self,
-        args: Sequence[str] | None = None,
-        return_remaining_strings: bool = False,
-        fail_with_unknown_args: bool = True,
-    ) -> tuple[Any, ...]:
-        """One object for each dataclass; with return_remaining_strings also the list of what nobody knew.
-
-        Raises:
-            ValueError: the YAML file cannot be read, or has keys that no dataclass has (unless
-                fail_with_unknown_args=False).
-        """
-        args = _with_underscores(list(sys.argv[1:] if args is None else args))
-        config_file, args = _take_config(args)
-        unknown_keys: list[str] = []
-        if config_file is not None:
-            values = read_config(config_file)
-            known = {action.dest for action in self._actions}
-            unknown_keys = sorted(set(values) - known)
-            if unknown_keys and fail_with_unknown_args:
-                raise ValueError(f"{config_file}: unknown keys {unknown_keys}; see --help for the known ones")
-            self._use_as_defaults({key: value for key, value in values.items() if key in known})
-        *parsed, namespace, remaining = self._parse(args)
-        launcher = [flag for flag in remaining if flag.split("=")[0] in _LAUNCHER_FLAGS]
-        if launcher:
-            raise ValueError(
-                f"{launcher[0]}: several processes are started with `accelerate launch -m trl_fast.cli.main ...`; "
-                "this command runs one"
-            )
-        if remaining and fail_with_unknown_args:
-            self.error(f"unknown arguments: {' '.join(remaining)}")
-        del namespace
-        return (*parsed, [*remaining, *unknown_keys]) if return_remaining_strings else tuple(parsed)
-
-    def _parse(self, args: list[str]) -> list[Any]:
-        outputs = self.parse_args_into_dataclasses(args=args, return_remaining_strings=True, look_for_args_file=False)
-        # HfArgumentParser appends the namespace of what is in no dataclass (--config), then the remaining strings.
-        *parsed, remaining = outputs
-        extra = [item for item in parsed if not hasattr(item, "__dataclass_fields__")]
-        return [*[item for item in parsed if item not in extra], extra, remaining]
-
-    def _use_as_defaults(self, values: dict[str, Any]) -> None:
-        for action in self._actions:
-            if action.dest in values:
-                action.required = False
-                action.default = _check_value(action, values[action.dest])
-
-
-def _none_or(convert: Any) -> Any:
-    def parse(text: str) -> Any:
-        return None if text.lower() in ("none", "null") else convert(text)
-
-    parse.__name__ = getattr(convert, "__name__", "value")
-    return parse
-
-
-def _check_value(action: Any, value: Any) -> Any:
-    """A YAML value as a default: strings go through the flag's own conversion, choices are held to."""
-    if isinstance(value, str) and callable(action.type):
-        try:
-            value = action.type(value)
-        except (ArgumentTypeError, TypeError, ValueError) as error:
-            raise ValueError(f"{action.dest}: {value!r} in the YAML file: {error}") from error
-    if action.choices and value is not None and value not in action.choices:
-        raise ValueError(f"{action.dest}: {value!r} in the YAML file; expected one of {list(action.choices)}")
-    return value
-
-
-def _with_underscores(args: list[str]) -> list[str]:
-    def fix(argument: str) -> str:
-        if not argument.startswith("--"):
-            return argument
-        name, equals, value = argument.partition("=")
-        return name.replace("-", "_").replace("__", "--", 1) + equals + value
-
-    return [fix(argument) for argument in args]
-
-
-def _take_config(args: list[str]) -> tuple[Path | None, list[str]]:
-    for index, argument in enumerate(args):
-        if argument == "--config" and index + 1 < len(args):
-            return Path(args[index + 1]), args[:index] + args[index + 2 :]
-        if argument.startswith("--config="):
-            return Path(argument.split("=", 1)[1]), args[:index] + args[index + 1 :]
-    return None, args
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file; its `env` map is put into the environment and left out.
-
-    Raises:
-        ValueError: the file is not there, is no YAML, or is not a map.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: expected a map of argument names to values, got {type(values).__name__}")
-    environment = values.pop("env", {})
-    if not isinstance(environment, dict):
-        raise ValueError(f"--config {path}: env must be a map of names to values, got {environment!r}")
-    os.environ.update({str(name): str(value) for name, value in environment.items()})
-    return values
+    has_gpu = torch.cuda.is_available() or torch.xpu.is_available()
+    return {"": PartialState().local_process_index} if has_gpu else None

@@ -8,7 +8,11 @@ import sys
 from rich.console import Console
 
 COMMANDS = {
+    "sft": "train with supervised fine-tuning",
     "dpo": "train with Direct Preference Optimization and its relatives",
+    "reward": "train a reward model",
+    "run": "run a script written for TRL, unchanged",
+    "bench": "run a benchmark of the source tree",
     "env": "print versions, backends with reasons, and facts about this machine",
 }
 

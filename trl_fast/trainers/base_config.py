@@ -35,13 +35,21 @@ def deprecated(owner: str, name: str, what: str) -> None:
     warnings.warn(f"{owner}: `{name}` is a name of an older TRL; {what}", FutureWarning, stacklevel=level)
 
 
+class OlderName(str):
+    """The help text of a field under an older name: argparse gets all of a field's metadata, and knows only `help`."""
+
+    def __new__(cls, what: str, now: str | None) -> OlderName:
+        text = super().__new__(cls, f"Older name: {what}")
+        text.what, text.now = what, now
+        return text
+
+
 def older_name(what: str | None = None, *, now: str | None = None) -> Any:
     """A config field under a name that older scripts use; None unless it is given, and then one line says `what`.
 
     now: the present field, which takes the value over unless it is set itself.
     """
-    what = what or f"it works; `{now}` is the present name."
-    return field(default=None, metadata={"help": f"Older name: {what}", "older": what, "now": now})
+    return field(default=None, metadata={"help": OlderName(what or f"it works; `{now}` is the present name.", now)})
 
 
 def _default(item: Field) -> Any:
@@ -156,10 +164,11 @@ class BaseConfig(TrainingArguments):
     def _accept_older_names(self) -> None:
         by_name = {item.name: item for item in fields(self)}
         for name, item in by_name.items():
-            if "older" not in item.metadata or getattr(self, name) is None:
+            older = item.metadata.get("help")
+            if not isinstance(older, OlderName) or getattr(self, name) is None:
                 continue
-            deprecated(type(self).__name__, name, item.metadata["older"])
-            now = item.metadata["now"]
+            deprecated(type(self).__name__, name, older.what)
+            now = older.now
             if now is not None:
                 if getattr(self, now) == _default(by_name[now]):
                     setattr(self, now, getattr(self, name))

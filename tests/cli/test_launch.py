@@ -1,0 +1,119 @@
+"""What goes to `accelerate launch`, and what it starts."""
+
+import json
+import subprocess
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from trl_fast.cli import launch as launch_module
+from trl_fast.cli.launch import CONFIGS, launcher_flags, split_script
+from trl_fast.cli.main import main
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The arguments that accelerate was called with, instead of processes."""
+    calls = []
+    monkeypatch.setattr(launch_module, "launch_command", calls.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "remaining, flags, unknown",
+    [
+        (["--num_processes", "2"], ["--num_processes", "2"], []),
+        (["--num-processes=2", "--multi_gpu"], ["--num_processes", "2", "--multi_gpu"], []),
+        (["--multi_gpu", "True", "--debug", "False"], ["--multi_gpu"], []),
+        (["--beeta", "1", "--num_processes", "2", "-x"], ["--num_processes", "2"], ["--beeta", "-x"]),
+    ],
+)
+def test_remaining_strings_are_accelerates_or_nobodys(remaining, flags, unknown):
+    assert launcher_flags(remaining) == (flags, unknown)
+
+
+def test_every_configuration_of_ours_is_one_that_accelerate_reads(monkeypatch):
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names == {"fsdp1", "fsdp2", "multi_gpu", "single_gpu", "zero1", "zero2", "zero3"}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for name in names:
+        flags, _ = launcher_flags(["--num_processes", "3", "--accelerate_config", name])
+        assert flags[:1] == ["--config_file"] and flags[-2:] == ["--num_processes", "3"]
+        assert flags[2:4] == ["--num_processes", "1" if name == "single_gpu" else "4"]
+        assert load_config_from_file(flags[1]).mixed_precision == "bf16"
+
+
+def test_a_configuration_may_be_a_file_and_a_missing_one_is_named(tmp_path):
+    (tmp_path / "own.yaml").write_text("")
+    file = str(tmp_path / "own.yaml")
+    assert launcher_flags(["--accelerate_config", file]) == (["--config_file", file], [])
+    with pytest.raises(ValueError, match="--accelerate_config zero4: expected a file or one of fsdp1, fsdp2"):
+        launcher_flags(["--accelerate_config", "zero4"])
+
+
+def test_a_training_command_is_started_again_in_several_processes(launched, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("accelerate_config: zero2\nmulti_gpu: false\nmodel_name_or_path: m\n")
+    arguments = ["dpo", "--config", str(config), "--num_processes", "2", "--beta", "0.2"]
+    assert main(arguments) == 0
+    (call,) = launched
+    assert call.module and call.training_script == "trl_fast.cli.main"
+    assert call.training_script_args == arguments
+    assert (call.config_file, call.num_processes, call.multi_gpu) == (str(CONFIGS / "zero2.yaml"), 2, False)
+
+
+def test_a_process_that_was_started_so_trains(launched, monkeypatch, capsys):
+    monkeypatch.setenv("TRL_FAST_LAUNCHED", "1")
+    assert main(["dpo", "--num_processes", "2", "--use_cpu", "--bf16", "false"]) == 1
+    assert "model_name_or_path is missing" in capsys.readouterr().err and not launched
+
+
+def test_an_unknown_flag_is_named_beside_known_ones(launched, capsys):
+    assert main(["dpo", "--num_processes", "2", "--num_machine", "2", "--beeta", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "--num_machine; did you mean 'num_machines'?" in error and "did you mean 'beta'?" in error
+    assert not launched
+
+
+def test_the_exit_status_of_the_processes_is_handed_on(monkeypatch):
+    def fail(arguments):
+        raise subprocess.CalledProcessError(3, "python")
+
+    monkeypatch.setattr(launch_module, "launch_command", fail)
+    assert launch_module.launch(["--num_processes", "2"], ["env"]) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--num_processes", "2", "s.py", "--x"], (["--num_processes", "2"], ["s.py", "--x"])),
+        (["--num_processes=2", "--multi_gpu", "-m", "a.b"], (["--num_processes", "2", "--multi_gpu"], ["-m", "a.b"])),
+    ],
+)
+def test_flags_before_a_script(arguments, expected):
+    assert split_script(arguments) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num_proceses", "2", "s.py"], "--num_proceses before the script; did you mean 'num_processes'?"),
+        (["--num_processes", "2"], "no script is named"),
+    ],
+)
+def test_bad_flags_before_a_script(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        split_script(arguments)
+
+
+def test_a_script_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys, trl\n"
+        "open('out.json', 'w').write(json.dumps([sys.argv[1:], trl.__doc__, os.environ['ACCELERATE_USE_CPU']]))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--cpu", "--num_processes", "1", str(script), "--flag", "1"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == [["--flag", "1"], "trl, answered by trl_fast.", "True"]

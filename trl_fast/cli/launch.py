@@ -1,0 +1,114 @@
+"""Several processes: what of a command line is for `accelerate launch`, and starting it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from trl_fast.suggestions import did_you_mean
+
+CONFIGS = Path(__file__).parent / "accelerate_configs"
+# Set in the processes that `launch` starts: they see the same arguments again.
+_LAUNCHED = "TRL_FAST_LAUNCHED"
+
+
+def is_launched() -> bool:
+    """Whether a launcher, ours or another of torch's, has started this process."""
+    return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
+
+
+def launcher_options() -> dict[str, bool]:
+    """The options of `accelerate launch` without dashes, and whether each takes a value."""
+    options = {"accelerate_config": True}
+    for action in launch_command_parser()._actions:
+        for option in action.option_strings:
+            options[option.lstrip("-").replace("-", "_")] = action.nargs != 0
+    return options
+
+
+def launcher_flags(remaining: list[str]) -> tuple[list[str], list[str]]:
+    """What `accelerate launch` gets of a command line's remaining strings, and the flags that nobody knows.
+
+    Raises:
+        ValueError: --accelerate_config is no file and none of ours.
+    """
+    options = launcher_options()
+    config, flags, unknown = [], [], []
+    words = list(remaining)
+    while words:
+        word = words.pop(0)
+        name, equals, value = _split_flag(word)
+        if not word.startswith("--") or name not in options:
+            unknown.append(word)
+            while words and not words[0].startswith("-"):
+                words.pop(0)
+        elif options[name]:
+            value = value if equals or not words else words.pop(0)
+            if name == "accelerate_config":
+                config = config_flags(value)
+            else:
+                flags += [f"--{name}", value]
+        else:
+            # YAML gives switches as --multi_gpu True.
+            is_said = bool(words) and words[0].lower() in ("true", "false")
+            if not is_said or words.pop(0).lower() == "true":
+                flags.append(f"--{name}")
+    # Of several --num_processes the last one counts, which is the user's.
+    return [*config, *flags], unknown
+
+
+def split_script(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The flags of `accelerate launch` before a script or `-m module`, and what follows them.
+
+    Raises:
+        ValueError: a flag before the script is unknown, or there is no script.
+    """
+    options = launcher_options()
+    count = 0
+    while count < len(arguments) and arguments[count].startswith("--"):
+        name, equals, _ = _split_flag(arguments[count])
+        count += 2 if options.get(name) and not equals else 1
+    flags, unknown = launcher_flags(arguments[:count])
+    if unknown:
+        raise ValueError(
+            f"unknown argument {unknown[0]} before the script{did_you_mean(unknown[0].lstrip('-'), options)}"
+        )
+    if count >= len(arguments):
+        raise ValueError("no script is named after the launcher flags")
+    return flags, arguments[count:]
+
+
+def _split_flag(word: str) -> tuple[str, str, str]:
+    name, equals, value = word.partition("=")
+    return name.lstrip("-").replace("-", "_"), equals, value
+
+
+def config_flags(name: str) -> list[str]:
+    """The flags of `accelerate launch` for a file, or for a configuration that comes with trl_fast, by name.
+
+    Ours use all GPUs of this machine unless --num_processes says otherwise.
+    """
+    if Path(name).is_file():
+        return ["--config_file", name]
+    ours = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    if name not in ours:
+        raise ValueError(f"--accelerate_config {name}: expected a file or one of {', '.join(ours)}")
+    processes = 1 if name == "single_gpu" else max(1, torch.cuda.device_count())
+    return ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", str(processes)]
+
+
+def launch(flags: list[str], arguments: list[str]) -> int:
+    """Runs `trl-fast ARGUMENTS` in the processes that `accelerate launch FLAGS` starts; their exit status."""
+    parsed = launch_command_parser().parse_args([*flags, "--module", "trl_fast.cli.main", *arguments])
+    os.environ[_LAUNCHED] = "1"
+    try:
+        launch_command(parsed)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    finally:
+        del os.environ[_LAUNCHED]
+    return 0

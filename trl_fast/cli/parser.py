@@ -1,0 +1,160 @@
+"""A parser that reads dataclasses from flags and from a YAML file, as TRL's does."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import Action, ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from trl_fast.suggestions import did_you_mean
+
+from .config_file import ConfigFile, read_config
+
+
+class TrlParser(HfArgumentParser):
+    """Parses dataclasses from flags and from a YAML file.
+
+    `--config file.yaml`: its keys become defaults, flags win; its map `env` goes to the environment. `--max-length` is
+    `--max_length`. `none` and `null` mean None.
+
+    Raises:
+        ValueError: a dataclass has a field `config`.
+    """
+
+    def __init__(self, dataclass_types: type | Iterable[type] | None = None, **kwargs: Any) -> None:
+        types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
+        for owner in types:
+            if "config" in owner.__dataclass_fields__:
+                raise ValueError(f"{owner.__name__} has a field named config, which is the flag of the YAML file")
+        super().__init__(types, allow_abbrev=False, **kwargs)
+        self.config_file = ConfigFile(Path())
+        self.add_argument("--config", help="YAML file whose keys become defaults; flags win.")
+        for action in self._actions:
+            # For report_to, "none" is a value of its own.
+            if callable(action.type) and not action.choices and action.dest != "report_to":
+                action.type = _none_or(action.type)
+
+    def parse_args_and_config(
+        self,
+        args: Sequence[str] | None = None,
+        return_remaining_strings: bool = False,
+        fail_with_unknown_args: bool = True,
+        separate_remaining_strings: bool = False,
+    ) -> tuple[Any, ...]:
+        """One object for each dataclass.
+
+        return_remaining_strings: what nobody knew comes last, as a list of `--key value` strings; with
+        separate_remaining_strings as two lists, the YAML file's and the flags'. fail_with_unknown_args=False forgives
+        unknown keys in the YAML file, never unknown flags.
+
+        Raises:
+            ValueError: the YAML file cannot be read, or a key or flag is unknown or has a bad value.
+        """
+        args, from_file = self._read_config(args)
+        try:
+            *parsed, namespace, from_flags = self.parse_args_into_dataclasses(
+                args=args, return_remaining_strings=True, look_for_args_file=False
+            )
+        except (ValueError, TypeError, NotImplementedError) as error:
+            line = self._line_of(str(error), args)
+            if line is None:
+                raise
+            raise ValueError(f"{self.config_file.path}, line {line}: {error}") from error
+        del namespace.config
+        if vars(namespace):
+            parsed.append(namespace)
+        if return_remaining_strings:
+            rest = (from_file, from_flags) if separate_remaining_strings else ([*from_file, *from_flags],)
+            return (*parsed, *rest)
+        unknown = [*(from_file if fail_with_unknown_args else []), *from_flags]
+        if unknown:
+            raise self.unknown(unknown)
+        return tuple(parsed)
+
+    def remaining_strings(self, args: Sequence[str]) -> list[str]:
+        """What neither the flags nor the YAML keys of this parser are, without making the dataclasses."""
+        args, from_file = self._read_config(args)
+        return [*from_file, *self.parse_known_args(args)[1]]
+
+    def unknown(self, remaining: list[str], others: Iterable[str] = ()) -> ValueError:
+        """The error about flags and keys that nobody knows, with the nearest known ones.
+
+        others: names without dashes that are known elsewhere.
+        """
+        known = [*(action.dest for action in self._actions), *others]
+        messages = []
+        for word in remaining:
+            name = word.lstrip("-").split("=")[0]
+            if name in self.config_file.lines:
+                messages.append(f"{self.config_file.at(name)} is an unknown key{did_you_mean(name, known)}")
+            elif word.startswith("-"):
+                messages.append(f"unknown argument {word}{did_you_mean(name.replace('-', '_'), known)}")
+        return ValueError("\n".join(messages or [f"unexpected arguments {remaining}"]))
+
+    def _read_config(self, args: Sequence[str] | None) -> tuple[list[str], list[str]]:
+        """Takes `--config` out of the flags and its values as defaults; the other flags, and what is unknown in it."""
+        finder = ArgumentParser(add_help=False, allow_abbrev=False, prog=self.prog)
+        finder.add_argument("--config", type=Path)
+        found, args = finder.parse_known_args(sys.argv[1:] if args is None else list(args))
+        if found.config is None:
+            return args, []
+        self.config_file = read_config(found.config)
+        remaining = []
+        for key, value in self.config_file.values.items():
+            actions = [action for action in self._actions if action.dest == key]
+            if not actions:
+                remaining += [f"--{key}", str(value)]
+            for action in actions:
+                action.required = False
+                action.default = self._checked(action, value)
+        return args, remaining
+
+    def _checked(self, action: Action, value: Any) -> Any:
+        try:
+            return _from_yaml(action, value)
+        except (ArgumentTypeError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.config_file.at(action.dest)}: {value!r}: {error}") from error
+
+    def _line_of(self, message: str, args: list[str]) -> int | None:
+        """The line of a key that a message names and that no flag has replaced."""
+        flags = {word.lstrip("-").split("=")[0].replace("-", "_") for word in args if word.startswith("-")}
+        for key in sorted(self.config_file.lines.keys() - flags, key=len, reverse=True):
+            if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message):
+                return self.config_file.lines[key]
+        return None
+
+
+def _none_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else convert(text)
+
+    parse.__name__ = getattr(convert, "__name__", "value")
+    return parse
+
+
+def _from_yaml(action: Action, value: Any) -> Any:
+    """A YAML value as a flag's default: it goes through the flag's own conversion, and choices are held to."""
+    if value is False and action.choices and "no" in action.choices:
+        # What YAML makes of an unquoted no.
+        value = "no"
+    if action.nargs in ("+", "*"):
+        values = value if isinstance(value, list) else [value]
+        return None if value is None else [_convert(action, item) for item in values]
+    value = _convert(action, value)
+    if action.choices and value is not None and value not in action.choices:
+        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}")
+    return value
+
+
+def _convert(action: Action, value: Any) -> Any:
+    if value is None or not callable(action.type):
+        return value
+    # Flags that take text may stand for fields that also take maps, lists or numbers; the dataclass decides.
+    if not isinstance(value, str) and action.type.__name__ not in ("int", "float", "string_to_bool"):
+        return value
+    return action.type(str(value))

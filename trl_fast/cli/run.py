@@ -1,0 +1,61 @@
+"""`trl-fast run`: a script written for TRL, unchanged, on trl_fast."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from trl_fast.dropin import install_as_trl
+
+USAGE = """usage: trl-fast run [LAUNCHER FLAGS] SCRIPT.py [ARGUMENTS]
+       trl-fast run [LAUNCHER FLAGS] -m MODULE [ARGUMENTS]
+
+Runs a script or module in which `import trl` gives trl_fast, whether or not TRL is installed.
+Launcher flags are those of `accelerate launch`, such as --num_processes 2, and --accelerate_config."""
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    """What runs the script.
+
+    Raises:
+        ValueError: no script is named, or there is no such file.
+        ImportError: TRL itself has been imported already.
+    """
+    if arguments[:1] in (["-h"], ["--help"]):
+        return _print_usage
+    if not arguments or arguments == ["-m"]:
+        raise ValueError(f"no script is named\n\n{USAGE}")
+    if arguments[0].startswith("-") and arguments[0] != "-m":
+        return _in_several_processes(arguments)
+    is_module = arguments[0] == "-m"
+    target, *rest = arguments[1:] if is_module else arguments
+    if not is_module and not Path(target).is_file():
+        raise ValueError(f"there is no script {target!r}")
+    install_as_trl()
+
+    def run() -> int:
+        # As `python script.py` and `python -m module` do it.
+        sys.argv = [target, *rest]
+        sys.path.insert(0, os.getcwd() if is_module else str(Path(target).resolve().parent))
+        if is_module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target, run_name="__main__")
+        return 0
+
+    return run
+
+
+def _print_usage() -> int:
+    print(USAGE)
+    return 0
+
+
+def _in_several_processes(arguments: list[str]) -> Callable[[], int]:
+    from .launch import launch, split_script
+
+    flags, script = split_script(arguments)
+    return lambda: launch(flags, ["run", *script])

@@ -1,0 +1,5 @@
+"""`import trl`, answered by trl_fast."""
+
+from .finder import install_as_trl
+
+__all__ = ["install_as_trl"]

@@ -1,0 +1,113 @@
+"""The finder that answers imports of trl and its modules, and the modules that it makes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import trl_fast
+
+from .names import GONE, GONE_MODULES, MODULES, TRL_VERSION
+
+
+def install_as_trl() -> None:
+    """From here on, `import trl` gives trl_fast in this process, whether or not TRL is installed.
+
+    Raises:
+        ImportError: TRL itself has been imported already.
+    """
+    present = sys.modules.get("trl")
+    if present is not None and not isinstance(present, TrlModule):
+        raise ImportError(
+            f"trl has been imported from {getattr(present, '__file__', 'elsewhere')} already, and its classes are "
+            "in use; call trl_fast.install_as_trl() before the first `import trl`, or start the script with "
+            "`trl-fast run`"
+        )
+    if TrlFinder not in sys.meta_path:
+        sys.meta_path.insert(0, TrlFinder)
+
+
+class TrlModule(ModuleType):
+    """A module of TRL whose names are those of trl_fast, imported on first use."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, f"{name}, answered by trl_fast.")
+        # An empty path makes it a package, so that a missing name comes to the finder, which can say what to do:
+        # of the AttributeError of `from trl import name` Python keeps nothing.
+        self.__path__: list[str] = []
+        self.__all__ = sorted(self._places())
+        if name == "trl":
+            self.__version__ = TRL_VERSION
+
+    def _places(self) -> dict[str, str]:
+        return _places(self.__name__)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if f"{self.__name__}.{name}" in MODULES:
+            return importlib.import_module(f"{self.__name__}.{name}")
+        place = self._places().get(name)
+        if place is None:
+            raise AttributeError(explain(self.__name__, name))
+        module, _, other_name = place.partition(":")
+        value = getattr(importlib.import_module(module), other_name or name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        inner = [name.removeprefix(f"{self.__name__}.") for name in MODULES if name.startswith(f"{self.__name__}.")]
+        return sorted({*super().__dir__(), *self.__all__, *(name for name in inner if "." not in name)})
+
+
+class TrlFinder(MetaPathFinder, Loader):
+    """Finds trl and every module below it; what trl_fast does not have is an ImportError that says so."""
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a module of MODULES.
+
+        Raises:
+            ImportError: the name is below trl and trl_fast does not have it.
+        """
+        if name in MODULES:
+            return ModuleSpec(name, cls, origin="trl_fast", is_package=True)
+        parent, _, child = name.rpartition(".")
+        if name.split(".")[0] == "trl":
+            raise ImportError(explain(parent, child), name=name)
+        return None
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> TrlModule:
+        """The module, whose names are looked up when they are used."""
+        return TrlModule(spec.name)
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        """Nothing: the module is complete."""
+
+
+def _places(module: str) -> dict[str, str]:
+    # The packages offer all that is public in trl_fast.
+    public = trl_fast.__all__ if module in ("trl", "trl.trainer") else []
+    return {**{name: "trl_fast" for name in public if not name.startswith("__")}, **MODULES[module]}
+
+
+def explain(module: str, name: str) -> str:
+    """Why trl_fast does not answer a name of a TRL module, and what to do."""
+    full = f"{module}.{name}"
+    if name in GONE:
+        return f"{full}: {GONE[name]}"
+    for gone, advice in GONE_MODULES.items():
+        if full == gone or full.startswith(f"{gone}."):
+            return f"{full}: {advice}"
+    return (
+        f"trl_fast does not have {full}; leave it out of the script, or run the script with TRL itself (`python "
+        "script.py` instead of `trl-fast run script.py`)"
+    )

@@ -1,0 +1,154 @@
+"""Which modules TRL has, and where trl_fast has what is in them."""
+
+from __future__ import annotations
+
+# The version whose names and behaviour these are.
+TRL_VERSION = "1.16.0"
+
+_ARGUMENTS = dict.fromkeys(("DatasetMixtureConfig", "ScriptArguments", "TrlParser", "get_dataset"), "trl_fast")
+_MODEL_ARGUMENTS = dict.fromkeys(
+    ("ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"), "trl_fast"
+)
+_CALLBACKS = dict.fromkeys(
+    ("BEMACallback", "LogCompletionsCallback", "RichProgressCallback", "SyncRefModelCallback"), "trl_fast"
+)
+
+# Module of TRL: {name: module of trl_fast, with ":name" where it is called otherwise there}. `trl` and `trl.trainer`
+# have all public names of trl_fast besides.
+MODULES: dict[str, dict[str, str]] = {
+    "trl": {},
+    "trl.trainer": {"disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout"},
+    "trl.trainer.callbacks": _CALLBACKS,
+    "trl.trainer.dpo_config": {"DPOConfig": "trl_fast"},
+    "trl.trainer.dpo_trainer": {"DPOTrainer": "trl_fast", "DataCollatorForPreference": "trl_fast.data"},
+    "trl.trainer.model_config": {"ModelConfig": "trl_fast"},
+    "trl.trainer.utils": {
+        **_MODEL_ARGUMENTS,
+        "disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout",
+        "selective_log_softmax": "trl_fast.ops",
+    },
+    "trl.models": {"create_reference_model": "trl_fast"},
+    "trl.models.utils": {"create_reference_model": "trl_fast"},
+    "trl.models.modeling_base": {"create_reference_model": "trl_fast"},
+    "trl.data_utils": dict.fromkeys(("extract_prompt", "is_conversational", "maybe_extract_prompt"), "trl_fast"),
+    "trl.chat_template_utils": {"clone_chat_template": "trl_fast"},
+    "trl.rewards": dict.fromkeys(
+        (
+            "accuracy_reward",
+            "get_cosine_scaled_reward",
+            "get_repetition_penalty_reward",
+            "get_soft_overlong_punishment",
+            "reasoning_accuracy_reward",
+            "think_format_reward",
+        ),
+        "trl_fast.rewards",
+    ),
+    "trl.rewards.accuracy_rewards": dict.fromkeys(
+        ("accuracy_reward", "get_cosine_scaled_reward", "reasoning_accuracy_reward"), "trl_fast.rewards"
+    ),
+    "trl.rewards.format_rewards": {"think_format_reward": "trl_fast.rewards"},
+    "trl.rewards.other_rewards": dict.fromkeys(
+        ("get_repetition_penalty_reward", "get_soft_overlong_punishment"), "trl_fast.rewards"
+    ),
+    "trl.scripts": {**_ARGUMENTS, "init_zero_verbose": "trl_fast"},
+    "trl.scripts.utils": {
+        **_ARGUMENTS,
+        "DatasetConfig": "trl_fast.cli.arguments",
+        "init_zero_verbose": "trl_fast",
+    },
+    "trl.commands": {},
+    "trl.commands.cli_utils": {**_ARGUMENTS, "init_zero_verbose": "trl_fast"},
+    "trl.experimental": {},
+    "trl.experimental.utils": {"create_reference_model": "trl_fast"},
+}
+
+
+def _until(last: str, what: str) -> str:
+    return f"TRL had it until {last}; {what}"
+
+
+def _older(what: str) -> str:
+    return f"it is a name of an older TRL; {what}"
+
+
+_EXPERIMENTAL = "trl_fast does not have it; TRL 1.16 keeps it under trl.experimental"
+_DROPPED = "trl_fast does not have it either"
+_ADAPTER_ONLY = "quantised and LoRA models need no such preparation here: give peft_config to the trainer"
+
+# Names that left TRL, or that TRL has and trl_fast deliberately has not, with what to do.
+GONE: dict[str, str] = {
+    "setup_chat_format": _until("0.25", "use clone_chat_template(model, tokenizer, source_tokenizer_path)"),
+    "DataCollatorForCompletionOnlyLM": _until(
+        "0.19",
+        "give a dataset of prompts and completions, or set completion_only_loss or assistant_only_loss in SFTConfig",
+    ),
+    "ConstantLengthDataset": _older("set packing=True in SFTConfig"),
+    "pack_examples": _until("0.19", "use pack_dataset"),
+    "prepare_model_for_kbit_training": _older(_ADAPTER_ONLY),
+    "peft_module_casting_to_bf16": _older(_ADAPTER_ONLY),
+    "FDivergenceType": _until("0.28", "give DPOConfig(f_divergence_type=...) a string such as 'reverse_kl'"),
+    "FDivergenceConstants": _until("0.28", "give DPOConfig(f_alpha_divergence_coef=...) the number"),
+    "DPODataCollatorWithPadding": _older("leave it out: DPOTrainer makes its own collator"),
+    "RewardDataCollatorWithPadding": _older("leave it out: RewardTrainer makes its own collator"),
+    "WeaveCallback": "trl_fast does not have it; set report_to='wandb' and add a LogCompletionsCallback",
+    "PPOv2Trainer": _until("0.12", "it became PPOTrainer"),
+    "PPOv2Config": _until("0.12", "it became PPOConfig"),
+    "LengthSampler": _older("use random.randrange"),
+    "set_seed": "use transformers.set_seed",
+    **dict.fromkeys(
+        (
+            "AutoModelForCausalLMWithValueHead",
+            "AutoModelForSeq2SeqLMWithValueHead",
+            "PreTrainedModelWrapper",
+            "PPOConfig",
+            "PPOTrainer",
+            *(f"{method}{kind}" for method in ("BCO", "NashMD", "PRM", "XPO") for kind in ("Config", "Trainer")),
+        ),
+        _until("0.28, then for a while under trl.experimental", _DROPPED),
+    ),
+    **dict.fromkeys(
+        (f"{method}{kind}" for method in ("CPO", "GKD", "ORPO", "OnlineDPO") for kind in ("Config", "Trainer")),
+        _until("0.28", _EXPERIMENTAL),
+    ),
+    "MergeModelCallback": _until("0.26", _EXPERIMENTAL),
+    **dict.fromkeys(
+        (
+            "AllTrueJudge",
+            "BaseBinaryJudge",
+            "BaseJudge",
+            "BasePairwiseJudge",
+            "BaseRankJudge",
+            "HfPairwiseJudge",
+            "OpenAIPairwiseJudge",
+            "PairRMJudge",
+            "WinRateCallback",
+        ),
+        _until("0.28", _DROPPED),
+    ),
+    "BestOfNSampler": _until("0.24", "generate with num_return_sequences and choose the best by its reward"),
+    **dict.fromkeys(
+        (
+            "AlignPropConfig",
+            "AlignPropTrainer",
+            "DDPOConfig",
+            "DDPOTrainer",
+            "DefaultDDPOStableDiffusionPipeline",
+            "IterativeSFTConfig",
+            "IterativeSFTTrainer",
+        ),
+        _until("0.23", _DROPPED),
+    ),
+    "TextEnvironment": _until("0.20", _DROPPED),
+    "TextHistory": _until("0.20", _DROPPED),
+}
+
+# The same for whole modules.
+GONE_MODULES: dict[str, str] = {
+    "trl.experimental": "trl_fast does not have TRL's experimental methods; run the script with TRL itself",
+    "trl.core": _older(_DROPPED),
+    "trl.extras": "trl_fast does not have it; torch's own profiler does the same",
+    "trl.environment": _until("0.20", _DROPPED),
+    "trl.generation": "trl_fast does not have it: it is TRL's own machinery around vLLM",
+    "trl.kernels": "trl_fast does not have it: its kernels are in trl_fast.ops",
+    "trl.cli": "use the command trl-fast",
+}
