@@ -1,0 +1,231 @@
+"""Rows of preference data in one form, whatever their format: what the checks look at."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, IterableDataset
+
+from ..checks import check_preference_columns, check_preference_row
+from ..formats import is_conversational, maybe_extract_prompt
+from .findings import quote
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNPAIRED_COLUMNS = ("prompt", "completion", "label")
+SIDES = ("chosen", "rejected")
+READ_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "tools", "chat_template_kwargs")
+READ_ROWS = 256
+
+# Text, or a list of messages.
+Content = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A row's token ids as training sees them: of the prompt, and of each completion by column.
+
+    `prompt_alone` is the prompt's token count before what does not survive the completion's tokens is left out;
+    `changed_tail` the end of the prompt that the chat template renders only if no completion follows; `failure` why
+    there are no ids.
+    """
+
+    prompt: list[int] = field(default_factory=list)
+    completions: dict[str, list[int]] = field(default_factory=dict)
+    prompt_alone: int = 0
+    changed_tail: str | None = None
+    failure: str | None = None
+
+
+@dataclass
+class Record:
+    """One row: a prompt and its completions (`chosen` and `rejected`, or one `completion` with a label).
+
+    The prompt is split off the completions as in training where the row has none of its own (`implicit_prompt`).
+    """
+
+    row: int
+    prompt: Content
+    completions: dict[str, Content]
+    label: bool | None = None
+    implicit_prompt: bool = False
+    template_options: dict[str, Any] = field(default_factory=dict)
+    tokens: TokenIds | None = None
+
+    @property
+    def paired(self) -> bool:
+        """Whether the row is a pair."""
+        return self.label is None
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the row consists of messages."""
+        return isinstance(self.prompt, list)
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """The bare text of the prompt and of each completion, by column."""
+        return {column: plain_text(value) for column, value in {"prompt": self.prompt, **self.completions}.items()}
+
+    @cached_property
+    def characters(self) -> dict[str, Counter[str]]:
+        """How often each character occurs, by column."""
+        return {column: Counter(text) for column, text in self.texts.items()}
+
+    @property
+    def shared_start(self) -> str:
+        """What an implicit text prompt has after its last line break: it may well belong to the responses.
+
+        Splitting at the first difference leaves words in the prompt that both responses happen to begin with.
+        """
+        if not self.implicit_prompt or self.conversational:
+            return ""
+        return self.prompt[self.prompt.rfind("\n") + 1 :]
+
+    def response(self, column: str) -> str:
+        """A completion's text, with the beginning it shares with the other if the prompt is implicit."""
+        return self.shared_start + self.texts[column]
+
+    def keys(self) -> tuple[int, int, int]:
+        """64-bit hashes of the prompt, and of the prompt with what is preferred and with what is not.
+
+        Equal texts but for runs of white space and Unicode composition have equal hashes. 0 stands for "none": an
+        empty prompt, and the side that an unpaired row does not have.
+        """
+        prompt = _canonical(self.prompt)
+        if not self.conversational:
+            prompt = normalise(self.prompt[: len(self.prompt) - len(self.shared_start)])
+        sides = {
+            column: _hash(f"{prompt}\x1d{_canonical(self.response(column) if isinstance(value, str) else value)}")
+            for column, value in self.completions.items()
+        }
+        chosen, rejected = (sides.get(column, 0) for column in SIDES)
+        if not self.paired:
+            chosen, rejected = (sides["completion"], 0) if self.label else (0, sides["completion"])
+        return _hash(prompt) if prompt else 0, chosen, rejected
+
+
+@dataclass(frozen=True)
+class Context:
+    """What checks may use beside the row; without a tokenizer, records have no token ids."""
+
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    max_length: int | None = None
+
+    @cached_property
+    def special_tokens(self) -> re.Pattern[str] | None:
+        """Finds the tokenizer's special tokens in text, the longest first; None if there are none."""
+        if self.tokenizer is None:
+            return None
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        names = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """The text of a message; of content in parts, the text parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def plain_text(value: Content) -> str:
+    """A text, or the texts of messages with line breaks between them."""
+    return value if isinstance(value, str) else "\n".join(message_text(message) for message in value)
+
+
+def normalise(text: str) -> str:
+    """Composed (NFC) characters, one space for each run of white space, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _canonical(value: Content) -> str:
+    """What identifies a text or a list of messages: for messages, roles, texts and tool calls."""
+    if isinstance(value, str):
+        return normalise(value)
+    parts = []
+    for message in value:
+        calls = message.get("tool_calls")
+        extra = json.dumps(calls, sort_keys=True, default=str) if calls else ""
+        parts.append(f"{message['role']}\x1f{normalise(message_text(message))}\x1f{extra}")
+    return "\x1e".join(parts)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") or 1
+
+
+def check_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    """The columns of a dataset that are read.
+
+    Raises ValueError if it has no rows, or neither `chosen` and `rejected` nor `prompt`, `completion` and `label`, or
+    only token ids.
+    """
+    columns = list(next(iter(dataset), {}))
+    if not set(UNPAIRED_COLUMNS) <= set(columns) or {"chosen", "rejected"} <= set(columns):
+        columns = check_preference_columns(dataset, name)
+        if not {"chosen", "rejected"} <= set(columns):
+            raise ValueError(f"The {name} dataset has only token ids; expected the text that they were made of.")
+    return [column for column in READ_COLUMNS if column in columns]
+
+
+def read_slices(dataset: Dataset | IterableDataset, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The rows as dicts of these columns, READ_ROWS at a time."""
+    for batch in dataset.select_columns(columns).with_format(None).iter(batch_size=READ_ROWS):
+        rows = zip(*(batch[column] for column in columns), strict=True)
+        yield [dict(zip(columns, values, strict=True)) for values in rows]
+
+
+def make_record(example: dict[str, Any], row: int, name: str) -> Record:
+    """The record of a row.
+
+    Raises ValueError if the row's columns are not all text or all messages, or if its label is not true or false.
+    """
+    options = template_options(example)
+    if "chosen" not in example:
+        _check_unpaired_row(example, row, name)
+        completions = {"completion": example["completion"]}
+        return Record(row, example["prompt"], completions, bool(example["label"]), template_options=options)
+    filled = _fill_empty_completions(example)
+    check_preference_row(filled, row, name)
+    split = maybe_extract_prompt(filled)
+    completions = {column: split[column] if example[column] else example[column] for column in SIDES}
+    return Record(row, split["prompt"], completions, implicit_prompt=split is not filled, template_options=options)
+
+
+def template_options(example: dict[str, Any]) -> dict[str, Any]:
+    """A row's arguments of the chat template: `tools`, a list or one as JSON, and `chat_template_kwargs`."""
+    tools = example.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(example.get("chat_template_kwargs") or {})}
+
+
+def _fill_empty_completions(example: dict[str, Any]) -> dict[str, Any]:
+    """The row with something in its empty completions: they are a finding, not a row that cannot be read."""
+    fillers = {column: "-" if example[column] == "" else [{"role": "assistant", "content": "-"}] for column in SIDES}
+    return {**example, **{column: fillers[column] for column in SIDES if example[column] in ("", [])}}
+
+
+def _check_unpaired_row(example: dict[str, Any], row: int, name: str) -> None:
+    place = f"The {name} dataset, row {row}"
+    if example["label"] not in (True, False):
+        raise ValueError(f"{place}, column 'label': {example['label']!r}; expected true or false.")
+    kinds = []
+    for column in ("prompt", "completion"):
+        value = example[column]
+        if not (isinstance(value, str) or value == [] or is_conversational({column: value})):
+            raise ValueError(
+                f"{place}, column {column!r}: {quote(value)} is of type {type(value).__name__}; expected a "
+                "string, or a list of messages such as {'role': 'assistant', 'content': 'Hello.'}."
+            )
+        kinds.append(isinstance(value, str))
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{place}: one of 'prompt' and 'completion' is text, the other messages; expected one kind.")

@@ -1,0 +1,105 @@
+"""Reads datasets once, row by row, and runs every check."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .across import CROSS_CHECKS, SPLIT_CHECKS, SplitTable
+from .content import CONTENT_CHECKS
+from .conversations import CONVERSATION_CHECKS
+from .findings import SEVERITIES, Finding, Kind
+from .records import Context, check_columns, make_record, read_slices
+from .report import ValidationReport
+from .tokens import TOKEN_CHECKS, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# To add a check: write a function of (record, context) that yields (kind, detail), or one of the table of a split or
+# of all tables that yields findings, and enter it in the tuple at the end of its module.
+ROW_CHECKS = (*CONTENT_CHECKS, *CONVERSATION_CHECKS, *TOKEN_CHECKS)
+
+MALFORMED = Kind(
+    "malformed_row", "error", "row cannot be read", "Mend or remove the rows; training stops at the first of them."
+)
+
+
+def validate(
+    dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> ValidationReport:
+    """Look for what is wrong with preference data.
+
+    dataset: one split (called "train" in the report), or a mapping of names to splits, such as a DatasetDict; rows
+    have `chosen` and `rejected`, with or without a `prompt`, or `prompt`, `completion` and `label`, as text or as
+    messages. Splits are compared with those before them. tokenizer: measures lengths, renders the chat template and
+    knows the special tokens. max_length: tokens of prompt + response that training keeps. progress: show a bar on
+    standard error.
+
+    Every row is read once; the cost grows linearly with the text.
+
+    Raises TypeError if `dataset` is none of these, ValueError if a split has no rows, not the columns, or not a single
+    row that can be read, and if there is a max_length without a tokenizer.
+    """
+    splits = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
+    for name, split in splits.items():
+        if not isinstance(split, Dataset | IterableDataset):
+            raise TypeError(f"dataset {name!r} is a {type(split).__name__}; expected a Dataset or an IterableDataset.")
+    if not splits:
+        raise ValueError("dataset has no splits; expected at least one.")
+    if max_length is not None and (tokenizer is None or max_length < 1):
+        raise ValueError(f"max_length={max_length}: expected a positive number, and a tokenizer to count tokens with.")
+    context = Context(tokenizer, max_length)
+    tables, findings = [], []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
+        for name, split in splits.items():
+            total = len(split) if isinstance(split, Dataset) else None
+            task = bar.add_task(name, total=total)
+            table, found = _read_split(split, name, context, lambda count, task=task: bar.advance(task, count))
+            tables.append(table)
+            findings += found
+    for check in SPLIT_CHECKS:
+        findings += [finding for table in tables for finding in check(table)]
+    for check in CROSS_CHECKS:
+        findings += check(tables)
+    findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
+    settings = {"max_length": max_length, "tokenizer": getattr(tokenizer, "name_or_path", None)}
+    return ValidationReport(findings, tables, settings)
+
+
+def _read_split(
+    dataset: Dataset | IterableDataset, name: str, context: Context, advance: Callable[[int], None]
+) -> tuple[SplitTable, list[Finding]]:
+    """The table of a split and what the checks of single rows found in it; `advance` hears how many rows were read."""
+    table = SplitTable(name, unit="characters" if context.tokenizer is None else "tokens")
+    # The rows of each kind, and the first one's detail.
+    hits: dict[Kind, tuple[list[int], str]] = {}
+    for examples in read_slices(dataset, check_columns(dataset, name)):
+        records = []
+        for row, example in enumerate(examples, start=table.total):
+            try:
+                records.append(make_record(example, row, name))
+            except ValueError as error:
+                hits.setdefault(MALFORMED, ([], str(error)))[0].append(row)
+        if context.tokenizer is not None:
+            tokenize(records, context.tokenizer)
+        for record in records:
+            table.add(record)
+            for check in ROW_CHECKS:
+                for kind, detail in check(record, context):
+                    rows = hits.setdefault(kind, ([], detail))[0]
+                    if record.row not in rows[-1:]:
+                        rows.append(record.row)
+        table.total += len(examples)
+        advance(len(examples))
+    if len(table.rows) == 0:
+        raise ValueError(hits[MALFORMED][1])
+    return table, [Finding(kind, name, rows, table.total, detail) for kind, (rows, detail) in hits.items()]
