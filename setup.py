@@ -179,6 +179,7 @@ setup(
         "trl_fast",
         "trl_fast.cli",
         "trl_fast.data",
+        "trl_fast.data.validation",
         "trl_fast.dropin",
         "trl_fast.kernels",
         "trl_fast.losses",
