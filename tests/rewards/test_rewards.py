@@ -1,0 +1,137 @@
+"""Every reward equals TRL's, on answers of every kind."""
+
+import pickle
+import sys
+import threading
+
+import pytest
+import trl.rewards
+
+from trl_fast import rewards
+
+SOLUTIONS = [r"\frac{1}{3}", r"\frac{1}{3}", "$x^2$", "no formula", r"$\boxed{2\text{ cm}}$", "7", r"\{1, 2\}"]
+ANSWERS = [
+    r"My answer is \boxed{\frac{1}{3}}",
+    r"\boxed{\frac{1}{2}}",
+    "It is $x^2$.",
+    r"\boxed{1}",
+    r"\boxed{2 \text{ cm}}",
+    "seven",
+    r"$\{2, 1\}$",
+]
+THOUGHTS = ["<think>so \\boxed{7}</think>", "<think>\n</think>\n<think></think>", "", "</think>a</think>", "[end]"]
+
+
+def messages(texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def logged(function, *args, **kwargs):
+    columns = {}
+    return function(*args, log_extra=columns.__setitem__, **kwargs), columns
+
+
+def test_accuracy():
+    pytest.importorskip("math_verify")
+    ours = logged(rewards.accuracy_reward, messages(ANSWERS), SOLUTIONS)
+    assert ours == logged(trl.rewards.accuracy_reward, messages(ANSWERS), SOLUTIONS)
+    assert ours[0][:2] == [1.0, 0.0] and ours[0][3] is None
+
+
+@pytest.mark.parametrize("delimiters", [None, ["[end]"], ["</think>", "[end]"], ["[end]", "</think>"]])
+def test_accuracy_after_reasoning(delimiters):
+    pytest.importorskip("math_verify")
+    texts = [thought + answer for thought in THOUGHTS for answer in ANSWERS]
+    arguments = (messages(texts), SOLUTIONS * len(THOUGHTS), delimiters)
+    ours = logged(rewards.reasoning_accuracy_reward, *arguments)
+    assert ours == logged(trl.rewards.reasoning_accuracy_reward, *arguments)
+    assert 1.0 in ours[0] and 0.0 in ours[0]
+
+
+def test_accuracy_outside_the_main_thread():
+    pytest.importorskip("math_verify")
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(rewards.accuracy_reward(messages(ANSWERS), SOLUTIONS)), daemon=True
+    )
+    thread.start()
+    thread.join()
+    assert results == [rewards.accuracy_reward(messages(ANSWERS), SOLUTIONS)]
+
+
+def test_without_math_verify_the_remedy_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    for function in (rewards.accuracy_reward, rewards.reasoning_accuracy_reward):
+        with pytest.raises(ImportError, match="pip install math-verify"):
+            function(messages(["1"]), ["1"])
+
+
+def test_think_format():
+    texts = [
+        "<think>a</think>b",
+        "<think>\na\n</think>\n",
+        "<think>a<think>b</think>",
+        "<think>a</think>b</think>",
+        "a<think>b</think>",
+        "\n<think>b</think>",
+        "<think>a",
+        "",
+    ]
+    ours = rewards.think_format_reward(messages(texts))
+    assert ours == trl.rewards.think_format_reward(messages(texts)) and set(ours) == {0.0, 1.0}
+
+
+IDS = [[1] * length for length in (0, 1, 49, 50, 51, 100, 140)]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(min_value_wrong=-3, max_value_wrong=-1, min_value_correct=1)])
+def test_cosine(settings):
+    pytest.importorskip("math_verify")
+    ours = rewards.get_cosine_scaled_reward(100, **settings)
+    theirs = trl.rewards.get_cosine_scaled_reward(100, **settings)
+    for ids in IDS:
+        arguments = (messages(ANSWERS), SOLUTIONS, [ids] * len(ANSWERS))
+        assert ours(*arguments) == theirs(*arguments)
+
+
+@pytest.mark.parametrize("size, penalty", [(1, -1.0), (2, -0.5), (3, 0.0)])
+def test_repetition(size, penalty):
+    ids = [[], [1], [1, 2], [1, 2, 3, 4], [5] * 5, [1, 2, 1, 2, 1, 2]]
+    ours = rewards.get_repetition_penalty_reward(size, penalty)(completion_ids=ids)
+    assert ours == trl.rewards.get_repetition_penalty_reward(size, penalty)(completion_ids=ids)
+
+
+@pytest.mark.parametrize("limit, cache", [(100, 50), (50, 0), (140, 100)])
+def test_overlong(limit, cache):
+    ours = rewards.get_soft_overlong_punishment(limit, cache)(completion_ids=IDS)
+    assert ours == trl.rewards.get_soft_overlong_punishment(limit, cache)(completion_ids=IDS)
+
+
+def test_rewards_with_settings_are_named_and_pickled_as_trls():
+    made = {
+        "get_cosine_scaled_reward": (10,),
+        "get_repetition_penalty_reward": (),
+        "get_soft_overlong_punishment": (10, 5),
+    }
+    for name, arguments in made.items():
+        ours, theirs = (getattr(module, name)(*arguments) for module in (rewards, trl.rewards))
+        assert ours.__name__ == theirs.__name__ and pickle.loads(pickle.dumps(ours)) == ours
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: rewards.get_repetition_penalty_reward(max_penalty=1), "max_penalty.*1"),
+        (lambda: rewards.get_repetition_penalty_reward(0), "ngram_size.*0"),
+        (lambda: rewards.get_cosine_scaled_reward(0), "max_len.*0"),
+    ],
+)
+def test_bad_settings(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_missing_solution_is_named():
+    pytest.importorskip("math_verify")
+    with pytest.raises(ValueError, match="solution: expected one for each of 2 completions, got 1"):
+        rewards.accuracy_reward(messages(["1", "2"]), ["1"])
