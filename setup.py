@@ -103,7 +103,7 @@ def make_extension():
     import torch
     from torch.utils import cpp_extension
 
-    sources = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp"]
+    sources = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/held_memory.cpp"]
     cuda_home = find_cuda_home()
     cuda = cuda_sources(cuda_home, torch.version.cuda)
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension

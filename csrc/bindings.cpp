@@ -1,8 +1,10 @@
 // Registers the C++ kernels as torch.ops.trl_fast.* and tells, through pybind11, how they were built.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include "cpu/held_memory.h"
 #include "cpu/row_kernels.h"
 #include "cpu/sparse_kernels.h"
 #include "row_arguments.h"
@@ -126,6 +128,11 @@ at::Tensor sparse_product(const at::Tensor& starts, const at::Tensor& indices, c
   return out;
 }
 
+at::Tensor held_empty(at::IntArrayRef size, at::ScalarType dtype) {
+  return at::detail::empty_generic(size, held_memory(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
+                                   c10::MemoryFormat::Contiguous);
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["isas"] = compiled_isas();
@@ -153,7 +160,10 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
       "row_samples(Tensor logits, int vocab_size, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor offsets, float threshold) -> (Tensor, Tensor, Tensor)");
   m.def("sparse_product(Tensor starts, Tensor indices, Tensor values, Tensor dense, ScalarType dtype) -> Tensor");
+  m.def("held_empty(SymInt[] size, ScalarType dtype) -> Tensor");
 }
+
+TORCH_LIBRARY_IMPL(trl_fast, CompositeExplicitAutograd, m) { m.impl("held_empty", &held_empty); }
 
 TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
   m.impl("row_scores", &row_scores);
@@ -166,4 +176,6 @@ TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &trl_fast::build_info, "How this extension was built and which instruction set it runs.");
+  m.def("held_bytes", &trl_fast::held_bytes, "Bytes of free memory that are held for the next call.");
+  m.def("release_held_memory", &trl_fast::release_held_memory, "Gives that memory back; how many bytes it was.");
 }

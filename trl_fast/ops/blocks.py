@@ -11,12 +11,14 @@ of the weight are widened to float32 on the way: the product is then one to two 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from .backends import load_extension
 from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale
 from .transform import LogitTransform
 
@@ -27,6 +29,8 @@ _TILE_SHARE = 4
 _CACHE_BYTES = 8 << 20
 _CPU_TILE_ROWS = 2048
 _MIN_TILE_COLUMNS = 512
+# Held memory comes in huge pages of 2 MiB.
+_HELD_FROM_BYTES = 16 << 20
 
 
 @functools.cache
@@ -44,9 +48,15 @@ def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor whose memory is there. A CPU product that writes to fresh pages waits for each page."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    return tensor.zero_() if tensor.device.type == "cpu" else tensor
+    """An uninitialised tensor whose memory is there. A CPU product that writes to fresh pages waits for each page.
+
+    On the CPU, what is large comes from memory that the extension holds between calls (csrc/cpu/held_memory.h).
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    if math.prod(shape) * dtype.itemsize >= _HELD_FROM_BYTES and load_extension().ok:
+        return torch.ops.trl_fast.held_empty(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def row_bytes(vocab_size: int, dtype: torch.dtype, backend: str) -> int:

@@ -232,6 +232,10 @@ def register_fakes() -> None:
     def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state):
         return None
 
+    @torch.library.register_fake("trl_fast::held_empty")
+    def _(size, dtype):
+        return torch.empty(size, dtype=dtype)
+
     @torch.library.register_fake("trl_fast::row_grad")
     def _(logits, targets, bias, scale, softcap, inv_temperature, lse, coefficients, column_offset, out):
         return None

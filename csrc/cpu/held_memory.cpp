@@ -1,0 +1,146 @@
+#include "held_memory.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace trl_fast {
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+struct Block {
+  void* data;
+  std::size_t bytes;
+};
+
+void release(const Block& block) { std::free(block.data); }
+
+Block fresh(std::size_t bytes) {
+  const std::size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* data = std::aligned_alloc(kHugePage, rounded);
+  TORCH_CHECK_WITH(OutOfMemoryError, data, "trl_fast: no memory for ", bytes, " bytes");
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(data, rounded, MADV_HUGEPAGE);
+#endif
+  // Every thread touches its share: a matrix product into fresh pages would wait for each of them.
+  at::parallel_for(0, static_cast<int64_t>(rounded), kHugePage,
+                   [&](int64_t begin, int64_t end) { std::memset(static_cast<char*>(data) + begin, 0, end - begin); });
+  return {data, rounded};
+}
+
+class HeldMemory final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(std::size_t bytes) override {
+    Block* block = new Block(take(bytes));
+    c10::profiledCPUMemoryReporter().New(block->data, block->bytes);
+    return {block->data, block, &HeldMemory::deleter, c10::Device(c10::kCPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+  std::size_t bytes() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return total();
+  }
+
+  std::size_t clear() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const std::size_t bytes = total();
+    for (const Block& block : free_) release(block);
+    free_.clear();
+    return bytes;
+  }
+
+ private:
+  static void deleter(void* context);
+
+  // The smallest block that is large enough and less than twice too large.
+  Block take(std::size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      auto best = free_.end();
+      for (auto it = free_.begin(); it != free_.end(); ++it) {
+        const bool fits = it->bytes >= bytes && it->bytes / 2 <= bytes;
+        if (fits && (best == free_.end() || it->bytes < best->bytes)) best = it;
+      }
+      if (best != free_.end()) {
+        const Block block = *best;
+        free_.erase(best);
+        return block;
+      }
+      // The new block takes the place of those that were nearly large enough.
+      std::vector<Block> others;
+      for (const Block& block : free_) {
+        if (block.bytes < bytes && block.bytes > bytes / 2) {
+          release(block);
+        } else {
+          others.push_back(block);
+        }
+      }
+      free_ = std::move(others);
+    }
+    return fresh(bytes);
+  }
+
+  void give(const Block& block) {
+#if defined(__linux__) && defined(MADV_FREE)
+    madvise(block.data, block.bytes, MADV_FREE);
+#endif
+    const std::lock_guard<std::mutex> guard(mutex_);
+    free_.push_back(block);
+    while (!free_.empty() && total() > limit_) {  // the oldest first
+      release(free_.front());
+      free_.erase(free_.begin());
+    }
+  }
+
+  std::size_t total() const {
+    std::size_t sum = 0;
+    for (const Block& block : free_) sum += block.bytes;
+    return sum;
+  }
+
+  static std::size_t limit_from_environment() {
+    const char* text = std::getenv("TRL_FAST_HELD_BYTES");
+    return text && *text ? std::stoull(text) : std::size_t{2} << 30;
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> free_;
+  const std::size_t limit_ = limit_from_environment();
+};
+
+// Never destroyed: tensors may outlive every static object.
+HeldMemory& memory() {
+  static HeldMemory* const instance = new HeldMemory;
+  return *instance;
+}
+
+void HeldMemory::deleter(void* context) {
+  Block* block = static_cast<Block*>(context);
+  c10::profiledCPUMemoryReporter().Delete(block->data);
+  memory().give(*block);
+  delete block;
+}
+
+}  // namespace
+
+c10::Allocator* held_memory() { return &memory(); }
+
+std::size_t held_bytes() { return memory().bytes(); }
+
+std::size_t release_held_memory() { return memory().clear(); }
+
+}  // namespace trl_fast

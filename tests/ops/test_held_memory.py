@@ -1,0 +1,105 @@
+"""The extension's memory for large tensors: it comes back, it is bounded, and its tensors are ordinary ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.memory import MIB, measure_peak
+from support.heads import error, make_problem
+from trl_fast import _C
+from trl_fast.ops import linear_logprob
+from trl_fast.ops.blocks import large_empty
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    _C.release_held_memory()
+    yield
+    _C.release_held_memory()
+
+
+def take(mib: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return large_empty((int(mib * MIB) // dtype.itemsize,), dtype, CPU)
+
+
+def test_a_freed_block_serves_the_next_tensor():
+    first = take(20)
+    address = first.data_ptr()
+    del first
+    assert _C.held_bytes() == 20 * MIB
+    assert take(17, torch.bfloat16).data_ptr() == address
+
+
+def test_tensors_that_live_at_once_lie_apart():
+    first = take(20)
+    second = take(20).fill_(2.0)
+    first.fill_(1.0)
+    assert (second == 2.0).all() and (first == 1.0).all()
+
+
+def test_a_block_is_not_wasted_on_a_small_tensor():
+    del_me = take(40)
+    address = del_me.data_ptr()
+    del del_me
+    assert take(18).data_ptr() != address
+
+
+def test_a_larger_block_replaces_a_smaller_one():
+    del_me = take(20)
+    del del_me
+    larger = take(30)
+    assert _C.held_bytes() == 0
+    del larger
+    assert _C.held_bytes() == _C.release_held_memory() == 30 * MIB
+    assert _C.held_bytes() == 0
+
+
+@pytest.mark.parametrize(("limit", "held"), [("0", 0), (str(30 * MIB), 20 * MIB), (str(50 * MIB), 44 * MIB)])
+def test_what_is_held_is_bounded(limit, held):
+    code = (
+        "import torch\n"
+        "from trl_fast.ops.blocks import large_empty\n"
+        "from trl_fast.ops.backends import load_extension\n"
+        "assert load_extension().ok\n"
+        "blocks = [large_empty((m << 20,), torch.int8, torch.device('cpu')) for m in (24, 20)]\n"
+        "del blocks[0]\n"
+        "del blocks[0]\n"
+        "from trl_fast import _C\n"
+        "print(_C.held_bytes())\n"
+    )
+    environment = {**os.environ, "TRL_FAST_HELD_BYTES": limit}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert int(run.stdout) == held
+
+
+def test_held_tensors_are_ordinary_ones():
+    tensor = take(16).fill_(1.0)
+    tensor.untyped_storage().resize_(0)
+    assert tensor.untyped_storage().size() == 0
+    tensor.untyped_storage().resize_(16 * MIB)
+    assert torch.equal(take(16).fill_(3.0).clone(), torch.full((4 * MIB,), 3.0))
+
+
+def test_the_profiler_sees_held_memory_as_used():
+    def use():
+        take(32).fill_(1.0)
+
+    use()
+    assert measure_peak(use).peak_bytes >= 32 * MIB
+
+
+def test_two_graphs_do_not_share_their_logits():
+    problems = [make_problem(40, 120_000, seed=seed) for seed in range(2)]
+    losses = [linear_logprob(p.hidden, p.weight, p.targets, backend="cpp").logprobs.sum() for p in problems]
+    for problem, loss in zip(problems, losses, strict=True):
+        got = torch.autograd.grad(loss, problem.leaves, retain_graph=True)
+        logp = problem.logits(torch.float64).log_softmax(-1).gather(1, problem.targets[:, None])
+        for grad, exact in zip(got, torch.autograd.grad(logp.sum(), problem.leaves), strict=True):
+            assert error(grad, exact) < 5e-6
