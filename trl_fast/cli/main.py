@@ -14,13 +14,14 @@ COMMANDS = {
     "run": "run a script written for TRL, unchanged",
     "bench": "run a benchmark of the source tree",
     "env": "print versions, backends with reasons, and facts about this machine",
+    "validate": "look for what is wrong with preference data",
 }
 
 
 def usage() -> str:
     """The help text."""
     lines = ["usage: trl-fast COMMAND [ARGUMENTS]", "", "commands:"]
-    lines += [f"  {name:8}{what}" for name, what in COMMANDS.items()]
+    lines += [f"  {name:9}{what}" for name, what in COMMANDS.items()]
     return "\n".join([*lines, "", "trl-fast COMMAND --help lists a command's arguments."])
 
 

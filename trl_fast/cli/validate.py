@@ -1,0 +1,95 @@
+"""`trl-fast validate`: what is wrong with preference data, with an exit status for continuous integration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from trl_fast.data.validation import ValidationReport, validate
+from trl_fast.data.validation.report import FAIL_ON
+
+from .arguments import ScriptArguments
+from .datasets import load_split
+from .parser import TrlParser
+
+# Width of the tables where the output is no terminal.
+FILE_WIDTH = 160
+
+
+@dataclass
+class ValidateArguments:
+    """What to check with, and what to write."""
+
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of a tokenizer, for what depends on tokens."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of prompt + response that training will keep; needs --tokenizer."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for report.json and lengths.png."})
+    fail_on: str = field(
+        default="error",
+        metadata={"help": "The exit status is 1 for a finding at least as bad as this.", "choices": list(FAIL_ON)},
+    )
+
+
+def make_parser() -> TrlParser:
+    """The flags of this command: those of ScriptArguments and ValidateArguments."""
+    return TrlParser((ScriptArguments, ValidateArguments), prog="trl-fast validate")
+
+
+def load_splits(arguments: ScriptArguments) -> dict[str, Dataset | IterableDataset]:
+    """The splits that are named; the test split only if there is one, unless another than the default was asked for.
+
+    Raises:
+        ValueError: a split that was asked for is missing, or none was.
+    """
+    splits = {}
+    if arguments.dataset_train_split is not None:
+        splits[arguments.dataset_train_split] = load_split(arguments, arguments.dataset_train_split)
+    test = arguments.dataset_test_split
+    if test is not None:
+        try:
+            splits[test] = load_split(arguments, test)
+        except ValueError as error:
+            if not splits or test != ScriptArguments.dataset_test_split or "has no split" not in str(error):
+                raise
+            print(f"There is no split {test!r}; splits are not compared.", file=sys.stderr)
+    if not splits:
+        raise ValueError("dataset_train_split and dataset_test_split are both none; name at least one")
+    return splits
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    """Everything but printing and writing; what is returned does that and gives the exit status."""
+    script_args, validate_args = make_parser().parse_args_and_config(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(validate_args.tokenizer) if validate_args.tokenizer else None
+    report = validate(load_splits(script_args), tokenizer, max_length=validate_args.max_length, progress=True)
+    return lambda: show(report, validate_args)
+
+
+def show(report: ValidationReport, arguments: ValidateArguments) -> int:
+    """Prints the tables, writes the files that were asked for, and gives the exit status."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    console.print(report.splits_table())
+    if report.findings:
+        console.print(report.findings_table())
+    counts = ", ".join(f"{severity}: {count}" for severity, count in report.counts().items())
+    failed = report.failed(arguments.fail_on)
+    verdict = "Failed" if failed else "Passed"
+    console.print(f"Findings by severity: {counts}. {verdict} (--fail_on {arguments.fail_on}).")
+    if arguments.output_dir is not None:
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        report.save_json(folder / "report.json")
+        report.save_plot(folder / "lengths.png")
+        console.print(f"Written to {folder}: report.json, lengths.png.", soft_wrap=True)
+    return int(failed)
