@@ -25,7 +25,10 @@ _EXPORTS = {
     "get_quantization_config": "trl_fast.cli.arguments",
     "get_dataset": "trl_fast.cli.datasets",
     "TrlParser": "trl_fast.cli.parser",
+    "init_zero_verbose": "trl_fast.cli.quiet",
     "install_as_trl": "trl_fast.dropin",
+    "clone_chat_template": "trl_fast.modeling.chat_template",
+    "create_reference_model": "trl_fast.modeling.reference",
     "apply_chat_template": "trl_fast.data",
     "extract_prompt": "trl_fast.data",
     "get_training_chat_template": "trl_fast.data",
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     )
     from trl_fast.cli.datasets import get_dataset
     from trl_fast.cli.parser import TrlParser
+    from trl_fast.cli.quiet import init_zero_verbose
     from trl_fast.data import (
         apply_chat_template,
         extract_prompt,
@@ -62,6 +66,8 @@ if TYPE_CHECKING:
         pack_dataset,
     )
     from trl_fast.dropin import install_as_trl
+    from trl_fast.modeling.chat_template import clone_chat_template
+    from trl_fast.modeling.reference import create_reference_model
     from trl_fast.trainers import DPOConfig, DPOTrainer, RichProgressCallback, SyncRefModelCallback
 
 

@@ -30,8 +30,8 @@ def accuracy_reward(
 ) -> list[float | None]:
     r"""1 where the completion's answer equals the solution as mathematics, else 0; None if the solution is no formula.
 
-    The answer is LaTeX that is in `\boxed{...}` or announced as the answer; what is in a box comes first. log_extra: gets the columns
-    solution, gold_parsed and answer_parsed for the table of completions.
+    The answer is LaTeX that is in `\boxed{...}` or announced as the answer; what is in a box comes first.
+    log_extra: gets the columns solution, gold_parsed and answer_parsed for the table of completions.
 
     Raises:
         ImportError: math_verify is not installed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,10 +14,18 @@ from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .loading import load_causal_lm
 
 REFERENCE_ADAPTER = "ref"
+# What the names of a layer's parameters begin with, by model family.
+LAYER_PATTERNS = (
+    "transformer.h.{layer}",
+    "model.decoder.layers.{layer}",
+    "gpt_neox.layers.{layer}",
+    "model.layers.{layer}",
+)
 
 
 def copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
@@ -38,6 +47,34 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model, "is_activation_checkpointing", False):
         model.gradient_checkpointing_disable()
     return model.eval().requires_grad_(False)
+
+
+def create_reference_model(
+    model: torch.nn.Module, num_shared_layers: int | None = None, pattern: str | None = None
+) -> torch.nn.Module:
+    """A frozen copy of a model; with num_shared_layers it shares memory with the model below that layer.
+
+    Shared parameters are frozen in the model too. pattern: the beginning of a layer's parameter names with {layer} for
+    its number; None tries those of the common families.
+
+    Raises:
+        ValueError: no parameter fits the pattern, or DeepSpeed ZeRO-3 has sharded the parameters.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("create_reference_model cannot copy parameters that ZeRO-3 has sharded; load the model again")
+    reference = freeze(copy.deepcopy(model))
+    if num_shared_layers is None:
+        return reference
+    names = [name for name, _ in model.named_parameters()]
+    tried = [candidate.format(layer=num_shared_layers) for candidate in ((pattern,) if pattern else LAYER_PATTERNS)]
+    first = next((part for part in tried if any(part in name for name in names)), None)
+    if first is None:
+        raise ValueError(
+            f"num_shared_layers={num_shared_layers}: no parameter's name has any of {tried}; give pattern"
+        )
+    for name in itertools.takewhile(lambda name: first not in name, names):
+        reference.get_parameter(name).data = model.get_parameter(name).requires_grad_(False).data
+    return reference
 
 
 def copy_adapter_as_reference(model: PeftModel) -> None:

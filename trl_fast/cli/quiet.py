@@ -1,0 +1,25 @@
+"""Scripts that print only what went wrong."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from rich.logging import RichHandler
+
+
+def init_zero_verbose() -> None:
+    """From here on logs below ERROR are dropped, and warnings are logs of level WARNING."""
+    logging.basicConfig(format="%(message)s", datefmt="[%X]", handlers=[RichHandler()], level=logging.ERROR)
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
+    logging.warning(f"{filename}:{lineno}: {category.__name__}: {message}")
