@@ -24,6 +24,14 @@ from .formats import (
     prepare_preference_dataset,
     tokenize_preference,
 )
+from .labelled import (
+    ConvertingCollator,
+    DataCollatorForLanguageModeling,
+    LabelledCollator,
+    labelled_batch,
+    pack_labelled,
+    unpacked,
+)
 from .packing import LAYOUTS, TokenBatch, pack_trees
 from .training_templates import get_training_chat_template, has_generation_marks, trains_stop_token
 from .trees import TRUNCATION_MODES, Tree, truncate_tree
@@ -33,7 +41,10 @@ __all__ = [
     "LAYOUTS",
     "TOKEN_COLUMNS",
     "TRUNCATION_MODES",
+    "ConvertingCollator",
+    "DataCollatorForLanguageModeling",
     "DataCollatorForPreference",
+    "LabelledCollator",
     "TokenBatch",
     "Tree",
     "ValidationReport",
@@ -49,15 +60,18 @@ __all__ = [
     "has_generation_marks",
     "is_conversational",
     "is_conversational_from_value",
+    "labelled_batch",
     "maybe_apply_chat_template",
     "maybe_convert_to_chatml",
     "maybe_extract_prompt",
     "pack_dataset",
+    "pack_labelled",
     "pack_trees",
     "prepare_preference_dataset",
     "tokenize_preference",
     "trains_stop_token",
     "truncate_dataset",
     "truncate_tree",
+    "unpacked",
     "validate",
 ]

@@ -1,0 +1,238 @@
+"""From labelled token sequences to a batch: what language modelling eats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from .packing import LAYOUTS, TokenBatch
+
+IGNORED = -100
+
+# What collators for flattened rows say beside the position ids, which tell the same.
+_DERIVED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def labelled_batch(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> TokenBatch:
+    """The batch of sequences whose labelled tokens are scored.
+
+    A token is scored if its label is not -100 and a token of its own sequence stands before it; the label is what is
+    predicted. With an `attention_mask` (or neither) it is the padded layout: a row a sequence. With `position_ids`
+    alone it is the packed one: a single row, where each 0 starts another sequence. The labels stay in `extras`.
+
+    Args:
+        input_ids, labels: (B, T) int64.
+        attention_mask: (B, T), 1 on tokens, 0 on padding.
+        position_ids: (B, T) int64; counted from 0 in every row where they are not given.
+
+    Raises ValueError for several rows with position ids but no mask.
+    """
+    packed = attention_mask is None and position_ids is not None
+    if packed and len(input_ids) != 1:
+        raise ValueError(
+            f"position_ids without an attention_mask mean one row of sequences, but there are {len(input_ids)} rows; "
+            "expected an attention_mask, or a single row."
+        )
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids).contiguous()
+    if attention_mask is None and not packed:
+        attention_mask = torch.ones_like(input_ids)
+    width = input_ids.shape[1]
+    if packed:
+        starts = (position_ids[0] == 0).nonzero().flatten()
+        lengths = torch.diff(starts, append=torch.tensor([width]))
+        sequence = torch.arange(len(starts)).repeat_interleave(lengths)
+    else:
+        lengths = attention_mask.sum(dim=1)
+        sequence = torch.arange(len(input_ids)).repeat_interleave(width)
+    first = position_ids == 0 if packed else torch.arange(width).expand_as(input_ids) == 0
+    scored = ((labels != IGNORED) & ~first).flatten().nonzero().flatten()
+    return TokenBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        sequence_lengths=tuple(lengths.tolist()) if packed else None,
+        score_positions=scored - 1,
+        targets=labels.flatten()[scored],
+        branch=sequence[scored],
+        offset=position_ids.flatten()[scored],
+        branch_lengths=lengths,
+        num_tokens=int(lengths.sum()),
+        extras={"labels": labels},
+    )
+
+
+def pack_labelled(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    layout: str,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+) -> TokenBatch:
+    """Lay out sequences of (token ids, labels) as one batch, labels of -100 marking tokens that are not learned.
+
+    `padded`: a row a sequence, padded on the right to the longest one, or to the next multiple of
+    `pad_to_multiple_of`. `packed`: one row, the sequences one after the other; padding up to a multiple then consists
+    of sequences of one token.
+
+    Raises ValueError for an unknown layout, and where a sequence has more or fewer labels than tokens.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
+    for index, (ids, labels) in enumerate(sequences):
+        if len(ids) != len(labels):
+            raise ValueError(f"Sequence {index} of the batch has {len(ids)} tokens and {len(labels)} labels.")
+    input_ids, labels = ([_int64(part) for part in parts] for parts in zip(*sequences, strict=True))
+    if layout == "padded":
+        mask = [torch.ones_like(ids) for ids in input_ids]
+        return labelled_batch(
+            pad(input_ids, pad_token_id, pad_to_multiple_of),
+            pad(labels, IGNORED, pad_to_multiple_of),
+            attention_mask=pad(mask, 0, pad_to_multiple_of),
+        )
+    positions = torch.cat([torch.arange(len(ids)) for ids in input_ids])
+    return labelled_batch(
+        pad([torch.cat(input_ids)], pad_token_id, pad_to_multiple_of),
+        pad([torch.cat(labels)], IGNORED, pad_to_multiple_of),
+        position_ids=pad([positions], 0, pad_to_multiple_of),
+    )
+
+
+def unpacked(batch: TokenBatch, pad_token_id: int) -> TokenBatch:
+    """The same sequences in the padded layout."""
+    if batch.sequence_lengths is None:
+        return batch
+    lengths = list(batch.sequence_lengths)
+    ids, labels = batch.input_ids[0].split(lengths), batch["labels"][0].split(lengths)
+    mask = [torch.ones_like(row) for row in ids]
+    return labelled_batch(pad(ids, pad_token_id), pad(labels, IGNORED), attention_mask=pad(mask, 0))
+
+
+def pad(rows: Sequence[torch.Tensor], value: int, multiple: int | None = None) -> torch.Tensor:
+    """Rows (T_i,) as one tensor (B, T), filled up with `value` on the right, T rounded up to a `multiple`."""
+    width = max(map(len, rows))
+    width = width if multiple is None else -(-width // multiple) * multiple
+    padded = torch.full((len(rows), width), value, dtype=rows[0].dtype, device=rows[0].device)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return padded
+
+
+def _int64(tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(tokens, dtype=torch.int64)
+
+
+def _sequence_lengths(row: dict[str, Any]) -> list[int]:
+    """The lengths of the sequences in a row of a packed dataset; other rows are one."""
+    lengths = row.get("seq_lengths")
+    return [len(row["input_ids"])] if lengths is None else [int(length) for length in lengths]
+
+
+@dataclass
+class LabelledCollator:
+    """Collate rows with `input_ids`, and `labels` unless every token is learned, into a `TokenBatch`.
+
+    A row of a packed dataset holds several sequences; its `seq_lengths` tell them apart. The arguments are those of
+    `pack_labelled`.
+    """
+
+    pad_token_id: int
+    layout: str = "padded"
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+        sequences = [
+            (row["input_ids"][start:end], row.get("labels", row["input_ids"])[start:end])
+            for row in examples
+            for start, end in pairwise([0, *accumulate(_sequence_lengths(row))])
+        ]
+        return pack_labelled(sequences, self.layout, self.pad_token_id, self.pad_to_multiple_of)
+
+
+@dataclass
+class ConvertingCollator:
+    """Makes a `TokenBatch` of what another collator returns: `input_ids`, `labels`, `attention_mask`, `position_ids`.
+
+    Raises ValueError if it returns no labels, something that cannot be used, or flattened rows for a model that runs
+    on the padded `layout`.
+    """
+
+    collator: Any
+    layout: str
+
+    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+        batch = self.collator(examples)
+        if isinstance(batch, TokenBatch):
+            return batch
+        known = {"input_ids", "labels", "attention_mask", "position_ids"}
+        unknown = set(batch) - known - _DERIVED
+        if unknown or not {"input_ids", "labels"} <= set(batch):
+            raise ValueError(
+                f"data_collator returned {sorted(batch)}; expected 'input_ids' and 'labels', and if need be "
+                "'attention_mask' and 'position_ids'."
+            )
+        converted = labelled_batch(**{name: batch[name] for name in batch if name in known})
+        if converted.sequence_lengths is not None and self.layout != "packed":
+            raise ValueError(
+                "data_collator returned rows without padding, but this model cannot keep their sequences apart; use "
+                "a collator that pads."
+            )
+        return converted
+
+
+@dataclass
+class DataCollatorForLanguageModeling:
+    """Collate rows as TRL's collator of the same name does, into tensors for a model's own forward.
+
+    Rows have `input_ids`, and `labels` unless every token is learned. `padding_free`: one row without padding, the
+    labels of first tokens -100; `seq_lengths` of a row tell the sequences of a packed dataset apart. Otherwise a row
+    each, padded on the right with `pad_token_id` to the longest, rounded up to `pad_to_multiple_of`.
+
+    Returns a dict of `input_ids`, `labels` and `attention_mask` (B, T), with `return_position_ids` also
+    `position_ids`; or, padding-free, `input_ids`, `labels`, `position_ids` and `seq_idx` (1, T), and the boundaries
+    `cu_seq_lens_q`, `cu_seq_lens_k` (S + 1,), `max_length_q`, `max_length_k` as variable-length attention takes them.
+    """
+
+    pad_token_id: int
+    padding_free: bool = False
+    return_position_ids: bool = False
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def __call__(self, examples: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        ids = [_int64(row["input_ids"]) for row in examples]
+        labels = [_int64(row.get("labels", row["input_ids"])) for row in examples]
+        positions = [torch.cat([torch.arange(length) for length in _sequence_lengths(row)]) for row in examples]
+        if self.padding_free:
+            return self._flattened(*(torch.cat(parts) for parts in (ids, labels, positions)))
+        masks = [torch.ones_like(row) for row in ids]
+        values = {"input_ids": (ids, self.pad_token_id), "labels": (labels, IGNORED), "attention_mask": (masks, 0)}
+        if self.return_position_ids:
+            values["position_ids"] = (positions, 0)
+        return {name: pad(rows, value, self.pad_to_multiple_of) for name, (rows, value) in values.items()}
+
+    def _flattened(self, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+        ids, labels, positions = (
+            pad([row], value, self.pad_to_multiple_of)
+            for row, value in ((ids, self.pad_token_id), (labels, IGNORED), (positions, 0))
+        )
+        starts = (positions[0] == 0).nonzero().flatten()
+        bounds = torch.cat((starts, torch.tensor([positions.shape[1]]))).to(torch.int32)
+        longest = int(bounds.diff().max())
+        sequence = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(bounds.diff())
+        return {
+            "input_ids": ids,
+            "labels": labels.masked_fill(positions == 0, IGNORED),
+            "position_ids": positions,
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
+            **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+            "seq_idx": sequence[None],
+        }

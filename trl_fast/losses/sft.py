@@ -1,0 +1,37 @@
+"""Supervised fine-tuning: from per-token log-probabilities to a loss and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from trl_fast.ops import TokenScores
+
+from .dpo import Metric
+
+# What the losses and metrics read, by the names that `linear_token_loss` knows them under.
+OUTPUTS = ("logprobs", "entropy", "is_top1")
+
+
+def nll_loss(logprobs: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood Σ −log p of tokens (N,), a sum (0-d)."""
+    return -logprobs.sum()
+
+
+def dft_loss(logprobs: torch.Tensor) -> torch.Tensor:
+    """Dynamic fine-tuning, arXiv 2508.05629: Σ −sg(p)·log p of tokens (N,), a sum (0-d); sg stops the gradient."""
+    return -(logprobs * logprobs.detach().exp()).sum()
+
+
+TOKEN_LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"nll": nll_loss, "dft": dft_loss}
+
+
+@torch.no_grad()
+def token_metrics(scores: TokenScores) -> dict[str, Metric]:
+    """The mean entropy of N scored tokens, in nats, and the share of them that are the most likely token."""
+    count = torch.tensor(float(len(scores.logprobs)), device=scores.logprobs.device)
+    return {
+        "entropy": Metric(scores.entropy.sum(), count),
+        "mean_token_accuracy": Metric(scores.is_top1.sum(dtype=torch.float32), count),
+    }
