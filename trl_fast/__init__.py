@@ -13,8 +13,10 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use, so that `import trl_fast` stays cheap.
 _EXPORTS = {
+    "BEMACallback": "trl_fast.trainers",
     "DPOConfig": "trl_fast.trainers",
     "DPOTrainer": "trl_fast.trainers",
+    "LogCompletionsCallback": "trl_fast.trainers",
     "RichProgressCallback": "trl_fast.trainers",
     "SyncRefModelCallback": "trl_fast.trainers",
     "DatasetMixtureConfig": "trl_fast.cli.arguments",
@@ -68,7 +70,14 @@ if TYPE_CHECKING:
     from trl_fast.dropin import install_as_trl
     from trl_fast.modeling.chat_template import clone_chat_template
     from trl_fast.modeling.reference import create_reference_model
-    from trl_fast.trainers import DPOConfig, DPOTrainer, RichProgressCallback, SyncRefModelCallback
+    from trl_fast.trainers import (
+        BEMACallback,
+        DPOConfig,
+        DPOTrainer,
+        LogCompletionsCallback,
+        RichProgressCallback,
+        SyncRefModelCallback,
+    )
 
 
 # torch's own switch: large CPU tensors come in huge pages. Taking and giving back 600 MB, as a head's workspace does

@@ -1,13 +1,19 @@
-"""What people watch during a run, and the reference that follows the policy."""
+"""What people watch during a run, the reference that follows the policy, the average of its weights."""
 
 import io
+import sys
+from types import SimpleNamespace
 
+import pytest
 import torch
+import trl
+from datasets import Dataset
 from rich.console import Console
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import trl_fast
 from support.training import color_pairs, make_trainer
-from trl_fast.trainers import RichProgressCallback, SyncRefModelCallback
+from trl_fast.trainers import BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback
 from trl_fast.trainers.callbacks import metrics_table
 
 
@@ -52,3 +58,119 @@ def test_sync_moves_the_reference_by_alpha():
     SyncRefModelCallback.sync_target_model(policy, reference, 0.25)
     for got, wanted in zip(reference.parameters(), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def train_with(callbacks, model_path, tmp_path, make=None, **settings):
+    """A short run of ours with these callbacks, and with those that `make(trainer)` gives."""
+    arguments = {
+        "model": model_path,
+        "train_dataset": color_pairs(),
+        "eval_dataset": color_pairs(5),
+        "callbacks": callbacks,
+    }
+    trainer = make_trainer(trl_fast, tmp_path, arguments=arguments, **settings)
+    for callback in make(trainer) if make else ():
+        trainer.add_callback(callback)
+    trainer.train()
+    return trainer
+
+
+BEMA_SETTINGS = [
+    {"update_freq": 1},
+    {"update_freq": 2, "update_after": 1, "lag": 3, "multiplier": 0.5, "bias_power": 0.4, "ema_power": 0.7},
+    {"update_freq": 1, "min_ema_multiplier": 0.9},
+]
+
+
+@pytest.mark.parametrize("settings", BEMA_SETTINGS)
+def test_the_averaged_weights_are_trls(settings, model_path, tmp_path):
+    ours, theirs = BEMACallback(**settings), trl.BEMACallback(**settings)
+    trainer = train_with([ours, theirs], model_path, tmp_path, max_steps=4, gradient_accumulation_steps=1)
+    pairs = zip(ours.running_model.named_parameters(), theirs.running_model.parameters(), strict=True)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "bema")
+    for (name, averaged), expected in pairs:
+        torch.testing.assert_close(averaged, expected)
+        assert torch.equal(averaged, saved.get_parameter(name))
+    moved = [
+        not torch.equal(a, b) for a, b in zip(ours.running_model.parameters(), trainer.model.parameters(), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_weights_that_are_not_trained_are_not_averaged(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    callback, state = BEMACallback(update_freq=1), SimpleNamespace(global_step=1)
+    callback.on_train_begin(SimpleNamespace(distributed_state=None), state, None, model=model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    callback.on_step_end(None, state, None, model=model)
+    frozen, trained = callback.running_model
+    torch.testing.assert_close(frozen.bias, model[0].bias - 1)
+    share, correction = 11**-0.5, 11**-0.2
+    torch.testing.assert_close(trained.bias, model[1].bias - 1 + share + correction)
+
+
+GREEDY = GenerationConfig(max_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.parametrize("num_prompts, freq", [(None, 2), (3, None)])
+def test_completions_are_trls(num_prompts, freq, model_path, tmp_path, capsys):
+    made = []
+
+    def make(trainer):
+        for module in (trl_fast, trl):
+            made.append(module.LogCompletionsCallback(trainer, GREEDY, num_prompts=num_prompts, freq=freq))
+        return made
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2, "max_steps": 2}
+    train_with([], model_path, tmp_path, make, **settings)
+    assert made[0].table == made[1].table
+    assert len(made[0].table) == (5 if num_prompts is None else 6)
+    assert "completions at step 2" in capsys.readouterr().out
+
+
+def test_conversations_become_prompts_and_tables_go_to_wandb(model_path, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(log=logged.append))
+    trainer = make_trainer(
+        trl_fast, tmp_path, arguments={"model": model_path, "train_dataset": color_pairs(), "eval_dataset": chats()}
+    )
+    callback = LogCompletionsCallback(trainer, GREEDY)
+    args = SimpleNamespace(per_device_eval_batch_size=2, report_to=["wandb"])
+    state = SimpleNamespace(global_step=4, eval_steps=2)
+    trainer.model.train()
+    for _ in range(2):
+        callback.on_step_end(args, state, None, processing_class=trainer.processing_class)
+    assert trainer.model.training
+    (table,) = [entry["completions"] for entry in logged]
+    assert list(table.columns) == ["step", "prompt", "completion"] and list(table.step) == ["4"] * 3
+    assert table.prompt[0] == "<|im_start|>user\nWhat color?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def chats():
+    def message(role, content):
+        return [{"role": role, "content": content}]
+
+    rows = {"prompt": [message("user", "What color?")] * 3}
+    rows |= {name: [message("assistant", name)] * 3 for name in ("chosen", "rejected")}
+    return Dataset.from_dict(rows)
+
+
+@pytest.mark.parametrize(
+    "dataset, options, message",
+    [
+        (None, {}, "column 'prompt'; it has None"),
+        (color_pairs(3).remove_columns("prompt"), {}, "it has \\['chosen', 'rejected'\\]"),
+        (color_pairs(3), {"num_prompts": 4}, "between 1 and the dataset's 3 rows, got 4"),
+    ],
+)
+def test_completions_need_prompts(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        LogCompletionsCallback(SimpleNamespace(eval_dataset=dataset), **options)
+
+
+def test_an_average_needs_updates():
+    with pytest.raises(ValueError, match="update_freq.*0"):
+        BEMACallback(update_freq=0)

@@ -1,7 +1,14 @@
 """A config and a trainer for each method; glue over the layers below, on transformers.Trainer."""
 
-from .callbacks import RichProgressCallback, SyncRefModelCallback
+from .callbacks import BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback
 from .dpo import DPOTrainer
 from .dpo_config import DPOConfig
 
-__all__ = ["DPOConfig", "DPOTrainer", "RichProgressCallback", "SyncRefModelCallback"]
+__all__ = [
+    "BEMACallback",
+    "DPOConfig",
+    "DPOTrainer",
+    "LogCompletionsCallback",
+    "RichProgressCallback",
+    "SyncRefModelCallback",
+]

@@ -1,20 +1,43 @@
-"""Callbacks: a progress bar with a table of metrics, and a reference that follows the policy."""
+"""Callbacks: a progress bar with metrics, logged completions, a reference that follows, an average of the weights."""
 
 from __future__ import annotations
 
+import copy
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
+from datasets import Dataset
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from rich.text import Text
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
+
+from trl_fast.data import maybe_apply_chat_template
+
+logger = logging.getLogger(__name__)
 
 # What a table's borders and padding take beside a column's text.
 _COLUMN_FRAME = 3
 _MOST_COLUMNS = 16
+_SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 def metrics_table(rows: list[dict[str, float]], title: str, width: int) -> Table:
@@ -175,10 +198,7 @@ class SyncRefModelCallback(TrainerCallback):
     def __init__(self, ref_model: torch.nn.Module, accelerator: Accelerator | None) -> None:
         self.ref_model = ref_model
         self.accelerator = accelerator
-        if accelerator is not None and accelerator.distributed_type in (
-            DistributedType.DEEPSPEED,
-            DistributedType.FSDP,
-        ):
+        if accelerator is not None and accelerator.distributed_type in _SHARDED:
             raise NotImplementedError(
                 "sync_ref_model=True does not work with sharded parameters (DeepSpeed, FSDP) yet"
             )
@@ -198,3 +218,201 @@ class SyncRefModelCallback(TrainerCallback):
             model = kwargs["model"]
             model = self.accelerator.unwrap_model(model) if self.accelerator is not None else model
             self.sync_target_model(model, self.ref_model, args.ref_model_mixup_alpha)
+
+
+class LogCompletionsCallback(TrainerCallback):
+    """Generates completions of the evaluation dataset's prompts every so many steps, and logs them as a table.
+
+    The table (columns step, prompt, completion) goes to W&B and Comet where `report_to` names them, else to the
+    terminal. `table` keeps all of its rows.
+
+    Args:
+        trainer: its eval_dataset must have the column "prompt", of texts or of conversations.
+        generation_config: None means the model's own.
+        num_prompts: only the first so many; None means all.
+        freq: steps between two tables; None means the trainer's eval_steps.
+
+    Raises:
+        ValueError: there is no evaluation dataset with a column "prompt", or it has fewer rows than num_prompts.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        generation_config: GenerationConfig | None = None,
+        num_prompts: int | None = None,
+        freq: int | None = None,
+    ) -> None:
+        dataset = trainer.eval_dataset
+        if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+            raise ValueError(
+                "LogCompletionsCallback needs a trainer whose eval_dataset is a Dataset with a column 'prompt'; "
+                f"it has {getattr(dataset, 'column_names', dataset)}"
+            )
+        if num_prompts is not None and not 0 < num_prompts <= len(dataset):
+            raise ValueError(f"num_prompts must be between 1 and the dataset's {len(dataset)} rows, got {num_prompts}")
+        self.trainer = trainer
+        self.generation_config = generation_config
+        self.freq = freq
+        self.prompts = dataset["prompt"][:num_prompts]
+        self.table: list[tuple[str, str, str]] = []
+        self._last_logged_step = -1
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Generates and logs when it is time."""
+        if state.global_step == self._last_logged_step or state.global_step % (self.freq or state.eval_steps):
+            return
+        self._last_logged_step = state.global_step
+        tokenizer = kwargs["processing_class"]
+        accelerator = self.trainer.accelerator
+        with accelerator.split_between_processes(self.prompts) as prompts:
+            texts = [maybe_apply_chat_template({"prompt": prompt}, tokenizer)["prompt"] for prompt in prompts]
+            model = accelerator.unwrap_model(self.trainer.model_wrapped)
+            completions = self._generate(model, tokenizer, texts, args.per_device_eval_batch_size)
+        texts, completions = gather_object(texts), gather_object(completions)
+        if accelerator.is_main_process:
+            steps = [str(state.global_step)] * len(texts)
+            self.table += zip(steps, texts, completions, strict=True)
+            self._report(args.report_to)
+
+    def _generate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
+    ) -> list[str]:
+        completions = []
+        with torch.no_grad(), _evaluating(model):
+            for start in range(0, len(prompts), batch_size):
+                batch = tokenizer(
+                    prompts[start : start + batch_size],
+                    return_tensors="pt",
+                    padding=True,
+                    padding_side="left",
+                    truncation=True,
+                    return_token_type_ids=False,
+                ).to(model.device)
+                tokens = model.generate(**batch, generation_config=self.generation_config, use_cache=True)
+                completions += tokenizer.batch_decode(
+                    tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+        return completions
+
+    def _report(self, report_to: list[str]) -> None:
+        columns = ["step", "prompt", "completion"]
+        if "wandb" in report_to:
+            import wandb
+
+            wandb.log({"completions": pd.DataFrame(self.table, columns=columns)})
+        if "comet_ml" in report_to:
+            import comet_ml
+
+            experiment = comet_ml.get_running_experiment()
+            if experiment is not None:
+                experiment.log_table("completions.csv", pd.DataFrame(self.table, columns=columns))
+        if not {"wandb", "comet_ml"} & set(report_to):
+            step = self.table[-1][0]
+            table = Table(*columns[1:], title=f"completions at step {step}", title_justify="left", show_lines=True)
+            for row_step, prompt, completion in self.table:
+                if row_step == step:
+                    table.add_row(Text(prompt), Text(completion))
+            Console().print(table)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout, and without the gradient checkpointing that forbids a cache of keys and values."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+class BEMACallback(TrainerCallback):
+    """Keeps a bias-corrected average of the weights, and saves it to output_dir/bema at the end. arXiv 2508.00180.
+
+    At step t of an update, with b = max((lag + multiplier t)^-ema_power, min_ema_multiplier) and
+    a = (lag + multiplier t)^-bias_power: average = (1 - b) average + b weights;
+    BEMA weights = average + a (weights - weights at step update_after).
+
+    Args:
+        update_freq: steps between two updates.
+        ema_power, bias_power: kappa and eta of the paper.
+        lag: rho of the paper, the age at which the average starts.
+        update_after: steps before the average starts.
+        multiplier: gamma of the paper.
+        min_ema_multiplier: the least share of the present weights in the average.
+        device: where the averages are kept.
+    """
+
+    def __init__(
+        self,
+        update_freq: int = 400,
+        ema_power: float = 0.5,
+        bias_power: float = 0.2,
+        lag: int = 10,
+        update_after: int = 0,
+        multiplier: float = 1.0,
+        min_ema_multiplier: float = 0.0,
+        device: str = "cpu",
+    ) -> None:
+        if update_freq < 1:
+            raise ValueError(f"update_freq must be a positive number of steps, got {update_freq}")
+        self.update_freq = update_freq
+        self.ema_power = ema_power
+        self.bias_power = bias_power
+        self.lag = lag
+        self.update_after = update_after
+        self.multiplier = multiplier
+        self.min_ema_multiplier = min_ema_multiplier
+        self.device = device
+        self.running_model: PreTrainedModel | None = None
+        # By name, for the parameters that are trained.
+        self._start: dict[str, torch.Tensor] = {}
+        self._average: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Copies the model."""
+        if args.distributed_state is not None and args.distributed_state.distributed_type in _SHARDED:
+            raise NotImplementedError("BEMACallback does not work with sharded parameters (DeepSpeed, FSDP) yet")
+        model = extract_model_from_parallel(kwargs["model"])
+        self.running_model = copy.deepcopy(model).to(self.device)
+        self._take(model)
+
+    def _take(self, model: torch.nn.Module) -> None:
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._start = {name: parameter.to(self.device, copy=True) for name, parameter in trained.items()}
+        self._average = {name: tensor.clone() for name, tensor in self._start.items()}
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Starts the average at step update_after, and updates it every update_freq steps from then on."""
+        age = state.global_step - self.update_after
+        model = extract_model_from_parallel(kwargs["model"])
+        if age == 0:
+            self._take(model)
+        elif age > 0 and age % self.update_freq == 0:
+            self._update(model, self.lag + self.multiplier * state.global_step)
+
+    def _update(self, model: torch.nn.Module, age: float) -> None:
+        share = max(age**-self.ema_power, self.min_ema_multiplier)
+        correction = age**-self.bias_power
+        for name, average in self._average.items():
+            weights = model.get_parameter(name).to(self.device)
+            average.mul_(1 - share).add_(weights, alpha=share)
+            self.running_model.get_parameter(name).copy_(average + correction * (weights - self._start[name]))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Saves the averaged model."""
+        if state.is_world_process_zero:
+            folder = os.path.join(args.output_dir, "bema")
+            self.running_model.save_pretrained(folder)
+            logger.info(f"The averaged (BEMA) model is saved to {folder}.")
