@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,6 +111,9 @@ class BaseTrainer(Trainer):
     config_class = BaseConfig
     token_columns: ClassVar[tuple[str, ...]] = ()
     signature_columns: ClassVar[tuple[str, ...] | None] = None
+    # How a model comes from a name, and what its forward is taught: see `modeling.scoring`.
+    load_model: ClassVar[Callable[..., PreTrainedModel]] = staticmethod(load_causal_lm)
+    attach: ClassVar[Callable[[PreTrainedModel], None]] = staticmethod(attach_scoring)
     # The trainer divides the loss by the accumulation steps itself; a loss that does it says otherwise.
     loss_is_scaled_for_ga = False
     router_aux_loss_coef = 0.0
@@ -118,7 +122,8 @@ class BaseTrainer(Trainer):
         """The trainer's own config: from `args`, or with defaults and an output folder named after the model."""
         if args is None:
             name = model if isinstance(model, str) else base_model(model).config._name_or_path
-            args = self.config_class(f"{(name or 'model').rstrip('/').split('/')[-1]}-{self.method.upper()}")
+            method = self.config_class.__name__.removesuffix("Config")
+            args = self.config_class(f"{(name or 'model').rstrip('/').split('/')[-1]}-{method}")
         args = self.config_class.from_any(args)
         check_output_dir(args.output_dir)
         return args
@@ -135,7 +140,7 @@ class BaseTrainer(Trainer):
                 options["quantization_config"] = quantization_config
             if args.parallel_mode.name == "DISTRIBUTED":
                 options["device_map"] = None
-            return load_causal_lm(model, **options)
+            return self.load_model(model, **options)
         if args.model_init_kwargs:
             logger.warning("model_init_kwargs is ignored: the model is an object that is loaded already.")
         if quantization_config is not None:
@@ -157,6 +162,7 @@ class BaseTrainer(Trainer):
             raise ValueError("processing_class is a processor of images; only text models are supported so far")
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
+        self.adjust_tokenizer(processing_class, model, args)
         if args.pad_token is not None:
             if args.pad_token not in processing_class.get_vocab():
                 raise ValueError(f"pad_token={args.pad_token!r} is not in the tokenizer's vocabulary")
@@ -173,11 +179,16 @@ class BaseTrainer(Trainer):
             inner.generation_config.pad_token_id = processing_class.pad_token_id
         return processing_class
 
+    def adjust_tokenizer(
+        self, processing_class: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, args: BaseConfig
+    ) -> None:
+        """What the arguments change in the tokenizer and the model's vocabulary, before a pad token is chosen."""
+
     def adapt(
         self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: BaseConfig
     ) -> PreTrainedModel | PeftModel:
         """The model with its adapter, scoring forward and dropout as the arguments ask."""
-        attach_scoring(base_model(model))
+        self.attach(base_model(model))
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
@@ -192,7 +203,7 @@ class BaseTrainer(Trainer):
         Raises:
             ValueError: batch_layout="packed" was asked for and cannot be.
         """
-        possible, reason = supports_packed(model, args.max_length)
+        possible, reason = self.can_pack(model, args)
         wanted = args.batch_layout in ("auto", "packed") and possible
         before = model.config.get_text_config()._attn_implementation
         if wanted:
@@ -207,10 +218,8 @@ class BaseTrainer(Trainer):
             )
             model.trl_fast_fused_head = False
         if wanted and not verdict.packed_ok:
-            possible, reason = (
-                False,
-                f"its packed scores differ from the single ones by {verdict.packed_error:.3g} nats",
-            )
+            possible = False
+            reason = f"its packed scores differ from the single ones by {verdict.packed_error:.3g}"
         if possible and wanted:
             return "packed"
         if before is not None and wanted:
@@ -220,6 +229,10 @@ class BaseTrainer(Trainer):
         if args.batch_layout == "auto":
             logger.warning(f"batch_layout: using 'padded', because {reason}.")
         return "padded"
+
+    def can_pack(self, model: PreTrainedModel, args: BaseConfig) -> tuple[bool, str]:
+        """Whether a model is declared to be able to run packed rows, and why not."""
+        return supports_packed(model, args.max_length)
 
     def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) -> Verdict:
         """How far our scores of a few sequences are from the model's own."""
@@ -409,7 +422,7 @@ class BaseTrainer(Trainer):
             lines.append(f"base_model: {origin}")
         lines += ["tags:", "- trl_fast", f"- {self.method}", "---", ""]
         lines += [f"# {model_name or Path(self.args.output_dir).name}", ""]
-        lines += [f"Trained from `{origin}` with {self.method.upper()} by trl_fast.", ""]
+        lines += [f"Trained from `{origin}` by trl_fast's {type(self).__name__}.", ""]
         Path(self.args.output_dir, "README.md").write_text("\n".join(lines))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
