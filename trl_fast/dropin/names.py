@@ -16,7 +16,7 @@ _CALLBACKS = dict.fromkeys(
 # Module of TRL: {name: module of trl_fast, with ":name" where it is called otherwise there}. `trl` and `trl.trainer`
 # have all public names of trl_fast besides.
 MODULES: dict[str, dict[str, str]] = {
-    "trl": {},
+    "trl": {"truncate_dataset": "trl_fast.data"},
     "trl.trainer": {"disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout"},
     "trl.trainer.callbacks": _CALLBACKS,
     "trl.trainer.dpo_config": {"DPOConfig": "trl_fast"},
@@ -30,8 +30,21 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.models": {"create_reference_model": "trl_fast"},
     "trl.models.utils": {"create_reference_model": "trl_fast"},
     "trl.models.modeling_base": {"create_reference_model": "trl_fast"},
-    "trl.data_utils": dict.fromkeys(("extract_prompt", "is_conversational", "maybe_extract_prompt"), "trl_fast"),
-    "trl.chat_template_utils": {"clone_chat_template": "trl_fast"},
+    "trl.data_utils": dict.fromkeys(
+        (
+            "apply_chat_template",
+            "extract_prompt",
+            "is_conversational",
+            "is_conversational_from_value",
+            "maybe_apply_chat_template",
+            "maybe_convert_to_chatml",
+            "maybe_extract_prompt",
+            "pack_dataset",
+            "truncate_dataset",
+        ),
+        "trl_fast.data",
+    ),
+    "trl.chat_template_utils": dict.fromkeys(("clone_chat_template", "get_training_chat_template"), "trl_fast"),
     "trl.rewards": dict.fromkeys(
         (
             "accuracy_reward",
@@ -59,7 +72,7 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.commands": {},
     "trl.commands.cli_utils": {**_ARGUMENTS, "init_zero_verbose": "trl_fast"},
     "trl.experimental": {},
-    "trl.experimental.utils": {"create_reference_model": "trl_fast"},
+    "trl.experimental.utils": {"create_reference_model": "trl_fast", "truncate_dataset": "trl_fast.data"},
 }
 
 

@@ -1,0 +1,119 @@
+"""Which names `import trl` answers, and what is said about the others."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+import trl_fast
+from trl_fast.dropin.names import GONE, MODULES, TRL_VERSION
+
+# Names and modules that TRL 1.16 has no more, but older versions had.
+OLDER_MODULES = {"trl.models.modeling_base", "trl.commands", "trl.commands.cli_utils"}
+OLDER_NAMES = {
+    ("trl", "truncate_dataset"),
+    ("trl.data_utils", "truncate_dataset"),
+    ("trl.trainer.utils", "get_kbit_device_map"),
+    ("trl.trainer.utils", "ModelConfig"),
+}
+
+
+def test_the_table_is_true_of_trl():
+    import trl
+
+    assert trl.__version__ == TRL_VERSION
+    for module, places in MODULES.items():
+        if module in OLDER_MODULES:
+            with pytest.raises(ImportError):
+                importlib.import_module(module)
+            continue
+        theirs = importlib.import_module(module)
+        for name in places:
+            assert hasattr(theirs, name) or (module, name) in OLDER_NAMES, f"{module}.{name}"
+
+
+@pytest.fixture
+def installed(without_trl):
+    trl_fast.install_as_trl()
+    import trl
+
+    return trl
+
+
+def test_every_name_of_the_table_is_there(installed):
+    for module, places in MODULES.items():
+        ours = importlib.import_module(module)
+        for name in places:
+            assert getattr(ours, name).__module__.startswith("trl_fast"), f"{module}.{name}"
+        assert set(places) <= set(dir(ours))
+
+
+def test_the_packages_have_all_that_is_public_here(installed):
+    for name in set(trl_fast.__all__) - {"__version__"}:
+        assert getattr(installed, name) is getattr(trl_fast, name)
+        assert getattr(installed.trainer, name) is getattr(trl_fast, name)
+    assert installed.__version__ == TRL_VERSION
+
+
+def test_every_way_of_importing(installed):
+    namespace = {}
+    exec("import trl.trainer.dpo_trainer as a\nfrom trl.trainer import *\nfrom trl.scripts import utils", namespace)
+    assert namespace["a"].DPOTrainer is namespace["DPOTrainer"] is trl_fast.DPOTrainer
+    assert namespace["utils"].TrlParser is trl_fast.TrlParser
+    assert installed.rewards.think_format_reward.__module__ == "trl_fast.rewards"
+
+
+@pytest.mark.parametrize(
+    "statement, message",
+    [
+        ("from trl import setup_chat_format", "trl.setup_chat_format: TRL had it until 0.25; use clone_chat_template"),
+        ("from trl import DataCollatorForCompletionOnlyLM", "until 0.19.*completion_only_loss"),
+        ("from trl.trainer import ORPOTrainer", "trl.trainer.ORPOTrainer: TRL had it until 0.28.*trl.experimental"),
+        ("from trl import DistillationTrainer", "trl_fast does not have trl.DistillationTrainer; leave it out"),
+        ("from trl.trainer.utils import get_peft_config, flush_left", "does not have trl.trainer.utils.flush_left"),
+        ("import trl.core", "trl.core: it is a name of an older TRL"),
+        ("from trl.core import LengthSampler", "trl.core"),
+        ("import trl.experimental.gold", "experimental methods; run the script with TRL itself"),
+        ("from trl.trainer.distillation_trainer import DistillationTrainer", "trl.trainer.distillation_trainer"),
+    ],
+)
+def test_what_is_not_there_is_an_import_error_that_says_what_to_do(statement, message, installed):
+    with pytest.raises(ImportError, match=message):
+        exec(statement)
+
+
+def test_attributes_that_are_not_there(installed):
+    assert not hasattr(installed, "DistillationTrainer")
+    with pytest.raises(AttributeError, match="TRL had it until 0.25"):
+        installed.setup_chat_format  # noqa: B018
+    with pytest.raises(AttributeError, match="does not have trl.trainer.utils.flush_left"):
+        installed.trainer.utils.flush_left  # noqa: B018
+
+
+def test_no_name_that_is_there_is_called_gone():
+    assert not set(GONE) & set(trl_fast.__all__)
+    assert not {name for name in GONE for places in MODULES.values() if name in places}
+
+
+def test_trl_itself_must_not_have_been_imported():
+    import trl
+
+    with pytest.raises(ImportError, match=r"trl has been imported from .*trl/__init__.py already.*trl-fast run"):
+        trl_fast.install_as_trl()
+    assert sys.modules["trl"] is trl
+
+
+def test_twice_is_once(installed):
+    trl_fast.install_as_trl()
+    assert sys.modules["trl"] is installed
+    assert sum(getattr(finder, "__name__", "") == "TrlFinder" for finder in sys.meta_path) == 1
+
+
+def test_an_import_of_trl_is_cheap():
+    script = (
+        "import sys, trl_fast; trl_fast.install_as_trl(); import trl; print({'torch', 'datasets'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
