@@ -18,6 +18,8 @@ _EXPORTS = {
     "DPOTrainer": "trl_fast.trainers",
     "LogCompletionsCallback": "trl_fast.trainers",
     "RichProgressCallback": "trl_fast.trainers",
+    "SFTConfig": "trl_fast.trainers",
+    "SFTTrainer": "trl_fast.trainers",
     "SyncRefModelCallback": "trl_fast.trainers",
     "DatasetMixtureConfig": "trl_fast.cli.arguments",
     "ModelConfig": "trl_fast.cli.arguments",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
         DPOTrainer,
         LogCompletionsCallback,
         RichProgressCallback,
+        SFTConfig,
+        SFTTrainer,
         SyncRefModelCallback,
     )
 

@@ -33,6 +33,7 @@ from .labelled import (
     unpacked,
 )
 from .packing import LAYOUTS, TokenBatch, pack_trees
+from .sft import SFTFormat, SFTLength, prepare_sft_dataset, tokenize_sft
 from .training_templates import get_training_chat_template, has_generation_marks, trains_stop_token
 from .trees import TRUNCATION_MODES, Tree, truncate_tree
 from .validation import ValidationReport, validate
@@ -40,6 +41,8 @@ from .validation import ValidationReport, validate
 __all__ = [
     "LAYOUTS",
     "TOKEN_COLUMNS",
+    "SFTFormat",
+    "SFTLength",
     "TRUNCATION_MODES",
     "ConvertingCollator",
     "DataCollatorForLanguageModeling",
@@ -68,7 +71,9 @@ __all__ = [
     "pack_labelled",
     "pack_trees",
     "prepare_preference_dataset",
+    "prepare_sft_dataset",
     "tokenize_preference",
+    "tokenize_sft",
     "trains_stop_token",
     "truncate_dataset",
     "truncate_tree",

@@ -98,12 +98,12 @@ def tokenize_preference(example: dict[str, Any], processing_class: "PreTrainedTo
         eos_token = processing_class.eos_token
         prompt_ids = processing_class(text=example["prompt"])["input_ids"]
         full = [
-            processing_class(text=example["prompt"] + _end_with(example[column], eos_token))["input_ids"]
+            processing_class(text=example["prompt"] + end_with(example[column], eos_token))["input_ids"]
             for column in ("chosen", "rejected")
         ]
     start = min(common_prefix_length(prompt_ids, ids) for ids in full)
     if start < len(prompt_ids):
-        _warn_of_prompt_tail(processing_class.decode(prompt_ids[start:]))
+        warn_of_prompt_tail(processing_class.decode(prompt_ids[start:]))
     return {"prompt_ids": prompt_ids[:start], "chosen_ids": full[0][start:], "rejected_ids": full[1][start:]}
 
 
@@ -117,11 +117,13 @@ def _template_ids(processing_class: "PreTrainedTokenizerBase", messages: list[di
     return processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
 
 
-def _end_with(text: str, ending: str) -> str:
+def end_with(text: str, ending: str) -> str:
+    """The text, with the ending put behind it if it does not end so."""
     return text if text.endswith(ending) else text + ending
 
 
-def _warn_of_prompt_tail(tail: str) -> None:
+def warn_of_prompt_tail(tail: str) -> None:
+    """Says once a process that a prompt's end is left out."""
     global _warned_of_prompt_tail
     if not _warned_of_prompt_tail:
         _warned_of_prompt_tail = True
@@ -165,26 +167,27 @@ def prepare_preference_dataset(
     check_tokenizer(processing_class)
     if not set(TOKEN_COLUMNS) <= set(columns):
         arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
-        options = _map_options(dataset, num_proc, f"Tokenizing {name} dataset")
+        options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
         dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
     if max_prompt_length is not None:
-        options = _map_options(dataset, num_proc, f"Truncating prompts of {name} dataset")
+        options = map_options(dataset, num_proc, f"Truncating prompts of {name} dataset")
         dataset = dataset.map(_keep_prompt_end, fn_kwargs={"max_prompt_length": max_prompt_length}, **options)
     if max_completion_length is not None:
-        options = _map_options(dataset, num_proc, f"Truncating completions of {name} dataset")
+        options = map_options(dataset, num_proc, f"Truncating completions of {name} dataset")
         arguments = {"max_completion_length": max_completion_length}
         dataset = dataset.map(_keep_completion_start, fn_kwargs=arguments, **options)
     if isinstance(dataset, Dataset):
         check_completions(dataset, name)
     if max_length is not None and truncation_mode == "keep_start":
-        options = _map_options(dataset, num_proc, f"Dropping fully truncated rows of {name} dataset")
+        options = map_options(dataset, num_proc, f"Dropping fully truncated rows of {name} dataset")
         dataset = dataset.filter(_prompt_leaves_room, fn_kwargs={"max_length": max_length}, **options)
         if isinstance(dataset, Dataset):
             check_not_emptied(dataset, max_length, name)
     return dataset
 
 
-def _map_options(dataset: Dataset | IterableDataset, num_proc: int | None, desc: str) -> dict[str, Any]:
+def map_options(dataset: Dataset | IterableDataset, num_proc: int | None, desc: str) -> dict[str, Any]:
+    """Keywords of `map` and `filter` that only a Dataset takes, not a stream."""
     return {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
 
 

@@ -3,6 +3,8 @@
 from .callbacks import BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback
 from .dpo import DPOTrainer
 from .dpo_config import DPOConfig
+from .sft import SFTTrainer
+from .sft_config import SFTConfig
 
 __all__ = [
     "BEMACallback",
@@ -10,5 +12,7 @@ __all__ = [
     "DPOTrainer",
     "LogCompletionsCallback",
     "RichProgressCallback",
+    "SFTConfig",
+    "SFTTrainer",
     "SyncRefModelCallback",
 ]

@@ -208,7 +208,7 @@ class BaseTrainer(Trainer):
         before = model.config.get_text_config()._attn_implementation
         if wanted:
             use_segment_attention(model)
-        probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1]
+        probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
         verdict = self.try_out(model, probes, packed=wanted)
         if not verdict.fused_ok:
             logger.warning(
@@ -286,20 +286,25 @@ class BaseTrainer(Trainer):
         with args.main_process_first(desc="preparing the datasets"):
             train_dataset = prepare(train_dataset, "train")
             if isinstance(eval_dataset, dict):
-                eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
+                eval_dataset = {name: prepare(dataset, f"eval {name}") for name, dataset in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
-        parts = {"train": train_dataset} | (eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset})
+        parts = {"train": train_dataset, "eval": None if isinstance(eval_dataset, dict) else eval_dataset}
+        if isinstance(eval_dataset, dict):
+            parts |= {f"eval {name}": part for name, part in eval_dataset.items()}
         inner = base_model(model)
         vocab_size = (inner.get_output_embeddings() or inner.get_input_embeddings()).weight.shape[0]
-        largest = [
-            check_token_ids(part, vocab_size, name, self.token_columns)
-            for name, part in parts.items()
-            if isinstance(part, Dataset)
-        ]
-        streamed = any(isinstance(part, IterableDataset) for part in parts.values())
-        check_head_vocabulary(processing_class, vocab_size, None if streamed else max(largest, default=None))
+        known = {name: part for name, part in parts.items() if self._shows_tokens(part)}
+        largest = [check_token_ids(part, vocab_size, name, self.token_columns) for name, part in known.items()]
+        all_known = len(known) == sum(part is not None for part in parts.values())
+        check_head_vocabulary(processing_class, vocab_size, max(largest, default=None) if all_known else None)
         return train_dataset, eval_dataset
+
+    def _shows_tokens(self, dataset: AnyDataset | None) -> bool:
+        """Whether a dataset's token ids can be looked through: neither a stream nor made as they are read."""
+        if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+            return False
+        return set(self.token_columns) <= set(dataset.column_names)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -1,0 +1,289 @@
+"""Data for supervised fine-tuning: from rows of text or messages to token ids and labels."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
+
+from .chat import maybe_convert_to_chatml
+from .checks import check_tokenizer
+from .dataset_packing import pack_dataset
+from .formats import common_prefix_length, end_with, is_conversational, map_options, warn_of_prompt_tail
+from .labelled import IGNORED
+from .sft_checks import check_first_row, check_row, place, row_lengths
+from .trees import TRUNCATION_MODES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AnyDataset = Dataset | IterableDataset
+
+logger = logging.getLogger(__name__)
+
+# Part of the cache's key: datasets hashes a module's function by its name, not by its code. Count it up whenever rows
+# come out differently.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SFTFormat:
+    """How rows become token ids and labels.
+
+    - `text_field`: the column of plain text.
+    - `completion_only_loss`: only completions are learned, of rows that have a prompt.
+    - `assistant_only_loss`: only what the assistant says is learned; the chat template has to mark it.
+    - `chat_template`: to be used instead of the tokenizer's own.
+    """
+
+    text_field: str = "text"
+    completion_only_loss: bool = False
+    assistant_only_loss: bool = False
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class SFTLength:
+    """What happens to rows longer than `max_length` tokens (None: no limit).
+
+    They lose their end (`truncation_mode` keep_start) or their beginning (keep_end). With a `packing_strategy`, rows
+    are packed into rows of that length instead, by `pack_dataset`.
+    """
+
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    packing_strategy: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(
+                f"truncation_mode={self.truncation_mode!r} is unknown; expected one of {', '.join(TRUNCATION_MODES)}."
+            )
+        if self.packing_strategy is not None and self.max_length is None:
+            raise ValueError("packing needs the length to pack to, but max_length is None; set max_length.")
+
+
+def tokenize_sft(
+    example: dict[str, Any], processing_class: PreTrainedTokenizerBase, how: SFTFormat
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of a row: `prompt` and `completion`, `messages`, or a text.
+
+    Messages go through the chat template, with the row's `tools` (a list, or one as JSON) and `chat_template_kwargs`.
+    Text gets the tokenizer's default special tokens, and the EOS token if it does not end with it. A completion starts
+    where the prompt's own tokens and those of the whole first differ (see `tokenize_preference`). A label is the token
+    itself, or -100 where the token is not learned.
+    """
+    conversational = is_conversational(example)
+    if not conversational:
+        check_tokenizer(processing_class, needs_eos=True)
+    tools = example.get("tools")
+    options = {
+        "chat_template": how.chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
+
+    def encode(value: Any, **more: Any) -> dict[str, list[int]]:
+        if not conversational:
+            return processing_class(text=value)
+        return processing_class.apply_chat_template(value, tokenize=True, return_dict=True, **more, **options)
+
+    marks = {"return_assistant_tokens_mask": how.assistant_only_loss}
+    if "completion" in example:
+        prompt, completion = example["prompt"], example["completion"]
+        if not conversational:
+            completion = end_with(completion, processing_class.eos_token)
+        prompt_ids = encode(prompt, add_generation_prompt=True)["input_ids"]
+        encoded = encode(prompt + completion, **marks)
+        start = common_prefix_length(prompt_ids, encoded["input_ids"])
+        if start < len(prompt_ids):
+            warn_of_prompt_tail(processing_class.decode(prompt_ids[start:]))
+    else:
+        start = 0
+        text = example["messages"] if conversational else end_with(example[how.text_field], processing_class.eos_token)
+        encoded = encode(text, **marks)
+    ids = list(encoded["input_ids"])
+    masks = [encoded["assistant_masks"]] if how.assistant_only_loss else []
+    if how.completion_only_loss and start:
+        masks.append([0] * start + [1] * (len(ids) - start))
+    return {"input_ids": ids, "labels": _masked(ids, masks)}
+
+
+def prepare_sft_dataset(
+    dataset: AnyDataset,
+    processing_class: PreTrainedTokenizerBase,
+    how: SFTFormat,
+    length: SFTLength,
+    *,
+    formatting_func: Callable[[dict[str, Any]], str] | None = None,
+    shuffle_seed: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> AnyDataset:
+    """Check a dataset, tokenize it, label its tokens, cut or pack its rows.
+
+    Rows have `messages`, `conversations`, `prompt` and `completion`, or text in `how.text_field`, which
+    `formatting_func` writes if there is one; or they are tokenized: `input_ids`, with `labels`, or with masks
+    (`completion_mask`, `assistant_masks`) that labels are made from, or nothing else. The answer has `input_ids` and
+    `labels` (int64 lists), and `seq_lengths` where it is packed by best-fit. A packed dataset comes back as it is.
+
+    Rows that have no label left after truncation are dropped; how much is cut and dropped is logged. With a
+    `shuffle_seed`, rows are shuffled before they are packed, and at the end. Streams are processed as they are read.
+
+    Raises ValueError for bad data, naming the dataset `name` and the row.
+    """
+    columns = check_first_row(dataset, how.text_field, formatting_func is not None, name)
+    if "seq_lengths" in columns:
+        return dataset
+    if "input_ids" in columns:
+        if formatting_func is not None:
+            logger.warning(f"The {name} dataset has input_ids already: formatting_func is ignored.")
+        dataset = _label(dataset, columns, how, num_proc, name)
+    else:
+        if formatting_func is not None:
+            dataset = _format(dataset, columns, formatting_func, how.text_field, num_proc, name)
+        arguments = {"processing_class": processing_class, "how": how, "name": name, "version": FORMAT_VERSION}
+        options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
+        dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
+    if isinstance(dataset, Dataset):
+        _report_cut(row_lengths(dataset, name), length, name)
+    if length.packing_strategy is not None:
+        dataset = dataset.select_columns(["input_ids", "labels"])
+        if shuffle_seed is not None:
+            dataset = dataset.shuffle(seed=shuffle_seed)
+        options = map_options(dataset, num_proc, f"Packing {name} dataset")
+        dataset = pack_dataset(dataset, length.max_length, length.packing_strategy, options)
+    elif length.max_length is not None:
+        dataset = _truncate(dataset, length, num_proc, name)
+    return dataset if shuffle_seed is None else dataset.shuffle(seed=shuffle_seed)
+
+
+def _format(
+    dataset: AnyDataset, columns: list[str], function: Callable, text_field: str, num_proc: int | None, name: str
+) -> AnyDataset:
+    """The dataset with the function's text as its only content."""
+    options = map_options(dataset, num_proc, f"Formatting {name} dataset")
+    replaced = [column for column in ("messages", "conversations", "prompt", "completion") if column in columns]
+    return dataset.map(
+        _format_row,
+        with_indices=True,
+        fn_kwargs={"function": function, "text_field": text_field, "name": name},
+        remove_columns=replaced,
+        **options,
+    )
+
+
+def _label(dataset: AnyDataset, columns: list[str], how: SFTFormat, num_proc: int | None, name: str) -> AnyDataset:
+    """A tokenized dataset with labels."""
+    if "labels" in columns:
+        return dataset
+    masks = [column for column in ("completion_mask", "assistant_masks") if column in columns]
+    if "completion_mask" in masks and not how.completion_only_loss:
+        logger.warning(
+            f"The {name} dataset's completion_mask is ignored, so prompts are learned too; set "
+            "completion_only_loss=True to learn completions only."
+        )
+        masks.remove("completion_mask")
+    options = map_options(dataset, num_proc, f"Labelling {name} dataset")
+    return dataset.map(
+        _label_row, with_indices=True, fn_kwargs={"masks": masks, "name": name}, remove_columns=masks, **options
+    )
+
+
+def _truncate(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name: str) -> AnyDataset:
+    options = map_options(dataset, num_proc, f"Truncating {name} dataset")
+    arguments = {"max_length": length.max_length, "mode": length.truncation_mode}
+    dataset = dataset.map(_truncate_row, input_columns=["input_ids", "labels"], fn_kwargs=arguments, **options)
+    options = map_options(dataset, num_proc, f"Dropping rows without labels from {name} dataset")
+    kept = dataset.filter(_has_label, input_columns=["labels"], **options)
+    if isinstance(dataset, Dataset) and len(kept) < len(dataset):
+        dropped = f"{len(dataset) - len(kept)} of {len(dataset)} rows"
+        if len(kept) == 0:
+            raise ValueError(
+                f"The {name} dataset is empty: no row has a token to learn among the max_length={length.max_length} "
+                f"that truncation_mode={length.truncation_mode!r} leaves. Raise max_length, or check the masks."
+            )
+        logger.warning(f"The {name} dataset: {dropped} have no token to learn within max_length and are dropped.")
+    return kept
+
+
+def _report_cut(lengths: np.ndarray, length: SFTLength, name: str) -> None:
+    """One line that says what `length` does to rows of these lengths, if anything."""
+    longer = lengths[lengths > length.max_length] if length.max_length is not None else lengths[:0]
+    if len(longer) == 0 or length.packing_strategy == "wrapped":
+        return
+    rows = f"The {name} dataset: {len(longer)} of {len(lengths)} rows are longer than max_length={length.max_length}"
+    tokens = f"{(longer - length.max_length).sum()} of {lengths.sum()} tokens"
+    if length.packing_strategy == "bfd_split":
+        logger.warning(f"{rows} and are split into pieces (packing_strategy='bfd_split').")
+    elif length.packing_strategy is not None:
+        logger.warning(
+            f"{rows}; packing_strategy={length.packing_strategy!r} cuts {tokens} off their ends, 'bfd_split' would "
+            "keep them."
+        )
+    else:
+        logger.warning(f"{rows}; truncation_mode={length.truncation_mode!r} cuts {tokens} off.")
+
+
+def _masked(ids: list[int], masks: list[list[int]]) -> list[int]:
+    return [token if all(bits) else IGNORED for token, *bits in zip(ids, *masks, strict=True)]
+
+
+# The functions given to `map` and `filter` stand at module level: datasets pickles them for its worker processes and
+# hashes them for its cache.
+
+
+def _format_row(example: dict[str, Any], row: int, function: Callable, text_field: str, name: str) -> dict[str, str]:
+    text = function(example)
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{place(name, row)}: formatting_func returned {type(text).__name__}; expected a string for each row."
+        )
+    return {text_field: text}
+
+
+def _tokenize_row(
+    example: dict[str, Any],
+    row: int,
+    processing_class: PreTrainedTokenizerBase,
+    how: SFTFormat,
+    name: str,
+    version: int,
+) -> dict[str, Any]:
+    example = maybe_convert_to_chatml(check_row(example, how.text_field, row, name))
+    try:
+        tokens = tokenize_sft(example, processing_class, how)
+    except TemplateError as error:
+        raise ValueError(f"{place(name, row)}: the chat template refuses the messages: {error}") from error
+    if how.assistant_only_loss and not _has_label(tokens["labels"]):
+        raise ValueError(
+            f"{place(name, row)}: assistant_only_loss=True, but no token is marked as the assistant's. Check that the "
+            "row has a message with role 'assistant', and that the chat template puts {% generation %} around it."
+        )
+    return tokens
+
+
+def _label_row(example: dict[str, Any], row: int, masks: list[str], name: str) -> dict[str, list[int]]:
+    ids = example["input_ids"]
+    for column in masks:
+        if len(example[column]) != len(ids):
+            raise ValueError(
+                f"{place(name, row)}: column {column!r} has {len(example[column])} elements, 'input_ids' {len(ids)}; "
+                "expected as many."
+            )
+    return {"labels": _masked(ids, [example[column] for column in masks])}
+
+
+def _truncate_row(input_ids: list[int], labels: list[int], max_length: int, mode: str) -> dict[str, list[int]]:
+    kept = slice(None, max_length) if mode == "keep_start" else slice(-max_length, None)
+    return {"input_ids": input_ids[kept], "labels": labels[kept]}
+
+
+def _has_label(labels: list[int]) -> bool:
+    return any(label != IGNORED for label in labels)

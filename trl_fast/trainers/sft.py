@@ -1,0 +1,343 @@
+"""SFTTrainer: TRL's constructor and behaviour, on packed batches and the fused head."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from trl_fast.data import (
+    ConvertingCollator,
+    LabelledCollator,
+    TokenBatch,
+    get_training_chat_template,
+    is_conversational,
+    is_conversational_from_value,
+    prepare_sft_dataset,
+    trains_stop_token,
+    unpacked,
+)
+from trl_fast.losses.sft import OUTPUTS, TOKEN_LOSSES, token_metrics
+from trl_fast.modeling.chat_template import clone_chat_template
+from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.scoring import model_inputs
+
+from .base import AnyDataset, BaseTrainer, older_tokenizer_name, router_coefficient
+from .base_config import deprecated
+from .sft_config import SFTConfig
+
+logger = logging.getLogger(__name__)
+
+# Arguments of the constructor in older versions of TRL, which are fields of SFTConfig now.
+_OLDER_ARGUMENTS = {
+    "dataset_text_field": "dataset_text_field",
+    "max_seq_length": "max_length",
+    "packing": "packing",
+    "eval_packing": "eval_packing",
+    "dataset_num_proc": "dataset_num_proc",
+    "dataset_kwargs": "dataset_kwargs",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+    "model_init_kwargs": "model_init_kwargs",
+}
+_WITHOUT_EFFECT = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
+
+
+class SFTTrainer(BaseTrainer):
+    """Supervised fine-tuning.
+
+    Args:
+        model: a name, a causal language model, or a PeftModel.
+        args: an SFTConfig; TRL's own and a plain TrainingArguments are accepted too.
+        data_collator: returns a TokenBatch, or the tensors that a model's forward takes, with labels.
+        train_dataset, eval_dataset: rows of text, messages, prompt and completion, or token ids
+            (`data.prepare_sft_dataset` says which). eval_dataset may be a dict of datasets.
+        processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
+        compute_loss_func: the loss from the model's own output, the labels and num_items_in_batch, which takes whole
+            logits and so more memory.
+        formatting_func: the text to learn from a row.
+        The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Arguments that
+        older versions of TRL took here instead of in SFTConfig are accepted.
+
+    Raises:
+        ValueError, TypeError: bad arguments or data, by name, before training starts.
+    """
+
+    method = "sft"
+    config_class = SFTConfig
+    token_columns = ("input_ids",)
+    signature_columns = ("input_ids", "labels", "seq_lengths")
+    # A loss that was divided by the tokens of all micro-batches needs no more dividing; transformers knows which is.
+    loss_is_scaled_for_ga = None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: object | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **older: Any,
+    ) -> None:
+        processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
+        args = self._accept_older_arguments(self.resolve_config(args, model), older)
+        self.check_dataset_type(train_dataset, "train_dataset")
+        model = self.resolve_model(model, args, quantization_config)
+        processing_class = self.resolve_tokenizer(processing_class, model, args)
+        self.formatting_func = formatting_func
+        self._read_data_kind(train_dataset, processing_class, args)
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
+        model = self.adapt(model, peft_config, args)
+        layout = self.choose_layout(base_model(model), args, _sample_sequences(train_dataset))
+        self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
+        self.token_loss = TOKEN_LOSSES[args.loss_type]
+        # In TRL these settings make one row of a batch, which shows in padding and in what compute_metrics is given.
+        self.padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+        self.start(
+            model=model,
+            args=args,
+            data_collator=self._collator(data_collator, layout, processing_class, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=self._check_loss_func(compute_loss_func, args),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+
+    # ---- arguments
+
+    def _accept_older_arguments(self, args: SFTConfig, older: dict[str, Any]) -> SFTConfig:
+        owner = type(self).__name__
+        for name, value in older.items():
+            if name in _OLDER_ARGUMENTS:
+                now = _OLDER_ARGUMENTS[name]
+                deprecated(owner, name, f"it works; SFTConfig({now}=...) is the present way.")
+                if value is not None:
+                    setattr(args, now, value)
+            elif name in _WITHOUT_EFFECT:
+                deprecated(owner, name, "packing counts tokens without a buffer, so it has no effect.")
+            else:
+                raise TypeError(f"{owner} has no argument {name!r}")
+        if older:
+            args.check()
+        return args
+
+    def _check_loss_func(self, compute_loss_func: Callable | None, args: SFTConfig) -> Callable | None:
+        if compute_loss_func is not None and args.loss_type != "nll":
+            raise ValueError(
+                f"compute_loss_func replaces the loss, so loss_type={args.loss_type!r} cannot be used too"
+            )
+        if compute_loss_func is not None or args.label_smoothing_factor:
+            name = "label_smoothing_factor" if compute_loss_func is None else "compute_loss_func"
+            logger.warning(f"{name} takes whole logits: training is slower and needs more memory than without.")
+        return compute_loss_func
+
+    def adjust_tokenizer(
+        self, processing_class: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, args: SFTConfig
+    ) -> None:
+        """Sets the end token and the chat template that the arguments name.
+
+        Raises:
+            ValueError: eos_token is not in the vocabulary.
+        """
+        inner = base_model(model)
+        if args.eos_token is not None:
+            if args.eos_token not in processing_class.get_vocab():
+                raise ValueError(f"eos_token={args.eos_token!r} is not in the tokenizer's vocabulary")
+            processing_class.eos_token = args.eos_token
+            eos = processing_class.eos_token_id
+            inner.config.get_text_config().eos_token_id = eos
+            # Any of several end tokens stops generation, so the others stay.
+            stops = inner.generation_config.eos_token_id
+            stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+            inner.generation_config.eos_token_id = stops if eos in stops else [eos, *stops]
+        self._added_tokens: list[int] = []
+        path = args.chat_template_path
+        if path is not None and os.path.isfile(path) and path.endswith((".jinja", ".j2")):
+            processing_class.chat_template = Path(path).read_text(encoding="utf-8")
+        elif path is not None:
+            *_, self._added_tokens = clone_chat_template(inner, processing_class, path)
+
+    def adapt(
+        self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: SFTConfig
+    ) -> PreTrainedModel | PeftModel:
+        """As in the base; tokens that came with a chat template are trained beside the adapter."""
+        if peft_config is not None and self._added_tokens:
+            peft_config = copy.deepcopy(peft_config)
+            indices = dict(peft_config.trainable_token_indices or {})
+            indices["embed_tokens"] = [*indices.get("embed_tokens", []), *self._added_tokens]
+            peft_config.trainable_token_indices = indices
+            peft_config.modules_to_save = list({*(peft_config.modules_to_save or []), "lm_head"})
+            logger.warning(
+                "chat_template_path brought new tokens: their embeddings and the whole lm_head are trained."
+            )
+        return super().adapt(model, peft_config, args)
+
+    # ---- data
+
+    def _read_data_kind(
+        self, train_dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig
+    ) -> None:
+        """What the first row says about which tokens are learned."""
+        row = next(iter(train_dataset), {})
+        with_prompt = row.keys() >= {"prompt", "completion"} and self.formatting_func is None
+        self.completion_only_loss = with_prompt if args.completion_only_loss is None else args.completion_only_loss
+        tokenized = "input_ids" in row
+        if args.completion_only_loss and not (with_prompt or tokenized):
+            reason = "formatting_func makes one text of each row" if self.formatting_func else f"it has {list(row)}"
+            raise ValueError(
+                f"completion_only_loss=True needs a train dataset with 'prompt' and 'completion', but {reason}; set "
+                "completion_only_loss=False, or give the data as prompts and completions"
+            )
+        self.chat_template = None
+        if args.assistant_only_loss and not tokenized:
+            if not (is_conversational(row) or is_conversational_from_value(row)):
+                raise ValueError(
+                    f"assistant_only_loss=True needs conversations, but the train dataset has {list(row)}; set it to "
+                    "False, or give the data as messages"
+                )
+            self.chat_template = get_training_chat_template(processing_class)
+            if not trains_stop_token(processing_class, self.chat_template):
+                logger.warning(
+                    "assistant_only_loss=True: the chat template leaves the token that ends the assistant's turn "
+                    "outside {% generation %}, so the model may not learn to stop. Move it inside."
+                )
+
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig, name: str
+    ) -> AnyDataset:
+        """Rows with input_ids and labels, packed if the arguments ask for it; see `data.prepare_sft_dataset`."""
+        if args.skips_preparation:
+            columns = dataset.column_names or []
+            if "labels" not in columns and {"completion_mask", "assistant_masks"} & set(columns):
+                raise ValueError(
+                    f"The {name} dataset has masks but no labels, and skip_prepare_dataset=True makes none, so "
+                    "every token would be learned. Add a 'labels' column, or leave skip_prepare_dataset out."
+                )
+            return dataset
+        packing = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
+        return prepare_sft_dataset(
+            dataset,
+            processing_class,
+            args.row_format(self.completion_only_loss, self.chat_template),
+            args.row_length(packing),
+            formatting_func=self.formatting_func,
+            shuffle_seed=args.seed if args.shuffle_dataset else None,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+
+    def _collator(
+        self, given: Callable | None, layout: str, processing_class: PreTrainedTokenizerBase, args: SFTConfig
+    ) -> Callable:
+        if given is None:
+            multiple = args.pad_to_multiple_of if layout == "padded" or self.padding_free else None
+            return LabelledCollator(processing_class.pad_token_id, layout, multiple)
+        if args.packing and args.packing_strategy != "wrapped":
+            raise ValueError(
+                f"data_collator: with packing_strategy={args.packing_strategy!r} a row holds several examples, which "
+                "only the trainer's own collator keeps apart; leave data_collator out, or set packing=False"
+            )
+        return ConvertingCollator(given, layout)
+
+    # ---- the loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[TokenBatch], device: torch.device) -> torch.Tensor | None:
+        """The learned tokens of all micro-batches of a step, in all processes."""
+        if not batch_samples or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            return None
+        count = torch.tensor(sum(len(batch.targets) for batch in batch_samples), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: TokenBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The loss (0-d) of one micro-batch; its metrics wait for the next log.
+
+        With return_outputs also the model's own output, from one more forward pass.
+        """
+        whole_logits = self.compute_loss_func is not None or self.label_smoother is not None
+        if whole_logits and self.args.loss_type == "nll":
+            loss = self._loss_of_logits(model, inputs, num_items_in_batch)
+            with torch.no_grad():
+                scored = self.score(model, inputs, OUTPUTS, **self.router_kwargs)
+        else:
+            scored = self.score(
+                model,
+                inputs,
+                OUTPUTS,
+                token_loss=lambda scores, _: self.token_loss(scores.logprobs),
+                **self.router_kwargs,
+            )
+            count = len(inputs.targets) if num_items_in_batch is None else num_items_in_batch
+            loss = scored.loss / torch.as_tensor(count, device=scored.loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The count is that of all processes, and DDP takes the mean of their gradients.
+            loss = loss * self.accelerator.num_processes
+        metrics: dict = token_metrics(scored.tokens) | {"num_tokens": self.count_tokens(inputs)}
+        if scored.aux_loss is not None and self.router_aux_loss_coef:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * scored.aux_loss / steps
+            metrics["aux_loss"] = (scored.aux_loss, torch.ones_like(scored.aux_loss))
+        self.record(metrics)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**model_inputs(inputs), use_cache=False)
+
+    def _loss_of_logits(
+        self, model: torch.nn.Module, inputs: TokenBatch, num_items_in_batch: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The user's loss, or the smoothed one of transformers, from whole logits."""
+        output = model(**model_inputs(inputs), use_cache=False)
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(output, _labels(inputs), num_items_in_batch=num_items_in_batch)
+        return self.label_smoother(output, _labels(inputs), shift_labels=True, num_items_in_batch=num_items_in_batch)
+
+    # ---- evaluation
+
+    def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, T, V) and labels (B, T): a row an example, or one row for all with padding_free and packing."""
+        batch = inputs if self.padding_free else unpacked(inputs, self.processing_class.pad_token_id)
+        return model(**model_inputs(batch), use_cache=False).logits, _labels(batch)
+
+
+def _labels(batch: TokenBatch) -> torch.Tensor:
+    """Labels (B, T) that leave out what nothing of the same example predicts."""
+    if batch.sequence_lengths is None:
+        return batch["labels"]
+    return batch["labels"].masked_fill(batch.position_ids == 0, -100)
+
+
+def _sample_sequences(dataset: AnyDataset) -> list[list[int]]:
+    """Token ids of the first two rows, for trying the model out; none where a collator makes them."""
+    return [list(row["input_ids"]) for row in islice(dataset, 2) if "input_ids" in row]

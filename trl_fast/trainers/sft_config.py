@@ -1,0 +1,131 @@
+"""SFTConfig: TRL's arguments and defaults, and the names that older scripts use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_fast.data.dataset_packing import OLDER_STRATEGIES, PACKING_STRATEGIES
+from trl_fast.data.sft import SFTFormat, SFTLength
+from trl_fast.losses.sft import TOKEN_LOSSES
+
+from .base_config import BaseConfig, deprecated, older_name
+
+
+@dataclass
+class SFTConfig(BaseConfig):
+    """Arguments of SFTTrainer.
+
+    Raises:
+        ValueError: a value is out of range or does not go with another; the message names both.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of AdamW."})
+    disable_dropout: bool = field(default=False, metadata={"help": "Switch dropout off in the model."})
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Jinja file (.jinja, .j2), or a tokenizer's folder or hub name, to take the template from."
+        },
+    )
+    dataset_text_field: str = field(default="text", metadata={"help": "The column of plain text."})
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Only skip_prepare_dataset: true, if the rows have input_ids and labels as they should be."},
+    )
+    eos_token: str | None = field(
+        default=None, metadata={"help": "The token that ends a text or turn. Unset: the tokenizer's."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest row in tokens, and the length that packing fills. None: no limit."}
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "Which end of a row longer than max_length stays.",
+            "choices": ["keep_start", "keep_end"],
+        },
+    )
+    shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the rows before and after packing."})
+    packing: bool = field(default=False, metadata={"help": "Put several examples into rows of max_length tokens."})
+    packing_strategy: str = field(
+        default="bfd",
+        metadata={
+            "help": "bfd: whole examples, longer ones cut; bfd_split: longer ones in pieces; wrapped: one stream of "
+            "tokens, cut anywhere, in which an example sees the one before it.",
+            "choices": list(PACKING_STRATEGIES),
+        },
+    )
+    eval_packing: bool | None = field(default=None, metadata={"help": "packing for evaluation; unset: as packing."})
+    padding_free: bool = field(default=False, metadata={"help": "The same as batch_layout=packed."})
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Learn completions only. Unset: where the data have a prompt and a completion."},
+    )
+    assistant_only_loss: bool = field(
+        default=False, metadata={"help": "Learn only what the assistant says in conversations."}
+    )
+    loss_type: str = field(
+        default="nll",
+        metadata={
+            "help": "nll: likelihood; dft: dynamic fine-tuning (arXiv 2508.05629).",
+            "choices": list(TOKEN_LOSSES),
+        },
+    )
+
+    # Names of older TRL versions.
+    max_seq_length: int | None = older_name(now="max_length")
+    use_liger: bool | None = older_name("the fused head is always on, so it has no effect.")
+    dataset_batch_size: int | None = older_name("the dataset is processed in batches of 1000, so it has no effect.")
+    num_of_sequences: int | None = older_name("packing needs no buffer, so it has no effect.")
+    chars_per_token: float | None = older_name("packing counts tokens, so it has no effect.")
+
+    _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["dataset_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Translates older values, and raises ValueError for values that do not go together."""
+        owner = type(self).__name__
+        if self.loss_type == "chunked_nll":
+            deprecated(owner, "loss_type='chunked_nll'", "it works; 'nll' is the same.")
+            self.loss_type = "nll"
+        if self.packing_strategy in OLDER_STRATEGIES:
+            now = OLDER_STRATEGIES[self.packing_strategy]
+            deprecated(owner, f"packing_strategy={self.packing_strategy!r}", f"it works; {now!r} is its present name.")
+            self.packing_strategy = now
+        if self.truncation_mode == "keep_end":
+            deprecated(owner, "truncation_mode='keep_end'", "it works; 'keep_start' is the present default.")
+        self._check_choice("loss_type", tuple(TOKEN_LOSSES))
+        self._check_choice("packing_strategy", PACKING_STRATEGIES)
+        self.row_length(self.packing or bool(self.eval_packing))
+        if self.padding_free:
+            if self.batch_layout == "padded":
+                raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
+            self.batch_layout = "packed"
+        unknown = set(self.dataset_kwargs or {}) - {
+            "skip_prepare_dataset",
+            "add_special_tokens",
+            "append_concat_token",
+        }
+        if unknown:
+            raise ValueError(f"dataset_kwargs: {sorted(unknown)} is unknown; expected only 'skip_prepare_dataset'")
+
+    @property
+    def skips_preparation(self) -> bool:
+        """Whether the dataset is to be taken as it is."""
+        return bool((self.dataset_kwargs or {}).get("skip_prepare_dataset", False))
+
+    def row_format(self, completion_only_loss: bool, chat_template: str | None) -> SFTFormat:
+        """How rows become token ids and labels, given what is known of the data and the tokenizer."""
+        return SFTFormat(self.dataset_text_field, completion_only_loss, self.assistant_only_loss, chat_template)
+
+    def row_length(self, packing: bool) -> SFTLength:
+        """What happens to rows longer than max_length.
+
+        Raises:
+            ValueError: the truncation mode is unknown, or packing has no length to pack to.
+        """
+        return SFTLength(self.max_length, self.truncation_mode, self.packing_strategy if packing else None)
