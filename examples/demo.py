@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.memory import MIB, measure_peak
 from trl_fast import DPOTrainer
 from trl_fast.cli.dpo import make_parser, make_trainer
-from trl_fast.losses.dpo import sequence_logprobs
+from trl_fast.losses.dpo import PreferenceTable
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import score
 from trl_fast.ops import linear_logprob, supports
@@ -62,7 +62,8 @@ def preference_accuracy(trainer: DPOTrainer) -> float:
     right, pairs = 0, 0
     for batch in trainer.get_eval_dataloader():
         tokens = score(trainer.model, batch).tokens
-        logprobs = sequence_logprobs(tokens.logprobs, batch.branch, batch.offset, batch.branch_lengths).view(-1, 2)
+        table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+        logprobs = table.sequence_logprobs(tokens.logprobs).view(-1, 2)
         right += int((logprobs[:, 0] > logprobs[:, 1]).sum())
         pairs += len(logprobs)
     return right / pairs

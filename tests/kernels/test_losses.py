@@ -1,6 +1,7 @@
 """The Triton loss kernels against the PyTorch reference in float64, and what they compile to."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -319,3 +320,28 @@ def test_kernels_compile_without_spills(kernel, target):
     found = resources(compile_kernel(kernel, target), kernel.num_warps, target)
     assert found.spill_bytes == 0
     assert found.registers * 32 * kernel.num_warps <= 65536
+
+
+@pytest.mark.parametrize("rows", ["all", "a group"])
+@pytest.mark.parametrize("names", [("sigmoid",), ("ipo", "apo_zero")])
+def test_the_dpo_loss_runs_on_the_kernels_where_they_serve(names, rows, monkeypatch):
+    from trl_fast.losses import dpo
+
+    problem = pair_problem()
+    logprobs, starts, references, lengths = problem.arguments(torch.float32)
+    branch = torch.arange(len(lengths)).repeat_interleave(starts.diff())
+    table = dpo.PreferenceTable(branch, torch.zeros_like(branch), lengths)
+    config = dpo.DPOLossConfig(list(names), beta=0.3)
+    # From the third sequence on to the end.
+    chosen = torch.arange(int(starts[2]), len(logprobs)) if rows == "a group" else None
+    scores = SimpleNamespace(logprobs=logprobs if chosen is None else logprobs[chosen])
+    results = []
+    for serves in (True, False):
+        monkeypatch.setattr(dpo, "kernels_serve", lambda _, serves=serves: serves)
+        calls = []
+        monkeypatch.setattr(dpo, "pair_loss", lambda *a, calls=calls, **k: calls.append(k) or pair_loss(*a, **k))
+        loss = dpo.dpo_loss(scores, table, references, config, chosen)
+        assert len(calls) == (len(names) if serves else 0)
+        results.append((loss.detach(), torch.autograd.grad(loss, logprobs, retain_graph=True)[0]))
+    # Sums of up to hundreds of float32 log-probs, in two orders.
+    torch.testing.assert_close(results[0], results[1], rtol=3e-4, atol=1e-6)

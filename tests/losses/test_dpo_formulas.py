@@ -15,8 +15,9 @@ from trl_fast.losses.dpo import (
     F_DIVERGENCES,
     PAIR_LOSSES,
     DPOLossConfig,
+    PreferenceTable,
     dpo_loss,
-    sequence_logprobs,
+    dpo_metrics,
 )
 
 BETA, EPS, TAU, ALPHA_DIV = 0.3, 0.15, 0.4, 0.4
@@ -109,8 +110,9 @@ def make_problem(seed=3, pairs=5, dtype=torch.float64):
 
 
 def run(batch, scores, references, config):
-    table = (batch.branch, batch.offset, batch.branch_lengths)
-    return dpo_loss(scores, *table, sequence_logprobs(references, *table, config.ld_alpha), config)
+    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    ref_logprobs = table.sequence_logprobs(references, config.ld_alpha)
+    return dpo_loss(scores, table, ref_logprobs, config), dpo_metrics(scores, table, ref_logprobs, config)
 
 
 def all_cases():
@@ -243,3 +245,49 @@ def test_robust_with_much_noise_warns_as_trl_does():
 def test_outputs_ask_for_no_more_than_the_loss_reads():
     assert "log_sum_sq_probs" not in DPOLossConfig().outputs
     assert "log_sum_sq_probs" in DPOLossConfig(use_weighting=True).outputs
+
+
+def shares(batch, scores, references, config, table, sizes):
+    """The loss as a sum of what groups of pairs give, each shown only its own tokens."""
+    ref_logprobs, total, start = table.sequence_logprobs(references, config.ld_alpha), 0.0, 0
+    for size in sizes:
+        rows = torch.arange(start, start + size)
+        own = SimpleNamespace(**{name: value[rows] for name, value in vars(scores).items()})
+        total = total + dpo_loss(own, table, ref_logprobs, config, rows)
+        start += size
+    assert start == len(batch.targets)
+    return total
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.3])
+@pytest.mark.parametrize("name, divergence, use_weighting", list(all_cases()))
+def test_the_shares_of_groups_of_pairs_sum_to_the_loss(name, divergence, ld_alpha, use_weighting):
+    batch, scores, references = make_problem()
+    config = DPOLossConfig(
+        name, None, BETA, EPS, divergence, ALPHA_DIV, ld_alpha=ld_alpha, use_weighting=use_weighting, discopop_tau=TAU
+    )
+    assert config.is_sum_over_pairs == (not name.startswith("aot") and not (name == "sft" and use_weighting))
+    if not config.is_sum_over_pairs:
+        return
+    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    sizes = [batch.group_sizes[0], sum(batch.group_sizes[1:3]), sum(batch.group_sizes[3:])]
+    whole, _ = run(batch, scores, references, config)
+    parts = shares(batch, scores, references, config, table, sizes)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, scores.logprobs)[0] for loss in (parts, whole)))
+
+
+def test_a_pair_without_scored_tokens_counts_once():
+    rows = [
+        {"prompt_ids": [1], "chosen_ids": [4], "rejected_ids": [5, 6]},
+        {"prompt_ids": [], "chosen_ids": [4], "rejected_ids": [5]},
+        {"prompt_ids": [2], "chosen_ids": [4, 3], "rejected_ids": [5]},
+    ]
+    batch = DataCollatorForPreference(pad_token_id=0, layout="packed")(rows)
+    assert batch.group_sizes == (3, 0, 3)
+    scores = random_scores(6, dtype=torch.float64)
+    references = random_scores(6, 1, torch.float64).logprobs.detach()
+    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    config = DPOLossConfig("sigmoid")
+    whole, _ = run(batch, scores, references, config)
+    torch.testing.assert_close(shares(batch, scores, references, config, table, [3, 3]), whole)

@@ -16,8 +16,9 @@ from trl_fast.losses.dpo import (
     F_DIVERGENCES,
     PAIR_LOSSES,
     DPOLossConfig,
+    PreferenceTable,
     dpo_loss,
-    sequence_logprobs,
+    dpo_metrics,
 )
 
 MAX_LENGTH = 10
@@ -108,8 +109,9 @@ def test_loss_metrics_and_gradient_equal_trl(name, divergence, ld_alpha, use_wei
         use_weighting=use_weighting,
     )
     expected, expected_metrics, trl_logprobs, mask = trl_loss(rows, batch, scores, references, config)
-    table = (batch.branch, batch.offset, batch.branch_lengths)
-    loss, metrics = dpo_loss(scores, *table, sequence_logprobs(references, *table, ld_alpha), config)
+    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    ref_logprobs = table.sequence_logprobs(references, ld_alpha)
+    loss, metrics = dpo_loss(scores, table, ref_logprobs, config), dpo_metrics(scores, table, ref_logprobs, config)
 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert expected_metrics.pop("num_tokens") == batch.num_tokens
@@ -130,8 +132,8 @@ def test_weighted_combination_equals_trl():
     references = random_scores(len(batch.targets), seed=6).logprobs.detach()
     config = DPOLossConfig(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], ld_alpha=0.5)
     expected, expected_metrics, _, _ = trl_loss(rows, batch, scores, references, config)
-    table = (batch.branch, batch.offset, batch.branch_lengths)
-    loss, _ = dpo_loss(scores, *table, sequence_logprobs(references, *table, 0.5), config)
+    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    loss = dpo_loss(scores, table, table.sequence_logprobs(references, 0.5), config)
     torch.testing.assert_close(loss, expected)
     assert expected_metrics["num_tokens"] == batch.num_tokens
 

@@ -14,12 +14,15 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from trl_fast.ops import pair_loss
 from trl_fast.ops.pair_formulas import (
+    PAIR_FORMULAS,
     PairValues,
     apo_down_loss,
     apo_zero_loss,
@@ -35,6 +38,9 @@ from trl_fast.ops.pair_formulas import (
     sigmoid_norm_loss,
     sppo_hard_loss,
 )
+
+# All tokens of a batch.
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,15 @@ class DPOLossConfig:
             raise ValueError(
                 f"ld_alpha={self.ld_alpha}: expected a number in [0, 1], or None for no length weighting."
             )
+
+    @property
+    def is_sum_over_pairs(self) -> bool:
+        """Whether the loss can be taken pair by pair.
+
+        The aot losses sort the batch, and the batch's likelihood does not know which pair's weight it has.
+        """
+        names = set(self.loss_type)
+        return not names & {"aot", "aot_unpaired"} and not (self.use_weighting and "sft" in names)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -230,82 +245,156 @@ PAIR_LOSSES: dict[str, Callable[[PreferencePairs, DPOLossConfig], torch.Tensor]]
 F_DIVERGENCE_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})
 
 
-def sequence_logprobs(
-    token_logprobs: torch.Tensor,
-    branch: torch.Tensor,
-    offset: torch.Tensor,
-    branch_lengths: torch.Tensor,
-    ld_alpha: float | None = None,
-) -> torch.Tensor:
-    """Sum the log-probabilities of each sequence's tokens: (N,) to (S,), in the dtype of `token_logprobs`.
+@dataclass(frozen=True, eq=False)
+class PreferenceTable:
+    """Which of N scored tokens belongs to which of S = 2P sequences: the int64 tensors of a `TokenBatch`.
 
-    `branch`, `offset` (N,) and `branch_lengths` (S,) int64 are those of the `TokenBatch`. With `ld_alpha`, a pair's
-    tokens beyond the length that its two completions share count α instead of 1 (LD-DPO, arXiv 2409.06411);
-    lengths are then those of the scored tokens.
+    branch, offset: (N,), tokens ordered by sequence; branch_lengths: (S,).
     """
-    if ld_alpha is not None:
-        scored_lengths = _sum_by_sequence(torch.ones_like(branch), branch, branch_lengths)
-        shared_lengths = scored_lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
-        rank = offset - (branch_lengths - scored_lengths)[branch]
-        token_logprobs = torch.where(rank < shared_lengths[branch], token_logprobs, ld_alpha * token_logprobs)
-    return _sum_by_sequence(token_logprobs, branch, branch_lengths)
 
+    branch: torch.Tensor
+    offset: torch.Tensor
+    branch_lengths: torch.Tensor
 
-def _sum_by_sequence(values: torch.Tensor, branch: torch.Tensor, branch_lengths: torch.Tensor) -> torch.Tensor:
-    return values.new_zeros(len(branch_lengths)).index_add(0, branch, values)
+    def __len__(self) -> int:
+        """The number of pairs P."""
+        return len(self.branch_lengths) // 2
+
+    @cached_property
+    def scored_lengths(self) -> torch.Tensor:
+        """How many scored tokens each sequence has, (S,) int64."""
+        return self.sums(torch.ones_like(self.branch))
+
+    @cached_property
+    def is_chosen(self) -> torch.Tensor:
+        """Whether a token belongs to a chosen completion, (N,) bool."""
+        return self.branch % 2 == 0
+
+    def sums(self, values: torch.Tensor, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+        """Sums by sequence, (S,), of values (R,) of the tokens `rows`."""
+        return values.new_zeros(len(self.branch_lengths)).index_add(0, self.branch[rows], values)
+
+    def sequence_logprobs(
+        self, token_logprobs: torch.Tensor, ld_alpha: float | None = None, rows: torch.Tensor | slice = ALL
+    ) -> torch.Tensor:
+        """Log-probabilities of the sequences, (S,), from those of the tokens `rows`, (R,).
+
+        With `ld_alpha`, a pair's tokens beyond the length that its two completions share count α instead of 1
+        (LD-DPO, arXiv 2409.06411); lengths are then those of the scored tokens.
+        """
+        if ld_alpha is not None:
+            shared_lengths = self.scored_lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
+            branch = self.branch[rows]
+            rank = self.offset[rows] - (self.branch_lengths - self.scored_lengths)[branch]
+            token_logprobs = torch.where(rank < shared_lengths[branch], token_logprobs, ld_alpha * token_logprobs)
+        return self.sums(token_logprobs, rows)
 
 
 def dpo_loss(
     scores: TokenScores,
-    branch: torch.Tensor,
-    offset: torch.Tensor,
-    branch_lengths: torch.Tensor,
+    table: PreferenceTable,
     ref_sequence_logprobs: torch.Tensor,
     config: DPOLossConfig,
-) -> tuple[torch.Tensor, dict[str, Metric]]:
-    """The weighted sum of the configured losses, each averaged over the pairs, and the metrics.
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weighted sum of the configured losses, each averaged over the pairs: 0-d, the dtype of `scores.logprobs`.
 
-    `scores` holds the values (N,) that `config.outputs` names; `branch` and `offset` (N,) and `branch_lengths` (S,)
-    int64 are those of the `TokenBatch`; `ref_sequence_logprobs` (S,) comes from `sequence_logprobs` with the same
-    `ld_alpha`. Returns the loss (0-d, the dtype of `scores.logprobs`) and detached metrics in TRL's order under TRL's
-    names, all left on the device. Nothing here waits for it.
+    `scores` holds the values (N,) that `config.outputs` names; `ref_sequence_logprobs` (S,) comes from
+    `PreferenceTable.sequence_logprobs` with the same `ld_alpha`. Nothing here waits for the device.
+
+    With `rows` (R,), the numbers of consecutive tokens that are all tokens of some pairs, `scores` holds only theirs,
+    and the answer is those pairs' share: the shares of all pairs sum to the loss. Losses for which that is not so are
+    those of which `config.is_sum_over_pairs` is False.
     """
-    logprobs = sequence_logprobs(scores.logprobs, branch, offset, branch_lengths, config.ld_alpha)
-    pairs = _pairs(logprobs, ref_sequence_logprobs.detach(), scores.logprobs, branch, branch_lengths, config)
-    weights = _pair_weights(scores, branch, branch_lengths) if config.use_weighting else None
-    loss = logprobs.new_zeros(())
+    whole = rows is None
+    rows = ALL if whole else rows
+    ref_logprobs = ref_sequence_logprobs.detach()
+    present = None if whole else _present_pairs(table, rows)
+    if config.use_weighting:
+        weights = _pair_weights(scores, table, rows)
+    loss = scores.logprobs.new_zeros(())
+    fused = _kernel_losses(scores.logprobs, table, ref_logprobs, config, rows)
+    pairs = None if fused else _pairs(scores.logprobs, table, ref_logprobs, config, rows)
     for name, loss_weight in zip(config.loss_type, config.loss_weights, strict=True):
-        pair_losses = PAIR_LOSSES[name](pairs, config)
-        loss = loss + loss_weight * (pair_losses if weights is None else pair_losses * weights).mean()
-    return loss, {**_token_metrics(scores, branch), **_reward_metrics(pairs, config.beta)}
+        losses = fused[name] if fused else PAIR_LOSSES[name](pairs, config)
+        if config.use_weighting:
+            losses = losses * weights
+        # The likelihood of a batch is in every pair; its share is made up of the tokens that are there.
+        if not whole and name != "sft":
+            losses = torch.where(present, losses, 0)
+        loss = loss + loss_weight * losses.mean()
+    return loss
+
+
+def _present_pairs(table: PreferenceTable, rows: torch.Tensor) -> torch.Tensor:
+    """Which pairs (P,) bool have tokens among `rows`; those that have none anywhere go with the first token."""
+    present = table.sums(torch.ones_like(rows), rows).view(-1, 2).sum(1) > 0
+    without_tokens = table.scored_lengths.view(-1, 2).sum(1) == 0
+    return present | (without_tokens & (rows[0] == 0))
+
+
+def dpo_metrics(
+    scores: TokenScores, table: PreferenceTable, ref_sequence_logprobs: torch.Tensor, config: DPOLossConfig
+) -> dict[str, Metric]:
+    """The metrics of a batch in TRL's order under TRL's names, detached and left on the device."""
+    with torch.no_grad():
+        pairs = _pairs(scores.logprobs, table, ref_sequence_logprobs, config, ALL)
+        return {**_token_metrics(scores, table), **_reward_metrics(pairs, config.beta)}
+
+
+def _kernel_losses(
+    logprobs: torch.Tensor,
+    table: PreferenceTable,
+    ref_logprobs: torch.Tensor,
+    config: DPOLossConfig,
+    rows: torch.Tensor | slice,
+) -> dict[str, torch.Tensor]:
+    """The losses (P,) by name from the fused kernels, where there are kernels for all of them; else nothing.
+
+    On a CPU the few operations on [N] vectors cost nothing; on a GPU each is a launch.
+    """
+    plain = config.f_divergence_type == "reverse_kl" and config.ld_alpha is None
+    if not (plain and kernels_serve(logprobs) and set(config.loss_type) <= PAIR_FORMULAS.keys()):
+        return {}
+    starts = F.pad(table.scored_lengths.cumsum(0), (1, 0))
+    if isinstance(rows, torch.Tensor):
+        # The sequences outside lose their tokens: their ends fall together.
+        starts = (starts - rows[0]).clamp(0, len(rows))
+    vectors = (logprobs, starts, ref_logprobs, table.branch_lengths)
+    numbers = {name: getattr(config, name) for name in ("beta", "label_smoothing", "discopop_tau")}
+    return {name: pair_loss(*vectors, loss_type=name, **numbers).losses for name in config.loss_type}
+
+
+def kernels_serve(logprobs: torch.Tensor) -> bool:
+    """Whether the fused pair losses are there for these log-probabilities."""
+    return logprobs.is_cuda and logprobs.dtype == torch.float32
 
 
 def _pairs(
-    logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
     token_logprobs: torch.Tensor,
-    branch: torch.Tensor,
-    branch_lengths: torch.Tensor,
+    table: PreferenceTable,
+    ref_logprobs: torch.Tensor,
     config: DPOLossConfig,
+    rows: torch.Tensor | slice,
 ) -> PreferencePairs:
+    logprobs = table.sequence_logprobs(token_logprobs, config.ld_alpha, rows)
     scores = F_DIVERGENCES[config.f_divergence_type](logprobs - ref_logprobs, config)
-    mean_chosen = _masked_sum(token_logprobs, branch % 2 == 0).mean()
+    chosen = torch.where(table.is_chosen[rows], token_logprobs, 0).sum()
+    mean_chosen = chosen / table.is_chosen.sum().clamp(min=1)
     return PreferencePairs.from_sequences(
-        logprobs, ref_logprobs, scores, branch_lengths, mean_chosen_token_logprob=mean_chosen
+        logprobs, ref_logprobs, scores, table.branch_lengths, mean_chosen_token_logprob=mean_chosen
     )
 
 
-def _pair_weights(scores: TokenScores, branch: torch.Tensor, branch_lengths: torch.Tensor) -> torch.Tensor:
+def _pair_weights(scores: TokenScores, table: PreferenceTable, rows: torch.Tensor | slice) -> torch.Tensor:
     """w_c·w_r (P,) without gradient, w = exp(mean over tokens of log p − log Σp²). WPO, arXiv 2406.11827, Eq. 2."""
     aligned = scores.logprobs.detach() - scores.log_sum_sq_probs.detach()
-    scored_lengths = _sum_by_sequence(torch.ones_like(branch), branch, branch_lengths).clamp(min=1)
-    weights = torch.exp(_sum_by_sequence(aligned, branch, branch_lengths) / scored_lengths)
+    weights = torch.exp(table.sums(aligned, rows) / table.scored_lengths.clamp(min=1))
     return weights[0::2] * weights[1::2]
 
 
-@torch.no_grad()
-def _token_metrics(scores: TokenScores, branch: torch.Tensor) -> dict[str, Metric]:
-    chosen = branch % 2 == 0
+def _token_metrics(scores: TokenScores, table: PreferenceTable) -> dict[str, Metric]:
+    chosen = table.is_chosen
     return {
         "entropy": _masked_sum(scores.entropy, torch.ones_like(chosen)),
         "logits/chosen": _masked_sum(scores.mean_logits, chosen),
@@ -318,7 +407,6 @@ def _masked_sum(values: torch.Tensor, mask: torch.Tensor) -> Metric:
     return Metric(torch.where(mask, values, 0).sum(), mask.sum(dtype=values.dtype))
 
 
-@torch.no_grad()
 def _reward_metrics(pairs: PreferencePairs, beta: float) -> dict[str, Metric]:
     chosen_rewards, rejected_rewards = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
     values = {

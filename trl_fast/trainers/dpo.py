@@ -15,7 +15,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from trl_fast.data import TOKEN_COLUMNS, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
 from trl_fast.data.collator import REFERENCE_COLUMNS
-from trl_fast.losses.dpo import dpo_loss, sequence_logprobs
+from trl_fast.losses.dpo import PreferenceTable, dpo_loss, dpo_metrics
 from trl_fast.modeling.loading import base_model, disable_dropout, load_causal_lm
 from trl_fast.modeling.reference import (
     copy_adapter_as_reference,
@@ -187,9 +187,7 @@ class DPOTrainer(BaseTrainer):
         scope = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
         with reference_scope(scope, self.args.ref_adapter_name), self.compute_loss_context_manager():
             tokens = self.score(model, batch, ("logprobs",)).tokens
-        return sequence_logprobs(
-            tokens.logprobs, batch.branch, batch.offset, batch.branch_lengths, self.loss_config.ld_alpha
-        )
+        return _preference_table(batch).sequence_logprobs(tokens.logprobs, self.loss_config.ld_alpha)
 
     def _precompute_all(self) -> None:
         key = (
@@ -240,11 +238,17 @@ class DPOTrainer(BaseTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """The loss (0-d) of one micro-batch; its metrics wait for the next log."""
-        scored = self.score(model, inputs, self.loss_config.outputs, **self.router_kwargs)
-        reference = self.compute_ref_log_probs(inputs)
-        loss, metrics = dpo_loss(
-            scored.tokens, inputs.branch, inputs.offset, inputs.branch_lengths, reference, self.loss_config
-        )
+        reference, config = self.compute_ref_log_probs(inputs), self.loss_config
+        table = _preference_table(inputs)
+        # Where the loss is a sum over pairs, each pair's gradient is taken while its logits are there.
+        by_pairs = {
+            "token_loss": lambda scores, rows: dpo_loss(scores, table, reference, config, rows),
+            "group_sizes": inputs.group_sizes,
+        }
+        options = by_pairs if config.is_sum_over_pairs and inputs.group_sizes else {}
+        scored = self.score(model, inputs, config.outputs, **options, **self.router_kwargs)
+        loss = scored.loss if options else dpo_loss(scored.tokens, table, reference, config)
+        metrics = dpo_metrics(scored.tokens, table, reference, config)
         recorded: dict = {}
         if scored.aux_loss is not None and self.router_aux_loss_coef:
             loss = loss + self.router_aux_loss_coef * scored.aux_loss
@@ -276,6 +280,10 @@ class DPOTrainer(BaseTrainer):
         """Logits (2P, T, V) and labels (2P, T), chosen rows before rejected ones."""
         input_ids, attention_mask = _padded_rows(inputs, self.processing_class.pad_token_id)
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids
+
+
+def _preference_table(batch: TokenBatch) -> PreferenceTable:
+    return PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
 
 
 def _sample_sequences(dataset: AnyDataset) -> list[list[int]]:
