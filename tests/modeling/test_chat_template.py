@@ -1,12 +1,14 @@
-"""A cloned chat template leaves the same model and tokenizer as TRL's."""
+"""Chat templates and end tokens from elsewhere; a cloned template leaves the same model and tokenizer as TRL's."""
 
 import pytest
 import torch
 import trl
+from peft import LoraConfig, get_peft_model
 
 import trl_fast
 from support.models import tiny_model
 from support.tokenizer import build_tokenizer
+from trl_fast.modeling.chat_template import set_chat_template, set_eos_token, with_trained_tokens
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +48,39 @@ def test_a_source_without_template_is_named(tmp_path):
     source.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="chat_template"):
         trl_fast.clone_chat_template(tiny_model(), build_tokenizer(), str(tmp_path))
+
+
+def test_a_template_from_a_file_or_from_another_tokenizer(source_path, tmp_path):
+    tokenizer = build_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[0].content }}")
+    assert set_chat_template(model, tokenizer, str(file)) == []
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+    new = set_chat_template(model, tokenizer, source_path)
+    assert tokenizer.eos_token == "<|endofturn|>" and tokenizer.eos_token_id in new
+    for missing in ("no-such-tokenizer", str(tmp_path / "other.jinja")):
+        with pytest.raises(OSError, match=f"chat_template_path='{missing}'"):
+            set_chat_template(model, tokenizer, missing)
+
+
+def test_another_end_token():
+    tokenizer = build_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    set_eos_token(model, tokenizer, "<think>")
+    eos = tokenizer.eos_token_id
+    assert tokenizer.decode(eos) == "<think>" and model.config.eos_token_id == eos
+    assert model.generation_config.eos_token_id == [eos, 1]
+    with pytest.raises(ValueError, match="eos_token='<none>'"):
+        set_eos_token(model, tokenizer, "<none>")
+
+
+@pytest.mark.parametrize("given", [None, [3], {"embed_tokens": [3]}])
+def test_new_tokens_train_beside_an_adapter(given):
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=given)
+    model = tiny_model()
+    changed = with_trained_tokens(config, model, [7, 8])
+    assert changed.trainable_token_indices == {"embed_tokens": [7, 8] if given is None else [3, 7, 8]}
+    assert config.trainable_token_indices == given
+    adapted = get_peft_model(model, changed)
+    assert any("token_adapter" in name for name, p in adapted.named_parameters() if p.requires_grad)

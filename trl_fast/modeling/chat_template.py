@@ -1,7 +1,11 @@
-"""Another model's chat template on this one's tokenizer and vocabulary."""
+"""Chat templates and end tokens from elsewhere, on a model's tokenizer and vocabulary."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
+from peft import PeftConfig
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,3 +46,53 @@ def clone_chat_template(
         if tokenizer.add_tokens(filler):
             new.append(filler)
     return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in new])
+
+
+def set_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
+    """Gives a tokenizer the chat template of a Jinja file (.jinja, .j2), or that of another tokenizer by
+    `clone_chat_template`.
+
+    Returns:
+        The ids of tokens that are new, to which the model has random embeddings.
+
+    Raises:
+        OSError: there is neither a file nor a tokenizer at `path`.
+    """
+    if path.endswith((".jinja", ".j2")) and Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        return []
+    try:
+        return clone_chat_template(model, tokenizer, path)[2]
+    except OSError as error:
+        raise OSError(f"chat_template_path={path!r} is no .jinja file, and no tokenizer: {error}") from error
+
+
+def set_eos_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos_token: str) -> None:
+    """Makes a token of the vocabulary the one that ends a text, for tokenizer and model.
+
+    Raises:
+        ValueError: it is not in the vocabulary.
+    """
+    if eos_token not in tokenizer.get_vocab():
+        raise ValueError(f"eos_token={eos_token!r} is not in the tokenizer's vocabulary")
+    tokenizer.eos_token = eos_token
+    eos = tokenizer.eos_token_id
+    model.config.get_text_config().eos_token_id = eos
+    if not model.can_generate():
+        return
+    # Any of several end tokens stops generation, so the others stay.
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    model.generation_config.eos_token_id = stops if eos in stops else [eos, *stops]
+
+
+def with_trained_tokens(peft_config: PeftConfig, model: PreTrainedModel, token_ids: list[int]) -> PeftConfig:
+    """A copy of an adapter's configuration that also trains the embeddings of some tokens of the model."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings).split(".")[-1]
+    peft_config = copy.deepcopy(peft_config)
+    indices = peft_config.trainable_token_indices or {}
+    # A list means the input embeddings.
+    indices = {name: indices} if isinstance(indices, list) else indices
+    peft_config.trainable_token_indices = {**indices, name: [*indices.get(name, []), *token_ids]}
+    return peft_config

@@ -175,7 +175,7 @@ class BaseTrainer(Trainer):
                 )
             processing_class.pad_token = processing_class.eos_token
         inner.config.get_text_config().pad_token_id = processing_class.pad_token_id
-        if inner.generation_config is not None:
+        if inner.can_generate():
             inner.generation_config.pad_token_id = processing_class.pad_token_id
         return processing_class
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +23,7 @@ from trl_fast.data import (
     unpacked,
 )
 from trl_fast.losses.sft import OUTPUTS, TOKEN_LOSSES, token_metrics
-from trl_fast.modeling.chat_template import clone_chat_template
+from trl_fast.modeling.chat_template import set_chat_template, set_eos_token, with_trained_tokens
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs
 
@@ -165,31 +162,16 @@ class SFTTrainer(BaseTrainer):
         """
         inner = base_model(model)
         if args.eos_token is not None:
-            if args.eos_token not in processing_class.get_vocab():
-                raise ValueError(f"eos_token={args.eos_token!r} is not in the tokenizer's vocabulary")
-            processing_class.eos_token = args.eos_token
-            eos = processing_class.eos_token_id
-            inner.config.get_text_config().eos_token_id = eos
-            # Any of several end tokens stops generation, so the others stay.
-            stops = inner.generation_config.eos_token_id
-            stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-            inner.generation_config.eos_token_id = stops if eos in stops else [eos, *stops]
-        self._added_tokens: list[int] = []
+            set_eos_token(inner, processing_class, args.eos_token)
         path = args.chat_template_path
-        if path is not None and os.path.isfile(path) and path.endswith((".jinja", ".j2")):
-            processing_class.chat_template = Path(path).read_text(encoding="utf-8")
-        elif path is not None:
-            *_, self._added_tokens = clone_chat_template(inner, processing_class, path)
+        self._added_tokens = [] if path is None else set_chat_template(inner, processing_class, path)
 
     def adapt(
         self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: SFTConfig
     ) -> PreTrainedModel | PeftModel:
         """As in the base; tokens that came with a chat template are trained beside the adapter."""
         if peft_config is not None and self._added_tokens:
-            peft_config = copy.deepcopy(peft_config)
-            indices = dict(peft_config.trainable_token_indices or {})
-            indices["embed_tokens"] = [*indices.get("embed_tokens", []), *self._added_tokens]
-            peft_config.trainable_token_indices = indices
+            peft_config = with_trained_tokens(peft_config, base_model(model), self._added_tokens)
             peft_config.modules_to_save = list({*(peft_config.modules_to_save or []), "lm_head"})
             logger.warning(
                 "chat_template_path brought new tokens: their embeddings and the whole lm_head are trained."
