@@ -65,7 +65,7 @@ def train_with(callbacks, model_path, tmp_path, make=None, **settings):
     arguments = {
         "model": model_path,
         "train_dataset": color_pairs(),
-        "eval_dataset": color_pairs(5),
+        "eval_dataset": color_pairs(5).map(lambda row, i: {"prompt": row["prompt"] * (1 + i)}, with_indices=True),
         "callbacks": callbacks,
     }
     trainer = make_trainer(trl_fast, tmp_path, arguments=arguments, **settings)

@@ -36,9 +36,6 @@ class TrlModule(ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name, f"{name}, answered by trl_fast.")
-        # An empty path makes it a package, so that a missing name comes to the finder, which can say what to do:
-        # of the AttributeError of `from trl import name` Python keeps nothing.
-        self.__path__: list[str] = []
         self.__all__ = sorted(self._places())
         if name == "trl":
             self.__version__ = TRL_VERSION
@@ -77,6 +74,8 @@ class TrlFinder(MetaPathFinder, Loader):
             ImportError: the name is below trl and trl_fast does not have it.
         """
         if name in MODULES:
+            # All are packages: for a name that a package lacks, `from package import name` comes here once more, where
+            # the error can say what to do; of a module's AttributeError Python would keep nothing.
             return ModuleSpec(name, cls, origin="trl_fast", is_package=True)
         parent, _, child = name.rpartition(".")
         if name.split(".")[0] == "trl":
