@@ -89,7 +89,8 @@ def test_the_wheel_holds_every_package_under_our_name(wheel):
     assert top == {"trl_fast"}
     missing = [
         str(path.relative_to(ROOT))
-        for path in (ROOT / "trl_fast").rglob("*.py")
+        for ending in ("py", "yaml")
+        for path in (ROOT / "trl_fast").rglob(f"*.{ending}")
         if str(path.relative_to(ROOT)) not in names
     ]
     assert not missing

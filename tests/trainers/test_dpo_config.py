@@ -167,6 +167,23 @@ def test_trls_own_config_is_accepted(tmp_path, model_path):
     assert trl_fast.DPOTrainer(model_path, args=plain, train_dataset=color_pairs(4)).args.beta == 0.1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accelerator_config": {"split_batches": True}, "report_to": "all", "hub_token": "secret"},
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}, "warmup_steps": 0.1},
+        {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_steps": 3},
+        {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": "bfloat16"}, "pad_to_multiple_of": 8},
+        {"loss_type": ["sft", "ipo"], "loss_weights": [0.5, 1], "truncation_mode": "keep_end"},
+    ],
+)
+def test_every_value_of_trls_config_is_taken_over(settings, tmp_path):
+    theirs = trl.DPOConfig(str(tmp_path), **CPU | settings)
+    ours = trl_fast.DPOConfig.from_any(theirs)
+    expected = theirs.to_dict() | {"pad_to_multiple_of": settings.get("pad_to_multiple_of")}
+    assert {name: ours.to_dict()[name] for name in expected} == expected and ours.hub_token == theirs.hub_token
+
+
 def test_older_ways_of_writing_a_script(model_path, tokenizer, tmp_path):
     with pytest.warns(FutureWarning, match="`tokenizer`"):
         trainer = make_trainer(
