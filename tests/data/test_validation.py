@@ -39,7 +39,7 @@ def test_streams_and_other_columns_and_formats():
     dataset = color_pairs(300).add_column("score", [0.5] * 300)
     expected = validate(dataset).to_dict()
     assert validate(dataset.to_iterable_dataset()).to_dict() == expected
-    assert validate(dataset.with_format("torch")).to_dict() == expected
+    assert validate(dataset.with_format("arrow")).to_dict() == expected
 
 
 def test_rows_that_cannot_be_read_are_findings_unless_all_are():

@@ -29,6 +29,7 @@ def test_repetitions_within_a_split():
     findings = found(pairs(("p", "a", "b"), ("p", "a", "c"), ("q", "a", "b"), (" p ", "a", "b\n"), ("q", "x", "y")))
     assert findings["train", "repeated_row"] == ([3], "equals row 0")
     assert findings["train", "repeated_prompt"] == ([1, 4], "prompt of row 0")
+    assert ("train", "repeated_prompt") not in found(pairs(("", "a", "b"), ("", "c", "d")))
 
 
 def test_leaks_between_splits():

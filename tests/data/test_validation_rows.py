@@ -63,6 +63,8 @@ def found(row, tokenizer=None, **options):
         chat(
             chosen=[message("assistant", "", tool_calls=[{"name": "f"}]), message("tool", "42"), assistant("It is 42")]
         ),
+        chat(chosen=[message("assistant", "", tool_calls=[{"name": "f"}])]),
+        chat(chosen=[assistant("Which color has the sky? Blue")], rejected=[assistant("Which color has the sky? No")]),
         {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
         {"prompt": "What?", "completion": " That.", "label": True},
         {"prompt": [user("What?")], "completion": [assistant("That.")], "label": False},

@@ -133,9 +133,9 @@ def empty_prompt(record: Record, context: Context) -> Hits:
 
 
 def prompt_repeated(record: Record, context: Context) -> Hits:
-    """Text whose responses all repeat an explicit prompt: trained on, it would stand there twice."""
+    """Text whose responses all repeat the prompt: trained on, it would stand there twice."""
     prompt = record.texts["prompt"].strip()
-    if record.conversational or record.implicit_prompt or len(prompt) < REPEATED_PROMPT_MIN_CHARACTERS:
+    if record.conversational or len(prompt) < REPEATED_PROMPT_MIN_CHARACTERS:
         return
     if all(record.texts[column].lstrip().startswith(prompt) for column in record.completions):
         yield PROMPT_REPEATED, quote(prompt)

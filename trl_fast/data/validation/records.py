@@ -125,7 +125,7 @@ class Context:
         if self.tokenizer is None:
             return None
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        names = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
+        names = sorted({*added, *self.tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names))) if names else None
 
 
