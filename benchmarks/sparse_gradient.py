@@ -14,17 +14,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from examples.smollm2 import smollm2_folder
 from trl_fast.ops import linear_cross_entropy
 
+from .prose import token_stream
 from .timing import Contender, race
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,11 +57,6 @@ class Activations:
         pairs = ((grad_hidden, self.grad_hidden), (grad_weight, self.grad_weight))
         hidden, weight = ((got.double() - exact).norm().item() / exact.norm().item() for got, exact in pairs)
         return hidden, weight
-
-
-def token_stream(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return tokenizer(text, return_tensors="pt").input_ids[0]
 
 
 @torch.no_grad()

@@ -1,0 +1,295 @@
+"""Whole optimizer steps on a real model and real text against TRL 1.16.0: tokens per second and memory.
+
+    python -m benchmarks.step --method sft|dpo|reward [--batch 4 --steps 3 --rounds 3]
+    python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
+    python -m benchmarks.step --method sft --sweep 256 512 1024 2048
+
+SmolLM2-135M-Instruct (or --model) learns from English prose (Python's own documentation). Both trainers get the same
+model, rows, order, dtype and batch, and train in turns in one process; a run's first step is its warm-up. Tokens are
+those that TRL counts: no padding, a pair's prompt twice. Peak memory is that of a process of its own for each trainer.
+--sweep trains on single rows of growing length, ours only, and shows that cost grows with the number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
+
+from examples.smollm2 import smollm2_folder
+
+from .machine import describe_machine
+from .memory import MIB, process_peak_bytes
+from .prose import continuations, cut_continuations, passages
+
+RESULTS = Path(__file__).parent / "results"
+OURS, TRL = "trl_fast", "trl"
+NAMES = {OURS: "ours", TRL: "TRL 1.16.0"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trainer by the stem of its name, the class of its models, and the rows it learns from."""
+
+    stem: str
+    model_class: type
+    rows: Callable[[argparse.Namespace, PreTrainedTokenizerBase, int], Dataset]
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+def _passages(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
+    if not arguments.completion_tokens:
+        return passages(count)
+    pairs = cut_continuations(count, arguments.prompt_tokens, arguments.completion_tokens, tokenizer)
+    return pairs.map(lambda row: {"text": row["prompt"] + row["chosen"]}, remove_columns=pairs.column_names)
+
+
+def _pairs(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
+    if not arguments.completion_tokens:
+        return continuations(count)
+    return cut_continuations(count, arguments.prompt_tokens, arguments.completion_tokens, tokenizer)
+
+
+def _whole_pairs(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
+    """A reward model of TRL's reads prompt and completion as one text."""
+    return _pairs(arguments, tokenizer, count).map(
+        lambda row: {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]},
+        remove_columns="prompt",
+    )
+
+
+METHODS = {
+    "sft": Method("SFT", AutoModelForCausalLM, _passages),
+    "dpo": Method("DPO", AutoModelForCausalLM, _pairs),
+    "reward": Method("Reward", AutoModelForSequenceClassification, _whole_pairs, {"num_labels": 1}),
+}
+
+
+class StepClock(TrainerCallback):
+    """Seconds from one step's end to the next: collating, forward, backward and the optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self._last = None
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+@dataclass
+class Run:
+    """A trainer with its clock."""
+
+    name: str
+    trainer: Trainer
+    clock: StepClock
+
+    def train(self) -> None:
+        self.trainer.train()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps of one run, as the trainer itself counts them."""
+        return int([log["num_tokens"] for log in self.trainer.state.log_history if "num_tokens" in log][-1])
+
+
+def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
+    """A trainer of `trl_fast` or of `trl`, on rows enough for one run."""
+    method = METHODS[arguments.method]
+    library = __import__(module)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    torch.manual_seed(0)
+    model = method.model_class.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype), **method.settings
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    # One step more than is timed, the warm-up.
+    rows = method.rows(arguments, tokenizer, arguments.batch * (arguments.steps + 1))
+    config = getattr(library, f"{method.stem}Config")(
+        folder,
+        per_device_train_batch_size=arguments.batch,
+        max_length=arguments.max_length,
+        max_steps=arguments.steps + 1,
+        logging_steps=1,
+        learning_rate=1e-6,
+        gradient_checkpointing=not arguments.no_checkpointing,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    peft_config = None
+    if arguments.lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    clock = StepClock()
+    trainer = getattr(library, f"{method.stem}Trainer")(
+        model=model,
+        args=config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[clock],
+        peft_config=peft_config,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return Run(NAMES[module], trainer, clock)
+
+
+def race(arguments: argparse.Namespace) -> list[Run]:
+    """Both trainers in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [make_run(module, arguments, f"{folder}/{module}") for module in (OURS, TRL)]
+        for _ in track(range(arguments.rounds), description=arguments.method, transient=True):
+            for run in runs:
+                run.train()
+    return runs
+
+
+def process_memory(module: str, words: list[str]) -> dict[str, int]:
+    """Peak memory of a fresh process that trains once: before the first step, and in all."""
+    command = [sys.executable, "-m", "benchmarks.step", *words, "--memory_of", module]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def print_memory(arguments: argparse.Namespace) -> None:
+    """What `process_memory` reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(arguments.memory_of, arguments, folder)
+        before = process_peak_bytes()
+        run.train()
+    print(json.dumps({"before": before, "peak": process_peak_bytes()}))
+
+
+def report(console: Console, runs: list[Run], memory: list[dict[str, int]], arguments: argparse.Namespace) -> dict:
+    """Prints the table; the figures in it."""
+    table = Table(title=f"{arguments.method}, a whole optimizer step: batch of {arguments.batch}, {arguments.dtype}")
+    for column in ("", "median s", "min – max s", "tokens per second", "TRL is slower by", "peak MiB of the process"):
+        table.add_column(column, justify="left" if not column else "right")
+    medians = [statistics.median(run.clock.seconds) for run in runs]
+    rows = []
+    for run, median, peak in zip(runs, medians, memory, strict=True):
+        # The runs' rows are the same, so every run of either has the tokens of the first of ours.
+        speed = runs[0].tokens / (arguments.steps + 1) / median
+        rows.append(
+            {
+                "name": run.name,
+                "seconds": run.clock.seconds,
+                "tokens_per_second": speed,
+                "trl_over_this": medians[1] / median,
+                "peak_bytes": peak["peak"],
+                "before_bytes": peak["before"],
+            }
+        )
+        spread = f"{min(run.clock.seconds):.2f} – {max(run.clock.seconds):.2f}"
+        cells = (f"{median:.2f}", spread, f"{speed:.0f}", f"{medians[1] / median:.2f}×", f"{peak['peak'] / MIB:.0f}")
+        table.add_row(run.name, *cells)
+    console.print(table)
+    return {"machine": describe_machine(), "arguments": vars(arguments), "runs": rows}
+
+
+def sweep(console: Console, arguments: argparse.Namespace) -> dict:
+    """Seconds a step and a token over growing lengths, ours; with a plot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    table = Table(title=f"{arguments.method}: rows of growing length, batch of {arguments.batch}")
+    for column in ("tokens a step", "s a step", "µs a token"):
+        table.add_column(column, justify="right")
+    points = []
+    for length in track(arguments.sweep, description="lengths", transient=True):
+        # A completion of a quarter, so that pairs have a prompt in common as people's do.
+        sizes = {"prompt_tokens": length - length // 4, "completion_tokens": length // 4}
+        given = argparse.Namespace(**{**vars(arguments), **sizes, "max_length": 2 * length})
+        with tempfile.TemporaryDirectory() as folder:
+            run = make_run(OURS, given, folder)
+            run.train()
+        tokens, seconds = run.tokens / (arguments.steps + 1), statistics.median(run.clock.seconds)
+        points.append({"tokens": tokens, "seconds": seconds})
+        table.add_row(f"{tokens:.0f}", f"{seconds:.2f}", f"{1e6 * seconds / tokens:.0f}")
+    console.print(table)
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot([p["tokens"] for p in points], [p["seconds"] for p in points], "o-")
+    axes.set(xlabel="tokens a step", ylabel="seconds a step", title=f"{arguments.method}: cost by length", ylim=0)
+    axes.grid(alpha=0.3)
+    figure.savefig(RESULTS / f"step_{arguments.method}_lengths.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return {"machine": describe_machine(), "arguments": vars(arguments), "points": points}
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=sorted(METHODS), required=True)
+    parser.add_argument("--model", help="hub name or folder; default: SmolLM2-135M-Instruct from PyPI")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each trainer")
+    parser.add_argument("--prompt_tokens", type=int, default=0)
+    parser.add_argument("--completion_tokens", type=int, default=0, help="0: whole paragraphs, of their own lengths")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--no_checkpointing", action="store_true")
+    parser.add_argument("--sweep", type=int, nargs="+", help="lengths in tokens")
+    parser.add_argument("--name", help="of the JSON file; default: the method")
+    parser.add_argument("--memory_of", choices=[OURS, TRL], help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    arguments.model = arguments.model or str(smollm2_folder())
+    return arguments
+
+
+def main(words: list[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
+    arguments = parse_arguments(words)
+    if arguments.memory_of:
+        print_memory(arguments)
+        return
+    console = Console(width=max(120, Console().width))
+    console.print(", ".join(f"{name} {value}" for name, value in describe_machine().items()))
+    RESULTS.mkdir(exist_ok=True)
+    if arguments.sweep:
+        figures = sweep(console, arguments)
+    else:
+        runs = race(arguments)
+        figures = report(console, runs, [process_memory(module, words) for module in (OURS, TRL)], arguments)
+    name = arguments.name or (f"{arguments.method}_lengths" if arguments.sweep else arguments.method)
+    (RESULTS / f"step_{name}.json").write_text(json.dumps(figures, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()
