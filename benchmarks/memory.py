@@ -7,6 +7,7 @@ that is used twice. The allocators see everything that lives in tensors.
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,3 +51,10 @@ def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu"
         live += event.nbytes()
         peak = max(peak, live)
     return Measured(result, peak, frozenset(event.name() for event in events))
+
+
+def process_peak_bytes() -> int:
+    """The largest resident size of this process so far; with a GPU, of torch's allocations there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
