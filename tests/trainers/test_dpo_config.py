@@ -47,6 +47,7 @@ OLDER = {
     "generate_during_eval": False,
     "max_prompt_length": 8,
     "max_completion_length": 8,
+    "max_target_length": 8,
     "reference_free": True,
     "ref_model_init_kwargs": {"dtype": "float32"},
     "model_adapter_name": "default",
@@ -204,6 +205,21 @@ def test_older_ways_of_writing_a_script(model_path, tokenizer, tmp_path):
     assert max(len(row["chosen_ids"]) for row in trainer.train_dataset) == 5
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_settings_may_stand_in_the_trainers_arguments(model_path, tokenizer, tmp_path):
+    config = trl_fast.DPOConfig(str(tmp_path), **CPU, beta=0.3)
+    older = {"beta": 0.2, "loss_type": "ipo", "max_target_length": 5, "max_prompt_length": 4}
+    with pytest.warns(FutureWarning) as record:
+        trainer = trl_fast.DPOTrainer(
+            model_path, args=config, train_dataset=color_pairs(8), tokenizer=tokenizer, **older
+        )
+    assert (trainer.args.beta, trainer.args.loss_type, config.beta) == (0.2, ["ipo"], 0.3)
+    assert max(len(row["chosen_ids"]) for row in trainer.train_dataset) == 5
+    lines = [str(warning.message) for warning in record if "present place" in str(warning.message)]
+    assert len(lines) == 4 and "DPOTrainer: `beta`" in lines[0] and "DPOConfig(beta=...)" in lines[0]
+    with pytest.raises(TypeError, match="DPOTrainer has no argument 'train_datset'; did you mean 'train_dataset'?"):
+        trl_fast.DPOTrainer(model_path, args=config, train_datset=color_pairs(4))
 
 
 def test_reference_free_compares_with_nothing(model_path, tmp_path):

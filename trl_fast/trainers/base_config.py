@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import warnings
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -173,6 +173,22 @@ class BaseConfig(TrainingArguments):
                 if getattr(self, now) == _default(by_name[now]):
                     setattr(self, now, getattr(self, name))
                 setattr(self, name, None)
+
+    def with_older_arguments(self, trainer_class: type, older: dict[str, Any]) -> BaseConfig:
+        """This config with the fields that older scripts give to the trainer instead; one line for each.
+
+        Raises:
+            TypeError: a name is no field.
+        """
+        known = {item.name for item in fields(self) if item.init}
+        for name in older:
+            if name not in known:
+                others = inspect.signature(trainer_class.__init__).parameters
+                hint = did_you_mean(name, [*known, *others])
+                raise TypeError(f"{trainer_class.__name__} has no argument {name!r}{hint}")
+            what = f"it works; {type(self).__name__}({name}=...) is its present place."
+            deprecated(trainer_class.__name__, name, what)
+        return replace(self, **older) if older else self
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

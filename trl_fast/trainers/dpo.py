@@ -43,7 +43,8 @@ class DPOTrainer(BaseTrainer):
         train_dataset, eval_dataset: rows of (prompt,) chosen, rejected, plain or conversational; or tokenized.
             eval_dataset may be a dict of datasets.
         processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
-        The others are those of transformers.Trainer; `quantization_config` needs a model given by name.
+        The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Fields of
+        DPOConfig that older versions of TRL took here are accepted.
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.
@@ -70,9 +71,10 @@ class DPOTrainer(BaseTrainer):
         peft_config: PeftConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        **older: Any,
     ) -> None:
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
-        args = self.resolve_config(args, model)
+        args = self.resolve_config(args, model).with_older_arguments(type(self), older)
         self.check_dataset_type(train_dataset, "train_dataset")
         if isinstance(model, torch.nn.Module) and ref_model is model:
             raise ValueError("ref_model is the very object of model; leave it out to use a copy of the policy")

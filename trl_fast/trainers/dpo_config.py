@@ -62,6 +62,10 @@ class DPOConfig(BaseConfig):
     max_completion_length: int | None = older_name(
         "it works (longer completions lose their end); max_length alone is the present way."
     )
+    max_target_length: int | None = older_name(
+        "it works (longer completions lose their end); max_length alone is the present way.",
+        now="max_completion_length",
+    )
     reference_free: bool | None = older_name("it works (the reference log-probs are zero).")
     ref_model_init_kwargs: dict[str, Any] | str | None = older_name("it works for a ref_model given by name.")
     model_adapter_name: str | None = older_name("it works (the adapter is made active).")
