@@ -1,0 +1,143 @@
+"""Tree attention against a dense mask in float64, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from support.heads import error
+from trl_fast.modeling import segments
+from trl_fast.modeling.segments import tree_attention
+
+TREES = {
+    "a pair": ((40, 17, 9),),
+    "several trees": ((5, 3, 4), (1, 1, 1), (30, 2)),
+    "one branch": ((12, 20),),
+    "a hundred branches": ((9, *([2] * 100)),),
+    "no branches": ((8,), (3,), (21,)),
+    "no prompt": ((0, 5, 7),),
+    "empty branches": ((6, 0, 4, 0), (3, 0)),
+    "one token each": ((1, 1),),
+}
+
+
+def dense_mask(trees) -> torch.Tensor:
+    """(T, T) bool, from the definition: token by token."""
+    place = []
+    for number, lengths in enumerate(trees):
+        for segment, length in enumerate(lengths):
+            place += [(number, segment, offset) for offset in range(length)]
+
+    def sees(a, b):
+        same_tree = a[0] == b[0]
+        return same_tree and ((a[1] == b[1] and b[2] <= a[2]) or (b[1] == 0 and a[1] > 0))
+
+    return torch.tensor([[sees(a, b) for b in place] for a in place])
+
+
+def problem(trees, heads=4, groups=2, dtype=torch.float32, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sum(map(sum, trees))
+    make = lambda h: torch.randn(1, h, tokens, width, generator=generator).to(dtype)  # noqa: E731
+    return make(heads).requires_grad_(), make(groups).requires_grad_(), make(groups).requires_grad_(), make(heads)
+
+
+def dense(query, key, value, trees, scale, dtype):
+    wide = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+    repeats = query.shape[1] // key.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in wide[1:])
+    return F.scaled_dot_product_attention(wide[0], k, v, attn_mask=dense_mask(trees), scale=scale), wide
+
+
+@pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_output_and_gradients(trees, groups, scale, dtype):
+    query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
+    got = tree_attention(query, key, value, trees, scale)
+    exact, wide = dense(query, key, value, trees, scale, torch.float64)
+    baseline, narrow = dense(query, key, value, trees, scale, dtype)
+    grads = torch.autograd.grad(got, (query, key, value), upstream)
+    exact_grads = torch.autograd.grad(exact, wide, upstream.double())
+    baseline_grads = torch.autograd.grad(baseline, narrow, upstream)
+    floor = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[dtype]
+    for a, b, c in zip((got, *grads), (baseline, *baseline_grads), (exact, *exact_grads), strict=True):
+        assert a.dtype == dtype
+        assert error(a, c) <= max(2 * error(b, c), floor)
+
+
+def test_nothing_as_large_as_tokens_squared_is_built():
+    from benchmarks.memory import measure_peak
+
+    trees = ((3000, 500, 500),)
+    query, key, value, upstream = problem(trees, heads=2, groups=1, width=8)
+
+    def step():
+        torch.autograd.grad(tree_attention(query, key, value, trees), (query, key, value), upstream)
+
+    step()
+    # A mask of bytes, for one head.
+    assert measure_peak(step).peak_bytes < 4000 * 4000 / 4
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    query, key, value, _ = problem(((4, 3),))
+    with pytest.raises(ValueError, match="trees: lengths sum to 6, the row has 7 tokens"):
+        tree_attention(query, key, value, ((4, 2),))
+    with pytest.raises(ValueError, match="query: 4 heads are no multiple of the 3 key-value heads"):
+        tree_attention(query, key.expand(1, 2, 7, 16)[:, [0, 1, 1]], value[:, [0, 1, 1]], ((4, 3),))
+
+
+class VarlenOnTheCpu:
+    """The varlen flash kernels by their contract, sequence by sequence, so that what they are told can be checked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def _sequences(self, *starts):
+        borders = [s.tolist() for s in starts]
+        return zip(*([slice(a, b) for a, b in zip(s[:-1], s[1:], strict=True)] for s in borders), strict=True)
+
+    def _heads_first(self, x, heads):
+        return x.transpose(0, 1).repeat_interleave(heads // x.shape[1], dim=0)[None]
+
+    def forward(self, q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, *, scale):
+        self.calls.append((max_q, max_k, causal))
+        out, lse, heads = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0]), q.shape[1]
+        for rows, columns in self._sequences(q_starts, k_starts):
+            assert rows.stop - rows.start <= max_q and columns.stop - columns.start <= max_k
+            given = (self._heads_first(x, heads) for x in (q[rows], k[columns], v[columns]))
+            o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, causal, scale=scale)
+            out[rows], lse[:, rows] = o[0].transpose(0, 1), l[0]
+        return out, lse, torch.zeros(2), torch.zeros(0), torch.zeros(0)
+
+    def backward(self, g, q, k, v, out, lse, q_starts, k_starts, max_q, max_k, dropout, causal, rng, unused, *, scale):
+        assert rng.shape == (2,) and unused.shape == (0,)
+        grads, heads = [torch.zeros_like(x) for x in (q, k, v)], q.shape[1]
+        for rows, columns in self._sequences(q_starts, k_starts):
+            given = [self._heads_first(x, heads) for x in (g[rows], q[rows], k[columns], v[columns], out[rows])]
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *given, lse[None, :, rows], 0.0, causal, scale=scale
+            )
+            for total, place, part in zip(grads, (rows, columns, columns), found, strict=True):
+                total[place] = part[0].unflatten(0, (total.shape[1], -1)).sum(1).transpose(0, 1)
+        return tuple(grads)
+
+
+@pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
+def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
+    """CUDA's path with stand-ins for its two kernels; on a GPU, benchmarks.gpu_check runs the real ones."""
+    stand_in = VarlenOnTheCpu()
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in.forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in.backward)
+    monkeypatch.setattr(segments, "CpuParts", segments.CudaParts)
+    query, key, value, upstream = problem(trees)
+    got = tree_attention(query, key, value, trees)
+    exact, wide = dense(query, key, value, trees, None, torch.float64)
+    assert error(got, exact) < 2e-6
+    grads = torch.autograd.grad(got, (query, key, value), upstream)
+    for a, b in zip(grads, torch.autograd.grad(exact, wide, upstream.double()), strict=True):
+        assert error(a, b) < 3e-6
+    assert len(stand_in.calls) <= 2

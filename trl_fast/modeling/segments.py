@@ -1,0 +1,270 @@
+"""Exact attention over a row of token trees: a prompt is computed once, whatever the number of its branches.
+
+Every segment (a prompt or a branch) attends to itself, causally; the branches of a tree, as one block of queries,
+attend to its whole prompt. The two partial results of a branch are merged by their log-sum-exps, as the blocks of
+FlashAttention are (arXiv 2205.14135, section 3.1). A flash backward needs of the forward pass only the output and the
+log-sum-exp of the whole softmax, so the same kernels give exact gradients part by part, from the merged ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+# Lengths of a tree's segments in the order of the row: its prompt, then its branches.
+TreeLengths = tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """Queries that attend to keys of a row: to all of them, or causally to their own."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+@functools.lru_cache(maxsize=64)
+def attention_parts(trees: tuple[TreeLengths, ...]) -> tuple[Part, ...]:
+    """The parts of a row's attention; the causal ones of its segments come first and cover the row."""
+    own, across, start = [], [], 0
+    for prompt, *branches in trees:
+        branches_start = start + prompt
+        end = branches_start
+        if prompt:
+            own.append(Part(slice(start, branches_start), slice(start, branches_start), True))
+        for length in branches:
+            if length:
+                own.append(Part(slice(end, end + length), slice(end, end + length), True))
+            end += length
+        if prompt and end > branches_start:
+            across.append(Part(slice(branches_start, end), slice(start, branches_start), False))
+        start = end
+    return (*own, *across)
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trees: tuple[TreeLengths, ...],
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of every token to its own segment up to itself, and of a branch's tokens to their prompt.
+
+    Args:
+        query: (1, heads, T, D); key, value: (1, key-value heads, T, D) of the same dtype: float32|bfloat16|float16 on
+            the CPU, bfloat16|float16 on CUDA. Key-value heads are not repeated.
+        trees: lengths of the row's segments, summing to T.
+        scale: of the scores; 1/√D if None.
+
+    Returns:
+        (1, heads, T, D), differentiable.
+
+    Raises:
+        ValueError: the lengths do not sum to T, or the heads of the queries are no multiple of those of the keys.
+    """
+    tokens, heads, groups = query.shape[2], query.shape[1], key.shape[1]
+    if sum(map(sum, trees)) != tokens:
+        raise ValueError(f"trees: lengths sum to {sum(map(sum, trees))}, the row has {tokens} tokens")
+    if heads % groups:
+        raise ValueError(f"query: {heads} heads are no multiple of the {groups} key-value heads")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _TreeAttention.apply(query, key, value, trees, scale)
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, trees, scale):
+        kernels = CudaParts if query.is_cuda else CpuParts
+        row = kernels(query, key, value, trees, scale)
+        out, lse = row.forward()
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.trees, ctx.scale, ctx.kernels, ctx.rng_state = trees, scale, kernels, row.rng_state
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, out, lse = ctx.saved_tensors
+        row = ctx.kernels(query, key, value, ctx.trees, ctx.scale)
+        row.rng_state = ctx.rng_state
+        return (*row.backward(grad, out, lse), None, None)
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over two sets of keys: outputs (..., T, D) and their log-sum-exps (..., T), float32."""
+    total = torch.logaddexp(lse, other_lse)
+    merged = out.float() * (lse - total).exp()[..., None] + other.float() * (other_lse - total).exp()[..., None]
+    return merged.to(out.dtype), total
+
+
+class CpuParts:
+    """The parts of a row by torch's flash kernel for the CPU, one call each.
+
+    Key-value heads stand as the batch, so that their groups of query heads read them without a copy.
+    """
+
+    rng_state = None
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        trees: tuple[TreeLengths, ...],
+        scale: float,
+    ) -> None:
+        groups = key.shape[1]
+        self.shape = query.shape
+        self.query = self._grouped(query, groups)
+        self.key, self.value = (x[0][:, None].expand(-1, self.query.shape[1], -1, -1) for x in (key, value))
+        self.parts, self.scale = attention_parts(trees), scale
+
+    @staticmethod
+    def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
+        """(1, heads, T, D) as (key-value heads, heads of a group, T, D)."""
+        return x[0].unflatten(0, (groups, -1))
+
+    def _attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        given = (self.query[:, :, part.queries], self.key[:, :, part.keys], self.value[:, :, part.keys])
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, part.causal, scale=self.scale)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """out (1, heads, T, D) and lse (key-value heads, heads of a group, T) float32."""
+        out = torch.empty_like(self.query)
+        lse = self.query.new_empty(self.query.shape[:3], dtype=torch.promote_types(self.query.dtype, torch.float32))
+        for part in self.parts:
+            found, found_lse = self._attend(part)
+            rows = part.queries
+            if not part.causal:
+                found, found_lse = merge(out[:, :, rows], lse[:, :, rows], found, found_lse)
+            out[:, :, rows], lse[:, :, rows] = found, found_lse
+        return out.view(self.shape), lse
+
+    def backward(
+        self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of query, key and value, in their shapes."""
+        grad, out = (self._grouped(x, self.query.shape[0]) for x in (grad, out))
+        grad_query = torch.zeros_like(self.query)
+        grad_key, grad_value = (torch.zeros(x.shape[0], *x.shape[2:], dtype=x.dtype) for x in (self.key, self.value))
+        for queries, keys, causal in self.parts:
+            given = (self.query[:, :, queries], self.key[:, :, keys], self.value[:, :, keys])
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, queries],
+                *given,
+                out[:, :, queries],
+                lse[:, :, queries],
+                0.0,
+                causal,
+                scale=self.scale,
+            )
+            grad_query[:, :, queries] += found[0]
+            grad_key[:, keys] += found[1].sum(dim=1)
+            grad_value[:, keys] += found[2].sum(dim=1)
+        return grad_query.view(self.shape), grad_key[None], grad_value[None]
+
+
+class _Varlen(NamedTuple):
+    """What a varlen flash call is told of its sequences; index None: the whole row, in order."""
+
+    query_index: torch.Tensor | None
+    key_index: torch.Tensor | None
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+    longest_query: int
+    longest_key: int
+    causal: bool
+
+
+@functools.lru_cache(maxsize=64)
+def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device) -> tuple[_Varlen, ...]:
+    """Two calls, whatever the number of segments: every segment to itself, and branches to their prompts."""
+    parts = attention_parts(trees)
+    calls = []
+    for causal in (True, False):
+        chosen = [part for part in parts if part.causal == causal]
+        if not chosen:
+            continue
+        indices, starts, longest = [], [], []
+        for side in ("queries", "keys"):
+            ranges = [getattr(part, side) for part in chosen]
+            lengths = torch.tensor([r.stop - r.start for r in ranges])
+            index = torch.cat([torch.arange(r.start, r.stop) for r in ranges])
+            indices.append(None if causal else index.to(device))
+            starts.append(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32))
+            longest.append(int(lengths.max()))
+        calls.append(_Varlen(*indices, *starts, *longest, causal))
+    return tuple(calls)
+
+
+class CudaParts:
+    """The parts of a row by torch's varlen flash kernels, two calls a layer."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        trees: tuple[TreeLengths, ...],
+        scale: float,
+    ) -> None:
+        # (T, heads, D), as the varlen kernels take it; groups of query heads are theirs to see to.
+        self.query, self.key, self.value = (x[0].transpose(0, 1) for x in (query, key, value))
+        self.calls, self.scale = _varlen_calls(trees, query.device), scale
+        self.rng_state: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @staticmethod
+    def _at(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        return x.contiguous() if index is None else x.index_select(0, index)
+
+    def _given(self, call: _Varlen) -> Iterator[torch.Tensor]:
+        yield self._at(self.query, call.query_index)
+        yield self._at(self.key, call.key_index)
+        yield self._at(self.value, call.key_index)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """out (1, heads, T, D) and lse (heads, T) float32."""
+        out = lse = None
+        for call in self.calls:
+            lengths = (call.query_starts, call.key_starts, call.longest_query, call.longest_key)
+            found, found_lse, *rng_state, _ = torch.ops.aten._flash_attention_forward(
+                *self._given(call), *lengths, 0.0, call.causal, False, scale=self.scale
+            )
+            self.rng_state.append(tuple(rng_state))
+            if call.causal:
+                out, lse = found, found_lse
+                continue
+            rows = call.query_index
+            merged, total = merge(out[rows].transpose(0, 1), lse[:, rows], found.transpose(0, 1), found_lse)
+            out, lse = out.index_copy(0, rows, merged.transpose(0, 1)), lse.index_copy(1, rows, total)
+        return out.transpose(0, 1)[None], lse
+
+    def backward(
+        self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of query, key and value, in their shapes."""
+        grad, out = (x[0].transpose(0, 1) for x in (grad, out))
+        sums = [torch.zeros_like(x) for x in (self.query, self.key, self.value)]
+        for call, rng_state in zip(self.calls, self.rng_state, strict=True):
+            rows = call.query_index
+            lengths = (call.query_starts, call.key_starts, call.longest_query, call.longest_key)
+            found = torch.ops.aten._flash_attention_backward(
+                self._at(grad, rows),
+                *self._given(call),
+                self._at(out, rows),
+                (lse if rows is None else lse[:, rows]).contiguous(),
+                *lengths,
+                0.0,
+                call.causal,
+                *rng_state,
+                scale=self.scale,
+            )
+            for total, part, index in zip(sums, found, (rows, call.key_index, call.key_index), strict=True):
+                total.add_(part) if index is None else total.index_add_(0, index, part)
+        return tuple(total.transpose(0, 1)[None] for total in sums)
