@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models import auto
+
+from trl_fast.modeling.loading import disable_dropout
 
 SIZES = {
     "hidden_size": 32,
@@ -40,6 +47,15 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: object) -> Pr
     """A float32 model of that configuration, in training mode."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(tiny_config(family, **changes)).float().train()
+
+
+def tiny_classifier(family: str = "llama", *, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A float32 model with a head of one label, in training mode, its dropout off."""
+    torch.manual_seed(seed)
+    config = tiny_config(family, **{"num_labels": 1, **changes})
+    model = AutoModelForSequenceClassification.from_config(config).float().train()
+    disable_dropout(model)
+    return model
 
 
 def save_tiny_model(folder: Path, tokenizer: object, family: str = "llama", **changes: object) -> str:

@@ -33,9 +33,11 @@ from .labelled import (
     unpacked,
 )
 from .packing import LAYOUTS, TokenBatch, pack_trees
+from .reward import DataCollatorForReward, RewardCollator, prepare_reward_dataset, reward_batch, tokenize_reward
 from .sft import SFTFormat, SFTLength, prepare_sft_dataset, tokenize_sft
 from .training_templates import get_training_chat_template, has_generation_marks, trains_stop_token
 from .trees import TRUNCATION_MODES, Tree, truncate_tree
+from .unpaired import maybe_unpair_preference_dataset, unpair_preference_dataset
 from .validation import ValidationReport, validate
 
 __all__ = [
@@ -47,7 +49,9 @@ __all__ = [
     "ConvertingCollator",
     "DataCollatorForLanguageModeling",
     "DataCollatorForPreference",
+    "DataCollatorForReward",
     "LabelledCollator",
+    "RewardCollator",
     "TokenBatch",
     "Tree",
     "ValidationReport",
@@ -67,16 +71,21 @@ __all__ = [
     "maybe_apply_chat_template",
     "maybe_convert_to_chatml",
     "maybe_extract_prompt",
+    "maybe_unpair_preference_dataset",
     "pack_dataset",
     "pack_labelled",
     "pack_trees",
     "prepare_preference_dataset",
+    "prepare_reward_dataset",
     "prepare_sft_dataset",
+    "reward_batch",
     "tokenize_preference",
+    "tokenize_reward",
     "tokenize_sft",
     "trains_stop_token",
     "truncate_dataset",
     "truncate_tree",
+    "unpair_preference_dataset",
     "unpacked",
     "validate",
 ]

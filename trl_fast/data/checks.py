@@ -21,10 +21,12 @@ SHOWN_ROWS = 5
 SCAN_ROWS = 1000
 
 
-def check_preference_columns(dataset: Dataset | IterableDataset, name: str = "train") -> list[str]:
+def check_preference_columns(
+    dataset: Dataset | IterableDataset, name: str = "train", token_columns: tuple[str, ...] = TOKEN_COLUMNS
+) -> list[str]:
     """The column names of a preference dataset (a stream's are those of its first row).
 
-    Raises ValueError if the dataset is empty, has image columns, or has neither `chosen` and `rejected` nor the three
+    Raises ValueError if the dataset is empty, has image columns, or has neither `chosen` and `rejected` nor all the
     token columns.
     """
     first_row = next(iter(dataset), None)
@@ -37,29 +39,33 @@ def check_preference_columns(dataset: Dataset | IterableDataset, name: str = "tr
             f"The {name} dataset has the column {images[0]!r}: vision data is not supported yet. Remove the column to "
             "train on the text alone."
         )
-    if not ({"chosen", "rejected"} <= set(columns) or set(TOKEN_COLUMNS) <= set(columns)):
+    if not ({"chosen", "rejected"} <= set(columns) or set(token_columns) <= set(columns)):
         raise ValueError(
             f"The {name} dataset has the columns {columns}; expected 'chosen' and 'rejected' (with or without "
-            f"'prompt'), or the tokenized {', '.join(TOKEN_COLUMNS)}. Rename yours with dataset.rename_column(...)."
+            f"'prompt'), or the tokenized {', '.join(token_columns)}. Rename yours with dataset.rename_column(...)."
         )
     return columns
 
 
-def check_preference_row(example: dict[str, Any], row: int, name: str = "train") -> None:
+def check_preference_row(
+    example: dict[str, Any], row: int, name: str = "train", *, one_may_be_empty: bool = False
+) -> None:
     """Raise ValueError unless `chosen`, `rejected` and `prompt` (if any) are all text or all lists of messages.
 
     A `prompt` of the other kind than the completions is let through where they are messages: it is then ignored, and
-    the prompt taken from the messages that `chosen` and `rejected` share. Empty completions are refused.
+    the prompt taken from the messages that `chosen` and `rejected` share. Empty completions are refused; with
+    `one_may_be_empty` only where both are.
     """
     kinds = {}
+    empty = [column for column in ("chosen", "rejected") if example.get(column) in ("", [])]
+    if empty and not (one_may_be_empty and len(empty) == 1):
+        raise ValueError(
+            f"{_place(name, row)}, column {empty[0]!r}: the completion is empty. {_remove_rows(empty[0])}"
+        )
     for column in ("chosen", "rejected", "prompt"):
         if column == "prompt" and column not in example:
             continue
         value = example.get(column)
-        if column != "prompt" and value in ("", []):
-            raise ValueError(
-                f"{_place(name, row)}, column {column!r}: the completion is empty. {_remove_rows(column)}"
-            )
         kinds[column] = _kind(value)
         if kinds[column] is None:
             raise ValueError(
@@ -100,7 +106,7 @@ def check_completions(dataset: Dataset, name: str = "train") -> None:
     count and the first rows, if it does in some.
     """
     identical = []
-    for start, table in _token_tables(dataset):
+    for start, table in _token_tables(dataset, TOKEN_COLUMNS[1:]):
         chosen, rejected = (table[column].combine_chunks() for column in TOKEN_COLUMNS[1:])
         lengths = {}
         for column, values in (("chosen", chosen), ("rejected", rejected)):

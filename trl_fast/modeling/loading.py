@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -18,6 +24,33 @@ def load_causal_lm(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
         ValueError: dtype is none of auto, bfloat16, float16, float32 or a torch.dtype.
         OSError: there is no such model.
     """
+    init_kwargs, _ = _checked(name_or_path, init_kwargs)
+    return AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+
+
+def load_reward_model(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
+    """Loads a classifier with one label by hub name or folder; of a language model it is one with a new, random head.
+
+    Raises:
+        ValueError: num_labels is not 1, the model is a classifier with more labels, or as in `load_causal_lm`.
+        OSError: there is no such model.
+    """
+    if init_kwargs.setdefault("num_labels", 1) != 1:
+        raise ValueError(
+            f"model_init_kwargs: num_labels={init_kwargs['num_labels']}, but a reward is one number; leave it out"
+        )
+    init_kwargs, config = _checked(name_or_path, init_kwargs)
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if classifies and config.num_labels != 1:
+        raise ValueError(
+            f"model {name_or_path!r} is a classifier with num_labels={config.num_labels}, but a reward is one number; "
+            "start from a model with num_labels=1, or from a language model"
+        )
+    return AutoModelForSequenceClassification.from_pretrained(name_or_path, **init_kwargs)
+
+
+def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, Any], PretrainedConfig]:
+    """The keywords of from_pretrained with our defaults filled in, and the model's config."""
     dtype = init_kwargs.get("dtype", "float32")
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {_DTYPES} or a torch.dtype, got {dtype!r}")
@@ -34,7 +67,7 @@ def load_causal_lm(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
         raise OSError(f"model {name_or_path!r} is no folder here and cannot be had from the hub: {error}") from error
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(f"model {name_or_path!r} is a vision-language model; only text models are supported so far")
-    return AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+    return init_kwargs, config
 
 
 def is_quantized(model: torch.nn.Module) -> bool:

@@ -22,7 +22,7 @@ from .attention import packed_inputs
 from .head import head_parameters, head_transform
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
-_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ def score(
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -219,7 +220,7 @@ def verify(model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) 
     device = model.get_input_embeddings().weight.device
     trees = [Tree(ids[:1], [ids[1:]]) for ids in sequences]
     alone = [pack_trees([tree], "padded", 0).to(device) for tree in trees]
-    with _evaluating(model):
+    with evaluating(model):
         own = torch.cat([_own_logprobs(model, batch) for batch in alone])
         fused = torch.cat([score(model, batch).tokens.logprobs for batch in alone])
         fused_error = (fused - own).abs().max().item()
@@ -227,7 +228,7 @@ def verify(model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) 
         if packed:
             together = score(model, pack_trees(trees, "packed", 0).to(device)).tokens.logprobs
             packed_error = (together - fused).abs().max().item()
-    return Verdict(fused_error, packed_error, _TOLERANCE.get(model.dtype, 2e-3))
+    return Verdict(fused_error, packed_error, TOLERANCE.get(model.dtype, 2e-3))
 
 
 def _own_logprobs(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:

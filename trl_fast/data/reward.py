@@ -1,0 +1,255 @@
+"""Data for reward models: from preference pairs to pairs of whole token sequences, and to a batch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+from .checks import check_completions, check_preference_columns, check_preference_row, check_tokenizer
+from .formats import end_with, map_options
+from .labelled import pad
+from .packing import TokenBatch, pack_trees
+from .trees import Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SEQUENCE_COLUMNS = ("chosen_ids", "rejected_ids")
+MARGIN = "margin"
+# The extra of a TokenBatch that tells where each sequence's reward is read.
+REWARD_POSITIONS = "reward_positions"
+_OLDER_COLUMNS = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
+
+# Part of the cache's key: datasets hashes a module's function by its name, not by its code. Count it up whenever rows
+# come out differently.
+FORMAT_VERSION = 1
+
+
+def tokenize_reward(example: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Token ids of prompt + chosen and of prompt + rejected: `chosen_ids` and `rejected_ids`.
+
+    Messages go through the chat template, with the row's `tools` (a list, or one as JSON) and `chat_template_kwargs`.
+    Text gets the tokenizer's default special tokens, and the EOS token if it does not end with it. A `prompt` of text
+    beside completions that are messages is ignored, since those begin with it.
+    """
+    prompt, tools = example.get("prompt"), example.get("tools")
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
+
+    def tokenize(completion: str | list[dict]) -> list[int]:
+        if isinstance(completion, str):
+            return processing_class(text=(prompt or "") + end_with(completion, processing_class.eos_token))[
+                "input_ids"
+            ]
+        messages = [*(prompt if isinstance(prompt, list) else []), *completion]
+        return processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+
+    return {"chosen_ids": tokenize(example["chosen"]), "rejected_ids": tokenize(example["rejected"])}
+
+
+def prepare_reward_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """Check a preference dataset, tokenize it, and leave out the rows with a side of more than `max_length` tokens.
+
+    Rows have `chosen` and `rejected`, `prompt` or not, as text or as messages, and maybe a number `margin`; the answer
+    has the columns `chosen_ids` and `rejected_ids` (int64 lists) beside the dataset's own. A dataset that has the two
+    already is not tokenized again. Streams are tokenized, checked and filtered row by row as they are read. `num_proc`
+    processes work on a Dataset.
+
+    Raises ValueError for bad data, naming the dataset `name` and the row, and if no row is short enough.
+    """
+    dataset = _with_present_names(dataset)
+    columns = check_preference_columns(dataset, name, SEQUENCE_COLUMNS)
+    check_tokenizer(processing_class)
+    if not set(SEQUENCE_COLUMNS) <= set(columns):
+        arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
+        options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
+        dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
+    elif "prompt_ids" in columns:
+        raise ValueError(
+            f"The {name} dataset has the column 'prompt_ids' beside 'chosen_ids' and 'rejected_ids', as DPO takes it; "
+            "a reward model reads whole sequences. Put prompt_ids before the two others, and remove the column."
+        )
+    elif isinstance(dataset, Dataset) and MARGIN in columns:
+        _check_margins(dataset, name)
+    if isinstance(dataset, Dataset):
+        check_completions(dataset, name)
+    return dataset if max_length is None else _short_enough(dataset, max_length, num_proc, name)
+
+
+def _with_present_names(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    columns = dataset.column_names or []
+    if not _OLDER_COLUMNS.keys() <= set(columns) or set(SEQUENCE_COLUMNS) <= set(columns):
+        return dataset
+    warnings.warn(
+        "The columns `chosen_input_ids` and `rejected_input_ids` are names of an older TRL; they work, and "
+        "`chosen_ids` and `rejected_ids` are the present names.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    return dataset.rename_columns(_OLDER_COLUMNS)
+
+
+def _short_enough(
+    dataset: Dataset | IterableDataset, max_length: int, num_proc: int | None, name: str
+) -> Dataset | IterableDataset:
+    options = map_options(dataset, num_proc, f"Leaving out long rows of {name} dataset")
+    kept = dataset.filter(_is_short_enough, fn_kwargs={"max_length": max_length}, **options)
+    if not isinstance(dataset, Dataset) or len(kept) == len(dataset):
+        return kept
+    what = f"'chosen' or 'rejected' has more than max_length={max_length} tokens, prompt included"
+    remedy = "A reward belongs to the whole text, so nothing is cut; raise max_length, or set it to None."
+    if len(kept) == 0:
+        raise ValueError(f"The {name} dataset is empty: in every row {what}. {remedy}")
+    logger.warning(
+        f"The {name} dataset: {len(dataset) - len(kept)} of {len(dataset)} rows are left out, because {what}. {remedy}"
+    )
+    return kept
+
+
+def _check_margins(dataset: Dataset, name: str) -> None:
+    for row, margin in enumerate(dataset.with_format(None)[MARGIN]):
+        _check_margin(margin, row, name)
+
+
+def _check_margin(margin: Any, row: int, name: str) -> None:
+    if not (isinstance(margin, (int, float)) and math.isfinite(margin)):
+        raise ValueError(
+            f"The {name} dataset, row {row}, column 'margin': expected a finite number, got {margin!r}. Fill it in "
+            "all rows, or remove the column."
+        )
+
+
+# The functions given to `map` and `filter` stand at module level: datasets pickles them for its worker processes and
+# hashes them for its cache.
+
+
+def _tokenize_row(
+    example: dict[str, Any], row: int, processing_class: PreTrainedTokenizerBase, name: str, format_version: int
+) -> dict[str, list[int]]:
+    # An empty answer has a reward too; of two there is none to prefer.
+    check_preference_row(example, row, name, one_may_be_empty=True)
+    check_tokenizer(processing_class, needs_eos=isinstance(example["chosen"], str))
+    if MARGIN in example:
+        _check_margin(example[MARGIN], row, name)
+    return tokenize_reward(example, processing_class)
+
+
+def _is_short_enough(example: dict[str, Any], max_length: int) -> bool:
+    return all(len(example[column]) <= max_length for column in SEQUENCE_COLUMNS)
+
+
+def reward_batch(
+    sequences: Sequence[list[int]],
+    layout: str,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+    margins: Sequence[float] | None = None,
+) -> TokenBatch:
+    """Lay out sequences of token ids, chosen and rejected ones in turns, as one batch (see `pack_trees`).
+
+    `extras["reward_positions"]` (S,) int64 are the flat positions of the last tokens, which the rewards are read from;
+    `extras["margin"]` (P,) float32 are the margins, if there are any. Tokens `pad_token_id` at a sequence's end do not
+    count as last ones: that is how transformers finds the last token, which matters where the pad token is the EOS
+    token.
+    """
+    batch = pack_trees([Tree([], list(sequences))], layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+    steps = map(len, sequences) if layout == "packed" else [batch.input_ids.shape[1]] * len(sequences)
+    starts = [0, *accumulate(steps)][: len(sequences)]
+    last = [_last_index(ids, pad_token_id) for ids in sequences]
+    batch.extras[REWARD_POSITIONS] = torch.tensor([start + index for start, index in zip(starts, last, strict=True)])
+    if margins is not None:
+        batch.extras[MARGIN] = torch.tensor(margins, dtype=torch.float32)
+    return batch
+
+
+def _last_index(ids: list[int], pad_token_id: int) -> int:
+    return next((index for index in reversed(range(len(ids))) if ids[index] != pad_token_id), 0)
+
+
+@dataclass
+class RewardCollator:
+    """Collate rows with `chosen_ids`, `rejected_ids` and maybe `margin` into a `TokenBatch` (see `reward_batch`)."""
+
+    pad_token_id: int
+    layout: str = "padded"
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+        sequences = [row[column] for row in examples for column in SEQUENCE_COLUMNS]
+        margins = [row[MARGIN] for row in examples] if MARGIN in examples[0] else None
+        return reward_batch(sequences, self.layout, self.pad_token_id, self.pad_to_multiple_of, margins)
+
+
+@dataclass
+class ConvertingRewardCollator:
+    """Makes a `TokenBatch` of what another collator returns: that of `DataCollatorForReward`.
+
+    Raises ValueError if it returns something else.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], Any]
+    pad_token_id: int
+    layout: str
+
+    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+        batch = self.collator(examples)
+        if isinstance(batch, TokenBatch):
+            return batch
+        needed = {"input_ids", "attention_mask"}
+        if not needed <= set(batch) <= needed | {MARGIN} or len(batch["input_ids"]) % 2:
+            raise ValueError(
+                f"data_collator returned {sorted(batch)}; expected 'input_ids' and 'attention_mask', the rows of all "
+                "chosen sequences before those of all rejected ones, and 'margin' if there are margins."
+            )
+        rows = [
+            ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        half = len(rows) // 2
+        sequences = [ids for pair in zip(rows[:half], rows[half:], strict=True) for ids in pair]
+        margins = batch[MARGIN].tolist() if MARGIN in batch else None
+        return reward_batch(sequences, self.layout, self.pad_token_id, margins=margins)
+
+
+@dataclass
+class DataCollatorForReward:
+    """Collate rows as TRL's `reward_trainer.DataCollatorForPreference` does, into tensors for a model's own forward.
+
+    Rows have `chosen_ids` and `rejected_ids`, and maybe `margin`. Returns a dict of `input_ids` and `attention_mask`
+    (2P, T) int64, all chosen sequences before all rejected ones, padded on the right with `pad_token_id` to the
+    longest, rounded up to `pad_to_multiple_of`; and `margin` (P,) float32.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def __call__(self, examples: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+        sequences = [torch.tensor(row[column]) for column in SEQUENCE_COLUMNS for row in examples]
+        masks = [torch.ones_like(ids) for ids in sequences]
+        output = {
+            "input_ids": pad(sequences, self.pad_token_id, self.pad_to_multiple_of),
+            "attention_mask": pad(masks, 0, self.pad_to_multiple_of),
+        }
+        if MARGIN in examples[0]:
+            output[MARGIN] = torch.tensor([row[MARGIN] for row in examples], dtype=torch.float32)
+        return output
