@@ -17,6 +17,8 @@ _EXPORTS = {
     "DPOConfig": "trl_fast.trainers",
     "DPOTrainer": "trl_fast.trainers",
     "LogCompletionsCallback": "trl_fast.trainers",
+    "RewardConfig": "trl_fast.trainers",
+    "RewardTrainer": "trl_fast.trainers",
     "RichProgressCallback": "trl_fast.trainers",
     "SFTConfig": "trl_fast.trainers",
     "SFTTrainer": "trl_fast.trainers",
@@ -42,6 +44,8 @@ _EXPORTS = {
     "maybe_convert_to_chatml": "trl_fast.data",
     "pack_dataset": "trl_fast.data",
     "maybe_extract_prompt": "trl_fast.data",
+    "maybe_unpair_preference_dataset": "trl_fast.data",
+    "unpair_preference_dataset": "trl_fast.data",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -67,7 +71,9 @@ if TYPE_CHECKING:
         maybe_apply_chat_template,
         maybe_convert_to_chatml,
         maybe_extract_prompt,
+        maybe_unpair_preference_dataset,
         pack_dataset,
+        unpair_preference_dataset,
     )
     from trl_fast.dropin import install_as_trl
     from trl_fast.modeling.chat_template import clone_chat_template
@@ -77,6 +83,8 @@ if TYPE_CHECKING:
         DPOConfig,
         DPOTrainer,
         LogCompletionsCallback,
+        RewardConfig,
+        RewardTrainer,
         RichProgressCallback,
         SFTConfig,
         SFTTrainer,

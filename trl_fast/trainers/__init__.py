@@ -3,6 +3,8 @@
 from .callbacks import BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback
 from .dpo import DPOTrainer
 from .dpo_config import DPOConfig
+from .reward import RewardTrainer
+from .reward_config import RewardConfig
 from .sft import SFTTrainer
 from .sft_config import SFTConfig
 
@@ -11,6 +13,8 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "LogCompletionsCallback",
+    "RewardConfig",
+    "RewardTrainer",
     "RichProgressCallback",
     "SFTConfig",
     "SFTTrainer",

@@ -1,0 +1,247 @@
+"""RewardTrainer: TRL's constructor and behaviour, on packed batches."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from trl_fast.data import TokenBatch
+from trl_fast.data.reward import (
+    MARGIN,
+    SEQUENCE_COLUMNS,
+    ConvertingRewardCollator,
+    RewardCollator,
+    prepare_reward_dataset,
+)
+from trl_fast.losses.reward import reward_loss, reward_metrics
+from trl_fast.modeling.chat_template import set_chat_template, set_eos_token, with_trained_tokens
+from trl_fast.modeling.loading import base_model, load_reward_model
+from trl_fast.modeling.reward_scoring import (
+    HEAD,
+    attach_reward_scoring,
+    can_pack_rewards,
+    rewards,
+    verify_rewards,
+)
+from trl_fast.modeling.scoring import Verdict
+
+from .base import AnyDataset, BaseTrainer, older_tokenizer_name
+from .reward_config import RewardConfig
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 12
+
+
+class RewardTrainer(BaseTrainer):
+    """Reward models from preference pairs, by the Bradley-Terry model (arXiv 2203.02155, section 3.5).
+
+    Args:
+        model: a name, a sequence classifier with num_labels=1, or a PeftModel of one. By name it may be a language
+            model, which gets a new head.
+        args: a RewardConfig; TRL's own is accepted too.
+        data_collator: returns a TokenBatch, or what `data.reward.DataCollatorForReward` does.
+        train_dataset, eval_dataset: rows of (prompt,) chosen, rejected (, margin), plain or conversational; or
+            tokenized. eval_dataset may be a dict of datasets.
+        processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
+        compute_metrics: is given the rewards (2P, 1) of each batch, those of all chosen sequences first.
+        The others are those of transformers.Trainer; `quantization_config` needs a model given by name.
+
+    Raises:
+        ValueError, TypeError: bad arguments or data, by name, before training starts.
+    """
+
+    method = "reward"
+    config_class = RewardConfig
+    token_columns = SEQUENCE_COLUMNS
+    signature_columns = (*SEQUENCE_COLUMNS, MARGIN)
+    load_model = staticmethod(load_reward_model)
+    attach = staticmethod(attach_reward_scoring)
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: object | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
+        args = self.resolve_config(args, model)
+        self.check_dataset_type(train_dataset, "train_dataset")
+        model = self.resolve_model(model, args, quantization_config)
+        processing_class = self.resolve_tokenizer(processing_class, model, args)
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
+        model = self.adapt(model, peft_config, args)
+        layout = self.choose_layout(base_model(model), args, _sample_sequences(train_dataset))
+        self.start(
+            model=model,
+            args=args,
+            data_collator=self._collator(data_collator, layout, processing_class.pad_token_id, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+
+    # ---- the model and its tokenizer
+
+    def resolve_model(
+        self, model: str | PreTrainedModel | PeftModel, args: RewardConfig, quantization_config: object | None
+    ) -> PreTrainedModel | PeftModel:
+        """As in the base.
+
+        Raises:
+            ValueError: the model does not give one number a sequence.
+        """
+        model = super().resolve_model(model, args, quantization_config)
+        inner = base_model(model)
+        if inner.config.num_labels != 1:
+            raise ValueError(
+                f"model: this {type(inner).__name__} has num_labels={inner.config.num_labels}, but a reward is one "
+                "number; load it with AutoModelForSequenceClassification.from_pretrained(..., num_labels=1), or give "
+                "the model's name"
+            )
+        return model
+
+    def adjust_tokenizer(
+        self, processing_class: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, args: RewardConfig
+    ) -> None:
+        """Sets the end token and the chat template that the arguments name.
+
+        Raises:
+            ValueError: eos_token is not in the vocabulary.
+            OSError: there is nothing at chat_template_path.
+        """
+        inner = base_model(model)
+        if args.eos_token is not None:
+            set_eos_token(inner, processing_class, args.eos_token)
+        path = args.chat_template_path
+        self._added_tokens = [] if path is None else set_chat_template(inner, processing_class, path)
+
+    def adapt(
+        self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: RewardConfig
+    ) -> PreTrainedModel | PeftModel:
+        """As in the base; tokens that came with a chat template are trained beside the adapter."""
+        if isinstance(peft_config, PeftConfig):
+            peft_config = _for_a_classifier(peft_config)
+            if self._added_tokens:
+                peft_config = with_trained_tokens(peft_config, base_model(model), self._added_tokens)
+                logger.warning("chat_template_path brought new tokens: their embeddings are trained.")
+        model = super().adapt(model, peft_config, args)
+        head = getattr(base_model(model), HEAD, None)
+        trains = head is None or any(weight.requires_grad for weight in head.parameters())
+        if isinstance(model, PeftModel) and not trains:
+            logger.warning(
+                f"The model's head ({HEAD!r}) is frozen. If it is new, its random weights stay as they are; set "
+                f"modules_to_save=[{HEAD!r}] or task_type='SEQ_CLS' in peft_config to train it."
+            )
+        return model
+
+    def can_pack(self, model: PreTrainedModel, args: RewardConfig) -> tuple[bool, str]:
+        """Whether a model is declared to be able to run packed rows, and why not."""
+        return can_pack_rewards(model, args.max_length)
+
+    def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) -> Verdict:
+        """How far rewards of packed sequences are from the model's own."""
+        return verify_rewards(model, sequences, packed=packed)
+
+    # ---- data
+
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, name: str
+    ) -> AnyDataset:
+        return prepare_reward_dataset(
+            dataset, processing_class, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name
+        )
+
+    @staticmethod
+    def _collator(given: Callable | None, layout: str, pad_token_id: int, args: RewardConfig) -> Callable:
+        if given is not None:
+            return ConvertingRewardCollator(given, pad_token_id, layout)
+        multiple = args.pad_to_multiple_of if layout == "padded" else None
+        return RewardCollator(pad_token_id, layout, multiple)
+
+    # ---- the loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: TokenBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss (0-d) of one micro-batch; its metrics wait for the next log.
+
+        With return_outputs also the rewards as `logits` (2P, 1), those of all chosen sequences first.
+        """
+        scores = rewards(model, inputs)
+        loss = reward_loss(scores, inputs.get(MARGIN), self.args.center_rewards_coefficient)
+        # The smallest and largest reward are those of all processes.
+        everywhere = self.accelerator.gather(scores.detach())
+        self.record({"num_tokens": self.count_tokens(inputs)} | reward_metrics(everywhere))
+        if not return_outputs:
+            return loss
+        return loss, {"logits": scores.detach().view(-1, 2).T.reshape(-1, 1)}
+
+    # ---- evaluation
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: TokenBatch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None]:
+        """The loss of a batch, and for compute_metrics its rewards; there are no labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return (loss, None, None) if prediction_loss_only else (loss, outputs["logits"], ())
+
+
+def _for_a_classifier(peft_config: PeftConfig) -> PeftConfig:
+    """The adapter's configuration, the task a reward model's where it said that of a language model."""
+    if peft_config.task_type != TaskType.CAUSAL_LM:
+        return peft_config
+    logger.warning(
+        "peft_config: task_type='CAUSAL_LM' is for language models; 'SEQ_CLS' is used, with which the reward model's "
+        "head is trained and saved beside the adapter."
+    )
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = TaskType.SEQ_CLS
+    return peft_config
+
+
+def _sample_sequences(dataset: AnyDataset) -> list[list[int]]:
+    """Two short token sequences for trying the model out: the ends of the first row's, where they differ.
+
+    Raises:
+        ValueError: a stream has no row that is short enough.
+    """
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(
+            "The train dataset has no row of at most max_length tokens; raise max_length, or set it to None"
+        )
+    return [row[column][-_PROBE_TOKENS:] for column in SEQUENCE_COLUMNS]
