@@ -55,7 +55,7 @@ LENGTH_SHARE = Kind(
     "length_share",
     "info",
     "how often the longer response is preferred",
-    f"No bias of more than {TOLERATED_BIAS:.0%} is certain.",
+    f"A bias of more than {100 * TOLERATED_BIAS:.0f} points is not certain.",
 )
 LABEL_BALANCE = Kind(
     "label_balance", "info", "share of desirable responses", "Weigh the sides: desirable_weight, undesirable_weight."

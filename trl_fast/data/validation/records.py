@@ -179,7 +179,7 @@ def check_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 def read_slices(dataset: Dataset | IterableDataset, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
     """The rows as dicts of these columns, READ_ROWS at a time."""
-    for batch in dataset.select_columns(columns).with_format(None).iter(batch_size=READ_ROWS):
+    for batch in dataset.select_columns(columns).iter(batch_size=READ_ROWS):
         rows = zip(*(batch[column] for column in columns), strict=True)
         yield [dict(zip(columns, values, strict=True)) for values in rows]
 

@@ -79,6 +79,8 @@ def _read_split(
     dataset: Dataset | IterableDataset, name: str, context: Context, advance: Callable[[int], None]
 ) -> tuple[SplitTable, list[Finding]]:
     """The table of a split and what the checks of single rows found in it; `advance` hears how many rows were read."""
+    # Whatever format the rows are set to come in: the checks know Python's.
+    dataset = dataset.with_format(None)
     table = SplitTable(name, unit="characters" if context.tokenizer is None else "tokens")
     # The rows of each kind, and the first one's detail.
     hits: dict[Kind, tuple[list[int], str]] = {}
