@@ -11,6 +11,8 @@ from trl_fast.losses.sft import TOKEN_LOSSES
 
 from .base_config import BaseConfig, deprecated, older_name
 
+_OLDER_DATASET_KWARGS = ("add_special_tokens", "append_concat_token")
+
 
 @dataclass
 class SFTConfig(BaseConfig):
