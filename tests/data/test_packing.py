@@ -11,7 +11,15 @@ from torch.utils.data import DataLoader
 from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLCollator
 
 from support.preferences import random_pairs
-from trl_fast.data import DataCollatorForPreference, TokenBatch, Tree, pack_trees, truncate_tree
+from trl_fast.data import (
+    LAYOUTS,
+    TRUNCATION_MODES,
+    DataCollatorForPreference,
+    TokenBatch,
+    Tree,
+    pack_trees,
+    truncate_tree,
+)
 
 PAD = 0
 TREES = [Tree([1, 2, 3], [[4, 5], [6]]), Tree([], [[7, 8], [9]]), Tree([10], [[], [11, 12, 13]])]
@@ -105,7 +113,7 @@ def test_truncation_keeps_what_trees_can_share():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="layout='ragged' is unknown; expected one of packed, padded"):
+    with pytest.raises(ValueError, match="layout='ragged' is unknown; expected one of shared_prefix, packed, padded"):
         pack_trees(TREES, "ragged", PAD)
     with pytest.raises(ValueError, match="truncation_mode='middle' is unknown"):
         pack_trees(TREES, "packed", PAD, max_length=3, truncation_mode="middle")
@@ -196,3 +204,39 @@ def test_accelerates_dispatcher_refuses_it_aloud():
     """Slicing a batch for other processes cannot work; it must fail, not hand everyone the whole batch."""
     with pytest.raises(TypeError, match="TokenBatch"):
         find_batch_size(pack_trees(TREES, "packed", PAD))
+
+
+def shared_trees():
+    return [
+        Tree(list(range(100, 120)), [[1, 2, 3], [4], [5, 6]]),
+        Tree([7, 8], [[9], [10, 11]]),
+        Tree(list(range(200, 216)), [[12, 13]]),
+        Tree([], [[14, 15], [16]]),
+    ]
+
+
+def test_a_shared_prompt_stands_once_before_its_branches():
+    batch = pack_trees(shared_trees(), "shared_prefix", 0)
+    assert batch.tree_lengths == ((20, 3, 1, 2), (3,), (4,), (18,), (2,), (1,))
+    assert batch.sequence_lengths is None and batch.attention_mask is None
+    assert batch.input_ids.tolist() == [
+        [*range(100, 120), 1, 2, 3, 4, 5, 6, 7, 8, 9, 7, 8, 10, 11, *range(200, 216), 12, 13, 14, 15, 16]
+    ]
+    assert batch.position_ids[0, :33].tolist() == [*range(20), 20, 21, 22, 20, 20, 21, 0, 1, 2, 0, 1, 2, 3]
+    # The first token of each branch is predicted by the prompt's last position.
+    assert batch.score_positions[:6].tolist() == [19, 20, 21, 19, 19, 24]
+    assert batch.num_tokens == sum(20 + n for n in (3, 1, 2)) + 3 + 4 + 18 + 2 + 1
+
+
+@pytest.mark.parametrize("max_length", [None, 21, 20, 3])
+@pytest.mark.parametrize("mode", TRUNCATION_MODES)
+def test_all_layouts_score_the_same_tokens_from_the_same_context(max_length, mode):
+    batches = [pack_trees(shared_trees(), layout, 0, max_length, mode) for layout in LAYOUTS]
+    for batch in batches[1:]:
+        for name in ("targets", "branch", "offset", "branch_lengths"):
+            assert torch.equal(getattr(batch, name), getattr(batches[0], name)), name
+        assert (batch.num_tokens, batch.group_sizes) == (batches[0].num_tokens, batches[0].group_sizes)
+        predictors = [b.input_ids.flatten()[b.score_positions] for b in (batch, batches[0])]
+        assert torch.equal(*predictors)
+        positions = [b.position_ids.flatten()[b.score_positions] for b in (batch, batches[0])]
+        assert torch.equal(*positions)

@@ -14,7 +14,8 @@ def test_against_a_dense_mask(lengths, key_heads):
     total = sum(lengths)
     query = torch.randn(1, 4, total, 8, generator=generator).requires_grad_()
     key, value = (torch.randn(1, key_heads, total, 8, generator=generator).requires_grad_() for _ in range(2))
-    output, _ = segment_attention(None, query, key, value, None, scaling=0.3, sequence_lengths=lengths)
+    trees = tuple((length,) for length in lengths)
+    output, _ = segment_attention(None, query, key, value, None, scaling=0.3, tree_lengths=trees)
 
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     mask = (segment[:, None] == segment[None, :]) & torch.ones(total, total).tril().bool()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .packing import LAYOUTS, TokenBatch
+from .packing import TokenBatch
 
 IGNORED = -100
 
@@ -85,8 +85,8 @@ def pack_labelled(
 
     Raises ValueError for an unknown layout, and where a sequence has more or fewer labels than tokens.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
+    if layout not in ("packed", "padded"):
+        raise ValueError(f"layout={layout!r} is unknown; expected one of packed, padded.")
     for index, (ids, labels) in enumerate(sequences):
         if len(ids) != len(labels):
             raise ValueError(f"Sequence {index} of the batch has {len(ids)} tokens and {len(labels)} labels.")

@@ -1,15 +1,17 @@
 """From token trees to the batch that a model eats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .trees import Tree, truncate_tree
 
-LAYOUTS = ("packed", "padded")
+LAYOUTS = ("shared_prefix", "packed", "padded")
+# A shorter prompt is cheaper to compute once more than to attend to apart.
+MIN_SHARED_TOKENS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,10 +23,13 @@ class TokenBatch:
     sequence, then by position. A completion's first token is scored too (the last token of the prompt predicts it),
     except where the prompt is empty: there nothing predicts it.
 
-    - `input_ids` (B, T) int64. Packed: B = 1 and T = all tokens; padded: B = S, padding on the right.
+    - `input_ids` (B, T) int64. Packed: B = 1 and T = all tokens; shared_prefix: the same, but a prompt stands once
+      before all its branches; padded: B = S, padding on the right.
     - `position_ids` (B, T) int64, counted from 0 in each sequence.
-    - `attention_mask` (B, T) int64, 1 on tokens and 0 on padding; None in the packed layout.
-    - `sequence_lengths`: the lengths of the sequences of the packed row, in order; None in the padded layout.
+    - `attention_mask` (B, T) int64, 1 on tokens and 0 on padding; None but in the padded layout.
+    - `sequence_lengths`: the lengths of the sequences of the packed row, in order; None in the other layouts.
+    - `tree_lengths`: the lengths of the segments (prompt, then branches) of each tree of the row, in order; None in
+      the padded layout. A sequence that shares nothing is a tree of one segment.
     - `score_positions` (N,) int64: index into the flattened (B · T) positions, of the one whose hidden state predicts
       the scored token.
     - `targets` (N,) int64: the scored token's id.
@@ -50,7 +55,12 @@ class TokenBatch:
     branch_lengths: torch.Tensor
     num_tokens: int
     group_sizes: tuple[int, ...] = ()
+    tree_lengths: tuple[tuple[int, ...], ...] | None = None
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sequence_lengths is not None and self.tree_lengths is None:
+            object.__setattr__(self, "tree_lengths", tuple((length,) for length in self.sequence_lengths))
 
     def __len__(self) -> int:
         """The number of sequences S."""
@@ -94,39 +104,77 @@ def pack_trees(
 ) -> TokenBatch:
     """Lay out `trees` as one batch.
 
-    `packed`: one row without padding, the sequences one after the other. `padded`: one row a sequence, padded on the
-    right with `pad_token_id` to the longest, rounded up to `pad_to_multiple_of`. Truncation comes first
-    (`truncate_tree`); the two layouts score the same tokens in the same order.
+    `shared_prefix`: one row without padding, each prompt once and its branches after it. `packed`: one row without
+    padding, the sequences one after the other. `padded`: one row a sequence, padded on the right with `pad_token_id`
+    to the longest, rounded up to `pad_to_multiple_of`. Truncation comes first (`truncate_tree`); all layouts score the
+    same tokens in the same order.
 
-    Raises ValueError for an unknown layout or truncation mode, and for `pad_to_multiple_of` in the packed layout,
-    which has no padding.
+    Raises ValueError for an unknown layout or truncation mode, and for `pad_to_multiple_of` in a layout that has no
+    padding.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
-    if layout == "packed" and pad_to_multiple_of is not None:
+    if layout != "padded" and pad_to_multiple_of is not None:
         raise ValueError(
-            f"pad_to_multiple_of={pad_to_multiple_of} has no meaning in the packed layout, which pads nothing; "
+            f"pad_to_multiple_of={pad_to_multiple_of} has no meaning in the {layout} layout, which pads nothing; "
             "leave it None or use the padded layout."
         )
-    groups = [
-        [
-            (tree.prompt_ids, branch)
-            for tree in truncate_tree(whole, max_length, truncation_mode)
-            for branch in tree.branches
-        ]
-        for whole in trees
-    ]
+    cut = [truncate_tree(tree, max_length, truncation_mode) for tree in trees]
+    groups = [[(tree.prompt_ids, branch) for tree in parts for branch in tree.branches] for parts in cut]
     sequences = [sequence for group in groups for sequence in group]
     lengths = [len(prompt_ids) + len(branch) for prompt_ids, branch in sequences]
-    if layout == "packed":
-        starts = [0, *accumulate(lengths)][: len(lengths)]
+    if layout == "shared_prefix":
+        inputs, places = _shared_inputs([tree for parts in cut for tree in parts])
+    elif layout == "packed":
+        places = _whole_places([0, *accumulate(lengths)], sequences)
         inputs = _packed_inputs(sequences, lengths)
     else:
         width = _round_up(max(lengths, default=0), pad_to_multiple_of)
-        starts = [index * width for index in range(len(lengths))]
+        places = _whole_places([index * width for index in range(len(lengths))], sequences)
         inputs = _padded_inputs(sequences, lengths, width, pad_token_id)
     sizes = tuple(sum(len(completion[_first_scored(prompt) :]) for prompt, completion in group) for group in groups)
-    return TokenBatch(**inputs, **_scored_tokens(sequences, starts), num_tokens=sum(lengths), group_sizes=sizes)
+    return TokenBatch(**inputs, **_scored_tokens(sequences, places), num_tokens=sum(lengths), group_sizes=sizes)
+
+
+class _Place(NamedTuple):
+    """Where the prompt and the completion of a sequence start among the flattened positions."""
+
+    prompt: int
+    completion: int
+
+
+def _whole_places(starts: Iterable[int], sequences: list[tuple[list[int], list[int]]]) -> list[_Place]:
+    """The places of sequences whose completions stand right after their prompts."""
+    return [_Place(start, start + len(prompt)) for start, (prompt, _) in zip(starts, sequences, strict=False)]
+
+
+def _shared_inputs(trees: list[Tree]) -> tuple[dict[str, Any], list[_Place]]:
+    input_ids, positions, tree_lengths, places = [], [], [], []
+    for tree in trees:
+        prompt = tree.prompt_ids
+        if len(prompt) < MIN_SHARED_TOKENS or len(tree.branches) < 2:
+            for branch in tree.branches:
+                places.append(_Place(len(input_ids), len(input_ids) + len(prompt)))
+                input_ids += prompt + branch
+                positions += range(len(prompt) + len(branch))
+                tree_lengths.append((len(prompt) + len(branch),))
+            continue
+        start = len(input_ids)
+        input_ids += prompt
+        positions += range(len(prompt))
+        for branch in tree.branches:
+            places.append(_Place(start, len(input_ids)))
+            input_ids += branch
+            positions += range(len(prompt), len(prompt) + len(branch))
+        tree_lengths.append((len(prompt), *map(len, tree.branches)))
+    inputs = {
+        "input_ids": _int64(input_ids)[None],
+        "position_ids": _int64(positions)[None],
+        "attention_mask": None,
+        "sequence_lengths": None,
+        "tree_lengths": tuple(tree_lengths),
+    }
+    return inputs, places
 
 
 def _packed_inputs(sequences: list[tuple[list[int], list[int]]], lengths: list[int]) -> dict[str, Any]:
@@ -152,16 +200,18 @@ def _padded_inputs(
     }
 
 
-def _scored_tokens(sequences: list[tuple[list[int], list[int]]], starts: list[int]) -> dict[str, torch.Tensor]:
+def _scored_tokens(sequences: list[tuple[list[int], list[int]]], places: list[_Place]) -> dict[str, torch.Tensor]:
     score_positions, targets, branch, offset = [], [], [], []
-    for index, ((prompt_ids, completion), start) in enumerate(zip(sequences, starts, strict=True)):
+    for index, ((prompt_ids, completion), place) in enumerate(zip(sequences, places, strict=True)):
         first = _first_scored(prompt_ids)
         scored = completion[first:]
         targets += scored
         branch += [index] * len(scored)
         offset += range(first, first + len(scored))
-        predictor = start + len(prompt_ids) + first - 1
-        score_positions += range(predictor, predictor + len(scored))
+        if scored and prompt_ids:
+            score_positions.append(place.prompt + len(prompt_ids) - 1)
+        inside = len(scored) - (1 if prompt_ids else 0)
+        score_positions += range(place.completion, place.completion + inside)
     return {
         "score_positions": _int64(score_positions),
         "targets": _int64(targets),

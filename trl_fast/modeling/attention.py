@@ -1,6 +1,6 @@
-"""Attention over a packed row: every sequence attends to itself, causally, and to nothing else.
+"""How a model attends within the trees of a row, and which models can.
 
-Registered with transformers under SEGMENT_ATTENTION. The sequences' lengths travel as a keyword of the model's forward
+Registered with transformers under SEGMENT_ATTENTION. The trees' lengths travel as a keyword of the model's forward
 down to here. Where they are absent (generation, a plain forward) the model gets transformers' SDPA attention.
 """
 
@@ -14,9 +14,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .segments import TreeLengths, tree_attention
+
 SEGMENT_ATTENTION = "trl_fast_segments"
 # The keyword that carries the lengths.
-LENGTHS_KEYWORD = "sequence_lengths"
+LENGTHS_KEYWORD = "tree_lengths"
 _REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION)
 
 
@@ -28,44 +30,76 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sequence_lengths: tuple[int, ...] | None = None,
+    tree_lengths: tuple[TreeLengths, ...] | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each sequence of a packed row.
+    """Attention inside each tree of a row; see segments.py.
 
     Args:
         query: (1, heads, T, D); key, value: (1, key-value heads, T, D); any float dtype.
-        attention_mask: ignored when sequence_lengths is given.
-        sequence_lengths: lengths of the sequences in the row, summing to T; None hands over to SDPA.
+        attention_mask: ignored when tree_lengths is given.
+        tree_lengths: lengths of the segments of each tree in the row, summing to T; None hands over to SDPA.
 
     Returns:
         (1, T, heads, D) and None, as transformers expects.
+
+    Raises:
+        ValueError: branches share a prompt where the flash kernels cannot serve (attention dropout, float32 on CUDA).
     """
-    if sequence_lengths is None:
+    if tree_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if torch.is_autocast_enabled(query.device.type):
+        # As autocast does for SDPA: rotary embeddings have widened queries and keys.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    ok, reason = _flash_serves(query, value, dropout)
+    if ok:
+        return tree_attention(query, key, value, tree_lengths, scaling).transpose(1, 2).contiguous(), None
+    if any(len(tree) > 1 for tree in tree_lengths):
+        raise ValueError(f"batch_layout='shared_prefix' cannot be used: {reason}; use 'packed'")
+    return _sequence_by_sequence(query, key, value, [tree[0] for tree in tree_lengths], scaling, dropout), None
+
+
+def _flash_serves(query: torch.Tensor, value: torch.Tensor, dropout: float) -> tuple[bool, str]:
+    if dropout:
+        return False, f"attention dropout of {dropout} is on"
+    if query.shape[-1] != value.shape[-1]:
+        return False, f"keys of {query.shape[-1]} and values of {value.shape[-1]} channels differ"
+    if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
+        return False, f"CUDA's flash kernels take bfloat16 and float16, not {query.dtype}"
+    return query.device.type in ("cpu", "cuda"), f"there is no flash kernel for {query.device.type}"
+
+
+def _sequence_by_sequence(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
-    lengths = list(sequence_lengths)
     parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
         for q, k, v in parts
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
 AttentionMaskInterface.register(SEGMENT_ATTENTION, sdpa_mask)
 
 
-def packed_inputs(sequence_lengths: tuple[int, ...], like: torch.Tensor) -> Mapping[str, object]:
-    """Keywords of the model's forward that make it attend within `sequence_lengths`.
+def row_inputs(tree_lengths: tuple[TreeLengths, ...], like: torch.Tensor) -> Mapping[str, object]:
+    """Keywords of the model's forward that make it attend within the trees of a row.
 
     A four-dimensional mask passes through transformers' mask building untouched: without it, transformers would see
     position ids that restart and build a dense T x T mask.
     """
-    return {LENGTHS_KEYWORD: sequence_lengths, "attention_mask": torch.zeros(1, 1, 1, 1, device=like.device)}
+    return {LENGTHS_KEYWORD: tree_lengths, "attention_mask": torch.zeros(1, 1, 1, 1, device=like.device)}
 
 
 def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[bool, str]:

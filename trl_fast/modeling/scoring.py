@@ -18,7 +18,7 @@ from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selecti
 from trl_fast.ops.linear_token_loss import TokenLoss
 from trl_fast.ops.scores import detached
 
-from .attention import packed_inputs
+from .attention import row_inputs
 from .head import head_parameters, head_transform
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
@@ -153,9 +153,9 @@ def _score_logits(forward, scoring: ScoringRequest, *args: object, **kwargs: obj
 def model_inputs(batch: TokenBatch) -> dict[str, object]:
     """The keywords under which a model's forward takes a batch."""
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-    if batch.sequence_lengths is None:
+    if batch.tree_lengths is None:
         return {**inputs, "attention_mask": batch.attention_mask}
-    return {**inputs, **packed_inputs(batch.sequence_lengths, batch.input_ids)}
+    return {**inputs, **row_inputs(batch.tree_lengths, batch.input_ids)}
 
 
 def score(
