@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu*)
 CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
@@ -39,7 +40,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.linear_logprob
+	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)
 
 # What GPU code can be held to without a GPU: it compiles for every target, and no kernel spills registers.
 check-gpu-code: $(READY)

@@ -1,4 +1,4 @@
-"""The loss head against its peers and against its floor, the bare matrix products of the same row blocks.
+"""The loss head against its peers and against its floor, the bare matrix products in their fastest layouts.
 
     python -m benchmarks.linear_logprob [--rows 1024 --hidden 896 --vocab 151936 --dtype bfloat16 --rounds 3]
 
@@ -9,8 +9,8 @@ the floor and to TRL, and the peak of memory beyond inputs and gradients.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_fast.ops import BACKENDS, linear_logprob, supports
-from trl_fast.ops.blocks import DEFAULT_WORKSPACE_BYTES, gemm_dtype, row_bytes, rows_per_block, spans
+from trl_fast.ops.blocks import gemm_dtype
 
+from .floor import Floor
+from .machine import cpu_name
 from .memory import MIB
 from .timing import Contender, race
 
 MODES = ("trained", "frozen", "scoring")
 FLOOR, TRL = "floor: bare GEMMs", "TRL 1.16.0"
+PLAIN, CHUNKED = "plain PyTorch, fp32 log-softmax", "F.linear_cross_entropy, chunked"
 
 
 @dataclass
@@ -44,6 +47,15 @@ class Problem:
         hidden = self.hidden.detach().requires_grad_(mode != "scoring")
         weight = self.weight.detach().requires_grad_(mode == "trained")
         return Problem(hidden, weight, self.targets, self.upstream)
+
+    def part(self, rows: int, vocab: int) -> Problem:
+        """The first rows of it, with the first columns of the vocabulary."""
+        return Problem(self.hidden[:rows], self.weight[:vocab], self.targets[:rows] % vocab, self.upstream[:rows])
+
+    @functools.cached_property
+    def floor(self) -> Floor:
+        """The bare products of these tensors, in the dtype in which ours are computed."""
+        return Floor(self.hidden, self.weight, gemm_dtype(self.hidden))
 
     def finish(self, logprobs: torch.Tensor) -> None:
         """Backward, and the gradients dropped again."""
@@ -103,50 +115,34 @@ def torch_chunked(problem: Problem) -> Callable[[], None]:
     return run
 
 
-def bare_gemms(problem: Problem, mode: str, dtype: torch.dtype, block_rows: int) -> Callable[[], None]:
-    """The products that the mode cannot do without, into preallocated blocks, inputs already in their dtype."""
-    hidden, weight = problem.hidden.detach().to(dtype), problem.weight.detach().to(dtype)
-    block = torch.empty(block_rows, weight.shape[0], dtype=dtype, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.empty_like(weight) if mode == "trained" else None
-
-    def run() -> None:
-        for rows in spans(hidden.shape[0], block_rows):
-            logits = block[: rows.stop - rows.start]
-            torch.mm(hidden[rows], weight.t(), out=logits)
-            if mode != "scoring":
-                torch.mm(logits, weight, out=grad_hidden[rows])
-            if mode == "trained" and rows.start == 0:
-                torch.mm(logits.t(), hidden[rows], out=grad_weight)
-            elif mode == "trained":
-                grad_weight.addmm_(logits.t(), hidden[rows])
-
-    return run
-
-
 def gradient_bytes(problem: Problem) -> int:
     """Bytes of the gradients that any contender has to hand back; the floor's lie there before it starts."""
     wanted = (x for x in (problem.hidden, problem.weight) if x.requires_grad)
     return sum(x.numel() * x.element_size() for x in wanted)
 
 
-def contenders(problem: Problem, mode: str, skip: set[str]) -> list[Contender]:
-    problem = problem.for_mode(mode)
-    gradients = gradient_bytes(problem)
-    device, dtype = problem.hidden.device, problem.hidden.dtype
-    product = gemm_dtype(problem.hidden)
-    rows, vocab = problem.hidden.shape[0], problem.weight.shape[0]
-    block = rows_per_block(rows, row_bytes(vocab, product, "cpp"), DEFAULT_WORKSPACE_BYTES)
-    found = [
-        Contender(f"ours, {b}", ours(problem, b)) for b in BACKENDS if supports("linear_logprob", b, device, dtype).ok
-    ]
-    found.append(Contender(TRL, trl(problem)))
-    found.append(Contender("plain PyTorch, fp32 log-softmax", plain(problem)))
+def our_backends(problem: Problem) -> list[str]:
+    """Names of the backends that can serve here, the best first."""
+    given = (problem.hidden.device, problem.hidden.dtype)
+    return [backend for backend in BACKENDS if supports("linear_logprob", backend, *given).ok]
+
+
+def peers(problem: Problem, mode: str) -> dict[str, Callable[[], None]]:
+    """What others have for the same, by name; the problem's gradients are those that the mode wants."""
+    found = {TRL: trl(problem), PLAIN: plain(problem)}
     if mode == "trained":
-        found.append(Contender("F.linear_cross_entropy, chunked", torch_chunked(problem)))
-    found.append(Contender(FLOOR, bare_gemms(problem, mode, product, block)))
-    for contender in found:
-        contender.result_bytes = 0 if contender.name == FLOOR else gradients
+        found[CHUNKED] = torch_chunked(problem)
+    return found
+
+
+def contenders(problem: Problem, mode: str, skip: set[str]) -> list[Contender]:
+    """Ours by backend, the peers and the floor, without those whose name contains a word of `skip`."""
+    wanted = problem.for_mode(mode)
+    runs = {f"ours, {backend}": ours(wanted, backend) for backend in our_backends(problem)}
+    runs |= peers(wanted, mode)
+    found = [Contender(name, run, result_bytes=gradient_bytes(wanted)) for name, run in runs.items()]
+    if not any(word in FLOOR for word in skip):
+        found.append(Contender(FLOOR, problem.floor.step(mode)))
     return [c for c in found if not any(word in c.name for word in skip)]
 
 
@@ -158,7 +154,7 @@ def report(console: Console, mode: str, raced: list[Contender]) -> list[dict]:
     rows = []
     for c in raced:
         to_floor = c.median / by_name[FLOOR].median
-        to_trl = by_name[TRL].median / c.median if TRL in by_name else float("nan")
+        to_trl = by_name[TRL].median / c.median if TRL in by_name else None
         rows.append(
             {
                 "mode": mode,
@@ -171,7 +167,8 @@ def report(console: Console, mode: str, raced: list[Contender]) -> list[dict]:
             }
         )
         spread = f"{min(c.seconds):.2f} – {max(c.seconds):.2f}"
-        cells = (f"{c.median:.2f}", spread, f"{to_floor:.2f}", f"{to_trl:.2f}×", f"{c.extra_bytes / MIB:.0f}")
+        slower = "" if to_trl is None else f"{to_trl:.2f}×"
+        cells = (f"{c.median:.2f}", spread, f"{to_floor:.2f}", slower, f"{c.extra_bytes / MIB:.0f}")
         table.add_row(c.name, *cells, str(len(c.seconds)))
     console.print(table)
     return rows
@@ -197,7 +194,7 @@ def main() -> None:
     console = Console(width=max(110, Console().width))
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     problem = make_problem(arguments.rows, arguments.hidden, arguments.vocab, dtype, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     isa = torch.backends.cpu.get_cpu_capability()
     console.print(
         f"N={arguments.rows} H={arguments.hidden} V={arguments.vocab} {dtype}, {device.type} ({name}, {isa}), "

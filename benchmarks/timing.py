@@ -13,6 +13,8 @@ from rich.progress import Progress
 
 from .memory import measure_peak
 
+WARM_UP_SECONDS = 0.5
+
 
 @dataclass
 class Contender:
@@ -34,13 +36,20 @@ class Contender:
         return statistics.median(self.seconds)
 
 
-def _timed(contender: Contender, device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes, garbage collected before it."""
     gc.collect()
     start = time.perf_counter()
-    contender.run()
+    run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def first_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call outside a race. One that is over soon is called again: the first time is mostly warming up."""
+    first = timed(run, device)
+    return min(first, timed(run, device)) if first < WARM_UP_SECONDS else first
 
 
 def race(contenders: list[Contender], rounds: int, patience: float, device: torch.device, title: str) -> None:
@@ -60,5 +69,5 @@ def race(contenders: list[Contender], rounds: int, patience: float, device: torc
         for _ in range(rounds):
             for contender in contenders:
                 if not contender.seconds or max(contender.seconds) <= patience:
-                    contender.seconds.append(_timed(contender, device))
+                    contender.seconds.append(timed(contender.run, device))
                 progress.advance(task)

@@ -1,0 +1,122 @@
+"""The floor of the loss head: the matrix products it cannot do without, each in this machine's fastest layout.
+
+A product covers all N x V logits block by block. It may be whole blocks of rows or tiles of the vocabulary, and the
+weight's gradient may come out as [V, H] or, from contiguous transposed hidden states, as [H, V]. Which is fastest
+differs between machines and sizes by more than the floor is used to tell apart, so each is tried once, on all columns
+and as many rows as its block has.
+
+The floor is generous. Operands are in the product's dtype before it starts, and all memory is there, in huge pages as
+ours. Every block of logits is the same buffer: a tile stays in the cache, and what it costs to keep logits until
+backward is not the floor's. Each product has its own layout, though an op has to hand logits from one to the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from trl_fast.ops.blocks import DEFAULT_WORKSPACE_BYTES, large_empty, rows_per_block, spans
+
+from .timing import first_seconds
+
+PRODUCTS = {
+    "scoring": ("logits",),
+    "frozen": ("logits", "grad_hidden"),
+    "trained": ("logits", "grad_hidden", "grad_weight"),
+}
+TILE_ROWS = 2048
+TILE_COLUMNS = (2048, 8192)
+# Any ordinary number: what is in the operands does not change a product's speed, short of denormals.
+FILL = 0.01
+
+
+class Layout(NamedTuple):
+    """Rows and columns of a block of logits; transposed: the weight's gradient is written as [H, V]."""
+
+    rows: int
+    columns: int
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.columns}{', [H, V]' if self.transposed else ''}"
+
+
+class Floor:
+    """The bare products of hidden (N, H) and weight (V, H), computed in `dtype`.
+
+    tried: seconds of every layout of the products that were asked for, scaled to N rows.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        self.hidden = hidden.detach().to(dtype)
+        self.weight = self._filled(*weight.shape).copy_(weight.detach())
+        self.tried: dict[str, dict[Layout, float]] = {}
+
+    def _filled(self, *shape: int) -> torch.Tensor:
+        return large_empty(shape, self.hidden.dtype, self.hidden.device).fill_(FILL)
+
+    @functools.cached_property
+    def grad_hidden(self) -> torch.Tensor:
+        return self._filled(*self.hidden.shape)
+
+    @functools.cached_property
+    def grad_weight(self) -> torch.Tensor:
+        return self._filled(*self.weight.shape)
+
+    @functools.cached_property
+    def hidden_t(self) -> torch.Tensor:
+        return self.hidden.t().contiguous()
+
+    @functools.cached_property
+    def logits(self) -> torch.Tensor:
+        """Room for a block of any layout."""
+        return self._filled(max(layout.rows * layout.columns for layout in self.candidates("logits")))
+
+    def candidates(self, product: str) -> list[Layout]:
+        """The layouts to try, without repetition: whole blocks of rows, and tiles of the vocabulary."""
+        num_rows, vocab = self.hidden.shape[0], self.weight.shape[0]
+        block = rows_per_block(num_rows, vocab * self.hidden.dtype.itemsize, DEFAULT_WORKSPACE_BYTES)
+        blocks = [(block, vocab), *((min(num_rows, TILE_ROWS), min(vocab, columns)) for columns in TILE_COLUMNS)]
+        ways = (False, True) if product == "grad_weight" else (False,)
+        return list(dict.fromkeys(Layout(*block, transposed) for block in blocks for transposed in ways))
+
+    def multiply(self, product: str, layout: Layout, num_rows: int) -> None:
+        """The product for the first rows, block by block, into memory that is there."""
+        hidden, weight = self.hidden, self.weight
+        grad_weight_t = self.grad_weight.view(hidden.shape[1], -1) if layout.transposed else None
+        for columns in spans(weight.shape[0], layout.columns):
+            for rows in spans(num_rows, layout.rows):
+                shape = (rows.stop - rows.start, columns.stop - columns.start)
+                logits = self.logits[: math.prod(shape)].view(shape)
+                if product == "logits":
+                    torch.mm(hidden[rows], weight[columns].t(), out=logits)
+                elif product == "grad_hidden":
+                    self.grad_hidden[rows].addmm_(logits, weight[columns], beta=columns.start > 0)
+                elif layout.transposed:
+                    grad_weight_t[:, columns].addmm_(self.hidden_t[:, rows], logits, beta=rows.start > 0)
+                else:
+                    self.grad_weight[columns].addmm_(logits.t(), hidden[rows], beta=rows.start > 0)
+
+    def best(self, product: str) -> Layout:
+        """The fastest layout of a product; tries all of them when it is first asked."""
+        if product not in self.tried:
+            self.tried[product] = {layout: self._try(product, layout) for layout in self.candidates(product)}
+        return min(self.tried[product], key=self.tried[product].get)
+
+    def _try(self, product: str, layout: Layout) -> float:
+        run = functools.partial(self.multiply, product, layout, layout.rows)
+        return first_seconds(run, self.hidden.device) * len(self.hidden) / layout.rows
+
+    def step(self, mode: str) -> Callable[[], None]:
+        """The products that a mode of the head cannot do without, one after the other."""
+        chosen = {product: self.best(product) for product in PRODUCTS[mode]}
+
+        def run() -> None:
+            for product, layout in chosen.items():
+                self.multiply(product, layout, len(self.hidden))
+
+        return run
