@@ -176,7 +176,7 @@ class Shifted(torch.nn.Module):
 def test_an_unknown_head_is_noticed_and_scored_by_its_own_logits(trees):
     model = prepared("llama")
     model.lm_head = Shifted(model.lm_head)
-    verdict = verify(model, [[5, 6, 7], [8, 9, 10, 11]], packed=True)
+    verdict = verify(model, [[5, 6, 7], [8, 9, 10, 11]], layout="packed")
     assert not verdict.fused_ok and verdict.packed_ok
     model.trl_fast_fused_head = False
     expected = own_scores(model, trees)
@@ -192,13 +192,13 @@ def test_a_model_that_mixes_sequences_is_noticed():
     model = prepared("llama")
     layer = model.model.layers[0]
     layer.register_forward_hook(lambda _, __, output: output + output.mean(dim=1, keepdim=True))
-    verdict = verify(model, [[5, 6, 7], [8, 9, 10, 11]], packed=True)
+    verdict = verify(model, [[5, 6, 7], [8, 9, 10, 11]], layout="packed")
     assert verdict.fused_ok and not verdict.packed_ok
 
 
 def test_a_good_model_passes_and_keeps_its_modes():
     model = prepared("gemma")
     model.model.layers[0].eval()
-    verdict = verify(model, [[5, 6, 7], [8, 9, 10, 11]], packed=True)
+    verdict = verify(model, [[5, 6, 7], [8, 9, 10, 11]], layout="packed")
     assert verdict.fused_ok and verdict.packed_ok
     assert model.training and not model.model.layers[0].training

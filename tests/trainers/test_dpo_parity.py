@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
 import trl_fast
+import trl_fast.data.packing as packing
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.losses.dpo import PAIR_LOSSES
 
@@ -55,8 +56,14 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(params=["shared_prefix", "packed", "padded"])
+def layout(request, monkeypatch):
+    """Each layout in turn; the test's short prompts are shared too."""
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+    return request.param
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_settings(settings, layout, model_path, tmp_path):
     compare(tmp_path, {"model": model_path}, {"batch_layout": layout}, **settings)
 
@@ -94,7 +101,6 @@ PRECOMPUTED = {
 
 
 @pytest.mark.parametrize("reference", PRECOMPUTED.values(), ids=PRECOMPUTED.keys())
-@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_precomputed(reference, layout, model_path, tmp_path):
     arguments = {name: functools.partial(make, model_path) for name, make in reference.items()}
     compare(

@@ -80,6 +80,18 @@ class TokenBatch:
         value = self.extras.get(name, vars(self).get(name))
         return default if value is None else value
 
+    def sequences(self) -> list[torch.Tensor]:
+        """The token ids (length,) of each sequence, its prompt included."""
+        if self.tree_lengths is None:
+            lengths = self.attention_mask.sum(1).tolist()
+            return [row[:length] for row, length in zip(self.input_ids, lengths, strict=True)]
+        found = []
+        trees = self.input_ids[0].split([*map(sum, self.tree_lengths)])
+        for tree, lengths in zip(trees, self.tree_lengths, strict=True):
+            prompt, *branches = tree.split(list(lengths))
+            found += [torch.cat((prompt, branch)) for branch in branches] or [prompt]
+        return found
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
         """The same batch with every tensor on `device`."""
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -128,6 +128,17 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
     return True, "every layer is full attention"
 
 
+def supports_sharing(model: PreTrainedModel, *, without_dropout: bool) -> tuple[bool, str]:
+    """Whether branches can share a prompt's keys in a model that runs packed rows, and why not.
+
+    without_dropout: whether dropout is switched off for training.
+    """
+    dropout = getattr(model.config.get_text_config(), "attention_dropout", None) or 0.0
+    if dropout and not without_dropout:
+        return False, f"{type(model).__name__} has an attention dropout of {dropout}, which flash kernels lack"
+    return True, "a prompt's keys serve all its branches"
+
+
 def use_segment_attention(model: PreTrainedModel) -> None:
     """Switches a model to `segment_attention`; without the lengths keyword it behaves as with SDPA."""
     model.set_attn_implementation(SEGMENT_ATTENTION)

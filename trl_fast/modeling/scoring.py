@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trl_fast.data.packing import TokenBatch, pack_trees
+from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch, pack_trees
 from trl_fast.data.trees import Tree
 from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
 from trl_fast.ops.linear_token_loss import TokenLoss
@@ -211,26 +211,29 @@ class Verdict:
         return self.packed_error <= self.tolerance
 
 
-def verify(model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) -> Verdict:
-    """Compares our scores of a few short sequences with the model's own logits.
+def verify(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
+    """Compares our scores of a few short sequences with the model's own logits; in a row of `layout` too, unless None.
 
     TRL trusts the config to tell what a head does to its logits; a model with a transform that nobody knew is then
-    silently trained on another policy. The same goes for architectures that mix the sequences of a packed row.
+    silently trained on another policy. The same goes for architectures that mix the sequences of a row.
     """
     device = model.get_input_embeddings().weight.device
     trees = [Tree(ids[:1], [ids[1:]]) for ids in sequences]
+    if layout == "shared_prefix":
+        trees = [Tree((ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS], [ids, ids[::-1]]) for ids in sequences]
     alone = [pack_trees([tree], "padded", 0).to(device) for tree in trees]
     with evaluating(model):
         own = torch.cat([_own_logprobs(model, batch) for batch in alone])
         fused = torch.cat([score(model, batch).tokens.logprobs for batch in alone])
         fused_error = (fused - own).abs().max().item()
         packed_error = float("inf")
-        if packed:
-            together = score(model, pack_trees(trees, "packed", 0).to(device)).tokens.logprobs
+        if layout is not None:
+            together = score(model, pack_trees(trees, layout, 0).to(device)).tokens.logprobs
             packed_error = (together - fused).abs().max().item()
     return Verdict(fused_error, packed_error, TOLERANCE.get(model.dtype, 2e-3))
 
 
 def _own_logprobs(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+    # The rows of one tree are of one length here, so nothing is padded.
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits.float().flatten(0, 1)
     return logits[batch.score_positions].log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)

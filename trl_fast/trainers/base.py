@@ -17,12 +17,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids
-from trl_fast.modeling.attention import supports_packed, use_segment_attention
+from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, load_causal_lm
 from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
 from trl_fast.ops.validation import NotFiniteError
 
-from .base_config import BaseConfig, deprecated
+from .base_config import ROW_LAYOUTS, BaseConfig, deprecated
 from .callbacks import TokenCounter
 from .metrics import MetricBuffer
 
@@ -117,6 +117,8 @@ class BaseTrainer(Trainer):
     # The trainer divides the loss by the accumulation steps itself; a loss that does it says otherwise.
     loss_is_scaled_for_ga = False
     router_aux_loss_coef = 0.0
+    # Whether rows hold several completions of one prompt.
+    shares_prompts = False
 
     def resolve_config(self, args: object | None, model: str | PreTrainedModel) -> BaseConfig:
         """The trainer's own config: from `args`, or with defaults and an output folder named after the model."""
@@ -198,45 +200,62 @@ class BaseTrainer(Trainer):
         return model
 
     def choose_layout(self, model: PreTrainedModel, args: BaseConfig, sequences: list[list[int]]) -> str:
-        """The batch layout for a model, tried out on a few short sequences; and whether the fused head may be used.
+        """The best batch layout for a model, tried out on short sequences; and whether the fused head may be used.
 
         Raises:
-            ValueError: batch_layout="packed" was asked for and cannot be.
+            ValueError: the batch_layout that was asked for cannot be.
         """
-        possible, reason = self.can_pack(model, args)
-        wanted = args.batch_layout in ("auto", "packed") and possible
+        asked, refused = args.batch_layout, {}
         before = model.config.get_text_config()._attn_implementation
-        if wanted:
-            use_segment_attention(model)
         probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
-        verdict = self.try_out(model, probes, packed=wanted)
+        verdict = None
+        for layout in ROW_LAYOUTS:
+            possible, refused[layout] = self.can_run(model, args, layout)
+            if not possible or asked not in ("auto", layout):
+                continue
+            use_segment_attention(model)
+            verdict = self.try_out(model, probes, layout=layout)
+            if verdict.packed_ok:
+                break
+            refused[layout] = f"its {layout} scores differ from the single ones by {verdict.packed_error:.3g}"
+            model.set_attn_implementation(before or "sdpa")
+        else:
+            layout = "padded"
+        verdict = verdict or self.try_out(model, probes, layout=None)
         if not verdict.fused_ok:
-            logger.warning(
-                f"{type(model).__name__}: the fused head's log-probs differ from the model's own by up to "
-                f"{verdict.fused_error:.3g} nats, so its logits are transformed in a way that its config does not "
-                "tell. Training goes on with the model's own logits, which is slower and takes more memory."
-            )
-            model.trl_fast_fused_head = False
-        if wanted and not verdict.packed_ok:
-            possible = False
-            reason = f"its packed scores differ from the single ones by {verdict.packed_error:.3g}"
-        if possible and wanted:
-            return "packed"
-        if before is not None and wanted:
-            model.set_attn_implementation(before)
-        if args.batch_layout == "packed":
-            raise ValueError(f"batch_layout='packed' cannot be used: {reason}; use 'auto' or 'padded'")
-        if args.batch_layout == "auto":
-            logger.warning(f"batch_layout: using 'padded', because {reason}.")
-        return "padded"
+            self._give_up_fused_head(model, verdict)
+        if asked not in ("auto", layout):
+            raise ValueError(f"batch_layout={asked!r} cannot be used: {refused[asked]}; use 'auto' or 'padded'")
+        better = ROW_LAYOUTS[0 if self.shares_prompts else 1]
+        if asked == "auto" and layout != better:
+            logger.warning(f"batch_layout: using {layout!r}, because {refused[better]}.")
+        return layout
+
+    @staticmethod
+    def _give_up_fused_head(model: PreTrainedModel, verdict: Verdict) -> None:
+        logger.warning(
+            f"{type(model).__name__}: the fused head's log-probs differ from the model's own by up to "
+            f"{verdict.fused_error:.3g} nats, so its logits are transformed in a way that its config does not "
+            "tell. Training goes on with the model's own logits, which is slower and takes more memory."
+        )
+        model.trl_fast_fused_head = False
+
+    def can_run(self, model: PreTrainedModel, args: BaseConfig, layout: str) -> tuple[bool, str]:
+        """Whether a model is declared to be able to run rows of a layout, and why not."""
+        possible, reason = self.can_pack(model, args)
+        if not possible or layout == "packed":
+            return possible, reason
+        if not self.shares_prompts:
+            return False, f"{self.method} has no prompts that several completions share"
+        return supports_sharing(model, without_dropout=args.disable_dropout)
 
     def can_pack(self, model: PreTrainedModel, args: BaseConfig) -> tuple[bool, str]:
         """Whether a model is declared to be able to run packed rows, and why not."""
         return supports_packed(model, args.max_length)
 
-    def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) -> Verdict:
-        """How far our scores of a few sequences are from the model's own."""
-        return verify(model, sequences, packed=packed)
+    def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
+        """How far our scores of a few sequences are from the model's own, alone and in a row of `layout`."""
+        return verify(model, sequences, layout=layout)
 
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""

@@ -17,7 +17,9 @@ from trl_fast.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-BATCH_LAYOUTS = ("auto", "packed", "padded")
+# Layouts of one row without padding, best first.
+ROW_LAYOUTS = ("shared_prefix", "packed")
+BATCH_LAYOUTS = ("auto", *ROW_LAYOUTS, "padded")
 
 
 def machine_has_bf16() -> bool:
@@ -110,7 +112,8 @@ class BaseConfig(TrainingArguments):
     batch_layout: str = field(
         default="auto",
         metadata={
-            "help": "packed: one row without padding; padded: a row a sequence; auto: packed where the model allows.",
+            "help": "shared_prefix: one row without padding, each prompt once; packed: one row without padding; "
+            "padded: a row a sequence; auto: the first of these that the model allows.",
             "choices": list(BATCH_LAYOUTS),
         },
     )

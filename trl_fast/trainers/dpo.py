@@ -51,6 +51,7 @@ class DPOTrainer(BaseTrainer):
     """
 
     method = "dpo"
+    shares_prompts = True
     config_class = DPOConfig
     token_columns = TOKEN_COLUMNS
     signature_columns = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS)
@@ -296,10 +297,7 @@ def _sample_sequences(dataset: AnyDataset) -> list[list[int]]:
 
 def _padded_rows(batch: TokenBatch, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and attention_mask (S, T) of a batch of any layout, chosen sequences first."""
-    if batch.sequence_lengths is None:
-        order = torch.cat((torch.arange(0, len(batch), 2), torch.arange(1, len(batch), 2))).to(batch.input_ids.device)
-        return batch.input_ids[order], batch.attention_mask[order]
-    rows = batch.input_ids[0].split(list(batch.sequence_lengths))
+    rows = batch.sequences()
     rows = [*rows[0::2], *rows[1::2]]
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return pad_sequence(rows, batch_first=True, padding_value=pad_token_id), mask

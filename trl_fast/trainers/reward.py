@@ -162,9 +162,9 @@ class RewardTrainer(BaseTrainer):
         """Whether a model is declared to be able to run packed rows, and why not."""
         return can_pack_rewards(model, args.max_length)
 
-    def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) -> Verdict:
+    def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
         """How far rewards of packed sequences are from the model's own."""
-        return verify_rewards(model, sequences, packed=packed)
+        return verify_rewards(model, sequences, packed=layout is not None)
 
     # ---- data
 

@@ -107,13 +107,13 @@ class SFTConfig(BaseConfig):
             if self.batch_layout == "padded":
                 raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
             self.batch_layout = "packed"
-        unknown = set(self.dataset_kwargs or {}) - {
-            "skip_prepare_dataset",
-            "add_special_tokens",
-            "append_concat_token",
-        }
-        if unknown:
-            raise ValueError(f"dataset_kwargs: {sorted(unknown)} is unknown; expected only 'skip_prepare_dataset'")
+        for name in self.dataset_kwargs or {}:
+            if name in _OLDER_DATASET_KWARGS:
+                deprecated(
+                    owner, f"dataset_kwargs[{name!r}]", "packing adds no tokens of its own, so it has no effect."
+                )
+            elif name != "skip_prepare_dataset":
+                raise ValueError(f"dataset_kwargs: {name!r} is unknown; expected only 'skip_prepare_dataset'")
 
     @property
     def skips_preparation(self) -> bool:
