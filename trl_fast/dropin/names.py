@@ -23,6 +23,11 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.trainer.dpo_trainer": {"DPOTrainer": "trl_fast", "DataCollatorForPreference": "trl_fast.data"},
     "trl.trainer.sft_config": {"SFTConfig": "trl_fast"},
     "trl.trainer.sft_trainer": {"SFTTrainer": "trl_fast", "DataCollatorForLanguageModeling": "trl_fast.data"},
+    "trl.trainer.reward_config": {"RewardConfig": "trl_fast"},
+    "trl.trainer.reward_trainer": {
+        "RewardTrainer": "trl_fast",
+        "DataCollatorForPreference": "trl_fast.data:DataCollatorForReward",
+    },
     "trl.trainer.model_config": {"ModelConfig": "trl_fast"},
     "trl.trainer.utils": {
         **_MODEL_ARGUMENTS,
@@ -41,8 +46,10 @@ MODULES: dict[str, dict[str, str]] = {
             "maybe_apply_chat_template",
             "maybe_convert_to_chatml",
             "maybe_extract_prompt",
+            "maybe_unpair_preference_dataset",
             "pack_dataset",
             "truncate_dataset",
+            "unpair_preference_dataset",
         ),
         "trl_fast.data",
     ),
