@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ from trl_fast.ops.pair_formulas import (
     sigmoid_norm_loss,
     sppo_hard_loss,
 )
+
+from .metrics import Metric
 
 # All tokens of a batch.
 ALL = slice(None)
@@ -133,17 +135,6 @@ class TokenScores(Protocol):
     log_sum_sq_probs: torch.Tensor | None
     mean_logits: torch.Tensor | None
     is_top1: torch.Tensor | None
-
-
-class Metric(NamedTuple):
-    """A mean in two parts, 0-d float tensors on the loss's device, so that processes can be summed before dividing."""
-
-    total: torch.Tensor
-    count: torch.Tensor
-
-    def mean(self) -> torch.Tensor:
-        """total / count, and 0 where nothing was counted."""
-        return self.total / self.count.clamp(min=1)
 
 
 @dataclass(frozen=True)

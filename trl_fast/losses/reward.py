@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .dpo import Metric
+from .metrics import Metric
 
 
 def reward_loss(

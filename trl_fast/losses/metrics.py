@@ -1,0 +1,18 @@
+"""Means that are taken later: over processes, and over micro-batches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Metric(NamedTuple):
+    """A mean in two parts, 0-d float tensors on the loss's device, so that processes can be summed before dividing."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def mean(self) -> torch.Tensor:
+        """total / count, and 0 where nothing was counted."""
+        return self.total / self.count.clamp(min=1)
