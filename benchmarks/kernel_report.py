@@ -57,13 +57,13 @@ def _row_cases() -> Iterator[KernelCase]:
         share = rows.BLOCK_BYTES // (32 * rows.NUM_WARPS)
         logits = {"logits": f"*{dtype}", "row_stride": "i64", "targets": "*i64", "bias": f"*{dtype}"}
         for everything in (False, True):
-            flags = ("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_SQUARES", "WITH_MEAN", "WITH_TOP1")
+            flags = {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, "OUTPUTS": 15 * everything}
             sizes = {"state": "*fp64", "state_stride": "i64", "num_columns": "i32", "column_offset": "i32"}
             yield KernelCase(
                 f"row_scores {dtype} {'all outputs' if everything else 'log-probs'}",
                 rows.row_scores_kernel,
                 {**logits, **sizes, **floats},
-                {**dict.fromkeys(flags, everything), **block},
+                {**flags, **block},
                 rows.NUM_WARPS,
                 scalar_loads=9,
                 least_bytes=share,

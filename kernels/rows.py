@@ -9,24 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1 = 1, 2, 4, 8
+from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, add_logits, store_sums, transformed
+
 # A block of 8 KiB is two 16-byte loads a thread; with twice that, the float32 scores spill on sm_80.
 BLOCK_BYTES, NUM_WARPS = 8192, 8
 
 _SCALARS = ["scale", "softcap", "inv_temperature", "column_offset"]
-
-
-@triton.jit
-def _transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """u and du/dz of raw logits (bias added already)."""
-    y = z * scale
-    slope = scale * inv_temperature
-    if HAS_SOFTCAP:
-        # tanh(t) = 2 sigmoid(2t) - 1
-        tanh = 2.0 * tl.sigmoid(2.0 * (y / softcap)) - 1.0
-        y = softcap * tanh
-        slope = slope * (1.0 - tanh * tanh)
-    return y * inv_temperature, slope
 
 
 @triton.jit
@@ -52,67 +40,39 @@ def row_scores_kernel(
     inv_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-    WITH_SQUARES: tl.constexpr,
-    WITH_MEAN: tl.constexpr,
-    WITH_TOP1: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adds one row of a tile to its state in one read; the state's rows are those of `trl_fast.ops.rows`."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    index = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     row = logits + index * row_stride
     target = tl.load(targets + index) - column_offset
     state += index
+    nothing = tl.zeros([1], tl.float32)
     top = tl.load(state).to(tl.float32)
     s = tl.load(state + state_stride).to(tl.float32)
-    if WITH_ENTROPY:
-        sx = tl.load(state + 2 * state_stride).to(tl.float32)
-    if WITH_SQUARES:
-        sq = tl.load(state + 3 * state_stride).to(tl.float32)
-    if WITH_MEAN:
+    sum_x, sum_sq, total, before = nothing, nothing, nothing, nothing
+    if ENTROPY & OUTPUTS:
+        sum_x = tl.load(state + 2 * state_stride).to(tl.float32)
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
+        sum_sq = tl.load(state + 3 * state_stride).to(tl.float32)
+    if MEAN_LOGITS & OUTPUTS:
         total = tl.load(state + 4 * state_stride).to(tl.float32)
-    if WITH_TOP1:
+    if IS_TOP1 & OUTPUTS:
         before = tl.load(state + 6 * state_stride).to(tl.float32)
+    sums = (top, s, sum_x, sum_sq, total, before)
     for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+        columns = (start + tl.arange(0, BLOCK))[None, :]
         mask = columns < num_columns
-        z = _load_raw(row, bias, columns, mask, HAS_BIAS)
-        u, _ = _transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
+        z = _load_raw(row[:, None], bias, columns, mask, HAS_BIAS)
+        u, _ = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
         u = tl.where(mask, u, -float("inf"))
-        new_top = tl.maximum(top, tl.max(u, 0))
-        # While everything is -inf, subtract 0: -inf - -inf would be NaN.
-        anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
-        shift = tl.where(top == -float("inf"), 0.0, top - anchor)
-        factor = tl.exp2(shift * LOG2E)
-        x = u - anchor
-        e = tl.exp2(x * LOG2E)
-        if WITH_ENTROPY:
-            sx = factor * (sx + shift * s) + tl.sum(tl.where(e == 0.0, 0.0, e * x), 0)
-        if WITH_SQUARES:
-            sq = factor * factor * sq + tl.sum(e * e, 0)
-        if WITH_MEAN:
-            total += tl.sum(tl.where(mask, u, 0.0), 0)
-        if WITH_TOP1:
-            before = tl.maximum(before, tl.max(tl.where(columns < target, u, -float("inf")), 0))
-        s = factor * s + tl.sum(e, 0)
-        top = new_top
-    tl.store(state, top)
-    tl.store(state + state_stride, s)
-    if WITH_ENTROPY:
-        tl.store(state + 2 * state_stride, sx)
-    if WITH_SQUARES:
-        tl.store(state + 3 * state_stride, sq)
-    if WITH_MEAN:
-        tl.store(state + 4 * state_stride, total)
-    if WITH_TOP1:
-        tl.store(state + 6 * state_stride, before)
-    if (target >= 0) & (target < num_columns):
-        z = tl.load(row + target).to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias + target).to(tl.float32)
-        target_logit, _ = _transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
-        tl.store(state + 5 * state_stride, target_logit)
+        sums = add_logits(sums, u, mask, columns < target[:, None], OUTPUTS)
+    store_sums(state, state_stride, sums, None, OUTPUTS)
+    here = (target >= 0) & (target < num_columns)
+    z = _load_raw(row, bias, target, here, HAS_BIAS)
+    target_logit, _ = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
+    tl.store(state + 5 * state_stride, target_logit, mask=here)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -146,7 +106,7 @@ def row_grad_kernel(
     d = tl.load(coefficients + index + 2 * coefficient_stride)
     e = tl.load(coefficients + index + 3 * coefficient_stride)
     z = _load_raw(logits + index * row_stride, bias, columns, mask, HAS_BIAS)
-    u, slope = _transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
+    u, slope = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
     x = u - tl.load(lse + index)
     p = tl.exp2(x * LOG2E)
     du = tl.where(p == 0.0, 0.0, p * (a + b * x)) + e + tl.where(columns == target, d, 0.0)
@@ -185,10 +145,7 @@ def row_scores(
         inv_temperature,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
-        WITH_ENTROPY=bool(outputs & ENTROPY),
-        WITH_SQUARES=bool(outputs & LOG_SUM_SQ_PROBS),
-        WITH_MEAN=bool(outputs & MEAN_LOGITS),
-        WITH_TOP1=bool(outputs & IS_TOP1),
+        OUTPUTS=outputs,
         BLOCK=BLOCK_BYTES // logits.element_size(),
         num_warps=NUM_WARPS,
     )

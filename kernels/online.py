@@ -1,0 +1,65 @@
+"""What the kernels that read logits have in common: their transform, and the sums that are kept online.
+
+The sums are those of the state in `trl_fast/ops/rows.py`: six float32 vectors (R,), one entry a row, in the order top,
+sum, sum_x, sum_sq, total, before. Which of them are kept up follows from OUTPUTS, the mask of trl_fast/ops/scores.py.
+"""
+
+import triton
+import triton.language as tl
+
+# Flags come first in `FLAG & OUTPUTS`: in the interpreter, OUTPUTS is an int, which knows no constexpr.
+ENTROPY, LOG_SUM_SQ_PROBS = tl.constexpr(1), tl.constexpr(2)
+MEAN_LOGITS, IS_TOP1 = tl.constexpr(4), tl.constexpr(8)
+
+
+@triton.jit
+def transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
+    """u and du/dz of raw logits (bias added already)."""
+    y = z * scale
+    slope = scale * inv_temperature
+    if HAS_SOFTCAP:
+        # tanh(t) = 2 sigmoid(2t) - 1
+        tanh = 2.0 * tl.sigmoid(2.0 * (y / softcap)) - 1.0
+        y = softcap * tanh
+        slope = slope * (1.0 - tanh * tanh)
+    return y * inv_temperature, slope
+
+
+@triton.jit
+def add_logits(sums, u, mask, before_target, OUTPUTS: tl.constexpr):
+    """The sums with logits u (R, C) added: -inf where `mask` is false; before_target (R, C): left of the target."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    top, s, sum_x, sum_sq, total, before = sums
+    new_top = tl.maximum(top, tl.max(u, 1))
+    # While everything is -inf, subtract 0: -inf - -inf would be NaN.
+    anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
+    shift = tl.where(top == -float("inf"), 0.0, top - anchor)
+    factor = tl.exp2(shift * LOG2E)
+    x = u - anchor[:, None]
+    e = tl.exp2(x * LOG2E)
+    if ENTROPY & OUTPUTS:
+        sum_x = factor * (sum_x + shift * s) + tl.sum(tl.where(e == 0.0, 0.0, e * x), 1)
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
+        sum_sq = factor * factor * sum_sq + tl.sum(e * e, 1)
+    if MEAN_LOGITS & OUTPUTS:
+        total += tl.sum(tl.where(mask, u, 0.0), 1)
+    if IS_TOP1 & OUTPUTS:
+        before = tl.maximum(before, tl.max(tl.where(before_target, u, -float("inf")), 1))
+    s = factor * s + tl.sum(e, 1)
+    return new_top, s, sum_x, sum_sq, total, before
+
+
+@triton.jit
+def store_sums(state, stride, sums, mask, OUTPUTS: tl.constexpr):
+    """Writes the sums to their rows of a state, `stride` apart; the others stay as they are."""
+    top, s, sum_x, sum_sq, total, before = sums
+    tl.store(state, top, mask=mask)
+    tl.store(state + stride, s, mask=mask)
+    if ENTROPY & OUTPUTS:
+        tl.store(state + 2 * stride, sum_x, mask=mask)
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
+        tl.store(state + 3 * stride, sum_sq, mask=mask)
+    if MEAN_LOGITS & OUTPUTS:
+        tl.store(state + 4 * stride, total, mask=mask)
+    if IS_TOP1 & OUTPUTS:
+        tl.store(state + 6 * stride, before, mask=mask)
