@@ -216,7 +216,8 @@ def test_settings_may_stand_in_the_trainers_arguments(model_path, tokenizer, tmp
         )
     assert (trainer.args.beta, trainer.args.loss_type, config.beta) == (0.2, ["ipo"], 0.3)
     assert max(len(row["chosen_ids"]) for row in trainer.train_dataset) == 5
-    lines = [str(warning.message) for warning in record if "present place" in str(warning.message)]
+    lines = [str(warning.message) for warning in record if "older TRL" in str(warning.message)]
+    lines = [line for line in lines if "tokenizer" not in line]
     assert len(lines) == 4 and "DPOTrainer: `beta`" in lines[0] and "DPOConfig(beta=...)" in lines[0]
     with pytest.raises(TypeError, match="DPOTrainer has no argument 'train_datset'; did you mean 'train_dataset'?"):
         trl_fast.DPOTrainer(model_path, args=config, train_datset=color_pairs(4))

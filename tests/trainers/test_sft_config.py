@@ -69,8 +69,9 @@ OLDER_ARGUMENTS = {
 def test_an_older_argument_of_the_trainer_gives_one_line_and_no_error(name, model_path, tmp_path):
     field, value = OLDER_ARGUMENTS[name]
     arguments = {"model": model_path, "train_dataset": sft_rows("text", 4), name: value}
-    with pytest.warns(FutureWarning, match=f"SFTTrainer: `{name}` is a name of an older TRL"):
+    with pytest.warns(FutureWarning, match=f"(SFTTrainer|SFTConfig): `{name}` is a name of an older TRL") as seen:
         trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments)
+    assert sum("older TRL" in str(warning.message) for warning in seen) == 1
     assert field is None or getattr(trainer.args, field) == value
     assert name != "packing" or "seq_lengths" in trainer.train_dataset.column_names
     assert name != "max_seq_length" or max(map(len, trainer.train_dataset["input_ids"])) == 9
@@ -93,6 +94,15 @@ REFUSED = [
     ({"padding_free": True, "batch_layout": "padded"}, "padding_free=True contradicts batch_layout='padded'"),
     ({"dataset_kwargs": {"skip": True}}, "dataset_kwargs: 'skip' is unknown; expected only 'skip_prepare_dataset'"),
 ]
+
+
+def test_selective_checkpointing_is_not_there_yet(tmp_path):
+    with pytest.raises(NotImplementedError, match="'selective': True"):
+        config(tmp_path, gradient_checkpointing_kwargs={"selective": True})
+    assert (
+        "selective"
+        not in config(tmp_path, gradient_checkpointing_kwargs={"selective": False}).gradient_checkpointing_kwargs
+    )
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED)

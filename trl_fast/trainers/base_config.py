@@ -183,14 +183,16 @@ class BaseConfig(TrainingArguments):
         Raises:
             TypeError: a name is no field.
         """
-        known = {item.name for item in fields(self) if item.init}
+        known = {item.name: item for item in fields(self) if item.init}
         for name in older:
             if name not in known:
                 others = inspect.signature(trainer_class.__init__).parameters
                 hint = did_you_mean(name, [*known, *others])
                 raise TypeError(f"{trainer_class.__name__} has no argument {name!r}{hint}")
-            what = f"it works; {type(self).__name__}({name}=...) is its present place."
-            deprecated(trainer_class.__name__, name, what)
+            # A field that is itself an older name has its own line.
+            if not isinstance(known[name].metadata.get("help"), OlderName):
+                what = f"it works; {type(self).__name__}({name}=...) is its present place."
+                deprecated(trainer_class.__name__, name, what)
         return replace(self, **older) if older else self
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:

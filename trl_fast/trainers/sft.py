@@ -28,23 +28,9 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs
 
 from .base import AnyDataset, BaseTrainer, older_tokenizer_name, router_coefficient
-from .base_config import deprecated
 from .sft_config import SFTConfig
 
 logger = logging.getLogger(__name__)
-
-# Arguments of the constructor in older versions of TRL, which are fields of SFTConfig now.
-_OLDER_ARGUMENTS = {
-    "dataset_text_field": "dataset_text_field",
-    "max_seq_length": "max_length",
-    "packing": "packing",
-    "eval_packing": "eval_packing",
-    "dataset_num_proc": "dataset_num_proc",
-    "dataset_kwargs": "dataset_kwargs",
-    "neftune_noise_alpha": "neftune_noise_alpha",
-    "model_init_kwargs": "model_init_kwargs",
-}
-_WITHOUT_EFFECT = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
 
 
 class SFTTrainer(BaseTrainer):
@@ -96,7 +82,7 @@ class SFTTrainer(BaseTrainer):
         **older: Any,
     ) -> None:
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
-        args = self._accept_older_arguments(self.resolve_config(args, model), older)
+        args = self.resolve_config(args, model).with_older_arguments(type(self), older)
         self.check_dataset_type(train_dataset, "train_dataset")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
@@ -125,22 +111,6 @@ class SFTTrainer(BaseTrainer):
         )
 
     # ---- arguments
-
-    def _accept_older_arguments(self, args: SFTConfig, older: dict[str, Any]) -> SFTConfig:
-        owner = type(self).__name__
-        for name, value in older.items():
-            if name in _OLDER_ARGUMENTS:
-                now = _OLDER_ARGUMENTS[name]
-                deprecated(owner, name, f"it works; SFTConfig({now}=...) is the present way.")
-                if value is not None:
-                    setattr(args, now, value)
-            elif name in _WITHOUT_EFFECT:
-                deprecated(owner, name, "packing counts tokens without a buffer, so it has no effect.")
-            else:
-                raise TypeError(f"{owner} has no argument {name!r}")
-        if older:
-            args.check()
-        return args
 
     def _check_loss_func(self, compute_loss_func: Callable | None, args: SFTConfig) -> Callable | None:
         if compute_loss_func is not None and args.loss_type != "nll":

@@ -81,15 +81,28 @@ class SFTConfig(BaseConfig):
     dataset_batch_size: int | None = older_name("the dataset is processed in batches of 1000, so it has no effect.")
     num_of_sequences: int | None = older_name("packing needs no buffer, so it has no effect.")
     chars_per_token: float | None = older_name("packing counts tokens, so it has no effect.")
+    infinite: bool | None = older_name(
+        "the trainer goes through the data as often as max_steps asks, so it has no effect."
+    )
 
     _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["dataset_kwargs"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check()
+        self._translate_older_values()
+        self._check_choice("loss_type", tuple(TOKEN_LOSSES))
+        self._check_choice("packing_strategy", PACKING_STRATEGIES)
+        self.row_length(self.packing or bool(self.eval_packing))
+        if self.padding_free:
+            if self.batch_layout == "padded":
+                raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
+            self.batch_layout = "packed"
+        if (self.gradient_checkpointing_kwargs or {}).pop("selective", False):
+            raise NotImplementedError(
+                "gradient_checkpointing_kwargs={'selective': True} is not supported yet; leave 'selective' out"
+            )
 
-    def check(self) -> None:
-        """Translates older values, and raises ValueError for values that do not go together."""
+    def _translate_older_values(self) -> None:
         owner = type(self).__name__
         if self.loss_type == "chunked_nll":
             deprecated(owner, "loss_type='chunked_nll'", "it works; 'nll' is the same.")
@@ -100,13 +113,6 @@ class SFTConfig(BaseConfig):
             self.packing_strategy = now
         if self.truncation_mode == "keep_end":
             deprecated(owner, "truncation_mode='keep_end'", "it works; 'keep_start' is the present default.")
-        self._check_choice("loss_type", tuple(TOKEN_LOSSES))
-        self._check_choice("packing_strategy", PACKING_STRATEGIES)
-        self.row_length(self.packing or bool(self.eval_packing))
-        if self.padding_free:
-            if self.batch_layout == "padded":
-                raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
-            self.batch_layout = "packed"
         for name in self.dataset_kwargs or {}:
             if name in _OLDER_DATASET_KWARGS:
                 deprecated(
