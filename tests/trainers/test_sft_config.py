@@ -111,6 +111,13 @@ def test_values_that_are_refused(settings, message, tmp_path):
         config(tmp_path, **settings)
 
 
+def test_ligers_layers_are_used_but_not_its_head(tmp_path):
+    made = config(tmp_path, use_liger_kernel=True, liger_kernel_config={"rms_norm": False})
+    assert made.liger_kernel_config == {"rms_norm": False, "fused_linear_cross_entropy": False}
+    with pytest.raises(ValueError, match="'fused_linear_cross_entropy': True"):
+        config(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+
+
 def test_the_config_of_trl_is_accepted(model_path, tmp_path):
     args = trl.SFTConfig(str(tmp_path), **CPU, packing=True, max_length=30, pad_to_multiple_of=8, loss_type="dft")
     trainer = trl_fast.SFTTrainer(model_path, args, train_dataset=sft_rows("text", 4))

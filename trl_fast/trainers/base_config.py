@@ -163,6 +163,18 @@ class BaseConfig(TrainingArguments):
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be a positive number of tokens or None, got {self.max_length}")
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
+        if self.use_liger_kernel:
+            self._keep_head_from_liger()
+
+    def _keep_head_from_liger(self) -> None:
+        """Liger's kernels for layers may be used; its fused head would take the place of ours."""
+        chosen = self.liger_kernel_config or {}
+        if chosen.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "liger_kernel_config={'fused_linear_cross_entropy': True} replaces the head, which is fused already; "
+                "leave it out"
+            )
+        self.liger_kernel_config = {**chosen, "fused_linear_cross_entropy": False}
 
     def _accept_older_names(self) -> None:
         by_name = {item.name: item for item in fields(self)}
