@@ -26,6 +26,19 @@ void row_scores(const at::Tensor& logits, const at::Tensor& targets, const std::
                    [&](int64_t begin, int64_t end) { kernels.scores(args, begin, end); });
 }
 
+void row_weights(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
+                 double scale, double softcap, double inv_temperature, int64_t outputs, int64_t column_offset,
+                 at::Tensor state, at::Tensor out) {
+  const RowInputs in = row_inputs(at::kCPU, logits, targets, bias, scale, softcap, inv_temperature, column_offset);
+  check_out(out, logits);
+  ScoreArgs args = score_args(in, logits, outputs, state);
+  args.weights = out.mutable_data_ptr();
+  args.weights_stride = out.stride(0);
+  const RowKernels& kernels = row_kernels();
+  at::parallel_for(0, logits.size(0), rows_per_task(logits.size(1)),
+                   [&](int64_t begin, int64_t end) { kernels.weights(args, begin, end); });
+}
+
 void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias, double scale,
               double softcap, double inv_temperature, const at::Tensor& lse, const at::Tensor& coefficients,
               int64_t column_offset, at::Tensor out) {
@@ -154,6 +167,9 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
       "row_scores(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "int outputs, int column_offset, Tensor(a!) state) -> ()");
   m.def(
+      "row_weights(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
+      "int outputs, int column_offset, Tensor(a!) state, Tensor(b!) out) -> ()");
+  m.def(
       "row_grad(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");
   m.def(
@@ -167,6 +183,7 @@ TORCH_LIBRARY_IMPL(trl_fast, CompositeExplicitAutograd, m) { m.impl("held_empty"
 
 TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
   m.impl("row_scores", &row_scores);
+  m.impl("row_weights", &row_weights);
   m.impl("row_grad", &row_grad);
   m.impl("row_samples", &row_samples);
   m.impl("sparse_product", &sparse_product);

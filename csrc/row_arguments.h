@@ -79,17 +79,21 @@ inline ScoreArgs score_args(const RowInputs& in, const at::Tensor& logits, int64
                         (rows <= 1 || state.stride(1) == 1) && state.scalar_type() == at::kDouble,
                     "state: expected a float64 tensor of shape (", static_cast<int>(kNumStates), ", ", rows,
                     ") with contiguous rows, got ", state.sizes(), " ", state.scalar_type());
-  return {in.block, in.transform, outputs, state.mutable_data_ptr<double>(), state.stride(0)};
+  return {in.block, in.transform, outputs, state.mutable_data_ptr<double>(), state.stride(0), nullptr, 0};
+}
+
+inline void check_out(const at::Tensor& out, const at::Tensor& logits) {
+  check_rows(out, "out", logits.device());
+  TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(),
+                    "out: expected shape and dtype of logits, ", logits.sizes(), " ", logits.scalar_type(), ", got ",
+                    out.sizes(), " ", out.scalar_type());
 }
 
 // `lse` has to be contiguous.
 inline GradArgs grad_args(const RowInputs& in, const at::Tensor& logits, const at::Tensor& lse,
                           const at::Tensor& coefficients, at::Tensor& out) {
   const int64_t rows = logits.size(0);
-  check_rows(out, "out", logits.device());
-  TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(),
-                    "out: expected shape and dtype of logits, ", logits.sizes(), " ", logits.scalar_type(), ", got ",
-                    out.sizes(), " ", out.scalar_type());
+  check_out(out, logits);
   check_vector(lse, "lse", rows, at::kFloat, logits.device());
   check_device(coefficients, "coefficients", logits.device());
   TORCH_CHECK_VALUE(coefficients.dim() == 2 && coefficients.size(0) == 4 && coefficients.size(1) == rows &&

@@ -47,14 +47,16 @@ float chunk_max(const float* u, int64_t n) {
   return max_of(best);
 }
 
-template <bool kMoments>
-void add_chunk(const float* u, int64_t n, Online& online) {
+// With kWeights, `u` becomes e^(u-m).
+template <bool kMoments, bool kWeights>
+void add_chunk(float* u, int64_t n, Online& online) {
   const Vec m = splat(online.m);
   Vec s[2] = {}, sx[2] = {}, sq[2] = {};
   for (int64_t i = 0, k = 0; i < n; i += kWidth, k ^= 1) {
     const Vec x = load(u + i) - m;
     const Vec e = exp_vec(x);
     s[k] += e;
+    if constexpr (kWeights) store(u + i, e);
     if constexpr (kMoments) {
       sx[k] += e > Vec{} ? e * x : e;  // not 0 * -inf
       sq[k] += e * e;
@@ -76,17 +78,35 @@ double chunk_total(const float* u, int64_t n) {
   return sum;
 }
 
-template <typename T, bool kMoments>
-void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state) {
-  using namespace trl_fast;
-  alignas(64) float u[kChunk];
-  const int64_t stride = args.state_stride, columns = args.block.columns;
-  Online online = {static_cast<float>(state[kTop * stride]), state[kSum * stride], state[kSumX * stride],
-                   state[kSumSq * stride], state[kTotal * stride]};
-  float before = static_cast<float>(state[kBefore * stride]);
+// The largest logit of a tile's row; `u` is scratch.
+template <typename T>
+float row_max(const T* row, const ScoreArgs& args, float* u) {
+  const int64_t columns = args.block.columns;
+  float top = -kInf;
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
     logits_chunk(row, args.transform, start, n, u);
+    top = std::max(top, chunk_max(u, n));
+  }
+  return top;
+}
+
+// With kWeights, the row's e^(u - top) du/dz go to `weights`, relative to its largest logit with this tile; finding
+// that takes a look ahead where the tile is wider than a chunk.
+template <typename T, bool kMoments, bool kWeights>
+void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights) {
+  using namespace trl_fast;
+  alignas(64) float u[kChunk], slope[kWeights ? kChunk : 1];
+  const int64_t stride = args.state_stride, columns = args.block.columns;
+  const bool curved = kWeights && args.transform.softcap != 0.0f;
+  const Vec flat_slope = splat(args.transform.scale * args.transform.inv_temperature);
+  Online online = {static_cast<float>(state[kTop * stride]), state[kSum * stride], state[kSumX * stride],
+                   state[kSumSq * stride], state[kTotal * stride]};
+  float before = static_cast<float>(state[kBefore * stride]);
+  if (kWeights && columns > kChunk) online.raise(row_max(row, args, u));
+  for (int64_t start = 0; start < columns; start += kChunk) {
+    const int64_t n = std::min(kChunk, columns - start);
+    logits_chunk(row, args.transform, start, n, u, curved ? slope : nullptr);
     const float top = chunk_max(u, n);
     if (args.outputs & kMeanLogits) online.total += chunk_total(u, n);
     if (args.outputs & kIsTop1) {
@@ -97,8 +117,12 @@ void score_row(const T* row, const ScoreArgs& args, int64_t target, double* stat
     if (target >= start && target < start + n) state[kTarget * stride] = u[target - start];
     online.raise(top);
     // A chunk of nothing but -inf adds nothing; -inf - -inf would be NaN. But NaN has to be seen.
-    if (online.m > -kInf || !std::all_of(u, u + n, [](float x) { return x == -kInf; })) {
-      add_chunk<kMoments>(u, n, online);
+    const bool counts = online.m > -kInf || !std::all_of(u, u + n, [](float x) { return x == -kInf; });
+    if (counts) add_chunk<kMoments, kWeights>(u, n, online);
+    if constexpr (kWeights) {
+      if (!counts) std::fill(u, u + padded(n), 0.0f);
+      for (int64_t i = 0; i < n; i += kWidth) store(u + i, load(u + i) * (curved ? load(slope + i) : flat_slope));
+      narrow_chunk(u, n, weights + start);
     }
   }
   state[kTop * stride] = online.m;
@@ -109,14 +133,16 @@ void score_row(const T* row, const ScoreArgs& args, int64_t target, double* stat
   state[kBefore * stride] = before;
 }
 
-template <typename T>
+template <typename T, bool kWeights>
 void scores(const ScoreArgs& args, int64_t begin, int64_t end) {
   using namespace trl_fast;
   const bool moments = args.outputs & (kEntropy | kLogSumSqProbs);
   for (int64_t r = begin; r < end; ++r) {
     const T* row = static_cast<const T*>(args.block.logits) + r * args.block.row_stride;
     const int64_t target = args.block.targets[r] - args.block.column_offset;
-    (moments ? score_row<T, true> : score_row<T, false>)(row, args, target, args.state + r);
+    T* weights = kWeights ? static_cast<T*>(args.weights) + r * args.weights_stride : nullptr;
+    (moments ? score_row<T, true, kWeights> : score_row<T, false, kWeights>)(row, args, target, args.state + r,
+                                                                             weights);
   }
 }
 
@@ -172,14 +198,15 @@ void grad(const GradArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+template <bool kWeights>
 void scores_any(const ScoreArgs& args, int64_t begin, int64_t end) {
   switch (args.block.dtype) {
     case Dtype::kFloat32:
-      return scores<float>(args, begin, end);
+      return scores<float, kWeights>(args, begin, end);
     case Dtype::kBFloat16:
-      return scores<BFloat16>(args, begin, end);
+      return scores<BFloat16, kWeights>(args, begin, end);
     case Dtype::kFloat16:
-      return scores<Float16>(args, begin, end);
+      return scores<Float16, kWeights>(args, begin, end);
   }
 }
 
@@ -199,6 +226,6 @@ void grad_any(const GradArgs& args, int64_t begin, int64_t end) {
 namespace trl_fast {
 
 extern const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY);
-const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {scores_any, grad_any};
+const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {scores_any<false>, scores_any<true>, grad_any};
 
 }  // namespace trl_fast

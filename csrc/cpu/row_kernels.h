@@ -1,4 +1,4 @@
-// The two row kernels as plain C++: no torch, so that each instruction set is its own small translation unit.
+// The row kernels as plain C++: no torch, so that each instruction set is its own small translation unit.
 //
 // What they compute is specified by trl_fast/ops/rows.py.
 #pragma once
@@ -39,6 +39,8 @@ struct ScoreArgs {
   int64_t outputs;
   double* state;         // (kNumStates, R)
   int64_t state_stride;  // elements between two entries of a row
+  void* weights;         // null, or room for e^(u - top) du/dz, dtype of the logits; may be the logits
+  int64_t weights_stride;
 };
 
 struct GradArgs {
@@ -51,9 +53,10 @@ struct GradArgs {
   int64_t out_stride;
 };
 
-// One instruction set's implementation; both work on rows [begin, end).
+// One instruction set's implementation; all work on rows [begin, end).
 struct RowKernels {
   void (*scores)(const ScoreArgs&, int64_t begin, int64_t end);
+  void (*weights)(const ScoreArgs&, int64_t begin, int64_t end);
   void (*grad)(const GradArgs&, int64_t begin, int64_t end);
 };
 

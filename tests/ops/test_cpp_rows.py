@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from trl_fast.ops.backends import load_extension
-from trl_fast.ops.rows import finish_scores, new_state, row_grad_reference, row_scores_reference
-from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
+from trl_fast.ops.rows import (
+    ROW_KERNELS,
+    finish_scores,
+    new_state,
+    row_grad_reference,
+    row_scores_reference,
+    row_weights_by_two,
+)
+from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
 
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
 CPU_FLAGS = {
@@ -146,3 +153,33 @@ def test_bad_input_is_named(change, message):
         torch.ops.trl_fast.row_scores(
             given["logits"], given["targets"], given["bias"], *constants, 0, 0, given["state"]
         )
+
+
+@pytest.mark.parametrize("columns", [1, 7, 300, 2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transform", [(1.0, 0.0, 1.0), (0.5, 9.0, 1 / 1.3)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("outputs", [0, EVERYTHING])
+def test_scores_and_weights_in_one_read(columns, dtype, transform, outputs):
+    """row_weights against the reference's two kernels: the state, and e^(u - m) du/dz in place of the logits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(6, columns, generator=generator)
+    logits[2] = float("-inf")
+    logits[3, 0] = float("-inf")
+    logits[4, columns // 2] = 30.0
+    logits[5, columns - 1] = float("nan")
+    logits = logits.to(dtype)
+    bias = torch.randn(columns, generator=generator)
+    targets = torch.tensor([0, columns - 1, 0, columns // 2, 3 * columns, 0])
+    before = new_state(6, logits.device)
+    row_scores_reference(torch.randn(6, 11, generator=generator), targets, None, 1.0, 0.0, 1.0, outputs, 0, before)
+    before[:, 1] = new_state(1, logits.device)[:, 0]
+    states, tiles = (before.clone(), before.clone()), (logits.clone(), logits.clone())
+    torch.ops.trl_fast.row_weights(tiles[0], targets + 11, bias, *transform, outputs, 11, states[0], tiles[0])
+    row_weights_by_two(
+        ROW_KERNELS["torch"], tiles[1], targets + 11, bias, *transform, outputs, 11, states[1], tiles[1]
+    )
+    wide = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)}[dtype]
+    found, expected = (finish_scores(state, outputs, columns + 11, torch.float32) for state in states)
+    torch.testing.assert_close(found[:, :5], expected[:, :5], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert found[LSE_ROW, 5].isnan() and expected[LSE_ROW, 5].isnan()
+    torch.testing.assert_close(tiles[0][:5], tiles[1][:5], rtol=wide[0], atol=wide[1])

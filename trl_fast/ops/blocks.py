@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from .backends import load_extension
-from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale
+from .fused_scores import score_rows_fused, serves_fused
+from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale, row_weights_by_two
 from .transform import LogitTransform
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
@@ -126,6 +127,7 @@ class Head:
         self.dtype = dtype
         # Partial sums of narrow dtypes would lose what the tiles contribute: accumulate in float32 at least.
         self.wide = torch.promote_types(dtype, torch.float32)
+        self.backend = backend
         self.kernels = ROW_KERNELS[backend]
         self.vocab_size, self.hidden_size = weight.shape
         self.row_bytes = row_bytes(self.vocab_size, dtype, backend)
@@ -183,6 +185,14 @@ class Head:
         bias = None if self.bias is None else self.bias[columns]
         self.kernels.scores(logits, targets, bias, *self.transform, outputs, columns.start, state)
 
+    def weigh(
+        self, logits: torch.Tensor, targets: torch.Tensor, columns: slice, outputs: int, state: torch.Tensor
+    ) -> None:
+        """The same, and the logits become e^(u - m) du/dz, m being their rows' largest logit so far."""
+        bias = None if self.bias is None else self.bias[columns]
+        weights = self.kernels.weights or functools.partial(row_weights_by_two, self.kernels)
+        weights(logits, targets, bias, *self.transform, outputs, columns.start, state, logits)
+
     def grad(
         self,
         logits: torch.Tensor,
@@ -213,6 +223,9 @@ def score_rows(
     hidden: (N, H) in the product's dtype; keep: (T, K, W) takes the raw logits of the first K rows; unit_gradient:
     goes through the same tiles.
     """
+    if keep is None and unit_gradient is None and serves_fused(head.backend, head.weight, head.dtype):
+        given = (hidden, head.weight, targets, head.bias, head.transform)
+        return score_rows_fused(*given, outputs, state, head.workspace_bytes)
     num_rows = hidden.shape[0]
     kept = 0 if keep is None else keep.shape[1]
     height, width = head.tiling(num_rows, keep)
@@ -224,10 +237,12 @@ def score_rows(
             room = keep[number, rows] if rows.start < kept else scratch[: rows.stop - rows.start]
             tile = room[:, : columns.stop - columns.start]
             torch.mm(hidden[rows], weight.t(), out=tile)
-            top = state[TOP, rows].clone() if unit_gradient is not None else None
-            head.score(tile, targets[rows], columns, outputs, state[:, rows])
-            if unit_gradient is not None:
-                unit_gradient.add(rows, tile, targets[rows], columns, weight, top, state[:, rows])
+            if unit_gradient is None:
+                head.score(tile, targets[rows], columns, outputs, state[:, rows])
+                continue
+            top = state[TOP, rows].clone()
+            head.weigh(tile, targets[rows], columns, outputs, state[:, rows])
+            unit_gradient.add(rows, tile, weight, rescale(top, state[TOP, rows]))
 
 
 class UnitGradient:
@@ -241,24 +256,10 @@ class UnitGradient:
         self.head = head
         self.sum = torch.zeros(num_rows, head.hidden_size, dtype=head.wide, device=head.weight.device)
 
-    def add(
-        self,
-        rows: slice,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        columns: slice,
-        weight: torch.Tensor,
-        top: torch.Tensor,
-        state: torch.Tensor,
-    ) -> None:
-        """Adds a tile, whose logits (R, C) are overwritten; `top` (R,) is the state's before it saw the tile."""
-        # Coefficients of e^(u - m) du/dz, with the largest logit in the place of the log-sum-exp.
-        ones = torch.zeros(4, logits.shape[0], dtype=self.head.wide, device=logits.device)
-        ones[0] = 1.0
-        anchor = state[TOP].to(self.head.wide)
-        weights = self.head.grad(logits, targets, anchor, ones, columns, logits)
+    def add(self, rows: slice, weights: torch.Tensor, weight: torch.Tensor, shrink: torch.Tensor) -> None:
+        """Adds a tile's weights (R, C) of the head's rows (C, H), after what is there has shrunk by (R,)."""
         total = self.sum[rows]
-        total.mul_(rescale(top, state[TOP])[:, None].to(total.dtype))
+        total.mul_(shrink[:, None].to(total.dtype))
         _add_product(total, weights, weight)
 
     def finish(self, targets: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,8 @@ class RowKernels(NamedTuple):
     grad: Callable[..., None]
     # Temporaries beyond the tile itself, in bytes an element: what the workspace has to leave room for.
     bytes_per_element: int
+    # Both in one read, as `row_weights_by_two` below; None: by the two others.
+    weights: Callable[..., None] | None = None
 
 
 def new_state(num_rows: int, device: torch.device) -> torch.Tensor:
@@ -196,6 +198,33 @@ def row_grad_reference(
     out.copy_(du)
 
 
+def row_weights_by_two(
+    kernels: RowKernels,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    outputs: int,
+    column_offset: int,
+    state: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Adds a tile to its rows' state, and writes e^(u - m) du/dz to `out` (R, C), m being the largest logit so far.
+
+    The arguments are those of row_scores_reference; `out` has the dtype of logits and may be their memory.
+    """
+    given = (logits, targets, bias, scale, softcap, inv_temperature)
+    kernels.scores(*given, outputs, column_offset, state)
+    # The gradient's formula with m in the place of the log-sum-exp; while everything is -inf, 0 is subtracted.
+    top = state[TOP]
+    anchor = torch.where(top == float("-inf"), 0.0, top).to(torch.promote_types(logits.dtype, torch.float32))
+    ones = anchor.new_zeros(4, logits.shape[0])
+    ones[0] = 1.0
+    kernels.grad(*given, anchor, ones, column_offset, out)
+
+
 def _triton_scores(*args: object) -> None:
     from trl_fast.kernels.rows import row_scores
 
@@ -213,13 +242,17 @@ def _compiled_scores(*args: object) -> None:
     torch.ops.trl_fast.row_scores(*args)
 
 
+def _cpp_weights(*args: object) -> None:
+    torch.ops.trl_fast.row_weights(*args)
+
+
 def _compiled_grad(*args: object) -> None:
     torch.ops.trl_fast.row_grad(*args)
 
 
 ROW_KERNELS = {
     "torch": RowKernels(row_scores_reference, row_grad_reference, 24),
-    "cpp": RowKernels(_compiled_scores, _compiled_grad, 0),
+    "cpp": RowKernels(_compiled_scores, _compiled_grad, 0, _cpp_weights),
     "cuda": RowKernels(_compiled_scores, _compiled_grad, 0),
     "triton": RowKernels(_triton_scores, _triton_grad, 0),
 }
@@ -230,6 +263,10 @@ def register_fakes() -> None:
 
     @torch.library.register_fake("trl_fast::row_scores")
     def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state):
+        return None
+
+    @torch.library.register_fake("trl_fast::row_weights")
+    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state, out):
         return None
 
     @torch.library.register_fake("trl_fast::held_empty")
