@@ -1,7 +1,10 @@
 """What goes to `accelerate launch`, and what it starts."""
 
 import json
+import os
+import shlex
 import subprocess
+import sys
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -117,3 +120,21 @@ def test_a_script_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--cpu", "--num_processes", "1", str(script), "--flag", "1"]) == 0
     assert json.loads((tmp_path / "out.json").read_text()) == [["--flag", "1"], "trl, answered by trl_fast.", "True"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(model_path, pairs_file, tmp_path):
+    """Gloo on the CPU; each process takes two of the four pairs of a step."""
+    command = [os.path.join(os.path.dirname(sys.executable), "trl-fast"), "dpo", "--model_name_or_path", model_path]
+    command += ["--dataset_name", str(pairs_file), "--output_dir", str(tmp_path / "run")]
+    command += shlex.split(
+        "--use_cpu --bf16 false --max_steps 2 --logging_steps 1 --per_device_train_batch_size 2 --report_to none "
+        "--accelerate_config multi_gpu --num_processes 2 --main_process_port 0"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Model saved to") == 1 and (tmp_path / "run" / "model.safetensors").is_file()
+    # Two steps of four pairs are half of the sixteen.
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["epoch"] == 0.5

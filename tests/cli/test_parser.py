@@ -8,6 +8,7 @@ import pytest
 import trl
 import yaml
 
+import trl_fast
 from trl_fast.cli.arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl_fast.cli.parser import TrlParser
 from trl_fast.cli.training import make_parser
@@ -169,6 +170,26 @@ def flag_names(*classes):
     return {action.dest for action in TrlParser(classes)._actions}
 
 
-def test_trls_flags_are_all_there():
-    theirs = flag_names(trl.ScriptArguments, trl.DPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
-    assert theirs - flag_names(ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig) == set()
+@pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig", "RewardConfig"])
+def test_trls_flags_are_all_there(name):
+    theirs = flag_names(trl.ScriptArguments, getattr(trl, name), trl.ModelConfig, trl.DatasetMixtureConfig)
+    ours = flag_names(ScriptArguments, getattr(trl_fast, name), ModelConfig, DatasetMixtureConfig)
+    assert theirs - ours == set()
+
+
+@pytest.mark.parametrize("name", ["SFTConfig", "RewardConfig"])
+@pytest.mark.parametrize("settings", [{}, {"max_length": 77, "eos_token": "<x>", "pad_to_multiple_of": 8}])
+def test_every_value_of_trls_config_is_taken_over(name, settings, tmp_path):
+    theirs = getattr(trl, name)(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    ours = getattr(trl_fast, name).from_any(theirs).to_dict()
+    expected = theirs.to_dict() | {"pad_to_multiple_of": settings.get("pad_to_multiple_of")}
+    assert {key: ours[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig", "RewardConfig"])
+def test_older_and_unknown_names_of_every_config(name, tmp_path):
+    config_class = getattr(trl_fast, name)
+    with pytest.raises(TypeError, match=f"{name} has no field 'lerning_rate'; did you mean 'learning_rate'?"):
+        config_class(str(tmp_path), lerning_rate=1)
+    with pytest.warns(FutureWarning, match=f"{name}: `evaluation_strategy`"):
+        config_class(str(tmp_path), use_cpu=True, bf16=False, evaluation_strategy="no")

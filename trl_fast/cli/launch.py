@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from trl_fast.suggestions import did_you_mean
 
@@ -109,6 +110,9 @@ def launch(flags: list[str], arguments: list[str]) -> int:
         launch_command(parsed)
     except subprocess.CalledProcessError as error:
         return error.returncode
+    except ChildFailedError as error:
+        # What went wrong has been printed by the process.
+        return error.get_first_failure()[1].exitcode
     finally:
         del os.environ[_LAUNCHED]
     return 0
