@@ -7,9 +7,9 @@ that is used twice. The allocators see everything that lives in tensors.
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -54,7 +54,11 @@ def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu"
 
 
 def process_peak_bytes() -> int:
-    """The largest resident size of this process so far; with a GPU, of torch's allocations there."""
+    """The largest resident size of this process so far (Linux); with a GPU, of torch's allocations there.
+
+    getrusage would count the process that started this one, too.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(fields["VmHWM"].split()[0])
