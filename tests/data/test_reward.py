@@ -11,6 +11,7 @@ from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from support.tokenizer import EOS, build_tokenizer
+from trl_fast.data.packing import LAYOUTS
 from trl_fast.data.reward import (
     ConvertingRewardCollator,
     DataCollatorForReward,
@@ -167,17 +168,31 @@ def test_the_collator_gives_the_tensors_of_trls(rows, multiple):
         assert torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+PROMPT = [*range(10, 30)]
+# A pad token of a sequence's own at its end, sequences of nothing else, one that begins with the whole other one, and
+# the same twice.
+SEQUENCES = [
+    ([5, 6, 7], [8, 9]),
+    ([4], [3, 2, 2]),
+    ([2, 2], [2, 5, 2]),
+    (PROMPT + [7, 2], PROMPT + [8]),
+    (PROMPT, PROMPT + [2, 2]),
+    (PROMPT + [9], PROMPT + [9]),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_rewards_are_read_where_transformers_reads_them(layout):
-    # The last sequence ends with two pad tokens of its own, another consists of them.
-    sequences = [[5, 6, 7], [8, 9], [4], [3, 2, 2], [2, 2], [2, 5, 2]]
-    batch = reward_batch(sequences, layout, 2)
+    batch = reward_batch(SEQUENCES, layout, 2)
     read = batch.input_ids.flatten()[batch["reward_positions"]]
-    assert read.tolist() == [7, 9, 4, 3, 2, 5]
-    assert batch.num_tokens == 14 and len(batch) == 6
+    assert read.tolist() == [7, 9, 4, 3, 2, 5, 7, 8, 29, 29, 9, 9]
+    sequences = [ids for pair in SEQUENCES for ids in pair]
+    assert [ids.tolist() for ids in batch.sequences()] == sequences
+    assert batch.num_tokens == sum(map(len, sequences))
+    assert batch.input_ids.numel() == {"shared_prefix": 80, "packed": 141, "padded": 12 * 22}[layout]
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_collators_batch_is_converted(layout):
     converted = ConvertingRewardCollator(DataCollatorForPreference(pad_token_id=0), 0, layout)(PAIRS)
     own = RewardCollator(0, layout)(PAIRS)

@@ -7,7 +7,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from support.models import tiny_classifier
-from trl_fast.data import reward_batch
+from trl_fast.data import LAYOUTS, reward_batch
 from trl_fast.modeling.attention import SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.modeling.loading import base_model, load_reward_model
 from trl_fast.modeling.reward_scoring import attach_reward_scoring, can_pack_rewards, rewards, verify_rewards
@@ -22,8 +22,15 @@ FAMILIES = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0},
 }
 PAD = 2
-# The last one ends with the pad token, as texts do whose end token it is.
-SEQUENCES = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [15, PAD, 16, 17], [18, 19, 20], [21, 22, PAD]]
+PROMPT = [*range(30, 50)]
+# Two of the pairs share a prompt; one sequence ends with the pad token, as texts do whose end token it is.
+PAIRS = [
+    ([5, 6, 7, 8, 9, 10], [11]),
+    ([*PROMPT, 12, 13, 14], [*PROMPT, 15, PAD, 16, 17]),
+    ([18, 19, 20], [21, 22, PAD]),
+    (PROMPT, [*PROMPT, 23]),
+]
+SEQUENCES = [ids for pair in PAIRS for ids in pair]
 
 
 def prepared(family, **changes):
@@ -48,9 +55,9 @@ def assert_same_rewards(model, layout):
     expected = own_rewards(model)
     expected_gradients = gradients(model, expected)
     assert expected.std() > 0.1
-    if layout == "packed":
+    if layout != "padded":
         use_segment_attention(base_model(model))
-    got = rewards(model, reward_batch(SEQUENCES, layout, PAD))
+    got = rewards(model, reward_batch(PAIRS, layout, PAD))
     assert got.shape == (len(SEQUENCES),) and got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     got_gradients = gradients(model, got)
@@ -61,7 +68,7 @@ def assert_same_rewards(model, layout):
         )
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewards_and_gradients_are_the_models_own(family, layout):
     model = prepared(family)
@@ -76,7 +83,7 @@ def test_with_checkpointing(reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     use_segment_attention(model)
-    got = gradients(model, rewards(model, reward_batch(SEQUENCES, "packed", PAD)))
+    got = gradients(model, rewards(model, reward_batch(PAIRS, "packed", PAD)))
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=2e-4, atol=2e-5)
 
@@ -89,7 +96,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", HEADS.values(), ids=HEADS.keys())
 def test_adapters(how, layout):
     config = LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **how})
@@ -102,7 +109,7 @@ def test_adapters(how, layout):
 def test_bfloat16_gives_float32_rewards_near_the_float32_ones():
     model = prepared("llama")
     use_segment_attention(model)
-    batch = reward_batch(SEQUENCES, "packed", PAD)
+    batch = reward_batch(PAIRS, "packed", PAD)
     exact = rewards(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = rewards(model, batch)
@@ -118,23 +125,25 @@ def test_attaching_twice_and_calling_as_before():
     assert model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([1.0])).loss is not None
 
 
-def test_verify_compares_packed_with_single():
+def test_verify_compares_rows_with_single_sequences():
     model = prepared("llama")
     use_segment_attention(model)
-    verdict = verify_rewards(model, SEQUENCES[:2], packed=True)
-    assert verdict.packed_ok and verdict.packed_error < 1e-5 and verdict.fused_ok
+    for layout in ("shared_prefix", "packed"):
+        verdict = verify_rewards(model, SEQUENCES[:2], layout=layout)
+        assert verdict.packed_ok and verdict.packed_error < 1e-5 and verdict.fused_ok
     assert model.training
-    assert verify_rewards(model, SEQUENCES[:2], packed=False).packed_error == float("inf")
+    assert verify_rewards(model, SEQUENCES[:2], layout=None).packed_error == float("inf")
 
 
-def test_verify_sees_sequences_that_attend_to_each_other(monkeypatch):
-    def leaky(module, query, key, value, mask, sequence_lengths=None, **kwargs):
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_verify_sees_sequences_that_attend_to_each_other(layout, monkeypatch):
+    def leaky(module, query, key, value, mask, tree_lengths=None, **kwargs):
         return sdpa_attention_forward(module, query, key, value, None, is_causal=True, **kwargs)
 
     model = prepared("llama")
     use_segment_attention(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, SEGMENT_ATTENTION, leaky)
-    assert not verify_rewards(model, SEQUENCES[:2], packed=True).packed_ok
+    assert not verify_rewards(model, SEQUENCES[:2], layout=layout).packed_ok
 
 
 def test_models_that_read_no_last_token_are_not_packed():
@@ -142,12 +151,12 @@ def test_models_that_read_no_last_token_are_not_packed():
     possible, reason = can_pack_rewards(model, 64)
     assert not possible and "BertForSequenceClassification has no head 'score'" in reason
     expected = own_rewards(model.eval())
-    torch.testing.assert_close(rewards(model, reward_batch(SEQUENCES, "padded", PAD)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rewards(model, reward_batch(PAIRS, "padded", PAD)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_gives_several_numbers_is_named():
     with pytest.raises(ValueError, match=r"logits of shape \(1, 3\).*num_labels=1"):
-        verify_rewards(prepared("llama", num_labels=3), SEQUENCES[:1], packed=False)
+        verify_rewards(prepared("llama", num_labels=3), SEQUENCES[:1], layout=None)
 
 
 def test_loading(tmp_path):

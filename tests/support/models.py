@@ -63,3 +63,10 @@ def save_tiny_model(folder: Path, tokenizer: object, family: str = "llama", **ch
     tiny_model(family, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_classifier(folder: Path, tokenizer: object, family: str = "llama", **changes: object) -> str:
+    """Writes a classifier and a tokenizer that fits it; the folder's name as `from_pretrained` takes it."""
+    tiny_classifier(family, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -82,11 +82,15 @@ class TokenBatch:
 
     def sequences(self) -> list[torch.Tensor]:
         """The token ids (length,) of each sequence, its prompt included."""
+        return self.by_sequence(self.input_ids)
+
+    def by_sequence(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Of values (B, T), those (length,) at the tokens of each sequence, its prompt included."""
         if self.tree_lengths is None:
             lengths = self.attention_mask.sum(1).tolist()
-            return [row[:length] for row, length in zip(self.input_ids, lengths, strict=True)]
+            return [row[:length] for row, length in zip(values, lengths, strict=True)]
         found = []
-        trees = self.input_ids[0].split([*map(sum, self.tree_lengths)])
+        trees = values[0].split([*map(sum, self.tree_lengths)])
         for tree, lengths in zip(trees, self.tree_lengths, strict=True):
             prompt, *branches = tree.split(list(lengths))
             found += [torch.cat((prompt, branch)) for branch in branches] or [prompt]

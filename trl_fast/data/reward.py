@@ -8,14 +8,13 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
 
 from .checks import check_completions, check_preference_columns, check_preference_row, check_tokenizer
-from .formats import end_with, map_options
+from .formats import common_prefix_length, end_with, map_options
 from .labelled import pad
 from .packing import TokenBatch, pack_trees
 from .trees import Tree
@@ -159,24 +158,27 @@ def _is_short_enough(example: dict[str, Any], max_length: int) -> bool:
 
 
 def reward_batch(
-    sequences: Sequence[list[int]],
+    pairs: Sequence[tuple[list[int], list[int]]],
     layout: str,
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
     margins: Sequence[float] | None = None,
 ) -> TokenBatch:
-    """Lay out sequences of token ids, chosen and rejected ones in turns, as one batch (see `pack_trees`).
+    """Lay out pairs of chosen and rejected token ids as one batch (see `pack_trees`); what both start with is shared.
 
     `extras["reward_positions"]` (S,) int64 are the flat positions of the last tokens, which the rewards are read from;
     `extras["margin"]` (P,) float32 are the margins, if there are any. Tokens `pad_token_id` at a sequence's end do not
     count as last ones: that is how transformers finds the last token, which matters where the pad token is the EOS
     token.
     """
-    batch = pack_trees([Tree([], list(sequences))], layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
-    steps = map(len, sequences) if layout == "packed" else [batch.input_ids.shape[1]] * len(sequences)
-    starts = [0, *accumulate(steps)][: len(sequences)]
-    last = [_last_index(ids, pad_token_id) for ids in sequences]
-    batch.extras[REWARD_POSITIONS] = torch.tensor([start + index for start, index in zip(starts, last, strict=True)])
+    trees = []
+    for pair in pairs:
+        shared = common_prefix_length(*pair)
+        trees.append(Tree(pair[0][:shared], [ids[shared:] for ids in pair]))
+    batch = pack_trees(trees, layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+    places = batch.by_sequence(torch.arange(batch.input_ids.numel()).view_as(batch.input_ids))
+    last = [_last_index(ids, pad_token_id) for pair in pairs for ids in pair]
+    batch.extras[REWARD_POSITIONS] = torch.stack([place[index] for place, index in zip(places, last, strict=True)])
     if margins is not None:
         batch.extras[MARGIN] = torch.tensor(margins, dtype=torch.float32)
     return batch
@@ -195,9 +197,9 @@ class RewardCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
-        sequences = [row[column] for row in examples for column in SEQUENCE_COLUMNS]
+        pairs = [(row["chosen_ids"], row["rejected_ids"]) for row in examples]
         margins = [row[MARGIN] for row in examples] if MARGIN in examples[0] else None
-        return reward_batch(sequences, self.layout, self.pad_token_id, self.pad_to_multiple_of, margins)
+        return reward_batch(pairs, self.layout, self.pad_token_id, self.pad_to_multiple_of, margins)
 
 
 @dataclass
@@ -225,9 +227,9 @@ class ConvertingRewardCollator:
             ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
         half = len(rows) // 2
-        sequences = [ids for pair in zip(rows[:half], rows[half:], strict=True) for ids in pair]
+        pairs = [*zip(rows[:half], rows[half:], strict=True)]
         margins = batch[MARGIN].tolist() if MARGIN in batch else None
-        return reward_batch(sequences, self.layout, self.pad_token_id, margins=margins)
+        return reward_batch(pairs, self.layout, self.pad_token_id, margins=margins)
 
 
 @dataclass

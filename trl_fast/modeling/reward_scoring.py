@@ -8,7 +8,7 @@ import types
 import torch
 from transformers import PreTrainedModel
 
-from trl_fast.data.packing import TokenBatch
+from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch
 from trl_fast.data.reward import REWARD_POSITIONS, reward_batch
 
 from .attention import supports_packed
@@ -50,7 +50,7 @@ def rewards(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     `model` had `attach_reward_scoring`, and may be wrapped since (PEFT, DDP, autocast); padded rows go through its own
     forward. The batch comes from `data.reward.reward_batch`.
     """
-    if batch.sequence_lengths is not None:
+    if batch.tree_lengths is not None:
         return model(**model_inputs(batch), reward_positions=batch[REWARD_POSITIONS]).float()
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output.logits.squeeze(-1).float()
@@ -63,8 +63,8 @@ def can_pack_rewards(model: PreTrainedModel, max_length: int | None) -> tuple[bo
     return supports_packed(model, max_length)
 
 
-def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, packed: bool) -> Verdict:
-    """Compares our rewards of a few short sequences, packed, with those of the model's own forward, one by one.
+def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
+    """Compares our rewards of a few short sequences, in a row of `layout`, with the model's own, one by one.
 
     Differences are shares of the largest reward.
 
@@ -72,17 +72,21 @@ def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, packed
         ValueError: the model's output is not one number a sequence.
     """
     device = model.get_input_embeddings().weight.device
+    # Two answers each to a prompt that is long enough to be shared.
+    prompts = [(ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS] for ids in sequences]
+    pairs = [(prompt + ids, prompt + ids[::-1]) for prompt, ids in zip(prompts, sequences, strict=True)]
     with evaluating(model):
-        alone = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits for ids in sequences]
+        rows = [torch.tensor([ids], device=device) for pair in pairs for ids in pair]
+        alone = [model(input_ids=row, use_cache=False).logits for row in rows]
         if any(logits.shape != (1, 1) for logits in alone):
             raise ValueError(
                 f"{type(model).__name__} returns logits of shape {tuple(alone[0].shape)} for one sequence; expected "
                 "(1, 1), as AutoModelForSequenceClassification gives with num_labels=1"
             )
         error = float("inf")
-        if packed:
+        if layout is not None:
             own = torch.cat(alone).squeeze(-1).float()
-            batch = reward_batch(sequences, "packed", model.config.get_text_config().pad_token_id)
+            batch = reward_batch(pairs, layout, model.config.get_text_config().pad_token_id)
             difference = rewards(model, batch.to(device)) - own
             error = (difference.abs().max() / own.abs().max().clamp(min=1e-6)).item()
     return Verdict(fused_error=0.0, packed_error=error, tolerance=TOLERANCE.get(model.dtype, 2e-3))

@@ -60,6 +60,7 @@ class RewardTrainer(BaseTrainer):
     method = "reward"
     config_class = RewardConfig
     token_columns = SEQUENCE_COLUMNS
+    shares_prompts = True
     signature_columns = (*SEQUENCE_COLUMNS, MARGIN)
     load_model = staticmethod(load_reward_model)
     attach = staticmethod(attach_reward_scoring)
@@ -164,7 +165,7 @@ class RewardTrainer(BaseTrainer):
 
     def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
         """How far rewards of packed sequences are from the model's own."""
-        return verify_rewards(model, sequences, packed=layout is not None)
+        return verify_rewards(model, sequences, layout=layout)
 
     # ---- data
 
