@@ -141,3 +141,54 @@ def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
     for a, b in zip(grads, torch.autograd.grad(exact, wide, upstream.double()), strict=True):
         assert error(a, b) < 3e-6
     assert len(stand_in.calls) <= 2
+
+
+# ---- without flash kernels
+
+
+def plain_dense(query, key, value, trees, scale, softcap, dtype):
+    """As a model's own eager attention computes it, in `dtype`, the softmax in float32 at least."""
+    wide = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+    repeats = query.shape[1] // key.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in wide[1:])
+    scores = wide[0] @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~dense_mask(trees), float("-inf")).to(torch.promote_types(dtype, torch.float32))
+    return scores.softmax(-1).to(dtype) @ v, wide
+
+
+@pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("scale, softcap", [(None, None), (0.7, 1.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
+    """Tile by tile, with a score cap, and with values of another width than the keys."""
+    monkeypatch.setattr(segments, "_TILE_BYTES", 4 * 4 * 40 * 7)
+    query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
+    value, upstream = value[..., :8].detach().requires_grad_(), upstream[..., :8]
+    got = tree_attention(query, key, value, trees, scale, softcap)
+    exact, wide = plain_dense(query, key, value, trees, scale, softcap, torch.float64)
+    baseline, narrow = plain_dense(query, key, value, trees, scale, softcap, dtype)
+    grads = torch.autograd.grad(got, (query, key, value), upstream)
+    exact_grads = torch.autograd.grad(exact, wide, upstream.double())
+    baseline_grads = torch.autograd.grad(baseline, narrow, upstream)
+    # One token each: the gradients of the scores are differences of numbers that bfloat16 has rounded to be alike.
+    floor = {torch.float32: 2e-6, torch.bfloat16: 3e-2 if trees == ((1, 1),) else 1e-2}[dtype]
+    for a, b, c in zip((got, *grads), (baseline, *baseline_grads), (exact, *exact_grads), strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        assert error(a, c) <= max(2 * error(b, c), floor)
+
+
+@pytest.mark.parametrize(
+    "tensor, width, softcap, reason",
+    [
+        (torch.empty(8), 8, None, None),
+        (torch.empty(8), 8, 50.0, "cap no scores"),
+        (torch.empty(8), 4, None, "keys of 8 and values of 4 channels"),
+        (torch.empty(8, device="meta"), 8, None, "no flash kernel for meta"),
+    ],
+)
+def test_what_flash_kernels_serve(tensor, width, softcap, reason):
+    ok, why = segments.flash_serves(tensor, tensor[:width], softcap)
+    assert ok == (reason is None) and (ok or reason in why)

@@ -1,25 +1,28 @@
 """How a model attends within the trees of a row, and which models can.
 
 Registered with transformers under SEGMENT_ATTENTION. The trees' lengths travel as a keyword of the model's forward
-down to here. Where they are absent (generation, a plain forward) the model gets transformers' SDPA attention.
+down to here. Where they are absent (generation, a plain forward) the model gets transformers' SDPA attention. A model
+that caps its scores, which SDPA cannot, gets its own eager attention there (EAGER_SEGMENT_ATTENTION).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-from .segments import TreeLengths, tree_attention
+from .segments import TreeLengths, flash_serves, tree_attention
 
 SEGMENT_ATTENTION = "trl_fast_segments"
+EAGER_SEGMENT_ATTENTION = "trl_fast_segments_eager"
 # The keyword that carries the lengths.
 LENGTHS_KEYWORD = "tree_lengths"
-_REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION)
+_REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION)
 
 
 def segment_attention(
@@ -30,6 +33,7 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     tree_lengths: tuple[TreeLengths, ...] | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
@@ -38,38 +42,48 @@ def segment_attention(
     Args:
         query: (1, heads, T, D); key, value: (1, key-value heads, T, D); any float dtype.
         attention_mask: ignored when tree_lengths is given.
+        softcap: of the scores, as in `tree_attention`.
         tree_lengths: lengths of the segments of each tree in the row, summing to T; None hands over to SDPA.
 
     Returns:
         (1, T, heads, D) and None, as transformers expects.
 
     Raises:
-        ValueError: branches share a prompt where the flash kernels cannot serve (attention dropout, float32 on CUDA).
+        ValueError: there is attention dropout, and branches share a prompt or scores are capped.
     """
     if tree_lengths is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
         )
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for SDPA: rotary embeddings have widened queries and keys.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    ok, reason = _flash_serves(query, value, dropout)
-    if ok:
-        return tree_attention(query, key, value, tree_lengths, scaling).transpose(1, 2).contiguous(), None
-    if any(len(tree) > 1 for tree in tree_lengths):
-        raise ValueError(f"batch_layout='shared_prefix' cannot be used: {reason}; use 'packed'")
+    shares = any(len(tree) > 1 for tree in tree_lengths)
+    if dropout and (shares or softcap):
+        layout, other = ("shared_prefix", "packed") if shares and not softcap else ("auto", "padded")
+        raise ValueError(
+            f"batch_layout={layout!r} cannot be used with an attention dropout of {dropout}; use {other!r}"
+        )
+    if not dropout and (shares or softcap or flash_serves(query, value)[0]):
+        return tree_attention(query, key, value, tree_lengths, scaling, softcap).transpose(1, 2).contiguous(), None
     return _sequence_by_sequence(query, key, value, [tree[0] for tree in tree_lengths], scaling, dropout), None
 
 
-def _flash_serves(query: torch.Tensor, value: torch.Tensor, dropout: float) -> tuple[bool, str]:
-    if dropout:
-        return False, f"attention dropout of {dropout} is on"
-    if query.shape[-1] != value.shape[-1]:
-        return False, f"keys of {query.shape[-1]} and values of {value.shape[-1]} channels differ"
-    if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
-        return False, f"CUDA's flash kernels take bfloat16 and float16, not {query.dtype}"
-    return query.device.type in ("cpu", "cuda"), f"there is no flash kernel for {query.device.type}"
+def eager_segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    tree_lengths: tuple[TreeLengths, ...] | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`segment_attention` for a model that SDPA does not serve: without lengths it gets its own eager attention."""
+    if tree_lengths is None:
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        return own(module, query, key, value, attention_mask, **kwargs)
+    return segment_attention(module, query, key, value, attention_mask, tree_lengths=tree_lengths, **kwargs)
 
 
 def _sequence_by_sequence(
@@ -91,6 +105,8 @@ def _sequence_by_sequence(
 
 AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
 AttentionMaskInterface.register(SEGMENT_ATTENTION, sdpa_mask)
+AttentionInterface.register(EAGER_SEGMENT_ATTENTION, eager_segment_attention)
+AttentionMaskInterface.register(EAGER_SEGMENT_ATTENTION, eager_mask)
 
 
 def row_inputs(tree_lengths: tuple[TreeLengths, ...], like: torch.Tensor) -> Mapping[str, object]:
@@ -109,18 +125,24 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
     """
     config = model.config.get_text_config()
     name = type(model).__name__
-    if getattr(config, "attn_logit_softcapping", None):
-        return False, f"{name} caps its attention logits, which SDPA cannot"
-    if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
-        return False, f"{name} does not take its attention function from transformers' AttentionInterface"
-    if config._attn_implementation not in _REPLACEABLE:
-        return False, f"attn_implementation={config._attn_implementation!r} was chosen, which takes no segments"
-    if getattr(config, "alibi", False):
-        return False, f"{name} has ALiBi position biases"
+    if getattr(model.config, "vision_config", None) is not None:
+        return False, f"{name} reads images, whose positions and masks no row of text has"
+    if getattr(model, "_is_stateful", False):
+        return False, f"{name} carries a state from token to token, which would run on from one sequence to the next"
     kinds = set(getattr(config, "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention", "attention"}
     if other:
         return False, f"{name} has layers of other kinds than attention: {sorted(other)}"
+    if getattr(config, "alibi", False):
+        return False, f"{name} has ALiBi position biases"
+    if any(parameter.endswith(".sinks") for parameter, _ in model.named_parameters()):
+        return False, f"{name} has attention sinks, which flash kernels lack"
+    # Of the models that SDPA does not serve, those that cap their scores are served by segments.PlainParts.
+    served = getattr(model, "_supports_sdpa", False) or hasattr(config, "attn_logit_softcapping")
+    if not (getattr(model, "_supports_attention_backend", False) and served):
+        return False, f"{name} does not take its attention function from transformers' AttentionInterface"
+    if config._attn_implementation not in _REPLACEABLE:
+        return False, f"attn_implementation={config._attn_implementation!r} was chosen, which takes no segments"
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds if kinds else bool(window) and getattr(config, "use_sliding_window", True)
     if slides and window and (max_length is None or window < max_length):
@@ -133,12 +155,13 @@ def supports_sharing(model: PreTrainedModel, *, without_dropout: bool) -> tuple[
 
     without_dropout: whether dropout is switched off for training.
     """
-    dropout = getattr(model.config.get_text_config(), "attention_dropout", None) or 0.0
+    config = model.config.get_text_config()
+    dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
     if dropout and not without_dropout:
         return False, f"{type(model).__name__} has an attention dropout of {dropout}, which flash kernels lack"
     return True, "a prompt's keys serve all its branches"
 
 
 def use_segment_attention(model: PreTrainedModel) -> None:
-    """Switches a model to `segment_attention`; without the lengths keyword it behaves as with SDPA."""
-    model.set_attn_implementation(SEGMENT_ATTENTION)
+    """Switches a model to `segment_attention`; without the lengths keyword it behaves as before."""
+    model.set_attn_implementation(SEGMENT_ATTENTION if model._supports_sdpa else EAGER_SEGMENT_ATTENTION)

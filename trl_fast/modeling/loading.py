@@ -108,7 +108,13 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Sets every dropout's probability to zero."""
+    """Sets every dropout's probability to zero, also those that a module keeps as a number for its attention function.
+
+    TRL leaves the latter on.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(module, name, 0.0)

@@ -18,8 +18,9 @@ from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selecti
 from trl_fast.ops.linear_token_loss import TokenLoss
 from trl_fast.ops.scores import detached
 
-from .attention import row_inputs
+from .attention import LENGTHS_KEYWORD, row_inputs
 from .head import head_parameters, head_transform
+from .segments import TreeLengths
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -81,13 +82,18 @@ def _score_hidden(
     model: PreTrainedModel, scoring: ScoringRequest, *args: object, labels: None = None, **kwargs: object
 ) -> ModelScores:
     router = kwargs.get("output_router_logits")
-    output = model.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+    # Llama 4's prefix names no module of it; base_model is then the model itself.
+    backbone = model.model if model.base_model is model else model.base_model
+    output = backbone(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     hidden = output.last_hidden_state
     selected = hidden.reshape(-1, hidden.shape[-1])[scoring.score_positions]
     tokens, loss = _run_head(model, selected, scoring)
-    mask = kwargs.get("attention_mask")
-    mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-    return ModelScores(tokens, _aux_loss(model, output.router_logits, mask) if router else None, loss)
+    if not router:
+        return ModelScores(tokens, None, loss)
+    trees, counts = kwargs.get(LENGTHS_KEYWORD), kwargs.get("attention_mask")
+    if trees is not None:
+        counts = _sequences_of_each_token(trees, hidden.device)
+    return ModelScores(tokens, _aux_loss(model, output.router_logits, counts), loss)
 
 
 def _run_head(
@@ -120,14 +126,25 @@ def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScore
     return detached(tokens), loss
 
 
-def _aux_loss(model: PreTrainedModel, router_logits: tuple, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The family's own load-balancing loss; it stands in the module of the model's class."""
+def _sequences_of_each_token(trees: tuple[TreeLengths, ...], device: torch.device) -> torch.Tensor:
+    """(1, T) int64: how many sequences a row's tokens belong to; a prompt's to all of its branches."""
+    counts = [max(len(tree) - 1, 1) if index == 0 else 1 for tree in trees for index in range(len(tree))]
+    lengths = [length for tree in trees for length in tree]
+    return torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None].to(device)
+
+
+def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:
+    """The family's own load-balancing loss; it stands in the module of the model's class.
+
+    counts (B, T): how often each token counts, as the attention mask counts padding not at all. A shared prompt counts
+    once for each of its branches, so that the loss is that of the padded layout.
+    """
     config = model.config.get_text_config()
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     if function is None:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as function
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return function(router_logits, experts, config.num_experts_per_tok, attention_mask)
+    return function(router_logits, experts, config.num_experts_per_tok, counts)
 
 
 def _score_logits(forward, scoring: ScoringRequest, *args: object, **kwargs: object) -> ModelScores:

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+# Most bytes of scores that stand at once where there is no flash kernel.
+_TILE_BYTES = 1 << 27
+
 # Lengths of a tree's segments in the order of the row: its prompt, then its branches.
 TreeLengths = tuple[int, ...]
 
@@ -51,17 +54,19 @@ def tree_attention(
     value: torch.Tensor,
     trees: tuple[TreeLengths, ...],
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of every token to its own segment up to itself, and of a branch's tokens to their prompt.
 
     Args:
-        query: (1, heads, T, D); key, value: (1, key-value heads, T, D) of the same dtype: float32|bfloat16|float16 on
-            the CPU, bfloat16|float16 on CUDA. Key-value heads are not repeated.
+        query: (1, heads, T, D); key: (1, key-value heads, T, D); value: (1, key-value heads, T, Dv); of one float
+            dtype. Key-value heads are not repeated.
         trees: lengths of the row's segments, summing to T.
         scale: of the scores; 1/√D if None.
+        softcap: scores become softcap · tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns:
-        (1, heads, T, D), differentiable.
+        (1, heads, T, Dv), differentiable.
 
     Raises:
         ValueError: the lengths do not sum to T, or the heads of the queries are no multiple of those of the keys.
@@ -72,13 +77,34 @@ def tree_attention(
     if heads % groups:
         raise ValueError(f"query: {heads} heads are no multiple of the {groups} key-value heads")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _TreeAttention.apply(query, key, value, trees, scale)
+    if flash_serves(query, value, softcap)[0]:
+        kernels = CudaParts if query.is_cuda else CpuParts
+    else:
+        kernels = functools.partial(PlainParts, softcap=softcap)
+    return _TreeAttention.apply(query, key, value, trees, scale, kernels)
+
+
+def flash_serves(query: torch.Tensor, value: torch.Tensor, softcap: float | None = None) -> tuple[bool, str]:
+    """Whether torch's flash kernels can compute attention between such tensors (…, D) and (…, Dv), and why not."""
+    width = query.shape[-1]
+    if softcap:
+        return False, "flash kernels cap no scores"
+    if width != value.shape[-1]:
+        return False, f"keys of {width} and values of {value.shape[-1]} channels differ"
+    if query.device.type == "cpu":
+        return True, "torch's flash kernel for the CPU"
+    if not query.is_cuda:
+        return False, f"there is no flash kernel for {query.device.type}"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return False, f"CUDA's flash kernels take bfloat16 and float16, not {query.dtype}"
+    if width > 256 or width % 8:
+        return False, f"CUDA's flash kernels take heads of 8 to 256 channels in steps of 8, not {width}"
+    return torch.cuda.get_device_capability(query.device) >= (8, 0), "the GPU is older than flash kernels"
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, trees, scale):
-        kernels = CudaParts if query.is_cuda else CpuParts
+    def forward(ctx, query, key, value, trees, scale, kernels):
         row = kernels(query, key, value, trees, scale)
         out, lse = row.forward()
         ctx.save_for_backward(query, key, value, out, lse)
@@ -91,7 +117,7 @@ class _TreeAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         row = ctx.kernels(query, key, value, ctx.trees, ctx.scale)
         row.rng_state = ctx.rng_state
-        return (*row.backward(grad, out, lse), None, None)
+        return (*row.backward(grad, out, lse), None, None, None)
 
 
 def merge(
@@ -120,7 +146,6 @@ class CpuParts:
         scale: float,
     ) -> None:
         groups = key.shape[1]
-        self.shape = query.shape
         self.query = self._grouped(query, groups)
         self.key, self.value = (x[0][:, None].expand(-1, self.query.shape[1], -1, -1) for x in (key, value))
         self.parts, self.scale = attention_parts(trees), scale
@@ -130,21 +155,43 @@ class CpuParts:
         """(1, heads, T, D) as (key-value heads, heads of a group, T, D)."""
         return x[0].unflatten(0, (groups, -1))
 
-    def _attend(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-        given = (self.query[:, :, part.queries], self.key[:, :, part.keys], self.value[:, :, part.keys])
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, part.causal, scale=self.scale)
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of one part."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=self.scale
+        )
+
+    def attend_backward(
+        self,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One part's gradients of query and, summed over the heads of a group, of key and value."""
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, causal, scale=self.scale
+        )
+        return found[0], found[1].sum(dim=1), found[2].sum(dim=1)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """out (1, heads, T, D) and lse (key-value heads, heads of a group, T) float32."""
-        out = torch.empty_like(self.query)
-        lse = self.query.new_empty(self.query.shape[:3], dtype=torch.promote_types(self.query.dtype, torch.float32))
-        for part in self.parts:
-            found, found_lse = self._attend(part)
-            rows = part.queries
-            if not part.causal:
+        """out (1, heads, T, Dv) and lse (key-value heads, heads of a group, T) float32."""
+        rows_of = self.query.shape[:3]
+        out = self.query.new_empty(*rows_of, self.value.shape[-1])
+        lse = self.query.new_empty(rows_of, dtype=torch.promote_types(self.query.dtype, torch.float32))
+        for rows, keys, causal in self.parts:
+            found, found_lse = self.attend(
+                self.query[:, :, rows], self.key[:, :, keys], self.value[:, :, keys], causal
+            )
+            if not causal:
                 found, found_lse = merge(out[:, :, rows], lse[:, :, rows], found, found_lse)
             out[:, :, rows], lse[:, :, rows] = found, found_lse
-        return out.view(self.shape), lse
+        return out.flatten(0, 1)[None], lse
 
     def backward(
         self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
@@ -152,22 +199,96 @@ class CpuParts:
         """Gradients of query, key and value, in their shapes."""
         grad, out = (self._grouped(x, self.query.shape[0]) for x in (grad, out))
         grad_query = torch.zeros_like(self.query)
-        grad_key, grad_value = (torch.zeros(x.shape[0], *x.shape[2:], dtype=x.dtype) for x in (self.key, self.value))
-        for queries, keys, causal in self.parts:
-            given = (self.query[:, :, queries], self.key[:, :, keys], self.value[:, :, keys])
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, queries],
-                *given,
-                out[:, :, queries],
-                lse[:, :, queries],
-                0.0,
+        grad_key, grad_value = (x.new_zeros(x.shape[0], *x.shape[2:]) for x in (self.key, self.value))
+        for rows, keys, causal in self.parts:
+            found = self.attend_backward(
+                grad[:, :, rows],
+                self.query[:, :, rows],
+                self.key[:, :, keys],
+                self.value[:, :, keys],
+                out[:, :, rows],
+                lse[:, :, rows],
                 causal,
-                scale=self.scale,
             )
-            grad_query[:, :, queries] += found[0]
-            grad_key[:, keys] += found[1].sum(dim=1)
-            grad_value[:, keys] += found[2].sum(dim=1)
-        return grad_query.view(self.shape), grad_key[None], grad_value[None]
+            grad_query[:, :, rows] += found[0]
+            grad_key[:, keys] += found[1]
+            grad_value[:, keys] += found[2]
+        return grad_query.flatten(0, 1)[None], grad_key[None], grad_value[None]
+
+
+class PlainParts(CpuParts):
+    """The parts of a row by plain PyTorch on any device, a tile of queries at a time: what the flash kernels lack.
+
+    Scores of `_TILE_BYTES` exist at once, in forward and in backward.
+    """
+
+    def __init__(self, *args: object, softcap: float | None = None) -> None:
+        super().__init__(*args)
+        self.softcap = softcap
+
+    def _tiles(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
+        """Tiles of rows, each with the keys that its last row sees."""
+        heads, tokens = query.shape[0] * query.shape[1], query.shape[2]
+        step = max(_TILE_BYTES // (4 * heads * key.shape[2]), 1)
+        for start in range(0, tokens, step):
+            end = min(start + step, tokens)
+            yield slice(start, end), slice(0, end if causal else key.shape[2])
+
+    @staticmethod
+    def _products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """(G, R, t, D) times the transpose of (G, R, K, D), which is one for all R heads of a group: (G, R, t, K)."""
+        return (rows.flatten(1, 2) @ keys[:, 0].transpose(-1, -2)).unflatten(1, rows.shape[1:3])
+
+    def _scores(self, query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        scores = self._products(query, key).to(dtype) * self.scale
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    @staticmethod
+    def _unseen(rows: slice, keys: slice, device: torch.device) -> torch.Tensor:
+        """(rows, keys) bool: keys after the row's own, in a causal part."""
+        return torch.arange(keys.stop, device=device) > torch.arange(rows.start, rows.stop, device=device)[:, None]
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        for rows, keys in self._tiles(query, key, causal):
+            scores = self._scores(query[:, :, rows], key[:, :, keys], lse.dtype)
+            if causal:
+                scores.masked_fill_(self._unseen(rows, keys, query.device), float("-inf"))
+            lse[:, :, rows] = scores.logsumexp(-1)
+            weights = scores.sub_(lse[:, :, rows, None]).exp_()
+            out[:, :, rows] = self._products(weights.to(value.dtype), value[:, :, keys].transpose(-1, -2))
+        return out, lse
+
+    def attend_backward(
+        self,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grad_query, dtype = torch.empty_like(query), query.dtype
+        grad_key, grad_value = (lse.new_zeros(x.shape[0], *x.shape[2:]) for x in (key, value))
+        delta = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)
+        for rows, keys in self._tiles(query, key, causal):
+            scores = self._scores(query[:, :, rows], key[:, :, keys], lse.dtype)
+            weights = (scores - lse[:, :, rows, None]).exp_()
+            if causal:
+                weights.masked_fill_(self._unseen(rows, keys, query.device), 0.0)
+            upstream = grad[:, :, rows]
+            grad_value[:, keys] += weights.to(dtype).flatten(1, 2).transpose(-1, -2) @ upstream.flatten(1, 2)
+            weights *= self._products(upstream, value[:, :, keys]).to(lse.dtype) - delta[:, :, rows]
+            if self.softcap is not None:
+                weights *= 1 - (scores / self.softcap).square_()
+            weights = (weights * self.scale).to(dtype)
+            grad_query[:, :, rows] = self._products(weights, key[:, :, keys].transpose(-1, -2))
+            grad_key[:, keys] += weights.flatten(1, 2).transpose(-1, -2) @ query[:, :, rows].flatten(1, 2)
+        return grad_query, grad_key, grad_value
 
 
 class _Varlen(NamedTuple):

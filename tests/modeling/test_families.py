@@ -1,0 +1,168 @@
+"""Families of models: rows with prompts shared or not give the loss and every gradient of the padded layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from support.models import tiny_model
+from support.trees import random_trees
+from trl_fast.data import Tree, pack_trees
+from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling.loading import base_model, disable_dropout
+from trl_fast.modeling.scoring import attach_scoring, score
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "num_key_value_heads": 4,
+}
+# Scores are small in models this small: a low cap shows.
+CAPPED = {"attn_logit_softcapping": 0.5}
+
+FAMILIES = {
+    "llama": {},
+    "llama, one key head": {"num_key_value_heads": 1},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, rope scaled": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "mistral": {"sliding_window": None},
+    "mistral, window longer than rows": {"sliding_window": 64},
+    "gemma": {},
+    "gemma2": {"sliding_window": 64, **CAPPED},
+    "gemma2, no cap": {"sliding_window": 64, "attn_logit_softcapping": None},
+    "gemma3_text": {"sliding_window": 64},
+    "vaultgemma": {"sliding_window": 64, **CAPPED},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "olmo": {"clip_qkv": 0.5},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 64},
+    "granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.3, "embedding_multiplier": 3.0},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": {"sliding_window": 64, "logit_scale": 1.0},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "gpt2": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_bigcode": {},
+    "starcoder2": {},
+    "seed_oss": {"attention_dropout": 0.3, "residual_dropout": 0.3},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": EXPERTS,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.5},
+    "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "deepseek_v3": {
+        **LATENT,
+        **{"head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+        **{"first_k_dense_replace": 1, "moe_intermediate_size": 16},
+    },
+}
+MAX_LENGTH = 64
+
+
+def build(name):
+    model = tiny_model(name.split(",")[0], **FAMILIES[name])
+    attach_scoring(model)
+    disable_dropout(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trees() -> list[Tree]:
+    """Pairs, three branches, one branch, and a prompt that is too short to be shared."""
+    return random_trees([(18, (3, 5)), (21, (6, 1, 4)), (17, (4,)), (3, (4, 7))])
+
+
+def loss_and_gradients(model, trees, layout, router=True):
+    """A loss of log-probs, entropies and the routers, and the gradient of every parameter that trains."""
+    batch = pack_trees(trees, layout, 2)
+    router = router and hasattr(base_model(model).config, "router_aux_loss_coef")
+    scores = score(model, batch, outputs=("logprobs", "entropy"), output_router_logits=router)
+    tokens = scores.tokens
+    sums = torch.zeros(len(batch)).index_add(0, batch.branch, tokens.logprobs)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).sum() + 0.1 * tokens.entropy.sum()
+    if router:
+        loss = loss + scores.aux_loss
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(got, expected):
+    (loss, gradients), (expected_loss, expected_gradients) = got, expected
+    torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=2e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    total = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
+    for name, gradient in expected_gradients.items():
+        # Some biases have no gradient in truth: what is there is rounding.
+        scale = max(gradient.norm(), 1e-3 * total)
+        assert (gradients[name] - gradient).norm() < 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_every_gradient(name, trees):
+    model = build(name)
+    expected = loss_and_gradients(model, trees, "padded")
+    assert supports_packed(model, MAX_LENGTH)[0] and supports_sharing(model, without_dropout=True)[0]
+    use_segment_attention(model)
+    assert_same(loss_and_gradients(model, trees, "packed"), expected)
+    assert_same(loss_and_gradients(model, trees, "shared_prefix"), expected)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi3", "mixtral", "qwen3_moe"])
+def test_gradient_checkpointing(name, reentrant, layout, trees):
+    model = build(name)
+    # transformers collects router logits where reentrant checkpointing records no gradients.
+    expected = loss_and_gradients(model, trees, "padded", router=not reentrant)
+    use_segment_attention(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_same(loss_and_gradients(model, trees, layout, router=not reentrant), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "reentrant"])
+@pytest.mark.parametrize("name, target", [("llama", "all-linear"), ("gemma2", "all-linear"), ("mixtral", ["q_proj"])])
+def test_lora(name, target, checkpointing, trees):
+    config = LoraConfig(target_modules=target, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(build(name), config)
+    expected = loss_and_gradients(model, trees, "padded", router=not checkpointing)
+    use_segment_attention(base_model(model))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    for layout in ("packed", "shared_prefix"):
+        assert_same(loss_and_gradients(model, trees, layout, router=not checkpointing), expected)
+
+
+def test_capped_scores_under_autocast(trees):
+    model = build("gemma2")
+    use_segment_attention(model)
+    batch = pack_trees(trees, "shared_prefix", 2)
+    exact = score(model, batch).tokens.logprobs
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = score(model, batch).tokens.logprobs
+        rounded.sum().backward()
+    assert 1e-5 < (rounded - exact).abs().max() < 0.3
+
+
+def test_a_model_that_sdpa_does_not_serve_keeps_its_own_attention_without_lengths():
+    """Generation and plain forwards of a model that caps its scores."""
+    plain, ours = (build("gemma2").eval() for _ in range(2))
+    use_segment_attention(ours)
+    ids = torch.tensor([[5, 6, 7, 8], [2, 2, 9, 10]])
+    given = {"input_ids": ids, "attention_mask": (ids != 2).long()}
+    assert torch.equal(ours(**given).logits, plain(**given).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2}
+    assert torch.equal(ours.generate(**given, **options), plain.generate(**given, **options))
