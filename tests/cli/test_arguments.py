@@ -1,9 +1,12 @@
 """What the model's flags describe."""
 
+import dataclasses
+
 import pytest
 from peft import LoraConfig
 
 from trl_fast.cli.arguments import ModelConfig, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl_fast.cli.parser import TrlParser
 
 
 def test_peft_config_from_flags():
@@ -39,3 +42,16 @@ def test_a_quantised_model_goes_to_this_process_gpu(monkeypatch):
     assert get_kbit_device_map() is None
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert get_kbit_device_map() == {"": 0}
+
+
+def test_the_older_name_of_dtype():
+    assert ModelConfig(dtype="bfloat16").torch_dtype == "bfloat16"
+    assert dataclasses.replace(ModelConfig(), dtype="bfloat16").dtype == "bfloat16"
+    with pytest.warns(FutureWarning, match="ModelConfig: `torch_dtype`"):
+        assert ModelConfig(torch_dtype="float16").dtype == "float16"
+
+
+def test_what_moved_to_the_trainers_config_says_so():
+    with pytest.raises(AttributeError, match="field of the trainer's config"):
+        ModelConfig().trust_remote_code  # noqa: B018
+    assert TrlParser(ModelConfig).parse_args_and_config(["--torch_dtype", "auto"])[0].dtype == "auto"

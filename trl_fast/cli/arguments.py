@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
 @dataclass
 class ScriptArguments:
     """Which dataset a script works on."""
@@ -85,9 +88,8 @@ class ModelConfig:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the model."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
-    dtype: str | None = field(
-        default="float32", metadata={"help": "Weights' dtype.", "choices": ["auto", "bfloat16", "float16", "float32"]}
-    )
+    dtype: str | None = field(default="float32", metadata={"help": "Weights' dtype.", "choices": list(DTYPES)})
+    torch_dtype: str | None = field(default=None, metadata={"help": "Older name of dtype.", "choices": list(DTYPES)})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the whole model."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
@@ -106,6 +108,13 @@ class ModelConfig:
     bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "Storage dtype of 4-bit weights."})
 
     def __post_init__(self) -> None:
+        if self.torch_dtype is not None and self.dtype == "float32" != self.torch_dtype:
+            from trl_fast.trainers.base_config import deprecated
+
+            deprecated("ModelConfig", "torch_dtype", "it works; `dtype` is the present name.")
+            self.dtype = self.torch_dtype
+        # Older scripts read the value under this name.
+        self.torch_dtype = self.dtype
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit exclude each other; choose one")
         # peft takes a lone string as a pattern that the whole name must match. TRL hands every lone module over so,
@@ -113,6 +122,11 @@ class ModelConfig:
         alone = isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1
         if alone and re.search(r"all-linear|[\\*+?()\[\]|^$]", self.lora_target_modules[0]):
             self.lora_target_modules = self.lora_target_modules[0]
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Raises AttributeError: older versions had it here."""
+        raise AttributeError("ModelConfig.trust_remote_code moved: it is a field of the trainer's config")
 
 
 def get_peft_config(model_args: ModelConfig) -> PeftConfig | None:
