@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from support.preferences import random_pairs
 from support.tokenizer import build_tokenizer
-from trl_fast.data import check_head_vocabulary, check_token_ids, prepare_preference_dataset
+from trl_fast.data import check_head_vocabulary, check_token_ids, longest_sequence, prepare_preference_dataset
 
 
 def prepare(columns, tokenizer=None, **options):
@@ -171,3 +171,12 @@ def test_special_tokens_beyond_the_head_that_no_datum_holds(caplog):
     plain.add_tokens(["ordinary"])
     with pytest.raises(ValueError, match="resize_token_embeddings"):
         check_head_vocabulary(plain, head, largest_id=head - 1)
+
+
+def test_longest_sequence():
+    rows = {"prompt_ids": [[1, 2], [], [1]], "chosen_ids": [[3], [3, 4, 5], [3]], "rejected_ids": [[4, 5], [6], [7]]}
+    assert longest_sequence(Dataset.from_dict(rows)) == 4
+    assert longest_sequence(Dataset.from_dict(rows), ("chosen_ids", "rejected_ids")) == 3
+    packed = {"input_ids": [[1, 2, 3, 4, 5], [1]], "seq_lengths": [[2, 3], [1]]}
+    assert longest_sequence(Dataset.from_dict(packed), ("input_ids",)) == 3
+    assert longest_sequence(Dataset.from_dict({"input_ids": [[1, 2], [1, 2, 3]]}), ("input_ids",)) == 3

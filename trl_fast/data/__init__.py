@@ -14,6 +14,7 @@ from .checks import (
     check_preference_row,
     check_token_ids,
     check_tokenizer,
+    longest_sequence,
 )
 from .collator import DataCollatorForPreference
 from .dataset_packing import pack_dataset, truncate_dataset
@@ -68,6 +69,7 @@ __all__ = [
     "is_conversational",
     "is_conversational_from_value",
     "labelled_batch",
+    "longest_sequence",
     "maybe_apply_chat_template",
     "maybe_convert_to_chatml",
     "maybe_extract_prompt",

@@ -166,6 +166,24 @@ def check_token_ids(
     return largest
 
 
+def longest_sequence(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> int:
+    """Tokens of the longest sequence; a prompt in `prompt_ids` counts with each of the other columns.
+
+    A dataset of packed rows tells the lengths of their sequences in `seq_lengths`.
+    """
+    longest = 0
+    packed = "seq_lengths" in dataset.column_names
+    for _, table in _token_tables(dataset, ("seq_lengths",) if packed else columns):
+        if packed:
+            found = [table["seq_lengths"].combine_chunks().flatten()]
+        else:
+            lengths = {name: pc.list_value_length(table[name]) for name in columns}
+            prompt = lengths.pop("prompt_ids", 0)
+            found = [pc.add(length, prompt) for length in lengths.values()]
+        longest = max([longest, *(pc.max(values).as_py() or 0 for values in found)])
+    return longest
+
+
 def check_head_vocabulary(
     processing_class: "PreTrainedTokenizerBase", vocab_size: int, largest_id: int | None = None
 ) -> None:

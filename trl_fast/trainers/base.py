@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids
+from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, load_causal_lm
+from trl_fast.modeling.positions import check_positions
 from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
 from trl_fast.ops.validation import NotFiniteError
 
@@ -317,7 +318,17 @@ class BaseTrainer(Trainer):
         largest = [check_token_ids(part, vocab_size, name, self.token_columns) for name, part in known.items()]
         all_known = len(known) == sum(part is not None for part in parts.values())
         check_head_vocabulary(processing_class, vocab_size, max(largest, default=None) if all_known else None)
+        for name, part in parts.items():
+            if part is not None:
+                self._check_positions(inner, part, args, name)
         return train_dataset, eval_dataset
+
+    def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: BaseConfig, name: str) -> None:
+        longest = longest_sequence(dataset, self.token_columns) if self._shows_tokens(dataset) else None
+        if longest is not None and args.max_length is not None and "prompt_ids" in self.token_columns:
+            # Those rows are cut as they are batched.
+            longest = min(longest, args.max_length)
+        check_positions(model, longest, args.max_length, name)
 
     def _shows_tokens(self, dataset: AnyDataset | None) -> bool:
         """Whether a dataset's token ids can be looked through: neither a stream nor made as they are read."""
@@ -375,7 +386,9 @@ class BaseTrainer(Trainer):
 
     def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
         """A dataset given to `evaluate`, prepared."""
-        return self.prepare_dataset(dataset, self.processing_class, self.args, "eval")
+        dataset = self.prepare_dataset(dataset, self.processing_class, self.args, "eval")
+        self._check_positions(base_model(self.accelerator.unwrap_model(self.model)), dataset, self.args, "eval")
+        return dataset
 
     def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of a batch as `compute_metrics` wants them, from one more forward pass."""
