@@ -118,13 +118,14 @@ def test_a_layout_that_the_model_cannot_run(tmp_path, tokenizer):
 
 def test_rows_longer_than_the_models_positions(build, tokenizer):
     """In the data as it is cut: what max_length would allow does not count."""
-    model = tiny_model("gpt2", vocab_size=len(tokenizer), max_position_embeddings=12)
-    with pytest.raises(ValueError, match="max_length=1024.*train dataset has [0-9]+ tokens.*table of 12 positions"):
-        build({"model": model, "processing_class": tokenizer})
-    build({"model": model, "processing_class": tokenizer}, max_length=12)
-    trainer = build({"processing_class": tokenizer, "model": model, "train_dataset": Dataset.from_list([ROW])})
-    with pytest.raises(ValueError, match="eval dataset has [0-9]+ tokens.*table of 12 positions"):
-        trainer.evaluate(color_pairs(4))
+    model = tiny_model("gpt2", vocab_size=len(tokenizer), max_position_embeddings=32)
+    given = {"model": model, "processing_class": tokenizer, "train_dataset": Dataset.from_list([ROW])}
+    long = Dataset.from_list([ROW, {**ROW, "chosen": " b" * 40}])
+    with pytest.raises(ValueError, match="max_length=1024.*train dataset has [0-9]+ tokens.*table of 32 positions"):
+        build({**given, "train_dataset": long})
+    build({**given, "train_dataset": long}, max_length=32)
+    with pytest.raises(ValueError, match="eval dataset has [0-9]+ tokens.*table of 32 positions"):
+        build(given).evaluate(long)
 
 
 def test_an_output_folder_that_cannot_be_written(model_path, tmp_path):
