@@ -12,6 +12,9 @@ stores that a thread executes in one trip through its tile (MachineCode.streamed
 that the source gives it for one trip. Values that belong to a row, such as its target or the running state, are left
 out: they are a few dozen bytes against a vocabulary. A bias counts wherever it is loaded, although what one row loads
 serves the others from the cache: a kernel with a bias shows more than 1 but need not move more memory.
+
+linear_scores moves no logits. Its column compares what one step of its product loads, most of it from the cache, with
+that step's tiles of both factors.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from trl_fast.kernels import rows
+from trl_fast.kernels import linear_scores, rows
 
 from .cuda_kernels import compile_cuda_kernels, find_nvcc
 from .machine_code import TARGETS, Resources, read_cubin, resources_of
@@ -48,6 +51,9 @@ class KernelCase:
     scalar_loads: int
     # Of global memory, that a thread has to move for its share of a tile.
     least_bytes: int = 0
+    targets: tuple[int, ...] = TARGETS
+    # None: the compiler's default.
+    num_stages: int | None = None
 
 
 def _row_cases() -> Iterator[KernelCase]:
@@ -81,17 +87,47 @@ def _row_cases() -> Iterator[KernelCase]:
             )
 
 
-KERNELS = tuple(_row_cases())
+def _linear_cases() -> Iterator[KernelCase]:
+    floats = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
+    factors = {"hidden": "*bf16", "hidden_stride": "i32", "weight": "*bf16", "weight_stride": "i32", "targets": "*i64"}
+    sizes = dict.fromkeys(("split_stride", "state_stride", "num_rows", "vocab_size", "hidden_size"), "i32")
+    signature = {**factors, "bias": "*bf16", "parts": "*fp32", **sizes, **floats}
+    for label, flags, outputs in (("log-probs", False, 0), ("all outputs", False, 15), ("everything", True, 15)):
+        for (major, minor), tiles in linear_scores.TILES.items():
+            constants = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "PIECES": tiles.pieces}
+            constants |= {"SPLIT": linear_scores.COLUMNS_PER_SPLIT, "OUTPUTS": outputs}
+            yield KernelCase(
+                f"linear_scores bf16 {label}",
+                linear_scores.linear_scores_kernel,
+                signature,
+                {"HAS_BIAS": flags, "HAS_SOFTCAP": flags, **constants},
+                tiles.num_warps,
+                # The bias comes in the layout of the product: single values, half a tile of columns a thread.
+                scalar_loads=8 + flags * tiles.columns // 2,
+                least_bytes=2 * tiles.depth * (tiles.rows + tiles.columns) // (32 * tiles.num_warps),
+                targets=(10 * major + minor,),
+                num_stages=tiles.num_stages,
+            )
+
+
+KERNELS = (*_row_cases(), *_linear_cases())
 
 
 def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:
-    """Compiles for sm_`target` as the JIT would for aligned tensors: pointers and sizes divisible by 16."""
+    """Compiles for sm_`target` as the JIT would for aligned tensors: pointers and sizes divisible by 16.
+
+    Sizes that the JIT is told not to look at (do_not_specialize) may be any number here too.
+    """
     types = {**case.signature, **dict.fromkeys(case.constants, "constexpr")}
     types = {name: types[name] for name in case.function.arg_names}
-    aligned = [i for i, kind in enumerate(types.values()) if kind.startswith(("*", "i"))]
+    plain = [parameter.do_not_specialize for parameter in case.function.params]
+    aligned = [i for i, kind in enumerate(types.values()) if kind.startswith(("*", "i")) and not plain[i]]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(case.function, types, case.constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps}
+    if case.num_stages is not None:
+        options["num_stages"] = case.num_stages
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 def resources(compiled: CompiledKernel, num_warps: int, target: int, scalar_loads: int = 0) -> Resources:
@@ -132,7 +168,7 @@ def report_triton(table: Table) -> list[str]:
     """Adds the Triton kernels; the names of those that spill."""
     spilling = []
     for case in KERNELS:
-        for target in TARGETS:
+        for target in case.targets:
             found = resources(compile_kernel(case, target), case.num_warps, target, case.scalar_loads)
             add_row(table, "Triton", case.label, target, found, case.least_bytes)
             if found.spill_bytes:

@@ -130,8 +130,9 @@ def read_cubin(cubin: bytes, target: int) -> dict[str, MachineCode]:
 
 def resources_of(code: MachineCode, shared_bytes: int, num_warps: int, target: int, scalar_loads: int) -> Resources:
     """What a kernel needs on sm_`target`."""
-    loads, stores = code.count(r"LDG\b"), code.count(r"STG\b")
-    wide_loads, wide_stores = code.count(r"LDG\..*128"), code.count(r"STG\..*128")
+    # LDGSTS loads straight into shared memory.
+    loads, stores = code.count(r"LDG(STS)?\b"), code.count(r"STG\b")
+    wide_loads, wide_stores = code.count(r"LDG(STS)?\..*\b128\b"), code.count(r"STG\..*\b128\b")
     return Resources(
         registers=code.registers,
         spill_bytes=4 * code.count(r"LDL|STL"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernel_report import KERNELS, TARGETS, compile_kernel, resources
+from benchmarks.kernel_report import KERNELS, compile_kernel, resources
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import rows
 from trl_fast.ops.rows import SUM, TOP, new_state, row_grad_reference, row_scores_reference
@@ -29,8 +29,11 @@ def test_offsets_beyond_32_bits():
         torch.testing.assert_close(logits, wanted)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.label)
+@pytest.mark.parametrize(
+    ("kernel", "target"),
+    [(kernel, target) for kernel in KERNELS for target in kernel.targets],
+    ids=lambda value: getattr(value, "label", value),
+)
 def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(kernel, target):
     found = resources(compile_kernel(kernel, target), kernel.num_warps, target)
     assert found.spill_bytes == 0

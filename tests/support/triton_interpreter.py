@@ -218,10 +218,11 @@ def interpreted(kernel: JITFunction) -> interpreter.InterpretedFunction:
 
 @contextlib.contextmanager
 def interpreted_kernels(**options: Any) -> Iterator[None]:
-    """Within, the launchers of trl_fast.kernels.rows run interpreted on CPU tensors."""
-    from trl_fast.kernels import rows
+    """Within, the launchers of trl_fast.kernels.rows and linear_scores run interpreted on CPU tensors."""
+    from trl_fast.kernels import linear_scores, rows
 
+    kernels = ((rows, "row_scores_kernel"), (rows, "row_grad_kernel"), (linear_scores, "linear_scores_kernel"))
     with interpreter_repaired(**options), _Patches() as patches:
-        for name in ("row_scores_kernel", "row_grad_kernel"):
-            patches.set(rows, name, interpreted(getattr(rows, name)))
+        for module, name in kernels:
+            patches.set(module, name, interpreted(getattr(module, name)))
         yield

@@ -221,9 +221,10 @@ def score_rows(
     """Adds all columns to the state (7, N) of all rows.
 
     hidden: (N, H) in the product's dtype; keep: (T, K, W) takes the raw logits of the first K rows; unit_gradient:
-    goes through the same tiles.
+    goes through the same tiles. With neither there is no gradient to come, and a fused kernel may serve.
     """
-    if keep is None and unit_gradient is None and serves_fused(head.backend, head.weight, head.dtype):
+    no_gradient = keep is None and unit_gradient is None
+    if no_gradient and serves_fused(head.backend, head.weight, head.dtype, head.dtype.itemsize):
         given = (hidden, head.weight, targets, head.bias, head.transform)
         return score_rows_fused(*given, outputs, state, head.workspace_bytes)
     num_rows = hidden.shape[0]

@@ -62,9 +62,8 @@ def linear_scores(
         kept = head.kept_rows(num_rows) if keep == LOGITS else 0
         cache = head.empty_logits(kept, num_rows)
         unit = UnitGradient(head, num_rows) if keep == UNIT_GRADIENT else None
-        score_rows(
-            head, hidden, targets, outputs, state, keep=cache if keep == LOGITS else None, unit_gradient=unit
-        )
+        kept_logits = cache if keep == LOGITS else None
+        score_rows(head, hidden, targets, outputs, state, keep=kept_logits, unit_gradient=unit)
         statistics = finish_scores(state, outputs, head.vocab_size, head.wide)
         if unit is not None:
             cache = unit.finish(targets, state)
