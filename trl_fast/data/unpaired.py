@@ -38,9 +38,5 @@ def _column_names(dataset: AnyDatasets) -> list[str]:
 
 def _unpair(batch: dict[str, list]) -> dict[str, list]:
     count = len(batch["chosen"])
-    names = sorted(batch.keys() - {"chosen", "rejected"}, key=lambda name: (name != "prompt", list(batch).index(name)))
-    return {
-        "completion": batch["chosen"] + batch["rejected"],
-        "label": [True] * count + [False] * count,
-        **{name: batch[name] * 2 for name in names},
-    }
+    others = {name: values * 2 for name, values in batch.items() if name not in ("chosen", "rejected")}
+    return {"completion": batch["chosen"] + batch["rejected"], "label": [True] * count + [False] * count, **others}
