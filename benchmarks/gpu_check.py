@@ -2,10 +2,12 @@
 
     python -m benchmarks.gpu_check [--rows 4096 --hidden 2048 --vocab 151936 --rounds 5]
 
-Checks every op on every backend that serves here against float64, and the packed layout against the padded one; then
-times the head against TRL, plain PyTorch, torch's chunked cross-entropy and, if installed, Liger-Kernel and
-cut-cross-entropy, with peak memory. Writes benchmarks/results/gpu_NAME.json and .md, and exits 1 if a check failed.
-Without a GPU it says so, measures nothing, and exits 0.
+Checks every op on every backend that serves here against float64, and the packed layout against the padded one. Times
+the head against TRL, plain PyTorch, torch's chunked cross-entropy and, if installed, Liger-Kernel and
+cut-cross-entropy, with peak memory; and the fused scoring kernel against the two steps that it replaces, for heads on
+either side of the size up to which trl_fast/ops/fused_scores.py expects it to be faster. Writes
+benchmarks/results/gpu_NAME.json and .md, and exits 1 if a check failed. Without a GPU it says so, measures nothing,
+and exits 0.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ from trl_fast.ops import (
     selective_log_softmax,
     supports,
 )
+from trl_fast.ops.blocks import DEFAULT_WORKSPACE_BYTES, Head, score_rows
+from trl_fast.ops.fused_scores import can_fuse, score_rows_fused, serves_fused
+from trl_fast.ops.rows import finish_scores, new_state
+from trl_fast.ops.scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
+from trl_fast.ops.transform import LogitTransform
 
 from .linear_logprob import MODES, Problem, contenders, make_problem, report
 from .memory import MIB
@@ -39,6 +46,7 @@ from .timing import Contender, race
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_SIZES = (256, 576, 1024, 2048, 4096)
 # Relative error in the 2-norm of a gradient: some units in the last place of the dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -106,6 +114,36 @@ def check_losses(device: torch.device) -> Iterator[tuple[str, float, float]]:
                 yield f"{op}, {backend}", error(got, exact[op]), TOLERANCE[torch.float32]
 
 
+def fused_step(problem: Problem, state: torch.Tensor, outputs: int = 0) -> Callable[[], None]:
+    """Scores by the fused kernel, whether the arithmetic would choose it here or not."""
+    given = (problem.hidden.detach(), problem.weight.detach(), problem.targets, None, LogitTransform())
+    return lambda: score_rows_fused(*given, outputs, state, DEFAULT_WORKSPACE_BYTES)
+
+
+def two_steps(problem: Problem, state: torch.Tensor) -> Callable[[], None]:
+    """The same by a product and a row kernel."""
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    head = Head(weight, None, LogitTransform(), weight.dtype, "triton", DEFAULT_WORKSPACE_BYTES)
+    no_room = head.empty_logits(0, len(hidden))
+    return lambda: score_rows(head, hidden, problem.targets, 0, state, keep=no_room)
+
+
+def check_fused_scores(device: torch.device, vocab: int = 32003) -> Iterator[tuple[str, float, float]]:
+    """Log-probs and entropies of the fused kernel, which accumulates in float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        problem = make_problem(300, 128, vocab, dtype, device)
+        if not can_fuse("triton", problem.weight, dtype):
+            continue
+        state = new_state(300, device)
+        fused_step(problem, state, ENTROPY)()
+        got = finish_scores(state, ENTROPY, vocab, torch.float32)
+        logp = (problem.hidden.detach().double() @ problem.weight.detach().double().T).log_softmax(-1)
+        chosen, entropy = logp.gather(1, problem.targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)
+        for name, row, exact in (("log-probs", LOGPROB_ROW, chosen), ("entropies", ENTROPY_ROW, entropy)):
+            what = f"fused scores, {name}, {dtype}".replace("torch.", "")
+            yield what, error(got[row], exact), TOLERANCE[torch.float32]
+
+
 def check_layouts(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Log-probs of a small random model in the packed layout against the padded one."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -165,7 +203,7 @@ def run_checks(console: Console, device: torch.device) -> list[dict]:
     for column in ("what", "relative error", "allowed", ""):
         table.add_column(column)
     rows = []
-    for check in (check_heads, check_losses, check_layouts):
+    for check in (check_heads, check_fused_scores, check_losses, check_layouts):
         for what, found, allowed in check(device):
             rows.append({"what": what, "error": found, "allowed": allowed, "ok": found <= allowed})
             table.add_row(what, f"{found:.2e}", f"{allowed:.0e}", "ok" if found <= allowed else "[red]WRONG")
@@ -190,6 +228,23 @@ def run_races(console: Console, arguments: argparse.Namespace, device: torch.dev
     return rows
 
 
+def race_fused_scores(console: Console, arguments: argparse.Namespace, device: torch.device) -> list[dict]:
+    """By hidden size, how the fused kernel does against two steps, and what the arithmetic expects."""
+    rows = []
+    for size in FUSED_SIZES:
+        problem = make_problem(arguments.rows, size, arguments.vocab, torch.bfloat16, device)
+        if not can_fuse("triton", problem.weight, torch.bfloat16):
+            continue
+        state = new_state(arguments.rows, device)
+        raced = [Contender("fused", fused_step(problem, state)), Contender("two steps", two_steps(problem, state))]
+        race(raced, arguments.rounds, 60.0, device, f"scoring, H={size}")
+        ratio = raced[1].median / raced[0].median
+        chosen = serves_fused("triton", problem.weight, torch.bfloat16, 4)
+        rows.append({"mode": "fused scores", "hidden": size, "two_steps_over_fused": ratio, "chosen": chosen})
+        console.print(f"scoring, H={size}: two steps take {ratio:.2f}× the fused kernel; it is chosen: {chosen}")
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4096)
@@ -205,7 +260,7 @@ def main() -> int:
     console = Console(record=True, width=130)
     console.print(f"{name}, torch {torch.__version__}, {vars(arguments)}")
     checks = run_checks(console, device)
-    races = run_races(console, arguments, device)
+    races = run_races(console, arguments, device) + race_fused_scores(console, arguments, device)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"gpu_{name.replace(' ', '_')}"
     figures = {"device": name, "torch": torch.__version__, "checks": checks, "races": races}

@@ -71,7 +71,7 @@ class MachineCode:
 
 
 def _is_access(opcode: str) -> bool:
-    return opcode.startswith(("LDG", "STG"))
+    return re.match(r"(LDG|LDGSTS|STG)\b", opcode) is not None
 
 
 def _width(opcode: str) -> int:

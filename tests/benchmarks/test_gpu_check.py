@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
+from support.triton_interpreter import interpreted_kernels
 
 CPU = torch.device("cpu")
 HEADS = functools.partial(gpu_check.check_heads, vocab=3001)
@@ -17,6 +18,13 @@ HEADS = functools.partial(gpu_check.check_heads, vocab=3001)
 def test_checks_pass_where_the_code_is_right(check):
     found = list(check(CPU))
     assert found and all(error <= allowed for _, error, allowed in found), found
+
+
+def test_the_check_of_fused_scores():
+    assert not list(gpu_check.check_fused_scores(CPU))
+    with interpreted_kernels():
+        found = list(gpu_check.check_fused_scores(CPU, vocab=201))
+    assert len(found) == 4 and all(error <= allowed for _, error, allowed in found), found
 
 
 def test_checks_fail_where_it_is_not(monkeypatch):

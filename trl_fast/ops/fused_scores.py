@@ -77,23 +77,27 @@ def _tiles(device: torch.device) -> Tiles:
     return TILES[torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)]
 
 
-def serves_fused(backend: str, weight: torch.Tensor, dtype: torch.dtype, logit_bytes: int) -> bool:
-    """Whether the fused kernel is to score with this head, given what computes products and how wide logits are.
+def can_fuse(backend: str, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether there is a fused kernel for this head, given the dtype in which products are computed.
 
     weight: (V, H). The kernel multiplies 16-bit numbers: a float32 product takes so long that its logits' traffic does
-    not count. In Triton's interpreter, which is for tests, it serves whatever it can.
+    not count. It also runs in Triton's interpreter, for tests.
     """
     if backend not in ("cuda", "triton") or not supports("linear_logprob", "triton", weight.device, dtype).ok:
         return False
     if dtype not in (torch.bfloat16, torch.float16) or weight.dtype != dtype or weight.stride(1) != 1:
         return False
+    return weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) in GPUS
+
+
+def serves_fused(backend: str, weight: torch.Tensor, dtype: torch.dtype, logit_bytes: int) -> bool:
+    """Whether the fused kernel is to score: it can, and should be faster. In the interpreter it always serves."""
+    if not can_fuse(backend, weight, dtype):
+        return False
     if weight.device.type != "cuda":
         return True
-    capability = torch.cuda.get_device_capability(weight.device)
-    if capability not in GPUS:
-        return False
-    tiles = _tiles(weight.device)
-    return fused_is_faster(weight.shape[1], logit_bytes, tiles.rows, tiles.columns, GPUS[capability])
+    tiles, gpu = _tiles(weight.device), GPUS[torch.cuda.get_device_capability(weight.device)]
+    return fused_is_faster(weight.shape[1], logit_bytes, tiles.rows, tiles.columns, gpu)
 
 
 def merge_states(parts: torch.Tensor, owner: torch.Tensor, outputs: int) -> torch.Tensor:
