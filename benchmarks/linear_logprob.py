@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from trl_fast.ops import BACKENDS, linear_logprob, supports
+from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.blocks import gemm_dtype
 
 from .floor import Floor
@@ -76,6 +76,18 @@ def make_problem(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device:
 def ours(problem: Problem, backend: str) -> Callable[[], None]:
     def run() -> None:
         problem.finish(linear_logprob(problem.hidden, problem.weight, problem.targets, backend=backend).logprobs)
+
+    return run
+
+
+def ours_by_token(problem: Problem, backend: str) -> Callable[[], None]:
+    """The same loss as a sum over tokens, whose gradient is taken in forward: no logits have to be kept for it."""
+    upstream = problem.upstream
+
+    def run() -> None:
+        given = (problem.hidden, problem.weight, problem.targets)
+        linear_token_loss(*given, lambda s, rows: (s.logprobs * upstream[rows]).sum(), backend=backend).loss.backward()
+        problem.hidden.grad = problem.weight.grad = None
 
     return run
 
@@ -185,6 +197,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=60.0, help="seconds; slower contenders run only once")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--skip", nargs="*", default=[], help="leave out contenders whose name contains one of these")
+    parser.add_argument("--by_token", action="store_true", help="with a trained head, also race linear_token_loss")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     return parser.parse_args()
 
@@ -204,6 +217,12 @@ def main() -> None:
     figures = []
     for mode in arguments.modes:
         raced = contenders(problem, mode, set(arguments.skip))
+        if arguments.by_token and mode == "trained":
+            wanted = problem.for_mode(mode)
+            for backend in our_backends(problem):
+                run = ours_by_token(wanted, backend)
+                raced.insert(0, Contender(f"ours by token, {backend}", run, result_bytes=gradient_bytes(wanted)))
+            raced = [c for c in raced if not any(word in c.name for word in arguments.skip)]
         race(raced, arguments.rounds, arguments.patience, device, mode)
         figures += report(console, mode, raced)
     if arguments.json:
