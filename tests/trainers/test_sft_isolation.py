@@ -42,6 +42,11 @@ def places(batch):
     return [(row * width, row * width + length) for row, length in enumerate(batch.branch_lengths.tolist())]
 
 
+def unchanged(family, before, after):
+    """Bit for bit; experts get other rows beside an example's own, and their products round accordingly."""
+    return torch.allclose(before, after, rtol=0, atol=1e-5) if "moe" in family else torch.equal(before, after)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -56,7 +61,7 @@ def test_examples_do_not_see_each_other(family, strategy, layout, model_of, tmp_
             altered = type(batch)(**{**vars(batch), "input_ids": changed.view_as(batch.input_ids)})
             after = trainer.score(trainer.model, altered).tokens.logprobs
             own = batch.branch == index
-            assert torch.equal(before[~own], after[~own])
+            assert unchanged(family, before[~own], after[~own])
             assert not own.any() or not torch.equal(before[own], after[own])
 
 

@@ -28,7 +28,7 @@ DEFAULT_WORKSPACE_BYTES = 1 << 30
 _TILE_SHARE = 4
 # On a CPU the tiles of logits and of widened weight each stay below this, for the last-level cache to hold both.
 _CACHE_BYTES = 8 << 20
-_CPU_TILE_ROWS = 2048
+_CPU_TILE_ROWS = 1024
 _MIN_TILE_COLUMNS = 512
 # Held memory comes in huge pages of 2 MiB.
 _HELD_FROM_BYTES = 16 << 20
@@ -153,7 +153,8 @@ class Head:
         rows, columns = num_rows, self.vocab_size
         if self.weight.device.type == "cpu":
             budget = min(budget, _CACHE_BYTES)
-            rows = min(rows, _CPU_TILE_ROWS)
+            # In equal parts: a small last one would be a slow product.
+            rows = -(-rows // max(1, -(-rows // _CPU_TILE_ROWS)))
             columns = min(columns, _CACHE_BYTES // (self.hidden_size * self.dtype.itemsize))
         columns = max(_MIN_TILE_COLUMNS, min(columns, budget // max(1, rows * element)) // 64 * 64)
         columns = min(self.vocab_size, columns)
