@@ -88,6 +88,13 @@ def test_tokenizers(build, tokenizer):
         assert build({"tokenizer": tokenizer}).processing_class is tokenizer
 
 
+def test_fields_given_to_the_trainer(build):
+    with pytest.warns(FutureWarning, match="`max_length`.*RewardConfig"):
+        assert build({"max_length": 20}).args.max_length == 20
+    with pytest.raises(TypeError, match="RewardTrainer has no argument 'max_lenght'; did you mean 'max_length'"):
+        build({"max_lenght": 20})
+
+
 def test_a_layout_that_the_model_cannot_run(build, tokenizer):
     arguments = {"model": tiny_classifier("bert", max_position_embeddings=64), "processing_class": tokenizer}
     with pytest.raises(ValueError, match="batch_layout='packed' cannot be used: BertFor.* has no head 'score'"):

@@ -112,6 +112,7 @@ GONE: dict[str, str] = {
     "FDivergenceConstants": _until("0.28", "give DPOConfig(f_alpha_divergence_coef=...) the number"),
     "DPODataCollatorWithPadding": _older("leave it out: DPOTrainer makes its own collator"),
     "RewardDataCollatorWithPadding": _older("leave it out: RewardTrainer makes its own collator"),
+    "prepare_multimodal_messages": "trl_fast trains text models only so far, and messages of text need no preparation",
     "WeaveCallback": "trl_fast does not have it; set report_to='wandb' and add a LogCompletionsCallback",
     "PPOv2Trainer": _until("0.12", "it became PPOTrainer"),
     "PPOv2Config": _until("0.12", "it became PPOConfig"),

@@ -51,7 +51,8 @@ class RewardTrainer(BaseTrainer):
             tokenized. eval_dataset may be a dict of datasets.
         processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
         compute_metrics: is given the rewards (2P, 1) of each batch, those of all chosen sequences first.
-        The others are those of transformers.Trainer; `quantization_config` needs a model given by name.
+        The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Fields of
+        RewardConfig that older versions of TRL took here are accepted.
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.
@@ -82,9 +83,10 @@ class RewardTrainer(BaseTrainer):
         peft_config: PeftConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        **older: Any,
     ) -> None:
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
-        args = self.resolve_config(args, model)
+        args = self.resolve_config(args, model).with_older_arguments(type(self), older)
         self.check_dataset_type(train_dataset, "train_dataset")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
