@@ -1,5 +1,7 @@
 """A model on token batches: every layout gives the scores and gradients of the model's own logits."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -134,6 +136,15 @@ def test_generation_is_unchanged():
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
     expected = plain.generate(prompts, attention_mask=mask, **options)
     assert torch.equal(ours.generate(prompts, attention_mask=mask, **options), expected)
+
+
+def test_a_copy_of_the_model_runs_its_own_weights(trees):
+    model = prepared("llama")
+    twin = copy.deepcopy(model)
+    expected = own_scores(model, trees)
+    for weight in model.parameters():
+        weight.data.zero_()
+    assert torch.equal(own_scores(twin, trees)["logprobs"], expected["logprobs"])
 
 
 def test_mixture_of_experts_returns_its_balancing_loss(trees):

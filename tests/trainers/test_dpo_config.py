@@ -149,9 +149,17 @@ def test_values_that_are_refused(settings, message, tmp_path):
             trl_fast.DPOConfig(str(tmp_path), **CPU, **settings)
 
 
-def test_activation_offloading_is_refused_by_name(tmp_path):
-    with pytest.raises(NotImplementedError, match="activation_offloading=True"):
-        trl_fast.DPOConfig(str(tmp_path), **CPU, activation_offloading=True)
+@pytest.mark.parametrize(
+    "value, tokens", [(None, None), (False, None), ("none", None), (True, 4096), ("true", 4096), (7, 7), ("7", 7)]
+)
+def test_tiled_mlp(value, tokens, tmp_path):
+    assert trl_fast.DPOConfig(str(tmp_path), **CPU, tiled_mlp=value).tiled_mlp == tokens
+
+
+@pytest.mark.parametrize("value", [0, -3, "many", 2.5])
+def test_tiles_of_no_size(value, tmp_path):
+    with pytest.raises(ValueError, match=f"tiled_mlp must be a positive number of tokens.*{value}"):
+        trl_fast.DPOConfig(str(tmp_path), **CPU, tiled_mlp=value)
 
 
 def test_trls_own_config_is_accepted(tmp_path, model_path):

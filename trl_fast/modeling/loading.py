@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,6 +79,21 @@ def is_quantized(model: torch.nn.Module) -> bool:
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model inside, where adapters were put on."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The layers under a model's head."""
+    # Llama 4's prefix names no module of it; base_model is then the model itself.
+    return model.model if model.base_model is model else model.base_model
+
+
+def unbound_forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """A module's forward as a function that takes the module too: what wraps it then also serves a copy of the module.
+
+    A forward that something else has bound already, such as the hooks of accelerate, stays bound.
+    """
+    bound = module.forward
+    return getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:

@@ -12,6 +12,7 @@ from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch
 from trl_fast.data.reward import REWARD_POSITIONS, reward_batch
 
 from .attention import supports_packed
+from .loading import backbone, unbound_forward
 from .scoring import TOLERANCE, Verdict, evaluating, model_inputs
 
 # The module that makes a reward of a hidden state, in transformers' classifiers on decoders.
@@ -25,13 +26,13 @@ def attach_reward_scoring(model: PreTrainedModel) -> None:
     """
     if getattr(model, "trl_fast_rewards", False):
         return
-    original = model.forward
+    original = unbound_forward(model)
     model.trl_fast_rewards = True
 
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: object, reward_positions: torch.Tensor | None = None, **kwargs: object):
         if reward_positions is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         return _rewards_at(self, reward_positions, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -40,7 +41,7 @@ def attach_reward_scoring(model: PreTrainedModel) -> None:
 def _rewards_at(
     model: PreTrainedModel, positions: torch.Tensor, *args: object, labels: None = None, **kwargs: object
 ) -> torch.Tensor:
-    hidden = model.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state
+    hidden = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state
     return getattr(model, HEAD)(hidden.reshape(-1, hidden.shape[-1])[positions]).squeeze(-1)
 
 

@@ -20,6 +20,7 @@ from trl_fast.ops.scores import detached
 
 from .attention import LENGTHS_KEYWORD, row_inputs
 from .head import head_parameters, head_transform
+from .loading import backbone, unbound_forward
 from .segments import TreeLengths
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
@@ -64,15 +65,15 @@ def attach_scoring(model: PreTrainedModel) -> None:
     """
     if hasattr(model, "trl_fast_fused_head"):
         return
-    original = model.forward
+    original = unbound_forward(model)
     model.trl_fast_fused_head = True
 
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: object, scoring: ScoringRequest | None = None, **kwargs: object):
         if scoring is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         if not self.trl_fast_fused_head:
-            return _score_logits(original, scoring, *args, **kwargs)
+            return _score_logits(functools.partial(original, self), scoring, *args, **kwargs)
         return _score_hidden(self, scoring, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -82,9 +83,7 @@ def _score_hidden(
     model: PreTrainedModel, scoring: ScoringRequest, *args: object, labels: None = None, **kwargs: object
 ) -> ModelScores:
     router = kwargs.get("output_router_logits")
-    # Llama 4's prefix names no module of it; base_model is then the model itself.
-    backbone = model.model if model.base_model is model else model.base_model
-    output = backbone(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+    output = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     hidden = output.last_hidden_state
     selected = hidden.reshape(-1, hidden.shape[-1])[scoring.score_positions]
     tokens, loss = _run_head(model, selected, scoring)

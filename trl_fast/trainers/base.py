@@ -19,8 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, load_causal_lm
+from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.positions import check_positions
 from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
+from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops.validation import NotFiniteError
 
 from .base_config import ROW_LAYOUTS, BaseConfig, deprecated
@@ -198,6 +200,10 @@ class BaseTrainer(Trainer):
             model.enable_input_require_grads()
         if args.disable_dropout:
             disable_dropout(model)
+        if args.tiled_mlp is not None:
+            tile_mlps(base_model(model), args.tiled_mlp)
+        if args.activation_offloading:
+            offload_activations(base_model(model))
         return model
 
     def choose_layout(self, model: PreTrainedModel, args: BaseConfig, sequences: list[list[int]]) -> str:
@@ -264,6 +270,12 @@ class BaseTrainer(Trainer):
         if isinstance(kwargs["train_dataset"], IterableDataset):
             # Dispatching would cut a batch object into parts and put them together again.
             args.accelerator_config.dispatch_batches = False
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and self.router_aux_loss_coef:
+            logger.warning(
+                "gradient_checkpointing_kwargs: with use_reentrant=True the router's load-balancing loss has no "
+                "gradient, since transformers collects its logits where none is recorded; set use_reentrant=False."
+            )
         super().__init__(**kwargs)
         if args.n_gpu > 1:
             raise ValueError(

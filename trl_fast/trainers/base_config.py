@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # Layouts of one row without padding, best first.
 ROW_LAYOUTS = ("shared_prefix", "packed")
 BATCH_LAYOUTS = ("auto", *ROW_LAYOUTS, "padded")
+# tiled_mlp=True: enough tokens for a GPU's matrix products to be at full speed.
+DEFAULT_TILE_TOKENS = 4096
 
 
 def machine_has_bf16() -> bool:
@@ -108,7 +110,19 @@ class BaseConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weight of a mixture of experts' load-balancing loss. Unset: what the model's config says."},
     )
-    activation_offloading: bool = field(default=False, metadata={"help": "Not supported yet."})
+    activation_offloading: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep what backward needs in CPU memory meanwhile: longer rows fit a GPU, but it is slower."
+        },
+    )
+    tiled_mlp: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Compute MLPs in tiles of so many tokens, forward and backward: less memory for long rows, one "
+            "more forward pass of the MLPs. true: 4096 tokens. Unset: whole rows."
+        },
+    )
     batch_layout: str = field(
         default="auto",
         metadata={
@@ -158,11 +172,10 @@ class BaseConfig(TrainingArguments):
         super().__post_init__()
         self._check_choice("batch_layout", BATCH_LAYOUTS)
         self._check_choice("head_grad", HEAD_GRADS)
-        if self.activation_offloading:
-            raise NotImplementedError("activation_offloading=True is not supported yet; set it to False")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be a positive number of tokens or None, got {self.max_length}")
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
+        self.tiled_mlp = self._tile_tokens(self.tiled_mlp)
         if self.use_liger_kernel:
             self._keep_head_from_liger()
 
@@ -218,6 +231,18 @@ class BaseConfig(TrainingArguments):
         if value is None or str(value).lower() in ("auto", "none", "null"):
             return None
         return int(value)
+
+    @staticmethod
+    def _tile_tokens(value: int | str | None) -> int | None:
+        # The command line gives a string.
+        text = str(value).lower()
+        if text in ("none", "null", "false"):
+            return None
+        if text == "true":
+            return DEFAULT_TILE_TOKENS
+        if not (text.isdecimal() and int(text) > 0):
+            raise ValueError(f"tiled_mlp must be a positive number of tokens, True, False or None, got {value!r}")
+        return int(text)
 
     @classmethod
     def from_any(cls, args: object) -> BaseConfig:

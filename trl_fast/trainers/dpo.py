@@ -26,6 +26,7 @@ from trl_fast.modeling.reference import (
     with_reference_columns,
 )
 from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.tiled_mlp import tile_mlps
 
 from .base import AnyDataset, BaseTrainer, older_tokenizer_name, router_coefficient
 from .callbacks import SyncRefModelCallback
@@ -168,6 +169,8 @@ class DPOTrainer(BaseTrainer):
         inner.set_attn_implementation(policy.config.get_text_config()._attn_implementation)
         if args.disable_dropout:
             disable_dropout(inner)
+        if args.tiled_mlp is not None:
+            tile_mlps(inner, args.tiled_mlp)
 
     def _place_reference(self) -> None:
         if self.ref_model is None:

@@ -1,0 +1,93 @@
+"""What makes long rows fit: tiled MLPs and activation offloading change no number of a training run."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import trl_fast
+from support.models import tiny_classifier, tiny_model
+from support.training import assert_same_logs, color_pairs, make_trainer
+from trl_fast.modeling.offloading import Offloading
+
+SETTINGS = {"tiled": {"tiled_mlp": 16}, "offloaded": {"activation_offloading": True}}
+SETTINGS["both"] = SETTINGS["tiled"] | SETTINGS["offloaded"]
+
+
+@pytest.fixture
+def offloaded(monkeypatch):
+    """Copies within the CPU in place of those to and from a GPU; a list of what was copied."""
+    copied = []
+    monkeypatch.setattr("trl_fast.modeling.offloading.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(Offloading, "is_on_device", staticmethod(lambda tensor: True))
+    monkeypatch.setattr(Offloading, "to_host", staticmethod(lambda tensor: copied.append(tensor) or tensor.clone()))
+    monkeypatch.setattr(Offloading, "to_device", staticmethod(lambda tensor, device: tensor.clone()))
+    return copied
+
+
+def datasets(method):
+    pairs = color_pairs(8)
+    if method != "SFT":
+        return pairs
+    return pairs.map(lambda row: {"text": row["prompt"] + row["chosen"]}, remove_columns=pairs.column_names)
+
+
+def logs(method, output_dir, tokenizer, peft_config=None, **settings):
+    build = tiny_classifier if method == "Reward" else tiny_model
+    arguments = {
+        "model": build(vocab_size=len(tokenizer)),
+        "processing_class": tokenizer,
+        "train_dataset": datasets(method),
+        "peft_config": peft_config,
+    }
+    trainer = make_trainer(trl_fast, output_dir, method=method, arguments=arguments, **settings)
+    trainer.train()
+    return trainer, trainer.state.log_history
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("method", ["DPO", "SFT", "Reward"])
+def test_the_same_training(method, settings, offloaded, tokenizer, tmp_path):
+    _, expected = logs(method, tmp_path, tokenizer)
+    assert not offloaded
+    trainer, got = logs(method, tmp_path, tokenizer, **settings)
+    assert_same_logs(got, expected)
+    assert bool(offloaded) == ("activation_offloading" in settings)
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None and "tiled_mlp" in settings:
+            assert [layer.mlp.tile_tokens for layer in model.model.layers] == [16, 16]
+
+
+def test_the_same_training_of_an_adapter(offloaded, tokenizer, tmp_path):
+    def lora():
+        return LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+
+    _, expected = logs("DPO", tmp_path, tokenizer, lora(), learning_rate=1e-2)
+    _, got = logs("DPO", tmp_path, tokenizer, lora(), learning_rate=1e-2, **SETTINGS["both"])
+    assert_same_logs(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_offloading_says_once_that_it_does_nothing(tokenizer, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "trl_fast"):
+        logs("DPO", tmp_path, tokenizer, activation_offloading=True)
+    assert len([record for record in caplog.records if "activation_offloading" in record.message]) == 1
+
+
+def test_a_model_without_mlps_to_tile(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="tiled_mlp=16: MambaForCausalLM has no MLP that can be tiled"):
+        arguments = {"model": tiny_model("mamba", vocab_size=len(tokenizer)), "processing_class": tokenizer}
+        make_trainer(trl_fast, tmp_path, arguments={**arguments, "train_dataset": color_pairs(4)}, tiled_mlp=16)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_router_under_reentrant_checkpointing(reentrant, tokenizer, tmp_path, caplog):
+    model = tiny_model("mixtral", vocab_size=len(tokenizer), num_local_experts=4, sliding_window=None)
+    arguments = {"model": model, "processing_class": tokenizer, "train_dataset": color_pairs(4)}
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}, "router_aux_loss_coef": 0.1}
+    with caplog.at_level(logging.WARNING, "trl_fast"):
+        make_trainer(trl_fast, tmp_path, arguments=arguments, **options)
+    assert ("load-balancing loss has no gradient" in caplog.text) == reentrant

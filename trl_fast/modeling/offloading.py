@@ -1,0 +1,81 @@
+"""Activations that wait for backward wait in the CPU's memory."""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Iterable
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from .loading import backbone, unbound_forward
+
+logger = logging.getLogger(__name__)
+
+# Smaller tensors are not worth a copy, in bytes.
+_MIN_BYTES = 1024
+
+
+def offload_activations(model: PreTrainedModel) -> None:
+    """Lets whatever a model's layers save for backward be kept in pinned CPU memory; the head's and the loss's stay.
+
+    On a machine without a GPU this does nothing, and says so.
+    """
+    if not torch.cuda.is_available():
+        logger.warning("activation_offloading=True does nothing here: without a GPU, activations are in CPU memory.")
+        return
+    layers = backbone(model)
+    if hasattr(layers, "forward_kept"):
+        return
+    layers.forward_kept = unbound_forward(layers)
+    layers.forward = types.MethodType(_forward_with_offloading, layers)
+
+
+def _forward_with_offloading(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+    with Offloading(self.parameters()):
+        return self.forward_kept(self, *args, **kwargs)
+
+
+class Offloading(saved_tensors_hooks):
+    """Within, tensors on a GPU that autograd saves are copied to the CPU, and back when backward asks for them.
+
+    The copies are queued on the stream that computes, so what they free is free for what is queued next, and the host
+    waits for none of them. Weights are never copied, nor what autocast makes of them, which is told by its shape.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
+        weights = list(weights)
+        self._storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._shapes = {tuple(sorted(weight.shape)) for weight in weights}
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
+        return (tensor.device, self.to_host(tensor)) if self._is_worth_it(tensor) else tensor
+
+    def _unpack(self, packed: torch.Tensor | tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else self.to_device(packed[1], packed[0])
+
+    def _is_worth_it(self, tensor: torch.Tensor) -> bool:
+        if not self.is_on_device(tensor) or tensor.nbytes < _MIN_BYTES:
+            return False
+        storage = tensor.untyped_storage()
+        # A tensor larger than its memory repeats it; a copy would not.
+        repeats = storage.nbytes() < tensor.nbytes
+        return not (repeats or storage.data_ptr() in self._storages or tuple(sorted(tensor.shape)) in self._shapes)
+
+    @staticmethod
+    def is_on_device(tensor: torch.Tensor) -> bool:
+        """Whether a tensor is where memory is short."""
+        return tensor.is_cuda
+
+    @staticmethod
+    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in pinned CPU memory, on its way."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+    @staticmethod
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The copy's copy on the device, on its way."""
+        return tensor.to(device, non_blocking=True)

@@ -1,0 +1,146 @@
+"""MLPs computed a tile of tokens at a time, forward and backward, so that their activations do not grow with length.
+
+An MLP acts on each token alone. Its intermediates, several times as wide as the hidden states, are most of what a
+layer keeps for backward. Here backward computes each tile once more (TiledMLP of ALST, arXiv 2506.13996).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .loading import unbound_forward
+
+logger = logging.getLogger(__name__)
+
+# Names of a decoder layer's MLP.
+_MLP_NAMES = ("mlp", "feed_forward")
+# What a mixture of experts holds; it routes all tokens of a batch together.
+_EXPERT_NAMES = {"experts", "router", "gate"}
+
+
+def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
+    """Lets the MLPs of a model's layers run in tiles of so many tokens; mixtures of experts are left as they are.
+
+    Gradients are those of the whole MLP; weights' gradients accumulate over the tiles in float32. Adapters may be put
+    on before or after. Returns how many MLPs run in tiles.
+
+    Raises:
+        ValueError: there is no MLP that can be tiled.
+    """
+    found = list(_mlps(model))
+    tiled = [mlp for mlp in found if _acts_on_single_tokens(mlp)]
+    if not tiled:
+        raise ValueError(
+            f"tiled_mlp={tile_tokens}: {type(model).__name__} has no MLP that can be tiled (a module "
+            f"{' or '.join(map(repr, _MLP_NAMES))} of its layers that is no mixture of experts); leave tiled_mlp unset"
+        )
+    if len(tiled) < len(found):
+        logger.warning(
+            f"tiled_mlp: {len(found) - len(tiled)} of {len(found)} MLPs are mixtures of experts: not tiled."
+        )
+    for mlp in tiled:
+        mlp.tile_tokens = tile_tokens
+        if not hasattr(mlp, "forward_whole"):
+            mlp.forward_whole = unbound_forward(mlp)
+            mlp.forward = types.MethodType(_forward_in_tiles, mlp)
+    return len(tiled)
+
+
+def _mlps(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            yield from (child for name, child in layer.named_children() if name in _MLP_NAMES)
+
+
+def _acts_on_single_tokens(mlp: torch.nn.Module) -> bool:
+    if _EXPERT_NAMES & {name for name, _ in mlp.named_children()}:
+        return False
+    return len(inspect.signature(type(mlp).forward).parameters) == 2
+
+
+def _forward_in_tiles(self: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    tokens = hidden_states.shape[:-1].numel()
+    if tokens <= self.tile_tokens:
+        return self.forward_whole(self, hidden_states)
+    weights = [weight for weight in self.parameters() if weight.requires_grad]
+    out = _TiledMLP.apply(self, hidden_states.reshape(1, tokens, -1), *weights)
+    return out.view(*hidden_states.shape[:-1], out.shape[-1])
+
+
+class _TiledMLP(torch.autograd.Function):
+    """Saves the input alone. hidden: (1, T, H); weights: the parameters of the MLP that train."""
+
+    @staticmethod
+    def forward(ctx, mlp, hidden, *weights):
+        ctx.save_for_backward(hidden)
+        ctx.mlp, ctx.weights, ctx.state = mlp, weights, _State(hidden.device)
+        out = None
+        for rows in _tiles(mlp, hidden):
+            tile = mlp.forward_whole(mlp, hidden[:, rows])
+            out = tile.new_empty(*hidden.shape[:2], tile.shape[-1]) if out is None else out
+            out[:, rows] = tile
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (hidden,) = ctx.saved_tensors
+        mlp, weights, with_hidden = ctx.mlp, ctx.weights, ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if with_hidden else None
+        sums: list[torch.Tensor | None] = [None] * len(weights)
+        with ctx.state.restored():
+            for rows in _tiles(mlp, hidden):
+                tile = hidden[:, rows].detach().requires_grad_(with_hidden)
+                with torch.enable_grad():
+                    out = mlp.forward_whole(mlp, tile)
+                leaves = (tile, *weights) if with_hidden else weights
+                found = list(torch.autograd.grad(out, leaves, grad[:, rows], allow_unused=True))
+                if with_hidden:
+                    grad_hidden[:, rows] = found.pop(0)
+                sums = [_add(total, part) for total, part in zip(sums, found, strict=True)]
+        in_dtype = [None if total is None else total.to(w.dtype) for total, w in zip(sums, weights, strict=True)]
+        return None, grad_hidden, *in_dtype
+
+
+def _tiles(mlp: torch.nn.Module, hidden: torch.Tensor) -> Iterator[slice]:
+    for start in range(0, hidden.shape[1], mlp.tile_tokens):
+        yield slice(start, start + mlp.tile_tokens)
+
+
+def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
+    """Their sum in float32 at least, in the memory of `total`."""
+    if part is None:
+        return total
+    if total is None:
+        return part.to(torch.promote_types(part.dtype, torch.float32))
+    return total.add_(part)
+
+
+class _State:
+    """What a recomputation must find as the first computation did: autocast, and the random numbers of dropout."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        kind = device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self.random = torch.get_rng_state()
+        self.random_on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        kind, dtype, enabled = self.autocast
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(kind, dtype, enabled))
+            stack.enter_context(torch.random.fork_rng([] if self.random_on_device is None else [self.device]))
+            torch.set_rng_state(self.random)
+            if self.random_on_device is not None:
+                torch.cuda.set_rng_state(self.random_on_device, self.device)
+            yield
