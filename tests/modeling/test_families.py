@@ -6,9 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.memory import measure_peak
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import Tree, pack_trees
+from trl_fast.modeling import segments
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.scoring import attach_scoring, score
@@ -70,8 +72,8 @@ FAMILIES = {
 MAX_LENGTH = 64
 
 
-def build(name):
-    model = tiny_model(name.split(",")[0], **FAMILIES[name])
+def build(name, **changes):
+    model = tiny_model(name.split(",")[0], **FAMILIES[name], **changes)
     attach_scoring(model)
     disable_dropout(model)
     return model
@@ -166,3 +168,19 @@ def test_a_model_that_sdpa_does_not_serve_keeps_its_own_attention_without_length
     assert torch.equal(ours(**given).logits, plain(**given).logits)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2}
     assert torch.equal(ours.generate(**given, **options), plain.generate(**given, **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_a_long_row_builds_nothing_of_tokens_squared(name, monkeypatch):
+    """Forward and backward of a whole model, a prompt shared by two branches."""
+    monkeypatch.setattr(segments, "_TILE_BYTES", 1 << 22)
+    model = build(name, num_attention_heads=1, num_key_value_heads=1)
+    use_segment_attention(model)
+    model.gradient_checkpointing_enable()
+    batch = pack_trees(random_trees([(5900, (50, 50))]), "shared_prefix", 2)
+
+    def step():
+        score(model, batch).tokens.logprobs.sum().backward()
+
+    # A mask of one byte an entry, for one head.
+    assert measure_peak(step).peak_bytes < 6000 * 6000
