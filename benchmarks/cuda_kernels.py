@@ -19,12 +19,13 @@ NUM_WARPS, BATCH = 8, 2
 GRAD_SCALAR_LOADS = 6
 
 _NAME = re.compile(r"([a-z]+(?:_[a-z]+)*)_kernel[EI]")
-_ROW_FLAGS = re.compile(r"row_\w+_kernelI(f|13__nv_bfloat16|6__half)Lb([01])ELb([01])E(?:Li(\d+)E)?")
+# Types of the logits and, for row_grad, of the gradient (a repeated class is written S…_), flags, outputs.
+_TYPE = "f|13__nv_bfloat16|6__half"
+_ROW_FLAGS = re.compile(rf"row_\w+_kernelI({_TYPE})({_TYPE}|S\w*_)?Lb([01])ELb([01])E(?:Li(\d+)E)?")
 _DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
 _OUTPUTS = {"0": "log-probs", "1": "entropy", "15": "all outputs"}
 # Without any flag (bias, softcap, outputs), and with all of them.
 _ENDS = {("0", "0", None), ("1", "1", None), ("0", "0", "0"), ("1", "1", "15")}
-_LEAST_BYTES = {"row_scores": 16, "row_grad": 2 * 16 * BATCH}
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,21 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
     flags = re.search(_ROW_FLAGS, mangled)
     if flags is None:
         return name, True
-    dtype, bias, softcap, outputs = flags.groups()
+    dtype, grad_dtype, bias, softcap, outputs = flags.groups()
+    narrowed = f" to {_DTYPES[grad_dtype]}" if dtype == "f" and grad_dtype not in ("f", None) else ""
     words = [_OUTPUTS[outputs]] if outputs else []
     words += [word for word, on in (("bias", bias), ("softcap", softcap)) if on == "1"]
-    return f"{name} {_DTYPES[dtype]} {', '.join(words) or 'plain'}", (
-        bias,
-        softcap,
-        outputs,
-    ) in _ENDS and dtype != "6__half"
+    shown = (bias, softcap, outputs) in _ENDS and "6__half" not in (dtype, grad_dtype)
+    return f"{name} {_DTYPES[dtype]}{narrowed} {', '.join(words) or 'plain'}", shown
+
+
+def _least_bytes(label: str) -> int:
+    """For sixteen bytes of logits: reading them, and writing their gradient."""
+    if label.startswith("row_scores"):
+        return 16
+    if label.startswith("row_grad"):
+        return BATCH * (16 + (8 if " to " in label else 16))
+    return 0
 
 
 def compile_cuda_kernels(nvcc: str, target: int) -> Iterator[CudaKernel]:
@@ -74,4 +82,5 @@ def compile_cuda_kernels(nvcc: str, target: int) -> Iterator[CudaKernel]:
         for mangled, function in sorted(code.items()):
             name = re.search(_NAME, mangled).group(1)
             found = resources_of(function, function.shared_bytes, NUM_WARPS, target, GRAD_SCALAR_LOADS)
-            yield CudaKernel(*_label(mangled, name), _LEAST_BYTES.get(name, 0), found)
+            label, shown = _label(mangled, name)
+            yield CudaKernel(label, shown, _least_bytes(label), found)

@@ -56,42 +56,51 @@ class KernelCase:
     num_stages: int | None = None
 
 
-def _row_cases() -> Iterator[KernelCase]:
-    floats = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
+_FLOATS = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
+_TILE_SIZES = dict.fromkeys(("num_columns", "column_offset"), "i32")
+# Bytes of logits that a thread of a row kernel gets at once.
+_SHARE = rows.BLOCK_BYTES // (32 * rows.NUM_WARPS)
+
+
+def _logits(dtype: str) -> dict[str, str]:
+    return {"logits": f"*{dtype}", "row_stride": "i64", "targets": "*i64", "bias": f"*{dtype}"}
+
+
+def _score_cases() -> Iterator[KernelCase]:
     for dtype, itemsize in (("fp32", 4), ("bf16", 2)):
-        block = {"BLOCK": rows.BLOCK_BYTES // itemsize}
-        share = rows.BLOCK_BYTES // (32 * rows.NUM_WARPS)
-        logits = {"logits": f"*{dtype}", "row_stride": "i64", "targets": "*i64", "bias": f"*{dtype}"}
         for everything in (False, True):
             flags = {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, "OUTPUTS": 15 * everything}
-            sizes = {"state": "*fp64", "state_stride": "i64", "num_columns": "i32", "column_offset": "i32"}
             yield KernelCase(
                 f"row_scores {dtype} {'all outputs' if everything else 'log-probs'}",
                 rows.row_scores_kernel,
-                {**logits, **sizes, **floats},
-                {**flags, **block},
+                {**_logits(dtype), "state": "*fp64", "state_stride": "i64", **_TILE_SIZES, **_FLOATS},
+                {**flags, "BLOCK": rows.BLOCK_BYTES // itemsize},
                 rows.NUM_WARPS,
                 scalar_loads=9,
-                least_bytes=share,
+                least_bytes=_SHARE,
             )
-            sizes = {"lse": "*fp32", "coefficients": "*fp32", "coefficient_stride": "i64", "out": f"*{dtype}"}
-            sizes |= {"out_stride": "i64", "num_columns": "i32", "column_offset": "i32"}
+
+
+def _grad_cases() -> Iterator[KernelCase]:
+    for dtype, out, itemsize, written in (("fp32", "fp32", 4, 1), ("bf16", "bf16", 2, 1), ("fp32", "bf16", 4, 0.5)):
+        rest = {"lse": "*fp32", "coefficients": "*fp32", "coefficient_stride": "i64", "out": f"*{out}"}
+        name = dtype if dtype == out else f"{dtype} to {out}"
+        for everything in (False, True):
             yield KernelCase(
-                f"row_grad {dtype} {'bias, softcap' if everything else 'plain'}",
+                f"row_grad {name} {'bias, softcap' if everything else 'plain'}",
                 rows.row_grad_kernel,
-                {**logits, **sizes, **floats},
-                {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, **block},
+                {**_logits(dtype), **rest, "out_stride": "i64", **_TILE_SIZES, **_FLOATS},
+                {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, "BLOCK": rows.BLOCK_BYTES // itemsize},
                 rows.NUM_WARPS,
                 scalar_loads=6,
-                least_bytes=2 * share,
+                least_bytes=int((1 + written) * _SHARE),
             )
 
 
 def _linear_cases() -> Iterator[KernelCase]:
-    floats = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
     factors = {"hidden": "*bf16", "hidden_stride": "i32", "weight": "*bf16", "weight_stride": "i32", "targets": "*i64"}
     sizes = dict.fromkeys(("split_stride", "state_stride", "num_rows", "vocab_size", "hidden_size"), "i32")
-    signature = {**factors, "bias": "*bf16", "parts": "*fp32", **sizes, **floats}
+    signature = {**factors, "bias": "*bf16", "parts": "*fp32", **sizes, **_FLOATS}
     for label, flags, outputs in (("log-probs", False, 0), ("all outputs", False, 15), ("everything", True, 15)):
         for (major, minor), tiles in linear_scores.TILES.items():
             constants = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "PIECES": tiles.pieces}
@@ -110,7 +119,7 @@ def _linear_cases() -> Iterator[KernelCase]:
             )
 
 
-KERNELS = (*_row_cases(), *_linear_cases())
+KERNELS = (*_score_cases(), *_grad_cases(), *_linear_cases())
 
 
 def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:

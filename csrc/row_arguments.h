@@ -84,9 +84,11 @@ inline ScoreArgs score_args(const RowInputs& in, const at::Tensor& logits, int64
 
 inline void check_out(const at::Tensor& out, const at::Tensor& logits) {
   check_rows(out, "out", logits.device());
-  TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && out.scalar_type() == logits.scalar_type(),
-                    "out: expected shape and dtype of logits, ", logits.sizes(), " ", logits.scalar_type(), ", got ",
-                    out.sizes(), " ", out.scalar_type());
+  // CUDA kernels also write narrow gradients of float32 logits.
+  const bool dtype_serves = out.scalar_type() == logits.scalar_type() ||
+                            (logits.is_cuda() && logits.scalar_type() == at::kFloat && out.is_floating_point());
+  TORCH_CHECK_VALUE(out.sizes() == logits.sizes() && dtype_serves, "out: expected shape and dtype of logits, ",
+                    logits.sizes(), " ", logits.scalar_type(), ", got ", out.sizes(), " ", out.scalar_type());
 }
 
 // `lse` has to be contiguous.
@@ -106,7 +108,8 @@ inline GradArgs grad_args(const RowInputs& in, const at::Tensor& logits, const a
           coefficients.const_data_ptr<float>(),
           rows,
           out.mutable_data_ptr(),
-          out.stride(0)};
+          out.stride(0),
+          dtype_of(out, "out")};
 }
 
 }  // namespace trl_fast

@@ -49,8 +49,9 @@ struct GradArgs {
   const float* lse;           // (R,)
   const float* coefficients;  // rows a, b, d, e of (4, R)
   int64_t coefficient_stride;
-  void* out;  // dtype of the logits; may be the logits
+  void* out;  // may be the logits if it has their dtype
   int64_t out_stride;
+  Dtype out_dtype;  // that of the logits; on a GPU, float32 logits may have a narrower gradient
 };
 
 // One instruction set's implementation; all work on rows [begin, end).

@@ -26,11 +26,12 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kBatch = 2;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// What one load moves. It travels as four words: as an array of halves it would be taken apart and put together again.
-template <typename T>
+// What one load or store moves: sixteen bytes, or the eight that they become in a narrower type. It travels as words:
+// as an array of halves it would be taken apart and put together again.
+template <typename T, int kCount = sizeof(uint4) / sizeof(T)>
 struct Pack {
-  static constexpr int kSize = sizeof(uint4) / sizeof(T);
-  uint4 words;
+  static constexpr int kSize = kCount;
+  std::conditional_t<kCount * sizeof(T) == sizeof(uint4), uint4, uint2> words;
 
   __device__ T& operator[](int k) { return reinterpret_cast<T*>(&words)[k]; }
   __device__ T operator[](int k) const { return reinterpret_cast<const T*>(&words)[k]; }
@@ -286,28 +287,29 @@ struct Coefficients {
 };
 
 // Blocks (row, part of its columns). Each element depends on itself only, so `out` may be the logits.
-template <typename T, bool kBias, bool kSoftcap>
+template <typename T, typename Out, bool kBias, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads) row_grad_kernel(GradArgs args) {
   const int64_t row = blockIdx.x;
   const int columns = static_cast<int>(args.block.columns);
   const T* logits = static_cast<const T*>(args.block.logits) + row * args.block.row_stride;
-  T* out = static_cast<T*>(args.out) + row * args.out_stride;
+  Out* out = static_cast<Out*>(args.out) + row * args.out_stride;
   const int target = local_target(args.block, row);
   const Transformed<T, kBias, kSoftcap> transformed(args.transform);
   const Coefficients coefficients(args, row);
-  const auto grad_at = [&](T raw, int column, T& to) {
+  const auto grad_at = [&](T raw, int column, Out& to) {
     narrow(coefficients.grad(transformed(raw, column), column == target), to);
   };
+  using OutPack = Pack<Out, Pack<T>::kSize>;
+  Split<T> split = split_row(logits, columns);
   // A pack has to lie at a boundary in both.
-  const bool alike = misplaced_bytes(logits) == misplaced_bytes(out);
-  const Split<T> split = alike ? split_row(logits, columns) : Split<T>{columns, 0, columns};
+  if (reinterpret_cast<uintptr_t>(out + split.head) % sizeof(OutPack) != 0) split = {columns, 0, columns};
 #pragma unroll 1
   for (int edge = blockIdx.y * kThreads + threadIdx.x; edge < split.edges; edge += gridDim.y * kThreads) {
     const int column = split.edge_column(edge);
     grad_at(logits[column], column, out[column]);
   }
   const Pack<T>* from = packs_of(logits, split);
-  Pack<T>* to = const_cast<Pack<T>*>(packs_of(out, split));
+  OutPack* to = reinterpret_cast<OutPack*>(out + split.head);
   const int first = blockIdx.y * kBatch * kThreads + threadIdx.x;
   Pack<T> batch[kBatch];
 #pragma unroll
@@ -318,8 +320,9 @@ __global__ void __launch_bounds__(kThreads) row_grad_kernel(GradArgs args) {
   for (int k = 0; k < kBatch; ++k) {
     const int i = first + k * kThreads;
     if (i >= split.packs) break;
-    for (int j = 0; j < Pack<T>::kSize; ++j) grad_at(batch[k][j], split.pack_column(i) + j, batch[k][j]);
-    to[i] = batch[k];
+    OutPack grads;
+    for (int j = 0; j < Pack<T>::kSize; ++j) grad_at(batch[k][j], split.pack_column(i) + j, grads[j]);
+    to[i] = grads;
   }
 }
 
@@ -380,7 +383,14 @@ void dispatch_grad(const GradArgs& args, int64_t rows, Launch launch) {
   if (rows == 0 || args.block.columns == 0) return;
   const dim3 grid(static_cast<unsigned>(rows), grad_parts(args.block.columns, args.block.dtype));
   with_block_and_transform(args.block, args.transform, [&](auto value, auto bias, auto cap) {
-    launch(row_grad_kernel<decltype(value), decltype(bias)::value, decltype(cap)::value>, grid);
+    using T = decltype(value);
+    constexpr bool kBias = decltype(bias)::value, kCap = decltype(cap)::value;
+    with_dtype(args.out_dtype, [&](auto grad) {
+      using Out = decltype(grad);
+      if constexpr (std::is_same_v<T, Out> || std::is_same_v<T, float>) {
+        launch(row_grad_kernel<T, Out, kBias, kCap>, grid);
+      }
+    });
   });
 }
 

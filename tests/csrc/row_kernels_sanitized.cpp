@@ -44,7 +44,7 @@ void run(const ScoreArgs& args, unsigned seed) {
 
 void run(const GradArgs& args, unsigned seed) {
   const dim3 grid(kRows, grad_parts(args.block.columns, args.block.dtype));
-  simt::launch(grid, kThreads, seed, [&] { row_grad_kernel<__nv_bfloat16, true, true>(args); });
+  simt::launch(grid, kThreads, seed, [&] { row_grad_kernel<__nv_bfloat16, __nv_bfloat16, true, true>(args); });
 }
 
 void run_kernels(unsigned seed, int64_t excess_columns, int64_t missing_output) {
@@ -57,8 +57,8 @@ void run_kernels(unsigned seed, int64_t excess_columns, int64_t missing_output) 
   const int64_t cut = 1001;  // the second tile's rows start at no 16-byte boundary
   run_scores(0, cut);
   run_scores(cut, kColumns - cut + excess_columns);
-  run(GradArgs{b.tile(0, kColumns), b.transform(0), b.lse.data(), b.coefficients.data(), kRows, b.out.data(),
-               kColumns},
+  run(GradArgs{b.tile(0, kColumns), b.transform(0), b.lse.data(), b.coefficients.data(), kRows, b.out.data(), kColumns,
+               Dtype::kBFloat16},
       seed);
 }
 

@@ -70,6 +70,7 @@ class GradArgs(ctypes.Structure):
         ("coefficient_stride", ctypes.c_int64),
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
+        ("out_dtype", ctypes.c_int),
     ]
 
 
@@ -102,7 +103,8 @@ class HostKernels:
         *constants, lse, coefficients, column_offset, out = rest
         inputs = self._inputs(logits, targets, bias, *constants, column_offset)
         statistics = (lse.data_ptr(), coefficients.data_ptr(), coefficients.stride(0))
-        self._run("simt_row_grad", GradArgs(*inputs, *statistics, out.data_ptr(), out.stride(0)), len(logits))
+        to = (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
+        self._run("simt_row_grad", GradArgs(*inputs, *statistics, *to), len(logits))
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,21 @@ def test_grad(kernels, dtype, bias, transform):
             assert_as_good_as(baseline, out, exact, floor=1e-6)
 
 
+@pytest.mark.parametrize("misplaced", range(5))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_gradient_of_float32_logits(kernels, dtype, misplaced):
+    """The float32 gradient, rounded once, wherever its rows start."""
+    for columns in (1, 3, 2056, 4099):
+        logits, targets, bias = make_rows(torch.float32, columns, True, misplaced % 4)
+        logits[5] = 0.0
+        lse, coefficients = torch.full((7,), 9.0), torch.ones(4, 7)
+        wide = torch.full_like(logits, float("nan"))
+        out = torch.full((7, columns + 4), float("nan"), dtype=dtype)[:, misplaced:][:, :columns]
+        for to in (wide, out):
+            kernels.grad(logits, targets, bias, *TRANSFORMS["plain"], lse, coefficients, 0, to)
+        assert torch.equal(out, wide.to(dtype))
+
+
 def test_a_tile_changes_only_what_was_asked_for(kernels):
     logits, targets, _ = make_rows(torch.float32, 37, bias=False)
     rows_of = {ENTROPY: SUM_X, LOG_SUM_SQ_PROBS: SUM_SQ, MEAN_LOGITS: TOTAL, IS_TOP1: BEFORE}
@@ -253,7 +270,7 @@ def test_compiled_kernels_do_not_spill_and_move_no_byte_twice(target):
     if nvcc is None:
         pytest.skip("needs nvcc")
     row_kernels = [kernel for kernel in compile_cuda_kernels(nvcc, target) if kernel.label.startswith("row_")]
-    assert len(row_kernels) == 48
+    assert len(row_kernels) == 56
     for kernel in row_kernels:
         assert kernel.resources.spill_bytes == 0, kernel
         assert kernel.resources.occupancy >= 0.75, kernel

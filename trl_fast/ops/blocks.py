@@ -4,6 +4,11 @@ The vocabulary is walked tile by tile, and the rows within it. A tile of the wei
 all rows, a tile of logits is still in the cache when the row kernels read it, and a tile of the weight's gradient is
 finished in one go. Everything that scales with rows times vocabulary lives in one workspace.
 
+On a GPU, logits are float32: products of 16-bit numbers accumulate in float32 and can be written as such. All logits
+are, kept ones too, because a gradient needs the very logits that its log-sum-exp came from: with a log-sum-exp of
+float32 logits, but bfloat16 logits, the gradient of rows with a confident prediction was off by a quarter. Gradients
+of logits have the dtype of the products that they go into.
+
 GEMMs are ATen's. Where the machine has no fast bfloat16 or float16 product (a CPU without AMX or AVX512-BF16), tiles
 of the weight are widened to float32 on the way: the product is then one to two orders of magnitude faster, and exact.
 """
@@ -20,6 +25,7 @@ import torch
 
 from .backends import load_extension
 from .fused_scores import score_rows_fused, serves_fused
+from .products import add_mm, logits_dtype, mm_into
 from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale, row_weights_by_two
 from .transform import LogitTransform
 
@@ -130,7 +136,8 @@ class Head:
         self.backend = backend
         self.kernels = ROW_KERNELS[backend]
         self.vocab_size, self.hidden_size = weight.shape
-        self.row_bytes = row_bytes(self.vocab_size, dtype, backend)
+        self.logits_dtype = logits_dtype(dtype, weight.device)
+        self.row_bytes = row_bytes(self.vocab_size, self.logits_dtype, backend)
         self.workspace_bytes = workspace_bytes
         self._cast_tile: torch.Tensor | None = None
         rows_per_block(1, self.row_bytes, workspace_bytes)
@@ -148,7 +155,7 @@ class Head:
 
         kept_logits: (T, K, W), whose tiles decide the columns if there are any.
         """
-        element = self.row_bytes // self.vocab_size
+        element = self.row_bytes // self.vocab_size + (self.dtype.itemsize if self.narrow_gradients else 0)
         budget = self.workspace_bytes // _TILE_SHARE
         rows, columns = num_rows, self.vocab_size
         if self.weight.device.type == "cpu":
@@ -168,7 +175,16 @@ class Head:
         One tile's rows lie together. In a (K, V) matrix each would be in a memory page of its own.
         """
         width = self.tiling(num_rows).columns
-        return large_empty((-(-self.vocab_size // width), num_kept, width), self.dtype, self.weight.device)
+        return large_empty((-(-self.vocab_size // width), num_kept, width), self.logits_dtype, self.weight.device)
+
+    @property
+    def narrow_gradients(self) -> bool:
+        """Whether gradients of logits are narrower than logits, and so cannot take their place."""
+        return self.logits_dtype != self.dtype
+
+    def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room for tiles of up to this size."""
+        return torch.empty(rows, columns, dtype=dtype, device=self.weight.device)
 
     def weight_tile(self, columns: slice) -> torch.Tensor:
         """Rows `columns` of the weight, (C, H) in the product's dtype; valid until the next call."""
@@ -187,12 +203,19 @@ class Head:
         self.kernels.scores(logits, targets, bias, *self.transform, outputs, columns.start, state)
 
     def weigh(
-        self, logits: torch.Tensor, targets: torch.Tensor, columns: slice, outputs: int, state: torch.Tensor
-    ) -> None:
-        """The same, and the logits become e^(u - m) du/dz, m being their rows' largest logit so far."""
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        columns: slice,
+        outputs: int,
+        state: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same; e^(u - m) du/dz, m being the rows' largest logit so far, in `out` (may be `logits` itself)."""
         bias = None if self.bias is None else self.bias[columns]
         weights = self.kernels.weights or functools.partial(row_weights_by_two, self.kernels)
-        weights(logits, targets, bias, *self.transform, outputs, columns.start, state, logits)
+        weights(logits, targets, bias, *self.transform, outputs, columns.start, state, out)
+        return out
 
     def grad(
         self,
@@ -225,26 +248,29 @@ def score_rows(
     goes through the same tiles. With neither there is no gradient to come, and a fused kernel may serve.
     """
     no_gradient = keep is None and unit_gradient is None
-    if no_gradient and serves_fused(head.backend, head.weight, head.dtype, head.dtype.itemsize):
+    if no_gradient and serves_fused(head.backend, head.weight, head.dtype, head.logits_dtype.itemsize):
         given = (hidden, head.weight, targets, head.bias, head.transform)
         return score_rows_fused(*given, outputs, state, head.workspace_bytes)
     num_rows = hidden.shape[0]
     kept = 0 if keep is None else keep.shape[1]
     height, width = head.tiling(num_rows, keep)
     parts = [*spans(kept, height), *(slice(kept + s.start, kept + s.stop) for s in spans(num_rows - kept, height))]
-    scratch = hidden.new_empty(min(height, num_rows - kept), width)
+    scratch = head.scratch(min(height, num_rows - kept), width, head.logits_dtype)
+    gives_narrow = unit_gradient is not None and head.narrow_gradients
+    room_for_weights = head.scratch(height, width, head.dtype) if gives_narrow else scratch
     for number, columns in enumerate(spans(head.vocab_size, width)):
         weight = head.weight_tile(columns)
         for rows in parts:
             room = keep[number, rows] if rows.start < kept else scratch[: rows.stop - rows.start]
             tile = room[:, : columns.stop - columns.start]
-            torch.mm(hidden[rows], weight.t(), out=tile)
+            mm_into(tile, hidden[rows], weight.t())
             if unit_gradient is None:
                 head.score(tile, targets[rows], columns, outputs, state[:, rows])
                 continue
             top = state[TOP, rows].clone()
-            head.weigh(tile, targets[rows], columns, outputs, state[:, rows])
-            unit_gradient.add(rows, tile, weight, rescale(top, state[TOP, rows]))
+            out = room_for_weights[: tile.shape[0], : tile.shape[1]]
+            weights = head.weigh(tile, targets[rows], columns, outputs, state[:, rows], out)
+            unit_gradient.add(rows, weights, weight, rescale(top, state[TOP, rows]))
 
 
 class UnitGradient:
@@ -262,7 +288,7 @@ class UnitGradient:
         """Adds a tile's weights (R, C) of the head's rows (C, H), after what is there has shrunk by (R,)."""
         total = self.sum[rows]
         total.mul_(shrink[:, None].to(total.dtype))
-        _add_product(total, weights, weight)
+        add_mm(total, weights, weight)
 
     def finish(self, targets: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """The unit gradient, once every column has been seen."""
@@ -309,7 +335,7 @@ class RowBlock:
     ) -> torch.Tensor:
         """Logits (R, C) of tile `number`, in `scratch` (R, C) unless they are there and in order."""
         if self.logits is None:
-            return torch.mm(self.hidden, weight.t(), out=scratch)
+            return mm_into(scratch, self.hidden, weight.t())
         tile = self.logits[number, :, : columns.stop - columns.start]
         return tile if self.index is None else torch.index_select(tile, 0, self.index, out=scratch)
 
@@ -370,7 +396,9 @@ class HeadGradients:
         height, width = head.tiling(max((len(block.targets) for block in blocks), default=0), kept_logits)
         parts = [part for block in blocks for part in block.parts(height)]
         in_place = all(part.consume and part.logits is not None and part.index is None for part in parts)
-        scratch = torch.empty(0 if in_place else height, width, dtype=head.dtype, device=head.weight.device)
+        in_place = in_place and not head.narrow_gradients
+        scratch = head.scratch(0 if in_place else height, width, head.logits_dtype)
+        grads = head.scratch(height, width, head.dtype) if head.narrow_gradients else scratch
         narrow = self._need_weight and self.weight.dtype != head.wide
         buffer = scratch.new_empty(width if narrow else 0, head.hidden_size, dtype=head.wide)
         need_weight_tile = self.hidden is not None or any(part.logits is None for part in parts)
@@ -378,12 +406,12 @@ class HeadGradients:
             weight = head.weight_tile(columns) if need_weight_tile else None
             weight_sum = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
             for part in parts:
-                tile = scratch[: len(part.targets), : columns.stop - columns.start]
-                logits = part.raw_logits(number, columns, weight, tile)
-                out = logits if part.consume else tile
+                corner = (slice(len(part.targets)), slice(columns.stop - columns.start))
+                logits = part.raw_logits(number, columns, weight, scratch[corner])
+                out = logits if part.consume and not head.narrow_gradients else grads[corner]
                 grad = head.grad(logits, part.targets, part.lse, part.coefficients, columns, out)
                 if self.hidden is not None:
-                    _add_product(self.hidden[part.rows], grad, weight)
+                    add_mm(self.hidden[part.rows], grad, weight)
                 if weight_sum is not None:
                     weight_sum.add(grad, part.hidden)
                 if self._bias is not None:
@@ -422,11 +450,9 @@ class _WeightTile:
     def add(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
         """Adds gradᵀ (C, R) @ hidden (R, H)."""
         if not self.empty:
-            _add_product(self.sum, grad.t(), hidden)
-        elif self.sum.dtype == grad.dtype:
-            torch.mm(grad.t(), hidden, out=self.sum)
+            add_mm(self.sum, grad.t(), hidden)
         else:
-            self.sum.copy_(torch.mm(grad.t(), hidden))
+            mm_into(self.sum, grad.t(), hidden)
         self.empty = False
 
     def finish(self) -> None:
@@ -435,11 +461,3 @@ class _WeightTile:
             self.total.zero_()
         elif self.sum is not self.total:
             self.total.copy_(self.sum)
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, where total may be wider than the factors."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(torch.mm(left, right))

@@ -69,7 +69,7 @@ def _linear_cross_entropy(
             kept = logits[:, : rows.stop - rows.start]
             state = new_state(rows.stop - rows.start, hidden.device)
             outputs = MEAN_LOGITS if label_smoothing else 0
-            score_rows(head, product[rows], targets[rows], outputs, state, keep=kept)
+            score_rows(head, product[rows], targets[rows], outputs, state, keep=kept if any(needs.values()) else None)
             statistics = finish_scores(state, outputs, head.vocab_size, head.wide)
             lse, logprobs, mean_logits = (statistics[row] for row in (LSE_ROW, LOGPROB_ROW, MEAN_LOGITS_ROW))
             total += token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss).sum()

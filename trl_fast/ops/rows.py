@@ -183,7 +183,8 @@ def row_grad_reference(
         bias: (C,) or None, the slice that belongs to these columns.
         lse: (R,) float32, the row's log-sum-exp over the full vocabulary.
         coefficients: (4, R) float32, the rows a, b, d, e of the module's formula.
-        out: (R, C), dtype of logits; may be the very memory of logits.
+        out: (R, C), dtype of logits; may be the very memory of logits. On a GPU, float32 logits may have a narrower
+            one.
     """
     u, tanh = LogitTransform(scale, softcap, inv_temperature).apply(logits, bias)
     a, b, d, e = (row[:, None].to(u.dtype) for row in coefficients)
@@ -213,7 +214,7 @@ def row_weights_by_two(
 ) -> None:
     """Adds a tile to its rows' state, and writes e^(u - m) du/dz to `out` (R, C), m being the largest logit so far.
 
-    The arguments are those of row_scores_reference; `out` has the dtype of logits and may be their memory.
+    The arguments are those of row_scores_reference; `out` is as for row_grad_reference.
     """
     given = (logits, targets, bias, scale, softcap, inv_temperature)
     kernels.scores(*given, outputs, column_offset, state)

@@ -1,0 +1,144 @@
+"""Float32 logits from bfloat16 factors, as on a GPU: here with products that stand in for a GPU's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.memory import measure_peak
+from support.heads import error, make_problem
+from support.triton_interpreter import interpreted_kernels
+from trl_fast.ops import blocks, linear_cross_entropy, linear_logprob, linear_token_loss
+from trl_fast.ops.linear_scores import linear_scores
+from trl_fast.ops.products import add_mm, logits_dtype, mm_into
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _like_a_gpu(monkeypatch):
+    """Products of bfloat16 whose sums are handed over in float32."""
+
+    def wide_mm_into(out, left, right):
+        return out.copy_(left.float() @ right.float())
+
+    def wide_add_mm(total, left, right):
+        total.add_(left.float() @ right.float())
+
+    monkeypatch.setattr(blocks, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(blocks, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(blocks, "mm_into", wide_mm_into)
+    monkeypatch.setattr(blocks, "add_mm", wide_add_mm)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    if request.param == "torch":
+        yield "torch"
+    else:
+        with interpreted_kernels():
+            yield "triton"
+
+
+def confident_problem(n=24, v=700, h=64):
+    """Rows that give their target 99% of the probability or more: its logit is near 14."""
+    problem = make_problem(n, v, h, dtype=torch.bfloat16, spread=0.1)
+    with torch.no_grad():
+        rows = problem.weight[problem.targets].float()
+        problem.hidden += 14 * rows / rows.square().sum(1, keepdim=True)
+    return problem
+
+
+def of_logprob(problem, **options):
+    given = (problem.hidden, problem.weight, problem.targets)
+    return -linear_logprob(*given, **options).logprobs.sum()
+
+
+def of_cross_entropy(problem, **options):
+    return linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="sum", **options)
+
+
+def of_token_loss(problem, **options):
+    given = (problem.hidden, problem.weight, problem.targets)
+    return linear_token_loss(*given, lambda scores, _: -scores.logprobs.sum(), **options).loss
+
+
+WORKSPACES = {"all kept": None, "some kept": 50_000}
+
+
+@pytest.mark.parametrize("workspace_bytes", WORKSPACES.values(), ids=WORKSPACES.keys())
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained", "frozen"])
+@pytest.mark.parametrize("op", [of_logprob, of_cross_entropy, of_token_loss])
+def test_gradients_are_those_of_float32_logits(op, frozen, workspace_bytes, backend):
+    """bfloat16 logits near 14 are off by up to 0.03, and with them the gradients of plain PyTorch."""
+    problem = confident_problem()
+    for name in frozen:
+        getattr(problem, name).requires_grad_(False)
+    leaves = [leaf for leaf in problem.leaves if leaf.requires_grad]
+    loss = op(problem, workspace_bytes=workspace_bytes, backend=backend)
+    exact, baseline = (
+        F.cross_entropy(problem.logits(dtype), problem.targets, reduction="sum") for dtype in (torch.float64, None)
+    )
+    assert error(loss, exact) < 1e-4 < error(baseline, exact)
+    grads = [torch.autograd.grad(x, leaves) for x in (loss, baseline, exact)]
+    for ours, theirs, true in zip(*grads, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert error(ours, true) < 5e-3 < error(theirs, true) / 3
+
+
+def test_kept_logits_are_wide_and_left_as_they_are(backend):
+    problem = confident_problem()
+    with torch.no_grad():
+        given = (problem.hidden, problem.weight, problem.targets, None, 1.0, 0.0, 1.0, 0, 1, 1 << 20, backend)
+        cache = linear_scores(*given)[-1]
+    logits = torch.cat([*cache], 1)[:, :700]
+    assert logits.dtype == torch.float32 and error(logits, problem.logits(torch.float64)) < 1e-6
+    loss = of_logprob(problem, backend=backend)
+    first, second = (torch.autograd.grad(loss, problem.leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden", "weight")], ids=["trained", "frozen", "scoring"])
+@pytest.mark.parametrize("op", [of_logprob, of_cross_entropy, of_token_loss])
+def test_a_step_stays_inside_its_workspace(op, frozen):
+    n, v, h = 512, 8192, 16
+    problem = make_problem(n, v, h, dtype=torch.bfloat16)
+    for name in frozen:
+        getattr(problem, name).requires_grad_(False)
+    workspace = 4 * n * v // 2
+
+    def step():
+        loss = op(problem, workspace_bytes=workspace, backend="torch")
+        if loss.requires_grad:
+            loss.backward()
+
+    # Beside the workspace: the weight's gradient wide and narrow, [N, H] vectors, the stand-ins' copies of factors.
+    assert measure_peak(step).peak_bytes < workspace + 14 * v * h + 20 * n * h + 200 * n
+
+
+def test_products_of_the_cpu():
+    """Without a GPU: the factors' product, rounded to their dtype, then widened."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 7), (7, 3)))
+    assert logits_dtype(torch.bfloat16, CPU) == torch.bfloat16
+    assert logits_dtype(torch.bfloat16, torch.device("cuda")) == torch.float32
+    assert logits_dtype(torch.float64, torch.device("cuda")) == torch.float64
+    for dtype in (torch.bfloat16, torch.float32):
+        out = torch.full((5, 3), float("nan"), dtype=dtype)
+        assert mm_into(out, left, right) is out
+        assert torch.equal(out, torch.mm(left, right).to(dtype))
+        add_mm(out, left, right)
+        torch.testing.assert_close(out, 2 * torch.mm(left, right).to(dtype), rtol=1e-2, atol=1e-2)
+
+
+def test_products_of_a_gpu_are_calls_that_this_torch_takes():
+    """Shapes and dtypes only: nothing runs."""
+    with FakeTensorMode():
+        left, right = (torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((5, 7), (3, 7)))
+        out = torch.empty(5, 3, device="cuda")
+        assert mm_into(out, left, right.t()).dtype == torch.float32
+        add_mm(out, left, right.t())
+        with pytest.raises(RuntimeError):
+            mm_into(out.double(), left, right.t())

@@ -1,0 +1,33 @@
+"""Matrix products whose results may be wider than their factors.
+
+A GPU accumulates products of 16-bit numbers in float32 and can hand the sums over as they are; a CPU rounds them
+first.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of logits whose factors are of `dtype`: float32 at least, where the device's products can be."""
+    return torch.promote_types(dtype, torch.float32) if device.type == "cuda" else dtype
+
+
+def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """out = left @ right, (R, C) = (R, H) @ (H, C); out may be wider than the factors."""
+    if out.dtype == left.dtype:
+        return torch.mm(left, right, out=out)
+    if out.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return out.copy_(torch.mm(left, right))
+
+
+def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right; total may be wider than the factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+    else:
+        total.add_(torch.mm(left, right))
