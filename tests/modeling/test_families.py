@@ -148,6 +148,18 @@ def test_lora(name, target, checkpointing, trees):
         assert_same(loss_and_gradients(model, trees, layout, router=not checkpointing), expected)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_routers_loss_beside_the_models_own_logits(name, trees):
+    """The slow path, for heads that are not understood."""
+    model = build(name)
+    expected = loss_and_gradients(model, trees, "padded")
+    model.trl_fast_fused_head = False
+    assert_same(loss_and_gradients(model, trees, "padded"), expected)
+    use_segment_attention(model)
+    for layout in ("packed", "shared_prefix"):
+        assert_same(loss_and_gradients(model, trees, layout), expected)
+
+
 def test_capped_scores_under_autocast(trees):
     model = build("gemma2")
     use_segment_attention(model)

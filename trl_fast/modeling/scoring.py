@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,6 @@ from trl_fast.ops.scores import detached
 from .attention import LENGTHS_KEYWORD, row_inputs
 from .head import head_parameters, head_transform
 from .loading import backbone, unbound_forward
-from .segments import TreeLengths
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -73,7 +72,7 @@ def attach_scoring(model: PreTrainedModel) -> None:
         if scoring is None:
             return original(self, *args, **kwargs)
         if not self.trl_fast_fused_head:
-            return _score_logits(functools.partial(original, self), scoring, *args, **kwargs)
+            return _score_logits(self, original, scoring, *args, **kwargs)
         return _score_hidden(self, scoring, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -89,10 +88,7 @@ def _score_hidden(
     tokens, loss = _run_head(model, selected, scoring)
     if not router:
         return ModelScores(tokens, None, loss)
-    trees, counts = kwargs.get(LENGTHS_KEYWORD), kwargs.get("attention_mask")
-    if trees is not None:
-        counts = _sequences_of_each_token(trees, hidden.device)
-    return ModelScores(tokens, _aux_loss(model, output.router_logits, counts), loss)
+    return ModelScores(tokens, _aux_loss(model, output.router_logits, _token_counts(kwargs)), loss)
 
 
 def _run_head(
@@ -125,19 +121,21 @@ def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScore
     return detached(tokens), loss
 
 
-def _sequences_of_each_token(trees: tuple[TreeLengths, ...], device: torch.device) -> torch.Tensor:
-    """(1, T) int64: how many sequences a row's tokens belong to; a prompt's to all of its branches."""
+def _token_counts(kwargs: dict[str, object]) -> torch.Tensor | None:
+    """How often each token (B, T) counts in a router's loss: padding not at all, a prompt once for each branch.
+
+    So the loss is that of the padded layout in every layout.
+    """
+    trees, mask = kwargs.get(LENGTHS_KEYWORD), kwargs.get("attention_mask")
+    if trees is None:
+        return mask
     counts = [max(len(tree) - 1, 1) if index == 0 else 1 for tree in trees for index in range(len(tree))]
     lengths = [length for tree in trees for length in tree]
-    return torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None].to(device)
+    return torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None].to(mask.device)
 
 
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:
-    """The family's own load-balancing loss; it stands in the module of the model's class.
-
-    counts (B, T): how often each token counts, as the attention mask counts padding not at all. A shared prompt counts
-    once for each of its branches, so that the loss is that of the padded layout.
-    """
+    """The family's own load-balancing loss, of which the mask is its weights; it stands in the class's module."""
     config = model.config.get_text_config()
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     if function is None:
@@ -146,9 +144,14 @@ def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor
     return function(router_logits, experts, config.num_experts_per_tok, counts)
 
 
-def _score_logits(forward, scoring: ScoringRequest, *args: object, **kwargs: object) -> ModelScores:
+def _score_logits(
+    model: PreTrainedModel, forward: Callable, scoring: ScoringRequest, *args: object, **kwargs: object
+) -> ModelScores:
     """The slow path, for heads that we do not understand: the model's own logits, at the scored positions."""
-    output = forward(*args, **{**kwargs, "use_cache": False, "labels": None})
+    # The model hands its mask on to the layers and to the router's loss, which need different ones of a row.
+    counts = {"attention_mask": _token_counts(kwargs)} if kwargs.get("output_router_logits") else {}
+    with _layers_given(model, attention_mask=kwargs.get("attention_mask")) if counts else nullcontext():
+        output = forward(model, *args, **{**kwargs, **counts, "use_cache": False, "labels": None})
     logits = output.logits.reshape(-1, output.logits.shape[-1])[scoring.score_positions]
     logprobs, entropy = selective_log_softmax_and_entropy(
         logits, scoring.targets, temperature=scoring.temperature, backend=scoring.backend
@@ -164,6 +167,18 @@ def _score_logits(forward, scoring: ScoringRequest, *args: object, **kwargs: obj
         )
     tokens, loss = _with_loss(tokens, scoring)
     return ModelScores(tokens, getattr(output, "aux_loss", None), loss)
+
+
+@contextmanager
+def _layers_given(model: PreTrainedModel, **keywords: object) -> Iterator[None]:
+    """Within, the layers under the head get these keywords whatever the model hands them."""
+    hook = backbone(model).register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, **keywords}), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def model_inputs(batch: TokenBatch) -> dict[str, object]:
