@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 import trl_fast
 import trl_fast.data.packing as packing
+from support.models import save_tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.losses.dpo import PAIR_LOSSES
 
@@ -66,6 +67,17 @@ def layout(request, monkeypatch):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_settings(settings, layout, model_path, tmp_path):
     compare(tmp_path, {"model": model_path}, {"batch_layout": layout}, **settings)
+
+
+@pytest.fixture(scope="module")
+def experts_path(tmp_path_factory, tokenizer):
+    changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.1}
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-moe"), tokenizer, "qwen3_moe", **changes)
+
+
+def test_mixture_of_experts(layout, experts_path, tmp_path):
+    """A shared prompt counts once for each of its branches in the router's loss, as it does where it is not shared."""
+    compare(tmp_path, {"model": experts_path}, {"batch_layout": layout})
 
 
 def load(path, **changes):
