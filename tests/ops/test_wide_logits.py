@@ -21,11 +21,15 @@ CPU = torch.device("cpu")
 def _like_a_gpu(monkeypatch):
     """Products of bfloat16 whose sums are handed over in float32."""
 
+    def wide_mm(left, right):
+        assert left.dtype == right.dtype == torch.bfloat16
+        return left.float() @ right.float()
+
     def wide_mm_into(out, left, right):
-        return out.copy_(left.float() @ right.float())
+        return out.copy_(wide_mm(left, right))
 
     def wide_add_mm(total, left, right):
-        total.add_(left.float() @ right.float())
+        total.add_(wide_mm(left, right))
 
     monkeypatch.setattr(blocks, "_cpu_multiplies_bf16", lambda: True)
     monkeypatch.setattr(blocks, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
