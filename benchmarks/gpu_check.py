@@ -2,12 +2,12 @@
 
     python -m benchmarks.gpu_check [--rows 4096 --hidden 2048 --vocab 151936 --rounds 5]
 
-Checks every op on every backend that serves here against float64, and the packed layout against the padded one. Times
-the head against TRL, plain PyTorch, torch's chunked cross-entropy and, if installed, Liger-Kernel and
-cut-cross-entropy, with peak memory; and the fused scoring kernel against the two steps that it replaces, for heads on
-either side of the size up to which trl_fast/ops/fused_scores.py expects it to be faster. Writes
-benchmarks/results/gpu_NAME.json and .md, and exits 1 if a check failed. Without a GPU it says so, measures nothing,
-and exits 0.
+Checks every op on every backend that serves here against float64, and rows without padding, tiled MLPs and offloaded
+activations against the padded layout. Times the head against TRL, plain PyTorch, torch's chunked cross-entropy and, if
+installed, Liger-Kernel and cut-cross-entropy, with peak memory; and the fused scoring kernel against the two steps
+that it replaces, for heads on either side of the size up to which trl_fast/ops/fused_scores.py expects it to be
+faster. Writes benchmarks/results/gpu_NAME.json and .md, and exits 1 if a check failed. Without a GPU it says so,
+measures nothing, and exits 0.
 """
 
 from __future__ import annotations
@@ -144,25 +144,57 @@ def check_fused_scores(device: torch.device, vocab: int = 32003) -> Iterator[tup
             yield what, error(got[row], exact), TOLERANCE[torch.float32]
 
 
-def check_layouts(device: torch.device) -> Iterator[tuple[str, float, float]]:
-    """Log-probs of a small random model in the packed layout against the padded one."""
+def small_model(device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A random model with grouped-query heads, ready to be scored."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from trl_fast.data import Tree, pack_trees
-    from trl_fast.modeling.attention import use_segment_attention
-    from trl_fast.modeling.scoring import attach_scoring, score
+    from trl_fast.modeling.scoring import attach_scoring
 
     torch.manual_seed(0)
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=1000)
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    model = LlamaForCausalLM(config).to(device, torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).to(device, dtype)
     attach_scoring(model)
-    trees = [Tree(list(range(5, 30 + i)), [list(range(40, 90 + 9 * i))]) for i in range(4)]
-    with torch.no_grad():
-        padded = score(model, pack_trees(trees, "padded", 0).to(device)).tokens.logprobs
+    return model
+
+
+def score_and_gradient(model: torch.nn.Module, layout: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """Log-probs of some pairs, and all gradients as one vector."""
+    from trl_fast.data import Tree, pack_trees
+    from trl_fast.modeling.scoring import score
+
+    trees = [Tree([*range(5, 30 + i)], [[*range(40, 90 + 9 * i)], [*range(200, 230 + i)]]) for i in range(4)]
+    model.zero_grad()
+    logprobs = score(model, pack_trees(trees, layout, 0).to(device)).tokens.logprobs
+    logprobs.square().mean().backward()
+    gradients = torch.cat([weight.grad.double().flatten() for weight in model.parameters()])
+    return {"log-probs": logprobs.detach().double(), "gradients": gradients}
+
+
+def check_layouts(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """A small random model in rows without padding, then its MLPs in tiles, then its activations offloaded.
+
+    In float32 a GPU has no flash kernel, so that attention there is by plain PyTorch.
+    """
+    from trl_fast.modeling.attention import use_segment_attention
+    from trl_fast.modeling.offloading import offload_activations
+    from trl_fast.modeling.tiled_mlp import tile_mlps
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model, name = small_model(device, dtype), str(dtype).removeprefix("torch.")
+        padded = score_and_gradient(model, "padded", device)
         use_segment_attention(model)
-        packed = score(model, pack_trees(trees, "packed", 0).to(device)).tokens.logprobs
-    yield "packed against padded layout, bfloat16", error(packed, padded.double()), TOLERANCE[torch.bfloat16]
+        changes = {"as it is": lambda: None, "tiled MLPs": lambda model=model: tile_mlps(model, 128)}
+        for change, apply in changes.items():
+            apply()
+            for layout in ("packed", "shared_prefix"):
+                got = score_and_gradient(model, layout, device)
+                for what, exact in padded.items():
+                    yield f"{what} in {layout}, {change}, {name}", error(got[what], exact), TOLERANCE[dtype]
+        kept = score_and_gradient(model, "shared_prefix", device)
+        offload_activations(model)
+        offloaded = score_and_gradient(model, "shared_prefix", device)
+        for what, exact in kept.items():
+            yield f"{what}, activations offloaded, {name}", error(offloaded[what], exact), TOLERANCE[dtype]
 
 
 def liger(problem: Problem) -> Contender | None:
