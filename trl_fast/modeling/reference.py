@@ -127,11 +127,11 @@ def weights_hash(model: torch.nn.Module) -> str:
 def with_reference_columns(
     dataset: Dataset,
     key: tuple,
-    compute: Callable[[], tuple[list[float], list[float]]],
+    compute: Callable[[], dict[str, list[float]]],
     is_main_process: bool,
     wait: Callable[[], None],
 ) -> Dataset:
-    """`dataset` with ref_chosen_logps and ref_rejected_logps, computed once and cached on disk beside it.
+    """`dataset` with the columns that `compute` returns, computed once and cached on disk beside it.
 
     `key` is all that the numbers depend on besides the dataset. A dataset without files is cached under the folder
     that datasets uses for such.
@@ -139,9 +139,9 @@ def with_reference_columns(
     fingerprint = Hasher.hash((dataset._fingerprint, key))
     cache_file = dataset._get_cache_file_path(fingerprint)
     if not os.path.exists(cache_file):
-        chosen, rejected = compute()
+        values = compute()
         if is_main_process:
-            columns = Dataset.from_dict({"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
+            columns = Dataset.from_dict(values)
             os.makedirs(os.path.dirname(cache_file), exist_ok=True)
             columns.map(lambda row: row, cache_file_name=cache_file, desc="Caching reference log-probs")
         wait()

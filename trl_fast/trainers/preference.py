@@ -1,0 +1,160 @@
+"""What trainers on preference data with a reference, DPO and KTO, do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from trl_fast.data import TokenBatch
+from trl_fast.modeling.reference import weights_hash, with_reference_columns
+
+from .base import AnyDataset, older_tokenizer_name
+from .preference_config import PreferenceConfig
+from .reference import ReferenceTrainer
+
+
+class PreferenceTrainer(ReferenceTrainer):
+    """A trainer on preference data; a subclass brings its data, its collator and its loss.
+
+    `reference_columns` hold precomputed log-probabilities of a row's sequences under the reference, in their order in
+    a batch.
+    """
+
+    config_class = PreferenceConfig
+    shares_prompts = True
+    reference_columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: str | PreTrainedModel | None = None,
+        args: PreferenceConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: object | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **older: Any,
+    ) -> None:
+        processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
+        args = self.resolve_config(args, model).with_older_arguments(type(self), older)
+        self.check_dataset_type(train_dataset, "train_dataset")
+        if isinstance(model, torch.nn.Module) and ref_model is model:
+            raise ValueError("ref_model is the very object of model; leave it out to use a copy of the policy")
+        model = self.resolve_model(model, args, quantization_config)
+        processing_class = self.resolve_tokenizer(processing_class, model, args)
+        self.loss_config = args.loss_config()
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
+        sequences, wanted = self.sample_sequences(train_dataset), self.needs_reference(args)
+        model, layout = self.set_up_models(model, ref_model, args, peft_config, sequences, wanted=wanted)
+        self.start(
+            model=model,
+            args=args,
+            data_collator=data_collator or self.make_collator(model, processing_class.pad_token_id, layout, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.precompute_ref_log_probs:
+            self._precompute_all()
+
+    # ---- what a subclass brings
+
+    def needs_reference(self, args: PreferenceConfig) -> bool:
+        """Whether the reference is asked during training."""
+        return not args.precompute_ref_log_probs
+
+    def make_collator(
+        self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: PreferenceConfig
+    ) -> Callable[[list[dict[str, Any]]], TokenBatch]:
+        """From prepared rows to a batch of that layout; `model` is as it will be trained."""
+        raise NotImplementedError
+
+    def sample_sequences(self, dataset: AnyDataset) -> list[list[int]]:
+        """Two token sequences of a prepared dataset's first row, for trying the model out."""
+        row = next(iter(dataset))
+        return [row["prompt_ids"] + row[column] for column in self.token_columns if column != "prompt_ids"]
+
+    def sequence_logprobs(self, batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
+        """Log-probs of the sequences (S,) from those of the scored tokens (N,), as the loss sums them."""
+        raise NotImplementedError
+
+    # ---- the reference
+
+    @torch.no_grad()
+    def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
+        """Log-probs of each sequence (S,) float32 under the reference, summed as the loss sums the policy's."""
+        columns = self.reference_columns
+        if columns[0] in batch.extras:
+            return torch.stack([batch.extras[column] for column in columns], dim=1).flatten()
+        return self.sequence_logprobs(batch, self.score_reference(batch).logprobs)
+
+    def _reference_key(self) -> tuple:
+        """All that precomputed numbers depend on besides the dataset."""
+        args = self.args
+        return (args.ref_adapter_name, args.max_length, args.truncation_mode)
+
+    def _precompute_all(self) -> None:
+        weights = weights_hash(self.accelerator.unwrap_model(self.ref_model or self.model))
+        self._cache_key = (weights, *self._reference_key())
+        self.train_dataset = self._with_reference(self.train_dataset, "train", self.args.train_batch_size)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: self._with_reference(dataset, name, self.args.eval_batch_size)
+                for name, dataset in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_reference(self.eval_dataset, "eval", self.args.eval_batch_size)
+
+    def _with_reference(self, dataset: AnyDataset, name: str, batch_size: int) -> Dataset:
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(f"precompute_ref_log_probs=True needs a dataset of known length, but {name} is a stream")
+        columns = self.reference_columns
+
+        def compute() -> dict[str, list[float]]:
+            size = self.args.precompute_ref_batch_size or batch_size
+            # remove_unused_columns works on loaders that Trainer makes; this one is ours.
+            read = [column for column in self.signature_columns if column in dataset.column_names]
+            loader = DataLoader(dataset.select_columns(read), batch_size=size, collate_fn=self.data_collator)
+            scored = []
+            for batch in tqdm(self.accelerator.prepare(loader), desc=f"Reference log-probs of {name}"):
+                rows = self.compute_ref_log_probs(batch).view(-1, len(columns))
+                scored.append(self.accelerator.gather_for_metrics(rows).cpu())
+            return dict(zip(columns, torch.cat(scored).t().tolist(), strict=True))
+
+        accelerator = self.accelerator
+        return with_reference_columns(
+            dataset, self._cache_key, compute, accelerator.is_main_process, accelerator.wait_for_everyone
+        )
+
+    def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
+        """A dataset given to `evaluate`, with reference log-probs where those are precomputed.
+
+        Raises:
+            ValueError: they were precomputed from a policy that has been trained since.
+        """
+        dataset = super().prepare_for_evaluation(dataset)
+        if not self.args.precompute_ref_log_probs or self.reference_columns[0] in dataset.column_names:
+            return dataset
+        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
+            raise ValueError(
+                "evaluate(eval_dataset=...): with precompute_ref_log_probs=True the reference was the policy "
+                "before training, which is gone; give the dataset to the constructor, or give a ref_model"
+            )
+        return self._with_reference(dataset, "eval", self.args.eval_batch_size)

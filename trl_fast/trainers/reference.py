@@ -1,0 +1,118 @@
+"""What trainers with a reference policy do alike: making it, preparing it as the policy is, scoring with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from trl_fast.data import TokenBatch
+from trl_fast.modeling.loading import base_model, disable_dropout, load_causal_lm
+from trl_fast.modeling.reference import copy_adapter_as_reference, copy_as_reference, freeze, reference_scope
+from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.tiled_mlp import tile_mlps
+from trl_fast.ops import TokenScores
+
+from .base import BaseTrainer, router_coefficient
+from .callbacks import SyncRefModelCallback
+from .reference_config import ReferenceConfig
+
+
+class ReferenceTrainer(BaseTrainer):
+    """A trainer whose loss reads log-probabilities of a reference policy.
+
+    `ref_model` is that policy; None where it is the model itself without its adapter, or where there is none. A
+    subclass calls `set_up_models` and then `start`.
+    """
+
+    config_class = ReferenceConfig
+    ref_model: torch.nn.Module | None = None
+
+    def set_up_models(
+        self,
+        model: PreTrainedModel | PeftModel,
+        ref_model: str | PreTrainedModel | None,
+        args: ReferenceConfig,
+        peft_config: PeftConfig | None,
+        sequences: list[list[int]],
+        *,
+        wanted: bool = True,
+    ) -> tuple[PreTrainedModel | PeftModel, str]:
+        """The policy, adapted, and the batch layout for both models; `ref_model` becomes the reference policy.
+
+        sequences: a few, to try the model out on. wanted: whether a copy of the policy is made where no ref_model is
+        given and no adapter tells policy and reference apart.
+
+        Raises:
+            NotImplementedError: sync_ref_model with an adapter and no ref_model.
+            ValueError: as in `adapt` and `choose_layout`.
+        """
+        self.ref_model = self._make_reference(model, ref_model, args, peft_config, wanted)
+        came_with_adapter = isinstance(model, PeftModel)
+        model = self.adapt(model, peft_config, args)
+        if came_with_adapter:
+            self._prepare_adapters(model, args)
+        layout = self.choose_layout(base_model(model), args, sequences)
+        if self.ref_model is not None:
+            self._prepare_reference(base_model(model), args)
+        self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
+        return model, layout
+
+    def _make_reference(
+        self,
+        model: PreTrainedModel | PeftModel,
+        ref_model: str | PreTrainedModel | None,
+        args: ReferenceConfig,
+        peft_config: PeftConfig | None,
+        wanted: bool,
+    ) -> PreTrainedModel | None:
+        with_adapter = peft_config is not None or isinstance(model, PeftModel)
+        if args.sync_ref_model and with_adapter and ref_model is None:
+            raise NotImplementedError(
+                "sync_ref_model=True needs a reference model of its own, but with PEFT the reference is the same "
+                "model without its adapter; give a ref_model or set sync_ref_model=False"
+            )
+        if isinstance(ref_model, str):
+            options = args.ref_model_init_kwargs or {"dtype": model.dtype}
+            return freeze(load_causal_lm(ref_model, **options))
+        if ref_model is not None:
+            return freeze(ref_model)
+        return None if with_adapter or not wanted else copy_as_reference(model)
+
+    def _prepare_adapters(self, model: PeftModel, args: ReferenceConfig) -> None:
+        if args.model_adapter_name is not None:
+            model.set_adapter(args.model_adapter_name)
+        # Training goes on from the adapter that the model came with, so a frozen copy of it is the reference.
+        if self.ref_model is None and args.ref_adapter_name is None:
+            copy_adapter_as_reference(model)
+
+    def _prepare_reference(self, policy: PreTrainedModel, args: ReferenceConfig) -> None:
+        inner = base_model(self.ref_model)
+        attach_scoring(inner)
+        inner.trl_fast_fused_head = policy.trl_fast_fused_head
+        inner.set_attn_implementation(policy.config.get_text_config()._attn_implementation)
+        if args.disable_dropout:
+            disable_dropout(inner)
+        if args.tiled_mlp is not None:
+            tile_mlps(inner, args.tiled_mlp)
+
+    def start(self, **kwargs: Any) -> None:
+        """As in the base; then the reference goes where the policy is."""
+        super().start(**kwargs)
+        if self.ref_model is None:
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise NotImplementedError("a separate ref_model with DeepSpeed or FSDP is not supported yet; use PEFT")
+        self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        if self.args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+
+    @torch.no_grad()
+    def score_reference(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
+        """What the reference says about the batch's N scored tokens; `kwargs` are those of `modeling.score`."""
+        model = self.model if self.ref_model is None else self.ref_model
+        scope = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
+        with reference_scope(scope, self.args.ref_adapter_name), self.compute_loss_context_manager():
+            return self.score(model, batch, **kwargs).tokens
