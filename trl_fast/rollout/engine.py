@@ -1,0 +1,120 @@
+"""What an online method asks of generation: prompts in, completions out, whoever generates them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are sampled, under TRL's names.
+
+    Args:
+        max_completion_length: tokens after which a completion is cut off, its end token included.
+        temperature: divides the logits.
+        top_p: the likeliest tokens that have this much probability together are kept; 1 keeps all.
+        top_k: so many of the likeliest tokens are kept; 0 keeps all.
+        min_p: tokens less likely than this share of the likeliest one's probability are dropped; None drops none.
+        repetition_penalty: divides the scores of tokens that occurred; 1 is none.
+        generation_kwargs: further arguments of the engine's sampler, which win over those above.
+        cache_implementation: of the keys and values, as transformers' `generate` takes it; None is its default.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict | None = None
+    cache_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        length = self.max_completion_length
+        _expect(isinstance(length, int) and length >= 1, "max_completion_length", length, "an integer of at least 1")
+        greedy = "for greedy decoding use generation_kwargs={'do_sample': False}"
+        _expect(self.temperature > 0, "temperature", self.temperature, f"a number above 0; {greedy}")
+        _expect(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and at most 1")
+        _expect(self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0; 0 keeps all tokens")
+        _expect(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "None or a number from 0 to 1")
+        _expect(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
+
+
+@dataclass
+class Rollout:
+    """One completion a prompt, as plain lists without padding.
+
+    Args:
+        prompt_ids: the prompts' tokens.
+        completion_ids: the completions' tokens, up to and including the first end token.
+        logprobs: log-probabilities in nats of the completions' tokens under the distribution that they were sampled
+            from, temperature and truncation included; None where the engine does not give them.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]] | None = None
+
+
+class RolloutEngine(Protocol):
+    """Generates completions with the policy's weights, its own or a copy that it is kept up to date with."""
+
+    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+        """One completion for each entry; equal prompts in a row are read once.
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room for its completion.
+        """
+
+    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
+        """Gives the engine the policy's weights of an optimizer step; nothing to do where it has that step's."""
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a completion: all that the model's generation config names, and the tokenizer's.
+
+    Raises:
+        ValueError: there is none, so that no completion would come to an end.
+    """
+    named = model.generation_config.eos_token_id
+    ends = {named} if isinstance(named, int) else set(named or ())
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)
+    if not ends:
+        raise ValueError(
+            "neither the tokenizer's eos_token nor the model's generation_config.eos_token_id is set, so no "
+            "completion would ever end; set one of them"
+        )
+    return ends
+
+
+def check_prompts(prompt_ids: list[list[int]], max_completion_length: int, max_positions: int | None) -> None:
+    """Refuses prompts that nothing can be generated for.
+
+    max_positions: the most tokens, prompt and completion together, that the model takes; None if it has no limit.
+
+    Raises:
+        ValueError: there are no prompts, one is empty, or one is too long.
+    """
+    if not prompt_ids:
+        raise ValueError("prompt_ids: there are no prompts to generate completions for")
+    for index, prompt in enumerate(prompt_ids):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; it needs at least one token")
+        if max_positions is not None and len(prompt) + max_completion_length > max_positions:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens, which with max_completion_length={max_completion_length} "
+                f"are more than the {max_positions} positions of the model; shorten the prompt or the completions"
+            )
+
+
+def _expect(condition: bool, name: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={got!r}: expected {expected}")

@@ -1,0 +1,88 @@
+"""Completions with what a policy loss reads about them, and the batches that a model scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+
+import torch
+
+from trl_fast.data.packing import TokenBatch, pack_trees
+from trl_fast.data.trees import Tree
+
+# Fields that hold one vector a completion, as long as it is.
+TOKEN_FIELDS = ("mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_ratios")
+
+
+@dataclass
+class Samples:
+    """S completions, those of one prompt next to each other where sharing is to pay.
+
+    - `prompt_ids`, `completion_ids`: token ids by completion, none of them empty.
+    - `advantages` (S,) float32, on the CPU.
+    - `excluded` (S,) bool: completions of which no token counts, because they were cut off.
+    - `generation_tokens`: tokens that count in the whole generation, a process's share; 0 until it is known.
+    - the others: one float32 vector (length,) a completion, on the CPU, or None. `losses.policy.PolicyTable` says what
+      they are.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    advantages: torch.Tensor
+    excluded: torch.Tensor
+    generation_tokens: float = 0.0
+    mask: list[torch.Tensor] | None = None
+    old_logprobs: list[torch.Tensor] | None = None
+    ref_logprobs: list[torch.Tensor] | None = None
+    sampling_logprobs: list[torch.Tensor] | None = None
+    importance_ratios: list[torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """How many tokens of each completion count, (S,) float32."""
+        if self.mask is None:
+            lengths = torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.float32)
+        else:
+            lengths = torch.stack([mask.sum() for mask in self.mask])
+        return lengths.masked_fill(self.excluded, 0.0)
+
+    def select(self, indices: Iterable[int]) -> Samples:
+        """The completions of these numbers, in this order."""
+        indices = list(indices)
+        values = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, torch.Tensor):
+                value = value[indices]
+            elif isinstance(value, list):
+                value = [value[index] for index in indices]
+            values[item.name] = value
+        return Samples(**values)
+
+    def grouped(self, order: Sequence[int]) -> list[int]:
+        """`order` with the completions of one prompt brought together, each prompt where it first stands."""
+        first: dict[tuple[int, ...], int] = {}
+        for place, index in enumerate(order):
+            first.setdefault(tuple(self.prompt_ids[index]), place)
+        return sorted(order, key=lambda index: first[tuple(self.prompt_ids[index])])
+
+    def flat(self, name: str) -> torch.Tensor | None:
+        """A field of TOKEN_FIELDS as one vector (N,) in the order of the completions."""
+        vectors = getattr(self, name)
+        return None if vectors is None else torch.cat(vectors)
+
+    def split(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """The reverse of `flat`."""
+        return list(values.split([len(ids) for ids in self.completion_ids]))
+
+    def batch(self, layout: str, pad_token_id: int, pad_to_multiple_of: int | None = None) -> TokenBatch:
+        """The batch that scores every completion token: a tree for each run of completions of one prompt."""
+        pairs = zip(self.prompt_ids, self.completion_ids, strict=True)
+        trees = [
+            Tree(prompt, [branch for _, branch in run]) for prompt, run in groupby(pairs, key=lambda pair: pair[0])
+        ]
+        return pack_trees(trees, layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
