@@ -66,6 +66,12 @@ def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """gradient * factor (0-d), in the gradient's dtype: a head's gradient in memory that is there."""
+    out = large_empty(gradient.shape, gradient.dtype, gradient.device)
+    return torch.mul(gradient, factor.to(gradient.dtype), out=out)
+
+
 def row_bytes(vocab_size: int, dtype: torch.dtype, backend: str) -> int:
     """Bytes of workspace that one row of logits takes, temporaries of the backend's row kernels included."""
     return vocab_size * (dtype.itemsize + ROW_KERNELS[backend].bytes_per_element)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, RowBlock, gemm_dtype, score_rows, spans
+from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, RowBlock, gemm_dtype, scaled, score_rows, spans
 from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
 from .rows import finish_scores, new_state, with_low_part
 from .scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
@@ -114,9 +114,7 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 15
     grads = dict(zip((0, 1, 3), ctx.saved_tensors, strict=True))
-    return tuple(
-        grads[i] * grad_loss.to(grads[i].dtype) if i in grads and ctx.needs_input_grad[i] else None for i in range(15)
-    )
+    return tuple(scaled(grads[i], grad_loss) if i in grads and ctx.needs_input_grad[i] else None for i in range(15))
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

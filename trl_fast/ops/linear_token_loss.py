@@ -26,6 +26,7 @@ from .blocks import (
     gemm_dtype,
     group_spans,
     row_blocks,
+    scaled,
     score_rows,
     spans,
 )
@@ -151,11 +152,8 @@ class _LinearTokenLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         needs = ctx.needs_input_grad[:3]
-        scaled = (
-            grad * grad_loss.to(grad.dtype) if need else None
-            for grad, need in zip(ctx.saved_tensors, needs, strict=True)
-        )
-        return (*scaled, None, None)
+        grads = zip(ctx.saved_tensors, needs, strict=True)
+        return (*(scaled(grad, grad_loss) if need else None for grad, need in grads), None, None)
 
 
 def _head_trains(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
