@@ -179,7 +179,7 @@ def longest_sequence(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS)
         else:
             lengths = {name: pc.list_value_length(table[name]) for name in columns}
             prompt = lengths.pop("prompt_ids", 0)
-            found = [pc.add(length, prompt) for length in lengths.values()]
+            found = [pc.add(length, prompt) for length in lengths.values()] or [prompt]
         longest = max([longest, *(pc.max(values).as_py() or 0 for values in found)])
     return longest
 

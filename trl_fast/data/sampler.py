@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sized
 
 import torch
+from datasets import IterableDataset
 from torch.utils.data import Sampler
 
 
@@ -69,3 +70,18 @@ class RepeatSampler(Sampler[int]):
     def __len__(self) -> int:
         kept = self.num_samples - self.num_samples % self.batch_size
         return kept * self.mini_repeat_count * self.repeat_count
+
+
+def repeat_stream(
+    dataset: IterableDataset, mini_repeat_count: int, batch_size: int = 1, repeat_count: int = 1
+) -> IterableDataset:
+    """A stream with its rows in the order in which RepeatSampler reads rows without shuffling."""
+    counts = (mini_repeat_count, repeat_count)
+    return dataset.map(
+        _repeat, batched=True, batch_size=batch_size, drop_last_batch=True, fn_kwargs={"counts": counts}
+    )
+
+
+def _repeat(batch: dict[str, list], counts: tuple[int, int]) -> dict[str, list]:
+    each, whole = counts
+    return {name: [value for value in values for _ in range(each)] * whole for name, values in batch.items()}

@@ -76,3 +76,23 @@ def _adapted(head: BaseTunerLayer) -> HeadParameters:
             )
         weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
     return HeadParameters(weight, bias)
+
+
+def use_float32_head(model: PreTrainedModel) -> None:
+    """Keeps the head's weight in float32 and its logits too, whatever the dtype of the layers under it.
+
+    Where the head is tied to the embeddings, those become float32 with it; what they give keeps its dtype.
+
+    Raises:
+        ValueError: the head carries an adapter.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise ValueError("cast_lm_head_to_fp32=True: the head carries an adapter; leave it out of target_modules")
+    dtype = head.weight.dtype
+    head.float()
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight is head.weight:
+        embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+    model.trl_fast_float32_head = True

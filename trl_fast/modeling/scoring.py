@@ -95,6 +95,9 @@ def _run_head(
     model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest
 ) -> tuple[TokenScores, torch.Tensor | None]:
     """Token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions."""
+    if getattr(model, "trl_fast_float32_head", False) and hidden.dtype != torch.float32:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _run_head(model, hidden.float(), scoring)
     weight, bias = head_parameters(model)
     softcap, logit_scale = head_transform(model.config)
     given = (hidden.to(weight.device), weight, scoring.targets.to(weight.device))

@@ -3,8 +3,12 @@
 from .callbacks import BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback
 from .dpo import DPOTrainer
 from .dpo_config import DPOConfig
+from .grpo import GRPOTrainer
+from .grpo_config import GRPOConfig
 from .reward import RewardTrainer
 from .reward_config import RewardConfig
+from .rloo import RLOOTrainer
+from .rloo_config import RLOOConfig
 from .sft import SFTTrainer
 from .sft_config import SFTConfig
 
@@ -12,7 +16,11 @@ __all__ = [
     "BEMACallback",
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "LogCompletionsCallback",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "RichProgressCallback",

@@ -257,7 +257,7 @@ class BaseConfig(TrainingArguments):
         if not isinstance(args, TrainingArguments):
             raise TypeError(f"args: expected a {cls.__name__}, got {type(args).__name__}")
         given = {item.name: (getattr(args, item.name), _default(item)) for item in fields(args) if item.init}
-        known = {item.name for item in fields(cls) if item.init}
+        known = {item.name: item for item in fields(cls) if item.init}
         lost = [name for name, (value, default) in given.items() if name not in known and value != default]
         if lost:
             shown = ", ".join(f"{name}={given[name][0]!r}" for name in lost)
@@ -265,4 +265,10 @@ class BaseConfig(TrainingArguments):
                 f"args: {cls.__name__} does not have what this {type(args).__name__} sets: {shown}; leave it at its "
                 f"default, or give a trl_fast.{cls.__name__}"
             )
-        return cls(**{name: value for name, (value, _) in given.items() if name in known})
+        # What is an older name to us and at its default there was not set by anyone.
+        unset = {
+            name
+            for name, (value, default) in given.items()
+            if name in known and isinstance(known[name].metadata.get("help"), OlderName) and value == default
+        }
+        return cls(**{name: value for name, (value, _) in given.items() if name in known and name not in unset})

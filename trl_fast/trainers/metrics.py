@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import islice
+from statistics import fmean
 
 import torch
 
@@ -12,9 +15,13 @@ class MetricBuffer:
     """Collects (total, count) pairs of 0-d tensors by name, one a micro-batch.
 
     The logged value of a name is TRL's: the mean over micro-batches of each one's total / count over all processes.
+    skip_nan: micro-batches whose value is NaN take no part; a name with no other has the value None.
+    optional: names of which micro-batches without a count take no part, instead of counting as 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, skip_nan: bool = False, optional: Collection[str] = ()) -> None:
+        self._skip_nan = skip_nan
+        self._optional = optional
         self._pairs: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -22,17 +29,26 @@ class MetricBuffer:
         for name, (total, count) in metrics.items():
             self._pairs[name].append(torch.stack((total.detach().float(), count.detach().float())))
 
-    def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | None]:
         """The values since the last call, in the order in which names first came; empties the buffer.
 
         `reduce` sums a tensor over processes; it is called once, if there is anything.
         """
         if not self._pairs:
             return {}
-        lengths = [len(pairs) for pairs in self._pairs.values()]
-        totals = reduce(torch.stack([pair for pairs in self._pairs.values() for pair in pairs]))
-        means = torch.where(totals[:, 1] > 0, totals[:, 0] / totals[:, 1].clamp(min=1), 0.0)
-        values = {name: part.mean() for name, part in zip(self._pairs, means.split(lengths), strict=True)}
+        pairs = iter(reduce(torch.stack([pair for pairs in self._pairs.values() for pair in pairs])).tolist())
+        found = []
+        for name, recorded in self._pairs.items():
+            means = [total / max(count, 1) if count > 0 else None for total, count in islice(pairs, len(recorded))]
+            if name not in self._optional:
+                means = [0.0 if mean is None else mean for mean in means]
+            first = next((index for index, mean in enumerate(means) if mean is not None), None)
+            if first is not None:
+                found.append((first, name, self._mean([mean for mean in means if mean is not None])))
         self._pairs.clear()
-        names, stacked = list(values), torch.stack(list(values.values())).tolist()
-        return dict(zip(names, stacked, strict=True))
+        return {name: value for _, name, value in sorted(found, key=lambda entry: entry[0])}
+
+    def _mean(self, values: list[float]) -> float | None:
+        if self._skip_nan:
+            values = [value for value in values if not math.isnan(value)]
+        return fmean(values) if values else None

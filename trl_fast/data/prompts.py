@@ -1,0 +1,94 @@
+"""Prompts for methods that sample their own completions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, IterableDataset
+
+from .checks import check_tokenizer
+from .formats import is_conversational
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_IDS = "prompt_ids"
+
+
+def tokenize_prompt(
+    prompt: str | list[dict], processing_class: PreTrainedTokenizerBase, **template_kwargs: Any
+) -> list[int]:
+    """Token ids of a prompt: messages through the chat template, open for the assistant's answer; text as it is."""
+    if is_conversational({"prompt": prompt}):
+        output = processing_class.apply_chat_template(
+            prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **template_kwargs
+        )
+        return output["input_ids"]
+    return processing_class(text=prompt)["input_ids"]
+
+
+def prepare_prompt_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    max_prompt_length: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """The dataset with the token ids of its column `prompt` in `prompt_ids`; all other columns stay.
+
+    max_prompt_length: longer prompts lose their beginning.
+
+    Raises:
+        ValueError: there are no rows, no column `prompt`, images, or a prompt that is empty, of another type, or has
+            no tokens.
+    """
+    check_tokenizer(processing_class)
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"The {name} dataset has no rows; expected at least one prompt.")
+    if "prompt" not in row:
+        raise ValueError(
+            f"The {name} dataset has the columns {list(row)}; expected 'prompt', a string or a list of messages. "
+            "Rename yours with dataset.rename_column(...)."
+        )
+    images = [column for column in ("image", "images") if column in row]
+    if images:
+        raise ValueError(
+            f"The {name} dataset has the column {images[0]!r}: vision data is not supported yet. Remove the column to "
+            "train on the text alone."
+        )
+    if PROMPT_IDS in row:
+        return dataset
+    options = {
+        "processing_class": processing_class,
+        "template_kwargs": chat_template_kwargs or {},
+        "max_prompt_length": max_prompt_length,
+        "name": name,
+    }
+    how = {"num_proc": num_proc, "desc": f"Tokenizing {name} prompts"} if isinstance(dataset, Dataset) else {}
+    return dataset.map(_tokenize_row, with_indices=True, fn_kwargs=options, **how)
+
+
+# It stands at module level: datasets pickles it for its worker processes and hashes it for its cache.
+def _tokenize_row(
+    example: dict[str, Any],
+    row: int,
+    processing_class: PreTrainedTokenizerBase,
+    template_kwargs: dict[str, Any],
+    max_prompt_length: int | None,
+    name: str,
+) -> dict[str, list[int]]:
+    prompt = example["prompt"]
+    if not (isinstance(prompt, str) or is_conversational(example)):
+        raise ValueError(
+            f"The {name} dataset, row {row}, column 'prompt': {prompt!r} is of type {type(prompt).__name__}; expected "
+            "a string, or a list of messages such as {'role': 'user', 'content': 'Hello.'}."
+        )
+    ids = tokenize_prompt(prompt, processing_class, **template_kwargs)
+    if not ids:
+        raise ValueError(
+            f"The {name} dataset, row {row}, column 'prompt': the prompt has no tokens; fill or remove it."
+        )
+    return {PROMPT_IDS: ids if max_prompt_length is None else ids[-max_prompt_length:]}

@@ -1,0 +1,65 @@
+"""Completions of the last generation, shown as a table and kept in files."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+class CompletionsLog:
+    """Prompts, completions, rewards and advantages of the last `size` completions, of all processes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._columns: dict[str, deque] = defaultdict(lambda: deque(maxlen=size))
+        self.rewards: list[str] = []
+
+    def add(self, rewards: dict[str, list[float]], **columns: list[Any]) -> None:
+        """Takes one generation's columns, each one value a completion; `rewards` by function."""
+        self.rewards = list(rewards)
+        for name, values in {**columns, **rewards}.items():
+            self._columns[name].extend(values)
+
+    def frame(self, step: int) -> pd.DataFrame:
+        """All columns, with the step first and the advantage last."""
+        columns = {name: list(values) for name, values in self._columns.items()}
+        advantage = columns.pop("advantage", [])
+        return pd.DataFrame({"step": [step] * len(advantage), **columns, "advantage": advantage})
+
+    def save(self, folder: Path, step: int) -> Path:
+        """Writes the frame as completions_<step>.parquet."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"completions_{step:05d}.parquet"
+        self.frame(step).to_parquet(path)
+        return path
+
+    def show(
+        self, step: int, count: int | None, *, unique_prompts: bool = False, console: Console | None = None
+    ) -> None:
+        """Prints the first `count` completions (None: all), of each prompt only one if unique_prompts."""
+        frame = self.frame(step)
+        if unique_prompts:
+            frame = frame[~frame["prompt"].astype(str).duplicated()]
+        table = Table(title=f"completions at step {step}", title_justify="left", show_lines=True)
+        numbers = [*self.rewards, "advantage"]
+        for name in ("prompt", "completion"):
+            table.add_column(name)
+        for name in numbers:
+            table.add_column(name, justify="right")
+        for _, row in frame.head(len(frame) if count is None else count).iterrows():
+            shown = ("" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in numbers)
+            table.add_row(Text(message_text(row["prompt"])), Text(message_text(row["completion"])), *shown)
+        Console().print(table)
+
+
+def message_text(value: str | list[dict]) -> str:
+    """A text as it is; a conversation with a line for each message, after its role."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(f"{message['role']}: {message['content']}" for message in value)

@@ -1,0 +1,152 @@
+"""GRPOTrainer: TRL's interface and behaviour, on shared prompts and the fused head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trl_fast.losses.advantages import Advantages, group_advantages
+from trl_fast.losses.importance import importance_ratios
+from trl_fast.losses.policy import LOSSES, grpo_loss
+from trl_fast.ops import TokenScores
+from trl_fast.rollout.samples import Samples
+
+from .entropy import EntropyController
+from .grpo_config import GRPOConfig
+from .online import OnlineTrainer
+from .updates import Update
+
+
+class GRPOTrainer(OnlineTrainer):
+    """Group Relative Policy Optimization (arXiv 2402.03300) and its relatives; arguments as in OnlineTrainer.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in OnlineTrainer.
+    """
+
+    method = "grpo"
+    config_class = GRPOConfig
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.args
+        self.entropy: EntropyController | None = None
+        if config.has_entropy_bonus:
+            self.entropy = EntropyController(
+                config.entropy_coef,
+                delta=config.entropy_coef_delta,
+                low=config.entropy_coef_min,
+                high=config.entropy_coef_max,
+                target=config.entropy_target if config.use_adaptive_entropy else torch.inf,
+            )
+
+    # ---- the rollout
+
+    def weigh(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
+        """Rewards held against those of the group."""
+        return group_advantages(
+            rewards,
+            self.reward_functions.weights.to(rewards.device),
+            self.args.generations(self.mode),
+            scale_rewards=self.args.scale_rewards,
+            aggregation=self.args.multi_objective_aggregation,
+        )
+
+    def complete(self, samples: Samples) -> None:
+        """Log-probabilities of the policy that sampled, where the update's is another, and of the reference."""
+        args, everyone = self.args, list(range(len(samples)))
+        if args.corrects_sampling:
+            samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone)
+            self._correct(samples)
+        elif not args.is_on_policy:
+            samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, self.trained(samples))
+        if args.beta != 0:
+            samples.ref_logprobs = self.score_samples(samples, self.reference_logprobs, everyone)
+
+    def _correct(self, samples: Samples) -> None:
+        """Importance ratios of the policy to the engine that sampled, and their metrics."""
+        args = self.args
+        if samples.sampling_logprobs is None:
+            raise ValueError(
+                "vllm_importance_sampling_correction=True needs the engine's log-probs, but the rollout has none; "
+                "set it to False"
+            )
+        old, sampled, counts = (samples.flat(name) for name in ("old_logprobs", "sampling_logprobs", "mask"))
+        branch = torch.arange(len(samples)).repeat_interleave(torch.tensor([*map(len, samples.completion_ids)]))
+        counts = torch.ones_like(old) if counts is None else counts
+        counts = counts * ~samples.excluded[branch]
+        found = importance_ratios(
+            *(old, sampled, branch, len(samples)),
+            mode=args.vllm_importance_sampling_mode,
+            low=args.vllm_importance_sampling_clip_min,
+            high=args.vllm_importance_sampling_clip_max,
+            counts=counts,
+        )
+        samples.importance_ratios = samples.split(found.ratios)
+        gap = (old - sampled).abs()[counts > 0]
+        self.record_sampling("sampling_logp_difference", gap[~gap.isnan()], ("mean", "max"))
+        self.record_sampling("importance_sampling_ratio", found.shown, ("min", "mean", "max"))
+
+    # ---- the update
+
+    @property
+    def order_is_free(self) -> bool:
+        """All but what is normalised by the tokens of the micro-batch."""
+        by_batch = self.loss_config.loss_type == "bnpo" or self.loss_config.span == "batch" or self.entropy is not None
+        return not by_batch
+
+    @property
+    def all_have_gradients(self) -> bool:
+        """With a KL or an entropy term; and where every token of a micro-batch has a say in which ones count."""
+        return super().all_have_gradients or self.args.beta != 0 or not self.order_is_free
+
+    def loss_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if self.entropy is not None:
+            options["entropy_coef"] = self.entropy.applied / self.accumulation_steps
+        if self.loss_config.top_entropy_quantile < 1:
+            options["entropy_mask"] = self._high_entropy
+        return options
+
+    def _high_entropy(self, entropies: torch.Tensor) -> torch.Tensor:
+        """1 for the tokens (N,) whose entropy is among the highest of all processes' micro-batches, else 0.
+
+        Beyond the 80/20 rule, arXiv 2506.01939.
+        """
+        every = self.accelerator.gather(self.accelerator.pad_across_processes(entropies, pad_index=-1.0))
+        threshold = torch.quantile(every[every >= 0].float(), 1 - self.loss_config.top_entropy_quantile)
+        return (entropies >= threshold).float()
+
+    @torch.no_grad()
+    def look_at(self, scores: TokenScores, inputs: Update) -> None:
+        """Records the loss without the bonus, and the bonus's weight, which moves after the last micro-batch."""
+        if self.entropy is None:
+            return
+        table, config = inputs.table, self.loss_config
+        chosen = self._high_entropy if config.top_entropy_quantile < 1 else None
+        loss = grpo_loss(scores, table, config, entropy_mask=chosen)
+        policy = loss if LOSSES[config.loss_type].by_window else loss * self.accumulation_steps
+        self.record({"policy_loss": (policy, torch.ones_like(policy))})
+        if self.mode != "train":
+            return
+        if self.args.use_adaptive_entropy:
+            acted_on = table.masked(torch.ones_like(scores.entropy) if chosen is None else chosen(scores.entropy))
+            self.entropy.add((scores.entropy * acted_on).sum(), acted_on.sum())
+        if self.accelerator.sync_gradients:
+            if self.args.use_adaptive_entropy:
+                self.entropy.step(lambda window: self.accelerator.reduce(window, "sum"))
+            self.record_value("entropy_coef", self.entropy.coefficient)
+
+    # ---- saving and resuming
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.use_adaptive_entropy and self.args.should_save:
+            self.entropy.save(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.use_adaptive_entropy and checkpoint is not None:
+            self.entropy.load(checkpoint)

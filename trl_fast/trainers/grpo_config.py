@@ -1,0 +1,127 @@
+"""GRPOConfig: TRL's arguments and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl_fast.losses.policy import LOSSES, PolicyLossConfig
+
+from .base_config import older_name
+from .online_config import OnlineConfig
+
+SCALES = ("group", "batch", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+CORRECTIONS = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
+
+
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """Arguments of GRPOTrainer. Those of the loss are explained in `trl_fast.losses.policy`.
+
+    Raises:
+        ValueError: a value is out of range or does not go with another; the message names both.
+    """
+
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference; 0: none."})
+    loss_type: str = field(
+        default="dapo", metadata={"help": "The loss and what normalises it.", "choices": list(LOSSES)}
+    )
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={"help": "sequence: one ratio a completion (GSPO).", "choices": ["token", "sequence"]},
+    )
+    delta: float | None = field(default=None, metadata={"help": "Bound of the ratio where the advantage is negative."})
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={"help": "Whether rewards are summed or normalised first.", "choices": list(AGGREGATIONS)},
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "Whose standard deviation divides advantages.", "choices": list(SCALES)},
+    )
+    use_bias_correction_kl: bool = field(
+        default=True, metadata={"help": "Multiply the KL estimate by the ratio, so that its gradient is unbiased."}
+    )
+    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "sapo: temperature for A <= 0."})
+    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "sapo: temperature for A > 0."})
+    vespo_k_pos: float = field(default=2.0, metadata={"help": "vespo: k for A >= 0."})
+    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "vespo: lambda for A >= 0."})
+    vespo_k_neg: float = field(default=3.0, metadata={"help": "vespo: k for A < 0."})
+    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "vespo: lambda for A < 0."})
+    top_entropy_quantile: float = field(
+        default=1.0, metadata={"help": "Learn from this share of the tokens, those of the highest entropy."}
+    )
+    off_policy_mask_threshold: float | None = field(
+        default=None, metadata={"help": "Leave out completions with A < 0 that drifted further than this, in nats."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    use_adaptive_entropy: bool = field(default=False, metadata={"help": "Steer that weight to entropy_target."})
+    entropy_coef_min: float = field(default=0.0, metadata={"help": "The least adaptive weight."})
+    entropy_coef_max: float = field(default=1.0, metadata={"help": "The largest adaptive weight."})
+    entropy_coef_delta: float = field(default=0.005, metadata={"help": "By how much a step moves the weight."})
+    entropy_target: float = field(default=0.2, metadata={"help": "Entropy below which the bonus is at work."})
+    vllm_importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "Correct for the engine's log-probs not being the policy's."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="sequence_mask",
+        metadata={"help": "Ratios of tokens or completions; truncated or masked.", "choices": list(CORRECTIONS)},
+    )
+    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "The largest ratio."})
+    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "The least ratio."})
+    log_completions_hub_repo: str | None = older_name(
+        "completions are written to output_dir/completions only; it has no effect."
+    )
+    max_tool_calling_iterations: int | None = older_name("tools are not supported; it has no effect.")
+    vllm_importance_sampling_cap: float | None = older_name(now="vllm_importance_sampling_clip_max")
+
+    def __post_init__(self) -> None:
+        # The command line gives a string.
+        names = {True: "group", False: "none", "true": "group", "false": "none"}
+        scale = self.scale_rewards
+        self.scale_rewards = names.get(scale.lower() if isinstance(scale, str) else scale, scale)
+        super().__post_init__()
+        self._check_choice("scale_rewards", SCALES)
+        self._check_choice("multi_objective_aggregation", AGGREGATIONS)
+        self._check_choice("importance_sampling_level", ("token", "sequence"))
+        self._check_choice("vllm_importance_sampling_mode", CORRECTIONS)
+        self._check_ratio_bounds()
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ValueError(f"top_entropy_quantile={self.top_entropy_quantile}: expected a share in (0, 1]")
+        self.loss_config()
+
+    def _check_ratio_bounds(self) -> None:
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}"
+            )
+        if self.vllm_importance_sampling_mode.endswith("truncate") and low is None and high is None:
+            raise ValueError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} needs "
+                "vllm_importance_sampling_clip_min or vllm_importance_sampling_clip_max"
+            )
+        if self.loss_type == "vespo" and self.corrects_sampling and "token" not in self.vllm_importance_sampling_mode:
+            raise ValueError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r}: loss_type='vespo' needs "
+                "'token_truncate' or 'token_mask'"
+            )
+
+    @property
+    def corrects_sampling(self) -> bool:
+        """Whether the engine's log-probabilities are held against the policy's."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the entropy has a gradient."""
+        return self.use_adaptive_entropy or self.entropy_coef != 0
+
+    def loss_config(self) -> PolicyLossConfig:
+        """The part of the arguments that the loss reads.
+
+        Raises:
+            ValueError: a loss argument is unknown.
+        """
+        names = PolicyLossConfig.__dataclass_fields__
+        return PolicyLossConfig(**{name: getattr(self, name) for name in names})

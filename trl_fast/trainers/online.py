@@ -1,0 +1,412 @@
+"""What GRPO and RLOO do alike: prompts in, completions and rewards, and the batches of the update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import set_seed
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from trl_fast.data import TokenBatch, is_conversational, longest_sequence
+from trl_fast.data.prompts import PROMPT_IDS, prepare_prompt_dataset
+from trl_fast.losses.advantages import Advantages
+from trl_fast.losses.policy import Window, grpo_loss, grpo_metrics, sequence_weights
+from trl_fast.modeling.head import use_float32_head
+from trl_fast.modeling.loading import base_model
+from trl_fast.ops import TokenScores
+from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, TransformersEngine, end_token_ids
+from trl_fast.rollout.samples import Samples
+
+from .base import AnyDataset, older_tokenizer_name
+from .completions import CompletionsLog
+from .metrics import MetricBuffer
+from .online_config import OnlineConfig
+from .online_metrics import GenerationMetrics
+from .prompt_loaders import PromptLoaders
+from .reference import ReferenceTrainer
+from .updates import Update, UpdateMaker
+
+RewardSource = Callable[..., list] | str | PreTrainedModel
+
+
+class OnlineTrainer(PromptLoaders, GenerationMetrics, ReferenceTrainer):
+    """A trainer whose completions are its policy's own; a subclass brings the advantages and the loss.
+
+    Args:
+        model: a name, a causal language model, or a PeftModel.
+        reward_funcs: one or several of: a function of prompts, completions, completion_ids and the dataset's columns
+            to a list of rewards, sync or async; a reward model or its name.
+        args: the config; TRL's own is accepted too.
+        train_dataset, eval_dataset: rows with `prompt`, text or messages; reward functions see the other columns.
+        processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
+        reward_processing_classes: tokenizers of the reward models; None loads theirs.
+        rollout_func: (prompts, trainer) to a dict of prompt_ids, completion_ids and logprobs, and maybe env_mask and
+            further columns for the reward functions; instead of an engine.
+        rollout_engine: what generates, a `trl_fast.rollout.RolloutEngine`; None: what the arguments say.
+
+    Raises:
+        ValueError, TypeError: bad arguments or data, by name, before training starts.
+        NotImplementedError: tools or an environment_factory, which are experimental in TRL.
+    """
+
+    config_class = OnlineConfig
+    shares_prompts = True
+    token_columns: ClassVar[tuple[str, ...]] = (PROMPT_IDS,)
+    signature_columns: ClassVar[tuple[str, ...]] = ("prompt", PROMPT_IDS)
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardSource | list[RewardSource] | None = None,
+        args: OnlineConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: object | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable[[list, OnlineTrainer], dict[str, Any]] | None = None,
+        environment_factory: object | None = None,
+        *,
+        rollout_engine: RolloutEngine | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **older: Any,
+    ) -> None:
+        for name, value in (("tools", tools), ("environment_factory", environment_factory)):
+            if value:
+                raise NotImplementedError(f"{name} is experimental in TRL and not supported; use rollout_func")
+        processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
+        args = self.resolve_config(args, model).with_older_arguments(type(self), older)
+        self.check_dataset_type(train_dataset, "train_dataset")
+        model = self.resolve_model(model, args, quantization_config)
+        processing_class = self.resolve_tokenizer(processing_class, model, args)
+        self.reward_functions = RewardFunctions(
+            reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            weights=args.reward_weights,
+            model_init_kwargs=args.model_init_kwargs,
+            device=args.device,
+        )
+        self.loss_config = args.loss_config()
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
+        sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
+        model, layout = self.set_up_models(model, None, args, peft_config, sequences, wanted=args.beta != 0)
+        if args.cast_lm_head_to_fp32:
+            for policy in (model, self.ref_model):
+                use_float32_head(base_model(policy)) if policy is not None else None
+        self.rollout_func = rollout_func
+        self._step = 0
+        self._buffer: list[Samples] | None = None
+        self._step_time = 0.0
+        self.start(
+            model=model,
+            args=args,
+            data_collator=_as_list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise NotImplementedError(f"{type(self).__name__} with sharded weights (DeepSpeed, FSDP) is not supported")
+        pad, multiple = processing_class.pad_token_id, args.pad_to_multiple_of
+        self.updates = UpdateMaker(layout, pad, multiple, self.accelerator.device)
+        self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}
+        self._completions = CompletionsLog(args.generation_batch_size)
+        # Processes that generate for the same prompt must not sample the same completions.
+        set_seed(args.seed, device_specific=True)
+        self._vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
+        self.end_ids = end_token_ids(base_model(model), processing_class)
+        self.engine = rollout_engine or self._make_engine()
+
+    def _make_engine(self) -> RolloutEngine:
+        if self.args.use_vllm:
+            from trl_fast.rollout.vllm_engine import make_vllm_engine
+
+            return make_vllm_engine(self.model, self.accelerator, self.processing_class, self.args)
+        policy = lambda: self.accelerator.unwrap_model(self.model)  # noqa: E731
+        return TransformersEngine(policy, self.end_ids, self.processing_class.pad_token_id)
+
+    # ---- data
+
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: OnlineConfig, name: str
+    ) -> AnyDataset:
+        return prepare_prompt_dataset(
+            dataset,
+            processing_class,
+            chat_template_kwargs=args.chat_template_kwargs,
+            max_prompt_length=args.max_prompt_length,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+
+    def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: OnlineConfig, name: str) -> None:
+        maximum = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = longest_sequence(dataset, self.token_columns) if self._shows_tokens(dataset) else 0
+        if maximum and longest + args.max_completion_length > maximum:
+            raise ValueError(
+                f"the longest prompt of the {name} dataset has {longest} tokens, which with max_completion_length="
+                f"{args.max_completion_length} are more than the {maximum} positions of {type(model).__name__}; "
+                "shorten one of them"
+            )
+
+    # ---- the rollout
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; step_time is that of all micro-batches of an optimizer step."""
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._step += 1
+        self._step_time += time.perf_counter() - start
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self.record_value("step_time", self._step_time)
+            self._step_time = 0.0
+        return loss
+
+    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> Update:
+        """The micro-batch of the update; new completions of `rows` where it is time for them."""
+        if self.mode == "eval":
+            return self._make_update(self.make_samples(rows))
+        if self._step % self.args.generate_every == 0 or self._buffer is None:
+            with self._rescue():
+                self._buffer = self._slices(self.make_samples(rows))
+        return self._make_update(self._buffer[self._step % self.args.steps_per_generation])
+
+    @contextmanager
+    def _rescue(self) -> Iterator[None]:
+        """What fails within leaves a checkpoint of the last whole step, so that nothing is lost."""
+        try:
+            yield
+        except Exception as error:
+            if self.state.global_step > 0 and self.args.save_strategy != "no" and self.accelerator.num_processes == 1:
+                self._save_checkpoint(self.model, trial=None)
+                error.add_note(
+                    f"Step {self.state.global_step} is saved in {self.args.output_dir}; mend the cause and go on with "
+                    "train(resume_from_checkpoint=True)."
+                )
+            raise
+
+    def _slices(self, samples: Samples) -> list[Samples]:
+        """The completions of one generation, shuffled, cut into the micro-batches of the update.
+
+        Where all of them are of one optimizer step and each counts the same wherever it stands, completions of a
+        prompt stay together, so that it is computed once.
+        """
+        order = torch.randperm(len(samples)).tolist()
+        free = self.args.is_on_policy and self.order_is_free
+        if free and self.args.keep_groups_together and self.updates.layout == "shared_prefix":
+            order = samples.grouped(order)
+        size = len(samples) // self.args.steps_per_generation
+        return [samples.select(order[start : start + size]) for start in range(0, len(samples), size)]
+
+    @property
+    def order_is_free(self) -> bool:
+        """Whether the gradient of a step does not depend on which micro-batch a completion is in."""
+        return True
+
+    def make_samples(self, rows: list[dict[str, Any]]) -> Samples:
+        """Completions of the rows' prompts, with their advantages; metrics of the generation are recorded.
+
+        Raises:
+            ValueError: the rollout or a reward function returned something else than was expected.
+            RuntimeError: a reward function raised.
+        """
+        prompts = [row["prompt"] for row in rows]
+        rollout, extras, mask = self._roll_out(rows)
+        completions = self._decode(prompts, rollout.completion_ids)
+        cut_off = self._record_lengths(rollout, mask)
+        samples = Samples(
+            prompt_ids=rollout.prompt_ids,
+            completion_ids=rollout.completion_ids,
+            advantages=torch.zeros(len(prompts)),
+            excluded=cut_off if self.args.mask_truncated_completions else torch.zeros_like(cut_off),
+            mask=mask,
+            sampling_logprobs=None if rollout.logprobs is None else [_vector(row) for row in rollout.logprobs],
+        )
+        counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
+        samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
+        rewards = self.reward_functions(
+            prompts,
+            completions,
+            rollout.completion_ids,
+            {**columns, **extras},
+            trainer_state=self.state,
+            log_extra=self.log_column,
+            log_metric=self.log_metric,
+        )
+        rewards = self.accelerator.gather(rewards.to(self.accelerator.device))
+        found = self.weigh(samples, rewards)
+        first = self.accelerator.process_index * len(prompts)
+        samples.advantages = found.advantages[first : first + len(prompts)].cpu()
+        self._record_rewards(rewards, found)
+        self._keep_completions(prompts, completions, rewards, found)
+        self.complete(samples)
+        return samples
+
+    def weigh(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
+        """Advantages of all processes' completions from their rewards (N, R); `samples` are this process's."""
+        raise NotImplementedError
+
+    def complete(self, samples: Samples) -> None:
+        """Adds what the loss reads about tokens to samples whose advantages are known."""
+
+    def _roll_out(self, rows: list[dict[str, Any]]) -> tuple[Rollout, dict[str, list], list[torch.Tensor] | None]:
+        """Completions, further columns for the reward functions, and masks of the policy's own tokens."""
+        if self.rollout_func is None:
+            self.engine.sync_weights(self.model, self.state.global_step)
+            rollout = self.engine.generate([list(row[PROMPT_IDS]) for row in rows], self.args.sampling_settings())
+            return self._checked(rollout, rows), {}, None
+        output = dict(self.rollout_func([row["prompt"] for row in rows], self))
+        missing = [name for name in ("prompt_ids", "completion_ids", "logprobs") if name not in output]
+        if missing:
+            raise ValueError(f"rollout_func returned {sorted(output)}; expected {', '.join(missing)} too")
+        rollout = Rollout(output.pop("prompt_ids"), output.pop("completion_ids"), output.pop("logprobs"))
+        mask = output.pop("env_mask", None)
+        extras = {name: value if isinstance(value, list) else [value] * len(rows) for name, value in output.items()}
+        return self._checked(rollout, rows), extras, None if mask is None else [_vector(row) for row in mask]
+
+    def _checked(self, rollout: Rollout, rows: list[dict[str, Any]]) -> Rollout:
+        for name in ("prompt_ids", "completion_ids"):
+            lists = getattr(rollout, name)
+            if len(lists) != len(rows):
+                raise ValueError(f"the rollout has {len(lists)} {name} for {len(rows)} prompts; expected one each")
+            for ids, row in zip(lists, rows, strict=True):
+                if not ids:
+                    raise ValueError(f"the rollout's {name} are empty for the prompt {_short(row['prompt'])}")
+                if not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                    raise ValueError(
+                        f"the rollout's {name} for the prompt {_short(row['prompt'])} have a token outside of the "
+                        f"{self._vocab_size} entries of the model's head"
+                    )
+        return rollout
+
+    def _decode(self, prompts: list, completion_ids: list[list[int]]) -> list:
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        if not is_conversational({"prompt": prompts[0]}):
+            return texts
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    # ---- scoring, and the batches of the update
+
+    def score_samples(
+        self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], indices: list[int]
+    ) -> list[torch.Tensor]:
+        """What `score` says (N,) about the tokens of some completions, by completion; zeros for the others."""
+        size = self.args.train_batch_size if self.mode == "train" else self.args.eval_batch_size
+        return self.updates.score(samples, score, indices, size)
+
+    def policy_logprobs(self, batch: TokenBatch) -> torch.Tensor:
+        """The policy's log-probabilities of the batch's tokens, (N,)."""
+        with self.compute_loss_context_manager():
+            return self.score(self.model, batch, temperature=self.args.temperature).tokens.logprobs
+
+    def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
+        """The reference's log-probabilities of the batch's tokens, (N,)."""
+        return self.score_reference(batch, temperature=self.args.temperature).logprobs
+
+    def trained(self, samples: Samples) -> list[int]:
+        """The completions that have a gradient; at least one, so that there always is a loss to differentiate."""
+        everyone = not self.args.skip_zero_advantages or self.all_have_gradients
+        kept = [
+            index
+            for index in range(len(samples))
+            if not samples.excluded[index] and (everyone or samples.advantages[index] != 0)
+        ]
+        return kept or [min(range(len(samples)), key=lambda index: len(samples.completion_ids[index]))]
+
+    @property
+    def all_have_gradients(self) -> bool:
+        """Whether also completions without advantage are learned from."""
+        return bool(self.router_aux_loss_coef)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of the present optimizer step; in evaluation there is nothing to accumulate."""
+        return self.current_gradient_accumulation_steps if self.mode == "train" else 1
+
+    @property
+    def loss_divisor(self) -> int:
+        """What the loss divides by, where nobody else does."""
+        return self.accumulation_steps if self.loss_is_scaled_for_ga else 1
+
+    def _make_update(self, samples: Samples) -> Update:
+        # A generation is not always one accumulation window.
+        share = self.accumulation_steps / self.args.steps_per_generation if self.mode == "train" else 1
+        window = Window(samples.generation_tokens * share, self.loss_divisor, self.args.max_completion_length)
+        weights = sequence_weights(self.loss_config.loss_type, samples.lengths, window)
+        return self.updates.update(samples, self.trained(samples), weights)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Update,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The loss (0-d) of one micro-batch; its metrics wait for the next log.
+
+        Raises:
+            ValueError: return_outputs, since there are no outputs to return.
+        """
+        if return_outputs:
+            raise ValueError(f"return_outputs=True: {type(self).__name__} returns no outputs")
+        table, config, options = inputs.table, self.loss_config, self.loss_options()
+        # The tokens that the head has to see together before it knows what each of them weighs.
+        groups = {"token": None, "sequence": tuple(inputs.batch.branch_lengths.tolist())}
+        scored = self.score(
+            model,
+            inputs.batch,
+            ("logprobs", "entropy"),
+            temperature=self.args.temperature,
+            token_loss=lambda scores, rows: grpo_loss(scores, table, config, rows=rows, **options),
+            group_sizes=groups.get(config.span, (len(inputs.batch.targets),)),
+            **self.router_kwargs,
+        )
+        loss = scored.loss
+        self.look_at(scored.tokens, inputs)
+        if scored.aux_loss is not None and self.router_aux_loss_coef:
+            loss = loss + self.router_aux_loss_coef * scored.aux_loss / self.loss_divisor
+            self.record({"aux_loss": (scored.aux_loss, torch.ones_like(scored.aux_loss))})
+        self.record_policy(grpo_metrics(scored.tokens, table, config, inputs.left_out))
+        return loss
+
+    def loss_options(self) -> dict[str, Any]:
+        """Further arguments of `grpo_loss` for the present micro-batch."""
+        return {}
+
+    def look_at(self, scores: TokenScores, inputs: Update) -> None:
+        """Called with the scores, without gradient, of each micro-batch."""
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss of completions that are made for the evaluation."""
+        update = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, update).detach(), None, None
+
+
+def _as_list(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The collator: rows stay as they are until their completions are there."""
+    return rows
+
+
+def _vector(values: list) -> torch.Tensor:
+    """float32, with NaN for None."""
+    return torch.tensor([torch.nan if value is None else float(value) for value in values])
+
+
+def _short(prompt: object) -> str:
+    text = repr(prompt)
+    return text if len(text) <= 80 else text[:77] + "..."

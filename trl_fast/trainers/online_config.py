@@ -1,0 +1,214 @@
+"""What the configs of GRPO and RLOO share: sampling, engines, rewards, and how often completions are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_fast.rollout import SamplingSettings
+
+from .base_config import older_name
+from .reference_config import ReferenceConfig
+
+VLLM_MODES = ("colocate", "server")
+
+
+@dataclass
+class OnlineConfig(ReferenceConfig):
+    """Arguments of the methods that sample their own completions.
+
+    Raises:
+        ValueError: a value is out of range or does not go with another; the message names both.
+    """
+
+    disable_dropout: bool = field(default=False, metadata={"help": "Switch dropout off in the model and reference."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Drop the dataset's other columns, which reward functions may read."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Has no effect: prompts are never cut, and completions have their own limit."}
+    )
+    cast_lm_head_to_fp32: bool = field(
+        default=False, metadata={"help": "Keep the head's weights in float32 and compute its logits in float32."}
+    )
+    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Shuffle the training prompts."})
+    # Sampling.
+    num_generations: int | None = field(default=8, metadata={"help": "Completions for each prompt."})
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Completions for each prompt in evaluation; unset: num_generations."}
+    )
+    max_completion_length: int | None = field(
+        default=512, metadata={"help": "Tokens after which a completion is cut off."}
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Completions made at a time, in all processes; unset: by steps_per_generation."},
+    )
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Micro-batches that one generation serves; unset: the accumulation steps."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits, in sampling and in the loss."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this probability."})
+    top_k: int = field(default=0, metadata={"help": "Sample from so many likeliest tokens; 0: from all."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Drop tokens less likely than this share of the likeliest one's."}
+    )
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1, tokens that occurred get rarer."})
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the sampler, which win over those above."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template, for conversational prompts."}
+    )
+    cache_implementation: str | None = field(
+        default=None, metadata={"help": "How transformers' generation keeps keys and values; unset: its default."}
+    )
+    ds3_gather_for_generation: bool = field(
+        default=True, metadata={"help": "With DeepSpeed ZeRO-3, gather the weights for generation."}
+    )
+    # vLLM.
+    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM, which must be installed."})
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={"help": "colocate: on the training GPUs; server: by a server.", "choices": list(VLLM_MODES)},
+    )
+    vllm_model_impl: str = field(default="vllm", metadata={"help": "vLLM's model implementation: vllm, transformers."})
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "Free the colocated engine's memory during the update."}
+    )
+    vllm_structured_outputs_regex: str | None = field(
+        default=None, metadata={"help": "A regular expression that completions must match."}
+    )
+    vllm_server_base_url: str | None = field(default=None, metadata={"help": "The server's URL; or host and port."})
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "The server's host."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "The server's port."})
+    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the server to be up."})
+    vllm_group_port: int = field(default=51216, metadata={"help": "Port of the group that sends weights."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of a GPU's memory for the colocated engine."}
+    )
+    vllm_max_model_length: int | None = field(default=None, metadata={"help": "The engine's longest sequence."})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs a colocated engine spans."})
+    # The update.
+    num_iterations: int = field(default=1, metadata={"help": "Updates on the same completions (PPO's epochs)."})
+    epsilon: float = field(default=0.2, metadata={"help": "How far the probability ratio may leave 1."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "The same upwards; unset: epsilon."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight a reward function; default 1 each."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Do not learn from completions that were cut off."}
+    )
+    skip_zero_advantages: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave completions out of the update whose gradient is zero (zero advantage, and no KL or entropy "
+            "term). Losses and gradients are the same; the entropy metric is that of the others."
+        },
+    )
+    keep_groups_together: bool = field(
+        default=True,
+        metadata={
+            "help": "Put completions of a prompt into the same micro-batch, where the gradient of a step is the same "
+            "anyway, so that the prompt is computed once. Metrics that are means over micro-batches differ a little."
+        },
+    )
+    # Logging.
+    log_completions: bool = field(default=False, metadata={"help": "Show and save completions with their rewards."})
+    num_completions_to_print: int | None = field(default=None, metadata={"help": "How many are shown; unset: all."})
+    log_unique_prompts: bool = field(default=False, metadata={"help": "Show each prompt once."})
+    # Names of older TRL versions, and of other methods.
+    max_new_tokens: int | None = older_name(now="max_completion_length")
+    max_prompt_length: int | None = older_name("it works (longer prompts lose their beginning).")
+    log_multimodal: bool | None = older_name("there are no images, so it has no effect.")
+    use_liger_loss: bool | None = older_name("the fused head is always on, so it has no effect.")
+    wandb_log_unique_prompts: bool | None = older_name(now="log_unique_prompts")
+    vllm_guided_decoding_regex: str | None = older_name(now="vllm_structured_outputs_regex")
+    use_transformers_paged: bool | None = older_name("generation shares prompts by itself, so it has no effect.")
+    use_transformers_continuous_batching: bool | None = older_name(
+        "generation shares prompts by itself, so it has no effect."
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = older_name("it has no effect.")
+
+    _VALID_DICT_FIELDS = ReferenceConfig._VALID_DICT_FIELDS + [
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "transformers_continuous_batching_config",
+    ]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("vllm_mode", VLLM_MODES)
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True would cut groups of completions apart; set it to False and choose "
+                "per_device_train_batch_size"
+            )
+        if not isinstance(self.num_generations, int) or self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations}: expected at least 2, since a completion is compared with "
+                "the others of its prompt"
+            )
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations={self.num_iterations}: expected at least 1")
+        self._divide_generations()
+        self.sampling_settings()
+
+    def _divide_generations(self) -> None:
+        """Fills in generation_batch_size and steps_per_generation from each other."""
+        per_step = self.per_device_train_batch_size * self.world_size
+        shown = f"per_device_train_batch_size * processes = {self.per_device_train_batch_size} * {self.world_size}"
+        if self.generation_batch_size is None:
+            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+            self.generation_batch_size = per_step * self.steps_per_generation
+        elif self.generation_batch_size % per_step:
+            raise ValueError(f"generation_batch_size={self.generation_batch_size} is no multiple of {shown}")
+        elif self.steps_per_generation not in (None, self.generation_batch_size // per_step):
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
+                f"{self.steps_per_generation} contradict each other ({shown}); give one of them"
+            )
+        else:
+            self.steps_per_generation = self.generation_batch_size // per_step
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} does not divide the {self.generation_batch_size} completions "
+                f"of a generation ({shown}, times steps_per_generation={self.steps_per_generation})"
+            )
+        evaluated = self.per_device_eval_batch_size * self.world_size
+        if self.eval_strategy != "no" and evaluated % self.generations("eval"):
+            raise ValueError(
+                f"num_generations_eval={self.generations('eval')} does not divide the {evaluated} completions of an "
+                f"evaluation batch (per_device_eval_batch_size={self.per_device_eval_batch_size} * {self.world_size})"
+            )
+
+    def generations(self, mode: str) -> int:
+        """Completions for each prompt in "train" or "eval"."""
+        return (self.num_generations_eval or self.num_generations) if mode == "eval" else self.num_generations
+
+    @property
+    def generate_every(self) -> int:
+        """Micro-batches after which new completions are made."""
+        return self.steps_per_generation * self.num_iterations
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether the policy of the update is always the one that sampled: each step makes its own completions."""
+        return self.gradient_accumulation_steps % self.generate_every == 0
+
+    def sampling_settings(self) -> SamplingSettings:
+        """How completions are sampled.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        return SamplingSettings(
+            max_completion_length=self.max_completion_length,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            generation_kwargs=self.generation_kwargs,
+            cache_implementation=self.cache_implementation,
+        )

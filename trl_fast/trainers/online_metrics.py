@@ -1,0 +1,130 @@
+"""Metrics of a generation, under TRL's names in TRL's order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from trl_fast.losses.advantages import Advantages, nan_std
+from trl_fast.losses.policy import PolicyMetrics
+from trl_fast.rollout import Rollout
+
+
+def length_metrics(lengths: torch.Tensor, cut_off: torch.Tensor) -> dict[str, float]:
+    """Of completions' lengths (N,) in tokens, and which of them did not end by themselves, (N,) bool."""
+    ended = lengths[~cut_off]
+    ended = ended if len(ended) else lengths.new_zeros(1)
+    values = {
+        "mean_length": lengths.mean(),
+        "min_length": lengths.min(),
+        "max_length": lengths.max(),
+        "clipped_ratio": cut_off.float().mean(),
+        "mean_terminated_length": ended.mean(),
+        "min_terminated_length": ended.min(),
+        "max_terminated_length": ended.max(),
+    }
+    return {f"completions/{name}": value.item() for name, value in values.items()}
+
+
+def reward_metrics(names: list[str], rewards: torch.Tensor, found: Advantages) -> dict[str, float]:
+    """Of rewards (N, R) by reward function, and what was made of them; NaN where there is nothing to average."""
+    values = {}
+    for name, column in zip(names, rewards.unbind(dim=1), strict=True):
+        values[f"rewards/{name}/mean"] = column.nanmean()
+        values[f"rewards/{name}/std"] = nan_std(column)
+    values["reward"] = found.rewards.nanmean()
+    values["reward_std"] = nan_std(found.rewards)
+    values["frac_reward_zero_std"] = found.is_flat.float().mean()
+    return {name: value.item() for name, value in values.items()}
+
+
+class GenerationMetrics:
+    """The part of an online trainer that keeps what is logged of its generations, of all processes."""
+
+    @cached_property
+    def _pending_columns(self) -> dict[str, list]:
+        return defaultdict(list)
+
+    @cached_property
+    def _pending_metrics(self) -> dict[str, list[float]]:
+        return defaultdict(list)
+
+    def log_column(self, column: str, values: list) -> None:
+        """Takes a further column of the table of completions, from a reward function."""
+        self._pending_columns[column].extend(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Takes a number from a reward function, whose mean is logged."""
+        self._pending_metrics[name].append(value)
+
+    def record_value(self, name: str, value: float) -> None:
+        """Keeps a number that is the same in all processes until the next log; NaN takes no part."""
+        device = self.accelerator.device
+        self.record({name: (torch.tensor(float(value), device=device), torch.tensor(1.0, device=device))})
+
+    def record_extremes(self, values: dict[str, torch.Tensor]) -> None:
+        """Keeps the least (…_min) or the largest (…_max) of values (B,) of all processes, NaN aside."""
+        for name, own in values.items():
+            every = self.accelerator.gather(own)
+            every = every[~every.isnan()]
+            extreme = every.amin if name.endswith("_min") else every.amax
+            self.record_value(name, extreme().item() if len(every) else torch.nan)
+
+    def record_sampling(self, name: str, values: torch.Tensor, statistics: tuple[str, ...]) -> None:
+        """Keeps statistics ("min", "mean", "max") of values (M,) of all processes; 0 of nothing."""
+        values = values if len(values) else torch.zeros(1)
+        for statistic in statistics:
+            every = self.accelerator.gather(getattr(values, statistic)().to(self.accelerator.device))
+            self.record_value(f"sampling/{name}/{statistic}", getattr(every, statistic)().item())
+
+    def record_policy(self, metrics: PolicyMetrics) -> None:
+        """Keeps a micro-batch's metrics of the loss."""
+        self.record(metrics.means)
+        self.record_extremes(metrics.by_sequence)
+
+    def _record_lengths(self, rollout: Rollout, mask: list[torch.Tensor] | None) -> torch.Tensor:
+        """Records the completions' lengths; which of them were cut off, (S,) bool."""
+        lengths = [len(ids) for ids in rollout.completion_ids] if mask is None else [int(m.sum()) for m in mask]
+        ends = {*self.end_ids, self.processing_class.pad_token_id}
+        cut_off = torch.tensor([ids[-1] not in ends for ids in rollout.completion_ids])
+        if self.mode == "train":
+            self._tokens.seen += sum(map(len, rollout.prompt_ids)) + sum(lengths)
+        self.record_value("num_tokens", self._tokens.seen)
+        device = self.accelerator.device
+        every = self.accelerator.gather(torch.stack((torch.tensor(lengths), cut_off.long()), 1).to(device))
+        for name, value in length_metrics(every[:, 0].float(), every[:, 1].bool()).items():
+            self.record_value(name, value)
+        return cut_off
+
+    def _record_rewards(self, rewards: torch.Tensor, found: Advantages) -> None:
+        for name, value in reward_metrics(self.reward_functions.names, rewards, found).items():
+            self.record_value(name, value)
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = gather_object(self._pending_metrics.get(name, []))
+            self.record_value(name, sum(values) / len(values))
+        self._pending_metrics.clear()
+
+    def _keep_completions(self, prompts: list, completions: list, rewards: torch.Tensor, found: Advantages) -> None:
+        columns = {"prompt": gather_object(prompts), "completion": gather_object(completions)}
+        for name in sorted(set(gather_object(list(self._pending_columns)))):
+            columns[name] = gather_object(self._pending_columns.get(name, [None] * len(prompts)))
+        self._pending_columns.clear()
+        by_function = dict(zip(self.reward_functions.names, rewards.t().tolist(), strict=True))
+        self._completions.add(by_function, **columns, advantage=found.advantages.tolist())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in the base; and the last generation's completions, where log_completions asks for them."""
+        super().log(logs, start_time)
+        if not (self.args.log_completions and self.accelerator.is_main_process):
+            return
+        step = self.state.global_step
+        self._completions.show(step, self.args.num_completions_to_print, self.args.log_unique_prompts)
+        self._completions.save(Path(self.args.output_dir) / "completions", step)
+        if "wandb" in self.args.report_to:
+            import wandb
+
+            wandb.log({"completions": wandb.Table(dataframe=self._completions.frame(step))})

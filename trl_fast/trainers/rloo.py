@@ -1,0 +1,59 @@
+"""RLOOTrainer: TRL's interface and behaviour, on shared prompts and the fused head."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from trl_fast.losses.advantages import Advantages, leave_one_out_advantages
+from trl_fast.losses.policy import PolicyMetrics
+from trl_fast.rollout.samples import Samples
+
+from .online import OnlineTrainer
+from .rloo_config import RLOOConfig
+
+
+class RLOOTrainer(OnlineTrainer):
+    """REINFORCE with leave-one-out baselines (arXiv 2402.14740); arguments as in OnlineTrainer.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in OnlineTrainer.
+    """
+
+    method = "rloo"
+    config_class = RLOOConfig
+    _METRICS: ClassVar[tuple[str, ...]] = ("entropy", "low_mean", "low_min", "high_mean", "high_max", "region_mean")
+
+    def weigh(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
+        """Rewards, less the KL divergence of each completion, held against the others of the prompt."""
+        everyone = list(range(len(samples)))
+        samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone)
+        penalties = None
+        if self.args.beta != 0:
+            reference = self.score_samples(samples, self.reference_logprobs, everyone)
+            counts = ~samples.excluded
+            divergence = torch.stack(
+                [(old - ref).sum() for old, ref in zip(samples.old_logprobs, reference, strict=True)]
+            )
+            divergence = (divergence * counts).to(rewards.device)
+            tokens = samples.lengths.sum().to(rewards.device)
+            self.record({"kl": (divergence.sum(), tokens)})
+            penalties = self.args.beta * self.accelerator.gather(divergence)
+        return leave_one_out_advantages(
+            rewards,
+            self.reward_functions.weights.to(rewards.device),
+            self.args.generations(self.mode),
+            penalties=penalties,
+            clip_range=self.args.reward_clip_range,
+            normalize=self.args.normalize_advantages,
+        )
+
+    def record_policy(self, metrics: PolicyMetrics) -> None:
+        """As in the base, in TRL's order for this method."""
+        for name in self._METRICS:
+            name = name if name == "entropy" else f"clip_ratio/{name}"
+            if name in metrics.means:
+                self.record({name: metrics.means[name]})
+            else:
+                self.record_extremes({name: metrics.by_sequence[name]})

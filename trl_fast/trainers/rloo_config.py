@@ -1,0 +1,40 @@
+"""RLOOConfig: TRL's arguments and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl_fast.losses.policy import PolicyLossConfig
+
+from .online_config import OnlineConfig
+
+
+@dataclass
+class RLOOConfig(OnlineConfig):
+    """Arguments of RLOOTrainer.
+
+    Raises:
+        ValueError: a value is out of range or does not go with another; the message names both.
+    """
+
+    num_generations: int | None = field(default=2, metadata={"help": "Completions for each prompt."})
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence in the rewards; 0: none."})
+    normalize_advantages: bool = field(default=False, metadata={"help": "Whiten the advantages of a generation."})
+    reward_clip_range: tuple[float, float] | None = field(
+        default=None, metadata={"help": "Bounds of the summed rewards, before the KL divergence is taken off."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounds = self.reward_clip_range
+        if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
+            raise ValueError(f"reward_clip_range={bounds}: expected two numbers, the lower one first")
+
+    def loss_config(self) -> PolicyLossConfig:
+        """The loss of whole completions' ratios, clipped; each completion counts alike."""
+        return PolicyLossConfig(
+            loss_type="grpo",
+            importance_sampling_level="product",
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+        )

@@ -1,0 +1,75 @@
+"""From samples to what an update of the policy reads: token batches, and vectors beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trl_fast.data import TokenBatch
+from trl_fast.losses.policy import PolicyTable
+from trl_fast.rollout.samples import TOKEN_FIELDS, Samples
+
+
+@dataclass
+class Update:
+    """A micro-batch of the update: what is scored, what the loss reads, and what has no gradient.
+
+    left_out: (B − S,) float32, the lengths of the completions that are not in the batch.
+    """
+
+    batch: TokenBatch
+    table: PolicyTable
+    left_out: torch.Tensor
+
+
+@dataclass(frozen=True)
+class UpdateMaker:
+    """Lays samples out for a model: its batch layout, its tokenizer's padding, its device."""
+
+    layout: str
+    pad_token_id: int
+    pad_to_multiple_of: int | None
+    device: torch.device
+
+    def token_batch(self, samples: Samples) -> TokenBatch:
+        """The batch that scores every completion token of the samples."""
+        multiple = self.pad_to_multiple_of if self.layout == "padded" else None
+        return samples.batch(self.layout, self.pad_token_id, multiple).to(self.device)
+
+    @torch.no_grad()
+    def score(
+        self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], indices: list[int], size: int
+    ) -> list[torch.Tensor]:
+        """What `score` says about the tokens of some completions, `size` at a time; zeros for the others.
+
+        score: from a batch to values (N,). Returns float32 vectors on the CPU, one a completion.
+        """
+        found = [torch.zeros(len(ids)) for ids in samples.completion_ids]
+        indices = samples.grouped(indices)
+        for start in range(0, len(indices), size):
+            chunk = indices[start : start + size]
+            part = samples.select(chunk)
+            values = part.split(score(self.token_batch(part)).float().cpu())
+            for index, value in zip(chunk, values, strict=True):
+                found[index] = value
+        return found
+
+    def update(self, samples: Samples, kept: list[int], weights: torch.Tensor) -> Update:
+        """The update of the completions `kept`; weights: (B,) float32, what a token of each completion counts."""
+        order = samples.grouped(kept)
+        part = samples.select(order)
+        batch = self.token_batch(part)
+        vectors = {name: part.flat(name) for name in TOKEN_FIELDS}
+        if part.excluded.any():
+            counts = torch.ones(len(batch.targets)) if vectors["mask"] is None else vectors["mask"]
+            vectors["mask"] = counts * ~part.excluded[batch.branch.cpu()]
+        table = PolicyTable(
+            branch=batch.branch,
+            advantages=part.advantages.to(self.device),
+            weights=weights[order].to(self.device),
+            **{name: None if value is None else value.to(self.device) for name, value in vectors.items()},
+        )
+        left_out = sorted(set(range(len(samples))) - set(kept))
+        return Update(batch, table, samples.lengths[left_out].to(self.device))
