@@ -185,6 +185,7 @@ setup(
         "trl_fast.losses",
         "trl_fast.modeling",
         "trl_fast.ops",
+        "trl_fast.planning",
         "trl_fast.rollout",
         "trl_fast.trainers",
     ],

@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "run a script written for TRL, unchanged",
     "bench": "run a benchmark of the source tree",
     "env": "print versions, backends with reasons, and facts about this machine",
+    "plan": "simulate a training step's memory, and the longest context that fits a GPU",
     "validate": "look for what is wrong with preference data",
 }
 

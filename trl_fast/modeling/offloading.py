@@ -47,7 +47,8 @@ class Offloading(saved_tensors_hooks):
 
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
         weights = list(weights)
-        self._storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        # By the storages' own addresses, which fake tensors have too.
+        self._storages = {weight.untyped_storage()._cdata for weight in weights}
         self._shapes = {tuple(sorted(weight.shape)) for weight in weights}
         super().__init__(self._pack, self._unpack)
 
@@ -63,7 +64,7 @@ class Offloading(saved_tensors_hooks):
         storage = tensor.untyped_storage()
         # A tensor larger than its memory repeats it; a copy would not.
         repeats = storage.nbytes() < tensor.nbytes
-        return not (repeats or storage.data_ptr() in self._storages or tuple(sorted(tensor.shape)) in self._shapes)
+        return not (repeats or storage._cdata in self._storages or tuple(sorted(tensor.shape)) in self._shapes)
 
     @staticmethod
     def is_on_device(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,54 @@
+"""What is different on a GPU, and that nothing of it stays."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
+
+from trl_fast.modeling import offloading, segments
+from trl_fast.ops import blocks
+from trl_fast.ops.rows import ROW_KERNELS
+from trl_fast.ops.sparse_rows import SPARSE_KERNELS
+from trl_fast.ops.transform import LogitTransform
+from trl_fast.planning.devices import PADDED_ATTENTION, choices_of, flash_workspace
+from trl_fast.planning.tracker import MemoryTracker
+
+WORKSPACE = 1 << 30
+
+
+def tiling(device):
+    with FakeTensorMode(), choices_of(device, MemoryTracker()):
+        weight = torch.empty(128256, 4096, dtype=torch.bfloat16)
+        assert device == "cpu" or blocks.gemm_dtype(weight) == torch.bfloat16
+        return blocks.Head(weight, None, LogitTransform(), torch.bfloat16, "torch", WORKSPACE).tiling(3072)
+
+
+def test_tiles_of_a_gpu_know_no_cache():
+    rows, columns = tiling("gpu")
+    # Logits in float32 and their gradients in bfloat16.
+    assert rows == 3072 and columns == WORKSPACE // 4 // (3072 * 6) // 64 * 64
+    assert 2 * tiling("cpu").rows * tiling("cpu").columns <= 8 << 20
+
+
+def test_everything_is_put_back():
+    def state():
+        limits = (blocks._CACHE_BYTES, blocks._CPU_TILE_ROWS, blocks._HELD_FROM_BYTES, blocks._cpu_multiplies_bf16)
+        products = (blocks.logits_dtype, blocks.mm_into, blocks.add_mm)
+        classes = (segments.CpuParts, offloading.Offloading)
+        padded = AttentionInterface()[PADDED_ATTENTION]
+        return limits, products, classes, padded, dict(ROW_KERNELS), dict(SPARSE_KERNELS)
+
+    before = state()
+    for device in ("gpu", "cpu"):
+        with choices_of(device, MemoryTracker()):
+            assert state() != before
+        assert state() == before
+    assert segments._varlen_calls.cache_info().currsize == 0
+
+
+def test_flash_backward_takes_float32_sums_and_ungrouped_gradients():
+    query, key = torch.empty(1000, 8, 64, dtype=torch.bfloat16), torch.empty(1000, 2, 64, dtype=torch.bfloat16)
+    backward = torch.ops.aten._flash_attention_backward.default
+    sums, rows = 4 * query.numel(), 4 * 1000 * 8
+    assert flash_workspace(backward, (query, query, query)) == sums + rows
+    assert flash_workspace(backward, (query, query, key)) == sums + rows + 2 * 2 * query.numel()
+    assert flash_workspace(torch.ops.aten.mm.default, (query, query, key)) == 0

@@ -1,0 +1,79 @@
+"""Peaks from shallow models against whole ones, and the search for the longest context."""
+
+import pytest
+
+from support.models import tiny_config
+from trl_fast.planning.estimate import LENGTH_STEP, LONGEST, TOLERANCE, estimate, longest_context, stage_peaks
+from trl_fast.planning.setup import FULL_LOGITS, TRL, Setup
+from trl_fast.planning.step import MIDDLE_LAYERS, simulate
+from trl_fast.planning.timeline import KINDS, WORKSPACE, Peak, highest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_r": 4, "lora_target_modules": ("q_proj", "up_proj"), "tiled_mlp": 64, "activation_offloading": True},
+        {"gradient_checkpointing": False, "method": "sft", "dtype": "float32"},
+        {"method": "reward", "batch_layout": "padded"},
+        {"system": TRL, "precompute_ref_log_probs": True},
+        {"system": FULL_LOGITS, "method": "sft"},
+        {"head_grad": "sparse", "device": "cpu", "precompute_ref_log_probs": True},
+    ],
+    ids=str,
+)
+def test_two_shallow_models_tell_about_a_deep_one(changes):
+    setup = Setup(tiny_config("llama", num_hidden_layers=5), **changes)
+    whole, estimated = simulate(setup, 96).stage_peaks(), stage_peaks(setup, 96)
+    assert highest(estimated).stage == highest(whole).stage
+    for stage, peak in estimated.items():
+        assert peak.bytes == pytest.approx(whole[stage].bytes, rel=0.005), stage
+    assert set(whole) - set(estimated) <= {MIDDLE_LAYERS}
+
+
+def test_layers_that_differ_are_all_simulated():
+    config = tiny_config("qwen2_moe", num_hidden_layers=4, mlp_only_layers=[0], num_experts=2, num_experts_per_tok=1)
+    setup = Setup(config, method="sft")
+    assert estimate(setup, 64).bytes == simulate(setup, 64).peak().bytes
+
+
+def peaks_of(*lines):
+    """A stand-in for simulations: stages whose memory is base + slope · length, or a function of the length."""
+    calls = []
+
+    def found(_setup, length):
+        calls.append(length)
+        sizes = [line(length) if callable(line) else line[0] + line[1] * length for line in lines]
+        return {f"stage {i}": Peak({**dict.fromkeys(KINDS, 0), WORKSPACE: size}, "") for i, size in enumerate(sizes)}
+
+    return found, calls
+
+
+@pytest.mark.parametrize("start", [100, 5000, 700_000])
+@pytest.mark.parametrize(
+    "lines, limit, expected",
+    [
+        ([(1000, 7)], 100_000, 14_142),
+        # The second line overtakes the first far beyond the first lengths.
+        ([(50_000, 1), (0, 9)], 900_000, 100_000),
+        # A head whose memory stops growing.
+        ([lambda n: 100 * min(n, 4000), (1000, 5)], 500_000, 99_800),
+        # Quadratic: where lines mislead.
+        ([lambda n: n * n], 10**9, 31_622),
+    ],
+)
+def test_the_longest_context(lines, limit, expected, start):
+    found_peaks, calls = peaks_of(*lines)
+    found = longest_context(None, limit, start, found_peaks)
+    assert expected * (1 - TOLERANCE) - LENGTH_STEP <= found.max_length <= expected
+    assert found.peak.bytes <= limit and not found.at_least
+    assert len(calls) < 20 and len(set(calls)) == len(calls)
+
+
+def test_nothing_fits():
+    found = longest_context(None, 10, 1024, peaks_of((100, 1))[0])
+    assert found.max_length == 0 and found.peak is None
+
+
+def test_everything_fits():
+    found = longest_context(None, 10**9, 1024, peaks_of((100, 1))[0])
+    assert found.max_length == LONGEST and found.at_least

@@ -1,0 +1,53 @@
+"""What operators give whose result depends on data, which fake tensors do not have.
+
+The answers are those of a step in which every row counts and nothing is wrong with the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+# How many entries a row of the sparse gradient keeps: measured on real text at the default threshold, SmolLM2-135M.
+SPARSE_ENTRIES = 725
+
+
+def _scalar(tensor: torch.Tensor) -> bool | int:
+    """A number that the host reads: yes, or 1."""
+    return True if tensor.dtype == torch.bool else 1
+
+
+def _none_found(tensor: torch.Tensor) -> torch.Tensor:
+    """The places of what is wrong: there are none."""
+    return tensor.new_empty((0, tensor.dim()), dtype=torch.int64)
+
+
+def _entries_of_rows(rows: torch.Tensor, counts: torch.Tensor, **_: object) -> torch.Tensor:
+    """The row of each kept entry of the sparse gradient."""
+    return rows.new_empty(len(rows) * SPARSE_ENTRIES)
+
+
+def _counted(tensor: torch.Tensor, weights: None = None, minlength: int = 0) -> torch.Tensor:
+    """How often each number occurs, up to those that are expected."""
+    return tensor.new_empty(minlength)
+
+
+def _all_of(tensor: torch.Tensor, indices: list[torch.Tensor | None]) -> Any:
+    """What a mask selects: everything. Indices that are no masks are no question."""
+    if not any(index is not None and index.dtype == torch.bool for index in indices):
+        return NotImplemented
+    (mask,) = indices
+    return tensor.new_empty(math.prod(mask.shape), *tensor.shape[mask.dim() :])
+
+
+ANSWERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    aten._local_scalar_dense.default: _scalar,
+    aten.nonzero.default: _none_found,
+    aten.repeat_interleave.self_Tensor: _entries_of_rows,
+    aten.bincount.default: _counted,
+    aten.index.Tensor: _all_of,
+}

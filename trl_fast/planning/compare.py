@@ -1,0 +1,92 @@
+"""The planned run beside others: other systems' steps, and the same with one setting changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .estimate import Longest, estimate, longest_context
+from .setup import FULL_LOGITS, TRL, Setup
+from .sizes import gib
+from .timeline import Peak
+
+TRL_STEP = "TRL 1.16: padded rows, tiles of logits, float32 sums of gradients"
+FULL_LOGITS_STEP = "full logits: padded rows, log_softmax over the logits of every position"
+_LORA = {"lora_r": 16, "lora_target_modules": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setup's peak at the planned length, and with a limit the longest length that fits."""
+
+    name: str
+    peak: Peak
+    longest: Longest | None = None
+
+
+def systems(setup: Setup) -> list[tuple[str, Setup]]:
+    """The same run by other systems, with what they have too: checkpointing, adapters, activation offloading."""
+    theirs = setup.but(system=TRL, tiled_mlp=None, batch_layout="auto", fused_head=True, head_grad="exact")
+    found = [("this plan", setup), (TRL_STEP, theirs)]
+    if setup.activation_offloading:
+        theirs = theirs.but(activation_offloading=False)
+        found.append(("the same without activation_offloading", theirs))
+    if setup.method != "reward":
+        found.append((FULL_LOGITS_STEP, theirs.but(system=FULL_LOGITS)))
+    return found
+
+
+def switches(setup: Setup, tile_tokens: int) -> list[tuple[str, Setup]]:
+    """The setup itself, and with each setting that buys or costs memory changed; tile_tokens: of a tiled MLP."""
+    tiled = None if setup.tiled_mlp is not None else tile_tokens
+    changes: list[dict] = [
+        {"gradient_checkpointing": not setup.gradient_checkpointing},
+        {"tiled_mlp": tiled},
+        {"activation_offloading": not setup.activation_offloading},
+    ]
+    if tiled is not None and not setup.activation_offloading:
+        changes.append({"tiled_mlp": tiled, "activation_offloading": True})
+    changes.append(_LORA if setup.lora_r is None else {"lora_r": None})
+    layouts = ("packed", "padded") if setup.method == "sft" else ("shared_prefix", "packed", "padded")
+    changes += [{"batch_layout": name} for name in layouts if name != setup.batch_layout]
+    if setup.method != "reward":
+        changes += [{"fused_head": False}, {"head_grad": "sparse"}]
+    if setup.method == "dpo":
+        changes += [{"precompute_ref_log_probs": not setup.precompute_ref_log_probs}]
+    changes += [{"dtype": "float32" if setup.dtype == "bfloat16" else "bfloat16"}]
+    return [("this plan", setup), *((_name(change), setup.but(**change)) for change in changes)]
+
+
+def _name(change: dict) -> str:
+    if change == {"lora_r": None}:
+        return "without LoRA, all weights trained"
+    if change == _LORA:
+        return "LoRA of rank 16 on all linear layers"
+    if change == {"fused_head": False}:
+        return "the model's own logits, no fused head"
+    return ", ".join(f"{name}={value}" for name, value in change.items())
+
+
+def compare(name: str, setup: Setup, max_length: int, limit: int | None) -> Row:
+    """Simulates one setup."""
+    peak = estimate(setup, max_length)
+    return Row(name, peak, None if limit is None else longest_context(setup, limit, max_length))
+
+
+def check_resident(model: torch.nn.Module, setup: Setup, limit: int) -> None:
+    """Makes sure that what is there whatever the length fits. `model` is the setup's, adapters and all.
+
+    Raises:
+        ValueError: the weights, gradients and optimizer take more than `limit` bytes; with their sizes.
+    """
+    weights = sum(weight.nbytes for weight in model.parameters())
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    parts = {"weights": weights, "reference": weights * setup.needs_reference_model}
+    parts |= {"gradients": trained, "optimizer": 2 * trained}
+    if sum(parts.values()) > limit:
+        shown = ", ".join(f"{name} {gib(size)} GiB" for name, size in parts.items() if size)
+        raise ValueError(
+            f"gpu_memory={gib(limit)} GiB cannot hold what training needs at any length: {shown}, together "
+            f"{gib(sum(parts.values()))} GiB; take a smaller model, LoRA (--peft lora) or bfloat16 weights"
+        )

@@ -1,0 +1,199 @@
+"""What a GPU does otherwise than a CPU: kernels and sizes of tiles. Fake tensors are on the CPU all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from trl_fast.modeling import offloading, segments
+from trl_fast.ops import blocks, sparse_rows
+from trl_fast.ops.rows import ROW_KERNELS, RowKernels
+from trl_fast.ops.sparse_rows import SPARSE_KERNELS, SparseKernels
+
+from .answers import SPARSE_ENTRIES
+from .timeline import ATTENTION
+from .tracker import MemoryTracker
+
+aten = torch.ops.aten
+# Registered with transformers for rows that need no mask: all of a batch's sequences are of one length here.
+PADDED_ATTENTION = "trl_fast_planning"
+_UNLIMITED = 1 << 62
+_FLASH_BACKWARD = (
+    aten._flash_attention_backward.default,
+    aten._scaled_dot_product_flash_attention_backward.default,
+)
+
+
+@contextmanager
+def replaced(module: ModuleType, **values: Any) -> Iterator[None]:
+    """Within, globals of a module have other values."""
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+@contextmanager
+def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
+    """Within, our code takes the kernels and tiles that it takes on a "gpu" or a "cpu".
+
+    A GPU has no cache to fit tiles of logits into, multiplies bfloat16 to float32 logits, has row kernels without
+    temporaries, and torch's varlen flash kernels, two calls a layer.
+    """
+    with ExitStack() as stack:
+        parts = _labelled(segments.CpuParts, tracker)
+        if device == "gpu":
+            parts = _gpu_parts(tracker)
+            limits = dict.fromkeys(("_CACHE_BYTES", "_CPU_TILE_ROWS", "_HELD_FROM_BYTES"), _UNLIMITED)
+            stack.enter_context(replaced(blocks, _cpu_multiplies_bf16=lambda: True, **limits, **_GPU_PRODUCTS))
+            stack.callback(ROW_KERNELS.__setitem__, "torch", ROW_KERNELS["torch"])
+            ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, _nothing)
+            stack.enter_context(replaced(offloading, Offloading=SimulatedOffloading))
+            # What it keeps are fake tensors of this simulation.
+            segments._varlen_calls.cache_clear()
+            stack.callback(segments._varlen_calls.cache_clear)
+        stack.enter_context(replaced(segments, CpuParts=parts))
+        for backend in ("torch", "cpp"):
+            stack.callback(SPARSE_KERNELS.__setitem__, backend, SPARSE_KERNELS[backend])
+            SPARSE_KERNELS[backend] = SparseKernels(_sparse_samples, _sparse_product)
+        AttentionInterface.register(PADDED_ATTENTION, _padded_attention(device, tracker))
+        stack.callback(AttentionInterface.register, PADDED_ATTENTION, sdpa_attention_forward)
+        yield
+
+
+def _wide_logits(dtype: torch.dtype, _: torch.device) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _product_in_place(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product that is written where it belongs, whatever its dtype."""
+    return out
+
+
+def _added_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """A product of the sum's dtype, which is a temporary where the factors have another."""
+    if total.dtype != left.dtype:
+        torch.empty_like(total)
+
+
+# What `ops.products` does on a GPU.
+_GPU_PRODUCTS = {"logits_dtype": _wide_logits, "mm_into": _product_in_place, "add_mm": _added_product}
+
+
+def head_backend(device: str) -> str | None:
+    """The backend to force: on a GPU the one whose kernels `choices_of` has replaced."""
+    return "torch" if device == "gpu" else None
+
+
+def flash_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
+    """Bytes that CUDA's flash backward takes inside: a float32 sum of the queries' gradient, a number a row, and, for
+    grouped heads, gradients of keys and values for every query head (FlashAttention-2, mha_bwd and mha_varlen_bwd).
+    """
+    if func not in _FLASH_BACKWARD:
+        return 0
+    query, key = args[1], args[2]
+    heads, groups = query.shape[1], key.shape[1]
+    expanded = 0 if heads == groups else 2 * key.numel() * key.element_size() * heads // groups
+    return 4 * query.numel() + 4 * query.numel() // query.shape[-1] + expanded
+
+
+class SimulatedOffloading(offloading.Offloading):
+    """Fake tensors that leave the memory that is tracked: of a copy on the host only its shape is kept."""
+
+    @staticmethod
+    def is_on_device(tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, FakeTensor)
+
+    @staticmethod
+    def to_host(tensor: torch.Tensor) -> torch.Size:
+        return (tensor.shape, tensor.dtype)
+
+    @staticmethod
+    def to_device(kept: tuple[torch.Size, torch.dtype], device: torch.device) -> torch.Tensor:
+        return torch.empty(kept[0], dtype=kept[1], device=device)
+
+
+def _sparse_samples(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Counts (R,), columns and log-probabilities of the entries that rows of logits (T, R, W) keep."""
+    entries = logits.shape[1] * SPARSE_ENTRIES
+    counts, columns = (torch.empty(size, dtype=torch.int64) for size in (logits.shape[1], entries))
+    torch.empty(sparse_rows._CHUNK_BYTES, dtype=torch.uint8)
+    return counts, columns, torch.empty(entries, dtype=torch.float32)
+
+
+def _sparse_product(
+    starts: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows (M, H) of a sparse matrix's product with (K, H)."""
+    torch.empty(sparse_rows._CHUNK_BYTES, dtype=torch.uint8)
+    return torch.empty(len(starts) - 1, dense.shape[1], dtype=dtype)
+
+
+def _nothing(*_: object) -> None:
+    """A row kernel that takes no memory."""
+
+
+def _labelled(parts: Any, tracker: MemoryTracker) -> Any:
+    """A class like `parts` whose working memory is known as attention's."""
+
+    class Labelled(parts):
+        def forward(self) -> Any:
+            with tracker.labelling(ATTENTION):
+                return super().forward()
+
+        def backward(self, *given: torch.Tensor) -> Any:
+            with tracker.labelling(ATTENTION):
+                return super().backward(*given)
+
+    return Labelled
+
+
+def _gpu_parts(tracker: MemoryTracker) -> Any:
+    flash, plain = _labelled(segments.CudaParts, tracker), _labelled(segments.PlainParts, tracker)
+
+    def parts(query: torch.Tensor, *rest: Any) -> Any:
+        return (flash if query.dtype in (torch.bfloat16, torch.float16) else plain)(query, *rest)
+
+    return parts
+
+
+def _padded_attention(device: str, tracker: MemoryTracker) -> Any:
+    """Causal SDPA of rows (B, heads, T, D) without padding: on a GPU by the flash kernel."""
+
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **_: object,
+    ) -> tuple[torch.Tensor, None]:
+        with tracker.labelling(ATTENTION):
+            if device == "cpu":
+                return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+            if torch.is_autocast_enabled("cpu"):
+                query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+            out, *_rest = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
+            return out.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _no_mask(**_: object) -> None:
+    """The mask of rows without padding."""
+
+
+AttentionMaskInterface.register(PADDED_ATTENTION, _no_mask)
+# Models can be built with the name outside of `choices_of`, which puts a device's function behind it.
+AttentionInterface.register(PADDED_ATTENTION, sdpa_attention_forward)

@@ -1,0 +1,102 @@
+"""A step's peak from two shallow models, and the longest sequences that fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .models import layers_are_alike, meta_model
+from .setup import Setup
+from .step import simulate
+from .timeline import KINDS, Peak, highest
+
+# The shallowest models that have a first, a last and, in the second, a layer between.
+SHALLOW = (2, 3)
+# How far below the longest that fits the answer may be.
+TOLERANCE = 0.01
+# Lengths are multiples of this, and longer ones than the last are not looked at.
+LENGTH_STEP, LONGEST = 64, 1 << 22
+
+StagePeaks = dict[str, Peak]
+
+
+def stage_peaks(setup: Setup, max_length: int) -> StagePeaks:
+    """The peak of each stage of a step, as `simulate` finds them, in a fraction of the time.
+
+    Layers are alike, so the most memory in each stage of a step is a straight line over their number: two shallow
+    models tell it. A model whose layers differ is simulated whole.
+    """
+    depth = setup.num_layers
+    if depth <= SHALLOW[-1] or not layers_are_alike(meta_model(setup)):
+        return simulate(setup, max_length).stage_peaks()
+    fewer, more = (simulate(setup, max_length, layers).stage_peaks() for layers in SHALLOW)
+    # The stage that only the deeper model has lies between two others and is never above both.
+    return {stage: _on_line(fewer[stage], more[stage], SHALLOW, depth) for stage in more if stage in fewer}
+
+
+def estimate(setup: Setup, max_length: int) -> Peak:
+    """The peak of a step, from `stage_peaks`."""
+    return highest(stage_peaks(setup, max_length))
+
+
+def _on_line(one: Peak, two: Peak, places: tuple[int, int], at: int) -> Peak:
+    share = (at - places[0]) / (places[1] - places[0])
+    return Peak({kind: one.parts[kind] + share * (two.parts[kind] - one.parts[kind]) for kind in KINDS}, two.stage)
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest max_length that fits, in tokens, and its peak; 0 if none does."""
+
+    max_length: int
+    peak: Peak | None
+
+    @property
+    def at_least(self) -> bool:
+        """Whether the search stopped there, and longer ones may fit."""
+        return self.max_length == LONGEST
+
+
+def longest_context(
+    setup: Setup, limit: int, start: int, peaks_of: Callable[[Setup, int], StagePeaks] = stage_peaks
+) -> Longest:
+    """The longest max_length whose step takes at most `limit` bytes, to within TOLERANCE.
+
+    In each stage memory is close to a straight line over the length. The next length to try is where the first of the
+    lines through the last two meets the limit. `start`: a length to begin with.
+    """
+    tried: dict[int, StagePeaks] = {}
+    length = _rounded(start)
+    while length not in tried:
+        tried[length] = peaks_of(setup, length)
+        fits, exceeds = _bounds(tried, limit)
+        meets = _meeting(tried, limit) if len(tried) > 1 else (length * 2 if fits else length / 2)
+        if len(tried) > 1 and fits >= min(meets * (1 - TOLERANCE), LONGEST):
+            break
+        # On the safe side by half the tolerance, and where the lines mislead, between what fits and what does not.
+        length = _rounded(meets * (1 - TOLERANCE / 2))
+        if not fits < length < exceeds:
+            length = _rounded((fits + exceeds) / 2 if exceeds < math.inf else 2 * fits)
+    return Longest(fits, highest(tried[fits]) if fits else None)
+
+
+def _rounded(length: float) -> int:
+    return int(min(LONGEST, max(LENGTH_STEP, length // LENGTH_STEP * LENGTH_STEP)))
+
+
+def _bounds(tried: dict[int, StagePeaks], limit: int) -> tuple[int, float]:
+    """The longest length that fits, 0 if none does, and the shortest that does not."""
+    fit = [length for length, peaks in tried.items() if highest(peaks).bytes <= limit]
+    return max(fit, default=0), min((length for length in tried if length not in fit), default=math.inf)
+
+
+def _meeting(tried: dict[int, StagePeaks], limit: int) -> float:
+    """Where the first of the stages' lines through the two lengths nearest to the limit meets it."""
+    one, two = sorted(tried, key=lambda length: abs(highest(tried[length]).bytes - limit))[:2]
+    meets = math.inf
+    for stage, peak in tried[one].items():
+        slope = (tried[two][stage].bytes - peak.bytes) / (two - one)
+        if slope > 0:
+            meets = min(meets, one + (limit - peak.bytes) / slope)
+    return min(max(meets, 0.0), 2 * LONGEST)

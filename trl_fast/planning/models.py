@@ -1,0 +1,163 @@
+"""Models on fake tensors: built on the meta device, adapters and all, and then given fake memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout
+from trl_fast.modeling.offloading import offload_activations
+from trl_fast.modeling.reward_scoring import attach_reward_scoring, can_pack_rewards
+from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.tiled_mlp import tile_mlps
+
+from .devices import PADDED_ATTENTION, replaced
+from .setup import OURS, Setup
+
+
+def meta_model(setup: Setup, layers: int | None = None) -> PreTrainedModel:
+    """The model without memory, as the trainers have it before adapters; `layers`: only the first so many.
+
+    Raises:
+        ValueError: transformers has no model of this type for the method.
+    """
+    config = shortened(setup.config, layers)
+    config.use_cache = False
+    reward = setup.method == "reward"
+    if reward:
+        config.num_labels = 1
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=setup.torch_dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"method={setup.method!r}: transformers has no {auto.__name__} of model type {config.model_type!r}"
+        ) from error
+    (attach_reward_scoring if reward else attach_scoring)(model)
+    if not reward:
+        model.trl_fast_fused_head = setup.fused_head
+    return model.train()
+
+
+def shortened(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
+    """A copy of the config with the first `layers` layers; lists with an entry a layer are cut too."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    if layers is not None and layers < depth:
+        text.num_hidden_layers = layers
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == depth:
+                setattr(text, name, value[:layers])
+    return config
+
+
+def planned_model(setup: Setup, max_length: int, layers: int | None = None) -> tuple[PreTrainedModel | PeftModel, str]:
+    """The model without memory, as it trains, and the layout of its batches.
+
+    Raises:
+        ValueError: the model cannot be built or set up so; by the name of the setting.
+    """
+    model = meta_model(setup, layers)
+    layout = choose_layout(model, setup, max_length)
+    return prepare(model, setup, layout), layout
+
+
+def prepare(model: PreTrainedModel, setup: Setup, layout: str) -> PreTrainedModel | PeftModel:
+    """Adapter, checkpointing, dropout and attention, as the trainers set them up."""
+    if layout == "padded":
+        model.set_attn_implementation(PADDED_ATTENTION)
+    else:
+        use_segment_attention(model)
+    with warnings.catch_warnings():
+        # transformers and PEFT about names of theirs.
+        warnings.simplefilter("ignore", FutureWarning)
+        if setup.lora_r is not None:
+            model = add_adapter(model, lora_config(setup))
+            if setup.gradient_checkpointing:
+                model.enable_input_require_grads()
+        if setup.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+    disable_dropout(model)
+    if setup.tiled_mlp is not None:
+        tile_mlps(base_model(model), setup.tiled_mlp)
+    if setup.activation_offloading:
+        with replaced(torch.cuda, is_available=lambda: setup.device == "gpu"):
+            offload_activations(base_model(model))
+    return model
+
+
+def lora_config(setup: Setup) -> LoraConfig:
+    """The adapter's configuration; with its dropout off, as the trainers' disable_dropout leaves it."""
+    modules = setup.lora_target_modules
+    return LoraConfig(
+        task_type="SEQ_CLS" if setup.method == "reward" else "CAUSAL_LM",
+        r=setup.lora_r,
+        target_modules=list(modules) if isinstance(modules, tuple) else modules,
+        lora_dropout=0.0,
+    )
+
+
+def give_fake_memory(model: nn.Module) -> None:
+    """Puts empty CPU tensors, which are fake inside FakeTensorMode, in the place of those on the meta device."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    trains = tensor.requires_grad
+                    made[tensor] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
+                tensors[name] = made[tensor]
+
+
+def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
+    """The layers of a model, in order.
+
+    Raises:
+        ValueError: there is no list of them.
+    """
+    inner = base_model(model)
+    depth = inner.config.get_text_config().num_hidden_layers
+    for module in inner.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"model: {type(inner).__name__} has no list of its {depth} layers, which the simulation needs")
+
+
+def layers_are_alike(model: PreTrainedModel) -> bool:
+    """Whether all layers have weights of the same shapes, so that a few of them tell about all."""
+    shapes = [[(name, weight.shape) for name, weight in layer.named_parameters()] for layer in decoder_layers(model)]
+    return all(found == shapes[0] for found in shapes)
+
+
+def choose_layout(model: PreTrainedModel, setup: Setup, max_length: int) -> str:
+    """The layout that the trainers choose by what the architecture declares.
+
+    Raises:
+        ValueError: the batch_layout that was asked for cannot be.
+    """
+    if setup.system != OURS or setup.batch_layout == "padded":
+        return "padded"
+    packs, reason = (can_pack_rewards if setup.method == "reward" else supports_packed)(model, max_length)
+    shares, why_not = supports_sharing(model, without_dropout=True) if packs else (False, reason)
+    if setup.method == "sft":
+        shares, why_not = False, "sft has no prompts that several completions share"
+    if setup.batch_layout in ("auto", "shared_prefix") and shares:
+        return "shared_prefix"
+    if setup.batch_layout in ("auto", "packed") and packs:
+        return "packed"
+    if setup.batch_layout == "auto":
+        return "padded"
+    raise ValueError(
+        f"batch_layout={setup.batch_layout!r} cannot be used: {why_not if packs else reason}; use 'auto' or 'padded'"
+    )

@@ -1,0 +1,158 @@
+"""What a plan says: tables for the terminal and a plot over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from .compare import Row
+from .estimate import Longest
+from .setup import Setup
+from .sizes import GIB, gib
+from .timeline import (
+    ATTENTION,
+    GRADIENTS,
+    HEAD,
+    KINDS,
+    MEANINGS,
+    OPTIMIZER,
+    REFERENCE,
+    SAVED,
+    WEIGHTS,
+    WORKSPACE,
+    Peak,
+    Timeline,
+)
+
+_COLORS = {
+    WEIGHTS: "#4c566a",
+    REFERENCE: "#8d99ae",
+    OPTIMIZER: "#b48ead",
+    GRADIENTS: "#d08770",
+    SAVED: "#5e81ac",
+    ATTENTION: "#ebcb8b",
+    HEAD: "#a3be8c",
+    WORKSPACE: "#88c0d0",
+}
+# Most points of a plotted line.
+_POINTS = 2000
+
+
+def peak_table(peak: Peak, title: str) -> Table:
+    """What a peak consists of."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("memory")
+    table.add_column("GiB", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("what it is")
+    for kind in KINDS:
+        size = peak.parts[kind]
+        if size:
+            table.add_row(kind, gib(size), f"{size / peak.bytes:.0%}", MEANINGS[kind])
+    table.add_section()
+    table.add_row("peak", gib(peak.bytes), "", f"in the stage: {peak.stage}")
+    return table
+
+
+def stages_table(timeline: Timeline) -> Table:
+    """The peak of each stage of a step."""
+    table = Table(title="Peak by stage of the step", title_justify="left")
+    table.add_column("stage")
+    table.add_column("GiB", justify="right")
+    for stage, peak in timeline.stage_peaks().items():
+        table.add_row(stage, gib(peak.bytes))
+    return table
+
+
+def rows_table(rows: list[Row], title: str, max_length: int) -> Table:
+    """Setups against the first one: the peak at `max_length`, and the longest context where it was looked for."""
+    base = rows[0]
+    searched = base.longest is not None
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column(f"peak at {max_length:,}, GiB", justify="right")
+    table.add_column("difference", justify="right")
+    if searched:
+        table.add_column("longest context", justify="right")
+        table.add_column("times the first", justify="right")
+    for row in rows:
+        difference = "" if row is base else f"{(row.peak.bytes - base.peak.bytes) / GIB:+.2f}"
+        cells = [row.name, gib(row.peak.bytes), difference]
+        if searched:
+            cells += [tokens(row.longest), _ratio(row, base)]
+        table.add_row(*cells)
+    return table
+
+
+def tokens(longest: Longest) -> str:
+    """A longest context for people."""
+    if not longest.max_length:
+        return "none fits"
+    return f"{'at least ' if longest.at_least else ''}{longest.max_length:,}"
+
+
+def _ratio(row: Row, base: Row) -> str:
+    if row is base or not base.longest.max_length or not row.longest.max_length:
+        return ""
+    return f"{row.longest.max_length / base.longest.max_length:.2f}×"
+
+
+def save_plot(path: Path, timeline: Timeline, title: str, limit: int | None) -> None:
+    """Memory over a step by what it holds; a dashed line at `limit` bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 5.5))
+    operators, levels = _thinned(timeline)
+    shown = [number for number in range(len(KINDS)) if levels[number].any()]
+    axes.stackplot(
+        operators,
+        levels[shown] / GIB,
+        labels=[KINDS[number] for number in shown],
+        colors=[_COLORS[KINDS[number]] for number in shown],
+        step="post",
+    )
+    # A limit far above would flatten everything.
+    most = levels.sum(axis=0).max()
+    top = (limit if limit is not None and most < limit < 2 * most else most) / GIB * 1.15
+    if limit is not None:
+        axes.axhline(limit / GIB, color="tab:red", linestyle="--", linewidth=1, label=f"gpu_memory {gib(limit)} GiB")
+    _mark_stages(axes, timeline, top)
+    axes.set(title=title, xlabel="operators of the step, in order", ylabel="GiB")
+    axes.set(xlim=(0, operators[-1]), ylim=(0, top))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _thinned(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
+    """(points,) operators and (kinds, points) levels: of each stretch of operators the one with the most memory."""
+    total = timeline.levels.sum(axis=0)
+    stretch = max(1, -(-len(total) // _POINTS))
+    starts = range(0, len(total), stretch)
+    chosen = [start + int(total[start : start + stretch].argmax()) for start in starts]
+    return np.array(chosen), timeline.levels[:, chosen]
+
+
+def _mark_stages(axes: object, timeline: Timeline, top: float) -> None:
+    width = timeline.levels.shape[1]
+    for name, start, end in timeline.stages:
+        if end < start:
+            continue
+        axes.axvline(start, color="black", linewidth=0.5, alpha=0.4)
+        if end - start > 0.02 * width:
+            place = {"rotation": 90, "ha": "center", "va": "top", "fontsize": 8}
+            axes.text((start + end) / 2, 0.98 * top, name, **place)
+
+
+def setup_line(setup: Setup, name: str, max_length: int) -> str:
+    """The planned run in one line."""
+    what = "all weights" if setup.lora_r is None else f"LoRA r={setup.lora_r}"
+    precision = f"{setup.dtype} weights" + (", bf16 autocast" if setup.bf16 else "")
+    count = setup.per_device_train_batch_size
+    unit = ("sequence" if setup.method == "sft" else "pair") + "s" * (count > 1)
+    return f"{setup.method}, {name}, {what}, {precision}, {count} {unit} of {max_length:,} tokens"

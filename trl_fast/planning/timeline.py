@@ -1,0 +1,115 @@
+"""Memory over the course of a training step, by what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+WEIGHTS = "weights"
+REFERENCE = "reference weights"
+OPTIMIZER = "optimizer"
+GRADIENTS = "gradients"
+SAVED = "saved activations"
+HEAD = "head"
+ATTENTION = "attention"
+WORKSPACE = "workspace"
+# In the order of tables and plots: what stays first.
+KINDS = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, SAVED, ATTENTION, HEAD, WORKSPACE)
+MEANINGS = {
+    WEIGHTS: "the model, adapters included",
+    REFERENCE: "a reference model of its own",
+    OPTIMIZER: "AdamW's two averages",
+    GRADIENTS: "of the weights that train",
+    SAVED: "what the forward pass keeps for the backward pass",
+    ATTENTION: "working memory of attention, forward and backward",
+    HEAD: "from hidden states to the loss and back",
+    WORKSPACE: "the layer at work, recomputed or not, and other temporaries",
+}
+
+FORWARD_STAGE = "forward"
+HEAD_STAGE = "head and loss"
+
+
+@dataclass(slots=True)
+class Allocation:
+    """Memory that was taken at operator number `start` and that operator `end` was the last to see (None: all).
+
+    stage: the one in which it was taken; kind: None where only the timeline tells.
+    """
+
+    size: int
+    start: int
+    stage: str | None
+    kind: str | None = None
+    end: int | None = None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory that a stretch of a step takes: bytes by kind, and where that was."""
+
+    parts: dict[str, float]
+    stage: str
+    operator: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return round(sum(self.parts.values()))
+
+
+def highest(peaks: Mapping[str, Peak]) -> Peak:
+    """The highest of the stages' peaks."""
+    return max(peaks.values(), key=lambda peak: peak.bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """Memory of each kind at each operator of a step: levels (kinds, operators) int64, in the order of KINDS.
+
+    stages: (name, first operator, last operator), the first of all operators being number 0.
+    """
+
+    levels: np.ndarray
+    stages: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, allocations: Sequence[Allocation], stages: tuple[tuple[str, int, int], ...]) -> Timeline:
+        """From what a tracker recorded; stages by the tracker's numbers, which start anywhere."""
+        first, last = stages[0][1], stages[-1][2]
+        forward_end = next((end for name, _, end in stages if name == FORWARD_STAGE), last)
+        changes = np.zeros((len(KINDS), last - first + 2), dtype=np.int64)
+        for item in allocations:
+            end = last if item.end is None else min(item.end, last)
+            if end < first:
+                continue
+            row = KINDS.index(_kind(item, end > forward_end))
+            changes[row, max(item.start - first, 0)] += item.size
+            changes[row, end + 1 - first] -= item.size
+        levels = changes.cumsum(axis=1)[:, :-1]
+        return cls(levels, tuple((name, start - first, end - first) for name, start, end in stages))
+
+    def stage_peaks(self) -> dict[str, Peak]:
+        """The peak of each stage; stages of one name count as one."""
+        total = self.levels.sum(axis=0)
+        peaks: dict[str, Peak] = {}
+        for name, start, end in self.stages:
+            if end < start:
+                continue
+            at = start + int(total[start : end + 1].argmax())
+            if name not in peaks or total[at] > peaks[name].bytes:
+                peaks[name] = Peak(dict(zip(KINDS, self.levels[:, at].tolist(), strict=True)), name, at)
+        return peaks
+
+    def peak(self) -> Peak:
+        """The step's peak."""
+        return highest(self.stage_peaks())
+
+
+def _kind(item: Allocation, outlives_forward: bool) -> str:
+    if item.kind in (None, ATTENTION) and item.stage == FORWARD_STAGE and outlives_forward:
+        return SAVED
+    if item.kind is not None:
+        return item.kind
+    return HEAD if item.stage == HEAD_STAGE else WORKSPACE

@@ -1,0 +1,128 @@
+"""When memory is taken and given back in a computation on fake tensors.
+
+Fake tensors (torch's FakeTensorMode) have shapes, dtypes and storages, but no data. What a program takes and frees can
+so be followed without having it: its own Python code decides, as in a real run, how long a tensor lives.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .answers import ANSWERS
+from .timeline import Allocation, Timeline
+
+# What torch.cuda's allocator rounds up to.
+CUDA_GRANULARITY = 512
+Workspace = Callable[[torch._ops.OpOverload, tuple], int]
+
+
+@dataclass
+class _Stage:
+    name: str
+    start: int
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Records every storage that an operator makes, inside `FakeTensorMode`; time is counted in operators.
+
+    The project's own custom ops are run by their bodies, so that what they take inside is seen too. What depends on
+    data is answered by `answers.py`.
+
+    Args:
+        granularity: bytes that sizes are rounded up to.
+        workspace: bytes that an operator takes inside and gives back, given the operator and its arguments.
+    """
+
+    def __init__(self, granularity: int = 1, workspace: Workspace | None = None) -> None:
+        super().__init__()
+        self._granularity = granularity
+        self._workspace = workspace
+        self._allocations: list[Allocation] = []
+        self._live: dict[int, Allocation] = {}
+        self._stages: list[_Stage] = []
+        self._kind: str | None = None
+        self._clock = 0
+
+    # ---- what the simulated program says about itself
+
+    def enter(self, stage: str) -> None:
+        """Starts a stage of the step; what was before the first one is no part of the timeline."""
+        if not self._stages or self._stages[-1].name != stage:
+            self._stages.append(_Stage(stage, self._clock + 1))
+
+    @property
+    def stage(self) -> str | None:
+        """The present stage's name."""
+        return self._stages[-1].name if self._stages else None
+
+    @contextmanager
+    def labelling(self, kind: str) -> Iterator[None]:
+        """Memory that is taken within is of this kind."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def label(self, tensor: torch.Tensor, kind: str) -> None:
+        """The memory of this tensor is of this kind."""
+        self._live[tensor.untyped_storage()._cdata].kind = kind
+
+    def timeline(self) -> Timeline:
+        """What was found so far."""
+        ends = [stage.start - 1 for stage in self._stages[1:]]
+        stages = tuple(
+            (stage.name, stage.start, end) for stage, end in zip(self._stages, [*ends, self._clock], strict=True)
+        )
+        return Timeline.of(self._allocations, stages)
+
+    # ---- what happens at each operator
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        self._clock += 1
+        if self._workspace is not None and (inside := self._workspace(func, args)):
+            self._record(inside, self._clock)
+        out = self._run(func, args, kwargs or {})
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, FakeTensor):
+                self._see(tensor)
+        return out
+
+    def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
+        own = OPDEFS.get(func.name())
+        if own is not None:
+            with self:
+                return own._init_fn(*args, **kwargs)
+        answer = ANSWERS.get(func)
+        out = NotImplemented if answer is None else answer(*args, **kwargs)
+        return func(*args, **kwargs) if out is NotImplemented else out
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._live:
+            self._live[key] = self._record(storage.nbytes(), None)
+            weakref.finalize(storage, self._drop, key)
+
+    def _record(self, size: int, end: int | None) -> Allocation:
+        size = -(-size // self._granularity) * self._granularity
+        allocation = Allocation(size, self._clock, self.stage, self._kind, end)
+        self._allocations.append(allocation)
+        return allocation
+
+    def _drop(self, key: int) -> None:
+        # The operator that ran last still had it.
+        self._live.pop(key).end = self._clock
