@@ -40,6 +40,20 @@ def color_pairs(count: int = 24) -> Dataset:
     )
 
 
+def color_labels(count: int = 24) -> Dataset:
+    """Plain completions with labels: four good ones, four bad ones, then both in every four."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": f"What color is {i}?",
+                "completion": (f" It is blue {i * 7}" if i % 3 else f" green, {i}") * (1 + i % 4),
+                "label": i < 4 or (i >= 8 and i % 3 > 0),
+            }
+            for i in range(count)
+        ]
+    )
+
+
 def make_trainer(module: ModuleType, output_dir: object, *, method: str = "DPO", arguments: dict, **settings: object):
     """`module`'s trainer of a method with the settings above; the seed is set first, for adapters' random weights."""
     config = getattr(module, f"{method}Config")(str(output_dir), **{**SETTINGS, **settings})

@@ -11,6 +11,7 @@ COMMANDS = {
     "sft": "train with supervised fine-tuning",
     "dpo": "train with Direct Preference Optimization and its relatives",
     "reward": "train a reward model",
+    "kto": "train with Kahneman-Tversky Optimization, from single completions that are good or bad",
     "run": "run a script written for TRL, unchanged",
     "bench": "run a benchmark of the source tree",
     "env": "print versions, backends with reasons, and facts about this machine",

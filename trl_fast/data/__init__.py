@@ -24,7 +24,9 @@ from .formats import (
     maybe_extract_prompt,
     prepare_preference_dataset,
     tokenize_preference,
+    tokenize_unpaired,
 )
+from .kto import DataCollatorForUnpairedPreference, prepare_unpaired_dataset
 from .labelled import (
     ConvertingCollator,
     DataCollatorForLanguageModeling,
@@ -51,6 +53,7 @@ __all__ = [
     "DataCollatorForLanguageModeling",
     "DataCollatorForPreference",
     "DataCollatorForReward",
+    "DataCollatorForUnpairedPreference",
     "LabelledCollator",
     "RewardCollator",
     "TokenBatch",
@@ -80,10 +83,12 @@ __all__ = [
     "prepare_preference_dataset",
     "prepare_reward_dataset",
     "prepare_sft_dataset",
+    "prepare_unpaired_dataset",
     "reward_batch",
     "tokenize_preference",
     "tokenize_reward",
     "tokenize_sft",
+    "tokenize_unpaired",
     "trains_stop_token",
     "truncate_dataset",
     "truncate_tree",

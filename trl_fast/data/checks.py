@@ -29,20 +29,29 @@ def check_preference_columns(
     Raises ValueError if the dataset is empty, has image columns, or has neither `chosen` and `rejected` nor all the
     token columns.
     """
+    columns = text_columns(dataset, "at least one preference pair", name)
+    if not ({"chosen", "rejected"} <= set(columns) or set(token_columns) <= set(columns)):
+        raise ValueError(
+            f"The {name} dataset has the columns {columns}; expected 'chosen' and 'rejected' (with or without "
+            f"'prompt'), or the tokenized {', '.join(token_columns)}. Rename yours with dataset.rename_column(...)."
+        )
+    return columns
+
+
+def text_columns(dataset: Dataset | IterableDataset, expected: str, name: str = "train") -> list[str]:
+    """The column names of a dataset of texts (a stream's are those of its first row).
+
+    Raises ValueError if the dataset has no row, where `expected` says what it should have, or has image columns.
+    """
     first_row = next(iter(dataset), None)
     if first_row is None:
-        raise ValueError(f"The {name} dataset has no rows; expected at least one preference pair.")
+        raise ValueError(f"The {name} dataset has no rows; expected {expected}.")
     columns = list(first_row)
     images = [column for column in ("image", "images") if column in columns]
     if images:
         raise ValueError(
             f"The {name} dataset has the column {images[0]!r}: vision data is not supported yet. Remove the column to "
             "train on the text alone."
-        )
-    if not ({"chosen", "rejected"} <= set(columns) or set(token_columns) <= set(columns)):
-        raise ValueError(
-            f"The {name} dataset has the columns {columns}; expected 'chosen' and 'rejected' (with or without "
-            f"'prompt'), or the tokenized {', '.join(token_columns)}. Rename yours with dataset.rename_column(...)."
         )
     return columns
 
@@ -59,25 +68,24 @@ def check_preference_row(
     kinds = {}
     empty = [column for column in ("chosen", "rejected") if example.get(column) in ("", [])]
     if empty and not (one_may_be_empty and len(empty) == 1):
-        raise ValueError(
-            f"{_place(name, row)}, column {empty[0]!r}: the completion is empty. {_remove_rows(empty[0])}"
-        )
+        raise ValueError(f"{place(name, row)}, column {empty[0]!r}: the completion is empty. {remove_rows(empty[0])}")
     for column in ("chosen", "rejected", "prompt"):
         if column == "prompt" and column not in example:
             continue
         value = example.get(column)
-        kinds[column] = _kind(value)
+        kinds[column] = kind_of(value)
         if kinds[column] is None:
             raise ValueError(
-                f"{_place(name, row)}, column {column!r}: {_shorten(value)} is of type {type(value).__name__}; "
+                f"{place(name, row)}, column {column!r}: {shorten(value)} is of type {type(value).__name__}; "
                 "expected a string, or a list of messages such as {'role': 'assistant', 'content': 'Hello.'}."
             )
     if kinds["chosen"] != kinds["rejected"] or (kinds["chosen"] == "text" and kinds.get("prompt", "text") != "text"):
         found = ", ".join(f"{column!r} is {kind}" for column, kind in kinds.items())
-        raise ValueError(f"{_place(name, row)}: {found}; expected all of them to be text, or all messages.")
+        raise ValueError(f"{place(name, row)}: {found}; expected all of them to be text, or all messages.")
 
 
-def _kind(value: Any) -> str | None:
+def kind_of(value: Any) -> str | None:
+    """ "text" for a string, "messages" for a list of dicts with a role, None for anything else."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value):
@@ -114,8 +122,8 @@ def check_completions(dataset: Dataset, name: str = "train") -> None:
             empty = pc.index(lengths[column], 0).as_py()
             if empty >= 0:
                 raise ValueError(
-                    f"{_place(name, start + empty)}, column '{column}_ids': the completion has no tokens. "
-                    f"{_remove_rows(column + '_ids')}"
+                    f"{place(name, start + empty)}, column '{column}_ids': the completion has no tokens. "
+                    f"{remove_rows(column + '_ids')}"
                 )
         same_length = pc.indices_nonzero(pc.equal(lengths["chosen"], lengths["rejected"])).to_pylist()
         identical += [start + row for row in same_length if chosen[row].values.equals(rejected[row].values)]
@@ -158,7 +166,7 @@ def check_token_ids(
                 token = extremes["min"] if extremes["min"] < 0 else extremes["max"]
                 row = next(row for row, ids in enumerate(table[column].to_pylist()) if token in (ids or ()))
                 raise ValueError(
-                    f"{_place(name, start + row)}, column {column!r}: token id {token} is outside the vocabulary of "
+                    f"{place(name, start + row)}, column {column!r}: token id {token} is outside the vocabulary of "
                     f"the model's head, which has {vocab_size} entries. Use the model's own tokenizer, or call "
                     "model.resize_token_embeddings(len(tokenizer)) after adding tokens to it."
                 )
@@ -216,14 +224,17 @@ def _token_tables(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) ->
         yield index * SCAN_ROWS, table
 
 
-def _place(name: str, row: int) -> str:
+def place(name: str, row: int) -> str:
+    """Where something is wrong, for the start of a message."""
     return f"The {name} dataset, row {row}"
 
 
-def _remove_rows(column: str) -> str:
+def remove_rows(column: str) -> str:
+    """What to do about an empty completion, for the end of a message."""
     return f"Fill it, or remove such rows with dataset.filter(lambda row: len(row[{column!r}]) > 0)."
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

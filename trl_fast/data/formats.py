@@ -83,6 +83,20 @@ def tokenize_preference(example: dict[str, Any], processing_class: "PreTrainedTo
     where prompt + chosen or prompt + rejected first departs from the prompt's own tokens; the end of the prompt after
     that place is left out, with one warning a process.
     """
+    prompt_ids, (chosen, rejected) = _tokenize_parts(example, ("chosen", "rejected"), processing_class)
+    return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def tokenize_unpaired(example: dict[str, Any], processing_class: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
+    """`tokenize_preference` for a row with `prompt` and one `completion`: `prompt_ids` and `completion_ids`."""
+    prompt_ids, (completion,) = _tokenize_parts(example, ("completion",), processing_class)
+    return {"prompt_ids": prompt_ids, "completion_ids": completion}
+
+
+def _tokenize_parts(
+    example: dict[str, Any], columns: tuple[str, ...], processing_class: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt, and of the completion in each of the columns."""
     if is_conversational(example):
         tools = example.get("tools")
         options = {
@@ -90,21 +104,18 @@ def tokenize_preference(example: dict[str, Any], processing_class: "PreTrainedTo
             **(example.get("chat_template_kwargs") or {}),
         }
         prompt_ids = _template_ids(processing_class, example["prompt"], add_generation_prompt=True, **options)
-        full = [
-            _template_ids(processing_class, example["prompt"] + example[column], **options)
-            for column in ("chosen", "rejected")
-        ]
+        full = [_template_ids(processing_class, example["prompt"] + example[column], **options) for column in columns]
     else:
         eos_token = processing_class.eos_token
         prompt_ids = processing_class(text=example["prompt"])["input_ids"]
         full = [
             processing_class(text=example["prompt"] + end_with(example[column], eos_token))["input_ids"]
-            for column in ("chosen", "rejected")
+            for column in columns
         ]
     start = min(common_prefix_length(prompt_ids, ids) for ids in full)
     if start < len(prompt_ids):
         warn_of_prompt_tail(processing_class.decode(prompt_ids[start:]))
-    return {"prompt_ids": prompt_ids[:start], "chosen_ids": full[0][start:], "rejected_ids": full[1][start:]}
+    return prompt_ids[:start], [ids[start:] for ids in full]
 
 
 def common_prefix_length(ids: list[int], other_ids: list[int]) -> int:
@@ -169,20 +180,47 @@ def prepare_preference_dataset(
         arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
         options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
         dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
+    completions = TOKEN_COLUMNS[1:]
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+    dataset = cut_parts(dataset, completions, **limits, num_proc=num_proc, name=name)
+    if isinstance(dataset, Dataset):
+        check_completions(dataset, name)
+    if max_length is not None and truncation_mode == "keep_start":
+        dataset = drop_without_room(dataset, max_length, num_proc, name)
+    return dataset
+
+
+def cut_parts(
+    dataset: Dataset | IterableDataset,
+    completions: tuple[str, ...],
+    *,
+    max_prompt_length: int | None,
+    max_completion_length: int | None,
+    num_proc: int | None,
+    name: str,
+) -> Dataset | IterableDataset:
+    """The dataset with the beginnings of longer prompts cut off, and the ends of longer ids in `completions`."""
     if max_prompt_length is not None:
         options = map_options(dataset, num_proc, f"Truncating prompts of {name} dataset")
         dataset = dataset.map(_keep_prompt_end, fn_kwargs={"max_prompt_length": max_prompt_length}, **options)
     if max_completion_length is not None:
         options = map_options(dataset, num_proc, f"Truncating completions of {name} dataset")
-        arguments = {"max_completion_length": max_completion_length}
+        arguments = {"max_completion_length": max_completion_length, "columns": completions}
         dataset = dataset.map(_keep_completion_start, fn_kwargs=arguments, **options)
+    return dataset
+
+
+def drop_without_room(
+    dataset: Dataset | IterableDataset, max_length: int, num_proc: int | None, name: str
+) -> Dataset | IterableDataset:
+    """The rows whose prompt leaves room for a completion in `max_length` tokens.
+
+    Raises ValueError if there are none.
+    """
+    options = map_options(dataset, num_proc, f"Dropping fully truncated rows of {name} dataset")
+    dataset = dataset.filter(_prompt_leaves_room, fn_kwargs={"max_length": max_length}, **options)
     if isinstance(dataset, Dataset):
-        check_completions(dataset, name)
-    if max_length is not None and truncation_mode == "keep_start":
-        options = map_options(dataset, num_proc, f"Dropping fully truncated rows of {name} dataset")
-        dataset = dataset.filter(_prompt_leaves_room, fn_kwargs={"max_length": max_length}, **options)
-        if isinstance(dataset, Dataset):
-            check_not_emptied(dataset, max_length, name)
+        check_not_emptied(dataset, max_length, name)
     return dataset
 
 
@@ -228,8 +266,10 @@ def _keep_prompt_end(example: dict[str, Any], max_prompt_length: int) -> dict[st
     return {"prompt_ids": prompt_ids[max(len(prompt_ids) - max_prompt_length, 0) :]}
 
 
-def _keep_completion_start(example: dict[str, Any], max_completion_length: int) -> dict[str, list[int]]:
-    return {column: example[column][:max_completion_length] for column in ("chosen_ids", "rejected_ids")}
+def _keep_completion_start(
+    example: dict[str, Any], max_completion_length: int, columns: tuple[str, ...]
+) -> dict[str, list[int]]:
+    return {column: example[column][:max_completion_length] for column in columns}
 
 
 def _prompt_leaves_room(example: dict[str, Any], max_length: int) -> bool:

@@ -38,7 +38,7 @@ class TokenBatch:
     - `branch_lengths` (S,) int64: completion tokens after truncation, also those that nothing predicts.
     - `num_tokens`: tokens of all sequences after truncation; a prompt counts once for each of its branches.
     - `group_sizes`: how many of the N scored tokens belong to each tree, in order.
-    - `extras`: tensors that ride along, such as precomputed reference log-probabilities.
+    - `extras`: tensors that ride along, such as precomputed reference log-probabilities; or batches.
 
     It is not a mapping, but answers to field names as one (`"input_ids" in batch`, `batch["input_ids"]`), which is all
     that `transformers.Trainer` asks of its inputs; a field that is None counts as absent.
@@ -56,7 +56,7 @@ class TokenBatch:
     num_tokens: int
     group_sizes: tuple[int, ...] = ()
     tree_lengths: tuple[tuple[int, ...], ...] | None = None
-    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    extras: dict[str, "torch.Tensor | TokenBatch"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sequence_lengths is not None and self.tree_lengths is None:
@@ -107,7 +107,11 @@ class TokenBatch:
     def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         changes = {name: function(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **changes, extras={name: function(value) for name, value in self.extras.items()})
+        extras = {
+            name: value._map_tensors(function) if isinstance(value, TokenBatch) else function(value)
+            for name, value in self.extras.items()
+        }
+        return replace(self, **changes, extras=extras)
 
 
 def pack_trees(

@@ -8,12 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from .checks import SCAN_ROWS
-
-
-def place(name: str, row: int) -> str:
-    """Where something is wrong, for the start of a message."""
-    return f"The {name} dataset, row {row}"
+from .checks import SCAN_ROWS, place
 
 
 def check_first_row(

@@ -21,6 +21,11 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.trainer.callbacks": _CALLBACKS,
     "trl.trainer.dpo_config": {"DPOConfig": "trl_fast"},
     "trl.trainer.dpo_trainer": {"DPOTrainer": "trl_fast", "DataCollatorForPreference": "trl_fast.data"},
+    "trl.trainer.kto_config": {"KTOConfig": "trl_fast"},
+    "trl.trainer.kto_trainer": {
+        "KTOTrainer": "trl_fast",
+        "DataCollatorForUnpairedPreference": "trl_fast.data",
+    },
     "trl.trainer.sft_config": {"SFTConfig": "trl_fast"},
     "trl.trainer.sft_trainer": {"SFTTrainer": "trl_fast", "DataCollatorForLanguageModeling": "trl_fast.data"},
     "trl.trainer.reward_config": {"RewardConfig": "trl_fast"},

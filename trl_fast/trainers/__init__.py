@@ -5,6 +5,8 @@ from .dpo import DPOTrainer
 from .dpo_config import DPOConfig
 from .grpo import GRPOTrainer
 from .grpo_config import GRPOConfig
+from .kto import KTOTrainer
+from .kto_config import KTOConfig
 from .reward import RewardTrainer
 from .reward_config import RewardConfig
 from .rloo import RLOOTrainer
@@ -18,6 +20,8 @@ __all__ = [
     "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
     "LogCompletionsCallback",
     "RLOOConfig",
     "RLOOTrainer",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TOKEN_COLUMNS, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
@@ -13,7 +12,7 @@ from trl_fast.losses.dpo import PreferenceTable, dpo_loss, dpo_metrics
 
 from .base import AnyDataset
 from .dpo_config import DPOConfig
-from .preference import PreferenceTrainer
+from .preference import PreferenceTrainer, padded_rows
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -118,17 +117,10 @@ class DPOTrainer(PreferenceTrainer):
 
     def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (2P, T, V) and labels (2P, T), chosen rows before rejected ones."""
-        input_ids, attention_mask = _padded_rows(inputs, self.processing_class.pad_token_id)
+        rows = inputs.sequences()
+        input_ids, attention_mask = padded_rows([*rows[0::2], *rows[1::2]], self.processing_class.pad_token_id)
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids
 
 
 def _preference_table(batch: TokenBatch) -> PreferenceTable:
     return PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
-
-
-def _padded_rows(batch: TokenBatch, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask (S, T) of a batch of any layout, chosen sequences first."""
-    rows = batch.sequences()
-    rows = [*rows[0::2], *rows[1::2]]
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True, padding_value=pad_token_id), mask

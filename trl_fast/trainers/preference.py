@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -158,3 +159,9 @@ class PreferenceTrainer(ReferenceTrainer):
                 "before training, which is gone; give the dataset to the constructor, or give a ref_model"
             )
         return self._with_reference(dataset, "eval", self.args.eval_batch_size)
+
+
+def padded_rows(rows: list[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask (S, T) of the token ids of S sequences, padded on the right."""
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True, padding_value=pad_token_id), mask

@@ -1,0 +1,181 @@
+"""KTOTrainer against TRL 1.16.0's on the same model, data and seed: loss, gradient norm and every logged metric."""
+
+import functools
+
+import pytest
+import trl
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, set_seed
+
+import trl_fast
+import trl_fast.data.packing as packing
+from support.models import save_tiny_model
+from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def logs_of(module, output_dir, arguments=None, **settings):
+    arguments = {"train_dataset": color_labels(), "eval_dataset": color_labels(7), **(arguments or {})}
+    built = {name: value() if callable(value) else value for name, value in arguments.items()}
+    trainer = make_trainer(module, output_dir, method="KTO", arguments=built, **settings)
+    trainer.train()
+    trainer.evaluate()
+    return trainer.state.log_history
+
+
+def compare(tmp_path, arguments, ours_only=None, **settings):
+    expected = logs_of(trl, tmp_path / "trl", arguments, **settings)
+    assert_same_logs(logs_of(trl_fast, tmp_path / "ours", arguments, **settings, **(ours_only or {})), expected)
+
+
+@pytest.fixture(params=["shared_prefix", "packed", "padded"])
+def layout(request, monkeypatch):
+    """Each layout in turn; the test's short prompts are shared too."""
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 12, "desirable_weight": 0.7, "undesirable_weight": 1.9, "beta": 0.4},
+        {"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"},
+    ],
+    ids=["kto", "apo_zero_unpaired"],
+)
+def test_every_layout(settings, layout, model_path, tmp_path):
+    compare(tmp_path, {"model": model_path}, {"batch_layout": layout}, **settings)
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_lora(loss_type, model_path, tmp_path):
+    arguments = {"model": model_path, "peft_config": lambda: LoraConfig(**LORA)}
+    compare(tmp_path, arguments, loss_type=loss_type, learning_rate=1e-2)
+
+
+SETTINGS = {
+    "no limit": {"max_length": None, "gradient_checkpointing": False},
+    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "a last batch of one row, which pairs with itself": {
+        "per_device_train_batch_size": 23,
+        "gradient_accumulation_steps": 1,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+    },
+    "one log for several micro-batches": {"logging_steps": 3, "gradient_accumulation_steps": 1},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings(settings, model_path, tmp_path):
+    compare(tmp_path, {"model": model_path}, **settings)
+
+
+def load(path, **changes):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    for name, factor in changes.items():
+        model.get_parameter(name).data.mul_(factor)
+    return model
+
+
+def long_prompts(count=12):
+    """Rows whose prompts are so long that own and mismatched completions are scored in one pass."""
+    return color_labels(count).map(lambda row: {"prompt": row["prompt"] * 12})
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["whole model", "LoRA"])
+def test_own_and_mismatched_completions_in_one_pass(peft, model_path, tmp_path, monkeypatch):
+    together = []
+    original = trl_fast.KTOTrainer._scores_together
+    monkeypatch.setattr(
+        trl_fast.KTOTrainer, "_scores_together", lambda *a: together.append(original(*a)) or together[-1]
+    )
+    arguments = {"model": model_path, "train_dataset": long_prompts, "eval_dataset": long_prompts}
+    if peft:
+        arguments["peft_config"] = lambda: LoraConfig(**LORA)
+    # The reference differs, so that the estimate of the KL divergence is not 0.
+    arguments["ref_model"] = lambda: load(model_path, **{"model.norm.weight": 1.6})
+    compare(tmp_path, arguments, max_steps=2)
+    assert all(together) and len(together) > 4
+
+
+def test_an_adapter_as_it_came(model_path, tmp_path, tokenizer):
+    def adapted():
+        set_seed(3)
+        return get_peft_model(load(model_path), LoraConfig(**LORA, init_lora_weights=False))
+
+    compare(tmp_path, {"model": adapted, "processing_class": lambda: tokenizer}, learning_rate=1e-2)
+
+
+PRECOMPUTED = {
+    "model": {"ref_model": lambda path: load(path, **{"model.norm.weight": 1.6})},
+    "adapter off": {"peft_config": lambda path: LoraConfig(**LORA, init_lora_weights=False)},
+}
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("reference", PRECOMPUTED.values(), ids=PRECOMPUTED.keys())
+def test_precomputed(reference, loss_type, model_path, tmp_path):
+    arguments = {name: functools.partial(make, model_path) for name, make in reference.items()}
+    compare(tmp_path, {"model": model_path, **arguments}, precompute_ref_log_probs=True, loss_type=loss_type)
+
+
+def conversations():
+    return color_labels().map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+    )
+
+
+def implicit_prompts():
+    return color_pairs().map(
+        lambda row: {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]},
+        remove_columns="prompt",
+    )
+
+
+def labels_of_numbers():
+    rows = color_labels().to_list()
+    return Dataset.from_list([{**row, "label": int(row["label"])} for row in rows])
+
+
+@pytest.mark.parametrize("dataset", [conversations, color_pairs, implicit_prompts, labels_of_numbers])
+def test_formats(dataset, model_path, tmp_path):
+    compare(tmp_path, {"model": model_path, "train_dataset": dataset, "eval_dataset": dataset}, max_steps=2)
+
+
+def test_a_stream(model_path, tmp_path):
+    streams = {name: lambda: color_labels().to_iterable_dataset() for name in ("train_dataset", "eval_dataset")}
+    compare(tmp_path, {"model": model_path, **streams})
+
+
+@pytest.fixture(scope="module")
+def experts_path(tmp_path_factory, tokenizer):
+    changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.1}
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-moe"), tokenizer, "qwen3_moe", **changes)
+
+
+def test_mixture_of_experts(experts_path, tmp_path):
+    compare(tmp_path, {"model": experts_path})
+
+
+def test_several_evaluation_sets(model_path, tmp_path):
+    sets = {"easy": color_labels(4), "hard": color_labels(9)}
+    compare(tmp_path, {"model": model_path, "eval_dataset": sets}, eval_strategy="steps", eval_steps=2, max_steps=2)
+
+
+def test_compute_metrics_sees_what_trls_sees(model_path, tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"agreement": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    compare(tmp_path, {"model": model_path, "compute_metrics": lambda: compute_metrics}, max_steps=1)
+    (theirs, their_labels), (ours, our_labels) = seen
+    assert ours.shape == theirs.shape and (our_labels == their_labels).all()
+    assert abs(ours - theirs)[our_labels != 2].max() < 1e-3

@@ -1,0 +1,71 @@
+"""KTOConfig: TRL's arguments and defaults, and the names that older scripts use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl_fast.data import TRUNCATION_MODES
+from trl_fast.losses.kto import LOSSES, KTOLossConfig
+
+from .base_config import older_name
+from .preference_config import PreferenceConfig
+
+
+@dataclass
+class KTOConfig(PreferenceConfig):
+    """Arguments of KTOTrainer. Those of the loss are explained in `trl_fast.losses.kto`.
+
+    Raises:
+        ValueError: a value is out of range or does not go with another; the message names both.
+    """
+
+    train_sampling_strategy: str = field(
+        default="sequential",
+        metadata={
+            "help": "How training rows are ordered; loss_type=kto pairs neighbours and needs sequential.",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
+    )
+    loss_type: str = field(
+        default="kto",
+        metadata={
+            "help": "kto: held against an estimate of the KL divergence; apo_zero_unpaired: against the reference "
+            "itself, without scoring mismatched completions.",
+            "choices": list(LOSSES),
+        },
+    )
+    desirable_weight: float = field(default=1.0, metadata={"help": "What a good completion's loss counts."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "What a bad completion's loss counts."})
+
+    # Names of older TRL versions.
+    truncation_mode: str | None = older_name("it works; 'keep_start' is what is done without it.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.truncation_mode = self.truncation_mode or "keep_start"
+        self._check_choice("truncation_mode", TRUNCATION_MODES)
+        needs_kl = self.loss_config().needs_kl
+        if needs_kl and self.train_sampling_strategy != "sequential":
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} would tear apart the rows that "
+                f"loss_type={self.loss_type!r} pairs with each other for its estimate of the KL divergence; set "
+                "'sequential', or loss_type='apo_zero_unpaired'"
+            )
+        if needs_kl and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size}: loss_type={self.loss_type!r} "
+                "estimates the KL divergence from the other completions of a batch; set at least 2"
+            )
+
+    def loss_config(self) -> KTOLossConfig:
+        """The part of the arguments that the loss reads.
+
+        Raises:
+            ValueError: a loss argument is out of range.
+        """
+        return KTOLossConfig(
+            loss_type=self.loss_type,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
