@@ -1,0 +1,244 @@
+"""The vLLM engines against stand-ins for vLLM: requests as TRL's client makes them, weights, groups, errors."""
+
+import logging
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import PartialState
+from trl.generation import vllm_client
+
+from support.models import tiny_model
+from support.tokenizer import build_tokenizer
+from support.vllm import END, fake_server, install_fake_vllm, made_up
+from trl_fast.rollout import SamplingSettings
+from trl_fast.rollout.vllm_engine import VLLMColocatedEngine, VLLMServerEngine, make_vllm_engine
+from trl_fast.rollout.vllm_server import VLLMServer
+
+PROMPTS = [[5, 6], [5, 6], [7], [8, 9], [8, 9]]
+# What the stand-ins make of them: the place within a run of equal prompts counts.
+EXPECTED = [made_up(prompt, index, 16) for prompt, index in zip(PROMPTS, [0, 1, 0, 0, 1], strict=True)]
+SETTINGS = SamplingSettings(16, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, generation_kwargs={"seed": 3, "n": 9})
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    return install_fake_vllm(monkeypatch)
+
+
+def server_engine(server, **arguments):
+    PartialState()
+    return VLLMServerEngine(server.url, device=CUDA, end_ids={END}, timeout=5, **arguments)
+
+
+def assert_rollout(rollout):
+    assert rollout.prompt_ids == PROMPTS
+    assert rollout.completion_ids == [tokens for tokens, _ in EXPECTED]
+    assert rollout.logprobs == [logprobs for _, logprobs in EXPECTED]
+
+
+def test_server_completes_groups_in_order(sent):
+    with fake_server() as server:
+        assert_rollout(server_engine(server).generate(PROMPTS, SETTINGS))
+        asked = [body for _, path, body in server.requests if path == "/v1/completions"]
+    assert [(body["prompt"], body["n"]) for body in asked] == [([[7]], 1), ([[5, 6], [8, 9]], 2)]
+
+
+def test_requests_equal_trl(sent, monkeypatch):
+    """TRL's client, with the same stand-in for its NCCL group, against the same server."""
+    model = tiny_model()
+    for name, value in {
+        "is_vllm_available": lambda *args, **kwargs: True,
+        "get_ip": lambda: "127.0.0.1",
+        "_HAS_STATEFUL_TRAINER_ENGINE": True,
+        "open_trainer_endpoint": sys.modules["vllm.distributed.weight_transfer.nccl_common"].trainer_init,
+        "packed_nccl_broadcast_producer": sys.modules[
+            "vllm.distributed.weight_transfer.packed_tensor"
+        ].packed_nccl_broadcast_producer,
+    }.items():
+        monkeypatch.setattr(vllm_client, name, value, raising=False)
+    with fake_server() as server:
+        client = vllm_client.VLLMClient(server.url)
+        client.init_communicator(CUDA)
+        client.update_model_params(model)
+        client.reset_prefix_cache()
+        answer = client.generate(
+            PROMPTS[::2],
+            n=2,
+            temperature=0.7,
+            top_p=0.9,
+            top_k=5,
+            min_p=0.1,
+            max_tokens=16,
+            generation_kwargs={"seed": 3},
+        )
+        theirs, their_weights = server.requests.copy(), sent.copy()
+        server.requests.clear()
+        sent.clear()
+        engine = server_engine(server)
+        engine.sync_weights(model, 0)
+        rollout = engine.generate([prompt for prompt in PROMPTS[::2] for _ in range(2)], SETTINGS)
+        ours = server.requests.copy()
+    assert rollout.completion_ids == answer["completion_ids"]
+    assert rollout.logprobs == [[position[0] for position in row] for row in answer["logprobs"]]
+    # Ours looks at the server's log-probs mode too, as TRL's trainer does, and names the end tokens.
+    assert ours.pop(5)[1] == "/server_info"
+    assert ours[-1][2].pop("stop_token_ids") == [END]
+    assert ours == theirs
+    assert sent[0] == their_weights[0]
+    assert list(sent[1]) == list(their_weights[1]) == [name for name, _ in model.named_parameters()]
+
+
+def test_weights_are_sent_once_a_step(sent):
+    model = tiny_model()
+    with fake_server() as server:
+        engine = server_engine(server)
+        for step in (0, 0, 1):
+            engine.sync_weights(model, step)
+        paths = [path for _, path, _ in server.requests]
+    assert len(sent) == 3
+    assert paths.count("/update_weights") == paths.count("/finish_weight_update") == 2
+    torch.testing.assert_close(sent[1]["lm_head.weight"], model.lm_head.weight)
+
+
+def test_failed_update_is_sent_again(sent):
+    with fake_server({"/finish_weight_update": (500, "out of memory")}) as server:
+        engine = server_engine(server)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="answered /finish_weight_update with 500: .*out of memory"):
+                engine.sync_weights(tiny_model(), 0)
+    assert len(sent) == 3
+
+
+def test_server_that_is_not_there():
+    with fake_server() as server:
+        url = server.url
+    with pytest.raises(ConnectionError, match=rf"{url} cannot be reached \(ConnectionError\) after 0.1 seconds"):
+        VLLMServer(url, timeout=0.1)
+
+
+def test_server_that_is_not_healthy():
+    with (
+        fake_server({"/health": (503, "starting")}) as server,
+        pytest.raises(ConnectionError, match="says 503 after 0.1"),
+    ):
+        VLLMServer(server.url, timeout=0.1)
+
+
+def test_server_that_stops_answering():
+    with fake_server() as server:
+        client = VLLMServer(server.url, timeout=5)
+    with pytest.raises(ConnectionError, match=f"{client.base_url} did not answer /server_info"):
+        client.config()
+
+
+def test_server_that_never_answers():
+    with fake_server({"/server_info": lambda: time.sleep(1)}) as server:
+        client = VLLMServer(server.url, timeout=5, request_timeout=0.1)
+        with pytest.raises(ConnectionError, match=r"did not answer /server_info \(waiting up to 0.1 seconds\)"):
+            client.config()
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"/v1/completions": (400, {"error": "too long"})}, "answered /v1/completions with 400: .*too long"),
+        ({"/v1/completions": {"choices": []}}, "returned 0 completions; 1 were asked for"),
+        ({"/server_info": (404, "")}, "answered /server_info with 404.*VLLM_SERVER_DEV_MODE=1"),
+        ({"/server_info": {"vllm_config": {"weight_transfer_config": None}}}, "takes no weights; start it with"),
+    ],
+)
+def test_server_that_refuses(answers, message, sent):
+    with fake_server(answers) as server, pytest.raises(RuntimeError, match=message):
+        server_engine(server).generate([[5]], SETTINGS)
+
+
+def test_raw_logprobs_are_warned_of(sent, caplog):
+    info = {"weight_transfer_config": {}, "model_config": {"logprobs_mode": "raw_logprobs"}}
+    with fake_server({"/server_info": {"vllm_config": info}}) as server, caplog.at_level(logging.WARNING):
+        server_engine(server)
+    assert "--logprobs-mode raw_logprobs" in caplog.text
+
+
+def test_colocated_engine_completes_groups(sent):
+    engine = VLLMColocatedEngine("folder", end_ids={END}, max_model_len=64, regex="[ab]+")
+    model = tiny_model()
+    engine.sync_weights(model, 0)
+    assert_rollout(engine.generate(PROMPTS, SETTINGS))
+    assert list(engine.llm.weights) == [name for name, _ in model.named_parameters()]
+    assert engine.llm.arguments["logprobs_mode"] == "processed_logprobs"
+    assert engine.llm.arguments["max_model_len"] == 64
+    (reset, (_, prompts, parameters)) = engine.llm.log
+    assert reset == ("reset_prefix_cache",)
+    assert prompts == [{"prompt_token_ids": ids} for ids in ([5, 6], [7], [8, 9])]
+    assert [settings.n for settings in parameters] == [2, 1, 2]
+    shared = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.0, "max_tokens": 16}
+    shared |= {"seed": 3, "logprobs": 0, "stop_token_ids": [END], "structured_outputs": SimpleNamespace(regex="[ab]+")}
+    assert parameters[0] == SimpleNamespace(**shared, n=2)
+
+
+def test_sleeping_engine_gets_its_weights_before_each_generation(sent):
+    engine, model = VLLMColocatedEngine("folder", end_ids={END}, sleeps=True), tiny_model()
+    with pytest.raises(RuntimeError, match="call sync_weights before generate"):
+        engine.generate(PROMPTS, SETTINGS)
+    for _ in range(2):
+        engine.sync_weights(model, 0)
+        engine.generate(PROMPTS, SETTINGS)
+    names = [call[0] if call[0] != "wake_up" else call[1][0] for call in engine.llm.log]
+    assert names == ["sleep"] + ["weights", "reset_prefix_cache", "kv_cache", "generate", "sleep"] * 2
+
+
+def arguments(**changes):
+    values = {
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": None,
+        "vllm_structured_outputs_regex": None,
+        "vllm_server_base_url": None,
+        "vllm_server_host": "127.0.0.1",
+        "vllm_server_port": 8000,
+        "vllm_server_timeout": 5.0,
+        "vllm_group_port": 51217,
+        "vllm_tensor_parallel_size": 1,
+        "vllm_enable_sleep_mode": False,
+        "vllm_gpu_memory_utilization": 0.3,
+        "vllm_model_impl": "vllm",
+        "trust_remote_code": False,
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def make(**changes):
+    model = tiny_model()
+    model.name_or_path = "folder"
+    return make_vllm_engine(model, SimpleNamespace(device=CUDA), build_tokenizer(), arguments(**changes))
+
+
+def test_engine_of_a_config(sent):
+    PartialState()
+    engine = make()
+    assert engine.llm.arguments["model"] == "folder"
+    assert engine.llm.arguments["max_num_seqs"] == 8
+    assert engine.end_ids == [END] and engine.max_positions == 256
+    with pytest.raises(ValueError, match="prompt 0 has 250 tokens, .* the 256 positions"):
+        engine.generate([[3] * 250], SETTINGS)
+    with fake_server() as server:
+        engine = make(vllm_mode="server", vllm_server_port=int(server.url.rpartition(":")[2]))
+        assert engine.server.base_url == server.url
+    assert sent[-1]["master_port"] == 51217
+    with pytest.raises(NotImplementedError, match="vllm_tensor_parallel_size=2"):
+        make(vllm_tensor_parallel_size=2)
+
+
+def test_without_vllm():
+    with pytest.raises(ImportError, match=r'pip install "vllm>=0.28,<=0.31"'):
+        make()
+
+
+def test_weights_go_over_nccl_only(sent):
+    with fake_server() as server, pytest.raises(NotImplementedError, match="from a CUDA device; training runs on cpu"):
+        VLLMServer(server.url, timeout=5).join(torch.device("cpu"), 51216)

@@ -1,0 +1,317 @@
+"""Completions by vLLM, in a server of its own or in this process, with the log-probabilities they were sampled by.
+
+vLLM is optional: `pip install "vllm>=0.28,<=0.31"`. This was tried against stand-ins for vLLM and its server only,
+with requests compared with those of TRL 1.16.0's client: no vLLM has run with this code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+from itertools import groupby
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_fast.modeling.loading import base_model, is_quantized
+
+from .engine import Rollout, SamplingSettings, check_prompts, end_token_ids
+from .vllm_server import VLLMServer
+from .weights import merged_weights, weight_metadata
+
+logger = logging.getLogger(__name__)
+
+# The log-probabilities of the distribution that is sampled from, not of the model's raw logits.
+_LOGPROBS_MODE = "processed_logprobs"
+
+Runs = list[tuple[list[int], int]]
+
+
+class _VLLMEngine:
+    """What both ways of running vLLM share.
+
+    Args:
+        end_ids: tokens that end a completion, besides those that vLLM reads from the model's files.
+        max_positions: the longest prompt with its completion, in tokens; None if there is no limit.
+        regex: what completions have to match; None is anything.
+    """
+
+    def __init__(self, end_ids: set[int], max_positions: int | None, regex: str | None) -> None:
+        self.end_ids = sorted(end_ids)
+        self.max_positions = max_positions
+        self.regex = regex
+        self._step: int | None = None
+
+    def sync_weights(self, model: PreTrainedModel | PeftModel, step: int) -> None:
+        """Loads the policy's weights, an adapter merged in, unless those of `step` are loaded."""
+        if step != self._step:
+            # Half loaded weights are of no step.
+            self._step = None
+            self._load(model)
+            self._step = step
+
+    def _load(self, model: PreTrainedModel | PeftModel) -> None:
+        raise NotImplementedError
+
+    def _parameters(self, settings: SamplingSettings) -> dict[str, Any]:
+        """Arguments of vLLM's SamplingParams but `n`."""
+        parameters = {
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "min_p": settings.min_p or 0.0,
+            "repetition_penalty": settings.repetition_penalty,
+            "max_tokens": settings.max_completion_length,
+            "stop_token_ids": self.end_ids,
+            **(settings.generation_kwargs or {}),
+            # Only that of the sampled token.
+            "logprobs": 0,
+        }
+        parameters.pop("n", None)
+        if self.regex is not None:
+            parameters["structured_outputs"] = {"regex": self.regex}
+        return parameters
+
+
+class VLLMServerEngine(_VLLMEngine):
+    """Samples from a `vllm serve`, which the main process talks to for all processes.
+
+    Args:
+        base_url, timeout: as in `VLLMServer`.
+        group_port: port of the NCCL group that weights are sent through.
+        device: the CUDA device that they are sent from.
+        The others are those of _VLLMEngine.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ConnectionError: the server does not answer.
+        RuntimeError: it does not take weights.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        device: torch.device,
+        end_ids: set[int],
+        max_positions: int | None = None,
+        timeout: float = 240.0,
+        group_port: int = 51216,
+        regex: str | None = None,
+    ) -> None:
+        super().__init__(end_ids, max_positions, regex)
+        _import_vllm()
+        self.state = PartialState()
+        if self.state.is_main_process:
+            self.server = VLLMServer(base_url, timeout=timeout)
+            self.server.join(device, group_port)
+            mode = self.server.config()["model_config"]["logprobs_mode"]
+            if mode != _LOGPROBS_MODE:
+                logger.warning(
+                    f"The vLLM server runs with --logprobs-mode {mode}, so its log-probs are not those that it "
+                    f"samples by; importance sampling is biased. Restart it with --logprobs-mode {_LOGPROBS_MODE}."
+                )
+        self.state.wait_for_everyone()
+
+    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+        """One completion for each prompt, with log-probabilities. All processes call this together.
+
+        Raises:
+            ValueError: a prompt is empty or too long.
+            ConnectionError: the server does not answer.
+            RuntimeError: it refuses the request.
+        """
+        check_prompts(prompt_ids, settings.max_completion_length, self.max_positions)
+        counts = gather_object([len(prompt_ids)])
+        everyone = gather_object(prompt_ids)
+        sampled = [self._complete(_runs(everyone), settings) if self.state.is_main_process else None]
+        ids, logprobs = broadcast_object_list(sampled, from_process=0)[0]
+        first = sum(counts[: self.state.process_index])
+        mine = slice(first, first + len(prompt_ids))
+        return Rollout(prompt_ids, ids[mine], logprobs[mine])
+
+    def _complete(self, runs: Runs, settings: SamplingSettings) -> tuple[list[list[int]], list[list[float]]]:
+        """Completions of all runs in order; a request takes runs of one length only."""
+        parameters = self._parameters(settings)
+        by_run: dict[int, tuple[list, list]] = {}
+        for count in sorted({count for _, count in runs}):
+            places = [place for place, (_, length) in enumerate(runs) if length == count]
+            ids, logprobs = self.server.complete([runs[place][0] for place in places], count, parameters)
+            for index, place in enumerate(places):
+                part = slice(index * count, (index + 1) * count)
+                by_run[place] = (ids[part], logprobs[part])
+        ids, logprobs = zip(*(by_run[place] for place in range(len(runs))), strict=True)
+        return sum(ids, []), sum(logprobs, [])
+
+    def _load(self, model: PreTrainedModel | PeftModel) -> None:
+        if self.state.is_main_process:
+            self.server.load(weight_metadata(model), merged_weights(model))
+        self.state.wait_for_everyone()
+
+
+class VLLMColocatedEngine(_VLLMEngine):
+    """Samples from a vLLM in this process, on the GPU that also trains; each process has its own.
+
+    Args:
+        model: name or folder that vLLM reads the architecture and the first weights from.
+        sleeps: whether vLLM's memory is freed after each generation; its weights are then loaded before the next.
+        llm_arguments: further arguments of `vllm.LLM`.
+        The others are those of _VLLMEngine.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        end_ids: set[int],
+        max_positions: int | None = None,
+        sleeps: bool = False,
+        regex: str | None = None,
+        **llm_arguments: Any,
+    ) -> None:
+        super().__init__(end_ids, max_positions, regex)
+        self.vllm = _import_vllm()
+        self.sleeps = sleeps
+        state = PartialState()
+        _set_rendezvous(state)
+        self.llm = self.vllm.LLM(
+            model=model,
+            enable_sleep_mode=sleeps,
+            # It joins the processes that there are instead of starting its own.
+            distributed_executor_backend="external_launcher",
+            # Processes must sample different completions.
+            seed=state.process_index,
+            # vLLM's default makes it reserve memory for far longer batches than those here.
+            max_num_batched_tokens=4096,
+            logprobs_mode=_LOGPROBS_MODE,
+            **llm_arguments,
+        )
+        self._sleep()
+        state.wait_for_everyone()
+
+    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+        """One completion for each prompt, with log-probabilities.
+
+        Raises:
+            ValueError: a prompt is empty or too long.
+            RuntimeError: the engine sleeps without weights; `sync_weights` comes first.
+        """
+        check_prompts(prompt_ids, settings.max_completion_length, self.max_positions)
+        if self.sleeps:
+            if self._step is None:
+                raise RuntimeError("vLLM sleeps without weights; call sync_weights before generate")
+            self.llm.wake_up(tags=["kv_cache"])
+        parameters = self._parameters(settings)
+        if isinstance(parameters.get("structured_outputs"), dict):
+            structured = importlib.import_module("vllm.sampling_params").StructuredOutputsParams
+            parameters["structured_outputs"] = structured(**parameters["structured_outputs"])
+        runs = _runs(prompt_ids)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt, _ in runs],
+            sampling_params=[self.vllm.SamplingParams(**parameters, n=count) for _, count in runs],
+            use_tqdm=False,
+        )
+        self._sleep()
+        completions = [completion for output in outputs for completion in output.outputs]
+        return Rollout(
+            prompt_ids,
+            [list(completion.token_ids) for completion in completions],
+            [
+                [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)]
+                for completion in completions
+            ],
+        )
+
+    def _load(self, model: PreTrainedModel | PeftModel) -> None:
+        if self.sleeps:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        loader = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        for name, weight in merged_weights(model):
+            loader.load_weights([(name, weight)])
+        self.llm.reset_prefix_cache()
+
+    def _sleep(self) -> None:
+        if self.sleeps:
+            # Level 2 gives up the weights too.
+            self.llm.sleep(level=2)
+            self._step = None
+
+
+def make_vllm_engine(
+    model: PreTrainedModel | PeftModel, accelerator: Any, tokenizer: PreTrainedTokenizerBase, args: Any
+) -> VLLMServerEngine | VLLMColocatedEngine:
+    """The engine that the `vllm_*` fields of an online method's config ask for.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError: the model is quantised.
+        NotImplementedError: a colocated engine over several GPUs.
+        ConnectionError, RuntimeError: as in VLLMServerEngine.
+    """
+    _import_vllm()
+    inner = base_model(model)
+    if is_quantized(inner):
+        raise ValueError("use_vllm=True cannot be used with a model in 4 or 8 bits, whose weights vLLM cannot load")
+    limit = args.vllm_max_model_length or getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    common = {
+        "end_ids": end_token_ids(inner, tokenizer),
+        "max_positions": limit,
+        "regex": args.vllm_structured_outputs_regex,
+    }
+    if args.vllm_mode == "server":
+        return VLLMServerEngine(
+            args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}",
+            device=accelerator.device,
+            timeout=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+            **common,
+        )
+    if args.vllm_tensor_parallel_size != 1:
+        raise NotImplementedError(
+            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}: a colocated vLLM runs on one GPU only; use "
+            "vllm_mode='server' and give `vllm serve` --tensor-parallel-size"
+        )
+    return VLLMColocatedEngine(
+        inner.name_or_path,
+        sleeps=args.vllm_enable_sleep_mode,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_len=args.vllm_max_model_length,
+        max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+        model_impl=args.vllm_model_impl,
+        trust_remote_code=args.trust_remote_code,
+        **common,
+    )
+
+
+def _import_vllm() -> Any:
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        raise ImportError('use_vllm=True needs vLLM: pip install "vllm>=0.28,<=0.31"') from error
+
+
+def _set_rendezvous(state: PartialState) -> None:
+    """What vLLM reads to find the other processes; what a launcher set stays."""
+    os.environ["RANK"] = str(state.process_index)
+    os.environ["LOCAL_RANK"] = str(state.local_process_index)
+    os.environ["WORLD_SIZE"] = str(state.num_processes)
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    if os.environ.get("MASTER_PORT", "0") == "0":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+
+
+def _runs(prompt_ids: list[list[int]]) -> Runs:
+    """Equal prompts in a row as one, with their number."""
+    return [(prompt, len(list(run))) for prompt, run in groupby(prompt_ids)]
