@@ -6,7 +6,7 @@ import pytest
 
 from support.models import save_tiny_model
 from support.tokenizer import build_tokenizer
-from support.training import color_pairs
+from support.training import color_labels, color_pairs
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def hub(tmp_path_factory):
         },
         remove_columns=single.column_names,
     )
-    datasets = {"ultrafeedback_binarized": pairs, "tldr": single, "Capybara": chats}
+    datasets = {"ultrafeedback_binarized": pairs, "tldr": single, "Capybara": chats, "kto-mix-14k": color_labels(8)}
     for name, dataset in datasets.items():
         (root / "trl-lib" / name).mkdir(parents=True)
         dataset.to_json(str(root / "trl-lib" / name / "train.jsonl"))

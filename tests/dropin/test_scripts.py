@@ -10,7 +10,13 @@ from trl_fast.cli.main import main
 
 SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("*.py"))
 # One deprecation line each for what is older.
-OLDER = {"dpo": ["max_prompt_length", "tokenizer"], "sft": ["tokenizer"], "sft_model_name": [], "reward": []}
+OLDER = {
+    "dpo": ["max_prompt_length", "tokenizer"],
+    "sft": ["tokenizer"],
+    "sft_model_name": [],
+    "reward": [],
+    "kto": [],
+}
 
 
 def older_names(record):
@@ -43,6 +49,8 @@ def test_unchanged_under_run(script, workplace, recwarn):
 COMMANDS = {
     "sft": "sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/Capybara --output_dir result",
     "dpo": "dpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized "
+    "--output_dir result --beta 0.1",
+    "kto": "kto --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/kto-mix-14k "
     "--output_dir result --beta 0.1",
     "reward": "reward --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized "
     "--output_dir result",

@@ -102,6 +102,29 @@ def test_one_pass_where_it_costs_less(copies, peft, checkpointing, together, mod
         assert trainer._scores_together(batch) == (copies > 1)
 
 
+@pytest.mark.parametrize(("loss_type", "copies"), [("kto", 30), ("kto", 6), ("apo_zero_unpaired", 6)])
+def test_tokens_that_the_models_see(loss_type, copies, model_path, tmp_path, monkeypatch):
+    """A prompt once for both of its completions; mismatched ones only where the loss needs them."""
+    seen = []
+    original = trl_fast.KTOTrainer.score
+
+    def score(self, model, batch, *args, **kwargs):
+        seen.append((batch.input_ids.numel(), torch.is_grad_enabled()))
+        return original(self, model, batch, *args, **kwargs)
+
+    settings = {"loss_type": loss_type, "gradient_accumulation_steps": 1, "max_steps": 1}
+    trainer = trainer_in(tmp_path, model_path, arguments={"train_dataset": with_prompts(copies)}, **settings)
+    monkeypatch.setattr(trl_fast.KTOTrainer, "score", score)
+    trainer.train()
+    lengths = {
+        name: sum(map(len, trainer.train_dataset[name])) if name in trainer.train_dataset.column_names else 0
+        for name in ("prompt_ids", "completion_ids", "KL_completion_ids")
+    }
+    prompt, own, other = lengths.values()
+    policy = [(prompt + own + other, True)] if copies == 30 else [(prompt + other, False), (prompt + own, True)]
+    assert seen == [(prompt + own + other, False), *(policy if loss_type == "kto" else policy[1:])]
+
+
 def test_one_pass_or_two_give_the_same(model_path, tmp_path, monkeypatch):
     logs = []
     for together in (True, False):
