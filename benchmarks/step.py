@@ -1,6 +1,6 @@
 """Whole optimizer steps on a real model and real text against TRL 1.16.0: tokens per second and memory.
 
-    python -m benchmarks.step --method sft|dpo|reward [--batch 4 --steps 3 --rounds 3]
+    python -m benchmarks.step --method sft|dpo|reward|grpo [--batch 4 --steps 3 --rounds 3]
     python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method sft --sweep 256 512 1024 2048
 
@@ -8,12 +8,15 @@ SmolLM2-135M-Instruct (or --model) learns from English prose (Python's own docum
 model, rows, order, dtype and batch, and train in turns in one process; a run's first step is its warm-up. Tokens are
 those that TRL counts: no padding, a pair's prompt twice. Peak memory is that of a process of its own for each trainer.
 --sweep trains on single rows of growing length, ours only, and shows that cost grows with the number of tokens.
+With grpo it is the update that is timed: completions are cut from the same prose, 8 for each prompt and all of
+--completion_tokens, and rewards are random numbers; --batch counts completions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -42,7 +45,7 @@ from examples.smollm2 import smollm2_folder
 
 from .machine import describe_machine
 from .memory import MIB, process_peak_bytes
-from .prose import continuations, cut_continuations, passages
+from .prose import continuations, cut_continuations, passages, token_stream
 
 RESULTS = Path(__file__).parent / "results"
 OURS, TRL = "trl_fast", "trl"
@@ -57,6 +60,8 @@ class Method:
     model_class: type
     rows: Callable[[argparse.Namespace, PreTrainedTokenizerBase, int], Dataset]
     settings: dict[str, object] = field(default_factory=dict)
+    config: Callable[[argparse.Namespace], dict] = lambda arguments: {"max_length": arguments.max_length}
+    arguments: Callable[[argparse.Namespace, PreTrainedTokenizerBase], dict] = lambda *_: {}
 
 
 def _passages(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
@@ -80,10 +85,50 @@ def _whole_pairs(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
     )
 
 
+def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
+    pairs = cut_continuations(
+        -(-count // GENERATIONS), arguments.prompt_tokens, arguments.completion_tokens, tokenizer
+    )
+    return pairs.select_columns("prompt")
+
+
+class CutCompletions:
+    """A `rollout_func`: for every prompt `completion_tokens` consecutive tokens of the prose."""
+
+    def __init__(self, arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.length = tokenizer, arguments.completion_tokens
+        self.stream, self.rng = token_stream(tokenizer).tolist(), random.Random(0)
+
+    def __call__(self, prompts: list[str], trainer: Trainer) -> dict[str, list]:
+        starts = [self.rng.randrange(len(self.stream) - self.length) for _ in prompts]
+        return {
+            "prompt_ids": self.tokenizer(text=prompts)["input_ids"],
+            "completion_ids": [self.stream[start : start + self.length] for start in starts],
+            "logprobs": [[0.0] * self.length for _ in prompts],
+        }
+
+
+def chance(completion_ids: list[list[int]], **_: object) -> list[float]:
+    """Rewards that differ within every group, so that every completion has a gradient."""
+    return [random.Random(str(ids)).random() for ids in completion_ids]
+
+
+# Completions of one prompt, TRL's default.
+GENERATIONS = 8
 METHODS = {
     "sft": Method("SFT", AutoModelForCausalLM, _passages),
     "dpo": Method("DPO", AutoModelForCausalLM, _pairs),
     "reward": Method("Reward", AutoModelForSequenceClassification, _whole_pairs, {"num_labels": 1}),
+    "grpo": Method(
+        "GRPO",
+        AutoModelForCausalLM,
+        _prompts,
+        config=lambda arguments: {
+            "max_completion_length": arguments.completion_tokens,
+            "num_generations": GENERATIONS,
+        },
+        arguments=lambda *given: {"rollout_func": CutCompletions(*given), "reward_funcs": chance},
+    ),
 }
 
 
@@ -137,8 +182,8 @@ def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
     rows = method.rows(arguments, tokenizer, arguments.batch * (arguments.steps + 1))
     config = getattr(library, f"{method.stem}Config")(
         folder,
+        **method.config(arguments),
         per_device_train_batch_size=arguments.batch,
-        max_length=arguments.max_length,
         max_steps=arguments.steps + 1,
         logging_steps=1,
         learning_rate=1e-6,
@@ -163,6 +208,7 @@ def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
         processing_class=tokenizer,
         callbacks=[clock],
         peft_config=peft_config,
+        **method.arguments(arguments, tokenizer),
     )
     trainer.remove_callback(PrinterCallback)
     return Run(NAMES[module], trainer, clock)
@@ -269,6 +315,10 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the JSON file; default: the method")
     parser.add_argument("--memory_of", choices=[OURS, TRL], help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
+    if arguments.method == "grpo" and not (arguments.prompt_tokens and arguments.completion_tokens):
+        parser.error("--method grpo needs --prompt_tokens and --completion_tokens")
+    if arguments.method == "grpo" and arguments.batch % GENERATIONS:
+        parser.error(f"--batch {arguments.batch}: --method grpo takes whole groups, a multiple of {GENERATIONS}")
     arguments.model = arguments.model or str(smollm2_folder())
     return arguments
 

@@ -12,6 +12,8 @@ COMMANDS = {
     "dpo": "train with Direct Preference Optimization and its relatives",
     "reward": "train a reward model",
     "kto": "train with Kahneman-Tversky Optimization, from single completions that are good or bad",
+    "grpo": "train with Group Relative Policy Optimization, from rewards of sampled completions",
+    "rloo": "train with REINFORCE and leave-one-out baselines, from rewards of sampled completions",
     "run": "run a script written for TRL, unchanged",
     "bench": "run a benchmark of the source tree",
     "env": "print versions, backends with reasons, and facts about this machine",

@@ -18,9 +18,11 @@ from .launch import is_launched, launch, launcher_flags, launcher_options
 from .parser import TrlParser
 
 
-def make_parser(command: str, config_class: type[BaseConfig]) -> TrlParser:
+def make_parser(
+    command: str, config_class: type[BaseConfig], script_class: type[ScriptArguments] = ScriptArguments
+) -> TrlParser:
     """The flags of a command: those of the dataset, the trainer's config, the model and the mixture of datasets."""
-    return TrlParser((ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), prog=f"trl-fast {command}")
+    return TrlParser((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=f"trl-fast {command}")
 
 
 def make_trainer(
@@ -29,8 +31,9 @@ def make_trainer(
     training_args: BaseConfig,
     model_args: ModelConfig,
     mixture: DatasetMixtureConfig,
+    **more: Any,
 ) -> BaseTrainer:
-    """The trainer that the arguments describe.
+    """The trainer that the arguments describe; `more` are arguments of its constructor.
 
     Raises:
         ValueError: no model or no dataset was named, or the data is bad.
@@ -53,6 +56,7 @@ def make_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         callbacks=[RichProgressCallback()],
+        **more,
     )
     for replaced in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(replaced)
@@ -63,20 +67,27 @@ def make_trainer(
 
 
 def prepare_training(
-    command: str, config_class: type[BaseConfig], trainer_class: type[BaseTrainer], arguments: list[str]
+    command: str,
+    config_class: type[BaseConfig],
+    trainer_class: type[BaseTrainer],
+    arguments: list[str],
+    *,
+    script_class: type[ScriptArguments] = ScriptArguments,
+    trainer_arguments: Callable[[Any], dict[str, Any]] = lambda script_args: {},
 ) -> Callable[[], int]:
     """Everything that may fail for the user's input; what is returned trains, saves and gives the exit status.
 
     Arguments of `accelerate launch` make it start the command again in the processes that they ask for.
+    trainer_arguments: from the script's arguments to further ones of the trainer.
     """
-    parser = make_parser(command, config_class)
+    parser = make_parser(command, config_class, script_class)
     flags, unknown = launcher_flags(parser.remaining_strings(arguments))
     if unknown:
         raise parser.unknown(unknown, launcher_options())
     if flags and not is_launched():
         return lambda: launch(flags, [command, *arguments])
     *parsed, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    trainer = make_trainer(trainer_class, *parsed)
+    trainer = make_trainer(trainer_class, *parsed, **trainer_arguments(parsed[0]))
     checkpoint = _checkpoint(trainer.args)
     return lambda: _train(trainer, checkpoint, dataset_name=parsed[0].dataset_name)
 

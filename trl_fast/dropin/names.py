@@ -26,6 +26,10 @@ MODULES: dict[str, dict[str, str]] = {
         "KTOTrainer": "trl_fast",
         "DataCollatorForUnpairedPreference": "trl_fast.data",
     },
+    "trl.trainer.grpo_config": {"GRPOConfig": "trl_fast"},
+    "trl.trainer.grpo_trainer": {"GRPOTrainer": "trl_fast"},
+    "trl.trainer.rloo_config": {"RLOOConfig": "trl_fast"},
+    "trl.trainer.rloo_trainer": {"RLOOTrainer": "trl_fast"},
     "trl.trainer.sft_config": {"SFTConfig": "trl_fast"},
     "trl.trainer.sft_trainer": {"SFTTrainer": "trl_fast", "DataCollatorForLanguageModeling": "trl_fast.data"},
     "trl.trainer.reward_config": {"RewardConfig": "trl_fast"},
@@ -37,6 +41,7 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.trainer.utils": {
         **_MODEL_ARGUMENTS,
         "disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout",
+        "RepeatSampler": "trl_fast.data.sampler",
         "selective_log_softmax": "trl_fast.ops",
     },
     "trl.models": {"create_reference_model": "trl_fast"},

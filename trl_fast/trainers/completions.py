@@ -39,9 +39,7 @@ class CompletionsLog:
         self.frame(step).to_parquet(path)
         return path
 
-    def show(
-        self, step: int, count: int | None, *, unique_prompts: bool = False, console: Console | None = None
-    ) -> None:
+    def show(self, step: int, count: int | None, unique_prompts: bool = False) -> None:
         """Prints the first `count` completions (None: all), of each prompt only one if unique_prompts."""
         frame = self.frame(step)
         if unique_prompts:

@@ -1,0 +1,232 @@
+"""GRPO and RLOO as a person uses them: they sample, learn, log, save, and say what is wrong."""
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+
+import trl_fast
+from support.rollouts import FixedRollout, brevity, color_prompts
+from support.training import make_trainer
+from trl_fast.rollout import Rollout
+
+SETTINGS = {"num_generations": 4, "max_completion_length": 6, "gradient_accumulation_steps": 1}
+
+
+def make(model_path, folder, reward=brevity, method="GRPO", dataset=None, **settings):
+    names = ("rollout_func", "rollout_engine", "eval_dataset", "callbacks", "processing_class")
+    given = {name: settings.pop(name) for name in names if name in settings}
+    arguments = {
+        "model": model_path,
+        "reward_funcs": reward,
+        "train_dataset": color_prompts() if dataset is None else dataset,
+        **given,
+    }
+    settings = {"per_device_train_batch_size": 8, "max_steps": 2, **SETTINGS, **settings}
+    return make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
+
+
+def share_of_spaces(completions, **_):
+    return [text.count(" ") / max(len(text), 1) for text in completions]
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_it_learns(method, model_path, tmp_path):
+    settings = {"learning_rate": 3e-3, "max_steps": 30, "logging_steps": 5, "num_generations": 8}
+    if method == "RLOO":
+        settings["beta"] = 0.0
+    trainer = make(model_path, tmp_path, share_of_spaces, method, per_device_train_batch_size=16, **settings)
+    trainer.train()
+    rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
+    assert rewards[-1] > 2 * rewards[0]
+
+
+def test_a_script_of_the_documentation(model_path, tmp_path, capsys):
+    def reward_function(completions, **kwargs):
+        return [len(completion.split()) for completion in completions]
+
+    with pytest.warns(FutureWarning, match="max_new_tokens"):
+        config = trl_fast.GRPOConfig(
+            str(tmp_path), max_new_tokens=5, num_generations=4, max_steps=1, use_cpu=True, bf16=False,
+            report_to="none", log_completions=True, num_completions_to_print=2, logging_steps=1,
+        )  # fmt: skip
+    assert config.max_completion_length == 5
+    trainer = trl_fast.GRPOTrainer(
+        model=model_path, reward_funcs=reward_function, args=config, train_dataset=color_prompts()
+    )
+    trainer.train()
+    assert "completions at step 1" in capsys.readouterr().out
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert list(table) == ["step", "prompt", "completion", "reward_function", "advantage"] and len(table) == 8
+
+
+def test_several_rewards_of_every_kind(model_path, tmp_path, reward_model_path):
+    async def slow(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    def picky(completions, shade, log_extra, log_metric, **_):
+        log_extra("seen", list(shade))
+        log_metric("longest", max(map(len, completions)))
+        return [None] * len(completions)
+
+    trainer = make(
+        model_path, tmp_path, [slow, picky, reward_model_path], reward_weights=[0.5, 1.0, 2.0], log_completions=True
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["rewards/picky/mean"] is None and log["rewards/slow/mean"] > 0
+    model = reward_model_path.rsplit("/", 1)[-1]
+    assert log["reward"] == pytest.approx(0.5 * log["rewards/slow/mean"] + 2 * log[f"rewards/{model}/mean"], rel=1e-5)
+    assert log["longest"] > 0
+    assert "seen" in pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+
+
+def test_conversations(model_path, tmp_path):
+    seen = []
+
+    def reward(prompts, completions, **_):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    rows = [{"prompt": [{"role": "user", "content": f"What color is {i}?"}]} for i in range(8)]
+    make(model_path, tmp_path, reward, dataset=Dataset.from_list(rows), max_steps=1).train()
+    assert all(completion[0]["role"] == "assistant" for _, completion in seen)
+    assert all(prompt[0]["content"].startswith("What color") for prompt, _ in seen)
+
+
+def test_a_stream(model_path, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(color_prompts(20)))
+    trainer = make(model_path, tmp_path, dataset=stream, shuffle_dataset=False, max_steps=2)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert [row["shade"] for row in batch] == [0] * 4 + [1] * 4
+    trainer.train()
+
+
+def test_resumed_training_is_the_same(model_path, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-3}
+    whole = make(model_path, tmp_path / "whole", **settings)
+    whole.train()
+    resumed = make(model_path, tmp_path / "whole", **settings)
+    resumed.train(resume_from_checkpoint=f"{tmp_path}/whole/checkpoint-2")
+    for name, weight in whole.model.named_parameters():
+        assert torch.equal(weight, resumed.model.get_parameter(name)), name
+    assert resumed.state.log_history[-2]["num_tokens"] == whole.state.log_history[-2]["num_tokens"]
+
+
+def test_equal_rewards_change_nothing(model_path, tmp_path):
+    trainer = make(model_path, tmp_path, lambda completions: [1.0] * len(completions), learning_rate=1.0)
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1
+    assert trainer.state.log_history[0]["grad_norm"] == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters())
+
+
+def test_a_reward_function_that_fails_loses_nothing(model_path, tmp_path):
+    calls = []
+
+    def fragile(completions):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyError("solution")
+        return [float(len(text)) for text in completions]
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 100}
+    trainer = make(model_path, tmp_path, fragile, **settings)
+    with pytest.raises(RuntimeError, match="fragile") as failure:
+        trainer.train()
+    assert "checkpoint" in failure.value.__notes__[0]
+    resumed = make(model_path, tmp_path, fragile, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completions: [1.0], "1"),
+        (lambda completions: ["good"] * len(completions), "good"),
+        (lambda completions: [float("nan")] * len(completions), "nan"),
+    ],
+)
+def test_rewards_that_are_none(reward, message, model_path, tmp_path):
+    with pytest.raises(ValueError, match=f"lambda.*{message}"):
+        make(model_path, tmp_path, reward).train()
+
+
+class Engine:
+    """An engine that returns what it was given."""
+
+    def __init__(self, completion_ids):
+        self.completion_ids = completion_ids
+
+    def generate(self, prompt_ids, settings):
+        return Rollout(prompt_ids, self.completion_ids(prompt_ids))
+
+    def sync_weights(self, model, step):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("completion_ids", "message"),
+    [
+        (lambda prompts: [[]] * len(prompts), "completion_ids are empty for the prompt 'What color"),
+        (lambda prompts: [[3]], "1 completion_ids for 8 prompts"),
+        (lambda prompts: [[10**6]] * len(prompts), "outside of the"),
+    ],
+)
+def test_rollouts_that_are_none(completion_ids, message, model_path, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(model_path, tmp_path, rollout_engine=Engine(completion_ids)).train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 3}, "num_generations=3 does not divide the 8 completions"),
+        ({"num_generations": 1}, "num_generations=1: expected at least 2"),
+        ({"generation_batch_size": 12}, "generation_batch_size=12 is no multiple"),
+        ({"loss_type": "ppo"}, "loss_type='ppo' is unknown"),
+        ({"scale_rewards": "all"}, "scale_rewards='all' is unknown"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"max_completion_length": 0}, "max_completion_length=0"),
+        ({"top_entropy_quantile": 0.0}, "top_entropy_quantile=0.0"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"max_completion_length": 300}, "the longest prompt of the train dataset has .* 256 positions"),
+        ({"eval_strategy": "steps", "per_device_eval_batch_size": 6}, "num_generations_eval=4 does not divide the 6"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message, model_path, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(model_path, tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "What?"}], "expected 'prompt'"),
+        ([{"prompt": 3}], "row 0, column 'prompt': 3"),
+        ([{"prompt": "What?", "image": "x"}], "vision data"),
+        ([], "no rows"),
+    ],
+)
+def test_data_that_cannot_be(rows, message, model_path, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(model_path, tmp_path, dataset=Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []}))
+
+
+def test_what_is_not_supported_says_so(model_path, tmp_path):
+    with pytest.raises(NotImplementedError, match="tools"):
+        trl_fast.GRPOTrainer(model_path, brevity, train_dataset=color_prompts(), tools=[print])
+    with pytest.raises(ValueError, match="reward_funcs"):
+        make(model_path, tmp_path, None)
+
+
+def test_a_rollout_function_without_what_is_needed(model_path, tmp_path, tokenizer):
+    def broken(prompts, trainer):
+        output = FixedRollout(tokenizer)(prompts, trainer)
+        del output["logprobs"]
+        return output
+
+    with pytest.raises(ValueError, match="rollout_func returned .* expected logprobs too"):
+        make(model_path, tmp_path, rollout_func=broken).train()

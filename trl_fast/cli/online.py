@@ -1,0 +1,70 @@
+"""What `trl-fast grpo` and `trl-fast rloo` have beyond the other commands: rewards by name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_fast import rewards
+from trl_fast.suggestions import did_you_mean
+
+from .arguments import ScriptArguments
+
+# By TRL's names, with TRL's settings.
+REWARD_FUNCTIONS: dict[str, Callable[[], Callable[..., list]]] = {
+    "accuracy_reward": lambda: rewards.accuracy_reward,
+    "reasoning_accuracy_reward": lambda: rewards.reasoning_accuracy_reward,
+    "think_format_reward": lambda: rewards.think_format_reward,
+    "get_soft_overlong_punishment": lambda: rewards.get_soft_overlong_punishment(1280, 256),
+}
+
+
+@dataclass
+class OnlineScriptArguments(ScriptArguments):
+    """Which dataset a script works on, and what rewards its completions."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A reward model: hub name or folder of a classifier with one label."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Reward functions: {', '.join(REWARD_FUNCTIONS)}, or module.function to import."},
+    )
+
+
+def reward_arguments(arguments: OnlineScriptArguments) -> dict[str, Any]:
+    """The trainer's `reward_funcs`.
+
+    Raises:
+        ValueError: none was named, or a name is unknown or cannot be imported.
+    """
+    found: list[Any] = []
+    if arguments.reward_model_name_or_path:
+        found.append(arguments.reward_model_name_or_path)
+    found += [_reward_function(name) for name in arguments.reward_funcs or ()]
+    if not found:
+        raise ValueError("reward_funcs is missing; name one or several, or give reward_model_name_or_path")
+    return {"reward_funcs": found}
+
+
+def _reward_function(name: str) -> Callable[..., list]:
+    if name in REWARD_FUNCTIONS:
+        return REWARD_FUNCTIONS[name]()
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"reward_funcs: there is no {name!r}{did_you_mean(name, REWARD_FUNCTIONS)}; expected one of "
+            f"{', '.join(REWARD_FUNCTIONS)}, or module.function"
+        )
+    # A user's own module stands where the command is run.
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward_funcs: {name!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
