@@ -156,7 +156,11 @@ class KTOTrainer(PreferenceTrainer):
             # Backward for activations, for weights, and activations computed again.
             passes += 1 + (not isinstance(self.model, PeftModel)) + self.args.gradient_checkpointing
         added = inputs[BOTH].input_ids.numel() - inputs.input_ids.numel()
-        return passes * added < inputs[MISMATCHED].input_ids.numel()
+        saved = inputs[MISMATCHED].input_ids.numel() - passes * added
+        if self.accelerator.num_processes > 1:
+            # Processes meet in every forward pass, so they must make the same ones.
+            saved = self._sum_over_processes(torch.tensor(saved, device=self.accelerator.device)).item()
+        return saved > 0
 
     def _score_together(
         self, model: torch.nn.Module, inputs: TokenBatch, table: KTOTable, kl_reference: torch.Tensor
