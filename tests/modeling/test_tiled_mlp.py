@@ -1,4 +1,4 @@
-"""MLPs in tiles: the gradients of whole MLPs, and a peak that does not grow with length."""
+"""MLPs and norms in tiles: the gradients of whole ones, and a peak that does not grow with length."""
 
 from __future__ import annotations
 
@@ -60,6 +60,15 @@ def test_the_mlp_runs_in_tiles():
     seen.clear()
     model(input_ids=IDS[:1, :TILE])
     assert seen == [TILE]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "olmo", "qwen3"])
+def test_the_norms_of_hidden_states_run_in_tiles(family):
+    model = tiny_model(family)
+    tile_mlps(model, TILE)
+    norms = {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Norm")}
+    tiled = {name for name, module in norms.items() if hasattr(module, "tile_tokens")}
+    assert tiled == {name for name in norms if "attn." not in name} and len(tiled) >= 5
 
 
 def adapted(model):
@@ -192,21 +201,22 @@ def test_experts_are_left_alone_beside_mlps(caplog):
 # ---- memory
 
 
-def mlp_peak(tokens, tile):
-    """Peak bytes of forward and backward of a wide MLP, beyond its weights' gradients."""
-    model = tiny_model(num_hidden_layers=1, intermediate_size=1024)
+def peak_of(name, tokens, tile):
+    """Peak bytes of forward and backward of a layer's wide MLP or norm, beyond its weights' gradients."""
+    model = tiny_model(num_hidden_layers=1, intermediate_size=1024).bfloat16()
     if tile:
         tile_mlps(model, tile)
-    mlp = model.model.layers[0].mlp
-    for weight in mlp.parameters():
+    module = model.model.layers[0].get_submodule(name)
+    for weight in module.parameters():
         weight.grad = torch.zeros_like(weight)
-    hidden = torch.randn(1, tokens, 32, requires_grad=True)
-    return measure_peak(lambda: mlp(hidden).sum().backward()).peak_bytes
+    hidden = torch.randn(1, tokens, 32, dtype=torch.bfloat16, requires_grad=True)
+    return measure_peak(lambda: module(hidden).sum().backward()).peak_bytes
 
 
-def test_the_peak_does_not_grow_with_length():
-    """But for the hidden states themselves and their gradient, 4 · 32 bytes a token and tensor."""
-    short, long = mlp_peak(2048, 512), mlp_peak(8192, 512)
-    assert long - short < 5 * 6144 * 4 * 32
-    whole = mlp_peak(8192, None)
-    assert long < whole / 5
+@pytest.mark.parametrize("name, less", [("mlp", 1 / 10), ("post_attention_layernorm", 1 / 2)])
+def test_the_peak_does_not_grow_with_length(name, less):
+    """But for the hidden states themselves and their gradient, 2 · 32 bytes a token and tensor."""
+    short, long = peak_of(name, 2048, 512), peak_of(name, 8192, 512)
+    assert long - short < 5 * 6144 * 2 * 32
+    whole = peak_of(name, 8192, None)
+    assert long < whole * less

@@ -9,6 +9,7 @@ log-sum-exp of the whole softmax, so the same kernels give exact gradients part 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -292,10 +293,10 @@ class PlainParts(CpuParts):
 
 
 class _Varlen(NamedTuple):
-    """What a varlen flash call is told of its sequences; index None: the whole row, in order."""
+    """What a varlen flash call is told of its sequences, and where in the row their queries and keys are."""
 
-    query_index: torch.Tensor | None
-    key_index: torch.Tensor | None
+    queries: slice | torch.Tensor
+    keys: slice | torch.Tensor
     query_starts: torch.Tensor
     key_starts: torch.Tensor
     longest_query: int
@@ -312,16 +313,22 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device) -> tuple
         chosen = [part for part in parts if part.causal == causal]
         if not chosen:
             continue
-        indices, starts, longest = [], [], []
+        places, starts, longest = [], [], []
         for side in ("queries", "keys"):
             ranges = [getattr(part, side) for part in chosen]
             lengths = torch.tensor([r.stop - r.start for r in ranges])
-            index = torch.cat([torch.arange(r.start, r.stop) for r in ranges])
-            indices.append(None if causal else index.to(device))
+            places.append(_together(ranges, device))
             starts.append(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32))
             longest.append(int(lengths.max()))
-        calls.append(_Varlen(*indices, *starts, *longest, causal))
+        calls.append(_Varlen(*places, *starts, *longest, causal))
     return tuple(calls)
+
+
+def _together(ranges: list[slice], device: torch.device) -> slice | torch.Tensor:
+    """Where the ranges are: one slice, which copies nothing, if each begins where the last one ends; else indices."""
+    if all(one.stop == two.start for one, two in itertools.pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop)
+    return torch.cat([torch.arange(r.start, r.stop) for r in ranges]).to(device)
 
 
 class CudaParts:
@@ -340,14 +347,10 @@ class CudaParts:
         self.calls, self.scale = _varlen_calls(trees, query.device), scale
         self.rng_state: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    @staticmethod
-    def _at(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        return x.contiguous() if index is None else x.index_select(0, index)
-
     def _given(self, call: _Varlen) -> Iterator[torch.Tensor]:
-        yield self._at(self.query, call.query_index)
-        yield self._at(self.key, call.key_index)
-        yield self._at(self.value, call.key_index)
+        yield self.query[call.queries].contiguous()
+        yield self.key[call.keys].contiguous()
+        yield self.value[call.keys].contiguous()
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """out (1, heads, T, D) and lse (heads, T) float32."""
@@ -361,9 +364,9 @@ class CudaParts:
             if call.causal:
                 out, lse = found, found_lse
                 continue
-            rows = call.query_index
-            merged, total = merge(out[rows].transpose(0, 1), lse[:, rows], found.transpose(0, 1), found_lse)
-            out, lse = out.index_copy(0, rows, merged.transpose(0, 1)), lse.index_copy(1, rows, total)
+            rows = call.queries
+            merged, lse[:, rows] = merge(out[rows].transpose(0, 1), lse[:, rows], found.transpose(0, 1), found_lse)
+            out[rows] = merged.transpose(0, 1)
         return out.transpose(0, 1)[None], lse
 
     def backward(
@@ -371,21 +374,24 @@ class CudaParts:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of query, key and value, in their shapes."""
         grad, out = (x[0].transpose(0, 1) for x in (grad, out))
-        sums = [torch.zeros_like(x) for x in (self.query, self.key, self.value)]
         for call, rng_state in zip(self.calls, self.rng_state, strict=True):
-            rows = call.query_index
+            rows = call.queries
             lengths = (call.query_starts, call.key_starts, call.longest_query, call.longest_key)
             found = torch.ops.aten._flash_attention_backward(
-                self._at(grad, rows),
+                grad[rows].contiguous(),
                 *self._given(call),
-                self._at(out, rows),
-                (lse if rows is None else lse[:, rows]).contiguous(),
+                out[rows].contiguous(),
+                lse[:, rows].contiguous(),
                 *lengths,
                 0.0,
                 call.causal,
                 *rng_state,
                 scale=self.scale,
             )
-            for total, part, index in zip(sums, found, (rows, call.key_index, call.key_index), strict=True):
-                total.add_(part) if index is None else total.index_add_(0, index, part)
+            if call.causal:
+                # The first call: it covers the row.
+                sums = found
+                continue
+            for total, part, places in zip(sums, found, (rows, call.keys, call.keys), strict=True):
+                total[places] += part
         return tuple(total.transpose(0, 1)[None] for total in sums)

@@ -1,7 +1,8 @@
-"""MLPs computed a tile of tokens at a time, forward and backward, so that their activations do not grow with length.
+"""MLPs and norms a tile of tokens at a time, forward and backward, so that their activations do not grow with length.
 
-An MLP acts on each token alone. Its intermediates, several times as wide as the hidden states, are most of what a
-layer keeps for backward. Here backward computes each tile once more (TiledMLP of ALST, arXiv 2506.13996).
+Both act on each token alone. An MLP's intermediates, several times as wide as the hidden states, are most of what a
+layer keeps for backward; then come a norm's, float32 copies of the hidden states, two in forward and five more in
+backward. Here backward computes each tile once more (TiledMLP of ALST, arXiv 2506.13996).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .loading import unbound_forward
+from .loading import backbone, unbound_forward
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,10 @@ _EXPERT_NAMES = {"experts", "router", "gate"}
 
 
 def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
-    """Lets the MLPs of a model's layers run in tiles of so many tokens; mixtures of experts are left as they are.
+    """Lets the MLPs of a model's layers, and the norms of its hidden states, run in tiles of so many tokens.
 
-    Gradients are those of the whole MLP; weights' gradients accumulate over the tiles in float32. Adapters may be put
-    on before or after. Returns how many MLPs run in tiles.
+    Mixtures of experts are left as they are. Gradients are those of the whole module; weights' gradients accumulate
+    over the tiles in float32. Adapters may be put on before or after. Returns how many MLPs run in tiles.
 
     Raises:
         ValueError: there is no MLP that can be tiled.
@@ -46,24 +47,37 @@ def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
         logger.warning(
             f"tiled_mlp: {len(found) - len(tiled)} of {len(found)} MLPs are mixtures of experts: not tiled."
         )
-    for mlp in tiled:
-        mlp.tile_tokens = tile_tokens
-        if not hasattr(mlp, "forward_whole"):
-            mlp.forward_whole = unbound_forward(mlp)
-            mlp.forward = types.MethodType(_forward_in_tiles, mlp)
+    for module in (*tiled, *_norms(model)):
+        module.tile_tokens = tile_tokens
+        if not hasattr(module, "forward_whole"):
+            module.forward_whole = unbound_forward(module)
+            module.forward = types.MethodType(_forward_in_tiles, module)
     return len(tiled)
 
 
+def _layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
 def _mlps(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            yield from (child for name, child in layer.named_children() if name in _MLP_NAMES)
+    for layer in _layers(model):
+        yield from (child for name, child in layer.named_children() if name in _MLP_NAMES)
+
+
+def _norms(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """The norms of hidden states, in the layers and after them; those within attention are small."""
+    for owner in (*_layers(model), backbone(model)):
+        yield from (
+            child for child in owner.children() if type(child).__name__.endswith("Norm") and _takes_one_tensor(child)
+        )
 
 
 def _acts_on_single_tokens(mlp: torch.nn.Module) -> bool:
-    if _EXPERT_NAMES & {name for name, _ in mlp.named_children()}:
-        return False
-    return len(inspect.signature(type(mlp).forward).parameters) == 2
+    return not _EXPERT_NAMES & {name for name, _ in mlp.named_children()} and _takes_one_tensor(mlp)
+
+
+def _takes_one_tensor(module: torch.nn.Module) -> bool:
+    return len(inspect.signature(type(module).forward).parameters) == 2
 
 
 def _forward_in_tiles(self: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -71,20 +85,20 @@ def _forward_in_tiles(self: torch.nn.Module, hidden_states: torch.Tensor) -> tor
     if tokens <= self.tile_tokens:
         return self.forward_whole(self, hidden_states)
     weights = [weight for weight in self.parameters() if weight.requires_grad]
-    out = _TiledMLP.apply(self, hidden_states.reshape(1, tokens, -1), *weights)
+    out = _InTiles.apply(self, hidden_states.reshape(1, tokens, -1), *weights)
     return out.view(*hidden_states.shape[:-1], out.shape[-1])
 
 
-class _TiledMLP(torch.autograd.Function):
-    """Saves the input alone. hidden: (1, T, H); weights: the parameters of the MLP that train."""
+class _InTiles(torch.autograd.Function):
+    """Saves the input alone. hidden: (1, T, H); weights: the parameters of the module that train."""
 
     @staticmethod
-    def forward(ctx, mlp, hidden, *weights):
+    def forward(ctx, module, hidden, *weights):
         ctx.save_for_backward(hidden)
-        ctx.mlp, ctx.weights, ctx.state = mlp, weights, _State(hidden.device)
+        ctx.module, ctx.weights, ctx.state = module, weights, _State(hidden.device)
         out = None
-        for rows in _tiles(mlp, hidden):
-            tile = mlp.forward_whole(mlp, hidden[:, rows])
+        for rows in _tiles(module, hidden):
+            tile = module.forward_whole(module, hidden[:, rows])
             out = tile.new_empty(*hidden.shape[:2], tile.shape[-1]) if out is None else out
             out[:, rows] = tile
         return out
@@ -93,14 +107,14 @@ class _TiledMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (hidden,) = ctx.saved_tensors
-        mlp, weights, with_hidden = ctx.mlp, ctx.weights, ctx.needs_input_grad[1]
+        module, weights, with_hidden = ctx.module, ctx.weights, ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if with_hidden else None
         sums: list[torch.Tensor | None] = [None] * len(weights)
         with ctx.state.restored():
-            for rows in _tiles(mlp, hidden):
+            for rows in _tiles(module, hidden):
                 tile = hidden[:, rows].detach().requires_grad_(with_hidden)
                 with torch.enable_grad():
-                    out = mlp.forward_whole(mlp, tile)
+                    out = module.forward_whole(module, tile)
                 leaves = (tile, *weights) if with_hidden else weights
                 found = list(torch.autograd.grad(out, leaves, grad[:, rows], allow_unused=True))
                 if with_hidden:
@@ -110,9 +124,9 @@ class _TiledMLP(torch.autograd.Function):
         return None, grad_hidden, *in_dtype
 
 
-def _tiles(mlp: torch.nn.Module, hidden: torch.Tensor) -> Iterator[slice]:
-    for start in range(0, hidden.shape[1], mlp.tile_tokens):
-        yield slice(start, start + mlp.tile_tokens)
+def _tiles(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[slice]:
+    for start in range(0, hidden.shape[1], module.tile_tokens):
+        yield slice(start, start + module.tile_tokens)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
