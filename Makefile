@@ -11,7 +11,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv demo test test-slow bench check-gpu-code lint format clean
+.PHONY: venv demo demo-grpo test test-slow bench check-gpu-code lint format clean
 
 venv: $(READY)
 
@@ -32,6 +32,9 @@ $(READY): $(VENV)/.requirements pyproject.toml setup.py $(CPP)
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
+
+demo-grpo: $(READY)
+	$(BIN)/python -m examples.demo_grpo $(DEMO_ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
