@@ -1,5 +1,7 @@
 """GRPOTrainer against TRL 1.16.0's for the same completions: loss, gradient norm and every logged metric."""
 
+from types import SimpleNamespace
+
 import pytest
 import trl
 from peft import LoraConfig
@@ -133,3 +135,39 @@ def test_what_is_left_out_and_moved_changes_nothing(name, model_path, tokenizer,
     for ours, theirs in zip(logs[trl_fast], logs[trl], strict=True):
         for metric in {"loss", "grad_norm", "reward", "reward_std", "frac_reward_zero_std"} & theirs.keys():
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-6), metric
+
+
+CORRECTIONS = {
+    "sequence mask": {},
+    "sequence truncate": {"vllm_importance_sampling_mode": "sequence_truncate"},
+    "token mask": {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_min": 0.01},
+    "token truncate": {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 0.02},
+    "vespo": {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"},
+    "off-policy mask": {"off_policy_mask_threshold": 0.01},
+}
+
+
+@pytest.mark.parametrize("settings", CORRECTIONS.values(), ids=CORRECTIONS.keys())
+def test_correction_for_the_engine_that_sampled(settings, model_path, tokenizer, tmp_path):
+    """TRL is told that vLLM sampled; its trainer cannot be built with vLLM where that is not installed."""
+    logs = []
+    for module in (trl, trl_fast):
+        arguments = {
+            "model": model_path,
+            "reward_funcs": [vowels, brevity],
+            "train_dataset": color_prompts(),
+            "rollout_func": FixedRollout(tokenizer, with_mask=True),
+        }
+        ours = {"use_vllm": True} if module is trl_fast else {}
+        given = {name: value for name, value in BASE.items() if module is trl_fast or name not in OURS}
+        trainer = make_trainer(
+            module, tmp_path / module.__name__, method="GRPO", arguments=arguments, **given, **settings, **ours
+        )
+        if module is trl:
+            trainer.use_vllm, trainer._last_loaded_step = True, -1
+            trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+        trainer.train()
+        logs.append(
+            [{name: value for name, value in log.items() if name != "step_time"} for log in trainer.state.log_history]
+        )
+    assert_same_logs(logs[1], logs[0])

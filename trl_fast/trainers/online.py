@@ -126,7 +126,9 @@ class OnlineTrainer(PromptLoaders, GenerationMetrics, ReferenceTrainer):
         set_seed(args.seed, device_specific=True)
         self._vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
         self.end_ids = end_token_ids(base_model(model), processing_class)
-        self.engine = rollout_engine or self._make_engine()
+        if rollout_engine is None and rollout_func is None:
+            rollout_engine = self._make_engine()
+        self.engine = rollout_engine
 
     def _make_engine(self) -> RolloutEngine:
         if self.args.use_vllm:
