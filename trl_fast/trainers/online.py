@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from accelerate.utils import set_seed
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_fast.data import TokenBatch, is_conversational, longest_sequence
+from trl_fast.data import TokenBatch, longest_sequence
 from trl_fast.data.prompts import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.losses.advantages import Advantages
 from trl_fast.losses.policy import Window, grpo_loss, grpo_metrics, sequence_weights
@@ -29,12 +28,13 @@ from .online_config import OnlineConfig
 from .online_metrics import GenerationMetrics
 from .prompt_loaders import PromptLoaders
 from .reference import ReferenceTrainer
+from .rollouts import Rollouts
 from .updates import Update, UpdateMaker
 
 RewardSource = Callable[..., list] | str | PreTrainedModel
 
 
-class OnlineTrainer(PromptLoaders, GenerationMetrics, ReferenceTrainer):
+class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer):
     """A trainer whose completions are its policy's own; a subclass brings the advantages and the loss.
 
     Args:
@@ -184,20 +184,6 @@ class OnlineTrainer(PromptLoaders, GenerationMetrics, ReferenceTrainer):
                 self._buffer = self._slices(self.make_samples(rows))
         return self._make_update(self._buffer[self._step % self.args.steps_per_generation])
 
-    @contextmanager
-    def _rescue(self) -> Iterator[None]:
-        """What fails within leaves a checkpoint of the last whole step, so that nothing is lost."""
-        try:
-            yield
-        except Exception as error:
-            if self.state.global_step > 0 and self.args.save_strategy != "no" and self.accelerator.num_processes == 1:
-                self._save_checkpoint(self.model, trial=None)
-                error.add_note(
-                    f"Step {self.state.global_step} is saved in {self.args.output_dir}; mend the cause and go on with "
-                    "train(resume_from_checkpoint=True)."
-                )
-            raise
-
     def _slices(self, samples: Samples) -> list[Samples]:
         """The completions of one generation, shuffled, cut into the micro-batches of the update.
 
@@ -277,27 +263,6 @@ class OnlineTrainer(PromptLoaders, GenerationMetrics, ReferenceTrainer):
         mask = output.pop("env_mask", None)
         extras = {name: value if isinstance(value, list) else [value] * len(rows) for name, value in output.items()}
         return self._checked(rollout, rows), extras, None if mask is None else [_vector(row) for row in mask]
-
-    def _checked(self, rollout: Rollout, rows: list[dict[str, Any]]) -> Rollout:
-        for name in ("prompt_ids", "completion_ids"):
-            lists = getattr(rollout, name)
-            if len(lists) != len(rows):
-                raise ValueError(f"the rollout has {len(lists)} {name} for {len(rows)} prompts; expected one each")
-            for ids, row in zip(lists, rows, strict=True):
-                if not ids:
-                    raise ValueError(f"the rollout's {name} are empty for the prompt {_short(row['prompt'])}")
-                if not 0 <= min(ids) <= max(ids) < self._vocab_size:
-                    raise ValueError(
-                        f"the rollout's {name} for the prompt {_short(row['prompt'])} have a token outside of the "
-                        f"{self._vocab_size} entries of the model's head"
-                    )
-        return rollout
-
-    def _decode(self, prompts: list, completion_ids: list[list[int]]) -> list:
-        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        if not is_conversational({"prompt": prompts[0]}):
-            return texts
-        return [[{"role": "assistant", "content": text}] for text in texts]
 
     # ---- scoring, and the batches of the update
 
@@ -407,8 +372,3 @@ def _as_list(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _vector(values: list) -> torch.Tensor:
     """float32, with NaN for None."""
     return torch.tensor([torch.nan if value is None else float(value) for value in values])
-
-
-def _short(prompt: object) -> str:
-    text = repr(prompt)
-    return text if len(text) <= 80 else text[:77] + "..."

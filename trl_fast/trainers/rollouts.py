@@ -1,0 +1,59 @@
+"""What trainers that sample their own completions do about rollouts, whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trl_fast.data import is_conversational
+from trl_fast.rollout import Rollout
+
+
+class Rollouts:
+    """The part of an online trainer that checks and decodes completions, and saves what there is when they fail.
+
+    `_vocab_size` are the entries of the policy's head.
+    """
+
+    _vocab_size: int
+
+    @contextmanager
+    def _rescue(self) -> Iterator[None]:
+        """What fails within leaves a checkpoint of the last whole step, so that nothing is lost."""
+        try:
+            yield
+        except Exception as error:
+            if self.state.global_step > 0 and self.args.save_strategy != "no" and self.accelerator.num_processes == 1:
+                self._save_checkpoint(self.model, trial=None)
+                error.add_note(
+                    f"Step {self.state.global_step} is saved in {self.args.output_dir}; mend the cause and go on with "
+                    "train(resume_from_checkpoint=True)."
+                )
+            raise
+
+    def _checked(self, rollout: Rollout, rows: list[dict[str, Any]]) -> Rollout:
+        for name in ("prompt_ids", "completion_ids"):
+            lists = getattr(rollout, name)
+            if len(lists) != len(rows):
+                raise ValueError(f"the rollout has {len(lists)} {name} for {len(rows)} prompts; expected one each")
+            for ids, row in zip(lists, rows, strict=True):
+                if not ids:
+                    raise ValueError(f"the rollout's {name} are empty for the prompt {_short(row['prompt'])}")
+                if not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                    raise ValueError(
+                        f"the rollout's {name} for the prompt {_short(row['prompt'])} have a token outside of the "
+                        f"{self._vocab_size} entries of the model's head"
+                    )
+        return rollout
+
+    def _decode(self, prompts: list, completion_ids: list[list[int]]) -> list:
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        if not is_conversational({"prompt": prompts[0]}):
+            return texts
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def _short(prompt: object) -> str:
+    text = repr(prompt)
+    return text if len(text) <= 80 else text[:77] + "..."
