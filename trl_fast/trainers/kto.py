@@ -169,7 +169,7 @@ class KTOTrainer(PreferenceTrainer):
         both, own = inputs[BOTH], inputs[BOTH].extras[OWN_TOKENS]
 
         def estimate(logprobs: torch.Tensor) -> torch.Tensor:
-            return self._bounded_kl(self.sequence_logprobs(both, logprobs.detach())[1::2], kl_reference)
+            return self._bounded_kl(self.sequence_logprobs(both, logprobs)[1::2], kl_reference)
 
         def token_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
             kl = estimate(scores.logprobs)
