@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from benchmarks.cuda_kernels import compile_cuda_kernels, find_nvcc
-from benchmarks.machine_code import TARGETS
 from support.heads import FLOOR, assert_as_good
 from support.losses import pair_problem, policy_problem
+from support.targets import QUICK_TARGETS
 from trl_fast.kernels import losses as launchers
 from trl_fast.ops import pair_loss, policy_loss
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
@@ -240,7 +240,7 @@ def test_a_nan_reaches_the_loss_and_no_other_token(loss_type, field):
     assert loss.isnan() and gradient[torch.arange(10) != 4].isfinite().all()
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", QUICK_TARGETS)
 def test_compiled_kernels_do_not_spill(target):
     nvcc = find_nvcc()
     if nvcc is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.cuda_kernels import compile_cuda_kernels, find_nvcc
-from benchmarks.machine_code import TARGETS
+from support.targets import QUICK_TARGETS
 from trl_fast.ops.rows import (
     BEFORE,
     SUM_SQ,
@@ -264,7 +264,7 @@ def test_a_long_row(kernels, dtype):
     torch.testing.assert_close(got[:6].double(), exact[:6], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", QUICK_TARGETS)
 def test_compiled_kernels_do_not_spill_and_move_no_byte_twice(target):
     nvcc = find_nvcc()
     if nvcc is None:

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from benchmarks.kernel_report import KernelCase, compile_kernel, resources
-from benchmarks.machine_code import TARGETS
 from support.heads import FLOOR, assert_as_good
 from support.losses import interpreted_losses, pair_problem, policy_problem
+from support.targets import QUICK_TARGETS
 from support.triton_interpreter import interpreted
 from trl_fast.kernels import losses as kernels
 from trl_fast.ops import pair_loss, policy_loss
@@ -314,7 +314,7 @@ def compiled_cases():
         )
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", QUICK_TARGETS)
 @pytest.mark.parametrize("kernel", compiled_cases(), ids=lambda kernel: kernel.label)
 def test_kernels_compile_without_spills(kernel, target):
     found = resources(compile_kernel(kernel, target), kernel.num_warps, target)

@@ -1,5 +1,6 @@
 import pytest
 
+import trl_fast.data.packing as packing
 from support.models import save_tiny_classifier, save_tiny_model
 from support.tokenizer import build_tokenizer
 
@@ -17,3 +18,19 @@ def model_path(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reward_model_path(tmp_path_factory):
     return save_tiny_classifier(tmp_path_factory.mktemp("tiny-reward"), build_tokenizer())
+
+
+@pytest.fixture(params=["shared_prefix", "packed", "padded"])
+def layout(request, monkeypatch):
+    """Each layout in turn; the test's short prompts are shared too."""
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+    return request.param
+
+
+@pytest.fixture(
+    params=["shared_prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in ("packed", "padded"))]
+)
+def main_layout(request, monkeypatch):
+    """The layout that is the default where several settings are tried; the others are slow tests."""
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+    return request.param

@@ -8,11 +8,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
 import trl_fast
-import trl_fast.data.packing as packing
 from support.models import save_tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.losses.dpo import PAIR_LOSSES
 
+# Loss types of different kinds; those with an adapter are slow tests of the others.
+QUICK = ("sigmoid", "ipo", "aot", "sft")
+SLOWER = tuple(name for name in PAIR_LOSSES if name not in QUICK)
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -35,7 +37,7 @@ def test_every_loss_type(name, model_path, tmp_path):
     compare(tmp_path, {"model": model_path}, loss_type=[name], label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
 def test_every_loss_type_with_lora(name, model_path, tmp_path):
     arguments = {"model": model_path, "peft_config": lambda: LoraConfig(**LORA)}
     compare(tmp_path, arguments, loss_type=[name], label_smoothing=0.1, learning_rate=1e-2)
@@ -57,16 +59,9 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=["shared_prefix", "packed", "padded"])
-def layout(request, monkeypatch):
-    """Each layout in turn; the test's short prompts are shared too."""
-    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
-    return request.param
-
-
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_settings(settings, layout, model_path, tmp_path):
-    compare(tmp_path, {"model": model_path}, {"batch_layout": layout}, **settings)
+def test_settings(settings, main_layout, model_path, tmp_path):
+    compare(tmp_path, {"model": model_path}, {"batch_layout": main_layout}, **settings)
 
 
 @pytest.fixture(scope="module")

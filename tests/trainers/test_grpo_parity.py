@@ -47,15 +47,14 @@ def compare(tmp_path, model_path, tokenizer, *, evaluates=False, with_mask=False
     assert_same_logs(logs_of(trl_fast, tmp_path / "ours", *how, settings), expected)
 
 
-@pytest.fixture(params=["shared_prefix", "packed", "padded"])
-def layout(request, monkeypatch):
-    """Each layout in turn; the test's short prompts are shared too."""
-    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
-    return request.param
+CASES = [
+    *((name, "token") for name in LOSSES),
+    ("grpo", "sequence"),
+    *(pytest.param(name, "sequence", marks=pytest.mark.slow) for name in LOSSES if name != "grpo"),
+]
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "level"), CASES)
 def test_every_loss_type(name, level, model_path, tokenizer, tmp_path):
     # Two updates of the same completions, so that the ratio leaves 1; a large rate, so that it is clipped.
     settings = {"loss_type": name, "importance_sampling_level": level, "num_iterations": 2, "learning_rate": 5e-3}

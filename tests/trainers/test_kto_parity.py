@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
 import trl_fast
-import trl_fast.data.packing as packing
 from support.models import save_tiny_model
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
 
@@ -37,13 +36,6 @@ def another(path):
     model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
     model.model.norm.weight.data.mul_(1.6)
     return model
-
-
-@pytest.fixture(params=["shared_prefix", "packed", "padded"])
-def layout(request, monkeypatch):
-    """Each layout in turn; the test's short prompts are shared too."""
-    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
-    return request.param
 
 
 @pytest.mark.parametrize(

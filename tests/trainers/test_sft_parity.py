@@ -75,7 +75,7 @@ def test_settings(settings, model_path, tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "lora"])
 def test_packing(strategy, loss_type, lora, model_path, tmp_path):
     arguments = {"model": model_path, **rows("prompt and completion")}
     if lora:
