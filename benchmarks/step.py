@@ -41,10 +41,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from examples.smollm2 import smollm2_folder
-
 from .machine import describe_machine
 from .memory import MIB, process_peak_bytes
+from .models import RANDOM_QWEN, model_folder
 from .prose import continuations, cut_continuations, passages, token_stream
 
 RESULTS = Path(__file__).parent / "results"
@@ -232,12 +231,13 @@ def process_memory(module: str, words: list[str]) -> dict[str, int]:
 
 
 def print_memory(arguments: argparse.Namespace) -> None:
-    """What `process_memory` reads."""
+    """One run of one trainer, without the other's; what `process_memory` reads."""
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(arguments.memory_of, arguments, folder)
-        before = process_peak_bytes()
+        before, start = process_peak_bytes(), time.perf_counter()
         run.train()
-    print(json.dumps({"before": before, "peak": process_peak_bytes()}))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"before": before, "peak": process_peak_bytes(), "seconds": seconds, "tokens": run.tokens}))
 
 
 def report(console: Console, runs: list[Run], memory: list[dict[str, int]], arguments: argparse.Namespace) -> dict:
@@ -301,7 +301,7 @@ def sweep(console: Console, arguments: argparse.Namespace) -> dict:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=sorted(METHODS), required=True)
-    parser.add_argument("--model", help="hub name or folder; default: SmolLM2-135M-Instruct from PyPI")
+    parser.add_argument("--model", help=f"hub name, folder or {RANDOM_QWEN}; default: SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=1024)
@@ -313,13 +313,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--sweep", type=int, nargs="+", help="lengths in tokens")
     parser.add_argument("--name", help="of the JSON file; default: the method")
-    parser.add_argument("--memory_of", choices=[OURS, TRL], help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", choices=[OURS, TRL], help="run only this trainer and print its peak memory")
     arguments = parser.parse_args(words)
     if arguments.method == "grpo" and not (arguments.prompt_tokens and arguments.completion_tokens):
         parser.error("--method grpo needs --prompt_tokens and --completion_tokens")
     if arguments.method == "grpo" and arguments.batch % GENERATIONS:
         parser.error(f"--batch {arguments.batch}: --method grpo takes whole groups, a multiple of {GENERATIONS}")
-    arguments.model = arguments.model or str(smollm2_folder())
+    arguments.model = model_folder(arguments.model)
     return arguments
 
 
