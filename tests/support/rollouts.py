@@ -7,6 +7,8 @@ from collections import Counter
 
 from datasets import Dataset
 
+from trl_fast.rollout import Rollout
+
 
 def color_prompts(count: int = 12) -> Dataset:
     """Plain prompts of different lengths, with a column for reward functions."""
@@ -52,3 +54,16 @@ def vowels(completions, **_):
 def brevity(completion_ids, shade, **_):
     """Shorter is better, by an amount that depends on the dataset's column."""
     return [-len(ids) * (1 + value % 2) / 4 for ids, value in zip(completion_ids, shade, strict=True)]
+
+
+class FixedEngine:
+    """A rollout engine with the completions of FixedRollout."""
+
+    def __init__(self, tokenizer, longest: int = 7) -> None:
+        self.rollout = FixedRollout(tokenizer, longest)
+
+    def generate(self, prompt_ids, settings):
+        return Rollout(prompt_ids, self.rollout.completions(prompt_ids))
+
+    def sync_weights(self, model, step):
+        pass

@@ -71,7 +71,47 @@ def prepare_prompt_dataset(
     return dataset.map(_tokenize_row, with_indices=True, fn_kwargs=options, **how)
 
 
-# It stands at module level: datasets pickles it for its worker processes and hashes it for its cache.
+def prompts_of_tokens(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """The dataset with its column `input_ids` in `prompt_ids`, padding removed, and as text in `prompt`.
+
+    What has no `input_ids`, or has `prompt_ids` already, comes back as it is.
+
+    Raises:
+        ValueError: a row has no tokens.
+    """
+    row = next(iter(dataset), None) or {}
+    if "input_ids" not in row or PROMPT_IDS in row:
+        return dataset
+    how = {"num_proc": num_proc, "desc": f"Reading {name} prompts"} if isinstance(dataset, Dataset) else {}
+    options = {"processing_class": processing_class, "name": name}
+    return dataset.map(_without_padding, with_indices=True, fn_kwargs=options, **how)
+
+
+# They stand at module level: datasets pickles them for its worker processes and hashes them for its cache.
+
+
+def _without_padding(
+    example: dict[str, Any], row: int, processing_class: PreTrainedTokenizerBase, name: str
+) -> dict[str, Any]:
+    ids = list(example["input_ids"])
+    # Those are no part of a prompt to TRL either, wherever they stand.
+    first = next((index for index, token in enumerate(ids) if token != processing_class.pad_token_id), len(ids))
+    last = next((index for index in reversed(range(len(ids))) if ids[index] != processing_class.pad_token_id), -1)
+    ids = ids[first : last + 1]
+    if not ids:
+        raise ValueError(
+            f"The {name} dataset, row {row}, column 'input_ids': the prompt has no tokens; fill or remove it."
+        )
+    text = example.get("prompt") or processing_class.decode(ids, skip_special_tokens=True)
+    return {"prompt": text, PROMPT_IDS: ids}
+
+
 def _tokenize_row(
     example: dict[str, Any],
     row: int,

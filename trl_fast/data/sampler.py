@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 
 import torch
 from datasets import IterableDataset
@@ -70,6 +70,38 @@ class RepeatSampler(Sampler[int]):
     def __len__(self) -> int:
         kept = self.num_samples - self.num_samples % self.batch_size
         return kept * self.mini_repeat_count * self.repeat_count
+
+
+class WholeBatchSampler(Sampler[int]):
+    """Yields rows in a new order each epoch, as many as fill whole batches; a run that is resumed goes on in order.
+
+    Args:
+        data_source: the rows; only their number matters.
+        batch_size: rows of a batch.
+        seed: of the orders.
+        epoch: gives the number of the epoch that begins.
+
+    Raises:
+        ValueError: fewer rows than one batch.
+    """
+
+    def __init__(self, data_source: Sized, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        if len(data_source) < batch_size:
+            raise ValueError(
+                f"the dataset has {len(data_source)} rows, but one rollout takes {batch_size} prompts; use a larger "
+                "dataset or a smaller batch"
+            )
+        self.data_source = data_source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(torch.randperm(len(self.data_source), generator=generator)[: len(self)].tolist())
+
+    def __len__(self) -> int:
+        return len(self.data_source) - len(self.data_source) % self.batch_size
 
 
 def repeat_stream(

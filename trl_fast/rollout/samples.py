@@ -38,6 +38,12 @@ class Samples:
     sampling_logprobs: list[torch.Tensor] | None = None
     importance_ratios: list[torch.Tensor] | None = None
 
+    @classmethod
+    def of(cls, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Samples:
+        """Completions of which nothing else is known."""
+        count = len(prompt_ids)
+        return cls(prompt_ids, completion_ids, torch.zeros(count), torch.zeros(count, dtype=torch.bool))
+
     def __len__(self) -> int:
         return len(self.prompt_ids)
 

@@ -7,6 +7,8 @@ from .grpo import GRPOTrainer
 from .grpo_config import GRPOConfig
 from .kto import KTOTrainer
 from .kto_config import KTOConfig
+from .ppo import PPOTrainer
+from .ppo_config import PPOConfig
 from .reward import RewardTrainer
 from .reward_config import RewardConfig
 from .rloo import RLOOTrainer
@@ -23,6 +25,8 @@ __all__ = [
     "KTOConfig",
     "KTOTrainer",
     "LogCompletionsCallback",
+    "PPOConfig",
+    "PPOTrainer",
     "RLOOConfig",
     "RLOOTrainer",
     "RewardConfig",

@@ -273,15 +273,6 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         size = self.args.train_batch_size if self.mode == "train" else self.args.eval_batch_size
         return self.updates.score(samples, score, indices, size)
 
-    def policy_logprobs(self, batch: TokenBatch) -> torch.Tensor:
-        """The policy's log-probabilities of the batch's tokens, (N,)."""
-        with self.compute_loss_context_manager():
-            return self.score(self.model, batch, temperature=self.args.temperature).tokens.logprobs
-
-    def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
-        """The reference's log-probabilities of the batch's tokens, (N,)."""
-        return self.score_reference(batch, temperature=self.args.temperature).logprobs
-
     def trained(self, samples: Samples) -> list[int]:
         """The completions that have a gradient; at least one, so that there always is a loss to differentiate."""
         everyone = not self.args.skip_zero_advantages or self.all_have_gradients

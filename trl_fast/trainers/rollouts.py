@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trl_fast.data import is_conversational
+import torch
+
+from trl_fast.data import TokenBatch, is_conversational
 from trl_fast.rollout import Rollout
 
 
 class Rollouts:
-    """The part of an online trainer that checks and decodes completions, and saves what there is when they fail.
+    """The part of an online trainer that checks, decodes and scores completions, and saves what there is on failure.
 
     `_vocab_size` are the entries of the policy's head.
     """
@@ -52,6 +54,15 @@ class Rollouts:
         if not is_conversational({"prompt": prompts[0]}):
             return texts
         return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def policy_logprobs(self, batch: TokenBatch) -> torch.Tensor:
+        """The policy's log-probabilities of the batch's tokens, (N,)."""
+        with self.compute_loss_context_manager():
+            return self.score(self.model, batch, temperature=self.args.temperature).tokens.logprobs
+
+    def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
+        """The reference's log-probabilities of the batch's tokens, (N,)."""
+        return self.score_reference(batch, temperature=self.args.temperature).logprobs
 
 
 def _short(prompt: object) -> str:
