@@ -4,7 +4,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
-from trl_fast.modeling import offloading, segments
+from trl_fast.modeling import offloading, segments, tiled_mlp
 from trl_fast.ops import blocks
 from trl_fast.ops.rows import ROW_KERNELS
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS
@@ -34,8 +34,9 @@ def test_everything_is_put_back():
         limits = (blocks._CACHE_BYTES, blocks._CPU_TILE_ROWS, blocks._HELD_FROM_BYTES, blocks._cpu_multiplies_bf16)
         products = (blocks.logits_dtype, blocks.mm_into, blocks.add_mm)
         classes = (segments.CpuParts, offloading.Offloading)
+        tiles = (blocks.spans, tiled_mlp._tiles)
         padded = AttentionInterface()[PADDED_ATTENTION]
-        return limits, products, classes, padded, dict(ROW_KERNELS), dict(SPARSE_KERNELS)
+        return limits, products, tiles, classes, padded, dict(ROW_KERNELS), dict(SPARSE_KERNELS)
 
     before = state()
     for device in ("gpu", "cpu"):

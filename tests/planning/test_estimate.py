@@ -30,6 +30,16 @@ def test_two_shallow_models_tell_about_a_deep_one(changes):
     assert set(whole) - set(estimated) <= {MIDDLE_LAYERS}
 
 
+def test_some_tiles_tell_about_all(monkeypatch):
+    setup = Setup(tiny_config("llama", vocab_size=4096), tiled_mlp=32, head_workspace_bytes=1 << 20)
+    some = simulate(setup, 300)
+    monkeypatch.setattr("trl_fast.planning.devices._some_of", lambda spans: spans)
+    every = simulate(setup, 300)
+    for stage, peak in every.stage_peaks().items():
+        assert some.stage_peaks()[stage].bytes == pytest.approx(peak.bytes, rel=0.002), stage
+    assert some.levels.shape[1] < every.levels.shape[1] / 2
+
+
 def test_layers_that_differ_are_all_simulated():
     config = tiny_config("qwen2_moe", num_hidden_layers=4, mlp_only_layers=[0], num_experts=2, num_experts_per_tok=1)
     setup = Setup(config, method="sft")

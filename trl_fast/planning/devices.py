@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from trl_fast.modeling import offloading, segments
+from trl_fast.modeling import offloading, segments, tiled_mlp
 from trl_fast.ops import blocks, sparse_rows
 from trl_fast.ops.rows import ROW_KERNELS, RowKernels
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS, SparseKernels
@@ -49,6 +49,8 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
 
     A GPU has no cache to fit tiles of logits into, multiplies bfloat16 to float32 logits, has row kernels without
     temporaries, and torch's varlen flash kernels, two calls a layer.
+
+    Of tiles, which are alike, the first two and the last one are computed: that takes the memory of all.
     """
     with ExitStack() as stack:
         parts = _labelled(segments.CpuParts, tracker)
@@ -63,12 +65,24 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
             segments._varlen_calls.cache_clear()
             stack.callback(segments._varlen_calls.cache_clear)
         stack.enter_context(replaced(segments, CpuParts=parts))
+        stack.enter_context(replaced(blocks, spans=_some_of(blocks.spans)))
+        stack.enter_context(replaced(tiled_mlp, _tiles=_some_of(tiled_mlp._tiles)))
         for backend in ("torch", "cpp"):
             stack.callback(SPARSE_KERNELS.__setitem__, backend, SPARSE_KERNELS[backend])
             SPARSE_KERNELS[backend] = SparseKernels(_sparse_samples, _sparse_product)
         AttentionInterface.register(PADDED_ATTENTION, _padded_attention(device, tracker))
         stack.callback(AttentionInterface.register, PADDED_ATTENTION, sdpa_attention_forward)
         yield
+
+
+def _some_of(spans: Callable[..., Iterator[slice]]) -> Callable[..., Iterator[slice]]:
+    """The first two and the last of the tiles that a function gives."""
+
+    def some(*given: Any) -> Iterator[slice]:
+        every = list(spans(*given))
+        yield from (*every[:2], *every[2:][-1:])
+
+    return some
 
 
 def _wide_logits(dtype: torch.dtype, _: torch.device) -> torch.dtype:
