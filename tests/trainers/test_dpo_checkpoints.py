@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import trl_fast
+from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.trainers.base import newest_checkpoint
 
@@ -115,12 +116,11 @@ def test_precomputed_references_are_computed_once(model_path, tmp_path, monkeypa
     dataset.save_to_disk(tmp_path / "data")
     dataset = type(dataset).load_from_disk(str(tmp_path / "data"))
 
-    def run(name, **settings):
+    def run(name, *, arguments=None, **settings):
         calls.clear()
-        arguments = {"train_dataset": dataset}
-        trainer = trainer_in(
-            tmp_path / name, model_path, arguments=arguments, precompute_ref_log_probs=True, max_steps=1, **settings
-        )
+        options = {"precompute_ref_log_probs": True, "max_steps": 1, **settings}
+        given = {"train_dataset": dataset, **(arguments or {})}
+        trainer = trainer_in(tmp_path / name, model_path, arguments=given, **options)
         trainer.train()
         assert trainer.ref_model is None
         return calls.count(False), calls.count(True)
@@ -128,6 +128,15 @@ def test_precomputed_references_are_computed_once(model_path, tmp_path, monkeypa
     assert run("first") == (6, 2)
     assert run("second") == (0, 2)
     assert run("other length", max_length=20) == (6, 2)
+    assert run("other precision", bf16=True) == (6, 2)
+    assert run("other layout", batch_layout="padded") == (0, 2)
+    wordy = build_tokenizer()
+    wordy.chat_template = wordy.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+    assert run("other template", arguments={"processing_class": wordy}) == (6, 2)
+    # A new adapter is no part of the reference.
+    assert run("adapter", peft=True) == (6, 2)
+    assert run("another adapter", peft=True, seed=1) == (0, 2)
+    assert run("other dtype", model_init_kwargs={"dtype": "bfloat16"}) == (6, 2)
     with pytest.raises(ValueError, match="policy before training"):
         trainer = trainer_in(
             tmp_path / "late", model_path, arguments={"train_dataset": dataset}, precompute_ref_log_probs=True

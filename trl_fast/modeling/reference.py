@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,8 +13,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
-from peft import PeftModel
-from transformers import PreTrainedModel
+from peft import PeftConfig, PeftModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .loading import load_causal_lm
@@ -88,10 +89,15 @@ def copy_adapter_as_reference(model: PeftModel) -> None:
                 twin.requires_grad_(False)
 
 
+def _reference_adapter(model: PeftModel, adapter: str | None) -> str | None:
+    """The adapter that is the reference; None: the model without any."""
+    return adapter or (REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
+
+
 @contextmanager
 def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[None]:
     """Within, the model is its reference: the named adapter, else "ref" if there is one, else no adapter at all."""
-    name = adapter or (REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
+    name = _reference_adapter(model, adapter)
     if name is None:
         with model.disable_adapter():
             yield
@@ -115,13 +121,35 @@ def reference_scope(model: torch.nn.Module, adapter: str | None = None):
     return adapter_reference(model, adapter) if isinstance(model, PeftModel) else nullcontext()
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of names, dtypes and values of every parameter: the key under which reference scores are cached."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+def reference_hash(model: PreTrainedModel | PeftModel, adapter: str | None = None) -> str:
+    """SHA-256 of all that makes a reference policy: its configuration, and names, dtypes and values of its weights
+    and buffers. It is the key under which its scores are cached.
+
+    Of a PeftModel's adapters only the one that is the reference counts, as in `adapter_reference`.
+    """
+    configs, others = [_plain_config(model.config)], set()
+    if isinstance(model, PeftModel):
+        chosen = _reference_adapter(model, adapter)
+        others = set(model.peft_config) - {chosen}
+        configs += [_plain_config(model.peft_config[chosen])] if chosen is not None else []
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=_plain_value).encode())
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sorted(name for name in named if not others & set(name.split("."))):
+        tensor = named[name].detach()
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_config(config: PretrainedConfig | PeftConfig) -> dict[str, object]:
+    """A configuration but for where it came from."""
+    origins = ("_name_or_path", "base_model_name_or_path", "transformers_version", "revision")
+    return {name: value for name, value in config.to_dict().items() if name not in origins}
+
+
+def _plain_value(value: object) -> object:
+    """What JSON has no notation for; sets have no order of their own."""
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def with_reference_columns(

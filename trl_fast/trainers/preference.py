@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_fast.data import TokenBatch
-from trl_fast.modeling.reference import weights_hash, with_reference_columns
+from trl_fast.modeling.reference import reference_hash, with_reference_columns
 
 from .base import AnyDataset, older_tokenizer_name
 from .preference_config import PreferenceConfig
@@ -109,11 +109,11 @@ class PreferenceTrainer(ReferenceTrainer):
     def _reference_key(self) -> tuple:
         """All that precomputed numbers depend on besides the dataset."""
         args = self.args
-        return (args.ref_adapter_name, args.max_length, args.truncation_mode)
+        return (args.max_length, args.truncation_mode, args.bf16, args.fp16)
 
     def _precompute_all(self) -> None:
-        weights = weights_hash(self.accelerator.unwrap_model(self.ref_model or self.model))
-        self._cache_key = (weights, *self._reference_key())
+        reference = self.accelerator.unwrap_model(self.ref_model or self.model)
+        self._cache_key = (reference_hash(reference, self.args.ref_adapter_name), *self._reference_key())
         self.train_dataset = self._with_reference(self.train_dataset, "train", self.args.train_batch_size)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {
