@@ -92,16 +92,17 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
             reward_funcs,
             reward_processing_classes=reward_processing_classes,
             weights=args.reward_weights,
-            model_init_kwargs=args.model_init_kwargs,
+            model_init_kwargs={"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})},
             device=args.device,
+            chat_template_kwargs=args.chat_template_kwargs,
         )
         self.loss_config = args.loss_config()
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
         model, layout = self.set_up_models(model, None, args, peft_config, sequences, wanted=args.beta != 0)
         if args.cast_lm_head_to_fp32:
-            for policy in (model, self.ref_model):
-                use_float32_head(base_model(policy)) if policy is not None else None
+            for policy in filter(None, (model, self.ref_model)):
+                use_float32_head(base_model(policy))
         self.rollout_func = rollout_func
         self._step = 0
         self._buffer: list[Samples] | None = None
@@ -116,19 +117,23 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._start_rollouts(base_model(model), layout, rollout_engine)
+
+    def _start_rollouts(self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None) -> None:
+        args, tokenizer = self.args, self.processing_class
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise NotImplementedError(f"{type(self).__name__} with sharded weights (DeepSpeed, FSDP) is not supported")
-        pad, multiple = processing_class.pad_token_id, args.pad_to_multiple_of
+        pad, multiple = tokenizer.pad_token_id, args.pad_to_multiple_of
         self.updates = UpdateMaker(layout, pad, multiple, self.accelerator.device)
         self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}
         self._completions = CompletionsLog(args.generation_batch_size)
         # Processes that generate for the same prompt must not sample the same completions.
         set_seed(args.seed, device_specific=True)
-        self._vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
-        self.end_ids = end_token_ids(base_model(model), processing_class)
-        if rollout_engine is None and rollout_func is None:
-            rollout_engine = self._make_engine()
-        self.engine = rollout_engine
+        self._vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.end_ids = end_token_ids(model, tokenizer)
+        if engine is None and self.rollout_func is None:
+            engine = self._make_engine()
+        self.engine = engine
 
     def _make_engine(self) -> RolloutEngine:
         if self.args.use_vllm:
@@ -253,7 +258,9 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         """Completions, further columns for the reward functions, and masks of the policy's own tokens."""
         if self.rollout_func is None:
             self.engine.sync_weights(self.model, self.state.global_step)
-            rollout = self.engine.generate([list(row[PROMPT_IDS]) for row in rows], self.args.sampling_settings())
+            # Around all of it, so that autocast casts the weights once and not for each token.
+            with self.accelerator.autocast():
+                rollout = self.engine.generate([list(row[PROMPT_IDS]) for row in rows], self.args.sampling_settings())
             return self._checked(rollout, rows), {}, None
         output = dict(self.rollout_func([row["prompt"] for row in rows], self))
         missing = [name for name in ("prompt_ids", "completion_ids", "logprobs") if name not in output]

@@ -30,16 +30,17 @@ def length_metrics(lengths: torch.Tensor, cut_off: torch.Tensor) -> dict[str, fl
     return {f"completions/{name}": value.item() for name, value in values.items()}
 
 
-def reward_metrics(names: list[str], rewards: torch.Tensor, found: Advantages) -> dict[str, float]:
-    """Of rewards (N, R) by reward function, and what was made of them; NaN where there is nothing to average."""
-    values = {}
+def reward_metrics(names: list[str], rewards: torch.Tensor, found: Advantages) -> list[tuple[str, float]]:
+    """Of rewards (N, R) by reward function, and what was made of them; NaN where there is nothing to average.
+
+    Functions of one name each have an entry under it.
+    """
+    values = []
     for name, column in zip(names, rewards.unbind(dim=1), strict=True):
-        values[f"rewards/{name}/mean"] = column.nanmean()
-        values[f"rewards/{name}/std"] = nan_std(column)
-    values["reward"] = found.rewards.nanmean()
-    values["reward_std"] = nan_std(found.rewards)
-    values["frac_reward_zero_std"] = found.is_flat.float().mean()
-    return {name: value.item() for name, value in values.items()}
+        values += [(f"rewards/{name}/mean", column.nanmean()), (f"rewards/{name}/std", nan_std(column))]
+    values += [("reward", found.rewards.nanmean()), ("reward_std", nan_std(found.rewards))]
+    values.append(("frac_reward_zero_std", found.is_flat.float().mean()))
+    return [(name, value.item()) for name, value in values]
 
 
 class GenerationMetrics:
@@ -101,7 +102,7 @@ class GenerationMetrics:
         return cut_off
 
     def _record_rewards(self, rewards: torch.Tensor, found: Advantages) -> None:
-        for name, value in reward_metrics(self.reward_functions.names, rewards, found).items():
+        for name, value in reward_metrics(self.reward_functions.names, rewards, found):
             self.record_value(name, value)
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
             values = gather_object(self._pending_metrics.get(name, []))
