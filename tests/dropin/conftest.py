@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from support.models import save_tiny_model
 from support.tokenizer import build_tokenizer
@@ -40,6 +41,8 @@ def hub(tmp_path_factory):
         remove_columns=single.column_names,
     )
     datasets = {"ultrafeedback_binarized": pairs, "tldr": single, "Capybara": chats, "kto-mix-14k": color_labels(8)}
+    prompts = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in pairs]
+    datasets["ultrafeedback-prompt"] = Dataset.from_list(prompts)
     for name, dataset in datasets.items():
         (root / "trl-lib" / name).mkdir(parents=True)
         dataset.to_json(str(root / "trl-lib" / name / "train.jsonl"))

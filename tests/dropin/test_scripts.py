@@ -16,6 +16,7 @@ OLDER = {
     "sft_model_name": [],
     "reward": [],
     "kto": [],
+    "ppo": [],
 }
 
 

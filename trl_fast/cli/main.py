@@ -14,6 +14,7 @@ COMMANDS = {
     "kto": "train with Kahneman-Tversky Optimization, from single completions that are good or bad",
     "grpo": "train with Group Relative Policy Optimization, from rewards of sampled completions",
     "rloo": "train with REINFORCE and leave-one-out baselines, from rewards of sampled completions",
+    "ppo": "train with Proximal Policy Optimization, from a reward model and with a value model",
     "run": "run a script written for TRL, unchanged",
     "bench": "run a benchmark of the source tree",
     "env": "print versions, backends with reasons, and facts about this machine",

@@ -26,7 +26,7 @@ def make_parser(
 
 
 def make_trainer(
-    trainer_class: type[BaseTrainer],
+    trainer_class: Callable[..., BaseTrainer],
     script_args: ScriptArguments,
     training_args: BaseConfig,
     model_args: ModelConfig,
@@ -38,7 +38,8 @@ def make_trainer(
     Raises:
         ValueError: no model or no dataset was named, or the data is bad.
     """
-    if model_args.model_name_or_path is None:
+    model = model_args.model_name_or_path or getattr(training_args, "sft_model_path", None)
+    if model is None:
         raise ValueError("model_name_or_path is missing; give a hub name or a folder")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -49,7 +50,7 @@ def make_trainer(
     evaluates = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_train_and_test(script_args, mixture, with_test=evaluates)
     trainer = trainer_class(
-        model=model_args.model_name_or_path,
+        model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -69,7 +70,7 @@ def make_trainer(
 def prepare_training(
     command: str,
     config_class: type[BaseConfig],
-    trainer_class: type[BaseTrainer],
+    trainer_class: Callable[..., BaseTrainer],
     arguments: list[str],
     *,
     script_class: type[ScriptArguments] = ScriptArguments,

@@ -30,6 +30,8 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.trainer.grpo_trainer": {"GRPOTrainer": "trl_fast"},
     "trl.trainer.rloo_config": {"RLOOConfig": "trl_fast"},
     "trl.trainer.rloo_trainer": {"RLOOTrainer": "trl_fast"},
+    "trl.trainer.ppo_config": {"PPOConfig": "trl_fast"},
+    "trl.trainer.ppo_trainer": {"PPOTrainer": "trl_fast"},
     "trl.trainer.sft_config": {"SFTConfig": "trl_fast"},
     "trl.trainer.sft_trainer": {"SFTTrainer": "trl_fast", "DataCollatorForLanguageModeling": "trl_fast.data"},
     "trl.trainer.reward_config": {"RewardConfig": "trl_fast"},
@@ -91,6 +93,7 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.commands": {},
     "trl.commands.cli_utils": {**_ARGUMENTS, "init_zero_verbose": "trl_fast"},
     "trl.experimental": {},
+    "trl.experimental.ppo": dict.fromkeys(("PPOConfig", "PPOTrainer"), "trl_fast"),
     "trl.experimental.utils": {"create_reference_model": "trl_fast", "truncate_dataset": "trl_fast.data"},
 }
 
@@ -133,8 +136,6 @@ GONE: dict[str, str] = {
             "AutoModelForCausalLMWithValueHead",
             "AutoModelForSeq2SeqLMWithValueHead",
             "PreTrainedModelWrapper",
-            "PPOConfig",
-            "PPOTrainer",
             *(f"{method}{kind}" for method in ("BCO", "NashMD", "PRM", "XPO") for kind in ("Config", "Trainer")),
         ),
         _until("0.28, then for a while under trl.experimental", _DROPPED),

@@ -48,14 +48,14 @@ def check_classifier(model: object, argument: str, vocab_size: int) -> None:
 
 
 def make_value_model(policy: PreTrainedModel, reward_model: PreTrainedModel | None) -> PreTrainedModel:
-    """A new value model: a copy of the reward model, as in arXiv 2203.02155; without one the policy's layers, with a
-    new, random head.
+    """A new value model, in the policy's dtype: a copy of the reward model, as in arXiv 2203.02155; without one the
+    policy's layers, with a new, random head.
 
     Raises:
         ValueError: the policy is quantised, or transformers has no classifier of its kind.
     """
     if reward_model is not None:
-        return copy.deepcopy(reward_model).requires_grad_(True)
+        return copy.deepcopy(reward_model).to(policy.dtype).requires_grad_(True)
     if is_quantized(policy):
         raise ValueError("value_model=None cannot copy quantised weights; give a value_model")
     config = copy.deepcopy(policy.config)

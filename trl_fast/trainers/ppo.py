@@ -27,7 +27,7 @@ from trl_fast.losses.ppo import (
     update_metrics,
     value_loss,
 )
-from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.loading import base_model, load_reward_model
 from trl_fast.modeling.value_scoring import make_value_model
 from trl_fast.rollout import RolloutEngine, TransformersEngine
 
@@ -60,6 +60,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         train_dataset, eval_dataset: rows of token ids, `input_ids`, or of `prompt`, text or messages.
         value_model: a sequence classifier with one label, which is trained too; None: a copy of the reward model, or,
             if that is no single model, of the policy's layers with a new head.
+        quantization_config: of a policy given by name.
         data_collator: accepted and not used, since prompts are not padded.
         rollout_engine: what generates, a `trl_fast.rollout.RolloutEngine`; None: transformers.
 
@@ -89,6 +90,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         *,
+        quantization_config: object | None = None,
         rollout_engine: RolloutEngine | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -100,12 +102,14 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         self.check_dataset_type(train_dataset, "train_dataset")
         if data_collator is not None:
             logger.warning("data_collator is not used: PPOTrainer does not pad prompts.")
-        model = self.resolve_model(model, args, None)
+        model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         self.end_ids, self.stop_ids = end_tokens(args, processing_class)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         args.max_steps = _rollouts(args, train_dataset)
         sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
+        if isinstance(reward_model, str):
+            reward_model = load_reward_model(reward_model, dtype="auto", device_map=None)
         self.reward_functions = make_reward_functions(reward_model, processing_class, args, sequences)
         self.reward_model = reward_model
         if value_model is None:
