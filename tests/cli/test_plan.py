@@ -64,9 +64,9 @@ def test_more_memory_holds_longer_contexts(folder, capsys):
     assert f"Memory allows {longest_of(output):,} tokens; the model was made for 512 positions." in output
 
 
-@pytest.mark.parametrize("method", ["sft", "reward"])
-def test_the_other_methods_and_an_adapter(method, folder, capsys):
-    assert plan(folder, "--method", method, "--peft", "lora", "--lora_r", "4", "--max_length", "128") == 0
+@pytest.mark.parametrize("method, flags", [("sft", ()), ("reward", ()), ("dpo", ("--prompt_tokens", "0"))])
+def test_other_methods_and_prompts_and_an_adapter(method, flags, folder, capsys):
+    assert plan(folder, "--method", method, "--peft", "lora", "--lora_r", "4", "--max_length", "128", *flags) == 0
     assert f"{method}, {folder}, LoRA r=4" in capsys.readouterr().out
 
 

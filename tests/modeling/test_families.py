@@ -121,6 +121,23 @@ def test_loss_and_every_gradient(name, trees):
     assert_same(loss_and_gradients(model, trees, "shared_prefix"), expected)
 
 
+EDGES = {
+    "no prompt": [(0, (5, 3)), (20, (4, 2))],
+    "empty branches": [(20, (0, 4)), (18, (3, 0)), (20, (0, 0))],
+    "one branch": [(20, (4,)), (0, (3,))],
+    "a hundred branches": [(20, (2, 1) * 50)],
+}
+
+
+@pytest.mark.parametrize("lengths", EDGES.values(), ids=EDGES)
+def test_trees_at_the_edges(lengths):
+    model = build("llama")
+    expected = loss_and_gradients(model, random_trees(lengths), "padded")
+    use_segment_attention(model)
+    assert_same(loss_and_gradients(model, random_trees(lengths), "packed"), expected)
+    assert_same(loss_and_gradients(model, random_trees(lengths), "shared_prefix"), expected)
+
+
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi3", "mixtral", "qwen3_moe"])

@@ -4,9 +4,10 @@ import pytest
 
 from support.models import tiny_config
 from trl_fast.planning.estimate import LENGTH_STEP, LONGEST, TOLERANCE, estimate, longest_context, stage_peaks
+from trl_fast.planning.models import meta_model
 from trl_fast.planning.setup import FULL_LOGITS, TRL, Setup
 from trl_fast.planning.step import MIDDLE_LAYERS, simulate
-from trl_fast.planning.timeline import KINDS, WORKSPACE, Peak, highest
+from trl_fast.planning.timeline import GRADIENTS, KINDS, OPTIMIZER, REFERENCE, WEIGHTS, WORKSPACE, Peak, highest
 
 
 @pytest.mark.parametrize(
@@ -14,9 +15,9 @@ from trl_fast.planning.timeline import KINDS, WORKSPACE, Peak, highest
     [
         {"lora_r": 4, "lora_target_modules": ("q_proj", "up_proj"), "tiled_mlp": 64, "activation_offloading": True},
         {"gradient_checkpointing": False, "method": "sft", "dtype": "float32"},
-        {"method": "reward", "batch_layout": "padded"},
+        pytest.param({"method": "reward", "batch_layout": "padded"}, marks=pytest.mark.slow),
         {"system": TRL, "precompute_ref_log_probs": True},
-        {"system": FULL_LOGITS, "method": "sft"},
+        pytest.param({"system": FULL_LOGITS, "method": "sft"}, marks=pytest.mark.slow),
         {"head_grad": "sparse", "device": "cpu", "precompute_ref_log_probs": True},
     ],
     ids=str,
@@ -28,6 +29,14 @@ def test_two_shallow_models_tell_about_a_deep_one(changes):
     for stage, peak in estimated.items():
         assert peak.bytes == pytest.approx(whole[stage].bytes, rel=0.005), stage
     assert set(whole) - set(estimated) <= {MIDDLE_LAYERS}
+
+
+def test_what_stays_is_counted_as_what_it_is():
+    setup = Setup(tiny_config("llama"), dtype="float32", device="cpu")
+    size = sum(weight.nbytes for weight in meta_model(setup).parameters())
+    levels = simulate(setup, 64).levels
+    for kind, copies in ((WEIGHTS, 1), (REFERENCE, 1), (GRADIENTS, 1), (OPTIMIZER, 2)):
+        assert levels[KINDS.index(kind)].max() == pytest.approx(copies * size, rel=0.01), kind
 
 
 def test_some_tiles_tell_about_all(monkeypatch):
