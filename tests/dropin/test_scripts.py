@@ -17,11 +17,13 @@ OLDER = {
     "reward": [],
     "kto": [],
     "ppo": [],
+    "grpo": ["max_new_tokens"],
 }
 
 
 def older_names(record):
-    return [name for name in ("max_prompt_length", "tokenizer") for w in record if f"`{name}` is" in str(w.message)]
+    known = ("max_prompt_length", "tokenizer", "max_new_tokens")
+    return [name for name in known for w in record if f"`{name}` is" in str(w.message)]
 
 
 def assert_trained(folder):
