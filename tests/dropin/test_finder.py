@@ -12,6 +12,7 @@ from trl_fast.dropin.names import GONE, MODULES, TRL_VERSION
 
 # Names and modules that TRL 1.16 has no more, but older versions had.
 OLDER_MODULES = {"trl.models.modeling_base", "trl.commands", "trl.commands.cli_utils"}
+OLDER_MODULES |= {"trl.trainer.ppo_config", "trl.trainer.ppo_trainer", "trl.experimental.ppo"}
 OLDER_NAMES = {
     ("trl", "truncate_dataset"),
     ("trl.data_utils", "truncate_dataset"),

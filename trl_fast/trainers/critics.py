@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch
-from trl_fast.modeling.loading import base_model, disable_dropout, load_reward_model
+from trl_fast.modeling.loading import base_model, disable_dropout, is_quantized, load_reward_model
 from trl_fast.modeling.reference import freeze
 from trl_fast.modeling.reward_scoring import attach_reward_scoring
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -51,7 +51,7 @@ def make_reward_functions(
             source = load_reward_model(source, dtype="auto", device_map=None)
         if isinstance(source, torch.nn.Module):
             check_classifier(base_model(source), "reward_model", len(processing_class))
-            model = freeze(source).to(args.device)
+            model = freeze(source) if is_quantized(source) else freeze(source).to(args.device)
             size = args.local_rollout_forward_batch_size
             source = TokenRewardModel(model, args.batch_layout, processing_class.pad_token_id, sequences, size)
         elif not callable(source):

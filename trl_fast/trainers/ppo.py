@@ -127,12 +127,15 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._start_rollouts(layout, rollout_engine)
+
+    def _start_rollouts(self, layout: str, engine: RolloutEngine | None) -> None:
+        args, pad = self.args, self.processing_class.pad_token_id
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise NotImplementedError("PPOTrainer with sharded weights (DeepSpeed, FSDP) is not supported")
         self._check_optimizer()
         self.critic.prepare(self.accelerator)
-        pad, multiple = processing_class.pad_token_id, args.pad_to_multiple_of
-        self.updates = UpdateMaker(layout, pad, multiple, self.accelerator.device)
+        self.updates = UpdateMaker(layout, pad, args.pad_to_multiple_of, self.accelerator.device)
         self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}
         self._completions = CompletionsLog(args.batch_size)
         self.kl_control = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -140,9 +143,9 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         self._latest: dict[str, float] = {}
         # Processes must not sample the same completions.
         set_seed(args.seed, device_specific=True)
-        self._vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
+        self._vocab_size = base_model(self.model).get_output_embeddings().weight.shape[0]
         policy = lambda: self.accelerator.unwrap_model(self.model)  # noqa: E731
-        self.engine = rollout_engine or TransformersEngine(policy, self.end_ids, pad)
+        self.engine = engine or TransformersEngine(policy, self.end_ids, pad)
 
     @property
     def value_model(self) -> PreTrainedModel | PeftModel:

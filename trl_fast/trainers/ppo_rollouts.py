@@ -90,7 +90,9 @@ class PPORollouts(Rollouts, GenerationMetrics):
         whole = Rollout([], [])
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
-            part = self._checked(self.engine.generate([list(row[PROMPT_IDS]) for row in chunk], settings), chunk)
+            with self.accelerator.autocast():
+                part = self.engine.generate([list(row[PROMPT_IDS]) for row in chunk], settings)
+            part = self._checked(part, chunk)
             whole.prompt_ids += part.prompt_ids
             whole.completion_ids += [_cut(ids, self.stop_ids) for ids in part.completion_ids]
         return whole
