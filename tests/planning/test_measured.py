@@ -20,7 +20,7 @@ from trl_fast.planning.timeline import KINDS, OPTIMIZER, REFERENCE, WEIGHTS
 SIZES = {
     "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "head_dim": 32},
     "wide": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "head_dim": 64},
-    "wide MLP": {"hidden_size": 64, "intermediate_size": 4096, "num_hidden_layers": 2, "head_dim": 16},
+    "wide MLP": {"hidden_size": 64, "intermediate_size": 2048, "num_hidden_layers": 2, "head_dim": 16},
 }
 TRAINERS = {
     "dpo": (trl_fast.DPOTrainer, trl_fast.DPOConfig, AutoModelForCausalLM),
@@ -105,7 +105,7 @@ def nothing_held():
         ("small", 384, {"per_device_train_batch_size": 3, "dtype": "float32", "bf16": False}),
         ("wide", 192, {"gradient_checkpointing": False, "batch_layout": "packed"}),
         ("wide", 256, {"dtype": "float32", "batch_layout": "padded", "precompute_ref_log_probs": True}),
-        ("wide MLP", 512, {"tiled_mlp": 128, "precompute_ref_log_probs": True}),
+        ("wide MLP", 384, {"tiled_mlp": 128, "precompute_ref_log_probs": True}),
         ("wide", 256, {"lora_r": 8, "lora_target_modules": "all-linear"}),
         ("small", 256, {"method": "sft", "per_device_train_batch_size": 3}),
         ("wide", 256, {"method": "reward"}),
