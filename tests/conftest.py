@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _heap_at_rest():
+    """What earlier modules left alive is not looked through again: collections would take longer and longer."""
+    gc.collect()
+    gc.freeze()

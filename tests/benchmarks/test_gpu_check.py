@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 HEADS = functools.partial(gpu_check.check_heads, vocab=3001)
 
 
-@pytest.mark.parametrize("check", [HEADS, gpu_check.check_losses, gpu_check.check_layouts])
+@pytest.mark.parametrize(
+    "check", [HEADS, gpu_check.check_losses, pytest.param(gpu_check.check_layouts, marks=pytest.mark.slow)]
+)
 def test_checks_pass_where_the_code_is_right(check):
     found = list(check(CPU))
     assert found and all(error <= allowed for _, error, allowed in found), found

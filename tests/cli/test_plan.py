@@ -39,6 +39,7 @@ def test_peak_parts_stages_other_systems_and_switches(folder, tmp_path, capsys, 
     assert "longest" not in output
 
 
+@pytest.mark.slow
 def test_more_memory_holds_longer_contexts(folder, capsys):
     assert plan(folder, "--method", "sft", "--gpu_memory", "4MiB", "--max_length", "512") == 0
     output = capsys.readouterr().out

@@ -260,6 +260,7 @@ def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess
     return result
 
 
+@pytest.mark.slow
 def test_no_races_and_a_missing_barrier_is_found(compile_host):
     clean = run_sanitized(compile_host("loss_kernels_sanitized.cpp", "-fsanitize=thread"))
     assert clean.returncode == 0 and "finished" in clean.stdout, clean.stderr[:4000]

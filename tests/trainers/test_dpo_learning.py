@@ -24,7 +24,10 @@ def endings(count, seed):
 
 @pytest.mark.parametrize(
     ("peft", "head_grad"),
-    [(False, "exact"), (True, "exact"), (False, "sparse")],
+    [
+        (False, "exact"),
+        *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((True, "exact"), (False, "sparse"))),
+    ],
     ids=["whole model", "LoRA", "sparse gradient of the head"],
 )
 def test_held_out_accuracy_rises(peft, head_grad, model_path, tmp_path):

@@ -91,17 +91,17 @@ def test_layouts(layout, model_path, tokenizer, tmp_path):
     compare(tmp_path, model_path, tokenizer, beta=0.1, batch_layout=layout, num_iterations=2, learning_rate=5e-3)
 
 
-def test_tokens_of_an_environment_do_not_count(layout, model_path, tokenizer, tmp_path):
-    compare(tmp_path, model_path, tokenizer, with_mask=True, batch_layout=layout, loss_type="grpo")
+def test_tokens_of_an_environment_do_not_count(main_layout, model_path, tokenizer, tmp_path):
+    compare(tmp_path, model_path, tokenizer, with_mask=True, batch_layout=main_layout, loss_type="grpo")
 
 
-def test_lora(layout, model_path, tokenizer, tmp_path):
+def test_lora(main_layout, model_path, tokenizer, tmp_path):
     peft = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    compare(tmp_path, model_path, tokenizer, peft=peft, beta=0.1, batch_layout=layout, learning_rate=1e-2)
+    compare(tmp_path, model_path, tokenizer, peft=peft, beta=0.1, batch_layout=main_layout, learning_rate=1e-2)
 
 
-def test_evaluation(layout, model_path, tokenizer, tmp_path):
-    compare(tmp_path, model_path, tokenizer, evaluates=True, batch_layout=layout, per_device_eval_batch_size=8)
+def test_evaluation(main_layout, model_path, tokenizer, tmp_path):
+    compare(tmp_path, model_path, tokenizer, evaluates=True, batch_layout=main_layout, per_device_eval_batch_size=8)
 
 
 def letters(completions, **_):
@@ -109,7 +109,10 @@ def letters(completions, **_):
     return [float(text.count("e") > 1) for text in completions]
 
 
-@pytest.mark.parametrize("name", ["dapo", "grpo", "dr_grpo", "cispo", "sapo", "luspo"])
+ALONE = [pytest.param(name, marks=pytest.mark.slow) for name in ("dr_grpo", "cispo", "sapo", "luspo")]
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo", *ALONE])
 def test_what_is_left_out_and_moved_changes_nothing(name, model_path, tokenizer, tmp_path, monkeypatch):
     """Loss, gradient norm and all metrics of generations are TRL's with completions grouped and left out."""
     monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)

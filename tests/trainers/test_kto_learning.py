@@ -24,6 +24,7 @@ def endings(count, seed):
     return Dataset.from_list(rows)
 
 
+@pytest.mark.slow
 def test_held_out_rewards_part(model_path, tmp_path):
     arguments = {"model": model_path, "train_dataset": endings(320, 0), "eval_dataset": endings(60, 1)}
     trainer = make_trainer(

@@ -46,9 +46,9 @@ def another(path):
     ],
     ids=["kto", "apo_zero_unpaired"],
 )
-def test_every_layout(settings, layout, model_path, tmp_path):
+def test_every_layout(settings, main_layout, model_path, tmp_path):
     """The workspace is too small for all of a batch's logits, so its sequences come a few at a time."""
-    ours_only = {"batch_layout": layout, "head_workspace_bytes": 1 << 16}
+    ours_only = {"batch_layout": main_layout, "head_workspace_bytes": 1 << 16}
     arguments = {"model": model_path, "ref_model": lambda: another(model_path)}
     logs = compare(tmp_path, arguments, ours_only, **settings)
     assert (logs[0]["kl"] > 0.1) == ("loss_type" not in settings)
@@ -113,7 +113,7 @@ PRECOMPUTED = {
 }
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss_type", ["kto", pytest.param("apo_zero_unpaired", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reference", PRECOMPUTED.values(), ids=PRECOMPUTED.keys())
 def test_precomputed(reference, loss_type, model_path, tmp_path):
     arguments = {name: functools.partial(make, model_path) for name, make in reference.items()}
@@ -141,7 +141,10 @@ def labels_of_numbers():
     return Dataset.from_list([{**row, "label": int(row["label"])} for row in rows])
 
 
-@pytest.mark.parametrize("dataset", [conversations, color_pairs, implicit_prompts, labels_of_numbers])
+OTHER_FORMATS = [pytest.param(make, marks=pytest.mark.slow) for make in (implicit_prompts, labels_of_numbers)]
+
+
+@pytest.mark.parametrize("dataset", [conversations, color_pairs, *OTHER_FORMATS])
 def test_formats(dataset, model_path, tmp_path):
     compare(tmp_path, {"model": model_path, "train_dataset": dataset, "eval_dataset": dataset}, max_steps=2)
 
