@@ -95,6 +95,11 @@ def test_tokens_of_an_environment_do_not_count(main_layout, model_path, tokenize
     compare(tmp_path, model_path, tokenizer, with_mask=True, batch_layout=main_layout, loss_type="grpo")
 
 
+def test_tokens_of_an_environment_have_no_say_in_what_high_entropy_is(model_path, tokenizer, tmp_path):
+    settings = {"top_entropy_quantile": 0.4, "entropy_coef": 0.3}
+    compare(tmp_path, model_path, tokenizer, with_mask=True, **settings)
+
+
 def test_lora(main_layout, model_path, tokenizer, tmp_path):
     peft = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     compare(tmp_path, model_path, tokenizer, peft=peft, beta=0.1, batch_layout=main_layout, learning_rate=1e-2)

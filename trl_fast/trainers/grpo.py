@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from trl_fast.losses.advantages import Advantages, group_advantages
 from trl_fast.losses.importance import importance_ratios
-from trl_fast.losses.policy import LOSSES, grpo_loss
+from trl_fast.losses.policy import LOSSES, PolicyTable, grpo_loss
 from trl_fast.ops import TokenScores
 from trl_fast.rollout.samples import Samples
 
@@ -102,20 +103,22 @@ class GRPOTrainer(OnlineTrainer):
         """With a KL or an entropy term; and where every token of a micro-batch has a say in which ones count."""
         return super().all_have_gradients or self.args.beta != 0 or not self.order_is_free
 
-    def loss_options(self) -> dict[str, Any]:
+    def loss_options(self, inputs: Update) -> dict[str, Any]:
+        """The entropy bonus, and which tokens the policy terms and the bonus act on."""
         options: dict[str, Any] = {}
         if self.entropy is not None:
             options["entropy_coef"] = self.entropy.applied / self.accumulation_steps
         if self.loss_config.top_entropy_quantile < 1:
-            options["entropy_mask"] = self._high_entropy
+            options["entropy_mask"] = partial(self._high_entropy, table=inputs.table)
         return options
 
-    def _high_entropy(self, entropies: torch.Tensor) -> torch.Tensor:
-        """1 for the tokens (N,) whose entropy is among the highest of all processes' micro-batches, else 0.
+    def _high_entropy(self, entropies: torch.Tensor, table: PolicyTable) -> torch.Tensor:
+        """1 for the tokens (N,) whose entropy is among the highest of all that count in all processes, else 0.
 
         Beyond the 80/20 rule, arXiv 2506.01939.
         """
-        every = self.accelerator.gather(self.accelerator.pad_across_processes(entropies, pad_index=-1.0))
+        counted = entropies if table.mask is None else entropies[table.mask > 0]
+        every = self.accelerator.gather(self.accelerator.pad_across_processes(counted, pad_index=-1.0))
         threshold = torch.quantile(every[every >= 0].float(), 1 - self.loss_config.top_entropy_quantile)
         return (entropies >= threshold).float()
 
@@ -125,7 +128,7 @@ class GRPOTrainer(OnlineTrainer):
         if self.entropy is None:
             return
         table, config = inputs.table, self.loss_config
-        chosen = self._high_entropy if config.top_entropy_quantile < 1 else None
+        chosen = self.loss_options(inputs).get("entropy_mask")
         loss = grpo_loss(scores, table, config, entropy_mask=chosen)
         policy = loss if LOSSES[config.loss_type].by_window else loss * self.accumulation_steps
         self.record({"policy_loss": (policy, torch.ones_like(policy))})

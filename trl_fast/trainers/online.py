@@ -326,7 +326,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         """
         if return_outputs:
             raise ValueError(f"return_outputs=True: {type(self).__name__} returns no outputs")
-        table, config, options = inputs.table, self.loss_config, self.loss_options()
+        table, config, options = inputs.table, self.loss_config, self.loss_options(inputs)
         # The tokens that the head has to see together before it knows what each of them weighs.
         groups = {"token": None, "sequence": tuple(inputs.batch.branch_lengths.tolist())}
         scored = self.score(
@@ -346,8 +346,8 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         self.record_policy(grpo_metrics(scored.tokens, table, config, inputs.left_out))
         return loss
 
-    def loss_options(self) -> dict[str, Any]:
-        """Further arguments of `grpo_loss` for the present micro-batch."""
+    def loss_options(self, inputs: Update) -> dict[str, Any]:
+        """Further arguments of `grpo_loss` for a micro-batch."""
         return {}
 
     def look_at(self, scores: TokenScores, inputs: Update) -> None:
