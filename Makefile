@@ -11,7 +11,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv demo demo-grpo test test-slow bench check-gpu-code lint format clean
+.PHONY: venv demo demo-grpo demo-ppo test test-slow bench check-gpu-code lint format clean
 
 venv: $(READY)
 
@@ -35,6 +35,9 @@ demo: $(READY)
 
 demo-grpo: $(READY)
 	$(BIN)/python -m examples.demo_grpo $(DEMO_ARGS)
+
+demo-ppo: $(READY)
+	$(BIN)/python -m examples.demo_ppo $(DEMO_ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

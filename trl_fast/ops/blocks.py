@@ -33,8 +33,8 @@ DEFAULT_WORKSPACE_BYTES = 1 << 30
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4
 # On a CPU the tiles of logits and of widened weight each stay below this, for the last-level cache to hold both.
-_CACHE_BYTES = 8 << 20
-_CPU_TILE_ROWS = 1024
+_CACHE_BYTES = 16 << 20
+_CPU_TILE_ROWS = 1536
 _MIN_TILE_COLUMNS = 512
 # Held memory comes in huge pages of 2 MiB.
 _HELD_FROM_BYTES = 16 << 20
@@ -102,6 +102,12 @@ def group_spans(sizes: Sequence[int], step: int) -> Iterator[slice]:
         yield slice(start, end)
 
 
+def even_step(total: int, limit: int) -> int:
+    """The step of at most `limit` that covers `total` in equal parts: a small last one would be a slow product."""
+    parts = max(1, -(-total // limit))
+    return -(-total // parts)
+
+
 def spans(total: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most `step` that cover range(total)."""
     for start in range(0, total, step):
@@ -153,8 +159,8 @@ class Head:
         return min(num_rows, (self.workspace_bytes - self.workspace_bytes // _TILE_SHARE) // self.row_bytes)
 
     def block_rows(self, num_rows: int) -> int:
-        """The same for ops that go block by block: at least one row, if there are any."""
-        return min(num_rows, max(1, self.kept_rows(num_rows)))
+        """The rows of a block, for ops that go block by block in equal parts: at least one, if there are any."""
+        return even_step(num_rows, max(1, self.kept_rows(num_rows)))
 
     def tiling(self, num_rows: int, kept_logits: torch.Tensor | None = None) -> Tiling:
         """The tiles for `num_rows` rows: within a share of the workspace, and on a CPU within its cache.
@@ -166,8 +172,7 @@ class Head:
         rows, columns = num_rows, self.vocab_size
         if self.weight.device.type == "cpu":
             budget = min(budget, _CACHE_BYTES)
-            # In equal parts: a small last one would be a slow product.
-            rows = -(-rows // max(1, -(-rows // _CPU_TILE_ROWS)))
+            rows = even_step(rows, _CPU_TILE_ROWS)
             columns = min(columns, _CACHE_BYTES // (self.hidden_size * self.dtype.itemsize))
         columns = max(_MIN_TILE_COLUMNS, min(columns, budget // max(1, rows * element)) // 64 * 64)
         columns = min(self.vocab_size, columns)

@@ -110,7 +110,8 @@ class _TokenLossSweep:
     def differentiate(self, hidden: torch.Tensor, targets: torch.Tensor, gradients: HeadGradients) -> None:
         """Scores all rows (N, H), block by block, and adds their gradients while the logits are there."""
         num_rows = hidden.shape[0]
-        height = self.head.block_rows(num_rows)
+        # Groups are of any size: the more room, the more of them stay whole.
+        height = self.head.block_rows(num_rows) if self.group_sizes is None else self.head.kept_rows(num_rows)
         logits = self.head.empty_logits(height, height)
         indices = [torch.empty(0, dtype=torch.int64, device=hidden.device)]
         step = max(height, 1)
