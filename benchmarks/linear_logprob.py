@@ -30,6 +30,7 @@ from .timing import Contender, race
 
 MODES = ("trained", "frozen", "scoring")
 FLOOR, TRL = "floor: bare GEMMs", "TRL 1.16.0"
+BY_TOKEN = "ours by token"
 PLAIN, CHUNKED = "plain PyTorch, fp32 log-softmax", "F.linear_cross_entropy, chunked"
 
 
@@ -147,10 +148,15 @@ def peers(problem: Problem, mode: str) -> dict[str, Callable[[], None]]:
     return found
 
 
-def contenders(problem: Problem, mode: str, skip: set[str]) -> list[Contender]:
-    """Ours by backend, the peers and the floor, without those whose name contains a word of `skip`."""
+def contenders(problem: Problem, mode: str, skip: set[str], *, by_token: bool = False) -> list[Contender]:
+    """Ours by backend, the peers and the floor, without those whose name contains a word of `skip`.
+
+    by_token: with a trained head also our op for losses that are sums over tokens.
+    """
     wanted = problem.for_mode(mode)
     runs = {f"ours, {backend}": ours(wanted, backend) for backend in our_backends(problem)}
+    if by_token and mode == "trained":
+        runs |= {f"{BY_TOKEN}, {backend}": ours_by_token(wanted, backend) for backend in our_backends(problem)}
     runs |= peers(wanted, mode)
     found = [Contender(name, run, result_bytes=gradient_bytes(wanted)) for name, run in runs.items()]
     if not any(word in FLOOR for word in skip):
@@ -216,13 +222,7 @@ def main() -> None:
     )
     figures = []
     for mode in arguments.modes:
-        raced = contenders(problem, mode, set(arguments.skip))
-        if arguments.by_token and mode == "trained":
-            wanted = problem.for_mode(mode)
-            for backend in our_backends(problem):
-                run = ours_by_token(wanted, backend)
-                raced.insert(0, Contender(f"ours by token, {backend}", run, result_bytes=gradient_bytes(wanted)))
-            raced = [c for c in raced if not any(word in c.name for word in arguments.skip)]
+        raced = contenders(problem, mode, set(arguments.skip), by_token=arguments.by_token)
         race(raced, arguments.rounds, arguments.patience, device, mode)
         figures += report(console, mode, raced)
     if arguments.json:

@@ -29,7 +29,18 @@ from rich.console import Console
 
 from trl_fast.ops.backends import load_extension
 
-from .linear_logprob import MODES, PLAIN, TRL, Problem, contenders, make_problem, our_backends, peers, report
+from .linear_logprob import (
+    BY_TOKEN,
+    MODES,
+    PLAIN,
+    TRL,
+    Problem,
+    contenders,
+    make_problem,
+    our_backends,
+    peers,
+    report,
+)
 from .machine import describe_machine
 from .memory import GIB
 from .sweep_report import plot_all, split_docs, write_docs
@@ -138,12 +149,12 @@ def measure(point: Point, rounds: int, patience: float, limit: float, console: C
         gc.collect()
         _C.release_held_memory()
     problem = make_problem(point.rows, point.hidden, point.vocab, DTYPES[point.dtype], torch.device("cpu"))
-    others = {f"ours, {backend}" for backend in our_backends(problem)[1:]}
+    others = {f"{ours}, {backend}" for backend in our_backends(problem)[1:] for ours in ("ours", BY_TOKEN)}
     figures = []
     for mode in MODES:
         reasons = {name: why_not(name, problem, mode, limit) for name in peers(problem, mode)}
         skipped = {name: reason for name, reason in reasons.items() if reason}
-        raced = contenders(problem, mode, others | skipped.keys())
+        raced = contenders(problem, mode, others | skipped.keys(), by_token=True)
         race(raced, rounds, patience, problem.hidden.device, mode)
         figures += report(console, mode, raced)
         for name, reason in skipped.items():

@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, NullLocator
 
-from .linear_logprob import CHUNKED, FLOOR, MODES, PLAIN, TRL
+from .linear_logprob import BY_TOKEN, CHUNKED, FLOOR, MODES, PLAIN, TRL
 from .memory import MIB
 
 BEGIN, END = "<!-- sweep -->", "<!-- /sweep -->"
@@ -24,18 +24,25 @@ TITLES = {
     "frozen": "Frozen head, forward and backward",
     "scoring": "Scoring without gradient",
 }
-SHORT = {FLOOR: "floor", TRL: TRL, PLAIN: "plain PyTorch", CHUNKED: "F.linear_cross_entropy"}
-COLOURS = {OURS: "tab:blue", TRL: "tab:red", PLAIN: "tab:green", CHUNKED: "tab:purple"}
-MARKERS = {OURS: "o", TRL: "s", PLAIN: "^", CHUNKED: "D"}
+SHORT = {
+    FLOOR: "floor",
+    BY_TOKEN: "ours, a loss by token",
+    TRL: TRL,
+    PLAIN: "plain PyTorch",
+    CHUNKED: "F.linear_cross_entropy",
+}
+COLOURS = {OURS: "tab:blue", BY_TOKEN: "tab:cyan", TRL: "tab:red", PLAIN: "tab:green", CHUNKED: "tab:purple"}
+MARKERS = {OURS: "o", BY_TOKEN: "v", TRL: "s", PLAIN: "^", CHUNKED: "D"}
 
 
 def by_name(point: dict, mode: str) -> dict[str, dict]:
-    """A point's figures in a mode, by contender; ours under one name, whatever the backend."""
-    return {
-        OURS if figure["name"].startswith(OURS) else figure["name"]: figure
-        for figure in point["figures"]
-        if figure["mode"] == mode
-    }
+    """A point's figures in a mode, by contender; each of ours under one name, whatever the backend."""
+    found = {}
+    for figure in point["figures"]:
+        if figure["mode"] == mode:
+            name = figure["name"]
+            found[name.partition(",")[0] if name.startswith(OURS) else name] = figure
+    return found
 
 
 def sorted_points(results: dict) -> list[dict]:
@@ -67,8 +74,9 @@ def cell(name: str, figures: dict[str, dict]) -> str:
         return f"not run: {figure['not_run']}"
     if name == FLOOR:
         return time_cell(figure)
-    base = "floor" if name == OURS else OURS
-    ratio = figure["over_floor"] if name == OURS else figure["median"] / figures[OURS]["median"]
+    is_ours = name in (OURS, BY_TOKEN)
+    base = "floor" if is_ours else OURS
+    ratio = figure["over_floor"] if is_ours else figure["median"] / figures[OURS]["median"]
     return f"{ratio:.2f} × {base}, {time_cell(figure)}, {figure['extra_bytes'] / MIB:.0f} MiB"
 
 
@@ -76,7 +84,7 @@ def mode_table(results: dict, mode: str) -> str:
     """A markdown table of every point in one mode."""
     points = sorted_points(results)
     present = {name for point in points for name in by_name(point, mode)}
-    names = [name for name in (FLOOR, OURS, TRL, PLAIN, CHUNKED) if name in present]
+    names = [name for name in (FLOOR, OURS, BY_TOKEN, TRL, PLAIN, CHUNKED) if name in present]
     lines = [["N", "H", "V", "dtype", *(SHORT.get(name, name) for name in names)]]
     lines.append(["--:", "--:", "--:", ":--", *[":--"] * len(names)])
     for point in points:

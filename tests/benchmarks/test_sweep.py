@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import sweep, sweep_report
-from benchmarks.linear_logprob import CHUNKED, FLOOR, MODES, PLAIN, TRL, make_problem
+from benchmarks.linear_logprob import BY_TOKEN, CHUNKED, FLOOR, MODES, PLAIN, TRL, make_problem
 from benchmarks.sweep import POINTS, Point
 
 TINY = (Point(5, 16, 200), Point(9, 16, 200), Point(9, 16, 200, "fp32"))
@@ -97,7 +97,7 @@ def test_a_sweep_measures_writes_and_plots(monkeypatch, paths):
         assert set(point["floor_layouts"]) == {"logits", "grad_hidden", "grad_weight"}
         for mode in MODES:
             found = sweep_report.by_name(point, mode)
-            assert set(found) == {"ours", TRL, PLAIN, FLOOR} | ({CHUNKED} if mode == "trained" else set())
+            assert set(found) == {"ours", TRL, PLAIN, FLOOR} | ({BY_TOKEN, CHUNKED} if mode == "trained" else set())
             assert all(f["median"] > 0 and f["over_floor"] > 0 for f in found.values())
     assert {path.suffix for path in paths[0].parent.iterdir()} == {".json", ".png"}
     assert "../results/sweep_floor.png" in paths[1].read_text()
