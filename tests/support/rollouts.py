@@ -18,10 +18,10 @@ def color_prompts(count: int = 12) -> Dataset:
 
 
 class FixedRollout:
-    """A `rollout_func`: random tokens, of which most end with the end token; the same again for the same prompts."""
+    """A `rollout_func`: random tokens, the share `ends` with the end token; the same again for the same prompts."""
 
-    def __init__(self, tokenizer, longest: int = 7, with_mask: bool = False) -> None:
-        self.tokenizer, self.longest, self.with_mask = tokenizer, longest, with_mask
+    def __init__(self, tokenizer, longest: int = 7, with_mask: bool = False, ends: float = 0.7) -> None:
+        self.tokenizer, self.longest, self.with_mask, self.ends = tokenizer, longest, with_mask, ends
         self.seen: Counter = Counter()
 
     def completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
@@ -32,7 +32,7 @@ class FixedRollout:
         rng = random.Random(f"{prompt} {self.seen[tuple(prompt)]}")
         self.seen[tuple(prompt)] += 1
         ids = [rng.randrange(3, len(self.tokenizer)) for _ in range(rng.randint(1, self.longest))]
-        return ids + [self.tokenizer.eos_token_id] * (rng.random() < 0.7), rng
+        return ids + [self.tokenizer.eos_token_id] * (rng.random() < self.ends), rng
 
     def __call__(self, prompts: list[str], trainer: object) -> dict[str, list]:
         prompt_ids = [self.tokenizer(text=prompt)["input_ids"] for prompt in prompts]

@@ -23,14 +23,14 @@ BASE = {
 OURS = {"skip_zero_advantages", "keep_groups_together", "batch_layout"}
 
 
-def logs_of(module, output_dir, model_path, tokenizer, evaluates, with_mask, peft, settings):
+def logs_of(module, output_dir, model_path, tokenizer, evaluates, rollout, peft, settings):
     arguments = {
         "model": model_path,
         "reward_funcs": [vowels, brevity],
         "train_dataset": color_prompts(),
         "eval_dataset": color_prompts(4),
         "peft_config": LoraConfig(**peft) if peft else None,
-        "rollout_func": FixedRollout(tokenizer, with_mask=with_mask),
+        "rollout_func": FixedRollout(tokenizer, **rollout),
     }
     trainer = make_trainer(module, output_dir, method="GRPO", arguments=arguments, **settings)
     trainer.train()
@@ -39,9 +39,9 @@ def logs_of(module, output_dir, model_path, tokenizer, evaluates, with_mask, pef
     return [{name: value for name, value in logs.items() if name != "step_time"} for logs in trainer.state.log_history]
 
 
-def compare(tmp_path, model_path, tokenizer, *, evaluates=False, with_mask=False, peft=None, **settings):
+def compare(tmp_path, model_path, tokenizer, *, evaluates=False, with_mask=False, ends=0.7, peft=None, **settings):
     settings = {**BASE, "max_steps": 2, **settings}
-    how = (model_path, tokenizer, evaluates, with_mask, peft)
+    how = (model_path, tokenizer, evaluates, {"with_mask": with_mask, "ends": ends}, peft)
     theirs = {name: value for name, value in settings.items() if name not in OURS}
     expected = logs_of(trl, tmp_path / "trl", *how, theirs)
     assert_same_logs(logs_of(trl_fast, tmp_path / "ours", *how, settings), expected)
@@ -98,6 +98,11 @@ def test_tokens_of_an_environment_do_not_count(main_layout, model_path, tokenize
 def test_tokens_of_an_environment_have_no_say_in_what_high_entropy_is(model_path, tokenizer, tmp_path):
     settings = {"top_entropy_quantile": 0.4, "entropy_coef": 0.3}
     compare(tmp_path, model_path, tokenizer, with_mask=True, **settings)
+
+
+def test_micro_batches_without_a_token_that_counts(model_path, tokenizer, tmp_path):
+    settings = {"top_entropy_quantile": 0.4, "mask_truncated_completions": True, "entropy_coef": 0.3}
+    compare(tmp_path, model_path, tokenizer, ends=0.1, max_steps=3, **settings)
 
 
 def test_lora(main_layout, model_path, tokenizer, tmp_path):

@@ -115,11 +115,14 @@ class GRPOTrainer(OnlineTrainer):
     def _high_entropy(self, entropies: torch.Tensor, table: PolicyTable) -> torch.Tensor:
         """1 for the tokens (N,) whose entropy is among the highest of all that count in all processes, else 0.
 
-        Beyond the 80/20 rule, arXiv 2506.01939.
+        Beyond the 80/20 rule, arXiv 2506.01939. Where no token counts, none is chosen.
         """
         counted = entropies if table.mask is None else entropies[table.mask > 0]
         every = self.accelerator.gather(self.accelerator.pad_across_processes(counted, pad_index=-1.0))
-        threshold = torch.quantile(every[every >= 0].float(), 1 - self.loss_config.top_entropy_quantile)
+        every = every[every >= 0].float()
+        if not len(every):
+            return torch.zeros_like(entropies)
+        threshold = torch.quantile(every, 1 - self.loss_config.top_entropy_quantile)
         return (entropies >= threshold).float()
 
     @torch.no_grad()
