@@ -134,8 +134,8 @@ def row_scores(
     row_scores_kernel[(rows,)](
         logits,
         logits.stride(0),
-        targets,
-        logits if bias is None else bias,
+        targets.contiguous(),
+        logits if bias is None else bias.contiguous(),
         state,
         state.stride(0),
         columns,
@@ -174,8 +174,8 @@ def row_grad(
     row_grad_kernel[(rows, triton.cdiv(columns, block))](
         logits,
         logits.stride(0),
-        targets,
-        logits if bias is None else bias,
+        targets.contiguous(),
+        logits if bias is None else bias.contiguous(),
         lse.contiguous(),
         coefficients,
         coefficients.stride(0),

@@ -144,16 +144,15 @@ def test_frozen_parts_and_retained_graph(frozen, with_entropy, backend):
 
 
 def test_non_contiguous_inputs(backend):
-    problem = make_problem(12, 96, h=16)
+    problem = make_problem(12, 96, h=16, bias=True)
     hidden = problem.hidden.detach().repeat_interleave(2, 0)[::2].t().contiguous().t().requires_grad_()
     weight = problem.weight.detach().t().contiguous().t().requires_grad_()
-    assert not hidden.is_contiguous() and not weight.is_contiguous()
-    strided = HeadProblem(hidden, weight, None, problem.targets)
-    for a, b in zip(
-        gradients(run(strided, backend).logprobs.sum(), strided),
-        gradients(run(problem, backend).logprobs.sum(), problem),
-        strict=True,
-    ):
+    targets, bias = (torch.stack([x, x.flip(0)], 1)[:, 0] for x in (problem.targets, problem.bias.detach()))
+    strided = HeadProblem(hidden, weight, bias.requires_grad_(), targets)
+    assert not any(x.is_contiguous() for x in (hidden, weight, targets, bias))
+    ours, plain = run(strided, backend).logprobs, run(problem, backend).logprobs
+    assert error(ours, plain) < 1e-6
+    for a, b in zip(gradients(ours.sum(), strided), gradients(plain.sum(), problem), strict=True):
         assert error(a, b) < 1e-6
 
 
