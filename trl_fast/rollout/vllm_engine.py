@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import socket
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -130,8 +131,7 @@ class VLLMServerEngine(_VLLMEngine):
         check_prompts(prompt_ids, settings.max_completion_length, self.max_positions)
         counts = gather_object([len(prompt_ids)])
         everyone = gather_object(prompt_ids)
-        sampled = [self._complete(_runs(everyone), settings) if self.state.is_main_process else None]
-        ids, logprobs = broadcast_object_list(sampled, from_process=0)[0]
+        ids, logprobs = self._from_main(lambda: self._complete(_runs(everyone), settings))
         first = sum(counts[: self.state.process_index])
         mine = slice(first, first + len(prompt_ids))
         return Rollout(prompt_ids, ids[mine], logprobs[mine])
@@ -150,9 +150,20 @@ class VLLMServerEngine(_VLLMEngine):
         return sum(ids, []), sum(logprobs, [])
 
     def _load(self, model: PreTrainedModel | PeftModel) -> None:
+        self._from_main(lambda: self.server.load(weight_metadata(model), merged_weights(model)))
+
+    def _from_main(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` returns in the main process, in all of them; what it raises there is raised in all."""
+        outcome: list[Any] = [None, None]
         if self.state.is_main_process:
-            self.server.load(weight_metadata(model), merged_weights(model))
-        self.state.wait_for_everyone()
+            try:
+                outcome[0] = ask()
+            except Exception as error:
+                outcome[1] = error
+        found, failure = broadcast_object_list(outcome, from_process=0)
+        if failure is not None:
+            raise failure
+        return found
 
 
 class VLLMColocatedEngine(_VLLMEngine):

@@ -185,8 +185,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         if self.mode == "eval":
             return self._make_update(self.make_samples(rows))
         if self._step % self.args.generate_every == 0 or self._buffer is None:
-            with self._rescue():
-                self._buffer = self._slices(self.make_samples(rows))
+            self._buffer = self._slices(self.make_samples(rows))
         return self._make_update(self._buffer[self._step % self.args.steps_per_generation])
 
     def _slices(self, samples: Samples) -> list[Samples]:
@@ -215,8 +214,19 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
             RuntimeError: a reward function raised.
         """
         prompts = [row["prompt"] for row in rows]
-        rollout, extras, mask = self._roll_out(rows)
-        completions = self._decode(prompts, rollout.completion_ids)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
+        with self._rescue():
+            rollout, extras, mask = self._roll_out(rows)
+            completions = self._decode(prompts, rollout.completion_ids)
+            rewards = self.reward_functions(
+                prompts,
+                completions,
+                rollout.completion_ids,
+                {**columns, **extras},
+                trainer_state=self.state,
+                log_extra=self.log_column,
+                log_metric=self.log_metric,
+            )
         cut_off = self._record_lengths(rollout, mask)
         samples = Samples(
             prompt_ids=rollout.prompt_ids,
@@ -228,16 +238,6 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         )
         counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
         samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
-        rewards = self.reward_functions(
-            prompts,
-            completions,
-            rollout.completion_ids,
-            {**columns, **extras},
-            trainer_state=self.state,
-            log_extra=self.log_column,
-            log_metric=self.log_metric,
-        )
         rewards = self.accelerator.gather(rewards.to(self.accelerator.device))
         found = self.weigh(samples, rewards)
         first = self.accelerator.process_index * len(prompts)

@@ -197,8 +197,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
             return torch.zeros((), device=self.accelerator.device)
         rows, self._rows = self._rows, []
         model.train()
-        with self._rescue():
-            experience = self.make_experience(rows)
+        experience = self.make_experience(rows)
         loss = self._update(model, experience)
         args, step = self.args, self.state.global_step
         episodes = (step + 1 - self._initial_global_step) * args.batch_size

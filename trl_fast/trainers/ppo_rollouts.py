@@ -105,25 +105,27 @@ class PPORollouts(Rollouts, GenerationMetrics):
             ValueError: the rollout or a reward function returned something else than was expected.
             RuntimeError: a reward function raised.
         """
-        rollout = self._generate(rows)
         prompts = [row["prompt"] for row in rows]
-        completions = self._decode(prompts, rollout.completion_ids)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
-        rewards = self.reward_functions(
-            prompts,
-            completions,
-            rollout.completion_ids,
-            {**columns, PROMPT_IDS: rollout.prompt_ids},
-            trainer_state=self.state,
-            log_extra=self.log_column,
-            log_metric=self.log_metric,
-        ).cpu()
+        with self._rescue():
+            rollout = self._generate(rows)
+            completions = self._decode(prompts, rollout.completion_ids)
+            rewards = self.reward_functions(
+                prompts,
+                completions,
+                rollout.completion_ids,
+                {**columns, PROMPT_IDS: rollout.prompt_ids},
+                trainer_state=self.state,
+                log_extra=self.log_column,
+                log_metric=self.log_metric,
+            ).cpu()
+            scores = self._scores(rewards, rollout)
         samples = Samples.of(rollout.prompt_ids, rollout.completion_ids)
         everyone, size = range(len(samples)), self.args.local_rollout_forward_batch_size
         samples.old_logprobs = self.updates.score(samples, self.policy_logprobs, everyone, size)
         reference = self.updates.score(samples, self.reference_logprobs, everyone, size)
         kl = kl_penalties(samples.flat("old_logprobs"), torch.cat(reference), self.args.kl_estimator)
-        return ScoredRollout(prompts, completions, samples, rewards, self._scores(rewards, rollout), kl)
+        return ScoredRollout(prompts, completions, samples, rewards, scores, kl)
 
     def _scores(self, rewards: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """Scores (S,) from rewards (S, R): their sum, less the penalty where there is no EOS token."""

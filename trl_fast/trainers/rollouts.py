@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,28 +9,16 @@ import torch
 from trl_fast.data import TokenBatch, is_conversational
 from trl_fast.rollout import Rollout
 
+from .rescue import Rescue
 
-class Rollouts:
-    """The part of an online trainer that checks, decodes and scores completions, and saves what there is on failure.
+
+class Rollouts(Rescue):
+    """The part of an online trainer that checks, decodes and scores completions.
 
     `_vocab_size` are the entries of the policy's head.
     """
 
     _vocab_size: int
-
-    @contextmanager
-    def _rescue(self) -> Iterator[None]:
-        """What fails within leaves a checkpoint of the last whole step, so that nothing is lost."""
-        try:
-            yield
-        except Exception as error:
-            if self.state.global_step > 0 and self.args.save_strategy != "no" and self.accelerator.num_processes == 1:
-                self._save_checkpoint(self.model, trial=None)
-                error.add_note(
-                    f"Step {self.state.global_step} is saved in {self.args.output_dir}; mend the cause and go on with "
-                    "train(resume_from_checkpoint=True)."
-                )
-            raise
 
     def _checked(self, rollout: Rollout, rows: list[dict[str, Any]]) -> Rollout:
         for name in ("prompt_ids", "completion_ids"):
