@@ -243,6 +243,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         first = self.accelerator.process_index * len(prompts)
         samples.advantages = found.advantages[first : first + len(prompts)].cpu()
         self._record_rewards(rewards, found)
+        self._warn_of_equal_rewards(found.rewards, self.args.generations(self.mode), prompts)
         self._keep_completions(prompts, completions, rewards, found)
         self.complete(samples)
         return samples

@@ -13,6 +13,8 @@ from trl_fast.losses.advantages import Advantages, nan_std
 from trl_fast.losses.policy import PolicyMetrics
 from trl_fast.rollout import Rollout
 
+from .generation_warnings import GenerationWarnings
+
 
 def length_metrics(lengths: torch.Tensor, cut_off: torch.Tensor) -> dict[str, float]:
     """Of completions' lengths (N,) in tokens, and which of them did not end by themselves, (N,) bool."""
@@ -43,7 +45,7 @@ def reward_metrics(names: list[str], rewards: torch.Tensor, found: Advantages) -
     return [(name, value.item()) for name, value in values]
 
 
-class GenerationMetrics:
+class GenerationMetrics(GenerationWarnings):
     """The part of an online trainer that keeps what is logged of its generations, of all processes."""
 
     @cached_property
@@ -99,6 +101,7 @@ class GenerationMetrics:
         every = self.accelerator.gather(torch.stack((torch.tensor(lengths), cut_off.long()), 1).to(device))
         for name, value in length_metrics(every[:, 0].float(), every[:, 1].bool()).items():
             self.record_value(name, value)
+        self._warn_of_cut_off(every[:, 1].bool())
         return cut_off
 
     def _record_rewards(self, rewards: torch.Tensor, found: Advantages) -> None:

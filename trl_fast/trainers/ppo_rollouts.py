@@ -45,6 +45,8 @@ class ScoredRollout:
 class PPORollouts(Rollouts, GenerationMetrics):
     """The part of PPOTrainer that reads datasets, samples, scores and shows."""
 
+    length_setting = "response_length"
+
     # ---- data
 
     def prepare_dataset(
@@ -154,11 +156,18 @@ class PPORollouts(Rollouts, GenerationMetrics):
         eos = self.processing_class.eos_token_id
         ended = torch.tensor(sum(ids.count(eos) for ids in samples.completion_ids), device=accelerator.device)
         self.record_value("val/num_eos_tokens", accelerator.gather(ended).sum().item())
-        rewards, advantages = (accelerator.gather(v.to(accelerator.device)) for v in (found.rewards, advantages))
+        vectors = (found.rewards, advantages, found.scores)
+        rewards, advantages, scores = (accelerator.gather(v.to(accelerator.device)) for v in vectors)
+        self._warn_of_equal_rewards(scores, len(scores), found.prompts)
         shown = Advantages(advantages, rewards, torch.zeros(0))
         self._keep_completions(found.prompts, found.completions, rewards, shown)
         total, count = accelerator.reduce(torch.stack(metrics["objective/kl"]), "sum").tolist()
         return total / count
+
+    def _warn_of_cut_off(self, cut_off: torch.Tensor) -> None:
+        """As in the base, where completions are to end at all."""
+        if self.stop_ids:
+            super()._warn_of_cut_off(cut_off)
 
     # ---- evaluation
 
