@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from huggingface_hub import CommitScheduler
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -54,6 +55,19 @@ class CompletionsLog:
             shown = ("" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in numbers)
             table.add_row(Text(message_text(row["prompt"])), Text(message_text(row["completion"])), *shown)
         Console().print(table)
+
+
+def upload_completions(folder: Path, repo_id: str, *, private: bool | None, token: str | None) -> CommitScheduler:
+    """Makes a Hub repository of data sets, and uploads a folder's tables to it every two minutes and at the end."""
+    return CommitScheduler(
+        repo_id=repo_id,
+        repo_type="dataset",
+        folder_path=folder,
+        every=2,
+        private=private,
+        token=token,
+        allow_patterns="*.parquet",
+    )
 
 
 def message_text(value: str | list[dict]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from trl_fast.losses.policy import LOSSES, PolicyTable, grpo_loss
 from trl_fast.ops import TokenScores
 from trl_fast.rollout.samples import Samples
 
+from .completions import upload_completions
 from .entropy import EntropyController
 from .grpo_config import GRPOConfig
 from .online import OnlineTrainer
@@ -41,6 +43,13 @@ class GRPOTrainer(OnlineTrainer):
                 low=config.entropy_coef_min,
                 high=config.entropy_coef_max,
                 target=config.entropy_target if config.use_adaptive_entropy else torch.inf,
+            )
+        if config.log_completions_hub_repo is not None and self.accelerator.is_main_process:
+            self.uploads = upload_completions(
+                Path(config.output_dir) / "completions",
+                config.log_completions_hub_repo,
+                private=config.hub_private_repo,
+                token=config.hub_token,
             )
 
     # ---- the rollout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from trl_fast.losses.policy import LOSSES, PolicyLossConfig
@@ -9,9 +10,13 @@ from trl_fast.losses.policy import LOSSES, PolicyLossConfig
 from .base_config import older_name
 from .online_config import OnlineConfig
 
+logger = logging.getLogger(__name__)
+
 SCALES = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 CORRECTIONS = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
+# Losses that sum over tokens, whatever completion they are of.
+_BY_TOKEN = ("bnpo", "dr_grpo", "dapo", "cispo")
 
 
 @dataclass
@@ -22,7 +27,6 @@ class GRPOConfig(OnlineConfig):
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference; 0: none."})
     loss_type: str = field(
         default="dapo", metadata={"help": "The loss and what normalises it.", "choices": list(LOSSES)}
     )
@@ -69,10 +73,16 @@ class GRPOConfig(OnlineConfig):
     )
     vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "The largest ratio."})
     vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "The least ratio."})
-    log_completions_hub_repo: str | None = older_name(
-        "completions are written to output_dir/completions only; it has no effect."
+    log_completions_hub_repo: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also upload them to this Hub repository of data sets, every two minutes; it is public unless "
+            "hub_private_repo says otherwise."
+        },
     )
-    max_tool_calling_iterations: int | None = older_name("tools are not supported; it has no effect.")
+    max_tool_calling_iterations: int | None = field(
+        default=None, metadata={"help": "Rounds of tool calls a completion may have; unset: any number."}
+    )
     vllm_importance_sampling_cap: float | None = older_name(now="vllm_importance_sampling_clip_max")
 
     def __post_init__(self) -> None:
@@ -86,9 +96,29 @@ class GRPOConfig(OnlineConfig):
         self._check_choice("importance_sampling_level", ("token", "sequence"))
         self._check_choice("vllm_importance_sampling_mode", CORRECTIONS)
         self._check_ratio_bounds()
+        if self.log_completions_hub_repo is not None and not self.log_completions:
+            raise ValueError(
+                f"log_completions_hub_repo={self.log_completions_hub_repo!r} uploads what log_completions writes, "
+                "which is False; set it to True or leave the repository out"
+            )
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile={self.top_entropy_quantile}: expected a share in (0, 1]")
         self.loss_config()
+        self._warn_of_level()
+
+    def _warn_of_level(self) -> None:
+        """Says where the loss and the level of its ratios are not what a paper has."""
+        both = f"loss_type={self.loss_type!r} with importance_sampling_level={self.importance_sampling_level!r}"
+        by_sequence = self.importance_sampling_level == "sequence"
+        if self.loss_type == "luspo" and not by_sequence:
+            logger.warning(f"{both}: LUSPO (arXiv 2602.05261) has one ratio a completion, the level 'sequence'.")
+        elif self.loss_type == "vespo" and by_sequence:
+            logger.warning(f"{both}: VESPO weighs whole completions by itself; leave the level at 'token'.")
+        elif self.loss_type in _BY_TOKEN and by_sequence:
+            logger.warning(
+                f"{both}: the loss sums over tokens, so a completion counts by its length; GSPO (arXiv 2507.18071) is "
+                "loss_type='grpo'."
+            )
 
     def _check_ratio_bounds(self) -> None:
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max

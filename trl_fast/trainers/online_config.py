@@ -89,7 +89,15 @@ class OnlineConfig(ReferenceConfig):
     )
     vllm_max_model_length: int | None = field(default=None, metadata={"help": "The engine's longest sequence."})
     vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs a colocated engine spans."})
+    # transformers' continuous batching.
+    use_transformers_continuous_batching: bool = field(
+        default=False, metadata={"help": "Not served: generation computes each prompt once by itself."}
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Has no effect: see use_transformers_continuous_batching."}
+    )
     # The update.
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference; 0: none."})
     num_iterations: int = field(default=1, metadata={"help": "Updates on the same completions (PPO's epochs)."})
     epsilon: float = field(default=0.2, metadata={"help": "How far the probability ratio may leave 1."})
     epsilon_high: float | None = field(default=None, metadata={"help": "The same upwards; unset: epsilon."})
@@ -116,19 +124,15 @@ class OnlineConfig(ReferenceConfig):
     # Logging.
     log_completions: bool = field(default=False, metadata={"help": "Show and save completions with their rewards."})
     num_completions_to_print: int | None = field(default=None, metadata={"help": "How many are shown; unset: all."})
+    log_multimodal: bool = field(default=True, metadata={"help": "Has no effect: there are no images."})
     log_unique_prompts: bool = field(default=False, metadata={"help": "Show each prompt once."})
     # Names of older TRL versions, and of other methods.
     max_new_tokens: int | None = older_name(now="max_completion_length")
     max_prompt_length: int | None = older_name("it works (longer prompts lose their beginning).")
-    log_multimodal: bool | None = older_name("there are no images, so it has no effect.")
     use_liger_loss: bool | None = older_name("the fused head is always on, so it has no effect.")
     wandb_log_unique_prompts: bool | None = older_name(now="log_unique_prompts")
     vllm_guided_decoding_regex: str | None = older_name(now="vllm_structured_outputs_regex")
-    use_transformers_paged: bool | None = older_name("generation shares prompts by itself, so it has no effect.")
-    use_transformers_continuous_batching: bool | None = older_name(
-        "generation shares prompts by itself, so it has no effect."
-    )
-    transformers_continuous_batching_config: dict[str, Any] | str | None = older_name("it has no effect.")
+    use_transformers_paged: bool | None = older_name(now="use_transformers_continuous_batching")
 
     _VALID_DICT_FIELDS = ReferenceConfig._VALID_DICT_FIELDS + [
         "generation_kwargs",
@@ -143,6 +147,16 @@ class OnlineConfig(ReferenceConfig):
             raise ValueError(
                 "auto_find_batch_size=True would cut groups of completions apart; set it to False and choose "
                 "per_device_train_batch_size"
+            )
+        if self.use_transformers_continuous_batching:
+            raise ValueError(
+                "use_transformers_continuous_batching=True is not served: generation computes each prompt once by "
+                "itself; leave it out, or set use_vllm=True"
+            )
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError(
+                f"sync_ref_model=True with beta={self.beta}: without a KL term there is no reference model to sync; "
+                "set beta above 0 or sync_ref_model=False"
             )
         if not isinstance(self.num_generations, int) or self.num_generations < 2:
             raise ValueError(
