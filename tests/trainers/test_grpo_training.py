@@ -201,6 +201,12 @@ def test_settings_that_cannot_be(settings, message, model_path, tmp_path):
         make(model_path, tmp_path, **settings)
 
 
+def test_an_evaluation_by_hand_that_would_cut_groups_apart(model_path, tmp_path):
+    trainer = make(model_path, tmp_path, eval_dataset=color_prompts(4), per_device_eval_batch_size=6)
+    with pytest.raises(ValueError, match="num_generations_eval=4 does not divide the 6.*per_device_eval_batch_size=6"):
+        trainer.evaluate()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -189,8 +189,13 @@ class OnlineConfig(ReferenceConfig):
                 f"num_generations={self.num_generations} does not divide the {self.generation_batch_size} completions "
                 f"of a generation ({shown}, times steps_per_generation={self.steps_per_generation})"
             )
+        if self.eval_strategy != "no":
+            self.check_eval_batch()
+
+    def check_eval_batch(self) -> None:
+        """Raises ValueError if a batch of the evaluation would not hold all completions of its prompts."""
         evaluated = self.per_device_eval_batch_size * self.world_size
-        if self.eval_strategy != "no" and evaluated % self.generations("eval"):
+        if evaluated % self.generations("eval"):
             raise ValueError(
                 f"num_generations_eval={self.generations('eval')} does not divide the {evaluated} completions of an "
                 f"evaluation batch (per_device_eval_batch_size={self.per_device_eval_batch_size} * {self.world_size})"

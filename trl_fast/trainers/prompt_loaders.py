@@ -43,7 +43,12 @@ class PromptLoaders:
         return RepeatSampler(eval_dataset, mini_repeat_count=self.args.generations("eval"), seed=self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
-        """Each prompt as often as it gets completions in evaluation."""
+        """Each prompt as often as it gets completions in evaluation.
+
+        Raises:
+            ValueError: a batch would not hold all completions of its prompts.
+        """
+        self.args.check_eval_batch()
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
