@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,3 +195,38 @@ def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
 def test_what_flash_kernels_serve(tensor, width, softcap, reason):
     ok, why = segments.flash_serves(tensor, tensor[:width], softcap)
     assert ok == (reason is None) and (ok or reason in why)
+
+
+def on_a_gpu(dtype=torch.bfloat16, width=64, requires_grad=True):
+    """A tensor on a GPU, as far as the choice of kernels looks at it."""
+    device = torch.device("cuda")
+    return SimpleNamespace(
+        shape=(1, 4, 9, width), dtype=dtype, device=device, is_cuda=True, requires_grad=requires_grad
+    )
+
+
+@pytest.mark.parametrize(
+    "query, capability, softcap, reason",
+    [
+        (on_a_gpu(), (8, 0), None, None),
+        (on_a_gpu(torch.float32), (9, 0), None, "CUDA's flash kernels take bfloat16 and float16, not torch.float32"),
+        (
+            on_a_gpu(width=36),
+            (9, 0),
+            None,
+            "CUDA's flash kernels take heads of 8 to 256 channels in steps of 8, not 36",
+        ),
+        (on_a_gpu(), (7, 5), None, "the GPU is older than flash kernels"),
+        (on_a_gpu(), (9, 0), 30.0, "flash kernels cap no scores"),
+        # Trying a model out, before the trainer's autocast is there.
+        (on_a_gpu(torch.float32, requires_grad=False), (9, 0), None, ""),
+    ],
+)
+def test_a_gpu_without_flash_kernels_says_so_once(query, capability, softcap, reason, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    segments._say_it_is_plain.cache_clear()
+    with caplog.at_level(logging.WARNING, "trl_fast"):
+        kernels = [segments._choose_parts(query, query, softcap) for _ in range(3)]
+    assert (kernels[0] is segments.CudaParts) == (reason is None)
+    said = [f"Attention runs in plain PyTorch, which is slower on long rows: {reason}."] if reason else []
+    assert [record.message for record in caplog.records] == said

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 # Most bytes of scores that stand at once where there is no flash kernel.
 _TILE_BYTES = 1 << 27
@@ -78,11 +81,26 @@ def tree_attention(
     if heads % groups:
         raise ValueError(f"query: {heads} heads are no multiple of the {groups} key-value heads")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if flash_serves(query, value, softcap)[0]:
-        kernels = CudaParts if query.is_cuda else CpuParts
-    else:
-        kernels = functools.partial(PlainParts, softcap=softcap)
+    kernels = _choose_parts(query, value, softcap)
     return _TreeAttention.apply(query, key, value, trees, scale, kernels)
+
+
+def _choose_parts(
+    query: torch.Tensor, value: torch.Tensor, softcap: float | None
+) -> Callable[..., CpuParts | CudaParts]:
+    """What computes the parts of a row: flash kernels if they serve, else plain PyTorch, which is said on a GPU."""
+    serves, reason = flash_serves(query, value, softcap)
+    if serves:
+        return CudaParts if query.is_cuda else CpuParts
+    if query.is_cuda and query.requires_grad:
+        _say_it_is_plain(reason)
+    return functools.partial(PlainParts, softcap=softcap)
+
+
+@functools.cache
+def _say_it_is_plain(reason: str) -> None:
+    """Once a reason; and only in training, since what a model is tried out with may not have its autocast yet."""
+    logger.warning(f"Attention runs in plain PyTorch, which is slower on long rows: {reason}.")
 
 
 def flash_serves(query: torch.Tensor, value: torch.Tensor, softcap: float | None = None) -> tuple[bool, str]:
