@@ -146,3 +146,32 @@ def test_without_a_gpu_it_says_that_it_does_nothing(caplog):
         "activation_offloading=True does nothing here: without a GPU, activations are in CPU memory."
     ]
     assert "forward" not in vars(offloading.backbone(model))
+
+
+def test_pinned_memory_comes_in_blocks_that_are_used_again(monkeypatch):
+    """Blocks of one size but for the last, in the order of memory: whatever the strides, no copy before the copy."""
+    sizes = []
+
+    def memory(count, dtype):
+        sizes.append(count)
+        return torch.full((count,), float("nan"), dtype=dtype)
+
+    monkeypatch.setattr(offloading, "pinned_memory", memory)
+    monkeypatch.setattr(offloading, "_BLOCK_BYTES", 64)
+    whole = torch.randn(1, 7, 3, 2)
+    for tensor in (
+        whole,
+        whole.transpose(1, 2),
+        whole.permute(3, 0, 2, 1),
+        whole[:, :5],
+        whole[:, :, 1:],
+        whole.half(),
+    ):
+        sizes.clear()
+        copy = Offloading.to_host(tensor)
+        back = Offloading.to_device(copy, tensor.device)
+        assert torch.equal(back, tensor) and back.dtype == tensor.dtype
+        full = 64 // tensor.element_size()
+        assert set(sizes[:-1]) <= {full} and sum(sizes) == tensor.numel() and sizes[-1] <= full
+    dense = whole.transpose(1, 2)
+    assert Offloading.to_device(Offloading.to_host(dense), dense.device).stride() == dense.stride()

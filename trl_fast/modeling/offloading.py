@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 # Smaller tensors are not worth a copy, in bytes.
 _MIN_BYTES = 1024
+# torch rounds a block of pinned memory up to a power of two, which would nearly double some tensors. Blocks of one
+# such size waste nothing but in the last one, and serve tensors of any length again.
+_BLOCK_BYTES = 1 << 26
 
 
 def offload_activations(model: PreTrainedModel) -> None:
@@ -38,6 +42,15 @@ def _forward_with_offloading(self: torch.nn.Module, *args: object, **kwargs: obj
         return self.forward_kept(self, *args, **kwargs)
 
 
+@dataclass(frozen=True)
+class HostCopy:
+    """A tensor's elements in the order of its memory, in blocks; the shape in that order, and the way back from it."""
+
+    blocks: list[torch.Tensor]
+    shape: torch.Size
+    inverse: tuple[int, ...]
+
+
 class Offloading(saved_tensors_hooks):
     """Within, tensors on a GPU that autograd saves are copied to the CPU, and back when backward asks for them.
 
@@ -52,10 +65,10 @@ class Offloading(saved_tensors_hooks):
         self._shapes = {tuple(sorted(weight.shape)) for weight in weights}
         super().__init__(self._pack, self._unpack)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, HostCopy]:
         return (tensor.device, self.to_host(tensor)) if self._is_worth_it(tensor) else tensor
 
-    def _unpack(self, packed: torch.Tensor | tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    def _unpack(self, packed: torch.Tensor | tuple[torch.device, HostCopy]) -> torch.Tensor:
         return packed if isinstance(packed, torch.Tensor) else self.to_device(packed[1], packed[0])
 
     def _is_worth_it(self, tensor: torch.Tensor) -> bool:
@@ -72,11 +85,25 @@ class Offloading(saved_tensors_hooks):
         return tensor.is_cuda
 
     @staticmethod
-    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    def to_host(tensor: torch.Tensor) -> HostCopy:
         """A copy in pinned CPU memory, on its way."""
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        # In the order of its memory a tensor without gaps is one run of elements, which needs no copy on the device.
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        ordered = tensor.permute(order)
+        parts = ordered.reshape(-1).split(_BLOCK_BYTES // tensor.element_size())
+        blocks = [pinned_memory(len(part), part.dtype).copy_(part, non_blocking=True) for part in parts]
+        inverse = tuple(sorted(range(tensor.dim()), key=order.__getitem__))
+        return HostCopy(blocks, ordered.shape, inverse)
 
     @staticmethod
-    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The copy's copy on the device, on its way."""
-        return tensor.to(device, non_blocking=True)
+    def to_device(copy: HostCopy, device: torch.device) -> torch.Tensor:
+        """The copy's copy on the device, in the same strides, on its way."""
+        flat = torch.empty(copy.shape.numel(), dtype=copy.blocks[0].dtype, device=device)
+        for part, block in zip(flat.split(len(copy.blocks[0])), copy.blocks, strict=True):
+            part.copy_(block, non_blocking=True)
+        return flat.view(copy.shape).permute(copy.inverse)
+
+
+def pinned_memory(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """(count,) elements that a GPU can copy to and from without the host's help."""
+    return torch.empty(count, dtype=dtype, pin_memory=True)
