@@ -126,6 +126,11 @@ def _tokenize_row(
             f"The {name} dataset, row {row}, column 'prompt': {prompt!r} is of type {type(prompt).__name__}; expected "
             "a string, or a list of messages such as {'role': 'user', 'content': 'Hello.'}."
         )
+    if isinstance(prompt, str) and template_kwargs.get("tools"):
+        raise ValueError(
+            f"The {name} dataset, row {row}, column 'prompt': {prompt!r} is text, which has no place for tools; "
+            "expected a list of messages such as {'role': 'user', 'content': 'Hello.'}."
+        )
     ids = tokenize_prompt(prompt, processing_class, **template_kwargs)
     if not ids:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from .engine import Rollout, RolloutEngine, SamplingSettings, check_prompts, end_token_ids
 from .rewards import RewardFunctions, RewardModel
+from .tool_loop import ToolLoop, ToolRollout
+from .tools import Toolbox
 from .transformers_engine import TransformersEngine
 
 __all__ = [
@@ -10,6 +12,9 @@ __all__ = [
     "Rollout",
     "RolloutEngine",
     "SamplingSettings",
+    "ToolLoop",
+    "ToolRollout",
+    "Toolbox",
     "TransformersEngine",
     "check_prompts",
     "end_token_ids",

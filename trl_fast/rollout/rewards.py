@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import logging
 import math
-import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -19,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl_fast.data.chat import apply_chat_template
 from trl_fast.data.formats import is_conversational
 from trl_fast.modeling.loading import is_quantized, load_reward_model
+
+from .async_calls import run_together
 
 logger = logging.getLogger(__name__)
 
@@ -141,12 +141,8 @@ class RewardFunctions:
             with _naming(self.names[index]):
                 return await self.functions[index](**arguments[index])
 
-        async def ask_together() -> list[Any]:
-            return await asyncio.gather(*map(ask, waiting))
-
         if waiting:
-            together = asyncio.run_coroutine_threadsafe(ask_together(), _event_loop()).result()
-            for index, answer in zip(waiting, together, strict=True):
+            for index, answer in zip(waiting, run_together(map(ask, waiting)), strict=True):
                 answers[index] = answer
         return answers
 
@@ -255,14 +251,6 @@ def _name(function: Callable) -> str:
 def _is_async(function: Callable) -> bool:
     function = _unwrapped(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop in one thread as long as the process lives: connections that functions keep open stay usable in it."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="reward functions", daemon=True).start()
-    return loop
 
 
 def _arguments(name: str, function: Callable, available: dict[str, Any]) -> dict[str, Any]:

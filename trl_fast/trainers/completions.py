@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ class CompletionsLog:
             self._columns[name].extend(values)
 
     def frame(self, step: int) -> pd.DataFrame:
-        """All columns, with the step first and the advantage last."""
-        columns = {name: list(values) for name, values in self._columns.items()}
+        """All columns, with the step first and the advantage last; arguments of tool calls as JSON."""
+        columns = {name: [_with_text_arguments(value) for value in values] for name, values in self._columns.items()}
         advantage = columns.pop("advantage", [])
         return pd.DataFrame({"step": [step] * len(advantage), **columns, "advantage": advantage})
 
@@ -71,7 +72,31 @@ def upload_completions(folder: Path, repo_id: str, *, private: bool | None, toke
 
 
 def message_text(value: str | list[dict]) -> str:
-    """A text as it is; a conversation with a line for each message, after its role."""
+    """A text as it is; a conversation with a line for each message and each tool call, after its role."""
     if isinstance(value, str):
         return value
-    return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+    lines = []
+    for message in value:
+        calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+        said = [message.get("reasoning_content"), message.get("content")]
+        said += [f"{call['name']}({call['arguments']})" for call in calls]
+        lines.append(f"{message['role']}: " + "\n".join(str(part) for part in said if part))
+    return "\n".join(lines)
+
+
+def _with_text_arguments(value: Any) -> Any:
+    """A conversation whose tool calls have arguments that fit into one column, whatever their types."""
+    if not (isinstance(value, list) and any(isinstance(item, dict) and item.get("tool_calls") for item in value)):
+        return value
+    return [{**message, "tool_calls": _text_calls(message.get("tool_calls"))} for message in value]
+
+
+def _text_calls(calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    if not calls:
+        return None
+    functions = [call.get("function", call) for call in calls]
+    texts = [json.dumps(function["arguments"], ensure_ascii=False, default=str) for function in functions]
+    return [
+        {"type": "function", "function": {**function, "arguments": text}}
+        for function, text in zip(functions, texts, strict=True)
+    ]

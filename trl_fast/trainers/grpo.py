@@ -18,10 +18,11 @@ from .completions import upload_completions
 from .entropy import EntropyController
 from .grpo_config import GRPOConfig
 from .online import OnlineTrainer
+from .tool_use import ToolUse
 from .updates import Update
 
 
-class GRPOTrainer(OnlineTrainer):
+class GRPOTrainer(ToolUse, OnlineTrainer):
     """Group Relative Policy Optimization (arXiv 2402.03300) and its relatives; arguments as in OnlineTrainer.
 
     Raises:

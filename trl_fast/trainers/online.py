@@ -45,13 +45,15 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         train_dataset, eval_dataset: rows with `prompt`, text or messages; reward functions see the other columns.
         processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
         reward_processing_classes: tokenizers of the reward models; None loads theirs.
+        tools: functions that the policy may call, sync or async, with type hints and a docstring. Prompts must be
+            conversations.
         rollout_func: (prompts, trainer) to a dict of prompt_ids, completion_ids and logprobs, and maybe env_mask and
             further columns for the reward functions; instead of an engine.
         rollout_engine: what generates, a `trl_fast.rollout.RolloutEngine`; None: what the arguments say.
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.
-        NotImplementedError: tools or an environment_factory, which are experimental in TRL.
+        NotImplementedError: an environment_factory, which is experimental in TRL; tools of a method that has none.
     """
 
     config_class = OnlineConfig
@@ -80,14 +82,18 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         tokenizer: PreTrainedTokenizerBase | None = None,
         **older: Any,
     ) -> None:
-        for name, value in (("tools", tools), ("environment_factory", environment_factory)):
-            if value:
-                raise NotImplementedError(f"{name} is experimental in TRL and not supported; use rollout_func")
+        if environment_factory:
+            raise NotImplementedError(
+                "environment_factory is experimental in TRL and not supported; use tools or rollout_func"
+            )
+        if tools and rollout_func is not None:
+            raise ValueError("tools and rollout_func: a rollout_func makes whole completions; give one of them")
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model).with_older_arguments(type(self), older)
         self.check_dataset_type(train_dataset, "train_dataset")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
+        self._open_toolbox(tools, processing_class)
         self.reward_functions = RewardFunctions(
             reward_funcs,
             reward_processing_classes=reward_processing_classes,
@@ -133,7 +139,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         self.end_ids = end_token_ids(model, tokenizer)
         if engine is None and self.rollout_func is None:
             engine = self._make_engine()
-        self.engine = engine
+        self.engine = self._with_tools(engine, model)
 
     def _make_engine(self) -> RolloutEngine:
         if self.args.use_vllm:
@@ -143,7 +149,18 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         policy = lambda: self.accelerator.unwrap_model(self.model)  # noqa: E731
         return TransformersEngine(policy, self.end_ids, self.processing_class.pad_token_id)
 
+    def _open_toolbox(self, tools: list[Callable] | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tools:
+            raise NotImplementedError(f"tools: {type(self).__name__} has none; use GRPOTrainer")
+
+    def _with_tools(self, engine: RolloutEngine | None, model: PreTrainedModel) -> RolloutEngine | None:
+        return engine
+
     # ---- data
+
+    def template_kwargs(self, args: OnlineConfig) -> dict[str, Any]:
+        """Arguments of the chat template for the prompts."""
+        return args.chat_template_kwargs or {}
 
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: OnlineConfig, name: str
@@ -151,7 +168,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         return prepare_prompt_dataset(
             dataset,
             processing_class,
-            chat_template_kwargs=args.chat_template_kwargs,
+            chat_template_kwargs=self.template_kwargs(args),
             max_prompt_length=args.max_prompt_length,
             num_proc=args.dataset_num_proc,
             name=name,
@@ -216,8 +233,8 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
         with self._rescue():
-            rollout, extras, mask = self._roll_out(rows)
-            completions = self._decode(prompts, rollout.completion_ids)
+            rollout, extras = self._roll_out(rows)
+            completions = self._read_completions(prompts, rollout)
             rewards = self.reward_functions(
                 prompts,
                 completions,
@@ -227,6 +244,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
                 log_extra=self.log_column,
                 log_metric=self.log_metric,
             )
+        mask = None if rollout.mask is None else [_vector(row) for row in rollout.mask]
         cut_off = self._record_lengths(rollout, mask)
         samples = Samples(
             prompt_ids=rollout.prompt_ids,
@@ -255,22 +273,26 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
     def complete(self, samples: Samples) -> None:
         """Adds what the loss reads about tokens to samples whose advantages are known."""
 
-    def _roll_out(self, rows: list[dict[str, Any]]) -> tuple[Rollout, dict[str, list], list[torch.Tensor] | None]:
-        """Completions, further columns for the reward functions, and masks of the policy's own tokens."""
+    def _read_completions(self, prompts: list, rollout: Rollout) -> list:
+        """Completions as reward functions see them."""
+        return self._decode(prompts, rollout.completion_ids)
+
+    def _roll_out(self, rows: list[dict[str, Any]]) -> tuple[Rollout, dict[str, list]]:
+        """Completions, and further columns for the reward functions."""
         if self.rollout_func is None:
             self.engine.sync_weights(self.model, self.state.global_step)
             # Around all of it, so that autocast casts the weights once and not for each token.
             with self.accelerator.autocast():
                 rollout = self.engine.generate([list(row[PROMPT_IDS]) for row in rows], self.args.sampling_settings())
-            return self._checked(rollout, rows), {}, None
+            return self._checked(rollout, rows), {}
         output = dict(self.rollout_func([row["prompt"] for row in rows], self))
-        missing = [name for name in ("prompt_ids", "completion_ids", "logprobs") if name not in output]
+        needed = ("prompt_ids", "completion_ids", "logprobs")
+        missing = [name for name in needed if name not in output]
         if missing:
             raise ValueError(f"rollout_func returned {sorted(output)}; expected {', '.join(missing)} too")
-        rollout = Rollout(output.pop("prompt_ids"), output.pop("completion_ids"), output.pop("logprobs"))
-        mask = output.pop("env_mask", None)
+        rollout = Rollout(*(output.pop(name) for name in needed), mask=output.pop("env_mask", None))
         extras = {name: value if isinstance(value, list) else [value] * len(rows) for name, value in output.items()}
-        return self._checked(rollout, rows), extras, None if mask is None else [_vector(row) for row in mask]
+        return self._checked(rollout, rows), extras
 
     # ---- scoring, and the batches of the update
 

@@ -33,6 +33,10 @@ class Rollouts(Rescue):
                         f"the rollout's {name} for the prompt {_short(row['prompt'])} have a token outside of the "
                         f"{self._vocab_size} entries of the model's head"
                     )
+        masks = rollout.completion_ids if rollout.mask is None else rollout.mask
+        for ids, mask in zip(rollout.completion_ids, masks, strict=True):
+            if len(mask) != len(ids):
+                raise ValueError(f"the rollout has a mask of {len(mask)} for a completion of {len(ids)} tokens")
         return rollout
 
     def _decode(self, prompts: list, completion_ids: list[list[int]]) -> list:

@@ -1,0 +1,296 @@
+"""Tools are checked, called, and their results read; completions of several turns have masks and limits."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import trl
+import trl.chat_template_utils as theirs
+
+from support.tokenizer import EOS, build_tokenizer
+from support.tools import ADD, ANSWER, FAIL, LOOK_UP, TOOLS, ScriptedEngine, add, call, tool_tokenizer
+from trl_fast.rollout import SamplingSettings, Toolbox, ToolLoop
+from trl_fast.rollout.responses import RESPONSE_TEMPLATES, find_response_template, parse_message, tool_turn_ids
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+def calls(*named):
+    return [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in named]
+
+
+# ---- the functions
+
+
+def test_results_of_sync_calls_then_of_async_ones():
+    turns = [
+        calls(("look_up", {"word": "sky"}), ("add", {"a": 1, "b": 2})),
+        [],
+        calls(("add", {"a": "1", "b": 2}), ("gone", {}), ("fail", {}), ("look_up", {}), ("add", [1])),
+    ]
+    results = Toolbox(TOOLS).run(turns)
+    assert results.messages[0] == [
+        {"role": "tool", "name": "add", "content": "3"},
+        {"role": "tool", "name": "look_up", "content": "sky is blue"},
+    ]
+    assert results.messages[1] == []
+    errors = [message["content"] for message in results.messages[2]]
+    assert all(error.startswith("{'error': ") for error in errors)
+    assert "Tool gone not found." in errors[1] and "no luck" in errors[2] and "'word'" in errors[3]
+    assert (results.calls, results.failures) == (7, 5)
+
+
+def test_async_calls_run_side_by_side_and_their_errors_are_results():
+    met = asyncio.Event()
+
+    async def wait() -> str:
+        """Waits."""
+        await asyncio.wait_for(met.wait(), 5)
+        return "met"
+
+    async def arrive(late: bool) -> str:
+        """
+        Arrives.
+
+        Args:
+            late: Whether it is too late.
+        """
+        met.set()
+        if late:
+            raise TimeoutError("too late")
+        return "there"
+
+    turns = [calls(("wait", {})), calls(("arrive", {"late": False}), ("arrive", {"late": True}))]
+    results = Toolbox([wait, arrive]).run(turns)
+    contents = [[message["content"] for message in messages] for messages in results.messages]
+    assert contents == [["met"], ["there", "{'error': 'too late'}"]] and results.failures == 1
+
+
+def test_results_as_text_and_as_blocks():
+    given = [["sky", 1], {"a": 1}, None, [], [{"type": "text", "text": "blue"}]]
+
+    def give(index: int) -> object:
+        """
+        Gives.
+
+        Args:
+            index: Which one.
+        """
+        return given[index]
+
+    messages = Toolbox([give]).run([calls(*(("give", {"index": i}) for i in range(5)))]).messages[0]
+    assert [message["content"] for message in messages] == ["['sky', 1]", "{'a': 1}", "None", "[]", given[4]]
+
+
+def undocumented(a: int) -> int:
+    return a
+
+
+def untyped(a):
+    """
+    Nothing.
+
+    Args:
+        a: A number.
+    """
+
+
+@pytest.mark.parametrize(
+    ("tools", "error", "message"),
+    [
+        (add, TypeError, "tools: expected a list of functions"),
+        ([add, "add"], TypeError, "tools: expected functions .* got 'add' of type str"),
+        ([undocumented], ValueError, "tools: 'undocumented' cannot be described .*docstring"),
+        ([untyped], ValueError, "tools: 'untyped' cannot be described .*type hint"),
+        ([add, TOOLS[1], add], ValueError, "tools: two functions have the name 'add'"),
+    ],
+)
+def test_refused_tools(tools, error, message):
+    with pytest.raises(error, match=message):
+        Toolbox(tools)
+
+
+# ---- reading calls
+
+
+def known(name, **special):
+    """The small tokenizer with a chat template that TRL knows."""
+    tokenizer = build_tokenizer(**special)
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    return tokenizer
+
+
+ENDS = {"llama3_2": "<|eot_id|>", "gemma4": "<turn|>", "glm4moe": "<|endoftext|>", "gptoss": "<|return|>"}
+NAMES = ["qwen2_5", "qwen3", "qwen3_5_think", "nemotron_3_nano", *ENDS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_format_is_found_and_read_as_trl_reads_it(name):
+    tokenizer = known(name)
+    tokenizer.add_special_tokens({"eos_token": ENDS.get(name, EOS)})
+    template = find_response_template(tokenizer)
+    assert template in RESPONSE_TEMPLATES.values()
+    asked = [{"role": "user", "content": "What is 1 and 2?"}]
+    function = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    answers = [
+        {"content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"content": "Three, I think."},
+    ]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    schemas = Toolbox(TOOLS).schemas
+    for answer in answers:
+        whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", **answer}], tokenize=False)
+        text = whole.removeprefix(prompt) if whole.startswith(prompt) else whole.rpartition("</think>")[2]
+        for ids in (tokenizer(text=text)["input_ids"], tokenizer(text=text[:-9])["input_ids"]):
+            prompt_ids = tokenizer(text=prompt)["input_ids"]
+            tokenizer.response_template = template
+            got = parse_message(tokenizer, ids, prompt_ids, schemas)
+            tokenizer.response_template = None
+            expected = theirs.parse_response(
+                theirs.add_response_schema(tokenizer), ids, prefix=prompt_ids, tools=TOOLS
+            )
+            assert got == expected, text
+            tokenizer.response_template = None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tokens_of_results_are_those_of_trl(name):
+    tokenizer = known(name)
+    tokenizer.add_special_tokens({"eos_token": ENDS.get(name, EOS)})
+    swapped = not theirs.is_chat_template_prefix_preserving(tokenizer)
+    trainer = object.__new__(trl.GRPOTrainer)
+    vars(trainer).update(
+        processing_class=tokenizer,
+        _tokenizer=tokenizer,
+        _is_vlm=False,
+        chat_template_kwargs={},
+        chat_template=theirs.get_training_chat_template(tokenizer) if swapped else None,
+    )
+    results = [{"role": "tool", "name": f"f{i}", "content": f"It is {i}."} for i in range(2)]
+    for messages in (results[:1], results):
+        assert tool_turn_ids(tokenizer, messages) == trainer._get_tool_suffix_ids(messages)
+
+
+TEXTS = {
+    "thought": f"<think>\nHm.\n</think>\n\nIt is blue.\n{ADD}\n{LOOK_UP}{EOS}",
+    "broken": f"Sky. <tool_call>\n{{</tool_call>{EOS}",
+    "cut off": ADD[:-12],
+    "no name": f'<tool_call>{{"arguments": {{}}}}</tool_call>{EOS}',
+    "no object": f"<tool_call>[1]</tool_call>{EOS}",
+    "no arguments": f'<tool_call>{{"name": "fail"}}</tool_call>{EOS}',
+    "other order": f'<tool_call>{{"arguments": {{"a": 1}}, "name": "add"}}</tool_call>{EOS}',
+    "nothing": EOS,
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_messages_are_those_of_trl(text):
+    tokenizer = known("qwen3")
+    ids, prompt_ids = tokenizer(text=text)["input_ids"], tokenizer(text="<|im_start|>assistant\n")["input_ids"]
+    expected = theirs.parse_response(theirs.add_response_schema(tokenizer), ids, prefix=prompt_ids, tools=TOOLS)
+    tokenizer.response_template = None
+    tokenizer.response_template = find_response_template(tokenizer)
+    assert parse_message(tokenizer, ids, prompt_ids, Toolbox(TOOLS).schemas) == expected
+
+
+def test_templates_that_do_not_serve():
+    tokenizer = tool_tokenizer()
+    engine, box = ScriptedEngine(tokenizer), Toolbox(TOOLS)
+    own = {"start_anchor": "assistant\n", "fields": {"content": {}}}
+    tokenizer.response_template = own
+    assert find_response_template(tokenizer) is own
+    tokenizer.response_template = None
+    tokenizer.chat_template = tokenizer.chat_template.replace("tool_call>", "function>")
+    with pytest.raises(ValueError, match="chat template of .* format that is not known; expected .*Qwen.*<function>"):
+        ToolLoop(engine, box, tokenizer)
+    with pytest.raises(ValueError, match="leaves tool calls or their results out; expected one that writes"):
+        ToolLoop(engine, box, build_tokenizer())
+    with pytest.raises(ValueError, match="fails on a tool call"):
+        ToolLoop(engine, box, known("gemma"))
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        ToolLoop(engine, box, tokenizer)
+
+
+def test_a_template_that_changes_what_it_wrote():
+    tokenizer = tool_tokenizer()
+    changing = "{% if messages[-1].role == 'tool' %}again {% endif %}" + tokenizer.chat_template
+    tokenizer.chat_template = changing.replace(EOS, "")
+    with pytest.raises(
+        ValueError, match="differently when its results follow, and does not end it with the end token"
+    ):
+        ToolLoop(ScriptedEngine(tokenizer), Toolbox(TOOLS), tokenizer)
+
+
+# ---- the loop
+
+
+def roll_out(*turns, budget=200, prompts=1, logprobs=False, **limits):
+    tokenizer = tool_tokenizer()
+    engine = ScriptedEngine(tokenizer, *turns, logprobs=logprobs)
+    loop = ToolLoop(engine, Toolbox(TOOLS), tokenizer, **limits)
+    rollout = loop.generate(
+        [tokenizer(text="<|im_start|>assistant\n")["input_ids"]] * prompts, SamplingSettings(budget)
+    )
+    for ids, mask in zip(rollout.completion_ids, rollout.mask, strict=True):
+        assert len(ids) == len(mask) <= budget
+    return tokenizer, engine, rollout
+
+
+def length(text):
+    return len(tool_tokenizer()(text=text)["input_ids"])
+
+
+RESULT = "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_turns_become_one_completion():
+    tokenizer, engine, rollout = roll_out(ADD + EOS, LOOK_UP + EOS, ANSWER, logprobs=True)
+    found = "\n<|im_start|>tool\nsky is blue<|im_end|>\n<|im_start|>assistant\n"
+    pieces = [(ADD + EOS, 1), (RESULT, 0), (LOOK_UP + EOS, 1), (found, 0), (ANSWER, 1)]
+    assert tokenizer.decode(rollout.completion_ids[0]) == "".join(text for text, _ in pieces)
+    assert rollout.mask[0] == [sampled for text, sampled in pieces for _ in range(length(text))]
+    assert rollout.logprobs[0] == [-0.5 * sampled for sampled in rollout.mask[0]]
+    assert [message["role"] for message in rollout.messages[0]] == ["assistant", "tool"] * 2 + ["assistant"]
+    assert rollout.messages[0][-1] == {"role": "assistant", "content": "It is 3."}
+    assert (rollout.calls, rollout.failures) == (2, 0)
+    prompt = rollout.prompt_ids[0]
+    assert engine.asked[2][0] == prompt + rollout.completion_ids[0][: -length(ANSWER)]
+    # Each turn has the room that is left.
+    assert [room for _, room in engine.asked] == [200 - len(ids) + len(prompt) for ids, _ in engine.asked]
+
+
+@pytest.mark.parametrize("limit", [0, 1, None])
+def test_the_limit_of_iterations(limit):
+    _, engine, rollout = roll_out(ADD + EOS, FAIL + EOS, ANSWER, max_iterations=limit)
+    made = 2 if limit is None else limit
+    assert len(engine.asked) == made + 1 and rollout.calls == made and rollout.failures == max(made - 1, 0)
+    assert len(rollout.messages[0]) == 2 * made + 1
+    assert bool(rollout.messages[0][-1].get("tool_calls")) == (limit is not None)
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 3])
+def test_results_that_do_not_fit(spare):
+    tokenizer, engine, rollout = roll_out(ADD + EOS, ANSWER, budget=length(ADD + EOS) + length(RESULT) + spare)
+    text = {-1: ADD + EOS, 0: ADD + EOS + RESULT}.get(spare)
+    if text is None:
+        text = ADD + EOS + RESULT + tokenizer.decode(tokenizer(text=ANSWER)["input_ids"][:spare])
+    assert tokenizer.decode(rollout.completion_ids[0]) == text
+    assert [message["role"] for message in rollout.messages[0]] == ["assistant", "tool", "assistant"][: spare + 2 or 2]
+    assert rollout.calls == 1 and sum(rollout.mask[0]) == length(ADD + EOS) + max(spare, 0)
+    assert len(engine.asked) == (2 if spare > 0 else 1)
+
+
+def test_dialogues_go_on_together_unless_positions_are_short():
+    turns = [ADD + EOS, ANSWER, "Wait. " * 20 + ADD + EOS, call("gone") + EOS]
+    prompt = length("<|im_start|>assistant\n")
+    # Of 200 tokens each has a number of its own left.
+    for positions, rooms in ((None, 1), (prompt + 400, 1), (prompt + 200, 3)):
+        _, engine, rollout = roll_out(*turns, ANSWER, ANSWER, ANSWER, prompts=4, max_positions=positions)
+        assert len({room for _, room in engine.asked[4:]}) == rooms
+        assert all(positions is None or len(ids) + room <= positions for ids, room in engine.asked)
+        assert [len(messages) for messages in rollout.messages] == [3, 1, 3, 3]
+        assert (rollout.calls, rollout.failures) == (3, 1)
+    with_limit = length("<|im_start|>assistant\n" + ADD + EOS + RESULT)
+    _, _, rollout = roll_out(ADD + EOS, max_positions=with_limit)
+    assert len(rollout.messages[0]) == 1

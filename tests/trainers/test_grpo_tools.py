@@ -1,0 +1,180 @@
+"""GRPOTrainer with tools, against TRL 1.16.0's for the same turns, and as a person uses it."""
+
+import pandas as pd
+import pytest
+import trl
+
+import trl_fast
+from support.models import save_tiny_model
+from support.rollouts import FixedRollout, color_prompts
+from support.tools import TOOLS, ToolPolicy, questions, tool_tokenizer
+from support.training import assert_same_logs, make_trainer
+from trl_fast.rollout.responses import RESPONSE_TEMPLATES
+
+SETTINGS = {
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_completion_length": 90,
+    "max_steps": 2,
+}
+# With these the metrics are TRL's to the last digit.
+OURS = {"skip_zero_advantages": False, "keep_groups_together": False}
+
+
+@pytest.fixture(scope="module")
+def tool_model_path(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-tools"), tool_tokenizer())
+
+
+def talk(completions, completion_ids, **_):
+    """By what was said, called and answered."""
+    return [
+        float(len(str(messages[-1]["content"])) + 3 * len(messages) - len(ids) / 5)
+        for messages, ids in zip(completions, completion_ids, strict=True)
+    ]
+
+
+def make(module, folder, model_path, *, policy=None, reward=talk, seen=None, **settings):
+    """A trainer whose turns come from a ToolPolicy, and the completions that its reward function sees in `seen`."""
+    given = {"tools": TOOLS, "train_dataset": questions()}
+    names = ("tools", "train_dataset", "eval_dataset", "rollout_func", "processing_class")
+    given |= {name: settings.pop(name) for name in names if name in settings}
+
+    def watching(completions, completion_ids, **columns):
+        if seen is not None:
+            seen.append((completions, completion_ids))
+        return reward(completions=completions, completion_ids=completion_ids, **columns)
+
+    tokenizer = tool_tokenizer()
+    if module is trl:
+        # TRL knows chat templates by their text.
+        tokenizer.response_template = next(iter(RESPONSE_TEMPLATES.values()))
+    arguments = {"model": model_path, "reward_funcs": watching, "processing_class": tokenizer, **given}
+    policy = policy or ToolPolicy(tokenizer)
+    if module is trl_fast:
+        arguments["rollout_engine"] = policy
+    trainer = make_trainer(module, folder, method="GRPO", arguments=arguments, **{**SETTINGS, **settings})
+    if module is trl:
+        trainer._generate_single_turn = lambda prompt_ids, *_, **__: (policy.turns(prompt_ids), None)
+    return trainer
+
+
+CASES = {
+    "defaults": {},
+    "one iteration, truncated are masked": {"max_tool_calling_iterations": 1, "mask_truncated_completions": True},
+    "little room, two updates, evaluation": {
+        "max_completion_length": 45,
+        "num_iterations": 2,
+        "learning_rate": 5e-3,
+        "eval_dataset": questions(2),
+        "per_device_eval_batch_size": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
+def test_it_does_what_trl_does(settings, tool_model_path, tmp_path):
+    logs, seen = {}, {trl: [], trl_fast: []}
+    for module in (trl, trl_fast):
+        ours = OURS if module is trl_fast else {}
+        trainer = make(module, tmp_path / module.__name__, tool_model_path, seen=seen[module], **ours, **settings)
+        trainer.train()
+        if "eval_dataset" in settings:
+            trainer.evaluate()
+        history = trainer.state.log_history
+        logs[module] = [{name: value for name, value in log.items() if name != "step_time"} for log in history]
+    assert seen[trl_fast] == seen[trl]
+    assert any(len(messages) > 2 for completions, _ in seen[trl] for messages in completions)
+    assert logs[trl][0]["tools/call_frequency"] > 0 and logs[trl][0]["tools/failure_frequency"] > 0
+    assert_same_logs(logs[trl_fast], logs[trl])
+
+
+def test_it_learns_to_call_and_logs_what_was_called(tool_model_path, tmp_path, capsys):
+    """Only tokens of the policy are learned: calls that are rewarded get likelier, results do not."""
+    trainer = make(trl_fast, tmp_path, tool_model_path, log_completions=True)
+    prompt = trainer.processing_class.decode(trainer.train_dataset[0]["prompt_ids"])
+    assert prompt.startswith("<|im_start|>system\nadd look_up fail <|im_end|>")
+    rows = [dict(row) for row in trainer.train_dataset for _ in range(4)][:8]
+    samples = trainer.make_samples(rows)
+    texts = [
+        "".join(trainer.processing_class.decode([token]) for token, own in zip(ids, mask, strict=True) if not own)
+        for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)
+    ]
+    assert any(texts) and all(text.startswith("\n<|im_start|>tool\n") for text in texts if text)
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert 'add({"a": 1, "b": 2})' in shown and "tool: 3" in shown
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    messages = [message for messages in table["completion"] for message in messages]
+    calls = [call for message in messages if message["tool_calls"] is not None for call in message["tool_calls"]]
+    assert '{"a": 1, "b": 2}' in {call["function"]["arguments"] for call in calls}
+
+
+def test_the_policy_itself_generates(tool_model_path, tmp_path):
+    settings = {"max_completion_length": 8, "max_steps": 1}
+    arguments = {"model": tool_model_path, "reward_funcs": talk, "train_dataset": questions(), "tools": TOOLS}
+    trainer = make_trainer(trl_fast, tmp_path, method="GRPO", arguments=arguments, **{**SETTINGS, **settings})
+    trainer.train()
+    assert trainer.state.log_history[0]["tools/call_frequency"] == 0
+    assert trainer.processing_class.response_template is not None
+
+
+def test_reasoning_is_read_without_tools(tool_model_path, tmp_path):
+    class Thinker(ToolPolicy):
+        def turns(self, prompt_ids):
+            return [self.tokenizer(text="<think>Hm.</think>Blue.<|im_end|>")["input_ids"] for _ in prompt_ids]
+
+    seen = []
+    tokenizer = tool_tokenizer()
+    tokenizer.response_template = next(iter(RESPONSE_TEMPLATES.values()))
+    policy, given = Thinker(tokenizer), {"tools": None, "processing_class": tokenizer, "max_steps": 1}
+    make(trl_fast, tmp_path, tool_model_path, policy=policy, seen=seen, **given).train()
+    assert seen[0][0][0] == [{"role": "assistant", "reasoning_content": "Hm.", "content": "Blue."}]
+
+
+def shout(text):
+    return text.upper()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"tools": [shout]}, ValueError, "tools: 'shout' cannot be described"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, ValueError, "two functions have the name 'add'"),
+        (
+            {"train_dataset": color_prompts()},
+            ValueError,
+            "train dataset, row 0, column 'prompt': .*no place for tools",
+        ),
+        ({"rollout_func": FixedRollout(None)}, ValueError, "tools and rollout_func"),
+    ],
+)
+def test_what_cannot_be(given, error, message, tool_model_path, tmp_path):
+    with pytest.raises(error, match=message):
+        make(trl_fast, tmp_path, tool_model_path, **given)
+
+
+def test_other_ways_that_there_are_not(model_path, tool_model_path, tmp_path):
+    rows = questions()
+    with pytest.raises(ValueError, match="chat template of .*leaves tool calls or their results out"):
+        trl_fast.GRPOTrainer(model_path, talk, train_dataset=rows, tools=TOOLS)
+    with pytest.raises(NotImplementedError, match="tools: RLOOTrainer has none; use GRPOTrainer"):
+        trl_fast.RLOOTrainer(tool_model_path, talk, train_dataset=rows, tools=TOOLS)
+    with pytest.raises(NotImplementedError, match="environment_factory is experimental"):
+        trl_fast.GRPOTrainer(tool_model_path, talk, train_dataset=rows, environment_factory=object)
+
+
+def test_arguments_of_every_type_can_be_kept(tmp_path):
+    from trl_fast.trainers.completions import CompletionsLog
+
+    log = CompletionsLog(4)
+    calls = [
+        {"type": "function", "function": {"name": "f", "arguments": given}} for given in ({}, {"a": 1}, {"a": "x"})
+    ]
+    completions = [[{"role": "assistant", "content": "", "tool_calls": [call]}] for call in calls]
+    log.add({"r": [0.0] * 3}, prompt=["?"] * 3, completion=completions, advantage=[0.0] * 3)
+    table = pd.read_parquet(log.save(tmp_path, 1))
+    kept = [messages[0]["tool_calls"][0]["function"]["arguments"] for messages in table["completion"]]
+    assert kept == ["{}", '{"a": 1}', '{"a": "x"}']
+    assert completions[0][0]["tool_calls"][0]["function"]["arguments"] == {}

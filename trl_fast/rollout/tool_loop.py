@@ -1,0 +1,166 @@
+"""Completions in several turns: where the policy calls tools, it reads their results and goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .engine import Rollout, RolloutEngine, SamplingSettings
+from .responses import find_response_template, parse_message, tool_turn_ids
+from .tools import Toolbox
+
+
+@dataclass
+class ToolRollout(Rollout):
+    """Completions with the results of tools in between, whose tokens have mask and log-probability 0.
+
+    Args:
+        messages: each completion as messages: the assistant's, the tools', the assistant's again …
+        calls, failures: how many tools were called, and how many of the calls failed.
+    """
+
+    messages: list[list[dict[str, Any]]] = field(default_factory=list)
+    calls: int = 0
+    failures: int = 0
+
+
+@dataclass
+class _Dialogue:
+    """A prompt and its completion so far."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt_ids + self.completion_ids
+
+    @property
+    def open_calls(self) -> list[dict[str, Any]]:
+        """The calls that no tool has answered yet."""
+        return self.messages[-1].get("tool_calls") or []
+
+    def add(self, ids: list[int], mask: list[int], logprobs: list[float] | None = None) -> None:
+        self.completion_ids += ids
+        self.mask += mask
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
+
+
+class ToolLoop:
+    """A rollout engine whose completions may call tools.
+
+    After each turn of another engine the tools that it called are run, their results are appended as the chat template
+    writes them, and the engine goes on, until there are no calls, `max_iterations` turns were answered, or the
+    completion has no room left. Tokens are only ever appended, never made anew from text. Results that do not fit into
+    max_completion_length are left out, which ends the completion with its calls.
+
+    Args:
+        engine: what generates.
+        toolbox: the functions.
+        tokenizer: its chat template must write tool calls and their results. Its `response_template` is set if it has
+            none.
+        max_iterations: None is no limit.
+        max_positions: the most tokens, prompt and completion together, that the model takes; None if it has no limit.
+        chat_template_kwargs: for the template, as for the prompts.
+
+    Raises:
+        ValueError: the chat template does not serve.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        toolbox: Toolbox,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_iterations: int | None = None,
+        max_positions: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        tokenizer.response_template = find_response_template(tokenizer)
+        self.engine, self.toolbox, self.tokenizer = engine, toolbox, tokenizer
+        self.max_iterations, self.max_positions = max_iterations, max_positions
+        self.template_kwargs = chat_template_kwargs or {}
+        # Says so now if the template does not serve.
+        tool_turn_ids(tokenizer, [{"role": "tool", "name": "name", "content": "result"}], **self.template_kwargs)
+
+    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
+        """As the engine does."""
+        self.engine.sync_weights(model, step)
+
+    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> ToolRollout:
+        """One completion for each prompt, of all its turns together.
+
+        Raises:
+            ValueError: as the engine.
+        """
+        dialogues = [_Dialogue(list(ids)) for ids in prompt_ids]
+        knows_logprobs = self._sample(dialogues, settings, settings.max_completion_length)
+        calls = failures = iteration = 0
+        open_ = [dialogue for dialogue in dialogues if dialogue.open_calls]
+        while open_ and iteration != self.max_iterations:
+            results = self.toolbox.run([dialogue.open_calls for dialogue in open_])
+            calls, failures = calls + results.calls, failures + results.failures
+            answered = [
+                dialogue
+                for dialogue, messages in zip(open_, results.messages, strict=True)
+                if self._answer(dialogue, messages, settings.max_completion_length)
+            ]
+            self._go_on(answered, settings)
+            open_ = [dialogue for dialogue in answered if dialogue.open_calls]
+            iteration += 1
+        return ToolRollout(
+            prompt_ids=prompt_ids,
+            completion_ids=[dialogue.completion_ids for dialogue in dialogues],
+            logprobs=[dialogue.logprobs for dialogue in dialogues] if knows_logprobs else None,
+            mask=[dialogue.mask for dialogue in dialogues],
+            messages=[dialogue.messages for dialogue in dialogues],
+            calls=calls,
+            failures=failures,
+        )
+
+    def _answer(self, dialogue: _Dialogue, messages: list[dict[str, Any]], longest: int) -> bool:
+        """Appends the results of a dialogue's calls; whether they fit."""
+        ids = tool_turn_ids(self.tokenizer, messages, **self.template_kwargs)
+        length = len(dialogue.completion_ids) + len(ids)
+        full = self.max_positions is not None and len(dialogue.prompt_ids) + length >= self.max_positions
+        if length > longest or full:
+            return False
+        dialogue.add(ids, [0] * len(ids))
+        dialogue.messages += messages
+        return True
+
+    def _go_on(self, dialogues: list[_Dialogue], settings: SamplingSettings) -> None:
+        """Samples the next turn of each dialogue that has room for it.
+
+        They go to the engine together as far as the positions allow: a turn may be as long as the largest room of
+        those beside it, and is cut to its own.
+        """
+        rooms = [(settings.max_completion_length - len(d.completion_ids), d) for d in dialogues]
+        rest = [(room, dialogue) for room, dialogue in rooms if room > 0]
+        while rest:
+            most = max(room for room, _ in rest)
+            fits = [self.max_positions is None or len(d.ids) + most <= self.max_positions for _, d in rest]
+            # What stands alone has the engine say that it is too long.
+            fits = fits if any(fits) else [True] * len(rest)
+            now = [dialogue for (_, dialogue), fit in zip(rest, fits, strict=True) if fit]
+            self._sample(now, settings, most)
+            rest = [pair for pair, fit in zip(rest, fits, strict=True) if not fit]
+
+    def _sample(self, dialogues: list[_Dialogue], settings: SamplingSettings, longest: int) -> bool:
+        """Adds a turn to each dialogue; whether its log-probabilities are known."""
+        prefixes = [dialogue.ids for dialogue in dialogues]
+        rollout = self.engine.generate(prefixes, replace(settings, max_completion_length=longest))
+        for index, (dialogue, prefix) in enumerate(zip(dialogues, prefixes, strict=True)):
+            room = settings.max_completion_length - len(dialogue.completion_ids)
+            ids = list(rollout.completion_ids[index][:room])
+            mask = [1] * len(ids) if rollout.mask is None else rollout.mask[index][:room]
+            dialogue.add(ids, mask, None if rollout.logprobs is None else rollout.logprobs[index][:room])
+            dialogue.messages.append(parse_message(self.tokenizer, ids, prefix, self.toolbox.schemas))
+        return rollout.logprobs is not None
