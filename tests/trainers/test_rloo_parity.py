@@ -1,6 +1,7 @@
 """RLOOTrainer against TRL 1.16.0's for the same completions: loss, gradient norm and every logged metric."""
 
 import pytest
+import torch
 import trl
 from peft import LoraConfig
 
@@ -78,6 +79,32 @@ def test_layouts(layout, compare, monkeypatch):
 
 def test_lora(compare):
     compare(peft={"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}, learning_rate=1e-2)
+
+
+def test_tokens_of_an_environment_have_no_share_in_the_divergence(model_path, tokenizer, tmp_path):
+    """TRL's RLOO has no such tokens: advantages by hand, with the log-probs that the trainer itself found."""
+    arguments = {
+        "model": model_path,
+        "reward_funcs": brevity,
+        "train_dataset": color_prompts(),
+        "rollout_func": FixedRollout(tokenizer, with_mask=True),
+    }
+    trainer = make_trainer(trl_fast, tmp_path, method="RLOO", arguments=arguments, **BASE, **OURS, beta=0.5)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    rows = [color_prompts()[0]] * 4 + [color_prompts()[1]] * 4
+    samples = trainer.make_samples(rows)
+    reference = trainer.score_samples(samples, trainer.reference_logprobs, range(8))
+    tokens = zip(samples.old_logprobs, reference, samples.mask, strict=True)
+    kl = torch.stack([((old - ref) * mask).sum() for old, ref, mask in tokens])
+    rewards = torch.tensor(brevity(samples.completion_ids, [row["shade"] for row in rows])) - 0.5 * kl
+    groups = rewards.view(2, 4)
+    expected = groups - (groups.sum(1, keepdim=True) - groups) / 3
+    torch.testing.assert_close(samples.advantages, expected.flatten())
+    assert min(mask.mean() for mask in samples.mask) < 1 and kl.abs().min() > 0.01
+    logged = trainer._buffers[trainer.mode].pop(lambda pairs: pairs)["kl"]
+    assert logged == pytest.approx((kl.sum() / torch.cat(samples.mask).sum()).item(), rel=1e-5)
 
 
 def test_masked_completions_have_no_gradient(compare):

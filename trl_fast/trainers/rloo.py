@@ -32,11 +32,12 @@ class RLOOTrainer(OnlineTrainer):
         penalties = None
         if self.args.beta != 0:
             reference = self.score_samples(samples, self.reference_logprobs, everyone)
-            counts = ~samples.excluded
-            divergence = torch.stack(
-                [(old - ref).sum() for old, ref in zip(samples.old_logprobs, reference, strict=True)]
-            )
-            divergence = (divergence * counts).to(rewards.device)
+            pairs = zip(samples.old_logprobs, reference, strict=True)
+            log_ratios = [old - ref for old, ref in pairs]
+            if samples.mask is not None:
+                log_ratios = [own * mask for own, mask in zip(log_ratios, samples.mask, strict=True)]
+            divergence = torch.stack([own.sum() for own in log_ratios]).masked_fill(samples.excluded, 0.0)
+            divergence = divergence.to(rewards.device)
             tokens = samples.lengths.sum().to(rewards.device)
             self.record({"kl": (divergence.sum(), tokens)})
             penalties = self.args.beta * self.accelerator.gather(divergence)
