@@ -4,10 +4,11 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <string>
+#include <system_error>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -114,7 +115,13 @@ class HeldMemory final : public c10::Allocator {
 
   static std::size_t limit_from_environment() {
     const char* text = std::getenv("TRL_FAST_HELD_BYTES");
-    return text && *text ? std::stoull(text) : std::size_t{2} << 30;
+    if (!text || !*text) return std::size_t{2} << 30;
+    std::size_t bytes = 0;
+    const char* end = text + std::strlen(text);
+    const auto [rest, error] = std::from_chars(text, end, bytes);
+    TORCH_CHECK_VALUE(error == std::errc() && rest == end, "TRL_FAST_HELD_BYTES=", text,
+                      ": expected a whole number of bytes, such as 2147483648");
+    return bytes;
   }
 
   std::mutex mutex_;

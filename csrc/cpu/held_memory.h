@@ -15,7 +15,8 @@ namespace trl_fast {
 // The allocator; its tensors are ordinary CPU tensors, whose memory comes back here. Contents are not initialised.
 c10::Allocator* held_memory();
 
-// Bytes of free blocks that are held now. At most TRL_FAST_HELD_BYTES (2 GiB unless set; 0 holds nothing).
+// Bytes of free blocks that are held now. At most TRL_FAST_HELD_BYTES (2 GiB unless set; 0 holds nothing), which has
+// to be a whole number: else the first tensor raises c10::ValueError.
 std::size_t held_bytes();
 
 // Gives every free block back to the system; how many bytes that were.

@@ -6,6 +6,12 @@
 
 extern "C" {
 
+// What the test's own structures have to be as large as.
+void simt_argument_bytes(int64_t* bytes) {
+  bytes[0] = sizeof(trl_fast::ScoreArgs);
+  bytes[1] = sizeof(trl_fast::GradArgs);
+}
+
 void simt_row_scores(const trl_fast::ScoreArgs* args, int64_t rows, unsigned seed) {
   trl_fast::dispatch_scores(*args, rows, [&](auto kernel, dim3 grid) {
     simt::launch(grid, trl_fast::kThreads, seed, [&] { kernel(*args); });

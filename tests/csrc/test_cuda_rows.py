@@ -58,6 +58,9 @@ class ScoreArgs(ctypes.Structure):
         ("outputs", ctypes.c_int64),
         ("state", ctypes.c_void_p),
         ("state_stride", ctypes.c_int64),
+        # Null: the CUDA kernels do not give weights.
+        ("weights", ctypes.c_void_p),
+        ("weights_stride", ctypes.c_int64),
     ]
 
 
@@ -110,6 +113,12 @@ class HostKernels:
 @pytest.fixture(scope="module")
 def kernels(compile_host) -> HostKernels:
     return HostKernels(compile_host("row_kernels_simt.cpp", "-shared", "-fPIC"))
+
+
+def test_structures_are_those_of_the_kernels(kernels):
+    sizes = (ctypes.c_int64 * 2)()
+    kernels.library.simt_argument_bytes(sizes)
+    assert list(sizes) == [ctypes.sizeof(ScoreArgs), ctypes.sizeof(GradArgs)]
 
 
 def make_rows(dtype: torch.dtype, columns: int, bias: bool, misplaced: int = 0):

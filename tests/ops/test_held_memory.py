@@ -79,6 +79,22 @@ def test_what_is_held_is_bounded(limit, held):
     assert int(run.stdout) == held
 
 
+def test_a_limit_that_is_no_number_is_named():
+    code = (
+        "import os, torch\n"
+        "from trl_fast.ops.blocks import large_empty\n"
+        "for limit in ('2GiB', '-1', '1e9', '9' * 30):\n"
+        "    os.environ['TRL_FAST_HELD_BYTES'] = limit\n"
+        "    try:\n"
+        "        large_empty((20 << 20,), torch.int8, torch.device('cpu'))\n"
+        "    except ValueError as error:\n"
+        "        print(str(error).splitlines()[0])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = "TRL_FAST_HELD_BYTES={}: expected a whole number of bytes, such as 2147483648"
+    assert run.stdout.splitlines() == [expected.format(limit) for limit in ("2GiB", "-1", "1e9", "9" * 30)]
+
+
 def test_held_tensors_are_ordinary_ones():
     tensor = take(16).fill_(1.0)
     tensor.untyped_storage().resize_(0)
