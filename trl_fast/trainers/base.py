@@ -476,4 +476,5 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         self.create_model_card(Path(self.args.output_dir).name)
+        self._tokens.add_up()
         super()._save_checkpoint(model, trial)

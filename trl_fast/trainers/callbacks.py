@@ -170,23 +170,28 @@ class RichProgressCallback(TrainerCallback):
 class TokenCounter(TrainerCallback, ExportableState):
     """Counts the tokens that this process has trained on.
 
-    Checkpoints carry the count and a resumed run goes on from it; of several processes, every one from the first's.
+    Checkpoints carry the sum over processes; in a resumed run the first goes on from it, the others from zero.
     """
 
     def __init__(self) -> None:
         self.seen = 0
+        self._of_all = 0
+
+    def add_up(self) -> None:
+        """Makes the sum that a checkpoint is to carry; all processes call this together."""
+        self._of_all = sum(gather_object([self.seen]))
 
     def state(self) -> dict[str, dict]:
         """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"seen": self.seen}}
+        return {"args": {}, "attributes": {"seen": self._of_all}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Takes the count over from the checkpoint, if there is one."""
         saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved:
-            self.seen = saved["attributes"]["seen"]
+        if saved and state.global_step > 0:
+            self.seen = saved["attributes"]["seen"] if args.process_index == 0 else 0
 
 
 class SyncRefModelCallback(TrainerCallback):
