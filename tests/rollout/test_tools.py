@@ -121,7 +121,7 @@ def known(name, **special):
 
 
 ENDS = {"llama3_2": "<|eot_id|>", "gemma4": "<turn|>", "glm4moe": "<|endoftext|>", "gptoss": "<|return|>"}
-NAMES = ["qwen2_5", "qwen3", "qwen3_5_think", "nemotron_3_nano", *ENDS]
+NAMES = ["qwen2_5", "qwen3", "qwen3_5_think", "nemotron_3_nano", "lfm2_2_5", *ENDS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,6 +191,30 @@ def test_messages_are_those_of_trl(text):
     tokenizer.response_template = None
     tokenizer.response_template = find_response_template(tokenizer)
     assert parse_message(tokenizer, ids, prompt_ids, Toolbox(TOOLS).schemas) == expected
+
+
+PYTHON_CALLS = "add(a=1, b=2), look_up(word='the sky, (or so)'), f(x=[1, {'a': 'b, c'}], y=None, z={}), fail()"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>Hm.</think>Well. <|tool_call_start|>[{PYTHON_CALLS}]<|tool_call_end|>{EOS}",
+        f"<|tool_call_start|>[{PYTHON_CALLS}",
+        f"No call.{EOS}",
+    ],
+)
+def test_calls_written_as_python_does_are_read_as_trl_reads_them(text):
+    tokenizer = known("lfm2_2_5")
+    ids, prompt_ids = tokenizer(text=text)["input_ids"], tokenizer(text="<|im_start|>assistant\n")["input_ids"]
+    expected = theirs.parse_response(theirs.add_response_schema(tokenizer), ids, prefix=prompt_ids, tools=TOOLS)
+    tokenizer.response_template = None
+    tokenizer.response_template = find_response_template(tokenizer)
+    assert parse_message(tokenizer, ids, prompt_ids, Toolbox(TOOLS).schemas) == expected
+    # TRL takes the second of two functions in plain text for a call.
+    text = f"It is f(x), g(y).{EOS}"
+    message = parse_message(tokenizer, tokenizer(text=text)["input_ids"], prompt_ids)
+    assert message == {"role": "assistant", "content": "It is f(x), g(y)."}
 
 
 def test_templates_that_do_not_serve():

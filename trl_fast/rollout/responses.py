@@ -52,6 +52,10 @@ _XML_CALLS = _calls(
     "</tool_call>",
     **_parameters(r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>"),
 )
+# An argument is a string, a list or mapping with others in it, or anything up to the next comma.
+_NESTED = r"""(?P<nested>[\[{](?:[^][{}'"]|'[^']*'|"[^"]*"|(?&nested))*[\]}])"""
+_ASSIGNMENT = rf"(?P<key>\w+)=(?P<value>'[^']*'|{_NESTED}|[^,)]*)"
+_PYTHON_STRINGS = {"string_delims": [["'", "'"]], "allow_non_json": True}
 
 # By the models that have them; docs/grpo.md lists them.
 RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
@@ -91,6 +95,18 @@ RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
         ),
         r"<turn\|>|<\|tool_response>|<eos>|$",
         reasoning_content=_region(r"<\|channel>thought\n", r"<channel\|>"),
+    ),
+    "LFM 2": _format(
+        _CHATML,
+        # One block for all calls of a turn, written as Python does.
+        _calls(
+            r"(?:<\|tool_call_start\|>\[|(?<=<\|tool_call_start\|>.*\)),\s*)(?P<name>\w+)\(",
+            r"\)(?:\]<\|tool_call_end\|>)?",
+            content="xml-inline",
+            content_args={"tag_pattern": _ASSIGNMENT, "value_parser": {"name": "json", "args": _PYTHON_STRINGS}},
+        ),
+        r"<\|im_end\|>",
+        thinking=_THOUGHT,
     ),
     "gpt-oss": {
         "defaults": {"role": "assistant"},
