@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trl_fast
+import trl_fast.trainers.critics as critics
 from support.rollouts import FixedEngine, color_prompts
 from support.training import make_trainer
 
@@ -223,6 +224,15 @@ def test_data(data, make, tokenizer):
         assert row["prompt"] == color_prompts(8)[1]["prompt"]
     log = trainer.state.log_history[0]
     assert log["objective/scores"] == pytest.approx(0.5 + log["completions/mean_length"], rel=1e-5)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_reward_model_by_name_is_loaded_as_the_policy_is(several, make, reward_model_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(critics, "load_reward_model", lambda path, **given: seen.append(given) or classifier(path))
+    source = [reward_model_path, length] if several else reward_model_path
+    make(reward_model=source, trust_remote_code=True, model_init_kwargs={"revision": "v2"})
+    assert seen == [{"dtype": "auto", "device_map": None, "trust_remote_code": True, "revision": "v2"}]
 
 
 def test_a_value_model_is_made_of_the_reward_model(make):

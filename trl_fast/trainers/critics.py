@@ -28,6 +28,16 @@ RewardSource = Callable[..., list] | str | PreTrainedModel
 WEIGHTS_FILE = "model.safetensors"
 
 
+def load_reward_source(name_or_path: str, args: PPOConfig) -> PreTrainedModel:
+    """A reward model by name, as `model_init_kwargs` say; where they are silent, its own dtype, on one device.
+
+    Raises:
+        ValueError, OSError: as in `modeling.loading.load_reward_model`.
+    """
+    given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    return load_reward_model(name_or_path, **{"dtype": "auto", "device_map": None, **given})
+
+
 def make_reward_functions(
     reward_model: RewardSource | list[RewardSource] | None,
     processing_class: PreTrainedTokenizerBase,
@@ -48,7 +58,7 @@ def make_reward_functions(
     sources: list[Any] = []
     for source in reward_model if isinstance(reward_model, list | tuple) else [reward_model]:
         if isinstance(source, str):
-            source = load_reward_model(source, dtype="auto", device_map=None)
+            source = load_reward_source(source, args)
         if isinstance(source, torch.nn.Module):
             check_classifier(base_model(source), "reward_model", len(processing_class))
             model = freeze(source) if is_quantized(source) else freeze(source).to(args.device)

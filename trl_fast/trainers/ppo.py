@@ -27,13 +27,13 @@ from trl_fast.losses.ppo import (
     update_metrics,
     value_loss,
 )
-from trl_fast.modeling.loading import base_model, load_reward_model
+from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.value_scoring import make_value_model
 from trl_fast.rollout import RolloutEngine, TransformersEngine
 
 from .base import AnyDataset, older_tokenizer_name
 from .completions import CompletionsLog
-from .critics import Critic, RewardSource, make_reward_functions
+from .critics import Critic, RewardSource, load_reward_source, make_reward_functions
 from .experience import Experience, PPOUpdate, make_update
 from .metrics import MetricBuffer
 from .ppo_config import PPOConfig
@@ -109,7 +109,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         args.max_steps = _rollouts(args, train_dataset)
         sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
         if isinstance(reward_model, str):
-            reward_model = load_reward_model(reward_model, dtype="auto", device_map=None)
+            reward_model = load_reward_source(reward_model, args)
         self.reward_functions = make_reward_functions(reward_model, processing_class, args, sequences)
         self.reward_model = reward_model
         if value_model is None:
