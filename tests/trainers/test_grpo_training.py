@@ -4,6 +4,8 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import trl_fast
 from support.rollouts import FixedRollout, brevity, color_prompts
@@ -111,6 +113,15 @@ def test_resumed_training_is_the_same(model_path, tmp_path):
     for name, weight in whole.model.named_parameters():
         assert torch.equal(weight, resumed.model.get_parameter(name)), name
     assert resumed.state.log_history[-2]["num_tokens"] == whole.state.log_history[-2]["num_tokens"]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_adapter_that_came_with_the_model_is_copied_where_there_is_a_kl(beta, model_path, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), config)
+    trainer = make(model, tmp_path, beta=beta, max_steps=1)
+    assert ("ref" in trainer.model.peft_config) == (beta != 0)
+    trainer.train()
 
 
 def test_equal_rewards_change_nothing(model_path, tmp_path):

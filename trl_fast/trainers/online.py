@@ -105,7 +105,10 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         self.loss_config = args.loss_config()
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
-        model, layout = self.set_up_models(model, None, args, peft_config, sequences, wanted=args.beta != 0)
+        has_reference = args.beta != 0
+        model, layout = self.set_up_models(
+            *(model, None, args, peft_config, sequences), wanted=has_reference, adapter_wanted=has_reference
+        )
         if args.cast_lm_head_to_fp32:
             for policy in filter(None, (model, self.ref_model)):
                 use_float32_head(base_model(policy))

@@ -39,11 +39,13 @@ class ReferenceTrainer(BaseTrainer):
         sequences: list[list[int]],
         *,
         wanted: bool = True,
+        adapter_wanted: bool = True,
     ) -> tuple[PreTrainedModel | PeftModel, str]:
         """The policy, adapted, and the batch layout for both models; `ref_model` becomes the reference policy.
 
         sequences: a few, to try the model out on. wanted: whether a copy of the policy is made where no ref_model is
-        given and no adapter tells policy and reference apart.
+        given and no adapter tells policy and reference apart. adapter_wanted: the same of an adapter that the model
+        came with.
 
         Raises:
             NotImplementedError: sync_ref_model with an adapter and no ref_model.
@@ -53,7 +55,7 @@ class ReferenceTrainer(BaseTrainer):
         came_with_adapter = isinstance(model, PeftModel)
         model = self.adapt(model, peft_config, args)
         if came_with_adapter:
-            self._prepare_adapters(model, args)
+            self._prepare_adapters(model, args, adapter_wanted)
         layout = self.choose_layout(base_model(model), args, sequences)
         if self.ref_model is not None:
             self._prepare_reference(base_model(model), args)
@@ -81,11 +83,11 @@ class ReferenceTrainer(BaseTrainer):
             return freeze(ref_model)
         return None if with_adapter or not wanted else copy_as_reference(model)
 
-    def _prepare_adapters(self, model: PeftModel, args: ReferenceConfig) -> None:
+    def _prepare_adapters(self, model: PeftModel, args: ReferenceConfig, wanted: bool) -> None:
         if args.model_adapter_name is not None:
             model.set_adapter(args.model_adapter_name)
         # Training goes on from the adapter that the model came with, so a frozen copy of it is the reference.
-        if self.ref_model is None and args.ref_adapter_name is None:
+        if wanted and self.ref_model is None and args.ref_adapter_name is None:
             copy_adapter_as_reference(model)
 
     def _prepare_reference(self, policy: PreTrainedModel, args: ReferenceConfig) -> None:
