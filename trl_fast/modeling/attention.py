@@ -55,19 +55,7 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
         )
-    if torch.is_autocast_enabled(query.device.type):
-        # As autocast does for SDPA: rotary embeddings have widened queries and keys.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    shares = any(len(tree) > 1 for tree in tree_lengths)
-    if dropout and (shares or softcap):
-        layout, other = ("shared_prefix", "packed") if shares and not softcap else ("auto", "padded")
-        raise ValueError(
-            f"batch_layout={layout!r} cannot be used with an attention dropout of {dropout}; use {other!r}"
-        )
-    if not dropout and (shares or softcap or flash_serves(query, value)[0]):
-        return tree_attention(query, key, value, tree_lengths, scaling, softcap).transpose(1, 2).contiguous(), None
-    return _sequence_by_sequence(query, key, value, [tree[0] for tree in tree_lengths], scaling, dropout), None
+    return _attend_within_trees(query, key, value, scaling, dropout, softcap, tree_lengths), None
 
 
 def eager_segment_attention(
@@ -84,6 +72,32 @@ def eager_segment_attention(
         own = sys.modules[type(module).__module__].eager_attention_forward
         return own(module, query, key, value, attention_mask, **kwargs)
     return segment_attention(module, query, key, value, attention_mask, tree_lengths=tree_lengths, **kwargs)
+
+
+@torch.compiler.disable
+def _attend_within_trees(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    tree_lengths: tuple[TreeLengths, ...],
+) -> torch.Tensor:
+    """Not compiled: how it proceeds depends on the lengths, and those are others in every batch."""
+    if torch.is_autocast_enabled(query.device.type):
+        # As autocast does for SDPA: rotary embeddings have widened queries and keys.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    shares = any(len(tree) > 1 for tree in tree_lengths)
+    if dropout and (shares or softcap):
+        layout, other = ("shared_prefix", "packed") if shares and not softcap else ("auto", "padded")
+        raise ValueError(
+            f"batch_layout={layout!r} cannot be used with an attention dropout of {dropout}; use {other!r}"
+        )
+    if not dropout and (shares or softcap or flash_serves(query, value)[0]):
+        return tree_attention(query, key, value, tree_lengths, scaling, softcap).transpose(1, 2).contiguous()
+    return _sequence_by_sequence(query, key, value, [tree[0] for tree in tree_lengths], scaling, dropout)
 
 
 def _sequence_by_sequence(

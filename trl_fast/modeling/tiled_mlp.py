@@ -84,6 +84,12 @@ def _forward_in_tiles(self: torch.nn.Module, hidden_states: torch.Tensor) -> tor
     tokens = hidden_states.shape[:-1].numel()
     if tokens <= self.tile_tokens:
         return self.forward_whole(self, hidden_states)
+    return _run_tiles(self, hidden_states, tokens)
+
+
+@torch.compiler.disable
+def _run_tiles(self: torch.nn.Module, hidden_states: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Not compiled: a backward that computes its module once more is nothing that torch.compile can follow."""
     weights = [weight for weight in self.parameters() if weight.requires_grad]
     out = _InTiles.apply(self, hidden_states.reshape(1, tokens, -1), *weights)
     return out.view(*hidden_states.shape[:-1], out.shape[-1])
