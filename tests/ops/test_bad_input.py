@@ -54,6 +54,9 @@ def test_unknown_outputs_and_options():
         call(linear_cross_entropy, label_smoothing=1.5)
     with pytest.raises(ValueError, match="z_loss must not be negative"):
         call(linear_cross_entropy, z_loss=-1.0)
+    for num_items in (0, -3):
+        with pytest.raises(ValueError, match=f"num_items: expected a number of tokens of at least 1, got {num_items}"):
+            call(linear_cross_entropy, num_items=num_items)
 
 
 def test_selective_refuses():

@@ -138,6 +138,8 @@ def _divisor(
 ) -> torch.Tensor:
     if num_items is None:
         num_items = max(num_kept, 1) if reduction == "mean" else 1
+    elif not isinstance(num_items, torch.Tensor) and num_items < 1:
+        raise ValueError(f"num_items: expected a number of tokens of at least 1, got {num_items!r}")
     return torch.as_tensor(num_items, dtype=torch.float64, device=hidden.device).clamp(min=1)
 
 
@@ -170,7 +172,8 @@ def linear_cross_entropy(
         label_smoothing: ε in [0, 1], mass spread evenly over the vocabulary.
         z_loss: factor of lse², added to every token's loss.
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
-        num_items: divisor of the sum instead of the number of rows, at least 1 (tokens of an accumulation window).
+        num_items: divisor of the sum instead of the number of rows (tokens of an accumulation window), at least 1; a
+            tensor below 1 counts as 1, since to look at it would make a GPU's host wait.
 
     Returns:
         0-d float32; (N,) float32 with zeros at ignored rows for "none". With no row left, a differentiable zero.
