@@ -33,6 +33,7 @@ def call(op, **changes):
         (dict(bias=torch.randn(29)), r"bias: expected \(30,\)"),
         (dict(targets=torch.tensor([0, 1, 30, 2])), r"targets: row 2 is 30, outside the head's vocabulary \[0, 30\)"),
         (dict(targets=torch.tensor([0, -1, 3, 2])), "targets: row 1 is -1"),
+        (dict(temperature=0.0), "temperature must be a positive"),
         (dict(softcap=0.0), "softcap must be a positive"),
         (dict(logit_scale=float("nan")), "logit_scale must be a finite"),
         (dict(workspace_bytes=100), "workspace_bytes: 100 bytes hold no row"),
@@ -46,8 +47,6 @@ def test_heads_refuse(op, changes, message):
 def test_unknown_outputs_and_options():
     with pytest.raises(ValueError, match="outputs: unknown name 'perplexity'"):
         call(linear_logprob, outputs=("perplexity",))
-    with pytest.raises(ValueError, match="temperature must be a positive"):
-        call(linear_logprob, temperature=0.0)
     with pytest.raises(ValueError, match="reduction: unknown value 'max'"):
         call(linear_cross_entropy, reduction="max")
     with pytest.raises(ValueError, match="label_smoothing must lie"):

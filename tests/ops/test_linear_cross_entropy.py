@@ -38,9 +38,8 @@ def run(problem: HeadProblem, backend: str, **options) -> torch.Tensor:
         problem.weight,
         problem.targets,
         bias=problem.bias,
-        softcap=problem.softcap,
-        logit_scale=problem.logit_scale,
         backend=backend,
+        **problem.transform,
         **options,
     )
 
@@ -60,7 +59,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loss_and_gradients(dtype, options, workspace_bytes, backend):
-    problem = make_problem(21, 333, dtype=dtype, bias=True, softcap=9.0, logit_scale=0.5)
+    problem = make_problem(21, 333, dtype=dtype, bias=True, softcap=9.0, logit_scale=0.5, temperature=1.3)
     problem.targets[[2, 3, 17]] = -100
     got = run(problem, backend, workspace_bytes=workspace_bytes, **options)
     exact, baseline = reference(problem, torch.float64, **options), reference(problem, None, **options)

@@ -149,6 +149,7 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -161,14 +162,14 @@ def linear_cross_entropy(
     head_grad: str = "exact",
     sparse_threshold: float = DEFAULT_SPARSE_THRESHOLD,
 ) -> torch.Tensor:
-    """Cross-entropy of cap(logit_scale · (hidden weightᵀ + bias)) against targets; ignored rows never reach the head.
+    """Cross-entropy of cap(logit_scale · (hidden weightᵀ + bias)) / temperature; ignored rows never reach the head.
 
     Args:
         hidden: (N, H) float32|bfloat16|float16.
         weight: (V, H), dtype of hidden (any float dtype under autocast).
         targets: (N,) integer in [0, V), or ignore_index.
-        bias, softcap, logit_scale, workspace_bytes, backend, head_grad, sparse_threshold: as in linear_logprob; the
-            sparse gradient has neither label smoothing nor z-loss.
+        bias, temperature, softcap, logit_scale, workspace_bytes, backend, head_grad, sparse_threshold: as in
+            linear_logprob; the sparse gradient has neither label smoothing nor z-loss.
         label_smoothing: ε in [0, 1], mass spread evenly over the vocabulary.
         z_loss: factor of lse², added to every token's loss.
         reduction: "mean" over the rows that are not ignored, "sum", or "none".
@@ -182,7 +183,7 @@ def linear_cross_entropy(
         ValueError, RuntimeError: as in linear_logprob; and for unknown reductions or factors out of range.
     """
     _check_options(reduction, label_smoothing, z_loss, head_grad)
-    transform = LogitTransform.of(softcap=softcap, logit_scale=logit_scale)
+    transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     hidden, autocast = autocast_hidden(hidden)
     check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
     kept = targets != ignore_index
