@@ -176,6 +176,17 @@ def test_frozen_parts_and_retained_graph(frozen, backend):
         assert torch.equal(a, b) and error(a, c) < 3e-6
 
 
+def test_transposed_inputs(backend):
+    problem = make()
+    hidden, weight = (x.detach().t().contiguous().t().requires_grad_() for x in (problem.hidden, problem.weight))
+    targets, bias = (torch.stack([x, x], 1)[:, 0] for x in (problem.targets, problem.bias.detach()))
+    strided = HeadProblem(hidden, weight, bias.requires_grad_(), targets, **problem.transform)
+    assert not any(x.is_contiguous() for x in (hidden, weight, bias, targets))
+    got, wanted = (gradients(p, backend, head_grad="sparse", sparse_threshold=EVERYTHING) for p in (strided, problem))
+    for a, b in zip(got, wanted, strict=True):
+        assert error(a, b) < 3e-6
+
+
 def test_the_seed_decides(backend):
     problem = make()
 
@@ -206,11 +217,11 @@ def test_no_rows(backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_cross_entropy(reduction, backend):
-    problem = make_problem(N, V)
+    problem = make_problem(N, V, temperature=1.3)
     problem.targets[[2, 5]] = -100
     given = (problem.hidden, problem.weight, problem.targets)
     losses = [
-        linear_cross_entropy(*given, reduction=reduction, backend=backend, **options)
+        linear_cross_entropy(*given, reduction=reduction, backend=backend, **problem.transform, **options)
         for options in ({}, {"head_grad": "sparse", "sparse_threshold": EVERYTHING})
     ]
     torch.testing.assert_close(*losses)

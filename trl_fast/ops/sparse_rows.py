@@ -104,8 +104,11 @@ def _cpp_samples(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return torch.ops.trl_fast.row_samples(*args)
 
 
-def _cpp_product(*args: object) -> torch.Tensor:
-    return torch.ops.trl_fast.sparse_product(*args)
+def _cpp_product(
+    starts: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    dense = dense if dense.stride(1) == 1 else dense.contiguous()
+    return torch.ops.trl_fast.sparse_product(starts, indices, values, dense, dtype)
 
 
 # On a GPU both are PyTorch: next to the head's one product they cost little.
