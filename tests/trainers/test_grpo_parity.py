@@ -8,7 +8,8 @@ from peft import LoraConfig
 
 import trl_fast
 import trl_fast.data.packing as packing
-from support.rollouts import FixedRollout, brevity, color_prompts, vowels
+import trl_fast.rollout.vllm_engine as vllm_engine
+from support.rollouts import FixedEngine, FixedRollout, brevity, color_prompts, vowels
 from support.training import assert_same_logs, make_trainer
 from trl_fast.losses.policy import LOSSES
 
@@ -160,8 +161,9 @@ CORRECTIONS = {
 
 
 @pytest.mark.parametrize("settings", CORRECTIONS.values(), ids=CORRECTIONS.keys())
-def test_correction_for_the_engine_that_sampled(settings, model_path, tokenizer, tmp_path):
+def test_correction_for_the_engine_that_sampled(settings, model_path, tokenizer, tmp_path, monkeypatch):
     """TRL is told that vLLM sampled; its trainer cannot be built with vLLM where that is not installed."""
+    monkeypatch.setattr(vllm_engine, "make_vllm_engine", lambda *_: FixedEngine(tokenizer))
     logs = []
     for module in (trl, trl_fast):
         arguments = {

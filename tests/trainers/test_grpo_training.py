@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import trl_fast
-from support.rollouts import FixedRollout, brevity, color_prompts
+import trl_fast.rollout.vllm_engine as vllm_engine
+from support.rollouts import FixedEngine, FixedRollout, brevity, color_prompts
 from support.training import make_trainer
 from trl_fast.rollout import Rollout
 
@@ -247,3 +248,41 @@ def test_a_rollout_function_without_what_is_needed(model_path, tmp_path, tokeniz
 
     with pytest.raises(ValueError, match="rollout_func returned .* expected logprobs too"):
         make(model_path, tmp_path, rollout_func=broken).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logprobs": lambda rows: rows[:-1]}, "7 lists of logprobs for 8 prompts"),
+        (
+            {"logprobs": lambda rows: [*rows[:-1], rows[-1] + [-1.0]]},
+            "logprobs for the prompt 'What color .* values",
+        ),
+        ({"env_mask": lambda rows: [row[1:] for row in rows]}, "env_mask.* for the prompt 'What color is .* values"),
+    ],
+)
+def test_a_rollout_function_whose_lists_do_not_fit(changes, message, model_path, tmp_path, tokenizer):
+    def broken(prompts, trainer):
+        output = FixedRollout(tokenizer, with_mask=True)(prompts, trainer)
+        return {**output, **{name: change(output[name]) for name, change in changes.items()}}
+
+    with pytest.raises(ValueError, match=message):
+        make(model_path, tmp_path, rollout_func=broken).train()
+
+
+def test_a_rollout_function_has_the_engine_with_the_steps_weights(model_path, tmp_path, tokenizer, monkeypatch):
+    class Synced(FixedEngine):
+        steps = ()
+
+        def sync_weights(self, model, step):
+            self.steps += (step,)
+
+    def roll_out(prompts, trainer):
+        found = trainer.engine.generate(tokenizer(text=prompts)["input_ids"], trainer.args.sampling_settings())
+        logprobs = [[-1.0] * len(ids) for ids in found.completion_ids]
+        return {"prompt_ids": found.prompt_ids, "completion_ids": found.completion_ids, "logprobs": logprobs}
+
+    monkeypatch.setattr(vllm_engine, "make_vllm_engine", lambda *_: Synced(tokenizer))
+    trainer = make(model_path, tmp_path, rollout_func=roll_out, use_vllm=True)
+    trainer.train()
+    assert trainer.engine.steps == (0, 1)

@@ -48,7 +48,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         tools: functions that the policy may call, sync or async, with type hints and a docstring. Prompts must be
             conversations.
         rollout_func: (prompts, trainer) to a dict of prompt_ids, completion_ids and logprobs, and maybe env_mask and
-            further columns for the reward functions; instead of an engine.
+            further columns for the reward functions. It may ask `trainer.engine`, which has the step's weights.
         rollout_engine: what generates, a `trl_fast.rollout.RolloutEngine`; None: what the arguments say.
 
     Raises:
@@ -140,9 +140,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         set_seed(args.seed, device_specific=True)
         self._vocab_size = model.get_output_embeddings().weight.shape[0]
         self.end_ids = end_token_ids(model, tokenizer)
-        if engine is None and self.rollout_func is None:
-            engine = self._make_engine()
-        self.engine = self._with_tools(engine, model)
+        self.engine = self._with_tools(engine or self._make_engine(), model)
 
     def _make_engine(self) -> RolloutEngine:
         if self.args.use_vllm:
@@ -156,7 +154,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         if tools:
             raise NotImplementedError(f"tools: {type(self).__name__} has none; use GRPOTrainer")
 
-    def _with_tools(self, engine: RolloutEngine | None, model: PreTrainedModel) -> RolloutEngine | None:
+    def _with_tools(self, engine: RolloutEngine, model: PreTrainedModel) -> RolloutEngine:
         return engine
 
     # ---- data
@@ -282,8 +280,8 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
 
     def _roll_out(self, rows: list[dict[str, Any]]) -> tuple[Rollout, dict[str, list]]:
         """Completions, and further columns for the reward functions."""
+        self.engine.sync_weights(self.model, self.state.global_step)
         if self.rollout_func is None:
-            self.engine.sync_weights(self.model, self.state.global_step)
             # Around all of it, so that autocast casts the weights once and not for each token.
             with self.accelerator.autocast():
                 rollout = self.engine.generate([list(row[PROMPT_IDS]) for row in rows], self.args.sampling_settings())

@@ -33,10 +33,8 @@ class Rollouts(Rescue):
                         f"the rollout's {name} for the prompt {_short(row['prompt'])} have a token outside of the "
                         f"{self._vocab_size} entries of the model's head"
                     )
-        masks = rollout.completion_ids if rollout.mask is None else rollout.mask
-        for ids, mask in zip(rollout.completion_ids, masks, strict=True):
-            if len(mask) != len(ids):
-                raise ValueError(f"the rollout has a mask of {len(mask)} for a completion of {len(ids)} tokens")
+        _check_by_token("logprobs", rollout.logprobs, rollout.completion_ids, rows)
+        _check_by_token("mask (a rollout_func's env_mask)", rollout.mask, rollout.completion_ids, rows)
         return rollout
 
     def _decode(self, prompts: list, completion_ids: list[list[int]]) -> list:
@@ -53,6 +51,22 @@ class Rollouts(Rescue):
     def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
         """The reference's log-probabilities of the batch's tokens, (N,)."""
         return self.score_reference(batch, temperature=self.args.temperature).logprobs
+
+
+def _check_by_token(
+    name: str, lists: list[list] | None, completion_ids: list[list[int]], rows: list[dict[str, Any]]
+) -> None:
+    """Raises ValueError if there is not one value for each token of each completion; None is nothing to check."""
+    if lists is None:
+        return
+    if len(lists) != len(rows):
+        raise ValueError(f"the rollout has {len(lists)} lists of {name} for {len(rows)} prompts; expected one each")
+    for values, ids, row in zip(lists, completion_ids, rows, strict=True):
+        if len(values) != len(ids):
+            raise ValueError(
+                f"the rollout's {name} for the prompt {_short(row['prompt'])} has {len(values)} values for a "
+                f"completion of {len(ids)} tokens; expected one each"
+            )
 
 
 def _short(prompt: object) -> str:
