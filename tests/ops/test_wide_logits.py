@@ -1,6 +1,8 @@
-"""Float32 logits from bfloat16 factors, as on a GPU: here with products that stand in for a GPU's."""
+"""Float32 logits from 16-bit factors, as on a GPU: here with products that stand in for a GPU's."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
@@ -19,10 +21,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _like_a_gpu(monkeypatch):
-    """Products of bfloat16 whose sums are handed over in float32."""
+    """16-bit products whose sums are handed over in float32."""
 
     def wide_mm(left, right):
-        assert left.dtype == right.dtype == torch.bfloat16
+        assert left.dtype == right.dtype != torch.float32
         return left.float() @ right.float()
 
     def wide_mm_into(out, left, right):
@@ -31,7 +33,9 @@ def _like_a_gpu(monkeypatch):
     def wide_add_mm(total, left, right):
         total.add_(wide_mm(left, right))
 
-    monkeypatch.setattr(blocks, "_cpu_multiplies_bf16", lambda: True)
+    for module in ("blocks", "linear_scores", "linear_cross_entropy", "linear_token_loss"):
+        module = importlib.import_module(f"trl_fast.ops.{module}")
+        monkeypatch.setattr(module, "gemm_dtype", lambda tensor: tensor.dtype)
     monkeypatch.setattr(blocks, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
     monkeypatch.setattr(blocks, "mm_into", wide_mm_into)
     monkeypatch.setattr(blocks, "add_mm", wide_add_mm)
@@ -90,6 +94,46 @@ def test_gradients_are_those_of_float32_logits(op, frozen, workspace_bytes, back
     for ours, theirs, true in zip(*grads, strict=True):
         assert ours.dtype == torch.bfloat16
         assert error(ours, true) < 5e-3 < error(theirs, true) / 3
+
+
+LOSS_SCALE, NUM_ITEMS = 2.0**16, 2_000_000
+
+
+def scaled_cross_entropy(problem, **options):
+    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, num_items=NUM_ITEMS, **options)
+    return LOSS_SCALE * loss
+
+
+def scaled_token_loss(problem, **options):
+    given = (problem.hidden, problem.weight, problem.targets)
+    return LOSS_SCALE * linear_token_loss(*given, lambda s, _: -s.logprobs.sum() / NUM_ITEMS, **options).loss
+
+
+@pytest.mark.parametrize("workspace_bytes", WORKSPACES.values(), ids=WORKSPACES.keys())
+@pytest.mark.parametrize("op", [scaled_cross_entropy, scaled_token_loss])
+def test_float16_gradients_do_not_vanish_before_the_loss_scale(op, workspace_bytes, backend):
+    """A probability of 1/700 over two million tokens is 7e-10, less than float16 has; times the scale it is not."""
+    problem = make_problem(24, 700, 64, dtype=torch.float16, spread=0.1)
+    loss = op(problem, workspace_bytes=workspace_bytes, backend=backend)
+    exact = F.cross_entropy(problem.logits(torch.float64), problem.targets, reduction="sum") * LOSS_SCALE / NUM_ITEMS
+    for ours, true in zip(*(torch.autograd.grad(x, problem.leaves) for x in (loss, exact)), strict=True):
+        assert ours.dtype == torch.float16
+        assert error(ours, true) < 1e-3
+
+
+def test_float16_gradients_of_rows_that_weigh_more_and_more(backend):
+    """What the first rows allow as a factor is too much for the last, and a step without a loss scale stays finite."""
+    problem = make_problem(24, 700, 64, dtype=torch.float16, spread=0.1)
+    weights = torch.logspace(-7, 2, 24, dtype=torch.float64)
+
+    def weighted(scores, rows):
+        return -(scores.logprobs * weights[rows].to(scores.logprobs.dtype)).sum()
+
+    given = (problem.hidden, problem.weight, problem.targets)
+    loss = linear_token_loss(*given, weighted, workspace_bytes=50_000, backend=backend).loss
+    exact = (F.cross_entropy(problem.logits(torch.float64), problem.targets, reduction="none") * weights).sum()
+    for ours, true in zip(*(torch.autograd.grad(x, problem.leaves) for x in (loss, exact)), strict=True):
+        assert error(ours, true) < 1e-3
 
 
 def test_kept_logits_are_wide_and_left_as_they_are(backend):

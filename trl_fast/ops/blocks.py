@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from .backends import load_extension
 from .fused_scores import score_rows_fused, serves_fused
 from .products import add_mm, logits_dtype, mm_into
 from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale, row_weights_by_two
+from .spans import even_step, spans
 from .transform import LogitTransform
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
@@ -66,9 +67,18 @@ def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """gradient * factor (0-d), in the gradient's dtype: a head's gradient in memory that is there."""
-    out = large_empty(gradient.shape, gradient.dtype, gradient.device)
+def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a gradient, for a tensor of `dtype`, that still waits for the factor of its loss.
+
+    float16 ends at 6e-8: what a mean over many tokens leaves of a probability is below that until a loss scale
+    multiplies it.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient * factor (0-d) in `dtype`: a head's gradient in memory that is there."""
+    out = large_empty(gradient.shape, dtype, gradient.device)
     return torch.mul(gradient, factor.to(gradient.dtype), out=out)
 
 
@@ -88,30 +98,6 @@ def rows_per_block(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> i
             f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {bytes_per_row} bytes"
         )
     return min(num_rows, workspace_bytes // bytes_per_row)
-
-
-def group_spans(sizes: Sequence[int], step: int) -> Iterator[slice]:
-    """Consecutive slices of whole groups that cover range(sum(sizes)): at most `step` rows, or a single group."""
-    start = end = 0
-    for size in sizes:
-        if end > start and end + size - start > step:
-            yield slice(start, end)
-            start = end
-        end += size
-    if end > start:
-        yield slice(start, end)
-
-
-def even_step(total: int, limit: int) -> int:
-    """The step of at most `limit` that covers `total` in equal parts: a small last one would be a slow product."""
-    parts = max(1, -(-total // limit))
-    return -(-total // parts)
-
-
-def spans(total: int, step: int) -> Iterator[slice]:
-    """Consecutive slices of at most `step` that cover range(total)."""
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
 
 
 class Tiling(NamedTuple):
@@ -386,11 +372,27 @@ def active_rows(coefficients: torch.Tensor) -> torch.Tensor | None:
 
 
 class HeadGradients:
-    """Sums the gradients of a head over row blocks: hidden (N, H), weight (V, H), bias (V,), each only if needed."""
+    """Sums the gradients of a head over row blocks: hidden (N, H), weight (V, H), bias (V,), each only if needed.
 
-    def __init__(self, head: Head, num_rows: int, *, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
+    waiting: the loss has yet to get its factor. Where products are of float16, gradients of logits are then taken
+    times a power of two that brings the largest coefficient to about 2¹⁰, and the sums, in float32, divided by it at
+    the end; results that would be float16 are float32.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        num_rows: int,
+        *,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+        waiting: bool = False,
+    ) -> None:
         device = head.weight.device
         self.head = head
+        self._waiting = waiting
+        self._factor = 1.0
         self.hidden = torch.zeros(num_rows, head.hidden_size, dtype=head.wide, device=device) if need_hidden else None
         self.weight: torch.Tensor | None = None
         self._need_weight = need_weight
@@ -399,9 +401,11 @@ class HeadGradients:
     def add(self, blocks: list[RowBlock], *, last: bool) -> None:
         """Adds row blocks. `last`: no call follows (a single call needs no wide accumulator for the whole weight)."""
         head = self.head
+        if self._waiting and head.dtype == torch.float16:
+            blocks = self._fit(blocks)
         accumulate = self.weight is not None
         if self._need_weight and not accumulate:
-            dtype = head.weight.dtype if last else head.wide
+            dtype = self._result_dtype(head.weight.dtype) if last else head.wide
             self.weight = large_empty(head.weight.shape, dtype, head.weight.device)
         kept_logits = next((block.logits for block in blocks if block.logits is not None), None)
         height, width = head.tiling(max((len(block.targets) for block in blocks), default=0), kept_logits)
@@ -430,6 +434,23 @@ class HeadGradients:
             if weight_sum is not None:
                 weight_sum.finish()
 
+    def _fit(self, blocks: list[RowBlock]) -> list[RowBlock]:
+        """The blocks, their coefficients times the factor; sums that are there follow if it has to change."""
+        steepest = abs(self.head.transform.scale) * self.head.transform.inv_temperature
+        largest = steepest * max((float(block.coefficients.abs().amax()) for block in blocks), default=0.0)
+        if largest and (self._factor == 1.0 or largest * self._factor > 2.0**13):
+            factor = math.ldexp(1.0, min(100, 10 - math.frexp(largest)[1]))
+            for total in self._sums():
+                total.mul_(factor / self._factor)
+            self._factor = factor
+        return [replace(block, coefficients=block.coefficients * self._factor) for block in blocks]
+
+    def _result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return waiting_dtype(dtype) if self._waiting else dtype
+
+    def _sums(self) -> list[torch.Tensor]:
+        return [total for total in (self.hidden, self.weight, self._bias) if total is not None]
+
     def spread_hidden(self, index: torch.Tensor, num_rows: int) -> None:
         """Moves the gradients of the first A rows to the rows `index` (A,) of `num_rows`; the others get zero."""
         everywhere = self.hidden.new_zeros(num_rows, self.head.hidden_size)
@@ -438,16 +459,16 @@ class HeadGradients:
     def results(
         self, hidden_dtype: torch.dtype, bias_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(hidden, weight, bias) gradients in their tensors' dtypes; an empty tensor where none was needed."""
+        """(hidden, weight, bias) gradients, each of its tensor's dtype or the one it waits in; empty if not needed."""
         device = self.head.weight.device
-        weight_dtype = self.head.weight.dtype
+        dtypes = [self._result_dtype(dtype) for dtype in (hidden_dtype, self.head.weight.dtype, bias_dtype)]
         if self._need_weight and self.weight is None:
-            self.weight = torch.zeros(self.head.weight.shape, dtype=weight_dtype, device=device)
-        pairs = ((self.hidden, hidden_dtype), (self.weight, weight_dtype), (self._bias, bias_dtype))
-        hidden, weight, bias = (
-            torch.empty(0, dtype=dtype, device=device) if grad is None else grad.to(dtype) for grad, dtype in pairs
-        )
-        return hidden, weight, bias
+            self.weight = torch.zeros(self.head.weight.shape, dtype=dtypes[1], device=device)
+        if self._factor != 1.0:
+            for total in self._sums():
+                total.mul_(1 / self._factor)
+        grads = zip((self.hidden, self.weight, self._bias), dtypes, strict=True)
+        return tuple(torch.empty(0, dtype=t, device=device) if grad is None else grad.to(t) for grad, t in grads)
 
 
 class _WeightTile:

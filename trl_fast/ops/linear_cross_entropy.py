@@ -9,10 +9,20 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, RowBlock, gemm_dtype, scaled, score_rows, spans
+from .blocks import (
+    DEFAULT_WORKSPACE_BYTES,
+    Head,
+    HeadGradients,
+    RowBlock,
+    gemm_dtype,
+    scaled,
+    score_rows,
+    waiting_dtype,
+)
 from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
 from .rows import finish_scores, new_state, with_low_part
 from .scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
+from .spans import spans
 from .transform import LogitTransform
 from .validation import check_finite, check_head_inputs, check_target_range
 
@@ -53,7 +63,10 @@ def _linear_cross_entropy(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of the rows' losses over `divisor` (0-d), and its gradients of hidden, weight, bias; empty if not needed."""
+    """Sum of the rows' losses over `divisor` (0-d), and its gradients of hidden, weight, bias; empty if not needed.
+
+    Gradients have the dtypes of their tensors; those of float16 tensors wait in float32 for the factor of the loss.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
         transform = LogitTransform(scale, softcap, inv_temperature)
         head = Head(weight, bias, transform, gemm_dtype(hidden), backend, workspace_bytes)
@@ -63,7 +76,7 @@ def _linear_cross_entropy(
         total = torch.zeros((), dtype=head.wide, device=hidden.device)
         divisor = divisor.to(total.dtype)
         needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
-        gradients = HeadGradients(head, num_rows, **needs)
+        gradients = HeadGradients(head, num_rows, **needs, waiting=True)
         logits = head.empty_logits(height if any(needs.values()) else 0, height)
         for rows in spans(num_rows, height or 1):
             kept = logits[:, : rows.stop - rows.start]
@@ -99,22 +112,26 @@ def _(hidden, weight, targets, bias, *options):
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return (
         hidden.new_empty((), dtype=torch.promote_types(gemm_dtype(hidden), torch.float32)),
-        hidden.new_empty(hidden.shape if need_hidden else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=bias_dtype),
+        hidden.new_empty(hidden.shape if need_hidden else 0, dtype=waiting_dtype(hidden.dtype)),
+        weight.new_empty(weight.shape if need_weight else 0, dtype=waiting_dtype(weight.dtype)),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=waiting_dtype(bias_dtype)),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (inputs[0], inputs[1], inputs[3])]
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 15
-    grads = dict(zip((0, 1, 3), ctx.saved_tensors, strict=True))
-    return tuple(scaled(grads[i], grad_loss) if i in grads and ctx.needs_input_grad[i] else None for i in range(15))
+    grads: list[torch.Tensor | None] = [None] * 15
+    for i, saved, dtype in zip((0, 1, 3), ctx.saved_tensors, ctx.dtypes, strict=True):
+        if ctx.needs_input_grad[i]:
+            grads[i] = scaled(saved, grad_loss, dtype)
+    return tuple(grads)
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -24,16 +24,15 @@ from .blocks import (
     HeadGradients,
     active_rows,
     gemm_dtype,
-    group_spans,
     row_blocks,
     scaled,
     score_rows,
-    spans,
 )
 from .linear_logprob import autocast_hidden, linear_logprob
 from .linear_scores import row_coefficients
 from .rows import finish_scores, new_state
 from .scores import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS, TokenScores, detached, output_mask, token_scores
+from .spans import group_spans, spans
 from .transform import LogitTransform
 from .validation import check_finite, check_head_inputs, check_target_range
 
@@ -139,22 +138,22 @@ class _LinearTokenLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, sweep):
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
-        gradients = HeadGradients(sweep.head, hidden.shape[0], **needs)
+        gradients = HeadGradients(sweep.head, hidden.shape[0], **needs, waiting=True)
         product = hidden.to(sweep.head.dtype)
         if any(needs.values()):
             sweep.differentiate(product, targets, gradients)
         else:
             sweep.score(product, targets, slice(0, hidden.shape[0]), keep=None)
         ctx.save_for_backward(*gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype))
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sweep.statistics)
         return sweep.loss, sweep.statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        needs = ctx.needs_input_grad[:3]
-        grads = zip(ctx.saved_tensors, needs, strict=True)
-        return (*(scaled(grad, grad_loss) if need else None for grad, need in grads), None, None)
+        grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+        return (*(scaled(grad, grad_loss, dtype) if need else None for grad, dtype, need in grads), None, None)
 
 
 def _head_trains(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

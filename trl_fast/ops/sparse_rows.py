@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .blocks import spans
+from .spans import spans
 from .transform import LogitTransform
 
 # Temporaries of the references stay below this.

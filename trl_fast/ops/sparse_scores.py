@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import score_rows, spans
+from .blocks import score_rows
 from .linear_scores import head_of, row_coefficients
 from .rows import finish_scores, new_state
 from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS
+from .spans import spans
 from .sparse_rows import SPARSE_KERNELS
 from .transform import LogitTransform
 
