@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .machine_code import Resources, read_cubin, resources_of
+from .machine_code import MachineCode, Resources, read_cubin, resources_of
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 # Every kernel has blocks of 256 threads. A thread of row_grad takes so many packs of sixteen bytes at once.
@@ -24,6 +24,14 @@ _TYPE = "f|13__nv_bfloat16|6__half"
 _ROW_FLAGS = re.compile(rf"row_\w+_kernelI({_TYPE})({_TYPE}|S\w*_)?Lb([01])ELb([01])E(?:Li(\d+)E)?")
 _DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
 _OUTPUTS = {"0": "log-probs", "1": "entropy", "15": "all outputs"}
+# For a loss kernel, the access that it makes once a token, and the least bytes of a token: its log-prob, read; its
+# gradient, written; or branch, three log-probs, KL, clipping and slope. Its sequence's advantage and weight come from
+# the cache. How often the compiler has unrolled the loop over tokens is told by how often that access is in it.
+_TOKENS = {
+    "pair_loss": (r"LDG\.E$", 4),
+    "pair_loss_backward": (r"STG\.E$", 4),
+    "policy_loss": (r"STG\.E\.U8", 8 + 3 * 4 + 4 + 1 + 4),
+}
 # Without any flag (bias, softcap, outputs), and with all of them.
 _ENDS = {("0", "0", None), ("1", "1", None), ("0", "0", "0"), ("1", "1", "15")}
 
@@ -35,7 +43,7 @@ class CudaKernel:
     label: str
     # False for the instances between the one without any flag and the one with all of them.
     shown: bool
-    # As in KernelCase; 0 where nobody has said.
+    # As in KernelCase.
     least_bytes: int
     resources: Resources
 
@@ -54,17 +62,18 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
     narrowed = f" to {_DTYPES[grad_dtype]}" if dtype == "f" and grad_dtype not in ("f", None) else ""
     words = [_OUTPUTS[outputs]] if outputs else []
     words += [word for word, on in (("bias", bias), ("softcap", softcap)) if on == "1"]
-    shown = (bias, softcap, outputs) in _ENDS and "6__half" not in (dtype, grad_dtype)
+    shown = (bias, softcap, outputs) in _ENDS
     return f"{name} {_DTYPES[dtype]}{narrowed} {', '.join(words) or 'plain'}", shown
 
 
-def _least_bytes(label: str) -> int:
-    """For sixteen bytes of logits: reading them, and writing their gradient."""
+def _least_bytes(label: str, code: MachineCode) -> int:
+    """For sixteen bytes of logits, reading them and writing their gradient; for a trip over tokens, as in _TOKENS."""
+    if label in _TOKENS:
+        once, each = _TOKENS[label]
+        return each * sum(re.match(once, opcode) is not None for opcode in code.busiest_loop())
     if label.startswith("row_scores"):
         return 16
-    if label.startswith("row_grad"):
-        return BATCH * (16 + (8 if " to " in label else 16))
-    return 0
+    return BATCH * (16 + (8 if " to " in label else 16))
 
 
 def compile_cuda_kernels(nvcc: str, target: int) -> Iterator[CudaKernel]:
@@ -81,6 +90,7 @@ def compile_cuda_kernels(nvcc: str, target: int) -> Iterator[CudaKernel]:
             code = read_cubin(path.read_bytes(), target)
         for mangled, function in sorted(code.items()):
             name = re.search(_NAME, mangled).group(1)
-            found = resources_of(function, function.shared_bytes, NUM_WARPS, target, GRAD_SCALAR_LOADS)
             label, shown = _label(mangled, name)
-            yield CudaKernel(label, shown, _least_bytes(label), found)
+            scalar_loads = None if label in _TOKENS else GRAD_SCALAR_LOADS
+            found = resources_of(function, function.shared_bytes, NUM_WARPS, target, scalar_loads)
+            yield CudaKernel(label, shown, _least_bytes(label, function), found)

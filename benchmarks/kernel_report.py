@@ -14,7 +14,9 @@ out: they are a few dozen bytes against a vocabulary. A bias counts wherever it 
 serves the others from the cache: a kernel with a bias shows more than 1 but need not move more memory.
 
 linear_scores moves no logits. Its column compares what one step of its product loads, most of it from the cache, with
-that step's tiles of both factors.
+that step's tiles of both factors. The loss kernels move vectors of one number a token: theirs compares what one trip
+over tokens loads and stores with what belongs to those tokens. policy_loss shows more than 1, because it also loads
+two numbers of each token's sequence, which come from the cache.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from trl_fast.kernels import linear_scores, rows
+from trl_fast.kernels import linear_scores, losses, rows
 
 from .cuda_kernels import compile_cuda_kernels, find_nvcc
 from .machine_code import TARGETS, Resources, read_cubin, resources_of
@@ -47,8 +49,8 @@ class KernelCase:
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
-    # Loads of single values, such as a row's target, which cannot be wide.
-    scalar_loads: int
+    # Loads of single values, such as a row's target, which cannot be wide; None for a kernel that streams in a loop.
+    scalar_loads: int | None
     # Of global memory, that a thread has to move for its share of a tile.
     least_bytes: int = 0
     targets: tuple[int, ...] = TARGETS
@@ -67,7 +69,7 @@ def _logits(dtype: str) -> dict[str, str]:
 
 
 def _score_cases() -> Iterator[KernelCase]:
-    for dtype, itemsize in (("fp32", 4), ("bf16", 2)):
+    for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
         for everything in (False, True):
             flags = {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, "OUTPUTS": 15 * everything}
             yield KernelCase(
@@ -82,7 +84,8 @@ def _score_cases() -> Iterator[KernelCase]:
 
 
 def _grad_cases() -> Iterator[KernelCase]:
-    for dtype, out, itemsize, written in (("fp32", "fp32", 4, 1), ("bf16", "bf16", 2, 1), ("fp32", "bf16", 4, 0.5)):
+    same = [(dtype, dtype, itemsize, 1) for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2))]
+    for dtype, out, itemsize, written in (*same, ("fp32", "bf16", 4, 0.5), ("fp32", "fp16", 4, 0.5)):
         rest = {"lse": "*fp32", "coefficients": "*fp32", "coefficient_stride": "i64", "out": f"*{out}"}
         name = dtype if dtype == out else f"{dtype} to {out}"
         for everything in (False, True):
@@ -98,15 +101,16 @@ def _grad_cases() -> Iterator[KernelCase]:
 
 
 def _linear_cases() -> Iterator[KernelCase]:
-    factors = {"hidden": "*bf16", "hidden_stride": "i32", "weight": "*bf16", "weight_stride": "i32", "targets": "*i64"}
     sizes = dict.fromkeys(("split_stride", "state_stride", "num_rows", "vocab_size", "hidden_size"), "i32")
-    signature = {**factors, "bias": "*bf16", "parts": "*fp32", **sizes, **_FLOATS}
-    for label, flags, outputs in (("log-probs", False, 0), ("all outputs", False, 15), ("everything", True, 15)):
+    each = (("log-probs", False, 0), ("all outputs", False, 15), ("everything", True, 15))
+    for dtype, (label, flags, outputs) in (*(("bf16", one) for one in each), ("fp16", each[-1])):
+        factors = {"hidden": f"*{dtype}", "hidden_stride": "i32", "weight": f"*{dtype}", "weight_stride": "i32"}
+        signature = {**factors, "targets": "*i64", "bias": f"*{dtype}", "parts": "*fp32", **sizes, **_FLOATS}
         for (major, minor), tiles in linear_scores.TILES.items():
             constants = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "PIECES": tiles.pieces}
             constants |= {"SPLIT": linear_scores.COLUMNS_PER_SPLIT, "OUTPUTS": outputs}
             yield KernelCase(
-                f"linear_scores bf16 {label}",
+                f"linear_scores {dtype} {label}",
                 linear_scores.linear_scores_kernel,
                 signature,
                 {"HAS_BIAS": flags, "HAS_SOFTCAP": flags, **constants},
@@ -119,7 +123,68 @@ def _linear_cases() -> Iterator[KernelCase]:
             )
 
 
-KERNELS = (*_score_cases(), *_grad_cases(), *_linear_cases())
+def _loss_case(
+    label: str,
+    kernel: JITFunction,
+    vectors: str,
+    others: dict[str, str],
+    numbers: str,
+    constants: dict[str, Any],
+    num_warps: int,
+    scalar_loads: int | None = None,
+    bytes_of_token: int = 4,
+) -> KernelCase:
+    """`vectors` and `numbers` are names of float32 pointers and floats."""
+    signature = {**dict.fromkeys(vectors.split(), "*fp32"), **others, **dict.fromkeys(numbers.split(), "fp32")}
+    least_bytes = bytes_of_token * constants["BLOCK"] // (32 * num_warps)
+    return KernelCase(label, kernel, signature, constants, num_warps, scalar_loads, least_bytes)
+
+
+def _loss_cases() -> Iterator[KernelCase]:
+    # One of each kind: of the margin, of margins a token, of the two rewards.
+    for loss_type in ("exo_pair", "sigmoid_norm", "nca_pair"):
+        yield _loss_case(
+            f"pair_loss {loss_type}",
+            losses.pair_loss_kernel,
+            "logprobs ref_logprobs losses sequence_logprobs slopes",
+            {"starts": "*i64", "lengths": "*i64"},
+            "beta eps log_eps log_one_minus_eps tau",
+            {
+                "LOSS": loss_type,
+                "OF_MARGIN": loss_type in losses.MARGIN_LOSSES,
+                "NORMALIZED": loss_type in losses.NORMALIZED_LOSSES,
+                "BLOCK": losses.PAIR_BLOCK,
+            },
+            losses.PAIR_WARPS,
+        )
+    yield _loss_case(
+        "pair_loss_backward",
+        losses.pair_loss_backward_kernel,
+        "slopes grad_losses grad_sequence_logprobs out",
+        {"starts": "*i64", "losses_stride": "i64", "sequences_stride": "i64"},
+        "",
+        {"HAS_LOSSES": True, "HAS_SEQUENCES": True, "BLOCK": losses.BLOCK},
+        losses.NUM_WARPS,
+    )
+    for loss_type in ("clip", "cispo", "sapo"):
+        yield _loss_case(
+            f"policy_loss {loss_type}",
+            losses.policy_loss_kernel,
+            "logprobs old_logprobs ref_logprobs advantages weights partial_sums kl_out slopes",
+            {"branch": "*i64", "clipped_out": "*i8", "num_tokens": "i32"},
+            "beta lower upper delta temperature_pos temperature_neg max_log_ratio",
+            {"LOSS": loss_type, "HAS_OLD": True, "HAS_REF": True, "BIAS_CORRECT_KL": True, "BLOCK": losses.BLOCK},
+            losses.NUM_WARPS,
+            scalar_loads=0,
+            # Branch, three log-probs, KL, whether it was clipped, slope.
+            bytes_of_token=8 + 3 * 4 + 4 + 1 + 4,
+        )
+
+
+LOSS_KERNELS = tuple(_loss_cases())
+# What moves logits or computes them.
+HEAD_KERNELS = (*_score_cases(), *_grad_cases(), *_linear_cases())
+KERNELS = (*HEAD_KERNELS, *LOSS_KERNELS)
 
 
 def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:
@@ -139,7 +204,7 @@ def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
-def resources(compiled: CompiledKernel, num_warps: int, target: int, scalar_loads: int = 0) -> Resources:
+def resources(compiled: CompiledKernel, num_warps: int, target: int, scalar_loads: int | None = 0) -> Resources:
     """Reads a compiled Triton kernel's machine code."""
     (code,) = read_cubin(compiled.asm["cubin"], target).values()
     return resources_of(code, compiled.metadata.shared, num_warps, target, scalar_loads)

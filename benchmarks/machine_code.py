@@ -35,7 +35,7 @@ class Resources:
     wide_stores: int
     narrow_stores: int
     tensor_core_instructions: int
-    # Bytes that a thread moves in one trip through its tile; see MachineCode.streamed_bytes.
+    # Bytes that a thread moves in one trip through its tile (MachineCode.streamed_bytes) or its busiest loop.
     streamed_bytes: int
     details: dict[str, int] = field(default_factory=dict, compare=False)
 
@@ -53,6 +53,16 @@ class MachineCode:
         """How many instructions match."""
         return sum(re.match(pattern, opcode) is not None for opcode in self.opcodes)
 
+    def busiest_loop(self) -> list[str]:
+        """The opcodes of the innermost loop that moves most: where a kernel streams vectors of any alignment.
+
+        Code that was put behind the kernel's end and jumps back looks like a loop too, an outer or an idle one.
+        """
+        inner = [
+            (a, b) for a, b in self.loops if not any((a, b) != (c, d) and a <= c <= d <= b for c, d in self.loops)
+        ]
+        return max((self.opcodes[a : b + 1] for a, b in inner), key=moved_bytes, default=[])
+
     def streamed_bytes(self, scalar_loads: int) -> int:
         """Bytes of global memory that a thread moves in one trip through the code that streams the row.
 
@@ -62,7 +72,7 @@ class MachineCode:
         streams = [self.opcodes[a : b + 1] for a, b in self.loops]
         streams = [stream for stream in streams if any(_is_access(o) and _width(o) == 16 for o in stream)]
         if streams:
-            return sum(_width(opcode) for opcode in min(streams, key=len) if _is_access(opcode))
+            return moved_bytes(min(streams, key=len))
         looped = {i for first, last in self.loops for i in range(first, last + 1)}
         accesses = [o for i, o in enumerate(self.opcodes) if i not in looped and _is_access(o)]
         narrow_loads = sorted(_width(o) for o in accesses if o.startswith("LDG") and _width(o) < 16)
@@ -77,6 +87,11 @@ def _is_access(opcode: str) -> bool:
 def _width(opcode: str) -> int:
     """Bytes that a global load or store moves."""
     return next((width for name, width in _WIDTHS.items() if name in opcode.split(".")), 4)
+
+
+def moved_bytes(opcodes: list[str]) -> int:
+    """Bytes of global memory that a thread loads and stores in these instructions."""
+    return sum(_width(opcode) for opcode in opcodes if _is_access(opcode))
 
 
 def occupancy(registers: int, shared_bytes: int, num_warps: int, target: int) -> float:
@@ -128,8 +143,10 @@ def read_cubin(cubin: bytes, target: int) -> dict[str, MachineCode]:
     return code
 
 
-def resources_of(code: MachineCode, shared_bytes: int, num_warps: int, target: int, scalar_loads: int) -> Resources:
-    """What a kernel needs on sm_`target`."""
+def resources_of(
+    code: MachineCode, shared_bytes: int, num_warps: int, target: int, scalar_loads: int | None
+) -> Resources:
+    """What a kernel needs on sm_`target`. scalar_loads: None for one that streams in its busiest loop."""
     # LDGSTS loads straight into shared memory.
     loads, stores = code.count(r"LDG(STS)?\b"), code.count(r"STG\b")
     wide_loads, wide_stores = code.count(r"LDG(STS)?\..*\b128\b"), code.count(r"STG\..*\b128\b")
@@ -143,6 +160,6 @@ def resources_of(code: MachineCode, shared_bytes: int, num_warps: int, target: i
         wide_stores=wide_stores,
         narrow_stores=stores - wide_stores,
         tensor_core_instructions=code.count(r"[HQI]G?MMA|UTC\w*MMA"),
-        streamed_bytes=code.streamed_bytes(scalar_loads),
+        streamed_bytes=moved_bytes(code.busiest_loop()) if scalar_loads is None else code.streamed_bytes(scalar_loads),
         details={"instructions": len(code.opcodes)},
     )

@@ -241,15 +241,18 @@ def test_a_nan_reaches_the_loss_and_no_other_token(loss_type, field):
 
 
 @pytest.mark.parametrize("target", QUICK_TARGETS)
-def test_compiled_kernels_do_not_spill(target):
+def test_compiled_kernels_do_not_spill_and_move_little(target):
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("needs nvcc")
     # The sources are compiled in the order of their names, and only when asked for.
-    found = {kernel.label: kernel.resources for kernel in islice(compile_cuda_kernels(nvcc, target), 3)}
-    assert set(found) == {"pair_loss", "pair_loss_backward", "policy_loss"}
-    for label, resources in found.items():
-        assert resources.spill_bytes == 0 and resources.occupancy >= 0.75, label
+    found = {kernel.label: kernel for kernel in islice(compile_cuda_kernels(nvcc, target), 3)}
+    # A token's own bytes; its sequence's advantage and weight come on top.
+    most = {"pair_loss": 1, "pair_loss_backward": 1, "policy_loss": (29 + 8) / 29}
+    assert found.keys() == most.keys()
+    for label, kernel in found.items():
+        assert kernel.resources.spill_bytes == 0 and kernel.resources.occupancy >= 0.75, label
+        assert 0 < kernel.least_bytes <= kernel.resources.streamed_bytes <= most[label] * kernel.least_bytes, label
 
 
 def run_sanitized(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

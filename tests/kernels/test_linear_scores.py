@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.kernel_report import KERNELS, compile_kernel, resources
+from benchmarks.kernel_report import HEAD_KERNELS, compile_kernel, resources
 from support.heads import DTYPES, FLOOR, assert_as_good, make_problem, scores_from_logits
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import linear_scores
@@ -232,7 +232,7 @@ def test_byte_arithmetic_in_numbers():
     assert fused_is_faster(512, 8, 128, 128, gpu) and not fused_is_faster(512, 2, 128, 128, gpu)
 
 
-FUSED = [(case, target) for case in KERNELS for target in case.targets if case.label.startswith("linear_scores")]
+FUSED = [(case, target) for case in HEAD_KERNELS for target in case.targets if case.label.startswith("linear_scores")]
 
 
 @pytest.mark.parametrize(("case", "target"), FUSED, ids=lambda x: getattr(x, "label", x))
