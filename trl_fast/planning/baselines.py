@@ -17,7 +17,7 @@ from trl_fast.modeling.reference import reference_scope
 from trl_fast.modeling.reward_scoring import rewards
 
 from .setup import FULL_LOGITS, Setup
-from .timeline import FORWARD_STAGE
+from .timeline import FORWARD_STAGE, HEAD_STAGE
 from .tracker import MemoryTracker
 
 # TRL's tiles of logits.
@@ -42,14 +42,16 @@ def baseline_loss(
     if setup.method == "sft":
         tracker.enter(FORWARD_STAGE)
         return -logprobs(setup, model, batch).mean()
+    tracker.enter(FORWARD_STAGE)
+    sums = torch.zeros(len(batch)).index_add(0, batch.branch, logprobs(setup, model, batch))
+    # After the policy's pass, and so beside all that it has saved.
     tracker.enter("reference pass")
     ref_sums = torch.zeros(len(batch))
     if not setup.precompute_ref_log_probs:
         with torch.no_grad(), reference_scope(model):
             scored = logprobs(setup, model if reference is None else reference, batch)
             ref_sums = ref_sums.index_add(0, batch.branch, scored)
-    tracker.enter(FORWARD_STAGE)
-    sums = torch.zeros(len(batch)).index_add(0, batch.branch, logprobs(setup, model, batch))
+    tracker.enter(HEAD_STAGE)
     chosen, rejected = (sums - ref_sums).view(-1, 2).unbind(dim=1)
     return -F.logsigmoid(_BETA * (chosen - rejected)).mean()
 
