@@ -1,5 +1,8 @@
 """GRPO and RLOO as a person uses them: they sample, learn, log, save, and say what is wrong."""
 
+import sys
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -82,6 +85,29 @@ def test_several_rewards_of_every_kind(model_path, tmp_path, reward_model_path):
     assert log["reward"] == pytest.approx(0.5 * log["rewards/slow/mean"] + 2 * log[f"rewards/{model}/mean"], rel=1e-5)
     assert log["longest"] > 0
     assert "seen" in pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", {"run": 1}), ("wandb", {"run": None}), ("trackio", {})])
+def test_tables_of_completions(name, module, model_path, tmp_path, monkeypatch, capsys):
+    def shaded(completions, shade, log_extra, **_):
+        log_extra("hue", [{"of": value} for value in shade])
+        return [float(len(text)) for text in completions]
+
+    logged = []
+    stand_in = SimpleNamespace(log=logged.append, Table=lambda dataframe: dataframe, **module)
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setenv("COLUMNS", "200")
+    trainer = make(model_path, tmp_path, shaded, max_steps=1, log_completions=True, log_unique_prompts=True)
+    trainer.args.report_to = [name]
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert len(table) == 8
+    shown = capsys.readouterr().out
+    assert "hue" in shown and all(str(hue) in shown for hue in table["hue"])
+    # After the step and at the end; where no run is open, nowhere.
+    assert len(logged) == 2 * (module != {"run": None})
+    for entry in logged:
+        assert len(entry["completions"]) == entry["completions"]["prompt"].nunique() == 2
 
 
 def test_conversations(model_path, tmp_path):

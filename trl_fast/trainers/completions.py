@@ -28,11 +28,15 @@ class CompletionsLog:
         for name, values in {**columns, **rewards}.items():
             self._columns[name].extend(values)
 
-    def frame(self, step: int) -> pd.DataFrame:
-        """All columns, with the step first and the advantage last; arguments of tool calls as JSON."""
+    def frame(self, step: int, unique_prompts: bool = False) -> pd.DataFrame:
+        """All columns, with the step first and the advantage last; arguments of tool calls as JSON.
+
+        unique_prompts: of each prompt only the first completion.
+        """
         columns = {name: [_with_text_arguments(value) for value in values] for name, values in self._columns.items()}
         advantage = columns.pop("advantage", [])
-        return pd.DataFrame({"step": [step] * len(advantage), **columns, "advantage": advantage})
+        frame = pd.DataFrame({"step": [step] * len(advantage), **columns, "advantage": advantage})
+        return frame[~frame["prompt"].astype(str).duplicated()] if unique_prompts else frame
 
     def save(self, folder: Path, step: int) -> Path:
         """Writes the frame as completions_<step>.parquet."""
@@ -43,18 +47,17 @@ class CompletionsLog:
 
     def show(self, step: int, count: int | None, unique_prompts: bool = False) -> None:
         """Prints the first `count` completions (None: all), of each prompt only one if unique_prompts."""
-        frame = self.frame(step)
-        if unique_prompts:
-            frame = frame[~frame["prompt"].astype(str).duplicated()]
+        frame = self.frame(step, unique_prompts)
         table = Table(title=f"completions at step {step}", title_justify="left", show_lines=True)
         numbers = [*self.rewards, "advantage"]
-        for name in ("prompt", "completion"):
-            table.add_column(name)
-        for name in numbers:
-            table.add_column(name, justify="right")
+        texts = ("prompt", "completion")
+        extras = [name for name in frame if name not in ("step", *texts, *numbers)]
+        for name in (*texts, *numbers, *extras):
+            table.add_column(name, justify="right" if name in numbers else "left")
         for _, row in frame.head(len(frame) if count is None else count).iterrows():
             shown = ("" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in numbers)
-            table.add_row(Text(message_text(row["prompt"])), Text(message_text(row["completion"])), *shown)
+            said, further = ([Text(message_text(row[name])) for name in names] for names in (texts, extras))
+            table.add_row(*said, *shown, *further)
         Console().print(table)
 
 
@@ -71,10 +74,10 @@ def upload_completions(folder: Path, repo_id: str, *, private: bool | None, toke
     )
 
 
-def message_text(value: str | list[dict]) -> str:
-    """A text as it is; a conversation with a line for each message and each tool call, after its role."""
-    if isinstance(value, str):
-        return value
+def message_text(value: Any) -> str:
+    """A conversation with a line for each message and each tool call, after its role; else the value as text."""
+    if not (isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)):
+        return str(value)
     lines = []
     for message in value:
         calls = [call.get("function", call) for call in message.get("tool_calls") or []]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,9 @@ from trl_fast.losses.policy import PolicyMetrics
 from trl_fast.rollout import Rollout
 
 from .generation_warnings import GenerationWarnings
+
+# Where completions are logged as a table too; modules of these names, alike in what is used of them.
+TABLE_LOGGERS = {"wandb", "trackio"}
 
 
 def length_metrics(lengths: torch.Tensor, cut_off: torch.Tensor) -> dict[str, float]:
@@ -126,9 +130,11 @@ class GenerationMetrics(GenerationWarnings):
         if not (self.args.log_completions and self.accelerator.is_main_process):
             return
         step = self.state.global_step
-        self._completions.show(step, self.args.num_completions_to_print, self.args.log_unique_prompts)
+        unique = self.args.log_unique_prompts
+        self._completions.show(step, self.args.num_completions_to_print, unique)
         self._completions.save(Path(self.args.output_dir) / "completions", step)
-        if "wandb" in self.args.report_to:
-            import wandb
-
-            wandb.log({"completions": wandb.Table(dataframe=self._completions.frame(step))})
+        for name in TABLE_LOGGERS & {*self.args.report_to}:
+            logger = importlib.import_module(name)
+            # No run of wandb is open before training.
+            if getattr(logger, "run", True) is not None:
+                logger.log({"completions": logger.Table(dataframe=self._completions.frame(step, unique))})
