@@ -121,3 +121,10 @@ def test_opcheck(backend):
     problem = make_problem(5, 33, bias=True)
     args = (problem.hidden, problem.weight, problem.targets, problem.bias, torch.tensor(2.0), 1.0, 0.0, 1.0, 0.1, 1e-3)
     torch.library.opcheck(_linear_cross_entropy, (*args, True, True, True, 1 << 20, backend))
+
+
+def test_shapes_of_float16_gradients_that_wait():
+    problem = make_problem(5, 33, dtype=torch.float16, bias=True)
+    args = (problem.hidden, problem.weight, problem.targets, problem.bias, torch.tensor(2.0), 1.0, 0.0, 1.0, 0.1, 1e-3)
+    given = (*args, True, True, True, 1 << 20, "torch")
+    torch.library.opcheck(_linear_cross_entropy, given, test_utils=("test_schema", "test_faketensor"))
