@@ -6,7 +6,7 @@ tile to its rows' online sums, which it writes once, at the end. No atomics: the
 split has a fixed width, so a row's result does not depend on how many other rows there are.
 
 Programs of one split follow each other on grid axis 0, so that the split's weights are read from memory once and then
-from the cache. Offsets are 64-bit. No length and no number makes Triton compile again.
+from the cache. Offsets are 64-bit. No number of rows and no scale makes Triton compile again, and no vocabulary.
 """
 
 from typing import NamedTuple
@@ -86,7 +86,11 @@ def _add_tile(
     return sums, target_logit
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab_size", "scale", "softcap", "inv_temperature"])
+# The parts are written once, by one value a row: nothing is lost if the compiler knows no more than their type.
+_PER_ROW = ["targets", "parts", "split_stride", "state_stride", "num_rows"]
+
+
+@triton.jit(do_not_specialize=["vocab_size", "scale", "softcap", "inv_temperature", *_PER_ROW])
 def linear_scores_kernel(
     hidden,
     hidden_stride,

@@ -1,8 +1,10 @@
 """The two row kernels in Triton; `trl_fast/ops/rows.py` specifies them and explains the names.
 
 One program works on one row (scores) or on one tile of a row (grad). Row offsets are 64-bit. Statistics are float32,
-whatever the logits are. Only flags and the block size are compile-time constants: no length, temperature or scale
-makes Triton compile again. The configurations are fixed, so a user's first step waits for no autotuning.
+whatever the logits are. Only flags and the block size are compile-time constants: no number of rows, temperature or
+scale makes Triton compile again. What it does look at is whether addresses and widths of the logits and the bias are
+multiples of 16, which 16-byte accesses need: with a vocabulary that is one, they always are. The configurations are
+fixed, so a user's first step waits for no autotuning.
 """
 
 import torch
@@ -14,7 +16,9 @@ from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, add_logits,
 # A block of 8 KiB is two 16-byte loads a thread; with twice that, the float32 scores spill on sm_80.
 BLOCK_BYTES, NUM_WARPS = 8192, 8
 
-_SCALARS = ["scale", "softcap", "inv_temperature", "column_offset"]
+# What is read one value a row, or follows from the number of rows: its alignment and its size are nobody's business.
+_PER_ROW = ["targets", "state", "state_stride", "lse", "coefficients", "coefficient_stride"]
+_ANY_VALUE = ["scale", "softcap", "inv_temperature", "column_offset", *_PER_ROW]
 
 
 @triton.jit
@@ -25,7 +29,7 @@ def _load_raw(row, bias, columns, mask, HAS_BIAS: tl.constexpr):
     return z
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def row_scores_kernel(
     logits,
     row_stride,
@@ -75,7 +79,7 @@ def row_scores_kernel(
     tl.store(state + 5 * state_stride, target_logit, mask=here)
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def row_grad_kernel(
     logits,
     row_stride,

@@ -1,0 +1,76 @@
+"""What makes Triton compile a kernel again: the key that its JIT looks kernels up by, for tensors of many sizes."""
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from trl_fast.kernels import linear_scores, rows
+from trl_fast.ops.rows import new_state
+
+NUM_ROWS, COLUMNS = 48, 64
+# First and last row: lengths of 1 and of multiples of 16, starts at odd addresses, other widths of the states.
+PARTS = ((0, 1), (1, 2), (0, 16), (1, 17), (3, 20), (0, 48))
+TRANSFORM = (1.0, 0.0, 1.0)
+
+
+class Launches:
+    """In the place of a kernel: the keys of its launches, none of which runs."""
+
+    def __init__(self, kernel):
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.keys = set()
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **options):
+        _, specialization, _ = self.bind(*args, **options)
+        self.keys.add(tuple(specialization))
+
+
+@pytest.fixture
+def keys_of(monkeypatch):
+    def replace(module, name):
+        launches = Launches(getattr(module, name))
+        monkeypatch.setattr(module, name, launches)
+        return launches.keys
+
+    return replace
+
+
+def score(logits, targets, state):
+    rows.row_scores(logits, targets, torch.zeros(logits.shape[1]), *TRANSFORM, 0, 0, state)
+
+
+def differentiate(logits, targets, lse, coefficients):
+    rows.row_grad(logits, targets, torch.zeros(logits.shape[1]), *TRANSFORM, lse, coefficients, 0, logits)
+
+
+def test_row_kernels_are_compiled_once_whatever_the_rows(keys_of):
+    scores, grads = keys_of(rows, "row_scores_kernel"), keys_of(rows, "row_grad_kernel")
+    logits, targets, lse = torch.zeros(NUM_ROWS, COLUMNS), torch.zeros(NUM_ROWS, dtype=torch.int64), torch.zeros(48)
+    whole = new_state(NUM_ROWS, logits.device)
+    for first, last in PARTS:
+        part = slice(first, last)
+        for state in (whole[:, part], new_state(last - first, logits.device)):
+            score(logits[part], targets[part], state)
+        differentiate(logits[part], targets[part], lse[part], torch.zeros(4, last - first))
+    assert len(scores) == len(grads) == 1
+    # Widths of the logits do count, for the sake of 16-byte accesses.
+    score(torch.zeros(NUM_ROWS, COLUMNS + 1), targets, whole)
+    differentiate(torch.zeros(NUM_ROWS, COLUMNS + 1), targets, lse, torch.zeros(4, NUM_ROWS))
+    assert len(scores) == len(grads) == 2
+
+
+def test_the_fused_kernel_is_compiled_once_whatever_the_rows_and_the_vocabulary(keys_of):
+    keys = keys_of(linear_scores, "linear_scores_kernel")
+    hidden, targets = torch.zeros(NUM_ROWS, 32), torch.zeros(NUM_ROWS, dtype=torch.int64)
+    for (first, last), vocab_size in zip(PARTS, (1, 7, 16, 2049, 4096, 5000), strict=True):
+        weight = torch.zeros(vocab_size, 32)
+        parts = torch.empty(linear_scores.num_splits(vocab_size), 7, last - first)
+        given = (hidden[first:last], weight, targets[first:last], None, *TRANSFORM, 0, parts)
+        linear_scores.partial_states(*given, linear_scores.TILES[9, 0])
+    assert len(keys) == 1
