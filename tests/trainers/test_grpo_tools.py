@@ -2,13 +2,17 @@
 
 import pandas as pd
 import pytest
+import torch
 import trl
+from transformers import AutoModelForCausalLM
 
 import trl_fast
 from support.models import save_tiny_model
 from support.rollouts import FixedRollout, color_prompts
-from support.tools import TOOLS, ToolPolicy, questions, tool_tokenizer
+from support.tokenizer import EOS
+from support.tools import ADD, ANSWER, TOOLS, ToolPolicy, questions, tool_tokenizer
 from support.training import assert_same_logs, make_trainer
+from trl_fast.rollout import Toolbox
 from trl_fast.rollout.responses import RESPONSE_TEMPLATES
 
 SETTINGS = {
@@ -90,8 +94,7 @@ def test_it_does_what_trl_does(settings, tool_model_path, tmp_path):
     assert_same_logs(logs[trl_fast], logs[trl])
 
 
-def test_it_learns_to_call_and_logs_what_was_called(tool_model_path, tmp_path, capsys):
-    """Only tokens of the policy are learned: calls that are rewarded get likelier, results do not."""
+def test_it_tells_the_policy_of_tools_and_logs_what_was_called(tool_model_path, tmp_path, capsys):
     trainer = make(trl_fast, tmp_path, tool_model_path, log_completions=True)
     prompt = trainer.processing_class.decode(trainer.train_dataset[0]["prompt_ids"])
     assert prompt.startswith("<|im_start|>system\nadd look_up fail <|im_end|>")
@@ -118,6 +121,45 @@ def test_the_policy_itself_generates(tool_model_path, tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["tools/call_frequency"] == 0
     assert trainer.processing_class.response_template is not None
+
+
+@pytest.mark.slow
+def test_it_learns_that_calling_pays(tmp_path, tool_model_path):
+    """A model that was shown both calls a tool for some of its answers; where only those are right, for most."""
+    model = shown_both(tool_model_path)
+    arguments = {"model": model, "reward_funcs": right, "train_dataset": questions(1), "tools": TOOLS}
+    settings = {"num_generations": 32, "per_device_train_batch_size": 32, "max_steps": 12, "learning_rate": 5e-4}
+    settings = {**SETTINGS, **settings, "lr_scheduler_type": "constant"}
+    arguments["processing_class"] = tool_tokenizer()
+    trainer = make_trainer(trl_fast, tmp_path, method="GRPO", arguments=arguments, **settings)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    rewards = [log["reward"] for log in logs]
+    assert rewards[0] < 0.5 and sum(rewards[-4:]) / 4 > 0.75
+    assert logs[-1]["tools/call_frequency"] > logs[0]["tools/call_frequency"]
+
+
+def right(completions, **_):
+    return [float(messages[-1]["content"] == "It is 3.") for messages in completions]
+
+
+def shown_both(model_path):
+    """The model after some steps on two answers to the question, one with a call and one without."""
+    tokenizer = tool_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    prompt = tokenizer.apply_chat_template(
+        questions(1)[0]["prompt"], tools=Toolbox(TOOLS).schemas, add_generation_prompt=True, tokenize=False
+    )
+    result = "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
+    answers = (f"{ADD}{EOS}{result}{ANSWER}", f"It is 4.{EOS}")
+    rows = [torch.tensor([tokenizer(text=prompt + answer)["input_ids"]]) for answer in answers]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = sum(model(input_ids=ids, labels=ids).loss for ids in rows)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
 
 
 def test_reasoning_is_read_without_tools(tool_model_path, tmp_path):
