@@ -157,14 +157,17 @@ class Run:
     name: str
     trainer: Trainer
     clock: StepClock
+    runs: int = 0
 
     def train(self) -> None:
         self.trainer.train()
+        self.runs += 1
 
     @property
     def tokens(self) -> int:
-        """Tokens of all steps of one run, as the trainer itself counts them."""
-        return int([log["num_tokens"] for log in self.trainer.state.log_history if "num_tokens" in log][-1])
+        """Tokens of all steps of one run, as the trainer itself counts them: on and on, from run to run."""
+        counts = [log["num_tokens"] for log in self.trainer.state.log_history if "num_tokens" in log]
+        return int(counts[-1]) // self.runs
 
 
 def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
