@@ -65,6 +65,17 @@ def test_selective_refuses():
         selective_log_softmax(torch.randn(2, 5), torch.tensor([1, 9]))
 
 
+def test_logits_that_are_not_finite_are_named_on_request(monkeypatch):
+    logits, index = torch.randn(2, 2, 5), torch.zeros(2, 2, dtype=torch.long)
+    logits[0, 1, 2] = float("-inf")
+    monkeypatch.setenv("TRL_FAST_CHECK", "1")
+    assert selective_log_softmax(logits, index).isfinite().all()
+    for value in ("nan", "inf"):
+        logits[1, 0, 2] = float(value)
+        with pytest.raises(ValueError, match="logits: 1 of 4 rows are not finite.*first row 2"):
+            selective_log_softmax(logits, index)
+
+
 @pytest.mark.parametrize("op", HEADS)
 def test_nan_in_hidden_is_named_on_request(op, monkeypatch):
     hidden = torch.randn(4, 8)

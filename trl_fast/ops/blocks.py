@@ -288,11 +288,11 @@ class UnitGradient:
         add_mm(total, weights, weight)
 
     def finish(self, targets: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """The unit gradient, once every column has been seen."""
-        slope = self.head.transform.slope(state[TARGET])[:, None].to(self.head.wide)
-        return (self.sum.div_(state[SUM][:, None].to(self.head.wide)).neg_()).addcmul_(
-            slope, self.head.weight[targets].to(self.head.wide)
-        )
+        """The unit gradient, once every column has been seen; NaN for a target outside the vocabulary."""
+        slope = self.head.transform.slope(state[TARGET]).masked_fill_(state[TARGET].isnan(), float("nan"))
+        own = self.head.weight[targets.clamp(0, self.head.vocab_size - 1)].to(self.head.wide)
+        mean = self.sum.div_(state[SUM][:, None].to(self.head.wide))
+        return mean.neg_().addcmul_(slope[:, None].to(self.head.wide), own)
 
 
 @dataclass

@@ -141,10 +141,13 @@ def score_rows_fused(
     from trl_fast.kernels.linear_scores import COLUMNS_PER_SPLIT, num_splits, partial_states
 
     tiles = _tiles(weight.device)
+    # A target outside the vocabulary stays NaN, as in the row kernels.
+    inside = targets.clamp(0, weight.shape[0] - 1)
     splits, num_rows = num_splits(weight.shape[0]), hidden.shape[0]
     step = max(1, workspace_bytes // (splits * _BYTES_PER_STATE))
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         parts = torch.empty(splits, NUM_STATES, rows.stop - start, dtype=torch.float32, device=weight.device)
         partial_states(hidden[rows], weight, targets[rows], bias, *transform, outputs, parts, tiles)
-        state[:, rows] = merge_states(parts, targets[rows] // COLUMNS_PER_SPLIT, outputs)
+        state[:, rows] = merge_states(parts, inside[rows] // COLUMNS_PER_SPLIT, outputs)
+    state[TARGET].masked_fill_(inside != targets, float("nan"))

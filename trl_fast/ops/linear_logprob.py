@@ -125,8 +125,9 @@ def linear_logprob(
         TokenScores of (N,) tensors; float32, is_top1 bool. Outputs that were not asked for are None.
 
     Raises:
-        ValueError: a shape, dtype, device, target, output name or number is not as above; with TRL_FAST_CHECK=1 also
-            if hidden is not finite; or workspace_bytes holds no row of logits.
+        ValueError: a shape, dtype, device, target, output name or number is not as above; or workspace_bytes holds no
+            row of logits. With the environment variable TRL_FAST_CHECK=1 also if hidden is not finite; on a GPU the
+            values of targets are looked at only then, and one outside the vocabulary makes its row NaN, with gradient.
         RuntimeError: the forced backend cannot serve.
     """
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)

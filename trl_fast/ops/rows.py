@@ -70,14 +70,17 @@ def finish_scores(state: torch.Tensor, outputs: int, vocab_size: int, dtype: tor
     """Statistics (7, R) of rows whose every column has been seen.
 
     Returns, in `dtype`: lse, logprob, entropy, log of the sum of squared probabilities, mean logit, 1.0 where the
-    target is the first argmax, and what rounding lse to `dtype` lost. Rows that `outputs` did not ask for are NaN.
+    target is the first argmax, and what rounding lse to `dtype` lost. Rows that `outputs` did not ask for are NaN. So
+    are the log-prob and the last number if the target never came: the gradient then is NaN like the loss.
     """
     log_sum = state[SUM].log()
     lse = state[TOP] + log_sum
     rounded = lse.to(dtype)
     statistics = torch.full((NUM_STATISTICS, state.shape[1]), float("nan"), dtype=dtype, device=state.device)
     statistics[LSE_ROW] = rounded
-    statistics[LSE_LOW_ROW] = torch.where(rounded.isfinite(), lse - rounded, 0.0)
+    statistics[LSE_LOW_ROW] = torch.where(rounded.isfinite(), lse - rounded, 0.0).masked_fill(
+        state[TARGET].isnan(), float("nan")
+    )
     # The largest logit is subtracted first: with a large common offset, lse itself has lost digits.
     statistics[LOGPROB_ROW] = (state[TARGET] - state[TOP]) - log_sum
     if outputs & ENTROPY:

@@ -9,7 +9,7 @@ from .linear_scores import row_coefficients
 from .rows import ROW_KERNELS, finish_scores, new_state
 from .scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW
 from .transform import LogitTransform
-from .validation import check_selective_inputs, check_target_range
+from .validation import check_finite, check_selective_inputs, check_target_range
 
 
 @torch.library.custom_op("trl_fast::selective_scores", mutates_args=())
@@ -79,6 +79,7 @@ def _selective(
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
+    check_finite(rows, "logits", masked=True)
     _, logprobs, entropy, _ = _selective_scores(rows, index.reshape(-1).long(), inv_temperature, outputs, backend)
     return logprobs.view(index.shape), entropy.view(index.shape)
 
@@ -89,14 +90,15 @@ def selective_log_softmax(
     """`log_softmax(logits / temperature, -1)` gathered at `index`, with no [..., V] intermediate.
 
     Args:
-        logits: (..., V) float32|bfloat16|float16.
+        logits: (..., V) float32|bfloat16|float16; -inf rules a token out.
         index: (...) integer in [0, V).
 
     Returns:
         (...) float32, differentiable.
 
     Raises:
-        ValueError: a shape, dtype, device, index or the temperature is not as above.
+        ValueError: a shape, dtype, device, index or the temperature is not as above; with TRL_FAST_CHECK=1 also if a
+            logit is NaN or +inf. On a GPU the index's values are looked at only then, and what lies outside is NaN.
         RuntimeError: the forced backend cannot serve.
     """
     return _selective(logits, index, temperature, 0, backend)[0]

@@ -101,7 +101,8 @@ def linear_scores_sparse_backward(
     a, b, d, _ = coefficients
     values = logprobs.exp().clamp(min=threshold) * (a[rows] + b[rows] * logprobs)
     values = torch.cat((values * transform.slope(logprobs + lse[rows]), d * transform.slope(target_logprobs + lse)))
-    rows, columns = torch.cat((rows, numbers)), torch.cat((columns, targets))
+    # A target outside the vocabulary has made its row NaN already.
+    rows, columns = torch.cat((rows, numbers)), torch.cat((columns, targets.clamp(0, vocab_size - 1)))
     active = values != 0
     rows, columns, values = rows[active], columns[active], values[active]
     product = SPARSE_KERNELS[backend].product

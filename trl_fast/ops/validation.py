@@ -70,7 +70,8 @@ def check_selective_inputs(logits: torch.Tensor, index: torch.Tensor) -> None:
 
 
 def check_target_range(targets: torch.Tensor, vocab_size: int, name: str = "targets") -> None:
-    """Every target lies in [0, vocab_size). On a GPU only when TRL_FAST_CHECK=1, since it makes the host wait.
+    """Every target lies in [0, vocab_size). On a GPU only when TRL_FAST_CHECK=1, since it makes the host wait; without
+    it, a row whose target lies outside is NaN.
 
     Raises:
         ValueError: naming the first bad row, its value and the vocabulary.
@@ -90,15 +91,16 @@ class NotFiniteError(ValueError):
     """NaN or infinity where numbers were expected."""
 
 
-def check_finite(hidden: torch.Tensor, name: str = "hidden") -> None:
-    """With TRL_FAST_CHECK=1: no NaN or infinity in `hidden` (N, H).
+def check_finite(hidden: torch.Tensor, name: str = "hidden", *, masked: bool = False) -> None:
+    """With TRL_FAST_CHECK=1: no NaN or infinity in `hidden` (N, H). masked: -inf is no error, it rules a token out.
 
     Raises:
         NotFiniteError: naming how many rows are not finite and the first of them.
     """
     if not checks_requested():
         return
-    bad = (~torch.isfinite(hidden).all(dim=-1)).nonzero()
+    good = hidden < float("inf") if masked else torch.isfinite(hidden)
+    bad = (~good.all(dim=-1)).nonzero()
     if bad.numel():
         raise NotFiniteError(
             f"{name}: {bad.shape[0]} of {hidden.shape[0]} rows are not finite (NaN or infinity), first row "
