@@ -94,9 +94,9 @@ def ours_by_token(problem: Problem, backend: str) -> Callable[[], None]:
 
 
 def trl(problem: Problem) -> Callable[[], None]:
-    from trl.kernels import ChunkedLogProbFunction
-
     def run() -> None:
+        from trl.kernels import ChunkedLogProbFunction
+
         out = ChunkedLogProbFunction.apply(
             problem.hidden, problem.weight, None, problem.targets, 1.0, 32768, None, 1.0, ()
         )
@@ -171,6 +171,10 @@ def report(console: Console, mode: str, raced: list[Contender]) -> list[dict]:
         table.add_column(column, justify="left" if not column else "right")
     rows = []
     for c in raced:
+        if c.failure is not None:
+            rows.append({"mode": mode, "name": c.name, "not_run": c.failure})
+            table.add_row(c.name, "not run")
+            continue
         to_floor = c.median / by_name[FLOOR].median
         to_trl = by_name[TRL].median / c.median if TRL in by_name else None
         rows.append(
@@ -189,6 +193,9 @@ def report(console: Console, mode: str, raced: list[Contender]) -> list[dict]:
         cells = (f"{c.median:.2f}", spread, f"{to_floor:.2f}", slower, f"{c.extra_bytes / MIB:.0f}")
         table.add_row(c.name, *cells, str(len(c.seconds)))
     console.print(table)
+    for c in raced:
+        if c.failure is not None:
+            console.print(f"{c.name}: not run: {c.failure}", soft_wrap=True)
     return rows
 
 
@@ -223,7 +230,7 @@ def main() -> None:
     figures = []
     for mode in arguments.modes:
         raced = contenders(problem, mode, set(arguments.skip), by_token=arguments.by_token)
-        race(raced, arguments.rounds, arguments.patience, device, mode)
+        race(raced, arguments.rounds, arguments.patience, device, mode, keep_going=True)
         figures += report(console, mode, raced)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ class Contender:
     peak_bytes: int = 0
     # What the step is there to produce (gradients): not counted as extra memory.
     result_bytes: int = 0
+    # Why it could not be run, if it raised.
+    failure: str | None = None
 
     @property
     def extra_bytes(self) -> int:
@@ -33,7 +36,8 @@ class Contender:
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        """Seconds; NaN for a contender that was not run."""
+        return statistics.median(self.seconds) if self.seconds else math.nan
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -52,22 +56,39 @@ def first_seconds(run: Callable[[], object], device: torch.device) -> float:
     return min(first, timed(run, device)) if first < WARM_UP_SECONDS else first
 
 
-def race(contenders: list[Contender], rounds: int, patience: float, device: torch.device, title: str) -> None:
+def race(
+    contenders: list[Contender],
+    rounds: int,
+    patience: float,
+    device: torch.device,
+    title: str,
+    *,
+    keep_going: bool = False,
+) -> None:
     """Measures peak memory once (that is the warm-up too), then times `rounds` rounds, each contender once a round.
 
-    A contender that took longer than `patience` seconds in its first timed run is not run again.
+    A contender that took longer than `patience` seconds in its first timed run is not run again. With `keep_going`,
+    nor is one that raised: its `failure` says what, and the others are timed all the same.
     """
+    caught = Exception if keep_going else ()
     with Progress(transient=True) as progress:
         task = progress.add_task(title, total=len(contenders) * (rounds + 1))
-        for contender in contenders:
-            start = time.perf_counter()
-            contender.peak_bytes = measure_peak(contender.run, device).peak_bytes
-            elapsed = time.perf_counter() - start
-            if elapsed > patience:
-                contender.seconds.append(elapsed)
-            progress.advance(task)
-        for _ in range(rounds):
+        for number in range(rounds + 1):
             for contender in contenders:
-                if not contender.seconds or max(contender.seconds) <= patience:
-                    contender.seconds.append(timed(contender.run, device))
+                try:
+                    _run_once(contender, number == 0, patience, device)
+                except caught as error:
+                    contender.failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                    contender.seconds.clear()
                 progress.advance(task)
+
+
+def _run_once(contender: Contender, first: bool, patience: float, device: torch.device) -> None:
+    if first:
+        start = time.perf_counter()
+        contender.peak_bytes = measure_peak(contender.run, device).peak_bytes
+        elapsed = time.perf_counter() - start
+        if elapsed > patience:
+            contender.seconds.append(elapsed)
+    elif contender.failure is None and (not contender.seconds or max(contender.seconds) <= patience):
+        contender.seconds.append(timed(contender.run, device))
