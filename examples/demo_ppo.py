@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct does sums of reasoning-gym. A short supervised warm-up teaches it to answer with a number; a
 reward model is trained on pairs of a right and a wrong answer; then PPO teaches the policy what that model likes. What
 held-out questions' sampled answers earn, from the reward model and from the task itself, is printed before and after.
-The exit status is 1 if either did not clearly rise.
+The exit status is 1 if the reward did not clearly rise or fewer answers are right.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from transformers import (
 
 from trl_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
-from .online import CLEARLY, common_settings, make_console, make_parser, parse_arguments, plot, quiet, warm_up
+from .online import common_settings, make_console, make_parser, parse_arguments, plot, quiet, warm_up
 from .sums import answer_pairs, correct, sums
 
 CURVES = ("objective/scores", "objective/kl", "objective/entropy", "completions/mean_length")
+# What the reward model's score of held-out answers has to gain.
+CLEARLY = 1.0
 # Answers that are sampled to each held-out question.
 SAMPLES = 4
 
@@ -77,13 +79,16 @@ def make_trainer(
     """PPO on the questions alone; the value model starts as a copy of the reward model."""
     config = PPOConfig(
         max_steps=arguments.steps,
-        per_device_train_batch_size=32,
-        num_ppo_epochs=2,
+        per_device_train_batch_size=16,
+        num_mini_batches=2,
+        num_ppo_epochs=1,
         response_length=6,
         stop_token="eos",
         missing_eos_penalty=1.0,
         temperature=1.0,
-        kl_coef=0.02,
+        kl_coef=0.05,
+        # The reward model's scores are up to 10 apart, and within a rollout values may move no further than this.
+        cliprange_value=10.0,
         learning_rate=1e-5,
         num_sample_generations=0,
         **common_settings(arguments, "ppo"),
@@ -144,9 +149,9 @@ def main(words: list[str] | None = None) -> int:
     plot(trainer.state.log_history, CURVES, picture)
     console.print(results_table(before, after, accuracy))
     console.print(f"training curves: {picture}", soft_wrap=True)
-    if after.right >= before.right + CLEARLY and after.score > before.score:
+    if after.score >= before.score + CLEARLY and after.right >= before.right:
         return 0
-    console.print("FAILED: the answers to held-out questions did not clearly get better", style="red")
+    console.print("FAILED: held-out answers do not clearly earn more, or fewer of them are right", style="red")
     return 1
 
 

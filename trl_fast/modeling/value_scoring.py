@@ -105,9 +105,17 @@ def state_batch(batch: TokenBatch, has_end: torch.Tensor) -> TokenBatch:
     return _read_at(batch, torch.cat(kept))
 
 
-def end_batch(batch: TokenBatch) -> TokenBatch:
-    """The batch, to be read at the last token of each of its S completions."""
-    return _read_at(batch, torch.stack([place[-1] for place in _places(batch)]))
+def end_batch(batch: TokenBatch, pad_token_id: int) -> TokenBatch:
+    """The batch, to be read at the last token of each of its S sequences that is not the pad token.
+
+    There transformers reads classifiers, and reward models are trained: where EOS is the pad token, not at EOS.
+    """
+    ids = batch.input_ids.flatten()
+    places = []
+    for place in _places(batch):
+        seen = place[ids[place] != pad_token_id]
+        places.append((seen if len(seen) else place)[-1])
+    return _read_at(batch, torch.stack(places))
 
 
 def read_head(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:

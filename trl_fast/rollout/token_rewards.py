@@ -42,6 +42,7 @@ class TokenRewardModel:
         with evaluating(self.model):
             for start in range(0, len(order), self.batch_size):
                 chunk = order[start : start + self.batch_size]
-                batch = end_batch(samples.select(chunk).batch(self.layout, self.pad_token_id))
+                batch = samples.select(chunk).batch(self.layout, self.pad_token_id)
+                batch = end_batch(batch, self.pad_token_id)
                 rewards[chunk] = read_head(self.model, batch.to(self.model.device)).cpu()
         return rewards.tolist()
