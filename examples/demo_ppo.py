@@ -1,6 +1,6 @@
 """A reward model and PPO on it, end to end, on a real model and a real task.
 
-    python -m examples.demo_ppo [--steps 40] [--reward_steps 150] [--model_name_or_path ...] [--output_dir runs/ppo]
+    python -m examples.demo_ppo [--steps 20] [--reward_steps 150] [--model_name_or_path ...] [--output_dir runs/ppo]
 
 SmolLM2-135M-Instruct does sums of reasoning-gym. A short supervised warm-up teaches it to answer with a number; a
 reward model is trained on pairs of a right and a wrong answer; then PPO teaches the policy what that model likes. What
@@ -129,7 +129,7 @@ def results_table(before: HeldOut, after: HeldOut, accuracy: float) -> Table:
 
 def main(words: list[str] | None = None) -> int:
     """Runs the demo; the exit status."""
-    parser = make_parser(__doc__.splitlines()[0], "ppo", steps=40)
+    parser = make_parser(__doc__.splitlines()[0], "ppo", steps=20)
     parser.add_argument("--reward_steps", type=int, default=150, help="steps of the reward model")
     parser.add_argument("--pairs", type=int, default=12, help="pairs of a question that the reward model sees")
     arguments = parse_arguments(parser, words)

@@ -61,7 +61,14 @@ def test_a_larger_block_replaces_a_smaller_one():
     assert _C.held_bytes() == 0
 
 
-@pytest.mark.parametrize(("limit", "held"), [("0", 0), (str(30 * MIB), 20 * MIB), (str(50 * MIB), 44 * MIB)])
+@pytest.mark.parametrize(
+    ("limit", "held"),
+    [
+        pytest.param("0", 0, marks=pytest.mark.slow),
+        (str(30 * MIB), 20 * MIB),
+        pytest.param(str(50 * MIB), 44 * MIB, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_held_is_bounded(limit, held):
     code = (
         "import torch\n"
