@@ -17,9 +17,6 @@ from .smollm2 import smollm2_folder
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# What the share of right answers to held-out questions has to gain.
-CLEARLY = 0.1
-
 
 def make_console() -> Console:
     """A console that is wide enough in a file too."""

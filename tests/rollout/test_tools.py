@@ -183,14 +183,21 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_messages_are_those_of_trl(text):
-    tokenizer = known("qwen3")
-    ids, prompt_ids = tokenizer(text=text)["input_ids"], tokenizer(text="<|im_start|>assistant\n")["input_ids"]
+ANSWERS = "<|im_start|>assistant\n"
+
+
+def assert_read_as_trl_reads_it(tokenizer, text):
+    """By the response template that we find; it stays the tokenizer's."""
+    ids, prompt_ids = tokenizer(text=text)["input_ids"], tokenizer(text=ANSWERS)["input_ids"]
     expected = theirs.parse_response(theirs.add_response_schema(tokenizer), ids, prefix=prompt_ids, tools=TOOLS)
     tokenizer.response_template = None
     tokenizer.response_template = find_response_template(tokenizer)
     assert parse_message(tokenizer, ids, prompt_ids, Toolbox(TOOLS).schemas) == expected
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_messages_are_those_of_trl(text):
+    assert_read_as_trl_reads_it(known("qwen3"), text)
 
 
 PYTHON_CALLS = "add(a=1, b=2), look_up(word='the sky, (or so)'), f(x=[1, {'a': 'b, c'}], y=None, z={}), fail()"
@@ -206,14 +213,10 @@ PYTHON_CALLS = "add(a=1, b=2), look_up(word='the sky, (or so)'), f(x=[1, {'a': '
 )
 def test_calls_written_as_python_does_are_read_as_trl_reads_them(text):
     tokenizer = known("lfm2_2_5")
-    ids, prompt_ids = tokenizer(text=text)["input_ids"], tokenizer(text="<|im_start|>assistant\n")["input_ids"]
-    expected = theirs.parse_response(theirs.add_response_schema(tokenizer), ids, prefix=prompt_ids, tools=TOOLS)
-    tokenizer.response_template = None
-    tokenizer.response_template = find_response_template(tokenizer)
-    assert parse_message(tokenizer, ids, prompt_ids, Toolbox(TOOLS).schemas) == expected
+    assert_read_as_trl_reads_it(tokenizer, text)
     # TRL takes the second of two functions in plain text for a call.
     text = f"It is f(x), g(y).{EOS}"
-    message = parse_message(tokenizer, tokenizer(text=text)["input_ids"], prompt_ids)
+    message = parse_message(tokenizer, tokenizer(text=text)["input_ids"], tokenizer(text=ANSWERS)["input_ids"])
     assert message == {"role": "assistant", "content": "It is f(x), g(y)."}
 
 
