@@ -1,6 +1,6 @@
 """A config and a trainer for each method; glue over the layers below, on transformers.Trainer."""
 
-from .callbacks import BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback
+from .callbacks import BEMACallback, LogCompletionsCallback, SyncRefModelCallback
 from .dpo import DPOTrainer
 from .dpo_config import DPOConfig
 from .grpo import GRPOTrainer
@@ -9,6 +9,7 @@ from .kto import KTOTrainer
 from .kto_config import KTOConfig
 from .ppo import PPOTrainer
 from .ppo_config import PPOConfig
+from .progress import RichProgressCallback
 from .reward import RewardTrainer
 from .reward_config import RewardConfig
 from .rloo import RLOOTrainer

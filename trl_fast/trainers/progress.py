@@ -1,0 +1,140 @@
+"""A progress bar with the latest metrics, and a table of them at the end."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# What a table's borders and padding take beside a column's text.
+_COLUMN_FRAME = 3
+_MOST_COLUMNS = 16
+
+
+def metrics_table(rows: list[dict[str, float]], title: str, width: int) -> Table:
+    """A table of logged metrics, a column a log: as many of the last ones as fit, and the first for comparison.
+
+    rows: what Trainer.log was given, plus "step", oldest first. width: of the console, in characters.
+    """
+    rows = [*rows[:1], *rows[1:][-_MOST_COLUMNS:]]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]
+    columns = [[f"step {row['step']}", *(_number(row.get(name)) for name in names)] for row in rows]
+    widths = [max(map(len, column)) + _COLUMN_FRAME for column in columns]
+    left = width - max(map(len, ["metric", *names])) - _COLUMN_FRAME - 1 - widths[0]
+    shown = [columns[0]]
+    for column, needed in zip(columns[:0:-1], widths[:0:-1], strict=True):
+        left -= needed
+        if left < 0:
+            break
+        shown.insert(1, column)
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("metric", no_wrap=True)
+    for column in shown:
+        table.add_column(column[0], justify="right", no_wrap=True)
+    for index, name in enumerate(names, start=1):
+        table.add_row(name, *(column[index] for column in shown))
+    return table
+
+
+def _number(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class RichProgressCallback(TrainerCallback):
+    """A progress bar for training and evaluation, with a table of the last logs under it.
+
+    Where the output is no terminal, each log is printed as one line instead.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.progress: Progress | None = None
+        self.live: Live | None = None
+        self.train_task = self.eval_task = None
+        self.rows: list[dict[str, float]] = []
+
+    def _show(self) -> None:
+        if self.live is not None:
+            self.live.update(Group(self.progress, metrics_table(self.rows, "metrics", self.console.width)))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Starts the bar."""
+        if not state.is_world_process_zero:
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=self.console)
+        self.train_task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+        if self.console.is_terminal:
+            self.live = Live(self.progress, console=self.console, refresh_per_second=4)
+            self.live.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Moves the bar."""
+        if self.progress is not None:
+            self.progress.update(self.train_task, completed=state.global_step)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: object = None,
+        **kwargs: object,
+    ) -> None:
+        """Moves the evaluation's bar, which exists while an evaluation runs."""
+        if self.progress is None or not hasattr(eval_dataloader, "__len__"):
+            return
+        if self.eval_task is None:
+            self.eval_task = self.progress.add_task("evaluating", total=len(eval_dataloader))
+        self.progress.advance(self.eval_task)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Takes the evaluation's bar away."""
+        if self.progress is not None and self.eval_task is not None:
+            self.progress.remove_task(self.eval_task)
+            self.eval_task = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Shows a log."""
+        if not state.is_world_process_zero or not logs:
+            return
+        self.rows.append({"step": state.global_step, **logs})
+        if self.live is not None:
+            self._show()
+        else:
+            shown = "  ".join(f"{name} {_number(value)}" for name, value in logs.items())
+            self.console.print(f"step {state.global_step}: {shown}", highlight=False, soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Stops the bar and leaves the table."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+        self.progress = None
+        if self.rows and state.is_world_process_zero:
+            self.console.print(metrics_table(self.rows, "training", self.console.width))
