@@ -9,8 +9,9 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from trl_fast.trainers import RichProgressCallback
-from trl_fast.trainers.base import BaseTrainer, newest_checkpoint
+from trl_fast.trainers.base import BaseTrainer
 from trl_fast.trainers.base_config import BaseConfig
+from trl_fast.trainers.checkpoints import newest_checkpoint
 
 from .arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from .datasets import load_train_and_test

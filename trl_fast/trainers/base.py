@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +12,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
@@ -27,6 +24,7 @@ from trl_fast.ops.validation import NotFiniteError
 
 from .base_config import ROW_LAYOUTS, BaseConfig, deprecated
 from .callbacks import TokenCounter
+from .checkpoints import check_output_dir, newest_checkpoint
 from .metrics import MetricBuffer
 
 logger = logging.getLogger(__name__)
@@ -34,23 +32,6 @@ logger = logging.getLogger(__name__)
 AnyDataset = Dataset | IterableDataset
 
 _PROBE_TOKENS = 12
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Makes sure, before any work is done, that its result can be written.
-
-    Raises:
-        ValueError: the folder cannot be made or written to.
-    """
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={output_dir!r} cannot be written to ({error.strerror or error}); choose another folder or "
-            "change its permissions"
-        ) from error
 
 
 def older_tokenizer_name(
@@ -67,22 +48,6 @@ def older_tokenizer_name(
         raise ValueError("tokenizer and processing_class mean the same; give only processing_class")
     deprecated(owner, "tokenizer", "it works; processing_class is the present name.")
     return tokenizer
-
-
-def newest_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint that was written to its end; one that was cut off has no trainer state.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [
-        path
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.split("-")[-1].isdigit() and (path / TRAINER_STATE_NAME).is_file()
-    ]
-    if not found:
-        raise ValueError(f"resume_from_checkpoint=True: no complete checkpoint in output_dir={output_dir!r}")
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1])))
 
 
 def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
