@@ -190,6 +190,7 @@ def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
         logging_steps=1,
         learning_rate=1e-6,
         gradient_checkpointing=not arguments.no_checkpointing,
+        **({"activation_budget_bytes": arguments.budget} if module == OURS else {}),
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
@@ -314,6 +315,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--completion_tokens", type=int, default=0, help="0: whole paragraphs, of their own lengths")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--no_checkpointing", action="store_true")
+    parser.add_argument("--budget", type=int, help="activation_budget_bytes of ours; default: its own")
     parser.add_argument("--sweep", type=int, nargs="+", help="lengths in tokens")
     parser.add_argument("--name", help="of the JSON file; default: the method")
     parser.add_argument("--memory_of", choices=[OURS, TRL], help="run only this trainer and print its peak memory")

@@ -15,6 +15,10 @@ from trl_fast.planning.timeline import GRADIENTS, KINDS, OPTIMIZER, REFERENCE, W
     [
         {"lora_r": 4, "lora_target_modules": ("q_proj", "up_proj"), "tiled_mlp": 64, "activation_offloading": True},
         {"gradient_checkpointing": False, "method": "sft", "dtype": "float32"},
+        {"activation_budget_bytes": 0},
+        # All products of two layers and some of the third, attention of all.
+        {"activation_budget_bytes": 150_000, "head_workspace_bytes": 1 << 16},
+        {"activation_budget_bytes": 20_000, "dtype": "float32"},
         pytest.param({"method": "reward", "batch_layout": "padded"}, marks=pytest.mark.slow),
         {"system": TRL, "precompute_ref_log_probs": True},
         pytest.param({"system": FULL_LOGITS, "method": "sft"}, marks=pytest.mark.slow),

@@ -53,6 +53,10 @@ class PlanArguments:
         default=None, metadata={"help": "Modules to adapt, or all-linear; unset: PEFT's choice for the architecture."}
     )
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in backward."})
+    activation_budget_bytes: int | None = field(
+        default=None,
+        metadata={"help": "Memory for results that checkpointing need not compute again; default 1 GiB."},
+    )
     activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in CPU memory meanwhile."})
     tiled_mlp: str | None = field(
         default=None, metadata={"help": "Compute MLPs in tiles of so many tokens; true: 4096."}
@@ -92,6 +96,7 @@ def make_setup(arguments: PlanArguments) -> Setup:
         lora_r=arguments.lora_r if arguments.peft else None,
         lora_target_modules=modules[0] if modules and len(modules) == 1 else tuple(modules) if modules else None,
         gradient_checkpointing=arguments.gradient_checkpointing,
+        activation_budget_bytes=arguments.activation_budget_bytes,
         activation_offloading=arguments.activation_offloading,
         tiled_mlp=BaseConfig._tile_tokens(arguments.tiled_mlp),
         batch_layout=arguments.batch_layout,

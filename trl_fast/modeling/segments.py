@@ -383,8 +383,10 @@ class CudaParts:
                 out, lse = found, found_lse
                 continue
             rows = call.queries
-            merged, lse[:, rows] = merge(out[rows].transpose(0, 1), lse[:, rows], found.transpose(0, 1), found_lse)
-            out[rows] = merged.transpose(0, 1)
+            merged, merged_lse = merge(out[rows].transpose(0, 1), lse[:, rows], found.transpose(0, 1), found_lse)
+            # Copies, because gradient checkpointing keeps what a kernel gave only if nothing changes it.
+            out, lse = out.clone(), lse.clone()
+            out[rows], lse[:, rows] = merged.transpose(0, 1), merged_lse
         return out.transpose(0, 1)[None], lse
 
     def backward(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from trl_fast.modeling.kept_results import Budget
 
 from .models import layers_are_alike, meta_model
 from .setup import Setup
-from .step import simulate
-from .timeline import KINDS, Peak, highest
+from .step import LAST_LAYER, simulate
+from .timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, Peak, highest
 
 # The shallowest models that have a first, a last and, in the second, a layer between.
 SHALLOW = (2, 3)
@@ -17,6 +19,7 @@ SHALLOW = (2, 3)
 TOLERANCE = 0.01
 # Lengths are multiples of this, and longer ones than the last are not looked at.
 LENGTH_STEP, LONGEST = 64, 1 << 22
+_UNLIMITED = 1 << 60
 
 StagePeaks = dict[str, Peak]
 
@@ -25,14 +28,43 @@ def stage_peaks(setup: Setup, max_length: int) -> StagePeaks:
     """The peak of each stage of a step, as `simulate` finds them, in a fraction of the time.
 
     Layers are alike, so the most memory in each stage of a step is a straight line over their number: two shallow
-    models tell it. A model whose layers differ is simulated whole.
+    models tell it. They keep all results that gradient checkpointing may keep; what the budget has no room for in the
+    whole model is then taken off. A model whose layers differ is simulated whole.
     """
-    depth = setup.num_layers
+    depth, limit = setup.num_layers, setup.activation_budget
     if depth <= SHALLOW[-1] or not layers_are_alike(meta_model(setup)):
         return simulate(setup, max_length).stage_peaks()
-    fewer, more = (simulate(setup, max_length, layers).stage_peaks() for layers in SHALLOW)
+    roomy = setup.but(activation_budget_bytes=_UNLIMITED) if limit else setup
+    shallow = [simulate(roomy, max_length, layers) for layers in SHALLOW]
+    fewer, more = (timeline.stage_peaks() for timeline in shallow)
     # The stage that only the deeper model has lies between two others and is never above both.
-    return {stage: _on_line(fewer[stage], more[stage], SHALLOW, depth) for stage in more if stage in fewer}
+    peaks = {stage: _on_line(fewer[stage], more[stage], SHALLOW, depth) for stage in more if stage in fewer}
+    if limit:
+        _take_off_what_has_no_room(peaks, shallow[-1].results[1], depth, limit)
+    return peaks
+
+
+def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[tuple[str, int]], depth: int, limit: int) -> None:
+    """From the peaks of a model that keeps all results, those of one with a budget; `results` are a layer's."""
+    kept_and_all = zip(_kept(results, depth, limit), _kept(results, depth, _UNLIMITED), strict=True)
+    missing = [every - kept for kept, every in kept_and_all]
+    # The layer at work has its results, kept or computed again.
+    surplus = {FORWARD_STAGE: sum(missing), HEAD_STAGE: sum(missing), LAST_LAYER: sum(missing[:-1])}
+    for stage in surplus.keys() & peaks.keys():
+        peaks[stage].parts[SAVED] -= surplus[stage]
+
+
+def _kept(results: Sequence[tuple[str, int]], depth: int, limit: int) -> list[int]:
+    """Bytes that each of `depth` layers keeps, whose results are all of these kinds and sizes."""
+    budget, left, kept = Budget(limit, depth), limit, []
+    for _ in range(depth):
+        budget.start_layer()
+        for kind, size in results:
+            budget.take(kind, size)
+        budget.end_layer()
+        kept.append(left - budget.left)
+        left = budget.left
+    return kept
 
 
 def estimate(setup: Setup, max_length: int) -> Peak:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
+from trl_fast.modeling.kept_results import budget_bytes
+
 METHODS = ("dpo", "sft", "reward")
 DTYPES = ("bfloat16", "float32")
 DEVICES = ("gpu", "cpu")
@@ -39,6 +41,7 @@ class Setup:
     lora_r: int | None = None
     lora_target_modules: str | tuple[str, ...] | None = None
     gradient_checkpointing: bool = True
+    activation_budget_bytes: int | None = None
     activation_offloading: bool = False
     tiled_mlp: int | None = None
     batch_layout: str = "auto"
@@ -58,6 +61,8 @@ class Setup:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected a positive number")
+        if (self.activation_budget_bytes or 0) < 0:
+            raise ValueError(f"activation_budget_bytes={self.activation_budget_bytes}: expected 0 or more")
         if not 0 <= self.prompt_share < 1:
             raise ValueError(f"prompt_share={self.prompt_share}: expected a number in [0, 1)")
 
@@ -72,6 +77,13 @@ class Setup:
     @property
     def num_layers(self) -> int:
         return self.config.get_text_config().num_hidden_layers
+
+    @property
+    def activation_budget(self) -> int:
+        """Bytes of results that gradient checkpointing keeps, at most; only ours does."""
+        if self.system != OURS or not self.gradient_checkpointing:
+            return 0
+        return budget_bytes(self.activation_budget_bytes, self.activation_offloading)
 
     @property
     def max_positions(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -56,7 +57,7 @@ def simulate(setup: Setup, max_length: int, layers: int | None = None) -> Timeli
         optimizer = _optimizer(setup, model, tracker)
         _mark_stages(model, tracker)
         _run(setup, model, reference, batch, optimizer, tracker)
-    return tracker.timeline()
+    return replace(tracker.timeline(), results=base_model(model).trl_fast_keeper.budget.asked)
 
 
 def _run(

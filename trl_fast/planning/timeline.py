@@ -68,11 +68,13 @@ def highest(peaks: Mapping[str, Peak]) -> Peak:
 class Timeline:
     """Memory of each kind at each operator of a step: levels (kinds, operators) int64, in the order of KINDS.
 
-    stages: (name, first operator, last operator), the first of all operators being number 0.
+    stages: (name, first operator, last operator), the first of all operators being number 0; results: kind and bytes
+    of what gradient checkpointing may keep, a list a layer (`modeling.kept_results.Budget`).
     """
 
     levels: np.ndarray
     stages: tuple[tuple[str, int, int], ...]
+    results: Sequence[Sequence[tuple[str, int]]] = ()
 
     @classmethod
     def of(cls, allocations: Sequence[Allocation], stages: tuple[tuple[str, int, int], ...]) -> Timeline:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling.kept_results import keep_results
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, load_causal_lm
 from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.positions import check_positions
@@ -169,6 +170,7 @@ class BaseTrainer(Trainer):
             tile_mlps(base_model(model), args.tiled_mlp)
         if args.activation_offloading:
             offload_activations(base_model(model))
+        keep_results(base_model(model), args.activation_budget, attention_always=args.keeps_attention)
         return model
 
     def choose_layout(self, model: PreTrainedModel, args: BaseConfig, sequences: list[list[int]]) -> str:

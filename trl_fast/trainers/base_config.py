@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from trl_fast.modeling.kept_results import budget_bytes
 from trl_fast.ops.linear_logprob import HEAD_GRADS
 from trl_fast.suggestions import did_you_mean
 
@@ -110,6 +111,13 @@ class BaseConfig(TrainingArguments):
         default=None,
         metadata={"help": "Weight of a mixture of experts' load-balancing loss. Unset: what the model's config says."},
     )
+    activation_budget_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Memory for results of matrix products and attention that gradient checkpointing would compute "
+            "again, a model and forward pass. Unset: 1 GiB, none with activation_offloading; 0: none."
+        },
+    )
     activation_offloading: bool = field(
         default=False,
         metadata={
@@ -176,8 +184,31 @@ class BaseConfig(TrainingArguments):
             raise ValueError(f"max_length must be a positive number of tokens or None, got {self.max_length}")
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
         self.tiled_mlp = self._tile_tokens(self.tiled_mlp)
+        self._check_checkpointing()
         if self.use_liger_kernel:
             self._keep_head_from_liger()
+
+    def _check_checkpointing(self) -> None:
+        budget, keywords = self.activation_budget_bytes, self.gradient_checkpointing_kwargs or {}
+        if budget is not None and budget < 0:
+            raise ValueError(f"activation_budget_bytes must be a number of bytes, 0 or more, or None, got {budget}")
+        asked = "gradient_checkpointing_kwargs={'selective': True}" if keywords.get("selective") else None
+        if asked is None and budget:
+            asked = f"activation_budget_bytes={budget}"
+        if asked and not self.gradient_checkpointing:
+            raise ValueError(f"{asked} is of use with gradient_checkpointing=True only; set it, or leave this out")
+        if asked and keywords.get("use_reentrant"):
+            raise ValueError(f"{asked} needs use_reentrant=False in gradient_checkpointing_kwargs")
+
+    @property
+    def activation_budget(self) -> int:
+        """Bytes of results that gradient checkpointing may keep in a forward pass."""
+        return budget_bytes(self.activation_budget_bytes, self.activation_offloading)
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether gradient checkpointing keeps all results of attention: TRL's `selective`."""
+        return bool((self.gradient_checkpointing_kwargs or {}).get("selective"))
 
     def _keep_head_from_liger(self) -> None:
         """Liger's kernels for layers may be used; its fused head would take the place of ours."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch
+from trl_fast.modeling.kept_results import keep_results
 from trl_fast.modeling.loading import base_model, disable_dropout, is_quantized, load_reward_model
 from trl_fast.modeling.reference import freeze
 from trl_fast.modeling.reward_scoring import attach_reward_scoring
@@ -102,6 +103,7 @@ class Critic:
             disable_dropout(model)
         if args.tiled_mlp is not None:
             tile_mlps(inner, args.tiled_mlp)
+        keep_results(inner, args.activation_budget, attention_always=args.keeps_attention)
         self.layout = choose_classifier_layout(
             inner, args.batch_layout, sequences, without_dropout=args.disable_dropout
         )

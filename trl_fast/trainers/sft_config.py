@@ -97,10 +97,6 @@ class SFTConfig(BaseConfig):
             if self.batch_layout == "padded":
                 raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
             self.batch_layout = "packed"
-        if (self.gradient_checkpointing_kwargs or {}).pop("selective", False):
-            raise NotImplementedError(
-                "gradient_checkpointing_kwargs={'selective': True} is not supported yet; leave 'selective' out"
-            )
 
     def _translate_older_values(self) -> None:
         owner = type(self).__name__

@@ -1,0 +1,240 @@
+"""Checkpointing that keeps results: the same bits, fewer products, and no more memory than was given."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from support.models import tiny_model
+from support.trees import random_trees
+from trl_fast.data import pack_trees
+from trl_fast.modeling.attention import use_segment_attention
+from trl_fast.modeling.kept_results import ATTENTION, PRODUCT, Budget, Keeper, Keeping, Reusing, keep_results
+from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.tiled_mlp import tile_mlps
+
+ALL = 1 << 40
+NON_REENTRANT = {"use_reentrant": False}
+
+
+def build(
+    family="llama", *, limit=None, lora=False, tiled=False, layout="shared_prefix", keywords=NON_REENTRANT, **kept
+):
+    model = tiny_model(family)
+    attach_scoring(model)
+    if layout != "padded":
+        use_segment_attention(model)
+    if lora:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    if tiled:
+        tile_mlps(base_model(model), 30)
+    if limit is not None:
+        keep_results(base_model(model), limit, **kept)
+    if keywords is not None:
+        model.activation_checkpointing_enable(dict(keywords))
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def run(model, layout="shared_prefix", autocast=False):
+    """The log-probs, all gradients, and the operations of forward and backward."""
+    trees = random_trees([(18, (3, 5)), (21, (6, 9))])
+    with FlopCounterMode(display=False) as forward, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logprobs = score(model, pack_trees(trees, layout, 2), backend="torch").tokens.logprobs
+    with FlopCounterMode(display=False) as backward:
+        logprobs.square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logprobs.detach(), grads, (forward.get_total_flops(), backward.get_total_flops())
+
+
+def assert_same_bits(got, expected):
+    assert torch.equal(got[0], expected[0])
+    assert got[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        assert torch.equal(got[1][name], grad), name
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("limit", [0, 20_000, 100_000, ALL])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora": True}, {"tiled": True}, {"family": "gemma2"}, {"family": "qwen3_moe"}, {"layout": "padded"}],
+    ids=str,
+)
+def test_the_same_bits(options, limit, autocast):
+    layout = options.get("layout", "shared_prefix")
+    expected = run(build(**options), layout, autocast)
+    model = build(**options, limit=limit)
+    assert_same_bits(run(model, layout, autocast), expected)
+    # And once more, with weights' gradients there.
+    model.zero_grad()
+    assert_same_bits(run(model, layout, autocast), expected)
+
+
+def test_all_that_is_kept_is_computed_once():
+    forward, backward = run(build())[2]
+    plain = run(build(keywords=None))[2]
+    kept = run(build(limit=ALL))[2]
+    assert forward == plain[0] == kept[0]
+    assert backward > plain[1]
+    assert kept[1] == plain[1]
+
+
+def test_the_more_room_the_less_is_computed_again():
+    model = build(limit=0)
+    counts = []
+    for limit in (0, 30_000, 60_000, 120_000, ALL):
+        keep_results(model, limit)
+        model.zero_grad()
+        counts.append(run(model)[2][1])
+        assert model.trl_fast_keeper.budget.left >= 0
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == len(counts)
+
+
+def held_bytes(model):
+    """What the layers' results take at the end of a forward pass."""
+    made = []
+    contexts = Keeper._contexts
+
+    def contexts_kept(self):
+        found = contexts(self)
+        made.append(found[0])
+        return found
+
+    Keeper._contexts = contexts_kept
+    try:
+        score(model, pack_trees(random_trees([(18, (3, 5)), (21, (6, 9))]), "shared_prefix", 2))
+    finally:
+        Keeper._contexts = contexts
+    return sum(t.untyped_storage().nbytes() for keeping in made for result in keeping.results for t in result.tensors)
+
+
+@pytest.mark.parametrize("limit", [10_000, 50_000, 100_000, ALL])
+def test_the_limit_holds(limit):
+    model = build(limit=limit)
+    held = held_bytes(model)
+    assert 0 < held <= limit
+    assert held == limit - model.trl_fast_keeper.budget.left
+
+
+def test_attention_goes_first():
+    attention, product = 100, 60
+    budget = Budget(1000, 3)
+    taken = []
+    for _ in range(3):
+        budget.start_layer()
+        taken.append([budget.take(PRODUCT, product) for _ in range(4)] + [budget.take(ATTENTION, attention)])
+        taken[-1] += [budget.take(PRODUCT, product) for _ in range(4)]
+        budget.end_layer()
+    assert all(layer[4] for layer in taken)
+    assert sum(map(sum, taken)) > 3 and budget.left >= 0
+    # Long rows: no room but for attention.
+    budget = Budget(250, 3)
+    budget.start_layer()
+    assert not budget.take(PRODUCT, product + 40)
+    assert budget.take(ATTENTION, attention)
+
+
+def test_selective_keeps_attention_alone_whatever_the_limit():
+    model = build(limit=0, attention_always=True)
+    kept = []
+    take = Budget.take
+
+    def seen(self, kind, size):
+        found = take(self, kind, size)
+        kept.append((kind, found))
+        return found
+
+    Budget.take = seen
+    try:
+        got = run(model)
+    finally:
+        Budget.take = take
+    assert all(found == (kind == ATTENTION) for kind, found in kept)
+    assert {kind for kind, _ in kept} == {ATTENTION, PRODUCT}
+    assert_same_bits(got, run(build()))
+
+
+@pytest.mark.parametrize("keywords", [{"selective": True}, {"selective": False}, {"selective": True, **NON_REENTRANT}])
+def test_the_key_of_trl_does_not_reach_torch(keywords):
+    assert_same_bits(run(build(limit=ALL, keywords=keywords)), run(build()))
+
+
+def test_reentrant_checkpointing_computes_all_again():
+    got = run(build(limit=ALL, keywords={"use_reentrant": True}))
+    assert_same_bits(got, run(build()))
+    assert got[2][1] == run(build(keywords={"use_reentrant": True}))[2][1]
+
+
+def test_a_copy_has_a_budget_of_its_own():
+    model = build(limit=ALL)
+    twin = copy.deepcopy(model)
+    keep_results(twin, 0)
+    assert run(model)[2][1] < run(twin)[2][1]
+    assert twin.trl_fast_keeper is not model.trl_fast_keeper
+
+
+def test_backward_twice():
+    model = build(limit=ALL)
+    hidden = torch.randint(0, 30, (1, 12))
+    out = model.model(input_ids=hidden, use_cache=False).last_hidden_state.square().sum()
+    first = torch.autograd.grad(out, model.model.layers[0].mlp.up_proj.weight, retain_graph=True)[0]
+    second = torch.autograd.grad(out, model.model.layers[0].mlp.up_proj.weight)[0]
+    assert torch.equal(first, second)
+
+
+def checkpointed(function, *args):
+    keeping = Keeping(Budget(ALL, 1))
+    return torch.utils.checkpoint.checkpoint(
+        function, *args, use_reentrant=False, context_fn=lambda: (keeping, Reusing(keeping.results))
+    )
+
+
+def test_what_is_changed_in_place_is_computed_again():
+    x, w = (torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def layer(x):
+        first = x @ w
+        second = first.sigmoid() @ w
+        first.view(-1)[:3].add_(second.flatten()[:3])
+        return (first.tanh() @ w).sin()
+
+    expected = torch.autograd.grad(layer(x).sum(), (x, w))
+    for got, right in zip(torch.autograd.grad(checkpointed(layer, x).sum(), (x, w)), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
+
+
+def test_attention_that_draws_random_numbers_is_computed_again():
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+
+    def layer(q):
+        dropped = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True)[0]
+        return torch.nn.functional.dropout(dropped, 0.5).sin()
+
+    keeping = Keeping(Budget(ALL, 1))
+    with keeping:
+        layer(q)
+    assert keeping.results[0].values is not None
+    op = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    from trl_fast.modeling.kept_results import _draws_random_numbers
+
+    assert _draws_random_numbers(op, (q, q, q, None, True, 0.1), {})
+    assert _draws_random_numbers(op, (q, q, q, None, True), {"dropout_p": 0.1})
+    assert not _draws_random_numbers(op, (q, q, q, None, True), {})
+
+
+def test_a_layer_that_does_something_else_in_backward():
+    calls = []
+
+    def layer(x):
+        calls.append(x)
+        x = x @ x if len(calls) == 1 else torch.addmm(x, x, x)
+        return (x.sin() @ x).sin()
+
+    out = checkpointed(layer, torch.randn(3, 3, requires_grad=True))
+    with pytest.raises(RuntimeError, match="computed aten.mm.default in forward and aten.addmm.default"):
+        out.sum().backward()

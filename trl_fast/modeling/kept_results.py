@@ -1,0 +1,298 @@
+"""Gradient checkpointing that keeps the dearest results instead of computing them again.
+
+Checkpointing keeps a layer's input and computes all the rest once more in backward. Most of the time of that goes into
+matrix products and attention, whose results are less than half of what a layer would save without checkpointing. They
+are kept here, as many as a limit allows; values and gradients are the same, bit for bit.
+
+torch's selective checkpointing (create_selective_checkpoint_contexts) does this without a limit. It also stops where a
+result is changed in place, and where a cast of a weight comes out of autocast's cache the one time and not the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .loading import backbone
+
+DEFAULT_BUDGET_BYTES = 1 << 30
+PRODUCT, ATTENTION = "product", "attention"
+# Not all of them exist in every build of torch.
+_PRODUCT_OPS = ("mm", "addmm", "_grouped_mm")
+_ATTENTION_OPS = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+)
+
+
+def budget_bytes(asked: int | None, offloading: bool) -> int:
+    """Bytes of results that a forward pass may keep, of the trainers' arguments.
+
+    Whoever lets activations wait in the CPU's memory wants none on the GPU.
+    """
+    if asked is not None:
+        return asked
+    return 0 if offloading else DEFAULT_BUDGET_BYTES
+
+
+def keep_results(model: PreTrainedModel, limit: int, *, attention_always: bool = False) -> None:
+    """Lets gradient checkpointing of a model, once it is enabled, keep results of up to `limit` bytes a forward pass.
+
+    attention_always: results of attention are kept whatever the limit, as TRL's `selective` does. Reentrant
+    checkpointing and a compiled model compute all again, as without this.
+    """
+    keeper = getattr(model, "trl_fast_keeper", None)
+    if keeper is None:
+        keeper = model.trl_fast_keeper = Keeper()
+        backbone(model).register_forward_pre_hook(keeper.start)
+        model.set_checkpointing_kept = model._set_gradient_checkpointing.__func__
+        model._set_gradient_checkpointing = types.MethodType(_set_gradient_checkpointing, model)
+    keeper.limit, keeper.attention_always = limit, attention_always
+
+
+def _set_gradient_checkpointing(
+    self: PreTrainedModel, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+) -> None:
+    """transformers calls this to give each layer its function that checkpoints; this gives them one that keeps."""
+    keywords = dict(getattr(gradient_checkpointing_func, "keywords", {}))
+    if keywords.pop("selective", None) is not None:
+        # TRL's key, which the config has read; torch does not know it.
+        keywords.setdefault("use_reentrant", False)
+        gradient_checkpointing_func = functools.partial(gradient_checkpointing_func.func, **keywords)
+    if keywords.get("use_reentrant") is False:
+        gradient_checkpointing_func = functools.partial(self.trl_fast_keeper.run, gradient_checkpointing_func)
+    self.set_checkpointing_kept(self, enable, gradient_checkpointing_func, **kwargs)
+
+
+class Keeper:
+    """Gives every forward pass of a model a budget, and its layers what they need to use it."""
+
+    limit = 0
+    attention_always = False
+
+    def __init__(self) -> None:
+        # The budget of the forward pass at work.
+        self.budget = Budget(0, 0)
+
+    def start(self, module: torch.nn.Module, _args: object) -> None:
+        """Starts a forward pass of the model's backbone."""
+        layers = sum(
+            isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+            for layer in module.modules()
+        )
+        self.budget = Budget(self.limit, layers, self.attention_always)
+
+    def run(self, checkpoint_function: Callable, function: Callable, *args: Any) -> Any:
+        """A layer's forward, checkpointed."""
+        if torch.compiler.is_compiling() or not (self.limit or self.attention_always):
+            return checkpoint_function(function, *args)
+        return checkpoint_function(function, *args, context_fn=self._contexts)
+
+    def _contexts(self) -> tuple[Keeping, Reusing]:
+        keeping = Keeping(self.budget)
+        return keeping, Reusing(keeping.results)
+
+
+class Budget:
+    """What one forward pass may still keep, in bytes.
+
+    Attention goes before products, since it is what grows faster than a row does: products get no room that the
+    attention of the layers to come will need, by what that of the last layer took. Before the first, the result of a
+    product stands for it; the first product of a layer makes the queries.
+
+    asked: kind and bytes of all that was asked for, a list a layer.
+    """
+
+    def __init__(self, limit: int, layers: int, attention_always: bool = False) -> None:
+        self.left = limit
+        self.asked: list[list[tuple[str, int]]] = []
+        self._layers = layers
+        self._attention_always = attention_always
+        self._attention: int | None = None
+        self._last = 0
+
+    def start_layer(self) -> None:
+        """The next layer begins."""
+        if self.asked:
+            self._attention = self._attention_of_layer
+        self.asked.append([])
+
+    @property
+    def _attention_of_layer(self) -> int:
+        return sum(size for kind, size in self.asked[-1] if kind == ATTENTION)
+
+    def take(self, kind: str, size: int) -> bool:
+        """Whether a result is to be kept; if so, its bytes are gone."""
+        reserved = 0
+        if kind == PRODUCT:
+            self._attention = size if self._attention is None else self._attention
+            layers_to_come = self._layers - len(self.asked) + 1
+            reserved = max(0, layers_to_come * self._attention - self._attention_of_layer)
+        self.asked[-1].append((kind, size))
+        fits = size + reserved <= self.left or (kind == ATTENTION and self._attention_always)
+        self._last = size if fits else 0
+        self.left -= self._last
+        return fits
+
+    def give_back(self, size: int) -> None:
+        """A result that was to be kept is not."""
+        self.left += size
+
+    def end_layer(self) -> bool:
+        """Whether a layer's last result is not to be kept after all: that of a product.
+
+        It goes into the layer's result, which backward does not ask for.
+        """
+        surplus = bool(self.asked[-1]) and self.asked[-1][-1][0] == PRODUCT
+        if surplus:
+            self.give_back(self._last)
+        return surplus
+
+
+@dataclass
+class Result:
+    """What a matrix product or attention gave; values is None if that was not kept, or has been used."""
+
+    op: OpOverload
+    kind: str
+    values: Any = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return _tensors(self.values)
+
+
+class Keeping(TorchDispatchMode):
+    """A layer's first forward: keeps results as the budget allows."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self.results: list[Result] = []
+        self._budget = budget
+
+    def __enter__(self) -> Keeping:
+        self._budget.start_layer()
+        return super().__enter__()
+
+    def __torch_dispatch__(
+        self, func: OpOverload | HigherOrderOperator, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
+            self._forget(_written(func, args, kwargs))
+        out = func(*args, **kwargs)
+        kind = _kind(func)
+        if kind is not None:
+            result = Result(func, kind)
+            if not _draws_random_numbers(func, args, kwargs) and self._budget.take(kind, _bytes(out)):
+                # Detached, or it would hold the graph that is made of it, and so itself.
+                result.values = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, out)
+            self.results.append(result)
+        return out
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if self._budget.end_layer():
+            self.results[-1].values = None
+
+    def _forget(self, storages: set[int]) -> None:
+        """Drops what is about to be changed in place."""
+        for result in self.results:
+            if storages.intersection(tensor.untyped_storage()._cdata for tensor in result.tensors):
+                self._drop(result)
+
+    def _drop(self, result: Result) -> None:
+        self._budget.give_back(_bytes(result.values))
+        result.values = None
+
+
+class Reusing(TorchDispatchMode):
+    """A layer's second forward: gives out what is kept, once."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, results: list[Result]) -> None:
+        super().__init__()
+        self._results = results
+        self._next = 0
+
+    def __enter__(self) -> Reusing:
+        self._next = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(
+        self, func: OpOverload | HigherOrderOperator, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if _kind(func) is None:
+            return func(*args, **(kwargs or {}))
+        result = self._results[self._next]
+        self._next += 1
+        if result.op is not func:
+            raise RuntimeError(
+                f"gradient checkpointing: a layer computed {result.op} in forward and {func} in its place in "
+                "backward; what it does must not depend on anything that changes in between"
+            )
+        if result.values is None:
+            return func(*args, **(kwargs or {}))
+        values, result.values = result.values, None
+        return values
+
+
+@functools.cache
+def _overloads(names: tuple[str, ...]) -> frozenset[OpOverload]:
+    packets = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+    return frozenset(packet.default for packet in packets)
+
+
+@functools.cache
+def _kind(op: OpOverload | HigherOrderOperator) -> str | None:
+    """Whether an operator is a product with a weight, or attention."""
+    if not isinstance(op, OpOverload):
+        return None
+    if op in _overloads(_PRODUCT_OPS):
+        return PRODUCT
+    # Kernels from the hub are registered under names of their own.
+    return ATTENTION if op in _overloads(_ATTENTION_OPS) or "flash_attn" in str(op) else None
+
+
+def _draws_random_numbers(op: OpOverload, args: tuple, kwargs: dict) -> bool:
+    """Whether attention drops scores: if it were not run again, what draws after it would draw other numbers."""
+    for number, argument in enumerate(op._schema.arguments):
+        if "dropout" in argument.name:
+            given = args[number] if number < len(args) else kwargs.get(argument.name, argument.default_value)
+            return bool(given)
+    return False
+
+
+def _written(op: OpOverload, args: tuple, kwargs: dict) -> set[int]:
+    """The storages that an operator writes to."""
+    storages = set()
+    for number, argument in enumerate(op._schema.arguments):
+        if argument.is_write:
+            given = args[number] if number < len(args) else kwargs.get(argument.name)
+            storages.update(tensor.untyped_storage()._cdata for tensor in _tensors(given))
+    return storages
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in torch.utils._pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def _bytes(values: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(values))
