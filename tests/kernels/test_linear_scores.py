@@ -8,7 +8,7 @@ from support.heads import DTYPES, FLOOR, assert_as_good, make_problem, scores_fr
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import linear_scores
 from trl_fast.kernels.linear_scores import TILES, Tiles, num_splits, partial_states
-from trl_fast.ops import blocks, fused_scores, linear_logprob
+from trl_fast.ops import fused_scores, linear_logprob, products
 from trl_fast.ops.fused_scores import GPUS, fused_is_faster, merge_states
 from trl_fast.ops.rows import LOGPROB_ROW, LSE_ROW, finish_scores
 from trl_fast.ops.scores import ENTROPY_ROW, IS_TOP1_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, output_mask
@@ -179,7 +179,7 @@ def fused_calls(monkeypatch):
         return partial_states(*given)
 
     monkeypatch.setattr(linear_scores, "partial_states", counted)
-    monkeypatch.setattr(blocks, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: True)
     return counts
 
 

@@ -14,6 +14,7 @@ from trl_fast.data.reward import REWARD_POSITIONS, reward_batch
 from .attention import supports_packed
 from .loading import backbone, unbound_forward
 from .scoring import TOLERANCE, Verdict, evaluating, model_inputs
+from .wide_products import widen_products
 
 # The module that makes a reward of a hidden state, in transformers' classifiers on decoders.
 HEAD = "score"
@@ -23,9 +24,11 @@ def attach_reward_scoring(model: PreTrainedModel) -> None:
     """Lets `model(..., reward_positions=(S,))` return rewards (S,); without that keyword nothing changes.
 
     It is the model's forward that is wrapped, so that whatever wraps the model (autocast, DDP, PEFT) stays in the way.
+    Its linear layers get the fastest products that the machine has for their dtype.
     """
     if getattr(model, "trl_fast_rewards", False):
         return
+    widen_products(model)
     original = unbound_forward(model)
     model.trl_fast_rewards = True
 

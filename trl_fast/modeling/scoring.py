@@ -21,6 +21,7 @@ from trl_fast.ops.scores import detached
 from .attention import LENGTHS_KEYWORD, row_inputs
 from .head import head_parameters, head_transform
 from .loading import backbone, unbound_forward
+from .wide_products import widen_products
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -61,9 +62,11 @@ def attach_scoring(model: PreTrainedModel) -> None:
     """Lets `model(..., scoring=ScoringRequest)` return ModelScores; without that keyword nothing changes.
 
     It is the model's forward that is wrapped, so that whatever wraps the model (autocast, DDP, PEFT) stays in the way.
+    Its linear layers get the fastest products that the machine has for their dtype.
     """
     if hasattr(model, "trl_fast_fused_head"):
         return
+    widen_products(model)
     original = unbound_forward(model)
     model.trl_fast_fused_head = True
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from trl_fast.ops.products import gemm_dtype
+
 logger = logging.getLogger(__name__)
 
 # Most bytes of scores that stand at once where there is no flash kernel.
@@ -151,7 +153,8 @@ def merge(
 class CpuParts:
     """The parts of a row by torch's flash kernel for the CPU, one call each.
 
-    Key-value heads stand as the batch, so that their groups of query heads read them without a copy.
+    Key-value heads stand as the batch, so that their groups of query heads read them without a copy. Where 16-bit
+    products are slow the kernel gets float32 numbers.
     """
 
     rng_state = None
@@ -165,6 +168,8 @@ class CpuParts:
         scale: float,
     ) -> None:
         groups = key.shape[1]
+        self.dtype = query.dtype
+        query, key, value = (x.to(gemm_dtype(x)) for x in (query, key, value))
         self.query = self._grouped(query, groups)
         self.key, self.value = (x[0][:, None].expand(-1, self.query.shape[1], -1, -1) for x in (key, value))
         self.parts, self.scale = attention_parts(trees), scale
@@ -210,13 +215,13 @@ class CpuParts:
             if not causal:
                 found, found_lse = merge(out[:, :, rows], lse[:, :, rows], found, found_lse)
             out[:, :, rows], lse[:, :, rows] = found, found_lse
-        return out.flatten(0, 1)[None], lse
+        return out.flatten(0, 1)[None].to(self.dtype), lse
 
     def backward(
         self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of query, key and value, in their shapes."""
-        grad, out = (self._grouped(x, self.query.shape[0]) for x in (grad, out))
+        grad, out = (self._grouped(x.to(self.query.dtype), self.query.shape[0]) for x in (grad, out))
         grad_query = torch.zeros_like(self.query)
         grad_key, grad_value = (x.new_zeros(x.shape[0], *x.shape[2:]) for x in (self.key, self.value))
         for rows, keys, causal in self.parts:
@@ -232,7 +237,8 @@ class CpuParts:
             grad_query[:, :, rows] += found[0]
             grad_key[:, keys] += found[1]
             grad_value[:, keys] += found[2]
-        return grad_query.flatten(0, 1)[None], grad_key[None], grad_value[None]
+        found = (grad_query.flatten(0, 1)[None], grad_key[None], grad_value[None])
+        return tuple(gradient.to(self.dtype) for gradient in found)
 
 
 class PlainParts(CpuParts):

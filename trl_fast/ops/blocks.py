@@ -41,20 +41,6 @@ _MIN_TILE_COLUMNS = 512
 _HELD_FROM_BYTES = 16 << 20
 
 
-@functools.cache
-def _cpu_multiplies_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which products with `tensor` are computed on its device."""
-    if tensor.device.type != "cpu" or tensor.dtype in (torch.float32, torch.float64):
-        return tensor.dtype
-    if tensor.dtype == torch.bfloat16 and _cpu_multiplies_bf16():
-        return tensor.dtype
-    return torch.float32
-
-
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor whose memory is there. A CPU product that writes to fresh pages waits for each page.
 

@@ -14,12 +14,12 @@ from .blocks import (
     Head,
     HeadGradients,
     RowBlock,
-    gemm_dtype,
     scaled,
     score_rows,
     waiting_dtype,
 )
 from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
+from .products import gemm_dtype
 from .rows import finish_scores, new_state, with_low_part
 from .scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
 from .spans import spans

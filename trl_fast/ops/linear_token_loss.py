@@ -23,13 +23,13 @@ from .blocks import (
     Head,
     HeadGradients,
     active_rows,
-    gemm_dtype,
     row_blocks,
     scaled,
     score_rows,
 )
 from .linear_logprob import autocast_hidden, linear_logprob
 from .linear_scores import row_coefficients
+from .products import gemm_dtype
 from .rows import finish_scores, new_state
 from .scores import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS, TokenScores, detached, output_mask, token_scores
 from .spans import group_spans, spans

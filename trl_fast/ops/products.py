@@ -1,12 +1,32 @@
 """Matrix products whose results may be wider than their factors.
 
 A GPU accumulates products of 16-bit numbers in float32 and can hand the sums over as they are; a CPU rounds them
-first.
+first. A CPU without 16-bit products (AMX or AVX512-BF16) takes ten to a hundred times as long for them as for those of
+the same numbers in float32.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which products of numbers of `dtype` are computed on a device."""
+    if device.type != "cpu" or dtype in (torch.float32, torch.float64):
+        return dtype
+    return dtype if dtype == torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
+
+
+def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which products with `tensor` are computed on its device."""
+    return product_dtype(tensor.dtype, tensor.device)
 
 
 def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import blocks, sparse_rows
+from trl_fast.ops import blocks, products, sparse_rows
 from trl_fast.ops.rows import ROW_KERNELS, RowKernels
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS, SparseKernels
 
@@ -57,7 +57,8 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
         if device == "gpu":
             parts = _gpu_parts(tracker)
             limits = dict.fromkeys(("_CACHE_BYTES", "_CPU_TILE_ROWS", "_HELD_FROM_BYTES"), _UNLIMITED)
-            stack.enter_context(replaced(blocks, _cpu_multiplies_bf16=lambda: True, **limits, **_GPU_PRODUCTS))
+            stack.enter_context(replaced(blocks, **limits, **_GPU_PRODUCTS))
+            stack.enter_context(replaced(products, _cpu_multiplies_bf16=lambda: True))
             stack.callback(ROW_KERNELS.__setitem__, "torch", ROW_KERNELS["torch"])
             ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, _nothing)
             stack.enter_context(replaced(offloading, Offloading=SimulatedOffloading))

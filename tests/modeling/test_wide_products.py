@@ -1,0 +1,106 @@
+"""Models in 16-bit numbers whose linear layers compute in float32."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from support.models import tiny_model
+from support.trees import random_trees
+from trl_fast.data import pack_trees
+from trl_fast.modeling.attention import use_segment_attention
+from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.wide_products import widen_products
+from trl_fast.ops import products
+
+
+class SlowProducts(TorchDispatchMode):
+    """Counts products and attention of 16-bit numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if any(part in name for part in ("aten::mm", "aten::addmm", "aten::bmm", "flash_attention")):
+            self.count += any(isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def no_hardware(monkeypatch):
+    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: False)
+
+
+def build(family, dtype, lora=False, plain=False):
+    model = tiny_model(family).to(dtype)
+    attach_scoring(model)
+    if plain:
+        for module in model.modules():
+            if hasattr(module, "forward_narrow"):
+                module.forward = module.forward_narrow.__get__(module)
+    use_segment_attention(model)
+    if lora:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    return model
+
+
+def run(model, autocast=False):
+    batch = pack_trees(random_trees([(18, (3, 5)), (21, (6, 9))]), "shared_prefix", 2)
+    with SlowProducts() as counted:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logprobs = score(model, batch).tokens.logprobs
+        logprobs.square().mean().backward()
+    return logprobs.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, counted.count
+
+
+def distance(got, right):
+    """Relative, over all gradients."""
+    found = torch.cat([grad.double().flatten() for grad in got[1].values()])
+    true = torch.cat([right[1][name].double().flatten() for name in got[1]])
+    return ((found - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_a_model_in_bfloat16(family, lora):
+    """No slow product is left, and numbers are as near to float32's as the plain model's."""
+    got = run(build(family, torch.bfloat16, lora))
+    plain = run(build(family, torch.bfloat16, lora, plain=True))
+    wide_weights = build(family, torch.bfloat16, lora).float()
+    exact = run(wide_weights)
+    assert got[2] == 0 < plain[2]
+    assert (got[0] - exact[0]).abs().max() < 0.1
+    assert got[1].keys() == plain[1].keys()
+    assert all(grad.dtype == plain[1][name].dtype for name, grad in got[1].items())
+    assert distance(got, exact) < 1.1 * distance(plain, exact)
+
+
+def test_autocast_of_float32_weights():
+    got = run(build("llama", torch.float32), autocast=True)
+    plain = run(build("llama", torch.float32, plain=True), autocast=True)
+    exact = run(build("llama", torch.float32))
+    assert got[2] == 0 < plain[2]
+    assert all(grad.dtype == torch.float32 for grad in got[1].values())
+    assert 0 < distance(got, exact) < 1.1 * distance(plain, exact)
+
+
+def test_other_dtypes_and_single_tokens_go_their_own_way():
+    model = build("llama", torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    one = torch.randn(1, layer.in_features).bfloat16()
+    assert torch.equal(layer(one), torch.nn.functional.linear(one, layer.weight))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(one.float().expand(9, -1))
+
+
+def test_widening_twice_and_copying():
+    model = tiny_model("llama").bfloat16()
+    widen_products(model)
+    forward = model.model.layers[0].mlp.up_proj.forward_narrow
+    widen_products(model)
+    assert model.model.layers[0].mlp.up_proj.forward_narrow is forward
+    twin = copy.deepcopy(model).model.layers[0].mlp.up_proj
+    assert twin.forward.__self__ is twin

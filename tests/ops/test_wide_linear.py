@@ -1,0 +1,69 @@
+"""The linear layer that computes in float32: against float64, its autograd, and when it serves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trl_fast.ops import products
+from trl_fast.ops.wide_linear import MIN_ROWS, serves_wide, wide_linear
+
+
+def tensors(dtype, shape=(3, 7, 20), out=11, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(*size, generator=generator) for size in (shape, (out, shape[-1]), (out,))]
+    x, weight, b = (value.to(dtype).requires_grad_() for value in drawn)
+    return x, weight, b if bias else None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 7, 20), (5, 20), (0, 20), (1, 1, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_once(dtype, shape, bias):
+    """Forward and backward are the exact results, rounded once to their dtype, or next to it."""
+    given = [t for t in tensors(dtype, shape, bias=bias) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    out, right = wide_linear(*given, *[None] * (3 - len(given))), F.linear(*exact)
+    grad = torch.randn(right.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = (out, *torch.autograd.grad(out, given, grad))
+    expected = (right, *torch.autograd.grad(right, exact, grad.double()))
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    x, weight, bias = tensors(torch.bfloat16)
+    named = {"x": x, "weight": weight, "bias": bias}
+    named[frozen].requires_grad_(False)
+    wide_linear(x, weight, bias).sum().backward()
+    assert {name for name, t in named.items() if t.grad is None} == {frozen}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(bias):
+    torch.library.opcheck(torch.ops.trl_fast.wide_linear.default, tensors(torch.bfloat16, bias=bias))
+
+
+def test_backward_keeps_narrow_tensors_alone():
+    x, weight, bias = tensors(torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        wide_linear(x, weight, bias)
+    assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    "dtype, hardware, rows, expected",
+    [
+        (torch.bfloat16, False, MIN_ROWS, True),
+        (torch.bfloat16, False, MIN_ROWS - 1, False),
+        (torch.bfloat16, True, 100, False),
+        (torch.float16, True, 100, True),
+        (torch.float32, False, 100, False),
+    ],
+)
+def test_serves(dtype, hardware, rows, expected, monkeypatch):
+    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: hardware)
+    assert serves_wide(torch.empty(rows, 8, dtype=dtype), dtype) is expected
+    assert not serves_wide(torch.empty(rows, 8, dtype=dtype, device="meta"), dtype)

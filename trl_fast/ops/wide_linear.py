@@ -1,0 +1,57 @@
+"""A linear layer of 16-bit numbers on a CPU that multiplies them slowly: its products are computed in float32.
+
+Inputs, weights and results keep their dtype, and so do the tensors that backward needs. Products are exact and summed
+in float32, then rounded once, as on hardware that has 16-bit products.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .products import product_dtype
+
+# Fewer rows than this: the time goes into reading the weight, which is then better not widened.
+MIN_ROWS = 4
+
+
+def serves_wide(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of `x` (..., H), taken in `dtype`, is faster with its numbers in float32."""
+    wide = product_dtype(dtype, x.device) != dtype
+    return wide and x.numel() >= MIN_ROWS * x.shape[-1]
+
+
+@torch.library.custom_op("trl_fast::wide_linear", mutates_args=())
+def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` with products in float32.
+
+    Args:
+        x: (..., H) bfloat16|float16; weight: (V, H), bias: (V,) of the same dtype.
+
+    Returns:
+        (..., V) of that dtype, differentiable.
+    """
+    wide_bias = None if bias is None else bias.float()
+    return torch.nn.functional.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+
+
+@wide_linear.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    wide = grad.float()
+    rows = wide.reshape(-1, grad.shape[-1])
+    grad_x = (wide @ weight.float()).to(grad.dtype) if needs_x else None
+    grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).float()).to(grad.dtype) if needs_weight else None
+    return grad_x, grad_weight, rows.sum(dim=0).to(grad.dtype) if needs_bias else None
+
+
+wide_linear.register_autograd(_backward, setup_context=_setup_context)
