@@ -26,7 +26,7 @@ def longest_of(output):
 
 
 def test_peak_parts_stages_other_systems_and_switches(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trl_fast.cli.plan.switches", lambda *given: switches(*given)[:3])
+    monkeypatch.setattr("trl_fast.cli.plan.switches", lambda *given: switches(*given)[:4])
     plot = tmp_path / "memory.png"
     assert main(["plan", "--model", str(folder), "--max_length", "256", "--plot", str(plot)]) == 0
     output = capsys.readouterr().out
@@ -34,7 +34,7 @@ def test_peak_parts_stages_other_systems_and_switches(folder, tmp_path, capsys, 
     for expected in ("weights", "optimizer", "saved activations", "head and loss", "first layer backward"):
         assert expected in output
     # Without gpu_memory there is nothing to fit.
-    for expected in ("TRL 1.16", "full logits", "gradient_checkpointing=False", "tiled_mlp=4096", "difference"):
+    for expected in ("TRL 1.16", "full logits", "gradient_checkpointing=False", "budget_bytes=0", "tiled_mlp=4096"):
         assert expected in output
     assert "longest" not in output
 

@@ -7,7 +7,17 @@ from trl_fast.planning.estimate import LENGTH_STEP, LONGEST, TOLERANCE, estimate
 from trl_fast.planning.models import meta_model
 from trl_fast.planning.setup import FULL_LOGITS, TRL, Setup
 from trl_fast.planning.step import MIDDLE_LAYERS, simulate
-from trl_fast.planning.timeline import GRADIENTS, KINDS, OPTIMIZER, REFERENCE, WEIGHTS, WORKSPACE, Peak, highest
+from trl_fast.planning.timeline import (
+    FORWARD_STAGE,
+    GRADIENTS,
+    KINDS,
+    OPTIMIZER,
+    REFERENCE,
+    WEIGHTS,
+    WORKSPACE,
+    Peak,
+    highest,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +26,7 @@ from trl_fast.planning.timeline import GRADIENTS, KINDS, OPTIMIZER, REFERENCE, W
         {"lora_r": 4, "lora_target_modules": ("q_proj", "up_proj"), "tiled_mlp": 64, "activation_offloading": True},
         {"gradient_checkpointing": False, "method": "sft", "dtype": "float32"},
         {"activation_budget_bytes": 0},
-        # All products of two layers and some of the third, attention of all.
+        # All results of the first layer, attention of all.
         {"activation_budget_bytes": 150_000, "head_workspace_bytes": 1 << 16},
         {"activation_budget_bytes": 20_000, "dtype": "float32"},
         pytest.param({"method": "reward", "batch_layout": "padded"}, marks=pytest.mark.slow),
@@ -31,7 +41,12 @@ def test_two_shallow_models_tell_about_a_deep_one(changes):
     whole, estimated = simulate(setup, 96).stage_peaks(), stage_peaks(setup, 96)
     assert highest(estimated).stage == highest(whole).stage
     for stage, peak in estimated.items():
-        assert peak.bytes == pytest.approx(whole[stage].bytes, rel=0.005), stage
+        if stage == FORWARD_STAGE and 0 < setup.activation_budget < 1 << 20:
+            # A layer's own results are there while it runs; all of them are counted.
+            surplus = sum(size for _, size in simulate(setup, 96, 2).results[1])
+            assert 0 <= peak.bytes - whole[stage].bytes <= surplus
+        else:
+            assert peak.bytes == pytest.approx(whole[stage].bytes, rel=0.005), stage
     assert set(whole) - set(estimated) <= {MIDDLE_LAYERS}
 
 

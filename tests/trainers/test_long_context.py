@@ -1,4 +1,4 @@
-"""What makes long rows fit: tiled MLPs and activation offloading change no number of a training run."""
+"""What makes long rows fit, or spends memory to save time, changes no number of a training run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peft import LoraConfig
 import trl_fast
 from support.models import tiny_classifier, tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
+from trl_fast.modeling.kept_results import ATTENTION, PRODUCT, Budget
 from trl_fast.modeling.offloading import Offloading
 
 SETTINGS = {"tiled": {"tiled_mlp": 16}, "offloaded": {"activation_offloading": True}}
@@ -59,6 +60,38 @@ def test_the_same_training(method, settings, offloaded, tokenizer, tmp_path):
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if model is not None and "tiled_mlp" in settings:
             assert [layer.mlp.tile_tokens for layer in model.model.layers] == [16, 16]
+
+
+BUDGETS = {
+    "none": {"activation_budget_bytes": 0},
+    "some": {"activation_budget_bytes": 80_000},
+    "selective": {"gradient_checkpointing_kwargs": {"selective": True}, "activation_budget_bytes": 0},
+    "of no use": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+
+
+@pytest.mark.parametrize("settings", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("method", ["DPO", "SFT", "Reward"])
+def test_what_checkpointing_keeps_is_what_it_would_compute(method, settings, tokenizer, tmp_path, monkeypatch):
+    taken = {}
+    take = Budget.take
+
+    def counted(self, kind, size):
+        found = take(self, kind, size)
+        taken[kind] = taken.get(kind, 0) + found
+        return found
+
+    monkeypatch.setattr(Budget, "take", counted)
+    _, expected = logs(method, tmp_path, tokenizer)
+    by_default = dict(taken)
+    taken.clear()
+    _, got = logs(method, tmp_path, tokenizer, **settings)
+    assert_same_logs(got, expected)
+    assert min(by_default.values()) > 0 and len(by_default) == 2
+    keeps = {"some": (PRODUCT, ATTENTION), "selective": (ATTENTION,)}
+    name = next(name for name, value in BUDGETS.items() if value == settings)
+    assert {kind for kind, count in taken.items() if count} == set(keeps.get(name, ()))
+    assert sum(taken.values()) < sum(by_default.values())
 
 
 def test_the_same_training_of_an_adapter(offloaded, tokenizer, tmp_path):

@@ -92,17 +92,35 @@ REFUSED = [
     ({"eval_packing": True, "max_length": None}, "max_length is None"),
     ({"max_length": 0}, "max_length must be a positive number"),
     ({"padding_free": True, "batch_layout": "padded"}, "padding_free=True contradicts batch_layout='padded'"),
+    ({"activation_budget_bytes": -1}, "activation_budget_bytes must be a number of bytes, 0 or more, or None, got -1"),
+    (
+        {"activation_budget_bytes": 5, "gradient_checkpointing": False},
+        "activation_budget_bytes=5 is of use with gradient_checkpointing=True only",
+    ),
+    (
+        {"gradient_checkpointing_kwargs": {"selective": True}, "gradient_checkpointing": False},
+        "'selective': True} is of use with gradient_checkpointing=True only",
+    ),
+    (
+        {"gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": True}},
+        "'selective': True} needs use_reentrant=False",
+    ),
     ({"dataset_kwargs": {"skip": True}}, "dataset_kwargs: 'skip' is unknown; expected only 'skip_prepare_dataset'"),
 ]
 
 
-def test_selective_checkpointing_is_not_there_yet(tmp_path):
-    with pytest.raises(NotImplementedError, match="'selective': True"):
-        config(tmp_path, gradient_checkpointing_kwargs={"selective": True})
-    assert (
-        "selective"
-        not in config(tmp_path, gradient_checkpointing_kwargs={"selective": False}).gradient_checkpointing_kwargs
-    )
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 1 << 30),
+        ({"activation_offloading": True}, 0),
+        ({"activation_offloading": True, "activation_budget_bytes": 7}, 7),
+        ({"activation_budget_bytes": 0, "gradient_checkpointing": False}, 0),
+    ],
+    ids=str,
+)
+def test_the_activation_budget(settings, expected, tmp_path):
+    assert config(tmp_path, **settings).activation_budget == expected
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED)

@@ -11,8 +11,10 @@ result is changed in place, and where a cast of a weight comes out of autocast's
 from __future__ import annotations
 
 import functools
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +78,23 @@ def _set_gradient_checkpointing(
     if keywords.get("use_reentrant") is False:
         gradient_checkpointing_func = functools.partial(self.trl_fast_keeper.run, gradient_checkpointing_func)
     self.set_checkpointing_kept(self, enable, gradient_checkpointing_func, **kwargs)
+
+
+class _Thread(threading.local):
+    keeps = True
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Within, results are not kept: for a module that computes itself again in backward anyway."""
+    before, _thread.keeps = _thread.keeps, False
+    try:
+        yield
+    finally:
+        _thread.keeps = before
 
 
 class Keeper:
@@ -198,7 +217,7 @@ class Keeping(TorchDispatchMode):
             self._forget(_written(func, args, kwargs))
         out = func(*args, **kwargs)
         kind = _kind(func)
-        if kind is not None:
+        if kind is not None and _thread.keeps:
             result = Result(func, kind)
             if not _draws_random_numbers(func, args, kwargs) and self._budget.take(kind, _bytes(out)):
                 # Detached, or it would hold the graph that is made of it, and so itself.
@@ -239,7 +258,7 @@ class Reusing(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload | HigherOrderOperator, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if _kind(func) is None:
+        if _kind(func) is None or not _thread.keeps:
             return func(*args, **(kwargs or {}))
         result = self._results[self._next]
         self._next += 1

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .kept_results import nothing_kept
 from .loading import backbone, unbound_forward
 
 logger = logging.getLogger(__name__)
@@ -103,10 +104,11 @@ class _InTiles(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         ctx.module, ctx.weights, ctx.state = module, weights, _State(hidden.device)
         out = None
-        for rows in _tiles(module, hidden):
-            tile = module.forward_whole(module, hidden[:, rows])
-            out = tile.new_empty(*hidden.shape[:2], tile.shape[-1]) if out is None else out
-            out[:, rows] = tile
+        with nothing_kept():
+            for rows in _tiles(module, hidden):
+                tile = module.forward_whole(module, hidden[:, rows])
+                out = tile.new_empty(*hidden.shape[:2], tile.shape[-1]) if out is None else out
+                out[:, rows] = tile
         return out
 
     @staticmethod

@@ -49,7 +49,7 @@ def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[tuple[str, i
     kept_and_all = zip(_kept(results, depth, limit), _kept(results, depth, _UNLIMITED), strict=True)
     missing = [every - kept for kept, every in kept_and_all]
     # The layer at work has its results, kept or computed again.
-    surplus = {FORWARD_STAGE: sum(missing), HEAD_STAGE: sum(missing), LAST_LAYER: sum(missing[:-1])}
+    surplus = {FORWARD_STAGE: sum(missing[:-1]), HEAD_STAGE: sum(missing), LAST_LAYER: sum(missing[:-1])}
     for stage in surplus.keys() & peaks.keys():
         peaks[stage].parts[SAVED] -= surplus[stage]
 
