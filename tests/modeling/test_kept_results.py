@@ -184,6 +184,17 @@ def test_reentrant_checkpointing_computes_all_again():
     assert got[2][1] == run(build(keywords={"use_reentrant": True}))[2][1]
 
 
+def test_a_model_whose_code_is_of_another_time_is_left_alone():
+    model = tiny_model("llama")
+
+    def old(self, module, value=False):
+        module.gradient_checkpointing = value
+
+    model._set_gradient_checkpointing = old.__get__(model)
+    keep_results(model, ALL)
+    assert not hasattr(model, "trl_fast_keeper") and model._set_gradient_checkpointing.__func__ is old
+
+
 def test_a_copy_has_a_budget_of_its_own():
     model = build(limit=ALL)
     twin = copy.deepcopy(model)

@@ -11,6 +11,7 @@ result is changed in place, and where a cast of a weight comes out of autocast's
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -55,10 +56,13 @@ def keep_results(model: PreTrainedModel, limit: int, *, attention_always: bool =
     """Lets gradient checkpointing of a model, once it is enabled, keep results of up to `limit` bytes a forward pass.
 
     attention_always: results of attention are kept whatever the limit, as TRL's `selective` does. Reentrant
-    checkpointing and a compiled model compute all again, as without this.
+    checkpointing, a compiled model and one whose code takes no function that checkpoints compute all again, as without
+    this.
     """
     keeper = getattr(model, "trl_fast_keeper", None)
     if keeper is None:
+        if "gradient_checkpointing_func" not in inspect.signature(model._set_gradient_checkpointing).parameters:
+            return
         keeper = model.trl_fast_keeper = Keeper()
         backbone(model).register_forward_pre_hook(keeper.start)
         model.set_checkpointing_kept = model._set_gradient_checkpointing.__func__
