@@ -33,8 +33,9 @@ from .transform import LogitTransform
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4
-# On a CPU the tiles of logits and of widened weight each stay below this, for the last-level cache to hold both.
-_CACHE_BYTES = 16 << 20
+# On a CPU the tiles of logits and of widened weight each stay below this: what larger ones gain in their products they
+# lose where the last-level cache does not hold them.
+_CACHE_BYTES = 32 << 20
 _CPU_TILE_ROWS = 1536
 _MIN_TILE_COLUMNS = 512
 # Held memory comes in huge pages of 2 MiB.
