@@ -73,7 +73,7 @@ def assert_same_bits(got, expected):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("limit", [0, 20_000, 100_000, ALL])
+@pytest.mark.parametrize("limit", [60_000, ALL])
 @pytest.mark.parametrize(
     "options",
     [{}, {"lora": True}, {"tiled": True}, {"family": "gemma2"}, {"family": "qwen3_moe"}, {"layout": "padded"}],

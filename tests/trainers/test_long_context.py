@@ -71,7 +71,7 @@ BUDGETS = {
 
 
 @pytest.mark.parametrize("settings", BUDGETS.values(), ids=BUDGETS.keys())
-@pytest.mark.parametrize("method", ["DPO", "SFT", "Reward"])
+@pytest.mark.parametrize("method", ["DPO", pytest.param("SFT", marks=pytest.mark.slow), "Reward"])
 def test_what_checkpointing_keeps_is_what_it_would_compute(method, settings, tokenizer, tmp_path, monkeypatch):
     taken = {}
     take = Budget.take
