@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_fast.ops import products
 from trl_fast.ops.wide_linear import MIN_ROWS, serves_wide, wide_linear
@@ -29,6 +30,30 @@ def test_rounds_once(dtype, shape, bias):
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=1e-5)
+
+
+class Products(TorchDispatchMode):
+    """Dtypes of what products take."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("aten::mm", "aten::addmm"):
+            self.dtypes += [factor.dtype for factor in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_product_is_of_float32():
+    given = tensors(torch.bfloat16, (5, 20))
+    with Products() as seen:
+        # The body: a mode sees an op from outside only.
+        wide_linear._init_fn(*(t.detach() for t in given))
+    assert seen.dtypes and set(seen.dtypes) == {torch.float32}
+    with Products() as seen:
+        wide_linear(*given).sum().backward()
+    assert len(seen.dtypes) == 4 and set(seen.dtypes) == {torch.float32}
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
