@@ -12,7 +12,16 @@ from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import pack_trees
 from trl_fast.modeling.attention import use_segment_attention
-from trl_fast.modeling.kept_results import ATTENTION, PRODUCT, Budget, Keeper, Keeping, Reusing, keep_results
+from trl_fast.modeling.kept_results import (
+    ATTENTION,
+    PRODUCT,
+    Budget,
+    Keeper,
+    Keeping,
+    Reusing,
+    _draws_random_numbers,
+    keep_results,
+)
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -143,7 +152,6 @@ def test_attention_goes_first():
         budget.start_layer()
         taken.append([budget.take(PRODUCT, product) for _ in range(4)] + [budget.take(ATTENTION, attention)])
         taken[-1] += [budget.take(PRODUCT, product) for _ in range(4)]
-        budget.end_layer()
     assert all(layer[4] for layer in taken)
     assert sum(map(sum, taken)) > 3 and budget.left >= 0
     # Long rows: no room but for attention.
@@ -233,6 +241,15 @@ def test_what_is_changed_in_place_is_computed_again():
         torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
 
 
+def test_a_last_product_that_is_changed_in_place_gives_its_room_back_once():
+    budget, x = Budget(1000, 1), torch.ones(4, 4)
+    with Keeping(budget) as keeping:
+        (x @ x) @ x.add(1)
+        (x @ x).add_(1)
+    kept = sum(t.nbytes for result in keeping.results for t in result.tensors)
+    assert budget.left == 1000 - kept
+
+
 def test_attention_that_draws_random_numbers_is_computed_again():
     q = torch.randn(1, 2, 8, 4, requires_grad=True)
 
@@ -245,8 +262,6 @@ def test_attention_that_draws_random_numbers_is_computed_again():
         layer(q)
     assert keeping.results[0].values is not None
     op = torch.ops.aten._scaled_dot_product_efficient_attention.default
-    from trl_fast.modeling.kept_results import _draws_random_numbers
-
     assert _draws_random_numbers(op, (q, q, q, None, True, 0.1), {})
     assert _draws_random_numbers(op, (q, q, q, None, True), {"dropout_p": 0.1})
     assert not _draws_random_numbers(op, (q, q, q, None, True), {})

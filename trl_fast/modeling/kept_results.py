@@ -1,8 +1,8 @@
 """Gradient checkpointing that keeps the dearest results instead of computing them again.
 
 Checkpointing keeps a layer's input and computes all the rest once more in backward. Most of the time of that goes into
-matrix products and attention, whose results are less than half of what a layer would save without checkpointing. They
-are kept here, as many as a limit allows; values and gradients are the same, bit for bit.
+matrix products and attention, whose results are a part of what a layer would save without checkpointing. They are kept
+here, as many as a limit allows; values and gradients are the same, bit for bit.
 
 torch's selective checkpointing (create_selective_checkpoint_contexts) does this without a limit. It also stops where a
 result is changed in place, and where a cast of a weight comes out of autocast's cache the one time and not the other.
@@ -146,7 +146,6 @@ class Budget:
         self._layers = layers
         self._attention_always = attention_always
         self._attention: int | None = None
-        self._last = 0
 
     def start_layer(self) -> None:
         """The next layer begins."""
@@ -167,23 +166,12 @@ class Budget:
             reserved = max(0, layers_to_come * self._attention - self._attention_of_layer)
         self.asked[-1].append((kind, size))
         fits = size + reserved <= self.left or (kind == ATTENTION and self._attention_always)
-        self._last = size if fits else 0
-        self.left -= self._last
+        self.left -= size if fits else 0
         return fits
 
     def give_back(self, size: int) -> None:
         """A result that was to be kept is not."""
         self.left += size
-
-    def end_layer(self) -> bool:
-        """Whether a layer's last result is not to be kept after all: that of a product.
-
-        It goes into the layer's result, which backward does not ask for.
-        """
-        surplus = bool(self.asked[-1]) and self.asked[-1][-1][0] == PRODUCT
-        if surplus:
-            self.give_back(self._last)
-        return surplus
 
 
 @dataclass
@@ -231,8 +219,9 @@ class Keeping(TorchDispatchMode):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        if self._budget.end_layer():
-            self.results[-1].values = None
+        # What a layer's last product gives goes into the layer's result, which backward does not ask for.
+        if self.results and self.results[-1].kind == PRODUCT:
+            self._drop(self.results[-1])
 
     def _forget(self, storages: set[int]) -> None:
         """Drops what is about to be changed in place."""

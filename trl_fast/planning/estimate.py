@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trl_fast.modeling.kept_results import Budget
+from trl_fast.modeling.kept_results import PRODUCT, Budget
 
 from .models import layers_are_alike, meta_model
 from .setup import Setup
@@ -59,9 +59,9 @@ def _kept(results: Sequence[tuple[str, int]], depth: int, limit: int) -> list[in
     budget, left, kept = Budget(limit, depth), limit, []
     for _ in range(depth):
         budget.start_layer()
-        for kind, size in results:
-            budget.take(kind, size)
-        budget.end_layer()
+        taken = [budget.take(kind, size) for kind, size in results]
+        if results[-1][0] == PRODUCT and taken[-1]:
+            budget.give_back(results[-1][1])
         kept.append(left - budget.left)
         left = budget.left
     return kept
