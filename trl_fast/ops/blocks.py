@@ -33,8 +33,7 @@ from .transform import LogitTransform
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4
-# On a CPU the tiles of logits and of widened weight each stay below this: what larger ones gain in their products they
-# lose where the last-level cache does not hold them.
+# On a CPU the tiles of logits and of widened weight each stay below this; larger ones were no faster.
 _CACHE_BYTES = 32 << 20
 _CPU_TILE_ROWS = 1536
 _MIN_TILE_COLUMNS = 512
