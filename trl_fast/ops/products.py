@@ -1,8 +1,8 @@
 """Matrix products whose results may be wider than their factors.
 
 A GPU accumulates products of 16-bit numbers in float32 and can hand the sums over as they are; a CPU rounds them
-first. A CPU without 16-bit products (AMX or AVX512-BF16) takes seven to a hundred times as long for them as for those of
-the same numbers in float32.
+first. A CPU without 16-bit products (AMX or AVX512-BF16) takes seven to a hundred times as long for them as for
+those of the same numbers in float32.
 """
 
 from __future__ import annotations

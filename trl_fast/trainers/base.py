@@ -11,22 +11,21 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
-from trl_fast.modeling.kept_results import keep_results
-from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, load_causal_lm
-from trl_fast.modeling.offloading import offload_activations
+from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
 from trl_fast.modeling.positions import check_positions
 from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
-from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops.validation import NotFiniteError
 
 from .base_config import ROW_LAYOUTS, BaseConfig, deprecated
 from .callbacks import TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
+from .layers import set_up_layers
 from .metrics import MetricBuffer
+from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)
 
@@ -123,31 +122,9 @@ class BaseTrainer(Trainer):
     ) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded from the model's name if need be, with a pad token that the model agrees on."""
         inner = base_model(model)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                inner.config._name_or_path,
-                revision=(args.model_init_kwargs or {}).get("revision", "main"),
-                trust_remote_code=args.trust_remote_code,
-            )
-        if isinstance(processing_class, ProcessorMixin):
-            raise ValueError("processing_class is a processor of images; only text models are supported so far")
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
+        processing_class = checked_tokenizer(processing_class, inner, args)
         self.adjust_tokenizer(processing_class, model, args)
-        if args.pad_token is not None:
-            if args.pad_token not in processing_class.get_vocab():
-                raise ValueError(f"pad_token={args.pad_token!r} is not in the tokenizer's vocabulary")
-            processing_class.pad_token = args.pad_token
-        if processing_class.pad_token is None:
-            if processing_class.eos_token is None:
-                raise ValueError(
-                    "processing_class has neither a pad token nor an eos token; set tokenizer.pad_token to a token "
-                    "of its vocabulary"
-                )
-            processing_class.pad_token = processing_class.eos_token
-        inner.config.get_text_config().pad_token_id = processing_class.pad_token_id
-        if inner.can_generate():
-            inner.generation_config.pad_token_id = processing_class.pad_token_id
+        set_pad_token(processing_class, inner, args)
         return processing_class
 
     def adjust_tokenizer(
@@ -164,13 +141,7 @@ class BaseTrainer(Trainer):
             model = add_adapter(model, peft_config)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
             model.enable_input_require_grads()
-        if args.disable_dropout:
-            disable_dropout(model)
-        if args.tiled_mlp is not None:
-            tile_mlps(base_model(model), args.tiled_mlp)
-        if args.activation_offloading:
-            offload_activations(base_model(model))
-        keep_results(base_model(model), args.activation_budget, attention_always=args.keeps_attention)
+        set_up_layers(model, args)
         return model
 
     def choose_layout(self, model: PreTrainedModel, args: BaseConfig, sequences: list[list[int]]) -> str:

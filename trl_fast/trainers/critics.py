@@ -13,16 +13,15 @@ from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch
-from trl_fast.modeling.kept_results import keep_results
-from trl_fast.modeling.loading import base_model, disable_dropout, is_quantized, load_reward_model
+from trl_fast.modeling.loading import base_model, is_quantized, load_reward_model
 from trl_fast.modeling.reference import freeze
 from trl_fast.modeling.reward_scoring import attach_reward_scoring
-from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.modeling.value_scoring import check_classifier, choose_classifier_layout, read_head, state_batch
 from trl_fast.rollout import RewardFunctions
 from trl_fast.rollout.samples import Samples
 from trl_fast.rollout.token_rewards import TokenRewardModel
 
+from .layers import set_up_layers
 from .ppo_config import PPOConfig
 
 RewardSource = Callable[..., list] | str | PreTrainedModel
@@ -99,11 +98,7 @@ class Critic:
         self.pad_token_id = processing_class.pad_token_id
         inner.config.get_text_config().pad_token_id = self.pad_token_id
         attach_reward_scoring(inner)
-        if args.disable_dropout:
-            disable_dropout(model)
-        if args.tiled_mlp is not None:
-            tile_mlps(inner, args.tiled_mlp)
-        keep_results(inner, args.activation_budget, attention_always=args.keeps_attention)
+        set_up_layers(model, args)
         self.layout = choose_classifier_layout(
             inner, args.batch_layout, sequences, without_dropout=args.disable_dropout
         )

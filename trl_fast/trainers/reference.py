@@ -9,14 +9,14 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from trl_fast.data import TokenBatch
-from trl_fast.modeling.loading import base_model, disable_dropout, load_causal_lm
+from trl_fast.modeling.loading import base_model, load_causal_lm
 from trl_fast.modeling.reference import copy_adapter_as_reference, copy_as_reference, freeze, reference_scope
 from trl_fast.modeling.scoring import attach_scoring
-from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops import TokenScores
 
 from .base import BaseTrainer, router_coefficient
 from .callbacks import SyncRefModelCallback
+from .layers import set_up_layers
 from .reference_config import ReferenceConfig
 
 
@@ -95,10 +95,7 @@ class ReferenceTrainer(BaseTrainer):
         attach_scoring(inner)
         inner.trl_fast_fused_head = policy.trl_fast_fused_head
         inner.set_attn_implementation(policy.config.get_text_config()._attn_implementation)
-        if args.disable_dropout:
-            disable_dropout(inner)
-        if args.tiled_mlp is not None:
-            tile_mlps(inner, args.tiled_mlp)
+        set_up_layers(inner, args, trains=False)
 
     def start(self, **kwargs: Any) -> None:
         """As in the base; then the reference goes where the policy is."""

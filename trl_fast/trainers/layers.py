@@ -1,0 +1,31 @@
+"""What the arguments ask of a model's layers: the same for policies, value models and references."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from trl_fast.modeling.kept_results import keep_results
+from trl_fast.modeling.loading import base_model, disable_dropout
+from trl_fast.modeling.offloading import offload_activations
+from trl_fast.modeling.tiled_mlp import tile_mlps
+
+from .base_config import BaseConfig
+
+
+def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, trains: bool = True) -> None:
+    """Dropout and tiles; of a model that trains also what is kept for backward, and where.
+
+    Raises:
+        ValueError: tiled_mlp is set, and there is no MLP that can be tiled.
+    """
+    inner = base_model(model)
+    if args.disable_dropout:
+        disable_dropout(model)
+    if args.tiled_mlp is not None:
+        tile_mlps(inner, args.tiled_mlp)
+    if not trains:
+        return
+    if args.activation_offloading:
+        offload_activations(inner)
+    keep_results(inner, args.activation_budget, attention_always=args.keeps_attention)

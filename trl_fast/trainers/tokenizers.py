@@ -1,0 +1,51 @@
+"""A trainer's tokenizer: the model's own unless one is given, with a pad token."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from .base_config import BaseConfig
+
+
+def checked_tokenizer(
+    processing_class: object | None, model: PreTrainedModel, args: BaseConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that is given, or the one of the model's name.
+
+    Raises:
+        TypeError: it is no tokenizer.
+        ValueError: it is a processor of images.
+    """
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(
+            model.config._name_or_path,
+            revision=(args.model_init_kwargs or {}).get("revision", "main"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError("processing_class is a processor of images; only text models are supported so far")
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
+    return processing_class
+
+
+def set_pad_token(processing_class: PreTrainedTokenizerBase, model: PreTrainedModel, args: BaseConfig) -> None:
+    """Gives tokenizer and model the pad token of the arguments, the tokenizer's own, or its end token.
+
+    Raises:
+        ValueError: the vocabulary does not have it, or there is none of them.
+    """
+    if args.pad_token is not None:
+        if args.pad_token not in processing_class.get_vocab():
+            raise ValueError(f"pad_token={args.pad_token!r} is not in the tokenizer's vocabulary")
+        processing_class.pad_token = args.pad_token
+    if processing_class.pad_token is None:
+        if processing_class.eos_token is None:
+            raise ValueError(
+                "processing_class has neither a pad token nor an eos token; set tokenizer.pad_token to a token "
+                "of its vocabulary"
+            )
+        processing_class.pad_token = processing_class.eos_token
+    model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = processing_class.pad_token_id
