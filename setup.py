@@ -84,6 +84,20 @@ def nvcc_flags(cuda_home: str) -> list[str]:
     return ["-O3", *cuda_arch_flags(known)]
 
 
+def parallel_flags(compiler: str) -> list[str]:
+    """The flag without which at::parallel_for, which lives in a header, is a loop of one thread.
+
+    Nothing is linked: torch has brought the OpenMP library, and with a second one there would be two sets of threads.
+    Code of clang would look for functions that GNU's library lacks.
+    """
+    import torch
+
+    if not torch.backends.openmp.is_available():
+        return []
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return ["-fopenmp"] if "Free Software Foundation" in version else []
+
+
 def pip_cuda_includes() -> list[str]:
     """Headers of the CUDA libraries that pip installed with torch: a toolkit need not have all that torch includes."""
     import torch
@@ -107,6 +121,7 @@ def make_extension():
     cuda_home = find_cuda_home()
     cuda = cuda_sources(cuda_home, torch.version.cuda)
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    cxx_flags = COMMON_FLAGS + parallel_flags(os.environ.get("CXX", "c++"))
     isas = instruction_sets(platform.machine())
     macros = [(f"TRL_FAST_HAS_{isa}", "1") for isa in isas] + ([("TRL_FAST_HAS_CUDA", "1")] if cuda else [])
     return kind(
@@ -114,7 +129,7 @@ def make_extension():
         sources=sources + cuda,
         include_dirs=[str(ROOT / "csrc"), *(pip_cuda_includes() if cuda else [])],
         define_macros=macros,
-        extra_compile_args={"cxx": COMMON_FLAGS, "nvcc": nvcc_flags(cuda_home)} if cuda else COMMON_FLAGS,
+        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags(cuda_home)} if cuda else cxx_flags,
     )
 
 

@@ -146,10 +146,19 @@ at::Tensor held_empty(at::IntArrayRef size, at::ScalarType dtype) {
                                    c10::MemoryFormat::Contiguous);
 }
 
+// How many threads share the rows of a large enough tile.
+int64_t row_threads() {
+  const int64_t tasks = at::get_num_threads();
+  std::vector<char> seen(tasks, 0);
+  at::parallel_for(0, tasks, 1, [&](int64_t, int64_t) { seen[at::get_thread_num()] = 1; });
+  return std::count(seen.begin(), seen.end(), 1);
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["isas"] = compiled_isas();
   info["isa"] = chosen_isa();
+  info["row_threads"] = row_threads();
   info["compiler"] = __VERSION__;
   info["torch_version"] = TORCH_VERSION;
 #ifdef TRL_FAST_HAS_CUDA
