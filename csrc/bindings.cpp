@@ -12,10 +12,6 @@
 namespace trl_fast {
 namespace {
 
-int64_t rows_per_task(int64_t columns) {
-  return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, columns));
-}
-
 void row_scores(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
                 double scale, double softcap, double inv_temperature, int64_t outputs, int64_t column_offset,
                 at::Tensor state) {

@@ -1,9 +1,11 @@
 // From the tensors of torch.ops.trl_fast.row_scores and row_grad to the kernels' arguments, with every check by name.
 #pragma once
 
+#include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 
@@ -42,6 +44,11 @@ inline void check_rows(const at::Tensor& tensor, const char* name, at::Device de
   TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected shape (R, C), got ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": expected contiguous rows, got strides ",
                     tensor.strides());
+}
+
+// How many rows of so many columns are worth a thread of their own.
+inline int64_t rows_per_task(int64_t columns) {
+  return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, columns));
 }
 
 // Block and Transform point into these; they keep what had to be made contiguous or float alive.

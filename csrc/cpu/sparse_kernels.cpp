@@ -37,7 +37,6 @@ struct Sampler {
 
 // Chunk of log-probabilities of columns [start, start + n). Most vectors keep nothing: those are summed as a whole.
 void sample_chunk(const float* logprobs, int64_t start, int64_t n, Sampler& sampler) {
-  const Vec threshold = splat(static_cast<float>(sampler.threshold));
   for (int64_t i = 0; i < n; i += kWidth) {
     const Vec p = exp_vec(load(logprobs + i));
     const double sum = sum_of(p);

@@ -2,7 +2,8 @@
 
 The vocabulary is walked tile by tile, and the rows within it. A tile of the weight is thus widened or read once for
 all rows, a tile of logits is still in the cache when the row kernels read it, and a tile of the weight's gradient is
-finished in one go. Everything that scales with rows times vocabulary lives in one workspace.
+finished in one go. Everything that scales with rows times vocabulary lives in one workspace. What of it waits for the
+gradient is in kept_logits.py.
 
 On a GPU, logits are float32: products of 16-bit numbers accumulate in float32 and can be written as such. All logits
 are, kept ones too, because a gradient needs the very logits that its log-sum-exp came from: with a log-sum-exp of
@@ -25,6 +26,7 @@ import torch
 
 from .backends import load_extension
 from .fused_scores import score_rows_fused, serves_fused
+from .kept_logits import PACKED_DTYPE, KeptLogits, packed_columns, packing_step
 from .products import add_mm, logits_dtype, mm_into
 from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale, row_weights_by_two
 from .spans import even_step, spans
@@ -35,7 +37,7 @@ DEFAULT_WORKSPACE_BYTES = 1 << 30
 _TILE_SHARE = 4
 # On a CPU the tiles of logits and of widened weight each stay below this; larger ones were no faster.
 _CACHE_BYTES = 32 << 20
-_CPU_TILE_ROWS = 1536
+_CPU_TILE_ROWS = 2048
 _MIN_TILE_COLUMNS = 512
 # Held memory comes in huge pages of 2 MiB.
 _HELD_FROM_BYTES = 16 << 20
@@ -124,20 +126,32 @@ class Head:
         self.row_bytes = row_bytes(self.vocab_size, self.logits_dtype, backend)
         self.workspace_bytes = workspace_bytes
         self._cast_tile: torch.Tensor | None = None
+        self._slope = transform.scale * transform.inv_temperature
         rows_per_block(1, self.row_bytes, workspace_bytes)
 
-    def kept_rows(self, num_rows: int) -> int:
-        """How many whole rows of logits the workspace holds with a tile beside them."""
-        return min(num_rows, (self.workspace_bytes - self.workspace_bytes // _TILE_SHARE) // self.row_bytes)
+    @property
+    def packs(self) -> bool:
+        """Whether kept logits are packed: those of 16-bit weights, where float32 takes more room than they know.
 
-    def block_rows(self, num_rows: int) -> int:
+        Not with a softcap, for which a step of the logits is no step of the log-probabilities.
+        """
+        sixteen = self.weight.dtype in (torch.bfloat16, torch.float16) and self.logits_dtype == torch.float32
+        return sixteen and self.kernels.packs and not self.transform.softcap and self._slope != 0
+
+    def kept_rows(self, num_rows: int, *, raw: bool = False) -> int:
+        """How many whole rows of logits the workspace holds with a tile beside them. raw: never packed."""
+        packed_bytes = packed_columns(self.vocab_size) * PACKED_DTYPE.itemsize
+        row_bytes = packed_bytes if self.packs and not raw else self.row_bytes
+        return min(num_rows, (self.workspace_bytes - self.workspace_bytes // _TILE_SHARE) // row_bytes)
+
+    def block_rows(self, num_rows: int, *, raw: bool = False) -> int:
         """The rows of a block, for ops that go block by block in equal parts: at least one, if there are any."""
-        return even_step(num_rows, max(1, self.kept_rows(num_rows)))
+        return even_step(num_rows, max(1, self.kept_rows(num_rows, raw=raw)))
 
-    def tiling(self, num_rows: int, kept_logits: torch.Tensor | None = None) -> Tiling:
+    def tiling(self, num_rows: int, kept_logits: KeptLogits | None = None) -> Tiling:
         """The tiles for `num_rows` rows: within a share of the workspace, and on a CPU within its cache.
 
-        kept_logits: (T, K, W), whose tiles decide the columns if there are any.
+        kept_logits: their tiles decide the columns if there are any.
         """
         element = self.row_bytes // self.vocab_size + (self.dtype.itemsize if self.narrow_gradients else 0)
         budget = self.workspace_bytes // _TILE_SHARE
@@ -148,17 +162,22 @@ class Head:
             columns = min(columns, _CACHE_BYTES // (self.hidden_size * self.dtype.itemsize))
         columns = max(_MIN_TILE_COLUMNS, min(columns, budget // max(1, rows * element)) // 64 * 64)
         columns = min(self.vocab_size, columns)
-        if kept_logits is not None and kept_logits.shape[1]:
-            columns = kept_logits.shape[2]
+        if kept_logits is not None and kept_logits.num_rows:
+            columns = kept_logits.columns
         return Tiling(max(1, min(rows, budget // (columns * element))), columns)
 
-    def empty_logits(self, num_kept: int, num_rows: int) -> torch.Tensor:
-        """Room for raw logits of `num_kept` rows, (T, K, W): tile by tile as they are for `num_rows` rows in all.
-
-        One tile's rows lie together. In a (K, V) matrix each would be in a memory page of its own.
-        """
+    def empty_logits(self, num_kept: int, num_rows: int, *, raw: bool = False) -> KeptLogits:
+        """Room for the logits of `num_kept` rows, in tiles as they are for `num_rows` rows in all. raw: not packed."""
         width = self.tiling(num_rows).columns
-        return large_empty((-(-self.vocab_size // width), num_kept, width), self.logits_dtype, self.weight.device)
+        num_tiles = -(-self.vocab_size // width)
+        packed = self.packs and not raw
+        shape = (num_tiles, num_kept, packed_columns(width) if packed else width)
+        dtype = PACKED_DTYPE if packed else self.logits_dtype
+        return self.kept_logits(large_empty(shape, dtype, self.weight.device))
+
+    def kept_logits(self, values: torch.Tensor) -> KeptLogits:
+        """Logits of this head that were kept: the values of `empty_logits`."""
+        return KeptLogits(values, packing_step(self._slope) if values.dtype == PACKED_DTYPE else 0.0)
 
     @property
     def narrow_gradients(self) -> bool:
@@ -222,12 +241,12 @@ def score_rows(
     outputs: int,
     state: torch.Tensor,
     *,
-    keep: torch.Tensor | None = None,
+    keep: KeptLogits | None = None,
     unit_gradient: UnitGradient | None = None,
 ) -> None:
     """Adds all columns to the state (7, N) of all rows.
 
-    hidden: (N, H) in the product's dtype; keep: (T, K, W) takes the raw logits of the first K rows; unit_gradient:
+    hidden: (N, H) in the product's dtype; keep: takes the logits of the first rows, as many as it has; unit_gradient:
     goes through the same tiles. With neither there is no gradient to come, and a fused kernel may serve.
     """
     no_gradient = keep is None and unit_gradient is None
@@ -235,18 +254,22 @@ def score_rows(
         given = (hidden, head.weight, targets, head.bias, head.transform)
         return score_rows_fused(*given, outputs, state, head.workspace_bytes)
     num_rows = hidden.shape[0]
-    kept = 0 if keep is None else keep.shape[1]
+    kept = 0 if keep is None else keep.num_rows
     height, width = head.tiling(num_rows, keep)
     parts = [*spans(kept, height), *(slice(kept + s.start, kept + s.stop) for s in spans(num_rows - kept, height))]
-    scratch = head.scratch(min(height, num_rows - kept), width, head.logits_dtype)
+    passing = num_rows if keep is None or keep.packed else num_rows - kept
+    scratch = head.scratch(min(height, passing), width, head.logits_dtype)
     gives_narrow = unit_gradient is not None and head.narrow_gradients
     room_for_weights = head.scratch(height, width, head.dtype) if gives_narrow else scratch
     for number, columns in enumerate(spans(head.vocab_size, width)):
         weight = head.weight_tile(columns)
         for rows in parts:
-            room = keep[number, rows] if rows.start < kept else scratch[: rows.stop - rows.start]
-            tile = room[:, : columns.stop - columns.start]
+            keeps = rows.start < kept
+            tile = scratch[: rows.stop - rows.start, : columns.stop - columns.start]
+            tile = keep.room(number, rows, tile) if keeps else tile
             mm_into(tile, hidden[rows], weight.t())
+            if keeps:
+                keep.put(number, rows, tile)
             if unit_gradient is None:
                 head.score(tile, targets[rows], columns, outputs, state[:, rows])
                 continue
@@ -285,9 +308,9 @@ class UnitGradient:
 class RowBlock:
     """Rows whose gradient is to be taken, with the coefficients of rows.py.
 
-    rows: where they lie in the N rows; hidden: (R, H); targets, lse: (R,); coefficients: (4, R). logits: (T, K, W),
-    raw, if they are still there, else they are computed again; index: (R,) their rows in `logits`, None for all in
-    order; consume: whether logits may be overwritten.
+    rows: where they lie in the N rows; hidden: (R, H); targets, lse: (R,); coefficients: (4, R). logits: if they are
+    still there, else they are computed again; index: (R,) their rows in `logits`, None for all in order; consume:
+    whether logits may be overwritten.
     """
 
     rows: slice
@@ -295,9 +318,14 @@ class RowBlock:
     targets: torch.Tensor
     lse: torch.Tensor
     coefficients: torch.Tensor
-    logits: torch.Tensor | None = None
+    logits: KeptLogits | None = None
     index: torch.Tensor | None = None
     consume: bool = False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether logits lie where their gradient may be written."""
+        return self.consume and self.logits is not None and not self.logits.packed and self.index is None
 
     def parts(self, height: int) -> Iterator[RowBlock]:
         """The same in blocks of at most `height` rows."""
@@ -307,20 +335,17 @@ class RowBlock:
             if self.index is not None:
                 index = self.index[part]
             elif logits is not None:
-                logits = logits[:, part]
+                logits = logits.part(part)
             coefficients = self.coefficients[:, part].contiguous()
             yield RowBlock(
                 rows, self.hidden[part], self.targets[part], self.lse[part], coefficients, logits, index, self.consume
             )
 
-    def raw_logits(
-        self, number: int, columns: slice, weight: torch.Tensor | None, scratch: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits (R, C) of tile `number`, in `scratch` (R, C) unless they are there and in order."""
+    def raw_logits(self, number: int, weight: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
+        """Logits (R, C) of tile `number`, in `scratch` (R, C) unless they are there, as they are and in order."""
         if self.logits is None:
             return mm_into(scratch, self.hidden, weight.t())
-        tile = self.logits[number, :, : columns.stop - columns.start]
-        return tile if self.index is None else torch.index_select(tile, 0, self.index, out=scratch)
+        return self.logits.tile(number, self.index, scratch)
 
 
 def row_blocks(
@@ -329,18 +354,18 @@ def row_blocks(
     targets: torch.Tensor,
     lse: torch.Tensor,
     coefficients: torch.Tensor,
-    logits: torch.Tensor,
+    logits: KeptLogits,
     index: torch.Tensor | None,
     *,
     consume: bool = False,
 ) -> list[RowBlock]:
     """The rows whose logits are kept, and the others.
 
-    rows: where all of them lie; hidden: (R, H); targets, lse: (R,); coefficients: (R, 4); logits: (T, K, W) of the
-    first K rows; index: (R,) their numbers among the rows that were scored, rising, None if they are all of them.
+    rows: where all of them lie; hidden: (R, H); targets, lse: (R,); coefficients: (R, 4); logits: of the first K
+    rows; index: (R,) their numbers among the rows that were scored, rising, None if they are all of them.
     """
     num_rows = len(targets)
-    kept = min(num_rows, logits.shape[1]) if index is None else int((index < logits.shape[1]).sum())
+    kept = min(num_rows, logits.num_rows) if index is None else int((index < logits.num_rows).sum())
     blocks = []
     for part, source in ((slice(0, kept), logits), (slice(kept, num_rows), None)):
         if part.stop > part.start:
@@ -396,8 +421,7 @@ class HeadGradients:
         kept_logits = next((block.logits for block in blocks if block.logits is not None), None)
         height, width = head.tiling(max((len(block.targets) for block in blocks), default=0), kept_logits)
         parts = [part for block in blocks for part in block.parts(height)]
-        in_place = all(part.consume and part.logits is not None and part.index is None for part in parts)
-        in_place = in_place and not head.narrow_gradients
+        in_place = not head.narrow_gradients and all(part.in_place for part in parts)
         scratch = head.scratch(0 if in_place else height, width, head.logits_dtype)
         grads = head.scratch(height, width, head.dtype) if head.narrow_gradients else scratch
         narrow = self._need_weight and self.weight.dtype != head.wide
@@ -408,8 +432,8 @@ class HeadGradients:
             weight_sum = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
             for part in parts:
                 corner = (slice(len(part.targets)), slice(columns.stop - columns.start))
-                logits = part.raw_logits(number, columns, weight, scratch[corner])
-                out = logits if part.consume and not head.narrow_gradients else grads[corner]
+                logits = part.raw_logits(number, weight, scratch[corner])
+                out = logits if part.in_place and not head.narrow_gradients else grads[corner]
                 grad = head.grad(logits, part.targets, part.lse, part.coefficients, columns, out)
                 if self.hidden is not None:
                     add_mm(self.hidden[part.rows], grad, weight)

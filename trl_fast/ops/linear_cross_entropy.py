@@ -79,7 +79,7 @@ def _linear_cross_entropy(
         gradients = HeadGradients(head, num_rows, **needs, waiting=True)
         logits = head.empty_logits(height if any(needs.values()) else 0, height)
         for rows in spans(num_rows, height or 1):
-            kept = logits[:, : rows.stop - rows.start]
+            kept = logits.part(slice(rows.stop - rows.start))
             state = new_state(rows.stop - rows.start, hidden.device)
             outputs = MEAN_LOGITS if label_smoothing else 0
             score_rows(head, product[rows], targets[rows], outputs, state, keep=kept if any(needs.values()) else None)

@@ -5,7 +5,7 @@
 | keep | cache | passes over N·V·H, forward + backward |
 |---|---|---|
 | NOTHING | empty | 1 without gradient |
-| LOGITS | (T, K, W): raw logits of as many rows as fit the workspace | 1 + 2 for those rows, 1 + 3 for the others |
+| LOGITS | KeptLogits.values of as many rows as fit the workspace | 1 + 2 for those rows, 1 + 3 for the others |
 | UNIT_GRADIENT | (N, H): d logprob / d hidden, for a frozen head | 2 + 0 |
 
 `trl_fast::linear_scores_backward` takes the row coefficients of `rows.py`, and so serves every differentiable output.
@@ -61,9 +61,10 @@ def linear_scores(
         num_rows = hidden.shape[0]
         state = new_state(num_rows, hidden.device)
         kept = head.kept_rows(num_rows) if keep == LOGITS else 0
-        cache = head.empty_logits(kept, num_rows)
+        kept_logits = head.empty_logits(kept, num_rows)
+        cache = kept_logits.values
         unit = UnitGradient(head, num_rows) if keep == UNIT_GRADIENT else None
-        kept_logits = cache if keep == LOGITS else None
+        kept_logits = kept_logits if keep == LOGITS else None
         score_rows(head, hidden, targets, outputs, state, keep=kept_logits, unit_gradient=unit)
         statistics = finish_scores(state, outputs, head.vocab_size, head.wide)
         if unit is not None:
@@ -83,7 +84,7 @@ def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, k
     else:
         head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
         kept = head.kept_rows(num_rows) if keep == LOGITS else 0
-        cache = head.empty_logits(kept, num_rows)
+        cache = head.empty_logits(kept, num_rows).values
     return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide), cache)
 
 
@@ -107,7 +108,7 @@ def linear_scores_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden (N, H), weight (V, H) and bias (V,), given row coefficients (4, N); empty where not needed.
 
-    logits: (T, K, W) raw logits of the first K rows, which the forward pass kept; they are left as they are.
+    logits: the values of KeptLogits of the first rows, which the forward pass kept; they are left as they are.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
@@ -115,7 +116,7 @@ def linear_scores_backward(
         given = (hidden.to(head.dtype), targets, lse, coefficients.t())
         if index is not None:
             given = tuple(tensor[index] for tensor in given)
-        blocks = row_blocks(slice(0, len(given[0])), *given, logits, index)
+        blocks = row_blocks(slice(0, len(given[0])), *given, head.kept_logits(logits), index)
         needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
         gradients = HeadGradients(head, len(given[0]), **needs)
         gradients.add(blocks, last=True)

@@ -27,6 +27,7 @@ from .blocks import (
     scaled,
     score_rows,
 )
+from .kept_logits import KeptLogits
 from .linear_logprob import autocast_hidden, linear_logprob
 from .linear_scores import row_coefficients
 from .products import gemm_dtype
@@ -93,9 +94,9 @@ class _TokenLossSweep:
         self.statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=head.wide, device=device)
 
     def score(
-        self, hidden: torch.Tensor, targets: torch.Tensor, rows: slice, keep: torch.Tensor | None
+        self, hidden: torch.Tensor, targets: torch.Tensor, rows: slice, keep: KeptLogits | None
     ) -> torch.Tensor:
-        """Adds the rows' loss; their coefficients (4, R). keep: (T, K, W) takes the raw logits of the first K."""
+        """Adds the rows' loss; their coefficients (4, R). keep: takes the logits of the first rows."""
         mask = output_mask(self.outputs)
         state = new_state(rows.stop - rows.start, hidden.device)
         score_rows(self.head, hidden[rows], targets[rows], mask, state, keep=keep)
@@ -115,7 +116,7 @@ class _TokenLossSweep:
         indices = [torch.empty(0, dtype=torch.int64, device=hidden.device)]
         step = max(height, 1)
         for rows in spans(num_rows, step) if self.group_sizes is None else group_spans(self.group_sizes, step):
-            kept = logits[:, : rows.stop - rows.start]
+            kept = logits.part(slice(rows.stop - rows.start))
             coefficients = self.score(hidden, targets, rows, kept)
             index = active_rows(coefficients)
             given = (hidden[rows], targets[rows], self.statistics[LSE_ROW, rows], coefficients.t())

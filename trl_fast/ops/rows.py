@@ -56,6 +56,8 @@ class RowKernels(NamedTuple):
     bytes_per_element: int
     # Both in one read, as `row_weights_by_two` below; None: by the two others.
     weights: Callable[..., None] | None = None
+    # Whether there are kernels that pack kept logits (kept_logits.py).
+    packs: bool = False
 
 
 def new_state(num_rows: int, device: torch.device) -> torch.Tensor:
@@ -256,7 +258,7 @@ def _compiled_grad(*args: object) -> None:
 
 ROW_KERNELS = {
     "torch": RowKernels(row_scores_reference, row_grad_reference, 24),
-    "cpp": RowKernels(_compiled_scores, _compiled_grad, 0, _cpp_weights),
+    "cpp": RowKernels(_compiled_scores, _compiled_grad, 0, _cpp_weights, packs=True),
     "cuda": RowKernels(_compiled_scores, _compiled_grad, 0),
     "triton": RowKernels(_triton_scores, _triton_grad, 0),
 }
@@ -271,6 +273,14 @@ def register_fakes() -> None:
 
     @torch.library.register_fake("trl_fast::row_weights")
     def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state, out):
+        return None
+
+    @torch.library.register_fake("trl_fast::pack_rows")
+    def _(logits, step, packed):
+        return None
+
+    @torch.library.register_fake("trl_fast::unpack_rows")
+    def _(packed, index, step, logits):
         return None
 
     @torch.library.register_fake("trl_fast::held_empty")

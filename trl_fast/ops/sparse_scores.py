@@ -41,17 +41,17 @@ def linear_scores_sparse(
         head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
         hidden = hidden.to(head.dtype)
         num_rows = hidden.shape[0]
-        height = head.block_rows(num_rows)
-        logits = head.empty_logits(height, height)
+        height = head.block_rows(num_rows, raw=True)
+        logits = head.empty_logits(height, height, raw=True)
         statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=head.wide, device=hidden.device)
         samples = []
         for rows in spans(num_rows, max(height, 1)):
-            kept = logits[:, : rows.stop - rows.start]
+            kept = logits.part(slice(rows.stop - rows.start))
             state = new_state(rows.stop - rows.start, hidden.device)
             score_rows(head, hidden[rows], targets[rows], outputs, state, keep=kept)
             statistics[:, rows] = finish_scores(state, outputs, head.vocab_size, head.wide)
             given = (statistics[LSE_ROW, rows], offsets[rows], threshold)
-            samples.append(SPARSE_KERNELS[backend].samples(kept, head.vocab_size, bias, *head.transform, *given))
+            samples.append(SPARSE_KERNELS[backend].samples(kept.values, head.vocab_size, bias, *head.transform, *given))
         empty = [offsets.new_empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, head.wide)]
         counts, columns, logprobs = (torch.cat(parts) for parts in zip(empty, *samples, strict=True))
         token_logprobs, entropy = statistics[LOGPROB_ROW].clone(), statistics[ENTROPY_ROW].clone()
