@@ -17,6 +17,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from trl_fast.ops.backends import load_extension
+
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -43,6 +45,11 @@ def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu"
         result = function()
         torch.cuda.synchronize(device)
         return Measured(result, torch.cuda.max_memory_allocated(device) - start)
+    if load_extension().ok:
+        # Blocks that the extension holds from an earlier call may be of another size, and would be counted whole.
+        from trl_fast import _C
+
+        _C.release_held_memory()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     events = profiler.profiler.kineto_results.events()

@@ -15,7 +15,6 @@ made of them; --report does only that.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import re
 import sys
@@ -26,8 +25,6 @@ from typing import NamedTuple
 import psutil
 import torch
 from rich.console import Console
-
-from trl_fast.ops.backends import load_extension
 
 from .linear_logprob import (
     BY_TOKEN,
@@ -142,12 +139,6 @@ def why_not(name: str, problem: Problem, mode: str, limit: float) -> str | None:
 
 def measure(point: Point, rounds: int, patience: float, limit: float, console: Console) -> dict:
     """The figures of one point, in every mode, as they are written down."""
-    if load_extension().ok:
-        # Blocks of another size, held since the last point, would be handed out again and counted whole.
-        from trl_fast import _C
-
-        gc.collect()
-        _C.release_held_memory()
     problem = make_problem(point.rows, point.hidden, point.vocab, DTYPES[point.dtype], torch.device("cpu"))
     others = {f"{ours}, {backend}" for backend in our_backends(problem)[1:] for ours in ("ours", BY_TOKEN)}
     figures = []
