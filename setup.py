@@ -92,10 +92,11 @@ def parallel_flags(compiler: str) -> list[str]:
     """
     import torch
 
-    if not torch.backends.openmp.is_available():
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    except OSError:  # no compiler: the build will say so
         return []
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    return ["-fopenmp"] if "Free Software Foundation" in version else []
+    return ["-fopenmp"] if torch.backends.openmp.is_available() and "Free Software Foundation" in version else []
 
 
 def pip_cuda_includes() -> list[str]:

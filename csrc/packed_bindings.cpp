@@ -40,9 +40,9 @@ void unpack_rows(const at::Tensor& packed, const std::optional<at::Tensor>& inde
   if (index) {
     check_vector(*index, "index", logits.size(0), at::kLong, at::kCPU);
     rows = index->contiguous();
-    TORCH_CHECK_VALUE(rows.numel() == 0 || (rows.min().item<int64_t>() >= 0 &&
-                                            rows.max().item<int64_t>() < packed.size(0)),
-                      "index: expected rows of packed, below ", packed.size(0));
+    TORCH_CHECK_VALUE(
+        rows.numel() == 0 || (rows.min().item<int64_t>() >= 0 && rows.max().item<int64_t>() < packed.size(0)),
+        "index: expected rows of packed, below ", packed.size(0));
     args.index = rows.const_data_ptr<int64_t>();
   } else {
     TORCH_CHECK_VALUE(packed.size(0) == logits.size(0), "packed: expected ", logits.size(0), " rows, got ",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trl_fast.ops.backends import load_extension
+from trl_fast.ops.kept_logits import packed_columns
 from trl_fast.ops.rows import (
     ROW_KERNELS,
     finish_scores,
@@ -82,7 +83,35 @@ def compare(dtype, columns, transform):
     torch.testing.assert_close(out, wanted, equal_nan=True, **tolerance)
 
 
+def compare_packing(columns):
+    """Logits packed and unpacked again: the largest of each chunk exact, the others within half a step."""
+    generator = torch.Generator().manual_seed(columns)
+    logits = 4 * torch.randn(6, columns + 3, generator=generator)[:, :columns]
+    logits[1] += 1e4
+    logits[2, 1::2] = float("-inf")
+    logits[3] = float("-inf")
+    logits[4, ::3] -= 1000
+    logits[5] = 1.5
+    step = 2.0**-10
+    packed = torch.empty(6, packed_columns(columns) + 5, dtype=torch.int16)[:, : packed_columns(columns)]
+    torch.ops.trl_fast.pack_rows(logits, step, packed)
+    got = torch.full_like(logits, float("nan"))
+    torch.ops.trl_fast.unpack_rows(packed, None, step, got)
+    for part, found in zip(logits.split(2048, dim=1), got.split(2048, dim=1), strict=True):
+        top = part.amax(dim=1, keepdim=True)
+        assert torch.equal(top, found.amax(dim=1, keepdim=True))
+        expected = torch.where(part == float("-inf"), part, torch.maximum(part, top - 65534 * step))
+        away = torch.where(part == found, 0.0, (expected - found).abs())
+        assert (away <= step / 2 + 2e-7 * top.abs()).all()
+    index = torch.tensor([4, 0, 2])
+    some = torch.empty(3, columns)
+    torch.ops.trl_fast.unpack_rows(packed, index, step, some)
+    assert torch.equal(some, got[index])
+
+
 def compare_everything():
+    for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
+        compare_packing(columns)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
             for transform in ("none", "all"):
@@ -112,6 +141,20 @@ def test_every_instruction_set_of_this_machine(isa):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+def test_rows_are_shared_among_torchs_threads():
+    from trl_fast import _C
+
+    if "lang" in _C.build_info()["compiler"]:
+        pytest.skip("setup.py has clang build kernels of one thread")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert _C.build_info()["row_threads"] == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_unknown_instruction_set_is_refused_by_name():
     program = "import trl_fast.ops.backends as b; b.load_extension()"
     environment = {**os.environ, "TRL_FAST_CPU_ISA": "avx9"}
@@ -127,6 +170,12 @@ def test_opcheck(transform):
     lse = statistics(row_scores_reference, logits, targets, bias, constants, 0)[0].contiguous()
     out = torch.empty_like(logits)
     torch.library.opcheck(torch.ops.trl_fast.row_grad, (*arguments, lse, torch.rand(4, 7), 0, out))
+
+
+def test_opcheck_of_packing():
+    logits, packed = torch.randn(4, 33), torch.zeros(4, packed_columns(33), dtype=torch.int16)
+    torch.library.opcheck(torch.ops.trl_fast.pack_rows, (logits, 0.5, packed))
+    torch.library.opcheck(torch.ops.trl_fast.unpack_rows, (packed, torch.tensor([3, 1, 0, 0]), 0.5, logits))
 
 
 def test_only_what_was_asked_for_is_computed():
@@ -153,6 +202,26 @@ def test_bad_input_is_named(change, message):
         torch.ops.trl_fast.row_scores(
             given["logits"], given["targets"], given["bias"], *constants, 0, 0, given["state"]
         )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"logits": torch.zeros(4, 33, dtype=torch.float64)}, "logits: expected float32"),
+        ({"packed": torch.zeros(4, 35, dtype=torch.int32)}, "packed: expected int16"),
+        ({"packed": torch.zeros(4, 34, dtype=torch.int16)}, "packed: expected at least 35 columns"),
+        ({"step": 0.0}, "step: expected a positive number"),
+        ({"index": torch.tensor([0, 1, 2, 4])}, "index: expected rows of packed, below 4"),
+        ({"index": torch.tensor([0, 1])}, "index: expected shape"),
+    ],
+)
+def test_bad_input_of_packing_is_named(change, message):
+    given = {"logits": torch.zeros(4, 33), "packed": torch.zeros(4, 35, dtype=torch.int16), "step": 0.5, **change}
+    if "index" not in change:
+        with pytest.raises(ValueError, match=message):
+            torch.ops.trl_fast.pack_rows(given["logits"], given["step"], given["packed"])
+    with pytest.raises(ValueError, match=message):
+        torch.ops.trl_fast.unpack_rows(given["packed"], given.get("index"), given["step"], given["logits"])
 
 
 @pytest.mark.parametrize("columns", [1, 7, 300, 2048, 5000])

@@ -165,6 +165,15 @@ def test_cuda_sources_join_by_toolkit_and_torch_not_by_a_visible_gpu(setup_modul
     assert {Path(name) for name in found} >= {path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu")}
 
 
+def test_gcc_shares_rows_among_threads_and_no_compiler_is_no_error_yet(setup_module, tmp_path):
+    compiler = tmp_path / "compiler"
+    for banner, flags in (("Free Software Foundation, Inc.", ["-fopenmp"]), ("clang version 19", [])):
+        compiler.write_text(f"#!/bin/sh\necho '{banner}'\n")
+        compiler.chmod(0o755)
+        assert setup_module.parallel_flags(str(compiler)) == flags
+    assert setup_module.parallel_flags(str(tmp_path / "missing")) == []
+
+
 @pytest.mark.parametrize(("machine", "isas"), [("x86_64", ["DEFAULT", "AVX2", "AVX512"]), ("aarch64", ["DEFAULT"])])
 def test_instruction_sets(setup_module, machine, isas):
     assert setup_module.instruction_sets(machine) == isas

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from .backends import load_extension
 from .fused_scores import score_rows_fused, serves_fused
 from .kept_logits import PACKED_DTYPE, KeptLogits, packed_columns, packing_step
 from .products import add_mm, logits_dtype, mm_into
+from .row_blocks import RowBlock
 from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale, row_weights_by_two
 from .spans import even_step, spans
 from .transform import LogitTransform
@@ -40,7 +40,7 @@ _CACHE_BYTES = 32 << 20
 _CPU_TILE_ROWS = 2048
 _MIN_TILE_COLUMNS = 512
 # Held memory comes in huge pages of 2 MiB.
-_HELD_FROM_BYTES = 16 << 20
+_HELD_FROM_BYTES = 8 << 20
 
 
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -133,10 +133,12 @@ class Head:
     def packs(self) -> bool:
         """Whether kept logits are packed: those of 16-bit weights, where float32 takes more room than they know.
 
-        Not with a softcap, for which a step of the logits is no step of the log-probabilities.
+        Not with a softcap or a bias: a step of raw logits would be no step of log-probabilities, or the largest of the
+        ones not that of the others.
         """
         sixteen = self.weight.dtype in (torch.bfloat16, torch.float16) and self.logits_dtype == torch.float32
-        return sixteen and self.kernels.packs and not self.transform.softcap and self._slope != 0
+        linear = self.bias is None and not self.transform.softcap and self._slope != 0
+        return sixteen and linear and self.kernels.packs
 
     def kept_rows(self, num_rows: int, *, raw: bool = False) -> int:
         """How many whole rows of logits the workspace holds with a tile beside them. raw: never packed."""
@@ -186,7 +188,7 @@ class Head:
 
     def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Room for tiles of up to this size."""
-        return torch.empty(rows, columns, dtype=dtype, device=self.weight.device)
+        return large_empty((rows, columns), dtype, self.weight.device)
 
     def weight_tile(self, columns: slice) -> torch.Tensor:
         """Rows `columns` of the weight, (C, H) in the product's dtype; valid until the next call."""
@@ -194,7 +196,7 @@ class Head:
         if tile.dtype == self.dtype:
             return tile
         if self._cast_tile is None or self._cast_tile.shape[0] < tile.shape[0]:
-            self._cast_tile = torch.empty(tile.shape, dtype=self.dtype, device=tile.device)
+            self._cast_tile = large_empty(tile.shape, self.dtype, tile.device)
         return self._cast_tile[: tile.shape[0]].copy_(tile)
 
     def score(
@@ -302,84 +304,6 @@ class UnitGradient:
         own = self.head.weight[targets.clamp(0, self.head.vocab_size - 1)].to(self.head.wide)
         mean = self.sum.div_(state[SUM][:, None].to(self.head.wide))
         return mean.neg_().addcmul_(slope[:, None].to(self.head.wide), own)
-
-
-@dataclass
-class RowBlock:
-    """Rows whose gradient is to be taken, with the coefficients of rows.py.
-
-    rows: where they lie in the N rows; hidden: (R, H); targets, lse: (R,); coefficients: (4, R). logits: if they are
-    still there, else they are computed again; index: (R,) their rows in `logits`, None for all in order; consume:
-    whether logits may be overwritten.
-    """
-
-    rows: slice
-    hidden: torch.Tensor
-    targets: torch.Tensor
-    lse: torch.Tensor
-    coefficients: torch.Tensor
-    logits: KeptLogits | None = None
-    index: torch.Tensor | None = None
-    consume: bool = False
-
-    @property
-    def in_place(self) -> bool:
-        """Whether logits lie where their gradient may be written."""
-        return self.consume and self.logits is not None and not self.logits.packed and self.index is None
-
-    def parts(self, height: int) -> Iterator[RowBlock]:
-        """The same in blocks of at most `height` rows."""
-        for part in spans(len(self.targets), height):
-            rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
-            logits, index = self.logits, None
-            if self.index is not None:
-                index = self.index[part]
-            elif logits is not None:
-                logits = logits.part(part)
-            coefficients = self.coefficients[:, part].contiguous()
-            yield RowBlock(
-                rows, self.hidden[part], self.targets[part], self.lse[part], coefficients, logits, index, self.consume
-            )
-
-    def raw_logits(self, number: int, weight: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
-        """Logits (R, C) of tile `number`, in `scratch` (R, C) unless they are there, as they are and in order."""
-        if self.logits is None:
-            return mm_into(scratch, self.hidden, weight.t())
-        return self.logits.tile(number, self.index, scratch)
-
-
-def row_blocks(
-    rows: slice,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    coefficients: torch.Tensor,
-    logits: KeptLogits,
-    index: torch.Tensor | None,
-    *,
-    consume: bool = False,
-) -> list[RowBlock]:
-    """The rows whose logits are kept, and the others.
-
-    rows: where all of them lie; hidden: (R, H); targets, lse: (R,); coefficients: (R, 4); logits: of the first K
-    rows; index: (R,) their numbers among the rows that were scored, rising, None if they are all of them.
-    """
-    num_rows = len(targets)
-    kept = min(num_rows, logits.num_rows) if index is None else int((index < logits.num_rows).sum())
-    blocks = []
-    for part, source in ((slice(0, kept), logits), (slice(kept, num_rows), None)):
-        if part.stop > part.start:
-            chosen = index[part] if index is not None and source is not None else None
-            given = (hidden[part], targets[part], lse[part], coefficients[part].t())
-            place = slice(rows.start + part.start, rows.start + part.stop)
-            blocks.append(RowBlock(place, *given, logits=source, index=chosen, consume=consume))
-    return blocks
-
-
-def active_rows(coefficients: torch.Tensor) -> torch.Tensor | None:
-    """Numbers (A,) of the rows whose coefficients (4, R) are not all zero; None if that is every row."""
-    active = coefficients.ne(0).any(dim=0)
-    return None if bool(active.all()) else active.nonzero().squeeze(1)
 
 
 class HeadGradients:

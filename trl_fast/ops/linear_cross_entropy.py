@@ -9,17 +9,10 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .blocks import (
-    DEFAULT_WORKSPACE_BYTES,
-    Head,
-    HeadGradients,
-    RowBlock,
-    scaled,
-    score_rows,
-    waiting_dtype,
-)
+from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, scaled, score_rows, waiting_dtype
 from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
 from .products import gemm_dtype
+from .row_blocks import RowBlock
 from .rows import finish_scores, new_state, with_low_part
 from .scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
 from .spans import spans

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import Head, HeadGradients, UnitGradient, active_rows, row_blocks, score_rows
+from .blocks import Head, HeadGradients, UnitGradient, score_rows
 from .products import gemm_dtype
+from .row_blocks import active_rows, row_blocks
 from .rows import finish_scores, new_state, with_low_part
 from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
 from .transform import LogitTransform

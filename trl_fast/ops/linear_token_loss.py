@@ -18,19 +18,12 @@ from typing import NamedTuple
 import torch
 
 from .backends import choose_backend
-from .blocks import (
-    DEFAULT_WORKSPACE_BYTES,
-    Head,
-    HeadGradients,
-    active_rows,
-    row_blocks,
-    scaled,
-    score_rows,
-)
+from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, scaled, score_rows
 from .kept_logits import KeptLogits
 from .linear_logprob import autocast_hidden, linear_logprob
 from .linear_scores import row_coefficients
 from .products import gemm_dtype
+from .row_blocks import active_rows, row_blocks
 from .rows import finish_scores, new_state
 from .scores import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS, TokenScores, detached, output_mask, token_scores
 from .spans import group_spans, spans
@@ -93,9 +86,7 @@ class _TokenLossSweep:
         self.loss = torch.zeros((), dtype=head.wide, device=device)
         self.statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=head.wide, device=device)
 
-    def score(
-        self, hidden: torch.Tensor, targets: torch.Tensor, rows: slice, keep: KeptLogits | None
-    ) -> torch.Tensor:
+    def score(self, hidden: torch.Tensor, targets: torch.Tensor, rows: slice, keep: KeptLogits | None) -> torch.Tensor:
         """Adds the rows' loss; their coefficients (4, R). keep: takes the logits of the first rows."""
         mask = output_mask(self.outputs)
         state = new_state(rows.stop - rows.start, hidden.device)

@@ -51,7 +51,9 @@ def linear_scores_sparse(
             score_rows(head, hidden[rows], targets[rows], outputs, state, keep=kept)
             statistics[:, rows] = finish_scores(state, outputs, head.vocab_size, head.wide)
             given = (statistics[LSE_ROW, rows], offsets[rows], threshold)
-            samples.append(SPARSE_KERNELS[backend].samples(kept.values, head.vocab_size, bias, *head.transform, *given))
+            samples.append(
+                SPARSE_KERNELS[backend].samples(kept.values, head.vocab_size, bias, *head.transform, *given)
+            )
         empty = [offsets.new_empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, head.wide)]
         counts, columns, logprobs = (torch.cat(parts) for parts in zip(empty, *samples, strict=True))
         token_logprobs, entropy = statistics[LOGPROB_ROW].clone(), statistics[ENTROPY_ROW].clone()
