@@ -101,5 +101,5 @@ def test_gradients_are_as_good_as_their_dtype(loss, workspace_bytes, temperature
         assert error(grad, other) < 4e-3
     # A sure row's gradient is small beside the others': held to its own size.
     sizes = wide[0].float().norm(dim=1)
-    assert sizes[::2].max() < 0.1 * sizes[1::2].min() or temperature != 1.0
+    assert sizes[::2].max() < 0.25 * sizes[1::2].min() or temperature != 1.0
     assert ((packed[0] - wide[0]).float().norm(dim=1) <= 6e-3 * sizes).all()
