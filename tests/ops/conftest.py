@@ -12,16 +12,27 @@ from support.heads import BACKENDS
 from trl_fast.ops.backends import load_extension
 
 
+def require_extension() -> None:
+    """Skips where nothing is compiled; on CI that is a failure."""
+    built = load_extension()
+    if not built.ok and not os.environ.get("CI"):
+        pytest.skip(built.reason)
+    assert built.ok, built.reason
+
+
+@pytest.fixture(scope="module")
+def extension() -> None:
+    """The compiled extension, loaded."""
+    require_extension()
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend's name in turn; Triton runs under the repaired interpreter."""
     name = request.param
     with contextlib.ExitStack() as stack:
         if name == "cpp":
-            built = load_extension()
-            if not built.ok and not os.environ.get("CI"):
-                pytest.skip(built.reason)
-            assert built.ok, built.reason
+            require_extension()
         if name == "triton":
             from support.triton_interpreter import interpreted_kernels
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_fast.ops.backends import load_extension
 from trl_fast.ops.kept_logits import packed_columns
 from trl_fast.ops.rows import (
     ROW_KERNELS,
@@ -20,20 +19,14 @@ from trl_fast.ops.rows import (
 )
 from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
 
+pytestmark = pytest.mark.usefixtures("extension")
+
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
 CPU_FLAGS = {
     "default": (),
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _extension():
-    support = load_extension()
-    if not support.ok and not os.environ.get("CI"):
-        pytest.skip(support.reason)
-    assert support.ok, support.reason
 
 
 def rows(dtype, columns, transform):

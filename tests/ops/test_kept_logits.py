@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
-from trl_fast.ops.backends import load_extension
 from trl_fast.ops.blocks import Head
 from trl_fast.ops.kept_logits import KeptLogits, packed_columns
 from trl_fast.ops.transform import LogitTransform
 
+pytestmark = pytest.mark.usefixtures("extension")
+
 V = 5000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _extension():
-    support = load_extension()
-    if not support.ok and not os.environ.get("CI"):
-        pytest.skip(support.reason)
-    assert support.ok, support.reason
 
 
 def head_of(dtype=torch.bfloat16, product=torch.float32, backend="cpp", bias=None, **transform):

@@ -20,7 +20,7 @@ from trl_fast.modeling.positions import check_positions
 from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
 from trl_fast.ops.validation import NotFiniteError
 
-from .base_config import ROW_LAYOUTS, BaseConfig, deprecated
+from .base_config import ROW_LAYOUTS, BaseConfig
 from .callbacks import TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
 from .layers import set_up_layers
@@ -32,40 +32,6 @@ logger = logging.getLogger(__name__)
 AnyDataset = Dataset | IterableDataset
 
 _PROBE_TOKENS = 12
-
-
-def older_tokenizer_name(
-    owner: str, processing_class: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase | None
-) -> PreTrainedTokenizerBase | None:
-    """`processing_class`, or what came under its older name `tokenizer`.
-
-    Raises:
-        ValueError: both were given.
-    """
-    if tokenizer is None:
-        return processing_class
-    if processing_class is not None:
-        raise ValueError("tokenizer and processing_class mean the same; give only processing_class")
-    deprecated(owner, "tokenizer", "it works; processing_class is the present name.")
-    return tokenizer
-
-
-def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
-    """The weight of a mixture of experts' load-balancing loss: the one wanted, else its config's; 0 for other models.
-
-    Raises:
-        ValueError: a weight is wanted and the model does not return its router's logits.
-    """
-    config = model.config.get_text_config()
-    has_router = hasattr(config, "output_router_logits")
-    if wanted and not has_router:
-        raise ValueError(
-            f"router_aux_loss_coef={wanted}: {type(model).__name__} is no mixture of experts that returns its "
-            "router's logits; leave it unset"
-        )
-    if not has_router:
-        return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted)
 
 
 class BaseTrainer(Trainer):

@@ -1,4 +1,4 @@
-"""What the arguments ask of a model's layers: the same for policies, value models and references."""
+"""What the arguments ask of a model's layers and routers: the same for policies, value models and references."""
 
 from __future__ import annotations
 
@@ -29,3 +29,21 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, train
     if args.activation_offloading:
         offload_activations(inner)
     keep_results(inner, args.activation_budget, attention_always=args.keeps_attention)
+
+
+def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
+    """The weight of a mixture of experts' load-balancing loss: the one wanted, else its config's; 0 for other models.
+
+    Raises:
+        ValueError: a weight is wanted and the model does not return its router's logits.
+    """
+    config = model.config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    if wanted and not has_router:
+        raise ValueError(
+            f"router_aux_loss_coef={wanted}: {type(model).__name__} is no mixture of experts that returns its "
+            "router's logits; leave it unset"
+        )
+    if not has_router:
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted)

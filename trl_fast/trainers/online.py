@@ -21,7 +21,7 @@ from trl_fast.ops import TokenScores
 from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, TransformersEngine, end_token_ids
 from trl_fast.rollout.samples import Samples
 
-from .base import AnyDataset, older_tokenizer_name
+from .base import AnyDataset
 from .completions import CompletionsLog
 from .metrics import MetricBuffer
 from .online_config import OnlineConfig
@@ -29,6 +29,7 @@ from .online_metrics import GenerationMetrics
 from .prompt_loaders import PromptLoaders
 from .reference import ReferenceTrainer
 from .rollouts import Rollouts
+from .tokenizers import older_tokenizer_name
 from .updates import Update, UpdateMaker
 
 RewardSource = Callable[..., list] | str | PreTrainedModel

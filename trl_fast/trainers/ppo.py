@@ -31,7 +31,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.value_scoring import make_value_model
 from trl_fast.rollout import RolloutEngine, TransformersEngine
 
-from .base import AnyDataset, older_tokenizer_name
+from .base import AnyDataset
 from .completions import CompletionsLog
 from .critics import Critic, RewardSource, load_reward_source, make_reward_functions
 from .experience import Experience, PPOUpdate, make_update
@@ -39,6 +39,7 @@ from .metrics import MetricBuffer
 from .ppo_config import PPOConfig
 from .ppo_rollouts import PPORollouts, end_tokens
 from .reference import ReferenceTrainer
+from .tokenizers import older_tokenizer_name
 from .updates import UpdateMaker
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from trl_fast.modeling.reference import copy_adapter_as_reference, copy_as_refer
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.ops import TokenScores
 
-from .base import BaseTrainer, router_coefficient
+from .base import BaseTrainer
 from .callbacks import SyncRefModelCallback
-from .layers import set_up_layers
+from .layers import router_coefficient, set_up_layers
 from .reference_config import ReferenceConfig
 
 

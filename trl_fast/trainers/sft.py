@@ -27,8 +27,10 @@ from trl_fast.modeling.chat_template import set_chat_template, set_eos_token, wi
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs
 
-from .base import AnyDataset, BaseTrainer, older_tokenizer_name, router_coefficient
+from .base import AnyDataset, BaseTrainer
+from .layers import router_coefficient
 from .sft_config import SFTConfig
+from .tokenizers import older_tokenizer_name
 
 logger = logging.getLogger(__name__)
 

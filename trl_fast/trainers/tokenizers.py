@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .base_config import BaseConfig
+from .base_config import BaseConfig, deprecated
 
 
 def checked_tokenizer(
@@ -49,3 +49,19 @@ def set_pad_token(processing_class: PreTrainedTokenizerBase, model: PreTrainedMo
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = processing_class.pad_token_id
+
+
+def older_tokenizer_name(
+    owner: str, processing_class: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """`processing_class`, or what came under its older name `tokenizer`.
+
+    Raises:
+        ValueError: both were given.
+    """
+    if tokenizer is None:
+        return processing_class
+    if processing_class is not None:
+        raise ValueError("tokenizer and processing_class mean the same; give only processing_class")
+    deprecated(owner, "tokenizer", "it works; processing_class is the present name.")
+    return tokenizer
