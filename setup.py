@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 # Kernel sources, compiled once per instruction set; the running CPU decides which is called.
-ISA_SOURCES = ("row_kernels", "sparse_kernels", "packed_kernels")
+ISA_SOURCES = ("row_kernels", "sparse_kernels")
 ISA_FLAGS = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
@@ -118,7 +118,7 @@ def make_extension():
     import torch
     from torch.utils import cpp_extension
 
-    sources = ["csrc/bindings.cpp", "csrc/packed_bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/held_memory.cpp"]
+    sources = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/held_memory.cpp"]
     cuda_home = find_cuda_home()
     cuda = cuda_sources(cuda_home, torch.version.cuda)
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension

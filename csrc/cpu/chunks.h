@@ -17,6 +17,17 @@ static_assert(kChunk % kWidth == 0);
 
 int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
+// Calls f(i, k) for the vectors of a chunk, k being 0 and 1 in turn: two sums that do not wait for each other.
+template <typename F>
+inline void for_vectors(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kWidth < n; i += 2 * kWidth) {
+    f(i, 0);
+    f(i + kWidth, 1);
+  }
+  if (i < n) f(i, 0);
+}
+
 // Widens n values; the rest of the last vector becomes `padding`.
 template <typename T>
 void widen_chunk(const T* from, int64_t n, float padding, float* to) {
@@ -29,14 +40,18 @@ void widen_chunk(const T* from, int64_t n, float padding, float* to) {
   for (int64_t i = n; i < padded(n); ++i) to[i] = padding;
 }
 
+// The first n values of a vector, or all of it.
+template <typename T>
+inline void narrow_part(Vec from, int64_t n, T* to) {
+  if (n >= kWidth) return narrow(to, from);
+  T part[kWidth];
+  narrow(part, from);
+  std::memcpy(to, part, n * sizeof(T));
+}
+
 template <typename T>
 void narrow_chunk(const float* from, int64_t n, T* to) {
-  const int64_t whole = n / kWidth * kWidth;
-  for (int64_t i = 0; i < whole; i += kWidth) narrow(to + i, load(from + i));
-  if (whole == n) return;
-  T last[kWidth];
-  narrow(last, load(from + whole));
-  std::memcpy(to + whole, last, (n - whole) * sizeof(T));
+  for (int64_t i = 0; i < n; i += kWidth) narrow_part(load(from + i), n - i, to + i);
 }
 
 // Raw logits of columns [start, start + n), transformed in place; the derivative du/dz goes to `slope` unless null.

@@ -3,7 +3,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "packed_kernels.h"
 #include "row_kernels.h"
 #include "sparse_kernels.h"
 
@@ -12,17 +11,14 @@ namespace trl_fast {
 #ifdef TRL_FAST_HAS_DEFAULT
 extern const RowKernels kRowKernelsDEFAULT;
 extern const SparseKernels kSparseKernelsDEFAULT;
-extern const PackedKernels kPackedKernelsDEFAULT;
 #endif
 #ifdef TRL_FAST_HAS_AVX2
 extern const RowKernels kRowKernelsAVX2;
 extern const SparseKernels kSparseKernelsAVX2;
-extern const PackedKernels kPackedKernelsAVX2;
 #endif
 #ifdef TRL_FAST_HAS_AVX512
 extern const RowKernels kRowKernelsAVX512;
 extern const SparseKernels kSparseKernelsAVX512;
-extern const PackedKernels kPackedKernelsAVX512;
 #endif
 
 namespace {
@@ -31,24 +27,23 @@ struct Candidate {
   const char* name;  // what TRL_FAST_CPU_ISA calls it
   const RowKernels* rows;
   const SparseKernels* sparse;
-  const PackedKernels* packed;
   bool runs;  // on this CPU
 };
 
 // Best first.
 const Candidate kCandidates[] = {
 #ifdef TRL_FAST_HAS_AVX512
-    {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kPackedKernelsAVX512,
+    {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512,
      static_cast<bool>(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("fma"))},
 #endif
 #ifdef TRL_FAST_HAS_AVX2
-    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kPackedKernelsAVX2,
+    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2,
      static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                        __builtin_cpu_supports("f16c"))},
 #endif
-    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kPackedKernelsDEFAULT, true},
+    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, true},
 };
 
 const Candidate& choose() {
@@ -75,8 +70,6 @@ const Candidate& chosen() {
 const RowKernels& row_kernels() { return *chosen().rows; }
 
 const SparseKernels& sparse_kernels() { return *chosen().sparse; }
-
-const PackedKernels& packed_kernels() { return *chosen().packed; }
 
 const char* chosen_isa() { return chosen().name; }
 

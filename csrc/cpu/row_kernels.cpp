@@ -7,17 +7,19 @@
 #include <algorithm>
 
 #include "chunks.h"
+#include "packed_chunks.h"
 
 namespace {
 
 using trl_fast::Block;
 using trl_fast::Dtype;
 using trl_fast::GradArgs;
+using trl_fast::PackedRows;
 using trl_fast::ScoreArgs;
 using trl_fast::Transform;
 
-template <typename T>
-float logit_at(const T* row, const Transform& t, int64_t column, float* slope = nullptr) {
+template <typename Row>
+float logit_at(const Row* row, const Transform& t, int64_t column, float* slope = nullptr) {
   float u[kWidth], slopes[kWidth];
   logits_chunk(row, t, column, 1, u, slopes);
   if (slope) *slope = slopes[0];
@@ -42,9 +44,9 @@ struct Online {
 };
 
 float chunk_max(const float* u, int64_t n) {
-  Vec best = splat(-kInf);
-  for (int64_t i = 0; i < n; i += kWidth) best = maximum(load(u + i), best);
-  return max_of(best);
+  Vec best[2] = {splat(-kInf), splat(-kInf)};
+  for_vectors(n, [&](int64_t i, int k) { best[k] = maximum(load(u + i), best[k]); });
+  return max_of(maximum(best[0], best[1]));
 }
 
 // With kWeights, `u` becomes e^(u-m).
@@ -52,7 +54,7 @@ template <bool kMoments, bool kWeights>
 void add_chunk(float* u, int64_t n, Online& online) {
   const Vec m = splat(online.m);
   Vec s[2] = {}, sx[2] = {}, sq[2] = {};
-  for (int64_t i = 0, k = 0; i < n; i += kWidth, k ^= 1) {
+  for_vectors(n, [&](int64_t i, int k) {
     const Vec x = load(u + i) - m;
     const Vec e = exp_vec(x);
     s[k] += e;
@@ -61,7 +63,7 @@ void add_chunk(float* u, int64_t n, Online& online) {
       sx[k] += e > Vec{} ? e * x : e;  // not 0 * -inf
       sq[k] += e * e;
     }
-  }
+  });
   online.s += sum_of(s[0]) + sum_of(s[1]);
   if constexpr (kMoments) {
     online.sx += sum_of(sx[0]) + sum_of(sx[1]);
@@ -92,9 +94,10 @@ float row_max(const T* row, const ScoreArgs& args, float* u) {
 }
 
 // With kWeights, the row's e^(u - top) du/dz go to `weights`, relative to its largest logit with this tile; finding
-// that takes a look ahead where the tile is wider than a chunk.
+// that takes a look ahead where the tile is wider than a chunk. `packed`, unless null, takes the logits.
 template <typename T, bool kMoments, bool kWeights>
-void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights) {
+void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights,
+               uint16_t* packed) {
   using namespace trl_fast;
   alignas(64) float u[kChunk], slope[kWeights ? kChunk : 1];
   const int64_t stride = args.state_stride, columns = args.block.columns;
@@ -115,14 +118,17 @@ void score_row(const T* row, const ScoreArgs& args, int64_t target, double* stat
       if (earlier > 0 && earlier < n) before = std::max(before, *std::max_element(u, u + earlier));
     }
     if (target >= start && target < start + n) state[kTarget * stride] = u[target - start];
+    if (packed) pack_chunk(u, n, top, packed + packed_columns(start));
     online.raise(top);
     // A chunk of nothing but -inf adds nothing; -inf - -inf would be NaN. But NaN has to be seen.
     const bool counts = online.m > -kInf || !std::all_of(u, u + n, [](float x) { return x == -kInf; });
     if (counts) add_chunk<kMoments, kWeights>(u, n, online);
     if constexpr (kWeights) {
       if (!counts) std::fill(u, u + padded(n), 0.0f);
-      for (int64_t i = 0; i < n; i += kWidth) store(u + i, load(u + i) * (curved ? load(slope + i) : flat_slope));
-      narrow_chunk(u, n, weights + start);
+      for (int64_t i = 0; i < n; i += kWidth) {
+        const Vec weight = load(u + i) * (curved ? load(slope + i) : flat_slope);
+        narrow_part(weight, n - i, weights + start + i);
+      }
     }
   }
   state[kTop * stride] = online.m;
@@ -134,15 +140,15 @@ void score_row(const T* row, const ScoreArgs& args, int64_t target, double* stat
 }
 
 template <typename T, bool kWeights>
-void scores(const ScoreArgs& args, int64_t begin, int64_t end) {
+void scores(const ScoreArgs& args, const PackedRows* packed, int64_t begin, int64_t end) {
   using namespace trl_fast;
   const bool moments = args.outputs & (kEntropy | kLogSumSqProbs);
   for (int64_t r = begin; r < end; ++r) {
     const T* row = static_cast<const T*>(args.block.logits) + r * args.block.row_stride;
     const int64_t target = args.block.targets[r] - args.block.column_offset;
     T* weights = kWeights ? static_cast<T*>(args.weights) + r * args.weights_stride : nullptr;
-    (moments ? score_row<T, true, kWeights> : score_row<T, false, kWeights>)(row, args, target, args.state + r,
-                                                                             weights);
+    const auto score = moments ? score_row<T, true, kWeights> : score_row<T, false, kWeights>;
+    score(row, args, target, args.state + r, weights, packed ? packed->row(r) : nullptr);
   }
 }
 
@@ -159,8 +165,8 @@ inline Vec logit_grad(Vec u, Vec lse, const RowCoefficients& c) {
   return (p == Vec{} ? Vec{} : product) + splat(c.e);
 }
 
-template <typename T>
-void grad_row(const T* row, const GradArgs& args, float lse, int64_t target, const RowCoefficients& c, T* out) {
+template <typename Row, typename T>
+void grad_row(const Row* row, const GradArgs& args, float lse, int64_t target, const RowCoefficients& c, T* out) {
   alignas(64) float u[kChunk], slope[kChunk];
   const int64_t columns = args.block.columns;
   const bool has_target = target >= 0 && target < columns;
@@ -171,54 +177,65 @@ void grad_row(const T* row, const GradArgs& args, float lse, int64_t target, con
     target_grad = (logit_grad(splat(logit), splat(lse), c)[0] + c.d) * target_slope;
   }
   const Vec lse_vec = splat(lse);
-  const float flat_slope = args.transform.scale * args.transform.inv_temperature;
+  const Vec flat_slope = splat(args.transform.scale * args.transform.inv_temperature);
   const bool curved = args.transform.softcap != 0.0f;
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
     logits_chunk(row, args.transform, start, n, u, curved ? slope : nullptr);
-    if (curved) {
-      for (int64_t i = 0; i < n; i += kWidth) store(u + i, logit_grad(load(u + i), lse_vec, c) * load(slope + i));
-    } else {
-      const Vec factor = splat(flat_slope);
-      for (int64_t i = 0; i < n; i += kWidth) store(u + i, logit_grad(load(u + i), lse_vec, c) * factor);
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const Vec grad = logit_grad(load(u + i), lse_vec, c) * (curved ? load(slope + i) : flat_slope);
+      narrow_part(grad, n - i, out + start + i);
     }
-    if (has_target && target >= start && target < start + n) u[target - start] = target_grad;
-    narrow_chunk(u, n, out + start);
+  }
+  if (has_target) narrow_part(splat(target_grad), 1, out + target);
+}
+
+// rows(r): the logits of the tile's row r.
+template <typename T, typename Rows>
+void grad(const GradArgs& args, int64_t begin, int64_t end, Rows rows) {
+  const int64_t stride = args.coefficient_stride;
+  for (int64_t r = begin; r < end; ++r) {
+    const float* c = args.coefficients + r;
+    grad_row(rows(r), args, args.lse[r], args.block.targets[r] - args.block.column_offset,
+             {c[0], c[stride], c[2 * stride], c[3 * stride]}, static_cast<T*>(args.out) + r * args.out_stride);
   }
 }
 
 template <typename T>
-void grad(const GradArgs& args, int64_t begin, int64_t end) {
-  const int64_t stride = args.coefficient_stride;
-  for (int64_t r = begin; r < end; ++r) {
-    const float* c = args.coefficients + r;
-    grad_row(static_cast<const T*>(args.block.logits) + r * args.block.row_stride, args, args.lse[r],
-             args.block.targets[r] - args.block.column_offset, {c[0], c[stride], c[2 * stride], c[3 * stride]},
-             static_cast<T*>(args.out) + r * args.out_stride);
-  }
+void grad_of(const GradArgs& args, int64_t begin, int64_t end) {
+  const T* logits = static_cast<const T*>(args.block.logits);
+  grad<T>(args, begin, end, [&](int64_t r) { return logits + r * args.block.row_stride; });
 }
 
 template <bool kWeights>
 void scores_any(const ScoreArgs& args, int64_t begin, int64_t end) {
   switch (args.block.dtype) {
     case Dtype::kFloat32:
-      return scores<float, kWeights>(args, begin, end);
+      return scores<float, kWeights>(args, nullptr, begin, end);
     case Dtype::kBFloat16:
-      return scores<BFloat16, kWeights>(args, begin, end);
+      return scores<BFloat16, kWeights>(args, nullptr, begin, end);
     case Dtype::kFloat16:
-      return scores<Float16, kWeights>(args, begin, end);
+      return scores<Float16, kWeights>(args, nullptr, begin, end);
   }
 }
 
 void grad_any(const GradArgs& args, int64_t begin, int64_t end) {
   switch (args.block.dtype) {
     case Dtype::kFloat32:
-      return grad<float>(args, begin, end);
+      return grad_of<float>(args, begin, end);
     case Dtype::kBFloat16:
-      return grad<BFloat16>(args, begin, end);
+      return grad_of<BFloat16>(args, begin, end);
     case Dtype::kFloat16:
-      return grad<Float16>(args, begin, end);
+      return grad_of<Float16>(args, begin, end);
   }
+}
+
+void scores_packed(const ScoreArgs& args, const PackedRows& packed, int64_t begin, int64_t end) {
+  scores<float, false>(args, &packed, begin, end);
+}
+
+void grad_packed(const GradArgs& args, const PackedRows& packed, int64_t begin, int64_t end) {
+  grad<float>(args, begin, end, [&](int64_t r) { return reinterpret_cast<const Packed*>(packed.row(r)); });
 }
 
 }  // namespace
@@ -226,6 +243,6 @@ void grad_any(const GradArgs& args, int64_t begin, int64_t end) {
 namespace trl_fast {
 
 extern const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY);
-const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {scores_any<false>, scores_any<true>, grad_any};
+const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {scores_any<false>, scores_any<true>, grad_any, scores_packed, grad_packed};
 
 }  // namespace trl_fast

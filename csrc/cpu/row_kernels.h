@@ -54,11 +54,16 @@ struct GradArgs {
   Dtype out_dtype;  // that of the logits; on a GPU, float32 logits may have a narrower gradient
 };
 
-// One instruction set's implementation; all work on rows [begin, end).
+struct PackedRows;
+
+// One instruction set's implementation; all work on rows [begin, end). Packed logits are those of float32 tiles,
+// transformed and without a softcap: the block's pointer to logits is null where they are read.
 struct RowKernels {
   void (*scores)(const ScoreArgs&, int64_t begin, int64_t end);
   void (*weights)(const ScoreArgs&, int64_t begin, int64_t end);
   void (*grad)(const GradArgs&, int64_t begin, int64_t end);
+  void (*scores_packed)(const ScoreArgs&, const PackedRows&, int64_t begin, int64_t end);
+  void (*grad_packed)(const GradArgs&, const PackedRows&, int64_t begin, int64_t end);
 };
 
 // The kernels for this machine: the best compiled instruction set that its CPU has, or the one that the environment

@@ -62,25 +62,21 @@ inline double sum_of(Vec x) {
   return s;
 }
 
-// e^x to about 1 ulp for x <= 88: x = n ln2 + r, |r| <= ln2 / 2, polynomial in r (Cephes expf), exponent added as
-// bits. -inf and everything below the normal range give 0; NaN stays NaN.
+// e^x to about 1 ulp for x <= 88: x = n ln2 + r, |r| <= ln2 / 2, polynomial in r (Cephes expf), times 2^n.
+// -inf and everything below the normal range give 0; NaN stays NaN.
 inline Vec exp_vec(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
   const Vec shifted = x * splat(1.44269504088896341f) + magic;
   const Vec n = shifted - magic;
-  Vec r = x - n * splat(0.693359375f);
-  r = r - n * splat(-2.12194440e-4f);
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
-  const IVec exponent = (bits_as<IVec>(shifted) - bits_as<IVec>(magic)) << 23;
-  const Vec y = bits_as<Vec>(bits_as<IVec>(p) + exponent);
-  const Vec finite = x < splat(-87.3f) ? Vec{} : y;
-  return x == x ? finite : x;
+  const Vec r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+  const Vec r2 = r * r;
+  // In pairs of terms: a chain of additions half as long.
+  Vec p = splat(1.9875691500e-4f) * r + splat(1.3981999507e-3f);
+  p = p * r2 + (splat(8.3334519073e-3f) * r + splat(4.1665795894e-2f));
+  p = p * r2 + (splat(1.6666665459e-1f) * r + splat(5.0000001201e-1f));
+  p = p * r2 + r + splat(1.0f);
+  const Vec power = bits_as<Vec>((bits_as<IVec>(shifted) << 23) + bits_as<IVec>(splat(1.0f)));
+  return x < splat(-87.3f) ? Vec{} : p * power;
 }
 
 // tanh to about 2 ulp: a polynomial near 0 (Cephes tanhf), where 1 - 2 / (e^2x + 1) would cancel, that form elsewhere.

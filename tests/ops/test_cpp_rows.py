@@ -18,6 +18,7 @@ from trl_fast.ops.rows import (
     row_weights_by_two,
 )
 from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
+from trl_fast.ops.transform import LogitTransform
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -76,8 +77,8 @@ def compare(dtype, columns, transform):
     torch.testing.assert_close(out, wanted, equal_nan=True, **tolerance)
 
 
-def compare_packing(columns):
-    """Logits packed and unpacked again: the largest of each chunk exact, the others within half a step."""
+def packed_rows(columns):
+    """Logits for packing: an offset of 1e4, −inf, nothing but −inf, values far below the largest, equal values."""
     generator = torch.Generator().manual_seed(columns)
     logits = 4 * torch.randn(6, columns + 3, generator=generator)[:, :columns]
     logits[1] += 1e4
@@ -85,26 +86,59 @@ def compare_packing(columns):
     logits[3] = float("-inf")
     logits[4, ::3] -= 1000
     logits[5] = 1.5
-    step = 2.0**-10
+    return logits, torch.randint(0, columns, (6,), generator=generator), torch.randn(columns, generator=generator)
+
+
+def unpacked(packed, columns):
+    """Logits (R, columns) of packed rows, as kept_logits.py says."""
+    parts = []
+    for chunk in packed.split(2048 + 2, dim=1):
+        top = chunk[:, :2].contiguous().view(torch.float32)
+        words = chunk[:, 2:].to(torch.int32) & 0xFFFF
+        parts.append(torch.where(words == 65535, float("-inf"), top - words * 2.0**-10))
+    return torch.cat(parts, dim=1)[:, :columns]
+
+
+def compare_packing(columns, scale, inv_temperature, with_bias):
+    """Scores as without packing; packed logits within half a step; and their gradient, of all rows and of some."""
+    logits, targets, bias = packed_rows(columns)
+    bias = bias if with_bias else None
     packed = torch.empty(6, packed_columns(columns) + 5, dtype=torch.int16)[:, : packed_columns(columns)]
-    torch.ops.trl_fast.pack_rows(logits, step, packed)
-    got = torch.full_like(logits, float("nan"))
-    torch.ops.trl_fast.unpack_rows(packed, None, step, got)
-    for part, found in zip(logits.split(2048, dim=1), got.split(2048, dim=1), strict=True):
+    state, expected = new_state(6, logits.device), new_state(6, logits.device)
+    given = (logits, targets + 11, bias)
+    torch.ops.trl_fast.row_scores_packed(*given, scale, inv_temperature, EVERYTHING, 11, state, packed)
+    torch.ops.trl_fast.row_scores(*given, scale, 0.0, inv_temperature, EVERYTHING, 11, expected)
+    assert torch.equal(state.nan_to_num(), expected.nan_to_num())
+
+    u, _ = LogitTransform(scale, 0.0, inv_temperature).apply(logits, bias)
+    found = unpacked(packed, columns)
+    for part, kept in zip(u.split(2048, dim=1), found.split(2048, dim=1), strict=True):
         top = part.amax(dim=1, keepdim=True)
-        assert torch.equal(top, found.amax(dim=1, keepdim=True))
-        expected = torch.where(part == float("-inf"), part, torch.maximum(part, top - 65534 * step))
-        away = torch.where(part == found, 0.0, (expected - found).abs())
-        assert (away <= step / 2 + 2e-7 * top.abs()).all()
-    index = torch.tensor([4, 0, 2])
-    some = torch.empty(3, columns)
-    torch.ops.trl_fast.unpack_rows(packed, index, step, some)
-    assert torch.equal(some, got[index])
+        torch.testing.assert_close(kept.amax(dim=1, keepdim=True), top, rtol=1e-6, atol=1e-6)
+        wanted = torch.where(part == float("-inf"), part, torch.maximum(part, top - 65534 * 2.0**-10))
+        away = torch.where(wanted == kept, 0.0, (wanted - kept).abs())
+        assert (away <= 2.0**-11 + 2e-7 * top.abs() + 1e-5).all()
+
+    lse = finish_scores(state, 0, columns, torch.float32)[LSE_ROW].clone()
+    lse[3] = 0.0
+    coefficients = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    coefficients[1, ::2] = 0
+    wanted = torch.empty_like(found)
+    row_grad_reference(found, targets, None, 1.0, 0.0, 1.0, lse, coefficients, 0, wanted)
+    wanted *= scale * inv_temperature
+    for index in (None, torch.tensor([4, 0, 2])):
+        rows = slice(None) if index is None else index
+        out = torch.full((len(targets[rows]), columns + 1), float("nan"))
+        terms = (lse[rows], coefficients[:, rows].contiguous(), 11, out[:, :columns])
+        torch.ops.trl_fast.row_grad_packed(packed, index, targets[rows] + 11, scale, inv_temperature, *terms)
+        torch.testing.assert_close(out[:, :columns], wanted[rows], rtol=1e-4, atol=1e-6)
+        assert out[:, columns:].isnan().all()
 
 
 def compare_everything():
     for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
-        compare_packing(columns)
+        compare_packing(columns, 1.0, 1.0, False)
+        compare_packing(columns, 0.5, 1.25, True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
             for transform in ("none", "all"):
@@ -167,8 +201,11 @@ def test_opcheck(transform):
 
 def test_opcheck_of_packing():
     logits, packed = torch.randn(4, 33), torch.zeros(4, packed_columns(33), dtype=torch.int16)
-    torch.library.opcheck(torch.ops.trl_fast.pack_rows, (logits, 0.5, packed))
-    torch.library.opcheck(torch.ops.trl_fast.unpack_rows, (packed, torch.tensor([3, 1, 0, 0]), 0.5, logits))
+    targets, index = torch.tensor([0, 1, 2, 3]), torch.tensor([3, 1, 0, 0])
+    scored = (logits, targets, torch.randn(33), 1.0, 0.5, EVERYTHING, 0, new_state(4, logits.device), packed)
+    torch.library.opcheck(torch.ops.trl_fast.row_scores_packed, scored)
+    graded = (packed, index, targets, 1.0, 0.5, torch.zeros(4), torch.rand(4, 4), 0, logits)
+    torch.library.opcheck(torch.ops.trl_fast.row_grad_packed, graded)
 
 
 def test_only_what_was_asked_for_is_computed():
@@ -200,21 +237,36 @@ def test_bad_input_is_named(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"logits": torch.zeros(4, 33, dtype=torch.float64)}, "logits: expected float32"),
+        ({"logits": torch.zeros(4, 33, dtype=torch.bfloat16)}, "logits: expected float32"),
         ({"packed": torch.zeros(4, 35, dtype=torch.int32)}, "packed: expected int16"),
-        ({"packed": torch.zeros(4, 34, dtype=torch.int16)}, "packed: expected at least 35 columns"),
-        ({"step": 0.0}, "step: expected a positive number"),
+        ({"packed": torch.zeros(4, 34, dtype=torch.int16)}, "packed: expected at least 35 words a row for 33 columns"),
+        ({"packed": torch.zeros(3, 35, dtype=torch.int16)}, "packed: expected 4 rows"),
+    ],
+)
+def test_bad_input_of_packed_scores_is_named(change, message):
+    given = {"logits": torch.zeros(4, 33), "packed": torch.zeros(4, 35, dtype=torch.int16), **change}
+    targets, state = torch.zeros(4, dtype=torch.int64), new_state(4, given["logits"].device)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.trl_fast.row_scores_packed(given["logits"], targets, None, 1.0, 1.0, 0, 0, state, given["packed"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"out": torch.zeros(4, 33, dtype=torch.bfloat16)}, "out: expected float32"),
+        ({"packed": torch.zeros(4, 35, dtype=torch.int32)}, "packed: expected int16"),
+        ({"packed": torch.zeros(4, 34, dtype=torch.int16)}, "packed: expected at least 35 words a row for 33 columns"),
+        ({"packed": torch.zeros(5, 35, dtype=torch.int16)}, "packed: expected 4 rows"),
         ({"index": torch.tensor([0, 1, 2, 4])}, "index: expected rows of packed, below 4"),
+        ({"index": torch.tensor([0, -1, 2, 3])}, "index: expected rows of packed, below 4"),
         ({"index": torch.tensor([0, 1])}, "index: expected shape"),
     ],
 )
-def test_bad_input_of_packing_is_named(change, message):
-    given = {"logits": torch.zeros(4, 33), "packed": torch.zeros(4, 35, dtype=torch.int16), "step": 0.5, **change}
-    if "index" not in change:
-        with pytest.raises(ValueError, match=message):
-            torch.ops.trl_fast.pack_rows(given["logits"], given["step"], given["packed"])
+def test_bad_input_of_packed_gradients_is_named(change, message):
+    given = {"packed": torch.zeros(4, 35, dtype=torch.int16), "index": None, "out": torch.zeros(4, 33), **change}
+    terms = (torch.zeros(4, dtype=torch.int64), 1.0, 1.0, torch.zeros(4), torch.zeros(4, 4), 0)
     with pytest.raises(ValueError, match=message):
-        torch.ops.trl_fast.unpack_rows(given["packed"], given.get("index"), given["step"], given["logits"])
+        torch.ops.trl_fast.row_grad_packed(given["packed"], given["index"], *terms, given["out"])
 
 
 @pytest.mark.parametrize("columns", [1, 7, 300, 2048, 5000])

@@ -25,7 +25,7 @@ import torch
 
 from .backends import load_extension
 from .fused_scores import score_rows_fused, serves_fused
-from .kept_logits import PACKED_DTYPE, KeptLogits, packed_columns, packing_step
+from .kept_logits import PACKED_DTYPE, KeptLogits, packed_columns
 from .products import add_mm, logits_dtype, mm_into
 from .row_blocks import RowBlock
 from .rows import ROW_KERNELS, SUM, TARGET, TOP, rescale, row_weights_by_two
@@ -126,19 +126,16 @@ class Head:
         self.row_bytes = row_bytes(self.vocab_size, self.logits_dtype, backend)
         self.workspace_bytes = workspace_bytes
         self._cast_tile: torch.Tensor | None = None
-        self._slope = transform.scale * transform.inv_temperature
         rows_per_block(1, self.row_bytes, workspace_bytes)
 
     @property
     def packs(self) -> bool:
         """Whether kept logits are packed: those of 16-bit weights, where float32 takes more room than they know.
 
-        Not with a softcap or a bias: a step of raw logits would be no step of log-probabilities, or the largest of the
-        ones not that of the others.
+        Not with a softcap, whose derivative would be off by more than a probability where logits are near the cap.
         """
         sixteen = self.weight.dtype in (torch.bfloat16, torch.float16) and self.logits_dtype == torch.float32
-        linear = self.bias is None and not self.transform.softcap and self._slope != 0
-        return sixteen and linear and self.kernels.packs
+        return sixteen and not self.transform.softcap and self.kernels.grad_packed is not None
 
     def kept_rows(self, num_rows: int, *, raw: bool = False) -> int:
         """How many whole rows of logits the workspace holds with a tile beside them. raw: never packed."""
@@ -175,11 +172,7 @@ class Head:
         packed = self.packs and not raw
         shape = (num_tiles, num_kept, packed_columns(width) if packed else width)
         dtype = PACKED_DTYPE if packed else self.logits_dtype
-        return self.kept_logits(large_empty(shape, dtype, self.weight.device))
-
-    def kept_logits(self, values: torch.Tensor) -> KeptLogits:
-        """Logits of this head that were kept: the values of `empty_logits`."""
-        return KeptLogits(values, packing_step(self._slope) if values.dtype == PACKED_DTYPE else 0.0)
+        return KeptLogits(large_empty(shape, dtype, self.weight.device))
 
     @property
     def narrow_gradients(self) -> bool:
@@ -200,11 +193,22 @@ class Head:
         return self._cast_tile[: tile.shape[0]].copy_(tile)
 
     def score(
-        self, logits: torch.Tensor, targets: torch.Tensor, columns: slice, outputs: int, state: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        columns: slice,
+        outputs: int,
+        state: torch.Tensor,
+        packed: torch.Tensor | None = None,
     ) -> None:
-        """Adds raw logits (R, C) of the given columns to the rows' state (7, R)."""
+        """Adds raw logits (R, C) of the given columns to the rows' state (7, R); `packed` (R, ...) keeps them."""
         bias = None if self.bias is None else self.bias[columns]
-        self.kernels.scores(logits, targets, bias, *self.transform, outputs, columns.start, state)
+        given = (logits, targets, bias)
+        if packed is None:
+            self.kernels.scores(*given, *self.transform, outputs, columns.start, state)
+        else:
+            scale, _, inv_temperature = self.transform
+            self.kernels.scores_packed(*given, scale, inv_temperature, outputs, columns.start, state, packed)
 
     def weigh(
         self,
@@ -233,6 +237,22 @@ class Head:
         """Gradient of raw logits (R, C) of the given columns, written to `out` (may be `logits` itself)."""
         bias = None if self.bias is None else self.bias[columns]
         self.kernels.grad(logits, targets, bias, *self.transform, lse, coefficients, columns.start, out)
+        return out
+
+    def grad_packed(
+        self,
+        packed: torch.Tensor,
+        index: torch.Tensor | None,
+        targets: torch.Tensor,
+        lse: torch.Tensor,
+        coefficients: torch.Tensor,
+        columns: slice,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same of the rows `index` (R,), None for all in order, of packed logits (K, ...)."""
+        scale, _, inv_temperature = self.transform
+        given = (packed, index, targets, scale, inv_temperature, lse, coefficients)
+        self.kernels.grad_packed(*given, columns.start, out)
         return out
 
 
@@ -266,14 +286,13 @@ def score_rows(
     for number, columns in enumerate(spans(head.vocab_size, width)):
         weight = head.weight_tile(columns)
         for rows in parts:
-            keeps = rows.start < kept
-            tile = scratch[: rows.stop - rows.start, : columns.stop - columns.start]
-            tile = keep.room(number, rows, tile) if keeps else tile
+            corner = (slice(rows.stop - rows.start), slice(columns.stop - columns.start))
+            room = keep.values[number, rows] if rows.start < kept else None
+            packed = room if room is not None and keep.packed else None
+            tile = scratch[corner] if room is None or keep.packed else room[:, corner[1]]
             mm_into(tile, hidden[rows], weight.t())
-            if keeps:
-                keep.put(number, rows, tile)
             if unit_gradient is None:
-                head.score(tile, targets[rows], columns, outputs, state[:, rows])
+                head.score(tile, targets[rows], columns, outputs, state[:, rows], packed)
                 continue
             top = state[TOP, rows].clone()
             out = room_for_weights[: tile.shape[0], : tile.shape[1]]
@@ -356,9 +375,7 @@ class HeadGradients:
             weight_sum = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
             for part in parts:
                 corner = (slice(len(part.targets)), slice(columns.stop - columns.start))
-                logits = part.raw_logits(number, weight, scratch[corner])
-                out = logits if part.in_place and not head.narrow_gradients else grads[corner]
-                grad = head.grad(logits, part.targets, part.lse, part.coefficients, columns, out)
+                grad = self._block_grad(part, number, columns, weight, scratch[corner], grads[corner])
                 if self.hidden is not None:
                     add_mm(self.hidden[part.rows], grad, weight)
                 if weight_sum is not None:
@@ -367,6 +384,23 @@ class HeadGradients:
                     self._bias[columns] += grad.sum(dim=0, dtype=head.wide)
             if weight_sum is not None:
                 weight_sum.finish()
+
+    def _block_grad(
+        self,
+        block: RowBlock,
+        number: int,
+        columns: slice,
+        weight: torch.Tensor | None,
+        scratch: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The gradient (R, C) of a block's logits in tile `number`: in `out`, or where the logits lie."""
+        given = (block.targets, block.lse, block.coefficients, columns)
+        if block.packed:
+            return self.head.grad_packed(block.logits.values[number], block.index, *given, out)
+        logits = block.raw_logits(number, weight, scratch)
+        in_place = block.in_place and not self.head.narrow_gradients
+        return self.head.grad(logits, *given, logits if in_place else out)
 
     def _fit(self, blocks: list[RowBlock]) -> list[RowBlock]:
         """The blocks, their coefficients times the factor; sums that are there follow if it has to change."""

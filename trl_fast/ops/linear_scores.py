@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from .blocks import Head, HeadGradients, UnitGradient, score_rows
+from .kept_logits import KeptLogits
 from .products import gemm_dtype
 from .row_blocks import active_rows, row_blocks
 from .rows import finish_scores, new_state, with_low_part
@@ -117,7 +118,7 @@ def linear_scores_backward(
         given = (hidden.to(head.dtype), targets, lse, coefficients.t())
         if index is not None:
             given = tuple(tensor[index] for tensor in given)
-        blocks = row_blocks(slice(0, len(given[0])), *given, head.kept_logits(logits), index)
+        blocks = row_blocks(slice(0, len(given[0])), *given, KeptLogits(logits), index)
         needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
         gradients = HeadGradients(head, len(given[0]), **needs)
         gradients.add(blocks, last=True)

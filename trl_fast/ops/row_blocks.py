@@ -31,9 +31,13 @@ class RowBlock:
     consume: bool = False
 
     @property
+    def packed(self) -> bool:
+        return self.logits is not None and self.logits.packed
+
+    @property
     def in_place(self) -> bool:
         """Whether logits lie where their gradient may be written."""
-        return self.consume and self.logits is not None and not self.logits.packed and self.index is None
+        return self.consume and self.logits is not None and not self.packed and self.index is None
 
     def parts(self, height: int) -> Iterator[RowBlock]:
         """The same in blocks of at most `height` rows."""
@@ -53,7 +57,7 @@ class RowBlock:
         """Logits (R, C) of tile `number`, in `scratch` (R, C) unless they are there, as they are and in order."""
         if self.logits is None:
             return mm_into(scratch, self.hidden, weight.t())
-        return self.logits.tile(number, self.index, scratch)
+        return self.logits.raw_tile(number, self.index, scratch)
 
 
 def row_blocks(

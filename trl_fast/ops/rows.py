@@ -56,8 +56,9 @@ class RowKernels(NamedTuple):
     bytes_per_element: int
     # Both in one read, as `row_weights_by_two` below; None: by the two others.
     weights: Callable[..., None] | None = None
-    # Whether there are kernels that pack kept logits (kept_logits.py).
-    packs: bool = False
+    # The same of packed logits (kept_logits.py); None: logits are kept as they are.
+    scores_packed: Callable[..., None] | None = None
+    grad_packed: Callable[..., None] | None = None
 
 
 def new_state(num_rows: int, device: torch.device) -> torch.Tensor:
@@ -256,9 +257,17 @@ def _compiled_grad(*args: object) -> None:
     torch.ops.trl_fast.row_grad(*args)
 
 
+def _cpp_scores_packed(*args: object) -> None:
+    torch.ops.trl_fast.row_scores_packed(*args)
+
+
+def _cpp_grad_packed(*args: object) -> None:
+    torch.ops.trl_fast.row_grad_packed(*args)
+
+
 ROW_KERNELS = {
     "torch": RowKernels(row_scores_reference, row_grad_reference, 24),
-    "cpp": RowKernels(_compiled_scores, _compiled_grad, 0, _cpp_weights, packs=True),
+    "cpp": RowKernels(_compiled_scores, _compiled_grad, 0, _cpp_weights, _cpp_scores_packed, _cpp_grad_packed),
     "cuda": RowKernels(_compiled_scores, _compiled_grad, 0),
     "triton": RowKernels(_triton_scores, _triton_grad, 0),
 }
@@ -275,12 +284,12 @@ def register_fakes() -> None:
     def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state, out):
         return None
 
-    @torch.library.register_fake("trl_fast::pack_rows")
-    def _(logits, step, packed):
+    @torch.library.register_fake("trl_fast::row_scores_packed")
+    def _(logits, targets, bias, scale, inv_temperature, outputs, column_offset, state, packed):
         return None
 
-    @torch.library.register_fake("trl_fast::unpack_rows")
-    def _(packed, index, step, logits):
+    @torch.library.register_fake("trl_fast::row_grad_packed")
+    def _(packed, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out):
         return None
 
     @torch.library.register_fake("trl_fast::held_empty")
