@@ -64,6 +64,13 @@ def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def _as_dtype(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient in `dtype`, in memory that is there."""
+    if gradient.dtype == dtype:
+        return gradient
+    return large_empty(gradient.shape, dtype, gradient.device).copy_(gradient)
+
+
 def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """gradient * factor (0-d) in `dtype`: a head's gradient in memory that is there."""
     out = large_empty(gradient.shape, dtype, gradient.device)
@@ -436,7 +443,7 @@ class HeadGradients:
             for total in self._sums():
                 total.mul_(1 / self._factor)
         grads = zip((self.hidden, self.weight, self._bias), dtypes, strict=True)
-        return tuple(torch.empty(0, dtype=t, device=device) if grad is None else grad.to(t) for grad, t in grads)
+        return tuple(torch.empty(0, dtype=t, device=device) if grad is None else _as_dtype(grad, t) for grad, t in grads)
 
 
 class _WeightTile:
