@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from trl_fast.ops.blocks import DEFAULT_WORKSPACE_BYTES, large_empty, rows_per_block, spans
+from trl_fast.ops.head import DEFAULT_WORKSPACE_BYTES, rows_per_block
+from trl_fast.ops.large_tensors import large_empty
+from trl_fast.ops.spans import spans
 
 from .timing import first_seconds
 

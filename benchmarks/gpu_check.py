@@ -34,8 +34,9 @@ from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops import BACKENDS, linear_cross_entropy, supports
-from trl_fast.ops.blocks import DEFAULT_WORKSPACE_BYTES, Head, score_rows
+from trl_fast.ops.blocks import score_rows
 from trl_fast.ops.fused_scores import can_fuse, score_rows_fused, serves_fused
+from trl_fast.ops.head import DEFAULT_WORKSPACE_BYTES, Head
 from trl_fast.ops.rows import finish_scores, new_state
 from trl_fast.ops.scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 from trl_fast.ops.transform import LogitTransform

@@ -96,8 +96,7 @@ float row_max(const T* row, const ScoreArgs& args, float* u) {
 // With kWeights, the row's e^(u - top) du/dz go to `weights`, relative to its largest logit with this tile; finding
 // that takes a look ahead where the tile is wider than a chunk. `packed`, unless null, takes the logits.
 template <typename T, bool kMoments, bool kWeights>
-void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights,
-               uint16_t* packed) {
+void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights, uint16_t* packed) {
   using namespace trl_fast;
   alignas(64) float u[kChunk], slope[kWeights ? kChunk : 1];
   const int64_t stride = args.state_stride, columns = args.block.columns;
@@ -243,6 +242,7 @@ void grad_packed(const GradArgs& args, const PackedRows& packed, int64_t begin, 
 namespace trl_fast {
 
 extern const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY);
-const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {scores_any<false>, scores_any<true>, grad_any, scores_packed, grad_packed};
+const RowKernels TRL_FAST_JOIN(kRowKernels, CPU_CAPABILITY) = {scores_any<false>, scores_any<true>, grad_any,
+                                                               scores_packed, grad_packed};
 
 }  // namespace trl_fast

@@ -13,7 +13,7 @@ from benchmarks.memory import MIB, measure_peak
 from support.heads import error, make_problem
 from trl_fast import _C
 from trl_fast.ops import linear_logprob
-from trl_fast.ops.blocks import large_empty
+from trl_fast.ops.large_tensors import large_empty
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_a_larger_block_replaces_a_smaller_one():
 def test_what_is_held_is_bounded(limit, held):
     code = (
         "import torch\n"
-        "from trl_fast.ops.blocks import large_empty\n"
+        "from trl_fast.ops.large_tensors import large_empty\n"
         "from trl_fast.ops.backends import load_extension\n"
         "assert load_extension().ok\n"
         "blocks = [large_empty((m << 20,), torch.int8, torch.device('cpu')) for m in (24, 20)]\n"
@@ -89,7 +89,7 @@ def test_what_is_held_is_bounded(limit, held):
 def test_a_limit_that_is_no_number_is_named():
     code = (
         "import os, torch\n"
-        "from trl_fast.ops.blocks import large_empty\n"
+        "from trl_fast.ops.large_tensors import large_empty\n"
         "for limit in ('2GiB', '-1', '1e9', '9' * 30):\n"
         "    os.environ['TRL_FAST_HELD_BYTES'] = limit\n"
         "    try:\n"

@@ -7,7 +7,7 @@ import torch
 
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
-from trl_fast.ops.blocks import Head
+from trl_fast.ops.head import Head
 from trl_fast.ops.kept_logits import KeptLogits, packed_columns
 from trl_fast.ops.transform import LogitTransform
 

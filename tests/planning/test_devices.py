@@ -5,7 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import blocks, products
+from trl_fast.ops import blocks, head, large_tensors, products, row_blocks
 from trl_fast.ops.rows import ROW_KERNELS
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS
 from trl_fast.ops.transform import LogitTransform
@@ -19,7 +19,7 @@ def tiling(device):
     with FakeTensorMode(), choices_of(device, MemoryTracker()):
         weight = torch.empty(128256, 4096, dtype=torch.bfloat16)
         assert device == "cpu" or products.gemm_dtype(weight) == torch.bfloat16
-        return blocks.Head(weight, None, LogitTransform(), torch.bfloat16, "torch", WORKSPACE).tiling(3072)
+        return head.Head(weight, None, LogitTransform(), torch.bfloat16, "torch", WORKSPACE).tiling(3072)
 
 
 def test_tiles_of_a_gpu_know_no_cache():
@@ -31,8 +31,8 @@ def test_tiles_of_a_gpu_know_no_cache():
 
 def test_everything_is_put_back():
     def state():
-        limits = (blocks._CACHE_BYTES, blocks._CPU_TILE_ROWS, blocks._HELD_FROM_BYTES, products._cpu_multiplies_bf16)
-        on_gpu = (blocks.logits_dtype, blocks.mm_into, blocks.add_mm)
+        limits = (head._CACHE_BYTES, head._CPU_TILE_ROWS, large_tensors._HELD_FROM_BYTES)
+        on_gpu = (head.logits_dtype, blocks.mm_into, blocks.add_mm, row_blocks.mm_into, products._cpu_multiplies_bf16)
         classes = (segments.CpuParts, offloading.Offloading)
         tiles = (blocks.spans, tiled_mlp._tiles)
         padded = AttentionInterface()[PADDED_ATTENTION]

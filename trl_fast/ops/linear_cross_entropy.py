@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, scaled, score_rows, waiting_dtype
+from .blocks import HeadGradients, score_rows, waiting_dtype
+from .head import DEFAULT_WORKSPACE_BYTES, Head
+from .large_tensors import scaled
 from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
 from .products import gemm_dtype
 from .row_blocks import RowBlock

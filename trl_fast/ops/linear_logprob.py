@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .backends import choose_backend
-from .blocks import DEFAULT_WORKSPACE_BYTES
+from .head import DEFAULT_WORKSPACE_BYTES
 from .linear_scores import LOGITS, NOTHING, UNIT_GRADIENT, linear_scores
 from .scores import LSE_ROW, TokenScores, output_mask, token_scores
 from .sparse_scores import linear_scores_sparse

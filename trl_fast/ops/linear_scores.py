@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import Head, HeadGradients, UnitGradient, score_rows
+from .blocks import HeadGradients, UnitGradient, score_rows
+from .head import Head
 from .kept_logits import KeptLogits
 from .products import gemm_dtype
 from .row_blocks import active_rows, row_blocks

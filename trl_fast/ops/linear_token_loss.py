@@ -18,8 +18,10 @@ from typing import NamedTuple
 import torch
 
 from .backends import choose_backend
-from .blocks import DEFAULT_WORKSPACE_BYTES, Head, HeadGradients, scaled, score_rows
+from .blocks import HeadGradients, score_rows
+from .head import DEFAULT_WORKSPACE_BYTES, Head
 from .kept_logits import KeptLogits
+from .large_tensors import scaled
 from .linear_logprob import autocast_hidden, linear_logprob
 from .linear_scores import row_coefficients
 from .products import gemm_dtype

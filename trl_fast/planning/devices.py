@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import blocks, products, sparse_rows
+from trl_fast.ops import blocks, head, large_tensors, products, row_blocks, sparse_rows
 from trl_fast.ops.rows import ROW_KERNELS, RowKernels
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS, SparseKernels
 
@@ -56,8 +56,11 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
         parts = _labelled(segments.CpuParts, tracker)
         if device == "gpu":
             parts = _gpu_parts(tracker)
-            limits = dict.fromkeys(("_CACHE_BYTES", "_CPU_TILE_ROWS", "_HELD_FROM_BYTES"), _UNLIMITED)
-            stack.enter_context(replaced(blocks, **limits, **_GPU_PRODUCTS))
+            limits = dict.fromkeys(("_CACHE_BYTES", "_CPU_TILE_ROWS"), _UNLIMITED)
+            stack.enter_context(replaced(head, **limits, logits_dtype=_wide_logits))
+            stack.enter_context(replaced(large_tensors, _HELD_FROM_BYTES=_UNLIMITED))
+            stack.enter_context(replaced(blocks, mm_into=_product_in_place, add_mm=_added_product))
+            stack.enter_context(replaced(row_blocks, mm_into=_product_in_place))
             stack.enter_context(replaced(products, _cpu_multiplies_bf16=lambda: True))
             stack.callback(ROW_KERNELS.__setitem__, "torch", ROW_KERNELS["torch"])
             ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, _nothing)
@@ -99,10 +102,6 @@ def _added_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor)
     """A product of the sum's dtype, which is a temporary where the factors have another."""
     if total.dtype != left.dtype:
         torch.empty_like(total)
-
-
-# What `ops.products` does on a GPU.
-_GPU_PRODUCTS = {"logits_dtype": _wide_logits, "mm_into": _product_in_place, "add_mm": _added_product}
 
 
 def head_backend(device: str) -> str | None:
