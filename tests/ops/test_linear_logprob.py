@@ -82,10 +82,10 @@ def test_outputs_and_gradients(shape, dtype, backend):
         assert_as_good(a, b, c, f"gradient of {leaf}", 10 * floor)
 
 
-@pytest.mark.parametrize("workspace_bytes", [None, 1 << 16])
-def test_small_workspace_gives_the_same(workspace_bytes, backend):
-    problem = make_problem(40, 700, bias=True)
-    whole, blocked = run(problem, backend), run(problem, backend, workspace_bytes=workspace_bytes)
+def test_small_workspace_gives_the_same(backend):
+    problem = make_problem(24, 300, bias=True)
+    # A few rows at a time; the "torch" backend needs 28 bytes a logit.
+    whole, blocked = run(problem, backend), run(problem, backend, workspace_bytes=1 << 15)
     for name in ALL_OUTPUTS[:-1]:
         torch.testing.assert_close(getattr(blocked, name), getattr(whole, name), rtol=2e-6, atol=2e-6)
     for a, b in zip(

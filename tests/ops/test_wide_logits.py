@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.memory import measure_peak
 from support.heads import error, make_problem
 from support.triton_interpreter import interpreted_kernels
-from trl_fast.ops import blocks, linear_cross_entropy, linear_logprob, linear_token_loss, row_blocks
+from trl_fast.ops import blocks, head, linear_cross_entropy, linear_logprob, linear_token_loss, row_blocks
 from trl_fast.ops.linear_scores import linear_scores
 from trl_fast.ops.products import add_mm, logits_dtype, mm_into
 
@@ -36,7 +36,7 @@ def _like_a_gpu(monkeypatch):
     for module in ("linear_scores", "linear_cross_entropy", "linear_token_loss"):
         module = importlib.import_module(f"trl_fast.ops.{module}")
         monkeypatch.setattr(module, "gemm_dtype", lambda tensor: tensor.dtype)
-    monkeypatch.setattr(blocks, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(head, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
     for module in (blocks, row_blocks):
         monkeypatch.setattr(module, "mm_into", wide_mm_into)
     monkeypatch.setattr(blocks, "add_mm", wide_add_mm)

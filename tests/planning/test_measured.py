@@ -113,13 +113,15 @@ def nothing_held():
     "size, length, changes",
     [
         pytest.param("small", 64, {}, marks=pytest.mark.slow),
-        ("small", 384, {"per_device_train_batch_size": 3, "dtype": "float32", "bf16": False}),
+        pytest.param(
+            "small", 384, {"per_device_train_batch_size": 3, "dtype": "float32", "bf16": False}, marks=pytest.mark.slow
+        ),
         ("wide", 192, {"gradient_checkpointing": False, "batch_layout": "packed"}),
         ("wide", 256, {"dtype": "float32", "batch_layout": "padded", "precompute_ref_log_probs": True}),
         ("wide MLP", 384, {"tiled_mlp": 128, "precompute_ref_log_probs": True}),
-        ("wide", 256, {"lora_r": 8, "lora_target_modules": "all-linear"}),
-        ("small", 256, {"method": "sft", "per_device_train_batch_size": 3}),
-        ("wide", 256, {"activation_budget_bytes": 0}),
+        pytest.param("wide", 256, {"lora_r": 8, "lora_target_modules": "all-linear"}, marks=pytest.mark.slow),
+        pytest.param("small", 256, {"method": "sft", "per_device_train_batch_size": 3}, marks=pytest.mark.slow),
+        pytest.param("wide", 256, {"activation_budget_bytes": 0}, marks=pytest.mark.slow),
         ("wide", 256, {"activation_budget_bytes": 1_000_000, "head_workspace_bytes": 1 << 18}),
         ("wide", 256, {"method": "reward"}),
     ],

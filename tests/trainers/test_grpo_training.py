@@ -36,7 +36,7 @@ def share_of_spaces(completions, **_):
     return [text.count(" ") / max(len(text), 1) for text in completions]
 
 
-@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("method", ["GRPO", pytest.param("RLOO", marks=pytest.mark.slow)])
 def test_it_learns(method, model_path, tmp_path):
     settings = {"learning_rate": 3e-3, "max_steps": 30, "logging_steps": 5, "num_generations": 8}
     if method == "RLOO":

@@ -28,7 +28,7 @@ def trainer_in(folder, model_path, arguments=None, **settings):
     return make_trainer(trl_fast, folder, method="Reward", arguments=given, **settings)
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["whole model", "LoRA"])
+@pytest.mark.parametrize("peft", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole model", "LoRA"])
 def test_accuracy_on_rows_not_trained_on_rises(peft, model_path, tmp_path):
     arguments = {"train_dataset": one_color_wins(240, 0), "eval_dataset": one_color_wins(60, 1000)}
     if peft:
