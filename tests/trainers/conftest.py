@@ -1,23 +1,8 @@
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 import trl_fast.data.packing as packing
 from support.models import save_tiny_classifier, save_tiny_model
 from support.tokenizer import build_tokenizer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and lose a lot where other threads of the process have theirs.
-
-    OpenMP's threads stop to wait actively as soon as all of a process's pools together exceed the cores.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
