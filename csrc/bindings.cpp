@@ -227,9 +227,8 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
       "row_grad(Tensor logits, Tensor targets, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");
   m.def(
-      "row_scores_packed(Tensor logits, Tensor targets, Tensor? bias, float scale, float inv_temperature, int "
-      "outputs, "
-      "int column_offset, Tensor(a!) state, Tensor(b!) packed) -> ()");
+      "row_scores_packed(Tensor logits, Tensor targets, Tensor? bias, float scale, float inv_temperature, "
+      "int outputs, int column_offset, Tensor(a!) state, Tensor(b!) packed) -> ()");
   m.def(
       "row_grad_packed(Tensor packed, Tensor? index, Tensor targets, float scale, float inv_temperature, Tensor lse, "
       "Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");

@@ -158,6 +158,9 @@ class Head:
             self._cast_tile = large_empty(tile.shape, self.dtype, tile.device)
         return self._cast_tile[: tile.shape[0]].copy_(tile)
 
+    def _bias_tile(self, columns: slice) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias[columns]
+
     def score(
         self,
         logits: torch.Tensor,
@@ -168,8 +171,7 @@ class Head:
         packed: torch.Tensor | None = None,
     ) -> None:
         """Adds raw logits (R, C) of the given columns to the rows' state (7, R); `packed` (R, ...) keeps them."""
-        bias = None if self.bias is None else self.bias[columns]
-        given = (logits, targets, bias)
+        given = (logits, targets, self._bias_tile(columns))
         if packed is None:
             self.kernels.scores(*given, *self.transform, outputs, columns.start, state)
         else:
@@ -186,9 +188,8 @@ class Head:
         out: torch.Tensor,
     ) -> torch.Tensor:
         """The same; e^(u - m) du/dz, m being the rows' largest logit so far, in `out` (may be `logits` itself)."""
-        bias = None if self.bias is None else self.bias[columns]
         weights = self.kernels.weights or functools.partial(row_weights_by_two, self.kernels)
-        weights(logits, targets, bias, *self.transform, outputs, columns.start, state, out)
+        weights(logits, targets, self._bias_tile(columns), *self.transform, outputs, columns.start, state, out)
         return out
 
     def grad(
@@ -201,8 +202,8 @@ class Head:
         out: torch.Tensor,
     ) -> torch.Tensor:
         """Gradient of raw logits (R, C) of the given columns, written to `out` (may be `logits` itself)."""
-        bias = None if self.bias is None else self.bias[columns]
-        self.kernels.grad(logits, targets, bias, *self.transform, lse, coefficients, columns.start, out)
+        given = (logits, targets, self._bias_tile(columns), *self.transform)
+        self.kernels.grad(*given, lse, coefficients, columns.start, out)
         return out
 
     def grad_packed(
