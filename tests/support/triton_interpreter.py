@@ -1,11 +1,12 @@
-"""Triton 3.8's interpreter, repaired, for running our kernels on CPU tensors.
+"""Triton's interpreter (3.6 to 3.8), repaired, for running our kernels on CPU tensors.
 
 The stock interpreter (numpy underneath) is silently wrong in ways that would let a broken kernel pass:
 
 - bfloat16 values are raw 16-bit integers to it, and are multiplied, compared and cast as such;
 - a masked load without `other` gives 0, where a GPU gives anything: here NaN (or the largest integer);
 - an out-of-bounds access reads or writes the process's memory: here it raises, naming the kernel's argument;
-- programs run in order, which hides that one depends on another: here they run shuffled.
+- programs run in order, which hides that one depends on another: here they run shuffled;
+- Triton 3.6 turns arrays of one element into loop bounds as NumPy 2.4 no longer allows.
 
 `interpreted_kernels()` is the only thing to use. It needs no TRITON_INTERPRET before import, and restores everything,
 so that kernels can still be compiled in the same process.
@@ -197,6 +198,14 @@ def _interpret_helpers(patches: _Patches) -> None:
     patches.set(JITFunction, "__call__", call)
 
 
+def _repair_index(patches: _Patches) -> None:
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        stock(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    stock = patches.set(interpreter, "_patch_lang_tensor", patch_lang_tensor)
+
+
 @contextlib.contextmanager
 def interpreter_repaired(*, poison_and_bounds: bool = True, shuffle: int | None = 0) -> Iterator[None]:
     """The repaired interpreter, with triton.knobs.runtime.interpret on; kernels made by `interpreted` run in it."""
@@ -204,6 +213,7 @@ def interpreter_repaired(*, poison_and_bounds: bool = True, shuffle: int | None 
         triton.knobs.runtime.interpret = True
         _repair_bf16(patches)
         _interpret_helpers(patches)
+        _repair_index(patches)
         if poison_and_bounds:
             _check_memory(patches)
         if shuffle is not None:
