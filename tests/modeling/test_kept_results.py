@@ -12,6 +12,7 @@ from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import pack_trees
 from trl_fast.modeling.attention import use_segment_attention
+from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.kept_results import (
     ATTENTION,
     PRODUCT,
@@ -58,7 +59,7 @@ def build(
     if limit is not None:
         keep_results(base_model(model), limit, **kept)
     if keywords is not None:
-        model.activation_checkpointing_enable(dict(keywords))
+        enable_checkpointing(model, dict(keywords))
         model.enable_input_require_grads()
     return model.train()
 

@@ -17,6 +17,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .checkpointing import disable_checkpointing, is_checkpointing
 from .loading import load_causal_lm
 
 REFERENCE_ADAPTER = "ref"
@@ -45,8 +46,8 @@ def copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """Evaluation mode, no gradients, no checkpointing; returns the model."""
-    if getattr(model, "is_activation_checkpointing", False):
-        model.gradient_checkpointing_disable()
+    if is_checkpointing(model):
+        disable_checkpointing(model)
     return model.eval().requires_grad_(False)
 
 

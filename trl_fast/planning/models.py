@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.kept_results import keep_results
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout
 from trl_fast.modeling.offloading import offload_activations
@@ -86,7 +87,7 @@ def prepare(model: PreTrainedModel, setup: Setup, layout: str) -> PreTrainedMode
                 model.enable_input_require_grads()
         keep_results(base_model(model), setup.activation_budget)
         if setup.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
     disable_dropout(model)
     if setup.tiled_mlp is not None:
         tile_mlps(base_model(model), setup.tiled_mlp)

@@ -13,6 +13,7 @@ from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch
+from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.loading import base_model, is_quantized, load_reward_model
 from trl_fast.modeling.reference import freeze
 from trl_fast.modeling.reward_scoring import attach_reward_scoring
@@ -103,8 +104,7 @@ class Critic:
             inner, args.batch_layout, sequences, without_dropout=args.disable_dropout
         )
         if args.gradient_checkpointing:
-            keywords = dict(args.gradient_checkpointing_kwargs or {})
-            inner.activation_checkpointing_enable(activation_checkpointing_kwargs=keywords or None)
+            enable_checkpointing(inner, dict(args.gradient_checkpointing_kwargs or {}) or None)
             if isinstance(model, PeftModel):
                 model.enable_input_require_grads()
         self.plain = model.train()
