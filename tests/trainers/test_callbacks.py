@@ -9,7 +9,9 @@ import torch
 import trl
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoModelForCausalLM, GenerationConfig
+from rich.file_proxy import FileProxy
+from rich.live import Live
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainerState
 
 import trl_fast
 from support.training import color_pairs, make_trainer
@@ -50,6 +52,58 @@ def test_a_terminal_gets_a_bar_and_a_table(model_path, tmp_path):
     shown = console.file.getvalue()
     for expected in ("training", "3/3", "rewards/margins", "eval_loss", "step 3"):
         assert expected in shown
+
+
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+
+
+def assert_terminal_is_free(console):
+    shown = console.file.getvalue()
+    assert shown.count(HIDE_CURSOR) > 0 and shown.rfind(SHOW_CURSOR) > shown.rfind(HIDE_CURSOR)
+    assert not isinstance(sys.stdout, FileProxy) and not isinstance(sys.stderr, FileProxy)
+    # rich refuses, or nests, a display beside one that is still alive.
+    with Live("next", console=console) as live:
+        assert not getattr(live, "_nested", False)
+
+
+class Failing(TrainerCallback):
+    """Fails when its event comes."""
+
+    def __init__(self, event, error):
+        self.error = error
+        setattr(self, event, self.fail)
+
+    def fail(self, *args, **kwargs):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+@pytest.mark.parametrize("event", ["on_train_begin", "on_substep_end", "on_log", "in a step"])
+def test_a_failed_run_gives_the_terminal_back(event, error, model_path, tmp_path, monkeypatch):
+    console = Console(force_terminal=True, width=100, file=io.StringIO())
+    progress = RichProgressCallback(console)
+    callbacks = [progress] if event == "in a step" else [progress, Failing(event, error)]
+    trainer = make_trainer(
+        trl_fast, tmp_path, arguments={"model": model_path, "train_dataset": color_pairs(), "callbacks": callbacks}
+    )
+    if event == "in a step":
+        monkeypatch.setattr(trainer, "compute_loss", Failing("on_log", error).fail)
+    with pytest.raises(type(error)) as raised:
+        trainer.train()
+    assert raised.value is error
+    assert progress.live is None
+    assert_terminal_is_free(console)
+
+
+def test_training_that_begins_anew_has_one_bar():
+    console = Console(force_terminal=True, width=100, file=io.StringIO())
+    progress, state = RichProgressCallback(console), TrainerState(max_steps=3, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    first = progress.live
+    progress.on_train_begin(None, state, None)
+    assert not first.is_started and progress.live.is_started
+    progress.on_train_end(None, state, None)
+    assert_terminal_is_free(console)
 
 
 def test_sync_moves_the_reference_by_alpha():

@@ -9,8 +9,9 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from trl_fast.console import FILE_WIDTH, make_console
 
 PACKAGES = (
     "trl-fast",
@@ -114,9 +115,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
 
 def print_environment() -> int:
     """Prints the tables; the exit status."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = make_console(file_width=FILE_WIDTH)
     sections = {
         "versions": versions(),
         "compiled parts": binary_parts(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from rich.console import Console
+from trl_fast.console import make_console
 
 COMMANDS = {
     "sft": "train with supervised fine-tuning",
@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run = importlib.import_module(f"trl_fast.cli.{command}").prepare(rest)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        Console(stderr=True).print(f"trl-fast {command}: {error}", style="red", highlight=False, soft_wrap=True)
+        console = make_console(stderr=True)
+        console.print(f"trl-fast {command}: {error}", style="red", highlight=False, soft_wrap=True)
         return 1
     return run()
 

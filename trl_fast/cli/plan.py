@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from trl_fast.console import FILE_WIDTH, make_console, progress_columns
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.positions import check_positions
 from trl_fast.ops.linear_logprob import HEAD_GRADS
@@ -23,8 +24,6 @@ from trl_fast.planning.step import simulate
 from trl_fast.trainers.base_config import DEFAULT_TILE_TOKENS, BaseConfig
 
 from .parser import TrlParser
-
-FILE_WIDTH = 160
 
 
 @dataclass
@@ -132,9 +131,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
 
 def run(arguments: PlanArguments, setup: Setup, limit: int | None) -> int:
     """Simulates and prints."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    console = make_console(file_width=FILE_WIDTH)
     length = arguments.max_length
     console.print(f"Simulated, not measured: {setup_line(setup, arguments.model, length)}.", soft_wrap=True)
     timeline = simulate(setup, length)
@@ -158,7 +155,7 @@ def run(arguments: PlanArguments, setup: Setup, limit: int | None) -> int:
 
 def _compare(console: Console, setup: Setup, length: int, limit: int | None) -> None:
     ours, changed = systems(setup), switches(setup, DEFAULT_TILE_TOKENS)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(*progress_columns(), console=console, transient=True) as progress:
         task = progress.add_task("simulating", total=len(ours) + len(changed) - 1)
 
         def rows(named: list[tuple[str, Setup]]) -> list[Row]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
+from trl_fast.console import make_console
 
 from trl_fast.trainers import RichProgressCallback
 from trl_fast.trainers.base import BaseTrainer
@@ -100,7 +101,7 @@ def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
     trainer.save_model(args.output_dir)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
-        Console().print(f"Model saved to {args.output_dir}.", soft_wrap=True)
+        make_console().print(f"Model saved to {args.output_dir}.", soft_wrap=True)
     if args.push_to_hub:
         trainer.push_to_hub(**card)
     trainer.end()

@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
-from rich.console import Console
 from transformers import AutoTokenizer
 
+from trl_fast.console import FILE_WIDTH, make_console
 from trl_fast.data.validation import ValidationReport, validate
 from trl_fast.data.validation.report import FAIL_ON
 
 from .arguments import ScriptArguments
 from .datasets import load_split
 from .parser import TrlParser
-
-# Width of the tables where the output is no terminal.
-FILE_WIDTH = 160
 
 
 @dataclass
@@ -76,9 +73,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
 
 def show(report: ValidationReport, arguments: ValidateArguments) -> int:
     """Prints the tables, writes the files that were asked for, and gives the exit status."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    console = make_console(file_width=FILE_WIDTH)
     console.print(report.splits_table())
     if report.findings:
         console.print(report.findings_table())

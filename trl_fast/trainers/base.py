@@ -26,6 +26,7 @@ from .checkpoints import check_output_dir, newest_checkpoint
 from .layers import set_up_layers
 from .metrics import MetricBuffer
 from .tokenizers import checked_tokenizer, set_pad_token
+from .progress import close_progress
 
 logger = logging.getLogger(__name__)
 
@@ -363,7 +364,10 @@ class BaseTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            close_progress(self.callback_handler.callbacks)
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Writes README.md into the output folder: what was trained, from what, with which method."""

@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from trl_fast.console import make_console
 
 from trl_fast.data import maybe_apply_chat_template
 
@@ -188,7 +189,7 @@ class LogCompletionsCallback(TrainerCallback):
             for row_step, prompt, completion in self.table:
                 if row_step == step:
                     table.add_row(Text(prompt), Text(completion))
-            Console().print(table)
+            make_console().print(table)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 from huggingface_hub import CommitScheduler
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from trl_fast.console import make_console
 
 
 class CompletionsLog:
@@ -58,7 +59,7 @@ class CompletionsLog:
             shown = ("" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in numbers)
             said, further = ([Text(message_text(row[name])) for name in names] for names in (texts, extras))
             table.add_row(*said, *shown, *further)
-        Console().print(table)
+        make_console().print(table)
 
 
 def upload_completions(folder: Path, repo_id: str, *, private: bool | None, token: str | None) -> CommitScheduler:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_fast.console import make_console, progress_columns
 
 # What a table's borders and padding take beside a column's text.
 _COLUMN_FRAME = 3
@@ -34,7 +37,7 @@ def metrics_table(rows: list[dict[str, float]], title: str, width: int) -> Table
     for column in shown:
         table.add_column(column[0], justify="right", no_wrap=True)
     for index, name in enumerate(names, start=1):
-        table.add_row(name, *(column[index] for column in shown))
+        table.add_row(*map(Text, (name, *(column[index] for column in shown))))
     return table
 
 
@@ -51,11 +54,17 @@ class RichProgressCallback(TrainerCallback):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or make_console()
         self.progress: Progress | None = None
         self.live: Live | None = None
         self.train_task = self.eval_task = None
         self.rows: list[dict[str, float]] = []
+
+    def close(self) -> None:
+        """Stops the bar, so that the terminal has its cursor back. After a failure nobody calls on_train_end."""
+        live, self.live, self.progress, self.eval_task = self.live, None, None, None
+        if live is not None:
+            live.stop()
 
     def _show(self) -> None:
         if self.live is not None:
@@ -64,17 +73,11 @@ class RichProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Starts the bar."""
+        """Starts the bar; training may begin anew, with the smaller batch of auto_find_batch_size."""
+        self.close()
         if not state.is_world_process_zero:
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=self.console)
+        self.progress = Progress(*progress_columns(), console=self.console)
         self.train_task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
         if self.console.is_terminal:
             self.live = Live(self.progress, console=self.console, refresh_per_second=4)
@@ -126,15 +129,19 @@ class RichProgressCallback(TrainerCallback):
             self._show()
         else:
             shown = "  ".join(f"{name} {_number(value)}" for name, value in logs.items())
-            self.console.print(f"step {state.global_step}: {shown}", highlight=False, soft_wrap=True)
+            self.console.print(Text(f"step {state.global_step}: {shown}"), soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Stops the bar and leaves the table."""
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
-        self.progress = None
+        self.close()
         if self.rows and state.is_world_process_zero:
             self.console.print(metrics_table(self.rows, "training", self.console.width))
+
+
+def close_progress(callbacks: list[TrainerCallback]) -> None:
+    """Stops the bars among a trainer's callbacks, however its training has ended."""
+    for callback in callbacks:
+        if isinstance(callback, RichProgressCallback):
+            callback.close()

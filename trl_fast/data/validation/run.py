@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from trl_fast.console import make_console, progress_columns
 
 from .across import CROSS_CHECKS, SPLIT_CHECKS, SplitTable
 from .content import CONTENT_CHECKS
@@ -57,9 +58,7 @@ def validate(
         raise ValueError(f"max_length={max_length}: expected a positive number, and a tokenizer to count tokens with.")
     context = Context(tokenizer, max_length)
     tables, findings = [], []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), disable=not progress) as bar:
+    with Progress(*progress_columns(), console=make_console(stderr=True), disable=not progress) as bar:
         for name, split in splits.items():
             total = len(split) if isinstance(split, Dataset) else None
             task = bar.add_task(name, total=total)
