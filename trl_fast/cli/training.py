@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
-from trl_fast.console import make_console
 
+from trl_fast.console import make_console
 from trl_fast.trainers import RichProgressCallback
 from trl_fast.trainers.base import BaseTrainer
 from trl_fast.trainers.base_config import BaseConfig

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
 from datasets import Dataset
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import (
@@ -27,8 +26,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
-from trl_fast.console import make_console
 
+from trl_fast.console import make_console
 from trl_fast.data import maybe_apply_chat_template
 
 logger = logging.getLogger(__name__)
