@@ -25,7 +25,6 @@ from .callbacks import TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
 from .layers import set_up_layers
 from .metrics import MetricBuffer
-from .model_card import model_card
 from .progress import close_progress
 from .tokenizers import checked_tokenizer, set_pad_token
 
