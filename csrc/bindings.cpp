@@ -47,49 +47,43 @@ void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::op
                    [&](int64_t begin, int64_t end) { kernels.grad(args, begin, end); });
 }
 
-void check_packed(const at::Tensor& packed, int64_t columns) {
-  check_rows(packed, "packed", at::kCPU);
-  TORCH_CHECK_VALUE(packed.scalar_type() == at::kShort, "packed: expected int16, got ", packed.scalar_type());
-  TORCH_CHECK_VALUE(packed.size(1) >= packed_columns(columns), "packed: expected at least ", packed_columns(columns),
-                    " words a row for ", columns, " columns, got ", packed.sizes());
+PackedRows cpu_packed_rows(const at::Tensor& words, const std::optional<at::Tensor>& tops, int64_t columns) {
+  if (tops) return packed_rows(words, *tops, columns, at::kCPU);
+  check_words(words, packed_columns(columns), at::kCPU);
+  uint16_t* header = static_cast<uint16_t*>(words.data_ptr());
+  const int64_t chunk_stride = kPackedChunk + kPackedHeader;
+  return {{header + kPackedHeader, chunk_stride, header, chunk_stride}, words.stride(0), words.stride(0), nullptr};
 }
 
 void row_scores_packed(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
                        double scale, double inv_temperature, int64_t outputs, int64_t column_offset, at::Tensor state,
-                       at::Tensor packed) {
+                       const at::Tensor& words, const std::optional<at::Tensor>& tops) {
   const RowInputs in = row_inputs(at::kCPU, logits, targets, bias, scale, 0, inv_temperature, column_offset);
   TORCH_CHECK_VALUE(logits.scalar_type() == at::kFloat, "logits: expected float32, got ", logits.scalar_type());
-  check_packed(packed, logits.size(1));
-  TORCH_CHECK_VALUE(packed.size(0) == logits.size(0), "packed: expected ", logits.size(0), " rows, got ",
-                    packed.sizes());
+  const PackedRows to = cpu_packed_rows(words, tops, logits.size(1));
+  check_packed_rows(words, logits.size(0));
   const ScoreArgs args = score_args(in, logits, outputs, state);
-  const PackedRows to = {static_cast<uint16_t*>(packed.mutable_data_ptr()), packed.stride(0), nullptr};
   const RowKernels& kernels = row_kernels();
   at::parallel_for(0, logits.size(0), rows_per_task(logits.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.scores_packed(args, to, begin, end); });
 }
 
-void row_grad_packed(const at::Tensor& packed, const std::optional<at::Tensor>& index, const at::Tensor& targets,
+void row_grad_packed(const at::Tensor& words, const std::optional<at::Tensor>& index, const at::Tensor& targets,
                      double scale, double inv_temperature, const at::Tensor& lse, const at::Tensor& coefficients,
-                     int64_t column_offset, at::Tensor out) {
+                     int64_t column_offset, at::Tensor out, const std::optional<at::Tensor>& tops) {
   RowInputs in = row_inputs(at::kCPU, out, targets, std::nullopt, scale, 0, inv_temperature, column_offset);
   TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat, "out: expected float32, got ", out.scalar_type());
   in.block.logits = nullptr;
-  check_packed(packed, out.size(1));
-  at::Tensor rows;
+  PackedRows from = cpu_packed_rows(words, tops, out.size(1));
+  const at::Tensor rows = packed_index(words, index, out);
   if (index) {
-    check_vector(*index, "index", out.size(0), at::kLong, at::kCPU);
-    rows = index->contiguous();
     TORCH_CHECK_VALUE(
-        rows.numel() == 0 || (rows.min().item<int64_t>() >= 0 && rows.max().item<int64_t>() < packed.size(0)),
-        "index: expected rows of packed, below ", packed.size(0));
-  } else {
-    TORCH_CHECK_VALUE(packed.size(0) == out.size(0), "packed: expected ", out.size(0), " rows, got ", packed.sizes());
+        rows.numel() == 0 || (rows.min().item<int64_t>() >= 0 && rows.max().item<int64_t>() < words.size(0)),
+        "index: expected rows of words, below ", words.size(0));
+    from.index = rows.const_data_ptr<int64_t>();
   }
   const at::Tensor lse_dense = lse.contiguous();
   const GradArgs args = grad_args(in, out, lse_dense, coefficients, out);
-  const PackedRows from = {static_cast<uint16_t*>(packed.data_ptr()), packed.stride(0),
-                           index ? rows.const_data_ptr<int64_t>() : nullptr};
   const RowKernels& kernels = row_kernels();
   at::parallel_for(0, out.size(0), rows_per_task(out.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.grad_packed(args, from, begin, end); });
@@ -228,10 +222,10 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
       "Tensor lse, Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");
   m.def(
       "row_scores_packed(Tensor logits, Tensor targets, Tensor? bias, float scale, float inv_temperature, "
-      "int outputs, int column_offset, Tensor(a!) state, Tensor(b!) packed) -> ()");
+      "int outputs, int column_offset, Tensor(a!) state, Tensor(b!) words, Tensor(c!)? tops=None) -> ()");
   m.def(
-      "row_grad_packed(Tensor packed, Tensor? index, Tensor targets, float scale, float inv_temperature, Tensor lse, "
-      "Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");
+      "row_grad_packed(Tensor words, Tensor? index, Tensor targets, float scale, float inv_temperature, Tensor lse, "
+      "Tensor coefficients, int column_offset, Tensor(a!) out, Tensor? tops=None) -> ()");
   m.def(
       "row_samples(Tensor logits, int vocab_size, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor offsets, float threshold) -> (Tensor, Tensor, Tensor)");

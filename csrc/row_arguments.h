@@ -1,4 +1,5 @@
-// From the tensors of torch.ops.trl_fast.row_scores and row_grad to the kernels' arguments, with every check by name.
+// From the tensors of torch.ops.trl_fast.row_scores, row_grad and their packed forms to the kernels' arguments, with
+// every check by name.
 #pragma once
 
 #include <ATen/TensorIterator.h>
@@ -9,6 +10,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "cpu/packed_logits.h"
 #include "cpu/row_kernels.h"
 
 namespace trl_fast {
@@ -117,6 +119,43 @@ inline GradArgs grad_args(const RowInputs& in, const at::Tensor& logits, const a
           out.mutable_data_ptr(),
           out.stride(0),
           dtype_of(out, "out")};
+}
+
+// Words (K, W) of packed logits; the first `width` of a row are used.
+inline void check_words(const at::Tensor& words, int64_t width, at::Device device) {
+  check_rows(words, "words", device);
+  TORCH_CHECK_VALUE(words.scalar_type() == at::kShort, "words: expected int16, got ", words.scalar_type());
+  TORCH_CHECK_VALUE(words.size(1) >= width, "words: expected at least ", width, " a row, got ", words.sizes());
+}
+
+inline PackedRows packed_rows(const at::Tensor& words, const at::Tensor& tops, int64_t columns, at::Device device) {
+  check_words(words, columns, device);
+  check_rows(tops, "tops", device);
+  TORCH_CHECK_VALUE(
+      tops.scalar_type() == at::kFloat && tops.size(0) == words.size(0) && tops.size(1) >= num_chunks(columns),
+      "tops: expected float32 of shape (", words.size(0), ", ", num_chunks(columns), ") for ", columns,
+      " columns, got ", tops.sizes(), " ", tops.scalar_type());
+  constexpr int64_t kWordsOfTop = sizeof(float) / sizeof(uint16_t);
+  const PackedRow first = {static_cast<uint16_t*>(words.data_ptr()), kPackedChunk,
+                           static_cast<uint16_t*>(tops.data_ptr()), kWordsOfTop};
+  return {first, words.stride(0), kWordsOfTop * tops.stride(0), nullptr};
+}
+
+inline void check_packed_rows(const at::Tensor& words, int64_t rows) {
+  TORCH_CHECK_VALUE(words.size(0) == rows, "words: expected ", rows, " rows, got ", words.sizes());
+}
+
+// The rows `index` (R,) in dense form, if there are such; `out` (R, C) may lie where the words lie only without them.
+inline at::Tensor packed_index(const at::Tensor& words, const std::optional<at::Tensor>& index,
+                               const at::Tensor& out) {
+  if (!index) check_packed_rows(words, out.size(0));
+  const bool in_place = out.const_data_ptr() == words.const_data_ptr() && out.numel() > 0;
+  TORCH_CHECK_VALUE(!in_place || (!index && out.element_size() == words.element_size() &&
+                                  (out.size(0) <= 1 || out.stride(0) == words.stride(0))),
+                    "out: only a 16-bit gradient of all rows, with the words' stride, may take the words' place");
+  if (!index) return {};
+  check_vector(*index, "index", out.size(0), at::kLong, out.device());
+  return index->contiguous();
 }
 
 }  // namespace trl_fast

@@ -8,60 +8,49 @@ namespace {
 
 static_assert(trl_fast::kPackedChunk == kChunk);
 
-constexpr float kLowestCode = 65534.0f;  // steps; what lies further down is brought up to here
-constexpr float kMinusInfCode = 65535.0f;
-// A float of [2^23, 2^24) has its integer in the low bits: adding 2^23 rounds to it.
-constexpr float kIntegers = 8388608.0f;
-
 // No -inf but where the chunk has nothing else: -inf - -inf is NaN, and no number of steps below infinity.
 inline HVec pack_vec(Vec u, Vec top) {
-  const Vec steps = (top - u) * splat(1.0f / trl_fast::kPackedStep);
-  const Vec limit = steps < splat(kInf) ? splat(kLowestCode) : splat(kMinusInfCode);
+  const Vec steps = (top - u) * splat(trl_fast::kPackedSteps);
+  const Vec limit = steps < splat(kInf) ? splat(trl_fast::kLowestCode) : splat(trl_fast::kMinusInfCode);
   const Vec code = steps < limit ? steps : limit;
-  return __builtin_convertvector(bits_as<UVec>(code + splat(kIntegers)), HVec);
+  return __builtin_convertvector(bits_as<UVec>(code + splat(trl_fast::kIntegers)), HVec);
 }
 
-// Logits of n columns whose largest is `top`, padded to whole vectors.
-void pack_chunk(const float* u, int64_t n, float top, uint16_t* packed) {
-  std::memcpy(packed, &top, sizeof(top));
-  packed += trl_fast::kPackedHeader;
+// Packs the logits of a chunk of n columns whose largest is `top`, padded to whole vectors.
+void pack_chunk(const float* u, int64_t n, float top, const trl_fast::PackedRow& chunk) {
+  std::memcpy(chunk.tops, &top, sizeof(top));
   const Vec top_vec = splat(top);
   const int64_t whole = n / kWidth * kWidth;
   for (int64_t i = 0; i < whole; i += kWidth) {
     const HVec codes = pack_vec(load(u + i), top_vec);
-    std::memcpy(packed + i, &codes, sizeof(codes));
+    std::memcpy(chunk.words + i, &codes, sizeof(codes));
   }
   if (whole == n) return;
   const HVec last = pack_vec(load(u + whole), top_vec);
-  std::memcpy(packed + whole, &last, (n - whole) * sizeof(uint16_t));
+  std::memcpy(chunk.words + whole, &last, (n - whole) * sizeof(uint16_t));
 }
 
-// A word of a packed row.
-struct Packed {
-  uint16_t word;
-};
-
-inline Vec unpack_vec(const Packed* from, Vec top) {
+inline Vec unpack_vec(const uint16_t* from, Vec top) {
   HVec codes;
   std::memcpy(&codes, from, sizeof(codes));
-  const UVec integers = __builtin_convertvector(codes, UVec) | bits_as<UVec>(splat(kIntegers));
-  const Vec code = bits_as<Vec>(integers) - splat(kIntegers);
-  return code == splat(kMinusInfCode) ? splat(-kInf) : top - code * splat(trl_fast::kPackedStep);
+  const UVec integers = __builtin_convertvector(codes, UVec) | bits_as<UVec>(splat(trl_fast::kIntegers));
+  const Vec code = bits_as<Vec>(integers) - splat(trl_fast::kIntegers);
+  return code == splat(trl_fast::kMinusInfCode) ? splat(-kInf) : top - code * splat(1 / trl_fast::kPackedSteps);
 }
 
 // Logits of columns [start, start + n) of one chunk. They were transformed before they were packed, without a softcap.
-inline void logits_chunk(const Packed* row, const trl_fast::Transform& t, int64_t start, int64_t n, float* u,
-                         float* slope = nullptr) {
-  const Packed* chunk = row + start / kChunk * (kChunk + trl_fast::kPackedHeader);
+inline void logits_chunk(const trl_fast::PackedRow& row, const trl_fast::Transform& t, int64_t start, int64_t n,
+                         float* u, float* slope = nullptr) {
+  const trl_fast::PackedRow chunk = row.chunk(start / kChunk);
   float top;
-  std::memcpy(&top, chunk, sizeof(top));
+  std::memcpy(&top, chunk.tops, sizeof(top));
   const Vec top_vec = splat(top);
-  const Packed* from = chunk + trl_fast::kPackedHeader + start % kChunk;
+  const uint16_t* from = chunk.words + start % kChunk;
   const int64_t whole = n / kWidth * kWidth;
   for (int64_t i = 0; i < whole; i += kWidth) store(u + i, unpack_vec(from + i, top_vec));
   if (whole < n) {
-    Packed last[kWidth] = {};
-    std::memcpy(last, from + whole, (n - whole) * sizeof(Packed));
+    uint16_t last[kWidth] = {};
+    std::memcpy(last, from + whole, (n - whole) * sizeof(uint16_t));
     store(u + whole, unpack_vec(last, top_vec));
   }
   if (slope) std::fill(slope, slope + padded(n), t.scale * t.inv_temperature);

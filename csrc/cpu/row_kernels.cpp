@@ -14,12 +14,13 @@ namespace {
 using trl_fast::Block;
 using trl_fast::Dtype;
 using trl_fast::GradArgs;
+using trl_fast::PackedRow;
 using trl_fast::PackedRows;
 using trl_fast::ScoreArgs;
 using trl_fast::Transform;
 
 template <typename Row>
-float logit_at(const Row* row, const Transform& t, int64_t column, float* slope = nullptr) {
+float logit_at(const Row& row, const Transform& t, int64_t column, float* slope = nullptr) {
   float u[kWidth], slopes[kWidth];
   logits_chunk(row, t, column, 1, u, slopes);
   if (slope) *slope = slopes[0];
@@ -96,7 +97,8 @@ float row_max(const T* row, const ScoreArgs& args, float* u) {
 // With kWeights, the row's e^(u - top) du/dz go to `weights`, relative to its largest logit with this tile; finding
 // that takes a look ahead where the tile is wider than a chunk. `packed`, unless null, takes the logits.
 template <typename T, bool kMoments, bool kWeights>
-void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights, uint16_t* packed) {
+void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights,
+               const PackedRow* packed) {
   using namespace trl_fast;
   alignas(64) float u[kChunk], slope[kWeights ? kChunk : 1];
   const int64_t stride = args.state_stride, columns = args.block.columns;
@@ -117,7 +119,7 @@ void score_row(const T* row, const ScoreArgs& args, int64_t target, double* stat
       if (earlier > 0 && earlier < n) before = std::max(before, *std::max_element(u, u + earlier));
     }
     if (target >= start && target < start + n) state[kTarget * stride] = u[target - start];
-    if (packed) pack_chunk(u, n, top, packed + packed_columns(start));
+    if (packed) pack_chunk(u, n, top, packed->chunk(start / kChunk));
     online.raise(top);
     // A chunk of nothing but -inf adds nothing; -inf - -inf would be NaN. But NaN has to be seen.
     const bool counts = online.m > -kInf || !std::all_of(u, u + n, [](float x) { return x == -kInf; });
@@ -147,7 +149,8 @@ void scores(const ScoreArgs& args, const PackedRows* packed, int64_t begin, int6
     const int64_t target = args.block.targets[r] - args.block.column_offset;
     T* weights = kWeights ? static_cast<T*>(args.weights) + r * args.weights_stride : nullptr;
     const auto score = moments ? score_row<T, true, kWeights> : score_row<T, false, kWeights>;
-    score(row, args, target, args.state + r, weights, packed ? packed->row(r) : nullptr);
+    const PackedRow packed_row = packed ? packed->row(r) : PackedRow{};
+    score(row, args, target, args.state + r, weights, packed ? &packed_row : nullptr);
   }
 }
 
@@ -165,7 +168,7 @@ inline Vec logit_grad(Vec u, Vec lse, const RowCoefficients& c) {
 }
 
 template <typename Row, typename T>
-void grad_row(const Row* row, const GradArgs& args, float lse, int64_t target, const RowCoefficients& c, T* out) {
+void grad_row(const Row& row, const GradArgs& args, float lse, int64_t target, const RowCoefficients& c, T* out) {
   alignas(64) float u[kChunk], slope[kChunk];
   const int64_t columns = args.block.columns;
   const bool has_target = target >= 0 && target < columns;
@@ -234,7 +237,7 @@ void scores_packed(const ScoreArgs& args, const PackedRows& packed, int64_t begi
 }
 
 void grad_packed(const GradArgs& args, const PackedRows& packed, int64_t begin, int64_t end) {
-  grad<float>(args, begin, end, [&](int64_t r) { return reinterpret_cast<const Packed*>(packed.row(r)); });
+  grad<float>(args, begin, end, [&](int64_t r) { return packed.row(r); });
 }
 
 }  // namespace

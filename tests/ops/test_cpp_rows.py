@@ -1,5 +1,6 @@
 """The C++ row kernels themselves: every instruction set against the reference, and as torch.library ops."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.packed_rows import COLUMNS, PLAIN, TRANSFORMED, check_packing
 from trl_fast.ops.kept_logits import packed_columns
 from trl_fast.ops.rows import (
     ROW_KERNELS,
@@ -136,6 +138,8 @@ def compare_packing(columns, scale, inv_temperature, with_bias):
 
 
 def compare_everything():
+    for columns, transform in itertools.product(COLUMNS, (PLAIN, TRANSFORMED)):
+        check_packing(ROW_KERNELS["cpp"], columns, transform, (torch.float32,))
     for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
         compare_packing(columns, 1.0, 1.0, False)
         compare_packing(columns, 0.5, 1.25, True)
@@ -199,15 +203,6 @@ def test_opcheck(transform):
     torch.library.opcheck(torch.ops.trl_fast.row_grad, (*arguments, lse, torch.rand(4, 7), 0, out))
 
 
-def test_opcheck_of_packing():
-    logits, packed = torch.randn(4, 33), torch.zeros(4, packed_columns(33), dtype=torch.int16)
-    targets, index = torch.tensor([0, 1, 2, 3]), torch.tensor([3, 1, 0, 0])
-    scored = (logits, targets, torch.randn(33), 1.0, 0.5, EVERYTHING, 0, new_state(4, logits.device), packed)
-    torch.library.opcheck(torch.ops.trl_fast.row_scores_packed, scored)
-    graded = (packed, index, targets, 1.0, 0.5, torch.zeros(4), torch.rand(4, 4), 0, logits)
-    torch.library.opcheck(torch.ops.trl_fast.row_grad_packed, graded)
-
-
 def test_only_what_was_asked_for_is_computed():
     logits, targets, bias, constants = rows(torch.float32, 33, "none")
     got = statistics(torch.ops.trl_fast.row_scores, logits, targets, bias, constants, MEAN_LOGITS)
@@ -232,41 +227,6 @@ def test_bad_input_is_named(change, message):
         torch.ops.trl_fast.row_scores(
             given["logits"], given["targets"], given["bias"], *constants, 0, 0, given["state"]
         )
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"logits": torch.zeros(4, 33, dtype=torch.bfloat16)}, "logits: expected float32"),
-        ({"packed": torch.zeros(4, 35, dtype=torch.int32)}, "packed: expected int16"),
-        ({"packed": torch.zeros(4, 34, dtype=torch.int16)}, "packed: expected at least 35 words a row for 33 columns"),
-        ({"packed": torch.zeros(3, 35, dtype=torch.int16)}, "packed: expected 4 rows"),
-    ],
-)
-def test_bad_input_of_packed_scores_is_named(change, message):
-    given = {"logits": torch.zeros(4, 33), "packed": torch.zeros(4, 35, dtype=torch.int16), **change}
-    targets, state = torch.zeros(4, dtype=torch.int64), new_state(4, given["logits"].device)
-    with pytest.raises(ValueError, match=message):
-        torch.ops.trl_fast.row_scores_packed(given["logits"], targets, None, 1.0, 1.0, 0, 0, state, given["packed"])
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"out": torch.zeros(4, 33, dtype=torch.bfloat16)}, "out: expected float32"),
-        ({"packed": torch.zeros(4, 35, dtype=torch.int32)}, "packed: expected int16"),
-        ({"packed": torch.zeros(4, 34, dtype=torch.int16)}, "packed: expected at least 35 words a row for 33 columns"),
-        ({"packed": torch.zeros(5, 35, dtype=torch.int16)}, "packed: expected 4 rows"),
-        ({"index": torch.tensor([0, 1, 2, 4])}, "index: expected rows of packed, below 4"),
-        ({"index": torch.tensor([0, -1, 2, 3])}, "index: expected rows of packed, below 4"),
-        ({"index": torch.tensor([0, 1])}, "index: expected shape"),
-    ],
-)
-def test_bad_input_of_packed_gradients_is_named(change, message):
-    given = {"packed": torch.zeros(4, 35, dtype=torch.int16), "index": None, "out": torch.zeros(4, 33), **change}
-    terms = (torch.zeros(4, dtype=torch.int64), 1.0, 1.0, torch.zeros(4), torch.zeros(4, 4), 0)
-    with pytest.raises(ValueError, match=message):
-        torch.ops.trl_fast.row_grad_packed(given["packed"], given["index"], *terms, given["out"])
 
 
 @pytest.mark.parametrize("columns", [1, 7, 300, 2048, 5000])

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from .packed_logits import pack, unpack
 from .scores import (
     ENTROPY,
     ENTROPY_ROW,
@@ -56,7 +57,7 @@ class RowKernels(NamedTuple):
     bytes_per_element: int
     # Both in one read, as `row_weights_by_two` below; None: by the two others.
     weights: Callable[..., None] | None = None
-    # The same of packed logits (kept_logits.py); None: logits are kept as they are.
+    # The same of packed logits (packed_logits.py); None: logits are kept as they are.
     scores_packed: Callable[..., None] | None = None
     grad_packed: Callable[..., None] | None = None
 
@@ -232,6 +233,61 @@ def row_weights_by_two(
     kernels.grad(*given, anchor, ones, column_offset, out)
 
 
+def row_scores_packed_reference(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    inv_temperature: float,
+    outputs: int,
+    column_offset: int,
+    state: torch.Tensor,
+    words: torch.Tensor,
+    tops: torch.Tensor,
+) -> None:
+    """Adds a tile to the state of its rows, as row_scores does without a softcap, and packs its logits.
+
+    Args:
+        logits, targets, bias, scale, inv_temperature, outputs, column_offset, state: as in row_scores_reference. On a
+            CPU, compiled kernels take float32 logits only.
+        words: (R, >= C) int16, tops: (R, >= num_chunks(C)) float32, filled as packed_logits.py says.
+    """
+    row_scores_reference(logits, targets, bias, scale, 0.0, inv_temperature, outputs, column_offset, state)
+    u, _ = LogitTransform(scale, 0.0, inv_temperature).apply(logits, bias)
+    pack(u.float(), words, tops)
+
+
+def row_grad_packed_reference(
+    words: torch.Tensor,
+    index: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float,
+    inv_temperature: float,
+    lse: torch.Tensor,
+    coefficients: torch.Tensor,
+    column_offset: int,
+    out: torch.Tensor,
+    tops: torch.Tensor,
+) -> None:
+    """Gradient with respect to the raw logits of a tile (R, C) that was packed, written to `out`.
+
+    Args:
+        words: (K, >= C) int16, tops: (K, >= num_chunks(C)) float32, as row_scores_packed filled them.
+        index: (R,) int64, the rows of `words` that belong to the tile's rows; None for all in order. On a GPU nothing
+            checks its range.
+        targets, scale, inv_temperature, lse, coefficients, column_offset: as in row_grad_reference.
+        out: (R, C) float32, on a GPU bfloat16 and float16 too. Where these are 16 bits wide and `index` is None, it
+            may be the words' own memory, with their stride.
+    """
+    if out.numel() == 0:
+        return
+    if index is not None:
+        words, tops = words[index], tops[index]
+    du = unpack(words[:, : out.shape[1]], tops)
+    row_grad_reference(du, targets, None, 1.0, 0.0, 1.0, lse, coefficients, column_offset, du)
+    out.copy_(du.mul_(scale * inv_temperature))
+
+
 def _triton_scores(*args: object) -> None:
     from trl_fast.kernels.rows import row_scores
 
@@ -242,6 +298,18 @@ def _triton_grad(*args: object) -> None:
     from trl_fast.kernels.rows import row_grad
 
     row_grad(*args)
+
+
+def _triton_scores_packed(*args: object) -> None:
+    from trl_fast.kernels.rows import row_scores_packed
+
+    row_scores_packed(*args)
+
+
+def _triton_grad_packed(*args: object) -> None:
+    from trl_fast.kernels.rows import row_grad_packed
+
+    row_grad_packed(*args)
 
 
 # The compiled ops serve CPU and CUDA tensors, each with its own kernels.
@@ -257,17 +325,19 @@ def _compiled_grad(*args: object) -> None:
     torch.ops.trl_fast.row_grad(*args)
 
 
-def _cpp_scores_packed(*args: object) -> None:
+def _compiled_scores_packed(*args: object) -> None:
     torch.ops.trl_fast.row_scores_packed(*args)
 
 
-def _cpp_grad_packed(*args: object) -> None:
+def _compiled_grad_packed(*args: object) -> None:
     torch.ops.trl_fast.row_grad_packed(*args)
 
 
 ROW_KERNELS = {
     "torch": RowKernels(row_scores_reference, row_grad_reference, 24),
-    "cpp": RowKernels(_compiled_scores, _compiled_grad, 0, _cpp_weights, _cpp_scores_packed, _cpp_grad_packed),
+    "cpp": RowKernels(
+        _compiled_scores, _compiled_grad, 0, _cpp_weights, _compiled_scores_packed, _compiled_grad_packed
+    ),
     "cuda": RowKernels(_compiled_scores, _compiled_grad, 0),
     "triton": RowKernels(_triton_scores, _triton_grad, 0),
 }
@@ -285,11 +355,11 @@ def register_fakes() -> None:
         return None
 
     @torch.library.register_fake("trl_fast::row_scores_packed")
-    def _(logits, targets, bias, scale, inv_temperature, outputs, column_offset, state, packed):
+    def _(logits, targets, bias, scale, inv_temperature, outputs, column_offset, state, words, tops=None):
         return None
 
     @torch.library.register_fake("trl_fast::row_grad_packed")
-    def _(packed, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out):
+    def _(words, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out, tops=None):
         return None
 
     @torch.library.register_fake("trl_fast::held_empty")
