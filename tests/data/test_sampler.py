@@ -30,6 +30,16 @@ def test_each_pass_has_its_own_order():
     assert list(sampler) != list(sampler)
 
 
+def test_the_order_of_an_epoch_does_not_depend_on_those_before_it():
+    settings = {"mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "seed": 5}
+    sampler, theirs = RepeatSampler(range(13), **settings), TRLRepeatSampler(range(13), **settings)
+    orders = [list(theirs) for _ in range(4)]
+    for epoch in (2, 0, 3, 3, 1):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == orders[epoch]
+    assert list(sampler) == orders[2]
+
+
 def test_fewer_rows_than_one_generation():
     with pytest.raises(ValueError, match="the dataset has 3 rows, but one generation takes 4 different prompts"):
         RepeatSampler(range(3), 2, batch_size=4)

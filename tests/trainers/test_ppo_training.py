@@ -119,16 +119,6 @@ def test_resuming_goes_on_exactly(make):
     assert again.state.log_history[-2]["objective/kl"] == whole.state.log_history[-2]["objective/kl"]
 
 
-def test_rows_are_the_same_whether_resumed_or_not(make):
-    def order(trainer, epoch):
-        trainer.state.epoch = epoch
-        return list(trainer._get_train_sampler())
-
-    first, second = make(), make()
-    assert order(first, 0) != order(first, 1) == order(second, 1.5)
-    assert sorted(order(first, 0)) == list(range(8))
-
-
 def test_the_policy_alone_is_saved_and_a_checkpoint_has_the_value_model_too(make, tmp_path):
     trainer = make(save_strategy="steps", save_steps=1)
     trainer.train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 
 import torch
 from datasets import IterableDataset
@@ -15,15 +15,18 @@ class RepeatSampler(Sampler[int]):
     One pass over the data is a permutation, cut into batches of prompts. Every batch comes `repeat_count` times before
     the next, and in it every row `mini_repeat_count` times in a row. With rows a to e, `mini_repeat_count=2`,
     `batch_size=2` and `repeat_count=2` a pass without shuffling is `aabb aabb ccdd ccdd`; a last batch that is not
-    full, here `e`, is left out. The order is that of TRL's sampler, for the same seed.
+    full, here `e`, is left out.
+
+    For the same seed the order is that of TRL's sampler: each epoch's is the next draw of a generator that is seeded
+    once. Which draw that is depends on the epoch alone, so a resumed run goes on in order.
 
     Args:
         data_source: the rows; only their number matters.
         mini_repeat_count: completions of one prompt.
         batch_size: different prompts of one generation.
         repeat_count: how often a generation's rows are read, the optimizer's passes over them times its slices.
-        shuffle: whether each pass has its own permutation.
-        seed: of the permutations, by a generator that nothing else draws from; None is the generator's default seed.
+        shuffle: whether each epoch has its own permutation.
+        seed: of the permutations; None is torch.Generator's default seed.
 
     Raises:
         ValueError: a count below 1, or fewer rows than one batch.
@@ -54,54 +57,32 @@ class RepeatSampler(Sampler[int]):
         self.repeat_count = repeat_count
         self.shuffle = shuffle
         self.seed = seed
-        self.generator = torch.Generator()
-        if seed is not None:
-            self.generator.manual_seed(seed)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the next pass; without it, passes count up from 0."""
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         kept = self.num_samples - self.num_samples % self.batch_size
-        if self.shuffle:
-            rows = torch.randperm(self.num_samples, generator=self.generator)
-        else:
-            rows = torch.arange(self.num_samples)
-        batches = rows[:kept].view(-1, 1, self.batch_size, 1)
+        batches = self._order()[:kept].view(-1, 1, self.batch_size, 1)
+        self.epoch += 1
         return iter(batches.expand(-1, self.repeat_count, -1, self.mini_repeat_count).flatten().tolist())
+
+    def _order(self) -> torch.Tensor:
+        """Numbers of all rows, (num_samples,), in the order of the present epoch."""
+        rows = torch.arange(self.num_samples)
+        if self.shuffle:
+            generator = torch.Generator()
+            if self.seed is not None:
+                generator.manual_seed(self.seed)
+            for _ in range(self.epoch + 1):
+                rows = torch.randperm(self.num_samples, generator=generator)
+        return rows
 
     def __len__(self) -> int:
         kept = self.num_samples - self.num_samples % self.batch_size
         return kept * self.mini_repeat_count * self.repeat_count
-
-
-class WholeBatchSampler(Sampler[int]):
-    """Yields rows in a new order each epoch, as many as fill whole batches; a run that is resumed goes on in order.
-
-    Args:
-        data_source: the rows; only their number matters.
-        batch_size: rows of a batch.
-        seed: of the orders.
-        epoch: gives the number of the epoch that begins.
-
-    Raises:
-        ValueError: fewer rows than one batch.
-    """
-
-    def __init__(self, data_source: Sized, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        if len(data_source) < batch_size:
-            raise ValueError(
-                f"the dataset has {len(data_source)} rows, but one rollout takes {batch_size} prompts; use a larger "
-                "dataset or a smaller batch"
-            )
-        self.data_source = data_source
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(torch.randperm(len(self.data_source), generator=generator)[: len(self)].tolist())
-
-    def __len__(self) -> int:
-        return len(self.data_source) - len(self.data_source) % self.batch_size
 
 
 def repeat_stream(

@@ -1,4 +1,4 @@
-"""Callbacks: tokens counted, logged completions, a reference that follows, an average of the weights."""
+"""Callbacks: counted tokens, announced epochs, logged completions, a reference that follows, averaged weights."""
 
 from __future__ import annotations
 
@@ -60,6 +60,22 @@ class TokenCounter(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved and state.global_step > 0:
             self.seen = saved["attributes"]["seen"] if args.process_index == 0 else 0
+
+
+class EpochAnnouncer(TrainerCallback):
+    """Tells the sampler which epoch begins, so that a resumed run reads its rows in the order of that epoch.
+
+    transformers tells the loader that leaves out what was trained on already; with several processes that one does not
+    reach the sampler, which would start from its first order again.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Tells the whole loader, whose sampler is that of the other one."""
+        loader = kwargs["train_dataloader"]
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(int(state.epoch or 0))
 
 
 class SyncRefModelCallback(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,12 +24,13 @@ from trl_fast.rollout.samples import Samples
 
 from .base import AnyDataset
 from .completions import CompletionsLog
+from .generation_buffer import GenerationBuffer
 from .metrics import MetricBuffer
 from .online_config import OnlineConfig
 from .online_metrics import GenerationMetrics
 from .prompt_loaders import PromptLoaders
 from .reference import ReferenceTrainer
-from .rollouts import Rollouts
+from .rollouts import Rollouts, token_vectors
 from .tokenizers import older_tokenizer_name
 from .updates import Update, UpdateMaker
 
@@ -114,13 +116,12 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
             for policy in filter(None, (model, self.ref_model)):
                 use_float32_head(base_model(policy))
         self.rollout_func = rollout_func
-        self._step = 0
-        self._buffer: list[Samples] | None = None
+        self.generation = GenerationBuffer(args)
         self._step_time = 0.0
         self.start(
             model=model,
             args=args,
-            data_collator=_as_list,
+            data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -131,6 +132,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
 
     def _start_rollouts(self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None) -> None:
         args, tokenizer = self.args, self.processing_class
+        self.add_callback(self.generation)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise NotImplementedError(f"{type(self).__name__} with sharded weights (DeepSpeed, FSDP) is not supported")
         pad, multiple = tokenizer.pad_token_id, args.pad_to_multiple_of
@@ -192,9 +194,9 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         """One micro-batch; step_time is that of all micro-batches of an optimizer step."""
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
-        self._step += 1
+        self.generation.step += 1
         self._step_time += time.perf_counter() - start
-        if self._step % self.current_gradient_accumulation_steps == 0:
+        if self.generation.step % self.current_gradient_accumulation_steps == 0:
             self.record_value("step_time", self._step_time)
             self._step_time = 0.0
         return loss
@@ -203,9 +205,9 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         """The micro-batch of the update; new completions of `rows` where it is time for them."""
         if self.mode == "eval":
             return self._make_update(self.make_samples(rows))
-        if self._step % self.args.generate_every == 0 or self._buffer is None:
-            self._buffer = self._slices(self.make_samples(rows))
-        return self._make_update(self._buffer[self._step % self.args.steps_per_generation])
+        if self.generation.is_used_up:
+            self.generation.slices = self._slices(self.make_samples(rows))
+        return self._make_update(self.generation.current)
 
     def _slices(self, samples: Samples) -> list[Samples]:
         """The completions of one generation, shuffled, cut into the micro-batches of the update.
@@ -246,7 +248,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
                 log_extra=self.log_column,
                 log_metric=self.log_metric,
             )
-        mask = None if rollout.mask is None else [_vector(row) for row in rollout.mask]
+        mask = token_vectors(rollout.mask)
         cut_off = self._record_lengths(rollout, mask)
         samples = Samples(
             prompt_ids=rollout.prompt_ids,
@@ -254,7 +256,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
             advantages=torch.zeros(len(prompts)),
             excluded=cut_off if self.args.mask_truncated_completions else torch.zeros_like(cut_off),
             mask=mask,
-            sampling_logprobs=None if rollout.logprobs is None else [_vector(row) for row in rollout.logprobs],
+            sampling_logprobs=token_vectors(rollout.logprobs),
         )
         counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
         samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes
@@ -386,12 +388,13 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, update).detach(), None, None
 
+    # ---- saving and resuming
 
-def _as_list(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The collator: rows stay as they are until their completions are there."""
-    return rows
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        # Before the trainer's state, which marks a checkpoint as complete.
+        self.generation.save(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
 
-
-def _vector(values: list) -> torch.Tensor:
-    """float32, with NaN for None."""
-    return torch.tensor([torch.nan if value is None else float(value) for value in values])
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.generation.load(checkpoint)

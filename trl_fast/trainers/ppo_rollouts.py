@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import longest_sequence
 from trl_fast.data.prompts import PROMPT_IDS, prepare_prompt_dataset, prompts_of_tokens
-from trl_fast.data.sampler import WholeBatchSampler, repeat_stream
+from trl_fast.data.sampler import RepeatSampler, repeat_stream
 from trl_fast.losses.advantages import Advantages, summed_rewards
 from trl_fast.losses.ppo import kl_penalties, rollout_metrics
 from trl_fast.modeling.scoring import evaluating
@@ -81,7 +81,7 @@ class PPORollouts(Rollouts, GenerationMetrics):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if dataset is None else dataset
-        return WholeBatchSampler(dataset, self.args.batch_size, self.args.seed, lambda: int(self.state.epoch or 0))
+        return RepeatSampler(dataset, 1, batch_size=self.args.batch_size, seed=self.args.seed)
 
     # ---- the rollout
 

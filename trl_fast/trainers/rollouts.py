@@ -69,6 +69,13 @@ def _check_by_token(
             )
 
 
+def token_vectors(lists: list[list] | None) -> list[torch.Tensor] | None:
+    """A float32 vector a completion from its tokens' values, with NaN for None; None stays None."""
+    if lists is None:
+        return None
+    return [torch.tensor([torch.nan if value is None else float(value) for value in values]) for values in lists]
+
+
 def _short(prompt: object) -> str:
     text = repr(prompt)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,83 @@
+"""The completions that several micro-batches are made of, kept in checkpoints that are written among them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_fast.rollout.samples import Samples
+
+from .online_config import OnlineConfig
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationBuffer(TrainerCallback):
+    """One generation's completions, cut into slices that micro-batches read in turn.
+
+    `step` counts the micro-batches of the run, `slices` are this process's, None before the first generation. An
+    optimizer step that ends among the micro-batches of a generation leaves the slices to the next one, so a checkpoint
+    has them too.
+    """
+
+    def __init__(self, args: OnlineConfig) -> None:
+        self.step = 0
+        self.slices: list[Samples] | None = None
+        self._every = args.generate_every
+        # Where each optimizer step ends a generation, a checkpoint needs none of this.
+        self._is_saved = not args.is_on_policy and not args.save_only_model
+        self._file = f"generation_{args.process_index}.pt"
+        self._settings = [args.world_size, args.per_device_train_batch_size, args.steps_per_generation, self._every]
+        self._whole_step: tuple[int, list[Samples] | None] = (0, None)
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether the next micro-batch is one of new completions."""
+        return self.slices is None or self.step % self._every == 0
+
+    @property
+    def current(self) -> Samples:
+        """The completions of the next micro-batch."""
+        return self.slices[self.step % len(self.slices)]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Starts anew, unless the run goes on from a checkpoint."""
+        if state.global_step == 0:
+            self.step, self.slices = 0, None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Remembers how things stand: a step that fails later leaves a checkpoint of this one."""
+        self._whole_step = (self.step, self.slices)
+
+    def save(self, folder: Path) -> None:
+        """Writes what there is after the last whole step into a checkpoint's folder; each process its own."""
+        if not self._is_saved:
+            return
+        step, slices = self._whole_step
+        left = [] if slices is None or step % self._every == 0 else [vars(samples) for samples in slices]
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"settings": self._settings, "step": step, "slices": left}, folder / self._file)
+
+    def load(self, folder: str) -> None:
+        """Goes on from a checkpoint's folder; says so if that does not tell how."""
+        self.step, self.slices = 0, None
+        if not self._is_saved:
+            return
+        path = Path(folder, self._file)
+        saved = torch.load(path, weights_only=True) if path.is_file() else None
+        if saved is None or saved["settings"] != self._settings:
+            found = "is not there" if saved is None else "is of a run with other numbers of processes or completions"
+            logger.warning(
+                f"resume_from_checkpoint: {path} {found}, so the run goes on with new completions, and prompts that "
+                "may not be those of the unbroken run."
+            )
+            return
+        self.step = saved["step"]
+        self.slices = [Samples(**fields) for fields in saved["slices"]] or None
