@@ -23,10 +23,8 @@ from trl_fast.ops.validation import NotFiniteError
 from .base_config import ROW_LAYOUTS, BaseConfig
 from .callbacks import EpochAnnouncer, TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
-from .divergence import DivergenceWatch
 from .layers import set_up_layers
 from .metrics import MetricBuffer
-from .model_card import model_card
 from .progress import close_progress
 from .tokenizers import checked_tokenizer, set_pad_token
 
@@ -192,8 +190,6 @@ class BaseTrainer(Trainer):
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
         self.add_callback(self._tokens)
-        self._divergence = DivergenceWatch(self)
-        self.add_callback(self._divergence)
         self.add_callback(EpochAnnouncer)
         base_model(self.model).add_model_tags(["trl_fast", self.method])
 
