@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import on_tensors_device
 from .online import add_logits, store_sums, transformed
 
 COLUMNS_PER_SPLIT = 2048
@@ -155,6 +156,7 @@ def num_splits(vocab_size: int) -> int:
     return triton.cdiv(vocab_size, COLUMNS_PER_SPLIT)
 
 
+@on_tensors_device
 def partial_states(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import on_tensors_device
+
 BLOCK, NUM_WARPS = 1024, 4
 # One program sums a whole pair, so it gets more threads.
 PAIR_BLOCK, PAIR_WARPS = 2048, 8
@@ -281,6 +283,7 @@ def policy_loss_kernel(
     tl.store(partial_sums + block, tl.sum(weight * term, 0))
 
 
+@on_tensors_device
 def pair_loss_forward(
     logprobs: torch.Tensor,
     starts: torch.Tensor,
@@ -321,6 +324,7 @@ def pair_loss_forward(
     )
 
 
+@on_tensors_device
 def pair_loss_backward(
     slopes: torch.Tensor,
     starts: torch.Tensor,
@@ -352,6 +356,7 @@ def pair_loss_backward(
     )
 
 
+@on_tensors_device
 def policy_loss_forward(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor | None,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import on_tensors_device
 from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, add_logits, store_sums, transformed
 
 # A block of 8 KiB is two 16-byte loads a thread; with twice that, the float32 scores spill on sm_80.
@@ -117,6 +118,7 @@ def row_grad_kernel(
     tl.store(out + index * out_stride + columns, (du * slope).to(out.dtype.element_ty), mask=mask)
 
 
+@on_tensors_device
 def row_scores(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -155,6 +157,7 @@ def row_scores(
     )
 
 
+@on_tensors_device
 def row_grad(
     logits: torch.Tensor,
     targets: torch.Tensor,
