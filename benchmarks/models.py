@@ -11,7 +11,7 @@ from examples.smollm2 import cache_folder, smollm2_folder
 
 RANDOM_QWEN = "random-qwen2.5-0.5b"
 # Qwen2.5-0.5B's shape: 494 million weights, of which 136 million are the head's, tied to the embeddings.
-_QWEN_05B = {
+QWEN_05B = {
     "vocab_size": 151936,
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -35,9 +35,9 @@ def _random_qwen() -> Path:
     folder = cache_folder().parent / RANDOM_QWEN
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
-        Qwen2ForCausalLM(Qwen2Config(**_QWEN_05B)).to(torch.bfloat16).save_pretrained(folder)
+        Qwen2ForCausalLM(Qwen2Config(**QWEN_05B)).to(torch.bfloat16).save_pretrained(folder)
         # Any tokenizer does whose tokens the head has rows for.
         tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
-        tokenizer.model_max_length = _QWEN_05B["max_position_embeddings"]
+        tokenizer.model_max_length = QWEN_05B["max_position_embeddings"]
         tokenizer.save_pretrained(folder)
     return folder

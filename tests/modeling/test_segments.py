@@ -131,7 +131,7 @@ class VarlenOnTheCpu:
 
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
 def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
-    """CUDA's path with stand-ins for its two kernels; on a GPU, benchmarks.gpu_check runs the real ones."""
+    """CUDA's path with stand-ins for its two kernels; on a GPU, benchmarks.gpu_kit runs the real ones."""
     stand_in = VarlenOnTheCpu()
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in.forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in.backward)

@@ -1,0 +1,263 @@
+"""Checks every op on every backend that serves here against float64: values and gradients, smallest shapes first.
+
+Then rows without padding, tiled MLPs and offloaded activations against the padded layout, attention's parts against
+float64, and one head whose logits are more than 2³¹.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trl_fast.data import TokenBatch, Tree, pack_trees
+from trl_fast.modeling.attention import use_segment_attention
+from trl_fast.modeling.offloading import offload_activations
+from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segments import tree_attention
+from trl_fast.modeling.tiled_mlp import tile_mlps
+from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
+from trl_fast.ops.fused_scores import can_fuse, score_rows_fused
+from trl_fast.ops.head import DEFAULT_WORKSPACE_BYTES
+from trl_fast.ops.rows import finish_scores, new_state
+from trl_fast.ops.scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
+from trl_fast.ops.transform import LogitTransform
+
+from .cases import HeadProblem, Tensors, head_cases, loss_cases
+from .ceilings import Size
+from .heads import peaked_problem
+from .kit import Kit
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Relative error in the 2-norm of a gradient: some units in the last place of the dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# Losses of sums of thousands of float32 log-probs.
+LOSS_TOLERANCE = 1e-3
+
+
+class Checked(NamedTuple):
+    """What was compared, its error, and the error that is allowed."""
+
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+
+def run(kit: Kit) -> None:
+    """Facts: one a failure, and a count a check."""
+    sizes = {"rows": 22, "hidden": 16, "vocab": 301} if kit.tiny else {}
+    checks = {
+        "heads": functools.partial(check_heads, kit.device, **sizes),
+        "losses": functools.partial(check_losses, kit.device, longest=40 if kit.tiny else 3000),
+        "attention": functools.partial(check_attention, kit.device, scale=1 if kit.tiny else 8),
+        "layouts": functools.partial(check_layouts, kit.device),
+        "fused scores": functools.partial(check_fused_scores, kit.device),
+        "many logits": functools.partial(check_many_logits, kit.device, kit.tiny),
+    }
+    for name, check in checks.items():
+        passed: Counter[bool] = Counter()
+        for found in to_the_end(name, check):
+            passed[found.ok] += 1
+            if not found.ok:
+                kit.facts.add(f"WRONG {found.what}", error=found.error, allowed=found.allowed)
+            if kit.late(f"the rest of {name}"):
+                break
+        kit.facts.add(f"check {name}", right=passed[True], wrong=passed[False])
+
+
+def to_the_end(name: str, check: Callable[[], Iterator[Checked]]) -> Iterator[Checked]:
+    """What a check finds; the last entry is what it raised, if it did."""
+    try:
+        yield from check()
+    except Exception as raised:
+        yield Checked(f"{name}: {type(raised).__name__}: {raised}", float("inf"), 0.0)
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative error in the 2-norm; NaN counts as infinite."""
+    exact = exact.double()
+    found = ((got.double() - exact).norm() / exact.norm().clamp(min=1e-12)).item()
+    return float("inf") if found != found else found
+
+
+def compare(what: str, run: Callable[[], Tensors], exact: Callable[[], Tensors], tolerance: float) -> Checked:
+    """The largest of the errors, and whose it is; infinite if something raised."""
+    try:
+        got, wanted = run(), exact()
+        errors = {name: relative_error(got[name], value) for name, value in wanted.items()}
+    except Exception as raised:
+        return Checked(f"{what}: {type(raised).__name__}: {raised}", float("inf"), tolerance)
+    worst = max(errors, key=errors.__getitem__)
+    return Checked(f"{what}: {worst}", errors[worst], tolerance)
+
+
+def check_heads(device: torch.device, rows: int = 300, hidden: int = 128, vocab: int = 32003) -> Iterator[Checked]:
+    """Every op of the head in every mode, on every backend and in every dtype."""
+    for dtype in DTYPES:
+        problem = HeadProblem.random(rows, hidden, vocab, dtype, device)
+        for case in head_cases():
+            exact = functools.cache(functools.partial(case.exact, problem))
+            for backend in BACKENDS:
+                if not supports(case.op, backend, device, dtype).ok:
+                    continue
+                # A few row blocks.
+                run = functools.partial(case.run, problem, backend, rows * vocab * 4 // 3)
+                what = f"{case.what}, {backend}, {dtype}".replace("torch.", "")
+                yield compare(what, run, exact, TOLERANCE[dtype])
+
+
+def check_losses(device: torch.device, longest: int = 3000) -> Iterator[Checked]:
+    """The same for the losses over vectors of tokens."""
+    for case in loss_cases(device, longest=longest):
+        for backend in BACKENDS:
+            if supports(case.op, backend, device, torch.float32).ok:
+                run = functools.partial(case.run, backend, torch.float32)
+                yield compare(f"{case.what}, {backend}", run, case.exact, LOSS_TOLERANCE)
+
+
+def check_attention(device: torch.device, scale: int = 8) -> Iterator[Checked]:
+    """Attention of a row of trees against whole masked scores in float64, by head width, grouping and empty parts."""
+    rows = (
+        ((5, 3, 4),),
+        ((7, 2, 0, 3), (0, 4, 2), (6,)),
+        (tuple(length * scale for length in (16, 9, 7)), tuple(length * scale for length in (3, 21, 2, 2))),
+    )
+    for trees in rows:
+        for width, heads, groups in ((64, 4, 2), (80, 2, 2), (128, 4, 1), (256, 2, 1)):
+            for dtype in DTYPES:
+                what = f"attention of {trees}, {heads}/{groups} heads of {width}, {dtype}".replace("torch.", "")
+                tokens = sum(map(sum, trees))
+                generator = torch.Generator().manual_seed(0)
+                shapes = ((heads, tokens, width), (groups, tokens, width), (groups, tokens, width))
+                given = [torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes]
+                upstream = torch.randn(1, *shapes[0], generator=generator).to(device, dtype)
+                run = functools.partial(_attend, tree_attention, given, upstream, trees)
+                exact = functools.partial(_attend, _masked_attention, [t.double() for t in given], upstream, trees)
+                yield compare(what, run, exact, TOLERANCE[dtype])
+
+
+def _attend(
+    attention: Callable[..., torch.Tensor], given: list[torch.Tensor], upstream: torch.Tensor, trees: tuple
+) -> Tensors:
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
+    out = attention(*leaves, trees)
+    gradients = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+    names = ("query", "key", "value")
+    return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def _masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trees: tuple[tuple[int, ...], ...]
+) -> torch.Tensor:
+    """Scores of all pairs of tokens, those masked that do not see each other."""
+    ranges = [(number, branch, length) for number, tree in enumerate(trees) for branch, length in enumerate(tree)]
+    owners = torch.tensor([(n, b) for n, b, length in ranges for _ in range(length)], device=query.device)
+    tree, segment = owners.unbind(1)
+    place = torch.arange(len(tree), device=query.device)
+    same_tree, same = tree[:, None] == tree, segment[:, None] == segment
+    sees = same_tree & ((same & (place[:, None] >= place)) | (~same & (segment[:, None] > 0) & (segment == 0)))
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    return scores.masked_fill(~sees, float("-inf")).softmax(-1) @ value
+
+
+def random_model(device: torch.device, dtype: torch.dtype, hidden: int = 256) -> torch.nn.Module:
+    """A random model with grouped-query heads of 64 channels, ready to be scored."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4, vocab_size=1000)
+    heads = dict(num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=1 << 15)).to(device, dtype)
+    attach_scoring(model)
+    return model
+
+
+def some_pairs() -> list[Tree]:
+    """Pairs whose lengths are all different."""
+    return [Tree([*range(5, 30 + i)], [[*range(40, 90 + 9 * i)], [*range(200, 230 + i)]]) for i in range(4)]
+
+
+def score_and_backward(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Log-probs of a batch; the gradients of a loss of them are the model's."""
+    model.zero_grad()
+    logprobs = score(model, batch).tokens.logprobs
+    logprobs.square().mean().backward()
+    return logprobs
+
+
+def score_and_gradient(model: torch.nn.Module, layout: str, device: torch.device, trees: list[Tree]) -> Tensors:
+    """Log-probs of some pairs, and all gradients as one vector."""
+    logprobs = score_and_backward(model, pack_trees(trees, layout, 0).to(device))
+    gradients = torch.cat([weight.grad.double().flatten() for weight in model.parameters()])
+    return {"log-probs": logprobs.detach().double(), "gradients": gradients}
+
+
+def check_layouts(device: torch.device) -> Iterator[Checked]:
+    """A small random model in rows without padding, then its MLPs in tiles, then its activations offloaded.
+
+    In float32 a GPU has no flash kernel, so that attention there is by plain PyTorch.
+    """
+    pairs = some_pairs()
+    for dtype in (torch.float32, torch.bfloat16):
+        model, name = random_model(device, dtype), str(dtype).removeprefix("torch.")
+        padded = score_and_gradient(model, "padded", device, pairs)
+        use_segment_attention(model)
+        changes = {"as it is": lambda: None, "tiled MLPs": lambda model=model: tile_mlps(model, 128)}
+        for change, apply in changes.items():
+            apply()
+            for layout in ("packed", "shared_prefix"):
+                got = score_and_gradient(model, layout, device, pairs)
+                for what, exact in padded.items():
+                    error = relative_error(got[what], exact)
+                    yield Checked(f"{what} in {layout}, {change}, {name}", error, TOLERANCE[dtype])
+        kept = score_and_gradient(model, "shared_prefix", device, pairs)
+        offload_activations(model)
+        offloaded = score_and_gradient(model, "shared_prefix", device, pairs)
+        for what, exact in kept.items():
+            yield Checked(f"{what}, activations offloaded, {name}", relative_error(offloaded[what], exact), 0.0)
+
+
+def check_fused_scores(device: torch.device, vocab: int = 32003) -> Iterator[Checked]:
+    """Log-probs and entropies of the fused kernel, which accumulates in float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        problem = HeadProblem.random(300, 128, vocab, dtype, device)
+        if not can_fuse("triton", problem.weight, dtype):
+            continue
+        state = new_state(300, device)
+        given = (problem.hidden, problem.weight, problem.targets, None, LogitTransform())
+        score_rows_fused(*given, ENTROPY, state, DEFAULT_WORKSPACE_BYTES)
+        got = finish_scores(state, ENTROPY, vocab, torch.float32)
+        logp = (problem.hidden.double() @ problem.weight.double().T).log_softmax(-1)
+        chosen, entropy = logp.gather(1, problem.targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)
+        for name, row, exact in (("log-probs", LOGPROB_ROW, chosen), ("entropies", ENTROPY_ROW, entropy)):
+            what = f"fused scores, {name}, {dtype}".replace("torch.", "")
+            yield Checked(what, relative_error(got[row], exact), TOLERANCE[torch.float32])
+
+
+def check_many_logits(device: torch.device, tiny: bool) -> Iterator[Checked]:
+    """N·V > 2³¹: offsets of 32 bits would wrap. Some rows against float64, and gradients against plain PyTorch's."""
+    size = Size(24, 32, 700) if tiny else Size(18000, 256, 131072)
+    problem = peaked_problem(size, device).for_mode("trained")
+    rows = torch.linspace(0, size.rows - 1, 16, device=device).long()
+    exact = (problem.hidden[rows].double() @ problem.weight.double().T).log_softmax(-1)
+    exact = exact.gather(1, problem.targets[rows, None])[:, 0].detach()
+    for backend in BACKENDS:
+        if not supports("linear_logprob", backend, device, torch.bfloat16).ok or (backend == "torch" and not tiny):
+            continue
+        given = (problem.hidden, problem.weight, problem.targets)
+        scores = linear_logprob(*given, backend=backend).logprobs
+        yield Checked(f"{size}, log-probs, {backend}", relative_error(scores[rows].detach(), exact), 1e-4)
+        by_op = torch.autograd.grad((scores * problem.upstream).sum(), given[:2])
+        loss = linear_token_loss(*given, lambda s, r: (s.logprobs * problem.upstream[r]).sum(), backend=backend).loss
+        by_token = torch.autograd.grad(loss, given[:2])
+        for name, one, two in zip(("hidden", "weight"), by_op, by_token, strict=True):
+            what = f"{size}, gradient of {name}, linear_logprob against linear_token_loss, {backend}"
+            yield Checked(what, relative_error(one, two), TOLERANCE[torch.bfloat16])

@@ -1,0 +1,84 @@
+"""Profiles the head's modes: which kernels the time goes into, how many are launched, and where the host waits."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from trl_fast.ops import BACKENDS, supports
+
+from .ceilings import sizes
+from .heads import MODES, all_contenders, peaked_problem
+from .kit import Kit
+
+TOP = 8
+
+
+def run(kit: Kit) -> None:
+    size = sizes(kit)[0]
+    problem = peaked_problem(size, kit.device)
+    served = supports("linear_logprob", BACKENDS[0], kit.device, torch.bfloat16).ok
+    for mode in MODES:
+        if kit.late(f"profile of {mode}", 3):
+            return
+        contenders = dict(all_contenders(problem, mode))
+        for name in [name for name in contenders if name.startswith("ours cuda" if served else "ours")]:
+            profile_call(kit, f"{mode}: {name}", contenders[name])
+        kit.clock.release()
+
+
+def profile_call(kit: Kit, what: str, call: Callable[[], object]) -> None:
+    """Facts: the longest kernels with calls and milliseconds, launches, and the places where the host waited."""
+    call()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if kit.is_gpu else [])]
+    with profile(activities=activities) as profiler:
+        call()
+        if kit.is_gpu:
+            torch.cuda.synchronize()
+    events = profiler.key_averages()
+    on_device = [e for e in events if e.device_type.name == "CUDA"] if kit.is_gpu else list(events)
+    spent = functools.partial(_device_us if kit.is_gpu else _host_us)
+    total = sum(map(spent, on_device)) / 1e3
+    launches = sum(e.count for e in on_device)
+    kit.facts.add(f"profile {what}", device_ms=total, launches=launches)
+    for event in sorted(on_device, key=spent, reverse=True)[:TOP]:
+        kit.facts.add(f"kernel {what}", kernel=event.key[:160], calls=event.count, ms=spent(event) / 1e3)
+    if kit.is_gpu:
+        for place, count in host_waits(call).items():
+            kit.facts.add(f"host wait {what}", place=place, count=count)
+
+
+def _device_us(event: object) -> float:
+    return event.self_device_time_total
+
+
+def _host_us(event: object) -> float:
+    return event.self_cpu_time_total
+
+
+def host_waits(call: Callable[[], object]) -> Counter[str]:
+    """Places of our code, file:line, where a call made the host wait for the GPU, as torch's debug mode sees them."""
+    places: Counter[str] = Counter()
+
+    def note(message: object, *_: object, **__: object) -> None:
+        if "synchronizing" not in str(message):
+            return
+        frames = [f for f in traceback.extract_stack() if "/trl_fast/" in f.filename]
+        place = f"{frames[-1].filename.rpartition('/trl_fast/')[2]}:{frames[-1].lineno}" if frames else "elsewhere"
+        places[place] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return places

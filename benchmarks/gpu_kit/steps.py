@@ -1,0 +1,194 @@
+"""Times real optimizer steps of one trainer, ours or TRL's, on a model with random weights: one process each.
+
+Weights, rows and order are the same for both, so their losses stand side by side. A run's first steps warm up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+import tempfile
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer
+
+from tests.support.tokenizer import build_tokenizer
+
+from ..models import QWEN_05B
+from ..step import GENERATIONS, StepClock
+from .kit import Kit
+
+WARM_UPS, STEPS = 2, 5
+# Letters that no merge of the tokenizer's joins: a token each.
+_LETTERS = "QXZJKV"
+
+
+class Shape(argparse.Namespace):
+    """batch: rows (completions for GRPO); prompt and completion: tokens of each."""
+
+    batch: int
+    prompt: int
+    completion: int
+
+
+SHAPES = {
+    "dpo": Shape(batch=8, prompt=512, completion=256),
+    "sft": Shape(batch=8, prompt=0, completion=1024),
+    "grpo": Shape(batch=32, prompt=256, completion=512),
+}
+TINY = {"dpo": (2, 12, 6), "sft": (2, 0, 16), "grpo": (8, 8, 8)}
+
+
+def run(kit: Kit, words: list[str]) -> None:
+    """Facts: milliseconds a step, tokens per second, peak memory, the share of it that the GPU was busy, losses."""
+    arguments = parse_arguments(words)
+    if kit.tiny:
+        batch, prompt, completion = TINY[arguments.method]
+        shape = Shape(batch=batch, prompt=prompt, completion=completion)
+    else:
+        shape = SHAPES[arguments.method]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, clock = make_trainer(arguments, shape, kit, folder)
+        if kit.is_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        peak = torch.cuda.max_memory_allocated() if kit.is_gpu else 0
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+        ms = 1e3 * statistics.median(clock.seconds[WARM_UPS - 1 :])
+        tokens = shape.batch * (shape.prompt + shape.completion) * (2 if arguments.method == "dpo" else 1)
+        kit.facts.add(
+            f"{arguments.method} {arguments.library}",
+            shape=vars(shape),
+            checkpointing=not arguments.no_checkpointing,
+            liger=arguments.liger,
+            ms=ms,
+            tokens_per_second=1e3 * tokens / ms,
+            peak_bytes=peak,
+            losses=losses,
+            grad_norms=norms,
+        )
+        if kit.is_gpu and not kit.late("share of the time that the GPU is busy", 6):
+            kit.facts.add(f"{arguments.method} {arguments.library} profile", **busy_share(trainer, ms))
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=sorted(SHAPES), required=True)
+    parser.add_argument("--library", choices=["trl_fast", "trl"], required=True)
+    parser.add_argument("--no_checkpointing", action="store_true")
+    parser.add_argument("--liger", action="store_true")
+    return parser.parse_args(words)
+
+
+def make_trainer(arguments: argparse.Namespace, shape: Shape, kit: Kit, folder: str) -> tuple[Trainer, StepClock]:
+    library = __import__(arguments.library)
+    stem = arguments.method.upper()
+    tokenizer = build_tokenizer()
+    given: dict[str, object] = {}
+    config = Qwen2Config(**(QWEN_05B if not kit.tiny else _TINY_QWEN))
+    torch.manual_seed(0)
+    with kit.device:
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16 if kit.is_gpu else torch.float32)
+    if arguments.method == "dpo":
+        # TRL would load a reference by the model's name, and this one has none.
+        given["ref_model"] = copy.deepcopy(model)
+    settings = {"max_length": 2 * (shape.prompt + shape.completion)}
+    if arguments.method == "grpo":
+        settings = {"max_completion_length": shape.completion, "num_generations": GENERATIONS}
+        given |= {"rollout_func": completions(shape, tokenizer), "reward_funcs": chance}
+    args = getattr(library, f"{stem}Config")(
+        folder,
+        **settings,
+        per_device_train_batch_size=shape.batch,
+        max_steps=WARM_UPS + STEPS,
+        logging_steps=1,
+        learning_rate=1e-6,
+        gradient_checkpointing=not arguments.no_checkpointing,
+        use_liger_kernel=arguments.liger,
+        bf16=kit.is_gpu,
+        use_cpu=not kit.is_gpu,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        optim="adamw_torch_fused",
+    )
+    clock = StepClock()
+    trainer = getattr(library, f"{stem}Trainer")(
+        model=model,
+        args=args,
+        train_dataset=rows(arguments.method, shape, shape.batch * (WARM_UPS + STEPS)),
+        processing_class=tokenizer,
+        callbacks=[clock],
+        **given,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, clock
+
+
+_TINY_QWEN = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def letters(rng: random.Random, count: int) -> str:
+    """A text of so many tokens."""
+    return "".join(rng.choices(_LETTERS, k=count))
+
+
+def rows(method: str, shape: Shape, count: int) -> Dataset:
+    """Rows of the lengths of `shape`; of GRPO one a group."""
+    rng = random.Random(0)
+    if method == "sft":
+        return Dataset.from_list([{"text": letters(rng, shape.completion)} for _ in range(count)])
+    if method == "grpo":
+        return Dataset.from_list([{"prompt": letters(rng, shape.prompt)} for _ in range(count // GENERATIONS)])
+    fields = {"prompt": shape.prompt, "chosen": shape.completion, "rejected": shape.completion}
+    return Dataset.from_list([{name: letters(rng, size) for name, size in fields.items()} for _ in range(count)])
+
+
+def completions(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> Callable[..., dict[str, list]]:
+    """A `rollout_func` that draws completions from the letters instead of generating them."""
+    rng = random.Random(1)
+
+    def rollout(prompts: list[str], trainer: Trainer) -> dict[str, list]:
+        texts = [letters(rng, shape.completion) for _ in prompts]
+        return {
+            "prompt_ids": tokenizer(text=prompts)["input_ids"],
+            "completion_ids": tokenizer(text=texts)["input_ids"],
+            "logprobs": [[0.0] * shape.completion for _ in prompts],
+        }
+
+    return rollout
+
+
+def chance(completion_ids: list[list[int]], **_: object) -> list[float]:
+    """Rewards that differ within every group."""
+    return [random.Random(str(ids)).random() for ids in completion_ids]
+
+
+def busy_share(trainer: Trainer, ms: float) -> dict[str, object]:
+    """One more run of two steps under the profiler: kernel time a step over `ms`, and the longest kernels."""
+    trainer.args.max_steps = 2
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        trainer.train()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
+    total = sum(event.self_device_time_total for event in events) / 2e3
+    longest = sorted(events, key=lambda event: event.self_device_time_total, reverse=True)[:12]
+    return {
+        "busy_ms": total,
+        "busy_share": total / ms,
+        "launches": sum(event.count for event in events) // 2,
+        "kernels": [[e.key[:110], e.count // 2, round(e.self_device_time_total / 2e3, 3)] for e in longest],
+    }

@@ -1,0 +1,98 @@
+"""Prints the facts that matter most as tables of milliseconds, at most 10,000 characters in all."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rich.console import Console
+from rich.table import Table
+
+MOST_CHARACTERS = 10_000
+
+
+def print_summary(console: Console, facts: list[dict]) -> None:
+    """What is wrong first, then the head's race, the ceilings, and the steps."""
+    with console.capture() as captured:
+        for part in (_machine, _wrong, _races, _steps, _ceilings, _skipped):
+            part(console, facts)
+    console.out(captured.get()[:MOST_CHARACTERS], highlight=False)
+
+
+def _machine(console: Console, facts: list[dict]) -> None:
+    found = [fact for fact in facts if fact["phase"] == "environment"]
+    words = [f"{fact['what']} {fact['version']}" for fact in found if "version" in fact]
+    cards = [f"{fact['name']}, driver {fact['driver']}" for fact in found if fact["what"] == "card"]
+    console.print(", ".join([*cards, *words]), markup=False)
+    for fact in found:
+        if fact["what"].startswith("backend") and not fact["serves"]:
+            console.print(f"{fact['what']}: {fact['reason']}", markup=False)
+
+
+def _wrong(console: Console, facts: list[dict]) -> None:
+    for fact in facts:
+        if fact["what"].startswith("WRONG"):
+            console.print(f"{fact['what']}: {fact['error']:.1e} > {fact['allowed']:.0e}"[:300], markup=False)
+        elif fact["what"].startswith("check "):
+            console.print(f"{fact['what']}: {fact['right']} right, {fact['wrong']} wrong", markup=False)
+
+
+def _races(console: Console, facts: list[dict]) -> None:
+    """A line a contender, a column a size: milliseconds, over the floor, and how much slower TRL is."""
+    times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for fact in facts:
+        if fact["phase"] == "heads" and "ms" in fact:
+            mode, name = fact["what"].split(": ", 1)
+            times[mode, name][fact["size"]] = fact["ms"]
+    sizes = list(dict.fromkeys(size for row in times.values() for size in row))
+    if not times:
+        return
+    table = Table(title="the head: ms (× floor; TRL is slower by)")
+    for column in ("mode", "", *sizes):
+        table.add_column(column)
+    for (mode, name), row in times.items():
+        floor, trl = times.get((mode, "floor"), {}), times.get((mode, "TRL"), {})
+        cells = []
+        for size in sizes:
+            if size not in row:
+                cells.append("-")
+                continue
+            over = f"{row[size] / floor[size]:.2f}" if size in floor else "-"
+            slower = f"{trl[size] / row[size]:.2f}" if size in trl else "-"
+            cells.append(f"{row[size]:.1f} ({over}; {slower})")
+        table.add_row(mode, name, *cells)
+    console.print(table)
+
+
+def _steps(console: Console, facts: list[dict]) -> None:
+    found = [fact for fact in facts if fact["phase"].startswith("step") and "ms" in fact]
+    if not found:
+        return
+    busy = {fact["phase"]: fact for fact in facts if "busy_share" in fact}
+    table = Table(title="steps")
+    for column in ("", "ms", "tokens/s", "peak GiB", "busy", "launches", "losses"):
+        table.add_column(column)
+    for fact in found:
+        profile = busy.get(fact["phase"], {})
+        table.add_row(
+            fact["phase"].removeprefix("step "),
+            f"{fact['ms']:.1f}",
+            f"{fact['tokens_per_second']:.0f}",
+            f"{fact['peak_bytes'] / 2**30:.2f}",
+            f"{profile['busy_share']:.2f}" if profile else "-",
+            f"{profile['launches']}" if profile else "-",
+            " ".join(f"{loss:.4f}" for loss in fact["losses"][:3]),
+        )
+    console.print(table)
+
+
+def _ceilings(console: Console, facts: list[dict]) -> None:
+    for fact in facts:
+        if fact["phase"] == "ceilings" and "ms" in fact:
+            rate = f"{fact['gb_per_s']:.0f} GB/s" if "gb_per_s" in fact else f"{fact['tflops']:.0f} TFLOP/s"
+            console.print(f"{fact.get('size', '')} {fact['what']}: {fact['ms']:.2f} ms, {rate}", markup=False)
+
+
+def _skipped(console: Console, facts: list[dict]) -> None:
+    for fact in facts:
+        if "skipped" in fact:
+            console.print(f"left out: {fact['phase']}, {fact['what']}: {fact['skipped']}"[:200], markup=False)
