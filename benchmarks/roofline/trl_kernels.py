@@ -1,0 +1,93 @@
+"""TRL 1.16's Triton kernels as counted launches: fake tensors have no memory to launch them on.
+
+The rest of TRL's head runs as it is: its loops, its products, its sums. `KERNELS` says what each kernel touches, by
+the names of its arguments, as its source loads and stores them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from trl.kernels import chunked_logprob
+
+from trl_fast.planning.devices import replaced
+
+from .counter import Counter, extent
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Tensors that a kernel reads and writes, by its arguments' names; `flagged`: written if the flag is on."""
+
+    module: ModuleType
+    kernel: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    flagged: tuple[tuple[str, str], ...] = ()
+
+
+KERNELS = (
+    # trl/kernels/chunked_logprob.py, _forward_kernel: one program a row; loads the tile and all of the row's numbers,
+    # stores those that were asked for.
+    Touched(
+        chunked_logprob,
+        "_forward_kernel",
+        reads=(
+            "mm_ptr",
+            "targets_ptr",
+            "max_ptr",
+            "sum_exp_ptr",
+            "x_sum_exp_ptr",
+            "sq_sum_exp_ptr",
+            "z_sum_ptr",
+            "max_before_target_ptr",
+        ),
+        writes=("max_ptr", "sum_exp_ptr", "target_logit_ptr"),
+        flagged=(
+            ("HAS_ENTROPY", "x_sum_exp_ptr"),
+            ("HAS_LOG_SUM_SQ_PROBS", "sq_sum_exp_ptr"),
+            ("HAS_MEAN_LOGITS", "z_sum_ptr"),
+            ("HAS_IS_TOP1", "max_before_target_ptr"),
+        ),
+    ),
+    # trl/kernels/chunked_logprob.py, _backward_kernel: loads the tile, stores the gradient in its place.
+    Touched(
+        chunked_logprob,
+        "_backward_kernel",
+        reads=("mm_ptr", "targets_ptr", "log_z_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr"),
+        writes=("mm_ptr",),
+    ),
+)
+
+
+@contextmanager
+def counted_kernels(counter: Counter) -> Iterator[None]:
+    """Within, TRL's Triton kernels count what they touch and do nothing else."""
+    with ExitStack() as stack:
+        for touched in KERNELS:
+            kernel = getattr(touched.module, touched.kernel)
+            stack.enter_context(replaced(touched.module, **{touched.kernel: _Launches(kernel, touched, counter)}))
+        yield
+
+
+class _Launches:
+    """In the place of a Triton kernel."""
+
+    def __init__(self, kernel: Any, touched: Touched, counter: Counter) -> None:
+        self._signature = inspect.signature(kernel.fn)
+        self._touched = touched
+        self._counter = counter
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
+        given = self._signature.bind(*args, **kwargs).arguments
+        writes = [*self._touched.writes, *(name for flag, name in self._touched.flagged if given[flag])]
+        read, written = (extent([given[name] for name in names]) for names in (self._touched.reads, writes))
+        self._counter.launch(f"trl::{self._touched.kernel}", read, written)
