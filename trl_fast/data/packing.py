@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .transfer import sent
 from .trees import Tree, truncate_tree
 
 LAYOUTS = ("shared_prefix", "packed", "padded")
@@ -97,8 +98,8 @@ class TokenBatch:
         return found
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
-        """The same batch with every tensor on `device`."""
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same batch with every tensor on `device`; on the way to a GPU the host waits for none of them."""
+        return self._map_tensors(lambda tensor: sent(tensor, device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TokenBatch":
         """The same batch with every tensor in pinned memory (called by torch's DataLoader)."""

@@ -13,6 +13,11 @@ class Metric(NamedTuple):
     total: torch.Tensor
     count: torch.Tensor
 
+    @classmethod
+    def over(cls, total: torch.Tensor, count: int) -> Metric:
+        """A mean over so many; the number is filled in on the device, since a copy to it would make the host wait."""
+        return cls(total, total.new_full((), count))
+
     def mean(self) -> torch.Tensor:
         """total / count, and 0 where nothing was counted."""
         return self.total / self.count.clamp(min=1)

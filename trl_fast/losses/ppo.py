@@ -200,8 +200,7 @@ def rollout_metrics(
         "rlhf_reward": penalty + scores.sum(),
         "scores": scores.sum(),
     }
-    count = torch.tensor(float(len(scores)), device=scores.device)
-    return {f"objective/{name}": Metric(total, count) for name, total in totals.items()}
+    return {f"objective/{name}": Metric.over(total, len(scores)) for name, total in totals.items()}
 
 
 @torch.no_grad()
@@ -217,11 +216,10 @@ def update_metrics(scores: TokenScores, table: PolicyTable, value: ValueLoss, cl
         "policy/entropy_avg": scores.entropy,
         "val/ratio": found.ratio,
     }
-    tokens = torch.tensor(float(len(table.advantages)), device=difference.device)
-    states = torch.tensor(float(len(value.clipped)), device=difference.device)
-    metrics = {name: Metric(values.sum(), tokens) for name, values in by_token.items()}
-    metrics["loss/value_avg"] = Metric(value.loss.detach() * states, states)
-    metrics["val/clipfrac_avg"] = Metric(value.clipped.float().sum(), states)
+    tokens, states = len(table.advantages), len(value.clipped)
+    metrics = {name: Metric.over(values.sum(), tokens) for name, values in by_token.items()}
+    metrics["loss/value_avg"] = Metric.over(value.loss.detach() * states, states)
+    metrics["val/clipfrac_avg"] = Metric.over(value.clipped.float().sum(), states)
     return metrics
 
 

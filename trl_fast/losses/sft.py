@@ -30,8 +30,8 @@ TOKEN_LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"nll": nll_lo
 @torch.no_grad()
 def token_metrics(scores: TokenScores) -> dict[str, Metric]:
     """The mean entropy of N scored tokens, in nats, and the share of them that are the most likely token."""
-    count = torch.tensor(float(len(scores.logprobs)), device=scores.logprobs.device)
+    count = len(scores.logprobs)
     return {
-        "entropy": Metric(scores.entropy.sum(), count),
-        "mean_token_accuracy": Metric(scores.is_top1.sum(dtype=torch.float32), count),
+        "entropy": Metric.over(scores.entropy.sum(), count),
+        "mean_token_accuracy": Metric.over(scores.is_top1.sum(dtype=torch.float32), count),
     }

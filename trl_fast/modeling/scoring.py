@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch, pack_trees
+from trl_fast.data.transfer import sent
 from trl_fast.data.trees import Tree
 from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
 from trl_fast.ops.linear_token_loss import TokenLoss
@@ -137,7 +138,7 @@ def _token_counts(kwargs: dict[str, object]) -> torch.Tensor | None:
         return mask
     counts = [max(len(tree) - 1, 1) if index == 0 else 1 for tree in trees for index in range(len(tree))]
     lengths = [length for tree in trees for length in tree]
-    return torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None].to(mask.device)
+    return sent(torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None], mask.device)
 
 
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from trl_fast.data.transfer import sent
 from trl_fast.ops.products import gemm_dtype
 
 logger = logging.getLogger(__name__)
@@ -340,10 +341,10 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device) -> tuple
         places, starts, longest = [], [], []
         for side in ("queries", "keys"):
             ranges = [getattr(part, side) for part in chosen]
-            lengths = torch.tensor([r.stop - r.start for r in ranges])
+            lengths = [r.stop - r.start for r in ranges]
             places.append(_together(ranges, device))
-            starts.append(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32))
-            longest.append(int(lengths.max()))
+            starts.append(sent(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device))
+            longest.append(max(lengths))
         calls.append(_Varlen(*places, *starts, *longest, causal))
     return tuple(calls)
 
@@ -352,7 +353,7 @@ def _together(ranges: list[slice], device: torch.device) -> slice | torch.Tensor
     """Where the ranges are: one slice, which copies nothing, if each begins where the last one ends; else indices."""
     if all(one.stop == two.start for one, two in itertools.pairwise(ranges)):
         return slice(ranges[0].start, ranges[-1].stop)
-    return torch.cat([torch.arange(r.start, r.stop) for r in ranges]).to(device)
+    return sent(torch.cat([torch.arange(r.start, r.stop) for r in ranges]), device)
 
 
 class CudaParts:

@@ -152,7 +152,9 @@ def _divisor(
         num_items = max(num_kept, 1) if reduction == "mean" else 1
     elif not isinstance(num_items, torch.Tensor) and num_items < 1:
         raise ValueError(f"num_items: expected a number of tokens of at least 1, got {num_items!r}")
-    return torch.as_tensor(num_items, dtype=torch.float64, device=hidden.device).clamp(min=1)
+    if isinstance(num_items, torch.Tensor):
+        return num_items.to(hidden.device, torch.float64).clamp(min=1)
+    return torch.full((), num_items, dtype=torch.float64, device=hidden.device)
 
 
 def linear_cross_entropy(
@@ -198,9 +200,10 @@ def linear_cross_entropy(
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     hidden, autocast = autocast_hidden(hidden)
     check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
-    kept = targets != ignore_index
-    num_kept = int(kept.sum())
     all_rows = hidden.shape[0]
+    # The one wait of a GPU's host: a mask as an index would be counted again at every use.
+    kept = (targets != ignore_index).nonzero().squeeze(1)
+    num_kept = len(kept)
     if num_kept < all_rows:
         hidden, targets = hidden[kept], targets[kept]
     divisor = _divisor(reduction, num_items, num_kept, hidden)
@@ -221,7 +224,7 @@ def linear_cross_entropy(
         losses = token_losses(scores.lse, scores.logprobs, scores.mean_logits, label_smoothing, z_loss)
         if reduction != "none":
             return losses.sum() / divisor.to(losses.dtype)
-        return losses if num_kept == all_rows else losses.new_zeros(all_rows).masked_scatter(kept, losses)
+        return losses if num_kept == all_rows else losses.new_zeros(all_rows).index_copy(0, kept, losses)
     check_target_range(targets, weight.shape[0])
     check_finite(hidden)
     grad_enabled = torch.is_grad_enabled()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+from trl_fast.data.transfer import sent
 from trl_fast.losses.advantages import Advantages, nan_std
 from trl_fast.losses.policy import PolicyMetrics
 from trl_fast.rollout import Rollout
@@ -46,7 +47,8 @@ def reward_metrics(names: list[str], rewards: torch.Tensor, found: Advantages) -
         values += [(f"rewards/{name}/mean", column.nanmean()), (f"rewards/{name}/std", nan_std(column))]
     values += [("reward", found.rewards.nanmean()), ("reward_std", nan_std(found.rewards))]
     values.append(("frac_reward_zero_std", found.is_flat.float().mean()))
-    return [(name, value.item()) for name, value in values]
+    numbers = torch.stack([value for _, value in values]).tolist()
+    return [(name, number) for (name, _), number in zip(values, numbers, strict=True)]
 
 
 class GenerationMetrics(GenerationWarnings):
@@ -70,23 +72,26 @@ class GenerationMetrics(GenerationWarnings):
 
     def record_value(self, name: str, value: float) -> None:
         """Keeps a number that is the same in all processes until the next log; NaN takes no part."""
-        device = self.accelerator.device
-        self.record({name: (torch.tensor(float(value), device=device), torch.tensor(1.0, device=device))})
+        self._record_tensor(name, torch.full((), float(value), device=self.accelerator.device))
+
+    def _record_tensor(self, name: str, value: torch.Tensor) -> None:
+        """The same of a number (0-d) that is on the device and stays there."""
+        self.record({name: (value, torch.ones_like(value))})
 
     def record_extremes(self, values: dict[str, torch.Tensor]) -> None:
         """Keeps the least (…_min) or the largest (…_max) of values (B,) of all processes, NaN aside."""
         for name, own in values.items():
             every = self.accelerator.gather(own)
-            every = every[~every.isnan()]
-            extreme = every.amin if name.endswith("_min") else every.amax
-            self.record_value(name, extreme().item() if len(every) else torch.nan)
+            unknown, sign = every.isnan(), -1 if name.endswith("_min") else 1
+            extreme = sign * (sign * every).masked_fill(unknown, -torch.inf).amax()
+            self._record_tensor(name, extreme.masked_fill(unknown.all(), torch.nan))
 
     def record_sampling(self, name: str, values: torch.Tensor, statistics: tuple[str, ...]) -> None:
         """Keeps statistics ("min", "mean", "max") of values (M,) of all processes; 0 of nothing."""
         values = values if len(values) else torch.zeros(1)
         for statistic in statistics:
-            every = self.accelerator.gather(getattr(values, statistic)().to(self.accelerator.device))
-            self.record_value(f"sampling/{name}/{statistic}", getattr(every, statistic)().item())
+            every = self.accelerator.gather(sent(getattr(values, statistic)(), self.accelerator.device))
+            self._record_tensor(f"sampling/{name}/{statistic}", getattr(every, statistic)())
 
     def record_policy(self, metrics: PolicyMetrics) -> None:
         """Keeps a micro-batch's metrics of the loss."""
@@ -101,8 +106,9 @@ class GenerationMetrics(GenerationWarnings):
         if self.mode == "train":
             self._tokens.seen += sum(map(len, rollout.prompt_ids)) + sum(lengths)
         self.record_value("num_tokens", self._tokens.seen)
-        device = self.accelerator.device
-        every = self.accelerator.gather(torch.stack((torch.tensor(lengths), cut_off.long()), 1).to(device))
+        own = torch.stack((torch.tensor(lengths), cut_off.long()), 1).to(self.accelerator.device)
+        # Read once: the numbers below are many and small.
+        every = self.accelerator.gather(own).cpu()
         for name, value in length_metrics(every[:, 0].float(), every[:, 1].bool()).items():
             self.record_value(name, value)
         self._warn_of_cut_off(every[:, 1].bool())

@@ -223,7 +223,7 @@ class SFTTrainer(BaseTrainer):
         """The learned tokens of all micro-batches of a step, in all processes."""
         if not batch_samples or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return None
-        count = torch.tensor(sum(len(batch.targets) for batch in batch_samples), device=device)
+        count = torch.full((), sum(len(batch.targets) for batch in batch_samples), dtype=torch.int64, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
@@ -253,7 +253,10 @@ class SFTTrainer(BaseTrainer):
                 **self.router_kwargs,
             )
             count = len(inputs.targets) if num_items_in_batch is None else num_items_in_batch
-            loss = scored.loss / torch.as_tensor(count, device=scored.loss.device).clamp(min=1)
+            if not isinstance(count, torch.Tensor):
+                # Filled in there: a copy of the number would make the host wait.
+                count = torch.full((), count, device=scored.loss.device)
+            loss = scored.loss / count.to(scored.loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is that of all processes, and DDP takes the mean of their gradients.
             loss = loss * self.accelerator.num_processes

@@ -1,0 +1,18 @@
+"""From the CPU's memory to a GPU's, without the host waiting for the copy."""
+
+from __future__ import annotations
+
+import torch
+
+
+def sent(tensor: torch.Tensor, device: torch.device | str, *, non_blocking: bool = False) -> torch.Tensor:
+    """Returns the tensor on `device`; the host does not wait where it comes from the CPU and goes to a GPU.
+
+    A GPU fetches by itself from pinned memory only, so a tensor that is not pinned is copied there first. torch keeps
+    that memory until the copy is done; the tensor must not be changed meanwhile. non_blocking: as in Tensor.to, for
+    other ways, where it is the caller who knows whether it is safe.
+    """
+    if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
+        return tensor.to(device, non_blocking=non_blocking)
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
