@@ -225,11 +225,11 @@ def test_nothing_waits_for_the_device():
         ({"use_weighting": True, "loss_type": "aot"}, r"use_weighting=True does not apply to loss_type=\['aot'\]"),
         ({"loss_type": "exo_pair"}, r"label_smoothing=0.0: expected a number in \(0, 1\).*1e-3"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing=0.5 divides by zero"),
-        ({"label_smoothing": -0.1}, r"label_smoothing=-0.1: expected a number in \[0, 1\]"),
-        ({"ld_alpha": 1.5}, r"ld_alpha=1.5: expected a number in \[0, 1\]"),
-        ({"beta": -1.0}, "beta=-1.0: expected a positive"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: expected a finite number in \[0, 1\], got -0.1"),
+        ({"ld_alpha": 1.5}, r"ld_alpha: expected a finite number in \[0, 1\] or None, got 1.5"),
+        ({"beta": -1.0}, "beta: expected a finite number >= 0, got -1.0"),
         ({"beta": 0.0, "loss_type": "ipo"}, "beta=0.0: expected a positive"),
-        ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau=0.0: expected a positive"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau: expected a finite number > 0, got 0.0"),
     ],
 )
 def test_bad_configuration(arguments, message):

@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 import trl_fast
 from support.training import color_labels, make_trainer
+from trl_fast.trainers.base_config import OTHER_DEFAULTS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
@@ -17,7 +18,7 @@ def test_every_field_of_trl_is_there_with_its_default(tmp_path):
     theirs = trl.KTOConfig(str(tmp_path), **CPU)
     ours = trl_fast.KTOConfig(str(tmp_path), **CPU)
     for field in dataclasses.fields(theirs):
-        if field.init:
+        if field.init and field.name not in OTHER_DEFAULTS:
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
 
 
@@ -27,8 +28,8 @@ def test_every_field_of_trl_is_there_with_its_default(tmp_path):
         ({"loss_type": "bco"}, "loss_type='bco' is unknown; expected one of kto, apo_zero_unpaired"),
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy='random'.*set 'sequential'"),
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size=1.*set at least 2"),
-        ({"beta": -0.1}, "beta=-0.1"),
-        ({"desirable_weight": -1.0}, "desirable_weight=-1.0"),
+        ({"beta": -0.1}, "beta: expected .*got -0.1"),
+        ({"desirable_weight": -1.0}, "desirable_weight: .*got -1.0"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle'"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model.*precompute_ref_log_probs"),
     ],

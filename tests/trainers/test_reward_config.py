@@ -7,6 +7,7 @@ import trl
 
 import trl_fast
 from support.training import color_pairs
+from trl_fast.trainers.base_config import OTHER_DEFAULTS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
@@ -15,14 +16,14 @@ def test_every_field_of_trl_is_there_with_its_default(tmp_path):
     theirs = trl.RewardConfig(str(tmp_path), **CPU)
     ours = trl_fast.RewardConfig(str(tmp_path), **CPU)
     for field in dataclasses.fields(theirs):
-        if field.init:
+        if field.init and field.name not in OTHER_DEFAULTS:
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"center_rewards_coefficient": -0.1}, "center_rewards_coefficient=-0.1"),
+        ({"center_rewards_coefficient": -0.1}, "center_rewards_coefficient: .* got -0.1; a negative one would drive"),
         ({"head_grad": "sparse"}, "head_grad='sparse' is for language models"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 is for language models"),
         ({"max_length": 0}, "max_length.*0"),

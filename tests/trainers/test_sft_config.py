@@ -9,6 +9,7 @@ import trl
 import trl_fast
 from support.supervised import sft_rows
 from support.training import make_trainer
+from trl_fast.trainers.base_config import OTHER_DEFAULTS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
@@ -21,7 +22,7 @@ def test_every_field_of_trl_is_there_with_its_default(tmp_path):
     theirs = trl.SFTConfig(str(tmp_path), **CPU)
     ours = config(tmp_path)
     for field in dataclasses.fields(theirs):
-        if field.init:
+        if field.init and field.name not in OTHER_DEFAULTS:
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
 
 
@@ -90,9 +91,9 @@ REFUSED = [
     ({"truncation_mode": "middle"}, "truncation_mode='middle'"),
     ({"packing": True, "max_length": None}, "packing needs the length.*max_length is None"),
     ({"eval_packing": True, "max_length": None}, "max_length is None"),
-    ({"max_length": 0}, "max_length must be a positive number"),
+    ({"max_length": 0}, "max_length: expected an integer >= 1 or None, got 0; None is no limit"),
     ({"padding_free": True, "batch_layout": "padded"}, "padding_free=True contradicts batch_layout='padded'"),
-    ({"activation_budget_bytes": -1}, "activation_budget_bytes must be a number of bytes, 0 or more, or None, got -1"),
+    ({"activation_budget_bytes": -1}, "activation_budget_bytes: expected an integer >= 0 or None, got -1"),
     (
         {"activation_budget_bytes": 5, "gradient_checkpointing": False},
         "activation_budget_bytes=5 is of use with gradient_checkpointing=True only",

@@ -38,6 +38,7 @@ from trl_fast.ops.pair_formulas import (
     sigmoid_norm_loss,
     sppo_hard_loss,
 )
+from trl_fast.ranges import check_ranges
 
 from .metrics import Metric
 
@@ -99,16 +100,13 @@ class DPOLossConfig:
             )
 
     def _check_numbers(self) -> None:
+        check_ranges(self)
         check_pair_parameters(self.loss_type, self)
         if "robust" in self.loss_type and self.label_smoothing > 0.5:
             warnings.warn(
                 f"label_smoothing={self.label_smoothing} turns the preferences of loss_type='robust' around; its "
                 "paper expects a number in [0, 0.5).",
                 stacklevel=4,
-            )
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise ValueError(
-                f"ld_alpha={self.ld_alpha}: expected a number in [0, 1], or None for no length weighting."
             )
 
     @property

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from trl_fast.ranges import check_ranges
+
 from .metrics import Metric
 
 LOSSES = ("kto", "apo_zero_unpaired")
@@ -37,11 +39,7 @@ class KTOLossConfig:
     def __post_init__(self) -> None:
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type={self.loss_type!r} is unknown; expected one of {', '.join(LOSSES)}.")
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta}: expected a positive number.")
-        for name in ("desirable_weight", "undesirable_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 on.")
+        check_ranges(self)
 
     @property
     def needs_kl(self) -> bool:

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from trl_fast.ops.policy_loss import MAX_LOG_RATIO, cispo_terms, clip_terms, kl_estimates, policy_loss, sapo_terms
+from trl_fast.ranges import check_ranges
 
 from .metrics import Metric
 
@@ -33,7 +34,7 @@ class PolicyLossConfig:
     """What to minimise. The fields have the names, meanings and defaults of `GRPOConfig`.
 
     Raises:
-        ValueError: loss_type or importance_sampling_level is unknown.
+        ValueError: loss_type or importance_sampling_level is unknown, or a number out of range.
     """
 
     loss_type: str = "dapo"
@@ -56,6 +57,7 @@ class PolicyLossConfig:
         for name, choices in (("loss_type", tuple(LOSSES)), ("importance_sampling_level", LEVELS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(choices)}")
+        check_ranges(self)
 
     @property
     def upper(self) -> float:

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_fast.ranges import check_ranges
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -17,7 +19,7 @@ class SamplingSettings:
         max_completion_length: tokens after which a completion is cut off, its end token included.
         temperature: divides the logits.
         top_p: the likeliest tokens that have this much probability together are kept; 1 keeps all.
-        top_k: so many of the likeliest tokens are kept; 0 keeps all.
+        top_k: so many of the likeliest tokens are kept; 0 and -1 keep all.
         min_p: tokens less likely than this share of the likeliest one's probability are dropped; None drops none.
         repetition_penalty: divides the scores of tokens that occurred; 1 is none.
         generation_kwargs: further arguments of the engine's sampler, which win over those above.
@@ -37,14 +39,9 @@ class SamplingSettings:
     cache_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        length = self.max_completion_length
-        _expect(isinstance(length, int) and length >= 1, "max_completion_length", length, "an integer of at least 1")
-        greedy = "for greedy decoding use generation_kwargs={'do_sample': False}"
-        _expect(self.temperature > 0, "temperature", self.temperature, f"a number above 0; {greedy}")
-        _expect(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and at most 1")
-        _expect(self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0; 0 keeps all tokens")
-        _expect(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "None or a number from 0 to 1")
-        _expect(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
+        check_ranges(self)
+        # vLLM's way to keep all tokens, which transformers does not know.
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
 
 
 @dataclass
@@ -115,8 +112,3 @@ def check_prompts(prompt_ids: list[list[int]], max_completion_length: int, max_p
                 f"prompt {index} has {len(prompt)} tokens, which with max_completion_length={max_completion_length} "
                 f"are more than the {max_positions} positions of the model; shorten the prompt or the completions"
             )
-
-
-def _expect(condition: bool, name: str, got: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={got!r}: expected {expected}")

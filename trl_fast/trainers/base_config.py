@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import TrainingArguments
 
 from trl_fast.modeling.kept_results import budget_bytes
 from trl_fast.ops.linear_logprob import HEAD_GRADS
+from trl_fast.ranges import check_ranges
 from trl_fast.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Layouts of one row without padding, best first.
 ROW_LAYOUTS = ("shared_prefix", "packed")
 BATCH_LAYOUTS = ("auto", *ROW_LAYOUTS, "padded")
+# Fields of TRL's configs that have another default here.
+OTHER_DEFAULTS = frozenset({"logging_nan_inf_filter"})
 # tiled_mlp=True: enough tokens for a GPU's matrix products to be at full speed.
 DEFAULT_TILE_TOKENS = 4096
 
@@ -61,12 +65,24 @@ def _default(item: Field) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
+def _number(value: float | str) -> float | str:
+    """The number that the command line gives as text."""
+    for read in (int, float) if isinstance(value, str) else ():
+        with suppress(ValueError):
+            return read(value)
+    return value
+
+
 @dataclass
 class BaseConfig(TrainingArguments):
     """`transformers.TrainingArguments` with TRL's defaults, and the settings of our own that all trainers share.
 
     Defaults that differ from transformers: logging_steps 10, gradient_checkpointing True, and bf16 True unless fp16 is
-    set or the machine has no bfloat16 hardware (TRL then stops; we say so and train in float32).
+    set or the machine has no bfloat16 hardware (TRL then stops; we say so and train in float32). One differs from
+    TRL's too: logging_nan_inf_filter False, so that a loss of NaN is shown as NaN and not as 0.
+
+    Raises:
+        ValueError: a number is NaN, infinite or out of the range that `trl_fast.ranges` has for it.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -86,6 +102,9 @@ class BaseConfig(TrainingArguments):
     )
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Recompute activations in backward: less memory, about a fifth slower."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are NaN or infinite out of the logged mean."}
     )
     bf16: bool | None = field(
         default=None,
@@ -172,26 +191,25 @@ class BaseConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
+        self.tiled_mlp = self._tile_tokens(self.tiled_mlp)
+        check_ranges(self)
         self._accept_older_names()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and machine_has_bf16()
             if not (self.bf16 or self.fp16):
                 logger.warning("This machine has no bfloat16 hardware: training in float32 (bf16=False).")
         super().__post_init__()
+        # Again: what came as JSON is numbers now.
+        check_ranges(self)
         self._check_choice("batch_layout", BATCH_LAYOUTS)
         self._check_choice("head_grad", HEAD_GRADS)
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length must be a positive number of tokens or None, got {self.max_length}")
-        self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
-        self.tiled_mlp = self._tile_tokens(self.tiled_mlp)
         self._check_checkpointing()
         if self.use_liger_kernel:
             self._keep_head_from_liger()
 
     def _check_checkpointing(self) -> None:
         budget, keywords = self.activation_budget_bytes, self.gradient_checkpointing_kwargs or {}
-        if budget is not None and budget < 0:
-            raise ValueError(f"activation_budget_bytes must be a number of bytes, 0 or more, or None, got {budget}")
         asked = "gradient_checkpointing_kwargs={'selective': True}" if keywords.get("selective") else None
         if asked is None and budget:
             asked = f"activation_budget_bytes={budget}"
@@ -257,23 +275,15 @@ class BaseConfig(TrainingArguments):
             raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(choices)}")
 
     @staticmethod
-    def _multiple(value: int | str | None) -> int | None:
-        # The command line gives a string.
-        if value is None or str(value).lower() in ("auto", "none", "null"):
-            return None
-        return int(value)
+    def _multiple(value: int | str | None) -> float | str | None:
+        return None if str(value).lower() in ("auto", "none", "null") else _number(value)
 
     @staticmethod
-    def _tile_tokens(value: int | str | None) -> int | None:
-        # The command line gives a string.
+    def _tile_tokens(value: int | str | None) -> float | str | None:
         text = str(value).lower()
         if text in ("none", "null", "false"):
             return None
-        if text == "true":
-            return DEFAULT_TILE_TOKENS
-        if not (text.isdecimal() and int(text) > 0):
-            raise ValueError(f"tiled_mlp must be a positive number of tokens, True, False or None, got {value!r}")
-        return int(text)
+        return DEFAULT_TILE_TOKENS if text == "true" else _number(value)
 
     @classmethod
     def from_any(cls, args: object) -> BaseConfig:
@@ -296,10 +306,8 @@ class BaseConfig(TrainingArguments):
                 f"args: {cls.__name__} does not have what this {type(args).__name__} sets: {shown}; leave it at its "
                 f"default, or give a trl_fast.{cls.__name__}"
             )
-        # What is an older name to us and at its default there was not set by anyone.
-        unset = {
-            name
-            for name, (value, default) in given.items()
-            if name in known and isinstance(known[name].metadata.get("help"), OlderName) and value == default
-        }
+        # What is an older name to us, or has another default here, and is at its default there was not set by anyone.
+        differs = {name for name, item in known.items() if isinstance(item.metadata.get("help"), OlderName)}
+        differs |= OTHER_DEFAULTS
+        unset = {name for name, (value, default) in given.items() if name in differs and value == default}
         return cls(**{name: value for name, (value, _) in given.items() if name in known and name not in unset})

@@ -101,8 +101,6 @@ class GRPOConfig(OnlineConfig):
                 f"log_completions_hub_repo={self.log_completions_hub_repo!r} uploads what log_completions writes, "
                 "which is False; set it to True or leave the repository out"
             )
-        if not 0 < self.top_entropy_quantile <= 1:
-            raise ValueError(f"top_entropy_quantile={self.top_entropy_quantile}: expected a share in (0, 1]")
         self.loss_config()
         self._warn_of_level()
 

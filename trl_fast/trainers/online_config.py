@@ -158,13 +158,6 @@ class OnlineConfig(ReferenceConfig):
                 f"sync_ref_model=True with beta={self.beta}: without a KL term there is no reference model to sync; "
                 "set beta above 0 or sync_ref_model=False"
             )
-        if not isinstance(self.num_generations, int) or self.num_generations < 2:
-            raise ValueError(
-                f"num_generations={self.num_generations}: expected at least 2, since a completion is compared with "
-                "the others of its prompt"
-            )
-        if self.num_iterations < 1:
-            raise ValueError(f"num_iterations={self.num_iterations}: expected at least 1")
         self._divide_generations()
         self.sampling_settings()
 

@@ -106,24 +106,7 @@ class PPOConfig(ReferenceConfig):
                 "per_device_train_batch_size"
             )
         self._check_stop()
-        at_least_one = ("num_mini_batches", "num_ppo_epochs", "response_length", "local_rollout_forward_batch_size")
-        for name in at_least_one:
-            self._expect(name, lambda value: value >= 1, "at least 1")
-        self._expect("total_episodes", lambda value: value is None or value >= 1, "at least 1, or None")
-        for name in ("kl_coef", "vf_coef", "num_sample_generations"):
-            self._expect(name, lambda value: value >= 0, "0 or more")
-        self._expect("missing_eos_penalty", lambda value: value is None or value >= 0, "0 or more, or None")
-        for name in ("cliprange", "cliprange_value", "kl_horizon"):
-            self._expect(name, lambda value: value > 0, "a number above 0")
-        self._expect("kl_target", lambda value: value is None or value > 0, "a number above 0, or None")
-        for name in ("gamma", "lam"):
-            self._expect(name, lambda value: 0 <= value <= 1, "a number from 0 to 1")
         self.sampling_settings()
-
-    def _expect(self, name: str, is_good: Any, expected: str) -> None:
-        value = getattr(self, name)
-        if not is_good(value):
-            raise ValueError(f"{name}={value}: expected {expected}")
 
     def _check_stop(self) -> None:
         if self.stop_token is not None and self.stop_token_id is not None:
@@ -134,7 +117,6 @@ class PPOConfig(ReferenceConfig):
             raise ValueError(
                 f"stop_token={self.stop_token!r} is unknown; expected 'eos' or None, or give stop_token_id"
             )
-        self._expect("stop_token_id", lambda value: value is None or value >= 0, "a token id, or None")
 
     @property
     def local_mini_batch_size(self) -> int:

@@ -51,8 +51,3 @@ class RewardConfig(BaseConfig):
                     f"{name}={getattr(self, name)!r} is for language models; a reward model has no head over the "
                     "vocabulary, so leave it out"
                 )
-        if self.center_rewards_coefficient is not None and self.center_rewards_coefficient < 0:
-            raise ValueError(
-                f"center_rewards_coefficient={self.center_rewards_coefficient} would drive rewards away from zero; "
-                "expected a number from 0 on, or None"
-            )
