@@ -108,8 +108,8 @@ def lora_config(setup: Setup) -> LoraConfig:
     )
 
 
-def give_fake_memory(model: nn.Module) -> None:
-    """Puts empty CPU tensors, which are fake inside FakeTensorMode, in the place of those on the meta device."""
+def give_fake_memory(model: nn.Module, device: str | torch.device = "cpu") -> None:
+    """Puts empty tensors, which are fake inside FakeTensorMode, in the place of those on the meta device."""
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -117,7 +117,7 @@ def give_fake_memory(model: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if tensor not in made:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     trains = tensor.requires_grad
                     made[tensor] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
                 tensors[name] = made[tensor]
