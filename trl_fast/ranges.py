@@ -222,25 +222,31 @@ def check_ranges(settings: Any) -> None:
         value, allowed = getattr(settings, item.name), range_of(type(settings), item.name)
         if allowed is None:
             _check_finite(item, value)
-        elif value is not None or not _takes_none(item, allowed):
-            _check(item, value, allowed)
+        elif value is not None or not _takes_none(type(settings), item, allowed):
+            _check(type(settings), item, value, allowed)
             if allowed.whole and not isinstance(value, Integral):
                 object.__setattr__(settings, item.name, int(value))
 
 
-def _takes_none(item: Field, allowed: Range) -> bool:
-    # A user's subclass may have annotations that cannot be evaluated here, so this reads their text.
-    text = str(item.type)
-    return ("None" in text or "Optional" in text) if allowed.optional is None else allowed.optional
+def _takes_none(owner: type, item: Field, allowed: Range) -> bool:
+    if allowed.optional is not None:
+        return allowed.optional
+    # A user's subclass may have annotations that cannot be evaluated here, so this reads their text: that of the
+    # class, since transformers' parser takes None out of the field's own type.
+    written = (vars(each).get("__annotations__", {}) for each in owner.__mro__)
+    text = str(next((names[item.name] for names in written if item.name in names), item.type))
+    return "None" in text or "Optional" in text
 
 
-def _check(item: Field, value: Any, allowed: Range) -> None:
+def _check(owner: type, item: Field, value: Any, allowed: Range) -> None:
     if allowed.many:
         good = isinstance(value, (list, tuple)) and all(each in allowed for each in value)
     else:
         good = value in allowed
     if not good:
-        raise _refused(item, value, f"{allowed}{' or None' if _takes_none(item, allowed) else ''}", allowed.advice)
+        raise _refused(
+            item, value, f"{allowed}{' or None' if _takes_none(owner, item, allowed) else ''}", allowed.advice
+        )
 
 
 def _check_finite(item: Field, value: Any) -> None:
