@@ -13,10 +13,12 @@ from pathlib import Path
 from .machine_code import MachineCode, Resources, read_cubin, resources_of
 
 SOURCES = Path(__file__).parents[1] / "csrc"
-# Every kernel has blocks of 256 threads. A thread of row_grad takes so many packs of sixteen bytes at once.
-NUM_WARPS, BATCH = 8, 2
-# Loads of values that belong to a row of row_grad; row_scores has a loop, where there are none.
-GRAD_SCALAR_LOADS = 6
+# Every kernel has blocks of 256 threads. A thread of row_scores has so many columns of a chunk; one of row_grad takes
+# so many packs of sixteen bytes, or shares of packed chunks, at once.
+NUM_WARPS, SHARE, BATCH = 8, 8, 2
+# Loads of values that belong to a row of row_grad, its packed form's index and largest logits of chunks among them.
+# row_scores has a loop, where there are none.
+GRAD_SCALAR_LOADS, PACKED_GRAD_SCALAR_LOADS = 6, 7 + BATCH
 
 _NAME = re.compile(r"([a-z]+(?:_[a-z]+)*)_kernel[EI]")
 # Types of the logits and, for row_grad, of the gradient (a repeated class is written S…_), flags, outputs.
@@ -32,6 +34,8 @@ _TOKENS = {
     "pair_loss_backward": (r"STG\.E$", 4),
     "policy_loss": (r"STG\.E\.U8", 8 + 3 * 4 + 4 + 1 + 4),
 }
+_PACKED_SCORES = re.compile(r"row_scores_packed_kernelILb([01])ELi(\d+)E")
+_PACKED_GRAD = re.compile(rf"row_grad_packed_kernelI({_TYPE})E")
 # Without any flag (bias, softcap, outputs), and with all of them.
 _ENDS = {("0", "0", None), ("1", "1", None), ("0", "0", "0"), ("1", "1", "15")}
 
@@ -55,6 +59,11 @@ def find_nvcc() -> str | None:
 
 def _label(mangled: str, name: str) -> tuple[str, bool]:
     """A kernel's name for people, and whether it is shown."""
+    if packed := re.search(_PACKED_GRAD, mangled):
+        return f"{name} to {_DTYPES[packed.group(1)]}", True
+    if packed := re.search(_PACKED_SCORES, mangled):
+        bias, outputs = packed.groups()
+        return f"{name} {_OUTPUTS[outputs]}{', bias' * (bias == '1')}", (bias, bias, outputs) in _ENDS
     flags = re.search(_ROW_FLAGS, mangled)
     if flags is None:
         return name, True
@@ -67,12 +76,16 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
 
 
 def _least_bytes(label: str, code: MachineCode) -> int:
-    """For sixteen bytes of logits, reading them and writing their gradient; for a trip over tokens, as in _TOKENS."""
+    """For what a thread has of the logits, reading them and writing their gradient; for tokens, as in _TOKENS."""
     if label in _TOKENS:
         once, each = _TOKENS[label]
         return each * sum(re.match(once, opcode) is not None for opcode in code.busiest_loop())
+    if label.startswith("row_scores_packed"):
+        return SHARE * (4 + 2) + 4
     if label.startswith("row_scores"):
-        return 16
+        return SHARE * (4 if " fp32" in label else 2)
+    if label.startswith("row_grad_packed"):
+        return BATCH * SHARE * (2 + (4 if "fp32" in label else 2))
     return BATCH * (16 + (8 if " to " in label else 16))
 
 
@@ -91,6 +104,8 @@ def compile_cuda_kernels(nvcc: str, target: int) -> Iterator[CudaKernel]:
         for mangled, function in sorted(code.items()):
             name = re.search(_NAME, mangled).group(1)
             label, shown = _label(mangled, name)
-            scalar_loads = None if label in _TOKENS else GRAD_SCALAR_LOADS
+            packed_grad = label.startswith("row_grad_packed")
+            scalar_loads = PACKED_GRAD_SCALAR_LOADS if packed_grad else GRAD_SCALAR_LOADS
+            scalar_loads = None if label in _TOKENS else scalar_loads
             found = resources_of(function, function.shared_bytes, NUM_WARPS, target, scalar_loads)
             yield CudaKernel(label, shown, _least_bytes(label, function), found)

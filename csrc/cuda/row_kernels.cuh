@@ -1,9 +1,10 @@
 // The two row kernels for CUDA; what they compute is specified by trl_fast/ops/rows.py.
 //
-// A logit is read once, sixteen bytes at a time. Each thread keeps the online sums of the columns that it sees, and
-// the block merges them at the end of the row, so that a row of any length needs the same few registers and no more
-// shared memory than one entry per warp. Row offsets are 64-bit. No torch headers: the same source compiles as host
-// C++ (tests/support/simt.h).
+// A logit is read once, sixteen bytes at a time. row_scores goes through a row in chunks of 2048 columns, of which
+// each thread has eight. It keeps the online sums of the columns that it sees, and the block merges them at the end of
+// the row, so that a row of any length needs the same few registers and no more shared memory than one entry per warp.
+// Which thread sees which columns, and in which order, does not depend on where the row lies: the same logits give the
+// same bits. Row offsets are 64-bit. No torch headers: the same source compiles as host C++ (tests/support/simt.h).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/packed_logits.h"
 #include "cpu/row_kernels.h"
 
 namespace trl_fast {
@@ -24,6 +26,8 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 // row_grad loads so many packs before it stores one: `out` may be the logits, so the compiler cannot reorder them.
 constexpr int kBatch = 2;
+// Columns of a chunk that a thread of row_scores has: sixteen bytes of a 16-bit type, twice that of float32.
+constexpr int kShare = kPackedChunk / kThreads;
 constexpr float kLog2e = 1.4426950408889634f;
 
 // What one load or store moves: sixteen bytes, or the eight that they become in a narrower type. It travels as words:
@@ -69,6 +73,15 @@ __device__ inline float maximum(float a, float b) {
 #endif
 }
 
+// A product that the compiler fuses with no sum: a logit must be the same number wherever it is used.
+__device__ inline float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // A row's columns as whole packs at 16-byte boundaries and, before and after them, edges.
 template <typename T>
 struct Split {
@@ -85,6 +98,12 @@ __device__ int misplaced_bytes(const T* row) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(row) % sizeof(Pack<T>));
 }
 
+// Whether packs can be read, or written, from the row's first column on, and nothing is left at its end.
+template <typename T>
+__device__ bool has_whole_shares(const T* row, int columns) {
+  return columns % kShare == 0 && misplaced_bytes(row) == 0;
+}
+
 template <typename T>
 __device__ Split<T> split_row(const T* row, int columns) {
   const int to_boundary = (sizeof(Pack<T>) - misplaced_bytes(row)) % sizeof(Pack<T>) / sizeof(T);
@@ -96,6 +115,41 @@ __device__ Split<T> split_row(const T* row, int columns) {
 template <typename T>
 __device__ const Pack<T>* packs_of(const T* row, const Split<T>& split) {
   return reinterpret_cast<const Pack<T>*>(row + split.head);
+}
+
+// What a thread has of a chunk.
+template <typename T>
+struct Share {
+  static constexpr int kPackSize = Pack<T>::kSize;
+  Pack<T> packs[kShare / kPackSize];
+
+  __device__ T& operator[](int k) { return packs[k / kPackSize][k % kPackSize]; }
+  __device__ T operator[](int k) const { return packs[k / kPackSize][k % kPackSize]; }
+};
+
+// Columns [first, first + kShare) of a row, as far as there are such; kWhole: all or none.
+template <bool kWhole, typename T>
+__device__ Share<T> load_share(const T* row, int first, int columns) {
+  Share<T> share{};
+  if constexpr (kWhole) {
+    if (first < columns) share = *reinterpret_cast<const Share<T>*>(row + first);
+  } else {
+    for (int k = 0; k < kShare; ++k) {
+      if (first + k < columns) share[k] = row[first + k];
+    }
+  }
+  return share;
+}
+
+template <bool kWhole, typename T>
+__device__ void store_share(T* row, int first, int columns, const Share<T>& share) {
+  if constexpr (kWhole) {
+    if (first < columns) *reinterpret_cast<Share<T>*>(row + first) = share;
+  } else {
+    for (int k = 0; k < kShare; ++k) {
+      if (first + k < columns) row[first + k] = share[k];
+    }
+  }
 }
 
 // The row's target as a column of this tile; -1 or `columns` if it lies before or behind.
@@ -126,9 +180,9 @@ struct Transformed {
   __device__ Logit operator()(T raw, int column) const {
     float z = to_float(raw);
     if constexpr (kBias) z += bias[column];
-    if constexpr (!kSoftcap) return {z * slope, slope};
+    if constexpr (!kSoftcap) return {product(z, slope), slope};
     const float tanh = tanhf(z * inner);
-    return {outer * tanh, slope * (1.0f - tanh * tanh)};
+    return {product(outer, tanh), slope * (1.0f - tanh * tanh)};
   }
 };
 
@@ -150,33 +204,33 @@ __device__ inline float shift_to(float top, float new_top) { return top == -INFI
 __device__ inline void raise(Online& sums, float top) {
   const float shift = shift_to(sums.top, top);
   const float factor = exp_flushed(shift);
-  sums.sum_x = factor * (sums.sum_x + shift * sums.sum);
+  sums.sum_x = factor * fmaf(shift, sums.sum, sums.sum_x);
   sums.sum *= factor;
   sums.sum_sq *= factor * factor;
   sums.top = top;
 }
 
-// Adds the logits of columns [first, first + kCount).
-template <int kOutputs, int kCount>
-__device__ void add(Online& sums, const float (&u)[kCount], int first, int target) {
+// Adds the logits of columns [first, first + kShare); those that are not there are -inf.
+template <int kOutputs>
+__device__ void add(Online& sums, const float (&u)[kShare], int first, int columns, int target) {
   float top = u[0];
-  for (int i = 1; i < kCount; ++i) top = maximum(top, u[i]);
+  for (int i = 1; i < kShare; ++i) top = maximum(top, u[i]);
   if constexpr (kOutputs & kIsTop1) {
-    if (first + kCount <= target) {
+    if (first + kShare <= target) {
       sums.before = maximum(sums.before, top);
     } else if (first < target) {
-      for (int i = 0; i < kCount; ++i) sums.before = maximum(sums.before, first + i < target ? u[i] : -INFINITY);
+      for (int i = 0; i < kShare; ++i) sums.before = maximum(sums.before, first + i < target ? u[i] : -INFINITY);
     }
   }
   if (!(top <= sums.top)) raise(sums, top);  // true of NaN
   const float anchor = sums.top == -INFINITY ? 0.0f : sums.top;
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < kShare; ++i) {
     const float x = u[i] - anchor;
     const float e = exp_flushed(x);
     sums.sum += e;
-    if constexpr (kOutputs & kEntropy) sums.sum_x += e > 0.0f ? e * x : e;  // not 0 * -inf
-    if constexpr (kOutputs & kLogSumSqProbs) sums.sum_sq += e * e;
-    if constexpr (kOutputs & kMeanLogits) sums.total += u[i];
+    if constexpr (kOutputs & kEntropy) sums.sum_x += e > 0.0f ? product(e, x) : e;  // not 0 * -inf
+    if constexpr (kOutputs & kLogSumSqProbs) sums.sum_sq = fmaf(e, e, sums.sum_sq);
+    if constexpr (kOutputs & kMeanLogits) sums.total += first + i < columns ? u[i] : 0.0f;
   }
 }
 
@@ -234,37 +288,52 @@ __device__ inline void add_to_state(const Online& tile, int64_t outputs, double*
   }
 }
 
-// One block a row. kOutputs are the sums that are kept up, a superset of those that the caller asked for.
-template <typename T, bool kBias, bool kSoftcap, int kOutputs>
-__global__ void __launch_bounds__(kThreads) row_scores_kernel(ScoreArgs args) {
+// The block's row: its sums are added to its state. keep(start, u) is given a thread's logits of the chunk that begins
+// at column `start`. kOutputs are the sums that are kept up, a superset of those that the caller asked for.
+template <typename T, bool kBias, bool kSoftcap, int kOutputs, bool kWhole, typename Keep>
+__device__ void score_row(const ScoreArgs& args, const T* logits, Keep keep) {
   const int64_t row = blockIdx.x;
   const int columns = static_cast<int>(args.block.columns), thread = threadIdx.x;
-  const T* logits = static_cast<const T*>(args.block.logits) + row * args.block.row_stride;
   const int target = local_target(args.block, row);
   const Transformed<T, kBias, kSoftcap> transformed(args.transform);
-  const Split<T> split = split_row(logits, columns);
   Online sums = nothing_seen();
-  if (thread < split.edges) {  // there are fewer than two packs of them
-    const int column = split.edge_column(thread);
-    add<kOutputs, 1>(sums, {transformed(logits[column], column).u}, column, target);
-  }
-  const Pack<T>* packs = packs_of(logits, split);
-  Pack<T> next;
-  if (thread < split.packs) next = packs[thread];
+  int first = thread * kShare;
+  Share<T> next = load_share<kWhole>(logits, first, columns);
 #pragma unroll 1
-  for (int i = thread; i < split.packs; i += kThreads) {
-    const Pack<T> pack = next;
-    if (i + kThreads < split.packs) next = packs[i + kThreads];  // on its way while this one is worked on
-    const int first = split.pack_column(i);
-    float u[Pack<T>::kSize];
-    for (int k = 0; k < Pack<T>::kSize; ++k) u[k] = transformed(pack[k], first + k).u;
-    add<kOutputs>(sums, u, first, target);
+  for (int start = 0; start < columns; start += kPackedChunk, first += kPackedChunk) {
+    const Share<T> share = next;
+    next = load_share<kWhole>(logits, first + kPackedChunk, columns);  // on its way while this one is worked on
+    float u[kShare];
+    for (int k = 0; k < kShare; ++k) {
+      const bool there = kWhole ? first < columns : first + k < columns;
+      u[k] = there ? transformed(share[k], first + k).u : -INFINITY;
+    }
+    add<kOutputs>(sums, u, first, columns, target);
+    keep(start, u);
   }
   sums = merged_block(sums);
   if (thread != 0) return;
   double* state = args.state + row;
   add_to_state(sums, kOutputs & args.outputs, state, args.state_stride);
   if (target >= 0 && target < columns) state[kTarget * args.state_stride] = transformed(logits[target], target).u;
+}
+
+// The row of raw logits that belongs to this block.
+template <typename T>
+__device__ const T* logits_of_block(const Block& block) {
+  return static_cast<const T*>(block.logits) + blockIdx.x * block.row_stride;
+}
+
+// One block a row.
+template <typename T, bool kBias, bool kSoftcap, int kOutputs>
+__global__ void __launch_bounds__(kThreads) row_scores_kernel(ScoreArgs args) {
+  const T* logits = logits_of_block<T>(args.block);
+  const auto keep_nothing = [](int, const float (&)[kShare]) {};
+  if (has_whole_shares(logits, static_cast<int>(args.block.columns))) {
+    score_row<T, kBias, kSoftcap, kOutputs, true>(args, logits, keep_nothing);
+  } else {
+    score_row<T, kBias, kSoftcap, kOutputs, false>(args, logits, keep_nothing);
+  }
 }
 
 struct Coefficients {
@@ -291,7 +360,7 @@ template <typename T, typename Out, bool kBias, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads) row_grad_kernel(GradArgs args) {
   const int64_t row = blockIdx.x;
   const int columns = static_cast<int>(args.block.columns);
-  const T* logits = static_cast<const T*>(args.block.logits) + row * args.block.row_stride;
+  const T* logits = logits_of_block<T>(args.block);
   Out* out = static_cast<Out*>(args.out) + row * args.out_stride;
   const int target = local_target(args.block, row);
   const Transformed<T, kBias, kSoftcap> transformed(args.transform);
@@ -358,23 +427,26 @@ void with_block_and_transform(const Block& block, const Transform& transform, Vi
   });
 }
 
-// Calls launch(kernel, grid) with the instance that serves `args`; both do nothing for an empty tile.
+// Calls visit with the sums to keep up, an int as a type. Three instances, not sixteen: the combinations that trainers
+// ask for, and one for all others.
+template <typename Visit>
+void with_outputs(int64_t outputs, Visit visit) {
+  constexpr int kEverything = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
+  if (outputs == 0) return visit(std::integral_constant<int, 0>{});
+  if (outputs == kEntropy) return visit(std::integral_constant<int, kEntropy>{});
+  visit(std::integral_constant<int, kEverything>{});
+}
+
+// Calls launch(kernel, grid) with the instance that serves `args`; all of these do nothing for an empty tile.
 template <typename Launch>
 void dispatch_scores(const ScoreArgs& args, int64_t rows, Launch launch) {
   if (rows == 0 || args.block.columns == 0) return;
-  constexpr int kEverything = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
   const dim3 grid(static_cast<unsigned>(rows));
   with_block_and_transform(args.block, args.transform, [&](auto value, auto bias, auto cap) {
-    using T = decltype(value);
-    constexpr bool kBias = decltype(bias)::value, kCap = decltype(cap)::value;
-    // Three instances, not sixteen: the combinations that trainers ask for, and one for all others.
-    if (args.outputs == 0) {
-      launch(row_scores_kernel<T, kBias, kCap, 0>, grid);
-    } else if (args.outputs == kEntropy) {
-      launch(row_scores_kernel<T, kBias, kCap, kEntropy>, grid);
-    } else {
-      launch(row_scores_kernel<T, kBias, kCap, kEverything>, grid);
-    }
+    with_outputs(args.outputs, [&](auto outputs) {
+      constexpr bool kBias = decltype(bias)::value, kCap = decltype(cap)::value;
+      launch(row_scores_kernel<decltype(value), kBias, kCap, decltype(outputs)::value>, grid);
+    });
   });
 }
 

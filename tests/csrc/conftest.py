@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.host_kernels import HostKernels
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,3 +41,8 @@ def compile_host(tmp_path_factory):
         return target
 
     return compile_one
+
+
+@pytest.fixture(scope="session")
+def kernels(compile_host) -> HostKernels:
+    return HostKernels(compile_host("row_kernels_simt.cpp", "-shared", "-fPIC"))

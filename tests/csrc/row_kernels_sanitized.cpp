@@ -6,9 +6,9 @@
 #include "support/simt.h"
 
 #ifdef TRL_FAST_PLANT_MISSING_BARRIER
-#define __syncthreads()  // the block reduction has but one
+#define __syncthreads()  // a block reduction has but one
 #endif
-#include "cuda/row_kernels.cuh"
+#include "cuda/packed_kernels.cuh"
 
 using namespace trl_fast;
 
@@ -62,6 +62,31 @@ void run_kernels(unsigned seed, int64_t excess_columns, int64_t missing_output) 
       seed);
 }
 
+// Packed and, in place, differentiated: with shares that are whole and with others.
+void run_packed_kernels(unsigned seed, int64_t columns, int64_t missing_words) {
+  Buffers b;
+  std::vector<float> logits;
+  for (int64_t i = 0; i < kRows * columns; ++i) logits.push_back(0.01f * (i * 37 % 1009) - 5.0f);
+  logits.shrink_to_fit();
+  std::vector<uint16_t> words(kRows * columns - missing_words);
+  std::vector<float> tops(kRows * num_chunks(columns)), bias(columns);
+  std::vector<int64_t> index = {0, 1, 2};
+  const PackedRows packed = {{words.data(), kPackedChunk, reinterpret_cast<uint16_t*>(tops.data()), 2},
+                             columns,
+                             2 * num_chunks(columns),
+                             index.data()};
+  const Block tile = {logits.data(), Dtype::kFloat32, columns, columns, b.targets.data(), 0};
+  const ScoreArgs scores = {tile, {bias.data(), 0.5f, 0.0f, 1.25f}, kEverything, b.state.data(), kRows};
+  simt::launch(kRows, kThreads, seed, [&] { row_scores_packed_kernel<true, kEverything>(scores, packed); });
+  GradArgs grad = {tile,         {nullptr, 0.5f, 0.0f, 1.25f},
+                   b.lse.data(), b.coefficients.data(),
+                   kRows,        words.data(),
+                   columns,      Dtype::kBFloat16};
+  grad.block.logits = nullptr;
+  const dim3 grid(kRows, (num_chunks(columns) + kBatch - 1) / kBatch);
+  simt::launch(grid, kThreads, seed, [&] { row_grad_packed_kernel<__nv_bfloat16>(grad, packed); });
+}
+
 __global__ void write_shared(int index) {
   __shared__ float values[kThreads];
   values[index] = values[0];
@@ -82,13 +107,19 @@ __global__ void half_at_barrier() {
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "clean";
   if (what == "clean") {
-    for (unsigned seed = 0; seed < 3; ++seed) run_kernels(seed, 0, 0);
+    for (unsigned seed = 0; seed < 3; ++seed) {
+      run_kernels(seed, 0, 0);
+      for (int64_t columns : {kColumns, kColumns + 5}) run_packed_kernels(seed, columns, 0);
+    }
   } else if (what == "reads-behind-the-row") {
     run_kernels(0, 1, 0);
   } else if (what == "writes-behind-the-row") {
     run_kernels(0, 0, 1);
+  } else if (what == "writes-words-behind-the-row") {
+    run_packed_kernels(0, kColumns, 1);
   } else if (what == "writes-behind-shared-memory") {
-    simt::launch(1, kThreads, 0, [] { write_shared(kThreads + threadIdx.x); });
+    // Into the guard behind the array, which is not as long as the array.
+    simt::launch(1, kThreads, 0, [] { write_shared(kThreads + threadIdx.x % kWarpSize); });
   } else if (what == "reads-unwritten-shared-memory") {
     std::vector<float> out(kThreads);
     for (int i = 0; i < 2; ++i) simt::launch(1, kThreads, 0, [&] { read_unwritten_shared(out.data()); });

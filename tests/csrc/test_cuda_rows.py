@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from benchmarks.cuda_kernels import compile_cuda_kernels, find_nvcc
+from support.host_kernels import DTYPES, GradArgs, PackedRows, ScoreArgs
+from support.packed_rows import assert_as_good_as
 from support.targets import QUICK_TARGETS
 from trl_fast.ops.rows import (
     BEFORE,
@@ -25,100 +27,13 @@ from trl_fast.ops.rows import (
 from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
 
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TRANSFORMS = {"plain": (1.0, 0.0, 1.0), "scaled": (0.5, 0.0, 1.25), "capped": (0.5, 30.0, 1.25)}
 
 
-class Block(ctypes.Structure):
-    """trl_fast::Block; the structures here are those of csrc/cpu/row_kernels.h, field by field."""
-
-    _fields_ = [
-        ("logits", ctypes.c_void_p),
-        ("dtype", ctypes.c_int),
-        ("row_stride", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("targets", ctypes.c_void_p),
-        ("column_offset", ctypes.c_int64),
-    ]
-
-
-class Transform(ctypes.Structure):
-    _fields_ = [
-        ("bias", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("inv_temperature", ctypes.c_float),
-    ]
-
-
-class ScoreArgs(ctypes.Structure):
-    _fields_ = [
-        ("block", Block),
-        ("transform", Transform),
-        ("outputs", ctypes.c_int64),
-        ("state", ctypes.c_void_p),
-        ("state_stride", ctypes.c_int64),
-        # Null: the CUDA kernels do not give weights.
-        ("weights", ctypes.c_void_p),
-        ("weights_stride", ctypes.c_int64),
-    ]
-
-
-class GradArgs(ctypes.Structure):
-    _fields_ = [
-        ("block", Block),
-        ("transform", Transform),
-        ("lse", ctypes.c_void_p),
-        ("coefficients", ctypes.c_void_p),
-        ("coefficient_stride", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
-        ("out_stride", ctypes.c_int64),
-        ("out_dtype", ctypes.c_int),
-    ]
-
-
-class HostKernels:
-    """The kernels' simulation, with the signatures of the references; each call shuffles the threads anew."""
-
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
-        self.calls = 0
-
-    def _run(self, name: str, args: ctypes.Structure, rows: int) -> None:
-        self.calls += 1
-        getattr(self.library, name)(ctypes.byref(args), ctypes.c_int64(rows), ctypes.c_uint(self.calls))
-
-    @staticmethod
-    def _inputs(logits, targets, bias, scale, softcap, inv_temperature, column_offset) -> tuple[Block, Transform]:
-        rows, columns = logits.shape
-        block = Block(
-            logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), columns, targets.data_ptr(), column_offset
-        )
-        assert targets.is_contiguous() and (bias is None or (bias.is_contiguous() and bias.dtype == torch.float32))
-        return block, Transform(None if bias is None else bias.data_ptr(), scale, softcap, inv_temperature)
-
-    def scores(self, logits, targets, bias, *rest) -> None:
-        *constants, outputs, column_offset, state = rest
-        inputs = self._inputs(logits, targets, bias, *constants, column_offset)
-        self._run("simt_row_scores", ScoreArgs(*inputs, outputs, state.data_ptr(), state.stride(0)), len(logits))
-
-    def grad(self, logits, targets, bias, *rest) -> None:
-        *constants, lse, coefficients, column_offset, out = rest
-        inputs = self._inputs(logits, targets, bias, *constants, column_offset)
-        statistics = (lse.data_ptr(), coefficients.data_ptr(), coefficients.stride(0))
-        to = (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
-        self._run("simt_row_grad", GradArgs(*inputs, *statistics, *to), len(logits))
-
-
-@pytest.fixture(scope="module")
-def kernels(compile_host) -> HostKernels:
-    return HostKernels(compile_host("row_kernels_simt.cpp", "-shared", "-fPIC"))
-
-
 def test_structures_are_those_of_the_kernels(kernels):
-    sizes = (ctypes.c_int64 * 2)()
+    sizes = (ctypes.c_int64 * 3)()
     kernels.library.simt_argument_bytes(sizes)
-    assert list(sizes) == [ctypes.sizeof(ScoreArgs), ctypes.sizeof(GradArgs)]
+    assert list(sizes) == [ctypes.sizeof(kind) for kind in (ScoreArgs, GradArgs, PackedRows)]
 
 
 def make_rows(dtype: torch.dtype, columns: int, bias: bool, misplaced: int = 0):
@@ -145,20 +60,6 @@ def statistics(kernel, logits, targets, bias, constants, outputs=EVERYTHING, til
         tile_bias = None if bias is None else bias[part]
         kernel(logits[:, part], targets, tile_bias, *constants, outputs, start, state)
     return finish_scores(state, outputs, columns, torch.promote_types(logits.dtype, torch.float32))
-
-
-def assert_as_good_as(baseline, got, exact, floor):
-    """The same NaN and infinities as float64, and at most twice the error of PyTorch in the same dtype, row by row."""
-    got, baseline = got.double(), baseline.double()
-    special = ~exact.isfinite()
-    torch.testing.assert_close(got[special], exact[special], equal_nan=True)
-    assert got[~special].isfinite().all()
-    scale = exact.abs().where(~special, 0).amax(dim=1).clamp(min=1)
-
-    def error(result):
-        return (result - exact).abs().where(~special, 0).amax(dim=1)
-
-    assert (error(got) <= 2 * error(baseline) + floor * scale).all(), (error(got), error(baseline), scale)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -280,10 +181,11 @@ def test_compiled_kernels_do_not_spill_and_move_no_byte_twice(target):
     if nvcc is None:
         pytest.skip("needs nvcc")
     row_kernels = [kernel for kernel in compile_cuda_kernels(nvcc, target) if kernel.label.startswith("row_")]
-    assert len(row_kernels) == 56
+    assert len(row_kernels) == 65
     for kernel in row_kernels:
         assert kernel.resources.spill_bytes == 0, kernel
-        assert kernel.resources.occupancy >= 0.75, kernel
+        # A thread of row_scores has 16 or 32 bytes on their way: fewer of them will do.
+        assert kernel.resources.occupancy >= (0.625 if "scores" in kernel.label else 0.75), kernel
         if "bias" not in kernel.label:
             assert kernel.resources.streamed_bytes == kernel.least_bytes, kernel
 
@@ -302,7 +204,8 @@ def test_no_races_and_a_missing_barrier_is_found(compile_host):
     plant = "-DTRL_FAST_PLANT_MISSING_BARRIER"
     broken = run_sanitized(compile_host("row_kernels_sanitized.cpp", "-fsanitize=thread", plant), "clean")
     assert broken.returncode != 0
-    assert "data race" in broken.stderr and "merged_block" in broken.stderr, broken.stderr[:4000]
+    assert "data race" in broken.stderr, broken.stderr[:4000]
+    assert "merged_block" in broken.stderr and "block_maximum" in broken.stderr
 
 
 def test_no_access_out_of_bounds_and_planted_ones_are_found(compile_host):
@@ -313,6 +216,7 @@ def test_no_access_out_of_bounds_and_planted_ones_are_found(compile_host):
     planted = {
         "reads-behind-the-row": "heap-buffer-overflow.*READ.*row_scores_kernel",
         "writes-behind-the-row": "heap-buffer-overflow.*WRITE.*row_grad_kernel",
+        "writes-words-behind-the-row": "heap-buffer-overflow.*WRITE.*row_scores_packed_kernel",
         "writes-behind-shared-memory": "global-buffer-overflow.*WRITE.*write_shared",
         "divergent-barrier": "simt: deadlock in block .* 128 threads wait at __syncthreads",
     }

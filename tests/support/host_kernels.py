@@ -1,0 +1,128 @@
+"""The CUDA row kernels, compiled as host C++ (tests/csrc/row_kernels_simt.cpp) and called from Python."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from trl_fast.ops.packed_logits import CHUNK
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Block(ctypes.Structure):
+    """trl_fast::Block; the structures here are those of csrc/cpu/row_kernels.h, field by field."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("row_stride", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("targets", ctypes.c_void_p),
+        ("column_offset", ctypes.c_int64),
+    ]
+
+
+class Transform(ctypes.Structure):
+    _fields_ = [
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("inv_temperature", ctypes.c_float),
+    ]
+
+
+class ScoreArgs(ctypes.Structure):
+    _fields_ = [
+        ("block", Block),
+        ("transform", Transform),
+        ("outputs", ctypes.c_int64),
+        ("state", ctypes.c_void_p),
+        ("state_stride", ctypes.c_int64),
+        # Null: the CUDA kernels do not give weights.
+        ("weights", ctypes.c_void_p),
+        ("weights_stride", ctypes.c_int64),
+    ]
+
+
+class GradArgs(ctypes.Structure):
+    _fields_ = [
+        ("block", Block),
+        ("transform", Transform),
+        ("lse", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("coefficient_stride", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("out_dtype", ctypes.c_int),
+    ]
+
+
+class PackedRows(ctypes.Structure):
+    _fields_ = [
+        ("words", ctypes.c_void_p),
+        ("chunk_stride", ctypes.c_int64),
+        ("tops", ctypes.c_void_p),
+        ("top_stride", ctypes.c_int64),
+        ("words_stride", ctypes.c_int64),
+        ("tops_stride", ctypes.c_int64),
+        ("index", ctypes.c_void_p),
+    ]
+
+
+class HostKernels:
+    """The kernels' simulation, with the signatures of the references; each call shuffles the threads anew."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.calls = 0
+
+    def _run(self, name: str, rows: int, *args: ctypes.Structure) -> None:
+        self.calls += 1
+        given = map(ctypes.byref, args)
+        getattr(self.library, name)(*given, ctypes.c_int64(rows), ctypes.c_uint(self.calls))
+
+    @staticmethod
+    def _inputs(logits, targets, bias, scale, softcap, inv_temperature, column_offset) -> tuple[Block, Transform]:
+        rows, columns = logits.shape
+        block = Block(
+            logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), columns, targets.data_ptr(), column_offset
+        )
+        assert targets.is_contiguous() and (bias is None or (bias.is_contiguous() and bias.dtype == torch.float32))
+        return block, Transform(None if bias is None else bias.data_ptr(), scale, softcap, inv_temperature)
+
+    def scores(self, logits, targets, bias, *rest) -> None:
+        *constants, outputs, column_offset, state = rest
+        inputs = self._inputs(logits, targets, bias, *constants, column_offset)
+        self._run("simt_row_scores", len(logits), ScoreArgs(*inputs, outputs, state.data_ptr(), state.stride(0)))
+
+    def grad(self, logits, targets, bias, *rest) -> None:
+        *constants, lse, coefficients, column_offset, out = rest
+        inputs = self._inputs(logits, targets, bias, *constants, column_offset)
+        statistics = (lse.data_ptr(), coefficients.data_ptr(), coefficients.stride(0))
+        to = (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
+        self._run("simt_row_grad", len(logits), GradArgs(*inputs, *statistics, *to))
+
+    @staticmethod
+    def _packed(words, tops, index=None) -> PackedRows:
+        assert words.stride(1) == 1 and (index is None or index.is_contiguous())
+        # In 16-bit words: a float is two.
+        strides = (words.stride(0), 2 * tops.stride(0))
+        index = None if index is None else index.data_ptr()
+        return PackedRows(words.data_ptr(), CHUNK, tops.data_ptr(), 2, *strides, index)
+
+    def scores_packed(self, logits, targets, bias, scale, inv_temperature, outputs, column_offset, *rest) -> None:
+        state, words, tops = rest
+        assert logits.dtype == torch.float32
+        inputs = self._inputs(logits, targets, bias, scale, 0.0, inv_temperature, column_offset)
+        args = ScoreArgs(*inputs, outputs, state.data_ptr(), state.stride(0))
+        self._run("simt_row_scores_packed", len(logits), args, self._packed(words, tops))
+
+    def grad_packed(self, words, index, targets, scale, inv_temperature, *rest) -> None:
+        lse, coefficients, column_offset, out, tops = rest
+        inputs = self._inputs(out, targets, None, scale, 0.0, inv_temperature, column_offset)
+        statistics = (lse.data_ptr(), coefficients.data_ptr(), coefficients.stride(0))
+        args = GradArgs(*inputs, *statistics, out.data_ptr(), out.stride(0), DTYPES[out.dtype])
+        self._run("simt_row_grad_packed", len(out), args, self._packed(words, tops, index))
