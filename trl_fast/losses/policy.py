@@ -408,8 +408,8 @@ def grpo_metrics(
 def _shares(flags: dict[str, torch.Tensor], table: PolicyTable, config: PolicyLossConfig, left_out: torch.Tensor):
     """What share of the tokens, or of the sequences where those have one ratio, has a flag (N,)."""
     if config.has_one_ratio:
-        count = torch.tensor(float(len(table.advantages) + len(left_out)), device=left_out.device)
-        return {name: Metric(_by_sequence(flag, table).nansum(), count) for name, flag in flags.items()}
+        count = len(table.advantages) + len(left_out)
+        return {name: Metric.over(_by_sequence(flag, table).nansum(), count) for name, flag in flags.items()}
     count = table.lengths.sum() + left_out.sum()
     return {name: Metric(table.masked(flag.float()).sum(), count) for name, flag in flags.items()}
 
@@ -422,4 +422,4 @@ def _by_sequence(flags: torch.Tensor, table: PolicyTable) -> torch.Tensor:
 def _sequence_mean(values: torch.Tensor, table: PolicyTable) -> Metric:
     """The mean over sequences of values (N,) that are the same for all tokens of one."""
     per_sequence = table.sums(values) / table.sums(torch.ones_like(values)).clamp(min=1)
-    return Metric(per_sequence.sum(), torch.tensor(float(len(per_sequence)), device=values.device))
+    return Metric.over(per_sequence.sum(), len(per_sequence))
