@@ -157,21 +157,22 @@ def with_reference_columns(
     dataset: Dataset,
     key: tuple,
     compute: Callable[[], dict[str, list[float]]],
-    is_main_process: bool,
-    wait: Callable[[], None],
+    everywhere: Callable[[bool], bool],
+    writes: bool,
 ) -> Dataset:
-    """`dataset` with the columns that `compute` returns, computed once and cached on disk beside it.
+    """`dataset` with the columns that `compute` returns, computed once and cached beside the files of the dataset.
 
-    `key` is all that the numbers depend on besides the dataset. A dataset without files is cached under the folder
-    that datasets uses for such.
+    A dataset without files has nothing beside which a later run would find them, so it is not cached.
+
+    key: all that the numbers depend on besides the dataset. compute: gives whole columns in every process, each of
+    which it asks for its share. everywhere: whether something is so in all processes, which may have folders of their
+    own. writes: whether this process is the one of its machine that writes the cache.
     """
-    fingerprint = Hasher.hash((dataset._fingerprint, key))
-    cache_file = dataset._get_cache_file_path(fingerprint)
-    if not os.path.exists(cache_file):
-        values = compute()
-        if is_main_process:
-            columns = Dataset.from_dict(values)
-            os.makedirs(os.path.dirname(cache_file), exist_ok=True)
+    cache_file = dataset._get_cache_file_path(Hasher.hash((dataset._fingerprint, key)))
+    if everywhere(os.path.exists(cache_file)):
+        columns = Dataset.from_file(cache_file)
+    else:
+        columns = Dataset.from_dict(compute())
+        if writes and dataset.cache_files:
             columns.map(lambda row: row, cache_file_name=cache_file, desc="Caching reference log-probs")
-        wait()
-    return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
+    return concatenate_datasets([dataset, columns], axis=1)

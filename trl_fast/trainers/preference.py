@@ -127,23 +127,25 @@ class PreferenceTrainer(ReferenceTrainer):
     def _with_reference(self, dataset: AnyDataset, name: str, batch_size: int) -> Dataset:
         if isinstance(dataset, IterableDataset):
             raise ValueError(f"precompute_ref_log_probs=True needs a dataset of known length, but {name} is a stream")
-        columns = self.reference_columns
+        accelerator, columns = self.accelerator, self.reference_columns
 
         def compute() -> dict[str, list[float]]:
             size = self.args.precompute_ref_batch_size or batch_size
             # remove_unused_columns works on loaders that Trainer makes; this one is ours.
             read = [column for column in self.signature_columns if column in dataset.column_names]
             loader = DataLoader(dataset.select_columns(read), batch_size=size, collate_fn=self.data_collator)
+            shown = {"desc": f"Reference log-probs of {name}", "disable": not accelerator.is_main_process}
             scored = []
-            for batch in tqdm(self.accelerator.prepare(loader), desc=f"Reference log-probs of {name}"):
+            for batch in tqdm(accelerator.prepare(loader), **shown):
                 rows = self.compute_ref_log_probs(batch).view(-1, len(columns))
-                scored.append(self.accelerator.gather_for_metrics(rows).cpu())
+                scored.append(accelerator.gather_for_metrics(rows).cpu())
             return dict(zip(columns, torch.cat(scored).t().tolist(), strict=True))
 
-        accelerator = self.accelerator
-        return with_reference_columns(
-            dataset, self._cache_key, compute, accelerator.is_main_process, accelerator.wait_for_everyone
-        )
+        def everywhere(found: bool) -> bool:
+            return accelerator.gather(torch.tensor([found], device=accelerator.device)).all().item()
+
+        writes = accelerator.is_local_main_process
+        return with_reference_columns(dataset, self._cache_key, compute, everywhere, writes)
 
     def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
         """A dataset given to `evaluate`, with reference log-probs where those are precomputed.

@@ -1,0 +1,57 @@
+"""Precomputed columns beside a dataset: computed by all processes or by none, cached where a later run finds them."""
+
+import pytest
+from datasets import Dataset
+
+from trl_fast.modeling.reference import with_reference_columns
+
+ROWS = {"text": list("abcde")}
+VALUES = {"ref": [0.5, 1.5, 2.5, 3.5, 4.5]}
+
+
+class Process:
+    """One that counts what it computes."""
+
+    def __init__(self):
+        self.computed = 0
+
+    def add(self, dataset, *, everywhere=lambda found: found, writes=True, key=("key",)):
+        def compute():
+            self.computed += 1
+            return VALUES
+
+        found = with_reference_columns(dataset, key, compute, everywhere, writes)
+        assert {name: list(found[name]) for name in found.column_names} == {**ROWS, **VALUES}
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    Dataset.from_dict(ROWS).save_to_disk(tmp_path)
+    return lambda: Dataset.load_from_disk(str(tmp_path))
+
+
+def test_a_later_run_finds_them(on_disk):
+    process = Process()
+    for computed, key in ((1, ("key",)), (1, ("key",)), (2, ("other",))):
+        process.add(on_disk(), key=key)
+        assert process.computed == computed
+
+
+def test_without_files_there_is_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.fingerprint.get_temporary_cache_files_directory", lambda: str(tmp_path))
+    process, dataset = Process(), Dataset.from_dict(ROWS)
+    process.add(dataset)
+    process.add(dataset)
+    assert process.computed == 2 and not list(tmp_path.iterdir())
+
+
+def test_one_process_that_lacks_them_makes_all_compute_their_share(on_disk, tmp_path):
+    reader, writer = Process(), Process()
+    reader.add(on_disk(), writes=False)
+    assert not list(tmp_path.glob("cache-*"))
+    writer.add(on_disk())
+    assert len(list(tmp_path.glob("cache-*"))) == 1
+    # Its own file is there, another process's is not.
+    writer.add(on_disk(), everywhere=lambda found: False)
+    reader.add(on_disk(), everywhere=lambda found: True, writes=False)
+    assert (reader.computed, writer.computed) == (1, 2)
