@@ -65,8 +65,8 @@ class TokenCounter(TrainerCallback, ExportableState):
 class EpochAnnouncer(TrainerCallback):
     """Tells the sampler which epoch begins, so that a resumed run reads its rows in the order of that epoch.
 
-    transformers tells the loader that leaves out what was trained on already; with several processes that one does not
-    reach the sampler, which would start from its first order again.
+    transformers tells the loader that leaves out what was trained on already. With several processes that one reaches
+    accelerate's own sampler only; ours would start from its first order again.
     """
 
     def on_epoch_begin(
