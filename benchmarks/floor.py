@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from trl_fast.ops.head import DEFAULT_WORKSPACE_BYTES, rows_per_block
+from trl_fast.ops.head import rows_per_block, workspace_of
 from trl_fast.ops.large_tensors import large_empty
 from trl_fast.ops.spans import spans
 
@@ -81,7 +81,7 @@ class Floor:
     def candidates(self, product: str) -> list[Layout]:
         """The layouts to try, without repetition: whole blocks of rows, and tiles of the vocabulary."""
         num_rows, vocab = self.hidden.shape[0], self.weight.shape[0]
-        block = rows_per_block(num_rows, vocab * self.hidden.dtype.itemsize, DEFAULT_WORKSPACE_BYTES)
+        block = rows_per_block(num_rows, vocab * self.hidden.dtype.itemsize, workspace_of(None, self.hidden.device))
         blocks = [(block, vocab), *((min(num_rows, TILE_ROWS), min(vocab, columns)) for columns in TILE_COLUMNS)]
         ways = (False, True) if product == "grad_weight" else (False,)
         return list(dict.fromkeys(Layout(*block, transposed) for block in blocks for transposed in ways))

@@ -22,7 +22,6 @@ from trl_fast.modeling.segments import tree_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.fused_scores import can_fuse, score_rows_fused
-from trl_fast.ops.head import DEFAULT_WORKSPACE_BYTES
 from trl_fast.ops.rows import finish_scores, new_state
 from trl_fast.ops.scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 from trl_fast.ops.transform import LogitTransform
@@ -233,7 +232,7 @@ def check_fused_scores(device: torch.device, vocab: int = 32003) -> Iterator[Che
             continue
         state = new_state(300, device)
         given = (problem.hidden, problem.weight, problem.targets, None, LogitTransform())
-        score_rows_fused(*given, ENTROPY, state, DEFAULT_WORKSPACE_BYTES)
+        score_rows_fused(*given, ENTROPY, state, 1 << 30)
         got = finish_scores(state, ENTROPY, vocab, torch.float32)
         logp = (problem.hidden.double() @ problem.weight.double().T).log_softmax(-1)
         chosen, entropy = logp.gather(1, problem.targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)

@@ -18,7 +18,7 @@ def floor(monkeypatch):
     monkeypatch.setattr("benchmarks.timing.gc.collect", lambda: 0)
     monkeypatch.setattr(module, "TILE_ROWS", 5)
     monkeypatch.setattr(module, "TILE_COLUMNS", (30, 64))
-    monkeypatch.setattr(module, "DEFAULT_WORKSPACE_BYTES", 6 * V * 4)
+    monkeypatch.setattr(module, "workspace_of", lambda *_: 6 * V * 4)
     return Floor(torch.randn(N, H), torch.randn(V, H), torch.float32)
 
 

@@ -8,7 +8,6 @@ import torch
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
 from trl_fast.ops.head import Head
-from trl_fast.ops.kept_logits import KeptLogits, packed_columns
 from trl_fast.ops.transform import LogitTransform
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -19,12 +18,6 @@ V = 5000
 def head_of(dtype=torch.bfloat16, product=torch.float32, backend="cpp", bias=None, **transform):
     weight = torch.zeros(V, 8, dtype=dtype)
     return Head(weight, bias, LogitTransform.of(**transform), product, backend, 1 << 24)
-
-
-@pytest.mark.parametrize("columns", [1, 2047, 2048, 2049, 4096, 4097, 152000])
-def test_the_number_of_columns_is_known_from_packed_ones(columns):
-    values = torch.empty(1, 1, packed_columns(columns), dtype=torch.int16)
-    assert KeptLogits(values).columns == columns
 
 
 def test_twice_as_many_rows_fit():

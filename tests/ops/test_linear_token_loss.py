@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.heads import DTYPES, FLOOR, HeadProblem, assert_as_good, error, make_problem, scores_from_logits
-from trl_fast.ops import TokenScores, linear_cross_entropy, linear_token_loss
+from trl_fast.ops import TokenScores, blocks, linear_cross_entropy, linear_token_loss
 
 # Bytes that hold a few rows of 333 logits, and one of the PyTorch kernels, which have temporaries.
 ROW_BLOCKS = 12_000
@@ -212,3 +212,40 @@ def test_a_loss_that_is_not_summed_is_refused(token_loss, got):
     problem = make_problem(4, 30)
     with pytest.raises(ValueError, match=f"token_loss: expected a summed loss, a 0-d tensor, got {got}"):
         fused(problem, token_loss, "torch")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_retained_graph_has_the_same_gradients_again(trained, backend):
+    """Gradients are scaled where they lie, but not while another backward pass may ask for them."""
+    problem = make()
+    problem.weight.requires_grad_(trained)
+    leaves = [leaf for leaf in problem.leaves if leaf.requires_grad]
+    loss = fused(problem, dft, backend)
+    first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(3 * loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_rows_without_a_gradient_leave_only_if_asked(skip, backend, monkeypatch):
+    problem = make()
+    counted = torch.arange(N) % 3 == 0
+
+    def masked(scores, rows):
+        return -(scores.logprobs * counted[rows]).sum()
+
+    seen = []
+    monkeypatch.setattr(blocks.HeadGradients, "add", spied(blocks.HeadGradients.add, seen))
+    loss = fused(problem, masked, backend, outputs=("logprobs",), skip_zero_rows=skip)
+    assert sum(seen) == (int(counted.sum()) if skip else N)
+    exact = whole(problem, masked, torch.float64)
+    grads = [torch.autograd.grad(x, problem.leaves) for x in (loss, exact)]
+    assert all(error(ours, true) < 1e-5 for ours, true in zip(*grads, strict=True))
+
+
+def spied(add, seen):
+    def spy(self, row_blocks, *, last):
+        seen.append(sum(len(block.targets) for block in row_blocks))
+        return add(self, row_blocks, last=last)
+
+    return spy

@@ -24,16 +24,16 @@ def tiling(device):
 
 def test_tiles_of_a_gpu_know_no_cache():
     rows, columns = tiling("gpu")
-    # Logits in float32 and their gradients in bfloat16.
-    assert rows == 3072 and columns == WORKSPACE // 4 // (3072 * 6) // 64 * 64
+    # Logits in float32, whole chunks of those that are packed.
+    assert rows == 3072 and columns == WORKSPACE // 4 // (3072 * 4) // 2048 * 2048
     assert 2 * tiling("cpu").rows * tiling("cpu").columns <= 16 << 20
 
 
 def test_everything_is_put_back():
     def state():
-        limits = (head._CACHE_BYTES, head._CPU_TILE_ROWS, large_tensors._HELD_FROM_BYTES)
+        limits = (head.tile_policy, large_tensors._HELD_FROM_BYTES)
         on_gpu = (head.logits_dtype, blocks.mm_into, blocks.add_mm, row_blocks.mm_into, products._cpu_multiplies_bf16)
-        classes = (segments.CpuParts, offloading.Offloading)
+        classes = (segments.CpuParts, offloading.copies_of, offloading.is_on_device)
         tiles = (blocks.spans, tiled_mlp._tiles)
         padded = AttentionInterface()[PADDED_ATTENTION]
         return limits, on_gpu, tiles, classes, padded, dict(ROW_KERNELS), dict(SPARSE_KERNELS)

@@ -231,7 +231,8 @@ def interpreted_kernels(**options: Any) -> Iterator[None]:
     """Within, the launchers of trl_fast.kernels.rows and linear_scores run interpreted on CPU tensors."""
     from trl_fast.kernels import linear_scores, rows
 
-    kernels = ((rows, "row_scores_kernel"), (rows, "row_grad_kernel"), (linear_scores, "linear_scores_kernel"))
+    names = ("row_scores_kernel", "row_grad_kernel", "row_grad_packed_kernel")
+    kernels = (*((rows, name) for name in names), (linear_scores, "linear_scores_kernel"))
     with interpreter_repaired(**options), _Patches() as patches:
         for module, name in kernels:
             patches.set(module, name, interpreted(getattr(module, name)))

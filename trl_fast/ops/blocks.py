@@ -16,7 +16,8 @@ from .kept_logits import KeptLogits
 from .large_tensors import as_dtype, large_empty
 from .products import add_mm, mm_into
 from .row_blocks import RowBlock
-from .rows import SUM, TARGET, TOP, rescale
+from .rows import SUM, TARGET, TOP, finish_scores, rescale, with_low_part
+from .scores import LSE_LOW_ROW, LSE_ROW
 from .spans import spans
 
 
@@ -50,26 +51,25 @@ def score_rows(
         return score_rows_fused(*given, outputs, state, head.workspace_bytes)
     num_rows = hidden.shape[0]
     kept = 0 if keep is None else keep.num_rows
-    height, width = head.tiling(num_rows, keep)
+    height, width = head.tiling(num_rows, keep, gradients=unit_gradient is not None)
     parts = [*spans(kept, height), *(slice(kept + s.start, kept + s.stop) for s in spans(num_rows - kept, height))]
     passing = num_rows if keep is None or keep.packed else num_rows - kept
     scratch = head.scratch(min(height, passing), width, head.logits_dtype)
     gives_narrow = unit_gradient is not None and head.narrow_gradients
     room_for_weights = head.scratch(height, width, head.dtype) if gives_narrow else scratch
-    for number, columns in enumerate(spans(head.vocab_size, width)):
+    for columns in spans(head.vocab_size, width):
         weight = head.weight_tile(columns)
         for rows in parts:
             corner = (slice(rows.stop - rows.start), slice(columns.stop - columns.start))
-            room = keep.values[number, rows] if rows.start < kept else None
+            room = keep.tile(columns).part(rows) if rows.start < kept else None
             packed = room if room is not None and keep.packed else None
-            tile = scratch[corner] if room is None or keep.packed else room[:, corner[1]]
+            tile = scratch[corner] if room is None or keep.packed else room.values
             mm_into(tile, hidden[rows], weight.t())
             if unit_gradient is None:
                 head.score(tile, targets[rows], columns, outputs, state[:, rows], packed)
                 continue
             top = state[TOP, rows].clone()
-            out = room_for_weights[: tile.shape[0], : tile.shape[1]]
-            weights = head.weigh(tile, targets[rows], columns, outputs, state[:, rows], out)
+            weights = head.weigh(tile, targets[rows], columns, outputs, state[:, rows], room_for_weights[corner])
             unit_gradient.add(rows, weights, weight, rescale(top, state[TOP, rows]))
 
 
@@ -98,6 +98,30 @@ class UnitGradient:
         return mean.neg_().addcmul_(slope[:, None].to(self.head.wide), own)
 
 
+def score_with_unit_gradient(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor, outputs: int, state: torch.Tensor
+) -> torch.Tensor:
+    """Adds all columns to the state (7, N) of all rows; d logprob / d hidden of every row, (N, H) float32 at least."""
+    num_rows = hidden.shape[0]
+    if head.policy.one_sweep:
+        unit = UnitGradient(head, num_rows)
+        score_rows(head, hidden, targets, outputs, state, unit_gradient=unit)
+        return unit.finish(targets, state)
+    gradients = HeadGradients(head, num_rows, need_hidden=True, need_weight=False, need_bias=False, waiting=True)
+    height = head.block_rows(num_rows)
+    logits = head.empty_logits(height, height)
+    for rows in spans(num_rows, max(height, 1)):
+        kept = logits.part(slice(rows.stop - rows.start))
+        score_rows(head, hidden[rows], targets[rows], outputs, state[:, rows], keep=kept)
+        statistics = finish_scores(state[:, rows], outputs, head.vocab_size, head.wide)
+        coefficients = statistics.new_zeros(4, rows.stop - rows.start)
+        coefficients[0], coefficients[2] = -1.0, 1.0
+        coefficients = with_low_part(coefficients, statistics[LSE_LOW_ROW])
+        given = (hidden[rows], targets[rows], statistics[LSE_ROW], coefficients)
+        gradients.add([RowBlock(rows, *given, kept, consume=True)], last=rows.stop == num_rows)
+    return gradients.results(head.wide, head.wide)[0]
+
+
 class HeadGradients:
     """Sums the gradients of a head over row blocks: hidden (N, H), weight (V, H), bias (V,), each only if needed.
 
@@ -120,7 +144,7 @@ class HeadGradients:
         self.head = head
         self._waiting = waiting
         self._factor = 1.0
-        self.hidden = torch.zeros(num_rows, head.hidden_size, dtype=head.wide, device=device) if need_hidden else None
+        self.hidden = torch.empty(num_rows, head.hidden_size, dtype=head.wide, device=device) if need_hidden else None
         self.weight: torch.Tensor | None = None
         self._need_weight = need_weight
         self._bias = torch.zeros(head.vocab_size, dtype=head.wide, device=device) if need_bias else None
@@ -134,46 +158,32 @@ class HeadGradients:
         if self._need_weight and not accumulate:
             dtype = self._result_dtype(head.weight.dtype) if last else head.wide
             self.weight = large_empty(head.weight.shape, dtype, head.weight.device)
-        kept_logits = next((block.logits for block in blocks if block.logits is not None), None)
-        height, width = head.tiling(max((len(block.targets) for block in blocks), default=0), kept_logits)
-        parts = [part for block in blocks for part in block.parts(height)]
-        in_place = not head.narrow_gradients and all(part.in_place for part in parts)
-        scratch = head.scratch(0 if in_place else height, width, head.logits_dtype)
-        grads = head.scratch(height, width, head.dtype) if head.narrow_gradients else scratch
-        narrow = self._need_weight and self.weight.dtype != head.wide
-        buffer = scratch.new_empty(width if narrow else 0, head.hidden_size, dtype=head.wide)
-        need_weight_tile = self.hidden is not None or any(part.logits is None for part in parts)
-        for number, columns in enumerate(spans(head.vocab_size, width)):
+        tiles = _GradientTiles(head, blocks)
+        buffer = self._wide_buffer(tiles)
+        need_weight_tile = self.hidden is not None or any(part.logits is None for part in tiles.parts)
+        for columns in spans(head.vocab_size, tiles.width):
             weight = head.weight_tile(columns) if need_weight_tile else None
-            weight_sum = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
-            for part in parts:
-                corner = (slice(len(part.targets)), slice(columns.stop - columns.start))
-                grad = self._block_grad(part, number, columns, weight, scratch[corner], grads[corner])
+            total = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
+            for part in tiles.parts:
+                grad = tiles.grad(part, columns, weight)
                 if self.hidden is not None:
-                    add_mm(self.hidden[part.rows], grad, weight)
-                if weight_sum is not None:
-                    weight_sum.add(grad, part.hidden)
+                    (add_mm if columns.start else mm_into)(self.hidden[part.rows], grad, weight)
+                if total is not None:
+                    total.add(grad, part.hidden)
                 if self._bias is not None:
                     self._bias[columns] += grad.sum(dim=0, dtype=head.wide)
-            if weight_sum is not None:
-                weight_sum.finish()
+            if total is not None:
+                total.finish()
 
-    def _block_grad(
-        self,
-        block: RowBlock,
-        number: int,
-        columns: slice,
-        weight: torch.Tensor | None,
-        scratch: torch.Tensor,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
-        """The gradient (R, C) of a block's logits in tile `number`: in `out`, or where the logits lie."""
-        given = (block.targets, block.lse, block.coefficients, columns)
-        if block.packed:
-            return self.head.grad_packed(block.logits.values[number], block.index, *given, out)
-        logits = block.raw_logits(number, weight, scratch)
-        in_place = block.in_place and not self.head.narrow_gradients
-        return self.head.grad(logits, *given, logits if in_place else out)
+    def _wide_buffer(self, tiles: _GradientTiles) -> torch.Tensor | None:
+        """Room to sum a tile of the weight's gradient, if its own dtype will not do for that.
+
+        It does for a single product, which sums in float32 and is rounded once, as the buffer would be.
+        """
+        dtypes = (self.head.wide, self.head.dtype) if len(tiles.parts) == 1 else (self.head.wide,)
+        if not self._need_weight or self.weight.dtype in dtypes:
+            return None
+        return self.head.scratch(tiles.width, self.head.hidden_size, self.head.wide)
 
     def _fit(self, blocks: list[RowBlock]) -> list[RowBlock]:
         """The blocks, their coefficients times the factor; sums that are there follow if it has to change."""
@@ -212,12 +222,55 @@ class HeadGradients:
         return tuple(torch.empty(0, dtype=to, device=device) if g is None else as_dtype(g, to) for g, to in grads)
 
 
-class _WeightTile:
-    """The weight's gradient of one vocabulary tile, summed over row blocks in the widest dtype at hand."""
+class _GradientTiles:
+    """Gradients of logits of some row blocks, tile by tile: in scratch memory, or where their logits lie.
 
-    def __init__(self, total: torch.Tensor, buffer: torch.Tensor, accumulate: bool) -> None:
+    parts: the blocks, cut to the tiles' rows; width: columns of a tile. Gradients that take the place of logits need
+    no scratch, so that on a GPU one tile has all columns.
+    """
+
+    def __init__(self, head: Head, blocks: list[RowBlock]) -> None:
+        self.head = head
+        num_rows = max((len(block.targets) for block in blocks), default=0)
+        kept_logits = next((block.logits for block in blocks if block.logits is not None), None)
+        if head.policy.whole_rows and all(map(self._in_place, blocks)):
+            height, self.width = num_rows, head.vocab_size
+        else:
+            height, self.width = head.tiling(num_rows, kept_logits, gradients=True)
+        self.parts = [part for block in blocks for part in block.parts(height)]
+        in_scratch = [part for part in self.parts if not self._in_place(part)]
+        with_logits = [part for part in in_scratch if not part.packed and not (part.logits and part.index is None)]
+        self._logits = head.scratch(_most_rows(with_logits), self.width, head.logits_dtype)
+        self._grads = self._logits
+        if head.narrow_gradients or _most_rows(in_scratch) > len(self._logits):
+            self._grads = head.scratch(_most_rows(in_scratch), self.width, head.dtype)
+
+    def _in_place(self, block: RowBlock) -> bool:
+        """Whether a gradient is as wide as what is kept of its logits, which may be overwritten."""
+        return block.overwritable and self.head.dtype.itemsize == block.logits.values.element_size()
+
+    def grad(self, block: RowBlock, columns: slice, weight: torch.Tensor | None) -> torch.Tensor:
+        """The gradient (R, C) of a block's logits; weight: (C, H), for logits that are to be computed again."""
+        corner = (slice(len(block.targets)), slice(columns.stop - columns.start))
+        given = (block.targets, block.lse, block.coefficients, columns)
+        if block.packed:
+            kept = block.logits.tile(columns)
+            out = kept.values.view(self.head.dtype) if self._in_place(block) else self._grads[corner]
+            return self.head.grad_packed(kept, block.index, *given, out)
+        logits = block.raw_logits(columns, weight, self._logits[corner])
+        return self.head.grad(logits, *given, logits if self._in_place(block) else self._grads[corner])
+
+
+def _most_rows(blocks: list[RowBlock]) -> int:
+    return max((len(block.targets) for block in blocks), default=0)
+
+
+class _WeightTile:
+    """The weight's gradient of one vocabulary tile, summed over row blocks: where it belongs, or in a wide buffer."""
+
+    def __init__(self, total: torch.Tensor, buffer: torch.Tensor | None, accumulate: bool) -> None:
         self.total = total
-        self.sum = total if total.dtype == buffer.dtype else buffer[: total.shape[0]]
+        self.sum = total if buffer is None else buffer[: total.shape[0]]
         self.empty = not accumulate
 
     def add(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:

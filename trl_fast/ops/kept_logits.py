@@ -1,61 +1,79 @@
-"""Logits that wait until their gradient is taken, tile by tile: raw ones as they are, or transformed ones in 16 bits.
+"""Logits that wait until their gradient is taken, in tiles of columns: raw ones as they are, or packed into 16 bits.
 
-One tile's rows lie together: in a (K, V) matrix each row would be in a memory page of its own.
-
-Packed logits u are transformed (bias, scale, temperature), so that a step means the same for every head. They are
-whole steps of 2⁻¹⁰ below the largest of their chunk of 2048 columns:
-
-    chunk: the largest logit u₀ (float32, two 16-bit words), then a word a column
-    word k < 65535 is the logit u₀ - k · 2⁻¹⁰; 65535 is -∞; what lies more than 65534 steps below is brought up there
-
-Probabilities are thus off by at most 0.05%: less than the rounding of a bfloat16 gradient (0.2%), let alone that of a
-bfloat16 logit. The largest logit is exact, and with it the p - 1 of a target that the model is sure of. What is
-brought up has a probability below e⁻⁶⁴. Row kernels pack while they score and unpack while they take the gradient.
+On a CPU one tile's rows lie together: in a (K, V) matrix each row would be in a memory page of its own. On a GPU there
+is a single tile of all columns, so that gradients which take the place of the words are one factor of one product.
+The format of packed ones is in packed_logits.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-PACKED_DTYPE = torch.int16
-_CHUNK, _HEADER = 2048, 2
+from .large_tensors import large_empty
+from .packed_logits import CHUNK, PACKED_DTYPE, num_chunks
+
+# Rows of words begin at multiples of so many: kernels read and write 16 bytes at once.
+_ROW_ALIGNMENT = 64
 
 
-def packed_columns(columns: int) -> int:
-    """16-bit words that a row of so many logits takes."""
-    return columns + _HEADER * -(-columns // _CHUNK)
+class KeptTile(NamedTuple):
+    """Some columns of kept logits: values (K, C) float, or words (K, C) int16 with tops (K, chunks) float32."""
+
+    values: torch.Tensor
+    tops: torch.Tensor | None
+
+    def part(self, rows: slice) -> KeptTile:
+        """The same of some rows."""
+        return KeptTile(self.values[rows], None if self.tops is None else self.tops[rows])
 
 
 @dataclass(frozen=True)
 class KeptLogits:
     """Logits of K rows in T tiles of W columns; the last tile is not full.
 
-    values: (T, K, W) float, or (T, K, packed_columns(W)) int16.
+    values: (T, K, at least W) float, or int16 words; tops: (T, K, chunks of W) float32 of packed ones, else None.
     """
 
     values: torch.Tensor
+    tops: torch.Tensor | None
+    columns: int
+
+    @classmethod
+    def empty(
+        cls, num_rows: int, vocab_size: int, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> KeptLogits:
+        """Room for the logits of `num_rows` rows in tiles of `columns`; dtype: PACKED_DTYPE, or that of raw logits."""
+        num_tiles = -(-vocab_size // columns)
+        width = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT if device.type == "cuda" else columns
+        values = large_empty((num_tiles, num_rows, width), dtype, device)
+        tops = None
+        if dtype == PACKED_DTYPE:
+            tops = large_empty((num_tiles, num_rows, num_chunks(columns)), torch.float32, device)
+        return cls(values, tops, columns)
 
     @property
     def packed(self) -> bool:
-        return self.values.dtype == PACKED_DTYPE
+        return self.tops is not None
 
     @property
     def num_rows(self) -> int:
         return self.values.shape[1]
 
-    @property
-    def columns(self) -> int:
-        """W."""
-        width = self.values.shape[2]
-        return width - _HEADER * -(-width // (_CHUNK + _HEADER)) if self.packed else width
-
     def part(self, rows: slice) -> KeptLogits:
         """The same of some rows."""
-        return KeptLogits(self.values[:, rows])
+        return KeptLogits(self.values[:, rows], None if self.tops is None else self.tops[:, rows], self.columns)
 
-    def raw_tile(self, number: int, index: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
+    def tile(self, columns: slice) -> KeptTile:
+        """Some columns, all of one tile; packed ones begin at a chunk."""
+        number, start = divmod(columns.start, self.columns)
+        stop = start + columns.stop - columns.start
+        tops = None if self.tops is None else self.tops[number, :, start // CHUNK : num_chunks(stop)]
+        return KeptTile(self.values[number, :, start:stop], tops)
+
+    def raw_tile(self, columns: slice, index: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
         """Raw logits (R, C): of all rows where they lie, or of the rows `index` (R,) in `scratch` (R, C)."""
-        tile = self.values[number, :, : scratch.shape[1]]
-        return tile if index is None else torch.index_select(tile, 0, index, out=scratch)
+        values = self.tile(columns).values
+        return values if index is None else torch.index_select(values, 0, index, out=scratch)

@@ -24,6 +24,11 @@ def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+def _graph_is_retained() -> bool:
+    """Whether the backward pass at work keeps its graph (`retain_graph`, `create_graph`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def as_dtype(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """gradient in `dtype`, in memory that is there."""
     if gradient.dtype == dtype:
@@ -32,6 +37,11 @@ def as_dtype(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """gradient * factor (0-d) in `dtype`: a head's gradient in memory that is there."""
+    """gradient * factor (0-d) in `dtype`: a head's gradient, for a backward pass, in memory that is there.
+
+    It is changed in place where no other backward pass will ask for it.
+    """
+    if gradient.dtype == dtype and not torch.compiler.is_compiling() and not _graph_is_retained():
+        return gradient.mul_(factor.to(dtype))
     out = large_empty(gradient.shape, dtype, gradient.device)
     return torch.mul(gradient, factor.to(gradient.dtype), out=out)

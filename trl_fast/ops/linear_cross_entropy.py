@@ -10,7 +10,7 @@ import torch
 
 from .backends import choose_backend
 from .blocks import HeadGradients, score_rows, waiting_dtype
-from .head import DEFAULT_WORKSPACE_BYTES, Head
+from .head import Head, workspace_of
 from .large_tensors import scaled
 from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
 from .products import gemm_dtype
@@ -240,7 +240,7 @@ def linear_cross_entropy(
         grad_enabled and hidden.requires_grad,
         grad_enabled and weight.requires_grad,
         grad_enabled and bias is not None and bias.requires_grad,
-        DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
+        workspace_of(workspace_bytes, hidden.device),
         choose_backend("linear_cross_entropy", backend, hidden.device, hidden.dtype),
     )
     return loss

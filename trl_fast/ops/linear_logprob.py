@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .backends import choose_backend
-from .head import DEFAULT_WORKSPACE_BYTES
+from .head import workspace_of
 from .linear_scores import LOGITS, NOTHING, UNIT_GRADIENT, linear_scores
 from .scores import LSE_ROW, TokenScores, output_mask, token_scores
 from .sparse_scores import linear_scores_sparse
@@ -46,10 +46,15 @@ HEAD_GRADS = ("exact", "sparse")
 DEFAULT_SPARSE_THRESHOLD = 2.0**-14
 
 
-def check_head_grad(head_grad: str, sparse_threshold: float) -> None:
-    """Raises ValueError for an unknown kind of gradient or a threshold that is no probability."""
+def check_head_grad(head_grad: str, sparse_threshold: float, device: torch.device) -> None:
+    """Raises ValueError for an unknown kind of gradient, one that `device` does not have, or a bad threshold."""
     if head_grad not in HEAD_GRADS:
         raise ValueError(f"head_grad: unknown value {head_grad!r}; expected one of {HEAD_GRADS}")
+    if head_grad == "sparse" and device.type != "cpu":
+        raise ValueError(
+            f"head_grad='sparse' has kernels for a CPU only, not for {device.type}, where it would take many times as "
+            "long as the products that it spares; use head_grad='exact'"
+        )
     if not 0.0 < sparse_threshold < 1.0:
         raise ValueError(f"sparse_threshold must lie between 0 and 1, got {sparse_threshold!r}")
 
@@ -69,13 +74,13 @@ def differentiable_scores(
     sparse_threshold: float,
 ) -> DifferentiableScores:
     """Checks the inputs, chooses the backend and runs `trl_fast::linear_scores` or its sparse counterpart."""
-    check_head_grad(head_grad, sparse_threshold)
+    check_head_grad(head_grad, sparse_threshold, hidden.device)
     hidden, autocast = autocast_hidden(hidden)
     check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
     check_target_range(targets, weight.shape[0])
     check_finite(hidden)
     backend = choose_backend(op, backend, hidden.device, hidden.dtype)
-    workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    workspace_bytes = workspace_of(workspace_bytes, hidden.device)
     keep = what_to_keep(hidden, weight, bias)
     given = (hidden, weight, targets.long(), bias)
     if head_grad == "sparse" and keep != NOTHING:
@@ -84,7 +89,7 @@ def differentiable_scores(
         logprobs, entropy, statistics, *_ = linear_scores_sparse(*given, offsets, *options)
         return DifferentiableScores(statistics[LSE_ROW].detach(), logprobs, entropy, None, statistics.detach())
     options = (*transform, outputs, keep, workspace_bytes, backend)
-    lse, logprobs, entropy, mean_logits, statistics, _ = linear_scores(*given, *options)
+    lse, logprobs, entropy, mean_logits, statistics, *_ = linear_scores(*given, *options)
     return DifferentiableScores(lse, logprobs, entropy, mean_logits, statistics.detach())
 
 
@@ -114,7 +119,7 @@ def linear_logprob(
         softcap: cap of the logits, softcap · tanh(logits / softcap), or None.
         logit_scale: factor of the logits, first.
         outputs: names among logprobs (always there), entropy (differentiable), log_sum_sq_probs, mean_logits, is_top1.
-        workspace_bytes: limit of the memory that grows with N · V; default 1 GiB.
+        workspace_bytes: limit of the memory that grows with N · V; default: see head.workspace_of.
         backend: force "cuda", "triton", "cpp" or "torch"; None takes the best that can serve.
         head_grad: "exact", or "sparse" for an unbiased estimate without the backward products (see sparse_rows.py).
             Its random numbers come from torch's default generator.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import HeadGradients, UnitGradient, score_rows
+from .blocks import HeadGradients, score_rows, score_with_unit_gradient
 from .head import Head
 from .kept_logits import KeptLogits
 from .products import gemm_dtype
@@ -53,8 +53,8 @@ def linear_scores(
     keep: int,
     workspace_bytes: int,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns lse, logprobs, entropy, mean_logits (N,), all statistics (7, N), and the cache, see the module.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns lse, logprobs, entropy, mean_logits (N,), all statistics (7, N), the cache (see the module), its tops.
 
     hidden: (N, H); weight: (V, H); targets: (N,) int64; statistics float32, NaN where `outputs` did not ask for them.
     """
@@ -63,17 +63,18 @@ def linear_scores(
         hidden = hidden.to(head.dtype)
         num_rows = hidden.shape[0]
         state = new_state(num_rows, hidden.device)
-        kept = head.kept_rows(num_rows) if keep == LOGITS else 0
-        kept_logits = head.empty_logits(kept, num_rows)
-        cache = kept_logits.values
-        unit = UnitGradient(head, num_rows) if keep == UNIT_GRADIENT else None
-        kept_logits = kept_logits if keep == LOGITS else None
-        score_rows(head, hidden, targets, outputs, state, keep=kept_logits, unit_gradient=unit)
+        cache, tops = hidden.new_empty(0, 0, 0), hidden.new_empty(0, dtype=torch.float32)
+        if keep == UNIT_GRADIENT:
+            cache = score_with_unit_gradient(head, hidden, targets, outputs, state)
+        elif keep == LOGITS:
+            logits = head.empty_logits(head.kept_rows(num_rows), num_rows)
+            score_rows(head, hidden, targets, outputs, state, keep=logits)
+            cache, tops = logits.values, tops if logits.tops is None else logits.tops
+        else:
+            score_rows(head, hidden, targets, outputs, state)
         statistics = finish_scores(state, outputs, head.vocab_size, head.wide)
-        if unit is not None:
-            cache = unit.finish(targets, state)
         differentiable = (statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, MEAN_LOGITS_ROW))
-        return (*differentiable, statistics, cache)
+        return (*differentiable, statistics, cache, tops)
 
 
 @linear_scores.register_fake
@@ -82,13 +83,14 @@ def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, k
     wide = torch.promote_types(product, torch.float32)
     num_rows = hidden.shape[0]
     rows = [hidden.new_empty(num_rows, dtype=wide) for _ in range(4)]
+    cache, tops = hidden.new_empty(0, 0, 0, dtype=product), hidden.new_empty(0, dtype=torch.float32)
     if keep == UNIT_GRADIENT:
         cache = hidden.new_empty(hidden.shape, dtype=wide)
-    else:
+    elif keep == LOGITS:
         head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
-        kept = head.kept_rows(num_rows) if keep == LOGITS else 0
-        cache = head.empty_logits(kept, num_rows).values
-    return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide), cache)
+        logits = head.empty_logits(head.kept_rows(num_rows), num_rows)
+        cache, tops = logits.values, tops if logits.tops is None else logits.tops
+    return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide), cache, tops)
 
 
 @torch.library.custom_op("trl_fast::linear_scores_backward", mutates_args=())
@@ -100,6 +102,7 @@ def linear_scores_backward(
     lse: torch.Tensor,
     coefficients: torch.Tensor,
     logits: torch.Tensor,
+    tops: torch.Tensor,
     scale: float,
     softcap: float,
     inv_temperature: float,
@@ -111,7 +114,7 @@ def linear_scores_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden (N, H), weight (V, H) and bias (V,), given row coefficients (4, N); empty where not needed.
 
-    logits: the values of KeptLogits of the first rows, which the forward pass kept; they are left as they are.
+    logits, tops: of KeptLogits of the first rows, which the forward pass kept; they are left as they are.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
@@ -119,7 +122,8 @@ def linear_scores_backward(
         given = (hidden.to(head.dtype), targets, lse, coefficients.t())
         if index is not None:
             given = tuple(tensor[index] for tensor in given)
-        blocks = row_blocks(slice(0, len(given[0])), *given, KeptLogits(logits), index)
+        kept = KeptLogits(logits, tops if len(tops) else None, head.kept_columns(hidden.shape[0]))
+        blocks = row_blocks(slice(0, len(given[0])), *given, kept, index)
         needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
         gradients = HeadGradients(head, len(given[0]), **needs)
         gradients.add(blocks, last=True)
@@ -165,14 +169,14 @@ def row_coefficients(
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, *transform, _, keep, workspace_bytes, backend = inputs
-    lse, _, entropy, _, statistics, cache = output
+    lse, _, entropy, _, statistics, cache, tops = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, lse, statistics[LSE_LOW_ROW].clone(), entropy, cache)
+    ctx.save_for_backward(hidden, weight, targets, bias, lse, statistics[LSE_LOW_ROW].clone(), entropy, cache, tops)
     ctx.transform, ctx.keep, ctx.workspace_bytes, ctx.backend = transform, keep, workspace_bytes, backend
 
 
-def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _statistics, _cache):
-    hidden, weight, targets, bias, lse, lse_low, entropy, cache = ctx.saved_tensors
+def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _statistics, _cache, _tops):
+    hidden, weight, targets, bias, lse, lse_low, entropy, cache, tops = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     others = (grad_lse, grad_entropy, grad_mean_logits)
     no_gradients = (None,) * 7
@@ -189,7 +193,7 @@ def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _sta
         bias,
         lse,
         coefficients,
-        cache if ctx.keep == LOGITS else hidden.new_empty(0, 0, 0),
+        *((cache, tops) if ctx.keep == LOGITS else (hidden.new_empty(0, 0, 0), tops)),
         *ctx.transform,
         need_hidden,
         need_weight,

@@ -19,7 +19,7 @@ import torch
 
 from .backends import choose_backend
 from .blocks import HeadGradients, score_rows
-from .head import DEFAULT_WORKSPACE_BYTES, Head
+from .head import Head, workspace_of
 from .kept_logits import KeptLogits
 from .large_tensors import scaled
 from .linear_logprob import autocast_hidden, linear_logprob
@@ -79,11 +79,13 @@ class _TokenLossSweep:
         token_loss: TokenLoss,
         outputs: tuple[str, ...],
         group_sizes: Sequence[int] | None,
+        skip_zero_rows: bool | None,
     ) -> None:
         self.head = head
         self.token_loss = token_loss
         self.outputs = outputs
         self.group_sizes = group_sizes
+        self.skip_zero_rows = skip_zero_rows
         device = head.weight.device
         self.loss = torch.zeros((), dtype=head.wide, device=device)
         self.statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=head.wide, device=device)
@@ -106,22 +108,22 @@ class _TokenLossSweep:
         # Groups are of any size: the more room, the more of them stay whole.
         height = self.head.block_rows(num_rows) if self.group_sizes is None else self.head.kept_rows(num_rows)
         logits = self.head.empty_logits(height, height)
-        indices = [torch.empty(0, dtype=torch.int64, device=hidden.device)]
-        step = max(height, 1)
+        indices: list[torch.Tensor | None] = []
+        done, step = 0, max(height, 1)
         for rows in spans(num_rows, step) if self.group_sizes is None else group_spans(self.group_sizes, step):
             kept = logits.part(slice(rows.stop - rows.start))
             coefficients = self.score(hidden, targets, rows, kept)
-            index = active_rows(coefficients)
+            index = active_rows(coefficients, self.skip_zero_rows)
             given = (hidden[rows], targets[rows], self.statistics[LSE_ROW, rows], coefficients.t())
             if index is not None:
                 given = tuple(tensor[index] for tensor in given)
-            done = sum(map(len, indices))
             place = slice(done, done + len(given[0]))
             gradients.add(row_blocks(place, *given, kept, index, consume=True), last=rows.stop == num_rows)
             indices.append(
-                rows.start + (torch.arange(len(given[0]), device=hidden.device) if index is None else index)
+                torch.arange(rows.start, rows.stop, device=hidden.device) if index is None else rows.start + index
             )
-        if gradients.hidden is not None:
+            done = place.stop
+        if gradients.hidden is not None and done < num_rows:
             gradients.spread_hidden(torch.cat(indices), num_rows)
 
 
@@ -177,6 +179,7 @@ def linear_token_loss(
     workspace_bytes: int | None = None,
     backend: str | None = None,
     group_sizes: Sequence[int] | None = None,
+    skip_zero_rows: bool | None = None,
 ) -> ScoredLoss:
     """A sum over tokens of any differentiable function of their log-probability and entropy.
 
@@ -192,6 +195,8 @@ def linear_token_loss(
         outputs: what token_loss and the caller want to see, as in linear_logprob.
         group_sizes: how many consecutive rows belong together, summing to N; token_loss is then given whole groups,
             one or several at a time. None: every row stands alone.
+        skip_zero_rows: whether rows that the loss gives no gradient leave before the backward products. To find out
+            makes the host of a GPU wait, once a row block; None: on a CPU.
 
     Returns:
         ScoredLoss. With no rows the loss is a differentiable zero.
@@ -216,13 +221,13 @@ def linear_token_loss(
     check_target_range(targets, weight.shape[0])
     check_finite(hidden)
     backend = choose_backend("linear_token_loss", backend, hidden.device, hidden.dtype)
-    workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    workspace_bytes = workspace_of(workspace_bytes, hidden.device)
     tensors = (hidden, weight, bias)
     constants = [None if tensor is None else tensor.detach() for tensor in tensors]
     if not torch.is_grad_enabled():
         tensors = constants
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head(*constants[1:], transform, gemm_dtype(hidden), backend, workspace_bytes)
-        sweep = _TokenLossSweep(head, hidden.shape[0], token_loss, outputs, group_sizes)
+        sweep = _TokenLossSweep(head, hidden.shape[0], token_loss, outputs, group_sizes, skip_zero_rows)
         loss, statistics = _LinearTokenLoss.apply(*tensors, targets.long(), sweep)
     return ScoredLoss(loss, token_scores(statistics, outputs))

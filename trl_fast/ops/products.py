@@ -11,6 +11,8 @@ import functools
 
 import torch
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
 
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
@@ -48,6 +50,7 @@ def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.device.type == "cuda":
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+        # Inside the product: a sum of its own would be read and written once more.
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(left, right))

@@ -35,9 +35,9 @@ class RowBlock:
         return self.logits is not None and self.logits.packed
 
     @property
-    def in_place(self) -> bool:
-        """Whether logits lie where their gradient may be written."""
-        return self.consume and self.logits is not None and not self.packed and self.index is None
+    def overwritable(self) -> bool:
+        """Whether logits lie in order where a gradient of their width may take their place."""
+        return self.consume and self.logits is not None and self.index is None
 
     def parts(self, height: int) -> Iterator[RowBlock]:
         """The same in blocks of at most `height` rows."""
@@ -53,11 +53,11 @@ class RowBlock:
                 rows, self.hidden[part], self.targets[part], self.lse[part], coefficients, logits, index, self.consume
             )
 
-    def raw_logits(self, number: int, weight: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
-        """Logits (R, C) of tile `number`, in `scratch` (R, C) unless they are there, as they are and in order."""
+    def raw_logits(self, columns: slice, weight: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
+        """Logits (R, C) of some columns, in `scratch` (R, C) unless they are there, as they are and in order."""
         if self.logits is None:
             return mm_into(scratch, self.hidden, weight.t())
-        return self.logits.raw_tile(number, self.index, scratch)
+        return self.logits.raw_tile(columns, self.index, scratch)
 
 
 def row_blocks(
@@ -88,7 +88,12 @@ def row_blocks(
     return blocks
 
 
-def active_rows(coefficients: torch.Tensor) -> torch.Tensor | None:
-    """Numbers (A,) of the rows whose coefficients (4, R) are not all zero; None if that is every row."""
+def active_rows(coefficients: torch.Tensor, look: bool | None = None) -> torch.Tensor | None:
+    """Numbers (A,) of the rows whose coefficients (4, R) are not all zero; None if that is every row.
+
+    look: whether to find out; if not, every row counts. None: on a CPU, since the host of a GPU would have to wait.
+    """
+    if not (coefficients.device.type == "cpu" if look is None else look):
+        return None
     active = coefficients.ne(0).any(dim=0)
     return None if bool(active.all()) else active.nonzero().squeeze(1)

@@ -338,8 +338,8 @@ ROW_KERNELS = {
     "cpp": RowKernels(
         _compiled_scores, _compiled_grad, 0, _cpp_weights, _compiled_scores_packed, _compiled_grad_packed
     ),
-    "cuda": RowKernels(_compiled_scores, _compiled_grad, 0),
-    "triton": RowKernels(_triton_scores, _triton_grad, 0),
+    "cuda": RowKernels(_compiled_scores, _compiled_grad, 0, None, _compiled_scores_packed, _compiled_grad_packed),
+    "triton": RowKernels(_triton_scores, _triton_grad, 0, None, _triton_scores_packed, _triton_grad_packed),
 }
 
 
