@@ -1,18 +1,27 @@
-"""Builds `trl_fast._C`, or says in one line why not.
+"""Builds `trl_fast._C`, or says why not: here, and in trl_fast/_build.json for `trl-fast env` and the first run.
 
-The C++ extension is an optimisation: without torch at build time, without a compiler, or when anything fails to
-compile, the package installs without it and runs in PyTorch. TRL_FAST_REQUIRE_EXT=1 turns that into an error.
+The extension is an optimisation. Without a compiler, or when it fails to compile, the package installs without it and
+runs in PyTorch; when only its CUDA part fails, it is built without that. TRL_FAST_REQUIRE_EXT=1 turns either into an
+error. Without torch at build time it always is one: pip hides what is printed, and everyone would install the slow
+package unawares. TRL_FAST_PURE=1 asks for that package, and nothing is compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import platform
+import re
 import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -32,21 +41,42 @@ ISA_FLAGS = {
     ],
 }
 CUDA_TARGETS = (80, 90, 100)
+# Without these nothing of CUDA compiles; an nvcc that is a wrapper outside its toolkit has none beside it.
+CUDA_HEADERS = ("cuda_runtime.h", "crt/host_config.h")
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
+INSTALL = "`pip install --no-build-isolation`"
+# How compilers, linkers and shells begin to say what went wrong.
+ERROR_LINE = re.compile(r"\b(error|fatal)\s*:|: not found$|cannot find -l|No such file or directory", re.IGNORECASE)
+NO_TORCH = (
+    "trl_fast is compiled against the torch that will run it, and this build cannot import torch; isolated ones never "
+    "can. Run `pip install torch ninja 'setuptools>=77'`, then `pip install --no-build-isolation .`, or set "
+    "TRL_FAST_PURE=1 to install without compiled kernels."
+)
+PURE = f"TRL_FAST_PURE was set when it was installed; unset it and install again with {INSTALL}"
 
 
-def required() -> bool:
-    """Whether a missing extension is an error."""
-    return os.environ.get("TRL_FAST_REQUIRE_EXT", "0") not in ("", "0")
+def asked_for(variable: str) -> bool:
+    """Whether an environment variable is set to anything but 0."""
+    return os.environ.get(variable, "0") not in ("", "0")
 
 
-def give_up(reason: str) -> None:
-    """Reports that there will be no extension, in one line; raises if one was required."""
-    line = f"trl_fast: the C++ extension is not built ({' '.join(reason.split())[:400]}); everything runs in PyTorch."
-    if required():
-        raise RuntimeError(line)
-    # distutils' log is hidden by pip unless asked for; the terminal is not.
-    print(f"WARNING: {line}", flush=True)
+def warn(part: str, reason: str) -> None:
+    """Prints that a part will not be there; distutils' log is hidden by pip unless asked for."""
+    print(f"WARNING: trl_fast: {part} is not built: {reason}.", flush=True)
+
+
+def give_up(part: str, failure: str, hint: str = "") -> str:
+    """The reason to be kept for a part that failed to build; raises RuntimeError if it is required."""
+    reason = f"{failure}; {hint + ', and' if hint else 'mend that and'} install again with {INSTALL}"
+    if asked_for("TRL_FAST_REQUIRE_EXT"):
+        raise RuntimeError(f"trl_fast: {part} is not built: {reason}.")
+    warn(part, reason)
+    return reason
+
+
+def compiler() -> str:
+    """The C++ compiler."""
+    return os.environ.get("CXX", "c++")
 
 
 def instruction_sets(machine: str) -> list[str]:
@@ -54,13 +84,27 @@ def instruction_sets(machine: str) -> list[str]:
     return list(ISA_FLAGS) if machine.lower() in ("x86_64", "amd64") else ["DEFAULT"]
 
 
-def cuda_sources(cuda_home: str | None, torch_cuda: str | None, root: Path = ROOT) -> list[str]:
-    """The CUDA sources and their bindings, if there are a toolkit and a CUDA build of torch, else none.
+def why_no_cuda(cuda_home: str | None, torch_cuda: str | None, includes: list[str]) -> str:
+    """Why there will be no CUDA part, with the remedy; empty if there is all that it takes.
 
-    A visible GPU is not asked for: machines that build images have none.
+    A visible GPU is not asked for: machines that build images have none. includes: further folders with headers.
     """
-    if not cuda_home or not torch_cuda or not Path(cuda_home, "bin", "nvcc").exists():
-        return []
+    if not torch_cuda:
+        return "this torch is built without CUDA"
+    remedy = f"set CUDA_HOME to the folder of a CUDA {torch_cuda} toolkit and install again with {INSTALL}"
+    if not cuda_home:
+        return f"no CUDA toolkit was found; {remedy}"
+    if not Path(cuda_home, "bin", "nvcc").exists():
+        return f"there is no bin/nvcc in {cuda_home}; {remedy}"
+    folders = [*includes, *map(str, Path(cuda_home).glob("targets/*/include")), str(Path(cuda_home, "include"))]
+    missing = [name for name in CUDA_HEADERS if not any(Path(folder, name).is_file() for folder in folders)]
+    if missing:
+        return f"there is no include/{missing[0]} in {cuda_home}, where its bin/nvcc is; {remedy}"
+    return ""
+
+
+def cuda_sources(root: Path = ROOT) -> list[str]:
+    """The CUDA sources and their bindings."""
     folder = root / "csrc" / "cuda"
     return sorted(str(path.relative_to(root)) for path in [*folder.glob("*.cu"), *folder.glob("*.cpp")])
 
@@ -84,7 +128,7 @@ def nvcc_flags(cuda_home: str) -> list[str]:
     return ["-O3", *cuda_arch_flags(known)]
 
 
-def parallel_flags(compiler: str) -> list[str]:
+def parallel_flags(command: str) -> list[str]:
     """The flag without which at::parallel_for, which lives in a header, is a loop of one thread.
 
     Nothing is linked: torch has brought the OpenMP library, and with a second one there would be two sets of threads.
@@ -93,7 +137,7 @@ def parallel_flags(compiler: str) -> list[str]:
     import torch
 
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+        version = subprocess.run([command, "--version"], capture_output=True, text=True).stdout
     except OSError:  # no compiler: the build will say so
         return []
     return ["-fopenmp"] if torch.backends.openmp.is_available() and "Free Software Foundation" in version else []
@@ -113,24 +157,22 @@ def find_cuda_home() -> str | None:
     return cpp_extension.CUDA_HOME
 
 
-def make_extension():
-    """The extension's description. Raises ImportError without torch."""
-    import torch
+def make_extension(objects: list[str], cuda_home: str | None) -> Extension:
+    """The extension's description, with the CUDA part if a toolkit is given."""
     from torch.utils import cpp_extension
 
     sources = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/held_memory.cpp"]
-    cuda_home = find_cuda_home()
-    cuda = cuda_sources(cuda_home, torch.version.cuda)
-    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    cxx_flags = COMMON_FLAGS + parallel_flags(os.environ.get("CXX", "c++"))
+    kind = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
+    cxx_flags = COMMON_FLAGS + parallel_flags(compiler())
     isas = instruction_sets(platform.machine())
-    macros = [(f"TRL_FAST_HAS_{isa}", "1") for isa in isas] + ([("TRL_FAST_HAS_CUDA", "1")] if cuda else [])
+    macros = [(f"TRL_FAST_HAS_{isa}", "1") for isa in isas] + ([("TRL_FAST_HAS_CUDA", "1")] if cuda_home else [])
     return kind(
         name="trl_fast._C",
-        sources=sources + cuda,
-        include_dirs=[str(ROOT / "csrc"), *(pip_cuda_includes() if cuda else [])],
+        sources=sources + (cuda_sources() if cuda_home else []),
+        include_dirs=[str(ROOT / "csrc"), *(pip_cuda_includes() if cuda_home else [])],
         define_macros=macros,
-        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags(cuda_home)} if cuda else cxx_flags,
+        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags(cuda_home)} if cuda_home else cxx_flags,
+        extra_objects=objects,
     )
 
 
@@ -139,7 +181,6 @@ def compile_instruction_sets(build_dir: Path) -> list[str]:
     import torch
     from torch.utils import cpp_extension
 
-    compiler = os.environ.get("CXX", "c++")
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     build_dir.mkdir(parents=True, exist_ok=True)
@@ -148,7 +189,7 @@ def compile_instruction_sets(build_dir: Path) -> list[str]:
         target = build_dir / f"{name}_{isa}.o"
         flags = [*COMMON_FLAGS, *ISA_FLAGS[isa], f"-DCPU_CAPABILITY={isa}", abi]
         source = str(ROOT / "csrc" / "cpu" / f"{name}.cpp")
-        command = [compiler, *flags, f"-I{ROOT / 'csrc'}", *includes, "-c", source, "-o", str(target)]
+        command = [compiler(), *flags, f"-I{ROOT / 'csrc'}", *includes, "-c", source, "-o", str(target)]
         running.append((command, subprocess.Popen(command)))
         objects.append(str(target))
     for command, process in running:
@@ -157,56 +198,107 @@ def compile_instruction_sets(build_dir: Path) -> list[str]:
     return objects
 
 
-class BuildExtensionOrNot(build_ext):
-    """torch's BuildExtension, made to give up politely."""
-
-    def run(self) -> None:
+@contextlib.contextmanager
+def recorded_output() -> Iterator[list[str]]:
+    """A list that has, afterwards, the lines that this process and its compilers printed; they are printed then."""
+    lines: list[str] = []
+    with tempfile.TemporaryFile() as record:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        saved = os.dup(1), os.dup(2)
         try:
-            from torch.utils.cpp_extension import BuildExtension
+            os.dup2(record.fileno(), 1)
+            os.dup2(record.fileno(), 2)
+            yield lines
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(saved, 1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            record.seek(0)
+            lines += record.read().decode(errors="replace").splitlines()
+            for line in lines:
+                print(line)
 
-            command = BuildExtension(self.distribution, use_ninja=True)
-            command.inplace = self.inplace
-            command.ensure_finalized()
-            command.build_lib = self.build_lib
-            command.build_temp = self.build_temp
-            for extension in command.extensions:
-                extension.extra_objects = compile_instruction_sets(Path(self.build_temp).resolve() / "isa")
-            command.run()
+
+def attempt(step: Callable, *arguments: object) -> tuple[Any, str]:
+    """A step's result, and why it failed: the first line that a compiler calls an error, else the exception."""
+    result, failure = None, None
+    with recorded_output() as lines:
+        try:
+            result = step(*arguments)
         # ninja's failures are RuntimeError, distutils' its own, a missing compiler OSError.
         except Exception as error:
-            give_up(f"{type(error).__name__}: {error}")
+            failure = error
+    if failure is None:
+        return result, ""
+    if isinstance(failure, FileNotFoundError) and failure.filename == compiler():
+        return None, f"there is no C++ compiler {compiler()!r} (install one, or set CXX)"
+    first = next((line for line in lines if ERROR_LINE.search(line)), f"{type(failure).__name__}: {failure}")
+    return None, " ".join(first.split())[:400]
+
+
+class BuildExtensionOrNot(build_ext):
+    """torch's BuildExtension, made to give up politely, part by part."""
+
+    def run(self) -> None:
+        missing = {"extension": PURE} if asked_for("TRL_FAST_PURE") else self.build_parts()
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "trl_fast"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build.json").write_text(json.dumps(missing, indent=1) + "\n")
+        if "extension" in missing:
+            # What an earlier build left is not what is installed now.
+            Path(self.get_ext_fullpath("trl_fast._C")).unlink(missing_ok=True)
             self.extensions = []
+
+    def build_parts(self) -> dict[str, str]:
+        """Builds what can be built. Returns, for each part of "extension" and "cuda" that is not there, why.
+
+        Raises:
+            RuntimeError: there is no torch; or something failed to build, and TRL_FAST_REQUIRE_EXT is set.
+        """
+        try:
+            import torch
+        except ImportError as error:
+            raise RuntimeError(NO_TORCH) from error
+        cuda_home, torch_cuda = find_cuda_home(), torch.version.cuda
+        objects, failure = attempt(compile_instruction_sets, Path(self.build_temp).resolve() / "isa")
+        if failure:
+            return {"extension": give_up("the C++ extension", failure)}
+        missing = why_no_cuda(cuda_home, torch_cuda, pip_cuda_includes())
+        if not missing:
+            _, failure = attempt(self.compile_and_link, objects, cuda_home)
+            if not failure:
+                return {}
+            hint = f"CUDA_HOME is {cuda_home}: if that is not a whole toolkit of CUDA {torch_cuda}, set it to one"
+            missing = give_up("the extension's CUDA part", failure, hint)
+        elif torch_cuda:
+            warn("the extension's CUDA part", missing)
+        _, failure = attempt(self.compile_and_link, objects, None)
+        return {"extension": give_up("the C++ extension", failure)} if failure else {"cuda": missing}
+
+    def compile_and_link(self, objects: list[str], cuda_home: str | None) -> None:
+        """Builds the extension, with its CUDA part if a toolkit is given."""
+        from torch.utils.cpp_extension import BuildExtension
+
+        self.distribution.ext_modules = [make_extension(objects, cuda_home)]
+        command = BuildExtension(self.distribution, use_ninja=True)
+        command.inplace = self.inplace
+        command.ensure_finalized()
+        command.build_lib = self.build_lib
+        command.build_temp = self.build_temp
+        command.run()
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-def extensions() -> list:
-    """What to build; nothing, with a line that says so, when torch is not there."""
-    try:
-        return [make_extension()]
-    except ImportError:
-        give_up("torch is not importable here; install it first and use `pip install --no-build-isolation`")
-        return []
-
-
 setup(
-    packages=[
-        "trl_fast",
-        "trl_fast.cli",
-        "trl_fast.data",
-        "trl_fast.data.validation",
-        "trl_fast.dropin",
-        "trl_fast.kernels",
-        "trl_fast.losses",
-        "trl_fast.modeling",
-        "trl_fast.ops",
-        "trl_fast.planning",
-        "trl_fast.rollout",
-        "trl_fast.trainers",
-    ],
+    packages=[*find_packages(include=["trl_fast", "trl_fast.*"]), "trl_fast.kernels"],
     package_dir={"trl_fast.kernels": "kernels"},
     package_data={"trl_fast.cli": ["accelerate_configs/*.yaml"]},
-    ext_modules=extensions(),
+    # What it is made of is known when it is built: torch need not be there for a source distribution.
+    ext_modules=[Extension("trl_fast._C", sources=[])],
     cmdclass={"build_ext": BuildExtensionOrNot},
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,6 +28,12 @@ print(None if spec is None else spec.origin, is_kernels_available(), trl_fast.ke
 """
 
 
+NO_COMPILER = (
+    "there is no C++ compiler '/no/such/compiler' (install one, or set CXX); mend that and install again with "
+    "`pip install --no-build-isolation`"
+)
+
+
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": "", **environment}
     command = tuple(map(str, command))
@@ -45,6 +51,50 @@ def source(tmp_path_factory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
     return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
+    """A source distribution, from a folder in which something was compiled before."""
+    target = tmp_path_factory.mktemp("sdist")
+    (source / "trl_fast" / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+    (source / "trl_fast" / "_build.json").write_text("{}")
+    built = run(sys.executable, "setup.py", "-q", "sdist", "-d", target, cwd=source)
+    assert built.returncode == 0, built.stderr[-2000:]
+    (path,) = target.glob("*.tar.gz")
+    return path
+
+
+def test_a_source_distribution_has_all_that_a_build_and_the_tests_need(sdist, source):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("csrc", "kernels", "trl_fast", "tests", "benchmarks", "examples", "docs")
+    left_out = ("*.so", "*.pyc", "_build.json")
+    needed = {
+        str(path.relative_to(source))
+        for folder in folders
+        for path in (source / folder).rglob("*")
+        if path.is_file() and not any(map(path.match, left_out))
+    }
+    assert not needed - names
+    assert {"LICENSE", "README.md", "CONTRIBUTING.md", "setup.py", "pyproject.toml", "MANIFEST.in"} <= names
+    assert not [name for name in names if any(map(Path(name).match, left_out))]
+
+
+@pytest.mark.slow  # It compiles the whole extension: about a minute.
+def test_a_source_distribution_installs_and_has_the_extension(sdist, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = (sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", site)
+    done = run(*command, sdist, cwd=elsewhere, TRL_FAST_REQUIRE_EXT="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    script = WITHOUT_EDITABLE + "import torch; from trl_fast import _C; print(_C.__file__); "
+    script += "from trl_fast.ops import supports; print(supports('linear_logprob', 'cpp', 'cpu', torch.float32).ok)"
+    done = run(sys.executable, "-c", script, cwd=elsewhere, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    place, ok = done.stdout.split()
+    assert Path(place).parent == site / "trl_fast" and ok == "True"
+    assert (site / "trl_fast-0.1.0.dist-info" / "licenses" / "LICENSE").is_file()
 
 
 def build_wheel(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -73,7 +123,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_without_a_compiler_one_line_says_so(wheel):
     lines = [line for line in wheel[1].splitlines() if "the C++ extension is not built" in line]
     assert len(lines) == 1
-    assert "everything runs in PyTorch" in lines[0]
+    assert lines[0].strip() == f"WARNING: trl_fast: the C++ extension is not built: {NO_COMPILER}."
 
 
 def test_a_required_extension_that_cannot_be_built_is_an_error(source, tmp_path):
@@ -83,18 +133,18 @@ def test_a_required_extension_that_cannot_be_built_is_an_error(source, tmp_path)
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_the_wheel_holds_every_package_under_our_name(wheel):
+def test_the_wheel_holds_every_package_under_our_name(wheel, source):
     names = zipfile.ZipFile(wheel[0]).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"trl_fast"}
     missing = [
-        str(path.relative_to(ROOT))
+        str(path.relative_to(source))
         for ending in ("py", "yaml")
-        for path in (ROOT / "trl_fast").rglob(f"*.{ending}")
-        if str(path.relative_to(ROOT)) not in names
+        for path in (source / "trl_fast").rglob(f"*.{ending}")
+        if str(path.relative_to(source)) not in names
     ]
     assert not missing
-    assert {f"trl_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= set(names)
+    assert {f"trl_fast/kernels/{path.name}" for path in (source / "kernels").glob("*.py")} <= set(names)
 
 
 def test_an_installed_wheel_works_in_pure_pytorch(installed, tmp_path):
@@ -107,7 +157,16 @@ def test_an_installed_wheel_works_in_pure_pytorch(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     logprobs, reason = done.stdout.strip().split("\n")
     assert eval(logprobs) == pytest.approx([-2.0794415] * 2)
-    assert reason.startswith("the C++ extension is not built; install a C++ compiler")
+    assert reason == f"the C++ extension is not built: {NO_COMPILER}"
+    assert done.stderr.count(f"{NO_COMPILER}. Until then everything runs in pure PyTorch") == 1
+
+
+def test_env_says_why_there_is_no_extension(installed, tmp_path):
+    script = WITHOUT_EDITABLE + "from trl_fast.cli.main import main; main(['env'])"
+    done = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert "trl_fast._C not built: there is no C++ compiler '/no/such/compiler'" in text
 
 
 def test_an_installed_wheel_has_no_package_called_kernels(installed, tmp_path):
@@ -141,39 +200,3 @@ def test_elsewhere_the_editable_install_has_the_compiled_extension(tmp_path):
         pytest.skip("this environment was installed without a compiler")
     assert done.returncode == 0, done.stderr
     assert "default" in done.stdout and done.stdout.split()[-1] == str(ROOT / "kernels" / "rows.py")
-
-
-@pytest.fixture
-def setup_module(monkeypatch):
-    """setup.py without its call of setup()."""
-    import setuptools
-
-    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
-    spec = importlib.util.spec_from_file_location("trl_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_cuda_sources_join_by_toolkit_and_torch_not_by_a_visible_gpu(setup_module, tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
-    assert setup_module.cuda_sources(None, "13.0") == []
-    assert setup_module.cuda_sources(str(tmp_path), None) == []
-    assert setup_module.cuda_sources(str(tmp_path / "elsewhere"), "13.0") == []
-    found = setup_module.cuda_sources(str(tmp_path), "13.0")
-    assert {Path(name) for name in found} >= {path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu")}
-
-
-def test_gcc_shares_rows_among_threads_and_no_compiler_is_no_error_yet(setup_module, tmp_path):
-    compiler = tmp_path / "compiler"
-    for banner, flags in (("Free Software Foundation, Inc.", ["-fopenmp"]), ("clang version 19", [])):
-        compiler.write_text(f"#!/bin/sh\necho '{banner}'\n")
-        compiler.chmod(0o755)
-        assert setup_module.parallel_flags(str(compiler)) == flags
-    assert setup_module.parallel_flags(str(tmp_path / "missing")) == []
-
-
-@pytest.mark.parametrize(("machine", "isas"), [("x86_64", ["DEFAULT", "AVX2", "AVX512"]), ("aarch64", ["DEFAULT"])])
-def test_instruction_sets(setup_module, machine, isas):
-    assert setup_module.instruction_sets(machine) == isas

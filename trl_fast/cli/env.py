@@ -15,7 +15,6 @@ from trl_fast.console import FILE_WIDTH, make_console
 
 PACKAGES = (
     "trl-fast",
-    "torch",
     "triton",
     "transformers",
     "datasets",
@@ -33,7 +32,11 @@ CPU_FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "am
 
 def versions() -> list[tuple[str, str]]:
     """(name, value) of the platform and of every package that matters."""
+    import torch
+
     rows = [("platform", platform.platform()), ("python", platform.python_version())]
+    # Its metadata does not say for which CUDA it is built.
+    rows.append(("torch", torch.__version__))
     for package in PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))
@@ -44,19 +47,21 @@ def versions() -> list[tuple[str, str]]:
 
 def binary_parts() -> list[tuple[str, str]]:
     """(name, value) of the compiled extension and of the Triton kernels, with where they come from."""
+    from trl_fast.ops.backends import load_extension, why_not_built
+
     rows = []
     spec = importlib.util.find_spec("trl_fast._C")
     if spec is None:
-        rows.append(("trl_fast._C", "not built"))
+        rows.append(("trl_fast._C", f"not built: {why_not_built('extension')}"))
     else:
-        from trl_fast.ops.backends import load_extension
-
         loaded = load_extension()
         rows.append(("trl_fast._C", str(spec.origin)))
         if loaded.ok:
             from trl_fast import _C
 
             rows += [(f"  {name}", str(value)) for name, value in _C.build_info().items()]
+            if not _C.build_info()["cuda"]:
+                rows.append(("  CUDA part", f"not built: {why_not_built('cuda')}"))
         else:
             rows.append(("  does not load", loaded.reason))
     kernels = importlib.util.find_spec("trl_fast.kernels")

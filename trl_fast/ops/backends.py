@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -42,6 +44,16 @@ class BackendRow(NamedTuple):
 
 
 @functools.cache
+def why_not_built(part: str) -> str:
+    """Why the build left out "extension" or "cuda", with the remedy, as setup.py wrote it down."""
+    try:
+        notes = json.loads((Path(__file__).parents[1] / "_build.json").read_text())
+    except (OSError, ValueError):
+        notes = {}
+    return notes.get(part, "no build is on record here; install with `pip install --no-build-isolation`")
+
+
+@functools.cache
 def load_extension() -> Support:
     """Loads `trl_fast._C`, which registers the C++ ops; the reason says what is missing, and so does one log line."""
     support = _try_extension()
@@ -54,10 +66,7 @@ def load_extension() -> Support:
 
 def _try_extension() -> Support:
     if importlib.util.find_spec("trl_fast._C") is None:
-        return Support(
-            False,
-            "the C++ extension is not built; install a C++ compiler and run `pip install --no-build-isolation -e .`",
-        )
+        return Support(False, f"the C++ extension is not built: {why_not_built('extension')}")
     try:
         from trl_fast import _C
     except ImportError as error:
@@ -87,17 +96,25 @@ def _supports_triton(device: torch.device) -> Support:
     return Support(False, f"Triton kernels need a CUDA device, not {device.type}")
 
 
-def _supports_cuda(device: torch.device) -> Support:
-    if device.type != "cuda":
-        return Support(False, f"the CUDA kernels run on a GPU, not on {device.type}")
+@functools.cache
+def load_cuda_kernels() -> Support:
+    """Whether the extension has its CUDA part; the reason says why not, and so does one log line."""
     loaded = load_extension()
     if not loaded.ok:
         return loaded
     from trl_fast import _C
 
     if not _C.build_info()["cuda"]:
-        return Support(False, "the C++ extension was built without CUDA; rebuild it with a CUDA toolkit and torch")
+        reason = f"the C++ extension was built without CUDA: {why_not_built('cuda')}"
+        logger.warning(f"{reason}. Until then its kernels on GPUs are Triton's or PyTorch's.")
+        return Support(False, reason)
     return Support(True, "compiled CUDA kernels over cuBLAS blocks")
+
+
+def _supports_cuda(device: torch.device) -> Support:
+    if device.type != "cuda":
+        return Support(False, f"the CUDA kernels run on a GPU, not on {device.type}")
+    return load_cuda_kernels()
 
 
 def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> Support:
