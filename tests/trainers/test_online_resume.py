@@ -37,9 +37,9 @@ class Judge:
 
 @pytest.fixture
 def make(model_path, tmp_path):
-    def make(method, *, judge=None, **changes):
+    def make(method, *, judge=None, rows=None, **changes):
         judge = judge or Judge()
-        arguments = {"model": model_path, "reward_funcs": judge, "train_dataset": color_prompts(7)}
+        arguments = {"model": model_path, "reward_funcs": judge, "train_dataset": rows or color_prompts(7)}
         settings = {**SETTINGS, **changes}
         return make_trainer(trl_fast, tmp_path, method=method, arguments=arguments, **settings), judge
 
@@ -139,6 +139,17 @@ def test_a_checkpoint_between_generations_needs_no_more(make, tmp_path, caplog):
     trainer.train()
     assert trainer.generation.step == 3 and judge.seen[0] == judge.seen[2]
     assert "resume_from_checkpoint" not in caplog.text
+
+
+def test_a_stream_goes_on_within_its_first_pass_and_says_so_after_it(make, tmp_path, caplog):
+    stream = color_prompts(7).to_iterable_dataset()
+    whole, judge = make("GRPO", rows=stream, max_steps=5)
+    whole.train()
+    for step, says in ((2, False), (4, True)):
+        resumed, again = make("GRPO", rows=stream, max_steps=5)
+        resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}")
+        assert ("the train dataset is a stream that ended before" in caplog.text) == says
+        assert (again.seen == judge.seen[step:]) != says
 
 
 def test_ppo_resumed_after_the_first_epoch(model_path, reward_model_path, tokenizer, tmp_path):

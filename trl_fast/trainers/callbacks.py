@@ -69,13 +69,28 @@ class EpochAnnouncer(TrainerCallback):
     accelerate's own sampler only; ours would start from its first order again.
     """
 
+    def __init__(self) -> None:
+        self._first_step = 0
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Tells the whole loader, whose sampler is that of the other one."""
+        self._first_step = state.global_step
         loader = kwargs["train_dataloader"]
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(int(state.epoch or 0))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Says so if a stream, which does not tell its length, was resumed after its first pass."""
+        if 0 < state.global_step == self._first_step:
+            logger.warning(
+                "resume_from_checkpoint: the train dataset is a stream that ended before all rows that were trained "
+                "on had been left out, so the run goes on with its first rows and is not the unbroken one. Use a "
+                "datasets.Dataset for runs of several epochs."
+            )
 
 
 class SyncRefModelCallback(TrainerCallback):
