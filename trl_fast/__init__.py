@@ -42,6 +42,7 @@ _EXPORTS = {
     "init_zero_verbose": "trl_fast.cli.quiet",
     "install_as_trl": "trl_fast.dropin",
     "clone_chat_template": "trl_fast.modeling.chat_template",
+    "setup_chat_format": "trl_fast.modeling.chat_template",
     "create_reference_model": "trl_fast.modeling.reference",
     "apply_chat_template": "trl_fast.data",
     "extract_prompt": "trl_fast.data",
@@ -84,7 +85,7 @@ if TYPE_CHECKING:
         unpair_preference_dataset,
     )
     from trl_fast.dropin import install_as_trl
-    from trl_fast.modeling.chat_template import clone_chat_template
+    from trl_fast.modeling.chat_template import clone_chat_template, setup_chat_format
     from trl_fast.modeling.reference import create_reference_model
     from trl_fast.trainers import (
         BEMACallback,

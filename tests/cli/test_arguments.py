@@ -4,8 +4,16 @@ import dataclasses
 
 import pytest
 from peft import LoraConfig
+from transformers import HfArgumentParser
 
-from trl_fast.cli.arguments import ModelConfig, get_kbit_device_map, get_peft_config, get_quantization_config
+import trl_fast
+from trl_fast.cli.arguments import (
+    ModelConfig,
+    ScriptArguments,
+    get_kbit_device_map,
+    get_peft_config,
+    get_quantization_config,
+)
 from trl_fast.cli.parser import TrlParser
 
 
@@ -51,7 +59,45 @@ def test_the_older_name_of_dtype():
         assert ModelConfig(torch_dtype="float16").dtype == "float16"
 
 
-def test_what_moved_to_the_trainers_config_says_so():
-    with pytest.raises(AttributeError, match="field of the trainer's config"):
-        ModelConfig().trust_remote_code  # noqa: B018
+def test_trust_in_remote_code_is_read_and_given_here_as_older_scripts_do():
+    assert ModelConfig().trust_remote_code is False
+    assert ModelConfig(model_name_or_path="x", trust_remote_code=True).trust_remote_code is True
+
+
+@dataclasses.dataclass
+class MyModelConfig(ModelConfig):
+    """As scripts have it: a subclass that leaves the parent's __post_init__ out."""
+
+    rope: int = 1
+
+    def __post_init__(self):
+        pass
+
+
+@pytest.mark.parametrize("model_class", [ModelConfig, MyModelConfig])
+@pytest.mark.parametrize("others", [(ScriptArguments,), (ScriptArguments, trl_fast.PPOConfig)])
+@pytest.mark.parametrize("flags, trusted", [(["--trust_remote_code"], True), (["--trust-remote-code=no"], False)])
+def test_one_flag_is_for_the_model_and_the_trainer(flags, trusted, others, model_class, tmp_path):
+    training = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"] if len(others) > 1 else []
+    parsed = TrlParser((*others, model_class)).parse_args_and_config([*training, *flags])
+    assert len(parsed) == len(others) + 1
+    told = [one.trust_remote_code for one in parsed if hasattr(one, "trust_remote_code")]
+    assert told == [trusted] * len(others)
+
+
+def test_trust_in_a_yaml_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("trust_remote_code: true\n")
+    (model_args,) = TrlParser(ModelConfig).parse_args_and_config(["--config", str(tmp_path / "config.yaml")])
+    assert model_args.trust_remote_code is True
+
+
+def test_transformers_own_parser_has_the_flag_once(tmp_path):
+    # Scripts of older TRL parse with it. A flag of two dataclasses would be an error.
+    parser = HfArgumentParser((ScriptArguments, trl_fast.KTOConfig, ModelConfig))
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--trust_remote_code"]
+    _, training_args, model_args = parser.parse_args_into_dataclasses(flags)
+    assert training_args.trust_remote_code is True and model_args.trust_remote_code is False
+
+
+def test_the_older_name_of_dtype_as_a_flag():
     assert TrlParser(ModelConfig).parse_args_and_config(["--torch_dtype", "auto"])[0].dtype == "auto"

@@ -82,7 +82,7 @@ def saved_folder(tmp_path, monkeypatch):
 
 
 def error(tmp_path, monkeypatch):
-    assert main(["validate", "--dataset_name", f"{TEXT}.jsonl"]) == 1
+    assert main(["validate", "--dataset_name", f"{TEXT}.jsonl"]) == 2
 
 
 def pairs():

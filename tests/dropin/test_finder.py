@@ -8,16 +8,21 @@ import sys
 import pytest
 
 import trl_fast
+from trl_fast.dropin.finder import TrlFinder
 from trl_fast.dropin.names import GONE, MODULES, TRL_VERSION
 
 # Names and modules that TRL 1.16 has no more, but older versions had.
 OLDER_MODULES = {"trl.models.modeling_base", "trl.commands", "trl.commands.cli_utils"}
 OLDER_MODULES |= {"trl.trainer.ppo_config", "trl.trainer.ppo_trainer", "trl.experimental.ppo"}
+OLDER_MODULES |= {"trl.experimental.kto.kto_config", "trl.experimental.kto.kto_trainer"}
 OLDER_NAMES = {
     ("trl", "truncate_dataset"),
     ("trl.data_utils", "truncate_dataset"),
     ("trl.trainer.utils", "get_kbit_device_map"),
     ("trl.trainer.utils", "ModelConfig"),
+    ("trl.trainer.utils", "SIMPLE_CHAT_TEMPLATE"),
+    ("trl.models", "setup_chat_format"),
+    ("trl.models.utils", "setup_chat_format"),
 }
 
 
@@ -47,7 +52,8 @@ def test_every_name_of_the_table_is_there(installed):
     for module, places in MODULES.items():
         ours = importlib.import_module(module)
         for name in places:
-            assert getattr(ours, name).__module__.startswith("trl_fast"), f"{module}.{name}"
+            value = getattr(ours, name)
+            assert isinstance(value, str) or value.__module__.startswith("trl_fast"), f"{module}.{name}"
         assert set(places) <= set(dir(ours))
 
 
@@ -69,7 +75,7 @@ def test_every_way_of_importing(installed):
 @pytest.mark.parametrize(
     "statement, message",
     [
-        ("from trl import setup_chat_format", "trl.setup_chat_format: TRL had it until 0.25; use clone_chat_template"),
+        ("from trl import pack_examples", "trl.pack_examples: TRL had it until 0.19; use pack_dataset"),
         ("from trl import DataCollatorForCompletionOnlyLM", "until 0.19.*completion_only_loss"),
         ("from trl.trainer import ORPOTrainer", "trl.trainer.ORPOTrainer: TRL had it until 0.28.*trl.experimental"),
         ("from trl import DistillationTrainer", "trl_fast does not have trl.DistillationTrainer; leave it out"),
@@ -87,8 +93,8 @@ def test_what_is_not_there_is_an_import_error_that_says_what_to_do(statement, me
 
 def test_attributes_that_are_not_there(installed):
     assert not hasattr(installed, "DistillationTrainer")
-    with pytest.raises(AttributeError, match="TRL had it until 0.25"):
-        installed.setup_chat_format  # noqa: B018
+    with pytest.raises(AttributeError, match="TRL had it until 0.19"):
+        installed.pack_examples  # noqa: B018
     with pytest.raises(AttributeError, match="does not have trl.trainer.utils.flush_left"):
         installed.trainer.utils.flush_left  # noqa: B018
 
@@ -109,7 +115,20 @@ def test_trl_itself_must_not_have_been_imported():
 def test_twice_is_once(installed):
     trl_fast.install_as_trl()
     assert sys.modules["trl"] is installed
-    assert sum(getattr(finder, "__name__", "") == "TrlFinder" for finder in sys.meta_path) == 1
+    assert sum(isinstance(finder, TrlFinder) for finder in sys.meta_path) == 1
+
+
+def test_caches_can_be_invalidated(installed):
+    # transformers does it before it imports a model's own code.
+    importlib.invalidate_caches()
+    assert importlib.import_module("trl.rewards") is installed.rewards
+
+
+def test_kto_where_it_was_experimental(installed):
+    from trl.experimental.kto import KTOConfig, KTOTrainer
+    from trl.experimental.kto.kto_trainer import KTOTrainer as Again
+
+    assert (KTOConfig, KTOTrainer, Again) == (trl_fast.KTOConfig, trl_fast.KTOTrainer, trl_fast.KTOTrainer)
 
 
 def test_an_import_of_trl_is_cheap():

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from trl_fast.ranges import check_ranges
 from trl_fast.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class ModelConfig:
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit format.", "choices": ["fp4", "nf4"]})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the quantisation constants."})
     bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "Storage dtype of 4-bit weights."})
+    # Scripts for TRL up to 1.6 read it here. Its flag is that of the trainer's config; see below.
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.torch_dtype is not None and self.dtype == "float32" != self.torch_dtype:
@@ -115,6 +118,7 @@ class ModelConfig:
             self.dtype = self.torch_dtype
         # Older scripts read the value under this name.
         self.torch_dtype = self.dtype
+        check_ranges(self)
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit exclude each other; choose one")
         # peft takes a lone string as a pattern that the whole name must match. TRL hands every lone module over so,
@@ -123,10 +127,10 @@ class ModelConfig:
         if alone and re.search(r"all-linear|[\\*+?()\[\]|^$]", self.lora_target_modules[0]):
             self.lora_target_modules = self.lora_target_modules[0]
 
-    @property
-    def trust_remote_code(self) -> bool:
-        """Raises AttributeError: older versions had it here."""
-        raise AttributeError("ModelConfig.trust_remote_code moved: it is a field of the trainer's config")
+
+# The trainer's config has a flag of this name, and two of them are an error. transformers' parser goes by `init`,
+# which the constructor above has been made with already, so this field gets none; TrlParser hands the value on.
+ModelConfig.__dataclass_fields__["trust_remote_code"].init = False
 
 
 def get_peft_config(model_args: ModelConfig) -> PeftConfig | None:

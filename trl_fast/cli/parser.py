@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from trl_fast.suggestions import did_you_mean
 
+from .arguments import ModelConfig
 from .config_file import ConfigFile, read_config
 
 
@@ -20,7 +22,7 @@ class TrlParser(HfArgumentParser):
     """Parses dataclasses from flags and from a YAML file.
 
     `--config file.yaml`: its keys become defaults, flags win; its map `env` goes to the environment. `--max-length` is
-    `--max_length`. `none` and `null` mean None.
+    `--max_length`. `none` and `null` mean None. `--trust_remote_code` reaches ModelConfig and the trainer's config.
 
     Raises:
         ValueError: a dataclass has a field `config`.
@@ -34,10 +36,33 @@ class TrlParser(HfArgumentParser):
         super().__init__(types, allow_abbrev=False, **kwargs)
         self.config_file = ConfigFile(Path())
         self.add_argument("--config", help="YAML file whose keys become defaults; flags win.")
+        fields = {name for owner in types for name, item in owner.__dataclass_fields__.items() if item.init}
+        if "trust_remote_code" not in fields and any(issubclass(owner, ModelConfig) for owner in types):
+            self._add_trust_remote_code()
         for action in self._actions:
             # For report_to, "none" is a value of its own.
             if callable(action.type) and not action.choices and action.dest != "report_to":
                 action.type = _none_or(action.type)
+
+    def _add_trust_remote_code(self) -> None:
+        """The flag, where there is no trainer's config that has it."""
+        self.add_argument(
+            *("--trust_remote_code", "--trust-remote-code"),
+            type=string_to_bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Allow models and tokenizers that bring Python code of their own.",
+        )
+
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As in transformers; `trust_remote_code` is also ModelConfig's."""
+        parsed = super().parse_args_into_dataclasses(*args, **kwargs)
+        trusted = any(getattr(one, "trust_remote_code", False) for one in parsed)
+        for one in parsed:
+            if isinstance(one, ModelConfig):
+                one.trust_remote_code = trusted
+        return parsed
 
     def parse_args_and_config(
         self,
@@ -65,7 +90,8 @@ class TrlParser(HfArgumentParser):
             if line is None:
                 raise
             raise ValueError(f"{self.config_file.path}, line {line}: {error}") from error
-        del namespace.config
+        for taken in ("config", "trust_remote_code"):
+            vars(namespace).pop(taken, None)
         if vars(namespace):
             parsed.append(namespace)
         if return_remaining_strings:

@@ -49,6 +49,7 @@ def make_trainer(
         **(training_args.model_init_kwargs or {}),
     }
     evaluates = training_args.eval_strategy != "no"
+    training_args.trust_remote_code = training_args.trust_remote_code or model_args.trust_remote_code
     train_dataset, eval_dataset = load_train_and_test(script_args, mixture, with_test=evaluates)
     trainer = trainer_class(
         model=model,

@@ -27,8 +27,8 @@ def install_as_trl() -> None:
             "in use; call trl_fast.install_as_trl() before the first `import trl`, or start the script with "
             "`trl-fast run`"
         )
-    if TrlFinder not in sys.meta_path:
-        sys.meta_path.insert(0, TrlFinder)
+    if not any(isinstance(finder, TrlFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, TrlFinder())
 
 
 class TrlModule(ModuleType):
@@ -64,9 +64,8 @@ class TrlModule(ModuleType):
 class TrlFinder(MetaPathFinder, Loader):
     """Finds trl and every module below it; what trl_fast does not have is an ImportError that says so."""
 
-    @classmethod
     def find_spec(
-        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of a module of MODULES.
 
@@ -76,19 +75,17 @@ class TrlFinder(MetaPathFinder, Loader):
         if name in MODULES:
             # All are packages: for a name that a package lacks, `from package import name` comes here once more, where
             # the error can say what to do; of a module's AttributeError Python would keep nothing.
-            return ModuleSpec(name, cls, origin="trl_fast", is_package=True)
+            return ModuleSpec(name, self, origin="trl_fast", is_package=True)
         parent, _, child = name.rpartition(".")
         if name.split(".")[0] == "trl":
             raise ImportError(explain(parent, child), name=name)
         return None
 
-    @staticmethod
-    def create_module(spec: ModuleSpec) -> TrlModule:
+    def create_module(self, spec: ModuleSpec) -> TrlModule:
         """The module, whose names are looked up when they are used."""
         return TrlModule(spec.name)
 
-    @staticmethod
-    def exec_module(module: ModuleType) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         """Nothing: the module is complete."""
 
 

@@ -42,12 +42,13 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.trainer.model_config": {"ModelConfig": "trl_fast"},
     "trl.trainer.utils": {
         **_MODEL_ARGUMENTS,
+        "SIMPLE_CHAT_TEMPLATE": "trl_fast.modeling.chat_template",
         "disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout",
         "RepeatSampler": "trl_fast.data.sampler",
         "selective_log_softmax": "trl_fast.ops",
     },
-    "trl.models": {"create_reference_model": "trl_fast"},
-    "trl.models.utils": {"create_reference_model": "trl_fast"},
+    "trl.models": dict.fromkeys(("create_reference_model", "setup_chat_format"), "trl_fast"),
+    "trl.models.utils": dict.fromkeys(("create_reference_model", "setup_chat_format"), "trl_fast"),
     "trl.models.modeling_base": {"create_reference_model": "trl_fast"},
     "trl.data_utils": dict.fromkeys(
         (
@@ -93,6 +94,9 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.commands": {},
     "trl.commands.cli_utils": {**_ARGUMENTS, "init_zero_verbose": "trl_fast"},
     "trl.experimental": {},
+    "trl.experimental.kto": dict.fromkeys(("KTOConfig", "KTOTrainer"), "trl_fast"),
+    "trl.experimental.kto.kto_config": {"KTOConfig": "trl_fast"},
+    "trl.experimental.kto.kto_trainer": {"KTOTrainer": "trl_fast"},
     "trl.experimental.ppo": dict.fromkeys(("PPOConfig", "PPOTrainer"), "trl_fast"),
     "trl.experimental.utils": {"create_reference_model": "trl_fast", "truncate_dataset": "trl_fast.data"},
 }
@@ -112,7 +116,6 @@ _ADAPTER_ONLY = "quantised and LoRA models need no such preparation here: give p
 
 # Names that left TRL, or that TRL has and trl_fast deliberately has not, with what to do.
 GONE: dict[str, str] = {
-    "setup_chat_format": _until("0.25", "use clone_chat_template(model, tokenizer, source_tokenizer_path)"),
     "DataCollatorForCompletionOnlyLM": _until(
         "0.19",
         "give a dataset of prompts and completions, or set completion_only_loss or assistant_only_loss in SFTConfig",

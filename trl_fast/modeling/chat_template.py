@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 from peft import PeftConfig
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+# What scripts for TRL 0.12 to 0.22 give to tokenizers that have no template: "User: ...", "Assistant: ...".
+SIMPLE_CHAT_TEMPLATE = """\
+{%- for message in messages %}{{ message.role.capitalize() + ": " + message.content + "\n\n" }}{% endfor %}
+{%- if add_generation_prompt %}Assistant:{% endif %}"""
+
+# OpenAI's ChatML.
+_CHATML_START, _CHATML_END = "<|im_start|>", "<|im_end|>"
+_CHATML_TEMPLATE = f"""\
+{{%- for message in messages %}}
+{{{{- "{_CHATML_START}" + message.role + "\n" + message.content + "{_CHATML_END}\n" }}}}
+{{%- endfor %}}
+{{%- if add_generation_prompt %}}{{{{ "{_CHATML_START}assistant\n" }}}}{{% endif %}}"""
 
 
 def clone_chat_template(
@@ -46,6 +60,45 @@ def clone_chat_template(
         if tokenizer.add_tokens(filler):
             new.append(filler)
     return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in new])
+
+
+def setup_chat_format(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    format: str = "chatml",
+    resize_to_multiple_of: int | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Gives a tokenizer ChatML's template and tokens, and makes room for them in the model, as TRL did until 0.25.
+
+    <|im_start|> becomes the begin token, <|im_end|> the end and pad token, in the model's configs too. The embeddings
+    grow or shrink to the vocabulary, rounded up to a multiple of resize_to_multiple_of. Both are changed in place.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has a chat template already, or format is not "chatml".
+    """
+    warnings.warn(
+        "`setup_chat_format` is a name of an older TRL; it works; `clone_chat_template` is the present way.",
+        FutureWarning,
+        stacklevel=2,
+    )
+    if format != "chatml":
+        raise ValueError(f"setup_chat_format: format={format!r} is unknown; the only one is 'chatml'")
+    if tokenizer.chat_template is not None:
+        raise ValueError(
+            "setup_chat_format: the tokenizer has a chat template already; leave the call out to train with that one, "
+            "or set tokenizer.chat_template = None before it"
+        )
+    tokenizer.add_special_tokens({"bos_token": _CHATML_START, "eos_token": _CHATML_END, "pad_token": _CHATML_END})
+    tokenizer.chat_template = _CHATML_TEMPLATE
+    model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=resize_to_multiple_of)
+    for config in (model.config.get_text_config(), *([model.generation_config] if model.can_generate() else [])):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 def set_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:

@@ -78,7 +78,7 @@ class ReferenceTrainer(BaseTrainer):
             )
         if isinstance(ref_model, str):
             options = args.ref_model_init_kwargs or {"dtype": model.dtype}
-            return freeze(load_causal_lm(ref_model, **options))
+            return freeze(load_causal_lm(ref_model, **{"trust_remote_code": args.trust_remote_code, **options}))
         if ref_model is not None:
             return freeze(ref_model)
         return None if with_adapter or not wanted else copy_as_reference(model)
