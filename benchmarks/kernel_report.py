@@ -60,8 +60,12 @@ class KernelCase:
 
 _FLOATS = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
 _TILE_SIZES = dict.fromkeys(("num_columns", "column_offset"), "i32")
-# Bytes of logits that a thread of a row kernel gets at once.
-_SHARE = rows.BLOCK_BYTES // (32 * rows.NUM_WARPS)
+# Bytes of logits that a thread of row_grad gets at once, and columns of a chunk that a thread has.
+_THREADS = 32 * rows.NUM_WARPS
+_SHARE, _COLUMNS = rows.BLOCK_BYTES // _THREADS, rows.CHUNK // _THREADS
+_STATE = {"state": "*fp64", "state_stride": "i64"}
+_PACKED = {"words": "*i16", "words_stride": "i64", "tops": "*fp32", "tops_stride": "i64"}
+_OF_GRAD = {"lse": "*fp32", "coefficients": "*fp32", "coefficient_stride": "i64", "out_stride": "i64"}
 
 
 def _logits(dtype: str) -> dict[str, str]:
@@ -75,28 +79,40 @@ def _score_cases() -> Iterator[KernelCase]:
             yield KernelCase(
                 f"row_scores {dtype} {'all outputs' if everything else 'log-probs'}",
                 rows.row_scores_kernel,
-                {**_logits(dtype), "state": "*fp64", "state_stride": "i64", **_TILE_SIZES, **_FLOATS},
-                {**flags, "BLOCK": rows.BLOCK_BYTES // itemsize},
+                {**_logits(dtype), **_STATE, **_PACKED, "pack": "i32", **_TILE_SIZES, **_FLOATS},
+                {**flags, "BLOCK": rows.CHUNK},
                 rows.NUM_WARPS,
                 scalar_loads=9,
-                least_bytes=_SHARE,
+                # A logit, and if it packs, which is decided when it runs, its word; a largest logit a chunk.
+                least_bytes=_COLUMNS * (itemsize + 2) + 4,
             )
 
 
 def _grad_cases() -> Iterator[KernelCase]:
     same = [(dtype, dtype, itemsize, 1) for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2))]
     for dtype, out, itemsize, written in (*same, ("fp32", "bf16", 4, 0.5), ("fp32", "fp16", 4, 0.5)):
-        rest = {"lse": "*fp32", "coefficients": "*fp32", "coefficient_stride": "i64", "out": f"*{out}"}
         name = dtype if dtype == out else f"{dtype} to {out}"
         for everything in (False, True):
             yield KernelCase(
                 f"row_grad {name} {'bias, softcap' if everything else 'plain'}",
                 rows.row_grad_kernel,
-                {**_logits(dtype), **rest, "out_stride": "i64", **_TILE_SIZES, **_FLOATS},
+                {**_logits(dtype), **_OF_GRAD, "out": f"*{out}", **_TILE_SIZES, **_FLOATS},
                 {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, "BLOCK": rows.BLOCK_BYTES // itemsize},
                 rows.NUM_WARPS,
                 scalar_loads=6,
                 least_bytes=int((1 + written) * _SHARE),
+            )
+    for out, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+        for has_rows in (False, True):
+            signature = {**_PACKED, "rows": "*i64", "targets": "*i64", **_OF_GRAD, "out": f"*{out}", **_TILE_SIZES}
+            yield KernelCase(
+                f"row_grad_packed to {out}{', some rows' * has_rows}",
+                rows.row_grad_packed_kernel,
+                {**signature, "slope": "fp32"},
+                {"HAS_ROWS": has_rows, "BLOCK": rows.CHUNK},
+                rows.NUM_WARPS,
+                scalar_loads=7 + has_rows,
+                least_bytes=_COLUMNS * (2 + itemsize),
             )
 
 

@@ -1,4 +1,5 @@
-"""The two row kernels in Triton; `trl_fast/ops/rows.py` specifies them and explains the names.
+"""The two row kernels in Triton, each with its form for packed logits; `trl_fast/ops/rows.py` specifies them and
+explains the names, `trl_fast/ops/packed_logits.py` how logits are packed.
 
 One program works on one row (scores) or on one tile of a row (grad). Row offsets are 64-bit. Statistics are float32,
 whatever the logits are. Only flags and the block size are compile-time constants: no number of rows, temperature or
@@ -14,12 +15,14 @@ import triton.language as tl
 from .launching import on_tensors_device
 from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, add_logits, store_sums, transformed
 
-# A block of 8 KiB is two 16-byte loads a thread; with twice that, the float32 scores spill on sm_80.
-BLOCK_BYTES, NUM_WARPS = 8192, 8
+# What row_scores reads at once: the columns that share a largest logit when they are packed, here as in
+# packed_logits.py. A block of row_grad is 8 KiB, two 16-byte loads a thread. With twice as much, float32 scores spill.
+CHUNK, BLOCK_BYTES, NUM_WARPS = 2048, 8192, 8
 
 # What is read one value a row, or follows from the number of rows: its alignment and its size are nobody's business.
 _PER_ROW = ["targets", "state", "state_stride", "lse", "coefficients", "coefficient_stride"]
 _ANY_VALUE = ["scale", "softcap", "inv_temperature", "column_offset", *_PER_ROW]
+_PACKED_PER_ROW = ["tops", "tops_stride", "pack"]
 
 
 @triton.jit
@@ -30,7 +33,17 @@ def _load_raw(row, bias, columns, mask, HAS_BIAS: tl.constexpr):
     return z
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
+@triton.jit
+def _packed(u, top):
+    """Words (R, C) of logits u (R, C) whose largest are top (R,)."""
+    steps = (top[:, None] - u) * 1024.0
+    limit = tl.where(steps < float("inf"), 65534.0, 65535.0)  # NaN is not below
+    code = tl.where(steps < limit, steps, limit)
+    # A float of [2²³, 2²⁴) has its integer in the low bits: adding 2²³ rounds to it.
+    return (code + 8388608.0).to(tl.int32, bitcast=True).to(tl.int16)
+
+
+@triton.jit(do_not_specialize=[*_ANY_VALUE, *_PACKED_PER_ROW])
 def row_scores_kernel(
     logits,
     row_stride,
@@ -38,6 +51,11 @@ def row_scores_kernel(
     bias,
     state,
     state_stride,
+    words,
+    words_stride,
+    tops,
+    tops_stride,
+    pack,
     num_columns,
     column_offset,
     scale,
@@ -48,7 +66,11 @@ def row_scores_kernel(
     OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds one row of a tile to its state in one read; the state's rows are those of `trl_fast.ops.rows`."""
+    """Adds one row of a tile to its state in one read; the state's rows are those of rows.py. Packs it if told to.
+
+    Whether it packs is no compile-time constant: another kernel would have other threads add up other columns, and a
+    row's sums would no longer be the same, bit by bit, with packing and without.
+    """
     index = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     row = logits + index * row_stride
     target = tl.load(targets + index) - column_offset
@@ -73,11 +95,28 @@ def row_scores_kernel(
         u, _ = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
         u = tl.where(mask, u, -float("inf"))
         sums = add_logits(sums, u, mask, columns < target[:, None], OUTPUTS)
+        if pack:
+            chunk_top = tl.max(u, 1)
+            tl.store(words + index[:, None] * words_stride + columns, _packed(u, chunk_top), mask=mask)
+            tl.store(tops + index * tops_stride + start // BLOCK, chunk_top)
     store_sums(state, state_stride, sums, None, OUTPUTS)
     here = (target >= 0) & (target < num_columns)
     z = _load_raw(row, bias, target, here, HAS_BIAS)
     target_logit, _ = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
     tl.store(state + 5 * state_stride, target_logit, mask=here)
+
+
+@triton.jit
+def _grad_of(u, is_target, lse, coefficients, coefficient_stride):
+    """The gradient with respect to transformed logits u of one row, whose numbers the pointers point at."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    a = tl.load(coefficients)
+    b = tl.load(coefficients + coefficient_stride)
+    d = tl.load(coefficients + 2 * coefficient_stride)
+    e = tl.load(coefficients + 3 * coefficient_stride)
+    x = u - tl.load(lse)
+    p = tl.exp2(x * LOG2E)
+    return tl.where(p == 0.0, 0.0, p * (a + b * x)) + e + tl.where(is_target, d, 0.0)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -101,21 +140,91 @@ def row_grad_kernel(
     BLOCK: tl.constexpr,
 ):
     """The gradient of one tile of a row; each element depends on itself only, so `out` may be `logits`."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     index = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
-    target = tl.load(targets + index) - column_offset
-    a = tl.load(coefficients + index)
-    b = tl.load(coefficients + index + coefficient_stride)
-    d = tl.load(coefficients + index + 2 * coefficient_stride)
-    e = tl.load(coefficients + index + 3 * coefficient_stride)
+    is_target = columns == tl.load(targets + index) - column_offset
     z = _load_raw(logits + index * row_stride, bias, columns, mask, HAS_BIAS)
     u, slope = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
-    x = u - tl.load(lse + index)
-    p = tl.exp2(x * LOG2E)
-    du = tl.where(p == 0.0, 0.0, p * (a + b * x)) + e + tl.where(columns == target, d, 0.0)
+    du = _grad_of(u, is_target, lse + index, coefficients + index, coefficient_stride)
     tl.store(out + index * out_stride + columns, (du * slope).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*_ANY_VALUE, *_PACKED_PER_ROW, "rows", "slope"])
+def row_grad_packed_kernel(
+    words,
+    words_stride,
+    tops,
+    tops_stride,
+    rows,
+    targets,
+    lse,
+    coefficients,
+    coefficient_stride,
+    out,
+    out_stride,
+    num_columns,
+    column_offset,
+    slope,
+    HAS_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of one chunk of a packed row; like row_grad_kernel, it may take the words' place."""
+    index = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    columns = chunk * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < num_columns
+    is_target = columns == tl.load(targets + index) - column_offset
+    source = tl.load(rows + index) if HAS_ROWS else index
+    code = tl.load(words + source * words_stride + columns, mask=mask, other=0).to(tl.int32) & 0xFFFF
+    top = tl.load(tops + source * tops_stride + chunk)
+    u = tl.where(code == 65535, -float("inf"), top - code.to(tl.float32) * (1.0 / 1024.0))
+    du = _grad_of(u, is_target, lse + index, coefficients + index, coefficient_stride)
+    tl.store(out + index * out_stride + columns, (du * slope).to(out.dtype.element_ty), mask=mask)
+
+
+def _launch_scores(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    outputs: int,
+    column_offset: int,
+    state: torch.Tensor,
+    words: torch.Tensor | None = None,
+    tops: torch.Tensor | None = None,
+) -> None:
+    rows, columns = logits.shape
+    if rows == 0 or columns == 0:
+        return
+    pack = words is not None
+    if not pack:  # some address of the same types, for the same kernel
+        words, tops = logits.as_strided((1, 1), (1, 1)).view(torch.int16), logits
+    row_scores_kernel[(rows,)](
+        logits,
+        logits.stride(0),
+        targets.contiguous(),
+        logits if bias is None else bias.contiguous(),
+        state,
+        state.stride(0),
+        words,
+        words.stride(0) if pack else 0,
+        tops,
+        tops.stride(0),
+        int(pack),
+        columns,
+        column_offset,
+        scale,
+        softcap,
+        inv_temperature,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap != 0.0,
+        OUTPUTS=outputs,
+        BLOCK=CHUNK,
+        num_warps=NUM_WARPS,
+    )
 
 
 @on_tensors_device
@@ -134,27 +243,25 @@ def row_scores(
 
     targets: (R,) int64, columns of the full vocabulary; bias: (C,) or None; see rows.py.
     """
-    rows, columns = logits.shape
-    if rows == 0 or columns == 0:
-        return
-    row_scores_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        targets.contiguous(),
-        logits if bias is None else bias.contiguous(),
-        state,
-        state.stride(0),
-        columns,
-        column_offset,
-        scale,
-        softcap,
-        inv_temperature,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap != 0.0,
-        OUTPUTS=outputs,
-        BLOCK=BLOCK_BYTES // logits.element_size(),
-        num_warps=NUM_WARPS,
-    )
+    _launch_scores(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state)
+
+
+@on_tensors_device
+def row_scores_packed(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    inv_temperature: float,
+    outputs: int,
+    column_offset: int,
+    state: torch.Tensor,
+    words: torch.Tensor,
+    tops: torch.Tensor,
+) -> None:
+    """The same, without a softcap; packs the logits into words (R, >= C) int16 and tops (R, chunks) float32."""
+    given = (logits, targets, bias, scale, 0.0, inv_temperature)
+    _launch_scores(*given, outputs, column_offset, state, words, tops)
 
 
 @on_tensors_device
@@ -196,5 +303,47 @@ def row_grad(
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap != 0.0,
         BLOCK=block,
+        num_warps=NUM_WARPS,
+    )
+
+
+@on_tensors_device
+def row_grad_packed(
+    words: torch.Tensor,
+    index: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: float,
+    inv_temperature: float,
+    lse: torch.Tensor,
+    coefficients: torch.Tensor,
+    column_offset: int,
+    out: torch.Tensor,
+    tops: torch.Tensor,
+) -> None:
+    """Writes the gradient of the rows `index` (R,) of packed logits, None for all in order, to `out` (R, C).
+
+    words: (K, >= C) int16; tops: (K, chunks) float32; lse: (R,) float32; coefficients: (4, R) float32. Without an
+    index, a 16-bit `out` may be the words' own memory.
+    """
+    rows, columns = out.shape
+    if rows == 0 or columns == 0:
+        return
+    row_grad_packed_kernel[(rows, triton.cdiv(columns, CHUNK))](
+        words,
+        words.stride(0),
+        tops,
+        tops.stride(0),
+        targets if index is None else index.contiguous(),
+        targets.contiguous(),
+        lse.contiguous(),
+        coefficients,
+        coefficients.stride(0),
+        out,
+        out.stride(0),
+        columns,
+        column_offset,
+        scale * inv_temperature,
+        HAS_ROWS=index is not None,
+        BLOCK=CHUNK,
         num_warps=NUM_WARPS,
     )

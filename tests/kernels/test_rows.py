@@ -4,9 +4,21 @@ import pytest
 import torch
 
 from benchmarks.kernel_report import HEAD_KERNELS, compile_kernel, resources
+from support.packed_rows import (
+    COLUMNS,
+    PLAIN,
+    TRANSFORMED,
+    check_empty,
+    check_packing,
+    pack_hard_rows,
+)
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import rows
-from trl_fast.ops.rows import SUM, TOP, new_state, row_grad_reference, row_scores_reference
+from trl_fast.ops.packed_logits import CHUNK
+from trl_fast.ops.rows import SUM, TOP, RowKernels, new_state, row_grad_reference, row_scores_reference
+from trl_fast.ops.scores import ENTROPY
+
+PACKING = RowKernels(rows.row_scores, rows.row_grad, 0, None, rows.row_scores_packed, rows.row_grad_packed)
 
 
 def test_offsets_beyond_32_bits():
@@ -27,6 +39,46 @@ def test_offsets_beyond_32_bits():
         row_grad_reference(logits, targets, *constants, lse, coefficients, 0, wanted)
         rows.row_grad(logits, targets, *constants, lse, coefficients, 0, logits)
         torch.testing.assert_close(logits, wanted)
+
+
+@pytest.mark.parametrize("transform", [PLAIN, TRANSFORMED], ids=["plain", "transformed"])
+@pytest.mark.parametrize(
+    "columns", [pytest.param(c, marks=() if c in (5, 2049, 4104) else pytest.mark.slow) for c in COLUMNS]
+)
+def test_packing(columns, transform):
+    with interpreted_kernels():
+        check_packing(PACKING, columns, transform)
+
+
+def test_packing_of_some_outputs_and_at_other_boundaries():
+    with interpreted_kernels():
+        for outputs in (0, ENTROPY):
+            pack_hard_rows(PACKING, 2056, TRANSFORMED, misplaced=1, outputs=outputs)
+
+
+def test_packing_of_empty_tiles():
+    with interpreted_kernels():
+        check_empty(PACKING)
+
+
+def test_the_chunks_of_the_format():
+    assert rows.CHUNK == CHUNK
+
+
+def test_packed_offsets_beyond_32_bits():
+    """Three rows, 2³¹ words apart; only the pages that are touched take memory."""
+    columns, stride = 40, 2**31
+    words = torch.empty(2 * stride + columns, dtype=torch.int16).as_strided((3, columns), (stride, 1))
+    logits, targets = torch.randn(3, columns, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 7, 39])
+    tops, state = torch.empty(3, 1), new_state(3, logits.device)
+    with interpreted_kernels():
+        rows.row_scores_packed(logits, targets, None, 1.0, 1.0, 0, 0, state, words, tops)
+        lse = (state[TOP] + state[SUM].log()).float()
+        coefficients = torch.tensor([-1.0, 0.0, 1.0, 0.0])[:, None].expand(4, 3).contiguous()
+        wanted, out = torch.empty(3, columns), words.view(torch.float16)
+        row_grad_reference(logits, targets, None, 1.0, 0.0, 1.0, lse, coefficients, 0, wanted)
+        rows.row_grad_packed(words, None, targets, 1.0, 1.0, lse, coefficients, 0, out, tops)
+    torch.testing.assert_close(out.float(), wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,32 @@ def test_row_kernels_are_compiled_once_whatever_the_rows(keys_of):
     assert len(scores) == len(grads) == 2
 
 
+def test_rows_are_scored_by_the_same_kernel_whether_they_are_packed_or_not(keys_of):
+    """Another kernel might add up in another order: a row's log-prob would depend on whether a gradient follows."""
+    keys = keys_of(rows, "row_scores_kernel")
+    for columns, outputs in ((4096, 0), (2064, 15)):
+        logits, targets = torch.zeros(NUM_ROWS, columns), torch.zeros(NUM_ROWS, dtype=torch.int64)
+        words, tops = torch.empty(NUM_ROWS, 4112, dtype=torch.int16), torch.empty(NUM_ROWS, 3)
+        state, before = new_state(NUM_ROWS, logits.device), len(keys)
+        rows.row_scores(logits, targets, None, *TRANSFORM, outputs, 0, state)
+        for first, last in PARTS:
+            part = slice(first, last)
+            given = (logits[part], targets[part], None, 1.0, 1.0, outputs, 0, state[:, part])
+            rows.row_scores_packed(*given, words[part], tops[part])
+        assert len(keys) == before + 1
+
+
+def test_packed_gradients_are_compiled_once_whatever_the_rows(keys_of):
+    keys = keys_of(rows, "row_grad_packed_kernel")
+    words, tops = torch.zeros(NUM_ROWS, 4096, dtype=torch.int16), torch.zeros(NUM_ROWS, 2)
+    out, targets, lse = words.view(torch.bfloat16), torch.zeros(NUM_ROWS, dtype=torch.int64), torch.zeros(NUM_ROWS)
+    for first, last in PARTS:
+        part, coefficients = slice(first, last), torch.zeros(4, last - first)
+        given = (targets[part], 1.0, 1.0, lse[part], coefficients, 0, out[part])
+        rows.row_grad_packed(words[part], None, *given, tops[part])
+    assert len(keys) == 1
+
+
 def test_the_fused_kernel_is_compiled_once_whatever_the_rows_and_the_vocabulary(keys_of):
     keys = keys_of(linear_scores, "linear_scores_kernel")
     hidden, targets = torch.zeros(NUM_ROWS, 32), torch.zeros(NUM_ROWS, dtype=torch.int64)
