@@ -202,6 +202,11 @@ RANGES: dict[str, Range] = {
     "vf_coef": NOT_NEGATIVE,
     "gamma": SHARE,
     "lam": SHARE,
+    # Adapters of the command line, and `trl-fast plan`
+    "lora_r": COUNT,
+    "lora_alpha": NOT_NEGATIVE,
+    "lora_dropout": SHARE,
+    "prompt_share": Range(0, 1, below=True),
 }
 
 

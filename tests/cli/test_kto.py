@@ -51,7 +51,7 @@ def test_it_trains_evaluates_and_saves(kto, tmp_path, capsys):
         (["--max_length", "1"], "max_length=1"),
     ],
 )
-def test_an_error_is_one_line_and_status_1(flags, message, kto, capsys):
-    assert kto(*flags) == 1
+def test_an_error_is_one_line_and_status_2(flags, message, kto, capsys):
+    assert kto(*flags) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-fast kto:")]
     assert len(error) == 1 and message in error[0]

@@ -62,13 +62,25 @@ def test_dpo_with_lora_from_a_yaml_file(model_path, pairs_file, tmp_path, capsys
     [
         (["--dataset_name", "nothing.jsonl"], "dataset_name='nothing.jsonl'"),
         (["--loss_type", "sigmoyd"], "sigmoyd"),
+        (["--beta", "nan"], "beta: expected a finite number >= 0, got nan; left out, it is 0.1"),
+        (["--lora_r", "0", "--use_peft"], "lora_r: expected an integer >= 1, got 0; left out, it is 16"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps: expected an integer >= 1, got 0"),
         (["--model_name_or_path", "no-such-model"], "no-such-model"),
     ],
 )
-def test_an_error_is_one_line_and_status_1(flags, message, model_path, pairs_file, tmp_path, capsys):
-    assert dpo(model_path, pairs_file, tmp_path / "run", *flags) == 1
+def test_an_error_is_one_line_and_status_2(flags, message, model_path, pairs_file, tmp_path, capsys):
+    assert dpo(model_path, pairs_file, tmp_path / "run", *flags) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-fast dpo:")]
     assert len(error) == 1 and message in error[0]
+
+
+def test_training_that_diverges_is_one_line_and_status_1(model_path, pairs_file, tmp_path, capsys):
+    flags = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--weight_decay", "1"]
+    assert dpo(model_path, pairs_file, tmp_path / "run", *flags) == 1
+    shown = capsys.readouterr()
+    error = [line for line in shown.err.splitlines() if line.startswith("Training failed at step ")]
+    assert len(error) == 1 and "weights are NaN or infinite since then" in error[0]
+    assert "Model saved" not in shown.out and not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_usage(capsys):

@@ -50,7 +50,7 @@ def test_it_trains_and_saves(method, run, tmp_path, capsys, reward_model_path):
         (["--reward_funcs", "my_rewards.count_words", "--num_generations", "3"], "num_generations=3 does not divide"),
     ],
 )
-def test_an_error_is_one_line_and_status_1(flags, message, run, capsys):
-    assert run("grpo", *flags) == 1
+def test_an_error_is_one_line_and_status_2(flags, message, run, capsys):
+    assert run("grpo", *flags) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-fast grpo:")]
     assert len(error) == 1 and message in error[0]

@@ -89,8 +89,9 @@ def test_a_config_file_and_a_built_in_shape(folder, capsys):
         (("--prompt_tokens", "8", "--method", "sft"), "prompt_tokens=8 has no meaning for sft"),
         (("--gpu_memory", "plenty"), "gpu_memory='plenty': expected a size above zero such as 80GiB"),
         (("--gpu_memory", "1MiB"), "gpu_memory=0.00 GiB cannot hold what training needs at any length: weights"),
-        (("--tiled_mlp", "-3"), "tiled_mlp must be a positive number of tokens"),
-        (("--lora_r", "0", "--peft", "lora"), "lora_r=0: expected a positive number"),
+        (("--tiled_mlp", "-3"), "tiled_mlp: expected an integer >= 1 or None, got -3; True: 4096 tokens"),
+        (("--tiled_mlp", "many"), "tiled_mlp: expected an integer >= 1 or None, got 'many'"),
+        (("--lora_r", "0", "--peft", "lora"), "lora_r: expected an integer >= 1 or None, got 0"),
         (("--peft", "lora", "--lora_target_modules", "q_projection"), "q_projection"),
         (("--method", "sft", "--batch_layout", "shared_prefix"), "batch_layout='shared_prefix' cannot be used"),
         (("--max_lenght", "64"), "unknown argument --max_lenght; did you mean 'max_length'?"),
@@ -99,7 +100,7 @@ def test_a_config_file_and_a_built_in_shape(folder, capsys):
 )
 def test_bad_input_is_one_message_before_anything_is_simulated(flags, message, folder, capsys, monkeypatch):
     monkeypatch.setattr("trl_fast.cli.plan.simulate", None)
-    assert plan(folder, *flags) == 1
+    assert plan(folder, *flags) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -111,22 +112,22 @@ def test_unknown_choices_are_named_with_the_known_ones(flags, folder, capsys):
 
 
 def test_models_that_are_unknown_or_no_decoders(tmp_path, capsys):
-    assert main(["plan"]) == 1
+    assert main(["plan"]) == 2
     assert "model is required: a hub name, a folder, or one of smollm2-135m" in capsys.readouterr().err
-    assert plan("llama-3.1-8") == 1
+    assert plan("llama-3.1-8") == 2
     error = capsys.readouterr().err
     assert "model='llama-3.1-8' is no built-in shape" in error and "did you mean 'llama-3.1-8b'" in error
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    assert plan(tmp_path) == 1
+    assert plan(tmp_path) == 2
     assert "(t5) is no language model of decoder layers alone" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    assert plan(tmp_path, "--tiled_mlp", "64") == 1
+    assert plan(tmp_path, "--tiled_mlp", "64") == 2
     assert "tiled_mlp=64: MambaForCausalLM has no MLP that can be tiled" in capsys.readouterr().err
 
 
 def test_lengths_beyond_the_models_positions(folder, tmp_path, capsys, caplog):
     tiny_config("gpt2", max_position_embeddings=40).save_pretrained(tmp_path)
-    assert plan(tmp_path, "--max_length", "41") == 1
+    assert plan(tmp_path, "--max_length", "41") == 2
     assert "GPT2LMHeadModel has a table of 40 positions" in capsys.readouterr().err
     assert plan(folder, "--max_length", "513") == 0
     assert "more than the 512 positions that LlamaForCausalLM was made for" in caplog.text

@@ -41,7 +41,7 @@ def test_reward_functions(ppo, model_path):
     assert ppo("--sft_model_path", model_path, reward=("--reward_funcs", "get_soft_overlong_punishment")) == 0
 
 
-def test_an_error_is_one_line_and_status_1(ppo, model_path, capsys):
-    assert ppo("--sft_model_path", model_path, "--lam", "2") == 1
+def test_an_error_is_one_line_and_status_2(ppo, model_path, capsys):
+    assert ppo("--sft_model_path", model_path, "--lam", "2") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-fast ppo:")]
-    assert len(error) == 1 and "lam=2.0: expected a number from 0 to 1" in error[0]
+    assert len(error) == 1 and "lam: expected a finite number in [0, 1], got 2.0" in error[0]

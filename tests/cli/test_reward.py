@@ -35,6 +35,6 @@ def test_an_adapter_brings_the_head_without_being_told_to(model_path, pairs_file
 
 
 def test_an_error_is_one_line_and_status_1(model_path, pairs_file, tmp_path, capsys):
-    assert reward(model_path, pairs_file, tmp_path / "run", "--max_length", "3") == 1
+    assert reward(model_path, pairs_file, tmp_path / "run", "--max_length", "3") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-fast reward:")]
     assert len(error) == 1 and "max_length=3" in error[0]

@@ -49,14 +49,14 @@ def test_one_file_has_no_test_split(tmp_path, capsys):
     color_pairs(6).to_json(str(path))
     assert main(["validate", "--dataset_name", str(path)]) == 0
     assert "There is no split 'test'" in capsys.readouterr().err
-    assert main(["validate", "--dataset_name", str(path), "--dataset_test_split", "evaluation"]) == 1
+    assert main(["validate", "--dataset_name", str(path), "--dataset_test_split", "evaluation"]) == 2
     assert "has no split 'evaluation'" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_message(tmp_path, capsys):
     folder = split_folder(tmp_path)
-    assert main(["validate", "--dataset_name", folder, "--max_length", "20"]) == 1
+    assert main(["validate", "--dataset_name", folder, "--max_length", "20"]) == 2
     assert "max_length=20: expected a positive number, and a tokenizer" in capsys.readouterr().err
     none = ["--dataset_train_split", "none", "--dataset_test_split", "none"]
-    assert main(["validate", "--dataset_name", folder, *none]) == 1
+    assert main(["validate", "--dataset_name", folder, *none]) == 2
     assert "name at least one" in capsys.readouterr().err

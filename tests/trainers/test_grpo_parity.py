@@ -72,6 +72,7 @@ SETTINGS = {
     "normalize then sum": {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [0.5, 2.0]},
     "truncated are masked": {"mask_truncated_completions": True, "loss_type": "grpo"},
     "high entropy": {"top_entropy_quantile": 0.4},
+    "highest entropy": {"top_entropy_quantile": 0.0},
     "entropy bonus": {"entropy_coef": 0.3, "loss_type": "bnpo"},
     "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.1},
     "entropy bonus of high entropy": {"entropy_coef": 0.3, "top_entropy_quantile": 0.5},

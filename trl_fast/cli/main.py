@@ -31,7 +31,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; its exit status: 1 and one message for bad input, 2 for wrong usage."""
+    """Runs a command; its exit status: 2 and one message for bad input or wrong usage, 1 where the work failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         console = make_console(stderr=True)
         console.print(f"trl-fast {command}: {error}", style="red", highlight=False, soft_wrap=True)
-        return 1
+        return 2
     return run()
 
 

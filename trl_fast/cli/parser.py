@@ -147,12 +147,12 @@ class TrlParser(HfArgumentParser):
             raise ValueError(f"{self.config_file.at(action.dest)}: {value!r}: {error}") from error
 
     def _line_of(self, message: str, args: list[str]) -> int | None:
-        """The line of a key that a message names and that no flag has replaced."""
+        """The line of the first key that a message names and that no flag has replaced."""
         flags = {word.lstrip("-").split("=")[0].replace("-", "_") for word in args if word.startswith("-")}
-        for key in sorted(self.config_file.lines.keys() - flags, key=len, reverse=True):
-            if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message):
-                return self.config_file.lines[key]
-        return None
+        lines = {key: line for key, line in self.config_file.lines.items() if key not in flags}
+        places = {key: re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message) for key in lines}
+        named = [(match.start(), -len(key), lines[key]) for key, match in places.items() if match]
+        return min(named)[-1] if named else None
 
 
 def _none_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:

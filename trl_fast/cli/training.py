@@ -12,6 +12,7 @@ from trl_fast.trainers import RichProgressCallback
 from trl_fast.trainers.base import BaseTrainer
 from trl_fast.trainers.base_config import BaseConfig
 from trl_fast.trainers.checkpoints import newest_checkpoint
+from trl_fast.trainers.divergence import DivergedError
 
 from .arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from .datasets import load_train_and_test
@@ -97,7 +98,13 @@ def prepare_training(
 
 def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
     args = trainer.args
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except DivergedError as error:
+        if trainer.is_world_process_zero():
+            console = make_console(stderr=True)
+            console.print(f"Training failed at {error}", style="red", highlight=False, soft_wrap=True)
+        return 1
     trainer.save_model(args.output_dir)
     trainer.create_model_card()
     if trainer.is_world_process_zero():

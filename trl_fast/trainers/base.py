@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +22,12 @@ from trl_fast.ops.validation import NotFiniteError
 from .base_config import ROW_LAYOUTS, BaseConfig
 from .callbacks import EpochAnnouncer, TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
-from .layers import set_up_layers
+from .divergence import DivergenceWatch
+from .layers import set_up_layers, warn_of_reentrant_router
 from .metrics import MetricBuffer
+from .model_card import model_card
 from .progress import close_progress
+from .streams import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)
@@ -172,15 +174,8 @@ class BaseTrainer(Trainer):
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""
         args = kwargs["args"]
-        if isinstance(kwargs["train_dataset"], IterableDataset):
-            # Dispatching would cut a batch object into parts and put them together again.
-            args.accelerator_config.dispatch_batches = False
-        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        if reentrant and self.router_aux_loss_coef:
-            logger.warning(
-                "gradient_checkpointing_kwargs: with use_reentrant=True the router's load-balancing loss has no "
-                "gradient, since transformers collects its logits where none is recorded; set use_reentrant=False."
-            )
+        forbid_dispatching(args)
+        warn_of_reentrant_router(args, self.router_aux_loss_coef)
         super().__init__(**kwargs)
         if args.n_gpu > 1:
             raise ValueError(
@@ -190,6 +185,8 @@ class BaseTrainer(Trainer):
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
         self.add_callback(self._tokens)
+        self._divergence = DivergenceWatch(self)
+        self.add_callback(self._divergence)
         self.add_callback(EpochAnnouncer)
         base_model(self.model).add_model_tags(["trl_fast", self.method])
 
@@ -285,8 +282,22 @@ class BaseTrainer(Trainer):
             return super().training_step(*args, **kwargs)
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.state.global_step + 1}: {error}") from error
+        self._divergence.see_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self._divergence.see_norm(norm)
+        return norm
 
     # ---- evaluation
+
+    def _get_dataloader(self, **kwargs: Any) -> Iterable[Any]:
+        """As in the base; a stream that is evaluated comes in the batches of a dataset."""
+        if not isinstance(kwargs["dataset"], IterableDataset) or kwargs.get("is_training"):
+            return super()._get_dataloader(**kwargs)
+        collate = self._get_collator_with_removed_columns(self.data_collator, kwargs["description"])
+        return StreamLoader(kwargs["dataset"], kwargs["batch_size"], collate, self.args, self.accelerator)
 
     def evaluate(
         self,
@@ -342,7 +353,7 @@ class BaseTrainer(Trainer):
             self._tokens.seen += batch.num_tokens
         device = batch.input_ids.device
         # Every micro-batch enters with the running total, and the last one is what is logged, as in TRL.
-        return torch.tensor(float(self._tokens.seen), device=device), torch.tensor(1.0, device=device)
+        return torch.full((), float(self._tokens.seen), device=device), torch.ones((), device=device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log, with "eval_" before their names in evaluation."""
@@ -362,11 +373,14 @@ class BaseTrainer(Trainer):
 
         Raises:
             ValueError: True was given and there is no such checkpoint.
+            DivergedError: weights became NaN or infinite, or losses and gradients stayed so; names the step.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._divergence.finish()
+            return result
         finally:
             close_progress(self.callback_handler.callbacks)
 

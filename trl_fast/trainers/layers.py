@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from trl_fast.modeling.finite import check_weights
 from trl_fast.modeling.kept_results import keep_results
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 from .base_config import BaseConfig
+
+logger = logging.getLogger(__name__)
 
 
 def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, trains: bool = True) -> None:

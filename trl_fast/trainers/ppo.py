@@ -136,6 +136,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
             raise NotImplementedError("PPOTrainer with sharded weights (DeepSpeed, FSDP) is not supported")
         self._check_optimizer()
         self.critic.prepare(self.accelerator)
+        self._divergence.more_models.append(self.value_model)
         self.updates = UpdateMaker(layout, pad, args.pad_to_multiple_of, self.accelerator.device)
         self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}
         self._completions = CompletionsLog(args.batch_size)
@@ -314,6 +315,12 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         """Clips each model's gradients by their own norm; the policy's norm."""
         norm = super()._clip_grad_norm(model)
         torch.nn.utils.clip_grad_norm_(self.value_model.parameters(), self.args.max_grad_norm)
+        return norm
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        gradients = [weight.grad for _, weight in self._value_weights() if weight.grad is not None]
+        self._divergence.see_norm(norm + torch.nn.utils.get_total_norm(gradients))
         return norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:

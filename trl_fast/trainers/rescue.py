@@ -74,6 +74,9 @@ class Rescue:
         raise failure
 
     def _save_last_whole_step(self, failure: Exception) -> None:
+        if self.is_in_train:
+            # Broken weights, which cannot generate either, are the cause and are not to be saved.
+            self._divergence.check()
         step = self.state.global_step
         # What was resumed from is there already.
         is_new = self.is_in_train and step > self._initial_global_step
