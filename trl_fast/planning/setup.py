@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from trl_fast.modeling.kept_results import budget_bytes
+from trl_fast.ranges import check_ranges
 
 METHODS = ("dpo", "sft", "reward")
 DTYPES = ("bfloat16", "float32")
@@ -57,14 +58,7 @@ class Setup:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_r", "tiled_mlp"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected a positive number")
-        if (self.activation_budget_bytes or 0) < 0:
-            raise ValueError(f"activation_budget_bytes={self.activation_budget_bytes}: expected 0 or more")
-        if not 0 <= self.prompt_share < 1:
-            raise ValueError(f"prompt_share={self.prompt_share}: expected a number in [0, 1)")
+        check_ranges(self)
 
     def but(self, **changes: object) -> Setup:
         """The same with some fields changed."""
