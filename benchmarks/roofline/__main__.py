@@ -1,64 +1,87 @@
-"""Counted work of the head, ours and TRL 1.16's, against a roofline. No GPU is needed, nothing is timed.
+"""Counted work of the head and of whole optimizer steps, ours and TRL 1.16's, against a roofline.
 
-    python -m benchmarks.roofline [--sizes 8192/4096/151936 ...] [--modes "trained token" ...] [--gpu h100|h200]
-                                  [--operators] [--json FILE]
+    python -m benchmarks.roofline [head] [steps] [--gpu h100|h200] [--operators] [--waits] [--json FILE]
+        head:  [--sizes 8192/4096/151936 ...] [--modes "trained token" ...] [--workspace BYTES]
+        steps: [--methods dpo sft grpo] [--models qwen2.5-0.5b llama-3.2-1b llama-3.1-8b]
 
-Both run on fake tensors, which have shapes but no data, and every operator is intercepted: its products' FLOPs, the
-bytes that it reads and writes, kernel launches, places where the host waits, and the peak of memory beyond inputs and
-gradients. TRL's code is its own; of its Triton kernels, which cannot be run, `trl_kernels.py` says what they touch.
+No GPU is needed and nothing is timed. Both libraries run on fake tensors, which have shapes but no data, on a GPU that
+is not there, and every operator is intercepted: FLOPs of products and attention, bytes read and written, launches,
+places where the host waits, and the peak of memory: of the head beyond inputs and gradients, of a step beyond weights
+and the optimizer's averages. TRL's code is its own; of its Triton kernels, which cannot be run, `trl_kernels.py` says
+what they touch, with their places. A step is the trainer's own on a batch of its own collator, eager model code with
+random weights, gradient checkpointing as both have it by default, clipping and fused AdamW; the 8B model trains
+adapters on all linear layers. GRPO's sampling and rewards are not counted, nor is logging.
 
 A tensor that an operator is given is read once from memory, one that it makes is written once, whatever a cache holds
-in between. Views are free. A product's factors that were there before (hidden states, weights) are not counted: the
-floor's products read them too, and the rate of products contains it. All other bytes count, for TRL alike.
+in between. Views are free. A product's factors that were there before (the head's hidden states, weights) are not
+counted: the floor's products read them too, and the rate of products contains it. All else counts, for TRL alike.
 
 Milliseconds are ESTIMATES by a named roofline (`gpus.py`): FLOPs at the rate that a GPU's large products reach, plus
-bytes at the rate that its memory reaches. Bytes are taken as not hidden behind products, launches and host waits as
-free, padding of small tiles as nothing. The floor is 1, 2 or 3 passes (scoring, frozen, trained head) of 2·N·V·H FLOPs
-and no byte. Triton kernels of ours are not counted: what is counted is the backend "cuda", and scoring in two steps.
+bytes at the rate that its memory reaches. Bytes are taken as not hidden behind products, attention as fast as
+products, launches and host waits as free, padding of small tiles as nothing: small models are slower than this, being
+bound by the host. The head's floor is 1, 2 or 3 passes (scoring, frozen, trained) of 2·N·V·H FLOPs and no byte.
+Triton kernels of ours are not counted: the head is that of the backend "cuda", scoring takes two steps, and losses on
+one number a token are their PyTorch formulas.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
 from .gpus import GPUS
-from .head import MODES, SIZES, count_head, misses, parse_size
-from .report import head_facts, print_head, roofline_of
+from .head import MODES, SIZES, HeadCase, Size, count_head, misses, parse_size
+from .report import head_facts, print_cases, roofline_of, step_facts
+from .steps import METHODS, MODELS, Step, StepCase, count_step, quiet
+
+PARTS = ("head", "steps")
 
 
 def main() -> None:
     """Counts what was asked for and prints it."""
     arguments = _parse()
-    console = Console()
-    gpu = GPUS[arguments.gpu]
-    wanted = [(size, mode) for mode in arguments.modes for size in arguments.sizes]
-    progress = track(wanted, "Counting", console=console, transient=True)
-    cases = [count_head(*case, gpu, arguments.workspace) for case in progress]
-    print_head(console, cases, arguments.operators)
+    console, gpu = Console(), GPUS[arguments.gpu]
+    wanted: list[Callable[[], HeadCase | StepCase]] = []
+    if "head" in arguments.parts:
+        heads = [(size, mode) for mode in arguments.modes for size in arguments.sizes]
+        wanted += [lambda case=case: count_head(*case, gpu, arguments.workspace) for case in heads]
+    if "steps" in arguments.parts:
+        steps = [Step(method, model, MODELS[model]) for model in arguments.models for method in arguments.methods]
+        wanted += [lambda step=step: count_step(step, gpu) for step in steps]
+    with quiet():
+        cases = [count() for count in track(wanted, "Counting", console=console, transient=True)]
+    heads = [case for case in cases if isinstance(case, HeadCase)]
+    steps = [case for case in cases if isinstance(case, StepCase)]
+    print_cases(console, heads, steps, operators=arguments.operators, waits=arguments.waits)
     console.print(roofline_of(gpu))
-    for miss in misses(cases):
+    for miss in misses(heads):
         console.print(f"[red]beyond its bound:[/] {miss}")
     if arguments.json:
-        arguments.json.write_text(json.dumps([head_facts(case) for case in cases], indent=1))
+        facts = [*map(head_facts, heads), *map(step_facts, steps)]
+        arguments.json.write_text(json.dumps(facts, indent=1))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=["head"], help="what to count")
     parser.add_argument("--sizes", nargs="+", type=_size, default=list(SIZES), help="rows/hidden/vocabulary")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES), metavar="MODE")
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="whose roofline")
     parser.add_argument("--workspace", type=int, help="workspace_bytes of ours; default: what it takes itself")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="whose roofline")
     parser.add_argument("--operators", action="store_true", help="print what each case consists of")
+    parser.add_argument("--waits", action="store_true", help="print where the host waits")
     parser.add_argument("--json", type=Path, help="write everything that was counted to this file")
     return parser.parse_args()
 
 
-def _size(text: str):
+def _size(text: str) -> Size:
     try:
         return parse_size(text)
     except ValueError as error:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from trl_fast.planning.tracker import CUDA_GRANULARITY
 
-from .fake_gpu import is_on_gpu
+from .devices import is_on_gpu
 from .flops import flops_of
 from .gpus import Gpu
 
@@ -135,7 +135,7 @@ class Counter:
         for tensor in results:
             self._see(tensor)
         given = _by_name(func, args, kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if _makes_host_wait(func, given, tensors, results):
             self.counts.waits[_place()] += 1
         on_gpu = [tensor for tensor in tensors if is_on_gpu(tensor)]
@@ -166,6 +166,11 @@ class Counter:
             self._live_bytes += size
             self.counts.peak_bytes = max(self.counts.peak_bytes, self._live_bytes - self._start_bytes)
             weakref.finalize(storage, self._drop, key)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of all tensors that are alive on the GPU."""
+        return self._live_bytes
 
     def _drop(self, key: int) -> None:
         self._live_bytes -= self._live.pop(key)[0]

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from .known import values_of
 
 aten = torch.ops.aten
 
@@ -34,6 +37,33 @@ def _product(left: str, right: str) -> Callable[[dict[str, Any]], Operations]:
     return operations
 
 
+def _attention(products: int) -> Callable[[dict[str, Any]], Operations]:
+    """So many products of queries with keys, or of their weights with values; causal ones of half the pairs."""
+
+    def operations(given: dict[str, Any]) -> Operations:
+        query, causal = given["query"], given.get("is_causal", False)
+        flops = 2.0 * products * query.shape[-1] * _heads_times_pairs(given)
+        return Operations(flops / 2 if causal else flops, query.dtype.itemsize > 2)
+
+    return operations
+
+
+def _heads_times_pairs(given: dict[str, Any]) -> float:
+    """Pairs of a query and a key, in every head: of (B, heads, T, D), or of sequences in a row (T, heads, D).
+
+    Where the sequences' starts are not known, all are taken to be as long as the longest.
+    """
+    query, key, starts = given["query"], given["key"], given.get("cum_seq_q")
+    if starts is None:
+        return float(query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2])
+    lengths = [values_of(given[name]) for name in ("cum_seq_q", "cum_seq_k")]
+    if any(length is None for length in lengths):
+        return float(query.shape[1] * (len(starts) - 1) * given["max_q"] * given["max_k"])
+    with unset_fake_temporarily():
+        of_queries, of_keys = (length.double().diff() for length in lengths)
+        return query.shape[1] * float(of_queries @ of_keys)
+
+
 _FORMULAS = {
     aten.mm: _product("self", "mat2"),
     aten.bmm: _product("self", "mat2"),
@@ -41,4 +71,10 @@ _FORMULAS = {
     aten.addmm_: _product("mat1", "mat2"),
     aten.baddbmm: _product("batch1", "batch2"),
     aten.baddbmm_: _product("batch1", "batch2"),
+    aten._flash_attention_forward: _attention(2),
+    aten._flash_attention_backward: _attention(5),
+    aten._scaled_dot_product_flash_attention: _attention(2),
+    aten._scaled_dot_product_flash_attention_backward: _attention(5),
+    aten._scaled_dot_product_efficient_attention: _attention(2),
+    aten._scaled_dot_product_efficient_attention_backward: _attention(5),
 }

@@ -14,7 +14,8 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 from trl_fast.ops import linear_logprob, linear_token_loss
 
 from .counter import Counter, Counts
-from .fake_gpu import CUDA, fake_gpu
+from .devices import CUDA
+from .fake_gpu import fake_gpu
 from .gpus import Gpu
 from .trl_kernels import counted_kernels
 
@@ -88,9 +89,9 @@ def misses(cases: Iterable[HeadCase]) -> list[str]:
         bound = BOUNDS[case.mode] if case.size == REFERENCE else Bound(None, None)
         least = bound.trl_over_ours or (1.0 if case.mode in NEVER_SLOWER else None)
         if bound.over_floor is not None and case.over_floor > bound.over_floor:
-            found.append(f"{case.mode} at {case.size}: {case.over_floor:.2f} x the floor, at most {bound.over_floor}")
+            found.append(f"{case.name}: {case.over_floor:.2f} x the floor, at most {bound.over_floor}")
         if least is not None and case.trl_over_ours < least:
-            found.append(f"{case.mode} at {case.size}: TRL takes {case.trl_over_ours:.2f} x ours, at least {least}")
+            found.append(f"{case.name}: TRL takes {case.trl_over_ours:.2f} x ours, at least {least}")
     return found
 
 
@@ -103,6 +104,10 @@ class HeadCase:
     ours: Counts
     trl: Counts
     gpu: Gpu
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode} at {self.size}"
 
     @property
     def passes(self) -> int:

@@ -13,6 +13,7 @@ from benchmarks.memory import GIB
 from .counter import Counts
 from .gpus import Gpu
 from .head import HeadCase
+from .steps import StepCase
 
 _GB = 1e9
 HEAD_COLUMNS = (
@@ -71,6 +72,53 @@ def _head_row(case: HeadCase) -> list[str]:
     ]
 
 
+STEP_COLUMNS = (
+    "step",
+    "ours ms",
+    "TRL ms",
+    "TRL / ours",
+    "TFLOP",
+    "GB",
+    "launches",
+    "waits",
+    "peak GiB",
+)
+
+
+def step_table(cases: Sequence[StepCase]) -> Table:
+    """A row a step."""
+    table = Table(title="Optimizer steps: ms are estimates; pairs are ours | TRL's")
+    for column in STEP_COLUMNS:
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for case in cases:
+        pair = (case.ours, case.trl)
+        table.add_row(
+            f"{case.step}, {case.shape.batch} × ({case.shape.prompt} + {case.shape.completion})",
+            *(f"{counts.milliseconds(case.gpu):.0f}" for counts in pair),
+            f"{case.trl_over_ours:.2f}",
+            " | ".join(f"{counts.flops / 1e12:.0f}" for counts in pair),
+            " | ".join(f"{counts.moved / _GB:.0f}" for counts in pair),
+            " | ".join(str(counts.launches) for counts in pair),
+            " | ".join(str(counts.waits.total()) for counts in pair),
+            " | ".join(f"{counts.peak_bytes / GIB:.1f}" for counts in pair),
+        )
+    return table
+
+
+def step_facts(case: StepCase) -> dict[str, Any]:
+    """A step for JSON; milliseconds are estimates."""
+    return {
+        "what": "step",
+        "method": case.step.method,
+        "model": case.step.model,
+        "lora_r": case.step.lora_r,
+        **vars(case.shape),
+        "gpu": case.gpu.name,
+        "ours": counts_facts(case.ours, case.gpu),
+        "trl": counts_facts(case.trl, case.gpu),
+    }
+
+
 def operator_table(title: str, counts: Counts, rows: int = 15) -> Table:
     """The operators that move most bytes."""
     table = Table(title=title)
@@ -110,10 +158,16 @@ def counts_facts(counts: Counts, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def print_head(console: Console, cases: Sequence[HeadCase], operators: bool) -> None:
-    """The head's tables; operators: with what each case consists of."""
-    for table in head_tables(cases):
+def print_cases(
+    console: Console, heads: Sequence[HeadCase], steps: Sequence[StepCase], *, operators: bool, waits: bool
+) -> None:
+    """The tables; operators: with what each case consists of; waits: with the places where the host waits."""
+    for table in (*head_tables(heads), *([step_table(steps)] if steps else [])):
         console.print(table)
-    for case in cases if operators else ():
+    for case in (*heads, *steps):
         for whose, counts in (("ours", case.ours), ("TRL 1.16", case.trl)):
-            console.print(operator_table(f"{case.mode} at {case.size}, {whose}", counts))
+            if operators:
+                console.print(operator_table(f"{case.name}, {whose}", counts))
+            if waits and counts.waits:
+                console.print(f"{case.name}, {whose}, waits at:")
+                console.print("\n".join(f"  {count} × {place}" for place, count in counts.waits.most_common()))

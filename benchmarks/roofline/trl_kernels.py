@@ -12,10 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from trl.kernels import chunked_logprob
-
-from trl_fast.planning.devices import replaced
 
 from .counter import Counter, extent
 
@@ -71,7 +70,9 @@ def counted_kernels(counter: Counter) -> Iterator[None]:
     with ExitStack() as stack:
         for touched in KERNELS:
             kernel = getattr(touched.module, touched.kernel)
-            stack.enter_context(replaced(touched.module, **{touched.kernel: _Launches(kernel, touched, counter)}))
+            stack.enter_context(
+                patch.multiple(touched.module, **{touched.kernel: _Launches(kernel, touched, counter)})
+            )
         yield
 
 

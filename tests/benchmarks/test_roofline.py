@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.roofline import __main__ as command
 from benchmarks.roofline.counter import Counter
-from benchmarks.roofline.fake_gpu import CPU, CUDA, fake_gpu, is_on_gpu
+from benchmarks.roofline.devices import CPU, CUDA, is_on_gpu
+from benchmarks.roofline.fake_gpu import fake_gpu
 from benchmarks.roofline.gpus import GPUS
 from benchmarks.roofline.head import BOUNDS, MODES, REFERENCE, SIZES, Size, count_head, misses, parse_size
 from trl_fast.ops.backends import load_extension
