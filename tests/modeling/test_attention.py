@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from transformers import Gemma2PreTrainedModel
 
 from support.models import tiny_model
-from trl_fast.modeling.attention import segment_attention, supports_packed
+from trl_fast.modeling.attention import (
+    EAGER_SEGMENT_ATTENTION,
+    SEGMENT_ATTENTION,
+    segment_attention,
+    supports_packed,
+    use_segment_attention,
+)
+from trl_fast.modeling.scoring import attach_scoring
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 1), (3, 7, 2)])
@@ -57,3 +65,17 @@ def test_a_chosen_attention_is_respected():
     model.config._attn_implementation = "flash_attention_2"
     ok, why = supports_packed(model, 1024)
     assert not ok and "flash_attention_2" in why
+
+
+@pytest.mark.parametrize(
+    ("cap", "alone", "in_rows"), [(0.5, "eager", EAGER_SEGMENT_ATTENTION), (None, "sdpa", SEGMENT_ATTENTION)]
+)
+def test_capped_scores_are_never_left_to_sdpa(monkeypatch, cap, alone, in_rows):
+    # As transformers 5.17 declares, whose SDPA ignores the cap.
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    model = tiny_model("gemma2", sliding_window=64, attn_logit_softcapping=cap)
+    assert model.config._attn_implementation == "sdpa"
+    attach_scoring(model)
+    assert model.config._attn_implementation == alone
+    use_segment_attention(model)
+    assert model.config._attn_implementation == in_rows

@@ -176,6 +176,17 @@ def supports_sharing(model: PreTrainedModel, *, without_dropout: bool) -> tuple[
     return True, "a prompt's keys serve all its branches"
 
 
+def _sdpa_serves(model: PreTrainedModel) -> bool:
+    """Whether SDPA computes a model's attention. transformers 5.17 says so of models whose caps it then ignores."""
+    return model._supports_sdpa and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def keep_score_caps(model: PreTrainedModel) -> None:
+    """Has a model that caps its scores attend eagerly where it was loaded with SDPA, which would ignore the caps."""
+    if model.config.get_text_config()._attn_implementation == "sdpa" and not _sdpa_serves(model):
+        model.set_attn_implementation("eager")
+
+
 def use_segment_attention(model: PreTrainedModel) -> None:
     """Switches a model to `segment_attention`; without the lengths keyword it behaves as before."""
-    model.set_attn_implementation(SEGMENT_ATTENTION if model._supports_sdpa else EAGER_SEGMENT_ATTENTION)
+    model.set_attn_implementation(SEGMENT_ATTENTION if _sdpa_serves(model) else EAGER_SEGMENT_ATTENTION)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch
 from trl_fast.data.reward import REWARD_POSITIONS, reward_batch
 
-from .attention import supports_packed
+from .attention import keep_score_caps, supports_packed
 from .loading import backbone, unbound_forward
 from .scoring import TOLERANCE, Verdict, evaluating, model_inputs
 from .wide_products import widen_products
@@ -29,6 +29,7 @@ def attach_reward_scoring(model: PreTrainedModel) -> None:
     if getattr(model, "trl_fast_rewards", False):
         return
     widen_products(model)
+    keep_score_caps(model)
     original = unbound_forward(model)
     model.trl_fast_rewards = True
 

@@ -19,7 +19,7 @@ from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selecti
 from trl_fast.ops.linear_token_loss import TokenLoss
 from trl_fast.ops.scores import detached
 
-from .attention import LENGTHS_KEYWORD, row_inputs
+from .attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .head import head_parameters, head_transform
 from .loading import backbone, unbound_forward
 from .wide_products import widen_products
@@ -68,6 +68,7 @@ def attach_scoring(model: PreTrainedModel) -> None:
     if hasattr(model, "trl_fast_fused_head"):
         return
     widen_products(model)
+    keep_score_caps(model)
     original = unbound_forward(model)
     model.trl_fast_fused_head = True
 
