@@ -202,7 +202,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         experience = self.make_experience(rows)
         loss = self._update(model, experience)
         args, step = self.args, self.state.global_step
-        episodes = (step + 1 - self._initial_global_step) * args.batch_size
+        episodes = (step + 1 - self._whole_step.steps_before) * args.batch_size
         self._latest = {
             "eps": int(episodes / (time.perf_counter() - self._started)),
             "lr": self._get_learning_rate(),

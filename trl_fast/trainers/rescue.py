@@ -20,8 +20,15 @@ class WholeStep(TrainerCallback):
 
     def __init__(self, tokens: TokenCounter) -> None:
         self.tokens = tokens
+        self.steps_before = 0
         self._seen = 0
         self._random: tuple | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Remembers how many steps had been made before, by the run that is resumed."""
+        self.steps_before = state.global_step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -79,7 +86,7 @@ class Rescue:
             self._divergence.check()
         step = self.state.global_step
         # What was resumed from is there already.
-        is_new = self.is_in_train and step > self._initial_global_step
+        is_new = self.is_in_train and step > self._whole_step.steps_before
         if not is_new or self.args.save_strategy == "no":
             return
         self._whole_step.restore()
