@@ -9,10 +9,11 @@ import torch
 from peft import LoraConfig
 
 import trl_fast
+from support.copies import LateCopies
 from support.models import tiny_classifier, tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
+from trl_fast.modeling import offloading
 from trl_fast.modeling.kept_results import ATTENTION, PRODUCT, Budget
-from trl_fast.modeling.offloading import Offloading
 
 SETTINGS = {"tiled": {"tiled_mlp": 16}, "offloaded": {"activation_offloading": True}}
 SETTINGS["both"] = SETTINGS["tiled"] | SETTINGS["offloaded"]
@@ -21,12 +22,11 @@ SETTINGS["both"] = SETTINGS["tiled"] | SETTINGS["offloaded"]
 @pytest.fixture
 def offloaded(monkeypatch):
     """Copies within the CPU in place of those to and from a GPU; a list of what was copied."""
-    copied = []
+    copies = LateCopies()
     monkeypatch.setattr("trl_fast.modeling.offloading.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(Offloading, "is_on_device", staticmethod(lambda tensor: True))
-    monkeypatch.setattr(Offloading, "to_host", staticmethod(lambda tensor: copied.append(tensor) or tensor.clone()))
-    monkeypatch.setattr(Offloading, "to_device", staticmethod(lambda tensor, device: tensor.clone()))
-    return copied
+    monkeypatch.setattr(offloading, "is_on_device", lambda tensor: True)
+    monkeypatch.setattr(offloading, "copies_of", lambda device: copies)
+    return copies.left
 
 
 def datasets(method):

@@ -31,6 +31,25 @@ def _entries_of_rows(rows: torch.Tensor, counts: torch.Tensor, **_: object) -> t
     return rows.new_empty(len(rows) * SPARSE_ENTRIES)
 
 
+def _once_each(repeats: torch.Tensor, **_: object) -> torch.Tensor:
+    """The number of each row, repeated."""
+    return torch.empty_like(repeats)
+
+
+def _all_selected(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What a mask selects: everything."""
+    return tensor.new_empty(mask.numel())
+
+
+def _all_different(tensor: torch.Tensor, *_: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Distinct numbers, where they went, how many there were of each."""
+    return tensor.flatten(), *(tensor.new_empty(tensor.shape, dtype=torch.int64) for _ in range(2))
+
+
+def _are_equal(*_: torch.Tensor) -> bool:
+    return True
+
+
 def _counted(tensor: torch.Tensor, weights: None = None, minlength: int = 0) -> torch.Tensor:
     """How often each number occurs, up to those that are expected."""
     return tensor.new_empty(minlength)
@@ -48,6 +67,10 @@ ANSWERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _scalar,
     aten.nonzero.default: _none_found,
     aten.repeat_interleave.self_Tensor: _entries_of_rows,
+    aten.repeat_interleave.Tensor: _once_each,
+    aten.masked_select.default: _all_selected,
+    aten._unique2.default: _all_different,
+    aten.equal.default: _are_equal,
     aten.bincount.default: _counted,
     aten.index.Tensor: _all_of,
 }

@@ -64,7 +64,8 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
             stack.enter_context(replaced(products, _cpu_multiplies_bf16=lambda: True))
             stack.callback(ROW_KERNELS.__setitem__, "torch", ROW_KERNELS["torch"])
             ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, _nothing)
-            stack.enter_context(replaced(offloading, Offloading=SimulatedOffloading))
+            copies = {"copies_of": SimulatedCopies, "is_on_device": _is_fake}
+            stack.enter_context(replaced(offloading, **copies))
             # What it keeps are fake tensors of this simulation.
             segments._varlen_calls.cache_clear()
             stack.callback(segments._varlen_calls.cache_clear)
@@ -121,20 +122,33 @@ def flash_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
     return 4 * query.numel() + 4 * query.numel() // query.shape[-1] + expanded
 
 
-class SimulatedOffloading(offloading.Offloading):
-    """Fake tensors that leave the memory that is tracked: of a copy on the host only its shape is kept."""
+class SimulatedCopies:
+    """`Copies` of fake tensors that leave the memory that is tracked: on the host only their shapes are kept."""
 
-    @staticmethod
-    def is_on_device(tensor: torch.Tensor) -> bool:
-        return isinstance(tensor, FakeTensor)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
-    @staticmethod
-    def to_host(tensor: torch.Tensor) -> torch.Size:
-        return (tensor.shape, tensor.dtype)
+    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+        return tensor.shape, tensor.dtype
 
-    @staticmethod
-    def to_device(kept: tuple[torch.Size, torch.dtype], device: torch.device) -> torch.Tensor:
-        return torch.empty(kept[0], dtype=kept[1], device=device)
+    def to_device(self, copy: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+        return torch.empty(copy[0], dtype=copy[1], device=self._device)
+
+    def event(self) -> None:
+        """Every copy is done at once."""
+
+    def wait(self, event: None) -> None:
+        """For nothing."""
+
+    def abandon(self, tensor: torch.Tensor) -> None:
+        """Its memory is free at once."""
+
+    def forget(self, copy: tuple[torch.Size, torch.dtype]) -> None:
+        """The host's memory is not counted."""
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
 
 
 def _sparse_samples(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
