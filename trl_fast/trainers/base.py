@@ -23,6 +23,7 @@ from .base_config import ROW_LAYOUTS, BaseConfig
 from .callbacks import EpochAnnouncer, TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
 from .divergence import DivergenceWatch
+from .hf_trainer import declare_loss_scaling, forbid_data_parallel
 from .layers import set_up_layers, warn_of_reentrant_router
 from .metrics import MetricBuffer
 from .model_card import model_card
@@ -177,11 +178,8 @@ class BaseTrainer(Trainer):
         forbid_dispatching(args)
         warn_of_reentrant_router(args, self.router_aux_loss_coef)
         super().__init__(**kwargs)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{type(self).__name__} does not run under nn.DataParallel, which is used when several GPUs are "
-                "visible to one process; start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
-            )
+        forbid_data_parallel(self)
+        declare_loss_scaling(self)
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
         self.add_callback(self._tokens)

@@ -1,0 +1,29 @@
+"""Who divides a loss by the accumulation steps is the same whatever version of transformers is below."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import Trainer
+
+from trl_fast.trainers.hf_trainer import declare_loss_scaling, forbid_data_parallel
+
+
+@pytest.mark.parametrize("scaled", [True, False, None])
+def test_versions_without_the_declaration_are_told_otherwise(monkeypatch, scaled):
+    monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga", raising=False)
+    trainer = SimpleNamespace(
+        loss_is_scaled_for_ga=scaled, model_accepts_loss_kwargs=True, compute_loss_func=None, compute_loss=print
+    )
+    declare_loss_scaling(trainer)
+    # What `training_step` of those versions asks, where the items of a batch are counted and where they are not.
+    for items in (12, None):
+        divides = (not trainer.model_accepts_loss_kwargs or items is None) and trainer.compute_loss_func is None
+        assert divides == {True: False, False: True, None: items is None}[scaled]
+
+
+def test_data_parallel_is_refused():
+    forbid_data_parallel(SimpleNamespace(args=SimpleNamespace(n_gpu=1)))
+    with pytest.raises(ValueError, match="SimpleNamespace does not run under nn.DataParallel.*accelerate launch"):
+        forbid_data_parallel(SimpleNamespace(args=SimpleNamespace(n_gpu=2)))
