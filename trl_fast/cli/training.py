@@ -111,7 +111,7 @@ def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
         make_console().print(f"Model saved to {args.output_dir}.", soft_wrap=True)
     if args.push_to_hub:
         trainer.push_to_hub(**card)
-    trainer.end()
+    trainer.accelerator.end_training()
     return 0
 
 
