@@ -68,7 +68,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=["head"], help="what to count")
+    parser.add_argument("parts", nargs="*", type=_part, default=["head"], help="head, steps or both; default: head")
     parser.add_argument("--sizes", nargs="+", type=_size, default=list(SIZES), help="rows/hidden/vocabulary")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES), metavar="MODE")
     parser.add_argument("--workspace", type=int, help="workspace_bytes of ours; default: what it takes itself")
@@ -79,6 +79,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--waits", action="store_true", help="print where the host waits")
     parser.add_argument("--json", type=Path, help="write everything that was counted to this file")
     return parser.parse_args()
+
+
+def _part(text: str) -> str:
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(PARTS)}")
+    return text
 
 
 def _size(text: str) -> Size:

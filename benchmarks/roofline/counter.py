@@ -42,8 +42,6 @@ _GATHERING = {"index", "index_select", "gather", "embedding", "take"}
 # They write as much as they are given to put somewhere; those in the second line add it to what is there.
 _SCATTERING = {"index_copy_", "index_put_", "scatter_"}
 _ADDING = {"index_add_", "scatter_add_"}
-# What a kernel changes without reading it, by the argument's name: results of torch's operators and of ours.
-_OUTPUTS = {"out", "packed"}
 # AdamW's schema has gradients as changed, for a scaler that is not there.
 _ONLY_READ = {("_fused_adamw_", "grads")}
 # The host reads a number or needs a size.
@@ -216,7 +214,7 @@ def _changed(func: torch._ops.OpOverload, given: dict[str, Any]) -> tuple[list[F
         if (_name(func), argument.name) in _ONLY_READ:
             continue
         changed.extend(found)
-        if argument.name in _OUTPUTS or _name(func) in _OVERWRITING or given.get("beta") == 0:
+        if _is_result(func, argument.name) or _name(func) in _OVERWRITING or given.get("beta") == 0:
             overwritten.update(map(id, found))
     inputs = {
         id(leaf)
@@ -226,6 +224,11 @@ def _changed(func: torch._ops.OpOverload, given: dict[str, Any]) -> tuple[list[F
     }
     # What comes as an operand too, as the sum in addmm(total, a, b, out=total), is read.
     return changed, overwritten - inputs
+
+
+def _is_result(func: torch._ops.OpOverload, argument: str) -> bool:
+    """Whether an operator only writes what it changes: our row kernels look at nothing but the rows' state."""
+    return argument == "out" or (func.namespace == "trl_fast" and argument != "state")
 
 
 def extent(tensors: list[FakeTensor]) -> int:

@@ -201,7 +201,7 @@ def _put_in(
     else:
         attention = base_model(trainer.model).config._attn_implementation
         # Its weights have no values that could be looked at.
-        with patch.object(layers, "check_weights", lambda *_: None, create=True):
+        with patch.object(layers, "check_weights", lambda *_: None):
             policy = trainer.adapt(policy, lora, trainer.args)
             if attention == SEGMENT_ATTENTION:
                 use_segment_attention(base_model(policy))
