@@ -2,6 +2,8 @@
 
 import io
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerState
 
+import trl_fast
 from support.models import tiny_config
 from trl_fast.cli import env, plan, training, validate
 from trl_fast.cli.main import main
@@ -150,3 +153,9 @@ def test_text_is_shown_as_it_is(show, tmp_path, capsys, monkeypatch):
     show(tmp_path, monkeypatch)
     shown = capsys.readouterr()
     assert TEXT in shown.out + shown.err
+
+
+def test_nobody_else_makes_a_console():
+    package = Path(trl_fast.__file__).parent
+    makers = {path.name for path in package.rglob("*.py") if re.search(r"\b(Console|TextColumn)\(", path.read_text())}
+    assert makers == {"console.py"}
