@@ -1,12 +1,14 @@
-"""The head's product and its row statistics in one Triton kernel: logits live in registers and reach no memory.
+"""The head's product and its row statistics in one Triton kernel; logits live in registers, and are kept if asked.
 
-It serves scoring without gradient, see `trl_fast/ops/fused_scores.py`. A program takes a block of rows and one split
-of the vocabulary, walks the split tile by tile (a product over the hidden size, accumulated in float32), and adds each
-tile to its rows' online sums, which it writes once, at the end. No atomics: the same input gives the same bits. A
-split has a fixed width, so a row's result does not depend on how many other rows there are.
+As many programs as the GPU has processors walk over tiles of logits, [rows, columns]; factors come by TMA, the product
+is accumulated in float32. Of each tile, while it is in registers, the largest logit of every row is found, then the
+sums relative to it, and, if logits are to be kept, the 16-bit words below it (`trl_fast/ops/packed_logits.py`). A
+second, small kernel merges the tiles of a row.
 
-Programs of one split follow each other on grid axis 0, so that the split's weights are read from memory once and then
-from the cache. Offsets are 64-bit. No number of rows and no scale makes Triton compile again, and no vocabulary.
+Tiles that follow each other share columns in groups, so that their part of the weight is read from memory once and
+then from the cache. No atomics, and a tile's numbers do not depend on the others: the same row gives the same bits,
+however many rows there are, and whether its logits are kept or not. No number of rows and no scale makes Triton
+compile again, and no vocabulary.
 """
 
 from typing import NamedTuple
@@ -14,200 +16,323 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launching import on_tensors_device
-from .online import add_logits, store_sums, transformed
-
-COLUMNS_PER_SPLIT = 2048
+from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, packed_words
 
 
 class Tiles(NamedTuple):
     """A configuration: rows and columns of a tile of logits, hidden units that one step multiplies, and so on.
 
-    `pieces`: how many the columns are cut into before they are added to the sums. The sums' temporaries are as large
-    as a piece, and with the accumulators they must fit the registers.
+    pieces: how many the columns are cut into before they are added to the sums, whose temporaries must fit the
+    registers beside the accumulators; group: how many tiles of columns stand in one group.
     """
 
     rows: int
     columns: int
     depth: int
     pieces: int
+    group: int = 8
     num_warps: int = 8
     num_stages: int = 3
 
 
-# By compute capability. Chosen from what the compiler makes of them (no spills, whatever the outputs), not by a race.
-TILES = {(8, 0): Tiles(128, 128, 64, 1), (9, 0): Tiles(128, 128, 64, 4), (10, 0): Tiles(128, 256, 64, 8)}
+# By compute capability, where the kernel was measured to be faster than a product and a row kernel: on an H200 the
+# fastest of twelve (benchmarks/results/gpu).
+TILES = {(9, 0): Tiles(128, 256, 64, 8)}
+# The interpreter is slow; any configuration will do.
+INTERPRETED_TILES = Tiles(16, 128, 32, 2)
+MERGED_ROWS, MERGED_TILES = 32, 32
 
 
 @triton.jit
-def _add_tile(
+def _add_piece(
     sums,
-    target_logit,
-    z,
+    u,
     start,
-    num_columns,
+    anchor,
     target,
-    bias,
-    transform,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    num_columns,
+    words,
+    first_row,
     OUTPUTS: tl.constexpr,
+    KEEP: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """The sums and the target's logit (R,) with raw logits z (R, C) of columns start, start + 1, ... added."""
+    """The sums relative to `anchor` (R,) with logits u (R, C) of columns start, start + 1, ... added."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     if PIECES > 1:
-        half: tl.constexpr = z.shape[1] // 2
-        halves = tl.split(tl.permute(tl.reshape(z, [z.shape[0], 2, half]), (0, 2, 1)))
+        half: tl.constexpr = u.shape[1] // 2
+        halves = tl.split(tl.permute(tl.reshape(u, [u.shape[0], 2, half]), (0, 2, 1)))
         for side in tl.static_range(2):
-            sums, target_logit = _add_tile(
+            sums = _add_piece(
                 sums,
-                target_logit,
                 halves[side],
                 start + side * half,
-                num_columns,
+                anchor,
                 target,
-                bias,
-                transform,
-                HAS_BIAS,
-                HAS_SOFTCAP,
+                num_columns,
+                words,
+                first_row,
                 OUTPUTS,
+                KEEP,
                 PIECES // 2,
             )
+        return sums
     else:
-        columns = start + tl.arange(0, z.shape[1])
-        mask = columns < num_columns
-        if HAS_BIAS:
-            z += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
-        u, _ = transformed(z, *transform, HAS_SOFTCAP)
-        u = tl.where(mask[None, :], u, -float("inf"))
-        before_target = columns[None, :] < target[:, None]
-        sums = add_logits(sums, u, mask[None, :], before_target, OUTPUTS)
+        s, sum_x, sum_sq, total, before, target_logit = sums
+        columns = start + tl.arange(0, u.shape[1])
+        if KEEP:
+            words.store([first_row, start], packed_words(u, anchor))
+        x = u - anchor[:, None]
+        e = tl.exp2(x * LOG2E)
+        s += tl.sum(e, 1)
+        if ENTROPY & OUTPUTS:
+            sum_x += tl.sum(tl.where(e == 0.0, 0.0, e * x), 1)
+        if LOG_SUM_SQ_PROBS & OUTPUTS:
+            sum_sq += tl.sum(e * e, 1)
+        if MEAN_LOGITS & OUTPUTS:
+            total += tl.sum(tl.where((columns < num_columns)[None, :], u, 0.0), 1)
+        if IS_TOP1 & OUTPUTS:
+            earlier = tl.where(columns[None, :] < target[:, None], u, -float("inf"))
+            before = tl.maximum(before, tl.max(earlier, 1))
         target_logit += tl.sum(tl.where(columns[None, :] == target[:, None], u, 0.0), 1)
-    return sums, target_logit
+        return s, sum_x, sum_sq, total, before, target_logit
 
 
-# The parts are written once, by one value a row: nothing is lost if the compiler knows no more than their type.
-_PER_ROW = ["targets", "parts", "split_stride", "state_stride", "num_rows"]
+@triton.jit
+def _store_optional(parts, slot_stride, sums, mask, OUTPUTS: tl.constexpr):
+    """Writes the sums that OUTPUTS asks for to the slots behind the first two."""
+    _, sum_x, sum_sq, total, before, _ = sums
+    slot = parts + 2 * slot_stride
+    if ENTROPY & OUTPUTS:
+        tl.store(slot, sum_x, mask=mask)
+        slot += slot_stride
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
+        tl.store(slot, sum_sq, mask=mask)
+        slot += slot_stride
+    if MEAN_LOGITS & OUTPUTS:
+        tl.store(slot, total, mask=mask)
+        slot += slot_stride
+    if IS_TOP1 & OUTPUTS:
+        tl.store(slot, before, mask=mask)
 
 
-@triton.jit(do_not_specialize=["vocab_size", "scale", "softcap", "inv_temperature", *_PER_ROW])
+_PER_ROW = ["targets", "parts", "slot_stride", "tile_stride", "num_rows", "state", "state_stride"]
+
+
+@triton.jit(do_not_specialize=["vocab_size", "slope", *_PER_ROW])
 def linear_scores_kernel(
     hidden,
-    hidden_stride,
     weight,
-    weight_stride,
+    words,
     targets,
     bias,
     parts,
-    split_stride,
+    slot_stride,
+    tile_stride,
+    state,
     state_stride,
     num_rows,
     vocab_size,
     hidden_size,
-    scale,
-    softcap,
-    inv_temperature,
+    slope,
     HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    KEEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Sums of a block of rows over one split of the vocabulary, written to the split's state in `parts`."""
-    split = tl.program_id(1).to(tl.int64)
-    first = split * SPLIT
-    num_columns = tl.minimum(vocab_size - first, SPLIT).to(tl.int32)
-    weight += first * weight_stride
-    bias += first
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    # Rows and columns beyond the end are those at the end, computed again: that needs no mask in the product.
-    inner_rows = tl.minimum(rows, num_rows - 1)
-    hidden_rows = hidden + inner_rows[:, None] * hidden_stride
-    target = (tl.load(targets + inner_rows) - first).to(tl.int32)
-    zeros = tl.zeros([ROWS], tl.float32)
-    nothing = zeros - float("inf")
-    sums = (nothing, zeros, zeros, zeros, zeros, nothing)
-    target_logit = zeros
-    for start in range(0, num_columns, COLUMNS):
-        columns = tl.minimum(start + tl.arange(0, COLUMNS), num_columns - 1).to(tl.int64)
-        weight_rows = weight + columns[None, :] * weight_stride
-        z = tl.zeros([ROWS, COLUMNS], tl.float32)
+    """Sums of every tile, written to its slots in `parts`; the target's logit goes to the state itself."""
+    row_tiles = tl.cdiv(num_rows, ROWS)
+    column_tiles = tl.cdiv(vocab_size, COLUMNS)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
+        first_column = tile // (GROUP * row_tiles) * GROUP
+        size = tl.minimum(column_tiles - first_column, GROUP)
+        within = tile % (GROUP * row_tiles)
+        column_tile = first_column + within % size
+        first_row = within // size * ROWS
+        start = column_tile * COLUMNS
+        u = tl.zeros([ROWS, COLUMNS], tl.float32)
         for begin in range(0, hidden_size, DEPTH):
-            units = begin + tl.arange(0, DEPTH)
-            inside = units < hidden_size
-            x = tl.load(hidden_rows + units[None, :], mask=inside[None, :], other=0.0)
-            w = tl.load(weight_rows + units[:, None], mask=inside[:, None], other=0.0)
-            z = tl.dot(x, w, z, input_precision="ieee")
-        transform = (scale, softcap, inv_temperature)
-        sums, target_logit = _add_tile(
-            sums, target_logit, z, start, num_columns, target, bias, transform, HAS_BIAS, HAS_SOFTCAP, OUTPUTS, PIECES
-        )
-    state = parts + split * split_stride + rows
-    store_sums(state, state_stride, sums, rows < num_rows, OUTPUTS)
-    tl.store(state + 5 * state_stride, target_logit, mask=rows < num_rows)
+            x = hidden.load([first_row, begin])
+            w = weight.load([start, begin])
+            u = tl.dot(x, w.T, u)
+        rows = first_row + tl.arange(0, ROWS)
+        there = rows < num_rows
+        target = tl.load(targets + rows, mask=there, other=-1).to(tl.int32)
+        columns = start + tl.arange(0, COLUMNS)
+        if HAS_BIAS:
+            u += tl.load(bias + columns, mask=columns < vocab_size, other=0.0).to(tl.float32)[None, :]
+        if SCALED:
+            u = u * slope
+        u = tl.where((columns < vocab_size)[None, :], u, -float("inf"))
+        top = tl.max(u, 1)
+        # Where everything is -inf, subtract 0: -inf - -inf would be NaN.
+        anchor = tl.where(top == -float("inf"), 0.0, top)
+        zeros = tl.zeros([ROWS], tl.float32)
+        sums = (zeros, zeros, zeros, zeros, zeros - float("inf"), zeros)
+        sums = _add_piece(sums, u, start, anchor, target, vocab_size, words, first_row, OUTPUTS, KEEP, PIECES)
+        slots = parts + column_tile.to(tl.int64) * tile_stride + rows
+        tl.store(slots, top, mask=there)
+        tl.store(slots + slot_stride, sums[0], mask=there)
+        _store_optional(slots, slot_stride, sums, there, OUTPUTS)
+        here = there & (target >= start) & (target < start + COLUMNS) & (target < vocab_size)
+        tl.store(state + 5 * state_stride + rows, sums[5].to(tl.float64), mask=here)
 
 
-def num_splits(vocab_size: int) -> int:
-    """Into how many splits the vocabulary falls."""
-    return triton.cdiv(vocab_size, COLUMNS_PER_SPLIT)
+@triton.jit(do_not_specialize=["num_tiles", "tops_stride", *_PER_ROW])
+def merge_tiles_kernel(
+    parts,
+    slot_stride,
+    tile_stride,
+    state,
+    state_stride,
+    tops,
+    tops_stride,
+    num_rows,
+    num_tiles,
+    OUTPUTS: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The state of a block of rows from the parts of its tiles, in their order; tops (R, tiles) if they are kept."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = rows < num_rows
+    top = tl.zeros([ROWS], tl.float32) - float("inf")
+    before = top
+    s = tl.zeros([ROWS], tl.float64)
+    sum_x, sum_sq, total = s, s, s
+    for first in range(0, num_tiles, TILES):
+        tiles = first + tl.arange(0, TILES)
+        mask = (tiles < num_tiles)[:, None] & there[None, :]
+        slot = parts + tiles.to(tl.int64)[:, None] * tile_stride + rows[None, :]
+        tile_top = tl.load(slot, mask=mask, other=-float("inf"))
+        tile_sum = tl.load(slot + slot_stride, mask=mask, other=0.0)
+        slot += 2 * slot_stride
+        if KEEP:
+            place = tops + rows.to(tl.int64)[:, None] * tops_stride + tiles[None, :]
+            tl.store(place, tl.trans(tile_top), mask=tl.trans(mask))
+        new_top = tl.maximum(top, tl.max(tile_top, 0))
+        anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
+        shift = tl.where(top == -float("inf"), 0.0, top - anchor)
+        factor = tl.exp2(shift * LOG2E).to(tl.float64)
+        tile_shift = tl.where(tile_top == -float("inf"), 0.0, tile_top - anchor[None, :])
+        tile_factor = tl.exp2(tile_shift * LOG2E)
+        if ENTROPY & OUTPUTS:
+            tile_x = tl.load(slot, mask=mask, other=0.0) + tile_shift * tile_sum
+            sum_x = factor * (sum_x + shift * s) + tl.sum((tile_factor * tile_x).to(tl.float64), 0)
+            slot += slot_stride
+        if LOG_SUM_SQ_PROBS & OUTPUTS:
+            squares = tile_factor * tile_factor * tl.load(slot, mask=mask, other=0.0)
+            sum_sq = factor * factor * sum_sq + tl.sum(squares.to(tl.float64), 0)
+            slot += slot_stride
+        if MEAN_LOGITS & OUTPUTS:
+            total += tl.sum(tl.load(slot, mask=mask, other=0.0).to(tl.float64), 0)
+            slot += slot_stride
+        if IS_TOP1 & OUTPUTS:
+            before = tl.maximum(before, tl.max(tl.load(slot, mask=mask, other=-float("inf")), 0))
+        s = factor * s + tl.sum((tile_factor * tile_sum).to(tl.float64), 0)
+        top = new_top
+    state += rows
+    tl.store(state, top.to(tl.float64), mask=there)
+    tl.store(state + state_stride, s, mask=there)
+    if ENTROPY & OUTPUTS:
+        tl.store(state + 2 * state_stride, sum_x, mask=there)
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
+        tl.store(state + 3 * state_stride, sum_sq, mask=there)
+    if MEAN_LOGITS & OUTPUTS:
+        tl.store(state + 4 * state_stride, total, mask=there)
+    if IS_TOP1 & OUTPUTS:
+        tl.store(state + 6 * state_stride, before.to(tl.float64), mask=there)
+
+
+def num_tiles(vocab_size: int, tiles: Tiles) -> int:
+    """Into how many tiles of columns a vocabulary falls."""
+    return -(-vocab_size // tiles.columns)
+
+
+def part_bytes(vocab_size: int, outputs: int, tiles: Tiles) -> int:
+    """Bytes a row of what `linear_scores` holds between its two kernels."""
+    return 4 * (2 + outputs.bit_count()) * num_tiles(vocab_size, tiles)
+
+
+def _num_programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @on_tensors_device
-def partial_states(
+def linear_scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    inv_temperature: float,
+    slope: float,
     outputs: int,
-    parts: torch.Tensor,
+    state: torch.Tensor,
+    words: torch.Tensor | None,
+    tops: torch.Tensor | None,
     tiles: Tiles,
 ) -> None:
-    """Writes to `parts` (S, 7, N) float32 what each of the S = num_splits(V) splits adds to the state of rows.py.
+    """Writes the state (7, N) float64 of rows.py of all rows after all columns; keeps their logits where given room.
 
-    hidden: (N, H) float32|bfloat16|float16; weight: (V, H), dtype of hidden, rows of adjacent elements; targets: (N,)
-    int64; bias: (V,) or None. A target's logit is in the part of its split, the others have 0 for it; sums that
-    `outputs` does not ask for are left as they are.
-
-    Raises:
-        ValueError: the elements of a row of the weight are not adjacent.
+    Logits are slope * (hidden weightᵀ + bias). hidden: (N, H) bfloat16|float16; weight: (V, H), dtype of hidden; rows
+    of both begin at multiples of 16 bytes; targets: (N,) int64; bias: (V,) or None. words: (N, V) int16, with rows of
+    that kind, and tops: (N, T) float32, T = num_tiles(V), or both None. A target outside the vocabulary and sums that
+    `outputs` does not ask for leave what is in the state.
     """
-    if weight.stride(1) != 1:
-        raise ValueError(f"weight: expected rows of adjacent elements, got strides {weight.stride()}")
     num_rows, hidden_size = hidden.shape
+    vocab_size, count = weight.shape[0], num_tiles(weight.shape[0], tiles)
     if num_rows == 0:
         return
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    linear_scores_kernel[(triton.cdiv(num_rows, tiles.rows), len(parts))](
-        hidden,
-        hidden.stride(0),
-        weight,
-        weight.stride(0),
+    parts = torch.empty(2 + outputs.bit_count(), count, num_rows, dtype=torch.float32, device=hidden.device)
+    hidden_blocks = TensorDescriptor.from_tensor(hidden, [tiles.rows, tiles.depth])
+    weight_blocks = TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth])
+    # Without words any descriptor does: nothing is stored.
+    kept = hidden if words is None else words[:, :vocab_size]
+    kept_blocks = TensorDescriptor.from_tensor(kept, [tiles.rows, tiles.columns // tiles.pieces])
+    strides = (parts.stride(0), parts.stride(1), state, state.stride(0))
+    programs = min(_num_programs(hidden.device), count * triton.cdiv(num_rows, tiles.rows))
+    linear_scores_kernel[(programs,)](
+        hidden_blocks,
+        weight_blocks,
+        kept_blocks,
         targets.contiguous(),
-        weight if bias is None else bias.contiguous(),
+        parts if bias is None else bias.contiguous(),
         parts,
-        parts.stride(0),
-        parts.stride(1),
+        *strides,
         num_rows,
-        weight.shape[0],
+        vocab_size,
         hidden_size,
-        scale,
-        softcap,
-        inv_temperature,
+        slope,
         HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap != 0.0,
+        SCALED=slope != 1.0,
         OUTPUTS=outputs,
-        SPLIT=COLUMNS_PER_SPLIT,
+        KEEP=words is not None,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
+        GROUP=tiles.group,
         PIECES=tiles.pieces,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+    )
+    merge_tiles_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
+        parts,
+        *strides,
+        parts if tops is None else tops,
+        0 if tops is None else tops.stride(0),
+        num_rows,
+        count,
+        OUTPUTS=outputs,
+        KEEP=tops is not None,
+        ROWS=MERGED_ROWS,
+        TILES=MERGED_TILES,
     )

@@ -26,6 +26,16 @@ def transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def packed_words(u, top):
+    """Words (R, C) int16 of logits u (R, C) whose largest are top (R,); see `trl_fast/ops/packed_logits.py`."""
+    steps = (top[:, None] - u) * 1024.0
+    limit = tl.where(steps < float("inf"), 65534.0, 65535.0)  # NaN is not below
+    code = tl.where(steps < limit, steps, limit)
+    # A float of [2²³, 2²⁴) has its integer in the low bits: adding 2²³ rounds to it.
+    return (code + 8388608.0).to(tl.int32, bitcast=True).to(tl.int16)
+
+
+@triton.jit
 def add_logits(sums, u, mask, before_target, OUTPUTS: tl.constexpr):
     """The sums with logits u (R, C) added: -inf where `mask` is false; before_target (R, C): left of the target."""
     LOG2E: tl.constexpr = 1.4426950408889634

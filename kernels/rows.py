@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .launching import on_tensors_device
-from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, add_logits, store_sums, transformed
+from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, add_logits, packed_words, store_sums, transformed
 
 # What row_scores reads at once: the columns that share a largest logit when they are packed, here as in
 # packed_logits.py. A block of row_grad is 8 KiB, two 16-byte loads a thread. With twice as much, float32 scores spill.
@@ -31,16 +31,6 @@ def _load_raw(row, bias, columns, mask, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
     return z
-
-
-@triton.jit
-def _packed(u, top):
-    """Words (R, C) of logits u (R, C) whose largest are top (R,)."""
-    steps = (top[:, None] - u) * 1024.0
-    limit = tl.where(steps < float("inf"), 65534.0, 65535.0)  # NaN is not below
-    code = tl.where(steps < limit, steps, limit)
-    # A float of [2²³, 2²⁴) has its integer in the low bits: adding 2²³ rounds to it.
-    return (code + 8388608.0).to(tl.int32, bitcast=True).to(tl.int16)
 
 
 @triton.jit(do_not_specialize=[*_ANY_VALUE, *_PACKED_PER_ROW])
@@ -97,7 +87,7 @@ def row_scores_kernel(
         sums = add_logits(sums, u, mask, columns < target[:, None], OUTPUTS)
         if pack:
             chunk_top = tl.max(u, 1)
-            tl.store(words + index[:, None] * words_stride + columns, _packed(u, chunk_top), mask=mask)
+            tl.store(words + index[:, None] * words_stride + columns, packed_words(u, chunk_top), mask=mask)
             tl.store(tops + index * tops_stride + start // BLOCK, chunk_top)
     store_sums(state, state_stride, sums, None, OUTPUTS)
     here = (target >= 0) & (target < num_columns)
@@ -167,17 +157,20 @@ def row_grad_packed_kernel(
     column_offset,
     slope,
     HAS_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of one chunk of a packed row; like row_grad_kernel, it may take the words' place."""
+    """The gradient of some chunks of a packed row; like row_grad_kernel, it may take the words' place."""
     index = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    columns = chunk * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
     is_target = columns == tl.load(targets + index) - column_offset
     source = tl.load(rows + index) if HAS_ROWS else index
     code = tl.load(words + source * words_stride + columns, mask=mask, other=0).to(tl.int32) & 0xFFFF
-    top = tl.load(tops + source * tops_stride + chunk)
+    if CHUNK == BLOCK:
+        top = tl.load(tops + source * tops_stride + tl.program_id(1))
+    else:
+        top = tl.load(tops + source * tops_stride + columns // CHUNK, mask=mask, other=0.0)
     u = tl.where(code == 65535, -float("inf"), top - code.to(tl.float32) * (1.0 / 1024.0))
     du = _grad_of(u, is_target, lse + index, coefficients + index, coefficient_stride)
     tl.store(out + index * out_stride + columns, (du * slope).to(out.dtype.element_ty), mask=mask)
@@ -319,11 +312,12 @@ def row_grad_packed(
     column_offset: int,
     out: torch.Tensor,
     tops: torch.Tensor,
+    chunk: int = CHUNK,
 ) -> None:
     """Writes the gradient of the rows `index` (R,) of packed logits, None for all in order, to `out` (R, C).
 
-    words: (K, >= C) int16; tops: (K, chunks) float32; lse: (R,) float32; coefficients: (4, R) float32. Without an
-    index, a 16-bit `out` may be the words' own memory.
+    words: (K, >= C) int16; tops: (K, chunks) float32, of `chunk` columns each; lse: (R,) float32; coefficients:
+    (4, R) float32. Without an index, a 16-bit `out` may be the words' own memory.
     """
     rows, columns = out.shape
     if rows == 0 or columns == 0:
@@ -344,6 +338,7 @@ def row_grad_packed(
         column_offset,
         scale * inv_temperature,
         HAS_ROWS=index is not None,
+        CHUNK=chunk,
         BLOCK=CHUNK,
         num_warps=NUM_WARPS,
     )

@@ -21,10 +21,9 @@ from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segments import tree_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
-from trl_fast.ops.fused_scores import can_fuse, score_rows_fused
+from trl_fast.ops.fused_scores import fused_tiles, score_rows_fused
 from trl_fast.ops.rows import finish_scores, new_state
 from trl_fast.ops.scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
-from trl_fast.ops.transform import LogitTransform
 
 from .cases import HeadProblem, Tensors, head_cases, loss_cases
 from .ceilings import Size
@@ -228,11 +227,12 @@ def check_fused_scores(device: torch.device, vocab: int = 32003) -> Iterator[Che
     """Log-probs and entropies of the fused kernel, which accumulates in float32."""
     for dtype in (torch.bfloat16, torch.float16):
         problem = HeadProblem.random(300, 128, vocab, dtype, device)
-        if not can_fuse("triton", problem.weight, dtype):
+        tiles = fused_tiles("triton", 128, dtype, device)
+        if tiles is None:
             continue
         state = new_state(300, device)
-        given = (problem.hidden, problem.weight, problem.targets, None, LogitTransform())
-        score_rows_fused(*given, ENTROPY, state, 1 << 30)
+        given = (problem.hidden, problem.weight, problem.targets, None, 1.0)
+        score_rows_fused(*given, ENTROPY, state, None, tiles, 1 << 30)
         got = finish_scores(state, ENTROPY, vocab, torch.float32)
         logp = (problem.hidden.double() @ problem.weight.double().T).log_softmax(-1)
         chosen, entropy = logp.gather(1, problem.targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)

@@ -93,10 +93,12 @@ def test_packed_gradients_are_compiled_once_whatever_the_rows(keys_of):
 
 def test_the_fused_kernel_is_compiled_once_whatever_the_rows_and_the_vocabulary(keys_of):
     keys = keys_of(linear_scores, "linear_scores_kernel")
-    hidden, targets = torch.zeros(NUM_ROWS, 32), torch.zeros(NUM_ROWS, dtype=torch.int64)
-    for (first, last), vocab_size in zip(PARTS, (1, 7, 16, 2049, 4096, 5000), strict=True):
-        weight = torch.zeros(vocab_size, 32)
-        parts = torch.empty(linear_scores.num_splits(vocab_size), 7, last - first)
-        given = (hidden[first:last], weight, targets[first:last], None, *TRANSFORM, 0, parts)
-        linear_scores.partial_states(*given, linear_scores.TILES[9, 0])
-    assert len(keys) == 1
+    merges = keys_of(linear_scores, "merge_tiles_kernel")
+    hidden = torch.zeros(NUM_ROWS, 32, dtype=torch.bfloat16)
+    targets = torch.zeros(NUM_ROWS, dtype=torch.int64)
+    for slope, count in ((1.0, 1), (0.7, 2), (0.3, 2)):
+        for (first, last), vocab_size in zip(PARTS, (1, 7, 16, 2049, 4096, 5000), strict=True):
+            weight, state = torch.zeros(vocab_size, 32, dtype=torch.bfloat16), torch.zeros(7, last - first)
+            given = (hidden[first:last], weight, targets[first:last], None, slope, 0, state, None, None)
+            linear_scores.linear_scores(*given, linear_scores.TILES[9, 0])
+        assert (len(keys), len(merges)) == (count, 1)

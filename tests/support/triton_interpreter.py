@@ -60,8 +60,9 @@ class Memory:
         """Takes down where each tensor argument's storage lies."""
         self.spans = []
         for name, argument in zip(names, arguments, strict=False):
-            if hasattr(argument, "untyped_storage"):
-                storage = argument.untyped_storage()
+            tensor = getattr(argument, "base", argument)  # a descriptor is of a tensor
+            if hasattr(tensor, "untyped_storage"):
+                storage = tensor.untyped_storage()
                 self.spans.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes(), name))
 
     def check(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, what: str) -> None:
@@ -149,10 +150,10 @@ def _check_memory(patches: _Patches) -> None:
         memory.remember([*self.arg_names], [*prepared[0]])
         return prepared
 
-    def masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
+    def masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
         itemsize = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
         memory.check(pointers.data, mask.data, itemsize, "load")
-        loaded = stock_load(self, pointers, mask, other, *rest)
+        loaded = stock_load(self, pointers, mask, other, *rest, **named)
         return _poison(loaded, mask.data) if other is None else loaded
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
@@ -231,8 +232,8 @@ def interpreted_kernels(**options: Any) -> Iterator[None]:
     """Within, the launchers of trl_fast.kernels.rows and linear_scores run interpreted on CPU tensors."""
     from trl_fast.kernels import linear_scores, rows
 
-    names = ("row_scores_kernel", "row_grad_kernel", "row_grad_packed_kernel")
-    kernels = (*((rows, name) for name in names), (linear_scores, "linear_scores_kernel"))
+    kernels = [(rows, name) for name in ("row_scores_kernel", "row_grad_kernel", "row_grad_packed_kernel")]
+    kernels += [(linear_scores, name) for name in ("linear_scores_kernel", "merge_tiles_kernel")]
     with interpreter_repaired(**options), _Patches() as patches:
         for module, name in kernels:
             patches.set(module, name, interpreted(getattr(module, name)))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from .fused_scores import score_rows_fused, serves_fused
+from .fused_scores import score_rows_fused
 from .head import Head
 from .kept_logits import KeptLogits
 from .large_tensors import as_dtype, large_empty
@@ -43,12 +43,12 @@ def score_rows(
     """Adds all columns to the state (7, N) of all rows.
 
     hidden: (N, H) in the product's dtype; keep: takes the logits of the first rows, as many as it has; unit_gradient:
-    goes through the same tiles. With neither there is no gradient to come, and a fused kernel may serve.
+    goes through the same tiles.
     """
-    no_gradient = keep is None and unit_gradient is None
-    if no_gradient and serves_fused(head.backend, head.weight, head.dtype, head.logits_dtype.itemsize):
-        given = (hidden, head.weight, targets, head.bias, head.transform)
-        return score_rows_fused(*given, outputs, state, head.workspace_bytes)
+    if head.fused is not None:
+        slope = head.transform.scale * head.transform.inv_temperature
+        given = (hidden, head.weight_tile(slice(None)), targets, head.bias, slope, outputs, state, keep)
+        return score_rows_fused(*given, head.fused, head.workspace_bytes // 4)
     num_rows = hidden.shape[0]
     kept = 0 if keep is None else keep.num_rows
     height, width = head.tiling(num_rows, keep, gradients=unit_gradient is not None)

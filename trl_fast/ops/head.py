@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from .fused_scores import fused_tiles
 from .kept_logits import KeptLogits, KeptTile
 from .large_tensors import large_empty
 from .packed_logits import CHUNK, PACKED_DTYPE, num_chunks
@@ -146,7 +147,16 @@ class Head:
         self.row_bytes = row_bytes(self.vocab_size, self.logits_dtype, backend)
         self.workspace_bytes = workspace_bytes
         self._cast_weight: torch.Tensor | None = None
+        # The fused kernel's configuration, if it is to score here.
+        self.fused = None
+        if self.policy.whole_rows and self.packs:
+            self.fused = fused_tiles(backend, self.hidden_size, dtype, weight.device)
         rows_per_block(1, self.row_bytes, workspace_bytes)
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a chunk of packed logits."""
+        return CHUNK if self.fused is None else self.fused.columns
 
     @property
     def packs(self) -> bool:
@@ -167,7 +177,7 @@ class Head:
         """How many whole rows of logits the workspace holds with a tile beside them. raw: never packed."""
         row_bytes = self.row_bytes
         if self.packs and not raw:
-            row_bytes = self.vocab_size * PACKED_DTYPE.itemsize + num_chunks(self.vocab_size) * 4
+            row_bytes = self.vocab_size * PACKED_DTYPE.itemsize + num_chunks(self.vocab_size, self.chunk) * 4
         tile_bytes = self.workspace_bytes // _TILE_SHARE
         if self.policy.whole_rows:
             tile_bytes = min(tile_bytes, self.policy.tile_bytes)
@@ -206,7 +216,8 @@ class Head:
     def empty_logits(self, num_kept: int, num_rows: int, *, raw: bool = False) -> KeptLogits:
         """Room for the logits of `num_kept` rows, in tiles as they are for `num_rows` rows in all. raw: not packed."""
         dtype = PACKED_DTYPE if self.packs and not raw else self.logits_dtype
-        return KeptLogits.empty(num_kept, self.vocab_size, self.kept_columns(num_rows), dtype, self.weight.device)
+        columns = self.kept_columns(num_rows)
+        return KeptLogits.empty(num_kept, self.vocab_size, columns, dtype, self.weight.device, self.chunk)
 
     def kept_columns(self, num_rows: int) -> int:
         """Columns of a tile of kept logits where `num_rows` rows are scored in all."""
@@ -290,6 +301,9 @@ class Head:
         """The same of rows `index` (R,), None for all in order, of packed logits (K, C); `out` may be the words."""
         scale, _, inv_temperature = self.transform
         words, tops = packed
-        given = (words, index, targets, scale, inv_temperature, lse, coefficients)
-        self.kernels.grad_packed(*given, columns.start, out, tops)
+        given = (words, index, targets, scale, inv_temperature, lse, coefficients, columns.start, out, tops)
+        if self.fused is None:
+            self.kernels.grad_packed(*given)
+        else:  # whose chunks are no others' but Triton's
+            ROW_KERNELS["triton"].grad_packed(*given, self.chunk)
         return out

@@ -23,7 +23,7 @@ class KeptTile(NamedTuple):
     """Some columns of kept logits: values (K, C) float, or words (K, C) int16 with tops (K, chunks) float32."""
 
     values: torch.Tensor
-    tops: torch.Tensor | None
+    tops: torch.Tensor | None = None
 
     def part(self, rows: slice) -> KeptTile:
         """The same of some rows."""
@@ -34,25 +34,33 @@ class KeptTile(NamedTuple):
 class KeptLogits:
     """Logits of K rows in T tiles of W columns; the last tile is not full.
 
-    values: (T, K, at least W) float, or int16 words; tops: (T, K, chunks of W) float32 of packed ones, else None.
+    values: (T, K, at least W) float, or int16 words; tops: (T, K, chunks of W) float32 of packed ones, else None;
+    columns: W; chunk: columns of a chunk.
     """
 
     values: torch.Tensor
     tops: torch.Tensor | None
     columns: int
+    chunk: int = CHUNK
 
     @classmethod
     def empty(
-        cls, num_rows: int, vocab_size: int, columns: int, dtype: torch.dtype, device: torch.device
+        cls,
+        num_rows: int,
+        vocab_size: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        chunk: int = CHUNK,
     ) -> KeptLogits:
         """Room for the logits of `num_rows` rows in tiles of `columns`; dtype: PACKED_DTYPE, or that of raw logits."""
         num_tiles = -(-vocab_size // columns)
-        width = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT if device.type == "cuda" else columns
+        width = columns if num_tiles > 1 else -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         values = large_empty((num_tiles, num_rows, width), dtype, device)
         tops = None
         if dtype == PACKED_DTYPE:
-            tops = large_empty((num_tiles, num_rows, num_chunks(columns)), torch.float32, device)
-        return cls(values, tops, columns)
+            tops = large_empty((num_tiles, num_rows, num_chunks(columns, chunk)), torch.float32, device)
+        return cls(values, tops, columns, chunk)
 
     @property
     def packed(self) -> bool:
@@ -64,13 +72,14 @@ class KeptLogits:
 
     def part(self, rows: slice) -> KeptLogits:
         """The same of some rows."""
-        return KeptLogits(self.values[:, rows], None if self.tops is None else self.tops[:, rows], self.columns)
+        tops = None if self.tops is None else self.tops[:, rows]
+        return KeptLogits(self.values[:, rows], tops, self.columns, self.chunk)
 
     def tile(self, columns: slice) -> KeptTile:
         """Some columns, all of one tile; packed ones begin at a chunk."""
         number, start = divmod(columns.start, self.columns)
         stop = start + columns.stop - columns.start
-        tops = None if self.tops is None else self.tops[number, :, start // CHUNK : num_chunks(stop)]
+        tops = None if self.tops is None else self.tops[number, :, start // self.chunk : num_chunks(stop, self.chunk)]
         return KeptTile(self.values[number, :, start:stop], tops)
 
     def raw_tile(self, columns: slice, index: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:

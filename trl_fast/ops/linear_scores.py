@@ -122,7 +122,7 @@ def linear_scores_backward(
         given = (hidden.to(head.dtype), targets, lse, coefficients.t())
         if index is not None:
             given = tuple(tensor[index] for tensor in given)
-        kept = KeptLogits(logits, tops if len(tops) else None, head.kept_columns(hidden.shape[0]))
+        kept = KeptLogits(logits, tops if len(tops) else None, head.kept_columns(hidden.shape[0]), head.chunk)
         blocks = row_blocks(slice(0, len(given[0])), *given, kept, index)
         needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
         gradients = HeadGradients(head, len(given[0]), **needs)

@@ -1,7 +1,8 @@
 """Logits in 16 bits, for those that wait until their gradient is taken: the format, and PyTorch's way into it.
 
 Packed logits u are transformed (bias, scale, temperature), so that a step means the same for every head. They are
-whole steps of 2⁻¹⁰ below the largest of their chunk of 2048 columns, counted from the first column of their tile:
+whole steps of 2⁻¹⁰ below the largest of their chunk of columns, counted from the first column of their tile. A chunk
+has 2048 columns, or those of a tile of the fused kernel:
 
     tops (R, chunks) float32: the largest logit of each chunk; NaN is none
     words (R, C) int16, read as unsigned: k < 65535 is the logit top - k · 2⁻¹⁰, 65535 is -∞; what lies more than
@@ -24,9 +25,9 @@ _STEPS_A_NAT = 1024.0
 _LOWEST, _MINUS_INF = 65534.0, 65535
 
 
-def num_chunks(columns: int) -> int:
+def num_chunks(columns: int, chunk: int = CHUNK) -> int:
     """How many chunks a row of so many logits has."""
-    return -(-columns // CHUNK)
+    return -(-columns // chunk)
 
 
 def pack(u: torch.Tensor, words: torch.Tensor, tops: torch.Tensor) -> None:
@@ -40,8 +41,8 @@ def pack(u: torch.Tensor, words: torch.Tensor, tops: torch.Tensor) -> None:
         words[:, start : start + part.shape[1]] = codes.to(torch.int32).to(PACKED_DTYPE)
 
 
-def unpack(words: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
-    """Float32 logits (R, C) of words (R, C) int16 and tops (R, >= num_chunks(C)) float32."""
+def unpack(words: torch.Tensor, tops: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
+    """Float32 logits (R, C) of words (R, C) int16 and tops (R, >= num_chunks(C, chunk)) float32."""
     codes = words.to(torch.int32) & 0xFFFF
-    top = tops.repeat_interleave(CHUNK, dim=1)[:, : words.shape[1]]
+    top = tops.repeat_interleave(chunk, dim=1)[:, : words.shape[1]]
     return torch.where(codes == _MINUS_INF, float("-inf"), top - codes / _STEPS_A_NAT)

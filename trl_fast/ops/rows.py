@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from .packed_logits import pack, unpack
+from .packed_logits import CHUNK, pack, unpack
 from .scores import (
     ENTROPY,
     ENTROPY_ROW,
@@ -268,11 +268,13 @@ def row_grad_packed_reference(
     column_offset: int,
     out: torch.Tensor,
     tops: torch.Tensor,
+    chunk: int = CHUNK,
 ) -> None:
     """Gradient with respect to the raw logits of a tile (R, C) that was packed, written to `out`.
 
     Args:
-        words: (K, >= C) int16, tops: (K, >= num_chunks(C)) float32, as row_scores_packed filled them.
+        words: (K, >= C) int16, tops: (K, >= num_chunks(C, chunk)) float32, as row_scores_packed filled them; chunk:
+            columns of a chunk, which only PyTorch and Triton let others choose.
         index: (R,) int64, the rows of `words` that belong to the tile's rows; None for all in order. On a GPU nothing
             checks its range.
         targets, scale, inv_temperature, lse, coefficients, column_offset: as in row_grad_reference.
@@ -283,7 +285,7 @@ def row_grad_packed_reference(
         return
     if index is not None:
         words, tops = words[index], tops[index]
-    du = unpack(words[:, : out.shape[1]], tops)
+    du = unpack(words[:, : out.shape[1]], tops, chunk)
     row_grad_reference(du, targets, None, 1.0, 0.0, 1.0, lse, coefficients, column_offset, du)
     out.copy_(du.mul_(scale * inv_temperature))
 
@@ -355,11 +357,11 @@ def register_fakes() -> None:
         return None
 
     @torch.library.register_fake("trl_fast::row_scores_packed")
-    def _(logits, targets, bias, scale, inv_temperature, outputs, column_offset, state, words, tops=None):
+    def _(logits, targets, bias, scale, inv_temperature, outputs, column_offset, state, words, tops):
         return None
 
     @torch.library.register_fake("trl_fast::row_grad_packed")
-    def _(words, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out, tops=None):
+    def _(words, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out, tops):
         return None
 
     @torch.library.register_fake("trl_fast::held_empty")
