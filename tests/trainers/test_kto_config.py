@@ -82,7 +82,7 @@ def test_bad_input(build):
         build({"train_datset": 1})
     with pytest.raises(NotImplementedError, match="sync_ref_model=True"):
         build({"peft_config": LoraConfig(target_modules=["q_proj"])}, sync_ref_model=True)
-    with pytest.raises(ValueError, match="precompute_ref_log_probs=True.*train is a stream"):
+    with pytest.raises(ValueError, match="train_dataset is a stream.*precompute_ref_log_probs=True"):
         build({"train_dataset": color_labels(4).to_iterable_dataset()}, precompute_ref_log_probs=True)
     rows = [{"prompt_ids": [5, 6], "completion_ids": [7], "label": True}] * 2
     rows[1] = {**rows[1], "completion_ids": [9999]}

@@ -16,9 +16,9 @@ from trl_fast.console import make_console
 
 
 class CompletionsLog:
-    """Prompts, completions, rewards and advantages of the last `size` completions, of all processes."""
+    """Prompts, completions, rewards and advantages of the last `size` completions (None: of all), of all processes."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int | None) -> None:
         self._size = size
         self._columns: dict[str, deque] = defaultdict(lambda: deque(maxlen=size))
         self.rewards: list[str] = []

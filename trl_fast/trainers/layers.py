@@ -52,3 +52,13 @@ def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
     if not has_router:
         return 0.0
     return float(getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted)
+
+
+def warn_of_reentrant_router(args: BaseConfig, coefficient: float) -> None:
+    """Says so if checkpointing is of the kind with which a router's loss, of that weight, has no gradient."""
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if reentrant and coefficient:
+        logger.warning(
+            "gradient_checkpointing_kwargs: with use_reentrant=True the router's load-balancing loss has no "
+            "gradient, since transformers collects its logits where none is recorded; set use_reentrant=False."
+        )

@@ -183,7 +183,7 @@ class PPORollouts(Rollouts, GenerationMetrics):
         sampling: only of the first batch.
         """
         loader = self.get_train_dataloader() if self.eval_dataset is None else self.get_eval_dataloader()
-        log = CompletionsLog(len(loader.dataset))
+        log = CompletionsLog(None)
         with evaluating(self.model):
             for rows in loader:
                 found = self.roll_out(rows)

@@ -54,6 +54,9 @@ class PreferenceTrainer(ReferenceTrainer):
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model).with_older_arguments(type(self), older)
         self.check_dataset_type(train_dataset, "train_dataset")
+        if args.precompute_ref_log_probs:
+            _check_no_stream("train_dataset", train_dataset)
+            _check_no_stream("eval_dataset", eval_dataset)
         if isinstance(model, torch.nn.Module) and ref_model is model:
             raise ValueError("ref_model is the very object of model; leave it out to use a copy of the policy")
         model = self.resolve_model(model, args, quantization_config)
@@ -124,9 +127,7 @@ class PreferenceTrainer(ReferenceTrainer):
         elif self.eval_dataset is not None:
             self.eval_dataset = self._with_reference(self.eval_dataset, "eval", self.args.eval_batch_size)
 
-    def _with_reference(self, dataset: AnyDataset, name: str, batch_size: int) -> Dataset:
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(f"precompute_ref_log_probs=True needs a dataset of known length, but {name} is a stream")
+    def _with_reference(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         accelerator, columns = self.accelerator, self.reference_columns
 
         def compute() -> dict[str, list[float]]:
@@ -151,8 +152,10 @@ class PreferenceTrainer(ReferenceTrainer):
         """A dataset given to `evaluate`, with reference log-probs where those are precomputed.
 
         Raises:
-            ValueError: they were precomputed from a policy that has been trained since.
+            ValueError: they were precomputed from a policy that has been trained since, or the dataset is a stream.
         """
+        if self.args.precompute_ref_log_probs:
+            _check_no_stream("eval_dataset", dataset)
         dataset = super().prepare_for_evaluation(dataset)
         if not self.args.precompute_ref_log_probs or self.reference_columns[0] in dataset.column_names:
             return dataset
@@ -162,6 +165,18 @@ class PreferenceTrainer(ReferenceTrainer):
                 "before training, which is gone; give the dataset to the constructor, or give a ref_model"
             )
         return self._with_reference(dataset, "eval", self.args.eval_batch_size)
+
+
+def _check_no_stream(name: str, dataset: AnyDataset | dict[str, AnyDataset] | None) -> None:
+    """Raises ValueError if a dataset, or one of a dict of them, is a stream; `name` is the argument."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            _check_no_stream(f"{name}[{key!r}]", part)
+    elif isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{name} is a stream (IterableDataset), but precompute_ref_log_probs=True keeps the reference's log-probs "
+            "beside the rows; give a datasets.Dataset, or set precompute_ref_log_probs=False"
+        )
 
 
 def padded_rows(rows: list[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,6 +45,9 @@ class PromptLoaders:
     def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
         """Each prompt as often as it gets completions in evaluation.
 
+        A stream is read as a whole, so that its order is that of a dataset: prompts are small, and each costs a
+        generation.
+
         Raises:
             ValueError: a batch would not hold all completions of its prompts.
         """
@@ -53,5 +56,5 @@ class PromptLoaders:
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, IterableDataset):
-            dataset = repeat_stream(dataset.shuffle(seed=self.args.seed), self.args.generations("eval"))
+            dataset = list(dataset)
         return super().get_eval_dataloader(dataset)
