@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,11 +24,10 @@ from .callbacks import EpochAnnouncer, TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
-from .layers import set_up_layers, warn_of_reentrant_router
+from .layers import set_up_layers
 from .metrics import MetricBuffer
 from .model_card import model_card
 from .progress import close_progress
-from .streams import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)
@@ -175,8 +174,15 @@ class BaseTrainer(Trainer):
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""
         args = kwargs["args"]
-        forbid_dispatching(args)
-        warn_of_reentrant_router(args, self.router_aux_loss_coef)
+        if isinstance(kwargs["train_dataset"], IterableDataset):
+            # Dispatching would cut a batch object into parts and put them together again.
+            args.accelerator_config.dispatch_batches = False
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and self.router_aux_loss_coef:
+            logger.warning(
+                "gradient_checkpointing_kwargs: with use_reentrant=True the router's load-balancing loss has no "
+                "gradient, since transformers collects its logits where none is recorded; set use_reentrant=False."
+            )
         super().__init__(**kwargs)
         forbid_data_parallel(self)
         declare_loss_scaling(self)
@@ -277,7 +283,7 @@ class BaseTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of one micro-batch, its gradients accumulated; a check that fails on the way names the step."""
         try:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.state.global_step + 1}: {error}") from error
         self._divergence.see_loss(loss)
@@ -289,13 +295,6 @@ class BaseTrainer(Trainer):
         return norm
 
     # ---- evaluation
-
-    def _get_dataloader(self, **kwargs: Any) -> Iterable[Any]:
-        """As in the base; a stream that is evaluated comes in the batches of a dataset."""
-        if not isinstance(kwargs["dataset"], IterableDataset) or kwargs.get("is_training"):
-            return super()._get_dataloader(**kwargs)
-        collate = self._get_collator_with_removed_columns(self.data_collator, kwargs["description"])
-        return StreamLoader(kwargs["dataset"], kwargs["batch_size"], collate, self.args, self.accelerator)
 
     def evaluate(
         self,
@@ -386,16 +385,13 @@ class BaseTrainer(Trainer):
         """Writes README.md into the output folder: what was trained, from what, with which method."""
         if not self.is_world_process_zero():
             return
+        folder = Path(self.args.output_dir)
         origin = base_model(self.accelerator.unwrap_model(self.model)).config._name_or_path
-        lines = ["---", "library_name: transformers", f"model_name: {model_name or Path(self.args.output_dir).name}"]
-        if origin and not os.path.isdir(origin):
-            lines.append(f"base_model: {origin}")
-        lines += ["tags:", "- trl_fast", f"- {self.method}", "---", ""]
-        lines += [f"# {model_name or Path(self.args.output_dir).name}", ""]
-        lines += [f"Trained from `{origin}` by trl_fast's {type(self).__name__}.", ""]
-        Path(self.args.output_dir, "README.md").write_text("\n".join(lines))
+        text = model_card(model_name or folder.name, origin, self.method, type(self).__name__)
+        (folder / "README.md").write_text(text)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        self._divergence.check()
         self.create_model_card(Path(self.args.output_dir).name)
         self._tokens.add_up()
         super()._save_checkpoint(model, trial)

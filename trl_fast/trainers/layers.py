@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -15,16 +13,16 @@ from trl_fast.modeling.tiled_mlp import tile_mlps
 
 from .base_config import BaseConfig
 
-logger = logging.getLogger(__name__)
-
 
 def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, trains: bool = True) -> None:
     """Dropout and tiles; of a model that trains also what is kept for backward, and where.
 
     Raises:
+        NotFiniteError: weights are NaN or infinite.
         ValueError: tiled_mlp is set, and there is no MLP that can be tiled.
     """
     inner = base_model(model)
+    check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
     if args.disable_dropout:
         disable_dropout(model)
     if args.tiled_mlp is not None:
