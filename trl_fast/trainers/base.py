@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +24,11 @@ from .callbacks import EpochAnnouncer, TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
-from .layers import set_up_layers
+from .layers import set_up_layers, warn_of_reentrant_router
 from .metrics import MetricBuffer
 from .model_card import model_card
 from .progress import close_progress
+from .streams import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)
@@ -174,15 +175,8 @@ class BaseTrainer(Trainer):
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""
         args = kwargs["args"]
-        if isinstance(kwargs["train_dataset"], IterableDataset):
-            # Dispatching would cut a batch object into parts and put them together again.
-            args.accelerator_config.dispatch_batches = False
-        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        if reentrant and self.router_aux_loss_coef:
-            logger.warning(
-                "gradient_checkpointing_kwargs: with use_reentrant=True the router's load-balancing loss has no "
-                "gradient, since transformers collects its logits where none is recorded; set use_reentrant=False."
-            )
+        forbid_dispatching(args)
+        warn_of_reentrant_router(args, self.router_aux_loss_coef)
         super().__init__(**kwargs)
         forbid_data_parallel(self)
         declare_loss_scaling(self)
@@ -295,6 +289,13 @@ class BaseTrainer(Trainer):
         return norm
 
     # ---- evaluation
+
+    def _get_dataloader(self, **kwargs: Any) -> Iterable[Any]:
+        """As in the base; a stream that is evaluated comes in the batches of a dataset."""
+        if not isinstance(kwargs["dataset"], IterableDataset) or kwargs.get("is_training"):
+            return super()._get_dataloader(**kwargs)
+        collate = self._get_collator_with_removed_columns(self.data_collator, kwargs["description"])
+        return StreamLoader(kwargs["dataset"], kwargs["batch_size"], collate, self.args, self.accelerator)
 
     def evaluate(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -12,6 +14,8 @@ from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 from .base_config import BaseConfig
+
+logger = logging.getLogger(__name__)
 
 
 def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, trains: bool = True) -> None:
