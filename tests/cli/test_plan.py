@@ -7,6 +7,7 @@ import pytest
 from support.models import tiny_config
 from trl_fast.cli.main import main
 from trl_fast.planning.compare import switches
+from trl_fast.planning.estimate import Longest
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_peak_parts_stages_other_systems_and_switches(folder, tmp_path, capsys, 
     for expected in ("weights", "optimizer", "saved activations", "head and loss", "first layer backward"):
         assert expected in output
     # Without gpu_memory there is nothing to fit.
-    for expected in ("TRL 1.16", "full logits", "gradient_checkpointing=False", "budget_bytes=0", "tiled_mlp=4096"):
+    for expected in ("TRL 1.16", "full logits", "gradient_checkpointing=False", "tiled_mlp=4096"):
         assert expected in output
     assert "longest" not in output
 
@@ -69,6 +70,15 @@ def test_more_memory_holds_longer_contexts(folder, capsys):
 def test_other_methods_and_prompts_and_an_adapter(method, flags, folder, capsys):
     assert plan(folder, "--method", method, "--peft", "lora", "--lora_r", "4", "--max_length", "128", *flags) == 0
     assert f"{method}, {folder}, LoRA r=4" in capsys.readouterr().out
+
+
+def test_layers_that_need_no_checkpointing_on_a_gpu(folder, capsys, monkeypatch):
+    monkeypatch.setattr("trl_fast.cli.plan.longest_context", lambda *_: Longest(64, None))
+    flags = ("--method", "sft", "--max_length", "128", "--gpu_memory", "4GiB")
+    assert plan(folder, *flags) == 0
+    assert "let 2 of 2 layers go uncheckpointed." in capsys.readouterr().out
+    assert plan(folder, *flags, "--device", "cpu") == 0
+    assert "uncheckpointed" not in capsys.readouterr().out
 
 
 def test_a_config_file_and_a_built_in_shape(folder, capsys):

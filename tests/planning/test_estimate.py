@@ -25,10 +25,14 @@ from trl_fast.planning.timeline import (
     [
         {"lora_r": 4, "lora_target_modules": ("q_proj", "up_proj"), "tiled_mlp": 64, "activation_offloading": True},
         pytest.param({"gradient_checkpointing": False, "method": "sft", "dtype": "float32"}, marks=pytest.mark.slow),
-        pytest.param({"activation_budget_bytes": 0}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"activation_budget_bytes": 0, "device": "cpu"}, marks=pytest.mark.slow),
         # All results of the first layer, attention of all.
-        pytest.param({"activation_budget_bytes": 150_000, "head_workspace_bytes": 1 << 16}, marks=pytest.mark.slow),
-        {"activation_budget_bytes": 20_000, "dtype": "float32"},
+        pytest.param(
+            {"activation_budget_bytes": 150_000, "head_workspace_bytes": 1 << 16, "device": "cpu"},
+            marks=pytest.mark.slow,
+        ),
+        {"activation_budget_bytes": 20_000, "dtype": "float32", "method": "sft", "device": "cpu"},
         pytest.param({"method": "reward", "batch_layout": "padded"}, marks=pytest.mark.slow),
         {"system": TRL, "precompute_ref_log_probs": True},
         pytest.param({"system": FULL_LOGITS, "method": "sft"}, marks=pytest.mark.slow),

@@ -113,7 +113,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, 1 << 30),
+        ({}, None),
         ({"activation_offloading": True}, 0),
         ({"activation_offloading": True, "activation_budget_bytes": 7}, 7),
         ({"activation_budget_bytes": 0, "gradient_checkpointing": False}, 0),

@@ -14,7 +14,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.positions import check_positions
 from trl_fast.ops.linear_logprob import HEAD_GRADS
 from trl_fast.planning.compare import Row, check_resident, compare, switches, systems
-from trl_fast.planning.estimate import longest_context
+from trl_fast.planning.estimate import longest_context, whole_layers
 from trl_fast.planning.models import planned_model
 from trl_fast.planning.report import peak_table, rows_table, save_plot, setup_line, stages_table, tokens
 from trl_fast.planning.setup import DEVICES, DTYPES, LAYOUTS, METHODS, Setup
@@ -54,7 +54,9 @@ class PlanArguments:
     gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in backward."})
     activation_budget_bytes: int | None = field(
         default=None,
-        metadata={"help": "Memory for results that checkpointing need not compute again; default 1 GiB."},
+        metadata={
+            "help": "Memory for what checkpointing need not compute again; unset: what a GPU has free, on a CPU 1 GiB."
+        },
     )
     activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in CPU memory meanwhile."})
     tiled_mlp: str | None = field(
@@ -144,6 +146,12 @@ def run(arguments: PlanArguments, setup: Setup, limit: int | None) -> int:
     if limit is not None:
         verdict = "fits" if peak.bytes <= limit else "does not fit"
         console.print(f"{gib(peak.bytes)} GiB {verdict} gpu_memory={gib(limit)} GiB.")
+        if setup.leaves_whole_layers:
+            whole, size = whole_layers(setup, length, limit)
+            console.print(
+                f"Of what is free, {gib(size)} GiB let {whole} of {setup.num_layers} layers go uncheckpointed.",
+                soft_wrap=True,
+            )
     if arguments.compare:
         _compare(console, setup, length, limit)
     elif limit is not None:

@@ -4,6 +4,9 @@ Checkpointing keeps a layer's input and computes all the rest once more in backw
 matrix products and attention, whose results are a part of what a layer would save without checkpointing. They are kept
 here, as many as a limit allows; values and gradients are the same, bit for bit.
 
+On a GPU whole layers go first, as many as its free memory holds (whole_layers.py): dispatch modes look at every
+operator twice, and a small model then waits for its host. They serve what is left of the memory, if layers are large.
+
 torch's selective checkpointing (create_selective_checkpoint_contexts) does this without a limit. It also stops where a
 result is changed in place, and where a cast of a weight comes out of autocast's cache the one time and not the other.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -27,6 +31,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .loading import backbone
+from .whole_layers import (
+    LARGE_LAYER,
+    Footprint,
+    Meter,
+    PassSize,
+    device_memory,
+    merged,
+    missing_gradient_bytes,
+    split_layers,
+    working_weights,
+)
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BUDGET_BYTES = 1 << 30
 PRODUCT, ATTENTION = "product", "attention"
@@ -42,44 +59,48 @@ _ATTENTION_OPS = (
 )
 
 
-def budget_bytes(asked: int | None, offloading: bool) -> int:
-    """Bytes of results that a forward pass may keep, of the trainers' arguments.
+def budget_bytes(asked: int | None, offloading: bool) -> int | None:
+    """Bytes that a forward pass may keep beyond what checkpointing does, of the trainers' arguments; None: by device.
 
     Whoever lets activations wait in the CPU's memory wants none on the GPU.
     """
-    if asked is not None:
-        return asked
-    return 0 if offloading else DEFAULT_BUDGET_BYTES
+    return 0 if asked is None and offloading else asked
 
 
-def keep_results(model: PreTrainedModel, limit: int, *, attention_always: bool = False) -> None:
-    """Lets gradient checkpointing of a model, once it is enabled, keep results of up to `limit` bytes a forward pass.
+def keep_results(
+    model: PreTrainedModel, limit: int | None, *, attention_always: bool = False, whole_layers: bool = True
+) -> None:
+    """Lets gradient checkpointing of a model, once it is enabled, keep up to `limit` bytes more in a forward pass.
 
-    attention_always: results of attention are kept whatever the limit, as TRL's `selective` does. Reentrant
-    checkpointing, a compiled model and one whose code takes no function that checkpoints compute all again, as without
-    this.
+    On a GPU whole layers and, of large ones, results; None: as far as its free memory goes. Elsewhere results; None:
+    DEFAULT_BUDGET_BYTES. attention_always: results of attention are kept whatever the limit, as TRL's `selective`
+    does. whole_layers: False where what layers save leaves the GPU. Reentrant checkpointing, a compiled model and one
+    whose code takes no function that checkpoints compute all again, as without this.
     """
     keeper = getattr(model, "trl_fast_keeper", None)
     if keeper is None:
         if "gradient_checkpointing_func" not in inspect.signature(model._set_gradient_checkpointing).parameters:
             return
-        keeper = model.trl_fast_keeper = Keeper()
+        keeper = model.trl_fast_keeper = Keeper(model)
         backbone(model).register_forward_pre_hook(keeper.start)
         model.set_checkpointing_kept = model._set_gradient_checkpointing.__func__
         model._set_gradient_checkpointing = types.MethodType(_set_gradient_checkpointing, model)
-    keeper.limit, keeper.attention_always = limit, attention_always
+    keeper.limit, keeper.attention_always, keeper.whole_layers = limit, attention_always, whole_layers
 
 
 def _set_gradient_checkpointing(
     self: PreTrainedModel, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
 ) -> None:
     """transformers calls this to give each layer its function that checkpoints; this gives them one that keeps."""
+    self.trl_fast_keeper.forget()
     keywords = dict(getattr(gradient_checkpointing_func, "keywords", {}))
     if keywords.pop("selective", None) is not None:
         # TRL's key, which the config has read; torch does not know it.
         keywords.setdefault("use_reentrant", False)
         gradient_checkpointing_func = functools.partial(gradient_checkpointing_func.func, **keywords)
     if keywords.get("use_reentrant") is False:
+        # transformers' own way to offload wraps torch's function: layers that it does not see would not be offloaded.
+        self.trl_fast_keeper.is_torch_checkpoint = gradient_checkpointing_func.func is checkpoint
         gradient_checkpointing_func = functools.partial(self.trl_fast_keeper.run, gradient_checkpointing_func)
     self.set_checkpointing_kept(self, enable, gradient_checkpointing_func, **kwargs)
 
@@ -102,32 +123,118 @@ def nothing_kept() -> Iterator[None]:
 
 
 class Keeper:
-    """Gives every forward pass of a model a budget, and its layers what they need to use it."""
+    """Tells the layers of a model, pass by pass, whether to checkpoint, and what they may keep."""
 
-    limit = 0
+    limit: int | None = 0
     attention_always = False
+    whole_layers = is_torch_checkpoint = True
+    device_memory = staticmethod(device_memory)
 
-    def __init__(self) -> None:
-        # The budget of the forward pass at work.
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        # Of the forward pass at work: its budget, and the layers that it does not checkpoint.
         self.budget = Budget(0, 0)
+        self.whole: frozenset[torch.nn.Module] = frozenset()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets the model's layers and what they take: others may be checkpointed from now on."""
+        # Listed once: walking through a model with adapters takes milliseconds.
+        self._every_layer: list[torch.nn.Module] | None = None
+        self._weights: list[torch.nn.Parameter] = []
+        # The layers that checkpoint, until the first of them has settled what the pass does.
+        self._layers: list[torch.nn.Module] | None = None
+        self._footprint: Footprint | None = None
+        self._meter: Meter | None = None
 
     def start(self, module: torch.nn.Module, _args: object) -> None:
         """Starts a forward pass of the model's backbone."""
-        layers = sum(
-            isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
-            for layer in module.modules()
-        )
-        self.budget = Budget(self.limit, layers, self.attention_always)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if self._every_layer is None:
+            self._every_layer = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+            self._weights = list(self._model.parameters())
+        self._layers = [layer for layer in self._every_layer if layer.gradient_checkpointing]
 
     def run(self, checkpoint_function: Callable, function: Callable, *args: Any) -> Any:
-        """A layer's forward, checkpointed."""
-        if torch.compiler.is_compiling() or not (self.limit or self.attention_always):
+        """A layer's forward, checkpointed or not."""
+        if torch.compiler.is_compiling():
+            return checkpoint_function(function, *args)
+        if not torch.is_grad_enabled():
+            return function(*args)
+        if self._layers is not None:
+            self._settle(self._layers, _hidden_states(function, args))
+            self._layers = None
+        layer = _layer_of(function)
+        if layer in self.whole:
+            return function(*args)
+        if self._meter is not None:
+            function = self._meter.watched(layer, function)
+        if not (self.budget.left or self.attention_always):
             return checkpoint_function(function, *args)
         return checkpoint_function(function, *args, context_fn=self._contexts)
+
+    def _settle(self, layers: list[torch.nn.Module], hidden: torch.Tensor) -> None:
+        """Settles what a pass does, by the hidden states (B, T, H) that its first layer gets."""
+        memory = self.device_memory(hidden.device) if self._may_leave_whole and layers else None
+        if memory is None or _says_why_none_whole(layers):
+            self._share(layers, 0, DEFAULT_BUDGET_BYTES if self.limit is None else self.limit)
+            return
+        if self._meter is not None and (found := self._meter.footprint()) is not None:
+            self._footprint, self._meter = merged(self._footprint, found), None
+        size, missing = PassSize.of(hidden), missing_gradient_bytes(self._weights)
+        if self._footprint is None or not self._footprint.covers(size):
+            self._meter = self._meter or Meter(layers, hidden.device, self.device_memory)
+            self._meter.start(size, missing, memory)
+            self._share(layers, 0, 0)
+            return
+        self._meter = None
+        split = split_layers(self._footprint, size, memory, missing, self.limit)
+        experts = getattr(self._model.config.get_text_config(), "num_experts_per_tok", None) or 1
+        large = size.tokens * working_weights(layers[0], experts) >= LARGE_LAYER
+        self._share(layers, split.whole, split.left if large else 0)
+
+    @property
+    def _may_leave_whole(self) -> bool:
+        return self.whole_layers and self.is_torch_checkpoint and self.limit != 0
+
+    def _share(self, layers: list[torch.nn.Module], whole: int, limit: int) -> None:
+        checkpointed = len(layers) - whole
+        self.whole = frozenset(layers[checkpointed:])
+        self.budget = Budget(limit, checkpointed, self.attention_always)
 
     def _contexts(self) -> tuple[Keeping, Reusing]:
         keeping = Keeping(self.budget)
         return keeping, Reusing(keeping.results)
+
+
+def _layer_of(function: Callable) -> torch.nn.Module | None:
+    """The layer whose forward transformers hands over: the first argument of a partial."""
+    given = getattr(function, "args", ())
+    return given[0] if given else None
+
+
+def _hidden_states(function: Callable, args: tuple) -> torch.Tensor:
+    """The first tensor that a layer's forward gets."""
+    return next(iter(_tensors((args, getattr(function, "keywords", {})))))
+
+
+def _says_why_none_whole(layers: list[torch.nn.Module]) -> bool:
+    """Whether layers cannot be chosen by one device's memory; then it says why."""
+    weights = [next(layer.parameters(), None) for layer in layers]
+    devices = {str(weight.device) for weight in weights if weight is not None}
+    if len(devices) > 1:
+        _say_once(f"the model lies on several devices ({', '.join(sorted(devices))})")
+        return True
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        _say_once("DeepSpeed ZeRO-3 gathers weights within layers, which all processes have to do alike")
+        return True
+    return False
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    logger.warning(f"Gradient checkpointing leaves no whole layers uncheckpointed: {why}.")
 
 
 class Budget:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trl_fast.modeling.kept_results import PRODUCT, Budget
+from trl_fast.modeling.whole_layers import layers_that_fit, room_for_layers
 
 from .models import layers_are_alike, meta_model
 from .setup import Setup
-from .step import LAST_LAYER, simulate
+from .step import EMBEDDING_STAGE, LAST_LAYER, OPTIMIZER_STAGE, simulate
 from .timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, Peak, highest
 
 # The shallowest models that have a first, a last and, in the second, a layer between.
@@ -70,6 +71,33 @@ def _kept(results: Sequence[tuple[str, int]], depth: int, limit: int) -> list[in
 def estimate(setup: Setup, max_length: int) -> Peak:
     """The peak of a step, from `stage_peaks`."""
     return highest(stage_peaks(setup, max_length))
+
+
+def whole_layers(setup: Setup, max_length: int, limit: int) -> tuple[int, int]:
+    """How many layers a GPU of `limit` bytes leaves uncheckpointed, by the trainers' own rule, and what they save."""
+    if not setup.leaves_whole_layers:
+        return 0, 0
+    # When these begin, nothing is left of what layers saved.
+    over = (EMBEDDING_STAGE, OPTIMIZER_STAGE)
+    passing = {name: peak for name, peak in stage_peaks(setup, max_length).items() if name not in over}
+    room = room_for_layers(limit, limit, highest(passing).bytes, setup.activation_budget_bytes)
+    size = _saved_by_a_layer(setup, max_length)
+    whole = layers_that_fit([size] * setup.num_layers, room)
+    return whole, whole * size
+
+
+def _saved_by_a_layer(setup: Setup, max_length: int) -> int:
+    """Bytes that a layer saves beyond what it does when it is checkpointed; the mean of layers that differ."""
+    fewer, more = SHALLOW
+    if setup.num_layers > more and layers_are_alike(meta_model(setup)):
+        return _saved_by(setup, max_length, more) - _saved_by(setup, max_length, fewer)
+    return math.ceil(_saved_by(setup, max_length, setup.num_layers) / setup.num_layers)
+
+
+def _saved_by(setup: Setup, max_length: int, layers: int) -> int:
+    steps = (simulate(one, max_length, layers) for one in (setup.but(gradient_checkpointing=False), setup))
+    plain, checkpointed = (int(step.at_start(LAST_LAYER)[KINDS.index(SAVED)]) for step in steps)
+    return plain - checkpointed
 
 
 def _on_line(one: Peak, two: Peak, places: tuple[int, int], at: int) -> Peak:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from trl_fast.modeling.kept_results import budget_bytes
+from trl_fast.modeling.kept_results import DEFAULT_BUDGET_BYTES, budget_bytes
 from trl_fast.ranges import check_ranges
 
 METHODS = ("dpo", "sft", "reward")
@@ -74,10 +74,20 @@ class Setup:
 
     @property
     def activation_budget(self) -> int:
-        """Bytes of results that gradient checkpointing keeps, at most; only ours does."""
-        if self.system != OURS or not self.gradient_checkpointing:
+        """Bytes of results that gradient checkpointing keeps, at most; only ours does.
+
+        On a GPU it takes for that, and for whole layers, only what a step leaves free: what the step needs is less.
+        """
+        if self.system != OURS or not self.gradient_checkpointing or self.device == "gpu":
             return 0
-        return budget_bytes(self.activation_budget_bytes, self.activation_offloading)
+        budget = budget_bytes(self.activation_budget_bytes, self.activation_offloading)
+        return DEFAULT_BUDGET_BYTES if budget is None else budget
+
+    @property
+    def leaves_whole_layers(self) -> bool:
+        """Whether layers are left uncheckpointed where memory holds what they save."""
+        checkpoints = self.system == OURS and self.gradient_checkpointing and self.device == "gpu"
+        return checkpoints and not self.activation_offloading and self.activation_budget_bytes != 0
 
     @property
     def max_positions(self) -> int | None:

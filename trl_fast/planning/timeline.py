@@ -92,6 +92,10 @@ class Timeline:
         levels = changes.cumsum(axis=1)[:, :-1]
         return cls(levels, tuple((name, start - first, end - first) for name, start, end in stages))
 
+    def at_start(self, stage: str) -> np.ndarray:
+        """Bytes of each kind (kinds,) when a stage begins."""
+        return self.levels[:, next(start for name, start, _ in self.stages if name == stage)]
+
     def stage_peaks(self) -> dict[str, Peak]:
         """The peak of each stage; stages of one name count as one."""
         total = self.levels.sum(axis=0)

@@ -133,8 +133,9 @@ class BaseConfig(TrainingArguments):
     activation_budget_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "Memory for results of matrix products and attention that gradient checkpointing would compute "
-            "again, a model and forward pass. Unset: 1 GiB, none with activation_offloading; 0: none."
+            "help": "Memory for what gradient checkpointing would compute again, a model and forward pass: on a GPU "
+            "whole layers, else results of matrix products and attention. Unset: what is free on a GPU, else 1 GiB, "
+            "none with activation_offloading; 0: none."
         },
     )
     activation_offloading: bool = field(
@@ -219,8 +220,8 @@ class BaseConfig(TrainingArguments):
             raise ValueError(f"{asked} needs use_reentrant=False in gradient_checkpointing_kwargs")
 
     @property
-    def activation_budget(self) -> int:
-        """Bytes of results that gradient checkpointing may keep in a forward pass."""
+    def activation_budget(self) -> int | None:
+        """Bytes that a forward pass may keep beyond what gradient checkpointing does; None: by device."""
         return budget_bytes(self.activation_budget_bytes, self.activation_offloading)
 
     @property

@@ -35,7 +35,12 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, train
         return
     if args.activation_offloading:
         offload_activations(inner)
-    keep_results(inner, args.activation_budget, attention_always=args.keeps_attention)
+    keep_results(
+        inner,
+        args.activation_budget,
+        attention_always=args.keeps_attention,
+        whole_layers=not args.activation_offloading,
+    )
 
 
 def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
