@@ -47,20 +47,12 @@ void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::op
                    [&](int64_t begin, int64_t end) { kernels.grad(args, begin, end); });
 }
 
-PackedRows cpu_packed_rows(const at::Tensor& words, const std::optional<at::Tensor>& tops, int64_t columns) {
-  if (tops) return packed_rows(words, *tops, columns, at::kCPU);
-  check_words(words, packed_columns(columns), at::kCPU);
-  uint16_t* header = static_cast<uint16_t*>(words.data_ptr());
-  const int64_t chunk_stride = kPackedChunk + kPackedHeader;
-  return {{header + kPackedHeader, chunk_stride, header, chunk_stride}, words.stride(0), words.stride(0), nullptr};
-}
-
 void row_scores_packed(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
                        double scale, double inv_temperature, int64_t outputs, int64_t column_offset, at::Tensor state,
-                       const at::Tensor& words, const std::optional<at::Tensor>& tops) {
+                       const at::Tensor& words, const at::Tensor& tops) {
   const RowInputs in = row_inputs(at::kCPU, logits, targets, bias, scale, 0, inv_temperature, column_offset);
   TORCH_CHECK_VALUE(logits.scalar_type() == at::kFloat, "logits: expected float32, got ", logits.scalar_type());
-  const PackedRows to = cpu_packed_rows(words, tops, logits.size(1));
+  const PackedRows to = packed_rows(words, tops, logits.size(1), at::kCPU);
   check_packed_rows(words, logits.size(0));
   const ScoreArgs args = score_args(in, logits, outputs, state);
   const RowKernels& kernels = row_kernels();
@@ -70,11 +62,11 @@ void row_scores_packed(const at::Tensor& logits, const at::Tensor& targets, cons
 
 void row_grad_packed(const at::Tensor& words, const std::optional<at::Tensor>& index, const at::Tensor& targets,
                      double scale, double inv_temperature, const at::Tensor& lse, const at::Tensor& coefficients,
-                     int64_t column_offset, at::Tensor out, const std::optional<at::Tensor>& tops) {
+                     int64_t column_offset, at::Tensor out, const at::Tensor& tops) {
   RowInputs in = row_inputs(at::kCPU, out, targets, std::nullopt, scale, 0, inv_temperature, column_offset);
   TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat, "out: expected float32, got ", out.scalar_type());
   in.block.logits = nullptr;
-  PackedRows from = cpu_packed_rows(words, tops, out.size(1));
+  PackedRows from = packed_rows(words, tops, out.size(1), at::kCPU);
   const at::Tensor rows = packed_index(words, index, out);
   if (index) {
     TORCH_CHECK_VALUE(
@@ -222,10 +214,10 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
       "Tensor lse, Tensor coefficients, int column_offset, Tensor(a!) out) -> ()");
   m.def(
       "row_scores_packed(Tensor logits, Tensor targets, Tensor? bias, float scale, float inv_temperature, "
-      "int outputs, int column_offset, Tensor(a!) state, Tensor(b!) words, Tensor(c!)? tops=None) -> ()");
+      "int outputs, int column_offset, Tensor(a!) state, Tensor(b!) words, Tensor(c!) tops) -> ()");
   m.def(
       "row_grad_packed(Tensor words, Tensor? index, Tensor targets, float scale, float inv_temperature, Tensor lse, "
-      "Tensor coefficients, int column_offset, Tensor(a!) out, Tensor? tops=None) -> ()");
+      "Tensor coefficients, int column_offset, Tensor(a!) out, Tensor tops) -> ()");
   m.def(
       "row_samples(Tensor logits, int vocab_size, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor offsets, float threshold) -> (Tensor, Tensor, Tensor)");

@@ -121,24 +121,18 @@ inline GradArgs grad_args(const RowInputs& in, const at::Tensor& logits, const a
           dtype_of(out, "out")};
 }
 
-// Words (K, W) of packed logits; the first `width` of a row are used.
-inline void check_words(const at::Tensor& words, int64_t width, at::Device device) {
+// Packed logits of so many columns.
+inline PackedRows packed_rows(const at::Tensor& words, const at::Tensor& tops, int64_t columns, at::Device device) {
   check_rows(words, "words", device);
   TORCH_CHECK_VALUE(words.scalar_type() == at::kShort, "words: expected int16, got ", words.scalar_type());
-  TORCH_CHECK_VALUE(words.size(1) >= width, "words: expected at least ", width, " a row, got ", words.sizes());
-}
-
-inline PackedRows packed_rows(const at::Tensor& words, const at::Tensor& tops, int64_t columns, at::Device device) {
-  check_words(words, columns, device);
+  TORCH_CHECK_VALUE(words.size(1) >= columns, "words: expected at least ", columns, " a row, got ", words.sizes());
   check_rows(tops, "tops", device);
   TORCH_CHECK_VALUE(
       tops.scalar_type() == at::kFloat && tops.size(0) == words.size(0) && tops.size(1) >= num_chunks(columns),
       "tops: expected float32 of shape (", words.size(0), ", ", num_chunks(columns), ") for ", columns,
       " columns, got ", tops.sizes(), " ", tops.scalar_type());
-  constexpr int64_t kWordsOfTop = sizeof(float) / sizeof(uint16_t);
-  const PackedRow first = {static_cast<uint16_t*>(words.data_ptr()), kPackedChunk,
-                           static_cast<uint16_t*>(tops.data_ptr()), kWordsOfTop};
-  return {first, words.stride(0), kWordsOfTop * tops.stride(0), nullptr};
+  const PackedRow first = {static_cast<uint16_t*>(words.data_ptr()), static_cast<float*>(tops.data_ptr())};
+  return {first, words.stride(0), tops.stride(0), nullptr};
 }
 
 inline void check_packed_rows(const at::Tensor& words, int64_t rows) {

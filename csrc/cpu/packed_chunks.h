@@ -18,7 +18,7 @@ inline HVec pack_vec(Vec u, Vec top) {
 
 // Packs the logits of a chunk of n columns whose largest is `top`, padded to whole vectors.
 void pack_chunk(const float* u, int64_t n, float top, const trl_fast::PackedRow& chunk) {
-  std::memcpy(chunk.tops, &top, sizeof(top));
+  *chunk.tops = top;
   const Vec top_vec = splat(top);
   const int64_t whole = n / kWidth * kWidth;
   for (int64_t i = 0; i < whole; i += kWidth) {
@@ -42,9 +42,7 @@ inline Vec unpack_vec(const uint16_t* from, Vec top) {
 inline void logits_chunk(const trl_fast::PackedRow& row, const trl_fast::Transform& t, int64_t start, int64_t n,
                          float* u, float* slope = nullptr) {
   const trl_fast::PackedRow chunk = row.chunk(start / kChunk);
-  float top;
-  std::memcpy(&top, chunk.tops, sizeof(top));
-  const Vec top_vec = splat(top);
+  const Vec top_vec = splat(*chunk.tops);
   const uint16_t* from = chunk.words + start % kChunk;
   const int64_t whole = n / kWidth * kWidth;
   for (int64_t i = 0; i < whole; i += kWidth) store(u + i, unpack_vec(from + i, top_vec));

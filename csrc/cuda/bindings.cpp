@@ -39,12 +39,11 @@ void row_grad(const at::Tensor& logits, const at::Tensor& targets, const std::op
 
 void row_scores_packed(const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& bias,
                        double scale, double inv_temperature, int64_t outputs, int64_t column_offset, at::Tensor state,
-                       const at::Tensor& words, const std::optional<at::Tensor>& tops) {
+                       const at::Tensor& words, const at::Tensor& tops) {
   const RowInputs in = row_inputs(at::kCUDA, logits, targets, bias, scale, 0, inv_temperature, column_offset);
   check_size(logits);
   TORCH_CHECK_VALUE(logits.scalar_type() == at::kFloat, "logits: expected float32, got ", logits.scalar_type());
-  TORCH_CHECK_VALUE(tops.has_value(), "tops: expected a tensor on ", logits.device(), ", got none");
-  const PackedRows to = packed_rows(words, *tops, logits.size(1), logits.device());
+  const PackedRows to = packed_rows(words, tops, logits.size(1), logits.device());
   check_packed_rows(words, logits.size(0));
   const ScoreArgs args = score_args(in, logits, outputs, state);
   const c10::cuda::CUDAGuard guard(logits.device());
@@ -53,11 +52,10 @@ void row_scores_packed(const at::Tensor& logits, const at::Tensor& targets, cons
 
 void row_grad_packed(const at::Tensor& words, const std::optional<at::Tensor>& index, const at::Tensor& targets,
                      double scale, double inv_temperature, const at::Tensor& lse, const at::Tensor& coefficients,
-                     int64_t column_offset, at::Tensor out, const std::optional<at::Tensor>& tops) {
+                     int64_t column_offset, at::Tensor out, const at::Tensor& tops) {
   const RowInputs in = row_inputs(at::kCUDA, out, targets, std::nullopt, scale, 0, inv_temperature, column_offset);
   check_size(out);
-  TORCH_CHECK_VALUE(tops.has_value(), "tops: expected a tensor on ", out.device(), ", got none");
-  PackedRows from = packed_rows(words, *tops, out.size(1), out.device());
+  PackedRows from = packed_rows(words, tops, out.size(1), out.device());
   const at::Tensor rows = packed_index(words, index, out);
   if (index) from.index = rows.const_data_ptr<int64_t>();
   const at::Tensor lse_dense = lse.contiguous();

@@ -54,8 +54,7 @@ struct PackedPointers {
   float* tops;
 
   __device__ PackedPointers(const PackedRows& packed, int64_t row)
-      : words(packed.first.words + row * packed.words_stride),
-        tops(reinterpret_cast<float*>(packed.first.tops + row * packed.tops_stride)) {}
+      : words(packed.first.words + row * packed.words_stride), tops(packed.first.tops + row * packed.tops_stride) {}
 };
 
 // One block a row.

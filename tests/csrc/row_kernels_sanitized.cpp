@@ -71,10 +71,7 @@ void run_packed_kernels(unsigned seed, int64_t columns, int64_t missing_words) {
   std::vector<uint16_t> words(kRows * columns - missing_words);
   std::vector<float> tops(kRows * num_chunks(columns)), bias(columns);
   std::vector<int64_t> index = {0, 1, 2};
-  const PackedRows packed = {{words.data(), kPackedChunk, reinterpret_cast<uint16_t*>(tops.data()), 2},
-                             columns,
-                             2 * num_chunks(columns),
-                             index.data()};
+  const PackedRows packed = {{words.data(), tops.data()}, columns, num_chunks(columns), index.data()};
   const Block tile = {logits.data(), Dtype::kFloat32, columns, columns, b.targets.data(), 0};
   const ScoreArgs scores = {tile, {bias.data(), 0.5f, 0.0f, 1.25f}, kEverything, b.state.data(), kRows};
   simt::launch(kRows, kThreads, seed, [&] { row_scores_packed_kernel<true, kEverything>(scores, packed); });

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from support.packed_rows import COLUMNS, PLAIN, TRANSFORMED, check_packing
-from trl_fast.ops.kept_logits import packed_columns
 from trl_fast.ops.rows import (
     ROW_KERNELS,
     finish_scores,
@@ -20,7 +19,6 @@ from trl_fast.ops.rows import (
     row_weights_by_two,
 )
 from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
-from trl_fast.ops.transform import LogitTransform
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -79,70 +77,9 @@ def compare(dtype, columns, transform):
     torch.testing.assert_close(out, wanted, equal_nan=True, **tolerance)
 
 
-def packed_rows(columns):
-    """Logits for packing: an offset of 1e4, −inf, nothing but −inf, values far below the largest, equal values."""
-    generator = torch.Generator().manual_seed(columns)
-    logits = 4 * torch.randn(6, columns + 3, generator=generator)[:, :columns]
-    logits[1] += 1e4
-    logits[2, 1::2] = float("-inf")
-    logits[3] = float("-inf")
-    logits[4, ::3] -= 1000
-    logits[5] = 1.5
-    return logits, torch.randint(0, columns, (6,), generator=generator), torch.randn(columns, generator=generator)
-
-
-def unpacked(packed, columns):
-    """Logits (R, columns) of packed rows, as kept_logits.py says."""
-    parts = []
-    for chunk in packed.split(2048 + 2, dim=1):
-        top = chunk[:, :2].contiguous().view(torch.float32)
-        words = chunk[:, 2:].to(torch.int32) & 0xFFFF
-        parts.append(torch.where(words == 65535, float("-inf"), top - words * 2.0**-10))
-    return torch.cat(parts, dim=1)[:, :columns]
-
-
-def compare_packing(columns, scale, inv_temperature, with_bias):
-    """Scores as without packing; packed logits within half a step; and their gradient, of all rows and of some."""
-    logits, targets, bias = packed_rows(columns)
-    bias = bias if with_bias else None
-    packed = torch.empty(6, packed_columns(columns) + 5, dtype=torch.int16)[:, : packed_columns(columns)]
-    state, expected = new_state(6, logits.device), new_state(6, logits.device)
-    given = (logits, targets + 11, bias)
-    torch.ops.trl_fast.row_scores_packed(*given, scale, inv_temperature, EVERYTHING, 11, state, packed)
-    torch.ops.trl_fast.row_scores(*given, scale, 0.0, inv_temperature, EVERYTHING, 11, expected)
-    assert torch.equal(state.nan_to_num(), expected.nan_to_num())
-
-    u, _ = LogitTransform(scale, 0.0, inv_temperature).apply(logits, bias)
-    found = unpacked(packed, columns)
-    for part, kept in zip(u.split(2048, dim=1), found.split(2048, dim=1), strict=True):
-        top = part.amax(dim=1, keepdim=True)
-        torch.testing.assert_close(kept.amax(dim=1, keepdim=True), top, rtol=1e-6, atol=1e-6)
-        wanted = torch.where(part == float("-inf"), part, torch.maximum(part, top - 65534 * 2.0**-10))
-        away = torch.where(wanted == kept, 0.0, (wanted - kept).abs())
-        assert (away <= 2.0**-11 + 2e-7 * top.abs() + 1e-5).all()
-
-    lse = finish_scores(state, 0, columns, torch.float32)[LSE_ROW].clone()
-    lse[3] = 0.0
-    coefficients = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    coefficients[1, ::2] = 0
-    wanted = torch.empty_like(found)
-    row_grad_reference(found, targets, None, 1.0, 0.0, 1.0, lse, coefficients, 0, wanted)
-    wanted *= scale * inv_temperature
-    for index in (None, torch.tensor([4, 0, 2])):
-        rows = slice(None) if index is None else index
-        out = torch.full((len(targets[rows]), columns + 1), float("nan"))
-        terms = (lse[rows], coefficients[:, rows].contiguous(), 11, out[:, :columns])
-        torch.ops.trl_fast.row_grad_packed(packed, index, targets[rows] + 11, scale, inv_temperature, *terms)
-        torch.testing.assert_close(out[:, :columns], wanted[rows], rtol=1e-4, atol=1e-6)
-        assert out[:, columns:].isnan().all()
-
-
 def compare_everything():
     for columns, transform in itertools.product(COLUMNS, (PLAIN, TRANSFORMED)):
         check_packing(ROW_KERNELS["cpp"], columns, transform, (torch.float32,))
-    for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
-        compare_packing(columns, 1.0, 1.0, False)
-        compare_packing(columns, 0.5, 1.25, True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
             for transform in ("none", "all"):

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from trl_fast.ops.packed_logits import CHUNK
-
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -63,9 +61,7 @@ class GradArgs(ctypes.Structure):
 class PackedRows(ctypes.Structure):
     _fields_ = [
         ("words", ctypes.c_void_p),
-        ("chunk_stride", ctypes.c_int64),
         ("tops", ctypes.c_void_p),
-        ("top_stride", ctypes.c_int64),
         ("words_stride", ctypes.c_int64),
         ("tops_stride", ctypes.c_int64),
         ("index", ctypes.c_void_p),
@@ -108,10 +104,8 @@ class HostKernels:
     @staticmethod
     def _packed(words, tops, index=None) -> PackedRows:
         assert words.stride(1) == 1 and (index is None or index.is_contiguous())
-        # In 16-bit words: a float is two.
-        strides = (words.stride(0), 2 * tops.stride(0))
         index = None if index is None else index.data_ptr()
-        return PackedRows(words.data_ptr(), CHUNK, tops.data_ptr(), 2, *strides, index)
+        return PackedRows(words.data_ptr(), tops.data_ptr(), words.stride(0), tops.stride(0), index)
 
     def scores_packed(self, logits, targets, bias, scale, inv_temperature, outputs, column_offset, *rest) -> None:
         state, words, tops = rest
