@@ -11,6 +11,7 @@ from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import pack_trees
 from trl_fast.modeling.attention import use_segment_attention
+from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.wide_products import widen_products
 from trl_fast.ops import products
@@ -33,13 +34,18 @@ def no_hardware(monkeypatch):
     monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: False)
 
 
+def wide_layers(model):
+    """The linear layers that were changed."""
+    return [module for module in model.modules() if hasattr(module, "forward_narrow")]
+
+
 def build(family, dtype, lora=False, plain=False):
     model = tiny_model(family).to(dtype)
     attach_scoring(model)
     if plain:
-        for module in model.modules():
-            if hasattr(module, "forward_narrow"):
-                module.forward = module.forward_narrow.__get__(module)
+        model.model._forward_pre_hooks.clear()
+        for module in wide_layers(model):
+            module.forward = module.forward_narrow.__get__(module)
     use_segment_attention(model)
     if lora:
         torch.manual_seed(1)
@@ -102,5 +108,73 @@ def test_widening_twice_and_copying():
     forward = model.model.layers[0].mlp.up_proj.forward_narrow
     widen_products(model)
     assert model.model.layers[0].mlp.up_proj.forward_narrow is forward
-    twin = copy.deepcopy(model).model.layers[0].mlp.up_proj
+    assert len(model.model._forward_pre_hooks) == 1
+    copied = copy.deepcopy(model)
+    twin = copied.model.layers[0].mlp.up_proj
     assert twin.forward.__self__ is twin
+    begin_pass(copied.to("meta"))
+    assert not wide_layers(copied) and wide_layers(model)
+
+
+def begin_pass(model):
+    """What is done before a pass of the layers."""
+    layers = base_model(model).model
+    for hook in layers._forward_pre_hooks.values():
+        hook(layers, ())
+
+
+def linear_layers(model):
+    return [module for module in model.modules() if type(module) is torch.nn.Linear]
+
+
+def test_models_in_float32_are_left_alone_until_they_need_it():
+    model = build("llama", torch.float32)
+    run(model)
+    assert not wide_layers(model) and all("forward" not in vars(layer) for layer in linear_layers(model))
+    run(model, autocast=True)
+    assert wide_layers(model) == linear_layers(model)
+    # A pass in another dtype may come before that one's backward.
+    run(model)
+    assert wide_layers(model) == linear_layers(model)
+
+
+def test_models_that_become_narrow_later():
+    model = build("llama", torch.float32).bfloat16()
+    assert not wide_layers(model)
+    assert run(model)[2] == 0
+    assert wide_layers(model) == linear_layers(model)
+
+
+def test_on_a_gpu_linear_layers_are_as_they_were():
+    """Another device stands for it, on which tensors have no numbers."""
+    model = build("llama", torch.bfloat16, lora=True)
+    assert wide_layers(model)
+    begin_pass(model.to("meta"))
+    assert not wide_layers(model)
+    assert all(layer.forward.__func__ is torch.nn.Linear.forward for layer in linear_layers(model))
+    begin_pass(model.to_empty(device="cpu"))
+    assert wide_layers(model) == linear_layers(model)
+    on_device = tiny_model("llama").bfloat16().to("meta")
+    attach_scoring(on_device)
+    assert not wide_layers(on_device)
+
+
+def test_a_cpu_with_hardware_for_them_leaves_them_alone(monkeypatch):
+    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: True)
+    model = build("llama", torch.bfloat16)
+    run(model)
+    assert not wide_layers(model)
+    # There is none for float16.
+    assert wide_layers(build("llama", torch.float16))
+
+
+def test_what_was_wrapped_since_is_not_unwrapped():
+    model = build("llama", torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    inner = layer.forward
+    layer.forward = wrapped = lambda x: inner(x)
+    begin_pass(model.to("meta"))
+    assert layer.forward is wrapped and wide_layers(model) == [layer]
+    begin_pass(model.to_empty(device="cpu"))
+    assert layer.forward is wrapped
+    layer(torch.randn(5, layer.in_features).bfloat16())
