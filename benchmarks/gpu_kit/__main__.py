@@ -1,6 +1,6 @@
 """Supervises the phases: starts each as a process, gives it the GPU when its turn comes, ends it at its deadline.
 
-This process never touches CUDA. The phases' processes are started ahead, so that what they import is there by their turn.
+This process never touches CUDA. The phases' processes are started ahead, and have what they import by their turn.
 """
 
 from __future__ import annotations

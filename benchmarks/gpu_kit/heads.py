@@ -116,7 +116,7 @@ def _peers(problem: Problem, mode: str) -> Iterator[tuple[str, Callable[[], obje
 
 
 def bare_products(problem: Problem, mode: str) -> Callable[[], object]:
-    """The mode's products, each one call over all rows and columns, results in bfloat16: a floor for any way to cut."""
+    """The mode's products, each one call over all rows and columns, results in bfloat16: the floor."""
     x, w = problem.hidden.detach(), problem.weight.detach()
 
     def call() -> None:

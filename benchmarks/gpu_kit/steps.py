@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import cProfile
+import pstats
 import random
 import statistics
 import tempfile
@@ -75,6 +77,8 @@ def run(kit: Kit, words: list[str]) -> None:
         )
         if kit.is_gpu and not kit.late("share of the time that the GPU is busy", 6):
             kit.facts.add(f"{arguments.method} {arguments.library} profile", **busy_share(trainer, ms))
+        if arguments.host and not kit.late("profile of the host", 4):
+            kit.facts.add(f"{arguments.method} {arguments.library} host", functions=host_profile(trainer))
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
@@ -83,6 +87,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--library", choices=["trl_fast", "trl"], required=True)
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--liger", action="store_true")
+    parser.add_argument("--host", action="store_true", help="also say which functions the host's time goes into")
     return parser.parse_args(words)
 
 
@@ -175,6 +180,20 @@ def completions(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> Callable[..
 def chance(completion_ids: list[list[int]], **_: object) -> list[float]:
     """Rewards that differ within every group."""
     return [random.Random(str(ids)).random() for ids in completion_ids]
+
+
+def host_profile(trainer: Trainer, most: int = 60) -> list[list]:
+    """One more run of two steps under Python's profiler: functions, calls and milliseconds a step, own and in all."""
+    trainer.args.max_steps = 2
+    profiler = cProfile.Profile()
+    profiler.runcall(trainer.train)
+    stats = pstats.Stats(profiler).stats
+    rows = []
+    for (path, line, name), (_, calls, own, total, _) in stats.items():
+        place = "/".join(path.split("/")[-3:])
+        rows.append([f"{place}:{line}:{name}", calls // 2, round(500 * own, 2), round(500 * total, 2)])
+    own, total = (sorted(rows, key=lambda row: -row[column])[:most] for column in (2, 3))
+    return own + [row for row in total if row not in own]
 
 
 def busy_share(trainer: Trainer, ms: float) -> dict[str, object]:

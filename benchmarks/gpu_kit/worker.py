@@ -25,12 +25,14 @@ def main() -> int:
     arguments, words = parser.parse_known_args()
     facts = Facts(arguments.facts, arguments.name)
     try:
-        run = importlib.import_module(f"benchmarks.gpu_kit.{arguments.module}").run
+        module = importlib.import_module(f"benchmarks.gpu_kit.{arguments.module}")
+        if hasattr(module, "prepare"):
+            module.prepare(torch.device(arguments.device))
         turn = sys.stdin.readline()
         if not turn:  # the supervisor is gone
             return 1
         kit = Kit(torch.device(arguments.device), facts, arguments.tiny, time.monotonic() + float(turn))
-        run(kit, *([words] if words else []))
+        module.run(kit, *([words] if words else []))
     except Exception as error:
         traceback.print_exc()
         facts.skip("phase", error)

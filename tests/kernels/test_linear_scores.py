@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.kernel_report import HEAD_KERNELS, compile_kernel, resources
 from support.heads import FLOOR, assert_as_good, make_problem, scores_from_logits
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import linear_scores
 from trl_fast.kernels.linear_scores import INTERPRETED_TILES
-from trl_fast.ops import head, linear_logprob, linear_token_loss, products
-from trl_fast.ops.fused_scores import fused_tiles, score_rows_fused
+from trl_fast.ops import fused_scores, head, linear_logprob, linear_token_loss, products
+from trl_fast.ops.fused_scores import fused_tiles, score_rows_fused, try_out
 from trl_fast.ops.kept_logits import KeptLogits
 from trl_fast.ops.packed_logits import PACKED_DTYPE, unpack
 from trl_fast.ops.rows import LOGPROB_ROW, LSE_ROW, finish_scores, new_state
@@ -235,3 +236,49 @@ def test_compiles_to_tensor_cores(case, target):
     found = resources(compile_kernel(case, target), case.num_warps, target)
     assert found.tensor_core_instructions > 0
     assert found.shared_bytes <= 227 * 1024
+
+
+def test_it_is_tried_out(monkeypatch):
+    """As on a new GPU: right numbers pass, and each kind of wrong one is found."""
+
+    def tried():
+        return try_out(INTERPRETED_TILES, torch.bfloat16, CPU)
+
+    assert tried() == ""
+    launch = linear_scores.linear_scores
+
+    def with_wrong(which):
+        def wrong(*given):
+            launch(*given)
+            state, words = given[6], given[7]
+            if which == "state":
+                state[1] *= 1.01
+            elif words is not None:
+                words[5, 300] += 9
+
+        monkeypatch.setattr(linear_scores, "linear_scores", wrong)
+
+    with_wrong("state")
+    assert tried() == "log-probs differ from PyTorch's"
+    with_wrong("words")
+    assert tried() == "kept logits differ from PyTorch's"
+
+
+def test_where_it_does_not_work_two_steps_are_taken_and_it_is_said_once(monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("PassManager::run failed\nmore")
+
+    monkeypatch.setattr(fused_scores, "try_out", broken)
+    fused_scores._works.cache_clear()
+    for _ in range(2):
+        assert not fused_scores._works(INTERPRETED_TILES, torch.bfloat16, CPU)
+    fused_scores._works.cache_clear()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "does not work on cpu (RuntimeError: PassManager::run failed); its scores take two steps" in message
+
+
+def test_it_is_tried_out_on_data_also_where_tensors_have_none():
+    fused_scores._works.cache_clear()
+    with FakeTensorMode():
+        assert fused_scores._works(INTERPRETED_TILES, torch.bfloat16, CPU)
+    fused_scores._works.cache_clear()

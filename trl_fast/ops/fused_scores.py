@@ -7,21 +7,29 @@ choice of kernels by shape cannot promise. It serves where it was measured to be
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends import supports
 from .kept_logits import KeptLogits
+from .packed_logits import PACKED_DTYPE, unpack
 from .products import SIXTEEN_BITS
-from .rows import TARGET
+from .rows import SUM, TARGET, TOP, new_state
 from .spans import spans
 
 if TYPE_CHECKING:
     from trl_fast.kernels.linear_scores import Tiles
 
+logger = logging.getLogger(__name__)
+
 # TMA reads and writes rows at multiples of 16 bytes.
 _ALIGNMENT = 8
+# Rows, hidden units and columns that the kernel is tried out on, and how far off its numbers may be.
+_TRIED, _TOLERANCE = (200, 192, 1500), 2e-3
 
 
 def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
@@ -35,7 +43,47 @@ def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torc
         return None
     from trl_fast.kernels.linear_scores import INTERPRETED_TILES, TILES
 
-    return TILES.get(torch.cuda.get_device_capability(device)) if device.type == "cuda" else INTERPRETED_TILES
+    if device.type != "cuda":
+        return INTERPRETED_TILES
+    tiles = TILES.get(torch.cuda.get_device_capability(device))
+    return tiles if tiles is not None and _works(tiles, dtype, device) else None
+
+
+@functools.cache
+def _works(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel does on this GPU, with this Triton, what it should; if not, it is said once."""
+    try:
+        # The first to ask may be a compiler, whose tensors have no data.
+        with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            wrong = try_out(tiles, dtype, device)
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if wrong:
+        logger.warning(f"The fused kernel of the head does not work on {device} ({wrong}); its scores take two steps.")
+    return not wrong
+
+
+def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
+    """What is wrong with the kernel's scores and kept logits of a small random head; nothing if they are right."""
+    num_rows, hidden_size, vocab_size = _TRIED
+    generator = torch.Generator(device).manual_seed(0)
+    options = {"generator": generator, "device": device}
+    hidden = torch.randn(num_rows, hidden_size, **options).to(dtype)
+    weight = (torch.randn(vocab_size, hidden_size, **options) * hidden_size**-0.5).to(dtype)
+    targets = torch.arange(num_rows, device=device) * 7
+    logits = hidden.double() @ weight.double().t()
+    exact = logits.logsumexp(1), logits.gather(1, targets[:, None])[:, 0]
+    room = KeptLogits.empty(num_rows, vocab_size, vocab_size, PACKED_DTYPE, device, tiles.columns)
+    for keep in (None, room):
+        state = new_state(num_rows, device)
+        score_rows_fused(hidden, weight, targets, None, 1.0, 0, state, keep, tiles, 1 << 30)
+        found = state[TOP] + state[SUM].log(), state[TARGET]
+        if not all(torch.allclose(a, b, rtol=0, atol=_TOLERANCE) for a, b in zip(found, exact, strict=True)):
+            return "log-probs differ from PyTorch's"
+    kept = room.tile(slice(0, vocab_size))
+    if not torch.allclose(unpack(*kept, tiles.columns).double(), logits, rtol=0, atol=_TOLERANCE):
+        return "kept logits differ from PyTorch's"
+    return ""
 
 
 def score_rows_fused(

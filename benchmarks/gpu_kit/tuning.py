@@ -1,0 +1,125 @@
+"""Times configurations of the fused kernel, and the row kernels alone, so that constants are what was measured.
+
+Variants are compiled while earlier phases have the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from trl_fast.ops import BACKENDS, supports
+from trl_fast.ops.fused_scores import fused_tiles, score_rows_fused
+from trl_fast.ops.kept_logits import KeptLogits
+from trl_fast.ops.packed_logits import CHUNK, PACKED_DTYPE
+from trl_fast.ops.rows import ROW_KERNELS, new_state
+
+from .ceilings import Size, random_matrix
+from .kit import Kit
+
+SIZES = (Size(8192, 896, 151936), Size(8192, 2048, 151936), Size(8192, 4096, 151936))
+TINY_SIZES = (Size(32, 32, 640),)
+ROUNDS = 5
+_COMPILING = 6
+
+
+def variants(device: torch.device) -> list:
+    """Configurations around the one that is used; none where the fused kernel does not serve."""
+    now = fused_tiles("triton", SIZES[0].hidden, torch.bfloat16, device)
+    if now is None:
+        return []
+    changes = [{}, {"pieces": 4}, {"pieces": 2}, {"num_stages": 4}, {"pieces": 4, "num_stages": 4}, {"group": 4}]
+    changes += [{"group": 16}, {"rows": 256, "columns": 128, "pieces": 4}, {"rows": 256, "columns": 128, "pieces": 2}]
+    changes += [{"columns": 128, "num_warps": 4, "pieces": 4, "num_stages": 4}, {"depth": 128, "num_stages": 2}]
+    return [now._replace(**change) for change in changes]
+
+
+def prepare(device: torch.device) -> None:
+    """Compiles every variant for small factors; one that does not compile is found when it is timed."""
+    if device.type != "cuda":
+        return
+    small = Size(256, 128, 1024)
+    calls = [_fused_call(small, tiles, keep, device) for tiles in variants(device) for keep in (False, True)]
+    with ThreadPoolExecutor(_COMPILING) as pool:
+        list(pool.map(_quietly, calls))
+    torch.cuda.synchronize()
+
+
+def _quietly(call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception:
+        return
+
+
+def run(kit: Kit) -> None:
+    for size in TINY_SIZES if kit.tiny else SIZES:
+        if kit.late(f"fused kernel at {size}", 4):
+            return
+        for tiles in variants(kit.device):
+            for keep in (False, True):
+                _time(
+                    kit, "fused kernel", size, _fused_call(size, tiles, keep, kit.device), tiles=list(tiles), keep=keep
+                )
+        kit.clock.release()
+    size = TINY_SIZES[0] if kit.tiny else Size(4096, 0, 151936)
+    for backend in BACKENDS[:2] if kit.is_gpu else ("torch",):
+        if not supports("linear_logprob", backend, kit.device, torch.bfloat16).ok:
+            continue
+        for what, num_bytes, call in _row_kernels(size, backend, kit.device):
+            _time(kit, f"{what}, {backend}", size, call, num_bytes)
+        kit.clock.release()
+
+
+def _time(kit: Kit, what: str, size: Size, call: Callable[[], object], num_bytes: int = 0, **values: object) -> None:
+    try:
+        ms = kit.clock.median(call, ROUNDS)
+    except Exception as error:
+        kit.facts.skip(what, error, size=str(size), **values)
+        return
+    rate = {"gb_per_s": num_bytes / ms / 1e6} if num_bytes else {"tflops": size.pass_flops / ms / 1e9}
+    kit.facts.add(what, size=str(size), ms=ms, **rate, **values)
+
+
+def _fused_call(size: Size, tiles: object, keep: bool, device: torch.device) -> Callable[[], None]:
+    n, h, v = size
+    hidden, weight = random_matrix(n, h, device), random_matrix(v, h, device, h**-0.5)
+    targets, state = torch.randint(0, v, (n,), device=device), new_state(n, device)
+    kept = KeptLogits.empty(n, v, v, PACKED_DTYPE, device, tiles.columns) if keep else None
+    given = (hidden, weight, targets, None, 1.0, 0, state, kept, tiles, 1 << 31)
+    return functools.partial(score_rows_fused, *given)
+
+
+def _row_kernels(size: Size, backend: str, device: torch.device) -> list[tuple[str, int, Callable[[], object]]]:
+    """(name, bytes, call) of each row kernel on a tile of all columns."""
+    n, v = size.rows, size.vocab
+    kernels = ROW_KERNELS["triton" if backend == "triton" else backend]
+    logits = torch.empty(n, v, device=device).normal_(0, 3)
+    targets, state = torch.randint(0, v, (n,), device=device), new_state(n, device)
+    lse = torch.full((n,), 16.0, device=device)
+    coefficients = torch.rand(4, n, device=device)
+    narrow = torch.empty(n, v, dtype=torch.bfloat16, device=device)
+    numbers = (1.0, 0.0, 1.0)
+    calls = [
+        ("row_scores", 4, lambda: kernels.scores(logits, targets, None, *numbers, 0, 0, state)),
+        ("row_grad", 6, lambda: kernels.grad(logits, targets, None, *numbers, lse, coefficients, 0, narrow)),
+    ]
+    if kernels.grad_packed is not None:
+        kept = KeptLogits.empty(n, v, v, PACKED_DTYPE, device).tile(slice(0, v))
+        out = kept.values.view(torch.bfloat16)
+        packed = (targets, None, 1.0, 1.0, 0, 0, state, *kept)
+        graded = (kept.values, None, targets, 1.0, 1.0, lse, coefficients, 0, out, kept.tops)
+        calls += [
+            ("row_scores_packed", 6, lambda: kernels.scores_packed(logits, *packed)),
+            ("row_grad_packed in place", 4, lambda: kernels.grad_packed(*graded)),
+        ]
+        if backend == "triton":
+            fused = KeptLogits.empty(n, v, v, PACKED_DTYPE, device, CHUNK // 8).tile(slice(0, v))
+            fused.tops.fill_(9.0)
+            out = fused.values.view(torch.bfloat16)
+            graded = (fused.values, None, targets, 1.0, 1.0, lse, coefficients, 0, out, fused.tops, CHUNK // 8)
+            calls.append(("row_grad_packed in place, chunks of 256", 4, lambda: kernels.grad_packed(*graded)))
+    return [(what, width * n * v, call) for what, width, call in calls]
