@@ -71,7 +71,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", type=_part, default=["head"], help="head, steps or both; default: head")
     parser.add_argument("--sizes", nargs="+", type=_size, default=list(SIZES), help="rows/hidden/vocabulary")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES), metavar="MODE")
-    parser.add_argument("--workspace", type=int, help="workspace_bytes of ours; default: what it takes itself")
+    parser.add_argument("--workspace", type=int, help="workspace_bytes of ours; default: its own choice")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="whose roofline")

@@ -119,7 +119,7 @@ class Counter:
         # Bytes of each storage, and the number that it was made as.
         self._live: dict[int, tuple[int, int]] = {}
         self._made = self._start = 0
-        self._live_bytes = self._start_bytes = 0
+        self._live_bytes = self._highest_bytes = self._start_bytes = 0
 
     def start(self) -> None:
         """Forgets what was counted; memory counts from here on."""
@@ -162,6 +162,7 @@ class Counter:
             self._live[key] = (size, self._made)
             self._made += 1
             self._live_bytes += size
+            self._highest_bytes = max(self._highest_bytes, self._live_bytes)
             self.counts.peak_bytes = max(self.counts.peak_bytes, self._live_bytes - self._start_bytes)
             weakref.finalize(storage, self._drop, key)
 
@@ -169,6 +170,11 @@ class Counter:
     def live_bytes(self) -> int:
         """Bytes of all tensors that are alive on the GPU."""
         return self._live_bytes
+
+    @property
+    def highest_bytes(self) -> int:
+        """The most that they ever were."""
+        return self._highest_bytes
 
     def _drop(self, key: int) -> None:
         self._live_bytes -= self._live.pop(key)[0]

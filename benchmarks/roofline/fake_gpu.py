@@ -22,46 +22,43 @@ from torch.utils import _foreach_utils
 from trl_fast.ops import backends
 from trl_fast.ops.backends import Support, load_extension
 
+from .counter import Counter
 from .devices import Devices, is_on_gpu, listed
 from .gpus import Gpu
-from .operators import WHOLE_ON_CUDA, Observer, Operators
+from .operators import WHOLE_ON_CUDA, Operators
 
 _GROUP = "_group_tensors_by_device_and_dtype"
 
 
 @contextmanager
-def answering(gpu: Gpu, used_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
+def answering(gpu: Gpu, counter: Counter) -> Iterator[None]:
     """Within, torch and the choice of backends speak of such a GPU; tensors are as they were.
 
-    used_bytes: how much of the GPU's memory is taken.
+    counter: knows how much of the GPU's memory is taken.
     """
+    kernels = {"_supports_cuda": _supports_cuda, "_supports_triton": _supports_triton}
     with ExitStack() as stack:
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(patch.object(FakeTensor, "is_cuda", property(is_on_gpu), create=True))
         stack.enter_context(patch.object(FakeTensor, "tolist", listed))
-        stack.enter_context(patch.multiple(torch.cuda, **_cuda_answers(gpu, used_bytes)))
+        stack.enter_context(patch.multiple(torch.cuda, **_cuda_answers(gpu, counter)))
         stack.enter_context(patch.multiple(torch.cuda.amp.common, amp_definitely_not_available=lambda: False))
         stack.enter_context(patch.multiple(_foreach_utils, _foreach_supported_types=[torch.Tensor, FakeTensor]))
         stack.enter_context(patch.object(torch._C, _GROUP, _grouped_by_device(getattr(torch._C, _GROUP))))
-        kernels = {"_supports_cuda": _supports_cuda, "_supports_triton": _supports_triton}
         stack.enter_context(patch.multiple(backends, supports=_supports(backends.supports), **kernels))
         yield
 
 
 @contextmanager
-def fake_gpu(gpu: Gpu, observe: Observer | None = None, used_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Within, tensors are fake and torch has a CUDA device.
-
-    observe: called with every operator that has run, its arguments, keyword arguments and result; used_bytes: as in
-    `answering`.
-    """
+def fake_gpu(gpu: Gpu, counter: Counter) -> Iterator[None]:
+    """Within, tensors are fake and torch has a CUDA device; the counter sees every operator."""
     devices = Devices()
     with ExitStack() as stack:
-        stack.enter_context(answering(gpu, used_bytes))
+        stack.enter_context(answering(gpu, counter))
         stack.enter_context(_registered(WHOLE_ON_CUDA))
         run = torch.autograd._engine_run_backward
         stack.enter_context(patch.multiple(torch.autograd, _engine_run_backward=_within(devices, run)))
-        for mode in (FakeTensorMode(allow_non_fake_inputs=True), devices, Operators(devices, observe)):
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), devices, Operators(devices, counter.observe)):
             stack.enter_context(mode)
         yield
 
@@ -123,9 +120,14 @@ def _never_run(*_: Any) -> None:
     raise AssertionError("an operator on a fake tensor was run")
 
 
-def _cuda_answers(gpu: Gpu, used_bytes: Callable[[], int]) -> dict[str, Callable]:
-    """What torch.cuda says on such a GPU."""
+def _cuda_answers(gpu: Gpu, counter: Counter) -> dict[str, Callable]:
+    """What torch.cuda says on such a GPU, whose allocator holds nothing beyond what tensors take."""
     properties = SimpleNamespace(name=gpu.name, total_memory=gpu.memory_bytes, multi_processor_count=132)
+    stats = lambda: {  # noqa: E731
+        "allocated_bytes.all.current": counter.live_bytes,
+        "reserved_bytes.all.current": counter.live_bytes,
+        "allocated_bytes.all.peak": counter.highest_bytes,
+    }
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -136,7 +138,10 @@ def _cuda_answers(gpu: Gpu, used_bytes: Callable[[], int]) -> dict[str, Callable
         "device": lambda *_: nullcontext(),
         "get_device_capability": lambda *_: gpu.capability,
         "get_device_properties": lambda *_: properties,
-        "mem_get_info": lambda *_: (gpu.memory_bytes - used_bytes(), gpu.memory_bytes),
-        "memory_allocated": lambda *_: used_bytes(),
-        "memory_reserved": lambda *_: used_bytes(),
+        "get_per_process_memory_fraction": lambda *_: 1.0,
+        "mem_get_info": lambda *_: (gpu.memory_bytes - counter.live_bytes, gpu.memory_bytes),
+        "memory_stats": lambda *_: stats(),
+        "memory_allocated": lambda *_: counter.live_bytes,
+        "memory_reserved": lambda *_: counter.live_bytes,
+        "max_memory_allocated": lambda *_: counter.highest_bytes,
     }

@@ -12,6 +12,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from trl_fast.ops import linear_logprob, linear_token_loss
+from trl_fast.ops.head import default_workspace
 
 from .counter import Counter, Counts
 from .devices import CUDA
@@ -78,6 +79,8 @@ BOUNDS = {
     "trained token": Bound(1.22, 1.3),
     "trained logprob": Bound(1.22, None),
 }
+# Of the workspace, at the reference size: what the head may take beyond its inputs and gradients.
+PEAK_OVER_WORKSPACE = 1.05
 # At every size, but for scoring, which waits for a fused kernel.
 NEVER_SLOWER = tuple(mode for mode in MODES if mode != "scoring")
 
@@ -92,6 +95,8 @@ def misses(cases: Iterable[HeadCase]) -> list[str]:
             found.append(f"{case.name}: {case.over_floor:.2f} x the floor, at most {bound.over_floor}")
         if least is not None and case.trl_over_ours < least:
             found.append(f"{case.name}: TRL takes {case.trl_over_ours:.2f} x ours, at least {least}")
+        if case.size == REFERENCE and case.ours.peak_bytes > PEAK_OVER_WORKSPACE * case.workspace_bytes:
+            found.append(f"{case.name}: peak of {case.ours.peak_bytes} bytes, workspace of {case.workspace_bytes}")
     return found
 
 
@@ -104,6 +109,7 @@ class HeadCase:
     ours: Counts
     trl: Counts
     gpu: Gpu
+    workspace_bytes: int
 
     @property
     def name(self) -> str:
@@ -153,20 +159,26 @@ def parse_size(text: str) -> Size:
 
 
 def count_head(size: Size, mode: str, gpu: Gpu, workspace_bytes: int | None = None) -> HeadCase:
-    """Counts a call of the head, forward and backward: bfloat16 hidden states and weight, log-probs alone."""
+    """Counts a call of the head, forward and backward: bfloat16 hidden states and weight, log-probs alone.
+
+    workspace_bytes: of ours; None: what it takes on such a GPU when all of its memory is free.
+    """
     ours = _ours_by_token if MODES[mode].by_token else _ours
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace(gpu.memory_bytes, gpu.memory_bytes)
     return HeadCase(
         size,
         mode,
         _count(size, MODES[mode], gpu, lambda *given: ours(*given, workspace_bytes)),
         _count(size, MODES[mode], gpu, _trl),
         gpu,
+        workspace_bytes,
     )
 
 
 def _count(size: Size, mode: Mode, gpu: Gpu, run: Callable[..., None]) -> Counts:
     counter = Counter()
-    with fake_gpu(gpu, counter.observe), counted_kernels(counter):
+    with fake_gpu(gpu, counter), counted_kernels(counter):
         bf16 = {"dtype": torch.bfloat16, "device": CUDA}
         hidden = torch.empty(size.rows, size.hidden, **bf16, requires_grad=mode.hidden_trains)
         weight = torch.empty(size.vocab, size.hidden, **bf16, requires_grad=mode.weight_trains)
@@ -180,14 +192,14 @@ def _count(size: Size, mode: Mode, gpu: Gpu, run: Callable[..., None]) -> Counts
 
 
 def _ours(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor, workspace: int | None
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor, workspace: int
 ) -> None:
     logprobs = linear_logprob(hidden, weight, targets, backend="cuda", workspace_bytes=workspace).logprobs
     _finish(logprobs, upstream)
 
 
 def _ours_by_token(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor, workspace: int | None
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor, workspace: int
 ) -> None:
     linear_token_loss(
         *(hidden, weight, targets),

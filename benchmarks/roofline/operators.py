@@ -24,13 +24,13 @@ _INTO_OUT = (aten.mm.dtype_out, aten.addmm.dtype_out)
 
 
 class Operators(TorchDispatchMode):
-    """Runs every operator on fake tensors and shows it to an observer.
+    """Runs every operator on fake tensors and shows it, its arguments and its result to an observer.
 
     C++ is told that all is on the CPU, and what it makes is made on the GPU all the same. The project's own custom
     operators are run by their bodies. What depends on data comes from known values, or is answered as in the planner.
     """
 
-    def __init__(self, devices: Devices, observe: Observer | None) -> None:
+    def __init__(self, devices: Devices, observe: Observer) -> None:
         super().__init__()
         self._devices = devices
         self._observe = observe
@@ -52,8 +52,7 @@ class Operators(TorchDispatchMode):
             kwargs["device"] = CUDA
         out = _run(func, args, kwargs)
         follow(func, args, kwargs, out)
-        if self._observe is not None:
-            self._observe(func, args, kwargs, out)
+        self._observe(func, args, kwargs, out)
         return out
 
 

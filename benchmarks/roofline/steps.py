@@ -121,13 +121,9 @@ def _count(library: str, step: Step, shape: Shape, config: PretrainedConfig, gpu
         batch = next(iter(trainer.get_train_dataloader()))
         if step.method == "grpo":
             batch = _finished_rollout(library, trainer, batch)
-        with answering(gpu, lambda: counter.live_bytes):
+        with answering(gpu, counter):
             _put_in(library, trainer, config, _lora(step), heads)
-        with (
-            fake_gpu(gpu, counter.observe, lambda: counter.live_bytes),
-            counted_kernels(counter),
-            _on_gpu(trainer),
-        ):
+        with fake_gpu(gpu, counter), counted_kernels(counter), _on_gpu(trainer):
             _run(trainer, batch, counter, is_on_gpu_already=step.method == "grpo")
     return counter.counts
 
@@ -254,26 +250,27 @@ def _on_gpu(trainer: Trainer) -> Iterator[None]:
 
 
 def _run(trainer: Trainer, batch: Any, counter: Counter, *, is_on_gpu_already: bool) -> None:
-    """A step that is not the first one: the optimizer has its averages."""
+    """The second step, when the optimizer has its averages and it is known how much memory a step takes."""
     for model in filter(None, (trainer.ref_model, trainer.model)):
         give_fake_memory(model, CUDA)
     if trainer.ref_model is not None:
         trainer.ref_model = trainer.accelerator.prepare_model(trainer.ref_model, False, evaluation_mode=True)
     model = trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model, False)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     trainer.optimizer = None
-    optimizer = trainer.create_optimizer()
-    for weight in trained:
-        weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    optimizer.zero_grad()
+    trainer.create_optimizer()
     if is_on_gpu_already:
         batch = send_to_device(batch, CUDA)
+    _step(trainer, model, batch)
     counter.start()
+    _step(trainer, model, batch)
+
+
+def _step(trainer: Trainer, model: torch.nn.Module, batch: Any) -> None:
     # As accelerate's loader sends it.
     batch = send_to_device(batch, CUDA, non_blocking=trainer.accelerator.non_blocking)
     (inputs,), count = trainer.get_batch_samples(iter([batch]), 1, CUDA)
     trainer.training_step(model, inputs, count)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()

@@ -30,7 +30,7 @@ def wide(*shape):
 def counted(run, *given):
     """What `run` comes to; given: functions that make its arguments, which are there before."""
     counter = Counter()
-    with fake_gpu(H100, counter.observe):
+    with fake_gpu(H100, counter):
         arguments = [make() for make in given]
         counter.start()
         result = run(*arguments)
@@ -212,7 +212,7 @@ def test_the_peak_is_of_what_lives_at_once():
 
 
 def test_where_tensors_are():
-    with fake_gpu(H100):
+    with fake_gpu(H100, Counter()):
         on_gpu = wide(R)
         assert on_gpu.device == torch.device("cuda", 0) and torch.zeros(3).device == CPU
         assert on_gpu.cpu().device == CPU and torch.zeros(3).to("cuda").device == CUDA

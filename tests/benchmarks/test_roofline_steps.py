@@ -77,7 +77,7 @@ def test_a_grpo_step_is_counted():
 
 
 def test_what_comes_from_the_batch_is_known():
-    with fake_gpu(H100):
+    with fake_gpu(H100, Counter()):
         mask = torch.tensor([[1, 1, 0], [1, 0, 0]], device=CUDA) > 0
         hidden = torch.empty(2, 3, 4, device=CUDA)
         assert hidden[mask].shape == (3, 4)
@@ -91,13 +91,13 @@ def test_what_comes_from_the_batch_is_known():
 
 
 def test_lists_of_what_is_computed_are_refused():
-    with fake_gpu(H100), pytest.raises(ValueError, match="its values depend on what the model computes"):
+    with fake_gpu(H100, Counter()), pytest.raises(ValueError, match="its values depend on what the model computes"):
         torch.empty(3, device=CUDA).argsort().tolist()
 
 
 def test_a_list_is_one_wait():
     counter = Counter()
-    with fake_gpu(H100, counter.observe):
+    with fake_gpu(H100, counter):
         numbers = torch.arange(5, device=CUDA)
         counter.start()
         assert numbers.tolist() == [0, 1, 2, 3, 4]
