@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+KIT_ARGS ?=
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu*)
 CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv demo demo-grpo demo-ppo test test-slow bench check-gpu-code lint format clean
+.PHONY: venv demo demo-grpo demo-ppo test test-slow bench gpu-kit check-gpu-code lint format clean
 
 venv: $(READY)
 
@@ -47,6 +48,10 @@ test-slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)
+
+# Everything that only a GPU can tell, in eight minutes; docs/benchmarks.md says how to read it.
+gpu-kit: $(READY)
+	$(BIN)/python -m benchmarks.gpu_kit $(KIT_ARGS)
 
 # What GPU code can be held to without a GPU: it compiles for every target, and no kernel spills registers.
 check-gpu-code: $(READY)

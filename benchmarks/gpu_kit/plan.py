@@ -22,32 +22,42 @@ def step(method: str, library: str, seconds: float, *words: str) -> Phase:
 
 
 _STEPS = [
-    step("dpo", "trl_fast", 40),
-    step("dpo", "trl", 40),
-    step("dpo", "trl", 40, "--liger"),
-    step("sft", "trl_fast", 30),
-    step("sft", "trl", 30),
-    step("sft", "trl", 30, "--liger"),
+    step("dpo", "trl_fast", 30, "--host"),
+    step("dpo", "trl", 30),
+    step("sft", "trl_fast", 25, "--host"),
+    step("sft", "trl", 25),
+    step("grpo", "trl_fast", 30),
+    step("grpo", "trl", 30),
+    step("dpo", "trl", 30, "--liger"),
     step("dpo", "trl_fast", 30, "--no_checkpointing"),
     step("dpo", "trl", 30, "--no_checkpointing"),
-    step("grpo", "trl_fast", 40),
-    step("grpo", "trl", 40),
 ]
 
 PLANS = {
     "first": [
         Phase("environment", "environment", 20),
-        Phase("ceilings", "ceilings", 30),
-        Phase("correctness", "correctness", 80),
-        Phase("heads", "heads", 90),
-        Phase("profiling", "profiling", 25),
+        Phase("ceilings", "ceilings", 20),
+        Phase("correctness", "correctness", 70),
+        Phase("heads", "heads", 85),
+        Phase("profiling", "profiling", 20),
+        Phase("tuning", "tuning", 35),
         *_STEPS,
+        Phase("long context", "long_context", 60, 20),
+        Phase("watching", "watching", 90, 20),
     ],
+    # After a mend: what may have changed, without what the card alone decides.
     "second": [
         Phase("environment", "environment", 20),
-        Phase("correctness", "correctness", 80),
-        Phase("heads", "heads", 100),
-        Phase("profiling", "profiling", 25),
-        *_STEPS,
+        Phase("correctness", "correctness", 50),
+        Phase("heads", "heads", 70),
+        Phase("profiling", "profiling", 15),
+        *_STEPS[:4],
+        Phase("watching", "watching", 60, 20),
+    ],
+    "rehearsal": [
+        *(Phase(name, name, 60, 0) for name in ("environment", "ceilings", "correctness", "heads", "profiling")),
+        *(Phase(name, name, 60, 0) for name in ("tuning", "long_context", "watching")),
+        *(step(method, "trl_fast", 60, "--host") for method in ("dpo", "sft", "grpo")),
+        step("dpo", "trl", 60),
     ],
 }

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import traceback
-import warnings
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -13,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from trl_fast.ops import BACKENDS, supports
 
+from ..host_waits import host_waits
 from .ceilings import sizes
 from .heads import MODES, all_contenders, peaked_problem
 from .kit import Kit
@@ -50,8 +48,10 @@ def profile_call(kit: Kit, what: str, call: Callable[[], object]) -> None:
     for event in sorted(on_device, key=spent, reverse=True)[:TOP]:
         kit.facts.add(f"kernel {what}", kernel=event.key[:160], calls=event.count, ms=spent(event) / 1e3)
     if kit.is_gpu:
-        for place, count in host_waits(call).items():
-            kit.facts.add(f"host wait {what}", place=place, count=count)
+        with host_waits() as found:
+            call()
+        for line in found.report():
+            kit.facts.add(f"host wait {what}", wait=line)
 
 
 def _device_us(event: object) -> float:
@@ -60,25 +60,3 @@ def _device_us(event: object) -> float:
 
 def _host_us(event: object) -> float:
     return event.self_cpu_time_total
-
-
-def host_waits(call: Callable[[], object]) -> Counter[str]:
-    """Places of our code, file:line, where a call made the host wait for the GPU, as torch's debug mode sees them."""
-    places: Counter[str] = Counter()
-
-    def note(message: object, *_: object, **__: object) -> None:
-        if "synchronizing" not in str(message):
-            return
-        frames = [f for f in traceback.extract_stack() if "/trl_fast/" in f.filename]
-        place = f"{frames[-1].filename.rpartition('/trl_fast/')[2]}:{frames[-1].lineno}" if frames else "elsewhere"
-        places[place] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return places

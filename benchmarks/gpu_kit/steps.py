@@ -16,8 +16,16 @@ from collections.abc import Callable
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Qwen2Config,
+    Trainer,
+)
 
 from tests.support.tokenizer import build_tokenizer
 
@@ -91,27 +99,43 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def make_trainer(arguments: argparse.Namespace, shape: Shape, kit: Kit, folder: str) -> tuple[Trainer, StepClock]:
+def make_trainer(
+    arguments: argparse.Namespace,
+    shape: Shape,
+    kit: Kit,
+    folder: str,
+    config: PretrainedConfig | None = None,
+    *,
+    lora_r: int | None = None,
+    **more: object,
+) -> tuple[Trainer, StepClock]:
+    """A trainer on rows of `shape`, and its clock.
+
+    config: of a model with random weights, by default Qwen2.5-0.5B's; lora_r: trains adapters of that rank; more:
+    settings of the trainer.
+    """
     library = __import__(arguments.library)
     stem = arguments.method.upper()
     tokenizer = build_tokenizer()
     given: dict[str, object] = {}
-    config = Qwen2Config(**(QWEN_05B if not kit.tiny else _TINY_QWEN))
+    config = config or Qwen2Config(**(QWEN_05B if not kit.tiny else TINY_QWEN))
     torch.manual_seed(0)
     with kit.device:
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16 if kit.is_gpu else torch.float32)
-    if arguments.method == "dpo":
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if kit.is_gpu else torch.float32)
+    if lora_r is not None:
+        given["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=lora_r)
+    elif arguments.method == "dpo":
         # TRL would load a reference by the model's name, and this one has none.
         given["ref_model"] = copy.deepcopy(model)
     settings = {"max_length": 2 * (shape.prompt + shape.completion)}
     if arguments.method == "grpo":
         settings = {"max_completion_length": shape.completion, "num_generations": GENERATIONS}
         given |= {"rollout_func": completions(shape, tokenizer), "reward_funcs": chance}
+    settings = {"max_steps": WARM_UPS + STEPS, **settings, **more}
     args = getattr(library, f"{stem}Config")(
         folder,
         **settings,
         per_device_train_batch_size=shape.batch,
-        max_steps=WARM_UPS + STEPS,
         logging_steps=1,
         learning_rate=1e-6,
         gradient_checkpointing=not arguments.no_checkpointing,
@@ -127,7 +151,7 @@ def make_trainer(arguments: argparse.Namespace, shape: Shape, kit: Kit, folder: 
     trainer = getattr(library, f"{stem}Trainer")(
         model=model,
         args=args,
-        train_dataset=rows(arguments.method, shape, shape.batch * (WARM_UPS + STEPS)),
+        train_dataset=rows(arguments.method, shape, shape.batch * settings["max_steps"]),
         processing_class=tokenizer,
         callbacks=[clock],
         **given,
@@ -136,7 +160,7 @@ def make_trainer(arguments: argparse.Namespace, shape: Shape, kit: Kit, folder: 
     return trainer, clock
 
 
-_TINY_QWEN = {
+TINY_QWEN = {
     "vocab_size": 400,
     "hidden_size": 32,
     "intermediate_size": 64,

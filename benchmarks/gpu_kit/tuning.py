@@ -37,12 +37,12 @@ def variants(device: torch.device) -> list:
     return [now._replace(**change) for change in changes]
 
 
-def prepare(device: torch.device) -> None:
+def prepare(device: torch.device, tiny: bool) -> None:
     """Compiles every variant for small factors; one that does not compile is found when it is timed."""
-    if device.type != "cuda":
+    if device.type != "cuda" or tiny:
         return
     small = Size(256, 128, 1024)
-    calls = [_fused_call(small, tiles, keep, device) for tiles in variants(device) for keep in (False, True)]
+    calls = [fused_call(small, tiles, keep, device) for tiles in variants(device) for keep in (False, True)]
     with ThreadPoolExecutor(_COMPILING) as pool:
         list(pool.map(_quietly, calls))
     torch.cuda.synchronize()
@@ -62,14 +62,14 @@ def run(kit: Kit) -> None:
         for tiles in variants(kit.device):
             for keep in (False, True):
                 _time(
-                    kit, "fused kernel", size, _fused_call(size, tiles, keep, kit.device), tiles=list(tiles), keep=keep
+                    kit, "fused kernel", size, fused_call(size, tiles, keep, kit.device), tiles=list(tiles), keep=keep
                 )
         kit.clock.release()
     size = TINY_SIZES[0] if kit.tiny else Size(4096, 0, 151936)
     for backend in BACKENDS[:2] if kit.is_gpu else ("torch",):
         if not supports("linear_logprob", backend, kit.device, torch.bfloat16).ok:
             continue
-        for what, num_bytes, call in _row_kernels(size, backend, kit.device):
+        for what, num_bytes, call in row_kernels(size, backend, kit.device):
             _time(kit, f"{what}, {backend}", size, call, num_bytes)
         kit.clock.release()
 
@@ -84,7 +84,7 @@ def _time(kit: Kit, what: str, size: Size, call: Callable[[], object], num_bytes
     kit.facts.add(what, size=str(size), ms=ms, **rate, **values)
 
 
-def _fused_call(size: Size, tiles: object, keep: bool, device: torch.device) -> Callable[[], None]:
+def fused_call(size: Size, tiles: object, keep: bool, device: torch.device) -> Callable[[], None]:
     n, h, v = size
     hidden, weight = random_matrix(n, h, device), random_matrix(v, h, device, h**-0.5)
     targets, state = torch.randint(0, v, (n,), device=device), new_state(n, device)
@@ -93,7 +93,7 @@ def _fused_call(size: Size, tiles: object, keep: bool, device: torch.device) -> 
     return functools.partial(score_rows_fused, *given)
 
 
-def _row_kernels(size: Size, backend: str, device: torch.device) -> list[tuple[str, int, Callable[[], object]]]:
+def row_kernels(size: Size, backend: str, device: torch.device) -> list[tuple[str, int, Callable[[], object]]]:
     """(name, bytes, call) of each row kernel on a tile of all columns."""
     n, v = size.rows, size.vocab
     kernels = ROW_KERNELS["triton" if backend == "triton" else backend]

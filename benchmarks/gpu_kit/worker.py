@@ -1,44 +1,50 @@
-"""Runs one phase in this process: imports it, waits for its turn, and gives it its device and deadline."""
+"""Runs one phase in a process of its own: prepares it, waits for its turn, and gives it its device and deadline."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import os
 import sys
 import time
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 from .facts import Facts
-from .kit import Kit
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
-    parser.add_argument("module")
-    parser.add_argument("--facts", type=Path, required=True)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--tiny", action="store_true")
-    arguments, words = parser.parse_known_args()
-    facts = Facts(arguments.facts, arguments.name)
+def work(
+    name: str, module: str, words: tuple[str, ...], path: Path, device: str, tiny: bool, turn: Connection
+) -> None:
+    """The phase `name` of a module, whose `run` is given a Kit and the words; its output goes to a log by the facts.
+
+    Exits with 1 if the phase raised, which is among the facts then.
+    """
+    _to_log(path.with_suffix(".log"))
+    facts = Facts(path, name)
     try:
-        module = importlib.import_module(f"benchmarks.gpu_kit.{arguments.module}")
-        if hasattr(module, "prepare"):
-            module.prepare(torch.device(arguments.device))
-        turn = sys.stdin.readline()
-        if not turn:  # the supervisor is gone
-            return 1
-        kit = Kit(torch.device(arguments.device), facts, arguments.tiny, time.monotonic() + float(turn))
-        module.run(kit, *([words] if words else []))
+        import torch
+
+        from .kit import Kit
+
+        phase = importlib.import_module(module if "." in module else f"benchmarks.gpu_kit.{module}")
+        where = torch.device(device)
+        if hasattr(phase, "prepare"):
+            phase.prepare(where, tiny)
+        seconds = turn.recv()
+        phase.run(Kit(where, facts, tiny, time.monotonic() + seconds), *([list(words)] if words else []))
+    except EOFError:  # the supervisor is gone
+        sys.exit(1)
     except Exception as error:
         traceback.print_exc()
         facts.skip("phase", error)
-        return 1
-    return 0
+        sys.exit(1)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _to_log(path: Path) -> None:
+    """Lets all output of this process, its libraries' and children's too, go to a file."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)

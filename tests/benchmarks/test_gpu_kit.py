@@ -1,0 +1,218 @@
+"""The GPU kit: its rehearsal, its checks in small, and that no failure loses the rest."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.gpu_kit import __main__ as kit_main
+from benchmarks.gpu_kit import cases, correctness
+from benchmarks.gpu_kit.clock import Clock, Timed
+from benchmarks.gpu_kit.facts import Facts, default_path, read_facts
+from benchmarks.gpu_kit.plan import PLANS, Phase
+from benchmarks.gpu_kit.summary import MOST_CHARACTERS, print_summary
+from support.triton_interpreter import interpreted_kernels
+from trl_fast.ops.pair_formulas import PAIR_FORMULAS
+
+CPU = torch.device("cpu")
+HEADS = functools.partial(correctness.check_heads, CPU, rows=22, hidden=16, vocab=301)
+LOSSES = functools.partial(correctness.check_losses, CPU, longest=200)
+
+
+def test_the_rehearsal(tmp_path, capsys):
+    """Every phase runs to its end with stand-ins, finds nothing wrong, and says what it left out."""
+    path = tmp_path / "facts.jsonl"
+    assert kit_main.main(["--device", "cpu", "--tiny", "--facts", str(path), "--seconds", "300"]) == 0
+    facts = read_facts(path)
+    ended = {fact["phase"]: fact["how"] for fact in facts if fact["what"] == "phase"}
+    assert ended == {phase.name: "done" for phase in PLANS["rehearsal"]}
+    assert {phase.module for phase in PLANS["first"]} == {phase.module for phase in PLANS["rehearsal"]}
+    assert not [fact for fact in facts if fact["what"].startswith("WRONG")]
+    checked = {fact["what"]: fact["right"] for fact in facts if fact["what"].startswith("check ")}
+    assert all(checked[f"check {name}"] > 0 for name in ("heads", "losses", "attention", "layouts", "many logits"))
+    losses = {fact["phase"]: fact["losses"] for fact in facts if "losses" in fact}
+    assert losses["step dpo trl_fast host"] == pytest.approx(losses["step dpo trl"], rel=1e-5)
+    peaks = [fact for fact in facts if "predicted_bytes" in fact]
+    assert peaks and peaks[0]["predicted_bytes"] > 0
+    skipped = {fact["what"] for fact in facts if "skipped" in fact}
+    assert "hardware counters" in skipped and "liger-kernel" in skipped
+    printed = capsys.readouterr().out
+    assert "left out: watching, hardware counters: ncu is not installed" in printed
+    assert "check heads:" in printed and len(printed) < MOST_CHARACTERS + 2000
+
+
+def phases_of(*words):
+    return [Phase(word, "tests.support.kit_phases", 2, 0, (word,)) for word in words]
+
+
+def test_a_phase_that_fails_costs_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "facts.jsonl"
+    monkeypatch.setattr(kit_main, "GRACE", 0.5)
+    monkeypatch.setattr(kit_main, "PRELOADED", [])
+    arguments = kit_main.parse_arguments(["--device", "cpu", "--tiny", "--facts", str(path), "--seconds", "200"])
+    kit_main.run_phases(phases_of("raise", "crash", "hang", "run"), arguments, Console(quiet=True))
+    facts = read_facts(path)
+    ended = {fact["phase"]: fact["how"] for fact in facts if "how" in fact}
+    assert ended == {
+        "raise": "failed with exit code 1",
+        "crash": "failed with exit code 3",
+        "hang": "ended by force at its deadline",
+        "run": "done",
+    }
+    assert [fact["phase"] for fact in facts if fact["what"] == "begun"] == ["raise", "crash", "hang", "run"]
+    assert [fact["phase"] for fact in facts if fact["what"] == "ended"] == ["run"]
+    assert "RuntimeError: an illegal memory access" in [fact.get("skipped") for fact in facts]
+    assert "Traceback" in path.with_suffix(".log").read_text()
+
+
+def test_what_does_not_fit_the_time_is_said(tmp_path, monkeypatch):
+    path = tmp_path / "facts.jsonl"
+    monkeypatch.setattr(kit_main, "PRELOADED", [])
+    arguments = kit_main.parse_arguments(["--facts", str(path), "--seconds", "5.1"])
+    kit_main.run_phases([Phase("heads", "tests.support.kit_phases", 80, 12)], arguments, Console(quiet=True))
+    (fact,) = read_facts(path)
+    assert fact == {"phase": "heads", "what": "phase", "skipped": "0 s left, it needs 12"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_nothing_is_claimed(capsys, tmp_path):
+    assert kit_main.main(["--facts", str(tmp_path / "facts.jsonl")]) == 0
+    assert "nothing was run, and nothing is claimed" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seconds", "3"], "--seconds 3: expected more than 5"),
+        (["--device", "cpu"], "--device cpu: only a rehearsal, with --tiny"),
+        (["--phases", "haeds"], "--phases haeds: unknown, expected some of ceilings, correctness"),
+    ],
+)
+def test_bad_arguments_are_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        kit_main.parse_arguments(words)
+    assert message in capsys.readouterr().err
+
+
+# ---- checks
+
+
+@pytest.mark.parametrize("check", [HEADS, LOSSES])
+def test_checks_pass_where_the_code_is_right(check):
+    found = list(check())
+    assert found and [entry for entry in found if not entry.ok] == []
+
+
+def test_the_cases_are_all_that_there_is_to_check():
+    every = list(cases.head_cases())
+    for op in ("linear_logprob", "linear_token_loss", "linear_cross_entropy"):
+        assert {case.mode for case in every if case.op == op} == set(cases.MODES)
+        assert any(case.bias and case.options.keys() >= {"softcap", "temperature"} for case in every if case.op == op)
+    assert any(set(case.outputs) == set(cases.EVERY_OUTPUT) for case in every)
+    assert any("group_sizes" in case.options for case in every)
+    losses = [case.what for case in cases.loss_cases(CPU, longest=9)]
+    assert {f"pair_loss, {name}" for name in PAIR_FORMULAS} <= set(losses)
+    for term in ("clip", "cispo", "sapo"):
+        assert f"policy_loss, {term}, off policy, KL" in losses
+
+
+def test_the_check_of_fused_scores():
+    assert not list(correctness.check_fused_scores(CPU))
+    with interpreted_kernels():
+        found = list(correctness.check_fused_scores(CPU, vocab=201, rows=20))
+    assert len(found) == 4 and all(entry.ok for entry in found), found
+
+
+def wrong_pairs(right):
+    # The truth is the op's own PyTorch in float64.
+    return right if right.losses.dtype == torch.float64 else right._replace(losses=1.01 * right.losses)
+
+
+@pytest.mark.parametrize(
+    ("op", "check", "wrong_for"),
+    [
+        ("linear_cross_entropy", HEADS, lambda right: 1.1 * right),
+        ("linear_logprob", HEADS, lambda right: replace(right, logprobs=1.1 * right.logprobs)),
+        ("pair_loss", LOSSES, wrong_pairs),
+    ],
+)
+def test_checks_fail_where_it_is_not(op, check, wrong_for, monkeypatch):
+    right = getattr(cases, op)
+    monkeypatch.setattr(cases, op, lambda *given, **options: wrong_for(right(*given, **options)))
+    wrong = [entry.what for entry in check() if not entry.ok]
+    assert wrong and all(what.startswith(op) for what in wrong)
+
+
+def test_wrong_attention_is_found(monkeypatch):
+    right = correctness.tree_attention
+    assert all(entry.ok for entry in correctness.check_attention(CPU, scale=1))
+    monkeypatch.setattr(correctness, "tree_attention", lambda *given: 1.1 * right(*given))
+    assert not any(entry.ok for entry in correctness.check_attention(CPU, scale=1))
+
+
+def test_what_raises_is_a_failed_check(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(cases, "linear_cross_entropy", broken)
+    found = [entry for entry in HEADS() if entry.what.startswith("linear_cross_entropy")]
+    assert found and all(entry.error == float("inf") for entry in found)
+    assert "RuntimeError: no kernel image is available" in found[0].what
+
+
+def test_a_check_that_raises_ends_alone():
+    def check():
+        yield correctness.Checked("first", 0.0, 1.0)
+        raise RuntimeError("the driver is gone")
+
+    first, last = correctness.to_the_end("pairs", check)
+    assert first.ok and last == ("pairs: RuntimeError: the driver is gone", float("inf"), 0.0)
+
+
+# ---- facts, times, tables
+
+
+def test_facts_are_on_disk_at_once_and_half_a_line_is_dropped(tmp_path, monkeypatch):
+    path = tmp_path / "results" / "facts.jsonl"
+    facts = Facts(path, "heads")
+    facts.add("scoring: ours", ms=12.3456789, extra_bytes=5)
+    facts.skip("scoring: Liger", torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has ..."))
+    with path.open("a") as file:
+        file.write('{"phase": "heads", "wh')
+    assert read_facts(path) == [
+        {"phase": "heads", "what": "scoring: ours", "ms": 12.346, "extra_bytes": 5},
+        {"phase": "heads", "what": "scoring: Liger", "skipped": "OutOfMemoryError: CUDA out of memory."},
+    ]
+    assert read_facts(tmp_path / "none") == []
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert default_path() == tmp_path / "out" / "gpu_facts.jsonl"
+
+
+def test_contenders_take_turns_at_being_first_and_one_that_raises_is_dropped():
+    calls = []
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    contenders = [Timed("a", lambda: calls.append("a")), Timed("b", broken), Timed("c", lambda: calls.append("c"))]
+    Clock(CPU).race(contenders, rounds=3)
+    assert calls == ["a"] * 3 + ["c"] * 3 + ["a", "c"] + ["c", "a"] + ["c", "a"]
+    assert str(contenders[1].failure) == "out of memory" and contenders[1].median == float("inf")
+    assert len(contenders[0].ms) == len(contenders[2].ms) == 3
+
+
+def test_what_is_wrong_and_what_is_slow_can_be_read(capsys):
+    facts = [
+        {"phase": "heads", "what": f"token: {name}", "size": "8/4/2", "ms": ms}
+        for name, ms in (("ours cuda", 50.0), ("TRL", 60.0), ("floor", 40.0))
+    ]
+    facts.append({"phase": "correctness", "what": "WRONG pair_loss, ipo, cuda: losses", "error": 0.2, "allowed": 1e-3})
+    print_summary(Console(width=150), facts)
+    printed = capsys.readouterr().out
+    assert "50.0 (1.25; 1.20)" in printed
+    assert "WRONG pair_loss, ipo, cuda: losses: 2.0e-01 > 1e-03" in printed
