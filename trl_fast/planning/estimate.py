@@ -16,6 +16,8 @@ from .timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, Peak, highest
 
 # The shallowest models that have a first, a last and, in the second, a layer between.
 SHALLOW = (2, 3)
+# Offloading has activations of a layer's neighbours on the device too: the layer between has such that are like it.
+SHALLOW_OFFLOADED = (4, 5)
 # How far below the longest that fits the answer may be.
 TOLERANCE = 0.01
 # Lengths are multiples of this, and longer ones than the last are not looked at.
@@ -33,13 +35,14 @@ def stage_peaks(setup: Setup, max_length: int) -> StagePeaks:
     whole model is then taken off. A model whose layers differ is simulated whole.
     """
     depth, limit = setup.num_layers, setup.activation_budget
-    if depth <= SHALLOW[-1] or not layers_are_alike(meta_model(setup)):
+    depths = SHALLOW_OFFLOADED if setup.activation_offloading else SHALLOW
+    if depth <= depths[-1] or not layers_are_alike(meta_model(setup)):
         return simulate(setup, max_length).stage_peaks()
     roomy = setup.but(activation_budget_bytes=_UNLIMITED) if limit else setup
-    shallow = [simulate(roomy, max_length, layers) for layers in SHALLOW]
+    shallow = [simulate(roomy, max_length, layers) for layers in depths]
     fewer, more = (timeline.stage_peaks() for timeline in shallow)
     # The stage that only the deeper model has lies between two others and is never above both.
-    peaks = {stage: _on_line(fewer[stage], more[stage], SHALLOW, depth) for stage in more if stage in fewer}
+    peaks = {stage: _on_line(fewer[stage], more[stage], depths, depth) for stage in more if stage in fewer}
     if limit:
         _take_off_what_has_no_room(peaks, shallow[-1].results[1], depth, limit)
     return peaks
