@@ -78,8 +78,9 @@ def saved_folder(tmp_path, monkeypatch):
     nothing = lambda *_, **__: None  # noqa: E731
     trainer = SimpleNamespace(
         args=SimpleNamespace(output_dir=TEXT, push_to_hub=False),
+        accelerator=SimpleNamespace(end_training=nothing),
         is_world_process_zero=lambda: True,
-        **dict.fromkeys(("train", "save_model", "create_model_card", "end"), nothing),
+        **dict.fromkeys(("train", "save_model", "create_model_card"), nothing),
     )
     training._train(trainer, None)
 

@@ -16,6 +16,7 @@ from support.trees import random_trees
 from trl_fast.data import pack_trees
 from trl_fast.modeling import kept_results
 from trl_fast.modeling.attention import use_segment_attention
+from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.kept_results import Keeper, keep_results
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
@@ -147,7 +148,7 @@ def build(family="llama", *, keywords=None, limit=None, lora=False, tiled=False,
     if tiled:
         tile_mlps(base_model(model), 30)
     keep_results(base_model(model), limit, **kept)
-    model.activation_checkpointing_enable({"use_reentrant": False} if keywords is None else keywords)
+    enable_checkpointing(model, {"use_reentrant": False} if keywords is None else keywords)
     model.enable_input_require_grads()
     return model.train()
 
@@ -452,7 +453,7 @@ def test_selective_keeps_attention_of_the_layers_that_are_checkpointed(device):
 def test_other_layers_are_measured_anew(device):
     model = build()
     step(model)
-    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
+    enable_checkpointing(model, {"use_reentrant": False}, every_n_layers=2)
     assert runs_of_layers(model)[0] == [2, 1, 2, 1]
     assert runs_of_layers(model)[0] == [1] * DEPTH
 

@@ -9,9 +9,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 
-def enable_checkpointing(model: PreTrainedModel | PeftModel, keywords: dict[str, Any] | None = None) -> None:
-    """Has every layer computed again in backward; keywords go to torch's checkpoint, None means not reentrant."""
-    _method(model, "enable")(keywords)
+def enable_checkpointing(
+    model: PreTrainedModel | PeftModel, keywords: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """Has every layer computed again in backward; options as transformers' method takes them.
+
+    keywords: what torch's checkpoint is given; None means not reentrant.
+    """
+    _method(model, "enable")(keywords, **options)
 
 
 def disable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
