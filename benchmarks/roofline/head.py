@@ -18,7 +18,7 @@ from .counter import Counter, Counts
 from .devices import CUDA
 from .fake_gpu import fake_gpu
 from .gpus import Gpu
-from .trl_kernels import counted_kernels
+from .triton_kernels import counted_kernels
 
 
 class Size(NamedTuple):

@@ -43,7 +43,7 @@ from .counter import Counter, Counts
 from .devices import CUDA
 from .fake_gpu import answering, fake_gpu
 from .gpus import Gpu
-from .trl_kernels import counted_kernels
+from .triton_kernels import counted_kernels
 
 METHODS = ("dpo", "sft", "grpo")
 LIBRARIES = {"trl_fast": trl_fast, "trl": trl}

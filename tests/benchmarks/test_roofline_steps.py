@@ -56,6 +56,15 @@ def test_our_dpo_step_computes_a_prompt_once(dpo):
     assert dpo.ours.flops < dpo.trl.flops
 
 
+def test_merging_reads_two_outputs_and_writes_one(dpo):
+    merged = dpo.ours.by_operator["trl_fast::merge_kernel"]
+    answers, every = 2 * ANSWER * DPO.batch, (DPO.prompt + 2 * ANSWER) * DPO.batch
+    assert merged.calls == 2 * LAYERS
+    # Outputs in bfloat16, log-sum-exps in float32, and a token's place.
+    assert merged.read == merged.calls * ((2 * HIDDEN + 4 * HEADS) * (every + answers) + 4 * every)
+    assert merged.written == merged.calls * (2 * HIDDEN + 4 * HEADS) * every
+
+
 def test_waits_are_named_by_the_place_in_the_source(dpo):
     assert any(place.startswith("trl/trainer/dpo_trainer.py:") for place in dpo.trl.waits)
     assert all(not place.startswith(("torch/", "benchmarks/")) for place in (*dpo.trl.waits, *dpo.ours.waits))

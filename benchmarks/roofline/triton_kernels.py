@@ -1,7 +1,7 @@
-"""TRL 1.16's Triton kernels as counted launches: fake tensors have no memory to launch them on.
+"""Triton kernels as counted launches: fake tensors have no memory to launch them on.
 
-The rest of TRL's head runs as it is: its loops, its products, its sums. `KERNELS` says what each kernel touches, by
-the names of its arguments, as its source loads and stores them.
+`KERNELS` says what each kernel touches, by the names of its arguments, as its source loads and stores them. The rest
+of TRL's head runs as it is: its loops, its products, its sums. Of ours, the kernel that merges attention is counted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import Any
 from unittest.mock import patch
 
 from trl.kernels import chunked_logprob
+
+from trl_fast.kernels import merge
+from trl_fast.ops import attention_merge
+from trl_fast.ops.backends import TRITON_OPS, Support
 
 from .counter import Counter, extent
 
@@ -61,13 +65,21 @@ KERNELS = (
         reads=("mm_ptr", "targets_ptr", "log_z_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr"),
         writes=("mm_ptr",),
     ),
+    # kernels/merge.py: every row of both outputs is loaded once, every merged one stored once.
+    Touched(
+        merge,
+        "merge_kernel",
+        reads=("out", "lse", "other", "other_lse", "place"),
+        writes=("merged", "merged_lse"),
+    ),
 )
 
 
 @contextmanager
 def counted_kernels(counter: Counter) -> Iterator[None]:
-    """Within, TRL's Triton kernels count what they touch and do nothing else."""
+    """Within, these kernels count what they touch and do nothing else; ours are there where they are the only ones."""
     with ExitStack() as stack:
+        stack.enter_context(patch.object(attention_merge, "supports", _supports))
         for touched in KERNELS:
             kernel = getattr(touched.module, touched.kernel)
             stack.enter_context(
@@ -76,11 +88,16 @@ def counted_kernels(counter: Counter) -> Iterator[None]:
         yield
 
 
+def _supports(op: str, backend: str, *_: object) -> Support:
+    return Support(op in TRITON_OPS and backend == "triton", "counted, not run")
+
+
 class _Launches:
     """In the place of a Triton kernel."""
 
     def __init__(self, kernel: Any, touched: Touched, counter: Counter) -> None:
         self._signature = inspect.signature(kernel.fn)
+        self._library = "trl" if touched.module is chunked_logprob else "trl_fast"
         self._touched = touched
         self._counter = counter
 
@@ -88,7 +105,9 @@ class _Launches:
         return self._launch
 
     def _launch(self, *args: Any, **kwargs: Any) -> None:
+        # Others, such as num_warps, are Triton's.
+        kwargs = {name: value for name, value in kwargs.items() if name in self._signature.parameters}
         given = self._signature.bind(*args, **kwargs).arguments
         writes = [*self._touched.writes, *(name for flag, name in self._touched.flagged if given[flag])]
         read, written = (extent([given[name] for name in names]) for names in (self._touched.reads, writes))
-        self._counter.launch(f"trl::{self._touched.kernel}", read, written)
+        self._counter.launch(f"{self._library}::{self._touched.kernel}", read, written)
