@@ -7,7 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerControl, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 
 import trl_fast
 from support.rollouts import color_prompts
@@ -197,30 +203,49 @@ ONLINE = {
 }
 
 
-@pytest.mark.parametrize("method", ONLINE)
-def test_generation_by_broken_weights_names_their_step_and_saves_nothing(method, model_path, tmp_path):
+def online(method, model_path, folder, **settings):
     reward = lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids]  # noqa: E731
     arguments = {"model": model_path, "train_dataset": color_prompts(16)}
     arguments["reward_model" if method == "PPO" else "reward_funcs"] = reward
-    settings = {"gradient_accumulation_steps": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 100}
-    trainer = make_trainer(trl_fast, tmp_path, method=method, arguments=arguments, **settings, **ONLINE[method])
+    settings = {"gradient_accumulation_steps": 1, **ONLINE[method], **settings}
+    return make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
+
+
+# Nothing is due to be saved: the next generation fails, and saves what is whole; and what is due is not begun.
+@pytest.mark.parametrize("saving", [{"save_steps": 100}, {"save_steps": 2}, {"save_strategy": "epoch"}], ids=str)
+@pytest.mark.parametrize("method", ONLINE)
+def test_broken_weights_that_generate_or_are_due_name_their_step_and_are_not_saved(
+    method, saving, model_path, tmp_path
+):
+    saving = {"save_strategy": "steps", "max_steps": 4, **saving}
+    if saving["save_strategy"] == "epoch":
+        saving |= {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 8}
+    trainer = online(method, model_path, tmp_path, **saving)
     break_gradients(trainer, 2)
     with pytest.raises(DivergedError, match="^step 2: .*weights are NaN or infinite since then"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_a_callback_that_saves_cannot_save_them_either(model_path, tmp_path):
+    class SavesAlways(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = True
+
+    trainer = sft(model_path, tmp_path, max_steps=8)
+    trainer.add_callback(SavesAlways())
+    break_gradients(trainer, 3)
+    with pytest.raises(DivergedError, match="^step 3: "):
+        trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
 @pytest.mark.parametrize("max_grad_norm", [0, 1.0])
 def test_the_value_model_is_watched(max_grad_norm, model_path, tmp_path):
-    reward = lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids]  # noqa: E731
-    arguments = {"model": model_path, "train_dataset": color_prompts(16), "reward_model": reward}
-    settings = {"gradient_accumulation_steps": 1, "max_steps": 1, "max_grad_norm": max_grad_norm, **ONLINE["PPO"]}
-    trainer = make_trainer(trl_fast, tmp_path, method="PPO", arguments=arguments, **settings)
+    trainer = online("PPO", model_path, tmp_path, max_steps=1, max_grad_norm=max_grad_norm)
     trainer.value_model.score.weight.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(
-        DivergedError,
-        match="^step 1: the gradient's norm was nan; weights .*'(score.weight|model.embed_tokens.weight)'",
-    ):
+    message = "^step 1: the gradient's norm was nan; weights .*'(score.weight|model.embed_tokens.weight)'"
+    with pytest.raises(DivergedError, match=message):
         trainer.train()
 
 
