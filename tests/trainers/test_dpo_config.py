@@ -39,6 +39,13 @@ def test_bf16_is_on_where_the_machine_has_it_and_off_with_one_line_elsewhere(tmp
     ]
 
 
+def test_a_cpu_with_bf16_trains_without_being_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_fast.trainers.base_config.machine_has_bf16", lambda: True)
+    monkeypatch.setattr("trl_fast.trainers.base_config.is_torch_bf16_gpu_available", lambda: False)
+    args = trl_fast.DPOConfig(str(tmp_path))
+    assert args.bf16 is True and args.use_cpu is True and args.device.type == "cpu"
+
+
 OLDER = {
     "label_pad_token_id": -100,
     "padding_value": 0,

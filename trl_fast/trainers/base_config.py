@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_fast.modeling.kept_results import budget_bytes
 from trl_fast.ops.linear_logprob import HEAD_GRADS
@@ -200,6 +201,8 @@ class BaseConfig(TrainingArguments):
             self.bf16 = not self.fp16 and machine_has_bf16()
             if not (self.bf16 or self.fp16):
                 logger.warning("This machine has no bfloat16 hardware: training in float32 (bf16=False).")
+            # Without a GPU, transformers takes bfloat16 only where a CPU is asked for.
+            self.use_cpu = self.use_cpu or (self.bf16 and not is_torch_bf16_gpu_available())
         super().__post_init__()
         # Again: what came as JSON is numbers now.
         check_ranges(self)
