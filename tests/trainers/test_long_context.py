@@ -24,6 +24,8 @@ def offloaded(monkeypatch):
     """Copies within the CPU in place of those to and from a GPU; a list of what was copied."""
     copies = LateCopies()
     monkeypatch.setattr("trl_fast.modeling.offloading.torch.cuda.is_available", lambda: True)
+    # A CUDA build of torch without a driver would be asked by the optimizer.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(offloading, "is_on_device", lambda tensor: True)
     monkeypatch.setattr(offloading, "copies_of", lambda device: copies)
     return copies.left
