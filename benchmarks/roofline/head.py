@@ -95,7 +95,7 @@ def misses(cases: Iterable[HeadCase]) -> list[str]:
             found.append(f"{case.name}: {case.over_floor:.2f} x the floor, at most {bound.over_floor}")
         if least is not None and case.trl_over_ours < least:
             found.append(f"{case.name}: TRL takes {case.trl_over_ours:.2f} x ours, at least {least}")
-        if case.size == REFERENCE and case.ours.peak_bytes > PEAK_OVER_WORKSPACE * case.workspace_bytes:
+        if case.ours.peak_bytes > PEAK_OVER_WORKSPACE * case.workspace_bytes:
             found.append(f"{case.name}: peak of {case.ours.peak_bytes} bytes, workspace of {case.workspace_bytes}")
     return found
 

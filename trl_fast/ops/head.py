@@ -195,14 +195,15 @@ class Head:
         """The tiles for `num_rows` rows: within a share of the workspace and what the device wants.
 
         kept_logits: their tiles decide the columns on a CPU if there are any; gradients: a tile of them, in the
-        product's dtype, stands beside that of the logits.
+        product's dtype, stands beside that of the logits. Each of its tiles costs a sum of hidden states that is read
+        and written, so it gets all that kept logits leave of the workspace.
         """
         policy = self.policy
         element = self.row_bytes // self.vocab_size
         budget = min(self.workspace_bytes // _TILE_SHARE, policy.tile_bytes)
         if gradients and self.narrow_gradients:
             element += self.dtype.itemsize
-            budget = self.workspace_bytes // _TILE_SHARE
+            budget = max(budget, self.workspace_bytes - (0 if kept_logits is None else kept_logits.nbytes))
         rows, columns = even_step(num_rows, policy.tile_rows), self.vocab_size
         if policy.weight_tiles:
             columns = min(columns, policy.tile_bytes // (self.hidden_size * self.dtype.itemsize))

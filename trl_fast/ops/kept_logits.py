@@ -70,6 +70,10 @@ class KeptLogits:
     def num_rows(self) -> int:
         return self.values.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + (0 if self.tops is None else self.tops.nbytes)
+
     def part(self, rows: slice) -> KeptLogits:
         """The same of some rows."""
         tops = None if self.tops is None else self.tops[:, rows]

@@ -354,15 +354,13 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         if return_outputs:
             raise ValueError(f"return_outputs=True: {type(self).__name__} returns no outputs")
         table, config, options = inputs.table, self.loss_config, self.loss_options(inputs)
-        # The tokens that the head has to see together before it knows what each of them weighs.
-        groups = {"token": None, "sequence": tuple(inputs.batch.branch_lengths.tolist())}
         scored = self.score(
             model,
             inputs.batch,
             ("logprobs", "entropy"),
             temperature=self.args.temperature,
             token_loss=lambda scores, rows: grpo_loss(scores, table, config, rows=rows, **options),
-            group_sizes=groups.get(config.span, (len(inputs.batch.targets),)),
+            group_sizes=inputs.group_sizes(config.span),
             **self.router_kwargs,
         )
         loss = scored.loss

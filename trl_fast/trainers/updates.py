@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_fast.data import TokenBatch
+from trl_fast.data.transfer import sent
 from trl_fast.losses.policy import PolicyTable
 from trl_fast.rollout.samples import TOKEN_FIELDS, Samples
 
@@ -16,12 +17,18 @@ from trl_fast.rollout.samples import TOKEN_FIELDS, Samples
 class Update:
     """A micro-batch of the update: what is scored, what the loss reads, and what has no gradient.
 
-    left_out: (B − S,) float32, the lengths of the completions that are not in the batch.
+    left_out: (B − S,) float32, the lengths of the completions that are not in the batch; lengths: of the S that are.
     """
 
     batch: TokenBatch
     table: PolicyTable
     left_out: torch.Tensor
+    lengths: tuple[int, ...]
+
+    def group_sizes(self, span: str) -> tuple[int, ...] | None:
+        """How many tokens the head has to see together before a loss of this span knows what each of them weighs."""
+        sizes = {"token": None, "sequence": self.lengths}
+        return sizes[span] if span in sizes else (len(self.batch.targets),)
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,10 @@ class UpdateMaker:
             vectors["mask"] = counts * ~part.excluded[batch.branch.cpu()]
         table = PolicyTable(
             branch=batch.branch,
-            advantages=part.advantages.to(self.device),
-            weights=weights[order].to(self.device),
-            **{name: None if value is None else value.to(self.device) for name, value in vectors.items()},
+            advantages=sent(part.advantages, self.device),
+            weights=sent(weights[order], self.device),
+            **{name: None if value is None else sent(value, self.device) for name, value in vectors.items()},
         )
         left_out = sorted(set(range(len(samples))) - set(kept))
-        return Update(batch, table, samples.lengths[left_out].to(self.device))
+        lengths = tuple(len(ids) for ids in part.completion_ids)
+        return Update(batch, table, sent(samples.lengths[left_out], self.device), lengths)
