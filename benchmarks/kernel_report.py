@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from trl_fast.kernels import linear_scores, losses, rows
+from trl_fast.kernels import linear_scores, losses, merge, rows
 
 from .cuda_kernels import compile_cuda_kernels, find_nvcc
 from .machine_code import TARGETS, Resources, read_cubin, resources_of
@@ -166,6 +166,25 @@ def _linear_cases() -> Iterator[KernelCase]:
         )
 
 
+def _merge_cases() -> Iterator[KernelCase]:
+    vectors = {"lse": "*fp32", "other_lse": "*fp32", "place": "*i32", "merged_lse": "*fp32"}
+    strides = "out_token out_head lse_head other_token other_head other_lse_head".split()
+    numbers = {**dict.fromkeys(strides, "i64"), "num_tokens": "i32", "num_heads": "i32"}
+    for dtype, itemsize, width in (*(("bf16", 2, width) for width in (64, 96, 128, 256)), ("fp32", 4, 128)):
+        block = triton.next_power_of_2(width)
+        yield KernelCase(
+            f"attention_merge {dtype}, {width} channels",
+            merge.merge_kernel,
+            {**dict.fromkeys(("out", "other", "merged"), f"*{dtype}"), **vectors, **numbers},
+            {"WIDTH": width, "TOKENS": merge.BLOCK_ELEMENTS // block, "BLOCK": block},
+            merge.NUM_WARPS,
+            # Place and both log-sum-exps of the tokens of which it has a part, more of them of a wider type.
+            scalar_loads=9 if itemsize == 2 else 15,
+            # Two outputs read, one written, and a log-sum-exp.
+            least_bytes=3 * itemsize * merge.BLOCK_ELEMENTS // (32 * merge.NUM_WARPS) + 4,
+        )
+
+
 def _loss_case(
     label: str,
     kernel: JITFunction,
@@ -227,7 +246,8 @@ def _loss_cases() -> Iterator[KernelCase]:
 LOSS_KERNELS = tuple(_loss_cases())
 # What moves logits or computes them.
 HEAD_KERNELS = (*_score_cases(), *_grad_cases(), *_linear_cases())
-KERNELS = (*HEAD_KERNELS, *LOSS_KERNELS)
+MERGE_KERNELS = tuple(_merge_cases())
+KERNELS = (*HEAD_KERNELS, *MERGE_KERNELS, *LOSS_KERNELS)
 
 
 def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:

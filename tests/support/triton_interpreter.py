@@ -229,11 +229,12 @@ def interpreted(kernel: JITFunction) -> interpreter.InterpretedFunction:
 
 @contextlib.contextmanager
 def interpreted_kernels(**options: Any) -> Iterator[None]:
-    """Within, the launchers of trl_fast.kernels.rows and linear_scores run interpreted on CPU tensors."""
-    from trl_fast.kernels import linear_scores, rows
+    """Within, the launchers of trl_fast.kernels.rows, linear_scores and merge run interpreted on CPU tensors."""
+    from trl_fast.kernels import linear_scores, merge, rows
 
     kernels = [(rows, name) for name in ("row_scores_kernel", "row_grad_kernel", "row_grad_packed_kernel")]
     kernels += [(linear_scores, name) for name in ("linear_scores_kernel", "merge_tiles_kernel")]
+    kernels.append((merge, "merge_kernel"))
     with interpreter_repaired(**options), _Patches() as patches:
         for module, name in kernels:
             patches.set(module, name, interpreted(getattr(module, name)))

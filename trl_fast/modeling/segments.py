@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from trl_fast.data.transfer import sent
+from trl_fast.ops.attention_merge import merge_attention, merge_into
 from trl_fast.ops.products import gemm_dtype
 
 logger = logging.getLogger(__name__)
@@ -142,15 +143,6 @@ class _TreeAttention(torch.autograd.Function):
         return (*row.backward(grad, out, lse), None, None, None)
 
 
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over two sets of keys: outputs (..., T, D) and their log-sum-exps (..., T), float32."""
-    total = torch.logaddexp(lse, other_lse)
-    merged = out.float() * (lse - total).exp()[..., None] + other.float() * (other_lse - total).exp()[..., None]
-    return merged.to(out.dtype), total
-
-
 class CpuParts:
     """The parts of a row by torch's flash kernel for the CPU, one call each.
 
@@ -213,9 +205,10 @@ class CpuParts:
             found, found_lse = self.attend(
                 self.query[:, :, rows], self.key[:, :, keys], self.value[:, :, keys], causal
             )
-            if not causal:
-                found, found_lse = merge(out[:, :, rows], lse[:, :, rows], found, found_lse)
-            out[:, :, rows], lse[:, :, rows] = found, found_lse
+            if causal:
+                out[:, :, rows], lse[:, :, rows] = found, found_lse
+            else:
+                merge_into(out[:, :, rows], lse[:, :, rows], found, found_lse)
         return out.flatten(0, 1)[None].to(self.dtype), lse
 
     def backward(
@@ -318,7 +311,10 @@ class PlainParts(CpuParts):
 
 
 class _Varlen(NamedTuple):
-    """What a varlen flash call is told of its sequences, and where in the row their queries and keys are."""
+    """What a varlen flash call is told of its sequences, and where in the row their queries and keys are.
+
+    query_of: (T,) int32, which of the queries a token of the row is, -1: none.
+    """
 
     queries: slice | torch.Tensor
     keys: slice | torch.Tensor
@@ -327,6 +323,7 @@ class _Varlen(NamedTuple):
     longest_query: int
     longest_key: int
     causal: bool
+    query_of: torch.Tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -345,7 +342,10 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device) -> tuple
             places.append(_together(ranges, device))
             starts.append(sent(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device))
             longest.append(max(lengths))
-        calls.append(_Varlen(*places, *starts, *longest, causal))
+        query_of = torch.full((sum(map(sum, trees)),), -1, dtype=torch.int32)
+        rows = torch.cat([torch.arange(part.queries.start, part.queries.stop) for part in chosen])
+        query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
+        calls.append(_Varlen(*places, *starts, *longest, causal, sent(query_of, device)))
     return tuple(calls)
 
 
@@ -388,12 +388,8 @@ class CudaParts:
             self.rng_state.append(tuple(rng_state))
             if call.causal:
                 out, lse = found, found_lse
-                continue
-            rows = call.queries
-            merged, merged_lse = merge(out[rows].transpose(0, 1), lse[:, rows], found.transpose(0, 1), found_lse)
-            # Copies, because gradient checkpointing keeps what a kernel gave only if nothing changes it.
-            out, lse = out.clone(), lse.clone()
-            out[rows], lse[:, rows] = merged.transpose(0, 1), merged_lse
+            else:
+                out, lse = merge_attention(out, lse, found, found_lse, call.query_of)
         return out.transpose(0, 1)[None], lse
 
     def backward(

@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 # Ops on vectors of one number a token.
 VECTOR_OPS = ("pair_loss", "policy_loss")
-OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax", *VECTOR_OPS)
+# Ops that have a Triton kernel and PyTorch.
+TRITON_OPS = ("attention_merge",)
+HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
+OPS = (*HEAD_OPS, *VECTOR_OPS, *TRITON_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -130,6 +133,8 @@ def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dty
     device = torch.device(device)
     if backend == "torch":
         return Support(True, "pure PyTorch, always there")
+    if op in TRITON_OPS and backend != "triton":
+        return Support(False, f"there is no {backend} kernel, only one in Triton")
     if op in VECTOR_OPS and backend == "cpp":
         return Support(False, "there is no C++ kernel: on a CPU, one number a token costs nothing next to the head")
     if op in VECTOR_OPS and dtype != torch.float32:
