@@ -168,7 +168,7 @@ def _linear_cases() -> Iterator[KernelCase]:
 
 def _merge_cases() -> Iterator[KernelCase]:
     vectors = {"lse": "*fp32", "other_lse": "*fp32", "place": "*i32", "merged_lse": "*fp32"}
-    strides = "out_token out_head lse_head other_token other_head other_lse_head".split()
+    strides = ["out_token", "out_head", "lse_head", "other_token", "other_head", "other_lse_head"]
     numbers = {**dict.fromkeys(strides, "i64"), "num_tokens": "i32", "num_heads": "i32"}
     for dtype, itemsize, width in (*(("bf16", 2, width) for width in (64, 96, 128, 256)), ("fp32", 4, 128)):
         block = triton.next_power_of_2(width)
