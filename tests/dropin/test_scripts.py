@@ -98,7 +98,7 @@ def test_a_script_finds_its_neighbours_and_its_exit_status_is_its_own(workplace)
     "arguments, message", [([], "no script is named"), (["-m"], "no script"), (["gone.py"], "no script 'gone.py'")]
 )
 def test_run_without_a_script(arguments, message, capsys):
-    assert main(["run", *arguments]) == 1
+    assert main(["run", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert main(["run", "--help"]) == 0
     assert "trl-fast run [LAUNCHER FLAGS] SCRIPT.py" in capsys.readouterr().out
