@@ -416,5 +416,8 @@ class CudaParts:
                 sums = found
                 continue
             for total, part, places in zip(sums, found, (rows, call.keys, call.keys), strict=True):
-                total[places] += part
+                if isinstance(places, slice):
+                    total[places] += part
+                else:  # one kernel where indexing would be three; no place is there twice
+                    total.index_add_(0, places, part)
         return tuple(total.transpose(0, 1)[None] for total in sums)
