@@ -56,14 +56,13 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
         parts = _labelled(segments.CpuParts, tracker)
         if device == "gpu":
             parts = _gpu_parts(tracker)
-            limits = dict.fromkeys(("_CACHE_BYTES", "_CPU_TILE_ROWS"), _UNLIMITED)
-            stack.enter_context(replaced(head, **limits, logits_dtype=_wide_logits))
+            stack.enter_context(replaced(head, tile_policy=lambda _: head.GPU_TILES, logits_dtype=_wide_logits))
             stack.enter_context(replaced(large_tensors, _HELD_FROM_BYTES=_UNLIMITED))
-            stack.enter_context(replaced(blocks, mm_into=_product_in_place, add_mm=_added_product))
+            stack.enter_context(replaced(blocks, mm_into=_product_in_place, add_mm=_product_in_place))
             stack.enter_context(replaced(row_blocks, mm_into=_product_in_place))
             stack.enter_context(replaced(products, _cpu_multiplies_bf16=lambda: True))
             stack.callback(ROW_KERNELS.__setitem__, "torch", ROW_KERNELS["torch"])
-            ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, _nothing)
+            ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, *[_nothing] * 3)
             copies = {"copies_of": SimulatedCopies, "is_on_device": _is_fake}
             stack.enter_context(replaced(offloading, **copies))
             # What it keeps are fake tensors of this simulation.
@@ -97,12 +96,6 @@ def _wide_logits(dtype: torch.dtype, _: torch.device) -> torch.dtype:
 def _product_in_place(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """A product that is written where it belongs, whatever its dtype."""
     return out
-
-
-def _added_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """A product of the sum's dtype, which is a temporary where the factors have another."""
-    if total.dtype != left.dtype:
-        torch.empty_like(total)
 
 
 def head_backend(device: str) -> str | None:
