@@ -76,9 +76,12 @@ def test_layers_that_need_no_checkpointing_on_a_gpu(folder, capsys, monkeypatch)
     monkeypatch.setattr("trl_fast.cli.plan.longest_context", lambda *_: Longest(64, None))
     flags = ("--method", "sft", "--max_length", "128", "--gpu_memory", "4GiB")
     assert plan(folder, *flags) == 0
-    assert "let 2 of 2 layers go uncheckpointed." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "let 2 of 2 layers go uncheckpointed." in printed and "workspace will be 1.00 GiB there" in printed
+    assert plan(folder, *flags, "--gpu_memory", "80GiB") == 0
+    assert "The head's workspace will be 4.00 GiB there, of what is free." in capsys.readouterr().out
     assert plan(folder, *flags, "--device", "cpu") == 0
-    assert "uncheckpointed" not in capsys.readouterr().out
+    assert not {"uncheckpointed", "workspace"} & set(capsys.readouterr().out.split())
 
 
 def test_a_config_file_and_a_built_in_shape(folder, capsys):

@@ -14,7 +14,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.positions import check_positions
 from trl_fast.ops.linear_logprob import HEAD_GRADS
 from trl_fast.planning.compare import Row, check_resident, compare, switches, systems
-from trl_fast.planning.estimate import longest_context, whole_layers
+from trl_fast.planning.estimate import head_workspace, longest_context, whole_layers
 from trl_fast.planning.models import planned_model
 from trl_fast.planning.report import peak_table, rows_table, save_plot, setup_line, stages_table, tokens
 from trl_fast.planning.setup import DEVICES, DTYPES, LAYOUTS, METHODS, Setup
@@ -152,6 +152,9 @@ def run(arguments: PlanArguments, setup: Setup, limit: int | None) -> int:
                 f"Of what is free, {gib(size)} GiB let {whole} of {setup.num_layers} layers go uncheckpointed.",
                 soft_wrap=True,
             )
+        workspace = head_workspace(setup, peak, limit)
+        if setup.head_workspace_bytes is None and setup.device == "gpu":
+            console.print(f"The head's workspace will be {gib(workspace)} GiB there, of what is free.", soft_wrap=True)
     if arguments.compare:
         _compare(console, setup, length, limit)
     elif limit is not None:
