@@ -7,16 +7,17 @@ code: registers, spills, shared memory, an estimate of occupancy, how wide globa
 instructions. Nothing is run. With --check, a kernel that spills makes the exit status 1.
 
 The last column is the traffic with global memory as a multiple of the least possible, which is to read every logit
-once and, for row_grad, to write every gradient once. It is counted in the machine code: the widths of the loads and
-stores that a thread executes in one trip through its tile (MachineCode.streamed_bytes), over the bytes of the logits
-that the source gives it for one trip. Values that belong to a row, such as its target or the running state, are left
-out: they are a few dozen bytes against a vocabulary. A bias counts wherever it is loaded, although what one row loads
-serves the others from the cache: a kernel with a bias shows more than 1 but need not move more memory.
+once and, for row_grad, to write every gradient once; row_scores of Triton may also write packed logits, and is counted
+with them. It is counted in the machine code: the widths of the loads and stores that a thread executes in one trip
+through its tile (MachineCode.streamed_bytes), over the bytes of the logits that the source gives it for one trip.
+Values that belong to a row, such as its target or the running state, are left out: they are a few dozen bytes against
+a vocabulary. A bias counts wherever it is loaded, although what one row loads serves the others from the cache: a
+kernel with a bias shows more than 1 but need not move more memory.
 
 linear_scores moves no logits, and its factors by TMA, which the widths of loads do not show: no column. The loss
 kernels move vectors of one number a token: theirs compares what one trip over tokens loads and stores with what
 belongs to those tokens. policy_loss shows more than 1, because it also loads two numbers of each token's sequence,
-which come from the cache.
+which come from the cache. attention_merge reads two outputs and writes one.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from trl_fast.kernels import linear_scores, rows
+from trl_fast.kernels import linear_scores, merge, rows
 from trl_fast.ops.rows import new_state
 
 NUM_ROWS, COLUMNS = 48, 64
@@ -102,3 +102,13 @@ def test_the_fused_kernel_is_compiled_once_whatever_the_rows_and_the_vocabulary(
             given = (hidden[first:last], weight, targets[first:last], None, slope, 0, state, None, None)
             linear_scores.linear_scores(*given, linear_scores.TILES[9, 0])
         assert (len(keys), len(merges)) == (count, 1)
+
+
+def test_attention_is_merged_by_one_kernel_whatever_the_tokens(keys_of):
+    keys = keys_of(merge, "merge_kernel")
+    for tokens, second in ((1, 1), (16, 3), (17, 16), (4096, 1)):
+        out, lse = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16), torch.zeros(4, tokens)
+        place = torch.zeros(tokens + 1, dtype=torch.int32)[1:]
+        other = (torch.zeros(second, 4, 64, dtype=torch.bfloat16), torch.zeros(4, second))
+        merge.merge(out, lse, *other, place, torch.empty_like(out), torch.empty_like(lse))
+    assert len(keys) == 1
