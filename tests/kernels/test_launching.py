@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
-import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trl_fast.kernels import linear_scores, losses, rows
+from trl_fast.kernels import rows
 from trl_fast.kernels.launching import on_tensors_device
 
+# What takes a tensor first and is for others to call.
 LAUNCHERS = [
-    pytest.param(function, id=name)
-    for module in (linear_scores, losses, rows)
-    for name, function in inspect.getmembers(module, inspect.isfunction)
-    if function.__module__ == module.__name__ and re.search(r"_kernel\[", inspect.getsource(function))
+    pytest.param(function, id=f"{path.stem}.{name}")
+    for path in sorted(Path(rows.__file__).parent.glob("*.py"))
+    for name, function in inspect.getmembers(importlib.import_module(f"trl_fast.kernels.{path.stem}"))
+    if inspect.isfunction(function)
+    and function.__module__ == f"trl_fast.kernels.{path.stem}"
+    and not name.startswith("_")
+    and next(iter(inspect.signature(function).parameters.values())).annotation is torch.Tensor
 ]
 
 
