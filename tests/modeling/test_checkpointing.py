@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from support.models import tiny_model
 from trl_fast.modeling.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
+from trl_fast.modeling.kept_results import _layer_of
 from trl_fast.modeling.reference import freeze
 
 pytestmark = pytest.mark.filterwarnings("error:.*checkpointing_(en|dis)able:FutureWarning")
@@ -43,3 +46,11 @@ def test_a_frozen_model_keeps_nothing_to_compute_again(transformers_names):
     model = tiny_model()
     enable_checkpointing(model)
     assert not is_checkpointing(freeze(model))
+
+
+def test_the_layer_is_found_in_what_each_version_hands_over():
+    layer = tiny_model().model.layers[0]
+    # transformers from 5.20 on, and before: there the method is that of the class above.
+    assert _layer_of(partial(type(layer).forward, layer, position_ids=None)) is layer
+    assert _layer_of(partial(super(type(layer), layer).__call__, position_ids=None)) is layer
+    assert _layer_of(print) is None

@@ -209,9 +209,9 @@ class Keeper:
 
 
 def _layer_of(function: Callable) -> torch.nn.Module | None:
-    """The layer whose forward transformers hands over: the first argument of a partial."""
+    """The layer whose forward transformers hands over: what a partial binds, its method before transformers 5.20."""
     given = getattr(function, "args", ())
-    return given[0] if given else None
+    return given[0] if given else getattr(getattr(function, "func", None), "__self__", None)
 
 
 def _hidden_states(function: Callable, args: tuple) -> torch.Tensor:
