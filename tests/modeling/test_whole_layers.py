@@ -16,7 +16,7 @@ from support.trees import random_trees
 from trl_fast.data import pack_trees
 from trl_fast.modeling import kept_results
 from trl_fast.modeling.attention import use_segment_attention
-from trl_fast.modeling.checkpointing import enable_checkpointing
+from trl_fast.modeling.checkpointing import disable_checkpointing, enable_checkpointing
 from trl_fast.modeling.kept_results import Keeper, keep_results
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
@@ -26,6 +26,7 @@ from trl_fast.modeling.whole_layers import (
     STRETCH,
     DeviceMemory,
     Footprint,
+    Meter,
     PassSize,
     layers_that_fit,
     merged,
@@ -132,6 +133,32 @@ def test_gradients_that_are_still_to_come():
     assert missing_gradient_bytes(layer.parameters()) == 4 * 15
     layer(torch.ones(3)).sum().backward()
     assert missing_gradient_bytes(layer.parameters()) == 0
+
+
+def test_a_meter_adds_up_what_a_layer_leaves_behind_and_counts_from_the_least_start():
+    shared, other, never = layers = [torch.nn.Linear(2, 2) for _ in range(3)]
+    allocated = [100]
+    meter = Meter(layers, torch.device("cpu"), lambda _: DeviceMemory(0, 0, allocated[0], 900))
+
+    def at(bytes_):
+        allocated[0] = bytes_
+        return DeviceMemory(0, 0, bytes_, 900)
+
+    def left_behind(count):
+        allocated[0] += count
+
+    meter.start(PassSize(10, 10), 50, at(300))
+    first = [meter.watched(layer, left_behind) for layer in (shared, shared, other)]
+    meter.start(PassSize(40, 5), 20, at(200))
+    meter.start(PassSize(400, 400), 30, at(250))
+    assert meter.watched(torch.nn.Linear(2, 2), left_behind) is left_behind
+    for run in first:
+        run(1000)
+    assert meter.footprint() is None
+    for run, count in zip(first, (30, 50, 70), strict=True):
+        run(count)
+    # The passes that had no backward count for nothing but where they began.
+    assert meter.footprint() == Footprint(PassSize(10, 10), (8.0, 7.0, 8.0), 0, 700, 20)
 
 
 # ---- passes of models
@@ -287,7 +314,7 @@ def test_measured_bytes_are_what_a_layer_saves(device):
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
     storages = [{} for _ in range(DEPTH)]
     plain = build()
-    plain.activation_checkpointing_disable()
+    disable_checkpointing(plain)
     for layer, saved in zip(plain.model.layers, storages, strict=True):
         counting = saved_tensors_hooks(
             lambda t, saved=saved: saved.setdefault(t.untyped_storage()._cdata, t) is None or t, lambda t: t
@@ -359,6 +386,9 @@ def test_a_longer_row_is_measured_first(device):
     assert runs_of_layers(model, SMALL)[0] == [1] * DEPTH
     # Rows are as long, but there are more of them.
     assert runs_of_layers(model, LARGE * 2, layout="padded")[0] == [2] * DEPTH
+    # They are shorter; what was known of long ones still is.
+    assert runs_of_layers(model, LARGE)[0] == [1] * DEPTH
+    assert runs_of_layers(model, LARGE * 2, layout="padded")[0] == [1] * DEPTH
 
 
 def test_a_pass_without_backward_measures_nothing(device):
@@ -368,6 +398,14 @@ def test_a_pass_without_backward_measures_nothing(device):
     keeper = keeper_of(model)
     forward(model, SMALL)
     assert keeper._footprint.size == PassSize(62, 62)
+    assert runs_of_layers(model, LARGE)[0] == [2] * DEPTH
+
+
+def test_a_large_pass_without_backward_is_not_measured_by_a_small_one(device):
+    model = measured(build())
+    room_for(device, model, 2)
+    forward(model, LARGE)
+    assert runs_of_layers(model)[0] == [2, 2, 1, 1]
     assert runs_of_layers(model, LARGE)[0] == [2] * DEPTH
 
 
@@ -408,7 +446,7 @@ def test_passes_without_gradient_change_nothing_for_those_with(device):
     [
         {"limit": 0},
         # Layers that are offloaded.
-        {"whole_layers": False, "limit": 0},
+        {"whole_layers": False},
         {"keywords": {"use_reentrant": True}},
     ],
     ids=str,
@@ -432,6 +470,9 @@ def test_another_function_than_torchs_checkpoints_every_layer(device):
     for number in (1, 2):
         assert runs_of_layers(model)[0] == [2] * DEPTH
         assert len(called) == number * DEPTH
+    with torch.no_grad():
+        forward(model)
+    assert len(called) == 2 * DEPTH
 
 
 def test_a_budget_that_was_asked_for_is_the_most_that_is_spent(device):
