@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .layer_kernels import turn_copies
 from .loading import backbone
 from .whole_layers import (
     LARGE_LAYER,
@@ -154,6 +155,8 @@ class Keeper:
         if self._every_layer is None:
             self._every_layer = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
             self._weights = list(self._model.parameters())
+        # Here, since they may come after everything else: when training starts.
+        turn_copies(self._model, Keeping)
         self._layers = [layer for layer in self._every_layer if layer.gradient_checkpointing]
 
     def run(self, checkpoint_function: Callable, function: Callable, *args: Any) -> Any:

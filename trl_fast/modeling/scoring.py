@@ -96,10 +96,14 @@ def _score_hidden(
     return ModelScores(tokens, _aux_loss(model, output.router_logits, _token_counts(kwargs)), loss)
 
 
+@torch.compiler.disable
 def _run_head(
     model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest
 ) -> tuple[TokenScores, torch.Tensor | None]:
-    """Token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions."""
+    """Token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions.
+
+    Not compiled: it has kernels of its own, and chooses them by what is installed and free.
+    """
     if getattr(model, "trl_fast_float32_head", False) and hidden.dtype != torch.float32:
         with torch.autocast(hidden.device.type, enabled=False):
             return _run_head(model, hidden.float(), scoring)
@@ -229,6 +233,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        # The model's own way comes first: it gives layers the hub's kernels for training back.
+        model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
 

@@ -3,13 +3,16 @@
 Both act on each token alone. An MLP's intermediates, several times as wide as the hidden states, are most of what a
 layer keeps for backward; then come a norm's, float32 copies of the hidden states, two in forward and five more in
 backward. Here backward computes each tile once more (TiledMLP of ALST, arXiv 2506.13996).
+
+Tiles are cut by the module's class, not by its forward: Liger and the hub's kernels replace the forward of an instance
+when training starts and whenever its mode changes, and then serve the tiles.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -18,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kept_results import nothing_kept
-from .loading import backbone, unbound_forward
+from .loading import backbone
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +53,32 @@ def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
         )
     for module in (*tiled, *_norms(model)):
         module.tile_tokens = tile_tokens
-        if not hasattr(module, "forward_whole"):
-            module.forward_whole = unbound_forward(module)
-            module.forward = types.MethodType(_forward_in_tiles, module)
+        if not isinstance(module, Tiled):
+            module.__class__ = _tiled_class(type(module))
     return len(tiled)
+
+
+class Tiled(torch.nn.Module):
+    """Stands before the class of a module that acts on single tokens, and calls it with a tile at a time."""
+
+    tile_tokens: int
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.shape[:-1].numel()
+        if tokens <= self.tile_tokens:
+            return self.call_whole(hidden_states)
+        return _run_tiles(self, hidden_states, tokens)
+
+    def call_whole(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The module's own call: its hooks, and whatever its forward is by now."""
+        return super().__call__(hidden_states)
+
+
+@functools.cache
+def _tiled_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A class in tiles, under its own name: transformers, PEFT and `print` tell modules by it."""
+    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (Tiled, cls), named)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
@@ -81,15 +106,8 @@ def _takes_one_tensor(module: torch.nn.Module) -> bool:
     return len(inspect.signature(type(module).forward).parameters) == 2
 
 
-def _forward_in_tiles(self: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    tokens = hidden_states.shape[:-1].numel()
-    if tokens <= self.tile_tokens:
-        return self.forward_whole(self, hidden_states)
-    return _run_tiles(self, hidden_states, tokens)
-
-
 @torch.compiler.disable
-def _run_tiles(self: torch.nn.Module, hidden_states: torch.Tensor, tokens: int) -> torch.Tensor:
+def _run_tiles(self: Tiled, hidden_states: torch.Tensor, tokens: int) -> torch.Tensor:
     """Not compiled: a backward that computes its module once more is nothing that torch.compile can follow."""
     weights = [weight for weight in self.parameters() if weight.requires_grad]
     out = _InTiles.apply(self, hidden_states.reshape(1, tokens, -1), *weights)
@@ -106,7 +124,7 @@ class _InTiles(torch.autograd.Function):
         out = None
         with nothing_kept():
             for rows in _tiles(module, hidden):
-                tile = module.forward_whole(module, hidden[:, rows])
+                tile = module.call_whole(hidden[:, rows])
                 out = tile.new_empty(*hidden.shape[:2], tile.shape[-1]) if out is None else out
                 out[:, rows] = tile
         return out
@@ -122,7 +140,7 @@ class _InTiles(torch.autograd.Function):
             for rows in _tiles(module, hidden):
                 tile = hidden[:, rows].detach().requires_grad_(with_hidden)
                 with torch.enable_grad():
-                    out = module.forward_whole(module, tile)
+                    out = module.call_whole(tile)
                 leaves = (tile, *weights) if with_hidden else weights
                 found = list(torch.autograd.grad(out, leaves, grad[:, rows], allow_unused=True))
                 if with_hidden:
@@ -132,7 +150,7 @@ class _InTiles(torch.autograd.Function):
         return None, grad_hidden, *in_dtype
 
 
-def _tiles(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[slice]:
+def _tiles(module: Tiled, hidden: torch.Tensor) -> Iterator[slice]:
     for start in range(0, hidden.shape[1], module.tile_tokens):
         yield slice(start, start + module.tile_tokens)
 

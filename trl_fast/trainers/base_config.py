@@ -235,11 +235,12 @@ class BaseConfig(TrainingArguments):
     def _keep_head_from_liger(self) -> None:
         """Liger's kernels for layers may be used; its fused head would take the place of ours."""
         chosen = self.liger_kernel_config or {}
-        if chosen.get("fused_linear_cross_entropy"):
-            raise ValueError(
-                "liger_kernel_config={'fused_linear_cross_entropy': True} replaces the head, which is fused already; "
-                "leave it out"
-            )
+        for name in ("fused_linear_cross_entropy", "cross_entropy"):
+            if chosen.get(name):
+                raise ValueError(
+                    f"liger_kernel_config={{{name!r}: True}} replaces the head and its loss, which are fused already; "
+                    "leave it out"
+                )
         self.liger_kernel_config = {**chosen, "fused_linear_cross_entropy": False}
 
     def _accept_older_names(self) -> None:

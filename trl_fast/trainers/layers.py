@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from trl_fast.modeling.finite import check_weights
 from trl_fast.modeling.kept_results import keep_results
+from trl_fast.modeling.layer_kernels import check_liger
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -23,7 +24,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, train
 
     Raises:
         NotFiniteError: weights are NaN or infinite.
-        ValueError: tiled_mlp is set, and there is no MLP that can be tiled.
+        ValueError: tiled_mlp is set, and there is no MLP that can be tiled; or Liger's kernels cannot be used.
     """
     inner = base_model(model)
     check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
@@ -33,6 +34,8 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, train
         tile_mlps(inner, args.tiled_mlp)
     if not trains:
         return
+    if args.use_liger_kernel:
+        check_liger(inner, args.device)
     if args.activation_offloading:
         offload_activations(inner)
     keep_results(
