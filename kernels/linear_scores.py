@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launching import on_tensors_device
-from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, packed_words
+from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, packed_words, store_sums
 
 
 class Tiles(NamedTuple):
@@ -152,10 +152,9 @@ def linear_scores_kernel(
     row_tiles = tl.cdiv(num_rows, ROWS)
     column_tiles = tl.cdiv(vocab_size, COLUMNS)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
-        first_column = tile // (GROUP * row_tiles) * GROUP
-        size = tl.minimum(column_tiles - first_column, GROUP)
-        within = tile % (GROUP * row_tiles)
-        column_tile = first_column + within % size
+        first_tile = tile // (GROUP * row_tiles) * GROUP
+        size, within = tl.minimum(column_tiles - first_tile, GROUP), tile % (GROUP * row_tiles)
+        column_tile = first_tile + within % size
         first_row = within // size * ROWS
         start = column_tile * COLUMNS
         u = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -182,7 +181,7 @@ def linear_scores_kernel(
         tl.store(slots, top, mask=there)
         tl.store(slots + slot_stride, sums[0], mask=there)
         _store_optional(slots, slot_stride, sums, there, OUTPUTS)
-        here = there & (target >= start) & (target < start + COLUMNS) & (target < vocab_size)
+        here = there & (target // COLUMNS == column_tile) & (target >= 0) & (target < vocab_size)
         tl.store(state + 5 * state_stride + rows, sums[5].to(tl.float64), mask=here)
 
 
@@ -241,17 +240,7 @@ def merge_tiles_kernel(
             before = tl.maximum(before, tl.max(tl.load(slot, mask=mask, other=-float("inf")), 0))
         s = factor * s + tl.sum((tile_factor * tile_sum).to(tl.float64), 0)
         top = new_top
-    state += rows
-    tl.store(state, top.to(tl.float64), mask=there)
-    tl.store(state + state_stride, s, mask=there)
-    if ENTROPY & OUTPUTS:
-        tl.store(state + 2 * state_stride, sum_x, mask=there)
-    if LOG_SUM_SQ_PROBS & OUTPUTS:
-        tl.store(state + 3 * state_stride, sum_sq, mask=there)
-    if MEAN_LOGITS & OUTPUTS:
-        tl.store(state + 4 * state_stride, total, mask=there)
-    if IS_TOP1 & OUTPUTS:
-        tl.store(state + 6 * state_stride, before.to(tl.float64), mask=there)
+    store_sums(state + rows, state_stride, (top, s, sum_x, sum_sq, total, before), there, OUTPUTS)
 
 
 def num_tiles(vocab_size: int, tiles: Tiles) -> int:
@@ -293,17 +282,14 @@ def linear_scores(
     if num_rows == 0:
         return
     parts = torch.empty(2 + outputs.bit_count(), count, num_rows, dtype=torch.float32, device=hidden.device)
-    hidden_blocks = TensorDescriptor.from_tensor(hidden, [tiles.rows, tiles.depth])
-    weight_blocks = TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth])
     # Without words any descriptor does: nothing is stored.
     kept = hidden if words is None else words[:, :vocab_size]
-    kept_blocks = TensorDescriptor.from_tensor(kept, [tiles.rows, tiles.columns // tiles.pieces])
+    blocks = ((hidden, tiles.rows, tiles.depth), (weight, tiles.columns, tiles.depth))
+    blocks += ((kept, tiles.rows, tiles.columns // tiles.pieces),)
     strides = (parts.stride(0), parts.stride(1), state, state.stride(0))
     programs = min(_num_programs(hidden.device), count * triton.cdiv(num_rows, tiles.rows))
     linear_scores_kernel[(programs,)](
-        hidden_blocks,
-        weight_blocks,
-        kept_blocks,
+        *(TensorDescriptor.from_tensor(matrix, sizes) for matrix, *sizes in blocks),
         targets.contiguous(),
         parts if bias is None else bias.contiguous(),
         parts,
@@ -324,15 +310,8 @@ def linear_scores(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
+    kept = (parts, 0) if tops is None else (tops, tops.stride(0))
+    sizes = {"ROWS": MERGED_ROWS, "TILES": MERGED_TILES}
     merge_tiles_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
-        parts,
-        *strides,
-        parts if tops is None else tops,
-        0 if tops is None else tops.stride(0),
-        num_rows,
-        count,
-        OUTPUTS=outputs,
-        KEEP=tops is not None,
-        ROWS=MERGED_ROWS,
-        TILES=MERGED_TILES,
+        parts, *strides, *kept, num_rows, count, OUTPUTS=outputs, KEEP=tops is not None, **sizes
     )
