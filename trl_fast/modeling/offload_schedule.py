@@ -7,15 +7,20 @@ Copies are asked for as tensors are saved. Their memory must not be used again b
 held here until what computes has been told to wait for the copies. To hand them to the allocator with a note
 (`record_stream`) would not do: it looks for finished copies when the host asks for memory, and the host is many layers
 ahead of the device by then.
+
+What is on its way, out or back early, is limited in bytes too. Where a layer saves more, computing waits for the rest:
+on such rows it is slow, and memory is what offloading is for.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+ROOM_BYTES = 1 << 30
 
 
 class Copies(Protocol):
@@ -41,100 +46,111 @@ class Copies(Protocol):
 
 
 class SavedTensor:
-    """A tensor that has left the device, as autograd keeps it."""
+    """A tensor that has left the device, as autograd keeps it.
 
-    def __init__(self, copy: Any, layer: Layer, copies: Copies) -> None:
-        self.layer = layer
-        self._copies = copies
+    number, layer: counted over a pass, of those that left, and of layers that any left; size: in bytes.
+    """
+
+    def __init__(self, schedule: Schedule, copy: Any, number: int, layer: int, size: int) -> None:
+        self.number, self.layer, self.size = number, layer, size
+        self._schedule = schedule
         self._copy = copy
         self._back: tuple[torch.Tensor, Any] | None = None
 
     def fetch(self) -> None:
         """Asks for the copy back, unless that is done."""
         if self._back is None:
-            self._back = (self._copies.to_device(self._copy), self._copies.event())
+            copies = self._schedule.copies
+            self._back = (copies.to_device(self._copy), copies.event())
+            self._schedule.early_bytes += self.size
 
     def restored(self) -> torch.Tensor:
-        """The tensor on the device, for what is computed from now on; the layer before is asked for meanwhile."""
-        self.layer.enter()
+        """The tensor on the device, for what is computed from now on; what comes next is asked for meanwhile."""
         self.fetch()
         (tensor, event), self._back = self._back, None
-        self._copies.wait(event)
+        self._schedule.early_bytes -= self.size
+        self._schedule.fetch_ahead(self)
+        self._schedule.copies.wait(event)
         return tensor
 
     def __del__(self) -> None:
         if self._back is not None:
-            self._copies.abandon(self._back[0])
-        self._copies.forget(self._copy)
+            self._schedule.early_bytes -= self.size
+            self._schedule.copies.abandon(self._back[0])
+        self._schedule.copies.forget(self._copy)
 
 
-class Layer:
-    """What a layer has saved. before: the layer that was computed before it, if that saved anything."""
+class _Leaving(NamedTuple):
+    """A tensor that is held until its copy, for which `event` stands, is waited for."""
 
-    def __init__(self, before: Layer | None) -> None:
-        self.before = before
-        self.saved: list[weakref.ref[SavedTensor]] = []
-        # Only until they are copied.
-        self.sources: list[torch.Tensor] = []
-        self.copied: Any = None
-        self._entered = False
-
-    def fetch(self) -> None:
-        """Asks for all that is still wanted, in the order in which backward will want it."""
-        for saved in filter(None, (reference() for reference in reversed(self.saved))):
-            saved.fetch()
-
-    def enter(self) -> None:
-        """Backward has come to this layer: its tensors are asked for, unless they are, then the layer's before."""
-        if self._entered:
-            return
-        self._entered = True
-        self.fetch()
-        if self.before is not None:
-            self.before.fetch()
+    tensor: torch.Tensor
+    event: Any
+    layer: int
 
 
 class Schedule:
-    """One forward pass on one device, and the backward passes through it."""
+    """One forward pass on one device, and the backward passes through it.
 
-    def __init__(self, copies: Copies) -> None:
-        self._copies = copies
-        self._layer: Layer | None = None
-        self._copying: deque[Layer] = deque()
-        self._knows_layers = False
+    early_bytes: of tensors that came back and have not been asked for yet.
+    """
+
+    def __init__(self, copies: Copies, room_bytes: int = ROOM_BYTES) -> None:
+        self.copies = copies
+        self.early_bytes = 0
+        self._room_bytes = room_bytes
+        self._saved: list[weakref.ref[SavedTensor]] = []
+        self._layer = 0
+        self._layer_begins = self._in_layers = False
+        self._leaving: deque[_Leaving] = deque()
+        self._leaving_bytes = 0
+        # All from this number on have been looked at by `fetch_ahead`.
+        self._looked_at: int | None = None
 
     def start_layer(self) -> None:
         """The tensors to come are another layer's. Where this is never called, each tensor is a layer of its own."""
-        self._knows_layers = True
-        self._next_layer()
+        self._in_layers = True
+        self._begin_layer()
 
     def save(self, tensor: torch.Tensor) -> SavedTensor:
         """Lets a tensor leave the device."""
-        if self._layer is None or not self._knows_layers:
-            self._next_layer()
-        saved = SavedTensor(self._copies.to_host(tensor), self._layer, self._copies)
-        self._layer.saved.append(weakref.ref(saved))
-        self._layer.sources.append(tensor)
+        if not self._in_layers:
+            self._begin_layer()
+        # Layers that save nothing are none.
+        self._layer += self._layer_begins
+        self._layer_begins = False
+        copy = self.copies.to_host(tensor)
+        saved = SavedTensor(self, copy, len(self._saved), self._layer, tensor.nbytes)
+        self._saved.append(weakref.ref(saved))
+        self._leaving.append(_Leaving(tensor, self.copies.event(), self._layer))
+        self._leaving_bytes += tensor.nbytes
+        while self._leaving_bytes > self._room_bytes:
+            self._free(1)
         return saved
 
     def end(self) -> None:
         """The forward pass is over: what it saved is freed once it is copied."""
-        self._close()
-        self._free(keep=0)
+        self._free(len(self._leaving))
 
-    def _next_layer(self) -> None:
-        self._close()
-        self._free(keep=1)
-        self._layer = Layer(self._layer if self._layer is None or self._layer.saved else self._layer.before)
+    def fetch_ahead(self, asked: SavedTensor) -> None:
+        """Asks for what backward will want next: the rest of a tensor's layer and the layer before, as room allows."""
+        start = len(self._saved) if self._looked_at is None else self._looked_at
+        for number in reversed(range(start)):
+            saved = self._saved[number]()
+            if saved is not None and saved.layer <= asked.layer:
+                if saved.layer < asked.layer - 1 or self.early_bytes + saved.size > self._room_bytes:
+                    break
+                if saved is not asked:
+                    saved.fetch()
+            self._looked_at = number
 
-    def _close(self) -> None:
-        if self._layer is not None and self._layer.sources:
-            self._layer.copied = self._copies.event()
-            self._copying.append(self._layer)
+    def _begin_layer(self) -> None:
+        """The last layer may still be on its way, those before it have to be gone."""
+        self._layer_begins = True
+        self._free(sum(leaving.layer < self._layer for leaving in self._leaving))
 
-    def _free(self, *, keep: int) -> None:
-        """Lets go of all layers but the last `keep`."""
-        while len(self._copying) > keep:
-            layer = self._copying.popleft()
-            self._copies.wait(layer.copied)
-            layer.sources.clear()
+    def _free(self, count: int) -> None:
+        """Lets go of the first tensors that are leaving; the last one's copy is made last."""
+        freed = [self._leaving.popleft() for _ in range(count)]
+        if freed:
+            self.copies.wait(freed[-1].event)
+        self._leaving_bytes -= sum(leaving.tensor.nbytes for leaving in freed)
