@@ -72,4 +72,4 @@ format: $(READY)
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build runs *.egg-info trl_fast/*.so
+	rm -rf build runs *.egg-info trl_fast/*.so trl_fast/_build.json
