@@ -236,6 +236,7 @@ def test_compiles_to_tensor_cores(case, target):
     found = resources(compile_kernel(case, target), case.num_warps, target)
     assert found.tensor_core_instructions > 0
     assert found.shared_bytes <= 227 * 1024
+    assert found.spill_bytes <= case.spills_allowed
 
 
 def test_it_is_tried_out(monkeypatch):
