@@ -228,7 +228,13 @@ def test_the_op_scores_by_it_where_that_serves_only(fused_calls):
     assert fused_calls == [(5, False)]
 
 
-FUSED = [(case, target) for case in HEAD_KERNELS for target in case.targets if case.label.startswith("linear_scores")]
+# It takes long to compile: all but what every run with a gradient takes are slow tests.
+FUSED = [
+    pytest.param(case, target, marks=[] if case.label.endswith("bf16 log-probs, kept") else pytest.mark.slow)
+    for case in HEAD_KERNELS
+    for target in case.targets
+    if case.label.startswith("linear_scores")
+]
 
 
 @pytest.mark.parametrize(("case", "target"), FUSED, ids=lambda x: getattr(x, "label", x))
