@@ -348,15 +348,15 @@ def train(model, lengths, accumulate=1):
 @pytest.mark.parametrize(
     "lora, accumulate",
     [
-        (False, 1),
-        (True, 3),
-        pytest.param(False, 3, marks=pytest.mark.slow),
+        (False, 3),
+        pytest.param(True, 3, marks=pytest.mark.slow),
+        pytest.param(False, 1, marks=pytest.mark.slow),
         pytest.param(True, 1, marks=pytest.mark.slow),
     ],
 )
 def test_never_out_of_memory_where_checkpointing_all_fits(lora, accumulate, device, monkeypatch):
     rng = random.Random(5)
-    lengths = [rng.randint(20, 70) for _ in range(6)] + [30, 71, 90, 40]
+    lengths = [rng.randint(20, 70) for _ in range(4)] + [30, 90, 40, 71]
     fresh(device)
     before = device.live
     train(build(lora=lora, limit=0), lengths, accumulate)
@@ -369,7 +369,7 @@ def test_never_out_of_memory_where_checkpointing_all_fits(lora, accumulate, devi
         share_out(self, layers, whole, limit)
 
     monkeypatch.setattr(Keeper, "_share", seen)
-    for share in (1.0, 1.25, 1.4, 1.7, 3.0):
+    for share in (1.0, 1.3, 1.6, 3.0):
         fresh(device)
         device.total = device.live + int(needed * share)
         train(build(lora=lora), lengths, accumulate)
