@@ -200,6 +200,7 @@ def test_opcheck(keep, backend):
             lse,
             torch.ones(4, 5),
             torch.zeros(0, 0, 0),
+            torch.zeros(0),
             1.0,
             0.0,
             1.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .backends import load_extension
 
@@ -39,9 +40,10 @@ def as_dtype(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """gradient * factor (0-d) in `dtype`: a head's gradient, for a backward pass, in memory that is there.
 
-    It is changed in place where no other backward pass will ask for it.
+    It is changed in place where no other backward pass will ask for it, and no compiler traces this one.
     """
-    if gradient.dtype == dtype and not torch.compiler.is_compiling() and not _graph_is_retained():
+    traced = torch.compiler.is_compiling() or isinstance(gradient, FunctionalTensor)
+    if gradient.dtype == dtype and not traced and not _graph_is_retained():
         return gradient.mul_(factor.to(dtype))
     out = large_empty(gradient.shape, dtype, gradient.device)
     return torch.mul(gradient, factor.to(gradient.dtype), out=out)
