@@ -348,9 +348,9 @@ def train(model, lengths, accumulate=1):
 @pytest.mark.parametrize(
     "lora, accumulate",
     [
-        (False, 3),
+        (False, 1),
         pytest.param(True, 3, marks=pytest.mark.slow),
-        pytest.param(False, 1, marks=pytest.mark.slow),
+        pytest.param(False, 3, marks=pytest.mark.slow),
         pytest.param(True, 1, marks=pytest.mark.slow),
     ],
 )
@@ -369,7 +369,7 @@ def test_never_out_of_memory_where_checkpointing_all_fits(lora, accumulate, devi
         share_out(self, layers, whole, limit)
 
     monkeypatch.setattr(Keeper, "_share", seen)
-    for share in (1.0, 1.3, 1.6, 3.0):
+    for share in (1.0, 1.2, 1.5, 1.8):
         fresh(device)
         device.total = device.live + int(needed * share)
         train(build(lora=lora), lengths, accumulate)
