@@ -1,11 +1,12 @@
 """What is different on a GPU, and that nothing of it stays."""
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import blocks, head, large_tensors, products, row_blocks
+from trl_fast.ops import attention_merge, blocks, head, large_tensors, products, row_blocks
 from trl_fast.ops.rows import ROW_KERNELS
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS
 from trl_fast.ops.transform import LogitTransform
@@ -36,7 +37,8 @@ def test_everything_is_put_back():
         classes = (segments.CpuParts, offloading.copies_of, offloading.is_on_device)
         tiles = (blocks.spans, tiled_mlp._tiles)
         padded = AttentionInterface()[PADDED_ATTENTION]
-        return limits, on_gpu, tiles, classes, padded, dict(ROW_KERNELS), dict(SPARSE_KERNELS)
+        merge = attention_merge._merge_reference
+        return limits, on_gpu, merge, tiles, classes, padded, dict(ROW_KERNELS), dict(SPARSE_KERNELS)
 
     before = state()
     for device in ("gpu", "cpu"):
@@ -53,3 +55,19 @@ def test_flash_backward_takes_float32_sums_and_ungrouped_gradients():
     assert flash_workspace(backward, (query, query, query)) == sums + rows
     assert flash_workspace(backward, (query, query, key)) == sums + rows + 2 * 2 * query.numel()
     assert flash_workspace(torch.ops.aten.mm.default, (query, query, key)) == 0
+
+
+def test_merging_attention_takes_no_temporaries_on_a_gpu(monkeypatch):
+    """The PyTorch that stands in for the kernel would have them."""
+
+    def temporaries(*_):
+        raise AssertionError("the stand-in ran")
+
+    monkeypatch.setattr(attention_merge, "_merge_reference", temporaries)
+    out, lse = torch.empty(10, 8, 64, dtype=torch.bfloat16), torch.empty(8, 10)
+    given = (out, lse, out[:6], lse[:, :6], torch.empty(10, dtype=torch.int32))
+    with pytest.raises(AssertionError, match="the stand-in ran"):
+        attention_merge.merge_attention(*given)
+    with choices_of("gpu", MemoryTracker()):
+        merged, merged_lse = attention_merge.merge_attention(*given)
+    assert merged.shape == out.shape and merged.dtype == out.dtype and merged_lse.shape == lse.shape

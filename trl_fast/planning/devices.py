@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import blocks, head, large_tensors, products, row_blocks, sparse_rows
+from trl_fast.ops import attention_merge, blocks, head, large_tensors, products, row_blocks, sparse_rows
 from trl_fast.ops.rows import ROW_KERNELS, RowKernels
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS, SparseKernels
 
@@ -63,6 +63,7 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
             stack.enter_context(replaced(products, _cpu_multiplies_bf16=lambda: True))
             stack.callback(ROW_KERNELS.__setitem__, "torch", ROW_KERNELS["torch"])
             ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, *[_nothing] * 3)
+            stack.enter_context(replaced(attention_merge, _merge_reference=_merged))
             copies = {"copies_of": SimulatedCopies, "is_on_device": _is_fake}
             stack.enter_context(replaced(offloading, **copies))
             # What it keeps are fake tensors of this simulation.
@@ -158,6 +159,11 @@ def _sparse_product(
     """Rows (M, H) of a sparse matrix's product with (K, H)."""
     torch.empty(sparse_rows._CHUNK_BYTES, dtype=torch.uint8)
     return torch.empty(len(starts) - 1, dense.shape[1], dtype=dtype)
+
+
+def _merged(out: torch.Tensor, lse: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two parts of attention merged by a kernel: new tensors and no others."""
+    return out.new_empty(out.shape), lse.new_empty(lse.shape)
 
 
 def _nothing(*_: object) -> None:
