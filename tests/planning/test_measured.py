@@ -109,6 +109,15 @@ def nothing_held():
         _C.release_held_memory()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """torch's attention on a CPU has buffers a thread, which belong to the machine and not to the step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "size, length, changes",
     [

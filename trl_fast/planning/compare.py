@@ -52,7 +52,8 @@ def switches(setup: Setup, tile_tokens: int) -> list[tuple[str, Setup]]:
     layouts = ("packed", "padded") if setup.method == "sft" else ("shared_prefix", "packed", "padded")
     changes += [{"batch_layout": name} for name in layouts if name != setup.batch_layout]
     if setup.method != "reward":
-        changes += [{"fused_head": False}, {"head_grad": "sparse"}]
+        # The sparse gradient is for a CPU only.
+        changes += [{"fused_head": False}, *([{"head_grad": "sparse"}] if setup.device == "cpu" else [])]
     if setup.method == "dpo":
         changes += [{"precompute_ref_log_probs": not setup.precompute_ref_log_probs}]
     changes += [{"dtype": "float32" if setup.dtype == "bfloat16" else "bfloat16"}]

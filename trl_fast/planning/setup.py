@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from trl_fast.modeling.kept_results import DEFAULT_BUDGET_BYTES, budget_bytes
+from trl_fast.ops.linear_logprob import DEFAULT_SPARSE_THRESHOLD, check_head_grad
 from trl_fast.ranges import check_ranges
 
 METHODS = ("dpo", "sft", "reward")
@@ -59,6 +60,9 @@ class Setup:
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
         check_ranges(self)
+        check_head_grad(
+            self.head_grad, DEFAULT_SPARSE_THRESHOLD, torch.device("cuda" if self.device == "gpu" else "cpu")
+        )
 
     def but(self, **changes: object) -> Setup:
         """The same with some fields changed."""
