@@ -1,4 +1,4 @@
-"""What checkpointing costs the host for a layer, forward and backward, of layers so small that only that counts.
+"""Times the host's work for a layer by the way to checkpoint, on layers so small that only that counts.
 
     python -m benchmarks.checkpointing [--layers 24 --hidden 256 --tokens 8 --steps 10 --rounds 5 --json FILE]
 

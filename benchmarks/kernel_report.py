@@ -1,4 +1,4 @@
-"""What the GPU kernels compile to, for GPUs that need not be here.
+"""Reports what the GPU kernels compile to, for GPUs that need not be here.
 
     python -m benchmarks.kernel_report [--check]
 
@@ -62,8 +62,8 @@ class KernelCase:
 
 
 # The accumulators of a tile take half of the registers there are. What the statistics spill is written and read once a
-# tile, behind its product: with every output and a bias 164 of 7240 instructions. More than the registers' own 1020
-# bytes would be a configuration that does not fit.
+# tile, behind its product: 712 bytes a thread with every output and a bias. More than the registers' own 1020 bytes
+# would be a configuration that does not fit.
 _SPILLS_OF_A_TILE = 768
 _FLOATS = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
 _TILE_SIZES = dict.fromkeys(("num_columns", "column_offset"), "i32")

@@ -38,8 +38,8 @@ class Tiles(NamedTuple):
     num_stages: int = 3
 
 
-# By compute capability, where the kernel was measured to be faster than a product and a row kernel: on an H200 the
-# fastest of twelve (benchmarks/results/gpu).
+# By compute capability. On an H200 a sketch of this kernel was faster than a product and a row kernel, and with these
+# tiles the fastest of twelve (benchmarks/results/gpu). The kernel as it is here has not been timed; elsewhere neither.
 TILES = {(9, 0): Tiles(128, 256, 64, 8)}
 # The interpreter is slow; any configuration will do.
 INTERPRETED_TILES = Tiles(16, 128, 32, 2)

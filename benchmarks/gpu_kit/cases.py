@@ -1,4 +1,4 @@
-"""What gpu_check compares with float64: the ops in every mode, with every transform, output and formula.
+"""Lists what is compared with float64: the ops in every mode, with every transform, output and formula.
 
 A case computes named tensors, values and gradients: by an op on some backend, and by plain PyTorch. Nothing here is
 about GPUs: the tests run the same cases on the CPU, in small.

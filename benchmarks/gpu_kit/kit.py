@@ -1,4 +1,4 @@
-"""What a phase is given: a device, a deadline, a file for its facts, and whether this is a rehearsal."""
+"""Gives a phase what it needs: a device, a deadline, a file for its facts, and whether this is a rehearsal."""
 
 from __future__ import annotations
 

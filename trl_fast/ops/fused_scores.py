@@ -2,7 +2,8 @@
 
 The usual way is two steps: a library's product writes a tile of float32 logits, a row kernel reads it again. The fused
 kernel does without that traffic, and a row's bits do not depend on how many other rows there are, which a library's
-choice of kernels by shape cannot promise. It serves where it was measured to be faster (kernels/linear_scores.py).
+choice of kernels by shape cannot promise. It serves where a sketch of it was measured to be faster
+(kernels/linear_scores.py), after it has been tried out there.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def workspace_of(asked: int | None, device: torch.device) -> int:
     """Bytes of workspace: what was asked for, else 1 GiB on a CPU and up to a sixteenth of a GPU's memory.
 
     The more rows of logits fit at once, the less often the weight's gradient is read and written. On a GPU it is a
-    power of two times 1 GiB, at most 8 GiB, and at most a quarter of what is free, but always 1 GiB.
+    power of two times 1 GiB, at most 8 GiB, and at most a quarter of what is free, but always 1 GiB. Other blocks add
+    up gradients in another order: a run that must give the same bits beside other processes sets it.
 
     Raises:
         ValueError: more was asked for than the GPU has.

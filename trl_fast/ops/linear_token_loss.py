@@ -208,10 +208,9 @@ def linear_token_loss(
     _check_groups(group_sizes, hidden.shape[0])
     if group_sizes is not None and not _head_trains(weight, bias):
         # d logprob / d hidden needs no loss, so with a frozen head no group has to fit anywhere.
-        options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
-        scores = linear_logprob(
-            *(hidden, weight, targets), bias=bias, **options, workspace_bytes=workspace_bytes, backend=backend
-        )
+        numbers = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "bias": bias}
+        options = {**numbers, "outputs": outputs, "workspace_bytes": workspace_bytes, "backend": backend}
+        scores = linear_logprob(hidden, weight, targets, **options)
         loss = _summed(token_loss(scores, torch.arange(hidden.shape[0], device=hidden.device)))
         return ScoredLoss(loss, detached(scores))
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
