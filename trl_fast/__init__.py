@@ -118,7 +118,8 @@ class _SourceTreeKernels:
     """Finds `trl_fast.kernels` in a source tree, where the folder `kernels/` stands beside this package.
 
     An installed wheel has the folder inside the package. The folder has no __init__.py, since a top-level package
-    called `kernels` would shadow the Hugging Face package of that name.
+    called `kernels` would shadow the Hugging Face package of that name. It is asked first: an editable installation of
+    another source tree knows a `trl_fast.kernels` too.
     """
 
     @staticmethod
@@ -131,7 +132,7 @@ class _SourceTreeKernels:
 
 
 if not (Path(__file__).resolve().parent / "kernels").is_dir():
-    sys.meta_path.append(_SourceTreeKernels)
+    sys.meta_path.insert(0, _SourceTreeKernels)
 
 
 def __getattr__(name: str) -> object:
