@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_fast.modeling.checkpointing import enable_checkpointing
-from trl_fast.modeling.kept_results import keep_results
+from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.whole_layers import MARGIN, DeviceMemory
 
 from .machine import describe_machine
@@ -79,9 +79,9 @@ def contenders(arguments: argparse.Namespace) -> list[Contender]:
     for name in (NONE, PLAIN, *memories):
         model = tiny_llama(arguments)
         if name in memories:
-            keep_results(model, None)
+            set_selective_checkpointing(model, None)
             # On a CPU there is none to tell of.
-            model.trl_fast_keeper.device_memory = memories[name] or (lambda device: None)
+            model.trl_fast_selective_checkpointing.device_memory = memories[name] or (lambda device: None)
         if name != NONE:
             enable_checkpointing(model)
         found.append(Contender(name, step_of(model, arguments)))

@@ -10,7 +10,6 @@ counted.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType

@@ -3,20 +3,20 @@
 import pytest
 
 from benchmarks.checkpointing import NONE, PLAIN, RESULTS, contenders, layer_milliseconds, make_parser
-from trl_fast.modeling.kept_results import Keeper
+from trl_fast.modeling.selective_checkpointing import SelectiveCheckpointing
 
 TINY = ["--layers", "4", "--hidden", "16", "--tokens", "4", "--steps", "2", "--rounds", "1"]
 
 
 def test_each_way_leaves_the_layers_whole_that_it_says(monkeypatch):
     whole = []
-    share_out = Keeper._share
+    share_out = SelectiveCheckpointing._share
 
     def seen(self, layers, count, limit):
         whole.append((count, limit > 0))
         share_out(self, layers, count, limit)
 
-    monkeypatch.setattr(Keeper, "_share", seen)
+    monkeypatch.setattr(SelectiveCheckpointing, "_share", seen)
     found = {}
     for way in contenders(make_parser().parse_args(TINY)):
         whole.clear()

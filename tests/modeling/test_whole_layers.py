@@ -14,12 +14,12 @@ from support.models import tiny_model
 from support.simulated_device import SimulatedDevice
 from support.trees import random_trees
 from trl_fast.data import pack_trees
-from trl_fast.modeling import kept_results
+from trl_fast.modeling import selective_checkpointing
 from trl_fast.modeling.attention import use_segment_attention
 from trl_fast.modeling.checkpointing import disable_checkpointing, enable_checkpointing
-from trl_fast.modeling.kept_results import Keeper, keep_results
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.selective_checkpointing import SelectiveCheckpointing, set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.modeling.whole_layers import (
     MARGIN,
@@ -174,7 +174,7 @@ def build(family="llama", *, keywords=None, limit=None, lora=False, tiled=False,
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     if tiled:
         tile_mlps(base_model(model), 30)
-    keep_results(base_model(model), limit, **kept)
+    set_selective_checkpointing(base_model(model), limit, **kept)
     enable_checkpointing(model, {"use_reentrant": False} if keywords is None else keywords)
     model.enable_input_require_grads()
     return model.train()
@@ -206,12 +206,12 @@ def assert_same_bits(got, expected):
 def device(monkeypatch):
     """A GPU's memory, followed on the CPU."""
     with SimulatedDevice() as simulated:
-        monkeypatch.setattr(Keeper, "device_memory", staticmethod(simulated.memory))
+        monkeypatch.setattr(SelectiveCheckpointing, "device_memory", staticmethod(simulated.memory))
         yield simulated
 
 
-def keeper_of(model):
-    return base_model(model).trl_fast_keeper
+def checkpointing_of(model):
+    return base_model(model).trl_fast_selective_checkpointing
 
 
 def runs_of_layers(model, *given, **options):
@@ -235,7 +235,7 @@ def runs_of_layers(model, *given, **options):
 def room_for(device, model, layers):
     """Sets the device's size so that this many layers of a model that was measured fit, and half a one more."""
     gc.collect()
-    found = keeper_of(model)._footprint
+    found = checkpointing_of(model)._footprint
     size = max(found.layer_bytes(found.size))
     reserve = found.reserve(found.size, missing_gradient_bytes(model.parameters()))
     device.total = (device.live + reserve + int((layers + 0.5) * size)) * MARGIN // (MARGIN - 1)
@@ -245,8 +245,8 @@ def measured(model, *given, **options):
     """The model after a first pass, what that found having been taken over."""
     gc.collect()
     step(model, *given, **options)
-    keeper = keeper_of(model)
-    keeper._footprint, keeper._meter = merged(keeper._footprint, keeper._meter.footprint()), None
+    selective = checkpointing_of(model)
+    selective._footprint, selective._meter = merged(selective._footprint, selective._meter.footprint()), None
     return model
 
 
@@ -280,37 +280,39 @@ def test_the_last_layers_are_left_alone_as_memory_allows(layers, device):
     ids=str,
 )
 def test_the_same_bits(options, large, autocast, device, monkeypatch):
-    monkeypatch.setattr(kept_results, "LARGE_LAYER", 0 if large else 1 << 41)
+    monkeypatch.setattr(selective_checkpointing, "LARGE_LAYER", 0 if large else 1 << 41)
     given = {"layout": options.get("layout", "shared_prefix"), "autocast": autocast}
     with monkeypatch.context() as patched:
-        patched.setattr(Keeper, "device_memory", staticmethod(lambda _: None))
+        patched.setattr(SelectiveCheckpointing, "device_memory", staticmethod(lambda _: None))
         expected = step(build(**options, limit=0), **given)
     model = measured(build(**options), **given)
     room_for(device, model, 2)
     counts, got = runs_of_layers(model, **given)
     assert counts == [2, 2, 1, 1]
     assert_same_bits(got, expected)
-    asked = keeper_of(model).budget.asked
+    asked = checkpointing_of(model).budget.asked
     assert bool(asked) == large
 
 
 def test_what_is_left_is_for_results_of_large_layers_only(device, monkeypatch):
     entered = []
-    contexts = Keeper._contexts
-    monkeypatch.setattr(Keeper, "_contexts", lambda self: entered.append(self) or contexts(self))
+    contexts = SelectiveCheckpointing._contexts
+    monkeypatch.setattr(SelectiveCheckpointing, "_contexts", lambda self: entered.append(self) or contexts(self))
     model = measured(build())
     room_for(device, model, 2)
     step(model)
     assert not entered
-    monkeypatch.setattr(kept_results, "LARGE_LAYER", 0)
+    monkeypatch.setattr(selective_checkpointing, "LARGE_LAYER", 0)
     step(model)
-    assert entered == [keeper_of(model)] * 2
-    assert keeper_of(model).budget.left < max(keeper_of(model)._footprint.layer_bytes(PassSize(62, 62))) / 2
+    assert entered == [checkpointing_of(model)] * 2
+    assert (
+        checkpointing_of(model).budget.left < max(checkpointing_of(model)._footprint.layer_bytes(PassSize(62, 62))) / 2
+    )
 
 
 def test_measured_bytes_are_what_a_layer_saves(device):
     model = measured(build(), LARGE)
-    found = keeper_of(model)._footprint
+    found = checkpointing_of(model)._footprint
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
     storages = [{} for _ in range(DEPTH)]
     plain = build()
@@ -362,13 +364,13 @@ def test_never_out_of_memory_where_checkpointing_all_fits(lora, accumulate, devi
     train(build(lora=lora, limit=0), lengths, accumulate)
     needed = device.peak - before
     left_alone = set()
-    share_out = Keeper._share
+    share_out = SelectiveCheckpointing._share
 
     def seen(self, layers, whole, limit):
         left_alone.add(whole)
         share_out(self, layers, whole, limit)
 
-    monkeypatch.setattr(Keeper, "_share", seen)
+    monkeypatch.setattr(SelectiveCheckpointing, "_share", seen)
     for share in (1.0, 1.2, 1.5, 1.8):
         fresh(device)
         device.total = device.live + int(needed * share)
@@ -395,9 +397,9 @@ def test_a_pass_without_backward_measures_nothing(device):
     model = build()
     forward(model, LARGE)
     assert runs_of_layers(model, SMALL)[0] == [2] * DEPTH
-    keeper = keeper_of(model)
+    selective = checkpointing_of(model)
     forward(model, SMALL)
-    assert keeper._footprint.size == PassSize(62, 62)
+    assert selective._footprint.size == PassSize(62, 62)
     assert runs_of_layers(model, LARGE)[0] == [2] * DEPTH
 
 
@@ -422,8 +424,8 @@ def test_two_passes_before_a_backward(device):
             sum(forward(model).square().mean() for _ in range(count)).backward()
             for name, weight in model.named_parameters():
                 torch.testing.assert_close(weight.grad, count * expected[name])
-        assert len(keeper_of(model).whole) == DEPTH
-        peaks.append(keeper_of(model)._footprint.peak)
+        assert len(checkpointing_of(model).whole) == DEPTH
+        peaks.append(checkpointing_of(model)._footprint.peak)
     assert peaks[1] > peaks[0]
 
 
@@ -456,7 +458,7 @@ def test_none_is_left_alone(options, device):
     model = build(**options)
     for _ in range(2):
         assert runs_of_layers(model)[0] == [2] * DEPTH
-    assert keeper_of(model)._footprint is None
+    assert checkpointing_of(model)._footprint is None
 
 
 def test_another_function_than_torchs_checkpoints_every_layer(device):
@@ -477,7 +479,7 @@ def test_another_function_than_torchs_checkpoints_every_layer(device):
 
 
 def test_a_budget_that_was_asked_for_is_the_most_that_is_spent(device):
-    size = max(keeper_of(measured(build()))._footprint.layer_bytes(PassSize(62, 62)))
+    size = max(checkpointing_of(measured(build()))._footprint.layer_bytes(PassSize(62, 62)))
     model = build(limit=int(size * 2.5))
     step(model)
     assert runs_of_layers(model)[0] == [2, 2, 1, 1]
@@ -488,7 +490,7 @@ def test_selective_keeps_attention_of_the_layers_that_are_checkpointed(device):
     model = measured(build(attention_always=True))
     room_for(device, model, 2)
     assert_same_bits(step(model), expected)
-    asked = keeper_of(model).budget.asked
+    asked = checkpointing_of(model).budget.asked
     assert len(asked) == 2 and all(kind for layer in asked for kind, _ in layer)
 
 
@@ -508,29 +510,33 @@ def test_a_copy_is_measured_on_its_own(device):
     for one in (model, twin):
         room_for(device, one, 1)
         assert runs_of_layers(one)[0] == [2, 2, 2, 1]
-    assert keeper_of(twin).whole == {twin.model.layers[-1]}
+    assert checkpointing_of(twin).whole == {twin.model.layers[-1]}
 
 
 def test_a_model_on_several_devices_says_once_that_no_layer_is_left_alone(device, caplog):
-    kept_results._say_once.cache_clear()
+    selective_checkpointing._say_once.cache_clear()
     model = build()
     layers = list(model.model.layers)
     layers[0].to("meta")
     for _ in range(2):
-        assert kept_results._says_why_none_whole(layers)
+        assert selective_checkpointing._says_why_none_whole(layers)
     (line,) = caplog.messages
     assert "no whole layers uncheckpointed: the model lies on several devices (cpu, meta)" in line
     layers.pop(0)
-    assert not kept_results._says_why_none_whole(layers)
+    assert not selective_checkpointing._says_why_none_whole(layers)
     next(layers[0].parameters()).ds_id = 3
-    assert kept_results._says_why_none_whole(layers)
+    assert selective_checkpointing._says_why_none_whole(layers)
     assert "ZeRO-3" in caplog.messages[-1]
 
 
 def test_on_a_cpu_there_is_a_fixed_budget_for_results():
     model = build()
     step(model)
-    keeper = keeper_of(model)
-    assert keeper._footprint is None and not keeper.whole
-    spent = sum(size for layer in keeper.budget.asked for _, size in layer)
-    assert kept_results.DEFAULT_BUDGET_BYTES - spent <= keeper.budget.left < kept_results.DEFAULT_BUDGET_BYTES
+    selective = checkpointing_of(model)
+    assert selective._footprint is None and not selective.whole
+    spent = sum(size for layer in selective.budget.asked for _, size in layer)
+    assert (
+        selective_checkpointing.DEFAULT_BUDGET_BYTES - spent
+        <= selective.budget.left
+        < selective_checkpointing.DEFAULT_BUDGET_BYTES
+    )

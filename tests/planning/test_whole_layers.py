@@ -3,7 +3,7 @@
 import pytest
 
 from support.models import tiny_config
-from trl_fast.modeling.kept_results import Keeper
+from trl_fast.modeling.selective_checkpointing import SelectiveCheckpointing
 from trl_fast.modeling.whole_layers import MARGIN
 from trl_fast.planning.estimate import stage_peaks, whole_layers
 from trl_fast.planning.setup import TRL, Setup
@@ -24,14 +24,14 @@ def without_optimizer(peaks):
 
 def simulated(setup, monkeypatch, chosen):
     """A step that leaves the chosen layers of each pass uncheckpointed."""
-    share_out = Keeper._share
+    share_out = SelectiveCheckpointing._share
 
     def forced(self, layers, whole, limit):
         share_out(self, layers, whole, limit)
         self.whole = frozenset(layers[chosen])
 
     with monkeypatch.context() as patched:
-        patched.setattr(Keeper, "_share", forced)
+        patched.setattr(SelectiveCheckpointing, "_share", forced)
         return simulate(setup, LENGTH)
 
 

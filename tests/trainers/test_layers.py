@@ -17,5 +17,8 @@ def test_a_model_that_trains_keeps_and_offloads_and_a_reference_does_not(trains,
     set_up_layers(model, trl_fast.DPOConfig(str(tmp_path), bf16=False, **settings), trains=trains)
     assert all(layer.mlp.tile_tokens == 16 for layer in model.model.layers)
     assert hasattr(model.model, "forward_kept") == trains
-    assert hasattr(model, "trl_fast_keeper") == trains
-    assert not trains or (model.trl_fast_keeper.limit, model.trl_fast_keeper.whole_layers) == (7, False)
+    assert hasattr(model, "trl_fast_selective_checkpointing") == trains
+    assert not trains or (
+        model.trl_fast_selective_checkpointing.limit,
+        model.trl_fast_selective_checkpointing.whole_layers,
+    ) == (7, False)

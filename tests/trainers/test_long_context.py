@@ -13,7 +13,7 @@ from support.copies import LateCopies
 from support.models import tiny_classifier, tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.modeling import offloading
-from trl_fast.modeling.kept_results import ATTENTION, PRODUCT, Budget
+from trl_fast.modeling.selective_checkpointing import ATTENTION, PRODUCT, Budget
 
 SETTINGS = {"tiled": {"tiled_mlp": 16}, "offloaded": {"activation_offloading": True}}
 SETTINGS["both"] = SETTINGS["tiled"] | SETTINGS["offloaded"]

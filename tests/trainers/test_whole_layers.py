@@ -7,7 +7,7 @@ import trl_fast
 from benchmarks.checkpointing import MadeUpMemory
 from support.models import tiny_classifier, tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
-from trl_fast.modeling.kept_results import Keeper
+from trl_fast.modeling.selective_checkpointing import SelectiveCheckpointing
 
 LAYERS, KEPT = 3, 2
 RUNS = {
@@ -46,16 +46,18 @@ def logs(name, output_dir, tokenizer):
 def test_the_same_training(name, tokenizer, tmp_path, monkeypatch):
     expected = logs(name, tmp_path, tokenizer)
     whole = []
-    share_out = Keeper._share
+    share_out = SelectiveCheckpointing._share
 
     def seen(self, layers, count, limit):
         whole.append(count)
         share_out(self, layers, count, limit)
 
     memories = {}
-    monkeypatch.setattr(Keeper, "_share", seen)
+    monkeypatch.setattr(SelectiveCheckpointing, "_share", seen)
     monkeypatch.setattr(
-        Keeper, "device_memory", property(lambda self: memories.setdefault(id(self), MadeUpMemory(KEPT)))
+        SelectiveCheckpointing,
+        "device_memory",
+        property(lambda self: memories.setdefault(id(self), MadeUpMemory(KEPT))),
     )
     got = logs(name, tmp_path, tokenizer)
     assert_same_logs(got, expected, rel=0, abs=0)

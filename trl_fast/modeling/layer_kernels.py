@@ -40,25 +40,25 @@ def check_liger(model: PreTrainedModel, device: torch.device) -> None:
         )
 
 
-def turn_copies(model: PreTrainedModel, keeping: type[TorchDispatchMode]) -> None:
+def turn_copies(model: PreTrainedModel, saving: type[TorchDispatchMode]) -> None:
     """Has Liger's rotary embedding turn copies of queries and keys while results are kept.
 
     It writes over them, and so over the results of the products that made them, by a Triton kernel that no dispatch
     mode sees: backward would turn the kept results once more.
 
-    keeping: the mode under which results are kept.
+    saving: the mode under which results are kept.
     """
     modeling = sys.modules[type(model).__module__]
     for name in _ROTARY_NAMES:
         rotary = getattr(modeling, name, None)
         if (getattr(rotary, "__module__", None) or "").startswith("liger_kernel"):
-            setattr(modeling, name, _on_copies(rotary, keeping))
+            setattr(modeling, name, _on_copies(rotary, saving))
 
 
-def _on_copies(rotary: Callable, keeping: type[TorchDispatchMode]) -> Callable:
+def _on_copies(rotary: Callable, saving: type[TorchDispatchMode]) -> Callable:
     def turn(q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         if not torch.compiler.is_compiling() and any(
-            isinstance(mode, keeping) for mode in _get_current_dispatch_mode_stack()
+            isinstance(mode, saving) for mode in _get_current_dispatch_mode_stack()
         ):
             q, k = q.clone(), k.clone()
         return rotary(q, k, *args, **kwargs)

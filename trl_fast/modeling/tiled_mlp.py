@@ -20,8 +20,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .kept_results import nothing_kept
 from .loading import backbone
+from .selective_checkpointing import nothing_saved
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class _InTiles(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         ctx.module, ctx.weights, ctx.state = module, weights, _State(hidden.device)
         out = None
-        with nothing_kept():
+        with nothing_saved():
             for rows in _tiles(module, hidden):
                 tile = module.call_whole(hidden[:, rows])
                 out = tile.new_empty(*hidden.shape[:2], tile.shape[-1]) if out is None else out

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trl_fast.modeling.kept_results import PRODUCT, Budget
+from trl_fast.modeling.selective_checkpointing import PRODUCT, Budget
 from trl_fast.modeling.whole_layers import layers_that_fit, room_for_layers
 from trl_fast.ops.head import default_workspace
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.checkpointing import enable_checkpointing
-from trl_fast.modeling.kept_results import keep_results
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout
 from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.reward_scoring import attach_reward_scoring, can_pack_rewards
 from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 from .devices import PADDED_ATTENTION, replaced
@@ -85,7 +85,7 @@ def prepare(model: PreTrainedModel, setup: Setup, layout: str) -> PreTrainedMode
             model = add_adapter(model, lora_config(setup))
             if setup.gradient_checkpointing:
                 model.enable_input_require_grads()
-        keep_results(base_model(model), setup.activation_budget)
+        set_selective_checkpointing(base_model(model), setup.activation_budget)
         if setup.gradient_checkpointing:
             enable_checkpointing(model)
     disable_dropout(model)

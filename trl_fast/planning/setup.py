@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from trl_fast.modeling.kept_results import DEFAULT_BUDGET_BYTES, budget_bytes
+from trl_fast.modeling.selective_checkpointing import DEFAULT_BUDGET_BYTES, budget_bytes
 from trl_fast.ops.linear_logprob import DEFAULT_SPARSE_THRESHOLD, check_head_grad
 from trl_fast.ranges import check_ranges
 

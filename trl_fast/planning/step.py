@@ -57,7 +57,7 @@ def simulate(setup: Setup, max_length: int, layers: int | None = None) -> Timeli
         optimizer = _optimizer(setup, model, tracker)
         _mark_stages(model, tracker)
         _run(setup, model, reference, batch, optimizer, tracker)
-    return replace(tracker.timeline(), results=base_model(model).trl_fast_keeper.budget.asked)
+    return replace(tracker.timeline(), results=base_model(model).trl_fast_selective_checkpointing.budget.asked)
 
 
 def _run(

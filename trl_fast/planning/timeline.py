@@ -69,7 +69,7 @@ class Timeline:
     """Memory of each kind at each operator of a step: levels (kinds, operators) int64, in the order of KINDS.
 
     stages: (name, first operator, last operator), the first of all operators being number 0; results: kind and bytes
-    of what gradient checkpointing may keep, a list a layer (`modeling.kept_results.Budget`).
+    of what gradient checkpointing may keep, a list a layer (`modeling.selective_checkpointing.Budget`).
     """
 
     levels: np.ndarray

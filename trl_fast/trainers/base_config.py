@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from trl_fast.modeling.kept_results import budget_bytes
+from trl_fast.modeling.selective_checkpointing import budget_bytes
 from trl_fast.ops.linear_logprob import HEAD_GRADS
 from trl_fast.ranges import check_ranges
 from trl_fast.suggestions import did_you_mean

@@ -8,10 +8,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_fast.modeling.finite import check_weights
-from trl_fast.modeling.kept_results import keep_results
 from trl_fast.modeling.layer_kernels import check_liger
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.offloading import offload_activations
+from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 from .base_config import BaseConfig
@@ -38,7 +38,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, train
         check_liger(inner, args.device)
     if args.activation_offloading:
         offload_activations(inner)
-    keep_results(
+    set_selective_checkpointing(
         inner,
         args.activation_budget,
         attention_always=args.keeps_attention,

@@ -13,18 +13,18 @@ from support.trees import random_trees
 from trl_fast.data import pack_trees
 from trl_fast.modeling.attention import use_segment_attention
 from trl_fast.modeling.checkpointing import enable_checkpointing
-from trl_fast.modeling.kept_results import (
+from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.selective_checkpointing import (
     ATTENTION,
     PRODUCT,
     Budget,
-    Keeper,
-    Keeping,
-    Reusing,
+    ReusingMode,
+    SavingMode,
+    SelectiveCheckpointing,
     _draws_random_numbers,
-    keep_results,
+    set_selective_checkpointing,
 )
-from trl_fast.modeling.loading import base_model
-from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 ALL = 1 << 40
@@ -57,7 +57,7 @@ def build(
     if tiled:
         tile_mlps(base_model(model), 30)
     if limit is not None:
-        keep_results(base_model(model), limit, **kept)
+        set_selective_checkpointing(base_model(model), limit, **kept)
     if keywords is not None:
         enable_checkpointing(model, dict(keywords))
         model.enable_input_require_grads()
@@ -112,29 +112,29 @@ def test_the_more_room_the_less_is_computed_again():
     model = build(limit=0)
     counts = []
     for limit in (0, 30_000, 60_000, 120_000, ALL):
-        keep_results(model, limit)
+        set_selective_checkpointing(model, limit)
         model.zero_grad()
         counts.append(run(model)[2][1])
-        assert model.trl_fast_keeper.budget.left >= 0
+        assert model.trl_fast_selective_checkpointing.budget.left >= 0
     assert counts == sorted(counts, reverse=True) and len(set(counts)) == len(counts)
 
 
 def held_bytes(model):
     """What the layers' results take at the end of a forward pass."""
     made = []
-    contexts = Keeper._contexts
+    contexts = SelectiveCheckpointing._contexts
 
     def contexts_kept(self):
         found = contexts(self)
         made.append(found[0])
         return found
 
-    Keeper._contexts = contexts_kept
+    SelectiveCheckpointing._contexts = contexts_kept
     try:
         score(model, pack_trees(random_trees([(18, (3, 5)), (21, (6, 9))]), "shared_prefix", 2))
     finally:
-        Keeper._contexts = contexts
-    return sum(t.untyped_storage().nbytes() for keeping in made for result in keeping.results for t in result.tensors)
+        SelectiveCheckpointing._contexts = contexts
+    return sum(t.untyped_storage().nbytes() for saving in made for result in saving.results for t in result.tensors)
 
 
 @pytest.mark.parametrize("limit", [10_000, 50_000, 100_000, ALL])
@@ -142,7 +142,7 @@ def test_the_limit_holds(limit):
     model = build(limit=limit)
     held = held_bytes(model)
     assert 0 < held <= limit
-    assert held == limit - model.trl_fast_keeper.budget.left
+    assert held == limit - model.trl_fast_selective_checkpointing.budget.left
 
 
 def test_attention_goes_first():
@@ -200,16 +200,16 @@ def test_a_model_whose_code_is_of_another_time_is_left_alone():
         module.gradient_checkpointing = value
 
     model._set_gradient_checkpointing = old.__get__(model)
-    keep_results(model, ALL)
-    assert not hasattr(model, "trl_fast_keeper") and model._set_gradient_checkpointing.__func__ is old
+    set_selective_checkpointing(model, ALL)
+    assert not hasattr(model, "trl_fast_selective_checkpointing") and model._set_gradient_checkpointing.__func__ is old
 
 
 def test_a_copy_has_a_budget_of_its_own():
     model = build(limit=ALL)
     twin = copy.deepcopy(model)
-    keep_results(twin, 0)
+    set_selective_checkpointing(twin, 0)
     assert run(model)[2][1] < run(twin)[2][1]
-    assert twin.trl_fast_keeper is not model.trl_fast_keeper
+    assert twin.trl_fast_selective_checkpointing is not model.trl_fast_selective_checkpointing
 
 
 def test_backward_twice():
@@ -222,9 +222,9 @@ def test_backward_twice():
 
 
 def checkpointed(function, *args):
-    keeping = Keeping(Budget(ALL, 1))
+    saving = SavingMode(Budget(ALL, 1))
     return torch.utils.checkpoint.checkpoint(
-        function, *args, use_reentrant=False, context_fn=lambda: (keeping, Reusing(keeping.results))
+        function, *args, use_reentrant=False, context_fn=lambda: (saving, ReusingMode(saving.results))
     )
 
 
@@ -244,10 +244,10 @@ def test_what_is_changed_in_place_is_computed_again():
 
 def test_a_last_product_that_is_changed_in_place_gives_its_room_back_once():
     budget, x = Budget(1000, 1), torch.ones(4, 4)
-    with Keeping(budget) as keeping:
+    with SavingMode(budget) as saving:
         (x @ x) @ x.add(1)
         (x @ x).add_(1)
-    kept = sum(t.nbytes for result in keeping.results for t in result.tensors)
+    kept = sum(t.nbytes for result in saving.results for t in result.tensors)
     assert budget.left == 1000 - kept
 
 
@@ -258,10 +258,10 @@ def test_attention_that_draws_random_numbers_is_computed_again():
         dropped = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, True)[0]
         return torch.nn.functional.dropout(dropped, 0.5).sin()
 
-    keeping = Keeping(Budget(ALL, 1))
-    with keeping:
+    saving = SavingMode(Budget(ALL, 1))
+    with saving:
         layer(q)
-    assert keeping.results[0].values is not None
+    assert saving.results[0].values is not None
     op = torch.ops.aten._scaled_dot_product_efficient_attention.default
     assert _draws_random_numbers(op, (q, q, q, None, True, 0.1), {})
     assert _draws_random_numbers(op, (q, q, q, None, True), {"dropout_p": 0.1})

@@ -68,7 +68,7 @@ def budget_bytes(asked: int | None, offloading: bool) -> int | None:
     return 0 if asked is None and offloading else asked
 
 
-def keep_results(
+def set_selective_checkpointing(
     model: PreTrainedModel, limit: int | None, *, attention_always: bool = False, whole_layers: bool = True
 ) -> None:
     """Lets gradient checkpointing of a model, once it is enabled, keep up to `limit` bytes more in a forward pass.
@@ -78,22 +78,22 @@ def keep_results(
     does. whole_layers: False where what layers save leaves the GPU. Reentrant checkpointing, a compiled model and one
     whose code takes no function that checkpoints compute all again, as without this.
     """
-    keeper = getattr(model, "trl_fast_keeper", None)
-    if keeper is None:
+    selective = getattr(model, "trl_fast_selective_checkpointing", None)
+    if selective is None:
         if "gradient_checkpointing_func" not in inspect.signature(model._set_gradient_checkpointing).parameters:
             return
-        keeper = model.trl_fast_keeper = Keeper(model)
-        backbone(model).register_forward_pre_hook(keeper.start)
-        model.set_checkpointing_kept = model._set_gradient_checkpointing.__func__
+        selective = model.trl_fast_selective_checkpointing = SelectiveCheckpointing(model)
+        backbone(model).register_forward_pre_hook(selective.start)
+        model.plain_set_gradient_checkpointing = model._set_gradient_checkpointing.__func__
         model._set_gradient_checkpointing = types.MethodType(_set_gradient_checkpointing, model)
-    keeper.limit, keeper.attention_always, keeper.whole_layers = limit, attention_always, whole_layers
+    selective.limit, selective.attention_always, selective.whole_layers = limit, attention_always, whole_layers
 
 
 def _set_gradient_checkpointing(
     self: PreTrainedModel, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
 ) -> None:
     """transformers calls this to give each layer its function that checkpoints; this gives them one that keeps."""
-    self.trl_fast_keeper.forget()
+    self.trl_fast_selective_checkpointing.forget()
     keywords = dict(getattr(gradient_checkpointing_func, "keywords", {}))
     if keywords.pop("selective", None) is not None:
         # TRL's key, which the config has read; torch does not know it.
@@ -101,9 +101,11 @@ def _set_gradient_checkpointing(
         gradient_checkpointing_func = functools.partial(gradient_checkpointing_func.func, **keywords)
     if keywords.get("use_reentrant") is False:
         # transformers' own way to offload wraps torch's function: layers that it does not see would not be offloaded.
-        self.trl_fast_keeper.is_torch_checkpoint = gradient_checkpointing_func.func is checkpoint
-        gradient_checkpointing_func = functools.partial(self.trl_fast_keeper.run, gradient_checkpointing_func)
-    self.set_checkpointing_kept(self, enable, gradient_checkpointing_func, **kwargs)
+        self.trl_fast_selective_checkpointing.is_torch_checkpoint = gradient_checkpointing_func.func is checkpoint
+        gradient_checkpointing_func = functools.partial(
+            self.trl_fast_selective_checkpointing.run, gradient_checkpointing_func
+        )
+    self.plain_set_gradient_checkpointing(self, enable, gradient_checkpointing_func, **kwargs)
 
 
 class _Thread(threading.local):
@@ -114,7 +116,7 @@ _thread = _Thread()
 
 
 @contextmanager
-def nothing_kept() -> Iterator[None]:
+def nothing_saved() -> Iterator[None]:
     """Within, results are not kept: for a module that computes itself again in backward anyway."""
     before, _thread.keeps = _thread.keeps, False
     try:
@@ -123,7 +125,7 @@ def nothing_kept() -> Iterator[None]:
         _thread.keeps = before
 
 
-class Keeper:
+class SelectiveCheckpointing:
     """Tells the layers of a model, pass by pass, whether to checkpoint, and what they may keep."""
 
     limit: int | None = 0
@@ -156,7 +158,7 @@ class Keeper:
             self._every_layer = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
             self._weights = list(self._model.parameters())
         # Here, since they may come after everything else: when training starts.
-        turn_copies(self._model, Keeping)
+        turn_copies(self._model, SavingMode)
         self._layers = [layer for layer in self._every_layer if layer.gradient_checkpointing]
 
     def run(self, checkpoint_function: Callable, function: Callable, *args: Any) -> Any:
@@ -207,9 +209,9 @@ class Keeper:
         self.whole = frozenset(layers[checkpointed:])
         self.budget = Budget(limit, checkpointed, self.attention_always)
 
-    def _contexts(self) -> tuple[Keeping, Reusing]:
-        keeping = Keeping(self.budget)
-        return keeping, Reusing(keeping.results)
+    def _contexts(self) -> tuple[SavingMode, ReusingMode]:
+        saving = SavingMode(self.budget)
+        return saving, ReusingMode(saving.results)
 
 
 def _layer_of(function: Callable) -> torch.nn.Module | None:
@@ -298,7 +300,7 @@ class Result:
         return _tensors(self.values)
 
 
-class Keeping(TorchDispatchMode):
+class SavingMode(TorchDispatchMode):
     """A layer's first forward: keeps results as the budget allows."""
 
     supports_higher_order_operators = True
@@ -308,7 +310,7 @@ class Keeping(TorchDispatchMode):
         self.results: list[Result] = []
         self._budget = budget
 
-    def __enter__(self) -> Keeping:
+    def __enter__(self) -> SavingMode:
         self._budget.start_layer()
         return super().__enter__()
 
@@ -345,7 +347,7 @@ class Keeping(TorchDispatchMode):
         result.values = None
 
 
-class Reusing(TorchDispatchMode):
+class ReusingMode(TorchDispatchMode):
     """A layer's second forward: gives out what is kept, once."""
 
     supports_higher_order_operators = True
@@ -355,7 +357,7 @@ class Reusing(TorchDispatchMode):
         self._results = results
         self._next = 0
 
-    def __enter__(self) -> Reusing:
+    def __enter__(self) -> ReusingMode:
         self._next = 0
         return super().__enter__()
 
