@@ -14,7 +14,7 @@ from trl_fast.data.reward import REWARD_POSITIONS, reward_batch
 from .attention import keep_score_caps, supports_packed
 from .loading import backbone, unbound_forward
 from .scoring import TOLERANCE, Verdict, evaluating, model_inputs
-from .wide_products import widen_products
+from .upcast_linear_layers import upcast_linear_layers
 
 # The module that makes a reward of a hidden state, in transformers' classifiers on decoders.
 HEAD = "score"
@@ -28,7 +28,7 @@ def attach_reward_scoring(model: PreTrainedModel) -> None:
     """
     if getattr(model, "trl_fast_rewards", False):
         return
-    widen_products(model)
+    upcast_linear_layers(model)
     keep_score_caps(model)
     original = unbound_forward(model)
     model.trl_fast_rewards = True

@@ -22,7 +22,7 @@ from trl_fast.ops.scores import detached
 from .attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .head import head_parameters, head_transform
 from .loading import backbone, unbound_forward
-from .wide_products import widen_products
+from .upcast_linear_layers import upcast_linear_layers
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -67,7 +67,7 @@ def attach_scoring(model: PreTrainedModel) -> None:
     """
     if hasattr(model, "trl_fast_fused_head"):
         return
-    widen_products(model)
+    upcast_linear_layers(model)
     keep_score_caps(model)
     original = unbound_forward(model)
     model.trl_fast_fused_head = True

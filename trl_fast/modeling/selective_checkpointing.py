@@ -390,7 +390,7 @@ def _kind(op: OpOverload | HigherOrderOperator) -> str | None:
     """Whether an operator is a product with a weight, or attention."""
     if not isinstance(op, OpOverload):
         return None
-    if op in _overloads(_PRODUCT_OPS) or op.name() == "trl_fast::wide_linear":
+    if op in _overloads(_PRODUCT_OPS) or op.name() == "trl_fast::upcast_linear":
         return PRODUCT
     # Kernels from the hub are registered under names of their own.
     return ATTENTION if op in _overloads(_ATTENTION_OPS) or "flash_attn" in str(op) else None

@@ -13,7 +13,7 @@ from trl_fast.data import pack_trees
 from trl_fast.modeling.attention import use_segment_attention
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
-from trl_fast.modeling.wide_products import widen_products
+from trl_fast.modeling.upcast_linear_layers import upcast_linear_layers
 from trl_fast.ops import products
 
 
@@ -34,9 +34,9 @@ def no_hardware(monkeypatch):
     monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: False)
 
 
-def wide_layers(model):
+def upcast_layers(model):
     """The linear layers that were changed."""
-    return [module for module in model.modules() if hasattr(module, "forward_narrow")]
+    return [module for module in model.modules() if hasattr(module, "plain_forward")]
 
 
 def build(family, dtype, lora=False, plain=False):
@@ -44,8 +44,8 @@ def build(family, dtype, lora=False, plain=False):
     attach_scoring(model)
     if plain:
         model.model._forward_pre_hooks.clear()
-        for module in wide_layers(model):
-            module.forward = module.forward_narrow.__get__(module)
+        for module in upcast_layers(model):
+            module.forward = module.plain_forward.__get__(module)
     use_segment_attention(model)
     if lora:
         torch.manual_seed(1)
@@ -75,8 +75,8 @@ def test_a_model_in_bfloat16(family, lora):
     """No slow product is left, and numbers are as near to float32's as the plain model's."""
     got = run(build(family, torch.bfloat16, lora))
     plain = run(build(family, torch.bfloat16, lora, plain=True))
-    wide_weights = build(family, torch.bfloat16, lora).float()
-    exact = run(wide_weights)
+    upcast_weights = build(family, torch.bfloat16, lora).float()
+    exact = run(upcast_weights)
     assert got[2] == 0 < plain[2]
     assert (got[0] - exact[0]).abs().max() < 0.1
     assert got[1].keys() == plain[1].keys()
@@ -102,18 +102,18 @@ def test_other_dtypes_and_single_tokens_go_their_own_way():
         layer(one.float().expand(9, -1))
 
 
-def test_widening_twice_and_copying():
+def test_upcasting_twice_and_copying():
     model = tiny_model("llama").bfloat16()
-    widen_products(model)
-    forward = model.model.layers[0].mlp.up_proj.forward_narrow
-    widen_products(model)
-    assert model.model.layers[0].mlp.up_proj.forward_narrow is forward
+    upcast_linear_layers(model)
+    forward = model.model.layers[0].mlp.up_proj.plain_forward
+    upcast_linear_layers(model)
+    assert model.model.layers[0].mlp.up_proj.plain_forward is forward
     assert len(model.model._forward_pre_hooks) == 1
     copied = copy.deepcopy(model)
     twin = copied.model.layers[0].mlp.up_proj
     assert twin.forward.__self__ is twin
     begin_pass(copied.to("meta"))
-    assert not wide_layers(copied) and wide_layers(model)
+    assert not upcast_layers(copied) and upcast_layers(model)
 
 
 def begin_pass(model):
@@ -130,42 +130,42 @@ def linear_layers(model):
 def test_models_in_float32_are_left_alone_until_they_need_it():
     model = build("llama", torch.float32)
     run(model)
-    assert not wide_layers(model) and all("forward" not in vars(layer) for layer in linear_layers(model))
+    assert not upcast_layers(model) and all("forward" not in vars(layer) for layer in linear_layers(model))
     run(model, autocast=True)
-    assert wide_layers(model) == linear_layers(model)
+    assert upcast_layers(model) == linear_layers(model)
     # A pass in another dtype may come before that one's backward.
     run(model)
-    assert wide_layers(model) == linear_layers(model)
+    assert upcast_layers(model) == linear_layers(model)
 
 
 def test_models_that_become_narrow_later():
     model = build("llama", torch.float32).bfloat16()
-    assert not wide_layers(model)
+    assert not upcast_layers(model)
     assert run(model)[2] == 0
-    assert wide_layers(model) == linear_layers(model)
+    assert upcast_layers(model) == linear_layers(model)
 
 
 def test_on_a_gpu_linear_layers_are_as_they_were():
     """Another device stands for it, on which tensors have no numbers."""
     model = build("llama", torch.bfloat16, lora=True)
-    assert wide_layers(model)
+    assert upcast_layers(model)
     begin_pass(model.to("meta"))
-    assert not wide_layers(model)
+    assert not upcast_layers(model)
     assert all(layer.forward.__func__ is torch.nn.Linear.forward for layer in linear_layers(model))
     begin_pass(model.to_empty(device="cpu"))
-    assert wide_layers(model) == linear_layers(model)
+    assert upcast_layers(model) == linear_layers(model)
     on_device = tiny_model("llama").bfloat16().to("meta")
     attach_scoring(on_device)
-    assert not wide_layers(on_device)
+    assert not upcast_layers(on_device)
 
 
 def test_a_cpu_with_hardware_for_them_leaves_them_alone(monkeypatch):
     monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: True)
     model = build("llama", torch.bfloat16)
     run(model)
-    assert not wide_layers(model)
+    assert not upcast_layers(model)
     # There is none for float16.
-    assert wide_layers(build("llama", torch.float16))
+    assert upcast_layers(build("llama", torch.float16))
 
 
 def test_what_was_wrapped_since_is_not_unwrapped():
@@ -174,7 +174,7 @@ def test_what_was_wrapped_since_is_not_unwrapped():
     inner = layer.forward
     layer.forward = wrapped = lambda x: inner(x)
     begin_pass(model.to("meta"))
-    assert layer.forward is wrapped and wide_layers(model) == [layer]
+    assert layer.forward is wrapped and upcast_layers(model) == [layer]
     begin_pass(model.to_empty(device="cpu"))
     assert layer.forward is wrapped
     layer(torch.randn(5, layer.in_features).bfloat16())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_fast.ops import products
-from trl_fast.ops.wide_linear import MIN_ROWS, serves_wide, wide_linear
+from trl_fast.ops.upcast_linear import MIN_ROWS, upcast_is_faster, upcast_linear
 
 
 def tensors(dtype, shape=(3, 7, 20), out=11, bias=True):
@@ -23,7 +23,7 @@ def test_rounds_once(dtype, shape, bias):
     """Forward and backward are the exact results, rounded once to their dtype, or next to it."""
     given = [t for t in tensors(dtype, shape, bias=bias) if t is not None]
     exact = [t.detach().double().requires_grad_() for t in given]
-    out, right = wide_linear(*given, *[None] * (3 - len(given))), F.linear(*exact)
+    out, right = upcast_linear(*given, *[None] * (3 - len(given))), F.linear(*exact)
     grad = torch.randn(right.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = (out, *torch.autograd.grad(out, given, grad))
     expected = (right, *torch.autograd.grad(right, exact, grad.double()))
@@ -49,10 +49,10 @@ def test_every_product_is_of_float32():
     given = tensors(torch.bfloat16, (5, 20))
     with Products() as seen:
         # The body: a mode sees an op from outside only.
-        wide_linear._init_fn(*(t.detach() for t in given))
+        upcast_linear._init_fn(*(t.detach() for t in given))
     assert seen.dtypes and set(seen.dtypes) == {torch.float32}
     with Products() as seen:
-        wide_linear(*given).sum().backward()
+        upcast_linear(*given).sum().backward()
     assert len(seen.dtypes) == 4 and set(seen.dtypes) == {torch.float32}
 
 
@@ -61,20 +61,20 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     x, weight, bias = tensors(torch.bfloat16)
     named = {"x": x, "weight": weight, "bias": bias}
     named[frozen].requires_grad_(False)
-    wide_linear(x, weight, bias).sum().backward()
+    upcast_linear(x, weight, bias).sum().backward()
     assert {name for name, t in named.items() if t.grad is None} == {frozen}
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
-    torch.library.opcheck(torch.ops.trl_fast.wide_linear.default, tensors(torch.bfloat16, bias=bias))
+    torch.library.opcheck(torch.ops.trl_fast.upcast_linear.default, tensors(torch.bfloat16, bias=bias))
 
 
 def test_backward_keeps_narrow_tensors_alone():
     x, weight, bias = tensors(torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        wide_linear(x, weight, bias)
+        upcast_linear(x, weight, bias)
     assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.data_ptr()}
 
 
@@ -90,5 +90,5 @@ def test_backward_keeps_narrow_tensors_alone():
 )
 def test_serves(dtype, hardware, rows, expected, monkeypatch):
     monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: hardware)
-    assert serves_wide(torch.empty(rows, 8, dtype=dtype), dtype) is expected
-    assert not serves_wide(torch.empty(rows, 8, dtype=dtype, device="meta"), dtype)
+    assert upcast_is_faster(torch.empty(rows, 8, dtype=dtype), dtype) is expected
+    assert not upcast_is_faster(torch.empty(rows, 8, dtype=dtype, device="meta"), dtype)

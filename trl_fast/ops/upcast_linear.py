@@ -10,18 +10,18 @@ import torch
 
 from .products import product_dtype
 
-# Fewer rows than this: the time goes into reading the weight, which is then better not widened.
+# Fewer rows than this: the time goes into reading the weight, which is then better not upcast.
 MIN_ROWS = 4
 
 
-def serves_wide(x: torch.Tensor, dtype: torch.dtype) -> bool:
+def upcast_is_faster(x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a product of `x` (..., H), taken in `dtype`, is faster with its numbers in float32."""
-    wide = product_dtype(dtype, x.device) != dtype
-    return wide and x.numel() >= MIN_ROWS * x.shape[-1]
+    upcast = product_dtype(dtype, x.device) != dtype
+    return upcast and x.numel() >= MIN_ROWS * x.shape[-1]
 
 
-@torch.library.custom_op("trl_fast::wide_linear", mutates_args=())
-def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+@torch.library.custom_op("trl_fast::upcast_linear", mutates_args=())
+def upcast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` with products in float32.
 
     Args:
@@ -30,11 +30,11 @@ def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         (..., V) of that dtype, differentiable.
     """
-    wide_bias = None if bias is None else bias.float()
-    return torch.nn.functional.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+    upcast_bias = None if bias is None else bias.float()
+    return torch.nn.functional.linear(x.float(), weight.float(), upcast_bias).to(x.dtype)
 
 
-@wide_linear.register_fake
+@upcast_linear.register_fake
 def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -47,11 +47,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    wide = grad.float()
-    rows = wide.reshape(-1, grad.shape[-1])
-    grad_x = (wide @ weight.float()).to(grad.dtype) if needs_x else None
+    upcast = grad.float()
+    rows = upcast.reshape(-1, grad.shape[-1])
+    grad_x = (upcast @ weight.float()).to(grad.dtype) if needs_x else None
     grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).float()).to(grad.dtype) if needs_weight else None
     return grad_x, grad_weight, rows.sum(dim=0).to(grad.dtype) if needs_bias else None
 
 
-wide_linear.register_autograd(_backward, setup_context=_setup_context)
+upcast_linear.register_autograd(_backward, setup_context=_setup_context)
