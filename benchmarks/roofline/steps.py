@@ -35,7 +35,7 @@ from trl_fast.modeling.reference import freeze
 from trl_fast.modeling.segments import _varlen_calls
 from trl_fast.planning.models import give_fake_memory, shortened
 from trl_fast.planning.shapes import model_config
-from trl_fast.trainers import layers
+from trl_fast.trainers.base import model_setup
 
 from ..gpu_kit.steps import SHAPES, Shape, chance, completions, rows
 from ..step import GENERATIONS
@@ -197,7 +197,7 @@ def _put_in(
     else:
         attention = base_model(trainer.model).config._attn_implementation
         # Its weights have no values that could be looked at.
-        with patch.object(layers, "check_weights", lambda *_: None):
+        with patch.object(model_setup, "check_weights", lambda *_: None):
             policy = trainer.adapt(policy, lora, trainer.args)
             if attention == SEGMENT_ATTENTION:
                 use_segment_attention(base_model(policy))

@@ -20,7 +20,7 @@ from trl_fast.console import make_console
 from trl_fast.data.validation import validate as look_for_faults
 from trl_fast.planning.timeline import KINDS
 from trl_fast.trainers import LogCompletionsCallback, RichProgressCallback
-from trl_fast.trainers.completions import CompletionsLog
+from trl_fast.trainers.online.completions_log import CompletionsLog
 
 # A style, an end of none, which rich takes for an error, what looks like a style, and an emoji.
 TEXT = "[red]x[/nope] [tok] :smile:"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 import trl_fast
 from support.training import color_pairs, make_trainer
 from trl_fast.trainers import BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback
-from trl_fast.trainers.progress import metrics_table
+from trl_fast.trainers.base.progress import metrics_table
 
 
 def render(rows, width):

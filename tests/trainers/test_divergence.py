@@ -20,10 +20,10 @@ from support.rollouts import color_prompts
 from support.supervised import sft_rows
 from support.training import color_pairs, make_trainer
 from trl_fast.ops.validation import NotFiniteError
-from trl_fast.trainers.divergence import PATIENCE, READ_EVERY, SCALING_PATIENCE, DivergedError, DivergenceWatch
+from trl_fast.trainers.base.divergence import PATIENCE, READ_EVERY, SCALING_PATIENCE, DivergedError, DivergenceWatch
 
 LAST = "model.layers.1.mlp.down_proj.weight"
-LOGGER = "trl_fast.trainers.divergence"
+LOGGER = "trl_fast.trainers.base.divergence"
 
 
 def spoil(model, name=LAST, value=float("nan")):

@@ -10,7 +10,7 @@ import pytest
 import trl_fast
 from support.supervised import sft_rows
 from support.training import make_trainer
-from trl_fast.trainers.divergence import DivergedError
+from trl_fast.trainers.base.divergence import DivergedError
 
 TESTS = Path(__file__).parent.parent
 CASES = {

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 import trl_fast
 from support.training import color_pairs, make_trainer
-from trl_fast.trainers.base_config import OTHER_DEFAULTS
+from trl_fast.trainers.base.config import OTHER_DEFAULTS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
@@ -27,7 +27,7 @@ def test_every_field_of_trl_is_there_with_its_default(tmp_path):
 
 
 def test_bf16_is_on_where_the_machine_has_it_and_off_with_one_line_elsewhere(tmp_path, monkeypatch, caplog):
-    module = "trl_fast.trainers.base_config.machine_has_bf16"
+    module = "trl_fast.trainers.base.config.machine_has_bf16"
     monkeypatch.setattr(module, lambda: True)
     assert trl_fast.DPOConfig(str(tmp_path), use_cpu=True).bf16 is True
     assert trl_fast.DPOConfig(str(tmp_path), use_cpu=True, bf16=False).bf16 is False
@@ -40,8 +40,8 @@ def test_bf16_is_on_where_the_machine_has_it_and_off_with_one_line_elsewhere(tmp
 
 
 def test_a_cpu_with_bf16_trains_without_being_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_fast.trainers.base_config.machine_has_bf16", lambda: True)
-    monkeypatch.setattr("trl_fast.trainers.base_config.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("trl_fast.trainers.base.config.machine_has_bf16", lambda: True)
+    monkeypatch.setattr("trl_fast.trainers.base.config.is_torch_bf16_gpu_available", lambda: False)
     args = trl_fast.DPOConfig(str(tmp_path))
     assert args.bf16 is True and args.use_cpu is True and args.device.type == "cpu"
 

@@ -38,7 +38,11 @@ def warnings_of(caplog, model_path, folder, method, engine, reward, **settings):
     settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8, **online, **settings}
     caplog.clear()
     make_trainer(trl_fast, folder, method=method, arguments=arguments, max_steps=2, **settings).train()
-    return [record.getMessage() for record in caplog.records if record.name == "trl_fast.trainers.generation_warnings"]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "trl_fast.trainers.online.generation_warnings"
+    ]
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO", "PPO"])

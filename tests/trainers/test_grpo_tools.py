@@ -208,7 +208,7 @@ def test_other_ways_that_there_are_not(model_path, tool_model_path, tmp_path):
 
 
 def test_arguments_of_every_type_can_be_kept(tmp_path):
-    from trl_fast.trainers.completions import CompletionsLog
+    from trl_fast.trainers.online.completions_log import CompletionsLog
 
     log = CompletionsLog(4)
     calls = [

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import Trainer
 
-from trl_fast.trainers.hf_trainer import declare_loss_scaling, forbid_data_parallel
+from trl_fast.trainers.base.hf_trainer import declare_loss_scaling, forbid_data_parallel
 
 
 @pytest.mark.parametrize("scaled", [True, False, None])

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 import trl_fast
 from support.training import color_labels, make_trainer
-from trl_fast.trainers.base_config import OTHER_DEFAULTS
+from trl_fast.trainers.base.config import OTHER_DEFAULTS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 

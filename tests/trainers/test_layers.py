@@ -5,7 +5,7 @@ import torch
 
 import trl_fast
 from support.models import tiny_model
-from trl_fast.trainers.layers import set_up_layers
+from trl_fast.trainers.base.model_setup import set_up_layers
 
 
 @pytest.mark.parametrize("trains", [True, False])

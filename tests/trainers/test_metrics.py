@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from trl_fast.trainers.metrics import MetricBuffer
+from trl_fast.trainers.base.metric_buffer import MetricBuffer
 
 
 def pairs(**values):

@@ -6,10 +6,10 @@ import pytest
 import trl
 
 import trl_fast
-import trl_fast.trainers.completions as completions
+import trl_fast.trainers.online.completions_log as completions
 from support.rollouts import brevity, color_prompts
 from support.training import make_trainer
-from trl_fast.trainers.base_config import OTHER_DEFAULTS
+from trl_fast.trainers.base.config import OTHER_DEFAULTS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 METHODS = ["GRPO", "RLOO"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.host_waits import host_waits
-from trl_fast.trainers.metrics import MetricBuffer
-from trl_fast.trainers.online_metrics import GenerationMetrics
+from trl_fast.trainers.base.metric_buffer import MetricBuffer
+from trl_fast.trainers.online.generation_metrics import GenerationMetrics
 
 NAN = math.nan
 

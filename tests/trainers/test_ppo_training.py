@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trl_fast
-import trl_fast.trainers.critics as critics
+import trl_fast.trainers.ppo.critic as critics
 from support.rollouts import FixedEngine, color_prompts
 from support.training import make_trainer
 

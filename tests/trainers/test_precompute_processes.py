@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import trl_fast
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
-from trl_fast.trainers.reference import ReferenceTrainer
+from trl_fast.trainers.base.reference import ReferenceTrainer
 
 TESTS = Path(__file__).parent.parent
 CASES = {

@@ -7,7 +7,7 @@ import trl
 
 import trl_fast
 from support.training import color_pairs
-from trl_fast.trainers.base_config import OTHER_DEFAULTS
+from trl_fast.trainers.base.config import OTHER_DEFAULTS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 

@@ -9,7 +9,7 @@ import trl
 import trl_fast
 from support.supervised import sft_rows
 from support.training import make_trainer
-from trl_fast.trainers.base_config import OTHER_DEFAULTS
+from trl_fast.trainers.base.config import OTHER_DEFAULTS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
@@ -147,6 +147,6 @@ def test_the_config_of_trl_is_accepted(model_path, tmp_path):
 
 def test_without_arguments_the_output_folder_is_named_as_trl_does(model_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trl_fast.trainers.base_config.machine_has_bf16", lambda: False)
+    monkeypatch.setattr("trl_fast.trainers.base.config.machine_has_bf16", lambda: False)
     trainer = trl_fast.SFTTrainer(model_path, train_dataset=sft_rows("text", 4))
     assert trainer.args.output_dir == f"{model_path.split('/')[-1]}-SFT"

@@ -112,7 +112,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.torch_dtype is not None and self.dtype == "float32" != self.torch_dtype:
-            from trl_fast.trainers.base_config import deprecated
+            from trl_fast.trainers.base.config import deprecated
 
             deprecated("ModelConfig", "torch_dtype", "it works; `dtype` is the present name.")
             self.dtype = self.torch_dtype

@@ -21,7 +21,7 @@ from trl_fast.planning.setup import DEVICES, DTYPES, LAYOUTS, METHODS, Setup
 from trl_fast.planning.shapes import SHAPES, model_config
 from trl_fast.planning.sizes import gib, parse_memory
 from trl_fast.planning.step import simulate
-from trl_fast.trainers.base_config import DEFAULT_TILE_TOKENS, BaseConfig
+from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS, BaseConfig
 
 from .parser import TrlParser
 

@@ -9,10 +9,10 @@ from transformers import PrinterCallback, ProgressCallback
 
 from trl_fast.console import make_console
 from trl_fast.trainers import RichProgressCallback
-from trl_fast.trainers.base import BaseTrainer
-from trl_fast.trainers.base_config import BaseConfig
-from trl_fast.trainers.checkpoints import newest_checkpoint
-from trl_fast.trainers.divergence import DivergedError
+from trl_fast.trainers.base.checkpoints import newest_checkpoint
+from trl_fast.trainers.base.config import BaseConfig
+from trl_fast.trainers.base.divergence import DivergedError
+from trl_fast.trainers.base.trainer import BaseTrainer
 
 from .arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from .datasets import load_train_and_test

@@ -10,9 +10,9 @@ from trl_fast.data import TOKEN_COLUMNS, DataCollatorForPreference, TokenBatch, 
 from trl_fast.data.collator import REFERENCE_COLUMNS
 from trl_fast.losses.dpo import PreferenceTable, dpo_loss, dpo_metrics
 
-from .base import AnyDataset
+from .base.preference import PreferenceTrainer, padded_rows
+from .base.trainer import AnyDataset
 from .dpo_config import DPOConfig
-from .preference import PreferenceTrainer, padded_rows
 
 
 class DPOTrainer(PreferenceTrainer):

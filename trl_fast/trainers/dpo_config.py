@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from trl_fast.losses.dpo import DPOLossConfig
 
-from .base_config import deprecated, older_name
-from .preference_config import PreferenceConfig
+from .base.config import deprecated, older_name
+from .base.preference_config import PreferenceConfig
 
 
 @dataclass

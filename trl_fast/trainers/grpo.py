@@ -14,12 +14,12 @@ from trl_fast.losses.policy import LOSSES, PolicyTable, grpo_loss
 from trl_fast.ops import TokenScores
 from trl_fast.rollout.samples import Samples
 
-from .completions import upload_completions
-from .entropy import EntropyController
 from .grpo_config import GRPOConfig
-from .online import OnlineTrainer
-from .tool_use import ToolUse
-from .updates import Update
+from .online.completions_log import upload_completions
+from .online.entropy import EntropyController
+from .online.micro_batches import Update
+from .online.tool_use import ToolUse
+from .online.trainer import OnlineTrainer
 
 
 class GRPOTrainer(ToolUse, OnlineTrainer):

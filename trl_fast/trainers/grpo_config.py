@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from trl_fast.losses.policy import LOSSES, PolicyLossConfig
 
-from .base_config import older_name
-from .online_config import OnlineConfig
+from .base.config import older_name
+from .online.config import OnlineConfig
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ from trl_fast.losses.kto import KTOTable, count_losses, kl_estimate, kto_loss_su
 from trl_fast.modeling.scoring import ModelScores
 from trl_fast.ops import TokenScores
 
-from .base import AnyDataset
+from .base.metric_buffer import MetricBuffer
+from .base.preference import PreferenceTrainer, padded_rows
+from .base.trainer import AnyDataset
 from .kto_config import KTOConfig
-from .metrics import MetricBuffer
-from .preference import PreferenceTrainer, padded_rows
 
 # TRL logs these only for micro-batches that have such rows.
 _BY_LABEL = {f"{name}/{side}" for name in ("logits", "rewards", "logps") for side in ("chosen", "rejected")}

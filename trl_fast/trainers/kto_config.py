@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from trl_fast.data import TRUNCATION_MODES
 from trl_fast.losses.kto import LOSSES, KTOLossConfig
 
-from .base_config import older_name
-from .preference_config import PreferenceConfig
+from .base.config import older_name
+from .base.preference_config import PreferenceConfig
 
 
 @dataclass

@@ -31,9 +31,9 @@ from trl_fast.modeling.reward_scoring import (
 )
 from trl_fast.modeling.scoring import Verdict
 
-from .base import AnyDataset, BaseTrainer
+from .base.tokenizers import older_tokenizer_name
+from .base.trainer import AnyDataset, BaseTrainer
 from .reward_config import RewardConfig
-from .tokenizers import older_tokenizer_name
 
 logger = logging.getLogger(__name__)
 

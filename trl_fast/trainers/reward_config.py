@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from .base_config import BaseConfig
+from .base.config import BaseConfig
 
 
 @dataclass

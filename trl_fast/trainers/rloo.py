@@ -10,7 +10,7 @@ from trl_fast.losses.advantages import Advantages, leave_one_out_advantages
 from trl_fast.losses.policy import PolicyMetrics
 from trl_fast.rollout.samples import Samples
 
-from .online import OnlineTrainer
+from .online.trainer import OnlineTrainer
 from .rloo_config import RLOOConfig
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trl_fast.losses.policy import PolicyLossConfig
 
-from .online_config import OnlineConfig
+from .online.config import OnlineConfig
 
 
 @dataclass

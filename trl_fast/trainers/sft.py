@@ -27,10 +27,10 @@ from trl_fast.modeling.chat_template import set_chat_template, set_eos_token, wi
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs
 
-from .base import AnyDataset, BaseTrainer
-from .layers import router_coefficient
+from .base.model_setup import router_coefficient
+from .base.tokenizers import older_tokenizer_name
+from .base.trainer import AnyDataset, BaseTrainer
 from .sft_config import SFTConfig
-from .tokenizers import older_tokenizer_name
 
 logger = logging.getLogger(__name__)
 

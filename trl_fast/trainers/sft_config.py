@@ -9,7 +9,7 @@ from trl_fast.data.dataset_packing import OLDER_STRATEGIES, PACKING_STRATEGIES
 from trl_fast.data.sft import SFTFormat, SFTLength
 from trl_fast.losses.sft import TOKEN_LOSSES
 
-from .base_config import BaseConfig, deprecated, older_name
+from .base.config import BaseConfig, deprecated, older_name
 
 _OLDER_DATASET_KWARGS = ("add_special_tokens", "append_concat_token")
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .callbacks import TokenCounter
+from ..base.callbacks import TokenCounter
 
 
 class WholeStep(TrainerCallback):

@@ -7,8 +7,8 @@ from typing import Any
 
 from trl_fast.rollout import SamplingSettings
 
-from .base_config import older_name
-from .reference_config import ReferenceConfig
+from ..base.config import older_name
+from ..base.reference_config import ReferenceConfig
 
 VLLM_MODES = ("colocate", "server")
 

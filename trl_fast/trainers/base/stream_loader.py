@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from trl_fast.data import TokenBatch
 
-from .base_config import BaseConfig
+from .config import BaseConfig
 
 logger = logging.getLogger(__name__)
 

@@ -22,17 +22,17 @@ from trl_fast.ops import TokenScores
 from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, TransformersEngine, end_token_ids
 from trl_fast.rollout.samples import Samples
 
-from .base import AnyDataset
-from .completions import CompletionsLog
+from ..base.metric_buffer import MetricBuffer
+from ..base.reference import ReferenceTrainer
+from ..base.tokenizers import older_tokenizer_name
+from ..base.trainer import AnyDataset
+from .completions_log import CompletionsLog
+from .config import OnlineConfig
 from .generation_buffer import GenerationBuffer
-from .metrics import MetricBuffer
-from .online_config import OnlineConfig
-from .online_metrics import GenerationMetrics
+from .generation_metrics import GenerationMetrics
+from .micro_batches import Update, UpdateMaker
 from .prompt_loaders import PromptLoaders
-from .reference import ReferenceTrainer
 from .rollouts import Rollouts, token_vectors
-from .tokenizers import older_tokenizer_name
-from .updates import Update, UpdateMaker
 
 RewardSource = Callable[..., list] | str | PreTrainedModel
 

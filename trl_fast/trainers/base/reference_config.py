@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base_config import BaseConfig, older_name
+from .config import BaseConfig, older_name
 
 
 @dataclass

@@ -19,16 +19,16 @@ from trl_fast.modeling.positions import check_positions
 from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
 from trl_fast.ops.validation import NotFiniteError
 
-from .base_config import ROW_LAYOUTS, BaseConfig
 from .callbacks import EpochAnnouncer, TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
+from .config import ROW_LAYOUTS, BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
-from .layers import set_up_layers, warn_of_reentrant_router
-from .metrics import MetricBuffer
+from .metric_buffer import MetricBuffer
 from .model_card import model_card
+from .model_setup import set_up_layers, warn_of_reentrant_router
 from .progress import close_progress
-from .streams import StreamLoader, forbid_dispatching
+from .stream_loader import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)

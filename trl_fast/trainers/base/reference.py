@@ -14,10 +14,10 @@ from trl_fast.modeling.reference import copy_adapter_as_reference, copy_as_refer
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.ops import TokenScores
 
-from .base import BaseTrainer
 from .callbacks import SyncRefModelCallback
-from .layers import router_coefficient, set_up_layers
+from .model_setup import router_coefficient, set_up_layers
 from .reference_config import ReferenceConfig
+from .trainer import BaseTrainer
 
 
 class ReferenceTrainer(BaseTrainer):

@@ -12,8 +12,8 @@ from trl_fast.losses.policy import PolicyTable
 from trl_fast.losses.ppo import ppo_table
 from trl_fast.rollout.samples import Samples
 
-from .critics import Critic
-from .updates import UpdateMaker
+from ..online.micro_batches import UpdateMaker
+from .critic import Critic
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_fast.rollout.samples import Samples
 
-from .online_config import OnlineConfig
+from .config import OnlineConfig
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from trl_fast.data import TokenBatch
 from trl_fast.modeling.reference import reference_hash, with_reference_columns
 
-from .base import AnyDataset
 from .preference_config import PreferenceConfig
 from .reference import ReferenceTrainer
 from .tokenizers import older_tokenizer_name
+from .trainer import AnyDataset
 
 
 class PreferenceTrainer(ReferenceTrainer):

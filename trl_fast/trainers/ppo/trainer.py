@@ -31,16 +31,16 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.value_scoring import make_value_model
 from trl_fast.rollout import RolloutEngine, TransformersEngine
 
-from .base import AnyDataset
-from .completions import CompletionsLog
-from .critics import Critic, RewardSource, load_reward_source, make_reward_functions
+from ..base.metric_buffer import MetricBuffer
+from ..base.reference import ReferenceTrainer
+from ..base.tokenizers import older_tokenizer_name
+from ..base.trainer import AnyDataset
+from ..online.completions_log import CompletionsLog
+from ..online.micro_batches import UpdateMaker
+from .config import PPOConfig
+from .critic import Critic, RewardSource, load_reward_source, make_reward_functions
 from .experience import Experience, PPOUpdate, make_update
-from .metrics import MetricBuffer
-from .ppo_config import PPOConfig
-from .ppo_rollouts import PPORollouts, end_tokens
-from .reference import ReferenceTrainer
-from .tokenizers import older_tokenizer_name
-from .updates import UpdateMaker
+from .rollouts import PPORollouts, end_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from trl_fast.data import is_conversational
 from trl_fast.rollout import Rollout, RolloutEngine, Toolbox, ToolLoop, ToolRollout
 from trl_fast.rollout.responses import find_response_template, parse_message
 
-from .grpo_config import GRPOConfig
+from ..grpo_config import GRPOConfig
 
 
 class ToolUse:

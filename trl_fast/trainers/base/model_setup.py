@@ -14,7 +14,7 @@ from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
-from .base_config import BaseConfig
+from .config import BaseConfig
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 from trl_fast.losses.ppo import KL_ESTIMATORS
 from trl_fast.rollout import SamplingSettings
 
-from .base_config import older_name
-from .reference_config import ReferenceConfig
+from ..base.config import older_name
+from ..base.reference_config import ReferenceConfig
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .base_config import BaseConfig, deprecated
+from .config import BaseConfig, deprecated
 
 
 def checked_tokenizer(

@@ -22,8 +22,8 @@ from trl_fast.rollout import RewardFunctions
 from trl_fast.rollout.samples import Samples
 from trl_fast.rollout.token_rewards import TokenRewardModel
 
-from .layers import set_up_layers
-from .ppo_config import PPOConfig
+from ..base.model_setup import set_up_layers
+from .config import PPOConfig
 
 RewardSource = Callable[..., list] | str | PreTrainedModel
 WEIGHTS_FILE = "model.safetensors"

@@ -20,11 +20,11 @@ from trl_fast.modeling.scoring import evaluating
 from trl_fast.rollout import Rollout
 from trl_fast.rollout.samples import Samples
 
-from .base import AnyDataset
-from .completions import CompletionsLog
-from .online_metrics import GenerationMetrics
-from .ppo_config import PPOConfig
-from .rollouts import Rollouts
+from ..base.trainer import AnyDataset
+from ..online.completions_log import CompletionsLog
+from ..online.generation_metrics import GenerationMetrics
+from ..online.rollouts import Rollouts
+from .config import PPOConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from trl_fast.data.sampler import RepeatSampler, repeat_stream
 
-from .base import AnyDataset
+from ..base.trainer import AnyDataset
 
 
 class PromptLoaders:

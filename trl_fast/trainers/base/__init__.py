@@ -1,0 +1,1 @@
+"""Parts that the trainers of all methods share."""

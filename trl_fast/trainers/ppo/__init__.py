@@ -1,0 +1,1 @@
+"""Parts of PPO: config, trainer, critic, rollouts."""
