@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_fast.losses.advantages import group_advantages, leave_one_out_advantages, nan_std
-from trl_fast.losses.importance import importance_ratios
+from trl_fast.losses.importance_sampling import importance_ratios
 
 NAN = math.nan
 ONE = torch.ones(1)

@@ -11,7 +11,7 @@ import trl_fast.data.packing as packing
 import trl_fast.rollout.vllm_engine as vllm_engine
 from support.rollouts import FixedEngine, FixedRollout, brevity, color_prompts, vowels
 from support.training import assert_same_logs, make_trainer
-from trl_fast.losses.policy import LOSSES
+from trl_fast.losses.policy_gradient import LOSSES
 
 # The metrics are TRL's to the last digit only if no completion is left out or moved to another micro-batch.
 BASE = {

@@ -13,7 +13,7 @@ import trl_fast
 from trl_fast.cli.arguments import ModelConfig
 from trl_fast.losses.dpo import DPOLossConfig
 from trl_fast.losses.kto import KTOLossConfig
-from trl_fast.losses.policy import PolicyLossConfig
+from trl_fast.losses.policy_gradient import PolicyLossConfig
 from trl_fast.planning.setup import Setup
 from trl_fast.ranges import FINITE, RANGES, Range, check_ranges, range_of
 from trl_fast.rollout import SamplingSettings

@@ -1,6 +1,6 @@
 """Dataset formats → token trees → packed batches."""
 
-from .chat import (
+from .chat_template import (
     apply_chat_template,
     is_conversational_from_value,
     maybe_apply_chat_template,
@@ -16,7 +16,6 @@ from .checks import (
     check_tokenizer,
     longest_sequence,
 )
-from .collator import DataCollatorForPreference
 from .dataset_packing import pack_dataset, truncate_dataset
 from .formats import (
     extract_prompt,
@@ -26,8 +25,16 @@ from .formats import (
     tokenize_preference,
     tokenize_unpaired,
 )
-from .kto import DataCollatorForUnpairedPreference, prepare_unpaired_dataset
-from .labelled import (
+from .packing import LAYOUTS, TokenBatch, pack_trees
+from .preference import DataCollatorForPreference
+from .reward_modeling import (
+    DataCollatorForReward,
+    RewardCollator,
+    prepare_reward_dataset,
+    reward_batch,
+    tokenize_reward,
+)
+from .sft_batch import (
     ConvertingCollator,
     DataCollatorForLanguageModeling,
     LabelledCollator,
@@ -35,12 +42,11 @@ from .labelled import (
     pack_labelled,
     unpacked,
 )
-from .packing import LAYOUTS, TokenBatch, pack_trees
-from .reward import DataCollatorForReward, RewardCollator, prepare_reward_dataset, reward_batch, tokenize_reward
-from .sft import SFTFormat, SFTLength, prepare_sft_dataset, tokenize_sft
-from .training_templates import get_training_chat_template, has_generation_marks, trains_stop_token
-from .trees import TRUNCATION_MODES, Tree, truncate_tree
+from .sft_dataset import SFTFormat, SFTLength, prepare_sft_dataset, tokenize_sft
+from .token_trees import TRUNCATION_MODES, Tree, truncate_tree
+from .training_chat_template import get_training_chat_template, has_generation_marks, trains_stop_token
 from .unpaired import maybe_unpair_preference_dataset, unpair_preference_dataset
+from .unpaired_preference import DataCollatorForUnpairedPreference, prepare_unpaired_dataset
 from .validation import ValidationReport, validate
 
 __all__ = [

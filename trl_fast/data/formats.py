@@ -15,7 +15,7 @@ from .checks import (
     check_preference_row,
     check_tokenizer,
 )
-from .trees import TRUNCATION_MODES
+from .token_trees import TRUNCATION_MODES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .transfer import sent
-from .trees import Tree, truncate_tree
+from .device_transfer import sent
+from .token_trees import Tree, truncate_tree
 
 LAYOUTS = ("shared_prefix", "packed", "padded")
 # A shorter prompt is cheaper to compute once more than to attend to apart.

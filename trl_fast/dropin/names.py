@@ -44,7 +44,7 @@ MODULES: dict[str, dict[str, str]] = {
         **_MODEL_ARGUMENTS,
         "SIMPLE_CHAT_TEMPLATE": "trl_fast.modeling.chat_template",
         "disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout",
-        "RepeatSampler": "trl_fast.data.sampler",
+        "RepeatSampler": "trl_fast.data.repeat_sampler",
         "selective_log_softmax": "trl_fast.ops",
     },
     "trl.models": dict.fromkeys(("create_reference_model", "setup_chat_format"), "trl_fast"),

@@ -40,7 +40,7 @@ from trl_fast.ops.pair_formulas import (
 )
 from trl_fast.ranges import check_ranges
 
-from .metrics import Metric
+from .mean_metric import Metric
 
 # All tokens of a batch.
 ALL = slice(None)

@@ -16,7 +16,7 @@ import torch
 
 from trl_fast.ranges import check_ranges
 
-from .metrics import Metric
+from .mean_metric import Metric
 
 LOSSES = ("kto", "apo_zero_unpaired")
 # All tokens of a batch.

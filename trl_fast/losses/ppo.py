@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trl_fast.ops.policy_loss import kl_estimates
 
-from .metrics import Metric
-from .policy import PolicyLossConfig, PolicyTable, TokenScores, grpo_loss, policy_terms
+from .mean_metric import Metric
+from .policy_gradient import PolicyLossConfig, PolicyTable, TokenScores, grpo_loss, policy_terms
 
 KL_ESTIMATORS = ("k1", "k3")
 # Keeps equal values finite, as in TRL.

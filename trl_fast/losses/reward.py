@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .metrics import Metric
+from .mean_metric import Metric
 
 
 def reward_loss(

@@ -8,7 +8,7 @@ import torch
 
 from trl_fast.ops import TokenScores
 
-from .metrics import Metric
+from .mean_metric import Metric
 
 # What the losses and metrics read, by the names that `linear_token_loss` knows them under.
 OUTPUTS = ("logprobs", "entropy", "is_top1")

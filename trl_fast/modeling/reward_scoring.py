@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch
-from trl_fast.data.reward import REWARD_POSITIONS, reward_batch
+from trl_fast.data.reward_modeling import REWARD_POSITIONS, reward_batch
 
 from .attention import keep_score_caps, supports_packed
 from .loading import backbone, unbound_forward

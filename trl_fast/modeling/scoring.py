@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from trl_fast.data.device_transfer import sent
 from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch, pack_trees
-from trl_fast.data.transfer import sent
-from trl_fast.data.trees import Tree
+from trl_fast.data.token_trees import Tree
 from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
 from trl_fast.ops.linear_token_loss import TokenLoss
 from trl_fast.ops.scores import detached

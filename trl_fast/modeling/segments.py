@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from trl_fast.data.transfer import sent
+from trl_fast.data.device_transfer import sent
 from trl_fast.ops.attention_merge import merge_attention, merge_into
 from trl_fast.ops.products import gemm_dtype
 

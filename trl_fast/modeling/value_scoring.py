@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from trl_fast.data.packing import TokenBatch
-from trl_fast.data.reward import REWARD_POSITIONS
+from trl_fast.data.reward_modeling import REWARD_POSITIONS
 
 from .attention import supports_sharing, use_segment_attention
 from .loading import backbone, is_quantized

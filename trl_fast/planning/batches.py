@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_fast.data import TokenBatch, Tree, pack_labelled, pack_trees
-from trl_fast.data.reward import reward_batch
+from trl_fast.data.reward_modeling import reward_batch
 
 from .setup import Setup
 

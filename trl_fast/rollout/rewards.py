@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_fast.data.chat import apply_chat_template
+from trl_fast.data.chat_template import apply_chat_template
 from trl_fast.data.formats import is_conversational
 from trl_fast.modeling.loading import is_quantized, load_reward_model
 

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from trl_fast.data.packing import TokenBatch, pack_trees
-from trl_fast.data.trees import Tree
+from trl_fast.data.token_trees import Tree
 
 # Fields that hold one vector a completion, as long as it is.
 TOKEN_FIELDS = ("mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_ratios")

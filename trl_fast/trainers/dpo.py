@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TOKEN_COLUMNS, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
-from trl_fast.data.collator import REFERENCE_COLUMNS
+from trl_fast.data.preference import REFERENCE_COLUMNS
 from trl_fast.losses.dpo import PreferenceTable, dpo_loss, dpo_metrics
 
 from .base.preference import PreferenceTrainer, padded_rows

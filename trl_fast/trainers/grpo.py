@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from trl_fast.losses.advantages import Advantages, group_advantages
-from trl_fast.losses.importance import importance_ratios
-from trl_fast.losses.policy import LOSSES, PolicyTable, grpo_loss
+from trl_fast.losses.importance_sampling import importance_ratios
+from trl_fast.losses.policy_gradient import LOSSES, PolicyTable, grpo_loss
 from trl_fast.ops import TokenScores
 from trl_fast.rollout.samples import Samples
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from trl_fast.losses.policy import LOSSES, PolicyLossConfig
+from trl_fast.losses.policy_gradient import LOSSES, PolicyLossConfig
 
 from .base.config import older_name
 from .online.config import OnlineConfig
@@ -21,7 +21,7 @@ _BY_TOKEN = ("bnpo", "dr_grpo", "dapo", "cispo")
 
 @dataclass
 class GRPOConfig(OnlineConfig):
-    """Arguments of GRPOTrainer. Those of the loss are explained in `trl_fast.losses.policy`.
+    """Arguments of GRPOTrainer. Those of the loss are explained in `trl_fast.losses.policy_gradient`.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.

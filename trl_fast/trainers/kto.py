@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch
-from trl_fast.data.kto import (
+from trl_fast.data.unpaired_preference import (
     BOTH,
     KL_COLUMN,
     LABEL,

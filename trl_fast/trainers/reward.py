@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_fast.data import TokenBatch
-from trl_fast.data.reward import (
+from trl_fast.data.reward_modeling import (
     MARGIN,
     SEQUENCE_COLUMNS,
     ConvertingRewardCollator,

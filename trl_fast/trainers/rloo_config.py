@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl_fast.losses.policy import PolicyLossConfig
+from trl_fast.losses.policy_gradient import PolicyLossConfig
 
 from .online.config import OnlineConfig
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl_fast.data.dataset_packing import OLDER_STRATEGIES, PACKING_STRATEGIES
-from trl_fast.data.sft import SFTFormat, SFTLength
+from trl_fast.data.sft_dataset import SFTFormat, SFTLength
 from trl_fast.losses.sft import TOKEN_LOSSES
 
 from .base.config import BaseConfig, deprecated, older_name

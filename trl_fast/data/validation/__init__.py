@@ -2,6 +2,6 @@
 
 from .findings import Finding, Kind
 from .report import ValidationReport
-from .run import validate
+from .validator import validate
 
 __all__ = ["Finding", "Kind", "ValidationReport", "validate"]

@@ -11,9 +11,9 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from .across import LENGTH_COLUMNS, SplitTable
 from .findings import SEVERITIES, Finding
-from .records import SIDES
+from .preference_record import SIDES
+from .split_checks import LENGTH_COLUMNS, SplitTable
 
 FAIL_ON = ("error", "warning", "never")
 PERCENTILES = (50, 95, 100)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
-from trl_fast.data.transfer import sent
+from trl_fast.data.device_transfer import sent
 from trl_fast.losses.advantages import Advantages, nan_std
-from trl_fast.losses.policy import PolicyMetrics
+from trl_fast.losses.policy_gradient import PolicyMetrics
 from trl_fast.rollout import Rollout
 
 from .generation_warnings import GenerationWarnings

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from trl_fast.data import TokenBatch
-from trl_fast.data.transfer import sent
-from trl_fast.losses.policy import PolicyTable
+from trl_fast.data.device_transfer import sent
+from trl_fast.losses.policy_gradient import PolicyTable
 from trl_fast.rollout.samples import TOKEN_FIELDS, Samples
 
 

@@ -13,9 +13,9 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_fast.data import TokenBatch, longest_sequence
-from trl_fast.data.prompts import PROMPT_IDS, prepare_prompt_dataset
+from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.losses.advantages import Advantages
-from trl_fast.losses.policy import Window, grpo_loss, grpo_metrics, sequence_weights
+from trl_fast.losses.policy_gradient import Window, grpo_loss, grpo_metrics, sequence_weights
 from trl_fast.modeling.head import use_float32_head
 from trl_fast.modeling.loading import base_model
 from trl_fast.ops import TokenScores

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_fast.data import TokenBatch
-from trl_fast.losses.policy import PolicyTable
+from trl_fast.losses.policy_gradient import PolicyTable
 from trl_fast.losses.ppo import ppo_table
 from trl_fast.rollout.samples import Samples
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import longest_sequence
-from trl_fast.data.prompts import PROMPT_IDS, prepare_prompt_dataset, prompts_of_tokens
-from trl_fast.data.sampler import RepeatSampler, repeat_stream
+from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset, prompts_of_tokens
+from trl_fast.data.repeat_sampler import RepeatSampler, repeat_stream
 from trl_fast.losses.advantages import Advantages, summed_rewards
 from trl_fast.losses.ppo import kl_penalties, rollout_metrics
 from trl_fast.modeling.scoring import evaluating

@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_fast.data.prompts import PROMPT_IDS
+from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.ppo import (
     KLController,
     States,

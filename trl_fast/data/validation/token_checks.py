@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks import check_tokenizer
 from ..formats import common_prefix_length
 from .findings import Hits, Kind, quote
-from .records import SIDES, Content, Context, Record, TokenIds
+from .preference_record import SIDES, Content, Context, Record, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,8 @@ from trl import KTOTrainer
 
 from support.tokenizer import EOS, build_tokenizer
 from support.training import color_labels, color_pairs
-from trl_fast.data.kto import (
+from trl_fast.data.packing import LAYOUTS
+from trl_fast.data.unpaired_preference import (
     BOTH,
     LABEL,
     MISMATCHED,
@@ -21,7 +22,6 @@ from trl_fast.data.kto import (
     prepare_unpaired_dataset,
     warn_of_balance,
 )
-from trl_fast.data.packing import LAYOUTS
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 ROW = {"prompt": "a", "completion": " b", "label": True}

@@ -20,7 +20,7 @@ import torch
 from trl_fast.ops.policy_loss import MAX_LOG_RATIO, cispo_terms, clip_terms, kl_estimates, policy_loss, sapo_terms
 from trl_fast.ranges import check_ranges
 
-from .metrics import Metric
+from .mean_metric import Metric
 
 ALL = slice(None)
 LEVELS = ("token", "sequence", "product")

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from trl_fast.data import validate
-from trl_fast.data.validation.across import hanley_mcneil_interval, probability_longer, wilson_interval
+from trl_fast.data.validation.split_checks import hanley_mcneil_interval, probability_longer, wilson_interval
 
 
 def pairs(*rows):

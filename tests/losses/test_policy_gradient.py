@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trl_fast.losses import policy
-from trl_fast.losses.policy import LOSSES, PolicyLossConfig, PolicyTable, Window, grpo_loss, sequence_weights
+from trl_fast.losses import policy_gradient as policy
+from trl_fast.losses.policy_gradient import LOSSES, PolicyLossConfig, PolicyTable, Window, grpo_loss, sequence_weights
 
 LENGTHS = [3, 1, 5, 2]
 

@@ -15,9 +15,9 @@ from datasets import Dataset, IterableDataset
 
 from .checks import check_completions, check_preference_columns, check_preference_row, check_tokenizer
 from .formats import common_prefix_length, end_with, map_options
-from .labelled import pad
 from .packing import TokenBatch, pack_trees
-from .trees import Tree
+from .sft_batch import pad
+from .token_trees import Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

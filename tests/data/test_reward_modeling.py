@@ -12,7 +12,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from support.tokenizer import EOS, build_tokenizer
 from trl_fast.data.packing import LAYOUTS
-from trl_fast.data.reward import (
+from trl_fast.data.reward_modeling import (
     ConvertingRewardCollator,
     DataCollatorForReward,
     RewardCollator,

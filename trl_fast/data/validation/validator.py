@@ -8,13 +8,13 @@ from rich.progress import Progress
 
 from trl_fast.console import make_console, progress_columns
 
-from .across import CROSS_CHECKS, SPLIT_CHECKS, SplitTable
-from .content import CONTENT_CHECKS
-from .conversations import CONVERSATION_CHECKS
 from .findings import SEVERITIES, Finding, Kind
-from .records import Context, check_columns, make_record, read_slices
+from .message_checks import CONVERSATION_CHECKS
+from .preference_record import Context, check_columns, make_record, read_slices
 from .report import ValidationReport
-from .tokens import TOKEN_CHECKS, tokenize
+from .split_checks import CROSS_CHECKS, SPLIT_CHECKS, SplitTable
+from .text_checks import CONTENT_CHECKS
+from .token_checks import TOKEN_CHECKS, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

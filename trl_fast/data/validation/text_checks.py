@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 from functools import cache
 
 from .findings import Hits, Kind, quote
-from .records import SIDES, Context, Record
+from .preference_record import SIDES, Context, Record
 
 NEAR_IDENTICAL_SHARE = 0.95
 NEAR_IDENTICAL_MIN_WORDS = 20

@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from support.tokenizer import EOS, build_tokenizer
-from trl_fast.data.training_templates import get_training_chat_template, has_generation_marks, trains_stop_token
+from trl_fast.data.training_chat_template import get_training_chat_template, has_generation_marks, trains_stop_token
 
 TRL_TEMPLATES = files("trl") / "chat_templates"
 

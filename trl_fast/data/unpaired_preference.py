@@ -19,7 +19,7 @@ from .formats import (
     tokenize_unpaired,
 )
 from .packing import TokenBatch, pack_trees
-from .trees import Tree
+from .token_trees import Tree
 from .unpaired import maybe_unpair_preference_dataset
 
 if TYPE_CHECKING:

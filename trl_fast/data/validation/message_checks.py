@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from .findings import Hits, Kind, quote
-from .records import Context, Record, message_text
+from .preference_record import Context, Record, message_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What may follow what; None is the beginning.

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from support.tokenizer import BOS, EOS, build_tokenizer
 from trl_fast.data import prepare_preference_dataset, validate
-from trl_fast.data.validation.content import NEAR_IDENTICAL_SHARE, main_script, word_similarity
+from trl_fast.data.validation.text_checks import NEAR_IDENTICAL_SHARE, main_script, word_similarity
 
 # What is always said.
 FACTS = {"length_share", "label_balance"}

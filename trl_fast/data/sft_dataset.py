@@ -12,13 +12,13 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 
-from .chat import maybe_convert_to_chatml
+from .chat_template import maybe_convert_to_chatml
 from .checks import check_tokenizer
 from .dataset_packing import pack_dataset
 from .formats import common_prefix_length, end_with, is_conversational, map_options, warn_of_prompt_tail
-from .labelled import IGNORED
+from .sft_batch import IGNORED
 from .sft_checks import check_first_row, check_row, place, row_lengths
-from .trees import TRUNCATION_MODES
+from .token_trees import TRUNCATION_MODES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

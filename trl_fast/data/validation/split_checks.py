@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .content import main_script
 from .findings import Finding, Kind
-from .records import SIDES, Record
+from .preference_record import SIDES, Record
+from .text_checks import main_script
 
 # Any odd number: multiplying by it is a bijection of 64-bit numbers, here it tells (A, B) from (B, A).
 _MIX = np.uint64(0x9E3779B97F4A7C15)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .packing import TokenBatch, pack_trees
-from .trees import Tree
+from .token_trees import Tree
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 

@@ -3,7 +3,7 @@
 import pytest
 from trl.trainer.utils import RepeatSampler as TRLRepeatSampler
 
-from trl_fast.data.sampler import RepeatSampler
+from trl_fast.data.repeat_sampler import RepeatSampler
 
 SETTINGS = [
     {"mini_repeat_count": 1},
