@@ -211,7 +211,7 @@ def _loss_cases() -> Iterator[KernelCase]:
             f"pair_loss {loss_type}",
             losses.pair_loss_kernel,
             "logprobs ref_logprobs losses sequence_logprobs slopes",
-            {"starts": "*i64", "lengths": "*i64"},
+            {"cu_seqlens": "*i64", "lengths": "*i64"},
             "beta eps log_eps log_one_minus_eps tau",
             {
                 "LOSS": loss_type,
@@ -225,7 +225,7 @@ def _loss_cases() -> Iterator[KernelCase]:
         "pair_loss_backward",
         losses.pair_loss_backward_kernel,
         "slopes grad_losses grad_sequence_logprobs out",
-        {"starts": "*i64", "losses_stride": "i64", "sequences_stride": "i64"},
+        {"cu_seqlens": "*i64", "losses_stride": "i64", "sequences_stride": "i64"},
         "",
         {"HAS_LOSSES": True, "HAS_SEQUENCES": True, "BLOCK": losses.BLOCK},
         losses.NUM_WARPS,

@@ -91,10 +91,10 @@ def _separate_loss(chosen, rejected, beta, LOSS: tl.constexpr):
 
 
 @triton.jit
-def _sequence_sum(logprobs, starts, sequence, BLOCK: tl.constexpr):
-    end = tl.load(starts + sequence + 1)
+def _sequence_sum(logprobs, cu_seqlens, sequence, BLOCK: tl.constexpr):
+    end = tl.load(cu_seqlens + sequence + 1)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(tl.load(starts + sequence), end, BLOCK):
+    for start in range(tl.load(cu_seqlens + sequence), end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         total += tl.load(logprobs + tokens, mask=tokens < end, other=0.0)
     return tl.sum(total, 0)
@@ -103,7 +103,7 @@ def _sequence_sum(logprobs, starts, sequence, BLOCK: tl.constexpr):
 @triton.jit
 def pair_loss_kernel(
     logprobs,
-    starts,
+    cu_seqlens,
     ref_logprobs,
     lengths,
     losses,
@@ -122,8 +122,8 @@ def pair_loss_kernel(
     """One program a pair."""
     pair = tl.program_id(0).to(tl.int64)
     chosen, rejected = 2 * pair, 2 * pair + 1
-    chosen_logprob = _sequence_sum(logprobs, starts, chosen, BLOCK)
-    rejected_logprob = _sequence_sum(logprobs, starts, rejected, BLOCK)
+    chosen_logprob = _sequence_sum(logprobs, cu_seqlens, chosen, BLOCK)
+    rejected_logprob = _sequence_sum(logprobs, cu_seqlens, rejected, BLOCK)
     chosen_scale, rejected_scale = beta, beta
     if NORMALIZED:
         chosen_scale /= tl.maximum(tl.load(lengths + chosen), 1).to(tl.float32)
@@ -146,7 +146,7 @@ def pair_loss_kernel(
 @triton.jit(do_not_specialize=["losses_stride", "sequences_stride"])
 def pair_loss_backward_kernel(
     slopes,
-    starts,
+    cu_seqlens,
     grad_losses,
     losses_stride,
     grad_sequence_logprobs,
@@ -163,8 +163,8 @@ def pair_loss_backward_kernel(
         grad += tl.load(slopes + sequence) * tl.load(grad_losses + sequence // 2 * losses_stride)
     if HAS_SEQUENCES:
         grad += tl.load(grad_sequence_logprobs + sequence * sequences_stride)
-    end = tl.load(starts + sequence + 1)
-    first = tl.load(starts + sequence) + tl.program_id(1) * BLOCK
+    end = tl.load(cu_seqlens + sequence + 1)
+    first = tl.load(cu_seqlens + sequence) + tl.program_id(1) * BLOCK
     for start in range(first, end, tl.num_programs(1) * BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         tl.store(out + tokens, tl.zeros([BLOCK], tl.float32) + grad, mask=tokens < end)
@@ -286,7 +286,7 @@ def policy_loss_kernel(
 @on_tensors_device
 def pair_loss_forward(
     logprobs: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     ref_logprobs: torch.Tensor,
     lengths: torch.Tensor,
     loss_type: str,
@@ -299,13 +299,13 @@ def pair_loss_forward(
 ) -> None:
     """Fills losses (P,), sequence_logprobs (S,) and slopes (S,), the derivative of its pair's loss by each of those.
 
-    logprobs (N,), ref_logprobs (S,) float32; starts (S + 1,), lengths (S,) int64; all contiguous.
+    logprobs (N,), ref_logprobs (S,) float32; cu_seqlens (S + 1,), lengths (S,) int64; all contiguous.
     """
     if not len(losses):
         return
     pair_loss_kernel[(len(losses),)](
         logprobs,
-        starts,
+        cu_seqlens,
         ref_logprobs,
         lengths,
         losses,
@@ -327,7 +327,7 @@ def pair_loss_forward(
 @on_tensors_device
 def pair_loss_backward(
     slopes: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     grad_losses: torch.Tensor | None,
     grad_sequence_logprobs: torch.Tensor | None,
     out: torch.Tensor,
@@ -343,7 +343,7 @@ def pair_loss_backward(
     programs = max(1, triton.cdiv(len(out), sequences * BLOCK))
     pair_loss_backward_kernel[(sequences, programs)](
         slopes,
-        starts,
+        cu_seqlens,
         slopes if grad_losses is None else grad_losses,
         0 if grad_losses is None else grad_losses.stride(0),
         slopes if grad_sequence_logprobs is None else grad_sequence_logprobs,

@@ -226,7 +226,7 @@ def loss_cases(device: torch.device, sequences: int = 16, longest: int = 3000) -
     old, ref = (logprobs + size * torch.randn(len(branch), generator=generator) for size in (0.4, 0.7))
     advantages = torch.randn(sequences, generator=generator)
     weights = 1 / (lengths.clamp(min=1) * sequences)
-    starts = F.pad(lengths.cumsum(0), (1, 0)).to(device)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device)
     lengths, branch = lengths.to(device), branch.to(device)
 
     def in_dtype(vector: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -236,7 +236,7 @@ def loss_cases(device: torch.device, sequences: int = 16, longest: int = 3000) -
         def run(backend: str, dtype: torch.dtype) -> Tensors:
             leaf = in_dtype(logprobs, dtype).requires_grad_()
             numbers = {"loss_type": loss_type, "beta": 0.3, "label_smoothing": 0.15, "discopop_tau": 0.4}
-            found = pair_loss(leaf, starts, in_dtype(ref_sums, dtype), lengths, **numbers, backend=backend)
+            found = pair_loss(leaf, cu_seqlens, in_dtype(ref_sums, dtype), lengths, **numbers, backend=backend)
             losses = found._asdict()
             total = found.losses.sum() + 0.01 * found.sequence_logprobs.sum()
             return _with_gradients({**losses, "loss": total}, {"logprobs": leaf})

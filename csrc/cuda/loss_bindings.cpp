@@ -16,10 +16,10 @@ const float* floats(const std::optional<at::Tensor>& tensor) {
 
 int64_t stride_of(const std::optional<at::Tensor>& tensor) { return tensor ? tensor->stride(0) : 0; }
 
-void pair_loss_forward(const at::Tensor& logprobs, const at::Tensor& starts, const at::Tensor& ref_logprobs,
+void pair_loss_forward(const at::Tensor& logprobs, const at::Tensor& cu_seqlens, const at::Tensor& ref_logprobs,
                        const at::Tensor& lengths, int64_t loss, double beta, double label_smoothing,
                        double discopop_tau, at::Tensor losses, at::Tensor sequence_logprobs, at::Tensor slopes) {
-  const PairLossArgs args = {logprobs.const_data_ptr<float>(),     starts.const_data_ptr<int64_t>(),
+  const PairLossArgs args = {logprobs.const_data_ptr<float>(),     cu_seqlens.const_data_ptr<int64_t>(),
                              ref_logprobs.const_data_ptr<float>(), lengths.const_data_ptr<int64_t>(),
                              static_cast<PairLoss>(loss),          static_cast<float>(beta),
                              static_cast<float>(label_smoothing),  static_cast<float>(discopop_tau),
@@ -29,12 +29,12 @@ void pair_loss_forward(const at::Tensor& logprobs, const at::Tensor& starts, con
   cuda::launch_pair_loss(args, losses.size(0), c10::cuda::getCurrentCUDAStream());
 }
 
-void pair_loss_backward_out(const at::Tensor& slopes, const at::Tensor& starts,
+void pair_loss_backward_out(const at::Tensor& slopes, const at::Tensor& cu_seqlens,
                             const std::optional<at::Tensor>& grad_losses,
                             const std::optional<at::Tensor>& grad_sequence_logprobs, at::Tensor out) {
   const PairLossBackwardArgs args = {
-      slopes.const_data_ptr<float>(), starts.const_data_ptr<int64_t>(), floats(grad_losses),
-      stride_of(grad_losses),         floats(grad_sequence_logprobs),   stride_of(grad_sequence_logprobs),
+      slopes.const_data_ptr<float>(), cu_seqlens.const_data_ptr<int64_t>(), floats(grad_losses),
+      stride_of(grad_losses),         floats(grad_sequence_logprobs),       stride_of(grad_sequence_logprobs),
       out.mutable_data_ptr<float>()};
   const c10::cuda::CUDAGuard guard(slopes.device());
   cuda::launch_pair_loss_backward(args, slopes.size(0) / 2, out.size(0), c10::cuda::getCurrentCUDAStream());
@@ -76,11 +76,11 @@ void policy_loss_forward(const at::Tensor& logprobs, const std::optional<at::Ten
 
 TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
   m.def(
-      "pair_loss_forward(Tensor logprobs, Tensor starts, Tensor ref_logprobs, Tensor lengths, int loss, float beta, "
-      "float label_smoothing, float discopop_tau, Tensor(a!) losses, Tensor(b!) sequence_logprobs, "
+      "pair_loss_forward(Tensor logprobs, Tensor cu_seqlens, Tensor ref_logprobs, Tensor lengths, int loss, "
+      "float beta, float label_smoothing, float discopop_tau, Tensor(a!) losses, Tensor(b!) sequence_logprobs, "
       "Tensor(c!) slopes) -> ()");
   m.def(
-      "pair_loss_backward_out(Tensor slopes, Tensor starts, Tensor? grad_losses, Tensor? grad_sequence_logprobs, "
+      "pair_loss_backward_out(Tensor slopes, Tensor cu_seqlens, Tensor? grad_losses, Tensor? grad_sequence_logprobs, "
       "Tensor(a!) out) -> ()");
   m.def(
       "policy_loss_forward(Tensor logprobs, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor advantages, "

@@ -109,8 +109,8 @@ __device__ inline PairTerm pair_term(const PairLossArgs& args, float c, float r)
 // The sum of a sequence's log-probabilities, in the first warp.
 __device__ inline float sequence_sum(const PairLossArgs& args, int64_t sequence) {
   float sum = 0.0f;
-  const int64_t end = args.starts[sequence + 1];
-  for (int64_t token = args.starts[sequence] + threadIdx.x; token < end; token += kThreads) {
+  const int64_t end = args.cu_seqlens[sequence + 1];
+  for (int64_t token = args.cu_seqlens[sequence] + threadIdx.x; token < end; token += kThreads) {
     sum += args.logprobs[token];
   }
   return block_sum(sum);
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kThreads) pair_loss_backward_kernel(PairLossBa
   if (args.grad_sequence_logprobs != nullptr) {
     grad += args.grad_sequence_logprobs[sequence * args.grad_sequence_logprobs_stride];
   }
-  const int64_t end = args.starts[sequence + 1];
-  int64_t token = args.starts[sequence] + int64_t{blockIdx.y} * kThreads + threadIdx.x;
+  const int64_t end = args.cu_seqlens[sequence + 1];
+  int64_t token = args.cu_seqlens[sequence] + int64_t{blockIdx.y} * kThreads + threadIdx.x;
   for (; token < end; token += step) args.out[token] = grad;
 }
 

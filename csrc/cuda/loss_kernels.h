@@ -26,7 +26,7 @@ enum class PairLoss : int64_t {
 
 struct PairLossArgs {
   const float* logprobs;
-  const int64_t* starts;  // (2 * pairs + 1,)
+  const int64_t* cu_seqlens;  // (2 * pairs + 1,)
   const float* ref_logprobs;
   const int64_t* lengths;
   PairLoss loss;
@@ -40,7 +40,7 @@ struct PairLossArgs {
 
 struct PairLossBackwardArgs {
   const float* slopes;
-  const int64_t* starts;
+  const int64_t* cu_seqlens;
   const float* grad_losses;  // or null
   int64_t grad_losses_stride;
   const float* grad_sequence_logprobs;  // or null

@@ -35,12 +35,12 @@ def structure(name: str, fields: str) -> type[ctypes.Structure]:
 
 PairLossArgs = structure(
     "PairLossArgs",
-    "*logprobs *starts *ref_logprobs *lengths loss ~beta ~label_smoothing ~discopop_tau "
+    "*logprobs *cu_seqlens *ref_logprobs *lengths loss ~beta ~label_smoothing ~discopop_tau "
     "*losses *sequence_logprobs *slopes",
 )
 PairLossBackwardArgs = structure(
     "PairLossBackwardArgs",
-    "*slopes *starts *grad_losses grad_losses_stride *grad_sequence_logprobs grad_sequence_logprobs_stride *out",
+    "*slopes *cu_seqlens *grad_losses grad_losses_stride *grad_sequence_logprobs grad_sequence_logprobs_stride *out",
 )
 PolicyLossArgs = structure(
     "PolicyLossArgs",
@@ -65,20 +65,20 @@ class HostKernels:
         self.calls += 1
         getattr(self.library, name)(ctypes.byref(args), *map(ctypes.c_int64, sizes), ctypes.c_uint(self.calls))
 
-    def pair_loss_forward(self, logprobs, starts, ref_logprobs, lengths, loss_type, *rest) -> None:
+    def pair_loss_forward(self, logprobs, cu_seqlens, ref_logprobs, lengths, loss_type, *rest) -> None:
         *numbers, losses, sequence_logprobs, slopes = rest
-        inputs = map(address, (logprobs, starts, ref_logprobs, lengths))
+        inputs = map(address, (logprobs, cu_seqlens, ref_logprobs, lengths))
         outputs = map(address, (losses, sequence_logprobs, slopes))
         args = PairLossArgs(*inputs, list(PAIR_FORMULAS).index(loss_type), *numbers, *outputs)
         self._run("simt_pair_loss", args, len(losses))
 
-    def pair_loss_backward(self, slopes, starts, grad_losses, grad_sequence_logprobs, out) -> None:
+    def pair_loss_backward(self, slopes, cu_seqlens, grad_losses, grad_sequence_logprobs, out) -> None:
         upstream = [
             value
             for grad in (grad_losses, grad_sequence_logprobs)
             for value in (address(grad), 0 if grad is None else grad.stride(0))
         ]
-        args = PairLossBackwardArgs(address(slopes), address(starts), *upstream, address(out))
+        args = PairLossBackwardArgs(address(slopes), address(cu_seqlens), *upstream, address(out))
         self._run("simt_pair_loss_backward", args, len(slopes) // 2, len(out))
 
     def policy_loss_forward(self, *arguments) -> torch.Tensor:

@@ -137,9 +137,9 @@ def test_pair_graph_is_kept_and_differentiated_once():
 def test_pair_opcheck():
     vectors = pair_problem((3, 4, 0, 1)).arguments()
     torch.library.opcheck(_pair_loss, (*vectors, "exo_pair", *NUMBERS.values(), "triton"))
-    slopes, starts = torch.randn(4), vectors[1]
+    slopes, cu_seqlens = torch.randn(4), vectors[1]
     for upstream in ((torch.randn(2), None), (None, torch.randn(4)), (torch.randn(()).expand(2), torch.randn(4))):
-        torch.library.opcheck(_pair_loss_backward, (slopes, starts, 8, *upstream, "triton"))
+        torch.library.opcheck(_pair_loss_backward, (slopes, cu_seqlens, 8, *upstream, "triton"))
 
 
 def run_policy(problem, dtype, backend, **keywords):
@@ -288,12 +288,12 @@ def test_the_dpo_loss_runs_on_the_kernels_where_they_serve(names, rows, monkeypa
     from trl_fast.losses import dpo
 
     problem = pair_problem()
-    logprobs, starts, references, lengths = problem.arguments(torch.float32)
-    branch = torch.arange(len(lengths)).repeat_interleave(starts.diff())
+    logprobs, cu_seqlens, references, lengths = problem.arguments(torch.float32)
+    branch = torch.arange(len(lengths)).repeat_interleave(cu_seqlens.diff())
     table = dpo.PreferenceTable(branch, torch.zeros_like(branch), lengths)
     config = dpo.DPOLossConfig(list(names), beta=0.3)
     # From the third sequence on to the end.
-    chosen = torch.arange(int(starts[2]), len(logprobs)) if rows == "a group" else None
+    chosen = torch.arange(int(cu_seqlens[2]), len(logprobs)) if rows == "a group" else None
     scores = SimpleNamespace(logprobs=logprobs if chosen is None else logprobs[chosen])
     results = []
     for serves in (True, False):

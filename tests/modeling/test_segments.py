@@ -99,27 +99,29 @@ class VarlenOnTheCpu:
     def __init__(self):
         self.calls = []
 
-    def _sequences(self, *starts):
-        borders = [s.tolist() for s in starts]
+    def _sequences(self, *cu_seqlens):
+        borders = [s.tolist() for s in cu_seqlens]
         return zip(*([slice(a, b) for a, b in zip(s[:-1], s[1:], strict=True)] for s in borders), strict=True)
 
     def _heads_first(self, x, heads):
         return x.transpose(0, 1).repeat_interleave(heads // x.shape[1], dim=0)[None]
 
-    def forward(self, q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal, debug, *, scale):
+    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout, causal, debug, *, scale):
         self.calls.append((max_q, max_k, causal))
         out, lse, heads = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0]), q.shape[1]
-        for rows, columns in self._sequences(q_starts, k_starts):
+        for rows, columns in self._sequences(cu_seqlens_q, cu_seqlens_k):
             assert rows.stop - rows.start <= max_q and columns.stop - columns.start <= max_k
             given = (self._heads_first(x, heads) for x in (q[rows], k[columns], v[columns]))
             o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, causal, scale=scale)
             out[rows], lse[:, rows] = o[0].transpose(0, 1), l[0]
         return out, lse, torch.zeros(2), torch.zeros(0), torch.zeros(0)
 
-    def backward(self, g, q, k, v, out, lse, q_starts, k_starts, max_q, max_k, dropout, causal, rng, unused, *, scale):
+    def backward(
+        self, g, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout, causal, rng, unused, *, scale
+    ):
         assert rng.shape == (2,) and unused.shape == (0,)
         grads, heads = [torch.zeros_like(x) for x in (q, k, v)], q.shape[1]
-        for rows, columns in self._sequences(q_starts, k_starts):
+        for rows, columns in self._sequences(cu_seqlens_q, cu_seqlens_k):
             given = [self._heads_first(x, heads) for x in (g[rows], q[rows], k[columns], v[columns], out[rows])]
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *given, lse[None, :, rows], 0.0, causal, scale=scale

@@ -17,8 +17,8 @@ def test_equals_the_loss_of_the_trainer(loss_type):
     arguments = pair_problem(SHORT).arguments(torch.float64)
     losses, sequence_logprobs = pair_loss(*arguments, loss_type=loss_type, **NUMBERS)
 
-    logprobs, starts, ref_logprobs, lengths = arguments
-    sums = torch.stack([part.sum() for part in logprobs.split(starts.diff().tolist())])
+    logprobs, cu_seqlens, ref_logprobs, lengths = arguments
+    sums = torch.stack([part.sum() for part in logprobs.split(cu_seqlens.diff().tolist())])
     pairs = PreferencePairs.from_sequences(
         sums, ref_logprobs, sums - ref_logprobs, lengths, mean_chosen_token_logprob=torch.zeros(())
     )
@@ -58,12 +58,12 @@ def test_sizes(lengths):
 
 
 def test_the_reference_gets_no_gradient():
-    logprobs, starts, ref_logprobs, lengths = pair_problem(SHORT).arguments()
+    logprobs, cu_seqlens, ref_logprobs, lengths = pair_problem(SHORT).arguments()
     ref_logprobs.requires_grad_()
-    pair_loss(logprobs, starts, ref_logprobs, lengths).losses.sum().backward()
+    pair_loss(logprobs, cu_seqlens, ref_logprobs, lengths).losses.sum().backward()
     assert ref_logprobs.grad is None and logprobs.grad is not None
     with torch.no_grad():
-        assert not pair_loss(logprobs, starts, ref_logprobs, lengths).losses.requires_grad
+        assert not pair_loss(logprobs, cu_seqlens, ref_logprobs, lengths).losses.requires_grad
 
 
 def test_backends():
@@ -84,9 +84,9 @@ def test_backends():
         ("ref_logprobs", torch.zeros(6).double(), "ref_logprobs: expected torch.float32, got torch.float64"),
         ("lengths", torch.ones(6), "lengths: expected torch.int64, got torch.float32"),
         ("lengths", torch.ones(6, dtype=torch.int64, device="meta"), "lengths: expected device cpu.*got meta"),
-        ("starts", torch.zeros(6, dtype=torch.int64), r"starts: expected shape \(7,\), got shape \(6,\)"),
-        ("starts", torch.tensor([0, 1, 2, 3, 4, 5, 6]), "starts: expected numbers .* from 0 to the 15 .* 6"),
-        ("starts", torch.tensor([0, 5, 4, 8, 10, 14, 15]), "starts: expected numbers that never fall"),
+        ("cu_seqlens", torch.zeros(6, dtype=torch.int64), r"cu_seqlens: expected shape \(7,\), got shape \(6,\)"),
+        ("cu_seqlens", torch.tensor([0, 1, 2, 3, 4, 5, 6]), "cu_seqlens: expected numbers .* from 0 to the 15 .* 6"),
+        ("cu_seqlens", torch.tensor([0, 5, 4, 8, 10, 14, 15]), "cu_seqlens: expected numbers that never fall"),
     ],
 )
 def test_bad_tensors(field, value, message):

@@ -21,14 +21,14 @@ class PairProblem:
     """Arguments of `pair_loss`, float32."""
 
     logprobs: torch.Tensor
-    starts: torch.Tensor
+    cu_seqlens: torch.Tensor
     ref_logprobs: torch.Tensor
     lengths: torch.Tensor
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
         """The four vectors with floats in `dtype`; the log-probabilities are a fresh leaf."""
         logprobs = self.logprobs.detach().to(dtype, copy=True).requires_grad_()
-        return logprobs, self.starts, self.ref_logprobs.to(dtype), self.lengths
+        return logprobs, self.cu_seqlens, self.ref_logprobs.to(dtype), self.lengths
 
 
 @dataclass

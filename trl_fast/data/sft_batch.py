@@ -225,14 +225,14 @@ class DataCollatorForLanguageModeling:
             for row, value in ((ids, self.pad_token_id), (labels, IGNORED), (positions, 0))
         )
         starts = (positions[0] == 0).nonzero().flatten()
-        bounds = torch.cat((starts, torch.tensor([positions.shape[1]]))).to(torch.int32)
-        longest = int(bounds.diff().max())
-        sequence = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(bounds.diff())
+        cu_seqlens = torch.cat((starts, torch.tensor([positions.shape[1]]))).to(torch.int32)
+        longest = int(cu_seqlens.diff().max())
+        sequence = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(cu_seqlens.diff())
         return {
             "input_ids": ids,
             "labels": labels.masked_fill(positions == 0, IGNORED),
             "position_ids": positions,
-            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu_seqlens),
             **dict.fromkeys(("max_length_q", "max_length_k"), longest),
             "seq_idx": sequence[None],
         }

@@ -345,11 +345,11 @@ def _kernel_losses(
     plain = config.f_divergence_type == "reverse_kl" and config.ld_alpha is None
     if not (plain and kernels_serve(logprobs) and set(config.loss_type) <= PAIR_FORMULAS.keys()):
         return {}
-    starts = F.pad(table.scored_lengths.cumsum(0), (1, 0))
+    cu_seqlens = F.pad(table.scored_lengths.cumsum(0), (1, 0))
     if isinstance(rows, torch.Tensor):
         # The sequences outside lose their tokens: their ends fall together.
-        starts = (starts - rows[0]).clamp(0, len(rows))
-    vectors = (logprobs, starts, ref_logprobs, table.branch_lengths)
+        cu_seqlens = (cu_seqlens - rows[0]).clamp(0, len(rows))
+    vectors = (logprobs, cu_seqlens, ref_logprobs, table.branch_lengths)
     numbers = {name: getattr(config, name) for name in ("beta", "label_smoothing", "discopop_tau")}
     return {name: pair_loss(*vectors, loss_type=name, **numbers).losses for name in config.loss_type}
 

@@ -318,8 +318,8 @@ class _Varlen(NamedTuple):
 
     queries: slice | torch.Tensor
     keys: slice | torch.Tensor
-    query_starts: torch.Tensor
-    key_starts: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
     longest_query: int
     longest_key: int
     causal: bool
@@ -335,17 +335,17 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device) -> tuple
         chosen = [part for part in parts if part.causal == causal]
         if not chosen:
             continue
-        places, starts, longest = [], [], []
+        places, cu_seqlens, longest = [], [], []
         for side in ("queries", "keys"):
             ranges = [getattr(part, side) for part in chosen]
             lengths = [r.stop - r.start for r in ranges]
             places.append(_together(ranges, device))
-            starts.append(sent(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device))
+            cu_seqlens.append(sent(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device))
             longest.append(max(lengths))
         query_of = torch.full((sum(map(sum, trees)),), -1, dtype=torch.int32)
         rows = torch.cat([torch.arange(part.queries.start, part.queries.stop) for part in chosen])
         query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
-        calls.append(_Varlen(*places, *starts, *longest, causal, sent(query_of, device)))
+        calls.append(_Varlen(*places, *cu_seqlens, *longest, causal, sent(query_of, device)))
     return tuple(calls)
 
 
@@ -381,7 +381,7 @@ class CudaParts:
         """out (1, heads, T, D) and lse (heads, T) float32."""
         out = lse = None
         for call in self.calls:
-            lengths = (call.query_starts, call.key_starts, call.longest_query, call.longest_key)
+            lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_query, call.longest_key)
             found, found_lse, *rng_state, _ = torch.ops.aten._flash_attention_forward(
                 *self._given(call), *lengths, 0.0, call.causal, False, scale=self.scale
             )
@@ -399,7 +399,7 @@ class CudaParts:
         grad, out = (x[0].transpose(0, 1) for x in (grad, out))
         for call, rng_state in zip(self.calls, self.rng_state, strict=True):
             rows = call.queries
-            lengths = (call.query_starts, call.key_starts, call.longest_query, call.longest_key)
+            lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_query, call.longest_key)
             found = torch.ops.aten._flash_attention_backward(
                 grad[rows].contiguous(),
                 *self._given(call),

@@ -35,7 +35,7 @@ class _Parameters:
 @torch.library.custom_op("trl_fast::pair_loss", mutates_args=())
 def _pair_loss(
     logprobs: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     ref_logprobs: torch.Tensor,
     lengths: torch.Tensor,
     loss_type: str,
@@ -54,7 +54,7 @@ def _pair_loss(
     losses = logprobs.new_empty(len(ref_logprobs) // 2)
     sequence_logprobs, slopes = torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
     pair_loss_forward(
-        *(logprobs, starts, ref_logprobs, lengths),
+        *(logprobs, cu_seqlens, ref_logprobs, lengths),
         *(loss, beta, label_smoothing, discopop_tau),
         *(losses, sequence_logprobs, slopes),
     )
@@ -62,7 +62,7 @@ def _pair_loss(
 
 
 @_pair_loss.register_fake
-def _(logprobs, starts, ref_logprobs, lengths, *parameters):
+def _(logprobs, cu_seqlens, ref_logprobs, lengths, *parameters):
     losses = logprobs.new_empty(ref_logprobs.shape[0] // 2)
     return losses, torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
 
@@ -70,7 +70,7 @@ def _(logprobs, starts, ref_logprobs, lengths, *parameters):
 @torch.library.custom_op("trl_fast::pair_loss_backward", mutates_args=())
 def _pair_loss_backward(
     slopes: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     num_tokens: int,
     grad_losses: torch.Tensor | None,
     grad_sequence_logprobs: torch.Tensor | None,
@@ -83,30 +83,32 @@ def _pair_loss_backward(
         from trl_fast.kernels.losses import pair_loss_backward
 
     out = slopes.new_empty(num_tokens)
-    pair_loss_backward(slopes, starts, grad_losses, grad_sequence_logprobs, out)
+    pair_loss_backward(slopes, cu_seqlens, grad_losses, grad_sequence_logprobs, out)
     return out
 
 
 @_pair_loss_backward.register_fake
-def _(slopes, starts, num_tokens, grad_losses, grad_sequence_logprobs, backend):
+def _(slopes, cu_seqlens, num_tokens, grad_losses, grad_sequence_logprobs, backend):
     return slopes.new_empty(num_tokens)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    logprobs, starts = inputs[:2]
+    logprobs, cu_seqlens = inputs[:2]
     slopes = output[2]
     ctx.num_tokens, ctx.backend = logprobs.shape[0], inputs[-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(slopes)
-    ctx.save_for_backward(slopes, starts)
+    ctx.save_for_backward(slopes, cu_seqlens)
 
 
 @once_differentiable
 def _backward(ctx, grad_losses, grad_sequence_logprobs, _grad_slopes):
-    slopes, starts = ctx.saved_tensors
+    slopes, cu_seqlens = ctx.saved_tensors
     grad = None
     if grad_losses is not None or grad_sequence_logprobs is not None:
-        grad = _pair_loss_backward(slopes, starts, ctx.num_tokens, grad_losses, grad_sequence_logprobs, ctx.backend)
+        grad = _pair_loss_backward(
+            slopes, cu_seqlens, ctx.num_tokens, grad_losses, grad_sequence_logprobs, ctx.backend
+        )
     return grad, *[None] * 8
 
 
@@ -115,14 +117,14 @@ _pair_loss.register_autograd(_backward, setup_context=_setup_context)
 
 def _reference(
     logprobs: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     ref_logprobs: torch.Tensor,
     lengths: torch.Tensor,
     loss_type: str,
     parameters: _Parameters,
 ) -> PairLoss:
-    sequences = torch.arange(len(ref_logprobs), device=starts.device)
-    sequence = sequences.repeat_interleave(starts.diff(), output_size=len(logprobs))
+    sequences = torch.arange(len(ref_logprobs), device=cu_seqlens.device)
+    sequence = sequences.repeat_interleave(cu_seqlens.diff(), output_size=len(logprobs))
     sequence_logprobs = torch.zeros_like(ref_logprobs).index_add(0, sequence, logprobs)
     logratios = sequence_logprobs - ref_logprobs
     pairs = PairValues.from_sequences(sequence_logprobs, ref_logprobs, logratios, lengths)
@@ -130,27 +132,27 @@ def _reference(
 
 
 def _check_inputs(
-    logprobs: torch.Tensor, starts: torch.Tensor, ref_logprobs: torch.Tensor, lengths: torch.Tensor
+    logprobs: torch.Tensor, cu_seqlens: torch.Tensor, ref_logprobs: torch.Tensor, lengths: torch.Tensor
 ) -> None:
     check_logprobs(logprobs)
     num_sequences = ref_logprobs.numel()
     if num_sequences % 2:
         raise ValueError(f"ref_logprobs: expected an even number of sequences, two a pair, got {num_sequences}")
     check_vector("ref_logprobs", ref_logprobs, num_sequences, logprobs)
-    check_vector("starts", starts, num_sequences + 1, logprobs, torch.int64)
+    check_vector("cu_seqlens", cu_seqlens, num_sequences + 1, logprobs, torch.int64)
     check_vector("lengths", lengths, num_sequences, logprobs, torch.int64)
-    if values_are_checked(starts):
-        first, last = int(starts[0]), int(starts[-1])
-        if (first, last) != (0, len(logprobs)) or bool((starts.diff() < 0).any()):
+    if values_are_checked(cu_seqlens):
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if (first, last) != (0, len(logprobs)) or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
-                f"starts: expected numbers that never fall, from 0 to the {len(logprobs)} of logprobs, "
-                f"got {starts.tolist()[:8]} … {last}"
+                f"cu_seqlens: expected numbers that never fall, from 0 to the {len(logprobs)} of logprobs, "
+                f"got {cu_seqlens.tolist()[:8]} … {last}"
             )
 
 
 def pair_loss(
     logprobs: torch.Tensor,
-    starts: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     ref_logprobs: torch.Tensor,
     lengths: torch.Tensor,
     *,
@@ -166,7 +168,8 @@ def pair_loss(
 
     Args:
         logprobs: (N,) float32 logprobs of the scored tokens, sequence by sequence (float64 for the reference).
-        starts: (S + 1,) int64, the tokens of sequence s are [starts[s], starts[s + 1]). A sequence may be empty.
+        cu_seqlens: (S + 1,) int64, cumulative sequence lengths: the tokens of sequence s are
+            [cu_seqlens[s], cu_seqlens[s + 1]). A sequence may be empty.
         ref_logprobs: (S,) float32, the sequences' log-probabilities under the reference; gets no gradient.
         lengths: (S,) int64, the token counts by which `ipo` and `sigmoid_norm` divide.
         loss_type: a name of `PAIR_FORMULAS`.
@@ -182,8 +185,8 @@ def pair_loss(
     check_choice("loss_type", loss_type, PAIR_FORMULAS)
     parameters = _Parameters(beta, label_smoothing, discopop_tau)
     check_pair_parameters((loss_type,), parameters)
-    _check_inputs(logprobs, starts, ref_logprobs, lengths)
-    vectors = (logprobs, starts, ref_logprobs.detach(), lengths)
+    _check_inputs(logprobs, cu_seqlens, ref_logprobs, lengths)
+    vectors = (logprobs, cu_seqlens, ref_logprobs.detach(), lengths)
     backend = choose_backend("pair_loss", backend, logprobs.device, logprobs.dtype)
     if backend == "torch":
         return _reference(*vectors, loss_type, parameters)
