@@ -19,13 +19,13 @@ namespace {
 constexpr int64_t kPairs = 3, kSequences = 2 * kPairs, kTokens = 2051;
 
 void run_kernels(unsigned seed, int64_t excess_tokens) {
-  const std::vector<int64_t> starts = {0, 700, 700, 701, 1500, 1800, kTokens + excess_tokens};
+  const std::vector<int64_t> cu_seqlens = {0, 700, 700, 701, 1500, 1800, kTokens + excess_tokens};
   const std::vector<int64_t> lengths(kSequences, 5);
   const std::vector<float> logprobs(kTokens, -0.5f), ref_logprobs(kSequences, -300.0f), upstream(kSequences, 1.0f);
   std::vector<float> losses(kPairs), sequence_logprobs(kSequences), slopes(kSequences), out(kTokens);
   PairLossArgs forward = {};
   forward.logprobs = logprobs.data();
-  forward.starts = starts.data();
+  forward.cu_seqlens = cu_seqlens.data();
   forward.ref_logprobs = ref_logprobs.data();
   forward.lengths = lengths.data();
   forward.beta = 0.1f;
@@ -34,7 +34,7 @@ void run_kernels(unsigned seed, int64_t excess_tokens) {
   forward.slopes = slopes.data();
   dispatch_pair_loss(kPairs,
                      [&](auto kernel, dim3 grid) { simt::launch(grid, kThreads, seed, [&] { kernel(forward); }); });
-  const PairLossBackwardArgs backward = {slopes.data(), starts.data(), upstream.data(), 1, upstream.data(), 1,
+  const PairLossBackwardArgs backward = {slopes.data(), cu_seqlens.data(), upstream.data(), 1, upstream.data(), 1,
                                          out.data()};
   dispatch_pair_loss_backward(
       kPairs, kTokens, [&](auto kernel, dim3 grid) { simt::launch(grid, kThreads, seed, [&] { kernel(backward); }); });
