@@ -24,7 +24,7 @@ from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.whole_layers import MARGIN, DeviceMemory
 
-from .machine import describe_machine
+from .machine_info import describe_machine
 from .memory import MIB
 from .timing import Contender, race
 

@@ -20,10 +20,10 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .roofline.counter import Counter
-from .roofline.devices import is_on_gpu
+from .roofline.fake_devices import is_on_gpu
 from .roofline.fake_gpu import fake_gpu
-from .roofline.gpus import GPUS
+from .roofline.gpu_rates import GPUS
+from .roofline.operator_counter import Counter
 
 AUTOGRAD = "autograd"
 # What is between the code that asks and the operator: modules that watch, packages that others ask through.

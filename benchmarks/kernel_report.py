@@ -37,8 +37,8 @@ from triton.runtime.jit import JITFunction
 
 from trl_fast.kernels import linear_scores, losses, merge, rows
 
-from .cuda_kernels import compile_cuda_kernels, find_nvcc
-from .machine_code import TARGETS, Resources, read_cubin, resources_of
+from .compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
+from .gpu_machine_code import TARGETS, Resources, read_cubin, resources_of
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from rich.table import Table
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.products import gemm_dtype
 
-from .floor import Floor
-from .machine import cpu_name
+from .machine_info import cpu_name
+from .matmul_floor import Floor
 from .memory import MIB
 from .timing import Contender, race
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from examples.smollm2 import smollm2_folder
 from trl_fast.ops import linear_cross_entropy
 
-from .prose import token_stream
+from .english_text import token_stream
 from .timing import Contender, race
 
 RESULTS = Path(__file__).parent / "results"

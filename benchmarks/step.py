@@ -41,10 +41,10 @@ from transformers import (
     TrainerCallback,
 )
 
-from .machine import describe_machine
+from .english_text import continuations, cut_continuations, passages, token_stream
+from .machine_info import describe_machine
 from .memory import MIB, process_peak_bytes
-from .models import RANDOM_QWEN, model_folder
-from .prose import continuations, cut_continuations, passages, token_stream
+from .random_models import RANDOM_QWEN, model_folder
 
 RESULTS = Path(__file__).parent / "results"
 OURS, TRL = "trl_fast", "trl"

@@ -38,7 +38,7 @@ from .linear_logprob import (
     peers,
     report,
 )
-from .machine import describe_machine
+from .machine_info import describe_machine
 from .memory import GIB
 from .sweep_report import plot_all, split_docs, write_docs
 from .timing import first_seconds, race

@@ -27,7 +27,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import score
 from trl_fast.ops import linear_logprob, supports
 
-from .preferences import preference_pairs
+from .preference_tasks import preference_pairs
 from .smollm2 import smollm2_folder
 
 matplotlib.use("Agg")

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from trl_fast import GRPOConfig, GRPOTrainer
 
-from .online import common_settings, make_console, make_parser, parse_arguments, plot, quiet, warm_up
-from .sums import correct, sums
+from .arithmetic_task import correct, sums
+from .online_demo import common_settings, make_console, make_parser, parse_arguments, plot, quiet, warm_up
 
 GENERATIONS = 8
 # What the reward on held-out questions has to gain.

@@ -27,8 +27,8 @@ from transformers import (
 
 from trl_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
-from .online import common_settings, make_console, make_parser, parse_arguments, plot, quiet, warm_up
-from .sums import answer_pairs, correct, sums
+from .arithmetic_task import answer_pairs, correct, sums
+from .online_demo import common_settings, make_console, make_parser, parse_arguments, plot, quiet, warm_up
 
 CURVES = ("objective/scores", "objective/kl", "objective/entropy", "completions/mean_length")
 # What the reward model's score of held-out answers has to gain.

@@ -20,9 +20,9 @@ from typing import NamedTuple
 from rich.console import Console
 
 from .facts import Facts, default_path, read_facts
-from .plan import PLANS, Phase
+from .phase_worker import work
+from .phases import PLANS, Phase
 from .summary import print_summary
-from .worker import work
 
 # Seconds between a phase's deadline, which it knows, and its end by force.
 GRACE = 10.0
@@ -34,7 +34,7 @@ ENVIRONMENT = {
     # Blocks of any size serve one another.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
-PRELOADED = ["benchmarks.gpu_kit.preloaded"]
+PRELOADED = ["benchmarks.gpu_kit.preloaded_imports"]
 
 
 def main(words: list[str] | None = None) -> int:

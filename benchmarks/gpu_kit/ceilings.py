@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kit import Kit
+from .phase_context import Kit
 
 
 class Size(NamedTuple):

@@ -25,10 +25,10 @@ from trl_fast.ops.fused_scores import fused_tiles, score_rows_fused
 from trl_fast.ops.rows import finish_scores, new_state
 from trl_fast.ops.scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 
-from .cases import HeadProblem, Tensors, head_cases, loss_cases
 from .ceilings import Size
+from .float64_cases import HeadProblem, Tensors, head_cases, loss_cases
 from .heads import peaked_problem
-from .kit import Kit
+from .phase_context import Kit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative error in the 2-norm of a gradient: some units in the last place of the dtype.

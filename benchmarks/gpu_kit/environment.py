@@ -10,7 +10,7 @@ import torch
 
 from trl_fast.ops import backend_table
 
-from .kit import Kit
+from .phase_context import Kit
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "peft", "trl", "liger-kernel")
 OTHERS = ("cut-cross-entropy", "trl-fast", "numpy")

@@ -17,8 +17,8 @@ from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 
 from ..linear_logprob import Problem, trl
 from .ceilings import Size, random_matrix, sizes
-from .clock import Timed
-from .kit import Kit
+from .gpu_timing import Timed
+from .phase_context import Kit
 
 MODES = ("scoring", "frozen", "token", "logprob")
 PASSES = {"scoring": 1, "frozen": 2, "token": 3, "logprob": 3}

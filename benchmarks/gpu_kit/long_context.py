@@ -15,8 +15,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from trl_fast.planning.estimate import estimate
 from trl_fast.planning.setup import Setup
 
-from ..models import QWEN_05B
-from .kit import Kit
+from ..random_models import QWEN_05B
+from .phase_context import Kit
 from .steps import TINY_QWEN, Shape, make_trainer, parse_arguments
 
 LLAMA_8B = {

@@ -10,9 +10,9 @@ import torch
 
 from trl_fast.modeling.segments import tree_attention
 
-from .cases import HeadProblem, head_cases, loss_cases
 from .ceilings import Size
 from .correctness import backends_for
+from .float64_cases import HeadProblem, head_cases, loss_cases
 from .tuning import fused_call, row_kernels, variants
 
 SIZES = {"small": Size(70, 64, 2500), "large": Size(4096, 1024, 131072)}

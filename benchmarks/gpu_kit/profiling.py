@@ -13,7 +13,7 @@ from trl_fast.ops import BACKENDS, supports
 from ..host_waits import host_waits
 from .ceilings import sizes
 from .heads import MODES, all_contenders, peaked_problem
-from .kit import Kit
+from .phase_context import Kit
 
 TOP = 8
 

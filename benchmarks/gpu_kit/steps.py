@@ -29,9 +29,9 @@ from transformers import (
 
 from tests.support.tokenizer import build_tokenizer
 
-from ..models import QWEN_05B
+from ..random_models import QWEN_05B
 from ..step import GENERATIONS, StepClock
-from .kit import Kit
+from .phase_context import Kit
 
 WARM_UPS, STEPS = 2, 5
 # Letters that no merge of the tokenizer's joins: a token each.

@@ -18,7 +18,7 @@ from trl_fast.ops.packed_logits import CHUNK, PACKED_DTYPE
 from trl_fast.ops.rows import ROW_KERNELS, new_state
 
 from .ceilings import Size, random_matrix
-from .kit import Kit
+from .phase_context import Kit
 
 SIZES = (Size(8192, 896, 151936), Size(8192, 2048, 151936), Size(8192, 4096, 151936))
 TINY_SIZES = (Size(32, 32, 640),)

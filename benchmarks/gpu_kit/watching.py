@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections import defaultdict
 
-from .kit import Kit
+from .phase_context import Kit
 
 METRICS = {
     "dram_percent": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",

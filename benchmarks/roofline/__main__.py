@@ -34,7 +34,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from .gpus import GPUS
+from .gpu_rates import GPUS
 from .head import MODES, SIZES, HeadCase, Size, count_head, misses, parse_size
 from .report import head_facts, print_cases, roofline_of, step_facts
 from .steps import METHODS, MODELS, Step, StepCase, count_step, quiet

@@ -22,10 +22,10 @@ from torch.utils import _foreach_utils
 from trl_fast.ops import backends
 from trl_fast.ops.backends import Support, load_extension
 
-from .counter import Counter
-from .devices import Devices, is_on_gpu, listed
-from .gpus import Gpu
-from .operators import WHOLE_ON_CUDA, Operators
+from .fake_devices import Devices, is_on_gpu, listed
+from .gpu_rates import Gpu
+from .operator_counter import Counter
+from .operator_mode import WHOLE_ON_CUDA, Operators
 
 _GROUP = "_group_tensors_by_device_and_dtype"
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .known import values_of
+from .known_values import values_of
 
 aten = torch.ops.aten
 

@@ -14,10 +14,10 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 from trl_fast.ops import linear_logprob, linear_token_loss
 from trl_fast.ops.head import default_workspace
 
-from .counter import Counter, Counts
-from .devices import CUDA
+from .fake_devices import CUDA
 from .fake_gpu import fake_gpu
-from .gpus import Gpu
+from .gpu_rates import Gpu
+from .operator_counter import Counter, Counts
 from .triton_kernels import counted_kernels
 
 

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from benchmarks.memory import GIB
 
-from .counter import Counts
-from .gpus import Gpu
+from .gpu_rates import Gpu
 from .head import HeadCase
+from .operator_counter import Counts
 from .steps import StepCase
 
 _GB = 1e9

@@ -39,10 +39,10 @@ from trl_fast.trainers.base import model_setup
 
 from ..gpu_kit.steps import SHAPES, Shape, chance, completions, rows
 from ..step import GENERATIONS
-from .counter import Counter, Counts
-from .devices import CUDA
+from .fake_devices import CUDA
 from .fake_gpu import answering, fake_gpu
-from .gpus import Gpu
+from .gpu_rates import Gpu
+from .operator_counter import Counter, Counts
 from .triton_kernels import counted_kernels
 
 METHODS = ("dpo", "sft", "grpo")

@@ -20,7 +20,7 @@ from trl_fast.kernels import merge
 from trl_fast.ops import attention_merge
 from trl_fast.ops.backends import TRITON_OPS, Support
 
-from .counter import Counter, extent
+from .operator_counter import Counter, extent
 
 
 @dataclass(frozen=True)

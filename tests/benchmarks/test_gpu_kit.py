@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu_kit import __main__ as kit_main
-from benchmarks.gpu_kit import cases, correctness
-from benchmarks.gpu_kit.clock import Clock, Timed
+from benchmarks.gpu_kit import correctness, float64_cases
 from benchmarks.gpu_kit.facts import Facts, default_path, read_facts
-from benchmarks.gpu_kit.plan import PLANS, Phase
+from benchmarks.gpu_kit.gpu_timing import Clock, Timed
+from benchmarks.gpu_kit.phases import PLANS, Phase
 from benchmarks.gpu_kit.summary import MOST_CHARACTERS, print_summary
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
@@ -109,13 +109,13 @@ def test_checks_pass_where_the_code_is_right(check):
 
 
 def test_the_cases_are_all_that_there_is_to_check():
-    every = list(cases.head_cases())
+    every = list(float64_cases.head_cases())
     for op in ("linear_logprob", "linear_token_loss", "linear_cross_entropy"):
-        assert {case.mode for case in every if case.op == op} == set(cases.MODES)
+        assert {case.mode for case in every if case.op == op} == set(float64_cases.MODES)
         assert any(case.bias and case.options.keys() >= {"softcap", "temperature"} for case in every if case.op == op)
-    assert any(set(case.outputs) == set(cases.EVERY_OUTPUT) for case in every)
+    assert any(set(case.outputs) == set(float64_cases.EVERY_OUTPUT) for case in every)
     assert any("group_sizes" in case.options for case in every)
-    losses = [case.what for case in cases.loss_cases(CPU, longest=9)]
+    losses = [case.what for case in float64_cases.loss_cases(CPU, longest=9)]
     assert {f"pair_loss, {name}" for name in PAIR_FORMULAS} <= set(losses)
     for term in ("clip", "cispo", "sapo"):
         assert f"policy_loss, {term}, off policy, KL" in losses
@@ -142,8 +142,8 @@ def wrong_pairs(right):
     ],
 )
 def test_checks_fail_where_it_is_not(op, check, wrong_for, monkeypatch):
-    right = getattr(cases, op)
-    monkeypatch.setattr(cases, op, lambda *given, **options: wrong_for(right(*given, **options)))
+    right = getattr(float64_cases, op)
+    monkeypatch.setattr(float64_cases, op, lambda *given, **options: wrong_for(right(*given, **options)))
     wrong = [entry.what for entry in check() if not entry.ok]
     assert wrong and all(what.startswith(op) for what in wrong)
 
@@ -159,7 +159,7 @@ def test_what_raises_is_a_failed_check(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(cases, "linear_cross_entropy", broken)
+    monkeypatch.setattr(float64_cases, "linear_cross_entropy", broken)
     found = [entry for entry in HEADS() if entry.what.startswith("linear_cross_entropy")]
     assert found and all(entry.error == float("inf") for entry in found)
     assert "RuntimeError: no kernel image is available" in found[0].what

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks.roofline import __main__ as command
-from benchmarks.roofline.counter import Counter
-from benchmarks.roofline.devices import CPU, CUDA, is_on_gpu
+from benchmarks.roofline.fake_devices import CPU, CUDA, is_on_gpu
 from benchmarks.roofline.fake_gpu import fake_gpu
-from benchmarks.roofline.gpus import GPUS
+from benchmarks.roofline.gpu_rates import GPUS
 from benchmarks.roofline.head import BOUNDS, MODES, REFERENCE, SIZES, Size, count_head, misses, parse_size
+from benchmarks.roofline.operator_counter import Counter
 from trl_fast.ops.backends import load_extension
 
 H100 = GPUS["h100"]

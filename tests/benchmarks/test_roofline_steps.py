@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from benchmarks.gpu_kit.steps import Shape
-from benchmarks.roofline.counter import Counter
-from benchmarks.roofline.devices import CUDA
+from benchmarks.roofline.fake_devices import CUDA
 from benchmarks.roofline.fake_gpu import fake_gpu
-from benchmarks.roofline.gpus import GPUS
-from benchmarks.roofline.known import values_of
+from benchmarks.roofline.gpu_rates import GPUS
+from benchmarks.roofline.known_values import values_of
+from benchmarks.roofline.operator_counter import Counter
 from benchmarks.roofline.steps import Step, count_step, quiet
 from trl_fast.ops.backends import load_extension
 from trl_fast.planning.shapes import SHAPES

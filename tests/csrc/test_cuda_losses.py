@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cuda_kernels import compile_cuda_kernels, find_nvcc
+from benchmarks.compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from support.heads import FLOOR, assert_as_good
 from support.losses import pair_problem, policy_problem
 from support.targets import QUICK_TARGETS

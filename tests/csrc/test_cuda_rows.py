@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cuda_kernels import compile_cuda_kernels, find_nvcc
+from benchmarks.compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from support.host_kernels import DTYPES, GradArgs, PackedRows, ScoreArgs
 from support.packed_rows import assert_as_good_as
 from support.targets import QUICK_TARGETS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from benchmarks.gpu_kit.kit import Kit
+from benchmarks.gpu_kit.phase_context import Kit
 
 
 def run(kit: Kit, words: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.machine_code import TARGETS
+from benchmarks.gpu_machine_code import TARGETS
 
 # One by default; `make test-slow` and `make check-gpu-code` take them all.
 QUICK_TARGETS = [pytest.param(target, marks=() if target == 90 else pytest.mark.slow) for target in TARGETS]

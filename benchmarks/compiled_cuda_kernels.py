@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .machine_code import MachineCode, Resources, read_cubin, resources_of
+from .gpu_machine_code import MachineCode, Resources, read_cubin, resources_of
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 # Every kernel has blocks of 256 threads. A thread of row_scores has so many columns of a chunk; one of row_grad takes

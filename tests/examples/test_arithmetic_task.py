@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
+from examples.arithmetic_task import answer_pairs, correct, sums
 from examples.smollm2 import smollm2_folder
-from examples.sums import answer_pairs, correct, sums
 
 
 def answers(texts):

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from trl_fast.planning.tracker import CUDA_GRANULARITY
 
-from .devices import is_on_gpu
+from .fake_devices import is_on_gpu
 from .flops import flops_of
-from .gpus import Gpu
+from .gpu_rates import Gpu
 
 aten = torch.ops.aten
 # Where a wait is looked for in the source: the innermost frame outside of torch and of this package.

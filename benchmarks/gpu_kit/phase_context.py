@@ -8,8 +8,8 @@ from functools import cached_property
 
 import torch
 
-from .clock import Clock
 from .facts import Facts
+from .gpu_timing import Clock
 
 
 @dataclass

@@ -5,7 +5,7 @@ import reasoning_gym
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.preferences import TASKS, Task, preference_pairs
+from examples.preference_tasks import TASKS, Task, preference_pairs
 from examples.smollm2 import gguf_file, smollm2_folder
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks.machine import cpu_name, describe_machine
+from benchmarks.machine_info import cpu_name, describe_machine
 
 
 def test_the_name_comes_from_the_first_processor(tmp_path):

@@ -25,7 +25,7 @@ def work(
     try:
         import torch
 
-        from .kit import Kit
+        from .phase_context import Kit
 
         phase = importlib.import_module(module if "." in module else f"benchmarks.gpu_kit.{module}")
         where = torch.device(device)

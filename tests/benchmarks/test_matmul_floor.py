@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-from benchmarks import floor as module
-from benchmarks.floor import FILL, PRODUCTS, Floor, Layout
+from benchmarks import matmul_floor as module
+from benchmarks.matmul_floor import FILL, PRODUCTS, Floor, Layout
 
 N, H, V = 13, 8, 100
 # What the counter leaves out.

@@ -1,6 +1,6 @@
 """Attention of a preference pair: its prompt once with two branches, against two causal sequences.
 
-    python -m benchmarks.attention [--prompts 1024 2048 4096 8192 16384] [--ratio 4] [--rounds 3]
+    python -m benchmarks.shared_prefix_attention [--prompts 1024 2048 4096 8192 16384] [--ratio 4] [--rounds 3]
 
 Forward and backward of one layer's attention, in turns in one process, with the heads of Qwen2.5-0.5B (14 query heads,
 2 key-value heads, 64 wide). A branch is a `ratio`-th of its prompt. The peer is torch's own
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from trl_fast.modeling.segments import tree_attention
 
-from .machine import describe_machine
+from .machine_info import describe_machine
 from .memory import MIB
 from .timing import Contender, race
 
@@ -95,7 +95,7 @@ def main(words: list[str] | None = None) -> None:
     console.print(table)
     RESULTS.mkdir(exist_ok=True)
     figures = {"machine": machine, "arguments": vars(arguments), "points": points}
-    (RESULTS / "attention.json").write_text(json.dumps(figures, indent=1))
+    (RESULTS / "shared_prefix_attention.json").write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

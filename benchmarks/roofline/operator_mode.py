@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_fast.planning.answers import ANSWERS
 
-from .devices import CPU, CUDA, Devices
-from .known import as_fake, follow, known_result, without_masks
+from .fake_devices import CPU, CUDA, Devices
+from .known_values import as_fake, follow, known_result, without_masks
 
 aten = torch.ops.aten
 Observer = Callable[[torch._ops.OpOverload, tuple, dict, Any], None]
