@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from trl_fast.ops.head import rows_per_block, workspace_of
-from trl_fast.ops.large_tensors import large_empty
+from trl_fast.ops.memory_pool import pooled_empty
 from trl_fast.ops.spans import spans
 
 from .timing import first_seconds
@@ -59,7 +59,7 @@ class Floor:
         self.tried: dict[str, dict[Layout, float]] = {}
 
     def _filled(self, *shape: int) -> torch.Tensor:
-        return large_empty(shape, self.hidden.dtype, self.hidden.device).fill_(FILL)
+        return pooled_empty(shape, self.hidden.dtype, self.hidden.device).fill_(FILL)
 
     @functools.cached_property
     def grad_hidden(self) -> torch.Tensor:

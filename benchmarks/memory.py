@@ -49,7 +49,7 @@ def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu"
         # Blocks that the extension holds from an earlier call may be of another size, and would be counted whole.
         from trl_fast import _C
 
-        _C.release_held_memory()
+        _C.release_pool()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     events = profiler.profiler.kineto_results.events()

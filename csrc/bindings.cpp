@@ -4,7 +4,7 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
-#include "cpu/held_memory.h"
+#include "cpu/memory_pool.h"
 #include "cpu/packed_logits.h"
 #include "cpu/row_kernels.h"
 #include "cpu/sparse_kernels.h"
@@ -172,8 +172,8 @@ at::Tensor sparse_product(const at::Tensor& starts, const at::Tensor& indices, c
   return out;
 }
 
-at::Tensor held_empty(at::IntArrayRef size, at::ScalarType dtype) {
-  return at::detail::empty_generic(size, held_memory(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
+at::Tensor pooled_empty(at::IntArrayRef size, at::ScalarType dtype) {
+  return at::detail::empty_generic(size, memory_pool(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
                                    c10::MemoryFormat::Contiguous);
 }
 
@@ -222,10 +222,10 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
       "row_samples(Tensor logits, int vocab_size, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor offsets, float threshold) -> (Tensor, Tensor, Tensor)");
   m.def("sparse_product(Tensor starts, Tensor indices, Tensor values, Tensor dense, ScalarType dtype) -> Tensor");
-  m.def("held_empty(SymInt[] size, ScalarType dtype) -> Tensor");
+  m.def("pooled_empty(SymInt[] size, ScalarType dtype) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(trl_fast, CompositeExplicitAutograd, m) { m.impl("held_empty", &held_empty); }
+TORCH_LIBRARY_IMPL(trl_fast, CompositeExplicitAutograd, m) { m.impl("pooled_empty", &pooled_empty); }
 
 TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
   m.impl("row_scores", &row_scores);
@@ -241,6 +241,7 @@ TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &trl_fast::build_info, "How this extension was built and which instruction set it runs.");
-  m.def("held_bytes", &trl_fast::held_bytes, "Bytes of free memory that are held for the next call.");
-  m.def("release_held_memory", &trl_fast::release_held_memory, "Gives that memory back; how many bytes it was.");
+  m.def("pool_free_bytes", &trl_fast::pool_free_bytes, "Returns the bytes of the memory pool's free blocks.");
+  m.def("release_pool", &trl_fast::release_pool,
+        "Gives the memory pool's free blocks back to the system; returns their bytes.");
 }

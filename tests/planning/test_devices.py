@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import attention_merge, blocks, head, large_tensors, products, row_blocks
+from trl_fast.ops import attention_merge, blocks, head, memory_pool, products, row_blocks
 from trl_fast.ops.rows import ROW_KERNELS
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS
 from trl_fast.ops.transform import LogitTransform
@@ -32,7 +32,7 @@ def test_tiles_of_a_gpu_know_no_cache():
 
 def test_everything_is_put_back():
     def state():
-        limits = (head.tile_policy, large_tensors._HELD_FROM_BYTES)
+        limits = (head.tile_policy, memory_pool._POOLED_FROM_BYTES)
         on_gpu = (head.logits_dtype, blocks.mm_into, blocks.add_mm, row_blocks.mm_into, products._cpu_multiplies_bf16)
         classes = (segments.CpuParts, offloading.copies_of, offloading.is_on_device)
         tiles = (blocks.spans, tiled_mlp._tiles)

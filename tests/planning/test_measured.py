@@ -106,7 +106,7 @@ def nothing_held():
     if load_extension().ok:
         from trl_fast import _C
 
-        _C.release_held_memory()
+        _C.release_pool()
 
 
 @pytest.fixture(autouse=True)

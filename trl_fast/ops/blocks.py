@@ -13,7 +13,7 @@ import torch
 from .fused_scores import score_rows_fused
 from .head import Head
 from .kept_logits import KeptLogits
-from .large_tensors import as_dtype, large_empty
+from .memory_pool import as_dtype, pooled_empty
 from .products import add_mm, mm_into
 from .row_blocks import RowBlock
 from .rows import SUM, TARGET, TOP, finish_scores, rescale, with_low_part
@@ -157,7 +157,7 @@ class HeadGradients:
         accumulate = self.weight is not None
         if self._need_weight and not accumulate:
             dtype = self._result_dtype(head.weight.dtype) if last else head.wide
-            self.weight = large_empty(head.weight.shape, dtype, head.weight.device)
+            self.weight = pooled_empty(head.weight.shape, dtype, head.weight.device)
         tiles = _GradientTiles(head, blocks)
         buffer = self._wide_buffer(tiles)
         need_weight_tile = self.hidden is not None or any(part.logits is None for part in tiles.parts)

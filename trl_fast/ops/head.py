@@ -22,7 +22,7 @@ import torch
 
 from .fused_scores import fused_tiles
 from .kept_logits import KeptLogits, KeptTile
-from .large_tensors import large_empty
+from .memory_pool import pooled_empty
 from .packed_logits import CHUNK, PACKED_DTYPE, num_chunks
 from .products import SIXTEEN_BITS, logits_dtype
 from .rows import ROW_KERNELS, row_weights_by_two
@@ -227,7 +227,7 @@ class Head:
 
     def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Room for tiles of up to this size."""
-        return large_empty((rows, columns), dtype, self.weight.device)
+        return pooled_empty((rows, columns), dtype, self.weight.device)
 
     def weight_tile(self, columns: slice) -> torch.Tensor:
         """Rows `columns` of the weight, (C, H) in the product's dtype; on a CPU valid until the next call."""
@@ -239,7 +239,7 @@ class Head:
                 self._cast_weight = self.weight.to(self.dtype)
             return self._cast_weight[columns]
         if self._cast_weight is None or self._cast_weight.shape[0] < tile.shape[0]:
-            self._cast_weight = large_empty(tile.shape, self.dtype, tile.device)
+            self._cast_weight = pooled_empty(tile.shape, self.dtype, tile.device)
         return self._cast_weight[: tile.shape[0]].copy_(tile)
 
     def _bias_tile(self, columns: slice) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .large_tensors import large_empty
+from .memory_pool import pooled_empty
 from .packed_logits import CHUNK, PACKED_DTYPE, num_chunks
 
 # Rows of words begin at multiples of so many: kernels read and write 16 bytes at once.
@@ -56,10 +56,10 @@ class KeptLogits:
         """Room for the logits of `num_rows` rows in tiles of `columns`; dtype: PACKED_DTYPE, or that of raw logits."""
         num_tiles = -(-vocab_size // columns)
         width = columns if num_tiles > 1 else -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        values = large_empty((num_tiles, num_rows, width), dtype, device)
+        values = pooled_empty((num_tiles, num_rows, width), dtype, device)
         tops = None
         if dtype == PACKED_DTYPE:
-            tops = large_empty((num_tiles, num_rows, num_chunks(columns, chunk)), torch.float32, device)
+            tops = pooled_empty((num_tiles, num_rows, num_chunks(columns, chunk)), torch.float32, device)
         return cls(values, tops, columns, chunk)
 
     @property

@@ -11,8 +11,8 @@ import torch
 from .backends import choose_backend
 from .blocks import HeadGradients, score_rows, waiting_dtype
 from .head import Head, workspace_of
-from .large_tensors import scaled
 from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
+from .memory_pool import scaled
 from .products import gemm_dtype
 from .row_blocks import RowBlock
 from .rows import finish_scores, new_state, with_low_part

@@ -21,9 +21,9 @@ from .backends import choose_backend
 from .blocks import HeadGradients, score_rows
 from .head import Head, workspace_of
 from .kept_logits import KeptLogits
-from .large_tensors import scaled
 from .linear_logprob import autocast_hidden, linear_logprob
 from .linear_scores import row_coefficients
+from .memory_pool import scaled
 from .products import gemm_dtype
 from .row_blocks import active_rows, row_blocks
 from .rows import finish_scores, new_state

@@ -364,7 +364,7 @@ def register_fakes() -> None:
     def _(words, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out, tops):
         return None
 
-    @torch.library.register_fake("trl_fast::held_empty")
+    @torch.library.register_fake("trl_fast::pooled_empty")
     def _(size, dtype):
         return torch.empty(size, dtype=dtype)
 

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import attention_merge, blocks, head, large_tensors, products, row_blocks, sparse_rows
+from trl_fast.ops import attention_merge, blocks, head, memory_pool, products, row_blocks, sparse_rows
 from trl_fast.ops.rows import ROW_KERNELS, RowKernels
 from trl_fast.ops.sparse_rows import SPARSE_KERNELS, SparseKernels
 
@@ -57,7 +57,7 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
         if device == "gpu":
             parts = _gpu_parts(tracker)
             stack.enter_context(replaced(head, tile_policy=lambda _: head.GPU_TILES, logits_dtype=_wide_logits))
-            stack.enter_context(replaced(large_tensors, _HELD_FROM_BYTES=_UNLIMITED))
+            stack.enter_context(replaced(memory_pool, _POOLED_FROM_BYTES=_UNLIMITED))
             stack.enter_context(replaced(blocks, mm_into=_product_in_place, add_mm=_product_in_place))
             stack.enter_context(replaced(row_blocks, mm_into=_product_in_place))
             stack.enter_context(replaced(products, _cpu_multiplies_bf16=lambda: True))

@@ -1,4 +1,4 @@
-#include "held_memory.h"
+#include "memory_pool.h"
 
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
@@ -39,19 +39,19 @@ Block fresh(std::size_t bytes) {
   return {data, rounded};
 }
 
-class HeldMemory final : public c10::Allocator {
+class MemoryPool final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {
     Block* block = new Block(take(bytes));
     c10::profiledCPUMemoryReporter().New(block->data, block->bytes);
-    return {block->data, block, &HeldMemory::deleter, c10::Device(c10::kCPU)};
+    return {block->data, block, &MemoryPool::deleter, c10::Device(c10::kCPU)};
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
 
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-  std::size_t bytes() {
+  std::size_t free_bytes() {
     const std::lock_guard<std::mutex> guard(mutex_);
     return total();
   }
@@ -130,24 +130,24 @@ class HeldMemory final : public c10::Allocator {
 };
 
 // Never destroyed: tensors may outlive every static object.
-HeldMemory& memory() {
-  static HeldMemory* const instance = new HeldMemory;
+MemoryPool& pool() {
+  static MemoryPool* const instance = new MemoryPool;
   return *instance;
 }
 
-void HeldMemory::deleter(void* context) {
+void MemoryPool::deleter(void* context) {
   Block* block = static_cast<Block*>(context);
   c10::profiledCPUMemoryReporter().Delete(block->data);
-  memory().give(*block);
+  pool().give(*block);
   delete block;
 }
 
 }  // namespace
 
-c10::Allocator* held_memory() { return &memory(); }
+c10::Allocator* memory_pool() { return &pool(); }
 
-std::size_t held_bytes() { return memory().bytes(); }
+std::size_t pool_free_bytes() { return pool().free_bytes(); }
 
-std::size_t release_held_memory() { return memory().clear(); }
+std::size_t release_pool() { return pool().clear(); }
 
 }  // namespace trl_fast

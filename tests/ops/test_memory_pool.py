@@ -1,4 +1,4 @@
-"""The extension's memory for large tensors: it comes back, it is bounded, and its tensors are ordinary ones."""
+"""Tests the extension's memory pool: memory returns to it, it is bounded, and its tensors are ordinary ones."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from benchmarks.memory import MIB, measure_peak
 from support.heads import error, make_problem
 from trl_fast import _C
 from trl_fast.ops import linear_logprob
-from trl_fast.ops.large_tensors import large_empty
+from trl_fast.ops.memory_pool import pooled_empty
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def nothing_held():
-    _C.release_held_memory()
+def empty_pool():
+    _C.release_pool()
     yield
-    _C.release_held_memory()
+    _C.release_pool()
 
 
 def take(mib: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return large_empty((int(mib * MIB) // dtype.itemsize,), dtype, CPU)
+    return pooled_empty((int(mib * MIB) // dtype.itemsize,), dtype, CPU)
 
 
 def test_a_freed_block_serves_the_next_tensor():
     first = take(20)
     address = first.data_ptr()
     del first
-    assert _C.held_bytes() == 20 * MIB
+    assert _C.pool_free_bytes() == 20 * MIB
     assert take(17, torch.bfloat16).data_ptr() == address
 
 
@@ -55,45 +55,45 @@ def test_a_larger_block_replaces_a_smaller_one():
     del_me = take(20)
     del del_me
     larger = take(30)
-    assert _C.held_bytes() == 0
+    assert _C.pool_free_bytes() == 0
     del larger
-    assert _C.held_bytes() == _C.release_held_memory() == 30 * MIB
-    assert _C.held_bytes() == 0
+    assert _C.pool_free_bytes() == _C.release_pool() == 30 * MIB
+    assert _C.pool_free_bytes() == 0
 
 
 @pytest.mark.parametrize(
-    ("limit", "held"),
+    ("limit", "kept"),
     [
         pytest.param("0", 0, marks=pytest.mark.slow),
         (str(30 * MIB), 20 * MIB),
         pytest.param(str(50 * MIB), 44 * MIB, marks=pytest.mark.slow),
     ],
 )
-def test_what_is_held_is_bounded(limit, held):
+def test_the_free_memory_is_bounded(limit, kept):
     code = (
         "import torch\n"
-        "from trl_fast.ops.large_tensors import large_empty\n"
+        "from trl_fast.ops.memory_pool import pooled_empty\n"
         "from trl_fast.ops.backends import load_extension\n"
         "assert load_extension().ok\n"
-        "blocks = [large_empty((m << 20,), torch.int8, torch.device('cpu')) for m in (24, 20)]\n"
+        "blocks = [pooled_empty((m << 20,), torch.int8, torch.device('cpu')) for m in (24, 20)]\n"
         "del blocks[0]\n"
         "del blocks[0]\n"
         "from trl_fast import _C\n"
-        "print(_C.held_bytes())\n"
+        "print(_C.pool_free_bytes())\n"
     )
     environment = {**os.environ, "TRL_FAST_HELD_BYTES": limit}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert int(run.stdout) == held
+    assert int(run.stdout) == kept
 
 
 def test_a_limit_that_is_no_number_is_named():
     code = (
         "import os, torch\n"
-        "from trl_fast.ops.large_tensors import large_empty\n"
+        "from trl_fast.ops.memory_pool import pooled_empty\n"
         "for limit in ('2GiB', '-1', '1e9', '9' * 30):\n"
         "    os.environ['TRL_FAST_HELD_BYTES'] = limit\n"
         "    try:\n"
-        "        large_empty((20 << 20,), torch.int8, torch.device('cpu'))\n"
+        "        pooled_empty((20 << 20,), torch.int8, torch.device('cpu'))\n"
         "    except ValueError as error:\n"
         "        print(str(error).splitlines()[0])\n"
     )
@@ -102,7 +102,7 @@ def test_a_limit_that_is_no_number_is_named():
     assert run.stdout.splitlines() == [expected.format(limit) for limit in ("2GiB", "-1", "1e9", "9" * 30)]
 
 
-def test_held_tensors_are_ordinary_ones():
+def test_pooled_tensors_are_ordinary_ones():
     tensor = take(16).fill_(1.0)
     tensor.untyped_storage().resize_(0)
     assert tensor.untyped_storage().size() == 0
@@ -110,7 +110,7 @@ def test_held_tensors_are_ordinary_ones():
     assert torch.equal(take(16).fill_(3.0).clone(), torch.full((4 * MIB,), 3.0))
 
 
-def test_the_profiler_sees_held_memory_as_used():
+def test_the_profiler_sees_pooled_memory_as_used():
     def use():
         take(32).fill_(1.0)
 

@@ -1,0 +1,26 @@
+// A memory pool for large short-lived CPU tensors.
+//
+// A training step takes and gives back hundreds of megabytes for logits and the head's gradient. Fresh pages cost more
+// than the row kernels do: the kernel clears them, and a virtual machine's host has to find them. So a freed block is
+// kept for the next call, and its pages are offered to the system (MADV_FREE), which takes them when it runs short of
+// memory and not before.
+#pragma once
+
+#include <c10/core/Allocator.h>
+
+#include <cstddef>
+
+namespace trl_fast {
+
+// Returns the pool as an allocator. Its tensors are ordinary CPU tensors with uninitialised contents; their memory
+// returns to the pool when they are freed.
+c10::Allocator* memory_pool();
+
+// Returns the bytes of the pool's free blocks. They are at most TRL_FAST_HELD_BYTES (2 GiB unless set; 0 keeps none).
+// If that variable is no whole number, the first tensor of the pool raises c10::ValueError.
+std::size_t pool_free_bytes();
+
+// Gives every free block back to the system. Returns their bytes.
+std::size_t release_pool();
+
+}  // namespace trl_fast
