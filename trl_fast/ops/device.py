@@ -1,0 +1,117 @@
+"""Facts about a device that decide how code runs on it: read from torch, or given for a device that is not there.
+
+Every choice that depends on the device (tiles of the head, dtypes of products, attention kernels, what checkpointing
+leaves alone, offloading) asks `device_facts`. A simulation gives other facts with `simulated_device`: code on fake
+tensors, which are on the CPU, then goes the way that it goes on a GPU. Nothing else has to be exchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """A device's memory in bytes; peak: the most that tensors ever took.
+
+    free: what tensors can still take, in the device or in what the allocator holds unused.
+    """
+
+    free: int
+    total: int
+    allocated: int
+    peak: int
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceFacts:
+    """Holds what code needs to know about a device.
+
+    - `kind`: a torch device type: "cpu", "cuda", ...
+    - `multiplies_bf16`: whether products of bfloat16 numbers are fast there.
+    - `capability`: a CUDA device's compute capability, (0, 0) for others.
+    - `read_memory`: the memory now; None where it is not known, or where others live in it too.
+
+    What follows is for devices that are not there; the defaults are those of devices that are:
+
+    - `serves`: whether a backend serves an op, by their names; None: as `backends.supports` says.
+    - `row_kernels`, `sparse_kernels`: stand in for those of every backend (`RowKernels`, `SparseKernels`).
+    - `host_copies`: stands in for `modeling.host_copies.copies_of`.
+    - `holds`: whether a tensor is in the device's memory; None: whether its device is of this kind.
+    - `first_tiles_only`: of tiles that are alike, the first two and the last are computed, which takes the memory of
+      all.
+    """
+
+    kind: str
+    multiplies_bf16: bool
+    capability: tuple[int, int] = (0, 0)
+    read_memory: Callable[[], DeviceMemory | None] = lambda: None
+    serves: Callable[[str, str], bool] | None = None
+    row_kernels: Any = None
+    sparse_kernels: Any = None
+    host_copies: Callable[[torch.device], Any] | None = None
+    holds: Callable[[torch.Tensor], bool] | None = None
+    first_tiles_only: bool = False
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this is a CUDA device."""
+        return self.kind == "cuda"
+
+
+# Facts of simulated devices, by the type of the device that their tensors are on.
+_simulated: dict[str, DeviceFacts] = {}
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Returns the facts of a device: those of a simulation if one runs on such a device, else torch's."""
+    return _simulated.get(device.type) or _facts_of(device)
+
+
+@contextmanager
+def simulated_device(facts: DeviceFacts, on: str = "cpu") -> Iterator[None]:
+    """Lets tensors on devices of the type `on` count as being on a device with these facts, within."""
+    before = dict(_simulated)
+    _simulated[on] = facts
+    try:
+        yield
+    finally:
+        _simulated.clear()
+        _simulated.update(before)
+
+
+def has_gpu() -> bool:
+    """Returns whether there is a CUDA device, or a simulation of one."""
+    return any(facts.is_cuda for facts in _simulated.values()) or torch.cuda.is_available()
+
+
+@functools.cache
+def _facts_of(device: torch.device) -> DeviceFacts:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return DeviceFacts("cuda", True, capability, functools.partial(_cuda_memory, device))
+    return DeviceFacts(device.type, device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _cuda_memory(device: torch.device) -> DeviceMemory:
+    stats = torch.cuda.memory_stats(device)
+    allocated, reserved = stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
+    free, total = torch.cuda.mem_get_info(device)
+    total = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    free = min(free, total - reserved) + reserved - allocated
+    return DeviceMemory(free, total, allocated, stats["allocated_bytes.all.peak"])
+
+
+def some_tiles(tiles: Iterator[slice], device: torch.device) -> Iterator[slice]:
+    """Yields the tiles that are to be computed: all of them, but in a simulation the first two and the last."""
+    if not device_facts(device).first_tiles_only:
+        yield from tiles
+        return
+    every = list(tiles)
+    yield from (*every[:2], *every[2:][-1:])
