@@ -2,62 +2,55 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import trainers
+from .lazy_imports import lazy_exports
+
 __version__ = "0.1.0"
 
-# Where each public name lives; imported on first use, so that `import trl_fast` stays cheap.
-_EXPORTS = {
-    "BEMACallback": "trl_fast.trainers",
-    "DPOConfig": "trl_fast.trainers",
-    "DPOTrainer": "trl_fast.trainers",
-    "GRPOConfig": "trl_fast.trainers",
-    "GRPOTrainer": "trl_fast.trainers",
-    "KTOConfig": "trl_fast.trainers",
-    "KTOTrainer": "trl_fast.trainers",
-    "LogCompletionsCallback": "trl_fast.trainers",
-    "PPOConfig": "trl_fast.trainers",
-    "PPOTrainer": "trl_fast.trainers",
-    "RLOOConfig": "trl_fast.trainers",
-    "RLOOTrainer": "trl_fast.trainers",
-    "RewardConfig": "trl_fast.trainers",
-    "RewardTrainer": "trl_fast.trainers",
-    "RichProgressCallback": "trl_fast.trainers",
-    "SFTConfig": "trl_fast.trainers",
-    "SFTTrainer": "trl_fast.trainers",
-    "SyncRefModelCallback": "trl_fast.trainers",
-    "DatasetMixtureConfig": "trl_fast.cli.arguments",
-    "ModelConfig": "trl_fast.cli.arguments",
-    "ScriptArguments": "trl_fast.cli.arguments",
-    "get_kbit_device_map": "trl_fast.cli.arguments",
-    "get_peft_config": "trl_fast.cli.arguments",
-    "get_quantization_config": "trl_fast.cli.arguments",
-    "get_dataset": "trl_fast.cli.datasets",
-    "TrlParser": "trl_fast.cli.parser",
-    "init_zero_verbose": "trl_fast.cli.quiet",
-    "install_as_trl": "trl_fast.dropin",
-    "clone_chat_template": "trl_fast.modeling.chat_template",
-    "setup_chat_format": "trl_fast.modeling.chat_template",
-    "create_reference_model": "trl_fast.modeling.reference",
-    "apply_chat_template": "trl_fast.data",
-    "extract_prompt": "trl_fast.data",
-    "get_training_chat_template": "trl_fast.data",
-    "is_conversational": "trl_fast.data",
-    "is_conversational_from_value": "trl_fast.data",
-    "maybe_apply_chat_template": "trl_fast.data",
-    "maybe_convert_to_chatml": "trl_fast.data",
-    "pack_dataset": "trl_fast.data",
-    "maybe_extract_prompt": "trl_fast.data",
-    "maybe_unpair_preference_dataset": "trl_fast.data",
-    "unpair_preference_dataset": "trl_fast.data",
+# Public names and their places: those of the methods, and the others by module.
+_BY_MODULE = {
+    "trl_fast.cli.arguments": (
+        "DatasetMixtureConfig",
+        "ModelConfig",
+        "ScriptArguments",
+        "get_kbit_device_map",
+        "get_peft_config",
+        "get_quantization_config",
+    ),
+    "trl_fast.cli.datasets": ("get_dataset",),
+    "trl_fast.cli.parser": ("TrlParser",),
+    "trl_fast.cli.quiet": ("init_zero_verbose",),
+    "trl_fast.dropin": ("install_as_trl",),
+    "trl_fast.modeling.chat_template": ("clone_chat_template", "setup_chat_format"),
+    "trl_fast.modeling.reference": ("create_reference_model",),
+    "trl_fast.data": (
+        "apply_chat_template",
+        "extract_prompt",
+        "get_training_chat_template",
+        "is_conversational",
+        "is_conversational_from_value",
+        "maybe_apply_chat_template",
+        "maybe_convert_to_chatml",
+        "maybe_extract_prompt",
+        "maybe_unpair_preference_dataset",
+        "pack_dataset",
+        "unpair_preference_dataset",
+    ),
+}
+EXPORTS = {
+    **trainers.EXPORTS,
+    **{name: f"{module}:{name}" for module, names in _BY_MODULE.items() for name in names},
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", *EXPORTS]
+
+__getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
 
 if TYPE_CHECKING:
     from trl_fast.cli.arguments import (
@@ -133,13 +126,3 @@ class _SourceTreeKernels:
 
 if not (Path(__file__).resolve().parent / "kernels").is_dir():
     sys.meta_path.insert(0, _SourceTreeKernels)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'trl_fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})

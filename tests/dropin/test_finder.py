@@ -14,6 +14,7 @@ from trl_fast.dropin.names import GONE, MODULES, TRL_VERSION
 # Names and modules that TRL 1.16 has no more, but older versions had.
 OLDER_MODULES = {"trl.models.modeling_base", "trl.commands", "trl.commands.cli_utils"}
 OLDER_MODULES |= {"trl.trainer.ppo_config", "trl.trainer.ppo_trainer", "trl.experimental.ppo"}
+OLDER_MODULES |= {"trl.experimental.ppo.ppo_config", "trl.experimental.ppo.ppo_trainer"}
 OLDER_MODULES |= {"trl.experimental.kto.kto_config", "trl.experimental.kto.kto_trainer"}
 OLDER_NAMES = {
     ("trl", "truncate_dataset"),

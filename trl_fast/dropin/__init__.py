@@ -1,4 +1,4 @@
-"""`import trl`, answered by trl_fast."""
+"""Answers `import trl` with trl_fast."""
 
 from .finder import install_as_trl
 

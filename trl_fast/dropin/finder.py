@@ -1,4 +1,4 @@
-"""The finder that answers imports of trl and its modules, and the modules that it makes."""
+"""Finds trl and its modules in place of TRL: the import finder, and the modules that it makes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import trl_fast
+from trl_fast.lazy_imports import import_place
 
 from .names import GONE, GONE_MODULES, MODULES, TRL_VERSION
 
 
 def install_as_trl() -> None:
-    """From here on, `import trl` gives trl_fast in this process, whether or not TRL is installed.
+    """Makes `import trl` give trl_fast in this process from here on, whether or not TRL is installed.
 
     Raises:
         ImportError: TRL itself has been imported already.
@@ -32,7 +33,7 @@ def install_as_trl() -> None:
 
 
 class TrlModule(ModuleType):
-    """A module of TRL whose names are those of trl_fast, imported on first use."""
+    """Stands for a module of TRL; its names are those of trl_fast, imported on first use."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, f"{name}, answered by trl_fast.")
@@ -51,8 +52,7 @@ class TrlModule(ModuleType):
         place = self._places().get(name)
         if place is None:
             raise AttributeError(explain(self.__name__, name))
-        module, _, other_name = place.partition(":")
-        value = getattr(importlib.import_module(module), other_name or name)
+        value = import_place(place)
         setattr(self, name, value)
         return value
 
@@ -67,7 +67,7 @@ class TrlFinder(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of a module of MODULES.
+        """Returns the spec of a module of MODULES; None outside of trl.
 
         Raises:
             ImportError: the name is below trl and trl_fast does not have it.
@@ -82,21 +82,21 @@ class TrlFinder(MetaPathFinder, Loader):
         return None
 
     def create_module(self, spec: ModuleSpec) -> TrlModule:
-        """The module, whose names are looked up when they are used."""
+        """Returns the module, whose names are looked up when they are used."""
         return TrlModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: the module is complete."""
+        """Does nothing: the module is complete."""
 
 
 def _places(module: str) -> dict[str, str]:
     # The packages offer all that is public in trl_fast.
     public = trl_fast.__all__ if module in ("trl", "trl.trainer") else []
-    return {**{name: "trl_fast" for name in public if not name.startswith("__")}, **MODULES[module]}
+    return {**{name: f"trl_fast:{name}" for name in public if not name.startswith("__")}, **MODULES[module]}
 
 
 def explain(module: str, name: str) -> str:
-    """Why trl_fast does not answer a name of a TRL module, and what to do."""
+    """Says why trl_fast does not answer a name of a TRL module, and what to do."""
     full = f"{module}.{name}"
     if name in GONE:
         return f"{full}: {GONE[name]}"

@@ -1,57 +1,67 @@
-"""Which modules TRL has, and where trl_fast has what is in them."""
+"""Lists the modules and names of TRL that trl_fast answers, with their places, and what is said about the others."""
 
 from __future__ import annotations
+
+from trl_fast.trainers.methods import METHODS
 
 # The version whose names and behaviour these are.
 TRL_VERSION = "1.16.0"
 
-_ARGUMENTS = dict.fromkeys(("DatasetMixtureConfig", "ScriptArguments", "TrlParser", "get_dataset"), "trl_fast")
-_MODEL_ARGUMENTS = dict.fromkeys(
-    ("ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"), "trl_fast"
-)
-_CALLBACKS = dict.fromkeys(
-    ("BEMACallback", "LogCompletionsCallback", "RichProgressCallback", "SyncRefModelCallback"), "trl_fast"
-)
 
-# Module of TRL: {name: module of trl_fast, with ":name" where it is called otherwise there}. `trl` and `trl.trainer`
-# have all public names of trl_fast besides.
+def _places(module: str, *names: str) -> dict[str, str]:
+    return {name: f"{module}:{name}" for name in names}
+
+
+def _method_modules() -> dict[str, dict[str, str]]:
+    """Lists the modules `NAME_config` and `NAME_trainer` of each method, in each package of TRL that has them."""
+    modules: dict[str, dict[str, str]] = {}
+    for method in METHODS.values():
+        config, trainer = ({name: place} for name, place in method.exports.items())
+        for package in method.trl_packages:
+            modules[package] = {**modules.get(package, {}), **config, **trainer}
+            modules[f"{package}.{method.name}_config"] = config
+            modules[f"{package}.{method.name}_trainer"] = {**trainer, **method.trl_names}
+    return modules
+
+
+_ARGUMENTS = _places("trl_fast", "DatasetMixtureConfig", "ScriptArguments", "TrlParser", "get_dataset")
+_MODEL_ARGUMENTS = _places(
+    "trl_fast", "ModelConfig", "get_kbit_device_map", "get_peft_config", "get_quantization_config"
+)
+_CALLBACKS = _places(
+    "trl_fast", "BEMACallback", "LogCompletionsCallback", "RichProgressCallback", "SyncRefModelCallback"
+)
+_TRUNCATE_DATASET = _places("trl_fast.data", "truncate_dataset")
+_REFERENCE = _places("trl_fast", "create_reference_model")
+_VERBOSITY = _places("trl_fast", "init_zero_verbose")
+_ACCURACY_REWARDS = _places(
+    "trl_fast.rewards", "accuracy_reward", "get_cosine_scaled_reward", "reasoning_accuracy_reward"
+)
+_FORMAT_REWARDS = _places("trl_fast.rewards", "think_format_reward")
+_OTHER_REWARDS = _places("trl_fast.rewards", "get_repetition_penalty_reward", "get_soft_overlong_punishment")
+_DISABLE_DROPOUT = {"disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout"}
+
+# Module of TRL: names and their places in trl_fast. `trl` and `trl.trainer` have all public names of trl_fast besides.
 MODULES: dict[str, dict[str, str]] = {
-    "trl": {"truncate_dataset": "trl_fast.data"},
-    "trl.trainer": {"disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout"},
+    **_method_modules(),
+    "trl": _TRUNCATE_DATASET,
+    "trl.trainer": _DISABLE_DROPOUT,
     "trl.trainer.callbacks": _CALLBACKS,
-    "trl.trainer.dpo_config": {"DPOConfig": "trl_fast"},
-    "trl.trainer.dpo_trainer": {"DPOTrainer": "trl_fast", "DataCollatorForPreference": "trl_fast.data"},
-    "trl.trainer.kto_config": {"KTOConfig": "trl_fast"},
-    "trl.trainer.kto_trainer": {
-        "KTOTrainer": "trl_fast",
-        "DataCollatorForUnpairedPreference": "trl_fast.data",
-    },
-    "trl.trainer.grpo_config": {"GRPOConfig": "trl_fast"},
-    "trl.trainer.grpo_trainer": {"GRPOTrainer": "trl_fast"},
-    "trl.trainer.rloo_config": {"RLOOConfig": "trl_fast"},
-    "trl.trainer.rloo_trainer": {"RLOOTrainer": "trl_fast"},
-    "trl.trainer.ppo_config": {"PPOConfig": "trl_fast"},
-    "trl.trainer.ppo_trainer": {"PPOTrainer": "trl_fast"},
-    "trl.trainer.sft_config": {"SFTConfig": "trl_fast"},
-    "trl.trainer.sft_trainer": {"SFTTrainer": "trl_fast", "DataCollatorForLanguageModeling": "trl_fast.data"},
-    "trl.trainer.reward_config": {"RewardConfig": "trl_fast"},
-    "trl.trainer.reward_trainer": {
-        "RewardTrainer": "trl_fast",
-        "DataCollatorForPreference": "trl_fast.data:DataCollatorForReward",
-    },
-    "trl.trainer.model_config": {"ModelConfig": "trl_fast"},
+    "trl.trainer.model_config": _places("trl_fast", "ModelConfig"),
     "trl.trainer.utils": {
         **_MODEL_ARGUMENTS,
-        "SIMPLE_CHAT_TEMPLATE": "trl_fast.modeling.chat_template",
-        "disable_dropout_in_model": "trl_fast.modeling.loading:disable_dropout",
-        "RepeatSampler": "trl_fast.data.repeat_sampler",
-        "selective_log_softmax": "trl_fast.ops",
+        **_DISABLE_DROPOUT,
+        **_places("trl_fast.modeling.chat_template", "SIMPLE_CHAT_TEMPLATE"),
+        **_places("trl_fast.data.repeat_sampler", "RepeatSampler"),
+        **_places("trl_fast.ops", "selective_log_softmax"),
     },
-    "trl.models": dict.fromkeys(("create_reference_model", "setup_chat_format"), "trl_fast"),
-    "trl.models.utils": dict.fromkeys(("create_reference_model", "setup_chat_format"), "trl_fast"),
-    "trl.models.modeling_base": {"create_reference_model": "trl_fast"},
-    "trl.data_utils": dict.fromkeys(
-        (
+    "trl.models": {**_REFERENCE, **_places("trl_fast", "setup_chat_format")},
+    "trl.models.utils": {**_REFERENCE, **_places("trl_fast", "setup_chat_format")},
+    "trl.models.modeling_base": _REFERENCE,
+    "trl.data_utils": {
+        **_TRUNCATE_DATASET,
+        **_places(
+            "trl_fast",
             "apply_chat_template",
             "extract_prompt",
             "is_conversational",
@@ -61,44 +71,20 @@ MODULES: dict[str, dict[str, str]] = {
             "maybe_extract_prompt",
             "maybe_unpair_preference_dataset",
             "pack_dataset",
-            "truncate_dataset",
             "unpair_preference_dataset",
         ),
-        "trl_fast.data",
-    ),
-    "trl.chat_template_utils": dict.fromkeys(("clone_chat_template", "get_training_chat_template"), "trl_fast"),
-    "trl.rewards": dict.fromkeys(
-        (
-            "accuracy_reward",
-            "get_cosine_scaled_reward",
-            "get_repetition_penalty_reward",
-            "get_soft_overlong_punishment",
-            "reasoning_accuracy_reward",
-            "think_format_reward",
-        ),
-        "trl_fast.rewards",
-    ),
-    "trl.rewards.accuracy_rewards": dict.fromkeys(
-        ("accuracy_reward", "get_cosine_scaled_reward", "reasoning_accuracy_reward"), "trl_fast.rewards"
-    ),
-    "trl.rewards.format_rewards": {"think_format_reward": "trl_fast.rewards"},
-    "trl.rewards.other_rewards": dict.fromkeys(
-        ("get_repetition_penalty_reward", "get_soft_overlong_punishment"), "trl_fast.rewards"
-    ),
-    "trl.scripts": {**_ARGUMENTS, "init_zero_verbose": "trl_fast"},
-    "trl.scripts.utils": {
-        **_ARGUMENTS,
-        "DatasetConfig": "trl_fast.cli.arguments",
-        "init_zero_verbose": "trl_fast",
     },
+    "trl.chat_template_utils": _places("trl_fast", "clone_chat_template", "get_training_chat_template"),
+    "trl.rewards": {**_ACCURACY_REWARDS, **_FORMAT_REWARDS, **_OTHER_REWARDS},
+    "trl.rewards.accuracy_rewards": _ACCURACY_REWARDS,
+    "trl.rewards.format_rewards": _FORMAT_REWARDS,
+    "trl.rewards.other_rewards": _OTHER_REWARDS,
+    "trl.scripts": {**_ARGUMENTS, **_VERBOSITY},
+    "trl.scripts.utils": {**_ARGUMENTS, **_VERBOSITY, **_places("trl_fast.cli.arguments", "DatasetConfig")},
     "trl.commands": {},
-    "trl.commands.cli_utils": {**_ARGUMENTS, "init_zero_verbose": "trl_fast"},
+    "trl.commands.cli_utils": {**_ARGUMENTS, **_VERBOSITY},
     "trl.experimental": {},
-    "trl.experimental.kto": dict.fromkeys(("KTOConfig", "KTOTrainer"), "trl_fast"),
-    "trl.experimental.kto.kto_config": {"KTOConfig": "trl_fast"},
-    "trl.experimental.kto.kto_trainer": {"KTOTrainer": "trl_fast"},
-    "trl.experimental.ppo": dict.fromkeys(("PPOConfig", "PPOTrainer"), "trl_fast"),
-    "trl.experimental.utils": {"create_reference_model": "trl_fast", "truncate_dataset": "trl_fast.data"},
+    "trl.experimental.utils": {**_REFERENCE, **_TRUNCATE_DATASET},
 }
 
 

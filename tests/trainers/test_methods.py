@@ -1,0 +1,86 @@
+"""The table of methods is true, and everything that lists methods says the same."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import trl_fast
+from trl_fast import trainers
+from trl_fast.cli.main import usage
+from trl_fast.dropin.names import MODULES
+from trl_fast.lazy_imports import import_place
+from trl_fast.trainers.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_place_of_the_table_is_there(name):
+    method = METHODS[name]
+    config, trainer = method.config_class(), method.trainer_class()
+    assert trainer.method == name == method.name
+    assert trainer.config_class is config
+    assert config.__name__.removesuffix("Config") == trainer.__name__.removesuffix("Trainer")
+    if method.reward_argument is not None:
+        constructors = [inspect.signature(owner.__init__).parameters for owner in trainer.__mro__]
+        assert any(method.reward_argument in parameters for parameters in constructors)
+    for place in method.trl_names.values():
+        import_place(place)
+
+
+def test_no_trainer_is_missing_from_the_table():
+    folder = ROOT / "trl_fast" / "trainers"
+    names = {path.stem for path in folder.glob("*_config.py")} | {
+        path.parent.name for path in folder.glob("ppo/config.py")
+    }
+    assert {name.removesuffix("_config") for name in names} == set(METHODS)
+
+
+def imported_for_type_checkers(module):
+    """Reads the names, and the modules that they are imported from, under `if TYPE_CHECKING:`."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            package = f"{module.__name__}." if module is trainers else ""
+            return {name.name: f"{package}{line.module}" for line in node.body for name in line.names}
+    raise AssertionError("there is no `if TYPE_CHECKING:`")
+
+
+def test_type_checkers_see_the_exports_of_the_trainers():
+    expected = {name: place.partition(":")[0] for name, place in trainers.EXPORTS.items()}
+    assert imported_for_type_checkers(trainers) == expected
+
+
+def test_type_checkers_see_the_exports_of_the_package():
+    found = imported_for_type_checkers(trl_fast)
+    assert set(found) == set(trl_fast.EXPORTS) == set(trl_fast.__all__) - {"__version__"}
+    for name, module in found.items():
+        expected = "trl_fast.trainers" if name in trainers.EXPORTS else trl_fast.EXPORTS[name].partition(":")[0]
+        assert module == expected, name
+
+
+@pytest.mark.parametrize("name", trl_fast.EXPORTS)
+def test_every_export_is_there(name):
+    assert getattr(trl_fast, name) is import_place(trl_fast.EXPORTS[name])
+    assert name in dir(trl_fast)
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="module 'trl_fast' has no attribute 'DPOTrainr'"):
+        trl_fast.DPOTrainr  # noqa: B018
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_has_exports_a_command_names_in_trl_and_docs(method):
+    config, trainer = method.exports
+    assert {config, trainer} <= {*trl_fast.__all__}
+    assert f"  {method.name:9}{method.help}" in usage().splitlines()
+    for package in method.trl_packages:
+        assert config in MODULES[f"{package}.{method.name}_config"]
+        assert trainer in MODULES[f"{package}.{method.name}_trainer"]
+    assert f"`{trainer}`" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_names_all_commands():
+    assert f"| `trl-fast {', '.join(METHODS)}, run" in (ROOT / "README.md").read_text()

@@ -1,0 +1,107 @@
+"""Lists the training methods: the config, the trainer, the command and the names in TRL of each.
+
+The public names of `trl_fast`, the commands of `trl-fast` and the names that `import trl` answers are made from this
+table. Reading it imports no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_fast.lazy_imports import import_place
+
+
+@dataclass(frozen=True)
+class Method:
+    """Describes one training method. A place is "module:name", and is imported when it is needed.
+
+    Args:
+        name: the method's name in commands, and the trainer's `method`.
+        config: place of the config's class.
+        trainer: place of the trainer's class.
+        help: what the command does, for `trl-fast --help`.
+        reward_argument: the trainer's argument that takes reward functions and models; None: it takes none.
+        trl_packages: packages of TRL, present or past, that have modules `NAME_config` and `NAME_trainer`.
+        trl_names: further names in TRL's `NAME_trainer`, and their places.
+    """
+
+    name: str
+    config: str
+    trainer: str
+    help: str
+    reward_argument: str | None = None
+    trl_packages: tuple[str, ...] = ("trl.trainer",)
+    trl_names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def exports(self) -> dict[str, str]:
+        """The public names of the method, config and trainer, and their places."""
+        return {place.partition(":")[2]: place for place in (self.config, self.trainer)}
+
+    def config_class(self) -> Any:
+        """Imports the config's class, and nothing of the trainer."""
+        return import_place(self.config)
+
+    def trainer_class(self) -> Any:
+        """Imports the trainer's class."""
+        return import_place(self.trainer)
+
+
+_METHODS = (
+    Method(
+        name="sft",
+        config="trl_fast.trainers.sft_config:SFTConfig",
+        trainer="trl_fast.trainers.sft:SFTTrainer",
+        help="train with supervised fine-tuning",
+        trl_names={"DataCollatorForLanguageModeling": "trl_fast.data:DataCollatorForLanguageModeling"},
+    ),
+    Method(
+        name="dpo",
+        config="trl_fast.trainers.dpo_config:DPOConfig",
+        trainer="trl_fast.trainers.dpo:DPOTrainer",
+        help="train with Direct Preference Optimization and its relatives",
+        trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForPreference"},
+    ),
+    Method(
+        name="reward",
+        config="trl_fast.trainers.reward_config:RewardConfig",
+        trainer="trl_fast.trainers.reward:RewardTrainer",
+        help="train a reward model",
+        trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForReward"},
+    ),
+    Method(
+        name="kto",
+        config="trl_fast.trainers.kto_config:KTOConfig",
+        trainer="trl_fast.trainers.kto:KTOTrainer",
+        help="train with Kahneman-Tversky Optimization, from single completions that are good or bad",
+        trl_packages=("trl.trainer", "trl.experimental.kto"),
+        trl_names={"DataCollatorForUnpairedPreference": "trl_fast.data:DataCollatorForUnpairedPreference"},
+    ),
+    Method(
+        name="grpo",
+        config="trl_fast.trainers.grpo_config:GRPOConfig",
+        trainer="trl_fast.trainers.grpo:GRPOTrainer",
+        help="train with Group Relative Policy Optimization, from rewards of sampled completions",
+        reward_argument="reward_funcs",
+    ),
+    Method(
+        name="rloo",
+        config="trl_fast.trainers.rloo_config:RLOOConfig",
+        trainer="trl_fast.trainers.rloo:RLOOTrainer",
+        help="train with REINFORCE and leave-one-out baselines, from rewards of sampled completions",
+        reward_argument="reward_funcs",
+    ),
+    Method(
+        name="ppo",
+        config="trl_fast.trainers.ppo.config:PPOConfig",
+        trainer="trl_fast.trainers.ppo.trainer:PPOTrainer",
+        help="train with Proximal Policy Optimization, from a reward model and with a value model",
+        reward_argument="reward_model",
+        trl_packages=("trl.trainer", "trl.experimental.ppo"),
+    ),
+)
+
+# By name, in the order in which they are shown.
+METHODS: Mapping[str, Method] = {method.name: method for method in _METHODS}
