@@ -17,7 +17,7 @@ from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch, pack_trees
 from trl_fast.data.token_trees import Tree
 from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
 from trl_fast.ops.linear_token_loss import TokenLoss
-from trl_fast.ops.scores import detached
+from trl_fast.ops.token_scores import detached
 
 from .attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .head import head_parameters, head_transform

@@ -18,7 +18,7 @@ import torch
 
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.ops.attention_merge import merge_attention, merge_into
-from trl_fast.ops.products import gemm_dtype
+from trl_fast.ops.matmul import gemm_dtype
 
 logger = logging.getLogger(__name__)
 
