@@ -270,7 +270,7 @@ def linear_scores(
     tops: torch.Tensor | None,
     tiles: Tiles,
 ) -> None:
-    """Writes the state (7, N) float64 of all rows (row_kernels.py) after all columns; keeps their logits if given room.
+    """Writes the state (7, N) float64 of all rows (row_kernels.py), keeps their logits if given room.
 
     Logits are slope * (hidden weightᵀ + bias). hidden: (N, H) bfloat16|float16; weight: (V, H), dtype of hidden; rows
     of both begin at multiples of 16 bytes; targets: (N,) int64; bias: (V,) or None. words: (N, V) int16, with rows of
