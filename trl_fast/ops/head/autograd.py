@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import torch
 
-from ..gradients import HeadGradients, score_rows, score_with_unit_gradient
-from ..logit_transform import LogitTransform
 from ..matmul import gemm_dtype
-from ..plan import Head
-from ..row_kernels import finish_scores, new_state, with_low_part
 from ..token_scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
+from .gradients import HeadGradients, score_rows, score_with_unit_gradient
 from .kept_logits import KeptLogits
+from .logit_transform import LogitTransform
+from .plan import Head
 from .row_blocks import active_rows, row_blocks
+from .row_kernels import finish_scores, new_state, with_low_part
 
 NOTHING, LOGITS, UNIT_GRADIENT = range(3)
 

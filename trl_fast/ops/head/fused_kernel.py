@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import supports
 from ..matmul import SIXTEEN_BITS
-from ..row_kernels import SUM, TARGET, TOP, new_state
 from ..slices import spans
 from .kept_logits import PACKED_DTYPE, KeptLogits, unpack
+from .row_kernels import SUM, TARGET, TOP, new_state
 
 if TYPE_CHECKING:
     from trl_fast.kernels.linear_scores import Tiles

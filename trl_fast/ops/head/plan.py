@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..fused_kernel import fused_tiles
-from ..logit_transform import LogitTransform
 from ..matmul import SIXTEEN_BITS, logits_dtype
 from ..memory_pool import pooled_empty
-from ..row_kernels import ROW_KERNELS, row_weights_by_two
 from ..slices import even_step
+from .fused_kernel import fused_tiles
 from .kept_logits import CHUNK, PACKED_DTYPE, KeptLogits, KeptTile, num_chunks
+from .logit_transform import LogitTransform
+from .row_kernels import ROW_KERNELS, row_weights_by_two
 
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..logit_transform import LogitTransform
 from ..token_scores import (
     ENTROPY,
     ENTROPY_ROW,
@@ -41,6 +40,7 @@ from ..token_scores import (
     NUM_STATISTICS,
 )
 from .kept_logits import CHUNK, pack, unpack
+from .logit_transform import LogitTransform
 
 # Rows of the running state (7, R) float64: the largest logit m so far, sums of e^(u-m), e^(u-m) (u-m) and e^2(u-m),
 # the sum of the logits, the target's logit, and the largest logit before the target.

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from ..autograd import head_of, row_coefficients
-from ..gradients import score_rows
-from ..logit_transform import LogitTransform
-from ..row_kernels import finish_scores, new_state
 from ..slices import spans
-from ..sparse_kernels import SPARSE_KERNELS
 from ..token_scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS
+from .autograd import head_of, row_coefficients
+from .gradients import score_rows
+from .logit_transform import LogitTransform
+from .row_kernels import finish_scores, new_state
+from .sparse_kernels import SPARSE_KERNELS
 
 
 @torch.library.custom_op("trl_fast::linear_scores_sparse", mutates_args=())
