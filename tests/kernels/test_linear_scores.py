@@ -10,10 +10,10 @@ from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import linear_scores
 from trl_fast.kernels.linear_scores import INTERPRETED_TILES
 from trl_fast.ops import linear_logprob, linear_token_loss, matmul
+from trl_fast.ops.head import fused_kernel, plan
 from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused, try_out
 from trl_fast.ops.head.kept_logits import PACKED_DTYPE, KeptLogits, unpack
 from trl_fast.ops.head.logit_transform import LogitTransform
-from trl_fast.ops.head.plan import fused_kernel, plan
 from trl_fast.ops.head.row_kernels import LOGPROB_ROW, LSE_ROW, finish_scores, new_state
 from trl_fast.ops.token_scores import ENTROPY_ROW, IS_TOP1_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, output_mask
 

@@ -104,7 +104,7 @@ def test_frozen_parts_and_retained_graph(frozen, backend):
 
 def test_no_gradient_is_taken_without_need(backend, monkeypatch):
     problem = make_problem(8, 90)
-    from trl_fast.ops.head.plan import gradients
+    from trl_fast.ops.head import gradients
 
     def refuse(*args, **kwargs):
         raise AssertionError("a gradient was computed under no_grad")

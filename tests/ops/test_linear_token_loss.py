@@ -7,7 +7,7 @@ import torch
 
 from support.heads import DTYPES, FLOOR, HeadProblem, assert_as_good, error, make_problem, scores_from_logits
 from trl_fast.ops import TokenScores, linear_cross_entropy, linear_token_loss
-from trl_fast.ops.head.plan import gradients
+from trl_fast.ops.head import gradients
 
 # Bytes that hold a few rows of 333 logits, and one of the PyTorch kernels, which have temporaries.
 ROW_BLOCKS = 12_000

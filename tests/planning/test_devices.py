@@ -7,8 +7,8 @@ from transformers import AttentionInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
 from trl_fast.ops import attention_merge, matmul, memory_pool
+from trl_fast.ops.head import gradients, plan, row_blocks
 from trl_fast.ops.head.logit_transform import LogitTransform
-from trl_fast.ops.head.plan import gradients, plan, row_blocks
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.ops.head.sparse_kernels import SPARSE_KERNELS
 from trl_fast.planning.devices import PADDED_ATTENTION, choices_of, flash_workspace

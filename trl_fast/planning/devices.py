@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
 from trl_fast.ops import attention_merge, matmul, memory_pool
-from trl_fast.ops.head.plan import gradients, plan, row_blocks, sparse_kernels
+from trl_fast.ops.head import gradients, plan, row_blocks, sparse_kernels
 from trl_fast.ops.head.row_kernels import ROW_KERNELS, RowKernels
 from trl_fast.ops.head.sparse_kernels import SPARSE_KERNELS, SparseKernels
 

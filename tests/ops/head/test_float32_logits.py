@@ -13,10 +13,10 @@ from benchmarks.memory import measure_peak
 from support.heads import error, make_problem
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
+from trl_fast.ops.head import gradients, plan, row_blocks
 from trl_fast.ops.head.autograd import linear_scores
 from trl_fast.ops.head.kept_logits import CHUNK, unpack
 from trl_fast.ops.head.logit_transform import LogitTransform
-from trl_fast.ops.head.plan import gradients, plan, row_blocks
 from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
     RowKernels,
