@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.memory import MIB, measure_peak
-from trl_fast import DPOConfig, DPOTrainer
+from trl_fast import DPOTrainer
 from trl_fast.cli.training import make_parser, make_trainer
 from trl_fast.losses.dpo import PreferenceTable
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import score
 from trl_fast.ops import linear_logprob, supports
+from trl_fast.trainers.methods import METHODS
 
 from .preference_tasks import preference_pairs
 from .smollm2 import smollm2_folder
@@ -139,7 +140,7 @@ def train(arguments: argparse.Namespace, kind: str, console: Console) -> Run:
     words = flags(arguments, kind, output_dir)
     console.rule(f"DPO, {'LoRA' if kind == 'lora' else 'whole model'}")
     console.print(f"trl-fast dpo {' '.join(words)}", style="dim", highlight=False, soft_wrap=True)
-    trainer = make_trainer(DPOTrainer, *make_parser("dpo", DPOConfig).parse_args_and_config(words))
+    trainer = make_trainer(METHODS["dpo"], *make_parser(METHODS["dpo"]).parse_args_and_config(words))
     # Both ends are evaluated here; an evaluation inside the run would only be timed with it.
     trainer.args.eval_strategy = "no"
     before, head = held_out(trainer), head_memory(trainer)

@@ -12,13 +12,13 @@ import trl_fast
 from trl_fast.cli.arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl_fast.cli.parser import TrlParser
 from trl_fast.cli.training import make_parser
-from trl_fast.trainers import DPOConfig
+from trl_fast.trainers.methods import METHODS
 
 BASE = ["--output_dir", "/tmp/none", "--use_cpu", "true", "--bf16", "false"]
 
 
 def parse(*flags, **options):
-    return make_parser("dpo", DPOConfig).parse_args_and_config([*BASE, *flags], **options)
+    return make_parser(METHODS["dpo"]).parse_args_and_config([*BASE, *flags], **options)
 
 
 def write(tmp_path, text=None, **values):

@@ -52,13 +52,13 @@ def test_the_demo_builds_its_trainer_from_flags(tmp_path):
     from examples.demo import flags, parse_arguments
     from support.models import save_tiny_model
     from support.tokenizer import build_tokenizer
-    from trl_fast import DPOConfig, DPOTrainer
     from trl_fast.cli.training import make_parser, make_trainer
+    from trl_fast.trainers.methods import METHODS
 
     for name, split in preference_pairs(8, 4).items():
         split.to_json(tmp_path / "data" / f"{name}.jsonl")
     words = ["--model_name_or_path", save_tiny_model(tmp_path / "model", build_tokenizer())]
     arguments = parse_arguments([*words, "--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path)])
     given = [*flags(arguments, "lora", tmp_path / "out"), "--use_cpu", "--bf16", "false"]
-    trainer = make_trainer(DPOTrainer, *make_parser("dpo", DPOConfig).parse_args_and_config(given))
+    trainer = make_trainer(METHODS["dpo"], *make_parser(METHODS["dpo"]).parse_args_and_config(given))
     assert len(trainer.train_dataset) == 8 and len(trainer.eval_dataset) == 4

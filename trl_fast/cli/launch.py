@@ -104,7 +104,7 @@ def config_flags(name: str) -> list[str]:
 
 def launch(flags: list[str], arguments: list[str]) -> int:
     """Runs `trl-fast ARGUMENTS` in the processes that `accelerate launch FLAGS` starts; their exit status."""
-    parsed = launch_command_parser().parse_args([*flags, "--module", "trl_fast.cli.main", *arguments])
+    parsed = launch_command_parser().parse_args([*flags, "--module", f"{__package__}.main", *arguments])
     os.environ[_LAUNCHED] = "1"
     try:
         launch_command(parsed)

@@ -1,58 +1,60 @@
-"""What the training commands share: from a command line to a trained and saved model."""
+"""Runs the training commands, one for each method: from a command line to a trained and saved model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-from transformers import PrinterCallback, ProgressCallback
+from typing import TYPE_CHECKING, Any
 
 from trl_fast.console import make_console
-from trl_fast.trainers import RichProgressCallback
-from trl_fast.trainers.base.checkpoints import newest_checkpoint
-from trl_fast.trainers.base.config import BaseConfig
-from trl_fast.trainers.base.divergence import DivergedError
-from trl_fast.trainers.base.trainer import BaseTrainer
+from trl_fast.trainers.methods import Method
 
 from .arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
-from .datasets import load_train_and_test
-from .launch import is_launched, launch, launcher_flags, launcher_options
 from .parser import TrlParser
+from .rewards import RewardScriptArguments, reward_sources
+
+if TYPE_CHECKING:
+    from trl_fast.trainers.base.config import BaseConfig
+    from trl_fast.trainers.base.trainer import BaseTrainer
 
 
-def make_parser(
-    command: str, config_class: type[BaseConfig], script_class: type[ScriptArguments] = ScriptArguments
-) -> TrlParser:
-    """The flags of a command: those of the dataset, the trainer's config, the model and the mixture of datasets."""
-    return TrlParser((script_class, config_class, ModelConfig, DatasetMixtureConfig), prog=f"trl-fast {command}")
+def make_parser(method: Method) -> TrlParser:
+    """Makes the parser of a command: flags of the dataset, the method's config, the model, the mixture of datasets."""
+    script_arguments = ScriptArguments if method.reward_argument is None else RewardScriptArguments
+    types = (script_arguments, method.config_class(), ModelConfig, DatasetMixtureConfig)
+    return TrlParser(types, prog=f"trl-fast {method.name}")
 
 
 def make_trainer(
-    trainer_class: Callable[..., BaseTrainer],
+    method: Method,
     script_args: ScriptArguments,
     training_args: BaseConfig,
     model_args: ModelConfig,
     mixture: DatasetMixtureConfig,
-    **more: Any,
 ) -> BaseTrainer:
-    """The trainer that the arguments describe; `more` are arguments of its constructor.
+    """Makes the trainer that the arguments describe.
 
     Raises:
-        ValueError: no model or no dataset was named, or the data is bad.
+        ValueError: no model, no dataset or no reward was named, or the data is bad.
     """
-    model = model_args.model_name_or_path or getattr(training_args, "sft_model_path", None)
-    if model is None:
-        raise ValueError("model_name_or_path is missing; give a hub name or a folder")
+    rewards = _rewards(method, script_args, training_args)
+    model = _policy(training_args, model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    evaluates = training_args.eval_strategy != "no"
     training_args.trust_remote_code = training_args.trust_remote_code or model_args.trust_remote_code
+    # What only a trainer needs is imported here: `--help` comes without it.
+    from transformers import PrinterCallback, ProgressCallback
+
+    from trl_fast.trainers import RichProgressCallback
+
+    from .datasets import load_train_and_test
+
+    evaluates = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_train_and_test(script_args, mixture, with_test=evaluates)
-    trainer = trainer_class(
+    trainer = method.trainer_class()(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -60,7 +62,7 @@ def make_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         callbacks=[RichProgressCallback()],
-        **more,
+        **rewards,
     )
     for replaced in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(replaced)
@@ -70,33 +72,50 @@ def make_trainer(
     return trainer
 
 
-def prepare_training(
-    command: str,
-    config_class: type[BaseConfig],
-    trainer_class: Callable[..., BaseTrainer],
-    arguments: list[str],
-    *,
-    script_class: type[ScriptArguments] = ScriptArguments,
-    trainer_arguments: Callable[[Any], dict[str, Any]] = lambda script_args: {},
-) -> Callable[[], int]:
-    """Everything that may fail for the user's input; what is returned trains, saves and gives the exit status.
+def _policy(training_args: BaseConfig, model_args: ModelConfig) -> str:
+    """Returns the model to train: PPO's --sft_model_path where it is given, else --model_name_or_path."""
+    path = getattr(training_args, "sft_model_path", None)
+    if path is None or path == type(training_args).sft_model_path:
+        path = model_args.model_name_or_path or path
+    if path is None:
+        raise ValueError("model_name_or_path is missing; give a hub name or a folder")
+    return path
+
+
+def _rewards(method: Method, script_args: ScriptArguments, training_args: BaseConfig) -> dict[str, Any]:
+    """Returns the trainer's argument for rewards: what the flags name, else PPO's --reward_model_path."""
+    if method.reward_argument is None:
+        return {}
+    sources = reward_sources(script_args) or [getattr(training_args, "reward_model_path", None)]
+    if sources == [None]:
+        raise ValueError("reward_funcs is missing; name one or several, or give reward_model_name_or_path")
+    return {method.reward_argument: sources[0] if len(sources) == 1 else sources}
+
+
+def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
+    """Does everything that may fail for the user's input; returns what trains, saves and gives the exit status.
 
     Arguments of `accelerate launch` make it start the command again in the processes that they ask for.
-    trainer_arguments: from the script's arguments to further ones of the trainer.
     """
-    parser = make_parser(command, config_class, script_class)
-    flags, unknown = launcher_flags(parser.remaining_strings(arguments))
+    parser = make_parser(method)
+    # Prints the help and ends the program where it is asked for: before the imports.
+    remaining = parser.remaining_strings(arguments)
+    from .launch import is_launched, launch, launcher_flags, launcher_options
+
+    flags, unknown = launcher_flags(remaining)
     if unknown:
         raise parser.unknown(unknown, launcher_options())
     if flags and not is_launched():
-        return lambda: launch(flags, [command, *arguments])
+        return lambda: launch(flags, [method.name, *arguments])
     *parsed, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    trainer = make_trainer(trainer_class, *parsed, **trainer_arguments(parsed[0]))
+    trainer = make_trainer(method, *parsed)
     checkpoint = _checkpoint(trainer.args)
     return lambda: _train(trainer, checkpoint, dataset_name=parsed[0].dataset_name)
 
 
 def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
+    from trl_fast.trainers.base.divergence import DivergedError
+
     args = trainer.args
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -116,7 +135,9 @@ def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
 
 
 def _checkpoint(args: BaseConfig) -> str | None:
-    """The flag gives text: a folder, or true for the newest checkpoint."""
+    """Returns the checkpoint to go on from: the flag gives text, a folder, or true for the newest one."""
+    from trl_fast.trainers.base.checkpoints import newest_checkpoint
+
     value = str(args.resume_from_checkpoint or "")
     if value.lower() in ("", "false", "none"):
         return None

@@ -17,7 +17,6 @@ from .checks import (
     longest_sequence,
 )
 from .dataset_packing import pack_dataset, truncate_dataset
-from .dataset_types import AnyDataset
 from .formats import (
     extract_prompt,
     is_conversational,
@@ -51,7 +50,6 @@ from .unpaired_preference import DataCollatorForUnpairedPreference, prepare_unpa
 from .validation import ValidationReport, validate
 
 __all__ = [
-    "AnyDataset",
     "LAYOUTS",
     "TOKEN_COLUMNS",
     "SFTFormat",

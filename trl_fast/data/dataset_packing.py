@@ -5,14 +5,14 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections import deque
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from .dataset_types import DatasetOrDict
+AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 # Names that older versions of TRL used.
@@ -20,8 +20,8 @@ OLDER_STRATEGIES = {"ffd": "bfd", "bfd-requeue": "bfd_split"}
 
 
 def pack_dataset(
-    dataset: DatasetOrDict, seq_length: int, strategy: str = "bfd", map_kwargs: dict[str, Any] | None = None
-) -> DatasetOrDict:
+    dataset: AnyDataset, seq_length: int, strategy: str = "bfd", map_kwargs: dict[str, Any] | None = None
+) -> AnyDataset:
     """Pack the rows of a dataset, whose columns are lists of equal lengths, into rows of up to `seq_length` elements.
 
     - `bfd`: best-fit decreasing (arXiv 2404.10830). Longest rows first, each goes into the fullest bin that has room;
@@ -47,20 +47,14 @@ def pack_dataset(
     return _map_arrow(dataset, _pack_best_fit, arguments, map_kwargs, new_columns=["seq_lengths"])
 
 
-def truncate_dataset(
-    dataset: DatasetOrDict, max_length: int, map_kwargs: dict[str, Any] | None = None
-) -> DatasetOrDict:
+def truncate_dataset(dataset: AnyDataset, max_length: int, map_kwargs: dict[str, Any] | None = None) -> AnyDataset:
     """Cut every list of every row to its first `max_length` elements; other columns stay as they are."""
     return _map_arrow(dataset, _truncate, {"max_length": max_length}, map_kwargs)
 
 
 def _map_arrow(
-    dataset: DatasetOrDict,
-    function: Any,
-    arguments: dict,
-    map_kwargs: dict | None,
-    new_columns: list[str] | None = None,
-) -> DatasetOrDict:
+    dataset: AnyDataset, function: Any, arguments: dict, map_kwargs: dict | None, new_columns: list[str] | None = None
+) -> AnyDataset:
     """`dataset.map` over Arrow tables; the answer has the format that the dataset had."""
     first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     if isinstance(first, Dataset):

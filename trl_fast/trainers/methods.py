@@ -37,7 +37,7 @@ class Method:
 
     @property
     def exports(self) -> dict[str, str]:
-        """The public names of the method, config and trainer, and their places."""
+        """Returns the public names of the method, config and trainer, and their places."""
         return {place.partition(":")[2]: place for place in (self.config, self.trainer)}
 
     def config_class(self) -> Any:

@@ -1,4 +1,4 @@
-"""What `trl-fast grpo` and `trl-fast rloo` have beyond the other commands: rewards by name."""
+"""Finds the rewards that the commands of the online methods name: functions and models."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl_fast import rewards
 from trl_fast.suggestions import did_you_mean
 
 from .arguments import ScriptArguments
 
-# By TRL's names, with TRL's settings.
+# The functions that have a name of their own: TRL's names, with TRL's settings.
 REWARD_FUNCTIONS: dict[str, Callable[[], Callable[..., list]]] = {
     "accuracy_reward": lambda: rewards.accuracy_reward,
     "reasoning_accuracy_reward": lambda: rewards.reasoning_accuracy_reward,
@@ -24,8 +23,8 @@ REWARD_FUNCTIONS: dict[str, Callable[[], Callable[..., list]]] = {
 
 
 @dataclass
-class OnlineScriptArguments(ScriptArguments):
-    """Which dataset a script works on, and what rewards its completions."""
+class RewardScriptArguments(ScriptArguments):
+    """Names the dataset a script works on, and what rewards its completions."""
 
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "A reward model: hub name or folder of a classifier with one label."}
@@ -36,19 +35,14 @@ class OnlineScriptArguments(ScriptArguments):
     )
 
 
-def reward_arguments(arguments: OnlineScriptArguments) -> dict[str, Any]:
-    """The trainer's `reward_funcs`.
+def reward_sources(arguments: RewardScriptArguments) -> list[str | Callable[..., list]]:
+    """Returns what the arguments name: the reward model, as it was named, then the functions.
 
     Raises:
-        ValueError: none was named, or a name is unknown or cannot be imported.
+        ValueError: a function's name is unknown or cannot be imported.
     """
-    found: list[Any] = []
-    if arguments.reward_model_name_or_path:
-        found.append(arguments.reward_model_name_or_path)
-    found += [_reward_function(name) for name in arguments.reward_funcs or ()]
-    if not found:
-        raise ValueError("reward_funcs is missing; name one or several, or give reward_model_name_or_path")
-    return {"reward_funcs": found}
+    model = arguments.reward_model_name_or_path
+    return [*([model] if model else []), *(_reward_function(name) for name in arguments.reward_funcs or ())]
 
 
 def _reward_function(name: str) -> Callable[..., list]:
