@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
-from trl_fast.ops.products import gemm_dtype
+from trl_fast.ops.matmul import gemm_dtype
 
 from .machine_info import cpu_name
 from .matmul_floor import Floor

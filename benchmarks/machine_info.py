@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from trl_fast.ops.products import gemm_dtype
+from trl_fast.ops.matmul import gemm_dtype
 
 from .memory import GIB
 

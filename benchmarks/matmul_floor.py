@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from trl_fast.ops.head import rows_per_block, workspace_of
+from trl_fast.ops.head.plan import rows_per_block, workspace_of
 from trl_fast.ops.memory_pool import pooled_empty
-from trl_fast.ops.spans import spans
+from trl_fast.ops.slices import spans
 
 from .timing import first_seconds
 

@@ -2,7 +2,7 @@
 
 As many programs as the GPU has processors walk over tiles of logits, [rows, columns]; factors come by TMA, the product
 is accumulated in float32. Of each tile, while it is in registers, the largest logit of every row is found, then the
-sums relative to it, and, if logits are to be kept, the 16-bit words below it (`trl_fast/ops/packed_logits.py`). A
+sums relative to it, and, if logits are to be kept, the 16-bit words below it (`trl_fast/ops/head/kept_logits.py`). A
 second, small kernel merges the tiles of a row.
 
 Tiles that follow each other share columns in groups, so that their part of the weight is read from memory once and
@@ -270,7 +270,7 @@ def linear_scores(
     tops: torch.Tensor | None,
     tiles: Tiles,
 ) -> None:
-    """Writes the state (7, N) float64 of rows.py of all rows after all columns; keeps their logits where given room.
+    """Writes the state (7, N) float64 of all rows (row_kernels.py), keeps their logits if given room.
 
     Logits are slope * (hidden weightᵀ + bias). hidden: (N, H) bfloat16|float16; weight: (V, H), dtype of hidden; rows
     of both begin at multiples of 16 bytes; targets: (N,) int64; bias: (V,) or None. words: (N, V) int16, with rows of

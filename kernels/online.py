@@ -1,7 +1,8 @@
 """What the kernels that read logits have in common: their transform, and the sums that are kept online.
 
-The sums are those of the state in `trl_fast/ops/rows.py`: six float32 vectors (R,), one entry a row, in the order top,
-sum, sum_x, sum_sq, total, before. Which of them are kept up follows from OUTPUTS, the mask of trl_fast/ops/scores.py.
+The sums are those of the state in `trl_fast/ops/head/row_kernels.py`: six float32 vectors (R,), one entry a row, in
+the order top, sum, sum_x, sum_sq, total, before. Which of them are kept up follows from OUTPUTS, the mask of
+trl_fast/ops/token_scores.py.
 """
 
 import triton
@@ -27,7 +28,7 @@ def transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def packed_words(u, top):
-    """Words (R, C) int16 of logits u (R, C) whose largest are top (R,); see `trl_fast/ops/packed_logits.py`."""
+    """Words (R, C) int16 of logits u (R, C) whose largest are top (R,); see `trl_fast/ops/head/kept_logits.py`."""
     steps = (top[:, None] - u) * 1024.0
     limit = tl.where(steps < float("inf"), 65534.0, 65535.0)  # NaN is not below
     code = tl.where(steps < limit, steps, limit)

@@ -1,5 +1,7 @@
-"""The two row kernels in Triton, each with its form for packed logits; `trl_fast/ops/rows.py` specifies them and
-explains the names, `trl_fast/ops/packed_logits.py` how logits are packed.
+"""The two row kernels in Triton, each with its form for packed logits.
+
+`trl_fast/ops/head/row_kernels.py` specifies them and explains the names,
+`trl_fast/ops/head/kept_logits.py` how logits are packed.
 
 One program works on one row (scores) or on one tile of a row (grad). Row offsets are 64-bit. Statistics are float32,
 whatever the logits are. Only flags and the block size are compile-time constants: no number of rows, temperature or
@@ -16,7 +18,7 @@ from .launching import on_tensors_device
 from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, add_logits, packed_words, store_sums, transformed
 
 # What row_scores reads at once: the columns that share a largest logit when they are packed, here as in
-# packed_logits.py. A block of row_grad is 8 KiB, two 16-byte loads a thread. With twice as much, float32 scores spill.
+# kept_logits.py. A block of row_grad is 8 KiB, two 16-byte loads a thread. With twice as much, float32 scores spill.
 CHUNK, BLOCK_BYTES, NUM_WARPS = 2048, 8192, 8
 
 # What is read one value a row, or follows from the number of rows: its alignment and its size are nobody's business.
@@ -56,7 +58,7 @@ def row_scores_kernel(
     OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds one row of a tile to its state in one read; the state's rows are those of rows.py. Packs it if told to.
+    """Adds one row of a tile to its state in one read; the state's rows are in row_kernels.py. Packs it if told to.
 
     Whether it packs is no compile-time constant: another kernel would have other threads add up other columns, and a
     row's sums would no longer be the same, bit by bit, with packing and without.
@@ -234,7 +236,7 @@ def row_scores(
 ) -> None:
     """Adds a tile of raw logits (R, C) float32|bfloat16|float16, rows strided or not, to `state` (7, R) float64.
 
-    targets: (R,) int64, columns of the full vocabulary; bias: (C,) or None; see rows.py.
+    targets: (R,) int64, columns of the full vocabulary; bias: (C,) or None; see row_kernels.py.
     """
     _launch_scores(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state)
 
@@ -270,7 +272,7 @@ def row_grad(
     column_offset: int,
     out: torch.Tensor,
 ) -> None:
-    """Writes the gradient of raw logits (R, C) to `out` (R, C), which may be the same memory; see rows.py.
+    """Writes the gradient of raw logits (R, C) to `out` (R, C), which may be the same memory; see row_kernels.py.
 
     lse: (R,) float32; coefficients: (4, R) float32; logits are columns [column_offset, column_offset + C).
     """

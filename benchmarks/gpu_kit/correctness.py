@@ -21,9 +21,9 @@ from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segments import tree_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
-from trl_fast.ops.fused_scores import fused_tiles, score_rows_fused
-from trl_fast.ops.rows import finish_scores, new_state
-from trl_fast.ops.scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
+from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused
+from trl_fast.ops.head.row_kernels import finish_scores, new_state
+from trl_fast.ops.token_scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 
 from .ceilings import Size
 from .float64_cases import HeadProblem, Tensors, head_cases, loss_cases

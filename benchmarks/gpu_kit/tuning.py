@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from trl_fast.ops import BACKENDS, supports
-from trl_fast.ops.fused_scores import fused_tiles, score_rows_fused
-from trl_fast.ops.kept_logits import KeptLogits
-from trl_fast.ops.packed_logits import CHUNK, PACKED_DTYPE
-from trl_fast.ops.rows import ROW_KERNELS, new_state
+from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused
+from trl_fast.ops.head.kept_logits import CHUNK, PACKED_DTYPE, KeptLogits
+from trl_fast.ops.head.row_kernels import ROW_KERNELS, new_state
 
 from .ceilings import Size, random_matrix
 from .phase_context import Kit

@@ -12,7 +12,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from trl_fast.ops import linear_logprob, linear_token_loss
-from trl_fast.ops.head import default_workspace
+from trl_fast.ops.head.plan import default_workspace
 
 from .fake_devices import CUDA
 from .fake_gpu import fake_gpu

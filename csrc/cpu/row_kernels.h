@@ -1,6 +1,6 @@
 // The row kernels as plain C++: no torch, so that each instruction set is its own small translation unit.
 //
-// What they compute is specified by trl_fast/ops/rows.py.
+// What they compute is specified by trl_fast/ops/head/row_kernels.py.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@ namespace trl_fast {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Bits of the `outputs` mask, the numbers of trl_fast/ops/scores.py.
+// Bits of the `outputs` mask, the numbers of trl_fast/ops/token_scores.py.
 enum Output : int64_t { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
 
-// Rows of the state tensor, explained in trl_fast/ops/rows.py.
+// Rows of the state tensor, explained in trl_fast/ops/head/row_kernels.py.
 enum State : int { kTop = 0, kSum = 1, kSumX = 2, kSumSq = 3, kTotal = 4, kTarget = 5, kBefore = 6, kNumStates = 7 };
 
 // u = softcap * tanh(scale * (z + bias) / softcap) * inv_temperature; softcap 0 means none.

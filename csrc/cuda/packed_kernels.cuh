@@ -1,7 +1,7 @@
 // The row kernels of packed logits for CUDA: row_scores packs what it reads, row_grad unpacks.
 //
-// The format is specified by trl_fast/ops/packed_logits.py. A chunk is what a block reads at once, so that its largest
-// logit is known while its logits are still in registers: four bytes of a logit are read, two are written.
+// The format is specified by trl_fast/ops/head/kept_logits.py. A chunk is what a block reads at once, so that its
+// largest logit is known while its logits are still in registers: four bytes of a logit are read, two are written.
 #pragma once
 
 #include <cstring>

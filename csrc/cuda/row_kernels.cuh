@@ -1,4 +1,4 @@
-// The two row kernels for CUDA; what they compute is specified by trl_fast/ops/rows.py.
+// The two row kernels for CUDA; what they compute is specified by trl_fast/ops/head/row_kernels.py.
 //
 // A logit is read once, sixteen bytes at a time. row_scores goes through a row in chunks of 2048 columns, of which
 // each thread has eight. It keeps the online sums of the columns that it sees, and the block merges them at the end of
@@ -186,7 +186,7 @@ struct Transformed {
   }
 };
 
-// Sums over the columns seen, relative to the largest logit among them; those of rows.py's state.
+// Sums over the columns seen, relative to the largest logit among them; those of row_kernels.py's state.
 struct Online {
   float top;
   float sum;

@@ -14,8 +14,8 @@ from support.packed_rows import (
     pack_hard_rows,
     same_bits,
 )
-from trl_fast.ops.rows import new_state
-from trl_fast.ops.scores import ENTROPY
+from trl_fast.ops.head.row_kernels import new_state
+from trl_fast.ops.token_scores import ENTROPY
 
 
 @pytest.mark.parametrize("transform", [PLAIN, TRANSFORMED], ids=["plain", "transformed"])

@@ -14,7 +14,7 @@ from benchmarks.compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from support.host_kernels import DTYPES, GradArgs, PackedRows, ScoreArgs
 from support.packed_rows import assert_as_good_as
 from support.targets import QUICK_TARGETS
-from trl_fast.ops.rows import (
+from trl_fast.ops.head.row_kernels import (
     BEFORE,
     SUM_SQ,
     SUM_X,
@@ -24,7 +24,7 @@ from trl_fast.ops.rows import (
     row_grad_reference,
     row_scores_reference,
 )
-from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
+from trl_fast.ops.token_scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
 
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
 TRANSFORMS = {"plain": (1.0, 0.0, 1.0), "scaled": (0.5, 0.0, 1.25), "capped": (0.5, 30.0, 1.25)}

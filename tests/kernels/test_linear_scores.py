@@ -9,13 +9,13 @@ from support.heads import FLOOR, assert_as_good, make_problem, scores_from_logit
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import linear_scores
 from trl_fast.kernels.linear_scores import INTERPRETED_TILES
-from trl_fast.ops import fused_scores, head, linear_logprob, linear_token_loss, products
-from trl_fast.ops.fused_scores import fused_tiles, score_rows_fused, try_out
-from trl_fast.ops.kept_logits import KeptLogits
-from trl_fast.ops.packed_logits import PACKED_DTYPE, unpack
-from trl_fast.ops.rows import LOGPROB_ROW, LSE_ROW, finish_scores, new_state
-from trl_fast.ops.scores import ENTROPY_ROW, IS_TOP1_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, output_mask
-from trl_fast.ops.transform import LogitTransform
+from trl_fast.ops import linear_logprob, linear_token_loss, matmul
+from trl_fast.ops.head import fused_kernel, plan
+from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused, try_out
+from trl_fast.ops.head.kept_logits import PACKED_DTYPE, KeptLogits, unpack
+from trl_fast.ops.head.logit_transform import LogitTransform
+from trl_fast.ops.head.row_kernels import LOGPROB_ROW, LSE_ROW, finish_scores, new_state
+from trl_fast.ops.token_scores import ENTROPY_ROW, IS_TOP1_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, output_mask
 
 CPU = torch.device("cpu")
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -190,9 +190,9 @@ def fused_calls(monkeypatch):
         return launch(*given)
 
     monkeypatch.setattr(linear_scores, "linear_scores", counted)
-    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: True)
-    monkeypatch.setattr(head, "tile_policy", lambda device: head.GPU_TILES)
-    monkeypatch.setattr(head, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(plan, "tile_policy", lambda device: plan.GPU_TILES)
+    monkeypatch.setattr(plan, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
     return calls
 
 
@@ -275,17 +275,17 @@ def test_where_it_does_not_work_two_steps_are_taken_and_it_is_said_once(monkeypa
     def broken(*_):
         raise RuntimeError("PassManager::run failed\nmore")
 
-    monkeypatch.setattr(fused_scores, "try_out", broken)
-    fused_scores._works.cache_clear()
+    monkeypatch.setattr(fused_kernel, "try_out", broken)
+    fused_kernel._works.cache_clear()
     for _ in range(2):
-        assert not fused_scores._works(INTERPRETED_TILES, torch.bfloat16, CPU)
-    fused_scores._works.cache_clear()
+        assert not fused_kernel._works(INTERPRETED_TILES, torch.bfloat16, CPU)
+    fused_kernel._works.cache_clear()
     (message,) = [record.getMessage() for record in caplog.records]
     assert "does not work on cpu (RuntimeError: PassManager::run failed); its scores take two steps" in message
 
 
 def test_it_is_tried_out_on_data_also_where_tensors_have_none():
-    fused_scores._works.cache_clear()
+    fused_kernel._works.cache_clear()
     with FakeTensorMode():
-        assert fused_scores._works(INTERPRETED_TILES, torch.bfloat16, CPU)
-    fused_scores._works.cache_clear()
+        assert fused_kernel._works(INTERPRETED_TILES, torch.bfloat16, CPU)
+    fused_kernel._works.cache_clear()

@@ -14,9 +14,9 @@ from support.packed_rows import (
 )
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import rows
-from trl_fast.ops.packed_logits import CHUNK
-from trl_fast.ops.rows import SUM, TOP, RowKernels, new_state, row_grad_reference, row_scores_reference
-from trl_fast.ops.scores import ENTROPY
+from trl_fast.ops.head.kept_logits import CHUNK
+from trl_fast.ops.head.row_kernels import SUM, TOP, RowKernels, new_state, row_grad_reference, row_scores_reference
+from trl_fast.ops.token_scores import ENTROPY
 
 PACKING = RowKernels(rows.row_scores, rows.row_grad, 0, None, rows.row_scores_packed, rows.row_grad_packed)
 

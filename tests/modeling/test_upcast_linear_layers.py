@@ -14,7 +14,7 @@ from trl_fast.modeling.attention import use_segment_attention
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.upcast_linear_layers import upcast_linear_layers
-from trl_fast.ops import products
+from trl_fast.ops import matmul
 
 
 class SlowProducts(TorchDispatchMode):
@@ -31,7 +31,7 @@ class SlowProducts(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def no_hardware(monkeypatch):
-    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: False)
 
 
 def upcast_layers(model):
@@ -160,7 +160,7 @@ def test_on_a_gpu_linear_layers_are_as_they_were():
 
 
 def test_a_cpu_with_hardware_for_them_leaves_them_alone(monkeypatch):
-    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: True)
     model = build("llama", torch.bfloat16)
     run(model)
     assert not upcast_layers(model)

@@ -104,12 +104,12 @@ def test_frozen_parts_and_retained_graph(frozen, backend):
 
 def test_no_gradient_is_taken_without_need(backend, monkeypatch):
     problem = make_problem(8, 90)
-    from trl_fast.ops import blocks
+    from trl_fast.ops.head import gradients
 
     def refuse(*args, **kwargs):
         raise AssertionError("a gradient was computed under no_grad")
 
-    monkeypatch.setattr(blocks.HeadGradients, "add", refuse)
+    monkeypatch.setattr(gradients.HeadGradients, "add", refuse)
     with torch.no_grad():
         loss = run(problem, backend)
     assert error(loss, reference(problem, torch.float64)) < 1e-6

@@ -15,7 +15,7 @@ from support.heads import (
     scores_from_logits,
 )
 from trl_fast.ops import linear_logprob
-from trl_fast.ops.linear_scores import linear_scores, linear_scores_backward
+from trl_fast.ops.head.autograd import linear_scores, linear_scores_backward
 
 ALL_OUTPUTS = ("logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

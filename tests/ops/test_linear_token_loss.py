@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from support.heads import DTYPES, FLOOR, HeadProblem, assert_as_good, error, make_problem, scores_from_logits
-from trl_fast.ops import TokenScores, blocks, linear_cross_entropy, linear_token_loss
+from trl_fast.ops import TokenScores, linear_cross_entropy, linear_token_loss
+from trl_fast.ops.head import gradients
 
 # Bytes that hold a few rows of 333 logits, and one of the PyTorch kernels, which have temporaries.
 ROW_BLOCKS = 12_000
@@ -79,16 +80,14 @@ def test_frozen_parts_and_retained_graph(frozen, backend):
 
 @pytest.mark.parametrize("workspace_bytes", [None, ROW_BLOCKS], ids=["one block", "row blocks"])
 def test_rows_without_a_gradient_leave_before_the_products(workspace_bytes, backend, monkeypatch):
-    from trl_fast.ops import blocks
-
     rows_added = []
-    add = blocks.HeadGradients.add
+    add = gradients.HeadGradients.add
 
     def counted_add(self, row_blocks, *, last):
         rows_added.append(sum(len(block.targets) for block in row_blocks))
         add(self, row_blocks, last=last)
 
-    monkeypatch.setattr(blocks.HeadGradients, "add", counted_add)
+    monkeypatch.setattr(gradients.HeadGradients, "add", counted_add)
     problem = make()
     active = torch.zeros(N, dtype=torch.bool)
     active[[1, 4, 5, 20]] = True
@@ -162,12 +161,10 @@ def test_scores_come_back_whole_and_detached(backend):
 
 
 def test_without_gradients_nothing_is_kept(backend, monkeypatch):
-    from trl_fast.ops import blocks
-
     def refuse(*args, **kwargs):
         raise AssertionError("a gradient was computed without need")
 
-    monkeypatch.setattr(blocks.HeadGradients, "add", refuse)
+    monkeypatch.setattr(gradients.HeadGradients, "add", refuse)
     problem = make()
     with torch.no_grad():
         loss = fused(problem, with_entropy_bonus, backend)
@@ -235,7 +232,7 @@ def test_rows_without_a_gradient_leave_only_if_asked(skip, backend, monkeypatch)
         return -(scores.logprobs * counted[rows]).sum()
 
     seen = []
-    monkeypatch.setattr(blocks.HeadGradients, "add", spied(blocks.HeadGradients.add, seen))
+    monkeypatch.setattr(gradients.HeadGradients, "add", spied(gradients.HeadGradients.add, seen))
     loss = fused(problem, masked, backend, outputs=("logprobs",), skip_zero_rows=skip)
     assert sum(seen) == (int(counted.sum()) if skip else N)
     exact = whole(problem, masked, torch.float64)

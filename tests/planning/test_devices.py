@@ -6,10 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import attention_merge, blocks, head, memory_pool, products, row_blocks
-from trl_fast.ops.rows import ROW_KERNELS
-from trl_fast.ops.sparse_rows import SPARSE_KERNELS
-from trl_fast.ops.transform import LogitTransform
+from trl_fast.ops import attention_merge, matmul, memory_pool
+from trl_fast.ops.head import gradients, plan, row_blocks
+from trl_fast.ops.head.logit_transform import LogitTransform
+from trl_fast.ops.head.row_kernels import ROW_KERNELS
+from trl_fast.ops.head.sparse_kernels import SPARSE_KERNELS
 from trl_fast.planning.devices import PADDED_ATTENTION, choices_of, flash_workspace
 from trl_fast.planning.tracker import MemoryTracker
 
@@ -19,8 +20,8 @@ WORKSPACE = 1 << 30
 def tiling(device):
     with FakeTensorMode(), choices_of(device, MemoryTracker()):
         weight = torch.empty(128256, 4096, dtype=torch.bfloat16)
-        assert device == "cpu" or products.gemm_dtype(weight) == torch.bfloat16
-        return head.Head(weight, None, LogitTransform(), torch.bfloat16, "torch", WORKSPACE).tiling(3072)
+        assert device == "cpu" or matmul.gemm_dtype(weight) == torch.bfloat16
+        return plan.Head(weight, None, LogitTransform(), torch.bfloat16, "torch", WORKSPACE).tiling(3072)
 
 
 def test_tiles_of_a_gpu_know_no_cache():
@@ -32,10 +33,16 @@ def test_tiles_of_a_gpu_know_no_cache():
 
 def test_everything_is_put_back():
     def state():
-        limits = (head.tile_policy, memory_pool._POOLED_FROM_BYTES)
-        on_gpu = (head.logits_dtype, blocks.mm_into, blocks.add_mm, row_blocks.mm_into, products._cpu_multiplies_bf16)
+        limits = (plan.tile_policy, memory_pool._POOLED_FROM_BYTES)
+        on_gpu = (
+            plan.logits_dtype,
+            gradients.mm_into,
+            gradients.add_mm,
+            row_blocks.mm_into,
+            matmul._cpu_multiplies_bf16,
+        )
         classes = (segments.CpuParts, offloading.copies_of, offloading.is_on_device)
-        tiles = (blocks.spans, tiled_mlp._tiles)
+        tiles = (gradients.spans, tiled_mlp._tiles)
         padded = AttentionInterface()[PADDED_ATTENTION]
         merge = attention_merge._merge_reference
         return limits, on_gpu, merge, tiles, classes, padded, dict(ROW_KERNELS), dict(SPARSE_KERNELS)

@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets, load_dataset
+from datasets import DatasetDict, IterableDatasetDict, concatenate_datasets, load_dataset
+
+from trl_fast.data import AnyDataset
 
 from .arguments import DatasetMixtureConfig, ScriptArguments
 
@@ -33,7 +35,7 @@ def _is_split_folder(path: Path) -> bool:
     return path.is_dir() and any(file.suffix in BUILDERS for file in path.iterdir())
 
 
-def _load(path: str, argument: str, **options: Any) -> Dataset | IterableDataset:
+def _load(path: str, argument: str, **options: Any) -> AnyDataset:
     """`load_dataset`, to which a local file or folder may be given; `argument` is what messages call it."""
     place = Path(path)
     # With a configuration or files of its own the path is load_dataset's business alone.
@@ -54,7 +56,7 @@ def _load(path: str, argument: str, **options: Any) -> Dataset | IterableDataset
         raise
 
 
-def load_split(arguments: ScriptArguments, split: str) -> Dataset | IterableDataset:
+def load_split(arguments: ScriptArguments, split: str) -> AnyDataset:
     """One split of the dataset that the arguments name; slices such as "train[:90%]" work.
 
     Raises:
@@ -109,9 +111,7 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict | IterableD
     return mixture.train_test_split(test_size=mixture_config.test_split_size)
 
 
-def _take_fractions(
-    parts: list[Dataset | IterableDataset], mixture_config: DatasetMixtureConfig
-) -> list[Dataset | IterableDataset]:
+def _take_fractions(parts: list[AnyDataset], mixture_config: DatasetMixtureConfig) -> list[AnyDataset]:
     fractions = [config.fraction for config in mixture_config.datasets]
     if all(fraction is None for fraction in fractions):
         return parts
@@ -128,7 +128,7 @@ def _take_fractions(
 
 def load_train_and_test(
     arguments: ScriptArguments, mixture: DatasetMixtureConfig, with_test: bool
-) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+) -> tuple[AnyDataset, AnyDataset | None]:
     """The dataset to train on and, if asked for, the one to evaluate on; a mixture wins over dataset_name.
 
     Raises:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from trl_fast.console import FILE_WIDTH, make_console
+from trl_fast.data import AnyDataset
 from trl_fast.data.validation import ValidationReport, validate
 from trl_fast.data.validation.report import FAIL_ON
 
@@ -41,7 +41,7 @@ def make_parser() -> TrlParser:
     return TrlParser((ScriptArguments, ValidateArguments), prog="trl-fast validate")
 
 
-def load_splits(arguments: ScriptArguments) -> dict[str, Dataset | IterableDataset]:
+def load_splits(arguments: ScriptArguments) -> dict[str, AnyDataset]:
     """The splits that are named; the test split only if there is one, unless another than the default was asked for.
 
     Raises:

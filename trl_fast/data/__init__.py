@@ -17,6 +17,7 @@ from .checks import (
     longest_sequence,
 )
 from .dataset_packing import pack_dataset, truncate_dataset
+from .dataset_types import AnyDataset
 from .formats import (
     extract_prompt,
     is_conversational,
@@ -50,6 +51,7 @@ from .unpaired_preference import DataCollatorForUnpairedPreference, prepare_unpa
 from .validation import ValidationReport, validate
 
 __all__ = [
+    "AnyDataset",
     "LAYOUTS",
     "TOKEN_COLUMNS",
     "SFTFormat",

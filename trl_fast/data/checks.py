@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
+
+from .dataset_types import AnyDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,7 @@ SCAN_ROWS = 1000
 
 
 def check_preference_columns(
-    dataset: Dataset | IterableDataset, name: str = "train", token_columns: tuple[str, ...] = TOKEN_COLUMNS
+    dataset: AnyDataset, name: str = "train", token_columns: tuple[str, ...] = TOKEN_COLUMNS
 ) -> list[str]:
     """The column names of a preference dataset (a stream's are those of its first row).
 
@@ -38,7 +40,7 @@ def check_preference_columns(
     return columns
 
 
-def text_columns(dataset: Dataset | IterableDataset, expected: str, name: str = "train") -> list[str]:
+def text_columns(dataset: AnyDataset, expected: str, name: str = "train") -> list[str]:
     """The column names of a dataset of texts (a stream's are those of its first row).
 
     Raises ValueError if the dataset has no row, where `expected` says what it should have, or has image columns.

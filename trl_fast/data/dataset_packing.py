@@ -5,14 +5,14 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections import deque
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset
 
-AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
+from .dataset_types import DatasetOrDict
 
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 # Names that older versions of TRL used.
@@ -20,8 +20,8 @@ OLDER_STRATEGIES = {"ffd": "bfd", "bfd-requeue": "bfd_split"}
 
 
 def pack_dataset(
-    dataset: AnyDataset, seq_length: int, strategy: str = "bfd", map_kwargs: dict[str, Any] | None = None
-) -> AnyDataset:
+    dataset: DatasetOrDict, seq_length: int, strategy: str = "bfd", map_kwargs: dict[str, Any] | None = None
+) -> DatasetOrDict:
     """Pack the rows of a dataset, whose columns are lists of equal lengths, into rows of up to `seq_length` elements.
 
     - `bfd`: best-fit decreasing (arXiv 2404.10830). Longest rows first, each goes into the fullest bin that has room;
@@ -47,14 +47,20 @@ def pack_dataset(
     return _map_arrow(dataset, _pack_best_fit, arguments, map_kwargs, new_columns=["seq_lengths"])
 
 
-def truncate_dataset(dataset: AnyDataset, max_length: int, map_kwargs: dict[str, Any] | None = None) -> AnyDataset:
+def truncate_dataset(
+    dataset: DatasetOrDict, max_length: int, map_kwargs: dict[str, Any] | None = None
+) -> DatasetOrDict:
     """Cut every list of every row to its first `max_length` elements; other columns stay as they are."""
     return _map_arrow(dataset, _truncate, {"max_length": max_length}, map_kwargs)
 
 
 def _map_arrow(
-    dataset: AnyDataset, function: Any, arguments: dict, map_kwargs: dict | None, new_columns: list[str] | None = None
-) -> AnyDataset:
+    dataset: DatasetOrDict,
+    function: Any,
+    arguments: dict,
+    map_kwargs: dict | None,
+    new_columns: list[str] | None = None,
+) -> DatasetOrDict:
     """`dataset.map` over Arrow tables; the answer has the format that the dataset had."""
     first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     if isinstance(first, Dataset):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def sent(tensor: torch.Tensor, device: torch.device | str, *, non_blocking: bool = False) -> torch.Tensor:
+def copy_to_device(tensor: torch.Tensor, device: torch.device | str, *, non_blocking: bool = False) -> torch.Tensor:
     """Returns the tensor on `device`; the host does not wait where it comes from the CPU and goes to a GPU.
 
     A GPU fetches by itself from pinned memory only, so a tensor that is not pinned is copied there first. torch keeps

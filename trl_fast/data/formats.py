@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from .checks import (
     TOKEN_COLUMNS,
@@ -15,6 +15,7 @@ from .checks import (
     check_preference_row,
     check_tokenizer,
 )
+from .dataset_types import AnyDataset, map_options
 from .token_trees import TRUNCATION_MODES
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def warn_of_prompt_tail(tail: str) -> None:
 
 
 def prepare_preference_dataset(
-    dataset: Dataset | IterableDataset,
+    dataset: AnyDataset,
     processing_class: "PreTrainedTokenizerBase",
     *,
     max_length: int | None = None,
@@ -156,7 +157,7 @@ def prepare_preference_dataset(
     max_completion_length: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """Check a preference dataset, tokenize it, and drop the rows that truncation would leave without a completion.
 
     Rows have `chosen` and `rejected`, `prompt` or not, as text or as messages; the answer has the columns
@@ -191,14 +192,14 @@ def prepare_preference_dataset(
 
 
 def cut_parts(
-    dataset: Dataset | IterableDataset,
+    dataset: AnyDataset,
     completions: tuple[str, ...],
     *,
     max_prompt_length: int | None,
     max_completion_length: int | None,
     num_proc: int | None,
     name: str,
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """The dataset with the beginnings of longer prompts cut off, and the ends of longer ids in `completions`."""
     if max_prompt_length is not None:
         options = map_options(dataset, num_proc, f"Truncating prompts of {name} dataset")
@@ -210,9 +211,7 @@ def cut_parts(
     return dataset
 
 
-def drop_without_room(
-    dataset: Dataset | IterableDataset, max_length: int, num_proc: int | None, name: str
-) -> Dataset | IterableDataset:
+def drop_without_room(dataset: AnyDataset, max_length: int, num_proc: int | None, name: str) -> AnyDataset:
     """The rows whose prompt leaves room for a completion in `max_length` tokens.
 
     Raises ValueError if there are none.
@@ -222,11 +221,6 @@ def drop_without_room(
     if isinstance(dataset, Dataset):
         check_not_emptied(dataset, max_length, name)
     return dataset
-
-
-def map_options(dataset: Dataset | IterableDataset, num_proc: int | None, desc: str) -> dict[str, Any]:
-    """Keywords of `map` and `filter` that only a Dataset takes, not a stream."""
-    return {"num_proc": num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
 
 
 # The functions given to `map` and `filter` stand at module level: datasets pickles them for its worker processes and

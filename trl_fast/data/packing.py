@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .device_transfer import sent
+from .device_transfer import copy_to_device
 from .token_trees import Tree, truncate_tree
 
 LAYOUTS = ("shared_prefix", "packed", "padded")
@@ -99,7 +99,7 @@ class TokenBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
         """The same batch with every tensor on `device`; on the way to a GPU the host waits for none of them."""
-        return self._map_tensors(lambda tensor: sent(tensor, device, non_blocking=non_blocking))
+        return self._map_tensors(lambda tensor: copy_to_device(tensor, device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TokenBatch":
         """The same batch with every tensor in pinned memory (called by torch's DataLoader)."""

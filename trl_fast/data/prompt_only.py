@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from .checks import check_tokenizer
+from .dataset_types import AnyDataset
 from .formats import is_conversational
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ def tokenize_prompt(
 
 
 def prepare_prompt_dataset(
-    dataset: Dataset | IterableDataset,
+    dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
     *,
     chat_template_kwargs: dict[str, Any] | None = None,
     max_prompt_length: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """The dataset with the token ids of its column `prompt` in `prompt_ids`; all other columns stay.
 
     max_prompt_length: longer prompts lose their beginning.
@@ -72,12 +73,12 @@ def prepare_prompt_dataset(
 
 
 def prompts_of_tokens(
-    dataset: Dataset | IterableDataset,
+    dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
     *,
     num_proc: int | None = None,
     name: str = "train",
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """The dataset with its column `input_ids` in `prompt_ids`, padding removed, and as text in `prompt`.
 
     What has no `input_ids`, or has `prompt_ids` already, comes back as it is.

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from .checks import check_completions, check_preference_columns, check_preference_row, check_tokenizer
-from .formats import common_prefix_length, end_with, map_options
+from .dataset_types import AnyDataset, map_options
+from .formats import common_prefix_length, end_with
 from .packing import TokenBatch, pack_trees
 from .sft_batch import pad
 from .token_trees import Tree
@@ -60,13 +61,13 @@ def tokenize_reward(example: dict[str, Any], processing_class: PreTrainedTokeniz
 
 
 def prepare_reward_dataset(
-    dataset: Dataset | IterableDataset,
+    dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """Check a preference dataset, tokenize it, and leave out the rows with a side of more than `max_length` tokens.
 
     Rows have `chosen` and `rejected`, `prompt` or not, as text or as messages, and maybe a number `margin`; the answer
@@ -95,7 +96,7 @@ def prepare_reward_dataset(
     return dataset if max_length is None else _short_enough(dataset, max_length, num_proc, name)
 
 
-def _with_present_names(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def _with_present_names(dataset: AnyDataset) -> AnyDataset:
     columns = dataset.column_names or []
     if not _OLDER_COLUMNS.keys() <= set(columns) or set(SEQUENCE_COLUMNS) <= set(columns):
         return dataset
@@ -108,9 +109,7 @@ def _with_present_names(dataset: Dataset | IterableDataset) -> Dataset | Iterabl
     return dataset.rename_columns(_OLDER_COLUMNS)
 
 
-def _short_enough(
-    dataset: Dataset | IterableDataset, max_length: int, num_proc: int | None, name: str
-) -> Dataset | IterableDataset:
+def _short_enough(dataset: AnyDataset, max_length: int, num_proc: int | None, name: str) -> AnyDataset:
     options = map_options(dataset, num_proc, f"Leaving out long rows of {name} dataset")
     kept = dataset.filter(_is_short_enough, fn_kwargs={"max_length": max_length}, **options)
     if not isinstance(dataset, Dataset) or len(kept) == len(dataset):

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from .checks import SCAN_ROWS, place
+from .dataset_types import AnyDataset
 
 
-def check_first_row(
-    dataset: Dataset | IterableDataset, text_field: str, formatted: bool, name: str = "train"
-) -> list[str]:
+def check_first_row(dataset: AnyDataset, text_field: str, formatted: bool, name: str = "train") -> list[str]:
     """The dataset's column names, if its first row holds something to learn; `formatted` rows may hold anything.
 
     Raises ValueError if it has no row, reads its rows through a transform, has images, or none of the known columns.

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from jinja2 import TemplateError
 
 from .chat_template import maybe_convert_to_chatml
 from .checks import check_tokenizer
 from .dataset_packing import pack_dataset
-from .formats import common_prefix_length, end_with, is_conversational, map_options, warn_of_prompt_tail
+from .dataset_types import AnyDataset, map_options
+from .formats import common_prefix_length, end_with, is_conversational, warn_of_prompt_tail
 from .sft_batch import IGNORED
 from .sft_checks import check_first_row, check_row, place, row_lengths
 from .token_trees import TRUNCATION_MODES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-AnyDataset = Dataset | IterableDataset
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import IterableDataset, IterableDatasetDict
 
-AnyDatasets = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+from .dataset_types import DatasetOrDict
 
 
-def unpair_preference_dataset(dataset: AnyDatasets, **map_kwargs: Any) -> AnyDatasets:
+def unpair_preference_dataset(dataset: DatasetOrDict, **map_kwargs: Any) -> DatasetOrDict:
     """Rows with `completion` and a bool `label` out of rows with `chosen` (True) and `rejected` (False).
 
     Other columns, `prompt` among them, are repeated for both. Within each batch that `map` takes, all chosen
@@ -19,8 +19,8 @@ def unpair_preference_dataset(dataset: AnyDatasets, **map_kwargs: Any) -> AnyDat
 
 
 def maybe_unpair_preference_dataset(
-    dataset: AnyDatasets, num_proc: int | None = None, desc: str | None = None
-) -> AnyDatasets:
+    dataset: DatasetOrDict, num_proc: int | None = None, desc: str | None = None
+) -> DatasetOrDict:
     """`unpair_preference_dataset` for datasets with `chosen` and `rejected`; others as they are.
 
     `num_proc` and `desc` are those of `Dataset.map`; streams take neither.
@@ -31,7 +31,7 @@ def maybe_unpair_preference_dataset(
     return unpair_preference_dataset(dataset, **({} if streamed else {"num_proc": num_proc, "desc": desc}))
 
 
-def _column_names(dataset: AnyDatasets) -> list[str]:
+def _column_names(dataset: DatasetOrDict) -> list[str]:
     first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     return first.column_names or list(next(iter(first)))
 

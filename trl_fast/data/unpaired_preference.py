@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from .checks import check_preference_row, check_tokenizer, kind_of, place, remove_rows, shorten, text_columns
+from .dataset_types import AnyDataset, map_options
 from .formats import (
     cut_parts,
     drop_without_room,
     is_conversational,
-    map_options,
     maybe_extract_prompt,
     tokenize_unpaired,
 )
@@ -43,7 +43,7 @@ FORMAT_VERSION = 1
 
 
 def prepare_unpaired_dataset(
-    dataset: Dataset | IterableDataset,
+    dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
@@ -53,7 +53,7 @@ def prepare_unpaired_dataset(
     kl_block: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """Check a dataset of labelled completions, tokenize it, and give each row a completion of another one.
 
     Rows have `prompt`, `completion` and `label` (True for good ones), as text or as messages; or they are preference
@@ -116,7 +116,7 @@ def warn_of_balance(dataset: Dataset, desirable_weight: float, undesirable_weigh
         )
 
 
-def _check_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+def _check_columns(dataset: AnyDataset, name: str) -> list[str]:
     columns = text_columns(dataset, "at least one completion with a label", name)
     known = set(columns)
     if {"chosen", "rejected"} <= known or known >= {*UNPAIRED_COLUMNS, LABEL}:
@@ -133,12 +133,12 @@ def _check_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 
 def _tokenize(
-    dataset: Dataset | IterableDataset,
+    dataset: AnyDataset,
     columns: list[str],
     processing_class: PreTrainedTokenizerBase,
     num_proc: int | None,
     name: str,
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     if {"chosen", "rejected"} <= set(columns):
         options = map_options(dataset, num_proc, f"Checking {name} dataset")
         dataset = dataset.map(_check_pair, with_indices=True, fn_kwargs={"name": name}, **options)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from trl_fast.data.device_transfer import sent
+from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch, pack_trees
 from trl_fast.data.token_trees import Tree
 from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
 from trl_fast.ops.linear_token_loss import TokenLoss
-from trl_fast.ops.scores import detached
+from trl_fast.ops.token_scores import detached
 
 from .attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .head import head_parameters, head_transform
@@ -143,7 +143,7 @@ def _token_counts(kwargs: dict[str, object]) -> torch.Tensor | None:
         return mask
     counts = [max(len(tree) - 1, 1) if index == 0 else 1 for tree in trees for index in range(len(tree))]
     lengths = [length for tree in trees for length in tree]
-    return sent(torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None], mask.device)
+    return copy_to_device(torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None], mask.device)
 
 
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:

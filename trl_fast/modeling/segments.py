@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from trl_fast.data.device_transfer import sent
+from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.ops.attention_merge import merge_attention, merge_into
-from trl_fast.ops.products import gemm_dtype
+from trl_fast.ops.matmul import gemm_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -340,12 +340,13 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device) -> tuple
             ranges = [getattr(part, side) for part in chosen]
             lengths = [r.stop - r.start for r in ranges]
             places.append(_together(ranges, device))
-            cu_seqlens.append(sent(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device))
+            bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+            cu_seqlens.append(copy_to_device(bounds, device))
             longest.append(max(lengths))
         query_of = torch.full((sum(map(sum, trees)),), -1, dtype=torch.int32)
         rows = torch.cat([torch.arange(part.queries.start, part.queries.stop) for part in chosen])
         query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
-        calls.append(_Varlen(*places, *cu_seqlens, *longest, causal, sent(query_of, device)))
+        calls.append(_Varlen(*places, *cu_seqlens, *longest, causal, copy_to_device(query_of, device)))
     return tuple(calls)
 
 
@@ -353,7 +354,7 @@ def _together(ranges: list[slice], device: torch.device) -> slice | torch.Tensor
     """Where the ranges are: one slice, which copies nothing, if each begins where the last one ends; else indices."""
     if all(one.stop == two.start for one, two in itertools.pairwise(ranges)):
         return slice(ranges[0].start, ranges[-1].stop)
-    return sent(torch.cat([torch.arange(r.start, r.stop) for r in ranges]), device)
+    return copy_to_device(torch.cat([torch.arange(r.start, r.stop) for r in ranges]), device)
 
 
 class CudaParts:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trl_fast.ops.products import product_dtype
+from trl_fast.ops.matmul import product_dtype
 from trl_fast.ops.upcast_linear import upcast_is_faster, upcast_linear
 
 from .loading import backbone, unbound_forward

@@ -6,8 +6,8 @@ from .linear_logprob import linear_logprob
 from .linear_token_loss import ScoredLoss, linear_token_loss
 from .pair_loss import PairLoss, pair_loss
 from .policy_loss import PolicyLoss, policy_loss
-from .scores import TokenScores
 from .selective_log_softmax import selective_log_softmax, selective_log_softmax_and_entropy
+from .token_scores import TokenScores
 
 __all__ = [
     "BACKENDS",

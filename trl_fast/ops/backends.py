@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from .rows import register_fakes
-
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
@@ -61,10 +59,38 @@ def load_extension() -> Support:
     """Loads `trl_fast._C`, which registers the C++ ops; the reason says what is missing, and so does one log line."""
     support = _try_extension()
     if support.ok:
-        register_fakes()
+        _register_fakes()
     else:
         logger.warning(f"{support.reason}. Until then everything runs in pure PyTorch, which is slower.")
     return support
+
+
+def _register_fakes() -> None:
+    """Shapes of the C++ ops for FakeTensor and torch.compile; called once, after the extension is loaded."""
+
+    @torch.library.register_fake("trl_fast::row_scores")
+    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state):
+        return None
+
+    @torch.library.register_fake("trl_fast::row_weights")
+    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state, out):
+        return None
+
+    @torch.library.register_fake("trl_fast::row_scores_packed")
+    def _(logits, targets, bias, scale, inv_temperature, outputs, column_offset, state, words, tops):
+        return None
+
+    @torch.library.register_fake("trl_fast::row_grad_packed")
+    def _(words, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out, tops):
+        return None
+
+    @torch.library.register_fake("trl_fast::pooled_empty")
+    def _(size, dtype):
+        return torch.empty(size, dtype=dtype)
+
+    @torch.library.register_fake("trl_fast::row_grad")
+    def _(logits, targets, bias, scale, softcap, inv_temperature, lse, coefficients, column_offset, out):
+        return None
 
 
 def _try_extension() -> Support:

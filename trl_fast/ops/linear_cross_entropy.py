@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .blocks import HeadGradients, score_rows, waiting_dtype
-from .head import Head, workspace_of
+from .head.gradients import HeadGradients, score_rows, waiting_dtype
+from .head.logit_transform import LogitTransform
+from .head.plan import Head, workspace_of
+from .head.row_blocks import RowBlock
+from .head.row_kernels import finish_scores, new_state, with_low_part
 from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
+from .matmul import gemm_dtype
 from .memory_pool import scaled
-from .products import gemm_dtype
-from .row_blocks import RowBlock
-from .rows import finish_scores, new_state, with_low_part
-from .scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
-from .spans import spans
-from .transform import LogitTransform
+from .slices import spans
+from .token_scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
 from .validation import check_finite, check_head_inputs, check_target_range
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -92,7 +92,7 @@ def _linear_cross_entropy(
 def _coefficients(
     lse: torch.Tensor, divisor: torch.Tensor, vocab_size: int, label_smoothing: float, z_loss: float
 ) -> torch.Tensor:
-    """The rows a, b, d, e (4, R) of rows.py for `token_losses` over `divisor`."""
+    """The rows a, b, d, e (4, R) of row_kernels.py for `token_losses` over `divisor`."""
     coefficients = lse.new_zeros((4, lse.shape[0]))
     a, _, d, e = coefficients
     a += (1 + 2 * z_loss * lse) / divisor

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from .backends import choose_backend
-from .head import workspace_of
-from .linear_scores import LOGITS, NOTHING, UNIT_GRADIENT, linear_scores
-from .scores import LSE_ROW, TokenScores, output_mask, token_scores
-from .sparse_scores import linear_scores_sparse
-from .transform import LogitTransform
+from .head.autograd import LOGITS, NOTHING, UNIT_GRADIENT, linear_scores
+from .head.logit_transform import LogitTransform
+from .head.plan import workspace_of
+from .head.sparse_gradient import linear_scores_sparse
+from .token_scores import LSE_ROW, TokenScores, output_mask, token_scores
 from .validation import check_finite, check_head_inputs, check_target_range
 
 
@@ -25,7 +25,7 @@ def autocast_hidden(hidden: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 
 def what_to_keep(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> int:
-    """What the forward pass keeps for a backward pass, by the table in linear_scores.py."""
+    """What the forward pass keeps for a backward pass, by the table in head/autograd.py."""
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_trains or hidden.requires_grad):
         return NOTHING
@@ -119,10 +119,10 @@ def linear_logprob(
         softcap: cap of the logits, softcap · tanh(logits / softcap), or None.
         logit_scale: factor of the logits, first.
         outputs: names among logprobs (always there), entropy (differentiable), log_sum_sq_probs, mean_logits, is_top1.
-        workspace_bytes: limit of the memory that grows with N · V; default: see head.workspace_of.
+        workspace_bytes: limit of the memory that grows with N · V; default: see head/plan.py.
         backend: force "cuda", "triton", "cpp" or "torch"; None takes the best that can serve.
-        head_grad: "exact", or "sparse" for an unbiased estimate without the backward products (see sparse_rows.py).
-            Its random numbers come from torch's default generator.
+        head_grad: "exact", or "sparse" for an unbiased estimate without the backward products (see
+            head/sparse_kernels.py). Its random numbers come from torch's default generator.
         sparse_threshold: smaller probabilities are sampled: 2⁻¹² keeps about 300 entries a row on real text at an
             error of 0.5%, 2⁻¹⁴ about 700 at 0.2%, as much as a bfloat16 product has.
 

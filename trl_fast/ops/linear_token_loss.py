@@ -18,18 +18,27 @@ from typing import NamedTuple
 import torch
 
 from .backends import choose_backend
-from .blocks import HeadGradients, score_rows
-from .head import Head, workspace_of
-from .kept_logits import KeptLogits
+from .head.autograd import row_coefficients
+from .head.gradients import HeadGradients, score_rows
+from .head.kept_logits import KeptLogits
+from .head.logit_transform import LogitTransform
+from .head.plan import Head, workspace_of
+from .head.row_blocks import active_rows, row_blocks
+from .head.row_kernels import finish_scores, new_state
 from .linear_logprob import autocast_hidden, linear_logprob
-from .linear_scores import row_coefficients
+from .matmul import gemm_dtype
 from .memory_pool import scaled
-from .products import gemm_dtype
-from .row_blocks import active_rows, row_blocks
-from .rows import finish_scores, new_state
-from .scores import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS, TokenScores, detached, output_mask, token_scores
-from .spans import group_spans, spans
-from .transform import LogitTransform
+from .slices import group_spans, spans
+from .token_scores import (
+    ENTROPY_ROW,
+    LSE_LOW_ROW,
+    LSE_ROW,
+    NUM_STATISTICS,
+    TokenScores,
+    detached,
+    output_mask,
+    token_scores,
+)
 from .validation import check_finite, check_head_inputs, check_target_range
 
 TokenLoss = Callable[[TokenScores, torch.Tensor], torch.Tensor]

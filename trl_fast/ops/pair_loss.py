@@ -14,8 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import choose_backend
-from .loss_inputs import check_choice, check_logprobs, check_vector, values_are_checked
 from .pair_formulas import PAIR_FORMULAS, PairValues, check_pair_parameters
+from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
 
 class PairLoss(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import choose_backend
-from .loss_inputs import check_choice, check_logprobs, check_vector, values_are_checked
+from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
 # Log-ratios are capped here, so that ρ, and ρ times the KL estimate, stay finite in float32. What is capped, a ratio
 # above 2e17, gets no gradient.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .linear_scores import row_coefficients
-from .rows import ROW_KERNELS, finish_scores, new_state
-from .scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW
-from .transform import LogitTransform
+from .head.autograd import row_coefficients
+from .head.logit_transform import LogitTransform
+from .head.row_kernels import ROW_KERNELS, finish_scores, new_state
+from .token_scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW
 from .validation import check_finite, check_selective_inputs, check_target_range
 
 
@@ -42,7 +42,7 @@ def _selective_scores_backward(
     inv_temperature: float,
     backend: str,
 ) -> torch.Tensor:
-    """Gradient of logits (R, V) from row coefficients (4, R), see rows.py."""
+    """Gradient of logits (R, V) from row coefficients (4, R), see row_kernels.py."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     ROW_KERNELS[backend].grad(logits, index, None, 1.0, 0.0, inv_temperature, lse, coefficients, 0, out)
     return out

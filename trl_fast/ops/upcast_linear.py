@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .products import product_dtype
+from .matmul import product_dtype
 
 # Fewer rows than this: the time goes into reading the weight, which is then better not upcast.
 MIN_ROWS = 4

@@ -14,9 +14,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from trl_fast.modeling import offloading, segments, tiled_mlp
-from trl_fast.ops import attention_merge, blocks, head, memory_pool, products, row_blocks, sparse_rows
-from trl_fast.ops.rows import ROW_KERNELS, RowKernels
-from trl_fast.ops.sparse_rows import SPARSE_KERNELS, SparseKernels
+from trl_fast.ops import attention_merge, matmul, memory_pool
+from trl_fast.ops.head import gradients, plan, row_blocks, sparse_kernels
+from trl_fast.ops.head.row_kernels import ROW_KERNELS, RowKernels
+from trl_fast.ops.head.sparse_kernels import SPARSE_KERNELS, SparseKernels
 
 from .answers import SPARSE_ENTRIES
 from .timeline import ATTENTION
@@ -56,11 +57,11 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
         parts = _labelled(segments.CpuParts, tracker)
         if device == "gpu":
             parts = _gpu_parts(tracker)
-            stack.enter_context(replaced(head, tile_policy=lambda _: head.GPU_TILES, logits_dtype=_wide_logits))
+            stack.enter_context(replaced(plan, tile_policy=lambda _: plan.GPU_TILES, logits_dtype=_wide_logits))
             stack.enter_context(replaced(memory_pool, _POOLED_FROM_BYTES=_UNLIMITED))
-            stack.enter_context(replaced(blocks, mm_into=_product_in_place, add_mm=_product_in_place))
+            stack.enter_context(replaced(gradients, mm_into=_product_in_place, add_mm=_product_in_place))
             stack.enter_context(replaced(row_blocks, mm_into=_product_in_place))
-            stack.enter_context(replaced(products, _cpu_multiplies_bf16=lambda: True))
+            stack.enter_context(replaced(matmul, _cpu_multiplies_bf16=lambda: True))
             stack.callback(ROW_KERNELS.__setitem__, "torch", ROW_KERNELS["torch"])
             ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, *[_nothing] * 3)
             stack.enter_context(replaced(attention_merge, _merge_reference=_merged))
@@ -70,7 +71,7 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
             segments._varlen_calls.cache_clear()
             stack.callback(segments._varlen_calls.cache_clear)
         stack.enter_context(replaced(segments, CpuParts=parts))
-        stack.enter_context(replaced(blocks, spans=_some_of(blocks.spans)))
+        stack.enter_context(replaced(gradients, spans=_some_of(gradients.spans)))
         stack.enter_context(replaced(tiled_mlp, _tiles=_some_of(tiled_mlp._tiles)))
         for backend in ("torch", "cpp"):
             stack.callback(SPARSE_KERNELS.__setitem__, backend, SPARSE_KERNELS[backend])
@@ -149,7 +150,7 @@ def _sparse_samples(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, tor
     """Counts (R,), columns and log-probabilities of the entries that rows of logits (T, R, W) keep."""
     entries = logits.shape[1] * SPARSE_ENTRIES
     counts, columns = (torch.empty(size, dtype=torch.int64) for size in (logits.shape[1], entries))
-    torch.empty(sparse_rows._CHUNK_BYTES, dtype=torch.uint8)
+    torch.empty(sparse_kernels._CHUNK_BYTES, dtype=torch.uint8)
     return counts, columns, torch.empty(entries, dtype=torch.float32)
 
 
@@ -157,7 +158,7 @@ def _sparse_product(
     starts: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Rows (M, H) of a sparse matrix's product with (K, H)."""
-    torch.empty(sparse_rows._CHUNK_BYTES, dtype=torch.uint8)
+    torch.empty(sparse_kernels._CHUNK_BYTES, dtype=torch.uint8)
     return torch.empty(len(starts) - 1, dense.shape[1], dtype=dtype)
 
 

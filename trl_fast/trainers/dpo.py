@@ -6,12 +6,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_fast.data import TOKEN_COLUMNS, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
+from trl_fast.data import TOKEN_COLUMNS, AnyDataset, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
 from trl_fast.data.preference import REFERENCE_COLUMNS
 from trl_fast.losses.dpo import PreferenceTable, dpo_loss, dpo_metrics
 
 from .base.preference import PreferenceTrainer, padded_rows
-from .base.trainer import AnyDataset
 from .dpo_config import DPOConfig
 
 

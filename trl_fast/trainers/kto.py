@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_fast.data import TokenBatch
+from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.data.unpaired_preference import (
     BOTH,
     KL_COLUMN,
@@ -29,7 +29,6 @@ from trl_fast.ops import TokenScores
 
 from .base.metric_buffer import MetricBuffer
 from .base.preference import PreferenceTrainer, padded_rows
-from .base.trainer import AnyDataset
 from .kto_config import KTOConfig
 
 # TRL logs these only for micro-batches that have such rows.

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, TaskType
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_fast.data import TokenBatch
+from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.data.reward_modeling import (
     MARGIN,
     SEQUENCE_COLUMNS,
@@ -32,7 +32,7 @@ from trl_fast.modeling.reward_scoring import (
 from trl_fast.modeling.scoring import Verdict
 
 from .base.tokenizers import older_tokenizer_name
-from .base.trainer import AnyDataset, BaseTrainer
+from .base.trainer import BaseTrainer
 from .reward_config import RewardConfig
 
 logger = logging.getLogger(__name__)

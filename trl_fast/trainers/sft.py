@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from trl_fast.data import (
+    AnyDataset,
     ConvertingCollator,
     LabelledCollator,
     TokenBatch,
@@ -29,7 +30,7 @@ from trl_fast.modeling.scoring import model_inputs
 
 from .base.model_setup import router_coefficient
 from .base.tokenizers import older_tokenizer_name
-from .base.trainer import AnyDataset, BaseTrainer
+from .base.trainer import BaseTrainer
 from .sft_config import SFTConfig
 
 logger = logging.getLogger(__name__)

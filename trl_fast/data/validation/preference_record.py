@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, IterableDataset
-
 from ..checks import check_preference_columns, check_preference_row
+from ..dataset_types import AnyDataset
 from ..formats import is_conversational, maybe_extract_prompt
 from .findings import quote
 
@@ -163,7 +162,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") or 1
 
 
-def check_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+def check_columns(dataset: AnyDataset, name: str) -> list[str]:
     """The columns of a dataset that are read.
 
     Raises ValueError if it has no rows, or neither `chosen` and `rejected` nor `prompt`, `completion` and `label`, or
@@ -177,7 +176,7 @@ def check_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
     return [column for column in READ_COLUMNS if column in columns]
 
 
-def read_slices(dataset: Dataset | IterableDataset, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+def read_slices(dataset: AnyDataset, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
     """The rows as dicts of these columns, READ_ROWS at a time."""
     for batch in dataset.select_columns(columns).iter(batch_size=READ_ROWS):
         rows = zip(*(batch[column] for column in columns), strict=True)

@@ -8,6 +8,7 @@ from rich.progress import Progress
 
 from trl_fast.console import make_console, progress_columns
 
+from ..dataset_types import AnyDataset
 from .findings import SEVERITIES, Finding, Kind
 from .message_checks import CONVERSATION_CHECKS
 from .preference_record import Context, check_columns, make_record, read_slices
@@ -29,7 +30,7 @@ MALFORMED = Kind(
 
 
 def validate(
-    dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset],
+    dataset: AnyDataset | Mapping[str, AnyDataset],
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     max_length: int | None = None,
@@ -75,7 +76,7 @@ def validate(
 
 
 def _read_split(
-    dataset: Dataset | IterableDataset, name: str, context: Context, advance: Callable[[int], None]
+    dataset: AnyDataset, name: str, context: Context, advance: Callable[[int], None]
 ) -> tuple[SplitTable, list[Finding]]:
     """The table of a split and what the checks of single rows found in it; `advance` hears how many rows were read."""
     # Whatever format the rows are set to come in: the checks know Python's.

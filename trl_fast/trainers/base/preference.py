@@ -13,13 +13,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_fast.data import TokenBatch
+from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.modeling.reference import reference_hash, with_reference_columns
 
 from .preference_config import PreferenceConfig
 from .reference import ReferenceTrainer
 from .tokenizers import older_tokenizer_name
-from .trainer import AnyDataset
 
 
 class PreferenceTrainer(ReferenceTrainer):

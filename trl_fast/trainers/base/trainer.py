@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from trl_fast.data import TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
+from trl_fast.data import AnyDataset, TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
 from trl_fast.modeling.positions import check_positions
@@ -32,8 +32,6 @@ from .stream_loader import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)
-
-AnyDataset = Dataset | IterableDataset
 
 _PROBE_TOKENS = 12
 

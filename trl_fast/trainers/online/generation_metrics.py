@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
-from trl_fast.data.device_transfer import sent
+from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.losses.advantages import Advantages, nan_std
 from trl_fast.losses.policy_gradient import PolicyMetrics
 from trl_fast.rollout import Rollout
@@ -90,7 +90,7 @@ class GenerationMetrics(GenerationWarnings):
         """Keeps statistics ("min", "mean", "max") of values (M,) of all processes; 0 of nothing."""
         values = values if len(values) else torch.zeros(1)
         for statistic in statistics:
-            every = self.accelerator.gather(sent(getattr(values, statistic)(), self.accelerator.device))
+            every = self.accelerator.gather(copy_to_device(getattr(values, statistic)(), self.accelerator.device))
             self._record_tensor(f"sampling/{name}/{statistic}", getattr(every, statistic)())
 
     def record_policy(self, metrics: PolicyMetrics) -> None:

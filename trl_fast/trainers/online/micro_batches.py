@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_fast.data import TokenBatch
-from trl_fast.data.device_transfer import sent
+from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.losses.policy_gradient import PolicyTable
 from trl_fast.rollout.samples import TOKEN_FIELDS, Samples
 
@@ -74,10 +74,10 @@ class UpdateMaker:
             vectors["mask"] = counts * ~part.excluded[batch.branch.cpu()]
         table = PolicyTable(
             branch=batch.branch,
-            advantages=sent(part.advantages, self.device),
-            weights=sent(weights[order], self.device),
-            **{name: None if value is None else sent(value, self.device) for name, value in vectors.items()},
+            advantages=copy_to_device(part.advantages, self.device),
+            weights=copy_to_device(weights[order], self.device),
+            **{name: None if value is None else copy_to_device(value, self.device) for name, value in vectors.items()},
         )
         left_out = sorted(set(range(len(samples))) - set(kept))
         lengths = tuple(len(ids) for ids in part.completion_ids)
-        return Update(batch, table, sent(samples.lengths[left_out], self.device), lengths)
+        return Update(batch, table, copy_to_device(samples.lengths[left_out], self.device), lengths)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
 
+from trl_fast.data import AnyDataset
 from trl_fast.data.repeat_sampler import RepeatSampler, repeat_stream
-
-from ..base.trainer import AnyDataset
 
 
 class PromptLoaders:

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_fast.data import TokenBatch, longest_sequence
+from trl_fast.data import AnyDataset, TokenBatch, longest_sequence
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.losses.advantages import Advantages
 from trl_fast.losses.policy_gradient import Window, grpo_loss, grpo_metrics, sequence_weights
@@ -25,7 +25,6 @@ from trl_fast.rollout.samples import Samples
 from ..base.metric_buffer import MetricBuffer
 from ..base.reference import ReferenceTrainer
 from ..base.tokenizers import older_tokenizer_name
-from ..base.trainer import AnyDataset
 from .completions_log import CompletionsLog
 from .config import OnlineConfig
 from .generation_buffer import GenerationBuffer

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_fast.data import longest_sequence
+from trl_fast.data import AnyDataset, longest_sequence
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset, prompts_of_tokens
 from trl_fast.data.repeat_sampler import RepeatSampler, repeat_stream
 from trl_fast.losses.advantages import Advantages, summed_rewards
@@ -20,7 +20,6 @@ from trl_fast.modeling.scoring import evaluating
 from trl_fast.rollout import Rollout
 from trl_fast.rollout.samples import Samples
 
-from ..base.trainer import AnyDataset
 from ..online.completions_log import CompletionsLog
 from ..online.generation_metrics import GenerationMetrics
 from ..online.rollouts import Rollouts

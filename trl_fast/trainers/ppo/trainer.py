@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from trl_fast.data import AnyDataset
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.ppo import (
     KLController,
@@ -34,7 +35,6 @@ from trl_fast.rollout import RolloutEngine, TransformersEngine
 from ..base.metric_buffer import MetricBuffer
 from ..base.reference import ReferenceTrainer
 from ..base.tokenizers import older_tokenizer_name
-from ..base.trainer import AnyDataset
 from ..online.completions_log import CompletionsLog
 from ..online.micro_batches import UpdateMaker
 from .config import PPOConfig

@@ -5,7 +5,7 @@ all rows, a tile of logits is still in the cache when the row kernels read it, a
 finished in one go. Everything that scales with rows times vocabulary lives in one workspace.
 
 On a GPU, logits are float32: products of 16-bit numbers accumulate in float32 and can be written as such. Kept ones
-take 16 bits in steps that are fine enough (packed_logits.py), because a gradient needs the very logits that its
+take 16 bits in steps that are fine enough (kept_logits.py), because a gradient needs the very logits that its
 log-sum-exp came from: with a log-sum-exp of float32 logits, but bfloat16 logits, the gradient of rows with a confident
 prediction was off by a quarter. Gradients of logits have the dtype of the products that they go into.
 
@@ -20,14 +20,13 @@ from typing import NamedTuple
 
 import torch
 
-from .fused_scores import fused_tiles
-from .kept_logits import KeptLogits, KeptTile
-from .memory_pool import pooled_empty
-from .packed_logits import CHUNK, PACKED_DTYPE, num_chunks
-from .products import SIXTEEN_BITS, logits_dtype
-from .rows import ROW_KERNELS, row_weights_by_two
-from .spans import even_step
-from .transform import LogitTransform
+from ..matmul import SIXTEEN_BITS, logits_dtype
+from ..memory_pool import pooled_empty
+from ..slices import even_step
+from .fused_kernel import fused_tiles
+from .kept_logits import CHUNK, PACKED_DTYPE, KeptLogits, KeptTile, num_chunks
+from .logit_transform import LogitTransform
+from .row_kernels import ROW_KERNELS, row_weights_by_two
 
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4

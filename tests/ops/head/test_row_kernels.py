@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.packed_rows import COLUMNS, PLAIN, TRANSFORMED, check_packing
-from trl_fast.ops.rows import (
+from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
     finish_scores,
     new_state,
@@ -18,7 +18,7 @@ from trl_fast.ops.rows import (
     row_scores_reference,
     row_weights_by_two,
 )
-from trl_fast.ops.scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
+from trl_fast.ops.token_scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -100,7 +100,7 @@ def test_every_instruction_set_of_this_machine(isa):
     if not cpu_has(isa):
         pytest.skip(f"this CPU has no {isa}: its kernels are compiled here, but not run")
     program = (
-        "import test_cpp_rows as t; from trl_fast.ops.backends import load_extension as l; "
+        "import test_row_kernels as t; from trl_fast.ops.backends import load_extension as l; "
         f"assert l().reason.endswith({isa!r}), l(); t.compare_everything()"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])

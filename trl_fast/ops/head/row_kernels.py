@@ -25,8 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from .packed_logits import CHUNK, pack, unpack
-from .scores import (
+from ..token_scores import (
     ENTROPY,
     ENTROPY_ROW,
     IS_TOP1,
@@ -40,7 +39,8 @@ from .scores import (
     MEAN_LOGITS_ROW,
     NUM_STATISTICS,
 )
-from .transform import LogitTransform
+from .kept_logits import CHUNK, pack, unpack
+from .logit_transform import LogitTransform
 
 # Rows of the running state (7, R) float64: the largest logit m so far, sums of e^(u-m), e^(u-m) (u-m) and e^2(u-m),
 # the sum of the logits, the target's logit, and the largest logit before the target.
@@ -57,7 +57,7 @@ class RowKernels(NamedTuple):
     bytes_per_element: int
     # Both in one read, as `row_weights_by_two` below; None: by the two others.
     weights: Callable[..., None] | None = None
-    # The same of packed logits (packed_logits.py); None: logits are kept as they are.
+    # The same of packed logits (kept_logits.py); None: logits are kept as they are.
     scores_packed: Callable[..., None] | None = None
     grad_packed: Callable[..., None] | None = None
 
@@ -250,7 +250,7 @@ def row_scores_packed_reference(
     Args:
         logits, targets, bias, scale, inv_temperature, outputs, column_offset, state: as in row_scores_reference. On a
             CPU, compiled kernels take float32 logits only.
-        words: (R, >= C) int16, tops: (R, >= num_chunks(C)) float32, filled as packed_logits.py says.
+        words: (R, >= C) int16, tops: (R, >= num_chunks(C)) float32, filled as kept_logits.py says.
     """
     row_scores_reference(logits, targets, bias, scale, 0.0, inv_temperature, outputs, column_offset, state)
     u, _ = LogitTransform(scale, 0.0, inv_temperature).apply(logits, bias)
@@ -343,31 +343,3 @@ ROW_KERNELS = {
     "cuda": RowKernels(_compiled_scores, _compiled_grad, 0, None, _compiled_scores_packed, _compiled_grad_packed),
     "triton": RowKernels(_triton_scores, _triton_grad, 0, None, _triton_scores_packed, _triton_grad_packed),
 }
-
-
-def register_fakes() -> None:
-    """Shapes of the C++ ops for FakeTensor and torch.compile; called once, after the extension is loaded."""
-
-    @torch.library.register_fake("trl_fast::row_scores")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state):
-        return None
-
-    @torch.library.register_fake("trl_fast::row_weights")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state, out):
-        return None
-
-    @torch.library.register_fake("trl_fast::row_scores_packed")
-    def _(logits, targets, bias, scale, inv_temperature, outputs, column_offset, state, words, tops):
-        return None
-
-    @torch.library.register_fake("trl_fast::row_grad_packed")
-    def _(words, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out, tops):
-        return None
-
-    @torch.library.register_fake("trl_fast::pooled_empty")
-    def _(size, dtype):
-        return torch.empty(size, dtype=dtype)
-
-    @torch.library.register_fake("trl_fast::row_grad")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, lse, coefficients, column_offset, out):
-        return None

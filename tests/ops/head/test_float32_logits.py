@@ -12,13 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.memory import measure_peak
 from support.heads import error, make_problem
 from support.triton_interpreter import interpreted_kernels
-from trl_fast.ops import blocks, head, linear_cross_entropy, linear_logprob, linear_token_loss, row_blocks
+from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
+from trl_fast.ops.head import gradients, plan, row_blocks
+from trl_fast.ops.head.autograd import linear_scores
+from trl_fast.ops.head.kept_logits import CHUNK, unpack
+from trl_fast.ops.head.logit_transform import LogitTransform
+from trl_fast.ops.head.row_kernels import (
+    ROW_KERNELS,
+    RowKernels,
+    row_grad_packed_reference,
+    row_scores_packed_reference,
+)
 from trl_fast.ops.linear_logprob import check_head_grad
-from trl_fast.ops.linear_scores import linear_scores
-from trl_fast.ops.packed_logits import CHUNK, unpack
-from trl_fast.ops.products import add_mm, logits_dtype, mm_into
-from trl_fast.ops.rows import ROW_KERNELS, RowKernels, row_grad_packed_reference, row_scores_packed_reference
-from trl_fast.ops.transform import LogitTransform
+from trl_fast.ops.matmul import add_mm, logits_dtype, mm_into
 
 CPU = torch.device("cpu")
 
@@ -37,16 +43,16 @@ def _like_a_gpu(monkeypatch):
     def wide_add_mm(total, left, right):
         total.add_(wide_mm(left, right))
 
-    for module in ("linear_scores", "linear_cross_entropy", "linear_token_loss"):
+    for module in ("head.autograd", "linear_cross_entropy", "linear_token_loss"):
         module = importlib.import_module(f"trl_fast.ops.{module}")
         monkeypatch.setattr(module, "gemm_dtype", lambda tensor: tensor.dtype)
-    monkeypatch.setattr(head, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
-    monkeypatch.setattr(head, "tile_policy", lambda device: head.GPU_TILES._replace(row_step=8))
+    monkeypatch.setattr(plan, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(plan, "tile_policy", lambda device: plan.GPU_TILES._replace(row_step=8))
     packed = {"scores_packed": row_scores_packed_reference, "grad_packed": row_grad_packed_reference}
     monkeypatch.setitem(ROW_KERNELS, "torch", ROW_KERNELS["torch"]._replace(**packed))
-    for module in (blocks, row_blocks):
+    for module in (gradients, row_blocks):
         monkeypatch.setattr(module, "mm_into", wide_mm_into)
-    monkeypatch.setattr(blocks, "add_mm", wide_add_mm)
+    monkeypatch.setattr(gradients, "add_mm", wide_add_mm)
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -163,9 +169,9 @@ def test_a_step_stays_inside_its_workspace(op, frozen, monkeypatch):
     n, v, h = 512, 8192, 16
     # Memory alone: what takes the place of a GPU's kernels and products would have temporaries of its own.
     monkeypatch.setitem(ROW_KERNELS, "torch", RowKernels(*[lambda *_: None] * 2, 0, *[lambda *_: None] * 3))
-    for module in (blocks, row_blocks):
+    for module in (gradients, row_blocks):
         monkeypatch.setattr(module, "mm_into", lambda out, *_: out)
-    monkeypatch.setattr(blocks, "add_mm", lambda *_: None)
+    monkeypatch.setattr(gradients, "add_mm", lambda *_: None)
     problem = make_problem(n, v, h, dtype=torch.bfloat16)
     for name in frozen:
         getattr(problem, name).requires_grad_(False)
@@ -216,14 +222,14 @@ def test_the_workspace_of_a_gpu():
     """A power of two times 1 GiB: up to a sixteenth of the memory, 8 GiB, and a quarter of what is free."""
     gib = 1 << 30
     for free, total, expected in ((79, 80, 4), (140, 141, 8), (20, 80, 4), (15, 80, 2), (3, 80, 1), (24, 24, 1)):
-        assert head.default_workspace(free * gib, total * gib) == expected * gib
-    assert head.workspace_of(None, CPU) == gib and head.workspace_of(5, CPU) == 5
+        assert plan.default_workspace(free * gib, total * gib) == expected * gib
+    assert plan.workspace_of(None, CPU) == gib and plan.workspace_of(5, CPU) == 5
 
 
 def test_a_workspace_larger_than_the_gpu_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 2 << 30))
     with pytest.raises(ValueError, match="workspace_bytes: 2147483649 bytes are more than the 2147483648 of cuda"):
-        head.workspace_of((2 << 30) + 1, torch.device("cuda"))
+        plan.workspace_of((2 << 30) + 1, torch.device("cuda"))
 
 
 def test_the_sparse_gradient_is_for_cpus():
@@ -236,8 +242,8 @@ def test_row_blocks_of_a_gpu_are_whole_steps():
     weight = torch.empty(151936, 8, dtype=torch.bfloat16, device="meta")
 
     def rows(workspace_gib, num_rows):
-        made = head.Head(weight, None, LogitTransform(), torch.bfloat16, "cuda", workspace_gib << 30)
-        made.policy = head.GPU_TILES
+        made = plan.Head(weight, None, LogitTransform(), torch.bfloat16, "cuda", workspace_gib << 30)
+        made.policy = plan.GPU_TILES
         return made.kept_rows(num_rows), made.block_rows(num_rows)
 
     assert rows(4, 8192) == (8192, 8192) and rows(4, 100) == (100, 100)

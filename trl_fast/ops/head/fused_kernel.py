@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .backends import supports
-from .kept_logits import KeptLogits
-from .packed_logits import PACKED_DTYPE, unpack
-from .products import SIXTEEN_BITS
-from .rows import SUM, TARGET, TOP, new_state
-from .spans import spans
+from ..backends import supports
+from ..matmul import SIXTEEN_BITS
+from ..slices import spans
+from .kept_logits import PACKED_DTYPE, KeptLogits, unpack
+from .row_kernels import SUM, TARGET, TOP, new_state
 
 if TYPE_CHECKING:
     from trl_fast.kernels.linear_scores import Tiles

@@ -8,22 +8,22 @@
 | LOGITS | KeptLogits.values of as many rows as fit the workspace | 1 + 2 for those rows, 1 + 3 for the others |
 | UNIT_GRADIENT | (N, H): d logprob / d hidden, for a frozen head | 2 + 0 |
 
-`trl_fast::linear_scores_backward` takes the row coefficients of `rows.py`, and so serves every differentiable output.
-Rows whose coefficients are all zero take no part in it.
+`trl_fast::linear_scores_backward` takes the row coefficients of `row_kernels.py`, and so serves every differentiable
+output. Rows whose coefficients are all zero take no part in it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .blocks import HeadGradients, score_rows, score_with_unit_gradient
-from .head import Head
+from ..matmul import gemm_dtype
+from ..token_scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
+from .gradients import HeadGradients, score_rows, score_with_unit_gradient
 from .kept_logits import KeptLogits
-from .products import gemm_dtype
+from .logit_transform import LogitTransform
+from .plan import Head
 from .row_blocks import active_rows, row_blocks
-from .rows import finish_scores, new_state, with_low_part
-from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
-from .transform import LogitTransform
+from .row_kernels import finish_scores, new_state, with_low_part
 
 NOTHING, LOGITS, UNIT_GRADIENT = range(3)
 
@@ -151,7 +151,7 @@ def row_coefficients(
     grad_entropy: torch.Tensor | None,
     grad_mean_logits: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The rows a, b, d, e (4, N) of the table in rows.py, summed over the outputs that have an upstream gradient."""
+    """The rows a, b, d, e (4, N) of row_kernels.py's table, summed over the outputs that have an upstream gradient."""
     coefficients = lse_low.new_zeros((4, lse_low.shape[0]))
     a, b, d, e = coefficients
     if grad_lse is not None:

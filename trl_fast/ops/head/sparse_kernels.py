@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from .spans import spans
-from .transform import LogitTransform
+from ..slices import spans
+from .logit_transform import LogitTransform
 
 # Temporaries of the references stay below this.
 _CHUNK_BYTES = 64 << 20

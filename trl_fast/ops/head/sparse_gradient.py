@@ -1,21 +1,21 @@
 """The head with a sparse, unbiased gradient: one pass over N·V·H in all, forward and backward.
 
-`trl_fast::linear_scores_sparse` scores a row block, keeps a sample of its probabilities (see sparse_rows.py) and drops
-the logits. The gradient of a logit is p · (a + b · logp) plus the target's share (see rows.py); with each kept entry
-in the place of p its expectation over the sample is exact, and backward is two products of a sparse matrix.
+`trl_fast::linear_scores_sparse` scores a row block, keeps a sample of its probabilities (see sparse_kernels.py) and
+drops the logits. The gradient of a logit is p · (a + b · logp) plus the target's share (see row_kernels.py); with each
+kept entry in the place of p its expectation over the sample is exact, and backward is two products of a sparse matrix.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .blocks import score_rows
-from .linear_scores import head_of, row_coefficients
-from .rows import finish_scores, new_state
-from .scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS
-from .spans import spans
-from .sparse_rows import SPARSE_KERNELS
-from .transform import LogitTransform
+from ..slices import spans
+from ..token_scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS
+from .autograd import head_of, row_coefficients
+from .gradients import score_rows
+from .logit_transform import LogitTransform
+from .row_kernels import finish_scores, new_state
+from .sparse_kernels import SPARSE_KERNELS
 
 
 @torch.library.custom_op("trl_fast::linear_scores_sparse", mutates_args=())

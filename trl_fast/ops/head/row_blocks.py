@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from ..matmul import mm_into
+from ..slices import spans
 from .kept_logits import KeptLogits
-from .products import mm_into
-from .spans import spans
 
 
 @dataclass
 class RowBlock:
-    """Rows whose gradient is to be taken, with the coefficients of rows.py.
+    """Rows whose gradient is to be taken, with the coefficients of row_kernels.py.
 
     rows: where they lie in the N rows; hidden: (R, H); targets, lse: (R,); coefficients: (4, R). logits: if they are
     still there, else they are computed again; index: (R,) their rows in `logits`, None for all in order; consume:

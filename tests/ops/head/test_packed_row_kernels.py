@@ -12,8 +12,8 @@ from support.packed_rows import (
     check_packing,
     pack_hard_rows,
 )
-from trl_fast.ops.packed_logits import pack, unpack
-from trl_fast.ops.rows import (
+from trl_fast.ops.head.kept_logits import pack, unpack
+from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
     RowKernels,
     new_state,
@@ -22,7 +22,7 @@ from trl_fast.ops.rows import (
     row_scores_packed_reference,
     row_scores_reference,
 )
-from trl_fast.ops.scores import ENTROPY
+from trl_fast.ops.token_scores import ENTROPY
 
 pytestmark = pytest.mark.usefixtures("extension")
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import torch
 
-from .fused_scores import score_rows_fused
-from .head import Head
+from ..matmul import add_mm, mm_into
+from ..memory_pool import as_dtype, pooled_empty
+from ..slices import spans
+from ..token_scores import LSE_LOW_ROW, LSE_ROW
+from .fused_kernel import score_rows_fused
 from .kept_logits import KeptLogits
-from .memory_pool import as_dtype, pooled_empty
-from .products import add_mm, mm_into
+from .plan import Head
 from .row_blocks import RowBlock
-from .rows import SUM, TARGET, TOP, finish_scores, rescale, with_low_part
-from .scores import LSE_LOW_ROW, LSE_ROW
-from .spans import spans
+from .row_kernels import SUM, TARGET, TOP, finish_scores, rescale, with_low_part
 
 
 def waiting_dtype(dtype: torch.dtype) -> torch.dtype:

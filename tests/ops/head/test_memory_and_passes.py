@@ -8,7 +8,7 @@ import torch
 from benchmarks.memory import measure_peak
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
-from trl_fast.ops.head import row_bytes
+from trl_fast.ops.head.plan import row_bytes
 
 N, V, H = 512, 8192, 16
 WHOLE = N * V * 4

@@ -7,8 +7,8 @@ import torch
 
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
-from trl_fast.ops.head import Head
-from trl_fast.ops.transform import LogitTransform
+from trl_fast.ops.head.logit_transform import LogitTransform
+from trl_fast.ops.head.plan import Head
 
 pytestmark = pytest.mark.usefixtures("extension")
 
