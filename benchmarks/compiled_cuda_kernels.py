@@ -27,8 +27,8 @@ _ROW_FLAGS = re.compile(rf"row_\w+_kernelI({_TYPE})({_TYPE}|S\w*_)?Lb([01])ELb([
 _DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
 _OUTPUTS = {"0": "log-probs", "1": "entropy", "15": "all outputs"}
 # For a loss kernel, the access that it makes once a token, and the least bytes of a token: its log-prob, read; its
-# gradient, written; or branch, three log-probs, KL, clipping and slope. Its sequence's advantage and weight come from
-# the cache. How often the compiler has unrolled the loop over tokens is told by how often that access is in it.
+# gradient, written; or branch, three log-probs, KL, clipping and gradient. Its sequence's advantage and weight come
+# from the cache. How often the compiler has unrolled the loop over tokens is told by how often that access is in it.
 _TOKENS = {
     "pair_loss": (r"LDG\.E$", 4),
     "pair_loss_backward": (r"STG\.E$", 4),

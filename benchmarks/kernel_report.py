@@ -115,7 +115,7 @@ def _grad_cases() -> Iterator[KernelCase]:
             yield KernelCase(
                 f"row_grad_packed to {out}{', some rows' * has_rows}",
                 rows.row_grad_packed_kernel,
-                {**signature, "slope": "fp32"},
+                {**signature, "derivative": "fp32"},
                 {"HAS_ROWS": has_rows, "CHUNK": rows.CHUNK, "BLOCK": rows.CHUNK},
                 rows.NUM_WARPS,
                 scalar_loads=7 + has_rows,
@@ -136,7 +136,7 @@ def _linear_cases() -> Iterator[KernelCase]:
                     "weight": f"{dtype}[{columns},{tiles.depth}]",
                 }
                 descriptors = {name: f"tensordesc<{block}>" for name, block in (*factors.items(), ("words", kept))}
-                sizes = {**dict.fromkeys(("num_rows", "vocab_size", "hidden_size"), "i32"), "slope": "fp32"}
+                sizes = {**dict.fromkeys(("num_rows", "vocab_size", "hidden_size"), "i32"), "logit_factor": "fp32"}
                 constants = {"ROWS": rows_of, "COLUMNS": columns, "DEPTH": tiles.depth, "PIECES": tiles.pieces}
                 constants |= {"HAS_BIAS": flags, "SCALED": flags, "OUTPUTS": outputs, "KEEP": keep}
                 yield KernelCase(
@@ -210,7 +210,7 @@ def _loss_cases() -> Iterator[KernelCase]:
         yield _loss_case(
             f"pair_loss {loss_type}",
             losses.pair_loss_kernel,
-            "logprobs ref_logprobs losses sequence_logprobs slopes",
+            "logprobs ref_logprobs losses sequence_logprobs gradients",
             {"cu_seqlens": "*i64", "lengths": "*i64"},
             "beta eps log_eps log_one_minus_eps tau",
             {
@@ -224,7 +224,7 @@ def _loss_cases() -> Iterator[KernelCase]:
     yield _loss_case(
         "pair_loss_backward",
         losses.pair_loss_backward_kernel,
-        "slopes grad_losses grad_sequence_logprobs out",
+        "gradients grad_losses grad_sequence_logprobs out",
         {"cu_seqlens": "*i64", "losses_stride": "i64", "sequences_stride": "i64"},
         "",
         {"HAS_LOSSES": True, "HAS_SEQUENCES": True, "BLOCK": losses.BLOCK},
@@ -234,13 +234,13 @@ def _loss_cases() -> Iterator[KernelCase]:
         yield _loss_case(
             f"policy_loss {loss_type}",
             losses.policy_loss_kernel,
-            "logprobs old_logprobs ref_logprobs advantages weights partial_sums kl_out slopes",
+            "logprobs old_logprobs ref_logprobs advantages weights partial_sums kl_out gradients",
             {"branch": "*i64", "clipped_out": "*i8", "num_tokens": "i32"},
             "beta lower upper delta temperature_pos temperature_neg max_log_ratio",
             {"LOSS": loss_type, "HAS_OLD": True, "HAS_REF": True, "BIAS_CORRECT_KL": True, "BLOCK": losses.BLOCK},
             losses.NUM_WARPS,
             scalar_loads=0,
-            # Branch, three log-probs, KL, whether it was clipped, slope.
+            # Branch, three log-probs, KL, whether it was clipped, gradient.
             bytes_of_token=8 + 3 * 4 + 4 + 1 + 4,
         )
 

@@ -122,7 +122,7 @@ def _store_optional(parts, slot_stride, sums, mask, OUTPUTS: tl.constexpr):
 _PER_ROW = ["targets", "parts", "slot_stride", "tile_stride", "num_rows", "state", "state_stride"]
 
 
-@triton.jit(do_not_specialize=["vocab_size", "slope", *_PER_ROW])
+@triton.jit(do_not_specialize=["vocab_size", "logit_factor", *_PER_ROW])
 def linear_scores_kernel(
     hidden,
     weight,
@@ -137,7 +137,7 @@ def linear_scores_kernel(
     num_rows,
     vocab_size,
     hidden_size,
-    slope,
+    logit_factor,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -169,7 +169,7 @@ def linear_scores_kernel(
         if HAS_BIAS:
             u += tl.load(bias + columns, mask=columns < vocab_size, other=0.0).to(tl.float32)[None, :]
         if SCALED:
-            u = u * slope
+            u = u * logit_factor
         u = tl.where((columns < vocab_size)[None, :], u, -float("inf"))
         top = tl.max(u, 1)
         # Where everything is -inf, subtract 0: -inf - -inf would be NaN.
@@ -263,7 +263,7 @@ def linear_scores(
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    slope: float,
+    logit_factor: float,
     outputs: int,
     state: torch.Tensor,
     words: torch.Tensor | None,
@@ -272,10 +272,10 @@ def linear_scores(
 ) -> None:
     """Writes the state (7, N) float64 of all rows (row_kernels.py), keeps their logits if given room.
 
-    Logits are slope * (hidden weightᵀ + bias). hidden: (N, H) bfloat16|float16; weight: (V, H), dtype of hidden; rows
-    of both begin at multiples of 16 bytes; targets: (N,) int64; bias: (V,) or None. words: (N, V) int16, with rows of
-    that kind, and tops: (N, T) float32, T = num_tiles(V), or both None. A target outside the vocabulary and sums that
-    `outputs` does not ask for leave what is in the state.
+    Logits are logit_factor * (hidden weightᵀ + bias). hidden: (N, H) bfloat16|float16; weight: (V, H), dtype of
+    hidden; rows of both begin at multiples of 16 bytes; targets: (N,) int64; bias: (V,) or None. words: (N, V) int16,
+    with rows of that kind, and tops: (N, T) float32, T = num_tiles(V), or both None. A target outside the vocabulary
+    and sums that `outputs` does not ask for leave what is in the state.
     """
     num_rows, hidden_size = hidden.shape
     vocab_size, count = weight.shape[0], num_tiles(weight.shape[0], tiles)
@@ -297,9 +297,9 @@ def linear_scores(
         num_rows,
         vocab_size,
         hidden_size,
-        slope,
+        logit_factor,
         HAS_BIAS=bias is not None,
-        SCALED=slope != 1.0,
+        SCALED=logit_factor != 1.0,
         OUTPUTS=outputs,
         KEEP=words is not None,
         ROWS=tiles.rows,

@@ -42,52 +42,52 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _margin_loss(x, beta, eps, log_eps, log_one_minus_eps, tau, LOSS: tl.constexpr):
-    """Loss and slope in x, the scaled margin, of a loss that reads nothing else."""
+    """Loss and gradient in x, the scaled margin, of a loss that reads nothing else."""
     p, q = tl.sigmoid(x), tl.sigmoid(-x)
     log_p, log_q = _log_sigmoid(x), _log_sigmoid(-x)
     if LOSS == "hinge":
-        loss, slope = tl.where(x >= 1.0, 0.0, 1.0 - x), tl.where(x >= 1.0, 0.0, -1.0)
+        loss, gradient = tl.where(x >= 1.0, 0.0, 1.0 - x), tl.where(x >= 1.0, 0.0, -1.0)
     elif LOSS == "ipo":
         residual = (x - 0.5) / beta
-        loss, slope = residual * residual, 2.0 * residual / beta
+        loss, gradient = residual * residual, 2.0 * residual / beta
     elif LOSS == "robust":
         scale = 1.0 / (1.0 - 2.0 * eps)
-        loss, slope = (eps * log_q - (1.0 - eps) * log_p) * scale, -((1.0 - eps) * q + eps * p) * scale
+        loss, gradient = (eps * log_q - (1.0 - eps) * log_p) * scale, -((1.0 - eps) * q + eps * p) * scale
     elif LOSS == "exo_pair":
         chosen, rejected = log_p - log_one_minus_eps, log_q - log_eps
-        loss, slope = p * chosen + q * rejected, p * q * (chosen - rejected)
+        loss, gradient = p * chosen + q * rejected, p * q * (chosen - rejected)
     elif LOSS == "discopop":
         sharp = x / tau
         m, rest = tl.sigmoid(sharp), tl.sigmoid(-sharp)
         mixed = tl.exp(_log_sigmoid(sharp) - x)
-        loss, slope = mixed - rest * log_p, m * rest * log_p / tau - rest * q + mixed * (rest / tau - 1.0)
+        loss, gradient = mixed - rest * log_p, m * rest * log_p / tau - rest * q + mixed * (rest / tau - 1.0)
     else:
         tl.static_assert(LOSS == "sigmoid" or LOSS == "sigmoid_norm")
-        loss, slope = -log_p, -q
-    return loss, slope
+        loss, gradient = -log_p, -q
+    return loss, gradient
 
 
 @triton.jit
 def _separate_loss(chosen, rejected, beta, LOSS: tl.constexpr):
-    """Loss and slopes in β·r_c and β·r_r of a loss that reads them apart."""
+    """Loss and gradients in β·r_c and β·r_r of a loss that reads them apart."""
     p_c, q_c = tl.sigmoid(chosen), tl.sigmoid(-chosen)
     p_r, q_r = tl.sigmoid(rejected), tl.sigmoid(-rejected)
     if LOSS == "sppo_hard":
         c, r = (chosen - 0.5) / beta, (rejected + 0.5) / beta
-        loss, chosen_slope, rejected_slope = c * c + r * r, 2.0 * c / beta, 2.0 * r / beta
+        loss, chosen_gradient, rejected_gradient = c * c + r * r, 2.0 * c / beta, 2.0 * r / beta
     elif LOSS == "apo_zero":
-        loss, chosen_slope, rejected_slope = q_c + p_r, -p_c * q_c, p_r * q_r
+        loss, chosen_gradient, rejected_gradient = q_c + p_r, -p_c * q_c, p_r * q_r
     elif LOSS == "apo_down":
         q = tl.sigmoid(rejected - chosen)
-        rejected_slope = q * tl.sigmoid(chosen - rejected)
-        loss, chosen_slope = p_c + q, p_c * q_c - rejected_slope
+        rejected_gradient = q * tl.sigmoid(chosen - rejected)
+        loss, chosen_gradient = p_c + q, p_c * q_c - rejected_gradient
     elif LOSS == "nca_pair":
         loss = -_log_sigmoid(chosen) - 0.5 * (_log_sigmoid(-chosen) + _log_sigmoid(-rejected))
-        chosen_slope, rejected_slope = 0.5 * p_c - q_c, 0.5 * p_r
+        chosen_gradient, rejected_gradient = 0.5 * p_c - q_c, 0.5 * p_r
     else:
         tl.static_assert(LOSS == "bco_pair")
-        loss, chosen_slope, rejected_slope = -_log_sigmoid(chosen) - _log_sigmoid(-rejected), -q_c, p_r
-    return loss, chosen_slope, rejected_slope
+        loss, chosen_gradient, rejected_gradient = -_log_sigmoid(chosen) - _log_sigmoid(-rejected), -q_c, p_r
+    return loss, chosen_gradient, rejected_gradient
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def pair_loss_kernel(
     lengths,
     losses,
     sequence_logprobs,
-    slopes,
+    gradients,
     beta,
     eps,
     log_eps,
@@ -132,20 +132,20 @@ def pair_loss_kernel(
     rejected_reward = rejected_scale * (rejected_logprob - tl.load(ref_logprobs + rejected))
     if OF_MARGIN:
         margin = chosen_reward - rejected_reward
-        loss, chosen_slope = _margin_loss(margin, beta, eps, log_eps, log_one_minus_eps, tau, LOSS)
-        rejected_slope = -chosen_slope
+        loss, chosen_gradient = _margin_loss(margin, beta, eps, log_eps, log_one_minus_eps, tau, LOSS)
+        rejected_gradient = -chosen_gradient
     else:
-        loss, chosen_slope, rejected_slope = _separate_loss(chosen_reward, rejected_reward, beta, LOSS)
+        loss, chosen_gradient, rejected_gradient = _separate_loss(chosen_reward, rejected_reward, beta, LOSS)
     tl.store(losses + pair, loss)
     tl.store(sequence_logprobs + chosen, chosen_logprob)
     tl.store(sequence_logprobs + rejected, rejected_logprob)
-    tl.store(slopes + chosen, chosen_slope * chosen_scale)
-    tl.store(slopes + rejected, rejected_slope * rejected_scale)
+    tl.store(gradients + chosen, chosen_gradient * chosen_scale)
+    tl.store(gradients + rejected, rejected_gradient * rejected_scale)
 
 
 @triton.jit(do_not_specialize=["losses_stride", "sequences_stride"])
 def pair_loss_backward_kernel(
-    slopes,
+    gradients,
     cu_seqlens,
     grad_losses,
     losses_stride,
@@ -160,7 +160,7 @@ def pair_loss_backward_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     grad = 0.0
     if HAS_LOSSES:
-        grad += tl.load(slopes + sequence) * tl.load(grad_losses + sequence // 2 * losses_stride)
+        grad += tl.load(gradients + sequence) * tl.load(grad_losses + sequence // 2 * losses_stride)
     if HAS_SEQUENCES:
         grad += tl.load(grad_sequence_logprobs + sequence * sequences_stride)
     end = tl.load(cu_seqlens + sequence + 1)
@@ -180,17 +180,17 @@ def _exp_beyond_linear(x):
 
 @triton.jit
 def _kl_estimate(difference, ratio, ratio_capped, max_log_ratio, BIAS_CORRECT: tl.constexpr):
-    """The estimate and its slope in log π, of which `difference` is the distance to log π_ref."""
+    """The estimate and its gradient in log π, of which `difference` is the distance to log π_ref."""
     capped = _at_most(difference, max_log_ratio)
     kl = _exp_beyond_linear(capped)
-    slope = -(kl + capped)
+    gradient = -(kl + capped)
     if BIAS_CORRECT:
-        # ρ·e^d = π_ref / π_old does not depend on π, so the slope of ρ·(e^d − d − 1) is −d·ρ.
-        kl, slope = kl * ratio, tl.where(ratio_capped, slope, -capped) * ratio
-    return kl, tl.where(difference > max_log_ratio, 0.0, slope)
+        # ρ·e^d = π_ref / π_old does not depend on π, so the gradient of ρ·(e^d − d − 1) is −d·ρ.
+        kl, gradient = kl * ratio, tl.where(ratio_capped, gradient, -capped) * ratio
+    return kl, tl.where(difference > max_log_ratio, 0.0, gradient)
 
 
-# The terms: each gives the term, its slope in log π, and −1 or 1 where the ratio was clipped from below or above.
+# The terms: each gives the term, its gradient in log π, and −1 or 1 where the ratio was clipped from below or above.
 
 
 @triton.jit
@@ -201,19 +201,19 @@ def _clipped(ratio, advantage, lower, upper):
 
 @triton.jit
 def _clip_term(ratio, advantage, lower, upper, delta):
-    """Where both sides of the minimum are equal, so are their slopes."""
+    """Where both sides of the minimum are equal, so are their gradients."""
     capped = _at_most(ratio, delta)
     unclipped = capped * advantage
     clipped = _at_most(tl.where(ratio < lower, lower, ratio), upper) * advantage
     constant = tl.where(unclipped <= clipped, ratio > delta, (ratio < lower) | (ratio > upper))
-    slope = tl.where(constant, 0.0, -ratio * advantage)
-    return -tl.minimum(unclipped, clipped), slope, _clipped(capped, advantage, lower, upper)
+    gradient = tl.where(constant, 0.0, -ratio * advantage)
+    return -tl.minimum(unclipped, clipped), gradient, _clipped(capped, advantage, lower, upper)
 
 
 @triton.jit
 def _cispo_term(ratio, advantage, lower, upper, logprob):
-    slope = -_at_most(ratio, upper) * advantage
-    return slope * logprob, slope, _clipped(ratio, advantage, lower, upper)
+    gradient = -_at_most(ratio, upper) * advantage
+    return gradient * logprob, gradient, _clipped(ratio, advantage, lower, upper)
 
 
 @triton.jit
@@ -221,8 +221,8 @@ def _sapo_term(ratio, advantage, temperature_pos, temperature_neg):
     temperature = tl.where(advantage > 0, temperature_pos, temperature_neg)
     z = temperature * (ratio - 1.0)
     gate = tl.sigmoid(z)
-    slope = -4.0 * gate * tl.sigmoid(-z) * ratio * advantage
-    return -4.0 / temperature * gate * advantage, slope, tl.zeros_like(z)
+    gradient = -4.0 * gate * tl.sigmoid(-z) * ratio * advantage
+    return -4.0 / temperature * gate * advantage, gradient, tl.zeros_like(z)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -236,7 +236,7 @@ def policy_loss_kernel(
     partial_sums,
     kl_out,
     clipped_out,
-    slopes,
+    gradients,
     num_tokens,
     beta,
     lower,
@@ -265,21 +265,21 @@ def policy_loss_kernel(
     ratio = tl.exp(_at_most(log_ratio, max_log_ratio))
     ratio_capped = log_ratio > max_log_ratio
     if LOSS == "clip":
-        term, slope, clipped = _clip_term(ratio, advantage, lower, upper, delta)
+        term, gradient, clipped = _clip_term(ratio, advantage, lower, upper, delta)
     elif LOSS == "cispo":
-        term, slope, clipped = _cispo_term(ratio, advantage, lower, upper, logprob)
+        term, gradient, clipped = _cispo_term(ratio, advantage, lower, upper, logprob)
     else:
-        term, slope, clipped = _sapo_term(ratio, advantage, temperature_pos, temperature_neg)
+        term, gradient, clipped = _sapo_term(ratio, advantage, temperature_pos, temperature_neg)
     if LOSS != "cispo":
-        slope = tl.where(ratio_capped, 0.0, slope)
+        gradient = tl.where(ratio_capped, 0.0, gradient)
     if HAS_REF:
         difference = tl.load(ref_logprobs + tokens, mask=mask, other=0.0) - logprob
-        kl, kl_slope = _kl_estimate(difference, ratio, ratio_capped, max_log_ratio, BIAS_CORRECT_KL)
+        kl, kl_gradient = _kl_estimate(difference, ratio, ratio_capped, max_log_ratio, BIAS_CORRECT_KL)
         tl.store(kl_out + tokens, kl, mask=mask)
         term += beta * kl
-        slope += beta * kl_slope
+        gradient += beta * kl_gradient
     tl.store(clipped_out + tokens, clipped.to(tl.int8), mask=mask)
-    tl.store(slopes + tokens, weight * slope, mask=mask)
+    tl.store(gradients + tokens, weight * gradient, mask=mask)
     tl.store(partial_sums + block, tl.sum(weight * term, 0))
 
 
@@ -295,9 +295,9 @@ def pair_loss_forward(
     discopop_tau: float,
     losses: torch.Tensor,
     sequence_logprobs: torch.Tensor,
-    slopes: torch.Tensor,
+    gradients: torch.Tensor,
 ) -> None:
-    """Fills losses (P,), sequence_logprobs (S,) and slopes (S,), the derivative of its pair's loss by each of those.
+    """Fills losses (P,), sequence_logprobs (S,) and gradients (S,) of each pair's loss by its sequences' logprobs.
 
     logprobs (N,), ref_logprobs (S,) float32; cu_seqlens (S + 1,), lengths (S,) int64; all contiguous.
     """
@@ -310,7 +310,7 @@ def pair_loss_forward(
         lengths,
         losses,
         sequence_logprobs,
-        slopes,
+        gradients,
         beta,
         label_smoothing,
         math.log(label_smoothing) if label_smoothing > 0 else -math.inf,
@@ -326,27 +326,27 @@ def pair_loss_forward(
 
 @on_tensors_device
 def pair_loss_backward(
-    slopes: torch.Tensor,
+    gradients: torch.Tensor,
     cu_seqlens: torch.Tensor,
     grad_losses: torch.Tensor | None,
     grad_sequence_logprobs: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """Fills out (N,): slope times grad_losses (P,) of the pair, plus grad_sequence_logprobs (S,).
+    """Fills out (N,): gradients (S,) times grad_losses (P,) of the pair, plus grad_sequence_logprobs (S,).
 
     Each of the two may be strided, or None.
     """
-    sequences = len(slopes)
+    sequences = len(gradients)
     if not sequences:
         return
     # As many programs as equally long sequences would need; the longer ones loop.
     programs = max(1, triton.cdiv(len(out), sequences * BLOCK))
     pair_loss_backward_kernel[(sequences, programs)](
-        slopes,
+        gradients,
         cu_seqlens,
-        slopes if grad_losses is None else grad_losses,
+        gradients if grad_losses is None else grad_losses,
         0 if grad_losses is None else grad_losses.stride(0),
-        slopes if grad_sequence_logprobs is None else grad_sequence_logprobs,
+        gradients if grad_sequence_logprobs is None else grad_sequence_logprobs,
         0 if grad_sequence_logprobs is None else grad_sequence_logprobs.stride(0),
         out,
         HAS_LOSSES=grad_losses is not None,
@@ -375,9 +375,9 @@ def policy_loss_forward(
     max_log_ratio: float,
     kl: torch.Tensor,
     clipped: torch.Tensor,
-    slopes: torch.Tensor,
+    gradients: torch.Tensor,
 ) -> torch.Tensor:
-    """Fills kl (N,) if there is a reference, clipped (N,) int8 and slopes (N,); returns the loss as its partial sums.
+    """Fills kl (N,) if there is a reference, clipped (N,) int8 and gradients (N,); returns the loss's partial sums.
 
     logprobs, old_logprobs, ref_logprobs (N,), advantages, weights (S,) float32; branch (N,) int64; all contiguous.
     """
@@ -395,7 +395,7 @@ def policy_loss_forward(
         partial_sums,
         kl,
         clipped,
-        slopes,
+        gradients,
         len(logprobs),
         beta,
         lower,

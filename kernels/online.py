@@ -17,13 +17,13 @@ MEAN_LOGITS, IS_TOP1 = tl.constexpr(4), tl.constexpr(8)
 def transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
     """u and du/dz of raw logits (bias added already)."""
     y = z * scale
-    slope = scale * inv_temperature
+    derivative = scale * inv_temperature
     if HAS_SOFTCAP:
         # tanh(t) = 2 sigmoid(2t) - 1
         tanh = 2.0 * tl.sigmoid(2.0 * (y / softcap)) - 1.0
         y = softcap * tanh
-        slope = slope * (1.0 - tanh * tanh)
-    return y * inv_temperature, slope
+        derivative = derivative * (1.0 - tanh * tanh)
+    return y * inv_temperature, derivative
 
 
 @triton.jit

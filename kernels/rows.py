@@ -137,12 +137,12 @@ def row_grad_kernel(
     mask = columns < num_columns
     is_target = columns == tl.load(targets + index) - column_offset
     z = _load_raw(logits + index * row_stride, bias, columns, mask, HAS_BIAS)
-    u, slope = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
+    u, derivative = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
     du = _grad_of(u, is_target, lse + index, coefficients + index, coefficient_stride)
-    tl.store(out + index * out_stride + columns, (du * slope).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + index * out_stride + columns, (du * derivative).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*_ANY_VALUE, *_PACKED_PER_ROW, "rows", "slope"])
+@triton.jit(do_not_specialize=[*_ANY_VALUE, *_PACKED_PER_ROW, "rows", "derivative"])
 def row_grad_packed_kernel(
     words,
     words_stride,
@@ -157,7 +157,7 @@ def row_grad_packed_kernel(
     out_stride,
     num_columns,
     column_offset,
-    slope,
+    derivative,
     HAS_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -175,7 +175,7 @@ def row_grad_packed_kernel(
         top = tl.load(tops + source * tops_stride + columns // CHUNK, mask=mask, other=0.0)
     u = tl.where(code == 65535, -float("inf"), top - code.to(tl.float32) * (1.0 / 1024.0))
     du = _grad_of(u, is_target, lse + index, coefficients + index, coefficient_stride)
-    tl.store(out + index * out_stride + columns, (du * slope).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + index * out_stride + columns, (du * derivative).to(out.dtype.element_ty), mask=mask)
 
 
 def _launch_scores(

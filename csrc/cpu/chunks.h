@@ -54,9 +54,9 @@ void narrow_chunk(const float* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; i += kWidth) narrow_part(load(from + i), n - i, to + i);
 }
 
-// Raw logits of columns [start, start + n), transformed in place; the derivative du/dz goes to `slope` unless null.
-// Padding stays -inf or becomes -softcap / temperature, so callers put -inf back.
-void transform_chunk(const trl_fast::Transform& t, int64_t start, int64_t n, float* u, float* slope) {
+// Raw logits of columns [start, start + n), transformed in place; the derivative du/dz goes to `derivative` unless
+// null. Padding stays -inf or becomes -softcap / temperature, so callers put -inf back.
+void transform_chunk(const trl_fast::Transform& t, int64_t start, int64_t n, float* u, float* derivative) {
   if (t.bias) {
     for (int64_t i = 0; i < n; ++i) u[i] += t.bias[start + i];
   }
@@ -65,13 +65,13 @@ void transform_chunk(const trl_fast::Transform& t, int64_t start, int64_t n, flo
     if (t.scale != 1.0f || t.inv_temperature != 1.0f) {
       for (int64_t i = 0; i < n; i += kWidth) store(u + i, load(u + i) * scale * inv_temperature);
     }
-    if (slope) std::fill(slope, slope + padded(n), t.scale * t.inv_temperature);
+    if (derivative) std::fill(derivative, derivative + padded(n), t.scale * t.inv_temperature);
   } else {
     const Vec cap = splat(t.softcap), inv_cap = splat(1.0f / t.softcap);
     for (int64_t i = 0; i < n; i += kWidth) {
       const Vec tanh = tanh_vec(load(u + i) * scale * inv_cap);
       store(u + i, cap * tanh * inv_temperature);
-      if (slope) store(slope + i, (splat(1.0f) - tanh * tanh) * scale * inv_temperature);
+      if (derivative) store(derivative + i, (splat(1.0f) - tanh * tanh) * scale * inv_temperature);
     }
   }
   for (int64_t i = n; i < padded(n); ++i) u[i] = -kInf;
@@ -79,9 +79,9 @@ void transform_chunk(const trl_fast::Transform& t, int64_t start, int64_t n, flo
 
 template <typename T>
 void logits_chunk(const T* row, const trl_fast::Transform& t, int64_t start, int64_t n, float* u,
-                  float* slope = nullptr) {
+                  float* derivative = nullptr) {
   widen_chunk(row + start, n, -kInf, u);
-  transform_chunk(t, start, n, u, slope);
+  transform_chunk(t, start, n, u, derivative);
 }
 
 }  // namespace

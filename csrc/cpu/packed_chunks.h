@@ -40,7 +40,7 @@ inline Vec unpack_vec(const uint16_t* from, Vec top) {
 
 // Logits of columns [start, start + n) of one chunk. They were transformed before they were packed, without a softcap.
 inline void logits_chunk(const trl_fast::PackedRow& row, const trl_fast::Transform& t, int64_t start, int64_t n,
-                         float* u, float* slope = nullptr) {
+                         float* u, float* derivative = nullptr) {
   const trl_fast::PackedRow chunk = row.chunk(start / kChunk);
   const Vec top_vec = splat(*chunk.tops);
   const uint16_t* from = chunk.words + start % kChunk;
@@ -51,7 +51,7 @@ inline void logits_chunk(const trl_fast::PackedRow& row, const trl_fast::Transfo
     std::memcpy(last, from + whole, (n - whole) * sizeof(uint16_t));
     store(u + whole, unpack_vec(last, top_vec));
   }
-  if (slope) std::fill(slope, slope + padded(n), t.scale * t.inv_temperature);
+  if (derivative) std::fill(derivative, derivative + padded(n), t.scale * t.inv_temperature);
 }
 
 }  // namespace

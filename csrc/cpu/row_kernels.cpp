@@ -20,10 +20,10 @@ using trl_fast::ScoreArgs;
 using trl_fast::Transform;
 
 template <typename Row>
-float logit_at(const Row& row, const Transform& t, int64_t column, float* slope = nullptr) {
-  float u[kWidth], slopes[kWidth];
-  logits_chunk(row, t, column, 1, u, slopes);
-  if (slope) *slope = slopes[0];
+float logit_at(const Row& row, const Transform& t, int64_t column, float* derivative = nullptr) {
+  float u[kWidth], derivatives[kWidth];
+  logits_chunk(row, t, column, 1, u, derivatives);
+  if (derivative) *derivative = derivatives[0];
   return u[0];
 }
 
@@ -100,17 +100,17 @@ template <typename T, bool kMoments, bool kWeights>
 void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights,
                const PackedRow* packed) {
   using namespace trl_fast;
-  alignas(64) float u[kChunk], slope[kWeights ? kChunk : 1];
+  alignas(64) float u[kChunk], derivative[kWeights ? kChunk : 1];
   const int64_t stride = args.state_stride, columns = args.block.columns;
   const bool curved = kWeights && args.transform.softcap != 0.0f;
-  const Vec flat_slope = splat(args.transform.scale * args.transform.inv_temperature);
+  const Vec constant_derivative = splat(args.transform.scale * args.transform.inv_temperature);
   Online online = {static_cast<float>(state[kTop * stride]), state[kSum * stride], state[kSumX * stride],
                    state[kSumSq * stride], state[kTotal * stride]};
   float before = static_cast<float>(state[kBefore * stride]);
   if (kWeights && columns > kChunk) online.raise(row_max(row, args, u));
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
-    logits_chunk(row, args.transform, start, n, u, curved ? slope : nullptr);
+    logits_chunk(row, args.transform, start, n, u, curved ? derivative : nullptr);
     const float top = chunk_max(u, n);
     if (args.outputs & kMeanLogits) online.total += chunk_total(u, n);
     if (args.outputs & kIsTop1) {
@@ -127,7 +127,7 @@ void score_row(const T* row, const ScoreArgs& args, int64_t target, double* stat
     if constexpr (kWeights) {
       if (!counts) std::fill(u, u + padded(n), 0.0f);
       for (int64_t i = 0; i < n; i += kWidth) {
-        const Vec weight = load(u + i) * (curved ? load(slope + i) : flat_slope);
+        const Vec weight = load(u + i) * (curved ? load(derivative + i) : constant_derivative);
         narrow_part(weight, n - i, weights + start + i);
       }
     }
@@ -169,23 +169,23 @@ inline Vec logit_grad(Vec u, Vec lse, const RowCoefficients& c) {
 
 template <typename Row, typename T>
 void grad_row(const Row& row, const GradArgs& args, float lse, int64_t target, const RowCoefficients& c, T* out) {
-  alignas(64) float u[kChunk], slope[kChunk];
+  alignas(64) float u[kChunk], derivative[kChunk];
   const int64_t columns = args.block.columns;
   const bool has_target = target >= 0 && target < columns;
   float target_grad = 0;
   if (has_target) {  // before `out`, which may be `row`, is written
-    float target_slope;
-    const float logit = logit_at(row, args.transform, target, &target_slope);
-    target_grad = (logit_grad(splat(logit), splat(lse), c)[0] + c.d) * target_slope;
+    float target_derivative;
+    const float logit = logit_at(row, args.transform, target, &target_derivative);
+    target_grad = (logit_grad(splat(logit), splat(lse), c)[0] + c.d) * target_derivative;
   }
   const Vec lse_vec = splat(lse);
-  const Vec flat_slope = splat(args.transform.scale * args.transform.inv_temperature);
+  const Vec constant_derivative = splat(args.transform.scale * args.transform.inv_temperature);
   const bool curved = args.transform.softcap != 0.0f;
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
-    logits_chunk(row, args.transform, start, n, u, curved ? slope : nullptr);
+    logits_chunk(row, args.transform, start, n, u, curved ? derivative : nullptr);
     for (int64_t i = 0; i < n; i += kWidth) {
-      const Vec grad = logit_grad(load(u + i), lse_vec, c) * (curved ? load(slope + i) : flat_slope);
+      const Vec grad = logit_grad(load(u + i), lse_vec, c) * (curved ? load(derivative + i) : constant_derivative);
       narrow_part(grad, n - i, out + start + i);
     }
   }

@@ -18,26 +18,29 @@ int64_t stride_of(const std::optional<at::Tensor>& tensor) { return tensor ? ten
 
 void pair_loss_forward(const at::Tensor& logprobs, const at::Tensor& cu_seqlens, const at::Tensor& ref_logprobs,
                        const at::Tensor& lengths, int64_t loss, double beta, double label_smoothing,
-                       double discopop_tau, at::Tensor losses, at::Tensor sequence_logprobs, at::Tensor slopes) {
+                       double discopop_tau, at::Tensor losses, at::Tensor sequence_logprobs, at::Tensor gradients) {
   const PairLossArgs args = {logprobs.const_data_ptr<float>(),     cu_seqlens.const_data_ptr<int64_t>(),
                              ref_logprobs.const_data_ptr<float>(), lengths.const_data_ptr<int64_t>(),
                              static_cast<PairLoss>(loss),          static_cast<float>(beta),
                              static_cast<float>(label_smoothing),  static_cast<float>(discopop_tau),
                              losses.mutable_data_ptr<float>(),     sequence_logprobs.mutable_data_ptr<float>(),
-                             slopes.mutable_data_ptr<float>()};
+                             gradients.mutable_data_ptr<float>()};
   const c10::cuda::CUDAGuard guard(logprobs.device());
   cuda::launch_pair_loss(args, losses.size(0), c10::cuda::getCurrentCUDAStream());
 }
 
-void pair_loss_backward_out(const at::Tensor& slopes, const at::Tensor& cu_seqlens,
+void pair_loss_backward_out(const at::Tensor& gradients, const at::Tensor& cu_seqlens,
                             const std::optional<at::Tensor>& grad_losses,
                             const std::optional<at::Tensor>& grad_sequence_logprobs, at::Tensor out) {
-  const PairLossBackwardArgs args = {
-      slopes.const_data_ptr<float>(), cu_seqlens.const_data_ptr<int64_t>(), floats(grad_losses),
-      stride_of(grad_losses),         floats(grad_sequence_logprobs),       stride_of(grad_sequence_logprobs),
-      out.mutable_data_ptr<float>()};
-  const c10::cuda::CUDAGuard guard(slopes.device());
-  cuda::launch_pair_loss_backward(args, slopes.size(0) / 2, out.size(0), c10::cuda::getCurrentCUDAStream());
+  const PairLossBackwardArgs args = {gradients.const_data_ptr<float>(),
+                                     cu_seqlens.const_data_ptr<int64_t>(),
+                                     floats(grad_losses),
+                                     stride_of(grad_losses),
+                                     floats(grad_sequence_logprobs),
+                                     stride_of(grad_sequence_logprobs),
+                                     out.mutable_data_ptr<float>()};
+  const c10::cuda::CUDAGuard guard(gradients.device());
+  cuda::launch_pair_loss_backward(args, gradients.size(0) / 2, out.size(0), c10::cuda::getCurrentCUDAStream());
 }
 
 void policy_loss_forward(const at::Tensor& logprobs, const std::optional<at::Tensor>& old_logprobs,
@@ -45,7 +48,7 @@ void policy_loss_forward(const at::Tensor& logprobs, const std::optional<at::Ten
                          const at::Tensor& branch, const at::Tensor& weights, int64_t term, double beta, double lower,
                          double upper, double delta, double temperature_pos, double temperature_neg,
                          bool bias_correct_kl, double max_log_ratio, at::Tensor partial_sums, at::Tensor kl,
-                         at::Tensor clipped, at::Tensor slopes) {
+                         at::Tensor clipped, at::Tensor gradients) {
   const PolicyLossArgs args = {logprobs.const_data_ptr<float>(),
                                floats(old_logprobs),
                                floats(ref_logprobs),
@@ -65,7 +68,7 @@ void policy_loss_forward(const at::Tensor& logprobs, const std::optional<at::Ten
                                partial_sums.mutable_data_ptr<float>(),
                                ref_logprobs ? kl.mutable_data_ptr<float>() : nullptr,
                                clipped.mutable_data_ptr<int8_t>(),
-                               slopes.mutable_data_ptr<float>()};
+                               gradients.mutable_data_ptr<float>()};
   TORCH_CHECK_VALUE(partial_sums.size(0) == policy_loss_blocks(logprobs.size(0)), "partial_sums: expected ",
                     policy_loss_blocks(logprobs.size(0)), " sums, got ", partial_sums.size(0));
   const c10::cuda::CUDAGuard guard(logprobs.device());
@@ -78,15 +81,16 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
   m.def(
       "pair_loss_forward(Tensor logprobs, Tensor cu_seqlens, Tensor ref_logprobs, Tensor lengths, int loss, "
       "float beta, float label_smoothing, float discopop_tau, Tensor(a!) losses, Tensor(b!) sequence_logprobs, "
-      "Tensor(c!) slopes) -> ()");
+      "Tensor(c!) gradients) -> ()");
   m.def(
-      "pair_loss_backward_out(Tensor slopes, Tensor cu_seqlens, Tensor? grad_losses, Tensor? grad_sequence_logprobs, "
+      "pair_loss_backward_out(Tensor gradients, Tensor cu_seqlens, Tensor? grad_losses, Tensor? "
+      "grad_sequence_logprobs, "
       "Tensor(a!) out) -> ()");
   m.def(
       "policy_loss_forward(Tensor logprobs, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor advantages, "
       "Tensor branch, Tensor weights, int term, float beta, float lower, float upper, float delta, "
       "float temperature_pos, float temperature_neg, bool bias_correct_kl, float max_log_ratio, "
-      "Tensor(a!) partial_sums, Tensor(b!) kl, Tensor(c!) clipped, Tensor(d!) slopes) -> ()");
+      "Tensor(a!) partial_sums, Tensor(b!) kl, Tensor(c!) clipped, Tensor(d!) gradients) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(trl_fast, CUDA, m) {

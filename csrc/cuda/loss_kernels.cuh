@@ -54,13 +54,13 @@ struct PairTerm {
   float rejected;
 };
 
-__device__ inline PairTerm of_margin(float loss, float slope) { return {loss, slope, -slope}; }
+__device__ inline PairTerm of_margin(float loss, float gradient) { return {loss, gradient, -gradient}; }
 
 __device__ inline PairTerm discopop(float x, float tau) {
   const float sharp = x / tau, rest = sigmoid(-sharp), log_p = log_sigmoid(x);
   const float mixed = expf(log_sigmoid(sharp) - x);
-  const float slope = sigmoid(sharp) * rest * log_p / tau - rest * sigmoid(-x) + mixed * (rest / tau - 1.0f);
-  return of_margin(mixed - rest * log_p, slope);
+  const float gradient = sigmoid(sharp) * rest * log_p / tau - rest * sigmoid(-x) + mixed * (rest / tau - 1.0f);
+  return of_margin(mixed - rest * log_p, gradient);
 }
 
 // `c` and `r` are the rewards of chosen and rejected: β times the log-ratio, a mean over tokens where the loss has
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kThreads) pair_loss_kernel(PairLossArgs args) 
   args.losses[pair] = term.loss;
   args.sequence_logprobs[chosen] = chosen_logprob;
   args.sequence_logprobs[rejected] = rejected_logprob;
-  args.slopes[chosen] = term.chosen * chosen_scale;
-  args.slopes[rejected] = term.rejected * rejected_scale;
+  args.gradients[chosen] = term.chosen * chosen_scale;
+  args.gradients[rejected] = term.rejected * rejected_scale;
 }
 
 // Blocks (sequence, part of it).
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) pair_loss_backward_kernel(PairLossBa
   const int64_t sequence = blockIdx.x, step = int64_t{gridDim.y} * kThreads;
   float grad = 0.0f;
   if (args.grad_losses != nullptr) {
-    grad += args.slopes[sequence] * args.grad_losses[sequence / 2 * args.grad_losses_stride];
+    grad += args.gradients[sequence] * args.grad_losses[sequence / 2 * args.grad_losses_stride];
   }
   if (args.grad_sequence_logprobs != nullptr) {
     grad += args.grad_sequence_logprobs[sequence * args.grad_sequence_logprobs_stride];
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) pair_loss_backward_kernel(PairLossBa
 // A token's term, its derivative by log π, and whether the ratio was clipped: −1 low, 1 high.
 struct TokenTerm {
   float term;
-  float slope;
+  float gradient;
   int clipped;
 };
 
@@ -165,7 +165,7 @@ __device__ inline int clipped_at(const PolicyLossArgs& args, float ratio, float 
 __device__ inline TokenTerm clip_term(const PolicyLossArgs& args, float ratio, float advantage) {
   const float capped = at_most(ratio, args.delta), bounded = at_most(at_least(ratio, args.lower), args.upper);
   const float unclipped = capped * advantage, clipped = bounded * advantage;
-  // Where both sides are equal, so are their slopes.
+  // Where both sides are equal, so are their gradients.
   const bool constant = unclipped <= clipped ? ratio > args.delta : ratio < args.lower || ratio > args.upper;
   return {-at_most(unclipped, clipped), constant ? 0.0f : -ratio * advantage, clipped_at(args, capped, advantage)};
 }
@@ -175,8 +175,8 @@ __device__ inline TokenTerm policy_term(const PolicyLossArgs& args, float ratio,
     case PolicyTerm::kClip:
       return clip_term(args, ratio, advantage);
     case PolicyTerm::kCispo: {
-      const float slope = -at_most(ratio, args.upper) * advantage;
-      return {slope * logprob, slope, clipped_at(args, ratio, advantage)};
+      const float gradient = -at_most(ratio, args.upper) * advantage;
+      return {gradient * logprob, gradient, clipped_at(args, ratio, advantage)};
     }
     case PolicyTerm::kSapo: {
       const float temperature = advantage > 0.0f ? args.temperature_pos : args.temperature_neg;
@@ -195,22 +195,22 @@ __device__ inline float visit_token(const PolicyLossArgs& args, int64_t token) {
   const bool ratio_capped = log_ratio > args.max_log_ratio;
   const float ratio = expf(at_most(log_ratio, args.max_log_ratio));
   TokenTerm term = policy_term(args, ratio, args.advantages[sequence], logprob);
-  if (ratio_capped && args.term != PolicyTerm::kCispo) term.slope = 0.0f;
+  if (ratio_capped && args.term != PolicyTerm::kCispo) term.gradient = 0.0f;
   if (args.ref_logprobs != nullptr) {
     const float difference = args.ref_logprobs[token] - logprob, capped = at_most(difference, args.max_log_ratio);
     const float exponential = expm1f(capped);
-    float kl = exponential - capped, slope = -exponential;
+    float kl = exponential - capped, gradient = -exponential;
     if (args.bias_correct_kl) {
       kl *= ratio;
-      // ρ·e^d = π_ref / π_old does not depend on π, so the slope of ρ·(e^d − d − 1) is −d·ρ.
-      slope = (ratio_capped ? slope : -capped) * ratio;
+      // ρ·e^d = π_ref / π_old does not depend on π, so the gradient of ρ·(e^d − d − 1) is −d·ρ.
+      gradient = (ratio_capped ? gradient : -capped) * ratio;
     }
     args.kl[token] = kl;
     term.term += args.beta * kl;
-    if (!(difference > args.max_log_ratio)) term.slope += args.beta * slope;
+    if (!(difference > args.max_log_ratio)) term.gradient += args.beta * gradient;
   }
   args.clipped[token] = static_cast<int8_t>(term.clipped);
-  args.slopes[token] = weight * term.slope;
+  args.gradients[token] = weight * term.gradient;
   return weight * term.term;
 }
 

@@ -35,11 +35,11 @@ struct PairLossArgs {
   float discopop_tau;
   float* losses;             // (pairs,)
   float* sequence_logprobs;  // (2 * pairs,)
-  float* slopes;             // (2 * pairs,)
+  float* gradients;          // (2 * pairs,)
 };
 
 struct PairLossBackwardArgs {
-  const float* slopes;
+  const float* gradients;
   const int64_t* cu_seqlens;
   const float* grad_losses;  // or null
   int64_t grad_losses_stride;
@@ -71,7 +71,7 @@ struct PolicyLossArgs {
   float* partial_sums;  // (policy_loss_blocks(num_tokens),)
   float* kl;            // (N,), null without a reference
   int8_t* clipped;
-  float* slopes;
+  float* gradients;
 };
 
 // How many partial sums the loss of so many tokens has.

@@ -91,10 +91,10 @@ __global__ void __launch_bounds__(kThreads) row_grad_packed_kernel(GradArgs args
   const PackedPointers from(packed, packed.index ? packed.index[row] : row);
   Out* out = static_cast<Out*>(args.out) + row * args.out_stride;
   const int target = local_target(args.block, row);
-  const float slope = args.transform.scale * args.transform.inv_temperature;
+  const float derivative = args.transform.scale * args.transform.inv_temperature;
   const Coefficients coefficients(args, row);
   const auto grad_at = [&](uint16_t word, float top, int column, Out& to) {
-    narrow(coefficients.grad({unpacked_logit(word, top), slope}, column == target), to);
+    narrow(coefficients.grad({unpacked_logit(word, top), derivative}, column == target), to);
   };
   constexpr int kChunk = kPackedChunk;
   const int start = blockIdx.y * kBatch * kChunk;

@@ -160,7 +160,7 @@ __device__ inline int local_target(const Block& block, int64_t row) {
 
 struct Logit {
   float u;
-  float slope;  // du/dz
+  float derivative;  // du/dz
 };
 
 // From raw values to logits, with the constants multiplied out.
@@ -169,20 +169,20 @@ struct Transformed {
   const float* bias;
   float inner;
   float outer;
-  float slope;
+  float derivative;
 
   __device__ explicit Transformed(const Transform& t)
       : bias(t.bias),
         inner(kSoftcap ? t.scale / t.softcap : 0.0f),
         outer(t.softcap * t.inv_temperature),
-        slope(t.scale * t.inv_temperature) {}
+        derivative(t.scale * t.inv_temperature) {}
 
   __device__ Logit operator()(T raw, int column) const {
     float z = to_float(raw);
     if constexpr (kBias) z += bias[column];
-    if constexpr (!kSoftcap) return {product(z, slope), slope};
+    if constexpr (!kSoftcap) return {product(z, derivative), derivative};
     const float tanh = tanhf(z * inner);
-    return {product(outer, tanh), slope * (1.0f - tanh * tanh)};
+    return {product(outer, tanh), derivative * (1.0f - tanh * tanh)};
   }
 };
 
@@ -351,7 +351,7 @@ struct Coefficients {
     const float x = logit.u - lse;
     const float p = exp_flushed(x);
     const float du = (p == 0.0f ? 0.0f : p * (a + b * x)) + e;
-    return (is_target ? du + d : du) * logit.slope;
+    return (is_target ? du + d : du) * logit.derivative;
   }
 };
 

@@ -22,7 +22,7 @@ void run_kernels(unsigned seed, int64_t excess_tokens) {
   const std::vector<int64_t> cu_seqlens = {0, 700, 700, 701, 1500, 1800, kTokens + excess_tokens};
   const std::vector<int64_t> lengths(kSequences, 5);
   const std::vector<float> logprobs(kTokens, -0.5f), ref_logprobs(kSequences, -300.0f), upstream(kSequences, 1.0f);
-  std::vector<float> losses(kPairs), sequence_logprobs(kSequences), slopes(kSequences), out(kTokens);
+  std::vector<float> losses(kPairs), sequence_logprobs(kSequences), gradients(kSequences), out(kTokens);
   PairLossArgs forward = {};
   forward.logprobs = logprobs.data();
   forward.cu_seqlens = cu_seqlens.data();
@@ -31,10 +31,10 @@ void run_kernels(unsigned seed, int64_t excess_tokens) {
   forward.beta = 0.1f;
   forward.losses = losses.data();
   forward.sequence_logprobs = sequence_logprobs.data();
-  forward.slopes = slopes.data();
+  forward.gradients = gradients.data();
   dispatch_pair_loss(kPairs,
                      [&](auto kernel, dim3 grid) { simt::launch(grid, kThreads, seed, [&] { kernel(forward); }); });
-  const PairLossBackwardArgs backward = {slopes.data(), cu_seqlens.data(), upstream.data(), 1, upstream.data(), 1,
+  const PairLossBackwardArgs backward = {gradients.data(), cu_seqlens.data(), upstream.data(), 1, upstream.data(), 1,
                                          out.data()};
   dispatch_pair_loss_backward(
       kPairs, kTokens, [&](auto kernel, dim3 grid) { simt::launch(grid, kThreads, seed, [&] { kernel(backward); }); });
@@ -43,7 +43,7 @@ void run_kernels(unsigned seed, int64_t excess_tokens) {
 void run_policy(unsigned seed, int64_t excess_tokens) {
   const std::vector<int64_t> branch(kTokens, kSequences - 1);
   const std::vector<float> logprobs(kTokens, -0.5f), others(kTokens, -0.7f), of_sequence(kSequences, 1.0f);
-  std::vector<float> partial_sums(policy_loss_blocks(kTokens)), kl(kTokens), slopes(kTokens);
+  std::vector<float> partial_sums(policy_loss_blocks(kTokens)), kl(kTokens), gradients(kTokens);
   std::vector<int8_t> clipped(kTokens);
   PolicyLossArgs args = {};
   args.logprobs = logprobs.data();
@@ -55,7 +55,7 @@ void run_policy(unsigned seed, int64_t excess_tokens) {
   args.partial_sums = partial_sums.data();
   args.kl = kl.data();
   args.clipped = clipped.data();
-  args.slopes = slopes.data();
+  args.gradients = gradients.data();
   dispatch_policy_loss(args.num_tokens,
                        [&](auto kernel, dim3 grid) { simt::launch(grid, kThreads, seed, [&] { kernel(args); }); });
 }

@@ -36,16 +36,18 @@ def structure(name: str, fields: str) -> type[ctypes.Structure]:
 PairLossArgs = structure(
     "PairLossArgs",
     "*logprobs *cu_seqlens *ref_logprobs *lengths loss ~beta ~label_smoothing ~discopop_tau "
-    "*losses *sequence_logprobs *slopes",
+    "*losses *sequence_logprobs *gradients",
 )
 PairLossBackwardArgs = structure(
     "PairLossBackwardArgs",
-    "*slopes *cu_seqlens *grad_losses grad_losses_stride *grad_sequence_logprobs grad_sequence_logprobs_stride *out",
+    "*gradients *cu_seqlens *grad_losses grad_losses_stride *grad_sequence_logprobs grad_sequence_logprobs_stride "
+    "*out",
 )
 PolicyLossArgs = structure(
     "PolicyLossArgs",
     "*logprobs *old_logprobs *ref_logprobs *advantages *branch *weights num_tokens term bias_correct_kl "
-    "~beta ~lower ~upper ~delta ~temperature_pos ~temperature_neg ~max_log_ratio *partial_sums *kl *clipped *slopes",
+    "~beta ~lower ~upper ~delta ~temperature_pos ~temperature_neg ~max_log_ratio *partial_sums *kl *clipped "
+    "*gradients",
 )
 
 
@@ -66,20 +68,20 @@ class HostKernels:
         getattr(self.library, name)(ctypes.byref(args), *map(ctypes.c_int64, sizes), ctypes.c_uint(self.calls))
 
     def pair_loss_forward(self, logprobs, cu_seqlens, ref_logprobs, lengths, loss_type, *rest) -> None:
-        *numbers, losses, sequence_logprobs, slopes = rest
+        *numbers, losses, sequence_logprobs, gradients = rest
         inputs = map(address, (logprobs, cu_seqlens, ref_logprobs, lengths))
-        outputs = map(address, (losses, sequence_logprobs, slopes))
+        outputs = map(address, (losses, sequence_logprobs, gradients))
         args = PairLossArgs(*inputs, list(PAIR_FORMULAS).index(loss_type), *numbers, *outputs)
         self._run("simt_pair_loss", args, len(losses))
 
-    def pair_loss_backward(self, slopes, cu_seqlens, grad_losses, grad_sequence_logprobs, out) -> None:
+    def pair_loss_backward(self, gradients, cu_seqlens, grad_losses, grad_sequence_logprobs, out) -> None:
         upstream = [
             value
             for grad in (grad_losses, grad_sequence_logprobs)
             for value in (address(grad), 0 if grad is None else grad.stride(0))
         ]
-        args = PairLossBackwardArgs(address(slopes), address(cu_seqlens), *upstream, address(out))
-        self._run("simt_pair_loss_backward", args, len(slopes) // 2, len(out))
+        args = PairLossBackwardArgs(address(gradients), address(cu_seqlens), *upstream, address(out))
+        self._run("simt_pair_loss_backward", args, len(gradients) // 2, len(out))
 
     def policy_loss_forward(self, *arguments) -> torch.Tensor:
         vectors, (loss_type, *numbers, bias_correct_kl, cap), outputs = arguments[:6], arguments[6:15], arguments[15:]

@@ -73,9 +73,9 @@ def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30):
         keep.values.fill_(12345)
         keep.tops.fill_(float("nan"))
     transform = LogitTransform.of(**problem.transform)
-    slope = transform.scale * transform.inv_temperature
+    logit_factor = transform.scale * transform.inv_temperature
     bias = None if problem.bias is None else problem.bias.detach()
-    given = (problem.hidden.detach(), problem.weight.detach(), problem.targets, bias, slope, outputs)
+    given = (problem.hidden.detach(), problem.weight.detach(), problem.targets, bias, logit_factor, outputs)
     state = new_state(n, CPU)
     score_rows_fused(*given, state, keep, SMALL, part_bytes)
     return finish_scores(state, outputs, v, torch.float32), keep

@@ -137,9 +137,9 @@ def test_pair_graph_is_kept_and_differentiated_once():
 def test_pair_opcheck():
     vectors = pair_problem((3, 4, 0, 1)).arguments()
     torch.library.opcheck(_pair_loss, (*vectors, "exo_pair", *NUMBERS.values(), "triton"))
-    slopes, cu_seqlens = torch.randn(4), vectors[1]
+    gradients, cu_seqlens = torch.randn(4), vectors[1]
     for upstream in ((torch.randn(2), None), (None, torch.randn(4)), (torch.randn(()).expand(2), torch.randn(4))):
-        torch.library.opcheck(_pair_loss_backward, (slopes, cu_seqlens, 8, *upstream, "triton"))
+        torch.library.opcheck(_pair_loss_backward, (gradients, cu_seqlens, 8, *upstream, "triton"))
 
 
 def run_policy(problem, dtype, backend, **keywords):
@@ -209,7 +209,7 @@ def test_a_nan_reaches_its_pair_and_no_other(loss_type, backend):
     )
     assert losses.isnan().tolist() == [True, False]
     assert sequence_logprobs.isnan().tolist() == [True, False, False, False]
-    # The hinge's slope is a constant.
+    # The hinge's gradient is a constant.
     assert gradient[:3].isnan().all() or loss_type == "hinge"
     assert gradient[5:].isfinite().all()
 

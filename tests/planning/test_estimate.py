@@ -81,7 +81,7 @@ def test_layers_that_differ_are_all_simulated():
 
 
 def peaks_of(*lines):
-    """A stand-in for simulations: stages whose memory is base + slope · length, or a function of the length."""
+    """Returns a stand-in for simulations: memory of stages as (base, bytes per token) or a function of the length."""
     calls = []
 
     def found(_setup, length):

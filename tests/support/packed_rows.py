@@ -126,8 +126,8 @@ def check_packing(
     coefficients[1, ::2] = 0
     u = unpack(packed.words, packed.tops).double()
     exact = torch.empty_like(u)
-    slopeless = (targets, None, 1.0, 0.0, 1.0)
-    row_grad_reference(u, *slopeless, lse.double(), coefficients.double(), FIRST_COLUMN, exact)
+    identity = (targets, None, 1.0, 0.0, 1.0)
+    row_grad_reference(u, *identity, lse.double(), coefficients.double(), FIRST_COLUMN, exact)
     exact *= scale * inv_temperature
     for dtype in dtypes:
         baseline = torch.full((NUM_ROWS, columns), float("nan"), dtype=dtype)

@@ -52,13 +52,13 @@ def _pair_loss(
 
         loss = loss_type
     losses = logprobs.new_empty(len(ref_logprobs) // 2)
-    sequence_logprobs, slopes = torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
+    sequence_logprobs, gradients = torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
     pair_loss_forward(
         *(logprobs, cu_seqlens, ref_logprobs, lengths),
         *(loss, beta, label_smoothing, discopop_tau),
-        *(losses, sequence_logprobs, slopes),
+        *(losses, sequence_logprobs, gradients),
     )
-    return losses, sequence_logprobs, slopes
+    return losses, sequence_logprobs, gradients
 
 
 @_pair_loss.register_fake
@@ -69,45 +69,45 @@ def _(logprobs, cu_seqlens, ref_logprobs, lengths, *parameters):
 
 @torch.library.custom_op("trl_fast::pair_loss_backward", mutates_args=())
 def _pair_loss_backward(
-    slopes: torch.Tensor,
+    gradients: torch.Tensor,
     cu_seqlens: torch.Tensor,
     num_tokens: int,
     grad_losses: torch.Tensor | None,
     grad_sequence_logprobs: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
-    """Gradient (N,) of the tokens: slope times its pair's upstream gradient, plus its sequence's upstream gradient."""
+    """Returns the tokens' gradient (N,): `gradients` times the pair's upstream gradient plus the sequence's."""
     if backend == "cuda":
         pair_loss_backward = torch.ops.trl_fast.pair_loss_backward_out
     else:
         from trl_fast.kernels.losses import pair_loss_backward
 
-    out = slopes.new_empty(num_tokens)
-    pair_loss_backward(slopes, cu_seqlens, grad_losses, grad_sequence_logprobs, out)
+    out = gradients.new_empty(num_tokens)
+    pair_loss_backward(gradients, cu_seqlens, grad_losses, grad_sequence_logprobs, out)
     return out
 
 
 @_pair_loss_backward.register_fake
-def _(slopes, cu_seqlens, num_tokens, grad_losses, grad_sequence_logprobs, backend):
-    return slopes.new_empty(num_tokens)
+def _(gradients, cu_seqlens, num_tokens, grad_losses, grad_sequence_logprobs, backend):
+    return gradients.new_empty(num_tokens)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logprobs, cu_seqlens = inputs[:2]
-    slopes = output[2]
+    gradients = output[2]
     ctx.num_tokens, ctx.backend = logprobs.shape[0], inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(slopes)
-    ctx.save_for_backward(slopes, cu_seqlens)
+    ctx.mark_non_differentiable(gradients)
+    ctx.save_for_backward(gradients, cu_seqlens)
 
 
 @once_differentiable
-def _backward(ctx, grad_losses, grad_sequence_logprobs, _grad_slopes):
-    slopes, cu_seqlens = ctx.saved_tensors
+def _backward(ctx, grad_losses, grad_sequence_logprobs, _grad_gradients):
+    gradients, cu_seqlens = ctx.saved_tensors
     grad = None
     if grad_losses is not None or grad_sequence_logprobs is not None:
         grad = _pair_loss_backward(
-            slopes, cu_seqlens, ctx.num_tokens, grad_losses, grad_sequence_logprobs, ctx.backend
+            gradients, cu_seqlens, ctx.num_tokens, grad_losses, grad_sequence_logprobs, ctx.backend
         )
     return grad, *[None] * 8
 

@@ -91,15 +91,15 @@ def _policy_loss(
     policy_loss_forward = _cuda_forward
     if backend != "cuda":
         from trl_fast.kernels.losses import policy_loss_forward
-    slopes = torch.empty_like(logprobs)
+    gradients = torch.empty_like(logprobs)
     kl = logprobs.new_empty(0 if ref_logprobs is None else len(logprobs))
     clipped = torch.empty_like(logprobs, dtype=torch.int8)
     partial_sums = policy_loss_forward(
         *(logprobs, old_logprobs, ref_logprobs, advantages, branch, weights),
         *(loss_type, beta, lower, upper, delta, temperature_pos, temperature_neg, bias_correct_kl, MAX_LOG_RATIO),
-        *(kl, clipped, slopes),
+        *(kl, clipped, gradients),
     )
-    return partial_sums.sum(), kl, clipped, slopes
+    return partial_sums.sum(), kl, clipped, gradients
 
 
 @_policy_loss.register_fake
@@ -109,15 +109,15 @@ def _(logprobs, old_logprobs, ref_logprobs, advantages, branch, weights, *parame
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, kl, clipped, slopes = output
-    ctx.mark_non_differentiable(kl, clipped, slopes)
-    ctx.save_for_backward(slopes)
+    _, kl, clipped, gradients = output
+    ctx.mark_non_differentiable(kl, clipped, gradients)
+    ctx.save_for_backward(gradients)
 
 
 @once_differentiable
-def _backward(ctx, grad_loss, _grad_kl, _grad_clipped, _grad_slopes):
-    (slopes,) = ctx.saved_tensors
-    return grad_loss * slopes, *[None] * 14
+def _backward(ctx, grad_loss, _grad_kl, _grad_clipped, _grad_gradients):
+    (gradients,) = ctx.saved_tensors
+    return grad_loss * gradients, *[None] * 14
 
 
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -171,7 +171,7 @@ def _meeting(tried: dict[int, StagePeaks], limit: int) -> float:
     one, two = sorted(tried, key=lambda length: abs(highest(tried[length]).bytes - limit))[:2]
     meets = math.inf
     for stage, peak in tried[one].items():
-        slope = (tried[two][stage].bytes - peak.bytes) / (two - one)
-        if slope > 0:
-            meets = min(meets, one + (limit - peak.bytes) / slope)
+        bytes_per_token = (tried[two][stage].bytes - peak.bytes) / (two - one)
+        if bytes_per_token > 0:
+            meets = min(meets, one + (limit - peak.bytes) / bytes_per_token)
     return min(max(meets, 0.0), 2 * LONGEST)

@@ -91,7 +91,7 @@ def score_rows_fused(
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    slope: float,
+    logit_factor: float,
     outputs: int,
     state: torch.Tensor,
     keep: KeptLogits | None,
@@ -100,7 +100,7 @@ def score_rows_fused(
 ) -> None:
     """Writes the state (7, N) float64 of all rows after all columns; `keep` takes the logits of the first rows.
 
-    hidden: (N, H), weight: (V, H), both of the same dtype; targets: (N,) int64; bias: (V,) or None; slope: a
+    hidden: (N, H), weight: (V, H), both of the same dtype; targets: (N,) int64; bias: (V,) or None; logit_factor: a
     factor of the logits; part_bytes: how
     much may stand between the kernel and the one that merges its tiles.
     """
@@ -115,7 +115,7 @@ def score_rows_fused(
     for rows in parts:
         room = keep.tile(slice(0, weight.shape[0])).part(rows) if rows.start < kept else (None, None)
         # The kernel writes to a state of its own rows; a slice of the state has the same stride.
-        given = (hidden[rows], weight, targets[rows], bias, slope, outputs, state[:, rows])
+        given = (hidden[rows], weight, targets[rows], bias, logit_factor, outputs, state[:, rows])
         linear_scores.linear_scores(*given, *room, tiles)
     state[TARGET].masked_fill_((targets < 0) | (targets >= weight.shape[0]), float("nan"))
 

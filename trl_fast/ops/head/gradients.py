@@ -46,8 +46,8 @@ def score_rows(
     goes through the same tiles.
     """
     if head.fused is not None:
-        slope = head.transform.scale * head.transform.inv_temperature
-        given = (hidden, head.weight_tile(slice(None)), targets, head.bias, slope, outputs, state, keep)
+        logit_factor = head.transform.scale * head.transform.inv_temperature
+        given = (hidden, head.weight_tile(slice(None)), targets, head.bias, logit_factor, outputs, state, keep)
         return score_rows_fused(*given, head.fused, head.workspace_bytes // 4)
     num_rows = hidden.shape[0]
     kept = 0 if keep is None else keep.num_rows
@@ -92,10 +92,10 @@ class UnitGradient:
 
     def finish(self, targets: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """The unit gradient, once every column has been seen; NaN for a target outside the vocabulary."""
-        slope = self.head.transform.slope(state[TARGET]).masked_fill_(state[TARGET].isnan(), float("nan"))
+        derivative = self.head.transform.derivative(state[TARGET]).masked_fill_(state[TARGET].isnan(), float("nan"))
         own = self.head.weight[targets.clamp(0, self.head.vocab_size - 1)].to(self.head.wide)
         mean = self.sum.div_(state[SUM][:, None].to(self.head.wide))
-        return mean.neg_().addcmul_(slope[:, None].to(self.head.wide), own)
+        return mean.neg_().addcmul_(derivative[:, None].to(self.head.wide), own)
 
 
 def score_with_unit_gradient(

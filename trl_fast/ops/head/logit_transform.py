@@ -51,9 +51,9 @@ class LogitTransform(NamedTuple):
             y = y * self.inv_temperature
         return y, tanh
 
-    def slope(self, u: torch.Tensor) -> torch.Tensor:
+    def derivative(self, u: torch.Tensor) -> torch.Tensor:
         """du/dz where the transformed logit is u: any shape, any float dtype."""
-        slope = torch.full_like(u, self.scale * self.inv_temperature)
+        derivative = torch.full_like(u, self.scale * self.inv_temperature)
         if self.softcap:
-            slope *= 1 - (u / (self.inv_temperature * self.softcap)).square()
-        return slope
+            derivative *= 1 - (u / (self.inv_temperature * self.softcap)).square()
+        return derivative

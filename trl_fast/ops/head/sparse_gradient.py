@@ -102,7 +102,9 @@ def linear_scores_sparse_backward(
     lse, target_logprobs = statistics[LSE_ROW], statistics[LOGPROB_ROW]
     a, b, d, _ = coefficients
     values = logprobs.exp().clamp(min=threshold) * (a[rows] + b[rows] * logprobs)
-    values = torch.cat((values * transform.slope(logprobs + lse[rows]), d * transform.slope(target_logprobs + lse)))
+    values = torch.cat(
+        (values * transform.derivative(logprobs + lse[rows]), d * transform.derivative(target_logprobs + lse))
+    )
     # A target outside the vocabulary has made its row NaN already.
     rows, columns = torch.cat((rows, numbers)), torch.cat((columns, targets.clamp(0, vocab_size - 1)))
     active = values != 0
