@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import trl_fast
 from support.training import assert_same_logs, color_labels, make_trainer
+from trl_fast.modeling import scoring
+from trl_fast.trainers import kto
+from trl_fast.trainers.base import trainer as base_trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
 
@@ -106,15 +109,17 @@ def test_one_pass_where_it_costs_less(copies, peft, checkpointing, together, mod
 def test_tokens_that_the_models_see(loss_type, copies, model_path, tmp_path, monkeypatch):
     """A prompt once for both of its completions; mismatched ones only where the loss needs them."""
     seen = []
-    original = trl_fast.KTOTrainer.score
+    original = scoring.score
 
-    def score(self, model, batch, *args, **kwargs):
+    def score(model, batch, **kwargs):
         seen.append((batch.input_ids.numel(), torch.is_grad_enabled()))
-        return original(self, model, batch, *args, **kwargs)
+        return original(model, batch, **kwargs)
 
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": 1, "max_steps": 1}
     trainer = trainer_in(tmp_path, model_path, arguments={"train_dataset": with_prompts(copies)}, **settings)
-    monkeypatch.setattr(trl_fast.KTOTrainer, "score", score)
+    # The policy's passes, and the reference's.
+    for module in (kto, base_trainer):
+        monkeypatch.setattr(module, "score", score)
     trainer.train()
     lengths = {
         name: sum(map(len, trainer.train_dataset[name])) if name in trainer.train_dataset.column_names else 0

@@ -8,10 +8,45 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TOKEN_COLUMNS, AnyDataset, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
 from trl_fast.data.preference import REFERENCE_COLUMNS
-from trl_fast.losses.dpo import PreferenceTable, dpo_loss, dpo_metrics
+from trl_fast.losses.dpo import DPOLossConfig, PreferenceTable, dpo_loss, dpo_metrics
+from trl_fast.modeling.scoring import score
 
 from .base.preference import PreferenceTrainer, padded_rows
+from .base.step import HeadKeywords, StepResult, add_router_loss, insert_after, router_keywords
 from .dpo_config import DPOConfig
+
+
+def dpo_step(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    reference: torch.Tensor,
+    config: DPOLossConfig,
+    *,
+    head: HeadKeywords,
+    router_coefficient: float = 0.0,
+) -> StepResult:
+    """Computes the loss of one micro-batch of pairs and its metrics.
+
+    Args:
+        model: the policy, with `attach_scoring`; it may be wrapped since.
+        batch: P trees of a prompt with its chosen and its rejected completion.
+        reference: (2P,) float32, log π_ref of each completion as `PreferenceTable.sequence_logprobs` sums it.
+        config: the loss.
+        head: keywords of `score` about the head.
+        router_coefficient: weight of a mixture of experts' load-balancing loss.
+    """
+    table = preference_table(batch)
+    # Where the loss is a sum over pairs, each pair's gradient is taken while its logits are there.
+    by_pairs = {
+        "token_loss": lambda scores, rows: dpo_loss(scores, table, reference, config, rows),
+        "group_sizes": batch.group_sizes,
+    }
+    options = by_pairs if config.is_sum_over_pairs and batch.group_sizes else {}
+    scored = score(model, batch, outputs=config.outputs, **head, **options, **router_keywords(router_coefficient))
+    loss = scored.loss if options else dpo_loss(scored.tokens, table, reference, config)
+    metrics = dpo_metrics(scored.tokens, table, reference, config)
+    loss, router_metrics = add_router_loss(loss, scored.aux_loss, router_coefficient)
+    return StepResult(loss, {**router_metrics, "entropy": metrics.pop("entropy"), **metrics})
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -71,7 +106,7 @@ class DPOTrainer(PreferenceTrainer):
         return not args.reference_free and super().needs_reference(args)
 
     def sequence_logprobs(self, batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
-        return _preference_table(batch).sequence_logprobs(token_logprobs, self.loss_config.ld_alpha)
+        return preference_table(batch).sequence_logprobs(token_logprobs, self.loss_config.ld_alpha)
 
     def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
         """As in the base; zeros without a reference."""
@@ -92,24 +127,16 @@ class DPOTrainer(PreferenceTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """The loss (0-d) of one micro-batch; its metrics wait for the next log."""
-        reference, config = self.compute_ref_log_probs(inputs), self.loss_config
-        table = _preference_table(inputs)
-        # Where the loss is a sum over pairs, each pair's gradient is taken while its logits are there.
-        by_pairs = {
-            "token_loss": lambda scores, rows: dpo_loss(scores, table, reference, config, rows),
-            "group_sizes": inputs.group_sizes,
-        }
-        options = by_pairs if config.is_sum_over_pairs and inputs.group_sizes else {}
-        scored = self.score(model, inputs, config.outputs, **options, **self.router_kwargs)
-        loss = scored.loss if options else dpo_loss(scored.tokens, table, reference, config)
-        metrics = dpo_metrics(scored.tokens, table, reference, config)
-        recorded: dict = {}
-        if scored.aux_loss is not None and self.router_aux_loss_coef:
-            loss = loss + self.router_aux_loss_coef * scored.aux_loss
-            recorded["aux_loss"] = (scored.aux_loss, torch.ones_like(scored.aux_loss))
-        recorded["entropy"] = metrics.pop("entropy")
-        recorded["num_tokens"] = self.count_tokens(inputs)
-        self.record(recorded | metrics)
+        reference = self.compute_ref_log_probs(inputs)
+        loss, metrics = dpo_step(
+            model,
+            inputs,
+            reference,
+            self.loss_config,
+            head=self.head_keywords,
+            router_coefficient=self.router_aux_loss_coef,
+        )
+        self.record(insert_after("entropy", metrics, {"num_tokens": self.count_tokens(inputs)}))
         return (loss, {}) if return_outputs else loss
 
     # ---- evaluation
@@ -121,5 +148,6 @@ class DPOTrainer(PreferenceTrainer):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids
 
 
-def _preference_table(batch: TokenBatch) -> PreferenceTable:
+def preference_table(batch: TokenBatch) -> PreferenceTable:
+    """Returns where a batch's completions are among its scored tokens."""
     return PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,16 +24,140 @@ from trl_fast.data.unpaired_preference import (
     prepare_unpaired_dataset,
     warn_of_balance,
 )
-from trl_fast.losses.kto import KTOTable, count_losses, kl_estimate, kto_loss_sum, kto_metrics
-from trl_fast.modeling.scoring import ModelScores
+from trl_fast.losses.kto import KTOLossConfig, KTOTable, count_losses, kl_estimate, kto_loss_sum, kto_metrics
+from trl_fast.modeling.scoring import ModelScores, score
 from trl_fast.ops import TokenScores
 
 from .base.metric_buffer import MetricBuffer
 from .base.preference import PreferenceTrainer, padded_rows
+from .base.step import HeadKeywords, StepResult, add_router_loss, insert_after, router_keywords
 from .kto_config import KTOConfig
 
 # TRL logs these only for micro-batches that have such rows.
 _BY_LABEL = {f"{name}/{side}" for name in ("logits", "rewards", "logps") for side in ("chosen", "rejected")}
+
+
+@dataclass(frozen=True)
+class AcrossProcesses:
+    """Holds how tensors are reduced over all processes; by default there is one."""
+
+    mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+    sum: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+
+    def bounded_kl(self, logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Returns the KL estimate (0-d, at least 0) from log π and log π_ref (S,) of mismatched completions."""
+        return self.mean(kl_estimate(logprobs, reference)).clamp(min=0)
+
+
+def sequence_logprobs(batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
+    """Returns log π of each of a batch's S sequences, (S,) float32, from its N tokens' log-probs (N,)."""
+    return token_logprobs.new_zeros(len(batch)).index_add(0, batch.branch, token_logprobs)
+
+
+def kto_step(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    reference: torch.Tensor,
+    config: KTOLossConfig,
+    *,
+    together: bool,
+    head: HeadKeywords,
+    router_coefficient: float = 0.0,
+    processes: AcrossProcesses = AcrossProcesses(),
+) -> StepResult:
+    """Computes the loss of one micro-batch of labelled completions and its metrics.
+
+    Args:
+        model: the policy, with `attach_scoring`; it may be wrapped since.
+        batch: S completions with their labels, and where the loss needs them the mismatched ones, as
+            `DataCollatorForUnpairedPreference` makes them.
+        reference: (S, 1 or 2) float32, log π_ref of each completion and of its mismatched one.
+        config: the loss.
+        together: whether own and mismatched completions are scored in one pass; see `scores_together`.
+        head: keywords of `score` about the head.
+        router_coefficient: weight of a mixture of experts' load-balancing loss.
+        processes: how tensors are reduced over processes.
+    """
+    table = KTOTable(batch.branch, batch[LABEL], reference[:, 0])
+    if together:
+        scored, kl = _score_together(model, batch, table, reference[:, 1], config, head, processes)
+    else:
+        router = router_keywords(router_coefficient)
+        scored, kl = _score_apart(model, batch, table, reference, config, head, processes, router)
+    # What is not a number takes no part in the mean, and how much that is shows only when all is scored.
+    loss = scored.loss / count_losses(scored.tokens, table, kl)
+    metrics = kto_metrics(scored.tokens, table, kl, config, processes.sum)
+    loss, router_metrics = add_router_loss(loss, scored.aux_loss, router_coefficient)
+    return StepResult(loss, {name: metrics.pop(name) for name in ("kl", "entropy")} | metrics | router_metrics)
+
+
+def scores_together(batch: TokenBatch, backward_passes: int, processes: AcrossProcesses = AcrossProcesses()) -> bool:
+    """Returns whether own and mismatched completions in one pass are cheaper than the latter in one without gradient.
+
+    Together, prompts are computed once, but mismatched completions take part in backward.
+
+    Args:
+        batch: as `kto_step` takes it.
+        backward_passes: how many passes as dear as a forward pass the backward pass makes.
+        processes: processes meet in every forward pass, so they must make the same ones.
+    """
+    if BOTH not in batch:
+        return False
+    added = batch[BOTH].input_ids.numel() - batch.input_ids.numel()
+    saved = batch[MISMATCHED].input_ids.numel() - (1 + backward_passes) * added
+    return bool(processes.sum(torch.tensor(saved)) > 0)
+
+
+def _score_together(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    table: KTOTable,
+    kl_reference: torch.Tensor,
+    config: KTOLossConfig,
+    head: HeadKeywords,
+    processes: AcrossProcesses,
+) -> tuple[ModelScores, torch.Tensor]:
+    """Returns the scores of the own completions with the sum of their losses, and the KL estimate, from one pass."""
+    both, own = batch[BOTH], batch[BOTH].extras[OWN_TOKENS]
+
+    def estimate(logprobs: torch.Tensor) -> torch.Tensor:
+        return processes.bounded_kl(sequence_logprobs(both, logprobs)[1::2], kl_reference)
+
+    def token_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+        kl = estimate(scores.logprobs)
+        return kto_loss_sum(replace(scores, logprobs=scores.logprobs[own]), table, kl, config)
+
+    # A single group: the estimate is of all of the batch.
+    options = {"token_loss": token_loss, "group_sizes": (len(both.targets),)}
+    scored = score(model, both, outputs=config.outputs, **head, **options)
+    kl = estimate(scored.tokens.logprobs)
+    own_scores = {name: getattr(scored.tokens, name)[own] for name in config.outputs}
+    return replace(scored, tokens=TokenScores(**own_scores)), kl
+
+
+def _score_apart(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    table: KTOTable,
+    reference: torch.Tensor,
+    config: KTOLossConfig,
+    head: HeadKeywords,
+    processes: AcrossProcesses,
+    router: dict[str, bool],
+) -> tuple[ModelScores, torch.Tensor]:
+    """Returns the same from a pass over the own completions, after one without gradient over the mismatched ones."""
+    kl = reference.new_zeros(())
+    if config.needs_kl:
+        mismatched = batch[MISMATCHED]
+        with torch.no_grad():
+            logprobs = score(model, mismatched, **head).tokens.logprobs
+        kl = processes.bounded_kl(sequence_logprobs(mismatched, logprobs), reference[:, 1])
+
+    def token_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+        return kto_loss_sum(scores, table, kl, config, rows)
+
+    options = {"token_loss": token_loss, "group_sizes": batch.group_sizes, **router}
+    return score(model, batch, outputs=config.outputs, **head, **options), kl
 
 
 class KTOTrainer(PreferenceTrainer):
@@ -107,7 +232,7 @@ class KTOTrainer(PreferenceTrainer):
     # ---- the reference
 
     def sequence_logprobs(self, batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
-        return token_logprobs.new_zeros(len(batch)).index_add(0, batch.branch, token_logprobs)
+        return sequence_logprobs(batch, token_logprobs)
 
     def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
         """As in the base: of each row's own completion, and of the mismatched one after it where there is one."""
@@ -124,87 +249,41 @@ class KTOTrainer(PreferenceTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """The loss (0-d) of one micro-batch; its metrics wait for the next log."""
-        reference = self.compute_ref_log_probs(inputs).view(len(inputs), -1)
-        table = KTOTable(inputs.branch, inputs[LABEL], reference[:, 0])
-        if self._scores_together(inputs):
-            scored, kl = self._score_together(model, inputs, table, reference[:, 1])
-        else:
-            scored, kl = self._score_apart(model, inputs, table, reference)
-        # What is not a number takes no part in the mean, and how much that is shows only when all is scored.
-        loss = scored.loss / count_losses(scored.tokens, table, kl)
-        metrics = kto_metrics(scored.tokens, table, kl, self.loss_config, self._sum_over_processes)
-        recorded = {name: metrics.pop(name) for name in ("kl", "entropy")}
-        recorded["num_tokens"] = self.count_tokens(inputs)
-        recorded |= metrics
-        if scored.aux_loss is not None and self.router_aux_loss_coef:
-            loss = loss + self.router_aux_loss_coef * scored.aux_loss
-            recorded["aux_loss"] = (scored.aux_loss, torch.ones_like(scored.aux_loss))
-        self.record(recorded)
+        loss, metrics = kto_step(
+            model,
+            inputs,
+            self.compute_ref_log_probs(inputs).view(len(inputs), -1),
+            self.loss_config,
+            together=self._scores_together(inputs),
+            head=self.head_keywords,
+            router_coefficient=self.router_aux_loss_coef,
+            processes=self._processes,
+        )
+        self.record(insert_after("entropy", metrics, {"num_tokens": self.count_tokens(inputs)}))
         return (loss, {}) if return_outputs else loss
 
     def _scores_together(self, inputs: TokenBatch) -> bool:
-        """Whether own and mismatched completions in one pass are cheaper than the latter in one without gradient.
+        """Returns whether own and mismatched completions are scored in one pass.
 
-        Together, prompts are computed once, but mismatched completions take part in backward. A router's loss is that
-        of the own completions alone, so they stay apart there.
+        A router's loss is that of the own completions alone, so they stay apart there.
         """
-        if BOTH not in inputs or self.router_aux_loss_coef:
+        if self.router_aux_loss_coef:
             return False
-        passes = 1
+        passes = 0
         if torch.is_grad_enabled():
             # Backward for activations, for weights, and activations computed again.
-            passes += 1 + (not isinstance(self.model, PeftModel)) + self.args.gradient_checkpointing
-        added = inputs[BOTH].input_ids.numel() - inputs.input_ids.numel()
-        saved = inputs[MISMATCHED].input_ids.numel() - passes * added
-        if self.accelerator.num_processes > 1:
-            # Processes meet in every forward pass, so they must make the same ones.
-            saved = self._sum_over_processes(torch.tensor(saved, device=self.accelerator.device)).item()
-        return saved > 0
+            passes = 1 + (not isinstance(self.model, PeftModel)) + self.args.gradient_checkpointing
+        return scores_together(inputs, passes, self._processes)
 
-    def _score_together(
-        self, model: torch.nn.Module, inputs: TokenBatch, table: KTOTable, kl_reference: torch.Tensor
-    ) -> tuple[ModelScores, torch.Tensor]:
-        """The scores of the own completions with the sum of their losses, and the KL estimate, from one pass."""
-        both, own = inputs[BOTH], inputs[BOTH].extras[OWN_TOKENS]
-
-        def estimate(logprobs: torch.Tensor) -> torch.Tensor:
-            return self._bounded_kl(self.sequence_logprobs(both, logprobs)[1::2], kl_reference)
-
-        def token_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
-            kl = estimate(scores.logprobs)
-            return kto_loss_sum(replace(scores, logprobs=scores.logprobs[own]), table, kl, self.loss_config)
-
-        # A single group: the estimate is of all of the batch.
-        options = {"token_loss": token_loss, "group_sizes": (len(both.targets),)}
-        scored = self.score(model, both, self.loss_config.outputs, **options)
-        kl = estimate(scored.tokens.logprobs)
-        own_scores = {name: getattr(scored.tokens, name)[own] for name in self.loss_config.outputs}
-        return replace(scored, tokens=TokenScores(**own_scores)), kl
-
-    def _score_apart(
-        self, model: torch.nn.Module, inputs: TokenBatch, table: KTOTable, reference: torch.Tensor
-    ) -> tuple[ModelScores, torch.Tensor]:
-        """The same from a pass over the own completions, after one without gradient over the mismatched ones."""
-        config = self.loss_config
-        kl = reference.new_zeros(())
-        if config.needs_kl:
-            mismatched = inputs[MISMATCHED]
-            with torch.no_grad():
-                logprobs = self.score(model, mismatched).tokens.logprobs
-            kl = self._bounded_kl(self.sequence_logprobs(mismatched, logprobs), reference[:, 1])
-
-        def token_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
-            return kto_loss_sum(scores, table, kl, config, rows)
-
-        options = {"token_loss": token_loss, "group_sizes": inputs.group_sizes, **self.router_kwargs}
-        return self.score(model, inputs, config.outputs, **options), kl
-
-    def _bounded_kl(self, logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """The KL estimate of all processes, 0-d, at least 0."""
-        return self.accelerator.reduce(kl_estimate(logprobs, reference), "mean").clamp(min=0)
-
-    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(values, "sum")
+    @property
+    def _processes(self) -> AcrossProcesses:
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return AcrossProcesses()
+        return AcrossProcesses(
+            mean=lambda value: accelerator.reduce(value, "mean"),
+            sum=lambda value: accelerator.reduce(value.to(accelerator.device), "sum"),
+        )
 
     # ---- evaluation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType
@@ -19,8 +19,9 @@ from trl_fast.data.reward_modeling import (
     RewardCollator,
     prepare_reward_dataset,
 )
+from trl_fast.losses.mean_metric import Metric
 from trl_fast.losses.reward import reward_loss, reward_metrics
-from trl_fast.modeling.chat_template import set_chat_template, set_eos_token, with_trained_tokens
+from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.loading import base_model, load_reward_model
 from trl_fast.modeling.reward_scoring import (
     HEAD,
@@ -31,13 +32,41 @@ from trl_fast.modeling.reward_scoring import (
 )
 from trl_fast.modeling.scoring import Verdict
 
-from .base.tokenizers import older_tokenizer_name
+from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
 from .reward_config import RewardConfig
 
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 12
+
+
+class RewardStepResult(NamedTuple):
+    """Holds the loss (0-d) of a micro-batch, its metrics, and the rewards (2P,) float32 without gradient."""
+
+    loss: torch.Tensor
+    metrics: dict[str, Metric]
+    rewards: torch.Tensor
+
+
+def reward_step(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    *,
+    center_rewards_coefficient: float | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda rewards: rewards,
+) -> RewardStepResult:
+    """Computes the loss of one micro-batch of pairs and its metrics.
+
+    Args:
+        model: the reward model, with `attach_reward_scoring`; it may be wrapped since.
+        batch: P pairs with their margins, if they have any, from `data.reward_modeling.reward_batch`.
+        center_rewards_coefficient: as in `reward_loss`.
+        gather: from the rewards (2P,) of this process to those of all.
+    """
+    scores = rewards(model, batch)
+    loss = reward_loss(scores, batch.get(MARGIN), center_rewards_coefficient)
+    return RewardStepResult(loss, reward_metrics(gather(scores.detach())), scores.detach())
 
 
 class RewardTrainer(BaseTrainer):
@@ -137,11 +166,7 @@ class RewardTrainer(BaseTrainer):
             ValueError: eos_token is not in the vocabulary.
             OSError: there is nothing at chat_template_path.
         """
-        inner = base_model(model)
-        if args.eos_token is not None:
-            set_eos_token(inner, processing_class, args.eos_token)
-        path = args.chat_template_path
-        self._added_tokens = [] if path is None else set_chat_template(inner, processing_class, path)
+        self._added_tokens = set_end_token_and_template(processing_class, base_model(model), args)
 
     def adapt(
         self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: RewardConfig
@@ -199,14 +224,17 @@ class RewardTrainer(BaseTrainer):
 
         With return_outputs also the rewards as `logits` (2P, 1), those of all chosen sequences first.
         """
-        scores = rewards(model, inputs)
-        loss = reward_loss(scores, inputs.get(MARGIN), self.args.center_rewards_coefficient)
-        # The smallest and largest reward are those of all processes.
-        everywhere = self.accelerator.gather(scores.detach())
-        self.record({"num_tokens": self.count_tokens(inputs)} | reward_metrics(everywhere))
+        loss, metrics, scores = reward_step(
+            model,
+            inputs,
+            center_rewards_coefficient=self.args.center_rewards_coefficient,
+            # The smallest and largest reward are those of all processes.
+            gather=self.accelerator.gather,
+        )
+        self.record({"num_tokens": self.count_tokens(inputs)} | metrics)
         if not return_outputs:
             return loss
-        return loss, {"logits": scores.detach().view(-1, 2).T.reshape(-1, 1)}
+        return loss, {"logits": scores.view(-1, 2).T.reshape(-1, 1)}
 
     # ---- evaluation
 

@@ -24,16 +24,60 @@ from trl_fast.data import (
     unpacked,
 )
 from trl_fast.losses.sft import OUTPUTS, TOKEN_LOSSES, token_metrics
-from trl_fast.modeling.chat_template import set_chat_template, set_eos_token, with_trained_tokens
+from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.loading import base_model
-from trl_fast.modeling.scoring import model_inputs
+from trl_fast.modeling.scoring import model_inputs, score
 
 from .base.model_setup import router_coefficient
-from .base.tokenizers import older_tokenizer_name
+from .base.step import HeadKeywords, StepResult, add_router_loss, insert_after, router_keywords
+from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
 from .sft_config import SFTConfig
 
 logger = logging.getLogger(__name__)
+
+
+def sft_step(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    token_loss: Callable[[torch.Tensor], torch.Tensor],
+    count: torch.Tensor | int | None = None,
+    *,
+    head: HeadKeywords,
+    factor: float = 1,
+    router_coefficient: float = 0.0,
+    router_divisor: float = 1,
+    loss_of_logits: Callable[..., torch.Tensor] | None = None,
+) -> StepResult:
+    """Computes the loss of one micro-batch of labelled sequences and its metrics.
+
+    Args:
+        model: the policy, with `attach_scoring`; it may be wrapped since.
+        batch: N learned tokens.
+        token_loss: from log-probs (N,) float32 to the sum of the tokens' losses (0-d), of `losses.sft.TOKEN_LOSSES`.
+        count: what the sum is divided by, a 0-d tensor or a number; None: N.
+        head: keywords of `score` about the head.
+        factor: what the loss is multiplied by.
+        router_coefficient: weight of a mixture of experts' load-balancing loss.
+        router_divisor: what that loss is divided by.
+        loss_of_logits: from model, batch and count to the loss (0-d), by whole logits, instead of token_loss.
+    """
+    router = router_keywords(router_coefficient)
+    if loss_of_logits is not None:
+        loss = loss_of_logits(model, batch, count)
+        with torch.no_grad():
+            scored = score(model, batch, outputs=OUTPUTS, **head, **router)
+    else:
+        options = {"token_loss": lambda scores, _: token_loss(scores.logprobs), **head, **router}
+        scored = score(model, batch, outputs=OUTPUTS, **options)
+        divisor = len(batch.targets) if count is None else count
+        if not isinstance(divisor, torch.Tensor):
+            # Filled in there: a copy of the number would make the host wait.
+            divisor = torch.full((), divisor, device=scored.loss.device)
+        loss = scored.loss / divisor.to(scored.loss.device).clamp(min=1)
+    loss = loss if factor == 1 else loss * factor
+    loss, router_metrics = add_router_loss(loss, scored.aux_loss, router_coefficient, router_divisor)
+    return StepResult(loss, token_metrics(scored.tokens) | router_metrics)
 
 
 class SFTTrainer(BaseTrainer):
@@ -133,11 +177,7 @@ class SFTTrainer(BaseTrainer):
         Raises:
             ValueError: eos_token is not in the vocabulary.
         """
-        inner = base_model(model)
-        if args.eos_token is not None:
-            set_eos_token(inner, processing_class, args.eos_token)
-        path = args.chat_template_path
-        self._added_tokens = [] if path is None else set_chat_template(inner, processing_class, path)
+        self._added_tokens = set_end_token_and_template(processing_class, base_model(model), args)
 
     def adapt(
         self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: SFTConfig
@@ -241,32 +281,20 @@ class SFTTrainer(BaseTrainer):
         With return_outputs also the model's own output, from one more forward pass.
         """
         whole_logits = self.compute_loss_func is not None or self.label_smoother is not None
-        if whole_logits and self.args.loss_type == "nll":
-            loss = self._loss_of_logits(model, inputs, num_items_in_batch)
-            with torch.no_grad():
-                scored = self.score(model, inputs, OUTPUTS, **self.router_kwargs)
-        else:
-            scored = self.score(
-                model,
-                inputs,
-                OUTPUTS,
-                token_loss=lambda scores, _: self.token_loss(scores.logprobs),
-                **self.router_kwargs,
-            )
-            count = len(inputs.targets) if num_items_in_batch is None else num_items_in_batch
-            if not isinstance(count, torch.Tensor):
-                # Filled in there: a copy of the number would make the host wait.
-                count = torch.full((), count, device=scored.loss.device)
-            loss = scored.loss / count.to(scored.loss.device).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        loss, metrics = sft_step(
+            model,
+            inputs,
+            self.token_loss,
+            num_items_in_batch,
+            head=self.head_keywords,
             # The count is that of all processes, and DDP takes the mean of their gradients.
-            loss = loss * self.accelerator.num_processes
-        metrics: dict = token_metrics(scored.tokens) | {"num_tokens": self.count_tokens(inputs)}
-        if scored.aux_loss is not None and self.router_aux_loss_coef:
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * scored.aux_loss / steps
-            metrics["aux_loss"] = (scored.aux_loss, torch.ones_like(scored.aux_loss))
-        self.record(metrics)
+            factor=self.accelerator.num_processes if averaged else 1,
+            router_coefficient=self.router_aux_loss_coef,
+            router_divisor=1 if num_items_in_batch is None else self.current_gradient_accumulation_steps,
+            loss_of_logits=self._loss_of_logits if whole_logits and self.args.loss_type == "nll" else None,
+        )
+        self.record(insert_after("mean_token_accuracy", metrics, {"num_tokens": self.count_tokens(inputs)}))
         if not return_outputs:
             return loss
         with torch.no_grad():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from trl_fast.modeling.chat_template import set_chat_template, set_eos_token
+
 from .config import BaseConfig, deprecated
 
 
@@ -49,6 +51,24 @@ def set_pad_token(processing_class: PreTrainedTokenizerBase, model: PreTrainedMo
     model.config.get_text_config().pad_token_id = processing_class.pad_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = processing_class.pad_token_id
+
+
+def set_end_token_and_template(
+    processing_class: PreTrainedTokenizerBase, model: PreTrainedModel, args: BaseConfig
+) -> list[int]:
+    """Sets the end token and the chat template that `eos_token` and `chat_template_path` of the arguments name.
+
+    Returns:
+        The ids of the tokens that came with the template.
+
+    Raises:
+        ValueError: eos_token is not in the vocabulary.
+        OSError: there is nothing at chat_template_path.
+    """
+    if args.eos_token is not None:
+        set_eos_token(model, processing_class, args.eos_token)
+    path = args.chat_template_path
+    return [] if path is None else set_chat_template(model, processing_class, path)
 
 
 def older_tokenizer_name(

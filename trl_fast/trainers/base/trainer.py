@@ -253,19 +253,18 @@ class BaseTrainer(Trainer):
 
     # ---- the loss
 
+    @property
+    def head_keywords(self) -> dict[str, Any]:
+        """The arguments' settings of the head, as keywords of `modeling.scoring.score`."""
+        args = self.args
+        names = {"backend": args.head_backend, "workspace_bytes": args.head_workspace_bytes}
+        return {**names, "head_grad": args.head_grad}
+
     def score(
         self, model: torch.nn.Module, batch: TokenBatch, outputs: tuple[str, ...] = ("logprobs",), **kwargs: Any
     ) -> ModelScores:
-        """`modeling.score` with the head's settings of the arguments; `kwargs` are its own and the model's."""
-        return score(
-            model,
-            batch,
-            outputs=outputs,
-            backend=self.args.head_backend,
-            workspace_bytes=self.args.head_workspace_bytes,
-            head_grad=self.args.head_grad,
-            **kwargs,
-        )
+        """Scores a batch with the arguments' settings of the head; `kwargs` are `modeling.scoring.score`'s."""
+        return score(model, batch, outputs=outputs, **self.head_keywords, **kwargs)
 
     @property
     def router_kwargs(self) -> dict[str, bool]:
