@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
-from trl_fast.planning.estimate import estimate
-from trl_fast.planning.setup import Setup
+from trl_fast.planning.peak_estimates import estimate
+from trl_fast.planning.training_setup import TrainingSetup
 
 from ..random_models import QWEN_05B
 from .phase_context import Kit
@@ -57,7 +57,9 @@ def cases(tiny: bool) -> list[Case]:
 def predicted_bytes(name: str, tiny: bool, device: str) -> int:
     """The planner's peak of a case."""
     case = next(case for case in cases(tiny) if case.name == name)
-    setup = Setup(case.config, device="gpu" if device == "cuda" else "cpu", bf16=device == "cuda", **case.settings)
+    setup = TrainingSetup(
+        case.config, device="gpu" if device == "cuda" else "cpu", bf16=device == "cuda", **case.settings
+    )
     return estimate(setup, case.length).bytes
 
 

@@ -23,7 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from trl_fast.planning.tracker import CUDA_GRANULARITY
+from trl_fast.planning.memory_tracker import CUDA_GRANULARITY
 
 from .fake_devices import is_on_gpu
 from .flops import flops_of

@@ -10,7 +10,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_fast.planning.answers import ANSWERS
+from trl_fast.planning.data_dependent_operators import ANSWERS
 
 from .fake_devices import CPU, CUDA, Devices
 from .known_values import as_fake, follow, known_result, without_masks

@@ -33,8 +33,8 @@ from trl_fast.modeling.attention import SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference import freeze
 from trl_fast.modeling.segments import _varlen_calls
-from trl_fast.planning.models import give_fake_memory, shortened
-from trl_fast.planning.shapes import model_config
+from trl_fast.planning.fake_models import give_fake_memory, shortened
+from trl_fast.planning.model_shapes import model_config
 from trl_fast.trainers.base import model_setup
 
 from ..gpu_kit.steps import SHAPES, Shape, chance, completions, rows
@@ -59,7 +59,7 @@ _TINY = {
 
 @dataclass(frozen=True)
 class Step:
-    """A method, a model of `planning.shapes`, the rank of its adapters on all linear layers (None: all weights)."""
+    """A method, a model of `planning.model_shapes`, the rank of adapters on all linear layers (None: all weights)."""
 
     method: str
     model: str

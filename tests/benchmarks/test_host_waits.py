@@ -22,7 +22,7 @@ from trl_fast.modeling import segments
 from trl_fast.modeling.attention import LENGTHS_KEYWORD
 from trl_fast.modeling.scoring import _token_counts
 from trl_fast.ops import linear_cross_entropy
-from trl_fast.planning.models import give_fake_memory
+from trl_fast.planning.fake_models import give_fake_memory
 
 CUDA = torch.device("cuda", 0)
 ONES = [1, 2, 0]

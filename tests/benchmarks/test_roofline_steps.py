@@ -11,7 +11,7 @@ from benchmarks.roofline.known_values import values_of
 from benchmarks.roofline.operator_counter import Counter
 from benchmarks.roofline.steps import Step, count_step, quiet
 from trl_fast.ops.backends import load_extension
-from trl_fast.planning.shapes import SHAPES
+from trl_fast.planning.model_shapes import SHAPES
 
 pytestmark = pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there")
 

@@ -18,7 +18,7 @@ from trl_fast.cli.main import main
 from trl_fast.cli.quiet import init_zero_verbose
 from trl_fast.console import make_console
 from trl_fast.data.validation import validate as look_for_faults
-from trl_fast.planning.timeline import KINDS
+from trl_fast.planning.memory_timeline import KINDS
 from trl_fast.trainers import LogCompletionsCallback, RichProgressCallback
 from trl_fast.trainers.online.completions_log import CompletionsLog
 

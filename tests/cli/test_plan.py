@@ -6,8 +6,8 @@ import pytest
 
 from support.models import tiny_config
 from trl_fast.cli.main import main
-from trl_fast.planning.compare import switches
-from trl_fast.planning.estimate import Longest
+from trl_fast.planning.comparisons import switches
+from trl_fast.planning.peak_estimates import Longest
 
 
 @pytest.fixture(scope="module")

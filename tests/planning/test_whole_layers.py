@@ -5,17 +5,17 @@ import pytest
 from support.models import tiny_config
 from trl_fast.modeling.selective_checkpointing import SelectiveCheckpointing
 from trl_fast.modeling.whole_layers import MARGIN
-from trl_fast.planning.estimate import stage_peaks, whole_layers
-from trl_fast.planning.setup import TRL, Setup
-from trl_fast.planning.step import EMBEDDING_STAGE, LAST_LAYER, MIDDLE_LAYERS, OPTIMIZER_STAGE, simulate
-from trl_fast.planning.timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, highest
+from trl_fast.planning.memory_timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, highest
+from trl_fast.planning.peak_estimates import stage_peaks, whole_layers
+from trl_fast.planning.simulated_step import EMBEDDING_STAGE, LAST_LAYER, MIDDLE_LAYERS, OPTIMIZER_STAGE, simulate
+from trl_fast.planning.training_setup import TRL, TrainingSetup
 
 DEPTH, LENGTH = 5, 96
 LAST_TWO = slice(3, 5)
 
 
 def setup_of(**changes):
-    return Setup(tiny_config("llama", num_hidden_layers=DEPTH), **changes)
+    return TrainingSetup(tiny_config("llama", num_hidden_layers=DEPTH), **changes)
 
 
 def without_optimizer(peaks):

@@ -14,14 +14,14 @@ from trl_fast.cli.arguments import ModelConfig
 from trl_fast.losses.dpo import DPOLossConfig
 from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
-from trl_fast.planning.setup import Setup
+from trl_fast.planning.training_setup import TrainingSetup
 from trl_fast.ranges import FINITE, RANGES, Range, check_ranges, range_of
 from trl_fast.rollout import SamplingSettings
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 METHODS = ["SFT", "DPO", "Reward", "KTO", "GRPO", "RLOO", "PPO"]
 # Other dataclasses with numbers of the same names.
-OTHERS = [ModelConfig, Setup, SamplingSettings, DPOLossConfig, KTOLossConfig, PolicyLossConfig]
+OTHERS = [ModelConfig, TrainingSetup, SamplingSettings, DPOLossConfig, KTOLossConfig, PolicyLossConfig]
 CONFIGS = {method: getattr(trl_fast, f"{method}Config") for method in METHODS}
 
 

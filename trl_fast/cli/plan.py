@@ -13,14 +13,14 @@ from trl_fast.console import FILE_WIDTH, make_console, progress_columns
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.positions import check_positions
 from trl_fast.ops.linear_logprob import HEAD_GRADS
-from trl_fast.planning.compare import Row, check_resident, compare, switches, systems
-from trl_fast.planning.estimate import head_workspace, longest_context, whole_layers
-from trl_fast.planning.models import planned_model
+from trl_fast.planning.comparisons import Row, check_resident, compare, switches, systems
+from trl_fast.planning.fake_models import planned_model
+from trl_fast.planning.memory_sizes import gib, parse_memory
+from trl_fast.planning.model_shapes import SHAPES, model_config
+from trl_fast.planning.peak_estimates import head_workspace, longest_context, whole_layers
 from trl_fast.planning.report import peak_table, rows_table, save_plot, setup_line, stages_table, tokens
-from trl_fast.planning.setup import DEVICES, DTYPES, LAYOUTS, METHODS, Setup
-from trl_fast.planning.shapes import SHAPES, model_config
-from trl_fast.planning.sizes import gib, parse_memory
-from trl_fast.planning.step import simulate
+from trl_fast.planning.simulated_step import simulate
+from trl_fast.planning.training_setup import DEVICES, DTYPES, LAYOUTS, METHODS, TrainingSetup
 from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS, BaseConfig
 
 from .parser import TrlParser
@@ -75,8 +75,8 @@ class PlanArguments:
     plot: str | None = field(default="plan.png", metadata={"help": "PNG file of memory over the step; none: no plot."})
 
 
-def make_setup(arguments: PlanArguments) -> Setup:
-    """The arguments as a Setup.
+def make_setup(arguments: PlanArguments) -> TrainingSetup:
+    """The arguments as a TrainingSetup.
 
     Raises:
         ValueError: an argument is missing, out of range or does not go with another.
@@ -86,7 +86,7 @@ def make_setup(arguments: PlanArguments) -> Setup:
     if arguments.max_length < 2:
         raise ValueError(f"max_length={arguments.max_length}: expected at least 2 tokens")
     modules = arguments.lora_target_modules
-    return Setup(
+    return TrainingSetup(
         config=model_config(arguments.model),
         method=arguments.method,
         prompt_share=_prompt_share(arguments),
@@ -131,7 +131,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     return lambda: run(parsed, setup, limit)
 
 
-def run(arguments: PlanArguments, setup: Setup, limit: int | None) -> int:
+def run(arguments: PlanArguments, setup: TrainingSetup, limit: int | None) -> int:
     """Simulates and prints."""
     console = make_console(file_width=FILE_WIDTH)
     length = arguments.max_length
@@ -164,12 +164,12 @@ def run(arguments: PlanArguments, setup: Setup, limit: int | None) -> int:
     return 0
 
 
-def _compare(console: Console, setup: Setup, length: int, limit: int | None) -> None:
+def _compare(console: Console, setup: TrainingSetup, length: int, limit: int | None) -> None:
     ours, changed = systems(setup), switches(setup, DEFAULT_TILE_TOKENS)
     with Progress(*progress_columns(), console=console, transient=True) as progress:
         task = progress.add_task("simulating", total=len(ours) + len(changed) - 1)
 
-        def rows(named: list[tuple[str, Setup]]) -> list[Row]:
+        def rows(named: list[tuple[str, TrainingSetup]]) -> list[Row]:
             found = []
             for name, one in named:
                 progress.update(task, description=name[:40])
@@ -185,7 +185,7 @@ def _compare(console: Console, setup: Setup, length: int, limit: int | None) -> 
         _note_positions(console, setup, beside[0].longest.max_length)
 
 
-def _note_positions(console: Console, setup: Setup, longest: int) -> None:
+def _note_positions(console: Console, setup: TrainingSetup, longest: int) -> None:
     if setup.max_positions is not None and longest > setup.max_positions:
         console.print(
             f"Memory allows {longest:,} tokens; the model was made for {setup.max_positions:,} positions.",

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from .compare import Row
-from .estimate import Longest
-from .setup import Setup
-from .sizes import GIB, gib
-from .timeline import (
+from .comparisons import Row
+from .memory_sizes import GIB, gib
+from .memory_timeline import (
     ATTENTION,
     GRADIENTS,
     HEAD,
@@ -25,6 +23,8 @@ from .timeline import (
     Peak,
     Timeline,
 )
+from .peak_estimates import Longest
+from .training_setup import TrainingSetup
 
 _COLORS = {
     WEIGHTS: "#4c566a",
@@ -149,7 +149,7 @@ def _mark_stages(axes: object, timeline: Timeline, top: float) -> None:
             axes.text((start + end) / 2, 0.98 * top, name, **place)
 
 
-def setup_line(setup: Setup, name: str, max_length: int) -> str:
+def setup_line(setup: TrainingSetup, name: str, max_length: int) -> str:
     """The planned run in one line."""
     what = "all weights" if setup.lora_r is None else f"LoRA r={setup.lora_r}"
     precision = f"{setup.dtype} weights" + (", bf16 autocast" if setup.bf16 else "")

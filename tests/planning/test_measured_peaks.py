@@ -17,10 +17,10 @@ from benchmarks.memory import measure_peak
 from support.models import tiny_config
 from support.tokenizer import build_tokenizer
 from trl_fast.ops.backends import load_extension
-from trl_fast.planning import baselines
-from trl_fast.planning.setup import TRL, Setup
-from trl_fast.planning.step import simulate
-from trl_fast.planning.timeline import KINDS, OPTIMIZER, REFERENCE, WEIGHTS
+from trl_fast.planning import baseline_steps
+from trl_fast.planning.memory_timeline import KINDS, OPTIMIZER, REFERENCE, WEIGHTS
+from trl_fast.planning.simulated_step import simulate
+from trl_fast.planning.training_setup import TRL, TrainingSetup
 
 SIZES = {
     "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "head_dim": 32},
@@ -138,7 +138,7 @@ def _one_thread():
 )
 def test_simulated_peaks_are_those_of_real_steps(size, length, changes, tmp_path):
     config = tiny_config("llama", vocab_size=4096, max_position_embeddings=2048, **SIZES[size])
-    setup = Setup(config, device="cpu", **changes)
+    setup = TrainingSetup(config, device="cpu", **changes)
     # 10% is what was asked for; it is nearer to 0.1%.
     assert simulated_peak(setup, length) == pytest.approx(measured_peak(setup, length, tmp_path), rel=0.02)
 
@@ -207,13 +207,13 @@ def measured_peak_of_trl(setup, length, folder):
 )
 def test_simulated_peaks_of_trl_are_those_of_its_real_steps(columns, changes, trl_as_on_a_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", columns)
-    monkeypatch.setattr(baselines, "TILE_COLUMNS", columns)
+    monkeypatch.setattr(baseline_steps, "TILE_COLUMNS", columns)
     config = tiny_config("llama", vocab_size=4096, max_position_embeddings=2048, **SIZES["wide"])
-    setup = Setup(config, system=TRL, device="cpu", **changes)
+    setup = TrainingSetup(config, system=TRL, device="cpu", **changes)
     measured = measured_peak_of_trl(setup, 512, tmp_path)
     assert simulated_peak(setup, 512) == pytest.approx(measured, rel=0.02)
 
 
 def test_trl_has_tiles_as_large_as_is_said_of_it():
-    assert baselines.TILE_ROWS == chunked_logprob.TOKEN_CHUNK_SIZE
-    assert baselines.TILE_COLUMNS == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert baseline_steps.TILE_ROWS == chunked_logprob.TOKEN_CHUNK_SIZE
+    assert baseline_steps.TILE_COLUMNS == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE

@@ -10,10 +10,10 @@ from trl_fast.modeling.selective_checkpointing import PRODUCT, Budget
 from trl_fast.modeling.whole_layers import layers_that_fit, room_for_layers
 from trl_fast.ops.head.plan import default_workspace
 
-from .models import layers_are_alike, meta_model
-from .setup import Setup
-from .step import EMBEDDING_STAGE, LAST_LAYER, OPTIMIZER_STAGE, simulate
-from .timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, Peak, highest
+from .fake_models import layers_are_alike, meta_model
+from .memory_timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, Peak, highest
+from .simulated_step import EMBEDDING_STAGE, LAST_LAYER, OPTIMIZER_STAGE, simulate
+from .training_setup import TrainingSetup
 
 # The shallowest models that have a first, a last and, in the second, a layer between.
 SHALLOW = (2, 3)
@@ -28,7 +28,7 @@ _UNLIMITED = 1 << 60
 StagePeaks = dict[str, Peak]
 
 
-def stage_peaks(setup: Setup, max_length: int) -> StagePeaks:
+def stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
     """The peak of each stage of a step, as `simulate` finds them, in a fraction of the time.
 
     Layers are alike, so the most memory in each stage of a step is a straight line over their number: two shallow
@@ -72,12 +72,12 @@ def _kept(results: Sequence[tuple[str, int]], depth: int, limit: int) -> list[in
     return kept
 
 
-def estimate(setup: Setup, max_length: int) -> Peak:
+def estimate(setup: TrainingSetup, max_length: int) -> Peak:
     """The peak of a step, from `stage_peaks`."""
     return highest(stage_peaks(setup, max_length))
 
 
-def whole_layers(setup: Setup, max_length: int, limit: int) -> tuple[int, int]:
+def whole_layers(setup: TrainingSetup, max_length: int, limit: int) -> tuple[int, int]:
     """How many layers a GPU of `limit` bytes leaves uncheckpointed, by the trainers' own rule, and what they save."""
     if not setup.leaves_whole_layers:
         return 0, 0
@@ -90,7 +90,7 @@ def whole_layers(setup: Setup, max_length: int, limit: int) -> tuple[int, int]:
     return whole, whole * size
 
 
-def head_workspace(setup: Setup, peak: Peak, limit: int) -> int:
+def head_workspace(setup: TrainingSetup, peak: Peak, limit: int) -> int:
     """Bytes of the head's workspace on a GPU of `limit` bytes, by the op's own rule.
 
     Steps are simulated with the least that it takes by default: what a GPU has free, it uses, but does not need.
@@ -101,7 +101,7 @@ def head_workspace(setup: Setup, peak: Peak, limit: int) -> int:
     return default_workspace(max(0, limit - peak.bytes) + least, limit) if setup.device == "gpu" else least
 
 
-def _saved_by_a_layer(setup: Setup, max_length: int) -> int:
+def _saved_by_a_layer(setup: TrainingSetup, max_length: int) -> int:
     """Bytes that a layer saves beyond what it does when it is checkpointed; the mean of layers that differ."""
     fewer, more = SHALLOW
     if setup.num_layers > more and layers_are_alike(meta_model(setup)):
@@ -109,7 +109,7 @@ def _saved_by_a_layer(setup: Setup, max_length: int) -> int:
     return math.ceil(_saved_by(setup, max_length, setup.num_layers) / setup.num_layers)
 
 
-def _saved_by(setup: Setup, max_length: int, layers: int) -> int:
+def _saved_by(setup: TrainingSetup, max_length: int, layers: int) -> int:
     steps = (simulate(one, max_length, layers) for one in (setup.but(gradient_checkpointing=False), setup))
     plain, checkpointed = (int(step.at_start(LAST_LAYER)[KINDS.index(SAVED)]) for step in steps)
     return plain - checkpointed
@@ -134,7 +134,7 @@ class Longest:
 
 
 def longest_context(
-    setup: Setup, limit: int, start: int, peaks_of: Callable[[Setup, int], StagePeaks] = stage_peaks
+    setup: TrainingSetup, limit: int, start: int, peaks_of: Callable[[TrainingSetup, int], StagePeaks] = stage_peaks
 ) -> Longest:
     """The longest max_length whose step takes at most `limit` bytes, to within TOLERANCE.
 

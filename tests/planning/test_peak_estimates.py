@@ -3,11 +3,8 @@
 import pytest
 
 from support.models import tiny_config
-from trl_fast.planning.estimate import LENGTH_STEP, LONGEST, TOLERANCE, estimate, longest_context, stage_peaks
-from trl_fast.planning.models import meta_model
-from trl_fast.planning.setup import FULL_LOGITS, TRL, Setup
-from trl_fast.planning.step import MIDDLE_LAYERS, simulate
-from trl_fast.planning.timeline import (
+from trl_fast.planning.fake_models import meta_model
+from trl_fast.planning.memory_timeline import (
     FORWARD_STAGE,
     GRADIENTS,
     KINDS,
@@ -18,6 +15,9 @@ from trl_fast.planning.timeline import (
     Peak,
     highest,
 )
+from trl_fast.planning.peak_estimates import LENGTH_STEP, LONGEST, TOLERANCE, estimate, longest_context, stage_peaks
+from trl_fast.planning.simulated_step import MIDDLE_LAYERS, simulate
+from trl_fast.planning.training_setup import FULL_LOGITS, TRL, TrainingSetup
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ from trl_fast.planning.timeline import (
 )
 def test_two_shallow_models_tell_about_a_deep_one(changes):
     depth = 6 if "activation_offloading" in changes else 5
-    setup = Setup(tiny_config("llama", num_hidden_layers=depth), **changes)
+    setup = TrainingSetup(tiny_config("llama", num_hidden_layers=depth), **changes)
     whole, estimated = simulate(setup, 96).stage_peaks(), stage_peaks(setup, 96)
     assert highest(estimated).stage == highest(whole).stage
     for stage, peak in estimated.items():
@@ -57,7 +57,7 @@ def test_two_shallow_models_tell_about_a_deep_one(changes):
 
 
 def test_what_stays_is_counted_as_what_it_is():
-    setup = Setup(tiny_config("llama"), dtype="float32", device="cpu")
+    setup = TrainingSetup(tiny_config("llama"), dtype="float32", device="cpu")
     size = sum(weight.nbytes for weight in meta_model(setup).parameters())
     levels = simulate(setup, 64).levels
     for kind, copies in ((WEIGHTS, 1), (REFERENCE, 1), (GRADIENTS, 1), (OPTIMIZER, 2)):
@@ -65,9 +65,9 @@ def test_what_stays_is_counted_as_what_it_is():
 
 
 def test_some_tiles_tell_about_all(monkeypatch):
-    setup = Setup(tiny_config("llama", vocab_size=4096), tiled_mlp=32, head_workspace_bytes=1 << 20)
+    setup = TrainingSetup(tiny_config("llama", vocab_size=4096), tiled_mlp=32, head_workspace_bytes=1 << 20)
     some = simulate(setup, 300)
-    monkeypatch.setattr("trl_fast.planning.devices._some_of", lambda spans: spans)
+    monkeypatch.setattr("trl_fast.planning.gpu_facts._some_of", lambda spans: spans)
     every = simulate(setup, 300)
     for stage, peak in every.stage_peaks().items():
         assert some.stage_peaks()[stage].bytes == pytest.approx(peak.bytes, rel=0.002), stage
@@ -76,7 +76,7 @@ def test_some_tiles_tell_about_all(monkeypatch):
 
 def test_layers_that_differ_are_all_simulated():
     config = tiny_config("qwen2_moe", num_hidden_layers=4, mlp_only_layers=[0], num_experts=2, num_experts_per_tok=1)
-    setup = Setup(config, method="sft")
+    setup = TrainingSetup(config, method="sft")
     assert estimate(setup, 64).bytes == simulate(setup, 64).peak().bytes
 
 

@@ -11,8 +11,8 @@ from trl_fast.ops.head import gradients, plan, row_blocks
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.ops.head.sparse_kernels import SPARSE_KERNELS
-from trl_fast.planning.devices import PADDED_ATTENTION, choices_of, flash_workspace
-from trl_fast.planning.tracker import MemoryTracker
+from trl_fast.planning.gpu_facts import PADDED_ATTENTION, choices_of, flash_workspace
+from trl_fast.planning.memory_tracker import MemoryTracker
 
 WORKSPACE = 1 << 30
 

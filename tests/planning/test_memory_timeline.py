@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_fast.planning.timeline import (
+from trl_fast.planning.memory_timeline import (
     ATTENTION,
     FORWARD_STAGE,
     GRADIENTS,

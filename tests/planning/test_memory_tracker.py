@@ -5,8 +5,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trl_fast.ops import linear_logprob
 from trl_fast.ops.head.row_blocks import active_rows
-from trl_fast.planning.timeline import GRADIENTS, WEIGHTS
-from trl_fast.planning.tracker import MemoryTracker
+from trl_fast.planning.memory_timeline import GRADIENTS, WEIGHTS
+from trl_fast.planning.memory_tracker import MemoryTracker
 
 
 def track(function, **options):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .estimate import Longest, estimate, longest_context
-from .setup import FULL_LOGITS, TRL, Setup
-from .sizes import gib
-from .timeline import Peak
+from .memory_sizes import gib
+from .memory_timeline import Peak
+from .peak_estimates import Longest, estimate, longest_context
+from .training_setup import FULL_LOGITS, TRL, TrainingSetup
 
 TRL_STEP = "TRL 1.16: padded rows, tiles of logits, float32 sums of gradients"
 FULL_LOGITS_STEP = "full logits: padded rows, log_softmax over the logits of every position"
@@ -25,7 +25,7 @@ class Row:
     longest: Longest | None = None
 
 
-def systems(setup: Setup) -> list[tuple[str, Setup]]:
+def systems(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
     """The same run by other systems, with what they have too: checkpointing, adapters, activation offloading."""
     theirs = setup.but(system=TRL, tiled_mlp=None, batch_layout="auto", fused_head=True, head_grad="exact")
     found = [("this plan", setup), (TRL_STEP, theirs)]
@@ -37,7 +37,7 @@ def systems(setup: Setup) -> list[tuple[str, Setup]]:
     return found
 
 
-def switches(setup: Setup, tile_tokens: int) -> list[tuple[str, Setup]]:
+def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, TrainingSetup]]:
     """The setup itself, and with each setting that buys or costs memory changed; tile_tokens: of a tiled MLP."""
     tiled = None if setup.tiled_mlp is not None else tile_tokens
     changes: list[dict] = [
@@ -70,13 +70,13 @@ def _name(change: dict) -> str:
     return ", ".join(f"{name}={value}" for name, value in change.items())
 
 
-def compare(name: str, setup: Setup, max_length: int, limit: int | None) -> Row:
+def compare(name: str, setup: TrainingSetup, max_length: int, limit: int | None) -> Row:
     """Simulates one setup."""
     peak = estimate(setup, max_length)
     return Row(name, peak, None if limit is None else longest_context(setup, limit, max_length))
 
 
-def check_resident(model: torch.nn.Module, setup: Setup, limit: int) -> None:
+def check_resident(model: torch.nn.Module, setup: TrainingSetup, limit: int) -> None:
     """Makes sure that what is there whatever the length fits. `model` is the setup's, adapters and all.
 
     Raises:

@@ -19,13 +19,13 @@ from trl_fast.modeling.reference import freeze, reference_scope
 from trl_fast.modeling.reward_scoring import rewards
 from trl_fast.modeling.scoring import ModelScores, score
 
-from .baselines import baseline_loss
-from .batches import make_batch
-from .devices import choices_of, flash_workspace, head_backend
-from .models import decoder_layers, give_fake_memory, meta_model, planned_model, prepare
-from .setup import OURS, Setup
-from .timeline import FORWARD_STAGE, GRADIENTS, HEAD_STAGE, OPTIMIZER, REFERENCE, WEIGHTS, Timeline
-from .tracker import CUDA_GRANULARITY, MemoryTracker
+from .baseline_steps import baseline_loss
+from .example_batches import make_batch
+from .fake_models import decoder_layers, give_fake_memory, meta_model, planned_model, prepare
+from .gpu_facts import choices_of, flash_workspace, head_backend
+from .memory_timeline import FORWARD_STAGE, GRADIENTS, HEAD_STAGE, OPTIMIZER, REFERENCE, WEIGHTS, Timeline
+from .memory_tracker import CUDA_GRANULARITY, MemoryTracker
+from .training_setup import OURS, TrainingSetup
 
 REFERENCE_STAGE = "reference pass"
 LAST_LAYER, MIDDLE_LAYERS, FIRST_LAYER = "last layer backward", "layers backward", "first layer backward"
@@ -33,7 +33,7 @@ EMBEDDING_STAGE = "embedding backward"
 OPTIMIZER_STAGE = "optimizer"
 
 
-def simulate(setup: Setup, max_length: int, layers: int | None = None) -> Timeline:
+def simulate(setup: TrainingSetup, max_length: int, layers: int | None = None) -> Timeline:
     """The memory of one optimizer step on a micro-batch of sequences of `max_length` tokens.
 
     The step is not the first one: the optimizer has its averages already. `layers`: only that many of the model's.
@@ -61,7 +61,7 @@ def simulate(setup: Setup, max_length: int, layers: int | None = None) -> Timeli
 
 
 def _run(
-    setup: Setup,
+    setup: TrainingSetup,
     model: PreTrainedModel | PeftModel,
     reference: PreTrainedModel | None,
     batch: TokenBatch,
@@ -80,7 +80,9 @@ def _run(
     optimizer.zero_grad()
 
 
-def _optimizer(setup: Setup, model: PreTrainedModel | PeftModel, tracker: MemoryTracker) -> torch.optim.Optimizer:
+def _optimizer(
+    setup: TrainingSetup, model: PreTrainedModel | PeftModel, tracker: MemoryTracker
+) -> torch.optim.Optimizer:
     """The trainers' default optimizer as it is after a step; with gradients if they accumulate over micro-batches."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, fused=True)
@@ -124,7 +126,7 @@ def _mark_stages(model: PreTrainedModel | PeftModel, tracker: MemoryTracker) -> 
 
 
 def _score(
-    setup: Setup, model: torch.nn.Module, batch: TokenBatch, outputs: tuple[str, ...], **options: object
+    setup: TrainingSetup, model: torch.nn.Module, batch: TokenBatch, outputs: tuple[str, ...], **options: object
 ) -> ModelScores:
     with setup.autocast():
         return score(

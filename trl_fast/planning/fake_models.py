@@ -19,11 +19,11 @@ from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
-from .devices import PADDED_ATTENTION, replaced
-from .setup import OURS, Setup
+from .gpu_facts import PADDED_ATTENTION, replaced
+from .training_setup import OURS, TrainingSetup
 
 
-def meta_model(setup: Setup, layers: int | None = None) -> PreTrainedModel:
+def meta_model(setup: TrainingSetup, layers: int | None = None) -> PreTrainedModel:
     """The model without memory, as the trainers have it before adapters; `layers`: only the first so many.
 
     Raises:
@@ -61,7 +61,9 @@ def shortened(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
     return config
 
 
-def planned_model(setup: Setup, max_length: int, layers: int | None = None) -> tuple[PreTrainedModel | PeftModel, str]:
+def planned_model(
+    setup: TrainingSetup, max_length: int, layers: int | None = None
+) -> tuple[PreTrainedModel | PeftModel, str]:
     """The model without memory, as it trains, and the layout of its batches.
 
     Raises:
@@ -72,7 +74,7 @@ def planned_model(setup: Setup, max_length: int, layers: int | None = None) -> t
     return prepare(model, setup, layout), layout
 
 
-def prepare(model: PreTrainedModel, setup: Setup, layout: str) -> PreTrainedModel | PeftModel:
+def prepare(model: PreTrainedModel, setup: TrainingSetup, layout: str) -> PreTrainedModel | PeftModel:
     """Adapter, checkpointing, dropout and attention, as the trainers set them up."""
     if layout == "padded":
         model.set_attn_implementation(PADDED_ATTENTION)
@@ -97,7 +99,7 @@ def prepare(model: PreTrainedModel, setup: Setup, layout: str) -> PreTrainedMode
     return model
 
 
-def lora_config(setup: Setup) -> LoraConfig:
+def lora_config(setup: TrainingSetup) -> LoraConfig:
     """The adapter's configuration; with its dropout off, as the trainers' disable_dropout leaves it."""
     modules = setup.lora_target_modules
     return LoraConfig(
@@ -143,7 +145,7 @@ def layers_are_alike(model: PreTrainedModel) -> bool:
     return all(found == shapes[0] for found in shapes)
 
 
-def choose_layout(model: PreTrainedModel, setup: Setup, max_length: int) -> str:
+def choose_layout(model: PreTrainedModel, setup: TrainingSetup, max_length: int) -> str:
     """The layout that the trainers choose by what the architecture declares.
 
     Raises:

@@ -19,9 +19,9 @@ from trl_fast.ops.head import gradients, plan, row_blocks, sparse_kernels
 from trl_fast.ops.head.row_kernels import ROW_KERNELS, RowKernels
 from trl_fast.ops.head.sparse_kernels import SPARSE_KERNELS, SparseKernels
 
-from .answers import SPARSE_ENTRIES
-from .timeline import ATTENTION
-from .tracker import MemoryTracker
+from .data_dependent_operators import SPARSE_ENTRIES
+from .memory_timeline import ATTENTION
+from .memory_tracker import MemoryTracker
 
 aten = torch.ops.aten
 # Registered with transformers for rows that need no mask: all of a batch's sequences are of one length here.

@@ -5,14 +5,14 @@ from __future__ import annotations
 from trl_fast.data import TokenBatch, Tree, pack_labelled, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
 
-from .setup import Setup
+from .training_setup import TrainingSetup
 
 # Any ids do; the two texts of a pair must differ after their prompt.
 _PROMPT, _CHOSEN, _REJECTED = 1, 2, 3
 _PAD = 0
 
 
-def make_batch(setup: Setup, max_length: int, layout: str) -> TokenBatch:
+def make_batch(setup: TrainingSetup, max_length: int, layout: str) -> TokenBatch:
     """Pairs (dpo, reward) or sequences (sft) of `max_length` tokens, as many as a device's batch."""
     count = setup.per_device_train_batch_size
     if setup.method == "sft":

@@ -16,9 +16,9 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference import reference_scope
 from trl_fast.modeling.reward_scoring import rewards
 
-from .setup import FULL_LOGITS, Setup
-from .timeline import FORWARD_STAGE, HEAD_STAGE
-from .tracker import MemoryTracker
+from .memory_timeline import FORWARD_STAGE, HEAD_STAGE
+from .memory_tracker import MemoryTracker
+from .training_setup import FULL_LOGITS, TrainingSetup
 
 # TRL's tiles of logits.
 TILE_ROWS, TILE_COLUMNS = 4096, 32768
@@ -26,7 +26,7 @@ _BETA = 0.1
 
 
 def baseline_loss(
-    setup: Setup,
+    setup: TrainingSetup,
     model: PreTrainedModel | PeftModel,
     reference: PreTrainedModel | None,
     batch: TokenBatch,
@@ -56,7 +56,7 @@ def baseline_loss(
     return -F.logsigmoid(_BETA * (chosen - rejected)).mean()
 
 
-def _full_logprobs(setup: Setup, model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+def _full_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """log_softmax over the logits of every position, in their own dtype: the least that full logits take."""
     with setup.autocast():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -69,7 +69,7 @@ def _full_logprobs(setup: Setup, model: torch.nn.Module, batch: TokenBatch) -> t
     return logprobs.float()[row, batch.score_positions - row * width]
 
 
-def _tiled_logprobs(setup: Setup, model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+def _tiled_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """TRL 1.16's fused head at the scored positions: tiles in forward, and computed again in backward."""
     inner = base_model(model)
     with setup.autocast():

@@ -17,8 +17,8 @@ from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .answers import ANSWERS
-from .timeline import Allocation, Timeline
+from .data_dependent_operators import ANSWERS
+from .memory_timeline import Allocation, Timeline
 
 # What torch.cuda's allocator rounds up to.
 CUDA_GRANULARITY = 512

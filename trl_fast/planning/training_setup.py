@@ -20,7 +20,7 @@ LAYOUTS = ("auto", "shared_prefix", "packed", "padded")
 
 
 @dataclass(frozen=True, eq=False)
-class Setup:
+class TrainingSetup:
     """A training run. The names and defaults are those of the trainers' arguments, where they have them.
 
     - `method`: one of METHODS; `system`: whose step it is, OURS, TRL or FULL_LOGITS.
@@ -64,7 +64,7 @@ class Setup:
             self.head_grad, DEFAULT_SPARSE_THRESHOLD, torch.device("cuda" if self.device == "gpu" else "cpu")
         )
 
-    def but(self, **changes: object) -> Setup:
+    def but(self, **changes: object) -> TrainingSetup:
         """The same with some fields changed."""
         return replace(self, **changes)
 
