@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +15,7 @@ from trl_fast.losses.dpo import DPOLossConfig, PreferenceTable, dpo_loss, dpo_me
 from trl_fast.modeling.scoring import score
 
 from .base.preference import PreferenceTrainer, padded_rows
-from .base.step import HeadKeywords, StepResult, add_router_loss, insert_after, router_keywords
+from .base.step import StepResult, insert_after, router_keywords, with_router_loss
 from .dpo_config import DPOConfig
 
 
@@ -22,8 +25,8 @@ def dpo_step(
     reference: torch.Tensor,
     config: DPOLossConfig,
     *,
-    head: HeadKeywords,
-    router_coefficient: float = 0.0,
+    head: Mapping[str, Any],
+    router_coef: float = 0.0,
 ) -> StepResult:
     """Computes the loss of one micro-batch of pairs and its metrics.
 
@@ -33,7 +36,7 @@ def dpo_step(
         reference: (2P,) float32, log π_ref of each completion as `PreferenceTable.sequence_logprobs` sums it.
         config: the loss.
         head: keywords of `score` about the head.
-        router_coefficient: weight of a mixture of experts' load-balancing loss.
+        router_coef: weight of a mixture of experts' load-balancing loss.
     """
     table = preference_table(batch)
     # Where the loss is a sum over pairs, each pair's gradient is taken while its logits are there.
@@ -42,10 +45,10 @@ def dpo_step(
         "group_sizes": batch.group_sizes,
     }
     options = by_pairs if config.is_sum_over_pairs and batch.group_sizes else {}
-    scored = score(model, batch, outputs=config.outputs, **head, **options, **router_keywords(router_coefficient))
+    scored = score(model, batch, outputs=config.outputs, **head, **options, **router_keywords(router_coef))
     loss = scored.loss if options else dpo_loss(scored.tokens, table, reference, config)
     metrics = dpo_metrics(scored.tokens, table, reference, config)
-    loss, router_metrics = add_router_loss(loss, scored.aux_loss, router_coefficient)
+    loss, router_metrics = with_router_loss(loss, scored, router_coef)
     return StepResult(loss, {**router_metrics, "entropy": metrics.pop("entropy"), **metrics})
 
 
@@ -128,16 +131,16 @@ class DPOTrainer(PreferenceTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """The loss (0-d) of one micro-batch; its metrics wait for the next log."""
         reference = self.compute_ref_log_probs(inputs)
-        loss, metrics = dpo_step(
+        found = dpo_step(
             model,
             inputs,
             reference,
             self.loss_config,
             head=self.head_keywords,
-            router_coefficient=self.router_aux_loss_coef,
+            router_coef=self.router_aux_loss_coef,
         )
-        self.record(insert_after("entropy", metrics, {"num_tokens": self.count_tokens(inputs)}))
-        return (loss, {}) if return_outputs else loss
+        self.record(insert_after("entropy", found.metrics, {"num_tokens": self.count_tokens(inputs)}))
+        return (found.loss, {}) if return_outputs else found.loss
 
     # ---- evaluation
 

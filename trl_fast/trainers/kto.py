@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from trl_fast.ops import TokenScores
 
 from .base.metric_buffer import MetricBuffer
 from .base.preference import PreferenceTrainer, padded_rows
-from .base.step import HeadKeywords, StepResult, add_router_loss, insert_after, router_keywords
+from .base.step import StepResult, insert_after, router_keywords, with_router_loss
 from .kto_config import KTOConfig
 
 # TRL logs these only for micro-batches that have such rows.
@@ -61,8 +61,8 @@ def kto_step(
     config: KTOLossConfig,
     *,
     together: bool,
-    head: HeadKeywords,
-    router_coefficient: float = 0.0,
+    head: Mapping[str, Any],
+    router_coef: float = 0.0,
     processes: AcrossProcesses = AcrossProcesses(),
 ) -> StepResult:
     """Computes the loss of one micro-batch of labelled completions and its metrics.
@@ -75,19 +75,19 @@ def kto_step(
         config: the loss.
         together: whether own and mismatched completions are scored in one pass; see `scores_together`.
         head: keywords of `score` about the head.
-        router_coefficient: weight of a mixture of experts' load-balancing loss.
+        router_coef: weight of a mixture of experts' load-balancing loss.
         processes: how tensors are reduced over processes.
     """
     table = KTOTable(batch.branch, batch[LABEL], reference[:, 0])
     if together:
         scored, kl = _score_together(model, batch, table, reference[:, 1], config, head, processes)
     else:
-        router = router_keywords(router_coefficient)
+        router = router_keywords(router_coef)
         scored, kl = _score_apart(model, batch, table, reference, config, head, processes, router)
     # What is not a number takes no part in the mean, and how much that is shows only when all is scored.
     loss = scored.loss / count_losses(scored.tokens, table, kl)
     metrics = kto_metrics(scored.tokens, table, kl, config, processes.sum)
-    loss, router_metrics = add_router_loss(loss, scored.aux_loss, router_coefficient)
+    loss, router_metrics = with_router_loss(loss, scored, router_coef)
     return StepResult(loss, {name: metrics.pop(name) for name in ("kl", "entropy")} | metrics | router_metrics)
 
 
@@ -114,7 +114,7 @@ def _score_together(
     table: KTOTable,
     kl_reference: torch.Tensor,
     config: KTOLossConfig,
-    head: HeadKeywords,
+    head: Mapping[str, Any],
     processes: AcrossProcesses,
 ) -> tuple[ModelScores, torch.Tensor]:
     """Returns the scores of the own completions with the sum of their losses, and the KL estimate, from one pass."""
@@ -141,7 +141,7 @@ def _score_apart(
     table: KTOTable,
     reference: torch.Tensor,
     config: KTOLossConfig,
-    head: HeadKeywords,
+    head: Mapping[str, Any],
     processes: AcrossProcesses,
     router: dict[str, bool],
 ) -> tuple[ModelScores, torch.Tensor]:
@@ -249,18 +249,18 @@ class KTOTrainer(PreferenceTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """The loss (0-d) of one micro-batch; its metrics wait for the next log."""
-        loss, metrics = kto_step(
+        found = kto_step(
             model,
             inputs,
             self.compute_ref_log_probs(inputs).view(len(inputs), -1),
             self.loss_config,
             together=self._scores_together(inputs),
             head=self.head_keywords,
-            router_coefficient=self.router_aux_loss_coef,
+            router_coef=self.router_aux_loss_coef,
             processes=self._processes,
         )
-        self.record(insert_after("entropy", metrics, {"num_tokens": self.count_tokens(inputs)}))
-        return (loss, {}) if return_outputs else loss
+        self.record(insert_after("entropy", found.metrics, {"num_tokens": self.count_tokens(inputs)}))
+        return (found.loss, {}) if return_outputs else found.loss
 
     def _scores_together(self, inputs: TokenBatch) -> bool:
         """Returns whether own and mismatched completions are scored in one pass.

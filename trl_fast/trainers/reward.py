@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType
@@ -19,7 +19,6 @@ from trl_fast.data.reward_modeling import (
     RewardCollator,
     prepare_reward_dataset,
 )
-from trl_fast.losses.mean_metric import Metric
 from trl_fast.losses.reward import reward_loss, reward_metrics
 from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.loading import base_model, load_reward_model
@@ -32,6 +31,7 @@ from trl_fast.modeling.reward_scoring import (
 )
 from trl_fast.modeling.scoring import Verdict
 
+from .base.step import StepResult
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
 from .reward_config import RewardConfig
@@ -41,21 +41,13 @@ logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 12
 
 
-class RewardStepResult(NamedTuple):
-    """Holds the loss (0-d) of a micro-batch, its metrics, and the rewards (2P,) float32 without gradient."""
-
-    loss: torch.Tensor
-    metrics: dict[str, Metric]
-    rewards: torch.Tensor
-
-
 def reward_step(
     model: torch.nn.Module,
     batch: TokenBatch,
     *,
     center_rewards_coefficient: float | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda rewards: rewards,
-) -> RewardStepResult:
+) -> tuple[StepResult, torch.Tensor]:
     """Computes the loss of one micro-batch of pairs and its metrics.
 
     Args:
@@ -63,10 +55,13 @@ def reward_step(
         batch: P pairs with their margins, if they have any, from `data.reward_modeling.reward_batch`.
         center_rewards_coefficient: as in `reward_loss`.
         gather: from the rewards (2P,) of this process to those of all.
+
+    Returns:
+        The loss with its metrics, and the rewards (2P,) float32 without gradient.
     """
     scores = rewards(model, batch)
     loss = reward_loss(scores, batch.get(MARGIN), center_rewards_coefficient)
-    return RewardStepResult(loss, reward_metrics(gather(scores.detach())), scores.detach())
+    return StepResult(loss, reward_metrics(gather(scores.detach()))), scores.detach()
 
 
 class RewardTrainer(BaseTrainer):
@@ -224,17 +219,17 @@ class RewardTrainer(BaseTrainer):
 
         With return_outputs also the rewards as `logits` (2P, 1), those of all chosen sequences first.
         """
-        loss, metrics, scores = reward_step(
+        found, scores = reward_step(
             model,
             inputs,
             center_rewards_coefficient=self.args.center_rewards_coefficient,
             # The smallest and largest reward are those of all processes.
             gather=self.accelerator.gather,
         )
-        self.record({"num_tokens": self.count_tokens(inputs)} | metrics)
+        self.record({"num_tokens": self.count_tokens(inputs), **found.metrics})
         if not return_outputs:
-            return loss
-        return loss, {"logits": scores.view(-1, 2).T.reshape(-1, 1)}
+            return found.loss
+        return found.loss, {"logits": scores.view(-1, 2).T.reshape(-1, 1)}
 
     # ---- evaluation
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -29,7 +29,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs, score
 
 from .base.model_setup import router_coefficient
-from .base.step import HeadKeywords, StepResult, add_router_loss, insert_after, router_keywords
+from .base.step import StepResult, insert_after, router_keywords, with_router_loss
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
 from .sft_config import SFTConfig
@@ -43,9 +43,9 @@ def sft_step(
     token_loss: Callable[[torch.Tensor], torch.Tensor],
     count: torch.Tensor | int | None = None,
     *,
-    head: HeadKeywords,
+    head: Mapping[str, Any],
     factor: float = 1,
-    router_coefficient: float = 0.0,
+    router_coef: float = 0.0,
     router_divisor: float = 1,
     loss_of_logits: Callable[..., torch.Tensor] | None = None,
 ) -> StepResult:
@@ -58,11 +58,11 @@ def sft_step(
         count: what the sum is divided by, a 0-d tensor or a number; None: N.
         head: keywords of `score` about the head.
         factor: what the loss is multiplied by.
-        router_coefficient: weight of a mixture of experts' load-balancing loss.
+        router_coef: weight of a mixture of experts' load-balancing loss.
         router_divisor: what that loss is divided by.
         loss_of_logits: from model, batch and count to the loss (0-d), by whole logits, instead of token_loss.
     """
-    router = router_keywords(router_coefficient)
+    router = router_keywords(router_coef)
     if loss_of_logits is not None:
         loss = loss_of_logits(model, batch, count)
         with torch.no_grad():
@@ -76,7 +76,7 @@ def sft_step(
             divisor = torch.full((), divisor, device=scored.loss.device)
         loss = scored.loss / divisor.to(scored.loss.device).clamp(min=1)
     loss = loss if factor == 1 else loss * factor
-    loss, router_metrics = add_router_loss(loss, scored.aux_loss, router_coefficient, router_divisor)
+    loss, router_metrics = with_router_loss(loss, scored, router_coef, router_divisor)
     return StepResult(loss, token_metrics(scored.tokens) | router_metrics)
 
 
@@ -282,7 +282,7 @@ class SFTTrainer(BaseTrainer):
         """
         whole_logits = self.compute_loss_func is not None or self.label_smoother is not None
         averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        loss, metrics = sft_step(
+        found = sft_step(
             model,
             inputs,
             self.token_loss,
@@ -290,15 +290,15 @@ class SFTTrainer(BaseTrainer):
             head=self.head_keywords,
             # The count is that of all processes, and DDP takes the mean of their gradients.
             factor=self.accelerator.num_processes if averaged else 1,
-            router_coefficient=self.router_aux_loss_coef,
+            router_coef=self.router_aux_loss_coef,
             router_divisor=1 if num_items_in_batch is None else self.current_gradient_accumulation_steps,
             loss_of_logits=self._loss_of_logits if whole_logits and self.args.loss_type == "nll" else None,
         )
-        self.record(insert_after("mean_token_accuracy", metrics, {"num_tokens": self.count_tokens(inputs)}))
+        self.record(insert_after("mean_token_accuracy", found.metrics, {"num_tokens": self.count_tokens(inputs)}))
         if not return_outputs:
-            return loss
+            return found.loss
         with torch.no_grad():
-            return loss, model(**model_inputs(inputs), use_cache=False)
+            return found.loss, model(**model_inputs(inputs), use_cache=False)
 
     def _loss_of_logits(
         self, model: torch.nn.Module, inputs: TokenBatch, num_items_in_batch: torch.Tensor | None

@@ -1,52 +1,58 @@
-"""What every method's step function returns, and the router's loss that each of them may add."""
+"""Defines what a training step gives back, and the part of a loss that all methods share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 
 from trl_fast.losses.mean_metric import Metric
+from trl_fast.modeling.scoring import ModelScores
+from trl_fast.ops import TokenScores
 
-# Keywords of `modeling.scoring.score` about the head: backend, workspace_bytes, head_grad.
-HeadKeywords = Mapping[str, Any]
 
+@dataclass(frozen=True)
+class StepResult:
+    """Holds the outcome of one micro-batch.
 
-class StepResult(NamedTuple):
-    """Holds what a step of one micro-batch gives: the loss (0-d float), and its metrics in TRL's order."""
+    - `loss`: 0-d float32, differentiable.
+    - `metrics`: (total, count) by name, 0-d and without gradient, in the order in which they are logged.
+    - `scores`: the scored tokens' values, (N,) each, without gradient; None where the method scores no tokens.
+    """
 
     loss: torch.Tensor
-    metrics: dict[str, Metric | tuple[torch.Tensor, torch.Tensor]]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    scores: TokenScores | None = None
 
 
 def router_keywords(coefficient: float) -> dict[str, bool]:
-    """Returns the keywords of a scoring call with which its `aux_loss` comes, where that has a weight."""
+    """Returns the keywords with which a mixture of experts computes its router's loss; none where it has no weight."""
     return {"output_router_logits": True} if coefficient else {}
 
 
-def add_router_loss(
-    loss: torch.Tensor, aux_loss: torch.Tensor | None, coefficient: float, divisor: float = 1
-) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Adds a mixture of experts' load-balancing loss to the method's.
+def with_router_loss(
+    loss: torch.Tensor, scored: ModelScores, coefficient: float, divisor: int = 1
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    """Adds the router's load-balancing loss to a loss (0-d).
 
     Args:
-        loss: 0-d float.
-        aux_loss: 0-d float, the model's load-balancing loss; None: it has none.
-        coefficient: its weight; 0: it is not added.
-        divisor: what its share is divided by, where the method's loss is divided already.
+        loss: 0-d float32.
+        scored: the scores that the loss was computed from; `aux_loss` is the router's loss, or None.
+        coefficient: the weight of the router's loss; 0 leaves it out.
+        divisor: the accumulation steps, where the loss is divided by them already.
 
     Returns:
-        The sum (0-d), and the metric `aux_loss` where there is one.
+        The sum (0-d), and the metric aux_loss, if there is one.
     """
-    if aux_loss is None or not coefficient:
+    if scored.aux_loss is None or not coefficient:
         return loss, {}
-    share = coefficient * aux_loss
-    return loss + (share if divisor == 1 else share / divisor), {"aux_loss": (aux_loss, torch.ones_like(aux_loss))}
+    total = loss + coefficient * scored.aux_loss / divisor
+    return total, {"aux_loss": Metric(scored.aux_loss, torch.ones_like(scored.aux_loss))}
 
 
-def insert_after(name: str, metrics: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Returns `metrics` with `more` behind the metric `name`: logs have TRL's order."""
+def insert_after(name: str, metrics: Mapping[str, Metric], more: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Returns `metrics` with `more` behind the metric `name`, so that logs keep TRL's order."""
     names = list(metrics)
     first = {key: metrics[key] for key in names[: names.index(name) + 1]}
     return {**first, **more, **{key: value for key, value in metrics.items() if key not in first}}

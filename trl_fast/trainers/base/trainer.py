@@ -253,18 +253,24 @@ class BaseTrainer(Trainer):
 
     # ---- the loss
 
-    @property
-    def head_keywords(self) -> dict[str, Any]:
-        """The arguments' settings of the head, as keywords of `modeling.scoring.score`."""
-        args = self.args
-        names = {"backend": args.head_backend, "workspace_bytes": args.head_workspace_bytes}
-        return {**names, "head_grad": args.head_grad}
-
     def score(
         self, model: torch.nn.Module, batch: TokenBatch, outputs: tuple[str, ...] = ("logprobs",), **kwargs: Any
     ) -> ModelScores:
-        """Scores a batch with the arguments' settings of the head; `kwargs` are `modeling.scoring.score`'s."""
+        """Scores a batch by `modeling.score` with the arguments' settings of the head.
+
+        kwargs: further keywords of `modeling.score`, and of the model's forward.
+        """
         return score(model, batch, outputs=outputs, **self.head_keywords, **kwargs)
+
+    @property
+    def head_keywords(self) -> dict[str, Any]:
+        """Returns the arguments' settings of the head, as keywords of `modeling.score`."""
+        args = self.args
+        return {
+            "backend": args.head_backend,
+            "workspace_bytes": args.head_workspace_bytes,
+            "head_grad": args.head_grad,
+        }
 
     @property
     def router_kwargs(self) -> dict[str, bool]:
