@@ -86,7 +86,7 @@ def test_tools_and_template_arguments_equal_trls(tools, caplog):
     assert "look_up" in tokenizer.decode(ours[0]["prompt_ids"])
     # the template's generation prompt ends in an empty thought that whole conversations do not have
     assert "think" not in tokenizer.decode(ours[0]["prompt_ids"])
-    warnings = [record.message for record in caplog.records if record.name == "trl_fast.data.formats"]
+    warnings = [record.message for record in caplog.records if record.name == "trl_fast.data.tokenization"]
     assert len(warnings) == 1
     assert "<think></think>" in warnings[0]
 
@@ -173,7 +173,7 @@ def test_prepared_rows_come_from_the_cache_the_second_time(tmp_path, monkeypatch
 
     first = prepare(max_length=100)
     assert first.cache_files
-    monkeypatch.setattr("trl_fast.data.formats.tokenize_preference", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr("trl_fast.data.preference.tokenize_preference", lambda *_: pytest.fail("tokenized again"))
     second = prepare(max_length=100)
     assert second._fingerprint == first._fingerprint
     assert token_rows(second) == token_rows(first)

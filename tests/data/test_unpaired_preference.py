@@ -74,7 +74,7 @@ def test_rows_are_trls(dataset, block, cut, loss_type, tokenizer):
     lengths = sorted(len(row["prompt_ids"]) for row in prepare_unpaired_dataset(dataset, tokenizer))
     max_length = lengths[len(lengths) // 2] + 1 if cut else None
     expected = ids(trls(dataset, tokenizer, block, max_length, loss_type))
-    options = {"max_length": max_length, "kl_block": block if loss_type == "kto" else None}
+    options = {"max_length": max_length, "kl_batch_size": block if loss_type == "kto" else None}
     prepared = prepare_unpaired_dataset(dataset, tokenizer, **options)
     assert ids(prepared) == expected
     assert ids(prepare_unpaired_dataset(prepared, tokenizer, **options)) == expected
@@ -82,13 +82,13 @@ def test_rows_are_trls(dataset, block, cut, loss_type, tokenizer):
 
 
 def test_mismatched_completions_stay_in_their_block(tokenizer):
-    prepared = prepare_unpaired_dataset(color_labels(7), tokenizer, kl_block=3)
+    prepared = prepare_unpaired_dataset(color_labels(7), tokenizer, kl_batch_size=3)
     completions = prepared["completion_ids"]
     assert list(prepared["KL_completion_ids"]) == [completions[index] for index in (2, 0, 1, 5, 3, 4, 6)]
 
 
 def test_blocks_do_not_depend_on_the_number_of_processes(tokenizer):
-    one, two = (prepare_unpaired_dataset(color_labels(7), tokenizer, kl_block=3, num_proc=n) for n in (None, 2))
+    one, two = (prepare_unpaired_dataset(color_labels(7), tokenizer, kl_batch_size=3, num_proc=n) for n in (None, 2))
     assert ids(one) == ids(two)
 
 
@@ -96,7 +96,7 @@ def test_older_limits(tokenizer):
     whole = prepare_unpaired_dataset(color_labels(5), tokenizer)
     limits = {"max_prompt_length": 3, "max_completion_length": 4}
     for row, cut in zip(
-        whole, prepare_unpaired_dataset(color_labels(5), tokenizer, kl_block=2, **limits), strict=True
+        whole, prepare_unpaired_dataset(color_labels(5), tokenizer, kl_batch_size=2, **limits), strict=True
     ):
         assert cut["prompt_ids"] == row["prompt_ids"][-3:] and cut["completion_ids"] == row["completion_ids"][:4]
         assert len(cut["KL_completion_ids"]) <= 4
@@ -130,7 +130,7 @@ BAD = {
 @pytest.mark.parametrize(("dataset", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_data(dataset, message, tokenizer):
     with pytest.raises(ValueError, match=f"(?s)The train dataset.*{message}"):
-        prepare_unpaired_dataset(dataset, tokenizer, kl_block=2)
+        prepare_unpaired_dataset(dataset, tokenizer, kl_batch_size=2)
 
 
 def test_a_text_needs_an_end(tokenizer):
@@ -165,7 +165,7 @@ def test_balance(good, bad, weights, message, caplog):
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_batches(layout, mode, tokenizer):
     """The rows' own sequences, those with the other completions, and both side by side."""
-    rows = list(prepare_unpaired_dataset(color_labels(4), tokenizer, kl_block=4))
+    rows = list(prepare_unpaired_dataset(color_labels(4), tokenizer, kl_batch_size=4))
     rows = [{**row, "ref_logps": -1.5, "ref_KL_logps": index} for index, row in enumerate(rows)]
     batch = DataCollatorForUnpairedPreference(2, max_length=16, truncation_mode=mode, layout=layout)(rows)
     own, other, both = batch, batch[MISMATCHED], batch[BOTH]

@@ -1,4 +1,4 @@
-"""Dataset formats → token trees → packed batches."""
+"""Turns rows of datasets into token trees, and trees into packed batches."""
 
 from .chat_template import (
     apply_chat_template,
@@ -6,28 +6,11 @@ from .chat_template import (
     maybe_apply_chat_template,
     maybe_convert_to_chatml,
 )
-from .checks import (
-    TOKEN_COLUMNS,
-    check_completions,
-    check_head_vocabulary,
-    check_preference_columns,
-    check_preference_row,
-    check_token_ids,
-    check_tokenizer,
-    longest_sequence,
-)
 from .dataset_packing import pack_dataset, truncate_dataset
 from .dataset_types import AnyDataset
-from .formats import (
-    extract_prompt,
-    is_conversational,
-    maybe_extract_prompt,
-    prepare_preference_dataset,
-    tokenize_preference,
-    tokenize_unpaired,
-)
+from .formats import extract_prompt, is_conversational, maybe_extract_prompt
 from .packing import LAYOUTS, TokenBatch, pack_trees
-from .preference import DataCollatorForPreference
+from .preference import DataCollatorForPreference, prepare_preference_dataset
 from .reward_modeling import (
     DataCollatorForReward,
     RewardCollator,
@@ -35,6 +18,7 @@ from .reward_modeling import (
     reward_batch,
     tokenize_reward,
 )
+from .row_checks import TOKEN_COLUMNS, check_preference_columns, check_preference_row
 from .sft_batch import (
     ConvertingCollator,
     DataCollatorForLanguageModeling,
@@ -44,10 +28,17 @@ from .sft_batch import (
     unpacked,
 )
 from .sft_dataset import SFTFormat, SFTLength, prepare_sft_dataset, tokenize_sft
+from .token_checks import check_completions, check_token_ids, longest_sequence
 from .token_trees import TRUNCATION_MODES, Tree, truncate_tree
+from .tokenization import tokenize_preference, tokenize_unpaired
+from .tokenizer_checks import check_head_vocabulary, check_tokenizer
 from .training_chat_template import get_training_chat_template, has_generation_marks, trains_stop_token
-from .unpaired import maybe_unpair_preference_dataset, unpair_preference_dataset
-from .unpaired_preference import DataCollatorForUnpairedPreference, prepare_unpaired_dataset
+from .unpaired_preference import (
+    DataCollatorForUnpairedPreference,
+    maybe_unpair_preference_dataset,
+    prepare_unpaired_dataset,
+    unpair_preference_dataset,
+)
 from .validation import ValidationReport, validate
 
 __all__ = [

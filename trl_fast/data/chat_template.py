@@ -1,4 +1,4 @@
-"""Conversations: other formats of them into messages, and messages into text."""
+"""Converts conversations of other formats into messages, and renders messages as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MESSAGE_COLUMNS = ("prompt", *_COMPLETIONS, "messages", "conversations")
 
 
 def is_conversational_from_value(example: dict[str, Any]) -> bool:
-    """Whether the row's `conversations` are messages with `from` and `value` instead of `role` and `content`."""
+    """Says whether the row's `conversations` are messages with `from` and `value`, not `role` and `content`."""
     messages = example.get("conversations")
     if not isinstance(messages, list) or not messages:
         return False
@@ -33,7 +33,7 @@ def is_conversational_from_value(example: dict[str, Any]) -> bool:
 
 
 def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
-    """The row with `from` and `value` of its messages renamed to `role` and `content`, `conversations` to `messages`.
+    """Returns the row with `from`, `value`, `conversations` renamed to `role`, `content`, `messages`.
 
     Rows that have no such names are the same afterwards. The row given is not changed.
     """
@@ -61,7 +61,7 @@ def apply_chat_template(
     tools: list[dict | Callable] | None = None,
     **template_kwargs: Any,
 ) -> dict[str, Any]:
-    """The row's messages as text; `messages` become the column `text`.
+    """Renders the row's messages as text; `messages` become the column `text`.
 
     A prompt that ends with the user's or a tool's message is followed by the generation prompt, one that ends with the
     assistant's is left open. A completion is what the whole conversation has beyond the prompt, and the prompt is cut
@@ -97,7 +97,7 @@ def maybe_apply_chat_template(
     tools: list[dict | Callable] | None = None,
     **template_kwargs: Any,
 ) -> dict[str, Any]:
-    """`apply_chat_template` for conversational rows; other rows as they are."""
+    """Applies `apply_chat_template` to conversational rows; returns other rows as they are."""
     if not is_conversational(example):
         return example
     return apply_chat_template(example, processing_class, tools, **template_kwargs)

@@ -1,4 +1,4 @@
-"""Rows of a dataset packed into rows of a fixed length, or cut to one."""
+"""Packs the rows of a dataset into rows of a fixed length, or cuts them to one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OLDER_STRATEGIES = {"ffd": "bfd", "bfd-requeue": "bfd_split"}
 def pack_dataset(
     dataset: DatasetOrDict, seq_length: int, strategy: str = "bfd", map_kwargs: dict[str, Any] | None = None
 ) -> DatasetOrDict:
-    """Pack the rows of a dataset, whose columns are lists of equal lengths, into rows of up to `seq_length` elements.
+    """Packs the rows of a dataset, whose columns are lists of equal lengths, into rows of up to `seq_length` elements.
 
     - `bfd`: best-fit decreasing (arXiv 2404.10830). Longest rows first, each goes into the fullest bin that has room;
       rows longer than `seq_length` lose their end. The new column `seq_lengths` tells how long each part of a row is.
@@ -50,7 +50,7 @@ def pack_dataset(
 def truncate_dataset(
     dataset: DatasetOrDict, max_length: int, map_kwargs: dict[str, Any] | None = None
 ) -> DatasetOrDict:
-    """Cut every list of every row to its first `max_length` elements; other columns stay as they are."""
+    """Cuts every list of every row to its first `max_length` elements; other columns stay as they are."""
     return _map_arrow(dataset, _truncate, {"max_length": max_length}, map_kwargs)
 
 
@@ -61,7 +61,7 @@ def _map_arrow(
     map_kwargs: dict | None,
     new_columns: list[str] | None = None,
 ) -> DatasetOrDict:
-    """`dataset.map` over Arrow tables; the answer has the format that the dataset had."""
+    """Applies `dataset.map` to Arrow tables; the result has the format that the dataset had."""
     first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     if isinstance(first, Dataset):
         before = dict(first.format)
@@ -111,7 +111,7 @@ def _pack_best_fit(table: pa.Table, seq_length: int, split: bool) -> pa.Table:
 
 
 def _best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """The members of each bin. Among bins with equally little room the one that has waited longest is taken."""
+    """Returns the members of each bin. Of bins with equally little room the one that has waited longest is filled."""
     bins: list[list[int]] = []
     waiting: dict[int, deque[list[int]]] = {}
     rooms: list[int] = []  # the keys of `waiting`, sorted
@@ -137,12 +137,12 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def _pieces(length: int, seq_length: int) -> np.ndarray:
-    """The lengths of the pieces that a row is split into: `seq_length` each, and what is left."""
+    """Returns the lengths of the pieces that a row is cut into: `seq_length` each, and the rest."""
     return np.minimum(seq_length, length - np.arange(0, length, seq_length))
 
 
 def _list_columns(table: pa.Table) -> tuple[list[pa.Array], np.ndarray]:
-    """The columns, each in one piece, and the lengths of their rows."""
+    """Returns the columns, each in one piece, and the lengths of their rows."""
     columns = [pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0) for column in table]
     for name, column in zip(table.column_names, columns, strict=True):
         if not _is_list(column.type):
@@ -159,7 +159,7 @@ def _list_columns(table: pa.Table) -> tuple[list[pa.Array], np.ndarray]:
 
 
 def _relist(column: pa.Array, ends: np.ndarray) -> pa.Array:
-    """The same elements in lists that end elsewhere."""
+    """Returns the same elements in lists that end elsewhere."""
     return type(column).from_arrays(pa.array(ends, type=column.offsets.type), column.flatten())
 
 

@@ -1,4 +1,4 @@
-"""From token trees to the batch that a model eats."""
+"""Packs token trees into the batch that a model runs on."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -17,7 +17,7 @@ MIN_SHARED_TOKENS = 16
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """The sequences of some trees, laid out for one forward pass, and the places where a loss reads it.
+    """Holds the sequences of some trees, laid out for one forward pass, and the positions that a loss reads.
 
     Sequences (a prompt followed by one of its branches) are numbered tree after tree, branch after branch: the chosen
     completion of pair i is sequence 2i, the rejected one 2i + 1. S sequences hold N scored tokens, ordered by
@@ -64,7 +64,7 @@ class TokenBatch:
             object.__setattr__(self, "tree_lengths", tuple((length,) for length in self.sequence_lengths))
 
     def __len__(self) -> int:
-        """The number of sequences S."""
+        """Returns the number of sequences S."""
         return len(self.branch_lengths)
 
     def __contains__(self, name: str) -> bool:
@@ -77,16 +77,16 @@ class TokenBatch:
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field or extra of that name, or `default`."""
+        """Returns the field or extra of that name, or `default`."""
         value = self.extras.get(name, vars(self).get(name))
         return default if value is None else value
 
     def sequences(self) -> list[torch.Tensor]:
-        """The token ids (length,) of each sequence, its prompt included."""
+        """Returns the token ids (length,) of each sequence, its prompt included."""
         return self.by_sequence(self.input_ids)
 
     def by_sequence(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Of values (B, T), those (length,) at the tokens of each sequence, its prompt included."""
+        """Returns, of values (B, T), those (length,) at the tokens of each sequence, its prompt included."""
         if self.tree_lengths is None:
             lengths = self.attention_mask.sum(1).tolist()
             return [row[:length] for row, length in zip(values, lengths, strict=True)]
@@ -98,11 +98,11 @@ class TokenBatch:
         return found
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
-        """The same batch with every tensor on `device`; on the way to a GPU the host waits for none of them."""
+        """Returns the same batch with every tensor on `device`; on the way to a GPU the host does not wait."""
         return self._map_tensors(lambda tensor: copy_to_device(tensor, device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TokenBatch":
-        """The same batch with every tensor in pinned memory (called by torch's DataLoader)."""
+        """Returns the same batch with every tensor in pinned memory (called by torch's DataLoader)."""
         return self._map_tensors(torch.Tensor.pin_memory)
 
     def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":
@@ -123,7 +123,7 @@ def pack_trees(
     truncation_mode: str = "keep_start",
     pad_to_multiple_of: int | None = None,
 ) -> TokenBatch:
-    """Lay out `trees` as one batch.
+    """Lays out `trees` as one batch.
 
     `shared_prefix`: one row without padding, each prompt once and its branches after it. `packed`: one row without
     padding, the sequences one after the other. `padded`: one row a sequence, padded on the right with `pad_token_id`
@@ -158,15 +158,15 @@ def pack_trees(
 
 
 class _Place(NamedTuple):
-    """Where the prompt and the completion of a sequence start among the flattened positions."""
+    """Holds where the prompt and the completion of a sequence start among the flattened positions."""
 
     prompt: int
     completion: int
 
 
-def _whole_places(starts: Iterable[int], sequences: list[tuple[list[int], list[int]]]) -> list[_Place]:
-    """The places of sequences whose completions stand right after their prompts."""
-    return [_Place(start, start + len(prompt)) for start, (prompt, _) in zip(starts, sequences, strict=False)]
+def _whole_places(firsts: Iterable[int], sequences: list[tuple[list[int], list[int]]]) -> list[_Place]:
+    """Returns the places of sequences whose completions stand right after their prompts."""
+    return [_Place(first, first + len(prompt)) for first, (prompt, _) in zip(firsts, sequences, strict=False)]
 
 
 def _shared_inputs(trees: list[Tree]) -> tuple[dict[str, Any], list[_Place]]:
@@ -243,7 +243,7 @@ def _scored_tokens(sequences: list[tuple[list[int], list[int]]], places: list[_P
 
 
 def _first_scored(prompt_ids: list[int]) -> int:
-    """The first completion token that something predicts."""
+    """Returns the index of the first completion token that a token before it predicts."""
     return 0 if prompt_ids else 1
 
 

@@ -1,24 +1,115 @@
-"""From prepared preference rows to a batch."""
+"""Makes token trees, and batches of them, of preference pairs: datasets for DPO and its relatives."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
+from .dataset_types import AnyDataset, map_options
+from .formats import is_conversational, maybe_extract_prompt
 from .packing import TokenBatch, pack_trees
-from .token_trees import Tree
+from .row_checks import TOKEN_COLUMNS, check_preference_columns, check_preference_row
+from .token_checks import check_completions
+from .token_trees import TRUNCATION_MODES, Tree
+from .tokenization import tokenize_preference
+from .tokenizer_checks import check_tokenizer
+from .truncation import cut_parts, drop_without_room
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
+# Part of the cache's key: datasets hashes a module's function by its name, not by its code. Count it up whenever rows
+# come out differently.
+FORMAT_VERSION = 1
+
+
+def prepare_preference_dataset(
+    dataset: AnyDataset,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> AnyDataset:
+    """Checks a preference dataset, tokenizes it, and drops the rows that truncation would leave without a completion.
+
+    Rows have `chosen` and `rejected`, `prompt` or not, as text or as messages; the answer has the columns
+    `prompt_ids`, `chosen_ids` and `rejected_ids` (int64 lists) beside the dataset's own. A dataset that has the three
+    already is not tokenized again. Where the prompt was implicit, the text columns are split too.
+
+    With `keep_start`, rows whose prompt fills `max_length` are dropped; the rest is cut when a batch is made.
+    `max_prompt_length` and `max_completion_length` are older limits, in tokens: a longer prompt loses its beginning,
+    a longer completion its end, before anything else is cut. Streams are tokenized and checked row by row as they are
+    read. `num_proc` processes work on a Dataset.
+
+    Raises ValueError for bad data (see `checks`), naming the dataset `name` and the row.
+    """
+    if truncation_mode not in TRUNCATION_MODES:
+        raise ValueError(
+            f"truncation_mode={truncation_mode!r} is unknown; expected one of {', '.join(TRUNCATION_MODES)}."
+        )
+    columns = check_preference_columns(dataset, name)
+    check_tokenizer(processing_class)
+    if not set(TOKEN_COLUMNS) <= set(columns):
+        arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
+        options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
+        dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
+    completions = TOKEN_COLUMNS[1:]
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+    dataset = cut_parts(dataset, completions, **limits, num_proc=num_proc, name=name)
+    if isinstance(dataset, Dataset):
+        check_completions(dataset, name)
+    if max_length is not None and truncation_mode == "keep_start":
+        dataset = drop_without_room(dataset, max_length, num_proc, name)
+    return dataset
+
+
+# It is given to `map`, so it stands at module level: datasets pickles it for its worker processes and hashes it for
+# its cache.
+
+
+def _tokenize_row(
+    example: dict[str, Any],
+    row: int,
+    processing_class: PreTrainedTokenizerBase,
+    name: str,
+    format_version: int,
+) -> dict[str, Any]:
+    check_preference_row(example, row, name)
+    split = maybe_extract_prompt(example)
+    changed_columns = {} if split is example else split
+    split = {**example, **changed_columns}
+    conversational = is_conversational(split)
+    if conversational and len(split["prompt"]) == 0:
+        raise ValueError(
+            f"The {name} dataset, row {row}: 'chosen' and 'rejected' have no leading message in common, so there is "
+            "no prompt. Add a 'prompt' column with the messages before the completions."
+        )
+    check_tokenizer(processing_class, needs_eos=not conversational)
+    token_ids = tokenize_preference(split, processing_class)
+    for column in ("chosen_ids", "rejected_ids"):
+        if not token_ids[column]:
+            raise ValueError(
+                f"The {name} dataset, row {row}, column {column!r}: the completion has no tokens after tokenization. "
+                "Fill it, or remove the row."
+            )
+    return {**changed_columns, **token_ids}
+
 
 @dataclass
-class DataCollatorForPreference:
-    """Collate rows with `prompt_ids`, `chosen_ids` and `rejected_ids` into a `TokenBatch`.
+class TreeCollator:
+    """Holds the settings of collators that pack a prompt and its completions as one tree a row.
 
-    Sequence 2i is row i's prompt followed by its chosen completion, sequence 2i + 1 by its rejected one, each cut to
-    `max_length` tokens by `truncation_mode` (`keep_start` or `keep_end`). `layout` is one of `packing.LAYOUTS`;
-    `pad_token_id` and `pad_to_multiple_of` matter where there is padding. Precomputed reference log-probabilities,
-    `ref_chosen_logps` and `ref_rejected_logps`, ride along in `extras` as float32 (P,).
+    Each prompt + completion is cut to `max_length` tokens by `truncation_mode` (`keep_start` or `keep_end`). `layout`
+    is one of `packing.LAYOUTS`; `pad_token_id` and `pad_to_multiple_of` matter where there is padding.
     """
 
     pad_token_id: int
@@ -27,12 +118,31 @@ class DataCollatorForPreference:
     pad_to_multiple_of: int | None = None
     layout: str = "padded"
 
-    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
-        trees = [Tree(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in examples]
-        batch = pack_trees(
+    def pack(self, examples: list[dict[str, Any]], *columns: str) -> TokenBatch:
+        """Packs the rows' prompts with the completions of the columns; a row's sequences are in their order."""
+        trees = [Tree(row["prompt_ids"], [row[column] for column in columns]) for row in examples]
+        return pack_trees(
             trees, self.layout, self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of
         )
-        for column in REFERENCE_COLUMNS:
-            if column in examples[0]:
-                batch.extras[column] = torch.tensor([row[column] for row in examples], dtype=torch.float32)
+
+
+def add_reference_logprobs(batch: TokenBatch, examples: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Adds those of the columns that the rows have to the batch's extras, one number a row, float32."""
+    for column in columns:
+        if column in examples[0]:
+            batch.extras[column] = torch.tensor([row[column] for row in examples], dtype=torch.float32)
+
+
+@dataclass
+class DataCollatorForPreference(TreeCollator):
+    """Collates rows with `prompt_ids`, `chosen_ids` and `rejected_ids` into a `TokenBatch`.
+
+    Sequence 2i is row i's prompt followed by its chosen completion, sequence 2i + 1 by its rejected one. The arguments
+    are those of `TreeCollator`. Precomputed reference log-probabilities, `ref_chosen_logps` and `ref_rejected_logps`,
+    ride along in `extras` as float32 (P,).
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+        batch = self.pack(examples, "chosen_ids", "rejected_ids")
+        add_reference_logprobs(batch, examples, REFERENCE_COLUMNS)
         return batch

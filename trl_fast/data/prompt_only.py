@@ -1,14 +1,13 @@
-"""Prompts for methods that sample their own completions."""
+"""Prepares prompts for methods that sample their own completions."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-
-from .checks import check_tokenizer
-from .dataset_types import AnyDataset
+from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational
+from .row_checks import place, read_columns
+from .tokenizer_checks import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ PROMPT_IDS = "prompt_ids"
 def tokenize_prompt(
     prompt: str | list[dict], processing_class: PreTrainedTokenizerBase, **template_kwargs: Any
 ) -> list[int]:
-    """Token ids of a prompt: messages through the chat template, open for the assistant's answer; text as it is."""
+    """Returns a prompt's token ids: messages through the chat template, open for the answer; text as it is."""
     if is_conversational({"prompt": prompt}):
         output = processing_class.apply_chat_template(
             prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **template_kwargs
@@ -37,7 +36,7 @@ def prepare_prompt_dataset(
     num_proc: int | None = None,
     name: str = "train",
 ) -> AnyDataset:
-    """The dataset with the token ids of its column `prompt` in `prompt_ids`; all other columns stay.
+    """Returns the dataset with the token ids of its column `prompt` in `prompt_ids`; all other columns stay.
 
     max_prompt_length: longer prompts lose their beginning.
 
@@ -46,21 +45,13 @@ def prepare_prompt_dataset(
             no tokens.
     """
     check_tokenizer(processing_class)
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError(f"The {name} dataset has no rows; expected at least one prompt.")
-    if "prompt" not in row:
+    columns = read_columns(dataset, "at least one prompt", name)
+    if "prompt" not in columns:
         raise ValueError(
-            f"The {name} dataset has the columns {list(row)}; expected 'prompt', a string or a list of messages. "
+            f"The {name} dataset has the columns {columns}; expected 'prompt', a string or a list of messages. "
             "Rename yours with dataset.rename_column(...)."
         )
-    images = [column for column in ("image", "images") if column in row]
-    if images:
-        raise ValueError(
-            f"The {name} dataset has the column {images[0]!r}: vision data is not supported yet. Remove the column to "
-            "train on the text alone."
-        )
-    if PROMPT_IDS in row:
+    if PROMPT_IDS in columns:
         return dataset
     options = {
         "processing_class": processing_class,
@@ -68,7 +59,7 @@ def prepare_prompt_dataset(
         "max_prompt_length": max_prompt_length,
         "name": name,
     }
-    how = {"num_proc": num_proc, "desc": f"Tokenizing {name} prompts"} if isinstance(dataset, Dataset) else {}
+    how = map_options(dataset, num_proc, f"Tokenizing {name} prompts")
     return dataset.map(_tokenize_row, with_indices=True, fn_kwargs=options, **how)
 
 
@@ -79,7 +70,7 @@ def prompts_of_tokens(
     num_proc: int | None = None,
     name: str = "train",
 ) -> AnyDataset:
-    """The dataset with its column `input_ids` in `prompt_ids`, padding removed, and as text in `prompt`.
+    """Returns the dataset with its column `input_ids` in `prompt_ids`, without padding, and as text in `prompt`.
 
     What has no `input_ids`, or has `prompt_ids` already, comes back as it is.
 
@@ -89,7 +80,7 @@ def prompts_of_tokens(
     row = next(iter(dataset), None) or {}
     if "input_ids" not in row or PROMPT_IDS in row:
         return dataset
-    how = {"num_proc": num_proc, "desc": f"Reading {name} prompts"} if isinstance(dataset, Dataset) else {}
+    how = map_options(dataset, num_proc, f"Reading {name} prompts")
     options = {"processing_class": processing_class, "name": name}
     return dataset.map(_without_padding, with_indices=True, fn_kwargs=options, **how)
 
@@ -106,9 +97,7 @@ def _without_padding(
     last = next((index for index in reversed(range(len(ids))) if ids[index] != processing_class.pad_token_id), -1)
     ids = ids[first : last + 1]
     if not ids:
-        raise ValueError(
-            f"The {name} dataset, row {row}, column 'input_ids': the prompt has no tokens; fill or remove it."
-        )
+        raise ValueError(f"{place(name, row)}, column 'input_ids': the prompt has no tokens; fill or remove it.")
     text = example.get("prompt") or processing_class.decode(ids, skip_special_tokens=True)
     return {"prompt": text, PROMPT_IDS: ids}
 
@@ -124,17 +113,15 @@ def _tokenize_row(
     prompt = example["prompt"]
     if not (isinstance(prompt, str) or is_conversational(example)):
         raise ValueError(
-            f"The {name} dataset, row {row}, column 'prompt': {prompt!r} is of type {type(prompt).__name__}; expected "
+            f"{place(name, row)}, column 'prompt': {prompt!r} is of type {type(prompt).__name__}; expected "
             "a string, or a list of messages such as {'role': 'user', 'content': 'Hello.'}."
         )
     if isinstance(prompt, str) and template_kwargs.get("tools"):
         raise ValueError(
-            f"The {name} dataset, row {row}, column 'prompt': {prompt!r} is text, which has no place for tools; "
+            f"{place(name, row)}, column 'prompt': {prompt!r} is text, which has no place for tools; "
             "expected a list of messages such as {'role': 'user', 'content': 'Hello.'}."
         )
     ids = tokenize_prompt(prompt, processing_class, **template_kwargs)
     if not ids:
-        raise ValueError(
-            f"The {name} dataset, row {row}, column 'prompt': the prompt has no tokens; fill or remove it."
-        )
+        raise ValueError(f"{place(name, row)}, column 'prompt': the prompt has no tokens; fill or remove it.")
     return {PROMPT_IDS: ids if max_prompt_length is None else ids[-max_prompt_length:]}

@@ -1,4 +1,4 @@
-"""The order in which online methods read their prompts."""
+"""Orders the prompts that online methods read."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class RepeatSampler(Sampler[int]):
         return iter(batches.expand(-1, self.repeat_count, -1, self.mini_repeat_count).flatten().tolist())
 
     def _order(self) -> torch.Tensor:
-        """Numbers of all rows, (num_samples,), in the order of the present epoch."""
+        """Returns the numbers of all rows, (num_samples,), in the order of the present epoch."""
         rows = torch.arange(self.num_samples)
         if self.shuffle:
             generator = torch.Generator()
@@ -88,7 +88,7 @@ class RepeatSampler(Sampler[int]):
 def repeat_stream(
     dataset: IterableDataset, mini_repeat_count: int, batch_size: int = 1, repeat_count: int = 1
 ) -> IterableDataset:
-    """A stream with its rows in the order in which RepeatSampler reads rows without shuffling."""
+    """Returns a stream with its rows in the order in which RepeatSampler reads rows without shuffling."""
     counts = (mini_repeat_count, repeat_count)
     return dataset.map(
         _repeat, batched=True, batch_size=batch_size, drop_last_batch=True, fn_kwargs={"counts": counts}

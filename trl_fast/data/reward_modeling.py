@@ -1,10 +1,8 @@
-"""Data for reward models: from preference pairs to pairs of whole token sequences, and to a batch."""
+"""Makes pairs of whole token sequences, and batches of them, of preference pairs: data for reward models."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 
-from .checks import check_completions, check_preference_columns, check_preference_row, check_tokenizer
 from .dataset_types import AnyDataset, map_options
-from .formats import common_prefix_length, end_with
 from .packing import TokenBatch, pack_trees
+from .row_checks import check_margin, check_preference_columns, check_preference_row
 from .sft_batch import pad
+from .token_checks import check_completions
 from .token_trees import Tree
+from .tokenization import common_prefix_length, end_with, template_options
+from .tokenizer_checks import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,17 +37,13 @@ FORMAT_VERSION = 1
 
 
 def tokenize_reward(example: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Token ids of prompt + chosen and of prompt + rejected: `chosen_ids` and `rejected_ids`.
+    """Returns the token ids of prompt + chosen and of prompt + rejected: `chosen_ids` and `rejected_ids`.
 
     Messages go through the chat template, with the row's `tools` (a list, or one as JSON) and `chat_template_kwargs`.
     Text gets the tokenizer's default special tokens, and the EOS token if it does not end with it. A `prompt` of text
     beside completions that are messages is ignored, since those begin with it.
     """
-    prompt, tools = example.get("prompt"), example.get("tools")
-    options = {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(example.get("chat_template_kwargs") or {}),
-    }
+    prompt, options = example.get("prompt"), template_options(example)
 
     def tokenize(completion: str | list[dict]) -> list[int]:
         if isinstance(completion, str):
@@ -68,7 +64,7 @@ def prepare_reward_dataset(
     num_proc: int | None = None,
     name: str = "train",
 ) -> AnyDataset:
-    """Check a preference dataset, tokenize it, and leave out the rows with a side of more than `max_length` tokens.
+    """Checks a preference dataset, tokenizes it, and drops rows with a side of more than `max_length` tokens.
 
     Rows have `chosen` and `rejected`, `prompt` or not, as text or as messages, and maybe a number `margin`; the answer
     has the columns `chosen_ids` and `rejected_ids` (int64 lists) beside the dataset's own. A dataset that has the two
@@ -126,15 +122,7 @@ def _short_enough(dataset: AnyDataset, max_length: int, num_proc: int | None, na
 
 def _check_margins(dataset: Dataset, name: str) -> None:
     for row, margin in enumerate(dataset.with_format(None)[MARGIN]):
-        _check_margin(margin, row, name)
-
-
-def _check_margin(margin: Any, row: int, name: str) -> None:
-    if not (isinstance(margin, (int, float)) and math.isfinite(margin)):
-        raise ValueError(
-            f"The {name} dataset, row {row}, column 'margin': expected a finite number, got {margin!r}. Fill it in "
-            "all rows, or remove the column."
-        )
+        check_margin(margin, row, name)
 
 
 # The functions given to `map` and `filter` stand at module level: datasets pickles them for its worker processes and
@@ -148,7 +136,7 @@ def _tokenize_row(
     check_preference_row(example, row, name, one_may_be_empty=True)
     check_tokenizer(processing_class, needs_eos=isinstance(example["chosen"], str))
     if MARGIN in example:
-        _check_margin(example[MARGIN], row, name)
+        check_margin(example[MARGIN], row, name)
     return tokenize_reward(example, processing_class)
 
 
@@ -163,7 +151,7 @@ def reward_batch(
     pad_to_multiple_of: int | None = None,
     margins: Sequence[float] | None = None,
 ) -> TokenBatch:
-    """Lay out pairs of chosen and rejected token ids as one batch (see `pack_trees`); what both start with is shared.
+    """Lays out pairs of chosen and rejected token ids as one batch (see `pack_trees`), each pair's prefix once.
 
     `extras["reward_positions"]` (S,) int64 are the flat positions of the last tokens, which the rewards are read from;
     `extras["margin"]` (P,) float32 are the margins, if there are any. Tokens `pad_token_id` at a sequence's end do not
@@ -189,7 +177,7 @@ def _last_index(ids: list[int], pad_token_id: int) -> int:
 
 @dataclass
 class RewardCollator:
-    """Collate rows with `chosen_ids`, `rejected_ids` and maybe `margin` into a `TokenBatch` (see `reward_batch`)."""
+    """Collates rows with `chosen_ids`, `rejected_ids` and maybe `margin` into a `TokenBatch` (see `reward_batch`)."""
 
     pad_token_id: int
     layout: str = "padded"
@@ -233,7 +221,7 @@ class ConvertingRewardCollator:
 
 @dataclass
 class DataCollatorForReward:
-    """Collate rows as TRL's `reward_trainer.DataCollatorForPreference` does, into tensors for a model's own forward.
+    """Collates rows as TRL's `reward_trainer.DataCollatorForPreference` does, for a model's own forward.
 
     Rows have `chosen_ids` and `rejected_ids`, and maybe `margin`. Returns a dict of `input_ids` and `attention_mask`
     (2P, T) int64, all chosen sequences before all rejected ones, padded on the right with `pad_token_id` to the

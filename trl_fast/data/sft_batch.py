@@ -1,4 +1,4 @@
-"""From labelled token sequences to a batch: what language modelling eats."""
+"""Makes batches of labelled token sequences: those of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def labelled_batch(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> TokenBatch:
-    """The batch of sequences whose labelled tokens are scored.
+    """Returns the batch of sequences whose labelled tokens are scored.
 
     A token is scored if its label is not -100 and a token of its own sequence stands before it; the label is what is
     predicted. With an `attention_mask` (or neither) it is the padded layout: a row a sequence. With `position_ids`
@@ -48,9 +48,8 @@ def labelled_batch(
         attention_mask = torch.ones_like(input_ids)
     width = input_ids.shape[1]
     if packed:
-        starts = (position_ids[0] == 0).nonzero().flatten()
-        lengths = torch.diff(starts, append=torch.tensor([width]))
-        sequence = torch.arange(len(starts)).repeat_interleave(lengths)
+        lengths = _cu_seqlens(position_ids[0]).diff()
+        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
     else:
         lengths = attention_mask.sum(dim=1)
         sequence = torch.arange(len(input_ids)).repeat_interleave(width)
@@ -77,7 +76,7 @@ def pack_labelled(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> TokenBatch:
-    """Lay out sequences of (token ids, labels) as one batch, labels of -100 marking tokens that are not learned.
+    """Lays out sequences of (token ids, labels) as one batch; labels of -100 mark tokens that are not learned.
 
     `padded`: a row a sequence, padded on the right to the longest one, or to the next multiple of
     `pad_to_multiple_of`. `packed`: one row, the sequences one after the other; padding up to a multiple then consists
@@ -107,7 +106,7 @@ def pack_labelled(
 
 
 def unpacked(batch: TokenBatch, pad_token_id: int) -> TokenBatch:
-    """The same sequences in the padded layout."""
+    """Returns the same sequences in the padded layout."""
     if batch.sequence_lengths is None:
         return batch
     lengths = list(batch.sequence_lengths)
@@ -117,7 +116,7 @@ def unpacked(batch: TokenBatch, pad_token_id: int) -> TokenBatch:
 
 
 def pad(rows: Sequence[torch.Tensor], value: int, multiple: int | None = None) -> torch.Tensor:
-    """Rows (T_i,) as one tensor (B, T), filled up with `value` on the right, T rounded up to a `multiple`."""
+    """Pads rows (T_i,) on the right with `value` into one tensor (B, T), T rounded up to a `multiple`."""
     width = max(map(len, rows))
     width = width if multiple is None else -(-width // multiple) * multiple
     padded = torch.full((len(rows), width), value, dtype=rows[0].dtype, device=rows[0].device)
@@ -130,15 +129,21 @@ def _int64(tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(tokens, dtype=torch.int64)
 
 
+def _cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:
+    """Returns cumulative lengths (S + 1,) int64 of a row's S sequences; each 0 in `position_ids` (T,) starts one."""
+    first = (position_ids == 0).nonzero().flatten()
+    return torch.cat((first, first.new_tensor([len(position_ids)])))
+
+
 def _sequence_lengths(row: dict[str, Any]) -> list[int]:
-    """The lengths of the sequences in a row of a packed dataset; other rows are one."""
+    """Returns the lengths of the sequences in a row of a packed dataset; other rows are one."""
     lengths = row.get("seq_lengths")
     return [len(row["input_ids"])] if lengths is None else [int(length) for length in lengths]
 
 
 @dataclass
 class LabelledCollator:
-    """Collate rows with `input_ids`, and `labels` unless every token is learned, into a `TokenBatch`.
+    """Collates rows with `input_ids`, and `labels` unless every token is learned, into a `TokenBatch`.
 
     A row of a packed dataset holds several sequences; its `seq_lengths` tell them apart. The arguments are those of
     `pack_labelled`.
@@ -190,7 +195,7 @@ class ConvertingCollator:
 
 @dataclass
 class DataCollatorForLanguageModeling:
-    """Collate rows as TRL's collator of the same name does, into tensors for a model's own forward.
+    """Collates rows as TRL's collator of the same name does, into tensors for a model's own forward.
 
     Rows have `input_ids`, and `labels` unless every token is learned. `padding_free`: one row without padding, the
     labels of first tokens -100; `seq_lengths` of a row tell the sequences of a packed dataset apart. Otherwise a row
@@ -224,10 +229,9 @@ class DataCollatorForLanguageModeling:
             pad([row], value, self.pad_to_multiple_of)
             for row, value in ((ids, self.pad_token_id), (labels, IGNORED), (positions, 0))
         )
-        starts = (positions[0] == 0).nonzero().flatten()
-        cu_seqlens = torch.cat((starts, torch.tensor([positions.shape[1]]))).to(torch.int32)
+        cu_seqlens = _cu_seqlens(positions[0]).to(torch.int32)
         longest = int(cu_seqlens.diff().max())
-        sequence = torch.arange(len(starts), dtype=torch.int32).repeat_interleave(cu_seqlens.diff())
+        sequence = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32).repeat_interleave(cu_seqlens.diff())
         return {
             "input_ids": ids,
             "labels": labels.masked_fill(positions == 0, IGNORED),

@@ -1,8 +1,7 @@
-"""Data for supervised fine-tuning: from rows of text or messages to token ids and labels."""
+"""Prepares datasets for supervised fine-tuning: rows of text or messages become token ids and labels."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +12,15 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from .chat_template import maybe_convert_to_chatml
-from .checks import check_tokenizer
 from .dataset_packing import pack_dataset
 from .dataset_types import AnyDataset, map_options
-from .formats import common_prefix_length, end_with, is_conversational, warn_of_prompt_tail
+from .formats import is_conversational
+from .row_checks import check_sft_columns, check_sft_row, place
 from .sft_batch import IGNORED
-from .sft_checks import check_first_row, check_row, place, row_lengths
+from .token_checks import row_lengths
 from .token_trees import TRUNCATION_MODES
+from .tokenization import common_prefix_length, end_with, template_options, warn_of_prompt_tail
+from .tokenizer_checks import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class SFTFormat:
-    """How rows become token ids and labels.
+    """Tells how rows become token ids and labels.
 
     - `text_field`: the column of plain text.
     - `completion_only_loss`: only completions are learned, of rows that have a prompt.
@@ -49,7 +50,7 @@ class SFTFormat:
 
 @dataclass(frozen=True)
 class SFTLength:
-    """What happens to rows longer than `max_length` tokens (None: no limit).
+    """Tells how rows longer than `max_length` tokens (None: no limit) are cut or packed.
 
     They lose their end (`truncation_mode` keep_start) or their beginning (keep_end). With a `packing_strategy`, rows
     are packed into rows of that length instead, by `pack_dataset`.
@@ -71,7 +72,7 @@ class SFTLength:
 def tokenize_sft(
     example: dict[str, Any], processing_class: PreTrainedTokenizerBase, how: SFTFormat
 ) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of a row: `prompt` and `completion`, `messages`, or a text.
+    """Returns `input_ids` and `labels` of a row: `prompt` and `completion`, `messages`, or a text.
 
     Messages go through the chat template, with the row's `tools` (a list, or one as JSON) and `chat_template_kwargs`.
     Text gets the tokenizer's default special tokens, and the EOS token if it does not end with it. A completion starts
@@ -81,12 +82,7 @@ def tokenize_sft(
     conversational = is_conversational(example)
     if not conversational:
         check_tokenizer(processing_class, needs_eos=True)
-    tools = example.get("tools")
-    options = {
-        "chat_template": how.chat_template,
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **(example.get("chat_template_kwargs") or {}),
-    }
+    options = {"chat_template": how.chat_template, **template_options(example)}
 
     def encode(value: Any, **more: Any) -> dict[str, list[int]]:
         if not conversational:
@@ -125,7 +121,7 @@ def prepare_sft_dataset(
     num_proc: int | None = None,
     name: str = "train",
 ) -> AnyDataset:
-    """Check a dataset, tokenize it, label its tokens, cut or pack its rows.
+    """Checks a dataset, tokenizes it, labels its tokens, cuts or packs its rows.
 
     Rows have `messages`, `conversations`, `prompt` and `completion`, or text in `how.text_field`, which
     `formatting_func` writes if there is one; or they are tokenized: `input_ids`, with `labels`, or with masks
@@ -137,7 +133,7 @@ def prepare_sft_dataset(
 
     Raises ValueError for bad data, naming the dataset `name` and the row.
     """
-    columns = check_first_row(dataset, how.text_field, formatting_func is not None, name)
+    columns = check_sft_columns(dataset, how.text_field, formatting_func is not None, name)
     if "seq_lengths" in columns:
         return dataset
     if "input_ids" in columns:
@@ -166,7 +162,7 @@ def prepare_sft_dataset(
 def _format(
     dataset: AnyDataset, columns: list[str], function: Callable, text_field: str, num_proc: int | None, name: str
 ) -> AnyDataset:
-    """The dataset with the function's text as its only content."""
+    """Returns the dataset with the function's text as its only content."""
     options = map_options(dataset, num_proc, f"Formatting {name} dataset")
     replaced = [column for column in ("messages", "conversations", "prompt", "completion") if column in columns]
     return dataset.map(
@@ -179,7 +175,7 @@ def _format(
 
 
 def _label(dataset: AnyDataset, columns: list[str], how: SFTFormat, num_proc: int | None, name: str) -> AnyDataset:
-    """A tokenized dataset with labels."""
+    """Returns a tokenized dataset with labels."""
     if "labels" in columns:
         return dataset
     masks = [column for column in ("completion_mask", "assistant_masks") if column in columns]
@@ -213,7 +209,7 @@ def _truncate(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name
 
 
 def _report_cut(lengths: np.ndarray, length: SFTLength, name: str) -> None:
-    """One line that says what `length` does to rows of these lengths, if anything."""
+    """Logs in one line how `length` cuts rows of these lengths, if it does."""
     longer = lengths[lengths > length.max_length] if length.max_length is not None else lengths[:0]
     if len(longer) == 0 or length.packing_strategy == "wrapped":
         return
@@ -255,7 +251,7 @@ def _tokenize_row(
     name: str,
     version: int,
 ) -> dict[str, Any]:
-    example = maybe_convert_to_chatml(check_row(example, how.text_field, row, name))
+    example = maybe_convert_to_chatml(check_sft_row(example, how.text_field, row, name))
     try:
         tokens = tokenize_sft(example, processing_class, how)
     except TemplateError as error:

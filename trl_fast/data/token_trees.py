@@ -1,4 +1,4 @@
-"""Token trees: a prompt and the branches that continue it."""
+"""Holds token trees: a prompt and the branches that continue it."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 
 @dataclass(frozen=True)
 class Tree:
-    """One example: a prompt and its completions.
+    """Holds one example: a prompt and its completions.
 
     `prompt_ids` are the token ids of the prompt (it may be empty); `branches` are the token ids of each completion,
     in the order in which a loss counts them (chosen, then rejected, for a preference pair).
@@ -18,7 +18,7 @@ class Tree:
 
 
 def truncate_tree(tree: Tree, max_length: int | None, mode: str = "keep_start") -> list[Tree]:
-    """Cut every prompt + branch of `tree` to `max_length` tokens.
+    """Cuts every prompt + branch of `tree` to `max_length` tokens.
 
     `keep_start` keeps the first `max_length` tokens of prompt + branch, `keep_end` the last. With `keep_end` branches
     of different lengths keep different parts of the prompt, so the answer is a list of trees: the tree itself where

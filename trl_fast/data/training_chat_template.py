@@ -1,4 +1,4 @@
-"""Chat templates that mark what the assistant said, for a loss on the assistant's tokens alone.
+"""Marks in chat templates what the assistant said, for a loss on the assistant's tokens alone.
 
 transformers finds those tokens by `{% generation %}` marks, which most templates do not have. They can be put around
 any template from outside: render the conversation up to each of the assistant's messages, and what the message adds
@@ -84,7 +84,7 @@ _PROBE = [
 
 
 def has_generation_marks(chat_template: str | dict[str, str] | None) -> bool:
-    """Whether a template marks what the assistant said; of named templates the `default` one counts."""
+    """Says whether a template marks what the assistant said; of named templates the `default` one counts."""
     template = _default(chat_template)
     return template is not None and _GENERATION_MARK.search(template) is not None
 
@@ -92,7 +92,7 @@ def has_generation_marks(chat_template: str | dict[str, str] | None) -> bool:
 def get_training_chat_template(
     processing_class: PreTrainedTokenizerBase | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> str | None:
-    """The tokenizer's chat template with marks around what the assistant said; None if it has them already.
+    """Returns the tokenizer's chat template with marks around the assistant's words; None if it has them already.
 
     The text is that of the template itself, but for models that reason: each turn keeps its thought, which their
     templates drop once another turn follows. `tokenizer` is an older name of `processing_class`.
@@ -126,7 +126,7 @@ def get_training_chat_template(
 
 
 def trains_stop_token(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> bool:
-    """Whether the marks of a template (None: the tokenizer's own) hold the token that ends the assistant's turn."""
+    """Says whether a template (None: the tokenizer's own) marks the token that ends the assistant's turn."""
     try:
         input_ids, mask = _assistant_mask(tokenizer, chat_template)
     except (TemplateError, TypeError):

@@ -1,4 +1,4 @@
-"""Data for KTO: from single completions, each good or bad, to token trees and a batch."""
+"""Makes token trees, and batches of them, of single completions, each good or bad: data for KTO."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, IterableDatasetDict
 
-from .checks import check_preference_row, check_tokenizer, kind_of, place, remove_rows, shorten, text_columns
-from .dataset_types import AnyDataset, map_options
-from .formats import (
-    cut_parts,
-    drop_without_room,
-    is_conversational,
-    maybe_extract_prompt,
-    tokenize_unpaired,
+from .dataset_types import AnyDataset, DatasetOrDict, map_options
+from .formats import is_conversational, maybe_extract_prompt
+from .packing import TokenBatch
+from .preference import TreeCollator, add_reference_logprobs
+from .row_checks import (
+    LABEL,
+    UNPAIRED_TOKEN_COLUMNS,
+    check_label,
+    check_preference_row,
+    check_unpaired_columns,
+    check_unpaired_row,
+    place,
+    remove_rows,
 )
-from .packing import TokenBatch, pack_trees
-from .token_trees import Tree
-from .unpaired import maybe_unpair_preference_dataset
+from .tokenization import tokenize_unpaired
+from .tokenizer_checks import check_tokenizer
+from .truncation import cut_parts, drop_without_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-UNPAIRED_COLUMNS = ("prompt_ids", "completion_ids")
 # A completion of another row, with which the policy's distance from the reference is estimated.
 KL_COLUMN = "KL_completion_ids"
-LABEL = "label"
 UNPAIRED_REFERENCE_COLUMNS = ("ref_logps", "ref_KL_logps")
 # Extras of a batch of completions: the same prompts with the completions of KL_COLUMN, and with both.
 MISMATCHED, BOTH = "mismatched", "both"
@@ -50,37 +53,64 @@ def prepare_unpaired_dataset(
     truncation_mode: str = "keep_start",
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
-    kl_block: int | None = None,
+    kl_batch_size: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
 ) -> AnyDataset:
-    """Check a dataset of labelled completions, tokenize it, and give each row a completion of another one.
+    """Checks a dataset of labelled completions, tokenizes it, and gives each row a completion of another one.
 
     Rows have `prompt`, `completion` and `label` (True for good ones), as text or as messages; or they are preference
     pairs, which become two rows each (`unpair_preference_dataset`). The answer has the columns `prompt_ids` and
     `completion_ids` (int64 lists) beside the dataset's own; a dataset that has the two already is not tokenized again.
     The lengths are those of `prepare_preference_dataset`. Streams are tokenized and checked as they are read.
 
-    kl_block: the column `KL_completion_ids` of a row is the completion of the row before it, within blocks of so many
-    rows; that of a block's first row is the completion of its last. None: no such column.
+    kl_batch_size: the column `KL_completion_ids` of a row is the completion of the row before it, within batches of
+    so many rows; that of a batch's first row is the completion of its last. None: no such column.
 
     Raises ValueError for bad data, naming the dataset `name` and the row.
     """
-    columns = _check_columns(dataset, name)
+    columns = check_unpaired_columns(dataset, name)
     check_tokenizer(processing_class)
-    if not set(UNPAIRED_COLUMNS) <= set(columns):
+    if not set(UNPAIRED_TOKEN_COLUMNS) <= set(columns):
         dataset = _tokenize(dataset, columns, processing_class, num_proc, name)
     elif isinstance(dataset, Dataset):
         _check_token_rows(dataset, name)
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-    dataset = cut_parts(dataset, UNPAIRED_COLUMNS[1:], **limits, num_proc=num_proc, name=name)
+    dataset = cut_parts(dataset, UNPAIRED_TOKEN_COLUMNS[1:], **limits, num_proc=num_proc, name=name)
     if max_length is not None and truncation_mode == "keep_start":
         dataset = drop_without_room(dataset, max_length, num_proc, name)
-    if kl_block is None:
+    if kl_batch_size is None:
         return dataset
-    # In one process: the parts of several would not end where blocks do.
+    # In one process: the parts of several would not end where batches do.
     options = map_options(dataset, None, f"Pairing {name} prompts with other completions")
-    return dataset.map(_add_other_completions, batched=True, batch_size=kl_block, **options)
+    return dataset.map(_add_other_completions, batched=True, batch_size=kl_batch_size, **options)
+
+
+def unpair_preference_dataset(dataset: DatasetOrDict, **map_kwargs: Any) -> DatasetOrDict:
+    """Turns each row with `chosen` and `rejected` into two with `completion` and a bool `label` (chosen: True).
+
+    Other columns, `prompt` among them, are repeated for both. Within each batch that `map` takes, all chosen
+    completions come before the rejected ones. `map_kwargs` are those of `Dataset.map`.
+    """
+    return dataset.map(_unpair, batched=True, remove_columns=_column_names(dataset), **map_kwargs)
+
+
+def maybe_unpair_preference_dataset(
+    dataset: DatasetOrDict, num_proc: int | None = None, desc: str | None = None
+) -> DatasetOrDict:
+    """Applies `unpair_preference_dataset` to datasets with `chosen` and `rejected`; returns others as they are.
+
+    `num_proc` and `desc` are those of `Dataset.map`; streams take neither.
+    """
+    if not {"chosen", "rejected"} <= set(_column_names(dataset)):
+        return dataset
+    streamed = isinstance(dataset, (IterableDataset, IterableDatasetDict))
+    return unpair_preference_dataset(dataset, **({} if streamed else {"num_proc": num_proc, "desc": desc}))
+
+
+def _column_names(dataset: DatasetOrDict) -> list[str]:
+    first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    return first.column_names or list(next(iter(first)))
 
 
 def warn_of_balance(dataset: Dataset, desirable_weight: float, undesirable_weight: float) -> None:
@@ -116,22 +146,6 @@ def warn_of_balance(dataset: Dataset, desirable_weight: float, undesirable_weigh
         )
 
 
-def _check_columns(dataset: AnyDataset, name: str) -> list[str]:
-    columns = text_columns(dataset, "at least one completion with a label", name)
-    known = set(columns)
-    if {"chosen", "rejected"} <= known or known >= {*UNPAIRED_COLUMNS, LABEL}:
-        return columns
-    missing = [column for column in ("prompt", "completion", LABEL) if column not in known]
-    if missing:
-        raise ValueError(
-            f"The {name} dataset has the columns {columns}, but no {missing[0]!r}; expected 'prompt', 'completion' "
-            "and 'label' (True for good completions, False for bad ones), or the tokenized prompt_ids, "
-            "completion_ids and label, or preference pairs of 'chosen' and 'rejected'. Rename yours with "
-            "dataset.rename_column(...)."
-        )
-    return columns
-
-
 def _tokenize(
     dataset: AnyDataset,
     columns: list[str],
@@ -149,45 +163,14 @@ def _tokenize(
 
 
 def _check_token_rows(dataset: Dataset, name: str) -> None:
-    rows = dataset.select_columns([UNPAIRED_COLUMNS[1], LABEL]).with_format(None)
+    rows = dataset.select_columns([UNPAIRED_TOKEN_COLUMNS[1], LABEL]).with_format(None)
     for row, example in enumerate(rows):
-        _check_label(example[LABEL], row, name)
+        check_label(example[LABEL], row, name)
         if not example["completion_ids"]:
             raise ValueError(
                 f"{place(name, row)}, column 'completion_ids': the completion has no tokens. "
                 f"{remove_rows('completion_ids')}"
             )
-
-
-def _check_label(label: Any, row: int, name: str) -> None:
-    if not (isinstance(label, (bool, int, float)) and label in (0, 1)):
-        raise ValueError(
-            f"{place(name, row)}, column 'label': {shorten(label)} is no truth value; expected True for a good "
-            "completion, False for a bad one."
-        )
-
-
-def _check_row(example: dict[str, Any], row: int, name: str) -> None:
-    _check_label(example[LABEL], row, name)
-    kinds = {column: kind_of(example[column]) for column in ("prompt", "completion")}
-    for column, kind in kinds.items():
-        if kind is None:
-            raise ValueError(
-                f"{place(name, row)}, column {column!r}: {shorten(example[column])} is of type "
-                f"{type(example[column]).__name__}; expected a string, or a list of messages such as "
-                "{'role': 'assistant', 'content': 'Hello.'}."
-            )
-    if not example["completion"]:
-        raise ValueError(
-            f"{place(name, row)}, column 'completion': the completion is empty. {remove_rows('completion')}"
-        )
-    if example["prompt"] == []:
-        raise ValueError(f"{place(name, row)}, column 'prompt': there are no messages. Fill it, or remove the row.")
-    if len(set(kinds.values())) > 1:
-        raise ValueError(
-            f"{place(name, row)}: 'prompt' is {kinds['prompt']}, 'completion' is {kinds['completion']}; expected both "
-            "to be text, or both messages."
-        )
 
 
 # The functions given to `map` stand at module level: datasets pickles them for its worker processes and hashes them
@@ -206,7 +189,7 @@ def _tokenize_row(
     name: str,
     format_version: int,
 ) -> dict[str, list[int]]:
-    _check_row(example, row, name)
+    check_unpaired_row(example, row, name)
     check_tokenizer(processing_class, needs_eos=not is_conversational(example))
     token_ids = tokenize_unpaired(example, processing_class)
     if not token_ids["completion_ids"]:
@@ -217,41 +200,33 @@ def _tokenize_row(
     return token_ids
 
 
+def _unpair(batch: dict[str, list]) -> dict[str, list]:
+    count = len(batch["chosen"])
+    others = {name: values * 2 for name, values in batch.items() if name not in ("chosen", "rejected")}
+    return {"completion": batch["chosen"] + batch["rejected"], "label": [True] * count + [False] * count, **others}
+
+
 def _add_other_completions(examples: dict[str, list]) -> dict[str, list]:
     completions = examples["completion_ids"]
     return {KL_COLUMN: [*completions[-1:], *completions[:-1]]}
 
 
 @dataclass
-class DataCollatorForUnpairedPreference:
-    """Collate rows with `prompt_ids`, `completion_ids` and `label` into a `TokenBatch` of a sequence a row.
+class DataCollatorForUnpairedPreference(TreeCollator):
+    """Collates rows with `prompt_ids`, `completion_ids` and `label` into a `TokenBatch` of a sequence a row.
 
-    The arguments are those of `DataCollatorForPreference`. The labels ride along in `extras` as bool (S,), precomputed
-    reference log-probabilities `ref_logps` and `ref_KL_logps` as float32 (S,). Where rows have `KL_completion_ids`,
-    so do two more batches: `MISMATCHED`, of the prompts with those, and `BOTH`, where sequence 2i is row i's own and
-    2i + 1 the other one, which share their prompt.
+    The arguments are those of `TreeCollator`. The labels ride along in `extras` as bool (S,), precomputed reference
+    log-probabilities `ref_logps` and `ref_KL_logps` as float32 (S,). Where rows have `KL_completion_ids`, so do two
+    more batches: `MISMATCHED`, of the prompts with those, and `BOTH`, where sequence 2i is row i's own and 2i + 1 the
+    other one, which share their prompt.
     """
 
-    pad_token_id: int
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
-    layout: str = "padded"
-
     def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
-        batch = self._pack(examples, "completion_ids")
+        batch = self.pack(examples, "completion_ids")
         batch.extras[LABEL] = torch.tensor([bool(row[LABEL]) for row in examples])
-        for column in UNPAIRED_REFERENCE_COLUMNS:
-            if column in examples[0]:
-                batch.extras[column] = torch.tensor([row[column] for row in examples], dtype=torch.float32)
+        add_reference_logprobs(batch, examples, UNPAIRED_REFERENCE_COLUMNS)
         if KL_COLUMN in examples[0]:
-            both = self._pack(examples, "completion_ids", KL_COLUMN)
+            both = self.pack(examples, "completion_ids", KL_COLUMN)
             both.extras[OWN_TOKENS] = (both.branch % 2 == 0).nonzero().flatten()
-            batch.extras.update({MISMATCHED: self._pack(examples, KL_COLUMN), BOTH: both})
+            batch.extras.update({MISMATCHED: self.pack(examples, KL_COLUMN), BOTH: both})
         return batch
-
-    def _pack(self, examples: list[dict[str, Any]], *columns: str) -> TokenBatch:
-        trees = [Tree(row["prompt_ids"], [row[column] for column in columns]) for row in examples]
-        return pack_trees(
-            trees, self.layout, self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of
-        )

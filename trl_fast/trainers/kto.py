@@ -18,8 +18,8 @@ from trl_fast.data.unpaired_preference import (
     LABEL,
     MISMATCHED,
     OWN_TOKENS,
-    UNPAIRED_COLUMNS,
     UNPAIRED_REFERENCE_COLUMNS,
+    UNPAIRED_TOKEN_COLUMNS,
     DataCollatorForUnpairedPreference,
     prepare_unpaired_dataset,
     warn_of_balance,
@@ -181,12 +181,12 @@ class KTOTrainer(PreferenceTrainer):
 
     method = "kto"
     config_class = KTOConfig
-    signature_columns = (*UNPAIRED_COLUMNS, KL_COLUMN, LABEL, *UNPAIRED_REFERENCE_COLUMNS)
+    signature_columns = (*UNPAIRED_TOKEN_COLUMNS, KL_COLUMN, LABEL, *UNPAIRED_REFERENCE_COLUMNS)
 
     @property
     def token_columns(self) -> tuple[str, ...]:
         """The columns of prepared rows that hold token ids."""
-        return (*UNPAIRED_COLUMNS, KL_COLUMN) if self.loss_config.needs_kl else UNPAIRED_COLUMNS
+        return (*UNPAIRED_TOKEN_COLUMNS, KL_COLUMN) if self.loss_config.needs_kl else UNPAIRED_TOKEN_COLUMNS
 
     @property
     def reference_columns(self) -> tuple[str, ...]:
@@ -205,7 +205,7 @@ class KTOTrainer(PreferenceTrainer):
             truncation_mode=args.truncation_mode,
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
-            kl_block=args.per_device_train_batch_size if self.loss_config.needs_kl else None,
+            kl_batch_size=args.per_device_train_batch_size if self.loss_config.needs_kl else None,
             num_proc=args.dataset_num_proc,
             name=name,
         )

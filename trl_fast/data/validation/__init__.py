@@ -1,4 +1,4 @@
-"""Checks of preference data: pairs, repetitions, leaks, labels, lengths, messages, tokens and characters."""
+"""Checks preference data: pairs, repetitions, leaks, labels, lengths, messages, tokens and characters."""
 
 from .findings import Finding, Kind
 from .report import ValidationReport

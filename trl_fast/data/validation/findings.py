@@ -1,4 +1,4 @@
-"""What checks say: kinds of findings, and findings."""
+"""Defines findings, and the kinds of findings, that checks report."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ SEVERITIES = ("info", "warning", "error")
 
 @dataclass(frozen=True)
 class Kind:
-    """A thing that can be found: its name in the JSON report, how bad it is, what it is, and what to do about it."""
+    """Describes a kind of finding: its name in the JSON report, how bad it is, a title, and a remedy."""
 
     code: str
     severity: str
@@ -24,7 +24,7 @@ Hits = Iterator[tuple[Kind, str]]
 
 @dataclass(frozen=True)
 class Finding:
-    """Where one kind of thing was found in one split.
+    """Tells where one kind of finding was made in one split.
 
     row_numbers: the rows it concerns, in order; total: the rows it could have concerned; detail: what more there is to
     say, of the first row or of the whole; measured_share: what to give as share in place of rows / total.
@@ -39,16 +39,16 @@ class Finding:
 
     @property
     def severity(self) -> str:
-        """One of SEVERITIES."""
+        """Returns one of SEVERITIES."""
         return self.kind.severity
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
+        """Returns the share of rows that it concerns, from 0 to 1."""
         return len(self.row_numbers) / self.total if self.measured_share is None else self.measured_share
 
     def to_dict(self) -> dict[str, Any]:
-        """The finding in JSON's types."""
+        """Returns the finding in JSON's types."""
         return {
             "finding": self.kind.code,
             "severity": self.severity,
@@ -63,7 +63,7 @@ class Finding:
 
 
 def quote(value: Any, limit: int = 40) -> str:
-    """A value as Python writes it, invisible characters escaped, shortened to about `limit` characters."""
+    """Returns a value as Python writes it, invisible characters escaped, in about `limit` characters."""
     if isinstance(value, str):
         return repr(value if len(value) <= limit else value[: limit - 1] + "…")
     text = repr(value)

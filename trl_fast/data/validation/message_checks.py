@@ -1,4 +1,4 @@
-"""What can be wrong with messages and with a chat template's marks."""
+"""Checks messages, and the marks of a chat template in them."""
 
 from collections.abc import Iterable
 
@@ -70,7 +70,7 @@ SPECIAL_IN_TEXT = Kind(
 
 
 def roles(record: Record, context: Context) -> Hits:
-    """The order of roles in the prompt and in each response."""
+    """Checks the order of roles in the prompt and in each response."""
     if not record.conversational:
         return
     columns = {
@@ -95,7 +95,7 @@ def roles(record: Record, context: Context) -> Hits:
 
 
 def _out_of_turn(column: str, before: str | None, following: Iterable[str]) -> Hits:
-    """The first role that must not follow the one before it."""
+    """Finds the first role that must not follow the one before it."""
     for role in following:
         if role not in SUCCESSORS[before]:
             yield NOT_ALTERNATING, f"{column}: {role} after {before or 'nothing'}"
@@ -104,7 +104,7 @@ def _out_of_turn(column: str, before: str | None, following: Iterable[str]) -> H
 
 
 def empty_messages(record: Record, context: Context) -> Hits:
-    """Messages without text and without tool calls; a response that is empty as a whole is another finding."""
+    """Finds messages without text and tool calls; a response that is empty as a whole is another finding."""
     if not record.conversational:
         return
     for column, messages in (("prompt", record.prompt), *record.completions.items()):
@@ -115,13 +115,13 @@ def empty_messages(record: Record, context: Context) -> Hits:
 
 
 def no_chat_template(record: Record, context: Context) -> Hits:
-    """Messages that nothing can render."""
+    """Finds messages that no chat template can render."""
     if record.conversational and context.tokenizer is not None and not context.tokenizer.chat_template:
         yield NO_TEMPLATE, ""
 
 
 def special_tokens(record: Record, context: Context) -> Hits:
-    """The tokenizer's special tokens written out in text, but for an EOS token that ends a response."""
+    """Finds the tokenizer's special tokens written out in text, but for an EOS token that ends a response."""
     if context.special_tokens is None:
         return
     for column, text in record.texts.items():

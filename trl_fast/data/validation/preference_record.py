@@ -1,4 +1,4 @@
-"""Rows of preference data in one form, whatever their format: what the checks look at."""
+"""Reads rows of preference data of every format into one form, which the checks look at."""
 
 import hashlib
 import json
@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_preference_columns, check_preference_row
 from ..dataset_types import AnyDataset
 from ..formats import is_conversational, maybe_extract_prompt
+from ..row_checks import check_preference_columns, check_preference_row
+from ..tokenization import template_options
 from .findings import quote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNPAIRED_COLUMNS = ("prompt", "completion", "label")
+LABELLED_COLUMNS = ("prompt", "completion", "label")
 SIDES = ("chosen", "rejected")
 READ_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "tools", "chat_template_kwargs")
 READ_ROWS = 256
@@ -29,7 +30,7 @@ Content = str | list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class TokenIds:
-    """A row's token ids as training sees them: of the prompt, and of each completion by column.
+    """Holds a row's token ids as training sees them: of the prompt, and of each completion by column.
 
     `prompt_alone` is the prompt's token count before what does not survive the completion's tokens is left out;
     `changed_tail` the end of the prompt that the chat template renders only if no completion follows; `failure` why
@@ -45,7 +46,7 @@ class TokenIds:
 
 @dataclass
 class Record:
-    """One row: a prompt and its completions (`chosen` and `rejected`, or one `completion` with a label).
+    """Holds one row: a prompt and its completions (`chosen` and `rejected`, or one `completion` with a label).
 
     The prompt is split off the completions as in training where the row has none of its own (`implicit_prompt`).
     """
@@ -60,27 +61,27 @@ class Record:
 
     @property
     def paired(self) -> bool:
-        """Whether the row is a pair."""
+        """Says whether the row is a pair."""
         return self.label is None
 
     @property
     def conversational(self) -> bool:
-        """Whether the row consists of messages."""
+        """Says whether the row consists of messages."""
         return isinstance(self.prompt, list)
 
     @cached_property
     def texts(self) -> dict[str, str]:
-        """The bare text of the prompt and of each completion, by column."""
+        """Returns the bare text of the prompt and of each completion, by column."""
         return {column: plain_text(value) for column, value in {"prompt": self.prompt, **self.completions}.items()}
 
     @cached_property
     def characters(self) -> dict[str, Counter[str]]:
-        """How often each character occurs, by column."""
+        """Counts how often each character occurs, by column."""
         return {column: Counter(text) for column, text in self.texts.items()}
 
     @property
     def shared_start(self) -> str:
-        """What an implicit text prompt has after its last line break: it may well belong to the responses.
+        """Returns the last line of an implicit text prompt: it may well belong to the responses.
 
         Splitting at the first difference leaves words in the prompt that both responses happen to begin with.
         """
@@ -89,11 +90,11 @@ class Record:
         return self.prompt[self.prompt.rfind("\n") + 1 :]
 
     def response(self, column: str) -> str:
-        """A completion's text, with the beginning it shares with the other if the prompt is implicit."""
+        """Returns a completion's text, with the beginning it shares with the other if the prompt is implicit."""
         return self.shared_start + self.texts[column]
 
     def keys(self) -> tuple[int, int, int]:
-        """64-bit hashes of the prompt, and of the prompt with what is preferred and with what is not.
+        """Returns 64-bit hashes of the prompt, of prompt + preferred response, and of prompt + the other one.
 
         Equal texts but for runs of white space and Unicode composition have equal hashes. 0 stands for "none": an
         empty prompt, and the side that an unpaired row does not have.
@@ -113,7 +114,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Context:
-    """What checks may use beside the row; without a tokenizer, records have no token ids."""
+    """Holds the tokenizer and limit that checks may use; without a tokenizer, records have no token ids."""
 
     tokenizer: "PreTrainedTokenizerBase | None" = None
     max_length: int | None = None
@@ -129,7 +130,7 @@ class Context:
 
 
 def message_text(message: dict[str, Any]) -> str:
-    """The text of a message; of content in parts, the text parts."""
+    """Returns the text of a message; of content in parts, that of the text parts."""
     content = message.get("content")
     if isinstance(content, list):
         return "\n".join(part.get("text") or "" for part in content if isinstance(part, dict))
@@ -137,17 +138,17 @@ def message_text(message: dict[str, Any]) -> str:
 
 
 def plain_text(value: Content) -> str:
-    """A text, or the texts of messages with line breaks between them."""
+    """Returns a text, or the texts of messages with line breaks between them."""
     return value if isinstance(value, str) else "\n".join(message_text(message) for message in value)
 
 
 def normalise(text: str) -> str:
-    """Composed (NFC) characters, one space for each run of white space, none at the ends."""
+    """Composes characters (NFC), and leaves one space for each run of white space, none at the ends."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _canonical(value: Content) -> str:
-    """What identifies a text or a list of messages: for messages, roles, texts and tool calls."""
+    """Returns the text that identifies a text or a list of messages, by its roles, texts and tool calls."""
     if isinstance(value, str):
         return normalise(value)
     parts = []
@@ -163,13 +164,13 @@ def _hash(text: str) -> int:
 
 
 def check_columns(dataset: AnyDataset, name: str) -> list[str]:
-    """The columns of a dataset that are read.
+    """Returns the columns of a dataset that are read.
 
     Raises ValueError if it has no rows, or neither `chosen` and `rejected` nor `prompt`, `completion` and `label`, or
     only token ids.
     """
     columns = list(next(iter(dataset), {}))
-    if not set(UNPAIRED_COLUMNS) <= set(columns) or {"chosen", "rejected"} <= set(columns):
+    if not set(LABELLED_COLUMNS) <= set(columns) or {"chosen", "rejected"} <= set(columns):
         columns = check_preference_columns(dataset, name)
         if not {"chosen", "rejected"} <= set(columns):
             raise ValueError(f"The {name} dataset has only token ids; expected the text that they were made of.")
@@ -177,14 +178,14 @@ def check_columns(dataset: AnyDataset, name: str) -> list[str]:
 
 
 def read_slices(dataset: AnyDataset, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
-    """The rows as dicts of these columns, READ_ROWS at a time."""
+    """Yields the rows as dicts of these columns, READ_ROWS at a time."""
     for batch in dataset.select_columns(columns).iter(batch_size=READ_ROWS):
         rows = zip(*(batch[column] for column in columns), strict=True)
         yield [dict(zip(columns, values, strict=True)) for values in rows]
 
 
 def make_record(example: dict[str, Any], row: int, name: str) -> Record:
-    """The record of a row.
+    """Returns the record of a row.
 
     Raises ValueError if the row's columns are not all text or all messages, or if its label is not true or false.
     """
@@ -200,15 +201,8 @@ def make_record(example: dict[str, Any], row: int, name: str) -> Record:
     return Record(row, split["prompt"], completions, implicit_prompt=split is not filled, template_options=options)
 
 
-def template_options(example: dict[str, Any]) -> dict[str, Any]:
-    """A row's arguments of the chat template: `tools`, a list or one as JSON, and `chat_template_kwargs`."""
-    tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(example.get("chat_template_kwargs") or {})}
-
-
 def _fill_empty_completions(example: dict[str, Any]) -> dict[str, Any]:
-    """The row with something in its empty completions: they are a finding, not a row that cannot be read."""
+    """Returns the row with its empty completions filled: they are a finding, not a row that cannot be read."""
     fillers = {column: "-" if example[column] == "" else [{"role": "assistant", "content": "-"}] for column in SIDES}
     return {**example, **{column: fillers[column] for column in SIDES if example[column] in ("", [])}}
 

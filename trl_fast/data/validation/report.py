@@ -1,4 +1,4 @@
-"""What a validation found, as tables, a picture, JSON and a verdict."""
+"""Reports the result of a validation as tables, a picture, JSON and a verdict."""
 
 import json
 import math
@@ -26,14 +26,14 @@ STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Findings, worst first, and the measures of each split."""
+    """Holds the findings, worst first, and the measures of each split."""
 
     findings: list[Finding]
     tables: list[SplitTable]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def failed(self, fail_on: str = "error") -> bool:
-        """Whether there is a finding at least as bad as `fail_on`: "error", "warning" or "never".
+        """Says whether there is a finding at least as bad as `fail_on`: "error", "warning" or "never".
 
         Raises ValueError for any other value.
         """
@@ -44,12 +44,12 @@ class ValidationReport:
         return any(SEVERITIES.index(finding.severity) >= SEVERITIES.index(fail_on) for finding in self.findings)
 
     def counts(self) -> dict[str, int]:
-        """The number of findings by severity, worst first."""
+        """Counts the findings by severity, worst first."""
         found = Counter(finding.severity for finding in self.findings)
         return {severity: found[severity] for severity in reversed(SEVERITIES)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in JSON's types."""
+        """Returns the report in JSON's types."""
         return {
             "settings": self.settings,
             "counts": self.counts(),
@@ -58,11 +58,11 @@ class ValidationReport:
         }
 
     def save_json(self, path: str | Path) -> None:
-        """Write the report to a JSON file."""
+        """Writes the report to a JSON file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def splits_table(self) -> Table:
-        """The splits, their sizes, lengths and scripts, for rich to print."""
+        """Returns the splits, their sizes, lengths and scripts, for rich to print."""
         title = f"Splits (lengths in {self.tables[0].unit}: median / 95% / largest)"
         table = Table(title=title, title_justify="left", header_style="bold")
         for name in ("split", "rows", "format", *LENGTH_COLUMNS, "scripts"):
@@ -74,7 +74,7 @@ class ValidationReport:
         return table
 
     def findings_table(self) -> Table:
-        """The findings, worst first, for rich to print."""
+        """Returns the findings, worst first, for rich to print."""
         table = Table(title="Findings", title_justify="left", header_style="bold", show_lines=True)
         for name in ("severity", "finding", "split", "rows", "share", "example row", "remedy"):
             table.add_column(name, justify="right" if name in ("rows", "share") else "left")
@@ -96,7 +96,7 @@ class ValidationReport:
         return table
 
     def save_plot(self, path: str | Path) -> None:
-        """Write a picture of the response lengths, and for pairs of chosen minus rejected; a line of it a split."""
+        """Plots the response lengths, and for pairs of chosen minus rejected, one row of plots a split."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10, 3.2 * len(self.tables)), layout="constrained")
@@ -108,7 +108,7 @@ class ValidationReport:
 
 
 def split_facts(table: SplitTable) -> dict[str, Any]:
-    """Size, format, lengths and scripts of a split, in JSON's types.
+    """Returns size, format, lengths and scripts of a split, in JSON's types.
 
     `scripts` has, by column, the share of rows whose letters are mostly of that script ("none" where there are hardly
     any letters). It tells scripts, not languages.
@@ -181,7 +181,7 @@ def _plot_differences(axes: Any, table: SplitTable) -> None:
 
 
 def _whole_bins(low: float, high: float) -> np.ndarray:
-    """Edges of at most about BINS bins that hold equally many whole numbers each, from `low` to `high` at least."""
+    """Returns edges of about BINS bins or fewer, of equally many whole numbers each, that hold `low` to `high`."""
     low, high = math.floor(low), math.ceil(high)
     width = math.ceil((high - low + 1) / BINS)
     return np.arange(low - 0.5, high + width, width)

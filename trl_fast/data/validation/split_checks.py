@@ -1,4 +1,4 @@
-"""What only shows across rows: repetitions, leaks, contradictions, and which lengths are preferred."""
+"""Checks whole splits: repetitions, leaks, contradictions, and which lengths are preferred."""
 
 import math
 from array import array
@@ -69,7 +69,7 @@ def _integers() -> array:
 
 @dataclass
 class SplitTable:
-    """What checks across rows need of a split: a few numbers for each row that could be read, 56 bytes in all.
+    """Holds the few numbers of each readable row that checks of whole splits need, 56 bytes a row.
 
     unit: of lengths, characters or tokens; total: rows, also those that could not be read; scripts: by column, how
     many rows are mainly in each script. An unpaired row has its completion as chosen if it is desirable, as rejected
@@ -88,7 +88,7 @@ class SplitTable:
     _lengths: dict[str, array] = field(default_factory=lambda: {column: _integers() for column in LENGTH_COLUMNS})
 
     def add(self, record: Record) -> None:
-        """Enter a row."""
+        """Enters a row."""
         self.paired, self.conversational = record.paired, record.conversational
         self.implicit_prompt = record.implicit_prompt
         self._rows.append(record.row)
@@ -102,40 +102,40 @@ class SplitTable:
 
     @property
     def rows(self) -> np.ndarray:
-        """Row numbers, int64."""
+        """Returns the row numbers, int64."""
         return np.asarray(self._rows)
 
     @property
     def prompt_keys(self) -> np.ndarray:
-        """Hashes of the prompts, uint64, 0 for none (see `Record.keys`)."""
+        """Returns hashes of the prompts, uint64, 0 for none (see `Record.keys`)."""
         return np.asarray(self._keys)[0::3]
 
     @property
     def chosen_keys(self) -> np.ndarray:
-        """Hashes of prompt + chosen, uint64, 0 for none."""
+        """Returns hashes of prompt + chosen, uint64, 0 for none."""
         return np.asarray(self._keys)[1::3]
 
     @property
     def rejected_keys(self) -> np.ndarray:
-        """Hashes of prompt + rejected, uint64, 0 for none."""
+        """Returns hashes of prompt + rejected, uint64, 0 for none."""
         return np.asarray(self._keys)[2::3]
 
     @property
     def row_keys(self) -> np.ndarray:
-        """One hash a row, uint64, of its prompt and both sides."""
+        """Returns one hash a row, uint64, of its prompt and both sides."""
         return self.chosen_keys * _MIX + self.rejected_keys
 
     @property
     def reversed_row_keys(self) -> np.ndarray:
-        """The hash that the row would have with its sides exchanged."""
+        """Returns the hash that each row would have with its sides exchanged."""
         return self.rejected_keys * _MIX + self.chosen_keys
 
     def lengths(self, column: str) -> np.ndarray:
-        """Lengths of a column's text (prompt, chosen or rejected), int64, -1 where there is none."""
+        """Returns the lengths of a column's text (prompt, chosen or rejected), int64, -1 where there is none."""
         return np.asarray(self._lengths[column])
 
     def known_lengths(self, column: str) -> np.ndarray:
-        """The lengths that there are."""
+        """Returns the lengths of the texts that there are, int64."""
         lengths = self.lengths(column)
         return lengths[lengths >= 0]
 
@@ -150,7 +150,7 @@ def _lengths(record: Record, unit: str) -> dict[str, int]:
 
 
 def repetitions(table: SplitTable) -> Iterator[Finding]:
-    """Rows that an earlier row of the split equals, and other rows with an earlier row's prompt."""
+    """Finds rows that an earlier row of the split equals, and other rows with an earlier row's prompt."""
     first = _first_equal(table.row_keys)
     repeats = first < np.arange(len(first))
     yield from _found(REPEATED_ROW, table, repeats, "equals row {}", table.rows[first])
@@ -160,7 +160,7 @@ def repetitions(table: SplitTable) -> Iterator[Finding]:
 
 
 def _first_equal(keys: np.ndarray) -> np.ndarray:
-    """For each key, the index of the first one that equals it."""
+    """Returns, for each key, the index of the first one that equals it."""
     _, first, group = np.unique(keys, return_index=True, return_inverse=True)
     return first[group]
 
@@ -168,7 +168,7 @@ def _first_equal(keys: np.ndarray) -> np.ndarray:
 def _found(
     kind: Kind, table: SplitTable, mask: np.ndarray, detail: str = "", partner: np.ndarray | None = None
 ) -> Iterator[Finding]:
-    """The finding of the rows in `mask`, if any; `{}` in the detail becomes the first one's `partner`."""
+    """Yields the finding of the rows in `mask`, if any; `{}` in the detail becomes the first one's `partner`."""
     if mask.any():
         first = int(mask.argmax())
         text = detail.format(partner[first]) if partner is not None else detail
@@ -176,7 +176,7 @@ def _found(
 
 
 def leakage(tables: list[SplitTable]) -> Iterator[Finding]:
-    """Rows of each split that an earlier split has too, and other rows whose prompt it has."""
+    """Finds rows of each split that an earlier split has too, and other rows whose prompt it has."""
     for index, table in enumerate(tables):
         for earlier in tables[:index]:
             leaked = np.isin(table.row_keys, earlier.row_keys)
@@ -194,8 +194,10 @@ def _leak(
 
 
 def label_conflicts(table: SplitTable) -> Iterator[Finding]:
-    """For one prompt: A preferred to B and B to A, or a response with both labels; and responses chosen in one row but
-    rejected in another."""
+    """Finds prompts with contradictory labels, and responses chosen in one row but rejected in another.
+
+    Contradictory: A is preferred to B in one row and B to A in another, or a response has both labels.
+    """
     chosen, rejected = table.chosen_keys, table.rejected_keys
     both = np.intersect1d(chosen[chosen != 0], rejected[rejected != 0])
     on_both_sides = (np.isin(chosen, both) | np.isin(rejected, both)) & (chosen != rejected)
@@ -210,7 +212,7 @@ def label_conflicts(table: SplitTable) -> Iterator[Finding]:
 
 
 def length_bias(table: SplitTable) -> Iterator[Finding]:
-    """How often the longer response is the preferred one, ties left out, with its 95% interval.
+    """Measures how often the longer response is the preferred one, ties left out, with its 95% interval.
 
     For unpaired rows: the probability that a desirable response is longer than an undesirable one, ties counted half.
     It is a warning where the whole interval is more than TOLERATED_BIAS away from one half.
@@ -238,7 +240,10 @@ def length_bias(table: SplitTable) -> Iterator[Finding]:
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% score interval of a proportion: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927), 209–212."""
+    """Computes the 95% score interval of a proportion.
+
+    E. B. Wilson, J. Am. Stat. Assoc. 22 (1927), 209–212.
+    """
     share, z2 = successes / trials, _Z95**2
     center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
@@ -246,14 +251,14 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def probability_longer(first: np.ndarray, second: np.ndarray) -> float:
-    """The probability that a random entry of `first` exceeds one of `second`, ties counted half."""
+    """Computes the probability that a random entry of `first` exceeds one of `second`, ties counted half."""
     ordered = np.sort(second)
     below = np.searchsorted(ordered, first, side="left") + np.searchsorted(ordered, first, side="right")
     return float(below.mean() / 2 / len(second))
 
 
 def hanley_mcneil_interval(area: float, first: int, second: int) -> tuple[float, float]:
-    """The 95% interval of `probability_longer` of samples of these sizes.
+    """Computes the 95% interval of `probability_longer` of samples of these sizes.
 
     J. A. Hanley and B. J. McNeil, Radiology 143 (1982), 29–36, equation 1.
     """
@@ -264,7 +269,7 @@ def hanley_mcneil_interval(area: float, first: int, second: int) -> tuple[float,
 
 
 def label_balance(table: SplitTable) -> Iterator[Finding]:
-    """Unpaired rows: the share of desirable ones, and a warning if there is only one label."""
+    """Measures the share of desirable responses of unpaired rows, and warns if there is only one label."""
     if table.paired:
         return
     desirable = table.chosen_keys != 0

@@ -1,4 +1,4 @@
-"""What can be wrong with one row's text."""
+"""Checks the text of one row."""
 
 import unicodedata
 from collections import Counter
@@ -69,13 +69,13 @@ PRIVATE_USE = Kind(
 
 
 def identical_pair(record: Record, context: Context) -> Hits:
-    """Pairs whose two responses are the same, character for character."""
+    """Finds pairs whose two responses are the same, character for character."""
     if record.paired and record.completions["chosen"] == record.completions["rejected"]:
         yield IDENTICAL, quote(record.response("chosen"))
 
 
 def near_identical_pair(record: Record, context: Context) -> Hits:
-    """Pairs that differ only in case, white space or final punctuation, or that share nearly all of their words."""
+    """Finds pairs that differ only in case, spacing or final punctuation, or that share nearly all words."""
     if not record.paired or record.completions["chosen"] == record.completions["rejected"]:
         return
     chosen, rejected = (record.response(column) for column in SIDES)
@@ -96,7 +96,7 @@ def _loosely(text: str) -> str:
 
 
 def word_similarity(first: list[str], second: list[str], at_least: float) -> float:
-    """2 × words in common, in order / all words: 1 for equal lists, 0 for lists without a common word.
+    """Computes 2 × words in common, in order / all words: 1 for equal lists, 0 without a common word.
 
     Two lists that cannot reach `at_least` are given an upper bound instead, which is cheap. Between their common
     beginning and end at most MOST_COMPARED_WORDS words of each are aligned, which bounds the cost of a pair; what lies
@@ -119,7 +119,7 @@ def _common_start(first: list[str], second: list[str]) -> int:
 
 
 def empty_response(record: Record, context: Context) -> Hits:
-    """Responses without any visible character; messages that only call a tool are not empty."""
+    """Finds responses without any visible character; messages that only call a tool are not empty."""
     for column, value in record.completions.items():
         calls_tool = isinstance(value, list) and any(message.get("tool_calls") for message in value)
         if not record.texts[column].strip() and not calls_tool:
@@ -127,13 +127,13 @@ def empty_response(record: Record, context: Context) -> Hits:
 
 
 def empty_prompt(record: Record, context: Context) -> Hits:
-    """Text without a prompt: an empty one, or an implicit one that the responses have no beginning for."""
+    """Finds text without a prompt: an empty one, or an implicit one that the responses have no beginning for."""
     if not record.conversational and not record.prompt.strip():
         yield EMPTY_PROMPT, ""
 
 
 def prompt_repeated(record: Record, context: Context) -> Hits:
-    """Text whose responses all repeat the prompt: trained on, it would stand there twice."""
+    """Finds text whose responses all repeat the prompt: trained on, it would stand there twice."""
     prompt = record.texts["prompt"].strip()
     if record.conversational or len(prompt) < REPEATED_PROMPT_MIN_CHARACTERS:
         return
@@ -142,7 +142,10 @@ def prompt_repeated(record: Record, context: Context) -> Hits:
 
 
 def scripts_differ(record: Record, context: Context) -> Hits:
-    """Pairs whose responses are mostly in different scripts. It is about scripts: English and French do not differ."""
+    """Finds pairs whose responses are mostly in different scripts.
+
+    Scripts are not languages: English and French do not differ.
+    """
     if record.paired:
         scripts = [main_script(record.characters[column]) for column in SIDES]
         if None not in scripts and scripts[0] != scripts[1]:
@@ -150,7 +153,9 @@ def scripts_differ(record: Record, context: Context) -> Hits:
 
 
 def main_script(characters: Counter[str]) -> str | None:
-    """The script of more than half of the letters; "mixed" if there is none, None for fewer than SCRIPT_MIN_LETTERS.
+    """Returns the script of more than half of the letters; "mixed" if there is none.
+
+    None stands for fewer than SCRIPT_MIN_LETTERS letters.
 
     characters: how often each character occurs. The script is read off the first word of a letter's Unicode name
     (LATIN, CYRILLIC, HANGUL, CJK, …), with kana and Chinese characters together as "Japanese" where kana has a share.
@@ -171,7 +176,7 @@ def main_script(characters: Counter[str]) -> str | None:
 
 @cache
 def _script(character: str) -> str | None:
-    """The script of a letter; None for anything else. There are few different characters, hence the cache."""
+    """Returns the script of a letter, None for anything else. Different characters are few, hence the cache."""
     if not character.isalpha():
         return None
     words = unicodedata.name(character, "UNKNOWN").split()
@@ -182,7 +187,7 @@ def _script(character: str) -> str | None:
 
 
 def strange_characters(record: Record, context: Context) -> Hits:
-    """Code points that text has no use for."""
+    """Finds code points that text has no use for."""
     for column, characters in record.characters.items():
         for kind, found in _strange_kinds(characters):
             yield kind, f"{column}: U+{ord(found):04X}"

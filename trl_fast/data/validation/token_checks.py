@@ -1,10 +1,10 @@
-"""Rows as tokens: what a limit on length cuts, and what tokenization changes."""
+"""Checks rows as tokens: what a limit on length cuts, and what tokenization changes."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_tokenizer
-from ..formats import common_prefix_length
+from ..tokenization import common_prefix_length
+from ..tokenizer_checks import check_tokenizer
 from .findings import Hits, Kind, quote
 from .preference_record import SIDES, Content, Context, Record, TokenIds
 
@@ -56,7 +56,7 @@ DOUBLE_BOS = Kind(
 
 
 def tokenize(records: Iterable[Record], tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give records their ids, split as training splits them (see `formats.tokenize_preference`).
+    """Gives records their ids, divided as training divides them (see `tokenization.tokenize_preference`).
 
     Records without a prompt or response to render, and messages without a chat template to render them, get none:
     other findings say why. Many records at a time let the tokenizer work on several cores.
@@ -93,7 +93,7 @@ def _tokenize_alike(records: list[Record], tokenizer: "PreTrainedTokenizerBase",
 
 
 def _token_ids(record: Record, texts: list[str], ids: list[list[int]]) -> TokenIds:
-    """Both lists: of the prompt, then of prompt + completion for each completion."""
+    """Returns the ids of a record. Both lists: of the prompt, then of prompt + completion for each completion."""
     (prompt, *full), (prompt_ids, *full_ids) = texts, ids
     start = min(common_prefix_length(prompt_ids, other) for other in full_ids)
     kept = min(len(prompt) if text.startswith(prompt) else common_prefix_length(prompt, text) for text in full)
@@ -106,7 +106,7 @@ def _token_ids(record: Record, texts: list[str], ids: list[list[int]]) -> TokenI
 
 
 def _rendered(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The prompt as text, and prompt + completion as text for each completion."""
+    """Renders the prompt as text, and prompt + completion for each completion."""
     if record.conversational:
 
         def render(messages: Content, **options: Any) -> str:
@@ -120,13 +120,13 @@ def _rendered(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[str]
 
 
 def not_tokenizable(record: Record, context: Context) -> Hits:
-    """Rows that the tokenizer or its template raises on."""
+    """Finds rows that the tokenizer or its template raises on."""
     if record.tokens and record.tokens.failure:
         yield FAILS, quote(record.tokens.failure, 120)
 
 
 def truncation(record: Record, context: Context) -> Hits:
-    """What max_length cuts off the end of prompt + response, as `truncation_mode=keep_start` does."""
+    """Finds responses that max_length cuts at the end, as `truncation_mode=keep_start` does."""
     tokens = record.tokens
     if tokens is None or tokens.failure or context.max_length is None:
         return
@@ -144,7 +144,7 @@ def truncation(record: Record, context: Context) -> Hits:
 
 
 def prompt_boundary(record: Record, context: Context) -> Hits:
-    """Prompts whose text or tokens are not the beginning of prompt + response."""
+    """Finds prompts whose text or tokens are not the beginning of prompt + response."""
     tokens = record.tokens
     if tokens is None or tokens.failure:
         return
@@ -155,7 +155,7 @@ def prompt_boundary(record: Record, context: Context) -> Hits:
 
 
 def double_bos(record: Record, context: Context) -> Hits:
-    """Prompts that begin with BOS twice."""
+    """Finds prompts that begin with BOS twice."""
     if record.tokens and context.tokenizer.bos_token_id is not None:
         prompt = record.tokens.prompt
         if prompt[:2] == [context.tokenizer.bos_token_id] * 2:

@@ -36,7 +36,7 @@ def validate(
     max_length: int | None = None,
     progress: bool = False,
 ) -> ValidationReport:
-    """Look for what is wrong with preference data.
+    """Looks for faults in preference data.
 
     dataset: one split (called "train" in the report), or a mapping of names to splits, such as a DatasetDict; rows
     have `chosen` and `rejected`, with or without a `prompt`, or `prompt`, `completion` and `label`, as text or as
@@ -78,7 +78,7 @@ def validate(
 def _read_split(
     dataset: AnyDataset, name: str, context: Context, advance: Callable[[int], None]
 ) -> tuple[SplitTable, list[Finding]]:
-    """The table of a split and what the checks of single rows found in it; `advance` hears how many rows were read."""
+    """Returns a split's table and the findings in single rows; `advance` hears how many rows were read."""
     # Whatever format the rows are set to come in: the checks know Python's.
     dataset = dataset.with_format(None)
     table = SplitTable(name, unit="characters" if context.tokenizer is None else "tokens")

@@ -1,0 +1,245 @@
+"""Checks the columns and rows of datasets before training starts.
+
+Every error names the dataset and row, the column or field, the value, and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from datasets import Dataset
+
+from .dataset_types import AnyDataset
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+UNPAIRED_TOKEN_COLUMNS = ("prompt_ids", "completion_ids")
+LABEL = "label"
+
+
+def read_columns(dataset: AnyDataset, expected: str, name: str = "train") -> list[str]:
+    """Returns the column names of a dataset of texts; a stream's are those of its first row.
+
+    expected: says in the error what a dataset without rows should have.
+
+    Raises ValueError if the dataset has no row, or has image columns.
+    """
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"The {name} dataset has no rows; expected {expected}.")
+    columns = list(first_row)
+    images = [column for column in ("image", "images") if column in columns]
+    if images:
+        raise ValueError(
+            f"The {name} dataset has the column {images[0]!r}: vision data is not supported yet. Remove the column to "
+            "train on the text alone."
+        )
+    return columns
+
+
+def check_preference_columns(
+    dataset: AnyDataset, name: str = "train", token_columns: tuple[str, ...] = TOKEN_COLUMNS
+) -> list[str]:
+    """Returns the column names of a preference dataset; a stream's are those of its first row.
+
+    Raises ValueError if the dataset is empty, has image columns, or has neither `chosen` and `rejected` nor all the
+    token columns.
+    """
+    columns = read_columns(dataset, "at least one preference pair", name)
+    if not ({"chosen", "rejected"} <= set(columns) or set(token_columns) <= set(columns)):
+        raise ValueError(
+            f"The {name} dataset has the columns {columns}; expected 'chosen' and 'rejected' (with or without "
+            f"'prompt'), or the tokenized {', '.join(token_columns)}. Rename yours with dataset.rename_column(...)."
+        )
+    return columns
+
+
+def check_unpaired_columns(dataset: AnyDataset, name: str = "train") -> list[str]:
+    """Returns the column names of a dataset of labelled completions, or of preference pairs that become such.
+
+    Raises ValueError if the dataset is empty, has image columns, or lacks one of `prompt`, `completion` and `label`,
+    without having their token columns or `chosen` and `rejected` instead.
+    """
+    columns = read_columns(dataset, "at least one completion with a label", name)
+    known = set(columns)
+    if {"chosen", "rejected"} <= known or known >= {*UNPAIRED_TOKEN_COLUMNS, LABEL}:
+        return columns
+    missing = [column for column in ("prompt", "completion", LABEL) if column not in known]
+    if missing:
+        raise ValueError(
+            f"The {name} dataset has the columns {columns}, but no {missing[0]!r}; expected 'prompt', 'completion' "
+            "and 'label' (True for good completions, False for bad ones), or the tokenized prompt_ids, "
+            "completion_ids and label, or preference pairs of 'chosen' and 'rejected'. Rename yours with "
+            "dataset.rename_column(...)."
+        )
+    return columns
+
+
+def check_sft_columns(dataset: AnyDataset, text_field: str, formatted: bool, name: str = "train") -> list[str]:
+    """Returns the dataset's column names, if its first row holds something to learn.
+
+    formatted: a `formatting_func` writes the text, so rows may hold anything.
+
+    Raises ValueError if the dataset has no row, reads its rows through a transform, has images, or none of the known
+    columns.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset reads its rows through with_transform(), of which one reading would be kept for all "
+            "epochs. Set dataset_kwargs={'skip_prepare_dataset': True} and let the transform return input_ids "
+            "and labels, or use dataset.map()."
+        )
+    columns = read_columns(dataset, "at least one", name)
+    known = ({"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field})
+    if formatted or any(kind <= set(columns) for kind in known):
+        return columns
+    hint = (
+        "preference pairs, which DPOTrainer and RewardTrainer take" if {"chosen", "rejected"} <= set(columns) else ""
+    )
+    raise ValueError(
+        f"The {name} dataset has the columns {columns}{f' ({hint})' if hint else ''}; expected {text_field!r} (the "
+        "column of text, see dataset_text_field), 'messages', 'conversations', 'prompt' and 'completion', or "
+        "'input_ids'. Rename yours with dataset.rename_column(...), or give a formatting_func."
+    )
+
+
+def check_preference_row(
+    example: dict[str, Any], row: int, name: str = "train", *, one_may_be_empty: bool = False
+) -> None:
+    """Checks that `chosen`, `rejected` and `prompt` (if any) are all text or all lists of messages.
+
+    A `prompt` of the other kind than the completions is let through where they are messages: it is then ignored, and
+    the prompt taken from the messages that `chosen` and `rejected` share. Empty completions are refused; with
+    `one_may_be_empty` only where both are.
+
+    Raises ValueError otherwise.
+    """
+    empty = [column for column in ("chosen", "rejected") if example.get(column) in ("", [])]
+    if empty and not (one_may_be_empty and len(empty) == 1):
+        raise ValueError(f"{place(name, row)}, column {empty[0]!r}: the completion is empty. {remove_rows(empty[0])}")
+    columns = [column for column in ("chosen", "rejected", "prompt") if column != "prompt" or column in example]
+    kinds = {column: _known_kind(example.get(column), column, row, name) for column in columns}
+    if kinds["chosen"] != kinds["rejected"] or (kinds["chosen"] == "text" and kinds.get("prompt", "text") != "text"):
+        found = ", ".join(f"{column!r} is {kind}" for column, kind in kinds.items())
+        raise ValueError(f"{place(name, row)}: {found}; expected all of them to be text, or all messages.")
+
+
+def check_unpaired_row(example: dict[str, Any], row: int, name: str = "train") -> None:
+    """Checks that `label` is a truth value, and that `prompt` and `completion` are both text or both messages.
+
+    Raises ValueError otherwise, also for an empty completion and for a prompt without messages.
+    """
+    check_label(example[LABEL], row, name)
+    kinds = {column: _known_kind(example[column], column, row, name) for column in ("prompt", "completion")}
+    if not example["completion"]:
+        raise ValueError(
+            f"{place(name, row)}, column 'completion': the completion is empty. {remove_rows('completion')}"
+        )
+    if example["prompt"] == []:
+        raise ValueError(f"{place(name, row)}, column 'prompt': there are no messages. Fill it, or remove the row.")
+    _check_same_kind(kinds, row, name)
+
+
+def check_label(label: Any, row: int, name: str = "train") -> None:
+    """Checks that a label is a bool, 0 or 1.
+
+    Raises ValueError otherwise.
+    """
+    if not (isinstance(label, (bool, int, float)) and label in (0, 1)):
+        raise ValueError(
+            f"{place(name, row)}, column 'label': {shorten(label)} is no truth value; expected True for a good "
+            "completion, False for a bad one."
+        )
+
+
+def check_margin(margin: Any, row: int, name: str = "train") -> None:
+    """Checks that the margin of a preference pair is a finite number.
+
+    Raises ValueError otherwise.
+    """
+    if not (isinstance(margin, (int, float)) and math.isfinite(margin)):
+        raise ValueError(
+            f"{place(name, row)}, column 'margin': expected a finite number, got {margin!r}. Fill it in "
+            "all rows, or remove the column."
+        )
+
+
+def check_sft_row(example: dict[str, Any], text_field: str, row: int, name: str = "train") -> dict[str, Any]:
+    """Returns the columns of a row that count: those of one kind of data, and what its chat template takes.
+
+    Raises ValueError unless text is a string and messages are a list of dicts with a role, in all columns alike.
+    """
+    if example.keys() >= {"prompt", "completion"}:
+        columns = ["prompt", "completion"]
+    else:
+        columns = [next(name for name in ("messages", "conversations", text_field) if name in example)]
+    kinds = {column: _sft_kind(example[column], column == text_field) for column in columns}
+    for column, kind in kinds.items():
+        if kind is None:
+            expected = "a string" if column == text_field else "messages such as {'role': 'user', 'content': 'Hi.'}"
+            if column in ("prompt", "completion"):
+                expected = f"a string, or {expected}"
+            raise ValueError(
+                f"{place(name, row)}, column {column!r}: {shorten(example[column])} is of type "
+                f"{type(example[column]).__name__}; expected {expected}."
+            )
+    _check_same_kind(kinds, row, name)
+    taken = [*columns, "tools", "chat_template_kwargs"]
+    return {column: example[column] for column in taken if column in example}
+
+
+def _known_kind(value: Any, column: str, row: int, name: str) -> str:
+    """Returns "text" or "messages".
+
+    Raises ValueError for anything else.
+    """
+    kind = kind_of(value)
+    if kind is None:
+        raise ValueError(
+            f"{place(name, row)}, column {column!r}: {shorten(value)} is of type {type(value).__name__}; "
+            "expected a string, or a list of messages such as {'role': 'assistant', 'content': 'Hello.'}."
+        )
+    return kind
+
+
+def _check_same_kind(kinds: dict[str, str], row: int, name: str) -> None:
+    if len(set(kinds.values())) > 1:
+        raise ValueError(
+            f"{place(name, row)}: 'prompt' is {kinds['prompt']}, 'completion' is {kinds['completion']}; expected both "
+            "to be text, or both messages."
+        )
+
+
+def kind_of(value: Any) -> str | None:
+    """Returns "text" for a string, "messages" for a list of dicts with a role, None for anything else."""
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value):
+        return "messages"
+    return None
+
+
+def _sft_kind(value: Any, text_only: bool) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    named = ({"role"}, {"from", "value"})
+    if text_only or not isinstance(value, list) or not value:
+        return None
+    known = all(isinstance(message, dict) and any(keys <= message.keys() for keys in named) for message in value)
+    return "messages" if known else None
+
+
+def place(name: str, row: int) -> str:
+    """Names the dataset and row that something is wrong with, for the start of a message."""
+    return f"The {name} dataset, row {row}"
+
+
+def remove_rows(column: str) -> str:
+    """Tells what to do about an empty completion, for the end of a message."""
+    return f"Fill it, or remove such rows with dataset.filter(lambda row: len(row[{column!r}]) > 0)."
+
+
+def shorten(value: Any) -> str:
+    """Returns a value as a message shows it, in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
