@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
-from trl_fast.modeling.whole_layers import MARGIN, DeviceMemory
+from trl_fast.modeling.uncheckpointed_layers import MARGIN, DeviceMemory
 
 from .machine_info import describe_machine
 from .memory import MIB

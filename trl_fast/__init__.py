@@ -28,7 +28,7 @@ _BY_MODULE = {
     "trl_fast.cli.quiet": ("init_zero_verbose",),
     "trl_fast.dropin": ("install_as_trl",),
     "trl_fast.modeling.chat_template": ("clone_chat_template", "setup_chat_format"),
-    "trl_fast.modeling.reference": ("create_reference_model",),
+    "trl_fast.modeling.reference_policy": ("create_reference_model",),
     "trl_fast.data": (
         "apply_chat_template",
         "extract_prompt",
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     )
     from trl_fast.dropin import install_as_trl
     from trl_fast.modeling.chat_template import clone_chat_template, setup_chat_format
-    from trl_fast.modeling.reference import create_reference_model
+    from trl_fast.modeling.reference_policy import create_reference_model
     from trl_fast.trainers import (
         BEMACallback,
         DPOConfig,

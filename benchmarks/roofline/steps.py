@@ -29,10 +29,9 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 import trl_fast
 from tests.support.tokenizer import build_tokenizer
-from trl_fast.modeling.attention import SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.modeling.loading import base_model
-from trl_fast.modeling.reference import freeze
-from trl_fast.modeling.segments import _varlen_calls
+from trl_fast.modeling.reference_policy import freeze
+from trl_fast.modeling.tree_attention import _varlen_calls
 from trl_fast.planning.fake_models import give_fake_memory, shortened
 from trl_fast.planning.model_shapes import model_config
 from trl_fast.trainers.base import model_setup

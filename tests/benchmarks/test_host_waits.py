@@ -18,9 +18,9 @@ from benchmarks.host_waits import AUTOGRAD, host_waits
 from support.models import tiny_classifier, tiny_model
 from support.tokenizer import build_tokenizer
 from support.training import color_labels, color_pairs, make_trainer
-from trl_fast.modeling import segments
-from trl_fast.modeling.attention import LENGTHS_KEYWORD
+from trl_fast.modeling import tree_attention
 from trl_fast.modeling.scoring import _token_counts
+from trl_fast.modeling.segment_attention import LENGTHS_KEYWORD
 from trl_fast.ops import linear_cross_entropy
 from trl_fast.planning.fake_models import give_fake_memory
 
@@ -38,7 +38,7 @@ def _counting():
             yield found
     finally:
         # What it keeps may be fake tensors.
-        segments._varlen_calls.cache_clear()
+        tree_attention._varlen_calls.cache_clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from support.models import tiny_model
 from trl_fast.modeling.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
-from trl_fast.modeling.reference import freeze
+from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.selective_checkpointing import _layer_of
 
 pytestmark = pytest.mark.filterwarnings("error:.*checkpointing_(en|dis)able:FutureWarning")

@@ -8,8 +8,8 @@ import torch
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import pack_trees
-from trl_fast.modeling.attention import use_segment_attention
 from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 LAYERS = 1

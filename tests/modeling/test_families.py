@@ -10,10 +10,10 @@ from benchmarks.memory import measure_peak
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import Tree, pack_trees
-from trl_fast.modeling import segments
-from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling import tree_attention
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import supports_packed, supports_sharing, use_segment_attention
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {
@@ -202,7 +202,7 @@ def test_a_model_that_sdpa_does_not_serve_keeps_its_own_attention_without_length
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
 def test_a_long_row_builds_nothing_of_tokens_squared(name, monkeypatch):
     """Forward and backward of a whole model, a prompt shared by two branches."""
-    monkeypatch.setattr(segments, "_TILE_BYTES", 1 << 22)
+    monkeypatch.setattr(tree_attention, "_TILE_BYTES", 1 << 22)
     model = build(name, num_attention_heads=1, num_key_value_heads=1)
     use_segment_attention(model)
     model.gradient_checkpointing_enable()

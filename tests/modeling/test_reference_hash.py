@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from support.models import tiny_model
-from trl_fast.modeling.reference import copy_adapter_as_reference, reference_hash
+from trl_fast.modeling.reference_policy import copy_adapter_as_reference, reference_hash
 
 
 def adapted(seed=0, **changes):

@@ -8,9 +8,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from support.models import tiny_classifier
 from trl_fast.data import LAYOUTS, reward_batch
-from trl_fast.modeling.attention import SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.modeling.loading import base_model, load_reward_model
 from trl_fast.modeling.reward_scoring import attach_reward_scoring, can_pack_rewards, rewards, verify_rewards
+from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, use_segment_attention
 
 FAMILIES = {
     "llama": {},

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import flop_registry
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import pack_trees
-from trl_fast.modeling.attention import use_segment_attention
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.selective_checkpointing import (
     ATTENTION,
     PRODUCT,

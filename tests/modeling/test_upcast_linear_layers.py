@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import pack_trees
-from trl_fast.modeling.attention import use_segment_attention
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.upcast_linear_layers import upcast_linear_layers
 from trl_fast.ops import matmul
 

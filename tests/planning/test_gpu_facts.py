@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
-from trl_fast.modeling import offloading, segments, tiled_mlp
+from trl_fast.modeling import activation_offloading, tiled_mlp, tree_attention
 from trl_fast.ops import attention_merge, matmul, memory_pool
 from trl_fast.ops.head import gradients, plan, row_blocks
 from trl_fast.ops.head.logit_transform import LogitTransform
@@ -41,7 +41,7 @@ def test_everything_is_put_back():
             row_blocks.mm_into,
             matmul._cpu_multiplies_bf16,
         )
-        classes = (segments.CpuParts, offloading.copies_of, offloading.is_on_device)
+        classes = (tree_attention.CpuRowAttention, activation_offloading.copies_of, activation_offloading.is_on_device)
         tiles = (gradients.spans, tiled_mlp._tiles)
         padded = AttentionInterface()[PADDED_ATTENTION]
         merge = attention_merge._merge_reference
@@ -52,7 +52,7 @@ def test_everything_is_put_back():
         with choices_of(device, MemoryTracker()):
             assert state() != before
         assert state() == before
-    assert segments._varlen_calls.cache_info().currsize == 0
+    assert tree_attention._varlen_calls.cache_info().currsize == 0
 
 
 def test_flash_backward_takes_float32_sums_and_ungrouped_gradients():

@@ -4,7 +4,7 @@ import pytest
 
 from support.models import tiny_config
 from trl_fast.modeling.selective_checkpointing import SelectiveCheckpointing
-from trl_fast.modeling.whole_layers import MARGIN
+from trl_fast.modeling.uncheckpointed_layers import MARGIN
 from trl_fast.planning.memory_timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, highest
 from trl_fast.planning.peak_estimates import stage_peaks, whole_layers
 from trl_fast.planning.simulated_step import EMBEDDING_STAGE, LAST_LAYER, MIDDLE_LAYERS, OPTIMIZER_STAGE, simulate

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from support.models import tiny_model
-from trl_fast.modeling.attention import use_segment_attention
+from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.rollout import SamplingSettings, TransformersEngine
 from trl_fast.rollout.transformers_engine import can_share_prompts
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trl_fast.modeling.whole_layers import DeviceMemory
+from trl_fast.modeling.uncheckpointed_layers import DeviceMemory
 
 
 class SimulatedDevice(TorchDispatchMode):
@@ -20,7 +20,7 @@ class SimulatedDevice(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def memory(self, _device: torch.device) -> DeviceMemory:
-        """In the place of `whole_layers.device_memory`."""
+        """In the place of `uncheckpointed_layers.device_memory`."""
         return DeviceMemory(self.total - self.live, self.total, self.live, self.peak)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -12,7 +12,7 @@ import trl_fast
 from support.copies import LateCopies
 from support.models import tiny_classifier, tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
-from trl_fast.modeling import offloading
+from trl_fast.modeling import activation_offloading
 from trl_fast.modeling.selective_checkpointing import ATTENTION, PRODUCT, Budget
 
 SETTINGS = {"tiled": {"tiled_mlp": 16}, "offloaded": {"activation_offloading": True}}
@@ -23,11 +23,11 @@ SETTINGS["both"] = SETTINGS["tiled"] | SETTINGS["offloaded"]
 def offloaded(monkeypatch):
     """Copies within the CPU in place of those to and from a GPU; a list of what was copied."""
     copies = LateCopies()
-    monkeypatch.setattr("trl_fast.modeling.offloading.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("trl_fast.modeling.activation_offloading.torch.cuda.is_available", lambda: True)
     # A CUDA build of torch without a driver would be asked by the optimizer.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(offloading, "is_on_device", lambda tensor: True)
-    monkeypatch.setattr(offloading, "copies_of", lambda device: copies)
+    monkeypatch.setattr(activation_offloading, "is_on_device", lambda tensor: True)
+    monkeypatch.setattr(activation_offloading, "copies_of", lambda device: copies)
     return copies.left
 
 

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from trl_fast.console import FILE_WIDTH, make_console, progress_columns
 from trl_fast.modeling.loading import base_model
-from trl_fast.modeling.positions import check_positions
+from trl_fast.modeling.position_limits import check_positions
 from trl_fast.ops.linear_logprob import HEAD_GRADS
 from trl_fast.planning.comparisons import Row, check_resident, compare, switches, systems
 from trl_fast.planning.fake_models import planned_model

@@ -24,7 +24,7 @@ ROOM_BYTES = 1 << 30
 
 
 class Copies(Protocol):
-    """Copies between a device and the CPU, one after the other, beside what computes; see `host_copies.HostCopies`."""
+    """Copies between a device and the CPU, one after the other, beside what computes; see `pinned_copies.PinnedCopies`."""
 
     def to_host(self, tensor: torch.Tensor) -> Any:
         """A tensor's copy on the CPU."""

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch
 from trl_fast.data.reward_modeling import REWARD_POSITIONS, reward_batch
 
-from .attention import keep_score_caps, supports_packed
 from .loading import backbone, unbound_forward
 from .scoring import TOLERANCE, Verdict, evaluating, model_inputs
+from .segment_attention import keep_score_caps, supports_packed
 from .upcast_linear_layers import upcast_linear_layers
 
 # The module that makes a reward of a hidden state, in transformers' classifiers on decoders.

@@ -19,9 +19,9 @@ from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selecti
 from trl_fast.ops.linear_token_loss import TokenLoss
 from trl_fast.ops.token_scores import detached
 
-from .attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
-from .head import head_parameters, head_transform
+from .lm_head import head_parameters, head_transform
 from .loading import backbone, unbound_forward
+from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .upcast_linear_layers import upcast_linear_layers
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.

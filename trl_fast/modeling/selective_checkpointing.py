@@ -4,7 +4,7 @@ Checkpointing keeps a layer's input and computes all the rest once more in backw
 matrix products and attention, whose results are a part of what a layer would save without checkpointing. They are kept
 here, as many as a limit allows; values and gradients are the same, bit for bit.
 
-On a GPU whole layers go first, as many as its free memory holds (whole_layers.py): dispatch modes look at every
+On a GPU whole layers go first, as many as its free memory holds (uncheckpointed_layers.py): dispatch modes look at every
 operator twice, and a small model then waits for its host. They serve what is left of the memory, if layers are large.
 
 torch's selective checkpointing (create_selective_checkpoint_contexts) does this without a limit. It also stops where a
@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layer_kernels import turn_copies
+from .liger_kernels import turn_copies
 from .loading import backbone
-from .whole_layers import (
+from .uncheckpointed_layers import (
     LARGE_LAYER,
     Footprint,
     Meter,

@@ -12,10 +12,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl_fast.data.packing import TokenBatch
 from trl_fast.data.reward_modeling import REWARD_POSITIONS
 
-from .attention import supports_sharing, use_segment_attention
 from .loading import backbone, is_quantized
 from .reward_scoring import HEAD, can_pack_rewards, verify_rewards
 from .scoring import model_inputs
+from .segment_attention import supports_sharing, use_segment_attention
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ class DeviceFacts:
 
     - `serves`: whether a backend serves an op, by their names; None: as `backends.supports` says.
     - `row_kernels`, `sparse_kernels`: stand in for those of every backend (`RowKernels`, `SparseKernels`).
-    - `host_copies`: stands in for `modeling.host_copies.copies_of`.
+    - `host_copies`: stands in for `modeling.pinned_copies.copies_of`.
     - `holds`: whether a tensor is in the device's memory; None: whether its device is of this kind.
     - `first_tiles_only`: of tiles that are alike, the first two and the last are computed, which takes the memory of
       all.

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout
-from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.reward_scoring import attach_reward_scoring, can_pack_rewards
 from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.segment_attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from trl_fast.modeling import offloading, segments, tiled_mlp
+from trl_fast.modeling import activation_offloading, tiled_mlp, tree_attention
 from trl_fast.ops import attention_merge, matmul, memory_pool
 from trl_fast.ops.head import gradients, plan, row_blocks, sparse_kernels
 from trl_fast.ops.head.row_kernels import ROW_KERNELS, RowKernels
@@ -54,7 +54,7 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
     Of tiles, which are alike, the first two and the last one are computed: that takes the memory of all.
     """
     with ExitStack() as stack:
-        parts = _labelled(segments.CpuParts, tracker)
+        parts = _labelled(tree_attention.CpuRowAttention, tracker)
         if device == "gpu":
             parts = _gpu_parts(tracker)
             stack.enter_context(replaced(plan, tile_policy=lambda _: plan.GPU_TILES, logits_dtype=_wide_logits))
@@ -66,11 +66,11 @@ def choices_of(device: str, tracker: MemoryTracker) -> Iterator[None]:
             ROW_KERNELS["torch"] = RowKernels(_nothing, _nothing, 0, *[_nothing] * 3)
             stack.enter_context(replaced(attention_merge, _merge_reference=_merged))
             copies = {"copies_of": SimulatedCopies, "is_on_device": _is_fake}
-            stack.enter_context(replaced(offloading, **copies))
+            stack.enter_context(replaced(activation_offloading, **copies))
             # What it keeps are fake tensors of this simulation.
-            segments._varlen_calls.cache_clear()
-            stack.callback(segments._varlen_calls.cache_clear)
-        stack.enter_context(replaced(segments, CpuParts=parts))
+            tree_attention._varlen_calls.cache_clear()
+            stack.callback(tree_attention._varlen_calls.cache_clear)
+        stack.enter_context(replaced(tree_attention, CpuRowAttention=parts))
         stack.enter_context(replaced(gradients, spans=_some_of(gradients.spans)))
         stack.enter_context(replaced(tiled_mlp, _tiles=_some_of(tiled_mlp._tiles)))
         for backend in ("torch", "cpp"):
@@ -187,7 +187,10 @@ def _labelled(parts: Any, tracker: MemoryTracker) -> Any:
 
 
 def _gpu_parts(tracker: MemoryTracker) -> Any:
-    flash, plain = _labelled(segments.CudaParts, tracker), _labelled(segments.PlainParts, tracker)
+    flash, plain = (
+        _labelled(tree_attention.CudaRowAttention, tracker),
+        _labelled(tree_attention.PlainRowAttention, tracker),
+    )
 
     def parts(query: torch.Tensor, *rest: Any) -> Any:
         return (flash if query.dtype in (torch.bfloat16, torch.float16) else plain)(query, *rest)

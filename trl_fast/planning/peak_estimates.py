@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trl_fast.modeling.selective_checkpointing import PRODUCT, Budget
-from trl_fast.modeling.whole_layers import layers_that_fit, room_for_layers
+from trl_fast.modeling.uncheckpointed_layers import layers_that_fit, room_for_layers
 from trl_fast.ops.head.plan import default_workspace
 
 from .fake_models import layers_are_alike, meta_model

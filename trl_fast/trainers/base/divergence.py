@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_fast.modeling.finite import not_finite
+from trl_fast.modeling.finite_weights import not_finite
 from trl_fast.ops.validation import NotFiniteError
 
 from .checkpoints import newest_checkpoint

@@ -7,10 +7,10 @@ import logging
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from trl_fast.modeling.finite import check_weights
-from trl_fast.modeling.layer_kernels import check_liger
+from trl_fast.modeling.activation_offloading import offload_activations
+from trl_fast.modeling.finite_weights import check_weights
+from trl_fast.modeling.liger_kernels import check_liger
 from trl_fast.modeling.loading import base_model, disable_dropout
-from trl_fast.modeling.offloading import offload_activations
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 

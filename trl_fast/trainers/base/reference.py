@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from trl_fast.data import TokenBatch
 from trl_fast.modeling.loading import base_model, load_causal_lm
-from trl_fast.modeling.reference import copy_adapter_as_reference, copy_as_reference, freeze, reference_scope
+from trl_fast.modeling.reference_policy import copy_adapter_as_reference, copy_as_reference, freeze, reference_scope
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.ops import TokenScores
 

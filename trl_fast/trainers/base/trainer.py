@@ -13,10 +13,10 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from trl_fast.data import AnyDataset, TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
-from trl_fast.modeling.attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
-from trl_fast.modeling.positions import check_positions
+from trl_fast.modeling.position_limits import check_positions
 from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
+from trl_fast.modeling.segment_attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.ops.validation import NotFiniteError
 
 from .callbacks import EpochAnnouncer, TokenCounter

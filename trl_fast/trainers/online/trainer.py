@@ -16,7 +16,7 @@ from trl_fast.data import AnyDataset, TokenBatch, longest_sequence
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.losses.advantages import Advantages
 from trl_fast.losses.policy_gradient import Window, grpo_loss, grpo_metrics, sequence_weights
-from trl_fast.modeling.head import use_float32_head
+from trl_fast.modeling.lm_head import use_float32_head
 from trl_fast.modeling.loading import base_model
 from trl_fast.ops import TokenScores
 from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, TransformersEngine, end_token_ids

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_fast.data import TokenBatch
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.loading import base_model, is_quantized, load_reward_model
-from trl_fast.modeling.reference import freeze
+from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.reward_scoring import attach_reward_scoring
 from trl_fast.modeling.value_scoring import check_classifier, choose_classifier_layout, read_head, state_batch
 from trl_fast.rollout import RewardFunctions

@@ -115,9 +115,9 @@ def put_liger_in_place(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel", package)
     monkeypatch.setitem(sys.modules, transformers.__name__, transformers)
     monkeypatch.setitem(sys.modules, patches.__name__, patches)
-    for place in ("transformers.integrations.liger", "trl_fast.modeling.layer_kernels"):
+    for place in ("transformers.integrations.liger", "trl_fast.modeling.liger_kernels"):
         monkeypatch.setattr(f"{place}.is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr("trl_fast.modeling.layer_kernels.LIGER_DEVICES", ("cpu",))
+    monkeypatch.setattr("trl_fast.modeling.liger_kernels.LIGER_DEVICES", ("cpu",))
     # Put back afterwards.
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
     monkeypatch.setattr(Swiglu, "seen", set())

@@ -15,13 +15,13 @@ from support.simulated_device import SimulatedDevice
 from support.trees import random_trees
 from trl_fast.data import pack_trees
 from trl_fast.modeling import selective_checkpointing
-from trl_fast.modeling.attention import use_segment_attention
 from trl_fast.modeling.checkpointing import disable_checkpointing, enable_checkpointing
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.selective_checkpointing import SelectiveCheckpointing, set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
-from trl_fast.modeling.whole_layers import (
+from trl_fast.modeling.uncheckpointed_layers import (
     MARGIN,
     STRETCH,
     DeviceMemory,

@@ -13,9 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .host_copies import copies_of
 from .loading import backbone, unbound_forward
 from .offload_schedule import SavedTensor, Schedule
+from .pinned_copies import copies_of
 
 logger = logging.getLogger(__name__)
 

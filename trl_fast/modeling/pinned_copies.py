@@ -17,7 +17,7 @@ _BLOCK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
-class HostCopy:
+class PinnedCopy:
     """A tensor's elements in the order of its memory, in pinned blocks; the shape in that order, and the way back."""
 
     blocks: list[torch.Tensor]
@@ -26,7 +26,7 @@ class HostCopy:
     inverse: tuple[int, ...]
 
 
-class HostCopies:
+class PinnedCopies:
     """What leaves a GPU and comes back, in the order in which it is asked for; the host waits for none of it.
 
     A copy begins when what has been queued for computing before it is done. What computes waits only for events. All
@@ -49,7 +49,7 @@ class HostCopies:
         with self._streams.stream(self._side):
             yield
 
-    def to_host(self, tensor: torch.Tensor) -> HostCopy:
+    def to_host(self, tensor: torch.Tensor) -> PinnedCopy:
         """A copy in pinned memory, on its way; the tensor has to stay as it is until then."""
         # In the order of its memory a tensor without gaps is one run of elements, which needs no copy on the device.
         order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
@@ -60,9 +60,9 @@ class HostCopies:
             for part in ordered.reshape(-1).split(_BLOCK_BYTES // tensor.element_size()):
                 blocks.append(self._block(part.nbytes))
                 _elements(blocks[-1], part).copy_(part, non_blocking=True)
-        return HostCopy(blocks, ordered.shape, tensor.dtype, inverse)
+        return PinnedCopy(blocks, ordered.shape, tensor.dtype, inverse)
 
-    def to_device(self, copy: HostCopy) -> torch.Tensor:
+    def to_device(self, copy: PinnedCopy) -> torch.Tensor:
         """The copy's copy on the device, in the same strides, on its way."""
         # Of the memory of the stream that computes: what is there is done with when the copy begins.
         flat = torch.empty(copy.shape.numel(), dtype=copy.dtype, device=self._device)
@@ -83,7 +83,7 @@ class HostCopies:
         """Lets the memory of a tensor that came back, and that nobody has waited for, outlive its copy."""
         tensor.record_stream(self._side)
 
-    def forget(self, copy: HostCopy) -> None:
+    def forget(self, copy: PinnedCopy) -> None:
         """Nobody asks for this copy any more."""
         for block in copy.blocks:
             self._blocks[len(block)].append(block)
@@ -106,6 +106,6 @@ def pinned_memory(size: int) -> torch.Tensor:
 
 
 @functools.cache
-def copies_of(device: torch.device) -> HostCopies:
+def copies_of(device: torch.device) -> PinnedCopies:
     """A device's copies: one stream and one store of pinned memory for all models."""
-    return HostCopies(device)
+    return PinnedCopies(device)

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from support.models import tiny_model
-from trl_fast.modeling.finite import check_weights, not_finite
+from trl_fast.modeling.finite_weights import check_weights, not_finite
 from trl_fast.ops.validation import NotFiniteError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from support.heads import error
-from trl_fast.modeling import segments
-from trl_fast.modeling.segments import tree_attention
+from trl_fast.modeling import tree_attention as op
+from trl_fast.modeling.tree_attention import tree_attention
 
 TREES = {
     "a pair": ((40, 17, 9),),
@@ -137,7 +137,7 @@ def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
     stand_in = VarlenOnTheCpu()
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in.forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in.backward)
-    monkeypatch.setattr(segments, "CpuParts", segments.CudaParts)
+    monkeypatch.setattr(op, "CpuRowAttention", op.CudaRowAttention)
     query, key, value, upstream = problem(trees)
     got = tree_attention(query, key, value, trees)
     exact, wide = dense(query, key, value, trees, None, torch.float64)
@@ -169,7 +169,7 @@ def plain_dense(query, key, value, trees, scale, softcap, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
     """Tile by tile, with a score cap, and with values of another width than the keys."""
-    monkeypatch.setattr(segments, "_TILE_BYTES", 4 * 4 * 40 * 7)
+    monkeypatch.setattr(op, "_TILE_BYTES", 4 * 4 * 40 * 7)
     query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
     value, upstream = value[..., :8].detach().requires_grad_(), upstream[..., :8]
     got = tree_attention(query, key, value, trees, scale, softcap)
@@ -195,7 +195,7 @@ def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
     ],
 )
 def test_what_flash_kernels_serve(tensor, width, softcap, reason):
-    ok, why = segments.flash_serves(tensor, tensor[:width], softcap)
+    ok, why = op.flash_serves(tensor, tensor[:width], softcap)
     assert ok == (reason is None) and (ok or reason in why)
 
 
@@ -226,9 +226,9 @@ def on_a_gpu(dtype=torch.bfloat16, width=64, requires_grad=True):
 )
 def test_a_gpu_without_flash_kernels_says_so_once(query, capability, softcap, reason, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    segments._say_it_is_plain.cache_clear()
+    op._say_it_is_plain.cache_clear()
     with caplog.at_level(logging.WARNING, "trl_fast"):
-        kernels = [segments._choose_parts(query, query, softcap) for _ in range(3)]
-    assert (kernels[0] is segments.CudaParts) == (reason is None)
+        kernels = [op._choose_kernels(query, query, softcap) for _ in range(3)]
+    assert (kernels[0] is op.CudaRowAttention) == (reason is None)
     said = [f"Attention runs in plain PyTorch, which is slower on long rows: {reason}."] if reason else []
     assert [record.message for record in caplog.records] == said

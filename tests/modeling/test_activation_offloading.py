@@ -19,13 +19,13 @@ from support.models import tiny_model
 from support.streams import Races, Streams
 from support.trees import random_trees
 from trl_fast.data import pack_trees
-from trl_fast.modeling import host_copies, offloading
-from trl_fast.modeling.attention import use_segment_attention
-from trl_fast.modeling.host_copies import HostCopies
+from trl_fast.modeling import activation_offloading, pinned_copies
+from trl_fast.modeling.activation_offloading import Offloading, offload_activations
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.offload_schedule import Schedule
-from trl_fast.modeling.offloading import Offloading, offload_activations
+from trl_fast.modeling.pinned_copies import PinnedCopies
 from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 ON_GPU = torch.cuda.is_available()
@@ -34,13 +34,13 @@ ON_GPU = torch.cuda.is_available()
 @pytest.fixture
 def as_if_on_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(offloading, "is_on_device", lambda tensor: True)
+    monkeypatch.setattr(activation_offloading, "is_on_device", lambda tensor: True)
 
 
 @pytest.fixture
 def stand_in(as_if_on_gpu, monkeypatch):
     copies = LateCopies()
-    monkeypatch.setattr(offloading, "copies_of", lambda device: copies)
+    monkeypatch.setattr(activation_offloading, "copies_of", lambda device: copies)
     yield copies
     copies.finish()
 
@@ -49,9 +49,9 @@ def stand_in(as_if_on_gpu, monkeypatch):
 def races(as_if_on_gpu, monkeypatch):
     """The real copies, looked at; blocks of pinned memory are NaN at first."""
     streams = Streams()
-    races, copies = Races(streams), HostCopies(torch.device("cpu"), streams)
-    monkeypatch.setattr(offloading, "copies_of", lambda device: copies)
-    monkeypatch.setattr(host_copies, "pinned_memory", lambda size: torch.full((size,), 255, dtype=torch.uint8))
+    races, copies = Races(streams), PinnedCopies(torch.device("cpu"), streams)
+    monkeypatch.setattr(activation_offloading, "copies_of", lambda device: copies)
+    monkeypatch.setattr(pinned_copies, "pinned_memory", lambda size: torch.full((size,), 255, dtype=torch.uint8))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: races.note(tensor, stream))
     return races
 
@@ -160,7 +160,7 @@ def test_without_a_gpu_it_says_that_it_does_nothing(caplog):
     assert [record.message for record in caplog.records] == [
         "activation_offloading=True does nothing here: without a GPU, activations are in CPU memory."
     ]
-    assert "forward" not in vars(offloading.backbone(model))
+    assert "forward" not in vars(activation_offloading.backbone(model))
 
 
 # ---- order
@@ -364,8 +364,8 @@ def pinned(monkeypatch):
         sizes.append(size)
         return torch.full((size,), 255, dtype=torch.uint8)
 
-    monkeypatch.setattr(host_copies, "pinned_memory", memory)
-    monkeypatch.setattr(host_copies, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(pinned_copies, "pinned_memory", memory)
+    monkeypatch.setattr(pinned_copies, "_BLOCK_BYTES", 64)
     return sizes
 
 
@@ -384,7 +384,7 @@ STRIDED = {
 @pytest.mark.parametrize("tensor", STRIDED.values(), ids=STRIDED.keys())
 def test_there_and_back(tensor, pinned):
     """In the order of memory, in blocks of one size but for the last, a power of two."""
-    copies = HostCopies(torch.device("cpu"), Streams())
+    copies = PinnedCopies(torch.device("cpu"), Streams())
     back = copies.to_device(copies.to_host(tensor))
     assert torch.equal(back, tensor) and back.dtype == tensor.dtype
     assert set(pinned[:-1]) <= {64} and pinned[-1].bit_count() == 1 and pinned[-1] <= 64
@@ -394,7 +394,7 @@ def test_there_and_back(tensor, pinned):
 
 
 def test_blocks_are_used_again(pinned):
-    copies = HostCopies(torch.device("cpu"), Streams())
+    copies = PinnedCopies(torch.device("cpu"), Streams())
     first, second = torch.randn(40), torch.randn(39)
     kept = copies.to_host(first)
     copies.forget(copies.to_host(first))
@@ -415,7 +415,7 @@ def test_the_same_bits_on_a_gpu(checkpointing, slow, monkeypatch):
     device = torch.device("cuda", 0)
     expected = run_on(device, build(checkpointing=checkpointing))
 
-    class Slow(HostCopies):
+    class Slow(PinnedCopies):
         def to_host(self, tensor):
             self.sleep(slow == "out")
             return super().to_host(tensor)
@@ -430,7 +430,7 @@ def test_the_same_bits_on_a_gpu(checkpointing, slow, monkeypatch):
                     torch.cuda._sleep(2_000_000)
 
     copies = Slow(device)
-    monkeypatch.setattr(offloading, "copies_of", lambda device: copies)
+    monkeypatch.setattr(activation_offloading, "copies_of", lambda device: copies)
     model = build(checkpointing=checkpointing)
     offload_activations(model)
     for _ in range(3):

@@ -5,14 +5,14 @@ import torch
 from transformers import Gemma2PreTrainedModel
 
 from support.models import tiny_model
-from trl_fast.modeling.attention import (
+from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.segment_attention import (
     EAGER_SEGMENT_ATTENTION,
     SEGMENT_ATTENTION,
     segment_attention,
     supports_packed,
     use_segment_attention,
 )
-from trl_fast.modeling.scoring import attach_scoring
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 1), (3, 7, 2)])

@@ -85,20 +85,20 @@ def tree_attention(
     if heads % groups:
         raise ValueError(f"query: {heads} heads are no multiple of the {groups} key-value heads")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    kernels = _choose_parts(query, value, softcap)
+    kernels = _choose_kernels(query, value, softcap)
     return _TreeAttention.apply(query, key, value, trees, scale, kernels)
 
 
-def _choose_parts(
+def _choose_kernels(
     query: torch.Tensor, value: torch.Tensor, softcap: float | None
-) -> Callable[..., CpuParts | CudaParts]:
+) -> Callable[..., CpuRowAttention | CudaRowAttention]:
     """What computes the parts of a row: flash kernels if they serve, else plain PyTorch, which is said on a GPU."""
     serves, reason = flash_serves(query, value, softcap)
     if serves:
-        return CudaParts if query.is_cuda else CpuParts
+        return CudaRowAttention if query.is_cuda else CpuRowAttention
     if query.is_cuda and query.requires_grad:
         _say_it_is_plain(reason)
-    return functools.partial(PlainParts, softcap=softcap)
+    return functools.partial(PlainRowAttention, softcap=softcap)
 
 
 @functools.cache
@@ -143,7 +143,7 @@ class _TreeAttention(torch.autograd.Function):
         return (*row.backward(grad, out, lse), None, None, None)
 
 
-class CpuParts:
+class CpuRowAttention:
     """The parts of a row by torch's flash kernel for the CPU, one call each.
 
     Key-value heads stand as the batch, so that their groups of query heads read them without a copy. Where 16-bit
@@ -235,7 +235,7 @@ class CpuParts:
         return tuple(gradient.to(self.dtype) for gradient in found)
 
 
-class PlainParts(CpuParts):
+class PlainRowAttention(CpuRowAttention):
     """The parts of a row by plain PyTorch on any device, a tile of queries at a time: what the flash kernels lack.
 
     Scores of `_TILE_BYTES` exist at once, in forward and in backward.
@@ -357,7 +357,7 @@ def _together(ranges: list[slice], device: torch.device) -> slice | torch.Tensor
     return copy_to_device(torch.cat([torch.arange(r.start, r.stop) for r in ranges]), device)
 
 
-class CudaParts:
+class CudaRowAttention:
     """The parts of a row by torch's varlen flash kernels, two calls a layer."""
 
     def __init__(

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from support.models import tiny_model
-from trl_fast.modeling.positions import check_positions
+from trl_fast.modeling.position_limits import check_positions
 
 
 def build(family, **changes):

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
-from .segments import TreeLengths, flash_serves, tree_attention
+from .tree_attention import TreeLengths, flash_serves, tree_attention
 
 SEGMENT_ATTENTION = "trl_fast_segments"
 EAGER_SEGMENT_ATTENTION = "trl_fast_segments_eager"
@@ -37,7 +37,7 @@ def segment_attention(
     tree_lengths: tuple[TreeLengths, ...] | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention inside each tree of a row; see segments.py.
+    """Attention inside each tree of a row; see tree_attention.py.
 
     Args:
         query: (1, heads, T, D); key, value: (1, key-value heads, T, D); any float dtype.
@@ -151,7 +151,7 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
         return False, f"{name} has ALiBi position biases"
     if any(parameter.endswith(".sinks") for parameter, _ in model.named_parameters()):
         return False, f"{name} has attention sinks, which flash kernels lack"
-    # Of the models that SDPA does not serve, those that cap their scores are served by segments.PlainParts.
+    # Of the models that SDPA does not serve, those that cap their scores are served by PlainRowAttention.
     served = getattr(model, "_supports_sdpa", False) or hasattr(config, "attn_logit_softcapping")
     if not (getattr(model, "_supports_attention_backend", False) and served):
         return False, f"{name} does not take its attention function from transformers' AttentionInterface"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import trl_fast
-from support.layer_kernels import Swiglu, put_hub_in_place, put_liger_in_place
+from support.liger_kernels import Swiglu, put_hub_in_place, put_liger_in_place
 from support.models import tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.modeling.scoring import evaluating
@@ -80,13 +80,13 @@ def test_compiled(layout, tile, tokenizer, tmp_path):
 
 
 def test_without_liger(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_fast.modeling.layer_kernels.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("trl_fast.modeling.liger_kernels.is_liger_kernel_available", lambda: False)
     with pytest.raises(ValueError, match="use_liger_kernel=True needs liger-kernel: `pip install liger-kernel`"):
         run(tokenizer, tmp_path, use_liger_kernel=True)
 
 
 def test_liger_on_a_cpu(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_fast.modeling.layer_kernels.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("trl_fast.modeling.liger_kernels.is_liger_kernel_available", lambda: True)
     with pytest.raises(ValueError, match="use_liger_kernel=True: Liger's kernels run on a GPU, not on a cpu"):
         run(tokenizer, tmp_path, use_liger_kernel=True)
 
