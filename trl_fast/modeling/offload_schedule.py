@@ -24,7 +24,7 @@ ROOM_BYTES = 1 << 30
 
 
 class Copies(Protocol):
-    """Copies between a device and the CPU, one after the other, beside what computes; see `pinned_copies.PinnedCopies`."""
+    """Copies between a device and the CPU, one after the other, beside what computes; as `pinned_copies` has them."""
 
     def to_host(self, tensor: torch.Tensor) -> Any:
         """A tensor's copy on the CPU."""

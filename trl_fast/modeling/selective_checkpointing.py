@@ -4,8 +4,9 @@ Checkpointing keeps a layer's input and computes all the rest once more in backw
 matrix products and attention, whose results are a part of what a layer would save without checkpointing. They are kept
 here, as many as a limit allows; values and gradients are the same, bit for bit.
 
-On a GPU whole layers go first, as many as its free memory holds (uncheckpointed_layers.py): dispatch modes look at every
-operator twice, and a small model then waits for its host. They serve what is left of the memory, if layers are large.
+On a GPU whole layers go first, as many as its free memory holds (uncheckpointed_layers.py): dispatch modes look at
+every operator twice, and a small model then waits for its host. They serve what is left of the memory, if layers are
+large.
 
 torch's selective checkpointing (create_selective_checkpoint_contexts) does this without a limit. It also stops where a
 result is changed in place, and where a cast of a weight comes out of autocast's cache the one time and not the other.
