@@ -31,6 +31,7 @@ import trl_fast
 from tests.support.tokenizer import build_tokenizer
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference_policy import freeze
+from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.modeling.tree_attention import _varlen_calls
 from trl_fast.planning.fake_models import give_fake_memory, shortened
 from trl_fast.planning.model_shapes import model_config
