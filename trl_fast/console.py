@@ -1,4 +1,4 @@
-"""The terminal: consoles, bars and tables that show any text as it is.
+"""Makes consoles and progress bars for the terminal that show any text as it is.
 
 rich reads "[red]" in a text as a style and ":smile:" as a picture, and "[/red]" alone as an error. Names of metrics,
 files and models and people's data are none of these.
@@ -16,12 +16,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Width of tables where the output is no terminal.
+# Columns of tables where the output is no terminal.
 FILE_WIDTH = 160
 
 
 def make_console(*, stderr: bool = False, file_width: int | None = None) -> Console:
-    """A console that shows text as it is; file_width: of what goes to a file or a pipe, None for rich's 80."""
+    """Makes a console that shows text as it is.
+
+    file_width: columns of what goes to a file or a pipe; None for rich's 80.
+    """
     console = Console(stderr=stderr, markup=False, emoji=False)
     if file_width is not None and not console.is_terminal:
         return Console(stderr=stderr, markup=False, emoji=False, width=file_width)
@@ -29,6 +32,6 @@ def make_console(*, stderr: bool = False, file_width: int | None = None) -> Cons
 
 
 def progress_columns() -> tuple[ProgressColumn, ...]:
-    """The columns of a bar: what is done, how much of it, how long it has taken and will take."""
+    """Returns the columns of a bar: what is done, how much of it, how long it has taken and will take."""
     description = TextColumn("{task.description}", markup=False)
     return (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from trl_fast.ranges import check_ranges
-from trl_fast.suggestions import did_you_mean
+from trl_fast.settings.older_names import deprecated
+from trl_fast.settings.ranges import check_ranges
+from trl_fast.settings.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -112,8 +113,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.torch_dtype is not None and self.dtype == "float32" != self.torch_dtype:
-            from trl_fast.trainers.base.config import deprecated
-
             deprecated("ModelConfig", "torch_dtype", "it works; `dtype` is the present name.")
             self.dtype = self.torch_dtype
         # Older scripts read the value under this name.

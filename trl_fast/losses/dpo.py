@@ -38,7 +38,7 @@ from trl_fast.ops.pair_formulas import (
     sigmoid_norm_loss,
     sppo_hard_loss,
 )
-from trl_fast.ranges import check_ranges
+from trl_fast.settings.ranges import check_ranges
 
 from .mean_metric import Metric
 

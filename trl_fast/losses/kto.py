@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from trl_fast.ranges import check_ranges
+from trl_fast.settings.ranges import check_ranges
 
 from .mean_metric import Metric
 

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from trl_fast.ops.policy_loss import MAX_LOG_RATIO, cispo_terms, clip_terms, kl_estimates, policy_loss, sapo_terms
-from trl_fast.ranges import check_ranges
+from trl_fast.settings.ranges import check_ranges
 
 from .mean_metric import Metric
 

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from trl_fast.modeling.selective_checkpointing import DEFAULT_BUDGET_BYTES, budget_bytes
 from trl_fast.ops.linear_logprob import DEFAULT_SPARSE_THRESHOLD, check_head_grad
-from trl_fast.ranges import check_ranges
+from trl_fast.settings.ranges import check_ranges
 
 METHODS = ("dpo", "sft", "reward")
 DTYPES = ("bfloat16", "float32")

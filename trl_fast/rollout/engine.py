@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_fast.ranges import check_ranges
+from trl_fast.settings.ranges import check_ranges
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trl_fast.losses.dpo import DPOLossConfig
+from trl_fast.settings.older_names import deprecated, older_name
 
-from .base.config import deprecated, older_name
 from .base.preference_config import PreferenceConfig
 
 

@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass, field
 
 from trl_fast.losses.policy_gradient import LOSSES, PolicyLossConfig
+from trl_fast.settings.older_names import older_name
 
-from .base.config import older_name
 from .online.config import OnlineConfig
 
 logger = logging.getLogger(__name__)

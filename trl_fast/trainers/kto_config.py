@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from trl_fast.data import TRUNCATION_MODES
 from trl_fast.losses.kto import LOSSES, KTOLossConfig
+from trl_fast.settings.older_names import older_name
 
-from .base.config import older_name
 from .base.preference_config import PreferenceConfig
 
 

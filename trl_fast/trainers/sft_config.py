@@ -8,8 +8,9 @@ from typing import Any
 from trl_fast.data.dataset_packing import OLDER_STRATEGIES, PACKING_STRATEGIES
 from trl_fast.data.sft_dataset import SFTFormat, SFTLength
 from trl_fast.losses.sft import TOKEN_LOSSES
+from trl_fast.settings.older_names import deprecated, older_name
 
-from .base.config import BaseConfig, deprecated, older_name
+from .base.config import BaseConfig
 
 _OLDER_DATASET_KWARGS = ("add_special_tokens", "append_concat_token")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
-import warnings
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
@@ -16,8 +14,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_fast.modeling.selective_checkpointing import budget_bytes
 from trl_fast.ops.linear_logprob import HEAD_GRADS
-from trl_fast.ranges import check_ranges
-from trl_fast.suggestions import did_you_mean
+from trl_fast.settings.older_names import OlderName, deprecated, older_name
+from trl_fast.settings.ranges import check_ranges
+from trl_fast.settings.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -35,31 +34,6 @@ def machine_has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.backends.mps.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def deprecated(owner: str, name: str, what: str) -> None:
-    """One line about a name of an older TRL, which points at the line of the script that uses it."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("trl_fast."):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"{owner}: `{name}` is a name of an older TRL; {what}", FutureWarning, stacklevel=level)
-
-
-class OlderName(str):
-    """The help text of a field under an older name: argparse gets all of a field's metadata, and knows only `help`."""
-
-    def __new__(cls, what: str, now: str | None) -> OlderName:
-        text = super().__new__(cls, f"Older name: {what}")
-        text.what, text.now = what, now
-        return text
-
-
-def older_name(what: str | None = None, *, now: str | None = None) -> Any:
-    """A config field under a name that older scripts use; None unless it is given, and then one line says `what`.
-
-    now: the present field, which takes the value over unless it is set itself.
-    """
-    return field(default=None, metadata={"help": OlderName(what or f"it works; `{now}` is the present name.", now)})
 
 
 def _default(item: Field) -> Any:
@@ -83,7 +57,7 @@ class BaseConfig(TrainingArguments):
     TRL's too: logging_nan_inf_filter False, so that a loss of NaN is shown as NaN and not as 0.
 
     Raises:
-        ValueError: a number is NaN, infinite or out of the range that `trl_fast.ranges` has for it.
+        ValueError: a number is NaN, infinite or out of the range that `trl_fast.settings.ranges` has for it.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .config import older_name
+from trl_fast.settings.older_names import older_name
+
 from .reference_config import ReferenceConfig
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import BaseConfig, older_name
+from trl_fast.settings.older_names import older_name
+
+from .config import BaseConfig
 
 
 @dataclass

@@ -5,8 +5,9 @@ from __future__ import annotations
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_fast.modeling.chat_template import set_chat_template, set_eos_token
+from trl_fast.settings.older_names import deprecated
 
-from .config import BaseConfig, deprecated
+from .config import BaseConfig
 
 
 def checked_tokenizer(

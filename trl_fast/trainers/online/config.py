@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl_fast.rollout import SamplingSettings
+from trl_fast.settings.older_names import older_name
 
-from ..base.config import older_name
 from ..base.reference_config import ReferenceConfig
 
 VLLM_MODES = ("colocate", "server")

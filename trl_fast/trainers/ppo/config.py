@@ -7,8 +7,8 @@ from typing import Any
 
 from trl_fast.losses.ppo import KL_ESTIMATORS
 from trl_fast.rollout import SamplingSettings
+from trl_fast.settings.older_names import older_name
 
-from ..base.config import older_name
 from ..base.reference_config import ReferenceConfig
 
 

@@ -1,4 +1,4 @@
-"""The name that was probably meant."""
+"""Suggests the name that was probably meant."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'beta'?` for the known name nearest to `name`, or nothing if none is near."""
+    """Returns `; did you mean 'beta'?` for the known name nearest to `name`; an empty text if none is near."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""

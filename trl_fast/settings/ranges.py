@@ -1,4 +1,4 @@
-"""Which numbers each setting takes: one table for all configs, and the check that reads it.
+"""Checks the numbers of settings against one table for all configs, which says what numbers each setting takes.
 
 A config calls `check_ranges(self)`. A field is looked up as "Owner.field", for the config's own class and those it
 inherits from, then as "field". A field without an entry, such as one of a user's subclass, only has to be finite.
@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, both included unless they are open.
+    """Holds the numbers from `low` to `high`, both included unless `above` or `below` excludes them.
 
     whole: integers only. infinite: infinity too, but never NaN. many: a list of such numbers. optional: whether None
     is allowed; unset, the field's annotation says so. advice: what to do instead, or what special values mean.
@@ -211,13 +211,13 @@ RANGES: dict[str, Range] = {
 
 
 def range_of(owner: type, name: str) -> Range | None:
-    """The range of a field of a dataclass, or None if the table does not have it."""
+    """Returns the range of a field of a dataclass; None if the table has none for it."""
     keys = [*(f"{each.__name__}.{name}" for each in owner.__mro__), name]
     return next((RANGES[key] for key in keys if key in RANGES), None)
 
 
 def check_ranges(settings: Any) -> None:
-    """Holds each field of a dataclass against its range; an integer written as a float (8.0) becomes one (8).
+    """Checks each field of a dataclass against its range; an integer written as a float (8.0) becomes an integer (8).
 
     Raises:
         ValueError: a value is out of range, NaN, infinite or no number; one line with the field, the range, the value

@@ -15,8 +15,8 @@ from trl_fast.losses.dpo import DPOLossConfig
 from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
 from trl_fast.planning.training_setup import TrainingSetup
-from trl_fast.ranges import FINITE, RANGES, Range, check_ranges, range_of
 from trl_fast.rollout import SamplingSettings
+from trl_fast.settings.ranges import FINITE, RANGES, Range, check_ranges, range_of
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 METHODS = ["SFT", "DPO", "Reward", "KTO", "GRPO", "RLOO", "PPO"]
@@ -45,7 +45,7 @@ def numeric_fields(owner):
 
 @pytest.mark.parametrize("owner", [*CONFIGS.values(), *OTHERS], ids=lambda owner: owner.__name__)
 def test_every_numeric_field_has_a_range(owner):
-    """One without is a new field: enter it into `trl_fast.ranges.RANGES`, as FINITE if every number makes sense."""
+    """One without is a new field: enter it into RANGES, as FINITE if every number makes sense."""
     names = numeric_fields(owner)
     assert len(names) >= 3
     assert [name for name in names if range_of(owner, name) is None] == []

@@ -1,0 +1,1 @@
+"""Checks settings, the fields of configs: their numbers, their names, and the names that older scripts use."""
