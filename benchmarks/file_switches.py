@@ -12,22 +12,37 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from tempfile import TemporaryDirectory
+from types import FrameType, SimpleNamespace
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import trl_fast
+from tests.support.tokenizer import build_tokenizer
 from trl_fast.ops import linear_logprob
+from trl_fast.rollout import Rollout
 
 _PACKAGE = Path(trl_fast.__file__).resolve().parent
 
 
 def file_switches(call: Callable[[], object]) -> list[tuple[str, str, str]]:
     """The moves of a call: file that calls, file that is called (both relative to the package), and its function."""
-    known: dict[str, str] = {}
     moves: list[tuple[str, str, str]] = []
+    sys.setprofile(profiler(moves))
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return moves
+
+
+def profiler(moves: list[tuple[str, str, str]]) -> Callable[[FrameType, str, object], None]:
+    """A function for `sys.setprofile` that appends each move to a list."""
+    known: dict[str, str] = {}
 
     def name_of(frame: FrameType) -> str:
         path = frame.f_code.co_filename
@@ -46,12 +61,7 @@ def file_switches(call: Callable[[], object]) -> list[tuple[str, str, str]]:
         if caller is not None and name_of(caller) != called:
             moves.append((name_of(caller), called, frame.f_code.co_name))
 
-    sys.setprofile(see)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return moves
+    return see
 
 
 def head_switches() -> dict[str, list[tuple[str, str, str]]]:
@@ -68,10 +78,70 @@ def head_switches() -> dict[str, list[tuple[str, str, str]]]:
     return {"head, forward": forward, "head, backward": backward}
 
 
+class FixedEngine(SimpleNamespace):
+    """A rollout engine that samples nothing: what is counted is the trainer's own way."""
+
+    def generate(self, prompt_ids: list[list[int]], settings: object) -> Rollout:
+        """Completions of three and four tokens."""
+        return Rollout(prompt_ids, [[5, 6, 7, 8][: 3 + index % 2] for index in range(len(prompt_ids))])
+
+    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
+        """Has no weights."""
+
+
+class SecondStep(TrainerCallback):
+    """Counts the moves of the second step: rollout, rewards, advantages, loss, gradients, weights."""
+
+    def __init__(self) -> None:
+        self.moves: list[tuple[str, str, str]] = []
+
+    def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        """Starts to count."""
+        if state.global_step == 1:
+            sys.setprofile(profiler(self.moves))
+
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        """Stops to count."""
+        sys.setprofile(None)
+
+
+def step_switches(method: str = "GRPO") -> dict[str, list[tuple[str, str, str]]]:
+    """The moves of an online method's second step: one micro-batch of four completions, a model of one layer."""
+    torch.manual_seed(0)
+    tokenizer, counter = build_tokenizer(), SecondStep()
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+    with TemporaryDirectory() as folder:
+        args = getattr(trl_fast, f"{method}Config")(
+            folder,
+            num_generations=2,
+            per_device_train_batch_size=4,
+            max_steps=2,
+            beta=0.1,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = getattr(trl_fast, f"{method}Trainer")(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": f"What is {i}?"} for i in range(8)]),
+            processing_class=tokenizer,
+            reward_funcs=lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids],
+            rollout_engine=FixedEngine(),
+            callbacks=[counter],
+        )
+        with torch.autograd.set_multithreading_enabled(False):
+            trainer.train()
+    return {f"{method} step": counter.moves}
+
+
 def main() -> None:
     """Prints the counts."""
     table = Table("call", "moves", "files")
-    found = head_switches()
+    found = head_switches() | step_switches("GRPO") | step_switches("RLOO")
     for name, moves in found.items():
         table.add_row(name, str(len(moves)), str(len({path for move in moves for path in move[:2]})))
     Console().print(table)
