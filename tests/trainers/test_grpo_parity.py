@@ -9,6 +9,7 @@ from peft import LoraConfig
 import trl_fast
 import trl_fast.data.packing as packing
 import trl_fast.rollout.vllm_engine as vllm_engine
+import trl_fast.trainers.online.policy_step as policy_step
 from support.rollouts import FixedEngine, FixedRollout, brevity, color_prompts, vowels
 from support.training import assert_same_logs, make_trainer
 from trl_fast.losses.policy_gradient import LOSSES
@@ -128,7 +129,12 @@ ALONE = [pytest.param(name, marks=pytest.mark.slow) for name in ("dr_grpo", "cis
 def test_what_is_left_out_and_moved_changes_nothing(name, model_path, tokenizer, tmp_path, monkeypatch):
     """Loss, gradient norm and all metrics of generations are TRL's with completions grouped and left out."""
     monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
-    scored, logs = [], {}
+    scored, logs, score = [], {}, policy_step.score
+    monkeypatch.setattr(
+        policy_step,
+        "score",
+        lambda model, batch, **options: scored.append(len(batch)) or score(model, batch, **options),
+    )
     for module in (trl, trl_fast):
         arguments = {
             "model": model_path,
@@ -138,11 +144,6 @@ def test_what_is_left_out_and_moved_changes_nothing(name, model_path, tokenizer,
         }
         settings = {"num_generations": 4, "max_completion_length": 8, "loss_type": name}
         trainer = make_trainer(module, tmp_path / module.__name__, method="GRPO", arguments=arguments, **settings)
-        if module is trl_fast:
-            score = trainer.score
-            trainer.score = lambda model, batch, *a, score=score, **k: (
-                scored.append(len(batch)) or score(model, batch, *a, **k)
-            )
         trainer.train()
         logs[module] = trainer.state.log_history
     assert sum(scored) < 3 * 8 and min(scored) >= 1

@@ -55,7 +55,7 @@ class GRPOTrainer(ToolUse, OnlineTrainer):
 
     # ---- the rollout
 
-    def weigh(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
+    def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
         """Rewards held against those of the group."""
         return group_advantages(
             rewards,
@@ -136,7 +136,7 @@ class GRPOTrainer(ToolUse, OnlineTrainer):
         return (entropies >= threshold).float()
 
     @torch.no_grad()
-    def look_at(self, scores: TokenScores, inputs: Update) -> None:
+    def record_extra(self, scores: TokenScores, inputs: Update) -> None:
         """Records the loss without the bonus, and the bonus's weight, which moves after the last micro-batch."""
         if self.entropy is None:
             return

@@ -25,7 +25,7 @@ class RLOOTrainer(OnlineTrainer):
     config_class = RLOOConfig
     _METRICS: ClassVar[tuple[str, ...]] = ("entropy", "low_mean", "low_min", "high_mean", "high_max", "region_mean")
 
-    def weigh(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
+    def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
         """Rewards, less the KL divergence of each completion, held against the others of the prompt."""
         everyone = list(range(len(samples)))
         samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone)

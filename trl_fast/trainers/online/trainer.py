@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl_fast.data import AnyDataset, TokenBatch, longest_sequence
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.losses.advantages import Advantages
-from trl_fast.losses.policy_gradient import Window, grpo_loss, grpo_metrics, sequence_weights
+from trl_fast.losses.policy_gradient import Window, sequence_weights
 from trl_fast.modeling.lm_head import use_float32_head
 from trl_fast.modeling.loading import base_model
 from trl_fast.ops import TokenScores
@@ -30,6 +30,7 @@ from .config import OnlineConfig
 from .generation_buffer import GenerationBuffer
 from .generation_metrics import GenerationMetrics
 from .micro_batches import Update, UpdateMaker
+from .policy_step import policy_step
 from .prompt_loaders import PromptLoaders
 from .rollouts import Rollouts, token_vectors
 
@@ -260,7 +261,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
         samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes
         rewards = self.accelerator.gather(rewards.to(self.accelerator.device))
-        found = self.weigh(samples, rewards)
+        found = self.compute_advantages(samples, rewards)
         first = self.accelerator.process_index * len(prompts)
         samples.advantages = found.advantages[first : first + len(prompts)].cpu()
         self._record_rewards(rewards, found)
@@ -269,8 +270,11 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         self.complete(samples)
         return samples
 
-    def weigh(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
-        """Advantages of all processes' completions from their rewards (N, R); `samples` are this process's."""
+    def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
+        """Computes the advantages of all processes' completions.
+
+        samples: this process's completions. rewards: (N, R) float32, of all processes' completions by reward function.
+        """
         raise NotImplementedError
 
     def complete(self, samples: Samples) -> None:
@@ -352,30 +356,27 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         """
         if return_outputs:
             raise ValueError(f"return_outputs=True: {type(self).__name__} returns no outputs")
-        table, config, options = inputs.table, self.loss_config, self.loss_options(inputs)
-        scored = self.score(
+        result, metrics = policy_step(
             model,
-            inputs.batch,
-            ("logprobs", "entropy"),
+            inputs,
+            self.loss_config,
+            head=self.head_keywords,
             temperature=self.args.temperature,
-            token_loss=lambda scores, rows: grpo_loss(scores, table, config, rows=rows, **options),
-            group_sizes=inputs.group_sizes(config.span),
-            **self.router_kwargs,
+            router_coef=self.router_aux_loss_coef,
+            loss_divisor=self.loss_divisor,
+            **self.loss_options(inputs),
         )
-        loss = scored.loss
-        self.look_at(scored.tokens, inputs)
-        if scored.aux_loss is not None and self.router_aux_loss_coef:
-            loss = loss + self.router_aux_loss_coef * scored.aux_loss / self.loss_divisor
-            self.record({"aux_loss": (scored.aux_loss, torch.ones_like(scored.aux_loss))})
-        self.record_policy(grpo_metrics(scored.tokens, table, config, inputs.left_out))
-        return loss
+        self.record_extra(result.scores, inputs)
+        self.record(result.metrics)
+        self.record_policy(metrics)
+        return result.loss
 
     def loss_options(self, inputs: Update) -> dict[str, Any]:
         """Further arguments of `grpo_loss` for a micro-batch."""
         return {}
 
-    def look_at(self, scores: TokenScores, inputs: Update) -> None:
-        """Called with the scores, without gradient, of each micro-batch."""
+    def record_extra(self, scores: TokenScores, inputs: Update) -> None:
+        """Records further metrics from the scores, without gradient, of each micro-batch."""
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any

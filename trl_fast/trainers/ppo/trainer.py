@@ -23,10 +23,7 @@ from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.ppo import (
     KLController,
     States,
-    ppo_policy_loss,
     ppo_targets,
-    update_metrics,
-    value_loss,
 )
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.value_scoring import make_value_model
@@ -41,6 +38,7 @@ from .config import PPOConfig
 from .critic import Critic, RewardSource, load_reward_source, make_reward_functions
 from .experience import Experience, PPOUpdate, make_update
 from .rollouts import PPORollouts, end_tokens
+from .step import ppo_step
 
 logger = logging.getLogger(__name__)
 
@@ -263,24 +261,21 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         """
         if return_outputs:
             raise ValueError("return_outputs=True: PPOTrainer returns no outputs")
-        args, table = self.args, inputs.table
-        scored = self.score(
+        args = self.args
+        result = ppo_step(
             model,
-            inputs.batch,
-            ("logprobs", "entropy"),
+            self.critic.model,
+            inputs,
+            head=self.head_keywords,
+            cliprange=args.cliprange,
+            vf_coef=args.vf_coef,
+            cliprange_value=args.cliprange_value,
             temperature=args.temperature,
-            token_loss=lambda scores, rows: ppo_policy_loss(scores, table, args.cliprange, rows),
-            **self.router_kwargs,
+            router_coef=self.router_aux_loss_coef,
         )
-        value = value_loss(self.critic.values(inputs.state_batch), inputs.values, inputs.returns, args.cliprange_value)
-        loss = scored.loss + args.vf_coef * value.loss
-        if scored.aux_loss is not None and self.router_aux_loss_coef:
-            loss = loss + self.router_aux_loss_coef * scored.aux_loss
-            self.record({"aux_loss": (scored.aux_loss, torch.ones_like(scored.aux_loss))})
-        metrics = update_metrics(scored.tokens, table, value, args.cliprange)
-        self._ratios.append(metrics["val/ratio"].mean())
-        self.record(metrics)
-        return loss
+        self._ratios.append(result.metrics["val/ratio"].mean())
+        self.record(result.metrics)
+        return result.loss
 
     def get_total_train_batch_size(self, args: PPOConfig) -> int:
         """Completions of a step, of all processes."""

@@ -1,0 +1,58 @@
+"""Computes the update step of GRPO and RLOO: a policy-gradient loss of completions and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from trl_fast.losses.policy_gradient import PolicyLossConfig, PolicyMetrics, grpo_loss, grpo_metrics
+from trl_fast.modeling.scoring import score
+
+from ..base.step import StepResult, router_keywords, with_router_loss
+from .micro_batches import Update
+
+
+def policy_step(
+    model: torch.nn.Module,
+    update: Update,
+    config: PolicyLossConfig,
+    *,
+    head: Mapping[str, Any],
+    temperature: float = 1.0,
+    entropy_coef: float | None = None,
+    entropy_mask: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    router_coef: float = 0.0,
+    loss_divisor: int = 1,
+) -> tuple[StepResult, PolicyMetrics]:
+    """Computes the loss of one micro-batch of GRPO or RLOO, and its metrics.
+
+    Args:
+        model: the policy, with `modeling.attach_scoring`, on the device of the update.
+        update: the micro-batch: N scored tokens of S completions.
+        config: the loss.
+        head: keywords of `modeling.score` about the head: backend, workspace_bytes, head_grad.
+        temperature: divides the logits.
+        entropy_coef, entropy_mask: as in `losses.policy_gradient.grpo_loss`.
+        router_coef: weight of a mixture of experts' load-balancing loss.
+        loss_divisor: accumulation steps that the router's loss is divided by.
+
+    Returns:
+        The loss with the router's metric, and the metrics of the policy loss.
+    """
+    table = update.table
+    scored = score(
+        model,
+        update.batch,
+        outputs=("logprobs", "entropy"),
+        temperature=temperature,
+        token_loss=lambda scores, rows: grpo_loss(
+            scores, table, config, rows=rows, entropy_coef=entropy_coef, entropy_mask=entropy_mask
+        ),
+        group_sizes=update.group_sizes(config.span),
+        **head,
+        **router_keywords(router_coef),
+    )
+    loss, metrics = with_router_loss(scored.loss, scored, router_coef, loss_divisor)
+    return StepResult(loss, metrics, scored.tokens), grpo_metrics(scored.tokens, table, config, update.left_out)

@@ -1,0 +1,53 @@
+"""Computes PPO's update step: the policy's and the value model's loss and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trl_fast.losses.ppo import ppo_policy_loss, update_metrics, value_loss
+from trl_fast.modeling.scoring import score
+from trl_fast.modeling.value_scoring import read_head
+
+from ..base.step import StepResult, router_keywords, with_router_loss
+from .experience import PPOUpdate
+
+
+def ppo_step(
+    model: torch.nn.Module,
+    value_model: torch.nn.Module,
+    update: PPOUpdate,
+    *,
+    head: Mapping[str, Any],
+    cliprange: float = 0.2,
+    vf_coef: float = 0.1,
+    cliprange_value: float = 0.2,
+    temperature: float = 1.0,
+    router_coef: float = 0.0,
+) -> StepResult:
+    """Computes the loss of one micro-batch of PPO, of both models together, and its metrics.
+
+    Args:
+        model: the policy, with `modeling.attach_scoring`, on the device of the update.
+        value_model: a sequence classifier with one label, with `modeling.reward_scoring.attach_reward_scoring`.
+        update: the micro-batch: N scored tokens of the policy, M states of the value model.
+        head: keywords of `modeling.score` about the head: backend, workspace_bytes, head_grad.
+        cliprange, vf_coef, cliprange_value: as in `PPOConfig`.
+        temperature: divides the logits.
+        router_coef: weight of a mixture of experts' load-balancing loss.
+    """
+    table = update.table
+    scored = score(
+        model,
+        update.batch,
+        outputs=("logprobs", "entropy"),
+        temperature=temperature,
+        token_loss=lambda scores, rows: ppo_policy_loss(scores, table, cliprange, rows),
+        **head,
+        **router_keywords(router_coef),
+    )
+    value = value_loss(read_head(value_model, update.state_batch), update.values, update.returns, cliprange_value)
+    loss, metrics = with_router_loss(scored.loss + vf_coef * value.loss, scored, router_coef)
+    return StepResult(loss, {**metrics, **update_metrics(scored.tokens, table, value, cliprange)}, scored.tokens)
