@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 
-from trl_fast.ops import backends
-from trl_fast.ops.backends import Support, load_extension
+from trl_fast.ops.backends import HEAD_OPS, load_extension
+from trl_fast.ops.device import DeviceFacts, DeviceMemory, simulated_device
 
 from .fake_devices import Devices, is_on_gpu, listed
 from .gpu_rates import Gpu
@@ -36,7 +36,6 @@ def answering(gpu: Gpu, counter: Counter) -> Iterator[None]:
 
     counter: knows how much of the GPU's memory is taken.
     """
-    kernels = {"_supports_cuda": _supports_cuda, "_supports_triton": _supports_triton}
     with ExitStack() as stack:
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(patch.object(FakeTensor, "is_cuda", property(is_on_gpu), create=True))
@@ -45,7 +44,7 @@ def answering(gpu: Gpu, counter: Counter) -> Iterator[None]:
         stack.enter_context(patch.multiple(torch.cuda.amp.common, amp_definitely_not_available=lambda: False))
         stack.enter_context(patch.multiple(_foreach_utils, _foreach_supported_types=[torch.Tensor, FakeTensor]))
         stack.enter_context(patch.object(torch._C, _GROUP, _grouped_by_device(getattr(torch._C, _GROUP))))
-        stack.enter_context(patch.multiple(backends, supports=_supports(backends.supports), **kernels))
+        stack.enter_context(simulated_device(_facts(gpu, counter), on="cuda"))
         yield
 
 
@@ -73,27 +72,21 @@ def _grouped_by_device(usual: Callable[..., dict]) -> Callable[..., dict]:
     return grouped
 
 
-def _supports(usual: Callable[..., Support]) -> Callable[..., Support]:
-    """`backends.supports` without the compiled losses on vectors, one number a token.
+def _facts(gpu: Gpu, counter: Counter) -> DeviceFacts:
+    """Returns what our code is told of the GPU: compiled kernels serve the head, and PyTorch the rest.
 
-    Only a build with CUDA knows them; what is counted are their PyTorch formulas.
+    Compiled losses on vectors, one number a token, are known to a build with CUDA only, and Triton's kernels would be
+    launched on memory that fake tensors do not have: what is counted are their PyTorch formulas.
     """
-
-    def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> Support:
-        if backend == "cuda" and op in backends.VECTOR_OPS:
-            return Support(False, "known to a build with CUDA only")
-        return usual(op, backend, device, dtype)
-
-    return supports
-
-
-def _supports_cuda(device: torch.device) -> Support:
-    loaded = load_extension()
-    return Support(device.type == "cuda", "counted, not run") if loaded.ok else loaded
-
-
-def _supports_triton(device: torch.device) -> Support:
-    return Support(False, "fake tensors have no memory that Triton kernels could be launched on")
+    return DeviceFacts(
+        "cuda",
+        multiplies_bf16=True,
+        capability=gpu.capability,
+        read_memory=lambda: DeviceMemory(
+            gpu.memory_bytes - counter.live_bytes, gpu.memory_bytes, counter.live_bytes, counter.highest_bytes
+        ),
+        serves=lambda op, backend: backend == "cuda" and op in HEAD_OPS and load_extension().ok,
+    )
 
 
 def _within(mode: TorchFunctionMode, run: Callable) -> Callable:

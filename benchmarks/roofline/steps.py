@@ -32,7 +32,6 @@ from tests.support.tokenizer import build_tokenizer
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, use_segment_attention
-from trl_fast.modeling.tree_attention import _varlen_calls
 from trl_fast.planning.fake_models import give_fake_memory, shortened
 from trl_fast.planning.model_shapes import model_config
 from trl_fast.trainers.base import model_setup
@@ -235,8 +234,6 @@ def _on_gpu(trainer: Trainer) -> Iterator[None]:
     with ExitStack() as stack:
         # Real masks are looked at; those of fake tensors would be taken for a graph's and always be built.
         stack.enter_context(patch.object(masking_utils, "is_tracing", lambda *_: False))
-        _varlen_calls.cache_clear()
-        stack.callback(_varlen_calls.cache_clear)
         trainer.args.__dict__["_setup_devices"] = CUDA
         for state in states:
             state["device"] = CUDA

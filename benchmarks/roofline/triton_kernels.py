@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -17,9 +17,10 @@ from unittest.mock import patch
 from trl.kernels import chunked_logprob
 
 from trl_fast.kernels import merge
-from trl_fast.ops import attention_merge
-from trl_fast.ops.backends import TRITON_OPS, Support
+from trl_fast.ops.backends import TRITON_OPS
+from trl_fast.ops.device import device_facts, simulated_device
 
+from .fake_devices import CUDA
 from .operator_counter import Counter, extent
 
 
@@ -78,8 +79,9 @@ KERNELS = (
 @contextmanager
 def counted_kernels(counter: Counter) -> Iterator[None]:
     """Within, these kernels count what they touch and do nothing else; ours are there where they are the only ones."""
+    facts = device_facts(CUDA)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(attention_merge, "supports", _supports))
+        stack.enter_context(simulated_device(replace(facts, serves=_with_triton_ops(facts.serves)), on="cuda"))
         for touched in KERNELS:
             kernel = getattr(touched.module, touched.kernel)
             stack.enter_context(
@@ -88,8 +90,8 @@ def counted_kernels(counter: Counter) -> Iterator[None]:
         yield
 
 
-def _supports(op: str, backend: str, *_: object) -> Support:
-    return Support(op in TRITON_OPS and backend == "triton", "counted, not run")
+def _with_triton_ops(serves: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    return lambda op, backend: serves(op, backend) or (op in TRITON_OPS and backend == "triton")
 
 
 class _Launches:

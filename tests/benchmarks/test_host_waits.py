@@ -5,8 +5,6 @@ With a GPU the same tests run on it; without one they run on the roofline's fake
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from accelerate.utils import send_to_device
@@ -18,7 +16,6 @@ from benchmarks.host_waits import AUTOGRAD, host_waits
 from support.models import tiny_classifier, tiny_model
 from support.tokenizer import build_tokenizer
 from support.training import color_labels, color_pairs, make_trainer
-from trl_fast.modeling import tree_attention
 from trl_fast.modeling.scoring import _token_counts
 from trl_fast.modeling.segment_attention import LENGTHS_KEYWORD
 from trl_fast.ops import linear_cross_entropy
@@ -31,19 +28,9 @@ ONES = [1, 2, 0]
 ALLOWED: dict[str, str] = {}
 
 
-@contextmanager
-def _counting():
-    try:
-        with host_waits() as found:
-            yield found
-    finally:
-        # What it keeps may be fake tensors.
-        tree_attention._varlen_calls.cache_clear()
-
-
 @pytest.fixture
 def waits():
-    with _counting() as found:
+    with host_waits() as found:
         yield found
 
 
@@ -222,7 +209,7 @@ def test_a_micro_batch_waits_for_nothing_of_ours(method, settings, tokenizer, tm
     monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
     trainer = trainer_of(method, tokenizer, tmp_path, **settings)
     batches = batches_of(trainer)
-    with _counting() as waits:
+    with host_waits() as waits:
         assert second_micro_batch(trainer, batches, waits) == []
 
 

@@ -6,10 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.kernel_report import HEAD_KERNELS, compile_kernel, resources
 from support.heads import FLOOR, assert_as_good, make_problem, scores_from_logits
+from support.simulated_device import set_bf16_products
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import linear_scores
 from trl_fast.kernels.linear_scores import INTERPRETED_TILES
-from trl_fast.ops import linear_logprob, linear_token_loss, matmul
+from trl_fast.ops import linear_logprob, linear_token_loss
 from trl_fast.ops.head import fused_kernel, plan
 from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused, try_out
 from trl_fast.ops.head.kept_logits import PACKED_DTYPE, KeptLogits, unpack
@@ -190,7 +191,7 @@ def fused_calls(monkeypatch):
         return launch(*given)
 
     monkeypatch.setattr(linear_scores, "linear_scores", counted)
-    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: True)
+    set_bf16_products(monkeypatch, True)
     monkeypatch.setattr(plan, "tile_policy", lambda device: plan.GPU_TILES)
     monkeypatch.setattr(plan, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
     return calls

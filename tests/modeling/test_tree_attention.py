@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from support.heads import error
 from trl_fast.modeling import tree_attention as op
 from trl_fast.modeling.tree_attention import tree_attention
+from trl_fast.ops.device import DeviceFacts, simulated_device
 
 TREES = {
     "a pair": ((40, 17, 9),),
@@ -224,10 +225,10 @@ def on_a_gpu(dtype=torch.bfloat16, width=64, requires_grad=True):
         (on_a_gpu(torch.float32, requires_grad=False), (9, 0), None, ""),
     ],
 )
-def test_a_gpu_without_flash_kernels_says_so_once(query, capability, softcap, reason, monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+def test_a_gpu_without_flash_kernels_says_so_once(query, capability, softcap, reason, caplog):
     op._say_it_is_plain.cache_clear()
-    with caplog.at_level(logging.WARNING, "trl_fast"):
+    facts = DeviceFacts("cuda", multiplies_bf16=True, capability=capability)
+    with caplog.at_level(logging.WARNING, "trl_fast"), simulated_device(facts, on="cuda"):
         kernels = [op._choose_kernels(query, query, softcap) for _ in range(3)]
     assert (kernels[0] is op.CudaRowAttention) == (reason is None)
     said = [f"Attention runs in plain PyTorch, which is slower on long rows: {reason}."] if reason else []

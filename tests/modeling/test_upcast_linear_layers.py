@@ -8,13 +8,13 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.models import tiny_model
+from support.simulated_device import set_bf16_products
 from support.trees import random_trees
 from trl_fast.data import pack_trees
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.upcast_linear_layers import upcast_linear_layers
-from trl_fast.ops import matmul
 
 
 class SlowProducts(TorchDispatchMode):
@@ -31,7 +31,7 @@ class SlowProducts(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def no_hardware(monkeypatch):
-    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: False)
+    set_bf16_products(monkeypatch, False)
 
 
 def upcast_layers(model):
@@ -160,7 +160,7 @@ def test_on_a_gpu_linear_layers_are_as_they_were():
 
 
 def test_a_cpu_with_hardware_for_them_leaves_them_alone(monkeypatch):
-    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: True)
+    set_bf16_products(monkeypatch, True)
     model = build("llama", torch.bfloat16)
     run(model)
     assert not upcast_layers(model)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from support.heads import error, make_problem
-from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss, matmul, selective_log_softmax
+from support.simulated_device import set_bf16_products
+from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss, selective_log_softmax
 
 V = 333
 OUTSIDE = {1: V, 4: -1, 5: V + 5000, 6: -(2**33)}
@@ -68,7 +69,7 @@ def test_loss_and_gradient_are_nan_for_these_rows_only(op, frozen, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_without_a_gradient(dtype, backend, monkeypatch):
     """In bfloat16 also by the fused kernel, which Triton's backend takes."""
-    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: True)
+    set_bf16_products(monkeypatch, True)
     problem, exact = problem_of(dtype)
     with torch.no_grad():
         scores = linear_logprob(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_fast.ops import matmul
+from support.simulated_device import set_bf16_products
 from trl_fast.ops.upcast_linear import MIN_ROWS, upcast_is_faster, upcast_linear
 
 
@@ -89,6 +89,6 @@ def test_backward_keeps_narrow_tensors_alone():
     ],
 )
 def test_serves(dtype, hardware, rows, expected, monkeypatch):
-    monkeypatch.setattr(matmul, "_cpu_multiplies_bf16", lambda: hardware)
+    set_bf16_products(monkeypatch, hardware)
     assert upcast_is_faster(torch.empty(rows, 8, dtype=dtype), dtype) is expected
     assert not upcast_is_faster(torch.empty(rows, 8, dtype=dtype, device="meta"), dtype)

@@ -1,26 +1,35 @@
-"""What is different on a GPU, and that nothing of it stays."""
+"""Tests what is different on a planned GPU, and that the plan exchanges nothing of the code that it runs."""
+
+import ast
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface
 
-from trl_fast.modeling import activation_offloading, tiled_mlp, tree_attention
-from trl_fast.ops import attention_merge, matmul, memory_pool
-from trl_fast.ops.head import gradients, plan, row_blocks
+import trl_fast.planning
+from support.models import tiny_config
+from trl_fast.modeling.tree_attention import CpuRowAttention, CudaRowAttention, PlainRowAttention, _choose_kernels
+from trl_fast.ops import attention_merge
+from trl_fast.ops.device import device_facts, simulated_device
+from trl_fast.ops.head import plan
 from trl_fast.ops.head.logit_transform import LogitTransform
-from trl_fast.ops.head.row_kernels import ROW_KERNELS
-from trl_fast.ops.head.sparse_kernels import SPARSE_KERNELS
-from trl_fast.planning.gpu_facts import PADDED_ATTENTION, choices_of, flash_workspace
+from trl_fast.ops.matmul import gemm_dtype
+from trl_fast.planning.gpu_facts import GPU_KERNELS, flash_workspace, planned_facts
+from trl_fast.planning.memory_timeline import ATTENTION, KINDS
 from trl_fast.planning.memory_tracker import MemoryTracker
+from trl_fast.planning.simulated_step import simulate
+from trl_fast.planning.training_setup import TrainingSetup
 
 WORKSPACE = 1 << 30
+CPU = torch.device("cpu")
+PLANNING = Path(trl_fast.planning.__file__).parent
 
 
 def tiling(device):
-    with FakeTensorMode(), choices_of(device, MemoryTracker()):
+    with FakeTensorMode(), simulated_device(planned_facts(device)):
         weight = torch.empty(128256, 4096, dtype=torch.bfloat16)
-        assert device == "cpu" or matmul.gemm_dtype(weight) == torch.bfloat16
+        assert device == "cpu" or gemm_dtype(weight) == torch.bfloat16
         return plan.Head(weight, None, LogitTransform(), torch.bfloat16, "torch", WORKSPACE).tiling(3072)
 
 
@@ -31,28 +40,51 @@ def test_tiles_of_a_gpu_know_no_cache():
     assert 2 * tiling("cpu").rows * tiling("cpu").columns <= 16 << 20
 
 
-def test_everything_is_put_back():
-    def state():
-        limits = (plan.tile_policy, memory_pool._POOLED_FROM_BYTES)
-        on_gpu = (
-            plan.logits_dtype,
-            gradients.mm_into,
-            gradients.add_mm,
-            row_blocks.mm_into,
-            matmul._cpu_multiplies_bf16,
-        )
-        classes = (tree_attention.CpuRowAttention, activation_offloading.copies_of, activation_offloading.is_on_device)
-        tiles = (gradients.spans, tiled_mlp._tiles)
-        padded = AttentionInterface()[PADDED_ATTENTION]
-        merge = attention_merge._merge_reference
-        return limits, on_gpu, merge, tiles, classes, padded, dict(ROW_KERNELS), dict(SPARSE_KERNELS)
+@pytest.mark.parametrize(
+    "device, dtype, parts",
+    [
+        ("gpu", torch.bfloat16, CudaRowAttention),
+        ("gpu", torch.float32, PlainRowAttention),
+        ("cpu", torch.float32, CpuRowAttention),
+    ],
+)
+def test_attention_is_that_of_the_device(device, dtype, parts):
+    query = torch.empty(1, 2, 8, 16, dtype=dtype)
+    with simulated_device(planned_facts(device)):
+        chosen = _choose_kernels(query, query, None)
+    assert getattr(chosen, "func", chosen) is parts
 
-    before = state()
-    for device in ("gpu", "cpu"):
-        with choices_of(device, MemoryTracker()):
-            assert state() != before
-        assert state() == before
-    assert tree_attention._varlen_calls.cache_info().currsize == 0
+
+def test_a_simulation_leaves_no_facts_behind():
+    before = device_facts(CPU)
+    simulate(TrainingSetup(tiny_config("llama"), method="sft"), 64)
+    assert device_facts(CPU) is before
+    with pytest.raises(ValueError, match="batch_layout"):
+        simulate(TrainingSetup(tiny_config("llama", sliding_window=8), batch_layout="shared_prefix"), 64)
+    assert device_facts(CPU) is before
+
+
+def exchanges(tree):
+    """Yields what in a file changes something that it has imported."""
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), ctx=ast.Store()) if name in imported:
+                yield f"{name}.{node.attr} = ..."
+            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store()) if name in imported:
+                yield f"{name}[...] = ..."
+            case ast.Call(func=ast.Name(id="setattr" | "vars"), args=[ast.Name(id=name), *_]) if name in imported:
+                yield f"setattr({name}, ...)"
+            case ast.Attribute(attr="patch" | "cache_clear" | "__setitem__"):
+                yield f"{node.attr}(...)"
+
+
+def test_no_code_is_exchanged():
+    found = {path.name: [*exchanges(ast.parse(path.read_text()))] for path in PLANNING.glob("*.py")}
+    assert not {name: parts for name, parts in found.items() if parts} and len(found) > 10
+    patched = ast.parse("from trl_fast.ops import matmul\nmatmul.mm_into = None\nvars(matmul).update(x=1)")
+    assert len([*exchanges(patched)]) == 2
 
 
 def test_flash_backward_takes_float32_sums_and_ungrouped_gradients():
@@ -64,17 +96,23 @@ def test_flash_backward_takes_float32_sums_and_ungrouped_gradients():
     assert flash_workspace(torch.ops.aten.mm.default, (query, query, key)) == 0
 
 
-def test_merging_attention_takes_no_temporaries_on_a_gpu(monkeypatch):
+def test_merging_attention_takes_no_temporaries_on_a_gpu():
     """The PyTorch that stands in for the kernel would have them."""
 
-    def temporaries(*_):
-        raise AssertionError("the stand-in ran")
+    def peak(kernels):
+        tracker = MemoryTracker(kernels=kernels)
+        with FakeTensorMode(), tracker:
+            tracker.enter("all")
+            out, lse = torch.empty(10, 8, 64, dtype=torch.bfloat16), torch.empty(8, 10)
+            given = (out, lse, out[:6], lse[:, :6], torch.empty(10, dtype=torch.int32))
+            merged, merged_lse = attention_merge.merge_attention(*given)
+            assert merged.shape == out.shape and merged.dtype == out.dtype and merged_lse.shape == lse.shape
+        return tracker.timeline().peak().bytes
 
-    monkeypatch.setattr(attention_merge, "_merge_reference", temporaries)
-    out, lse = torch.empty(10, 8, 64, dtype=torch.bfloat16), torch.empty(8, 10)
-    given = (out, lse, out[:6], lse[:, :6], torch.empty(10, dtype=torch.int32))
-    with pytest.raises(AssertionError, match="the stand-in ran"):
-        attention_merge.merge_attention(*given)
-    with choices_of("gpu", MemoryTracker()):
-        merged, merged_lse = attention_merge.merge_attention(*given)
-    assert merged.shape == out.shape and merged.dtype == out.dtype and merged_lse.shape == lse.shape
+    results = 2 * (2 * 10 * 8 * 64 + 4 * 8 * 10) + 4 * 10
+    assert peak(GPU_KERNELS) == results < peak(())
+
+
+def test_memory_of_attention_is_known_by_the_code_that_takes_it():
+    levels = simulate(TrainingSetup(tiny_config("llama"), method="sft"), 64).levels
+    assert levels[KINDS.index(ATTENTION)].max() > 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trl_fast.modeling.uncheckpointed_layers import DeviceMemory
+from trl_fast.ops import device
+from trl_fast.ops.device import device_facts
 
 
 class SimulatedDevice(TorchDispatchMode):
@@ -47,3 +50,9 @@ class SimulatedDevice(TorchDispatchMode):
 
 def _tensors(values) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def set_bf16_products(monkeypatch, fast: bool) -> None:
+    """Lets this CPU count, for a test, as one that has fast products of bfloat16 numbers or has not."""
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(device._simulated, "cpu", replace(device_facts(cpu), multiplies_bf16=fast))

@@ -13,6 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trl_fast.ops.device import device_facts, has_gpu
+
 from .loading import backbone, unbound_forward
 from .offload_schedule import SavedTensor, Schedule
 from .pinned_copies import copies_of
@@ -28,7 +30,7 @@ def offload_activations(model: PreTrainedModel) -> None:
 
     On a machine without a GPU this does nothing, and says so.
     """
-    if not torch.cuda.is_available():
+    if not has_gpu():
         logger.warning("activation_offloading=True does nothing here: without a GPU, activations are in CPU memory.")
         return
     layers = backbone(model)
@@ -99,7 +101,7 @@ class Offloading:
 
     def _schedule(self, device: torch.device) -> Schedule:
         if device not in self._schedules:
-            self._schedules[device] = Schedule(copies_of(device))
+            self._schedules[device] = Schedule((device_facts(device).pinned_copies or copies_of)(device))
             if self._in_layers:
                 self._schedules[device].start_layer()
         return self._schedules[device]
@@ -119,4 +121,5 @@ def _unpack(packed: torch.Tensor | SavedTensor) -> torch.Tensor:
 
 def is_on_device(tensor: torch.Tensor) -> bool:
     """Whether a tensor is where memory is short."""
-    return tensor.is_cuda
+    holds = device_facts(tensor.device).holds
+    return tensor.is_cuda if holds is None else holds(tensor)

@@ -20,6 +20,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trl_fast.ops.device import some_tiles
+
 from .loading import backbone
 from .selective_checkpointing import nothing_saved
 
@@ -151,8 +153,8 @@ class _InTiles(torch.autograd.Function):
 
 
 def _tiles(module: Tiled, hidden: torch.Tensor) -> Iterator[slice]:
-    for start in range(0, hidden.shape[1], module.tile_tokens):
-        yield slice(start, start + module.tile_tokens)
+    starts = range(0, hidden.shape[1], module.tile_tokens)
+    return some_tiles((slice(start, start + module.tile_tokens) for start in starts), hidden.device)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ import torch
 
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.ops.attention_merge import merge_attention, merge_into
+from trl_fast.ops.device import DeviceFacts, device_facts
 from trl_fast.ops.matmul import gemm_dtype
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _choose_kernels(
     """What computes the parts of a row: flash kernels if they serve, else plain PyTorch, which is said on a GPU."""
     serves, reason = flash_serves(query, value, softcap)
     if serves:
-        return CudaRowAttention if query.is_cuda else CpuRowAttention
+        return CudaRowAttention if device_facts(query.device).is_cuda else CpuRowAttention
     if query.is_cuda and query.requires_grad:
         _say_it_is_plain(reason)
     return functools.partial(PlainRowAttention, softcap=softcap)
@@ -114,15 +115,16 @@ def flash_serves(query: torch.Tensor, value: torch.Tensor, softcap: float | None
         return False, "flash kernels cap no scores"
     if width != value.shape[-1]:
         return False, f"keys of {width} and values of {value.shape[-1]} channels differ"
-    if query.device.type == "cpu":
+    facts = device_facts(query.device)
+    if facts.kind == "cpu":
         return True, "torch's flash kernel for the CPU"
-    if not query.is_cuda:
-        return False, f"there is no flash kernel for {query.device.type}"
+    if not facts.is_cuda:
+        return False, f"there is no flash kernel for {facts.kind}"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return False, f"CUDA's flash kernels take bfloat16 and float16, not {query.dtype}"
     if width > 256 or width % 8:
         return False, f"CUDA's flash kernels take heads of 8 to 256 channels in steps of 8, not {width}"
-    return torch.cuda.get_device_capability(query.device) >= (8, 0), "the GPU is older than flash kernels"
+    return facts.capability >= (8, 0), "the GPU is older than flash kernels"
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -327,8 +329,11 @@ class _Varlen(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device) -> tuple[_Varlen, ...]:
-    """Two calls, whatever the number of segments: every segment to itself, and branches to their prompts."""
+def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: DeviceFacts) -> tuple[_Varlen, ...]:
+    """Two calls, whatever the number of segments: every segment to itself, and branches to their prompts.
+
+    facts: of the device; a simulation must not be given the tensors of another one.
+    """
     parts = attention_parts(trees)
     calls = []
     for causal in (True, False):
@@ -370,7 +375,7 @@ class CudaRowAttention:
     ) -> None:
         # (T, heads, D), as the varlen kernels take it; groups of query heads are theirs to see to.
         self.query, self.key, self.value = (x[0].transpose(0, 1) for x in (query, key, value))
-        self.calls, self.scale = _varlen_calls(trees, query.device), scale
+        self.calls, self.scale = _varlen_calls(trees, query.device, device_facts(query.device)), scale
         self.rng_state: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _given(self, call: _Varlen) -> Iterator[torch.Tensor]:

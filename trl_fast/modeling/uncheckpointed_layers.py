@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_fast.ops.device import DeviceMemory, device_facts
+
 # The share of a device that is left alone: half of it for a workspace of the head that the measured pass did not fill,
 # half for memory that the allocator holds in pieces too small to serve.
 MARGIN = 8
@@ -31,29 +33,9 @@ STRETCH = 1.25
 LARGE_LAYER = 1 << 41
 
 
-@dataclass(frozen=True)
-class DeviceMemory:
-    """A device's memory in bytes; peak: the most that tensors ever took.
-
-    free: what tensors can still take, in the device or in what the allocator holds unused.
-    """
-
-    free: int
-    total: int
-    allocated: int
-    peak: int
-
-
 def device_memory(device: torch.device) -> DeviceMemory | None:
     """The memory of a GPU; None for other devices, whose memory others live in too."""
-    if device.type != "cuda":
-        return None
-    stats = torch.cuda.memory_stats(device)
-    allocated, reserved = stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
-    free, total = torch.cuda.mem_get_info(device)
-    total = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    free = min(free, total - reserved) + reserved - allocated
-    return DeviceMemory(free, total, allocated, stats["allocated_bytes.all.peak"])
+    return device_facts(device).read_memory()
 
 
 @dataclass(frozen=True)

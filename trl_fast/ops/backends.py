@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .device import device_facts
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
@@ -167,6 +169,9 @@ def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dty
         return Support(False, f"the loss kernels take float32, not {dtype}")
     if dtype not in KERNEL_DTYPES:
         return Support(False, f"kernels take float32, bfloat16 and float16, not {dtype}")
+    simulated = device_facts(device).serves
+    if simulated is not None:
+        return Support(simulated(op, backend), "on a simulated device")
     if backend == "triton":
         return _supports_triton(device)
     if backend == "cuda":

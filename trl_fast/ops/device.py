@@ -1,4 +1,4 @@
-"""Facts about a device that decide how code runs on it: read from torch, or given for a device that is not there.
+"""Tells the facts about a device that decide how code runs on it: torch's, or those of a device that is not there.
 
 Every choice that depends on the device (tiles of the head, dtypes of products, attention kernels, what checkpointing
 leaves alone, offloading) asks `device_facts`. A simulation gives other facts with `simulated_device`: code on fake
@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """A device's memory in bytes; peak: the most that tensors ever took.
+    """Holds a device's memory in bytes; peak: the most that tensors ever took.
 
     free: what tensors can still take, in the device or in what the allocator holds unused.
     """
@@ -42,7 +42,7 @@ class DeviceFacts:
 
     - `serves`: whether a backend serves an op, by their names; None: as `backends.supports` says.
     - `row_kernels`, `sparse_kernels`: stand in for those of every backend (`RowKernels`, `SparseKernels`).
-    - `host_copies`: stands in for `modeling.pinned_copies.copies_of`.
+    - `pinned_copies`: stands in for `modeling.pinned_copies.copies_of`.
     - `holds`: whether a tensor is in the device's memory; None: whether its device is of this kind.
     - `first_tiles_only`: of tiles that are alike, the first two and the last are computed, which takes the memory of
       all.
@@ -55,13 +55,13 @@ class DeviceFacts:
     serves: Callable[[str, str], bool] | None = None
     row_kernels: Any = None
     sparse_kernels: Any = None
-    host_copies: Callable[[torch.device], Any] | None = None
+    pinned_copies: Callable[[torch.device], Any] | None = None
     holds: Callable[[torch.Tensor], bool] | None = None
     first_tiles_only: bool = False
 
     @property
     def is_cuda(self) -> bool:
-        """Whether this is a CUDA device."""
+        """Tells whether this is a CUDA device."""
         return self.kind == "cuda"
 
 
@@ -94,7 +94,7 @@ def has_gpu() -> bool:
 @functools.cache
 def _facts_of(device: torch.device) -> DeviceFacts:
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+        capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
         return DeviceFacts("cuda", True, capability, functools.partial(_cuda_memory, device))
     return DeviceFacts(device.type, device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -7,23 +7,19 @@ those of the same numbers in float32.
 
 from __future__ import annotations
 
-import functools
-
 import torch
+
+from .device import device_facts
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _cpu_multiplies_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which products of numbers of `dtype` are computed on a device."""
-    if device.type != "cpu" or dtype in (torch.float32, torch.float64):
+    facts = device_facts(device)
+    if facts.kind != "cpu" or dtype in (torch.float32, torch.float64):
         return dtype
-    return dtype if dtype == torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
+    return dtype if dtype == torch.bfloat16 and facts.multiplies_bf16 else torch.float32
 
 
 def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -33,14 +29,14 @@ def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of logits whose factors are of `dtype`: float32 at least, where the device's products can be."""
-    return torch.promote_types(dtype, torch.float32) if device.type == "cuda" else dtype
+    return torch.promote_types(dtype, torch.float32) if device_facts(device).is_cuda else dtype
 
 
 def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """out = left @ right, (R, C) = (R, H) @ (H, C); out may be wider than the factors."""
     if out.dtype == left.dtype:
         return torch.mm(left, right, out=out)
-    if out.device.type == "cuda":
+    if device_facts(out.device).is_cuda:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return out.copy_(torch.mm(left, right))
 
@@ -49,7 +45,7 @@ def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None
     """total += left @ right; total may be wider than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.device.type == "cuda":
+    elif device_facts(total.device).is_cuda:
         # Inside the product: a sum of its own would be read and written once more.
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:

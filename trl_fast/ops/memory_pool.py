@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .backends import load_extension
+from .device import device_facts
 
 # The pool's blocks are huge pages of 2 MiB: a smaller tensor would waste too much of one.
 _POOLED_FROM_BYTES = 8 << 20
@@ -19,7 +20,7 @@ def pooled_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     On the CPU, a large tensor comes from the memory pool (csrc/cpu/memory_pool.h), and a small one is filled with
     zeros: a matrix product that writes to fresh pages would wait for each of them.
     """
-    if device.type != "cpu":
+    if device_facts(device).kind != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     if math.prod(shape) * dtype.itemsize >= _POOLED_FROM_BYTES and load_extension().ok:
         return torch.ops.trl_fast.pooled_empty(shape, dtype)

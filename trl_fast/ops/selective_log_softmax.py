@@ -7,7 +7,7 @@ import torch
 from .backends import choose_backend
 from .head.autograd import row_coefficients
 from .head.logit_transform import LogitTransform
-from .head.row_kernels import ROW_KERNELS, finish_scores, new_state
+from .head.row_kernels import finish_scores, new_state, row_kernels
 from .token_scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW
 from .validation import check_finite, check_selective_inputs, check_target_range
 
@@ -21,7 +21,7 @@ def _selective_scores(
     entropy is NaN unless `outputs` asks for it.
     """
     state = new_state(logits.shape[0], logits.device)
-    ROW_KERNELS[backend].scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs, 0, state)
+    row_kernels(backend, logits.device).scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs, 0, state)
     wide = torch.promote_types(logits.dtype, torch.float32)
     statistics = finish_scores(state, outputs, logits.shape[1], wide)
     return tuple(statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LSE_LOW_ROW))
@@ -44,7 +44,7 @@ def _selective_scores_backward(
 ) -> torch.Tensor:
     """Gradient of logits (R, V) from row coefficients (4, R), see row_kernels.py."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    ROW_KERNELS[backend].grad(logits, index, None, 1.0, 0.0, inv_temperature, lse, coefficients, 0, out)
+    row_kernels(backend, logits.device).grad(logits, index, None, 1.0, 0.0, inv_temperature, lse, coefficients, 0, out)
     return out
 
 

@@ -63,6 +63,11 @@ def _all_of(tensor: torch.Tensor, indices: list[torch.Tensor | None]) -> Any:
     return tensor.new_empty(math.prod(mask.shape), *tensor.shape[mask.dim() :])
 
 
+def _written_to_out(*_: torch.Tensor, out: torch.Tensor, **__: object) -> torch.Tensor:
+    """A product that is wider than its factors, which torch computes on a GPU only."""
+    return out
+
+
 ANSWERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _scalar,
     aten.nonzero.default: _none_found,
@@ -73,4 +78,6 @@ ANSWERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.equal.default: _are_equal,
     aten.bincount.default: _counted,
     aten.index.Tensor: _all_of,
+    aten.mm.dtype_out: _written_to_out,
+    aten.addmm.dtype_out: _written_to_out,
 }

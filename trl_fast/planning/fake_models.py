@@ -18,8 +18,9 @@ from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.segment_attention import supports_packed, supports_sharing, use_segment_attention
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
+from trl_fast.ops.device import simulated_device
 
-from .gpu_facts import PADDED_ATTENTION, replaced
+from .gpu_facts import PADDED_ATTENTION, planned_facts
 from .training_setup import OURS, TrainingSetup
 
 
@@ -69,9 +70,10 @@ def planned_model(
     Raises:
         ValueError: the model cannot be built or set up so; by the name of the setting.
     """
-    model = meta_model(setup, layers)
-    layout = choose_layout(model, setup, max_length)
-    return prepare(model, setup, layout), layout
+    with simulated_device(planned_facts(setup.device)):
+        model = meta_model(setup, layers)
+        layout = choose_layout(model, setup, max_length)
+        return prepare(model, setup, layout), layout
 
 
 def prepare(model: PreTrainedModel, setup: TrainingSetup, layout: str) -> PreTrainedModel | PeftModel:
@@ -94,8 +96,7 @@ def prepare(model: PreTrainedModel, setup: TrainingSetup, layout: str) -> PreTra
     if setup.tiled_mlp is not None:
         tile_mlps(base_model(model), setup.tiled_mlp)
     if setup.activation_offloading:
-        with replaced(torch.cuda, is_available=lambda: setup.device == "gpu"):
-            offload_activations(base_model(model))
+        offload_activations(base_model(model))
     return model
 
 

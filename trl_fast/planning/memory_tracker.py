@@ -6,10 +6,12 @@ so be followed without having it: its own Python code decides, as in a real run,
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -40,10 +42,20 @@ class MemoryTracker(TorchDispatchMode):
     Args:
         granularity: bytes that sizes are rounded up to.
         workspace: bytes that an operator takes inside and gives back, given the operator and its arguments.
+        kernels: custom ops that are one kernel on the device: of these, only the results take memory.
+        kinds_by_code: the kind of what is taken while a function with that code is at work.
     """
 
-    def __init__(self, granularity: int = 1, workspace: Workspace | None = None) -> None:
+    def __init__(
+        self,
+        granularity: int = 1,
+        workspace: Workspace | None = None,
+        kernels: Collection[str] = (),
+        kinds_by_code: Mapping[CodeType, str] | None = None,
+    ) -> None:
         super().__init__()
+        self._kernels = kernels
+        self._kinds_by_code = kinds_by_code or {}
         self._granularity = granularity
         self._workspace = workspace
         self._allocations: list[Allocation] = []
@@ -103,7 +115,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
         own = OPDEFS.get(func.name())
-        if own is not None:
+        if own is not None and func.name() not in self._kernels:
             with self:
                 return own._init_fn(*args, **kwargs)
         answer = ANSWERS.get(func)
@@ -119,9 +131,18 @@ class MemoryTracker(TorchDispatchMode):
 
     def _record(self, size: int, end: int | None) -> Allocation:
         size = -(-size // self._granularity) * self._granularity
-        allocation = Allocation(size, self._clock, self.stage, self._kind, end)
+        allocation = Allocation(size, self._clock, self.stage, self._kind or self._kind_of_code(), end)
         self._allocations.append(allocation)
         return allocation
+
+    def _kind_of_code(self) -> str | None:
+        """Returns the kind that goes with a function at work, if there is one."""
+        frame = sys._getframe(1) if self._kinds_by_code else None
+        while frame is not None:
+            if (kind := self._kinds_by_code.get(frame.f_code)) is not None:
+                return kind
+            frame = frame.f_back
+        return None
 
     def _drop(self, key: int) -> None:
         # The operator that ran last still had it.

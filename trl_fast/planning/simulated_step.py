@@ -18,11 +18,12 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference_policy import freeze, reference_scope
 from trl_fast.modeling.reward_scoring import rewards
 from trl_fast.modeling.scoring import ModelScores, score
+from trl_fast.ops.device import simulated_device
 
 from .baseline_steps import baseline_loss
 from .example_batches import make_batch
 from .fake_models import decoder_layers, give_fake_memory, meta_model, planned_model, prepare
-from .gpu_facts import choices_of, flash_workspace, head_backend
+from .gpu_facts import GPU_KERNELS, KINDS_BY_CODE, flash_workspace, planned_facts
 from .memory_timeline import FORWARD_STAGE, GRADIENTS, HEAD_STAGE, OPTIMIZER, REFERENCE, WEIGHTS, Timeline
 from .memory_tracker import CUDA_GRANULARITY, MemoryTracker
 from .training_setup import OURS, TrainingSetup
@@ -47,8 +48,13 @@ def simulate(setup: TrainingSetup, max_length: int, layers: int | None = None) -
         reference = freeze(prepare(meta_model(setup, layers), setup.but(gradient_checkpointing=False), layout))
     batch = make_batch(setup, max_length, layout)
     on_gpu = setup.device == "gpu"
-    tracker = MemoryTracker(CUDA_GRANULARITY if on_gpu else 1, flash_workspace if on_gpu else None)
-    with FakeTensorMode(allow_non_fake_inputs=True), tracker, choices_of(setup.device, tracker):
+    tracker = MemoryTracker(
+        CUDA_GRANULARITY if on_gpu else 1,
+        flash_workspace if on_gpu else None,
+        GPU_KERNELS if on_gpu else (),
+        KINDS_BY_CODE,
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker, simulated_device(planned_facts(setup.device)):
         with tracker.labelling(REFERENCE):
             if reference is not None:
                 give_fake_memory(reference)
@@ -133,7 +139,6 @@ def _score(
             model,
             batch,
             outputs=outputs,
-            backend=head_backend(setup.device),
             workspace_bytes=setup.head_workspace_bytes,
             head_grad=setup.head_grad,
             **options,

@@ -9,6 +9,7 @@ from benchmarks.memory import measure_peak
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
 from trl_fast.ops.head.plan import row_bytes
+from trl_fast.ops.head.row_kernels import ROW_KERNELS
 
 N, V, H = 512, 8192, 16
 WHOLE = N * V * 4
@@ -99,7 +100,7 @@ RAGGED = dict(n=130, v=3000, h=8)
 def test_blocks_and_tiles_of_different_sizes(op, bias, backend):
     problem = make_problem(**RAGGED, bias=bias)
     given = (problem.hidden, problem.weight, problem.targets)
-    options = {"bias": problem.bias, "workspace_bytes": 100 * row_bytes(3000, torch.float32, backend)}
+    options = {"bias": problem.bias, "workspace_bytes": 100 * row_bytes(3000, torch.float32, ROW_KERNELS[backend])}
     options["backend"] = backend
     if op == "cross-entropy":
         loss = linear_cross_entropy(*given, reduction="sum", **options)
@@ -197,7 +198,7 @@ def test_passes_over_the_head(step, passes, backend, monkeypatch):
 
 def kept_share(backend, workspace_bytes):
     """The share of rows whose logits may fill three quarters of the workspace; the others are computed again."""
-    return 3 * workspace_bytes // 4 // row_bytes(V, torch.float32, backend) / N
+    return 3 * workspace_bytes // 4 // row_bytes(V, torch.float32, ROW_KERNELS[backend]) / N
 
 
 def partly_weighted_step(backend, zero_rows, keep):

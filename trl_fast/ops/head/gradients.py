@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from ..device import some_tiles
 from ..matmul import add_mm, mm_into
 from ..memory_pool import as_dtype, pooled_empty
 from ..slices import spans
@@ -52,12 +53,13 @@ def score_rows(
     num_rows = hidden.shape[0]
     kept = 0 if keep is None else keep.num_rows
     height, width = head.tiling(num_rows, keep, gradients=unit_gradient is not None)
-    parts = [*spans(kept, height), *(slice(kept + s.start, kept + s.stop) for s in spans(num_rows - kept, height))]
+    beyond = some_tiles(spans(num_rows - kept, height), hidden.device)
+    parts = [*some_tiles(spans(kept, height), hidden.device), *(slice(kept + s.start, kept + s.stop) for s in beyond)]
     passing = num_rows if keep is None or keep.packed else num_rows - kept
     scratch = head.scratch(min(height, passing), width, head.logits_dtype)
     gives_narrow = unit_gradient is not None and head.narrow_gradients
     room_for_weights = head.scratch(height, width, head.dtype) if gives_narrow else scratch
-    for columns in spans(head.vocab_size, width):
+    for columns in some_tiles(spans(head.vocab_size, width), hidden.device):
         weight = head.weight_tile(columns)
         for rows in parts:
             corner = (slice(rows.stop - rows.start), slice(columns.stop - columns.start))
@@ -110,7 +112,7 @@ def score_with_unit_gradient(
     gradients = HeadGradients(head, num_rows, need_hidden=True, need_weight=False, need_bias=False, waiting=True)
     height = head.block_rows(num_rows)
     logits = head.empty_logits(height, height)
-    for rows in spans(num_rows, max(height, 1)):
+    for rows in some_tiles(spans(num_rows, max(height, 1)), hidden.device):
         kept = logits.part(slice(rows.stop - rows.start))
         score_rows(head, hidden[rows], targets[rows], outputs, state[:, rows], keep=kept)
         statistics = finish_scores(state[:, rows], outputs, head.vocab_size, head.wide)
@@ -161,7 +163,7 @@ class HeadGradients:
         tiles = _GradientTiles(head, blocks)
         buffer = self._wide_buffer(tiles)
         need_weight_tile = self.hidden is not None or any(part.logits is None for part in tiles.parts)
-        for columns in spans(head.vocab_size, tiles.width):
+        for columns in some_tiles(spans(head.vocab_size, tiles.width), head.weight.device):
             weight = head.weight_tile(columns) if need_weight_tile else None
             total = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
             for part in tiles.parts:

@@ -20,13 +20,14 @@ from typing import NamedTuple
 
 import torch
 
+from ..device import device_facts
 from ..matmul import SIXTEEN_BITS, logits_dtype
 from ..memory_pool import pooled_empty
 from ..slices import even_step
 from .fused_kernel import fused_tiles
 from .kept_logits import CHUNK, PACKED_DTYPE, KeptLogits, KeptTile, num_chunks
 from .logit_transform import LogitTransform
-from .row_kernels import ROW_KERNELS, row_weights_by_two
+from .row_kernels import ROW_KERNELS, RowKernels, row_kernels, row_weights_by_two
 
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4
@@ -58,7 +59,7 @@ GPU_TILES = TilePolicy(256 << 20, 1 << 30, 256, weight_tiles=False, whole_rows=T
 
 def tile_policy(device: torch.device) -> TilePolicy:
     """The policy of a device."""
-    return CPU_TILES if device.type == "cpu" else GPU_TILES
+    return CPU_TILES if device_facts(device).kind == "cpu" else GPU_TILES
 
 
 def workspace_of(asked: int | None, device: torch.device) -> int:
@@ -90,9 +91,9 @@ def default_workspace(free: int, total: int) -> int:
     return size
 
 
-def row_bytes(vocab_size: int, dtype: torch.dtype, backend: str) -> int:
-    """Bytes of workspace that one row of logits takes, temporaries of the backend's row kernels included."""
-    return vocab_size * (dtype.itemsize + ROW_KERNELS[backend].bytes_per_element)
+def row_bytes(vocab_size: int, dtype: torch.dtype, kernels: RowKernels) -> int:
+    """Bytes of workspace that one row of logits takes, temporaries of the row kernels included."""
+    return vocab_size * (dtype.itemsize + kernels.bytes_per_element)
 
 
 def rows_per_block(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> int:
@@ -140,11 +141,11 @@ class Head:
         # Partial sums of narrow dtypes would lose what the tiles contribute: accumulate in float32 at least.
         self.wide = torch.promote_types(dtype, torch.float32)
         self.backend = backend
-        self.kernels = ROW_KERNELS[backend]
+        self.kernels = row_kernels(backend, weight.device)
         self.vocab_size, self.hidden_size = weight.shape
         self.policy = tile_policy(weight.device)
         self.logits_dtype = logits_dtype(dtype, weight.device)
-        self.row_bytes = row_bytes(self.vocab_size, self.logits_dtype, backend)
+        self.row_bytes = row_bytes(self.vocab_size, self.logits_dtype, self.kernels)
         self.workspace_bytes = workspace_bytes
         self._cast_weight: torch.Tensor | None = None
         # The fused kernel's configuration, if it is to score here.

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..device import device_facts
 from ..token_scores import (
     ENTROPY,
     ENTROPY_ROW,
@@ -343,3 +344,8 @@ ROW_KERNELS = {
     "cuda": RowKernels(_compiled_scores, _compiled_grad, 0, None, _compiled_scores_packed, _compiled_grad_packed),
     "triton": RowKernels(_triton_scores, _triton_grad, 0, None, _triton_scores_packed, _triton_grad_packed),
 }
+
+
+def row_kernels(backend: str, device: torch.device) -> RowKernels:
+    """Returns a backend's kernels, or those that stand in for them on a simulated device."""
+    return device_facts(device).row_kernels or ROW_KERNELS[backend]

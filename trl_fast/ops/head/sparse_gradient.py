@@ -15,7 +15,7 @@ from .autograd import head_of, row_coefficients
 from .gradients import score_rows
 from .logit_transform import LogitTransform
 from .row_kernels import finish_scores, new_state
-from .sparse_kernels import SPARSE_KERNELS
+from .sparse_kernels import sparse_kernels
 
 
 @torch.library.custom_op("trl_fast::linear_scores_sparse", mutates_args=())
@@ -51,9 +51,8 @@ def linear_scores_sparse(
             score_rows(head, hidden[rows], targets[rows], outputs, state, keep=kept)
             statistics[:, rows] = finish_scores(state, outputs, head.vocab_size, head.wide)
             given = (statistics[LSE_ROW, rows], offsets[rows], threshold)
-            samples.append(
-                SPARSE_KERNELS[backend].samples(kept.values, head.vocab_size, bias, *head.transform, *given)
-            )
+            kernels = sparse_kernels(backend, hidden.device)
+            samples.append(kernels.samples(kept.values, head.vocab_size, bias, *head.transform, *given))
         empty = [offsets.new_empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, head.wide)]
         counts, columns, logprobs = (torch.cat(parts) for parts in zip(empty, *samples, strict=True))
         token_logprobs, entropy = statistics[LOGPROB_ROW].clone(), statistics[ENTROPY_ROW].clone()
@@ -109,7 +108,7 @@ def linear_scores_sparse_backward(
     rows, columns = torch.cat((rows, numbers)), torch.cat((columns, targets.clamp(0, vocab_size - 1)))
     active = values != 0
     rows, columns, values = rows[active], columns[active], values[active]
-    product = SPARSE_KERNELS[backend].product
+    product = sparse_kernels(backend, hidden.device).product
     grad_hidden, grad_weight = hidden.new_empty(0), weight.new_empty(0)
     grad_bias = grad_weight.clone() if bias is None else bias.new_empty(0)
     if need_hidden:

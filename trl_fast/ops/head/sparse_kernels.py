@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 
+from ..device import device_facts
 from ..slices import spans
 from .logit_transform import LogitTransform
 
 # Temporaries of the references stay below this.
-_CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20
 
 
 class SparseKernels(NamedTuple):
@@ -53,7 +54,7 @@ def row_samples_reference(
     """
     transform = LogitTransform(scale, softcap, inv_temperature)
     found = []
-    for rows in spans(logits.shape[1], max(1, _CHUNK_BYTES // (40 * vocab_size))):
+    for rows in spans(logits.shape[1], max(1, CHUNK_BYTES // (40 * vocab_size))):
         whole = logits[:, rows].transpose(0, 1).flatten(1)[:, :vocab_size]
         u, _ = transform.apply(whole, bias)
         logprobs = u - lse[rows, None]
@@ -80,7 +81,7 @@ def sparse_product_reference(
     """
     num_rows, width = len(starts) - 1, dense.shape[1]
     out = torch.zeros(num_rows, width, dtype=dtype, device=dense.device)
-    budget = max(1, _CHUNK_BYTES // (8 * max(width, 1)))
+    budget = max(1, CHUNK_BYTES // (8 * max(width, 1)))
     for rows in _row_groups(starts, budget):
         first, last = int(starts[rows.start]), int(starts[rows.stop])
         products = dense[indices[first:last]].to(values.dtype) * values[first:last, None]
@@ -118,3 +119,8 @@ SPARSE_KERNELS = {
     "cuda": SparseKernels(row_samples_reference, sparse_product_reference),
     "triton": SparseKernels(row_samples_reference, sparse_product_reference),
 }
+
+
+def sparse_kernels(backend: str, device: torch.device) -> SparseKernels:
+    """Returns a backend's kernels, or those that stand in for them on a simulated device."""
+    return device_facts(device).sparse_kernels or SPARSE_KERNELS[backend]
