@@ -1,9 +1,12 @@
 """Peaks from shallow models against whole ones, and the search for the longest context."""
 
+from dataclasses import replace
+
 import pytest
 
 from support.models import tiny_config
 from trl_fast.planning.fake_models import meta_model
+from trl_fast.planning.gpu_facts import planned_facts
 from trl_fast.planning.memory_timeline import (
     FORWARD_STAGE,
     GRADIENTS,
@@ -67,7 +70,8 @@ def test_what_stays_is_counted_as_what_it_is():
 def test_some_tiles_tell_about_all(monkeypatch):
     setup = TrainingSetup(tiny_config("llama", vocab_size=4096), tiled_mlp=32, head_workspace_bytes=1 << 20)
     some = simulate(setup, 300)
-    monkeypatch.setattr("trl_fast.planning.gpu_facts._some_of", lambda spans: spans)
+    facts = replace(planned_facts("gpu"), first_tiles_only=False)
+    monkeypatch.setattr("trl_fast.planning.simulated_step.planned_facts", lambda _: facts)
     every = simulate(setup, 300)
     for stage, peak in every.stage_peaks().items():
         assert some.stage_peaks()[stage].bytes == pytest.approx(peak.bytes, rel=0.002), stage
