@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 
 from support.source_tree import PACKAGE_FOLDERS, Source, hold, sources
@@ -36,6 +37,7 @@ def is_verb_phrase(docstring: str) -> bool:
     return bool(VERB.match(line)) and not NOUNS.match(line) and not EITHER.match(line)
 
 
+@functools.cache
 def docstrings(source: Source) -> dict[str, str]:
     """Returns the docstrings of a file's module, classes and functions by their names."""
     found = {"module": ast.get_docstring(source.tree)}

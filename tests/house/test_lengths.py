@@ -1,16 +1,14 @@
-"""Files, functions and lines of ancestors stay short enough to be read."""
+"""Files and functions stay short enough to be read."""
 
 from __future__ import annotations
 
 import ast
 
-import trl_fast
 from support.source_tree import PYTHON_FOLDERS, ROOT, hold, native_files, sources
 
 FILE_LINES = 500
 TRAINER_LINES = 400
 FUNCTION_LINES = 60
-CLASSES_ABOVE_A_TRAINER = 4
 
 
 def test_files():
@@ -27,10 +25,3 @@ def test_functions():
             if not isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno >= FUNCTION_LINES:
                 found.add(f"{source.path} {name}")
     hold("function_length", found)
-
-
-def test_a_trainer_has_few_classes_of_ours_above_it():
-    trainers = [getattr(trl_fast, name) for name in trl_fast.__all__ if name.endswith("Trainer")]
-    assert len(trainers) >= 7
-    above = {cls.__name__: [c for c in cls.__mro__[1:] if c.__module__.startswith("trl_fast.")] for cls in trainers}
-    hold("ancestors", {name for name, classes in above.items() if len(classes) > CLASSES_ABOVE_A_TRAINER})

@@ -16,7 +16,7 @@ NATIVE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """Holds one Python file: its path from the root, its import name, its text and its syntax tree."""
 
