@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from trl_fast.kernels import linear_scores, losses, merge, rows
+from trl_fast.kernels import attention_merge, linear_scores, loss_kernels, row_kernels
 
 from .compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from .gpu_machine_code import TARGETS, Resources, read_cubin, resources_of
@@ -68,8 +68,8 @@ _SPILLS_OF_A_TILE = 768
 _FLOATS = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
 _TILE_SIZES = dict.fromkeys(("num_columns", "column_offset"), "i32")
 # Bytes of logits that a thread of row_grad gets at once, and columns of a chunk that a thread has.
-_THREADS = 32 * rows.NUM_WARPS
-_SHARE, _COLUMNS = rows.BLOCK_BYTES // _THREADS, rows.CHUNK // _THREADS
+_THREADS = 32 * row_kernels.NUM_WARPS
+_SHARE, _COLUMNS = row_kernels.BLOCK_BYTES // _THREADS, row_kernels.CHUNK // _THREADS
 _STATE = {"state": "*fp64", "state_stride": "i64"}
 _PACKED = {"words": "*i16", "words_stride": "i64", "tops": "*fp32", "tops_stride": "i64"}
 _OF_GRAD = {"lse": "*fp32", "coefficients": "*fp32", "coefficient_stride": "i64", "out_stride": "i64"}
@@ -85,10 +85,10 @@ def _score_cases() -> Iterator[KernelCase]:
             flags = {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, "OUTPUTS": 15 * everything}
             yield KernelCase(
                 f"row_scores {dtype} {'all outputs' if everything else 'log-probs'}",
-                rows.row_scores_kernel,
+                row_kernels.row_scores_kernel,
                 {**_logits(dtype), **_STATE, **_PACKED, "pack": "i32", **_TILE_SIZES, **_FLOATS},
-                {**flags, "BLOCK": rows.CHUNK},
-                rows.NUM_WARPS,
+                {**flags, "BLOCK": row_kernels.CHUNK},
+                row_kernels.NUM_WARPS,
                 scalar_loads=9,
                 # A logit, and if it packs, which is decided when it runs, its word; a largest logit a chunk.
                 least_bytes=_COLUMNS * (itemsize + 2) + 4,
@@ -102,10 +102,10 @@ def _grad_cases() -> Iterator[KernelCase]:
         for everything in (False, True):
             yield KernelCase(
                 f"row_grad {name} {'bias, softcap' if everything else 'plain'}",
-                rows.row_grad_kernel,
+                row_kernels.row_grad_kernel,
                 {**_logits(dtype), **_OF_GRAD, "out": f"*{out}", **_TILE_SIZES, **_FLOATS},
-                {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, "BLOCK": rows.BLOCK_BYTES // itemsize},
-                rows.NUM_WARPS,
+                {"HAS_BIAS": everything, "HAS_SOFTCAP": everything, "BLOCK": row_kernels.BLOCK_BYTES // itemsize},
+                row_kernels.NUM_WARPS,
                 scalar_loads=6,
                 least_bytes=int((1 + written) * _SHARE),
             )
@@ -114,10 +114,10 @@ def _grad_cases() -> Iterator[KernelCase]:
             signature = {**_PACKED, "rows": "*i64", "targets": "*i64", **_OF_GRAD, "out": f"*{out}", **_TILE_SIZES}
             yield KernelCase(
                 f"row_grad_packed to {out}{', some rows' * has_rows}",
-                rows.row_grad_packed_kernel,
+                row_kernels.row_grad_packed_kernel,
                 {**signature, "derivative": "fp32"},
-                {"HAS_ROWS": has_rows, "CHUNK": rows.CHUNK, "BLOCK": rows.CHUNK},
-                rows.NUM_WARPS,
+                {"HAS_ROWS": has_rows, "CHUNK": row_kernels.CHUNK, "BLOCK": row_kernels.CHUNK},
+                row_kernels.NUM_WARPS,
                 scalar_loads=7 + has_rows,
                 least_bytes=_COLUMNS * (2 + itemsize),
             )
@@ -176,14 +176,14 @@ def _merge_cases() -> Iterator[KernelCase]:
         block = triton.next_power_of_2(width)
         yield KernelCase(
             f"attention_merge {dtype}, {width} channels",
-            merge.merge_kernel,
+            attention_merge.merge_kernel,
             {**dict.fromkeys(("out", "other", "merged"), f"*{dtype}"), **vectors, **numbers},
-            {"WIDTH": width, "TOKENS": merge.BLOCK_ELEMENTS // block, "BLOCK": block},
-            merge.NUM_WARPS,
+            {"WIDTH": width, "TOKENS": attention_merge.BLOCK_ELEMENTS // block, "BLOCK": block},
+            attention_merge.NUM_WARPS,
             # Place and both log-sum-exps of the tokens of which it has a part, more of them of a wider type.
             scalar_loads=9 if itemsize == 2 else 15,
             # Two outputs read, one written, and a log-sum-exp.
-            least_bytes=3 * itemsize * merge.BLOCK_ELEMENTS // (32 * merge.NUM_WARPS) + 4,
+            least_bytes=3 * itemsize * attention_merge.BLOCK_ELEMENTS // (32 * attention_merge.NUM_WARPS) + 4,
         )
 
 
@@ -209,36 +209,37 @@ def _loss_cases() -> Iterator[KernelCase]:
     for loss_type in ("exo_pair", "sigmoid_norm", "nca_pair"):
         yield _loss_case(
             f"pair_loss {loss_type}",
-            losses.pair_loss_kernel,
+            loss_kernels.pair_loss_kernel,
             "logprobs ref_logprobs losses sequence_logprobs gradients",
             {"cu_seqlens": "*i64", "lengths": "*i64"},
             "beta eps log_eps log_one_minus_eps tau",
             {
                 "LOSS": loss_type,
-                "OF_MARGIN": loss_type in losses.MARGIN_LOSSES,
-                "NORMALIZED": loss_type in losses.NORMALIZED_LOSSES,
-                "BLOCK": losses.PAIR_BLOCK,
+                "OF_MARGIN": loss_type in loss_kernels.MARGIN_LOSSES,
+                "NORMALIZED": loss_type in loss_kernels.NORMALIZED_LOSSES,
+                "BLOCK": loss_kernels.PAIR_BLOCK,
             },
-            losses.PAIR_WARPS,
+            loss_kernels.PAIR_WARPS,
         )
     yield _loss_case(
         "pair_loss_backward",
-        losses.pair_loss_backward_kernel,
+        loss_kernels.pair_loss_backward_kernel,
         "gradients grad_losses grad_sequence_logprobs out",
         {"cu_seqlens": "*i64", "losses_stride": "i64", "sequences_stride": "i64"},
         "",
-        {"HAS_LOSSES": True, "HAS_SEQUENCES": True, "BLOCK": losses.BLOCK},
-        losses.NUM_WARPS,
+        {"HAS_LOSSES": True, "HAS_SEQUENCES": True, "BLOCK": loss_kernels.BLOCK},
+        loss_kernels.NUM_WARPS,
     )
+    all_inputs = {"HAS_OLD": True, "HAS_REF": True, "BIAS_CORRECT_KL": True}
     for loss_type in ("clip", "cispo", "sapo"):
         yield _loss_case(
             f"policy_loss {loss_type}",
-            losses.policy_loss_kernel,
+            loss_kernels.policy_loss_kernel,
             "logprobs old_logprobs ref_logprobs advantages weights partial_sums kl_out gradients",
             {"branch": "*i64", "clipped_out": "*i8", "num_tokens": "i32"},
             "beta lower upper delta temperature_pos temperature_neg max_log_ratio",
-            {"LOSS": loss_type, "HAS_OLD": True, "HAS_REF": True, "BIAS_CORRECT_KL": True, "BLOCK": losses.BLOCK},
-            losses.NUM_WARPS,
+            {"LOSS": loss_type, **all_inputs, "BLOCK": loss_kernels.BLOCK},
+            loss_kernels.NUM_WARPS,
             scalar_loads=0,
             # Branch, three log-probs, KL, whether it was clipped, gradient.
             bytes_of_token=8 + 3 * 4 + 4 + 1 + 4,

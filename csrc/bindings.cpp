@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/memory_pool.h"
-#include "cpu/packed_logits.h"
+#include "packed_logits.h"
 #include "cpu/row_kernels.h"
 #include "cpu/sparse_kernels.h"
 #include "row_arguments.h"

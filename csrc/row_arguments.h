@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "cpu/packed_logits.h"
+#include "packed_logits.h"
 #include "cpu/row_kernels.h"
 
 namespace trl_fast {

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launching import on_tensors_device
-from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, packed_words, store_sums
+from .online_softmax import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, packed_words, store_sums
 
 
 class Tiles(NamedTuple):

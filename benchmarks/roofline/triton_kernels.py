@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from trl.kernels import chunked_logprob
 
-from trl_fast.kernels import merge
+from trl_fast.kernels import attention_merge
 from trl_fast.ops.backends import TRITON_OPS
 from trl_fast.ops.device import device_facts, simulated_device
 
@@ -66,9 +66,9 @@ KERNELS = (
         reads=("mm_ptr", "targets_ptr", "log_z_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr"),
         writes=("mm_ptr",),
     ),
-    # kernels/merge.py: every row of both outputs is loaded once, every merged one stored once.
+    # kernels/attention_merge.py: every row of both outputs is loaded once, every merged one stored once.
     Touched(
-        merge,
+        attention_merge,
         "merge_kernel",
         reads=("out", "lse", "other", "other_lse", "place"),
         writes=("merged", "merged_lse"),

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "chunks.h"
-#include "packed_chunks.h"
+#include "row_chunks.h"
+#include "packed_row_chunks.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The sparse kernels of one instruction set; CPU_CAPABILITY is its name (DEFAULT, AVX2, AVX512).
 #include "sparse_kernels.h"
 
-#include "chunks.h"
+#include "row_chunks.h"
 
 namespace {
 

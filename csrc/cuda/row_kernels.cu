@@ -1,6 +1,6 @@
-// Launches the kernels of row_kernels.cuh and packed_kernels.cuh. No torch headers: three targets compile in seconds,
+// Launches the kernels of row_kernels.cuh and packed_row_kernels.cuh. No torch headers: three targets compile in seconds,
 // not minutes.
-#include "packed_kernels.cuh"
+#include "packed_row_kernels.cuh"
 
 #include <cuda_runtime.h>
 

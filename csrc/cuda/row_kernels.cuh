@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu/packed_logits.h"
+#include "packed_logits.h"
 #include "cpu/row_kernels.h"
 
 namespace trl_fast {

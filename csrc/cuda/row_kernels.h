@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/packed_logits.h"
+#include "packed_logits.h"
 #include "cpu/row_kernels.h"
 
 struct CUstream_st;  // cudaStream_t is a pointer to it

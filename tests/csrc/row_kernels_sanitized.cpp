@@ -8,7 +8,7 @@
 #ifdef TRL_FAST_PLANT_MISSING_BARRIER
 #define __syncthreads()  // a block reduction has but one
 #endif
-#include "cuda/packed_kernels.cuh"
+#include "cuda/packed_row_kernels.cuh"
 
 using namespace trl_fast;
 

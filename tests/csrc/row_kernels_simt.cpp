@@ -2,7 +2,7 @@
 #include "support/simt.h"
 
 // After the vocabulary that the kernels are written in.
-#include "cuda/packed_kernels.cuh"
+#include "cuda/packed_row_kernels.cuh"
 
 extern "C" {
 

@@ -17,7 +17,7 @@ from benchmarks.compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from support.heads import FLOOR, assert_as_good
 from support.losses import pair_problem, policy_problem
 from support.targets import QUICK_TARGETS
-from trl_fast.kernels import losses as launchers
+from trl_fast.kernels import loss_kernels as launchers
 from trl_fast.ops import pair_loss, policy_loss
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 from trl_fast.ops.pair_loss import _pair_loss

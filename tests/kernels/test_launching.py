@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trl_fast.kernels import rows
+from trl_fast.kernels import row_kernels
 from trl_fast.kernels.launching import on_tensors_device
 
 # What takes a tensor first and is for others to call.
 LAUNCHERS = [
     pytest.param(function, id=f"{path.stem}.{name}")
-    for path in sorted(Path(rows.__file__).parent.glob("*.py"))
+    for path in sorted(Path(row_kernels.__file__).parent.glob("*.py"))
     for name, function in inspect.getmembers(importlib.import_module(f"trl_fast.kernels.{path.stem}"))
     if inspect.isfunction(function)
     and function.__module__ == f"trl_fast.kernels.{path.stem}"

@@ -6,7 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from trl_fast.kernels import linear_scores, merge, rows
+from trl_fast.kernels import attention_merge, linear_scores, row_kernels
 from trl_fast.ops.head.row_kernels import new_state
 
 NUM_ROWS, COLUMNS = 48, 64
@@ -42,15 +42,15 @@ def keys_of(monkeypatch):
 
 
 def score(logits, targets, state):
-    rows.row_scores(logits, targets, torch.zeros(logits.shape[1]), *TRANSFORM, 0, 0, state)
+    row_kernels.row_scores(logits, targets, torch.zeros(logits.shape[1]), *TRANSFORM, 0, 0, state)
 
 
 def differentiate(logits, targets, lse, coefficients):
-    rows.row_grad(logits, targets, torch.zeros(logits.shape[1]), *TRANSFORM, lse, coefficients, 0, logits)
+    row_kernels.row_grad(logits, targets, torch.zeros(logits.shape[1]), *TRANSFORM, lse, coefficients, 0, logits)
 
 
 def test_row_kernels_are_compiled_once_whatever_the_rows(keys_of):
-    scores, grads = keys_of(rows, "row_scores_kernel"), keys_of(rows, "row_grad_kernel")
+    scores, grads = keys_of(row_kernels, "row_scores_kernel"), keys_of(row_kernels, "row_grad_kernel")
     logits, targets, lse = torch.zeros(NUM_ROWS, COLUMNS), torch.zeros(NUM_ROWS, dtype=torch.int64), torch.zeros(48)
     whole = new_state(NUM_ROWS, logits.device)
     for first, last in PARTS:
@@ -67,27 +67,27 @@ def test_row_kernels_are_compiled_once_whatever_the_rows(keys_of):
 
 def test_rows_are_scored_by_the_same_kernel_whether_they_are_packed_or_not(keys_of):
     """Another kernel might add up in another order: a row's log-prob would depend on whether a gradient follows."""
-    keys = keys_of(rows, "row_scores_kernel")
+    keys = keys_of(row_kernels, "row_scores_kernel")
     for columns, outputs in ((4096, 0), (2064, 15)):
         logits, targets = torch.zeros(NUM_ROWS, columns), torch.zeros(NUM_ROWS, dtype=torch.int64)
         words, tops = torch.empty(NUM_ROWS, 4112, dtype=torch.int16), torch.empty(NUM_ROWS, 3)
         state, before = new_state(NUM_ROWS, logits.device), len(keys)
-        rows.row_scores(logits, targets, None, *TRANSFORM, outputs, 0, state)
+        row_kernels.row_scores(logits, targets, None, *TRANSFORM, outputs, 0, state)
         for first, last in PARTS:
             part = slice(first, last)
             given = (logits[part], targets[part], None, 1.0, 1.0, outputs, 0, state[:, part])
-            rows.row_scores_packed(*given, words[part], tops[part])
+            row_kernels.row_scores_packed(*given, words[part], tops[part])
         assert len(keys) == before + 1
 
 
 def test_packed_gradients_are_compiled_once_whatever_the_rows(keys_of):
-    keys = keys_of(rows, "row_grad_packed_kernel")
+    keys = keys_of(row_kernels, "row_grad_packed_kernel")
     words, tops = torch.zeros(NUM_ROWS, 4096, dtype=torch.int16), torch.zeros(NUM_ROWS, 2)
     out, targets, lse = words.view(torch.bfloat16), torch.zeros(NUM_ROWS, dtype=torch.int64), torch.zeros(NUM_ROWS)
     for first, last in PARTS:
         part, coefficients = slice(first, last), torch.zeros(4, last - first)
         given = (targets[part], 1.0, 1.0, lse[part], coefficients, 0, out[part])
-        rows.row_grad_packed(words[part], None, *given, tops[part])
+        row_kernels.row_grad_packed(words[part], None, *given, tops[part])
     assert len(keys) == 1
 
 
@@ -105,10 +105,10 @@ def test_the_fused_kernel_is_compiled_once_whatever_the_rows_and_the_vocabulary(
 
 
 def test_attention_is_merged_by_one_kernel_whatever_the_tokens(keys_of):
-    keys = keys_of(merge, "merge_kernel")
+    keys = keys_of(attention_merge, "merge_kernel")
     for tokens, second in ((1, 1), (16, 3), (17, 16), (4096, 1)):
         out, lse = torch.zeros(tokens, 4, 64, dtype=torch.bfloat16), torch.zeros(4, tokens)
         place = torch.zeros(tokens + 1, dtype=torch.int32)[1:]
         other = (torch.zeros(second, 4, 64, dtype=torch.bfloat16), torch.zeros(4, second))
-        merge.merge(out, lse, *other, place, torch.empty_like(out), torch.empty_like(lse))
+        attention_merge.merge(out, lse, *other, place, torch.empty_like(out), torch.empty_like(lse))
     assert len(keys) == 1

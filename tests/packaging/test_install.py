@@ -22,9 +22,9 @@ WITHOUT_EDITABLE = (
 LOOK_FOR_KERNELS = """
 import importlib.util
 from transformers.utils.import_utils import is_kernels_available
-import trl_fast.kernels.rows
+import trl_fast.kernels.row_kernels
 spec = importlib.util.find_spec("kernels")
-print(None if spec is None else spec.origin, is_kernels_available(), trl_fast.kernels.rows.__file__)
+print(None if spec is None else spec.origin, is_kernels_available(), trl_fast.kernels.row_kernels.__file__)
 """
 
 
@@ -193,7 +193,7 @@ def test_from_the_repository_root_the_real_kernels_package_wins(tmp_path):
 
 
 def test_elsewhere_the_editable_install_has_the_compiled_extension(tmp_path):
-    script = "import torch; from trl_fast import _C; import trl_fast.kernels.rows as r\n"
+    script = "import torch; from trl_fast import _C; import trl_fast.kernels.row_kernels as r\n"
     script += "print(_C.build_info()['isas'], r.__file__)"
     done = run(sys.executable, "-c", script, cwd=tmp_path)
     if done.returncode and not os.environ.get("CI"):

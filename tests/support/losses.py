@@ -82,13 +82,13 @@ def policy_problem(
 
 @contextlib.contextmanager
 def interpreted_losses() -> Iterator[None]:
-    """Within, the launchers of trl_fast.kernels.losses run in the repaired interpreter; fresh memory is NaN."""
-    from trl_fast.kernels import losses
+    """Within, the launchers of trl_fast.kernels.loss_kernels run in the repaired interpreter; fresh memory is NaN."""
+    from trl_fast.kernels import loss_kernels
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     with interpreter_repaired(), contextlib.ExitStack() as patches:
         for name in LOSS_KERNELS:
-            patches.enter_context(mock.patch.object(losses, name, interpreted(getattr(losses, name))))
+            patches.enter_context(mock.patch.object(loss_kernels, name, interpreted(getattr(loss_kernels, name))))
         # torch.empty is only poisoned in this mode.
         torch.use_deterministic_algorithms(True)
         patches.callback(torch.use_deterministic_algorithms, deterministic)

@@ -49,7 +49,7 @@ def _attention_merge(
     in_torch = os.environ.get(ENVIRONMENT_VARIABLE) == "torch"
     if in_torch or not supports("attention_merge", "triton", out.device, out.dtype).ok:
         return _merge_reference(out, lse, other, other_lse, place)
-    from trl_fast.kernels.merge import merge
+    from trl_fast.kernels.attention_merge import merge
 
     merged, merged_lse = out.new_empty(out.shape), lse.new_empty(lse.shape)
     merge(out, lse, other, other_lse, place, merged, merged_lse)

@@ -48,7 +48,7 @@ def _pair_loss(
     if backend == "cuda":
         pair_loss_forward, loss = torch.ops.trl_fast.pair_loss_forward, list(PAIR_FORMULAS).index(loss_type)
     else:
-        from trl_fast.kernels.losses import pair_loss_forward
+        from trl_fast.kernels.loss_kernels import pair_loss_forward
 
         loss = loss_type
     losses = logprobs.new_empty(len(ref_logprobs) // 2)
@@ -80,7 +80,7 @@ def _pair_loss_backward(
     if backend == "cuda":
         pair_loss_backward = torch.ops.trl_fast.pair_loss_backward_out
     else:
-        from trl_fast.kernels.losses import pair_loss_backward
+        from trl_fast.kernels.loss_kernels import pair_loss_backward
 
     out = gradients.new_empty(num_tokens)
     pair_loss_backward(gradients, cu_seqlens, grad_losses, grad_sequence_logprobs, out)

@@ -90,7 +90,7 @@ def _policy_loss(
     """loss 0-d, kl (N,) or (0,) without a reference, clipped (N,) int8, derivative of the loss by logprobs (N,)."""
     policy_loss_forward = _cuda_forward
     if backend != "cuda":
-        from trl_fast.kernels.losses import policy_loss_forward
+        from trl_fast.kernels.loss_kernels import policy_loss_forward
     gradients = torch.empty_like(logprobs)
     kl = logprobs.new_empty(0 if ref_logprobs is None else len(logprobs))
     clipped = torch.empty_like(logprobs, dtype=torch.int8)

@@ -292,25 +292,25 @@ def row_grad_packed_reference(
 
 
 def _triton_scores(*args: object) -> None:
-    from trl_fast.kernels.rows import row_scores
+    from trl_fast.kernels.row_kernels import row_scores
 
     row_scores(*args)
 
 
 def _triton_grad(*args: object) -> None:
-    from trl_fast.kernels.rows import row_grad
+    from trl_fast.kernels.row_kernels import row_grad
 
     row_grad(*args)
 
 
 def _triton_scores_packed(*args: object) -> None:
-    from trl_fast.kernels.rows import row_scores_packed
+    from trl_fast.kernels.row_kernels import row_scores_packed
 
     row_scores_packed(*args)
 
 
 def _triton_grad_packed(*args: object) -> None:
-    from trl_fast.kernels.rows import row_grad_packed
+    from trl_fast.kernels.row_kernels import row_grad_packed
 
     row_grad_packed(*args)
 

@@ -6,7 +6,7 @@ import torch
 from benchmarks.kernel_report import MERGE_KERNELS, compile_kernel, resources
 from support.merging import Parts, assert_merged
 from support.triton_interpreter import interpreted_kernels
-from trl_fast.kernels import merge
+from trl_fast.kernels import attention_merge
 from trl_fast.ops.attention_merge import merge_attention
 
 
@@ -14,7 +14,7 @@ def run(parts):
     merged = torch.full(parts.out.shape, float("nan"), dtype=parts.out.dtype)
     lse = torch.full(parts.lse.shape, float("nan"))
     with interpreted_kernels():
-        merge.merge(*parts.given(), merged, lse)
+        attention_merge.merge(*parts.given(), merged, lse)
     return merged, lse
 
 
@@ -43,7 +43,8 @@ def test_offsets_beyond_32_bits():
 
 def test_the_op_takes_the_kernel_where_it_serves(monkeypatch):
     parts, calls = Parts(7, 2, 64, torch.bfloat16), []
-    monkeypatch.setattr(merge, "merge", lambda *given, real=merge.merge: (calls.append(1), real(*given)))
+    real = attention_merge.merge
+    monkeypatch.setattr(attention_merge, "merge", lambda *given: (calls.append(1), real(*given)))
     with interpreted_kernels():
         assert_merged(parts, *merge_attention(*parts.given()))
         monkeypatch.setenv("TRL_FAST_BACKEND", "torch")

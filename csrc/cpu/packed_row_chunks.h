@@ -1,7 +1,7 @@
-// Chunks of packed logits. Like vec.h this lives in an unnamed namespace, once per translation unit.
+// Chunks of packed logits. Like simd.h this lives in an unnamed namespace, once per translation unit.
 #pragma once
 
-#include "chunks.h"
+#include "row_chunks.h"
 #include "packed_logits.h"
 
 namespace {

@@ -13,12 +13,18 @@ from support.packed_rows import (
     pack_hard_rows,
 )
 from support.triton_interpreter import interpreted_kernels
-from trl_fast.kernels import rows
+from trl_fast.kernels import row_kernels
 from trl_fast.ops.head.kept_logits import CHUNK
 from trl_fast.ops.head.row_kernels import SUM, TOP, RowKernels, new_state, row_grad_reference, row_scores_reference
 from trl_fast.ops.token_scores import ENTROPY
 
-PACKING = RowKernels(rows.row_scores, rows.row_grad, 0, None, rows.row_scores_packed, rows.row_grad_packed)
+PACKING = RowKernels(
+    scores=row_kernels.row_scores,
+    grad=row_kernels.row_grad,
+    bytes_per_element=0,
+    scores_packed=row_kernels.row_scores_packed,
+    grad_packed=row_kernels.row_grad_packed,
+)
 
 
 def test_offsets_beyond_32_bits():
@@ -32,12 +38,12 @@ def test_offsets_beyond_32_bits():
     row_scores_reference(logits, targets, *constants, 0, 0, expected)
     lse = (expected[TOP] + expected[SUM].log()).float()
     with interpreted_kernels():
-        rows.row_scores(logits, targets, *constants, 0, 0, got)
+        row_kernels.row_scores(logits, targets, *constants, 0, 0, got)
         torch.testing.assert_close(got, expected)
         wanted = torch.empty(3, columns, dtype=torch.bfloat16)
         coefficients = torch.tensor([-1.0, 0.0, 1.0, 0.0])[:, None].expand(4, 3).contiguous()
         row_grad_reference(logits, targets, *constants, lse, coefficients, 0, wanted)
-        rows.row_grad(logits, targets, *constants, lse, coefficients, 0, logits)
+        row_kernels.row_grad(logits, targets, *constants, lse, coefficients, 0, logits)
         torch.testing.assert_close(logits, wanted)
 
 
@@ -62,7 +68,7 @@ def test_packing_of_empty_tiles():
 
 
 def test_the_chunks_of_the_format():
-    assert rows.CHUNK == CHUNK
+    assert row_kernels.CHUNK == CHUNK
 
 
 def test_packed_offsets_beyond_32_bits():
@@ -72,12 +78,12 @@ def test_packed_offsets_beyond_32_bits():
     logits, targets = torch.randn(3, columns, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 7, 39])
     tops, state = torch.empty(3, 1), new_state(3, logits.device)
     with interpreted_kernels():
-        rows.row_scores_packed(logits, targets, None, 1.0, 1.0, 0, 0, state, words, tops)
+        row_kernels.row_scores_packed(logits, targets, None, 1.0, 1.0, 0, 0, state, words, tops)
         lse = (state[TOP] + state[SUM].log()).float()
         coefficients = torch.tensor([-1.0, 0.0, 1.0, 0.0])[:, None].expand(4, 3).contiguous()
         wanted, out = torch.empty(3, columns), words.view(torch.float16)
         row_grad_reference(logits, targets, None, 1.0, 0.0, 1.0, lse, coefficients, 0, wanted)
-        rows.row_grad_packed(words, None, targets, 1.0, 1.0, lse, coefficients, 0, out, tops)
+        row_kernels.row_grad_packed(words, None, targets, 1.0, 1.0, lse, coefficients, 0, out, tops)
     torch.testing.assert_close(out.float(), wanted, atol=1e-3, rtol=1e-3)
 
 

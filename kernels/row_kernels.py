@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 
 from .launching import on_tensors_device
-from .online import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, add_logits, packed_words, store_sums, transformed
+from .online_softmax import (
+    ENTROPY,
+    IS_TOP1,
+    LOG_SUM_SQ_PROBS,
+    MEAN_LOGITS,
+    add_logits,
+    packed_words,
+    store_sums,
+    transformed,
+)
 
 # What row_scores reads at once: the columns that share a largest logit when they are packed, here as in
 # kept_logits.py. A block of row_grad is 8 KiB, two 16-byte loads a thread. With twice as much, float32 scores spill.

@@ -1,11 +1,11 @@
-// What the kernels of one instruction set share: rows in chunks that stay in the first-level cache. Like vec.h it
+// What the kernels of one instruction set share: rows in chunks that stay in the first-level cache. Like simd.h it
 // lives in an unnamed namespace, once per translation unit.
 #pragma once
 
 #include <algorithm>
 
 #include "row_kernels.h"
-#include "vec.h"
+#include "simd.h"
 
 #define TRL_FAST_JOIN_(a, b) a##b
 #define TRL_FAST_JOIN(a, b) TRL_FAST_JOIN_(a, b)

@@ -13,7 +13,7 @@ from support.heads import FLOOR, assert_as_good
 from support.losses import interpreted_losses, pair_problem, policy_problem
 from support.targets import QUICK_TARGETS
 from support.triton_interpreter import interpreted
-from trl_fast.kernels import losses as kernels
+from trl_fast.kernels import loss_kernels as kernels
 from trl_fast.ops import pair_loss, policy_loss
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 from trl_fast.ops.pair_loss import _pair_loss, _pair_loss_backward
