@@ -66,6 +66,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -137,6 +137,7 @@ def test_the_wheel_holds_every_package_under_our_name(wheel, source):
     names = zipfile.ZipFile(wheel[0]).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"trl_fast"}
+    assert "trl_fast/py.typed" in names
     missing = [
         str(path.relative_to(source))
         for ending in ("py", "yaml")
