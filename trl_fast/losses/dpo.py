@@ -38,6 +38,7 @@ from trl_fast.ops.pair_formulas import (
     sigmoid_norm_loss,
     sppo_hard_loss,
 )
+from trl_fast.ops.token_scores import required
 from trl_fast.settings.ranges import check_ranges
 
 from .mean_metric import Metric
@@ -68,17 +69,18 @@ class DPOLossConfig:
         names = (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
         object.__setattr__(self, "loss_type", names)
         weights = self.loss_weights
-        object.__setattr__(self, "loss_weights", (1.0,) * len(names) if weights is None else tuple(weights))
-        self._check_names()
+        weights = (1.0,) * len(names) if weights is None else tuple(weights)
+        object.__setattr__(self, "loss_weights", weights)
+        self._check_names(weights)
         self._check_numbers()
 
-    def _check_names(self) -> None:
+    def _check_names(self, weights: tuple[float, ...]) -> None:
         unknown = [name for name in self.loss_type if name not in PAIR_LOSSES]
         if unknown or not self.loss_type:
             raise ValueError(f"loss_type={list(self.loss_type)!r}: expected one or more of {', '.join(PAIR_LOSSES)}.")
-        if len(self.loss_weights) != len(self.loss_type):
+        if len(weights) != len(self.loss_type):
             raise ValueError(
-                f"loss_weights={list(self.loss_weights)!r} has {len(self.loss_weights)} values for the "
+                f"loss_weights={list(weights)!r} has {len(weights)} values for the "
                 f"{len(self.loss_type)} losses of loss_type={list(self.loss_type)!r}; expected one weight a loss."
             )
         if self.f_divergence_type not in F_DIVERGENCES:
@@ -212,7 +214,7 @@ def sft_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
     return -pairs.mean_chosen_token_logprob.expand_as(pairs.chosen_logprobs)
 
 
-PAIR_LOSSES: dict[str, Callable[[PreferencePairs, DPOLossConfig], torch.Tensor]] = {
+PAIR_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "sigmoid": sigmoid_loss,
     "hinge": hinge_loss,
     "ipo": ipo_loss,
@@ -295,21 +297,20 @@ def dpo_loss(
     and the answer is those pairs' share: the shares of all pairs sum to the loss. Losses for which that is not so are
     those of which `config.is_sum_over_pairs` is False.
     """
-    whole = rows is None
-    rows = ALL if whole else rows
+    part = ALL if rows is None else rows
     ref_logprobs = ref_sequence_logprobs.detach()
-    present = None if whole else _present_pairs(table, rows)
+    present = None if rows is None else _present_pairs(table, rows)
     if config.use_weighting:
-        weights = _pair_weights(scores, table, rows)
+        weights = _pair_weights(scores, table, part)
     loss = scores.logprobs.new_zeros(())
-    fused = _kernel_losses(scores.logprobs, table, ref_logprobs, config, rows)
-    pairs = None if fused else _pairs(scores.logprobs, table, ref_logprobs, config, rows)
-    for name, loss_weight in zip(config.loss_type, config.loss_weights, strict=True):
+    fused = _kernel_losses(scores.logprobs, table, ref_logprobs, config, part)
+    pairs = None if fused else _pairs(scores.logprobs, table, ref_logprobs, config, part)
+    for name, loss_weight in zip(config.loss_type, config.loss_weights or (), strict=True):
         losses = fused[name] if fused else PAIR_LOSSES[name](pairs, config)
         if config.use_weighting:
             losses = losses * weights
         # The likelihood of a batch is in every pair; its share is made up of the tokens that are there.
-        if not whole and name != "sft":
+        if present is not None and name != "sft":
             losses = torch.where(present, losses, 0)
         loss = loss + loss_weight * losses.mean()
     return loss
@@ -377,7 +378,7 @@ def _pairs(
 
 def _pair_weights(scores: TokenScores, table: PreferenceTable, rows: torch.Tensor | slice) -> torch.Tensor:
     """w_c·w_r (P,) without gradient, w = exp(mean over tokens of log p − log Σp²). WPO, arXiv 2406.11827, Eq. 2."""
-    aligned = scores.logprobs.detach() - scores.log_sum_sq_probs.detach()
+    aligned = scores.logprobs.detach() - required(scores.log_sum_sq_probs).detach()
     weights = torch.exp(table.sums(aligned, rows) / table.scored_lengths.clamp(min=1))
     return weights[0::2] * weights[1::2]
 
@@ -385,10 +386,10 @@ def _pair_weights(scores: TokenScores, table: PreferenceTable, rows: torch.Tenso
 def _token_metrics(scores: TokenScores, table: PreferenceTable) -> dict[str, Metric]:
     chosen = table.is_chosen
     return {
-        "entropy": _masked_sum(scores.entropy, torch.ones_like(chosen)),
-        "logits/chosen": _masked_sum(scores.mean_logits, chosen),
-        "logits/rejected": _masked_sum(scores.mean_logits, ~chosen),
-        "mean_token_accuracy": _masked_sum(scores.is_top1.float(), chosen),
+        "entropy": _masked_sum(required(scores.entropy), torch.ones_like(chosen)),
+        "logits/chosen": _masked_sum(required(scores.mean_logits), chosen),
+        "logits/rejected": _masked_sum(required(scores.mean_logits), ~chosen),
+        "mean_token_accuracy": _masked_sum(required(scores.is_top1).float(), chosen),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from trl_fast.ops.token_scores import required
 from trl_fast.settings.ranges import check_ranges
 
 from .mean_metric import Metric
@@ -142,12 +143,13 @@ def kto_metrics(
     logprobs = table.logprobs(scores.logprobs)
     rewards = config.beta * (logprobs - table.ref_logprobs)
     good_tokens = table.labels[table.branch]
+    entropy, mean_logits = required(scores.entropy), required(scores.mean_logits)
     one = torch.ones((), device=kl.device)
     metrics = {
         "kl": Metric(kl, one),
-        "entropy": Metric(scores.entropy.sum(), one * len(scores.entropy)),
-        "logits/chosen": _sum_where(good_tokens, scores.mean_logits),
-        "logits/rejected": _sum_where(~good_tokens, scores.mean_logits),
+        "entropy": Metric(entropy.sum(), one * len(entropy)),
+        "logits/chosen": _sum_where(good_tokens, mean_logits),
+        "logits/rejected": _sum_where(~good_tokens, mean_logits),
     }
     for side, chosen in (("chosen", table.labels), ("rejected", ~table.labels)):
         metrics[f"rewards/{side}"] = _sum_where(chosen, rewards)

@@ -11,7 +11,7 @@ class Metric(NamedTuple):
     """A mean in two parts, 0-d float tensors on the loss's device, so that processes can be summed before dividing."""
 
     total: torch.Tensor
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # a tuple has a method of that name, which nobody needs here
 
     @classmethod
     def over(cls, total: torch.Tensor, count: int) -> Metric:

@@ -18,10 +18,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from trl_fast.ops.policy_loss import MAX_LOG_RATIO, cispo_terms, clip_terms, kl_estimates, policy_loss, sapo_terms
+from trl_fast.ops.token_scores import required
 from trl_fast.settings.ranges import check_ranges
 
 from .mean_metric import Metric
 
+Rows = torch.Tensor | slice
 ALL = slice(None)
 LEVELS = ("token", "sequence", "product")
 # The lowest log-ratio that VESPO's weighting sees.
@@ -106,19 +108,19 @@ class PolicyTable:
         ones = torch.ones_like(self.branch, dtype=torch.float32) if self.mask is None else self.mask
         return self.sums(ones)
 
-    def masked(self, values: torch.Tensor, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+    def masked(self, values: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
         """Values (R,) of the tokens `rows`, 0 where the policy did not write."""
         return values if self.mask is None else values * self.mask[rows]
 
-    def sums(self, values: torch.Tensor, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+    def sums(self, values: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
         """Sums by sequence, (S,), of values (R,) of the tokens `rows`."""
         return values.new_zeros(len(self.advantages)).index_add(0, self.branch[rows], values)
 
-    def totals(self, values: torch.Tensor, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+    def totals(self, values: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
         """Sums by sequence, (S,), over the tokens that count."""
         return self.sums(self.masked(values, rows), rows)
 
-    def means(self, values: torch.Tensor, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
+    def means(self, values: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
         """Means by sequence, (S,), over the tokens that count."""
         return self.totals(values, rows) / self.lengths.clamp(min=1)
 
@@ -146,27 +148,41 @@ class PolicyTerms(NamedTuple):
     phi: torch.Tensor | None
 
 
-def _clip(log_ratio, ratio, logprobs, advantages, table, rows, config):
+class _Tokens(NamedTuple):
+    """Holds what the terms of a loss type read of the tokens `rows` (R,): every tensor is (R,) float32."""
+
+    log_ratio: torch.Tensor
+    ratio: torch.Tensor
+    logprobs: torch.Tensor
+    advantages: torch.Tensor
+    rows: Rows
+
+
+_Terms = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def _clip(tokens: _Tokens, table: PolicyTable, config: PolicyLossConfig) -> _Terms:
     delta = math.inf if config.delta is None else config.delta
-    return clip_terms(ratio, advantages, 1 - config.epsilon, 1 + config.upper, delta), None
+    return clip_terms(tokens.ratio, tokens.advantages, 1 - config.epsilon, 1 + config.upper, delta), None
 
 
-def _cispo(log_ratio, ratio, logprobs, advantages, table, rows, config):
-    return cispo_terms(ratio, advantages, config.upper, logprobs), None
+def _cispo(tokens: _Tokens, table: PolicyTable, config: PolicyLossConfig) -> _Terms:
+    return cispo_terms(tokens.ratio, tokens.advantages, config.upper, tokens.logprobs), None
 
 
-def _sapo(log_ratio, ratio, logprobs, advantages, table, rows, config):
-    return sapo_terms(ratio, advantages, config.sapo_temperature_pos, config.sapo_temperature_neg), None
+def _sapo(tokens: _Tokens, table: PolicyTable, config: PolicyLossConfig) -> _Terms:
+    temperatures = (config.sapo_temperature_pos, config.sapo_temperature_neg)
+    return sapo_terms(tokens.ratio, tokens.advantages, *temperatures), None
 
 
-def _vespo(log_ratio, ratio, logprobs, advantages, table, rows, config):
-    phi = vespo_weights(log_ratio.detach(), table, config, rows)
-    return -phi * advantages * logprobs, phi
+def _vespo(tokens: _Tokens, table: PolicyTable, config: PolicyLossConfig) -> _Terms:
+    phi = vespo_weights(tokens.log_ratio.detach(), table, config, tokens.rows)
+    return -phi * tokens.advantages * tokens.logprobs, phi
 
 
 @torch.no_grad()
 def vespo_weights(
-    log_ratio: torch.Tensor, table: PolicyTable, config: PolicyLossConfig, rows: torch.Tensor | slice = ALL
+    log_ratio: torch.Tensor, table: PolicyTable, config: PolicyLossConfig, rows: Rows = ALL
 ) -> torch.Tensor:
     """φ(w) = e^λ·w^k·e^(−λw) (R,), w the product of a sequence's ρ and importance ratios. VESPO, arXiv 2602.10693.
 
@@ -185,13 +201,13 @@ def vespo_weights(
 
 
 class LossType(NamedTuple):
-    """`terms`: (log-ratio, ρ, logprobs, A, table, rows, config) to terms and φ; `kernel`: their name in the fused op.
+    """`terms`: of tokens, their table and the config the terms (R,) and φ; `kernel`: their name in the fused op.
 
     `weights`: (lengths of the sequences (B,), Window) to what a token of each sequence counts, before accumulation.
     `by_window`: whether that is divided by a whole accumulation window already.
     """
 
-    terms: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    terms: Callable[[_Tokens, PolicyTable, PolicyLossConfig], _Terms]
     kernel: str | None
     weights: Callable[[torch.Tensor, Window], torch.Tensor]
     by_window: bool = False
@@ -259,7 +275,7 @@ def policy_terms(
     logprobs: torch.Tensor,
     table: PolicyTable,
     config: PolicyLossConfig,
-    rows: torch.Tensor | slice = ALL,
+    rows: Rows = ALL,
     entropy_mask: torch.Tensor | None = None,
 ) -> PolicyTerms:
     """The terms of the tokens `rows` (R,); whole sequences, unless `config.span` is "token".
@@ -274,27 +290,32 @@ def policy_terms(
         summary = table.means if config.importance_sampling_level == "sequence" else table.totals
         leveled = summary(log_ratio, rows)[table.branch[rows]]
     ratio = leveled.clamp(max=MAX_LOG_RATIO).exp()
-    terms, phi = LOSSES[config.loss_type].terms(log_ratio, ratio, logprobs, advantages, table, rows, config)
+    tokens = _Tokens(log_ratio, ratio, logprobs, advantages, rows)
+    terms, phi = LOSSES[config.loss_type].terms(tokens, table, config)
     if config.off_policy_mask_threshold is not None:
-        terms = terms * _on_policy(logprobs.detach(), old, table, config, rows)
+        terms = terms * _on_policy(logprobs.detach(), old, table, config.off_policy_mask_threshold, rows)
     if entropy_mask is not None:
         terms = terms * entropy_mask
     if table.importance_ratios is not None and config.loss_type != "vespo":
         terms = terms * table.importance_ratios[rows]
     kl = None
     if config.beta != 0:
-        kl = kl_estimates(logprobs, table.ref_logprobs[rows], ratio if config.use_bias_correction_kl else None)
+        kl = kl_estimates(
+            logprobs, required(table.ref_logprobs)[rows], ratio if config.use_bias_correction_kl else None
+        )
         terms = terms + config.beta * kl
         kl = kl.detach()
     seen = ratio.detach() if config.delta is None else ratio.detach().clamp(max=config.delta)
     return PolicyTerms(terms, seen, kl, phi)
 
 
-def _on_policy(logprobs, old, table, config, rows) -> torch.Tensor:
+def _on_policy(
+    logprobs: torch.Tensor, old: torch.Tensor, table: PolicyTable, threshold: float, rows: Rows
+) -> torch.Tensor:
     """1 where A ≥ 0 or the sequence's mean log(π_sampler / π) is small, else 0. DeepSeek-V3.2, arXiv 2512.02556."""
     sampled = old if table.sampling_logprobs is None else table.sampling_logprobs[rows]
     drift = table.means((sampled - logprobs).nan_to_num(nan=0.0), rows)
-    keep = (table.advantages >= 0) | (drift <= config.off_policy_mask_threshold)
+    keep = (table.advantages >= 0) | (drift <= threshold)
     return keep[table.branch[rows]].float()
 
 
@@ -313,32 +334,37 @@ def grpo_loss(
     differentiable; None: no bonus. entropy_mask: from the entropies (N,) to the tokens (N,) that the policy terms and
     the bonus act on; for `config.top_entropy_quantile`.
     """
-    rows = ALL if rows is None else rows
-    chosen = None if entropy_mask is None else entropy_mask(scores.entropy.detach())
+    part = ALL if rows is None else rows
+    chosen = None if entropy_mask is None else entropy_mask(required(scores.entropy).detach())
     if _kernel_serves(scores.logprobs, table, config, chosen):
-        loss = _fused_loss(scores.logprobs, table, config, rows)
+        loss = _fused_loss(scores.logprobs, table, config, part)
     else:
-        terms = policy_terms(scores.logprobs, table, config, rows, chosen).terms
-        loss = (table.weights[table.branch[rows]] * table.masked(terms, rows)).sum()
+        terms = policy_terms(scores.logprobs, table, config, part, chosen).terms
+        loss = (table.weights[table.branch[part]] * table.masked(terms, part)).sum()
     if entropy_coef is None:
         return loss
+    entropy = required(scores.entropy)
     if chosen is None:
-        return loss - entropy_coef * table.masked(scores.entropy, rows).sum() / table.lengths.sum().clamp(min=1)
-    acted_on = table.masked(chosen, rows)
-    return loss - entropy_coef * (scores.entropy * acted_on).sum() / acted_on.sum().clamp(min=1)
+        return loss - entropy_coef * table.masked(entropy, part).sum() / table.lengths.sum().clamp(min=1)
+    acted_on = table.masked(chosen, part)
+    return loss - entropy_coef * (entropy * acted_on).sum() / acted_on.sum().clamp(min=1)
 
 
-def _kernel_serves(logprobs, table: PolicyTable, config: PolicyLossConfig, chosen: torch.Tensor | None) -> bool:
+def _kernel_serves(
+    logprobs: torch.Tensor, table: PolicyTable, config: PolicyLossConfig, chosen: torch.Tensor | None
+) -> bool:
     """Whether the fused op has all that the loss needs. On a CPU the few operations on [N] vectors cost nothing."""
     plain = config.span == "token" and chosen is None and table.mask is None and table.importance_ratios is None
     has_kernel = LOSSES[config.loss_type].kernel is not None
     return plain and has_kernel and logprobs.is_cuda and logprobs.dtype == torch.float32
 
 
-def _fused_loss(logprobs, table: PolicyTable, config: PolicyLossConfig, rows) -> torch.Tensor:
+def _fused_loss(logprobs: torch.Tensor, table: PolicyTable, config: PolicyLossConfig, rows: Rows) -> torch.Tensor:
     def part(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[rows]
 
+    kernel = LOSSES[config.loss_type].kernel
+    assert kernel is not None  # `_kernel_serves` has asked
     return policy_loss(
         logprobs,
         part(table.old_logprobs),
@@ -350,7 +376,7 @@ def _fused_loss(logprobs, table: PolicyTable, config: PolicyLossConfig, rows) ->
         epsilon_low=config.epsilon,
         epsilon_high=config.upper,
         delta=config.delta,
-        loss_type=LOSSES[config.loss_type].kernel,
+        loss_type=kernel,
         temperature_pos=config.sapo_temperature_pos,
         temperature_neg=config.sapo_temperature_neg,
         bias_correct_kl=config.use_bias_correction_kl,
@@ -386,9 +412,9 @@ def grpo_metrics(
     means = {}
     if found.kl is not None:
         means["kl"] = Metric(table.masked(found.kl).sum(), counted)
-    means["entropy"] = Metric(table.masked(scores.entropy).sum(), counted)
+    means["entropy"] = Metric(table.masked(required(scores.entropy)).sum(), counted)
     if config.loss_type == "vespo":
-        return PolicyMetrics({**means, "vespo/phi_seq_mean": _sequence_mean(found.phi, table)}, {})
+        return PolicyMetrics({**means, "vespo/phi_seq_mean": _sequence_mean(required(found.phi), table)}, {})
     if config.loss_type == "sapo":
         return PolicyMetrics(means, {})
     advantages = table.advantages[table.branch]
@@ -405,11 +431,13 @@ def grpo_metrics(
     return PolicyMetrics({**means, **_shares(clipped, table, config, left_out)}, extremes)
 
 
-def _shares(flags: dict[str, torch.Tensor], table: PolicyTable, config: PolicyLossConfig, left_out: torch.Tensor):
+def _shares(
+    flags: dict[str, torch.Tensor], table: PolicyTable, config: PolicyLossConfig, left_out: torch.Tensor
+) -> dict[str, Metric]:
     """What share of the tokens, or of the sequences where those have one ratio, has a flag (N,)."""
     if config.has_one_ratio:
-        count = len(table.advantages) + len(left_out)
-        return {name: Metric.over(_by_sequence(flag, table).nansum(), count) for name, flag in flags.items()}
+        sequences = len(table.advantages) + len(left_out)
+        return {name: Metric.over(_by_sequence(flag, table).nansum(), sequences) for name, flag in flags.items()}
     count = table.lengths.sum() + left_out.sum()
     return {name: Metric(table.masked(flag.float()).sum(), count) for name, flag in flags.items()}
 

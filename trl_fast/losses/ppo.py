@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_fast.ops.policy_loss import kl_estimates
+from trl_fast.ops.token_scores import required
 
 from .mean_metric import Metric
 from .policy_gradient import PolicyLossConfig, PolicyTable, TokenScores, grpo_loss, policy_terms
@@ -208,12 +209,12 @@ def update_metrics(scores: TokenScores, table: PolicyTable, value: ValueLoss, cl
     """TRL's metrics of a micro-batch of the update, means over tokens, or over states for those of the values."""
     config = PolicyLossConfig("dapo", epsilon=cliprange)
     found = policy_terms(scores.logprobs, table, config)
-    difference = scores.logprobs - table.old_logprobs
+    difference = scores.logprobs - required(table.old_logprobs)
     by_token = {
         "policy/approxkl_avg": 0.5 * difference**2,
         "policy/clipfrac_avg": (found.terms > -table.advantages * found.ratio).float(),
         "loss/policy_avg": found.terms,
-        "policy/entropy_avg": scores.entropy,
+        "policy/entropy_avg": required(scores.entropy),
         "val/ratio": found.ratio,
     }
     tokens, states = len(table.advantages), len(value.clipped)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from trl_fast.ops import TokenScores
+from trl_fast.ops.token_scores import required
 
 from .mean_metric import Metric
 
@@ -32,6 +33,6 @@ def token_metrics(scores: TokenScores) -> dict[str, Metric]:
     """The mean entropy of N scored tokens, in nats, and the share of them that are the most likely token."""
     count = len(scores.logprobs)
     return {
-        "entropy": Metric.over(scores.entropy.sum(), count),
-        "mean_token_accuracy": Metric.over(scores.is_top1.sum(dtype=torch.float32), count),
+        "entropy": Metric.over(required(scores.entropy).sum(), count),
+        "mean_token_accuracy": Metric.over(required(scores.is_top1).sum(dtype=torch.float32), count),
     }

@@ -20,9 +20,12 @@ import torch.nn.functional as F
 class PairParameters(Protocol):
     """The numbers that a formula may read."""
 
-    beta: float
-    label_smoothing: float
-    discopop_tau: float
+    @property
+    def beta(self) -> float: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def discopop_tau(self) -> float: ...
 
 
 AnyPairValues = TypeVar("AnyPairValues", bound="PairValues")

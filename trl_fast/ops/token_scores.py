@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -53,10 +54,17 @@ def token_scores(statistics: torch.Tensor, outputs: tuple[str, ...] | list[str])
     return TokenScores(statistics[LOGPROB_ROW], **named)
 
 
+def required(values: torch.Tensor | None) -> torch.Tensor:
+    """Returns values (N,) that the head was asked for; raises ValueError if it was not."""
+    if values is None:
+        raise ValueError("scores lack values that the loss or its metrics read; ask the head for those in `outputs`")
+    return values
+
+
 def detached(scores: TokenScores) -> TokenScores:
     """The same scores without gradient."""
-    values = (getattr(scores, field.name) for field in fields(scores))
-    return TokenScores(*(None if value is None else value.detach() for value in values))
+    given: dict[str, Any] = {field.name: getattr(scores, field.name) for field in fields(scores)}
+    return TokenScores(**{name: None if value is None else value.detach() for name, value in given.items()})
 
 
 def output_mask(outputs: tuple[str, ...] | list[str]) -> int:
