@@ -76,7 +76,8 @@ def apply_chat_template(
     options = {"tools": tools or None, **(example.get("chat_template_kwargs") or {}), **template_kwargs}
 
     def render(messages: list[dict], **how: Any) -> str:
-        return processing_class.apply_chat_template(messages, tokenize=False, **how, **options)
+        text: Any = processing_class.apply_chat_template(messages, tokenize=False, **how, **options)
+        return text
 
     if "messages" in example:
         return {"text": render(example["messages"])}

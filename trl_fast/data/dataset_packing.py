@@ -64,8 +64,8 @@ def _map_arrow(
     """Applies `dataset.map` to Arrow tables; the result has the format that the dataset had."""
     first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
     if isinstance(first, Dataset):
-        before = dict(first.format)
-        shown = before.pop("columns")
+        before: dict[str, Any] = dict(first.format)
+        shown: list[str] = before.pop("columns")
         before["columns"] = None if shown == first.column_names else [*shown, *(new_columns or [])]
         before.update(before.pop("format_kwargs"))
     else:
@@ -119,7 +119,8 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         length = int(lengths[index])
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
-            room, members = capacity, []
+            room = capacity
+            members: list[int] = []
             bins.append(members)
         else:
             room = rooms[place]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 # One split. An IterableDataset is a stream: its rows are known only as they are read.
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 # One split, or several by name.
 DatasetOrDict = TypeVar("DatasetOrDict", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 

@@ -88,8 +88,9 @@ class TokenBatch:
     def by_sequence(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Returns, of values (B, T), those (length,) at the tokens of each sequence, its prompt included."""
         if self.tree_lengths is None:
-            lengths = self.attention_mask.sum(1).tolist()
-            return [row[:length] for row, length in zip(values, lengths, strict=True)]
+            assert self.attention_mask is not None  # the padded layout has one
+            ends = self.attention_mask.sum(1).tolist()
+            return [row[:end] for row, end in zip(values, ends, strict=True)]
         found = []
         trees = values[0].split([*map(sum, self.tree_lengths)])
         for tree, lengths in zip(trees, self.tree_lengths, strict=True):
@@ -107,7 +108,9 @@ class TokenBatch:
 
     def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        changes = {name: function(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        changes: dict[str, Any] = {
+            name: function(value) for name, value in values.items() if isinstance(value, torch.Tensor)
+        }
         extras = {
             name: value._map_tensors(function) if isinstance(value, TokenBatch) else function(value)
             for name, value in self.extras.items()
@@ -170,7 +173,10 @@ def _whole_places(firsts: Iterable[int], sequences: list[tuple[list[int], list[i
 
 
 def _shared_inputs(trees: list[Tree]) -> tuple[dict[str, Any], list[_Place]]:
-    input_ids, positions, tree_lengths, places = [], [], [], []
+    input_ids: list[int] = []
+    positions: list[int] = []
+    tree_lengths: list[tuple[int, ...]] = []
+    places: list[_Place] = []
     for tree in trees:
         prompt = tree.prompt_ids
         if len(prompt) < MIN_SHARED_TOKENS or len(tree.branches) < 2:
@@ -221,8 +227,11 @@ def _padded_inputs(
     }
 
 
-def _scored_tokens(sequences: list[tuple[list[int], list[int]]], places: list[_Place]) -> dict[str, torch.Tensor]:
-    score_positions, targets, branch, offset = [], [], [], []
+def _scored_tokens(sequences: list[tuple[list[int], list[int]]], places: list[_Place]) -> dict[str, Any]:
+    score_positions: list[int] = []
+    targets: list[int] = []
+    branch: list[int] = []
+    offset: list[int] = []
     for index, ((prompt_ids, completion), place) in enumerate(zip(sequences, places, strict=True)):
         first = _first_scored(prompt_ids)
         scored = completion[first:]

@@ -20,8 +20,9 @@ def tokenize_prompt(
 ) -> list[int]:
     """Returns a prompt's token ids: messages through the chat template, open for the answer; text as it is."""
     if is_conversational({"prompt": prompt}):
-        output = processing_class.apply_chat_template(
-            prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **template_kwargs
+        messages: Any = prompt
+        output: Any = processing_class.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=True, **template_kwargs
         )
         return output["input_ids"]
     return processing_class(text=prompt)["input_ids"]

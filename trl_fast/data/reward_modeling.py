@@ -51,7 +51,8 @@ def tokenize_reward(example: dict[str, Any], processing_class: PreTrainedTokeniz
                 "input_ids"
             ]
         messages = [*(prompt if isinstance(prompt, list) else []), *completion]
-        return processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+        encoded: Any = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        return encoded["input_ids"]
 
     return {"chosen_ids": tokenize(example["chosen"]), "rejected_ids": tokenize(example["rejected"])}
 

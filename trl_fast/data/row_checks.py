@@ -6,6 +6,7 @@ Every error names the dataset and row, the column or field, the value, and the r
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -202,7 +203,7 @@ def _known_kind(value: Any, column: str, row: int, name: str) -> str:
     return kind
 
 
-def _check_same_kind(kinds: dict[str, str], row: int, name: str) -> None:
+def _check_same_kind(kinds: Mapping[str, str | None], row: int, name: str) -> None:
     if len(set(kinds.values())) > 1:
         raise ValueError(
             f"{place(name, row)}: 'prompt' is {kinds['prompt']}, 'completion' is {kinds['completion']}; expected both "

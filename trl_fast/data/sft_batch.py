@@ -44,13 +44,12 @@ def labelled_batch(
         )
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids).contiguous()
-    if attention_mask is None and not packed:
-        attention_mask = torch.ones_like(input_ids)
     width = input_ids.shape[1]
     if packed:
         lengths = _cu_seqlens(position_ids[0]).diff()
         sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
     else:
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         lengths = attention_mask.sum(dim=1)
         sequence = torch.arange(len(input_ids)).repeat_interleave(width)
     first = position_ids == 0 if packed else torch.arange(width).expand_as(input_ids) == 0
@@ -89,18 +88,19 @@ def pack_labelled(
     for index, (ids, labels) in enumerate(sequences):
         if len(ids) != len(labels):
             raise ValueError(f"Sequence {index} of the batch has {len(ids)} tokens and {len(labels)} labels.")
-    input_ids, labels = ([_int64(part) for part in parts] for parts in zip(*sequences, strict=True))
+    input_ids = [_int64(ids) for ids, _ in sequences]
+    targets = [_int64(labels) for _, labels in sequences]
     if layout == "padded":
         mask = [torch.ones_like(ids) for ids in input_ids]
         return labelled_batch(
             pad(input_ids, pad_token_id, pad_to_multiple_of),
-            pad(labels, IGNORED, pad_to_multiple_of),
+            pad(targets, IGNORED, pad_to_multiple_of),
             attention_mask=pad(mask, 0, pad_to_multiple_of),
         )
     positions = torch.cat([torch.arange(len(ids)) for ids in input_ids])
     return labelled_batch(
         pad([torch.cat(input_ids)], pad_token_id, pad_to_multiple_of),
-        pad([torch.cat(labels)], IGNORED, pad_to_multiple_of),
+        pad([torch.cat(targets)], IGNORED, pad_to_multiple_of),
         position_ids=pad([positions], 0, pad_to_multiple_of),
     )
 

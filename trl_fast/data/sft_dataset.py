@@ -86,8 +86,10 @@ def tokenize_sft(
 
     def encode(value: Any, **more: Any) -> dict[str, list[int]]:
         if not conversational:
-            return processing_class(text=value)
-        return processing_class.apply_chat_template(value, tokenize=True, return_dict=True, **more, **options)
+            encoded: Any = processing_class(text=value)
+        else:
+            encoded = processing_class.apply_chat_template(value, tokenize=True, return_dict=True, **more, **options)
+        return encoded
 
     marks = {"return_assistant_tokens_mask": how.assistant_only_loss}
     if "completion" in example:
@@ -98,7 +100,7 @@ def tokenize_sft(
         encoded = encode(prompt + completion, **marks)
         start = common_prefix_length(prompt_ids, encoded["input_ids"])
         if start < len(prompt_ids):
-            warn_of_prompt_tail(processing_class.decode(prompt_ids[start:]))
+            warn_of_prompt_tail(str(processing_class.decode(prompt_ids[start:])))
     else:
         start = 0
         text = example["messages"] if conversational else end_with(example[how.text_field], processing_class.eos_token)
@@ -148,7 +150,7 @@ def prepare_sft_dataset(
         dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
     if isinstance(dataset, Dataset):
         _report_cut(row_lengths(dataset, name), length, name)
-    if length.packing_strategy is not None:
+    if length.packing_strategy is not None and length.max_length is not None:
         dataset = dataset.select_columns(["input_ids", "labels"])
         if shuffle_seed is not None:
             dataset = dataset.shuffle(seed=shuffle_seed)

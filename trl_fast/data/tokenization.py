@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .formats import is_conversational
@@ -53,7 +54,7 @@ def _tokenize_parts(
         ]
     start = min(common_prefix_length(prompt_ids, ids) for ids in full)
     if start < len(prompt_ids):
-        warn_of_prompt_tail(processing_class.decode(prompt_ids[start:]))
+        warn_of_prompt_tail(str(processing_class.decode(prompt_ids[start:])))
     return prompt_ids[:start], [ids[start:] for ids in full]
 
 
@@ -64,14 +65,15 @@ def template_options(example: dict[str, Any]) -> dict[str, Any]:
     return {"tools": tools, **(example.get("chat_template_kwargs") or {})}
 
 
-def common_prefix_length(ids: list[int], other_ids: list[int]) -> int:
+def common_prefix_length(ids: Sequence[object], other_ids: Sequence[object]) -> int:
     """Counts the leading tokens that two sequences share."""
     shorter = min(len(ids), len(other_ids))
     return next((index for index in range(shorter) if ids[index] != other_ids[index]), shorter)
 
 
 def _template_ids(processing_class: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> list[int]:
-    return processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+    encoded: Any = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return encoded["input_ids"]
 
 
 def end_with(text: str, ending: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -103,8 +103,8 @@ def get_training_chat_template(
     if tokenizer is not None:
         warnings.warn("`tokenizer` is now called `processing_class`", FutureWarning, stacklevel=2)
     tokenizer = tokenizer if processing_class is None else processing_class
-    template = _default(tokenizer.chat_template)
-    if template is None:
+    template = None if tokenizer is None else _default(tokenizer.chat_template)
+    if tokenizer is None or template is None:
         raise ValueError(
             "processing_class has no chat template, so nothing tells what the assistant said. Set "
             "processing_class.chat_template, or chat_template_path."
@@ -133,7 +133,7 @@ def trains_stop_token(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         return False
     added = set(tokenizer.get_added_vocab().values())
     said = [token for token, marked in zip(input_ids, mask, strict=True) if marked]
-    words = [token for token in said if tokenizer.decode([token]).strip()]
+    words = [token for token in said if str(tokenizer.decode([token])).strip()]
     return bool(words) and words[-1] in added
 
 
@@ -151,7 +151,7 @@ def _marked(template: str) -> str:
 
 
 def _assistant_mask(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> tuple[list[int], list[int]]:
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         _PROBE, chat_template=chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     return encoded["input_ids"], encoded["assistant_masks"]

@@ -22,6 +22,9 @@ class OlderName(str):
     It is a text because argparse gets all of a field's metadata, and knows only `help`.
     """
 
+    what: str
+    now: str | None
+
     def __new__(cls, what: str, now: str | None) -> OlderName:
         text = super().__new__(cls, f"Older name: {what}")
         text.what, text.now = what, now

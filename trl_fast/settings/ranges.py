@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Range:
                 return False
             if self.whole and not float(value).is_integer():
                 return False
+        value = cast("float", value)
         over = value > self.low if self.above else value >= self.low
         under = value < self.high if self.below else value <= self.high
         return over and under

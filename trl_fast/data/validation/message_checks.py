@@ -73,10 +73,7 @@ def roles(record: Record, context: Context) -> Hits:
     """Checks the order of roles in the prompt and in each response."""
     if not record.conversational:
         return
-    columns = {
-        column: [message["role"] for message in messages]
-        for column, messages in {"prompt": record.prompt, **record.completions}.items()
-    }
+    columns = {column: [message["role"] for message in messages] for column, messages in record.messages.items()}
     unknown = [f"{column}: {quote(role)}" for column, found in columns.items() for role in found if role not in ROLES]
     if unknown:
         yield UNKNOWN_ROLE, unknown[0]
@@ -107,7 +104,7 @@ def empty_messages(record: Record, context: Context) -> Hits:
     """Finds messages without text and tool calls; a response that is empty as a whole is another finding."""
     if not record.conversational:
         return
-    for column, messages in (("prompt", record.prompt), *record.completions.items()):
+    for column, messages in record.messages.items():
         if column == "prompt" or record.texts[column].strip():
             for message in messages:
                 if not message_text(message).strip() and not message.get("tool_calls"):
@@ -122,7 +119,7 @@ def no_chat_template(record: Record, context: Context) -> Hits:
 
 def special_tokens(record: Record, context: Context) -> Hits:
     """Finds the tokenizer's special tokens written out in text, but for an EOS token that ends a response."""
-    if context.special_tokens is None:
+    if context.tokenizer is None or context.special_tokens is None:
         return
     for column, text in record.texts.items():
         if column != "prompt" and not record.conversational and context.tokenizer.eos_token:

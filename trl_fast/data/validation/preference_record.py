@@ -69,6 +69,12 @@ class Record:
         """Says whether the row consists of messages."""
         return isinstance(self.prompt, list)
 
+    @property
+    def messages(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns the messages of the prompt and of each completion, by column; nothing where the row is text."""
+        columns = {"prompt": self.prompt, **self.completions}
+        return {column: value for column, value in columns.items() if isinstance(value, list)}
+
     @cached_property
     def texts(self) -> dict[str, str]:
         """Returns the bare text of the prompt and of each completion, by column."""
@@ -85,7 +91,7 @@ class Record:
 
         Splitting at the first difference leaves words in the prompt that both responses happen to begin with.
         """
-        if not self.implicit_prompt or self.conversational:
+        if not self.implicit_prompt or not isinstance(self.prompt, str):
             return ""
         return self.prompt[self.prompt.rfind("\n") + 1 :]
 
@@ -100,7 +106,7 @@ class Record:
         empty prompt, and the side that an unpaired row does not have.
         """
         prompt = _canonical(self.prompt)
-        if not self.conversational:
+        if isinstance(self.prompt, str):
             prompt = normalise(self.prompt[: len(self.prompt) - len(self.shared_start)])
         sides = {
             column: _hash(f"{prompt}\x1d{_canonical(self.response(column) if isinstance(value, str) else value)}")

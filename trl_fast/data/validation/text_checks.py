@@ -108,8 +108,8 @@ def word_similarity(first: list[str], second: list[str], at_least: float) -> flo
         return bound
     start = _common_start(first, second)
     end = _common_start(first[start:][::-1], second[start:][::-1])
-    middles = [words[start : len(words) - end][:MOST_COMPARED_WORDS] for words in (first, second)]
-    blocks = SequenceMatcher(None, *middles, autojunk=False).get_matching_blocks()
+    middle, other_middle = (words[start : len(words) - end][:MOST_COMPARED_WORDS] for words in (first, second))
+    blocks = SequenceMatcher(None, middle, other_middle, autojunk=False).get_matching_blocks()
     return 2 * (start + end + sum(block.size for block in blocks)) / total
 
 
@@ -128,7 +128,7 @@ def empty_response(record: Record, context: Context) -> Hits:
 
 def empty_prompt(record: Record, context: Context) -> Hits:
     """Finds text without a prompt: an empty one, or an implicit one that the responses have no beginning for."""
-    if not record.conversational and not record.prompt.strip():
+    if isinstance(record.prompt, str) and not record.prompt.strip():
         yield EMPTY_PROMPT, ""
 
 

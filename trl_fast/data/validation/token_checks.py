@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..tokenization import common_prefix_length
+from ..tokenization import common_prefix_length, end_with
 from ..tokenizer_checks import check_tokenizer
 from .findings import Hits, Kind, quote
-from .preference_record import SIDES, Content, Context, Record, TokenIds
+from .preference_record import SIDES, Context, Record, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,14 +109,19 @@ def _rendered(record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[str]
     """Renders the prompt as text, and prompt + completion for each completion."""
     if record.conversational:
 
-        def render(messages: Content, **options: Any) -> str:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **record.template_options, **options)
+        def render(messages: list[dict[str, Any]], **options: Any) -> str:
+            text: Any = tokenizer.apply_chat_template(messages, tokenize=False, **record.template_options, **options)
+            return text
 
-        prompt = render(record.prompt, add_generation_prompt=True)
-        return [prompt, *(render(record.prompt + completion) for completion in record.completions.values())]
-    eos = tokenizer.eos_token
-    texts = [text if text.endswith(eos) else text + eos for text in record.completions.values()]
-    return [record.prompt, *(record.prompt + text for text in texts)]
+        completions = record.messages
+        messages = completions.pop("prompt")
+        return [
+            render(messages, add_generation_prompt=True),
+            *(render(messages + completion) for completion in completions.values()),
+        ]
+    texts = [end_with(text, tokenizer.eos_token) for text in record.completions.values() if isinstance(text, str)]
+    prompt = str(record.prompt)
+    return [prompt, *(prompt + text for text in texts)]
 
 
 def not_tokenizable(record: Record, context: Context) -> Hits:
@@ -156,10 +161,9 @@ def prompt_boundary(record: Record, context: Context) -> Hits:
 
 def double_bos(record: Record, context: Context) -> Hits:
     """Finds prompts that begin with BOS twice."""
-    if record.tokens and context.tokenizer.bos_token_id is not None:
-        prompt = record.tokens.prompt
-        if prompt[:2] == [context.tokenizer.bos_token_id] * 2:
-            yield DOUBLE_BOS, ""
+    bos = None if context.tokenizer is None else context.tokenizer.bos_token_id
+    if record.tokens and bos is not None and record.tokens.prompt[:2] == [bos] * 2:
+        yield DOUBLE_BOS, ""
 
 
 TOKEN_CHECKS = (not_tokenizable, truncation, prompt_boundary, double_bos)

@@ -1,6 +1,7 @@
 """Reads datasets once, row by row, and runs every check."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
@@ -58,18 +59,19 @@ def validate(
     if max_length is not None and (tokenizer is None or max_length < 1):
         raise ValueError(f"max_length={max_length}: expected a positive number, and a tokenizer to count tokens with.")
     context = Context(tokenizer, max_length)
-    tables, findings = [], []
+    tables: list[SplitTable] = []
+    findings: list[Finding] = []
     with Progress(*progress_columns(), console=make_console(stderr=True), disable=not progress) as bar:
         for name, split in splits.items():
             total = len(split) if isinstance(split, Dataset) else None
             task = bar.add_task(name, total=total)
-            table, found = _read_split(split, name, context, lambda count, task=task: bar.advance(task, count))
+            table, found = _read_split(split, name, context, partial(bar.advance, task))
             tables.append(table)
             findings += found
     for check in SPLIT_CHECKS:
         findings += [finding for table in tables for finding in check(table)]
-    for check in CROSS_CHECKS:
-        findings += check(tables)
+    for compare in CROSS_CHECKS:
+        findings += compare(tables)
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     settings = {"max_length": max_length, "tokenizer": getattr(tokenizer, "name_or_path", None)}
     return ValidationReport(findings, tables, settings)
