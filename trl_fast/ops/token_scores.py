@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 
@@ -63,8 +62,8 @@ def required(values: torch.Tensor | None) -> torch.Tensor:
 
 def detached(scores: TokenScores) -> TokenScores:
     """The same scores without gradient."""
-    given: dict[str, Any] = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    return TokenScores(**{name: None if value is None else value.detach() for name, value in given.items()})
+    values = (getattr(scores, field.name) for field in fields(scores))
+    return TokenScores(*(None if value is None else value.detach() for value in values))  # type: ignore[arg-type]
 
 
 def output_mask(outputs: tuple[str, ...] | list[str]) -> int:
