@@ -48,7 +48,7 @@ class Source:
                 base = ".".join([*above, *filter(None, [node.module])])
                 yield from (f"{base}.{alias.name}" for alias in node.names)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_dotted(node.value):
-                yield node.value
+                yield node.value.replace(":", ".")
 
     def definitions(self) -> Iterator[tuple[str, Definition, Definition | None]]:
         """Yields each function and class with its dotted name, and the definition that it stands in."""
@@ -64,8 +64,8 @@ class Source:
 
 
 def is_dotted(text: str) -> bool:
-    """Says whether a string is the dotted name of something below trl_fast."""
-    head, *rest = text.split(".")
+    """Says whether a string names something below trl_fast: `trl_fast.ops.head`, `trl_fast.ops.head:linear_scores`."""
+    head, *rest = text.replace(":", ".").split(".")
     return head == "trl_fast" and bool(rest) and all(part.isidentifier() for part in rest)
 
 
