@@ -13,13 +13,13 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLCollator
 from support.preferences import random_pairs
 from trl_fast.data import (
     LAYOUTS,
-    TRUNCATION_MODES,
     DataCollatorForPreference,
     TokenBatch,
     Tree,
     pack_trees,
     truncate_tree,
 )
+from trl_fast.settings.choices import TRUNCATION_MODES
 
 PAD = 0
 TREES = [Tree([1, 2, 3], [[4, 5], [6]]), Tree([], [[7, 8], [9]]), Tree([10], [[], [11, 12, 13]])]

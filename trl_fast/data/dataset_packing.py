@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from trl_fast.settings.choices import PACKING_STRATEGIES
+
 from .dataset_types import DatasetOrDict
 
-PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 # Names that older versions of TRL used.
 OLDER_STRATEGIES = {"ffd": "bfd", "bfd-requeue": "bfd_split"}
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 
+from trl_fast.settings.choices import TRUNCATION_MODES
+
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational, maybe_extract_prompt
 from .packing import TokenBatch, pack_trees
 from .row_checks import TOKEN_COLUMNS, check_preference_columns, check_preference_row
 from .token_checks import check_completions
-from .token_trees import TRUNCATION_MODES, Tree
+from .token_trees import Tree
 from .tokenization import tokenize_preference
 from .tokenizer_checks import check_tokenizer
 from .truncation import cut_parts, drop_without_room

@@ -11,6 +11,8 @@ import numpy as np
 from datasets import Dataset
 from jinja2 import TemplateError
 
+from trl_fast.settings.choices import TRUNCATION_MODES
+
 from .chat_template import maybe_convert_to_chatml
 from .dataset_packing import pack_dataset
 from .dataset_types import AnyDataset, map_options
@@ -18,7 +20,6 @@ from .formats import is_conversational
 from .row_checks import check_sft_columns, check_sft_row, place
 from .sft_batch import IGNORED
 from .token_checks import row_lengths
-from .token_trees import TRUNCATION_MODES
 from .tokenization import common_prefix_length, end_with, template_options, warn_of_prompt_tail
 from .tokenizer_checks import check_tokenizer
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-TRUNCATION_MODES = ("keep_start", "keep_end")
+from trl_fast.settings.choices import TRUNCATION_MODES
 
 
 @dataclass(frozen=True)

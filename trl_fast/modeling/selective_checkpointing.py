@@ -61,14 +61,6 @@ _ATTENTION_OPS = (
 )
 
 
-def budget_bytes(asked: int | None, offloading: bool) -> int | None:
-    """Bytes that a forward pass may keep beyond what checkpointing does, of the trainers' arguments; None: by device.
-
-    Whoever lets activations wait in the CPU's memory wants none on the GPU.
-    """
-    return 0 if asked is None and offloading else asked
-
-
 def set_selective_checkpointing(
     model: PreTrainedModel, limit: int | None, *, attention_always: bool = False, whole_layers: bool = True
 ) -> None:

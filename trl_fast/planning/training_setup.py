@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from trl_fast.modeling.selective_checkpointing import DEFAULT_BUDGET_BYTES, budget_bytes
+from trl_fast.modeling.selective_checkpointing import DEFAULT_BUDGET_BYTES
 from trl_fast.ops.linear_logprob import DEFAULT_SPARSE_THRESHOLD, check_head_grad
 from trl_fast.settings.ranges import check_ranges
+from trl_fast.trainers.base.config import activation_budget
 
 METHODS = ("dpo", "sft", "reward")
 DTYPES = ("bfloat16", "float32")
@@ -84,7 +85,7 @@ class TrainingSetup:
         """
         if self.system != OURS or not self.gradient_checkpointing or self.device == "gpu":
             return 0
-        budget = budget_bytes(self.activation_budget_bytes, self.activation_offloading)
+        budget = activation_budget(self.activation_budget_bytes, self.activation_offloading)
         return DEFAULT_BUDGET_BYTES if budget is None else budget
 
     @property

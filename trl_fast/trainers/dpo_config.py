@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from trl_fast.losses.dpo import DPOLossConfig
+from trl_fast.settings.choices import TRUNCATION_MODES, check_choice
 from trl_fast.settings.older_names import deprecated, older_name
 
 from .base.preference_config import PreferenceConfig
+
+if TYPE_CHECKING:
+    from trl_fast.losses.dpo import DPOLossConfig
 
 
 @dataclass
@@ -22,7 +26,7 @@ class DPOConfig(PreferenceConfig):
         default="keep_start",
         metadata={
             "help": "Which end of a sequence longer than max_length stays.",
-            "choices": ["keep_start", "keep_end"],
+            "choices": list(TRUNCATION_MODES),
         },
     )
     padding_free: bool = field(default=False, metadata={"help": "The same as batch_layout=packed."})
@@ -57,7 +61,7 @@ class DPOConfig(PreferenceConfig):
             self.loss_type = [self.loss_type]
         super().__post_init__()
         self._translate_older_names()
-        self._check_choice("truncation_mode", ("keep_start", "keep_end"))
+        check_choice(self, "truncation_mode")
         self.loss_config()
 
     def _translate_older_names(self) -> None:
@@ -83,6 +87,8 @@ class DPOConfig(PreferenceConfig):
         Raises:
             ValueError: a loss argument is out of range.
         """
+        from trl_fast.losses.dpo import DPOLossConfig
+
         return DPOLossConfig(
             loss_type=tuple(self.loss_type),
             loss_weights=self.loss_weights,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from trl_fast.losses.policy_gradient import LOSSES, PolicyLossConfig
+from trl_fast.settings.choices import Choices, check_choice
 from trl_fast.settings.older_names import older_name
 
 from .online.config import OnlineConfig
+
+if TYPE_CHECKING:
+    from trl_fast.losses.policy_gradient import PolicyLossConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,11 @@ class GRPOConfig(OnlineConfig):
     """
 
     loss_type: str = field(
-        default="dapo", metadata={"help": "The loss and what normalises it.", "choices": list(LOSSES)}
+        default="dapo",
+        metadata={
+            "help": "The loss and what normalises it.",
+            "choices": Choices("trl_fast.losses.policy_gradient:LOSSES"),
+        },
     )
     importance_sampling_level: str = field(
         default="token",
@@ -91,10 +99,10 @@ class GRPOConfig(OnlineConfig):
         scale = self.scale_rewards
         self.scale_rewards = names.get(scale.lower() if isinstance(scale, str) else scale, scale)
         super().__post_init__()
-        self._check_choice("scale_rewards", SCALES)
-        self._check_choice("multi_objective_aggregation", AGGREGATIONS)
-        self._check_choice("importance_sampling_level", ("token", "sequence"))
-        self._check_choice("vllm_importance_sampling_mode", CORRECTIONS)
+        check_choice(self, "scale_rewards")
+        check_choice(self, "multi_objective_aggregation")
+        check_choice(self, "importance_sampling_level")
+        check_choice(self, "vllm_importance_sampling_mode")
         self._check_ratio_bounds()
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ValueError(
@@ -151,5 +159,7 @@ class GRPOConfig(OnlineConfig):
         Raises:
             ValueError: a loss argument is unknown.
         """
+        from trl_fast.losses.policy_gradient import PolicyLossConfig
+
         names = PolicyLossConfig.__dataclass_fields__
         return PolicyLossConfig(**{name: getattr(self, name) for name in names})

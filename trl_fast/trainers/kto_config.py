@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from trl_fast.data import TRUNCATION_MODES
-from trl_fast.losses.kto import LOSSES, KTOLossConfig
+from trl_fast.settings.choices import TRUNCATION_MODES, Choices, check_choice
 from trl_fast.settings.older_names import older_name
 
 from .base.preference_config import PreferenceConfig
+
+if TYPE_CHECKING:
+    from trl_fast.losses.kto import KTOLossConfig
 
 
 @dataclass
@@ -31,7 +34,7 @@ class KTOConfig(PreferenceConfig):
         metadata={
             "help": "kto: held against an estimate of the KL divergence; apo_zero_unpaired: against the reference "
             "itself, without scoring mismatched completions.",
-            "choices": list(LOSSES),
+            "choices": Choices("trl_fast.losses.kto:LOSSES"),
         },
     )
     desirable_weight: float = field(default=1.0, metadata={"help": "What a good completion's loss counts."})
@@ -43,7 +46,7 @@ class KTOConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.truncation_mode = self.truncation_mode or "keep_start"
-        self._check_choice("truncation_mode", TRUNCATION_MODES)
+        check_choice(self, "truncation_mode", TRUNCATION_MODES)
         needs_kl = self.loss_config().needs_kl
         if needs_kl and self.train_sampling_strategy != "sequential":
             raise ValueError(
@@ -63,6 +66,8 @@ class KTOConfig(PreferenceConfig):
         Raises:
             ValueError: a loss argument is out of range.
         """
+        from trl_fast.losses.kto import KTOLossConfig
+
         return KTOLossConfig(
             loss_type=self.loss_type,
             beta=self.beta,

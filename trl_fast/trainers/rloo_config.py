@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from trl_fast.losses.policy_gradient import PolicyLossConfig
+from typing import TYPE_CHECKING
 
 from .online.config import OnlineConfig
+
+if TYPE_CHECKING:
+    from trl_fast.losses.policy_gradient import PolicyLossConfig
 
 
 @dataclass
@@ -32,6 +34,8 @@ class RLOOConfig(OnlineConfig):
 
     def loss_config(self) -> PolicyLossConfig:
         """The loss of whole completions' ratios, clipped; each completion counts alike."""
+        from trl_fast.losses.policy_gradient import PolicyLossConfig
+
         return PolicyLossConfig(
             loss_type="grpo",
             importance_sampling_level="product",

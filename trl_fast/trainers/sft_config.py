@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_fast.data.dataset_packing import OLDER_STRATEGIES, PACKING_STRATEGIES
-from trl_fast.data.sft_dataset import SFTFormat, SFTLength
-from trl_fast.losses.sft import TOKEN_LOSSES
+from trl_fast.settings.choices import PACKING_STRATEGIES, TRUNCATION_MODES, Choices, check_choice
 from trl_fast.settings.older_names import deprecated, older_name
 
 from .base.config import BaseConfig
+
+if TYPE_CHECKING:
+    from trl_fast.data import SFTFormat, SFTLength
 
 _OLDER_DATASET_KWARGS = ("add_special_tokens", "append_concat_token")
 
@@ -46,7 +47,7 @@ class SFTConfig(BaseConfig):
         default="keep_start",
         metadata={
             "help": "Which end of a row longer than max_length stays.",
-            "choices": ["keep_start", "keep_end"],
+            "choices": list(TRUNCATION_MODES),
         },
     )
     shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the rows before and after packing."})
@@ -72,7 +73,7 @@ class SFTConfig(BaseConfig):
         default="nll",
         metadata={
             "help": "nll: likelihood; dft: dynamic fine-tuning (arXiv 2508.05629).",
-            "choices": list(TOKEN_LOSSES),
+            "choices": Choices("trl_fast.losses.sft:TOKEN_LOSSES"),
         },
     )
 
@@ -91,8 +92,8 @@ class SFTConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._translate_older_values()
-        self._check_choice("loss_type", tuple(TOKEN_LOSSES))
-        self._check_choice("packing_strategy", PACKING_STRATEGIES)
+        check_choice(self, "loss_type")
+        check_choice(self, "packing_strategy")
         self.row_length(self.packing or bool(self.eval_packing))
         if self.padding_free:
             if self.batch_layout == "padded":
@@ -100,6 +101,8 @@ class SFTConfig(BaseConfig):
             self.batch_layout = "packed"
 
     def _translate_older_values(self) -> None:
+        from trl_fast.data.dataset_packing import OLDER_STRATEGIES
+
         owner = type(self).__name__
         if self.loss_type == "chunked_nll":
             deprecated(owner, "loss_type='chunked_nll'", "it works; 'nll' is the same.")
@@ -125,6 +128,8 @@ class SFTConfig(BaseConfig):
 
     def row_format(self, completion_only_loss: bool, chat_template: str | None) -> SFTFormat:
         """How rows become token ids and labels, given what is known of the data and the tokenizer."""
+        from trl_fast.data import SFTFormat
+
         return SFTFormat(self.dataset_text_field, completion_only_loss, self.assistant_only_loss, chat_template)
 
     def row_length(self, packing: bool) -> SFTLength:
@@ -133,4 +138,6 @@ class SFTConfig(BaseConfig):
         Raises:
             ValueError: the truncation mode is unknown, or packing has no length to pack to.
         """
+        from trl_fast.data import SFTLength
+
         return SFTLength(self.max_length, self.truncation_mode, self.packing_strategy if packing else None)

@@ -12,8 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from trl_fast.modeling.selective_checkpointing import budget_bytes
-from trl_fast.ops.linear_logprob import HEAD_GRADS
+from trl_fast.settings.choices import Choices, check_choice
 from trl_fast.settings.older_names import OlderName, deprecated, older_name
 from trl_fast.settings.ranges import check_ranges
 from trl_fast.settings.suggestions import did_you_mean
@@ -34,6 +33,14 @@ def machine_has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.backends.mps.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def activation_budget(activation_budget_bytes: int | None, activation_offloading: bool) -> int | None:
+    """Returns the bytes that a forward pass may keep beyond what gradient checkpointing keeps; None: by device.
+
+    Who lets activations wait in the CPU's memory wants none on the GPU, unless a budget is given.
+    """
+    return 0 if activation_budget_bytes is None and activation_offloading else activation_budget_bytes
 
 
 def _default(item: Field) -> Any:
@@ -145,7 +152,7 @@ class BaseConfig(TrainingArguments):
         default="exact",
         metadata={
             "help": "sparse: an unbiased estimate of the head's gradient, without its two backward products.",
-            "choices": list(HEAD_GRADS),
+            "choices": Choices("trl_fast.ops.linear_logprob:HEAD_GRADS"),
         },
     )
     pad_token: str | None = older_name("it works; set tokenizer.pad_token and pass processing_class instead.")
@@ -180,8 +187,8 @@ class BaseConfig(TrainingArguments):
         super().__post_init__()
         # Again: what came as JSON is numbers now.
         check_ranges(self)
-        self._check_choice("batch_layout", BATCH_LAYOUTS)
-        self._check_choice("head_grad", HEAD_GRADS)
+        check_choice(self, "batch_layout")
+        check_choice(self, "head_grad")
         self._check_checkpointing()
         if self.use_liger_kernel:
             self._keep_head_from_liger()
@@ -199,7 +206,7 @@ class BaseConfig(TrainingArguments):
     @property
     def activation_budget(self) -> int | None:
         """Bytes that a forward pass may keep beyond what gradient checkpointing does; None: by device."""
-        return budget_bytes(self.activation_budget_bytes, self.activation_offloading)
+        return activation_budget(self.activation_budget_bytes, self.activation_offloading)
 
     @property
     def keeps_attention(self) -> bool:
@@ -247,11 +254,6 @@ class BaseConfig(TrainingArguments):
                 what = f"it works; {type(self).__name__}({name}=...) is its present place."
                 deprecated(trainer_class.__name__, name, what)
         return replace(self, **older) if older else self
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(choices)}")
 
     @staticmethod
     def _multiple(value: int | str | None) -> float | str | None:

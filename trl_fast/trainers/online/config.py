@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_fast.rollout import SamplingSettings
+from trl_fast.settings.choices import check_choice
 from trl_fast.settings.older_names import older_name
 
 from ..base.reference_config import ReferenceConfig
+
+if TYPE_CHECKING:
+    from trl_fast.rollout import SamplingSettings
 
 VLLM_MODES = ("colocate", "server")
 
@@ -142,7 +145,7 @@ class OnlineConfig(ReferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choice("vllm_mode", VLLM_MODES)
+        check_choice(self, "vllm_mode")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True would cut groups of completions apart; set it to False and choose "
@@ -214,6 +217,8 @@ class OnlineConfig(ReferenceConfig):
         Raises:
             ValueError: a value is out of its range.
         """
+        from trl_fast.rollout import SamplingSettings
+
         return SamplingSettings(
             max_completion_length=self.max_completion_length,
             temperature=self.temperature,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_fast.losses.ppo import KL_ESTIMATORS
-from trl_fast.rollout import SamplingSettings
+from trl_fast.settings.choices import Choices, check_choice
 from trl_fast.settings.older_names import older_name
 
 from ..base.reference_config import ReferenceConfig
+
+if TYPE_CHECKING:
+    from trl_fast.rollout import SamplingSettings
 
 
 @dataclass
@@ -69,7 +71,10 @@ class PPOConfig(ReferenceConfig):
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL divergence in the rewards."})
     kl_estimator: str = field(
         default="k1",
-        metadata={"help": "k1: log-ratio; k3: never negative, less variance.", "choices": list(KL_ESTIMATORS)},
+        metadata={
+            "help": "k1: log-ratio; k3: never negative, less variance.",
+            "choices": Choices("trl_fast.losses.ppo:KL_ESTIMATORS"),
+        },
     )
     kl_target: float | None = field(
         default=None,
@@ -99,7 +104,7 @@ class PPOConfig(ReferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choice("kl_estimator", KL_ESTIMATORS)
+        check_choice(self, "kl_estimator")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True would change the rollouts too; set it to False and choose "
@@ -156,6 +161,8 @@ class PPOConfig(ReferenceConfig):
         """
         # No end token is how generation is told to go on to the end.
         endless = self.stop_token is None and self.stop_token_id is None
+        from trl_fast.rollout import SamplingSettings
+
         return SamplingSettings(
             max_completion_length=self.response_length,
             temperature=self.temperature,
