@@ -1,0 +1,81 @@
+"""What an import of a config and the help of a command load, counted in a process of their own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trl_fast.trainers.methods import METHODS
+
+# Third-party packages are loaded once; the modules of trl_fast anew for each name.
+LOADED = """
+import contextlib, io, json, sys
+
+def loaded(run):
+    before = {name for name in sys.modules if name.split(".")[0] == "trl_fast"}
+    for name in before:
+        del sys.modules[name]
+    run()
+    return sorted(name for name in sys.modules if name.split(".")[0] == "trl_fast")
+
+def package():
+    import trl_fast
+
+def config(name):
+    import trl_fast
+    getattr(trl_fast, name)
+
+def command(*arguments):
+    from trl_fast.cli.main import main
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main([*arguments])
+
+def third_party():
+    return sorted({"datasets", "pandas", "rich", "torch", "transformers.trainer"} & {*sys.modules})
+
+found = {"trl_fast": loaded(package), "trl-fast --help": loaded(lambda: command("--help")), "light": third_party()}
+names = json.loads(sys.argv[1])
+found |= {name: loaded(lambda: config(name)) for name in names.values()}
+found |= {f"trl-fast {name} --help": loaded(lambda: command(name, "--help")) for name in names}
+print(json.dumps({**found, "heavy": third_party()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    names = {name: next(iter(method.exports)) for name, method in METHODS.items()}
+    done = subprocess.run([sys.executable, "-c", LOADED, json.dumps(names)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def layers(modules):
+    return {name.split(".")[1] for name in modules if "." in name}
+
+
+def test_the_package_and_its_help_load_next_to_nothing(loaded):
+    assert len(loaded["trl_fast"]) <= 4
+    assert len(loaded["trl-fast --help"]) <= 6
+    assert not loaded["light"]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_config_loads_only_what_it_inherits_from(loaded, method):
+    config, _ = method.exports
+    modules = loaded[config]
+    assert len(modules) <= 15
+    assert layers(modules) == {"lazy_imports", "settings", "trainers"}
+    module = method.trainer.partition(":")[0]
+    assert method.config.partition(":")[0] in modules and module not in modules
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_help_of_a_training_command_loads_no_trainer(loaded, method):
+    modules = loaded[f"trl-fast {method.name} --help"]
+    assert method.trainer.partition(":")[0] not in modules
+    assert not {"data", "modeling", "planning", "rollout"} & layers(modules)
+
+
+def test_no_help_of_a_training_command_loads_datasets_or_a_trainer(loaded):
+    assert loaded["heavy"] == ["rich", "torch"]
