@@ -1,4 +1,4 @@
-"""A compiled-kernel performance backend for LLM post-training, with TRL's trainers, arguments and metric names."""
+"""Post-trains language models with compiled kernels, under TRL's names of trainers, arguments and metrics."""
 
 from __future__ import annotations
 

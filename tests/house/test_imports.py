@@ -11,6 +11,7 @@ ROOF = ["_C", "trl_fast", "rewards", "kernels", "ops", "losses", "data", "modeli
 ROOF += ["dropin", "cli"]
 # A layer, and the layers it may import: rows stand from the bottom of the house to its top.
 MAY_IMPORT = {
+    "settings": ["lazy_imports"],
     "kernels": [],
     "ops": ["_C", "kernels"],
     "losses": ["ops"],
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "dropin": ROOF,
     "cli": ROOF,
 }
-# Modules beside the layers: every layer but the kernels may import them, and they import no layer.
+# Modules beside the layers: every layer but the kernels may import them, and they import no layer above them.
 SHARED = ["console", "lazy_imports", "settings"]
 # Modules for the users of the package: they import no layer either.
 FOR_USERS = ["rewards"]

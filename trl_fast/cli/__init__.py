@@ -1,1 +1,1 @@
-"""The command line: `trl-fast COMMAND`, one module a command, and the arguments and parser that scripts use too."""
+"""Provides the commands of `trl-fast`, and the arguments and the parser that scripts use too."""

@@ -1,4 +1,4 @@
-"""Arguments that scripts share, and what they describe: datasets, the model, its adapter and quantisation."""
+"""Defines the arguments that scripts share, of datasets and of the model, its adapter and its quantisation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass
 class ScriptArguments:
-    """Which dataset a script works on."""
+    """Names the dataset that a script works on."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub name, folder, or JSON, JSONL, CSV or Parquet file."}
@@ -36,7 +36,7 @@ class ScriptArguments:
 
 @dataclass
 class DatasetConfig:
-    """One dataset of a mixture; all but `columns` and `fraction` are arguments of `datasets.load_dataset`.
+    """Describes one dataset of a mixture; all but `columns` and `fraction` are arguments of `datasets.load_dataset`.
 
     path may also be a file or a folder, as `dataset_name` may. columns: those to keep; None keeps all. fraction: this
     dataset's share of the mixture, see `get_dataset`.
@@ -53,7 +53,7 @@ class DatasetConfig:
 
 @dataclass
 class DatasetMixtureConfig:
-    """Several datasets as one; in YAML, `datasets:` is a list of maps with the fields of DatasetConfig.
+    """Describes a mixture of datasets; in YAML, `datasets:` is a list of maps with the fields of DatasetConfig.
 
     Raises:
         ValueError: an entry of `datasets` has a key that DatasetConfig does not have, or no path.
@@ -86,7 +86,7 @@ def _dataset_config(entry: dict[str, Any], index: int) -> DatasetConfig:
 
 @dataclass
 class ModelConfig:
-    """Which model to train, with which adapter and quantisation."""
+    """Names the model to train, and describes its adapter and its quantisation."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the model."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
@@ -133,7 +133,7 @@ ModelConfig.__dataclass_fields__["trust_remote_code"].init = False
 
 
 def get_peft_config(model_args: ModelConfig) -> PeftConfig | None:
-    """The LoRA configuration that the arguments describe; None without `use_peft`."""
+    """Returns the LoRA configuration that the arguments describe; None without `use_peft`."""
     if not model_args.use_peft:
         return None
     from peft import LoraConfig
@@ -153,7 +153,7 @@ def get_peft_config(model_args: ModelConfig) -> PeftConfig | None:
 
 
 def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
-    """The bitsandbytes configuration that the arguments describe; None without load_in_4bit or load_in_8bit."""
+    """Returns the bitsandbytes configuration that the arguments describe; None if nothing is quantised."""
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return None
     from transformers import BitsAndBytesConfig
@@ -170,7 +170,7 @@ def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | Non
 
 
 def get_kbit_device_map() -> dict[str, int] | None:
-    """The device map for a quantised model: all of it on this process's GPU; None without one."""
+    """Returns the device map of a quantised model: the whole model on the GPU of this process; None without a GPU."""
     import torch
     from accelerate import PartialState
 

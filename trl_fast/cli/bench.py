@@ -1,4 +1,4 @@
-"""`trl-fast bench`: the benchmarks of the source tree."""
+"""Runs the benchmarks of the source tree: `trl-fast bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    """What runs a benchmark: the first argument's, `linear_logprob` (the head) if there is none.
+    """Returns what runs the benchmark that the first argument names; by default `linear_logprob`, that of the head.
 
     Raises:
         ValueError: this is no source tree, or there is no such benchmark.

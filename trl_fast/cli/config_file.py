@@ -1,4 +1,4 @@
-"""YAML files of arguments, with the line of each key for messages."""
+"""Reads YAML files of arguments, and the line of each key for messages."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import yaml
 
 @dataclass
 class ConfigFile:
-    """What a YAML file holds. `lines` has the line of every key; inner ones are named like datasets.0.path."""
+    """Holds the values of a YAML file, and the line of every key; inner keys are named like datasets.0.path."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
 
     def at(self, key: str) -> str:
-        """`file.yaml, line 3: key`."""
+        """Returns the place of a key for messages: `file.yaml, line 3: key`."""
         return f"{self.path}, line {self.lines[key]}: {key}"
 
 
 def read_config(path: Path) -> ConfigFile:
-    """Reads a YAML file; its `env` map is put into the environment and left out.
+    """Reads a YAML file; its map `env` goes into the environment, not into the values.
 
     Raises:
         ValueError: the file is not there, is no YAML or no map, or has a key twice.

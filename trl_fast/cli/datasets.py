@@ -1,4 +1,4 @@
-"""Datasets by hub name, folder or file, and mixtures of them."""
+"""Loads datasets by hub name, folder or file, and mixtures of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 
 def _data_files(path: Path, argument: str) -> tuple[str, str | dict[str, str]]:
-    """The builder and files of a local file or of a folder with one file a split (train.jsonl, test.jsonl, ...)."""
+    """Returns the builder and the files of a local file, or of a folder with one file a split (train.jsonl, ...)."""
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise ValueError(f"{argument}={str(path)!r}: expected a file ending in {', '.join(BUILDERS)}")
@@ -36,7 +36,7 @@ def _is_split_folder(path: Path) -> bool:
 
 
 def _load(path: str, argument: str, **options: Any) -> AnyDataset:
-    """`load_dataset`, to which a local file or folder may be given; `argument` is what messages call it."""
+    """Calls `load_dataset` with a hub name, a local file or a folder; `argument` is its name in messages."""
     place = Path(path)
     # With a configuration or files of its own the path is load_dataset's business alone.
     described = any(options.get(key) is not None for key in ("name", "data_dir", "data_files"))
@@ -57,7 +57,7 @@ def _load(path: str, argument: str, **options: Any) -> AnyDataset:
 
 
 def load_split(arguments: ScriptArguments, split: str) -> AnyDataset:
-    """One split of the dataset that the arguments name; slices such as "train[:90%]" work.
+    """Loads one split of the dataset that the arguments name; slices such as "train[:90%]" work.
 
     Raises:
         ValueError: there is no dataset_name, no such file, or no such split.
@@ -79,7 +79,7 @@ def load_split(arguments: ScriptArguments, split: str) -> AnyDataset:
 
 
 def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
-    """The mixture's datasets one after the other, as the split "train"; with `test_split_size` also "test".
+    """Loads the datasets of a mixture, joined into the split "train"; with `test_split_size` also into "test".
 
     With fractions w (scaled to sum to 1), each dataset gives its first round(w N) rows, where N is the largest size at
     which none gives more rows than it has.
@@ -129,7 +129,7 @@ def _take_fractions(parts: list[AnyDataset], mixture_config: DatasetMixtureConfi
 def load_train_and_test(
     arguments: ScriptArguments, mixture: DatasetMixtureConfig, with_test: bool
 ) -> tuple[AnyDataset, AnyDataset | None]:
-    """The dataset to train on and, if asked for, the one to evaluate on; a mixture wins over dataset_name.
+    """Loads the dataset to train on and, if asked for, the one to evaluate on; a mixture wins over dataset_name.
 
     Raises:
         ValueError: neither names a dataset, or a split is missing.

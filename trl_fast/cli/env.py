@@ -1,4 +1,4 @@
-"""`trl-fast env`: what is installed, which kernels are loaded and from where, and why others are not."""
+"""Prints what is installed, which kernels are loaded, and why others are not: `trl-fast env`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU_FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "am
 
 
 def versions() -> list[tuple[str, str]]:
-    """(name, value) of the platform and of every package that matters."""
+    """Returns (name, value) of the platform and of every package that matters."""
     import torch
 
     rows = [("platform", platform.platform()), ("python", platform.python_version())]
@@ -46,7 +46,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def binary_parts() -> list[tuple[str, str]]:
-    """(name, value) of the compiled extension and of the Triton kernels, with where they come from."""
+    """Returns (name, value) of the compiled extension and of the Triton kernels, with the files they come from."""
     from trl_fast.ops.backends import load_extension, why_not_built
 
     rows = []
@@ -71,7 +71,7 @@ def binary_parts() -> list[tuple[str, str]]:
 
 
 def cpu_facts() -> list[tuple[str, str]]:
-    """(name, value) of the processor, as far as /proc tells."""
+    """Returns (name, value) of the processor, as far as /proc tells."""
     import torch
 
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -88,7 +88,7 @@ def cpu_facts() -> list[tuple[str, str]]:
 
 
 def gpu_facts() -> list[tuple[str, str]]:
-    """(name, value) of every CUDA device that torch sees."""
+    """Returns (name, value) of every CUDA device that torch sees."""
     import torch
 
     if not torch.cuda.is_available():
@@ -102,7 +102,7 @@ def gpu_facts() -> list[tuple[str, str]]:
 
 
 def backends() -> list[tuple[str, str, str]]:
-    """(backend, yes or no, reason) for this machine's best device."""
+    """Returns (backend, yes or no, reason) for the best device of this machine."""
     import torch
 
     from trl_fast.ops import backend_table
@@ -112,14 +112,14 @@ def backends() -> list[tuple[str, str, str]]:
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    """Refuses arguments; what is returned prints the tables."""
+    """Refuses arguments; returns what prints the tables."""
     if arguments:
         raise ValueError(f"trl-fast env takes no arguments, got {' '.join(arguments)}")
     return print_environment
 
 
 def print_environment() -> int:
-    """Prints the tables; the exit status."""
+    """Prints the tables and returns the exit status."""
     console = make_console(file_width=FILE_WIDTH)
     sections = {
         "versions": versions(),

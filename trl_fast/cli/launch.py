@@ -1,4 +1,4 @@
-"""Several processes: what of a command line is for `accelerate launch`, and starting it."""
+"""Starts a command in several processes, by `accelerate launch` with its flags of a command line."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LAUNCHED = "TRL_FAST_LAUNCHED"
 
 
 def is_launched() -> bool:
-    """Whether a launcher, ours or another of torch's, has started this process."""
+    """Says whether a launcher, ours or another of torch's, has started this process."""
     return _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
 
 
 def launcher_options() -> dict[str, bool]:
-    """The options of `accelerate launch` without dashes, and whether each takes a value."""
+    """Returns the options of `accelerate launch` without dashes, and whether each takes a value."""
     options = {"accelerate_config": True}
     for action in launch_command_parser()._actions:
         for option in action.option_strings:
@@ -32,7 +32,7 @@ def launcher_options() -> dict[str, bool]:
 
 
 def launcher_flags(remaining: list[str]) -> tuple[list[str], list[str]]:
-    """What `accelerate launch` gets of a command line's remaining strings, and the flags that nobody knows.
+    """Splits the remaining strings of a command line into flags of `accelerate launch` and flags that nobody knows.
 
     Raises:
         ValueError: --accelerate_config is no file and none of ours.
@@ -63,7 +63,7 @@ def launcher_flags(remaining: list[str]) -> tuple[list[str], list[str]]:
 
 
 def split_script(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The flags of `accelerate launch` before a script or `-m module`, and what follows them.
+    """Splits a command line into the flags of `accelerate launch`, and the script or `-m module` with what follows.
 
     Raises:
         ValueError: a flag before the script is unknown, or there is no script.
@@ -89,7 +89,7 @@ def _split_flag(word: str) -> tuple[str, str, str]:
 
 
 def config_flags(name: str) -> list[str]:
-    """The flags of `accelerate launch` for a file, or for a configuration that comes with trl_fast, by name.
+    """Returns the flags of `accelerate launch` for a file, or for a configuration that comes with trl_fast, by name.
 
     Ours use all GPUs of this machine unless --num_processes says otherwise.
     """
@@ -103,7 +103,7 @@ def config_flags(name: str) -> list[str]:
 
 
 def launch(flags: list[str], arguments: list[str]) -> int:
-    """Runs `trl-fast ARGUMENTS` in the processes that `accelerate launch FLAGS` starts; their exit status."""
+    """Runs `trl-fast ARGUMENTS` in the processes that `accelerate launch FLAGS` starts; returns their exit status."""
     parsed = launch_command_parser().parse_args([*flags, "--module", f"{__package__}.main", *arguments])
     os.environ[_LAUNCHED] = "1"
     try:

@@ -1,4 +1,4 @@
-"""A parser that reads dataclasses from flags and from a YAML file, as TRL's does."""
+"""Parses flags and a YAML file into dataclasses, as TRL's parser does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TrlParser(HfArgumentParser):
                 action.type = _none_or(action.type)
 
     def _add_trust_remote_code(self) -> None:
-        """The flag, where there is no trainer's config that has it."""
+        """Adds the flag, for parsers without a trainer's config, which has it."""
         self.add_argument(
             *("--trust_remote_code", "--trust-remote-code"),
             type=string_to_bool,
@@ -56,7 +56,7 @@ class TrlParser(HfArgumentParser):
         )
 
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """As in transformers; `trust_remote_code` is also ModelConfig's."""
+        """Does what it does in transformers, and gives `trust_remote_code` to ModelConfig too."""
         parsed = super().parse_args_into_dataclasses(*args, **kwargs)
         trusted = any(getattr(one, "trust_remote_code", False) for one in parsed)
         for one in parsed:
@@ -71,7 +71,7 @@ class TrlParser(HfArgumentParser):
         fail_with_unknown_args: bool = True,
         separate_remaining_strings: bool = False,
     ) -> tuple[Any, ...]:
-        """One object for each dataclass.
+        """Returns one object for each dataclass.
 
         return_remaining_strings: what nobody knew comes last, as a list of `--key value` strings; with
         separate_remaining_strings as two lists, the YAML file's and the flags'. fail_with_unknown_args=False forgives
@@ -103,12 +103,12 @@ class TrlParser(HfArgumentParser):
         return tuple(parsed)
 
     def remaining_strings(self, args: Sequence[str]) -> list[str]:
-        """What neither the flags nor the YAML keys of this parser are, without making the dataclasses."""
+        """Returns the flags and YAML keys that this parser does not know, without making the dataclasses."""
         args, from_file = self._read_config(args)
         return [*from_file, *self.parse_known_args(args)[1]]
 
     def unknown(self, remaining: list[str], others: Iterable[str] = ()) -> ValueError:
-        """The error about flags and keys that nobody knows, with the nearest known ones.
+        """Returns the error about flags and keys that nobody knows, with the nearest known names.
 
         others: names without dashes that are known elsewhere.
         """
@@ -123,7 +123,7 @@ class TrlParser(HfArgumentParser):
         return ValueError("\n".join(messages or [f"unexpected arguments {remaining}"]))
 
     def _read_config(self, args: Sequence[str] | None) -> tuple[list[str], list[str]]:
-        """Takes `--config` out of the flags and its values as defaults; the other flags, and what is unknown in it."""
+        """Takes the values of `--config` as defaults; returns the other flags, and the keys it does not know."""
         finder = ArgumentParser(add_help=False, allow_abbrev=False, prog=self.prog)
         finder.add_argument("--config", type=Path)
         found, args = finder.parse_known_args(sys.argv[1:] if args is None else list(args))
@@ -147,7 +147,7 @@ class TrlParser(HfArgumentParser):
             raise ValueError(f"{self.config_file.at(action.dest)}: {value!r}: {error}") from error
 
     def _line_of(self, message: str, args: list[str]) -> int | None:
-        """The line of the first key that a message names and that no flag has replaced."""
+        """Returns the line of the first key that a message names and that no flag has replaced."""
         flags = {word.lstrip("-").split("=")[0].replace("-", "_") for word in args if word.startswith("-")}
         lines = {key: line for key, line in self.config_file.lines.items() if key not in flags}
         places = {key: re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message) for key in lines}
@@ -164,7 +164,7 @@ def _none_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _from_yaml(action: Action, value: Any) -> Any:
-    """A YAML value as a flag's default: it goes through the flag's own conversion, and choices are held to."""
+    """Converts a YAML value as the flag converts its text, and checks it against the flag's choices."""
     if value is False and action.choices and "no" in action.choices:
         # What YAML makes of an unquoted no.
         value = "no"

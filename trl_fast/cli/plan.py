@@ -1,4 +1,4 @@
-"""`trl-fast plan`: how much memory a training step will take, and which settings make longer contexts fit."""
+"""Plans a training run: the memory of a step, and the settings that make longer contexts fit: `trl-fast plan`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .parser import TrlParser
 
 @dataclass
 class PlanArguments:
-    """The run to plan. Settings of training have the names and defaults that they have in training."""
+    """Describes the run to plan. Settings of training have the names and defaults that they have in training."""
 
     model: str | None = field(
         default=None,
@@ -76,7 +76,7 @@ class PlanArguments:
 
 
 def make_setup(arguments: PlanArguments) -> TrainingSetup:
-    """The arguments as a TrainingSetup.
+    """Makes the TrainingSetup that the arguments describe.
 
     Raises:
         ValueError: an argument is missing, out of range or does not go with another.
@@ -120,7 +120,7 @@ def _prompt_share(arguments: PlanArguments) -> float:
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    """Checks the arguments; what is returned simulates, prints and gives the exit status."""
+    """Checks the arguments; returns what simulates, prints and gives the exit status."""
     (parsed,) = TrlParser(PlanArguments, prog="trl-fast plan").parse_args_and_config(arguments)
     setup = make_setup(parsed)
     limit = None if parsed.gpu_memory is None else parse_memory(parsed.gpu_memory)

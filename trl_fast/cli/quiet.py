@@ -1,4 +1,4 @@
-"""Scripts that print only what went wrong."""
+"""Silences scripts but for errors and warnings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.logging import RichHandler
 
 
 def init_zero_verbose() -> None:
-    """From here on logs below ERROR are dropped, and warnings are logs of level WARNING."""
+    """Drops logs below ERROR from here on, and makes warnings logs of level WARNING."""
     logging.basicConfig(format="%(message)s", datefmt="[%X]", handlers=[RichHandler()], level=logging.ERROR)
     warnings.showwarning = _log_warning
 

@@ -1,4 +1,4 @@
-"""`trl-fast run`: a script written for TRL, unchanged, on trl_fast."""
+"""Runs a script written for TRL, unchanged, on trl_fast: `trl-fast run`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Launcher flags are those of `accelerate launch`, such as --num_processes 2, and 
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    """What runs the script.
+    """Returns what runs the script.
 
     Raises:
         ValueError: no script is named, or there is no such file.

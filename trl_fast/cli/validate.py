@@ -1,4 +1,4 @@
-"""`trl-fast validate`: what is wrong with preference data, with an exit status for continuous integration."""
+"""Looks for what is wrong with preference data, for continuous integration too: `trl-fast validate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .parser import TrlParser
 
 @dataclass
 class ValidateArguments:
-    """What to check with, and what to write."""
+    """Says what to check with, and what to write."""
 
     tokenizer: str | None = field(
         default=None, metadata={"help": "Hub name or folder of a tokenizer, for what depends on tokens."}
@@ -37,12 +37,12 @@ class ValidateArguments:
 
 
 def make_parser() -> TrlParser:
-    """The flags of this command: those of ScriptArguments and ValidateArguments."""
+    """Makes the parser of this command: flags of ScriptArguments and ValidateArguments."""
     return TrlParser((ScriptArguments, ValidateArguments), prog="trl-fast validate")
 
 
 def load_splits(arguments: ScriptArguments) -> dict[str, AnyDataset]:
-    """The splits that are named; the test split only if there is one, unless another than the default was asked for.
+    """Loads the splits that are named. A test split of the default name may be missing.
 
     Raises:
         ValueError: a split that was asked for is missing, or none was.
@@ -64,7 +64,7 @@ def load_splits(arguments: ScriptArguments) -> dict[str, AnyDataset]:
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    """Everything but printing and writing; what is returned does that and gives the exit status."""
+    """Checks the data; returns what prints and writes the report and gives the exit status."""
     script_args, validate_args = make_parser().parse_args_and_config(arguments)
     tokenizer = AutoTokenizer.from_pretrained(validate_args.tokenizer) if validate_args.tokenizer else None
     report = validate(load_splits(script_args), tokenizer, max_length=validate_args.max_length, progress=True)
@@ -72,7 +72,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
 
 
 def show(report: ValidationReport, arguments: ValidateArguments) -> int:
-    """Prints the tables, writes the files that were asked for, and gives the exit status."""
+    """Prints the tables, writes the files that were asked for, and returns the exit status."""
     console = make_console(file_width=FILE_WIDTH)
     console.print(report.splits_table())
     if report.findings:

@@ -1,4 +1,4 @@
-"""DPOConfig: TRL's arguments and defaults, and the names that older scripts use."""
+"""Defines DPOConfig: TRL's arguments and defaults, and the names that older scripts use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DPOConfig(PreferenceConfig):
-    """Arguments of DPOTrainer. Those of the loss are explained in `trl_fast.losses.dpo`.
+    """Holds the arguments of DPOTrainer. Those of the loss are explained in `trl_fast.losses.dpo`.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
@@ -82,7 +82,7 @@ class DPOConfig(PreferenceConfig):
             self.batch_layout = "packed"
 
     def loss_config(self) -> DPOLossConfig:
-        """The part of the arguments that the loss reads.
+        """Returns the part of the arguments that the loss reads.
 
         Raises:
             ValueError: a loss argument is out of range.

@@ -1,4 +1,4 @@
-"""GRPOConfig: TRL's arguments and defaults."""
+"""Defines GRPOConfig: TRL's arguments and defaults."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BY_TOKEN = ("bnpo", "dr_grpo", "dapo", "cispo")
 
 @dataclass
 class GRPOConfig(OnlineConfig):
-    """Arguments of GRPOTrainer. Those of the loss are explained in `trl_fast.losses.policy_gradient`.
+    """Holds the arguments of GRPOTrainer. Those of the loss are explained in `trl_fast.losses.policy_gradient`.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
@@ -145,16 +145,16 @@ class GRPOConfig(OnlineConfig):
 
     @property
     def corrects_sampling(self) -> bool:
-        """Whether the engine's log-probabilities are held against the policy's."""
+        """Says whether the engine's log-probabilities are compared with the policy's."""
         return self.use_vllm and self.vllm_importance_sampling_correction
 
     @property
     def has_entropy_bonus(self) -> bool:
-        """Whether the entropy has a gradient."""
+        """Says whether the entropy has a gradient."""
         return self.use_adaptive_entropy or self.entropy_coef != 0
 
     def loss_config(self) -> PolicyLossConfig:
-        """The part of the arguments that the loss reads.
+        """Returns the part of the arguments that the loss reads.
 
         Raises:
             ValueError: a loss argument is unknown.

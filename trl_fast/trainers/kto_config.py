@@ -1,4 +1,4 @@
-"""KTOConfig: TRL's arguments and defaults, and the names that older scripts use."""
+"""Defines KTOConfig: TRL's arguments and defaults, and the names that older scripts use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class KTOConfig(PreferenceConfig):
-    """Arguments of KTOTrainer. Those of the loss are explained in `trl_fast.losses.kto`.
+    """Holds the arguments of KTOTrainer. Those of the loss are explained in `trl_fast.losses.kto`.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
@@ -61,7 +61,7 @@ class KTOConfig(PreferenceConfig):
             )
 
     def loss_config(self) -> KTOLossConfig:
-        """The part of the arguments that the loss reads.
+        """Returns the part of the arguments that the loss reads.
 
         Raises:
             ValueError: a loss argument is out of range.

@@ -1,4 +1,4 @@
-"""RewardConfig: TRL's arguments and defaults."""
+"""Defines RewardConfig: TRL's arguments and defaults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base.config import BaseConfig
 
 @dataclass
 class RewardConfig(BaseConfig):
-    """Arguments of RewardTrainer. `center_rewards_coefficient` is explained in `trl_fast.losses.reward`.
+    """Holds the arguments of RewardTrainer. `center_rewards_coefficient` is explained in `trl_fast.losses.reward`.
 
     Raises:
         ValueError: a value is out of range, or is for models with a vocabulary head.

@@ -1,4 +1,4 @@
-"""RLOOConfig: TRL's arguments and defaults."""
+"""Defines RLOOConfig: TRL's arguments and defaults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RLOOConfig(OnlineConfig):
-    """Arguments of RLOOTrainer.
+    """Holds the arguments of RLOOTrainer.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
@@ -33,7 +33,7 @@ class RLOOConfig(OnlineConfig):
             raise ValueError(f"reward_clip_range={bounds}: expected two numbers, the lower one first")
 
     def loss_config(self) -> PolicyLossConfig:
-        """The loss of whole completions' ratios, clipped; each completion counts alike."""
+        """Returns the loss: the clipped ratio of whole completions, each of which counts alike."""
         from trl_fast.losses.policy_gradient import PolicyLossConfig
 
         return PolicyLossConfig(

@@ -1,4 +1,4 @@
-"""SFTConfig: TRL's arguments and defaults, and the names that older scripts use."""
+"""Defines SFTConfig: TRL's arguments and defaults, and the names that older scripts use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OLDER_DATASET_KWARGS = ("add_special_tokens", "append_concat_token")
 
 @dataclass
 class SFTConfig(BaseConfig):
-    """Arguments of SFTTrainer.
+    """Holds the arguments of SFTTrainer.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
@@ -123,17 +123,17 @@ class SFTConfig(BaseConfig):
 
     @property
     def skips_preparation(self) -> bool:
-        """Whether the dataset is to be taken as it is."""
+        """Says whether the dataset is to be taken as it is."""
         return bool((self.dataset_kwargs or {}).get("skip_prepare_dataset", False))
 
     def row_format(self, completion_only_loss: bool, chat_template: str | None) -> SFTFormat:
-        """How rows become token ids and labels, given what is known of the data and the tokenizer."""
+        """Says how rows become token ids and labels, given what is known of the data and the tokenizer."""
         from trl_fast.data import SFTFormat
 
         return SFTFormat(self.dataset_text_field, completion_only_loss, self.assistant_only_loss, chat_template)
 
     def row_length(self, packing: bool) -> SFTLength:
-        """What happens to rows longer than max_length.
+        """Says what happens to rows longer than max_length.
 
         Raises:
             ValueError: the truncation mode is unknown, or packing has no length to pack to.

@@ -1,4 +1,4 @@
-"""What the configs of all trainers share."""
+"""Defines the config that those of all trainers extend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULT_TILE_TOKENS = 4096
 
 
 def machine_has_bf16() -> bool:
-    """Whether bfloat16 products run on hardware here: on a GPU that has them, or on a CPU with AMX or AVX512-BF16."""
+    """Says whether the hardware here has bfloat16 products: a GPU that has them, or a CPU with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.backends.mps.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -48,7 +48,7 @@ def _default(item: Field) -> Any:
 
 
 def _number(value: float | str) -> float | str:
-    """The number that the command line gives as text."""
+    """Returns the number that the command line gives as text; other values as they are."""
     for read in (int, float) if isinstance(value, str) else ():
         with suppress(ValueError):
             return read(value)
@@ -57,7 +57,7 @@ def _number(value: float | str) -> float | str:
 
 @dataclass
 class BaseConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with TRL's defaults, and the settings of our own that all trainers share.
+    """Extends `transformers.TrainingArguments` by TRL's defaults and the settings that all trainers share.
 
     Defaults that differ from transformers: logging_steps 10, gradient_checkpointing True, and bf16 True unless fp16 is
     set or the machine has no bfloat16 hardware (TRL then stops; we say so and train in float32). One differs from
@@ -205,16 +205,16 @@ class BaseConfig(TrainingArguments):
 
     @property
     def activation_budget(self) -> int | None:
-        """Bytes that a forward pass may keep beyond what gradient checkpointing does; None: by device."""
+        """Returns the bytes that a forward pass may keep beyond what gradient checkpointing does; None: by device."""
         return activation_budget(self.activation_budget_bytes, self.activation_offloading)
 
     @property
     def keeps_attention(self) -> bool:
-        """Whether gradient checkpointing keeps all results of attention: TRL's `selective`."""
+        """Says whether gradient checkpointing keeps all results of attention: TRL's `selective`."""
         return bool((self.gradient_checkpointing_kwargs or {}).get("selective"))
 
     def _keep_head_from_liger(self) -> None:
-        """Liger's kernels for layers may be used; its fused head would take the place of ours."""
+        """Switches Liger's fused head off, which would take the place of ours; its kernels for layers may be used."""
         chosen = self.liger_kernel_config or {}
         for name in ("fused_linear_cross_entropy", "cross_entropy"):
             if chosen.get(name):
@@ -238,7 +238,7 @@ class BaseConfig(TrainingArguments):
                 setattr(self, name, None)
 
     def with_older_arguments(self, trainer_class: type, older: dict[str, Any]) -> BaseConfig:
-        """This config with the fields that older scripts give to the trainer instead; one line for each.
+        """Returns this config with the fields that older scripts give to the trainer; each is warned of in one line.
 
         Raises:
             TypeError: a name is no field.
@@ -268,7 +268,7 @@ class BaseConfig(TrainingArguments):
 
     @classmethod
     def from_any(cls, args: object) -> BaseConfig:
-        """This class's config from another object of the same meaning (TRL's own), field by field.
+        """Makes a config of this class from another of the same meaning (TRL's own), field by field.
 
         Raises:
             TypeError: `args` is not a TrainingArguments.

@@ -1,4 +1,4 @@
-"""What the configs of the trainers on preference data with a reference, DPO and KTO, share."""
+"""Defines what the configs of DPO and KTO share: preference data and a reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .reference_config import ReferenceConfig
 
 @dataclass
 class PreferenceConfig(ReferenceConfig):
-    """Arguments of a trainer on preference data, whose reference may be scored beforehand.
+    """Holds the arguments of a trainer on preference data, whose reference may be scored beforehand.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.

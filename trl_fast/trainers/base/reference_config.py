@@ -1,4 +1,4 @@
-"""What the configs of all methods with a reference policy share."""
+"""Defines what the configs of all methods with a reference policy share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import BaseConfig
 
 @dataclass
 class ReferenceConfig(BaseConfig):
-    """Arguments of a trainer that holds its policy against a reference."""
+    """Holds the arguments of a trainer that holds its policy against a reference."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
     sync_ref_model: bool = field(default=False, metadata={"help": "TR-DPO: let the reference follow the policy."})

@@ -1,4 +1,4 @@
-"""What the configs of GRPO and RLOO share: sampling, engines, rewards, and how often completions are made."""
+"""Defines what the configs of GRPO and RLOO share: sampling, engines, rewards, and when completions are made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VLLM_MODES = ("colocate", "server")
 
 @dataclass
 class OnlineConfig(ReferenceConfig):
-    """Arguments of the methods that sample their own completions.
+    """Holds the arguments of the methods that sample their own completions.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
@@ -198,21 +198,21 @@ class OnlineConfig(ReferenceConfig):
             )
 
     def generations(self, mode: str) -> int:
-        """Completions for each prompt in "train" or "eval"."""
+        """Returns the number of completions for each prompt in "train" or "eval"."""
         return (self.num_generations_eval or self.num_generations) if mode == "eval" else self.num_generations
 
     @property
     def generate_every(self) -> int:
-        """Micro-batches after which new completions are made."""
+        """Returns the number of micro-batches after which new completions are made."""
         return self.steps_per_generation * self.num_iterations
 
     @property
     def is_on_policy(self) -> bool:
-        """Whether the policy of the update is always the one that sampled: each step makes its own completions."""
+        """Says whether the policy of the update is always the one that sampled: each step makes new completions."""
         return self.gradient_accumulation_steps % self.generate_every == 0
 
     def sampling_settings(self) -> SamplingSettings:
-        """How completions are sampled.
+        """Returns the settings by which completions are sampled.
 
         Raises:
             ValueError: a value is out of its range.

@@ -1,4 +1,4 @@
-"""PPOConfig: the arguments and defaults of TRL's last PPO."""
+"""Defines PPOConfig: the arguments and defaults of TRL's last PPO."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PPOConfig(ReferenceConfig):
-    """Arguments of PPOTrainer. Those of the loss are explained in `trl_fast.losses.ppo`.
+    """Holds the arguments of PPOTrainer. Those of the loss are explained in `trl_fast.losses.ppo`.
 
     A step is one rollout of `batch_size` = per_device_train_batch_size · gradient_accumulation_steps ·
     num_mini_batches · processes prompts, and num_ppo_epochs · num_mini_batches updates of the weights on it. So
@@ -125,36 +125,36 @@ class PPOConfig(ReferenceConfig):
 
     @property
     def local_mini_batch_size(self) -> int:
-        """A process's completions of one update of the weights."""
+        """Returns the completions of one process in one update of the weights."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def local_batch_size(self) -> int:
-        """A process's completions of one rollout."""
+        """Returns the completions of one process in one rollout."""
         return self.local_mini_batch_size * self.num_mini_batches
 
     @property
     def micro_batch_size(self) -> int:
-        """Completions of one backward pass, of all processes."""
+        """Returns the completions of one backward pass, of all processes."""
         return self.per_device_train_batch_size * self.world_size
 
     @property
     def mini_batch_size(self) -> int:
-        """Completions of one update of the weights, of all processes."""
+        """Returns the completions of one update of the weights, of all processes."""
         return self.local_mini_batch_size * self.world_size
 
     @property
     def batch_size(self) -> int:
-        """Completions of one rollout, of all processes."""
+        """Returns the completions of one rollout, of all processes."""
         return self.local_batch_size * self.world_size
 
     @property
     def num_total_batches(self) -> int:
-        """Rollouts; −1 until the trainer knows the dataset."""
+        """Returns the number of rollouts; −1 until the trainer knows the dataset."""
         return self.max_steps
 
     def sampling_settings(self) -> SamplingSettings:
-        """How completions are sampled.
+        """Returns the settings by which completions are sampled.
 
         Raises:
             ValueError: a value is out of its range.
