@@ -48,58 +48,36 @@ EXPORTS = {
     **{name: f"{module}:{name}" for module, names in _BY_MODULE.items() for name in names},
 }
 
-__all__ = ["__version__", *EXPORTS]
-
-__getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
-
 if TYPE_CHECKING:
-    from trl_fast.cli.arguments import (
-        DatasetMixtureConfig,
-        ModelConfig,
-        ScriptArguments,
-        get_kbit_device_map,
-        get_peft_config,
-        get_quantization_config,
-    )
-    from trl_fast.cli.datasets import get_dataset
-    from trl_fast.cli.parser import TrlParser
-    from trl_fast.cli.quiet import init_zero_verbose
-    from trl_fast.data import (
-        apply_chat_template,
-        extract_prompt,
-        get_training_chat_template,
-        is_conversational,
-        is_conversational_from_value,
-        maybe_apply_chat_template,
-        maybe_convert_to_chatml,
-        maybe_extract_prompt,
-        maybe_unpair_preference_dataset,
-        pack_dataset,
-        unpair_preference_dataset,
-    )
-    from trl_fast.dropin import install_as_trl
-    from trl_fast.modeling.chat_template import clone_chat_template, setup_chat_format
-    from trl_fast.modeling.reference_policy import create_reference_model
-    from trl_fast.trainers import (
-        BEMACallback,
-        DPOConfig,
-        DPOTrainer,
-        GRPOConfig,
-        GRPOTrainer,
-        KTOConfig,
-        KTOTrainer,
-        LogCompletionsCallback,
-        PPOConfig,
-        PPOTrainer,
-        RewardConfig,
-        RewardTrainer,
-        RichProgressCallback,
-        RLOOConfig,
-        RLOOTrainer,
-        SFTConfig,
-        SFTTrainer,
-        SyncRefModelCallback,
-    )
+    # The same names for type checkers, which cannot read the table; a test compares.
+    from trl_fast.cli.arguments import DatasetMixtureConfig as DatasetMixtureConfig
+    from trl_fast.cli.arguments import ModelConfig as ModelConfig
+    from trl_fast.cli.arguments import ScriptArguments as ScriptArguments
+    from trl_fast.cli.arguments import get_kbit_device_map as get_kbit_device_map
+    from trl_fast.cli.arguments import get_peft_config as get_peft_config
+    from trl_fast.cli.arguments import get_quantization_config as get_quantization_config
+    from trl_fast.cli.datasets import get_dataset as get_dataset
+    from trl_fast.cli.parser import TrlParser as TrlParser
+    from trl_fast.cli.quiet import init_zero_verbose as init_zero_verbose
+    from trl_fast.data import apply_chat_template as apply_chat_template
+    from trl_fast.data import extract_prompt as extract_prompt
+    from trl_fast.data import get_training_chat_template as get_training_chat_template
+    from trl_fast.data import is_conversational as is_conversational
+    from trl_fast.data import is_conversational_from_value as is_conversational_from_value
+    from trl_fast.data import maybe_apply_chat_template as maybe_apply_chat_template
+    from trl_fast.data import maybe_convert_to_chatml as maybe_convert_to_chatml
+    from trl_fast.data import maybe_extract_prompt as maybe_extract_prompt
+    from trl_fast.data import maybe_unpair_preference_dataset as maybe_unpair_preference_dataset
+    from trl_fast.data import pack_dataset as pack_dataset
+    from trl_fast.data import unpair_preference_dataset as unpair_preference_dataset
+    from trl_fast.dropin import install_as_trl as install_as_trl
+    from trl_fast.modeling.chat_template import clone_chat_template as clone_chat_template
+    from trl_fast.modeling.chat_template import setup_chat_format as setup_chat_format
+    from trl_fast.modeling.reference_policy import create_reference_model as create_reference_model
+    from trl_fast.trainers import *  # noqa: F403
+else:
+    __all__ = ["__version__", *EXPORTS]
+    __getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
 
 
 # torch's own switch: large CPU tensors come in huge pages. Taking and giving back 600 MB, as a head's workspace does

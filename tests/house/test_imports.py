@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "dropin": ROOF,
     "cli": ROOF,
 }
-# Modules beside the layers: every layer but the kernels may import them, and they import no layer above them.
+# Modules beside the layers: every layer but the kernels may import them, and they import no layer.
 SHARED = ["console", "lazy_imports", "settings"]
 # Modules for the users of the package: they import no layer either.
 FOR_USERS = ["rewards"]

@@ -39,25 +39,26 @@ def test_no_trainer_is_missing_from_the_table():
 
 
 def imported_for_type_checkers(module):
-    """Reads the names, and the modules that they are imported from, under `if TYPE_CHECKING:`."""
-    for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            package = f"{module.__name__}." if module is trainers else ""
-            return {name.name: f"{package}{line.module}" for line in node.body for name in line.names}
-    raise AssertionError("there is no `if TYPE_CHECKING:`")
+    """Reads the names under `if TYPE_CHECKING:`, which are exported by an alias, and their places."""
+    found = {}
+    (block,) = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.If)][:1]
+    assert block.test.id == "TYPE_CHECKING"
+    for line in block.body:
+        package = f"{module.__name__}." if line.level else ""
+        assert all(name.asname == name.name or name.name == "*" for name in line.names)
+        found |= {name.name: f"{package}{line.module}:{name.name}" for name in line.names}
+    return found
 
 
 def test_type_checkers_see_the_exports_of_the_trainers():
-    expected = {name: place.partition(":")[0] for name, place in trainers.EXPORTS.items()}
-    assert imported_for_type_checkers(trainers) == expected
+    """A method's two lines, if it has none: from .NAME import ... as ..., from .NAME_config import ... as ..."""
+    assert imported_for_type_checkers(trainers) == trainers.EXPORTS
 
 
 def test_type_checkers_see_the_exports_of_the_package():
-    found = imported_for_type_checkers(trl_fast)
-    assert set(found) == set(trl_fast.EXPORTS) == set(trl_fast.__all__) - {"__version__"}
-    for name, module in found.items():
-        expected = "trl_fast.trainers" if name in trainers.EXPORTS else trl_fast.EXPORTS[name].partition(":")[0]
-        assert module == expected, name
+    others = {name: place for name, place in trl_fast.EXPORTS.items() if name not in trainers.EXPORTS}
+    assert imported_for_type_checkers(trl_fast) == {"*": "trl_fast.trainers:*", **others}
+    assert set(trl_fast.EXPORTS) == set(trl_fast.__all__) - {"__version__"}
 
 
 @pytest.mark.parametrize("name", trl_fast.EXPORTS)

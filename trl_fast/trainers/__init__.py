@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl_fast.lazy_imports import lazy_exports
 
-from .methods import METHODS
+from .methods import METHODS as METHODS
 
 _CALLBACKS = ("BEMACallback", "LogCompletionsCallback", "SyncRefModelCallback")
 # Public names and their places.
@@ -16,24 +16,26 @@ EXPORTS = {
     "RichProgressCallback": "trl_fast.trainers.base.progress:RichProgressCallback",
 }
 
-__all__ = ["METHODS", *EXPORTS]
-
-__getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
-
 if TYPE_CHECKING:
-    from .base.callbacks import BEMACallback, LogCompletionsCallback, SyncRefModelCallback
-    from .base.progress import RichProgressCallback
-    from .dpo import DPOTrainer
-    from .dpo_config import DPOConfig
-    from .grpo import GRPOTrainer
-    from .grpo_config import GRPOConfig
-    from .kto import KTOTrainer
-    from .kto_config import KTOConfig
-    from .ppo.config import PPOConfig
-    from .ppo.trainer import PPOTrainer
-    from .reward import RewardTrainer
-    from .reward_config import RewardConfig
-    from .rloo import RLOOTrainer
-    from .rloo_config import RLOOConfig
-    from .sft import SFTTrainer
-    from .sft_config import SFTConfig
+    # The same names for type checkers, which cannot read the table; a test compares.
+    from .base.callbacks import BEMACallback as BEMACallback
+    from .base.callbacks import LogCompletionsCallback as LogCompletionsCallback
+    from .base.callbacks import SyncRefModelCallback as SyncRefModelCallback
+    from .base.progress import RichProgressCallback as RichProgressCallback
+    from .dpo import DPOTrainer as DPOTrainer
+    from .dpo_config import DPOConfig as DPOConfig
+    from .grpo import GRPOTrainer as GRPOTrainer
+    from .grpo_config import GRPOConfig as GRPOConfig
+    from .kto import KTOTrainer as KTOTrainer
+    from .kto_config import KTOConfig as KTOConfig
+    from .ppo.config import PPOConfig as PPOConfig
+    from .ppo.trainer import PPOTrainer as PPOTrainer
+    from .reward import RewardTrainer as RewardTrainer
+    from .reward_config import RewardConfig as RewardConfig
+    from .rloo import RLOOTrainer as RLOOTrainer
+    from .rloo_config import RLOOConfig as RLOOConfig
+    from .sft import SFTTrainer as SFTTrainer
+    from .sft_config import SFTConfig as SFTConfig
+else:
+    __all__ = ["METHODS", *EXPORTS]
+    __getattr__, __dir__ = lazy_exports(__name__, EXPORTS)
