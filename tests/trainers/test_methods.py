@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def test_every_place_of_the_table_is_there(name):
     if method.reward_argument is not None:
         constructors = [inspect.signature(owner.__init__).parameters for owner in trainer.__mro__]
         assert any(method.reward_argument in parameters for parameters in constructors)
+    step = import_place(method.step)
+    assert any(getattr(sys.modules[owner.__module__], step.__name__, None) is step for owner in trainer.__mro__)
     for place in method.trl_names.values():
         import_place(place)
 

@@ -1,4 +1,4 @@
-"""Lists the training methods: the config, the trainer, the command and the names in TRL of each.
+"""Lists the training methods: the config, the trainer, the step function, the command and the names in TRL of each.
 
 The public names of `trl_fast`, the commands of `trl-fast` and the names that `import trl` answers are made from this
 table. Reading it imports no method.
@@ -21,6 +21,8 @@ class Method:
         name: the method's name in commands, and the trainer's `method`.
         config: place of the config's class.
         trainer: place of the trainer's class.
+        step: place of the function of a micro-batch: from a model and a batch to the loss and its metrics. The trainer
+            and the planner call it.
         help: what the command does, for `trl-fast --help`.
         reward_argument: the trainer's argument that takes reward functions and models; None: it takes none.
         trl_packages: packages of TRL, present or past, that have modules `NAME_config` and `NAME_trainer`.
@@ -30,6 +32,7 @@ class Method:
     name: str
     config: str
     trainer: str
+    step: str
     help: str
     reward_argument: str | None = None
     trl_packages: tuple[str, ...] = ("trl.trainer",)
@@ -54,6 +57,7 @@ _METHODS = (
         name="sft",
         config="trl_fast.trainers.sft_config:SFTConfig",
         trainer="trl_fast.trainers.sft:SFTTrainer",
+        step="trl_fast.trainers.sft:sft_step",
         help="train with supervised fine-tuning",
         trl_names={"DataCollatorForLanguageModeling": "trl_fast.data:DataCollatorForLanguageModeling"},
     ),
@@ -61,6 +65,7 @@ _METHODS = (
         name="dpo",
         config="trl_fast.trainers.dpo_config:DPOConfig",
         trainer="trl_fast.trainers.dpo:DPOTrainer",
+        step="trl_fast.trainers.dpo:dpo_step",
         help="train with Direct Preference Optimization and its relatives",
         trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForPreference"},
     ),
@@ -68,6 +73,7 @@ _METHODS = (
         name="reward",
         config="trl_fast.trainers.reward_config:RewardConfig",
         trainer="trl_fast.trainers.reward:RewardTrainer",
+        step="trl_fast.trainers.reward:reward_step",
         help="train a reward model",
         trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForReward"},
     ),
@@ -75,6 +81,7 @@ _METHODS = (
         name="kto",
         config="trl_fast.trainers.kto_config:KTOConfig",
         trainer="trl_fast.trainers.kto:KTOTrainer",
+        step="trl_fast.trainers.kto:kto_step",
         help="train with Kahneman-Tversky Optimization, from single completions that are good or bad",
         trl_packages=("trl.trainer", "trl.experimental.kto"),
         trl_names={"DataCollatorForUnpairedPreference": "trl_fast.data:DataCollatorForUnpairedPreference"},
@@ -83,6 +90,7 @@ _METHODS = (
         name="grpo",
         config="trl_fast.trainers.grpo_config:GRPOConfig",
         trainer="trl_fast.trainers.grpo:GRPOTrainer",
+        step="trl_fast.trainers.online.policy_step:policy_step",
         help="train with Group Relative Policy Optimization, from rewards of sampled completions",
         reward_argument="reward_funcs",
     ),
@@ -90,6 +98,7 @@ _METHODS = (
         name="rloo",
         config="trl_fast.trainers.rloo_config:RLOOConfig",
         trainer="trl_fast.trainers.rloo:RLOOTrainer",
+        step="trl_fast.trainers.online.policy_step:policy_step",
         help="train with REINFORCE and leave-one-out baselines, from rewards of sampled completions",
         reward_argument="reward_funcs",
     ),
@@ -97,6 +106,7 @@ _METHODS = (
         name="ppo",
         config="trl_fast.trainers.ppo.config:PPOConfig",
         trainer="trl_fast.trainers.ppo.trainer:PPOTrainer",
+        step="trl_fast.trainers.ppo.step:ppo_step",
         help="train with Proximal Policy Optimization, from a reward model and with a value model",
         reward_argument="reward_model",
         trl_packages=("trl.trainer", "trl.experimental.ppo"),
