@@ -24,6 +24,7 @@ from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused
 from trl_fast.ops.head.row_kernels import finish_scores, new_state
 from trl_fast.ops.token_scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
+from trl_fast.settings.batch_layouts import PACKED, PADDED, SHARED_PREFIX
 
 from .ceilings import Size
 from .float64_cases import HeadProblem, Tensors, head_cases, loss_cases
@@ -210,19 +211,19 @@ def check_layouts(device: torch.device) -> Iterator[Checked]:
     pairs = some_pairs()
     for dtype in (torch.float32, torch.bfloat16):
         model, name = random_model(device, dtype), str(dtype).removeprefix("torch.")
-        padded = score_and_gradient(model, "padded", device, pairs)
+        padded = score_and_gradient(model, PADDED, device, pairs)
         use_segment_attention(model)
         changes = {"as it is": lambda: None, "tiled MLPs": lambda model=model: tile_mlps(model, 128)}
         for change, apply in changes.items():
             apply()
-            for layout in ("packed", "shared_prefix"):
+            for layout in (PACKED, SHARED_PREFIX):
                 got = score_and_gradient(model, layout, device, pairs)
                 for what, exact in padded.items():
                     error = relative_error(got[what], exact)
                     yield Checked(f"{what} in {layout}, {change}, {name}", error, TOLERANCE[dtype])
-        kept = score_and_gradient(model, "shared_prefix", device, pairs)
+        kept = score_and_gradient(model, SHARED_PREFIX, device, pairs)
         offload_activations(model)
-        offloaded = score_and_gradient(model, "shared_prefix", device, pairs)
+        offloaded = score_and_gradient(model, SHARED_PREFIX, device, pairs)
         for what, exact in kept.items():
             yield Checked(f"{what}, activations offloaded, {name}", relative_error(offloaded[what], exact), 0.0)
 

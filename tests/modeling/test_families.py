@@ -11,9 +11,10 @@ from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import Tree, pack_trees
 from trl_fast.modeling import tree_attention
+from trl_fast.modeling.layouts import supports_packed, supports_sharing
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.scoring import attach_scoring, score
-from trl_fast.modeling.segment_attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling.segment_attention import use_segment_attention
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {

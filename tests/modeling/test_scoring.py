@@ -11,8 +11,9 @@ from support.models import FAMILIES, tiny_model
 from trl_fast.data import pack_trees
 from trl_fast.modeling import scoring as scoring_module
 from trl_fast.modeling.loading import base_model
-from trl_fast.modeling.scoring import attach_scoring, score, verify
+from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, segment_attention, use_segment_attention
+from trl_fast.modeling.verification import verify
 
 OUTPUTS = ("logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

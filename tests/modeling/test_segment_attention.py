@@ -1,4 +1,4 @@
-"""Segment attention against a dense mask in float64, and which models may use it."""
+"""Segment attention against a dense mask in float64, and how models are switched to it."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from trl_fast.modeling.segment_attention import (
     EAGER_SEGMENT_ATTENTION,
     SEGMENT_ATTENTION,
     segment_attention,
-    supports_packed,
     use_segment_attention,
 )
 
@@ -37,34 +36,6 @@ def test_against_a_dense_mask(lengths, key_heads):
     theirs = torch.autograd.grad((expected * weights).sum(), (query, key, value))
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted.to(got.dtype), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "family, changes, max_length, reason",
-    [
-        ("llama", {}, 1024, None),
-        ("mistral", {"sliding_window": 64}, 1024, "sliding window of 64"),
-        ("mistral", {"sliding_window": 64}, 64, None),
-        ("mistral", {"sliding_window": 64}, None, "sliding window of 64"),
-        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, 1024, None),
-        ("gemma2", {"sliding_window": 2048}, 1024, None),
-        ("bloom", {}, 1024, "AttentionInterface"),
-        ("mamba", {}, 1024, "carries a state"),
-        ("gpt2", {}, 1024, None),
-    ],
-)
-def test_which_models_run_packed(family, changes, max_length, reason):
-    ok, why = supports_packed(tiny_model(family, **changes), max_length)
-    assert ok == (reason is None), why
-    if reason:
-        assert reason in why
-
-
-def test_a_chosen_attention_is_respected():
-    model = tiny_model("llama")
-    model.config._attn_implementation = "flash_attention_2"
-    ok, why = supports_packed(model, 1024)
-    assert not ok and "flash_attention_2" in why
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from trl_fast.planning.model_shapes import SHAPES, model_config
 from trl_fast.planning.peak_estimates import head_workspace, longest_context, whole_layers
 from trl_fast.planning.report import peak_table, rows_table, save_plot, setup_line, stages_table, tokens
 from trl_fast.planning.simulated_step import simulate
-from trl_fast.planning.training_setup import DEVICES, DTYPES, LAYOUTS, METHODS, TrainingSetup
+from trl_fast.planning.training_setup import DEVICES, DTYPES, METHODS, TrainingSetup
+from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
 from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS, BaseConfig
 
 from .parser import TrlParser
@@ -62,7 +63,7 @@ class PlanArguments:
     tiled_mlp: str | None = field(
         default=None, metadata={"help": "Compute MLPs in tiles of so many tokens; true: 4096."}
     )
-    batch_layout: str = field(default="auto", metadata={"help": "Layout of a batch.", "choices": list(LAYOUTS)})
+    batch_layout: str = field(default="auto", metadata={"help": "Layout of a batch.", "choices": list(LAYOUT_CHOICES)})
     head_grad: str = field(default="exact", metadata={"help": "Gradient of the head.", "choices": list(HEAD_GRADS)})
     head_workspace_bytes: int | None = field(
         default=None, metadata={"help": "Limit of the memory that grows with tokens times vocabulary; default 1 GiB."}

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
+
 from .device_transfer import copy_to_device
 from .token_trees import Tree, truncate_tree
 
-LAYOUTS = ("shared_prefix", "packed", "padded")
+LAYOUTS = tuple(BATCH_LAYOUTS)
 # A shorter prompt is cheaper to compute once more than to attend to apart.
 MIN_SHARED_TOKENS = 16
 
@@ -138,7 +140,7 @@ def pack_trees(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
-    if layout != "padded" and pad_to_multiple_of is not None:
+    if pad_to_multiple_of is not None and not BATCH_LAYOUTS[layout].pads:
         raise ValueError(
             f"pad_to_multiple_of={pad_to_multiple_of} has no meaning in the {layout} layout, which pads nothing; "
             "leave it None or use the padded layout."
@@ -147,15 +149,15 @@ def pack_trees(
     groups = [[(tree.prompt_ids, branch) for tree in parts for branch in tree.branches] for parts in cut]
     sequences = [sequence for group in groups for sequence in group]
     lengths = [len(prompt_ids) + len(branch) for prompt_ids, branch in sequences]
-    if layout == "shared_prefix":
+    if BATCH_LAYOUTS[layout].shares_prompts:
         inputs, places = _shared_inputs([tree for parts in cut for tree in parts])
-    elif layout == "packed":
-        places = _whole_places([0, *accumulate(lengths)], sequences)
-        inputs = _packed_inputs(sequences, lengths)
-    else:
+    elif BATCH_LAYOUTS[layout].pads:
         width = _round_up(max(lengths, default=0), pad_to_multiple_of)
         places = _whole_places([index * width for index in range(len(lengths))], sequences)
         inputs = _padded_inputs(sequences, lengths, width, pad_token_id)
+    else:
+        places = _whole_places([0, *accumulate(lengths)], sequences)
+        inputs = _packed_inputs(sequences, lengths)
     sizes = tuple(sum(len(completion[_first_scored(prompt) :]) for prompt, completion in group) for group in groups)
     return TokenBatch(**inputs, **_scored_tokens(sequences, places), num_tokens=sum(lengths), group_sizes=sizes)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 
+from trl_fast.settings.batch_layouts import PADDED
 from trl_fast.settings.choices import TRUNCATION_MODES
 
 from .dataset_types import AnyDataset, map_options
@@ -118,7 +119,7 @@ class TreeCollator:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
-    layout: str = "padded"
+    layout: str = PADDED
 
     def pack(self, examples: list[dict[str, Any]], *columns: str) -> TokenBatch:
         """Packs the rows' prompts with the completions of the columns; a row's sequences are in their order."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 
+from trl_fast.settings.batch_layouts import PADDED
+
 from .dataset_types import AnyDataset, map_options
 from .packing import TokenBatch, pack_trees
 from .row_checks import check_margin, check_preference_columns, check_preference_row
@@ -181,7 +183,7 @@ class RewardCollator:
     """Collates rows with `chosen_ids`, `rejected_ids` and maybe `margin` into a `TokenBatch` (see `reward_batch`)."""
 
     pad_token_id: int
-    layout: str = "padded"
+    layout: str = PADDED
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED, layouts_for
+
 from .packing import TokenBatch
 
 IGNORED = -100
@@ -83,14 +85,15 @@ def pack_labelled(
 
     Raises ValueError for an unknown layout, and where a sequence has more or fewer labels than tokens.
     """
-    if layout not in ("packed", "padded"):
-        raise ValueError(f"layout={layout!r} is unknown; expected one of packed, padded.")
+    known = layouts_for(shares_prompts=False)
+    if layout not in known:
+        raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(known)}.")
     for index, (ids, labels) in enumerate(sequences):
         if len(ids) != len(labels):
             raise ValueError(f"Sequence {index} of the batch has {len(ids)} tokens and {len(labels)} labels.")
     input_ids = [_int64(ids) for ids, _ in sequences]
     targets = [_int64(labels) for _, labels in sequences]
-    if layout == "padded":
+    if BATCH_LAYOUTS[layout].pads:
         mask = [torch.ones_like(ids) for ids in input_ids]
         return labelled_batch(
             pad(input_ids, pad_token_id, pad_to_multiple_of),
@@ -150,7 +153,7 @@ class LabelledCollator:
     """
 
     pad_token_id: int
-    layout: str = "padded"
+    layout: str = PADDED
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
@@ -185,7 +188,7 @@ class ConvertingCollator:
                 "'attention_mask' and 'position_ids'."
             )
         converted = labelled_batch(**{name: batch[name] for name in batch if name in known})
-        if converted.sequence_lengths is not None and self.layout != "packed":
+        if converted.sequence_lengths is not None and BATCH_LAYOUTS[self.layout].pads:
             raise ValueError(
                 "data_collator returned rows without padding, but this model cannot keep their sequences apart; use "
                 "a collator that pads."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -13,8 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_fast.data.device_transfer import copy_to_device
-from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch, pack_trees
-from trl_fast.data.token_trees import Tree
+from trl_fast.data.packing import TokenBatch
 from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
 from trl_fast.ops.linear_token_loss import TokenLoss
 from trl_fast.ops.token_scores import detached
@@ -24,8 +24,7 @@ from .loading import backbone, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .upcast_linear_layers import upcast_linear_layers
 
-# How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,16 @@ def attach_scoring(model: PreTrainedModel) -> None:
         return _score_hidden(self, scoring, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
+
+
+def give_up_fused_head(model: PreTrainedModel, error: float) -> None:
+    """Lets a model be scored by its own logits from now on, and says so; error: the fused head's, in nats a token."""
+    logger.warning(
+        f"{type(model).__name__}: the fused head's log-probs differ from the model's own by up to "
+        f"{error:.3g} nats, so its logits are transformed in a way that its config does not "
+        "tell. Training goes on with the model's own logits, which is slower and takes more memory."
+    )
+    model.trl_fast_fused_head = False
 
 
 def _score_hidden(
@@ -237,48 +246,3 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What `verify` found: the largest differences in nats a token; infinite where a run failed."""
-
-    fused_error: float
-    packed_error: float
-    tolerance: float
-
-    @property
-    def fused_ok(self) -> bool:
-        return self.fused_error <= self.tolerance
-
-    @property
-    def packed_ok(self) -> bool:
-        return self.packed_error <= self.tolerance
-
-
-def verify(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
-    """Compares our scores of a few short sequences with the model's own logits; in a row of `layout` too, unless None.
-
-    TRL trusts the config to tell what a head does to its logits; a model with a transform that nobody knew is then
-    silently trained on another policy. The same goes for architectures that mix the sequences of a row.
-    """
-    device = model.get_input_embeddings().weight.device
-    trees = [Tree(ids[:1], [ids[1:]]) for ids in sequences]
-    if layout == "shared_prefix":
-        trees = [Tree((ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS], [ids, ids[::-1]]) for ids in sequences]
-    alone = [pack_trees([tree], "padded", 0).to(device) for tree in trees]
-    with evaluating(model):
-        own = torch.cat([_own_logprobs(model, batch) for batch in alone])
-        fused = torch.cat([score(model, batch).tokens.logprobs for batch in alone])
-        fused_error = (fused - own).abs().max().item()
-        packed_error = float("inf")
-        if layout is not None:
-            together = score(model, pack_trees(trees, layout, 0).to(device)).tokens.logprobs
-            packed_error = (together - fused).abs().max().item()
-    return Verdict(fused_error, packed_error, TOLERANCE.get(model.dtype, 2e-3))
-
-
-def _own_logprobs(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
-    # The rows of one tree are of one length here, so nothing is padded.
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits.float().flatten(0, 1)
-    return logits[batch.score_positions].log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)

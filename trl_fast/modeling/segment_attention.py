@@ -16,13 +16,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
+from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
+
 from .tree_attention import TreeLengths, flash_serves, tree_attention
 
 SEGMENT_ATTENTION = "trl_fast_segments"
 EAGER_SEGMENT_ATTENTION = "trl_fast_segments_eager"
 # The keyword that carries the lengths.
 LENGTHS_KEYWORD = "tree_lengths"
-_REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION)
+REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION)
 
 
 def segment_attention(
@@ -91,7 +93,7 @@ def _attend_within_trees(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     shares = any(len(tree) > 1 for tree in tree_lengths)
     if dropout and (shares or softcap):
-        layout, other = ("shared_prefix", "packed") if shares and not softcap else ("auto", "padded")
+        layout, other = (SHARED_PREFIX, PACKED) if shares and not softcap else (AUTO, PADDED)
         raise ValueError(
             f"batch_layout={layout!r} cannot be used with an attention dropout of {dropout}; use {other!r}"
         )
@@ -130,50 +132,6 @@ def row_inputs(tree_lengths: tuple[TreeLengths, ...], like: torch.Tensor) -> Map
     position ids that restart and build a dense T x T mask.
     """
     return {LENGTHS_KEYWORD: tree_lengths, "attention_mask": torch.zeros(1, 1, 1, 1, device=like.device)}
-
-
-def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[bool, str]:
-    """Whether a model's architecture can run packed rows through `segment_attention`, and why not.
-
-    This reads declarations; `verify` in scoring.py then compares numbers, for what no declaration tells.
-    """
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    if getattr(model.config, "vision_config", None) is not None:
-        return False, f"{name} reads images, whose positions and masks no row of text has"
-    if getattr(model, "_is_stateful", False):
-        return False, f"{name} carries a state from token to token, which would run on from one sequence to the next"
-    kinds = set(getattr(config, "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention", "attention"}
-    if other:
-        return False, f"{name} has layers of other kinds than attention: {sorted(other)}"
-    if getattr(config, "alibi", False):
-        return False, f"{name} has ALiBi position biases"
-    if any(parameter.endswith(".sinks") for parameter, _ in model.named_parameters()):
-        return False, f"{name} has attention sinks, which flash kernels lack"
-    # Of the models that SDPA does not serve, those that cap their scores are served by PlainRowAttention.
-    served = getattr(model, "_supports_sdpa", False) or hasattr(config, "attn_logit_softcapping")
-    if not (getattr(model, "_supports_attention_backend", False) and served):
-        return False, f"{name} does not take its attention function from transformers' AttentionInterface"
-    if config._attn_implementation not in _REPLACEABLE:
-        return False, f"attn_implementation={config._attn_implementation!r} was chosen, which takes no segments"
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in kinds if kinds else bool(window) and getattr(config, "use_sliding_window", True)
-    if slides and window and (max_length is None or window < max_length):
-        return False, f"{name} has a sliding window of {window} tokens, shorter than max_length={max_length}"
-    return True, "every layer is full attention"
-
-
-def supports_sharing(model: PreTrainedModel, *, without_dropout: bool) -> tuple[bool, str]:
-    """Whether branches can share a prompt's keys in a model that runs packed rows, and why not.
-
-    without_dropout: whether dropout is switched off for training.
-    """
-    config = model.config.get_text_config()
-    dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
-    if dropout and not without_dropout:
-        return False, f"{type(model).__name__} has an attention dropout of {dropout}, which flash kernels lack"
-    return True, "a prompt's keys serve all its branches"
 
 
 def _sdpa_serves(model: PreTrainedModel) -> bool:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from trl_fast.data import TokenBatch
 from trl_fast.losses.reward import reward_loss
+from trl_fast.modeling.classifier_head import rewards
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference_policy import reference_scope
-from trl_fast.modeling.reward_scoring import rewards
 
 from .memory_timeline import FORWARD_STAGE, HEAD_STAGE
 from .memory_tracker import MemoryTracker

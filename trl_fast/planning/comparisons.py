@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_fast.settings.batch_layouts import layouts_for
+
 from .memory_sizes import gib
 from .memory_timeline import Peak
 from .peak_estimates import Longest, estimate, longest_context
@@ -49,7 +51,7 @@ def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, Training
     if tiled is not None and not setup.activation_offloading:
         changes.append({"tiled_mlp": tiled, "activation_offloading": True})
     changes.append(_LORA if setup.lora_r is None else {"lora_r": None})
-    layouts = ("packed", "padded") if setup.method == "sft" else ("shared_prefix", "packed", "padded")
+    layouts = layouts_for(shares_prompts=setup.method != "sft")
     changes += [{"batch_layout": name} for name in layouts if name != setup.batch_layout]
     if setup.method != "reward":
         # The sparse gradient is for a CPU only.

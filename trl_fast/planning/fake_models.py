@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.checkpointing import enable_checkpointing
+from trl_fast.modeling.classifier_head import attach_classifier_head
+from trl_fast.modeling.layouts import REWARDS, TOKEN_SCORES, LayoutRequest, declared_layout
 from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout
-from trl_fast.modeling.reward_scoring import attach_reward_scoring, can_pack_rewards
 from trl_fast.modeling.scoring import attach_scoring
-from trl_fast.modeling.segment_attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops.device import simulated_device
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 
 from .gpu_facts import PADDED_ATTENTION, planned_facts
 from .training_setup import OURS, TrainingSetup
@@ -43,7 +45,7 @@ def meta_model(setup: TrainingSetup, layers: int | None = None) -> PreTrainedMod
         raise ValueError(
             f"method={setup.method!r}: transformers has no {auto.__name__} of model type {config.model_type!r}"
         ) from error
-    (attach_reward_scoring if reward else attach_scoring)(model)
+    (attach_classifier_head if reward else attach_scoring)(model)
     if not reward:
         model.trl_fast_fused_head = setup.fused_head
     return model.train()
@@ -78,7 +80,7 @@ def planned_model(
 
 def prepare(model: PreTrainedModel, setup: TrainingSetup, layout: str) -> PreTrainedModel | PeftModel:
     """Adapter, checkpointing, dropout and attention, as the trainers set them up."""
-    if layout == "padded":
+    if BATCH_LAYOUTS[layout].pads:
         model.set_attn_implementation(PADDED_ATTENTION)
     else:
         use_segment_attention(model)
@@ -147,23 +149,12 @@ def layers_are_alike(model: PreTrainedModel) -> bool:
 
 
 def choose_layout(model: PreTrainedModel, setup: TrainingSetup, max_length: int) -> str:
-    """The layout that the trainers choose by what the architecture declares.
+    """Returns the layout that the trainers choose by what the architecture declares.
 
     Raises:
         ValueError: the batch_layout that was asked for cannot be.
     """
-    if setup.system != OURS or setup.batch_layout == "padded":
-        return "padded"
-    packs, reason = (can_pack_rewards if setup.method == "reward" else supports_packed)(model, max_length)
-    shares, why_not = supports_sharing(model, without_dropout=True) if packs else (False, reason)
-    if setup.method == "sft":
-        shares, why_not = False, "sft has no prompts that several completions share"
-    if setup.batch_layout in ("auto", "shared_prefix") and shares:
-        return "shared_prefix"
-    if setup.batch_layout in ("auto", "packed") and packs:
-        return "packed"
-    if setup.batch_layout == "auto":
-        return "padded"
-    raise ValueError(
-        f"batch_layout={setup.batch_layout!r} cannot be used: {why_not if packs else reason}; use 'auto' or 'padded'"
-    )
+    if setup.system != OURS:
+        return PADDED
+    request = LayoutRequest(setup.batch_layout, setup.method, setup.method != "sft", max_length)
+    return declared_layout(model, request, REWARDS if setup.method == "reward" else TOKEN_SCORES)

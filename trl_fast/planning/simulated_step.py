@@ -14,9 +14,9 @@ from trl_fast.data import TokenBatch
 from trl_fast.losses.dpo import DPOLossConfig, PreferenceTable, dpo_loss
 from trl_fast.losses.reward import reward_loss
 from trl_fast.losses.sft import OUTPUTS, nll_loss
+from trl_fast.modeling.classifier_head import rewards
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference_policy import freeze, reference_scope
-from trl_fast.modeling.reward_scoring import rewards
 from trl_fast.modeling.scoring import ModelScores, score
 from trl_fast.ops.device import simulated_device
 

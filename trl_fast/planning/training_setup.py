@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from trl_fast.modeling.selective_checkpointing import DEFAULT_BUDGET_BYTES
 from trl_fast.ops.linear_logprob import DEFAULT_SPARSE_THRESHOLD, check_head_grad
+from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
 from trl_fast.settings.ranges import check_ranges
 from trl_fast.trainers.base.config import activation_budget
 
@@ -17,7 +18,6 @@ DTYPES = ("bfloat16", "float32")
 DEVICES = ("gpu", "cpu")
 # Whose step: ours, TRL 1.16's, or the usual one before fused heads, with the logits of a whole batch.
 OURS, TRL, FULL_LOGITS = "trl_fast", "TRL", "full logits"
-LAYOUTS = ("auto", "shared_prefix", "packed", "padded")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class TrainingSetup:
     device: str = "gpu"
 
     def __post_init__(self) -> None:
-        choices = {"method": METHODS, "dtype": DTYPES, "device": DEVICES, "batch_layout": LAYOUTS}
+        choices = {"method": METHODS, "dtype": DTYPES, "device": DEVICES, "batch_layout": LAYOUT_CHOICES}
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from trl_fast.modeling.classifier_head import attach_classifier_head, end_batch, read_head
+from trl_fast.modeling.layouts import LayoutRequest, choose_layout_or_pad
 from trl_fast.modeling.loading import base_model
-from trl_fast.modeling.reward_scoring import attach_reward_scoring
 from trl_fast.modeling.scoring import evaluating
-from trl_fast.modeling.value_scoring import choose_classifier_layout, end_batch, read_head
 
 from .samples import Samples
 
@@ -30,9 +30,9 @@ class TokenRewardModel:
         inner = base_model(model)
         self.__name__ = inner.config._name_or_path.rstrip("/").split("/")[-1] or type(inner).__name__
         inner.config.get_text_config().pad_token_id = pad_token_id
-        attach_reward_scoring(inner)
+        attach_classifier_head(inner)
         self.model, self.pad_token_id, self.batch_size = model, pad_token_id, batch_size
-        self.layout = choose_classifier_layout(inner, layout, sequences, without_dropout=True)
+        self.layout = choose_layout_or_pad(inner, LayoutRequest(layout), sequences)
 
     def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float]:
         """A reward for each completion."""

@@ -13,6 +13,7 @@ from trl_fast.data import TOKEN_COLUMNS, AnyDataset, DataCollatorForPreference, 
 from trl_fast.data.preference import REFERENCE_COLUMNS
 from trl_fast.losses.dpo import DPOLossConfig, PreferenceTable, dpo_loss, dpo_metrics
 from trl_fast.modeling.scoring import score
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .base.preference import PreferenceTrainer, padded_rows
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
@@ -99,7 +100,7 @@ class DPOTrainer(PreferenceTrainer):
             pad_token_id=pad_token_id,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of if layout == "padded" else None,
+            pad_to_multiple_of=BATCH_LAYOUTS[layout].padding_multiple(args.pad_to_multiple_of),
             layout=layout,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trl_fast.settings.batch_layouts import PACKED, PADDED
 from trl_fast.settings.choices import TRUNCATION_MODES, check_choice
 from trl_fast.settings.older_names import deprecated, older_name
 
@@ -77,9 +78,9 @@ class DPOConfig(PreferenceConfig):
                 type(self).__name__, "truncation_mode='keep_end'", "it works; 'keep_start' is the present default."
             )
         if self.padding_free:
-            if self.batch_layout == "padded":
+            if self.batch_layout == PADDED:
                 raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
-            self.batch_layout = "packed"
+            self.batch_layout = PACKED
 
     def loss_config(self) -> DPOLossConfig:
         """Returns the part of the arguments that the loss reads.

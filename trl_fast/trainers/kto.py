@@ -27,6 +27,7 @@ from trl_fast.data.unpaired_preference import (
 from trl_fast.losses.kto import KTOLossConfig, KTOTable, count_losses, kl_estimate, kto_loss_sum, kto_metrics
 from trl_fast.modeling.scoring import ModelScores, score
 from trl_fast.ops import TokenScores
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .base.metric_buffer import MetricBuffer
 from .base.preference import PreferenceTrainer, padded_rows
@@ -220,7 +221,7 @@ class KTOTrainer(PreferenceTrainer):
             pad_token_id=pad_token_id,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of if layout == "padded" else None,
+            pad_to_multiple_of=BATCH_LAYOUTS[layout].padding_multiple(args.pad_to_multiple_of),
             layout=layout,
         )
 

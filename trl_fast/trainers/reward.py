@@ -21,15 +21,10 @@ from trl_fast.data.reward_modeling import (
 )
 from trl_fast.losses.reward import reward_loss, reward_metrics
 from trl_fast.modeling.chat_template import with_trained_tokens
+from trl_fast.modeling.classifier_head import HEAD, attach_classifier_head, rewards
+from trl_fast.modeling.layouts import REWARDS
 from trl_fast.modeling.loading import base_model, load_reward_model
-from trl_fast.modeling.reward_scoring import (
-    HEAD,
-    attach_reward_scoring,
-    can_pack_rewards,
-    rewards,
-    verify_rewards,
-)
-from trl_fast.modeling.scoring import Verdict
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .base.step import StepResult
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
@@ -51,7 +46,7 @@ def reward_step(
     """Computes the loss of one micro-batch of pairs and its metrics.
 
     Args:
-        model: the reward model, with `attach_reward_scoring`; it may be wrapped since.
+        model: the reward model, with `attach_classifier_head`; it may be wrapped since.
         batch: P pairs with their margins, if they have any, from `data.reward_modeling.reward_batch`.
         center_rewards_coefficient: as in `reward_loss`.
         gather: from the rewards (2P,) of this process to those of all.
@@ -89,7 +84,8 @@ class RewardTrainer(BaseTrainer):
     shares_prompts = True
     signature_columns = (*SEQUENCE_COLUMNS, MARGIN)
     load_model = staticmethod(load_reward_model)
-    attach = staticmethod(attach_reward_scoring)
+    attach = staticmethod(attach_classifier_head)
+    readout = REWARDS
 
     def __init__(
         self,
@@ -182,14 +178,6 @@ class RewardTrainer(BaseTrainer):
             )
         return model
 
-    def can_pack(self, model: PreTrainedModel, args: RewardConfig) -> tuple[bool, str]:
-        """Whether a model is declared to be able to run packed rows, and why not."""
-        return can_pack_rewards(model, args.max_length)
-
-    def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
-        """How far rewards of packed sequences are from the model's own."""
-        return verify_rewards(model, sequences, layout=layout)
-
     # ---- data
 
     def prepare_dataset(
@@ -203,7 +191,7 @@ class RewardTrainer(BaseTrainer):
     def _collator(given: Callable | None, layout: str, pad_token_id: int, args: RewardConfig) -> Callable:
         if given is not None:
             return ConvertingRewardCollator(given, pad_token_id, layout)
-        multiple = args.pad_to_multiple_of if layout == "padded" else None
+        multiple = BATCH_LAYOUTS[layout].padding_multiple(args.pad_to_multiple_of)
         return RewardCollator(pad_token_id, layout, multiple)
 
     # ---- the loss

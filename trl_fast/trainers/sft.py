@@ -27,6 +27,7 @@ from trl_fast.losses.sft import OUTPUTS, TOKEN_LOSSES, token_metrics
 from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs, score
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .base.model_setup import router_coefficient
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
@@ -249,7 +250,9 @@ class SFTTrainer(BaseTrainer):
         self, given: Callable | None, layout: str, processing_class: PreTrainedTokenizerBase, args: SFTConfig
     ) -> Callable:
         if given is None:
-            multiple = args.pad_to_multiple_of if layout == "padded" or self.padding_free else None
+            multiple = args.pad_to_multiple_of
+            if not self.padding_free:
+                multiple = BATCH_LAYOUTS[layout].padding_multiple(multiple)
             return LabelledCollator(processing_class.pad_token_id, layout, multiple)
         if args.packing and args.packing_strategy != "wrapped":
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trl_fast.settings.batch_layouts import PACKED, PADDED
 from trl_fast.settings.choices import PACKING_STRATEGIES, TRUNCATION_MODES, Choices, check_choice
 from trl_fast.settings.older_names import deprecated, older_name
 
@@ -96,9 +97,9 @@ class SFTConfig(BaseConfig):
         check_choice(self, "packing_strategy")
         self.row_length(self.packing or bool(self.eval_packing))
         if self.padding_free:
-            if self.batch_layout == "padded":
+            if self.batch_layout == PADDED:
                 raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
-            self.batch_layout = "packed"
+            self.batch_layout = PACKED
 
     def _translate_older_values(self) -> None:
         from trl_fast.data.dataset_packing import OLDER_STRATEGIES

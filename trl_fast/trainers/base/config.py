@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
 from trl_fast.settings.choices import Choices, check_choice
 from trl_fast.settings.older_names import OlderName, deprecated, older_name
 from trl_fast.settings.ranges import check_ranges
@@ -19,9 +20,6 @@ from trl_fast.settings.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-# Layouts of one row without padding, best first.
-ROW_LAYOUTS = ("shared_prefix", "packed")
-BATCH_LAYOUTS = ("auto", *ROW_LAYOUTS, "padded")
 # Fields of TRL's configs that have another default here.
 OTHER_DEFAULTS = frozenset({"logging_nan_inf_filter"})
 # tiled_mlp=True: enough tokens for a GPU's matrix products to be at full speed.
@@ -138,7 +136,7 @@ class BaseConfig(TrainingArguments):
         metadata={
             "help": "shared_prefix: one row without padding, each prompt once; packed: one row without padding; "
             "padded: a row a sequence; auto: the first of these that the model allows.",
-            "choices": list(BATCH_LAYOUTS),
+            "choices": list(LAYOUT_CHOICES),
         },
     )
     head_backend: str | None = field(

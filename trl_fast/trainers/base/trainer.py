@@ -13,15 +13,15 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from trl_fast.data import AnyDataset, TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
+from trl_fast.modeling.layouts import TOKEN_SCORES, LayoutRequest, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
 from trl_fast.modeling.position_limits import check_positions
-from trl_fast.modeling.scoring import ModelScores, Verdict, attach_scoring, score, verify
-from trl_fast.modeling.segment_attention import supports_packed, supports_sharing, use_segment_attention
+from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops.validation import NotFiniteError
 
 from .callbacks import EpochAnnouncer, TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
-from .config import ROW_LAYOUTS, BaseConfig
+from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
 from .metric_buffer import MetricBuffer
@@ -32,8 +32,6 @@ from .stream_loader import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)
-
-_PROBE_TOKENS = 12
 
 
 class BaseTrainer(Trainer):
@@ -50,6 +48,7 @@ class BaseTrainer(Trainer):
     # How a model comes from a name, and what its forward is taught: see `modeling.scoring`.
     load_model: ClassVar[Callable[..., PreTrainedModel]] = staticmethod(load_causal_lm)
     attach: ClassVar[Callable[[PreTrainedModel], None]] = staticmethod(attach_scoring)
+    readout: ClassVar[Readout] = TOKEN_SCORES
     # The trainer divides the loss by the accumulation steps itself; a loss that does it says otherwise.
     loss_is_scaled_for_ga = False
     router_aux_loss_coef = 0.0
@@ -113,62 +112,10 @@ class BaseTrainer(Trainer):
         return model
 
     def choose_layout(self, model: PreTrainedModel, args: BaseConfig, sequences: list[list[int]]) -> str:
-        """The best batch layout for a model, tried out on short sequences; and whether the fused head may be used.
-
-        Raises:
-            ValueError: the batch_layout that was asked for cannot be.
-        """
-        asked, refused = args.batch_layout, {}
-        before = model.config.get_text_config()._attn_implementation
-        probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
-        verdict = None
-        for layout in ROW_LAYOUTS:
-            possible, refused[layout] = self.can_run(model, args, layout)
-            if not possible or asked not in ("auto", layout):
-                continue
-            use_segment_attention(model)
-            verdict = self.try_out(model, probes, layout=layout)
-            if verdict.packed_ok:
-                break
-            refused[layout] = f"its {layout} scores differ from the single ones by {verdict.packed_error:.3g}"
-            model.set_attn_implementation(before or "sdpa")
-        else:
-            layout = "padded"
-        verdict = verdict or self.try_out(model, probes, layout=None)
-        if not verdict.fused_ok:
-            self._give_up_fused_head(model, verdict)
-        if asked not in ("auto", layout):
-            raise ValueError(f"batch_layout={asked!r} cannot be used: {refused[asked]}; use 'auto' or 'padded'")
-        better = ROW_LAYOUTS[0 if self.shares_prompts else 1]
-        if asked == "auto" and layout != better:
-            logger.warning(f"batch_layout: using {layout!r}, because {refused[better]}.")
-        return layout
-
-    @staticmethod
-    def _give_up_fused_head(model: PreTrainedModel, verdict: Verdict) -> None:
-        logger.warning(
-            f"{type(model).__name__}: the fused head's log-probs differ from the model's own by up to "
-            f"{verdict.fused_error:.3g} nats, so its logits are transformed in a way that its config does not "
-            "tell. Training goes on with the model's own logits, which is slower and takes more memory."
-        )
-        model.trl_fast_fused_head = False
-
-    def can_run(self, model: PreTrainedModel, args: BaseConfig, layout: str) -> tuple[bool, str]:
-        """Whether a model is declared to be able to run rows of a layout, and why not."""
-        possible, reason = self.can_pack(model, args)
-        if not possible or layout == "packed":
-            return possible, reason
-        if not self.shares_prompts:
-            return False, f"{self.method} has no prompts that several completions share"
-        return supports_sharing(model, without_dropout=args.disable_dropout)
-
-    def can_pack(self, model: PreTrainedModel, args: BaseConfig) -> tuple[bool, str]:
-        """Whether a model is declared to be able to run packed rows, and why not."""
-        return supports_packed(model, args.max_length)
-
-    def try_out(self, model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
-        """How far our scores of a few sequences are from the model's own, alone and in a row of `layout`."""
-        return verify(model, sequences, layout=layout)
+        """The best batch layout for a model; see `modeling.layouts.choose_layout`."""
+        lengths = args.max_length, args.disable_dropout
+        request = LayoutRequest(args.batch_layout, self.method, self.shares_prompts, *lengths)
+        return choose_layout(model, request, sequences, self.readout)
 
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""

@@ -11,6 +11,7 @@ from trl_fast.data import TokenBatch
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.losses.policy_gradient import PolicyTable
 from trl_fast.rollout.samples import TOKEN_FIELDS, Samples
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 
 @dataclass
@@ -42,7 +43,7 @@ class UpdateMaker:
 
     def token_batch(self, samples: Samples) -> TokenBatch:
         """The batch that scores every completion token of the samples."""
-        multiple = self.pad_to_multiple_of if self.layout == "padded" else None
+        multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
         return samples.batch(self.layout, self.pad_token_id, multiple).to(self.device)
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.ops import TokenScores
 from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, TransformersEngine, end_token_ids
 from trl_fast.rollout.samples import Samples
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from ..base.metric_buffer import MetricBuffer
 from ..base.reference import ReferenceTrainer
@@ -217,7 +218,7 @@ class OnlineTrainer(Rollouts, PromptLoaders, GenerationMetrics, ReferenceTrainer
         """
         order = torch.randperm(len(samples)).tolist()
         free = self.args.is_on_policy and self.order_is_free
-        if free and self.args.keep_groups_together and self.updates.layout == "shared_prefix":
+        if free and self.args.keep_groups_together and BATCH_LAYOUTS[self.updates.layout].shares_prompts:
             order = samples.grouped(order)
         size = len(samples) // self.args.steps_per_generation
         return [samples.select(order[start : start + size]) for start in range(0, len(samples), size)]

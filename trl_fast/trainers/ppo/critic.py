@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch
 from trl_fast.modeling.checkpointing import enable_checkpointing
+from trl_fast.modeling.classifier_head import attach_classifier_head, read_head, state_batch
+from trl_fast.modeling.layouts import LayoutRequest, choose_layout_or_pad
 from trl_fast.modeling.loading import base_model, is_quantized, load_reward_model
 from trl_fast.modeling.reference_policy import freeze
-from trl_fast.modeling.reward_scoring import attach_reward_scoring
-from trl_fast.modeling.value_scoring import check_classifier, choose_classifier_layout, read_head, state_batch
+from trl_fast.modeling.value_model import check_classifier
 from trl_fast.rollout import RewardFunctions
 from trl_fast.rollout.samples import Samples
 from trl_fast.rollout.token_rewards import TokenRewardModel
@@ -98,11 +99,10 @@ class Critic:
         check_classifier(inner, "value_model", len(processing_class))
         self.pad_token_id = processing_class.pad_token_id
         inner.config.get_text_config().pad_token_id = self.pad_token_id
-        attach_reward_scoring(inner)
+        attach_classifier_head(inner)
         set_up_layers(model, args)
-        self.layout = choose_classifier_layout(
-            inner, args.batch_layout, sequences, without_dropout=args.disable_dropout
-        )
+        request = LayoutRequest(args.batch_layout, without_dropout=args.disable_dropout)
+        self.layout = choose_layout_or_pad(inner, request, sequences)
         if args.gradient_checkpointing:
             enable_checkpointing(inner, dict(args.gradient_checkpointing_kwargs or {}) or None)
             if isinstance(model, PeftModel):

@@ -26,7 +26,7 @@ from trl_fast.losses.ppo import (
     ppo_targets,
 )
 from trl_fast.modeling.loading import base_model
-from trl_fast.modeling.value_scoring import make_value_model
+from trl_fast.modeling.value_model import make_value_model
 from trl_fast.rollout import RolloutEngine, TransformersEngine
 
 from ..base.metric_buffer import MetricBuffer

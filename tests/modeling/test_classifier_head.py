@@ -8,9 +8,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from support.models import tiny_classifier
 from trl_fast.data import LAYOUTS, reward_batch
+from trl_fast.modeling.classifier_head import attach_classifier_head, rewards
+from trl_fast.modeling.layouts import supports_packed_rewards
 from trl_fast.modeling.loading import base_model, load_reward_model
-from trl_fast.modeling.reward_scoring import attach_reward_scoring, can_pack_rewards, rewards, verify_rewards
 from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, use_segment_attention
+from trl_fast.modeling.verification import verify_rewards
 
 FAMILIES = {
     "llama": {},
@@ -35,7 +37,7 @@ SEQUENCES = [ids for pair in PAIRS for ids in pair]
 
 def prepared(family, **changes):
     model = tiny_classifier(family, **{**FAMILIES.get(family, {}), **changes})
-    attach_reward_scoring(model)
+    attach_classifier_head(model)
     return model
 
 
@@ -72,7 +74,7 @@ def assert_same_rewards(model, layout):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewards_and_gradients_are_the_models_own(family, layout):
     model = prepared(family)
-    assert can_pack_rewards(model, 64) == (True, "every layer is full attention")
+    assert supports_packed_rewards(model, 64) == (True, "every layer is full attention")
     assert_same_rewards(model, layout)
 
 
@@ -120,7 +122,7 @@ def test_bfloat16_gives_float32_rewards_near_the_float32_ones():
 def test_attaching_twice_and_calling_as_before():
     model = prepared("llama")
     forward = model.forward
-    attach_reward_scoring(model)
+    attach_classifier_head(model)
     assert model.forward == forward
     assert model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([1.0])).loss is not None
 
@@ -148,7 +150,7 @@ def test_verify_sees_sequences_that_attend_to_each_other(layout, monkeypatch):
 
 def test_models_that_read_no_last_token_are_not_packed():
     model = tiny_classifier("bert")
-    possible, reason = can_pack_rewards(model, 64)
+    possible, reason = supports_packed_rewards(model, 64)
     assert not possible and "BertForSequenceClassification has no head 'score'" in reason
     expected = own_rewards(model.eval())
     torch.testing.assert_close(rewards(model, reward_batch(PAIRS, "padded", PAD)), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,112 @@
+"""Reads a classifier's head at chosen tokens of a batch: rewards of sequences, values of states.
+
+The backbone runs on the batch in any layout, the head on the hidden states of the chosen tokens alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from trl_fast.data.packing import TokenBatch
+from trl_fast.data.reward_modeling import REWARD_POSITIONS
+
+from .loading import backbone, unbound_forward
+from .scoring import model_inputs
+from .segment_attention import keep_score_caps
+from .upcast_linear_layers import upcast_linear_layers
+
+# The module that makes a reward of a hidden state, in transformers' classifiers on decoders.
+HEAD = "score"
+
+
+def attach_classifier_head(model: PreTrainedModel) -> None:
+    """Lets `model(..., reward_positions=(S,))` return rewards (S,); without that keyword nothing changes.
+
+    It is the model's forward that is wrapped, so that whatever wraps the model (autocast, DDP, PEFT) stays in the way.
+    Its linear layers get the fastest products that the machine has for their dtype.
+    """
+    if getattr(model, "trl_fast_rewards", False):
+        return
+    upcast_linear_layers(model)
+    keep_score_caps(model)
+    original = unbound_forward(model)
+    model.trl_fast_rewards = True
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: object, reward_positions: torch.Tensor | None = None, **kwargs: object):
+        if reward_positions is None:
+            return original(self, *args, **kwargs)
+        return _rewards_at(self, reward_positions, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def has_classifier_head(model: object) -> bool:
+    """Returns whether a model has a head that reads a single token, as classifiers on decoders have."""
+    return isinstance(getattr(model, HEAD, None), torch.nn.Module)
+
+
+def _rewards_at(
+    model: PreTrainedModel, positions: torch.Tensor, *args: object, labels: None = None, **kwargs: object
+) -> torch.Tensor:
+    hidden = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state
+    return getattr(model, HEAD)(hidden.reshape(-1, hidden.shape[-1])[positions]).squeeze(-1)
+
+
+def rewards(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Computes the rewards (S,) float32 of a batch's sequences.
+
+    `model` had `attach_classifier_head`, and may be wrapped since (PEFT, DDP, autocast); padded rows go through its
+    own forward. The batch comes from `data.reward_modeling.reward_batch`.
+    """
+    if batch.tree_lengths is not None:
+        return read_head(model, batch)
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return output.logits.squeeze(-1).float()
+
+
+def read_head(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Computes the head's numbers (M,) float32 at the tokens that `state_batch` or `end_batch` marked.
+
+    `model` had `attach_classifier_head`, and may be wrapped since (DDP, autocast, PEFT).
+    """
+    return model(**model_inputs(batch), reward_positions=batch[REWARD_POSITIONS]).float()
+
+
+def state_batch(batch: TokenBatch, has_end: torch.Tensor) -> TokenBatch:
+    """Marks a batch to be read at all M states of its S completions (`losses.ppo.States`).
+
+    has_end: (S,) bool, on the CPU. The state before a token is read where that token is predicted, the one after a
+    completion at its last token.
+    """
+    lengths = batch.branch_lengths.tolist()
+    positions = [places[-length - 1 :] for places, length in zip(_positions(batch), lengths, strict=True)]
+    kept = [places if end else places[:-1] for places, end in zip(positions, has_end.tolist(), strict=True)]
+    return _read_at(batch, torch.cat(kept))
+
+
+def end_batch(batch: TokenBatch, pad_token_id: int) -> TokenBatch:
+    """Marks a batch to be read at the last token of each of its S sequences that is not the pad token.
+
+    There transformers reads classifiers, and reward models are trained: where EOS is the pad token, not at EOS.
+    """
+    ids = batch.input_ids.flatten()
+    ends = []
+    for places in _positions(batch):
+        seen = places[ids[places] != pad_token_id]
+        ends.append((seen if len(seen) else places)[-1])
+    return _read_at(batch, torch.stack(ends))
+
+
+def _positions(batch: TokenBatch) -> list[torch.Tensor]:
+    """Returns flat positions (length,) of each sequence's tokens, its prompt included."""
+    return batch.by_sequence(torch.arange(batch.input_ids.numel()).view_as(batch.input_ids))
+
+
+def _read_at(batch: TokenBatch, positions: torch.Tensor) -> TokenBatch:
+    return replace(batch, extras={**batch.extras, REWARD_POSITIONS: positions})

@@ -1,0 +1,208 @@
+"""Chooses a batch layout: what each layout needs of a model and of a method, and which is the best that serves both.
+
+The layouts themselves are listed in `settings.batch_layouts`. What a layout needs follows from how it is described
+there: one row needs attention that keeps its sequences apart, shared prompts need a method that has them. A model's
+declarations are read first, then its numbers are compared on a few short sequences.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from trl_fast.settings.batch_layouts import AUTO, BATCH_LAYOUTS, PADDED, BatchLayout, layouts_for
+
+from .classifier_head import HEAD, has_classifier_head
+from .scoring import give_up_fused_head
+from .segment_attention import REPLACEABLE, use_segment_attention
+from .verification import Verdict, verify, verify_rewards
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class LayoutRequest:
+    """Describes what a method asks of a layout.
+
+    - `asked`: the argument `batch_layout`, "auto" or a layout's name.
+    - `method`: the method's name, for messages.
+    - `shares_prompts`: whether rows hold several completions of one prompt.
+    - `max_length`: tokens of the longest sequence, None where there is no limit.
+    - `without_dropout`: whether dropout is switched off for training.
+    """
+
+    asked: str
+    method: str = ""
+    shares_prompts: bool = True
+    max_length: int | None = None
+    without_dropout: bool = True
+
+
+class Readout(NamedTuple):
+    """Describes what is read of a model: whether it declares to give it of packed rows, and a comparison of numbers.
+
+    - `supports_packed`: from a model and max_length to whether it does, and why not.
+    - `verify`: from a model, sequences and a layout to a Verdict.
+    """
+
+    supports_packed: Callable[[PreTrainedModel, int | None], tuple[bool, str]]
+    verify: Callable[..., Verdict]
+
+
+def choose_layout(
+    model: PreTrainedModel, request: LayoutRequest, sequences: list[list[int]], readout: Readout | None = None
+) -> str:
+    """Returns the best batch layout for a model, tried out on the beginnings of some sequences; says so if it is not
+    the method's best. A fused head whose scores are not the model's own is given up.
+
+    readout: what is read of the model, TOKEN_SCORES if None. A model that runs rows without padding is left with
+    segment attention.
+
+    Raises:
+        ValueError: the layout that was asked for cannot be.
+    """
+    readout = readout or TOKEN_SCORES
+    probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
+    layout, refused, verdict = _best_layout(model, request, readout, probes)
+    verdict = verdict or readout.verify(model, probes, layout=None)
+    if not verdict.fused_ok:
+        give_up_fused_head(model, verdict.fused_error)
+    _check_asked(request, layout, refused)
+    best = layouts_for(shares_prompts=request.shares_prompts)[0]
+    if request.asked == AUTO and layout != best:
+        logger.warning(f"batch_layout: using {layout!r}, because {refused[best]}.")
+    return layout
+
+
+def choose_layout_or_pad(
+    model: PreTrainedModel, request: LayoutRequest, sequences: list[list[int]], readout: Readout | None = None
+) -> str:
+    """Returns the best batch layout for a model beside the trained one, whose layout the user did not choose.
+
+    The same as `choose_layout`, but a layout that cannot be is no error: the model is run on padded rows.
+    """
+    layout, _, _ = _best_layout(model, request, readout or REWARDS, sequences)
+    if layout == PADDED != request.asked:
+        logger.warning(f"batch_layout: {type(model).__name__} is run on padded rows, since it cannot run packed ones.")
+    return layout
+
+
+def declared_layout(model: PreTrainedModel, request: LayoutRequest, readout: Readout | None = None) -> str:
+    """Returns the layout that `choose_layout` takes if the model keeps what it declares. Nothing is run or changed.
+
+    Raises:
+        ValueError: the layout that was asked for cannot be.
+    """
+    layout, refused, _ = _best_layout(model, request, readout or TOKEN_SCORES, None)
+    _check_asked(request, layout, refused)
+    return layout
+
+
+def refusal(
+    layout: BatchLayout, model: PreTrainedModel, request: LayoutRequest, readout: Readout | None = None
+) -> str | None:
+    """Returns why a layout cannot be, by what model and method declare; None if it can."""
+    if layout.pads:
+        return None
+    packs, reason = (readout or TOKEN_SCORES).supports_packed(model, request.max_length)
+    if not packs:
+        return reason
+    if not layout.shares_prompts:
+        return None
+    if not request.shares_prompts:
+        return f"{request.method} has no prompts that several completions share"
+    shares, reason = supports_sharing(model, without_dropout=request.without_dropout)
+    return None if shares else reason
+
+
+def _best_layout(
+    model: PreTrainedModel, request: LayoutRequest, readout: Readout, probes: list[list[int]] | None
+) -> tuple[str, dict[str, str], Verdict | None]:
+    """Returns the first layout that serves, why the others do not, and the verdict of the last one tried out.
+
+    probes: sequences to try layouts out on; None takes declarations for the truth.
+    """
+    refused, verdict = {}, None
+    before = model.config.get_text_config()._attn_implementation
+    for name, layout in BATCH_LAYOUTS.items():
+        reason = refusal(layout, model, request, readout)
+        if reason is not None:
+            refused[name] = reason
+        # A padded row needs no attention of ours, and is what is left where nothing else serves.
+        elif layout.pads or (request.asked in (AUTO, name) and probes is None):
+            return name, refused, verdict
+        elif request.asked in (AUTO, name):
+            use_segment_attention(model)
+            verdict = readout.verify(model, probes, layout=name)
+            if verdict.packed_ok:
+                return name, refused, verdict
+            refused[name] = f"its {name} scores differ from the single ones by {verdict.packed_error:.3g}"
+            model.set_attn_implementation(before or "sdpa")
+    raise AssertionError("the last layout serves every model")
+
+
+def _check_asked(request: LayoutRequest, layout: str, refused: dict[str, str]) -> None:
+    if request.asked not in (AUTO, layout):
+        reason = refused[request.asked]
+        raise ValueError(f"batch_layout={request.asked!r} cannot be used: {reason}; use 'auto' or {PADDED!r}")
+
+
+def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[bool, str]:
+    """Returns whether a model's architecture can run packed rows through `segment_attention`, and why not.
+
+    Declarations are read here; `verification.verify` then compares numbers, for what no declaration tells.
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if getattr(model.config, "vision_config", None) is not None:
+        return False, f"{name} reads images, whose positions and masks no row of text has"
+    if getattr(model, "_is_stateful", False):
+        return False, f"{name} carries a state from token to token, which would run on from one sequence to the next"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    other = kinds - {"full_attention", "sliding_attention", "attention"}
+    if other:
+        return False, f"{name} has layers of other kinds than attention: {sorted(other)}"
+    if getattr(config, "alibi", False):
+        return False, f"{name} has ALiBi position biases"
+    if any(parameter.endswith(".sinks") for parameter, _ in model.named_parameters()):
+        return False, f"{name} has attention sinks, which flash kernels lack"
+    # Of the models that SDPA does not serve, those that cap their scores are served by PlainRowAttention.
+    served = getattr(model, "_supports_sdpa", False) or hasattr(config, "attn_logit_softcapping")
+    if not (getattr(model, "_supports_attention_backend", False) and served):
+        return False, f"{name} does not take its attention function from transformers' AttentionInterface"
+    if config._attn_implementation not in REPLACEABLE:
+        return False, f"attn_implementation={config._attn_implementation!r} was chosen, which takes no segments"
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds if kinds else bool(window) and getattr(config, "use_sliding_window", True)
+    if slides and window and (max_length is None or window < max_length):
+        return False, f"{name} has a sliding window of {window} tokens, shorter than max_length={max_length}"
+    return True, "every layer is full attention"
+
+
+def supports_sharing(model: PreTrainedModel, *, without_dropout: bool) -> tuple[bool, str]:
+    """Returns whether branches can share a prompt's keys in a model that runs packed rows, and why not.
+
+    without_dropout: whether dropout is switched off for training.
+    """
+    config = model.config.get_text_config()
+    dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    if dropout and not without_dropout:
+        return False, f"{type(model).__name__} has an attention dropout of {dropout}, which flash kernels lack"
+    return True, "a prompt's keys serve all its branches"
+
+
+def supports_packed_rewards(model: PreTrainedModel, max_length: int | None) -> tuple[bool, str]:
+    """Returns whether a model's architecture gives rewards of packed rows, and why not."""
+    if not has_classifier_head(model):
+        return False, f"{type(model).__name__} has no head {HEAD!r} that reads the last token alone"
+    return supports_packed(model, max_length)
+
+
+TOKEN_SCORES = Readout(supports_packed, verify)
+REWARDS = Readout(supports_packed_rewards, verify_rewards)

@@ -1,0 +1,61 @@
+"""Makes and checks value models: classifiers with one label that read a number at every token of the policy's."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from .classifier_head import HEAD, has_classifier_head
+from .loading import backbone, is_quantized
+
+
+def check_classifier(model: object, argument: str, vocab_size: int) -> None:
+    """Checks that a model reads one number at any token of the policy's.
+
+    argument: the trainer's name for it. vocab_size: the policy's tokens.
+
+    Raises:
+        TypeError: it is no model of transformers.
+        ValueError: it has another head or number of labels, or lacks tokens.
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise TypeError(f"{argument}: expected a model of transformers, got {type(model).__name__}")
+    name = type(model).__name__
+    if not has_classifier_head(model):
+        raise ValueError(
+            f"{argument}: {name} has no head {HEAD!r} that reads a single token, as those of "
+            "AutoModelForSequenceClassification for decoders have"
+        )
+    if model.config.num_labels != 1:
+        raise ValueError(f"{argument}: {name} has num_labels={model.config.num_labels}; expected 1")
+    known = model.get_input_embeddings().weight.shape[0]
+    if known < vocab_size:
+        raise ValueError(
+            f"{argument}: {name} has {known} tokens, but it is given those of the policy's tokenizer, which has "
+            f"{vocab_size}; use models with one tokenizer"
+        )
+
+
+def make_value_model(policy: PreTrainedModel, reward_model: PreTrainedModel | None) -> PreTrainedModel:
+    """Makes a value model in the policy's dtype: a copy of the reward model, as in arXiv 2203.02155; without one the
+    policy's layers, with a new, random head.
+
+    Raises:
+        ValueError: the policy is quantised, or transformers has no classifier of its kind.
+    """
+    if reward_model is not None:
+        return copy.deepcopy(reward_model).to(policy.dtype).requires_grad_(True)
+    if is_quantized(policy):
+        raise ValueError("value_model=None cannot copy quantised weights; give a value_model")
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    try:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"value_model=None: transformers has no classifier for {type(policy).__name__}; give a value_model"
+        ) from error
+    backbone(model).load_state_dict(backbone(policy).state_dict())
+    return model.to(policy.device)
