@@ -9,7 +9,7 @@ import torch
 
 from trl_fast.losses.ppo import ppo_policy_loss, update_metrics, value_loss
 from trl_fast.modeling.scoring import score
-from trl_fast.modeling.value_scoring import read_head
+from trl_fast.modeling.classifier_head import read_head
 
 from ..base.step import StepResult, router_keywords, with_router_loss
 from .experience import PPOUpdate
@@ -31,7 +31,7 @@ def ppo_step(
 
     Args:
         model: the policy, with `modeling.attach_scoring`, on the device of the update.
-        value_model: a sequence classifier with one label, with `modeling.reward_scoring.attach_reward_scoring`.
+        value_model: a sequence classifier with one label, with `modeling.classifier_head.attach_classifier_head`.
         update: the micro-batch: N scored tokens of the policy, M states of the value model.
         head: keywords of `modeling.score` about the head: backend, workspace_bytes, head_grad.
         cliprange, vf_coef, cliprange_value: as in `PPOConfig`.
