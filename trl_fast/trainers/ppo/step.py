@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from trl_fast.losses.ppo import ppo_policy_loss, update_metrics, value_loss
-from trl_fast.modeling.scoring import score
 from trl_fast.modeling.classifier_head import read_head
+from trl_fast.modeling.scoring import score
 
 from ..base.step import StepResult, router_keywords, with_router_loss
 from .experience import PPOUpdate
