@@ -34,7 +34,6 @@ from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.planning.fake_models import give_fake_memory, shortened
 from trl_fast.planning.model_shapes import model_config
-from trl_fast.trainers.base import model_setup
 
 from ..gpu_kit.steps import SHAPES, Shape, chance, completions, rows
 from ..step import GENERATIONS
@@ -195,14 +194,12 @@ def _put_in(
         reference = None if reference is None else _as_trl(reference, None, trainer, heads[1])
     else:
         attention = base_model(trainer.model).config._attn_implementation
-        # Its weights have no values that could be looked at.
-        with patch.object(model_setup, "check_weights", lambda *_: None):
-            policy = trainer.adapt(policy, lora, trainer.args)
-            if attention == SEGMENT_ATTENTION:
-                use_segment_attention(base_model(policy))
-            trainer.ref_model = None if reference is None else freeze(reference)
-            if reference is not None:
-                trainer._prepare_reference(base_model(policy), trainer.args)
+        policy = trainer.adapt(policy, lora, trainer.args)
+        if attention == SEGMENT_ATTENTION:
+            use_segment_attention(base_model(policy))
+        trainer.ref_model = None if reference is None else freeze(reference)
+        if reference is not None:
+            trainer._prepare_reference(base_model(policy), trainer.args)
     if trainer.args.gradient_checkpointing:
         policy.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.model, trainer.ref_model = policy.train(), reference

@@ -15,7 +15,7 @@ from trl_fast.ops.device import device_facts, simulated_device
 from trl_fast.ops.head import plan
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.matmul import gemm_dtype
-from trl_fast.planning.gpu_facts import GPU_KERNELS, flash_workspace, planned_facts
+from trl_fast.planning.gpu_facts import GPU_KERNELS, flash_workspace, mixed_dtype_workspace, planned_facts
 from trl_fast.planning.memory_timeline import ATTENTION, KINDS
 from trl_fast.planning.memory_tracker import MemoryTracker
 from trl_fast.planning.simulated_step import simulate
@@ -116,3 +116,13 @@ def test_merging_attention_takes_no_temporaries_on_a_gpu():
 def test_memory_of_attention_is_known_by_the_code_that_takes_it():
     levels = simulate(TrainingSetup(tiny_config("llama"), method="sft"), 64).levels
     assert levels[KINDS.index(ATTENTION)].max() > 0
+
+
+def test_a_cpu_copies_the_narrower_operand():
+    wide, narrow = torch.empty(10, 8), torch.empty(10, 8, dtype=torch.bfloat16)
+    aten = torch.ops.aten
+    assert mixed_dtype_workspace(aten.add_.Tensor, (wide, narrow)) == 4 * 80
+    assert mixed_dtype_workspace(aten.mul.Tensor, (narrow, wide)) == 4 * 80
+    assert mixed_dtype_workspace(aten.add_.Tensor, (wide, wide)) == 0
+    assert mixed_dtype_workspace(aten.mul.Tensor, (narrow, 2.0)) == 0
+    assert mixed_dtype_workspace(aten.copy_.default, (wide, narrow)) == 0

@@ -11,6 +11,7 @@ from trl_fast.planning.memory_timeline import (
     FORWARD_STAGE,
     GRADIENTS,
     KINDS,
+    MIDDLE_LAYERS,
     OPTIMIZER,
     REFERENCE,
     WEIGHTS,
@@ -19,7 +20,7 @@ from trl_fast.planning.memory_timeline import (
     highest,
 )
 from trl_fast.planning.peak_estimates import LENGTH_STEP, LONGEST, TOLERANCE, estimate, longest_context, stage_peaks
-from trl_fast.planning.simulated_step import MIDDLE_LAYERS, simulate
+from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import FULL_LOGITS, TRL, TrainingSetup
 
 
@@ -39,6 +40,10 @@ from trl_fast.planning.training_setup import FULL_LOGITS, TRL, TrainingSetup
         {"activation_budget_bytes": 20_000, "dtype": "float32", "method": "sft", "device": "cpu"},
         pytest.param({"method": "reward", "batch_layout": "padded"}, marks=pytest.mark.slow),
         {"system": TRL, "precompute_ref_log_probs": True},
+        {"method": "ppo", "per_device_train_batch_size": 2},
+        pytest.param({"method": "ppo", "activation_budget_bytes": 20_000, "device": "cpu"}, marks=pytest.mark.slow),
+        pytest.param({"method": "rloo", "per_device_train_batch_size": 4}, marks=pytest.mark.slow),
+        {"method": "kto", "per_device_train_batch_size": 2},
         pytest.param({"system": FULL_LOGITS, "method": "sft"}, marks=pytest.mark.slow),
         {"head_grad": "sparse", "device": "cpu", "precompute_ref_log_probs": True},
     ],

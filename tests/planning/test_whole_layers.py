@@ -5,9 +5,19 @@ import pytest
 from support.models import tiny_config
 from trl_fast.modeling.selective_checkpointing import SelectiveCheckpointing
 from trl_fast.modeling.uncheckpointed_layers import MARGIN
-from trl_fast.planning.memory_timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, highest
+from trl_fast.planning.memory_timeline import (
+    EMBEDDING_STAGE,
+    FORWARD_STAGE,
+    HEAD_STAGE,
+    KINDS,
+    LAST_LAYER,
+    MIDDLE_LAYERS,
+    OPTIMIZER_STAGE,
+    SAVED,
+    highest,
+)
 from trl_fast.planning.peak_estimates import stage_peaks, whole_layers
-from trl_fast.planning.simulated_step import EMBEDDING_STAGE, LAST_LAYER, MIDDLE_LAYERS, OPTIMIZER_STAGE, simulate
+from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TRL, TrainingSetup
 
 DEPTH, LENGTH = 5, 96

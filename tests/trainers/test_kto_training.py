@@ -10,7 +10,7 @@ import trl_fast
 from support.training import assert_same_logs, color_labels, make_trainer
 from trl_fast.modeling import scoring
 from trl_fast.trainers import kto
-from trl_fast.trainers.base import trainer as base_trainer
+from trl_fast.trainers.base import reference
 
 LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
 
@@ -118,7 +118,7 @@ def test_tokens_that_the_models_see(loss_type, copies, model_path, tmp_path, mon
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": 1, "max_steps": 1}
     trainer = trainer_in(tmp_path, model_path, arguments={"train_dataset": with_prompts(copies)}, **settings)
     # The policy's passes, and the reference's.
-    for module in (kto, base_trainer):
+    for module in (kto, reference):
         monkeypatch.setattr(module, "score", score)
     trainer.train()
     lengths = {

@@ -33,6 +33,15 @@ def test_every_place_of_the_table_is_there(name):
         import_place(place)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_trainer_calls_the_step_function_of_the_table(name):
+    method = METHODS[name]
+    step, compute_loss = import_place(method.step), inspect.unwrap(method.trainer_class().compute_loss)
+    assert f"{step.__name__}(" in inspect.getsource(compute_loss)
+    assert compute_loss.__globals__[step.__name__] is step
+    assert "self" not in inspect.signature(step).parameters
+
+
 def test_no_trainer_is_missing_from_the_table():
     folder = ROOT / "trl_fast" / "trainers"
     names = {path.stem for path in folder.glob("*_config.py")} | {

@@ -14,7 +14,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.position_limits import check_positions
 from trl_fast.ops.linear_logprob import HEAD_GRADS
 from trl_fast.planning.comparisons import Row, check_resident, compare, switches, systems
-from trl_fast.planning.fake_models import planned_model
+from trl_fast.planning.fake_models import planned_models
 from trl_fast.planning.memory_sizes import gib, parse_memory
 from trl_fast.planning.model_shapes import SHAPES, model_config
 from trl_fast.planning.peak_estimates import head_workspace, longest_context, whole_layers
@@ -37,13 +37,13 @@ class PlanArguments:
     )
     method: str = field(default="dpo", metadata={"help": "What to train.", "choices": list(METHODS)})
     max_length: int = field(default=1024, metadata={"help": "Tokens of every sequence, prompt and answer together."})
-    prompt_tokens: int | None = field(
-        default=None, metadata={"help": "How many of them are the prompt that a pair shares; unset: half."}
-    )
+    prompt_tokens: int | None = field(default=None, metadata={"help": "How many of them are the prompt; unset: half."})
     gpu_memory: str | None = field(
         default=None, metadata={"help": "What there is for tensors, such as 80GiB: how long a context fits it."}
     )
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Pairs (sft: sequences) at a time."})
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Pairs, sequences or completions at a time."}
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Above 1, gradients are always there."})
     dtype: str = field(default="bfloat16", metadata={"help": "Weights' dtype.", "choices": list(DTYPES)})
     bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
@@ -70,6 +70,21 @@ class PlanArguments:
     )
     precompute_ref_log_probs: bool = field(
         default=False, metadata={"help": "The reference has scored the dataset before training."}
+    )
+    num_generations: int | None = field(
+        default=None, metadata={"help": "Completions of a prompt (grpo, rloo); unset: the method's default."}
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches a generation serves (grpo, rloo); unset: accumulation steps."},
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Updates on the same completions (grpo, rloo)."})
+    beta: float | None = field(
+        default=None, metadata={"help": "Weight of the KL divergence (grpo, rloo); unset: the method's default."}
+    )
+    num_mini_batches: int = field(default=1, metadata={"help": "Updates that a pass over a rollout makes (ppo)."})
+    local_rollout_forward_batch_size: int = field(
+        default=64, metadata={"help": "Completions that are sampled and scored at a time (ppo)."}
     )
     device: str = field(default="gpu", metadata={"help": "Whose kernels to assume.", "choices": list(DEVICES)})
     compare: bool = field(default=True, metadata={"help": "Also simulate TRL's step, full logits, and each switch."})
@@ -105,6 +120,12 @@ def make_setup(arguments: PlanArguments) -> TrainingSetup:
         head_grad=arguments.head_grad,
         head_workspace_bytes=arguments.head_workspace_bytes,
         precompute_ref_log_probs=arguments.precompute_ref_log_probs,
+        num_generations=arguments.num_generations,
+        steps_per_generation=arguments.steps_per_generation,
+        num_iterations=arguments.num_iterations,
+        beta=arguments.beta,
+        num_mini_batches=arguments.num_mini_batches,
+        local_rollout_forward_batch_size=arguments.local_rollout_forward_batch_size,
         device=arguments.device,
     )
 
@@ -125,10 +146,10 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     (parsed,) = TrlParser(PlanArguments, prog="trl-fast plan").parse_args_and_config(arguments)
     setup = make_setup(parsed)
     limit = None if parsed.gpu_memory is None else parse_memory(parsed.gpu_memory)
-    model, _ = planned_model(setup, parsed.max_length)
-    check_positions(base_model(model), parsed.max_length, parsed.max_length, "planned")
+    models = planned_models(setup, parsed.max_length)
+    check_positions(base_model(models.policy), parsed.max_length, parsed.max_length, "planned")
     if limit is not None:
-        check_resident(model, setup, limit)
+        check_resident(models, limit)
     return lambda: run(parsed, setup, limit)
 
 

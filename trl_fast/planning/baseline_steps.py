@@ -1,4 +1,4 @@
-"""The steps that ours is compared with: padded rows, and what TRL 1.16 and the usual full logits take.
+"""Simulates the steps that ours is compared with: padded rows, and what TRL 1.16 and the usual full logits take.
 
 Written from what they do, for their memory: hyperparameters, masks and metrics are left out.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from trl_fast.data import TokenBatch
 from trl_fast.losses.reward import reward_loss
@@ -16,8 +14,9 @@ from trl_fast.modeling.classifier_head import rewards
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference_policy import reference_scope
 
-from .memory_timeline import FORWARD_STAGE, HEAD_STAGE
+from .memory_timeline import FORWARD_STAGE, HEAD_STAGE, REFERENCE_STAGE
 from .memory_tracker import MemoryTracker
+from .planned_methods import PlannedModels
 from .training_setup import FULL_LOGITS, TrainingSetup
 
 # TRL's tiles of logits.
@@ -26,13 +25,10 @@ _BETA = 0.1
 
 
 def baseline_loss(
-    setup: TrainingSetup,
-    model: PreTrainedModel | PeftModel,
-    reference: PreTrainedModel | None,
-    batch: TokenBatch,
-    tracker: MemoryTracker,
+    setup: TrainingSetup, models: PlannedModels, batch: TokenBatch, tracker: MemoryTracker
 ) -> torch.Tensor:
-    """The loss of a padded batch by full logits or by TRL's tiles."""
+    """Computes the loss (0-d) of a padded batch by full logits or by TRL's tiles."""
+    model, reference = models.policy, models.reference
     if setup.method == "reward":
         tracker.enter(FORWARD_STAGE)
         with setup.autocast():
@@ -45,7 +41,7 @@ def baseline_loss(
     tracker.enter(FORWARD_STAGE)
     sums = torch.zeros(len(batch)).index_add(0, batch.branch, logprobs(setup, model, batch))
     # After the policy's pass, and so beside all that it has saved.
-    tracker.enter("reference pass")
+    tracker.enter(REFERENCE_STAGE)
     ref_sums = torch.zeros(len(batch))
     if not setup.precompute_ref_log_probs:
         with torch.no_grad(), reference_scope(model):
@@ -57,7 +53,7 @@ def baseline_loss(
 
 
 def _full_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
-    """log_softmax over the logits of every position, in their own dtype: the least that full logits take."""
+    """Computes log_softmax over the logits of every position, in their own dtype: the least that full logits take."""
     with setup.autocast():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     every = logits[:, :-1].log_softmax(-1)
@@ -70,7 +66,7 @@ def _full_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: TokenBat
 
 
 def _tiled_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
-    """TRL 1.16's fused head at the scored positions: tiles in forward, and computed again in backward."""
+    """Computes TRL 1.16's fused head at the scored positions: tiles in forward, and computed again in backward."""
     inner = base_model(model)
     with setup.autocast():
         hidden = inner.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -80,7 +76,7 @@ def _tiled_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: TokenBa
 
 
 class TiledHead(torch.autograd.Function):
-    """What the tiles of TRL's head take: one buffer of logits, and float32 sums of both gradients.
+    """Takes the memory of the tiles of TRL's head: one buffer of logits, and float32 sums of both gradients.
 
     For memory on fake tensors only: the statistics of the rows are not computed, only given room.
     """
@@ -118,7 +114,7 @@ class TiledHead(torch.autograd.Function):
 
 
 def product_rows(rows: slice) -> int:
-    """How many rows a slice has."""
+    """Counts the rows of a slice."""
     return rows.stop - rows.start
 
 

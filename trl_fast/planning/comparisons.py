@@ -1,17 +1,16 @@
-"""The planned run beside others: other systems' steps, and the same with one setting changed."""
+"""Puts the planned run beside others: other systems' steps, and the same with one setting changed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
 
 from trl_fast.settings.batch_layouts import layouts_for
 
 from .memory_sizes import gib
 from .memory_timeline import Peak
 from .peak_estimates import Longest, estimate, longest_context
-from .training_setup import FULL_LOGITS, TRL, TrainingSetup
+from .planned_methods import PlannedModels
+from .training_setup import COMPARED_METHODS, FULL_LOGITS, TRL, TrainingSetup
 
 TRL_STEP = "TRL 1.16: padded rows, tiles of logits, float32 sums of gradients"
 FULL_LOGITS_STEP = "full logits: padded rows, log_softmax over the logits of every position"
@@ -20,7 +19,7 @@ _LORA = {"lora_r": 16, "lora_target_modules": "all-linear"}
 
 @dataclass(frozen=True)
 class Row:
-    """A setup's peak at the planned length, and with a limit the longest length that fits."""
+    """Holds a setup's peak at the planned length, and with a limit the longest length that fits."""
 
     name: str
     peak: Peak
@@ -28,7 +27,9 @@ class Row:
 
 
 def systems(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
-    """The same run by other systems, with what they have too: checkpointing, adapters, activation offloading."""
+    """Lists the same run by other systems, with what they have too: checkpointing, adapters, activation offloading."""
+    if setup.method not in COMPARED_METHODS:
+        return [("this plan", setup)]
     theirs = setup.but(system=TRL, tiled_mlp=None, batch_layout="auto", fused_head=True, head_grad="exact")
     found = [("this plan", setup), (TRL_STEP, theirs)]
     if setup.activation_offloading:
@@ -40,7 +41,10 @@ def systems(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
 
 
 def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, TrainingSetup]]:
-    """The setup itself, and with each setting that buys or costs memory changed; tile_tokens: of a tiled MLP."""
+    """Lists the setup itself, and with each setting that buys or costs memory changed.
+
+    tile_tokens: tokens of a tile, where the MLP of the setup runs whole.
+    """
     tiled = None if setup.tiled_mlp is not None else tile_tokens
     changes: list[dict] = [
         {"gradient_checkpointing": not setup.gradient_checkpointing},
@@ -78,15 +82,16 @@ def compare(name: str, setup: TrainingSetup, max_length: int, limit: int | None)
     return Row(name, peak, None if limit is None else longest_context(setup, limit, max_length))
 
 
-def check_resident(model: torch.nn.Module, setup: TrainingSetup, limit: int) -> None:
-    """Makes sure that what is there whatever the length fits. `model` is the setup's, adapters and all.
+def check_resident(models: PlannedModels, limit: int) -> None:
+    """Makes sure that what is there whatever the length fits, adapters and all.
 
     Raises:
         ValueError: the weights, gradients and optimizer take more than `limit` bytes; with their sizes.
     """
-    weights = sum(weight.nbytes for weight in model.parameters())
-    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    parts = {"weights": weights, "reference": weights * setup.needs_reference_model}
+    own = [weight for model in models.trained for weight in model.parameters()]
+    trained = sum(weight.nbytes for weight in own if weight.requires_grad)
+    reference = [] if models.reference is None else models.reference.parameters()
+    parts = {"weights": sum(weight.nbytes for weight in own), "reference": sum(weight.nbytes for weight in reference)}
     parts |= {"gradients": trained, "optimizer": 2 * trained}
     if sum(parts.values()) > limit:
         shown = ", ".join(f"{name} {gib(size)} GiB" for name, size in parts.items() if size)

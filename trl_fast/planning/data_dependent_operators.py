@@ -1,4 +1,4 @@
-"""What operators give whose result depends on data, which fake tensors do not have.
+"""Gives results of operators whose result depends on data, which fake tensors do not have.
 
 The answers are those of a step in which every row counts and nothing is wrong with the input.
 """
@@ -17,32 +17,32 @@ SPARSE_ENTRIES = 725
 
 
 def _scalar(tensor: torch.Tensor) -> bool | int:
-    """A number that the host reads: yes, or 1."""
+    """Returns a number that the host reads: yes, or 1."""
     return True if tensor.dtype == torch.bool else 1
 
 
 def _none_found(tensor: torch.Tensor) -> torch.Tensor:
-    """The places of what is wrong: there are none."""
+    """Returns the places of what is wrong: there are none."""
     return tensor.new_empty((0, tensor.dim()), dtype=torch.int64)
 
 
 def _entries_of_rows(rows: torch.Tensor, counts: torch.Tensor, **_: object) -> torch.Tensor:
-    """The row of each kept entry of the sparse gradient."""
+    """Returns the row of each kept entry of the sparse gradient."""
     return rows.new_empty(len(rows) * SPARSE_ENTRIES)
 
 
 def _once_each(repeats: torch.Tensor, **_: object) -> torch.Tensor:
-    """The number of each row, repeated."""
+    """Returns the number of each row, repeated."""
     return torch.empty_like(repeats)
 
 
 def _all_selected(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What a mask selects: everything."""
+    """Returns what a mask selects: everything."""
     return tensor.new_empty(mask.numel())
 
 
 def _all_different(tensor: torch.Tensor, *_: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Distinct numbers, where they went, how many there were of each."""
+    """Returns distinct numbers, where they went, and how many there were of each."""
     return tensor.flatten(), *(tensor.new_empty(tensor.shape, dtype=torch.int64) for _ in range(2))
 
 
@@ -51,12 +51,12 @@ def _are_equal(*_: torch.Tensor) -> bool:
 
 
 def _counted(tensor: torch.Tensor, weights: None = None, minlength: int = 0) -> torch.Tensor:
-    """How often each number occurs, up to those that are expected."""
+    """Returns how often each number occurs, up to those that are expected."""
     return tensor.new_empty(minlength)
 
 
 def _all_of(tensor: torch.Tensor, indices: list[torch.Tensor | None]) -> Any:
-    """What a mask selects: everything. Indices that are no masks are no question."""
+    """Returns what a mask selects: everything. Indices that are no masks are no question."""
     if not any(index is not None and index.dtype == torch.bool for index in indices):
         return NotImplemented
     (mask,) = indices
@@ -64,7 +64,7 @@ def _all_of(tensor: torch.Tensor, indices: list[torch.Tensor | None]) -> Any:
 
 
 def _written_to_out(*_: torch.Tensor, out: torch.Tensor, **__: object) -> torch.Tensor:
-    """A product that is wider than its factors, which torch computes on a GPU only."""
+    """Returns a product that is wider than its factors, which torch computes on a GPU only."""
     return out
 
 

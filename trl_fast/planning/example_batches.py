@@ -1,25 +1,136 @@
-"""One micro-batch of sequences that are all as long as they may be."""
+"""Makes one micro-batch of sequences that are all as long as they may be, for each method."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from trl_fast.data import TokenBatch, Tree, pack_labelled, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
+from trl_fast.data.unpaired_preference import KL_COLUMN, LABEL, DataCollatorForUnpairedPreference
+from trl_fast.losses.policy_gradient import Window, sequence_weights
+from trl_fast.losses.ppo import ppo_table
+from trl_fast.modeling.classifier_head import state_batch
+from trl_fast.rollout.samples import Samples
+from trl_fast.trainers.kto import scores_together
+from trl_fast.trainers.online.micro_batches import Update, UpdateMaker
+from trl_fast.trainers.ppo.experience import PPOUpdate
 
+from .generation import Generation
 from .training_setup import TrainingSetup
 
 # Any ids do; the two texts of a pair must differ after their prompt.
 _PROMPT, _CHOSEN, _REJECTED = 1, 2, 3
 _PAD = 0
+_CPU = torch.device("cpu")
 
 
-def make_batch(setup: TrainingSetup, max_length: int, layout: str) -> TokenBatch:
-    """Pairs (dpo, reward) or sequences (sft) of `max_length` tokens, as many as a device's batch."""
-    count = setup.per_device_train_batch_size
-    if setup.method == "sft":
-        ids = [_PROMPT] * max_length
-        return pack_labelled([(ids, ids)] * count, layout, _PAD)
+@dataclass(frozen=True)
+class KTOInputs:
+    """Holds a micro-batch of KTO; together: whether own and mismatched completions are scored in one pass."""
+
+    batch: TokenBatch
+    together: bool
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """Holds what a step of GRPO or RLOO works on: what is sampled at a time, and a micro-batch of the update."""
+
+    generation: Generation
+    update: Update
+
+
+@dataclass(frozen=True)
+class PPOInputs:
+    """Holds what a step of PPO works on; rollout, rollout_states: what policies and value model score at a time."""
+
+    generation: Generation
+    rollout: TokenBatch
+    rollout_states: TokenBatch
+    update: PPOUpdate
+
+
+def labelled_batch(setup: TrainingSetup, max_length: int, layout: str) -> TokenBatch:
+    """Makes sequences of which every token is learned (SFT)."""
+    ids = [_PROMPT] * max_length
+    return pack_labelled([(ids, ids)] * setup.per_device_train_batch_size, layout, _PAD)
+
+
+def preference_batch(setup: TrainingSetup, max_length: int, layout: str) -> TokenBatch:
+    """Makes pairs of completions with a prompt that both share (DPO)."""
+    prompt, answers = _pair(setup, max_length)
+    return pack_trees([Tree(prompt, answers)] * setup.per_device_train_batch_size, layout, _PAD)
+
+
+def reward_pairs(setup: TrainingSetup, max_length: int, layout: str) -> TokenBatch:
+    """Makes pairs of texts that begin alike (reward)."""
+    prompt, (chosen, rejected) = _pair(setup, max_length)
+    pairs = [(prompt + chosen, prompt + rejected)] * setup.per_device_train_batch_size
+    return reward_batch(pairs, layout, _PAD)
+
+
+def unpaired_batch(setup: TrainingSetup, max_length: int, layout: str) -> KTOInputs:
+    """Makes completions with labels and as long mismatched completions (KTO)."""
+    prompt, (own, other) = _pair(setup, max_length)
+    row = {"prompt_ids": prompt, "completion_ids": own, KL_COLUMN: other, LABEL: True}
+    batch = DataCollatorForUnpairedPreference(_PAD, layout=layout)([row] * setup.per_device_train_batch_size)
+    backward_passes = 1 + (setup.lora_r is None) + setup.gradient_checkpointing
+    return KTOInputs(batch, scores_together(batch, backward_passes))
+
+
+def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: str) -> PolicyInputs:
+    """Makes completions of as few prompts as the group size allows, each with an advantage (GRPO, RLOO)."""
+    count, group = setup.per_device_train_batch_size, setup.group_size
+    samples = _samples(setup, max_length, count, group)
+    samples.advantages = torch.ones(count)
+    zeros = [torch.zeros(len(ids)) for ids in samples.completion_ids]
+    samples.old_logprobs = zeros if setup.scores_old_policy else None
+    samples.ref_logprobs = zeros if setup.method == "grpo" and setup.needs_reference else None
+    window = Window(float(samples.lengths.sum()), setup.gradient_accumulation_steps, len(samples.completion_ids[0]))
+    weights = sequence_weights("grpo" if setup.method == "rloo" else "dapo", samples.lengths, window)
+    update = UpdateMaker(layout, _PAD, None, _CPU).update(samples, list(range(count)), weights)
+    total = setup.completions_per_generation
+    return PolicyInputs(_generation(setup, max_length, -(-total // group), total), update)
+
+
+def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: str) -> PPOInputs:
+    """Makes completions of different prompts, for the rollout and for the update (PPO)."""
+    scored = min(setup.local_rollout_forward_batch_size, setup.completions_per_generation)
+    rollout, batch = (
+        _samples(setup, max_length, count, 1).batch(layout, _PAD)
+        for count in (scored, setup.per_device_train_batch_size)
+    )
+    states = state_batch(batch, torch.zeros(len(batch), dtype=torch.bool))
+    zeros = torch.zeros(len(batch.targets))
+    return PPOInputs(
+        _generation(setup, max_length, scored, scored),
+        rollout,
+        state_batch(rollout, torch.zeros(len(rollout), dtype=torch.bool)),
+        PPOUpdate(batch, ppo_table(zeros, torch.ones_like(zeros)), states, zeros, zeros),
+    )
+
+
+def _pair(setup: TrainingSetup, max_length: int) -> tuple[list[int], list[list[int]]]:
+    """Makes a prompt and two completions of it."""
     prompt = [_PROMPT] * round(max_length * setup.prompt_share)
-    answers = [[token] * (max_length - len(prompt)) for token in (_CHOSEN, _REJECTED)]
-    if setup.method == "reward":
-        return reward_batch([(prompt + answers[0], prompt + answers[1])] * count, layout, _PAD)
-    return pack_trees([Tree(prompt, answers)] * count, layout, _PAD)
+    return prompt, [[token] * (max_length - len(prompt)) for token in (_CHOSEN, _REJECTED)]
+
+
+def _prompt_tokens(setup: TrainingSetup, max_length: int) -> int:
+    """Returns how long the prompt of a sampled completion is: a token at least, and one is left for the completion."""
+    return min(max(1, round(max_length * setup.prompt_share)), max_length - 1)
+
+
+def _samples(setup: TrainingSetup, max_length: int, count: int, group: int) -> Samples:
+    """Makes so many completions, `group` of each prompt; prompts differ in their first token, or in two."""
+    length = _prompt_tokens(setup, max_length)
+    vocabulary = setup.config.get_text_config().vocab_size
+    numbers = [index // group for index in range(count)]
+    prompts = [[number % vocabulary, number // vocabulary, *[_PROMPT] * length][:length] for number in numbers]
+    return Samples.of(prompts, [[_CHOSEN] * (max_length - length)] * count)
+
+
+def _generation(setup: TrainingSetup, max_length: int, prompts: int, completions: int) -> Generation:
+    return Generation(prompts, completions, _prompt_tokens(setup, max_length), max_length)

@@ -1,4 +1,4 @@
-"""Models on fake tensors: built on the meta device, adapters and all, and then given fake memory."""
+"""Makes models on fake tensors: built on the meta device, adapters and all, and then given fake memory."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.classifier_head import attach_classifier_head
 from trl_fast.modeling.layouts import REWARDS, TOKEN_SCORES, LayoutRequest, declared_layout
-from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout
+from trl_fast.modeling.loading import add_adapter, base_model
+from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.segment_attention import use_segment_attention
-from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
-from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops.device import simulated_device
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
+from trl_fast.trainers.base.model_setup import set_up_layers
 
 from .gpu_facts import PADDED_ATTENTION, planned_facts
-from .training_setup import OURS, TrainingSetup
+from .planned_methods import PlannedModels
+from .training_setup import ONLINE_METHODS, OURS, TrainingSetup
 
 
-def meta_model(setup: TrainingSetup, layers: int | None = None) -> PreTrainedModel:
-    """The model without memory, as the trainers have it before adapters; `layers`: only the first so many.
+def meta_model(setup: TrainingSetup, layers: int | None = None, *, classifier: bool | None = None) -> PreTrainedModel:
+    """Makes a model without memory, as the trainers have it before adapters.
+
+    layers: only the first so many. classifier: whether it gives a number instead of tokens; None: as the method wants.
 
     Raises:
         ValueError: transformers has no model of this type for the method.
     """
+    classifier = setup.method == "reward" if classifier is None else classifier
     config = shortened(setup.config, layers)
     config.use_cache = False
-    reward = setup.method == "reward"
-    if reward:
+    if classifier:
         config.num_labels = 1
-    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             model = auto.from_config(config, dtype=setup.torch_dtype)
@@ -45,14 +47,16 @@ def meta_model(setup: TrainingSetup, layers: int | None = None) -> PreTrainedMod
         raise ValueError(
             f"method={setup.method!r}: transformers has no {auto.__name__} of model type {config.model_type!r}"
         ) from error
-    (attach_classifier_head if reward else attach_scoring)(model)
-    if not reward:
+    if classifier:
+        attach_classifier_head(model)
+    else:
+        attach_scoring(model)
         model.trl_fast_fused_head = setup.fused_head
     return model.train()
 
 
 def shortened(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
-    """A copy of the config with the first `layers` layers; lists with an entry a layer are cut too."""
+    """Copies the config with the first `layers` layers; lists with an entry a layer are cut too."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -64,22 +68,30 @@ def shortened(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
     return config
 
 
-def planned_model(
-    setup: TrainingSetup, max_length: int, layers: int | None = None
-) -> tuple[PreTrainedModel | PeftModel, str]:
-    """The model without memory, as it trains, and the layout of its batches.
+def planned_models(setup: TrainingSetup, max_length: int, layers: int | None = None) -> PlannedModels:
+    """Makes the models of a step without memory, as they train, and chooses the layout of their batches.
+
+    layers: only so many of each model's.
 
     Raises:
-        ValueError: the model cannot be built or set up so; by the name of the setting.
+        ValueError: a model cannot be built or set up so; by the name of the setting.
     """
     with simulated_device(planned_facts(setup.device)):
-        model = meta_model(setup, layers)
-        layout = choose_layout(model, setup, max_length)
-        return prepare(model, setup, layout), layout
+        policy = meta_model(setup, layers)
+        layout = choose_layout(policy, setup, max_length)
+        reference = value = None
+        if setup.needs_reference_model:
+            reference = prepare(meta_model(setup, layers), setup, layout, trains=False)
+        if setup.method == "ppo":
+            whole = setup.but(lora_r=None)
+            value = prepare(meta_model(setup, layers, classifier=True), whole, layout)
+        return PlannedModels(prepare(policy, setup, layout), layout, reference, value)
 
 
-def prepare(model: PreTrainedModel, setup: TrainingSetup, layout: str) -> PreTrainedModel | PeftModel:
-    """Adapter, checkpointing, dropout and attention, as the trainers set them up."""
+def prepare(
+    model: PreTrainedModel, setup: TrainingSetup, layout: str, *, trains: bool = True
+) -> PreTrainedModel | PeftModel:
+    """Sets up a model's attention and its adapter, and its layers as the trainers do; `trains`: not a reference."""
     if BATCH_LAYOUTS[layout].pads:
         model.set_attn_implementation(PADDED_ATTENTION)
     else:
@@ -87,23 +99,18 @@ def prepare(model: PreTrainedModel, setup: TrainingSetup, layout: str) -> PreTra
     with warnings.catch_warnings():
         # transformers and PEFT about names of theirs.
         warnings.simplefilter("ignore", FutureWarning)
-        if setup.lora_r is not None:
+        if setup.lora_r is not None and trains:
             model = add_adapter(model, lora_config(setup))
             if setup.gradient_checkpointing:
                 model.enable_input_require_grads()
-        set_selective_checkpointing(base_model(model), setup.activation_budget)
-        if setup.gradient_checkpointing:
+        set_up_layers(model, setup, trains=trains)
+        if setup.gradient_checkpointing and trains:
             enable_checkpointing(model)
-    disable_dropout(model)
-    if setup.tiled_mlp is not None:
-        tile_mlps(base_model(model), setup.tiled_mlp)
-    if setup.activation_offloading:
-        offload_activations(base_model(model))
-    return model
+    return model if trains else freeze(model)
 
 
 def lora_config(setup: TrainingSetup) -> LoraConfig:
-    """The adapter's configuration; with its dropout off, as the trainers' disable_dropout leaves it."""
+    """Returns the adapter's configuration; with its dropout off, as the trainers' disable_dropout leaves it."""
     modules = setup.lora_target_modules
     return LoraConfig(
         task_type="SEQ_CLS" if setup.method == "reward" else "CAUSAL_LM",
@@ -129,7 +136,7 @@ def give_fake_memory(model: nn.Module, device: str | torch.device = "cpu") -> No
 
 
 def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
-    """The layers of a model, in order.
+    """Returns the layers of a model, in order.
 
     Raises:
         ValueError: there is no list of them.
@@ -143,7 +150,7 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
 
 
 def layers_are_alike(model: PreTrainedModel) -> bool:
-    """Whether all layers have weights of the same shapes, so that a few of them tell about all."""
+    """Tells whether all layers have weights of the same shapes, so that a few of them tell about all."""
     shapes = [[(name, weight.shape) for name, weight in layer.named_parameters()] for layer in decoder_layers(model)]
     return all(found == shapes[0] for found in shapes)
 
@@ -156,5 +163,7 @@ def choose_layout(model: PreTrainedModel, setup: TrainingSetup, max_length: int)
     """
     if setup.system != OURS:
         return PADDED
-    request = LayoutRequest(setup.batch_layout, setup.method, setup.method != "sft", max_length)
+    # The online trainers cut no sequences.
+    longest = None if setup.method in ONLINE_METHODS else max_length
+    request = LayoutRequest(setup.batch_layout, setup.method, setup.method != "sft", longest)
     return declared_layout(model, request, REWARDS if setup.method == "reward" else TOKEN_SCORES)

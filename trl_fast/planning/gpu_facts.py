@@ -22,6 +22,7 @@ from types import CodeType
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -31,7 +32,7 @@ from trl_fast.ops.head.row_kernels import RowKernels
 from trl_fast.ops.head.sparse_kernels import CHUNK_BYTES, SparseKernels
 
 from .data_dependent_operators import SPARSE_ENTRIES
-from .memory_timeline import ATTENTION
+from .memory_timeline import ATTENTION, KV_CACHE
 
 aten = torch.ops.aten
 # Registered with transformers for rows that need no mask: all of a batch's sequences are of one length here.
@@ -40,6 +41,16 @@ PADDED_ATTENTION = "trl_fast_planning"
 GPU_KERNELS = frozenset({"trl_fast::attention_merge"})
 # Of the GPUs that are planned for: flash kernels need 8.0.
 _CAPABILITY = (9, 0)
+_ARITHMETIC = (
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.sub.Tensor,
+    aten.sub_.Tensor,
+    aten.mul.Tensor,
+    aten.mul_.Tensor,
+    aten.div.Tensor,
+    aten.div_.Tensor,
+)
 _FLASH_BACKWARD = (
     aten._flash_attention_backward.default,
     aten._scaled_dot_product_flash_attention_backward.default,
@@ -79,6 +90,17 @@ def flash_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
     heads, groups = query.shape[1], key.shape[1]
     expanded = 0 if heads == groups else 2 * key.numel() * key.element_size() * heads // groups
     return 4 * query.numel() + 4 * query.numel() // query.shape[-1] + expanded
+
+
+def mixed_dtype_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
+    """Returns the bytes that a CPU takes inside of arithmetic on two dtypes: a copy of the operand that is narrower.
+
+    A GPU converts numbers as it reads them.
+    """
+    if func not in _ARITHMETIC or not all(isinstance(operand, torch.Tensor) and operand.dim() for operand in args[:2]):
+        return 0
+    common = torch.result_type(args[0], args[1])
+    return sum(operand.numel() * common.itemsize for operand in args[:2] if operand.dtype != common)
 
 
 class SimulatedCopies:
@@ -167,4 +189,4 @@ KINDS_BY_CODE: dict[CodeType, str] = {
         CudaRowAttention.backward,
         padded_attention,
     )
-}
+} | {DynamicLayer.update.__code__: KV_CACHE, DynamicLayer.batch_select_indices.__code__: KV_CACHE}

@@ -1,4 +1,4 @@
-"""Sizes of memory, from people and for people."""
+"""Reads sizes of memory from people, and writes them for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _UNITS = {"": GIB, "MIB": 1 << 20, "GIB": GIB, "TIB": 1 << 40, "MB": 10**6, "GB"
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB, without the unit."""
+    """Writes bytes as GiB, without the unit."""
     return f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a size such as 80GiB, 24 GB or 80 (GiB).
+    """Reads the bytes of a size such as 80GiB, 24 GB or 80 (GiB).
 
     Raises:
         ValueError: it is no size.

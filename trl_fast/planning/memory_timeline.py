@@ -1,4 +1,4 @@
-"""Memory over the course of a training step, by what it holds."""
+"""Holds the memory over the course of a training step, by what it holds."""
 
 from __future__ import annotations
 
@@ -14,27 +14,40 @@ GRADIENTS = "gradients"
 SAVED = "saved activations"
 HEAD = "head"
 ATTENTION = "attention"
+KV_CACHE = "keys and values"
 WORKSPACE = "workspace"
 # In the order of tables and plots: what stays first.
-KINDS = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, SAVED, ATTENTION, HEAD, WORKSPACE)
+KINDS = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, SAVED, KV_CACHE, ATTENTION, HEAD, WORKSPACE)
 MEANINGS = {
     WEIGHTS: "the model, adapters included",
     REFERENCE: "a reference model of its own",
     OPTIMIZER: "AdamW's two averages",
     GRADIENTS: "of the weights that train",
     SAVED: "what the forward pass keeps for the backward pass",
+    KV_CACHE: "of all tokens of the completions that are sampled at a time",
     ATTENTION: "working memory of attention, forward and backward",
     HEAD: "from hidden states to the loss and back",
     WORKSPACE: "the layer at work, recomputed or not, and other temporaries",
 }
 
+GENERATION_STAGE = "generation"
+OLD_STAGE = "scores of the sampled completions"
+REFERENCE_STAGE = "reference pass"
+VALUES_STAGE = "values of the sampled completions"
 FORWARD_STAGE = "forward"
 HEAD_STAGE = "head and loss"
+VALUE_FORWARD_STAGE = "value model forward"
+VALUE_BACKWARD_STAGE = "value model backward"
+LAST_LAYER, MIDDLE_LAYERS, FIRST_LAYER = "last layer backward", "layers backward", "first layer backward"
+EMBEDDING_STAGE = "embedding backward"
+OPTIMIZER_STAGE = "optimizer"
+# Stages in which layers save what backward needs.
+_SAVING = (FORWARD_STAGE, VALUE_FORWARD_STAGE)
 
 
 @dataclass(slots=True)
 class Allocation:
-    """Memory that was taken at operator number `start` and that operator `end` was the last to see (None: all).
+    """Records memory that operator number `start` took and operator `end` was the last to see (None: all saw it).
 
     stage: the one in which it was taken; kind: None where only the timeline tells.
     """
@@ -48,7 +61,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory that a stretch of a step takes: bytes by kind, and where that was."""
+    """Holds the most memory that a stretch of a step takes: bytes by kind, and where that was."""
 
     parts: dict[str, float]
     stage: str
@@ -60,13 +73,13 @@ class Peak:
 
 
 def highest(peaks: Mapping[str, Peak]) -> Peak:
-    """The highest of the stages' peaks."""
+    """Returns the highest of the stages' peaks."""
     return max(peaks.values(), key=lambda peak: peak.bytes)
 
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """Memory of each kind at each operator of a step: levels (kinds, operators) int64, in the order of KINDS.
+    """Holds the memory of each kind at each operator of a step: levels (kinds, operators) int64, in KINDS' order.
 
     stages: (name, first operator, last operator), the first of all operators being number 0; results: kind and bytes
     of what gradient checkpointing may keep, a list a layer (`modeling.selective_checkpointing.Budget`).
@@ -78,26 +91,26 @@ class Timeline:
 
     @classmethod
     def of(cls, allocations: Sequence[Allocation], stages: tuple[tuple[str, int, int], ...]) -> Timeline:
-        """From what a tracker recorded; stages by the tracker's numbers, which start anywhere."""
+        """Makes a timeline of what a tracker recorded; stages by the tracker's numbers, which start anywhere."""
         first, last = stages[0][1], stages[-1][2]
-        forward_end = next((end for name, _, end in stages if name == FORWARD_STAGE), last)
+        forward_ends = {name: end for name, _, end in reversed(stages) if name in _SAVING}
         changes = np.zeros((len(KINDS), last - first + 2), dtype=np.int64)
         for item in allocations:
             end = last if item.end is None else min(item.end, last)
             if end < first:
                 continue
-            row = KINDS.index(_kind(item, end > forward_end))
+            row = KINDS.index(_kind(item, end > forward_ends.get(item.stage, last)))
             changes[row, max(item.start - first, 0)] += item.size
             changes[row, end + 1 - first] -= item.size
         levels = changes.cumsum(axis=1)[:, :-1]
         return cls(levels, tuple((name, start - first, end - first) for name, start, end in stages))
 
     def at_start(self, stage: str) -> np.ndarray:
-        """Bytes of each kind (kinds,) when a stage begins."""
+        """Returns the bytes of each kind (kinds,) when a stage begins."""
         return self.levels[:, next(start for name, start, _ in self.stages if name == stage)]
 
     def stage_peaks(self) -> dict[str, Peak]:
-        """The peak of each stage; stages of one name count as one."""
+        """Returns the peak of each stage; stages of one name count as one."""
         total = self.levels.sum(axis=0)
         peaks: dict[str, Peak] = {}
         for name, start, end in self.stages:
@@ -109,12 +122,12 @@ class Timeline:
         return peaks
 
     def peak(self) -> Peak:
-        """The step's peak."""
+        """Returns the step's peak."""
         return highest(self.stage_peaks())
 
 
 def _kind(item: Allocation, outlives_forward: bool) -> str:
-    if item.kind in (None, ATTENTION) and item.stage == FORWARD_STAGE and outlives_forward:
+    if item.kind in (None, ATTENTION) and item.stage in _SAVING and outlives_forward:
         return SAVED
     if item.kind is not None:
         return item.kind

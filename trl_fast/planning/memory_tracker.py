@@ -1,4 +1,4 @@
-"""When memory is taken and given back in a computation on fake tensors.
+"""Records when memory is taken and given back in a computation on fake tensors.
 
 Fake tensors (torch's FakeTensorMode) have shapes, dtypes and storages, but no data. What a program takes and frees can
 so be followed without having it: its own Python code decides, as in a real run, how long a tensor lives.
@@ -73,12 +73,12 @@ class MemoryTracker(TorchDispatchMode):
 
     @property
     def stage(self) -> str | None:
-        """The present stage's name."""
+        """Returns the present stage's name."""
         return self._stages[-1].name if self._stages else None
 
     @contextmanager
     def labelling(self, kind: str) -> Iterator[None]:
-        """Memory that is taken within is of this kind."""
+        """Gives the memory that is taken within this kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -86,11 +86,11 @@ class MemoryTracker(TorchDispatchMode):
             self._kind = before
 
     def label(self, tensor: torch.Tensor, kind: str) -> None:
-        """The memory of this tensor is of this kind."""
+        """Gives the memory of a tensor, of any shape, this kind."""
         self._live[tensor.untyped_storage()._cdata].kind = kind
 
     def timeline(self) -> Timeline:
-        """What was found so far."""
+        """Returns what was found so far."""
         ends = [stage.start - 1 for stage in self._stages[1:]]
         stages = tuple(
             (stage.name, stage.start, end) for stage, end in zip(self._stages, [*ends, self._clock], strict=True)

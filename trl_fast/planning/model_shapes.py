@@ -1,4 +1,4 @@
-"""What a model looks like: the shapes that are built in, and those that a name or a folder tells."""
+"""Knows what a model looks like: shapes that are built in, and those that a name or a folder tells."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def model_config(name_or_path: str) -> PretrainedConfig:
-    """The configuration of a built-in shape, a folder or a model on the hub.
+    """Returns the configuration of a built-in shape, a folder or a model on the hub.
 
     Raises:
         ValueError: there is no such model, or it is no text model of decoder layers.

@@ -1,4 +1,4 @@
-"""A step's peak from two shallow models, and the longest sequences that fit."""
+"""Estimates a step's peak from two shallow models, and the longest sequences that fit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ from trl_fast.modeling.uncheckpointed_layers import layers_that_fit, room_for_la
 from trl_fast.ops.head.plan import default_workspace
 
 from .fake_models import layers_are_alike, meta_model
-from .memory_timeline import FORWARD_STAGE, HEAD_STAGE, KINDS, SAVED, Peak, highest
-from .simulated_step import EMBEDDING_STAGE, LAST_LAYER, OPTIMIZER_STAGE, simulate
+from .memory_timeline import (
+    EMBEDDING_STAGE,
+    FORWARD_STAGE,
+    HEAD_STAGE,
+    KINDS,
+    LAST_LAYER,
+    OPTIMIZER_STAGE,
+    SAVED,
+    Peak,
+    highest,
+)
+from .simulated_step import simulate
 from .training_setup import TrainingSetup
 
 # The shallowest models that have a first, a last and, in the second, a layer between.
@@ -29,15 +39,16 @@ StagePeaks = dict[str, Peak]
 
 
 def stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
-    """The peak of each stage of a step, as `simulate` finds them, in a fraction of the time.
+    """Finds the peak of each stage of a step, as `simulate` does, in a fraction of the time.
 
     Layers are alike, so the most memory in each stage of a step is a straight line over their number: two shallow
     models tell it. They keep all results that gradient checkpointing may keep; what the budget has no room for in the
-    whole model is then taken off. A model whose layers differ is simulated whole.
+    whole model is then taken off. A model whose layers differ is simulated whole, and so are two with a budget each.
     """
     depth, limit = setup.num_layers, setup.activation_budget
     depths = SHALLOW_OFFLOADED if setup.activation_offloading else SHALLOW
-    if depth <= depths[-1] or not layers_are_alike(meta_model(setup)):
+    two_budgets = setup.method == "ppo" and limit > 0
+    if depth <= depths[-1] or two_budgets or not layers_are_alike(meta_model(setup)):
         return simulate(setup, max_length).stage_peaks()
     roomy = setup.but(activation_budget_bytes=_UNLIMITED) if limit else setup
     shallow = [simulate(roomy, max_length, layers) for layers in depths]
@@ -50,7 +61,7 @@ def stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
 
 
 def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[tuple[str, int]], depth: int, limit: int) -> None:
-    """From the peaks of a model that keeps all results, those of one with a budget; `results` are a layer's."""
+    """Takes from the peaks of a model that keeps all results those that a budget has no room for."""
     kept_and_all = zip(_kept(results, depth, limit), _kept(results, depth, _UNLIMITED), strict=True)
     missing = [every - kept for kept, every in kept_and_all]
     # The layer at work has its results, kept or computed again.
@@ -60,7 +71,7 @@ def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[tuple[str, i
 
 
 def _kept(results: Sequence[tuple[str, int]], depth: int, limit: int) -> list[int]:
-    """Bytes that each of `depth` layers keeps, whose results are all of these kinds and sizes."""
+    """Returns the bytes that each of `depth` layers keeps, whose results are all of these kinds and sizes."""
     budget, left, kept = Budget(limit, depth), limit, []
     for _ in range(depth):
         budget.start_layer()
@@ -73,12 +84,12 @@ def _kept(results: Sequence[tuple[str, int]], depth: int, limit: int) -> list[in
 
 
 def estimate(setup: TrainingSetup, max_length: int) -> Peak:
-    """The peak of a step, from `stage_peaks`."""
+    """Returns the peak of a step, from `stage_peaks`."""
     return highest(stage_peaks(setup, max_length))
 
 
 def whole_layers(setup: TrainingSetup, max_length: int, limit: int) -> tuple[int, int]:
-    """How many layers a GPU of `limit` bytes leaves uncheckpointed, by the trainers' own rule, and what they save."""
+    """Counts the layers that a GPU of `limit` bytes leaves uncheckpointed, and the bytes that they save."""
     if not setup.leaves_whole_layers:
         return 0, 0
     # When these begin, nothing is left of what layers saved.
@@ -91,7 +102,7 @@ def whole_layers(setup: TrainingSetup, max_length: int, limit: int) -> tuple[int
 
 
 def head_workspace(setup: TrainingSetup, peak: Peak, limit: int) -> int:
-    """Bytes of the head's workspace on a GPU of `limit` bytes, by the op's own rule.
+    """Returns the bytes of the head's workspace on a GPU of `limit` bytes, by the op's own rule.
 
     Steps are simulated with the least that it takes by default: what a GPU has free, it uses, but does not need.
     """
@@ -102,7 +113,7 @@ def head_workspace(setup: TrainingSetup, peak: Peak, limit: int) -> int:
 
 
 def _saved_by_a_layer(setup: TrainingSetup, max_length: int) -> int:
-    """Bytes that a layer saves beyond what it does when it is checkpointed; the mean of layers that differ."""
+    """Counts the bytes that a layer saves beyond those when it is checkpointed; the mean of layers that differ."""
     fewer, more = SHALLOW
     if setup.num_layers > more and layers_are_alike(meta_model(setup)):
         return _saved_by(setup, max_length, more) - _saved_by(setup, max_length, fewer)
@@ -122,21 +133,21 @@ def _on_line(one: Peak, two: Peak, places: tuple[int, int], at: int) -> Peak:
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest max_length that fits, in tokens, and its peak; 0 if none does."""
+    """Holds the longest max_length that fits, in tokens, and its peak; 0 if none does."""
 
     max_length: int
     peak: Peak | None
 
     @property
     def at_least(self) -> bool:
-        """Whether the search stopped there, and longer ones may fit."""
+        """Tells whether the search stopped there, and longer ones may fit."""
         return self.max_length == LONGEST
 
 
 def longest_context(
     setup: TrainingSetup, limit: int, start: int, peaks_of: Callable[[TrainingSetup, int], StagePeaks] = stage_peaks
 ) -> Longest:
-    """The longest max_length whose step takes at most `limit` bytes, to within TOLERANCE.
+    """Returns the longest max_length whose step takes at most `limit` bytes, to within TOLERANCE.
 
     In each stage memory is close to a straight line over the length. The next length to try is where the first of the
     lines through the last two meets the limit. `start`: a length to begin with.
@@ -161,13 +172,13 @@ def _rounded(length: float) -> int:
 
 
 def _bounds(tried: dict[int, StagePeaks], limit: int) -> tuple[int, float]:
-    """The longest length that fits, 0 if none does, and the shortest that does not."""
+    """Finds the longest length that fits, 0 if none does, and the shortest that does not."""
     fit = [length for length, peaks in tried.items() if highest(peaks).bytes <= limit]
     return max(fit, default=0), min((length for length in tried if length not in fit), default=math.inf)
 
 
 def _meeting(tried: dict[int, StagePeaks], limit: int) -> float:
-    """Where the first of the stages' lines through the two lengths nearest to the limit meets it."""
+    """Finds where the first of the stages' lines through the two lengths nearest to the limit meets it."""
     one, two = sorted(tried, key=lambda length: abs(highest(tried[length]).bytes - limit))[:2]
     meets = math.inf
     for stage, peak in tried[one].items():

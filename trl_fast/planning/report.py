@@ -1,4 +1,4 @@
-"""What a plan says: tables for the terminal and a plot over time."""
+"""Shows what a plan says: tables for the terminal and a plot over time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .memory_timeline import (
     GRADIENTS,
     HEAD,
     KINDS,
+    KV_CACHE,
     MEANINGS,
     OPTIMIZER,
     REFERENCE,
@@ -24,6 +25,7 @@ from .memory_timeline import (
     Timeline,
 )
 from .peak_estimates import Longest
+from .planned_methods import PLANNED
 from .training_setup import TrainingSetup
 
 _COLORS = {
@@ -32,6 +34,7 @@ _COLORS = {
     OPTIMIZER: "#b48ead",
     GRADIENTS: "#d08770",
     SAVED: "#5e81ac",
+    KV_CACHE: "#bf616a",
     ATTENTION: "#ebcb8b",
     HEAD: "#a3be8c",
     WORKSPACE: "#88c0d0",
@@ -41,7 +44,7 @@ _POINTS = 2000
 
 
 def peak_table(peak: Peak, title: str) -> Table:
-    """What a peak consists of."""
+    """Makes a table of what a peak consists of."""
     table = Table(title=title, title_justify="left")
     table.add_column("memory")
     table.add_column("GiB", justify="right")
@@ -57,7 +60,7 @@ def peak_table(peak: Peak, title: str) -> Table:
 
 
 def stages_table(timeline: Timeline) -> Table:
-    """The peak of each stage of a step."""
+    """Makes a table of the peak of each stage of a step."""
     table = Table(title="Peak by stage of the step", title_justify="left")
     table.add_column("stage")
     table.add_column("GiB", justify="right")
@@ -67,7 +70,7 @@ def stages_table(timeline: Timeline) -> Table:
 
 
 def rows_table(rows: list[Row], title: str, max_length: int) -> Table:
-    """Setups against the first one: the peak at `max_length`, and the longest context where it was looked for."""
+    """Makes a table of setups against the first one: peaks at `max_length`, and longest contexts where looked for."""
     base = rows[0]
     searched = base.longest is not None
     table = Table(title=title, title_justify="left")
@@ -87,7 +90,7 @@ def rows_table(rows: list[Row], title: str, max_length: int) -> Table:
 
 
 def tokens(longest: Longest) -> str:
-    """A longest context for people."""
+    """Writes a longest context for people."""
     if not longest.max_length:
         return "none fits"
     return f"{'at least ' if longest.at_least else ''}{longest.max_length:,}"
@@ -100,7 +103,7 @@ def _ratio(row: Row, base: Row) -> str:
 
 
 def save_plot(path: Path, timeline: Timeline, title: str, limit: int | None) -> None:
-    """Memory over a step by what it holds; a dashed line at `limit` bytes."""
+    """Draws memory over a step by what it holds; a dashed line at `limit` bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,7 +133,7 @@ def save_plot(path: Path, timeline: Timeline, title: str, limit: int | None) -> 
 
 
 def _thinned(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
-    """(points,) operators and (kinds, points) levels: of each stretch of operators the one with the most memory."""
+    """Returns operators (points,) and levels (kinds, points): of each stretch the operator with the most memory."""
     total = timeline.levels.sum(axis=0)
     stretch = max(1, -(-len(total) // _POINTS))
     starts = range(0, len(total), stretch)
@@ -150,9 +153,10 @@ def _mark_stages(axes: object, timeline: Timeline, top: float) -> None:
 
 
 def setup_line(setup: TrainingSetup, name: str, max_length: int) -> str:
-    """The planned run in one line."""
+    """Describes the planned run in one line."""
     what = "all weights" if setup.lora_r is None else f"LoRA r={setup.lora_r}"
     precision = f"{setup.dtype} weights" + (", bf16 autocast" if setup.bf16 else "")
     count = setup.per_device_train_batch_size
-    unit = ("sequence" if setup.method == "sft" else "pair") + "s" * (count > 1)
-    return f"{setup.method}, {name}, {what}, {precision}, {count} {unit} of {max_length:,} tokens"
+    unit = PLANNED[setup.method].unit + "s" * (count > 1)
+    sampled = f", {setup.completions_per_generation} sampled at a time" if setup.method in ("grpo", "rloo") else ""
+    return f"{setup.method}, {name}, {what}, {precision}, {count} {unit} of {max_length:,} tokens{sampled}"

@@ -1,4 +1,4 @@
-"""DPOTrainer: TRL's constructor and behaviour, on packed batches and the fused head."""
+"""Provides DPOTrainer, with TRL's constructor and behaviour, and the step function of DPO."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dpo_step(
 
 
 class DPOTrainer(PreferenceTrainer):
-    """Direct Preference Optimization (arXiv 2305.18290) and its relatives.
+    """Trains by Direct Preference Optimization (arXiv 2305.18290) and its relatives.
 
     Args:
         model: a name, a causal language model, or a PeftModel.
@@ -110,10 +110,11 @@ class DPOTrainer(PreferenceTrainer):
         return not args.reference_free and super().needs_reference(args)
 
     def sequence_logprobs(self, batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
+        """Sums log-probs of the scored tokens (N,) to those of the sequences (2P,), as `ld_alpha` weighs them."""
         return preference_table(batch).sequence_logprobs(token_logprobs, self.loss_config.ld_alpha)
 
     def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
-        """As in the base; zeros without a reference."""
+        """Computes what the base does; zeros without a reference."""
         if self.args.reference_free:
             return torch.zeros(len(batch), device=batch.targets.device)
         return super().compute_ref_log_probs(batch)
@@ -130,7 +131,7 @@ class DPOTrainer(PreferenceTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
-        """The loss (0-d) of one micro-batch; its metrics wait for the next log."""
+        """Computes the loss, a scalar, of one micro-batch; its metrics wait for the next log."""
         reference = self.compute_ref_log_probs(inputs)
         found = dpo_step(
             model,
@@ -146,7 +147,7 @@ class DPOTrainer(PreferenceTrainer):
     # ---- evaluation
 
     def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (2P, T, V) and labels (2P, T), chosen rows before rejected ones."""
+        """Computes logits (2P, T, V) and labels (2P, T), chosen rows before rejected ones."""
         rows = inputs.sequences()
         input_ids, attention_mask = padded_rows([*rows[0::2], *rows[1::2]], self.processing_class.pad_token_id)
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids

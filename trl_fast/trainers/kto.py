@@ -1,4 +1,4 @@
-"""KTOTrainer: TRL's constructor and behaviour, on packed batches and the fused head."""
+"""Provides KTOTrainer, with TRL's constructor and behaviour, and the step function of KTO."""
 
 from __future__ import annotations
 
@@ -162,19 +162,13 @@ def _score_apart(
 
 
 class KTOTrainer(PreferenceTrainer):
-    """Kahneman-Tversky Optimization (arXiv 2402.01306): from single completions, each good or bad.
+    """Trains by Kahneman-Tversky Optimization (arXiv 2402.01306): from single completions, each good or bad.
 
-    Args:
-        model: a name, a causal language model, or a PeftModel.
-        ref_model: the reference policy, an object or a name; None: the policy as it is now, which with PEFT is the
-            same model with its adapter off.
+    Args: those of DPOTrainer, but for
         args: a KTOConfig; TRL's own is accepted too.
         data_collator: returns a TokenBatch as `DataCollatorForUnpairedPreference` does.
         train_dataset, eval_dataset: rows of prompt, completion and label, plain or conversational, or tokenized; or
             preference pairs. eval_dataset may be a dict of datasets.
-        processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
-        The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Fields of
-        KTOConfig that older versions of TRL took here are accepted.
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.
@@ -186,12 +180,12 @@ class KTOTrainer(PreferenceTrainer):
 
     @property
     def token_columns(self) -> tuple[str, ...]:
-        """The columns of prepared rows that hold token ids."""
+        """Names the columns of prepared rows that hold token ids."""
         return (*UNPAIRED_TOKEN_COLUMNS, KL_COLUMN) if self.loss_config.needs_kl else UNPAIRED_TOKEN_COLUMNS
 
     @property
     def reference_columns(self) -> tuple[str, ...]:
-        """As in the base: the row's own completion, and the mismatched one where there is one."""
+        """Names the columns of the row's own completion, and of the mismatched one where there is one."""
         return UNPAIRED_REFERENCE_COLUMNS if self.loss_config.needs_kl else UNPAIRED_REFERENCE_COLUMNS[:1]
 
     # ---- data
@@ -233,10 +227,11 @@ class KTOTrainer(PreferenceTrainer):
     # ---- the reference
 
     def sequence_logprobs(self, batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
+        """Sums log-probs of the scored tokens (N,) to those of the sequences (S,)."""
         return sequence_logprobs(batch, token_logprobs)
 
     def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
-        """As in the base: of each row's own completion, and of the mismatched one after it where there is one."""
+        """Computes what the base does, of each row's own completion, and of the mismatched one after it, if any."""
         precomputed = self.reference_columns[0] in batch.extras
         return super().compute_ref_log_probs(batch if precomputed else batch.get(BOTH, batch))
 
@@ -249,7 +244,7 @@ class KTOTrainer(PreferenceTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict]:
-        """The loss (0-d) of one micro-batch; its metrics wait for the next log."""
+        """Computes the loss, a scalar, of one micro-batch; its metrics wait for the next log."""
         found = kto_step(
             model,
             inputs,
@@ -289,6 +284,6 @@ class KTOTrainer(PreferenceTrainer):
     # ---- evaluation
 
     def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (S, T, V) and labels (S, T)."""
+        """Computes logits (S, T, V) and labels (S, T)."""
         input_ids, attention_mask = padded_rows(inputs.sequences(), self.processing_class.pad_token_id)
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids

@@ -1,4 +1,4 @@
-"""RewardTrainer: TRL's constructor and behaviour, on packed batches."""
+"""Provides RewardTrainer, with TRL's constructor and behaviour, and the step function of reward models."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def reward_step(
 
 
 class RewardTrainer(BaseTrainer):
-    """Reward models from preference pairs, by the Bradley-Terry model (arXiv 2203.02155, section 3.5).
+    """Trains reward models on preference pairs, by the Bradley-Terry model (arXiv 2203.02155, section 3.5).
 
     Args:
         model: a name, a sequence classifier with num_labels=1, or a PeftModel of one. By name it may be a language
@@ -133,7 +133,7 @@ class RewardTrainer(BaseTrainer):
     def resolve_model(
         self, model: str | PreTrainedModel | PeftModel, args: RewardConfig, quantization_config: object | None
     ) -> PreTrainedModel | PeftModel:
-        """As in the base.
+        """Returns the model as the base does.
 
         Raises:
             ValueError: the model does not give one number a sequence.
@@ -162,7 +162,7 @@ class RewardTrainer(BaseTrainer):
     def adapt(
         self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: RewardConfig
     ) -> PreTrainedModel | PeftModel:
-        """As in the base; tokens that came with a chat template are trained beside the adapter."""
+        """Adapts the model as the base does; tokens that came with a chat template are trained beside the adapter."""
         if isinstance(peft_config, PeftConfig):
             peft_config = _for_a_classifier(peft_config)
             if self._added_tokens:
@@ -203,7 +203,7 @@ class RewardTrainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss (0-d) of one micro-batch; its metrics wait for the next log.
+        """Computes the loss (0-d) of one micro-batch; its metrics wait for the next log.
 
         With return_outputs also the rewards as `logits` (2P, 1), those of all chosen sequences first.
         """
@@ -228,7 +228,7 @@ class RewardTrainer(BaseTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None]:
-        """The loss of a batch, and for compute_metrics its rewards; there are no labels."""
+        """Computes the loss of a batch, and for compute_metrics its rewards; there are no labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -236,7 +236,7 @@ class RewardTrainer(BaseTrainer):
 
 
 def _for_a_classifier(peft_config: PeftConfig) -> PeftConfig:
-    """The adapter's configuration, the task a reward model's where it said that of a language model."""
+    """Returns the adapter's configuration, its task a reward model's where it said that of a language model."""
     if peft_config.task_type != TaskType.CAUSAL_LM:
         return peft_config
     logger.warning(
@@ -249,7 +249,7 @@ def _for_a_classifier(peft_config: PeftConfig) -> PeftConfig:
 
 
 def _sample_sequences(dataset: AnyDataset) -> list[list[int]]:
-    """Two short token sequences for trying the model out: the ends of the first row's, where they differ.
+    """Returns two short token sequences for trying the model out: ends of the first row's, where they differ.
 
     Raises:
         ValueError: a stream has no row that is short enough.

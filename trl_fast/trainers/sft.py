@@ -1,4 +1,4 @@
-"""SFTTrainer: TRL's constructor and behaviour, on packed batches and the fused head."""
+"""Provides SFTTrainer, with TRL's constructor and behaviour, and the step function of SFT."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def sft_step(
 
 
 class SFTTrainer(BaseTrainer):
-    """Supervised fine-tuning.
+    """Trains by supervised fine-tuning.
 
     Args:
         model: a name, a causal language model, or a PeftModel.
@@ -183,7 +183,7 @@ class SFTTrainer(BaseTrainer):
     def adapt(
         self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: SFTConfig
     ) -> PreTrainedModel | PeftModel:
-        """As in the base; tokens that came with a chat template are trained beside the adapter."""
+        """Adapts the model as the base does; tokens that came with a chat template are trained beside the adapter."""
         if peft_config is not None and self._added_tokens:
             peft_config = with_trained_tokens(peft_config, base_model(model), self._added_tokens)
             peft_config.modules_to_save = list({*(peft_config.modules_to_save or []), "lm_head"})
@@ -197,7 +197,7 @@ class SFTTrainer(BaseTrainer):
     def _read_data_kind(
         self, train_dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig
     ) -> None:
-        """What the first row says about which tokens are learned."""
+        """Reads from the first row which tokens are learned."""
         row = next(iter(train_dataset), {})
         with_prompt = row.keys() >= {"prompt", "completion"} and self.formatting_func is None
         self.completion_only_loss = with_prompt if args.completion_only_loss is None else args.completion_only_loss
@@ -225,7 +225,7 @@ class SFTTrainer(BaseTrainer):
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig, name: str
     ) -> AnyDataset:
-        """Rows with input_ids and labels, packed if the arguments ask for it; see `data.prepare_sft_dataset`."""
+        """Makes rows with input_ids and labels, packed if the arguments ask for it; see `data.prepare_sft_dataset`."""
         if args.skips_preparation:
             columns = dataset.column_names or []
             if "labels" not in columns and {"completion_mask", "assistant_masks"} & set(columns):
@@ -264,7 +264,7 @@ class SFTTrainer(BaseTrainer):
     # ---- the loss
 
     def _get_num_items_in_batch(self, batch_samples: list[TokenBatch], device: torch.device) -> torch.Tensor | None:
-        """The learned tokens of all micro-batches of a step, in all processes."""
+        """Counts the learned tokens of all micro-batches of a step, in all processes."""
         if not batch_samples or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return None
         count = torch.full((), sum(len(batch.targets) for batch in batch_samples), dtype=torch.int64, device=device)
@@ -279,7 +279,7 @@ class SFTTrainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The loss (0-d) of one micro-batch; its metrics wait for the next log.
+        """Computes the loss, a scalar, of one micro-batch; its metrics wait for the next log.
 
         With return_outputs also the model's own output, from one more forward pass.
         """
@@ -306,7 +306,7 @@ class SFTTrainer(BaseTrainer):
     def _loss_of_logits(
         self, model: torch.nn.Module, inputs: TokenBatch, num_items_in_batch: torch.Tensor | None
     ) -> torch.Tensor:
-        """The user's loss, or the smoothed one of transformers, from whole logits."""
+        """Computes the user's loss, or the smoothed one of transformers, from whole logits."""
         output = model(**model_inputs(inputs), use_cache=False)
         if self.compute_loss_func is not None:
             return self.compute_loss_func(output, _labels(inputs), num_items_in_batch=num_items_in_batch)
@@ -315,18 +315,18 @@ class SFTTrainer(BaseTrainer):
     # ---- evaluation
 
     def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, T, V) and labels (B, T): a row an example, or one row for all with padding_free and packing."""
+        """Computes logits (B, T, V) and labels (B, T): a row an example; one for all if padding_free or packing."""
         batch = inputs if self.padding_free else unpacked(inputs, self.processing_class.pad_token_id)
         return model(**model_inputs(batch), use_cache=False).logits, _labels(batch)
 
 
 def _labels(batch: TokenBatch) -> torch.Tensor:
-    """Labels (B, T) that leave out what nothing of the same example predicts."""
+    """Returns labels (B, T) that leave out what nothing of the same example predicts."""
     if batch.sequence_lengths is None:
         return batch["labels"]
     return batch["labels"].masked_fill(batch.position_ids == 0, -100)
 
 
 def _sample_sequences(dataset: AnyDataset) -> list[list[int]]:
-    """Token ids of the first two rows, for trying the model out; none where a collator makes them."""
+    """Returns token ids of the first two rows, for trying the model out; none where a collator makes them."""
     return [list(row["input_ids"]) for row in islice(dataset, 2) if "input_ids" in row]

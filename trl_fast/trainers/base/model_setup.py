@@ -1,8 +1,9 @@
-"""What the arguments ask of a model's layers and routers: the same for policies, value models and references."""
+"""Sets up a model's layers and router as the arguments ask: policies, value models and references alike."""
 
 from __future__ import annotations
 
 import logging
+from typing import Protocol, cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -19,8 +20,25 @@ from .config import BaseConfig
 logger = logging.getLogger(__name__)
 
 
-def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, trains: bool = True) -> None:
-    """Dropout and tiles; of a model that trains also what is kept for backward, and where.
+class LayerSettings(Protocol):
+    """Names the arguments that `set_up_layers` reads: a config has them, and the setup of a planned run."""
+
+    disable_dropout: bool
+    tiled_mlp: int | None
+    use_liger_kernel: bool
+    activation_offloading: bool
+
+    @property
+    def activation_budget(self) -> int | None:
+        """Returns the bytes that checkpointing may keep; None: by device."""
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Tells whether checkpointing keeps what attention gives whatever the budget."""
+
+
+def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, trains: bool = True) -> None:
+    """Sets up dropout and tiles, and of a model that trains also what is kept for backward, and where.
 
     Raises:
         NotFiniteError: weights are NaN or infinite.
@@ -35,7 +53,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, train
     if not trains:
         return
     if args.use_liger_kernel:
-        check_liger(inner, args.device)
+        check_liger(inner, cast(BaseConfig, args).device)
     if args.activation_offloading:
         offload_activations(inner)
     set_selective_checkpointing(
@@ -47,7 +65,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: BaseConfig, *, train
 
 
 def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
-    """The weight of a mixture of experts' load-balancing loss: the one wanted, else its config's; 0 for other models.
+    """Returns the weight of a router's load-balancing loss: the one wanted, else its config's; 0 for other models.
 
     Raises:
         ValueError: a weight is wanted and the model does not return its router's logits.
@@ -65,7 +83,7 @@ def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
 
 
 def warn_of_reentrant_router(args: BaseConfig, coefficient: float) -> None:
-    """Says so if checkpointing is of the kind with which a router's loss, of that weight, has no gradient."""
+    """Warns if checkpointing is of the kind with which a router's loss, of that weight, has no gradient."""
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if reentrant and coefficient:
         logger.warning(

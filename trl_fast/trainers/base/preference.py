@@ -1,4 +1,4 @@
-"""What trainers on preference data with a reference, DPO and KTO, do alike."""
+"""Holds what trainers on preference data with a reference, DPO and KTO, do alike."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tokenizers import older_tokenizer_name
 
 
 class PreferenceTrainer(ReferenceTrainer):
-    """A trainer on preference data; a subclass brings its data, its collator and its loss.
+    """Trains on preference data; a subclass brings its data, its collator and its loss.
 
     `reference_columns` hold precomputed log-probabilities of a row's sequences under the reference, in their order in
     a batch.
@@ -81,36 +81,36 @@ class PreferenceTrainer(ReferenceTrainer):
     # ---- what a subclass brings
 
     def needs_reference(self, args: PreferenceConfig) -> bool:
-        """Whether the reference is asked during training."""
+        """Tells whether the reference is asked during training."""
         return not args.precompute_ref_log_probs
 
     def make_collator(
         self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: PreferenceConfig
     ) -> Callable[[list[dict[str, Any]]], TokenBatch]:
-        """From prepared rows to a batch of that layout; `model` is as it will be trained."""
+        """Makes what collates prepared rows to a batch of that layout; `model` is as it will be trained."""
         raise NotImplementedError
 
     def sample_sequences(self, dataset: AnyDataset) -> list[list[int]]:
-        """Two token sequences of a prepared dataset's first row, for trying the model out."""
+        """Returns two token sequences of a prepared dataset's first row, for trying the model out."""
         row = next(iter(dataset))
         return [row["prompt_ids"] + row[column] for column in self.token_columns if column != "prompt_ids"]
 
     def sequence_logprobs(self, batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
-        """Log-probs of the sequences (S,) from those of the scored tokens (N,), as the loss sums them."""
+        """Sums log-probs of the scored tokens (N,) to those of the sequences (S,), as the loss does."""
         raise NotImplementedError
 
     # ---- the reference
 
     @torch.no_grad()
     def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
-        """Log-probs of each sequence (S,) float32 under the reference, summed as the loss sums the policy's."""
+        """Computes log π_ref of each sequence, (S,) float32, summed as the loss sums the policy's."""
         columns = self.reference_columns
         if columns[0] in batch.extras:
             return torch.stack([batch.extras[column] for column in columns], dim=1).flatten()
         return self.sequence_logprobs(batch, self.score_reference(batch).logprobs)
 
     def _reference_key(self) -> tuple:
-        """All that precomputed numbers depend on besides the dataset."""
+        """Returns all that precomputed numbers depend on besides the dataset."""
         args = self.args
         return (args.max_length, args.truncation_mode, args.bf16, args.fp16)
 
@@ -148,7 +148,7 @@ class PreferenceTrainer(ReferenceTrainer):
         return with_reference_columns(dataset, self._cache_key, compute, everywhere, writes)
 
     def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
-        """A dataset given to `evaluate`, with reference log-probs where those are precomputed.
+        """Prepares a dataset given to `evaluate`, with reference log-probs where those are precomputed.
 
         Raises:
             ValueError: they were precomputed from a policy that has been trained since, or the dataset is a stream.
@@ -179,6 +179,6 @@ def _check_no_stream(name: str, dataset: AnyDataset | dict[str, AnyDataset] | No
 
 
 def padded_rows(rows: list[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask (S, T) of the token ids of S sequences, padded on the right."""
+    """Pads the token ids of S sequences on the right: input_ids and attention_mask, (S, T) int64 both."""
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return pad_sequence(rows, batch_first=True, padding_value=pad_token_id), mask

@@ -1,7 +1,8 @@
-"""What trainers with a reference policy do alike: making it, preparing it as the policy is, scoring with it."""
+"""Makes the reference policy of a trainer, prepares it as the policy is, and scores with it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from trl_fast.data import TokenBatch
 from trl_fast.modeling.loading import base_model, load_causal_lm
 from trl_fast.modeling.reference_policy import copy_adapter_as_reference, copy_as_reference, freeze, reference_scope
-from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import TokenScores
 
 from .callbacks import SyncRefModelCallback
@@ -20,8 +21,31 @@ from .reference_config import ReferenceConfig
 from .trainer import BaseTrainer
 
 
+@torch.no_grad()
+def reference_scores(
+    model: Callable[..., ModelScores],
+    batch: TokenBatch,
+    *,
+    policy: torch.nn.Module | None = None,
+    adapter: str | None = None,
+    **keywords: Any,
+) -> TokenScores:
+    """Scores a batch's N tokens under the reference policy, without gradient.
+
+    Args:
+        model: the reference, a model of its own or the policy, as it is called (wrapped or not).
+        batch: the tokens.
+        policy: the policy without what was wrapped around it, where the reference is the same model without its
+            adapter, or with another one; None: the reference is a model of its own.
+        adapter: the adapter that is the reference, as in `modeling.reference_policy.adapter_reference`.
+        keywords: those of `modeling.scoring.score`.
+    """
+    with reference_scope(policy, adapter):
+        return score(model, batch, **keywords).tokens
+
+
 class ReferenceTrainer(BaseTrainer):
-    """A trainer whose loss reads log-probabilities of a reference policy.
+    """Trains with a loss that reads log-probabilities of a reference policy.
 
     `ref_model` is that policy; None where it is the model itself without its adapter, or where there is none. A
     subclass calls `set_up_models` and then `start`.
@@ -41,7 +65,7 @@ class ReferenceTrainer(BaseTrainer):
         wanted: bool = True,
         adapter_wanted: bool = True,
     ) -> tuple[PreTrainedModel | PeftModel, str]:
-        """The policy, adapted, and the batch layout for both models; `ref_model` becomes the reference policy.
+        """Returns the policy, adapted, and both models' batch layout; `ref_model` becomes the reference policy.
 
         sequences: a few, to try the model out on. wanted: whether a copy of the policy is made where no ref_model is
         given and no adapter tells policy and reference apart. adapter_wanted: the same of an adapter that the model
@@ -98,7 +122,7 @@ class ReferenceTrainer(BaseTrainer):
         set_up_layers(inner, args, trains=False)
 
     def start(self, **kwargs: Any) -> None:
-        """As in the base; then the reference goes where the policy is."""
+        """Starts as the base does; then the reference goes where the policy is."""
         super().start(**kwargs)
         if self.ref_model is None:
             return
@@ -108,10 +132,10 @@ class ReferenceTrainer(BaseTrainer):
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 
-    @torch.no_grad()
     def score_reference(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
-        """What the reference says about the batch's N scored tokens; `kwargs` are those of `modeling.score`."""
+        """Scores a batch's N tokens under the reference; `kwargs` are those of `modeling.score`."""
         model = self.model if self.ref_model is None else self.ref_model
-        scope = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
-        with reference_scope(scope, self.args.ref_adapter_name), self.compute_loss_context_manager():
-            return self.score(model, batch, **kwargs).tokens
+        policy = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
+        options = {"policy": policy, "adapter": self.args.ref_adapter_name, **self.head_keywords}
+        with self.compute_loss_context_manager():
+            return reference_scores(model, batch, **options, **kwargs)

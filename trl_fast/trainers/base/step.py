@@ -34,10 +34,10 @@ def router_keywords(coefficient: float) -> dict[str, bool]:
 def with_router_loss(
     loss: torch.Tensor, scored: ModelScores, coefficient: float, divisor: int = 1
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
-    """Adds the router's load-balancing loss to a loss (0-d).
+    """Adds the router's load-balancing loss to a loss, a scalar.
 
     Args:
-        loss: 0-d float32.
+        loss: a scalar, float32.
         scored: the scores that the loss was computed from; `aux_loss` is the router's loss, or None.
         coefficient: the weight of the router's loss; 0 leaves it out.
         divisor: the accumulation steps, where the loss is divided by them already.

@@ -1,4 +1,4 @@
-"""A trainer's tokenizer: the model's own unless one is given, with a pad token."""
+"""Prepares a trainer's tokenizer: the model's own unless one is given, with a pad token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import BaseConfig
 def checked_tokenizer(
     processing_class: object | None, model: PreTrainedModel, args: BaseConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given, or the one of the model's name.
+    """Returns the tokenizer that is given, or the one of the model's name.
 
     Raises:
         TypeError: it is no tokenizer.
@@ -75,7 +75,7 @@ def set_end_token_and_template(
 def older_tokenizer_name(
     owner: str, processing_class: PreTrainedTokenizerBase | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
-    """`processing_class`, or what came under its older name `tokenizer`.
+    """Returns `processing_class`, or what came under its older name `tokenizer`.
 
     Raises:
         ValueError: both were given.

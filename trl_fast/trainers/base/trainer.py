@@ -219,11 +219,6 @@ class BaseTrainer(Trainer):
             "head_grad": args.head_grad,
         }
 
-    @property
-    def router_kwargs(self) -> dict[str, bool]:
-        """What a scoring call is given in addition, so that its `aux_loss` comes with it where that counts."""
-        return {"output_router_logits": True} if self.router_aux_loss_coef else {}
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of one micro-batch, its gradients accumulated; a check that fails on the way names the step."""
         try:

@@ -1,0 +1,111 @@
+"""Tests what a plan runs for each method, and the memory of generation."""
+
+import pytest
+
+from support.models import tiny_config
+from trl_fast.planning.fake_models import meta_model
+from trl_fast.planning.memory_timeline import (
+    FORWARD_STAGE,
+    GENERATION_STAGE,
+    KINDS,
+    KV_CACHE,
+    OLD_STAGE,
+    OPTIMIZER,
+    OPTIMIZER_STAGE,
+    REFERENCE,
+    REFERENCE_STAGE,
+    VALUE_BACKWARD_STAGE,
+    VALUES_STAGE,
+    WEIGHTS,
+)
+from trl_fast.planning.planned_methods import PLANNED
+from trl_fast.planning.simulated_step import simulate
+from trl_fast.planning.training_setup import TRL, TrainingSetup
+from trl_fast.trainers.methods import METHODS
+
+LENGTH = 48
+CONFIG = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def setup_of(method, **changes):
+    return TrainingSetup(tiny_config("llama", **CONFIG), method=method, per_device_train_batch_size=4, **changes)
+
+
+def stages_of(setup):
+    return [name for name, start, end in simulate(setup, LENGTH).stages if end >= start]
+
+
+def weights_of(setup, **options):
+    return sum(weight.nbytes for weight in meta_model(setup, **options).parameters())
+
+
+def test_every_method_can_be_planned():
+    assert set(PLANNED) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    "method, changes, before",
+    [
+        ("sft", {}, []),
+        ("reward", {}, []),
+        ("kto", {}, [REFERENCE_STAGE]),
+        ("grpo", {}, [GENERATION_STAGE]),
+        ("grpo", {"beta": 0.1, "lora_r": 4}, [GENERATION_STAGE, REFERENCE_STAGE]),
+        ("grpo", {"num_iterations": 2}, [GENERATION_STAGE, OLD_STAGE]),
+        ("grpo", {"steps_per_generation": 2, "gradient_accumulation_steps": 2}, [GENERATION_STAGE]),
+        ("rloo", {}, [GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE]),
+        ("rloo", {"beta": 0.0}, [GENERATION_STAGE, OLD_STAGE]),
+        ("ppo", {}, [GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE]),
+    ],
+    ids=str,
+)
+def test_passes_before_the_update(method, changes, before):
+    stages = stages_of(setup_of(method, **changes))
+    assert stages[: len(before) + 1] == [*before, FORWARD_STAGE] and stages[-1] == OPTIMIZER_STAGE
+    assert (VALUE_BACKWARD_STAGE in stages) == (method == "ppo")
+
+
+@pytest.mark.parametrize("method, rows", [("grpo", 4 * 3), ("ppo", 4 * 3 * 2)])
+def test_keys_and_values_of_all_completions_are_there_at_the_end_of_generation(method, rows):
+    setup = setup_of(method, gradient_accumulation_steps=3, num_mini_batches=2, device="cpu")
+    timeline = simulate(setup, LENGTH)
+    found = timeline.stage_peaks()[GENERATION_STAGE].parts[KV_CACHE]
+    text = setup.config.get_text_config()
+    layer = 2 * rows * LENGTH * text.num_key_value_heads * text.head_dim * 2
+    # While a layer's keys grow by a token, the shorter ones are there too.
+    assert text.num_hidden_layers * layer <= timeline.levels[KINDS.index(KV_CACHE)].max() <= 3 * layer
+    assert found <= 3 * layer
+
+
+def test_generation_grows_with_what_is_sampled_at_a_time():
+    sizes = [
+        simulate(setup_of("grpo", steps_per_generation=steps), LENGTH).stage_peaks()[GENERATION_STAGE].bytes
+        for steps in (1, 2, 4)
+    ]
+    assert sizes[0] < sizes[1] < sizes[2]
+    chunked = [
+        simulate(setup_of("ppo", num_mini_batches=4, local_rollout_forward_batch_size=size), LENGTH).stage_peaks()
+        for size in (4, 16)
+    ]
+    assert chunked[0][GENERATION_STAGE].bytes < chunked[1][GENERATION_STAGE].bytes
+    assert chunked[0][FORWARD_STAGE].bytes == pytest.approx(chunked[1][FORWARD_STAGE].bytes, rel=0.01)
+
+
+def test_two_models_of_ppo_train():
+    setup = setup_of("ppo", device="cpu")
+    policy, value = weights_of(setup), weights_of(setup, classifier=True)
+    levels = simulate(setup, LENGTH).levels.max(axis=1)
+    assert levels[KINDS.index(WEIGHTS)] == pytest.approx(policy + value, rel=0.01)
+    assert levels[KINDS.index(OPTIMIZER)] == pytest.approx(2 * (policy + value), rel=0.01)
+    assert levels[KINDS.index(REFERENCE)] == pytest.approx(policy, rel=0.01)
+
+
+def test_groups_have_the_methods_own_size():
+    assert (setup_of("grpo").group_size, setup_of("rloo").group_size, setup_of("ppo").group_size) == (8, 2, 1)
+    assert setup_of("rloo", num_generations=4).group_size == 4
+    assert not setup_of("grpo").needs_reference_model and setup_of("rloo").needs_reference_model
+
+
+def test_there_is_no_other_system_to_compare_an_online_step_with():
+    with pytest.raises(ValueError, match="system='TRL' has no step of method='grpo'"):
+        setup_of("grpo", system=TRL)

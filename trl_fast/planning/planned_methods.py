@@ -1,0 +1,186 @@
+"""Runs each method's step on fake models: the trainers' own step functions, after the passes that come before them.
+
+A method is planned by two functions in PLANNED. `inputs` makes real micro-batches of sequences that are all as long as
+they may be. `loss` runs the passes without gradient that a step of the method needs, names the stage of each, and then
+calls the method's step function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from trl_fast.data.unpaired_preference import BOTH
+from trl_fast.lazy_imports import import_place
+from trl_fast.losses.dpo import DPOLossConfig
+from trl_fast.losses.kto import KTOLossConfig
+from trl_fast.losses.policy_gradient import PolicyLossConfig
+from trl_fast.losses.sft import nll_loss
+from trl_fast.modeling.classifier_head import read_head
+from trl_fast.modeling.scoring import score
+from trl_fast.trainers.base.reference import reference_scores
+from trl_fast.trainers.dpo import preference_table
+from trl_fast.trainers.kto import sequence_logprobs
+from trl_fast.trainers.methods import METHODS
+
+from .example_batches import (
+    labelled_batch,
+    policy_micro_batch,
+    ppo_micro_batch,
+    preference_batch,
+    reward_pairs,
+    unpaired_batch,
+)
+from .generation import simulate_generation
+from .memory_timeline import GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE
+from .training_setup import TrainingSetup
+
+Enter = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PlannedModels:
+    """Holds the models of a step: the policy (of reward: the classifier), its reference and its value model, if any.
+
+    layout: of the batches of all of them.
+    """
+
+    policy: PreTrainedModel | PeftModel
+    layout: str
+    reference: PreTrainedModel | None = None
+    value: PreTrainedModel | None = None
+
+    @property
+    def trained(self) -> list[torch.nn.Module]:
+        """Lists the models that train."""
+        return [self.policy] if self.value is None else [self.policy, self.value]
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """Describes how a method is planned.
+
+    inputs: from setup, max_length and layout to the micro-batch's real tensors. loss: from setup, models, those inputs
+    and what names a stage to the loss (0-d). unit: what a micro-batch counts.
+    """
+
+    inputs: Callable[[TrainingSetup, int, str], Any]
+    loss: Callable[[TrainingSetup, PlannedModels, Any, Enter], torch.Tensor]
+    unit: str
+
+
+def _step(setup: TrainingSetup) -> Callable[..., Any]:
+    """Returns the step function of the method, which its trainer calls too."""
+    return import_place(METHODS[setup.method].step)
+
+
+def _under_autocast(setup: TrainingSetup, model: torch.nn.Module) -> Callable[..., Any]:
+    """Wraps a model's forward in autocast, as accelerate does."""
+
+    def forward(**inputs: object) -> Any:
+        with setup.autocast():
+            return model(**inputs)
+
+    return forward
+
+
+@torch.no_grad()
+def _token_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """Returns the log-probs (N,) float32 of a batch's scored tokens, from a pass without gradient."""
+    return score(_under_autocast(setup, model), batch, **setup.head_keywords).tokens.logprobs
+
+
+def _reference_logprobs(setup: TrainingSetup, models: PlannedModels, batch: Any) -> torch.Tensor:
+    """Returns the same under the reference policy, which with an adapter is the policy without it."""
+    model, policy = (models.policy, models.policy) if models.reference is None else (models.reference, None)
+    return reference_scores(_under_autocast(setup, model), batch, policy=policy, **setup.head_keywords).logprobs
+
+
+def _sft_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: Enter) -> torch.Tensor:
+    return _step(setup)(_under_autocast(setup, models.policy), batch, nll_loss, head=setup.head_keywords).loss
+
+
+def _reward_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: Enter) -> torch.Tensor:
+    found, _ = _step(setup)(_under_autocast(setup, models.policy), batch)
+    return found.loss
+
+
+def _dpo_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: Enter) -> torch.Tensor:
+    enter(REFERENCE_STAGE)
+    if setup.precompute_ref_log_probs:
+        reference = torch.zeros(len(batch))
+    else:
+        reference = preference_table(batch).sequence_logprobs(_reference_logprobs(setup, models, batch))
+    policy = _under_autocast(setup, models.policy)
+    return _step(setup)(policy, batch, reference, DPOLossConfig(), head=setup.head_keywords).loss
+
+
+def _kto_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
+    enter(REFERENCE_STAGE)
+    batch, both = inputs.batch, inputs.batch[BOTH]
+    if setup.precompute_ref_log_probs:
+        reference = torch.zeros(len(batch), 2)
+    else:
+        reference = sequence_logprobs(both, _reference_logprobs(setup, models, both)).view(-1, 2)
+    return _step(setup)(
+        _under_autocast(setup, models.policy),
+        batch,
+        reference,
+        KTOLossConfig(),
+        together=inputs.together,
+        head=setup.head_keywords,
+    ).loss
+
+
+def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
+    """Runs a step of GRPO or RLOO: generation, the scores that its loss or its rewards read, and the update."""
+    enter(GENERATION_STAGE)
+    simulate_generation(setup, models.policy, inputs.generation)
+    if setup.scores_old_policy:
+        enter(OLD_STAGE)
+        _token_logprobs(setup, models.policy, inputs.update.batch)
+    if setup.needs_reference:
+        enter(REFERENCE_STAGE)
+        _reference_logprobs(setup, models, inputs.update.batch)
+    policy = _under_autocast(setup, models.policy)
+    found, _ = _step(setup)(policy, inputs.update, policy_loss_config(setup), head=setup.head_keywords)
+    return found.loss
+
+
+def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
+    """Runs a step of PPO: generation, the scores of the rollout by all three models, and the update of two."""
+    enter(GENERATION_STAGE)
+    simulate_generation(setup, models.policy, inputs.generation)
+    enter(OLD_STAGE)
+    _token_logprobs(setup, models.policy, inputs.rollout)
+    enter(REFERENCE_STAGE)
+    _reference_logprobs(setup, models, inputs.rollout)
+    value = _under_autocast(setup, models.value)
+    enter(VALUES_STAGE)
+    with torch.no_grad():
+        read_head(value, inputs.rollout_states)
+    policy = _under_autocast(setup, models.policy)
+    return _step(setup)(policy, value, inputs.update, head=setup.head_keywords).loss
+
+
+def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:
+    """Returns the loss of GRPO or RLOO with the defaults of its config."""
+    if setup.method == "rloo":
+        return PolicyLossConfig(loss_type="grpo", importance_sampling_level="product")
+    return PolicyLossConfig(beta=setup.kl_weight)
+
+
+PLANNED: dict[str, PlannedMethod] = {
+    "sft": PlannedMethod(labelled_batch, _sft_loss, "sequence"),
+    "dpo": PlannedMethod(preference_batch, _dpo_loss, "pair"),
+    "reward": PlannedMethod(reward_pairs, _reward_loss, "pair"),
+    "kto": PlannedMethod(unpaired_batch, _kto_loss, "completion"),
+    "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
+    "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
+    "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
+}
