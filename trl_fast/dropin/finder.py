@@ -91,8 +91,8 @@ class TrlFinder(MetaPathFinder, Loader):
 
 def _places(module: str) -> dict[str, str]:
     # The packages offer all that is public in trl_fast.
-    public = trl_fast.__all__ if module in ("trl", "trl.trainer") else []
-    return {**{name: f"trl_fast:{name}" for name in public if not name.startswith("__")}, **MODULES[module]}
+    public = trl_fast.EXPORTS if module in ("trl", "trl.trainer") else ()
+    return {**{name: f"trl_fast:{name}" for name in public}, **MODULES[module]}
 
 
 def explain(module: str, name: str) -> str:
