@@ -10,20 +10,18 @@ import torch
 
 from benchmarks.host_waits import host_waits
 from trl_fast.trainers.base.metric_buffer import MetricBuffer
-from trl_fast.trainers.online.generation_metrics import GenerationMetrics
+from trl_fast.trainers.online.metric_recorder import MetricRecorder
 
 NAN = math.nan
 
 
-class Recorder(GenerationMetrics):
-    """The part of a trainer that records, in one process on one device."""
+class Recorder(MetricRecorder):
+    """Records as a trainer's does, in one process on one device."""
 
     def __init__(self, device="cpu"):
-        self.accelerator = SimpleNamespace(device=torch.device(device), gather=lambda tensor: tensor.reshape(-1))
+        accelerator = SimpleNamespace(device=torch.device(device), gather=lambda tensor: tensor.reshape(-1))
         self.buffer = MetricBuffer(skip_nan=True)
-
-    def record(self, metrics):
-        self.buffer.add(metrics)
+        super().__init__(accelerator, self.buffer.add)
 
     def read(self):
         return self.buffer.pop(lambda pairs: pairs)
@@ -66,5 +64,5 @@ def test_nothing_waits_until_it_is_read():
         waits.clear()
         recorder.record_extremes({"ratio_min": values, "ratio_max": values})
         recorder.record_sampling("difference", torch.ones(3), ("mean", "max"))
-        recorder.record_value("num_tokens", 12)
+        recorder.record_values({"num_tokens": 12})
         assert not waits.report()

@@ -61,14 +61,13 @@ def compare(models, tokenizer, tmp_path, monkeypatch):
         arguments["rollout_engine"] = FixedEngine(tokenizer, longest=5)
         trainer = make_trainer(trl_fast, tmp_path, method="PPO", arguments=arguments, **settings)
         rollouts = []
-        roll_out = trainer.roll_out
+        judge = trainer.loop.judge
 
-        def keep(rows):
-            found = roll_out(rows)
-            rollouts.append([*zip(found.samples.prompt_ids, found.samples.completion_ids, strict=True)])
-            return found
+        def keep(rows, rollout, *further):
+            rollouts.append([*zip(rollout.prompt_ids, rollout.completion_ids, strict=True)])
+            return judge(rows, rollout, *further)
 
-        monkeypatch.setattr(trainer, "roll_out", keep)
+        monkeypatch.setattr(trainer.loop, "judge", keep)
         minis = [torch.tensor([3, 0, 6, 1]), torch.tensor([7, 2, 5, 4])]
         monkeypatch.setattr(trainer, "_mini_batches", lambda count: iter(minis * settings["num_ppo_epochs"]))
         trainer.train()

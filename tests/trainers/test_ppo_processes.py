@@ -49,8 +49,8 @@ def train(model_path, reward_model_path, folder):
     sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_mini_batches": 2}
     options = {"response_length": 5, "num_sample_generations": 0, "max_steps": 2, "per_device_eval_batch_size": 2}
     trainer = make_trainer(trl_fast, folder, method="PPO", arguments=arguments, **sizes, **options, ddp_backend="gloo")
-    seen, roll_out = [], trainer.roll_out
-    trainer.roll_out = lambda rows: seen.append(roll_out(rows)) or seen[-1]
+    seen, judge = [], trainer.loop.judge
+    trainer.loop.judge = lambda *given: seen.append(judge(*given)) or seen[-1]
     trainer.train()
     rollouts = seen[:2]
     trainer.evaluate()

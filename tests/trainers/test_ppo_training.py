@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trl_fast
-import trl_fast.trainers.ppo.critic as critics
+import trl_fast.trainers.ppo.rewards as rewards
 from support.rollouts import FixedEngine, color_prompts
 from support.training import make_trainer
 
@@ -219,7 +219,7 @@ def test_data(data, make, tokenizer):
 @pytest.mark.parametrize("several", [False, True])
 def test_a_reward_model_by_name_is_loaded_as_the_policy_is(several, make, reward_model_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(critics, "load_reward_model", lambda path, **given: seen.append(given) or classifier(path))
+    monkeypatch.setattr(rewards, "load_reward_model", lambda path, **given: seen.append(given) or classifier(path))
     source = [reward_model_path, length] if several else reward_model_path
     make(reward_model=source, trust_remote_code=True, model_init_kwargs={"revision": "v2"})
     assert seen == [{"dtype": "auto", "device_map": None, "trust_remote_code": True, "revision": "v2"}]

@@ -1,14 +1,17 @@
-"""Generation and rewards for online methods."""
+"""Provides generation and rewards for online methods."""
 
 from .engine import Rollout, RolloutEngine, SamplingSettings, check_prompts, end_token_ids
+from .reward_source import GivenReward, RewardSource
 from .rewards import RewardFunctions, RewardModel
 from .tool_loop import ToolLoop, ToolRollout
 from .tools import Toolbox
 from .transformers_engine import TransformersEngine
 
 __all__ = [
+    "GivenReward",
     "RewardFunctions",
     "RewardModel",
+    "RewardSource",
     "Rollout",
     "RolloutEngine",
     "SamplingSettings",

@@ -1,4 +1,4 @@
-"""The event loop that users' async functions run in."""
+"""Runs users' async functions, in an event loop of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def run_together(calls: Iterable[Awaitable[Any]]) -> list[Any]:
-    """What the awaitables give, all of them awaited side by side; the first error is raised."""
+    """Returns what the awaitables give, all of them awaited side by side; the first error is raised."""
 
     async def together() -> list[Any]:
         return await asyncio.gather(*calls)
@@ -20,7 +20,7 @@ def run_together(calls: Iterable[Awaitable[Any]]) -> list[Any]:
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop in one thread as long as the process lives: connections that functions keep open stay usable in it."""
+    """Returns one loop in one thread as long as the process lives, so that open connections stay usable."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async functions", daemon=True).start()
     return loop

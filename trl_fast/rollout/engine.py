@@ -1,4 +1,4 @@
-"""What an online method asks of generation: prompts in, completions out, whoever generates them."""
+"""Defines what an online method asks of generation: prompts in, completions out, whoever generates them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_fast.settings.ranges import check_ranges
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are sampled, under TRL's names.
+    """Describes how completions are sampled, under TRL's names.
 
     Args:
         max_completion_length: tokens after which a completion is cut off, its end token included.
@@ -46,7 +46,7 @@ class SamplingSettings:
 
 @dataclass
 class Rollout:
-    """One completion a prompt, as plain lists without padding.
+    """Holds one completion a prompt, as plain lists without padding.
 
     Args:
         prompt_ids: the prompts' tokens.
@@ -66,7 +66,7 @@ class RolloutEngine(Protocol):
     """Generates completions with the policy's weights, its own or a copy that it is kept up to date with."""
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
-        """One completion for each entry; equal prompts in a row are read once.
+        """Samples one completion for each entry; equal prompts in a row are read once.
 
         Raises:
             ValueError: a prompt is empty or leaves no room for its completion.
@@ -77,7 +77,7 @@ class RolloutEngine(Protocol):
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a completion: all that the model's generation config names, and the tokenizer's.
+    """Returns the tokens that end a completion: all that the model's generation config names, and the tokenizer's.
 
     Raises:
         ValueError: there is none, so that no completion would come to an end.

@@ -1,4 +1,4 @@
-"""What a completion says, as a message: its text, its reasoning and the tools that it calls.
+"""Reads a completion as a message: its text, its reasoning and the tools that it calls.
 
 transformers' `parse_response` does the reading, by the tokenizer's `response_template`. Few tokenizers bring one, so
 here are those of the formats that open models were taught to call tools in. Which of them a chat template writes is
@@ -23,25 +23,25 @@ _SHOWN_CHARACTERS = 200
 
 
 def _region(start: str, end: str, content: str = "text", **more: Any) -> dict[str, Any]:
-    """What stands between two markers, as regular expressions; white space after it belongs to nothing."""
+    """Matches what stands between two markers, as regular expressions; white space after it belongs to nothing."""
     return {"open_pattern": start, "close_pattern": rf"(?:{end})\s*", "content": content, **more}
 
 
 def _calls(start: str, end: str, content: str = "json", **more: Any) -> dict[str, Any]:
-    """Tool calls: an object with name and arguments, or, where `start` has the name, the arguments alone."""
+    """Describes tool calls: an object with name and arguments, or, where `start` has the name, the arguments alone."""
     named = {"name": "{name}", "arguments": "{content}"} if "?P<name>" in start else "{content}"
     return _region(start, end, content, repeats=True, transform={"type": "function", "function": named}, **more)
 
 
 def _format(header: str, calls: dict[str, Any], end: str, **reasoning: dict[str, Any]) -> dict[str, Any]:
-    """A response template: after `header` come maybe a thought, then calls, and text up to `end`."""
+    """Returns a response template: after `header` come maybe a thought, then calls, and text up to `end`."""
     text = {"close_pattern": rf"(?:{end})\s*", "content": "text"}
     fields = {**reasoning, "tool_calls": calls, "content": text}
     return {"defaults": {"role": "assistant"}, "start_anchor_pattern": header, "fields": fields}
 
 
 def _parameters(pattern: str) -> dict[str, Any]:
-    """Arguments with a tag each. They are text; `parse_response` gives them the types of the tool's schema."""
+    """Describes arguments with a tag each: texts, which `parse_response` gives the types of the tool's schema."""
     return {"content": "xml-inline", "content_args": {"tag_pattern": pattern, "value_parser": {"name": "text"}}}
 
 
@@ -123,7 +123,7 @@ RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
 
 
 def find_response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokenizer's own response template, or that of RESPONSE_TEMPLATES which reads what its chat template writes.
+    """Returns the tokenizer's response template, or the one that reads what its chat template writes.
 
     Raises:
         ValueError: there is no chat template, it does not write tool calls and their results, or in an unknown format.
@@ -146,7 +146,7 @@ def find_response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
 
 
 def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation that ends with a tool call, as the chat template writes it."""
+    """Returns a conversation that ends with a tool call, as the chat template writes it."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"tools: the tokenizer {tokenizer.name_or_path!r} has no chat template; expected one with tool calls"
@@ -171,7 +171,7 @@ def parse_message(
     prompt_ids: list[int],
     tools: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The assistant's message that a completion is, by the tokenizer's response template; as TRL's `parse_response`.
+    """Returns a completion as the assistant's message, by the tokenizer's response template; as TRL does.
 
     Args:
         completion_ids: the tokens that were sampled.
@@ -196,7 +196,7 @@ def parse_message(
 
 
 def _complete_call(call: Any) -> None:
-    """A call without arguments has none.
+    """Gives a call without arguments an empty object of them.
 
     Raises:
         ValueError: it has no name.
@@ -211,7 +211,7 @@ def _complete_call(call: Any) -> None:
 def tool_turn_ids(
     tokenizer: PreTrainedTokenizerBase, results: list[dict[str, Any]], **template_kwargs: Any
 ) -> list[int]:
-    """The tokens between a completion that called tools and the next one: the results, and the answer's beginning.
+    """Returns the tokens between a completion that called tools and the next: the results, an answer's beginning.
 
     They are what a conversation that ends with the results has beyond one that ends with the call. The call's own turn
     ends with the end token, whose number is the same in both, so that it does not matter if the template writes the

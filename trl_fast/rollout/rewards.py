@@ -1,4 +1,4 @@
-"""Rewards of completions: from functions, sync or async, and from reward models, each answer checked."""
+"""Asks reward sources about completions: functions, sync or async, and models, each answer checked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -19,6 +19,7 @@ from trl_fast.data.formats import is_conversational
 from trl_fast.modeling.loading import is_quantized, load_reward_model
 
 from .async_calls import run_together
+from .reward_source import GivenReward, RewardSource
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,9 @@ logger = logging.getLogger(__name__)
 _NO_COLUMNS = ("prompt", "completion", "completion_ids")
 _SHOWN_CHARACTERS = 200
 
-RewardSource = Callable[..., Iterable | Awaitable] | str | torch.nn.Module
-
 
 class RewardFunctions:
-    """Several reward functions, their names and weights. Calling it asks all of them about a batch.
+    """Holds several reward sources, their names and weights. Calling it asks all of them about a batch.
 
     A function is called with keywords, each a list with one element a completion: `prompts`, `completions` and
     `completion_ids`, the dataset's columns, and with `trainer_state`, `log_extra` and `log_metric`; without `**kwargs`
@@ -59,7 +58,7 @@ class RewardFunctions:
 
     def __init__(
         self,
-        reward_funcs: RewardSource | list[RewardSource] | None,
+        reward_funcs: GivenReward | list[GivenReward] | None,
         *,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         weights: list[float] | None = None,
@@ -78,7 +77,7 @@ class RewardFunctions:
                 raise ValueError(f"{name}: expected one for each of {len(sources)} reward functions, got {len(given)}")
         self.device = torch.device(device)
         self.weights = torch.tensor(weights, dtype=torch.float32)
-        self.functions: list[Callable[..., Any]] = []
+        self.functions: list[RewardSource] = []
         for source, tokenizer in zip(sources, tokenizers, strict=True):
             if isinstance(source, str | torch.nn.Module):
                 model = _reward_model(source, model_init_kwargs, self.device)
@@ -104,7 +103,7 @@ class RewardFunctions:
         log_extra: Callable[[str, list], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
     ) -> torch.Tensor:
-        """Rewards (N, R) float32; NaN where a function returned None.
+        """Returns rewards (N, R) float32; NaN where a function returned None.
 
         Args:
             prompts, completions: texts or lists of messages.
@@ -127,7 +126,7 @@ class RewardFunctions:
         return torch.tensor(rewards, dtype=torch.float32, device=self.device).t().contiguous()
 
     def _ask(self, arguments: list[dict[str, Any]]) -> list[Any]:
-        """What the functions return: the sync ones one after the other, then the async ones together."""
+        """Returns what the functions answer: the sync ones one after the other, then the async ones together."""
         answers: list[Any] = [None] * len(self)
         waiting = []
         for index, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
@@ -148,7 +147,7 @@ class RewardFunctions:
 
 
 class RewardModel:
-    """A reward function that asks a sequence classifier with one label about prompt and completion as one text.
+    """Asks a sequence classifier with one label about prompt and completion as one text: a reward source.
 
     Args:
         model: on its device; it is put into eval mode.
@@ -192,7 +191,7 @@ class RewardModel:
         self.chat_template_kwargs = chat_template_kwargs or {}
 
     def __call__(self, prompts: list, completions: list) -> list[float]:
-        """A reward for each completion.
+        """Returns a reward for each completion.
 
         Raises:
             ValueError: a text has more tokens than the model has positions.
@@ -254,7 +253,7 @@ def _is_async(function: Callable) -> bool:
 
 
 def _arguments(name: str, function: Callable, available: dict[str, Any]) -> dict[str, Any]:
-    """Those of the available arguments that a function takes."""
+    """Returns those of the available arguments that a function takes."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # Some functions that are written in C do not tell.
@@ -282,7 +281,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _checked(name: str, answer: Any, prompts: list) -> list[float]:
-    """A function's answer as floats, NaN for None."""
+    """Returns a function's answer as floats, NaN for None."""
     who = f"reward function {name!r}"
     if isinstance(answer, str | bytes | dict) or not isinstance(answer, Iterable):
         if inspect.iscoroutine(answer):

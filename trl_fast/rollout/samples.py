@@ -1,15 +1,19 @@
-"""Completions with what a policy loss reads about them, and the batches that a model scores."""
+"""Holds completions with what a policy loss reads about them, and makes the batches that a model scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 
 from trl_fast.data.packing import TokenBatch, pack_trees
 from trl_fast.data.token_trees import Tree
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Fields that hold one vector a completion, as long as it is.
 TOKEN_FIELDS = ("mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_ratios")
@@ -17,7 +21,7 @@ TOKEN_FIELDS = ("mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "im
 
 @dataclass
 class Samples:
-    """S completions, those of one prompt next to each other where sharing is to pay.
+    """Holds S completions, those of one prompt next to each other where sharing is to pay.
 
     - `prompt_ids`, `completion_ids`: token ids by completion, none of them empty.
     - `advantages` (S,) float32, on the CPU.
@@ -39,8 +43,8 @@ class Samples:
     importance_ratios: list[torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Samples:
-        """Completions of which nothing else is known."""
+    def of(cls, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Self:
+        """Returns completions of which nothing else is known."""
         count = len(prompt_ids)
         return cls(prompt_ids, completion_ids, torch.zeros(count), torch.zeros(count, dtype=torch.bool))
 
@@ -49,15 +53,15 @@ class Samples:
 
     @property
     def lengths(self) -> torch.Tensor:
-        """How many tokens of each completion count, (S,) float32."""
+        """Returns how many tokens of each completion count, (S,) float32."""
         if self.mask is None:
             lengths = torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.float32)
         else:
             lengths = torch.stack([mask.sum() for mask in self.mask])
         return lengths.masked_fill(self.excluded, 0.0)
 
-    def select(self, indices: Iterable[int]) -> Samples:
-        """The completions of these numbers, in this order."""
+    def select(self, indices: Iterable[int]) -> Self:
+        """Returns the completions of these numbers, in this order."""
         indices = list(indices)
         values = {}
         for item in fields(self):
@@ -67,26 +71,26 @@ class Samples:
             elif isinstance(value, list):
                 value = [value[index] for index in indices]
             values[item.name] = value
-        return Samples(**values)
+        return type(self)(**values)
 
     def grouped(self, order: Sequence[int]) -> list[int]:
-        """`order` with the completions of one prompt brought together, each prompt where it first stands."""
+        """Returns `order` with the completions of one prompt brought together, each prompt where it first stands."""
         first: dict[tuple[int, ...], int] = {}
         for place, index in enumerate(order):
             first.setdefault(tuple(self.prompt_ids[index]), place)
         return sorted(order, key=lambda index: first[tuple(self.prompt_ids[index])])
 
     def flat(self, name: str) -> torch.Tensor | None:
-        """A field of TOKEN_FIELDS as one vector (N,) in the order of the completions."""
+        """Returns a field of TOKEN_FIELDS as one vector (N,) in the order of the completions."""
         vectors = getattr(self, name)
         return None if vectors is None else torch.cat(vectors)
 
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """The reverse of `flat`."""
+        """Splits values (N,) by completion: the reverse of `flat`."""
         return list(values.split([len(ids) for ids in self.completion_ids]))
 
     def batch(self, layout: str, pad_token_id: int, pad_to_multiple_of: int | None = None) -> TokenBatch:
-        """The batch that scores every completion token: a tree for each run of completions of one prompt."""
+        """Returns the batch that scores every completion token: a tree for each run of completions of one prompt."""
         pairs = zip(self.prompt_ids, self.completion_ids, strict=True)
         trees = [
             Tree(prompt, [branch for _, branch in run]) for prompt, run in groupby(pairs, key=lambda pair: pair[0])

@@ -1,4 +1,4 @@
-"""A reward model that is given tokens: it has the policy's tokenizer, so nothing is decoded and encoded again."""
+"""Asks reward models about the policy's tokens, so that nothing is decoded and encoded again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .samples import Samples
 
 
 class TokenRewardModel:
-    """A reward function for `RewardFunctions`: what a classifier says at a completion's last token.
+    """Asks a classifier at each completion's last token: a reward source.
 
     Args:
         model: a sequence classifier with one label, on its device; it gets our scoring forward.
@@ -35,7 +35,7 @@ class TokenRewardModel:
         self.layout = choose_layout_or_pad(inner, LayoutRequest(layout), sequences)
 
     def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float]:
-        """A reward for each completion."""
+        """Returns a reward for each completion."""
         samples = Samples.of(prompt_ids, completion_ids)
         rewards = torch.zeros(len(samples))
         order = samples.grouped(range(len(samples)))

@@ -1,4 +1,4 @@
-"""Completions in several turns: where the policy calls tools, it reads their results and goes on."""
+"""Generates completions in several turns: where the policy calls tools, it reads their results and goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tools import Toolbox
 
 @dataclass
 class ToolRollout(Rollout):
-    """Completions with the results of tools in between, whose tokens have mask and log-probability 0.
+    """Holds completions with the results of tools in between, whose tokens have mask and log-probability 0.
 
     Args:
         messages: each completion as messages: the assistant's, the tools', the assistant's again …
@@ -29,7 +29,7 @@ class ToolRollout(Rollout):
 
 @dataclass
 class _Dialogue:
-    """A prompt and its completion so far."""
+    """Holds a prompt and its completion so far."""
 
     prompt_ids: list[int]
     completion_ids: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ class _Dialogue:
 
     @property
     def open_calls(self) -> list[dict[str, Any]]:
-        """The calls that no tool has answered yet."""
+        """Returns the calls that no tool has answered yet."""
         return self.messages[-1].get("tool_calls") or []
 
     def add(self, ids: list[int], mask: list[int], logprobs: list[float] | None = None) -> None:
@@ -53,7 +53,7 @@ class _Dialogue:
 
 
 class ToolLoop:
-    """A rollout engine whose completions may call tools.
+    """Generates completions that may call tools: a rollout engine around another one.
 
     After each turn of another engine the tools that it called are run, their results are appended as the chat template
     writes them, and the engine goes on, until there are no calls, `max_iterations` turns were answered, or the
@@ -91,11 +91,11 @@ class ToolLoop:
         tool_turn_ids(tokenizer, [{"role": "tool", "name": "name", "content": "result"}], **self.template_kwargs)
 
     def sync_weights(self, model: torch.nn.Module, step: int) -> None:
-        """As the engine does."""
+        """Gives the engine the policy's weights of an optimizer step."""
         self.engine.sync_weights(model, step)
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> ToolRollout:
-        """One completion for each prompt, of all its turns together.
+        """Samples one completion for each prompt, of all its turns together.
 
         Raises:
             ValueError: as the engine.

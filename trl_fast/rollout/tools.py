@@ -1,4 +1,4 @@
-"""The functions that a policy may call while it answers."""
+"""Calls the functions that a policy may use while it answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .async_calls import run_together
 
 @dataclass
 class ToolResults:
-    """What the calls of one turn gave.
+    """Holds what the calls of one turn gave.
 
     - `messages`: by completion, one message of the role "tool" for each of its calls.
     - `calls`, `failures`: how many there were in all, and how many of them raised or could not be made.
@@ -27,7 +27,7 @@ class ToolResults:
 
 
 class Toolbox:
-    """Functions by name, with the schemas that tell a model about them.
+    """Holds functions by name, with the schemas that tell a model about them.
 
     Args:
         tools: functions or methods, sync or async, with type hints and a docstring in Google's style that describes
@@ -80,7 +80,7 @@ class Toolbox:
         )
 
     def _call(self, call: dict[str, Any]) -> tuple[str, Any]:
-        """The function's name, and what it returned, or the error."""
+        """Calls a function, and returns its name and its result, or the error."""
         kind = call.get("type")
         if kind != "function":
             return call.get("name", "unknown"), ValueError(f"Unsupported tool call type: {kind}")
@@ -116,7 +116,7 @@ async def _caught(call: Awaitable[Any]) -> Any:
 
 
 def _message(name: str, result: Any) -> dict[str, Any]:
-    """The message that tells the model of a result: as text, but for blocks of content, which stay what they are."""
+    """Returns the message that tells the model of a result: as text, but blocks of content stay what they are."""
     if isinstance(result, Exception):
         result = {"error": str(result)}
     blocks = isinstance(result, list) and result and all(isinstance(part, dict) and "type" in part for part in result)

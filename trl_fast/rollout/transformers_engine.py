@@ -1,4 +1,4 @@
-"""Completions by transformers' `generate`, with each different prompt read once."""
+"""Generates completions by transformers' `generate`, with each different prompt read once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TransformersEngine:
         self._get_model = (lambda: model) if isinstance(model, torch.nn.Module) else model
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
-        """One completion for each prompt, without log-probabilities.
+        """Samples one completion for each prompt, without log-probabilities.
 
         Raises:
             ValueError: a prompt is empty or leaves no room for its completion, or generation_kwargs ask for something
@@ -66,7 +66,7 @@ class TransformersEngine:
         return Rollout(prompt_ids, [_up_to_end(row, ends) for row in rows])
 
     def sync_weights(self, model: torch.nn.Module, step: int) -> None:
-        """Nothing: the engine samples from the policy itself."""
+        """Does nothing: the engine samples from the policy itself."""
 
     def _generation_config(self, settings: SamplingSettings) -> GenerationConfig:
         extra = settings.generation_kwargs or {}
@@ -91,7 +91,7 @@ class TransformersEngine:
         return GenerationConfig(**{**values, **_ONE_ROW_EACH, **extra})
 
     def _left_padded(self, rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask, both (B, longest row) int64: a batch grows at its right edge, so padding is on the left."""
+        """Returns ids and mask, both (B, longest row) int64, padded on the left: a batch grows at the right."""
         width = max(map(len, rows))
         ids = [[self.pad_token_id] * (width - len(row)) + row for row in rows]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
@@ -100,7 +100,7 @@ class TransformersEngine:
     def _prompt_cache(
         self, model: Model, prompt_ids: list[list[int]], input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> DynamicCache | None:
-        """Keys and values of each prompt but its last token, whose logits `generate` needs; None if none is shared."""
+        """Returns keys and values of each prompt but its last token, whose logits count; None if none is shared."""
         prompts = [tuple(prompt) for prompt in prompt_ids]
         # The first row of each different prompt.
         first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
@@ -125,7 +125,7 @@ class TransformersEngine:
 
 
 def can_share_prompts(model: Model, config: GenerationConfig) -> bool:
-    """Whether keys and values of a prompt can be computed once and handed to `generate` for several rows.
+    """Says whether keys and values of a prompt can be computed once and handed to `generate` for several rows.
 
     Every layer must keep all keys and values and nothing else: states of state-space layers, sliding windows and
     caches of a fixed size are left to `generate`.
@@ -154,7 +154,7 @@ def _up_to_end(row: list[int], ends: set[int]) -> list[int]:
 
 @contextmanager
 def _generating(model: Model) -> Iterator[None]:
-    """In eval mode and without gradient checkpointing, which would drop the cache; each module's modes come back."""
+    """Switches to eval mode without gradient checkpointing, which would drop the cache, and back."""
     modes = [(module, module.training) for module in model.modules()]
     checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     model.eval()

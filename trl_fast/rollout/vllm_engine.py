@@ -1,4 +1,4 @@
-"""Completions by vLLM, in a server of its own or in this process, with the log-probabilities they were sampled by.
+"""Generates completions by vLLM, in a server or in this process, with the log-probabilities of its sampling.
 
 vLLM is optional: `pip install "vllm>=0.28,<=0.31"`. This was tried against stand-ins for vLLM and its server only,
 with requests compared with those of TRL 1.16.0's client: no vLLM has run with this code.
@@ -35,7 +35,7 @@ Runs = list[tuple[list[int], int]]
 
 
 class _VLLMEngine:
-    """What both ways of running vLLM share.
+    """Provides what both ways of running vLLM share.
 
     Args:
         end_ids: tokens that end a completion, besides those that vLLM reads from the model's files.
@@ -61,7 +61,7 @@ class _VLLMEngine:
         raise NotImplementedError
 
     def _parameters(self, settings: SamplingSettings) -> dict[str, Any]:
-        """Arguments of vLLM's SamplingParams but `n`."""
+        """Returns the arguments of vLLM's SamplingParams but `n`."""
         parameters = {
             "temperature": settings.temperature,
             "top_p": settings.top_p,
@@ -121,7 +121,7 @@ class VLLMServerEngine(_VLLMEngine):
         self.state.wait_for_everyone()
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
-        """One completion for each prompt, with log-probabilities. All processes call this together.
+        """Samples one completion for each prompt, with log-probabilities. All processes call this together.
 
         Raises:
             ValueError: a prompt is empty or too long.
@@ -137,7 +137,7 @@ class VLLMServerEngine(_VLLMEngine):
         return Rollout(prompt_ids, ids[mine], logprobs[mine])
 
     def _complete(self, runs: Runs, settings: SamplingSettings) -> tuple[list[list[int]], list[list[float]]]:
-        """Completions of all runs in order; a request takes runs of one length only."""
+        """Returns the completions of all runs in order; a request takes runs of one length only."""
         parameters = self._parameters(settings)
         by_run: dict[int, tuple[list, list]] = {}
         for count in sorted({count for _, count in runs}):
@@ -153,7 +153,7 @@ class VLLMServerEngine(_VLLMEngine):
         self._from_main(lambda: self.server.load(weight_metadata(model), merged_weights(model)))
 
     def _from_main(self, ask: Callable[[], Any]) -> Any:
-        """What `ask` returns in the main process, in all of them; what it raises there is raised in all."""
+        """Returns what `ask` returns in the main process, in all of them; what it raises there is raised in all."""
         outcome: list[Any] = [None, None]
         if self.state.is_main_process:
             try:
@@ -210,7 +210,7 @@ class VLLMColocatedEngine(_VLLMEngine):
         state.wait_for_everyone()
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
-        """One completion for each prompt, with log-probabilities.
+        """Samples one completion for each prompt, with log-probabilities.
 
         Raises:
             ValueError: a prompt is empty or too long.
@@ -261,7 +261,7 @@ class VLLMColocatedEngine(_VLLMEngine):
 def make_vllm_engine(
     model: PreTrainedModel | PeftModel, accelerator: Any, tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> VLLMServerEngine | VLLMColocatedEngine:
-    """The engine that the `vllm_*` fields of an online method's config ask for.
+    """Returns the engine that the `vllm_*` fields of an online method's config ask for.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -312,7 +312,7 @@ def _import_vllm() -> Any:
 
 
 def _set_rendezvous(state: PartialState) -> None:
-    """What vLLM reads to find the other processes; what a launcher set stays."""
+    """Sets what vLLM reads to find the other processes; what a launcher set stays."""
     os.environ["RANK"] = str(state.process_index)
     os.environ["LOCAL_RANK"] = str(state.local_process_index)
     os.environ["WORLD_SIZE"] = str(state.num_processes)
@@ -324,5 +324,5 @@ def _set_rendezvous(state: PartialState) -> None:
 
 
 def _runs(prompt_ids: list[list[int]]) -> Runs:
-    """Equal prompts in a row as one, with their number."""
+    """Returns equal prompts in a row as one, with their number."""
     return [(prompt, len(list(run))) for prompt, run in groupby(prompt_ids)]

@@ -1,4 +1,4 @@
-"""The HTTP side of `vllm serve`: completions, and the protocol by which it takes new weights over NCCL.
+"""Asks `vllm serve` over HTTP for completions, and gives it new weights over NCCL.
 
 Endpoints and their order are those that TRL 1.16.0 uses. They were tried against a stand-in for the server only: no
 vLLM has run with this code.
@@ -27,7 +27,7 @@ _START = (
 
 
 class VLLMServer:
-    """A running `vllm serve`, from the trainer's side.
+    """Speaks to a running `vllm serve`.
 
     Args:
         base_url: such as http://localhost:8000.
@@ -90,7 +90,7 @@ class VLLMServer:
     def complete(
         self, prompts: list[list[int]], n: int, parameters: dict[str, Any]
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """`n` completions of each prompt, those of a prompt next to each other, and their tokens' log-probs."""
+        """Returns `n` completions of each prompt, those of one prompt together, and their tokens' log-probs."""
         body = {
             "model": self.model,
             "prompt": prompts,
@@ -109,7 +109,7 @@ class VLLMServer:
         return [choice["token_ids"] for choice in choices], logprobs
 
     def config(self) -> dict[str, Any]:
-        """The server's own configuration."""
+        """Returns the server's own configuration."""
         return self._request("GET", "/server_info", params={"config_format": "json"}).json()["vllm_config"]
 
     def join(self, device: torch.device, port: int) -> None:

@@ -1,4 +1,4 @@
-"""A policy's weights under the names of its checkpoint, with its adapter merged in: what another engine loads."""
+"""Yields a policy's weights under their checkpoint's names, its adapter merged in, for another engine to load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Found = tuple[str, torch.nn.Parameter, BaseTunerLayer | None]
 
 
 def weight_metadata(model: PreTrainedModel | PeftModel) -> list[tuple[str, str, list[int]]]:
-    """Name, dtype such as bfloat16, and shape of each weight, in the order of `merged_weights`."""
+    """Returns name, dtype such as bfloat16, and shape of each weight, in the order of `merged_weights`."""
     return [
         (name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape))
         for name, parameter, _ in _checkpoint_parameters(model)
@@ -26,7 +26,7 @@ def weight_metadata(model: PreTrainedModel | PeftModel) -> list[tuple[str, str, 
 
 
 def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights one after the other, tied ones once. The model stays as it is, to the last bit.
+    """Yields the weights one after the other, tied ones once. The model stays as it is, to the last bit.
 
     An adapter is merged into a copy, one layer at a time: merging it into the model and taking it out again, as TRL
     does, leaves rounding errors in the model's weights.
@@ -40,7 +40,7 @@ def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, to
 
 
 def _checkpoint_parameters(model: PreTrainedModel | PeftModel) -> Iterator[Found]:
-    """Name in a checkpoint, parameter, and the adapter's layer around it."""
+    """Yields name in a checkpoint, parameter, and the adapter's layer around it."""
     inner = base_model(model)
     if not isinstance(model, PeftModel):
         yield from ((name, parameter, None) for name, parameter in inner.named_parameters())
@@ -56,7 +56,7 @@ def _checkpoint_parameters(model: PreTrainedModel | PeftModel) -> Iterator[Found
 
 @torch.no_grad()
 def _merged(layer: BaseTunerLayer) -> dict[str, torch.Tensor]:
-    """Copies of the parameters of the layer under an adapter, as they are with the adapter merged."""
+    """Returns copies of the parameters of the layer under an adapter, as they are with the adapter merged."""
     base = layer.get_base_layer()
     before = {name: parameter.clone() for name, parameter in base.named_parameters(recurse=False)}
     layer.merge()

@@ -1,4 +1,4 @@
-"""GRPOTrainer: TRL's interface and behaviour, on shared prompts and the fused head."""
+"""Defines GRPOTrainer, with TRL's interface and behaviour, on shared prompts and the fused head."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from trl_fast.rollout.samples import Samples
 
 from .grpo_config import GRPOConfig
 from .online.completions_log import upload_completions
-from .online.entropy import EntropyController
+from .online.entropy_controller import EntropyController
+from .online.group_trainer import GroupTrainer
 from .online.micro_batches import Update
-from .online.tool_use import ToolUse
-from .online.trainer import OnlineTrainer
 
 
-class GRPOTrainer(ToolUse, OnlineTrainer):
-    """Group Relative Policy Optimization (arXiv 2402.03300) and its relatives; arguments as in OnlineTrainer.
+class GRPOTrainer(GroupTrainer):
+    """Trains by Group Relative Policy Optimization (arXiv 2402.03300) and its relatives; arguments as in GroupTrainer.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as in OnlineTrainer.
+        ValueError, TypeError, NotImplementedError: as in GroupTrainer.
     """
 
     method = "grpo"
     config_class = GRPOConfig
     loss_is_scaled_for_ga = True
+    has_tools = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def set_up_method(self) -> None:
+        """Makes the controller of the entropy bonus, and starts uploads of completions, where they are asked for."""
         config = self.args
         self.entropy: EntropyController | None = None
         if config.has_entropy_bonus:
@@ -56,7 +56,7 @@ class GRPOTrainer(ToolUse, OnlineTrainer):
     # ---- the rollout
 
     def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
-        """Rewards held against those of the group."""
+        """Computes how each completion's reward compares with those of its group; rewards: (N, R), as in the base."""
         return group_advantages(
             rewards,
             self.reward_functions.weights.to(rewards.device),
@@ -65,8 +65,8 @@ class GRPOTrainer(ToolUse, OnlineTrainer):
             aggregation=self.args.multi_objective_aggregation,
         )
 
-    def complete(self, samples: Samples) -> None:
-        """Log-probabilities of the policy that sampled, where the update's is another, and of the reference."""
+    def add_logprobs(self, samples: Samples) -> None:
+        """Adds log-probabilities of the policy that sampled, where the update's is another, and of the reference."""
         args, everyone = self.args, list(range(len(samples)))
         if args.corrects_sampling:
             samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone)
@@ -77,7 +77,7 @@ class GRPOTrainer(ToolUse, OnlineTrainer):
             samples.ref_logprobs = self.score_samples(samples, self.reference_logprobs, everyone)
 
     def _correct(self, samples: Samples) -> None:
-        """Importance ratios of the policy to the engine that sampled, and their metrics."""
+        """Adds importance ratios of the policy to the engine that sampled, and records their metrics."""
         args = self.args
         if samples.sampling_logprobs is None:
             raise ValueError(
@@ -97,24 +97,24 @@ class GRPOTrainer(ToolUse, OnlineTrainer):
         )
         samples.importance_ratios = samples.split(found.ratios)
         gap = (old - sampled).abs()[counts > 0]
-        self.record_sampling("sampling_logp_difference", gap[~gap.isnan()], ("mean", "max"))
-        self.record_sampling("importance_sampling_ratio", found.shown, ("min", "mean", "max"))
+        self.recorder.record_sampling("sampling_logp_difference", gap[~gap.isnan()], ("mean", "max"))
+        self.recorder.record_sampling("importance_sampling_ratio", found.shown, ("min", "mean", "max"))
 
     # ---- the update
 
     @property
     def order_is_free(self) -> bool:
-        """All but what is normalised by the tokens of the micro-batch."""
+        """Says whether nothing is normalised by the tokens of the micro-batch."""
         by_batch = self.loss_config.loss_type == "bnpo" or self.loss_config.span == "batch" or self.entropy is not None
         return not by_batch
 
     @property
     def all_have_gradients(self) -> bool:
-        """With a KL or an entropy term; and where every token of a micro-batch has a say in which ones count."""
+        """Says yes with a KL or an entropy term, and where every token of a micro-batch decides which ones count."""
         return super().all_have_gradients or self.args.beta != 0 or not self.order_is_free
 
     def loss_options(self, inputs: Update) -> dict[str, Any]:
-        """The entropy bonus, and which tokens the policy terms and the bonus act on."""
+        """Returns the weight of the entropy bonus, and what chooses the tokens that the policy terms and it act on."""
         options: dict[str, Any] = {}
         if self.entropy is not None:
             options["entropy_coef"] = self.entropy.applied / self.accumulation_steps
@@ -123,7 +123,7 @@ class GRPOTrainer(ToolUse, OnlineTrainer):
         return options
 
     def _high_entropy(self, entropies: torch.Tensor, table: PolicyTable) -> torch.Tensor:
-        """1 for the tokens (N,) whose entropy is among the highest of all that count in all processes, else 0.
+        """Returns 1 for the tokens (N,) whose entropy is among the highest of all that count in all processes, else 0.
 
         Beyond the 80/20 rule, arXiv 2506.01939. Where no token counts, none is chosen.
         """
@@ -153,7 +153,7 @@ class GRPOTrainer(ToolUse, OnlineTrainer):
         if self.accelerator.sync_gradients:
             if self.args.use_adaptive_entropy:
                 self.entropy.step(lambda window: self.accelerator.reduce(window, "sum"))
-            self.record_value("entropy_coef", self.entropy.coefficient)
+            self.recorder.record_values({"entropy_coef": self.entropy.coefficient})
 
     # ---- saving and resuming
 

@@ -1,4 +1,4 @@
-"""RLOOTrainer: TRL's interface and behaviour, on shared prompts and the fused head."""
+"""Defines RLOOTrainer, with TRL's interface and behaviour, on shared prompts and the fused head."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from trl_fast.losses.advantages import Advantages, leave_one_out_advantages
 from trl_fast.losses.policy_gradient import PolicyMetrics
 from trl_fast.rollout.samples import Samples
 
-from .online.trainer import OnlineTrainer
+from .online.group_trainer import GroupTrainer
 from .rloo_config import RLOOConfig
 
 
-class RLOOTrainer(OnlineTrainer):
-    """REINFORCE with leave-one-out baselines (arXiv 2402.14740); arguments as in OnlineTrainer.
+class RLOOTrainer(GroupTrainer):
+    """Trains by REINFORCE with leave-one-out baselines (arXiv 2402.14740); arguments as in GroupTrainer.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as in OnlineTrainer.
+        ValueError, TypeError, NotImplementedError: as in GroupTrainer.
     """
 
     method = "rloo"
@@ -26,7 +26,7 @@ class RLOOTrainer(OnlineTrainer):
     _METRICS: ClassVar[tuple[str, ...]] = ("entropy", "low_mean", "low_min", "high_mean", "high_max", "region_mean")
 
     def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
-        """Rewards, less the KL divergence of each completion, held against the others of the prompt."""
+        """Computes how each reward, less the KL divergence, compares with its prompt's others; rewards: (N, R)."""
         everyone = list(range(len(samples)))
         samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone)
         penalties = None
@@ -51,10 +51,10 @@ class RLOOTrainer(OnlineTrainer):
         )
 
     def record_policy(self, metrics: PolicyMetrics) -> None:
-        """As in the base, in TRL's order for this method."""
+        """Records a micro-batch's metrics of the loss, in TRL's order for this method."""
         for name in self._METRICS:
             name = name if name == "entropy" else f"clip_ratio/{name}"
             if name in metrics.means:
                 self.record({name: metrics.means[name]})
             else:
-                self.record_extremes({name: metrics.by_sequence[name]})
+                self.recorder.record_extremes({name: metrics.by_sequence[name]})

@@ -1,4 +1,4 @@
-"""Callbacks: counted tokens, announced epochs, logged completions, a reference that follows, averaged weights."""
+"""Provides callbacks: counted tokens, announced epochs, logged completions, a reference that follows, averages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TokenCounter(TrainerCallback, ExportableState):
         self._of_all = sum(gather_object([self.seen]))
 
     def state(self) -> dict[str, dict]:
-        """What a checkpoint keeps."""
+        """Returns what a checkpoint keeps."""
         return {"args": {}, "attributes": {"seen": self._of_all}}
 
     def on_train_begin(
@@ -224,7 +224,7 @@ class LogCompletionsCallback(TrainerCallback):
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout, and without the gradient checkpointing that forbids a cache of keys and values."""
+    """Switches dropout off, and the gradient checkpointing that forbids a cache of keys and values."""
     training = model.training
     model.eval()
     try:

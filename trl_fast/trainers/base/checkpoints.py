@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie."""
+"""Finds a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_output_dir(output_dir: str) -> None:
 
 
 def newest_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint that was written to its end; one that was cut off has no trainer state.
+    """Returns the newest checkpoint that was written to its end; one that was cut off has no trainer state.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""Divergence: steps whose loss or gradient is NaN or infinite are named, and training on broken weights ends."""
+"""Watches for divergence: names steps whose loss or gradient is not finite, and ends training on broken weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Step(NamedTuple):
 
 
 class DivergedError(RuntimeError):
-    """A training whose weights, losses or gradients have become NaN or infinite for good."""
+    """Tells that weights, losses or gradients have become NaN or infinite for good."""
 
 
 class DivergenceWatch(TrainerCallback):
@@ -67,11 +67,11 @@ class DivergenceWatch(TrainerCallback):
         self._warned = False
 
     def see_loss(self, loss: torch.Tensor) -> None:
-        """Takes the loss (0-d) of a micro-batch; nothing waits for the device."""
+        """Takes the loss, a scalar, of a micro-batch; nothing waits for the device."""
         self._losses.append(loss.detach())
 
     def see_norm(self, norm: torch.Tensor | float | None) -> None:
-        """Takes the norm (0-d) of a step's gradient."""
+        """Takes the norm, a scalar, of a step's gradient."""
         self._norm = 0.0 if norm is None else norm
 
     def on_train_begin(
@@ -158,7 +158,7 @@ class DivergenceWatch(TrainerCallback):
             raise self._error(self._bad[0], "training ended with it")
 
     def _broken_weight(self) -> str | None:
-        """A weight that is NaN or infinite, in any process."""
+        """Returns the name of a weight that is NaN or infinite, in any process."""
         models = [self._trainer.model, *self.more_models]
         names = [name for model in models for name in not_finite(model)]
         accelerator = self._trainer.accelerator

@@ -1,4 +1,4 @@
-"""What transformers.Trainer must be told once it is initialised, and how it must not run."""
+"""Tells transformers.Trainer who scales the loss, and refuses how it must not run."""
 
 from __future__ import annotations
 

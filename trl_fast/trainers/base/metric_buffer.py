@@ -1,14 +1,18 @@
-"""Metrics between two logs: kept on the device, reduced over processes once, read once."""
+"""Collects metrics between two logs: kept on the device, reduced over processes once, read once."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
 from statistics import fmean
 
 import torch
+
+# A total and a count, 0-d tensors each, by name.
+Pair = tuple[torch.Tensor, torch.Tensor]
+Recorded = Mapping[str, Pair] | Iterable[tuple[str, Pair]]
 
 
 class MetricBuffer:
@@ -24,15 +28,15 @@ class MetricBuffer:
         self._optional = optional
         self._pairs: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def add(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Adds one micro-batch's metrics; nothing waits for the device."""
-        for name, (total, count) in metrics.items():
+    def add(self, metrics: Recorded) -> None:
+        """Adds one micro-batch's metrics, as pairs where names come more than once; nothing waits for the device."""
+        for name, (total, count) in metrics.items() if isinstance(metrics, Mapping) else metrics:
             self._pairs[name].append(torch.stack((total.detach().float(), count.detach().float())))
 
     def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | None]:
-        """The values since the last call, in the order in which names first came; empties the buffer.
+        """Returns the values since the last call, in the order in which names first came; empties the buffer.
 
-        `reduce` sums a tensor over processes; it is called once, if there is anything.
+        `reduce` sums a tensor (M, 2) over processes; it is called once, if there is anything.
         """
         if not self._pairs:
             return {}

@@ -1,4 +1,4 @@
-"""The README.md of a trained model."""
+"""Writes the README.md of a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A progress bar with the latest metrics, and a table of them at the end."""
+"""Shows a progress bar with the latest metrics, and a table of them at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_COLUMNS = 16
 
 
 def metrics_table(rows: list[dict[str, float]], title: str, width: int) -> Table:
-    """A table of logged metrics, a column a log: as many of the last ones as fit, and the first for comparison.
+    """Makes a table of logged metrics, a column a log: as many of the last as fit, and the first for comparison.
 
     rows: what Trainer.log was given, plus "step", oldest first. width: of the console, in characters.
     """
@@ -48,7 +48,7 @@ def _number(value: object) -> str:
 
 
 class RichProgressCallback(TrainerCallback):
-    """A progress bar for training and evaluation, with a table of the last logs under it.
+    """Shows a progress bar for training and evaluation, with a table of the last logs under it.
 
     Where the output is no terminal, each log is printed as one line instead.
     """

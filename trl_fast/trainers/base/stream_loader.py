@@ -1,4 +1,4 @@
-"""Streams that are evaluated: their batches and metrics are those of a dataset of the same rows."""
+"""Loads streams for evaluation: their batches and metrics are those of a dataset of the same rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def forbid_dispatching(args: BaseConfig) -> None:
 
 
 class _CountedRows(torch.utils.data.IterableDataset):
-    """A stream's rows in their order, whatever files they are of; its length is that of the pass so far."""
+    """Yields a stream's rows in their order, whatever files they are of; its length is that of the pass so far."""
 
     def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
         self.rows = rows
@@ -46,7 +46,7 @@ class _CountedRows(torch.utils.data.IterableDataset):
 
 
 class StreamLoader:
-    """Batches of `batch_size` rows of a stream for each process in turn, in the order of its rows.
+    """Yields batches of `batch_size` rows of a stream for each process in turn, in the order of its rows.
 
     Where the last ones are filled up with the stream's first rows, accelerate is told how many rows are new, as it
     knows by itself of a dataset that tells its length: no row counts twice, and a smaller batch counts for less.

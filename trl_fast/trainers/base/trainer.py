@@ -1,4 +1,4 @@
-"""What all trainers do alike: models and tokenizers from names, metrics, evaluation, saving, resuming."""
+"""Defines what all trainers do alike: models and tokenizers from names, metrics, evaluation, saving, resuming."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .checkpoints import check_output_dir, newest_checkpoint
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
-from .metric_buffer import MetricBuffer
+from .metric_buffer import MetricBuffer, Recorded
 from .model_card import model_card
 from .model_setup import set_up_layers, warn_of_reentrant_router
 from .progress import close_progress
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class BaseTrainer(Trainer):
-    """`transformers.Trainer` on token batches; each subclass brings its data and its loss.
+    """Extends `transformers.Trainer` to token batches; each subclass brings its data and its loss.
 
     A subclass says what its prepared rows hold: `token_columns` are lists of token ids, which are held against the
     model's vocabulary; `signature_columns` are all that the collator reads (None: the token columns).
@@ -56,7 +56,7 @@ class BaseTrainer(Trainer):
     shares_prompts = False
 
     def resolve_config(self, args: object | None, model: str | PreTrainedModel) -> BaseConfig:
-        """The trainer's own config: from `args`, or with defaults and an output folder named after the model."""
+        """Returns the trainer's own config: from `args`, or defaults with an output folder named after the model."""
         if args is None:
             name = model if isinstance(model, str) else base_model(model).config._name_or_path
             method = self.config_class.__name__.removesuffix("Config")
@@ -68,7 +68,7 @@ class BaseTrainer(Trainer):
     def resolve_model(
         self, model: str | PreTrainedModel | PeftModel, args: BaseConfig, quantization_config: object | None
     ) -> PreTrainedModel | PeftModel:
-        """The model to train, loaded if it is given by name."""
+        """Returns the model to train, loaded if it is given by name."""
         # Adapters start from random weights, so the seed comes before everything.
         set_seed(args.seed)
         if isinstance(model, str):
@@ -87,7 +87,7 @@ class BaseTrainer(Trainer):
     def resolve_tokenizer(
         self, processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel | PeftModel, args: BaseConfig
     ) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded from the model's name if need be, with a pad token that the model agrees on."""
+        """Returns the tokenizer, loaded by the model's name if need be, with a pad token that the model agrees on."""
         inner = base_model(model)
         processing_class = checked_tokenizer(processing_class, inner, args)
         self.adjust_tokenizer(processing_class, model, args)
@@ -97,12 +97,12 @@ class BaseTrainer(Trainer):
     def adjust_tokenizer(
         self, processing_class: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, args: BaseConfig
     ) -> None:
-        """What the arguments change in the tokenizer and the model's vocabulary, before a pad token is chosen."""
+        """Changes the tokenizer and the model's vocabulary as the arguments ask, before a pad token is chosen."""
 
     def adapt(
         self, model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: BaseConfig
     ) -> PreTrainedModel | PeftModel:
-        """The model with its adapter, scoring forward and dropout as the arguments ask."""
+        """Returns the model with its adapter, scoring forward and dropout as the arguments ask."""
         self.attach(base_model(model))
         if peft_config is not None:
             model = add_adapter(model, peft_config)
@@ -112,7 +112,7 @@ class BaseTrainer(Trainer):
         return model
 
     def choose_layout(self, model: PreTrainedModel, args: BaseConfig, sequences: list[list[int]]) -> str:
-        """The best batch layout for a model; see `modeling.layouts.choose_layout`."""
+        """Returns the best batch layout for a model; see `modeling.layouts.choose_layout`."""
         lengths = args.max_length, args.disable_dropout
         request = LayoutRequest(args.batch_layout, self.method, self.shares_prompts, *lengths)
         return choose_layout(model, request, sequences, self.readout)
@@ -144,7 +144,7 @@ class BaseTrainer(Trainer):
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: BaseConfig, name: str
     ) -> AnyDataset:
-        """The rows that the collator reads; a prepared dataset comes back as it is. `name` is for messages."""
+        """Returns the rows that the collator reads; a prepared dataset comes back as it is. `name` is for messages."""
         raise NotImplementedError
 
     def prepare_datasets(
@@ -155,7 +155,7 @@ class BaseTrainer(Trainer):
         args: BaseConfig,
         model: PreTrainedModel | PeftModel,
     ) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
-        """Both datasets prepared, and their token ids held against the model's vocabulary."""
+        """Returns both datasets prepared, after their token ids were held against the model's vocabulary."""
 
         def prepare(dataset: AnyDataset, name: str) -> AnyDataset:
             self.check_dataset_type(dataset, name)
@@ -189,7 +189,7 @@ class BaseTrainer(Trainer):
         check_positions(model, longest, args.max_length, name)
 
     def _shows_tokens(self, dataset: AnyDataset | None) -> bool:
-        """Whether a dataset's token ids can be looked through: neither a stream nor made as they are read."""
+        """Says whether a dataset's token ids can be looked through: neither a stream nor made as they are read."""
         if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
             return False
         return set(self.token_columns) <= set(dataset.column_names)
@@ -220,7 +220,7 @@ class BaseTrainer(Trainer):
         }
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The loss of one micro-batch, its gradients accumulated; a check that fails on the way names the step."""
+        """Computes the loss (0-d) of one micro-batch and adds its gradients; a check that fails names the step."""
         try:
             loss = super().training_step(*args, **kwargs)
         except NotFiniteError as error:
@@ -236,7 +236,7 @@ class BaseTrainer(Trainer):
     # ---- evaluation
 
     def _get_dataloader(self, **kwargs: Any) -> Iterable[Any]:
-        """As in the base; a stream that is evaluated comes in the batches of a dataset."""
+        """Returns a loader, as the base does; a stream that is evaluated comes in the batches of a dataset."""
         if not isinstance(kwargs["dataset"], IterableDataset) or kwargs.get("is_training"):
             return super()._get_dataloader(**kwargs)
         collate = self._get_collator_with_removed_columns(self.data_collator, kwargs["description"])
@@ -257,13 +257,13 @@ class BaseTrainer(Trainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
-        """A dataset given to `evaluate`, prepared."""
+        """Returns a dataset given to `evaluate`, prepared."""
         dataset = self.prepare_dataset(dataset, self.processing_class, self.args, "eval")
         self._check_positions(base_model(self.accelerator.unwrap_model(self.model)), dataset, self.args, "eval")
         return dataset
 
     def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of a batch as `compute_metrics` wants them, from one more forward pass."""
+        """Computes logits and labels of a batch as `compute_metrics` wants them, by one more forward pass."""
         raise NotImplementedError
 
     def prediction_step(
@@ -273,7 +273,7 @@ class BaseTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The loss of a batch, and for compute_metrics `whole_logits`."""
+        """Computes the loss of a batch, and for compute_metrics `whole_logits`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
@@ -283,15 +283,15 @@ class BaseTrainer(Trainer):
 
     @property
     def mode(self) -> str:
-        """ "train" or "eval", as the model is."""
+        """Returns "train" or "eval", as the model is."""
         return "train" if self.model.training else "eval"
 
-    def record(self, metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Keeps one micro-batch's (total, count) pairs until the next log."""
+    def record(self, metrics: Recorded) -> None:
+        """Records one micro-batch's (total, count) pairs of 0-d tensors until the next log."""
         self._buffers[self.mode].add(metrics)
 
     def count_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """num_tokens as a metric: all tokens trained on so far, by every process."""
+        """Returns num_tokens as a metric: all tokens trained on so far, by every process."""
         if self.mode == "train":
             self._tokens.seen += batch.num_tokens
         device = batch.input_ids.device

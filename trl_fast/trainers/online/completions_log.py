@@ -1,9 +1,11 @@
-"""Completions of the last generation, shown as a table and kept in files."""
+"""Keeps the completions of the last generation, shows them as a table and writes them into files."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import defaultdict, deque
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,15 @@ from rich.text import Text
 
 from trl_fast.console import make_console
 
+# Loggers that take a table of completions: modules of these names, alike in what is used of them.
+_TABLE_LOGGERS = {"wandb", "trackio"}
+
 
 class CompletionsLog:
-    """Prompts, completions, rewards and advantages of the last `size` completions (None: of all), of all processes."""
+    """Keeps prompts, completions, rewards and advantages of the last `size` completions of all processes.
+
+    size: None keeps all.
+    """
 
     def __init__(self, size: int | None) -> None:
         self._size = size
@@ -24,13 +32,13 @@ class CompletionsLog:
         self.rewards: list[str] = []
 
     def add(self, rewards: dict[str, list[float]], **columns: list[Any]) -> None:
-        """Takes one generation's columns, each one value a completion; `rewards` by function."""
+        """Adds one generation's columns, each with one value a completion; `rewards` by source."""
         self.rewards = list(rewards)
         for name, values in {**columns, **rewards}.items():
             self._columns[name].extend(values)
 
     def frame(self, step: int, unique_prompts: bool = False) -> pd.DataFrame:
-        """All columns, with the step first and the advantage last; arguments of tool calls as JSON.
+        """Returns all columns, with the step first and the advantage last; arguments of tool calls as JSON.
 
         unique_prompts: of each prompt only the first completion.
         """
@@ -62,6 +70,32 @@ class CompletionsLog:
         make_console().print(table)
 
 
+def report_completions(
+    completions: CompletionsLog,
+    step: int,
+    *,
+    folder: Path,
+    count: int | None,
+    unique_prompts: bool,
+    loggers: Collection[str],
+) -> None:
+    """Reports the completions after a step: in the terminal, as a file, and as a table of loggers that take one.
+
+    Args:
+        folder: where the file is written.
+        count: completions that are shown; None: all.
+        unique_prompts: whether of each prompt only the first completion is shown.
+        loggers: names of the loggers in use, as in `report_to`.
+    """
+    completions.show(step, count, unique_prompts)
+    completions.save(folder, step)
+    for name in _TABLE_LOGGERS & {*loggers}:
+        logger = importlib.import_module(name)
+        # No run of wandb is open before training.
+        if getattr(logger, "run", True) is not None:
+            logger.log({"completions": logger.Table(dataframe=completions.frame(step, unique_prompts))})
+
+
 def upload_completions(folder: Path, repo_id: str, *, private: bool | None, token: str | None) -> CommitScheduler:
     """Makes a Hub repository of data sets, and uploads a folder's tables to it every two minutes and at the end."""
     return CommitScheduler(
@@ -76,7 +110,7 @@ def upload_completions(folder: Path, repo_id: str, *, private: bool | None, toke
 
 
 def message_text(value: Any) -> str:
-    """A conversation with a line for each message and each tool call, after its role; else the value as text."""
+    """Returns a conversation as text, a line for each message and tool call, after its role; other values as text."""
     if not (isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)):
         return str(value)
     lines = []
@@ -89,7 +123,7 @@ def message_text(value: Any) -> str:
 
 
 def _with_text_arguments(value: Any) -> Any:
-    """A conversation whose tool calls have arguments that fit into one column, whatever their types."""
+    """Returns a conversation whose tool calls have arguments that fit into one column, whatever their types."""
     if not (isinstance(value, list) and any(isinstance(item, dict) and item.get("tool_calls") for item in value)):
         return value
     return [{**message, "tool_calls": _text_calls(message.get("tool_calls"))} for message in value]

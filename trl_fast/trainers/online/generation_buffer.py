@@ -1,4 +1,4 @@
-"""The completions that several micro-batches are made of, kept in checkpoints that are written among them."""
+"""Keeps the completions that several micro-batches are made of, also in checkpoints written among them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class GenerationBuffer(TrainerCallback):
-    """One generation's completions, cut into slices that micro-batches read in turn.
+    """Holds one generation's completions, cut into slices that micro-batches read in turn.
 
     `step` counts the micro-batches of the run, `slices` are this process's, None before the first generation. An
     optimizer step that ends among the micro-batches of a generation leaves the slices to the next one, so a checkpoint
@@ -35,12 +35,12 @@ class GenerationBuffer(TrainerCallback):
 
     @property
     def is_used_up(self) -> bool:
-        """Whether the next micro-batch is one of new completions."""
+        """Says whether the next micro-batch is one of new completions."""
         return self.slices is None or self.step % self._every == 0
 
     @property
     def current(self) -> Samples:
-        """The completions of the next micro-batch."""
+        """Returns the completions of the next micro-batch."""
         return self.slices[self.step % len(self.slices)]
 
     def on_train_begin(
@@ -53,11 +53,11 @@ class GenerationBuffer(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remembers how things stand: a step that fails later leaves a checkpoint of this one."""
+        """Remembers the slices: a step that fails later leaves a checkpoint of this one."""
         self._whole_step = (self.step, self.slices)
 
     def save(self, folder: Path) -> None:
-        """Writes what there is after the last whole step into a checkpoint's folder; each process its own."""
+        """Writes the slices after the last whole step into a checkpoint's folder; each process its own."""
         if not self._is_saved:
             return
         step, slices = self._whole_step
@@ -66,7 +66,7 @@ class GenerationBuffer(TrainerCallback):
         torch.save({"settings": self._settings, "step": step, "slices": left}, folder / self._file)
 
     def load(self, folder: str) -> None:
-        """Goes on from a checkpoint's folder; says so if that does not tell how."""
+        """Reads the slices of a checkpoint's folder; warns if there are none for this run."""
         self.step, self.slices = 0, None
         if not self._is_saved:
             return

@@ -1,28 +1,28 @@
-"""Metrics of a generation, under TRL's names in TRL's order."""
+"""Records the metrics of generations, under TRL's names in TRL's order."""
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.losses.advantages import Advantages, nan_std
-from trl_fast.losses.policy_gradient import PolicyMetrics
-from trl_fast.rollout import Rollout
+from trl_fast.rollout import Rollout, ToolRollout
 
+from ..base.callbacks import TokenCounter
+from .completions_log import CompletionsLog
 from .generation_warnings import GenerationWarnings
-
-# Where completions are logged as a table too; modules of these names, alike in what is used of them.
-TABLE_LOGGERS = {"wandb", "trackio"}
+from .metric_recorder import MetricRecorder
 
 
 def length_metrics(lengths: torch.Tensor, cut_off: torch.Tensor) -> dict[str, float]:
-    """Of completions' lengths (N,) in tokens, and which of them did not end by themselves, (N,) bool."""
+    """Computes the metrics of completions' lengths.
+
+    lengths: (N,) float32, in tokens. cut_off: (N,) bool, the completions that did not end by themselves.
+    """
     ended = lengths[~cut_off]
     ended = ended if len(ended) else lengths.new_zeros(1)
     values = {
@@ -37,10 +37,15 @@ def length_metrics(lengths: torch.Tensor, cut_off: torch.Tensor) -> dict[str, fl
     return {f"completions/{name}": value.item() for name, value in values.items()}
 
 
-def reward_metrics(names: list[str], rewards: torch.Tensor, found: Advantages) -> list[tuple[str, float]]:
-    """Of rewards (N, R) by reward function, and what was made of them; NaN where there is nothing to average.
+def reward_metrics(names: Sequence[str], rewards: torch.Tensor, found: Advantages) -> list[tuple[str, float]]:
+    """Computes the metrics of rewards and advantages; NaN where there is nothing to average.
 
-    Functions of one name each have an entry under it.
+    Sources of one name each have an entry under it.
+
+    Args:
+        names: the sources' names.
+        rewards: (N, R) float32 by completion and source, NaN for none.
+        found: the advantages of the N completions.
     """
     values = []
     for name, column in zip(names, rewards.unbind(dim=1), strict=True):
@@ -51,96 +56,103 @@ def reward_metrics(names: list[str], rewards: torch.Tensor, found: Advantages) -
     return [(name, number) for (name, _), number in zip(values, numbers, strict=True)]
 
 
-class GenerationMetrics(GenerationWarnings):
-    """The part of an online trainer that keeps what is logged of its generations, of all processes."""
+class GenerationMetrics:
+    """Records what is logged of generations, of all processes, and keeps their completions for the table.
 
-    @cached_property
-    def _pending_columns(self) -> dict[str, list]:
-        return defaultdict(list)
+    Args:
+        accelerator: gathers values of all processes.
+        recorder: takes the numbers.
+        tokens: counts the tokens that were trained on.
+        completions: the table.
+        warnings: says where nothing can be learned.
+        reward_names: the reward sources' names.
+        end_ids: tokens that a completion that was not cut off ends with.
+        logs_rewards: whether the rewards of each source are logged, and the numbers that reward functions log.
+    """
 
-    @cached_property
-    def _pending_metrics(self) -> dict[str, list[float]]:
-        return defaultdict(list)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recorder: MetricRecorder,
+        tokens: TokenCounter,
+        completions: CompletionsLog,
+        warnings: GenerationWarnings,
+        *,
+        reward_names: Sequence[str],
+        end_ids: Collection[int],
+        logs_rewards: bool = True,
+    ) -> None:
+        self._accelerator, self._recorder, self._tokens = accelerator, recorder, tokens
+        self._completions, self._warnings = completions, warnings
+        self._reward_names, self._end_ids, self._logs_rewards = reward_names, set(end_ids), logs_rewards
+        self._columns: dict[str, list] = defaultdict(list)
+        self._numbers: dict[str, list[float]] = defaultdict(list)
 
     def log_column(self, column: str, values: list) -> None:
         """Takes a further column of the table of completions, from a reward function."""
-        self._pending_columns[column].extend(values)
+        self._columns[column].extend(values)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Takes a number from a reward function, whose mean is logged."""
-        self._pending_metrics[name].append(value)
+        """Takes a number from a reward function; the mean is logged."""
+        self._numbers[name].append(value)
 
-    def record_value(self, name: str, value: float) -> None:
-        """Keeps a number that is the same in all processes until the next log; NaN takes no part."""
-        self._record_tensor(name, torch.full((), float(value), device=self.accelerator.device))
+    def record_lengths(self, rollout: Rollout, mask: list[torch.Tensor] | None, *, is_training: bool) -> torch.Tensor:
+        """Records completions' lengths, and how often tools were called.
 
-    def _record_tensor(self, name: str, value: torch.Tensor) -> None:
-        """The same of a number (0-d) that is on the device and stays there."""
-        self.record({name: (value, torch.ones_like(value))})
+        Args:
+            rollout: S completions of this process.
+            mask: (length,) float32 a completion, 1 for the tokens that count; None: all do.
+            is_training: whether the tokens are counted as trained on.
 
-    def record_extremes(self, values: dict[str, torch.Tensor]) -> None:
-        """Keeps the least (…_min) or the largest (…_max) of values (B,) of all processes, NaN aside."""
-        for name, own in values.items():
-            every = self.accelerator.gather(own)
-            unknown, sign = every.isnan(), -1 if name.endswith("_min") else 1
-            extreme = sign * (sign * every).masked_fill(unknown, -torch.inf).amax()
-            self._record_tensor(name, extreme.masked_fill(unknown.all(), torch.nan))
-
-    def record_sampling(self, name: str, values: torch.Tensor, statistics: tuple[str, ...]) -> None:
-        """Keeps statistics ("min", "mean", "max") of values (M,) of all processes; 0 of nothing."""
-        values = values if len(values) else torch.zeros(1)
-        for statistic in statistics:
-            every = self.accelerator.gather(copy_to_device(getattr(values, statistic)(), self.accelerator.device))
-            self._record_tensor(f"sampling/{name}/{statistic}", getattr(every, statistic)())
-
-    def record_policy(self, metrics: PolicyMetrics) -> None:
-        """Keeps a micro-batch's metrics of the loss."""
-        self.record(metrics.means)
-        self.record_extremes(metrics.by_sequence)
-
-    def _record_lengths(self, rollout: Rollout, mask: list[torch.Tensor] | None) -> torch.Tensor:
-        """Records the completions' lengths; which of them were cut off, (S,) bool."""
+        Returns:
+            (S,) bool: the completions that were cut off.
+        """
         lengths = [len(ids) for ids in rollout.completion_ids] if mask is None else [int(m.sum()) for m in mask]
-        ends = {*self.end_ids, self.processing_class.pad_token_id}
-        cut_off = torch.tensor([ids[-1] not in ends for ids in rollout.completion_ids])
-        if self.mode == "train":
+        cut_off = torch.tensor([ids[-1] not in self._end_ids for ids in rollout.completion_ids])
+        if is_training:
             self._tokens.seen += sum(map(len, rollout.prompt_ids)) + sum(lengths)
-        self.record_value("num_tokens", self._tokens.seen)
-        own = torch.stack((torch.tensor(lengths), cut_off.long()), 1).to(self.accelerator.device)
+        own = torch.stack((torch.tensor(lengths), cut_off.long()), 1).to(self._accelerator.device)
         # Read once: the numbers below are many and small.
-        every = self.accelerator.gather(own).cpu()
-        for name, value in length_metrics(every[:, 0].float(), every[:, 1].bool()).items():
-            self.record_value(name, value)
-        self._warn_of_cut_off(every[:, 1].bool())
+        every = self._accelerator.gather(own).cpu()
+        metrics = length_metrics(every[:, 0].float(), every[:, 1].bool())
+        self._recorder.record_values({"num_tokens": self._tokens.seen, **metrics})
+        self._warnings.warn_of_cut_off(every[:, 1].bool())
+        if isinstance(rollout, ToolRollout):
+            self._record_tools(rollout)
         return cut_off
 
-    def _record_rewards(self, rewards: torch.Tensor, found: Advantages) -> None:
-        for name, value in reward_metrics(self.reward_functions.names, rewards, found):
-            self.record_value(name, value)
-        for name in sorted(set(gather_object(list(self._pending_metrics)))):
-            values = gather_object(self._pending_metrics.get(name, []))
-            self.record_value(name, sum(values) / len(values))
-        self._pending_metrics.clear()
+    def _record_tools(self, rollout: ToolRollout) -> None:
+        counts = [[rollout.calls, rollout.failures, len(rollout.completion_ids)]]
+        own = torch.tensor(counts, device=self._accelerator.device)
+        calls, failures, completions = self._accelerator.gather(own).sum(0).tolist()
+        frequencies = {"call": calls / completions, "failure": failures / calls if calls else 0.0}
+        self._recorder.record_values({f"tools/{name}_frequency": value for name, value in frequencies.items()})
 
-    def _keep_completions(self, prompts: list, completions: list, rewards: torch.Tensor, found: Advantages) -> None:
+    def record_outcome(
+        self, prompts: list, completions: list, rewards: torch.Tensor, found: Advantages, group: int
+    ) -> None:
+        """Records rewards and advantages, and keeps the completions for the table.
+
+        Args:
+            prompts, completions: of this process.
+            rewards: (N, R) float32 of all processes, by completion and source.
+            found: the advantages of all processes' completions.
+            group: consecutive completions that are held against each other.
+        """
+        if self._logs_rewards:
+            self._record_rewards(rewards, found)
+        self._warnings.warn_of_equal_rewards(found.rewards, group, prompts)
         columns = {"prompt": gather_object(prompts), "completion": gather_object(completions)}
-        for name in sorted(set(gather_object(list(self._pending_columns)))):
-            columns[name] = gather_object(self._pending_columns.get(name, [None] * len(prompts)))
-        self._pending_columns.clear()
-        by_function = dict(zip(self.reward_functions.names, rewards.t().tolist(), strict=True))
-        self._completions.add(by_function, **columns, advantage=found.advantages.tolist())
+        for name in sorted(set(gather_object(list(self._columns)))):
+            columns[name] = gather_object(self._columns.get(name, [None] * len(prompts)))
+        self._columns.clear()
+        by_source = dict(zip(self._reward_names, rewards.t().tolist(), strict=True))
+        self._completions.add(by_source, **columns, advantage=found.advantages.tolist())
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in the base; and the last generation's completions, where log_completions asks for them."""
-        super().log(logs, start_time)
-        if not (self.args.log_completions and self.accelerator.is_main_process):
-            return
-        step = self.state.global_step
-        unique = self.args.log_unique_prompts
-        self._completions.show(step, self.args.num_completions_to_print, unique)
-        self._completions.save(Path(self.args.output_dir) / "completions", step)
-        for name in TABLE_LOGGERS & {*self.args.report_to}:
-            logger = importlib.import_module(name)
-            # No run of wandb is open before training.
-            if getattr(logger, "run", True) is not None:
-                logger.log({"completions": logger.Table(dataframe=self._completions.frame(step, unique))})
+    def _record_rewards(self, rewards: torch.Tensor, found: Advantages) -> None:
+        values = reward_metrics(self._reward_names, rewards, found)
+        for name in sorted(set(gather_object(list(self._numbers)))):
+            numbers = gather_object(self._numbers.get(name, []))
+            values.append((name, sum(numbers) / len(numbers)))
+        self._numbers.clear()
+        self._recorder.record_values(values)

@@ -1,4 +1,4 @@
-"""From samples to what an update of the policy reads: token batches, and vectors beside them."""
+"""Turns samples into micro-batches of the update: token batches, and vectors beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 @dataclass
 class Update:
-    """A micro-batch of the update: what is scored, what the loss reads, and what has no gradient.
+    """Holds a micro-batch of the update: tokens to score, what the loss reads, and what has no gradient.
 
     left_out: (B − S,) float32, the lengths of the completions that are not in the batch; lengths: of the S that are.
     """
@@ -27,7 +27,7 @@ class Update:
     lengths: tuple[int, ...]
 
     def group_sizes(self, span: str) -> tuple[int, ...] | None:
-        """How many tokens the head has to see together before a loss of this span knows what each of them weighs."""
+        """Returns how many tokens the head has to see together before a loss of this span knows each one's weight."""
         sizes = {"token": None, "sequence": self.lengths}
         return sizes[span] if span in sizes else (len(self.batch.targets),)
 
@@ -42,7 +42,7 @@ class UpdateMaker:
     device: torch.device
 
     def token_batch(self, samples: Samples) -> TokenBatch:
-        """The batch that scores every completion token of the samples."""
+        """Returns the batch that scores every completion token of the samples."""
         multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
         return samples.batch(self.layout, self.pad_token_id, multiple).to(self.device)
 
@@ -50,7 +50,7 @@ class UpdateMaker:
     def score(
         self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], indices: list[int], size: int
     ) -> list[torch.Tensor]:
-        """What `score` says about the tokens of some completions, `size` at a time; zeros for the others.
+        """Computes what `score` says about the tokens of some completions, `size` at a time; zeros for the others.
 
         score: from a batch to values (N,). Returns float32 vectors on the CPU, one a completion.
         """
@@ -65,7 +65,10 @@ class UpdateMaker:
         return found
 
     def update(self, samples: Samples, kept: list[int], weights: torch.Tensor) -> Update:
-        """The update of the completions `kept`; weights: (B,) float32, what a token of each completion counts."""
+        """Returns the update of the completions `kept`.
+
+        weights: (B,) float32, the weight in the loss of a token of each completion.
+        """
         order = samples.grouped(kept)
         part = samples.select(order)
         batch = self.token_batch(part)
@@ -82,3 +85,29 @@ class UpdateMaker:
         left_out = sorted(set(range(len(samples))) - set(kept))
         lengths = tuple(len(ids) for ids in part.completion_ids)
         return Update(batch, table, copy_to_device(samples.lengths[left_out], self.device), lengths)
+
+
+def slice_indices(samples: Samples, slices: int, *, together: bool) -> list[list[int]]:
+    """Returns the shuffled numbers of the completions, cut into `slices` equal parts.
+
+    together: whether completions of one prompt stay next to each other.
+    """
+    order = torch.randperm(len(samples)).tolist()
+    if together:
+        order = samples.grouped(order)
+    size = len(samples) // slices
+    return [order[start : start + size] for start in range(0, len(samples), size)]
+
+
+def trained_indices(samples: Samples, *, everyone: bool) -> list[int]:
+    """Returns the numbers of the completions that have a gradient.
+
+    There is at least one, so that there always is a loss to differentiate. everyone: whether also completions without
+    advantage have a gradient.
+    """
+    kept = [
+        index
+        for index in range(len(samples))
+        if not samples.excluded[index] and (everyone or samples.advantages[index] != 0)
+    ]
+    return kept or [min(range(len(samples)), key=lambda index: len(samples.completion_ids[index]))]

@@ -30,7 +30,7 @@ def policy_step(
 
     Args:
         model: the policy, with `modeling.attach_scoring`, on the device of the update.
-        update: the micro-batch: N scored tokens of S completions.
+        update: the micro-batch: scored tokens (N,) of S completions.
         config: the loss.
         head: keywords of `modeling.score` about the head: backend, workspace_bytes, head_grad.
         temperature: divides the logits.

@@ -1,11 +1,10 @@
-"""A failure within a step leaves a checkpoint of the last whole one, so that nothing is lost."""
+"""Saves the last whole step when a rollout or a reward function fails, so that nothing is lost."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,55 +14,56 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..base.callbacks import TokenCounter
 
 
-class WholeStep(TrainerCallback):
-    """What a step moves before its weights do, as it was after the last whole one: tokens seen and random states."""
+class Rescue(TrainerCallback):
+    """Leaves a checkpoint of the last whole step where something fails within the next one.
 
-    def __init__(self, tokens: TokenCounter) -> None:
-        self.tokens = tokens
+    A step moves the random states and the count of tokens before it moves the weights; both are remembered after each
+    whole step, and are put back before the checkpoint is written.
+
+    Args:
+        tokens: the count of tokens trained on.
+        check_weights: raises where weights are broken; these are not to be saved.
+        save: writes a checkpoint of the trainer.
+
+    Attributes:
+        steps_before: steps of the run that this one resumed.
+    """
+
+    def __init__(self, tokens: TokenCounter, check_weights: Callable[[], None], save: Callable[[], None]) -> None:
+        self._tokens, self._check_weights, self._save = tokens, check_weights, save
         self.steps_before = 0
+        self._args: TrainingArguments | None = None
+        self._state: TrainerState | None = None
         self._seen = 0
         self._random: tuple | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remembers how many steps had been made before, by the run that is resumed."""
+        """Remembers the run, and how many steps had been made before by the one that is resumed."""
+        self._args, self._state = args, state
         self.steps_before = state.global_step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remembers them."""
+        """Remembers the random states and the count of tokens after a whole step."""
         on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._random = (random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu)
-        self._seen = self.tokens.seen
+        self._seen = self._tokens.seen
 
     # A checkpoint is written after the evaluation of its step.
     on_evaluate = on_step_end
 
-    def restore(self) -> None:
-        """Puts them back."""
-        in_python, in_numpy, in_torch, on_gpu = self._random
-        random.setstate(in_python)
-        np.random.set_state(in_numpy)
-        torch.set_rng_state(in_torch)
-        if on_gpu:
-            torch.cuda.set_rng_state_all(on_gpu)
-        self.tokens.seen = self._seen
-
-
-class Rescue:
-    """The part of an online trainer that saves what there is when a reward function or an engine fails."""
-
-    def start(self, **kwargs: Any) -> None:
-        """As in the base."""
-        super().start(**kwargs)
-        self._whole_step = WholeStep(self._tokens)
-        self.add_callback(self._whole_step)
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Forgets the run: what fails after it has nothing to save."""
+        self._state = None
 
     @contextmanager
-    def _rescue(self) -> Iterator[None]:
-        """What fails within, in any process, fails in all of them, and training leaves its last whole step saved.
+    def guard(self) -> Iterator[None]:
+        """Lets what fails within, in any process, fail in all of them, after the last whole step is saved.
 
         All processes enter and leave together; nothing within waits for another process.
         """
@@ -81,17 +81,26 @@ class Rescue:
         raise failure
 
     def _save_last_whole_step(self, failure: Exception) -> None:
-        if self.is_in_train:
-            # Broken weights, which cannot generate either, are the cause and are not to be saved.
-            self._divergence.check()
-        step = self.state.global_step
-        # What was resumed from is there already.
-        is_new = self.is_in_train and step > self._whole_step.steps_before
-        if not is_new or self.args.save_strategy == "no":
+        if self._state is None:
             return
-        self._whole_step.restore()
-        self._save_checkpoint(self.model, trial=None)
+        # Broken weights, which cannot generate either, are the cause and are not to be saved.
+        self._check_weights()
+        step = self._state.global_step
+        # The step that was resumed from is saved already.
+        if step <= self.steps_before or self._args.save_strategy == "no":
+            return
+        self._restore()
+        self._save()
         failure.add_note(
-            f"Step {step} is saved in {self.args.output_dir}; mend the cause and go on with "
+            f"Step {step} is saved in {self._args.output_dir}; mend the cause and go on with "
             "train(resume_from_checkpoint=True)."
         )
+
+    def _restore(self) -> None:
+        in_python, in_numpy, in_torch, on_gpu = self._random
+        random.setstate(in_python)
+        np.random.set_state(in_numpy)
+        torch.set_rng_state(in_torch)
+        if on_gpu:
+            torch.cuda.set_rng_state_all(on_gpu)
+        self._tokens.seen = self._seen

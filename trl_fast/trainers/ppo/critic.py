@@ -1,10 +1,8 @@
-"""PPO's other models: the value model that is trained beside the policy, and what rewards completions."""
+"""Prepares, runs and saves PPO's value model, which is trained beside the policy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,67 +14,18 @@ from trl_fast.data import TokenBatch
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.classifier_head import attach_classifier_head, read_head, state_batch
 from trl_fast.modeling.layouts import LayoutRequest, choose_layout_or_pad
-from trl_fast.modeling.loading import base_model, is_quantized, load_reward_model
-from trl_fast.modeling.reference_policy import freeze
-from trl_fast.modeling.value_model import check_classifier
-from trl_fast.rollout import RewardFunctions
+from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.value_model import check_classifier, make_value_model
 from trl_fast.rollout.samples import Samples
-from trl_fast.rollout.token_rewards import TokenRewardModel
 
 from ..base.model_setup import set_up_layers
 from .config import PPOConfig
 
-RewardSource = Callable[..., list] | str | PreTrainedModel
 WEIGHTS_FILE = "model.safetensors"
 
 
-def load_reward_source(name_or_path: str, args: PPOConfig) -> PreTrainedModel:
-    """A reward model by name, as `model_init_kwargs` say; where they are silent, its own dtype, on one device.
-
-    Raises:
-        ValueError, OSError: as in `modeling.loading.load_reward_model`.
-    """
-    given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    return load_reward_model(name_or_path, **{"dtype": "auto", "device_map": None, **given})
-
-
-def make_reward_functions(
-    reward_model: RewardSource | list[RewardSource] | None,
-    processing_class: PreTrainedTokenizerBase,
-    args: PPOConfig,
-    sequences: list[list[int]],
-) -> RewardFunctions:
-    """What gives completions their rewards: models that read the policy's tokens, and functions as GRPO takes them.
-
-    sequences: a few, to try models out on.
-
-    Raises:
-        ValueError, TypeError: there is nothing, or a model or function is not of the right kind.
-    """
-    if reward_model is None:
-        raise ValueError(
-            "reward_model is missing; give a sequence classifier with num_labels=1, its name, or reward functions"
-        )
-    sources: list[Any] = []
-    for source in reward_model if isinstance(reward_model, list | tuple) else [reward_model]:
-        if isinstance(source, str):
-            source = load_reward_source(source, args)
-        if isinstance(source, torch.nn.Module):
-            check_classifier(base_model(source), "reward_model", len(processing_class))
-            model = freeze(source) if is_quantized(source) else freeze(source).to(args.device)
-            size = args.local_rollout_forward_batch_size
-            source = TokenRewardModel(model, args.batch_layout, processing_class.pad_token_id, sequences, size)
-        elif not callable(source):
-            raise TypeError(
-                "reward_model: expected a classifier of transformers, its name, functions, or a list of those, got "
-                f"{type(source).__name__}"
-            )
-        sources.append(source)
-    return RewardFunctions(sources, device=args.device)
-
-
 class Critic:
-    """The value model: prepared as the policy is, in the best batch layout that it runs.
+    """Holds the value model: prepared as the policy is, in the best batch layout that it runs.
 
     Args:
         model: a sequence classifier with one label, or a PeftModel of one.
@@ -115,17 +64,40 @@ class Critic:
         """Moves the model to its device and wraps it for mixed precision and several processes."""
         self.model = accelerator.prepare_model(self.plain)
 
+    def trained_weights(self) -> dict[str, torch.nn.Parameter]:
+        """Returns the weights that are trained, by name."""
+        return {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
+
+    def add_to(self, optimizer: torch.optim.Optimizer, decays: set[str], weight_decay: float) -> None:
+        """Adds the weights to an optimizer; those named in `decays` get the weight decay."""
+        named = [(name in decays, weight) for name, weight in self.trained_weights().items()]
+        for decay, rate in ((True, weight_decay), (False, 0.0)):
+            weights = [weight for decayed, weight in named if decayed == decay]
+            if weights:
+                optimizer.add_param_group({"params": weights, "weight_decay": rate})
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Raises ValueError if a user's optimizer, None for none, lacks weights of the value model."""
+        if optimizer is None:
+            return
+        known = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        if not all(id(weight) in known for weight in self.trained_weights().values()):
+            raise ValueError("optimizers: the optimizer lacks weights of value_model; give it those of both models")
+
     def batch(self, samples: Samples, has_end: torch.Tensor) -> TokenBatch:
-        """The batch that `values` reads at every state of the samples (`losses.ppo.States`)."""
+        """Returns the batch that `values` reads at every state of S samples; has_end: (S,) bool, as in `States`."""
         return state_batch(samples.batch(self.layout, self.pad_token_id), has_end).to(self.device)
 
     def values(self, batch: TokenBatch) -> torch.Tensor:
-        """Values (M,) float32 of the batch's states; differentiable."""
+        """Computes the values (M,) float32 of the batch's states; differentiable."""
         return read_head(self.model, batch)
 
     @torch.no_grad()
     def score(self, samples: Samples, has_end: torch.Tensor, size: int) -> list[torch.Tensor]:
-        """Values of each completion's states, `size` completions at a time; vectors on the CPU."""
+        """Computes the values of the states of S completions, `size` at a time, as float32 vectors on the CPU.
+
+        has_end: (S,) bool, as in `losses.ppo.States`.
+        """
         found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
         order = samples.grouped(range(len(samples)))
         for start in range(0, len(order), size):
@@ -143,7 +115,7 @@ class Critic:
         save_model(self.plain, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        """Takes the weights over that `save` wrote.
+        """Reads the weights that `save` wrote.
 
         Raises:
             ValueError: there are none.
@@ -152,3 +124,9 @@ class Critic:
         if not path.is_file():
             raise ValueError(f"resume_from_checkpoint: {folder.parent} has no value model ({path.name} in {folder})")
         load_model(self.plain, path)
+
+
+def value_model_like(reward_model: object, policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Makes a value model: a copy of the reward model; if that is no single model, of the policy, with a new head."""
+    known = reward_model if isinstance(reward_model, PreTrainedModel) else None
+    return make_value_model(base_model(policy), known)

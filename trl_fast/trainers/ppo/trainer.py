@@ -1,4 +1,4 @@
-"""PPOTrainer: the interface and behaviour of TRL's last PPO, on packed rows and the fused head."""
+"""Defines PPOTrainer, with the interface and behaviour of TRL's last PPO, on packed rows and the fused head."""
 
 from __future__ import annotations
 
@@ -9,36 +9,34 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from accelerate.utils import set_seed
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_fast.data import AnyDataset
-from trl_fast.data.prompt_only import PROMPT_IDS
-from trl_fast.losses.ppo import (
-    KLController,
-    States,
-    ppo_targets,
-)
-from trl_fast.modeling.loading import base_model
-from trl_fast.modeling.value_model import make_value_model
-from trl_fast.rollout import RolloutEngine, TransformersEngine
+from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset, prompts_of_tokens
+from trl_fast.losses.advantages import Advantages
+from trl_fast.losses.ppo import KLController, kl_penalties, rollout_metrics
+from trl_fast.modeling.scoring import evaluating
+from trl_fast.rollout import GivenReward, RolloutEngine, TransformersEngine
 
-from ..base.metric_buffer import MetricBuffer
-from ..base.reference import ReferenceTrainer
 from ..base.tokenizers import older_tokenizer_name
 from ..online.completions_log import CompletionsLog
-from ..online.micro_batches import UpdateMaker
+from ..online.prompt_order import PromptOrder
+from ..online.rollout_loop import JudgedRollout
+from ..online.trainer import OnlineTrainer
+from .argument_checks import check_distinct, count_rollouts
 from .config import PPOConfig
-from .critic import Critic, RewardSource, load_reward_source, make_reward_functions
+from .critic import Critic, value_model_like
 from .experience import Experience, PPOUpdate, make_update
-from .rollouts import PPORollouts, end_tokens
+from .rewards import load_reward_by_name, make_rewards
+from .rollout_scores import ScoredRollout, add_targets, completion_scores
 from .step import ppo_step
+from .stopping_engine import StoppingEngine, end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +44,8 @@ VALUE_FOLDER = "value_model"
 KL_STATE_FILE = "kl_control_state.json"
 
 
-class PPOTrainer(PPORollouts, ReferenceTrainer):
-    """Proximal Policy Optimization with a value model (arXiv 1707.06347, 1909.08593).
+class PPOTrainer(OnlineTrainer):
+    """Trains by Proximal Policy Optimization with a value model (arXiv 1707.06347, 1909.08593).
 
     Args:
         args: the config.
@@ -70,9 +68,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
 
     method = "ppo"
     config_class = PPOConfig
-    shares_prompts = True
-    token_columns: ClassVar[tuple[str, ...]] = (PROMPT_IDS,)
-    signature_columns: ClassVar[tuple[str, ...]] = ("prompt", PROMPT_IDS)
+    length_setting = "response_length"
 
     def __init__(
         self,
@@ -80,7 +76,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         model: str | PreTrainedModel | PeftModel | None = None,
         ref_model: str | PreTrainedModel | None = None,
-        reward_model: RewardSource | list[RewardSource] | None = None,
+        reward_model: GivenReward | list[GivenReward] | None = None,
         train_dataset: AnyDataset | None = None,
         value_model: PreTrainedModel | PeftModel | None = None,
         data_collator: Callable | None = None,
@@ -96,7 +92,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         if model is None:
             raise ValueError("model is missing; give the policy's name, or a causal language model")
-        _check_distinct(model=model, ref_model=ref_model, reward_model=reward_model, value_model=value_model)
+        check_distinct(model=model, ref_model=ref_model, reward_model=reward_model, value_model=value_model)
         args = copy.copy(self.resolve_config(args, model))
         self.check_dataset_type(train_dataset, "train_dataset")
         if data_collator is not None:
@@ -105,15 +101,13 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         self.end_ids, self.stop_ids = end_tokens(args, processing_class)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
-        args.max_steps = _rollouts(args, train_dataset)
+        args.max_steps = count_rollouts(args, train_dataset)
         sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
         if isinstance(reward_model, str):
-            reward_model = load_reward_source(reward_model, args)
-        self.reward_functions = make_reward_functions(reward_model, processing_class, args, sequences)
+            reward_model = load_reward_by_name(reward_model, args)
         self.reward_model = reward_model
-        if value_model is None:
-            known = reward_model if isinstance(reward_model, PreTrainedModel) else None
-            value_model = make_value_model(base_model(model), known)
+        self.reward_functions = make_rewards(reward_model, processing_class, args, sequences)
+        value_model = value_model_like(reward_model, model) if value_model is None else value_model
         self.critic = Critic(value_model, args, processing_class, sequences)
         model, layout = self.set_up_models(model, ref_model, args, peft_config, sequences)
         self.start(
@@ -126,81 +120,168 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._start_rollouts(layout, rollout_engine)
+        self._set_up_rollouts(layout, rollout_engine)
 
-    def _start_rollouts(self, layout: str, engine: RolloutEngine | None) -> None:
+    def _set_up_rollouts(self, layout: str, engine: RolloutEngine | None) -> None:
         args, pad = self.args, self.processing_class.pad_token_id
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise NotImplementedError("PPOTrainer with sharded weights (DeepSpeed, FSDP) is not supported")
-        self._check_optimizer()
+        self.critic.check_optimizer(self.optimizer)
         self.critic.prepare(self.accelerator)
         self._divergence.more_models.append(self.value_model)
-        self.updates = UpdateMaker(layout, pad, args.pad_to_multiple_of, self.accelerator.device)
-        self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}
-        self._completions = CompletionsLog(args.batch_size)
         self.kl_control = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         self._rows: list[dict[str, Any]] = []
         self._latest: dict[str, float] = {}
-        # Processes must not sample the same completions.
-        set_seed(args.seed, device_specific=True)
-        self._vocab_size = base_model(self.model).get_output_embeddings().weight.shape[0]
+        self.seed_sampling(layout)
         policy = lambda: self.accelerator.unwrap_model(self.model)  # noqa: E731
-        self.engine = engine or TransformersEngine(policy, self.end_ids, pad)
+        engine = engine or TransformersEngine(policy, self.end_ids, pad)
+        self.set_up_loop(
+            StoppingEngine(engine, self.stop_ids, args.local_rollout_forward_batch_size),
+            self.reward_functions,
+            end_ids=self.end_ids,
+            completions_kept=args.batch_size,
+            warns_of_cut_off=bool(self.stop_ids),
+            logs_rewards=False,
+            prompt_ids_for_rewards=True,
+            samples_class=Experience,
+        )
 
     @property
     def value_model(self) -> PreTrainedModel | PeftModel:
-        """The value model, without what was wrapped around it."""
+        """Returns the value model, without what was wrapped around it."""
         return self.critic.plain
+
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: PPOConfig, name: str
+    ) -> AnyDataset:
+        """Tokenizes the prompts of a dataset that has no token ids."""
+        how = {"num_proc": args.dataset_num_proc, "name": name}
+        dataset = prompts_of_tokens(dataset, processing_class, **how)
+        return prepare_prompt_dataset(dataset, processing_class, chat_template_kwargs=args.chat_template_kwargs, **how)
+
+    def prompt_order(self) -> PromptOrder:
+        """Returns the order of training prompts: shuffled, each step's the ones of a rollout."""
+        args = self.args
+        return PromptOrder(repeats=1, prompts=args.batch_size, batches=args.num_mini_batches, seed=args.seed)
+
+    # ---- the rollout
+
+    def _judge(self, rows: list[dict[str, Any]]) -> JudgedRollout:
+        """Samples completions of the rows' prompts and has them rewarded, without any update."""
+        with self.rescue.guard():
+            rollout, columns = self.loop.generate(rows, self)
+            return self.loop.judge(rows, rollout, columns, self)
+
+    @torch.no_grad()
+    def roll_out(self, rows: list[dict[str, Any]]) -> ScoredRollout:
+        """Samples completions of the rows' prompts, with their rewards and their divergence from the reference.
+
+        Raises:
+            ValueError: the rollout or a reward source returned something else than was expected.
+            RuntimeError: a reward source raised.
+        """
+        judged = self._judge(rows)
+        samples = Experience.of(judged.rollout.prompt_ids, judged.rollout.completion_ids)
+        scores, kl = self._score(samples, judged.rewards)
+        return ScoredRollout(judged.prompts, judged.completions, samples, judged.rewards, scores, kl)
+
+    @torch.no_grad()
+    def _score(self, samples: Experience, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes scores (S,) from rewards (S, R), and the divergence (N,) of each token; adds the log-probabilities.
+
+        A score is the sum of a completion's rewards, less the penalty where there is no EOS token.
+        """
+        args = self.args
+        weights, eos = self.reward_functions.weights.cpu(), self.processing_class.eos_token_id
+        scores = completion_scores(rewards, weights, samples.completion_ids, eos, args.missing_eos_penalty)
+        everyone, size = range(len(samples)), args.local_rollout_forward_batch_size
+        samples.old_logprobs = self.updates.score(samples, self.policy_logprobs, everyone, size)
+        reference = self.updates.score(samples, self.reference_logprobs, everyone, size)
+        return scores, kl_penalties(samples.flat("old_logprobs"), torch.cat(reference), args.kl_estimator)
+
+    @torch.no_grad()
+    def compute_advantages(self, samples: Experience, rewards: torch.Tensor) -> Advantages:
+        """Computes the advantages of completions, adds what the update aims at, and records the rollout's metrics.
+
+        In evaluation there are no values, and advantages are NaN.
+
+        Args:
+            samples: this process's completions, to which log-probabilities, advantages, values and returns are added.
+            rewards: (N, R) float32 of all processes' completions, by reward source.
+
+        Returns:
+            Of all processes' completions, the mean advantage of each one's tokens, and the scores.
+        """
+        device, count = self.accelerator.device, len(samples)
+        first = self.accelerator.process_index * count
+        scores, kl = self._score(samples, rewards[first : first + count].cpu())
+        advantages = torch.full_like(scores, torch.nan)
+        if self.mode == "train":
+            add_targets(samples, scores, kl, self.critic, self.args, self.kl_control.coefficient)
+            advantages = torch.stack([part.mean() for part in samples.token_advantages])
+        self._record_rollout(samples, scores, kl)
+        advantages, scores = (self.accelerator.gather(values.to(device)) for values in (advantages, scores))
+        return Advantages(advantages, scores, torch.zeros(0))
+
+    def _record_rollout(self, samples: Experience, scores: torch.Tensor, kl: torch.Tensor) -> None:
+        """Records a rollout's metrics; in training the weight of the divergence moves."""
+        accelerator = self.accelerator
+        vectors = (samples.flat("old_logprobs"), kl, scores)
+        metrics = rollout_metrics(*(v.to(accelerator.device) for v in vectors), self.kl_control.coefficient)
+        self.record(metrics)
+        eos = self.processing_class.eos_token_id
+        ended = torch.tensor(sum(ids.count(eos) for ids in samples.completion_ids), device=accelerator.device)
+        self.recorder.record_values({"val/num_eos_tokens": accelerator.gather(ended).sum().item()})
+        if self.mode == "train" and self.args.kl_target is not None:
+            self.recorder.record_values({"objective/kl_coef": self.kl_control.coefficient})
+            total, count = accelerator.reduce(torch.stack(metrics["objective/kl"]), "sum").tolist()
+            self.kl_control.update(total / count, self.args.batch_size)
+
+    # ---- evaluation
+
+    def prediction_step(self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any) -> tuple:
+        """Records the metrics of completions that are made for the evaluation; there is no loss."""
+        self.loop.run(inputs, self, update=lambda samples: samples)
+        return None, None, None
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Shows completions of the evaluation prompts, or of training ones, with their rewards.
+
+        sampling: only of the first batch.
+        """
+        loader = self.get_train_dataloader() if self.eval_dataset is None else self.get_eval_dataloader()
+        log = CompletionsLog(None)
+        with evaluating(self.model):
+            for rows in loader:
+                found = self._judge(rows)
+                by_source = dict(zip(self.reward_functions.names, found.rewards.t().tolist(), strict=True))
+                nothing = [math.nan] * len(rows)
+                log.add(by_source, prompt=found.prompts, completion=found.completions, advantage=nothing)
+                if sampling:
+                    break
+        if self.accelerator.is_main_process:
+            log.show(self.state.global_step, self.args.num_completions_to_print)
 
     # ---- the update
 
-    def make_experience(self, rows: list[dict[str, Any]]) -> Experience:
-        """A rollout with its advantages and returns; its metrics are recorded, and the KL's weight moves.
-
-        Raises:
-            ValueError, RuntimeError: as in `roll_out`.
-        """
-        args, found = self.args, self.roll_out(rows)
-        samples = found.samples
-        lengths = torch.tensor([len(ids) for ids in samples.completion_ids])
-        # TRL's padded matrix has no place behind its longest completions.
-        states = States(lengths, lengths < lengths.max())
-        values = self.critic.score(samples, states.has_end, args.local_rollout_forward_batch_size)
-        advantages, returns = ppo_targets(
-            *(found.kl, found.scores, torch.cat(values), states),
-            kl_coef=self.kl_control.coefficient,
-            gamma=args.gamma,
-            lam=args.lam,
-            whiten_rewards=args.whiten_rewards,
-        )
-        by_completion = samples.split(advantages)
-        kl = self._record_rollout(found, torch.stack([part.mean() for part in by_completion]))
-        if args.kl_target is not None:
-            self.record_value("objective/kl_coef", self.kl_control.coefficient)
-            self.kl_control.update(kl, args.batch_size)
-        return Experience(samples, states.has_end, by_completion, values, list(returns.split(states.counts.tolist())))
-
     def train(self, *args: Any, **kwargs: Any):
-        """As in the base."""
+        """Trains, as the base does, and starts the clock for episodes a second."""
         self._started = time.perf_counter()
         return super().train(*args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Collects a rollout's prompts; at the last ones of a step the rollout and its updates, but for the last one.
+        """Collects a rollout's prompts; at the last ones of a step makes the rollout and its updates.
 
-        That one's gradients are left for transformers.Trainer to apply. Returns the mean loss (0-d).
+        The last update's gradients are left for transformers.Trainer to apply. Returns the mean loss, a scalar.
         """
         self._rows += inputs
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.accelerator.device)
         rows, self._rows = self._rows, []
         model.train()
-        experience = self.make_experience(rows)
-        loss = self._update(model, experience)
+        loss = self.loop.run(rows, self, update=partial(self._update, model))
         args, step = self.args, self.state.global_step
-        episodes = (step + 1 - self._whole_step.steps_before) * args.batch_size
+        episodes = (step + 1 - self.rescue.steps_before) * args.batch_size
         self._latest = {
             "eps": int(episodes / (time.perf_counter() - self._started)),
             "lr": self._get_learning_rate(),
@@ -208,16 +289,16 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         }
         shows = args.num_sample_generations and step % max(1, args.max_steps // args.num_sample_generations) == 0
         if shows and not args.log_completions and self.accelerator.is_main_process:
-            self._completions.show(step + 1, args.num_completions_to_print, unique_prompts=args.log_unique_prompts)
+            self.completions_log.show(step + 1, args.num_completions_to_print, unique_prompts=args.log_unique_prompts)
         return loss
 
     def _update(self, model: torch.nn.Module, experience: Experience) -> torch.Tensor:
-        """All updates of a rollout; the last one's gradients stay. Returns their mean loss."""
+        """Makes all updates of a rollout; the last one's gradients stay. Returns their mean loss (0-d)."""
         args = self.args
         loss = torch.zeros((), device=self.accelerator.device)
         self._ratios: list[torch.Tensor] = []
         count = args.num_ppo_epochs * args.num_mini_batches
-        for number, chosen in enumerate(self._mini_batches(len(experience.samples))):
+        for number, chosen in enumerate(self._mini_batches(len(experience))):
             self.optimizer.zero_grad()
             micro_batches = chosen.split(args.per_device_train_batch_size)
             for index, micro in enumerate(micro_batches):
@@ -229,11 +310,11 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
                     self._clip_grad_norm(model)
                 self.optimizer.step()
         ratios = torch.stack(self._ratios)
-        self.record_value("val/ratio_var", ratios.var().item() if len(ratios) > 1 else 0.0)
+        self.recorder.record_values({"val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0})
         return loss
 
     def _mini_batches(self, completions: int) -> Iterator[torch.Tensor]:
-        """Numbers of completions, in a new order each epoch."""
+        """Yields the numbers of each mini-batch's completions, in a new order each epoch."""
         for _ in range(self.args.num_ppo_epochs):
             yield from torch.randperm(completions).split(self.args.local_mini_batch_size)
 
@@ -254,7 +335,7 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The loss (0-d) of one micro-batch, of both models; its metrics wait for the next log.
+        """Computes the loss, a scalar, of one micro-batch, of both models; its metrics wait for the next log.
 
         Raises:
             ValueError: return_outputs, since there are no outputs to return.
@@ -262,59 +343,40 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
         if return_outputs:
             raise ValueError("return_outputs=True: PPOTrainer returns no outputs")
         args = self.args
+        settings = {name: getattr(args, name) for name in ("cliprange", "vf_coef", "cliprange_value", "temperature")}
         result = ppo_step(
-            model,
-            self.critic.model,
-            inputs,
+            *(model, self.critic.model, inputs),
             head=self.head_keywords,
-            cliprange=args.cliprange,
-            vf_coef=args.vf_coef,
-            cliprange_value=args.cliprange_value,
-            temperature=args.temperature,
             router_coef=self.router_aux_loss_coef,
+            **settings,
         )
         self._ratios.append(result.metrics["val/ratio"].mean())
         self.record(result.metrics)
         return result.loss
 
     def get_total_train_batch_size(self, args: PPOConfig) -> int:
-        """Completions of a step, of all processes."""
+        """Returns the completions of a step, of all processes."""
         return args.batch_size
 
     # ---- both models' weights
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in the base, with the value model's weights beside the policy's."""
+        """Makes the optimizer, with the value model's weights beside the policy's."""
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        decays = set(self.get_decay_parameter_names(self.value_model))
-        named = [(name in decays, weight) for name, weight in self._value_weights()]
-        for decay, rate in ((True, self.args.weight_decay), (False, 0.0)):
-            weights = [weight for decayed, weight in named if decayed == decay]
-            if weights:
-                optimizer.add_param_group({"params": weights, "weight_decay": rate})
+        self.critic.add_to(optimizer, set(self.get_decay_parameter_names(self.value_model)), self.args.weight_decay)
         return optimizer
 
-    def _value_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, weight) for name, weight in self.value_model.named_parameters() if weight.requires_grad]
-
-    def _check_optimizer(self) -> None:
-        if self.optimizer is None:
-            return
-        known = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
-        if not all(id(weight) in known for _, weight in self._value_weights()):
-            raise ValueError("optimizers: the optimizer lacks weights of value_model; give it those of both models")
-
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """Clips each model's gradients by their own norm; the policy's norm."""
+        """Clips each model's gradients by their own norm, and returns the policy's."""
         norm = super()._clip_grad_norm(model)
         torch.nn.utils.clip_grad_norm_(self.value_model.parameters(), self.args.max_grad_norm)
         return norm
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
         norm = super()._get_grad_norm(*args, **kwargs)
-        gradients = [weight.grad for _, weight in self._value_weights() if weight.grad is not None]
+        gradients = [weight.grad for weight in self.critic.trained_weights().values() if weight.grad is not None]
         self._divergence.see_norm(norm + torch.nn.utils.get_total_norm(gradients))
         return norm
 
@@ -335,41 +397,8 @@ class PPOTrainer(PPORollouts, ReferenceTrainer):
     # ---- logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in the base, with what is counted up, as it is now."""
+        """Logs, with episodes, their rate and the learning rate as they are now."""
         if self.mode == "train":
             logs.update(self._latest)
             self._latest = {}
         super().log(logs, start_time)
-
-
-def _check_distinct(**models: object) -> None:
-    """Raises ValueError if one model was given for two purposes."""
-    given = [(name, model) for name, model in models.items() if isinstance(model, torch.nn.Module)]
-    for index, (name, model) in enumerate(given):
-        for other, again in given[:index]:
-            if model is again:
-                raise ValueError(
-                    f"{other} and {name} are the same object, but only one of them is to be trained; leave {name} "
-                    "None to have a copy made, or load it once more"
-                )
-
-
-def _rollouts(args: PPOConfig, dataset: AnyDataset) -> int:
-    """How many rollouts there are to be.
-
-    Raises:
-        ValueError: a stream's length is needed, or a dataset has too few rows for one rollout.
-    """
-    if isinstance(dataset, Dataset) and len(dataset) < args.batch_size:
-        raise ValueError(
-            f"the train dataset has {len(dataset)} rows, but one rollout takes {args.batch_size} prompts "
-            f"(per_device_train_batch_size={args.per_device_train_batch_size} * gradient_accumulation_steps="
-            f"{args.gradient_accumulation_steps} * num_mini_batches={args.num_mini_batches} * {args.world_size} "
-            "processes); use a larger dataset or a smaller batch"
-        )
-    if args.max_steps > 0:
-        return args.max_steps
-    if args.total_episodes is None and not isinstance(dataset, Dataset):
-        raise ValueError("total_episodes=None: the train dataset is a stream of unknown length; set it, or max_steps")
-    episodes = args.total_episodes or int(args.num_train_epochs * len(dataset))
-    return max(math.ceil(episodes / args.batch_size), 1)

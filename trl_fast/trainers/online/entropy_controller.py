@@ -1,4 +1,4 @@
-"""The entropy bonus of GRPO: a fixed weight, or one that is steered."""
+"""Steers the weight of GRPO's entropy bonus, or keeps it fixed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class EntropyController:
 
     @property
     def applied(self) -> float:
-        """The weight that the present step's bonus has."""
+        """Returns the weight that the present step's bonus has."""
         return self.coefficient if self._last_entropy <= self._target else 0.0
 
     def add(self, total: torch.Tensor, count: torch.Tensor) -> None:
-        """Takes a micro-batch's entropy: its sum over the tokens that it acts on, and their number, 0-d."""
+        """Adds a micro-batch's entropy: its sum over the tokens that it acts on, and their number, scalars."""
         stats = torch.stack((total, count)).detach()
         self._window = stats if self._window is None else self._window + stats
 
@@ -49,7 +49,7 @@ class EntropyController:
         Path(folder, STATE_FILE).write_text(json.dumps(state))
 
     def load(self, folder: str | Path) -> None:
-        """Takes the state over from a checkpoint's folder, if there is one."""
+        """Reads the state from a checkpoint's folder, if there is one."""
         path = Path(folder, STATE_FILE)
         if path.exists():
             state = json.loads(path.read_text())

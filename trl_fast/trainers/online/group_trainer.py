@@ -1,0 +1,378 @@
+"""Defines what GRPO and RLOO share: several completions a prompt, and an update in micro-batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from trl_fast.data import AnyDataset, TokenBatch
+from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
+from trl_fast.data.repeat_sampler import RepeatSampler
+from trl_fast.losses.policy_gradient import PolicyMetrics, Window, sequence_weights
+from trl_fast.modeling.lm_head import use_float32_head
+from trl_fast.modeling.loading import base_model
+from trl_fast.ops import TokenScores
+from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, Toolbox, TransformersEngine, end_token_ids
+from trl_fast.rollout.samples import Samples
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
+
+from ..base.tokenizers import older_tokenizer_name
+from .config import OnlineConfig
+from .generation_buffer import GenerationBuffer
+from .micro_batches import Update, slice_indices, trained_indices
+from .policy_step import policy_step
+from .prompt_order import PromptOrder
+from .tool_use import open_toolbox, with_tools
+from .trainer import OnlineTrainer
+
+
+class GroupTrainer(OnlineTrainer):
+    """Trains on completions of a prompt that are held against each other; a subclass brings their advantages.
+
+    Args:
+        model: a name, a causal language model, or a PeftModel.
+        reward_funcs: one or several of: a function of prompts, completions, completion_ids and the dataset's columns
+            to a list of rewards, sync or async; a reward model or its name.
+        args: the config; TRL's own is accepted too.
+        train_dataset, eval_dataset: rows with `prompt`, text or messages; reward functions see the other columns.
+        processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
+        reward_processing_classes: tokenizers of the reward models; None loads theirs.
+        tools: functions that the policy may call, sync or async, with type hints and a docstring. Prompts must be
+            conversations.
+        rollout_func: (prompts, trainer) to a dict of prompt_ids, completion_ids and logprobs, and maybe env_mask and
+            further columns for the reward functions. It may ask `trainer.engine`, which has the step's weights.
+        rollout_engine: what generates, a `trl_fast.rollout.RolloutEngine`; None: what the arguments say.
+        older: fields of the config, which older scripts give to the trainer.
+
+    Raises:
+        ValueError, TypeError: bad arguments or data, by name, before training starts.
+        NotImplementedError: an environment_factory, which is experimental in TRL; tools of a method that has none.
+    """
+
+    config_class = OnlineConfig
+    # Whether the policy may call tools, and completions are read as messages with tool calls and reasoning.
+    has_tools = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: GivenReward | list[GivenReward] | None = None,
+        args: OnlineConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: object | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable[[list, GroupTrainer], dict[str, Any]] | None = None,
+        environment_factory: object | None = None,
+        *,
+        rollout_engine: RolloutEngine | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **older: Any,
+    ) -> None:
+        if environment_factory:
+            raise NotImplementedError(
+                "environment_factory is experimental in TRL and not supported; use tools or rollout_func"
+            )
+        if tools and rollout_func is not None:
+            raise ValueError("tools and rollout_func: a rollout_func makes whole completions; give one of them")
+        processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
+        args = self.resolve_config(args, model).with_older_arguments(type(self), older)
+        self.check_dataset_type(train_dataset, "train_dataset")
+        model = self.resolve_model(model, args, quantization_config)
+        processing_class = self.resolve_tokenizer(processing_class, model, args)
+        self.toolbox = self._open_toolbox(tools, processing_class)
+        self.reward_functions = self._reward_functions(reward_funcs, reward_processing_classes, args)
+        self.loss_config = args.loss_config()
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
+        model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
+        self.rollout_func = rollout_func
+        self.generation = GenerationBuffer(args)
+        self._step_time = 0.0
+        self.start(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._set_up_rollouts(base_model(model), layout, rollout_engine)
+        self.set_up_method()
+
+    def set_up_method(self) -> None:
+        """Makes what only one method has, when all else is there."""
+
+    def _open_toolbox(self, tools: list[Callable] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:
+        if tools and not self.has_tools:
+            raise NotImplementedError(f"tools: {type(self).__name__} has none; use GRPOTrainer")
+        return open_toolbox(tools, tokenizer)
+
+    def _reward_functions(
+        self,
+        reward_funcs: GivenReward | list[GivenReward] | None,
+        tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None,
+        args: OnlineConfig,
+    ) -> RewardFunctions:
+        return RewardFunctions(
+            reward_funcs,
+            reward_processing_classes=tokenizers,
+            weights=args.reward_weights,
+            model_init_kwargs={"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})},
+            device=args.device,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+
+    def _set_up_policy(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: OnlineConfig,
+        peft_config: PeftConfig | None,
+        train_dataset: AnyDataset,
+    ) -> tuple[PreTrainedModel | PeftModel, str]:
+        """Returns the policy as it is trained, and its batch layout; makes the reference where there is a KL term."""
+        sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
+        wanted = args.beta != 0
+        model, layout = self.set_up_models(
+            *(model, None, args, peft_config, sequences), wanted=wanted, adapter_wanted=wanted
+        )
+        if args.cast_lm_head_to_fp32:
+            for policy in filter(None, (model, self.ref_model)):
+                use_float32_head(base_model(policy))
+        return model, layout
+
+    def _set_up_rollouts(self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None) -> None:
+        args, tokenizer = self.args, self.processing_class
+        self.add_callback(self.generation)
+        self.seed_sampling(layout)
+        end_ids = end_token_ids(model, tokenizer)
+        engine = engine or self._make_engine(end_ids)
+        if self.toolbox is not None:
+            engine = with_tools(engine, self.toolbox, args, model, tokenizer)
+        rollout_func = None if self.rollout_func is None else lambda prompts: self.rollout_func(prompts, self)
+        self.set_up_loop(
+            engine,
+            self.reward_functions,
+            end_ids=end_ids,
+            completions_kept=args.generation_batch_size,
+            parses_messages=self.has_tools,
+            rollout_func=rollout_func,
+            excludes_cut_off=args.mask_truncated_completions,
+        )
+
+    def _make_engine(self, end_ids: set[int]) -> RolloutEngine:
+        if self.args.use_vllm:
+            from trl_fast.rollout.vllm_engine import make_vllm_engine
+
+            return make_vllm_engine(self.model, self.accelerator, self.processing_class, self.args)
+        policy = lambda: self.accelerator.unwrap_model(self.model)  # noqa: E731
+        return TransformersEngine(policy, end_ids, self.processing_class.pad_token_id)
+
+    # ---- data
+
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: OnlineConfig, name: str
+    ) -> AnyDataset:
+        """Tokenizes the prompts, which tell the policy of its tools."""
+        tools = {} if self.toolbox is None else {"tools": self.toolbox.schemas}
+        return prepare_prompt_dataset(
+            dataset,
+            processing_class,
+            chat_template_kwargs={**(args.chat_template_kwargs or {}), **tools},
+            max_prompt_length=args.max_prompt_length,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+
+    def prompt_order(self) -> PromptOrder:
+        """Returns the order of training prompts: each as often as it gets completions, for all updates on them."""
+        args = self.args
+        return PromptOrder(
+            repeats=args.num_generations,
+            prompts=args.generation_batch_size // args.num_generations,
+            rounds=args.generate_every,
+            batches=args.steps_per_generation,
+            shuffle=bool(args.shuffle_dataset),
+            seed=args.seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        return RepeatSampler(eval_dataset, mini_repeat_count=self.args.generations("eval"), seed=self.args.seed)
+
+    def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
+        """Returns the loader of prompts, each as often as it gets completions in evaluation.
+
+        A stream is read as a whole, so that its order is that of a dataset: prompts are small, and each costs a
+        generation.
+
+        Raises:
+            ValueError: a batch would not hold all completions of its prompts.
+        """
+        self.args.check_eval_batch()
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, IterableDataset):
+            dataset = list(dataset)
+        return super().get_eval_dataloader(dataset)
+
+    # ---- the rollout
+
+    @property
+    def group_size(self) -> int:
+        """Returns the completions of a prompt."""
+        return self.args.generations(self.mode)
+
+    def make_samples(self, rows: list[dict[str, Any]]) -> Samples:
+        """Samples completions of the rows' prompts, with rewards and advantages, and records their metrics.
+
+        Raises:
+            ValueError, RuntimeError: as in `RolloutLoop.run`.
+        """
+        return self.loop.run(rows, self, update=lambda samples: samples)
+
+    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> Update:
+        """Returns the micro-batch of the update; where it is time, of new completions of `rows`."""
+        if self.mode == "eval":
+            return self.loop.run(rows, self, update=self._make_update)
+        if self.generation.is_used_up:
+            self.loop.run(rows, self, update=self._fill_buffer)
+        return self._make_update(self.generation.current)
+
+    def _fill_buffer(self, samples: Samples) -> None:
+        """Cuts the completions of one generation into the micro-batches of the update.
+
+        Where all of them are of one optimizer step and each counts the same wherever it stands, completions of a
+        prompt stay together, so that it is computed once.
+        """
+        args = self.args
+        together = args.is_on_policy and self.order_is_free and args.keep_groups_together
+        parts = slice_indices(
+            samples, args.steps_per_generation, together=together and BATCH_LAYOUTS[self.updates.layout].shares_prompts
+        )
+        self.generation.slices = [samples.select(part) for part in parts]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Makes one micro-batch's step; step_time is that of all micro-batches of an optimizer step."""
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self.generation.step += 1
+        self._step_time += time.perf_counter() - start
+        if self.generation.step % self.current_gradient_accumulation_steps == 0:
+            self.recorder.record_values({"step_time": self._step_time})
+            self._step_time = 0.0
+        return loss
+
+    def score_samples(
+        self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], indices: list[int]
+    ) -> list[torch.Tensor]:
+        """Computes what `score` says, (N,), about the tokens of some completions, by completion; zeros for others."""
+        size = self.args.train_batch_size if self.mode == "train" else self.args.eval_batch_size
+        return self.updates.score(samples, score, indices, size)
+
+    # ---- the update
+
+    @property
+    def order_is_free(self) -> bool:
+        """Says whether the gradient of a step does not depend on which micro-batch a completion is in."""
+        return True
+
+    @property
+    def all_have_gradients(self) -> bool:
+        """Says whether also completions without advantage are learned from."""
+        return bool(self.router_aux_loss_coef)
+
+    def trained(self, samples: Samples) -> list[int]:
+        """Returns the completions that have a gradient, at least one."""
+        return trained_indices(samples, everyone=not self.args.skip_zero_advantages or self.all_have_gradients)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Returns the micro-batches of the present optimizer step; in evaluation there is nothing to accumulate."""
+        return self.current_gradient_accumulation_steps if self.mode == "train" else 1
+
+    @property
+    def loss_divisor(self) -> int:
+        """Returns the divisor of the loss, where nobody else divides it."""
+        return self.accumulation_steps if self.loss_is_scaled_for_ga else 1
+
+    def _make_update(self, samples: Samples) -> Update:
+        # A generation is not always one accumulation window.
+        share = self.accumulation_steps / self.args.steps_per_generation if self.mode == "train" else 1
+        window = Window(samples.generation_tokens * share, self.loss_divisor, self.args.max_completion_length)
+        weights = sequence_weights(self.loss_config.loss_type, samples.lengths, window)
+        return self.updates.update(samples, self.trained(samples), weights)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Update,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Computes the loss, a scalar, of one micro-batch; its metrics wait for the next log.
+
+        Raises:
+            ValueError: return_outputs, since there are no outputs to return.
+        """
+        if return_outputs:
+            raise ValueError(f"return_outputs=True: {type(self).__name__} returns no outputs")
+        result, metrics = policy_step(
+            model,
+            inputs,
+            self.loss_config,
+            head=self.head_keywords,
+            temperature=self.args.temperature,
+            router_coef=self.router_aux_loss_coef,
+            loss_divisor=self.loss_divisor,
+            **self.loss_options(inputs),
+        )
+        self.record_extra(result.scores, inputs)
+        self.record(result.metrics)
+        self.record_policy(metrics)
+        return result.loss
+
+    def loss_options(self, inputs: Update) -> dict[str, Any]:
+        """Returns further arguments of `policy_step` for a micro-batch."""
+        return {}
+
+    def record_extra(self, scores: TokenScores, inputs: Update) -> None:
+        """Records further metrics from the scores, without gradient, of each micro-batch."""
+
+    def record_policy(self, metrics: PolicyMetrics) -> None:
+        """Records a micro-batch's metrics of the loss."""
+        self.record(metrics.means)
+        self.recorder.record_extremes(metrics.by_sequence)
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        """Computes the loss of completions that are made for the evaluation."""
+        update = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, update).detach(), None, None
+
+    # ---- saving and resuming
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        # Before the trainer's state, which marks a checkpoint as complete.
+        self.generation.save(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.generation.load(checkpoint)

@@ -1,0 +1,176 @@
+"""Runs the loop of the online methods: rollout → rewards → advantages → update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerState
+
+from trl_fast.data.prompt_only import PROMPT_IDS
+from trl_fast.losses.advantages import Advantages
+from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, SamplingSettings
+from trl_fast.rollout.samples import Samples
+
+from .completion_reader import CompletionReader
+from .generation_metrics import GenerationMetrics
+from .rescue import Rescue
+from .rollout_checks import check_rollout, token_vectors
+
+Outcome = TypeVar("Outcome")
+
+
+class OnlineMethod(Protocol):
+    """Brings what differs between methods; a trainer is one.
+
+    - `model`: the policy. `state`: the trainer's. `mode`: "train" or "eval".
+    - `group_size`: completions that are held against each other; None: all.
+    """
+
+    model: torch.nn.Module
+    state: TrainerState
+    mode: str
+    group_size: int | None
+
+    def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
+        """Computes the advantages (N,) of all processes' completions.
+
+        samples: this process's completions; what a method finds out about them is kept there. rewards: (N, R) float32
+        of all processes' completions, by reward source; NaN for none.
+        """
+
+    def add_logprobs(self, samples: Samples) -> None:
+        """Adds what the loss reads about tokens to this process's samples, whose advantages are known."""
+
+
+@dataclass(frozen=True)
+class JudgedRollout:
+    """Holds S completions of this process with their rewards.
+
+    - `prompts`, `completions`: as reward sources see them, texts or conversations.
+    - `rewards`: (S, R) float32 by completion and source; NaN for none.
+    """
+
+    prompts: list
+    completions: list
+    rollout: Rollout
+    rewards: torch.Tensor
+
+
+@dataclass
+class RolloutLoop:
+    """Samples completions, has them judged, and hands what an update reads to the update.
+
+    Args:
+        engine: generates completions.
+        rewards: the reward sources.
+        reader: turns tokens into what reward sources see.
+        metrics: records what is logged of a generation.
+        rescue: saves the last whole step where an engine or a reward source fails.
+        accelerator: gathers rewards of all processes.
+        settings: returns how completions are sampled now.
+        vocab_size: entries of the policy's head, for checks.
+        rollout_func: a user's function, from prompts to a dict of prompt_ids, completion_ids, logprobs, env_mask and
+            further columns for reward sources; it takes the engine's place.
+        excludes_cut_off: whether completions that were cut off are not learned from.
+        prompt_ids_for_rewards: whether reward sources see the prompts' tokens.
+        samples_class: the kind of samples that the method fills.
+    """
+
+    engine: RolloutEngine
+    rewards: RewardFunctions
+    reader: CompletionReader
+    metrics: GenerationMetrics
+    rescue: Rescue
+    accelerator: Accelerator
+    settings: Callable[[], SamplingSettings]
+    vocab_size: int
+    rollout_func: Callable[[list], dict[str, Any]] | None = None
+    excludes_cut_off: bool = False
+    prompt_ids_for_rewards: bool = False
+    samples_class: type[Samples] = field(default=Samples)
+
+    def run(self, rows: list[dict[str, Any]], method: OnlineMethod, update: Callable[[Samples], Outcome]) -> Outcome:
+        """Runs one generation of GRPO, RLOO or PPO: rollout → rewards → advantages → update.
+
+        Args:
+            rows: this process's prompts, one for each completion, with the dataset's columns.
+            method: computes the advantages.
+            update: takes the samples: cuts them into micro-batches, or makes all updates on them.
+
+        Raises:
+            ValueError: the rollout or a reward source returned something else than was expected.
+            RuntimeError: a reward source raised.
+        """
+        with self.rescue.guard():
+            rollout, columns = self.generate(rows, method)
+            judged = self.judge(rows, rollout, columns, method)
+        samples = self._samples(rollout, method)
+        rewards = self.accelerator.gather(judged.rewards.to(self.accelerator.device))
+        found = method.compute_advantages(samples, rewards)
+        first = self.accelerator.process_index * len(rows)
+        samples.advantages = found.advantages[first : first + len(rows)].cpu()
+        group = method.group_size or len(found.rewards)
+        self.metrics.record_outcome(judged.prompts, judged.completions, rewards, found, group)
+        method.add_logprobs(samples)
+        return update(samples)
+
+    def generate(self, rows: list[dict[str, Any]], method: OnlineMethod) -> tuple[Rollout, dict[str, list]]:
+        """Samples a completion for each row with the policy's present weights.
+
+        Returns:
+            The rollout, checked, and further columns for the reward sources.
+        """
+        self.engine.sync_weights(method.model, method.state.global_step)
+        prompts = [row["prompt"] for row in rows]
+        if self.rollout_func is not None:
+            rollout, columns = _read_output(dict(self.rollout_func(prompts)), len(rows))
+            return check_rollout(rollout, prompts, self.vocab_size), columns
+        # Around all of it, so that autocast casts the weights once and not for each token.
+        with self.accelerator.autocast():
+            rollout = self.engine.generate([list(row[PROMPT_IDS]) for row in rows], self.settings())
+        rollout = check_rollout(rollout, prompts, self.vocab_size)
+        return rollout, {PROMPT_IDS: rollout.prompt_ids} if self.prompt_ids_for_rewards else {}
+
+    def judge(
+        self, rows: list[dict[str, Any]], rollout: Rollout, columns: dict[str, list], method: OnlineMethod
+    ) -> JudgedRollout:
+        """Asks the reward sources about a rollout's completions; `columns` are given to them beside the rows' own."""
+        prompts = [row["prompt"] for row in rows]
+        own = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
+        completions = self.reader.read(prompts, rollout)
+        rewards = self.rewards(
+            prompts,
+            completions,
+            rollout.completion_ids,
+            {**own, **columns},
+            trainer_state=method.state,
+            log_extra=self.metrics.log_column,
+            log_metric=self.metrics.log_metric,
+        )
+        return JudgedRollout(prompts, completions, rollout, rewards)
+
+    def _samples(self, rollout: Rollout, method: OnlineMethod) -> Samples:
+        """Returns samples of a rollout, without advantages yet, and records the completions' lengths."""
+        samples = self.samples_class.of(rollout.prompt_ids, rollout.completion_ids)
+        samples.mask = token_vectors(rollout.mask)
+        samples.sampling_logprobs = token_vectors(rollout.logprobs)
+        cut_off = self.metrics.record_lengths(rollout, samples.mask, is_training=method.mode == "train")
+        if self.excludes_cut_off:
+            samples.excluded = cut_off
+        counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
+        samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes
+        return samples
+
+
+def _read_output(output: dict[str, Any], count: int) -> tuple[Rollout, dict[str, list]]:
+    """Reads what a rollout_func returned: the rollout, and further columns, a single value for all completions too."""
+    needed = ("prompt_ids", "completion_ids", "logprobs")
+    missing = [name for name in needed if name not in output]
+    if missing:
+        raise ValueError(f"rollout_func returned {sorted(output)}; expected {', '.join(missing)} too")
+    rollout = Rollout(*(output.pop(name) for name in needed), mask=output.pop("env_mask", None))
+    return rollout, {name: value if isinstance(value, list) else [value] * count for name, value in output.items()}

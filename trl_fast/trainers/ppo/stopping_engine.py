@@ -1,0 +1,65 @@
+"""Generates PPO's completions: so many at a time, cut after their first stop token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings
+
+from .config import PPOConfig
+
+
+class StoppingEngine:
+    """Wraps a rollout engine: asks it for a few completions at a time, and cuts them after their first stop token.
+
+    Args:
+        engine: generates.
+        stop_ids: tokens that completions are cut after; empty: none are cut.
+        batch_size: completions at a time.
+    """
+
+    def __init__(self, engine: RolloutEngine, stop_ids: Collection[int], batch_size: int) -> None:
+        self.engine, self._stop_ids, self._batch_size = engine, stop_ids, batch_size
+
+    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
+        """Gives the engine the policy's weights of an optimizer step."""
+        self.engine.sync_weights(model, step)
+
+    @torch.no_grad()
+    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+        """Returns one completion for each prompt, without log-probabilities.
+
+        Raises:
+            ValueError: as the engine does.
+        """
+        whole = Rollout([], [])
+        for start in range(0, len(prompt_ids), self._batch_size):
+            part = self.engine.generate(prompt_ids[start : start + self._batch_size], settings)
+            whole.prompt_ids += part.prompt_ids
+            whole.completion_ids += [_cut(ids, self._stop_ids) for ids in part.completion_ids]
+        return whole
+
+
+def end_tokens(args: PPOConfig, processing_class: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]:
+    """Returns the tokens that count as ends, and those that completions are cut after.
+
+    Raises:
+        ValueError: the arguments need an EOS token, and the tokenizer has none.
+    """
+    eos, stop = processing_class.eos_token_id, args.stop_token_id
+    if eos is None:
+        for name in ("stop_token", "missing_eos_penalty"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name}={getattr(args, name)!r} needs an EOS token, but the tokenizer has none")
+    if args.stop_token == "eos":
+        stop = eos
+    ends = {token for token in (stop, None if stop is not None else eos) if token is not None}
+    return ends or {processing_class.pad_token_id}, set() if stop is None else {stop}
+
+
+def _cut(ids: list[int], ends: Collection[int]) -> list[int]:
+    """Returns token ids up to and including the first end token."""
+    return ids[: next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))]
