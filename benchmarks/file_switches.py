@@ -123,6 +123,8 @@ def step_switches(method: str = "GRPO") -> dict[str, list[tuple[str, str, str]]]
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            # Each of its operations would count as a move.
+            gradient_checkpointing=False,
         )
         trainer = getattr(trl_fast, f"{method}Trainer")(
             model=model,
@@ -138,10 +140,17 @@ def step_switches(method: str = "GRPO") -> dict[str, list[tuple[str, str, str]]]
     return {f"{method} step": counter.moves}
 
 
+def of_the_loop(moves: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Returns the moves from or to the loop's own files: trainers, rollouts, losses."""
+    folders = ("trainers", "rollout", "losses")
+    return [move for move in moves if any(path.startswith(folders) for path in move[:2])]
+
+
 def main() -> None:
     """Prints the counts."""
     table = Table("call", "moves", "files")
-    found = head_switches() | step_switches("GRPO") | step_switches("RLOO")
+    steps = step_switches("GRPO") | step_switches("RLOO")
+    found = head_switches() | steps | {f"{name}, the loop's own": of_the_loop(moves) for name, moves in steps.items()}
     for name, moves in found.items():
         table.add_row(name, str(len(moves)), str(len({path for move in moves for path in move[:2]})))
     Console().print(table)

@@ -21,7 +21,7 @@ class Recorder(MetricRecorder):
     def __init__(self, device="cpu"):
         accelerator = SimpleNamespace(device=torch.device(device), gather=lambda tensor: tensor.reshape(-1))
         self.buffer = MetricBuffer(skip_nan=True)
-        super().__init__(accelerator, self.buffer.add)
+        super().__init__(accelerator, torch.nn.Identity(), {"train": self.buffer})
 
     def read(self):
         return self.buffer.pop(lambda pairs: pairs)

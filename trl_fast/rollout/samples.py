@@ -85,6 +85,11 @@ class Samples:
         vectors = getattr(self, name)
         return None if vectors is None else torch.cat(vectors)
 
+    def flat_fields(self) -> dict[str, torch.Tensor | None]:
+        """Returns the fields of TOKEN_FIELDS by name, each as one vector (N,) float32, None where it is unknown."""
+        vectors = {name: getattr(self, name) for name in TOKEN_FIELDS}
+        return {name: None if parts is None else torch.cat(parts) for name, parts in vectors.items()}
+
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Splits values (N,) by completion: the reverse of `flat`."""
         return list(values.split([len(ids) for ids in self.completion_ids]))

@@ -60,7 +60,7 @@ class GRPOTrainer(GroupTrainer):
         return group_advantages(
             rewards,
             self.reward_functions.weights.to(rewards.device),
-            self.args.generations(self.mode),
+            self.group_size,
             scale_rewards=self.args.scale_rewards,
             aggregation=self.args.multi_objective_aggregation,
         )
@@ -145,7 +145,7 @@ class GRPOTrainer(GroupTrainer):
         loss = grpo_loss(scores, table, config, entropy_mask=chosen)
         policy = loss if LOSSES[config.loss_type].by_window else loss * self.accumulation_steps
         self.record({"policy_loss": (policy, torch.ones_like(policy))})
-        if self.mode != "train":
+        if not self.model.training:
             return
         if self.args.use_adaptive_entropy:
             acted_on = table.masked(torch.ones_like(scores.entropy) if chosen is None else chosen(scores.entropy))

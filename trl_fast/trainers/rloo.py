@@ -44,7 +44,7 @@ class RLOOTrainer(GroupTrainer):
         return leave_one_out_advantages(
             rewards,
             self.reward_functions.weights.to(rewards.device),
-            self.args.generations(self.mode),
+            self.group_size,
             penalties=penalties,
             clip_range=self.args.reward_clip_range,
             normalize=self.args.normalize_advantages,

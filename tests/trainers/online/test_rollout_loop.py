@@ -19,7 +19,6 @@ class Calls(list):
 
     model, group_size = torch.nn.Identity(), None
     state = SimpleNamespace(global_step=3)
-    mode = "train"
 
     def sync_weights(self, model, step):
         self.append(f"sync {step}")

@@ -235,7 +235,7 @@ class GroupTrainer(OnlineTrainer):
     @property
     def group_size(self) -> int:
         """Returns the completions of a prompt."""
-        return self.args.generations(self.mode)
+        return self.args.generations("train" if self.model.training else "eval")
 
     def make_samples(self, rows: list[dict[str, Any]]) -> Samples:
         """Samples completions of the rows' prompts, with rewards and advantages, and records their metrics.
@@ -247,7 +247,7 @@ class GroupTrainer(OnlineTrainer):
 
     def _prepare_inputs(self, rows: list[dict[str, Any]]) -> Update:
         """Returns the micro-batch of the update; where it is time, of new completions of `rows`."""
-        if self.mode == "eval":
+        if not self.model.training:
             return self.loop.run(rows, self, update=self._make_update)
         if self.generation.is_used_up:
             self.loop.run(rows, self, update=self._fill_buffer)
@@ -281,7 +281,7 @@ class GroupTrainer(OnlineTrainer):
         self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], indices: list[int]
     ) -> list[torch.Tensor]:
         """Computes what `score` says, (N,), about the tokens of some completions, by completion; zeros for others."""
-        size = self.args.train_batch_size if self.mode == "train" else self.args.eval_batch_size
+        size = self.args.train_batch_size if self.model.training else self.args.eval_batch_size
         return self.updates.score(samples, score, indices, size)
 
     # ---- the update
@@ -303,7 +303,7 @@ class GroupTrainer(OnlineTrainer):
     @property
     def accumulation_steps(self) -> int:
         """Returns the micro-batches of the present optimizer step; in evaluation there is nothing to accumulate."""
-        return self.current_gradient_accumulation_steps if self.mode == "train" else 1
+        return self.current_gradient_accumulation_steps if self.model.training else 1
 
     @property
     def loss_divisor(self) -> int:
@@ -312,7 +312,7 @@ class GroupTrainer(OnlineTrainer):
 
     def _make_update(self, samples: Samples) -> Update:
         # A generation is not always one accumulation window.
-        share = self.accumulation_steps / self.args.steps_per_generation if self.mode == "train" else 1
+        share = self.accumulation_steps / self.args.steps_per_generation if self.model.training else 1
         window = Window(samples.generation_tokens * share, self.loss_divisor, self.args.max_completion_length)
         weights = sequence_weights(self.loss_config.loss_type, samples.lengths, window)
         return self.updates.update(samples, self.trained(samples), weights)
@@ -342,7 +342,8 @@ class GroupTrainer(OnlineTrainer):
             **self.loss_options(inputs),
         )
         self.record_extra(result.scores, inputs)
-        self.record(result.metrics)
+        if result.metrics:
+            self.record(result.metrics)
         self.record_policy(metrics)
         return result.loss
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate import Accelerator
 
 from trl_fast.data.device_transfer import copy_to_device
 
-from ..base.metric_buffer import Recorded
+from ..base.metric_buffer import MetricBuffer
 
 
 class MetricRecorder:
@@ -17,11 +17,12 @@ class MetricRecorder:
 
     Args:
         accelerator: gathers values of all processes.
-        record: takes names and (total, count) pairs of 0-d tensors, as `BaseTrainer.record` does.
+        model: the policy, which is in training mode but for evaluation.
+        buffers: collect the numbers of "train" and "eval".
     """
 
-    def __init__(self, accelerator: Accelerator, record: Callable[[Recorded], None]) -> None:
-        self._accelerator, self._record = accelerator, record
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, buffers: Mapping[str, MetricBuffer]) -> None:
+        self._accelerator, self._model, self._buffers = accelerator, model, buffers
 
     def record_values(self, values: Mapping[str, float] | Iterable[tuple[str, float]]) -> None:
         """Records numbers that are the same in all processes, as pairs where names come more than once.
@@ -52,4 +53,6 @@ class MetricRecorder:
 
     def _record_scalars(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Records numbers (0-d) that are on the device and stay there."""
-        self._record([(name, (value, torch.ones_like(value))) for name, value in values])
+        self._buffers["train" if self._model.training else "eval"].add(
+            [(name, (value, torch.ones_like(value))) for name, value in values]
+        )

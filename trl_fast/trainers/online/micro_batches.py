@@ -10,7 +10,7 @@ import torch
 from trl_fast.data import TokenBatch
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.losses.policy_gradient import PolicyTable
-from trl_fast.rollout.samples import TOKEN_FIELDS, Samples
+from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 
@@ -72,7 +72,7 @@ class UpdateMaker:
         order = samples.grouped(kept)
         part = samples.select(order)
         batch = self.token_batch(part)
-        vectors = {name: part.flat(name) for name in TOKEN_FIELDS}
+        vectors = part.flat_fields()
         if part.excluded.any():
             counts = torch.ones(len(batch.targets)) if vectors["mask"] is None else vectors["mask"]
             vectors["mask"] = counts * ~part.excluded[batch.branch.cpu()]
@@ -95,8 +95,8 @@ def slice_indices(samples: Samples, slices: int, *, together: bool) -> list[list
     order = torch.randperm(len(samples)).tolist()
     if together:
         order = samples.grouped(order)
-    size = len(samples) // slices
-    return [order[start : start + size] for start in range(0, len(samples), size)]
+    size = len(order) // slices
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def trained_indices(samples: Samples, *, everyone: bool) -> list[int]:
@@ -107,7 +107,8 @@ def trained_indices(samples: Samples, *, everyone: bool) -> list[int]:
     """
     kept = [
         index
-        for index in range(len(samples))
-        if not samples.excluded[index] and (everyone or samples.advantages[index] != 0)
+        for index, advantage in enumerate(samples.advantages)
+        if not samples.excluded[index] and (everyone or advantage != 0)
     ]
-    return kept or [min(range(len(samples)), key=lambda index: len(samples.completion_ids[index]))]
+    lengths = [len(ids) for ids in samples.completion_ids]
+    return kept or [lengths.index(min(lengths))]

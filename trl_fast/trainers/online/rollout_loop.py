@@ -26,13 +26,12 @@ Outcome = TypeVar("Outcome")
 class OnlineMethod(Protocol):
     """Brings what differs between methods; a trainer is one.
 
-    - `model`: the policy. `state`: the trainer's. `mode`: "train" or "eval".
+    - `model`: the policy, in training mode but for evaluation. `state`: the trainer's.
     - `group_size`: completions that are held against each other; None: all.
     """
 
     model: torch.nn.Module
     state: TrainerState
-    mode: str
     group_size: int | None
 
     def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
@@ -158,7 +157,7 @@ class RolloutLoop:
         samples = self.samples_class.of(rollout.prompt_ids, rollout.completion_ids)
         samples.mask = token_vectors(rollout.mask)
         samples.sampling_logprobs = token_vectors(rollout.logprobs)
-        cut_off = self.metrics.record_lengths(rollout, samples.mask, is_training=method.mode == "train")
+        cut_off = self.metrics.record_lengths(rollout, samples.mask, is_training=method.model.training)
         if self.excludes_cut_off:
             samples.excluded = cut_off
         counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()

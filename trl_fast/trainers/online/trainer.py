@@ -57,7 +57,7 @@ class OnlineTrainer(ReferenceTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise NotImplementedError(f"{type(self).__name__} with sharded weights (DeepSpeed, FSDP) is not supported")
         self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}
-        self.recorder = MetricRecorder(self.accelerator, self.record)
+        self.recorder = MetricRecorder(self.accelerator, self.model, self._buffers)
         self.rescue = Rescue(
             self._tokens, self._divergence.check, lambda: self._save_checkpoint(self.model, trial=None)
         )
