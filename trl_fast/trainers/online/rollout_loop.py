@@ -117,6 +117,12 @@ class RolloutLoop:
         method.add_logprobs(samples)
         return update(samples)
 
+    def judged_rollout(self, rows: list[dict[str, Any]], method: OnlineMethod) -> JudgedRollout:
+        """Samples completions of the rows' prompts and has them rewarded, without metrics and without an update."""
+        with self.rescue.guard():
+            rollout, columns = self.generate(rows, method)
+            return self.judge(rows, rollout, columns, method)
+
     def generate(self, rows: list[dict[str, Any]], method: OnlineMethod) -> tuple[Rollout, dict[str, list]]:
         """Samples a completion for each row with the policy's present weights.
 

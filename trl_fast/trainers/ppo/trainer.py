@@ -27,7 +27,6 @@ from trl_fast.rollout import GivenReward, RolloutEngine, TransformersEngine
 from ..base.tokenizers import older_tokenizer_name
 from ..online.completions_log import CompletionsLog
 from ..online.prompt_order import PromptOrder
-from ..online.rollout_loop import JudgedRollout
 from ..online.trainer import OnlineTrainer
 from .argument_checks import check_distinct, count_rollouts
 from .config import PPOConfig
@@ -164,12 +163,6 @@ class PPOTrainer(OnlineTrainer):
 
     # ---- the rollout
 
-    def _judge(self, rows: list[dict[str, Any]]) -> JudgedRollout:
-        """Samples completions of the rows' prompts and has them rewarded, without any update."""
-        with self.rescue.guard():
-            rollout, columns = self.loop.generate(rows, self)
-            return self.loop.judge(rows, rollout, columns, self)
-
     @torch.no_grad()
     def roll_out(self, rows: list[dict[str, Any]]) -> ScoredRollout:
         """Samples completions of the rows' prompts, with their rewards and their divergence from the reference.
@@ -178,7 +171,7 @@ class PPOTrainer(OnlineTrainer):
             ValueError: the rollout or a reward source returned something else than was expected.
             RuntimeError: a reward source raised.
         """
-        judged = self._judge(rows)
+        judged = self.loop.judged_rollout(rows, self)
         samples = Experience.of(judged.rollout.prompt_ids, judged.rollout.completion_ids)
         scores, kl = self._score(samples, judged.rewards)
         return ScoredRollout(judged.prompts, judged.completions, samples, judged.rewards, scores, kl)
@@ -251,7 +244,7 @@ class PPOTrainer(OnlineTrainer):
         log = CompletionsLog(None)
         with evaluating(self.model):
             for rows in loader:
-                found = self._judge(rows)
+                found = self.loop.judged_rollout(rows, self)
                 by_source = dict(zip(self.reward_functions.names, found.rewards.t().tolist(), strict=True))
                 nothing = [math.nan] * len(rows)
                 log.add(by_source, prompt=found.prompts, completion=found.completions, advantage=nothing)
