@@ -6,9 +6,8 @@ import torch
 from support.models import tiny_classifier, tiny_model
 from trl_fast.losses.policy_gradient import PolicyLossConfig, grpo_loss
 from trl_fast.losses.ppo import ppo_table
-from trl_fast.modeling.reward_scoring import attach_reward_scoring
+from trl_fast.modeling.classifier_head import attach_classifier_head, read_head, state_batch
 from trl_fast.modeling.scoring import attach_scoring
-from trl_fast.modeling.value_scoring import read_head, state_batch
 from trl_fast.rollout.samples import Samples
 from trl_fast.trainers.online.micro_batches import UpdateMaker, slice_indices, trained_indices
 from trl_fast.trainers.online.policy_step import policy_step
@@ -67,7 +66,7 @@ def test_ppo_step_adds_the_value_models_loss(policy, samples):
     torch.manual_seed(1)
     value_model = tiny_classifier(vocab_size=40)
     value_model.config.pad_token_id = 0
-    attach_reward_scoring(value_model)
+    attach_classifier_head(value_model)
     states = state_batch(samples.batch("padded", 0), torch.zeros(4, dtype=torch.bool))
     values = read_head(value_model, states).detach()
     update = PPOUpdate(
