@@ -17,12 +17,12 @@ from trl_fast.losses.policy_gradient import PolicyLossConfig
 from trl_fast.planning.training_setup import TrainingSetup
 from trl_fast.rollout import SamplingSettings
 from trl_fast.settings.ranges import FINITE, RANGES, Range, check_ranges, range_of
+from trl_fast.trainers.methods import METHODS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
-METHODS = ["SFT", "DPO", "Reward", "KTO", "GRPO", "RLOO", "PPO"]
 # Other dataclasses with numbers of the same names.
 OTHERS = [ModelConfig, TrainingSetup, SamplingSettings, DPOLossConfig, KTOLossConfig, PolicyLossConfig]
-CONFIGS = {method: getattr(trl_fast, f"{method}Config") for method in METHODS}
+CONFIGS = {config.__name__.removesuffix("Config"): config for config in (m.config_class() for m in METHODS.values())}
 
 
 def config(method, folder, **settings):
@@ -51,7 +51,7 @@ def test_every_numeric_field_has_a_range(owner):
     assert [name for name in names if range_of(owner, name) is None] == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONFIGS)
 def test_integers_and_lists_are_those_of_the_annotations(method):
     owner = CONFIGS[method]
     hints = typing.get_type_hints(owner)
@@ -76,7 +76,7 @@ def refused(method, name, value, folder):
     assert remedy, message
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONFIGS)
 def test_what_is_out_of_range_is_refused_in_every_field(method, tmp_path):
     owner = CONFIGS[method]
     for name in numeric_fields(owner):
@@ -144,7 +144,7 @@ def test_values_with_a_meaning_are_taken(method, settings, tmp_path):
             assert getattr(made, name) == value, name
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "PPO"])
+@pytest.mark.parametrize("method", [method for method in CONFIGS if method != "PPO"])
 def test_trls_defaults_are_taken(method, tmp_path):
     theirs = getattr(trl, f"{method}Config")(str(tmp_path), **CPU)
     config(method, tmp_path)
