@@ -119,10 +119,10 @@ def test_memory_of_attention_is_known_by_the_code_that_takes_it():
 
 
 def test_a_cpu_copies_the_narrower_operand():
-    wide, narrow = torch.empty(10, 8), torch.empty(10, 8, dtype=torch.bfloat16)
+    upcast, narrow = torch.empty(10, 8), torch.empty(10, 8, dtype=torch.bfloat16)
     aten = torch.ops.aten
-    assert mixed_dtype_workspace(aten.add_.Tensor, (wide, narrow)) == 4 * 80
-    assert mixed_dtype_workspace(aten.mul.Tensor, (narrow, wide)) == 4 * 80
-    assert mixed_dtype_workspace(aten.add_.Tensor, (wide, wide)) == 0
+    assert mixed_dtype_workspace(aten.add_.Tensor, (upcast, narrow)) == 4 * 80
+    assert mixed_dtype_workspace(aten.mul.Tensor, (narrow, upcast)) == 4 * 80
+    assert mixed_dtype_workspace(aten.add_.Tensor, (upcast, upcast)) == 0
     assert mixed_dtype_workspace(aten.mul.Tensor, (narrow, 2.0)) == 0
-    assert mixed_dtype_workspace(aten.copy_.default, (wide, narrow)) == 0
+    assert mixed_dtype_workspace(aten.copy_.default, (upcast, narrow)) == 0

@@ -1,4 +1,4 @@
-"""What a computation on fake tensors takes."""
+"""Tests what a computation on fake tensors takes."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -98,9 +98,9 @@ class TiledHead(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, _, _ = ctx.saved_tensors
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        wide = {"dtype": torch.float32}
-        grad_hidden = torch.zeros(hidden.shape, **wide) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, **wide) if needs_weight else None
+        in_float32 = {"dtype": torch.float32}
+        grad_hidden = torch.zeros(hidden.shape, **in_float32) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, **in_float32) if needs_weight else None
         tile = hidden.new_empty(min(len(hidden), TILE_ROWS), TILE_COLUMNS, dtype=ctx.dtype)
         for rows, columns in _tiles(hidden, weight):
             part, product = hidden[rows].to(ctx.dtype), weight[columns].to(ctx.dtype)

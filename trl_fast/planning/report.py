@@ -136,8 +136,8 @@ def _thinned(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
     """Returns operators (points,) and levels (kinds, points): of each stretch the operator with the most memory."""
     total = timeline.levels.sum(axis=0)
     stretch = max(1, -(-len(total) // _POINTS))
-    starts = range(0, len(total), stretch)
-    chosen = [start + int(total[start : start + stretch].argmax()) for start in starts]
+    firsts = range(0, len(total), stretch)
+    chosen = [start + int(total[start : start + stretch].argmax()) for start in firsts]
     return np.array(chosen), timeline.levels[:, chosen]
 
 
