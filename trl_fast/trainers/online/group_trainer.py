@@ -317,20 +317,8 @@ class GroupTrainer(OnlineTrainer):
         weights = sequence_weights(self.loss_config.loss_type, samples.lengths, window)
         return self.updates.update(samples, self.trained(samples), weights)
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Update,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Computes the loss, a scalar, of one micro-batch; its metrics wait for the next log.
-
-        Raises:
-            ValueError: return_outputs, since there are no outputs to return.
-        """
-        if return_outputs:
-            raise ValueError(f"return_outputs=True: {type(self).__name__} returns no outputs")
+    def _compute_loss(self, model: torch.nn.Module, inputs: Update) -> torch.Tensor:
+        """Computes the loss of one micro-batch, and records its metrics."""
         result, metrics = policy_step(
             model,
             inputs,

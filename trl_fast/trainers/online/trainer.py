@@ -192,6 +192,28 @@ class OnlineTrainer(ReferenceTrainer):
         """Computes the reference's log-probabilities of the batch's tokens, (N,) float32."""
         return self.score_reference(batch, temperature=self.args.temperature).logprobs
 
+    # ---- the update
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Computes the loss, a scalar, of one micro-batch of the update; its metrics wait for the next log.
+
+        Raises:
+            ValueError: return_outputs, since there are no outputs to return.
+        """
+        if return_outputs:
+            raise ValueError(f"return_outputs=True: {type(self).__name__} returns no outputs")
+        return self._compute_loss(model, inputs)
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: Any) -> torch.Tensor:
+        """Computes the loss of one micro-batch, and records its metrics."""
+        raise NotImplementedError
+
     # ---- logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

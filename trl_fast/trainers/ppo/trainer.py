@@ -321,20 +321,8 @@ class PPOTrainer(OnlineTrainer):
     def _prepare_inputs(self, inputs: PPOUpdate) -> PPOUpdate:
         return inputs
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: PPOUpdate,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Computes the loss, a scalar, of one micro-batch, of both models; its metrics wait for the next log.
-
-        Raises:
-            ValueError: return_outputs, since there are no outputs to return.
-        """
-        if return_outputs:
-            raise ValueError("return_outputs=True: PPOTrainer returns no outputs")
+    def _compute_loss(self, model: torch.nn.Module, inputs: PPOUpdate) -> torch.Tensor:
+        """Computes the loss of one micro-batch, of both models, and records its metrics."""
         args = self.args
         settings = {name: getattr(args, name) for name in ("cliprange", "vf_coef", "cliprange_value", "temperature")}
         result = ppo_step(
