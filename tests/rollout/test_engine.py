@@ -1,4 +1,4 @@
-"""What settings and prompts are refused, and which tokens end a completion."""
+"""Settings and prompts that are refused, and tokens that end a completion."""
 
 import re
 

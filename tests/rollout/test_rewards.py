@@ -49,7 +49,7 @@ def ask(functions, columns=COLUMNS, prompts=PROMPTS, completions=COMPLETIONS, **
 
 
 def trl_rewards(functions, rows, prompts, completions, state):
-    """What TRL's trainer makes of the same functions."""
+    """Returns the rewards that TRL's trainer gets from the same functions."""
     trainer = object.__new__(GRPOTrainer)
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()

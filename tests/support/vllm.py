@@ -70,7 +70,7 @@ def fake_server(answers: dict | None = None):
 
 
 def choices(body: dict) -> list[dict]:
-    """What the server answers to /v1/completions."""
+    """Returns the server's answer to /v1/completions."""
     answers = []
     for prompt in body["prompt"]:
         for index in range(body["n"]):

@@ -1,4 +1,4 @@
-"""What GRPO does not compute: log-probabilities of the policy that just sampled, and a prompt twice."""
+"""GRPO computes nothing for nothing: no log-probabilities of the policy that just sampled, and a prompt twice."""
 
 import pytest
 import torch

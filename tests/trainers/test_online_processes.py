@@ -102,7 +102,7 @@ def train(case, model_path, folder, processes=1):
 
 @pytest.fixture(scope="module")
 def two(model_path, tmp_path_factory):
-    """What two processes found, and the folder with all that they wrote."""
+    """Returns the findings of two processes, and the folder with all that they wrote."""
     folder = tmp_path_factory.mktemp("two")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
@@ -148,7 +148,7 @@ def test_a_failure_in_one_process_stops_both_and_nothing_is_lost(two):
 
 
 def fail_and_resume(model_path, folder):
-    """What a failure in the second process is told as in this one, and how the resumed run ends."""
+    """Tells how this process reports a failure in the second one, and how the resumed run ends."""
     settings = {"processes": 2, "save_strategy": "steps", "save_steps": 100}
     broken = make("dapo", model_path, folder, failing=(1, 2), **settings)
     with pytest.raises(RuntimeError) as failure:

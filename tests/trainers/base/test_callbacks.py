@@ -1,4 +1,4 @@
-"""What people watch during a run, the reference that follows the policy, the average of its weights."""
+"""Callbacks: the progress that people watch, the reference that follows the policy, the average of its weights."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""What is logged of several micro-batches."""
+"""The means over several micro-batches that are logged."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is asked of a model's layers reaches every model that it concerns."""
+"""The arguments about a model's layers reach every model that they concern."""
 
 import pytest
 import torch

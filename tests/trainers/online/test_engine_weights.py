@@ -56,7 +56,7 @@ class Weights(TrainerCallback):
 
 
 def assert_sent(sent, before):
-    """What an engine got are the weights before each step, all of them, and they moved."""
+    """An engine got the weights before each step, all of them, and they moved."""
     assert len(sent) == len(before) == 3
     for got, expected in zip(sent, before, strict=True):
         assert got.keys() == expected.keys()

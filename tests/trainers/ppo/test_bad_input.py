@@ -1,4 +1,4 @@
-"""What PPO refuses, before anything is trained: each message names the argument, its value and what was expected."""
+"""PPO refuses bad arguments and data, before anything is trained: each message names the argument, its value and what was expected."""
 
 import pytest
 from datasets import Dataset
