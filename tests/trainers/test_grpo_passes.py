@@ -1,4 +1,4 @@
-"""GRPO computes nothing for nothing: no log-probabilities of the policy that just sampled, and a prompt twice."""
+"""GRPO computes nothing for nothing: neither log-probabilities of the policy that just sampled, nor a prompt twice."""
 
 import pytest
 import torch

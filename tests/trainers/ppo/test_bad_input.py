@@ -1,4 +1,4 @@
-"""PPO refuses bad arguments and data, before anything is trained: each message names the argument, its value and what was expected."""
+"""PPO refuses bad arguments and data before training: messages name the argument, its value and what was expected."""
 
 import pytest
 from datasets import Dataset
