@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -90,7 +90,7 @@ class RolloutLoop:
     rollout_func: Callable[[list], dict[str, Any]] | None = None
     excludes_cut_off: bool = False
     prompt_ids_for_rewards: bool = False
-    samples_class: type[Samples] = field(default=Samples)
+    samples_class: type[Samples] = Samples
 
     def run(self, rows: list[dict[str, Any]], method: OnlineMethod, update: Callable[[Samples], Outcome]) -> Outcome:
         """Runs one generation of GRPO, RLOO or PPO: rollout → rewards → advantages → update.
