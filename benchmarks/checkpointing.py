@@ -32,7 +32,7 @@ NONE, PLAIN, RESULTS = "no checkpointing", "plain checkpointing", "results kept,
 
 
 def tiny_llama(arguments: argparse.Namespace) -> LlamaForCausalLM:
-    """A model whose layers are small, in training mode."""
+    """Returns a model whose layers are small, in training mode."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=arguments.hidden,
@@ -59,7 +59,7 @@ class MadeUpMemory:
 
 
 def step_of(model: LlamaForCausalLM, arguments: argparse.Namespace) -> Callable[[], None]:
-    """Some forward and backward passes."""
+    """Returns a call that does some forward and backward passes."""
     ids = torch.randint(0, 64, (1, arguments.tokens), device=arguments.device)
 
     def step() -> None:
@@ -71,7 +71,7 @@ def step_of(model: LlamaForCausalLM, arguments: argparse.Namespace) -> Callable[
 
 
 def contenders(arguments: argparse.Namespace) -> list[Contender]:
-    """Each way to checkpoint, with a model of its own."""
+    """Returns each way to checkpoint, with a model of its own."""
     whole = {"all layers left whole": arguments.layers, "half of them": arguments.layers / 2, "none of them": 0}
     memories: dict[str, Callable | None] = {name: MadeUpMemory(layers) for name, layers in whole.items()}
     memories[RESULTS] = None
@@ -89,7 +89,7 @@ def contenders(arguments: argparse.Namespace) -> list[Contender]:
 
 
 def layer_milliseconds(arguments: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of forward and backward for a layer, by the way to checkpoint."""
+    """Measures milliseconds of forward and backward for a layer, by the way to checkpoint."""
     ways = contenders(arguments)
     race(ways, arguments.rounds, patience=60, device=torch.device(arguments.device), title="checkpointing")
     return {way.name: 1000 * min(way.seconds) / (arguments.layers * arguments.steps) for way in ways}

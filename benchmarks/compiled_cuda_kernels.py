@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled by nvcc for GPUs that need not be here."""
+"""Compiles the CUDA kernels with nvcc for GPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ENDS = {("0", "0", None), ("1", "1", None), ("0", "0", "0"), ("1", "1", "15")}
 
 @dataclass(frozen=True)
 class CudaKernel:
-    """One kernel, or one instance of a kernel template, compiled for one target."""
+    """Holds one kernel, or one instance of a kernel template, compiled for one target."""
 
     label: str
     # False for the instances between the one without any flag and the one with all of them.
@@ -53,12 +53,12 @@ class CudaKernel:
 
 
 def find_nvcc() -> str | None:
-    """nvcc's path, if there is a toolkit."""
+    """Returns nvcc's path, if there is a toolkit."""
     return shutil.which("nvcc")
 
 
 def _label(mangled: str, name: str) -> tuple[str, bool]:
-    """A kernel's name for people, and whether it is shown."""
+    """Returns a kernel's name for people, and whether it is shown."""
     if packed := re.search(_PACKED_GRAD, mangled):
         return f"{name} to {_DTYPES[packed.group(1)]}", True
     if packed := re.search(_PACKED_SCORES, mangled):
@@ -76,7 +76,7 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
 
 
 def _least_bytes(label: str, code: MachineCode) -> int:
-    """For what a thread has of the logits, reading them and writing their gradient; for tokens, as in _TOKENS."""
+    """Returns the least bytes that a thread moves: logits read and gradients written; for tokens, as in _TOKENS."""
     if label in _TOKENS:
         once, each = _TOKENS[label]
         return each * sum(re.match(once, opcode) is not None for opcode in code.busiest_loop())
@@ -90,7 +90,7 @@ def _least_bytes(label: str, code: MachineCode) -> int:
 
 
 def compile_cuda_kernels(nvcc: str, target: int) -> Iterator[CudaKernel]:
-    """Every kernel of csrc/cuda, compiled for sm_`target`.
+    """Compiles every kernel of csrc/cuda for sm_`target`.
 
     Raises:
         subprocess.CalledProcessError: nvcc failed; its messages are on the terminal.

@@ -1,4 +1,4 @@
-"""Real English text without a hub: the topics that Python's own documentation carries, as rows to train on."""
+"""Makes rows of real English text without a hub: the topics of Python's own documentation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 
 def paragraphs() -> list[str]:
-    """Paragraphs of more than a line, in the order in which they stand."""
+    """Returns paragraphs of more than a line, in the order in which they stand."""
     found = (part.strip() for name in sorted(topics) for part in topics[name].split("\n\n"))
     return [part for part in found if len(part) > 60]
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """All of it as token ids (T,) int64."""
+    """Returns the whole text as token ids (T,) int64."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return tokenizer(text, return_tensors="pt").input_ids[0]
 
 
 def passages(count: int, seed: int = 0, most: int = 8) -> Dataset:
-    """Rows of `text`, one to `most` consecutive paragraphs each: lengths as uneven as people's own."""
+    """Returns rows of `text`, one to `most` consecutive paragraphs each: lengths as uneven as people's own."""
     rng, parts = random.Random(seed), paragraphs()
     rows = []
     for _ in range(count):
@@ -33,7 +33,7 @@ def passages(count: int, seed: int = 0, most: int = 8) -> Dataset:
 
 
 def continuations(count: int, seed: int = 0) -> Dataset:
-    """Pairs: some paragraphs as the prompt, the one that follows as chosen, one from elsewhere as rejected."""
+    """Returns pairs: some paragraphs as the prompt, the one that follows as chosen, one from elsewhere as rejected."""
     rng, parts = random.Random(seed), paragraphs()
     rows = []
     while len(rows) < count:
@@ -51,7 +51,7 @@ def continuations(count: int, seed: int = 0) -> Dataset:
 def cut_continuations(
     count: int, prompt_tokens: int, completion_tokens: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> Dataset:
-    """The same with prompts and completions of given lengths, in tokens and before the text is tokenized anew."""
+    """Returns such pairs with prompts and completions of given lengths, in tokens before they are tokenized anew."""
     rng, stream = random.Random(seed), token_stream(tokenizer)
     last = len(stream) - prompt_tokens - completion_tokens
 

@@ -30,7 +30,7 @@ _PACKAGE = Path(trl_fast.__file__).resolve().parent
 
 
 def file_switches(call: Callable[[], object]) -> list[tuple[str, str, str]]:
-    """The moves of a call: file that calls, file that is called (both relative to the package), and its function."""
+    """Lists a call's moves: calling file, called file (both relative to the package), and the function."""
     moves: list[tuple[str, str, str]] = []
     sys.setprofile(profiler(moves))
     try:
@@ -41,7 +41,7 @@ def file_switches(call: Callable[[], object]) -> list[tuple[str, str, str]]:
 
 
 def profiler(moves: list[tuple[str, str, str]]) -> Callable[[FrameType, str, object], None]:
-    """A function for `sys.setprofile` that appends each move to a list."""
+    """Returns a function for `sys.setprofile` that appends each move to a list."""
     known: dict[str, str] = {}
 
     def name_of(frame: FrameType) -> str:
@@ -65,7 +65,7 @@ def profiler(moves: list[tuple[str, str, str]]) -> Callable[[FrameType, str, obj
 
 
 def head_switches() -> dict[str, list[tuple[str, str, str]]]:
-    """The moves of one forward and one backward pass of a small trained head with a single tile."""
+    """Returns the moves of one forward and one backward pass of a small trained head with a single tile."""
     torch.manual_seed(0)
     hidden = torch.randn(8, 16, requires_grad=True)
     weight = torch.randn(32, 16, requires_grad=True)
@@ -79,10 +79,10 @@ def head_switches() -> dict[str, list[tuple[str, str, str]]]:
 
 
 class FixedEngine(SimpleNamespace):
-    """A rollout engine that samples nothing: what is counted is the trainer's own way."""
+    """Stands for a rollout engine and samples nothing: what is counted is the trainer's own way."""
 
     def generate(self, prompt_ids: list[list[int]], settings: object) -> Rollout:
-        """Completions of three and four tokens."""
+        """Returns completions of three and four tokens."""
         return Rollout(prompt_ids, [[5, 6, 7, 8][: 3 + index % 2] for index in range(len(prompt_ids))])
 
     def sync_weights(self, model: torch.nn.Module, step: int) -> None:
@@ -106,7 +106,7 @@ class SecondStep(TrainerCallback):
 
 
 def step_switches(method: str = "GRPO") -> dict[str, list[tuple[str, str, str]]]:
-    """The moves of an online method's second step: one micro-batch of four completions, a model of one layer."""
+    """Lists the moves of an online method's second step: one micro-batch of four completions, a one-layer model."""
     torch.manual_seed(0)
     tokenizer, counter = build_tokenizer(), SecondStep()
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}

@@ -24,15 +24,15 @@ _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs. Loads and stores are counts of global-memory instructions in the code."""
+    """Holds the resources of one compiled kernel. Loads and stores count global-memory instructions in the code."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     occupancy: float
-    wide_loads: int
+    vector_loads: int
     narrow_loads: int
-    wide_stores: int
+    vector_stores: int
     narrow_stores: int
     tensor_core_instructions: int
     # Bytes that a thread moves in one trip through its tile (MachineCode.streamed_bytes) or its busiest loop.
@@ -42,7 +42,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """One function of a cubin: its instructions in order, and its loops as (first, last) instruction."""
+    """Holds one function of a cubin: its instructions in order, and its loops as (first, last) instruction."""
 
     registers: int
     shared_bytes: int
@@ -50,11 +50,11 @@ class MachineCode:
     loops: list[tuple[int, int]]
 
     def count(self, pattern: str) -> int:
-        """How many instructions match."""
+        """Counts the instructions that match."""
         return sum(re.match(pattern, opcode) is not None for opcode in self.opcodes)
 
     def busiest_loop(self) -> list[str]:
-        """The opcodes of the innermost loop that moves most: where a kernel streams vectors of any alignment.
+        """Returns the opcodes of the innermost loop that moves most: where a kernel streams vectors of any alignment.
 
         Code that was put behind the kernel's end and jumps back looks like a loop too, an outer or an idle one.
         """
@@ -64,7 +64,7 @@ class MachineCode:
         return max((self.opcodes[a : b + 1] for a, b in inner), key=moved_bytes, default=[])
 
     def streamed_bytes(self, scalar_loads: int) -> int:
-        """Bytes of global memory that a thread moves in one trip through the code that streams the row.
+        """Counts the bytes of global memory that a thread moves in one trip through the code that streams the row.
 
         That is the loop that has the sixteen-byte loads. Code without one takes its tile in one go: then it is all
         instructions outside of loops (those are for edges), less `scalar_loads` of values that belong to a row.
@@ -85,17 +85,17 @@ def _is_access(opcode: str) -> bool:
 
 
 def _width(opcode: str) -> int:
-    """Bytes that a global load or store moves."""
+    """Returns the bytes that a global load or store moves."""
     return next((width for name, width in _WIDTHS.items() if name in opcode.split(".")), 4)
 
 
 def moved_bytes(opcodes: list[str]) -> int:
-    """Bytes of global memory that a thread loads and stores in these instructions."""
+    """Counts the bytes of global memory that a thread loads and stores in these instructions."""
     return sum(_width(opcode) for opcode in opcodes if _is_access(opcode))
 
 
 def occupancy(registers: int, shared_bytes: int, num_warps: int, target: int) -> float:
-    """Share of a multiprocessor's warps that can be resident, by its registers and shared memory."""
+    """Computes the share of a multiprocessor's warps that can be resident, by its registers and shared memory."""
     registers_of_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // registers_of_warp // 4 * 4 // num_warps
     by_shared = SHARED_BYTES[target] // (shared_bytes + SHARED_RESERVED)
@@ -108,7 +108,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _parse(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Opcodes and loops of a function's disassembly: a loop is a branch back to a label."""
+    """Parses the opcodes and loops of a function's disassembly: a loop is a branch back to a label."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -126,7 +126,7 @@ def _parse(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def read_cubin(cubin: bytes, target: int) -> dict[str, MachineCode]:
-    """Every kernel of a cubin by its (mangled) name."""
+    """Returns every kernel of a cubin by its (mangled) name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -146,19 +146,19 @@ def read_cubin(cubin: bytes, target: int) -> dict[str, MachineCode]:
 def resources_of(
     code: MachineCode, shared_bytes: int, num_warps: int, target: int, scalar_loads: int | None
 ) -> Resources:
-    """What a kernel needs on sm_`target`. scalar_loads: None for one that streams in its busiest loop."""
+    """Returns a kernel's resources on sm_`target`. scalar_loads: None if it streams in its busiest loop."""
     # LDGSTS loads straight into shared memory.
     loads, stores = code.count(r"LDG(STS)?\b"), code.count(r"STG\b")
-    wide_loads, wide_stores = code.count(r"LDG(STS)?\..*\b128\b"), code.count(r"STG\..*\b128\b")
+    vector_loads, vector_stores = code.count(r"LDG(STS)?\..*\b128\b"), code.count(r"STG\..*\b128\b")
     return Resources(
         registers=code.registers,
         spill_bytes=4 * code.count(r"LDL|STL"),
         shared_bytes=shared_bytes,
         occupancy=occupancy(code.registers, shared_bytes, num_warps, target),
-        wide_loads=wide_loads,
-        narrow_loads=loads - wide_loads,
-        wide_stores=wide_stores,
-        narrow_stores=stores - wide_stores,
+        vector_loads=vector_loads,
+        narrow_loads=loads - vector_loads,
+        vector_stores=vector_stores,
+        narrow_stores=stores - vector_stores,
         tensor_core_instructions=code.count(r"[HQI]G?MMA|UTC\w*MMA"),
         streamed_bytes=moved_bytes(code.busiest_loop()) if scalar_loads is None else code.streamed_bytes(scalar_loads),
         details={"instructions": len(code.opcodes)},

@@ -297,8 +297,8 @@ def add_row(table: Table, language: str, label: str, target: int, found: Resourc
         str(found.spill_bytes),
         str(found.shared_bytes),
         f"{found.occupancy:.0%}",
-        f"{found.wide_loads} + {found.narrow_loads}",
-        f"{found.wide_stores} + {found.narrow_stores}",
+        f"{found.vector_loads} + {found.narrow_loads}",
+        f"{found.vector_stores} + {found.narrow_stores}",
         str(found.tensor_core_instructions),
         f"{found.streamed_bytes / least_bytes:.2f}" if least_bytes else "",
     )

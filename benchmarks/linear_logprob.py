@@ -1,4 +1,4 @@
-"""The loss head against its peers and against its floor, the bare matrix products in their fastest layouts.
+"""Times the loss head against its peers and against its floor, the bare matrix products.
 
     python -m benchmarks.linear_logprob [--rows 1024 --hidden 896 --vocab 151936 --dtype bfloat16 --rounds 3]
 
@@ -36,7 +36,7 @@ PLAIN, CHUNKED = "plain PyTorch, fp32 log-softmax", "F.linear_cross_entropy, chu
 
 @dataclass
 class Problem:
-    """hidden (N, H), weight (V, H), targets (N,), and the upstream gradient (N,) of the log-probs."""
+    """Holds hidden (N, H), weight (V, H), targets (N,), and the upstream gradient (N,) of the log-probs."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -44,22 +44,22 @@ class Problem:
     upstream: torch.Tensor
 
     def for_mode(self, mode: str) -> Problem:
-        """The same tensors, with gradients wanted as the mode says."""
+        """Returns the same tensors, with gradients wanted as the mode says."""
         hidden = self.hidden.detach().requires_grad_(mode != "scoring")
         weight = self.weight.detach().requires_grad_(mode == "trained")
         return Problem(hidden, weight, self.targets, self.upstream)
 
     def part(self, rows: int, vocab: int) -> Problem:
-        """The first rows of it, with the first columns of the vocabulary."""
+        """Returns the first rows of it, with the first columns of the vocabulary."""
         return Problem(self.hidden[:rows], self.weight[:vocab], self.targets[:rows] % vocab, self.upstream[:rows])
 
     @functools.cached_property
     def floor(self) -> Floor:
-        """The bare products of these tensors, in the dtype in which ours are computed."""
+        """Returns the bare products of these tensors, in the dtype in which ours are computed."""
         return Floor(self.hidden, self.weight, gemm_dtype(self.hidden))
 
     def finish(self, logprobs: torch.Tensor) -> None:
-        """Backward, and the gradients dropped again."""
+        """Runs backward, and drops the gradients again."""
         if logprobs.requires_grad:
             logprobs.backward(self.upstream)
             self.hidden.grad = self.weight.grad = None
@@ -82,7 +82,7 @@ def ours(problem: Problem, backend: str) -> Callable[[], None]:
 
 
 def ours_by_token(problem: Problem, backend: str) -> Callable[[], None]:
-    """The same loss as a sum over tokens, whose gradient is taken in forward: no logits have to be kept for it."""
+    """Computes the same loss as a sum over tokens, with gradients taken in forward: no logits are kept."""
     upstream = problem.upstream
 
     def run() -> None:
@@ -106,7 +106,7 @@ def trl(problem: Problem) -> Callable[[], None]:
 
 
 def plain(problem: Problem) -> Callable[[], None]:
-    """Whole logits, log-softmax in float32."""
+    """Computes log-probs by whole logits and log-softmax in float32."""
 
     def run() -> None:
         logits = F.linear(problem.hidden, problem.weight).float()
@@ -116,7 +116,7 @@ def plain(problem: Problem) -> Callable[[], None]:
 
 
 def torch_chunked(problem: Problem) -> Callable[[], None]:
-    """torch's own chunked linear cross-entropy; its `none` reduction has per-token losses as we have."""
+    """Runs torch's own chunked linear cross-entropy; its `none` reduction has per-token losses as we have."""
     options = torch.nn.LinearCrossEntropyOptions()
 
     def run() -> None:
@@ -129,19 +129,19 @@ def torch_chunked(problem: Problem) -> Callable[[], None]:
 
 
 def gradient_bytes(problem: Problem) -> int:
-    """Bytes of the gradients that any contender has to hand back; the floor's lie there before it starts."""
+    """Counts the bytes of the gradients that any contender hands back; the floor's lie there before it starts."""
     wanted = (x for x in (problem.hidden, problem.weight) if x.requires_grad)
     return sum(x.numel() * x.element_size() for x in wanted)
 
 
 def our_backends(problem: Problem) -> list[str]:
-    """Names of the backends that can serve here, the best first."""
+    """Returns the names of the backends that can serve here, the best first."""
     given = (problem.hidden.device, problem.hidden.dtype)
     return [backend for backend in BACKENDS if supports("linear_logprob", backend, *given).ok]
 
 
 def peers(problem: Problem, mode: str) -> dict[str, Callable[[], None]]:
-    """What others have for the same, by name; the problem's gradients are those that the mode wants."""
+    """Returns the peers by name; the problem's gradients are those that the mode wants."""
     found = {TRL: trl(problem), PLAIN: plain(problem)}
     if mode == "trained":
         found[CHUNKED] = torch_chunked(problem)
@@ -149,7 +149,7 @@ def peers(problem: Problem, mode: str) -> dict[str, Callable[[], None]]:
 
 
 def contenders(problem: Problem, mode: str, skip: set[str], *, by_token: bool = False) -> list[Contender]:
-    """Ours by backend, the peers and the floor, without those whose name contains a word of `skip`.
+    """Returns ours by backend, the peers and the floor, without those whose name contains a word of `skip`.
 
     by_token: with a trained head also our op for losses that are sums over tokens.
     """

@@ -15,7 +15,7 @@ from .memory import GIB
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model, with family and model number where the system tells: some models share a name."""
+    """Returns the CPU's model, with family and model number where the system tells: some models share a name."""
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     # The first processor's block; some architectures name no model in it.
     lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
@@ -26,7 +26,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def describe_machine() -> dict[str, object]:
-    """CPU, cores, memory; torch's version, threads, instruction set, and the dtype of products of bf16 tensors."""
+    """Describes CPU, cores, memory; torch's version, threads, instruction set, and its dtype for bf16 products."""
     return {
         "cpu": cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,4 @@
-"""The floor of the loss head: the matrix products it cannot do without, each in this machine's fastest layout.
+"""Times the floor of the loss head: the bare matrix products, each in this machine's fastest layout.
 
 A product covers all N x V logits block by block. It may be whole blocks of rows or tiles of the vocabulary, and the
 weight's gradient may come out as [V, H] or, from contiguous transposed hidden states, as [H, V]. Which is fastest
@@ -37,7 +37,7 @@ FILL = 0.01
 
 
 class Layout(NamedTuple):
-    """Rows and columns of a block of logits; transposed: the weight's gradient is written as [H, V]."""
+    """Holds rows and columns of a block of logits; transposed: the weight's gradient is written as [H, V]."""
 
     rows: int
     columns: int
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
 
 class Floor:
-    """The bare products of hidden (N, H) and weight (V, H), computed in `dtype`.
+    """Holds the bare products of hidden (N, H) and weight (V, H), computed in `dtype`.
 
     tried: seconds of every layout of the products that were asked for, scaled to N rows.
     """
@@ -75,11 +75,11 @@ class Floor:
 
     @functools.cached_property
     def logits(self) -> torch.Tensor:
-        """Room for a block of any layout."""
+        """Returns memory for a block of logits of any layout."""
         return self._filled(max(layout.rows * layout.columns for layout in self.candidates("logits")))
 
     def candidates(self, product: str) -> list[Layout]:
-        """The layouts to try, without repetition: whole blocks of rows, and tiles of the vocabulary."""
+        """Returns the layouts to try, without repetition: whole blocks of rows, and tiles of the vocabulary."""
         num_rows, vocab = self.hidden.shape[0], self.weight.shape[0]
         block = rows_per_block(num_rows, vocab * self.hidden.dtype.itemsize, workspace_of(None, self.hidden.device))
         blocks = [(block, vocab), *((min(num_rows, TILE_ROWS), min(vocab, columns)) for columns in TILE_COLUMNS)]
@@ -87,7 +87,7 @@ class Floor:
         return list(dict.fromkeys(Layout(*block, transposed) for block in blocks for transposed in ways))
 
     def multiply(self, product: str, layout: Layout, num_rows: int) -> None:
-        """The product for the first rows, block by block, into memory that is there."""
+        """Computes the product for the first rows, block by block, into memory that is there."""
         hidden, weight = self.hidden, self.weight
         grad_weight_t = self.grad_weight.view(hidden.shape[1], -1) if layout.transposed else None
         for columns in spans(weight.shape[0], layout.columns):
@@ -104,7 +104,7 @@ class Floor:
                     self.grad_weight[columns].addmm_(logits.t(), hidden[rows], beta=rows.start > 0)
 
     def best(self, product: str) -> Layout:
-        """The fastest layout of a product; tries all of them when it is first asked."""
+        """Returns the fastest layout of a product; tries all of them when it is first asked."""
         if product not in self.tried:
             self.tried[product] = {layout: self._try(product, layout) for layout in self.candidates(product)}
         return min(self.tried[product], key=self.tried[product].get)
@@ -114,7 +114,7 @@ class Floor:
         return first_seconds(run, self.hidden.device) * len(self.hidden) / layout.rows
 
     def step(self, mode: str) -> Callable[[], None]:
-        """The products that a mode of the head cannot do without, one after the other."""
+        """Computes the products that a mode of the head cannot do without, one after the other."""
         chosen = {product: self.best(product) for product in PRODUCTS[mode]}
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of code, measured at torch's own allocators.
+"""Measures the peak memory of a piece of code at torch's own allocators.
 
 A TorchDispatchMode does not see what happens inside a custom op, and the process's resident size does not see memory
 that is used twice. The allocators see everything that lives in tensors.
@@ -25,7 +25,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Measured:
-    """What a call returned and how many bytes of tensors were alive at its peak, beyond those alive at its start.
+    """Holds a call's result and how many bytes of tensors were alive at its peak, beyond those at its start.
 
     operators: names of the operators that ran, on the CPU ("aten::mm", "trl_fast::row_scores").
     """
@@ -61,7 +61,7 @@ def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu"
 
 
 def process_peak_bytes() -> int:
-    """The largest resident size of this process so far (Linux); with a GPU, of torch's allocations there.
+    """Returns the largest resident size of this process so far (Linux); with a GPU, of torch's allocations there.
 
     getrusage would count the process that started this one, too.
     """

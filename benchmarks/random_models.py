@@ -1,4 +1,4 @@
-"""Models with random weights, for what only depends on shapes."""
+"""Makes models with random weights, for measurements that only depend on shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QWEN_05B = {
 
 
 def model_folder(name: str | None) -> str:
-    """The folder of a model by name: None is SmolLM2-135M-Instruct, RANDOM_QWEN is made once and kept in the cache."""
+    """Returns a model's folder: None is SmolLM2-135M-Instruct, RANDOM_QWEN is made once and kept in the cache."""
     if name is None:
         return str(smollm2_folder())
     return str(_random_qwen()) if name == RANDOM_QWEN else name

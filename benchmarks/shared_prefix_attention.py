@@ -1,4 +1,4 @@
-"""Attention of a preference pair: its prompt once with two branches, against two causal sequences.
+"""Times attention of a preference pair: its prompt once with two branches, against two causal sequences.
 
     python -m benchmarks.shared_prefix_attention [--prompts 1024 2048 4096 8192 16384] [--ratio 4] [--rounds 3]
 
@@ -30,14 +30,14 @@ HEADS, KEY_VALUE_HEADS, WIDTH = 14, 2, 64
 
 
 def inputs(batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Query, key, value and the output's gradient."""
+    """Returns query, key, value and the output's gradient."""
     shapes = [(batch, heads, tokens, WIDTH) for heads in (HEADS, KEY_VALUE_HEADS, KEY_VALUE_HEADS, HEADS)]
     made = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
     return [*(tensor.requires_grad_() for tensor in made[:3]), made[3]]
 
 
 def contenders(prompt: int, branch: int, dtype: torch.dtype, device: torch.device) -> list[Contender]:
-    """One tree in one row, and two sequences with the prompt in each."""
+    """Returns the contenders: one tree in one row, and two sequences with the prompt in each."""
     tree = (prompt, branch, branch)
     shared = inputs(1, sum(tree), dtype, device)
     apart = inputs(2, prompt + branch, dtype, device)

@@ -1,4 +1,4 @@
-"""The head's sparse gradient on a real model: error against time, and a training run beside the exact one.
+"""Measures the head's sparse gradient on a real model: error against time, and training beside the exact one.
 
     python -m benchmarks.sparse_gradient [--tokens 1024 --steps 30]
 
@@ -33,7 +33,7 @@ THRESHOLDS = (10, 12, 14)
 
 @dataclass
 class Activations:
-    """hidden (N, H) float32, weight (V, H) float32, targets (N,), and the float64 gradients of the mean loss."""
+    """Holds hidden (N, H), weight (V, H) float32, targets (N,), and float64 gradients of the mean loss."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -46,11 +46,11 @@ class Activations:
         self.grad_hidden, self.grad_weight = self.products(delta)
 
     def probabilities(self) -> torch.Tensor:
-        """(N, V) float64."""
+        """Computes the probabilities (N, V) float64."""
         return (self.hidden.double() @ self.weight.double().T).softmax(-1)
 
     def products(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of hidden and weight from those of the logits, times N."""
+        """Computes the gradients of hidden and weight from those of the logits, times N."""
         return delta @ self.weight.to(delta.dtype), delta.T @ self.hidden.to(delta.dtype)
 
     def errors(self, grad_hidden: torch.Tensor, grad_weight: torch.Tensor) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def gradient_step(problem: Activations, **options: object) -> Callable[[], tuple
 
 
 def dropped(problem: Activations, threshold: float) -> tuple[float, float, float]:
-    """Errors, and entries a row, when small probabilities are simply left out."""
+    """Measures errors, and entries a row, when small probabilities are simply left out."""
     p = problem.probabilities()
     kept = torch.where(p >= threshold, p, 0.0)
     delta = kept - torch.nn.functional.one_hot(problem.targets, len(problem.weight))
@@ -85,13 +85,13 @@ def dropped(problem: Activations, threshold: float) -> tuple[float, float, float
 
 
 def narrow_products(problem: Activations) -> tuple[float, float]:
-    """Errors of the dense bfloat16 products of bfloat16 gradients: what a model trained in bfloat16 lives with."""
+    """Measures errors of dense bfloat16 products of bfloat16 gradients: those of training in bfloat16."""
     delta = problem.probabilities() - torch.nn.functional.one_hot(problem.targets, len(problem.weight))
     return problem.errors(*problem.products(delta.bfloat16()))
 
 
 def entries_per_row(problem: Activations, threshold: float) -> float:
-    """Expected number: all the large ones, and the mass of the small ones in units of the threshold."""
+    """Computes the expected number: all the large ones, and the mass of the small ones over the threshold."""
     p = problem.probabilities()
     small = p < threshold
     return ((~small).sum(1) + torch.where(small, p, 0.0).sum(1) / threshold).mean().item()
@@ -128,7 +128,7 @@ def print_table(console: Console, rows: list[dict], count: int) -> None:
 
 
 def train(tokens: torch.Tensor, steps: int, **options: object) -> list[float]:
-    """Losses of a fine-tuning run on the prose, whole model, 512 tokens a step, the same ones for every run."""
+    """Returns the losses of fine-tuning on the text, whole model, 512 tokens a step, the same for every run."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)

@@ -1,4 +1,4 @@
-"""Whole optimizer steps on a real model and real text against TRL 1.16.0: tokens per second and memory.
+"""Times whole optimizer steps on a real model and real text against TRL 1.16.0, and measures their memory.
 
     python -m benchmarks.step --method sft|dpo|reward|grpo [--batch 4 --steps 3 --rounds 3]
     python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
@@ -53,7 +53,7 @@ NAMES = {OURS: "ours", TRL: "TRL 1.16.0"}
 
 @dataclass(frozen=True)
 class Method:
-    """A trainer by the stem of its name, the class of its models, and the rows it learns from."""
+    """Describes a method: its trainer by the stem of its name, the class of its models, the rows it learns from."""
 
     stem: str
     model_class: type
@@ -77,7 +77,7 @@ def _pairs(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, co
 
 
 def _whole_pairs(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
-    """A reward model of TRL's reads prompt and completion as one text."""
+    """Joins prompt and completion: a reward model of TRL's reads them as one text."""
     return _pairs(arguments, tokenizer, count).map(
         lambda row: {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]},
         remove_columns="prompt",
@@ -92,23 +92,23 @@ def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, 
 
 
 class CutCompletions:
-    """A `rollout_func`: for every prompt `completion_tokens` consecutive tokens of the prose."""
+    """Serves as a `rollout_func`: for every prompt `completion_tokens` consecutive tokens of the text."""
 
     def __init__(self, arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.length = tokenizer, arguments.completion_tokens
         self.stream, self.rng = token_stream(tokenizer).tolist(), random.Random(0)
 
     def __call__(self, prompts: list[str], trainer: Trainer) -> dict[str, list]:
-        starts = [self.rng.randrange(len(self.stream) - self.length) for _ in prompts]
+        firsts = [self.rng.randrange(len(self.stream) - self.length) for _ in prompts]
         return {
             "prompt_ids": self.tokenizer(text=prompts)["input_ids"],
-            "completion_ids": [self.stream[start : start + self.length] for start in starts],
+            "completion_ids": [self.stream[start : start + self.length] for start in firsts],
             "logprobs": [[0.0] * self.length for _ in prompts],
         }
 
 
 def chance(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Rewards that differ within every group, so that every completion has a gradient."""
+    """Returns rewards that differ within every group, so that every completion has a gradient."""
     return [random.Random(str(ids)).random() for ids in completion_ids]
 
 
@@ -132,7 +132,7 @@ METHODS = {
 
 
 class StepClock(TrainerCallback):
-    """Seconds from one step's end to the next: collating, forward, backward and the optimizer."""
+    """Measures seconds from one step's end to the next: collating, forward, backward and the optimizer."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -152,7 +152,7 @@ class StepClock(TrainerCallback):
 
 @dataclass
 class Run:
-    """A trainer with its clock."""
+    """Holds a trainer with its clock."""
 
     name: str
     trainer: Trainer
@@ -165,13 +165,13 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all steps of one run, as the trainer itself counts them: on and on, from run to run."""
+        """Counts the tokens of all steps of one run, as the trainer itself counts them: on and on, from run to run."""
         counts = [log["num_tokens"] for log in self.trainer.state.log_history if "num_tokens" in log]
         return int(counts[-1]) // self.runs
 
 
 def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
-    """A trainer of `trl_fast` or of `trl`, on rows enough for one run."""
+    """Returns a trainer of `trl_fast` or of `trl`, on rows enough for one run."""
     method = METHODS[arguments.method]
     library = __import__(module)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -218,7 +218,7 @@ def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
 
 
 def race(arguments: argparse.Namespace) -> list[Run]:
-    """Both trainers in turns."""
+    """Times both trainers in turns."""
     with tempfile.TemporaryDirectory() as folder:
         runs = [make_run(module, arguments, f"{folder}/{module}") for module in (OURS, TRL)]
         for _ in track(range(arguments.rounds), description=arguments.method, transient=True):
@@ -228,14 +228,14 @@ def race(arguments: argparse.Namespace) -> list[Run]:
 
 
 def process_memory(module: str, words: list[str]) -> dict[str, int]:
-    """Peak memory of a fresh process that trains once: before the first step, and in all."""
+    """Measures peak memory of a fresh process that trains once: before the first step, and in all."""
     command = [sys.executable, "-m", "benchmarks.step", *words, "--memory_of", module]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(found.stdout.splitlines()[-1])
 
 
 def print_memory(arguments: argparse.Namespace) -> None:
-    """One run of one trainer, without the other's; what `process_memory` reads."""
+    """Runs one trainer once, without the other, and prints what `process_memory` reads."""
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(arguments.memory_of, arguments, folder)
         before, start = process_peak_bytes(), time.perf_counter()
@@ -272,7 +272,7 @@ def report(console: Console, runs: list[Run], memory: list[dict[str, int]], argu
 
 
 def sweep(console: Console, arguments: argparse.Namespace) -> dict:
-    """Seconds a step and a token over growing lengths, ours; with a plot."""
+    """Measures seconds a step and a token over growing lengths, ours; with a plot."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The loss head over a sweep of sizes, against its floor and its peers.
+"""Times the loss head over a sweep of sizes, against its floor and its peers.
 
     python -m benchmarks.sweep [--points N8192 fp32] [--resume] [--quick] [--report]
 
@@ -56,7 +56,7 @@ PLAIN_BYTES_A_LOGIT = 16
 
 
 class Point(NamedTuple):
-    """One problem: N rows, H hidden, V vocabulary."""
+    """Holds one problem: N rows, H hidden, V vocabulary."""
 
     rows: int
     hidden: int
@@ -69,7 +69,7 @@ class Point(NamedTuple):
 
     @classmethod
     def of_name(cls, name: str) -> Point | None:
-        """The point of a full name; None if it is none."""
+        """Returns the point of a full name; None if it is none."""
         found = re.fullmatch(rf"N([1-9]\d*)-H([1-9]\d*)-V([1-9]\d*)-({'|'.join(DTYPES)})", name)
         return cls(*map(int, found.groups()[:3]), found[4]) if found else None
 
@@ -92,7 +92,7 @@ QUICK_POINTS = (Point(64, 256, 16384), Point(256, 256, 16384), Point(256, 256, 1
 
 
 def select_points(words: Sequence[str], points: Sequence[Point]) -> list[Point]:
-    """Points by full names (of any size), or those of `points` whose names have a word as a part; all without a word.
+    """Returns points by full names, or those of `points` whose names contain a word; all without a word.
 
     Raises:
         ValueError: a word is neither.
@@ -113,12 +113,12 @@ def select_points(words: Sequence[str], points: Sequence[Point]) -> list[Point]:
 
 
 def duration(seconds: float) -> str:
-    """About how long, for people."""
+    """Tells a duration in round words, for people."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def estimated_seconds(name: str, problem: Problem, mode: str) -> float:
-    """What a peer would take for the whole problem, from a small part of it: rows times vocabulary is what counts."""
+    """Estimates a peer's time for the whole problem from a small part of it: rows times vocabulary counts."""
     (rows, vocab), device = (problem.hidden.shape[0], problem.weight.shape[0]), problem.hidden.device
     part = problem.part(PROBE_ROWS, PROBE_VOCAB)
     seconds = first_seconds(peers(part.for_mode(mode), mode)[name], device)
@@ -126,7 +126,7 @@ def estimated_seconds(name: str, problem: Problem, mode: str) -> float:
 
 
 def why_not(name: str, problem: Problem, mode: str, limit: float) -> str | None:
-    """Why a peer should not be run on this problem, or None; `limit` in seconds."""
+    """Tells why a peer should not be run on this problem, or None; `limit` in seconds."""
     if name == PLAIN:
         needed = PLAIN_BYTES_A_LOGIT * problem.hidden.shape[0] * problem.weight.shape[0]
         if needed > psutil.virtual_memory().available // 2:
@@ -138,7 +138,7 @@ def why_not(name: str, problem: Problem, mode: str, limit: float) -> str | None:
 
 
 def measure(point: Point, rounds: int, patience: float, limit: float, console: Console) -> dict:
-    """The figures of one point, in every mode, as they are written down."""
+    """Measures one point in every mode; returns the figures as they are written down."""
     problem = make_problem(point.rows, point.hidden, point.vocab, DTYPES[point.dtype], torch.device("cpu"))
     others = {f"{ours}, {backend}" for backend in our_backends(problem)[1:] for ours in ("ours", BY_TOKEN)}
     figures = []
@@ -159,7 +159,7 @@ def measure(point: Point, rounds: int, patience: float, limit: float, console: C
 
 
 def load_results(path: Path, machine: dict) -> dict:
-    """The results written there, or empty ones.
+    """Returns the results written there, or empty ones.
 
     Raises:
         ValueError: they were measured on another machine.
@@ -203,7 +203,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def plan(arguments: argparse.Namespace) -> tuple[dict, list[Point]]:
-    """The results to add to, and the points to run.
+    """Returns the results to add to, and the points to run.
 
     Raises:
         ValueError: an unknown point, or results of another machine.

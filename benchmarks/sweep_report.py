@@ -1,4 +1,4 @@
-"""The table and the plots of a sweep, made of its written results (benchmarks/sweep.py) alone."""
+"""Makes the table and the plots of a sweep of its written results (benchmarks/sweep.py) alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MARKERS = {OURS: "o", BY_TOKEN: "v", TRL: "s", PLAIN: "^", CHUNKED: "D"}
 
 
 def by_name(point: dict, mode: str) -> dict[str, dict]:
-    """A point's figures in a mode, by contender; each of ours under one name, whatever the backend."""
+    """Returns a point's figures in a mode, by contender; each of ours under one name, whatever the backend."""
     found = {}
     for figure in point["figures"]:
         if figure["mode"] == mode:
@@ -50,7 +50,7 @@ def sorted_points(results: dict) -> list[dict]:
 
 
 def describe(machine: dict) -> str:
-    """One sentence that names the machine."""
+    """Returns one sentence that names the machine."""
     return (
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {machine['isa']}, "
         f"{machine['threads']} threads, torch {machine['torch']}; products of bf16 tensors, ours and the floor's, run "
@@ -59,14 +59,14 @@ def describe(machine: dict) -> str:
 
 
 def time_cell(figure: dict) -> str:
-    """Median seconds, with the range of the runs."""
+    """Returns median seconds, with the range of the runs."""
     runs = figure["seconds"]
     spread = "1 run" if len(runs) == 1 else f"{min(runs):.2f}–{max(runs):.2f}"
     return f"{figure['median']:.2f} s ({spread})"
 
 
 def cell(name: str, figures: dict[str, dict]) -> str:
-    """What the table says of a contender: its ratio, time and extra memory, or why it was not run."""
+    """Returns a contender's cell: its ratio, time and extra memory, or why it was not run."""
     figure = figures.get(name)
     if figure is None:
         return ""
@@ -81,7 +81,7 @@ def cell(name: str, figures: dict[str, dict]) -> str:
 
 
 def mode_table(results: dict, mode: str) -> str:
-    """A markdown table of every point in one mode."""
+    """Returns a markdown table of every point in one mode."""
     points = sorted_points(results)
     present = {name for point in points for name in by_name(point, mode)}
     names = [name for name in (FLOOR, OURS, BY_TOKEN, TRL, PLAIN, CHUNKED) if name in present]
@@ -95,7 +95,7 @@ def mode_table(results: dict, mode: str) -> str:
 
 
 def section(results: dict, plots: list[str]) -> str:
-    """Everything between the markers; `plots` are paths as the document has to give them."""
+    """Returns everything between the markers; `plots` are paths as the document has to give them."""
     parts = [describe(results["machine"])]
     parts += [f"### {TITLES[mode]}\n\n{mode_table(results, mode)}" for mode in MODES]
     parts.append("\n".join(f"![{Path(plot).stem}]({plot})" for plot in plots))
@@ -103,7 +103,7 @@ def section(results: dict, plots: list[str]) -> str:
 
 
 def split_docs(path: Path) -> tuple[str, str]:
-    """What stands before and after the markers.
+    """Returns the text before and after the markers.
 
     Raises:
         ValueError: the document lacks them.
@@ -122,7 +122,7 @@ def write_docs(results: dict, plots: list[Path], path: Path) -> None:
 
 
 def rows_family(results: dict) -> list[dict]:
-    """The points that differ in N alone, as many as there are of one H, V and dtype, by rising N."""
+    """Returns the points that differ in N alone, as many as there are of one H, V and dtype, by rising N."""
     families = defaultdict(list)
     for point in sorted_points(results):
         families[point["hidden"], point["vocab"], point["dtype"]].append(point)
@@ -130,7 +130,7 @@ def rows_family(results: dict) -> list[dict]:
 
 
 def curves(points: list[dict], mode: str, field: str) -> Iterator[tuple[str, list[int], list[float]]]:
-    """(contender, its N, the field's values), without the floor and without what was not run."""
+    """Yields (contender, its N, the field's values), without the floor and without what was not run."""
     for name in COLOURS:
         found = [(point["rows"], by_name(point, mode).get(name, {})) for point in points]
         found = [(rows, figure[field]) for rows, figure in found if field in figure]
@@ -145,7 +145,7 @@ def _plain_numbers(axis: matplotlib.axis.Axis, locator: Locator) -> None:
 
 
 def plot_by_rows(results: dict, field: str, unit: float, label: str, path: Path) -> Path:
-    """A panel a mode: the field over N, a line a contender."""
+    """Plots a panel a mode: the field over N, a line a contender."""
     points = rows_family(results)
     figure, panels = pyplot.subplots(1, len(MODES), figsize=(12, 4), sharey=True, layout="constrained")
     for mode, axes in zip(MODES, panels, strict=True):
@@ -175,7 +175,7 @@ def _speed_up_bars(axes: Axes, points: list[dict]) -> None:
 
 
 def plot_speed_up(results: dict, path: Path) -> Path:
-    """Bars: by how much TRL is slower, at every point and in every mode."""
+    """Plots bars: by how much TRL is slower, at every point and in every mode."""
     points = sorted_points(results)
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.6 * len(points)), layout="constrained")
     _speed_up_bars(axes, points)
@@ -197,7 +197,7 @@ def _save(figure: matplotlib.figure.Figure, path: Path) -> Path:
 
 
 def plot_all(results: dict, figures: Path) -> list[Path]:
-    """The three plots, beside the figures and named after them."""
+    """Writes the three plots, beside the figures and named after them."""
     stem = figures.with_suffix("")
     return [
         plot_by_rows(results, "over_floor", 1.0, "time ÷ floor's", Path(f"{stem}_floor.png")),

@@ -1,4 +1,4 @@
-"""Contenders timed in turns, so that a machine whose speed drifts is as fair to one as to another."""
+"""Times contenders in turns, so that a machine whose speed drifts is as fair to one as to another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WARM_UP_SECONDS = 0.5
 
 @dataclass
 class Contender:
-    """Something to time. `run` does one step and returns nothing that matters."""
+    """Holds something to time. `run` does one step and returns nothing that matters."""
 
     name: str
     run: Callable[[], object]
@@ -36,12 +36,12 @@ class Contender:
 
     @property
     def median(self) -> float:
-        """Seconds; NaN for a contender that was not run."""
+        """Returns the median seconds; NaN for a contender that was not run."""
         return statistics.median(self.seconds) if self.seconds else math.nan
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that one call takes, garbage collected before it."""
+    """Measures the seconds that one call takes, garbage collected before it."""
     gc.collect()
     start = time.perf_counter()
     run()
@@ -51,7 +51,7 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def first_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call outside a race. One that is over soon is called again: the first time is mostly warming up."""
+    """Measures the seconds of a call outside a race; a short one again, since the first time is mostly warm-up."""
     first = timed(run, device)
     return min(first, timed(run, device)) if first < WARM_UP_SECONDS else first
 

@@ -1,1 +1,1 @@
-"""Programs that show the package at work."""
+"""Shows the package at work."""

@@ -1,4 +1,4 @@
-"""The task of the online demos: sums and differences of two digits from reasoning-gym, and how answers are judged."""
+"""Makes the task of the online demos, sums and differences of two digits, and judges answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALLEST, LARGEST = -9, 18
 
 
 def sums(train: int, held_out: int, seed: int) -> dict[str, Dataset]:
-    """Sums and differences of two digits as conversations, with their answers; no question is in both splits."""
+    """Returns sums and differences of two digits as conversations with answers; no question is in both splits."""
     source = reasoning_gym.create_dataset("chain_sum", size=4000, seed=seed, min_terms=2, max_terms=2, max_digits=1)
     rows = {
         entry["question"]: {
@@ -33,13 +33,13 @@ def sums(train: int, held_out: int, seed: int) -> dict[str, Dataset]:
 
 
 def correct(completions: list[list[dict]], answer: list[str], **_: object) -> list[float]:
-    """1 for the right answer and nothing else, else 0."""
+    """Returns 1 for the right answer and nothing else, else 0."""
     texts = [completion[0]["content"].strip() for completion in completions]
     return [float(text == expected) for text, expected in zip(texts, answer, strict=True)]
 
 
 def answer_pairs(data: Dataset, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> Dataset:
-    """Preference pairs: the right answer is chosen, another number or the right one with words around it rejected.
+    """Returns preference pairs: the right answer is chosen; another number, or words around it, are rejected.
 
     Each question has `count` pairs with different rejected answers. Prompts are texts, so that an answer ends with the
     EOS token and nothing behind it, as sampled ones do.

@@ -1,4 +1,4 @@
-"""The main job, end to end: DPO on a real model and real tasks through the compiled head, whole model and LoRA.
+"""Trains DPO end to end, on a real model and real tasks through the compiled head: whole model and LoRA.
 
     python -m examples.demo [--short] [--pairs 160] [--model_name_or_path ...] [--dataset_name ...]
 
@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.memory import MIB, measure_peak
 from trl_fast import DPOTrainer
 from trl_fast.cli.training import make_parser, make_trainer
-from trl_fast.losses.dpo import PreferenceTable
+from trl_fast.losses.loss_inputs import PreferenceLossInputs
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import score
 from trl_fast.ops import linear_logprob, supports
@@ -42,7 +42,7 @@ LEARNING_RATES = {"full": 2e-5, "lora": 3e-4}
 
 @dataclass
 class Run:
-    """What one training run showed."""
+    """Holds what one training run showed."""
 
     name: str
     before: dict[str, float]
@@ -53,19 +53,19 @@ class Run:
 
     @property
     def learned(self) -> bool:
-        """Whether held-out pairs are told apart after training better than by chance and better than before."""
+        """Says whether held-out pairs are told apart after training better than by chance and better than before."""
         accuracy = self.after["reward accuracy"]
         return accuracy > max(0.5, self.before["reward accuracy"]) and self.after["reward margin"] > 0
 
 
 @torch.no_grad()
 def preference_accuracy(trainer: DPOTrainer) -> float:
-    """Share of held-out pairs whose chosen answer is likelier than the rejected one under the policy itself."""
+    """Computes the share of held-out pairs whose chosen answer is likelier than the rejected one."""
     trainer.model.eval()
     right, pairs = 0, 0
     for batch in trainer.get_eval_dataloader():
         tokens = score(trainer.model, batch).tokens
-        table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+        table = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
         logprobs = table.sequence_logprobs(tokens.logprobs).view(-1, 2)
         right += int((logprobs[:, 0] > logprobs[:, 1]).sum())
         pairs += len(logprobs)
@@ -73,7 +73,7 @@ def preference_accuracy(trainer: DPOTrainer) -> float:
 
 
 def held_out(trainer: DPOTrainer) -> dict[str, float]:
-    """The figures of the table on the held-out pairs, now."""
+    """Returns the figures of the table on the held-out pairs, now."""
     metrics = trainer.evaluate()
     return {
         "loss": metrics["eval_loss"],
@@ -84,7 +84,7 @@ def held_out(trainer: DPOTrainer) -> dict[str, float]:
 
 
 def head_memory(trainer: DPOTrainer) -> dict[str, float]:
-    """Peak MiB of the head's forward and backward on a training batch: ours, and whole logits of all its positions."""
+    """Measures peak MiB of the head's forward and backward on a batch: ours, and with whole logits."""
     batch = next(iter(trainer.get_train_dataloader()))
     weight = base_model(trainer.model).get_output_embeddings().weight.detach()
     rows, positions = len(batch.targets), batch.input_ids.numel()
@@ -111,7 +111,7 @@ def head_memory(trainer: DPOTrainer) -> dict[str, float]:
 
 
 def flags(arguments: argparse.Namespace, kind: str, output_dir: Path) -> list[str]:
-    """The command line of `trl-fast dpo` for one of the two runs."""
+    """Returns the command line of `trl-fast dpo` for one of the two runs."""
     common = {
         "model_name_or_path": arguments.model_name_or_path,
         "dataset_name": arguments.dataset_name,
@@ -135,7 +135,7 @@ def flags(arguments: argparse.Namespace, kind: str, output_dir: Path) -> list[st
 
 
 def train(arguments: argparse.Namespace, kind: str, console: Console) -> Run:
-    """One run through the command line's own path."""
+    """Trains once, through the command line's own path."""
     output_dir = arguments.output_dir / kind
     words = flags(arguments, kind, output_dir)
     console.rule(f"DPO, {'LoRA' if kind == 'lora' else 'whole model'}")
@@ -153,7 +153,7 @@ def train(arguments: argparse.Namespace, kind: str, console: Console) -> Run:
 
 
 def results_table(runs: list[Run]) -> Table:
-    """Before and after on the held-out pairs, speed and memory."""
+    """Returns a table: before and after on the held-out pairs, speed and memory."""
     table = Table(title="held-out pairs, before → after", title_justify="left")
     table.add_column("")
     for run in runs:
@@ -172,7 +172,7 @@ def results_table(runs: list[Run]) -> Table:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """The training curves of both runs."""
+    """Plots the training curves of both runs."""
     figure, axes = plt.subplots(1, len(CURVES), figsize=(13, 3.6), layout="constrained")
     for axis, name in zip(axes, CURVES, strict=True):
         for run in runs:

@@ -1,4 +1,4 @@
-"""Online reinforcement learning, end to end: GRPO on a real model and a real task, whose answers earn rewards.
+"""Trains GRPO end to end, on a real model and a real task whose answers earn rewards.
 
     python -m examples.demo_grpo [--steps 60] [--warm_up_steps 10] [--model_name_or_path ...] [--output_dir runs/grpo]
 
@@ -30,7 +30,7 @@ CURVES = ("reward", "kl", "entropy", "completions/mean_length")
 
 
 def make_trainer(model: PreTrainedModel, data: dict[str, Dataset], arguments: argparse.Namespace) -> GRPOTrainer:
-    """GRPO on the questions alone."""
+    """Returns a GRPO trainer on the questions alone."""
     config = GRPOConfig(
         max_steps=arguments.steps,
         per_device_train_batch_size=4 * GENERATIONS,
@@ -53,7 +53,7 @@ def make_trainer(model: PreTrainedModel, data: dict[str, Dataset], arguments: ar
 
 
 class Stopwatch:
-    """Seconds that a trainer spends on making completions."""
+    """Measures the seconds that a trainer spends on making completions."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.seconds = 0.0
@@ -68,7 +68,7 @@ class Stopwatch:
 
 
 def results_table(before: dict, after: dict, tokens: int, seconds: float, generating: float) -> Table:
-    """Held-out figures before and after, and the speed of generation and update apart."""
+    """Returns a table: held-out figures before and after, and the speed of generation and update apart."""
     table = Table(title="held-out questions, before → after", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")

@@ -1,4 +1,4 @@
-"""A reward model and PPO on it, end to end, on a real model and a real task.
+"""Trains a reward model and PPO on it, end to end, on a real model and a real task.
 
     python -m examples.demo_ppo [--steps 20] [--reward_steps 150] [--model_name_or_path ...] [--output_dir runs/ppo]
 
@@ -39,7 +39,7 @@ SAMPLES = 4
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Means over answers to held-out questions: share of right ones, the reward model's score, length in tokens."""
+    """Holds means over answers to held-out questions: share of right ones, reward model's score, length in tokens."""
 
     right: float
     score: float
@@ -49,7 +49,7 @@ class HeldOut:
 def train_reward_model(
     data: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace, console: Console
 ) -> tuple[PreTrainedModel, float]:
-    """A reward model that starts from the warmed-up policy, and its accuracy on pairs of held-out questions."""
+    """Returns a reward model, started from the warmed-up policy, and its accuracy on held-out pairs."""
     model = AutoModelForSequenceClassification.from_pretrained(
         arguments.output_dir / "warm_up", num_labels=1, dtype="float32"
     )
@@ -76,7 +76,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     arguments: argparse.Namespace,
 ) -> PPOTrainer:
-    """PPO on the questions alone; the value model starts as a copy of the reward model."""
+    """Returns a PPO trainer on the questions alone; the value model starts as a copy of the reward model."""
     config = PPOConfig(
         max_steps=arguments.steps,
         per_device_train_batch_size=16,
@@ -115,7 +115,7 @@ def held_out(trainer: PPOTrainer) -> HeldOut:
 
 
 def results_table(before: HeldOut, after: HeldOut, accuracy: float) -> Table:
-    """Held-out figures before and after."""
+    """Returns a table of held-out figures before and after."""
     table = Table(title="held-out questions, before → after PPO", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")

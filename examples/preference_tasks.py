@@ -1,4 +1,4 @@
-"""Preference pairs from reasoning-gym tasks, which score answers: the right one is chosen, a wrong one rejected."""
+"""Makes preference pairs of reasoning-gym tasks, which score answers: right ones are chosen, wrong rejected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INSTRUCTION = "Give only the answer."
 
 @dataclass(frozen=True)
 class Task:
-    """A reasoning-gym task and its settings."""
+    """Names a reasoning-gym task and its settings."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ TASKS = (
 
 
 def near_miss(answer: str, rng: random.Random) -> str:
-    """A wrong answer of the right kind: a number near the right one; a word unreversed, or with letters exchanged."""
+    """Returns a wrong answer of the right kind: a number near the right one, or a word with letters exchanged."""
     if answer.lstrip("-").isdigit():
         return str(int(answer) + rng.choice([-20, -10, -3, -2, -1, 1, 2, 3, 10, 20]))
     if rng.random() < 0.5:
@@ -37,7 +37,7 @@ def near_miss(answer: str, rng: random.Random) -> str:
 
 
 def pairs_of_task(task: Task, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` pairs with different questions, each answer scored by the task itself: chosen 1.0, rejected less."""
+    """Returns `count` pairs with different questions, each answer scored by the task: chosen 1.0, rejected less."""
     rng = random.Random(f"{task.name}-{seed}")
     source = reasoning_gym.create_dataset(task.name, size=20 * count + 100, seed=seed, **task.settings)
     pairs: dict[str, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ def pairs_of_task(task: Task, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def preference_pairs(train: int, held_out: int, seed: int = 0, tasks: tuple[Task, ...] = TASKS) -> dict[str, Dataset]:
-    """Conversational preference datasets "train" and "test", the tasks in equal shares, no question in both.
+    """Returns conversational preference datasets "train" and "test", the tasks in equal shares, no question in both.
 
     The same seed gives the same rows.
     """

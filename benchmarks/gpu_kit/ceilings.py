@@ -15,7 +15,7 @@ from .phase_context import Kit
 
 
 class Size(NamedTuple):
-    """A head's problem: N tokens, H hidden units, V tokens of the vocabulary."""
+    """Holds a head's problem: N tokens, H hidden units, V tokens of the vocabulary."""
 
     rows: int
     hidden: int
@@ -26,7 +26,7 @@ class Size(NamedTuple):
 
     @property
     def pass_flops(self) -> int:
-        """Operations of one pass over N·V·H."""
+        """Returns the operations of one pass over N·V·H."""
         return 2 * self.rows * self.hidden * self.vocab
 
 
@@ -40,7 +40,7 @@ def sizes(kit: Kit) -> tuple[Size, ...]:
 
 
 def random_matrix(rows: int, columns: int, device: torch.device, scale: float = 1.0) -> torch.Tensor:
-    """(rows, columns) bfloat16, normal with the given standard deviation, made on the device."""
+    """Returns (rows, columns) bfloat16, normal with the given standard deviation, made on the device."""
     return torch.empty(rows, columns, dtype=torch.bfloat16, device=device).normal_(0, scale)
 
 
@@ -76,7 +76,7 @@ def _square(kit: Kit) -> None:
 
 
 def products(size: Size, kit: Kit) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(name, operations, call) of every form: whole blocks, halves and quarters of the rows, tiles of the columns."""
+    """Yields (name, operations, call) of every form: all rows, halves and quarters of them, tiles of the columns."""
     n, h, v = size
     x, w = random_matrix(n, h, kit.device), random_matrix(v, h, kit.device, h**-0.5)
     grad = random_matrix(n, v, kit.device, 1e-3)
@@ -136,7 +136,7 @@ def _logits_by_rows(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, parts: 
 
 
 def _logits_by_columns(x: torch.Tensor, w: torch.Tensor, tile: torch.Tensor) -> Callable[[], object]:
-    """Every tile of columns in the same memory, one after the other."""
+    """Computes every tile of columns into the same memory, one after the other."""
     width = tile.shape[1]
     return lambda: [_mm(x, part.t(), tile.view(-1)[: len(x) * len(part)].view(len(x), -1)) for part in w.split(width)]
 

@@ -39,7 +39,7 @@ LOSS_TOLERANCE = 1e-3
 
 
 class Checked(NamedTuple):
-    """What was compared, its error, and the error that is allowed."""
+    """Holds a comparison's name, its error, and the error that is allowed."""
 
     what: str
     error: float
@@ -51,7 +51,7 @@ class Checked(NamedTuple):
 
 
 def run(kit: Kit) -> None:
-    """Facts: one a failure, and a count a check."""
+    """Adds facts: one a failure, and a count a check."""
     sizes = {"rows": 22, "hidden": 16, "vocab": 301} if kit.tiny else {}
     checks = {
         "heads": functools.partial(check_heads, kit.device, **sizes),
@@ -73,7 +73,7 @@ def run(kit: Kit) -> None:
 
 
 def to_the_end(name: str, check: Callable[[], Iterator[Checked]]) -> Iterator[Checked]:
-    """What a check finds; the last entry is what it raised, if it did."""
+    """Yields what a check finds; the last entry is what it raised, if it did."""
     try:
         yield from check()
     except Exception as raised:
@@ -81,14 +81,14 @@ def to_the_end(name: str, check: Callable[[], Iterator[Checked]]) -> Iterator[Ch
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative error in the 2-norm; NaN counts as infinite."""
+    """Computes the relative error in the 2-norm; NaN counts as infinite."""
     exact = exact.double()
     found = ((got.double() - exact).norm() / exact.norm().clamp(min=1e-12)).item()
     return float("inf") if found != found else found
 
 
 def compare(what: str, run: Callable[[], Tensors], exact: Callable[[], Tensors], tolerance: float) -> Checked:
-    """The largest of the errors, and whose it is; infinite if something raised."""
+    """Returns the largest of the errors, and whose it is; infinite if something raised."""
     try:
         got, wanted = run(), exact()
         errors = {name: relative_error(got[name], value) for name, value in wanted.items()}
@@ -99,12 +99,12 @@ def compare(what: str, run: Callable[[], Tensors], exact: Callable[[], Tensors],
 
 
 def backends_for(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The backends that serve an op here."""
+    """Returns the backends that serve an op here."""
     return [backend for backend in BACKENDS if supports(op, backend, device, dtype).ok]
 
 
 def check_heads(device: torch.device, rows: int = 300, hidden: int = 128, vocab: int = 32003) -> Iterator[Checked]:
-    """Every op of the head in every mode, on every backend and in every dtype."""
+    """Checks every op of the head in every mode, on every backend and in every dtype."""
     for dtype in DTYPES:
         problem = HeadProblem.random(rows, hidden, vocab, dtype, device)
         for case in head_cases():
@@ -119,7 +119,7 @@ def check_heads(device: torch.device, rows: int = 300, hidden: int = 128, vocab:
 
 
 def check_losses(device: torch.device, longest: int = 3000) -> Iterator[Checked]:
-    """The same for the losses over vectors of tokens."""
+    """Checks the losses over vectors of tokens on every backend and in every dtype."""
     for case in loss_cases(device, longest=longest):
         for backend in backends_for(case.op, device, torch.float32):
             run = functools.partial(case.run, backend, torch.float32)
@@ -127,7 +127,7 @@ def check_losses(device: torch.device, longest: int = 3000) -> Iterator[Checked]
 
 
 def check_attention(device: torch.device, scale: int = 8) -> Iterator[Checked]:
-    """Attention of a row of trees against whole masked scores in float64, by head width, grouping and empty parts."""
+    """Checks attention of a row of trees against whole masked scores in float64, over widths and groupings."""
     rows = (
         ((5, 3, 4),),
         ((7, 2, 0, 3), (0, 4, 2), (6,)),
@@ -160,7 +160,7 @@ def _attend(
 def _masked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trees: tuple[tuple[int, ...], ...]
 ) -> torch.Tensor:
-    """Scores of all pairs of tokens, those masked that do not see each other."""
+    """Computes attention by the scores of all pairs of tokens, with those masked that do not see each other."""
     ranges = [(number, branch, length) for number, tree in enumerate(trees) for branch, length in enumerate(tree)]
     owners = torch.tensor([(n, b) for n, b, length in ranges for _ in range(length)], device=query.device)
     tree, segment = owners.unbind(1)
@@ -174,7 +174,7 @@ def _masked_attention(
 
 
 def random_model(device: torch.device, dtype: torch.dtype, hidden: int = 256) -> torch.nn.Module:
-    """A random model with grouped-query heads of 64 channels, ready to be scored."""
+    """Returns a random model with grouped-query heads of 64 channels, ready to be scored."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4, vocab_size=1000)
     heads = dict(num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128)
@@ -184,12 +184,12 @@ def random_model(device: torch.device, dtype: torch.dtype, hidden: int = 256) ->
 
 
 def some_pairs() -> list[Tree]:
-    """Pairs whose lengths are all different."""
+    """Returns pairs whose lengths are all different."""
     return [Tree([*range(5, 30 + i)], [[*range(40, 90 + 9 * i)], [*range(200, 230 + i)]]) for i in range(4)]
 
 
 def score_and_backward(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
-    """Log-probs of a batch; the gradients of a loss of them are the model's."""
+    """Returns the log-probs of a batch; the gradients of a loss of them are the model's."""
     model.zero_grad()
     logprobs = score(model, batch).tokens.logprobs
     logprobs.square().mean().backward()
@@ -197,14 +197,14 @@ def score_and_backward(model: torch.nn.Module, batch: TokenBatch) -> torch.Tenso
 
 
 def score_and_gradient(model: torch.nn.Module, layout: str, device: torch.device, trees: list[Tree]) -> Tensors:
-    """Log-probs of some pairs, and all gradients as one vector."""
+    """Returns the log-probs of some pairs, and all gradients as one vector."""
     logprobs = score_and_backward(model, pack_trees(trees, layout, 0).to(device))
     gradients = torch.cat([weight.grad.double().flatten() for weight in model.parameters()])
     return {"log-probs": logprobs.detach().double(), "gradients": gradients}
 
 
 def check_layouts(device: torch.device) -> Iterator[Checked]:
-    """A small random model in rows without padding, then its MLPs in tiles, then its activations offloaded.
+    """Checks a small random model in rows without padding, then its MLPs in tiles, then offloaded activations.
 
     In float32 a GPU has no flash kernel, so that attention there is by plain PyTorch.
     """
@@ -229,7 +229,7 @@ def check_layouts(device: torch.device) -> Iterator[Checked]:
 
 
 def check_fused_scores(device: torch.device, vocab: int = 32003, rows: int = 300) -> Iterator[Checked]:
-    """Log-probs and entropies of the fused kernel, which accumulates in float32."""
+    """Checks log-probs and entropies of the fused kernel, which accumulates in float32."""
     for dtype in (torch.bfloat16, torch.float16):
         problem = HeadProblem.random(rows, 128, vocab, dtype, device)
         tiles = fused_tiles("triton", 128, dtype, device)
@@ -247,7 +247,7 @@ def check_fused_scores(device: torch.device, vocab: int = 32003, rows: int = 300
 
 
 def check_many_logits(device: torch.device, tiny: bool) -> Iterator[Checked]:
-    """N·V > 2³¹: offsets of 32 bits would wrap. Some rows against float64, and gradients against plain PyTorch's."""
+    """Checks a head with N·V > 2³¹, where offsets of 32 bits wrap: some rows against float64, gradients too."""
     size = Size(24, 32, 700) if tiny else Size(18000, 256, 131072)
     problem = peaked_problem(size, device).for_mode("trained")
     rows = torch.linspace(0, size.rows - 1, 16, device=device).long()

@@ -1,4 +1,4 @@
-"""Facts: what a phase found, one JSON object a line, written down at once."""
+"""Writes facts, what a phase found, one JSON object a line, at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def default_path() -> Path:
-    """The file of facts: in the folder that the environment variable OUT names, else with the other results."""
+    """Returns the file of facts: in the folder that the variable OUT names, else with the other results."""
     return Path(os.environ.get("OUT") or RESULTS) / "gpu_facts.jsonl"
 
 
@@ -41,7 +41,7 @@ class Facts:
 
 
 def read_facts(path: Path) -> list[dict]:
-    """All facts of a file, in order; a line that a killed process left half-written is dropped."""
+    """Returns all facts of a file, in order; a line that a killed process left half-written is dropped."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -36,7 +36,7 @@ MODES = {
 
 @dataclass(frozen=True)
 class HeadProblem:
-    """hidden (N, H), weight (V, H), bias (V,), of one dtype; targets (N,), and how much each token counts (N,)."""
+    """Holds hidden (N, H), weight (V, H), bias (V,), of one dtype; targets (N,), and each token's weight (N,)."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -46,7 +46,7 @@ class HeadProblem:
 
     @classmethod
     def random(cls, rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device) -> HeadProblem:
-        """The target of every third row is by far the likeliest token; every seventh row does not count."""
+        """Makes a problem: the target of every third row is by far the likeliest; every seventh row does not count."""
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(vocab, hidden, generator=generator) * hidden**-0.5
         targets = torch.randint(0, vocab, (rows,), generator=generator)
@@ -58,7 +58,7 @@ class HeadProblem:
         return cls(*(t.to(device, dtype) for t in (x, weight, bias)), targets.to(device), counts.to(device))
 
     def leaves(self, mode: str, dtype: torch.dtype | None = None) -> Tensors:
-        """hidden, weight and bias, in `dtype` if given, with gradients wanted as the mode says."""
+        """Returns hidden, weight and bias, in `dtype` if given, with gradients wanted as the mode says."""
         return {
             name: getattr(self, name).detach().to(dtype or self.hidden.dtype).requires_grad_(name in MODES[mode])
             for name in ("hidden", "weight", "bias")
@@ -67,7 +67,7 @@ class HeadProblem:
 
 @dataclass(frozen=True)
 class HeadCase:
-    """An op of the head in one mode; `options` are keywords of the op, `bias` whether there is one."""
+    """Holds an op of the head in one mode; `options` are keywords of the op, `bias` whether there is one."""
 
     op: str
     mode: str
@@ -77,20 +77,20 @@ class HeadCase:
 
     @property
     def what(self) -> str:
-        """For people."""
+        """Names the case for people."""
         named = [f"{name}={value}" for name, value in self.options.items() if name != "sparse_threshold"]
         words = [*(["bias"] if self.bias else []), *named, *(name for name in self.outputs if name != "logprobs")]
         return ", ".join([self.op, self.mode, *words])
 
     def run(self, problem: HeadProblem, backend: str, workspace_bytes: int) -> Tensors:
-        """By the op."""
+        """Computes the case by the op."""
         leaves = problem.leaves(self.mode)
         with torch.set_grad_enabled(bool(MODES[self.mode])):
             found = _RUNS[self.op](self, problem, leaves, {"backend": backend, "workspace_bytes": workspace_bytes})
         return _with_gradients(found, leaves)
 
     def exact(self, problem: HeadProblem) -> Tensors:
-        """By whole logits in float64."""
+        """Computes the case by whole logits in float64."""
         leaves = problem.leaves(self.mode, torch.float64)
         scores, logits = self._exact_scores(problem, leaves)
         found = {name: getattr(scores, name) for name in self.outputs}
@@ -122,7 +122,7 @@ class HeadCase:
 
 
 def summed(case: HeadCase, scores: TokenScores, counts: torch.Tensor) -> torch.Tensor:
-    """The loss of a case: a weighted sum of log-probs, and of entropies where there are some."""
+    """Returns the loss of a case: a weighted sum of log-probs, and of entropies where there are some."""
     loss = -(counts * scores.logprobs).sum()
     return loss + 0.3 * (counts * scores.entropy).sum() if "entropy" in case.outputs else loss
 
@@ -169,7 +169,7 @@ _RUNS = {
 
 
 def _with_gradients(found: Tensors, leaves: Tensors) -> Tensors:
-    """The results without gradients, and the loss's gradients of the leaves that want and get one."""
+    """Returns the results without gradients, and the loss's gradients of the leaves that want and get one."""
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     gradients = ()
     if wanted:
@@ -179,7 +179,7 @@ def _with_gradients(found: Tensors, leaves: Tensors) -> Tensors:
 
 
 def head_cases() -> Iterator[HeadCase]:
-    """Every op in every mode: as it is, and with everything that it can have."""
+    """Returns every op in every mode: as it is, and with everything that it can have."""
     for mode in MODES:
         for op in ("linear_logprob", "linear_token_loss"):
             yield HeadCase(op, mode)
@@ -203,19 +203,19 @@ def head_cases() -> Iterator[HeadCase]:
 
 @dataclass(frozen=True)
 class LossCase:
-    """A loss of log-probs; `run` takes a backend and the dtype of its vectors."""
+    """Holds a loss of log-probs; `run` takes a backend and the dtype of its vectors."""
 
     op: str
     what: str
     run: Callable[[str, torch.dtype], Tensors]
 
     def exact(self) -> Tensors:
-        """By autograd in float64."""
+        """Computes the case by autograd in float64."""
         return self.run("torch", torch.float64)
 
 
 def loss_cases(device: torch.device, sequences: int = 16, longest: int = 3000) -> Iterator[LossCase]:
-    """Every formula of pair_loss, and every term of policy_loss on and off policy, with and without a reference."""
+    """Yields every formula of pair_loss, and every term of policy_loss on and off policy, with a reference or none."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, longest, (sequences,), generator=generator)
     lengths[1], branch = 0, torch.arange(sequences)

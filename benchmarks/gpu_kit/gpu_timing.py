@@ -18,7 +18,7 @@ _LONG_ROUNDS = 3
 
 @dataclass
 class Timed:
-    """A call by name, with the milliseconds of its runs, and the bytes that were alive beyond what was before it."""
+    """Holds a call's name, the milliseconds of its runs, and the bytes alive beyond those before it."""
 
     name: str
     run: Callable[[], object]
@@ -28,7 +28,7 @@ class Timed:
 
     @property
     def median(self) -> float:
-        """Milliseconds; infinite if it was not run."""
+        """Returns the median milliseconds; infinite if it was not run."""
         return statistics.median(self.ms) if self.ms else float("inf")
 
 
@@ -42,7 +42,7 @@ class Clock:
         self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def once(self, run: Callable[[], object]) -> float:
-        """Milliseconds of one call, the cache empty before it."""
+        """Measures the milliseconds of one call, the cache empty before it."""
         self._flush.zero_()
         if self.device.type != "cuda":
             start = time.perf_counter()
@@ -56,7 +56,7 @@ class Clock:
         return start.elapsed_time(end)
 
     def peak(self, run: Callable[[], object]) -> int:
-        """Bytes that were alive at the peak of a call beyond those before it; 0 on a CPU, where nobody counts them."""
+        """Measures the bytes alive at a call's peak beyond those before it; 0 on a CPU, where they are not counted."""
         if self.device.type != "cuda":
             run()
             return 0
@@ -94,7 +94,7 @@ class Clock:
                     self.release()
 
     def median(self, run: Callable[[], object], rounds: int = ROUNDS) -> float:
-        """Median milliseconds of a call."""
+        """Measures the median milliseconds of a call."""
         contender = Timed("", run)
         self.race([contender], rounds)
         if contender.failure is not None:

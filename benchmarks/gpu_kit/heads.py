@@ -39,7 +39,7 @@ def run(kit: Kit) -> None:
 
 
 def race_mode(kit: Kit, size: Size, problem: Problem, mode: str) -> None:
-    """One line of facts a contender."""
+    """Yields one line of facts a contender."""
     contenders = [Timed(name, call) for name, call in all_contenders(problem, mode)]
     kit.clock.race(contenders)
     for contender in contenders:
@@ -54,7 +54,7 @@ def race_mode(kit: Kit, size: Size, problem: Problem, mode: str) -> None:
 
 
 def peaked_problem(size: Size, device: torch.device) -> Problem:
-    """hidden (N, H) and weight (V, H) bfloat16, targets (N,); the target's logit stands out by 0 to 20."""
+    """Returns hidden (N, H), weight (V, H) bfloat16, targets (N,); the target's logit stands out by 0 to 20."""
     torch.manual_seed(0)
     n, h, v = size
     weight, hidden = random_matrix(v, h, device, h**-0.5), random_matrix(n, h, device)
@@ -65,7 +65,7 @@ def peaked_problem(size: Size, device: torch.device) -> Problem:
 
 
 def all_contenders(problem: Problem, mode: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Ours by backend, the peers that can do the same, and the bare products."""
+    """Returns ours by backend, the peers that can do the same, and the bare products."""
     wanted = problem.for_mode("trained" if mode in ("token", "logprob") else mode)
     for backend in BACKENDS[:2] if problem.hidden.is_cuda else ("torch",):
         if supports("linear_logprob", backend, problem.hidden.device, problem.hidden.dtype).ok:
@@ -116,7 +116,7 @@ def _peers(problem: Problem, mode: str) -> Iterator[tuple[str, Callable[[], obje
 
 
 def bare_products(problem: Problem, mode: str) -> Callable[[], object]:
-    """The mode's products, each one call over all rows and columns, results in bfloat16: the floor."""
+    """Returns the mode's products, each one call over all rows and columns, results in bfloat16: the floor."""
     x, w = problem.hidden.detach(), problem.weight.detach()
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""Steps on long rows: do they fit, and is their peak what the planner says.
+"""Checks that steps on long rows fit, and that their peak is what the planner says.
 
 The planner's estimates are made while earlier phases have the GPU.
 """
@@ -34,7 +34,7 @@ _LEAST_SECONDS = 15
 
 
 class Case(NamedTuple):
-    """A DPO run on pairs of `length` tokens, half of them prompt; settings: of the trainer and the planner alike."""
+    """Describes a DPO run on pairs of `length` tokens, half of them prompt; settings: of trainer and planner."""
 
     name: str
     config: PretrainedConfig
@@ -55,7 +55,7 @@ def cases(tiny: bool) -> list[Case]:
 
 @functools.cache
 def predicted_bytes(name: str, tiny: bool, device: str) -> int:
-    """The planner's peak of a case."""
+    """Returns the planner's peak of a case."""
     case = next(case for case in cases(tiny) if case.name == name)
     setup = TrainingSetup(
         case.config, device="gpu" if device == "cuda" else "cpu", bf16=device == "cuda", **case.settings
@@ -81,7 +81,7 @@ def run(kit: Kit) -> None:
 
 
 def measured(case: Case, kit: Kit) -> dict[str, object]:
-    """Peak bytes and milliseconds of the second of two steps."""
+    """Measures peak bytes and milliseconds of the second of two steps."""
     half = case.length // 2
     arguments = parse_arguments(["--method", "dpo", "--library", "trl_fast"])
     settings = {**case.settings, "max_steps": 2, "max_length": case.length}

@@ -19,7 +19,7 @@ SIZES = {"small": Size(70, 64, 2500), "large": Size(4096, 1024, 131072)}
 
 
 def head(size: Size, device: torch.device) -> None:
-    """Every op of the head in every mode on every backend that serves."""
+    """Runs every op of the head in every mode on every backend that serves."""
     problem = HeadProblem.random(*size, torch.bfloat16, device)
     for case in head_cases():
         for backend in backends_for(case.op, device, torch.bfloat16):
@@ -27,14 +27,14 @@ def head(size: Size, device: torch.device) -> None:
 
 
 def losses(_: Size, device: torch.device) -> None:
-    """Every loss over vectors of tokens."""
+    """Runs every loss over vectors of tokens."""
     for case in loss_cases(device, longest=40):
         for backend in backends_for(case.op, device, torch.float32):
             case.run(backend, torch.float32)
 
 
 def attention(_: Size, device: torch.device) -> None:
-    """Forward and backward of a row of trees."""
+    """Runs forward and backward of a row of trees."""
     shapes = ((4, 60, 64), (2, 60, 64), (2, 60, 64))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     query, key, value = (torch.randn(1, *shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
@@ -42,7 +42,7 @@ def attention(_: Size, device: torch.device) -> None:
 
 
 def kernels(size: Size, device: torch.device) -> None:
-    """Each row kernel and the fused one, once."""
+    """Runs each row kernel and the fused one, once."""
     for backend in backends_for("linear_logprob", device, torch.bfloat16):
         for _, _, call in row_kernels(size, backend, device):
             call()

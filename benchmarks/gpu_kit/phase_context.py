@@ -14,7 +14,7 @@ from .gpu_timing import Clock
 
 @dataclass
 class Kit:
-    """facts: where findings go; tiny: shapes of a rehearsal; deadline: of the phase, by time.monotonic()."""
+    """Holds what a phase gets: where facts go, whether shapes are tiny, its deadline by time.monotonic()."""
 
     device: torch.device
     facts: Facts
@@ -27,11 +27,11 @@ class Kit:
 
     @property
     def seconds_left(self) -> float:
-        """Until the phase should have ended."""
+        """Returns the seconds until the phase should have ended."""
         return self.deadline - time.monotonic()
 
     def late(self, what: str, seconds: float = 0.0) -> bool:
-        """Whether fewer than `seconds` are left; if so, the facts say that `what` was left out."""
+        """Says whether fewer than `seconds` are left; if so, the facts say that `what` was left out."""
         if self.seconds_left > seconds:
             return False
         self.facts.skip(what, "no time left")

@@ -16,7 +16,7 @@ from .facts import Facts
 def work(
     name: str, module: str, words: tuple[str, ...], path: Path, device: str, tiny: bool, turn: Connection
 ) -> None:
-    """The phase `name` of a module, whose `run` is given a Kit and the words; its output goes to a log by the facts.
+    """Runs a module's phase `name`: its `run` gets a Kit and the words; output goes to a log beside the facts.
 
     Exits with 1 if the phase raised, which is among the facts then.
     """

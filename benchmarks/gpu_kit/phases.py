@@ -1,4 +1,4 @@
-"""The phases of a call, in order, with the seconds that each may take."""
+"""Lists the phases of a call, in order, with the seconds that each may take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Phase(NamedTuple):
-    """A phase: `module` has its function `run`; seconds: at most; least: with less it is not started."""
+    """Describes a phase: `module` has its function `run`; seconds: at most; least: with less it is not started."""
 
     name: str
     module: str
@@ -16,7 +16,7 @@ class Phase(NamedTuple):
 
 
 def step(method: str, library: str, seconds: float, *words: str) -> Phase:
-    """A trainer's steps, in a process of their own."""
+    """Returns the phase of a trainer's steps, in a process of their own."""
     name = " ".join(["step", method, library, *(word.removeprefix("--") for word in words)])
     return Phase(name, "steps", seconds, 12, ("--method", method, "--library", library, *words))
 

@@ -32,7 +32,7 @@ def run(kit: Kit) -> None:
 
 
 def profile_call(kit: Kit, what: str, call: Callable[[], object]) -> None:
-    """Facts: the longest kernels with calls and milliseconds, launches, and the places where the host waited."""
+    """Adds facts: the longest kernels with calls and milliseconds, launches, and where the host waited."""
     call()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if kit.is_gpu else [])]
     with profile(activities=activities) as profiler:

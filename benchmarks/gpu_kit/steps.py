@@ -39,7 +39,7 @@ _LETTERS = "QXZJKV"
 
 
 class Shape(argparse.Namespace):
-    """batch: rows (completions for GRPO); prompt and completion: tokens of each."""
+    """Holds a step's sizes. batch: rows (completions for GRPO); prompt and completion: tokens of each."""
 
     batch: int
     prompt: int
@@ -55,7 +55,7 @@ TINY = {"dpo": (2, 12, 6), "sft": (2, 0, 16), "grpo": (8, 8, 8)}
 
 
 def run(kit: Kit, words: list[str]) -> None:
-    """Facts: milliseconds a step, tokens per second, peak memory, the share of it that the GPU was busy, losses."""
+    """Adds facts: milliseconds a step, tokens per second, peak memory, the GPU's busy share, losses."""
     arguments = parse_arguments(words)
     if kit.tiny:
         batch, prompt, completion = TINY[arguments.method]
@@ -109,7 +109,7 @@ def make_trainer(
     lora_r: int | None = None,
     **more: object,
 ) -> tuple[Trainer, StepClock]:
-    """A trainer on rows of `shape`, and its clock.
+    """Returns a trainer on rows of `shape`, and its clock.
 
     config: of a model with random weights, by default Qwen2.5-0.5B's; lora_r: trains adapters of that rank; more:
     settings of the trainer.
@@ -171,12 +171,12 @@ TINY_QWEN = {
 
 
 def letters(rng: random.Random, count: int) -> str:
-    """A text of so many tokens."""
+    """Returns a text of so many tokens."""
     return "".join(rng.choices(_LETTERS, k=count))
 
 
 def rows(method: str, shape: Shape, count: int) -> Dataset:
-    """Rows of the lengths of `shape`; of GRPO one a group."""
+    """Returns rows of the lengths of `shape`; of GRPO one a group."""
     rng = random.Random(0)
     if method == "sft":
         return Dataset.from_list([{"text": letters(rng, shape.completion)} for _ in range(count)])
@@ -187,7 +187,7 @@ def rows(method: str, shape: Shape, count: int) -> Dataset:
 
 
 def completions(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> Callable[..., dict[str, list]]:
-    """A `rollout_func` that draws completions from the letters instead of generating them."""
+    """Returns a `rollout_func` that draws completions from the letters instead of generating them."""
     rng = random.Random(1)
 
     def rollout(prompts: list[str], trainer: Trainer) -> dict[str, list]:
@@ -202,12 +202,12 @@ def completions(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> Callable[..
 
 
 def chance(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Rewards that differ within every group."""
+    """Returns rewards that differ within every group."""
     return [random.Random(str(ids)).random() for ids in completion_ids]
 
 
 def host_profile(trainer: Trainer, most: int = 60) -> list[list]:
-    """One more run of two steps under Python's profiler: functions, calls and milliseconds a step, own and in all."""
+    """Runs two more steps under Python's profiler: functions, calls and milliseconds a step, own and in all."""
     trainer.args.max_steps = 2
     profiler = cProfile.Profile()
     profiler.runcall(trainer.train)
@@ -221,7 +221,7 @@ def host_profile(trainer: Trainer, most: int = 60) -> list[list]:
 
 
 def busy_share(trainer: Trainer, ms: float) -> dict[str, object]:
-    """One more run of two steps under the profiler: kernel time a step over `ms`, and the longest kernels."""
+    """Profiles one more run of two steps: kernel time a step over `ms`, and the longest kernels."""
     trainer.args.max_steps = 2
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         trainer.train()

@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 
 def print_summary(console: Console, facts: list[dict]) -> None:
-    """What is wrong first, then the head's race, the ceilings, and the steps."""
+    """Prints failures first, then the head's race, the ceilings, and the steps."""
     with console.capture() as captured:
         for part in (_machine, _wrong, _races, _steps, _long_rows, _tuning, _ceilings, _skipped):
             part(console, facts)
@@ -43,7 +43,7 @@ def _wrong(console: Console, facts: list[dict]) -> None:
 
 
 def _races(console: Console, facts: list[dict]) -> None:
-    """A line a contender, a column a size: milliseconds, over the floor, and how much slower TRL is."""
+    """Returns a table: a line a contender, a column a size: milliseconds, over the floor, over ours."""
     times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for fact in facts:
         if fact["phase"] == "heads" and "ms" in fact:
@@ -99,7 +99,7 @@ def _long_rows(console: Console, facts: list[dict]) -> None:
 
 
 def _tuning(console: Console, facts: list[dict]) -> None:
-    """The three fastest configurations of the fused kernel at each size, and the row kernels."""
+    """Returns the three fastest configurations of the fused kernel at each size, and the row kernels."""
     found = [fact for fact in facts if fact["phase"] == "tuning" and "ms" in fact]
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for fact in found:

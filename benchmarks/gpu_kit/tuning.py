@@ -26,7 +26,7 @@ _COMPILING = 6
 
 
 def variants(device: torch.device) -> list:
-    """Configurations around the one that is used; none where the fused kernel does not serve."""
+    """Returns configurations around the one that is used; none where the fused kernel does not serve."""
     now = fused_tiles("triton", SIZES[0].hidden, torch.bfloat16, device)
     if now is None:
         return []
@@ -93,7 +93,7 @@ def fused_call(size: Size, tiles: object, keep: bool, device: torch.device) -> C
 
 
 def row_kernels(size: Size, backend: str, device: torch.device) -> list[tuple[str, int, Callable[[], object]]]:
-    """(name, bytes, call) of each row kernel on a tile of all columns."""
+    """Yields (name, bytes, call) of each row kernel on a tile of all columns."""
     n, v = size.rows, size.vocab
     kernels = ROW_KERNELS["triton" if backend == "triton" else backend]
     logits = torch.empty(n, v, device=device).normal_(0, 3)

@@ -38,7 +38,7 @@ def _call(kit: Kit, name: str, size: str) -> list[str]:
 
 
 def counters(kit: Kit) -> None:
-    """One fact a kernel: what share of the memory's and the processors' peak it reaches."""
+    """Adds one fact a kernel: what share of the memory's and the processors' peak it reaches."""
     what = "hardware counters"
     program = shutil.which("ncu")
     if program is None or not kit.is_gpu:
@@ -61,7 +61,7 @@ def counters(kit: Kit) -> None:
 
 
 def check(kit: Kit, tool: str, name: str) -> None:
-    """A fact: whether the tool found anything wrong in a small call; its first words if so."""
+    """Adds a fact: whether the tool found anything wrong in a small call; its first words if so."""
     what = f"{tool} of {name}"
     program = shutil.which("compute-sanitizer")
     if program is None or not kit.is_gpu:
@@ -80,7 +80,7 @@ def check(kit: Kit, tool: str, name: str) -> None:
 
 
 def _ended(command: list[str], kit: Kit) -> str | None:
-    """All that a command printed, None if it did not end in time."""
+    """Returns all that a command printed, None if it did not end in time."""
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, kit.seconds_left))
     except subprocess.TimeoutExpired:

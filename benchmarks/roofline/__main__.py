@@ -1,4 +1,4 @@
-"""Counted work of the head and of whole optimizer steps, ours and TRL 1.16's, against a roofline.
+"""Counts the work of the head and of whole optimizer steps, ours and TRL 1.16's, against a roofline.
 
     python -m benchmarks.roofline [head] [steps] [--gpu h100|h200] [--operators] [--waits] [--json FILE]
         head:  [--sizes 8192/4096/151936 ...] [--modes "trained token" ...] [--workspace BYTES]

@@ -1,4 +1,4 @@
-"""Where tensors are when torch is told of a GPU that is not there."""
+"""Tells where tensors are when torch is told of a GPU that is not there."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BACKWARD = (torch.Tensor.backward, torch.autograd.backward)
 
 
 def is_on_gpu(tensor: Any) -> bool:
-    """Whether this is a fake tensor on the GPU."""
+    """Says whether this is a fake tensor on the GPU."""
     return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
 
 
 def listed(tensor: FakeTensor) -> list | int | float:
-    """`tolist`: one copy to the host of a tensor whose values are known.
+    """Serves as `tolist`: one copy to the host of a tensor whose values are known.
 
     Raises:
         ValueError: they are not.
@@ -77,7 +77,7 @@ def _sdpa_on_cuda(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The kernel that torch takes on a GPU for 16-bit numbers: flash attention, or with a mask the efficient one."""
+    """Returns torch's kernel on a GPU for 16-bit numbers: flash attention, or with a mask the efficient one."""
     if attn_mask is None:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if enable_gqa:
@@ -88,7 +88,7 @@ def _sdpa_on_cuda(
 
 
 def _indexed(device: str | int | torch.device) -> torch.device:
-    """A device as fake tensors have it: the GPU with its index."""
+    """Returns a device as fake tensors have it: the GPU with its index."""
     return CPU if str(device) == "cpu" else torch.device(device) if str(device) == "meta" else CUDA
 
 
@@ -97,11 +97,11 @@ def _device_of(tensor: torch.Tensor) -> torch.device:
 
 
 def _dtype(args: tuple, kwargs: dict) -> torch.dtype | None:
-    """The dtype that a call of `.to` asks for."""
+    """Returns the dtype that a call of `.to` asks for."""
     return next((value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)), None)
 
 
 def _without_device(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a `.to` to where the tensor is."""
+    """Returns the arguments of a `.to` to where the tensor is."""
     rest = tuple(value for value in args if not isinstance(value, torch.device))
     return rest, {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}

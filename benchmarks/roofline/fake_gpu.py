@@ -1,4 +1,4 @@
-"""A GPU that is not there: code that runs on fake tensors takes the ways that it takes on a CUDA device.
+"""Simulates a GPU: code on fake tensors takes the ways that it takes on a CUDA device.
 
 Fake tensors (torch's FakeTensorMode) on a CUDA device have shapes, dtypes and no data. Python sees their device as it
 is, and so does the choice of kernels; torch's C++ code, which would look for the device's guards and streams and
@@ -32,7 +32,7 @@ _GROUP = "_group_tensors_by_device_and_dtype"
 
 @contextmanager
 def answering(gpu: Gpu, counter: Counter) -> Iterator[None]:
-    """Within, torch and the choice of backends speak of such a GPU; tensors are as they were.
+    """Lets torch and the choice of backends, within, speak of such a GPU; tensors are as they were.
 
     counter: knows how much of the GPU's memory is taken.
     """
@@ -50,7 +50,7 @@ def answering(gpu: Gpu, counter: Counter) -> Iterator[None]:
 
 @contextmanager
 def fake_gpu(gpu: Gpu, counter: Counter) -> Iterator[None]:
-    """Within, tensors are fake and torch has a CUDA device; the counter sees every operator."""
+    """Makes tensors fake and gives torch a CUDA device within; the counter sees every operator."""
     devices = Devices()
     with ExitStack() as stack:
         stack.enter_context(answering(gpu, counter))
@@ -63,7 +63,7 @@ def fake_gpu(gpu: Gpu, counter: Counter) -> Iterator[None]:
 
 
 def _grouped_by_device(usual: Callable[..., dict]) -> Callable[..., dict]:
-    """torch's function that groups lists of tensors, with the devices that Python sees."""
+    """Groups lists of tensors as torch's function does, by the devices that Python sees."""
 
     def grouped(tensors: list[list[torch.Tensor | None]], with_indices: bool = False) -> dict:
         groups = usual(tensors, with_indices)
@@ -90,7 +90,7 @@ def _facts(gpu: Gpu, counter: Counter) -> DeviceFacts:
 
 
 def _within(mode: TorchFunctionMode, run: Callable) -> Callable:
-    """`run` with the mode on: torch turns it off in what a function calls, and backward passes are Python again."""
+    """Calls `run` with the mode on: torch turns it off in what a function calls, and backward passes are Python."""
 
     @functools.wraps(run)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ def _within(mode: TorchFunctionMode, run: Callable) -> Callable:
 
 @contextmanager
 def _registered(names: tuple[str, ...]) -> Iterator[None]:
-    """Within, these operators have kernels on CUDA, which are never called: so they reach the modes in one piece."""
+    """Gives these operators kernels on CUDA within, which are never called: so they reach the modes in one piece."""
     with torch.library._scoped_library("aten", "IMPL") as library:
         for name in names:
             library.impl(name, _never_run, "CUDA")
@@ -114,7 +114,7 @@ def _never_run(*_: Any) -> None:
 
 
 def _cuda_answers(gpu: Gpu, counter: Counter) -> dict[str, Callable]:
-    """What torch.cuda says on such a GPU, whose allocator holds nothing beyond what tensors take."""
+    """Returns torch.cuda's answers on such a GPU, whose allocator holds nothing beyond what tensors take."""
     properties = SimpleNamespace(name=gpu.name, total_memory=gpu.memory_bytes, multi_processor_count=132)
     stats = lambda: {  # noqa: E731
         "allocated_bytes.all.current": counter.live_bytes,

@@ -1,4 +1,4 @@
-"""Operations of matrix products and attention, by the shapes of their operands. All else is counted in bytes."""
+"""Counts operations of matrix products and attention, by their operands' shapes. All else counts in bytes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ aten = torch.ops.aten
 
 
 class Operations(NamedTuple):
-    """Floating-point operations, whether their operands are wider than 16 bits, and a product's two factors."""
+    """Holds floating-point operations, whether their operands are wider than 16 bits, and a product's two factors."""
 
     flops: float
-    wide: bool = False
+    float32: bool = False
     factors: tuple[torch.Tensor, ...] = ()
 
 
 def flops_of(func: torch._ops.OpOverload, given: dict[str, Any]) -> Operations:
-    """The operations of an operator, given its arguments by name; none for what is no product."""
+    """Returns the operations of an operator, given its arguments by name; none for what is no product."""
     formula = _FORMULAS.get(func.overloadpacket)
     return Operations(0.0) if formula is None else formula(given)
 
 
 def _product(left: str, right: str) -> Callable[[dict[str, Any]], Operations]:
-    """(..., M, K) times (..., K, N): two operations an element of M, N and K."""
+    """Counts the operations of (..., M, K) times (..., K, N): two for each of M·N·K."""
 
     def operations(given: dict[str, Any]) -> Operations:
         factors = (given[left], given[right])
@@ -38,7 +38,7 @@ def _product(left: str, right: str) -> Callable[[dict[str, Any]], Operations]:
 
 
 def _attention(products: int) -> Callable[[dict[str, Any]], Operations]:
-    """So many products of queries with keys, or of their weights with values; causal ones of half the pairs."""
+    """Counts products of queries with keys, or of their weights with values; causal ones of half the pairs."""
 
     def operations(given: dict[str, Any]) -> Operations:
         query, causal = given["query"], given.get("is_causal", False)
@@ -49,16 +49,16 @@ def _attention(products: int) -> Callable[[dict[str, Any]], Operations]:
 
 
 def _heads_times_pairs(given: dict[str, Any]) -> float:
-    """Pairs of a query and a key, in every head: of (B, heads, T, D), or of sequences in a row (T, heads, D).
+    """Counts pairs of a query and a key in all heads: of (B, heads, T, D), or of sequences in a row (T, heads, D).
 
     Where the sequences' starts are not known, all are taken to be as long as the longest.
     """
-    query, key, starts = given["query"], given["key"], given.get("cum_seq_q")
-    if starts is None:
+    query, key, cu_seqlens = given["query"], given["key"], given.get("cum_seq_q")
+    if cu_seqlens is None:
         return float(query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2])
     lengths = [values_of(given[name]) for name in ("cum_seq_q", "cum_seq_k")]
     if any(length is None for length in lengths):
-        return float(query.shape[1] * (len(starts) - 1) * given["max_q"] * given["max_k"])
+        return float(query.shape[1] * (len(cu_seqlens) - 1) * given["max_q"] * given["max_k"])
     with unset_fake_temporarily():
         of_queries, of_keys = (length.double().diff() for length in lengths)
         return query.shape[1] * float(of_queries @ of_keys)

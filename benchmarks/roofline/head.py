@@ -1,4 +1,4 @@
-"""The head's cases: sizes, modes, whose code, and the bounds that ours is held to."""
+"""Lists the head's cases: sizes, modes, whose code, and the bounds that ours is held to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .triton_kernels import counted_kernels
 
 
 class Size(NamedTuple):
-    """Rows N, hidden size H, vocabulary V."""
+    """Holds a problem's size: rows N, hidden size H, vocabulary V."""
 
     rows: int
     hidden: int
@@ -47,7 +47,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Mode:
-    """What of the head trains, and through which op of ours. passes: over N·V·H, the least there can be."""
+    """Tells which part of the head trains, through which op of ours, and the least passes over N·V·H."""
 
     passes: int
     by_token: bool
@@ -65,7 +65,7 @@ MODES = {
 
 
 class Bound(NamedTuple):
-    """Ours is at most so many times the floor, and TRL's at least so many times ours (None: not held)."""
+    """Bounds a case: ours is at most so many times the floor, TRL's at least so many times ours (None: not held)."""
 
     over_floor: float | None
     trl_over_ours: float | None
@@ -86,7 +86,7 @@ NEVER_SLOWER = tuple(mode for mode in MODES if mode != "scoring")
 
 
 def misses(cases: Iterable[HeadCase]) -> list[str]:
-    """Where ours is beyond its bounds, in words."""
+    """Tells where ours is beyond its bounds, in words."""
     found = []
     for case in cases:
         bound = BOUNDS[case.mode] if case.size == REFERENCE else Bound(None, None)
@@ -102,7 +102,7 @@ def misses(cases: Iterable[HeadCase]) -> list[str]:
 
 @dataclass(frozen=True)
 class HeadCase:
-    """What ours and TRL's come to for a size and a mode; peak memory without the gradients that are handed back."""
+    """Holds ours and TRL's counts for a size and a mode; peak memory without the gradients handed back."""
 
     size: Size
     mode: str
@@ -117,7 +117,7 @@ class HeadCase:
 
     @property
     def passes(self) -> int:
-        """Over N·V·H, the least there can be."""
+        """Returns the passes over N·V·H, the least there can be."""
         return MODES[self.mode].passes
 
     @property
@@ -126,7 +126,7 @@ class HeadCase:
 
     @property
     def floor(self) -> float:
-        """Milliseconds of the products that cannot be saved, an estimate as all of these."""
+        """Returns milliseconds of the products that cannot be saved, an estimate as all of these."""
         return self.gpu.milliseconds(self.floor_flops, 0.0, 0.0)
 
     @property
@@ -147,7 +147,7 @@ class HeadCase:
 
 
 def parse_size(text: str) -> Size:
-    """A size from "N/H/V".
+    """Returns a size from "N/H/V".
 
     Raises:
         ValueError: it is none.

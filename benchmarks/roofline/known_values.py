@@ -1,4 +1,4 @@
-"""Values of whole numbers and masks that come from the batch: on them depends how much there is to compute.
+"""Follows the values of whole numbers and masks of the batch, on which the amount of work depends.
 
 Fake tensors have no data, but which tokens a loss counts, how long sequences are and where they begin is in integer
 and bool tensors that the collator made. Whatever is computed from such tensors alone is computed for real beside the
@@ -23,7 +23,7 @@ _UNKNOWN = ("empty", "new_empty", "_local_scalar_dense")
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The values of a tensor as a tensor on the CPU; None where they are not known."""
+    """Returns the values of a tensor as a tensor on the CPU; None where they are not known."""
     return getattr(tensor, _ATTRIBUTE, None) if isinstance(tensor, FakeTensor) else tensor
 
 
@@ -33,7 +33,7 @@ def know(tensor: FakeTensor, values: torch.Tensor) -> None:
 
 
 def known_result(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
-    """What an operator gives for arguments whose values are all known, on the CPU; None if some are not."""
+    """Returns an operator's result for arguments whose values are all known, on the CPU; None if some are not."""
     leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if any(values_of(tensor) is None or tensor.numel() > _LARGEST for tensor in tensors):
@@ -65,7 +65,7 @@ def _is_out_of_scope(tensor: FakeTensor) -> bool:
 
 
 def without_masks(func: torch._ops.OpOverload, args: tuple) -> tuple:
-    """The arguments of an indexing operator with known masks as the indices that they stand for."""
+    """Returns the arguments of an indexing operator with known masks as the indices that they stand for."""
     if func not in (aten.index.Tensor, aten.index_put_.default):
         return args
     indices = []
@@ -87,7 +87,7 @@ def _places(mask: torch.Tensor) -> list[torch.Tensor]:
 
 
 def as_fake(like: torch.Tensor, result: Any) -> Any:
-    """A known result as fake tensors beside `like`; numbers stay as they are."""
+    """Returns a known result as fake tensors beside `like`; numbers stay as they are."""
 
     def fake(values: torch.Tensor) -> torch.Tensor:
         made = like.new_empty(values.shape, dtype=values.dtype)

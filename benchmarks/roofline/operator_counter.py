@@ -28,6 +28,7 @@ from trl_fast.planning.memory_tracker import CUDA_GRANULARITY
 from .fake_devices import is_on_gpu
 from .flops import flops_of
 from .gpu_rates import Gpu
+from .host_wait_rule import has_mask, makes_host_wait
 
 aten = torch.ops.aten
 # Where a wait is looked for in the source: the innermost frame outside of torch and of this package.
@@ -44,13 +45,11 @@ _SCATTERING = {"index_copy_", "index_put_", "scatter_"}
 _ADDING = {"index_add_", "scatter_add_"}
 # AdamW's schema has gradients as changed, for a scaler that is not there.
 _ONLY_READ = {("_fused_adamw_", "grads")}
-# The host reads a number or needs a size.
-_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
 
 
 @dataclass
 class Tally:
-    """What one kind of operator came to."""
+    """Holds what one kind of operator came to."""
 
     calls: int = 0
     flops: float = 0.0
@@ -64,11 +63,11 @@ class Tally:
 
 @dataclass
 class Counts:
-    """What a piece of code came to, by operator; waits: where the host waits for the GPU, by place in the source."""
+    """Holds a piece of code's work, by operator; waits: where the host waits for the GPU, by place in the source."""
 
     by_operator: dict[str, Tally] = field(default_factory=lambda: collections.defaultdict(Tally))
     narrow_flops: float = 0.0
-    wide_flops: float = 0.0
+    float32_flops: float = 0.0
     waits: collections.Counter[str] = field(default_factory=collections.Counter)
     peak_bytes: int = 0
     # What products read of factors that were there before: part of their rate, and of `read` no more.
@@ -76,7 +75,7 @@ class Counts:
 
     @property
     def flops(self) -> float:
-        return self.narrow_flops + self.wide_flops
+        return self.narrow_flops + self.float32_flops
 
     @property
     def read(self) -> int:
@@ -94,21 +93,21 @@ class Counts:
     def launches(self) -> int:
         return sum(tally.calls for tally in self.by_operator.values())
 
-    def add(self, operator: str, read: int, written: int, flops: float = 0.0, wide: bool = False) -> None:
-        """One more launch of an operator."""
+    def add(self, operator: str, read: int, written: int, flops: float = 0.0, float32: bool = False) -> None:
+        """Adds one more launch of an operator."""
         tally = self.by_operator[operator]
         tally.calls += 1
         tally.flops += flops
         tally.read += read
         tally.written += written
-        if wide:
-            self.wide_flops += flops
+        if float32:
+            self.float32_flops += flops
         else:
             self.narrow_flops += flops
 
     def milliseconds(self, gpu: Gpu) -> float:
-        """An estimate: products at the GPU's rate, then bytes at its rate; launches and waits cost nothing here."""
-        return gpu.milliseconds(self.narrow_flops, self.wide_flops, self.moved)
+        """Estimates milliseconds: products at the GPU's rate, then bytes at its rate; launches cost nothing here."""
+        return gpu.milliseconds(self.narrow_flops, self.float32_flops, self.moved)
 
 
 class Counter:
@@ -128,13 +127,13 @@ class Counter:
         self._start = self._made
 
     def observe(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict, out: Any) -> None:
-        """One operator, its arguments and its result."""
+        """Counts one operator, its arguments and its result."""
         results = [leaf for leaf in tree_leaves(out) if is_on_gpu(leaf)]
         for tensor in results:
             self._see(tensor)
         given = _by_name(func, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if _makes_host_wait(func, given, tensors, results):
+        if makes_host_wait(func, args, kwargs, out):
             self.counts.waits[_place()] += 1
         on_gpu = [tensor for tensor in tensors if is_on_gpu(tensor)]
         if not (on_gpu or results) or _name(func) in _FREE:
@@ -144,14 +143,14 @@ class Counter:
             operations = flops_of(func, given)
             brought = extent([factor for factor in operations.factors if self._was_given(factor)])
             self.counts.factors += brought
-            self.counts.add(func.name(), read - brought, written, operations.flops, operations.wide)
+            self.counts.add(func.name(), read - brought, written, operations.flops, operations.float32)
 
     def _was_given(self, tensor: FakeTensor) -> bool:
-        """Whether the code that is counted found this tensor, rather than made it."""
+        """Says whether the code that is counted found this tensor, rather than made it."""
         return self._live.get(tensor.untyped_storage()._cdata, (0, 0))[1] < self._start
 
     def launch(self, name: str, read: int, written: int) -> None:
-        """A kernel that is no operator."""
+        """Counts a kernel that is no operator."""
         self.counts.add(name, read, written)
 
     def _see(self, tensor: FakeTensor) -> None:
@@ -168,12 +167,12 @@ class Counter:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of all tensors that are alive on the GPU."""
+        """Counts the bytes of all tensors that are alive on the GPU."""
         return self._live_bytes
 
     @property
     def highest_bytes(self) -> int:
-        """The most that they ever were."""
+        """Returns the most that the live bytes ever were."""
         return self._highest_bytes
 
     def _drop(self, key: int) -> None:
@@ -183,7 +182,7 @@ class Counter:
 def touched(
     func: torch._ops.OpOverload, given: dict[str, Any], tensors: list[FakeTensor], results: list[FakeTensor]
 ) -> tuple[int, int]:
-    """Bytes that an operator reads and writes. given: its arguments by name; tensors: those among them on the GPU."""
+    """Counts the bytes that an operator reads and writes. given: arguments by name; tensors: those on the GPU."""
     name = _name(func)
     changed, overwritten = _changed(func, given)
     there = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -193,7 +192,7 @@ def touched(
     written = extent(made) + extent(changed)
     if name in _GATHERING:
         return extent([t for t in tensors if not t.is_floating_point()]) + written, written
-    if (name in _SCATTERING or name in _ADDING) and not _by_mask(given):
+    if (name in _SCATTERING or name in _ADDING) and not has_mask(given.get("indices")):
         put = [tensor for tensor in tensors if all(tensor is not other for other in changed)]
         values = extent([tensor for tensor in put if tensor.dtype == changed[0].dtype])
         return extent(put) + (values if name in _ADDING else 0), values
@@ -201,7 +200,7 @@ def touched(
 
 
 def _name(func: torch._ops.OpOverload) -> str:
-    """The operator's name without its namespace and overload."""
+    """Returns the operator's name without its namespace and overload."""
     return func._schema.name.rpartition("::")[2]
 
 
@@ -211,7 +210,7 @@ def _by_name(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> dict[str
 
 
 def _changed(func: torch._ops.OpOverload, given: dict[str, Any]) -> tuple[list[FakeTensor], set[int]]:
-    """The tensors that an operator changes in place, and which of them (by id) it only writes."""
+    """Returns the tensors that an operator changes in place, and which of them (by id) it only writes."""
     changed, overwritten = [], set()
     for argument in func._schema.arguments:
         if argument.alias_info is None or not argument.alias_info.is_write:
@@ -233,12 +232,12 @@ def _changed(func: torch._ops.OpOverload, given: dict[str, Any]) -> tuple[list[F
 
 
 def _is_result(func: torch._ops.OpOverload, argument: str) -> bool:
-    """Whether an operator only writes what it changes: our row kernels look at nothing but the rows' state."""
+    """Says whether an operator only writes what it changes: our row kernels look at nothing but the rows' state."""
     return argument == "out" or (func.namespace == "trl_fast" and argument != "state")
 
 
 def extent(tensors: list[FakeTensor]) -> int:
-    """Bytes of tensors, each once; repetitions by a stride of zero are there once."""
+    """Counts the bytes of tensors, each once; repetitions by a stride of zero are there once."""
     sizes = {}
     for tensor in tensors:
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -247,35 +246,8 @@ def extent(tensors: list[FakeTensor]) -> int:
     return sum(sizes.values())
 
 
-def _makes_host_wait(
-    func: torch._ops.OpOverload, given: dict[str, Any], tensors: list[FakeTensor], results: list[FakeTensor]
-) -> bool:
-    """Whether the host has to wait: it reads numbers, needs a size, or copies from or to memory that is not pinned."""
-    on_gpu = [is_on_gpu(tensor) for tensor in tensors]
-    name = _name(func)
-    if name in ("index", "index_put_"):
-        # A single value is put by a mask without knowing where.
-        return any(on_gpu) and _by_mask(given) and not (name == "index_put_" and given["values"].numel() == 1)
-    if name in _WAITING:
-        return any(on_gpu)
-    if name == "repeat_interleave":
-        return any(on_gpu) and given.get("output_size") is None
-    if name == "_to_copy":
-        crosses = on_gpu[0] != bool(results)
-        return crosses and not given.get("non_blocking", False)
-    if name == "copy_":
-        return len(set(on_gpu)) == 2 and not given.get("non_blocking", False) and tensors[-1].dim() > 0
-    return False
-
-
-def _by_mask(given: dict[str, Any]) -> bool:
-    """Whether an operator's indices are masks."""
-    indices = given.get("indices") or ()
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-
-
 def _place() -> str:
-    """File and line of the code that is running, outside of torch."""
+    """Returns file and line of the code that is running, outside of torch."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_PLACE):
         frame = frame.f_back
@@ -283,5 +255,5 @@ def _place() -> str:
 
 
 def _short(path: str) -> str:
-    """A path from its package on."""
+    """Returns a path from its package on."""
     return path.rpartition("site-packages/")[2].removeprefix(f"{Path.cwd()}/")

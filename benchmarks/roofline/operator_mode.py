@@ -75,6 +75,6 @@ def _run(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
 
 @functools.cache
 def _is_composite(func: torch._ops.OpOverload) -> bool:
-    """Whether an operator is made of others; inside of custom operators they come in one piece."""
+    """Says whether an operator is made of others; inside of custom operators they come in one piece."""
     whole = func._schema.name.removeprefix("aten::") in WHOLE_ON_CUDA
     return not whole and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")

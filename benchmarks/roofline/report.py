@@ -1,4 +1,4 @@
-"""What was counted, for people and for programs."""
+"""Reports what was counted, for people and for programs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HEAD_COLUMNS = (
 
 
 def roofline_of(gpu: Gpu) -> str:
-    """The roofline in one line."""
+    """Returns the roofline in one line."""
     return (
         f"{gpu.name}: {gpu.products / 1e12:.0f} TFLOP/s of 16-bit products, {gpu.memory / 1e12:.1f} TB/s. "
         "Every ms is an ESTIMATE: counted FLOPs and bytes one after the other, nothing measured on a GPU."
@@ -41,7 +41,7 @@ def roofline_of(gpu: Gpu) -> str:
 
 
 def head_tables(cases: Sequence[HeadCase]) -> list[Table]:
-    """A table a mode. Pairs of numbers are ours and TRL's."""
+    """Returns a table for each mode. Pairs of numbers are ours and TRL's."""
     tables = []
     for mode in dict.fromkeys(case.mode for case in cases):
         table = Table(title=f"Head, {mode}: ms are estimates; passes, launches, waits and peaks are ours | TRL's")
@@ -86,7 +86,7 @@ STEP_COLUMNS = (
 
 
 def step_table(cases: Sequence[StepCase]) -> Table:
-    """A row a step."""
+    """Returns a table with a row for each step."""
     table = Table(title="Optimizer steps: ms are estimates; pairs are ours | TRL's")
     for column in STEP_COLUMNS:
         table.add_column(column, justify="left" if column == "step" else "right")
@@ -106,7 +106,7 @@ def step_table(cases: Sequence[StepCase]) -> Table:
 
 
 def step_facts(case: StepCase) -> dict[str, Any]:
-    """A step for JSON; milliseconds are estimates."""
+    """Returns a step for JSON; milliseconds are estimates."""
     return {
         "what": "step",
         "method": case.step.method,
@@ -120,7 +120,7 @@ def step_facts(case: StepCase) -> dict[str, Any]:
 
 
 def operator_table(title: str, counts: Counts, rows: int = 15) -> Table:
-    """The operators that move most bytes."""
+    """Returns the operators that move most bytes."""
     table = Table(title=title)
     for column in ("operator", "launches", "TFLOP", "GB read", "GB written"):
         table.add_column(column, justify="left" if column == "operator" else "right")
@@ -131,7 +131,7 @@ def operator_table(title: str, counts: Counts, rows: int = 15) -> Table:
 
 
 def head_facts(case: HeadCase) -> dict[str, Any]:
-    """A case of the head for JSON; milliseconds are estimates."""
+    """Returns a case of the head for JSON; milliseconds are estimates."""
     return {
         "what": "head",
         "mode": case.mode,
@@ -161,7 +161,7 @@ def counts_facts(counts: Counts, gpu: Gpu) -> dict[str, Any]:
 def print_cases(
     console: Console, heads: Sequence[HeadCase], steps: Sequence[StepCase], *, operators: bool, waits: bool
 ) -> None:
-    """The tables; operators: with what each case consists of; waits: with the places where the host waits."""
+    """Prints the tables; operators: with what each case consists of; waits: with where the host waits."""
     for table in (*head_tables(heads), *([step_table(steps)] if steps else [])):
         console.print(table)
     for case in (*heads, *steps):

@@ -1,4 +1,4 @@
-"""Whole optimizer steps of the trainers, ours and TRL's, on fake models of real sizes.
+"""Counts whole optimizer steps of the trainers, ours and TRL's, on fake models of real sizes.
 
 A trainer is made on the CPU with a tiny model of the family and makes a real batch. Then the model of the real size,
 which has shapes only, is set up as the trainer set up the tiny one and takes its place, and the trainer's own
@@ -57,7 +57,7 @@ _TINY = {
 
 @dataclass(frozen=True)
 class Step:
-    """A method, a model of `planning.model_shapes`, the rank of adapters on all linear layers (None: all weights)."""
+    """Names a method, a model of `planning.model_shapes`, and the rank of adapters (None: all weights)."""
 
     method: str
     model: str
@@ -73,7 +73,7 @@ MODELS = {"qwen2.5-0.5b": None, "llama-3.2-1b": None, "llama-3.1-8b": 16}
 
 @dataclass(frozen=True)
 class StepCase:
-    """What a step of ours and of TRL's comes to; peak memory beyond weights and the optimizer's averages."""
+    """Holds the counts of a step, ours and TRL's; peak memory beyond weights and the optimizer's averages."""
 
     step: Step
     shape: Shape
@@ -92,7 +92,7 @@ class StepCase:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within, libraries keep their progress bars and warnings to themselves."""
+    """Silences libraries' progress bars and warnings within."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         disable_progress_bars()
@@ -135,7 +135,7 @@ def _lora(step: Step) -> LoraConfig | None:
 def _make_trainer(
     library: str, step: Step, shape: Shape, config: PretrainedConfig, folder: str
 ) -> tuple[Trainer, list[dict[str, Any]]]:
-    """A trainer of a tiny model, and what TRL's asks of the fused heads of its policy and of its reference."""
+    """Returns a trainer of a tiny model, and what TRL's asks of the fused heads of its policy and of its reference."""
     stem, tokenizer = step.method.upper(), build_tokenizer()
     tiny = shortened(config, 2)
     tiny.update(_TINY)
@@ -174,7 +174,7 @@ def _make_trainer(
 
 
 def _finished_rollout(library: str, trainer: Trainer, batch: Any) -> Any:
-    """The micro-batch of an update whose completions are there: TRL's on the GPU, ours as samples."""
+    """Returns the micro-batch of an update whose completions are there: TRL's on the GPU, ours as samples."""
     inputs = trainer._prepare_inputs(batch)
     if library == "trl":
         trainer._prepare_inputs = lambda given: given
@@ -213,7 +213,7 @@ def _meta(config: PretrainedConfig) -> PreTrainedModel:
 def _as_trl(
     model: PreTrainedModel, lora: LoraConfig | None, trainer: Trainer, head: dict[str, Any]
 ) -> torch.nn.Module:
-    """A model as TRL 1.16's trainers set theirs up (DPOTrainer.__init__ and its like)."""
+    """Sets a model up as TRL 1.16's trainers do theirs (DPOTrainer.__init__ and its like)."""
     add_fused_lm_head(model, **head)
     if lora is not None:
         model = get_peft_model(model, lora)
@@ -225,7 +225,7 @@ def _as_trl(
 
 @contextmanager
 def _on_gpu(trainer: Trainer) -> Iterator[None]:
-    """Within, accelerate and the trainer's arguments take the GPU for their device."""
+    """Lets accelerate and the trainer's arguments, within, take the GPU for their device."""
     states = [state._shared_state for state in (PartialState, AcceleratorState)]
     before = [state.get("device") for state in states]
     with ExitStack() as stack:
@@ -244,7 +244,7 @@ def _on_gpu(trainer: Trainer) -> Iterator[None]:
 
 
 def _run(trainer: Trainer, batch: Any, counter: Counter, *, is_on_gpu_already: bool) -> None:
-    """The second step, when the optimizer has its averages and it is known how much memory a step takes."""
+    """Runs two steps and counts the second, when the optimizer has its averages and memory is known."""
     for model in filter(None, (trainer.ref_model, trainer.model)):
         give_fake_memory(model, CUDA)
     if trainer.ref_model is not None:

@@ -1,4 +1,4 @@
-"""Triton kernels as counted launches: fake tensors have no memory to launch them on.
+"""Counts launches of Triton kernels: fake tensors have no memory to launch them on.
 
 `KERNELS` says what each kernel touches, by the names of its arguments, as its source loads and stores them. The rest
 of TRL's head runs as it is: its loops, its products, its sums. Of ours, the kernel that merges attention is counted.
@@ -26,7 +26,7 @@ from .operator_counter import Counter, extent
 
 @dataclass(frozen=True)
 class Touched:
-    """Tensors that a kernel reads and writes, by its arguments' names; `flagged`: written if the flag is on."""
+    """Names the tensors that a kernel reads and writes; `flagged`: written if the flag is on."""
 
     module: ModuleType
     kernel: str
@@ -78,7 +78,7 @@ KERNELS = (
 
 @contextmanager
 def counted_kernels(counter: Counter) -> Iterator[None]:
-    """Within, these kernels count what they touch and do nothing else; ours are there where they are the only ones."""
+    """Lets these kernels, within, count what they touch and do nothing else."""
     facts = device_facts(CUDA)
     with ExitStack() as stack:
         stack.enter_context(simulated_device(replace(facts, serves=_with_triton_ops(facts.serves)), on="cuda"))
@@ -95,7 +95,7 @@ def _with_triton_ops(serves: Callable[[str, str], bool]) -> Callable[[str, str],
 
 
 class _Launches:
-    """In the place of a Triton kernel."""
+    """Stands in the place of a Triton kernel."""
 
     def __init__(self, kernel: Any, touched: Touched, counter: Counter) -> None:
         self._signature = inspect.signature(kernel.fn)

@@ -23,7 +23,7 @@ def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device=CUDA)
 
 
-def wide(*shape):
+def fp32(*shape):
     return empty(*shape, dtype=torch.float32)
 
 
@@ -40,7 +40,7 @@ def counted(run, *given):
 
 
 def row_grad(logits, out):
-    targets, lse, coefficients = empty(R, dtype=torch.int64), wide(R), wide(4, R)
+    targets, lse, coefficients = empty(R, dtype=torch.int64), fp32(R), fp32(4, R)
     torch.ops.trl_fast.row_grad(logits, targets, None, 1.0, 0.0, 1.0, lse, coefficients, 0, out)
 
 
@@ -49,15 +49,15 @@ def row_scores(logits, state):
 
 
 def row_scores_packed(logits, state):
-    words, tops = empty(R, V, dtype=torch.int16), wide(R, 1)
+    words, tops = empty(R, V, dtype=torch.int16), fp32(R, 1)
     given = (logits, empty(R, dtype=torch.int64), None, 1.0, 1.0, 0, 0, state, words, tops)
     torch.ops.trl_fast.row_scores_packed(*given)
 
 
 def row_grad_packed_over_its_words():
     words = empty(R, V, dtype=torch.int16)
-    targets, lse, coefficients = empty(R, dtype=torch.int64), wide(R), wide(4, R)
-    given = (words, None, targets, 1.0, 1.0, lse, coefficients, 0, words.view(torch.bfloat16), wide(R, 1))
+    targets, lse, coefficients = empty(R, dtype=torch.int64), fp32(R), fp32(4, R)
+    given = (words, None, targets, 1.0, 1.0, lse, coefficients, 0, words.view(torch.bfloat16), fp32(R, 1))
     torch.ops.trl_fast.row_grad_packed(*given)
 
 
@@ -71,12 +71,12 @@ CASES = {
         (PRODUCT, 2 * (R * H + H * V), 4 * LOGITS, 1),
     ),
     "mm into a corner": (
-        lambda: torch.mm(empty(R, H), empty(H, V), out_dtype=torch.float32, out=wide(2 * R, 2 * V)[:R, :V]),
+        lambda: torch.mm(empty(R, H), empty(H, V), out_dtype=torch.float32, out=fp32(2 * R, 2 * V)[:R, :V]),
         (PRODUCT, 2 * (R * H + H * V), 4 * LOGITS, 1),
     ),
     "addmm reads and writes its total": (
         lambda: (lambda total: torch.addmm(total, empty(R, H), empty(H, V), out_dtype=torch.float32, out=total))(
-            wide(R, V)
+            fp32(R, V)
         ),
         (PRODUCT, 2 * (R * H + H * V) + 4 * LOGITS, 4 * LOGITS, 1),
     ),
@@ -89,7 +89,7 @@ CASES = {
         (PRODUCT, 2 * (R * H + H * V), 2 * LOGITS, 1),
     ),
     "total.add_(mm)": (
-        lambda: wide(R, V).add_(torch.mm(empty(R, H), empty(H, V), out_dtype=torch.float32)),
+        lambda: fp32(R, V).add_(torch.mm(empty(R, H), empty(H, V), out_dtype=torch.float32)),
         (PRODUCT, 2 * (R * H + H * V) + 8 * LOGITS, 8 * LOGITS, 2),
     ),
     "bmm": (lambda: empty(3, R, H) @ empty(3, H, V), (3 * PRODUCT, 6 * (R * H + H * V), 6 * LOGITS, 1)),
@@ -97,46 +97,49 @@ CASES = {
         lambda: torch.nn.functional.linear(empty(R, H), empty(V, H), empty(V)),
         (PRODUCT, 2 * (R * H + H * V + V), 2 * LOGITS, 1),
     ),
-    "copy_ from another dtype": (lambda: empty(R, V).copy_(wide(R, V)), (0, 4 * LOGITS, 2 * LOGITS, 1)),
-    "cast": (lambda: wide(R, V).to(torch.bfloat16), (0, 4 * LOGITS, 2 * LOGITS, 1)),
-    "cast to its own dtype": (lambda: wide(R, V).to(torch.float32), (0, 0, 0, 0)),
-    "to where it is": (lambda: wide(R, V).to("cuda"), (0, 0, 0, 0)),
-    "add in place": (lambda: wide(R, V).add_(wide(R, V)), (0, 8 * LOGITS, 4 * LOGITS, 1)),
-    "add a broadcast row": (lambda: wide(R, V).add_(wide(1, V).expand(R, V)), (0, 4 * (LOGITS + V), 4 * LOGITS, 1)),
-    "a square": (lambda: (lambda x: x * x)(wide(R, V)), (0, 4 * LOGITS, 4 * LOGITS, 1)),
+    "copy_ from another dtype": (lambda: empty(R, V).copy_(fp32(R, V)), (0, 4 * LOGITS, 2 * LOGITS, 1)),
+    "cast": (lambda: fp32(R, V).to(torch.bfloat16), (0, 4 * LOGITS, 2 * LOGITS, 1)),
+    "cast to its own dtype": (lambda: fp32(R, V).to(torch.float32), (0, 0, 0, 0)),
+    "to where it is": (lambda: fp32(R, V).to("cuda"), (0, 0, 0, 0)),
+    "add in place": (lambda: fp32(R, V).add_(fp32(R, V)), (0, 8 * LOGITS, 4 * LOGITS, 1)),
+    "add a broadcast row": (
+        lambda: fp32(R, V).add_(fp32(1, V).expand(R, V)),
+        (0, 4 * (LOGITS + V), 4 * LOGITS, 1),
+    ),
+    "a square": (lambda: (lambda x: x * x)(fp32(R, V)), (0, 4 * LOGITS, 4 * LOGITS, 1)),
     "mul into its operand": (
-        lambda: (lambda x: torch.mul(x, 2.0, out=x))(wide(R, V)),
+        lambda: (lambda x: torch.mul(x, 2.0, out=x))(fp32(R, V)),
         (0, 4 * LOGITS, 4 * LOGITS, 1),
     ),
-    "views": (lambda: wide(R, V)[1:].t().view(V, R - 1).detach().unsqueeze(0), (0, 0, 0, 0)),
+    "views": (lambda: fp32(R, V)[1:].t().view(V, R - 1).detach().unsqueeze(0), (0, 0, 0, 0)),
     "zeros": (lambda: torch.zeros(R, V, device=CUDA), (0, 0, 4 * LOGITS, 1)),
     "cat": (lambda: torch.cat([empty(R, V), empty(R, V)]), (0, 4 * LOGITS, 4 * LOGITS, 1)),
-    "sum of rows": (lambda: wide(R, V).sum(dim=1), (0, 4 * LOGITS, 4 * R, 1)),
+    "sum of rows": (lambda: fp32(R, V).sum(dim=1), (0, 4 * LOGITS, 4 * R, 1)),
     "embedding": (
         lambda: torch.nn.functional.embedding(empty(R, dtype=torch.int64), empty(V, H)),
         (0, R * (8 + 2 * H), 2 * R * H, 1),
     ),
     "index_copy_": (
-        lambda: wide(V, H).index_copy_(0, empty(2, dtype=torch.int64), wide(2, H)),
+        lambda: fp32(V, H).index_copy_(0, empty(2, dtype=torch.int64), fp32(2, H)),
         (0, 2 * (8 + 4 * H), 2 * 4 * H, 1),
     ),
     "index_add_": (
-        lambda: wide(V, H).index_add_(0, empty(2, dtype=torch.int64), wide(2, H)),
+        lambda: fp32(V, H).index_add_(0, empty(2, dtype=torch.int64), fp32(2, H)),
         (0, 2 * (8 + 8 * H), 2 * 4 * H, 1),
     ),
 }
 OWN_CASES = {
     "row_scores": (
-        lambda: row_scores(wide(R, V), empty(7, R, dtype=torch.float64)),
+        lambda: row_scores(fp32(R, V), empty(7, R, dtype=torch.float64)),
         (0, 4 * LOGITS + R * (8 + 56), 56 * R, 1),
     ),
     "row_scores_packed": (
-        lambda: row_scores_packed(wide(R, V), empty(7, R, dtype=torch.float64)),
+        lambda: row_scores_packed(fp32(R, V), empty(7, R, dtype=torch.float64)),
         (0, 4 * LOGITS + R * (8 + 56), 2 * LOGITS + R * (4 + 56), 1),
     ),
     "row_grad_packed": (row_grad_packed_over_its_words, (0, 2 * LOGITS + R * (4 + 8 + 4 + 16), 2 * LOGITS, 1)),
     "row_grad": (
-        lambda: row_grad(wide(R, V), empty(R, V)),
+        lambda: row_grad(fp32(R, V), empty(R, V)),
         (0, 4 * LOGITS + R * (8 + 4 + 16), 2 * LOGITS, 1),
     ),
 }
@@ -164,8 +167,8 @@ def test_factors_that_were_there_are_part_of_a_products_rate():
 
 
 def test_wide_products_have_a_rate_of_their_own():
-    counts = counted(lambda: wide(R, H) @ wide(H, V))
-    assert (counts.wide_flops, counts.narrow_flops) == (PRODUCT, 0)
+    counts = counted(lambda: fp32(R, H) @ fp32(H, V))
+    assert (counts.float32_flops, counts.narrow_flops) == (PRODUCT, 0)
 
 
 def test_a_backward_pass_is_counted_and_stays_on_the_gpu():
@@ -197,7 +200,7 @@ def test_a_backward_pass_is_counted_and_stays_on_the_gpu():
     ],
 )
 def test_host_waits_are_seen_where_they_are(run, waits):
-    counts = counted(run, lambda: wide(R, V))
+    counts = counted(run, lambda: fp32(R, V))
     assert counts.waits.total() == waits
     assert all(place.startswith("tests/benchmarks/test_roofline.py:") for place in counts.waits)
 
@@ -205,15 +208,15 @@ def test_host_waits_are_seen_where_they_are(run, waits):
 def test_the_peak_is_of_what_lives_at_once():
     def freed_between(_):
         for _ in range(3):
-            wide(1024, 1024)
+            fp32(1024, 1024)
 
-    assert counted(freed_between, lambda: wide(2048, 2048)).peak_bytes == 4 << 20
-    assert counted(lambda: [wide(1024, 1024) for _ in range(3)]).peak_bytes == 12 << 20
+    assert counted(freed_between, lambda: fp32(2048, 2048)).peak_bytes == 4 << 20
+    assert counted(lambda: [fp32(1024, 1024) for _ in range(3)]).peak_bytes == 12 << 20
 
 
 def test_where_tensors_are():
     with fake_gpu(H100, Counter()):
-        on_gpu = wide(R)
+        on_gpu = fp32(R)
         assert on_gpu.device == torch.device("cuda", 0) and torch.zeros(3).device == CPU
         assert on_gpu.cpu().device == CPU and torch.zeros(3).to("cuda").device == CUDA
         assert torch.zeros_like(on_gpu).device == on_gpu.new_ones(3).device == CUDA

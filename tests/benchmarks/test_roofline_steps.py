@@ -92,10 +92,10 @@ def test_what_comes_from_the_batch_is_known():
         assert hidden[mask].shape == (3, 4)
         assert mask.sum().item() == 3 and mask.nonzero().shape == (3, 2)
         assert mask.sum(dim=1).tolist() == [2, 1]
-        starts = mask.sum(dim=1).cumsum(0)
-        assert values_of(starts).tolist() == [2, 3]
-        starts[0] = 5
-        assert values_of(starts).tolist() == [5, 3]
+        ends = mask.sum(dim=1).cumsum(0)
+        assert values_of(ends).tolist() == [2, 3]
+        ends[0] = 5
+        assert values_of(ends).tolist() == [5, 3]
         assert values_of((hidden > 0).sum()) is None and values_of(torch.empty(3, dtype=torch.int64)) is None
 
 

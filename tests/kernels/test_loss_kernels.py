@@ -285,12 +285,12 @@ def test_kernels_compile_without_spills_and_move_little(kernel, target):
 @pytest.mark.parametrize("rows", ["all", "a group"])
 @pytest.mark.parametrize("names", [("sigmoid",), ("ipo", "apo_zero")])
 def test_the_dpo_loss_runs_on_the_kernels_where_they_serve(names, rows, monkeypatch):
-    from trl_fast.losses import dpo
+    from trl_fast.losses import dpo, loss_inputs
 
     problem = pair_problem()
     logprobs, cu_seqlens, references, lengths = problem.arguments(torch.float32)
     branch = torch.arange(len(lengths)).repeat_interleave(cu_seqlens.diff())
-    table = dpo.PreferenceTable(branch, torch.zeros_like(branch), lengths)
+    table = loss_inputs.PreferenceLossInputs(branch, torch.zeros_like(branch), lengths)
     config = dpo.DPOLossConfig(list(names), beta=0.3)
     # From the third sequence on to the end.
     chosen = torch.arange(int(cu_seqlens[2]), len(logprobs)) if rows == "a group" else None

@@ -101,5 +101,5 @@ def test_packed_offsets_beyond_32_bits():
 def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(kernel, target):
     found = resources(compile_kernel(kernel, target), kernel.num_warps, target)
     assert found.spill_bytes == 0
-    assert found.wide_loads > 0 and found.narrow_loads <= kernel.scalar_loads, found
+    assert found.vector_loads > 0 and found.narrow_loads <= kernel.scalar_loads, found
     assert found.registers * 32 * kernel.num_warps <= 65536

@@ -10,15 +10,9 @@ import torch
 
 from support.preferences import random_pairs, random_scores
 from trl_fast.data import DataCollatorForPreference
-from trl_fast.losses.dpo import (
-    F_DIVERGENCE_LOSSES,
-    F_DIVERGENCES,
-    PAIR_LOSSES,
-    DPOLossConfig,
-    PreferenceTable,
-    dpo_loss,
-    dpo_metrics,
-)
+from trl_fast.losses.dpo import F_DIVERGENCE_LOSSES, PAIR_LOSSES, DPOLossConfig, dpo_loss, dpo_metrics
+from trl_fast.losses.f_divergences import F_DIVERGENCES
+from trl_fast.losses.loss_inputs import PreferenceLossInputs
 
 BETA, EPS, TAU, ALPHA_DIV = 0.3, 0.15, 0.4, 0.4
 
@@ -110,7 +104,7 @@ def make_problem(seed=3, pairs=5, dtype=torch.float64):
 
 
 def run(batch, scores, references, config):
-    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    table = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
     ref_logprobs = table.sequence_logprobs(references, config.ld_alpha)
     return dpo_loss(scores, table, ref_logprobs, config), dpo_metrics(scores, table, ref_logprobs, config)
 
@@ -269,7 +263,7 @@ def test_the_shares_of_groups_of_pairs_sum_to_the_loss(name, divergence, ld_alph
     assert config.is_sum_over_pairs == (not name.startswith("aot") and not (name == "sft" and use_weighting))
     if not config.is_sum_over_pairs:
         return
-    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    table = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
     sizes = [batch.group_sizes[0], sum(batch.group_sizes[1:3]), sum(batch.group_sizes[3:])]
     whole, _ = run(batch, scores, references, config)
     parts = shares(batch, scores, references, config, table, sizes)
@@ -287,7 +281,7 @@ def test_a_pair_without_scored_tokens_counts_once():
     assert batch.group_sizes == (3, 0, 3)
     scores = random_scores(6, dtype=torch.float64)
     references = random_scores(6, 1, torch.float64).logprobs.detach()
-    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    table = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
     config = DPOLossConfig("sigmoid")
     whole, _ = run(batch, scores, references, config)
     torch.testing.assert_close(shares(batch, scores, references, config, table, [3, 3]), whole)

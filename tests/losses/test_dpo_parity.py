@@ -11,15 +11,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from support.preferences import random_pairs, random_scores
 from trl_fast.data import DataCollatorForPreference
-from trl_fast.losses.dpo import (
-    F_DIVERGENCE_LOSSES,
-    F_DIVERGENCES,
-    PAIR_LOSSES,
-    DPOLossConfig,
-    PreferenceTable,
-    dpo_loss,
-    dpo_metrics,
-)
+from trl_fast.losses.dpo import F_DIVERGENCE_LOSSES, PAIR_LOSSES, DPOLossConfig, dpo_loss, dpo_metrics
+from trl_fast.losses.f_divergences import F_DIVERGENCES
+from trl_fast.losses.loss_inputs import PreferenceLossInputs
 
 MAX_LENGTH = 10
 
@@ -109,7 +103,7 @@ def test_loss_metrics_and_gradient_equal_trl(name, divergence, ld_alpha, use_wei
         use_weighting=use_weighting,
     )
     expected, expected_metrics, trl_logprobs, mask = trl_loss(rows, batch, scores, references, config)
-    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    table = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
     ref_logprobs = table.sequence_logprobs(references, ld_alpha)
     loss, metrics = dpo_loss(scores, table, ref_logprobs, config), dpo_metrics(scores, table, ref_logprobs, config)
 
@@ -132,7 +126,7 @@ def test_weighted_combination_equals_trl():
     references = random_scores(len(batch.targets), seed=6).logprobs.detach()
     config = DPOLossConfig(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], ld_alpha=0.5)
     expected, expected_metrics, _, _ = trl_loss(rows, batch, scores, references, config)
-    table = PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    table = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
     loss = dpo_loss(scores, table, table.sequence_logprobs(references, 0.5), config)
     torch.testing.assert_close(loss, expected)
     assert expected_metrics["num_tokens"] == batch.num_tokens

@@ -7,22 +7,15 @@ import pytest
 import torch
 
 from support.preferences import random_scores
-from trl_fast.losses.kto import (
-    KTOLossConfig,
-    KTOTable,
-    count_losses,
-    kl_estimate,
-    kto_loss_sum,
-    kto_losses,
-    kto_metrics,
-)
+from trl_fast.losses.kto import KTOLossConfig, count_losses, kl_estimate, kto_loss_sum, kto_losses, kto_metrics
+from trl_fast.losses.loss_inputs import KTOLossInputs
 
 LABELS = torch.tensor([True, False, False, True, True])
 # Sequence 3 has no scored token: its prompt is empty, and nothing predicts its only one.
 BRANCH = torch.tensor([0, 0, 0, 1, 2, 2, 4, 4])
 REFERENCE = torch.tensor([-4.0, -1.0, -3.5, 0.0, -2.0], dtype=torch.float64)
 KL = torch.tensor(0.3, dtype=torch.float64)
-TABLE = KTOTable(BRANCH, LABELS, REFERENCE)
+LOSS_INPUTS = KTOLossInputs(BRANCH, LABELS, REFERENCE)
 CONFIG = KTOLossConfig(beta=0.4, desirable_weight=0.7, undesirable_weight=1.9)
 
 
@@ -65,13 +58,13 @@ def test_apo_zero_is_the_loss_without_a_reference_point():
 
 def test_shares_of_sequences_sum_to_the_loss():
     given = scores()
-    whole = kto_loss_sum(given, TABLE, KL, CONFIG)
-    logratios = (TABLE.logprobs(given.logprobs) - REFERENCE).tolist()
+    whole = kto_loss_sum(given, LOSS_INPUTS, KL, CONFIG)
+    logratios = (LOSS_INPUTS.sequence_logprobs(given.logprobs) - REFERENCE).tolist()
     assert whole.item() == pytest.approx(sum(by_hand(logratios, KL.item())), rel=1e-12)
     shares = []
     for rows in torch.arange(len(BRANCH)).split([4, 2, 2]):
         part = SimpleNamespace(logprobs=given.logprobs[rows])
-        shares.append(kto_loss_sum(part, TABLE, KL, CONFIG, rows))
+        shares.append(kto_loss_sum(part, LOSS_INPUTS, KL, CONFIG, rows))
     torch.testing.assert_close(sum(shares), whole)
     gradients = [torch.autograd.grad(loss, given.logprobs)[0] for loss in (whole, sum(shares))]
     torch.testing.assert_close(*gradients)
@@ -81,10 +74,10 @@ def test_what_is_not_a_number_is_left_out_of_the_mean():
     given = scores()
     with torch.no_grad():
         given.logprobs[4] = -torch.inf
-    table = KTOTable(BRANCH, LABELS, REFERENCE.clone().index_fill(0, torch.tensor(2), -torch.inf))
-    losses = kto_losses(table.logprobs(given.logprobs) - table.ref_logprobs, LABELS, KL, CONFIG)
+    loss_inputs = KTOLossInputs(BRANCH, LABELS, REFERENCE.clone().index_fill(0, torch.tensor(2), -torch.inf))
+    losses = kto_losses(loss_inputs.sequence_logprobs(given.logprobs) - loss_inputs.ref_logprobs, LABELS, KL, CONFIG)
     assert losses.isnan().tolist() == [False, False, True, False, False]
-    mean = kto_loss_sum(given, table, KL, CONFIG) / count_losses(given, table, KL)
+    mean = kto_loss_sum(given, loss_inputs, KL, CONFIG) / count_losses(given, loss_inputs, KL)
     torch.testing.assert_close(mean, losses.nanmean())
 
 
@@ -96,10 +89,10 @@ def test_the_estimate_has_no_gradient():
 
 def test_metrics():
     given = scores()
-    metrics = kto_metrics(given, TABLE, KL, CONFIG, lambda values: values)
+    metrics = kto_metrics(given, LOSS_INPUTS, KL, CONFIG, lambda values: values)
     order = ["kl", "entropy", "logits/chosen", "logits/rejected", "rewards/chosen", "logps/chosen"]
     assert list(metrics) == [*order, "rewards/rejected", "logps/rejected", "rewards/margins"]
-    logprobs = TABLE.logprobs(given.logprobs.detach())
+    logprobs = LOSS_INPUTS.sequence_logprobs(given.logprobs.detach())
     rewards = 0.4 * (logprobs - REFERENCE)
     good_tokens = LABELS[BRANCH]
     expected = {
@@ -117,8 +110,8 @@ def test_metrics():
 
 @pytest.mark.parametrize("label", [True, False])
 def test_what_a_batch_does_not_have_is_not_counted(label):
-    table = KTOTable(BRANCH, torch.full((5,), label), REFERENCE)
-    metrics = kto_metrics(scores(), table, KL, CONFIG, lambda values: values)
+    loss_inputs = KTOLossInputs(BRANCH, torch.full((5,), label), REFERENCE)
+    metrics = kto_metrics(scores(), loss_inputs, KL, CONFIG, lambda values: values)
     absent = "rejected" if label else "chosen"
     uncounted = {name for name, metric in metrics.items() if metric.count == 0}
     assert uncounted == {*(f"{name}/{absent}" for name in ("logits", "rewards", "logps")), "rewards/margins"}

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from trl_fast.losses import policy_gradient as policy
-from trl_fast.losses.policy_gradient import LOSSES, PolicyLossConfig, PolicyTable, Window, grpo_loss, sequence_weights
+from trl_fast.losses.loss_inputs import PolicyLossInputs
+from trl_fast.losses.loss_normalization import LossNormalizer
+from trl_fast.losses.policy_gradient import LOSSES, PolicyLossConfig, grpo_loss, sequence_weights
 
 LENGTHS = [3, 1, 5, 2]
 
@@ -20,7 +22,7 @@ def table(seed=0, **vectors):
 
     tokens = sum(LENGTHS)
     logprobs = -1 + noise(tokens)
-    made = PolicyTable(
+    made = PolicyLossInputs(
         branch=torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)),
         advantages=torch.tensor([1.3, -0.7, 0.4, -2.0], dtype=torch.float64),
         weights=torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64),
@@ -109,8 +111,8 @@ def test_shares_sum_to_the_loss(name, level):
 def test_weights(name, expected):
     lengths = torch.tensor(LENGTHS, dtype=torch.float32)
     for steps in (1, 3):
-        weights = sequence_weights(name, lengths, Window(44, steps, 8))
-        scale = 1 if LOSSES[name].by_window else steps
+        weights = sequence_weights(name, lengths, LossNormalizer(44, steps, 8))
+        scale = 1 if LOSSES[name].over_whole_step else steps
         torch.testing.assert_close(weights * scale, torch.tensor(expected))
 
 

@@ -10,8 +10,8 @@ from trl_fast.losses.ppo import (
     States,
     gae,
     kl_penalties,
+    ppo_loss_inputs,
     ppo_policy_loss,
-    ppo_table,
     ppo_targets,
     rollout_metrics,
     state_rewards,
@@ -152,7 +152,7 @@ def test_policy_loss_by_hand():
     old, advantages = -random(N).abs(), random(N, seed=1)
     logprobs = (old + random(N, seed=2, scale=0.4)).requires_grad_()
     entropy = random(N, seed=3).abs()
-    table = ppo_table(old, advantages)
+    table = ppo_loss_inputs(old, advantages)
     loss = ppo_policy_loss(TokenScores(logprobs, entropy), table, 0.2)
     terms, clipped, ratios = [], 0, []
     for new, before, a in zip(logprobs.tolist(), old.tolist(), advantages.tolist(), strict=True):

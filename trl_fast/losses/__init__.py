@@ -1,1 +1,1 @@
-"""Pure functions from per-token log-probabilities to a loss and its metrics, one module a family."""
+"""Computes losses and their metrics from per-token log-probabilities: pure functions, one module a family."""

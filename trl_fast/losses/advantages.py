@@ -1,4 +1,4 @@
-"""From rewards to advantages: how much better a completion was than what was to be expected.
+"""Computes advantages from rewards: how much better a completion was than was to be expected.
 
 A reward is NaN where a reward function had nothing to say; a completion of which none had anything to say is no part
 of any mean, and its advantage is 0.
@@ -15,7 +15,7 @@ _EPSILON = 1e-4
 
 
 class Advantages(NamedTuple):
-    """Of N completions, in groups of consecutive ones that share a prompt.
+    """Holds the advantages of N completions, in groups of consecutive ones that share a prompt.
 
     Attributes:
         advantages: (N,) float32, finite.
@@ -29,7 +29,7 @@ class Advantages(NamedTuple):
 
 
 def nan_std(values: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
-    """The standard deviation with Bessel's correction of what is not NaN; NaN where fewer than two values are."""
+    """Computes the standard deviation, with Bessel's correction, of the values (any shape) that are not NaN."""
     dims = tuple(range(values.dim())) if dim is None else dim
     variance = torch.nanmean((values - values.nanmean(dims, keepdim=True)) ** 2, dims, keepdim=keepdim)
     count = (~values.isnan()).sum(dims, keepdim=keepdim)
@@ -37,7 +37,7 @@ def nan_std(values: torch.Tensor, dim: int | None = None, keepdim: bool = False)
 
 
 def summed_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted sum (N,) over reward functions of rewards (N, R); NaN where all are NaN."""
+    """Sums rewards (N, R) with weights (R,) over reward functions to (N,); NaN where all are NaN."""
     return (rewards * weights).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 
@@ -49,7 +49,7 @@ def group_advantages(
     scale_rewards: str = "group",
     aggregation: str = "sum_then_normalize",
 ) -> Advantages:
-    """Rewards less their group's mean, over a standard deviation. GRPO, arXiv 2402.03300, Section 4.1.2.
+    """Computes rewards less their group's mean, over a standard deviation. GRPO, arXiv 2402.03300, Section 4.1.2.
 
     Args:
         rewards: (N, R) float32 by completion and reward function; NaN for none.
@@ -90,7 +90,7 @@ def leave_one_out_advantages(
     clip_range: tuple[float, float] | None = None,
     normalize: bool = False,
 ) -> Advantages:
-    """Rewards less the mean of the group's other ones. RLOO, arXiv 2402.14740, Eq. 7.
+    """Computes rewards less the mean of the group's other ones. RLOO, arXiv 2402.14740, Eq. 7.
 
     Args:
         rewards, weights, num_generations: as in `group_advantages`.
@@ -116,7 +116,7 @@ def leave_one_out_advantages(
 
 
 def _spread(values: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of a whole batch, for each of its values."""
+    """Computes the standard deviation of a whole batch, repeated for each of its values."""
     return nan_std(values).expand_as(values) if values.numel() > 1 else torch.zeros_like(values)
 
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives: from per-token log-probabilities to a loss and its metrics.
+"""Computes the losses and metrics of direct preference optimisation and its relatives.
 
 Notation of the docstrings: P pairs, S = 2P sequences (the chosen completion of pair i is sequence 2i, the rejected
 one 2i + 1), N scored tokens. For a completion y of a prompt, log π(y) is the sum of its tokens' log-probabilities
@@ -10,17 +10,14 @@ To add a loss: write its formula as a function of `PreferencePairs` and `DPOLoss
 The losses that also have kernels have their formulas in `trl_fast.ops.pair_formulas`.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from trl_fast.ops import pair_loss
+from trl_fast.ops import TokenScores, pair_loss
 from trl_fast.ops.pair_formulas import (
     PAIR_FORMULAS,
     PairValues,
@@ -41,15 +38,14 @@ from trl_fast.ops.pair_formulas import (
 from trl_fast.ops.token_scores import required
 from trl_fast.settings.ranges import check_ranges
 
+from .f_divergences import F_DIVERGENCES
+from .loss_inputs import ALL, PreferenceLossInputs
 from .mean_metric import Metric
-
-# All tokens of a batch.
-ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class DPOLossConfig:
-    """What to minimise. The fields have the names, meanings and defaults of `DPOConfig`.
+    """Holds the settings of the loss. The fields have the names, meanings and defaults of `DPOConfig`.
 
     `loss_type` is one name of `PAIR_LOSSES` or several, summed with `loss_weights` (1 each if None). Raises ValueError
     for values that no loss can take; warns where TRL only warns.
@@ -113,7 +109,7 @@ class DPOLossConfig:
 
     @property
     def is_sum_over_pairs(self) -> bool:
-        """Whether the loss can be taken pair by pair.
+        """Says whether the loss can be taken pair by pair.
 
         The aot losses sort the batch, and the batch's likelihood does not know which pair's weight it has.
         """
@@ -122,24 +118,14 @@ class DPOLossConfig:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The per-token values that `dpo_loss` reads, by the names that `linear_logprob` knows them under."""
+        """Returns the per-token values that `dpo_loss` reads, by the names that `linear_logprob` knows them under."""
         outputs = ("logprobs", "entropy", "mean_logits", "is_top1")
         return (*outputs, "log_sum_sq_probs") if self.use_weighting else outputs
 
 
-class TokenScores(Protocol):
-    """Per-token values (N,) of the policy: `is_top1` bool, the others float32; None for those not asked for."""
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor | None
-    log_sum_sq_probs: torch.Tensor | None
-    mean_logits: torch.Tensor | None
-    is_top1: torch.Tensor | None
-
-
 @dataclass(frozen=True)
 class PreferencePairs(PairValues):
-    """What a pair loss may read: `PairValues`, and what only losses of the whole batch need.
+    """Holds what a pair loss may read: `PairValues`, and a number of the whole batch.
 
     The lengths count completion tokens after truncation, also a first token that nothing predicts.
     `mean_chosen_token_logprob` (0-d) is the mean log-probability over all scored chosen tokens of the batch.
@@ -148,45 +134,11 @@ class PreferencePairs(PairValues):
     mean_chosen_token_logprob: torch.Tensor
 
 
-# The f-divergences, arXiv 2309.16240: s(r) = f'(e^r) up to a constant, which cancels in δ. (P,) to (P,).
-
-
-def reverse_kl_score(logratios: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
-    """r."""
-    return logratios
-
-
-def forward_kl_score(logratios: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
-    """1 − e^(−r)."""
-    return 1 - torch.exp(-logratios)
-
-
-def js_divergence_score(logratios: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
-    """log(2·e^r / (1 + e^r)) = log 2 + log σ(r)."""
-    return math.log(2) + F.logsigmoid(logratios)
-
-
-def alpha_divergence_score(logratios: torch.Tensor, config: DPOLossConfig) -> torch.Tensor:
-    """(e^((α−1)·r) − 1) / (α − 1), the exponent capped at 80 so that it stays finite; r in the limit α = 1."""
-    power = config.f_alpha_divergence_coef - 1
-    if abs(power) < 1e-6:
-        return logratios
-    return (torch.exp((power * logratios).clamp(max=80)) - 1) / power
-
-
-F_DIVERGENCES: dict[str, Callable[[torch.Tensor, DPOLossConfig], torch.Tensor]] = {
-    "reverse_kl": reverse_kl_score,
-    "forward_kl": forward_kl_score,
-    "js_divergence": js_divergence_score,
-    "alpha_divergence": alpha_divergence_score,
-}
-
-
 # The losses: each takes the pairs and gives (P,), one value a pair.
 
 
 def aot_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """AOT, paired, arXiv 2406.05882: sorted policy margins against sorted reference margins of the batch.
+    """Computes AOT, paired, arXiv 2406.05882: sorted policy margins against sorted reference margins of the batch.
 
     d = sort(log π(y_c) − log π(y_r)) − sort(log π_ref(y_c) − log π_ref(y_r)).
     """
@@ -196,7 +148,7 @@ def aot_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
 
 
 def aot_unpaired_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """AOT, unpaired, arXiv 2406.05882: d = sort(r_c) − sort(r_r) over the batch."""
+    """Computes AOT, unpaired, arXiv 2406.05882: d = sort(r_c) − sort(r_r) over the batch."""
     return _smoothed_logistic(pairs.chosen_logratios.sort().values - pairs.rejected_logratios.sort().values, config)
 
 
@@ -206,7 +158,7 @@ def _smoothed_logistic(difference: torch.Tensor, config: DPOLossConfig) -> torch
 
 
 def sft_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:
-    """The mean negative log-likelihood of all chosen tokens of the batch, the same for every pair.
+    """Computes the mean negative log-likelihood of all chosen tokens of the batch, the same for every pair.
 
     The likelihood term of RPO, arXiv 2404.19733. A mean over the tokens of one micro-batch, so it depends on how
     gradient accumulation cuts the batch, as TRL's does.
@@ -236,62 +188,17 @@ PAIR_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 F_DIVERGENCE_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})
 
 
-@dataclass(frozen=True, eq=False)
-class PreferenceTable:
-    """Which of N scored tokens belongs to which of S = 2P sequences: the int64 tensors of a `TokenBatch`.
-
-    branch, offset: (N,), tokens ordered by sequence; branch_lengths: (S,).
-    """
-
-    branch: torch.Tensor
-    offset: torch.Tensor
-    branch_lengths: torch.Tensor
-
-    def __len__(self) -> int:
-        """The number of pairs P."""
-        return len(self.branch_lengths) // 2
-
-    @cached_property
-    def scored_lengths(self) -> torch.Tensor:
-        """How many scored tokens each sequence has, (S,) int64."""
-        return self.sums(torch.ones_like(self.branch))
-
-    @cached_property
-    def is_chosen(self) -> torch.Tensor:
-        """Whether a token belongs to a chosen completion, (N,) bool."""
-        return self.branch % 2 == 0
-
-    def sums(self, values: torch.Tensor, rows: torch.Tensor | slice = ALL) -> torch.Tensor:
-        """Sums by sequence, (S,), of values (R,) of the tokens `rows`."""
-        return values.new_zeros(len(self.branch_lengths)).index_add(0, self.branch[rows], values)
-
-    def sequence_logprobs(
-        self, token_logprobs: torch.Tensor, ld_alpha: float | None = None, rows: torch.Tensor | slice = ALL
-    ) -> torch.Tensor:
-        """Log-probabilities of the sequences, (S,), from those of the tokens `rows`, (R,).
-
-        With `ld_alpha`, a pair's tokens beyond the length that its two completions share count α instead of 1
-        (LD-DPO, arXiv 2409.06411); lengths are then those of the scored tokens.
-        """
-        if ld_alpha is not None:
-            shared_lengths = self.scored_lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
-            branch = self.branch[rows]
-            rank = self.offset[rows] - (self.branch_lengths - self.scored_lengths)[branch]
-            token_logprobs = torch.where(rank < shared_lengths[branch], token_logprobs, ld_alpha * token_logprobs)
-        return self.sums(token_logprobs, rows)
-
-
 def dpo_loss(
     scores: TokenScores,
-    table: PreferenceTable,
+    inputs: PreferenceLossInputs,
     ref_sequence_logprobs: torch.Tensor,
     config: DPOLossConfig,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weighted sum of the configured losses, each averaged over the pairs: 0-d, the dtype of `scores.logprobs`.
+    """Sums the configured losses, weighted, each averaged over the pairs: 0-d, the dtype of `scores.logprobs`.
 
     `scores` holds the values (N,) that `config.outputs` names; `ref_sequence_logprobs` (S,) comes from
-    `PreferenceTable.sequence_logprobs` with the same `ld_alpha`. Nothing here waits for the device.
+    `PreferenceLossInputs.sequence_logprobs` with the same `ld_alpha`. Nothing here waits for the device.
 
     With `rows` (R,), the numbers of consecutive tokens that are all tokens of some pairs, `scores` holds only theirs,
     and the answer is those pairs' share: the shares of all pairs sum to the loss. Losses for which that is not so are
@@ -299,12 +206,12 @@ def dpo_loss(
     """
     part = ALL if rows is None else rows
     ref_logprobs = ref_sequence_logprobs.detach()
-    present = None if rows is None else _present_pairs(table, rows)
+    present = None if rows is None else inputs.has_rows(rows)
     if config.use_weighting:
-        weights = _pair_weights(scores, table, part)
+        weights = _pair_weights(scores, inputs, part)
     loss = scores.logprobs.new_zeros(())
-    fused = _kernel_losses(scores.logprobs, table, ref_logprobs, config, part)
-    pairs = None if fused else _pairs(scores.logprobs, table, ref_logprobs, config, part)
+    fused = _kernel_losses(scores.logprobs, inputs, ref_logprobs, config, part)
+    pairs = None if fused else _pairs(scores.logprobs, inputs, ref_logprobs, config, part)
     for name, loss_weight in zip(config.loss_type, config.loss_weights or (), strict=True):
         losses = fused[name] if fused else PAIR_LOSSES[name](pairs, config)
         if config.use_weighting:
@@ -316,75 +223,74 @@ def dpo_loss(
     return loss
 
 
-def _present_pairs(table: PreferenceTable, rows: torch.Tensor) -> torch.Tensor:
-    """Which pairs (P,) bool have tokens among `rows`; those that have none anywhere go with the first token."""
-    present = table.sums(torch.ones_like(rows), rows).view(-1, 2).sum(1) > 0
-    without_tokens = table.scored_lengths.view(-1, 2).sum(1) == 0
-    return present | (without_tokens & (rows[0] == 0))
-
-
 def dpo_metrics(
-    scores: TokenScores, table: PreferenceTable, ref_sequence_logprobs: torch.Tensor, config: DPOLossConfig
+    scores: TokenScores, inputs: PreferenceLossInputs, ref_sequence_logprobs: torch.Tensor, config: DPOLossConfig
 ) -> dict[str, Metric]:
-    """The metrics of a batch in TRL's order under TRL's names, detached and left on the device."""
+    """Computes the metrics of a batch in TRL's order under TRL's names, detached and left on the device.
+
+    scores: of N tokens; ref_sequence_logprobs: (S,) float32.
+    """
     with torch.no_grad():
-        pairs = _pairs(scores.logprobs, table, ref_sequence_logprobs, config, ALL)
-        return {**_token_metrics(scores, table), **_reward_metrics(pairs, config.beta)}
+        pairs = _pairs(scores.logprobs, inputs, ref_sequence_logprobs, config, ALL)
+        return {**_token_metrics(scores, inputs), **_reward_metrics(pairs, config.beta)}
 
 
 def _kernel_losses(
     logprobs: torch.Tensor,
-    table: PreferenceTable,
+    inputs: PreferenceLossInputs,
     ref_logprobs: torch.Tensor,
     config: DPOLossConfig,
     rows: torch.Tensor | slice,
 ) -> dict[str, torch.Tensor]:
-    """The losses (P,) by name from the fused kernels, where there are kernels for all of them; else nothing.
+    """Computes the losses (P,) by name with the fused kernels; returns nothing where one has no kernel.
 
     On a CPU the few operations on [N] vectors cost nothing; on a GPU each is a launch.
     """
     plain = config.f_divergence_type == "reverse_kl" and config.ld_alpha is None
     if not (plain and kernels_serve(logprobs) and set(config.loss_type) <= PAIR_FORMULAS.keys()):
         return {}
-    cu_seqlens = F.pad(table.scored_lengths.cumsum(0), (1, 0))
+    cu_seqlens = F.pad(inputs.scored_lengths.cumsum(0), (1, 0))
     if isinstance(rows, torch.Tensor):
         # The sequences outside lose their tokens: their ends fall together.
         cu_seqlens = (cu_seqlens - rows[0]).clamp(0, len(rows))
-    vectors = (logprobs, cu_seqlens, ref_logprobs, table.branch_lengths)
+    vectors = (logprobs, cu_seqlens, ref_logprobs, inputs.branch_lengths)
     numbers = {name: getattr(config, name) for name in ("beta", "label_smoothing", "discopop_tau")}
     return {name: pair_loss(*vectors, loss_type=name, **numbers).losses for name in config.loss_type}
 
 
 def kernels_serve(logprobs: torch.Tensor) -> bool:
-    """Whether the fused pair losses are there for these log-probabilities."""
+    """Says whether the fused pair losses take these log-probabilities: (N,) float32 on a GPU."""
     return logprobs.is_cuda and logprobs.dtype == torch.float32
 
 
 def _pairs(
     token_logprobs: torch.Tensor,
-    table: PreferenceTable,
+    inputs: PreferenceLossInputs,
     ref_logprobs: torch.Tensor,
     config: DPOLossConfig,
     rows: torch.Tensor | slice,
 ) -> PreferencePairs:
-    logprobs = table.sequence_logprobs(token_logprobs, config.ld_alpha, rows)
-    scores = F_DIVERGENCES[config.f_divergence_type](logprobs - ref_logprobs, config)
-    chosen = torch.where(table.is_chosen[rows], token_logprobs, 0).sum()
-    mean_chosen = chosen / table.is_chosen.sum().clamp(min=1)
+    logprobs = inputs.sequence_logprobs(token_logprobs, config.ld_alpha, rows)
+    scores = F_DIVERGENCES[config.f_divergence_type](logprobs - ref_logprobs, config.f_alpha_divergence_coef)
+    chosen = torch.where(inputs.is_chosen[rows], token_logprobs, 0).sum()
+    mean_chosen = chosen / inputs.is_chosen.sum().clamp(min=1)
     return PreferencePairs.from_sequences(
-        logprobs, ref_logprobs, scores, table.branch_lengths, mean_chosen_token_logprob=mean_chosen
+        logprobs, ref_logprobs, scores, inputs.branch_lengths, mean_chosen_token_logprob=mean_chosen
     )
 
 
-def _pair_weights(scores: TokenScores, table: PreferenceTable, rows: torch.Tensor | slice) -> torch.Tensor:
-    """w_c·w_r (P,) without gradient, w = exp(mean over tokens of log p − log Σp²). WPO, arXiv 2406.11827, Eq. 2."""
+def _pair_weights(scores: TokenScores, inputs: PreferenceLossInputs, rows: torch.Tensor | slice) -> torch.Tensor:
+    """Computes w_c·w_r (P,) without gradient, w = exp(mean over tokens of log p − log Σp²).
+
+    WPO, arXiv 2406.11827, Eq. 2.
+    """
     aligned = scores.logprobs.detach() - required(scores.log_sum_sq_probs).detach()
-    weights = torch.exp(table.sums(aligned, rows) / table.scored_lengths.clamp(min=1))
+    weights = torch.exp(inputs.sums(aligned, rows) / inputs.scored_lengths.clamp(min=1))
     return weights[0::2] * weights[1::2]
 
 
-def _token_metrics(scores: TokenScores, table: PreferenceTable) -> dict[str, Metric]:
-    chosen = table.is_chosen
+def _token_metrics(scores: TokenScores, inputs: PreferenceLossInputs) -> dict[str, Metric]:
+    chosen = inputs.is_chosen
     return {
         "entropy": _masked_sum(required(scores.entropy), torch.ones_like(chosen)),
         "logits/chosen": _masked_sum(required(scores.mean_logits), chosen),

@@ -1,4 +1,4 @@
-"""How far the engine that sampled was from the policy, and what is made of it."""
+"""Computes how far the policy was from the engine that sampled, as ratios that enter the loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import torch
 
 
 class ImportanceRatios(NamedTuple):
-    """ratios: (N,) float32, as they enter the loss; shown: one a sequence, or a token that counts."""
+    """Holds importance ratios.
+
+    Attributes:
+        ratios: (N,) float32, as they enter the loss.
+        shown: float32, one a sequence, or one a token that counts: those of the metrics.
+    """
 
     ratios: torch.Tensor
     shown: torch.Tensor
@@ -25,7 +30,7 @@ def importance_ratios(
     high: float | None,
     counts: torch.Tensor | None = None,
 ) -> ImportanceRatios:
-    """π_old / π_sampler, truncated or masked.
+    """Computes π_old / π_sampler, truncated or masked.
 
     Truncated importance sampling: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
     (2025).

@@ -1,4 +1,6 @@
-"""Proximal Policy Optimization, arXiv 1707.06347, with a value model and a KL penalty, arXiv 1909.08593.
+"""Computes the losses and metrics of Proximal Policy Optimization with a value model and a KL penalty.
+
+PPO: arXiv 1707.06347; the KL penalty: arXiv 1909.08593.
 
 Notation: S completions with N tokens in all; M states, one before each token and, for some completions, one after
 their last token (`States`). π is the policy that sampled, π_ref the reference. Vectors are packed: completion after
@@ -14,11 +16,13 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from trl_fast.ops import TokenScores
 from trl_fast.ops.policy_loss import kl_estimates
 from trl_fast.ops.token_scores import required
 
+from .loss_inputs import PolicyLossInputs
 from .mean_metric import Metric
-from .policy_gradient import PolicyLossConfig, PolicyTable, TokenScores, grpo_loss, policy_terms
+from .policy_gradient import PolicyLossConfig, grpo_loss, policy_terms
 
 KL_ESTIMATORS = ("k1", "k3")
 # Keeps equal values finite, as in TRL.
@@ -29,7 +33,7 @@ _MAX_KL_ERROR = 0.2
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """The states of S completions as one vector (M,).
+    """Holds where the states of S completions are in one vector (M,).
 
     A completion of L tokens has a state before each of them, and one more after the last where `has_end` says so. Its
     score is the reward of its last state: TRL adds it behind the last token where its padded matrix has room there.
@@ -43,24 +47,24 @@ class States:
 
     @cached_property
     def counts(self) -> torch.Tensor:
-        """States of each completion, (S,) int64."""
+        """Counts the states of each completion, (S,) int64."""
         return self.lengths + self.has_end.long()
 
     @cached_property
     def last(self) -> torch.Tensor:
-        """Index of each completion's last state, (S,) int64."""
+        """Returns the index of each completion's last state, (S,) int64."""
         return self.counts.cumsum(0) - 1
 
     @cached_property
     def is_token(self) -> torch.Tensor:
-        """Which states are followed by a token, (M,) bool."""
+        """Says which states are followed by a token, (M,) bool."""
         flags = torch.ones(int(self.counts.sum()), dtype=torch.bool, device=self.lengths.device)
         flags[self.last[self.has_end]] = False
         return flags
 
 
 def kl_penalties(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
-    """Estimates (N,) of the divergence of π from π_ref at each token, d = log π_ref − log π: k1 is −d, k3 e^d − 1 − d.
+    """Estimates the divergence of π from π_ref at each token (N,): d = log π_ref − log π, k1 is −d, k3 e^d − 1 − d.
 
     Schulman, "Approximating KL Divergence" (2020).
 
@@ -73,7 +77,7 @@ def kl_penalties(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: 
 
 
 def state_rewards(kl: torch.Tensor, scores: torch.Tensor, kl_coef: float, states: States) -> torch.Tensor:
-    """Rewards (M,): −kl_coef·kl of each token (N,), and each completion's score (S,) at its last state."""
+    """Computes rewards (M,): −kl_coef·kl of each token (N,), and each completion's score (S,) at its last state."""
     rewards = kl.new_zeros(len(states.is_token))
     rewards[states.is_token] = -kl_coef * kl
     rewards[states.last] += scores
@@ -83,7 +87,7 @@ def state_rewards(kl: torch.Tensor, scores: torch.Tensor, kl_coef: float, states
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, states: States, gamma: float = 1.0, lam: float = 0.95
 ) -> torch.Tensor:
-    """Advantages (M,) from rewards (M,) and values (M,): A_t = δ_t + γλ·A_(t+1), δ_t = r_t + γ·V_(t+1) − V_t.
+    """Computes advantages (M,) of rewards, values (M,): A_t = δ_t + γλ·A_(t+1), δ_t = r_t + γ·V_(t+1) − V_t.
 
     Nothing follows a completion's last state. Generalized advantage estimation, arXiv 1506.02438, Eq. 16.
     """
@@ -100,7 +104,7 @@ def gae(
 
 
 def whiten(values: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """Values (N,) with a variance of 1, by Bessel's correction, and with a mean of 0 if shift_mean, else their own."""
+    """Scales values (N,) to a variance of 1 (Bessel's correction); their mean becomes 0 if `shift_mean`, or stays."""
     mean = values.mean()
     variance = values.var() if len(values) > 1 else torch.zeros_like(mean)
     whitened = (values - mean) * torch.rsqrt(variance + _WHITENING_EPSILON)
@@ -108,7 +112,7 @@ def whiten(values: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
 
 
 class Targets(NamedTuple):
-    """What the update aims at.
+    """Holds what the update aims at.
 
     Attributes:
         advantages: (N,), whitened.
@@ -130,7 +134,7 @@ def ppo_targets(
     lam: float = 0.95,
     whiten_rewards: bool = False,
 ) -> Targets:
-    """Advantages and returns of one rollout.
+    """Computes the advantages and returns of one rollout.
 
     Args:
         kl: (N,) float32, of `kl_penalties`.
@@ -148,13 +152,13 @@ def ppo_targets(
     return Targets(whiten(advantages[states.is_token]), advantages + values)
 
 
-def ppo_table(old_logprobs: torch.Tensor, advantages: torch.Tensor) -> PolicyTable:
-    """What the policy loss reads of a micro-batch's tokens, both (N,): each has its own advantage, all count the same.
+def ppo_loss_inputs(old_logprobs: torch.Tensor, advantages: torch.Tensor) -> PolicyLossInputs:
+    """Returns the policy loss's inputs for a micro-batch's tokens, both (N,): all count the same.
 
-    So each is a sequence of its own to the policy losses of `losses.policy`.
+    Each has its own advantage, so each is a sequence of its own to the policy losses of `losses.policy`.
     """
     count = len(advantages)
-    return PolicyTable(
+    return PolicyLossInputs(
         branch=torch.arange(count, device=advantages.device),
         advantages=advantages,
         weights=torch.full_like(advantages, 1 / max(count, 1)),
@@ -163,24 +167,26 @@ def ppo_table(old_logprobs: torch.Tensor, advantages: torch.Tensor) -> PolicyTab
 
 
 def ppo_policy_loss(
-    scores: TokenScores, table: PolicyTable, cliprange: float, rows: torch.Tensor | None = None
+    scores: TokenScores, inputs: PolicyLossInputs, cliprange: float, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The mean over tokens of max(−A·ρ, −A·clip(ρ, 1 − cliprange, 1 + cliprange)), arXiv 1707.06347, Eq. 7; 0-d.
+    """Computes the mean over tokens of max(−A·ρ, −A·clip(ρ, 1 − cliprange, 1 + cliprange)), 0-d.
+
+    arXiv 1707.06347, Eq. 7.
 
     rows: as in `grpo_loss`.
     """
-    return grpo_loss(scores, table, PolicyLossConfig("dapo", epsilon=cliprange), rows=rows)
+    return grpo_loss(scores, inputs, PolicyLossConfig("dapo", epsilon=cliprange), rows=rows)
 
 
 class ValueLoss(NamedTuple):
-    """loss: 0-d, differentiable; clipped: (M,) bool, where clipping made the loss larger."""
+    """Holds the loss, 0-d and differentiable, and `clipped` (M,) bool: where clipping made the loss larger."""
 
     loss: torch.Tensor
     clipped: torch.Tensor
 
 
 def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange: float) -> ValueLoss:
-    """½ · the mean over states of max((V − R)², (clip(V, V_old ± cliprange) − R)²); all are (M,).
+    """Computes ½ · the mean over states of max((V − R)², (clip(V, V_old ± cliprange) − R)²); all are (M,).
 
     From OpenAI's baselines; see detail 9 of Huang et al., "The 37 Implementation Details of PPO" (2022).
     """
@@ -192,7 +198,10 @@ def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Te
 def rollout_metrics(
     logprobs: torch.Tensor, kl: torch.Tensor, scores: torch.Tensor, kl_coef: float
 ) -> dict[str, Metric]:
-    """TRL's metrics of a rollout, means over completions of sums over tokens; logprobs and kl (N,), scores (S,)."""
+    """Computes TRL's metrics of a rollout, means over completions of sums over tokens.
+
+    logprobs, kl: (N,) float32; scores: (S,) float32.
+    """
     penalty = -kl_coef * kl.sum()
     totals = {
         "kl": kl.sum(),
@@ -205,19 +214,21 @@ def rollout_metrics(
 
 
 @torch.no_grad()
-def update_metrics(scores: TokenScores, table: PolicyTable, value: ValueLoss, cliprange: float) -> dict[str, Metric]:
-    """TRL's metrics of a micro-batch of the update, means over tokens, or over states for those of the values."""
+def update_metrics(
+    scores: TokenScores, inputs: PolicyLossInputs, value: ValueLoss, cliprange: float
+) -> dict[str, Metric]:
+    """Computes TRL's metrics of a micro-batch of the update: means over tokens (N,), for values over states (M,)."""
     config = PolicyLossConfig("dapo", epsilon=cliprange)
-    found = policy_terms(scores.logprobs, table, config)
-    difference = scores.logprobs - required(table.old_logprobs)
+    found = policy_terms(scores.logprobs, inputs, config)
+    difference = scores.logprobs - required(inputs.old_logprobs)
     by_token = {
         "policy/approxkl_avg": 0.5 * difference**2,
-        "policy/clipfrac_avg": (found.terms > -table.advantages * found.ratio).float(),
+        "policy/clipfrac_avg": (found.terms > -inputs.advantages * found.ratio).float(),
         "loss/policy_avg": found.terms,
         "policy/entropy_avg": required(scores.entropy),
         "val/ratio": found.ratio,
     }
-    tokens, states = len(table.advantages), len(value.clipped)
+    tokens, states = len(inputs.advantages), len(value.clipped)
     metrics = {name: Metric.over(values.sum(), tokens) for name, values in by_token.items()}
     metrics["loss/value_avg"] = Metric.over(value.loss.detach() * states, states)
     metrics["val/clipfrac_avg"] = Metric.over(value.clipped.float().sum(), states)
@@ -226,7 +237,7 @@ def update_metrics(scores: TokenScores, table: PolicyTable, value: ValueLoss, cl
 
 @dataclass
 class KLController:
-    """The weight of the divergence in the rewards: fixed, or steered towards a target.
+    """Holds the weight of the divergence in the rewards: fixed, or steered towards a target.
 
     Ziegler et al., arXiv 1909.08593, Section 2.2: β ← β·(1 + K·e) with e = (KL − target) / target, within ±0.2, and K
     the episodes since the last update over `horizon`.

@@ -1,4 +1,4 @@
-"""Reward models: from a reward for each sequence to a loss and its metrics.
+"""Computes the loss and metrics of reward models from a reward for each sequence.
 
 Notation of the docstrings: P pairs, S = 2P sequences (the chosen one of pair i is sequence 2i, the rejected one
 2i + 1), r their rewards; subscripts c and r stand for chosen and rejected; σ is the logistic function.
@@ -15,7 +15,7 @@ from .mean_metric import Metric
 def reward_loss(
     rewards: torch.Tensor, margins: torch.Tensor | None = None, center_rewards_coefficient: float | None = None
 ) -> torch.Tensor:
-    """The mean over pairs of −log σ(r_c − r_r − m) + c·(r_c + r_r)², 0-d, in the dtype of `rewards`.
+    """Computes the mean over pairs of −log σ(r_c − r_r − m) + c·(r_c + r_r)², 0-d, in the dtype of `rewards`.
 
     The first term is the likelihood of the preference under the Bradley-Terry model (arXiv 2203.02155, Eq. 1), with
     the margin m of arXiv 2307.09288, Eq. 2. The second keeps the rewards around zero (arXiv 2312.09244, Eq. 2).
@@ -35,7 +35,7 @@ def reward_loss(
 
 @torch.no_grad()
 def reward_metrics(rewards: torch.Tensor) -> dict[str, Metric]:
-    """The smallest, mean and largest reward of (S,), the share of pairs with r_c > r_r, and the mean of r_c − r_r.
+    """Computes the least, mean and largest reward of (S,), the share of pairs with r_c > r_r, and their mean margin.
 
     The names and their order are TRL's. All are left on the device.
     """

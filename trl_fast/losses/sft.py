@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: from per-token log-probabilities to a loss and its metrics."""
+"""Computes the losses and metrics of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ OUTPUTS = ("logprobs", "entropy", "is_top1")
 
 
 def nll_loss(logprobs: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood Σ −log p of tokens (N,), a sum (0-d)."""
+    """Computes the negative log-likelihood Σ −log p of tokens (N,), a sum (0-d)."""
     return -logprobs.sum()
 
 
 def dft_loss(logprobs: torch.Tensor) -> torch.Tensor:
-    """Dynamic fine-tuning, arXiv 2508.05629: Σ −sg(p)·log p of tokens (N,), a sum (0-d); sg stops the gradient."""
+    """Computes Σ −sg(p)·log p of tokens (N,), a sum (0-d); sg stops the gradient.
+
+    Dynamic fine-tuning, arXiv 2508.05629.
+    """
     return -(logprobs * logprobs.detach().exp()).sum()
 
 
@@ -30,7 +33,7 @@ TOKEN_LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"nll": nll_lo
 
 @torch.no_grad()
 def token_metrics(scores: TokenScores) -> dict[str, Metric]:
-    """The mean entropy of N scored tokens, in nats, and the share of them that are the most likely token."""
+    """Computes the mean entropy of N scored tokens, in nats, and the share that are the most likely token."""
     count = len(scores.logprobs)
     return {
         "entropy": Metric.over(required(scores.entropy).sum(), count),

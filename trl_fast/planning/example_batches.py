@@ -9,8 +9,9 @@ import torch
 from trl_fast.data import TokenBatch, Tree, pack_labelled, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
 from trl_fast.data.unpaired_preference import KL_COLUMN, LABEL, DataCollatorForUnpairedPreference
-from trl_fast.losses.policy_gradient import Window, sequence_weights
-from trl_fast.losses.ppo import ppo_table
+from trl_fast.losses.loss_normalization import LossNormalizer
+from trl_fast.losses.policy_gradient import sequence_weights
+from trl_fast.losses.ppo import ppo_loss_inputs
 from trl_fast.modeling.classifier_head import state_batch
 from trl_fast.rollout.samples import Samples
 from trl_fast.trainers.kto import scores_together
@@ -88,7 +89,9 @@ def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: str) -> Po
     zeros = [torch.zeros(len(ids)) for ids in samples.completion_ids]
     samples.old_logprobs = zeros if setup.scores_old_policy else None
     samples.ref_logprobs = zeros if setup.method == "grpo" and setup.needs_reference else None
-    window = Window(float(samples.lengths.sum()), setup.gradient_accumulation_steps, len(samples.completion_ids[0]))
+    window = LossNormalizer(
+        float(samples.lengths.sum()), setup.gradient_accumulation_steps, len(samples.completion_ids[0])
+    )
     weights = sequence_weights("grpo" if setup.method == "rloo" else "dapo", samples.lengths, window)
     update = UpdateMaker(layout, _PAD, None, _CPU).update(samples, list(range(count)), weights)
     total = setup.completions_per_generation
@@ -108,7 +111,7 @@ def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: str) -> PPOIn
         _generation(setup, max_length, scored, scored),
         rollout,
         state_batch(rollout, torch.zeros(len(rollout), dtype=torch.bool)),
-        PPOUpdate(batch, ppo_table(zeros, torch.ones_like(zeros)), states, zeros, zeros),
+        PPOUpdate(batch, ppo_loss_inputs(zeros, torch.ones_like(zeros)), states, zeros, zeros),
     )
 
 

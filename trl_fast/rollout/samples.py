@@ -27,7 +27,7 @@ class Samples:
     - `advantages` (S,) float32, on the CPU.
     - `excluded` (S,) bool: completions of which no token counts, because they were cut off.
     - `generation_tokens`: tokens that count in the whole generation, a process's share; 0 until it is known.
-    - the others: one float32 vector (length,) a completion, on the CPU, or None. `losses.policy.PolicyTable` says what
+    - the others: one float32 vector (length,) a completion, on the CPU, or None. `losses.loss_inputs` says what
       they are.
     """
 

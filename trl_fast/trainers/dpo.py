@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TOKEN_COLUMNS, AnyDataset, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
 from trl_fast.data.preference import REFERENCE_COLUMNS
-from trl_fast.losses.dpo import DPOLossConfig, PreferenceTable, dpo_loss, dpo_metrics
+from trl_fast.losses.dpo import DPOLossConfig, dpo_loss, dpo_metrics
+from trl_fast.losses.loss_inputs import PreferenceLossInputs
 from trl_fast.modeling.scoring import score
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
@@ -34,7 +35,7 @@ def dpo_step(
     Args:
         model: the policy, with `attach_scoring`; it may be wrapped since.
         batch: P trees of a prompt with its chosen and its rejected completion.
-        reference: (2P,) float32, log π_ref of each completion as `PreferenceTable.sequence_logprobs` sums it.
+        reference: (2P,) float32, log π_ref of each completion as `PreferenceLossInputs.sequence_logprobs` sums it.
         config: the loss.
         head: keywords of `score` about the head.
         router_coef: weight of a mixture of experts' load-balancing loss.
@@ -153,6 +154,6 @@ class DPOTrainer(PreferenceTrainer):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids
 
 
-def preference_table(batch: TokenBatch) -> PreferenceTable:
+def preference_table(batch: TokenBatch) -> PreferenceLossInputs:
     """Returns where a batch's completions are among its scored tokens."""
-    return PreferenceTable(batch.branch, batch.offset, batch.branch_lengths)
+    return PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)

@@ -10,7 +10,8 @@ import torch
 
 from trl_fast.losses.advantages import Advantages, group_advantages
 from trl_fast.losses.importance_sampling import importance_ratios
-from trl_fast.losses.policy_gradient import LOSSES, PolicyTable, grpo_loss
+from trl_fast.losses.loss_inputs import PolicyLossInputs
+from trl_fast.losses.policy_gradient import LOSSES, grpo_loss
 from trl_fast.ops import TokenScores
 from trl_fast.rollout.samples import Samples
 
@@ -105,7 +106,9 @@ class GRPOTrainer(GroupTrainer):
     @property
     def order_is_free(self) -> bool:
         """Says whether nothing is normalised by the tokens of the micro-batch."""
-        by_batch = self.loss_config.loss_type == "bnpo" or self.loss_config.span == "batch" or self.entropy is not None
+        by_batch = (
+            self.loss_config.loss_type == "bnpo" or self.loss_config.scope == "batch" or self.entropy is not None
+        )
         return not by_batch
 
     @property
@@ -122,7 +125,7 @@ class GRPOTrainer(GroupTrainer):
             options["entropy_mask"] = partial(self._high_entropy, table=inputs.table)
         return options
 
-    def _high_entropy(self, entropies: torch.Tensor, table: PolicyTable) -> torch.Tensor:
+    def _high_entropy(self, entropies: torch.Tensor, table: PolicyLossInputs) -> torch.Tensor:
         """Returns 1 for the tokens (N,) whose entropy is among the highest of all that count in all processes, else 0.
 
         Beyond the 80/20 rule, arXiv 2506.01939. Where no token counts, none is chosen.
@@ -143,7 +146,7 @@ class GRPOTrainer(GroupTrainer):
         table, config = inputs.table, self.loss_config
         chosen = self.loss_options(inputs).get("entropy_mask")
         loss = grpo_loss(scores, table, config, entropy_mask=chosen)
-        policy = loss if LOSSES[config.loss_type].by_window else loss * self.accumulation_steps
+        policy = loss if LOSSES[config.loss_type].over_whole_step else loss * self.accumulation_steps
         self.record({"policy_loss": (policy, torch.ones_like(policy))})
         if not self.model.training:
             return

@@ -24,7 +24,8 @@ from trl_fast.data.unpaired_preference import (
     prepare_unpaired_dataset,
     warn_of_balance,
 )
-from trl_fast.losses.kto import KTOLossConfig, KTOTable, count_losses, kl_estimate, kto_loss_sum, kto_metrics
+from trl_fast.losses.kto import KTOLossConfig, count_losses, kl_estimate, kto_loss_sum, kto_metrics
+from trl_fast.losses.loss_inputs import KTOLossInputs
 from trl_fast.modeling.scoring import ModelScores, score
 from trl_fast.ops import TokenScores
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
@@ -79,7 +80,7 @@ def kto_step(
         router_coef: weight of a mixture of experts' load-balancing loss.
         processes: how tensors are reduced over processes.
     """
-    table = KTOTable(batch.branch, batch[LABEL], reference[:, 0])
+    table = KTOLossInputs(batch.branch, batch[LABEL], reference[:, 0])
     if together:
         scored, kl = _score_together(model, batch, table, reference[:, 1], config, head, processes)
     else:
@@ -112,7 +113,7 @@ def scores_together(batch: TokenBatch, backward_passes: int, processes: AcrossPr
 def _score_together(
     model: torch.nn.Module,
     batch: TokenBatch,
-    table: KTOTable,
+    table: KTOLossInputs,
     kl_reference: torch.Tensor,
     config: KTOLossConfig,
     head: Mapping[str, Any],
@@ -139,7 +140,7 @@ def _score_together(
 def _score_apart(
     model: torch.nn.Module,
     batch: TokenBatch,
-    table: KTOTable,
+    table: KTOLossInputs,
     reference: torch.Tensor,
     config: KTOLossConfig,
     head: Mapping[str, Any],

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from trl_fast.losses.advantages import Advantages, leave_one_out_advantages
-from trl_fast.losses.policy_gradient import PolicyMetrics
+from trl_fast.losses.policy_metrics import PolicyMetrics
 from trl_fast.rollout.samples import Samples
 
 from .online.group_trainer import GroupTrainer

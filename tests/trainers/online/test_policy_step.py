@@ -5,7 +5,7 @@ import torch
 
 from support.models import tiny_classifier, tiny_model
 from trl_fast.losses.policy_gradient import PolicyLossConfig, grpo_loss
-from trl_fast.losses.ppo import ppo_table
+from trl_fast.losses.ppo import ppo_loss_inputs
 from trl_fast.modeling.classifier_head import attach_classifier_head, read_head, state_batch
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.rollout.samples import Samples
@@ -71,7 +71,7 @@ def test_ppo_step_adds_the_value_models_loss(policy, samples):
     values = read_head(value_model, states).detach()
     update = PPOUpdate(
         batch=UPDATES.token_batch(samples),
-        table=ppo_table(samples.flat("old_logprobs"), torch.linspace(-1, 1, 10)),
+        table=ppo_loss_inputs(samples.flat("old_logprobs"), torch.linspace(-1, 1, 10)),
         state_batch=states,
         values=values,
         returns=values + 2,

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.data.repeat_sampler import RepeatSampler
-from trl_fast.losses.policy_gradient import PolicyMetrics, Window, sequence_weights
+from trl_fast.losses.loss_normalization import LossNormalizer
+from trl_fast.losses.policy_gradient import sequence_weights
+from trl_fast.losses.policy_metrics import PolicyMetrics
 from trl_fast.modeling.lm_head import use_float32_head
 from trl_fast.modeling.loading import base_model
 from trl_fast.ops import TokenScores
@@ -313,7 +315,7 @@ class GroupTrainer(OnlineTrainer):
     def _make_update(self, samples: Samples) -> Update:
         # A generation is not always one accumulation window.
         share = self.accumulation_steps / self.args.steps_per_generation if self.model.training else 1
-        window = Window(samples.generation_tokens * share, self.loss_divisor, self.args.max_completion_length)
+        window = LossNormalizer(samples.generation_tokens * share, self.loss_divisor, self.args.max_completion_length)
         weights = sequence_weights(self.loss_config.loss_type, samples.lengths, window)
         return self.updates.update(samples, self.trained(samples), weights)
 

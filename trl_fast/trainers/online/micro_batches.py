@@ -9,7 +9,7 @@ import torch
 
 from trl_fast.data import TokenBatch
 from trl_fast.data.device_transfer import copy_to_device
-from trl_fast.losses.policy_gradient import PolicyTable
+from trl_fast.losses.loss_inputs import PolicyLossInputs
 from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
@@ -22,7 +22,7 @@ class Update:
     """
 
     batch: TokenBatch
-    table: PolicyTable
+    table: PolicyLossInputs
     left_out: torch.Tensor
     lengths: tuple[int, ...]
 
@@ -76,7 +76,7 @@ class UpdateMaker:
         if part.excluded.any():
             counts = torch.ones(len(batch.targets)) if vectors["mask"] is None else vectors["mask"]
             vectors["mask"] = counts * ~part.excluded[batch.branch.cpu()]
-        table = PolicyTable(
+        table = PolicyLossInputs(
             branch=batch.branch,
             advantages=copy_to_device(part.advantages, self.device),
             weights=copy_to_device(weights[order], self.device),

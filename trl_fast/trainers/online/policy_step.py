@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from trl_fast.losses.policy_gradient import PolicyLossConfig, PolicyMetrics, grpo_loss, grpo_metrics
+from trl_fast.losses.policy_gradient import PolicyLossConfig, grpo_loss
+from trl_fast.losses.policy_metrics import PolicyMetrics, grpo_metrics
 from trl_fast.modeling.scoring import score
 
 from ..base.step import StepResult, router_keywords, with_router_loss
@@ -50,7 +51,7 @@ def policy_step(
         token_loss=lambda scores, rows: grpo_loss(
             scores, table, config, rows=rows, entropy_coef=entropy_coef, entropy_mask=entropy_mask
         ),
-        group_sizes=update.group_sizes(config.span),
+        group_sizes=update.group_sizes(config.scope),
         **head,
         **router_keywords(router_coef),
     )
