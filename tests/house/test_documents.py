@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs name exists: paths, modules, commands, make targets, links and anchors."""
+"""Holds the documents to what exists: paths, modules, commands, make targets, links and anchors that they name."""
 
 from __future__ import annotations
 
