@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
 
 from .gpu_facts import PADDED_ATTENTION
+from .memory_timeline import GENERATION_STAGE, PROMPTS_STAGE
 from .training_setup import TrainingSetup
 
 
@@ -26,11 +28,14 @@ class Generation:
     total_tokens: int
 
 
-def simulate_generation(setup: TrainingSetup, policy: PreTrainedModel | PeftModel, what: Generation) -> None:
+def simulate_generation(
+    setup: TrainingSetup, policy: PreTrainedModel | PeftModel, what: Generation, enter: Callable[[str], None]
+) -> None:
     """Runs the passes of sampling that take most memory: the one over the prompts, and that of the last token.
 
     Prompts are all of one length, so nothing is masked. Keys and values of a prompt are computed once and repeated for
-    its completions. Logits are of the last position alone, and sampling makes float32 numbers of them.
+    its completions. Logits are of the last position alone, and sampling makes float32 numbers of them. enter: names
+    both stages.
     """
     inner = base_model(policy)
     config = inner.config.get_text_config(decoder=True)
@@ -39,7 +44,9 @@ def simulate_generation(setup: TrainingSetup, policy: PreTrainedModel | PeftMode
     cache = DynamicCache(config=config)
     try:
         with evaluating(policy), setup.autocast():
+            enter(PROMPTS_STAGE)
             _sample(policy, cache, what.prompts, what.prompt_tokens)
+            enter(GENERATION_STAGE)
             if what.completions > what.prompts:
                 rows = torch.arange(what.prompts).repeat_interleave(-(-what.completions // what.prompts))
                 cache.batch_select_indices(rows[: what.completions])

@@ -30,7 +30,8 @@ MEANINGS = {
     WORKSPACE: "the layer at work, recomputed or not, and other temporaries",
 }
 
-GENERATION_STAGE = "generation"
+PROMPTS_STAGE = "generation, prompts"
+GENERATION_STAGE = "generation, completions"
 OLD_STAGE = "scores of the sampled completions"
 REFERENCE_STAGE = "reference pass"
 VALUES_STAGE = "values of the sampled completions"

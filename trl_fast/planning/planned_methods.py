@@ -37,7 +37,7 @@ from .example_batches import (
     unpaired_batch,
 )
 from .generation import simulate_generation
-from .memory_timeline import GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE
+from .memory_timeline import OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE
 from .training_setup import TrainingSetup
 
 Enter = Callable[[str], None]
@@ -139,8 +139,7 @@ def _kto_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
 
 def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
     """Runs a step of GRPO or RLOO: generation, the scores that its loss or its rewards read, and the update."""
-    enter(GENERATION_STAGE)
-    simulate_generation(setup, models.policy, inputs.generation)
+    simulate_generation(setup, models.policy, inputs.generation, enter)
     if setup.scores_old_policy:
         enter(OLD_STAGE)
         _token_logprobs(setup, models.policy, inputs.update.batch)
@@ -154,8 +153,7 @@ def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter
 
 def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
     """Runs a step of PPO: generation, the scores of the rollout by all three models, and the update of two."""
-    enter(GENERATION_STAGE)
-    simulate_generation(setup, models.policy, inputs.generation)
+    simulate_generation(setup, models.policy, inputs.generation, enter)
     enter(OLD_STAGE)
     _token_logprobs(setup, models.policy, inputs.rollout)
     enter(REFERENCE_STAGE)
