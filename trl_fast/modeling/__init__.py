@@ -1,1 +1,1 @@
-"""How a Hugging Face model runs on a token batch: attention over packed sequences, the head, the reference policy."""
+"""Runs a Hugging Face model on a token batch: its layout, attention, head, checkpointing and reference policy."""

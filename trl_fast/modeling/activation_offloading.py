@@ -1,4 +1,4 @@
-"""Activations that wait for backward wait in the CPU's memory."""
+"""Offloads activations: what layers save for backward waits in pinned memory of the CPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_fast.ops.device import device_facts, has_gpu
 
-from .loading import backbone, unbound_forward
+from .loading import backbone
+from .model_changes import changes_of, unbound_forward
 from .offload_schedule import SavedTensor, Schedule
 from .pinned_copies import copies_of
 
 logger = logging.getLogger(__name__)
 
+OFFLOADING = "activation offloading"
 # Smaller tensors are not worth a copy, in bytes.
 _MIN_BYTES = 1024
 
@@ -33,14 +35,16 @@ def offload_activations(model: PreTrainedModel) -> None:
     if not has_gpu():
         logger.warning("activation_offloading=True does nothing here: without a GPU, activations are in CPU memory.")
         return
-    layers = backbone(model)
-    if hasattr(layers, "forward_kept"):
+    changes = changes_of(model)
+    if OFFLOADING in changes:
         return
-    layers.forward_kept = unbound_forward(layers)
-    layers.forward = types.MethodType(_forward_with_offloading, layers)
+    layers = backbone(model)
+    change = changes.add(OFFLOADING, "what the layers save for backward waits in the CPU's memory")
+    change.set(layers, "forward_kept", unbound_forward(layers))
+    change.set(layers, "forward", types.MethodType(_forward_with_offloading, layers))
     for module in layers.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.register_forward_pre_hook(_start_layer)
+            change.add_hook(module.register_forward_pre_hook(_start_layer))
 
 
 def _forward_with_offloading(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
@@ -49,7 +53,7 @@ def _forward_with_offloading(self: torch.nn.Module, *args: object, **kwargs: obj
 
 
 class _Thread(threading.local):
-    """The forward pass at work, whose layers are told apart; none while backward computes layers again."""
+    """Holds the forward pass at work, whose layers are told apart; None while backward computes layers again."""
 
     offloading: Offloading | None = None
 
@@ -63,7 +67,7 @@ def _start_layer(*_: object) -> None:
 
 
 class Offloading:
-    """One forward pass whose saved tensors leave the GPU, and come back when backward asks for them.
+    """Offloads the saved tensors of one forward pass; they come back when backward asks for them.
 
     Weights are never copied, nor what autocast makes of them, which is told by its shape.
     """
@@ -78,7 +82,7 @@ class Offloading:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within, what autograd saves is offloaded."""
+        """Offloads what autograd saves within the context."""
         before, _thread.offloading = _thread.offloading, self
         try:
             with saved_tensors_hooks(self._pack, _unpack):
@@ -89,7 +93,7 @@ class Offloading:
                 schedule.end()
 
     def start_layer(self) -> None:
-        """What is saved from now on is another layer's."""
+        """Starts a layer: what is saved from now on is its own."""
         self._in_layers = True
         for schedule in self._schedules.values():
             schedule.start_layer()
@@ -120,6 +124,6 @@ def _unpack(packed: torch.Tensor | SavedTensor) -> torch.Tensor:
 
 
 def is_on_device(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is where memory is short."""
+    """Returns whether a tensor (any shape) is in the memory of a GPU, where memory is short."""
     holds = device_facts(tensor.device).holds
     return tensor.is_cuda if holds is None else holds(tensor)

@@ -1,4 +1,4 @@
-"""Chat templates and end tokens from elsewhere, on a model's tokenizer and vocabulary."""
+"""Puts chat templates and end tokens from elsewhere on a model's tokenizer and vocabulary."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def set_eos_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eo
 
 
 def with_trained_tokens(peft_config: PeftConfig, model: PreTrainedModel, token_ids: list[int]) -> PeftConfig:
-    """A copy of an adapter's configuration that also trains the embeddings of some tokens of the model."""
+    """Returns a copy of an adapter's configuration that also trains the embeddings of some tokens of the model."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings).split(".")[-1]
     peft_config = copy.deepcopy(peft_config)

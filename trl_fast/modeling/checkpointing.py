@@ -1,4 +1,4 @@
-"""Activation checkpointing under either name: transformers before 5.20 knows it as gradient checkpointing only."""
+"""Switches activation checkpointing, which transformers before 5.20 knows as gradient checkpointing only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def disable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
 
 
 def is_checkpointing(model: torch.nn.Module) -> bool:
-    """Whether any layer is computed again in backward."""
+    """Returns whether any layer is computed again in backward."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

@@ -15,13 +15,15 @@ from transformers import PreTrainedModel
 from trl_fast.data.packing import TokenBatch
 from trl_fast.data.reward_modeling import REWARD_POSITIONS
 
-from .loading import backbone, unbound_forward
+from .loading import backbone
+from .model_changes import changes_of, unbound_forward
 from .scoring import model_inputs
 from .segment_attention import keep_score_caps
 from .upcast_linear_layers import upcast_linear_layers
 
 # The module that makes a reward of a hidden state, in transformers' classifiers on decoders.
 HEAD = "score"
+CLASSIFIER_HEAD = "classifier head"
 
 
 def attach_classifier_head(model: PreTrainedModel) -> None:
@@ -30,12 +32,12 @@ def attach_classifier_head(model: PreTrainedModel) -> None:
     It is the model's forward that is wrapped, so that whatever wraps the model (autocast, DDP, PEFT) stays in the way.
     Its linear layers get the fastest products that the machine has for their dtype.
     """
-    if getattr(model, "trl_fast_rewards", False):
+    changes = changes_of(model)
+    if CLASSIFIER_HEAD in changes:
         return
     upcast_linear_layers(model)
     keep_score_caps(model)
     original = unbound_forward(model)
-    model.trl_fast_rewards = True
 
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: object, reward_positions: torch.Tensor | None = None, **kwargs: object):
@@ -43,7 +45,8 @@ def attach_classifier_head(model: PreTrainedModel) -> None:
             return original(self, *args, **kwargs)
         return _rewards_at(self, reward_positions, *args, **kwargs)
 
-    model.forward = types.MethodType(forward, model)
+    change = changes.add(CLASSIFIER_HEAD, "model(..., reward_positions=...) returns the head's numbers there")
+    change.set(model, "forward", types.MethodType(forward, model))
 
 
 def has_classifier_head(model: object) -> bool:

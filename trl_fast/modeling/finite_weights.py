@@ -1,4 +1,4 @@
-"""Weights that are NaN or infinite: found in one pass over them, with one wait for each device."""
+"""Finds weights that are NaN or infinite, in one pass over them with one wait for each device."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from trl_fast.settings.batch_layouts import AUTO, BATCH_LAYOUTS, PADDED, BatchLayout, layouts_for
 
 from .classifier_head import HEAD, has_classifier_head
+from .model_changes import changes_of
 from .scoring import give_up_fused_head
-from .segment_attention import REPLACEABLE, use_segment_attention
+from .segment_attention import REPLACEABLE, SEGMENTS, use_segment_attention
 from .verification import Verdict, verify, verify_rewards
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ def _best_layout(
     probes: sequences to try layouts out on; None takes declarations for the truth.
     """
     refused, verdict = {}, None
-    before = model.config.get_text_config()._attn_implementation
+    changes = changes_of(model)
+    had_segments, before = SEGMENTS in changes, model.config.get_text_config()._attn_implementation
     for name, layout in BATCH_LAYOUTS.items():
         reason = refusal(layout, model, request, readout)
         if reason is not None:
@@ -143,7 +145,10 @@ def _best_layout(
             if verdict.packed_ok:
                 return name, refused, verdict
             refused[name] = f"its {name} scores differ from the single ones by {verdict.packed_error:.3g}"
-            model.set_attn_implementation(before or "sdpa")
+            if had_segments:
+                model.set_attn_implementation(before or "sdpa")
+            else:
+                changes.undo(SEGMENTS)
     raise AssertionError("the last layout serves every model")
 
 

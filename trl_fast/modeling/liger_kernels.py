@@ -1,4 +1,4 @@
-"""Kernels of Liger's in a model's layers: what they ask of checkpointing, and where they cannot be used.
+"""Adapts a model to Liger's kernels in its layers, and checks where they cannot be used.
 
 transformers puts them on a model when training starts, or a user does. They replace the forward of norms and MLPs, of
 each instance, and functions of the model's module in transformers, for every model of the process.
@@ -14,6 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from transformers import PreTrainedModel
 from transformers.utils import is_liger_kernel_available
+
+from .model_changes import changes_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,13 @@ def turn_copies(model: PreTrainedModel, saving: type[TorchDispatchMode]) -> None
         rotary = getattr(modeling, name, None)
         if (getattr(rotary, "__module__", None) or "").startswith("liger_kernel"):
             setattr(modeling, name, _on_copies(rotary, saving))
+            change = changes_of(model).add("Liger's rotary embedding", "turns copies while results are kept")
+            change.on_undo(_restore_function, modeling.__name__, name, rotary)
+
+
+def _restore_function(module: str, name: str, function: Callable) -> None:
+    """Gives a Python module, which all models of a family share, its function back."""
+    setattr(sys.modules[module], name, function)
 
 
 def _on_copies(rotary: Callable, saving: type[TorchDispatchMode]) -> Callable:

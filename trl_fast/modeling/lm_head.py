@@ -1,4 +1,4 @@
-"""The language-model head as the ops need it: its weight, its bias, and what is done to its logits."""
+"""Reads a language-model head as the ops need it: its weight, its bias, and what is done to its logits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .model_changes import changes_of
+
+FLOAT32_HEAD = "float32 head"
+
 
 class HeadParameters(NamedTuple):
-    """weight (V, H), bias (V,) or None; both differentiable if they train."""
+    """Holds a head's weight (V, H) and bias (V,) or None, of one float dtype; differentiable if they train."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
 
 class HeadTransform(NamedTuple):
-    """What a model does to its raw logits: `softcap * tanh(logit_scale * z / softcap)`."""
+    """Holds the transform of raw logits z: `softcap * tanh(logit_scale * z / softcap)`."""
 
     softcap: float | None
     logit_scale: float
@@ -42,7 +46,7 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
 
 
 def head_parameters(model: PreTrainedModel) -> HeadParameters:
-    """The weight and bias that the head multiplies by now: a LoRA adapter on it is added in, a saved copy is followed.
+    """Returns the head's present weight and bias: with a LoRA adapter added in, or of a saved copy.
 
     Raises:
         ValueError: the model has no head, or an adapter on it cannot be written as a weight.
@@ -86,13 +90,20 @@ def use_float32_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the head carries an adapter.
     """
+    changes = changes_of(model)
+    if FLOAT32_HEAD in changes:
+        return
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         raise ValueError("cast_lm_head_to_fp32=True: the head carries an adapter; leave it out of target_modules")
     dtype = head.weight.dtype
+    change = changes.add(FLOAT32_HEAD, "the head's weight and logits are float32")
+    change.on_undo(torch.nn.Module.to, head, dtype)
     head.float()
-    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
+    change.add_hook(
+        head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
+    )
     embeddings = model.get_input_embeddings()
     if embeddings.weight is head.weight:
-        embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-    model.trl_fast_float32_head = True
+        change.add_hook(embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype)))
+    change.set(model, "trl_fast_float32_head", True)

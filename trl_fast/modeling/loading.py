@@ -1,8 +1,7 @@
-"""Models from names, and adapters onto models."""
+"""Loads models by name, puts adapters on models, and finds the parts of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+
+from .model_changes import changes_of
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -51,7 +52,7 @@ def load_reward_model(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
 
 
 def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, Any], PretrainedConfig]:
-    """The keywords of from_pretrained with our defaults filled in, and the model's config."""
+    """Returns the keywords of from_pretrained with our defaults filled in, and the model's config."""
     dtype = init_kwargs.get("dtype", "float32")
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {_DTYPES} or a torch.dtype, got {dtype!r}")
@@ -72,28 +73,19 @@ def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, 
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
-    """Whether bitsandbytes holds the weights in 4 or 8 bits."""
+    """Returns whether bitsandbytes holds the weights in 4 or 8 bits."""
     return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model inside, where adapters were put on."""
+    """Returns the transformers model: the one inside, where adapters were put on."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The layers under a model's head."""
+    """Returns the model without its head."""
     # Llama 4's prefix names no module of it; base_model is then the model itself.
     return model.model if model.base_model is model else model.base_model
-
-
-def unbound_forward(module: torch.nn.Module) -> Callable[..., Any]:
-    """A module's forward as a function that takes the module too: what wraps it then also serves a copy of the module.
-
-    A forward that something else has bound already, such as the hooks of accelerate, stays bound.
-    """
-    bound = module.forward
-    return getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -128,9 +120,18 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
     TRL leaves the latter on.
     """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                setattr(module, name, 0.0)
+    found = [
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if _is_dropout(module, name) and isinstance(value, int | float) and value != 0.0
+    ]
+    if found:
+        change = changes_of(model).add("dropout", "is switched off in every module")
+        for module, name in found:
+            change.set(module, name, 0.0)
+
+
+def _is_dropout(module: torch.nn.Module, name: str) -> bool:
+    """Returns whether an attribute of a module is a dropout's probability."""
+    return (isinstance(module, torch.nn.Dropout) and name == "p") or "dropout" in name or "pdrop" in name

@@ -1,4 +1,4 @@
-"""When what a model saves for backward leaves the device, and when it comes back.
+"""Schedules offloading: when what a model saves for backward leaves the device, and when it comes back.
 
     forward    layer i is computed | layer i−1 is copied to the CPU | what layer i−2 saved is freed
     backward   layer i is computed | layer i−1 is copied back
@@ -24,13 +24,13 @@ ROOM_BYTES = 1 << 30
 
 
 class Copies(Protocol):
-    """Copies between a device and the CPU, one after the other, beside what computes; as `pinned_copies` has them."""
+    """Makes copies between a device and the CPU, one after the other, beside what computes; see `pinned_copies`."""
 
     def to_host(self, tensor: torch.Tensor) -> Any:
-        """A tensor's copy on the CPU."""
+        """Returns the copy on the CPU of a tensor of any shape and dtype."""
 
     def to_device(self, copy: Any) -> torch.Tensor:
-        """The copy's copy on the device."""
+        """Returns the tensor on the device that a copy on the CPU stands for."""
 
     def event(self) -> Any:
         """Stands for all copies asked for so far."""
@@ -39,14 +39,14 @@ class Copies(Protocol):
         """Lets what is computed from now on begin after the copies that an event stands for."""
 
     def abandon(self, tensor: torch.Tensor) -> None:
-        """A tensor that came back is freed, and nobody has waited for its copy."""
+        """Lets go of a tensor (any shape) that came back, and for whose copy nobody has waited."""
 
     def forget(self, copy: Any) -> None:
-        """Nobody asks for a copy on the CPU any more."""
+        """Lets go of a copy on the CPU that nobody asks for any more."""
 
 
 class SavedTensor:
-    """A tensor that has left the device, as autograd keeps it.
+    """Stands for a tensor that has left the device; autograd keeps it.
 
     number, layer: counted over a pass, of those that left, and of layers that any left; size: in bytes.
     """
@@ -65,7 +65,7 @@ class SavedTensor:
             self._schedule.early_bytes += self.size
 
     def restored(self) -> torch.Tensor:
-        """The tensor on the device, for what is computed from now on; what comes next is asked for meanwhile."""
+        """Returns the tensor on the device, for what is computed from now on; asks for what comes next meanwhile."""
         self.fetch()
         (tensor, event), self._back = self._back, None
         self._schedule.early_bytes -= self.size
@@ -81,7 +81,7 @@ class SavedTensor:
 
 
 class _Leaving(NamedTuple):
-    """A tensor that is held until its copy, for which `event` stands, is waited for."""
+    """Holds a tensor until its copy, for which `event` stands, has been waited for."""
 
     tensor: torch.Tensor
     event: Any
@@ -89,7 +89,7 @@ class _Leaving(NamedTuple):
 
 
 class Schedule:
-    """One forward pass on one device, and the backward passes through it.
+    """Schedules the copies of one forward pass on one device, and of the backward passes through it.
 
     early_bytes: of tensors that came back and have not been asked for yet.
     """
@@ -107,12 +107,12 @@ class Schedule:
         self._looked_at: int | None = None
 
     def start_layer(self) -> None:
-        """The tensors to come are another layer's. Where this is never called, each tensor is a layer of its own."""
+        """Starts a layer: the tensors to come are its own. If never called, each tensor is a layer of its own."""
         self._in_layers = True
         self._begin_layer()
 
     def save(self, tensor: torch.Tensor) -> SavedTensor:
-        """Lets a tensor leave the device."""
+        """Lets a tensor (any shape) leave the device; returns what autograd keeps in its place."""
         if not self._in_layers:
             self._begin_layer()
         # Layers that save nothing are none.
@@ -128,7 +128,7 @@ class Schedule:
         return saved
 
     def end(self) -> None:
-        """The forward pass is over: what it saved is freed once it is copied."""
+        """Ends the forward pass: what it saved is freed once it is copied."""
         self._free(len(self._leaving))
 
     def fetch_ahead(self, asked: SavedTensor) -> None:
@@ -144,7 +144,7 @@ class Schedule:
             self._looked_at = number
 
     def _begin_layer(self) -> None:
-        """The last layer may still be on its way, those before it have to be gone."""
+        """Begins a layer: the last layer may still be on its way, those before it have to be gone."""
         self._layer_begins = True
         self._free(sum(leaving.layer < self._layer for leaving in self._leaving))
 

@@ -1,4 +1,4 @@
-"""Copies between a GPU's memory and pinned memory of the CPU, on a stream beside the one that computes."""
+"""Makes copies between a GPU's memory and pinned memory of the CPU, on a stream beside the one that computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class PinnedCopy:
-    """A tensor's elements in the order of its memory, in pinned blocks; the shape in that order, and the way back."""
+    """Holds a tensor's elements in the order of its memory, its shape in that order, and the way back."""
 
     blocks: list[torch.Tensor]
     shape: torch.Size
@@ -27,7 +27,7 @@ class PinnedCopy:
 
 
 class PinnedCopies:
-    """What leaves a GPU and comes back, in the order in which it is asked for; the host waits for none of it.
+    """Copies tensors from a GPU and back, in the order in which that is asked for; the host waits for none of it.
 
     A copy begins when what has been queued for computing before it is done. What computes waits only for events. All
     copies of a device are on one stream, so a block of pinned memory may be used again as soon as nobody asks for
@@ -44,13 +44,13 @@ class PinnedCopies:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """Within, work is queued on the side, behind what computes so far."""
+        """Queues work on the side stream within the context, behind what computes so far."""
         self._side.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._side):
             yield
 
     def to_host(self, tensor: torch.Tensor) -> PinnedCopy:
-        """A copy in pinned memory, on its way; the tensor has to stay as it is until then."""
+        """Returns a copy in pinned memory, on its way; the tensor (any shape) has to stay as it is until then."""
         # In the order of its memory a tensor without gaps is one run of elements, which needs no copy on the device.
         order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         inverse = tuple(sorted(range(tensor.dim()), key=order.__getitem__))
@@ -63,7 +63,7 @@ class PinnedCopies:
         return PinnedCopy(blocks, ordered.shape, tensor.dtype, inverse)
 
     def to_device(self, copy: PinnedCopy) -> torch.Tensor:
-        """The copy's copy on the device, in the same strides, on its way."""
+        """Returns the tensor on the device, in the strides that it had, on its way."""
         # Of the memory of the stream that computes: what is there is done with when the copy begins.
         flat = torch.empty(copy.shape.numel(), dtype=copy.dtype, device=self._device)
         with self._beside():
@@ -80,32 +80,32 @@ class PinnedCopies:
         self._streams.current_stream(self._device).wait_event(event)
 
     def abandon(self, tensor: torch.Tensor) -> None:
-        """Lets the memory of a tensor that came back, and that nobody has waited for, outlive its copy."""
+        """Lets the memory of a tensor (any shape) that came back, and that nobody has waited for, outlive its copy."""
         tensor.record_stream(self._side)
 
     def forget(self, copy: PinnedCopy) -> None:
-        """Nobody asks for this copy any more."""
+        """Lets go of a copy that nobody asks for any more: its pinned memory is used again."""
         for block in copy.blocks:
             self._blocks[len(block)].append(block)
 
     def _block(self, size: int) -> torch.Tensor:
-        """A block of pinned memory of at least `size` bytes."""
+        """Returns a block of pinned memory of at least `size` bytes."""
         size = 1 << (size - 1).bit_length()
         free = self._blocks[size]
         return free.pop() if free else pinned_memory(size)
 
 
 def _elements(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """As many elements (N,) of a block as `like` (N,) has, in its dtype."""
+    """Returns as many elements (N,) of a block (size,) as `like` (N,) has, in its dtype."""
     return block[: like.nbytes].view(like.dtype)
 
 
 def pinned_memory(size: int) -> torch.Tensor:
-    """(size,) bytes that a GPU can copy to and from without the host's help."""
+    """Returns bytes (size,) that a GPU can copy to and from without the host's help."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 @functools.cache
 def copies_of(device: torch.device) -> PinnedCopies:
-    """A device's copies: one stream and one store of pinned memory for all models."""
+    """Returns a device's copies: one stream and one store of pinned memory for all models."""
     return PinnedCopies(device)

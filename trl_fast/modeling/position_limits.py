@@ -1,4 +1,4 @@
-"""How many positions a model has, held against the rows that it is to be trained on."""
+"""Checks that the rows of a dataset are no longer than a model has positions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_positions(model: PreTrainedModel, longest: int | None, max_length: int
 
 
 def _has_position_table(model: PreTrainedModel, maximum: int) -> bool:
-    """Whether positions are looked up: in an embedding, which may have two rows to spare (OPT), or GPT-J's buffer."""
+    """Returns whether positions are looked up: in an embedding, with two spare rows in OPT, or GPT-J's buffer."""
     words = model.get_input_embeddings()
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words]
     learned = any(maximum <= table.num_embeddings <= maximum + 2 for table in tables)

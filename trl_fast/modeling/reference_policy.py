@@ -1,4 +1,4 @@
-"""The reference policy: another model, the same one without its adapter, or numbers computed beforehand."""
+"""Makes the reference policy: another model, the same one without its adapter, or numbers computed beforehand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYER_PATTERNS = (
 
 
 def copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy of the policy as it is now.
+    """Returns a frozen copy of the policy as it is now.
 
     TRL loads the policy's checkpoint once more, and so loses what was changed since; a copy is what is meant. Only a
     model that accelerate spread over devices is loaded again: its hooks point at the original's modules.
@@ -45,7 +45,7 @@ def copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Evaluation mode, no gradients, no checkpointing; returns the model."""
+    """Freezes a model: evaluation mode, no gradients, no checkpointing; returns it."""
     if is_checkpointing(model):
         disable_checkpointing(model)
     return model.eval().requires_grad_(False)
@@ -54,7 +54,7 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 def create_reference_model(
     model: torch.nn.Module, num_shared_layers: int | None = None, pattern: str | None = None
 ) -> torch.nn.Module:
-    """A frozen copy of a model; with num_shared_layers it shares memory with the model below that layer.
+    """Returns a frozen copy of a model; with num_shared_layers it shares memory with the model below that layer.
 
     Shared parameters are frozen in the model too. pattern: the beginning of a layer's parameter names with {layer} for
     its number; None tries those of the common families.
@@ -91,13 +91,13 @@ def copy_adapter_as_reference(model: PeftModel) -> None:
 
 
 def _reference_adapter(model: PeftModel, adapter: str | None) -> str | None:
-    """The adapter that is the reference; None: the model without any."""
+    """Returns the adapter that is the reference; None: the model without any."""
     return adapter or (REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
 
 
 @contextmanager
 def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[None]:
-    """Within, the model is its reference: the named adapter, else "ref" if there is one, else no adapter at all."""
+    """Turns the model into its reference within the context: the named adapter, else "ref", else no adapter."""
     name = _reference_adapter(model, adapter)
     if name is None:
         with model.disable_adapter():
@@ -118,13 +118,13 @@ def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[
 
 
 def reference_scope(model: torch.nn.Module, adapter: str | None = None):
-    """`adapter_reference` for a PeftModel; nothing for others."""
+    """Returns the context `adapter_reference` for a PeftModel, and one without effect for others."""
     return adapter_reference(model, adapter) if isinstance(model, PeftModel) else nullcontext()
 
 
 def reference_hash(model: PreTrainedModel | PeftModel, adapter: str | None = None) -> str:
-    """SHA-256 of all that makes a reference policy: its configuration, and names, dtypes and values of its weights
-    and buffers. It is the key under which its scores are cached.
+    """Hashes all that makes a reference policy (SHA-256): its configuration, and names, dtypes and values of its
+    weights and buffers. The hash is the key under which its scores are cached.
 
     Of a PeftModel's adapters only the one that is the reference counts, as in `adapter_reference`.
     """
@@ -143,13 +143,13 @@ def reference_hash(model: PreTrainedModel | PeftModel, adapter: str | None = Non
 
 
 def _plain_config(config: PretrainedConfig | PeftConfig) -> dict[str, object]:
-    """A configuration but for where it came from."""
+    """Returns a configuration but for where it came from."""
     origins = ("_name_or_path", "base_model_name_or_path", "transformers_version", "revision")
     return {name: value for name, value in config.to_dict().items() if name not in origins}
 
 
 def _plain_value(value: object) -> object:
-    """What JSON has no notation for; sets have no order of their own."""
+    """Returns text, or a sorted list, for a value that JSON has no notation for; sets have no order of their own."""
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
@@ -160,7 +160,7 @@ def with_reference_columns(
     everywhere: Callable[[bool], bool],
     writes: bool,
 ) -> Dataset:
-    """`dataset` with the columns that `compute` returns, computed once and cached beside the files of the dataset.
+    """Returns `dataset` with the columns of `compute`, computed once and cached beside the files of the dataset.
 
     A dataset without files has nothing beside which a later run would find them, so it is not cached.
 

@@ -1,4 +1,4 @@
-"""From a token batch to token scores: the backbone runs on the batch, only scored positions reach the head."""
+"""Scores the tokens of a batch: the backbone runs on the batch, only scored positions reach the head."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from trl_fast.ops.linear_token_loss import TokenLoss
 from trl_fast.ops.token_scores import detached
 
 from .lm_head import head_parameters, head_transform
-from .loading import backbone, unbound_forward
+from .loading import backbone
+from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .upcast_linear_layers import upcast_linear_layers
 
 logger = logging.getLogger(__name__)
 
+SCORING = "scoring forward"
+
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """What a call of the model is asked for instead of logits.
+    """Asks a call of the model for scores of tokens instead of logits.
 
     score_positions (N,): flat positions whose hidden states predict targets (N,). token_loss, group_sizes: as in
     `ops.linear_token_loss`, for a loss whose gradient is to be taken while the head's logits are there.
@@ -48,7 +51,7 @@ class ScoringRequest:
 
 @dataclass
 class ModelScores:
-    """Token scores, and the load-balancing loss (0-d) of a mixture of experts where it was asked for.
+    """Holds token scores, and the load-balancing loss (0-d) of a mixture of experts where it was asked for.
 
     `loss` (0-d) is that of the request's token_loss, if it had one: only the loss then has a gradient, not the scores.
     """
@@ -64,12 +67,14 @@ def attach_scoring(model: PreTrainedModel) -> None:
     It is the model's forward that is wrapped, so that whatever wraps the model (autocast, DDP, PEFT) stays in the way.
     Its linear layers get the fastest products that the machine has for their dtype.
     """
-    if hasattr(model, "trl_fast_fused_head"):
+    changes = changes_of(model)
+    if SCORING in changes:
         return
     upcast_linear_layers(model)
     keep_score_caps(model)
     original = unbound_forward(model)
-    model.trl_fast_fused_head = True
+    change = changes.add(SCORING, "model(..., scoring=ScoringRequest) returns the scores of tokens")
+    change.set(model, "trl_fast_fused_head", True, fixed=False)
 
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: object, scoring: ScoringRequest | None = None, **kwargs: object):
@@ -79,7 +84,7 @@ def attach_scoring(model: PreTrainedModel) -> None:
             return _score_logits(self, original, scoring, *args, **kwargs)
         return _score_hidden(self, scoring, *args, **kwargs)
 
-    model.forward = types.MethodType(forward, model)
+    change.set(model, "forward", types.MethodType(forward, model))
 
 
 def give_up_fused_head(model: PreTrainedModel, error: float) -> None:
@@ -109,7 +114,7 @@ def _score_hidden(
 def _run_head(
     model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest
 ) -> tuple[TokenScores, torch.Tensor | None]:
-    """Token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions.
+    """Returns token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions.
 
     Not compiled: it has kernels of its own, and chooses them by what is installed and free.
     """
@@ -135,7 +140,7 @@ def _run_head(
 
 
 def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScores, torch.Tensor | None]:
-    """Differentiable scores, or the loss of all of them and the scores without gradient."""
+    """Returns differentiable scores, or the loss of all of them and the scores without gradient."""
     if scoring.token_loss is None:
         return tokens, None
     loss = scoring.token_loss(tokens, torch.arange(len(tokens.logprobs), device=tokens.logprobs.device))
@@ -143,7 +148,7 @@ def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScore
 
 
 def _token_counts(kwargs: dict[str, object]) -> torch.Tensor | None:
-    """How often each token (B, T) counts in a router's loss: padding not at all, a prompt once for each branch.
+    """Returns how often each token (B, T) counts in a router's loss: padding 0 times, a prompt once for each branch.
 
     So the loss is that of the padded layout in every layout.
     """
@@ -156,7 +161,7 @@ def _token_counts(kwargs: dict[str, object]) -> torch.Tensor | None:
 
 
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:
-    """The family's own load-balancing loss, of which the mask is its weights; it stands in the class's module."""
+    """Computes the load-balancing loss of the family, which stands in the class's module; the mask weighs tokens."""
     config = model.config.get_text_config()
     function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     if function is None:
@@ -168,7 +173,7 @@ def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor
 def _score_logits(
     model: PreTrainedModel, forward: Callable, scoring: ScoringRequest, *args: object, **kwargs: object
 ) -> ModelScores:
-    """The slow path, for heads that we do not understand: the model's own logits, at the scored positions."""
+    """Scores the model's own logits at the scored positions: the slow path, for heads that we do not understand."""
     # The model hands its mask on to the layers and to the router's loss, which need different ones of a row.
     counts = {"attention_mask": _token_counts(kwargs)} if kwargs.get("output_router_logits") else {}
     with _layers_given(model, attention_mask=kwargs.get("attention_mask")) if counts else nullcontext():
@@ -192,7 +197,7 @@ def _score_logits(
 
 @contextmanager
 def _layers_given(model: PreTrainedModel, **keywords: object) -> Iterator[None]:
-    """Within, the layers under the head get these keywords whatever the model hands them."""
+    """Gives the layers under the head these keywords within the context, whatever the model hands them."""
     hook = backbone(model).register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, **keywords}), with_kwargs=True
     )
@@ -203,7 +208,7 @@ def _layers_given(model: PreTrainedModel, **keywords: object) -> Iterator[None]:
 
 
 def model_inputs(batch: TokenBatch) -> dict[str, object]:
-    """The keywords under which a model's forward takes a batch."""
+    """Returns the keywords under which a model's forward takes a batch."""
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if batch.tree_lengths is None:
         return {**inputs, "attention_mask": batch.attention_mask}
@@ -235,7 +240,7 @@ def score(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode that it was in."""
+    """Switches to evaluation mode without gradients within the context; each module then gets its mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

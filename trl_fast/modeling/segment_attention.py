@@ -1,4 +1,4 @@
-"""How a model attends within the trees of a row, and which models can.
+"""Switches a model to attention within the trees of a row, as transformers calls it.
 
 Registered with transformers under SEGMENT_ATTENTION. The trees' lengths travel as a keyword of the model's forward
 down to here. Where they are absent (generation, a plain forward) the model gets transformers' SDPA attention. A model
@@ -18,10 +18,12 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
+from .model_changes import changes_of
 from .tree_attention import TreeLengths, flash_serves, tree_attention
 
 SEGMENT_ATTENTION = "trl_fast_segments"
 EAGER_SEGMENT_ATTENTION = "trl_fast_segments_eager"
+SEGMENTS = "segment attention"
 # The keyword that carries the lengths.
 LENGTHS_KEYWORD = "tree_lengths"
 REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION)
@@ -39,7 +41,7 @@ def segment_attention(
     tree_lengths: tuple[TreeLengths, ...] | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention inside each tree of a row; see tree_attention.py.
+    """Computes attention inside each tree of a row; see tree_attention.py.
 
     Args:
         query: (1, heads, T, D); key, value: (1, key-value heads, T, D); any float dtype.
@@ -69,7 +71,10 @@ def eager_segment_attention(
     tree_lengths: tuple[TreeLengths, ...] | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`segment_attention` for a model that SDPA does not serve: without lengths it gets its own eager attention."""
+    """Computes `segment_attention` for a model that SDPA does not serve: without lengths, its own eager attention.
+
+    query: (1, heads, T, D); key, value: (1, key-value heads, T, D). Returns (1, T, heads, D), and weights or None.
+    """
     if tree_lengths is None:
         own = sys.modules[type(module).__module__].eager_attention_forward
         return own(module, query, key, value, attention_mask, **kwargs)
@@ -86,7 +91,10 @@ def _attend_within_trees(
     softcap: float | None,
     tree_lengths: tuple[TreeLengths, ...],
 ) -> torch.Tensor:
-    """Not compiled: how it proceeds depends on the lengths, and those are others in every batch."""
+    """Computes attention (1, T, heads, Dv) within the trees of a row.
+
+    Not compiled: how it proceeds depends on the lengths, and those are others in every batch.
+    """
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for SDPA: rotary embeddings have widened queries and keys.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -126,7 +134,7 @@ AttentionMaskInterface.register(EAGER_SEGMENT_ATTENTION, eager_mask)
 
 
 def row_inputs(tree_lengths: tuple[TreeLengths, ...], like: torch.Tensor) -> Mapping[str, object]:
-    """Keywords of the model's forward that make it attend within the trees of a row.
+    """Returns keywords of the model's forward that make it attend within the trees of a row; like: (1, T) input ids.
 
     A four-dimensional mask passes through transformers' mask building untouched: without it, transformers would see
     position ids that restart and build a dense T x T mask.
@@ -135,16 +143,31 @@ def row_inputs(tree_lengths: tuple[TreeLengths, ...], like: torch.Tensor) -> Map
 
 
 def _sdpa_serves(model: PreTrainedModel) -> bool:
-    """Whether SDPA computes a model's attention. transformers 5.17 says so of models whose caps it then ignores."""
+    """Returns whether SDPA serves a model. transformers 5.17 says so of models whose caps it then ignores."""
     return model._supports_sdpa and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def keep_score_caps(model: PreTrainedModel) -> None:
     """Has a model that caps its scores attend eagerly where it was loaded with SDPA, which would ignore the caps."""
     if model.config.get_text_config()._attn_implementation == "sdpa" and not _sdpa_serves(model):
-        model.set_attn_implementation("eager")
+        _change_attention(model, "capped scores", "attention is eager, since SDPA ignores the caps", "eager")
 
 
 def use_segment_attention(model: PreTrainedModel) -> None:
     """Switches a model to `segment_attention`; without the lengths keyword it behaves as before."""
-    model.set_attn_implementation(SEGMENT_ATTENTION if _sdpa_serves(model) else EAGER_SEGMENT_ATTENTION)
+    name = SEGMENT_ATTENTION if _sdpa_serves(model) else EAGER_SEGMENT_ATTENTION
+    _change_attention(model, SEGMENTS, "attention keeps the trees of a row apart", name)
+
+
+def _change_attention(model: PreTrainedModel, name: str, purpose: str, implementation: str) -> None:
+    changes = changes_of(model)
+    if name not in changes:
+        before = model.config.get_text_config()._attn_implementation
+        changes.add(name, purpose).on_undo(_restore_attention, model, implementation, before or "sdpa")
+    model.set_attn_implementation(implementation)
+
+
+def _restore_attention(model: PreTrainedModel, ours: str, before: str) -> None:
+    """Gives a model the attention of before back, unless another one was chosen since."""
+    if model.config.get_text_config()._attn_implementation == ours:
+        model.set_attn_implementation(before)

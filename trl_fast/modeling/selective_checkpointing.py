@@ -1,4 +1,4 @@
-"""Gradient checkpointing that keeps the dearest results instead of computing them again.
+"""Checkpoints activations selectively: keeps the dearest results instead of computing them again.
 
 Checkpointing keeps a layer's input and computes all the rest once more in backward. Most of the time of that goes into
 matrix products and attention, whose results are a part of what a layer would save without checkpointing. They are kept
@@ -33,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .liger_kernels import turn_copies
 from .loading import backbone
+from .model_changes import changes_of
 from .uncheckpointed_layers import (
     LARGE_LAYER,
     Footprint,
@@ -47,6 +48,7 @@ from .uncheckpointed_layers import (
 
 logger = logging.getLogger(__name__)
 
+SELECTIVE_CHECKPOINTING = "selective checkpointing"
 DEFAULT_BUDGET_BYTES = 1 << 30
 PRODUCT, ATTENTION = "product", "attention"
 # Not all of them exist in every build of torch.
@@ -71,21 +73,39 @@ def set_selective_checkpointing(
     does. whole_layers: False where what layers save leaves the GPU. Reentrant checkpointing, a compiled model and one
     whose code takes no function that checkpoints compute all again, as without this.
     """
-    selective = getattr(model, "trl_fast_selective_checkpointing", None)
-    if selective is None:
+    if SELECTIVE_CHECKPOINTING not in changes_of(model):
         if "gradient_checkpointing_func" not in inspect.signature(model._set_gradient_checkpointing).parameters:
             return
-        selective = model.trl_fast_selective_checkpointing = SelectiveCheckpointing(model)
-        backbone(model).register_forward_pre_hook(selective.start)
-        model.plain_set_gradient_checkpointing = model._set_gradient_checkpointing.__func__
-        model._set_gradient_checkpointing = types.MethodType(_set_gradient_checkpointing, model)
+        _change_checkpointing(model)
+    selective = model.trl_fast_selective_checkpointing
     selective.limit, selective.attention_always, selective.whole_layers = limit, attention_always, whole_layers
+
+
+def _change_checkpointing(model: PreTrainedModel) -> None:
+    change = changes_of(model).add(
+        SELECTIVE_CHECKPOINTING, "gradient checkpointing keeps results and leaves layers out"
+    )
+    selective = SelectiveCheckpointing(model)
+    change.on_undo(_checkpoint_everything, model)
+    change.set(model, "trl_fast_selective_checkpointing", selective)
+    change.add_hook(backbone(model).register_forward_pre_hook(selective.start))
+    change.set(model, "plain_set_gradient_checkpointing", model._set_gradient_checkpointing.__func__)
+    change.set(model, "_set_gradient_checkpointing", types.MethodType(_set_gradient_checkpointing, model))
+
+
+def _checkpoint_everything(model: PreTrainedModel) -> None:
+    """Gives layers whose checkpointing is on the function that transformers gave them."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        run = getattr(function, "func", None)
+        if getattr(run, "__func__", None) is SelectiveCheckpointing.run:
+            module._gradient_checkpointing_func = function.args[0]
 
 
 def _set_gradient_checkpointing(
     self: PreTrainedModel, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
 ) -> None:
-    """transformers calls this to give each layer its function that checkpoints; this gives them one that keeps."""
+    """Gives each layer a function that checkpoints selectively, in the place of transformers' method."""
     self.trl_fast_selective_checkpointing.forget()
     keywords = dict(getattr(gradient_checkpointing_func, "keywords", {}))
     if keywords.pop("selective", None) is not None:
@@ -110,7 +130,7 @@ _thread = _Thread()
 
 @contextmanager
 def nothing_saved() -> Iterator[None]:
-    """Within, results are not kept: for a module that computes itself again in backward anyway."""
+    """Keeps no results within the context: for a module that computes itself again in backward anyway."""
     before, _thread.keeps = _thread.keeps, False
     try:
         yield
@@ -155,7 +175,7 @@ class SelectiveCheckpointing:
         self._layers = [layer for layer in self._every_layer if layer.gradient_checkpointing]
 
     def run(self, checkpoint_function: Callable, function: Callable, *args: Any) -> Any:
-        """A layer's forward, checkpointed or not."""
+        """Runs a layer's forward, checkpointed or not."""
         if torch.compiler.is_compiling():
             return checkpoint_function(function, *args)
         if not torch.is_grad_enabled():
@@ -208,18 +228,18 @@ class SelectiveCheckpointing:
 
 
 def _layer_of(function: Callable) -> torch.nn.Module | None:
-    """The layer whose forward transformers hands over: what a partial binds, its method before transformers 5.20."""
+    """Returns the layer whose forward is given: bound by a partial, before transformers 5.20 by a method."""
     given = getattr(function, "args", ())
     return given[0] if given else getattr(getattr(function, "func", None), "__self__", None)
 
 
 def _hidden_states(function: Callable, args: tuple) -> torch.Tensor:
-    """The first tensor that a layer's forward gets."""
+    """Returns the first tensor that a layer's forward gets, its hidden states (B, T, H)."""
     return next(iter(_tensors((args, getattr(function, "keywords", {})))))
 
 
 def _says_why_none_whole(layers: list[torch.nn.Module]) -> bool:
-    """Whether layers cannot be chosen by one device's memory; then it says why."""
+    """Returns whether layers cannot be chosen by one device's memory, and logs why."""
     weights = [next(layer.parameters(), None) for layer in layers]
     devices = {str(weight.device) for weight in weights if weight is not None}
     if len(devices) > 1:
@@ -237,7 +257,7 @@ def _say_once(why: str) -> None:
 
 
 class Budget:
-    """What one forward pass may still keep, in bytes.
+    """Counts the bytes that one forward pass may still keep.
 
     Attention goes before products, since it is what grows faster than a row does: products get no room that the
     attention of the layers to come will need, by what that of the last layer took. Before the first, the result of a
@@ -254,7 +274,7 @@ class Budget:
         self._attention: int | None = None
 
     def start_layer(self) -> None:
-        """The next layer begins."""
+        """Starts the next layer."""
         if self.asked:
             self._attention = self._attention_of_layer
         self.asked.append([])
@@ -264,7 +284,7 @@ class Budget:
         return sum(size for kind, size in self.asked[-1] if kind == ATTENTION)
 
     def take(self, kind: str, size: int) -> bool:
-        """Whether a result is to be kept; if so, its bytes are gone."""
+        """Returns whether a result is to be kept; if so, its bytes are taken from the budget."""
         reserved = 0
         if kind == PRODUCT:
             self._attention = size if self._attention is None else self._attention
@@ -276,13 +296,13 @@ class Budget:
         return fits
 
     def give_back(self, size: int) -> None:
-        """A result that was to be kept is not."""
+        """Adds the bytes of a result to the budget again that was to be kept and is not."""
         self.left += size
 
 
 @dataclass
 class Result:
-    """What a matrix product or attention gave; values is None if that was not kept, or has been used."""
+    """Holds the result of a matrix product or of attention; values is None if it was not kept, or has been used."""
 
     op: OpOverload
     kind: str
@@ -294,7 +314,7 @@ class Result:
 
 
 class SavingMode(TorchDispatchMode):
-    """A layer's first forward: keeps results as the budget allows."""
+    """Keeps results during a layer's first forward, as the budget allows."""
 
     supports_higher_order_operators = True
 
@@ -341,7 +361,7 @@ class SavingMode(TorchDispatchMode):
 
 
 class ReusingMode(TorchDispatchMode):
-    """A layer's second forward: gives out what is kept, once."""
+    """Reuses kept results during a layer's second forward, each once."""
 
     supports_higher_order_operators = True
 
@@ -380,7 +400,7 @@ def _overloads(names: tuple[str, ...]) -> frozenset[OpOverload]:
 
 @functools.cache
 def _kind(op: OpOverload | HigherOrderOperator) -> str | None:
-    """Whether an operator is a product with a weight, or attention."""
+    """Returns whether an operator is a product with a weight or attention; None: neither."""
     if not isinstance(op, OpOverload):
         return None
     if op in _overloads(_PRODUCT_OPS) or op.name() == "trl_fast::upcast_linear":
@@ -390,7 +410,7 @@ def _kind(op: OpOverload | HigherOrderOperator) -> str | None:
 
 
 def _draws_random_numbers(op: OpOverload, args: tuple, kwargs: dict) -> bool:
-    """Whether attention drops scores: if it were not run again, what draws after it would draw other numbers."""
+    """Returns whether attention drops scores: not run again, it would change the random numbers that follow."""
     for number, argument in enumerate(op._schema.arguments):
         if "dropout" in argument.name:
             given = args[number] if number < len(args) else kwargs.get(argument.name, argument.default_value)
@@ -399,7 +419,7 @@ def _draws_random_numbers(op: OpOverload, args: tuple, kwargs: dict) -> bool:
 
 
 def _written(op: OpOverload, args: tuple, kwargs: dict) -> set[int]:
-    """The storages that an operator writes to."""
+    """Returns the storages that an operator writes to."""
     storages = set()
     for number, argument in enumerate(op._schema.arguments):
         if argument.is_write:

@@ -1,4 +1,4 @@
-"""MLPs and norms a tile of tokens at a time, forward and backward, so that their activations do not grow with length.
+"""Runs MLPs and norms in tiles of tokens, forward and backward: their activations do not grow with length.
 
 Both act on each token alone. An MLP's intermediates, several times as wide as the hidden states, are most of what a
 layer keeps for backward; then come a norm's, float32 copies of the hidden states, two in forward and five more in
@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl_fast.ops.device import some_tiles
 
 from .loading import backbone
+from .model_changes import changes_of
 from .selective_checkpointing import nothing_saved
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,13 @@ def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
         logger.warning(
             f"tiled_mlp: {len(found) - len(tiled)} of {len(found)} MLPs are mixtures of experts: not tiled."
         )
+    change = changes_of(model).add("tiled layers", "MLPs and norms run in tiles of tokens")
     for module in (*tiled, *_norms(model)):
-        module.tile_tokens = tile_tokens
-        if not isinstance(module, Tiled):
-            module.__class__ = _tiled_class(type(module))
+        if isinstance(module, Tiled):
+            module.tile_tokens = tile_tokens
+        else:
+            change.set(module, "tile_tokens", tile_tokens, fixed=False)
+            change.set_class(module, _tiled_class(type(module)))
     return len(tiled)
 
 
@@ -72,13 +76,13 @@ class Tiled(torch.nn.Module):
         return _run_tiles(self, hidden_states, tokens)
 
     def call_whole(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The module's own call: its hooks, and whatever its forward is by now."""
+        """Calls the module itself, hooks and forward, on hidden states (..., H) of any float dtype."""
         return super().__call__(hidden_states)
 
 
 @functools.cache
 def _tiled_class(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """A class in tiles, under its own name: transformers, PEFT and `print` tell modules by it."""
+    """Returns a class that runs in tiles, under its name: transformers, PEFT and `print` tell modules by it."""
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (Tiled, cls), named)
 
@@ -93,7 +97,7 @@ def _mlps(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 
 
 def _norms(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
-    """The norms of hidden states, in the layers and after them; those within attention are small."""
+    """Yields the norms of hidden states, in the layers and after them; those within attention are small."""
     for owner in (*_layers(model), backbone(model)):
         yield from (
             child for child in owner.children() if type(child).__name__.endswith("Norm") and _takes_one_tensor(child)
@@ -110,7 +114,10 @@ def _takes_one_tensor(module: torch.nn.Module) -> bool:
 
 @torch.compiler.disable
 def _run_tiles(self: Tiled, hidden_states: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Not compiled: a backward that computes its module once more is nothing that torch.compile can follow."""
+    """Runs a module in tiles of its hidden states (..., H).
+
+    Not compiled: a backward that computes its module once more is nothing that torch.compile can follow.
+    """
     weights = [weight for weight in self.parameters() if weight.requires_grad]
     out = _InTiles.apply(self, hidden_states.reshape(1, tokens, -1), *weights)
     return out.view(*hidden_states.shape[:-1], out.shape[-1])
@@ -158,7 +165,7 @@ def _tiles(module: Tiled, hidden: torch.Tensor) -> Iterator[slice]:
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
-    """Their sum in float32 at least, in the memory of `total`."""
+    """Returns the sum, in float32 at least, in the memory of `total`."""
     if part is None:
         return total
     if total is None:
@@ -167,7 +174,7 @@ def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor 
 
 
 class _State:
-    """What a recomputation must find as the first computation did: autocast, and the random numbers of dropout."""
+    """Saves what a recomputation must find again: the state of autocast, and random numbers of dropout."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""Exact attention over a row of token trees: a prompt is computed once, whatever the number of its branches.
+"""Computes exact attention over a row of token trees, a prompt once, whatever the number of its branches.
 
 Every segment (a prompt or a branch) attends to itself, causally; the branches of a tree, as one block of queries,
 attend to its whole prompt. The two partial results of a branch are merged by their log-sum-exps, as the blocks of
@@ -31,7 +31,7 @@ TreeLengths = tuple[int, ...]
 
 
 class Part(NamedTuple):
-    """Queries that attend to keys of a row: to all of them, or causally to their own."""
+    """Holds queries that attend to keys of a row: to all of them, or causally to their own."""
 
     queries: slice
     keys: slice
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def attention_parts(trees: tuple[TreeLengths, ...]) -> tuple[Part, ...]:
-    """The parts of a row's attention; the causal ones of its segments come first and cover the row."""
+    """Returns the parts of a row's attention; the causal ones of its segments come first and cover the row."""
     own, across, start = [], [], 0
     for prompt, *branches in trees:
         branches_start = start + prompt
@@ -65,7 +65,7 @@ def tree_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention of every token to its own segment up to itself, and of a branch's tokens to their prompt.
+    """Computes attention of every token to its own segment up to itself, and of a branch's tokens to their prompt.
 
     Args:
         query: (1, heads, T, D); key: (1, key-value heads, T, D); value: (1, key-value heads, T, Dv); of one float
@@ -93,7 +93,7 @@ def tree_attention(
 def _choose_kernels(
     query: torch.Tensor, value: torch.Tensor, softcap: float | None
 ) -> Callable[..., CpuRowAttention | CudaRowAttention]:
-    """What computes the parts of a row: flash kernels if they serve, else plain PyTorch, which is said on a GPU."""
+    """Returns the class that computes a row: flash kernels if they serve, else plain PyTorch, logged on a GPU."""
     serves, reason = flash_serves(query, value, softcap)
     if serves:
         return CudaRowAttention if device_facts(query.device).is_cuda else CpuRowAttention
@@ -104,12 +104,12 @@ def _choose_kernels(
 
 @functools.cache
 def _say_it_is_plain(reason: str) -> None:
-    """Once a reason; and only in training, since what a model is tried out with may not have its autocast yet."""
+    """Logs a reason once; only in training, since what a model is tried out with may not have its autocast yet."""
     logger.warning(f"Attention runs in plain PyTorch, which is slower on long rows: {reason}.")
 
 
 def flash_serves(query: torch.Tensor, value: torch.Tensor, softcap: float | None = None) -> tuple[bool, str]:
-    """Whether torch's flash kernels can compute attention between such tensors (…, D) and (…, Dv), and why not."""
+    """Returns whether torch's flash kernels serve queries (..., D) and values (..., Dv), and why not."""
     width = query.shape[-1]
     if softcap:
         return False, "flash kernels cap no scores"
@@ -146,7 +146,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 class CpuRowAttention:
-    """The parts of a row by torch's flash kernel for the CPU, one call each.
+    """Computes the parts of a row by torch's flash kernel for the CPU, one call each.
 
     Key-value heads stand as the batch, so that their groups of query heads read them without a copy. Where 16-bit
     products are slow the kernel gets float32 numbers.
@@ -171,13 +171,13 @@ class CpuRowAttention:
 
     @staticmethod
     def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
-        """(1, heads, T, D) as (key-value heads, heads of a group, T, D)."""
+        """Returns (1, heads, T, D) as (key-value heads, heads of a group, T, D)."""
         return x[0].unflatten(0, (groups, -1))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp of one part."""
+        """Computes output (G, R, t, Dv) and log-sum-exp (G, R, t) of queries (G, R, t, D), keys (G, R, K, D)."""
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, scale=self.scale
         )
@@ -192,14 +192,14 @@ class CpuRowAttention:
         lse: torch.Tensor,
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One part's gradients of query and, summed over the heads of a group, of key and value."""
+        """Returns gradients of one part's query (G, R, t, D) and, summed over a group, of key and value (G, K, D)."""
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, causal, scale=self.scale
         )
         return found[0], found[1].sum(dim=1), found[2].sum(dim=1)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """out (1, heads, T, Dv) and lse (key-value heads, heads of a group, T) float32."""
+        """Returns out (1, heads, T, Dv) and lse (key-value heads, heads of a group, T) float32."""
         rows_of = self.query.shape[:3]
         out = self.query.new_empty(*rows_of, self.value.shape[-1])
         lse = self.query.new_empty(rows_of, dtype=torch.promote_types(self.query.dtype, torch.float32))
@@ -216,7 +216,7 @@ class CpuRowAttention:
     def backward(
         self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of query, key and value, in their shapes."""
+        """Returns gradients of query, key and value, in their shapes."""
         grad, out = (self._grouped(x.to(self.query.dtype), self.query.shape[0]) for x in (grad, out))
         grad_query = torch.zeros_like(self.query)
         grad_key, grad_value = (x.new_zeros(x.shape[0], *x.shape[2:]) for x in (self.key, self.value))
@@ -238,7 +238,7 @@ class CpuRowAttention:
 
 
 class PlainRowAttention(CpuRowAttention):
-    """The parts of a row by plain PyTorch on any device, a tile of queries at a time: what the flash kernels lack.
+    """Computes the parts of a row by plain PyTorch on any device, a tile of queries at a time.
 
     Scores of `_TILE_BYTES` exist at once, in forward and in backward.
     """
@@ -248,7 +248,7 @@ class PlainRowAttention(CpuRowAttention):
         self.softcap = softcap
 
     def _tiles(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
-        """Tiles of rows, each with the keys that its last row sees."""
+        """Yields tiles of queries, each with the keys that its last one sees."""
         heads, tokens = query.shape[0] * query.shape[1], query.shape[2]
         step = max(_TILE_BYTES // (4 * heads * key.shape[2]), 1)
         for start in range(0, tokens, step):
@@ -257,7 +257,7 @@ class PlainRowAttention(CpuRowAttention):
 
     @staticmethod
     def _products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(G, R, t, D) times the transpose of (G, R, K, D), which is one for all R heads of a group: (G, R, t, K)."""
+        """Returns (G, R, t, D) times (G, R, K, D) transposed, one for all R heads of a group: (G, R, t, K)."""
         return (rows.flatten(1, 2) @ keys[:, 0].transpose(-1, -2)).unflatten(1, rows.shape[1:3])
 
     def _scores(self, query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -266,12 +266,13 @@ class PlainRowAttention(CpuRowAttention):
 
     @staticmethod
     def _unseen(rows: slice, keys: slice, device: torch.device) -> torch.Tensor:
-        """(rows, keys) bool: keys after the row's own, in a causal part."""
+        """Returns (rows, keys) bool: keys after the row's own, in a causal part."""
         return torch.arange(keys.stop, device=device) > torch.arange(rows.start, rows.stop, device=device)[:, None]
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes output (G, R, t, Dv) and log-sum-exp (G, R, t) of queries (G, R, t, D), keys (G, R, K, D)."""
         out = query.new_empty(*query.shape[:3], value.shape[-1])
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for rows, keys in self._tiles(query, key, causal):
@@ -293,6 +294,7 @@ class PlainRowAttention(CpuRowAttention):
         lse: torch.Tensor,
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns gradients of one part's query (G, R, t, D) and, summed over a group, of key and value (G, K, D)."""
         grad_query, dtype = torch.empty_like(query), query.dtype
         grad_key, grad_value = (lse.new_zeros(x.shape[0], *x.shape[2:]) for x in (key, value))
         delta = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)
@@ -313,7 +315,7 @@ class PlainRowAttention(CpuRowAttention):
 
 
 class _Varlen(NamedTuple):
-    """What a varlen flash call is told of its sequences, and where in the row their queries and keys are.
+    """Holds what a varlen flash call is told of its sequences, and where in the row their queries and keys are.
 
     query_of: (T,) int32, which of the queries a token of the row is, -1: none.
     """
@@ -330,7 +332,7 @@ class _Varlen(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: DeviceFacts) -> tuple[_Varlen, ...]:
-    """Two calls, whatever the number of segments: every segment to itself, and branches to their prompts.
+    """Returns two calls, whatever the number of segments: every segment to itself, and branches to their prompts.
 
     facts: of the device; a simulation must not be given the tensors of another one.
     """
@@ -356,14 +358,14 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: D
 
 
 def _together(ranges: list[slice], device: torch.device) -> slice | torch.Tensor:
-    """Where the ranges are: one slice, which copies nothing, if each begins where the last one ends; else indices."""
+    """Returns one slice, which copies nothing, if each range begins where the last ends; else indices (N,) int64."""
     if all(one.stop == two.start for one, two in itertools.pairwise(ranges)):
         return slice(ranges[0].start, ranges[-1].stop)
     return copy_to_device(torch.cat([torch.arange(r.start, r.stop) for r in ranges]), device)
 
 
 class CudaRowAttention:
-    """The parts of a row by torch's varlen flash kernels, two calls a layer."""
+    """Computes the parts of a row by torch's varlen flash kernels, two calls a layer."""
 
     def __init__(
         self,
@@ -384,7 +386,7 @@ class CudaRowAttention:
         yield self.value[call.keys].contiguous()
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """out (1, heads, T, D) and lse (heads, T) float32."""
+        """Returns out (1, heads, T, D) and lse (heads, T) float32."""
         out = lse = None
         for call in self.calls:
             lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_query, call.longest_key)
@@ -401,7 +403,7 @@ class CudaRowAttention:
     def backward(
         self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of query, key and value, in their shapes."""
+        """Returns gradients of query, key and value, in their shapes."""
         grad, out = (x[0].transpose(0, 1) for x in (grad, out))
         for call, rng_state in zip(self.calls, self.rng_state, strict=True):
             rows = call.queries

@@ -1,4 +1,4 @@
-"""Which layers gradient checkpointing leaves alone on a GPU: the last ones, as many as free memory holds.
+"""Chooses the layers that gradient checkpointing leaves alone on a GPU: the last ones, as many as free memory holds.
 
 A layer that is not checkpointed is computed once, with the same bits, and costs the host least. Backward begins with
 the last layers: what they saved is gone before a checkpointed layer is computed again and before most gradients are
@@ -34,34 +34,34 @@ LARGE_LAYER = 1 << 41
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """The memory of a GPU; None for other devices, whose memory others live in too."""
+    """Returns the memory of a GPU; None for other devices, whose memory others live in too."""
     return device_facts(device).read_memory()
 
 
 @dataclass(frozen=True)
 class PassSize:
-    """A forward pass's tokens, and those of its longest row."""
+    """Holds the tokens of a forward pass, and those of its longest row."""
 
     tokens: int
     length: int
 
     @classmethod
     def of(cls, hidden: torch.Tensor) -> PassSize:
-        """That of hidden states (B, T, H) or (T, H)."""
+        """Returns the size of a pass of hidden states (B, T, H) or (T, H)."""
         return cls(hidden.shape[:-1].numel(), hidden.shape[-2])
 
     def over(self, other: PassSize) -> float:
-        """How many times as large as another, by the larger of both ratios."""
+        """Returns how many times as large as another this size is, by the larger of both ratios."""
         return max(self.tokens / other.tokens, self.length / other.length)
 
     def joined(self, other: PassSize) -> PassSize:
-        """The larger of each."""
+        """Returns the larger of each."""
         return PassSize(max(self.tokens, other.tokens), max(self.length, other.length))
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What passes of up to `size` took whose layers were all checkpointed.
+    """Holds the memory that passes of up to `size` took whose layers were all checkpointed.
 
     - `layers`: bytes a token that each layer would have saved, in their order.
     - `casts`: bytes of a layer's weights as autocast makes them, which it saves whatever the tokens.
@@ -76,11 +76,11 @@ class Footprint:
     missing_gradients: int
 
     def covers(self, size: PassSize) -> bool:
-        """Whether a pass of that size can be planned."""
+        """Returns whether a pass of that size can be planned."""
         return size.over(self.size) <= STRETCH
 
     def layer_bytes(self, size: PassSize) -> list[int]:
-        """What each layer of a pass would save, or more.
+        """Returns the bytes that each layer of a pass would save, or more.
 
         Bytes = c + a · tokens with an unknown c of at most `casts`: fewer tokens leave at most so much more than their
         share.
@@ -90,12 +90,12 @@ class Footprint:
         return [int(rate * size.tokens * more + fixed) for rate in self.layers]
 
     def reserve(self, size: PassSize, missing_gradients: int) -> int:
-        """What a pass needs for itself; missing_gradients: bytes of those that are not there at its start."""
+        """Returns the bytes that a pass needs for itself; missing_gradients: of gradients not there at its start."""
         return int(self.peak * max(1.0, size.over(self.size))) + max(0, missing_gradients - self.missing_gradients)
 
 
 def merged(one: Footprint | None, two: Footprint | None) -> Footprint | None:
-    """A footprint that holds for the passes of both."""
+    """Returns a footprint that holds for the passes of both."""
     if one is None or two is None:
         return one or two
     return Footprint(
@@ -108,7 +108,7 @@ def merged(one: Footprint | None, two: Footprint | None) -> Footprint | None:
 
 
 def room_for_layers(free: int, total: int, reserve: int, asked: int | None) -> int:
-    """Bytes that layers may save beyond what a checkpointed pass takes, of a device's free and total bytes.
+    """Returns the bytes that layers may save beyond a checkpointed pass, of a device's free and total bytes.
 
     reserve: what such a pass takes; asked: the most that the user wants spent.
     """
@@ -117,14 +117,14 @@ def room_for_layers(free: int, total: int, reserve: int, asked: int | None) -> i
 
 
 def layers_that_fit(sizes: Sequence[int], room: int) -> int:
-    """How many of the last layers fit, of layers that save `sizes` bytes."""
+    """Returns how many of the last layers fit into `room` bytes, of layers that save `sizes` bytes."""
     totals = itertools.accumulate(reversed(sizes))
     return sum(1 for _ in itertools.takewhile(lambda total: total <= room, totals))
 
 
 @dataclass(frozen=True)
 class Split:
-    """What a pass does with its layers: the last `whole` are not checkpointed, the others may keep `left` bytes."""
+    """Splits the layers of a pass: the last `whole` are not checkpointed, the others may keep `left` bytes."""
 
     whole: int
     left: int
@@ -133,7 +133,7 @@ class Split:
 def split_layers(
     footprint: Footprint, size: PassSize, memory: DeviceMemory, missing_gradients: int, asked: int | None
 ) -> Split:
-    """The split of a pass of that size that starts now.
+    """Returns the split of a pass of that size that starts now.
 
     missing_gradients: bytes of those that backward is still to make; asked: the most bytes that the user wants spent.
     """
@@ -144,12 +144,12 @@ def split_layers(
 
 
 def missing_gradient_bytes(weights: Iterable[torch.Tensor]) -> int:
-    """Bytes of the gradients that backward is still to make."""
+    """Returns the bytes of the gradients that backward is still to make, of weights of any shape."""
     return sum(weight.nbytes for weight in weights if weight.requires_grad and weight.grad is None)
 
 
 def working_weights(layer: torch.nn.Module, experts_per_token: int) -> int:
-    """How many of a layer's weights a token meets: of stacked experts (E, ., .) only those that it is sent to."""
+    """Counts the weights of a layer that a token meets: of stacked experts (E, ., .) only those that it is sent to."""
     counts = (
         weight.numel() // len(weight) * min(experts_per_token, len(weight)) if weight.dim() == 3 else weight.numel()
         for weight in layer.parameters()
@@ -175,7 +175,7 @@ class Meter:
         self._peak = self._missing = 0
 
     def start(self, size: PassSize, missing: int, memory: DeviceMemory) -> None:
-        """A pass begins; `missing`: bytes of gradients that are not there."""
+        """Starts a pass; `missing`: bytes of gradients that are not there."""
         first = self._start is None
         # With several passes before a backward, all count from the one that began with least.
         self._start = memory.allocated if first else min(self._start, memory.allocated)
@@ -183,7 +183,7 @@ class Meter:
         self._pass = size
 
     def watched(self, layer: torch.nn.Module | None, function: Callable) -> Callable:
-        """A layer's function, which tells what its second run leaves behind."""
+        """Wraps a layer's function, so that the memory is measured that its second run leaves behind."""
         if layer not in self._numbers:
             return function
         runs, size = itertools.count(), self._pass
@@ -209,7 +209,7 @@ class Meter:
         self._peak = memory.peak - self._start
 
     def footprint(self) -> Footprint | None:
-        """What was found; None as long as there was no backward. A layer without one counts as the largest."""
+        """Returns the footprint; None as long as there was no backward. A layer without one counts as the largest."""
         if not self._saved:
             return None
         largest = max(self._saved.values())
@@ -218,7 +218,7 @@ class Meter:
 
 
 def _cast_bytes(layer: torch.nn.Module, device_type: str) -> int:
-    """Bytes of the copies that autocast makes of a layer's float32 weights."""
+    """Returns the bytes of the copies that autocast makes of a layer's float32 weights."""
     if not torch.is_autocast_enabled(device_type):
         return 0
     itemsize = torch.get_autocast_dtype(device_type).itemsize

@@ -1,4 +1,4 @@
-"""Models in 16-bit numbers on a CPU without hardware for their products: those of linear layers run in float32."""
+"""Upcasts linear layers: on a CPU without hardware for 16-bit products, those of linear layers run in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 from trl_fast.ops.matmul import product_dtype
 from trl_fast.ops.upcast_linear import upcast_is_faster, upcast_linear
 
-from .loading import backbone, unbound_forward
+from .loading import backbone
+from .model_changes import changes_of, unbound_forward
+
+UPCAST = "upcast linear layers"
 
 
 def upcast_linear_layers(model: PreTrainedModel) -> None:
@@ -22,11 +25,14 @@ def upcast_linear_layers(model: PreTrainedModel) -> None:
     autocast. The model may be moved or cast later: that is looked at before its layers run. What is changed decides
     call by call. Products of other modules, such as fused experts, stay as they are.
     """
-    if hasattr(model, "trl_fast_upcast"):
+    changes = changes_of(model)
+    if UPCAST in changes:
         return
-    model.trl_fast_upcast = False
     layers = backbone(model)
-    layers.register_forward_pre_hook(functools.partial(_follow, model))
+    change = changes.add(UPCAST, "linear layers compute 16-bit products in float32 on a CPU without hardware for them")
+    change.set(model, "trl_fast_upcast", False, fixed=False)
+    change.on_undo(_restore_layers, model)
+    change.add_hook(layers.register_forward_pre_hook(functools.partial(_follow, model)))
     _follow(model, layers, ())
 
 
@@ -44,13 +50,38 @@ def _follow(model: PreTrainedModel, layers: nn.Module, _args: object) -> None:
         if upcast and type(module) is nn.Linear and not hasattr(module, "plain_forward"):
             module.plain_forward = unbound_forward(module)
             module.forward = types.MethodType(_forward, module)
-        elif not upcast and getattr(vars(module).get("forward"), "__func__", None) is _forward:
-            module.forward = types.MethodType(module.plain_forward, module)
-            del module.plain_forward
+        elif not upcast and _is_upcast(module):
+            _restore_layer(module)
+
+
+def _is_upcast(module: nn.Module) -> bool:
+    """Returns whether a module's forward is ours, and nothing has been put on top of it."""
+    return getattr(vars(module).get("forward"), "__func__", None) is _forward
+
+
+def _restore_layer(module: nn.Module) -> None:
+    if module.plain_forward is type(module).forward:
+        del module.forward
+    else:
+        module.forward = types.MethodType(module.plain_forward, module)
+    del module.plain_forward
+
+
+def _restore_layers(model: PreTrainedModel) -> None:
+    """Gives all linear layers of a model their own forward back.
+
+    Raises:
+        RuntimeError: something else has been put on top of ours since.
+    """
+    changed = [module for module in model.modules() if hasattr(module, "plain_forward")]
+    if not all(map(_is_upcast, changed)):
+        raise RuntimeError(f"{UPCAST!r} cannot be undone: forward of a linear layer has been changed since")
+    for module in changed:
+        _restore_layer(module)
 
 
 def _multiplies_slowly(layers: nn.Module) -> bool:
-    """Whether there are products of 16-bit numbers, for which this CPU has no hardware."""
+    """Returns whether there are products of 16-bit numbers, for which this CPU has no hardware."""
     autocast = torch.is_autocast_enabled("cpu")
     dtypes = [torch.get_autocast_dtype("cpu")] if autocast else (weight.dtype for weight in layers.parameters())
     cpu = torch.device("cpu")
