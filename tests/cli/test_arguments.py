@@ -1,4 +1,4 @@
-"""What the model's flags describe."""
+"""The model's flags describe its adapter, its quantisation and its dtype."""
 
 import dataclasses
 

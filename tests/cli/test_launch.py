@@ -1,4 +1,4 @@
-"""What goes to `accelerate launch`, and what it starts."""
+"""Flags that go to `accelerate launch`, and the processes that it starts."""
 
 import json
 import os

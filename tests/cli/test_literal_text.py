@@ -27,12 +27,12 @@ TEXT = "[red]x[/nope] [tok] :smile:"
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch):
+def _terminal_of_400_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
 
 
 def log(force_terminal):
-    """What a progress bar prints to a console of somebody's own, in which markup means something."""
+    """Returns what a progress bar prints to a console of somebody's own, in which markup means something."""
     console = Console(file=io.StringIO(), force_terminal=force_terminal, width=400, color_system=None)
     callback, state = RichProgressCallback(console), TrainerState(max_steps=2, is_world_process_zero=True)
     callback.on_train_begin(None, state, None)

@@ -1,4 +1,4 @@
-"""What an import of a config and the help of a command load, counted in a process of their own."""
+"""Imports of configs and the help of commands load few modules, which are counted in a process of their own."""
 
 import json
 import subprocess

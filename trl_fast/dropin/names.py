@@ -88,12 +88,12 @@ MODULES: dict[str, dict[str, str]] = {
 }
 
 
-def _until(last: str, what: str) -> str:
-    return f"TRL had it until {last}; {what}"
+def _until(version: str, advice: str) -> str:
+    return f"TRL had it until {version}; {advice}"
 
 
-def _older(what: str) -> str:
-    return f"it is a name of an older TRL; {what}"
+def _older(advice: str) -> str:
+    return f"it is a name of an older TRL; {advice}"
 
 
 _EXPERIMENTAL = "trl_fast does not have it; TRL 1.16 keeps it under trl.experimental"
