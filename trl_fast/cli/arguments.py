@@ -38,8 +38,10 @@ class ScriptArguments:
 class DatasetConfig:
     """Describes one dataset of a mixture; all but `columns` and `fraction` are arguments of `datasets.load_dataset`.
 
-    path may also be a file or a folder, as `dataset_name` may. columns: those to keep; None keeps all. fraction: this
-    dataset's share of the mixture, see `get_dataset`.
+    Args:
+        path: a hub name, a file or a folder.
+        columns: the columns to keep; None keeps all.
+        fraction: the dataset's share of the mixture, see `get_dataset`.
     """
 
     path: str

@@ -38,7 +38,7 @@ def _is_split_folder(path: Path) -> bool:
 def _load(path: str, argument: str, **options: Any) -> AnyDataset:
     """Calls `load_dataset` with a hub name, a local file or a folder; `argument` is its name in messages."""
     place = Path(path)
-    # With a configuration or files of its own the path is load_dataset's business alone.
+    # A path with a configuration or files of its own is understood by load_dataset alone.
     described = any(options.get(key) is not None for key in ("name", "data_dir", "data_files"))
     try:
         if not described and (place.is_file() or _is_split_folder(place)):

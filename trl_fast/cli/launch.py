@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl_fast.settings.suggestions import did_you_mean
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
-# Set in the processes that `launch` starts: they see the same arguments again.
+# Is set in the processes that `launch` starts, which get the same command line.
 _LAUNCHED = "TRL_FAST_LAUNCHED"
 
 
@@ -91,7 +91,7 @@ def _split_flag(word: str) -> tuple[str, str, str]:
 def config_flags(name: str) -> list[str]:
     """Returns the flags of `accelerate launch` for a file, or for a configuration that comes with trl_fast, by name.
 
-    Ours use all GPUs of this machine unless --num_processes says otherwise.
+    The configurations of trl_fast use all GPUs of this machine unless --num_processes says otherwise.
     """
     if Path(name).is_file():
         return ["--config_file", name]
@@ -111,7 +111,7 @@ def launch(flags: list[str], arguments: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ChildFailedError as error:
-        # What went wrong has been printed by the process.
+        # The process has printed what went wrong.
         return error.get_first_failure()[1].exitcode
     finally:
         del os.environ[_LAUNCHED]

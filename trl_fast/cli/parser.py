@@ -73,9 +73,11 @@ class TrlParser(HfArgumentParser):
     ) -> tuple[Any, ...]:
         """Returns one object for each dataclass.
 
-        return_remaining_strings: what nobody knew comes last, as a list of `--key value` strings; with
-        separate_remaining_strings as two lists, the YAML file's and the flags'. fail_with_unknown_args=False forgives
-        unknown keys in the YAML file, never unknown flags.
+        Args:
+            args: the command line; None: that of the program.
+            return_remaining_strings: return unknown flags and keys last, as a list of `--key value` strings.
+            fail_with_unknown_args: False forgives unknown keys in the YAML file, but never unknown flags.
+            separate_remaining_strings: return unknown keys and unknown flags as two lists.
 
         Raises:
             ValueError: the YAML file cannot be read, or a key or flag is unknown or has a bad value.
@@ -110,7 +112,7 @@ class TrlParser(HfArgumentParser):
     def unknown(self, remaining: list[str], others: Iterable[str] = ()) -> ValueError:
         """Returns the error about flags and keys that nobody knows, with the nearest known names.
 
-        others: names without dashes that are known elsewhere.
+        others: further names, without dashes, to suggest.
         """
         known = [*(action.dest for action in self._actions), *others]
         messages = []
