@@ -16,10 +16,16 @@ from typing import Any, cast
 
 @dataclass(frozen=True)
 class Range:
-    """Holds the numbers from `low` to `high`, both included unless `above` or `below` excludes them.
+    """Describes the numbers that a setting takes.
 
-    whole: integers only. infinite: infinity too, but never NaN. many: a list of such numbers. optional: whether None
-    is allowed; unset, the field's annotation says so. advice: what to do instead, or what special values mean.
+    Args:
+        low, high: the least and the largest number.
+        above, below: whether `low` and `high` themselves are excluded.
+        whole: whether only integers are taken.
+        infinite: whether infinity is taken; NaN never is.
+        many: whether the setting is a list of such numbers.
+        optional: whether None is taken; unset, the field's annotation says so.
+        advice: what the message says besides: another setting, or the meaning of special values.
     """
 
     low: float = -math.inf
