@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.older_names import deprecated
 from trl_fast.settings.ranges import check_ranges
-from trl_fast.settings.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -10,7 +10,7 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trl_fast.settings.suggestions import did_you_mean
+from trl_fast.settings.choices import did_you_mean
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 # Is set in the processes that `launch` starts, which get the same command line.

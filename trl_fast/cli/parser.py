@@ -12,7 +12,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from trl_fast.settings.suggestions import did_you_mean
+from trl_fast.settings.choices import did_you_mean
 
 from .arguments import ModelConfig
 from .config_file import ConfigFile, read_config

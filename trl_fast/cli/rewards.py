@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trl_fast import rewards
-from trl_fast.settings.suggestions import did_you_mean
+from trl_fast.settings.choices import did_you_mean
 
 from .arguments import ScriptArguments
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-from trl_fast.settings.suggestions import did_you_mean
+from trl_fast.settings.choices import did_you_mean
 
 # As their publishers' config.json files say; a name on the hub or a folder works as well.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -1,1 +1,1 @@
-"""Checks settings, the fields of configs: their numbers, their names, and the names that older scripts use."""
+"""Checks settings, the fields of configs: their numbers (ranges), their names (choices, batch_layouts), older names."""

@@ -1,8 +1,9 @@
-"""Checks settings that take one of several names."""
+"""Checks settings that take one of several names, and suggests the name that was probably meant."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -54,3 +55,9 @@ def check_choice(settings: Any, name: str, choices: Sequence[str] | None = None)
     value = getattr(settings, name)
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(choices)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean 'beta'?` for the known name nearest to `name`; an empty text if none is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

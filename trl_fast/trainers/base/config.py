@@ -13,10 +13,9 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
-from trl_fast.settings.choices import Choices, check_choice
+from trl_fast.settings.choices import Choices, check_choice, did_you_mean
 from trl_fast.settings.older_names import OlderName, deprecated, older_name
 from trl_fast.settings.ranges import check_ranges
-from trl_fast.settings.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
