@@ -1,1 +1,1 @@
-"""Checks settings, the fields of configs: their numbers (ranges), their names (choices, batch_layouts), older names."""
+"""Checks settings, the fields of configs: numbers (ranges), names (choices, batch_layouts) and older names."""
