@@ -1,6 +1,7 @@
-"""The project's ops: one module an op, each with its reference, its autograd and its choice of backend."""
+"""Exports the project's ops: a module each, with its reference, its autograd function and its choice of backend."""
 
 from .backends import BACKENDS, BackendRow, Support, backend_table, supports
+from .head.plan import HeadOptions
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprob import linear_logprob
 from .linear_token_loss import ScoredLoss, linear_token_loss
@@ -12,6 +13,7 @@ from .token_scores import TokenScores
 __all__ = [
     "BACKENDS",
     "BackendRow",
+    "HeadOptions",
     "PairLoss",
     "PolicyLoss",
     "ScoredLoss",

@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and why not another.
+"""Chooses the implementation that serves a call, and tells why another does not.
 
 Order: `cuda` (compiled) and `triton` on a GPU, `cpp` on the CPU, `torch` always. A backend that was forced, by an op's
 `backend=` or by TRL_FAST_BACKEND, serves or raises with its reason: it never falls back silently.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .device import device_facts
+from .device import DeviceFacts, device_facts
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Support(NamedTuple):
-    """Whether a backend can serve a call, and the reason, for people."""
+    """Tells whether a backend can serve a call, and the reason, for people."""
 
     ok: bool
     reason: str
 
 
 class BackendRow(NamedTuple):
-    """A line of the table that `trl-fast env` prints."""
+    """Holds a line of the table that `trl-fast env` prints."""
 
     backend: str
     ok: bool
@@ -48,7 +48,7 @@ class BackendRow(NamedTuple):
 
 @functools.cache
 def why_not_built(part: str) -> str:
-    """Why the build left out "extension" or "cuda", with the remedy, as setup.py wrote it down."""
+    """Returns why the build left out "extension" or "cuda", with the remedy, as setup.py wrote it down."""
     try:
         notes = json.loads((Path(__file__).parents[1] / "_build.json").read_text())
     except (OSError, ValueError):
@@ -115,21 +115,21 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _supports_triton(device: torch.device) -> Support:
+def _supports_triton(device_kind: str) -> Support:
     if not _triton_installed():
         return Support(False, "triton is not installed")
-    if device.type == "cuda":
+    if device_kind == "cuda":
         return Support(True, "Triton kernels over cuBLAS blocks")
     import triton
 
     if triton.knobs.runtime.interpret:
         return Support(True, "Triton's interpreter, for tests only")
-    return Support(False, f"Triton kernels need a CUDA device, not {device.type}")
+    return Support(False, f"Triton kernels need a CUDA device, not {device_kind}")
 
 
 @functools.cache
 def load_cuda_kernels() -> Support:
-    """Whether the extension has its CUDA part; the reason says why not, and so does one log line."""
+    """Tells whether the extension has its CUDA part; the reason says why not, and so does one log line."""
     loaded = load_extension()
     if not loaded.ok:
         return loaded
@@ -142,14 +142,14 @@ def load_cuda_kernels() -> Support:
     return Support(True, "compiled CUDA kernels over cuBLAS blocks")
 
 
-def _supports_cuda(device: torch.device) -> Support:
-    if device.type != "cuda":
-        return Support(False, f"the CUDA kernels run on a GPU, not on {device.type}")
+def _supports_cuda(device_kind: str) -> Support:
+    if device_kind != "cuda":
+        return Support(False, f"the CUDA kernels run on a GPU, not on {device_kind}")
     return load_cuda_kernels()
 
 
 def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> Support:
-    """Whether `backend` can serve `op` for tensors of this device and dtype, and why.
+    """Tells whether `backend` can serve `op` for tensors of this device and dtype, and why.
 
     Raises:
         ValueError: the op or the backend is unknown.
@@ -158,7 +158,10 @@ def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dty
         raise ValueError(f"op: unknown name {op!r}; expected one of {OPS}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: unknown name {backend!r}; expected one of {BACKENDS} or None")
-    device = torch.device(device)
+    return _support(op, backend, device_facts(torch.device(device)), dtype)
+
+
+def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype) -> Support:
     if backend == "torch":
         return Support(True, "pure PyTorch, always there")
     if op in TRITON_OPS and backend != "triton":
@@ -169,20 +172,19 @@ def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dty
         return Support(False, f"the loss kernels take float32, not {dtype}")
     if dtype not in KERNEL_DTYPES:
         return Support(False, f"kernels take float32, bfloat16 and float16, not {dtype}")
-    simulated = device_facts(device).serves
-    if simulated is not None:
-        return Support(simulated(op, backend), "on a simulated device")
+    if facts.serves is not None:
+        return Support(facts.serves(op, backend), "on a simulated device")
     if backend == "triton":
-        return _supports_triton(device)
+        return _supports_triton(facts.kind)
     if backend == "cuda":
-        return _supports_cuda(device)
-    if device.type != "cpu":
-        return Support(False, f"the C++ kernels run on the CPU, not on {device.type}")
+        return _supports_cuda(facts.kind)
+    if facts.kind != "cpu":
+        return Support(False, f"the C++ kernels run on the CPU, not on {facts.kind}")
     return load_extension()
 
 
-def choose_backend(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves a call: the forced one if any, else the first that can.
+def choose_backend(op: str, requested: str | None, facts: DeviceFacts, dtype: torch.dtype) -> str:
+    """Returns the backend that serves a call on such a device: the forced one if any, else the first that can.
 
     Raises:
         ValueError: the forced backend is unknown.
@@ -190,8 +192,10 @@ def choose_backend(op: str, requested: str | None, device: torch.device, dtype: 
     """
     forced = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if forced is None:
-        return next(name for name in BACKENDS if supports(op, name, device, dtype).ok)
-    support = supports(op, forced, device, dtype)
+        return next(name for name in BACKENDS if _support(op, name, facts, dtype).ok)
+    if forced not in BACKENDS:
+        raise ValueError(f"backend: unknown name {forced!r}; expected one of {BACKENDS} or None")
+    support = _support(op, forced, facts, dtype)
     if not support.ok:
         origin = "backend=" if requested else f"{ENVIRONMENT_VARIABLE}="
         raise RuntimeError(f"{origin}{forced!r} was forced for {op}, but it cannot serve: {support.reason}")
@@ -199,5 +203,5 @@ def choose_backend(op: str, requested: str | None, device: torch.device, dtype: 
 
 
 def backend_table(device: torch.device | str = "cpu") -> list[BackendRow]:
-    """Every backend with its reason, for float32 tensors on `device`."""
+    """Returns every backend with its reason, for float32 tensors on `device`."""
     return [BackendRow(name, *supports("linear_logprob", name, device, torch.float32)) for name in BACKENDS]

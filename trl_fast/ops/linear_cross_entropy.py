@@ -1,7 +1,7 @@
-"""Cross-entropy straight from hidden states and the head's weight.
+"""Computes the cross-entropy from hidden states and the head's weight.
 
 A summed or averaged loss has a gradient that is known as soon as a row is scored, so `trl_fast::linear_cross_entropy`
-takes it in the forward pass, while the block's logits are still there: three passes over N·V·H, none recomputed.
+computes it in the forward pass, while the block's logits are still there: three passes over N·V·H, none recomputed.
 """
 
 from __future__ import annotations
@@ -9,25 +9,33 @@ from __future__ import annotations
 import torch
 
 from .backends import choose_backend
-from .head.gradients import HeadGradients, score_rows, waiting_dtype
+from .device import device_facts
+from .head.autograd import differentiable_scores, planned_head
+from .head.gradients import HeadGradients, Needs, waiting_dtype
 from .head.logit_transform import LogitTransform
-from .head.plan import Head, workspace_of
-from .head.row_blocks import RowBlock
-from .head.row_kernels import finish_scores, new_state, with_low_part
-from .linear_logprob import DEFAULT_SPARSE_THRESHOLD, autocast_hidden, differentiable_scores
+from .head.plan import BLOCKS, DEFAULT_SPARSE_THRESHOLD, HeadOptions
+from .head.row_statistics import (
+    LOGPROB_ROW,
+    LSE_LOW_ROW,
+    LSE_ROW,
+    MEAN_LOGITS,
+    MEAN_LOGITS_ROW,
+    with_low_part,
+)
+from .head.sweep import empty_kept_logits, score_rows
 from .matmul import gemm_dtype
 from .memory_pool import scaled
-from .slices import spans
-from .token_scores import LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW
-from .validation import check_finite, check_head_inputs, check_target_range
+from .named_gradients import gradients_of, needs_gradients
+from .validation import check_finite, check_head_tensors, check_target_range
 
 REDUCTIONS = ("mean", "sum", "none")
+_OP = "trl_fast::linear_cross_entropy"
 
 
 def token_losses(
     lse: torch.Tensor, logprobs: torch.Tensor, mean_logits: torch.Tensor, label_smoothing: float, z_loss: float
 ) -> torch.Tensor:
-    """Loss of each row, (N,): -(1-ε)·logprob - ε·mean(logp) + z·lse².
+    """Computes the loss of each row, (N,): -(1-ε)·logprob - ε·mean(logp) + z·lse².
 
     ε is label smoothing (Szegedy et al., arXiv 1512.00567, section 7), z the auxiliary z-loss (PaLM, arXiv 2204.02311,
     section 5). Terms with a zero factor are left out, so that mean_logits may then be NaN.
@@ -40,7 +48,7 @@ def token_losses(
     return losses
 
 
-@torch.library.custom_op("trl_fast::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(_OP, mutates_args=())
 def _linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -58,41 +66,37 @@ def _linear_cross_entropy(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of the rows' losses over `divisor` (0-d), and its gradients of hidden, weight, bias; empty if not needed.
+    """Computes the rows' summed losses over `divisor` (0-d), and the gradients of hidden, weight, bias if needed.
 
     Gradients have the dtypes of their tensors; those of float16 tensors wait in float32 for the factor of the loss.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         transform = LogitTransform(scale, softcap, inv_temperature)
-        head = Head(weight, bias, transform, gemm_dtype(hidden), backend, workspace_bytes)
-        product = hidden.to(head.dtype)
-        num_rows = hidden.shape[0]
-        height = head.block_rows(num_rows)
-        total = torch.zeros((), dtype=head.wide, device=hidden.device)
+        head = planned_head(hidden, weight, bias, transform, BLOCKS, workspace_bytes, backend)
+        needs, num_rows = Needs(need_hidden, need_weight, need_bias), hidden.shape[0]
+        hidden_dtype, hidden = hidden.dtype, hidden.to(head.plan.product_dtype)
+        total = torch.zeros((), dtype=head.plan.sum_dtype, device=hidden.device)
         divisor = divisor.to(total.dtype)
-        needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
-        gradients = HeadGradients(head, num_rows, **needs, waiting=True)
-        logits = head.empty_logits(height if any(needs.values()) else 0, height)
-        for rows in spans(num_rows, height or 1):
-            kept = logits.part(slice(rows.stop - rows.start))
-            state = new_state(rows.stop - rows.start, hidden.device)
-            outputs = MEAN_LOGITS if label_smoothing else 0
-            score_rows(head, product[rows], targets[rows], outputs, state, keep=kept if any(needs.values()) else None)
-            statistics = finish_scores(state, outputs, head.vocab_size, head.wide)
+        gradients = HeadGradients(head, num_rows, needs, waiting=True)
+        logits = empty_kept_logits(head) if any(needs) else None
+        outputs = MEAN_LOGITS if label_smoothing else 0
+        for rows in head.plan.blocks(num_rows):
+            kept = None if logits is None else logits.part(slice(rows.stop - rows.start))
+            statistics = score_rows(head, hidden[rows], targets[rows], outputs, keep=kept)
             lse, logprobs, mean_logits = (statistics[row] for row in (LSE_ROW, LOGPROB_ROW, MEAN_LOGITS_ROW))
             total += token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss).sum()
-            if any(needs.values()):
+            if any(needs):
                 coefficients = _coefficients(lse, divisor, head.vocab_size, label_smoothing, z_loss)
                 coefficients = with_low_part(coefficients, statistics[LSE_LOW_ROW])
-                block = RowBlock(rows, product[rows], targets[rows], lse, coefficients, kept, consume=True)
-                gradients.add([block], last=rows.stop == num_rows)
-        return (total / divisor, *gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype))
+                given = (hidden[rows], targets[rows], lse, coefficients, kept)
+                gradients.add(rows, *given, consume=True, last=rows.stop == num_rows)
+        return (total / divisor, *gradients.results(hidden_dtype, weight.dtype if bias is None else bias.dtype))
 
 
 def _coefficients(
     lse: torch.Tensor, divisor: torch.Tensor, vocab_size: int, label_smoothing: float, z_loss: float
 ) -> torch.Tensor:
-    """The rows a, b, d, e (4, R) of row_kernels.py for `token_losses` over `divisor`."""
+    """Returns the rows a, b, d, e (4, R) of row_kernels.py for `token_losses` over `divisor`."""
     coefficients = lse.new_zeros((4, lse.shape[0]))
     a, _, d, e = coefficients
     a += (1 + 2 * z_loss * lse) / divisor
@@ -121,12 +125,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 15
-    grads: list[torch.Tensor | None] = [None] * 15
-    for i, saved, dtype in zip((0, 1, 3), ctx.saved_tensors, ctx.dtypes, strict=True):
-        if ctx.needs_input_grad[i]:
-            grads[i] = scaled(saved, grad_loss, dtype)
-    return tuple(grads)
+        return gradients_of(_OP)
+    names = ("hidden", "weight", "bias")
+    saved = zip(names, ctx.saved_tensors, ctx.dtypes, needs_gradients(ctx, _OP, *names), strict=True)
+    return gradients_of(_OP, **{name: scaled(one, grad_loss, dtype) for name, one, dtype, needed in saved if needed})
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
@@ -176,7 +178,9 @@ def linear_cross_entropy(
     head_grad: str = "exact",
     sparse_threshold: float = DEFAULT_SPARSE_THRESHOLD,
 ) -> torch.Tensor:
-    """Cross-entropy of cap(logit_scale · (hidden weightᵀ + bias)) / temperature; ignored rows never reach the head.
+    """Computes the cross-entropy of cap(logit_scale · (hidden weightᵀ + bias)) / temperature.
+
+    Ignored rows never reach the head.
 
     Args:
         hidden: (N, H) float32|bfloat16|float16.
@@ -198,35 +202,56 @@ def linear_cross_entropy(
     """
     _check_options(reduction, label_smoothing, z_loss, head_grad)
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    hidden, autocast = autocast_hidden(hidden)
-    check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
-    all_rows = hidden.shape[0]
+    options = HeadOptions(backend, workspace_bytes, head_grad, sparse_threshold)
+    hidden = check_head_tensors(hidden, weight, targets, bias)
+    num_rows = hidden.shape[0]
     # The one wait of a GPU's host: a mask as an index would be counted again at every use.
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    num_kept = len(kept)
-    if num_kept < all_rows:
+    if len(kept) < num_rows:
         hidden, targets = hidden[kept], targets[kept]
-    divisor = _divisor(reduction, num_items, num_kept, hidden)
-    if reduction == "none" or head_grad != "exact":
-        scores = differentiable_scores(
-            "linear_cross_entropy",
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            transform=transform,
-            outputs=MEAN_LOGITS if label_smoothing else 0,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
-            head_grad=head_grad,
-            sparse_threshold=sparse_threshold,
-        )
-        losses = token_losses(scores.lse, scores.logprobs, scores.mean_logits, label_smoothing, z_loss)
-        if reduction != "none":
-            return losses.sum() / divisor.to(losses.dtype)
-        return losses if num_kept == all_rows else losses.new_zeros(all_rows).index_copy(0, kept, losses)
+    divisor = _divisor(reduction, num_items, len(kept), hidden)
+    given = (hidden, weight, targets, bias, transform, label_smoothing, z_loss, options)
+    if reduction == "none":
+        losses = _row_losses(*given)
+        return losses if len(kept) == num_rows else losses.new_zeros(num_rows).index_copy(0, kept, losses)
+    if head_grad == "exact":
+        return _summed_loss(*given, divisor)
+    losses = _row_losses(*given)
+    return losses.sum() / divisor.to(losses.dtype)
+
+
+def _row_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: LogitTransform,
+    label_smoothing: float,
+    z_loss: float,
+    options: HeadOptions,
+) -> torch.Tensor:
+    """Computes the loss of each row, (N,); its gradient is computed in the backward pass."""
+    outputs = MEAN_LOGITS if label_smoothing else 0
+    given = (hidden, weight, targets, bias, transform, outputs, options)
+    scores = differentiable_scores("linear_cross_entropy", *given)
+    return token_losses(scores.lse, scores.logprobs, scores.mean_logits, label_smoothing, z_loss)
+
+
+def _summed_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: LogitTransform,
+    label_smoothing: float,
+    z_loss: float,
+    options: HeadOptions,
+    divisor: torch.Tensor,
+) -> torch.Tensor:
+    """Computes the sum of the rows' losses over `divisor`, and its gradient with it."""
     check_target_range(targets, weight.shape[0])
     check_finite(hidden)
+    facts = device_facts(hidden.device)
     grad_enabled = torch.is_grad_enabled()
     loss, *_ = _linear_cross_entropy(
         hidden,
@@ -240,7 +265,7 @@ def linear_cross_entropy(
         grad_enabled and hidden.requires_grad,
         grad_enabled and weight.requires_grad,
         grad_enabled and bias is not None and bias.requires_grad,
-        workspace_of(workspace_bytes, hidden.device),
-        choose_backend("linear_cross_entropy", backend, hidden.device, hidden.dtype),
+        options.workspace_on(hidden.device, facts),
+        choose_backend("linear_cross_entropy", options.backend, facts, hidden.dtype),
     )
     return loss

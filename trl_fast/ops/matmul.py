@@ -1,8 +1,7 @@
-"""Matrix products whose results may be wider than their factors.
+"""Multiplies matrices, with results that may be wider than the factors.
 
 A GPU accumulates products of 16-bit numbers in float32 and can hand the sums over as they are; a CPU rounds them
-first. A CPU without 16-bit products (AMX or AVX512-BF16) takes seven to a hundred times as long for them as for
-those of the same numbers in float32.
+first.
 """
 
 from __future__ import annotations
@@ -15,25 +14,17 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which products of numbers of `dtype` are computed on a device."""
-    facts = device_facts(device)
-    if facts.kind != "cpu" or dtype in (torch.float32, torch.float64):
-        return dtype
-    return dtype if dtype == torch.bfloat16 and facts.multiplies_bf16 else torch.float32
+    """Returns the dtype in which products of numbers of `dtype` are computed on a device."""
+    return device_facts(device).product_dtypes.get(dtype, dtype)
 
 
 def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which products with `tensor` are computed on its device."""
+    """Returns the dtype in which products with `tensor` are computed on its device."""
     return product_dtype(tensor.dtype, tensor.device)
 
 
-def logits_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of logits whose factors are of `dtype`: float32 at least, where the device's products can be."""
-    return torch.promote_types(dtype, torch.float32) if device_facts(device).is_cuda else dtype
-
-
 def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """out = left @ right, (R, C) = (R, H) @ (H, C); out may be wider than the factors."""
+    """Computes out = left @ right, (R, C) = (R, H) @ (H, C); out may be wider than the factors."""
     if out.dtype == left.dtype:
         return torch.mm(left, right, out=out)
     if device_facts(out.device).is_cuda:
@@ -42,7 +33,7 @@ def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch
 
 
 def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right; total may be wider than the factors."""
+    """Computes total += left @ right; total may be wider than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif device_facts(total.device).is_cuda:

@@ -20,9 +20,10 @@ def pooled_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     On the CPU, a large tensor comes from the memory pool (csrc/cpu/memory_pool.h), and a small one is filled with
     zeros: a matrix product that writes to fresh pages would wait for each of them.
     """
-    if device_facts(device).kind != "cpu":
+    if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    if math.prod(shape) * dtype.itemsize >= _POOLED_FROM_BYTES and load_extension().ok:
+    large = math.prod(shape) * dtype.itemsize >= _POOLED_FROM_BYTES
+    if large and device_facts(device).kind == "cpu" and load_extension().ok:
         return torch.ops.trl_fast.pooled_empty(shape, dtype)
     return torch.zeros(shape, dtype=dtype, device=device)
 

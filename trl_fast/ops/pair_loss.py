@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import choose_backend
+from .device import device_facts
 from .pair_formulas import PAIR_FORMULAS, PairValues, check_pair_parameters
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
@@ -187,7 +188,7 @@ def pair_loss(
     check_pair_parameters((loss_type,), parameters)
     _check_inputs(logprobs, cu_seqlens, ref_logprobs, lengths)
     vectors = (logprobs, cu_seqlens, ref_logprobs.detach(), lengths)
-    backend = choose_backend("pair_loss", backend, logprobs.device, logprobs.dtype)
+    backend = choose_backend("pair_loss", backend, device_facts(logprobs.device), logprobs.dtype)
     if backend == "torch":
         return _reference(*vectors, loss_type, parameters)
     losses, sequence_logprobs, _ = _pair_loss(

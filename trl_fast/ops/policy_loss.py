@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import choose_backend
+from .device import device_facts
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
 # Log-ratios are capped here, so that ρ, and ρ times the KL estimate, stay finite in float32. What is capped, a ratio
@@ -292,7 +293,7 @@ def policy_loss(
     _check_inputs(logprobs, old_logprobs, ref_logprobs, advantages, branch, weights)
     old_logprobs, ref_logprobs = (None if v is None else v.detach() for v in (old_logprobs, ref_logprobs))
     vectors = (logprobs, old_logprobs, ref_logprobs, advantages.detach(), branch, weights.detach())
-    backend = choose_backend("policy_loss", backend, logprobs.device, logprobs.dtype)
+    backend = choose_backend("policy_loss", backend, device_facts(logprobs.device), logprobs.dtype)
     if backend == "torch":
         return _reference(*vectors, parameters)
     contiguous = (None if vector is None else vector.contiguous() for vector in vectors)

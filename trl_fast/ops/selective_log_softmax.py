@@ -1,14 +1,16 @@
-"""Log-probabilities of chosen tokens from logits that exist already (a model's own forward, vision models)."""
+"""Computes log-probabilities of chosen tokens from logits that exist already (of a model's own forward)."""
 
 from __future__ import annotations
 
 import torch
 
 from .backends import choose_backend
-from .head.autograd import row_coefficients
+from .device import device_facts
 from .head.logit_transform import LogitTransform
-from .head.row_kernels import finish_scores, new_state, row_kernels
-from .token_scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW
+from .head.row_kernels import row_kernels
+from .head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, row_coefficients
+from .head.sweep import finish_scores, new_state
+from .named_gradients import gradients_of
 from .validation import check_finite, check_selective_inputs, check_target_range
 
 
@@ -16,7 +18,7 @@ from .validation import check_finite, check_selective_inputs, check_target_range
 def _selective_scores(
     logits: torch.Tensor, index: torch.Tensor, inv_temperature: float, outputs: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """lse, logprobs, entropy, low part of lse, (R,) float32 each, of logits (R, V) and index (R,).
+    """Returns lse, logprobs, entropy, low part of lse, (R,) float32 each, of logits (R, V) and index (R,).
 
     entropy is NaN unless `outputs` asks for it.
     """
@@ -42,7 +44,7 @@ def _selective_scores_backward(
     inv_temperature: float,
     backend: str,
 ) -> torch.Tensor:
-    """Gradient of logits (R, V) from row coefficients (4, R), see row_kernels.py."""
+    """Computes the gradient of logits (R, V) from row coefficients (4, R), see row_kernels.py."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row_kernels(backend, logits.device).grad(logits, index, None, 1.0, 0.0, inv_temperature, lse, coefficients, 0, out)
     return out
@@ -61,9 +63,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, _grad_lse_low):
     logits, index, lse, entropy, lse_low = ctx.saved_tensors
-    coefficients = row_coefficients(lse_low, entropy, logits.shape[-1], grad_lse, grad_logprobs, grad_entropy, None)
-    grad = _selective_scores_backward(logits, index, lse, coefficients, ctx.inv_temperature, ctx.backend)
-    return grad, None, None, None, None
+    upstream = {"grad_lse": grad_lse, "grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy}
+    coefficients = row_coefficients(lse_low, entropy, logits.shape[-1], **upstream)
+    gradient = _selective_scores_backward(logits, index, lse, coefficients, ctx.inv_temperature, ctx.backend)
+    return gradients_of("trl_fast::selective_scores", logits=gradient)
 
 
 _selective_scores.register_autograd(_backward, setup_context=_setup_context)
@@ -75,7 +78,7 @@ def _selective(
     inv_temperature = LogitTransform.of(temperature=temperature).inv_temperature
     check_selective_inputs(logits, index)
     check_target_range(index, logits.shape[-1], "index")
-    backend = choose_backend("selective_log_softmax", backend, logits.device, logits.dtype)
+    backend = choose_backend("selective_log_softmax", backend, device_facts(logits.device), logits.dtype)
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -87,7 +90,7 @@ def _selective(
 def selective_log_softmax(
     logits: torch.Tensor, index: torch.Tensor, *, temperature: float = 1.0, backend: str | None = None
 ) -> torch.Tensor:
-    """`log_softmax(logits / temperature, -1)` gathered at `index`, with no [..., V] intermediate.
+    """Computes `log_softmax(logits / temperature, -1)` gathered at `index`, with no [..., V] intermediate.
 
     Args:
         logits: (..., V) float32|bfloat16|float16; -inf rules a token out.
@@ -107,5 +110,5 @@ def selective_log_softmax(
 def selective_log_softmax_and_entropy(
     logits: torch.Tensor, index: torch.Tensor, *, temperature: float = 1.0, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As selective_log_softmax, with the entropy (...) of each row's distribution in nats; both differentiable."""
+    """Computes what selective_log_softmax does, and each row's entropy (...) in nats; both differentiable."""
     return _selective(logits, index, temperature, ENTROPY, backend)

@@ -1,4 +1,4 @@
-"""What the head says about each scored token: the only thing that losses ever see of the model."""
+"""Holds what the head says about each scored token: the only thing that losses ever see of the model."""
 
 from __future__ import annotations
 
@@ -6,28 +6,12 @@ from dataclasses import dataclass, fields
 
 import torch
 
-# Bits of the row kernels' `outputs` mask (csrc/cpu and kernels/ use the same numbers).
-ENTROPY = 1
-LOG_SUM_SQ_PROBS = 2
-MEAN_LOGITS = 4
-IS_TOP1 = 8
-
-OUTPUT_BITS = {
-    "logprobs": 0,
-    "entropy": ENTROPY,
-    "log_sum_sq_probs": LOG_SUM_SQ_PROBS,
-    "mean_logits": MEAN_LOGITS,
-    "is_top1": IS_TOP1,
-}
-
-# Rows of the statistics tensor, shape (7, R) float32.
-LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, IS_TOP1_ROW, LSE_LOW_ROW = range(7)
-NUM_STATISTICS = 7
+from .head.row_statistics import ENTROPY_ROW, IS_TOP1_ROW, LOG_SUM_SQ_ROW, LOGPROB_ROW, MEAN_LOGITS_ROW
 
 
 @dataclass
 class TokenScores:
-    """Per-token results of the head for N scored tokens.
+    """Holds the head's results for N scored tokens.
 
     Attributes:
         logprobs: (N,) float32, log-probability of the target. Differentiable.
@@ -43,14 +27,30 @@ class TokenScores:
     mean_logits: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
 
+    def detach(self) -> TokenScores:
+        """Returns the same scores without gradient."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return TokenScores(*(None if value is None else value.detach() for value in values))  # type: ignore[arg-type]
 
-def token_scores(statistics: torch.Tensor, outputs: tuple[str, ...] | list[str]) -> TokenScores:
-    """The named outputs of statistics (7, N); the others are None."""
+
+def token_scores(
+    statistics: torch.Tensor,
+    outputs: tuple[str, ...] | list[str],
+    *,
+    logprobs: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+) -> TokenScores:
+    """Returns the named outputs of statistics (7, N) as TokenScores; the others are None.
+
+    logprobs, entropy: (N,) differentiable ones, in the place of those of the statistics.
+    """
     row_of = {"entropy": ENTROPY_ROW, "log_sum_sq_probs": LOG_SUM_SQ_ROW, "mean_logits": MEAN_LOGITS_ROW}
     named = {name: statistics[row] for name, row in row_of.items() if name in outputs}
     if "is_top1" in outputs:
         named["is_top1"] = statistics[IS_TOP1_ROW] > 0.5
-    return TokenScores(statistics[LOGPROB_ROW], **named)
+    if entropy is not None and "entropy" in outputs:
+        named["entropy"] = entropy
+    return TokenScores(statistics[LOGPROB_ROW] if logprobs is None else logprobs, **named)
 
 
 def required(values: torch.Tensor | None) -> torch.Tensor:
@@ -58,23 +58,3 @@ def required(values: torch.Tensor | None) -> torch.Tensor:
     if values is None:
         raise ValueError("scores lack values that the loss or its metrics read; ask the head for those in `outputs`")
     return values
-
-
-def detached(scores: TokenScores) -> TokenScores:
-    """The same scores without gradient."""
-    values = (getattr(scores, field.name) for field in fields(scores))
-    return TokenScores(*(None if value is None else value.detach() for value in values))  # type: ignore[arg-type]
-
-
-def output_mask(outputs: tuple[str, ...] | list[str]) -> int:
-    """Bit mask of the named outputs.
-
-    Raises:
-        ValueError: an output name is unknown.
-    """
-    mask = 0
-    for name in outputs:
-        if name not in OUTPUT_BITS:
-            raise ValueError(f"outputs: unknown name {name!r}; expected names among {sorted(OUTPUT_BITS)}")
-        mask |= OUTPUT_BITS[name]
-    return mask

@@ -1,4 +1,4 @@
-"""What an op refuses, by name, before it computes anything."""
+"""Checks the inputs of ops, before anything is computed: what is refused is named, with what was expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECK_VARIABLE = "TRL_FAST_CHECK"
 
 
 def checks_requested() -> bool:
-    """Whether TRL_FAST_CHECK=1 asks for the checks that cost a read of the tensors."""
+    """Tells whether TRL_FAST_CHECK=1 asks for the checks that cost a read of the tensors."""
     return os.environ.get(CHECK_VARIABLE, "0") not in ("", "0")
 
 
@@ -30,7 +30,7 @@ def check_head_inputs(
     *,
     same_dtype: bool,
 ) -> None:
-    """Shapes, dtypes and devices of a head op: hidden (N, H), weight (V, H), targets (N,) integer, bias (V,) or None.
+    """Checks shapes, dtypes and devices: hidden (N, H), weight (V, H), targets (N,) integer, bias (V,) or None.
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.
@@ -53,6 +53,31 @@ def check_head_inputs(
         _expect(bias.dtype in FLOATS, "bias", bias.dtype, "a floating-point dtype")
 
 
+def check_head_tensors(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Checks the tensors of a head op as check_head_inputs does; returns hidden in autocast's dtype if autocast is on.
+
+    Under autocast the weight may have another dtype: it is cast later, tile by tile.
+    """
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
+    return hidden
+
+
+def check_head_call(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Checks all that a head op is given, values too where that costs little; returns what check_head_tensors does."""
+    hidden = check_head_tensors(hidden, weight, targets, bias)
+    check_target_range(targets, weight.shape[0])
+    check_finite(hidden)
+    return hidden
+
+
 def _check_targets_type(targets: torch.Tensor, shape: tuple[int, ...], name: str, device: torch.device) -> None:
     _expect(tuple(targets.shape) == shape, name, f"shape {tuple(targets.shape)}", f"shape {shape}")
     integer = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
@@ -61,7 +86,7 @@ def _check_targets_type(targets: torch.Tensor, shape: tuple[int, ...], name: str
 
 
 def check_selective_inputs(logits: torch.Tensor, index: torch.Tensor) -> None:
-    """Shapes, dtypes and devices of the selective ops: logits (..., V), index (...) integer.
+    """Checks shapes, dtypes and devices of the selective ops: logits (..., V), index (...) integer.
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.
@@ -72,8 +97,10 @@ def check_selective_inputs(logits: torch.Tensor, index: torch.Tensor) -> None:
 
 
 def check_target_range(targets: torch.Tensor, vocab_size: int, name: str = "targets") -> None:
-    """Every target lies in [0, vocab_size). On a GPU only when TRL_FAST_CHECK=1, since it makes the host wait; without
-    it, a row whose target lies outside is NaN.
+    """Checks that every target lies in [0, vocab_size).
+
+    On a GPU only when TRL_FAST_CHECK=1, since it makes the host wait; without it, a row whose target lies outside is
+    NaN.
 
     Raises:
         ValueError: naming the first bad row, its value and the vocabulary.
@@ -90,11 +117,11 @@ def check_target_range(targets: torch.Tensor, vocab_size: int, name: str = "targ
 
 
 class NotFiniteError(ValueError):
-    """NaN or infinity where numbers were expected."""
+    """Reports NaN or infinity where numbers were expected."""
 
 
 def check_finite(hidden: torch.Tensor, name: str = "hidden", *, masked: bool = False) -> None:
-    """With TRL_FAST_CHECK=1: no NaN or infinity in `hidden` (N, H). masked: -inf is no error, it rules a token out.
+    """Checks, with TRL_FAST_CHECK=1, that `hidden` (N, H) is finite. masked: -inf is no error, it rules a token out.
 
     Raises:
         NotFiniteError: naming how many rows are not finite and the first of them.
@@ -111,7 +138,7 @@ def check_finite(hidden: torch.Tensor, name: str = "hidden", *, masked: bool = F
 
 
 def check_logprobs(logprobs: torch.Tensor) -> None:
-    """logprobs (N,) float32, or float64 for the reference.
+    """Checks logprobs (N,): float32, or float64 for the reference.
 
     Raises:
         ValueError: saying what it was and what was expected.
@@ -125,7 +152,7 @@ def check_logprobs(logprobs: torch.Tensor) -> None:
 def check_vector(
     name: str, vector: torch.Tensor, size: int, logprobs: torch.Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """`vector` has shape (size,), the device of logprobs and `dtype` (None: that of logprobs).
+    """Checks that `vector` has shape (size,), the device of logprobs and `dtype` (None: that of logprobs).
 
     Raises:
         ValueError: naming the argument, what it was and what was expected.
@@ -140,7 +167,7 @@ def check_vector(
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """`value` is one of `choices`.
+    """Checks that `value` is one of `choices`.
 
     Raises:
         ValueError: naming the field, the value and the choices.
@@ -150,5 +177,5 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def values_are_checked(vector: torch.Tensor) -> bool:
-    """Whether to look into `vector`: on a GPU only when TRL_FAST_CHECK=1, since it makes the host wait."""
+    """Tells whether to look into `vector`: on a GPU only when TRL_FAST_CHECK=1, since it makes the host wait."""
     return vector.device.type == "cpu" or checks_requested()

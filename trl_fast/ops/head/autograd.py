@@ -1,4 +1,4 @@
-"""The head as torch.library ops: hidden states and the head's weight in, statistics per token out.
+"""Registers the head's torch.library ops: hidden states and the head's weight in, statistics per token out.
 
 `trl_fast::linear_scores` is the forward pass. What it keeps for backward is its `cache`, chosen by the caller:
 
@@ -10,34 +10,126 @@
 
 `trl_fast::linear_scores_backward` takes the row coefficients of `row_kernels.py`, and so serves every differentiable
 output. Rows whose coefficients are all zero take no part in it.
+
+`trl_fast::linear_scores_sparse` keeps a sample of the probabilities instead (see sparse_gradient.py): one pass in all.
+
+`differentiable_scores` is the way in: it checks the inputs, chooses the backend and calls the op.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 
-from ..matmul import gemm_dtype
-from ..token_scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, MEAN_LOGITS_ROW, NUM_STATISTICS
-from .gradients import HeadGradients, score_rows, score_with_unit_gradient
+from ..backends import choose_backend
+from ..device import device_facts
+from ..named_gradients import gradients_of, needs_gradients
+from ..validation import check_head_call
+from .fused_kernel import fused_tiles
+from .gradients import HeadGradients, Needs, head_gradients
 from .kept_logits import KeptLogits
 from .logit_transform import LogitTransform
-from .plan import Head
-from .row_blocks import active_rows, row_blocks
-from .row_kernels import finish_scores, new_state, with_low_part
+from .plan import LOGITS, NOTHING, RAW_BLOCKS, UNIT_GRADIENT, HeadOptions, plan_head
+from .row_kernels import ROW_KERNELS
+from .row_statistics import (
+    ENTROPY_ROW,
+    LOGPROB_ROW,
+    LSE_LOW_ROW,
+    LSE_ROW,
+    MEAN_LOGITS_ROW,
+    NUM_STATISTICS,
+    row_coefficients,
+    with_low_part,
+)
+from .sparse_gradient import SPARSE_KERNELS, sparse_gradients
+from .sweep import empty_kept_logits, score_rows, score_rows_and_keep, score_rows_with_unit_gradient
+from .tiled_head import TiledHead
 
-NOTHING, LOGITS, UNIT_GRADIENT = range(3)
+
+class DifferentiableScores(NamedTuple):
+    """Holds (N,) tensors with gradients, where the kind of gradient has them, and all statistics (7, N) without."""
+
+    lse: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    mean_logits: torch.Tensor | None
+    statistics: torch.Tensor
 
 
-def head_of(
+def differentiable_scores(
+    op: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: LogitTransform,
+    outputs: int,
+    options: HeadOptions,
+) -> DifferentiableScores:
+    """Scores the targets (N,) of hidden (N, H) under a head of weight (V, H) and bias (V,) or None.
+
+    op: the public op's name, for messages; outputs: mask of the statistics to compute.
+
+    Raises:
+        ValueError, RuntimeError: as in linear_logprob.
+    """
+    facts = device_facts(hidden.device)
+    workspace_bytes = options.workspace_on(hidden.device, facts)
+    hidden = check_head_call(hidden, weight, targets, bias)
+    backend = choose_backend(op, options.backend, facts, hidden.dtype)
+    keep = what_to_keep(hidden, weight, bias)
+    given = (hidden, weight, targets.long(), bias)
+    if options.head_grad == "sparse" and keep != NOTHING:
+        offsets = torch.rand(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+        numbers = (*transform, outputs, options.sparse_threshold, workspace_bytes, backend)
+        logprobs, entropy, statistics, *_ = linear_scores_sparse(*given, offsets, *numbers)
+        return DifferentiableScores(statistics[LSE_ROW].detach(), logprobs, entropy, None, statistics.detach())
+    numbers = (*transform, outputs, keep, workspace_bytes, backend)
+    lse, logprobs, entropy, mean_logits, statistics, *_ = linear_scores(*given, *numbers)
+    return DifferentiableScores(lse, logprobs, entropy, mean_logits, statistics.detach())
+
+
+def what_to_keep(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> int:
+    """Returns what the forward pass keeps for a backward pass, by the table above."""
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (head_trains or hidden.requires_grad):
+        return NOTHING
+    return LOGITS if head_trains else UNIT_GRADIENT
+
+
+def planned_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    transform: tuple[float, float, float],
+    transform: LogitTransform,
+    keep: int,
     workspace_bytes: int,
     backend: str,
-) -> Head:
-    """The head as an op gets it: products in the dtype that suits `hidden`."""
-    return Head(weight, bias, LogitTransform(*transform), gemm_dtype(hidden), backend, workspace_bytes)
+) -> TiledHead:
+    """Plans the sweeps over hidden (N, H), and returns the head with its plan.
+
+    weight: (V, H); bias: (V,) or None; keep: what of the logits is kept (see plan.py).
+
+    Raises:
+        ValueError: the workspace holds no row of logits.
+    """
+    facts = device_facts(weight.device)
+    kernels = facts.row_kernels or ROW_KERNELS[backend]
+    plan = plan_head(
+        hidden.shape[0],
+        weight.shape,
+        dtype=hidden.dtype,
+        weight_dtype=weight.dtype,
+        capped=transform.softcap != 0.0,
+        keep=keep,
+        kernels=kernels,
+        workspace_bytes=workspace_bytes,
+        facts=facts,
+        find_fused=functools.partial(fused_tiles, backend, weight.shape[1], device=weight.device),
+    )
+    return TiledHead(weight, bias, transform, plan, kernels)
 
 
 @torch.library.custom_op("trl_fast::linear_scores", mutates_args=())
@@ -59,38 +151,57 @@ def linear_scores(
     hidden: (N, H); weight: (V, H); targets: (N,) int64; statistics float32, NaN where `outputs` did not ask for them.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
-        hidden = hidden.to(head.dtype)
-        num_rows = hidden.shape[0]
-        state = new_state(num_rows, hidden.device)
-        cache, tops = hidden.new_empty(0, 0, 0), hidden.new_empty(0, dtype=torch.float32)
+        transform = LogitTransform(scale, softcap, inv_temperature)
+        head = planned_head(hidden, weight, bias, transform, keep, workspace_bytes, backend)
+        product = hidden.to(head.plan.product_dtype)
+        cache, tops = product.new_empty(0, 0, 0), hidden.new_empty(0, dtype=torch.float32)
         if keep == UNIT_GRADIENT:
-            cache = score_with_unit_gradient(head, hidden, targets, outputs, state)
+            statistics, cache = _score_with_unit_gradient(head, product, targets, outputs)
         elif keep == LOGITS:
-            logits = head.empty_logits(head.kept_rows(num_rows), num_rows)
-            score_rows(head, hidden, targets, outputs, state, keep=logits)
+            statistics, logits = score_rows_and_keep(head, product, targets, outputs)
             cache, tops = logits.values, tops if logits.tops is None else logits.tops
         else:
-            score_rows(head, hidden, targets, outputs, state)
-        statistics = finish_scores(state, outputs, head.vocab_size, head.wide)
+            statistics = score_rows(head, product, targets, outputs)
         differentiable = (statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, MEAN_LOGITS_ROW))
         return (*differentiable, statistics, cache, tops)
 
 
+def _score_with_unit_gradient(
+    head: TiledHead, hidden: torch.Tensor, targets: torch.Tensor, outputs: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the statistics (7, N) of all rows and d logprob / d hidden, (N, H) float32 at least."""
+    plan, num_rows = head.plan, hidden.shape[0]
+    if plan.limits.policy.one_sweep:
+        return score_rows_with_unit_gradient(head, hidden, targets, outputs)
+    gradients = HeadGradients(head, num_rows, Needs(hidden=True, weight=False, bias=False), waiting=True)
+    statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=plan.sum_dtype, device=head.device)
+    logits = empty_kept_logits(head)
+    for rows in plan.blocks(num_rows):
+        kept = logits.part(slice(rows.stop - rows.start))
+        found = score_rows(head, hidden[rows], targets[rows], outputs, keep=kept)
+        coefficients = found.new_zeros(4, rows.stop - rows.start)
+        coefficients[0], coefficients[2] = -1.0, 1.0
+        coefficients = with_low_part(coefficients, found[LSE_LOW_ROW])
+        given = (hidden[rows], targets[rows], found[LSE_ROW], coefficients, kept)
+        gradients.add(rows, *given, consume=True, last=rows.stop == num_rows)
+        statistics[:, rows] = found
+    return statistics, gradients.results(plan.sum_dtype, plan.sum_dtype)[0]
+
+
 @linear_scores.register_fake
 def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, keep, workspace_bytes, backend):
-    product = gemm_dtype(hidden)
-    wide = torch.promote_types(product, torch.float32)
-    num_rows = hidden.shape[0]
-    rows = [hidden.new_empty(num_rows, dtype=wide) for _ in range(4)]
-    cache, tops = hidden.new_empty(0, 0, 0, dtype=product), hidden.new_empty(0, dtype=torch.float32)
+    transform = LogitTransform(scale, softcap, inv_temperature)
+    head = planned_head(hidden, weight, bias, transform, keep, workspace_bytes, backend)
+    num_rows, sums = hidden.shape[0], head.plan.sum_dtype
+    rows = [hidden.new_empty(num_rows, dtype=sums) for _ in range(4)]
+    cache = hidden.new_empty(0, 0, 0, dtype=head.plan.product_dtype)
+    tops = hidden.new_empty(0, dtype=torch.float32)
     if keep == UNIT_GRADIENT:
-        cache = hidden.new_empty(hidden.shape, dtype=wide)
+        cache = hidden.new_empty(hidden.shape, dtype=sums)
     elif keep == LOGITS:
-        head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
-        logits = head.empty_logits(head.kept_rows(num_rows), num_rows)
+        logits = empty_kept_logits(head)
         cache, tops = logits.values, tops if logits.tops is None else logits.tops
-    return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide), cache, tops)
+    return (*rows, hidden.new_empty((NUM_STATISTICS, num_rows), dtype=sums), cache, tops)
 
 
 @torch.library.custom_op("trl_fast::linear_scores_backward", mutates_args=())
@@ -117,54 +228,32 @@ def linear_scores_backward(
     logits, tops: of KeptLogits of the first rows, which the forward pass kept; they are left as they are.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
-        index = active_rows(coefficients)
-        given = (hidden.to(head.dtype), targets, lse, coefficients.t())
-        if index is not None:
-            given = tuple(tensor[index] for tensor in given)
-        kept = KeptLogits(logits, tops if len(tops) else None, head.kept_columns(hidden.shape[0]), head.chunk)
-        blocks = row_blocks(slice(0, len(given[0])), *given, kept, index)
-        needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
-        gradients = HeadGradients(head, len(given[0]), **needs)
-        gradients.add(blocks, last=True)
-        if index is not None and need_hidden:
-            gradients.spread_hidden(index, hidden.shape[0])
-        return gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype)
+        transform = LogitTransform(scale, softcap, inv_temperature)
+        head = planned_head(hidden, weight, bias, transform, LOGITS, workspace_bytes, backend)
+        kept = KeptLogits(logits, tops if len(tops) else None, head.plan.kept_columns, head.plan.chunk)
+        needs = Needs(need_hidden, need_weight, need_bias)
+        return head_gradients(head, needs, hidden, targets, lse, coefficients, kept)
 
 
 @linear_scores_backward.register_fake
 def _(hidden, weight, targets, bias, *options):
-    need_hidden, need_weight, need_bias, _, _ = options[-5:]
+    return _empty_gradients(hidden, weight, bias, *options[-5:-2])
+
+
+def _empty_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns tensors like the gradients of hidden (N, H), weight (V, H) and bias (V,)."""
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
         weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(weight.shape[0] if need_bias else 0, dtype=weight.dtype if bias is None else bias.dtype),
     )
-
-
-def row_coefficients(
-    lse_low: torch.Tensor,
-    entropy: torch.Tensor,
-    vocab_size: int,
-    grad_lse: torch.Tensor | None,
-    grad_logprobs: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    grad_mean_logits: torch.Tensor | None,
-) -> torch.Tensor:
-    """The rows a, b, d, e (4, N) of row_kernels.py's table, summed over the outputs that have an upstream gradient."""
-    coefficients = lse_low.new_zeros((4, lse_low.shape[0]))
-    a, b, d, e = coefficients
-    if grad_lse is not None:
-        a += grad_lse
-    if grad_logprobs is not None:
-        a -= grad_logprobs
-        d += grad_logprobs
-    if grad_entropy is not None:
-        a -= grad_entropy * entropy
-        b -= grad_entropy
-    if grad_mean_logits is not None:
-        e += grad_mean_logits / vocab_size
-    return with_low_part(coefficients, lse_low)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -177,37 +266,144 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _statistics, _cache, _tops):
     hidden, weight, targets, bias, lse, lse_low, entropy, cache, tops = ctx.saved_tensors
-    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    others = (grad_lse, grad_entropy, grad_mean_logits)
-    no_gradients = (None,) * 7
-    if ctx.keep == UNIT_GRADIENT and all(grad is None for grad in others):
+    if ctx.keep == UNIT_GRADIENT and all(grad is None for grad in (grad_lse, grad_entropy, grad_mean_logits)):
         grad_hidden = None if grad_logprobs is None else (cache * grad_logprobs[:, None]).to(hidden.dtype)
-        return (grad_hidden, None, None, None, *no_gradients)
+        return gradients_of(_OP, hidden=grad_hidden)
     coefficients = row_coefficients(
-        lse_low, entropy, weight.shape[0], grad_lse, grad_logprobs, grad_entropy, grad_mean_logits
+        lse_low,
+        entropy,
+        weight.shape[0],
+        grad_lse=grad_lse,
+        grad_logprobs=grad_logprobs,
+        grad_entropy=grad_entropy,
+        grad_mean_logits=grad_mean_logits,
     )
-    grad_hidden, grad_weight, grad_bias = linear_scores_backward(
-        hidden,
-        weight,
-        targets,
-        bias,
-        lse,
-        coefficients,
-        *((cache, tops) if ctx.keep == LOGITS else (hidden.new_empty(0, 0, 0), tops)),
-        *ctx.transform,
-        need_hidden,
-        need_weight,
-        need_bias,
-        ctx.workspace_bytes,
-        ctx.backend,
-    )
-    return (
-        grad_hidden if need_hidden else None,
-        grad_weight if need_weight else None,
-        None,
-        grad_bias if need_bias else None,
-        *no_gradients,
-    )
+    kept = cache if ctx.keep == LOGITS else hidden.new_empty(0, 0, 0)
+    given = (hidden, weight, targets, bias, lse, coefficients, kept, tops, *ctx.transform)
+    return _needed_gradients(ctx, _OP, linear_scores_backward, given, (ctx.workspace_bytes, ctx.backend))
 
 
+def _needed_gradients(ctx, op: str, backward, given: tuple, options: tuple) -> tuple[torch.Tensor | None, ...]:
+    """Calls a backward op for the gradients of hidden, weight and bias that `op` needs, and names them."""
+    names = ("hidden", "weight", "bias")
+    needs = needs_gradients(ctx, op, *names)
+    found = zip(names, backward(*given, *needs, *options), needs, strict=True)
+    return gradients_of(op, **{name: gradient for name, gradient, needed in found if needed})
+
+
+_OP = "trl_fast::linear_scores"
 linear_scores.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- the sparse gradient
+
+
+@torch.library.custom_op("trl_fast::linear_scores_sparse", mutates_args=())
+def linear_scores_sparse(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    outputs: int,
+    threshold: float,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns logprobs, entropy (N,), all statistics (7, N), and the sample: counts (N,), columns and logprobs (E,).
+
+    hidden: (N, H); weight: (V, H); targets: (N,) int64; offsets: (N,) float64 in [0, 1).
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        transform = LogitTransform(scale, softcap, inv_temperature)
+        head = planned_head(hidden, weight, bias, transform, RAW_BLOCKS, workspace_bytes, backend)
+        sample = (device_facts(hidden.device).sparse_kernels or SPARSE_KERNELS[backend]).samples
+        hidden, sums = hidden.to(head.plan.product_dtype), head.plan.sum_dtype
+        logits = empty_kept_logits(head)
+        statistics = torch.empty(NUM_STATISTICS, hidden.shape[0], dtype=sums, device=hidden.device)
+        samples = []
+        for rows in head.plan.blocks(hidden.shape[0]):
+            kept = logits.part(slice(rows.stop - rows.start))
+            statistics[:, rows] = score_rows(head, hidden[rows], targets[rows], outputs, keep=kept)
+            given = (statistics[LSE_ROW, rows], offsets[rows], threshold)
+            samples.append(sample(kept.values, head.vocab_size, bias, *transform, *given))
+        empty = [offsets.new_empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, sums)]
+        counts, columns, logprobs = (torch.cat(parts) for parts in zip(empty, *samples, strict=True))
+        token_logprobs, entropy = statistics[LOGPROB_ROW].clone(), statistics[ENTROPY_ROW].clone()
+        return token_logprobs, entropy, statistics, counts, columns, logprobs
+
+
+@linear_scores_sparse.register_fake
+def _(hidden, weight, targets, bias, offsets, *options):
+    sums = torch.promote_types(hidden.dtype, torch.float32)
+    num_rows, num_entries = hidden.shape[0], torch.library.get_ctx().new_dynamic_size()
+    rows = [hidden.new_empty(num_rows, dtype=sums) for _ in range(2)]
+    return (
+        *rows,
+        hidden.new_empty((NUM_STATISTICS, num_rows), dtype=sums),
+        targets.new_empty(num_rows),
+        targets.new_empty(num_entries),
+        hidden.new_empty(num_entries, dtype=sums),
+    )
+
+
+@torch.library.custom_op("trl_fast::linear_scores_sparse_backward", mutates_args=())
+def linear_scores_sparse_backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    statistics: torch.Tensor,
+    coefficients: torch.Tensor,
+    counts: torch.Tensor,
+    columns: torch.Tensor,
+    logprobs: torch.Tensor,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    threshold: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden (N, H), weight (V, H), bias (V,), given row coefficients (4, N); empty where not needed."""
+    transform = LogitTransform(scale, softcap, inv_temperature)
+    product = (device_facts(hidden.device).sparse_kernels or SPARSE_KERNELS[backend]).product
+    given = (hidden, weight, targets, bias, statistics, coefficients, counts, columns, logprobs)
+    found = sparse_gradients(*given, transform, threshold, need_hidden, need_weight, need_bias, product)
+    empty = _empty_gradients(hidden, weight, bias, False, False, False)
+    return tuple(nothing if gradient is None else gradient for gradient, nothing in zip(found, empty, strict=True))
+
+
+@linear_scores_sparse_backward.register_fake
+def _(hidden, weight, targets, bias, *options):
+    return _empty_gradients(hidden, weight, bias, *options[-4:-1])
+
+
+def _setup_sparse_context(ctx, inputs, output) -> None:
+    hidden, weight, targets, bias, _, *transform, _, threshold, _, backend = inputs
+    _, _, statistics, *samples = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, targets, bias, statistics, *samples)
+    ctx.transform, ctx.threshold, ctx.backend = transform, threshold, backend
+
+
+def _sparse_backward(ctx, grad_logprobs, grad_entropy, *_):
+    hidden, weight, targets, bias, statistics, *samples = ctx.saved_tensors
+    coefficients = row_coefficients(
+        statistics[LSE_LOW_ROW],
+        statistics[ENTROPY_ROW],
+        weight.shape[0],
+        grad_logprobs=grad_logprobs,
+        grad_entropy=grad_entropy,
+    )
+    given = (hidden, weight, targets, bias, statistics, coefficients, *samples, *ctx.transform, ctx.threshold)
+    op = "trl_fast::linear_scores_sparse"
+    return _needed_gradients(ctx, op, linear_scores_sparse_backward, given, (ctx.backend,))
+
+
+linear_scores_sparse.register_autograd(_sparse_backward, setup_context=_setup_sparse_context)

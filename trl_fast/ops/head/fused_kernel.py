@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import supports
 from ..matmul import SIXTEEN_BITS
-from ..slices import spans
-from .kept_logits import PACKED_DTYPE, KeptLogits, unpack
-from .row_kernels import SUM, TARGET, TOP, new_state
+from .kept_logits import PACKED_DTYPE, ROW_ALIGNMENT, KeptLogits, num_chunks, unpack
+from .row_statistics import NUM_STATES, SUM, TARGET, TOP
 
 if TYPE_CHECKING:
     from trl_fast.kernels.linear_scores import Tiles
@@ -73,9 +72,11 @@ def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
     targets = torch.arange(num_rows, device=device) * 7
     logits = hidden.double() @ weight.double().t()
     exact = logits.logsumexp(1), logits.gather(1, targets[:, None])[:, 0]
-    room = KeptLogits.empty(num_rows, vocab_size, vocab_size, PACKED_DTYPE, device, tiles.columns)
+    words = torch.empty(1, num_rows, vocab_size + -vocab_size % ROW_ALIGNMENT, dtype=PACKED_DTYPE, device=device)
+    tops = torch.empty(1, num_rows, num_chunks(vocab_size, tiles.columns), device=device)
+    room = KeptLogits(words, tops, vocab_size, tiles.columns)
     for keep in (None, room):
-        state = new_state(num_rows, device)
+        state = torch.zeros(NUM_STATES, num_rows, dtype=torch.float64, device=device)
         score_rows_fused(hidden, weight, targets, None, 1.0, 0, state, keep, tiles, 1 << 30)
         found = state[TOP] + state[SUM].log(), state[TARGET]
         if not all(torch.allclose(a, b, rtol=0, atol=_TOLERANCE) for a, b in zip(found, exact, strict=True)):
@@ -100,9 +101,8 @@ def score_rows_fused(
 ) -> None:
     """Writes the state (7, N) float64 of all rows after all columns; `keep` takes the logits of the first rows.
 
-    hidden: (N, H), weight: (V, H), both of the same dtype; targets: (N,) int64; bias: (V,) or None; logit_factor: a
-    factor of the logits; part_bytes: how
-    much may stand between the kernel and the one that merges its tiles.
+    hidden: (N, H), weight: (V, H), both of the same dtype; targets: (N,) int64; bias: (V,) or None;
+    logit_factor: of the logits; part_bytes: how much may stand between the kernel and the one that merges its tiles.
     """
     from trl_fast.kernels import linear_scores
 
@@ -111,9 +111,9 @@ def score_rows_fused(
     per_row = linear_scores.part_bytes(weight.shape[0], outputs, tiles)
     # Whole tiles of rows, so that none is computed twice.
     step = max(tiles.rows, part_bytes // per_row // tiles.rows * tiles.rows)
-    parts = [*spans(kept, step), *(slice(kept + s.start, kept + s.stop) for s in spans(num_rows - kept, step))]
-    for rows in parts:
-        room = keep.tile(slice(0, weight.shape[0])).part(rows) if rows.start < kept else (None, None)
+    for start in (*range(0, kept, step), *range(kept, num_rows, step)):
+        rows = slice(start, min(start + step, kept if start < kept else num_rows))
+        room = keep.tile(slice(0, weight.shape[0]), rows) if start < kept else (None, None)
         # The kernel writes to a state of its own rows; a slice of the state has the same stride.
         given = (hidden[rows], weight, targets[rows], bias, logit_factor, outputs, state[:, rows])
         linear_scores.linear_scores(*given, *room, tiles)

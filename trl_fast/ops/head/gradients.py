@@ -1,29 +1,32 @@
-"""Sweeps over the head's tiles: rows are scored, and the gradients of hidden states, weight and bias are summed.
-
-What of a workspace waits for the gradient is in kept_logits.py; the rows whose gradient is taken, in row_blocks.py.
-"""
+"""Sums the gradients of hidden states, weight and bias, in sweeps over row blocks and tiles, as the plan says."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
-from ..device import some_tiles
 from ..matmul import add_mm, mm_into
 from ..memory_pool import as_dtype, pooled_empty
-from ..slices import spans
-from ..token_scores import LSE_LOW_ROW, LSE_ROW
-from .fused_kernel import score_rows_fused
 from .kept_logits import KeptLogits
-from .plan import Head
-from .row_blocks import RowBlock
-from .row_kernels import SUM, TARGET, TOP, finish_scores, rescale, with_low_part
+from .plan import SweepTiles
+from .row_kernels import ROW_KERNELS
+from .tiled_head import TiledHead
+
+
+class Needs(NamedTuple):
+    """Says which tensors of a head need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
 def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a gradient, for a tensor of `dtype`, that still waits for the factor of its loss.
+    """Returns the dtype of a gradient, for a tensor of `dtype`, that still waits for the factor of its loss.
 
     float16 ends at 6e-8: what a mean over many tokens leaves of a probability is below that until a loss scale
     multiplies it.
@@ -31,165 +34,130 @@ def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def score_rows(
-    head: Head,
+def head_gradients(
+    head: TiledHead,
+    needs: Needs,
     hidden: torch.Tensor,
     targets: torch.Tensor,
-    outputs: int,
-    state: torch.Tensor,
-    *,
-    keep: KeptLogits | None = None,
-    unit_gradient: UnitGradient | None = None,
-) -> None:
-    """Adds all columns to the state (7, N) of all rows.
+    lse: torch.Tensor,
+    coefficients: torch.Tensor,
+    logits: KeptLogits,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes the gradients of hidden (N, H), weight (V, H) and bias (V,), in their dtypes; empty if not needed.
 
-    hidden: (N, H) in the product's dtype; keep: takes the logits of the first rows, as many as it has; unit_gradient:
-    goes through the same tiles.
+    targets: (N,) int64; lse: (N,); coefficients: (4, N), see row_kernels.py; logits: of the first rows, which are left
+    as they are. On a CPU rows whose coefficients are all zero take no part.
     """
-    if head.fused is not None:
-        logit_factor = head.transform.scale * head.transform.inv_temperature
-        given = (hidden, head.weight_tile(slice(None)), targets, head.bias, logit_factor, outputs, state, keep)
-        return score_rows_fused(*given, head.fused, head.workspace_bytes // 4)
-    num_rows = hidden.shape[0]
-    kept = 0 if keep is None else keep.num_rows
-    height, width = head.tiling(num_rows, keep, gradients=unit_gradient is not None)
-    beyond = some_tiles(spans(num_rows - kept, height), hidden.device)
-    parts = [*some_tiles(spans(kept, height), hidden.device), *(slice(kept + s.start, kept + s.stop) for s in beyond)]
-    passing = num_rows if keep is None or keep.packed else num_rows - kept
-    scratch = head.scratch(min(height, passing), width, head.logits_dtype)
-    gives_narrow = unit_gradient is not None and head.narrow_gradients
-    room_for_weights = head.scratch(height, width, head.dtype) if gives_narrow else scratch
-    for columns in some_tiles(spans(head.vocab_size, width), hidden.device):
-        weight = head.weight_tile(columns)
-        for rows in parts:
-            corner = (slice(rows.stop - rows.start), slice(columns.stop - columns.start))
-            room = keep.tile(columns).part(rows) if rows.start < kept else None
-            packed = room if room is not None and keep.packed else None
-            tile = scratch[corner] if room is None or keep.packed else room.values
-            mm_into(tile, hidden[rows], weight.t())
-            if unit_gradient is None:
-                head.score(tile, targets[rows], columns, outputs, state[:, rows], packed)
-                continue
-            top = state[TOP, rows].clone()
-            weights = head.weigh(tile, targets[rows], columns, outputs, state[:, rows], room_for_weights[corner])
-            unit_gradient.add(rows, weights, weight, rescale(top, state[TOP, rows]))
-
-
-class UnitGradient:
-    """d logprob / d hidden of every row, (N, H), in the sweep that scores it.
-
-    It is W[target] - sum_j p_j W_j. The sum is attention with the weight as keys and values, so it can be kept
-    relative to the largest logit so far and shrunk whenever that grows, as in FlashAttention (arXiv 2205.14135).
-    """
-
-    def __init__(self, head: Head, num_rows: int) -> None:
-        self.head = head
-        self.sum = torch.zeros(num_rows, head.hidden_size, dtype=head.wide, device=head.weight.device)
-
-    def add(self, rows: slice, weights: torch.Tensor, weight: torch.Tensor, shrink: torch.Tensor) -> None:
-        """Adds a tile's weights (R, C) of the head's rows (C, H), after what is there has shrunk by (R,)."""
-        total = self.sum[rows]
-        total.mul_(shrink[:, None].to(total.dtype))
-        add_mm(total, weights, weight)
-
-    def finish(self, targets: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """The unit gradient, once every column has been seen; NaN for a target outside the vocabulary."""
-        derivative = self.head.transform.derivative(state[TARGET]).masked_fill_(state[TARGET].isnan(), float("nan"))
-        own = self.head.weight[targets.clamp(0, self.head.vocab_size - 1)].to(self.head.wide)
-        mean = self.sum.div_(state[SUM][:, None].to(self.head.wide))
-        return mean.neg_().addcmul_(derivative[:, None].to(self.head.wide), own)
-
-
-def score_with_unit_gradient(
-    head: Head, hidden: torch.Tensor, targets: torch.Tensor, outputs: int, state: torch.Tensor
-) -> torch.Tensor:
-    """Adds all columns to the state (7, N) of all rows; d logprob / d hidden of every row, (N, H) float32 at least."""
-    num_rows = hidden.shape[0]
-    if head.policy.one_sweep:
-        unit = UnitGradient(head, num_rows)
-        score_rows(head, hidden, targets, outputs, state, unit_gradient=unit)
-        return unit.finish(targets, state)
-    gradients = HeadGradients(head, num_rows, need_hidden=True, need_weight=False, need_bias=False, waiting=True)
-    height = head.block_rows(num_rows)
-    logits = head.empty_logits(height, height)
-    for rows in some_tiles(spans(num_rows, max(height, 1)), hidden.device):
-        kept = logits.part(slice(rows.stop - rows.start))
-        score_rows(head, hidden[rows], targets[rows], outputs, state[:, rows], keep=kept)
-        statistics = finish_scores(state[:, rows], outputs, head.vocab_size, head.wide)
-        coefficients = statistics.new_zeros(4, rows.stop - rows.start)
-        coefficients[0], coefficients[2] = -1.0, 1.0
-        coefficients = with_low_part(coefficients, statistics[LSE_LOW_ROW])
-        given = (hidden[rows], targets[rows], statistics[LSE_ROW], coefficients)
-        gradients.add([RowBlock(rows, *given, kept, consume=True)], last=rows.stop == num_rows)
-    return gradients.results(head.wide, head.wide)[0]
+    gradients = HeadGradients(head, hidden.shape[0], needs)
+    given = (hidden.to(head.plan.product_dtype), targets, lse, coefficients, logits)
+    gradients.add(slice(0, hidden.shape[0]), *given, skip_zero_rows=None, last=True)
+    return gradients.results(hidden.dtype, head.weight.dtype if head.bias is None else head.bias.dtype)
 
 
 class HeadGradients:
     """Sums the gradients of a head over row blocks: hidden (N, H), weight (V, H), bias (V,), each only if needed.
 
-    waiting: the loss has yet to get its factor. Where products are of float16, gradients of logits are then taken
-    times a power of two that brings the largest coefficient to about 2¹⁰, and the sums, in float32, divided by it at
-    the end; results that would be float16 are float32.
+    num_rows: N; waiting: the loss has yet to get its factor. Where products are of float16, gradients of logits are
+    then taken times a power of two that brings the largest coefficient to about 2¹⁰, and the sums, in float32, divided
+    by it at the end; results that would be float16 are float32.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        num_rows: int,
-        *,
-        need_hidden: bool,
-        need_weight: bool,
-        need_bias: bool,
-        waiting: bool = False,
-    ) -> None:
-        device = head.weight.device
-        self.head = head
+    def __init__(self, head: TiledHead, num_rows: int, needs: Needs, *, waiting: bool = False) -> None:
+        self._head = head
+        self._num_rows = num_rows
+        self._needs = needs
         self._waiting = waiting
         self._factor = 1.0
-        self.hidden = torch.empty(num_rows, head.hidden_size, dtype=head.wide, device=device) if need_hidden else None
-        self.weight: torch.Tensor | None = None
-        self._need_weight = need_weight
-        self._bias = torch.zeros(head.vocab_size, dtype=head.wide, device=device) if need_bias else None
+        self._hidden: torch.Tensor | None = None
+        self._weight: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+        if needs.bias:
+            self._bias = torch.zeros(head.vocab_size, dtype=head.plan.sum_dtype, device=head.device)
+        # The rows that have been added: how many, and of each block its place and which of its rows.
+        self._added = 0
+        self._places: list[tuple[slice, torch.Tensor | None]] = []
 
-    def add(self, blocks: list[RowBlock], *, last: bool) -> None:
-        """Adds row blocks. `last`: no call follows (a single call needs no wide accumulator for the whole weight)."""
-        head = self.head
-        if self._waiting and head.dtype == torch.float16:
+    def add(
+        self,
+        place: slice,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        lse: torch.Tensor,
+        coefficients: torch.Tensor,
+        logits: KeptLogits | None = None,
+        *,
+        consume: bool = False,
+        skip_zero_rows: bool | None = False,
+        last: bool = False,
+    ) -> None:
+        """Adds the gradients of the next rows.
+
+        Args:
+            place: where the rows lie among all N.
+            hidden: (R, H) in the product's dtype; targets: (R,) int64; lse: (R,).
+            coefficients: (4, R), see row_kernels.py.
+            logits: of the first of these rows; those of the others are computed again.
+            consume: whether kept logits may be overwritten.
+            skip_zero_rows: whether rows without a coefficient are left out; see active_rows.
+            last: no call follows. (A single call needs no float32 sum of the whole weight's gradient.)
+        """
+        index = active_rows(coefficients, skip_zero_rows)
+        given = (hidden, targets, lse, coefficients.t())
+        if index is not None:
+            given = tuple(tensor[index] for tensor in given)
+        blocks = _row_blocks(self._head, self._added, *given, logits, index, consume)
+        self._added += len(given[0])
+        if self._needs.hidden and self._hidden is None:
+            rows = self._added if last else self._num_rows
+            self._hidden = torch.empty(
+                rows, self._head.hidden_size, dtype=self._head.plan.sum_dtype, device=self._head.device
+            )
+        self._places.append((place, index))
+        self._sweep(blocks, last)
+
+    def _sweep(self, blocks: list[RowBlock], last: bool) -> None:
+        head, plan = self._head, self._head.plan
+        if self._waiting and plan.product_dtype == torch.float16:
             blocks = self._fit(blocks)
-        accumulate = self.weight is not None
-        if self._need_weight and not accumulate:
-            dtype = self._result_dtype(head.weight.dtype) if last else head.wide
-            self.weight = pooled_empty(head.weight.shape, dtype, head.weight.device)
-        tiles = _GradientTiles(head, blocks)
-        buffer = self._wide_buffer(tiles)
-        need_weight_tile = self.hidden is not None or any(part.logits is None for part in tiles.parts)
-        for columns in some_tiles(spans(head.vocab_size, tiles.width), head.weight.device):
-            weight = head.weight_tile(columns) if need_weight_tile else None
-            total = _WeightTile(self.weight[columns], buffer, accumulate) if self._need_weight else None
-            for part in tiles.parts:
-                grad = tiles.grad(part, columns, weight)
-                if self.hidden is not None:
-                    (add_mm if columns.start else mm_into)(self.hidden[part.rows], grad, weight)
+        accumulate = self._weight is not None
+        if self._needs.weight and not accumulate:
+            dtype = self._result_dtype(head.weight.dtype) if last else plan.sum_dtype
+            self._weight = pooled_empty(head.weight.shape, dtype, head.device)
+        tiles = _gradient_tiles(head, blocks)
+        parts = [part for block in blocks for part in block.parts(tiles.num_rows)]
+        logit_gradients = _LogitGradients(head, parts, tiles.num_columns)
+        buffer = self._weight_buffer(tiles, len(parts))
+        need_weight_tile = self._needs.hidden or any(part.logits is None for part in parts)
+        for columns in tiles.columns:
+            weight = None
+            if need_weight_tile:
+                weight = head.cast_tile(columns) if plan.casts_weight else head.weight[columns]
+            total = _WeightTile(self._weight[columns], buffer, accumulate) if self._needs.weight else None
+            for part in parts:
+                gradient = logit_gradients.of(part, columns, weight)
+                if self._hidden is not None:
+                    (add_mm if columns.start else mm_into)(self._hidden[part.rows], gradient, weight)
                 if total is not None:
-                    total.add(grad, part.hidden)
+                    total.add(gradient, part.hidden)
                 if self._bias is not None:
-                    self._bias[columns] += grad.sum(dim=0, dtype=head.wide)
+                    self._bias[columns] += gradient.sum(dim=0, dtype=plan.sum_dtype)
             if total is not None:
                 total.finish()
 
-    def _wide_buffer(self, tiles: _GradientTiles) -> torch.Tensor | None:
-        """Room to sum a tile of the weight's gradient, if its own dtype will not do for that.
+    def _weight_buffer(self, tiles: SweepTiles, num_parts: int) -> torch.Tensor | None:
+        """Returns room to sum a tile of the weight's gradient, if its own dtype will not do for that.
 
         It does for a single product, which sums in float32 and is rounded once, as the buffer would be.
         """
-        dtypes = (self.head.wide, self.head.dtype) if len(tiles.parts) == 1 else (self.head.wide,)
-        if not self._need_weight or self.weight.dtype in dtypes:
+        plan = self._head.plan
+        dtypes = (plan.sum_dtype, plan.product_dtype) if num_parts == 1 else (plan.sum_dtype,)
+        if not self._needs.weight or self._weight.dtype in dtypes:
             return None
-        return self.head.scratch(tiles.width, self.head.hidden_size, self.head.wide)
+        return pooled_empty((tiles.num_columns, self._head.hidden_size), plan.sum_dtype, self._head.device)
 
     def _fit(self, blocks: list[RowBlock]) -> list[RowBlock]:
-        """The blocks, their coefficients times the factor; sums that are there follow if it has to change."""
-        steepest = abs(self.head.transform.scale) * self.head.transform.inv_temperature
+        """Returns the blocks, coefficients times the factor; sums that are there follow if it has to change."""
+        steepest = abs(self._head.transform.scale) * self._head.transform.inv_temperature
         largest = steepest * max((float(block.coefficients.abs().amax()) for block in blocks), default=0.0)
         if largest and (self._factor == 1.0 or largest * self._factor > 2.0**13):
             factor = math.ldexp(1.0, min(100, 10 - math.frexp(largest)[1]))
@@ -202,85 +170,199 @@ class HeadGradients:
         return waiting_dtype(dtype) if self._waiting else dtype
 
     def _sums(self) -> list[torch.Tensor]:
-        return [total for total in (self.hidden, self.weight, self._bias) if total is not None]
-
-    def spread_hidden(self, index: torch.Tensor, num_rows: int) -> None:
-        """Moves the gradients of the first A rows to the rows `index` (A,) of `num_rows`; the others get zero."""
-        everywhere = self.hidden.new_zeros(num_rows, self.head.hidden_size)
-        self.hidden = everywhere.index_copy_(0, index, self.hidden[: len(index)])
+        return [total for total in (self._hidden, self._weight, self._bias) if total is not None]
 
     def results(
         self, hidden_dtype: torch.dtype, bias_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(hidden, weight, bias) gradients, each of its tensor's dtype or the one it waits in; empty if not needed."""
-        device = self.head.weight.device
-        dtypes = [self._result_dtype(dtype) for dtype in (hidden_dtype, self.head.weight.dtype, bias_dtype)]
-        if self._need_weight and self.weight is None:
-            self.weight = torch.zeros(self.head.weight.shape, dtype=dtypes[1], device=device)
+        """Returns the gradients of hidden (N, H), weight (V, H) and bias (V,); empty tensors if not needed.
+
+        Each has its tensor's dtype, or the one it waits in.
+        """
+        head = self._head
+        dtypes = [self._result_dtype(dtype) for dtype in (hidden_dtype, head.weight.dtype, bias_dtype)]
+        if self._needs.hidden and self._added < self._num_rows:
+            self._spread_hidden()
+        if self._needs.hidden and self._hidden is None:
+            self._hidden = torch.empty(0, head.hidden_size, dtype=head.plan.sum_dtype, device=head.device)
+        if self._needs.weight and self._weight is None:
+            self._weight = torch.zeros(head.weight.shape, dtype=dtypes[1], device=head.device)
         if self._factor != 1.0:
             for total in self._sums():
                 total.mul_(1 / self._factor)
-        grads = zip((self.hidden, self.weight, self._bias), dtypes, strict=True)
-        return tuple(torch.empty(0, dtype=to, device=device) if g is None else as_dtype(g, to) for g, to in grads)
+        return tuple(
+            torch.empty(0, dtype=dtype, device=head.device)
+            if total is None
+            else total
+            if total.dtype == dtype
+            else as_dtype(total, dtype)
+            for total, dtype in zip((self._hidden, self._weight, self._bias), dtypes, strict=True)
+        )
+
+    def _spread_hidden(self) -> None:
+        """Moves the gradients of the rows that were added to where they lie among all rows; the others get zero."""
+        numbers = [
+            torch.arange(place.start, place.stop, device=self._head.device) if index is None else place.start + index
+            for place, index in self._places
+        ]
+        everywhere = self._hidden.new_zeros(self._num_rows, self._head.hidden_size)
+        self._hidden = everywhere.index_copy_(0, torch.cat(numbers), self._hidden[: self._added])
 
 
-class _GradientTiles:
-    """Gradients of logits of some row blocks, tile by tile: in scratch memory, or where their logits lie.
+def active_rows(coefficients: torch.Tensor, skip_zero_rows: bool | None = None) -> torch.Tensor | None:
+    """Returns the numbers (A,) int64 of the rows whose coefficients (4, R) are not all zero; None if all rows count.
 
-    parts: the blocks, cut to the tiles' rows; width: columns of a tile. Gradients that take the place of logits need
-    no scratch, so that on a GPU one tile has all columns.
+    skip_zero_rows: whether to find out; if not, every row counts. None: on a CPU, since the host of a GPU would have
+    to wait.
+    """
+    if not (coefficients.device.type == "cpu" if skip_zero_rows is None else skip_zero_rows):
+        return None
+    active = coefficients.ne(0).any(dim=0)
+    return None if bool(active.all()) else active.nonzero().squeeze(1)
+
+
+@dataclass
+class RowBlock:
+    """Holds rows whose gradient is computed together.
+
+    rows: their place among those that are added; hidden: (R, H); targets, lse: (R,); coefficients: (4, R), see
+    row_kernels.py. logits: if they are kept, else they are computed again; index: (R,) their rows in `logits`, None
+    for all in order; in_place: whether the gradient takes the place of the logits.
     """
 
-    def __init__(self, head: Head, blocks: list[RowBlock]) -> None:
-        self.head = head
-        num_rows = max((len(block.targets) for block in blocks), default=0)
-        kept_logits = next((block.logits for block in blocks if block.logits is not None), None)
-        if head.policy.whole_rows and all(map(self._in_place, blocks)):
-            height, self.width = num_rows, head.vocab_size
-        else:
-            height, self.width = head.tiling(num_rows, kept_logits, gradients=True)
-        self.parts = [part for block in blocks for part in block.parts(height)]
-        in_scratch = [part for part in self.parts if not self._in_place(part)]
-        with_logits = [part for part in in_scratch if not part.packed and not (part.logits and part.index is None)]
-        self._logits = head.scratch(_most_rows(with_logits), self.width, head.logits_dtype)
-        self._grads = self._logits
-        if head.narrow_gradients or _most_rows(in_scratch) > len(self._logits):
-            self._grads = head.scratch(_most_rows(in_scratch), self.width, head.dtype)
+    rows: slice
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    lse: torch.Tensor
+    coefficients: torch.Tensor
+    logits: KeptLogits | None
+    index: torch.Tensor | None
+    in_place: bool
 
-    def _in_place(self, block: RowBlock) -> bool:
-        """Whether a gradient is as wide as what is kept of its logits, which may be overwritten."""
-        return block.overwritable and self.head.dtype.itemsize == block.logits.values.element_size()
+    def parts(self, height: int) -> Iterator[RowBlock]:
+        """Yields the same in blocks of at most `height` rows."""
+        num_rows = len(self.targets)
+        for start in range(0, num_rows, height):
+            part = slice(start, min(start + height, num_rows))
+            rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
+            logits, index = self.logits, None
+            if self.index is not None:
+                index = self.index[part]
+            elif logits is not None and part.stop - part.start < logits.values.shape[1]:
+                logits = logits.part(part)
+            vectors = (self.hidden[part], self.targets[part], self.lse[part], self.coefficients[:, part].contiguous())
+            yield RowBlock(rows, *vectors, logits, index, self.in_place)
 
-    def grad(self, block: RowBlock, columns: slice, weight: torch.Tensor | None) -> torch.Tensor:
-        """The gradient (R, C) of a block's logits; weight: (C, H), for logits that are to be computed again."""
-        corner = (slice(len(block.targets)), slice(columns.stop - columns.start))
-        given = (block.targets, block.lse, block.coefficients, columns)
-        if block.packed:
-            kept = block.logits.tile(columns)
-            out = kept.values.view(self.head.dtype) if self._in_place(block) else self._grads[corner]
-            return self.head.grad_packed(kept, block.index, *given, out)
-        logits = block.raw_logits(columns, weight, self._logits[corner])
-        return self.head.grad(logits, *given, logits if self._in_place(block) else self._grads[corner])
+
+def _row_blocks(
+    head: TiledHead,
+    start: int,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    coefficients: torch.Tensor,
+    logits: KeptLogits | None,
+    index: torch.Tensor | None,
+    consume: bool,
+) -> list[RowBlock]:
+    """Returns the rows whose logits are kept as a block, and the others as another one.
+
+    start: place of the first row; coefficients: (R, 4); logits: of the first K rows that were scored; index: (R,)
+    numbers of the rows among those, rising, None if they are all of them.
+    """
+    num_rows, num_kept = len(targets), 0 if logits is None else logits.values.shape[1]
+    kept = min(num_rows, num_kept) if index is None else int((index < num_kept).sum())
+    in_place = consume and index is None and logits is not None
+    in_place = in_place and head.plan.product_dtype.itemsize == logits.values.element_size()
+    blocks = []
+    for part, source in ((slice(0, kept), logits), (slice(kept, num_rows), None)):
+        if part.stop > part.start:
+            chosen = index[part] if index is not None and source is not None else None
+            place = slice(start + part.start, start + part.stop)
+            vectors = (hidden[part], targets[part], lse[part], coefficients[part].t())
+            blocks.append(RowBlock(place, *vectors, source, chosen, in_place and source is not None))
+    return blocks
 
 
 def _most_rows(blocks: list[RowBlock]) -> int:
     return max((len(block.targets) for block in blocks), default=0)
 
 
+def _gradient_tiles(head: TiledHead, blocks: list[RowBlock]) -> SweepTiles:
+    """Returns the tiles in which the plan has the gradients of these blocks computed."""
+    kept = next((block.logits for block in blocks if block.logits is not None), None)
+    in_place = all(block.in_place for block in blocks)
+    num_kept, num_bytes = (0, 0) if kept is None else (kept.values.shape[1], kept.nbytes)
+    return head.plan.gradient_tiles(_most_rows(blocks), num_kept, num_bytes, in_place=in_place)
+
+
+class _LogitGradients:
+    """Computes gradients of logits, tile by tile: in scratch memory, or where their logits lie.
+
+    parts: rows of a tile each; width: columns of a tile.
+    """
+
+    def __init__(self, head: TiledHead, parts: list[RowBlock], width: int) -> None:
+        plan = head.plan
+        self._head = head
+        in_scratch = [part for part in parts if not part.in_place]
+        passing = [part for part in in_scratch if part.logits is None or not plan.packed and part.index is not None]
+        num_rows, num_passing = _most_rows(in_scratch), _most_rows(passing)
+        self._logits = self._gradients = None
+        if num_passing:
+            self._logits = self._gradients = pooled_empty((num_passing, width), plan.logits_dtype, head.device)
+        if num_rows and (plan.limits.narrow_gradients or num_rows > num_passing):
+            self._gradients = pooled_empty((num_rows, width), plan.product_dtype, head.device)
+
+    def of(self, part: RowBlock, columns: slice, weight: torch.Tensor | None) -> torch.Tensor:
+        """Returns the gradient (R, C) of a part's logits; weight: (C, H), for logits that are to be computed again."""
+        head = self._head
+        corner = (slice(len(part.targets)), slice(columns.stop - columns.start))
+        if part.logits is None:
+            logits = mm_into(self._logits[corner], part.hidden, weight.t())
+        else:
+            kept = part.logits.tile(columns)
+            if head.plan.packed:
+                out = kept.values.view(head.plan.product_dtype) if part.in_place else self._gradients[corner]
+                return _grad_packed(head, part, columns, kept.values, kept.tops, out)
+            logits = kept.values
+            if part.index is not None:
+                logits = torch.index_select(logits, 0, part.index, out=self._logits[corner])
+        out = logits if part.in_place else self._gradients[corner]
+        bias = None if head.bias is None else head.bias[columns]
+        given = (logits, part.targets, bias, *head.transform, part.lse, part.coefficients, columns.start)
+        head.kernels.grad(*given, out)
+        return out
+
+
+def _grad_packed(
+    head: TiledHead, part: RowBlock, columns: slice, words: torch.Tensor, tops: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Computes the gradient (R, C) of packed logits, words (K, C) int16 and tops (K, chunks), into `out`."""
+    scale, _, inv_temperature = head.transform
+    given = (words, part.index, part.targets, scale, inv_temperature, part.lse, part.coefficients)
+    given = (*given, columns.start, out, tops)
+    if head.plan.fused is None:
+        head.kernels.grad_packed(*given)
+    else:  # whose chunks are no others' but Triton's
+        ROW_KERNELS["triton"].grad_packed(*given, head.plan.chunk)
+    return out
+
+
 class _WeightTile:
-    """The weight's gradient of one vocabulary tile, summed over row blocks: where it belongs, or in a wide buffer."""
+    """Sums the weight's gradient of one vocabulary tile over row blocks: where it belongs, or in a float32 buffer."""
 
     def __init__(self, total: torch.Tensor, buffer: torch.Tensor | None, accumulate: bool) -> None:
         self.total = total
         self.sum = total if buffer is None else buffer[: total.shape[0]]
         self.empty = not accumulate
 
-    def add(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Adds gradᵀ (C, R) @ hidden (R, H)."""
+    def add(self, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Adds gradientᵀ (C, R) @ hidden (R, H)."""
         if not self.empty:
-            add_mm(self.sum, grad.t(), hidden)
+            add_mm(self.sum, gradient.t(), hidden)
         else:
-            mm_into(self.sum, grad.t(), hidden)
+            mm_into(self.sum, gradient.t(), hidden)
         self.empty = False
 
     def finish(self) -> None:

@@ -1,7 +1,8 @@
-"""Logits that wait until their gradient is taken, in tiles of columns: raw ones as they are, or packed into 16 bits.
+"""Holds logits that wait until their gradient is computed: raw, or packed into 16 bits.
 
-On a CPU one tile's rows lie together: in a (K, V) matrix each row would be in a memory page of its own. On a GPU there
-is a single tile of all columns, so that gradients which take the place of the words are one factor of one product.
+They lie in tiles of columns. On a CPU the rows of one tile lie together: in a (K, V) matrix each row would be in a
+memory page of its own. On a GPU there is a single tile of all columns, so that gradients which take the place of the
+packed logits are one factor of one product.
 
 Packed logits u are transformed (bias, scale, temperature), so that a step means the same for every head. They are
 whole steps of 2⁻¹⁰ below the largest of their chunk of columns, counted from the first column of their tile. A chunk
@@ -15,7 +16,7 @@ Probabilities are thus off by at most 0.05%: less than the rounding of a bfloat1
 bfloat16 logit. The largest logit is exact, and with it the p - 1 of a target that the model is sure of. What is
 brought up has a probability below e⁻⁶⁴. NaN becomes 65535: its row's log-sum-exp is NaN, and so is its gradient. So
 is +∞, for the same reason. Tops lie apart from the words so that 16-bit gradients can take the words' place, as the
-rows of a matrix. Row kernels pack while they score and unpack while they take the gradient.
+rows of a matrix. Row kernels pack while they score and unpack while they compute the gradient.
 """
 
 from __future__ import annotations
@@ -25,23 +26,21 @@ from typing import NamedTuple
 
 import torch
 
-from ..memory_pool import pooled_empty
-
 PACKED_DTYPE = torch.int16
 CHUNK = 2048
 _STEPS_A_NAT = 1024.0
 _LOWEST, _MINUS_INF = 65534.0, 65535
 # Rows of words begin at multiples of so many: kernels read and write 16 bytes at once.
-_ROW_ALIGNMENT = 64
+ROW_ALIGNMENT = 64
 
 
 def num_chunks(columns: int, chunk: int = CHUNK) -> int:
-    """How many chunks a row of so many logits has."""
+    """Returns how many chunks a row of so many logits has."""
     return -(-columns // chunk)
 
 
 def pack(u: torch.Tensor, words: torch.Tensor, tops: torch.Tensor) -> None:
-    """Packs float32 logits u (R, C) into words (R, >= C) int16 and tops (R, >= num_chunks(C)) float32."""
+    """Packs logits u (R, C) float32 into words (R, >= C) int16 and tops (R, >= num_chunks(C)) float32."""
     for number, start in enumerate(range(0, u.shape[1], CHUNK)):
         part = u[:, start : start + CHUNK]
         top = part.masked_fill(part.isnan(), float("-inf")).amax(dim=1)
@@ -52,26 +51,22 @@ def pack(u: torch.Tensor, words: torch.Tensor, tops: torch.Tensor) -> None:
 
 
 def unpack(words: torch.Tensor, tops: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
-    """Float32 logits (R, C) of words (R, C) int16 and tops (R, >= num_chunks(C, chunk)) float32."""
+    """Returns the logits (R, C) float32 of words (R, C) int16 and tops (R, >= num_chunks(C, chunk)) float32."""
     codes = words.to(torch.int32) & 0xFFFF
     top = tops.repeat_interleave(chunk, dim=1)[:, : words.shape[1]]
     return torch.where(codes == _MINUS_INF, float("-inf"), top - codes / _STEPS_A_NAT)
 
 
 class KeptTile(NamedTuple):
-    """Some columns of kept logits: values (K, C) float, or words (K, C) int16 with tops (K, chunks) float32."""
+    """Holds some columns of kept logits: values (K, C) float, or words (K, C) int16 with tops (K, chunks) float32."""
 
     values: torch.Tensor
     tops: torch.Tensor | None = None
 
-    def part(self, rows: slice) -> KeptTile:
-        """The same of some rows."""
-        return KeptTile(self.values[rows], None if self.tops is None else self.tops[rows])
-
 
 @dataclass(frozen=True)
 class KeptLogits:
-    """Logits of K rows in T tiles of W columns; the last tile is not full.
+    """Holds the logits of K rows in T tiles of W columns; the last tile is not full.
 
     values: (T, K, at least W) float, or int16 words; tops: (T, K, chunks of W) float32 of packed ones, else None;
     columns: W; chunk: columns of a chunk.
@@ -82,50 +77,31 @@ class KeptLogits:
     columns: int
     chunk: int = CHUNK
 
-    @classmethod
-    def empty(
-        cls,
-        num_rows: int,
-        vocab_size: int,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        chunk: int = CHUNK,
-    ) -> KeptLogits:
-        """Room for the logits of `num_rows` rows in tiles of `columns`; dtype: PACKED_DTYPE, or that of raw logits."""
-        num_tiles = -(-vocab_size // columns)
-        width = columns if num_tiles > 1 else -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        values = pooled_empty((num_tiles, num_rows, width), dtype, device)
-        tops = None
-        if dtype == PACKED_DTYPE:
-            tops = pooled_empty((num_tiles, num_rows, num_chunks(columns, chunk)), torch.float32, device)
-        return cls(values, tops, columns, chunk)
-
     @property
     def packed(self) -> bool:
+        """Tells whether the logits are packed."""
         return self.tops is not None
 
     @property
     def num_rows(self) -> int:
+        """Returns the number of rows K."""
         return self.values.shape[1]
 
     @property
     def nbytes(self) -> int:
+        """Returns the bytes that all rows take."""
         return self.values.nbytes + (0 if self.tops is None else self.tops.nbytes)
 
     def part(self, rows: slice) -> KeptLogits:
-        """The same of some rows."""
+        """Returns the same of some rows."""
         tops = None if self.tops is None else self.tops[:, rows]
         return KeptLogits(self.values[:, rows], tops, self.columns, self.chunk)
 
-    def tile(self, columns: slice) -> KeptTile:
-        """Some columns, all of one tile; packed ones begin at a chunk."""
+    def tile(self, columns: slice, rows: slice = slice(None)) -> KeptTile:
+        """Returns some columns, all of one tile, of some rows; columns of packed logits begin at a chunk."""
         number, start = divmod(columns.start, self.columns)
         stop = start + columns.stop - columns.start
-        tops = None if self.tops is None else self.tops[number, :, start // self.chunk : num_chunks(stop, self.chunk)]
-        return KeptTile(self.values[number, :, start:stop], tops)
-
-    def raw_tile(self, columns: slice, index: torch.Tensor | None, scratch: torch.Tensor) -> torch.Tensor:
-        """Raw logits (R, C): of all rows where they lie, or of the rows `index` (R,) in `scratch` (R, C)."""
-        values = self.tile(columns).values
-        return values if index is None else torch.index_select(values, 0, index, out=scratch)
+        tops = None
+        if self.tops is not None:
+            tops = self.tops[number, rows, start // self.chunk : -(-stop // self.chunk)]
+        return KeptTile(self.values[number, rows, start:stop], tops)

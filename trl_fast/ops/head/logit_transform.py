@@ -1,4 +1,4 @@
-"""From the head's raw product to the logits whose softmax is the policy."""
+"""Transforms the head's raw product into the logits whose softmax is the policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class LogitTransform(NamedTuple):
-    """`u = cap(scale * (z + bias)) * inv_temperature`, with `cap(y) = softcap * tanh(y / softcap)`.
+    """Holds the numbers of `u = cap(scale * (z + bias)) * inv_temperature`, `cap(y) = softcap * tanh(y / softcap)`.
 
     A softcap of 0 means none. The order (bias, scale, softcap, temperature) is that of the model families that have
     these terms: Cohere and Granite scale, Gemma caps, and sampling divides by the temperature last.
@@ -21,7 +21,7 @@ class LogitTransform(NamedTuple):
 
     @classmethod
     def of(cls, *, temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0) -> LogitTransform:
-        """Checks the user's numbers.
+        """Returns the transform of a user's numbers, checked.
 
         Raises:
             ValueError: a value is not finite, or temperature or softcap is not positive.
@@ -34,7 +34,7 @@ class LogitTransform(NamedTuple):
         return cls(float(logit_scale), float(softcap or 0.0), 1.0 / float(temperature))
 
     def apply(self, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Transformed logits u in float32 (float64 stays float64), and tanh(y / softcap) when there is a cap.
+        """Returns the logits u in float32 (float64 stays float64), and tanh(y / softcap) when there is a cap.
 
         logits: (R, C) floating point; bias: (C,) or None.
         """
@@ -52,7 +52,7 @@ class LogitTransform(NamedTuple):
         return y, tanh
 
     def derivative(self, u: torch.Tensor) -> torch.Tensor:
-        """du/dz where the transformed logit is u: any shape, any float dtype."""
+        """Returns du/dz where the transformed logit is u: any shape, any float dtype."""
         derivative = torch.full_like(u, self.scale * self.inv_temperature)
         if self.softcap:
             derivative *= 1 - (u / (self.inv_temperature * self.softcap)).square()

@@ -1,6 +1,6 @@
-"""The head: its weight and transform, the tiles in which its products are taken, and the row kernels on a tile.
+"""Plans how the head is swept: its tiles, the rows whose logits are kept, and the dtypes, as one value, `HeadPlan`.
 
-The vocabulary is walked tile by tile, and the rows within it. A tile of the weight is thus widened or read once for
+The vocabulary is walked tile by tile, and the rows within it. A tile of the weight is thus cast or read once for
 all rows, a tile of logits is still in the cache when the row kernels read it, and a tile of the weight's gradient is
 finished in one go. Everything that scales with rows times vocabulary lives in one workspace.
 
@@ -10,24 +10,36 @@ log-sum-exp came from: with a log-sum-exp of float32 logits, but bfloat16 logits
 prediction was off by a quarter. Gradients of logits have the dtype of the products that they go into.
 
 GEMMs are ATen's. Where the machine has no fast bfloat16 or float16 product (a CPU without AMX or AVX512-BF16), tiles
-of the weight are widened to float32 on the way: the product is then one to two orders of magnitude faster, and exact.
+of the weight are cast to float32 on the way: the product is then one to two orders of magnitude faster, and exact.
+
+`plan_head` is a pure function of shapes, dtypes, memory, kernels and facts about the device; the sweeps only follow
+the plan.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..device import device_facts
-from ..matmul import SIXTEEN_BITS, logits_dtype
-from ..memory_pool import pooled_empty
-from ..slices import even_step
-from .fused_kernel import fused_tiles
-from .kept_logits import CHUNK, PACKED_DTYPE, KeptLogits, KeptTile, num_chunks
-from .logit_transform import LogitTransform
-from .row_kernels import ROW_KERNELS, RowKernels, row_kernels, row_weights_by_two
+from ..device import DeviceFacts
+from ..matmul import SIXTEEN_BITS
+from .kept_logits import CHUNK, PACKED_DTYPE, ROW_ALIGNMENT
+
+if TYPE_CHECKING:
+    from trl_fast.kernels.linear_scores import Tiles
+
+    from .row_kernels import RowKernels
+
+HEAD_GRADS = ("exact", "sparse")
+DEFAULT_SPARSE_THRESHOLD = 2.0**-14
+
+# What of the logits a forward sweep keeps: NOTHING; LOGITS, those of the first rows, for a backward pass that comes
+# later; UNIT_GRADIENT, d logprob / d hidden instead; BLOCKS, those of a block of rows until its gradient is computed
+# within the sweep; GROUPS, the same in the largest blocks; RAW_BLOCKS, the same as BLOCKS, but never packed.
+NOTHING, LOGITS, UNIT_GRADIENT, BLOCKS, GROUPS, RAW_BLOCKS = range(6)
 
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4
@@ -35,10 +47,51 @@ _MIN_TILE_COLUMNS = 512
 _LEAST_WORKSPACE, _MOST_WORKSPACE = 1 << 30, 8 << 30
 
 
-class TilePolicy(NamedTuple):
-    """How a kind of device wants the head cut.
+@dataclass(frozen=True)
+class HeadOptions:
+    """Holds a user's settings of the head, from a trainer's config to the ops, whose arguments have these names.
 
-    tile_bytes: of a tile of logits, at most, and of a tile of the widened weight if `weight_tiles`; tile_rows: of a
+    - `backend`: force "cuda", "triton", "cpp" or "torch"; None takes the best that can serve.
+    - `workspace_bytes`: limit of the memory that grows with N · V; None: see `workspace_of`.
+    - `head_grad`: "exact", or "sparse" for an unbiased estimate of the gradient (see sparse_kernels.py).
+    - `sparse_threshold`: smaller probabilities are sampled.
+    """
+
+    backend: str | None = None
+    workspace_bytes: int | None = None
+    head_grad: str = "exact"
+    sparse_threshold: float = DEFAULT_SPARSE_THRESHOLD
+
+    def check(self, device: torch.device) -> None:
+        """Checks the settings for a head on `device`.
+
+        Raises:
+            ValueError: the kind of gradient is unknown or does not exist there, or the threshold is not in (0, 1).
+        """
+        if self.head_grad not in HEAD_GRADS:
+            raise ValueError(f"head_grad: unknown value {self.head_grad!r}; expected one of {HEAD_GRADS}")
+        if self.head_grad == "sparse" and device.type != "cpu":
+            raise ValueError(
+                f"head_grad='sparse' has kernels for a CPU only, not for {device.type}, where it would take many "
+                "times as long as the products that it spares; use head_grad='exact'"
+            )
+        if not 0.0 < self.sparse_threshold < 1.0:
+            raise ValueError(f"sparse_threshold must lie between 0 and 1, got {self.sparse_threshold!r}")
+
+    def workspace_on(self, device: torch.device, facts: DeviceFacts) -> int:
+        """Checks the settings, and returns the bytes of workspace of a head on a device with these facts.
+
+        Raises:
+            ValueError: as in `check` and `workspace_of`.
+        """
+        self.check(device)
+        return workspace_of(self.workspace_bytes, device, facts)
+
+
+class TilePolicy(NamedTuple):
+    """Says how a kind of device wants the head cut.
+
+    tile_bytes: of a tile of logits, at most, and of a tile of the cast weight if `weight_tiles`; tile_rows: of a
     tile, at most; row_step: the rows of a block are a multiple of it; whole_rows: kept logits lie in one tile of all
     columns; one_sweep: the unit gradient goes through the tiles that score, so that the weight is read once, and no
     logits are kept for it.
@@ -57,13 +110,8 @@ CPU_TILES = TilePolicy(32 << 20, 2048, 1, weight_tiles=True, whole_rows=False, o
 GPU_TILES = TilePolicy(256 << 20, 1 << 30, 256, weight_tiles=False, whole_rows=True, one_sweep=False)
 
 
-def tile_policy(device: torch.device) -> TilePolicy:
-    """The policy of a device."""
-    return CPU_TILES if device_facts(device).kind == "cpu" else GPU_TILES
-
-
-def workspace_of(asked: int | None, device: torch.device) -> int:
-    """Bytes of workspace: what was asked for, else 1 GiB on a CPU and up to a sixteenth of a GPU's memory.
+def workspace_of(asked: int | None, device: torch.device, facts: DeviceFacts) -> int:
+    """Returns the bytes of workspace: what was asked for, else 1 GiB on a CPU and up to a sixteenth of a GPU's memory.
 
     The more rows of logits fit at once, the less often the weight's gradient is read and written. On a GPU it is a
     power of two times 1 GiB, at most 8 GiB, and at most a quarter of what is free, but always 1 GiB. Other blocks add
@@ -72,240 +120,270 @@ def workspace_of(asked: int | None, device: torch.device) -> int:
     Raises:
         ValueError: more was asked for than the GPU has.
     """
-    if device.type != "cuda":
+    memory = facts.read_memory() if facts.kind == "cuda" else None
+    if memory is None:
         return _LEAST_WORKSPACE if asked is None else asked
-    free, total = torch.cuda.mem_get_info(device)
-    if asked is not None:
-        if asked > total:
-            raise ValueError(f"workspace_bytes: {asked} bytes are more than the {total} of {device}; ask for less")
-        return asked
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return default_workspace(free, total)
+    if asked is None:
+        return default_workspace(memory.free, memory.total)
+    if asked > memory.total:
+        raise ValueError(f"workspace_bytes: {asked} bytes are more than the {memory.total} of {device}; ask for less")
+    return asked
 
 
 def default_workspace(free: int, total: int) -> int:
-    """The default workspace of a GPU with so many bytes of memory, so many of which are free."""
+    """Returns the default workspace of a GPU with so many bytes of memory, so many of which are free."""
     size = _LEAST_WORKSPACE
     while size < _MOST_WORKSPACE and 2 * size <= min(total // 16, free // 4):
         size *= 2
     return size
 
 
+def even_step(total: int, limit: int) -> int:
+    """Returns the step of at most `limit` that covers `total` in equal parts: a small last one is a slow product."""
+    parts = max(1, -(-total // limit))
+    return -(-total // parts)
+
+
+def slices(start: int, stop: int, step: int) -> list[slice]:
+    """Returns consecutive slices of at most `step`, at least 1, that cover range(start, stop)."""
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, max(step, 1))]
+
+
+def group_slices(sizes: Sequence[int], step: int) -> list[slice]:
+    """Returns consecutive slices of whole groups that cover range(sum(sizes)): at most `step` rows, or one group."""
+    found = []
+    start = end = 0
+    for size in sizes:
+        if end > start and end + size - start > step:
+            found.append(slice(start, end))
+            start = end
+        end += size
+    return [*found, slice(start, end)] if end > start else found
+
+
+class SweepTiles(NamedTuple):
+    """Holds the tiles of a sweep: slices of the rows, those of kept logits first, and of the columns.
+
+    num_rows, num_columns: of the largest tile.
+    """
+
+    num_rows: int
+    num_columns: int
+    rows: list[slice]
+    columns: list[slice]
+
+
+class TileLimits(NamedTuple):
+    """Holds what the size of a tile follows from, and cuts rows and columns into tiles.
+
+    product_bytes: of a number of the products; logit_bytes: what a logit takes of the workspace, temporaries of the
+    row kernels included; narrow_gradients: whether gradients of logits are narrower than logits, and so cannot take
+    their place; all_tiles: whether every tile is computed. In a simulation only the first two and the last of tiles
+    that are alike are: that takes the memory of all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    product_bytes: int
+    logit_bytes: int
+    narrow_gradients: bool
+    workspace_bytes: int
+    policy: TilePolicy
+    all_tiles: bool
+
+    def tile_shape(
+        self, num_rows: int, *, gradients: bool = False, kept_bytes: int = 0, kept_columns: int | None = None
+    ) -> tuple[int, int]:
+        """Returns rows and columns of a tile: within a share of the workspace and what the device wants.
+
+        gradients: a tile of them, in the product's dtype, stands beside that of the logits. Each of its tiles costs a
+        sum of hidden states that is read and written, so it gets all that kept logits (kept_bytes) leave of the
+        workspace. kept_columns: of a tile of kept logits, which the columns have to follow.
+        """
+        policy = self.policy
+        element = self.logit_bytes
+        budget = min(self.workspace_bytes // _TILE_SHARE, policy.tile_bytes)
+        if gradients and self.narrow_gradients:
+            element += self.product_bytes
+            budget = max(budget, self.workspace_bytes - kept_bytes)
+        rows, columns = even_step(num_rows, policy.tile_rows), self.vocab_size
+        if policy.weight_tiles:
+            columns = min(columns, policy.tile_bytes // (self.hidden_size * self.product_bytes))
+        step, least = (CHUNK, CHUNK) if policy.whole_rows else (64, _MIN_TILE_COLUMNS)
+        columns = max(least, min(columns, budget // max(1, rows * element)) // step * step)
+        columns = min(self.vocab_size, columns) if kept_columns is None else kept_columns
+        return max(1, min(rows, budget // (columns * element))), columns
+
+    def cut(self, num_rows: int, kept_rows: int, tile_shape: tuple[int, int]) -> SweepTiles:
+        """Cuts `num_rows` rows, of which the first `kept_rows` are kept, and all columns into tiles."""
+        height, width = tile_shape
+        rows = self._computed(slices(0, kept_rows, height)) + self._computed(slices(kept_rows, num_rows, height))
+        return SweepTiles(height, width, rows, self._computed(slices(0, self.vocab_size, width)))
+
+    def _computed(self, tiles: list[slice]) -> list[slice]:
+        return tiles if self.all_tiles or len(tiles) < 3 else [*tiles[:2], tiles[-1]]
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Says how a head of V columns is swept.
+
+    - `product_dtype`: of the factors of every product; `logits_dtype`: of logits as they are computed; `sum_dtype`: of
+      what is summed over tiles, float32 at least, because partial sums of 16 bits would lose what tiles contribute.
+    - `casts_weight`: whether tiles of the weight are cast to `product_dtype`.
+    - `packed`: whether kept logits are packed; `chunk`: columns of a chunk of packed ones.
+    - `fused`: tiles of the fused kernel, which then scores; None where a product and a row kernel do.
+    - `block_rows`: rows of a block; a forward sweep goes block by block.
+    - `kept_rows`: of the first rows of a block, how many logits are kept; `kept_columns`: columns of a tile of those.
+    - `kept_shape`, `tops_shape`: of KeptLogits' tensors for them; the latter None if they are not packed.
+    - `scoring`: the tiles that score a whole block; `limits`: what other tiles follow from.
+    """
+
+    product_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    sum_dtype: torch.dtype
+    casts_weight: bool
+    packed: bool
+    chunk: int
+    fused: Tiles | None
+    block_rows: int
+    kept_rows: int
+    kept_columns: int
+    kept_shape: tuple[int, int, int]
+    tops_shape: tuple[int, int, int] | None
+    scoring: SweepTiles
+    limits: TileLimits
+
+    def blocks(self, num_rows: int) -> list[slice]:
+        """Returns the blocks of `num_rows` rows."""
+        return slices(0, num_rows, self.block_rows)
+
+    def scoring_tiles(self, num_rows: int, kept_rows: int) -> SweepTiles:
+        """Returns the tiles that score a block of `num_rows` rows, of which the first `kept_rows` are kept."""
+        follows = self.kept_columns if kept_rows and not self.limits.policy.whole_rows else None
+        return self.limits.cut(num_rows, kept_rows, self.limits.tile_shape(num_rows, kept_columns=follows))
+
+    def gradient_tiles(self, num_rows: int, kept_rows: int, kept_bytes: int, *, in_place: bool) -> SweepTiles:
+        """Returns the tiles in which gradients of logits are computed, for blocks of at most `num_rows` rows.
+
+        kept_rows, kept_bytes: of logits that are kept meanwhile; in_place: whether all gradients take the place of
+        logits. These need no scratch memory, so that on a GPU one tile has all columns.
+        """
+        limits = self.limits
+        if in_place and limits.policy.whole_rows:
+            return limits.cut(num_rows, 0, (num_rows, limits.vocab_size))
+        follows = self.kept_columns if kept_rows and not limits.policy.whole_rows else None
+        shape = limits.tile_shape(num_rows, gradients=True, kept_bytes=kept_bytes, kept_columns=follows)
+        return limits.cut(num_rows, 0, shape)
+
+
 def row_bytes(vocab_size: int, dtype: torch.dtype, kernels: RowKernels) -> int:
-    """Bytes of workspace that one row of logits takes, temporaries of the row kernels included."""
+    """Returns the bytes of workspace that a row of logits takes, temporaries of the row kernels included."""
     return vocab_size * (dtype.itemsize + kernels.bytes_per_element)
 
 
-def rows_per_block(num_rows: int, bytes_per_row: int, workspace_bytes: int) -> int:
-    """How many rows of logits fit the workspace, at most num_rows.
+def plan_head(
+    num_rows: int,
+    weight_shape: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    capped: bool,
+    keep: int,
+    kernels: RowKernels,
+    workspace_bytes: int,
+    facts: DeviceFacts,
+    find_fused: Callable[[torch.dtype], Tiles | None] = lambda dtype: None,
+) -> HeadPlan:
+    """Plans the sweeps of a head over `num_rows` rows.
 
-    Raises:
-        ValueError: not even one row fits.
-    """
-    if workspace_bytes < bytes_per_row:
-        raise ValueError(
-            f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {bytes_per_row} bytes"
-        )
-    return min(num_rows, workspace_bytes // bytes_per_row)
-
-
-class Tiling(NamedTuple):
-    """Rows and columns of a tile of logits."""
-
-    rows: int
-    columns: int
-
-
-class Head:
-    """A head's weight and transform, with its products. Nothing here has a gradient of its own.
-
-    weight: (V, H) any float dtype; bias: (V,) or None; dtype: what products are computed in.
+    Args:
+        weight_shape: (V, H); weight_dtype: its dtype; dtype: that of the hidden states.
+        capped: whether logits have a softcap. They are not packed then: the derivative of the cap would be off by more
+            than a probability where logits are near it.
+        keep: what of the logits is kept, NOTHING to RAW_BLOCKS above.
+        kernels: the backend's row kernels.
+        find_fused: tells the tiles of the fused kernel for products of a dtype, None if it does not serve.
 
     Raises:
         ValueError: the workspace holds no row of logits.
     """
+    vocab_size, hidden_size = weight_shape
+    policy = CPU_TILES if facts.kind == "cpu" else GPU_TILES
+    product = facts.product_dtypes.get(dtype, dtype)
+    sums = torch.promote_types(product, torch.float32)
+    logits = sums if facts.kind == "cuda" else product
+    least = row_bytes(vocab_size, logits, kernels)
+    if workspace_bytes < least:
+        raise ValueError(
+            f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {least} bytes"
+        )
+    # float32 products of 16-bit numbers take more room than they know.
+    sixteen_bits = product in SIXTEEN_BITS or weight_dtype in SIXTEEN_BITS
+    packs = kernels.grad_packed is not None and not capped and sixteen_bits and logits == torch.float32
+    fused = find_fused(product) if packs and policy.whole_rows else None
+    chunk = CHUNK if fused is None else fused.columns
+    packed = packs and keep != RAW_BLOCKS
+    kept_row_bytes = vocab_size * PACKED_DTYPE.itemsize + -(-vocab_size // chunk) * 4 if packed else least
+    block_rows, kept_rows = _block(num_rows, keep, kept_row_bytes, workspace_bytes, policy)
+    limits = TileLimits(
+        vocab_size,
+        hidden_size,
+        product.itemsize,
+        least // vocab_size,
+        logits != product,
+        workspace_bytes,
+        policy,
+        not facts.first_tiles_only,
+    )
+    shape = limits.tile_shape(block_rows, gradients=keep == UNIT_GRADIENT and policy.one_sweep)
+    kept_columns = vocab_size if policy.whole_rows else shape[1]
+    kept_shape, tops_shape = kept_shapes(kept_rows, vocab_size, kept_columns, chunk)
+    return HeadPlan(
+        product_dtype=product,
+        logits_dtype=logits,
+        sum_dtype=sums,
+        casts_weight=weight_dtype != product,
+        packed=packed,
+        chunk=chunk,
+        fused=fused,
+        block_rows=block_rows,
+        kept_rows=kept_rows,
+        kept_columns=kept_columns,
+        kept_shape=kept_shape,
+        tops_shape=tops_shape if packed else None,
+        scoring=limits.cut(block_rows, kept_rows, shape),
+        limits=limits,
+    )
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        transform: LogitTransform,
-        dtype: torch.dtype,
-        backend: str,
-        workspace_bytes: int,
-    ) -> None:
-        self.weight = weight
-        self.bias = bias
-        self.transform = transform
-        self.dtype = dtype
-        # Partial sums of narrow dtypes would lose what the tiles contribute: accumulate in float32 at least.
-        self.wide = torch.promote_types(dtype, torch.float32)
-        self.backend = backend
-        self.kernels = row_kernels(backend, weight.device)
-        self.vocab_size, self.hidden_size = weight.shape
-        self.policy = tile_policy(weight.device)
-        self.logits_dtype = logits_dtype(dtype, weight.device)
-        self.row_bytes = row_bytes(self.vocab_size, self.logits_dtype, self.kernels)
-        self.workspace_bytes = workspace_bytes
-        self._cast_weight: torch.Tensor | None = None
-        # The fused kernel's configuration, if it is to score here.
-        self.fused = None
-        if self.policy.whole_rows and self.packs:
-            self.fused = fused_tiles(backend, self.hidden_size, dtype, weight.device)
-        rows_per_block(1, self.row_bytes, workspace_bytes)
 
-    @property
-    def chunk(self) -> int:
-        """Columns of a chunk of packed logits."""
-        return CHUNK if self.fused is None else self.fused.columns
+def kept_shapes(
+    num_rows: int, vocab_size: int, columns: int, chunk: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Returns the shapes of `values` and `tops` of KeptLogits for so many rows, in tiles of `columns`."""
+    num_tiles = -(-vocab_size // columns)
+    width = columns if num_tiles > 1 else -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return (num_tiles, num_rows, width), (num_tiles, num_rows, -(-columns // chunk))
 
-    @property
-    def packs(self) -> bool:
-        """Whether kept logits are packed: float32 products of 16-bit numbers, which take more room than they know.
 
-        Not with a softcap, whose derivative would be off by more than a probability where logits are near the cap.
-        """
-        sixteen = self.dtype in SIXTEEN_BITS or self.weight.dtype in SIXTEEN_BITS
-        can = self.kernels.grad_packed is not None and not self.transform.softcap
-        return can and sixteen and self.logits_dtype == torch.float32
-
-    @property
-    def narrow_gradients(self) -> bool:
-        """Whether gradients of logits are narrower than logits, and so cannot take their place."""
-        return self.logits_dtype != self.dtype
-
-    def kept_rows(self, num_rows: int, *, raw: bool = False) -> int:
-        """How many whole rows of logits the workspace holds with a tile beside them. raw: never packed."""
-        row_bytes = self.row_bytes
-        if self.packs and not raw:
-            row_bytes = self.vocab_size * PACKED_DTYPE.itemsize + num_chunks(self.vocab_size, self.chunk) * 4
-        tile_bytes = self.workspace_bytes // _TILE_SHARE
-        if self.policy.whole_rows:
-            tile_bytes = min(tile_bytes, self.policy.tile_bytes)
-        rows, step = (self.workspace_bytes - tile_bytes) // row_bytes, self.policy.row_step
-        return num_rows if rows >= num_rows else rows if rows < step else rows // step * step
-
-    def block_rows(self, num_rows: int, *, raw: bool = False) -> int:
-        """The rows of a block, for ops that go block by block in equal parts: at least one, if there are any."""
-        most = max(1, self.kept_rows(num_rows, raw=raw))
-        step = self.policy.row_step if most >= self.policy.row_step else 1
-        even = even_step(num_rows, -(-most // step) * step)
-        return min(num_rows, -(-even // step) * step)
-
-    def tiling(self, num_rows: int, kept_logits: KeptLogits | None = None, *, gradients: bool = False) -> Tiling:
-        """The tiles for `num_rows` rows: within a share of the workspace and what the device wants.
-
-        kept_logits: their tiles decide the columns on a CPU if there are any; gradients: a tile of them, in the
-        product's dtype, stands beside that of the logits. Each of its tiles costs a sum of hidden states that is read
-        and written, so it gets all that kept logits leave of the workspace.
-        """
-        policy = self.policy
-        element = self.row_bytes // self.vocab_size
-        budget = min(self.workspace_bytes // _TILE_SHARE, policy.tile_bytes)
-        if gradients and self.narrow_gradients:
-            element += self.dtype.itemsize
-            budget = max(budget, self.workspace_bytes - (0 if kept_logits is None else kept_logits.nbytes))
-        rows, columns = even_step(num_rows, policy.tile_rows), self.vocab_size
-        if policy.weight_tiles:
-            columns = min(columns, policy.tile_bytes // (self.hidden_size * self.dtype.itemsize))
-        step, least = (CHUNK, CHUNK) if policy.whole_rows else (64, _MIN_TILE_COLUMNS)
-        columns = max(least, min(columns, budget // max(1, rows * element)) // step * step)
-        columns = min(self.vocab_size, columns)
-        if kept_logits is not None and kept_logits.num_rows and not policy.whole_rows:
-            columns = kept_logits.columns
-        return Tiling(max(1, min(rows, budget // (columns * element))), columns)
-
-    def empty_logits(self, num_kept: int, num_rows: int, *, raw: bool = False) -> KeptLogits:
-        """Room for the logits of `num_kept` rows, in tiles as they are for `num_rows` rows in all. raw: not packed."""
-        dtype = PACKED_DTYPE if self.packs and not raw else self.logits_dtype
-        columns = self.kept_columns(num_rows)
-        return KeptLogits.empty(num_kept, self.vocab_size, columns, dtype, self.weight.device, self.chunk)
-
-    def kept_columns(self, num_rows: int) -> int:
-        """Columns of a tile of kept logits where `num_rows` rows are scored in all."""
-        return self.vocab_size if self.policy.whole_rows else self.tiling(num_rows).columns
-
-    def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Room for tiles of up to this size."""
-        return pooled_empty((rows, columns), dtype, self.weight.device)
-
-    def weight_tile(self, columns: slice) -> torch.Tensor:
-        """Rows `columns` of the weight, (C, H) in the product's dtype; on a CPU valid until the next call."""
-        tile = self.weight[columns]
-        if tile.dtype == self.dtype:
-            return tile
-        if not self.policy.weight_tiles:
-            if self._cast_weight is None:
-                self._cast_weight = self.weight.to(self.dtype)
-            return self._cast_weight[columns]
-        if self._cast_weight is None or self._cast_weight.shape[0] < tile.shape[0]:
-            self._cast_weight = pooled_empty(tile.shape, self.dtype, tile.device)
-        return self._cast_weight[: tile.shape[0]].copy_(tile)
-
-    def _bias_tile(self, columns: slice) -> torch.Tensor | None:
-        return None if self.bias is None else self.bias[columns]
-
-    def score(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        columns: slice,
-        outputs: int,
-        state: torch.Tensor,
-        keep: KeptTile | None = None,
-    ) -> None:
-        """Adds raw logits (R, C) of the given columns to the rows' state (7, R); `keep` takes them packed."""
-        given = (logits, targets, self._bias_tile(columns))
-        if keep is None:
-            self.kernels.scores(*given, *self.transform, outputs, columns.start, state)
-        else:
-            scale, _, inv_temperature = self.transform
-            self.kernels.scores_packed(*given, scale, inv_temperature, outputs, columns.start, state, *keep)
-
-    def weigh(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        columns: slice,
-        outputs: int,
-        state: torch.Tensor,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
-        """The same; e^(u - m) du/dz, m being the rows' largest logit so far, in `out` (may be `logits` itself)."""
-        weights = self.kernels.weights or functools.partial(row_weights_by_two, self.kernels)
-        weights(logits, targets, self._bias_tile(columns), *self.transform, outputs, columns.start, state, out)
-        return out
-
-    def grad(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        lse: torch.Tensor,
-        coefficients: torch.Tensor,
-        columns: slice,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
-        """Gradient of raw logits (R, C) of the given columns, written to `out` (may be `logits` itself)."""
-        given = (logits, targets, self._bias_tile(columns), *self.transform)
-        self.kernels.grad(*given, lse, coefficients, columns.start, out)
-        return out
-
-    def grad_packed(
-        self,
-        packed: KeptTile,
-        index: torch.Tensor | None,
-        targets: torch.Tensor,
-        lse: torch.Tensor,
-        coefficients: torch.Tensor,
-        columns: slice,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
-        """The same of rows `index` (R,), None for all in order, of packed logits (K, C); `out` may be the words."""
-        scale, _, inv_temperature = self.transform
-        words, tops = packed
-        given = (words, index, targets, scale, inv_temperature, lse, coefficients, columns.start, out, tops)
-        if self.fused is None:
-            self.kernels.grad_packed(*given)
-        else:  # whose chunks are no others' but Triton's
-            ROW_KERNELS["triton"].grad_packed(*given, self.chunk)
-        return out
+def _block(num_rows: int, keep: int, row_bytes: int, workspace_bytes: int, policy: TilePolicy) -> tuple[int, int]:
+    """Returns the rows of a block, and of how many of them logits are kept; row_bytes: of a row of kept ones."""
+    if keep == NOTHING or keep == UNIT_GRADIENT and policy.one_sweep:
+        return num_rows, 0
+    # A tile stands beside them.
+    tile_bytes = workspace_bytes // _TILE_SHARE
+    if policy.whole_rows:
+        tile_bytes = min(tile_bytes, policy.tile_bytes)
+    rows, step = (workspace_bytes - tile_bytes) // row_bytes, policy.row_step
+    fitting = num_rows if rows >= num_rows else rows if rows < step else rows // step * step
+    if keep == LOGITS:
+        return num_rows, fitting
+    if keep == GROUPS:
+        # Groups are of any size: the more room, the more of them stay whole.
+        return fitting, fitting
+    # Equal parts, at least one row if there are any.
+    most = max(1, fitting)
+    step = step if most >= step else 1
+    even = even_step(num_rows, -(-most // step) * step)
+    rows = min(num_rows, -(-even // step) * step)
+    return rows, rows

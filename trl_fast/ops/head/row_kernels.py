@@ -26,27 +26,21 @@ from typing import NamedTuple
 import torch
 
 from ..device import device_facts
-from ..token_scores import (
-    ENTROPY,
-    ENTROPY_ROW,
-    IS_TOP1,
-    IS_TOP1_ROW,
-    LOG_SUM_SQ_PROBS,
-    LOG_SUM_SQ_ROW,
-    LOGPROB_ROW,
-    LSE_LOW_ROW,
-    LSE_ROW,
-    MEAN_LOGITS,
-    MEAN_LOGITS_ROW,
-    NUM_STATISTICS,
-)
 from .kept_logits import CHUNK, pack, unpack
 from .logit_transform import LogitTransform
-
-# Rows of the running state (7, R) float64: the largest logit m so far, sums of e^(u-m), e^(u-m) (u-m) and e^2(u-m),
-# the sum of the logits, the target's logit, and the largest logit before the target.
-TOP, SUM, SUM_X, SUM_SQ, TOTAL, TARGET, BEFORE = range(7)
-NUM_STATES = 7
+from .row_statistics import (
+    BEFORE,
+    ENTROPY,
+    IS_TOP1,
+    LOG_SUM_SQ_PROBS,
+    MEAN_LOGITS,
+    SUM,
+    SUM_SQ,
+    SUM_X,
+    TARGET,
+    TOP,
+    TOTAL,
+)
 
 
 class RowKernels(NamedTuple):
@@ -56,62 +50,11 @@ class RowKernels(NamedTuple):
     grad: Callable[..., None]
     # Temporaries beyond the tile itself, in bytes an element: what the workspace has to leave room for.
     bytes_per_element: int
-    # Both in one read, as `row_weights_by_two` below; None: by the two others.
-    weights: Callable[..., None] | None = None
+    # Both in one read, as `row_lse_gradient_by_two` below; None: by the two others.
+    lse_gradient: Callable[..., None] | None = None
     # The same of packed logits (kept_logits.py); None: logits are kept as they are.
     scores_packed: Callable[..., None] | None = None
     grad_packed: Callable[..., None] | None = None
-
-
-def new_state(num_rows: int, device: torch.device) -> torch.Tensor:
-    """The state (7, R) of rows of which nothing has been seen; a target that never comes stays NaN."""
-    state = torch.zeros(NUM_STATES, num_rows, dtype=torch.float64, device=device)
-    state[TOP] = state[BEFORE] = float("-inf")
-    state[TARGET] = float("nan")
-    return state
-
-
-def finish_scores(state: torch.Tensor, outputs: int, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Statistics (7, R) of rows whose every column has been seen.
-
-    Returns, in `dtype`: lse, logprob, entropy, log of the sum of squared probabilities, mean logit, 1.0 where the
-    target is the first argmax, and what rounding lse to `dtype` lost. Rows that `outputs` did not ask for are NaN. So
-    are the log-prob and the last number if the target never came: the gradient then is NaN like the loss.
-    """
-    log_sum = state[SUM].log()
-    lse = state[TOP] + log_sum
-    rounded = lse.to(dtype)
-    statistics = torch.full((NUM_STATISTICS, state.shape[1]), float("nan"), dtype=dtype, device=state.device)
-    statistics[LSE_ROW] = rounded
-    statistics[LSE_LOW_ROW] = torch.where(rounded.isfinite(), lse - rounded, 0.0).masked_fill(
-        state[TARGET].isnan(), float("nan")
-    )
-    # The largest logit is subtracted first: with a large common offset, lse itself has lost digits.
-    statistics[LOGPROB_ROW] = (state[TARGET] - state[TOP]) - log_sum
-    if outputs & ENTROPY:
-        statistics[ENTROPY_ROW] = log_sum - state[SUM_X] / state[SUM]
-    if outputs & LOG_SUM_SQ_PROBS:
-        statistics[LOG_SUM_SQ_ROW] = state[SUM_SQ].log() - 2 * log_sum
-    if outputs & MEAN_LOGITS:
-        statistics[MEAN_LOGITS_ROW] = state[TOTAL] / vocab_size
-    if outputs & IS_TOP1:
-        statistics[IS_TOP1_ROW] = ((state[TARGET] >= state[TOP]) & (state[TARGET] > state[BEFORE])).to(dtype)
-    return statistics
-
-
-def rescale(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """The factor (R,) by which sums relative to the largest logit `before` shrink when it becomes `after`."""
-    return torch.where(before == float("-inf"), 0.0, torch.exp(before - after))
-
-
-def with_low_part(coefficients: torch.Tensor, lse_low: torch.Tensor) -> torch.Tensor:
-    """Coefficients (4, R) for lse as they must be for the exact log-sum-exp, lse + lse_low.
-
-    p (a + b (u - lse - low)) with p = exp(u - lse) exp(-low): both factors go into a and b.
-    """
-    a, b, d, e = coefficients
-    factor = torch.exp(-lse_low)
-    return torch.stack((factor * (a - b * lse_low), factor * b, d, e))
 
 
 def _local_targets(targets: torch.Tensor, column_offset: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,7 +150,7 @@ def row_grad_reference(
     out.copy_(du)
 
 
-def row_weights_by_two(
+def row_lse_gradient_by_two(
     kernels: RowKernels,
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -320,7 +263,7 @@ def _compiled_scores(*args: object) -> None:
     torch.ops.trl_fast.row_scores(*args)
 
 
-def _cpp_weights(*args: object) -> None:
+def _cpp_lse_gradient(*args: object) -> None:
     torch.ops.trl_fast.row_weights(*args)
 
 
@@ -339,7 +282,7 @@ def _compiled_grad_packed(*args: object) -> None:
 ROW_KERNELS = {
     "torch": RowKernels(row_scores_reference, row_grad_reference, 24),
     "cpp": RowKernels(
-        _compiled_scores, _compiled_grad, 0, _cpp_weights, _compiled_scores_packed, _compiled_grad_packed
+        _compiled_scores, _compiled_grad, 0, _cpp_lse_gradient, _compiled_scores_packed, _compiled_grad_packed
     ),
     "cuda": RowKernels(_compiled_scores, _compiled_grad, 0, None, _compiled_scores_packed, _compiled_grad_packed),
     "triton": RowKernels(_triton_scores, _triton_grad, 0, None, _triton_scores_packed, _triton_grad_packed),

@@ -1,80 +1,133 @@
-"""The head with a sparse, unbiased gradient: one pass over N·V·H in all, forward and backward.
+"""Computes a sparse, unbiased gradient of the head from a sample of its probabilities.
 
-`trl_fast::linear_scores_sparse` scores a row block, keeps a sample of its probabilities (see sparse_kernels.py) and
-drops the logits. The gradient of a logit is p · (a + b · logp) plus the target's share (see row_kernels.py); with each
-kept entry in the place of p its expectation over the sample is exact, and backward is two products of a sparse matrix.
+The kernels' PyTorch reference is their specification; `SPARSE_KERNELS` is the table of backends.
+
+Most of a row's probabilities are tiny, but there are too many of them to drop: their sum is not. `row_samples` keeps
+every p ≥ τ as it is, and of the smaller ones a systematic sample: walking along the row, an entry is kept whenever the
+sum of the small probabilities passes the next multiple of τ, counted from a random start, and then stands for τ. An
+entry is so kept with probability p/τ at weight τ: the expectation is exactly p, and a row has at most 1/τ + 1 entries,
+whatever its distribution. Systematic sampling (Madow, Ann. Math. Statist. 20, 1949) needs one random number a row and
+keeps each row's kept mass within τ of the whole.
+
+The gradient of a logit is p · (a + b · logp) plus the target's share (see row_kernels.py). With each kept entry in the
+place of p its expectation over the sample is exact, and backward is two products of a sparse matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import torch
 
-from ..slices import spans
-from ..token_scores import ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS
-from .autograd import head_of, row_coefficients
-from .gradients import score_rows
 from .logit_transform import LogitTransform
-from .row_kernels import finish_scores, new_state
-from .sparse_kernels import sparse_kernels
+from .row_statistics import LOGPROB_ROW, LSE_ROW
+
+# Temporaries of the references stay below this.
+CHUNK_BYTES = 64 << 20
 
 
-@torch.library.custom_op("trl_fast::linear_scores_sparse", mutates_args=())
-def linear_scores_sparse(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
+class SparseKernels(NamedTuple):
+    """Holds one implementation of both kernels; the signatures are those of the references below."""
+
+    samples: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    product: Callable[..., torch.Tensor]
+
+
+def row_samples_reference(
+    logits: torch.Tensor,
+    vocab_size: int,
     bias: torch.Tensor | None,
-    offsets: torch.Tensor,
     scale: float,
     softcap: float,
     inv_temperature: float,
-    outputs: int,
+    lse: torch.Tensor,
+    offsets: torch.Tensor,
     threshold: float,
-    workspace_bytes: int,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns logprobs, entropy (N,), all statistics (7, N), and the sample: counts (N,), columns and logprobs (E,).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Samples the probabilities of each row.
 
-    hidden: (N, H); weight: (V, H); targets: (N,) int64; offsets: (N,) float64 in [0, 1).
+    Args:
+        logits: (T, R, W) raw logits, tile by tile; what lies beyond vocab_size is not read.
+        bias: (V,) or None; scale, softcap, inv_temperature: see LogitTransform.
+        lse: (R,) float32; offsets: (R,) float64 in [0, 1), the random starts; threshold: τ.
+
+    Returns:
+        counts (R,) int64 of each row's entries, and, row after row, their columns (E,) int64 and log-probabilities
+        (E,) float32. An entry stands for the probability max(exp(log-probability), τ).
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = head_of(hidden, weight, bias, (scale, softcap, inv_temperature), workspace_bytes, backend)
-        hidden = hidden.to(head.dtype)
-        num_rows = hidden.shape[0]
-        height = head.block_rows(num_rows, raw=True)
-        logits = head.empty_logits(height, height, raw=True)
-        statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=head.wide, device=hidden.device)
-        samples = []
-        for rows in spans(num_rows, max(height, 1)):
-            kept = logits.part(slice(rows.stop - rows.start))
-            state = new_state(rows.stop - rows.start, hidden.device)
-            score_rows(head, hidden[rows], targets[rows], outputs, state, keep=kept)
-            statistics[:, rows] = finish_scores(state, outputs, head.vocab_size, head.wide)
-            given = (statistics[LSE_ROW, rows], offsets[rows], threshold)
-            kernels = sparse_kernels(backend, hidden.device)
-            samples.append(kernels.samples(kept.values, head.vocab_size, bias, *head.transform, *given))
-        empty = [offsets.new_empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, head.wide)]
-        counts, columns, logprobs = (torch.cat(parts) for parts in zip(empty, *samples, strict=True))
-        token_logprobs, entropy = statistics[LOGPROB_ROW].clone(), statistics[ENTROPY_ROW].clone()
-        return token_logprobs, entropy, statistics, counts, columns, logprobs
+    transform = LogitTransform(scale, softcap, inv_temperature)
+    found = []
+    step = max(1, CHUNK_BYTES // (40 * vocab_size))
+    for start in range(0, logits.shape[1], step):
+        rows = slice(start, start + step)
+        whole = logits[:, rows].transpose(0, 1).flatten(1)[:, :vocab_size]
+        u, _ = transform.apply(whole, bias)
+        logprobs = u - lse[rows, None]
+        p = logprobs.exp().double()
+        large = p >= threshold
+        passed = torch.where(large, 0.0, p).cumsum(dim=1) / threshold + offsets[rows, None]
+        small = passed.floor().diff(dim=1, prepend=torch.zeros_like(passed[:, :1])) > 0
+        kept = large | small
+        found.append((kept.sum(dim=1), kept.nonzero()[:, 1], logprobs[kept]))
+    if not found:
+        nothing = torch.empty(0, dtype=torch.int64, device=logits.device)
+        return nothing, nothing.clone(), lse.new_empty(0)
+    counts, columns, logprobs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return counts, columns, logprobs
 
 
-@linear_scores_sparse.register_fake
-def _(hidden, weight, targets, bias, offsets, *options):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    num_rows, num_entries = hidden.shape[0], torch.library.get_ctx().new_dynamic_size()
-    rows = [hidden.new_empty(num_rows, dtype=wide) for _ in range(2)]
-    return (
-        *rows,
-        hidden.new_empty((NUM_STATISTICS, num_rows), dtype=wide),
-        targets.new_empty(num_rows),
-        targets.new_empty(num_entries),
-        hidden.new_empty(num_entries, dtype=wide),
-    )
+def sparse_product_reference(
+    starts: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Computes the rows Σ_e values[e] · dense[indices[e]] over the entries e in [starts[m], starts[m + 1]) of row m.
+
+    starts: (M + 1,) int64; indices: (E,) int64 in [0, K); values: (E,) float32; dense: (K, H) any float dtype.
+    Returns (M, H) in `dtype`; sums run in float32 at least, in a fixed order.
+    """
+    num_rows, width = len(starts) - 1, dense.shape[1]
+    out = torch.zeros(num_rows, width, dtype=dtype, device=dense.device)
+    budget = max(1, CHUNK_BYTES // (8 * max(width, 1)))
+    for rows in _row_groups(starts, budget):
+        first, last = int(starts[rows.start]), int(starts[rows.stop])
+        products = dense[indices[first:last]].to(values.dtype) * values[first:last, None]
+        lengths = starts[rows.start + 1 : rows.stop + 1] - starts[rows.start : rows.stop]
+        if last > first:
+            out[rows] = torch.segment_reduce(products, "sum", lengths=lengths, unsafe=True, initial=0.0).to(dtype)
+    return out
 
 
-@torch.library.custom_op("trl_fast::linear_scores_sparse_backward", mutates_args=())
-def linear_scores_sparse_backward(
+def _row_groups(starts: torch.Tensor, budget: int) -> Iterator[slice]:
+    """Yields consecutive rows with at most `budget` entries together, or a single one with more."""
+    row, num_rows = 0, len(starts) - 1
+    while row < num_rows:
+        end = int(torch.searchsorted(starts, starts[row] + budget, right=True)) - 1
+        end = min(max(end, row + 1), num_rows)
+        yield slice(row, end)
+        row = end
+
+
+def _cpp_samples(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.ops.trl_fast.row_samples(*args)
+
+
+def _cpp_product(
+    starts: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    dense = dense if dense.stride(1) == 1 else dense.contiguous()
+    return torch.ops.trl_fast.sparse_product(starts, indices, values, dense, dtype)
+
+
+# On a GPU both are PyTorch: next to the head's one product they cost little.
+SPARSE_KERNELS = {
+    "torch": SparseKernels(row_samples_reference, sparse_product_reference),
+    "cpp": SparseKernels(_cpp_samples, _cpp_product),
+    "cuda": SparseKernels(row_samples_reference, sparse_product_reference),
+    "triton": SparseKernels(row_samples_reference, sparse_product_reference),
+}
+
+
+def sparse_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -84,33 +137,31 @@ def linear_scores_sparse_backward(
     counts: torch.Tensor,
     columns: torch.Tensor,
     logprobs: torch.Tensor,
-    scale: float,
-    softcap: float,
-    inv_temperature: float,
+    transform: LogitTransform,
     threshold: float,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden (N, H), weight (V, H), bias (V,), given row coefficients (4, N); empty where not needed."""
-    transform = LogitTransform(scale, softcap, inv_temperature)
+    product: Callable[..., torch.Tensor],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Computes the gradients of hidden (N, H), weight (V, H) and bias (V,) from a sample; None where not needed.
+
+    targets: (N,) int64; statistics: (7, N); coefficients: (4, N), see row_kernels.py; counts (N,), columns (E,) int64,
+    logprobs (E,): the sample as row_samples gives it, for this threshold; product: the kernel of the sparse product.
+    """
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     numbers = torch.arange(num_rows, device=hidden.device)
     rows = numbers.repeat_interleave(counts)
     lse, target_logprobs = statistics[LSE_ROW], statistics[LOGPROB_ROW]
     a, b, d, _ = coefficients
     values = logprobs.exp().clamp(min=threshold) * (a[rows] + b[rows] * logprobs)
-    values = torch.cat(
-        (values * transform.derivative(logprobs + lse[rows]), d * transform.derivative(target_logprobs + lse))
-    )
+    values = values * transform.derivative(logprobs + lse[rows])
+    values = torch.cat((values, d * transform.derivative(target_logprobs + lse)))
     # A target outside the vocabulary has made its row NaN already.
     rows, columns = torch.cat((rows, numbers)), torch.cat((columns, targets.clamp(0, vocab_size - 1)))
     active = values != 0
     rows, columns, values = rows[active], columns[active], values[active]
-    product = sparse_kernels(backend, hidden.device).product
-    grad_hidden, grad_weight = hidden.new_empty(0), weight.new_empty(0)
-    grad_bias = grad_weight.clone() if bias is None else bias.new_empty(0)
+    grad_hidden = grad_weight = grad_bias = None
     if need_hidden:
         starts, order = _grouped(rows, num_rows)
         grad_hidden = product(starts, columns[order], values[order], weight, hidden.dtype)
@@ -126,39 +177,7 @@ def linear_scores_sparse_backward(
 
 
 def _grouped(keys: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each group starts (G + 1,) once the entries are in `order` (E,)."""
+    """Returns where each group starts (G + 1,) once the entries are in `order` (E,), and that order."""
     starts = keys.new_zeros(num_groups + 1)
     torch.cumsum(torch.bincount(keys, minlength=num_groups), dim=0, out=starts[1:])
     return starts, torch.argsort(keys, stable=True)
-
-
-@linear_scores_sparse_backward.register_fake
-def _(hidden, weight, targets, bias, *options):
-    need_hidden, need_weight, need_bias, _ = options[-4:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=weight.dtype if bias is None else bias.dtype),
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, targets, bias, _, *transform, _, threshold, _, backend = inputs
-    _, _, statistics, *samples = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, statistics, *samples)
-    ctx.transform, ctx.threshold, ctx.backend = transform, threshold, backend
-
-
-def _backward(ctx, grad_logprobs, grad_entropy, *_):
-    hidden, weight, targets, bias, statistics, *samples = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    lse_low, entropy = statistics[LSE_LOW_ROW], statistics[ENTROPY_ROW]
-    coefficients = row_coefficients(lse_low, entropy, weight.shape[0], None, grad_logprobs, grad_entropy, None)
-    options = (*ctx.transform, ctx.threshold, *needs, ctx.backend)
-    grads = linear_scores_sparse_backward(hidden, weight, targets, bias, statistics, coefficients, *samples, *options)
-    hidden_grad, weight_grad, bias_grad = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (hidden_grad, weight_grad, None, bias_grad, *(None,) * 8)
-
-
-linear_scores_sparse.register_autograd(_backward, setup_context=_setup_context)

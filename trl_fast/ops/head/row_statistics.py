@@ -1,0 +1,87 @@
+"""Names the rows of the running state and of the statistics of scored tokens, and holds the arithmetic on them.
+
+A row of logits is read tile by tile. Its *state* holds sums relative to the largest logit so far (online softmax,
+Milakov and Gimelshein, arXiv 1805.02867); when every column has been seen, they become its *statistics*. Kernels in
+C++, CUDA and Triton use the same numbers for rows and bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Bits of the mask `outputs`: which statistics are computed besides the log-probability.
+ENTROPY = 1
+LOG_SUM_SQ_PROBS = 2
+MEAN_LOGITS = 4
+IS_TOP1 = 8
+
+OUTPUT_BITS = {
+    "logprobs": 0,
+    "entropy": ENTROPY,
+    "log_sum_sq_probs": LOG_SUM_SQ_PROBS,
+    "mean_logits": MEAN_LOGITS,
+    "is_top1": IS_TOP1,
+}
+
+# Rows of the running state (7, R) float64: the largest logit m so far, sums of e^(u-m), e^(u-m) (u-m) and e^2(u-m),
+# the sum of the logits, the target's logit, and the largest logit before the target.
+TOP, SUM, SUM_X, SUM_SQ, TOTAL, TARGET, BEFORE = range(7)
+NUM_STATES = 7
+
+# Rows of the statistics (7, R) float32, float64 for float64 products.
+LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, IS_TOP1_ROW, LSE_LOW_ROW = range(7)
+NUM_STATISTICS = 7
+
+
+def output_mask(outputs: tuple[str, ...] | list[str]) -> int:
+    """Returns the bit mask of the named outputs.
+
+    Raises:
+        ValueError: an output name is unknown.
+    """
+    mask = 0
+    for name in outputs:
+        if name not in OUTPUT_BITS:
+            raise ValueError(f"outputs: unknown name {name!r}; expected names among {sorted(OUTPUT_BITS)}")
+        mask |= OUTPUT_BITS[name]
+    return mask
+
+
+def row_coefficients(
+    lse_low: torch.Tensor,
+    entropy: torch.Tensor,
+    vocab_size: int,
+    *,
+    grad_lse: torch.Tensor | None = None,
+    grad_logprobs: torch.Tensor | None = None,
+    grad_entropy: torch.Tensor | None = None,
+    grad_mean_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes the coefficients a, b, d, e (4, R) of the table in row_kernels.py from upstream gradients (R,).
+
+    lse_low, entropy: (R,), rows of the statistics; vocab_size: V. An output without a gradient is None.
+    """
+    coefficients = lse_low.new_zeros((4, lse_low.shape[0]))
+    a, b, d, e = coefficients
+    if grad_lse is not None:
+        a += grad_lse
+    if grad_logprobs is not None:
+        a -= grad_logprobs
+        d += grad_logprobs
+    if grad_entropy is not None:
+        a -= grad_entropy * entropy
+        b -= grad_entropy
+    if grad_mean_logits is not None:
+        e += grad_mean_logits / vocab_size
+    return with_low_part(coefficients, lse_low)
+
+
+def with_low_part(coefficients: torch.Tensor, lse_low: torch.Tensor) -> torch.Tensor:
+    """Corrects coefficients (4, R) for lse, so that they are those of the exact log-sum-exp, lse + lse_low (R,).
+
+    A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it.
+    p (a + b (u - lse - low)) with p = exp(u - lse) exp(-low): both factors go into a and b.
+    """
+    a, b, d, e = coefficients
+    factor = torch.exp(-lse_low)
+    return torch.stack((factor * (a - b * lse_low), factor * b, d, e))

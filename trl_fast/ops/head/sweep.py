@@ -1,0 +1,196 @@
+"""Sweeps forward over the head: rows are scored tile by tile, as the plan says; nothing is decided here."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..matmul import add_mm, mm_into
+from ..memory_pool import pooled_empty
+from .fused_kernel import score_rows_fused
+from .kept_logits import PACKED_DTYPE, KeptLogits, KeptTile
+from .row_kernels import row_lse_gradient_by_two
+from .row_statistics import (
+    BEFORE,
+    ENTROPY,
+    ENTROPY_ROW,
+    IS_TOP1,
+    IS_TOP1_ROW,
+    LOG_SUM_SQ_PROBS,
+    LOG_SUM_SQ_ROW,
+    LOGPROB_ROW,
+    LSE_LOW_ROW,
+    LSE_ROW,
+    MEAN_LOGITS,
+    MEAN_LOGITS_ROW,
+    NUM_STATES,
+    NUM_STATISTICS,
+    SUM,
+    SUM_SQ,
+    SUM_X,
+    TARGET,
+    TOP,
+    TOTAL,
+)
+from .tiled_head import TiledHead
+
+
+def score_rows_and_keep(
+    head: TiledHead, hidden: torch.Tensor, targets: torch.Tensor, outputs: int
+) -> tuple[torch.Tensor, KeptLogits]:
+    """Computes the statistics (7, N) of all rows, and keeps the logits that the plan keeps; see score_rows."""
+    logits = empty_kept_logits(head)
+    return score_rows(head, hidden, targets, outputs, keep=logits), logits
+
+
+def score_rows(
+    head: TiledHead,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    outputs: int,
+    *,
+    keep: KeptLogits | None = None,
+) -> torch.Tensor:
+    """Computes the statistics (7, N) of all rows.
+
+    hidden: (N, H) in the product's dtype; targets: (N,) int64; outputs: mask of what is computed; keep: takes the
+    logits of the first rows, as many as it has.
+    """
+    state = new_state(hidden.shape[0], hidden.device)
+    plan = head.plan
+    if plan.fused is not None:
+        weight = head.cast_tile(slice(None)) if plan.casts_weight else head.weight
+        logit_factor = head.transform.scale * head.transform.inv_temperature
+        given = (hidden, weight, targets, head.bias, logit_factor, outputs, state, keep)
+        score_rows_fused(*given, plan.fused, plan.limits.workspace_bytes // 4)
+    else:
+        _score_tiles(head, hidden, targets, outputs, state, keep)
+    return finish_scores(state, outputs, head.vocab_size, plan.sum_dtype)
+
+
+def _score_tiles(
+    head: TiledHead,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    outputs: int,
+    state: torch.Tensor,
+    keep: KeptLogits | None,
+) -> None:
+    plan = head.plan
+    num_rows, kept = hidden.shape[0], 0 if keep is None else keep.values.shape[1]
+    whole_block = (num_rows, kept) == (plan.block_rows, plan.kept_rows)
+    tiles = plan.scoring if whole_block else plan.scoring_tiles(num_rows, kept)
+    packs = keep is not None and plan.packed
+    # Logits that stay raw are computed where they are kept; others pass through a tile.
+    passing = num_rows if packs else num_rows - kept
+    scratch = None
+    if passing:
+        scratch = pooled_empty((min(tiles.num_rows, passing), tiles.num_columns), plan.logits_dtype, head.device)
+    for columns in tiles.columns:
+        weight = head.cast_tile(columns) if plan.casts_weight else head.weight[columns]
+        bias = None if head.bias is None else head.bias[columns]
+        for rows in tiles.rows:
+            room = keep.tile(columns, rows) if rows.start < kept else None
+            in_place = room is not None and not packs
+            tile = room.values if in_place else scratch[: rows.stop - rows.start, : columns.stop - columns.start]
+            mm_into(tile, hidden[rows], weight.t())
+            given = (tile, targets[rows], bias)
+            if room is None or in_place:
+                head.kernels.scores(*given, *head.transform, outputs, columns.start, state[:, rows])
+            else:
+                _pack_tile(head, given, columns.start, outputs, state[:, rows], room)
+
+
+def _pack_tile(
+    head: TiledHead, given: tuple, column_offset: int, outputs: int, state: torch.Tensor, room: KeptTile
+) -> None:
+    """Adds a tile to the state (7, R) of its rows and packs its logits; given: (logits (R, C), targets, bias)."""
+    scale, _, inv_temperature = head.transform
+    head.kernels.scores_packed(*given, scale, inv_temperature, outputs, column_offset, state, *room)
+
+
+def empty_kept_logits(head: TiledHead) -> KeptLogits:
+    """Returns room for the logits that the plan keeps."""
+    plan = head.plan
+    values = pooled_empty(plan.kept_shape, PACKED_DTYPE if plan.packed else plan.logits_dtype, head.device)
+    tops = pooled_empty(plan.tops_shape, torch.float32, head.device) if plan.packed else None
+    return KeptLogits(values, tops, plan.kept_columns, plan.chunk)
+
+
+def score_rows_with_unit_gradient(
+    head: TiledHead, hidden: torch.Tensor, targets: torch.Tensor, outputs: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the statistics (7, N) and d logprob / d hidden, (N, H) float32 at least, in one sweep.
+
+    The arguments are those of score_rows. The gradient is W[target] - sum_j p_j W_j. The sum is attention with the
+    weight as keys and values, so it can be kept relative to the largest logit so far and shrunk whenever that grows,
+    as in FlashAttention (arXiv 2205.14135). It is NaN for a target outside the vocabulary.
+    """
+    plan, tiles = head.plan, head.plan.scoring
+    state = new_state(hidden.shape[0], hidden.device)
+    total = torch.zeros(hidden.shape, dtype=plan.sum_dtype, device=head.device)
+    scratch = pooled_empty((tiles.num_rows, tiles.num_columns), plan.logits_dtype, head.device)
+    gradients = scratch
+    if plan.limits.narrow_gradients:
+        gradients = pooled_empty((tiles.num_rows, tiles.num_columns), plan.product_dtype, head.device)
+    lse_gradient = head.kernels.lse_gradient or functools.partial(row_lse_gradient_by_two, head.kernels)
+    for columns in tiles.columns:
+        weight = head.cast_tile(columns) if plan.casts_weight else head.weight[columns]
+        bias = None if head.bias is None else head.bias[columns]
+        for rows in tiles.rows:
+            corner = (slice(rows.stop - rows.start), slice(columns.stop - columns.start))
+            tile, gradient, row_state = scratch[corner], gradients[corner], state[:, rows]
+            mm_into(tile, hidden[rows], weight.t())
+            top = row_state[TOP].clone()
+            given = (tile, targets[rows], bias, *head.transform, outputs, columns.start, row_state)
+            lse_gradient(*given, gradient)
+            rows_total = total[rows]
+            rows_total.mul_(_shrinkage(top, row_state[TOP])[:, None].to(total.dtype))
+            add_mm(rows_total, gradient, weight)
+    derivative = head.transform.derivative(state[TARGET]).masked_fill_(state[TARGET].isnan(), float("nan"))
+    own = head.weight[targets.clamp(0, head.vocab_size - 1)].to(total.dtype)
+    mean = total.div_(state[SUM][:, None].to(total.dtype))
+    unit_gradient = mean.neg_().addcmul_(derivative[:, None].to(total.dtype), own)
+    return finish_scores(state, outputs, head.vocab_size, plan.sum_dtype), unit_gradient
+
+
+def new_state(num_rows: int, device: torch.device) -> torch.Tensor:
+    """Returns the state (7, R) of rows of which nothing has been seen; a target that never comes stays NaN."""
+    state = torch.zeros(NUM_STATES, num_rows, dtype=torch.float64, device=device)
+    state[TOP] = state[BEFORE] = float("-inf")
+    state[TARGET] = float("nan")
+    return state
+
+
+def finish_scores(state: torch.Tensor, outputs: int, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Computes the statistics (7, R) of rows whose every column has been seen.
+
+    Returns, in `dtype`: lse, logprob, entropy, log of the sum of squared probabilities, mean logit, 1.0 where the
+    target is the first argmax, and what rounding lse to `dtype` lost. Rows that `outputs` did not ask for are NaN. So
+    are the log-prob and the last number if the target never came: the gradient then is NaN like the loss.
+    """
+    log_sum = state[SUM].log()
+    lse = state[TOP] + log_sum
+    rounded = lse.to(dtype)
+    statistics = torch.full((NUM_STATISTICS, state.shape[1]), float("nan"), dtype=dtype, device=state.device)
+    statistics[LSE_ROW] = rounded
+    statistics[LSE_LOW_ROW] = torch.where(rounded.isfinite(), lse - rounded, 0.0).masked_fill(
+        state[TARGET].isnan(), float("nan")
+    )
+    # The largest logit is subtracted first: with a large common offset, lse itself has lost digits.
+    statistics[LOGPROB_ROW] = (state[TARGET] - state[TOP]) - log_sum
+    if outputs & ENTROPY:
+        statistics[ENTROPY_ROW] = log_sum - state[SUM_X] / state[SUM]
+    if outputs & LOG_SUM_SQ_PROBS:
+        statistics[LOG_SUM_SQ_ROW] = state[SUM_SQ].log() - 2 * log_sum
+    if outputs & MEAN_LOGITS:
+        statistics[MEAN_LOGITS_ROW] = state[TOTAL] / vocab_size
+    if outputs & IS_TOP1:
+        statistics[IS_TOP1_ROW] = ((state[TARGET] >= state[TOP]) & (state[TARGET] > state[BEFORE])).to(dtype)
+    return statistics
+
+
+def _shrinkage(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Returns the factor (R,) by which sums relative to the largest logit `before` shrink when it becomes `after`."""
+    return torch.where(before == float("-inf"), 0.0, torch.exp(before - after))
