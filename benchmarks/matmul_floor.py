@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from trl_fast.ops.head.plan import rows_per_block, workspace_of
+from trl_fast.ops.device import device_facts
+from trl_fast.ops.head.plan import slices, workspace_of
 from trl_fast.ops.memory_pool import pooled_empty
-from trl_fast.ops.slices import spans
 
 from .timing import first_seconds
 
@@ -81,7 +81,8 @@ class Floor:
     def candidates(self, product: str) -> list[Layout]:
         """Returns the layouts to try, without repetition: whole blocks of rows, and tiles of the vocabulary."""
         num_rows, vocab = self.hidden.shape[0], self.weight.shape[0]
-        block = rows_per_block(num_rows, vocab * self.hidden.dtype.itemsize, workspace_of(None, self.hidden.device))
+        workspace = workspace_of(None, self.hidden.device, device_facts(self.hidden.device))
+        block = min(num_rows, workspace // (vocab * self.hidden.dtype.itemsize))
         blocks = [(block, vocab), *((min(num_rows, TILE_ROWS), min(vocab, columns)) for columns in TILE_COLUMNS)]
         ways = (False, True) if product == "grad_weight" else (False,)
         return list(dict.fromkeys(Layout(*block, transposed) for block in blocks for transposed in ways))
@@ -90,8 +91,8 @@ class Floor:
         """Computes the product for the first rows, block by block, into memory that is there."""
         hidden, weight = self.hidden, self.weight
         grad_weight_t = self.grad_weight.view(hidden.shape[1], -1) if layout.transposed else None
-        for columns in spans(weight.shape[0], layout.columns):
-            for rows in spans(num_rows, layout.rows):
+        for columns in slices(0, weight.shape[0], layout.columns):
+            for rows in slices(0, num_rows, layout.rows):
                 shape = (rows.stop - rows.start, columns.stop - columns.start)
                 logits = self.logits[: math.prod(shape)].view(shape)
                 if product == "logits":

@@ -22,8 +22,8 @@ from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.modeling.tree_attention import tree_attention
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused
-from trl_fast.ops.head.row_kernels import finish_scores, new_state
-from trl_fast.ops.token_scores import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
+from trl_fast.ops.head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
+from trl_fast.ops.head.sweep import finish_scores, new_state
 from trl_fast.settings.batch_layouts import PACKED, PADDED, SHARED_PREFIX
 
 from .ceilings import Size

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss, pair_loss, policy_loss
+from trl_fast.ops.head.row_statistics import OUTPUT_BITS
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 from trl_fast.ops.policy_loss import LOSS_TYPES
 from trl_fast.ops.selective_log_softmax import selective_log_softmax_and_entropy
-from trl_fast.ops.token_scores import OUTPUT_BITS, TokenScores
+from trl_fast.ops.token_scores import TokenScores
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,8 +14,8 @@ from support.packed_rows import (
     pack_hard_rows,
     same_bits,
 )
-from trl_fast.ops.head.row_kernels import new_state
-from trl_fast.ops.token_scores import ENTROPY
+from trl_fast.ops.head.row_statistics import ENTROPY
+from trl_fast.ops.head.sweep import new_state
 
 
 @pytest.mark.parametrize("transform", [PLAIN, TRANSFORMED], ids=["plain", "transformed"])

@@ -14,17 +14,18 @@ from benchmarks.compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from support.host_kernels import DTYPES, GradArgs, PackedRows, ScoreArgs
 from support.packed_rows import assert_as_good_as
 from support.targets import QUICK_TARGETS
-from trl_fast.ops.head.row_kernels import (
+from trl_fast.ops.head.row_kernels import row_grad_reference, row_scores_reference
+from trl_fast.ops.head.row_statistics import (
     BEFORE,
+    ENTROPY,
+    IS_TOP1,
+    LOG_SUM_SQ_PROBS,
+    MEAN_LOGITS,
     SUM_SQ,
     SUM_X,
     TOTAL,
-    finish_scores,
-    new_state,
-    row_grad_reference,
-    row_scores_reference,
 )
-from trl_fast.ops.token_scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
+from trl_fast.ops.head.sweep import finish_scores, new_state
 
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
 TRANSFORMS = {"plain": (1.0, 0.0, 1.0), "scaled": (0.5, 0.0, 1.25), "capped": (0.5, 30.0, 1.25)}

@@ -6,17 +6,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.kernel_report import HEAD_KERNELS, compile_kernel, resources
 from support.heads import FLOOR, assert_as_good, make_problem, scores_from_logits
-from support.simulated_device import set_bf16_products
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import linear_scores
 from trl_fast.kernels.linear_scores import INTERPRETED_TILES
-from trl_fast.ops import linear_logprob, linear_token_loss
-from trl_fast.ops.head import fused_kernel, plan
+from trl_fast.ops import device, linear_logprob, linear_token_loss
+from trl_fast.ops.head import fused_kernel, gradients, sweep
 from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused, try_out
-from trl_fast.ops.head.kept_logits import PACKED_DTYPE, KeptLogits, unpack
+from trl_fast.ops.head.kept_logits import KeptLogits, unpack
 from trl_fast.ops.head.logit_transform import LogitTransform
-from trl_fast.ops.head.row_kernels import LOGPROB_ROW, LSE_ROW, finish_scores, new_state
-from trl_fast.ops.token_scores import ENTROPY_ROW, IS_TOP1_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, output_mask
+from trl_fast.ops.head.row_statistics import (
+    ENTROPY_ROW,
+    IS_TOP1_ROW,
+    LOG_SUM_SQ_ROW,
+    LOGPROB_ROW,
+    LSE_ROW,
+    MEAN_LOGITS_ROW,
+    output_mask,
+)
+from trl_fast.ops.head.sweep import finish_scores, new_state
 
 CPU = torch.device("cpu")
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -69,7 +76,7 @@ def problem_of(shape, dtype):
 def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30):
     """Statistics (7, N), and what was kept of the first rows; memory is poisoned before."""
     n, v = len(problem.targets), len(problem.weight)
-    keep = KeptLogits.empty(kept, v, v, PACKED_DTYPE, CPU, SMALL.columns) if kept else None
+    keep = KeptLogits.empty_packed(kept, v, CPU, SMALL.columns) if kept else None
     if kept:
         keep.values.fill_(12345)
         keep.tops.fill_(float("nan"))
@@ -191,9 +198,14 @@ def fused_calls(monkeypatch):
         return launch(*given)
 
     monkeypatch.setattr(linear_scores, "linear_scores", counted)
-    set_bf16_products(monkeypatch, True)
-    monkeypatch.setattr(plan, "tile_policy", lambda device: plan.GPU_TILES)
-    monkeypatch.setattr(plan, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
+    monkeypatch.setitem(device._simulated, "cpu", device.DeviceFacts("cuda", multiplies_bf16=True))
+
+    def float32_product(out, left, right):
+        return out.copy_(left.float() @ right.float())
+
+    for module in (sweep, gradients):
+        monkeypatch.setattr(module, "mm_into", float32_product)
+        monkeypatch.setattr(module, "add_mm", lambda total, left, right: total.add_(left.float() @ right.float()))
     return calls
 
 

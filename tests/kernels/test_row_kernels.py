@@ -15,8 +15,9 @@ from support.packed_rows import (
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import row_kernels
 from trl_fast.ops.head.kept_logits import CHUNK
-from trl_fast.ops.head.row_kernels import SUM, TOP, RowKernels, new_state, row_grad_reference, row_scores_reference
-from trl_fast.ops.token_scores import ENTROPY
+from trl_fast.ops.head.row_kernels import RowKernels, row_grad_reference, row_scores_reference
+from trl_fast.ops.head.row_statistics import ENTROPY, SUM, TOP
+from trl_fast.ops.head.sweep import new_state
 
 PACKING = RowKernels(
     scores=row_kernels.row_scores,

@@ -7,7 +7,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from trl_fast.kernels import attention_merge, linear_scores, row_kernels
-from trl_fast.ops.head.row_kernels import new_state
+from trl_fast.ops.head.sweep import new_state
 
 NUM_ROWS, COLUMNS = 48, 64
 # First and last row: lengths of 1 and of multiples of 16, starts at odd addresses, other widths of the states.

@@ -9,6 +9,7 @@ from support.heads import make_problem
 from trl_fast.ops import BACKENDS, backend_table, linear_logprob, supports
 from trl_fast.ops import backends as backends_module
 from trl_fast.ops.backends import Support, choose_backend
+from trl_fast.ops.device import device_facts
 
 
 def run(backend=None, dtype=torch.float32):
@@ -30,7 +31,7 @@ def test_triton_on_the_cpu_says_what_it_needs():
 
 def test_kernels_refuse_float64_by_name():
     assert "float64" in supports("linear_logprob", "cpp", "cpu", torch.float64).reason
-    assert choose_backend("linear_logprob", None, torch.device("cpu"), torch.float64) == "torch"
+    assert choose_backend("linear_logprob", None, device_facts(torch.device("cpu")), torch.float64) == "torch"
 
 
 def test_a_forced_backend_never_falls_back(monkeypatch):
@@ -44,7 +45,7 @@ def test_a_forced_backend_never_falls_back(monkeypatch):
 
 def test_the_environment_forces(monkeypatch):
     monkeypatch.setenv("TRL_FAST_BACKEND", "torch")
-    assert choose_backend("linear_logprob", None, torch.device("cpu"), torch.float32) == "torch"
+    assert choose_backend("linear_logprob", None, device_facts(torch.device("cpu")), torch.float32) == "torch"
 
 
 def test_unknown_names_are_refused():
@@ -56,6 +57,6 @@ def test_unknown_names_are_refused():
 
 def test_without_the_extension_torch_serves(monkeypatch):
     monkeypatch.setattr(backends_module, "load_extension", lambda: Support(False, "not built"))
-    assert choose_backend("linear_logprob", None, torch.device("cpu"), torch.float32) == "torch"
+    assert choose_backend("linear_logprob", None, device_facts(torch.device("cpu")), torch.float32) == "torch"
     with pytest.raises(RuntimeError, match="not built"):
         run("cpp")

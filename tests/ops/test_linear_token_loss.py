@@ -81,13 +81,7 @@ def test_frozen_parts_and_retained_graph(frozen, backend):
 @pytest.mark.parametrize("workspace_bytes", [None, ROW_BLOCKS], ids=["one block", "row blocks"])
 def test_rows_without_a_gradient_leave_before_the_products(workspace_bytes, backend, monkeypatch):
     rows_added = []
-    add = gradients.HeadGradients.add
-
-    def counted_add(self, row_blocks, *, last):
-        rows_added.append(sum(len(block.targets) for block in row_blocks))
-        add(self, row_blocks, last=last)
-
-    monkeypatch.setattr(gradients.HeadGradients, "add", counted_add)
+    monkeypatch.setattr(gradients.HeadGradients, "_sweep", spied(gradients.HeadGradients._sweep, rows_added))
     problem = make()
     active = torch.zeros(N, dtype=torch.bool)
     active[[1, 4, 5, 20]] = True
@@ -232,7 +226,7 @@ def test_rows_without_a_gradient_leave_only_if_asked(skip, backend, monkeypatch)
         return -(scores.logprobs * counted[rows]).sum()
 
     seen = []
-    monkeypatch.setattr(gradients.HeadGradients, "add", spied(gradients.HeadGradients.add, seen))
+    monkeypatch.setattr(gradients.HeadGradients, "_sweep", spied(gradients.HeadGradients._sweep, seen))
     loss = fused(problem, masked, backend, outputs=("logprobs",), skip_zero_rows=skip)
     assert sum(seen) == (int(counted.sum()) if skip else N)
     exact = whole(problem, masked, torch.float64)
@@ -240,9 +234,9 @@ def test_rows_without_a_gradient_leave_only_if_asked(skip, backend, monkeypatch)
     assert all(error(ours, true) < 1e-5 for ours, true in zip(*grads, strict=True))
 
 
-def spied(add, seen):
-    def spy(self, row_blocks, *, last):
+def spied(sweep, seen):
+    def spy(self, row_blocks, last):
         seen.append(sum(len(block.targets) for block in row_blocks))
-        return add(self, row_blocks, last=last)
+        return sweep(self, row_blocks, last)
 
     return spy

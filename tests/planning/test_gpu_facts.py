@@ -12,9 +12,8 @@ from support.models import tiny_config
 from trl_fast.modeling.tree_attention import CpuRowAttention, CudaRowAttention, PlainRowAttention, _choose_kernels
 from trl_fast.ops import attention_merge
 from trl_fast.ops.device import device_facts, simulated_device
-from trl_fast.ops.head import plan
-from trl_fast.ops.head.logit_transform import LogitTransform
-from trl_fast.ops.matmul import gemm_dtype
+from trl_fast.ops.head.plan import NOTHING, plan_head
+from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.planning.gpu_facts import GPU_KERNELS, flash_workspace, mixed_dtype_workspace, planned_facts
 from trl_fast.planning.memory_timeline import ATTENTION, KINDS
 from trl_fast.planning.memory_tracker import MemoryTracker
@@ -27,17 +26,21 @@ PLANNING = Path(trl_fast.planning.__file__).parent
 
 
 def tiling(device):
-    with FakeTensorMode(), simulated_device(planned_facts(device)):
-        weight = torch.empty(128256, 4096, dtype=torch.bfloat16)
-        assert device == "cpu" or gemm_dtype(weight) == torch.bfloat16
-        return plan.Head(weight, None, LogitTransform(), torch.bfloat16, "torch", WORKSPACE).tiling(3072)
+    with simulated_device(planned_facts(device)):
+        hidden, weight = (torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (3072, 128256))
+        options = {"dtype": hidden.dtype, "weight_dtype": weight.dtype, "capped": False, "keep": NOTHING}
+        facts = device_facts(CPU)
+        kernels = facts.row_kernels or ROW_KERNELS["torch"]
+        plan = plan_head(3072, weight.shape, **options, kernels=kernels, workspace_bytes=WORKSPACE, facts=facts)
+        assert device == "cpu" or plan.product_dtype == torch.bfloat16
+        return plan.scoring
 
 
 def test_tiles_of_a_gpu_know_no_cache():
-    rows, columns = tiling("gpu")
+    rows, columns, *_ = tiling("gpu")
     # Logits in float32, whole chunks of those that are packed.
     assert rows == 3072 and columns == WORKSPACE // 4 // (3072 * 4) // 2048 * 2048
-    assert 2 * tiling("cpu").rows * tiling("cpu").columns <= 16 << 20
+    assert 2 * tiling("cpu").num_rows * tiling("cpu").num_columns <= 16 << 20
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trl_fast.ops import linear_logprob
-from trl_fast.ops.head.row_blocks import active_rows
+from trl_fast.ops.head.gradients import active_rows
 from trl_fast.planning.memory_timeline import GRADIENTS, WEIGHTS
 from trl_fast.planning.memory_tracker import MemoryTracker
 

@@ -8,13 +8,12 @@ from trl_fast.ops.head.kept_logits import CHUNK, num_chunks, unpack
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.head.row_kernels import (
     RowKernels,
-    finish_scores,
-    new_state,
     row_grad_packed_reference,
     row_grad_reference,
     row_scores_packed_reference,
 )
-from trl_fast.ops.token_scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
+from trl_fast.ops.head.row_statistics import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
+from trl_fast.ops.head.sweep import finish_scores, new_state
 
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
 # Scale, inverse temperature, whether there is a bias.

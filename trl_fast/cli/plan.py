@@ -12,7 +12,7 @@ from rich.progress import Progress
 from trl_fast.console import FILE_WIDTH, make_console, progress_columns
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.position_limits import check_positions
-from trl_fast.ops.linear_logprob import HEAD_GRADS
+from trl_fast.ops.head.plan import HEAD_GRADS
 from trl_fast.planning.comparisons import Row, check_resident, compare, switches, systems
 from trl_fast.planning.fake_models import planned_models
 from trl_fast.planning.memory_sizes import gib, parse_memory

@@ -17,7 +17,6 @@ from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.packing import TokenBatch
 from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
 from trl_fast.ops.linear_token_loss import TokenLoss
-from trl_fast.ops.token_scores import detached
 
 from .lm_head import head_parameters, head_transform
 from .loading import backbone
@@ -144,7 +143,7 @@ def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScore
     if scoring.token_loss is None:
         return tokens, None
     loss = scoring.token_loss(tokens, torch.arange(len(tokens.logprobs), device=tokens.logprobs.device))
-    return detached(tokens), loss
+    return tokens.detach(), loss
 
 
 def _token_counts(kwargs: dict[str, object]) -> torch.Tensor | None:

@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from trl_fast.modeling.tree_attention import CpuRowAttention, CudaRowAttention
 from trl_fast.ops.device import DeviceFacts, device_facts
 from trl_fast.ops.head.row_kernels import RowKernels
-from trl_fast.ops.head.sparse_kernels import CHUNK_BYTES, SparseKernels
+from trl_fast.ops.head.sparse_gradient import CHUNK_BYTES, SparseKernels
 
 from .data_dependent_operators import SPARSE_ENTRIES
 from .memory_timeline import ATTENTION, KV_CACHE

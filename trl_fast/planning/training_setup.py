@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from trl_fast.modeling.selective_checkpointing import DEFAULT_BUDGET_BYTES
-from trl_fast.ops.linear_logprob import DEFAULT_SPARSE_THRESHOLD, check_head_grad
+from trl_fast.ops import HeadOptions
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
 from trl_fast.settings.ranges import check_ranges
 from trl_fast.trainers.base.config import activation_budget
@@ -83,9 +83,7 @@ class TrainingSetup:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, METHODS[group_method].config_class().__dataclass_fields__[name].default)
         check_ranges(self)
-        check_head_grad(
-            self.head_grad, DEFAULT_SPARSE_THRESHOLD, torch.device("cuda" if self.device == "gpu" else "cpu")
-        )
+        HeadOptions(head_grad=self.head_grad).check(torch.device("cuda" if self.device == "gpu" else "cpu"))
 
     def but(self, **changes: object) -> TrainingSetup:
         """Returns the same with some fields changed."""

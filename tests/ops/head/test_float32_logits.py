@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,19 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.memory import measure_peak
 from support.heads import error, make_problem
 from support.triton_interpreter import interpreted_kernels
-from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
-from trl_fast.ops.head import gradients, plan, row_blocks
+from trl_fast.ops import HeadOptions, device, linear_cross_entropy, linear_logprob, linear_token_loss
+from trl_fast.ops.device import DeviceFacts
+from trl_fast.ops.head import gradients, plan, sweep
 from trl_fast.ops.head.autograd import linear_scores
 from trl_fast.ops.head.kept_logits import CHUNK, unpack
-from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
     RowKernels,
     row_grad_packed_reference,
     row_scores_packed_reference,
 )
-from trl_fast.ops.linear_logprob import check_head_grad
-from trl_fast.ops.matmul import add_mm, logits_dtype, mm_into
+from trl_fast.ops.matmul import add_mm, mm_into
 
 CPU = torch.device("cpu")
 
@@ -43,16 +40,13 @@ def _like_a_gpu(monkeypatch):
     def wide_add_mm(total, left, right):
         total.add_(wide_mm(left, right))
 
-    for module in ("head.autograd", "linear_cross_entropy", "linear_token_loss"):
-        module = importlib.import_module(f"trl_fast.ops.{module}")
-        monkeypatch.setattr(module, "gemm_dtype", lambda tensor: tensor.dtype)
-    monkeypatch.setattr(plan, "logits_dtype", lambda dtype, device: torch.promote_types(dtype, torch.float32))
-    monkeypatch.setattr(plan, "tile_policy", lambda device: plan.GPU_TILES._replace(row_step=8))
+    monkeypatch.setitem(device._simulated, "cpu", DeviceFacts("cuda", multiplies_bf16=True))
+    monkeypatch.setattr(plan, "GPU_TILES", plan.GPU_TILES._replace(row_step=8))
     packed = {"scores_packed": row_scores_packed_reference, "grad_packed": row_grad_packed_reference}
     monkeypatch.setitem(ROW_KERNELS, "torch", ROW_KERNELS["torch"]._replace(**packed))
-    for module in (gradients, row_blocks):
+    for module in (sweep, gradients):
         monkeypatch.setattr(module, "mm_into", wide_mm_into)
-    monkeypatch.setattr(gradients, "add_mm", wide_add_mm)
+        monkeypatch.setattr(module, "add_mm", wide_add_mm)
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -169,9 +163,9 @@ def test_a_step_stays_inside_its_workspace(op, frozen, monkeypatch):
     n, v, h = 512, 8192, 16
     # Memory alone: what takes the place of a GPU's kernels and products would have temporaries of its own.
     monkeypatch.setitem(ROW_KERNELS, "torch", RowKernels(*[lambda *_: None] * 2, 0, *[lambda *_: None] * 3))
-    for module in (gradients, row_blocks):
+    for module in (sweep, gradients):
         monkeypatch.setattr(module, "mm_into", lambda out, *_: out)
-    monkeypatch.setattr(gradients, "add_mm", lambda *_: None)
+        monkeypatch.setattr(module, "add_mm", lambda *_: None)
     problem = make_problem(n, v, h, dtype=torch.bfloat16)
     for name in frozen:
         getattr(problem, name).requires_grad_(False)
@@ -190,13 +184,11 @@ def test_a_step_stays_inside_its_workspace(op, frozen, monkeypatch):
     assert peak > workspace * (0.2 if "hidden" in frozen else 0.6)
 
 
-def test_products_of_the_cpu():
-    """Without a GPU: the factors' product, rounded to their dtype, then widened."""
+def test_products_of_the_cpu(monkeypatch):
+    """Without a GPU: the factors' product, rounded to their dtype, then cast."""
+    monkeypatch.delitem(device._simulated, "cpu")
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 7), (7, 3)))
-    assert logits_dtype(torch.bfloat16, CPU) == torch.bfloat16
-    assert logits_dtype(torch.bfloat16, torch.device("cuda")) == torch.float32
-    assert logits_dtype(torch.float64, torch.device("cuda")) == torch.float64
     for dtype in (torch.bfloat16, torch.float32):
         out = torch.full((5, 3), float("nan"), dtype=dtype)
         assert mm_into(out, left, right) is out
@@ -223,28 +215,37 @@ def test_the_workspace_of_a_gpu():
     gib = 1 << 30
     for free, total, expected in ((79, 80, 4), (140, 141, 8), (20, 80, 4), (15, 80, 2), (3, 80, 1), (24, 24, 1)):
         assert plan.default_workspace(free * gib, total * gib) == expected * gib
-    assert plan.workspace_of(None, CPU) == gib and plan.workspace_of(5, CPU) == 5
+    memory = device.DeviceMemory(79 * gib, 80 * gib, gib, gib)
+    gpu = DeviceFacts("cuda", multiplies_bf16=True, read_memory=lambda: memory)
+    for facts, expected in ((DeviceFacts("cpu", multiplies_bf16=False), gib), (gpu, 4 * gib)):
+        assert plan.workspace_of(None, CPU, facts) == expected and plan.workspace_of(5, CPU, facts) == 5
 
 
-def test_a_workspace_larger_than_the_gpu_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 2 << 30))
+def test_a_workspace_larger_than_the_gpu_is_refused_by_name():
+    memory = device.DeviceMemory(1 << 30, 2 << 30, 1 << 30, 1 << 30)
+    facts = DeviceFacts("cuda", multiplies_bf16=True, read_memory=lambda: memory)
     with pytest.raises(ValueError, match="workspace_bytes: 2147483649 bytes are more than the 2147483648 of cuda"):
-        plan.workspace_of((2 << 30) + 1, torch.device("cuda"))
+        plan.workspace_of((2 << 30) + 1, torch.device("cuda"), facts)
 
 
 def test_the_sparse_gradient_is_for_cpus():
     with pytest.raises(ValueError, match="head_grad='sparse' has kernels for a CPU only, not for cuda"):
-        check_head_grad("sparse", 1e-3, torch.device("cuda"))
+        HeadOptions(head_grad="sparse").check(torch.device("cuda"))
 
 
-def test_row_blocks_of_a_gpu_are_whole_steps():
+def test_row_blocks_of_a_gpu_are_whole_steps(monkeypatch):
     """As many rows as fit, in equal blocks whose rows a product covers without a rest."""
-    weight = torch.empty(151936, 8, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(plan, "GPU_TILES", plan.GPU_TILES._replace(row_step=256))
 
     def rows(workspace_gib, num_rows):
-        made = plan.Head(weight, None, LogitTransform(), torch.bfloat16, "cuda", workspace_gib << 30)
-        made.policy = plan.GPU_TILES
-        return made.kept_rows(num_rows), made.block_rows(num_rows)
+        options = {"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16, "capped": False}
+        options |= {"kernels": ROW_KERNELS["cuda"], "workspace_bytes": workspace_gib << 30}
+        options["facts"] = DeviceFacts("cuda", multiplies_bf16=True)
+        whole, blocks = (
+            plan.plan_head(num_rows, (151936, 8), keep=keep, **options) for keep in (plan.LOGITS, plan.BLOCKS)
+        )
+        assert whole.block_rows == num_rows and blocks.kept_rows == blocks.block_rows
+        return whole.kept_rows, blocks.block_rows
 
     assert rows(4, 8192) == (8192, 8192) and rows(4, 100) == (100, 100)
     kept, block = rows(1, 8192)

@@ -7,37 +7,42 @@ import torch
 
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
-from trl_fast.ops.head.logit_transform import LogitTransform
-from trl_fast.ops.head.plan import Head
+from trl_fast.ops.device import DeviceFacts
+from trl_fast.ops.head.plan import LOGITS, RAW_BLOCKS, plan_head
+from trl_fast.ops.head.row_kernels import ROW_KERNELS
 
 pytestmark = pytest.mark.usefixtures("extension")
 
 V = 5000
 
 
-def head_of(dtype=torch.bfloat16, product=torch.float32, backend="cpp", bias=None, **transform):
-    weight = torch.zeros(V, 8, dtype=dtype)
-    return Head(weight, bias, LogitTransform.of(**transform), product, backend, 1 << 24)
+def plan_of(dtype=torch.bfloat16, fast=False, backend="cpp", keep=LOGITS, softcap=0.0):
+    """The plan of 10⁶ rows under a head of some dtype on a CPU with or without fast products of bfloat16."""
+    return plan_head(
+        10**6,
+        (V, 8),
+        dtype=torch.bfloat16,
+        weight_dtype=dtype,
+        capped=softcap != 0.0,
+        keep=keep,
+        kernels=ROW_KERNELS[backend],
+        workspace_bytes=1 << 24,
+        facts=DeviceFacts("cpu", multiplies_bf16=fast),
+    )
 
 
 def test_twice_as_many_rows_fit():
-    packed, wide = (head_of(dtype).kept_rows(10**6) for dtype in (torch.bfloat16, torch.float32))
-    assert packed == pytest.approx(2 * wide, rel=0.01)
-    assert head_of().kept_rows(10**6, raw=True) == wide
+    packed, raw = (plan_of(dtype).kept_rows for dtype in (torch.bfloat16, torch.float32))
+    assert packed == pytest.approx(2 * raw, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    "head",
-    [
-        lambda: head_of(torch.float32),
-        lambda: head_of(product=torch.bfloat16),
-        lambda: head_of(backend="torch"),
-        lambda: head_of(softcap=30.0),
-    ],
-    ids=["float32 weight", "16-bit logits", "no kernels", "softcap"],
+    "options",
+    [{"dtype": torch.float32}, {"fast": True}, {"backend": "torch"}, {"softcap": 30.0}, {"keep": RAW_BLOCKS}],
+    ids=["float32 weight", "16-bit logits", "no kernels", "softcap", "sparse gradient"],
 )
-def test_kept_as_they_are(head):
-    assert head_of().packs and not head().packs
+def test_kept_as_they_are(options):
+    assert plan_of().packed and not plan_of(**options).packed
 
 
 def confident_problem():

@@ -16,13 +16,13 @@ from trl_fast.ops.head.kept_logits import pack, unpack
 from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
     RowKernels,
-    new_state,
     row_grad_packed_reference,
     row_grad_reference,
     row_scores_packed_reference,
     row_scores_reference,
 )
-from trl_fast.ops.token_scores import ENTROPY
+from trl_fast.ops.head.row_statistics import ENTROPY
+from trl_fast.ops.head.sweep import new_state
 
 pytestmark = pytest.mark.usefixtures("extension")
 

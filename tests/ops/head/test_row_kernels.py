@@ -12,13 +12,12 @@ import torch
 from support.packed_rows import COLUMNS, PLAIN, TRANSFORMED, check_packing
 from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
-    finish_scores,
-    new_state,
     row_grad_reference,
+    row_lse_gradient_by_two,
     row_scores_reference,
-    row_weights_by_two,
 )
-from trl_fast.ops.token_scores import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
+from trl_fast.ops.head.row_statistics import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
+from trl_fast.ops.head.sweep import finish_scores, new_state
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -186,7 +185,7 @@ def test_scores_and_weights_in_one_read(columns, dtype, transform, outputs):
     before[:, 1] = new_state(1, logits.device)[:, 0]
     states, tiles = (before.clone(), before.clone()), (logits.clone(), logits.clone())
     torch.ops.trl_fast.row_weights(tiles[0], targets + 11, bias, *transform, outputs, 11, states[0], tiles[0])
-    row_weights_by_two(
+    row_lse_gradient_by_two(
         ROW_KERNELS["torch"], tiles[1], targets + 11, bias, *transform, outputs, 11, states[1], tiles[1]
     )
     wide = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)}[dtype]

@@ -9,8 +9,8 @@ import torch
 
 from support.heads import DTYPES, HeadProblem, error, make_problem, scores_from_logits
 from trl_fast.ops import linear_cross_entropy, linear_logprob
-from trl_fast.ops.head.sparse_gradient import linear_scores_sparse
-from trl_fast.ops.head.sparse_kernels import SPARSE_KERNELS
+from trl_fast.ops.head.autograd import linear_scores_sparse
+from trl_fast.ops.head.sparse_gradient import SPARSE_KERNELS
 
 N, V = 13, 333
 UPSTREAM = torch.linspace(-1.0, 1.0, N)

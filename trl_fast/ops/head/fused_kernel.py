@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import supports
 from ..matmul import SIXTEEN_BITS
-from .kept_logits import PACKED_DTYPE, ROW_ALIGNMENT, KeptLogits, num_chunks, unpack
+from .kept_logits import KeptLogits, unpack
 from .row_statistics import NUM_STATES, SUM, TARGET, TOP
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
     targets = torch.arange(num_rows, device=device) * 7
     logits = hidden.double() @ weight.double().t()
     exact = logits.logsumexp(1), logits.gather(1, targets[:, None])[:, 0]
-    words = torch.empty(1, num_rows, vocab_size + -vocab_size % ROW_ALIGNMENT, dtype=PACKED_DTYPE, device=device)
-    tops = torch.empty(1, num_rows, num_chunks(vocab_size, tiles.columns), device=device)
-    room = KeptLogits(words, tops, vocab_size, tiles.columns)
+    room = KeptLogits.empty_packed(num_rows, vocab_size, device, tiles.columns)
     for keep in (None, room):
         state = torch.zeros(NUM_STATES, num_rows, dtype=torch.float64, device=device)
         score_rows_fused(hidden, weight, targets, None, 1.0, 0, state, keep, tiles, 1 << 30)

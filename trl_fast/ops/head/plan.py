@@ -26,7 +26,7 @@ import torch
 
 from ..device import DeviceFacts
 from ..matmul import SIXTEEN_BITS
-from .kept_logits import CHUNK, PACKED_DTYPE, ROW_ALIGNMENT
+from .kept_logits import CHUNK, PACKED_DTYPE, num_chunks
 
 if TYPE_CHECKING:
     from trl_fast.kernels.linear_scores import Tiles
@@ -235,7 +235,6 @@ class HeadPlan:
     - `fused`: tiles of the fused kernel, which then scores; None where a product and a row kernel do.
     - `block_rows`: rows of a block; a forward sweep goes block by block.
     - `kept_rows`: of the first rows of a block, how many logits are kept; `kept_columns`: columns of a tile of those.
-    - `kept_shape`, `tops_shape`: of KeptLogits' tensors for them; the latter None if they are not packed.
     - `scoring`: the tiles that score a whole block; `limits`: what other tiles follow from.
     """
 
@@ -249,8 +248,6 @@ class HeadPlan:
     block_rows: int
     kept_rows: int
     kept_columns: int
-    kept_shape: tuple[int, int, int]
-    tops_shape: tuple[int, int, int] | None
     scoring: SweepTiles
     limits: TileLimits
 
@@ -324,7 +321,7 @@ def plan_head(
     fused = find_fused(product) if packs and policy.whole_rows else None
     chunk = CHUNK if fused is None else fused.columns
     packed = packs and keep != RAW_BLOCKS
-    kept_row_bytes = vocab_size * PACKED_DTYPE.itemsize + -(-vocab_size // chunk) * 4 if packed else least
+    kept_row_bytes = vocab_size * PACKED_DTYPE.itemsize + num_chunks(vocab_size, chunk) * 4 if packed else least
     block_rows, kept_rows = _block(num_rows, keep, kept_row_bytes, workspace_bytes, policy)
     limits = TileLimits(
         vocab_size,
@@ -337,8 +334,6 @@ def plan_head(
         not facts.first_tiles_only,
     )
     shape = limits.tile_shape(block_rows, gradients=keep == UNIT_GRADIENT and policy.one_sweep)
-    kept_columns = vocab_size if policy.whole_rows else shape[1]
-    kept_shape, tops_shape = kept_shapes(kept_rows, vocab_size, kept_columns, chunk)
     return HeadPlan(
         product_dtype=product,
         logits_dtype=logits,
@@ -349,21 +344,10 @@ def plan_head(
         fused=fused,
         block_rows=block_rows,
         kept_rows=kept_rows,
-        kept_columns=kept_columns,
-        kept_shape=kept_shape,
-        tops_shape=tops_shape if packed else None,
+        kept_columns=vocab_size if policy.whole_rows else shape[1],
         scoring=limits.cut(block_rows, kept_rows, shape),
         limits=limits,
     )
-
-
-def kept_shapes(
-    num_rows: int, vocab_size: int, columns: int, chunk: int
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Returns the shapes of `values` and `tops` of KeptLogits for so many rows, in tiles of `columns`."""
-    num_tiles = -(-vocab_size // columns)
-    width = columns if num_tiles > 1 else -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return (num_tiles, num_rows, width), (num_tiles, num_rows, -(-columns // chunk))
 
 
 def _block(num_rows: int, keep: int, row_bytes: int, workspace_bytes: int, policy: TilePolicy) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from ..matmul import add_mm, mm_into
 from ..memory_pool import pooled_empty
 from .fused_kernel import score_rows_fused
-from .kept_logits import PACKED_DTYPE, KeptLogits, KeptTile
+from .kept_logits import PACKED_DTYPE, KeptLogits, KeptTile, kept_shapes
 from .row_kernels import row_lse_gradient_by_two
 from .row_statistics import (
     BEFORE,
@@ -113,9 +113,11 @@ def _pack_tile(
 def empty_kept_logits(head: TiledHead) -> KeptLogits:
     """Returns room for the logits that the plan keeps."""
     plan = head.plan
-    values = pooled_empty(plan.kept_shape, PACKED_DTYPE if plan.packed else plan.logits_dtype, head.device)
-    tops = pooled_empty(plan.tops_shape, torch.float32, head.device) if plan.packed else None
-    return KeptLogits(values, tops, plan.kept_columns, plan.chunk)
+    values, tops = kept_shapes(plan.kept_rows, head.vocab_size, plan.kept_columns, plan.chunk)
+    if not plan.packed:
+        return KeptLogits(pooled_empty(values, plan.logits_dtype, head.device), None, plan.kept_columns, plan.chunk)
+    words = pooled_empty(values, PACKED_DTYPE, head.device)
+    return KeptLogits(words, pooled_empty(tops, torch.float32, head.device), plan.kept_columns, plan.chunk)
 
 
 def score_rows_with_unit_gradient(

@@ -149,7 +149,7 @@ class BaseConfig(TrainingArguments):
         default="exact",
         metadata={
             "help": "sparse: an unbiased estimate of the head's gradient, without its two backward products.",
-            "choices": Choices("trl_fast.ops.linear_logprob:HEAD_GRADS"),
+            "choices": Choices("trl_fast.ops.head.plan:HEAD_GRADS"),
         },
     )
     pad_token: str | None = older_name("it works; set tokenizer.pad_token and pass processing_class instead.")
