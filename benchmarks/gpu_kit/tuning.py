@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from trl_fast.ops import BACKENDS, supports
-from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused
-from trl_fast.ops.head.kept_logits import CHUNK, KeptLogits
+from trl_fast.ops.head.fused_kernel import empty_packed, fused_tiles, score_rows_fused
+from trl_fast.ops.head.kept_logits import CHUNK
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.ops.head.sweep import new_state
 
@@ -88,7 +88,7 @@ def fused_call(size: Size, tiles: object, keep: bool, device: torch.device) -> C
     n, h, v = size
     hidden, weight = random_matrix(n, h, device), random_matrix(v, h, device, h**-0.5)
     targets, state = torch.randint(0, v, (n,), device=device), new_state(n, device)
-    kept = KeptLogits.empty_packed(n, v, device, tiles.columns) if keep else None
+    kept = empty_packed(n, v, device, tiles.columns) if keep else None
     given = (hidden, weight, targets, None, 1.0, 0, state, kept, tiles, 1 << 31)
     return functools.partial(score_rows_fused, *given)
 
@@ -108,7 +108,7 @@ def row_kernels(size: Size, backend: str, device: torch.device) -> list[tuple[st
         ("row_grad", 6, lambda: kernels.grad(logits, targets, None, *numbers, lse, coefficients, 0, narrow)),
     ]
     if kernels.grad_packed is not None:
-        kept = KeptLogits.empty_packed(n, v, device).tile(slice(0, v))
+        kept = empty_packed(n, v, device).tile(slice(0, v))
         out = kept.values.view(torch.bfloat16)
         packed = (targets, None, 1.0, 1.0, 0, 0, state, *kept)
         graded = (kept.values, None, targets, 1.0, 1.0, lse, coefficients, 0, out, kept.tops)
@@ -117,7 +117,7 @@ def row_kernels(size: Size, backend: str, device: torch.device) -> list[tuple[st
             ("row_grad_packed in place", 4, lambda: kernels.grad_packed(*graded)),
         ]
         if backend == "triton":
-            fused = KeptLogits.empty_packed(n, v, device, CHUNK // 8).tile(slice(0, v))
+            fused = empty_packed(n, v, device, CHUNK // 8).tile(slice(0, v))
             fused.tops.fill_(9.0)
             out = fused.values.view(torch.bfloat16)
             graded = (fused.values, None, targets, 1.0, 1.0, lse, coefficients, 0, out, fused.tops, CHUNK // 8)

@@ -11,8 +11,8 @@ from trl_fast.kernels import linear_scores
 from trl_fast.kernels.linear_scores import INTERPRETED_TILES
 from trl_fast.ops import device, linear_logprob, linear_token_loss
 from trl_fast.ops.head import fused_kernel, gradients, sweep
-from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused, try_out
-from trl_fast.ops.head.kept_logits import KeptLogits, unpack
+from trl_fast.ops.head.fused_kernel import empty_packed, fused_tiles, score_rows_fused, try_out
+from trl_fast.ops.head.kept_logits import unpack
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.head.row_statistics import (
     ENTROPY_ROW,
@@ -76,7 +76,7 @@ def problem_of(shape, dtype):
 def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30):
     """Statistics (7, N), and what was kept of the first rows; memory is poisoned before."""
     n, v = len(problem.targets), len(problem.weight)
-    keep = KeptLogits.empty_packed(kept, v, CPU, SMALL.columns) if kept else None
+    keep = empty_packed(kept, v, CPU, SMALL.columns) if kept else None
     if kept:
         keep.values.fill_(12345)
         keep.tops.fill_(float("nan"))

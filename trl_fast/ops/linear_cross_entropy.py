@@ -86,7 +86,7 @@ def _linear_cross_entropy(
             lse, logprobs, mean_logits = (statistics[row] for row in (LSE_ROW, LOGPROB_ROW, MEAN_LOGITS_ROW))
             total += token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss).sum()
             if any(needs):
-                coefficients = _coefficients(lse, divisor, head.vocab_size, label_smoothing, z_loss)
+                coefficients = _coefficients(lse, divisor, head.plan.vocab_size, label_smoothing, z_loss)
                 coefficients = with_low_part(coefficients, statistics[LSE_LOW_ROW])
                 given = (hidden[rows], targets[rows], lse, coefficients, kept)
                 gradients.add(rows, *given, consume=True, last=rows.stop == num_rows)

@@ -87,7 +87,7 @@ class _TokenLossSweep:
         self.outputs = outputs
         self.group_sizes = group_sizes
         self.skip_zero_rows = skip_zero_rows
-        dtype, device = head.plan.sum_dtype, head.device
+        dtype, device = head.plan.sum_dtype, head.weight.device
         self.loss = torch.zeros((), dtype=dtype, device=device)
         self.statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=dtype, device=device)
 
@@ -97,7 +97,7 @@ class _TokenLossSweep:
         statistics = score_rows(head, hidden[rows], targets[rows], output_mask(self.outputs), keep=keep)
         self.statistics[:, rows] = statistics
         numbers = torch.arange(rows.start, rows.stop, device=hidden.device)
-        loss, coefficients = _block_loss(self.token_loss, statistics, numbers, self.outputs, head.vocab_size)
+        loss, coefficients = _block_loss(self.token_loss, statistics, numbers, self.outputs, head.plan.vocab_size)
         self.loss += loss
         return coefficients
 

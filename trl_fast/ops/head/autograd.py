@@ -174,7 +174,7 @@ def _score_with_unit_gradient(
     if plan.limits.policy.one_sweep:
         return score_rows_with_unit_gradient(head, hidden, targets, outputs)
     gradients = HeadGradients(head, num_rows, Needs(hidden=True, weight=False, bias=False), waiting=True)
-    statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=plan.sum_dtype, device=head.device)
+    statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=plan.sum_dtype, device=head.weight.device)
     logits = empty_kept_logits(head)
     for rows in plan.blocks(num_rows):
         kept = logits.part(slice(rows.stop - rows.start))
@@ -329,7 +329,7 @@ def linear_scores_sparse(
             kept = logits.part(slice(rows.stop - rows.start))
             statistics[:, rows] = score_rows(head, hidden[rows], targets[rows], outputs, keep=kept)
             given = (statistics[LSE_ROW, rows], offsets[rows], threshold)
-            samples.append(sample(kept.values, head.vocab_size, bias, *transform, *given))
+            samples.append(sample(kept.values, head.plan.vocab_size, bias, *transform, *given))
         empty = [offsets.new_empty(0, dtype=dtype) for dtype in (torch.int64, torch.int64, sums)]
         counts, columns, logprobs = (torch.cat(parts) for parts in zip(empty, *samples, strict=True))
         token_logprobs, entropy = statistics[LOGPROB_ROW].clone(), statistics[ENTROPY_ROW].clone()

@@ -1,4 +1,4 @@
-"""Scores by one kernel, product and row statistics together; logits reach no memory but the 16-bit words to be kept.
+"""Scores rows by one kernel, product and row statistics together; of logits only 16-bit words reach memory, if kept.
 
 The usual way is two steps: a library's product writes a tile of float32 logits, a row kernel reads it again. The fused
 kernel does without that traffic, and a row's bits do not depend on how many other rows there are, which a library's
@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import supports
 from ..matmul import SIXTEEN_BITS
-from .kept_logits import KeptLogits, unpack
+from .kept_logits import CHUNK, PACKED_DTYPE, KeptLogits, num_chunks, unpack
+from .plan import kept_shape
 from .row_statistics import NUM_STATES, SUM, TARGET, TOP
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _TRIED, _TOLERANCE = (200, 192, 1500), 2e-3
 
 
 def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
-    """The fused kernel's configuration for a head of such hidden states, None if it does not serve.
+    """Returns the fused kernel's configuration for a head of such hidden states, None if it does not serve.
 
     dtype: in which products are computed. It multiplies 16-bit numbers. In Triton's interpreter any GPU will do.
     """
@@ -50,7 +51,7 @@ def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torc
 
 @functools.cache
 def _works(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel does on this GPU, with this Triton, what it should; if not, it is said once."""
+    """Tells whether the kernel does on this GPU, with this Triton, what it should; if not, it is said once."""
     try:
         # The first to ask may be a compiler, whose tensors have no data.
         with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -63,7 +64,7 @@ def _works(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
-    """What is wrong with the kernel's scores and kept logits of a small random head; nothing if they are right."""
+    """Tells what is wrong with the kernel's scores and kept logits of a small random head; nothing if all is right."""
     num_rows, hidden_size, vocab_size = _TRIED
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device}
@@ -72,7 +73,7 @@ def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
     targets = torch.arange(num_rows, device=device) * 7
     logits = hidden.double() @ weight.double().t()
     exact = logits.logsumexp(1), logits.gather(1, targets[:, None])[:, 0]
-    room = KeptLogits.empty_packed(num_rows, vocab_size, device, tiles.columns)
+    room = empty_packed(num_rows, vocab_size, device, tiles.columns)
     for keep in (None, room):
         state = torch.zeros(NUM_STATES, num_rows, dtype=torch.float64, device=device)
         score_rows_fused(hidden, weight, targets, None, 1.0, 0, state, keep, tiles, 1 << 30)
@@ -83,6 +84,13 @@ def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
     if not torch.allclose(unpack(*kept, tiles.columns).double(), logits, rtol=0, atol=_TOLERANCE):
         return "kept logits differ from PyTorch's"
     return ""
+
+
+def empty_packed(num_rows: int, vocab_size: int, device: torch.device, chunk: int = CHUNK) -> KeptLogits:
+    """Returns room for packed logits in a single tile of all columns, as the plan of a GPU has it."""
+    words = torch.empty(kept_shape(num_rows, vocab_size, vocab_size), dtype=PACKED_DTYPE, device=device)
+    tops = torch.empty(1, num_rows, num_chunks(vocab_size, chunk), device=device)
+    return KeptLogits(words, tops, vocab_size, chunk)
 
 
 def score_rows_fused(
@@ -119,6 +127,6 @@ def score_rows_fused(
 
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, copied if its rows do not begin at multiples of 16 bytes or its elements are not adjacent."""
+    """Returns the matrix, copied if its rows do not begin at multiples of 16 bytes or its numbers are not adjacent."""
     aligned = matrix.stride(1) == 1 and matrix.stride(0) % _ALIGNMENT == 0 and matrix.data_ptr() % 16 == 0
     return matrix if aligned else matrix.clone(memory_format=torch.contiguous_format)

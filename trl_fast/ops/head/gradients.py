@@ -72,7 +72,7 @@ class HeadGradients:
         self._weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
         if needs.bias:
-            self._bias = torch.zeros(head.vocab_size, dtype=head.plan.sum_dtype, device=head.device)
+            self._bias = torch.zeros(head.plan.vocab_size, dtype=head.plan.sum_dtype, device=head.weight.device)
         # The rows that have been added: how many, and of each block its place and which of its rows.
         self._added = 0
         self._places: list[tuple[slice, torch.Tensor | None]] = []
@@ -110,7 +110,7 @@ class HeadGradients:
         if self._needs.hidden and self._hidden is None:
             rows = self._added if last else self._num_rows
             self._hidden = torch.empty(
-                rows, self._head.hidden_size, dtype=self._head.plan.sum_dtype, device=self._head.device
+                rows, self._head.plan.hidden_size, dtype=self._head.plan.sum_dtype, device=self._head.weight.device
             )
         self._places.append((place, index))
         self._sweep(blocks, last)
@@ -122,7 +122,7 @@ class HeadGradients:
         accumulate = self._weight is not None
         if self._needs.weight and not accumulate:
             dtype = self._result_dtype(head.weight.dtype) if last else plan.sum_dtype
-            self._weight = pooled_empty(head.weight.shape, dtype, head.device)
+            self._weight = pooled_empty(head.weight.shape, dtype, head.weight.device)
         tiles = _gradient_tiles(head, blocks)
         parts = [part for block in blocks for part in block.parts(tiles.num_rows)]
         logit_gradients = _LogitGradients(head, parts, tiles.num_columns)
@@ -153,7 +153,7 @@ class HeadGradients:
         dtypes = (plan.sum_dtype, plan.product_dtype) if num_parts == 1 else (plan.sum_dtype,)
         if not self._needs.weight or self._weight.dtype in dtypes:
             return None
-        return pooled_empty((tiles.num_columns, self._head.hidden_size), plan.sum_dtype, self._head.device)
+        return pooled_empty((tiles.num_columns, self._head.plan.hidden_size), plan.sum_dtype, self._head.weight.device)
 
     def _fit(self, blocks: list[RowBlock]) -> list[RowBlock]:
         """Returns the blocks, coefficients times the factor; sums that are there follow if it has to change."""
@@ -184,14 +184,14 @@ class HeadGradients:
         if self._needs.hidden and self._added < self._num_rows:
             self._spread_hidden()
         if self._needs.hidden and self._hidden is None:
-            self._hidden = torch.empty(0, head.hidden_size, dtype=head.plan.sum_dtype, device=head.device)
+            self._hidden = torch.empty(0, head.plan.hidden_size, dtype=head.plan.sum_dtype, device=head.weight.device)
         if self._needs.weight and self._weight is None:
-            self._weight = torch.zeros(head.weight.shape, dtype=dtypes[1], device=head.device)
+            self._weight = torch.zeros(head.weight.shape, dtype=dtypes[1], device=head.weight.device)
         if self._factor != 1.0:
             for total in self._sums():
                 total.mul_(1 / self._factor)
         return tuple(
-            torch.empty(0, dtype=dtype, device=head.device)
+            torch.empty(0, dtype=dtype, device=head.weight.device)
             if total is None
             else total
             if total.dtype == dtype
@@ -202,10 +202,12 @@ class HeadGradients:
     def _spread_hidden(self) -> None:
         """Moves the gradients of the rows that were added to where they lie among all rows; the others get zero."""
         numbers = [
-            torch.arange(place.start, place.stop, device=self._head.device) if index is None else place.start + index
+            torch.arange(place.start, place.stop, device=self._head.weight.device)
+            if index is None
+            else place.start + index
             for place, index in self._places
         ]
-        everywhere = self._hidden.new_zeros(self._num_rows, self._head.hidden_size)
+        everywhere = self._hidden.new_zeros(self._num_rows, self._head.plan.hidden_size)
         self._hidden = everywhere.index_copy_(0, torch.cat(numbers), self._hidden[: self._added])
 
 
@@ -310,9 +312,9 @@ class _LogitGradients:
         num_rows, num_passing = _most_rows(in_scratch), _most_rows(passing)
         self._logits = self._gradients = None
         if num_passing:
-            self._logits = self._gradients = pooled_empty((num_passing, width), plan.logits_dtype, head.device)
+            self._logits = self._gradients = pooled_empty((num_passing, width), plan.logits_dtype, head.weight.device)
         if num_rows and (plan.limits.narrow_gradients or num_rows > num_passing):
-            self._gradients = pooled_empty((num_rows, width), plan.product_dtype, head.device)
+            self._gradients = pooled_empty((num_rows, width), plan.product_dtype, head.weight.device)
 
     def of(self, part: RowBlock, columns: slice, weight: torch.Tensor | None) -> torch.Tensor:
         """Returns the gradient (R, C) of a part's logits; weight: (C, H), for logits that are to be computed again."""

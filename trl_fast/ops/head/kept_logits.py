@@ -31,7 +31,7 @@ CHUNK = 2048
 _STEPS_A_NAT = 1024.0
 _LOWEST, _MINUS_INF = 65534.0, 65535
 # Rows of words begin at multiples of so many: kernels read and write 16 bytes at once.
-_ROW_ALIGNMENT = 64
+ROW_ALIGNMENT = 64
 
 
 def num_chunks(columns: int, chunk: int = CHUNK) -> int:
@@ -55,15 +55,6 @@ def unpack(words: torch.Tensor, tops: torch.Tensor, chunk: int = CHUNK) -> torch
     codes = words.to(torch.int32) & 0xFFFF
     top = tops.repeat_interleave(chunk, dim=1)[:, : words.shape[1]]
     return torch.where(codes == _MINUS_INF, float("-inf"), top - codes / _STEPS_A_NAT)
-
-
-def kept_shapes(
-    num_rows: int, vocab_size: int, columns: int, chunk: int = CHUNK
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Returns the shapes of `values` and `tops` of KeptLogits for so many rows, in tiles of `columns`."""
-    num_tiles = -(-vocab_size // columns)
-    width = columns if num_tiles > 1 else -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-    return (num_tiles, num_rows, width), (num_tiles, num_rows, num_chunks(columns, chunk))
 
 
 class KeptTile(NamedTuple):
@@ -100,13 +91,6 @@ class KeptLogits:
     def nbytes(self) -> int:
         """Returns the bytes that all rows take."""
         return self.values.nbytes + (0 if self.tops is None else self.tops.nbytes)
-
-    @classmethod
-    def empty_packed(cls, num_rows: int, vocab_size: int, device: torch.device, chunk: int = CHUNK) -> KeptLogits:
-        """Returns room for packed logits in a single tile of all columns, as on a GPU."""
-        values, tops = kept_shapes(num_rows, vocab_size, vocab_size, chunk)
-        words = torch.empty(values, dtype=PACKED_DTYPE, device=device)
-        return cls(words, torch.empty(tops, device=device), vocab_size, chunk)
 
     def part(self, rows: slice) -> KeptLogits:
         """Returns the same of some rows."""

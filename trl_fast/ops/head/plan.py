@@ -26,7 +26,7 @@ import torch
 
 from ..device import DeviceFacts
 from ..matmul import SIXTEEN_BITS
-from .kept_logits import CHUNK, PACKED_DTYPE, num_chunks
+from .kept_logits import CHUNK, PACKED_DTYPE, ROW_ALIGNMENT, num_chunks
 
 if TYPE_CHECKING:
     from trl_fast.kernels.linear_scores import Tiles
@@ -226,8 +226,9 @@ class TileLimits(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Says how a head of V columns is swept.
+    """Says how a head is swept.
 
+    - `vocab_size`: V; `hidden_size`: H.
     - `product_dtype`: of the factors of every product; `logits_dtype`: of logits as they are computed; `sum_dtype`: of
       what is summed over tiles, float32 at least, because partial sums of 16 bits would lose what tiles contribute.
     - `casts_weight`: whether tiles of the weight are cast to `product_dtype`.
@@ -235,9 +236,12 @@ class HeadPlan:
     - `fused`: tiles of the fused kernel, which then scores; None where a product and a row kernel do.
     - `block_rows`: rows of a block; a forward sweep goes block by block.
     - `kept_rows`: of the first rows of a block, how many logits are kept; `kept_columns`: columns of a tile of those.
+    - `kept_shape`: of KeptLogits' values for them.
     - `scoring`: the tiles that score a whole block; `limits`: what other tiles follow from.
     """
 
+    vocab_size: int
+    hidden_size: int
     product_dtype: torch.dtype
     logits_dtype: torch.dtype
     sum_dtype: torch.dtype
@@ -248,6 +252,7 @@ class HeadPlan:
     block_rows: int
     kept_rows: int
     kept_columns: int
+    kept_shape: tuple[int, int, int]
     scoring: SweepTiles
     limits: TileLimits
 
@@ -334,7 +339,10 @@ def plan_head(
         not facts.first_tiles_only,
     )
     shape = limits.tile_shape(block_rows, gradients=keep == UNIT_GRADIENT and policy.one_sweep)
+    kept_columns = vocab_size if policy.whole_rows else shape[1]
     return HeadPlan(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
         product_dtype=product,
         logits_dtype=logits,
         sum_dtype=sums,
@@ -344,10 +352,18 @@ def plan_head(
         fused=fused,
         block_rows=block_rows,
         kept_rows=kept_rows,
-        kept_columns=vocab_size if policy.whole_rows else shape[1],
+        kept_columns=kept_columns,
+        kept_shape=kept_shape(kept_rows, vocab_size, kept_columns),
         scoring=limits.cut(block_rows, kept_rows, shape),
         limits=limits,
     )
+
+
+def kept_shape(num_rows: int, vocab_size: int, columns: int) -> tuple[int, int, int]:
+    """Returns the shape of KeptLogits' values for so many rows, in tiles of `columns`."""
+    num_tiles = -(-vocab_size // columns)
+    width = columns if num_tiles > 1 else -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return num_tiles, num_rows, width
 
 
 def _block(num_rows: int, keep: int, row_bytes: int, workspace_bytes: int, policy: TilePolicy) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from ..matmul import add_mm, mm_into
 from ..memory_pool import pooled_empty
 from .fused_kernel import score_rows_fused
-from .kept_logits import PACKED_DTYPE, KeptLogits, KeptTile, kept_shapes
+from .kept_logits import PACKED_DTYPE, KeptLogits, KeptTile, num_chunks
 from .row_kernels import row_lse_gradient_by_two
 from .row_statistics import (
     BEFORE,
@@ -66,7 +66,7 @@ def score_rows(
         score_rows_fused(*given, plan.fused, plan.limits.workspace_bytes // 4)
     else:
         _score_tiles(head, hidden, targets, outputs, state, keep)
-    return finish_scores(state, outputs, head.vocab_size, plan.sum_dtype)
+    return finish_scores(state, outputs, head.plan.vocab_size, plan.sum_dtype)
 
 
 def _score_tiles(
@@ -86,7 +86,9 @@ def _score_tiles(
     passing = num_rows if packs else num_rows - kept
     scratch = None
     if passing:
-        scratch = pooled_empty((min(tiles.num_rows, passing), tiles.num_columns), plan.logits_dtype, head.device)
+        scratch = pooled_empty(
+            (min(tiles.num_rows, passing), tiles.num_columns), plan.logits_dtype, head.weight.device
+        )
     for columns in tiles.columns:
         weight = head.cast_tile(columns) if plan.casts_weight else head.weight[columns]
         bias = None if head.bias is None else head.bias[columns]
@@ -112,12 +114,13 @@ def _pack_tile(
 
 def empty_kept_logits(head: TiledHead) -> KeptLogits:
     """Returns room for the logits that the plan keeps."""
-    plan = head.plan
-    values, tops = kept_shapes(plan.kept_rows, head.vocab_size, plan.kept_columns, plan.chunk)
+    plan, device = head.plan, head.weight.device
     if not plan.packed:
-        return KeptLogits(pooled_empty(values, plan.logits_dtype, head.device), None, plan.kept_columns, plan.chunk)
-    words = pooled_empty(values, PACKED_DTYPE, head.device)
-    return KeptLogits(words, pooled_empty(tops, torch.float32, head.device), plan.kept_columns, plan.chunk)
+        return KeptLogits(pooled_empty(plan.kept_shape, plan.logits_dtype, device), None, plan.kept_columns)
+    num_tiles, num_rows, _ = plan.kept_shape
+    words = pooled_empty(plan.kept_shape, PACKED_DTYPE, device)
+    tops = pooled_empty((num_tiles, num_rows, num_chunks(plan.kept_columns, plan.chunk)), torch.float32, device)
+    return KeptLogits(words, tops, plan.kept_columns, plan.chunk)
 
 
 def score_rows_with_unit_gradient(
@@ -131,11 +134,11 @@ def score_rows_with_unit_gradient(
     """
     plan, tiles = head.plan, head.plan.scoring
     state = new_state(hidden.shape[0], hidden.device)
-    total = torch.zeros(hidden.shape, dtype=plan.sum_dtype, device=head.device)
-    scratch = pooled_empty((tiles.num_rows, tiles.num_columns), plan.logits_dtype, head.device)
+    total = torch.zeros(hidden.shape, dtype=plan.sum_dtype, device=head.weight.device)
+    scratch = pooled_empty((tiles.num_rows, tiles.num_columns), plan.logits_dtype, head.weight.device)
     gradients = scratch
     if plan.limits.narrow_gradients:
-        gradients = pooled_empty((tiles.num_rows, tiles.num_columns), plan.product_dtype, head.device)
+        gradients = pooled_empty((tiles.num_rows, tiles.num_columns), plan.product_dtype, head.weight.device)
     lse_gradient = head.kernels.lse_gradient or functools.partial(row_lse_gradient_by_two, head.kernels)
     for columns in tiles.columns:
         weight = head.cast_tile(columns) if plan.casts_weight else head.weight[columns]
@@ -151,10 +154,10 @@ def score_rows_with_unit_gradient(
             rows_total.mul_(_shrinkage(top, row_state[TOP])[:, None].to(total.dtype))
             add_mm(rows_total, gradient, weight)
     derivative = head.transform.derivative(state[TARGET]).masked_fill_(state[TARGET].isnan(), float("nan"))
-    own = head.weight[targets.clamp(0, head.vocab_size - 1)].to(total.dtype)
+    own = head.weight[targets.clamp(0, head.plan.vocab_size - 1)].to(total.dtype)
     mean = total.div_(state[SUM][:, None].to(total.dtype))
     unit_gradient = mean.neg_().addcmul_(derivative[:, None].to(total.dtype), own)
-    return finish_scores(state, outputs, head.vocab_size, plan.sum_dtype), unit_gradient
+    return finish_scores(state, outputs, head.plan.vocab_size, plan.sum_dtype), unit_gradient
 
 
 def new_state(num_rows: int, device: torch.device) -> torch.Tensor:

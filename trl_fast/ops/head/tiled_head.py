@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..memory_pool import pooled_empty
@@ -10,28 +12,19 @@ from .plan import HeadPlan
 from .row_kernels import RowKernels
 
 
+@dataclass(eq=False)
 class TiledHead:
     """Holds a head's tensors, with the plan that its sweeps follow. Nothing here has a gradient of its own.
 
     weight: (V, H) any float dtype; bias: (V,) or None; kernels: the backend's row kernels.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        transform: LogitTransform,
-        plan: HeadPlan,
-        kernels: RowKernels,
-    ) -> None:
-        self.weight = weight
-        self.bias = bias
-        self.transform = transform
-        self.plan = plan
-        self.kernels = kernels
-        self.device = weight.device
-        self.vocab_size, self.hidden_size = weight.shape
-        self._cast_weight: torch.Tensor | None = None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    transform: LogitTransform
+    plan: HeadPlan
+    kernels: RowKernels
+    _cast_weight: torch.Tensor | None = None
 
     def cast_tile(self, columns: slice) -> torch.Tensor:
         """Returns rows `columns` of the weight, (C, H), cast to the product's dtype; on a CPU valid until the next."""
@@ -42,5 +35,5 @@ class TiledHead:
             return self._cast_weight[columns]
         tile = self.weight[columns]
         if self._cast_weight is None or self._cast_weight.shape[0] < tile.shape[0]:
-            self._cast_weight = pooled_empty(tile.shape, dtype, self.device)
+            self._cast_weight = pooled_empty(tile.shape, dtype, self.weight.device)
         return self._cast_weight[: tile.shape[0]].copy_(tile)
