@@ -1,6 +1,6 @@
 // The sparse gradient of the head: which entries of a row's probabilities are kept, and products with what was kept.
 //
-// What they compute is specified by trl_fast/ops/head/sparse_kernels.py.
+// What they compute is specified by trl_fast/ops/head/sparse_gradient.py.
 #pragma once
 
 #include "row_kernels.h"

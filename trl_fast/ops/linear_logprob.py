@@ -67,7 +67,10 @@ def token_logprobs(
     outputs: tuple[str, ...],
     options: HeadOptions,
 ) -> TokenScores:
-    """Computes what linear_logprob does, with the logits' transform and the user's settings as values."""
+    """Computes what linear_logprob does, with the logits' transform and the user's settings as values.
+
+    hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None.
+    """
     mask = output_mask(outputs)
     found = differentiable_scores("linear_logprob", hidden, weight, targets, bias, transform, mask, options)
     return token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)

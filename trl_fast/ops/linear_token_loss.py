@@ -214,7 +214,11 @@ def token_loss_of_head(
     group_sizes: Sequence[int] | None = None,
     skip_zero_rows: bool | None = None,
 ) -> ScoredLoss:
-    """Computes what linear_token_loss does, with the logits' transform and the user's settings as values."""
+    """Computes what linear_token_loss does, with the logits' transform and the user's settings as values.
+
+    hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None. The gradient of
+    the head is the one that the options ask for.
+    """
     _check_groups(group_sizes, hidden.shape[0])
     mask = output_mask(outputs)
     if options.head_grad != "exact" or group_sizes is not None and not _head_trains(weight, bias):

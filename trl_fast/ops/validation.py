@@ -58,7 +58,8 @@ def check_head_tensors(
 ) -> torch.Tensor:
     """Checks the tensors of a head op as check_head_inputs does; returns hidden in autocast's dtype if autocast is on.
 
-    Under autocast the weight may have another dtype: it is cast later, tile by tile.
+    hidden: (N, H); weight: (V, H); targets: (N,) integer; bias: (V,) or None. Under autocast the weight may have
+    another dtype: it is cast later, tile by tile.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -71,7 +72,10 @@ def check_head_tensors(
 def check_head_call(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Checks all that a head op is given, values too where that costs little; returns what check_head_tensors does."""
+    """Checks all that a head op is given, values too where that costs little; returns what check_head_tensors does.
+
+    hidden: (N, H); weight: (V, H); targets: (N,) integer; bias: (V,) or None.
+    """
     hidden = check_head_tensors(hidden, weight, targets, bias)
     check_target_range(targets, weight.shape[0])
     check_finite(hidden)

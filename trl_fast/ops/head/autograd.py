@@ -92,7 +92,10 @@ def differentiable_scores(
 
 
 def what_to_keep(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> int:
-    """Returns what the forward pass keeps for a backward pass, by the table above."""
+    """Returns what the forward pass keeps for a backward pass, by the table above.
+
+    hidden: (N, H); weight: (V, H); bias: (V,) or None.
+    """
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (head_trains or hidden.requires_grad):
         return NOTHING

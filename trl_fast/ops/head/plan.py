@@ -301,8 +301,7 @@ def plan_head(
 
     Args:
         weight_shape: (V, H); weight_dtype: its dtype; dtype: that of the hidden states.
-        capped: whether logits have a softcap. They are not packed then: the derivative of the cap would be off by more
-            than a probability where logits are near it.
+        capped: whether logits have a softcap. They are not packed then: near the cap its derivative would be off.
         keep: what of the logits is kept, NOTHING to RAW_BLOCKS above.
         kernels: the backend's row kernels.
         find_fused: tells the tiles of the fused kernel for products of a dtype, None if it does not serve.
@@ -320,32 +319,19 @@ def plan_head(
         raise ValueError(
             f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {least} bytes"
         )
-    # float32 products of 16-bit numbers take more room than they know.
-    sixteen_bits = product in SIXTEEN_BITS or weight_dtype in SIXTEEN_BITS
-    packs = kernels.grad_packed is not None and not capped and sixteen_bits and logits == torch.float32
+    packs = not capped and _packs(product, weight_dtype, logits, kernels)
     fused = find_fused(product) if packs and policy.whole_rows else None
-    chunk = CHUNK if fused is None else fused.columns
-    packed = packs and keep != RAW_BLOCKS
+    chunk, packed = fused.columns if fused else CHUNK, packs and keep != RAW_BLOCKS
     kept_row_bytes = vocab_size * PACKED_DTYPE.itemsize + num_chunks(vocab_size, chunk) * 4 if packed else least
     block_rows, kept_rows = _block(num_rows, keep, kept_row_bytes, workspace_bytes, policy)
+    bytes_each = (product.itemsize, least // vocab_size)
     limits = TileLimits(
-        vocab_size,
-        hidden_size,
-        product.itemsize,
-        least // vocab_size,
-        logits != product,
-        workspace_bytes,
-        policy,
-        not facts.first_tiles_only,
+        *weight_shape, *bytes_each, logits != product, workspace_bytes, policy, not facts.first_tiles_only
     )
     shape = limits.tile_shape(block_rows, gradients=keep == UNIT_GRADIENT and policy.one_sweep)
     kept_columns = vocab_size if policy.whole_rows else shape[1]
     return HeadPlan(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        product_dtype=product,
-        logits_dtype=logits,
-        sum_dtype=sums,
+        *(vocab_size, hidden_size, product, logits, sums),
         casts_weight=weight_dtype != product,
         packed=packed,
         chunk=chunk,
@@ -357,6 +343,12 @@ def plan_head(
         scoring=limits.cut(block_rows, kept_rows, shape),
         limits=limits,
     )
+
+
+def _packs(product: torch.dtype, weight_dtype: torch.dtype, logits: torch.dtype, kernels: RowKernels) -> bool:
+    """Tells whether kept logits are packed: float32 products of 16-bit numbers take more room than they know."""
+    sixteen_bits = product in SIXTEEN_BITS or weight_dtype in SIXTEEN_BITS
+    return kernels.grad_packed is not None and sixteen_bits and logits == torch.float32
 
 
 def kept_shape(num_rows: int, vocab_size: int, columns: int) -> tuple[int, int, int]:
