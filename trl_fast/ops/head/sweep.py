@@ -84,7 +84,7 @@ def _score_tiles(
     packs = keep is not None and plan.packed
     # Logits that stay raw are computed where they are kept; others pass through a tile.
     passing = num_rows if packs else num_rows - kept
-    scratch = None
+    scratch = hidden.new_empty(0, 0)
     if passing:
         scratch = pooled_empty(
             (min(tiles.num_rows, passing), tiles.num_columns), plan.logits_dtype, head.weight.device
@@ -93,12 +93,13 @@ def _score_tiles(
         weight = head.cast_tile(columns) if plan.casts_weight else head.weight[columns]
         bias = None if head.bias is None else head.bias[columns]
         for rows in tiles.rows:
-            room = keep.tile(columns, rows) if rows.start < kept else None
-            in_place = room is not None and not packs
-            tile = room.values if in_place else scratch[: rows.stop - rows.start, : columns.stop - columns.start]
+            room = keep.tile(columns, rows) if keep is not None and rows.start < kept else None
+            tile = scratch[: rows.stop - rows.start, : columns.stop - columns.start]
+            if room is not None and not packs:
+                tile, room = room.values, None
             mm_into(tile, hidden[rows], weight.t())
             given = (tile, targets[rows], bias)
-            if room is None or in_place:
+            if room is None:
                 head.kernels.scores(*given, *head.transform, outputs, columns.start, state[:, rows])
             else:
                 _pack_tile(head, given, columns.start, outputs, state[:, rows], room)
@@ -109,6 +110,7 @@ def _pack_tile(
 ) -> None:
     """Adds a tile to the state (7, R) of its rows and packs its logits; given: (logits (R, C), targets, bias)."""
     scale, _, inv_temperature = head.transform
+    assert head.kernels.scores_packed is not None, "the plan packs only what the kernels pack"
     head.kernels.scores_packed(*given, scale, inv_temperature, outputs, column_offset, state, *room)
 
 
