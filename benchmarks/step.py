@@ -45,6 +45,7 @@ from .english_text import continuations, cut_continuations, passages, token_stre
 from .machine_info import describe_machine
 from .memory import MIB, process_peak_bytes
 from .random_models import RANDOM_QWEN, model_folder
+from .step_workloads import GENERATIONS, random_rewards
 
 RESULTS = Path(__file__).parent / "results"
 OURS, TRL = "trl_fast", "trl"
@@ -107,13 +108,6 @@ class CutCompletions:
         }
 
 
-def chance(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Returns rewards that differ within every group, so that every completion has a gradient."""
-    return [random.Random(str(ids)).random() for ids in completion_ids]
-
-
-# Completions of one prompt, TRL's default.
-GENERATIONS = 8
 METHODS = {
     "sft": Method("SFT", AutoModelForCausalLM, _passages),
     "dpo": Method("DPO", AutoModelForCausalLM, _pairs),
@@ -126,7 +120,7 @@ METHODS = {
             "max_completion_length": arguments.completion_tokens,
             "num_generations": GENERATIONS,
         },
-        arguments=lambda *given: {"rollout_func": CutCompletions(*given), "reward_funcs": chance},
+        arguments=lambda *given: {"rollout_func": CutCompletions(*given), "reward_funcs": random_rewards},
     ),
 }
 

@@ -16,8 +16,9 @@ from trl_fast.planning.peak_estimates import estimate
 from trl_fast.planning.training_setup import TrainingSetup
 
 from ..random_models import QWEN_05B
+from ..step_workloads import Shape
 from .phase_context import Kit
-from .steps import TINY_QWEN, Shape, make_trainer, parse_arguments
+from .steps import TINY_QWEN, make_trainer, parse_arguments
 
 LLAMA_8B = {
     "vocab_size": 128256,

@@ -9,19 +9,15 @@ import argparse
 import copy
 import cProfile
 import pstats
-import random
 import statistics
 import tempfile
-from collections.abc import Callable
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Qwen2Config,
     Trainer,
@@ -30,27 +26,11 @@ from transformers import (
 from tests.support.tokenizer import build_tokenizer
 
 from ..random_models import QWEN_05B
-from ..step import GENERATIONS, StepClock
+from ..step import StepClock
+from ..step_workloads import GENERATIONS, SHAPES, Shape, completions, random_rewards, rows
 from .phase_context import Kit
 
 WARM_UPS, STEPS = 2, 5
-# Letters that no merge of the tokenizer's joins: a token each.
-_LETTERS = "QXZJKV"
-
-
-class Shape(argparse.Namespace):
-    """Holds a step's sizes. batch: rows (completions for GRPO); prompt and completion: tokens of each."""
-
-    batch: int
-    prompt: int
-    completion: int
-
-
-SHAPES = {
-    "dpo": Shape(batch=8, prompt=512, completion=256),
-    "sft": Shape(batch=8, prompt=0, completion=1024),
-    "grpo": Shape(batch=32, prompt=256, completion=512),
-}
 TINY = {"dpo": (2, 12, 6), "sft": (2, 0, 16), "grpo": (8, 8, 8)}
 
 
@@ -130,7 +110,7 @@ def make_trainer(
     settings = {"max_length": 2 * (shape.prompt + shape.completion)}
     if arguments.method == "grpo":
         settings = {"max_completion_length": shape.completion, "num_generations": GENERATIONS}
-        given |= {"rollout_func": completions(shape, tokenizer), "reward_funcs": chance}
+        given |= {"rollout_func": completions(shape, tokenizer), "reward_funcs": random_rewards}
     settings = {"max_steps": WARM_UPS + STEPS, **settings, **more}
     args = getattr(library, f"{stem}Config")(
         folder,
@@ -168,42 +148,6 @@ TINY_QWEN = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-
-
-def letters(rng: random.Random, count: int) -> str:
-    """Returns a text of so many tokens."""
-    return "".join(rng.choices(_LETTERS, k=count))
-
-
-def rows(method: str, shape: Shape, count: int) -> Dataset:
-    """Returns rows of the lengths of `shape`; of GRPO one a group."""
-    rng = random.Random(0)
-    if method == "sft":
-        return Dataset.from_list([{"text": letters(rng, shape.completion)} for _ in range(count)])
-    if method == "grpo":
-        return Dataset.from_list([{"prompt": letters(rng, shape.prompt)} for _ in range(count // GENERATIONS)])
-    fields = {"prompt": shape.prompt, "chosen": shape.completion, "rejected": shape.completion}
-    return Dataset.from_list([{name: letters(rng, size) for name, size in fields.items()} for _ in range(count)])
-
-
-def completions(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> Callable[..., dict[str, list]]:
-    """Returns a `rollout_func` that draws completions from the letters instead of generating them."""
-    rng = random.Random(1)
-
-    def rollout(prompts: list[str], trainer: Trainer) -> dict[str, list]:
-        texts = [letters(rng, shape.completion) for _ in prompts]
-        return {
-            "prompt_ids": tokenizer(text=prompts)["input_ids"],
-            "completion_ids": tokenizer(text=texts)["input_ids"],
-            "logprobs": [[0.0] * shape.completion for _ in prompts],
-        }
-
-    return rollout
-
-
-def chance(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Returns rewards that differ within every group."""
-    return [random.Random(str(ids)).random() for ids in completion_ids]
 
 
 def host_profile(trainer: Trainer, most: int = 60) -> list[list]:

@@ -35,8 +35,7 @@ from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, use_segment_a
 from trl_fast.planning.fake_models import give_fake_memory, shortened
 from trl_fast.planning.model_shapes import model_config
 
-from ..gpu_kit.steps import SHAPES, Shape, chance, completions, rows
-from ..step import GENERATIONS
+from ..step_workloads import GENERATIONS, SHAPES, Shape, completions, random_rewards, rows
 from .fake_devices import CUDA
 from .fake_gpu import answering, fake_gpu
 from .gpu_rates import Gpu
@@ -147,7 +146,7 @@ def _make_trainer(
         given["ref_model"] = make()
     if step.method == "grpo":
         settings = {"max_completion_length": shape.completion, "num_generations": GENERATIONS}
-        given |= {"rollout_func": completions(shape, tokenizer), "reward_funcs": chance}
+        given |= {"rollout_func": completions(shape, tokenizer), "reward_funcs": random_rewards}
     args = getattr(LIBRARIES[library], f"{stem}Config")(
         folder,
         **settings,

@@ -1,4 +1,4 @@
-"""What operators are counted as, by hand, and the head's figures: bytes cannot creep back."""
+"""Counts of operators against counts by hand, and the head's figures: bytes cannot creep back."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def fp32(*shape):
 
 
 def counted(run, *given):
-    """What `run` comes to; given: functions that make its arguments, which are there before."""
+    """Counts a call of `run`; given: functions that make its arguments, which are there before."""
     counter = Counter()
     with fake_gpu(H100, counter):
         arguments = [make() for make in given]

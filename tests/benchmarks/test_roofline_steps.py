@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from benchmarks.gpu_kit.steps import Shape
 from benchmarks.roofline.fake_devices import CUDA
 from benchmarks.roofline.fake_gpu import fake_gpu
 from benchmarks.roofline.gpu_rates import GPUS
 from benchmarks.roofline.known_values import values_of
 from benchmarks.roofline.operator_counter import Counter
 from benchmarks.roofline.steps import Step, count_step, quiet
+from benchmarks.step_workloads import Shape
 from trl_fast.ops.backends import load_extension
 from trl_fast.planning.model_shapes import SHAPES
 

@@ -27,7 +27,7 @@ def figure(mode, name, seconds, floor, mib):
 
 
 def measured(point, *_):
-    """What `measure` would have found."""
+    """Stands for the figures of `measure`."""
     figures = []
     for mode in MODES:
         figures.append(figure(mode, "ours, cpp", [2.2, 2.0, 2.5], 2.0, 30))

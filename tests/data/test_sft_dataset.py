@@ -23,7 +23,7 @@ def trl_trainer(tmp_path_factory):
 
 
 def prepared_by_trl(trainer, dataset, tokenizer, how, length, **settings):
-    """What TRL's trainer makes of a dataset under the same settings."""
+    """Returns the dataset as TRL's trainer prepares it under the same settings."""
     packing = length.packing_strategy is not None
     args = trl.SFTConfig(
         "unused",

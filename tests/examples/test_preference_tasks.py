@@ -48,7 +48,7 @@ def test_the_real_model_says_something_sensible():
 
 
 def test_the_demo_builds_its_trainer_from_flags(tmp_path):
-    """What `make demo` does before it trains, on a tiny model."""
+    """Does what `make demo` does before it trains, on a tiny model."""
     from examples.demo import flags, parse_arguments
     from support.models import save_tiny_model
     from support.tokenizer import build_tokenizer

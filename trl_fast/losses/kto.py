@@ -108,7 +108,7 @@ def kto_metrics(
 ) -> dict[str, Metric]:
     """Computes the metrics of a batch in TRL's order under TRL's names, left on the device.
 
-    scores: of N tokens; kl: z, 0-d float32.
+    scores: values (N,) float32; kl: z, 0-d float32.
 
     reduce: sums a tensor over processes; a margin is a difference of two means over all of them.
     """

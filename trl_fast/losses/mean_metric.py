@@ -15,7 +15,7 @@ class Metric(NamedTuple):
 
     @classmethod
     def over(cls, total: torch.Tensor, count: int) -> Metric:
-        """Returns the mean of a total (0-d float) over `count`.
+        """Returns the mean of a total (a float scalar) over `count`.
 
         The count is filled in on the device, since a copy to it would make the host wait.
         """

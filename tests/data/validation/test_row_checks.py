@@ -46,7 +46,7 @@ def stream(rows):
 
 
 def found(row, tokenizer=None, **options):
-    """What is found in a dataset of this row: codes to details."""
+    """Returns the findings in a dataset of this row: codes to details."""
     report = validate(stream([row]), tokenizer, **options)
     return {finding.kind.code: finding.detail for finding in report.findings if finding.kind.code not in FACTS}
 
