@@ -8,19 +8,13 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from examples.smollm2 import cache_folder, smollm2_folder
+from trl_fast.planning.model_shapes import SHAPES
 
 RANDOM_QWEN = "random-qwen2.5-0.5b"
 # Qwen2.5-0.5B's shape: 494 million weights, of which 136 million are the head's, tied to the embeddings.
 QWEN_05B = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32768,
+    **{name: value for name, value in SHAPES["qwen2.5-0.5b"].items() if name != "model_type"},
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-    "tie_word_embeddings": True,
 }
 
 

@@ -7,28 +7,11 @@ and run faster than real data will.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
+from ..head_size import Size
 from .phase_context import Kit
-
-
-class Size(NamedTuple):
-    """Holds a head's problem: N tokens, H hidden units, V tokens of the vocabulary."""
-
-    rows: int
-    hidden: int
-    vocab: int
-
-    def __str__(self) -> str:
-        return f"{self.rows}/{self.hidden}/{self.vocab}"
-
-    @property
-    def pass_flops(self) -> int:
-        """Returns the operations of one pass over N·V·H."""
-        return 2 * self.rows * self.hidden * self.vocab
-
 
 SIZES = (Size(8192, 4096, 151936), Size(8192, 2048, 151936), Size(16384, 896, 151936), Size(8192, 4096, 131072))
 TINY_SIZES = (Size(48, 32, 640),)

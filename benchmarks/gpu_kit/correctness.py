@@ -26,7 +26,7 @@ from trl_fast.ops.head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 from trl_fast.ops.head.sweep import finish_scores, new_state
 from trl_fast.settings.batch_layouts import PACKED, PADDED, SHARED_PREFIX
 
-from .ceilings import Size
+from ..head_size import Size
 from .float64_cases import HeadProblem, Tensors, head_cases, loss_cases
 from .heads import peaked_problem
 from .phase_context import Kit

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 
+from ..head_size import Size
 from ..linear_logprob import Problem, trl
-from .ceilings import Size, random_matrix, sizes
+from .ceilings import random_matrix, sizes
 from .gpu_timing import Timed
 from .phase_context import Kit
 

@@ -10,7 +10,7 @@ import torch
 
 from trl_fast.modeling.tree_attention import tree_attention
 
-from .ceilings import Size
+from ..head_size import Size
 from .correctness import backends_for
 from .float64_cases import HeadProblem, head_cases, loss_cases
 from .tuning import fused_call, row_kernels, variants

@@ -17,7 +17,8 @@ from trl_fast.ops.head.kept_logits import CHUNK
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.ops.head.sweep import new_state
 
-from .ceilings import Size, random_matrix
+from ..head_size import Size
+from .ceilings import random_matrix
 from .phase_context import Kit
 
 SIZES = (Size(8192, 896, 151936), Size(8192, 2048, 151936), Size(8192, 4096, 151936))

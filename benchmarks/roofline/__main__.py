@@ -34,8 +34,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from ..head_size import Size, parse_size
 from .gpu_rates import GPUS
-from .head import MODES, SIZES, HeadCase, Size, count_head, misses, parse_size
+from .head import MODES, SIZES, HeadCase, count_head, misses
 from .report import head_facts, print_cases, roofline_of, step_facts
 from .steps import METHODS, MODELS, Step, StepCase, count_step, quiet
 

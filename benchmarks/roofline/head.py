@@ -14,26 +14,13 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 from trl_fast.ops import linear_logprob, linear_token_loss
 from trl_fast.ops.head.plan import default_workspace
 
+from ..head_size import REFERENCE, Size
 from .fake_devices import CUDA
 from .fake_gpu import fake_gpu
 from .gpu_rates import Gpu
 from .operator_counter import Counter, Counts
 from .triton_kernels import counted_kernels
 
-
-class Size(NamedTuple):
-    """Holds a problem's size: rows N, hidden size H, vocabulary V."""
-
-    rows: int
-    hidden: int
-    vocab: int
-
-    def __str__(self) -> str:
-        return "/".join(map(str, self))
-
-
-# R, by which the head is held to its bounds.
-REFERENCE = Size(8192, 4096, 151936)
 SIZES = (
     Size(8192, 896, 151936),
     Size(8192, 2048, 151936),
@@ -144,18 +131,6 @@ class HeadCase:
     @property
     def trl_over_ours(self) -> float:
         return self.trl_milliseconds / self.our_milliseconds
-
-
-def parse_size(text: str) -> Size:
-    """Returns a size from "N/H/V".
-
-    Raises:
-        ValueError: it is none.
-    """
-    parts = text.split("/")
-    if len(parts) != len(Size._fields) or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"sizes: {text!r} is no size; expected rows/hidden/vocabulary such as {REFERENCE}")
-    return Size(*map(int, parts))
 
 
 def count_head(size: Size, mode: str, gpu: Gpu, workspace_bytes: int | None = None) -> HeadCase:

@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
+from benchmarks.head_size import Size, parse_size
 from benchmarks.roofline import __main__ as command
 from benchmarks.roofline.fake_devices import CPU, CUDA, is_on_gpu
 from benchmarks.roofline.fake_gpu import fake_gpu
 from benchmarks.roofline.gpu_rates import GPUS
-from benchmarks.roofline.head import BOUNDS, MODES, REFERENCE, SIZES, Size, count_head, misses, parse_size
+from benchmarks.roofline.head import BOUNDS, MODES, REFERENCE, SIZES, count_head, misses
 from benchmarks.roofline.operator_counter import Counter
 from trl_fast.ops.backends import load_extension
 
