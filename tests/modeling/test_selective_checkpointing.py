@@ -26,6 +26,7 @@ from trl_fast.modeling.selective_checkpointing import (
     set_selective_checkpointing,
 )
 from trl_fast.modeling.tiled_mlp import tile_mlps
+from trl_fast.ops import HeadOptions
 
 ALL = 1 << 40
 NON_REENTRANT = {"use_reentrant": False}
@@ -68,7 +69,7 @@ def run(model, layout="shared_prefix", autocast=False):
     """The log-probs, all gradients, and the operations of forward and backward."""
     trees = random_trees([(18, (3, 5)), (21, (6, 9))])
     with Operations() as forward, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logprobs = score(model, pack_trees(trees, layout, 2), backend="torch").tokens.logprobs
+        logprobs = score(model, pack_trees(trees, layout, 2), head=HeadOptions("torch")).tokens.logprobs
     with Operations() as backward:
         logprobs.square().mean().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

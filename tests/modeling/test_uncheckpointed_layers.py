@@ -35,6 +35,7 @@ from trl_fast.modeling.uncheckpointed_layers import (
     split_layers,
     working_weights,
 )
+from trl_fast.ops import HeadOptions
 
 GIB = 1 << 30
 DEPTH = 4
@@ -182,7 +183,7 @@ def build(family="llama", *, keywords=None, limit=None, lora=False, tiled=False,
 
 def forward(model, lengths=SMALL, layout="shared_prefix", autocast=False):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        scored = score(model, pack_trees(random_trees(lengths), layout, 2), backend="torch")
+        scored = score(model, pack_trees(random_trees(lengths), layout, 2), head=HeadOptions("torch"))
     return scored.tokens.logprobs
 
 

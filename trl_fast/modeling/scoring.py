@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.packing import TokenBatch
-from trl_fast.ops import TokenScores, linear_logprob, linear_token_loss, selective_log_softmax_and_entropy
-from trl_fast.ops.linear_token_loss import TokenLoss
+from trl_fast.ops import HeadOptions, TokenScores, selective_log_softmax_and_entropy
+from trl_fast.ops.head.logit_transform import LogitTransform
+from trl_fast.ops.linear_logprob import token_logprobs
+from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
 
 from .lm_head import head_parameters, head_transform
 from .loading import backbone
@@ -27,6 +29,8 @@ from .upcast_linear_layers import upcast_linear_layers
 logger = logging.getLogger(__name__)
 
 SCORING = "scoring forward"
+
+DEFAULT_HEAD = HeadOptions()
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,7 @@ class ScoringRequest:
     targets: torch.Tensor
     outputs: tuple[str, ...]
     temperature: float = 1.0
-    backend: str | None = None
-    workspace_bytes: int | None = None
-    head_grad: str = "exact"
+    head: HeadOptions = DEFAULT_HEAD
     token_loss: TokenLoss | None = None
     group_sizes: tuple[int, ...] | None = None
 
@@ -122,20 +124,13 @@ def _run_head(
             return _run_head(model, hidden.float(), scoring)
     weight, bias = head_parameters(model)
     softcap, logit_scale = head_transform(model.config)
-    given = (hidden.to(weight.device), weight, scoring.targets.to(weight.device))
-    options = {
-        "bias": bias,
-        "temperature": scoring.temperature,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "outputs": scoring.outputs,
-        "workspace_bytes": scoring.workspace_bytes,
-        "backend": scoring.backend,
-    }
-    if scoring.token_loss is not None and scoring.head_grad == "exact":
-        loss, tokens = linear_token_loss(*given, scoring.token_loss, **options, group_sizes=scoring.group_sizes)
-        return tokens, loss
-    return _with_loss(linear_logprob(*given, **options, head_grad=scoring.head_grad), scoring)
+    transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)
+    tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
+    given = (*tensors, transform, scoring.outputs, scoring.head)
+    if scoring.token_loss is None:
+        return token_logprobs(*given), None
+    loss, tokens = token_loss_of_head(*given, scoring.token_loss, scoring.group_sizes)
+    return tokens, loss
 
 
 def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScores, torch.Tensor | None]:
@@ -179,7 +174,7 @@ def _score_logits(
         output = forward(model, *args, **{**kwargs, **counts, "use_cache": False, "labels": None})
     logits = output.logits.reshape(-1, output.logits.shape[-1])[scoring.score_positions]
     logprobs, entropy = selective_log_softmax_and_entropy(
-        logits, scoring.targets, temperature=scoring.temperature, backend=scoring.backend
+        logits, scoring.targets, temperature=scoring.temperature, backend=scoring.head.backend
     )
     with torch.no_grad():
         tempered = logits.float() / scoring.temperature
@@ -220,19 +215,17 @@ def score(
     *,
     outputs: tuple[str, ...] = ("logprobs",),
     temperature: float = 1.0,
-    backend: str | None = None,
-    workspace_bytes: int | None = None,
-    head_grad: str = "exact",
+    head: HeadOptions = DEFAULT_HEAD,
     token_loss: TokenLoss | None = None,
     group_sizes: tuple[int, ...] | None = None,
     **model_kwargs: object,
 ) -> ModelScores:
     """Scores the tokens of a batch. `model` had `attach_scoring`, and may be wrapped since (PEFT, DDP, autocast).
 
-    The arguments are those of `ops.linear_logprob` and `ops.linear_token_loss`; `model_kwargs` go to the model's
-    forward.
+    outputs, temperature, token_loss and group_sizes are those of `ops.linear_logprob` and `ops.linear_token_loss`;
+    head: the user's settings of the head; `model_kwargs` go to the model's forward.
     """
-    options = (outputs, temperature, backend, workspace_bytes, head_grad, token_loss, group_sizes)
+    options = (outputs, temperature, head, token_loss, group_sizes)
     request = ScoringRequest(batch.score_positions, batch.targets, *options)
     return model(**model_inputs(batch), scoring=request, **model_kwargs)
 

@@ -92,17 +92,17 @@ def _under_autocast(setup: TrainingSetup, model: torch.nn.Module) -> Callable[..
 @torch.no_grad()
 def _token_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: Any) -> torch.Tensor:
     """Returns the log-probs (N,) float32 of a batch's scored tokens, from a pass without gradient."""
-    return score(_under_autocast(setup, model), batch, **setup.head_keywords).tokens.logprobs
+    return score(_under_autocast(setup, model), batch, head=setup.head_options).tokens.logprobs
 
 
 def _reference_logprobs(setup: TrainingSetup, models: PlannedModels, batch: Any) -> torch.Tensor:
     """Returns the same under the reference policy, which with an adapter is the policy without it."""
     model, policy = (models.policy, models.policy) if models.reference is None else (models.reference, None)
-    return reference_scores(_under_autocast(setup, model), batch, policy=policy, **setup.head_keywords).logprobs
+    return reference_scores(_under_autocast(setup, model), batch, policy=policy, head=setup.head_options).logprobs
 
 
 def _sft_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: Enter) -> torch.Tensor:
-    return _step(setup)(_under_autocast(setup, models.policy), batch, nll_loss, head=setup.head_keywords).loss
+    return _step(setup)(_under_autocast(setup, models.policy), batch, nll_loss, head=setup.head_options).loss
 
 
 def _reward_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: Enter) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _dpo_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: En
     else:
         reference = preference_table(batch).sequence_logprobs(_reference_logprobs(setup, models, batch))
     policy = _under_autocast(setup, models.policy)
-    return _step(setup)(policy, batch, reference, DPOLossConfig(), head=setup.head_keywords).loss
+    return _step(setup)(policy, batch, reference, DPOLossConfig(), head=setup.head_options).loss
 
 
 def _kto_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _kto_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
         reference,
         KTOLossConfig(),
         together=inputs.together,
-        head=setup.head_keywords,
+        head=setup.head_options,
     ).loss
 
 
@@ -147,7 +147,7 @@ def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter
         enter(REFERENCE_STAGE)
         _reference_logprobs(setup, models, inputs.update.batch)
     policy = _under_autocast(setup, models.policy)
-    found, _ = _step(setup)(policy, inputs.update, policy_loss_config(setup), head=setup.head_keywords)
+    found, _ = _step(setup)(policy, inputs.update, policy_loss_config(setup), head=setup.head_options)
     return found.loss
 
 
@@ -163,7 +163,7 @@ def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
     with torch.no_grad():
         read_head(value, inputs.rollout_states)
     policy = _under_autocast(setup, models.policy)
-    return _step(setup)(policy, value, inputs.update, head=setup.head_keywords).loss
+    return _step(setup)(policy, value, inputs.update, head=setup.head_options).loss
 
 
 def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:

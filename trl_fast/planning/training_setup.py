@@ -163,9 +163,9 @@ class TrainingSetup:
         return self.method == "rloo" or self.gradient_accumulation_steps % generate_every != 0
 
     @property
-    def head_keywords(self) -> dict[str, object]:
-        """Returns the settings of the head, as keywords of `modeling.scoring.score`."""
-        return {"workspace_bytes": self.head_workspace_bytes, "head_grad": self.head_grad}
+    def head_options(self) -> HeadOptions:
+        """Returns the settings of the head."""
+        return HeadOptions(workspace_bytes=self.head_workspace_bytes, head_grad=self.head_grad)
 
     def autocast(self) -> torch.autocast:
         """Returns the context of a forward pass. Fake tensors are on the CPU."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +11,7 @@ from trl_fast.data.preference import REFERENCE_COLUMNS
 from trl_fast.losses.dpo import DPOLossConfig, dpo_loss, dpo_metrics
 from trl_fast.losses.loss_inputs import PreferenceLossInputs
 from trl_fast.modeling.scoring import score
+from trl_fast.ops import HeadOptions
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .base.preference import PreferenceTrainer, padded_rows
@@ -27,7 +25,7 @@ def dpo_step(
     reference: torch.Tensor,
     config: DPOLossConfig,
     *,
-    head: Mapping[str, Any],
+    head: HeadOptions,
     router_coef: float = 0.0,
 ) -> StepResult:
     """Computes the loss of one micro-batch of pairs and its metrics.
@@ -37,7 +35,7 @@ def dpo_step(
         batch: P trees of a prompt with its chosen and its rejected completion.
         reference: (2P,) float32, log π_ref of each completion as `PreferenceLossInputs.sequence_logprobs` sums it.
         config: the loss.
-        head: keywords of `score` about the head.
+        head: the user's settings of the head.
         router_coef: weight of a mixture of experts' load-balancing loss.
     """
     table = preference_table(batch)
@@ -47,7 +45,7 @@ def dpo_step(
         "group_sizes": batch.group_sizes,
     }
     options = by_pairs if config.is_sum_over_pairs and batch.group_sizes else {}
-    scored = score(model, batch, outputs=config.outputs, **head, **options, **router_keywords(router_coef))
+    scored = score(model, batch, outputs=config.outputs, head=head, **options, **router_keywords(router_coef))
     loss = scored.loss if options else dpo_loss(scored.tokens, table, reference, config)
     metrics = dpo_metrics(scored.tokens, table, reference, config)
     loss, router_metrics = with_router_loss(loss, scored, router_coef)
@@ -139,7 +137,7 @@ class DPOTrainer(PreferenceTrainer):
             inputs,
             reference,
             self.loss_config,
-            head=self.head_keywords,
+            head=self.head_options,
             router_coef=self.router_aux_loss_coef,
         )
         self.record(insert_after("entropy", found.metrics, {"num_tokens": self.count_tokens(inputs)}))

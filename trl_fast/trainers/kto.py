@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from trl_fast.data.unpaired_preference import (
 from trl_fast.losses.kto import KTOLossConfig, count_losses, kl_estimate, kto_loss_sum, kto_metrics
 from trl_fast.losses.loss_inputs import KTOLossInputs
 from trl_fast.modeling.scoring import ModelScores, score
-from trl_fast.ops import TokenScores
+from trl_fast.ops import HeadOptions, TokenScores
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .base.metric_buffer import MetricBuffer
@@ -63,7 +63,7 @@ def kto_step(
     config: KTOLossConfig,
     *,
     together: bool,
-    head: Mapping[str, Any],
+    head: HeadOptions,
     router_coef: float = 0.0,
     processes: AcrossProcesses = AcrossProcesses(),
 ) -> StepResult:
@@ -76,7 +76,7 @@ def kto_step(
         reference: (S, 1 or 2) float32, log π_ref of each completion and of its mismatched one.
         config: the loss.
         together: whether own and mismatched completions are scored in one pass; see `scores_together`.
-        head: keywords of `score` about the head.
+        head: the user's settings of the head.
         router_coef: weight of a mixture of experts' load-balancing loss.
         processes: how tensors are reduced over processes.
     """
@@ -116,7 +116,7 @@ def _score_together(
     table: KTOLossInputs,
     kl_reference: torch.Tensor,
     config: KTOLossConfig,
-    head: Mapping[str, Any],
+    head: HeadOptions,
     processes: AcrossProcesses,
 ) -> tuple[ModelScores, torch.Tensor]:
     """Returns the scores of the own completions with the sum of their losses, and the KL estimate, from one pass."""
@@ -131,7 +131,7 @@ def _score_together(
 
     # A single group: the estimate is of all of the batch.
     options = {"token_loss": token_loss, "group_sizes": (len(both.targets),)}
-    scored = score(model, both, outputs=config.outputs, **head, **options)
+    scored = score(model, both, outputs=config.outputs, head=head, **options)
     kl = estimate(scored.tokens.logprobs)
     own_scores = {name: getattr(scored.tokens, name)[own] for name in config.outputs}
     return replace(scored, tokens=TokenScores(**own_scores)), kl
@@ -143,7 +143,7 @@ def _score_apart(
     table: KTOLossInputs,
     reference: torch.Tensor,
     config: KTOLossConfig,
-    head: Mapping[str, Any],
+    head: HeadOptions,
     processes: AcrossProcesses,
     router: dict[str, bool],
 ) -> tuple[ModelScores, torch.Tensor]:
@@ -152,14 +152,14 @@ def _score_apart(
     if config.needs_kl:
         mismatched = batch[MISMATCHED]
         with torch.no_grad():
-            logprobs = score(model, mismatched, **head).tokens.logprobs
+            logprobs = score(model, mismatched, head=head).tokens.logprobs
         kl = processes.bounded_kl(sequence_logprobs(mismatched, logprobs), reference[:, 1])
 
     def token_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
         return kto_loss_sum(scores, table, kl, config, rows)
 
     options = {"token_loss": token_loss, "group_sizes": batch.group_sizes, **router}
-    return score(model, batch, outputs=config.outputs, **head, **options), kl
+    return score(model, batch, outputs=config.outputs, head=head, **options), kl
 
 
 class KTOTrainer(PreferenceTrainer):
@@ -252,7 +252,7 @@ class KTOTrainer(PreferenceTrainer):
             self.compute_ref_log_probs(inputs).view(len(inputs), -1),
             self.loss_config,
             together=self._scores_together(inputs),
-            head=self.head_keywords,
+            head=self.head_options,
             router_coef=self.router_aux_loss_coef,
             processes=self._processes,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,7 @@ from trl_fast.losses.sft import OUTPUTS, TOKEN_LOSSES, token_metrics
 from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs, score
+from trl_fast.ops import HeadOptions
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .base.model_setup import router_coefficient
@@ -44,7 +45,7 @@ def sft_step(
     token_loss: Callable[[torch.Tensor], torch.Tensor],
     count: torch.Tensor | int | None = None,
     *,
-    head: Mapping[str, Any],
+    head: HeadOptions,
     factor: float = 1,
     router_coef: float = 0.0,
     router_divisor: float = 1,
@@ -57,7 +58,7 @@ def sft_step(
         batch: N learned tokens.
         token_loss: from log-probs (N,) float32 to the sum of the tokens' losses (0-d), of `losses.sft.TOKEN_LOSSES`.
         count: what the sum is divided by, a 0-d tensor or a number; None: N.
-        head: keywords of `score` about the head.
+        head: the user's settings of the head.
         factor: what the loss is multiplied by.
         router_coef: weight of a mixture of experts' load-balancing loss.
         router_divisor: what that loss is divided by.
@@ -67,9 +68,9 @@ def sft_step(
     if loss_of_logits is not None:
         loss = loss_of_logits(model, batch, count)
         with torch.no_grad():
-            scored = score(model, batch, outputs=OUTPUTS, **head, **router)
+            scored = score(model, batch, outputs=OUTPUTS, head=head, **router)
     else:
-        options = {"token_loss": lambda scores, _: token_loss(scores.logprobs), **head, **router}
+        options = {"token_loss": lambda scores, _: token_loss(scores.logprobs), "head": head, **router}
         scored = score(model, batch, outputs=OUTPUTS, **options)
         divisor = len(batch.targets) if count is None else count
         if not isinstance(divisor, torch.Tensor):
@@ -290,7 +291,7 @@ class SFTTrainer(BaseTrainer):
             inputs,
             self.token_loss,
             num_items_in_batch,
-            head=self.head_keywords,
+            head=self.head_options,
             # The count is that of all processes, and DDP takes the mean of their gradients.
             factor=self.accelerator.num_processes if averaged else 1,
             router_coef=self.router_aux_loss_coef,

@@ -8,6 +8,7 @@ from trl_fast.losses.policy_gradient import PolicyLossConfig, grpo_loss
 from trl_fast.losses.ppo import ppo_loss_inputs
 from trl_fast.modeling.classifier_head import attach_classifier_head, read_head, state_batch
 from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.ops import HeadOptions
 from trl_fast.rollout.samples import Samples
 from trl_fast.trainers.online.micro_batches import UpdateMaker, slice_indices, trained_indices
 from trl_fast.trainers.online.policy_step import policy_step
@@ -44,7 +45,7 @@ def by_hand(model, samples):
 
 
 # A head that is swept in many blocks must still see a whole completion at once where its tokens have one ratio.
-@pytest.mark.parametrize("head", [{}, {"workspace_bytes": 200}], ids=["one block", "many blocks"])
+@pytest.mark.parametrize("head", [HeadOptions(), HeadOptions(workspace_bytes=200)], ids=["one block", "many blocks"])
 @pytest.mark.parametrize("level", ["token", "product"])
 def test_policy_step_is_the_loss_of_the_models_own_logits(level, head, policy, samples):
     config = PolicyLossConfig("grpo", importance_sampling_level=level, epsilon=0.3)
@@ -76,7 +77,7 @@ def test_ppo_step_adds_the_value_models_loss(policy, samples):
         values=values,
         returns=values + 2,
     )
-    plain, weighted = (ppo_step(policy, value_model, update, head={}, vf_coef=coef) for coef in (0.0, 0.5))
+    plain, weighted = (ppo_step(policy, value_model, update, head=HeadOptions(), vf_coef=coef) for coef in (0.0, 0.5))
     # ½ · the mean of 2².
     torch.testing.assert_close(weighted.loss - plain.loss, torch.tensor(0.5 * 0.5 * 4.0))
     weighted.loss.backward()

@@ -136,6 +136,6 @@ class ReferenceTrainer(BaseTrainer):
         """Scores a batch's N tokens under the reference; `kwargs` are those of `modeling.score`."""
         model = self.model if self.ref_model is None else self.ref_model
         policy = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
-        options = {"policy": policy, "adapter": self.args.ref_adapter_name, **self.head_keywords}
+        options = {"policy": policy, "adapter": self.args.ref_adapter_name, "head": self.head_options}
         with self.compute_loss_context_manager():
             return reference_scores(model, batch, **options, **kwargs)

@@ -17,6 +17,7 @@ from trl_fast.modeling.layouts import TOKEN_SCORES, LayoutRequest, Readout, choo
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
 from trl_fast.modeling.position_limits import check_positions
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
+from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
 
 from .callbacks import EpochAnnouncer, TokenCounter
@@ -207,17 +208,13 @@ class BaseTrainer(Trainer):
 
         kwargs: further keywords of `modeling.score`, and of the model's forward.
         """
-        return score(model, batch, outputs=outputs, **self.head_keywords, **kwargs)
+        return score(model, batch, outputs=outputs, head=self.head_options, **kwargs)
 
     @property
-    def head_keywords(self) -> dict[str, Any]:
-        """Returns the arguments' settings of the head, as keywords of `modeling.score`."""
+    def head_options(self) -> HeadOptions:
+        """Returns the arguments' settings of the head."""
         args = self.args
-        return {
-            "backend": args.head_backend,
-            "workspace_bytes": args.head_workspace_bytes,
-            "head_grad": args.head_grad,
-        }
+        return HeadOptions(args.head_backend, args.head_workspace_bytes, args.head_grad)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes the loss (0-d) of one micro-batch and adds its gradients; a check that fails names the step."""

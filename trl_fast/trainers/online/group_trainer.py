@@ -325,7 +325,7 @@ class GroupTrainer(OnlineTrainer):
             model,
             inputs,
             self.loss_config,
-            head=self.head_keywords,
+            head=self.head_options,
             temperature=self.args.temperature,
             router_coef=self.router_aux_loss_coef,
             loss_divisor=self.loss_divisor,

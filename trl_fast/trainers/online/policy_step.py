@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from trl_fast.losses.policy_gradient import PolicyLossConfig, grpo_loss
 from trl_fast.losses.policy_metrics import PolicyMetrics, grpo_metrics
 from trl_fast.modeling.scoring import score
+from trl_fast.ops import HeadOptions
 
 from ..base.step import StepResult, router_keywords, with_router_loss
 from .micro_batches import Update
@@ -20,7 +20,7 @@ def policy_step(
     update: Update,
     config: PolicyLossConfig,
     *,
-    head: Mapping[str, Any],
+    head: HeadOptions,
     temperature: float = 1.0,
     entropy_coef: float | None = None,
     entropy_mask: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -33,7 +33,7 @@ def policy_step(
         model: the policy, with `modeling.attach_scoring`, on the device of the update.
         update: the micro-batch: scored tokens (N,) of S completions.
         config: the loss.
-        head: keywords of `modeling.score` about the head: backend, workspace_bytes, head_grad.
+        head: the user's settings of the head.
         temperature: divides the logits.
         entropy_coef, entropy_mask: as in `losses.policy_gradient.grpo_loss`.
         router_coef: weight of a mixture of experts' load-balancing loss.
@@ -52,7 +52,7 @@ def policy_step(
             scores, table, config, rows=rows, entropy_coef=entropy_coef, entropy_mask=entropy_mask
         ),
         group_sizes=update.group_sizes(config.scope),
-        **head,
+        head=head,
         **router_keywords(router_coef),
     )
     loss, metrics = with_router_loss(scored.loss, scored, router_coef, loss_divisor)

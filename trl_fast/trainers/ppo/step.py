@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from trl_fast.losses.ppo import ppo_policy_loss, update_metrics, value_loss
 from trl_fast.modeling.classifier_head import read_head
 from trl_fast.modeling.scoring import score
+from trl_fast.ops import HeadOptions
 
 from ..base.step import StepResult, router_keywords, with_router_loss
 from .experience import PPOUpdate
@@ -20,7 +18,7 @@ def ppo_step(
     value_model: torch.nn.Module,
     update: PPOUpdate,
     *,
-    head: Mapping[str, Any],
+    head: HeadOptions,
     cliprange: float = 0.2,
     vf_coef: float = 0.1,
     cliprange_value: float = 0.2,
@@ -33,7 +31,7 @@ def ppo_step(
         model: the policy, with `modeling.attach_scoring`, on the device of the update.
         value_model: a sequence classifier with one label, with `modeling.classifier_head.attach_classifier_head`.
         update: the micro-batch: N scored tokens of the policy, M states of the value model.
-        head: keywords of `modeling.score` about the head: backend, workspace_bytes, head_grad.
+        head: the user's settings of the head.
         cliprange, vf_coef, cliprange_value: as in `PPOConfig`.
         temperature: divides the logits.
         router_coef: weight of a mixture of experts' load-balancing loss.
@@ -45,7 +43,7 @@ def ppo_step(
         outputs=("logprobs", "entropy"),
         temperature=temperature,
         token_loss=lambda scores, rows: ppo_policy_loss(scores, table, cliprange, rows),
-        **head,
+        head=head,
         **router_keywords(router_coef),
     )
     value = value_loss(read_head(value_model, update.state_batch), update.values, update.returns, cliprange_value)

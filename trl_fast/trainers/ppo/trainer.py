@@ -327,7 +327,7 @@ class PPOTrainer(OnlineTrainer):
         settings = {name: getattr(args, name) for name in ("cliprange", "vf_coef", "cliprange_value", "temperature")}
         result = ppo_step(
             *(model, self.critic.model, inputs),
-            head=self.head_keywords,
+            head=self.head_options,
             router_coef=self.router_aux_loss_coef,
             **settings,
         )
