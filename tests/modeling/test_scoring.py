@@ -102,13 +102,13 @@ def test_a_saved_copy_of_the_head_is_followed(trees):
 
 def test_only_scored_rows_reach_the_head_and_no_padding_the_model(trees, monkeypatch):
     seen = {}
-    original = scoring_module.linear_logprob
+    original = scoring_module.token_logprobs
 
     def spy(hidden, *args, **kwargs):
         seen["head rows"] = len(hidden)
         return original(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(scoring_module, "linear_logprob", spy)
+    monkeypatch.setattr(scoring_module, "token_logprobs", spy)
     model = prepared("llama")
     model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: seen.update(positions=inputs[0].numel()))
     score(model, pack_trees(trees, "packed", 2))
