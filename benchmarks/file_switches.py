@@ -141,8 +141,8 @@ def step_switches(method: str = "GRPO") -> dict[str, list[tuple[str, str, str]]]
 
 
 def of_the_loop(moves: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Returns the moves from or to the loop's own files: trainers, rollouts, losses."""
-    folders = ("trainers", "rollout", "losses")
+    """Returns the moves from or to the loop's own files: trainers and rollouts."""
+    folders = ("trainers", "rollout")
     return [move for move in moves if any(path.startswith(folders) for path in move[:2])]
 
 

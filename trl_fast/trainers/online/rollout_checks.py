@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from trl_fast.rollout import Rollout
 
 _SHOWN_CHARACTERS = 80
@@ -35,13 +33,6 @@ def check_rollout(rollout: Rollout, prompts: list, vocab_size: int) -> Rollout:
     _check_by_token("logprobs", rollout.logprobs, rollout.completion_ids, prompts)
     _check_by_token("mask (a rollout_func's env_mask)", rollout.mask, rollout.completion_ids, prompts)
     return rollout
-
-
-def token_vectors(lists: list[list] | None) -> list[torch.Tensor] | None:
-    """Returns a float32 vector (length,) a completion from its tokens' values, NaN for None; None stays None."""
-    if lists is None:
-        return None
-    return [torch.tensor([torch.nan if value is None else float(value) for value in values]) for values in lists]
 
 
 def _check_by_token(name: str, lists: list[list] | None, completion_ids: list[list[int]], prompts: list) -> None:
