@@ -181,7 +181,7 @@ def test_no_memory_is_used_too_early_or_freed_too_early(checkpointing, races):
 
 
 def test_a_backward_pass_that_goes_half_the_way(races):
-    """What was asked for and is not wanted after all is freed when its copy is done, not before."""
+    """Memory that was asked for and is not wanted after all is freed when its copy is done, not before."""
     model = build()
     offload_activations(model)
     batch = pack_trees(random_trees([(18, (3, 5)), (21, (6, 9))]), "shared_prefix", 2)

@@ -38,7 +38,7 @@ def scored_model(family="llama", **changes):
 
 
 def readout(bad=(), fused_error=0.0):
-    """What says of the layouts in `bad` that their numbers are others, and keeps a list of all that it was asked."""
+    """A readout whose numbers differ in the layouts of `bad`, and a list of all that it is asked."""
     asked = []
 
     def verify(model, sequences, *, layout):

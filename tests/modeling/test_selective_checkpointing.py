@@ -121,7 +121,7 @@ def test_the_more_room_the_less_is_computed_again():
 
 
 def held_bytes(model):
-    """What the layers' results take at the end of a forward pass."""
+    """Bytes that the layers' results take at the end of a forward pass."""
     made = []
     contexts = SelectiveCheckpointing._contexts
 

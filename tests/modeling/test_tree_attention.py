@@ -48,10 +48,10 @@ def problem(trees, heads=4, groups=2, dtype=torch.float32, width=16, seed=0):
 
 
 def dense(query, key, value, trees, scale, dtype):
-    wide = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+    upcast = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
     repeats = query.shape[1] // key.shape[1]
-    k, v = (x.repeat_interleave(repeats, dim=1) for x in wide[1:])
-    return F.scaled_dot_product_attention(wide[0], k, v, attn_mask=dense_mask(trees), scale=scale), wide
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in upcast[1:])
+    return F.scaled_dot_product_attention(upcast[0], k, v, attn_mask=dense_mask(trees), scale=scale), upcast
 
 
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
@@ -61,10 +61,10 @@ def dense(query, key, value, trees, scale, dtype):
 def test_output_and_gradients(trees, groups, scale, dtype):
     query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
     got = tree_attention(query, key, value, trees, scale)
-    exact, wide = dense(query, key, value, trees, scale, torch.float64)
+    exact, upcast = dense(query, key, value, trees, scale, torch.float64)
     baseline, narrow = dense(query, key, value, trees, scale, dtype)
     grads = torch.autograd.grad(got, (query, key, value), upstream)
-    exact_grads = torch.autograd.grad(exact, wide, upstream.double())
+    exact_grads = torch.autograd.grad(exact, upcast, upstream.double())
     baseline_grads = torch.autograd.grad(baseline, narrow, upstream)
     floor = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[dtype]
     for a, b, c in zip((got, *grads), (baseline, *baseline_grads), (exact, *exact_grads), strict=True):
@@ -141,10 +141,10 @@ def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
     monkeypatch.setattr(op, "CpuRowAttention", op.CudaRowAttention)
     query, key, value, upstream = problem(trees)
     got = tree_attention(query, key, value, trees)
-    exact, wide = dense(query, key, value, trees, None, torch.float64)
+    exact, upcast = dense(query, key, value, trees, None, torch.float64)
     assert error(got, exact) < 2e-6
     grads = torch.autograd.grad(got, (query, key, value), upstream)
-    for a, b in zip(grads, torch.autograd.grad(exact, wide, upstream.double()), strict=True):
+    for a, b in zip(grads, torch.autograd.grad(exact, upcast, upstream.double()), strict=True):
         assert error(a, b) < 3e-6
     assert len(stand_in.calls) <= 2
 
@@ -154,14 +154,14 @@ def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
 
 def plain_dense(query, key, value, trees, scale, softcap, dtype):
     """As a model's own eager attention computes it, in `dtype`, the softmax in float32 at least."""
-    wide = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+    upcast = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
     repeats = query.shape[1] // key.shape[1]
-    k, v = (x.repeat_interleave(repeats, dim=1) for x in wide[1:])
-    scores = wide[0] @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in upcast[1:])
+    scores = upcast[0] @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~dense_mask(trees), float("-inf")).to(torch.promote_types(dtype, torch.float32))
-    return scores.softmax(-1).to(dtype) @ v, wide
+    return scores.softmax(-1).to(dtype) @ v, upcast
 
 
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
@@ -174,10 +174,10 @@ def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
     query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
     value, upstream = value[..., :8].detach().requires_grad_(), upstream[..., :8]
     got = tree_attention(query, key, value, trees, scale, softcap)
-    exact, wide = plain_dense(query, key, value, trees, scale, softcap, torch.float64)
+    exact, upcast = plain_dense(query, key, value, trees, scale, softcap, torch.float64)
     baseline, narrow = plain_dense(query, key, value, trees, scale, softcap, dtype)
     grads = torch.autograd.grad(got, (query, key, value), upstream)
-    exact_grads = torch.autograd.grad(exact, wide, upstream.double())
+    exact_grads = torch.autograd.grad(exact, upcast, upstream.double())
     baseline_grads = torch.autograd.grad(baseline, narrow, upstream)
     # One token each: the gradients of the scores are differences of numbers that bfloat16 has rounded to be alike.
     floor = {torch.float32: 2e-6, torch.bfloat16: 3e-2 if trees == ((1, 1),) else 1e-2}[dtype]

@@ -117,7 +117,7 @@ def test_upcasting_twice_and_copying():
 
 
 def begin_pass(model):
-    """What is done before a pass of the layers."""
+    """Runs the hooks that precede a pass of the layers."""
     layers = base_model(model).model
     for hook in layers._forward_pre_hooks.values():
         hook(layers, ())

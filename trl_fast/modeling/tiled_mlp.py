@@ -160,8 +160,8 @@ class _InTiles(torch.autograd.Function):
 
 
 def _tiles(module: Tiled, hidden: torch.Tensor) -> Iterator[slice]:
-    starts = range(0, hidden.shape[1], module.tile_tokens)
-    return some_tiles((slice(start, start + module.tile_tokens) for start in starts), hidden.device)
+    first_tokens = range(0, hidden.shape[1], module.tile_tokens)
+    return some_tiles((slice(start, start + module.tile_tokens) for start in first_tokens), hidden.device)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
