@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from trl_fast.modeling.reference_policy import with_reference_columns
+from trl_fast.modeling.reference_cache import with_reference_columns
 
 ROWS = {"text": list("abcde")}
 VALUES = {"ref": [0.5, 1.5, 2.5, 3.5, 4.5]}

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from support.models import tiny_model
-from trl_fast.modeling.reference_policy import copy_adapter_as_reference, reference_hash
+from trl_fast.modeling.reference_cache import reference_hash
+from trl_fast.modeling.reference_policy import copy_adapter_as_reference
 
 
 def adapted(seed=0, **changes):

@@ -1,20 +1,15 @@
-"""Makes the reference policy: another model, the same one without its adapter, or numbers computed beforehand."""
+"""Makes the reference policy: another model, or the same one without its adapter."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from datasets import Dataset, concatenate_datasets
-from datasets.fingerprint import Hasher
-from peft import PeftConfig, PeftModel
-from transformers import PretrainedConfig, PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .checkpointing import disable_checkpointing, is_checkpointing
@@ -90,7 +85,7 @@ def copy_adapter_as_reference(model: PeftModel) -> None:
                 twin.requires_grad_(False)
 
 
-def _reference_adapter(model: PeftModel, adapter: str | None) -> str | None:
+def reference_adapter(model: PeftModel, adapter: str | None) -> str | None:
     """Returns the adapter that is the reference; None: the model without any."""
     return adapter or (REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None)
 
@@ -98,7 +93,7 @@ def _reference_adapter(model: PeftModel, adapter: str | None) -> str | None:
 @contextmanager
 def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[None]:
     """Turns the model into its reference within the context: the named adapter, else "ref", else no adapter."""
-    name = _reference_adapter(model, adapter)
+    name = reference_adapter(model, adapter)
     if name is None:
         with model.disable_adapter():
             yield
@@ -120,59 +115,3 @@ def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[
 def reference_scope(model: torch.nn.Module, adapter: str | None = None):
     """Returns the context `adapter_reference` for a PeftModel, and one without effect for others."""
     return adapter_reference(model, adapter) if isinstance(model, PeftModel) else nullcontext()
-
-
-def reference_hash(model: PreTrainedModel | PeftModel, adapter: str | None = None) -> str:
-    """Hashes all that makes a reference policy (SHA-256): its configuration, and names, dtypes and values of its
-    weights and buffers. The hash is the key under which its scores are cached.
-
-    Of a PeftModel's adapters only the one that is the reference counts, as in `adapter_reference`.
-    """
-    configs, others = [_plain_config(model.config)], set()
-    if isinstance(model, PeftModel):
-        chosen = _reference_adapter(model, adapter)
-        others = set(model.peft_config) - {chosen}
-        configs += [_plain_config(model.peft_config[chosen])] if chosen is not None else []
-    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=_plain_value).encode())
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in sorted(name for name in named if not others & set(name.split("."))):
-        tensor = named[name].detach()
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _plain_config(config: PretrainedConfig | PeftConfig) -> dict[str, object]:
-    """Returns a configuration but for where it came from."""
-    origins = ("_name_or_path", "base_model_name_or_path", "transformers_version", "revision")
-    return {name: value for name, value in config.to_dict().items() if name not in origins}
-
-
-def _plain_value(value: object) -> object:
-    """Returns text, or a sorted list, for a value that JSON has no notation for; sets have no order of their own."""
-    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def with_reference_columns(
-    dataset: Dataset,
-    key: tuple,
-    compute: Callable[[], dict[str, list[float]]],
-    everywhere: Callable[[bool], bool],
-    writes: bool,
-) -> Dataset:
-    """Returns `dataset` with the columns of `compute`, computed once and cached beside the files of the dataset.
-
-    A dataset without files has nothing beside which a later run would find them, so it is not cached.
-
-    key: all that the numbers depend on besides the dataset. compute: gives whole columns in every process, each of
-    which it asks for its share. everywhere: whether something is so in all processes, which may have folders of their
-    own. writes: whether this process is the one of its machine that writes the cache.
-    """
-    cache_file = dataset._get_cache_file_path(Hasher.hash((dataset._fingerprint, key)))
-    if everywhere(os.path.exists(cache_file)):
-        columns = Dataset.from_file(cache_file)
-    else:
-        columns = Dataset.from_dict(compute())
-        if writes and dataset.cache_files:
-            columns.map(lambda row: row, cache_file_name=cache_file, desc="Caching reference log-probs")
-    return concatenate_datasets([dataset, columns], axis=1)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_fast.data import AnyDataset, TokenBatch
-from trl_fast.modeling.reference_policy import reference_hash, with_reference_columns
+from trl_fast.modeling.reference_cache import reference_hash, with_reference_columns
 
 from .preference_config import PreferenceConfig
 from .reference import ReferenceTrainer
