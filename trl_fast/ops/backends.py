@@ -68,7 +68,7 @@ def load_extension() -> Support:
 
 
 def _register_fakes() -> None:
-    """Shapes of the C++ ops for FakeTensor and torch.compile; called once, after the extension is loaded."""
+    """Registers the shapes of the C++ ops for FakeTensor and torch.compile, once the extension is loaded."""
 
     @torch.library.register_fake("trl_fast::row_scores")
     def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state):

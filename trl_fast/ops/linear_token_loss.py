@@ -61,7 +61,7 @@ def _block_loss(
         scores = replace(scores, entropy=leaves[1])
     with torch.enable_grad():
         loss = _summed(token_loss(scores, rows))
-    grads = [None] * 2
+    grads: list[torch.Tensor | None] = [None, None]
     if loss.requires_grad:
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         grads[: len(found)] = found

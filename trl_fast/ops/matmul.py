@@ -19,7 +19,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Returns the dtype in which products with `tensor` are computed on its device."""
+    """Returns the dtype in which products with `tensor`, of any shape, are computed on its device."""
     return product_dtype(tensor.dtype, tensor.device)
 
 
@@ -33,7 +33,7 @@ def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch
 
 
 def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Computes total += left @ right; total may be wider than the factors."""
+    """Computes total += left @ right, (R, C) += (R, H) @ (H, C); total may be wider than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif device_facts(total.device).is_cuda:

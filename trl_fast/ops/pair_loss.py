@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import choose_backend
 from .device import device_facts
+from .named_gradients import gradients_of
 from .pair_formulas import PAIR_FORMULAS, PairValues, check_pair_parameters
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
@@ -110,7 +111,7 @@ def _backward(ctx, grad_losses, grad_sequence_logprobs, _grad_gradients):
         grad = _pair_loss_backward(
             gradients, cu_seqlens, ctx.num_tokens, grad_losses, grad_sequence_logprobs, ctx.backend
         )
-    return grad, *[None] * 8
+    return gradients_of("trl_fast::pair_loss", logprobs=grad)
 
 
 _pair_loss.register_autograd(_backward, setup_context=_setup_context)

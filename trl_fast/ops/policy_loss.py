@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import choose_backend
 from .device import device_facts
+from .named_gradients import gradients_of
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
 # Log-ratios are capped here, so that ρ, and ρ times the KL estimate, stay finite in float32. What is capped, a ratio
@@ -118,7 +119,7 @@ def _setup_context(ctx, inputs, output) -> None:
 @once_differentiable
 def _backward(ctx, grad_loss, _grad_kl, _grad_clipped, _grad_gradients):
     (gradients,) = ctx.saved_tensors
-    return grad_loss * gradients, *[None] * 14
+    return gradients_of("trl_fast::policy_loss", logprobs=grad_loss * gradients)
 
 
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -24,15 +24,15 @@ def _selective_scores(
     """
     state = new_state(logits.shape[0], logits.device)
     row_kernels(backend, logits.device).scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs, 0, state)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    statistics = finish_scores(state, outputs, logits.shape[1], wide)
+    sum_dtype = torch.promote_types(logits.dtype, torch.float32)
+    statistics = finish_scores(state, outputs, logits.shape[1], sum_dtype)
     return tuple(statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LSE_LOW_ROW))
 
 
 @_selective_scores.register_fake
 def _(logits, index, inv_temperature, outputs, backend):
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(logits.new_empty(logits.shape[0], dtype=wide) for _ in range(4))
+    sum_dtype = torch.promote_types(logits.dtype, torch.float32)
+    return tuple(logits.new_empty(logits.shape[0], dtype=sum_dtype) for _ in range(4))
 
 
 @torch.library.custom_op("trl_fast::selective_scores_backward", mutates_args=())
@@ -110,5 +110,8 @@ def selective_log_softmax(
 def selective_log_softmax_and_entropy(
     logits: torch.Tensor, index: torch.Tensor, *, temperature: float = 1.0, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes what selective_log_softmax does, and each row's entropy (...) in nats; both differentiable."""
+    """Computes what selective_log_softmax does, and each row's entropy (...) in nats; both differentiable.
+
+    logits: (..., V) float32|bfloat16|float16; index: (...) integer.
+    """
     return _selective(logits, index, temperature, ENTROPY, backend)

@@ -181,5 +181,5 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def values_are_checked(vector: torch.Tensor) -> bool:
-    """Tells whether to look into `vector`: on a GPU only when TRL_FAST_CHECK=1, since it makes the host wait."""
+    """Tells whether to look into `vector` (N,): on a GPU only when TRL_FAST_CHECK=1, since it makes the host wait."""
     return vector.device.type == "cpu" or checks_requested()

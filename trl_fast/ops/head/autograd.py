@@ -226,7 +226,7 @@ def linear_scores_backward(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden (N, H), weight (V, H) and bias (V,), given row coefficients (4, N); empty where not needed.
+    """Computes the gradients of hidden (N, H), weight (V, H), bias (V,) that are needed, from row coefficients (4, N).
 
     logits, tops: of KeptLogits of the first rows, which the forward pass kept; they are left as they are.
     """
@@ -373,7 +373,7 @@ def linear_scores_sparse_backward(
     need_bias: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden (N, H), weight (V, H), bias (V,), given row coefficients (4, N); empty where not needed."""
+    """Computes the needed gradients of hidden (N, H), weight (V, H), bias (V,) from row coefficients (4, N)."""
     transform = LogitTransform(scale, softcap, inv_temperature)
     product = (device_facts(hidden.device).sparse_kernels or SPARSE_KERNELS[backend]).product
     given = (hidden, weight, targets, bias, statistics, coefficients, counts, columns, logprobs)

@@ -1,9 +1,10 @@
-"""The two row kernels: the PyTorch reference, which is their specification, and the table of implementations.
+"""Specifies the two row kernels by their PyTorch reference, and holds the table of their implementations.
 
 Both work on a tile: some rows, and columns [column_offset, column_offset + C) of the vocabulary. `row_scores` adds a
 tile to each row's running state, relative to the largest logit so far (online softmax, Milakov and Gimelshein, arXiv
-1805.02867), so that the rest of the row need not exist; `finish_scores` turns the state into statistics. `row_grad`
-turns a tile into its gradient, given four coefficients a row, which is enough for every loss that this project has:
+1805.02867), so that the rest of the row need not exist; `finish_scores` of sweep.py turns the state into statistics.
+`row_grad` turns a tile into its gradient, given four coefficients a row, which is enough for every loss that this
+project has:
 
     p = exp(u - lse);   du = p * (a + b * (u - lse)) + e + d * onehot(target)
 
@@ -14,8 +15,8 @@ turns a tile into its gradient, given four coefficients a row, which is enough f
 | log-sum-exp, upstream g | g | 0 | 0 | 0 |
 | mean logit, upstream g | 0 | 0 | 0 | g / V |
 
-A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it. `with_low_part` puts what the
-rounding lost back, by way of a and b.
+A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it. `with_low_part` of
+row_statistics.py puts what the rounding lost back, by way of a and b.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from .row_statistics import (
 
 
 class RowKernels(NamedTuple):
-    """One implementation of both row kernels; the signatures are those of the references below."""
+    """Holds one implementation of both row kernels; the signatures are those of the references below."""
 
     scores: Callable[..., None]
     grad: Callable[..., None]
@@ -58,7 +59,7 @@ class RowKernels(NamedTuple):
 
 
 def _local_targets(targets: torch.Tensor, column_offset: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of the targets in a tile, clamped into it (R,), and whether they lie in it (R,) bool."""
+    """Returns the columns of the targets in a tile, clamped into it (R,), and whether they lie in it (R,) bool."""
     local = targets - column_offset
     return local.clamp(0, max(columns - 1, 0)), (local >= 0) & (local < columns)
 
@@ -126,7 +127,7 @@ def row_grad_reference(
     column_offset: int,
     out: torch.Tensor,
 ) -> None:
-    """Gradient with respect to the raw logits of columns [column_offset, column_offset + C), written to `out`.
+    """Computes the gradient of the raw logits of columns [column_offset, column_offset + C), written to `out`.
 
     Args:
         logits: (R, C) float32|bfloat16|float16, rows may be strided.
@@ -214,7 +215,7 @@ def row_grad_packed_reference(
     tops: torch.Tensor,
     chunk: int = CHUNK,
 ) -> None:
-    """Gradient with respect to the raw logits of a tile (R, C) that was packed, written to `out`.
+    """Computes the gradient of the raw logits of a tile (R, C) that was packed, written to `out`.
 
     Args:
         words: (K, >= C) int16, tops: (K, >= num_chunks(C, chunk)) float32, as row_scores_packed filled them; chunk:

@@ -50,7 +50,7 @@ def row_samples_reference(
     Args:
         logits: (T, R, W) raw logits, tile by tile; what lies beyond vocab_size is not read.
         bias: (V,) or None; scale, softcap, inv_temperature: see LogitTransform.
-        lse: (R,) float32; offsets: (R,) float64 in [0, 1), the random starts; threshold: τ.
+        lse: (R,) float32; offsets: (R,) float64 in [0, 1), the random offsets; threshold: τ.
 
     Returns:
         counts (R,) int64 of each row's entries, and, row after row, their columns (E,) int64 and log-probabilities
@@ -78,30 +78,31 @@ def row_samples_reference(
 
 
 def sparse_product_reference(
-    starts: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
+    row_offsets: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Computes the rows Σ_e values[e] · dense[indices[e]] over the entries e in [starts[m], starts[m + 1]) of row m.
+    """Computes the rows Σ_e values[e] · dense[indices[e]] over the entries e of each row m.
 
-    starts: (M + 1,) int64; indices: (E,) int64 in [0, K); values: (E,) float32; dense: (K, H) any float dtype.
+    row_offsets: (M + 1,) int64, row m has the entries [row_offsets[m], row_offsets[m + 1]); indices: (E,) int64
+    in [0, K); values: (E,) float32; dense: (K, H) any float dtype.
     Returns (M, H) in `dtype`; sums run in float32 at least, in a fixed order.
     """
-    num_rows, width = len(starts) - 1, dense.shape[1]
+    num_rows, width = len(row_offsets) - 1, dense.shape[1]
     out = torch.zeros(num_rows, width, dtype=dtype, device=dense.device)
     budget = max(1, CHUNK_BYTES // (8 * max(width, 1)))
-    for rows in _row_groups(starts, budget):
-        first, last = int(starts[rows.start]), int(starts[rows.stop])
+    for rows in _row_groups(row_offsets, budget):
+        first, last = int(row_offsets[rows.start]), int(row_offsets[rows.stop])
         products = dense[indices[first:last]].to(values.dtype) * values[first:last, None]
-        lengths = starts[rows.start + 1 : rows.stop + 1] - starts[rows.start : rows.stop]
+        lengths = row_offsets[rows.start + 1 : rows.stop + 1] - row_offsets[rows.start : rows.stop]
         if last > first:
             out[rows] = torch.segment_reduce(products, "sum", lengths=lengths, unsafe=True, initial=0.0).to(dtype)
     return out
 
 
-def _row_groups(starts: torch.Tensor, budget: int) -> Iterator[slice]:
+def _row_groups(row_offsets: torch.Tensor, budget: int) -> Iterator[slice]:
     """Yields consecutive rows with at most `budget` entries together, or a single one with more."""
-    row, num_rows = 0, len(starts) - 1
+    row, num_rows = 0, len(row_offsets) - 1
     while row < num_rows:
-        end = int(torch.searchsorted(starts, starts[row] + budget, right=True)) - 1
+        end = int(torch.searchsorted(row_offsets, row_offsets[row] + budget, right=True)) - 1
         end = min(max(end, row + 1), num_rows)
         yield slice(row, end)
         row = end
@@ -112,10 +113,10 @@ def _cpp_samples(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def _cpp_product(
-    starts: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
+    row_offsets: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     dense = dense if dense.stride(1) == 1 else dense.contiguous()
-    return torch.ops.trl_fast.sparse_product(starts, indices, values, dense, dtype)
+    return torch.ops.trl_fast.sparse_product(row_offsets, indices, values, dense, dtype)
 
 
 # On a GPU both are PyTorch: next to the head's one product they cost little.
@@ -163,21 +164,21 @@ def sparse_gradients(
     rows, columns, values = rows[active], columns[active], values[active]
     grad_hidden = grad_weight = grad_bias = None
     if need_hidden:
-        starts, order = _grouped(rows, num_rows)
-        grad_hidden = product(starts, columns[order], values[order], weight, hidden.dtype)
+        row_offsets, order = _grouped(rows, num_rows)
+        grad_hidden = product(row_offsets, columns[order], values[order], weight, hidden.dtype)
     if need_weight or need_bias:
-        starts, order = _grouped(columns, vocab_size)
+        row_offsets, order = _grouped(columns, vocab_size)
     if need_weight:
-        grad_weight = product(starts, rows[order], values[order], hidden, weight.dtype)
+        grad_weight = product(row_offsets, rows[order], values[order], hidden, weight.dtype)
     if need_bias:
         ones = values.new_ones(1, 1)
         zeros = torch.zeros_like(order)
-        grad_bias = product(starts, zeros, values[order], ones, values.dtype).squeeze(1).to(bias.dtype)
+        grad_bias = product(row_offsets, zeros, values[order], ones, values.dtype).squeeze(1).to(bias.dtype)
     return grad_hidden, grad_weight, grad_bias
 
 
 def _grouped(keys: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns where each group starts (G + 1,) once the entries are in `order` (E,), and that order."""
-    starts = keys.new_zeros(num_groups + 1)
-    torch.cumsum(torch.bincount(keys, minlength=num_groups), dim=0, out=starts[1:])
-    return starts, torch.argsort(keys, stable=True)
+    """Returns where each group begins (G + 1,) once the entries are in `order` (E,), and that order."""
+    row_offsets = keys.new_zeros(num_groups + 1)
+    torch.cumsum(torch.bincount(keys, minlength=num_groups), dim=0, out=row_offsets[1:])
+    return row_offsets, torch.argsort(keys, stable=True)
