@@ -65,8 +65,8 @@ def preference_accuracy(trainer: DPOTrainer) -> float:
     right, pairs = 0, 0
     for batch in trainer.get_eval_dataloader():
         tokens = score(trainer.model, batch).tokens
-        table = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
-        logprobs = table.sequence_logprobs(tokens.logprobs).view(-1, 2)
+        loss_inputs = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
+        logprobs = loss_inputs.sequence_logprobs(tokens.logprobs).view(-1, 2)
         right += int((logprobs[:, 0] > logprobs[:, 1]).sum())
         pairs += len(logprobs)
     return right / pairs

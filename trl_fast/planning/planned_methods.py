@@ -24,7 +24,7 @@ from trl_fast.losses.sft import nll_loss
 from trl_fast.modeling.classifier_head import read_head
 from trl_fast.modeling.scoring import score
 from trl_fast.trainers.base.reference import reference_scores
-from trl_fast.trainers.dpo import preference_table
+from trl_fast.trainers.dpo import preference_loss_inputs
 from trl_fast.trainers.kto import sequence_logprobs
 from trl_fast.trainers.methods import METHODS
 
@@ -115,7 +115,7 @@ def _dpo_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: En
     if setup.precompute_ref_log_probs:
         reference = torch.zeros(len(batch))
     else:
-        reference = preference_table(batch).sequence_logprobs(_reference_logprobs(setup, models, batch))
+        reference = preference_loss_inputs(batch).sequence_logprobs(_reference_logprobs(setup, models, batch))
     policy = _under_autocast(setup, models.policy)
     return _step(setup)(policy, batch, reference, DPOLossConfig(), head=setup.head_options).loss
 

@@ -38,16 +38,16 @@ def dpo_step(
         head: the user's settings of the head.
         router_coef: weight of a mixture of experts' load-balancing loss.
     """
-    table = preference_table(batch)
+    loss_inputs = preference_loss_inputs(batch)
     # Where the loss is a sum over pairs, each pair's gradient is taken while its logits are there.
     by_pairs = {
-        "token_loss": lambda scores, rows: dpo_loss(scores, table, reference, config, rows),
+        "token_loss": lambda scores, rows: dpo_loss(scores, loss_inputs, reference, config, rows),
         "group_sizes": batch.group_sizes,
     }
     options = by_pairs if config.is_sum_over_pairs and batch.group_sizes else {}
     scored = score(model, batch, outputs=config.outputs, head=head, **options, **router_keywords(router_coef))
-    loss = scored.loss if options else dpo_loss(scored.tokens, table, reference, config)
-    metrics = dpo_metrics(scored.tokens, table, reference, config)
+    loss = scored.loss if options else dpo_loss(scored.tokens, loss_inputs, reference, config)
+    metrics = dpo_metrics(scored.tokens, loss_inputs, reference, config)
     loss, router_metrics = with_router_loss(loss, scored, router_coef)
     return StepResult(loss, {**router_metrics, "entropy": metrics.pop("entropy"), **metrics})
 
@@ -110,7 +110,7 @@ class DPOTrainer(PreferenceTrainer):
 
     def sequence_logprobs(self, batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
         """Sums log-probs of the scored tokens (N,) to those of the sequences (2P,), as `ld_alpha` weighs them."""
-        return preference_table(batch).sequence_logprobs(token_logprobs, self.loss_config.ld_alpha)
+        return preference_loss_inputs(batch).sequence_logprobs(token_logprobs, self.loss_config.ld_alpha)
 
     def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
         """Computes what the base does; zeros without a reference."""
@@ -152,6 +152,6 @@ class DPOTrainer(PreferenceTrainer):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids
 
 
-def preference_table(batch: TokenBatch) -> PreferenceLossInputs:
+def preference_loss_inputs(batch: TokenBatch) -> PreferenceLossInputs:
     """Returns where a batch's completions are among its scored tokens."""
     return PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)

@@ -122,15 +122,15 @@ class GRPOTrainer(GroupTrainer):
         if self.entropy is not None:
             options["entropy_coef"] = self.entropy.applied / self.accumulation_steps
         if self.loss_config.top_entropy_quantile < 1:
-            options["entropy_mask"] = partial(self._high_entropy, table=inputs.table)
+            options["entropy_mask"] = partial(self._high_entropy, loss_inputs=inputs.loss_inputs)
         return options
 
-    def _high_entropy(self, entropies: torch.Tensor, table: PolicyLossInputs) -> torch.Tensor:
+    def _high_entropy(self, entropies: torch.Tensor, loss_inputs: PolicyLossInputs) -> torch.Tensor:
         """Returns 1 for the tokens (N,) whose entropy is among the highest of all that count in all processes, else 0.
 
         Beyond the 80/20 rule, arXiv 2506.01939. Where no token counts, none is chosen.
         """
-        counted = entropies if table.mask is None else entropies[table.mask > 0]
+        counted = entropies if loss_inputs.mask is None else entropies[loss_inputs.mask > 0]
         every = self.accelerator.gather(self.accelerator.pad_across_processes(counted, pad_index=-1.0))
         every = every[every >= 0].float()
         if not len(every):
@@ -143,15 +143,17 @@ class GRPOTrainer(GroupTrainer):
         """Records the loss without the bonus, and the bonus's weight, which moves after the last micro-batch."""
         if self.entropy is None:
             return
-        table, config = inputs.table, self.loss_config
+        loss_inputs, config = inputs.loss_inputs, self.loss_config
         chosen = self.loss_options(inputs).get("entropy_mask")
-        loss = grpo_loss(scores, table, config, entropy_mask=chosen)
+        loss = grpo_loss(scores, loss_inputs, config, entropy_mask=chosen)
         policy = loss if LOSSES[config.loss_type].over_whole_step else loss * self.accumulation_steps
         self.record({"policy_loss": (policy, torch.ones_like(policy))})
         if not self.model.training:
             return
         if self.args.use_adaptive_entropy:
-            acted_on = table.masked(torch.ones_like(scores.entropy) if chosen is None else chosen(scores.entropy))
+            acted_on = loss_inputs.masked(
+                torch.ones_like(scores.entropy) if chosen is None else chosen(scores.entropy)
+            )
             self.entropy.add((scores.entropy * acted_on).sum(), acted_on.sum())
         if self.accelerator.sync_gradients:
             if self.args.use_adaptive_entropy:

@@ -80,15 +80,15 @@ def kto_step(
         router_coef: weight of a mixture of experts' load-balancing loss.
         processes: how tensors are reduced over processes.
     """
-    table = KTOLossInputs(batch.branch, batch[LABEL], reference[:, 0])
+    loss_inputs = KTOLossInputs(batch.branch, batch[LABEL], reference[:, 0])
     if together:
-        scored, kl = _score_together(model, batch, table, reference[:, 1], config, head, processes)
+        scored, kl = _score_together(model, batch, loss_inputs, reference[:, 1], config, head, processes)
     else:
         router = router_keywords(router_coef)
-        scored, kl = _score_apart(model, batch, table, reference, config, head, processes, router)
+        scored, kl = _score_apart(model, batch, loss_inputs, reference, config, head, processes, router)
     # What is not a number takes no part in the mean, and how much that is shows only when all is scored.
-    loss = scored.loss / count_losses(scored.tokens, table, kl)
-    metrics = kto_metrics(scored.tokens, table, kl, config, processes.sum)
+    loss = scored.loss / count_losses(scored.tokens, loss_inputs, kl)
+    metrics = kto_metrics(scored.tokens, loss_inputs, kl, config, processes.sum)
     loss, router_metrics = with_router_loss(loss, scored, router_coef)
     return StepResult(loss, {name: metrics.pop(name) for name in ("kl", "entropy")} | metrics | router_metrics)
 
@@ -113,7 +113,7 @@ def scores_together(batch: TokenBatch, backward_passes: int, processes: AcrossPr
 def _score_together(
     model: torch.nn.Module,
     batch: TokenBatch,
-    table: KTOLossInputs,
+    loss_inputs: KTOLossInputs,
     kl_reference: torch.Tensor,
     config: KTOLossConfig,
     head: HeadOptions,
@@ -127,7 +127,7 @@ def _score_together(
 
     def token_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
         kl = estimate(scores.logprobs)
-        return kto_loss_sum(replace(scores, logprobs=scores.logprobs[own]), table, kl, config)
+        return kto_loss_sum(replace(scores, logprobs=scores.logprobs[own]), loss_inputs, kl, config)
 
     # A single group: the estimate is of all of the batch.
     options = {"token_loss": token_loss, "group_sizes": (len(both.targets),)}
@@ -140,7 +140,7 @@ def _score_together(
 def _score_apart(
     model: torch.nn.Module,
     batch: TokenBatch,
-    table: KTOLossInputs,
+    loss_inputs: KTOLossInputs,
     reference: torch.Tensor,
     config: KTOLossConfig,
     head: HeadOptions,
@@ -156,7 +156,7 @@ def _score_apart(
         kl = processes.bounded_kl(sequence_logprobs(mismatched, logprobs), reference[:, 1])
 
     def token_loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
-        return kto_loss_sum(scores, table, kl, config, rows)
+        return kto_loss_sum(scores, loss_inputs, kl, config, rows)
 
     options = {"token_loss": token_loss, "group_sizes": batch.group_sizes, **router}
     return score(model, batch, outputs=config.outputs, head=head, **options), kl

@@ -55,7 +55,7 @@ def test_policy_step_is_the_loss_of_the_models_own_logits(level, head, policy, s
     gradient = policy.lm_head.weight.grad.clone()
     policy.zero_grad()
     logprobs = by_hand(policy, samples)
-    expected = grpo_loss(type("Scores", (), {"logprobs": logprobs, "entropy": None}), update.table, config)
+    expected = grpo_loss(type("Scores", (), {"logprobs": logprobs, "entropy": None}), update.loss_inputs, config)
     expected.backward()
     torch.testing.assert_close(result.loss, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, policy.lm_head.weight.grad, rtol=1e-3, atol=1e-5)
@@ -72,7 +72,7 @@ def test_ppo_step_adds_the_value_models_loss(policy, samples):
     values = read_head(value_model, states).detach()
     update = PPOUpdate(
         batch=UPDATES.token_batch(samples),
-        table=ppo_loss_inputs(samples.flat("old_logprobs"), torch.linspace(-1, 1, 10)),
+        loss_inputs=ppo_loss_inputs(samples.flat("old_logprobs"), torch.linspace(-1, 1, 10)),
         state_batch=states,
         values=values,
         returns=values + 2,

@@ -315,8 +315,10 @@ class GroupTrainer(OnlineTrainer):
     def _make_update(self, samples: Samples) -> Update:
         # A generation is not always one accumulation window.
         share = self.accumulation_steps / self.args.steps_per_generation if self.model.training else 1
-        window = LossNormalizer(samples.generation_tokens * share, self.loss_divisor, self.args.max_completion_length)
-        weights = sequence_weights(self.loss_config.loss_type, samples.lengths, window)
+        normalizer = LossNormalizer(
+            samples.generation_tokens * share, self.loss_divisor, self.args.max_completion_length
+        )
+        weights = sequence_weights(self.loss_config.loss_type, samples.lengths, normalizer)
         return self.updates.update(samples, self.trained(samples), weights)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: Update) -> torch.Tensor:

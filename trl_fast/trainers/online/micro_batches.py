@@ -22,14 +22,14 @@ class Update:
     """
 
     batch: TokenBatch
-    table: PolicyLossInputs
+    loss_inputs: PolicyLossInputs
     left_out: torch.Tensor
     lengths: tuple[int, ...]
 
-    def group_sizes(self, span: str) -> tuple[int, ...] | None:
-        """Returns how many tokens the head has to see together before a loss of this span knows each one's weight."""
+    def group_sizes(self, scope: str) -> tuple[int, ...] | None:
+        """Returns how many tokens the head has to see together before a loss of this scope knows each one's weight."""
         sizes = {"token": None, "sequence": self.lengths}
-        return sizes[span] if span in sizes else (len(self.batch.targets),)
+        return sizes[scope] if scope in sizes else (len(self.batch.targets),)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class UpdateMaker:
         if part.excluded.any():
             counts = torch.ones(len(batch.targets)) if vectors["mask"] is None else vectors["mask"]
             vectors["mask"] = counts * ~part.excluded[batch.branch.cpu()]
-        table = PolicyLossInputs(
+        loss_inputs = PolicyLossInputs(
             branch=batch.branch,
             advantages=copy_to_device(part.advantages, self.device),
             weights=copy_to_device(weights[order], self.device),
@@ -84,7 +84,7 @@ class UpdateMaker:
         )
         left_out = sorted(set(range(len(samples))) - set(kept))
         lengths = tuple(len(ids) for ids in part.completion_ids)
-        return Update(batch, table, copy_to_device(samples.lengths[left_out], self.device), lengths)
+        return Update(batch, loss_inputs, copy_to_device(samples.lengths[left_out], self.device), lengths)
 
 
 def slice_indices(samples: Samples, slices: int, *, together: bool) -> list[list[int]]:

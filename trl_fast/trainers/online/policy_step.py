@@ -42,18 +42,18 @@ def policy_step(
     Returns:
         The loss with the router's metric, and the metrics of the policy loss.
     """
-    table = update.table
+    loss_inputs = update.loss_inputs
     scored = score(
         model,
         update.batch,
         outputs=("logprobs", "entropy"),
         temperature=temperature,
         token_loss=lambda scores, rows: grpo_loss(
-            scores, table, config, rows=rows, entropy_coef=entropy_coef, entropy_mask=entropy_mask
+            scores, loss_inputs, config, rows=rows, entropy_coef=entropy_coef, entropy_mask=entropy_mask
         ),
         group_sizes=update.group_sizes(config.scope),
         head=head,
         **router_keywords(router_coef),
     )
     loss, metrics = with_router_loss(scored.loss, scored, router_coef, loss_divisor)
-    return StepResult(loss, metrics, scored.tokens), grpo_metrics(scored.tokens, table, config, update.left_out)
+    return StepResult(loss, metrics, scored.tokens), grpo_metrics(scored.tokens, loss_inputs, config, update.left_out)

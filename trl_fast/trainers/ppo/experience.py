@@ -38,7 +38,7 @@ class PPOUpdate:
     """Holds a micro-batch: what the policy scores and its loss reads, and the same of the value model, (M,) each."""
 
     batch: TokenBatch
-    table: PolicyLossInputs
+    loss_inputs: PolicyLossInputs
     state_batch: TokenBatch
     values: torch.Tensor
     returns: torch.Tensor
@@ -51,7 +51,7 @@ def make_update(experience: Experience, indices: Sequence[int], updates: UpdateM
     old_logprobs = part.flat("old_logprobs").to(device)
     return PPOUpdate(
         batch=updates.token_batch(part),
-        table=ppo_loss_inputs(old_logprobs, torch.cat(part.token_advantages).to(device)),
+        loss_inputs=ppo_loss_inputs(old_logprobs, torch.cat(part.token_advantages).to(device)),
         state_batch=critic.batch(part, part.has_end),
         values=torch.cat(part.values).to(device),
         returns=torch.cat(part.returns).to(device),

@@ -36,16 +36,16 @@ def ppo_step(
         temperature: divides the logits.
         router_coef: weight of a mixture of experts' load-balancing loss.
     """
-    table = update.table
+    loss_inputs = update.loss_inputs
     scored = score(
         model,
         update.batch,
         outputs=("logprobs", "entropy"),
         temperature=temperature,
-        token_loss=lambda scores, rows: ppo_policy_loss(scores, table, cliprange, rows),
+        token_loss=lambda scores, rows: ppo_policy_loss(scores, loss_inputs, cliprange, rows),
         head=head,
         **router_keywords(router_coef),
     )
     value = value_loss(read_head(value_model, update.state_batch), update.values, update.returns, cliprange_value)
     loss, metrics = with_router_loss(scored.loss + vf_coef * value.loss, scored, router_coef)
-    return StepResult(loss, {**metrics, **update_metrics(scored.tokens, table, value, cliprange)}, scored.tokens)
+    return StepResult(loss, {**metrics, **update_metrics(scored.tokens, loss_inputs, value, cliprange)}, scored.tokens)
