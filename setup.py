@@ -297,7 +297,7 @@ class BuildExtensionOrNot(build_ext):
 setup(
     packages=[*find_packages(include=["trl_fast", "trl_fast.*"]), "trl_fast.kernels"],
     package_dir={"trl_fast.kernels": "kernels"},
-    package_data={"trl_fast": ["py.typed"], "trl_fast.cli": ["accelerate_configs/*.yaml"]},
+    package_data={"trl_fast": ["py.typed", "*.pyi"], "trl_fast.cli": ["accelerate_configs/*.yaml"]},
     # What it is made of is known when it is built: torch need not be there for a source distribution.
     ext_modules=[Extension("trl_fast._C", sources=[])],
     cmdclass={"build_ext": BuildExtensionOrNot},

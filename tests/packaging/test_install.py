@@ -137,7 +137,7 @@ def test_the_wheel_holds_every_package_under_our_name(wheel, source):
     names = zipfile.ZipFile(wheel[0]).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"trl_fast"}
-    assert "trl_fast/py.typed" in names
+    assert {"trl_fast/py.typed", "trl_fast/_C.pyi"} <= set(names)
     missing = [
         str(path.relative_to(source))
         for ending in ("py", "yaml")

@@ -124,9 +124,10 @@ class ModelConfig:
             raise ValueError("load_in_8bit and load_in_4bit exclude each other; choose one")
         # peft takes a lone string as a pattern that the whole name must match. TRL hands every lone module over so,
         # and a plain name then matches nothing.
-        alone = isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1
-        if alone and re.search(r"all-linear|[\\*+?()\[\]|^$]", self.lora_target_modules[0]):
-            self.lora_target_modules = self.lora_target_modules[0]
+        modules: Any = self.lora_target_modules
+        alone = isinstance(modules, list) and len(modules) == 1
+        if alone and re.search(r"all-linear|[\\*+?()\[\]|^$]", modules[0]):
+            self.lora_target_modules = modules[0]
 
 
 # The trainer's config has a flag of this name, and two of them are an error. transformers' parser goes by `init`,

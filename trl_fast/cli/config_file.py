@@ -33,14 +33,15 @@ def read_config(path: Path) -> ConfigFile:
         loader = yaml.SafeLoader(path.read_text())
         node = loader.get_single_node()
         config = ConfigFile(path, lines=_key_lines(node, path))
-        config.values = loader.construct_document(node) if node is not None else None
+        values: Any = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"{path}, line {error.problem_mark.line + 1}: no valid YAML: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: cannot be read as YAML: {error}") from error
-    if not isinstance(config.values, dict):
-        found = type(config.values).__name__
+    if not isinstance(values, dict):
+        found = type(values).__name__
         raise ValueError(f"--config {path}: expected a map of argument names to values, got {found}")
+    config.values = values
     environment = config.values.pop("env", {})
     if not isinstance(environment, dict):
         raise ValueError(f"{config.at('env')} must be a map of names to values, got {environment!r}")

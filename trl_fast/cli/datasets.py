@@ -112,11 +112,12 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict | IterableD
 
 
 def _take_fractions(parts: list[AnyDataset], mixture_config: DatasetMixtureConfig) -> list[AnyDataset]:
-    fractions = [config.fraction for config in mixture_config.datasets]
-    if all(fraction is None for fraction in fractions):
+    given = [config.fraction for config in mixture_config.datasets]
+    fractions = [fraction for fraction in given if fraction is not None]
+    if not fractions:
         return parts
-    if None in fractions:
-        raise ValueError(f"datasets.{fractions.index(None)}: fraction must be set for all datasets or for none")
+    if None in given:
+        raise ValueError(f"datasets.{given.index(None)}: fraction must be set for all datasets or for none")
     if mixture_config.streaming:
         raise ValueError("datasets: fraction needs datasets of known length; set streaming: false")
     if min(fractions) < 0 or sum(fractions) == 0:

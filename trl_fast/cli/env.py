@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -121,7 +121,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
 def print_environment() -> int:
     """Prints the tables and returns the exit status."""
     console = make_console(file_width=FILE_WIDTH)
-    sections = {
+    sections: dict[str, Sequence[tuple[str, ...]]] = {
         "versions": versions(),
         "compiled parts": binary_parts(),
         "backends": backends(),

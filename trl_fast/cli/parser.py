@@ -29,7 +29,7 @@ class TrlParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: type | Iterable[type] | None = None, **kwargs: Any) -> None:
-        types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
+        types: list[Any] = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types or [])
         for owner in types:
             if "config" in owner.__dataclass_fields__:
                 raise ValueError(f"{owner.__name__} has a field named config, which is the flag of the YAML file")
@@ -183,6 +183,6 @@ def _convert(action: Action, value: Any) -> Any:
     if value is None or not callable(action.type):
         return value
     # Flags that take text may stand for fields that also take maps, lists or numbers; the dataclass decides.
-    if not isinstance(value, str) and action.type.__name__ not in ("int", "float", "string_to_bool"):
+    if not isinstance(value, str) and getattr(action.type, "__name__", "") not in ("int", "float", "string_to_bool"):
         return value
     return action.type(str(value))

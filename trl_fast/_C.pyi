@@ -1,0 +1,6 @@
+"""Types of the compiled extension: which names it has is known where it is built (csrc/bindings.cpp)."""
+
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def __getattr__(name: str) -> Any: ...
