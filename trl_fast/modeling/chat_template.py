@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from tokenizers import AddedToken
@@ -59,7 +60,8 @@ def clone_chat_template(
         number += 1
         if tokenizer.add_tokens(filler):
             new.append(filler)
-    return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in new])
+    ids = [tokenizer.convert_tokens_to_ids(token.content) for token in new]
+    return model, tokenizer, ids
 
 
 def setup_chat_format(
@@ -94,7 +96,9 @@ def setup_chat_format(
     tokenizer.add_special_tokens({"bos_token": _CHATML_START, "eos_token": _CHATML_END, "pad_token": _CHATML_END})
     tokenizer.chat_template = _CHATML_TEMPLATE
     model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=resize_to_multiple_of)
-    for config in (model.config.get_text_config(), *([model.generation_config] if model.can_generate() else [])):
+    configs: list[Any] = [model.config.get_text_config()]
+    configs += [model.generation_config] if model.can_generate() else []
+    for config in configs:
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
@@ -143,9 +147,9 @@ def with_trained_tokens(peft_config: PeftConfig, model: PreTrainedModel, token_i
     """Returns a copy of an adapter's configuration that also trains the embeddings of some tokens of the model."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings).split(".")[-1]
-    peft_config = copy.deepcopy(peft_config)
-    indices = peft_config.trainable_token_indices or {}
+    copied: Any = copy.deepcopy(peft_config)
+    indices = copied.trainable_token_indices or {}
     # A list means the input embeddings.
     indices = {name: indices} if isinstance(indices, list) else indices
-    peft_config.trainable_token_indices = {**indices, name: [*indices.get(name, []), *token_ids]}
-    return peft_config
+    copied.trainable_token_indices = {**indices, name: [*indices.get(name, []), *token_ids]}
+    return copied

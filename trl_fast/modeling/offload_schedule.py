@@ -67,6 +67,7 @@ class SavedTensor:
     def restored(self) -> torch.Tensor:
         """Returns the tensor on the device, for what is computed from now on; asks for what comes next meanwhile."""
         self.fetch()
+        assert self._back is not None  # that is what `fetch` does
         (tensor, event), self._back = self._back, None
         self._schedule.early_bytes -= self.size
         self._schedule.fetch_ahead(self)

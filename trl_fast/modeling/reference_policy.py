@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -59,7 +60,7 @@ def create_reference_model(
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError("create_reference_model cannot copy parameters that ZeRO-3 has sharded; load the model again")
-    reference = freeze(copy.deepcopy(model))
+    reference = freeze(cast("PreTrainedModel", copy.deepcopy(model)))
     if num_shared_layers is None:
         return reference
     names = [name for name, _ in model.named_parameters()]
@@ -112,6 +113,6 @@ def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[
             parameter.requires_grad_(True)
 
 
-def reference_scope(model: torch.nn.Module, adapter: str | None = None):
+def reference_scope(model: torch.nn.Module, adapter: str | None = None) -> AbstractContextManager[None]:
     """Returns the context `adapter_reference` for a PeftModel, and one without effect for others."""
     return adapter_reference(model, adapter) if isinstance(model, PeftModel) else nullcontext()

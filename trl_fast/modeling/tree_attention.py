@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -129,7 +129,15 @@ def flash_serves(query: torch.Tensor, value: torch.Tensor, softcap: float | None
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, trees, scale, kernels):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        trees: tuple[TreeLengths, ...],
+        scale: float,
+        kernels: Callable[..., CpuRowAttention | CudaRowAttention],
+    ) -> torch.Tensor:
         row = kernels(query, key, value, trees, scale)
         out, lse = row.forward()
         ctx.save_for_backward(query, key, value, out, lse)
@@ -138,7 +146,7 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         row = ctx.kernels(query, key, value, ctx.trees, ctx.scale)
         row.rng_state = ctx.rng_state
@@ -233,8 +241,8 @@ class CpuRowAttention:
             grad_query[:, :, rows] += found[0]
             grad_key[:, keys] += found[1]
             grad_value[:, keys] += found[2]
-        found = (grad_query.flatten(0, 1)[None], grad_key[None], grad_value[None])
-        return tuple(gradient.to(self.dtype) for gradient in found)
+        grad_query = grad_query.flatten(0, 1)[None]
+        return grad_query.to(self.dtype), grad_key[None].to(self.dtype), grad_value[None].to(self.dtype)
 
 
 class PlainRowAttention(CpuRowAttention):
@@ -243,7 +251,7 @@ class PlainRowAttention(CpuRowAttention):
     Scores of `_TILE_BYTES` exist at once, in forward and in backward.
     """
 
-    def __init__(self, *args: object, softcap: float | None = None) -> None:
+    def __init__(self, *args: Any, softcap: float | None = None) -> None:
         super().__init__(*args)
         self.softcap = softcap
 
@@ -342,7 +350,9 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: D
         chosen = [part for part in parts if part.causal == causal]
         if not chosen:
             continue
-        places, cu_seqlens, longest = [], [], []
+        places: list[slice | torch.Tensor] = []
+        cu_seqlens: list[torch.Tensor] = []
+        longest: list[int] = []
         for side in ("queries", "keys"):
             ranges = [getattr(part, side) for part in chosen]
             lengths = [r.stop - r.start for r in ranges]
@@ -353,7 +363,14 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: D
         query_of = torch.full((sum(map(sum, trees)),), -1, dtype=torch.int32)
         rows = torch.cat([torch.arange(part.queries.start, part.queries.stop) for part in chosen])
         query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
-        calls.append(_Varlen(*places, *cu_seqlens, *longest, causal, copy_to_device(query_of, device)))
+        (queries, keys), (cu_seqlens_q, cu_seqlens_k), (longest_query, longest_key) = places, cu_seqlens, longest
+        calls.append(
+            _Varlen(
+                *(queries, keys, cu_seqlens_q, cu_seqlens_k, longest_query, longest_key),
+                causal,
+                copy_to_device(query_of, device),
+            )
+        )
     return tuple(calls)
 
 
@@ -387,7 +404,8 @@ class CudaRowAttention:
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns out (1, heads, T, D) and lse (heads, T) float32."""
-        out = lse = None
+        out: Any = None
+        lse: Any = None
         for call in self.calls:
             lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_query, call.longest_key)
             found, found_lse, *rng_state, _ = torch.ops.aten._flash_attention_forward(

@@ -178,7 +178,7 @@ class Meter:
         """Starts a pass; `missing`: bytes of gradients that are not there."""
         first = self._start is None
         # With several passes before a backward, all count from the one that began with least.
-        self._start = memory.allocated if first else min(self._start, memory.allocated)
+        self._start = memory.allocated if self._start is None else min(self._start, memory.allocated)
         self._missing = missing if first else min(self._missing, missing)
         self._pass = size
 
@@ -206,7 +206,7 @@ class Meter:
         # A layer that runs several times saves as often.
         self._saved[number] = self._saved.get(number, 0) + max(0, memory.allocated - before)
         # Where something before the pass took more than the pass, that is what is known: too much.
-        self._peak = memory.peak - self._start
+        self._peak = memory.peak - (self._start or 0)
 
     def footprint(self) -> Footprint | None:
         """Returns the footprint; None as long as there was no backward. A layer without one counts as the largest."""

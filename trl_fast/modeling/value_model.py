@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -22,15 +23,15 @@ def check_classifier(model: object, argument: str, vocab_size: int) -> None:
     """
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"{argument}: expected a model of transformers, got {type(model).__name__}")
-    name = type(model).__name__
+    name, classifier = type(model).__name__, cast("Any", model)
     if not has_classifier_head(model):
         raise ValueError(
             f"{argument}: {name} has no head {HEAD!r} that reads a single token, as those of "
             "AutoModelForSequenceClassification for decoders have"
         )
-    if model.config.num_labels != 1:
-        raise ValueError(f"{argument}: {name} has num_labels={model.config.num_labels}; expected 1")
-    known = model.get_input_embeddings().weight.shape[0]
+    if classifier.config.num_labels != 1:
+        raise ValueError(f"{argument}: {name} has num_labels={classifier.config.num_labels}; expected 1")
+    known = classifier.get_input_embeddings().weight.shape[0]
     if known < vocab_size:
         raise ValueError(
             f"{argument}: {name} has {known} tokens, but it is given those of the policy's tokenizer, which has "
@@ -46,7 +47,7 @@ def make_value_model(policy: PreTrainedModel, reward_model: PreTrainedModel | No
         ValueError: the policy is quantised, or transformers has no classifier of its kind.
     """
     if reward_model is not None:
-        return copy.deepcopy(reward_model).to(policy.dtype).requires_grad_(True)
+        return copy.deepcopy(reward_model).to(dtype=policy.dtype).requires_grad_(True)
     if is_quantized(policy):
         raise ValueError("value_model=None cannot copy quantised weights; give a value_model")
     config = copy.deepcopy(policy.config)

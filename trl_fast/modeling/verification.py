@@ -42,13 +42,19 @@ class Verdict:
         return self.packed_error <= self.tolerance
 
 
+def _device_of(model: PreTrainedModel) -> torch.device:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.device
+
+
 def verify(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
     """Compares our scores of a few short sequences with the model's own logits; in a row of `layout` too, unless None.
 
     TRL trusts the config to tell what a head does to its logits; a model with a transform that nobody knew is then
     silently trained on another policy. The same goes for architectures that mix the sequences of a row.
     """
-    device = model.get_input_embeddings().weight.device
+    device = _device_of(model)
     trees = [Tree(ids[:1], [ids[1:]]) for ids in sequences]
     if layout is not None and BATCH_LAYOUTS[layout].shares_prompts:
         trees = [Tree((ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS], [ids, ids[::-1]]) for ids in sequences]
@@ -78,7 +84,7 @@ def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout
     Raises:
         ValueError: the model's output is not one number a sequence.
     """
-    device = model.get_input_embeddings().weight.device
+    device = _device_of(model)
     # Two answers each to a prompt that is long enough to be shared.
     prompts = [(ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS] for ids in sequences]
     pairs = [(prompt + ids, prompt + ids[::-1]) for prompt, ids in zip(prompts, sequences, strict=True)]
