@@ -60,7 +60,7 @@ def clone_chat_template(
         number += 1
         if tokenizer.add_tokens(filler):
             new.append(filler)
-    ids = [tokenizer.convert_tokens_to_ids(token.content) for token in new]
+    ids: Any = tokenizer.convert_tokens_to_ids([token.content for token in new])
     return model, tokenizer, ids
 
 

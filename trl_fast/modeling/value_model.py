@@ -47,7 +47,7 @@ def make_value_model(policy: PreTrainedModel, reward_model: PreTrainedModel | No
         ValueError: the policy is quantised, or transformers has no classifier of its kind.
     """
     if reward_model is not None:
-        return copy.deepcopy(reward_model).to(dtype=policy.dtype).requires_grad_(True)
+        return cast("Any", copy.deepcopy(reward_model)).to(policy.dtype).requires_grad_(True)
     if is_quantized(policy):
         raise ValueError("value_model=None cannot copy quantised weights; give a value_model")
     config = copy.deepcopy(policy.config)
