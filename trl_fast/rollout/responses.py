@@ -153,11 +153,11 @@ def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
         )
     expected = "expected one that writes assistant messages with tool_calls, and messages of the role 'tool'"
     try:
-        whole = tokenizer.apply_chat_template(_ANSWERED, tokenize=False)
-        asked = tokenizer.apply_chat_template(_ASKED, tokenize=False)
+        whole: Any = tokenizer.apply_chat_template(_ANSWERED, tokenize=False)
+        asked: Any = tokenizer.apply_chat_template(_ASKED, tokenize=False)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"tools: {_described(tokenizer)} fails on a tool call ({error}); {expected}") from error
-    function = _CALL["function"]
+    function: Any = _CALL["function"]
     parts = (function["name"], *function["arguments"], *function["arguments"].values(), _ANSWERED[-1]["content"])
     lost = [part for part in parts if part not in whole]
     if lost:
@@ -169,7 +169,7 @@ def parse_message(
     tokenizer: PreTrainedTokenizerBase,
     completion_ids: list[int],
     prompt_ids: list[int],
-    tools: list[dict[str, Any]] | None = None,
+    tools: list[Any] | None = None,
 ) -> dict[str, Any]:
     """Returns a completion as the assistant's message, by the tokenizer's response template; as TRL does.
 
@@ -228,7 +228,8 @@ def tool_turn_ids(
 
     def tokens(messages: list[dict], ends: bool) -> list[int]:
         options = {**template_kwargs, "add_generation_prompt": not ends, "tokenize": True, "return_dict": True}
-        return tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(messages, **options)
+        return encoded["input_ids"]
 
     before, whole = tokens(asked, True), tokens(asked + results, False)
     end = tokenizer.eos_token_id

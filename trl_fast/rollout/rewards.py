@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -114,7 +114,7 @@ class RewardFunctions:
             ValueError: a function returned something else than N finite numbers or Nones, or needs an argument that
                 there is not.
         """
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        given: dict[str, Any] = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         given |= {"trainer_state": trainer_state, "log_extra": log_extra, "log_metric": log_metric}
         columns = {name: values for name, values in columns.items() if name not in _NO_COLUMNS}
         for name in columns.keys() & given.keys():
@@ -138,7 +138,8 @@ class RewardFunctions:
 
         async def ask(index: int) -> Any:
             with _naming(self.names[index]):
-                return await self.functions[index](**arguments[index])
+                function: Any = self.functions[index]
+                return await function(**arguments[index])
 
         if waiting:
             for index, answer in zip(waiting, run_together(map(ask, waiting)), strict=True):
@@ -172,11 +173,12 @@ class RewardModel:
             raise TypeError(
                 f"reward_funcs: {type(model).__name__} is no model of transformers; pass a function instead"
             )
-        path = model.config._name_or_path
+        config: Any = model.config
+        path = config._name_or_path
         self.__name__ = path.rstrip("/").split("/")[-1] or type(model).__name__
-        if model.config.num_labels != 1:
+        if config.num_labels != 1:
             raise ValueError(
-                f"reward model {self.__name__!r} has num_labels={model.config.num_labels}, but a reward is one number"
+                f"reward model {self.__name__!r} has num_labels={config.num_labels}, but a reward is one number"
             )
         if tokenizer is None:
             known = {key: value for key, value in (model_init_kwargs or {}).items() if key in _TOKENIZER_KEYWORDS}
@@ -184,7 +186,7 @@ class RewardModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         # The model looks for the last token that is none of these.
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -210,7 +212,7 @@ class RewardModel:
             add_special_tokens=False,
         )
         longest = inputs["input_ids"].shape[1]
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = getattr(cast("Any", self.model.config).get_text_config(), "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise ValueError(f"a prompt and its completion have {longest} tokens, the model has {positions} positions")
         device = next(self.model.parameters()).device
@@ -222,7 +224,7 @@ _TOKENIZER_KEYWORDS = ("revision", "trust_remote_code")
 
 
 def _reward_model(source: str | torch.nn.Module, init_kwargs: dict | None, device: torch.device) -> torch.nn.Module:
-    model = source
+    model: Any = source
     if isinstance(source, str):
         # The checkpoint's own dtype, and all of it on one device unless something else is asked for.
         model = load_reward_model(source, **{"dtype": "auto", "device_map": None, **(init_kwargs or {})})
@@ -303,7 +305,8 @@ def _as_float(value: Any, where: str, prompt: Any) -> float:
             f"{where}: expected a number or None, got {value!r} of type {type(value).__name__} (prompt: "
             f"{_shown(prompt)})"
         )
-    if not abs(number) <= torch.finfo(torch.float32).max:
+    magnitude: Any = abs(number)
+    if not magnitude <= torch.finfo(torch.float32).max:
         raise ValueError(
             f"{where}: expected a finite number, or None for no reward, got {number!r} (prompt: {_shown(prompt)})"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -52,12 +53,12 @@ class TransformersEngine:
             ValueError: a prompt is empty or leaves no room for its completion, or generation_kwargs ask for something
                 else than one sampled completion a prompt.
         """
-        model = self._get_model()
+        model: Any = self._get_model()
         config = self._generation_config(settings)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         check_prompts(prompt_ids, config.max_new_tokens, limit)
         input_ids, attention_mask = self._left_padded(prompt_ids, model.device)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         with _generating(model), torch.no_grad():
             if can_share_prompts(model, config):
                 inputs["past_key_values"] = self._prompt_cache(model, prompt_ids, input_ids, attention_mask)
@@ -112,7 +113,7 @@ class TransformersEngine:
         config = GenerationConfig(
             max_new_tokens=1, do_sample=True, pad_token_id=self.pad_token_id, use_cache=True, disable_compile=True
         )
-        model.generate(
+        cast("Any", model).generate(
             input_ids=input_ids[rows],
             attention_mask=attention_mask[rows],
             past_key_values=cache,
@@ -143,7 +144,7 @@ def can_share_prompts(model: Model, config: GenerationConfig) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def _cache_config(model: Model) -> object:
+def _cache_config(model: Model) -> Any:
     return base_model(model).config.get_text_config(decoder=True)
 
 
@@ -156,7 +157,8 @@ def _up_to_end(row: list[int], ends: set[int]) -> list[int]:
 def _generating(model: Model) -> Iterator[None]:
     """Switches to eval mode without gradient checkpointing, which would drop the cache, and back."""
     modes = [(module, module.training) for module in model.modules()]
-    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    modules: list[Any] = [*model.modules()]
+    checkpointing = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
     model.eval()
     for module in checkpointing:
         module.gradient_checkpointing = False

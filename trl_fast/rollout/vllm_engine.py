@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -293,7 +293,7 @@ def make_vllm_engine(
             "vllm_mode='server' and give `vllm serve` --tensor-parallel-size"
         )
     return VLLMColocatedEngine(
-        inner.name_or_path,
+        cast("str", inner.name_or_path),
         sleeps=args.vllm_enable_sleep_mode,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         max_model_len=args.vllm_max_model_length,

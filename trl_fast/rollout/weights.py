@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -45,12 +46,16 @@ def _checkpoint_parameters(model: PreTrainedModel | PeftModel) -> Iterator[Found
     if not isinstance(model, PeftModel):
         yield from ((name, parameter, None) for name, parameter in inner.named_parameters())
         return
-    active = f"{_COPIES}{model.active_adapter}."
+    active, prefix = f"{_COPIES}{model.active_adapter}.", cast("Any", model.base_model).prefix
     for name, parameter in inner.named_parameters():
-        if model.base_model.prefix in name or _REPLACED in name or (_COPIES in name and active not in name):
+        if (
+            cast("Any", model.base_model).prefix in name
+            or _REPLACED in name
+            or (_COPIES in name and active not in name)
+        ):
             continue
         path, wrapped, _ = name.partition(_BASE)
-        layer = inner.get_submodule(path) if wrapped else None
+        layer: Any = inner.get_submodule(path) if wrapped else None
         yield name.replace(active, ".").replace(_BASE, ""), parameter, layer
 
 
