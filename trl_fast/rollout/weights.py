@@ -48,11 +48,7 @@ def _checkpoint_parameters(model: PreTrainedModel | PeftModel) -> Iterator[Found
         return
     active, prefix = f"{_COPIES}{model.active_adapter}.", cast("Any", model.base_model).prefix
     for name, parameter in inner.named_parameters():
-        if (
-            cast("Any", model.base_model).prefix in name
-            or _REPLACED in name
-            or (_COPIES in name and active not in name)
-        ):
+        if prefix in name or _REPLACED in name or (_COPIES in name and active not in name):
             continue
         path, wrapped, _ = name.partition(_BASE)
         layer: Any = inner.get_submodule(path) if wrapped else None
