@@ -14,6 +14,6 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="module")
 def _heap_at_rest():
-    """What earlier modules left alive is not looked through again: collections would take longer and longer."""
+    """Spares the collector what earlier modules left alive: collections would take longer and longer."""
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""What is true once everything is imported: TRL is not there, and trainers have few ancestors."""
+"""Checks a process that has imported everything: TRL is not there, and trainers have few ancestors."""
 
 from __future__ import annotations
 

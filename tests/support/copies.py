@@ -19,7 +19,7 @@ class Left(NamedTuple):
 
 @dataclass
 class Copy:
-    """What a tensor was when it was copied; values only then."""
+    """Holds what a tensor was when it was copied; values only then."""
 
     shape: torch.Size
     stride: tuple[int, ...]

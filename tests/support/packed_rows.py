@@ -1,4 +1,4 @@
-"""What the packed row kernels of every backend are held to."""
+"""Holds the packed row kernels of every backend to one specification."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Stream:
 
 
 class Streams:
-    """What `torch.cuda` says of streams; `current` is the one that computes, at first."""
+    """Stands for `torch.cuda` and its streams; `current` is the one that computes, at first."""
 
     Stream = Stream
 
