@@ -7,6 +7,7 @@ import threading
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -47,7 +48,7 @@ def offload_activations(model: PreTrainedModel) -> None:
             change.add_hook(module.register_forward_pre_hook(_start_layer))
 
 
-def _forward_with_offloading(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+def _forward_with_offloading(self: Any, *args: object, **kwargs: object) -> object:
     with Offloading(self.parameters()).running():
         return self.forward_kept(self, *args, **kwargs)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ def attach_classifier_head(model: PreTrainedModel) -> None:
     original = unbound_forward(model)
 
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: object, reward_positions: torch.Tensor | None = None, **kwargs: object):
+    def forward(self: Any, *args: Any, reward_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if reward_positions is None:
             return original(self, *args, **kwargs)
         return _rewards_at(self, reward_positions, *args, **kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -52,7 +53,7 @@ def turn_copies(model: PreTrainedModel, saving: type[TorchDispatchMode]) -> None
     """
     modeling = sys.modules[type(model).__module__]
     for name in _ROTARY_NAMES:
-        rotary = getattr(modeling, name, None)
+        rotary: Any = getattr(modeling, name, None)
         if (getattr(rotary, "__module__", None) or "").startswith("liger_kernel"):
             setattr(modeling, name, _on_copies(rotary, saving))
             change = changes_of(model).add("Liger's rotary embedding", "turns copies while results are kept")

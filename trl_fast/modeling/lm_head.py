@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -59,11 +59,12 @@ def head_parameters(model: PreTrainedModel) -> HeadParameters:
         head = head.modules_to_save[head.active_adapters[0]] if saved else head.original_module
     if isinstance(head, BaseTunerLayer):
         return _adapted(head)
-    return HeadParameters(head.weight, getattr(head, "bias", None))
+    weight: Any = head.weight
+    return HeadParameters(weight, getattr(head, "bias", None))
 
 
 def _adapted(head: BaseTunerLayer) -> HeadParameters:
-    base = head.get_base_layer()
+    base: Any = head.get_base_layer()
     weight, bias = base.weight, getattr(base, "bias", None)
     if head.disable_adapters or head.merged:
         return HeadParameters(weight, bias)

@@ -79,13 +79,15 @@ def is_quantized(model: torch.nn.Module) -> bool:
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Returns the transformers model: the one inside, where adapters were put on."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the model without its head."""
     # Llama 4's prefix names no module of it; base_model is then the model itself.
-    return model.model if model.base_model is model else model.base_model
+    inner: Any = model.model if model.base_model is model else model.base_model
+    return inner
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def segment_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     tree_lengths: tuple[TreeLengths, ...] | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Computes attention inside each tree of a row; see tree_attention.py.
 
@@ -69,7 +70,7 @@ def eager_segment_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     tree_lengths: tuple[TreeLengths, ...] | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes `segment_attention` for a model that SDPA does not serve: without lengths, its own eager attention.
 

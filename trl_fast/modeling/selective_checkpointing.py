@@ -22,7 +22,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
@@ -77,7 +77,7 @@ def set_selective_checkpointing(
         if "gradient_checkpointing_func" not in inspect.signature(model._set_gradient_checkpointing).parameters:
             return
         _change_checkpointing(model)
-    selective = model.trl_fast_selective_checkpointing
+    selective: Any = model.trl_fast_selective_checkpointing
     selective.limit, selective.attention_always, selective.whole_layers = limit, attention_always, whole_layers
 
 
@@ -89,21 +89,23 @@ def _change_checkpointing(model: PreTrainedModel) -> None:
     change.on_undo(_checkpoint_everything, model)
     change.set(model, "trl_fast_selective_checkpointing", selective)
     change.add_hook(backbone(model).register_forward_pre_hook(selective.start))
-    change.set(model, "plain_set_gradient_checkpointing", model._set_gradient_checkpointing.__func__)
+    method: Any = model._set_gradient_checkpointing
+    change.set(model, "plain_set_gradient_checkpointing", method.__func__)
     change.set(model, "_set_gradient_checkpointing", types.MethodType(_set_gradient_checkpointing, model))
 
 
 def _checkpoint_everything(model: PreTrainedModel) -> None:
     """Gives layers whose checkpointing is on the function that transformers gave them."""
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
+        function: Any = getattr(module, "_gradient_checkpointing_func", None)
         run = getattr(function, "func", None)
         if getattr(run, "__func__", None) is SelectiveCheckpointing.run:
             module._gradient_checkpointing_func = function.args[0]
 
 
 def _set_gradient_checkpointing(
-    self: PreTrainedModel, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    self: Any, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
 ) -> None:
     """Gives each layer a function that checkpoints selectively, in the place of transformers' method."""
     self.trl_fast_selective_checkpointing.forget()
@@ -203,7 +205,7 @@ class SelectiveCheckpointing:
             self._footprint, self._meter = merged(self._footprint, found), None
         size, missing = PassSize.of(hidden), missing_gradient_bytes(self._weights)
         if self._footprint is None or not self._footprint.covers(size):
-            self._meter = self._meter or Meter(layers, hidden.device, self.device_memory)
+            self._meter = self._meter or Meter(layers, hidden.device, cast("Any", self.device_memory))
             self._meter.start(size, missing, memory)
             self._share(layers, 0, 0)
             return
@@ -336,6 +338,7 @@ class SavingMode(TorchDispatchMode):
         out = func(*args, **kwargs)
         kind = _kind(func)
         if kind is not None and _thread.keeps:
+            assert isinstance(func, OpOverload)  # the kinds are kinds of operators
             result = Result(func, kind)
             if not _draws_random_numbers(func, args, kwargs) and self._budget.take(kind, _bytes(out)):
                 # Detached, or it would hold the graph that is made of it, and so itself.
@@ -420,7 +423,7 @@ def _draws_random_numbers(op: OpOverload, args: tuple, kwargs: dict) -> bool:
 
 def _written(op: OpOverload, args: tuple, kwargs: dict) -> set[int]:
     """Returns the storages that an operator writes to."""
-    storages = set()
+    storages: set[int] = set()
     for number, argument in enumerate(op._schema.arguments):
         if argument.is_write:
             given = args[number] if number < len(args) else kwargs.get(argument.name)

@@ -15,6 +15,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -60,7 +61,7 @@ def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
             module.tile_tokens = tile_tokens
         else:
             change.set(module, "tile_tokens", tile_tokens, fixed=False)
-            change.set_class(module, _tiled_class(type(module)))
+            change.set_class(module, _tiled_class(cast("Any", type(module))))
     return len(tiled)
 
 
@@ -127,10 +128,10 @@ class _InTiles(torch.autograd.Function):
     """Saves the input alone. hidden: (1, T, H); weights: the parameters of the module that train."""
 
     @staticmethod
-    def forward(ctx, module, hidden, *weights):
+    def forward(ctx: Any, module: Tiled, hidden: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden)
         ctx.module, ctx.weights, ctx.state = module, weights, _State(hidden.device)
-        out = None
+        out: Any = None
         with nothing_saved():
             for rows in _tiles(module, hidden):
                 tile = module.call_whole(hidden[:, rows])
@@ -140,7 +141,7 @@ class _InTiles(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         module, weights, with_hidden = ctx.module, ctx.weights, ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if with_hidden else None
@@ -152,7 +153,7 @@ class _InTiles(torch.autograd.Function):
                     out = module.call_whole(tile)
                 leaves = (tile, *weights) if with_hidden else weights
                 found = list(torch.autograd.grad(out, leaves, grad[:, rows], allow_unused=True))
-                if with_hidden:
+                if grad_hidden is not None:
                     grad_hidden[:, rows] = found.pop(0)
                 sums = [_add(total, part) for total, part in zip(sums, found, strict=True)]
         in_dtype = [None if total is None else total.to(w.dtype) for total, w in zip(sums, weights, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,9 +46,12 @@ def _follow(model: PreTrainedModel, layers: nn.Module, _args: object) -> None:
     upcast = on_cpu and (model.trl_fast_upcast or _multiplies_slowly(layers))
     if upcast == model.trl_fast_upcast:
         return
-    model.trl_fast_upcast = upcast
-    for module in model.modules():
-        if upcast and type(module) is nn.Linear and not hasattr(module, "plain_forward"):
+    changed: Any = model
+    changed.trl_fast_upcast = upcast
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
+        plain = type(module) is nn.Linear and not hasattr(module, "plain_forward")
+        if upcast and plain:
             module.plain_forward = unbound_forward(module)
             module.forward = types.MethodType(_forward, module)
         elif not upcast and _is_upcast(module):
@@ -59,7 +63,7 @@ def _is_upcast(module: nn.Module) -> bool:
     return getattr(vars(module).get("forward"), "__func__", None) is _forward
 
 
-def _restore_layer(module: nn.Module) -> None:
+def _restore_layer(module: Any) -> None:
     if module.plain_forward is type(module).forward:
         del module.forward
     else:
@@ -93,6 +97,7 @@ def _forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     if not upcast_is_faster(x, dtype) or not (autocast or self.weight.dtype == dtype):
-        return self.plain_forward(self, x)
+        plain: Any = self.plain_forward
+        return plain(self, x)
     bias = None if self.bias is None else self.bias.to(dtype)
     return upcast_linear(x.to(dtype), self.weight.to(dtype), bias)
