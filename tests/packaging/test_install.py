@@ -174,14 +174,14 @@ def test_an_installed_wheel_has_no_package_called_kernels(installed, tmp_path):
     done = run(sys.executable, "-c", WITHOUT_EDITABLE + LOOK_FOR_KERNELS, cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:2] == ["None", "False"]
-    assert done.stdout.split()[2] == str(installed / "trl_fast" / "kernels" / "rows.py")
+    assert done.stdout.split()[2] == str(installed / "trl_fast" / "kernels" / "row_kernels.py")
 
 
 def test_from_the_repository_root_kernels_is_nobodys_module(tmp_path):
     """A folder without __init__.py is at most a namespace: it has no origin, and transformers ignores it."""
     done = run(sys.executable, "-c", LOOK_FOR_KERNELS, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["None", "False", str(ROOT / "kernels" / "rows.py")]
+    assert done.stdout.split() == ["None", "False", str(ROOT / "kernels" / "row_kernels.py")]
 
 
 def test_from_the_repository_root_the_real_kernels_package_wins(tmp_path):
@@ -200,4 +200,4 @@ def test_elsewhere_the_editable_install_has_the_compiled_extension(tmp_path):
     if done.returncode and not os.environ.get("CI"):
         pytest.skip("this environment was installed without a compiler")
     assert done.returncode == 0, done.stderr
-    assert "default" in done.stdout and done.stdout.split()[-1] == str(ROOT / "kernels" / "rows.py")
+    assert "default" in done.stdout and done.stdout.split()[-1] == str(ROOT / "kernels" / "row_kernels.py")
