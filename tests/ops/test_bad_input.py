@@ -1,4 +1,4 @@
-"""What the ops refuse, each by name."""
+"""Checks the arguments that the ops refuse, each by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What code is told about devices, and that a simulated one is gone afterwards."""
+"""Checks the facts that code is told about devices, and that a simulated one is gone afterwards."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What makes long rows fit, or spends memory to save time, changes no number of a training run."""
+"""Checks that a setting which makes long rows fit, or spends memory to save time, changes no number of a training run."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def train(case, model_path, folder, *, batch_size, data=None, **settings):
 
 @pytest.fixture(scope="module")
 def two(model_path, tmp_path_factory):
-    """What each of two processes found."""
+    """Returns the findings of each of two processes."""
     folder = tmp_path_factory.mktemp("two")
     for name, (_, make_rows, _) in CASES.items():
         make_rows(16).save_to_disk(folder / "data" / name)

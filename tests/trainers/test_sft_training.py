@@ -1,4 +1,4 @@
-"""What a run of SFTTrainer gives: normalisation, learning, adapters on the head, saving, resuming, evaluating."""
+"""Checks a run of SFTTrainer: normalisation, learning, adapters on the head, saving, resuming, evaluating."""
 
 import pytest
 import torch

@@ -73,7 +73,7 @@ def make(method, paths, folder, *, count=5, arguments=None, **settings):
 
 
 def metrics(trainer):
-    """What an evaluation of the dataset and of the stream finds."""
+    """Returns the results of an evaluation of the dataset and of the stream."""
     parts, found = trainer.eval_dataset, []
     for trainer.eval_dataset in parts.values():
         found.append(trainer.evaluate())
