@@ -1,4 +1,4 @@
-"""Checks that a setting which makes long rows fit, or spends memory to save time, changes no number of a training run."""
+"""Checks that what makes long rows fit, or saves time with memory, changes no number of a training run."""
 
 from __future__ import annotations
 
