@@ -161,7 +161,7 @@ def make_extension(objects: list[str], cuda_home: str | None) -> Extension:
     """The extension's description, with the CUDA part if a toolkit is given."""
     from torch.utils import cpp_extension
 
-    sources = ["csrc/bindings.cpp", "csrc/cpu/instruction_sets.cpp", "csrc/cpu/memory_pool.cpp"]
+    sources = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("bindings", "instruction_sets", "memory_pool"))]
     kind = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
     cxx_flags = COMMON_FLAGS + parallel_flags(compiler())
     isas = instruction_sets(platform.machine())

@@ -1,17 +1,15 @@
-// From the tensors of torch.ops.trl_fast.row_scores, row_grad and their packed forms to the kernels' arguments, with
-// every check by name.
+// Makes the row kernels' arguments from the tensors of torch.ops.trl_fast.row_scores, row_grad and their packed forms.
+// Every check names the tensor that fails it.
 #pragma once
 
-#include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 
 #include "packed_logits.h"
-#include "cpu/row_kernels.h"
+#include "row_types.h"
 
 namespace trl_fast {
 
@@ -48,16 +46,11 @@ inline void check_rows(const at::Tensor& tensor, const char* name, at::Device de
                     tensor.strides());
 }
 
-// How many rows of so many columns are worth a thread of their own.
-inline int64_t rows_per_task(int64_t columns) {
-  return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, columns));
-}
-
-// Block and Transform point into these; they keep what had to be made contiguous or float alive.
+// Holds a tile and a transform, and the tensors that both point into: what had to be made contiguous or float.
 struct RowInputs {
   at::Tensor targets;
   at::Tensor bias;
-  Block block;
+  LogitTile tile;
   Transform transform;
 };
 
@@ -74,8 +67,8 @@ inline RowInputs row_inputs(at::DeviceType device_type, const at::Tensor& logits
     check_vector(*bias, "bias", logits.size(1), bias->scalar_type(), logits.device());
     in.bias = bias->to(at::kFloat).contiguous();
   }
-  in.block = {logits.const_data_ptr(), dtype_of(logits, "logits"),           logits.stride(0),
-              logits.size(1),          in.targets.const_data_ptr<int64_t>(), column_offset};
+  in.tile = {logits.const_data_ptr(), dtype_of(logits, "logits"),           logits.stride(0),
+             logits.size(1),          in.targets.const_data_ptr<int64_t>(), column_offset};
   in.transform = {bias ? in.bias.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
                   static_cast<float>(softcap), static_cast<float>(inv_temperature)};
   return in;
@@ -88,7 +81,7 @@ inline ScoreArgs score_args(const RowInputs& in, const at::Tensor& logits, int64
                         (rows <= 1 || state.stride(1) == 1) && state.scalar_type() == at::kDouble,
                     "state: expected a float64 tensor of shape (", static_cast<int>(kNumStates), ", ", rows,
                     ") with contiguous rows, got ", state.sizes(), " ", state.scalar_type());
-  return {in.block, in.transform, outputs, state.mutable_data_ptr<double>(), state.stride(0), nullptr, 0};
+  return {in.tile, in.transform, outputs, state.mutable_data_ptr<double>(), state.stride(0), nullptr, 0};
 }
 
 inline void check_out(const at::Tensor& out, const at::Tensor& logits) {
@@ -107,11 +100,12 @@ inline GradArgs grad_args(const RowInputs& in, const at::Tensor& logits, const a
   check_out(out, logits);
   check_vector(lse, "lse", rows, at::kFloat, logits.device());
   check_device(coefficients, "coefficients", logits.device());
-  TORCH_CHECK_VALUE(coefficients.dim() == 2 && coefficients.size(0) == 4 && coefficients.size(1) == rows &&
-                        coefficients.is_contiguous() && coefficients.scalar_type() == at::kFloat,
-                    "coefficients: expected a contiguous float32 tensor of shape (4, ", rows, "), got ",
-                    coefficients.sizes(), " ", coefficients.scalar_type());
-  return {in.block,
+  TORCH_CHECK_VALUE(coefficients.dim() == 2 && coefficients.size(0) == kNumCoefficients &&
+                        coefficients.size(1) == rows && coefficients.is_contiguous() &&
+                        coefficients.scalar_type() == at::kFloat,
+                    "coefficients: expected a contiguous float32 tensor of shape (", kNumCoefficients, ", ", rows,
+                    "), got ", coefficients.sizes(), " ", coefficients.scalar_type());
+  return {in.tile,
           in.transform,
           lse.const_data_ptr<float>(),
           coefficients.const_data_ptr<float>(),

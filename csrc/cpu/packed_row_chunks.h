@@ -1,8 +1,8 @@
 // Chunks of packed logits. Like simd.h this lives in an unnamed namespace, once per translation unit.
 #pragma once
 
-#include "row_chunks.h"
 #include "packed_logits.h"
+#include "row_chunks.h"
 
 namespace {
 

@@ -6,14 +6,14 @@
 
 #include <algorithm>
 
-#include "row_chunks.h"
 #include "packed_row_chunks.h"
+#include "row_chunks.h"
 
 namespace {
 
-using trl_fast::Block;
 using trl_fast::Dtype;
 using trl_fast::GradArgs;
+using trl_fast::LogitTile;
 using trl_fast::PackedRow;
 using trl_fast::PackedRows;
 using trl_fast::ScoreArgs;
@@ -84,7 +84,7 @@ double chunk_total(const float* u, int64_t n) {
 // The largest logit of a tile's row; `u` is scratch.
 template <typename T>
 float row_max(const T* row, const ScoreArgs& args, float* u) {
-  const int64_t columns = args.block.columns;
+  const int64_t columns = args.tile.columns;
   float top = -kInf;
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
@@ -101,7 +101,7 @@ void score_row(const T* row, const ScoreArgs& args, int64_t target, double* stat
                const PackedRow* packed) {
   using namespace trl_fast;
   alignas(64) float u[kChunk], derivative[kWeights ? kChunk : 1];
-  const int64_t stride = args.state_stride, columns = args.block.columns;
+  const int64_t stride = args.state_stride, columns = args.tile.columns;
   const bool curved = kWeights && args.transform.softcap != 0.0f;
   const Vec constant_derivative = splat(args.transform.scale * args.transform.inv_temperature);
   Online online = {static_cast<float>(state[kTop * stride]), state[kSum * stride], state[kSumX * stride],
@@ -145,8 +145,8 @@ void scores(const ScoreArgs& args, const PackedRows* packed, int64_t begin, int6
   using namespace trl_fast;
   const bool moments = args.outputs & (kEntropy | kLogSumSqProbs);
   for (int64_t r = begin; r < end; ++r) {
-    const T* row = static_cast<const T*>(args.block.logits) + r * args.block.row_stride;
-    const int64_t target = args.block.targets[r] - args.block.column_offset;
+    const T* row = static_cast<const T*>(args.tile.logits) + r * args.tile.row_stride;
+    const int64_t target = args.tile.targets[r] - args.tile.column_offset;
     T* weights = kWeights ? static_cast<T*>(args.weights) + r * args.weights_stride : nullptr;
     const auto score = moments ? score_row<T, true, kWeights> : score_row<T, false, kWeights>;
     const PackedRow packed_row = packed ? packed->row(r) : PackedRow{};
@@ -170,7 +170,7 @@ inline Vec logit_grad(Vec u, Vec lse, const RowCoefficients& c) {
 template <typename Row, typename T>
 void grad_row(const Row& row, const GradArgs& args, float lse, int64_t target, const RowCoefficients& c, T* out) {
   alignas(64) float u[kChunk], derivative[kChunk];
-  const int64_t columns = args.block.columns;
+  const int64_t columns = args.tile.columns;
   const bool has_target = target >= 0 && target < columns;
   float target_grad = 0;
   if (has_target) {  // before `out`, which may be `row`, is written
@@ -198,20 +198,20 @@ void grad(const GradArgs& args, int64_t begin, int64_t end, Rows rows) {
   const int64_t stride = args.coefficient_stride;
   for (int64_t r = begin; r < end; ++r) {
     const float* c = args.coefficients + r;
-    grad_row(rows(r), args, args.lse[r], args.block.targets[r] - args.block.column_offset,
+    grad_row(rows(r), args, args.lse[r], args.tile.targets[r] - args.tile.column_offset,
              {c[0], c[stride], c[2 * stride], c[3 * stride]}, static_cast<T*>(args.out) + r * args.out_stride);
   }
 }
 
 template <typename T>
 void grad_of(const GradArgs& args, int64_t begin, int64_t end) {
-  const T* logits = static_cast<const T*>(args.block.logits);
-  grad<T>(args, begin, end, [&](int64_t r) { return logits + r * args.block.row_stride; });
+  const T* logits = static_cast<const T*>(args.tile.logits);
+  grad<T>(args, begin, end, [&](int64_t r) { return logits + r * args.tile.row_stride; });
 }
 
 template <bool kWeights>
 void scores_any(const ScoreArgs& args, int64_t begin, int64_t end) {
-  switch (args.block.dtype) {
+  switch (args.tile.dtype) {
     case Dtype::kFloat32:
       return scores<float, kWeights>(args, nullptr, begin, end);
     case Dtype::kBFloat16:
@@ -222,7 +222,7 @@ void scores_any(const ScoreArgs& args, int64_t begin, int64_t end) {
 }
 
 void grad_any(const GradArgs& args, int64_t begin, int64_t end) {
-  switch (args.block.dtype) {
+  switch (args.tile.dtype) {
     case Dtype::kFloat32:
       return grad_of<float>(args, begin, end);
     case Dtype::kBFloat16:

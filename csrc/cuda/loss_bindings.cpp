@@ -45,7 +45,7 @@ void pair_loss_backward_out(const at::Tensor& gradients, const at::Tensor& cu_se
 
 void policy_loss_forward(const at::Tensor& logprobs, const std::optional<at::Tensor>& old_logprobs,
                          const std::optional<at::Tensor>& ref_logprobs, const at::Tensor& advantages,
-                         const at::Tensor& branch, const at::Tensor& weights, int64_t term, double beta, double lower,
+                         const at::Tensor& branch, const at::Tensor& weights, int64_t loss, double beta, double lower,
                          double upper, double delta, double temperature_pos, double temperature_neg,
                          bool bias_correct_kl, double max_log_ratio, at::Tensor partial_sums, at::Tensor kl,
                          at::Tensor clipped, at::Tensor gradients) {
@@ -56,7 +56,7 @@ void policy_loss_forward(const at::Tensor& logprobs, const std::optional<at::Ten
                                branch.const_data_ptr<int64_t>(),
                                weights.const_data_ptr<float>(),
                                logprobs.size(0),
-                               static_cast<PolicyTerm>(term),
+                               static_cast<PolicyLoss>(loss),
                                bias_correct_kl,
                                static_cast<float>(beta),
                                static_cast<float>(lower),
@@ -88,7 +88,7 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
       "Tensor(a!) out) -> ()");
   m.def(
       "policy_loss_forward(Tensor logprobs, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor advantages, "
-      "Tensor branch, Tensor weights, int term, float beta, float lower, float upper, float delta, "
+      "Tensor branch, Tensor weights, int loss, float beta, float lower, float upper, float delta, "
       "float temperature_pos, float temperature_neg, bool bias_correct_kl, float max_log_ratio, "
       "Tensor(a!) partial_sums, Tensor(b!) kl, Tensor(c!) clipped, Tensor(d!) gradients) -> ()");
 }

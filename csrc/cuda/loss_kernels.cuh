@@ -9,35 +9,13 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/block.cuh"
 #include "cuda/loss_kernels.h"
 
 namespace trl_fast {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarpSize = 32;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kTokensPerBlock = 1024;
-static_assert(policy_loss_blocks(kTokensPerBlock + 1) == 2);
-
-__device__ inline float warp_sum(float value) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kWholeWarp, value, distance);
-  }
-  return value;
-}
-
-// The sum over the block, in the first warp.
-__device__ inline float block_sum(float value) {
-  __shared__ float of_warp[kWarps];
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  value = warp_sum(value);
-  __syncthreads();  // a sum before this one has been read
-  if (lane == 0) of_warp[warp] = value;
-  __syncthreads();
-  return warp == 0 ? warp_sum(lane < kWarps ? of_warp[lane] : 0.0f) : 0.0f;
-}
+static_assert(policy_loss_blocks(kPolicyLossBlock + 1) == 2);
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ inline float log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
@@ -171,14 +149,14 @@ __device__ inline TokenTerm clip_term(const PolicyLossArgs& args, float ratio, f
 }
 
 __device__ inline TokenTerm policy_term(const PolicyLossArgs& args, float ratio, float advantage, float logprob) {
-  switch (args.term) {
-    case PolicyTerm::kClip:
+  switch (args.loss) {
+    case PolicyLoss::kClip:
       return clip_term(args, ratio, advantage);
-    case PolicyTerm::kCispo: {
+    case PolicyLoss::kCispo: {
       const float gradient = -at_most(ratio, args.upper) * advantage;
       return {gradient * logprob, gradient, clipped_at(args, ratio, advantage)};
     }
-    case PolicyTerm::kSapo: {
+    case PolicyLoss::kSapo: {
       const float temperature = advantage > 0.0f ? args.temperature_pos : args.temperature_neg;
       const float z = temperature * (ratio - 1.0f), gate = sigmoid(z);
       return {-4.0f / temperature * gate * advantage, -4.0f * gate * sigmoid(-z) * ratio * advantage, 0};
@@ -195,7 +173,7 @@ __device__ inline float visit_token(const PolicyLossArgs& args, int64_t token) {
   const bool ratio_capped = log_ratio > args.max_log_ratio;
   const float ratio = expf(at_most(log_ratio, args.max_log_ratio));
   TokenTerm term = policy_term(args, ratio, args.advantages[sequence], logprob);
-  if (ratio_capped && args.term != PolicyTerm::kCispo) term.gradient = 0.0f;
+  if (ratio_capped && args.loss != PolicyLoss::kCispo) term.gradient = 0.0f;
   if (args.ref_logprobs != nullptr) {
     const float difference = args.ref_logprobs[token] - logprob, capped = at_most(difference, args.max_log_ratio);
     const float exponential = expm1f(capped);
@@ -214,11 +192,11 @@ __device__ inline float visit_token(const PolicyLossArgs& args, int64_t token) {
   return weight * term.term;
 }
 
-// One block kTokensPerBlock tokens.
+// Each block sums the terms of kPolicyLossBlock tokens.
 __global__ void __launch_bounds__(kThreads) policy_loss_kernel(PolicyLossArgs args) {
   float sum = 0.0f;
-  for (int i = threadIdx.x; i < kTokensPerBlock; i += kThreads) {
-    const int64_t token = int64_t{blockIdx.x} * kTokensPerBlock + i;
+  for (int i = threadIdx.x; i < kPolicyLossBlock; i += kThreads) {
+    const int64_t token = int64_t{blockIdx.x} * kPolicyLossBlock + i;
     if (token < args.num_tokens) sum += visit_token(args, token);
   }
   sum = block_sum(sum);

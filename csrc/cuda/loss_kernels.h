@@ -1,28 +1,14 @@
-// Arguments and launchers of the CUDA loss kernels; what they compute is specified by trl_fast/ops/pair_loss.py and
-// trl_fast/ops/policy_loss.py, whose names these are. Pointers are into device memory.
+// Declares the arguments and launchers of the CUDA loss kernels. trl_fast/ops/pair_loss.py and policy_loss.py specify
+// what they compute, under the same names. Pointers are into device memory.
 #pragma once
 
 #include <cstdint>
 
+#include "loss_formulas.h"
+
 struct CUstream_st;  // cudaStream_t is a pointer to it
 
 namespace trl_fast {
-
-// In the order of PAIR_FORMULAS in trl_fast/ops/pair_formulas.py.
-enum class PairLoss : int64_t {
-  kSigmoid,
-  kSigmoidNorm,
-  kRobust,
-  kHinge,
-  kIpo,
-  kExoPair,
-  kDiscopop,
-  kNcaPair,
-  kBcoPair,
-  kSppoHard,
-  kApoZero,
-  kApoDown,
-};
 
 struct PairLossArgs {
   const float* logprobs;
@@ -48,9 +34,6 @@ struct PairLossBackwardArgs {
   float* out;  // (N,)
 };
 
-// In the order of LOSS_TYPES in trl_fast/ops/policy_loss.py.
-enum class PolicyTerm : int64_t { kClip, kCispo, kSapo };
-
 struct PolicyLossArgs {
   const float* logprobs;
   const float* old_logprobs;  // or null
@@ -59,7 +42,7 @@ struct PolicyLossArgs {
   const int64_t* branch;
   const float* weights;
   int64_t num_tokens;
-  PolicyTerm term;
+  PolicyLoss loss;
   int64_t bias_correct_kl;
   float beta;
   float lower;
@@ -74,12 +57,14 @@ struct PolicyLossArgs {
   float* gradients;
 };
 
-// How many partial sums the loss of so many tokens has.
-constexpr int64_t policy_loss_blocks(int64_t num_tokens) { return (num_tokens + 1023) / 1024; }
+// Returns the number of partial sums that the loss of so many tokens has.
+constexpr int64_t policy_loss_blocks(int64_t num_tokens) {
+  return (num_tokens + kPolicyLossBlock - 1) / kPolicyLossBlock;
+}
 
 namespace cuda {
 
-// They enqueue work on `stream` and return; they throw std::runtime_error if the launch is refused.
+// The launchers enqueue work on `stream` and return; they throw std::runtime_error if the launch is refused.
 void launch_pair_loss(const PairLossArgs& args, int64_t pairs, CUstream_st* stream);
 void launch_pair_loss_backward(const PairLossBackwardArgs& args, int64_t pairs, int64_t num_tokens,
                                CUstream_st* stream);

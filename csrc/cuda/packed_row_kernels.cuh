@@ -6,23 +6,10 @@
 
 #include <cstring>
 
-#include "row_kernels.cuh"
+#include "cuda/row_kernels.cuh"
 
 namespace trl_fast {
 namespace {
-
-// The block's largest number, NaN being none. Calls in turn with `parity` 0 and 1: by the time that one of them writes
-// again, the barrier of the other has seen every thread through with what it read.
-__device__ inline float block_maximum(float x, int parity) {
-  __shared__ float of_warp[2][kWarps];
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, distance));
-  }
-  if (threadIdx.x % kWarpSize == 0) of_warp[parity][threadIdx.x / kWarpSize] = x;
-  __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) x = fmaxf(x, of_warp[parity][warp]);
-  return x;
-}
 
 __device__ inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -60,9 +47,9 @@ struct PackedPointers {
 // One block a row.
 template <bool kBias, int kOutputs>
 __global__ void __launch_bounds__(kThreads) row_scores_packed_kernel(ScoreArgs args, PackedRows packed) {
-  const float* logits = logits_of_block<float>(args.block);
+  const float* logits = logits_of_block<float>(args.tile);
   const PackedPointers row(packed, blockIdx.x);
-  const int columns = static_cast<int>(args.block.columns);
+  const int columns = static_cast<int>(args.tile.columns);
   const auto score = [&](auto whole) {
     constexpr bool kWhole = decltype(whole)::value;
     score_row<float, kBias, false, kOutputs, kWhole>(args, logits, [&](int start, const float (&u)[kShare]) {
@@ -87,10 +74,10 @@ __global__ void __launch_bounds__(kThreads) row_scores_packed_kernel(ScoreArgs a
 template <typename Out>
 __global__ void __launch_bounds__(kThreads) row_grad_packed_kernel(GradArgs args, PackedRows packed) {
   const int64_t row = blockIdx.x;
-  const int columns = static_cast<int>(args.block.columns);
+  const int columns = static_cast<int>(args.tile.columns);
   const PackedPointers from(packed, packed.index ? packed.index[row] : row);
   Out* out = static_cast<Out*>(args.out) + row * args.out_stride;
-  const int target = local_target(args.block, row);
+  const int target = local_target(args.tile, row);
   const float derivative = args.transform.scale * args.transform.inv_temperature;
   const Coefficients coefficients(args, row);
   const auto grad_at = [&](uint16_t word, float top, int column, Out& to) {
@@ -128,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) row_grad_packed_kernel(GradArgs args
 // Calls launch(kernel, grid) with the instance that serves `args`; both do nothing for an empty tile.
 template <typename Launch>
 void dispatch_scores_packed(const ScoreArgs& args, int64_t rows, Launch launch) {
-  if (rows == 0 || args.block.columns == 0) return;
+  if (rows == 0 || args.tile.columns == 0) return;
   const dim3 grid(static_cast<unsigned>(rows));
   with_flag(args.transform.bias != nullptr, [&](auto bias) {
     with_outputs(args.outputs, [&](auto outputs) {
@@ -139,8 +126,8 @@ void dispatch_scores_packed(const ScoreArgs& args, int64_t rows, Launch launch) 
 
 template <typename Launch>
 void dispatch_grad_packed(const GradArgs& args, int64_t rows, Launch launch) {
-  if (rows == 0 || args.block.columns == 0) return;
-  const int64_t chunks = num_chunks(args.block.columns);
+  if (rows == 0 || args.tile.columns == 0) return;
+  const int64_t chunks = num_chunks(args.tile.columns);
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>((chunks + kBatch - 1) / kBatch));
   with_dtype(args.out_dtype, [&](auto grad) { launch(row_grad_packed_kernel<decltype(grad)>, grid); });
 }

@@ -14,16 +14,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/block.cuh"
 #include "packed_logits.h"
-#include "cpu/row_kernels.h"
+#include "row_types.h"
 
 namespace trl_fast {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarpSize = 32;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr unsigned kWholeWarp = 0xffffffffu;
 // row_grad loads so many packs before it stores one: `out` may be the logits, so the compiler cannot reorder them.
 constexpr int kBatch = 2;
 // Columns of a chunk that a thread of row_scores has: sixteen bytes of a 16-bit type, twice that of float32.
@@ -153,9 +150,9 @@ __device__ void store_share(T* row, int first, int columns, const Share<T>& shar
 }
 
 // The row's target as a column of this tile; -1 or `columns` if it lies before or behind.
-__device__ inline int local_target(const Block& block, int64_t row) {
-  const int64_t target = block.targets[row] - block.column_offset;
-  return static_cast<int>(target < 0 ? -1 : target < block.columns ? target : block.columns);
+__device__ inline int local_target(const LogitTile& tile, int64_t row) {
+  const int64_t target = tile.targets[row] - tile.column_offset;
+  return static_cast<int>(target < 0 ? -1 : target < tile.columns ? target : tile.columns);
 }
 
 struct Logit {
@@ -293,8 +290,8 @@ __device__ inline void add_to_state(const Online& tile, int64_t outputs, double*
 template <typename T, bool kBias, bool kSoftcap, int kOutputs, bool kWhole, typename Keep>
 __device__ void score_row(const ScoreArgs& args, const T* logits, Keep keep) {
   const int64_t row = blockIdx.x;
-  const int columns = static_cast<int>(args.block.columns), thread = threadIdx.x;
-  const int target = local_target(args.block, row);
+  const int columns = static_cast<int>(args.tile.columns), thread = threadIdx.x;
+  const int target = local_target(args.tile, row);
   const Transformed<T, kBias, kSoftcap> transformed(args.transform);
   Online sums = nothing_seen();
   int first = thread * kShare;
@@ -320,16 +317,16 @@ __device__ void score_row(const ScoreArgs& args, const T* logits, Keep keep) {
 
 // The row of raw logits that belongs to this block.
 template <typename T>
-__device__ const T* logits_of_block(const Block& block) {
-  return static_cast<const T*>(block.logits) + blockIdx.x * block.row_stride;
+__device__ const T* logits_of_block(const LogitTile& tile) {
+  return static_cast<const T*>(tile.logits) + blockIdx.x * tile.row_stride;
 }
 
 // One block a row.
 template <typename T, bool kBias, bool kSoftcap, int kOutputs>
 __global__ void __launch_bounds__(kThreads) row_scores_kernel(ScoreArgs args) {
-  const T* logits = logits_of_block<T>(args.block);
+  const T* logits = logits_of_block<T>(args.tile);
   const auto keep_nothing = [](int, const float (&)[kShare]) {};
-  if (has_whole_shares(logits, static_cast<int>(args.block.columns))) {
+  if (has_whole_shares(logits, static_cast<int>(args.tile.columns))) {
     score_row<T, kBias, kSoftcap, kOutputs, true>(args, logits, keep_nothing);
   } else {
     score_row<T, kBias, kSoftcap, kOutputs, false>(args, logits, keep_nothing);
@@ -359,10 +356,10 @@ struct Coefficients {
 template <typename T, typename Out, bool kBias, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads) row_grad_kernel(GradArgs args) {
   const int64_t row = blockIdx.x;
-  const int columns = static_cast<int>(args.block.columns);
-  const T* logits = logits_of_block<T>(args.block);
+  const int columns = static_cast<int>(args.tile.columns);
+  const T* logits = logits_of_block<T>(args.tile);
   Out* out = static_cast<Out*>(args.out) + row * args.out_stride;
-  const int target = local_target(args.block, row);
+  const int target = local_target(args.tile, row);
   const Transformed<T, kBias, kSoftcap> transformed(args.transform);
   const Coefficients coefficients(args, row);
   const auto grad_at = [&](T raw, int column, Out& to) {
@@ -420,8 +417,8 @@ void with_flag(bool flag, Visit visit) {
 
 // Calls visit(dtype's value, has bias, has softcap), the flags as std::true_type or std::false_type.
 template <typename Visit>
-void with_block_and_transform(const Block& block, const Transform& transform, Visit visit) {
-  with_dtype(block.dtype, [&](auto value) {
+void with_tile_and_transform(const LogitTile& tile, const Transform& transform, Visit visit) {
+  with_dtype(tile.dtype, [&](auto value) {
     with_flag(transform.bias != nullptr,
               [&](auto bias) { with_flag(transform.softcap != 0.0f, [&](auto cap) { visit(value, bias, cap); }); });
   });
@@ -440,9 +437,9 @@ void with_outputs(int64_t outputs, Visit visit) {
 // Calls launch(kernel, grid) with the instance that serves `args`; all of these do nothing for an empty tile.
 template <typename Launch>
 void dispatch_scores(const ScoreArgs& args, int64_t rows, Launch launch) {
-  if (rows == 0 || args.block.columns == 0) return;
+  if (rows == 0 || args.tile.columns == 0) return;
   const dim3 grid(static_cast<unsigned>(rows));
-  with_block_and_transform(args.block, args.transform, [&](auto value, auto bias, auto cap) {
+  with_tile_and_transform(args.tile, args.transform, [&](auto value, auto bias, auto cap) {
     with_outputs(args.outputs, [&](auto outputs) {
       constexpr bool kBias = decltype(bias)::value, kCap = decltype(cap)::value;
       launch(row_scores_kernel<decltype(value), kBias, kCap, decltype(outputs)::value>, grid);
@@ -452,9 +449,9 @@ void dispatch_scores(const ScoreArgs& args, int64_t rows, Launch launch) {
 
 template <typename Launch>
 void dispatch_grad(const GradArgs& args, int64_t rows, Launch launch) {
-  if (rows == 0 || args.block.columns == 0) return;
-  const dim3 grid(static_cast<unsigned>(rows), grad_parts(args.block.columns, args.block.dtype));
-  with_block_and_transform(args.block, args.transform, [&](auto value, auto bias, auto cap) {
+  if (rows == 0 || args.tile.columns == 0) return;
+  const dim3 grid(static_cast<unsigned>(rows), grad_parts(args.tile.columns, args.tile.dtype));
+  with_tile_and_transform(args.tile, args.transform, [&](auto value, auto bias, auto cap) {
     using T = decltype(value);
     constexpr bool kBias = decltype(bias)::value, kCap = decltype(cap)::value;
     with_dtype(args.out_dtype, [&](auto grad) {

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "packed_logits.h"
-#include "cpu/row_kernels.h"
+#include "row_types.h"
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
 

@@ -30,7 +30,7 @@ struct Buffers {
     for (int64_t r = 0; r < kRows; ++r) state[kTop * kRows + r] = -std::numeric_limits<double>::infinity();
   }
 
-  Block tile(int64_t start, int64_t columns) const {
+  LogitTile tile(int64_t start, int64_t columns) const {
     return {logits.data() + start, Dtype::kBFloat16, kColumns, columns, targets.data(), start};
   }
 
@@ -43,7 +43,7 @@ void run(const ScoreArgs& args, unsigned seed) {
 }
 
 void run(const GradArgs& args, unsigned seed) {
-  const dim3 grid(kRows, grad_parts(args.block.columns, args.block.dtype));
+  const dim3 grid(kRows, grad_parts(args.tile.columns, args.tile.dtype));
   simt::launch(grid, kThreads, seed, [&] { row_grad_kernel<__nv_bfloat16, __nv_bfloat16, true, true>(args); });
 }
 
@@ -72,14 +72,14 @@ void run_packed_kernels(unsigned seed, int64_t columns, int64_t missing_words) {
   std::vector<float> tops(kRows * num_chunks(columns)), bias(columns);
   std::vector<int64_t> index = {0, 1, 2};
   const PackedRows packed = {{words.data(), tops.data()}, columns, num_chunks(columns), index.data()};
-  const Block tile = {logits.data(), Dtype::kFloat32, columns, columns, b.targets.data(), 0};
+  const LogitTile tile = {logits.data(), Dtype::kFloat32, columns, columns, b.targets.data(), 0};
   const ScoreArgs scores = {tile, {bias.data(), 0.5f, 0.0f, 1.25f}, kEverything, b.state.data(), kRows};
   simt::launch(kRows, kThreads, seed, [&] { row_scores_packed_kernel<true, kEverything>(scores, packed); });
   GradArgs grad = {tile,         {nullptr, 0.5f, 0.0f, 1.25f},
                    b.lse.data(), b.coefficients.data(),
                    kRows,        words.data(),
                    columns,      Dtype::kBFloat16};
-  grad.block.logits = nullptr;
+  grad.tile.logits = nullptr;
   const dim3 grid(kRows, (num_chunks(columns) + kBatch - 1) / kBatch);
   simt::launch(grid, kThreads, seed, [&] { row_grad_packed_kernel<__nv_bfloat16>(grad, packed); });
 }

@@ -45,7 +45,7 @@ PairLossBackwardArgs = structure(
 )
 PolicyLossArgs = structure(
     "PolicyLossArgs",
-    "*logprobs *old_logprobs *ref_logprobs *advantages *branch *weights num_tokens term bias_correct_kl "
+    "*logprobs *old_logprobs *ref_logprobs *advantages *branch *weights num_tokens loss bias_correct_kl "
     "~beta ~lower ~upper ~delta ~temperature_pos ~temperature_neg ~max_log_ratio *partial_sums *kl *clipped "
     "*gradients",
 )
@@ -60,7 +60,8 @@ class HostKernels:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.policy_loss_blocks.restype = ctypes.c_int64
+        for function in ("policy_loss_blocks", "pair_formula", "policy_formula"):
+            getattr(self.library, function).restype = ctypes.c_int64
         self.calls = 0
 
     def _run(self, name: str, args: ctypes.Structure, *sizes: int) -> None:
@@ -71,7 +72,7 @@ class HostKernels:
         *numbers, losses, sequence_logprobs, gradients = rest
         inputs = map(address, (logprobs, cu_seqlens, ref_logprobs, lengths))
         outputs = map(address, (losses, sequence_logprobs, gradients))
-        args = PairLossArgs(*inputs, list(PAIR_FORMULAS).index(loss_type), *numbers, *outputs)
+        args = PairLossArgs(*inputs, self.library.pair_formula(loss_type.encode()), *numbers, *outputs)
         self._run("simt_pair_loss", args, len(losses))
 
     def pair_loss_backward(self, gradients, cu_seqlens, grad_losses, grad_sequence_logprobs, out) -> None:
@@ -87,7 +88,7 @@ class HostKernels:
         vectors, (loss_type, *numbers, bias_correct_kl, cap), outputs = arguments[:6], arguments[6:15], arguments[15:]
         num_tokens = len(vectors[0])
         partial_sums = torch.full((self.library.policy_loss_blocks(ctypes.c_int64(num_tokens)),), float("nan"))
-        integers = (num_tokens, LOSS_TYPES.index(loss_type), bias_correct_kl)
+        integers = (num_tokens, self.library.policy_formula(loss_type.encode()), bias_correct_kl)
         outputs = map(address, (partial_sums, *outputs))
         self._run("simt_policy_loss", PolicyLossArgs(*map(address, vectors), *integers, *numbers, cap, *outputs))
         return partial_sums

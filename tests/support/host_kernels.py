@@ -10,8 +10,8 @@ import torch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class Block(ctypes.Structure):
-    """trl_fast::Block; the structures here are those of csrc/cpu/row_kernels.h, field by field."""
+class LogitTile(ctypes.Structure):
+    """Mirrors trl_fast::LogitTile; the structures here are those of csrc/row_types.h, field by field."""
 
     _fields_ = [
         ("logits", ctypes.c_void_p),
@@ -34,7 +34,7 @@ class Transform(ctypes.Structure):
 
 class ScoreArgs(ctypes.Structure):
     _fields_ = [
-        ("block", Block),
+        ("tile", LogitTile),
         ("transform", Transform),
         ("outputs", ctypes.c_int64),
         ("state", ctypes.c_void_p),
@@ -47,7 +47,7 @@ class ScoreArgs(ctypes.Structure):
 
 class GradArgs(ctypes.Structure):
     _fields_ = [
-        ("block", Block),
+        ("tile", LogitTile),
         ("transform", Transform),
         ("lse", ctypes.c_void_p),
         ("coefficients", ctypes.c_void_p),
@@ -81,13 +81,13 @@ class HostKernels:
         getattr(self.library, name)(*given, ctypes.c_int64(rows), ctypes.c_uint(self.calls))
 
     @staticmethod
-    def _inputs(logits, targets, bias, scale, softcap, inv_temperature, column_offset) -> tuple[Block, Transform]:
+    def _inputs(logits, targets, bias, scale, softcap, inv_temperature, column_offset) -> tuple[LogitTile, Transform]:
         rows, columns = logits.shape
-        block = Block(
+        tile = LogitTile(
             logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), columns, targets.data_ptr(), column_offset
         )
         assert targets.is_contiguous() and (bias is None or (bias.is_contiguous() and bias.dtype == torch.float32))
-        return block, Transform(None if bias is None else bias.data_ptr(), scale, softcap, inv_temperature)
+        return tile, Transform(None if bias is None else bias.data_ptr(), scale, softcap, inv_temperature)
 
     def scores(self, logits, targets, bias, *rest) -> None:
         *constants, outputs, column_offset, state = rest

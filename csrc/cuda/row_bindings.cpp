@@ -1,4 +1,4 @@
-// Registers the CUDA row kernels as torch.ops.trl_fast.*; the schemas are in csrc/bindings.cpp.
+// Registers the CUDA row kernels as torch.ops.trl_fast.*; csrc/bindings.cpp has their schemas.
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
