@@ -1,4 +1,4 @@
-"""Builds `trl_fast._C`, or says why not: here, and in trl_fast/_build.json for `trl-fast env` and the first run.
+"""Builds `trl_fast._C`, or says why not: on the terminal and in trl_fast/_build.json, which `trl-fast env` reads.
 
 The extension is an optimisation. Without a compiler, or when it fails to compile, the package installs without it and
 runs in PyTorch; when only its CUDA part fails, it is built without that. TRL_FAST_REQUIRE_EXT=1 turns either into an
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 # Kernel sources, compiled once per instruction set; the running CPU decides which is called.
 ISA_SOURCES = ("row_kernels", "sparse_kernels")
+# The other sources for the CPU, compiled once.
+CPU_SOURCES = ("bindings", "instruction_sets", "memory_pool")
 ISA_FLAGS = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
@@ -40,7 +42,10 @@ ISA_FLAGS = {
         "-DCPU_CAPABILITY_AVX512",
     ],
 }
-CUDA_TARGETS = (80, 90, 100)
+# The GPUs that CUDA sources are compiled for, unless TORCH_CUDA_ARCH_LIST asks for others.
+CUDA_TARGETS = ("80", "90", "100")
+# Sources that serve the instructions of some GPUs only, such as {"name_of_file": ("90a",)}: for these GPUs always.
+CUDA_TARGETS_OF_SOURCE: dict[str, tuple[str, ...]] = {}
 # Without these nothing of CUDA compiles; an nvcc that is a wrapper outside its toolkit has none beside it.
 CUDA_HEADERS = ("cuda_runtime.h", "crt/host_config.h")
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
@@ -56,7 +61,7 @@ PURE = f"TRL_FAST_PURE was set when it was installed; unset it and install again
 
 
 def asked_for(variable: str) -> bool:
-    """Whether an environment variable is set to anything but 0."""
+    """Says whether an environment variable is set to anything but 0."""
     return os.environ.get(variable, "0") not in ("", "0")
 
 
@@ -66,7 +71,7 @@ def warn(part: str, reason: str) -> None:
 
 
 def give_up(part: str, failure: str, hint: str = "") -> str:
-    """The reason to be kept for a part that failed to build; raises RuntimeError if it is required."""
+    """Returns the reason to be kept for a part that failed to build; raises RuntimeError if the part is required."""
     reason = f"{failure}; {hint + ', and' if hint else 'mend that and'} install again with {INSTALL}"
     if asked_for("TRL_FAST_REQUIRE_EXT"):
         raise RuntimeError(f"trl_fast: {part} is not built: {reason}.")
@@ -75,17 +80,17 @@ def give_up(part: str, failure: str, hint: str = "") -> str:
 
 
 def compiler() -> str:
-    """The C++ compiler."""
+    """Returns the command of the C++ compiler."""
     return os.environ.get("CXX", "c++")
 
 
 def instruction_sets(machine: str) -> list[str]:
-    """The instruction sets that are built for a machine architecture."""
+    """Returns the instruction sets that are built for a machine architecture."""
     return list(ISA_FLAGS) if machine.lower() in ("x86_64", "amd64") else ["DEFAULT"]
 
 
 def why_no_cuda(cuda_home: str | None, torch_cuda: str | None, includes: list[str]) -> str:
-    """Why there will be no CUDA part, with the remedy; empty if there is all that it takes.
+    """Returns why there will be no CUDA part, with the remedy; empty if nothing is missing.
 
     A visible GPU is not asked for: machines that build images have none. includes: further folders with headers.
     """
@@ -104,32 +109,62 @@ def why_no_cuda(cuda_home: str | None, torch_cuda: str | None, includes: list[st
 
 
 def cuda_sources(root: Path = ROOT) -> list[str]:
-    """The CUDA sources and their bindings."""
-    folder = root / "csrc" / "cuda"
-    return sorted(str(path.relative_to(root)) for path in [*folder.glob("*.cu"), *folder.glob("*.cpp")])
+    """Returns the CUDA sources that are compiled for every GPU, and their bindings."""
+    paths = [path for suffix in ("cu", "cpp") for path in (root / "csrc" / "cuda").glob(f"*.{suffix}")]
+    return sorted(str(path.relative_to(root)) for path in paths if path.stem not in CUDA_TARGETS_OF_SOURCE)
+
+
+def machine_code_flags(targets: Sequence[str]) -> list[str]:
+    """Returns nvcc's flags for machine code of these GPUs."""
+    return [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
 
 
 def cuda_arch_flags(known: str) -> list[str]:
-    """Machine code for CUDA_TARGETS and PTX of the newest, unless TORCH_CUDA_ARCH_LIST asks torch for others.
+    """Returns flags for machine code of CUDA_TARGETS and PTX of the newest; none where TORCH_CUDA_ARCH_LIST is set.
 
     known: what `nvcc --list-gpu-arch` prints; older toolkits lack the newer targets.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []
     targets = [target for target in CUDA_TARGETS if f"compute_{target}" in known.split()]
-    flags = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
-    return flags + [f"-gencode=arch=compute_{target},code=compute_{target}" for target in targets[-1:]]
+    newest = [f"-gencode=arch=compute_{target},code=compute_{target}" for target in targets[-1:]]
+    return machine_code_flags(targets) + newest
+
+
+def compile_for_some_gpus(cuda_home: str, build_dir: Path) -> list[str]:
+    """Compiles the sources of CUDA_TARGETS_OF_SOURCE, each for its own GPUs; returns their object files.
+
+    torch compiles all sources of an extension with the same flags.
+    """
+    build_dir.mkdir(parents=True, exist_ok=True)
+    objects, commands = [], []
+    for name, targets in CUDA_TARGETS_OF_SOURCE.items():
+        flags = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC", *machine_code_flags(targets), f"-I{ROOT / 'csrc'}"]
+        source, target = ROOT / "csrc" / "cuda" / f"{name}.cu", build_dir / f"{name}.o"
+        commands.append([str(Path(cuda_home, "bin", "nvcc")), *flags, "-c", str(source), "-o", str(target)])
+        objects.append(str(target))
+    run_side_by_side(commands)
+    return objects
+
+
+def run_side_by_side(commands: list[list[str]]) -> None:
+    """Runs compilers at the same time; raises RuntimeError with the source of the first that fails."""
+    running = [(command, subprocess.Popen(command)) for command in commands]
+    codes = [process.wait() for _, process in running]
+    for (command, _), code in zip(running, codes, strict=True):
+        if code:
+            raise RuntimeError(f"{command[0]} failed on {command[-3]}")
 
 
 def nvcc_flags(cuda_home: str) -> list[str]:
-    """How the CUDA sources are compiled."""
+    """Returns the flags of the sources that are compiled for every GPU."""
     nvcc = str(Path(cuda_home, "bin", "nvcc"))
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     return ["-O3", *cuda_arch_flags(known)]
 
 
 def parallel_flags(command: str) -> list[str]:
-    """The flag without which at::parallel_for, which lives in a header, is a loop of one thread.
+    """Returns the flag without which at::parallel_for, which lives in a header, is a loop of one thread.
 
     Nothing is linked: torch has brought the OpenMP library, and with a second one there would be two sets of threads.
     Code of clang would look for functions that GNU's library lacks.
@@ -144,24 +179,24 @@ def parallel_flags(command: str) -> list[str]:
 
 
 def pip_cuda_includes() -> list[str]:
-    """Headers of the CUDA libraries that pip installed with torch: a toolkit need not have all that torch includes."""
+    """Returns the headers that pip installed with torch: a toolkit need not have all that torch includes."""
     import torch
 
     return [str(path) for path in sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))]
 
 
 def find_cuda_home() -> str | None:
-    """The CUDA toolkit's folder. torch's own CUDA_HOME is None in a CPU build, which is what we want to tell apart."""
+    """Returns the folder of the CUDA toolkit. It is None for a torch without CUDA."""
     from torch.utils import cpp_extension
 
     return cpp_extension.CUDA_HOME
 
 
 def make_extension(objects: list[str], cuda_home: str | None) -> Extension:
-    """The extension's description, with the CUDA part if a toolkit is given."""
+    """Describes the extension, with the CUDA part if a toolkit is given."""
     from torch.utils import cpp_extension
 
-    sources = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("bindings", "instruction_sets", "memory_pool"))]
+    sources = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)]
     kind = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
     cxx_flags = COMMON_FLAGS + parallel_flags(compiler())
     isas = instruction_sets(platform.machine())
@@ -177,30 +212,30 @@ def make_extension(objects: list[str], cuda_home: str | None) -> Extension:
 
 
 def compile_instruction_sets(build_dir: Path) -> list[str]:
-    """Object files of the kernels, each source one per instruction set: an Extension has only one list of flags."""
+    """Compiles each kernel source once per instruction set; returns the object files.
+
+    torch compiles all sources of an extension with the same flags.
+    """
     import torch
     from torch.utils import cpp_extension
 
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     build_dir.mkdir(parents=True, exist_ok=True)
-    running, objects = [], []
+    commands, objects = [], []
     for name, isa in itertools.product(ISA_SOURCES, instruction_sets(platform.machine())):
         target = build_dir / f"{name}_{isa}.o"
         flags = [*COMMON_FLAGS, *ISA_FLAGS[isa], f"-DCPU_CAPABILITY={isa}", abi]
         source = str(ROOT / "csrc" / "cpu" / f"{name}.cpp")
-        command = [compiler(), *flags, f"-I{ROOT / 'csrc'}", *includes, "-c", source, "-o", str(target)]
-        running.append((command, subprocess.Popen(command)))
+        commands.append([compiler(), *flags, f"-I{ROOT / 'csrc'}", *includes, "-c", source, "-o", str(target)])
         objects.append(str(target))
-    for command, process in running:
-        if process.wait():
-            raise RuntimeError(f"{command[0]} failed on {command[-3]}")
+    run_side_by_side(commands)
     return objects
 
 
 @contextlib.contextmanager
 def recorded_output() -> Iterator[list[str]]:
-    """A list that has, afterwards, the lines that this process and its compilers printed; they are printed then."""
+    """Gives a list that has, afterwards, the lines that this process and its compilers printed; prints them then."""
     lines: list[str] = []
     with tempfile.TemporaryFile() as record:
         sys.stdout.flush()
@@ -223,7 +258,7 @@ def recorded_output() -> Iterator[list[str]]:
 
 
 def attempt(step: Callable, *arguments: object) -> tuple[Any, str]:
-    """A step's result, and why it failed: the first line that a compiler calls an error, else the exception."""
+    """Returns a result and why the step failed: the first line that a compiler calls an error, else the exception."""
     result, failure = None, None
     with recorded_output() as lines:
         try:
@@ -240,7 +275,7 @@ def attempt(step: Callable, *arguments: object) -> tuple[Any, str]:
 
 
 class BuildExtensionOrNot(build_ext):
-    """torch's BuildExtension, made to give up politely, part by part."""
+    """Builds what can be built with torch's BuildExtension and notes why a part is missing."""
 
     def run(self) -> None:
         missing = {"extension": PURE} if asked_for("TRL_FAST_PURE") else self.build_parts()
@@ -282,6 +317,8 @@ class BuildExtensionOrNot(build_ext):
         """Builds the extension, with its CUDA part if a toolkit is given."""
         from torch.utils.cpp_extension import BuildExtension
 
+        if cuda_home:
+            objects = objects + compile_for_some_gpus(cuda_home, Path(self.build_temp).resolve() / "cuda")
         self.distribution.ext_modules = [make_extension(objects, cuda_home)]
         command = BuildExtension(self.distribution, use_ninja=True)
         command.inplace = self.inplace

@@ -43,7 +43,7 @@ from .gpu_machine_code import TARGETS, Resources, read_cubin, resources_of
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel with the types of its arguments (Triton's spelling) and its compile-time constants."""
+    """Holds a kernel with the types of its arguments (Triton's spelling) and its compile-time constants."""
 
     label: str
     function: JITFunction
@@ -198,7 +198,7 @@ def _loss_case(
     scalar_loads: int | None = None,
     bytes_of_token: int = 4,
 ) -> KernelCase:
-    """`vectors` and `numbers` are names of float32 pointers and floats."""
+    """Makes a case of a loss kernel; `vectors` and `numbers` are names of float32 pointers and floats."""
     signature = {**dict.fromkeys(vectors.split(), "*fp32"), **others, **dict.fromkeys(numbers.split(), "fp32")}
     least_bytes = bytes_of_token * constants["BLOCK"] // (32 * num_warps)
     return KernelCase(label, kernel, signature, constants, num_warps, scalar_loads, least_bytes)
@@ -277,7 +277,7 @@ def resources(compiled: CompiledKernel, num_warps: int, target: int, scalar_load
 
 
 def new_table() -> Table:
-    """The report's columns."""
+    """Makes the report's table, with its columns."""
     table = Table(title="GPU kernels, compiled and not run")
     for name in ("", "kernel", "target"):
         table.add_column(name, no_wrap=True)
@@ -288,7 +288,7 @@ def new_table() -> Table:
 
 
 def add_row(table: Table, language: str, label: str, target: int, found: Resources, least_bytes: int) -> None:
-    """One kernel on one target."""
+    """Adds a kernel on one target to the table."""
     table.add_row(
         language,
         label,

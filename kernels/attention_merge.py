@@ -1,4 +1,4 @@
-"""Attention over two sets of keys, merged, in Triton; `trl_fast/ops/attention_merge.py` specifies it.
+"""Merges attention over two sets of keys in Triton; `trl_fast/ops/attention_merge.py` specifies the kernel.
 
 One program takes some tokens of one head: it reads both outputs once and writes the merged one. The log-sum-exps are
 those of the heads' tokens, (heads, T), so that a program's lie together.

@@ -1,4 +1,4 @@
-"""On which GPU a kernel runs: Triton launches on the current one, wherever the tensors are."""
+"""Makes Triton launch a kernel on the GPU of its tensors: alone, it takes the current GPU."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def on_tensors_device(launcher: Callable) -> Callable:
-    """A launcher that makes the GPU of its first argument, a tensor, the current one while it runs.
+    """Returns a launcher that makes the GPU of its first argument, a tensor, the current one while it runs.
 
     Tensors elsewhere, as the interpreter takes them, leave everything as it is.
     """

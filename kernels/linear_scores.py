@@ -1,4 +1,4 @@
-"""The head's product and its row statistics in one Triton kernel; logits live in registers, and are kept if asked.
+"""Computes the head's product and its row statistics in one Triton kernel; logits live in registers, and can be kept.
 
 As many programs as the GPU has processors walk over tiles of logits, [rows, columns]; factors come by TMA, the product
 is accumulated in float32. Of each tile, while it is in registers, the largest logit of every row is found, then the
@@ -19,11 +19,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launching import on_tensors_device
-from .online_softmax import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, packed_words, store_sums
+from .online_softmax import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, TARGET, packed_words, store_sums
 
 
 class Tiles(NamedTuple):
-    """A configuration: rows and columns of a tile of logits, hidden units that one step multiplies, and so on.
+    """Holds a configuration: rows and columns of a tile of logits, hidden units that one step multiplies, and so on.
 
     pieces: how many the columns are cut into before they are added to the sums, whose temporaries must fit the
     registers beside the accumulators; group: how many tiles of columns stand in one group.
@@ -60,7 +60,7 @@ def _add_piece(
     KEEP: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """The sums relative to `anchor` (R,) with logits u (R, C) of columns start, start + 1, ... added."""
+    """Returns the sums relative to `anchor` (R,) with logits u (R, C) of columns start, start + 1, ... added."""
     LOG2E: tl.constexpr = 1.4426950408889634
     if PIECES > 1:
         half: tl.constexpr = u.shape[1] // 2
@@ -148,7 +148,7 @@ def linear_scores_kernel(
     GROUP: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Sums of every tile, written to its slots in `parts`; the target's logit goes to the state itself."""
+    """Writes the sums of every tile to its slots in `parts`; the target's logit goes to the state itself."""
     row_tiles = tl.cdiv(num_rows, ROWS)
     column_tiles = tl.cdiv(vocab_size, COLUMNS)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
@@ -182,7 +182,7 @@ def linear_scores_kernel(
         tl.store(slots + slot_stride, sums[0], mask=there)
         _store_optional(slots, slot_stride, sums, there, OUTPUTS)
         here = there & (target // COLUMNS == column_tile) & (target >= 0) & (target < vocab_size)
-        tl.store(state + 5 * state_stride + rows, sums[5].to(tl.float64), mask=here)
+        tl.store(state + state_stride * TARGET + rows, sums[5].to(tl.float64), mask=here)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "tops_stride", *_PER_ROW])
@@ -201,7 +201,7 @@ def merge_tiles_kernel(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The state of a block of rows from the parts of its tiles, in their order; tops (R, tiles) if they are kept."""
+    """Merges the parts of all tiles, in their order, to the state of some rows; fills tops (R, tiles) if KEEP."""
     LOG2E: tl.constexpr = 1.4426950408889634
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = rows < num_rows
@@ -244,12 +244,12 @@ def merge_tiles_kernel(
 
 
 def num_tiles(vocab_size: int, tiles: Tiles) -> int:
-    """Into how many tiles of columns a vocabulary falls."""
+    """Returns the number of tiles of columns of a vocabulary."""
     return -(-vocab_size // tiles.columns)
 
 
 def part_bytes(vocab_size: int, outputs: int, tiles: Tiles) -> int:
-    """Bytes a row of what `linear_scores` holds between its two kernels."""
+    """Returns the bytes a row that `linear_scores` holds between its two kernels."""
     return 4 * (2 + outputs.bit_count()) * num_tiles(vocab_size, tiles)
 
 

@@ -1,4 +1,4 @@
-"""The loss kernels in Triton; `trl_fast/ops/pair_loss.py` and `policy_loss.py` specify them and explain the names.
+"""Computes losses in Triton; `trl_fast/ops/pair_loss.py` and `policy_loss.py` specify them and explain the names.
 
 Offsets are 64-bit. No length and no number makes Triton compile again: only names of losses, flags and block sizes are
 compile-time constants. The formulas are those of `trl_fast/ops/pair_formulas.py`, each beside its derivative.
@@ -16,19 +16,22 @@ BLOCK, NUM_WARPS = 1024, 4
 # One program sums a whole pair, so it gets more threads.
 PAIR_BLOCK, PAIR_WARPS = 2048, 8
 
+# The formulas of each op, by name. Margin losses read the difference of the two rewards only.
 MARGIN_LOSSES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
+SEPARATE_LOSSES = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
 NORMALIZED_LOSSES = ("sigmoid_norm", "ipo")
+LOSS_FORMULAS = {"pair_loss": (*MARGIN_LOSSES, *SEPARATE_LOSSES), "policy_loss": ("clip", "cispo", "sapo")}
 
 
 @triton.jit
 def _at_most(x, bound):
-    """The minimum, which unlike tl.minimum keeps a NaN: one in the input must reach the loss."""
+    """Returns the minimum. Unlike tl.minimum it keeps a NaN: one in the input must reach the loss."""
     return tl.where(x > bound, bound, x)
 
 
 @triton.jit
 def _log_sigmoid(x):
-    """min(x, 0) − log(1 + e^−|x|), the logarithm as the series of 2·artanh(s), s = e / (2 + e) ≤ 1/3.
+    """Returns min(x, 0) − log(1 + e^−|x|), the logarithm as the series of 2·artanh(s), s = e / (2 + e) ≤ 1/3.
 
     A GPU's fast logarithm has an absolute error, which near 1 is most of the result.
     """
@@ -42,7 +45,7 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _margin_loss(x, beta, eps, log_eps, log_one_minus_eps, tau, LOSS: tl.constexpr):
-    """Loss and gradient in x, the scaled margin, of a loss that reads nothing else."""
+    """Returns the loss and its gradient by x, the scaled margin, of a loss that reads nothing else."""
     p, q = tl.sigmoid(x), tl.sigmoid(-x)
     log_p, log_q = _log_sigmoid(x), _log_sigmoid(-x)
     if LOSS == "hinge":
@@ -69,7 +72,7 @@ def _margin_loss(x, beta, eps, log_eps, log_one_minus_eps, tau, LOSS: tl.constex
 
 @triton.jit
 def _separate_loss(chosen, rejected, beta, LOSS: tl.constexpr):
-    """Loss and gradients in β·r_c and β·r_r of a loss that reads them apart."""
+    """Returns the loss and its gradients by β·r_c and β·r_r, of a loss that reads the two apart."""
     p_c, q_c = tl.sigmoid(chosen), tl.sigmoid(-chosen)
     p_r, q_r = tl.sigmoid(rejected), tl.sigmoid(-rejected)
     if LOSS == "sppo_hard":
@@ -119,7 +122,7 @@ def pair_loss_kernel(
     NORMALIZED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a pair."""
+    """Computes one pair's loss a program."""
     pair = tl.program_id(0).to(tl.int64)
     chosen, rejected = 2 * pair, 2 * pair + 1
     chosen_logprob = _sequence_sum(logprobs, cu_seqlens, chosen, BLOCK)
@@ -156,7 +159,7 @@ def pair_loss_backward_kernel(
     HAS_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Several programs a sequence, which take its blocks in turn."""
+    """Computes the tokens' gradients: several programs a sequence take its blocks in turn."""
     sequence = tl.program_id(0).to(tl.int64)
     grad = 0.0
     if HAS_LOSSES:
@@ -172,7 +175,7 @@ def pair_loss_backward_kernel(
 
 @triton.jit
 def _exp_beyond_linear(x):
-    """e^x − x − 1; near 0, where the difference would cancel, its series."""
+    """Returns e^x − x − 1; near 0, where the difference would cancel, its series."""
     series = 1.0 + x / 6 * (1.0 + x / 7 * (1.0 + x / 8))
     series = 1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * series))
     return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * series, tl.exp(x) - x - 1.0)
@@ -180,7 +183,7 @@ def _exp_beyond_linear(x):
 
 @triton.jit
 def _kl_estimate(difference, ratio, ratio_capped, max_log_ratio, BIAS_CORRECT: tl.constexpr):
-    """The estimate and its gradient in log π, of which `difference` is the distance to log π_ref."""
+    """Returns the KL estimate and its gradient by log π; difference = log π_ref − log π."""
     capped = _at_most(difference, max_log_ratio)
     kl = _exp_beyond_linear(capped)
     gradient = -(kl + capped)
@@ -201,7 +204,7 @@ def _clipped(ratio, advantage, lower, upper):
 
 @triton.jit
 def _clip_term(ratio, advantage, lower, upper, delta):
-    """Where both sides of the minimum are equal, so are their gradients."""
+    """Returns the clipped term. Where both sides of the minimum are equal, so are their gradients."""
     capped = _at_most(ratio, delta)
     unclipped = capped * advantage
     clipped = _at_most(tl.where(ratio < lower, lower, ratio), upper) * advantage
@@ -251,7 +254,7 @@ def policy_loss_kernel(
     BIAS_CORRECT_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a block of tokens."""
+    """Computes the terms of one block of tokens a program."""
     block = tl.program_id(0).to(tl.int64)
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     mask = tokens < num_tokens
@@ -269,6 +272,7 @@ def policy_loss_kernel(
     elif LOSS == "cispo":
         term, gradient, clipped = _cispo_term(ratio, advantage, lower, upper, logprob)
     else:
+        tl.static_assert(LOSS == "sapo")
         term, gradient, clipped = _sapo_term(ratio, advantage, temperature_pos, temperature_neg)
     if LOSS != "cispo":
         gradient = tl.where(ratio_capped, 0.0, gradient)

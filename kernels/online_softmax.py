@@ -1,4 +1,4 @@
-"""What the kernels that read logits have in common: their transform, and the sums that are kept online.
+"""Transforms logits, packs them and adds them to online sums, for every kernel that has logits.
 
 The sums are those of the state in `trl_fast/ops/head/row_kernels.py`: six float32 vectors (R,), one entry a row, in
 the order top, sum, sum_x, sum_sq, total, before. Which of them are kept up follows from OUTPUTS, the mask of
@@ -8,14 +8,29 @@ trl_fast/ops/token_scores.py.
 import triton
 import triton.language as tl
 
+from . import shared_constants
+
 # Flags come first in `FLAG & OUTPUTS`: in the interpreter, OUTPUTS is an int, which knows no constexpr.
-ENTROPY, LOG_SUM_SQ_PROBS = tl.constexpr(1), tl.constexpr(2)
-MEAN_LOGITS, IS_TOP1 = tl.constexpr(4), tl.constexpr(8)
+ENTROPY = tl.constexpr(shared_constants.ENTROPY)
+LOG_SUM_SQ_PROBS = tl.constexpr(shared_constants.LOG_SUM_SQ_PROBS)
+MEAN_LOGITS = tl.constexpr(shared_constants.MEAN_LOGITS)
+IS_TOP1 = tl.constexpr(shared_constants.IS_TOP1)
+
+# Rows of the state.
+SUM, SUM_X = tl.constexpr(shared_constants.SUM), tl.constexpr(shared_constants.SUM_X)
+SUM_SQ, TOTAL = tl.constexpr(shared_constants.SUM_SQ), tl.constexpr(shared_constants.TOTAL)
+TARGET, BEFORE = tl.constexpr(shared_constants.TARGET), tl.constexpr(shared_constants.BEFORE)
+
+# The format of packed logits.
+STEPS_A_NAT = tl.constexpr(float(shared_constants.PACKED_STEPS_A_NAT))
+LOWEST_CODE = tl.constexpr(float(shared_constants.PACKED_LOWEST_CODE))
+MINUS_INF_WORD = tl.constexpr(shared_constants.PACKED_MINUS_INF_CODE)
+MINUS_INF_CODE = tl.constexpr(float(shared_constants.PACKED_MINUS_INF_CODE))
 
 
 @triton.jit
 def transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """u and du/dz of raw logits (bias added already)."""
+    """Returns u and du/dz of raw logits z, to which the bias has been added."""
     y = z * scale
     derivative = scale * inv_temperature
     if HAS_SOFTCAP:
@@ -28,9 +43,9 @@ def transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def packed_words(u, top):
-    """Words (R, C) int16 of logits u (R, C) whose largest are top (R,); see `trl_fast/ops/head/kept_logits.py`."""
-    steps = (top[:, None] - u) * 1024.0
-    limit = tl.where(steps < float("inf"), 65534.0, 65535.0)  # NaN is not below
+    """Packs logits u (R, C), whose largest are top (R,), into words (R, C) int16; kept_logits.py has the format."""
+    steps = (top[:, None] - u) * STEPS_A_NAT
+    limit = tl.where(steps < float("inf"), LOWEST_CODE, MINUS_INF_CODE)  # NaN is not below
     code = tl.where(steps < limit, steps, limit)
     # A float of [2²³, 2²⁴) has its integer in the low bits: adding 2²³ rounds to it.
     return (code + 8388608.0).to(tl.int32, bitcast=True).to(tl.int16)
@@ -38,7 +53,7 @@ def packed_words(u, top):
 
 @triton.jit
 def add_logits(sums, u, mask, before_target, OUTPUTS: tl.constexpr):
-    """The sums with logits u (R, C) added: -inf where `mask` is false; before_target (R, C): left of the target."""
+    """Adds logits u (R, C), -inf where `mask` is false, to the sums; before_target (R, C): left of the target."""
     LOG2E: tl.constexpr = 1.4426950408889634
     top, s, sum_x, sum_sq, total, before = sums
     new_top = tl.maximum(top, tl.max(u, 1))
@@ -65,12 +80,12 @@ def store_sums(state, stride, sums, mask, OUTPUTS: tl.constexpr):
     """Writes the sums to their rows of a state, `stride` apart; the others stay as they are."""
     top, s, sum_x, sum_sq, total, before = sums
     tl.store(state, top, mask=mask)
-    tl.store(state + stride, s, mask=mask)
+    tl.store(state + stride * SUM, s, mask=mask)
     if ENTROPY & OUTPUTS:
-        tl.store(state + 2 * stride, sum_x, mask=mask)
+        tl.store(state + stride * SUM_X, sum_x, mask=mask)
     if LOG_SUM_SQ_PROBS & OUTPUTS:
-        tl.store(state + 3 * stride, sum_sq, mask=mask)
+        tl.store(state + stride * SUM_SQ, sum_sq, mask=mask)
     if MEAN_LOGITS & OUTPUTS:
-        tl.store(state + 4 * stride, total, mask=mask)
+        tl.store(state + stride * TOTAL, total, mask=mask)
     if IS_TOP1 & OUTPUTS:
-        tl.store(state + 6 * stride, before, mask=mask)
+        tl.store(state + stride * BEFORE, before, mask=mask)

@@ -1,4 +1,4 @@
-"""The two row kernels in Triton, each with its form for packed logits.
+"""Computes row scores and row gradients in Triton, each in a form for packed logits too.
 
 `trl_fast/ops/head/row_kernels.py` specifies them and explains the names,
 `trl_fast/ops/head/kept_logits.py` how logits are packed.
@@ -16,19 +16,28 @@ import triton.language as tl
 
 from .launching import on_tensors_device
 from .online_softmax import (
+    BEFORE,
     ENTROPY,
     IS_TOP1,
     LOG_SUM_SQ_PROBS,
     MEAN_LOGITS,
+    MINUS_INF_WORD,
+    STEPS_A_NAT,
+    SUM,
+    SUM_SQ,
+    SUM_X,
+    TARGET,
+    TOTAL,
     add_logits,
     packed_words,
     store_sums,
     transformed,
 )
+from .shared_constants import PACKED_CHUNK
 
 # What row_scores reads at once: the columns that share a largest logit when they are packed, here as in
 # kept_logits.py. A block of row_grad is 8 KiB, two 16-byte loads a thread. With twice as much, float32 scores spill.
-CHUNK, BLOCK_BYTES, NUM_WARPS = 2048, 8192, 8
+CHUNK, BLOCK_BYTES, NUM_WARPS = PACKED_CHUNK, 8192, 8
 
 # What is read one value a row, or follows from the number of rows: its alignment and its size are nobody's business.
 _PER_ROW = ["targets", "state", "state_stride", "lse", "coefficients", "coefficient_stride"]
@@ -78,16 +87,16 @@ def row_scores_kernel(
     state += index
     nothing = tl.zeros([1], tl.float32)
     top = tl.load(state).to(tl.float32)
-    s = tl.load(state + state_stride).to(tl.float32)
+    s = tl.load(state + state_stride * SUM).to(tl.float32)
     sum_x, sum_sq, total, before = nothing, nothing, nothing, nothing
     if ENTROPY & OUTPUTS:
-        sum_x = tl.load(state + 2 * state_stride).to(tl.float32)
+        sum_x = tl.load(state + state_stride * SUM_X).to(tl.float32)
     if LOG_SUM_SQ_PROBS & OUTPUTS:
-        sum_sq = tl.load(state + 3 * state_stride).to(tl.float32)
+        sum_sq = tl.load(state + state_stride * SUM_SQ).to(tl.float32)
     if MEAN_LOGITS & OUTPUTS:
-        total = tl.load(state + 4 * state_stride).to(tl.float32)
+        total = tl.load(state + state_stride * TOTAL).to(tl.float32)
     if IS_TOP1 & OUTPUTS:
-        before = tl.load(state + 6 * state_stride).to(tl.float32)
+        before = tl.load(state + state_stride * BEFORE).to(tl.float32)
     sums = (top, s, sum_x, sum_sq, total, before)
     for start in range(0, num_columns, BLOCK):
         columns = (start + tl.arange(0, BLOCK))[None, :]
@@ -104,12 +113,12 @@ def row_scores_kernel(
     here = (target >= 0) & (target < num_columns)
     z = _load_raw(row, bias, target, here, HAS_BIAS)
     target_logit, _ = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
-    tl.store(state + 5 * state_stride, target_logit, mask=here)
+    tl.store(state + state_stride * TARGET, target_logit, mask=here)
 
 
 @triton.jit
 def _grad_of(u, is_target, lse, coefficients, coefficient_stride):
-    """The gradient with respect to transformed logits u of one row, whose numbers the pointers point at."""
+    """Returns the gradient with respect to transformed logits u of one row, whose numbers the pointers point at."""
     LOG2E: tl.constexpr = 1.4426950408889634
     a = tl.load(coefficients)
     b = tl.load(coefficients + coefficient_stride)
@@ -140,7 +149,7 @@ def row_grad_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of one tile of a row; each element depends on itself only, so `out` may be `logits`."""
+    """Computes the gradient of one tile of a row; each element depends on itself only, so `out` may be `logits`."""
     index = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
@@ -171,7 +180,7 @@ def row_grad_packed_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of some chunks of a packed row; like row_grad_kernel, it may take the words' place."""
+    """Computes the gradient of some chunks of a packed row; like row_grad_kernel, it may take the words' place."""
     index = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
@@ -182,7 +191,7 @@ def row_grad_packed_kernel(
         top = tl.load(tops + source * tops_stride + tl.program_id(1))
     else:
         top = tl.load(tops + source * tops_stride + columns // CHUNK, mask=mask, other=0.0)
-    u = tl.where(code == 65535, -float("inf"), top - code.to(tl.float32) * (1.0 / 1024.0))
+    u = tl.where(code == MINUS_INF_WORD, -float("inf"), top - code.to(tl.float32) * (1.0 / STEPS_A_NAT))
     du = _grad_of(u, is_target, lse + index, coefficients + index, coefficient_stride)
     tl.store(out + index * out_stride + columns, (du * derivative).to(out.dtype.element_ty), mask=mask)
 
@@ -263,7 +272,10 @@ def row_scores_packed(
     words: torch.Tensor,
     tops: torch.Tensor,
 ) -> None:
-    """The same, without a softcap; packs the logits into words (R, >= C) int16 and tops (R, chunks) float32."""
+    """Adds a tile as row_scores does, without a softcap, and packs its logits.
+
+    words: (R, >= C) int16; tops: (R, chunks) float32.
+    """
     given = (logits, targets, bias, scale, 0.0, inv_temperature)
     _launch_scores(*given, outputs, column_offset, state, words, tops)
 

@@ -151,17 +151,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_samples(const at::Tensor& log
   return {counts, columns, logprobs};
 }
 
-at::Tensor sparse_product(const at::Tensor& starts, const at::Tensor& indices, const at::Tensor& values,
+at::Tensor sparse_product(const at::Tensor& row_offsets, const at::Tensor& indices, const at::Tensor& values,
                           const at::Tensor& dense, at::ScalarType dtype) {
   check_rows(dense, "dense", at::kCPU);
-  check_vector(starts, "starts", starts.numel(), at::kLong, at::kCPU);
+  check_vector(row_offsets, "row_offsets", row_offsets.numel(), at::kLong, at::kCPU);
   check_vector(indices, "indices", indices.numel(), at::kLong, at::kCPU);
   check_vector(values, "values", indices.numel(), at::kFloat, at::kCPU);
-  const at::Tensor dense_starts = starts.contiguous(), dense_indices = indices.contiguous();
+  const at::Tensor dense_row_offsets = row_offsets.contiguous(), dense_indices = indices.contiguous();
   const at::Tensor dense_values = values.contiguous();
-  const int64_t rows = starts.numel() - 1, width = dense.size(1);
+  const int64_t rows = row_offsets.numel() - 1, width = dense.size(1);
   at::Tensor out = at::empty({rows, width}, dense.options().dtype(dtype));
-  const ProductArgs args = {dense_starts.const_data_ptr<int64_t>(),
+  const ProductArgs args = {dense_row_offsets.const_data_ptr<int64_t>(),
                             dense_indices.const_data_ptr<int64_t>(),
                             dense_values.const_data_ptr<float>(),
                             dense.const_data_ptr(),
@@ -192,7 +192,7 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
   m.def(
       "row_samples(Tensor logits, int vocab_size, Tensor? bias, float scale, float softcap, float inv_temperature, "
       "Tensor lse, Tensor offsets, float threshold) -> (Tensor, Tensor, Tensor)");
-  m.def("sparse_product(Tensor starts, Tensor indices, Tensor values, Tensor dense, ScalarType dtype) -> Tensor");
+  m.def("sparse_product(Tensor row_offsets, Tensor indices, Tensor values, Tensor dense, ScalarType dtype) -> Tensor");
   m.def("pooled_empty(SymInt[] size, ScalarType dtype) -> Tensor");
 }
 

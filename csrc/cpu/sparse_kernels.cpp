@@ -96,8 +96,8 @@ template <typename T>
 void sum_rows(const ProductArgs& args, int64_t row, float* sum) {
   const T* dense = static_cast<const T*>(args.dense);
   constexpr int64_t kAhead = 4;  // rows of `dense` lie anywhere in memory: ask for them early
-  const int64_t end = args.starts[row + 1];
-  for (int64_t e = args.starts[row]; e < end; ++e) {
+  const int64_t end = args.row_offsets[row + 1];
+  for (int64_t e = args.row_offsets[row]; e < end; ++e) {
     if (e + kAhead < end) {
       const char* next = reinterpret_cast<const char*>(dense + args.indices[e + kAhead] * args.dense_stride);
       for (int64_t byte = 0; byte < args.width * static_cast<int64_t>(sizeof(T)); byte += 64) {

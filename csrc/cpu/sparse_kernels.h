@@ -22,10 +22,10 @@ struct SampleArgs {
 };
 
 struct ProductArgs {
-  const int64_t* starts;   // (M + 1,), where each row's entries start
-  const int64_t* indices;  // (E,), rows of `dense`
-  const float* values;     // (E,)
-  const void* dense;       // (K, H)
+  const int64_t* row_offsets;  // (M + 1,), where each row's entries begin
+  const int64_t* indices;      // (E,), rows of `dense`
+  const float* values;         // (E,)
+  const void* dense;           // (K, H)
   Dtype dense_dtype;
   int64_t dense_stride;  // elements
   int64_t width;         // H

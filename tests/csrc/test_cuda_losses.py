@@ -1,4 +1,4 @@
-"""The CUDA loss kernels, compiled as host C++: against float64, and under ThreadSanitizer and AddressSanitizer.
+"""Tests the CUDA loss kernels, compiled as host C++: against float64, and under ThreadSanitizer and AddressSanitizer.
 
 The simulated kernels take the place of the Triton launchers, so that the ops' own autograd is what is tested.
 """

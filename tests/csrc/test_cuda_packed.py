@@ -1,4 +1,4 @@
-"""The CUDA row kernels of packed logits, compiled as host C++."""
+"""Tests the CUDA row kernels of packed logits, compiled as host C++."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The CUDA row kernels, compiled as host C++: against float64, and under ThreadSanitizer and AddressSanitizer."""
+"""Tests the CUDA row kernels, compiled as host C++: against float64, and under two sanitizers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_rows(dtype: torch.dtype, columns: int, bias: bool, misplaced: int = 0):
 
 
 def statistics(kernel, logits, targets, bias, constants, outputs=EVERYTHING, tiles=1):
-    """What a kernel makes of the rows, given in tiles."""
+    """Returns a kernel's statistics of the rows, given in tiles."""
     state, columns = new_state(len(logits), logits.device), logits.shape[1]
     width = -(-columns // tiles)
     for start in range(0, columns, width):
@@ -92,9 +92,9 @@ def test_grad(kernels, dtype, bias, transform):
         lse = statistics(row_scores_reference, logits, targets, bias_row, constants)[0].contiguous()
         coefficients = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
         coefficients[1, ::3] = 0
-        wide = (logits.double(), targets, None if bias_row is None else bias_row.double(), *constants)
+        in_float64 = (logits.double(), targets, None if bias_row is None else bias_row.double(), *constants)
         exact = torch.full_like(logits, float("nan"), dtype=torch.float64)
-        row_grad_reference(*wide, lse.double(), coefficients.double(), 0, exact)
+        row_grad_reference(*in_float64, lse.double(), coefficients.double(), 0, exact)
         baseline = torch.full_like(logits, float("nan"))
         row_grad_reference(logits, targets, bias_row, *constants, lse, coefficients, 0, baseline)
         other = torch.full((7, columns + 1), float("nan"), dtype=dtype)[:, 1:]  # at other boundaries than the logits
@@ -112,11 +112,11 @@ def test_a_narrow_gradient_of_float32_logits(kernels, dtype, misplaced):
         logits, targets, bias = make_rows(torch.float32, columns, True, misplaced % 4)
         logits[5] = 0.0
         lse, coefficients = torch.full((7,), 9.0), torch.ones(4, 7)
-        wide = torch.full_like(logits, float("nan"))
+        unrounded = torch.full_like(logits, float("nan"))
         out = torch.full((7, columns + 4), float("nan"), dtype=dtype)[:, misplaced:][:, :columns]
-        for to in (wide, out):
+        for to in (unrounded, out):
             kernels.grad(logits, targets, bias, *TRANSFORMS["plain"], lse, coefficients, 0, to)
-        assert torch.equal(out, wide.to(dtype))
+        assert torch.equal(out, unrounded.to(dtype))
 
 
 def test_a_tile_changes_only_what_was_asked_for(kernels):

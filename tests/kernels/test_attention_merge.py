@@ -1,4 +1,4 @@
-"""The Triton kernel that merges attention: in the interpreter, and what it compiles to."""
+"""Tests the Triton kernel that merges attention: in the interpreter, and what it compiles to."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The repaired interpreter finds what the stock one hides, and leaves Triton as it was."""
+"""Tests that the repaired interpreter finds what the stock one hides, and leaves Triton as it was."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every Triton launcher runs on the GPU where its tensors are, not on the current one."""
+"""Tests that every Triton launcher runs on the GPU where its tensors are, not on the current one."""
 
 from __future__ import annotations
 

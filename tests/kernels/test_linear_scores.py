@@ -1,4 +1,4 @@
-"""The fused product and row statistics in Triton: against float64, kept logits, layouts, and what it compiles to."""
+"""Tests the fused product and row statistics in Triton: against float64, kept logits, layouts, machine code."""
 
 import pytest
 import torch

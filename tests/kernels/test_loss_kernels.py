@@ -1,4 +1,4 @@
-"""The Triton loss kernels against the PyTorch reference in float64, and what they compile to."""
+"""Tests the Triton loss kernels against the PyTorch reference in float64, and their machine code."""
 
 import contextlib
 from types import SimpleNamespace
@@ -236,10 +236,10 @@ def test_series_are_as_long_as_float32_needs():
     x = torch.linspace(-1, 1, 4096)
     log_sigmoid, exp_beyond_linear = torch.empty(2, 4096)
     interpreted(evaluate_kernel)[(1,)](x, log_sigmoid, exp_beyond_linear, BLOCK=4096)
-    wide = x.double()
-    torch.testing.assert_close(log_sigmoid.double(), torch.nn.functional.logsigmoid(wide), rtol=3e-7, atol=0)
+    exact = x.double()
+    torch.testing.assert_close(log_sigmoid.double(), torch.nn.functional.logsigmoid(exact), rtol=3e-7, atol=0)
     near = x.abs() < 0.5  # beyond, the difference itself is taken
-    expected = torch.special.expm1(wide) - wide
+    expected = torch.special.expm1(exact) - exact
     torch.testing.assert_close(exp_beyond_linear.double()[near], expected[near], rtol=2.5e-7, atol=0)
 
 

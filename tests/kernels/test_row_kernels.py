@@ -1,4 +1,4 @@
-"""The Triton row kernels: offsets beyond 32 bits, and what they compile to for GPUs that are not here."""
+"""Tests the Triton row kernels: offsets beyond 32 bits, and their machine code for GPUs that are not here."""
 
 import pytest
 import torch

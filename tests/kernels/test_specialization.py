@@ -1,4 +1,4 @@
-"""What makes Triton compile a kernel again: the key that its JIT looks kernels up by, for tensors of many sizes."""
+"""Tests when Triton compiles a kernel again: the key that its JIT looks kernels up by, for tensors of many sizes."""
 
 import pytest
 import torch

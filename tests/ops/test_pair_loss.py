@@ -1,4 +1,4 @@
-"""pair_loss in PyTorch, which is the kernels' specification: against the DPO losses and numerical derivatives."""
+"""Tests pair_loss in PyTorch, the kernels' specification: against the DPO losses and numerical derivatives."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""policy_loss in PyTorch, which is the kernels' specification: against TRL's own loss and numerical derivatives."""
+"""Tests policy_loss in PyTorch, the kernels' specification: against TRL's own loss and numerical derivatives."""
 
 from collections import defaultdict
 from types import SimpleNamespace

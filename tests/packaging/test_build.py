@@ -1,10 +1,12 @@
-"""What setup.py builds where something is missing or fails, and what it says: with stand-ins for the compilers."""
+"""Tests what setup.py builds and says where something is missing or fails, with stand-ins for the compilers."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +93,51 @@ def test_a_whole_toolkit_gives_both_parts(machine):
     assert machine.build() == {} and machine.built()
     assert any("row_kernels.cu" in line for line in machine.commands())
     assert any("bindings.cpp" in line and "-DTRL_FAST_HAS_CUDA=1" in line for line in machine.commands())
+
+
+def targets_of(commands: list[str], source: str) -> set[str]:
+    """Returns the GPUs that a source was compiled for, by the commands that compiled it."""
+    lines = [line for line in commands if source in line and "--list-gpu-arch" not in line]
+    assert lines
+    return {code for line in lines for code in re.findall(r"code=(\w+)", line)}
+
+
+@pytest.mark.parametrize(("asked", "others"), [(None, {"sm_90", "compute_90"}), ("8.0", {"sm_80"})])
+def test_a_source_is_compiled_for_its_own_gpus(machine, setup_module, monkeypatch, asked, others):
+    if asked:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(setup_module, "CUDA_TARGETS_OF_SOURCE", {"row_kernels": ("90a",)})
+    assert machine.build() == {} and machine.built()
+    assert targets_of(machine.commands(), "cuda/row_kernels.cu") == {"sm_90a"}
+    assert targets_of(machine.commands(), "cuda/loss_kernels.cu") == others
+    (link,) = [line for line in machine.commands() if "-shared" in line]
+    assert link.count("cuda/row_kernels.o") == 1 and link.count("cuda/loss_kernels.o") == 1
+
+
+def test_a_source_that_fails_for_its_own_gpus_leaves_the_cpp_part(machine, setup_module, monkeypatch):
+    monkeypatch.setattr(setup_module, "CUDA_TARGETS_OF_SOURCE", {"row_kernels": ("90a",)})
+    machine.install(machine.cuda_home / "bin" / "nvcc", NVCC_FAILS)
+    assert "row_kernels.cu(7): error: no instance matches" in machine.build()["cuda"] and machine.built()
+
+
+def test_nvcc_compiles_a_source_for_one_gpu_alone(setup_module, monkeypatch, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    source = tmp_path / "csrc" / "cuda" / "tiny.cu"
+    source.parent.mkdir(parents=True)
+    source.write_text(
+        "#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)\n#error not for this GPU\n#endif\n"
+        "__global__ void tiny(float* x) { *x = 1; }\n"
+    )
+    monkeypatch.setattr(setup_module, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_module, "CUDA_TARGETS_OF_SOURCE", {"tiny": ("90a",)})
+    home = str(Path(nvcc).parents[1])
+    (made,) = setup_module.compile_for_some_gpus(home, tmp_path / "objects")
+    assert Path(made).stat().st_size > 0
+    monkeypatch.setattr(setup_module, "CUDA_TARGETS_OF_SOURCE", {"tiny": ("90",)})
+    with pytest.raises(RuntimeError, match="nvcc failed on .*tiny.cu"):
+        setup_module.compile_for_some_gpus(home, tmp_path / "objects")
 
 
 def test_an_nvcc_that_fails_leaves_the_cpp_part(machine, capfd):

@@ -1,4 +1,4 @@
-"""What the package imports when it is imported is among its declared dependencies."""
+"""Tests that the package imports only declared dependencies when it is imported."""
 
 from __future__ import annotations
 

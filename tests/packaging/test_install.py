@@ -1,4 +1,4 @@
-"""What an installation holds: our kernels under our name only, and pure PyTorch where nothing can be compiled."""
+"""Tests installations: our kernels under our name only, and pure PyTorch where nothing can be compiled."""
 
 from __future__ import annotations
 

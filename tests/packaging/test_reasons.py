@@ -1,4 +1,4 @@
-"""What a run says of the parts that its build left out: the build's own words, once."""
+"""Tests that a run says, once and in the build's words, why its build left a part out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA row kernels, compiled as host C++ (tests/csrc/row_kernels_simt.cpp) and called from Python."""
+"""Calls the CUDA row kernels, compiled as host C++ (tests/csrc/row_kernels_simt.cpp), from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems for the loss ops, and the Triton loss kernels on CPU tensors."""
+"""Makes problems for the loss ops, and runs the Triton loss kernels on CPU tensors."""
 
 from __future__ import annotations
 

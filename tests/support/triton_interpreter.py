@@ -1,4 +1,4 @@
-"""Triton's interpreter (3.6 to 3.8), repaired, for running our kernels on CPU tensors.
+"""Repairs Triton's interpreter (3.6 to 3.8), to run our kernels on CPU tensors.
 
 The stock interpreter (numpy underneath) is silently wrong in ways that would let a broken kernel pass:
 

@@ -11,10 +11,13 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from trl_fast.kernels.shared_constants import SHARED_CONSTANTS
 
 from .device import DeviceFacts, device_facts
 
@@ -95,6 +98,33 @@ def _register_fakes() -> None:
         return None
 
 
+def _difference_of_constants(compiled: Mapping[str, float]) -> str:
+    """Returns the first shared constant of which the extension has another value than Python; empty if there is none.
+
+    compiled: the extension's constants by name.
+    """
+    for name in {**SHARED_CONSTANTS, **compiled}:
+        ours, theirs = SHARED_CONSTANTS.get(name, "missing"), compiled.get(name, "missing")
+        if ours != theirs:
+            return f"{name} is {theirs} in the extension and {ours} in kernels/shared_constants.py"
+    return ""
+
+
+def _missing_formula(op: str, backend: str, formula: str | None) -> str:
+    """Returns why the loss kernels of "triton" or "cuda" cannot compute a formula of `op`; empty if they can."""
+    if formula is None or op not in VECTOR_OPS:
+        return ""
+    if backend == "cuda":
+        from trl_fast import _C
+
+        names = _C.loss_formulas()[op]
+    else:
+        from trl_fast.kernels.loss_kernels import LOSS_FORMULAS
+
+        names = LOSS_FORMULAS[op]
+    return "" if formula in names else f"the {backend} kernel of {op} has no formula {formula!r}, only {sorted(names)}"
+
+
 def _try_extension() -> Support:
     if importlib.util.find_spec("trl_fast._C") is None:
         return Support(False, f"the C++ extension is not built: {why_not_built('extension')}")
@@ -106,6 +136,12 @@ def _try_extension() -> Support:
     if info["torch_version"].split(".")[:2] != torch.__version__.split(".")[:2]:
         return Support(
             False, f"the C++ extension was built against torch {info['torch_version']}; rebuild it against this torch"
+        )
+    if difference := _difference_of_constants(getattr(_C, "shared_constants", dict)()):
+        return Support(
+            False,
+            f"the C++ extension was built from other sources: {difference}; rebuild it with "
+            "`pip install --no-build-isolation .` (in a source tree: `python setup.py build_ext --inplace`)",
         )
     return Support(True, f"compiled kernels, instruction set {info['isa']}")
 
@@ -148,8 +184,12 @@ def _supports_cuda(device_kind: str) -> Support:
     return load_cuda_kernels()
 
 
-def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> Support:
+def supports(
+    op: str, backend: str, device: torch.device | str, dtype: torch.dtype, formula: str | None = None
+) -> Support:
     """Tells whether `backend` can serve `op` for tensors of this device and dtype, and why.
+
+    formula: for an op of losses, the name of the loss that the kernel has to know.
 
     Raises:
         ValueError: the op or the backend is unknown.
@@ -158,10 +198,10 @@ def supports(op: str, backend: str, device: torch.device | str, dtype: torch.dty
         raise ValueError(f"op: unknown name {op!r}; expected one of {OPS}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: unknown name {backend!r}; expected one of {BACKENDS} or None")
-    return _support(op, backend, device_facts(torch.device(device)), dtype)
+    return _support(op, backend, device_facts(torch.device(device)), dtype, formula)
 
 
-def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype) -> Support:
+def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, formula: str | None = None) -> Support:
     if backend == "torch":
         return Support(True, "pure PyTorch, always there")
     if op in TRITON_OPS and backend != "triton":
@@ -174,16 +214,18 @@ def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype) -> S
         return Support(False, f"kernels take float32, bfloat16 and float16, not {dtype}")
     if facts.serves is not None:
         return Support(facts.serves(op, backend), "on a simulated device")
-    if backend == "triton":
-        return _supports_triton(facts.kind)
-    if backend == "cuda":
-        return _supports_cuda(facts.kind)
+    if backend in ("triton", "cuda"):
+        support = _supports_triton(facts.kind) if backend == "triton" else _supports_cuda(facts.kind)
+        missing = _missing_formula(op, backend, formula) if support.ok else ""
+        return Support(False, missing) if missing else support
     if facts.kind != "cpu":
         return Support(False, f"the C++ kernels run on the CPU, not on {facts.kind}")
     return load_extension()
 
 
-def choose_backend(op: str, requested: str | None, facts: DeviceFacts, dtype: torch.dtype) -> str:
+def choose_backend(
+    op: str, requested: str | None, facts: DeviceFacts, dtype: torch.dtype, formula: str | None = None
+) -> str:
     """Returns the backend that serves a call on such a device: the forced one if any, else the first that can.
 
     Raises:
@@ -192,10 +234,10 @@ def choose_backend(op: str, requested: str | None, facts: DeviceFacts, dtype: to
     """
     forced = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if forced is None:
-        return next(name for name in BACKENDS if _support(op, name, facts, dtype).ok)
+        return next(name for name in BACKENDS if _support(op, name, facts, dtype, formula).ok)
     if forced not in BACKENDS:
         raise ValueError(f"backend: unknown name {forced!r}; expected one of {BACKENDS} or None")
-    support = _support(op, forced, facts, dtype)
+    support = _support(op, forced, facts, dtype, formula)
     if not support.ok:
         origin = "backend=" if requested else f"{ENVIRONMENT_VARIABLE}="
         raise RuntimeError(f"{origin}{forced!r} was forced for {op}, but it cannot serve: {support.reason}")

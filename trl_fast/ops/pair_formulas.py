@@ -1,4 +1,4 @@
-"""The losses of one preference pair in closed form: the specification of the kernels behind `pair_loss`.
+"""Computes the losses of preference pairs in closed form; they specify the kernels behind `pair_loss`.
 
 Notation: r is a sequence's log-probability under the policy minus that under the reference; s its score (r itself for
 the reverse KL); subscripts c and r stand for chosen and rejected; δ = s_c − s_r; x = β·δ; σ is the logistic function;
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 
 class PairParameters(Protocol):
-    """The numbers that a formula may read."""
+    """Holds the numbers that a formula may read."""
 
     @property
     def beta(self) -> float: ...
@@ -33,7 +33,7 @@ AnyPairValues = TypeVar("AnyPairValues", bound="PairValues")
 
 @dataclass(frozen=True)
 class PairValues:
-    """What a formula may read; every tensor is (P,), float32 and differentiable, unless said otherwise.
+    """Holds the values of P pairs; every tensor is (P,), float32 and differentiable, unless said otherwise.
 
     The reference log-probabilities and the lengths (integers, in tokens) carry no gradient.
     """
@@ -74,28 +74,28 @@ class PairValues:
 
     @cached_property
     def chosen_logratios(self) -> torch.Tensor:
-        """r_c (P,)."""
+        """Returns r_c (P,)."""
         return self.chosen_logprobs - self.ref_chosen_logprobs
 
     @cached_property
     def rejected_logratios(self) -> torch.Tensor:
-        """r_r (P,)."""
+        """Returns r_r (P,)."""
         return self.rejected_logprobs - self.ref_rejected_logprobs
 
     @property
     def score_margins(self) -> torch.Tensor:
-        """δ = s_c − s_r (P,)."""
+        """Returns δ = s_c − s_r (P,)."""
         return self.chosen_scores - self.rejected_scores
 
     @property
     def mean_score_margins(self) -> torch.Tensor:
-        """s_c / |y_c| − s_r / |y_r| (P,)."""
+        """Returns s_c / |y_c| − s_r / |y_r| (P,)."""
         chosen = self.chosen_scores / self.chosen_lengths.clamp(min=1)
         return chosen - self.rejected_scores / self.rejected_lengths.clamp(min=1)
 
 
 def check_pair_parameters(loss_types: Collection[str], parameters: PairParameters) -> None:
-    """That the formulas named can take these numbers.
+    """Checks that the named formulas can take these numbers.
 
     Raises:
         ValueError: naming the parameter, its value and what is expected.
@@ -117,76 +117,82 @@ def check_pair_parameters(loss_types: Collection[str], parameters: PairParameter
 
 
 def sigmoid_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """−log σ(x). DPO, arXiv 2305.18290, Eq. 7. Like TRL's since 0.29 it takes no notice of `label_smoothing`."""
+    """Returns −log σ(x). DPO, arXiv 2305.18290, Eq. 7. Like TRL's since 0.29 it does not read `label_smoothing`."""
     return -F.logsigmoid(config.beta * pairs.score_margins)
 
 
 def sigmoid_norm_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """−log σ(β·(s_c / |y_c| − s_r / |y_r|)): Eq. 7 of arXiv 2305.18290 on length-normalised scores."""
+    """Returns −log σ(β·(s_c / |y_c| − s_r / |y_r|)): Eq. 7 of arXiv 2305.18290 on length-normalised scores."""
     return -F.logsigmoid(config.beta * pairs.mean_score_margins)
 
 
 def robust_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """(−(1−ε)·log σ(x) + ε·log σ(−x)) / (1 − 2ε). Robust DPO, arXiv 2403.00409."""
+    """Returns (−(1−ε)·log σ(x) + ε·log σ(−x)) / (1 − 2ε). Robust DPO, arXiv 2403.00409."""
     x, eps = config.beta * pairs.score_margins, config.label_smoothing
     return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)
 
 
 def hinge_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """max(0, 1 − x). SLiC-HF, arXiv 2305.10425, with the form that arXiv 2309.06657 (RSO) gives it."""
+    """Returns max(0, 1 − x). SLiC-HF, arXiv 2305.10425, with the form that arXiv 2309.06657 (RSO) gives it."""
     return torch.relu(1 - config.beta * pairs.score_margins)
 
 
 def ipo_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """(s_c / |y_c| − s_r / |y_r| − 1 / (2β))². IPO, arXiv 2310.12036, Eq. 17 (τ there is β), per token."""
+    """Returns (s_c / |y_c| − s_r / |y_r| − 1 / (2β))². IPO, arXiv 2310.12036, Eq. 17 (τ there is β), per token."""
     return (pairs.mean_score_margins - 1 / (2 * config.beta)) ** 2
 
 
 def exo_pair_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """σ(x)·(log σ(x) − log(1−ε)) + σ(−x)·(log σ(−x) − log ε). EXO, arXiv 2402.00856, Eq. 16 for two completions."""
+    """Returns σ(x)·(log σ(x) − log(1−ε)) + σ(−x)·(log σ(−x) − log ε).
+
+    EXO, arXiv 2402.00856, Eq. 16 for two completions.
+    """
     x, eps = config.beta * pairs.score_margins, config.label_smoothing
     chosen_term = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-eps))
     return chosen_term + torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(eps))
 
 
 def nca_pair_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """−log σ(β·r_c) − ½·log σ(−β·r_c) − ½·log σ(−β·r_r). NCA, arXiv 2402.05369, for a pair."""
+    """Returns −log σ(β·r_c) − ½·log σ(−β·r_c) − ½·log σ(−β·r_r). NCA, arXiv 2402.05369, for a pair."""
     chosen, rejected = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def bco_pair_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """−log σ(β·r_c) − log σ(−β·r_r). BCO, arXiv 2404.04656, without its reward shift."""
+    """Returns −log σ(β·r_c) − log σ(−β·r_r). BCO, arXiv 2404.04656, without its reward shift."""
     return -F.logsigmoid(config.beta * pairs.chosen_logratios) - F.logsigmoid(-config.beta * pairs.rejected_logratios)
 
 
 def sppo_hard_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """(r_c − 1/(2β))² + (r_r + 1/(2β))². SPPO, arXiv 2405.00675, Eq. 4.7 with win probabilities 1 and 0."""
+    """Returns (r_c − 1/(2β))² + (r_r + 1/(2β))². SPPO, arXiv 2405.00675, Eq. 4.7, win probabilities 1 and 0."""
     target = 0.5 / config.beta
     return (pairs.chosen_logratios - target) ** 2 + (pairs.rejected_logratios + target) ** 2
 
 
 def apo_zero_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """1 − σ(β·r_c) + σ(β·r_r). APO-zero, arXiv 2408.06266, Eq. 7: pushes chosen up and rejected down."""
+    """Returns 1 − σ(β·r_c) + σ(β·r_r). APO-zero, arXiv 2408.06266, Eq. 7: pushes chosen up and rejected down."""
     chosen, rejected = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
     return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
 
 
 def apo_down_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """σ(β·r_c) + 1 − σ(β·(r_c − r_r)). APO-down, arXiv 2408.06266, Eq. 8: pushes both down, rejected further."""
+    """Returns σ(β·r_c) + 1 − σ(β·(r_c − r_r)).
+
+    APO-down, arXiv 2408.06266, Eq. 8: pushes both down, rejected further.
+    """
     margins = pairs.chosen_logratios - pairs.rejected_logratios
     return torch.sigmoid(config.beta * pairs.chosen_logratios) + 1 - torch.sigmoid(config.beta * margins)
 
 
 def discopop_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """−(1−m)·log σ(x) + m·e^(−x) with m = σ(x/τ). DiscoPOP, arXiv 2406.08414, Eq. 5."""
+    """Returns −(1−m)·log σ(x) + m·e^(−x) with m = σ(x/τ). DiscoPOP, arXiv 2406.08414, Eq. 5."""
     x = config.beta * pairs.score_margins
     sharp = x / config.discopop_tau
     # m·e^(−x) in one exponential: with τ < 1 it vanishes for x → −∞, where the product would be 0·∞.
     return -torch.sigmoid(-sharp) * F.logsigmoid(x) + torch.exp(F.logsigmoid(sharp) - x)
 
 
-# The losses that `pair_loss` computes. The CUDA kernels know each by its place in this table.
+# The losses that `pair_loss` computes. Kernels know each by its name.
 PAIR_FORMULAS: dict[str, Callable[[PairValues, PairParameters], torch.Tensor]] = {
     "sigmoid": sigmoid_loss,
     "sigmoid_norm": sigmoid_norm_loss,

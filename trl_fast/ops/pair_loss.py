@@ -1,4 +1,4 @@
-"""Preference losses from per-token log-probabilities: one launch forward, one backward.
+"""Computes preference losses from per-token log-probabilities: one launch forward, one backward.
 
 The formulas are in `pair_formulas`; autograd through them is the PyTorch backend and the kernels' specification. A
 kernel sums each sequence, computes each pair's loss, and keeps the loss's derivative with respect to each sequence's
@@ -21,7 +21,7 @@ from .validation import check_choice, check_logprobs, check_vector, values_are_c
 
 
 class PairLoss(NamedTuple):
-    """`losses` (P,), one a pair, and `sequence_logprobs` (S,), both differentiable, in the dtype of the logprobs."""
+    """Holds `losses` (P,) and `sequence_logprobs` (S,), both differentiable, in the dtype of the logprobs."""
 
     losses: torch.Tensor
     sequence_logprobs: torch.Tensor
@@ -46,9 +46,11 @@ def _pair_loss(
     discopop_tau: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """losses (P,), sequence_logprobs (S,) and the derivative of its pair's loss by each of the latter, (S,)."""
+    """Returns losses (P,), sequence_logprobs (S,) and gradients (S,) of each pair's loss by its sequence_logprobs."""
     if backend == "cuda":
-        pair_loss_forward, loss = torch.ops.trl_fast.pair_loss_forward, list(PAIR_FORMULAS).index(loss_type)
+        from trl_fast import _C
+
+        pair_loss_forward, loss = torch.ops.trl_fast.pair_loss_forward, _C.loss_formulas()["pair_loss"][loss_type]
     else:
         from trl_fast.kernels.loss_kernels import pair_loss_forward
 
@@ -164,7 +166,7 @@ def pair_loss(
     discopop_tau: float = 0.05,
     backend: str | None = None,
 ) -> PairLoss:
-    """The loss of each preference pair, with the reverse KL as divergence; formulas and papers: `pair_formulas`.
+    """Computes the loss of each preference pair, with the reverse KL as divergence (`pair_formulas`).
 
     S = 2P sequences: the chosen one of pair i is sequence 2i, the rejected one 2i + 1.
 
@@ -189,7 +191,7 @@ def pair_loss(
     check_pair_parameters((loss_type,), parameters)
     _check_inputs(logprobs, cu_seqlens, ref_logprobs, lengths)
     vectors = (logprobs, cu_seqlens, ref_logprobs.detach(), lengths)
-    backend = choose_backend("pair_loss", backend, device_facts(logprobs.device), logprobs.dtype)
+    backend = choose_backend("pair_loss", backend, device_facts(logprobs.device), logprobs.dtype, loss_type)
     if backend == "torch":
         return _reference(*vectors, loss_type, parameters)
     losses, sequence_logprobs, _ = _pair_loss(

@@ -1,4 +1,4 @@
-"""Policy-gradient losses from per-token log-probabilities, with token-level importance sampling.
+"""Computes policy-gradient losses from per-token log-probabilities, with token-level importance sampling.
 
 Notation: ρ = π(token) / π_old(token), A the advantage of the token's sequence, ε_low, ε_high and δ its bounds, σ the
 logistic function, sg stop-gradient. Autograd through `_reference` is the PyTorch backend and the kernels'
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from trl_fast.kernels.shared_constants import POLICY_LOSS_BLOCK
 
 from .backends import choose_backend
 from .device import device_facts
@@ -29,7 +31,7 @@ LOSS_TYPES = ("clip", "cispo", "sapo")
 
 
 class PolicyLoss(NamedTuple):
-    """What `policy_loss` returns.
+    """Holds the loss, its KL estimates and which tokens were clipped.
 
     Attributes:
         loss: 0-d, in the dtype of the logprobs. Differentiable.
@@ -44,7 +46,10 @@ class PolicyLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class _Parameters:
-    """`lower` and `upper` bound ρ inside the minimum of `clip`, `delta` outside it; `upper` also caps `cispo`'s ρ."""
+    """Holds the numbers of a loss: `lower` and `upper` bound ρ inside the minimum of `clip`, `delta` outside it.
+
+    `upper` also caps the ρ of `cispo`.
+    """
 
     loss_type: str
     beta: float
@@ -56,18 +61,16 @@ class _Parameters:
     bias_correct_kl: bool
 
 
-# Tokens a block of the CUDA kernel: policy_loss_blocks of csrc/cuda/loss_kernels.h.
-_CUDA_BLOCK = 1024
+def _cuda_forward(*args: Any) -> torch.Tensor:
+    """Calls the CUDA kernel with the arguments of the Triton one; returns the loss's partial sums, (blocks,)."""
+    from trl_fast import _C
 
-
-def _cuda_forward(*args: object) -> torch.Tensor:
-    """The CUDA kernel with the arguments and the result of the Triton one."""
     *vectors, loss_type, beta, lower, upper, delta, temperature_pos, temperature_neg, unbiased, cap = args[:15]
     logprobs = vectors[0]
-    partial_sums = logprobs.new_empty(-(-len(logprobs) // _CUDA_BLOCK))
+    partial_sums = logprobs.new_empty(-(-len(logprobs) // POLICY_LOSS_BLOCK))
     numbers = (beta, lower, upper, delta, temperature_pos, temperature_neg, unbiased, cap)
-    term = LOSS_TYPES.index(loss_type)
-    torch.ops.trl_fast.policy_loss_forward(*vectors, term, *numbers, partial_sums, *args[15:])
+    loss = _C.loss_formulas()["policy_loss"][loss_type]
+    torch.ops.trl_fast.policy_loss_forward(*vectors, loss, *numbers, partial_sums, *args[15:])
     return partial_sums
 
 
@@ -89,7 +92,7 @@ def _policy_loss(
     bias_correct_kl: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss 0-d, kl (N,) or (0,) without a reference, clipped (N,) int8, derivative of the loss by logprobs (N,)."""
+    """Returns loss 0-d, kl (N,) or (0,) without a reference, clipped (N,) int8, gradients (N,) of the loss."""
     policy_loss_forward = _cuda_forward
     if backend != "cuda":
         from trl_fast.kernels.loss_kernels import policy_loss_forward
@@ -126,7 +129,7 @@ _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def clip_terms(ratio: torch.Tensor, advantages: torch.Tensor, lower: float, upper: float, delta: float):
-    """−min(min(ρ, δ)·A, clip(ρ, 1−ε_low, 1+ε_high)·A), (N,).
+    """Returns −min(min(ρ, δ)·A, clip(ρ, 1−ε_low, 1+ε_high)·A), (N,).
 
     PPO, arXiv 1707.06347, Eq. 7, with the two bounds of DAPO, arXiv 2503.14476, and δ of INTELLECT-2, arXiv
     2505.07291.
@@ -135,18 +138,21 @@ def clip_terms(ratio: torch.Tensor, advantages: torch.Tensor, lower: float, uppe
 
 
 def cispo_terms(ratio: torch.Tensor, advantages: torch.Tensor, upper: float, logprobs: torch.Tensor) -> torch.Tensor:
-    """−sg(min(ρ, ε_high))·A·log π, (N,). CISPO, arXiv 2506.13585."""
+    """Returns −sg(min(ρ, ε_high))·A·log π, (N,). CISPO, arXiv 2506.13585."""
     return -ratio.clamp(max=upper).detach() * advantages * logprobs
 
 
 def sapo_terms(ratio: torch.Tensor, advantages: torch.Tensor, positive: float, negative: float) -> torch.Tensor:
-    """−(4/τ)·σ(τ·(ρ − 1))·A with τ = `positive` where A > 0, else `negative`, (N,). SAPO, arXiv 2511.20347."""
+    """Returns −(4/τ)·σ(τ·(ρ − 1))·A, (N,), with τ = `positive` where A > 0, else `negative`.
+
+    SAPO, arXiv 2511.20347.
+    """
     temperature = torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
     return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
 
 
 def kl_estimates(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, ratio: torch.Tensor | None) -> torch.Tensor:
-    """e^d − d − 1 with d = log π_ref − log π, (N,): k3 of Schulman, "Approximating KL Divergence" (2020).
+    """Returns e^d − d − 1, (N,), with d = log π_ref − log π: k3 of Schulman, "Approximating KL Divergence" (2020).
 
     Times ρ if given, which makes its expectation under the old policy, and its gradient, those of the KL divergence.
     """
@@ -261,7 +267,7 @@ def policy_loss(
     bias_correct_kl: bool = True,
     backend: str | None = None,
 ) -> PolicyLoss:
-    """Σ_t weights[branch_t]·(term_t + β·kl_t) over N tokens of S sequences.
+    """Computes Σ_t weights[branch_t]·(term_t + β·kl_t) over N tokens of S sequences.
 
     Args:
         logprobs: (N,) float32 log-probabilities under the policy (float64 for the reference).
@@ -294,7 +300,7 @@ def policy_loss(
     _check_inputs(logprobs, old_logprobs, ref_logprobs, advantages, branch, weights)
     old_logprobs, ref_logprobs = (None if v is None else v.detach() for v in (old_logprobs, ref_logprobs))
     vectors = (logprobs, old_logprobs, ref_logprobs, advantages.detach(), branch, weights.detach())
-    backend = choose_backend("policy_loss", backend, device_facts(logprobs.device), logprobs.dtype)
+    backend = choose_backend("policy_loss", backend, device_facts(logprobs.device), logprobs.dtype, loss_type)
     if backend == "torch":
         return _reference(*vectors, parameters)
     contiguous = (None if vector is None else vector.contiguous() for vector in vectors)

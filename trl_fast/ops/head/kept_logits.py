@@ -26,10 +26,16 @@ from typing import NamedTuple
 
 import torch
 
+from trl_fast.kernels.shared_constants import (
+    PACKED_CHUNK,
+    PACKED_LOWEST_CODE,
+    PACKED_MINUS_INF_CODE,
+    PACKED_STEPS_A_NAT,
+)
+
 PACKED_DTYPE = torch.int16
-CHUNK = 2048
-_STEPS_A_NAT = 1024.0
-_LOWEST, _MINUS_INF = 65534.0, 65535
+# Columns of a chunk, unless a tile of the fused kernel has others.
+CHUNK = PACKED_CHUNK
 # Rows of words begin at multiples of so many: kernels read and write 16 bytes at once.
 ROW_ALIGNMENT = 64
 
@@ -44,8 +50,9 @@ def pack(u: torch.Tensor, words: torch.Tensor, tops: torch.Tensor) -> None:
     for number, start in enumerate(range(0, u.shape[1], CHUNK)):
         part = u[:, start : start + CHUNK]
         top = part.masked_fill(part.isnan(), float("-inf")).amax(dim=1)
-        steps = (top[:, None] - part) * _STEPS_A_NAT
-        codes = torch.where(steps < float("inf"), steps.clamp(max=_LOWEST).round(), float(_MINUS_INF))
+        steps = (top[:, None] - part) * PACKED_STEPS_A_NAT
+        finite = steps.clamp(max=PACKED_LOWEST_CODE).round()
+        codes = torch.where(steps < float("inf"), finite, float(PACKED_MINUS_INF_CODE))
         tops[:, number] = top
         words[:, start : start + part.shape[1]] = codes.to(torch.int32).to(PACKED_DTYPE)
 
@@ -54,7 +61,7 @@ def unpack(words: torch.Tensor, tops: torch.Tensor, chunk: int = CHUNK) -> torch
     """Returns the logits (R, C) float32 of words (R, C) int16 and tops (R, >= num_chunks(C, chunk)) float32."""
     codes = words.to(torch.int32) & 0xFFFF
     top = tops.repeat_interleave(chunk, dim=1)[:, : words.shape[1]]
-    return torch.where(codes == _MINUS_INF, float("-inf"), top - codes / _STEPS_A_NAT)
+    return torch.where(codes == PACKED_MINUS_INF_CODE, float("-inf"), top - codes / PACKED_STEPS_A_NAT)
 
 
 class KeptTile(NamedTuple):

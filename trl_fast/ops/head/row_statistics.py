@@ -2,18 +2,22 @@
 
 A row of logits is read tile by tile. Its *state* holds sums relative to the largest logit so far (online softmax,
 Milakov and Gimelshein, arXiv 1805.02867); when every column has been seen, they become its *statistics*. Kernels in
-C++, CUDA and Triton use the same numbers for rows and bits.
+C++, CUDA and Triton use the same numbers for rows and bits (kernels/shared_constants.py).
+
+The rows of the state (7, R) float64 are TOP, the largest logit m so far; SUM, SUM_X and SUM_SQ, the sums of e^(u-m),
+e^(u-m) (u-m) and e^2(u-m); TOTAL, the sum of the logits; TARGET, the target's logit; BEFORE, the largest logit before
+the target.
 """
 
 from __future__ import annotations
 
 import torch
 
+from trl_fast.kernels import shared_constants
+
 # Bits of the mask `outputs`: which statistics are computed besides the log-probability.
-ENTROPY = 1
-LOG_SUM_SQ_PROBS = 2
-MEAN_LOGITS = 4
-IS_TOP1 = 8
+ENTROPY, LOG_SUM_SQ_PROBS = shared_constants.ENTROPY, shared_constants.LOG_SUM_SQ_PROBS
+MEAN_LOGITS, IS_TOP1 = shared_constants.MEAN_LOGITS, shared_constants.IS_TOP1
 
 OUTPUT_BITS = {
     "logprobs": 0,
@@ -23,10 +27,11 @@ OUTPUT_BITS = {
     "is_top1": IS_TOP1,
 }
 
-# Rows of the running state (7, R) float64: the largest logit m so far, sums of e^(u-m), e^(u-m) (u-m) and e^2(u-m),
-# the sum of the logits, the target's logit, and the largest logit before the target.
-TOP, SUM, SUM_X, SUM_SQ, TOTAL, TARGET, BEFORE = range(7)
-NUM_STATES = 7
+# Rows of the state.
+TOP, SUM, SUM_X = shared_constants.TOP, shared_constants.SUM, shared_constants.SUM_X
+SUM_SQ, TOTAL = shared_constants.SUM_SQ, shared_constants.TOTAL
+TARGET, BEFORE = shared_constants.TARGET, shared_constants.BEFORE
+NUM_STATES = shared_constants.NUM_STATES
 
 # Rows of the statistics (7, R) float32, float64 for float64 products.
 LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LOG_SUM_SQ_ROW, MEAN_LOGITS_ROW, IS_TOP1_ROW, LSE_LOW_ROW = range(7)
