@@ -8,6 +8,7 @@ import torch
 from trl_fast.kernels.loss_kernels import LOSS_FORMULAS
 from trl_fast.kernels.shared_constants import SHARED_CONSTANTS
 from trl_fast.ops import backends
+from trl_fast.ops.device import device_facts
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 from trl_fast.ops.policy_loss import LOSS_TYPES
 
@@ -68,6 +69,6 @@ def test_a_formula_that_a_kernel_lacks_is_a_reason(monkeypatch):
         assert backends.supports("pair_loss", backend, CUDA, torch.float32, "sigmoid").ok
         support = backends.supports("pair_loss", backend, CUDA, torch.float32, "new_loss")
         assert not support.ok and f"the {backend} kernel of pair_loss has no formula 'new_loss'" in support.reason
-    assert backends.choose_backend("pair_loss", None, CUDA, torch.float32, "new_loss") == "torch"
+    assert backends.choose_backend("pair_loss", None, device_facts(CUDA), torch.float32, "new_loss") == "torch"
     with pytest.raises(RuntimeError, match="no formula 'new_loss'"):
-        backends.choose_backend("pair_loss", "cuda", CUDA, torch.float32, "new_loss")
+        backends.choose_backend("pair_loss", "cuda", device_facts(CUDA), torch.float32, "new_loss")
