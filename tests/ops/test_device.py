@@ -1,5 +1,7 @@
 """Checks the facts that code is told about devices, and that a simulated one is gone afterwards."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -33,3 +35,26 @@ def test_it_is_gone_after_an_error():
     with pytest.raises(RuntimeError, match="stop"), simulated_device(DeviceFacts("cuda", True)):
         raise RuntimeError("stop")
     assert device_facts(CPU).kind == "cpu"
+
+
+def test_a_simulation_counts_in_its_own_thread_and_in_its_backward():
+    """A planner that runs beside a training leaves the training as it is."""
+    seen = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(device_facts(CPU))
+            return grad
+
+    gpu = DeviceFacts("cuda", True)
+    before = has_gpu()
+    with ThreadPoolExecutor(1) as other, simulated_device(gpu):
+        assert other.submit(device_facts, CPU).result().kind == "cpu"
+        assert other.submit(has_gpu).result() == before
+        Seen.apply(torch.ones(2, requires_grad=True)).sum().backward()
+    assert seen == [gpu]

@@ -3,11 +3,16 @@
 Every choice that depends on the device (tiles of the head, dtypes of products, attention kernels, what checkpointing
 leaves alone, offloading) asks `device_facts`. A simulation gives other facts with `simulated_device`: code on fake
 tensors, which are on the CPU, then goes the way that it goes on a GPU. Nothing else has to be exchanged.
+
+A simulation counts in the thread that began it, so a planner may run beside a training. Autograd computes gradients of
+CPU tensors in the thread that asks for them; those of tensors on a GPU in threads of its own, where the real facts
+count.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,30 +82,35 @@ class DeviceFacts:
         return self.kind == "cuda"
 
 
-# Facts of simulated devices, by the type of the device that their tensors are on.
-_simulated: dict[str, DeviceFacts] = {}
+class _Simulated(threading.local):
+    """Holds the facts of this thread's simulated devices, by the type of the device that their tensors are on."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, DeviceFacts] = {}
+
+
+_simulated = _Simulated()
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
     """Returns the facts of a device: those of a simulation if one runs on such a device, else torch's."""
-    return _simulated.get(device.type) or _facts_of(device)
+    return _simulated.facts.get(device.type) or _facts_of(device)
 
 
 @contextmanager
 def simulated_device(facts: DeviceFacts, on: str = "cpu") -> Iterator[None]:
-    """Lets tensors on devices of the type `on` count as being on a device with these facts, within."""
-    before = dict(_simulated)
-    _simulated[on] = facts
+    """Lets tensors on devices of the type `on` count as being on a device with these facts, within, in this thread."""
+    before = _simulated.facts
+    _simulated.facts = {**before, on: facts}
     try:
         yield
     finally:
-        _simulated.clear()
-        _simulated.update(before)
+        _simulated.facts = before
 
 
 def has_gpu() -> bool:
-    """Returns whether there is a CUDA device, or a simulation of one."""
-    return any(facts.is_cuda for facts in _simulated.values()) or torch.cuda.is_available()
+    """Returns whether there is a CUDA device, or a simulation of one in this thread."""
+    return any(facts.is_cuda for facts in _simulated.facts.values()) or torch.cuda.is_available()
 
 
 @functools.cache
