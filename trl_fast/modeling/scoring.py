@@ -6,9 +6,10 @@ import functools
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from .lm_head import head_parameters, head_transform
 from .loading import backbone
 from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
+from .tree_attention import TreeLengths
 from .upcast_linear_layers import upcast_linear_layers
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,9 @@ def attach_scoring(model: PreTrainedModel) -> None:
     change.set(model, "trl_fast_fused_head", True, fixed=False)
 
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: object, scoring: ScoringRequest | None = None, **kwargs: object):
+    def forward(
+        self: PreTrainedModel, *args: object, scoring: ScoringRequest | None = None, **kwargs: object
+    ) -> object:
         if scoring is None:
             return original(self, *args, **kwargs)
         if not self.trl_fast_fused_head:
@@ -95,12 +99,12 @@ def give_up_fused_head(model: PreTrainedModel, error: float) -> None:
         f"{error:.3g} nats, so its logits are transformed in a way that its config does not "
         "tell. Training goes on with the model's own logits, which is slower and takes more memory."
     )
-    model.trl_fast_fused_head = False
+    changed: Any = model
+    changed.trl_fast_fused_head = False
 
 
-def _score_hidden(
-    model: PreTrainedModel, scoring: ScoringRequest, *args: object, labels: None = None, **kwargs: object
-) -> ModelScores:
+def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object, **kwargs: object) -> ModelScores:
+    kwargs.pop("labels", None)
     router = kwargs.get("output_router_logits")
     output = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     hidden = output.last_hidden_state
@@ -141,14 +145,16 @@ def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScore
     return tokens.detach(), loss
 
 
-def _token_counts(kwargs: dict[str, object]) -> torch.Tensor | None:
+def _token_counts(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """Returns how often each token (B, T) counts in a router's loss: padding 0 times, a prompt once for each branch.
 
     So the loss is that of the padded layout in every layout.
     """
-    trees, mask = kwargs.get(LENGTHS_KEYWORD), kwargs.get("attention_mask")
+    trees: tuple[TreeLengths, ...] | None = kwargs.get(LENGTHS_KEYWORD)
+    mask: torch.Tensor | None = kwargs.get("attention_mask")
     if trees is None:
         return mask
+    assert mask is not None, "a row of trees comes with a mask"
     counts = [max(len(tree) - 1, 1) if index == 0 else 1 for tree in trees for index in range(len(tree))]
     lengths = [length for tree in trees for length in tree]
     return copy_to_device(torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None], mask.device)
@@ -157,9 +163,11 @@ def _token_counts(kwargs: dict[str, object]) -> torch.Tensor | None:
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:
     """Computes the load-balancing loss of the family, which stands in the class's module; the mask weighs tokens."""
     config = model.config.get_text_config()
-    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    function: Any = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     if function is None:
-        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as function
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        function = load_balancing_loss_func
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     return function(router_logits, experts, config.num_experts_per_tok, counts)
 

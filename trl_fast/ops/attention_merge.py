@@ -1,4 +1,4 @@
-"""One softmax from two: attention over two sets of keys, merged by their log-sum-exps.
+"""Merges attention over two sets of keys into one softmax, by their log-sum-exps.
 
 With outputs o₁, o₂ and log-sum-exps l₁, l₂ of the scores, the softmax over both sets has the log-sum-exp
 l = log(e^l₁ + e^l₂) and the output (1 - s) o₁ + s o₂, s = e^(l₂ - l) (FlashAttention, arXiv 2205.14135, section 3.1).
@@ -15,7 +15,7 @@ from .backends import ENVIRONMENT_VARIABLE, supports
 
 
 def _share_and_sum(lse: torch.Tensor, other_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The other's share of the softmax, 0 if neither has a key, and the log-sum-exp of both; of any one shape."""
+    """Returns the other's share of the softmax, 0 if neither has a key, and both's log-sum-exp; of any one shape."""
     return torch.sigmoid(other_lse - lse).nan_to_num_(0.0), torch.logaddexp(lse, other_lse)
 
 
@@ -23,11 +23,11 @@ def merge_into(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_
     """Merges other (..., D), other_lse (...) into out (..., D), lse (...); both must have keys."""
     share, total = _share_and_sum(lse, other_lse)
     lse.copy_(total)
-    wide = out.to(total.dtype)
+    merged = out.to(total.dtype)
     # One pass, where a sum of two products would be three.
-    torch.lerp(wide, other.to(total.dtype), share[..., None], out=wide)
-    if wide is not out:
-        out.copy_(wide)
+    torch.lerp(merged, other.to(total.dtype), share[..., None], out=merged)
+    if merged is not out:
+        out.copy_(merged)
 
 
 def _merge_reference(
@@ -57,7 +57,9 @@ def _attention_merge(
 
 
 @_attention_merge.register_fake
-def _(out, lse, other, other_lse, place):
+def _(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, place: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return out.new_empty(out.shape), lse.new_empty(lse.shape)
 
 
@@ -85,7 +87,7 @@ def _check_inputs(
 def merge_attention(
     out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, place: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a row of tokens over two sets of keys, of which the second is there for some tokens only.
+    """Computes attention over two sets of keys, of which the second is there for some tokens only.
 
     Nothing is changed in place: gradient checkpointing keeps what a flash kernel gave. On a GPU one Triton kernel
     reads both outputs once and writes the merged one, tokens without a second set included.

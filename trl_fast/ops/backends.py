@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,29 +73,15 @@ def load_extension() -> Support:
 def _register_fakes() -> None:
     """Registers the shapes of the C++ ops for FakeTensor and torch.compile, once the extension is loaded."""
 
-    @torch.library.register_fake("trl_fast::row_scores")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state):
-        return None
+    def writes_to_arguments(*args: object) -> None:
+        """Returns nothing: such an op has no result of its own."""
 
-    @torch.library.register_fake("trl_fast::row_weights")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, outputs, column_offset, state, out):
-        return None
-
-    @torch.library.register_fake("trl_fast::row_scores_packed")
-    def _(logits, targets, bias, scale, inv_temperature, outputs, column_offset, state, words, tops):
-        return None
-
-    @torch.library.register_fake("trl_fast::row_grad_packed")
-    def _(words, index, targets, scale, inv_temperature, lse, coefficients, column_offset, out, tops):
-        return None
+    for name in ("row_scores", "row_weights", "row_scores_packed", "row_grad_packed", "row_grad"):
+        torch.library.register_fake(f"trl_fast::{name}", writes_to_arguments)
 
     @torch.library.register_fake("trl_fast::pooled_empty")
-    def _(size, dtype):
+    def _(size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype)
-
-    @torch.library.register_fake("trl_fast::row_grad")
-    def _(logits, targets, bias, scale, softcap, inv_temperature, lse, coefficients, column_offset, out):
-        return None
 
 
 def _difference_of_constants(compiled: Mapping[str, float]) -> str:

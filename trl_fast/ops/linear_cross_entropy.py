@@ -6,6 +6,8 @@ computes it in the forward pass, while the block's logits are still there: three
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 
 from .backends import choose_backend
@@ -25,7 +27,7 @@ from .head.row_statistics import (
 from .head.sweep import empty_kept_logits, score_rows
 from .matmul import gemm_dtype
 from .memory_pool import scaled
-from .named_gradients import gradients_of, needs_gradients
+from .named_gradients import AutogradContext, gradients_of, needs_gradients
 from .validation import check_finite, check_head_tensors, check_target_range
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -33,15 +35,16 @@ _OP = "trl_fast::linear_cross_entropy"
 
 
 def token_losses(
-    lse: torch.Tensor, logprobs: torch.Tensor, mean_logits: torch.Tensor, label_smoothing: float, z_loss: float
+    lse: torch.Tensor, logprobs: torch.Tensor, mean_logits: torch.Tensor | None, label_smoothing: float, z_loss: float
 ) -> torch.Tensor:
     """Computes the loss of each row, (N,): -(1-ε)·logprob - ε·mean(logp) + z·lse².
 
     ε is label smoothing (Szegedy et al., arXiv 1512.00567, section 7), z the auxiliary z-loss (PaLM, arXiv 2204.02311,
-    section 5). Terms with a zero factor are left out, so that mean_logits may then be NaN.
+    section 5). Terms with a zero factor are left out, so that mean_logits may then be NaN or None.
     """
     losses = -(1 - label_smoothing) * logprobs
     if label_smoothing:
+        assert mean_logits is not None, "label smoothing asks the head for them"
         losses = losses - label_smoothing * (mean_logits - lse)
     if z_loss:
         losses = losses + z_loss * lse.square()
@@ -106,8 +109,10 @@ def _coefficients(
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, targets, bias, *options):
-    need_hidden, need_weight, need_bias, _, _ = options[-5:]
+def _(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *options: object
+) -> tuple[torch.Tensor, ...]:
+    need_hidden, need_weight, need_bias = options[-5:-2]
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return (
         hidden.new_empty((), dtype=torch.promote_types(gemm_dtype(hidden), torch.float32)),
@@ -117,13 +122,23 @@ def _(hidden, weight, targets, bias, *options):
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+class _Context(AutogradContext, Protocol):
+    """Names what the forward pass leaves for the backward pass beside the gradients of hidden, weight and bias."""
+
+    dtypes: list[torch.dtype]
+
+
+def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (inputs[0], inputs[1], inputs[3])]
+    hidden, weight, _, bias, *_ = inputs
+    # Without a bias it is not looked at.
+    ctx.dtypes = [hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype]
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(
+    ctx: _Context, grad_loss: torch.Tensor | None, *_: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     if grad_loss is None:
         return gradients_of(_OP)
     names = ("hidden", "weight", "bias")

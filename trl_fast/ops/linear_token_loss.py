@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -28,7 +28,7 @@ from .head.row_statistics import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTI
 from .head.sweep import empty_kept_logits, score_rows
 from .head.tiled_head import TiledHead
 from .memory_pool import scaled
-from .named_gradients import gradients_of
+from .named_gradients import AutogradContext, gradients_of
 from .token_scores import TokenScores, token_scores
 from .validation import check_head_call
 
@@ -105,14 +105,22 @@ class _TokenLossSweep:
         """Scores all rows (N, H), block by block, and adds their gradients while the logits are there."""
         plan, num_rows = self.head.plan, hidden.shape[0]
         logits = empty_kept_logits(self.head)
-        whole_groups = self.group_sizes is not None
-        blocks = group_slices(self.group_sizes, max(plan.block_rows, 1)) if whole_groups else plan.blocks(num_rows)
+        if self.group_sizes is None:
+            blocks = plan.blocks(num_rows)
+        else:
+            blocks = group_slices(self.group_sizes, max(plan.block_rows, 1))
         for rows in blocks:
             kept = logits.part(slice(rows.stop - rows.start))
             coefficients = self.score(hidden, targets, rows, kept)
             given = (hidden[rows], targets[rows], self.statistics[LSE_ROW, rows], coefficients, kept)
-            options = {"consume": True, "skip_zero_rows": self.skip_zero_rows}
-            gradients.add(rows, *given, **options, last=rows.stop == num_rows)
+            last = rows.stop == num_rows
+            gradients.add(rows, *given, consume=True, skip_zero_rows=self.skip_zero_rows, last=last)
+
+
+class _Context(AutogradContext, Protocol):
+    """Names what the forward pass leaves for the backward pass beside the gradients of hidden, weight and bias."""
+
+    dtypes: list[torch.dtype]
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -122,7 +130,14 @@ class _LinearTokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, sweep):
+    def forward(
+        ctx: _Context,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        sweep: _TokenLossSweep,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         needs = Needs(*ctx.needs_input_grad[:3])
         gradients = HeadGradients(sweep.head, hidden.shape[0], needs, waiting=True)
         product = hidden.to(sweep.head.plan.product_dtype)
@@ -130,14 +145,15 @@ class _LinearTokenLoss(torch.autograd.Function):
             sweep.differentiate(product, targets, gradients)
         else:
             sweep.score(product, targets, slice(0, hidden.shape[0]), keep=None)
-        ctx.save_for_backward(*gradients.results(hidden.dtype, weight.dtype if bias is None else bias.dtype))
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        # Without a bias its dtype is not looked at.
+        ctx.dtypes = [hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype]
+        ctx.save_for_backward(*gradients.results(ctx.dtypes[0], ctx.dtypes[2]))
         ctx.mark_non_differentiable(sweep.statistics)
         return sweep.loss, sweep.statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
+    def backward(ctx: _Context, grad_loss: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = zip(Needs._fields, ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         gradients = {name: scaled(one, grad_loss, dtype) for name, one, dtype, needed in saved if needed}
         return gradients_of(_LinearTokenLoss.forward, **gradients)
@@ -231,10 +247,8 @@ def token_loss_of_head(
     workspace_bytes = options.workspace_on(hidden.device, facts)
     hidden = check_head_call(hidden, weight, targets, bias)
     backend = choose_backend("linear_token_loss", options.backend, facts, hidden.dtype)
-    tensors = (hidden, weight, bias)
-    constants = [None if tensor is None else tensor.detach() for tensor in tensors]
-    if not torch.is_grad_enabled():
-        tensors = constants
+    constants = (hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+    tensors = (hidden, weight, bias) if torch.is_grad_enabled() else constants
     with torch.autocast(hidden.device.type, enabled=False):
         keep = BLOCKS if group_sizes is None else GROUPS
         head = planned_head(hidden, *constants[1:], transform, keep, workspace_bytes, backend)

@@ -5,8 +5,33 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
+
+
+class AutogradContext(Protocol):
+    """Names what autograd's context offers; an op whose context holds more extends it by that.
+
+    saved_tensors: as they were given to save_for_backward; what was None there is None.
+    """
+
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]:
+        """Tells which arguments need a gradient, in order."""
+
+    @property
+    def saved_tensors(self) -> tuple[torch.Tensor, ...]:
+        """Returns the saved tensors, each of its own shape."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        """Saves tensors of any shape for the backward pass."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Chooses whether a gradient that is missing comes as zeros or as None."""
+
+    def mark_non_differentiable(self, *args: torch.Tensor) -> None:
+        """Marks results of any shape as such that have no gradient."""
 
 
 @functools.cache
@@ -37,7 +62,7 @@ def gradients_of(signature_of: str | Callable, **gradients: torch.Tensor | None)
     return tuple(ordered)
 
 
-def needs_gradients(ctx: torch.autograd.function.FunctionCtx, signature_of: str | Callable, *names: str) -> list[bool]:
+def needs_gradients(ctx: AutogradContext, signature_of: str | Callable, *names: str) -> list[bool]:
     """Returns which of the named arguments need a gradient; `signature_of` as in `gradients_of`."""
     positions = _positions(signature_of)
     return [ctx.needs_input_grad[positions[name]] for name in names]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from .backends import choose_backend
@@ -10,7 +12,7 @@ from .head.logit_transform import LogitTransform
 from .head.row_kernels import row_kernels
 from .head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, row_coefficients
 from .head.sweep import finish_scores, new_state
-from .named_gradients import gradients_of
+from .named_gradients import AutogradContext, gradients_of
 from .validation import check_finite, check_selective_inputs, check_target_range
 
 
@@ -26,11 +28,15 @@ def _selective_scores(
     row_kernels(backend, logits.device).scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs, 0, state)
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
     statistics = finish_scores(state, outputs, logits.shape[1], sum_dtype)
-    return tuple(statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LSE_LOW_ROW))
+    rows = (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LSE_LOW_ROW)
+    lse, logprobs, entropy, lse_low = (statistics[row].clone() for row in rows)
+    return lse, logprobs, entropy, lse_low
 
 
 @_selective_scores.register_fake
-def _(logits, index, inv_temperature, outputs, backend):
+def _(
+    logits: torch.Tensor, index: torch.Tensor, inv_temperature: float, outputs: int, backend: str
+) -> tuple[torch.Tensor, ...]:
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(logits.shape[0], dtype=sum_dtype) for _ in range(4))
 
@@ -51,17 +57,32 @@ def _selective_scores_backward(
 
 
 @_selective_scores_backward.register_fake
-def _(logits, index, lse, coefficients, inv_temperature, backend):
+def _(logits: torch.Tensor, *options: object) -> torch.Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+class _Context(AutogradContext, Protocol):
+    """Names what the forward pass leaves for the backward pass beside tensors."""
+
+    inv_temperature: float
+    backend: str
+
+
+def _setup_context(
+    ctx: _Context, inputs: tuple[torch.Tensor, torch.Tensor, float, int, str], output: tuple[torch.Tensor, ...]
+) -> None:
     logits, index, ctx.inv_temperature, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, index, output[0], output[2], output[3])
 
 
-def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, _grad_lse_low):
+def _backward(
+    ctx: _Context,
+    grad_lse: torch.Tensor | None,
+    grad_logprobs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    _grad_lse_low: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
     logits, index, lse, entropy, lse_low = ctx.saved_tensors
     upstream = {"grad_lse": grad_lse, "grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy}
     coefficients = row_coefficients(lse_low, entropy, logits.shape[-1], **upstream)

@@ -125,7 +125,7 @@ class NotFiniteError(ValueError):
 
 
 def check_finite(hidden: torch.Tensor, name: str = "hidden", *, masked: bool = False) -> None:
-    """Checks, with TRL_FAST_CHECK=1, that `hidden` (N, H) is finite. masked: -inf is no error, it rules a token out.
+    """Refuses `hidden` (N, H) that is not finite, with TRL_FAST_CHECK=1. masked: -inf rules a token out.
 
     Raises:
         NotFiniteError: naming how many rows are not finite and the first of them.

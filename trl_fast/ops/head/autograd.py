@@ -19,13 +19,14 @@ output. Rows whose coefficients are all zero take no part in it.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
-from ..named_gradients import gradients_of, needs_gradients
+from ..named_gradients import AutogradContext, gradients_of, needs_gradients
 from ..validation import check_head_call
 from .fused_kernel import fused_tiles
 from .gradients import HeadGradients, Needs, head_gradients
@@ -165,8 +166,9 @@ def linear_scores(
             cache, tops = logits.values, tops if logits.tops is None else logits.tops
         else:
             statistics = score_rows(head, product, targets, outputs)
-        differentiable = (statistics[row].clone() for row in (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, MEAN_LOGITS_ROW))
-        return (*differentiable, statistics, cache, tops)
+        rows = (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, MEAN_LOGITS_ROW)
+        lse, logprobs, entropy, mean_logits = (statistics[row].clone() for row in rows)
+        return lse, logprobs, entropy, mean_logits, statistics, cache, tops
 
 
 def _score_with_unit_gradient(
@@ -192,7 +194,19 @@ def _score_with_unit_gradient(
 
 
 @linear_scores.register_fake
-def _(hidden, weight, targets, bias, scale, softcap, inv_temperature, outputs, keep, workspace_bytes, backend):
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    outputs: int,
+    keep: int,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[torch.Tensor, ...]:
     transform = LogitTransform(scale, softcap, inv_temperature)
     head = planned_head(hidden, weight, bias, transform, keep, workspace_bytes, backend)
     num_rows, sums = hidden.shape[0], head.plan.sum_dtype
@@ -239,8 +253,11 @@ def linear_scores_backward(
 
 
 @linear_scores_backward.register_fake
-def _(hidden, weight, targets, bias, *options):
-    return _empty_gradients(hidden, weight, bias, *options[-5:-2])
+def _(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *options: Any
+) -> tuple[torch.Tensor, ...]:
+    need_hidden, need_weight, need_bias = options[-5:-2]
+    return _empty_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
 def _empty_gradients(
@@ -259,7 +276,16 @@ def _empty_gradients(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+class _Context(AutogradContext, Protocol):
+    """Names what the forward pass leaves for the backward pass beside tensors."""
+
+    transform: list[float]
+    keep: int
+    workspace_bytes: int
+    backend: str
+
+
+def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, targets, bias, *transform, _, keep, workspace_bytes, backend = inputs
     lse, _, entropy, _, statistics, cache, tops = output
     ctx.set_materialize_grads(False)
@@ -267,7 +293,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.transform, ctx.keep, ctx.workspace_bytes, ctx.backend = transform, keep, workspace_bytes, backend
 
 
-def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _statistics, _cache, _tops):
+def _backward(
+    ctx: _Context,
+    grad_lse: torch.Tensor | None,
+    grad_logprobs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_mean_logits: torch.Tensor | None,
+    *_: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, targets, bias, lse, lse_low, entropy, cache, tops = ctx.saved_tensors
     if ctx.keep == UNIT_GRADIENT and all(grad is None for grad in (grad_lse, grad_entropy, grad_mean_logits)):
         grad_hidden = None if grad_logprobs is None else (cache * grad_logprobs[:, None]).to(hidden.dtype)
@@ -286,7 +319,13 @@ def _backward(ctx, grad_lse, grad_logprobs, grad_entropy, grad_mean_logits, _sta
     return _needed_gradients(ctx, _OP, linear_scores_backward, given, (ctx.workspace_bytes, ctx.backend))
 
 
-def _needed_gradients(ctx, op: str, backward, given: tuple, options: tuple) -> tuple[torch.Tensor | None, ...]:
+def _needed_gradients(
+    ctx: AutogradContext,
+    op: str,
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    given: tuple[object, ...],
+    options: tuple[object, ...],
+) -> tuple[torch.Tensor | None, ...]:
     """Calls a backward op for the gradients of hidden, weight and bias that `op` needs, and names them."""
     names = ("hidden", "weight", "bias")
     needs = needs_gradients(ctx, op, *names)
@@ -340,7 +379,7 @@ def linear_scores_sparse(
 
 
 @linear_scores_sparse.register_fake
-def _(hidden, weight, targets, bias, offsets, *options):
+def _(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *options: object) -> tuple[torch.Tensor, ...]:
     sums = torch.promote_types(hidden.dtype, torch.float32)
     num_rows, num_entries = hidden.shape[0], torch.library.get_ctx().new_dynamic_size()
     rows = [hidden.new_empty(num_rows, dtype=sums) for _ in range(2)]
@@ -379,15 +418,28 @@ def linear_scores_sparse_backward(
     given = (hidden, weight, targets, bias, statistics, coefficients, counts, columns, logprobs)
     found = sparse_gradients(*given, transform, threshold, need_hidden, need_weight, need_bias, product)
     empty = _empty_gradients(hidden, weight, bias, False, False, False)
-    return tuple(nothing if gradient is None else gradient for gradient, nothing in zip(found, empty, strict=True))
+    pairs = zip(found, empty, strict=True)
+    grad_hidden, grad_weight, grad_bias = (nothing if gradient is None else gradient for gradient, nothing in pairs)
+    return grad_hidden, grad_weight, grad_bias
 
 
 @linear_scores_sparse_backward.register_fake
-def _(hidden, weight, targets, bias, *options):
-    return _empty_gradients(hidden, weight, bias, *options[-4:-1])
+def _(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *options: Any
+) -> tuple[torch.Tensor, ...]:
+    need_hidden, need_weight, need_bias = options[-4:-1]
+    return _empty_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
-def _setup_sparse_context(ctx, inputs, output) -> None:
+class _SparseContext(AutogradContext, Protocol):
+    """Names what the forward pass leaves for the sparse gradient beside tensors."""
+
+    transform: list[float]
+    threshold: float
+    backend: str
+
+
+def _setup_sparse_context(ctx: _SparseContext, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, targets, bias, _, *transform, _, threshold, _, backend = inputs
     _, _, statistics, *samples = output
     ctx.set_materialize_grads(False)
@@ -395,7 +447,12 @@ def _setup_sparse_context(ctx, inputs, output) -> None:
     ctx.transform, ctx.threshold, ctx.backend = transform, threshold, backend
 
 
-def _sparse_backward(ctx, grad_logprobs, grad_entropy, *_):
+def _sparse_backward(
+    ctx: _SparseContext,
+    grad_logprobs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    *_: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, targets, bias, statistics, *samples = ctx.saved_tensors
     coefficients = row_coefficients(
         statistics[LSE_LOW_ROW],

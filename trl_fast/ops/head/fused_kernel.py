@@ -67,9 +67,9 @@ def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
     """Tells what is wrong with the kernel's scores and kept logits of a small random head; nothing if all is right."""
     num_rows, hidden_size, vocab_size = _TRIED
     generator = torch.Generator(device).manual_seed(0)
-    options = {"generator": generator, "device": device}
-    hidden = torch.randn(num_rows, hidden_size, **options).to(dtype)
-    weight = (torch.randn(vocab_size, hidden_size, **options) * hidden_size**-0.5).to(dtype)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator, device=device).to(dtype)
+    weight = torch.randn(vocab_size, hidden_size, generator=generator, device=device)
+    weight = (weight * hidden_size**-0.5).to(dtype)
     targets = torch.arange(num_rows, device=device) * 7
     logits = hidden.double() @ weight.double().t()
     exact = logits.logsumexp(1), logits.gather(1, targets[:, None])[:, 0]
@@ -80,8 +80,9 @@ def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
         found = state[TOP] + state[SUM].log(), state[TARGET]
         if not all(torch.allclose(a, b, rtol=0, atol=_TOLERANCE) for a, b in zip(found, exact, strict=True)):
             return "log-probs differ from PyTorch's"
-    kept = room.tile(slice(0, vocab_size))
-    if not torch.allclose(unpack(*kept, tiles.columns).double(), logits, rtol=0, atol=_TOLERANCE):
+    words, tops = room.tile(slice(0, vocab_size))
+    assert tops is not None, "the room is for packed logits"
+    if not torch.allclose(unpack(words, tops, tiles.columns).double(), logits, rtol=0, atol=_TOLERANCE):
         return "kept logits differ from PyTorch's"
     return ""
 
@@ -119,7 +120,7 @@ def score_rows_fused(
     step = max(tiles.rows, part_bytes // per_row // tiles.rows * tiles.rows)
     for start in (*range(0, kept, step), *range(kept, num_rows, step)):
         rows = slice(start, min(start + step, kept if start < kept else num_rows))
-        room = keep.tile(slice(0, weight.shape[0]), rows) if start < kept else (None, None)
+        room = (None, None) if keep is None or start >= kept else keep.tile(slice(0, weight.shape[0]), rows)
         # The kernel writes to a state of its own rows; a slice of the state has the same stride.
         given = (hidden[rows], weight, targets[rows], bias, logit_factor, outputs, state[:, rows])
         linear_scores.linear_scores(*given, *room, tiles)

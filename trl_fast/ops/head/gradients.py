@@ -11,7 +11,7 @@ import torch
 
 from ..matmul import add_mm, mm_into
 from ..memory_pool import as_dtype, pooled_empty
-from .kept_logits import KeptLogits
+from .kept_logits import KeptLogits, KeptTile
 from .plan import SweepTiles
 from .row_kernels import ROW_KERNELS
 from .tiled_head import TiledHead
@@ -102,11 +102,11 @@ class HeadGradients:
             last: no call follows. (A single call needs no float32 sum of the whole weight's gradient.)
         """
         index = active_rows(coefficients, skip_zero_rows)
-        given = (hidden, targets, lse, coefficients.t())
+        by_row = coefficients.t()
         if index is not None:
-            given = tuple(tensor[index] for tensor in given)
-        blocks = _row_blocks(self._head, self._added, *given, logits, index, consume)
-        self._added += len(given[0])
+            hidden, targets, lse, by_row = hidden[index], targets[index], lse[index], by_row[index]
+        blocks = _row_blocks(self._head, self._added, hidden, targets, lse, by_row, logits, index, consume)
+        self._added += len(hidden)
         if self._needs.hidden and self._hidden is None:
             rows = self._added if last else self._num_rows
             self._hidden = torch.empty(
@@ -132,10 +132,11 @@ class HeadGradients:
             weight = None
             if need_weight_tile:
                 weight = head.cast_tile(columns) if plan.casts_weight else head.weight[columns]
-            total = _WeightTile(self._weight[columns], buffer, accumulate) if self._needs.weight else None
+            total = None if self._weight is None else _WeightTile(self._weight[columns], buffer, accumulate)
             for part in parts:
                 gradient = logit_gradients.of(part, columns, weight)
                 if self._hidden is not None:
+                    assert weight is not None, "the gradient of hidden states needs a tile of it"
                     (add_mm if columns.start else mm_into)(self._hidden[part.rows], gradient, weight)
                 if total is not None:
                     total.add(gradient, part.hidden)
@@ -151,7 +152,7 @@ class HeadGradients:
         """
         plan = self._head.plan
         dtypes = (plan.sum_dtype, plan.product_dtype) if num_parts == 1 else (plan.sum_dtype,)
-        if not self._needs.weight or self._weight.dtype in dtypes:
+        if self._weight is None or self._weight.dtype in dtypes:
             return None
         return pooled_empty((tiles.num_columns, self._head.plan.hidden_size), plan.sum_dtype, self._head.weight.device)
 
@@ -190,17 +191,16 @@ class HeadGradients:
         if self._factor != 1.0:
             for total in self._sums():
                 total.mul_(1 / self._factor)
-        return tuple(
-            torch.empty(0, dtype=dtype, device=head.weight.device)
-            if total is None
-            else total
-            if total.dtype == dtype
-            else as_dtype(total, dtype)
-            for total, dtype in zip((self._hidden, self._weight, self._bias), dtypes, strict=True)
+        totals = zip((self._hidden, self._weight, self._bias), dtypes, strict=True)
+        grad_hidden, grad_weight, grad_bias = (
+            torch.empty(0, dtype=dtype, device=head.weight.device) if total is None else as_dtype(total, dtype)
+            for total, dtype in totals
         )
+        return grad_hidden, grad_weight, grad_bias
 
     def _spread_hidden(self) -> None:
         """Moves the gradients of the rows that were added to where they lie among all rows; the others get zero."""
+        assert self._hidden is not None, "rows have been added"
         numbers = [
             torch.arange(place.start, place.stop, device=self._head.weight.device)
             if index is None
@@ -275,7 +275,8 @@ def _row_blocks(
     num_rows, num_kept = len(targets), 0 if logits is None else logits.values.shape[1]
     kept = min(num_rows, num_kept) if index is None else int((index < num_kept).sum())
     in_place = consume and index is None and logits is not None
-    in_place = in_place and head.plan.product_dtype.itemsize == logits.values.element_size()
+    if logits is not None:
+        in_place = in_place and head.plan.product_dtype.itemsize == logits.values.element_size()
     blocks = []
     for part, source in ((slice(0, kept), logits), (slice(kept, num_rows), None)):
         if part.stop > part.start:
@@ -310,7 +311,8 @@ class _LogitGradients:
         in_scratch = [part for part in parts if not part.in_place]
         passing = [part for part in in_scratch if part.logits is None or not plan.packed and part.index is not None]
         num_rows, num_passing = _most_rows(in_scratch), _most_rows(passing)
-        self._logits = self._gradients = None
+        self._logits: torch.Tensor | None = None
+        self._gradients: torch.Tensor | None = None
         if num_passing:
             self._logits = self._gradients = pooled_empty((num_passing, width), plan.logits_dtype, head.weight.device)
         if num_rows and (plan.limits.narrow_gradients or num_rows > num_passing):
@@ -319,35 +321,42 @@ class _LogitGradients:
     def of(self, part: RowBlock, columns: slice, weight: torch.Tensor | None) -> torch.Tensor:
         """Returns the gradient (R, C) of a part's logits; weight: (C, H), for logits that are to be computed again."""
         head = self._head
-        corner = (slice(len(part.targets)), slice(columns.stop - columns.start))
         if part.logits is None:
-            logits = mm_into(self._logits[corner], part.hidden, weight.t())
+            assert weight is not None, "computing logits again needs a tile of it"
+            logits = mm_into(_corner(self._logits, part, columns), part.hidden, weight.t())
         else:
             kept = part.logits.tile(columns)
             if head.plan.packed:
-                out = kept.values.view(head.plan.product_dtype) if part.in_place else self._gradients[corner]
-                return _grad_packed(head, part, columns, kept.values, kept.tops, out)
+                out = (
+                    kept.values.view(head.plan.product_dtype)
+                    if part.in_place
+                    else _corner(self._gradients, part, columns)
+                )
+                return _grad_packed(head, part, columns, kept, out)
             logits = kept.values
             if part.index is not None:
-                logits = torch.index_select(logits, 0, part.index, out=self._logits[corner])
-        out = logits if part.in_place else self._gradients[corner]
+                logits = torch.index_select(logits, 0, part.index, out=_corner(self._logits, part, columns))
+        out = logits if part.in_place else _corner(self._gradients, part, columns)
         bias = None if head.bias is None else head.bias[columns]
         given = (logits, part.targets, bias, *head.transform, part.lse, part.coefficients, columns.start)
         head.kernels.grad(*given, out)
         return out
 
 
-def _grad_packed(
-    head: TiledHead, part: RowBlock, columns: slice, words: torch.Tensor, tops: torch.Tensor, out: torch.Tensor
-) -> torch.Tensor:
+def _corner(scratch: torch.Tensor | None, part: RowBlock, columns: slice) -> torch.Tensor:
+    """Returns the corner (R, C) of scratch memory that a part's tile takes."""
+    assert scratch is not None, "there is scratch memory for every part that passes through it"
+    return scratch[: len(part.targets), : columns.stop - columns.start]
+
+
+def _grad_packed(head: TiledHead, part: RowBlock, columns: slice, kept: KeptTile, out: torch.Tensor) -> torch.Tensor:
     """Computes the gradient (R, C) of packed logits, words (K, C) int16 and tops (K, chunks), into `out`."""
     scale, _, inv_temperature = head.transform
-    given = (words, part.index, part.targets, scale, inv_temperature, part.lse, part.coefficients)
-    given = (*given, columns.start, out, tops)
-    if head.plan.fused is None:
-        head.kernels.grad_packed(*given)
-    else:  # whose chunks are no others' but Triton's
-        ROW_KERNELS["triton"].grad_packed(*given, head.plan.chunk)
+    given = (kept.values, part.index, part.targets, scale, inv_temperature, part.lse, part.coefficients)
+    # The chunks of the fused kernel are no others' but Triton's.
+    kernels, chunk = (head.kernels, ()) if head.plan.fused is None else (ROW_KERNELS["triton"], (head.plan.chunk,))
+    assert kernels.grad_packed is not None, "the plan packs only what the kernels unpack"
+    kernels.grad_packed(*given, columns.start, out, kept.tops, *chunk)
     return out
 
 

@@ -171,6 +171,7 @@ def sparse_gradients(
     if need_weight:
         grad_weight = product(row_offsets, rows[order], values[order], hidden, weight.dtype)
     if need_bias:
+        assert bias is not None, "autograd asks for the gradient of a tensor"
         ones = values.new_ones(1, 1)
         zeros = torch.zeros_like(order)
         grad_bias = product(row_offsets, zeros, values[order], ones, values.dtype).squeeze(1).to(bias.dtype)
