@@ -325,14 +325,8 @@ def plan_head(
     kept_row_bytes = vocab_size * PACKED_DTYPE.itemsize + num_chunks(vocab_size, chunk) * 4 if packed else least
     block_rows, kept_rows = _block(num_rows, keep, kept_row_bytes, workspace_bytes, policy)
     limits = TileLimits(
-        vocab_size,
-        hidden_size,
-        product_bytes=product.itemsize,
-        logit_bytes=least // vocab_size,
-        narrow_gradients=logits != product,
-        workspace_bytes=workspace_bytes,
-        policy=policy,
-        all_tiles=not facts.first_tiles_only,
+        *(vocab_size, hidden_size, product.itemsize, least // vocab_size),
+        *(logits != product, workspace_bytes, policy, not facts.first_tiles_only),
     )
     shape = limits.tile_shape(block_rows, gradients=keep == UNIT_GRADIENT and policy.one_sweep)
     kept_columns = vocab_size if policy.whole_rows else shape[1]
