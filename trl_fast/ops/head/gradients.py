@@ -193,7 +193,11 @@ class HeadGradients:
                 total.mul_(1 / self._factor)
         totals = zip((self._hidden, self._weight, self._bias), dtypes, strict=True)
         grad_hidden, grad_weight, grad_bias = (
-            torch.empty(0, dtype=dtype, device=head.weight.device) if total is None else as_dtype(total, dtype)
+            torch.empty(0, dtype=dtype, device=head.weight.device)
+            if total is None
+            else total
+            if total.dtype == dtype
+            else as_dtype(total, dtype)
             for total, dtype in totals
         )
         return grad_hidden, grad_weight, grad_bias
