@@ -7,15 +7,16 @@ log-probability, (S,), which is all that backward needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .backends import choose_backend
 from .device import device_facts
-from .named_gradients import gradients_of
+from .named_gradients import AutogradContext, gradients_of
 from .pair_formulas import PAIR_FORMULAS, PairValues, check_pair_parameters
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
@@ -47,17 +48,19 @@ def _pair_loss(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns losses (P,), sequence_logprobs (S,) and gradients (S,) of each pair's loss by its sequence_logprobs."""
+    forward: Callable[..., None]
+    loss: str | int
     if backend == "cuda":
         from trl_fast import _C
 
-        pair_loss_forward, loss = torch.ops.trl_fast.pair_loss_forward, _C.loss_formulas()["pair_loss"][loss_type]
+        forward, loss = torch.ops.trl_fast.pair_loss_forward, _C.loss_formulas()["pair_loss"][loss_type]
     else:
         from trl_fast.kernels.loss_kernels import pair_loss_forward
 
-        loss = loss_type
+        forward, loss = pair_loss_forward, loss_type
     losses = logprobs.new_empty(len(ref_logprobs) // 2)
     sequence_logprobs, gradients = torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
-    pair_loss_forward(
+    forward(
         *(logprobs, cu_seqlens, ref_logprobs, lengths),
         *(loss, beta, label_smoothing, discopop_tau),
         *(losses, sequence_logprobs, gradients),
@@ -66,7 +69,9 @@ def _pair_loss(
 
 
 @_pair_loss.register_fake
-def _(logprobs, cu_seqlens, ref_logprobs, lengths, *parameters):
+def _(
+    logprobs: torch.Tensor, cu_seqlens: torch.Tensor, ref_logprobs: torch.Tensor, *others: object
+) -> tuple[torch.Tensor, ...]:
     losses = logprobs.new_empty(ref_logprobs.shape[0] // 2)
     return losses, torch.empty_like(ref_logprobs), torch.empty_like(ref_logprobs)
 
@@ -81,22 +86,31 @@ def _pair_loss_backward(
     backend: str,
 ) -> torch.Tensor:
     """Returns the tokens' gradient (N,): `gradients` times the pair's upstream gradient plus the sequence's."""
+    backward: Callable[..., None]
     if backend == "cuda":
-        pair_loss_backward = torch.ops.trl_fast.pair_loss_backward_out
+        backward = torch.ops.trl_fast.pair_loss_backward_out
     else:
         from trl_fast.kernels.loss_kernels import pair_loss_backward
 
+        backward = pair_loss_backward
     out = gradients.new_empty(num_tokens)
-    pair_loss_backward(gradients, cu_seqlens, grad_losses, grad_sequence_logprobs, out)
+    backward(gradients, cu_seqlens, grad_losses, grad_sequence_logprobs, out)
     return out
 
 
 @_pair_loss_backward.register_fake
-def _(gradients, cu_seqlens, num_tokens, grad_losses, grad_sequence_logprobs, backend):
+def _(gradients: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, *others: object) -> torch.Tensor:
     return gradients.new_empty(num_tokens)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+class _Context(AutogradContext, Protocol):
+    """Names what the forward pass leaves for the backward pass beside tensors."""
+
+    num_tokens: int
+    backend: str
+
+
+def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logprobs, cu_seqlens = inputs[:2]
     gradients = output[2]
     ctx.num_tokens, ctx.backend = logprobs.shape[0], inputs[-1]
@@ -106,7 +120,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 @once_differentiable
-def _backward(ctx, grad_losses, grad_sequence_logprobs, _grad_gradients):
+def _backward(
+    ctx: _Context,
+    grad_losses: torch.Tensor | None,
+    grad_sequence_logprobs: torch.Tensor | None,
+    _grad_gradients: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
     gradients, cu_seqlens = ctx.saved_tensors
     grad = None
     if grad_losses is not None or grad_sequence_logprobs is not None:

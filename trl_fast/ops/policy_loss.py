@@ -10,6 +10,7 @@ backward.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from trl_fast.kernels.shared_constants import POLICY_LOSS_BLOCK
 
 from .backends import choose_backend
 from .device import device_facts
-from .named_gradients import gradients_of
+from .named_gradients import AutogradContext, gradients_of
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
 # Log-ratios are capped here, so that ρ, and ρ times the KL estimate, stay finite in float32. What is capped, a ratio
@@ -93,13 +94,15 @@ def _policy_loss(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns loss 0-d, kl (N,) or (0,) without a reference, clipped (N,) int8, gradients (N,) of the loss."""
-    policy_loss_forward = _cuda_forward
+    forward: Callable[..., torch.Tensor] = _cuda_forward
     if backend != "cuda":
         from trl_fast.kernels.loss_kernels import policy_loss_forward
+
+        forward = policy_loss_forward
     gradients = torch.empty_like(logprobs)
     kl = logprobs.new_empty(0 if ref_logprobs is None else len(logprobs))
     clipped = torch.empty_like(logprobs, dtype=torch.int8)
-    partial_sums = policy_loss_forward(
+    partial_sums = forward(
         *(logprobs, old_logprobs, ref_logprobs, advantages, branch, weights),
         *(loss_type, beta, lower, upper, delta, temperature_pos, temperature_neg, bias_correct_kl, MAX_LOG_RATIO),
         *(kl, clipped, gradients),
@@ -108,19 +111,21 @@ def _policy_loss(
 
 
 @_policy_loss.register_fake
-def _(logprobs, old_logprobs, ref_logprobs, advantages, branch, weights, *parameters):
+def _(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, ref_logprobs: torch.Tensor | None, *others: object
+) -> tuple[torch.Tensor, ...]:
     kl = logprobs.new_empty(0 if ref_logprobs is None else logprobs.shape[0])
     return logprobs.new_empty(()), kl, torch.empty_like(logprobs, dtype=torch.int8), torch.empty_like(logprobs)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: AutogradContext, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _, kl, clipped, gradients = output
     ctx.mark_non_differentiable(kl, clipped, gradients)
     ctx.save_for_backward(gradients)
 
 
 @once_differentiable
-def _backward(ctx, grad_loss, _grad_kl, _grad_clipped, _grad_gradients):
+def _backward(ctx: AutogradContext, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     (gradients,) = ctx.saved_tensors
     return gradients_of("trl_fast::policy_loss", logprobs=grad_loss * gradients)
 
@@ -128,7 +133,9 @@ def _backward(ctx, grad_loss, _grad_kl, _grad_clipped, _grad_gradients):
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-def clip_terms(ratio: torch.Tensor, advantages: torch.Tensor, lower: float, upper: float, delta: float):
+def clip_terms(
+    ratio: torch.Tensor, advantages: torch.Tensor, lower: float, upper: float, delta: float
+) -> torch.Tensor:
     """Returns −min(min(ρ, δ)·A, clip(ρ, 1−ε_low, 1+ε_high)·A), (N,).
 
     PPO, arXiv 1707.06347, Eq. 7, with the two bounds of DAPO, arXiv 2503.14476, and δ of INTELLECT-2, arXiv
@@ -210,9 +217,9 @@ def _parameters(
     bias_correct_kl: bool,
 ) -> _Parameters:
     check_choice("loss_type", loss_type, LOSS_TYPES)
-    for name, value in (("beta", beta), ("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high)):
-        if not value >= 0:
-            raise ValueError(f"{name}={value}: expected a number of at least 0")
+    for name, factor in (("beta", beta), ("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high)):
+        if not factor >= 0:
+            raise ValueError(f"{name}={factor}: expected a number of at least 0")
     for name, value in (
         ("delta", delta),
         ("temperature_pos", temperature_pos),
@@ -222,8 +229,8 @@ def _parameters(
             raise ValueError(f"{name}={value}: expected a positive number")
     # cispo takes epsilon_high for the bound itself and has no lower one.
     lower, upper = (-math.inf, epsilon_high) if loss_type == "cispo" else (1 - epsilon_low, 1 + epsilon_high)
-    delta = math.inf if delta is None else delta
-    return _Parameters(loss_type, beta, lower, upper, delta, temperature_pos, temperature_neg, bias_correct_kl)
+    bound = math.inf if delta is None else delta
+    return _Parameters(loss_type, beta, lower, upper, bound, temperature_pos, temperature_neg, bias_correct_kl)
 
 
 def _check_inputs(
