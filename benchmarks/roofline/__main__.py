@@ -16,8 +16,8 @@ A tensor that an operator is given is read once from memory, one that it makes i
 in between. Views are free. A product's factors that were there before (the head's hidden states, weights) are not
 counted: the floor's products read them too, and the rate of products contains it. All else counts, for TRL alike.
 
-Milliseconds are ESTIMATES by a named roofline (`gpus.py`): FLOPs at the rate that a GPU's large products reach, plus
-bytes at the rate that its memory reaches. Bytes are taken as not hidden behind products, attention as fast as
+Milliseconds are ESTIMATES by a named roofline (`gpu_rates.py`): FLOPs at the rate that a GPU's large products reach,
+plus bytes at the rate that its memory reaches. Bytes are taken as not hidden behind products, attention as fast as
 products, launches and host waits as free, padding of small tiles as nothing: small models are slower than this, being
 bound by the host. The head's floor is 1, 2 or 3 passes (scoring, frozen, trained) of 2·N·V·H FLOPs and no byte.
 Of ours the head is that of the backend "cuda", scoring takes two steps, and losses on one number a token are their

@@ -235,6 +235,7 @@ def test_pure_python_on_request(machine, monkeypatch):
 
 def test_cuda_sources_are_all_of_them(setup_module):
     found = {ROOT / name for name in setup_module.cuda_sources()}
+    found |= {ROOT / "csrc" / "cuda" / f"{name}.cu" for name in setup_module.CUDA_TARGETS_OF_SOURCE}
     assert found == {path for ending in ("cu", "cpp") for path in (ROOT / "csrc" / "cuda").glob(f"*.{ending}")}
 
 

@@ -3,10 +3,11 @@
 Notation of the docstrings: P pairs, S = 2P sequences (the chosen completion of pair i is sequence 2i, the rejected
 one 2i + 1), N scored tokens. For a completion y of a prompt, log π(y) is the sum of its tokens' log-probabilities
 under the policy, log π_ref(y) under the reference; r = log π(y) − log π_ref(y) is its log-ratio; s(r) its score under
-the f-divergence (r itself for the reverse KL); subscripts c and r stand for chosen and rejected; δ = s_c − s_r;
-x = β·δ; σ is the logistic function; ε is `label_smoothing`.
+the f-divergence (r itself for the reverse KL); subscripts c and r stand for chosen and rejected; δ = s_c − s_r is
+`score_margins`; x = β·δ; σ is the logistic function; ε is `label_smoothing`.
 
-To add a loss: write its formula as a function of `PreferencePairs` and `DPOLossConfig`, and enter it in `PAIR_LOSSES`.
+To add a loss: write its formula as a function of `PreferencePairs` and `DPOLossConfig`, and enter it in `PAIR_LOSSES`;
+in `F_DIVERGENCE_LOSSES` too, if it reads scores through δ only.
 The losses that also have kernels have their formulas in `trl_fast.ops.pair_formulas`.
 """
 
@@ -134,7 +135,7 @@ class PreferencePairs(PairValues):
     mean_chosen_token_logprob: torch.Tensor
 
 
-# The losses: each takes the pairs and gives (P,), one value a pair.
+# The losses: each takes the pairs and gives (P,) float32, one value a pair.
 
 
 def aot_loss(pairs: PreferencePairs, config: DPOLossConfig) -> torch.Tensor:

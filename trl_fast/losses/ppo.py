@@ -155,7 +155,7 @@ def ppo_targets(
 def ppo_loss_inputs(old_logprobs: torch.Tensor, advantages: torch.Tensor) -> PolicyLossInputs:
     """Returns the policy loss's inputs for a micro-batch's tokens, both (N,): all count the same.
 
-    Each has its own advantage, so each is a sequence of its own to the policy losses of `losses.policy`.
+    Each has its own advantage, so each is a sequence of its own to the policy losses of `losses.policy_gradient`.
     """
     count = len(advantages)
     return PolicyLossInputs(

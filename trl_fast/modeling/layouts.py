@@ -59,11 +59,12 @@ class Readout(NamedTuple):
 def choose_layout(
     model: PreTrainedModel, request: LayoutRequest, sequences: list[list[int]], readout: Readout | None = None
 ) -> str:
-    """Returns the best batch layout for a model, tried out on the beginnings of some sequences; says so if it is not
-    the method's best. A fused head whose scores are not the model's own is given up.
+    """Returns the best batch layout for a model, tried out on the beginnings of some sequences.
 
-    readout: what is read of the model, TOKEN_SCORES if None. A model that runs rows without padding is left with
-    segment attention.
+    A layout that is not the method's best is logged with the reason. The model may be changed: rows without padding
+    leave it with segment attention, and a fused head whose scores are not the model's own is given up.
+
+    readout: what is read of the model, TOKEN_SCORES if None.
 
     Raises:
         ValueError: the layout that was asked for cannot be.
@@ -84,9 +85,11 @@ def choose_layout(
 def choose_layout_or_pad(
     model: PreTrainedModel, request: LayoutRequest, sequences: list[list[int]], readout: Readout | None = None
 ) -> str:
-    """Returns the best batch layout for a model beside the trained one, whose layout the user did not choose.
+    """Returns the best batch layout for a model beside the trained one, such as a reward model.
 
-    The same as `choose_layout`, but a layout that cannot be is no error: the model is run on padded rows.
+    Unlike `choose_layout`, a layout that cannot be is no error: the model is then run on padded rows.
+
+    readout: what is read of the model, REWARDS if None.
     """
     layout, _, _ = _best_layout(model, request, readout or REWARDS, sequences)
     if layout == PADDED != request.asked:

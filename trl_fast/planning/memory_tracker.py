@@ -37,7 +37,7 @@ class MemoryTracker(TorchDispatchMode):
     """Records every storage that an operator makes, inside `FakeTensorMode`; time is counted in operators.
 
     The project's own custom ops are run by their bodies, so that what they take inside is seen too. What depends on
-    data is answered by `answers.py`.
+    data is answered by `data_dependent_operators.py`.
 
     Args:
         granularity: bytes that sizes are rounded up to.

@@ -105,7 +105,7 @@ class GRPOTrainer(GroupTrainer):
 
     @property
     def order_is_free(self) -> bool:
-        """Says whether nothing is normalised by the tokens of the micro-batch."""
+        """Says whether completions may move to another micro-batch: no loss term depends on the others in it."""
         by_batch = (
             self.loss_config.loss_type == "bnpo" or self.loss_config.scope == "batch" or self.entropy is not None
         )
@@ -113,7 +113,7 @@ class GRPOTrainer(GroupTrainer):
 
     @property
     def all_have_gradients(self) -> bool:
-        """Says yes with a KL or an entropy term, and where every token of a micro-batch decides which ones count."""
+        """Says whether completions without advantage count too: in a KL or entropy term, or in a shared divisor."""
         return super().all_have_gradients or self.args.beta != 0 or not self.order_is_free
 
     def loss_options(self, inputs: Update) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class RewardTrainer(BaseTrainer):
         model: a name, a sequence classifier with num_labels=1, or a PeftModel of one. By name it may be a language
             model, which gets a new head.
         args: a RewardConfig; TRL's own is accepted too.
-        data_collator: returns a TokenBatch, or what `data.reward.DataCollatorForReward` does.
+        data_collator: returns a TokenBatch, or what `trl_fast.data.DataCollatorForReward` does.
         train_dataset, eval_dataset: rows of (prompt,) chosen, rejected (, margin), plain or conversational; or
             tokenized. eval_dataset may be a dict of datasets.
         processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.

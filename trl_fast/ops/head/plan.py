@@ -53,7 +53,7 @@ class HeadOptions:
 
     - `backend`: force "cuda", "triton", "cpp" or "torch"; None takes the best that can serve.
     - `workspace_bytes`: limit of the memory that grows with N · V; None: see `workspace_of`.
-    - `head_grad`: "exact", or "sparse" for an unbiased estimate of the gradient (see sparse_kernels.py).
+    - `head_grad`: "exact", or "sparse" for an unbiased estimate of the gradient (see sparse_gradient.py).
     - `sparse_threshold`: smaller probabilities are sampled.
     """
 
@@ -174,12 +174,12 @@ class SweepTiles(NamedTuple):
 
 
 class TileLimits(NamedTuple):
-    """Holds what the size of a tile follows from, and cuts rows and columns into tiles.
+    """Holds the limits of a tile's size, and cuts rows and columns into tiles.
 
-    product_bytes: of a number of the products; logit_bytes: what a logit takes of the workspace, temporaries of the
-    row kernels included; narrow_gradients: whether gradients of logits are narrower than logits, and so cannot take
-    their place; all_tiles: whether every tile is computed. In a simulation only the first two and the last of tiles
-    that are alike are: that takes the memory of all.
+    product_bytes: bytes of a factor of the products; logit_bytes: bytes of the workspace that a logit takes,
+    temporaries of the row kernels included; narrow_gradients: whether gradients of logits have another dtype than the
+    logits, and so cannot take their place; all_tiles: whether every tile is computed. A simulation computes only the
+    first two tiles and the last one, which take as much memory as all.
     """
 
     vocab_size: int
@@ -233,11 +233,11 @@ class HeadPlan:
       what is summed over tiles, float32 at least, because partial sums of 16 bits would lose what tiles contribute.
     - `casts_weight`: whether tiles of the weight are cast to `product_dtype`.
     - `packed`: whether kept logits are packed; `chunk`: columns of a chunk of packed ones.
-    - `fused`: tiles of the fused kernel, which then scores; None where a product and a row kernel do.
+    - `fused`: the tiles of the fused kernel; None where a matrix product and a row kernel score instead.
     - `block_rows`: rows of a block; a forward sweep goes block by block.
-    - `kept_rows`: of the first rows of a block, how many logits are kept; `kept_columns`: columns of a tile of those.
-    - `kept_shape`: of KeptLogits' values for them.
-    - `scoring`: the tiles that score a whole block; `limits`: what other tiles follow from.
+    - `kept_rows`: rows of a block, from its first on, whose logits are kept; `kept_columns`: columns of a tile of kept
+      logits; `kept_shape`: the shape of `KeptLogits.values`.
+    - `scoring`: the tiles that score a whole block; `limits`: cuts other blocks into tiles.
     """
 
     vocab_size: int

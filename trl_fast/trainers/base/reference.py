@@ -133,7 +133,7 @@ class ReferenceTrainer(BaseTrainer):
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 
     def score_reference(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
-        """Scores a batch's N tokens under the reference; `kwargs` are those of `modeling.score`."""
+        """Scores a batch's N tokens under the reference; `kwargs` are those of `modeling.scoring.score`."""
         model = self.model if self.ref_model is None else self.ref_model
         policy = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
         options = {"policy": policy, "adapter": self.args.ref_adapter_name, "head": self.head_options}

@@ -204,9 +204,9 @@ class BaseTrainer(Trainer):
     def score(
         self, model: torch.nn.Module, batch: TokenBatch, outputs: tuple[str, ...] = ("logprobs",), **kwargs: Any
     ) -> ModelScores:
-        """Scores a batch by `modeling.score` with the arguments' settings of the head.
+        """Scores a batch by `modeling.scoring.score` with the arguments' settings of the head.
 
-        kwargs: further keywords of `modeling.score`, and of the model's forward.
+        kwargs: further keywords of `modeling.scoring.score`, and of the model's forward.
         """
         return score(model, batch, outputs=outputs, head=self.head_options, **kwargs)
 

@@ -30,7 +30,7 @@ def policy_step(
     """Computes the loss of one micro-batch of GRPO or RLOO, and its metrics.
 
     Args:
-        model: the policy, with `modeling.attach_scoring`, on the device of the update.
+        model: the policy, with `modeling.scoring.attach_scoring`, on the device of the update.
         update: the micro-batch: scored tokens (N,) of S completions.
         config: the loss.
         head: the user's settings of the head.

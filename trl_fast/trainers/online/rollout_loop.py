@@ -27,7 +27,7 @@ class OnlineMethod(Protocol):
     """Brings what differs between methods; a trainer is one.
 
     - `model`: the policy, in training mode but for evaluation. `state`: the trainer's.
-    - `group_size`: completions that are held against each other; None: all.
+    - `group_size`: how many completions, one after the other, are compared with each other; None: all.
     """
 
     model: torch.nn.Module
@@ -37,8 +37,8 @@ class OnlineMethod(Protocol):
     def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
         """Computes the advantages (N,) of all processes' completions.
 
-        samples: this process's completions; what a method finds out about them is kept there. rewards: (N, R) float32
-        of all processes' completions, by reward source; NaN for none.
+        samples: this process's completions; a method may add to them. rewards: (N, R) float32, the rewards of all
+        processes' N completions by R reward sources; NaN where a source gave none.
         """
 
     def add_logprobs(self, samples: Samples) -> None:
@@ -50,7 +50,7 @@ class JudgedRollout:
     """Holds S completions of this process with their rewards.
 
     - `prompts`, `completions`: as reward sources see them, texts or conversations.
-    - `rewards`: (S, R) float32 by completion and source; NaN for none.
+    - `rewards`: (S, R) float32 by completion and reward source; NaN where a source gave none.
     """
 
     prompts: list
@@ -61,12 +61,12 @@ class JudgedRollout:
 
 @dataclass
 class RolloutLoop:
-    """Samples completions, has them judged, and hands what an update reads to the update.
+    """Samples completions, asks reward sources about them, computes advantages, and starts the update.
 
     Args:
         engine: generates completions.
         rewards: the reward sources.
-        reader: turns tokens into what reward sources see.
+        reader: turns tokens into the texts or conversations that reward sources see.
         metrics: records what is logged of a generation.
         rescue: saves the last whole step where an engine or a reward source fails.
         accelerator: gathers rewards of all processes.

@@ -28,7 +28,7 @@ def ppo_step(
     """Computes the loss of one micro-batch of PPO, of both models together, and its metrics.
 
     Args:
-        model: the policy, with `modeling.attach_scoring`, on the device of the update.
+        model: the policy, with `modeling.scoring.attach_scoring`, on the device of the update.
         value_model: a sequence classifier with one label, with `modeling.classifier_head.attach_classifier_head`.
         update: the micro-batch: N scored tokens of the policy, M states of the value model.
         head: the user's settings of the head.
