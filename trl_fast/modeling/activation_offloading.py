@@ -40,7 +40,7 @@ def offload_activations(model: PreTrainedModel) -> None:
     if OFFLOADING in changes:
         return
     layers = backbone(model)
-    change = changes.add(OFFLOADING, "what the layers save for backward waits in the CPU's memory")
+    change = changes.get_or_add(OFFLOADING, "what the layers save for backward waits in the CPU's memory")
     change.set(layers, "forward_kept", unbound_forward(layers))
     change.set(layers, "forward", types.MethodType(_forward_with_offloading, layers))
     for module in layers.modules():

@@ -46,7 +46,7 @@ def attach_classifier_head(model: PreTrainedModel) -> None:
             return original(self, *args, **kwargs)
         return _rewards_at(self, reward_positions, *args, **kwargs)
 
-    change = changes.add(CLASSIFIER_HEAD, "model(..., reward_positions=...) returns the head's numbers there")
+    change = changes.get_or_add(CLASSIFIER_HEAD, "model(..., reward_positions=...) returns the head's numbers there")
     change.set(model, "forward", types.MethodType(forward, model))
 
 

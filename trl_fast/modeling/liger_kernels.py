@@ -56,7 +56,7 @@ def turn_copies(model: PreTrainedModel, saving: type[TorchDispatchMode]) -> None
         rotary: Any = getattr(modeling, name, None)
         if (getattr(rotary, "__module__", None) or "").startswith("liger_kernel"):
             setattr(modeling, name, _on_copies(rotary, saving))
-            change = changes_of(model).add("Liger's rotary embedding", "turns copies while results are kept")
+            change = changes_of(model).get_or_add("Liger's rotary embedding", "turns copies while results are kept")
             change.on_undo(_restore_function, modeling.__name__, name, rotary)
 
 

@@ -98,7 +98,7 @@ def use_float32_head(model: PreTrainedModel) -> None:
     if isinstance(head, BaseTunerLayer):
         raise ValueError("cast_lm_head_to_fp32=True: the head carries an adapter; leave it out of target_modules")
     dtype = head.weight.dtype
-    change = changes.add(FLOAT32_HEAD, "the head's weight and logits are float32")
+    change = changes.get_or_add(FLOAT32_HEAD, "the head's weight and logits are float32")
     change.on_undo(torch.nn.Module.to, head, dtype)
     head.float()
     change.add_hook(

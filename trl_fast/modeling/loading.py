@@ -129,7 +129,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
         if _is_dropout(module, name) and isinstance(value, int | float) and value != 0.0
     ]
     if found:
-        change = changes_of(model).add("dropout", "is switched off in every module")
+        change = changes_of(model).get_or_add("dropout", "is switched off in every module")
         for module, name in found:
             change.set(module, name, 0.0)
 

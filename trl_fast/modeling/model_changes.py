@@ -79,7 +79,7 @@ class ModelChanges:
     def __init__(self) -> None:
         self._changes: dict[str, Change] = {}
 
-    def add(self, name: str, purpose: str) -> Change:
+    def get_or_add(self, name: str, purpose: str) -> Change:
         """Returns the change of that name, which is put on the list; if it is there already, the one that is there."""
         return self._changes.setdefault(name, Change(name, purpose))
 

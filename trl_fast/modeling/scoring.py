@@ -76,7 +76,7 @@ def attach_scoring(model: PreTrainedModel) -> None:
     upcast_linear_layers(model)
     keep_score_caps(model)
     original = unbound_forward(model)
-    change = changes.add(SCORING, "model(..., scoring=ScoringRequest) returns the scores of tokens")
+    change = changes.get_or_add(SCORING, "model(..., scoring=ScoringRequest) returns the scores of tokens")
     change.set(model, "trl_fast_fused_head", True, fixed=False)
 
     @functools.wraps(type(model).forward)

@@ -164,7 +164,7 @@ def _change_attention(model: PreTrainedModel, name: str, purpose: str, implement
     changes = changes_of(model)
     if name not in changes:
         before = model.config.get_text_config()._attn_implementation
-        changes.add(name, purpose).on_undo(_restore_attention, model, implementation, before or "sdpa")
+        changes.get_or_add(name, purpose).on_undo(_restore_attention, model, implementation, before or "sdpa")
     model.set_attn_implementation(implementation)
 
 

@@ -82,7 +82,7 @@ def set_selective_checkpointing(
 
 
 def _change_checkpointing(model: PreTrainedModel) -> None:
-    change = changes_of(model).add(
+    change = changes_of(model).get_or_add(
         SELECTIVE_CHECKPOINTING, "gradient checkpointing keeps results and leaves layers out"
     )
     selective = SelectiveCheckpointing(model)

@@ -55,7 +55,7 @@ def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
         logger.warning(
             f"tiled_mlp: {len(found) - len(tiled)} of {len(found)} MLPs are mixtures of experts: not tiled."
         )
-    change = changes_of(model).add("tiled layers", "MLPs and norms run in tiles of tokens")
+    change = changes_of(model).get_or_add("tiled layers", "MLPs and norms run in tiles of tokens")
     for module in (*tiled, *_norms(model)):
         if isinstance(module, Tiled):
             module.tile_tokens = tile_tokens

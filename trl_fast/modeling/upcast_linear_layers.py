@@ -30,7 +30,9 @@ def upcast_linear_layers(model: PreTrainedModel) -> None:
     if UPCAST in changes:
         return
     layers = backbone(model)
-    change = changes.add(UPCAST, "linear layers compute 16-bit products in float32 on a CPU without hardware for them")
+    change = changes.get_or_add(
+        UPCAST, "linear layers compute 16-bit products in float32 on a CPU without hardware for them"
+    )
     change.set(model, "trl_fast_upcast", False, fixed=False)
     change.on_undo(_restore_layers, model)
     change.add_hook(layers.register_forward_pre_hook(functools.partial(_follow, model)))

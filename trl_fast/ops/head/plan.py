@@ -191,6 +191,11 @@ class TileLimits(NamedTuple):
     policy: TilePolicy
     all_tiles: bool
 
+    @property
+    def tile_bytes(self) -> int:
+        """Returns the bytes of the workspace that a tile of logits may take."""
+        return self.workspace_bytes // _TILE_SHARE
+
     def tile_shape(
         self, num_rows: int, *, gradients: bool = False, kept_bytes: int = 0, kept_columns: int | None = None
     ) -> tuple[int, int]:
@@ -202,7 +207,7 @@ class TileLimits(NamedTuple):
         """
         policy = self.policy
         element = self.logit_bytes
-        budget = min(self.workspace_bytes // _TILE_SHARE, policy.tile_bytes)
+        budget = min(self.tile_bytes, policy.tile_bytes)
         if gradients and self.narrow_gradients:
             element += self.product_bytes
             budget = max(budget, self.workspace_bytes - kept_bytes)

@@ -63,7 +63,7 @@ def score_rows(
         weight = head.cast_tile(slice(None)) if plan.casts_weight else head.weight
         logit_factor = head.transform.scale * head.transform.inv_temperature
         given = (hidden, weight, targets, head.bias, logit_factor, outputs, state, keep)
-        score_rows_fused(*given, plan.fused, plan.limits.workspace_bytes // 4)
+        score_rows_fused(*given, plan.fused, plan.limits.tile_bytes)
     else:
         _score_tiles(head, hidden, targets, outputs, state, keep)
     return finish_scores(state, outputs, head.plan.vocab_size, plan.sum_dtype)
