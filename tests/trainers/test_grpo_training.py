@@ -312,3 +312,15 @@ def test_a_rollout_function_has_the_engine_with_the_steps_weights(model_path, tm
     trainer = make(model_path, tmp_path, rollout_func=roll_out, use_vllm=True)
     trainer.train()
     assert trainer.engine.steps == (0, 1)
+
+
+def test_the_engine_and_the_rollout_function_can_be_exchanged_later(model_path, tmp_path, tokenizer):
+    trainer, engine = make(model_path, tmp_path, max_steps=1), FixedEngine(tokenizer)
+    trainer.engine = engine
+    rows = [{"prompt": "the sky", "prompt_ids": tokenizer("the sky")["input_ids"], "shade": 1}] * 4
+    assert trainer.engine is engine
+    expected = FixedEngine(tokenizer).generate([row["prompt_ids"] for row in rows], None).completion_ids
+    assert trainer.make_samples(rows).completion_ids == expected
+    lists = {"prompt_ids": [[5]] * 4, "completion_ids": [[6, 7]] * 4, "logprobs": [[-1.0, -1.0]] * 4}
+    trainer.rollout_func = lambda prompts, owner: lists if owner is trainer else None
+    assert trainer.make_samples(rows).completion_ids == [[6, 7]] * 4

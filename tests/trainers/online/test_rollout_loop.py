@@ -17,7 +17,7 @@ ROWS = [{"prompt": f"p{i}", "prompt_ids": [i + 1], "shade": i} for i in range(2)
 class Calls(list):
     """Notes calls by name; stands for the parts of a loop and for the method."""
 
-    model, group_size = torch.nn.Identity(), None
+    model, group_size, rollout_func = torch.nn.Identity(), None, None
     state = SimpleNamespace(global_step=3)
 
     def sync_weights(self, model, step):
@@ -130,7 +130,12 @@ def test_a_rollout_func_takes_the_engines_place():
         "logprobs": [[-1.0], [None]],
         "env_mask": [[1], [0]],
     }
-    loop = make(calls, rollout_func=lambda prompts: {**output, "topic": ["a", "b"], "difficulty": 3})
+
+    def roll_out(prompts, method):
+        assert prompts == ["p0", "p1"] and method is calls
+        return {**output, "topic": ["a", "b"], "difficulty": 3}
+
+    loop, calls.rollout_func = make(calls), roll_out
     loop.rewards = RewardFunctions(judge)
     samples = loop.run(ROWS, calls, update=lambda samples: samples)
     assert "generate" not in calls and "sync 3" in calls

@@ -159,9 +159,14 @@ def test_without_stop_token_all_have_one_length(make):
 
 def test_completions_end_at_the_stop_token(make, tokenizer):
     ids = FixedEngine(tokenizer).generate([[5, 6]], None).completion_ids[0]
-    trainer = make(stop_token=None, stop_token_id=ids[0], rollout_engine=FixedEngine(tokenizer))
+    engine, other = FixedEngine(tokenizer), FixedEngine(tokenizer)
+    trainer = make(stop_token=None, stop_token_id=ids[0], rollout_engine=engine)
+    assert trainer.engine is engine
     found = trainer.roll_out([{"prompt": "x", "prompt_ids": [5, 6]}])
     assert found.samples.completion_ids == [ids[:1]]
+    trainer.engine = other
+    found = trainer.roll_out([{"prompt": "x", "prompt_ids": [5, 6]}])
+    assert found.samples.completion_ids == [ids[:1]] and trainer.engine is other
 
 
 def test_missing_eos_costs(make, tokenizer):

@@ -165,14 +165,12 @@ class GroupTrainer(OnlineTrainer):
         engine = engine or self._make_engine(end_ids)
         if self.toolbox is not None:
             engine = with_tools(engine, self.toolbox, args, model, tokenizer)
-        rollout_func = None if self.rollout_func is None else lambda prompts: self.rollout_func(prompts, self)
         self.set_up_loop(
             engine,
             self.reward_functions,
             end_ids=end_ids,
             completions_kept=args.generation_batch_size,
             parses_messages=self.has_tools,
-            rollout_func=rollout_func,
             excludes_cut_off=args.mask_truncated_completions,
         )
 

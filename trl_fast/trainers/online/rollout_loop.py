@@ -28,11 +28,14 @@ class OnlineMethod(Protocol):
 
     - `model`: the policy, in training mode but for evaluation. `state`: the trainer's.
     - `group_size`: how many completions, one after the other, are compared with each other; None: all.
+    - `rollout_func`: a user's function, from prompts and the method to a dict of prompt_ids, completion_ids, logprobs,
+      env_mask and further columns for reward sources; it takes the engine's place. None: there is none.
     """
 
     model: torch.nn.Module
     state: TrainerState
     group_size: int | None
+    rollout_func: Callable[[list, Any], dict[str, Any]] | None
 
     def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
         """Computes the advantages (N,) of all processes' completions.
@@ -72,8 +75,6 @@ class RolloutLoop:
         accelerator: gathers rewards of all processes.
         settings: returns how completions are sampled now.
         vocab_size: entries of the policy's head, for checks.
-        rollout_func: a user's function, from prompts to a dict of prompt_ids, completion_ids, logprobs, env_mask and
-            further columns for reward sources; it takes the engine's place.
         excludes_cut_off: whether completions that were cut off are not learned from.
         prompt_ids_for_rewards: whether reward sources see the prompts' tokens.
         samples_class: the kind of samples that the method fills.
@@ -87,7 +88,6 @@ class RolloutLoop:
     accelerator: Accelerator
     settings: Callable[[], SamplingSettings]
     vocab_size: int
-    rollout_func: Callable[[list], dict[str, Any]] | None = None
     excludes_cut_off: bool = False
     prompt_ids_for_rewards: bool = False
     samples_class: type[Samples] = Samples
@@ -131,8 +131,8 @@ class RolloutLoop:
         """
         self.engine.sync_weights(method.model, method.state.global_step)
         prompts = [row["prompt"] for row in rows]
-        if self.rollout_func is not None:
-            rollout, columns = _read_output(dict(self.rollout_func(prompts)), len(rows))
+        if method.rollout_func is not None:
+            rollout, columns = _read_output(dict(method.rollout_func(prompts, method)), len(rows))
             return check_rollout(rollout, prompts, self.vocab_size), columns
         # Around all of it, so that autocast casts the weights once and not for each token.
         with self.accelerator.autocast():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +50,8 @@ class OnlineTrainer(ReferenceTrainer):
     # The argument that limits a completion's tokens.
     length_setting: ClassVar[str] = "max_completion_length"
     loop: RolloutLoop
+    # As in `OnlineMethod`.
+    rollout_func: Callable[[list, Any], dict[str, Any]] | None = None
 
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics, as the base does, and the rescue from failing rollouts."""
@@ -131,6 +133,10 @@ class OnlineTrainer(ReferenceTrainer):
     def engine(self) -> RolloutEngine:
         """Returns the engine that generates, which has the step's weights while a rollout is made."""
         return self.loop.engine
+
+    @engine.setter
+    def engine(self, engine: RolloutEngine) -> None:
+        self.loop.engine = engine
 
     # ---- data
 

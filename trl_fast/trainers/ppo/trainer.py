@@ -144,6 +144,15 @@ class PPOTrainer(OnlineTrainer):
         )
 
     @property
+    def engine(self) -> RolloutEngine:
+        """Returns the engine that generates; completions are cut after it."""
+        return self.loop.engine.engine
+
+    @engine.setter
+    def engine(self, engine: RolloutEngine) -> None:
+        self.loop.engine.engine = engine
+
+    @property
     def value_model(self) -> PreTrainedModel | PeftModel:
         """Returns the value model, without what was wrapped around it."""
         return self.critic.plain
