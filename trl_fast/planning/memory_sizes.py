@@ -20,8 +20,8 @@ def parse_memory(text: str) -> int:
         ValueError: it is no size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    size = 0 if unit is None else int(float(match.group(1)) * unit)
+    unit = None if match is None else _UNITS.get(match.group(2).upper())
+    size = 0 if match is None or unit is None else int(float(match.group(1)) * unit)
     if size < 1:
         raise ValueError(f"gpu_memory={text!r}: expected a size above zero such as 80GiB, 24GB or 80 (GiB)")
     return size

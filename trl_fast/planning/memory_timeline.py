@@ -94,7 +94,8 @@ class Timeline:
     def of(cls, allocations: Sequence[Allocation], stages: tuple[tuple[str, int, int], ...]) -> Timeline:
         """Makes a timeline of what a tracker recorded; stages by the tracker's numbers, which start anywhere."""
         first, last = stages[0][1], stages[-1][2]
-        forward_ends = {name: end for name, _, end in reversed(stages) if name in _SAVING}
+        # What is allocated outside of every stage has None for a stage.
+        forward_ends: dict[str | None, int] = {name: end for name, _, end in reversed(stages) if name in _SAVING}
         changes = np.zeros((len(KINDS), last - first + 2), dtype=np.int64)
         for item in allocations:
             end = last if item.end is None else min(item.end, last)

@@ -103,9 +103,16 @@ class DivergenceWatch(TrainerCallback):
         if len(self._unread) >= READ_EVERY or control.should_save:
             self.check()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Keeps the NaN of one log out of the next: transformers' sum of losses is taken off itself to start anew."""
-        if self._trainer.is_in_train and "loss" in kwargs["logs"]:
+        if self._trainer.is_in_train and logs is not None and "loss" in logs:
             self._trainer._tr_loss.zero_()
 
     def on_epoch_end(
@@ -125,7 +132,8 @@ class DivergenceWatch(TrainerCallback):
             return
         pairs = torch.stack([pair for *_, pair in self._unread])
         read = self._trainer.accelerator.reduce(pairs, "sum").tolist()
-        steps = [_Step(number, *pair, skipped) for (number, skipped, _), pair in zip(self._unread, read, strict=True)]
+        numbers = zip(self._unread, read, strict=True)
+        steps = [_Step(number, loss, norm, skipped) for (number, skipped, _), (loss, norm) in numbers]
         self._unread = []
         has_news = False
         for step in steps:
@@ -159,6 +167,7 @@ class DivergenceWatch(TrainerCallback):
 
     def _broken_weight(self) -> str | None:
         """Returns the name of a weight that is NaN or infinite, in any process."""
+        assert self._trainer.model is not None, "what is trained is a model"
         models = [self._trainer.model, *self.more_models]
         names = [name for model in models for name in not_finite(model)]
         accelerator = self._trainer.accelerator
@@ -168,8 +177,10 @@ class DivergenceWatch(TrainerCallback):
         return names[0] if names else "one of another process"
 
     def _error(self, step: _Step, outcome: str) -> DivergedError:
+        output_dir = self._trainer.args.output_dir
+        assert output_dir is not None, "the arguments have a default for it"
         try:
-            where = f"go on from {newest_checkpoint(self._trainer.args.output_dir)}"
+            where = f"go on from {newest_checkpoint(output_dir)}"
         except ValueError:
             where = "start again"
         return DivergedError(

@@ -84,7 +84,8 @@ def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
 
 def warn_of_reentrant_router(args: BaseConfig, coefficient: float) -> None:
     """Warns if checkpointing is of the kind with which a router's loss, of that weight, has no gradient."""
-    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    options = args.gradient_checkpointing_kwargs
+    reentrant = args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant")
     if reentrant and coefficient:
         logger.warning(
             "gradient_checkpointing_kwargs: with use_reentrant=True the router's load-balancing loss has no "

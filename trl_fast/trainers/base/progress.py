@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -57,7 +57,8 @@ class RichProgressCallback(TrainerCallback):
         self.console = console or make_console()
         self.progress: Progress | None = None
         self.live: Live | None = None
-        self.train_task = self.eval_task = None
+        self.train_task: TaskID | None = None
+        self.eval_task: TaskID | None = None
         self.rows: list[dict[str, float]] = []
 
     def close(self) -> None:
@@ -67,7 +68,7 @@ class RichProgressCallback(TrainerCallback):
             live.stop()
 
     def _show(self) -> None:
-        if self.live is not None:
+        if self.live is not None and self.progress is not None:
             self.live.update(Group(self.progress, metrics_table(self.rows, "metrics", self.console.width)))
 
     def on_train_begin(
@@ -87,7 +88,7 @@ class RichProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Moves the bar."""
-        if self.progress is not None:
+        if self.progress is not None and self.train_task is not None:
             self.progress.update(self.train_task, completed=state.global_step)
 
     def on_prediction_step(

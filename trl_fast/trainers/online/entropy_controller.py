@@ -36,6 +36,7 @@ class EntropyController:
 
     def step(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Moves the weight after an optimizer step; `reduce` sums (2,) over processes."""
+        assert self._window is not None, "a step has micro-batches"
         total, count = reduce(self._window).tolist()
         self._last_entropy = total / max(count, 1.0)
         rises = self._last_entropy <= self._target

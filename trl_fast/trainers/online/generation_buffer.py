@@ -41,6 +41,7 @@ class GenerationBuffer(TrainerCallback):
     @property
     def current(self) -> Samples:
         """Returns the completions of the next micro-batch."""
+        assert self.slices is not None, "it is filled before it is read"
         return self.slices[self.step % len(self.slices)]
 
     def on_train_begin(

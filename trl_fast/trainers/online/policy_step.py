@@ -55,5 +55,6 @@ def policy_step(
         head=head,
         **router_keywords(router_coef),
     )
+    assert scored.loss is not None, "a token loss was asked for"
     loss, metrics = with_router_loss(scored.loss, scored, router_coef, loss_divisor)
     return StepResult(loss, metrics, scored.tokens), grpo_metrics(scored.tokens, loss_inputs, config, update.left_out)

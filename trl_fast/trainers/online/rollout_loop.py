@@ -177,7 +177,8 @@ def _read_output(output: dict[str, Any], count: int) -> tuple[Rollout, dict[str,
     missing = [name for name in needed if name not in output]
     if missing:
         raise ValueError(f"rollout_func returned {sorted(output)}; expected {', '.join(missing)} too")
-    rollout = Rollout(*(output.pop(name) for name in needed), mask=output.pop("env_mask", None))
+    prompt_ids, completion_ids, logprobs = (output.pop(name) for name in needed)
+    rollout = Rollout(prompt_ids, completion_ids, logprobs, mask=output.pop("env_mask", None))
     return rollout, {name: value if isinstance(value, list) else [value] * count for name, value in output.items()}
 
 
