@@ -48,11 +48,14 @@ def make_update(experience: Experience, indices: Sequence[int], updates: UpdateM
     """Makes the micro-batch of these completions, those of one prompt next to each other."""
     part = experience.select(experience.grouped(indices))
     device = updates.device
-    old_logprobs = part.flat("old_logprobs").to(device)
+    old_logprobs, advantages = part.flat("old_logprobs"), part.token_advantages
+    values, returns = part.values, part.returns
+    assert old_logprobs is not None and part.has_end is not None, "experience is whole before updates are made of it"
+    assert advantages is not None and values is not None and returns is not None, "experience is whole"
     return PPOUpdate(
         batch=updates.token_batch(part),
-        loss_inputs=ppo_loss_inputs(old_logprobs, torch.cat(part.token_advantages).to(device)),
+        loss_inputs=ppo_loss_inputs(old_logprobs.to(device), torch.cat(advantages).to(device)),
         state_batch=critic.batch(part, part.has_end),
-        values=torch.cat(part.values).to(device),
-        returns=torch.cat(part.returns).to(device),
+        values=torch.cat(values).to(device),
+        returns=torch.cat(returns).to(device),
     )

@@ -43,9 +43,11 @@ def ppo_step(
         outputs=("logprobs", "entropy"),
         temperature=temperature,
         token_loss=lambda scores, rows: ppo_policy_loss(scores, loss_inputs, cliprange, rows),
+        group_sizes=None,
         head=head,
         **router_keywords(router_coef),
     )
     value = value_loss(read_head(value_model, update.state_batch), update.values, update.returns, cliprange_value)
+    assert scored.loss is not None, "a token loss was asked for"
     loss, metrics = with_router_loss(scored.loss + vf_coef * value.loss, scored, router_coef)
     return StepResult(loss, {**metrics, **update_metrics(scored.tokens, loss_inputs, value, cliprange)}, scored.tokens)
