@@ -314,7 +314,7 @@ def test_a_rollout_function_has_the_engine_with_the_steps_weights(model_path, tm
     assert trainer.engine.steps == (0, 1)
 
 
-def test_the_engine_and_the_rollout_function_can_be_exchanged_later(model_path, tmp_path, tokenizer):
+def test_the_engine_the_rollout_function_and_arguments_can_be_exchanged_later(model_path, tmp_path, tokenizer):
     trainer, engine = make(model_path, tmp_path, max_steps=1), FixedEngine(tokenizer)
     trainer.engine = engine
     rows = [{"prompt": "the sky", "prompt_ids": tokenizer("the sky")["input_ids"], "shade": 1}] * 4
@@ -323,4 +323,8 @@ def test_the_engine_and_the_rollout_function_can_be_exchanged_later(model_path, 
     assert trainer.make_samples(rows).completion_ids == expected
     lists = {"prompt_ids": [[5]] * 4, "completion_ids": [[6, 7]] * 4, "logprobs": [[-1.0, -1.0]] * 4}
     trainer.rollout_func = lambda prompts, owner: lists if owner is trainer else None
-    assert trainer.make_samples(rows).completion_ids == [[6, 7]] * 4
+    for trainer.args.mask_truncated_completions in (True, False):
+        samples = trainer.make_samples(rows)
+        assert samples.completion_ids == [[6, 7]] * 4
+        assert samples.excluded.tolist() == [trainer.args.mask_truncated_completions] * 4
+    assert tokenizer.eos_token_id in trainer.end_ids

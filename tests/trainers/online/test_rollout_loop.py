@@ -112,7 +112,9 @@ def test_each_process_gets_the_advantages_of_its_own_completions():
 def test_what_was_cut_off_is_excluded_only_where_that_is_asked_for():
     for excludes in (False, True):
         calls = Calls()
-        samples = make(calls, excludes_cut_off=excludes).run(ROWS, calls, update=lambda samples: samples)
+        samples = make(calls, excludes_cut_off=lambda answer=excludes: answer).run(
+            ROWS, calls, update=lambda samples: samples
+        )
         assert samples.excluded.tolist() == [excludes, False]
         assert samples.lengths.tolist() == [0.0 if excludes else 2.0, 1.0]
 

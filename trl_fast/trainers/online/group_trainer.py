@@ -161,7 +161,7 @@ class GroupTrainer(OnlineTrainer):
         args, tokenizer = self.args, self.processing_class
         self.add_callback(self.generation)
         self.seed_sampling(layout)
-        end_ids = end_token_ids(model, tokenizer)
+        self.end_ids = end_ids = end_token_ids(model, tokenizer)
         engine = engine or self._make_engine(end_ids)
         if self.toolbox is not None:
             engine = with_tools(engine, self.toolbox, args, model, tokenizer)
@@ -171,7 +171,7 @@ class GroupTrainer(OnlineTrainer):
             end_ids=end_ids,
             completions_kept=args.generation_batch_size,
             parses_messages=self.has_tools,
-            excludes_cut_off=args.mask_truncated_completions,
+            excludes_cut_off=lambda: args.mask_truncated_completions,
         )
 
     def _make_engine(self, end_ids: set[int]) -> RolloutEngine:

@@ -75,7 +75,7 @@ class RolloutLoop:
         accelerator: gathers rewards of all processes.
         settings: returns how completions are sampled now.
         vocab_size: entries of the policy's head, for checks.
-        excludes_cut_off: whether completions that were cut off are not learned from.
+        excludes_cut_off: returns whether completions that were cut off are not learned from.
         prompt_ids_for_rewards: whether reward sources see the prompts' tokens.
         samples_class: the kind of samples that the method fills.
     """
@@ -88,7 +88,7 @@ class RolloutLoop:
     accelerator: Accelerator
     settings: Callable[[], SamplingSettings]
     vocab_size: int
-    excludes_cut_off: bool = False
+    excludes_cut_off: Callable[[], bool] = lambda: False
     prompt_ids_for_rewards: bool = False
     samples_class: type[Samples] = Samples
 
@@ -164,7 +164,7 @@ class RolloutLoop:
         samples.mask = _token_vectors(rollout.mask)
         samples.sampling_logprobs = _token_vectors(rollout.logprobs)
         cut_off = self.metrics.record_lengths(rollout, samples.mask, is_training=method.model.training)
-        if self.excludes_cut_off:
+        if self.excludes_cut_off():
             samples.excluded = cut_off
         counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
         samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes

@@ -98,7 +98,7 @@ class OnlineTrainer(ReferenceTrainer):
         """
         args, tokenizer = self.args, self.processing_class
         self.completions_log = CompletionsLog(completions_kept)
-        excludes_cut_off = options.get("excludes_cut_off", False)
+        excludes_cut_off = "excludes_cut_off" in options and options["excludes_cut_off"]()
         warnings = GenerationWarnings(
             tokenizer,
             end_ids if warns_of_cut_off else (),
