@@ -91,7 +91,7 @@ def run_phases(phases: list[Phase], arguments: argparse.Namespace, console: Cons
         running += [start(context, phase, arguments) for phase in phases[len(running) : number + ahead]]
         left = end - time.monotonic()
         if left < (0 if arguments.tiny else phase.least):
-            Facts(arguments.facts, phase.name).skip("phase", f"{left:.0f} s left, it needs {phase.least:g}")
+            Facts(arguments.facts, phase.name).skip("phase", f"{max(0.0, left):.0f} s left, it needs {phase.least:g}")
             running[number].process.kill()
             continue
         begun = time.monotonic()

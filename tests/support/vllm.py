@@ -118,7 +118,14 @@ class FakeLLM:
 
 
 def install_fake_vllm(monkeypatch) -> list:
-    """Puts modules of vLLM's names into sys.modules; returns the list of what is sent through the NCCL group."""
+    """Puts modules of vLLM's names into sys.modules; returns the list of what is sent through the NCCL group.
+
+    What the colocated engine sets in the environment is gone afterwards: the next trainer of the process would start a
+    process group.
+    """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
     sent: list = []
 
     def trainer_init(info):

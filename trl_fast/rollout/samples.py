@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 
 from trl_fast.data.packing import TokenBatch, pack_trees
 from trl_fast.data.token_trees import Tree
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+AnySamples = TypeVar("AnySamples", bound="Samples")
 
 # Fields that hold one vector a completion, as long as it is.
 TOKEN_FIELDS = ("mask", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_ratios")
@@ -43,7 +42,7 @@ class Samples:
     importance_ratios: list[torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Self:
+    def of(cls: type[AnySamples], prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> AnySamples:
         """Returns completions of which nothing else is known."""
         count = len(prompt_ids)
         return cls(prompt_ids, completion_ids, torch.zeros(count), torch.zeros(count, dtype=torch.bool))
@@ -60,7 +59,7 @@ class Samples:
             lengths = torch.stack([mask.sum() for mask in self.mask])
         return lengths.masked_fill(self.excluded, 0.0)
 
-    def select(self, indices: Iterable[int]) -> Self:
+    def select(self: AnySamples, indices: Iterable[int]) -> AnySamples:
         """Returns the completions of these numbers, in this order."""
         indices = list(indices)
         values = {}

@@ -93,10 +93,6 @@ def test_an_engine_gets_the_weights_of_each_step(method, calls, model_path, toke
 @pytest.fixture
 def sent(monkeypatch):
     """vLLM's stand-in, and what goes to its server; weights leave from the CPU as if it were a GPU."""
-    # What the colocated engine sets is gone afterwards, and is not there before: it would start a process group.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
     join = VLLMServer.join
     monkeypatch.setattr(VLLMServer, "join", lambda self, _, port: join(self, torch.device("cuda"), port))
     return install_fake_vllm(monkeypatch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +14,8 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.callbacks import TokenCounter
+
+logger = logging.getLogger(__name__)
 
 
 class Rescue(TrainerCallback):
@@ -91,10 +95,14 @@ class Rescue(TrainerCallback):
             return
         self._restore()
         self._save()
-        failure.add_note(
+        saved = (
             f"Step {step} is saved in {self._args.output_dir}; mend the cause and go on with "
             "train(resume_from_checkpoint=True)."
         )
+        if sys.version_info >= (3, 11):
+            failure.add_note(saved)
+        else:  # exceptions have no notes yet
+            logger.error(saved)
 
     def _restore(self) -> None:
         in_python, in_numpy, in_torch, on_gpu = self._random
