@@ -30,23 +30,23 @@ CPU = torch.device("cpu")
 def _like_a_gpu(monkeypatch):
     """16-bit products whose sums are handed over in float32."""
 
-    def wide_mm(left, right):
+    def float32_mm(left, right):
         assert left.dtype == right.dtype != torch.float32
         return left.float() @ right.float()
 
-    def wide_mm_into(out, left, right):
-        return out.copy_(wide_mm(left, right))
+    def float32_mm_into(out, left, right):
+        return out.copy_(float32_mm(left, right))
 
-    def wide_add_mm(total, left, right):
-        total.add_(wide_mm(left, right))
+    def float32_add_mm(total, left, right):
+        total.add_(float32_mm(left, right))
 
     monkeypatch.setitem(device._simulated.facts, "cpu", DeviceFacts("cuda", multiplies_bf16=True))
     monkeypatch.setattr(plan, "GPU_TILES", plan.GPU_TILES._replace(row_step=8))
     packed = {"scores_packed": row_scores_packed_reference, "grad_packed": row_grad_packed_reference}
     monkeypatch.setitem(ROW_KERNELS, "torch", ROW_KERNELS["torch"]._replace(**packed))
     for module in (sweep, gradients):
-        monkeypatch.setattr(module, "mm_into", wide_mm_into)
-        monkeypatch.setattr(module, "add_mm", wide_add_mm)
+        monkeypatch.setattr(module, "mm_into", float32_mm_into)
+        monkeypatch.setattr(module, "add_mm", float32_add_mm)
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -130,7 +130,7 @@ def test_float16_gradients_do_not_vanish_before_the_loss_scale(op, workspace_byt
 
 
 def test_float16_gradients_of_rows_that_weigh_more_and_more(backend):
-    """What the first rows allow as a factor is too much for the last, and a step without a loss scale stays finite."""
+    """A factor that the first rows allow is too much for the last, and a step without a loss scale stays finite."""
     problem = make_problem(24, 700, 64, dtype=torch.float16, spread=0.1)
     weights = torch.logspace(-7, 2, 24, dtype=torch.float64)
 
@@ -176,7 +176,7 @@ def test_a_step_stays_inside_its_workspace(op, frozen, monkeypatch):
         if loss.requires_grad:
             loss.backward()
 
-    # Beside the workspace: the weight's gradient wide and narrow, and [N, H] vectors.
+    # Beside the workspace: the weight's gradient in float32 and in 16 bits, and [N, H] vectors.
     results = 6 * v * h if not frozen else 0
     peak = measure_peak(step).peak_bytes
     assert peak < workspace + results + 20 * n * h + 200 * n

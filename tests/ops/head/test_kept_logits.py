@@ -86,17 +86,17 @@ def test_gradients_are_as_good_as_their_dtype(loss, workspace_bytes, temperature
     """Nearly as good as from float32 logits, whose gradients are rounded to bfloat16 at the end: row by row."""
     problem = confident_problem()
     options = {"workspace_bytes": workspace_bytes, "temperature": temperature}
-    packed, wide = (
+    packed, unpacked = (
         torch.autograd.grad(loss(problem, {**options, "backend": backend}), problem.leaves)
         for backend in ("cpp", "torch")
     )
-    for grad, other in zip(packed, wide, strict=True):
+    for grad, other in zip(packed, unpacked, strict=True):
         assert error(grad, other) < 4e-3
     # What a token gets that is no target is made of probabilities alone.
     others = torch.ones(V, dtype=torch.bool).index_fill(0, problem.targets, False)
-    assert error(packed[1][others], wide[1][others]) < 4e-3
+    assert error(packed[1][others], unpacked[1][others]) < 4e-3
     # A sure row's gradient is small beside the others': held to its own size.
-    sizes = wide[0].float().norm(dim=1)
+    sizes = unpacked[0].float().norm(dim=1)
     active = sizes > 0
     assert sizes[::2].max() < 0.25 * sizes[1::2][active[1::2]].min() or temperature != 1.0
-    assert ((packed[0] - wide[0]).float().norm(dim=1) <= 6e-3 * sizes).all()
+    assert ((packed[0] - unpacked[0]).float().norm(dim=1) <= 6e-3 * sizes).all()

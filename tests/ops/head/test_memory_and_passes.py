@@ -1,4 +1,4 @@
-"""What the head costs: never [N, vocab] beyond one row block, and the design's count of passes."""
+"""Holds the cost of the head: never [N, vocab] beyond one row block, and the design's count of passes."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def rows(dtype, columns, transform):
 
 
 def statistics(kernel, logits, targets, bias, constants, outputs, tiles=1):
-    """What a kernel makes of the rows, given in tiles."""
+    """Returns the statistics that a kernel computes of the rows, given in tiles."""
     state = new_state(len(logits), logits.device)
     columns = logits.shape[1]
     for start in range(0, columns, -(-columns // tiles)):
@@ -188,8 +188,8 @@ def test_scores_and_weights_in_one_read(columns, dtype, transform, outputs):
     row_lse_gradient_by_two(
         ROW_KERNELS["torch"], tiles[1], targets + 11, bias, *transform, outputs, 11, states[1], tiles[1]
     )
-    wide = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)}[dtype]
+    tolerance = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)}[dtype]
     found, expected = (finish_scores(state, outputs, columns + 11, torch.float32) for state in states)
     torch.testing.assert_close(found[:, :5], expected[:, :5], rtol=1e-4, atol=1e-5, equal_nan=True)
     assert found[LSE_ROW, 5].isnan() and expected[LSE_ROW, 5].isnan()
-    torch.testing.assert_close(tiles[0][:5], tiles[1][:5], rtol=wide[0], atol=wide[1])
+    torch.testing.assert_close(tiles[0][:5], tiles[1][:5], rtol=tolerance[0], atol=tolerance[1])

@@ -131,7 +131,7 @@ def test_both_kernels_keep_the_same(dtype):
 def test_sparse_product(width, dense_dtype, backend):
     torch.manual_seed(0)
     counts = torch.tensor([3, 0, 0, 17, 1, 0])
-    starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+    row_offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
     indices = torch.randint(0, 9, (21,))
     values = torch.randn(21)
     dense = torch.randn(9, width).to(dense_dtype)
@@ -139,9 +139,9 @@ def test_sparse_product(width, dense_dtype, backend):
         (torch.arange(6).repeat_interleave(counts), indices), values.double(), accumulate=True
     )
     exact = matrix @ dense.double()
-    got = SPARSE_KERNELS[backend].product(starts, indices, values, dense, torch.float32)
+    got = SPARSE_KERNELS[backend].product(row_offsets, indices, values, dense, torch.float32)
     assert error(got, exact) < 1e-6
-    narrow = SPARSE_KERNELS[backend].product(starts, indices, values, dense, torch.bfloat16)
+    narrow = SPARSE_KERNELS[backend].product(row_offsets, indices, values, dense, torch.bfloat16)
     assert narrow.dtype == torch.bfloat16 and error(narrow, exact) < 4e-3
 
 
