@@ -14,7 +14,7 @@ import trl_fast
 import trl_fast.rollout.vllm_engine as vllm_engine
 from support.rollouts import FixedEngine, FixedRollout, brevity, color_prompts
 from support.training import make_trainer
-from trl_fast.rollout import Rollout
+from trl_fast.rollout import RewardFunctions, Rollout
 
 SETTINGS = {"num_generations": 4, "max_completion_length": 6, "gradient_accumulation_steps": 1}
 
@@ -328,3 +328,16 @@ def test_the_engine_the_rollout_function_and_arguments_can_be_exchanged_later(mo
         assert samples.completion_ids == [[6, 7]] * 4
         assert samples.excluded.tolist() == [trainer.args.mask_truncated_completions] * 4
     assert tokenizer.eos_token_id in trainer.end_ids
+
+
+def test_reward_functions_can_be_exchanged_later(model_path, tmp_path, tokenizer):
+    trainer, asked = make(model_path, tmp_path, max_steps=1), []
+
+    def recorded(completions, **_):
+        asked.extend(completions)
+        return [float(number) for number in range(len(completions))]
+
+    trainer.reward_functions = RewardFunctions(recorded)
+    assert trainer.reward_functions.names == ["recorded"]
+    trainer.train()
+    assert asked and trainer.state.log_history[0]["reward"] > 0

@@ -96,7 +96,7 @@ class GroupTrainer(OnlineTrainer):
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         self.toolbox = self._open_toolbox(tools, processing_class)
-        self.reward_functions = self._reward_functions(reward_funcs, reward_processing_classes, args)
+        rewards = self._reward_functions(reward_funcs, reward_processing_classes, args)
         self.loss_config = args.loss_config()
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
@@ -113,7 +113,7 @@ class GroupTrainer(OnlineTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._set_up_rollouts(base_model(model), layout, rollout_engine)
+        self._set_up_rollouts(base_model(model), layout, rollout_engine, rewards)
         self.set_up_method()
 
     def set_up_method(self) -> None:
@@ -157,7 +157,9 @@ class GroupTrainer(OnlineTrainer):
                 use_float32_head(base_model(policy))
         return model, layout
 
-    def _set_up_rollouts(self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None) -> None:
+    def _set_up_rollouts(
+        self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None, rewards: RewardFunctions
+    ) -> None:
         args, tokenizer = self.args, self.processing_class
         self.add_callback(self.generation)
         self.seed_sampling(layout)
@@ -167,7 +169,7 @@ class GroupTrainer(OnlineTrainer):
             engine = with_tools(engine, self.toolbox, args, model, tokenizer)
         self.set_up_loop(
             engine,
-            self.reward_functions,
+            rewards,
             end_ids=end_ids,
             completions_kept=args.generation_batch_size,
             parses_messages=self.has_tools,

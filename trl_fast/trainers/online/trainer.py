@@ -138,6 +138,15 @@ class OnlineTrainer(ReferenceTrainer):
     def engine(self, engine: RolloutEngine) -> None:
         self.loop.engine = engine
 
+    @property
+    def reward_functions(self) -> RewardFunctions:
+        """Returns the reward sources; others that are set count from the next rollout on."""
+        return self.loop.rewards
+
+    @reward_functions.setter
+    def reward_functions(self, rewards: RewardFunctions) -> None:
+        self.loop.rewards = rewards
+
     # ---- data
 
     def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: OnlineConfig, name: str) -> None:

@@ -22,7 +22,7 @@ from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset, prompt
 from trl_fast.losses.advantages import Advantages
 from trl_fast.losses.ppo import KLController, kl_penalties, rollout_metrics
 from trl_fast.modeling.scoring import evaluating
-from trl_fast.rollout import GivenReward, RolloutEngine, TransformersEngine
+from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, TransformersEngine
 
 from ..base.tokenizers import older_tokenizer_name
 from ..online.completions_log import CompletionsLog
@@ -105,7 +105,7 @@ class PPOTrainer(OnlineTrainer):
         if isinstance(reward_model, str):
             reward_model = load_reward_by_name(reward_model, args)
         self.reward_model = reward_model
-        self.reward_functions = make_rewards(reward_model, processing_class, args, sequences)
+        rewards = make_rewards(reward_model, processing_class, args, sequences)
         value_model = value_model_like(reward_model, model) if value_model is None else value_model
         self.critic = Critic(value_model, args, processing_class, sequences)
         model, layout = self.set_up_models(model, ref_model, args, peft_config, sequences)
@@ -119,9 +119,9 @@ class PPOTrainer(OnlineTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._set_up_rollouts(layout, rollout_engine)
+        self._set_up_rollouts(layout, rollout_engine, rewards)
 
-    def _set_up_rollouts(self, layout: str, engine: RolloutEngine | None) -> None:
+    def _set_up_rollouts(self, layout: str, engine: RolloutEngine | None, rewards: RewardFunctions) -> None:
         args, pad = self.args, self.processing_class.pad_token_id
         self.critic.check_optimizer(self.optimizer)
         self.critic.prepare(self.accelerator)
@@ -134,7 +134,7 @@ class PPOTrainer(OnlineTrainer):
         engine = engine or TransformersEngine(policy, self.end_ids, pad)
         self.set_up_loop(
             StoppingEngine(engine, self.stop_ids, args.local_rollout_forward_batch_size),
-            self.reward_functions,
+            rewards,
             end_ids=self.end_ids,
             completions_kept=args.batch_size,
             warns_of_cut_off=bool(self.stop_ids),
