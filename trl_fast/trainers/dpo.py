@@ -75,6 +75,10 @@ class DPOTrainer(PreferenceTrainer):
     token_columns = TOKEN_COLUMNS
     reference_columns = REFERENCE_COLUMNS
     signature_columns = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS)
+    uncalled_hooks = dict.fromkeys(
+        ("dpo_loss", "concatenated_forward", "concatenated_inputs"),
+        "override _compute_loss(model, inputs, return_outputs), as TRL calls it today",
+    )
 
     # ---- data
 

@@ -178,6 +178,20 @@ class KTOTrainer(PreferenceTrainer):
     method = "kto"
     config_class = KTOConfig
     signature_columns = (*UNPAIRED_TOKEN_COLUMNS, KL_COLUMN, LABEL, *UNPAIRED_REFERENCE_COLUMNS)
+    uncalled_hooks = {
+        **dict.fromkeys(
+            ("_compute_kl_logps", "kto_loss", "bco_loss"),
+            "override _compute_loss(model, inputs, return_outputs), as TRL calls it today",
+        ),
+        **dict.fromkeys(
+            ("match_underlying_distribution", "_get_chosen_prob", "_vectorize_prompt", "_get_udm_weight"),
+            "the weights of BCO are not here; use loss_type='kto' or 'apo_zero_unpaired'",
+        ),
+        **dict.fromkeys(
+            ("_get_prompt_embeddings", "_get_sample_prompt_embeddings"),
+            "the weights of BCO are not here; use loss_type='kto' or 'apo_zero_unpaired'",
+        ),
+    }
 
     @property
     def token_columns(self) -> tuple[str, ...]:

@@ -82,6 +82,10 @@ class RewardTrainer(BaseTrainer):
     config_class = RewardConfig
     token_columns = SEQUENCE_COLUMNS
     shares_prompts = True
+    uncalled_hooks = {
+        "_prepare_dataset": "prepare the dataset before it is given to the trainer",
+        "visualize_samples": "evaluation prints no samples; write them in a callback's on_evaluate",
+    }
     signature_columns = (*SEQUENCE_COLUMNS, MARGIN)
     load_model = staticmethod(load_reward_model)
     attach = staticmethod(attach_classifier_head)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -106,6 +106,19 @@ class SFTTrainer(BaseTrainer):
     config_class = SFTConfig
     token_columns = ("input_ids",)
     signature_columns = ("input_ids", "labels", "seq_lengths")
+    uncalled_hooks: ClassVar[Mapping[str, str]] = {
+        "_prepare_dataset": "prepare the dataset before, and set dataset_kwargs={'skip_prepare_dataset': True}",
+        "_reject_skip_prepare_without_labels": "check the dataset before it is given to the trainer",
+        **dict.fromkeys(
+            ("_prepare_non_packed_dataloader", "_prepare_packed_dataloader", "_tokenize"),
+            "prepare the dataset before, and set dataset_kwargs={'skip_prepare_dataset': True}",
+        ),
+        **dict.fromkeys(
+            ("_create_model_from_path", "_prepare_peft_model", "_prepare_model_for_kbit_training"),
+            "prepare the model before it is given to the trainer",
+        ),
+        "_enable_gradient_checkpointing": "use gradient_checkpointing and gradient_checkpointing_kwargs",
+    }
     # A loss that was divided by the tokens of all micro-batches needs no more dividing; transformers knows which is.
     loss_is_scaled_for_ga = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,29 @@ class PreferenceTrainer(ReferenceTrainer):
     config_class = PreferenceConfig
     shares_prompts = True
     reference_columns: ClassVar[tuple[str, ...]] = ()
+    uncalled_hooks: ClassVar[Mapping[str, str]] = {
+        "_prepare_dataset": "prepare the dataset before it is given to the trainer",
+        "_compute_loss": "override compute_loss",
+        "_precompute_ref_logps": "give the dataset with the reference's columns",
+        **dict.fromkeys(
+            ("_tokenize", "tokenize_row", "process_row", "build_tokenized_answer", "_truncate_inputs"),
+            "tokenize the dataset before, into prompt_ids and the ids of its completions",
+        ),
+        **dict.fromkeys(
+            ("_compute_loss_liger", "get_batch_loss_metrics", "forward", "get_batch_logps"),
+            "override _compute_loss(model, inputs, return_outputs), as TRL calls it today",
+        ),
+        **dict.fromkeys(
+            ("null_ref_context", "compute_reference_log_probs"), "give a ref_model, or override compute_ref_log_probs"
+        ),
+        **dict.fromkeys(
+            ("_create_model_from_path", "_prepare_peft_model", "_prepare_deepspeed"),
+            "prepare the model before it is given to the trainer",
+        ),
+        "_prepare_gradient_checkpointing": "use gradient_checkpointing and gradient_checkpointing_kwargs",
+        "generate_from_model_and_ref": "evaluation does not generate; add a LogCompletionsCallback",
+        "store_metrics": "append to self._metrics['train'][name], or override log",
+    }
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from .hf_trainer import declare_loss_scaling, forbid_data_parallel
 from .metric_buffer import MetricBuffer, Recorded
 from .model_card import model_card
 from .model_setup import set_up_layers, warn_of_reentrant_router
+from .overrides import check_overrides
 from .progress import close_progress
 from .stream_loader import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token
@@ -55,9 +56,16 @@ class BaseTrainer(Trainer):
     router_aux_loss_coef = 0.0
     # Whether rows hold several completions of one prompt.
     shares_prompts = False
+    # Methods of TRL's trainer that are never called here, and what to do instead: see `overrides`.
+    uncalled_hooks: ClassVar[Mapping[str, str]] = {}
 
     def resolve_config(self, args: object | None, model: str | PreTrainedModel) -> BaseConfig:
-        """Returns the trainer's own config: from `args`, or defaults with an output folder named after the model."""
+        """Returns the trainer's own config: from `args`, or defaults with an output folder named after the model.
+
+        Raises:
+            ValueError: a subclass defines methods that would never be called.
+        """
+        check_overrides(type(self))
         if args is None:
             name = model if isinstance(model, str) else base_model(model).config._name_or_path
             method = self.config_class.__name__.removesuffix("Config")
