@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig
 
 import trl_fast
 from support.models import tiny_model
@@ -113,7 +113,5 @@ def test_arguments(build, tmp_path, model_path):
         build({"compute_loss_func": lambda *_: None}, loss_type="dft")
     with pytest.raises(ValueError, match="router_aux_loss_coef=0.1"):
         build(router_aux_loss_coef=0.1)
-    with pytest.raises(ValueError, match="virtual tokens"):
-        build({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)})
     with pytest.raises(ValueError, match="lora_dropout on the head"):
         build({"peft_config": LoraConfig(target_modules=["lm_head"], lora_dropout=0.1, task_type="CAUSAL_LM")}).train()

@@ -36,6 +36,7 @@ class LayoutRequest:
     - `shares_prompts`: whether rows hold several completions of one prompt.
     - `max_length`: tokens of the longest sequence, None where there is no limit.
     - `without_dropout`: whether dropout is switched off for training.
+    - `pads_because`: why rows of several sequences are refused whatever the model, None if they are not.
     """
 
     asked: str
@@ -43,6 +44,7 @@ class LayoutRequest:
     shares_prompts: bool = True
     max_length: int | None = None
     without_dropout: bool = True
+    pads_because: str | None = None
 
 
 class Readout(NamedTuple):
@@ -114,6 +116,8 @@ def refusal(
     """Returns why a layout cannot be, by what model and method declare; None if it can."""
     if layout.pads:
         return None
+    if request.pads_because is not None:
+        return request.pads_because
     packs, reason = (readout or TOKEN_SCORES).supports_packed(model, request.max_length)
     if not packs:
         return reason

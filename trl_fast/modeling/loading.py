@@ -95,7 +95,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
     Raises:
         TypeError: peft_config is no PeftConfig.
-        ValueError: the model has an adapter already, or the method prepends virtual tokens.
+        ValueError: the model has an adapter already.
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
@@ -103,10 +103,6 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         raise ValueError(
             "peft_config: the model is a PeftModel already; merge its adapter first (model.merge_and_unload()), or "
             "leave peft_config out to train the adapter that it has"
-        )
-    if peft_config.is_prompt_learning:
-        raise ValueError(
-            f"peft_config: {type(peft_config).__name__} prepends virtual tokens, which is not supported; use LoRA"
         )
     adapted = get_peft_model(model, peft_config)
     if is_quantized(model):

@@ -39,17 +39,27 @@ DEFAULT_HEAD = HeadOptions()
 class ScoringRequest:
     """Asks a call of the model for scores of tokens instead of logits.
 
-    score_positions (N,): flat positions whose hidden states predict targets (N,). token_loss, group_sizes: as in
-    `ops.linear_token_loss`, for a loss whose gradient is to be taken while the head's logits are there.
+    score_positions (N,): flat positions, in rows of row_length tokens, whose hidden states predict targets (N,).
+    token_loss, group_sizes: as in `ops.linear_token_loss`, for a loss whose gradient is to be taken while the head's
+    logits are there.
     """
 
     score_positions: torch.Tensor
     targets: torch.Tensor
+    row_length: int
     outputs: tuple[str, ...]
     temperature: float = 1.0
     head: HeadOptions = DEFAULT_HEAD
     token_loss: TokenLoss | None = None
     group_sizes: tuple[int, ...] | None = None
+
+    def select(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns the states (N, D) at the scored positions of (B, T, D), without the virtual tokens of an adapter.
+
+        An adapter such as prompt tuning prepends them to each row.
+        """
+        own = states[:, states.shape[1] - self.row_length :]
+        return own.reshape(-1, own.shape[-1])[self.score_positions]
 
 
 @dataclass
@@ -107,9 +117,7 @@ def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object
     kwargs.pop("labels", None)
     router = kwargs.get("output_router_logits")
     output = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
-    hidden = output.last_hidden_state
-    selected = hidden.reshape(-1, hidden.shape[-1])[scoring.score_positions]
-    tokens, loss = _run_head(model, selected, scoring)
+    tokens, loss = _run_head(model, scoring.select(output.last_hidden_state), scoring)
     if not router:
         return ModelScores(tokens, None, loss)
     return ModelScores(tokens, _aux_loss(model, output.router_logits, _token_counts(kwargs)), loss)
@@ -180,7 +188,7 @@ def _score_logits(
     counts = {"attention_mask": _token_counts(kwargs)} if kwargs.get("output_router_logits") else {}
     with _layers_given(model, attention_mask=kwargs.get("attention_mask")) if counts else nullcontext():
         output = forward(model, *args, **{**kwargs, **counts, "use_cache": False, "labels": None})
-    logits = output.logits.reshape(-1, output.logits.shape[-1])[scoring.score_positions]
+    logits = scoring.select(output.logits)
     logprobs, entropy = selective_log_softmax_and_entropy(
         logits, scoring.targets, temperature=scoring.temperature, backend=scoring.head.backend
     )
@@ -231,11 +239,11 @@ def score(
     """Scores the tokens of a batch. `model` had `attach_scoring`, and may be wrapped since (PEFT, DDP, autocast).
 
     outputs, temperature, token_loss and group_sizes are those of `ops.linear_logprob` and `ops.linear_token_loss`;
-    head: the user's settings of the head; `model_kwargs` go to the model's forward.
+    head: the user's settings of the head; `model_kwargs` go to the model's forward, over those of the batch.
     """
     options = (outputs, temperature, head, token_loss, group_sizes)
-    request = ScoringRequest(batch.score_positions, batch.targets, *options)
-    return model(**model_inputs(batch), scoring=request, **model_kwargs)
+    request = ScoringRequest(batch.score_positions, batch.targets, batch.input_ids.shape[1], *options)
+    return model(**{**model_inputs(batch), "scoring": request, **model_kwargs})
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from trl_fast.data.reward_modeling import (
     prepare_reward_dataset,
 )
 from trl_fast.losses.reward import reward_loss, reward_metrics
+from trl_fast.modeling.adapters import check_reads_last_token
 from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.classifier_head import HEAD, attach_classifier_head, rewards
 from trl_fast.modeling.layouts import REWARDS
@@ -117,7 +118,7 @@ class RewardTrainer(BaseTrainer):
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model = self.adapt(model, peft_config, args)
-        layout = self.choose_layout(base_model(model), args, _sample_sequences(train_dataset))
+        layout = self.choose_layout(model, args, _sample_sequences(train_dataset))
         self.start(
             model=model,
             args=args,
@@ -173,6 +174,7 @@ class RewardTrainer(BaseTrainer):
                 peft_config = with_trained_tokens(peft_config, base_model(model), self._added_tokens)
                 logger.warning("chat_template_path brought new tokens: their embeddings are trained.")
         model = super().adapt(model, peft_config, args)
+        check_reads_last_token(model)
         head = getattr(base_model(model), HEAD, None)
         trains = head is None or any(weight.requires_grad for weight in head.parameters())
         if isinstance(model, PeftModel) and not trains:

@@ -152,7 +152,7 @@ class SFTTrainer(BaseTrainer):
         self._read_data_kind(train_dataset, processing_class, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model = self.adapt(model, peft_config, args)
-        layout = self.choose_layout(base_model(model), args, _sample_sequences(train_dataset))
+        layout = self.choose_layout(model, args, _sample_sequences(train_dataset))
         self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
         self.token_loss = TOKEN_LOSSES[args.loss_type]
         # In TRL these settings make one row of a batch, which shows in padding and in what compute_metrics is given.

@@ -1,4 +1,4 @@
-"""Provides callbacks: counted tokens, announced epochs, logged completions, a reference that follows, averages."""
+"""Provides callbacks: counted tokens, epochs, NEFTune, logged completions, a reference that follows, averages."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from transformers.trainer_callback import ExportableState
 
 from trl_fast.console import make_console
 from trl_fast.data import maybe_apply_chat_template
+from trl_fast.modeling.embedding_noise import SequenceNoise
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,23 @@ class EpochAnnouncer(TrainerCallback):
                 "on had been left out, so the run goes on with its first rows and is not the unbroken one. Use a "
                 "datasets.Dataset for runs of several epochs."
             )
+
+
+class SequenceNoiseCallback(TrainerCallback):
+    """Puts `SequenceNoise` in the place of transformers' NEFTune, which takes a row of many sequences for one."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Exchanges the hook that transformers has put on the embeddings; its handle is removed as before."""
+        trainer = self._trainer
+        if trainer.neftune_noise_alpha is not None:
+            trainer.neftune_hook_handle.remove()
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            trainer.neftune_hook_handle = SequenceNoise(model, lambda: trainer.neftune_noise_alpha or 0.0)
 
 
 class SyncRefModelCallback(TrainerCallback):

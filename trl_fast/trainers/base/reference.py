@@ -80,7 +80,7 @@ class ReferenceTrainer(BaseTrainer):
         model = self.adapt(model, peft_config, args)
         if came_with_adapter:
             self._prepare_adapters(model, args, adapter_wanted)
-        layout = self.choose_layout(base_model(model), args, sequences)
+        layout = self.choose_layout(model, args, sequences)
         if self.ref_model is not None:
             self._prepare_reference(base_model(model), args)
         self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)

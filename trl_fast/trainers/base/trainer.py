@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from trl_fast.data import AnyDataset, TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
+from trl_fast.modeling.adapters import adapter_refusal, check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, LayoutRequest, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
 from trl_fast.modeling.position_limits import check_positions
@@ -20,13 +21,13 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
 
-from .callbacks import EpochAnnouncer, TokenCounter
+from .callbacks import EpochAnnouncer, SequenceNoiseCallback, TokenCounter
 from .checkpoints import check_output_dir, newest_checkpoint
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
 from .metric_buffer import MetricBuffer, Recorded
-from .model_card import model_card
+from .model_card import model_card, model_tags
 from .model_setup import set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
 from .progress import close_progress
@@ -115,16 +116,18 @@ class BaseTrainer(Trainer):
         self.attach(base_model(model))
         if peft_config is not None:
             model = add_adapter(model, peft_config)
+        check_virtual_tokens(model, gradient_checkpointing=args.gradient_checkpointing)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
             model.enable_input_require_grads()
         set_up_layers(model, args)
         return model
 
-    def choose_layout(self, model: PreTrainedModel, args: BaseConfig, sequences: list[list[int]]) -> str:
+    def choose_layout(self, model: PreTrainedModel | PeftModel, args: BaseConfig, sequences: list[list[int]]) -> str:
         """Returns the best batch layout for a model; see `modeling.layouts.choose_layout`."""
         lengths = args.max_length, args.disable_dropout
-        request = LayoutRequest(args.batch_layout, self.method, self.shares_prompts, *lengths)
-        return choose_layout(model, request, sequences, self.readout)
+        pads_because = adapter_refusal(model)
+        request = LayoutRequest(args.batch_layout, self.method, self.shares_prompts, *lengths, pads_because)
+        return choose_layout(base_model(model), request, sequences, self.readout)
 
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""
@@ -137,10 +140,12 @@ class BaseTrainer(Trainer):
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
         self.add_callback(self._tokens)
+        self._adds_virtual_tokens = has_virtual_tokens(self.model)
         self._divergence = DivergenceWatch(self)
         self.add_callback(self._divergence)
         self.add_callback(EpochAnnouncer)
-        base_model(self.model).add_model_tags(["trl_fast", self.method])
+        self.add_callback(SequenceNoiseCallback(self))
+        base_model(self.model).add_model_tags(model_tags(self.method))
 
     @staticmethod
     def check_dataset_type(dataset: object, name: str) -> None:
@@ -216,6 +221,9 @@ class BaseTrainer(Trainer):
 
         kwargs: further keywords of `modeling.scoring.score`, and of the model's forward.
         """
+        if self._adds_virtual_tokens:
+            # peft counts positions itself, with the virtual tokens first.
+            kwargs["position_ids"] = None
         return score(model, batch, outputs=outputs, head=self.head_options, **kwargs)
 
     @property
@@ -331,6 +339,9 @@ class BaseTrainer(Trainer):
             return result
         finally:
             close_progress(self.callback_handler.callbacks)
+            if self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
+                # transformers takes the noise off only where training came to its end.
+                self.neftune_hook_handle.remove()
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Writes README.md into the output folder: what was trained, from what, with which method."""

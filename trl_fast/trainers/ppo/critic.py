@@ -11,6 +11,7 @@ from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch
+from trl_fast.modeling.adapters import adapter_refusal, check_reads_last_token
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.classifier_head import attach_classifier_head, read_head, state_batch
 from trl_fast.modeling.layouts import LayoutRequest, choose_layout_or_pad
@@ -50,7 +51,10 @@ class Critic:
         inner.config.get_text_config().pad_token_id = self.pad_token_id
         attach_classifier_head(inner)
         set_up_layers(model, args)
-        request = LayoutRequest(args.batch_layout, without_dropout=args.disable_dropout)
+        check_reads_last_token(model)
+        request = LayoutRequest(
+            args.batch_layout, without_dropout=args.disable_dropout, pads_because=adapter_refusal(model)
+        )
         self.layout = choose_layout_or_pad(inner, request, sequences)
         if args.gradient_checkpointing:
             enable_checkpointing(inner, dict(args.gradient_checkpointing_kwargs or {}) or None)

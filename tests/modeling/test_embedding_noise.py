@@ -1,0 +1,87 @@
+"""NEFTune's noise: the paper's bound for a sequence of the micro-batch, in every layout."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+
+from support.models import tiny_model
+from trl_fast.data.packing import pack_trees
+from trl_fast.data.token_trees import Tree
+from trl_fast.modeling.embedding_noise import SequenceNoise
+from trl_fast.modeling.loading import backbone, base_model
+from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import use_segment_attention
+
+ALPHA = 5.0
+# The longest sequence is the second prompt with its longer completion: 20 + 14 tokens.
+TREES = [Tree([1] * 10, [[2] * 4, [3] * 9]), Tree([4] * 20, [[5] * 14, [6] * 3])]
+LONGEST = 34
+
+
+def noise_of(model, layout):
+    """Returns the largest noise in the embeddings of the trees, and the hidden size."""
+    inner = base_model(model)
+    seen = {}
+    weight = inner.get_input_embeddings().weight
+    hook = (
+        backbone(inner)
+        .layers[0]
+        .register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(hidden=(args[0] if args else kwargs["hidden_states"]).detach()),
+            with_kwargs=True,
+        )
+    )
+    batch = pack_trees(TREES, layout, 0)
+    with torch.no_grad():
+        score(model, batch)
+    hook.remove()
+    return (seen["hidden"] - weight.detach()[batch.input_ids]).abs().max().item(), weight.shape[1]
+
+
+@pytest.fixture(params=[False, True], ids=["", "lora"])
+def model(request):
+    model = tiny_model()
+    attach_scoring(model)
+    use_segment_attention(model)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if request.param else model
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_bound_is_that_of_a_sequence(model, layout):
+    model.train()
+    noise = SequenceNoise(model, lambda: ALPHA)
+    largest, hidden_size = noise_of(model, layout)
+    bound = ALPHA / (LONGEST * hidden_size) ** 0.5
+    assert 0.98 * bound < largest <= bound
+    model.eval()
+    assert noise_of(model, layout)[0] == 0
+    model.train()
+    noise.remove()
+    assert noise_of(model, layout)[0] == 0
+
+
+def test_alpha_may_change(model):
+    alpha = ALPHA
+    model.train()
+    SequenceNoise(model, lambda: alpha)
+    before = noise_of(model, "shared_prefix")[0]
+    alpha = 2 * ALPHA
+    assert noise_of(model, "shared_prefix")[0] == pytest.approx(2 * before, rel=0.05)
+
+
+def test_one_sequence_gets_the_noise_of_transformers():
+    model = tiny_model().train()
+    ids = torch.arange(1, 20)[None]
+
+    def logits():
+        torch.manual_seed(3)
+        return model(input_ids=ids).logits
+
+    theirs = activate_neftune(model, ALPHA)
+    expected = logits()
+    deactivate_neftune(model, theirs)
+    noise = SequenceNoise(model, lambda: ALPHA)
+    assert torch.equal(logits(), expected)
+    noise.remove()
+    assert not torch.equal(logits(), expected)
