@@ -105,6 +105,19 @@ def test_a_failed_trial_leaves_the_attention_as_it_was():
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("flash", ["flash_attention_2", "flash_attention_3", "kernels-community/vllm-flash-attn3"])
+def test_flash_attention_gives_way_to_ours(flash, caplog):
+    model = scored_model()
+    model.config._attn_implementation = flash
+    assert declared_layout(model, LayoutRequest("auto")) == "shared_prefix"
+    with caplog.at_level(logging.WARNING, "trl_fast"):
+        assert choose_layout(model, LayoutRequest("auto"), SEQUENCES) == "shared_prefix"
+    assert [record.message for record in caplog.records] == [
+        f"attn_implementation={flash!r} gives way to trl_fast's own attention, by torch's flash kernels, which keeps "
+        "the sequences of a row apart."
+    ]
+
+
 def test_only_what_was_asked_for_is_tried_out():
     checked, asked = readout()
     assert choose_layout(scored_model(), LayoutRequest("packed"), SEQUENCES, checked) == "packed"
@@ -196,6 +209,6 @@ def test_which_models_run_packed(family, changes, max_length, reason):
 
 def test_a_chosen_attention_is_respected():
     model = tiny_model("llama")
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = "flex_attention"
     ok, why = supports_packed(model, 1024)
-    assert not ok and "flash_attention_2" in why
+    assert not ok and "flex_attention" in why

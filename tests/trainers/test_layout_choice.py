@@ -131,3 +131,10 @@ def test_an_attention_that_was_chosen_is_kept(build, tokenizer, monkeypatch):
     assert "attn_implementation='mine' was chosen" in said and trainer.data_collator.layout == "padded"
     assert model.config._attn_implementation == "mine"
     assert_trains(trainer)
+
+
+def test_flash_attention_that_is_not_installed_is_not_needed(build, model_path, caplog):
+    trainer, said = build(model_path, model_init_kwargs={"attn_implementation": "flash_attention_2"})
+    assert said == []
+    assert trainer.data_collator.layout == "shared_prefix"
+    assert trainer.train().training_loss > 0

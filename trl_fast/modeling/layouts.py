@@ -19,7 +19,7 @@ from trl_fast.settings.batch_layouts import AUTO, BATCH_LAYOUTS, PADDED, BatchLa
 from .classifier_head import HEAD, has_classifier_head
 from .model_changes import changes_of
 from .scoring import give_up_fused_head
-from .segment_attention import REPLACEABLE, SEGMENTS, use_segment_attention
+from .segment_attention import SEGMENTS, is_replaceable, use_segment_attention
 from .verification import Verdict, verify, verify_rewards
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
     served = getattr(model, "_supports_sdpa", False) or hasattr(config, "attn_logit_softcapping")
     if not (getattr(model, "_supports_attention_backend", False) and served):
         return False, f"{name} does not take its attention function from transformers' AttentionInterface"
-    if config._attn_implementation not in REPLACEABLE:
+    if not is_replaceable(config._attn_implementation):
         return False, f"attn_implementation={config._attn_implementation!r} was chosen, which takes no segments"
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds if kinds else bool(window) and getattr(config, "use_sliding_window", True)

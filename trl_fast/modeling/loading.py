@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,8 +14,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
+from transformers.utils import is_kernels_available
+from transformers.utils.generic import is_flash_attention_requested
 
 from .model_changes import changes_of
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -57,6 +63,7 @@ def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, 
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {_DTYPES} or a torch.dtype, got {dtype!r}")
     init_kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    _replace_missing_flash(init_kwargs)
     if "device_map" not in init_kwargs:
         init_kwargs["device_map"] = "auto" if torch.cuda.is_available() else None
     try:
@@ -70,6 +77,27 @@ def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, 
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(f"model {name_or_path!r} is a vision-language model; only text models are supported so far")
     return init_kwargs, config
+
+
+def _replace_missing_flash(init_kwargs: dict[str, Any]) -> None:
+    """Leaves attn_implementation to transformers where it names flash kernels that this machine has not.
+
+    Rows of several sequences run flash attention of torch's own anyway; see `segment_attention`.
+    """
+    wanted = init_kwargs.get("attn_implementation")
+    if not isinstance(wanted, str) or not is_flash_attention_requested(requested_attention_implementation=wanted):
+        return
+    installed = FLASH_ATTENTION_COMPATIBILITY_MATRIX.get(int(wanted[-1]) if wanted[-1].isdigit() else 0)
+    named = wanted.startswith("flash_attention_") and installed is not None
+    serves = torch.cuda.is_available() and (
+        is_kernels_available() or (named and installed["general_availability_check"]())
+    )
+    if not serves:
+        del init_kwargs["attn_implementation"]
+        logger.warning(
+            f"attn_implementation={wanted!r} cannot be had here: rows of several sequences run torch's own flash "
+            "attention, padded ones transformers' default."
+        )
 
 
 def is_quantized(model: torch.nn.Module) -> bool:

@@ -7,6 +7,7 @@ that caps its scores, which SDPA cannot, gets its own eager attention there (EAG
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,18 +17,21 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
 
 from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
 from .model_changes import changes_of
 from .tree_attention import TreeLengths, flash_serves, tree_attention
 
+logger = logging.getLogger(__name__)
+
 SEGMENT_ATTENTION = "trl_fast_segments"
 EAGER_SEGMENT_ATTENTION = "trl_fast_segments_eager"
 SEGMENTS = "segment attention"
 # The keyword that carries the lengths.
 LENGTHS_KEYWORD = "tree_lengths"
-REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION)
+_REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION)
 
 
 def segment_attention(
@@ -143,6 +147,16 @@ def row_inputs(tree_lengths: tuple[TreeLengths, ...], like: torch.Tensor) -> Map
     return {LENGTHS_KEYWORD: tree_lengths, "attention_mask": torch.zeros(1, 1, 1, 1, device=like.device)}
 
 
+def is_replaceable(implementation: str) -> bool:
+    """Returns whether segment attention stands for an attention implementation: the usual ones and all flash kinds.
+
+    What someone who asks for flash attention wants, speed and no mask in memory, the rows have from torch's kernels.
+    """
+    return implementation in _REPLACEABLE or is_flash_attention_requested(
+        requested_attention_implementation=implementation
+    )
+
+
 def _sdpa_serves(model: PreTrainedModel) -> bool:
     """Returns whether SDPA serves a model. transformers 5.17 says so of models whose caps it then ignores."""
     return model._supports_sdpa and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
@@ -157,6 +171,12 @@ def keep_score_caps(model: PreTrainedModel) -> None:
 def use_segment_attention(model: PreTrainedModel) -> None:
     """Switches a model to `segment_attention`; without the lengths keyword it behaves as before."""
     name = SEGMENT_ATTENTION if _sdpa_serves(model) else EAGER_SEGMENT_ATTENTION
+    before = model.config.get_text_config()._attn_implementation
+    if before not in _REPLACEABLE:
+        logger.warning(
+            f"attn_implementation={before!r} gives way to trl_fast's own attention, by torch's flash kernels, which "
+            "keeps the sequences of a row apart."
+        )
     _change_attention(model, SEGMENTS, "attention keeps the trees of a row apart", name)
 
 

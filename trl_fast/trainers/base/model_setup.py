@@ -64,6 +64,25 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
     )
 
 
+def check_trains(model: PreTrainedModel | PeftModel) -> None:
+    """Checks that a model has weights to train.
+
+    Raises:
+        ValueError: every weight is frozen, so that training would change nothing.
+    """
+    if any(weight.requires_grad for weight in model.parameters()):
+        return
+    name = type(base_model(model)).__name__
+    if isinstance(model, PeftModel):
+        remedy = (
+            "load the adapter with PeftModel.from_pretrained(..., is_trainable=True), or give the model without it "
+            "and a peft_config for a new one"
+        )
+    else:
+        remedy = "call model.requires_grad_(True), or give a peft_config for an adapter"
+    raise ValueError(f"{name}: every weight is frozen (requires_grad=False), so nothing would train; {remedy}")
+
+
 def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
     """Returns the weight of a router's load-balancing loss: the one wanted, else its config's; 0 for other models.
 

@@ -28,7 +28,7 @@ from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
 from .metric_buffer import MetricBuffer, Recorded
 from .model_card import model_card, model_tags
-from .model_setup import set_up_layers, warn_of_reentrant_router
+from .model_setup import check_trains, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
 from .progress import close_progress
 from .stream_loader import StreamLoader, forbid_dispatching
@@ -328,9 +328,10 @@ class BaseTrainer(Trainer):
         """Trains. resume_from_checkpoint=True goes on from the newest checkpoint that is complete.
 
         Raises:
-            ValueError: True was given and there is no such checkpoint.
+            ValueError: True was given and there is no such checkpoint; or every weight of the model is frozen.
             DivergedError: weights became NaN or infinite, or losses and gradients stayed so; names the step.
         """
+        check_trains(self.accelerator.unwrap_model(self.model))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         try:
