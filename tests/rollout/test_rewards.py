@@ -175,29 +175,43 @@ async def unawaited(completions):
     return [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ([1, 2], "returned 2 rewards for 3 completions"),
-        ([], "returned 0 rewards for 3 completions"),
-        (None, "returned a NoneType; expected a list"),
-        (1.0, "returned a float; expected a list"),
-        ("123", "returned a str; expected a list"),
-        ({1: 1, 2: 2, 3: 3}, "returned a dict; expected a list"),
-        (
-            [1, "2", 3],
-            r"completion 1: expected a number or None, got '2' of type str \(prompt: 'What color is the sea",
-        ),
-        ([1, 2, [3]], r"completion 2: expected a number or None, got \[3\]"),
-        (
-            [math.nan, 2, 3],
-            r"completion 0: expected a finite number, or None .* got nan \(prompt: 'What color is the s",
-        ),
-        ([1, math.inf, 3], "completion 1: expected a finite number, .* got inf"),
-        ([1, 2, 1e39], "completion 2: expected a finite number, .* got 1e"),
-        (torch.tensor([1, 2, math.nan]), "completion 2: expected a finite number, .* got nan"),
-    ],
-)
+NUMBER = "expected a number or None, got"
+FINITE = "expected a finite number, or None for no reward, got"
+# What a function returns, and what the message says of it, in a message that also has the remedy.
+WRONG_ANSWERS = {
+    "too few": ([1, 2], "returned 2 rewards for 3 completions"),
+    "too many": ([1] * 5, "returned 5 rewards for 3 completions"),
+    "none": ([], "returned 0 rewards for 3 completions"),
+    "None": (None, "returned None of type NoneType"),
+    "one number": (1.0, "returned 1.0 of type float"),
+    "text": ("123", "returned '123' of type str"),
+    "bytes": (bytearray(b"123"), r"returned bytearray\(b'123'\) of type bytearray"),
+    "dict": ({1: 1, 2: 2, 3: 3}, "returned {1: 1, .* of type dict"),
+    "set": ({1, 2, 3}, "returned {1, 2, 3} of type set"),
+    "function": (len, "returned <built-in function len> of type builtin"),
+    "scalar tensor": (torch.tensor(1.0), "returned 1.0 of type float"),
+    "scalar array": (np.array(1.0), r"returned array\(1.\) of type ndarray"),
+    "text in a list": (
+        [1, "2", 3],
+        rf"completion 1: {NUMBER} '2' of type str \(prompt: 'What color is the sea\?'\)",
+    ),
+    "list in a list": ([1, 2, [3]], rf"completion 2: {NUMBER} \[3\] of type list"),
+    "tensor (N, 1)": (torch.ones(3, 1), rf"completion 0: {NUMBER} \[1.0\] of type list"),
+    "array (N, 1)": (np.ones((3, 1)), rf"completion 0: {NUMBER} array\(\[1.\]\) of type ndarray"),
+    "transposed": (torch.ones(1, 3), "returned 1 rewards for 3 completions"),
+    "complex": ([1, 2, 3j], f"completion 2: {NUMBER} 3j of type complex"),
+    "dates": (np.array(["2026-01-01"] * 3, dtype="datetime64[D]"), f"completion 0: {NUMBER} .*datetime64"),
+    "messages": ([{"reward": 1}] * 3, f"completion 0: {NUMBER} {{'reward': 1}} of type dict"),
+    "NaN": ([math.nan, 2, 3], rf"completion 0: {FINITE} nan \(prompt: 'What color is the s"),
+    "infinite": ([1, -math.inf, 3], f"completion 1: {FINITE} -inf"),
+    "beyond float32": ([1, 2, 1e39], f"completion 2: {FINITE} 1e"),
+    "huge integer": ([1, 2, 10**400], f"completion 2: {FINITE} 1000"),
+    "NaN in a tensor": (torch.tensor([1, 2, math.nan]), f"completion 2: {FINITE} nan"),
+    "NaN in an array": (np.array([1, math.nan, 2], np.float16), rf"completion 1: {FINITE} nan"),
+}
+
+
+@pytest.mark.parametrize(("answer", "message"), WRONG_ANSWERS.values(), ids=WRONG_ANSWERS.keys())
 def test_wrong_answers(answer, message):
     def broken(completions):
         return answer
@@ -206,13 +220,83 @@ def test_wrong_answers(answer, message):
         return answer
 
     for function in (broken, broken_later):
-        with pytest.raises(ValueError, match=f"reward function '{function.__name__}',? {message}"):
+        with pytest.raises(
+            ValueError, match=rf"^reward function '{function.__name__}',? {message}.*; return a list with one number"
+        ) as caught:
             ask(RewardFunctions([word_count, function]))
+        assert "\n" not in str(caught.value)
 
 
-def test_coroutine_of_a_sync_function():
-    with pytest.raises(ValueError, match="'<lambda>' returned a coroutine; expected a list"):
-        ask(RewardFunctions(lambda completions: unawaited(completions)))
+class NoNumber:
+    shape = ()
+
+    def item(self):
+        raise RuntimeError("no storage")
+
+
+def test_answers_that_raise_when_they_are_read():
+    with pytest.raises(ValueError, match=r"completion 0: .*NoNumber.* cannot be read as a number \(no storage\)"):
+        ask(RewardFunctions(lambda completions: [NoNumber()] * 3))
+
+    def broken(completions):
+        yield 1
+        raise KeyError("solution")
+
+    with pytest.raises(RuntimeError, match="'broken' raised KeyError: 'solution'"):
+        ask(RewardFunctions(broken))
+
+    def endless(completions):
+        while True:
+            yield 1
+
+    with pytest.raises(ValueError, match="'endless' returned 400 rewards for 3 completions"):
+        ask(RewardFunctions(endless))
+
+
+def test_coroutines_of_sync_functions_are_awaited():
+    @functools.wraps(unawaited)
+    def decorated(*args, **kwargs):
+        return unawaited(*args, **kwargs)
+
+    assert ask(RewardFunctions([word_count, lambda completions: unawaited(completions), decorated])).tolist() == [
+        [3, 1, 1],
+        [8, 2, 2],
+        [1, 3, 3],
+    ]
+
+
+def greedy(prompts, completions, completion_ids, solution, meta):
+    """Changes all that it is given."""
+    for given in (prompts, completions, completion_ids):
+        given[0][:] = []
+        given[1].append(7)
+    solution[:] = ["changed"] * 3
+    meta[0]["tags"].append("changed")
+    meta[1]["array"][:] = 7
+    meta[2]["tensor"][:] = 7
+    return [0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_functions_change_nothing_but_their_own(count):
+    def batch():
+        prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        completions = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in COMPLETIONS]
+        meta = [{"tags": ["a"]}, {"array": np.zeros(2)}, {"tensor": torch.zeros(2)}]
+        return prompts, completions, [list(ids) for ids in COMPLETION_IDS], {"solution": ["a", "b", "c"], "meta": meta}
+
+    seen = []
+
+    async def witness(**kwargs):
+        seen.append({name: kwargs[name] for name in ("prompts", "completions", "completion_ids", "solution", "meta")})
+        return [0, 0, 0]
+
+    given = batch()
+    RewardFunctions([greedy, witness, greedy][:count])(*given)
+    prompts, completions, completion_ids, columns = batch()
+    expected = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+    for found in [*seen, {**dict(zip(("prompts", "completions", "completion_ids"), given, strict=False)), **given[3]}]:
+        assert repr(found) == repr(expected)
 
 
 def test_functions_that_raise():

@@ -1,7 +1,9 @@
 """Tools are checked, called, and their results read; completions of several turns have masks and limits."""
 
+import ast
 import asyncio
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import trl
@@ -80,6 +82,127 @@ def test_results_as_text_and_as_blocks():
 
     messages = Toolbox([give]).run([calls(*(("give", {"index": i}) for i in range(5)))]).messages[0]
     assert [message["content"] for message in messages] == ["['sky', 1]", "{'a': 1}", "None", "[]", given[4]]
+
+
+def order(
+    dish: str,
+    count: int = 1,
+    price: float | None = None,
+    size: Literal["small", "large"] = "small",
+    extras: list[str] | None = None,
+    table: tuple[int, str] = (1, "a"),
+    prices: dict[str, float] | None = None,
+    either: int | str = 1,
+    note: str = None,
+    hot: bool = True,
+    anything: Any = None,
+) -> str:
+    """
+    Orders.
+
+    Args:
+        dish: What to eat.
+        count: How many.
+        price: At most.
+        size: How large. (choices: ["small", "large"])
+        extras: What else.
+        table: Which table.
+        prices: By extra.
+        either: A number or a name.
+        note: For the cook.
+        hot: Whether it is to be hot.
+        anything: Whatever.
+    """
+    return "ordered"
+
+
+TYPES = {
+    "count": (["2", 2.5, True, None, [1]], [2, 3.0, -1]),
+    "price": (["1", False], [1, 1.5, None]),
+    "size": (["medium", 1, None], ["large"]),
+    "extras": (["salt", [1], ["salt", None]], [[], ["salt"], None]),
+    "table": ([[1], ["a", 1], 7], [[1, "b"]]),
+    "prices": ([{"salt": "1"}, [1]], [{"salt": 1}, {}, None]),
+    "either": ([1.5, True, None], [1, "a"]),
+    "note": ([1], ["a", None]),
+    "hot": (["true", 1], [False]),
+    "anything": ([], [1, "a", None, {"a": [1]}]),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_arguments_are_held_against_the_schema(name):
+    wrong, right = TYPES[name]
+    turn = calls(*(("order", {"dish": "soup", name: value}) for value in [*wrong, *right]))
+    results = Toolbox([order]).run([turn])
+    contents = [message["content"] for message in results.messages[0]]
+    assert contents[len(wrong) :] == ["ordered"] * len(right)
+    for value, content in zip(wrong, contents, strict=False):
+        assert content.startswith("{'error': ") and f"order: argument '{name}'" in ast.literal_eval(content)["error"]
+        assert "; it takes dish: string, count: integer, price: number or null, size: string" in content, value
+    assert (results.calls, results.failures) == (len(turn), len(wrong))
+
+
+def test_what_is_wrong_with_arguments_is_named():
+    arguments = [
+        {"dish": "soup", "extras": ["salt", 7]},
+        {"dish": "soup", "prices": {"salt": "1"}},
+        {"dish": "soup", "dip": "ketchup"},
+        {},
+        [1],
+        '{"dish": "soup"',
+        '{"dish": "soup"}',
+    ]
+    messages = Toolbox([order]).run([calls(*(("order", each) for each in arguments))]).messages[0]
+    parts = [
+        "argument 'extras'[1]: expected string, got 7",
+        "argument 'prices'['salt']: expected number, got '1'",
+        "unexpected keyword argument 'dip'",
+        "missing 1 required positional argument: 'dish'",
+        "must be a mapping, not list",
+        "order: the arguments are no JSON",
+        "ordered",
+    ]
+    for message, part in zip(messages, parts, strict=True):
+        assert part in message["content"].replace("\\'", "'")
+
+
+def test_tools_change_nothing_but_their_own():
+    state = [{"type": "text", "text": "blue"}]
+
+    def grow(items: list[str]) -> list:
+        """
+        Grows.
+
+        Args:
+            items: What grows.
+        """
+        items.append("more")
+        return state
+
+    turn = calls(("grow", {"items": ["a"]}))
+    message = Toolbox([grow]).run([turn]).messages[0][0]
+    state[0]["text"] = "green"
+    assert turn == calls(("grow", {"items": ["a"]})) and message["content"] == [{"type": "text", "text": "blue"}]
+
+
+def test_results_that_cannot_be_read_are_errors():
+    class Silent:
+        def __str__(self):
+            raise RuntimeError("no words")
+
+    def give() -> object:
+        """Gives."""
+        return Silent()
+
+    async def give_later() -> object:
+        """Gives."""
+        return Silent()
+
+    turn = calls(("give", {}), ("give_later", {}))
+    results = Toolbox([give, give_later]).run([turn])
+    assert [message["content"] for message in results.messages[0]] == ["{'error': 'no words'}"] * 2
+    assert results.failures == 2
 
 
 def undocumented(a: int) -> int:

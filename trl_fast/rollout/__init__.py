@@ -1,8 +1,9 @@
 """Provides generation and rewards for online methods."""
 
 from .engine import Rollout, RolloutEngine, SamplingSettings, check_prompts, end_token_ids
+from .reward_model import RewardModel
 from .reward_source import GivenReward, RewardSource
-from .rewards import RewardFunctions, RewardModel
+from .rewards import RewardFunctions
 from .tool_loop import ToolLoop, ToolRollout
 from .tools import Toolbox
 from .transformers_engine import TransformersEngine

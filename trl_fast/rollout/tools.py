@@ -10,7 +10,9 @@ from typing import Any
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
-from .async_calls import run_together
+from .reward_answers import copied
+from .tool_arguments import checked_arguments
+from .user_calls import Outcome, UserCalls
 
 
 @dataclass
@@ -18,7 +20,7 @@ class ToolResults:
     """Holds what the calls of one turn gave.
 
     - `messages`: by completion, one message of the role "tool" for each of its calls.
-    - `calls`, `failures`: how many there were in all, and how many of them raised or could not be made.
+    - `calls`, `failures`: how many there were in all, and how many of them raised, took too long or could not be made.
     """
 
     messages: list[list[dict[str, Any]]]
@@ -32,66 +34,73 @@ class Toolbox:
     Args:
         tools: functions or methods, sync or async, with type hints and a docstring in Google's style that describes
             every argument.
-
-    Attributes:
-        schemas: a JSON schema each, for the chat template.
+        timeout: seconds that a call may take; None is no limit.
 
     Raises:
         TypeError: `tools` is no list, or one of them is no function.
         ValueError: one has no type hints or no docstring, or two have one name.
     """
 
-    def __init__(self, tools: list[Callable[..., Any]]) -> None:
+    def __init__(self, tools: list[Callable[..., Any]], timeout: float | None = None) -> None:
         if not isinstance(tools, list | tuple):
             raise TypeError(f"tools: expected a list of functions, got {tools!r} of type {type(tools).__name__}")
         self.functions: dict[str, Callable[..., Any]] = {}
-        self.schemas: list[dict[str, Any]] = []
+        self._schemas: dict[str, dict[str, Any]] = {}
+        self.calls = UserCalls("tool", "tool_timeout", timeout)
         for tool in tools:
             schema = _schema(tool)
             name = schema["function"]["name"]
             if name in self.functions:
                 raise ValueError(f"tools: two functions have the name {name!r}; expected a name of its own for each")
             self.functions[name] = tool
-            self.schemas.append(schema)
+            self._schemas[name] = schema
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """Returns a JSON schema for each function, for the chat template."""
+        return list(self._schemas.values())
 
     def run(self, turns: list[list[dict[str, Any]]]) -> ToolResults:
         """Makes the calls of several completions, given by completion.
 
         Sync functions run one after the other, in order; then all async ones, side by side. As in TRL, the results of
         a completion's sync calls come before those of its async ones. An error that a function raises is its result,
-        for the model to read.
+        for the model to read, and so is one of its arguments, with which it is not called.
         """
-        results: list[list[tuple[str, Any]]] = [[] for _ in turns]
+        results: list[list[tuple[str, Outcome]]] = [[] for _ in turns]
         waiting: list[tuple[int, str, Awaitable[Any]]] = []
         for index, calls in enumerate(turns):
             for call in calls:
-                name, result = self._call(call)
-                if inspect.iscoroutine(result):
-                    waiting.append((index, name, result))
+                name, outcome = self._call(call)
+                if inspect.isawaitable(outcome.value):
+                    waiting.append((index, name, outcome.value))
                 else:
-                    results[index].append((name, result))
-        answers = run_together(_caught(call) for _, _, call in waiting) if waiting else []
+                    results[index].append((name, outcome))
+        answers = self.calls.gather([(name, _content_later(call)) for _, name, call in waiting])
         for (index, name, _), answer in zip(waiting, answers, strict=True):
             results[index].append((name, answer))
         return ToolResults(
             messages=[[_message(*result) for result in of_one] for of_one in results],
             calls=sum(map(len, turns)),
-            failures=sum(isinstance(result, Exception) for of_one in results for _, result in of_one),
+            failures=sum(outcome.error is not None for of_one in results for _, outcome in of_one),
         )
 
-    def _call(self, call: dict[str, Any]) -> tuple[str, Any]:
-        """Calls a function, and returns its name and its result, or the error."""
+    def _call(self, call: dict[str, Any]) -> tuple[str, Outcome]:
+        """Calls a function, and returns its name and how it went."""
         kind = call.get("type")
         if kind != "function":
-            return call.get("name", "unknown"), ValueError(f"Unsupported tool call type: {kind}")
+            return call.get("name", "unknown"), Outcome(error=ValueError(f"Unsupported tool call type: {kind}"))
         function = call.get("function", call)
         name = function["name"]
         if name not in self.functions:
-            return name, ValueError(f"Tool {name} not found.")
+            return name, Outcome(error=ValueError(f"Tool {name} not found."))
+        tool = self.functions[name]
         try:
-            return name, self.functions[name](**function["arguments"])
-        except Exception as error:
-            return name, error
+            arguments = checked_arguments(tool, self._schemas[name], function["arguments"])
+        except ValueError as error:
+            return name, Outcome(error=error)
+        # The call is part of the completion, which a tool is not to change.
+        return name, self.calls.call(name, _content, tool=tool, arguments=copied(arguments))
 
 
 def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
@@ -108,16 +117,27 @@ def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
         ) from error
 
 
-async def _caught(call: Awaitable[Any]) -> Any:
-    try:
-        return await call
-    except Exception as error:
-        return error
+def _content(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Returns the content of a message with a tool's result; of an async tool its coroutine."""
+    result = tool(**arguments)
+    return result if inspect.isawaitable(result) else _as_content(result)
 
 
-def _message(name: str, result: Any) -> dict[str, Any]:
-    """Returns the message that tells the model of a result: as text, but blocks of content stay what they are."""
-    if isinstance(result, Exception):
-        result = {"error": str(result)}
+async def _content_later(call: Awaitable[Any]) -> Any:
+    return _as_content(await call)
+
+
+def _as_content(result: Any) -> Any:
+    """Returns a result as text, but blocks of content as they are, in a list that the tool does not hold."""
     blocks = isinstance(result, list) and result and all(isinstance(part, dict) and "type" in part for part in result)
-    return {"role": "tool", "name": name, "content": result if blocks else str(result)}
+    return copied(result) if blocks else str(result)
+
+
+def _message(name: str, outcome: Outcome) -> dict[str, Any]:
+    """Returns the message that tells the model of a result, or of an error."""
+    error, content = outcome.error, outcome.value
+    if error is not None:
+        # An exit's own text is often a bare number.
+        exits = not isinstance(error, Exception)
+        content = str({"error": f"{type(error).__name__}: {error}" if exits else str(error)})
+    return {"role": "tool", "name": name, "content": content}

@@ -160,6 +160,9 @@ RANGES: dict[str, Range] = {
     "max_new_tokens": COUNT,
     "num_completions_to_print": COUNT_FROM_0,
     "max_tool_calling_iterations": COUNT_FROM_0,
+    # GRPO, RLOO and PPO: users' functions
+    "reward_timeout": Range(0, above=True, advice=_NONE_MEANS_NO_LIMIT),
+    "tool_timeout": Range(0, above=True, advice=_NONE_MEANS_NO_LIMIT),
     # GRPO and RLOO: vLLM
     "vllm_server_port": PORT,
     "vllm_group_port": PORT,

@@ -91,6 +91,10 @@ class GRPOConfig(OnlineConfig):
     max_tool_calling_iterations: int | None = field(
         default=None, metadata={"help": "Rounds of tool calls a completion may have; unset: any number."}
     )
+    tool_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds after which a tool that has not answered is an error for the model; unset: none."},
+    )
     vllm_importance_sampling_cap: float | None = older_name(now="vllm_importance_sampling_clip_max")
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import trl_fast
-from support.rollouts import color_prompts
+from support.rollouts import FixedRollout, color_prompts
 from support.training import make_trainer
 
 SETTINGS = {
@@ -28,13 +28,13 @@ class Fragile:
 
     __name__ = "fragile"
 
-    def __init__(self, failing=None):
-        self.calls, self.failing = 0, failing
+    def __init__(self, failing=None, error=None):
+        self.calls, self.failing, self.error = 0, failing, error or KeyError("solution")
 
     def __call__(self, completion_ids, **_):
         self.calls += 1
         if self.calls == self.failing:
-            raise KeyError("solution")
+            raise self.error
         return [float(sum(ids) % 7) for ids in completion_ids]
 
 
@@ -65,6 +65,20 @@ def test_going_on_after_a_failure_ends_as_an_unbroken_run(method, failing, model
     resumed = make(model_path, tmp_path / "broken", method, Fragile())
     resumed.train(resume_from_checkpoint=True)
     assert_same_end(resumed, whole)
+
+
+@pytest.mark.parametrize("error", [SystemExit("service refuses"), KeyboardInterrupt()], ids=["exit", "interrupt"])
+@pytest.mark.parametrize("where", ["reward_funcs", "rollout_func"])
+def test_an_exit_is_an_error_too(where, error, model_path, tokenizer, tmp_path):
+    failing, name = Fragile(2, error), type(error).__name__
+    broken = make(model_path, tmp_path, "GRPO", failing if where == "reward_funcs" else Fragile())
+    if where == "rollout_func":
+        sample = FixedRollout(tokenizer)
+        broken.rollout_func = lambda prompts, trainer: failing([[1]]) and sample(prompts, trainer)
+    kind = {"reward_funcs": "reward function 'fragile'", "rollout_func": "rollout_func '<lambda>'"}[where]
+    with pytest.raises(RuntimeError, match=f"{kind} raised {name}") as failure:
+        broken.train()
+    assert "Step 1 is saved" in failure.value.__notes__[0]
 
 
 @pytest.mark.parametrize("method", METHODS)

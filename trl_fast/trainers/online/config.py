@@ -107,6 +107,10 @@ class OnlineConfig(ReferenceConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight a reward function; default 1 each."}
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds after which a reward function that has not answered is an error; unset: none."},
+    )
     mask_truncated_completions: bool = field(
         default=False, metadata={"help": "Do not learn from completions that were cut off."}
     )

@@ -95,7 +95,7 @@ class GroupTrainer(OnlineTrainer):
         self.check_dataset_type(train_dataset, "train_dataset")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
-        self.toolbox = self._open_toolbox(tools, processing_class)
+        self.toolbox = self._open_toolbox(tools, processing_class, args)
         rewards = self._reward_functions(reward_funcs, reward_processing_classes, args)
         self.loss_config = args.loss_config()
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
@@ -119,10 +119,12 @@ class GroupTrainer(OnlineTrainer):
     def set_up_method(self) -> None:
         """Makes what only one method has, when all else is there."""
 
-    def _open_toolbox(self, tools: list[Callable] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:
+    def _open_toolbox(
+        self, tools: list[Callable] | None, tokenizer: PreTrainedTokenizerBase, args: OnlineConfig
+    ) -> Toolbox | None:
         if tools and not self.has_tools:
             raise NotImplementedError(f"tools: {type(self).__name__} has none; use GRPOTrainer")
-        return open_toolbox(tools, tokenizer)
+        return open_toolbox(tools, tokenizer, args)
 
     def _reward_functions(
         self,
@@ -137,6 +139,7 @@ class GroupTrainer(OnlineTrainer):
             model_init_kwargs={"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})},
             device=args.device,
             chat_template_kwargs=args.chat_template_kwargs,
+            timeout=args.reward_timeout,
         )
 
     def _set_up_policy(

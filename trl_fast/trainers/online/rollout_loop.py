@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +13,9 @@ from transformers import TrainerState
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.advantages import Advantages
 from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, SamplingSettings
+from trl_fast.rollout.reward_answers import copied, shown
 from trl_fast.rollout.samples import Samples
+from trl_fast.rollout.user_calls import outcome_of
 
 from .completion_reader import CompletionReader
 from .generation_metrics import GenerationMetrics
@@ -132,7 +134,7 @@ class RolloutLoop:
         self.engine.sync_weights(method.model, method.state.global_step)
         prompts = [row["prompt"] for row in rows]
         if method.rollout_func is not None:
-            rollout, columns = _read_output(dict(method.rollout_func(prompts, method)), len(rows))
+            rollout, columns = _read_output(_ask(method.rollout_func, prompts, method), len(rows))
             return check_rollout(rollout, prompts, self.vocab_size), columns
         # Around all of it, so that autocast casts the weights once and not for each token.
         with self.accelerator.autocast():
@@ -169,6 +171,28 @@ class RolloutLoop:
         counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
         samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes
         return samples
+
+
+def _ask(rollout_func: Callable[[list, Any], dict[str, Any]], prompts: list, method: OnlineMethod) -> dict[str, Any]:
+    """Returns what a rollout_func returned for copies of the prompts.
+
+    Raises:
+        RuntimeError: it exited.
+        ValueError: it returned no dict.
+    """
+    name = getattr(rollout_func, "__name__", type(rollout_func).__name__)
+    outcome = outcome_of(lambda: rollout_func(copied(prompts), method), {})
+    if isinstance(outcome.error, Exception):
+        raise outcome.error
+    if outcome.error is not None:
+        error = outcome.error
+        raise RuntimeError(f"rollout_func {name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(outcome.value, Mapping):
+        raise ValueError(
+            f"rollout_func {name!r} returned {shown(outcome.value)}; expected a dict with prompt_ids, completion_ids "
+            "and logprobs"
+        )
+    return dict(outcome.value)
 
 
 def _read_output(output: dict[str, Any], count: int) -> tuple[Rollout, dict[str, list]]:

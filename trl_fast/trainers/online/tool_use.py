@@ -12,7 +12,9 @@ from trl_fast.rollout.responses import find_response_template
 from .config import OnlineConfig
 
 
-def open_toolbox(tools: list[Callable] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:
+def open_toolbox(
+    tools: list[Callable] | None, tokenizer: PreTrainedTokenizerBase, args: OnlineConfig
+) -> Toolbox | None:
     """Returns the tools as a toolbox, None without tools.
 
     Raises:
@@ -20,7 +22,7 @@ def open_toolbox(tools: list[Callable] | None, tokenizer: PreTrainedTokenizerBas
     """
     if not tools:
         return None
-    toolbox = Toolbox(tools)
+    toolbox = Toolbox(tools, args.tool_timeout)
     find_response_template(tokenizer)
     return toolbox
 

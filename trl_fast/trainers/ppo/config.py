@@ -67,6 +67,10 @@ class PPOConfig(ReferenceConfig):
         metadata={"help": "The reward model, from which the value model starts too; for the command line."},
     )
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds after which a reward function that has not answered is an error; unset: none."},
+    )
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale a rollout's rewards to a variance of 1."})
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL divergence in the rewards."})
     kl_estimator: str = field(

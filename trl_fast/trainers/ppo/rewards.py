@@ -80,4 +80,4 @@ def make_rewards(
                 f"{type(source).__name__}"
             )
         sources.append(source)
-    return CompleteRewards(sources, device=args.device)
+    return CompleteRewards(sources, device=args.device, timeout=args.reward_timeout)
