@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import trl
+from datasets import Dataset
 from peft import (
     LoraConfig,
     PrefixTuningConfig,
@@ -98,3 +99,22 @@ def test_rows_of_several_sequences_are_refused_by_name(layout, model_path, tmp_p
     arguments = {"model": model_path, **ROWS["DPO"](), "peft_config": CONFIGS["prompt tuning"]()}
     with pytest.raises(ValueError, match=f"batch_layout='{layout}' cannot be used: PromptTuningConfig prepends"):
         make_trainer(trl_fast, tmp_path, arguments=arguments, batch_layout=layout)
+
+
+def _distinct_characters(completions: list[str], **kwargs: object) -> list[float]:
+    return [float(len(set(completion))) for completion in completions]
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_virtual_tokens_in_rollouts_and_updates(method, model_path, tokenizer, tmp_path):
+    prompts = Dataset.from_list([{"prompt": f"What is {i}?" * (1 + i % 2)} for i in range(8)])
+
+    def run(module):
+        arguments = {"model": model_path, "train_dataset": prompts, "reward_funcs": [_distinct_characters]}
+        arguments |= {"processing_class": tokenizer, "peft_config": CONFIGS["prompt tuning"]()}
+        settings = {"max_completion_length": 8, "num_generations": 4, "gradient_accumulation_steps": 1, "beta": 0.1}
+        logs = logs_of(module, method, tmp_path / module.__name__, arguments, **settings)
+        names = ("loss", "grad_norm", "kl", "reward", "entropy")
+        return [{name: row[name] for name in names} for row in logs if "loss" in row]
+
+    assert_same_logs(run(trl_fast), run(trl))
