@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 from accelerate import PartialState
 from trl.generation import vllm_client
@@ -13,9 +14,10 @@ from trl.generation import vllm_client
 from support.models import tiny_model
 from support.tokenizer import build_tokenizer
 from support.vllm import END, fake_server, install_fake_vllm, made_up
-from trl_fast.rollout import SamplingSettings
+from trl_fast.rollout import SamplingSettings, vllm_server
 from trl_fast.rollout.vllm_engine import VLLMColocatedEngine, VLLMServerEngine, make_vllm_engine
 from trl_fast.rollout.vllm_server import VLLMServer
+from trl_fast.settings.server_url import ServerURL, read_server_url
 
 PROMPTS = [[5, 6], [5, 6], [7], [8, 9], [8, 9]]
 # What the stand-ins make of them: the place within a run of equal prompts counts.
@@ -31,7 +33,7 @@ def sent(monkeypatch):
 
 def server_engine(server, **arguments):
     PartialState()
-    return VLLMServerEngine(server.url, device=CUDA, end_ids={END}, timeout=5, **arguments)
+    return VLLMServerEngine(ServerURL(server.url), device=CUDA, end_ids={END}, timeout=5, **arguments)
 
 
 def assert_rollout(rollout):
@@ -108,7 +110,9 @@ def test_failed_update_is_sent_again(sent):
     with fake_server({"/finish_weight_update": (500, "out of memory")}) as server:
         engine = server_engine(server)
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="answered /finish_weight_update with 500: .*out of memory"):
+            with pytest.raises(
+                RuntimeError, match="POST .*/finish_weight_update: the server answered 500: .*out of memory"
+            ):
                 engine.sync_weights(tiny_model(), 0)
     assert len(sent) == 3
 
@@ -117,7 +121,7 @@ def test_server_that_is_not_there():
     with fake_server() as server:
         url = server.url
     with pytest.raises(ConnectionError, match=rf"{url} cannot be reached \(ConnectionError\) after 0.1 seconds"):
-        VLLMServer(url, timeout=0.1)
+        VLLMServer(ServerURL(url), timeout=0.1)
 
 
 def test_server_that_is_not_healthy():
@@ -125,19 +129,97 @@ def test_server_that_is_not_healthy():
         fake_server({"/health": (503, "starting")}) as server,
         pytest.raises(ConnectionError, match="says 503 after 0.1"),
     ):
-        VLLMServer(server.url, timeout=0.1)
+        VLLMServer(ServerURL(server.url), timeout=0.1)
+
+
+def test_a_server_that_is_waited_for_is_named_with_the_setting(monkeypatch, caplog):
+    monkeypatch.setattr(vllm_server, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(vllm_server, "_LINE_SECONDS", 0.1)
+    starting = iter([503] * 10 + [200] * 10)
+    with fake_server({"/health": lambda: (next(starting), {})}) as server, caplog.at_level(logging.WARNING):
+        VLLMServer(ServerURL(server.url), timeout=20)
+    assert 2 <= len(caplog.messages) <= 4
+    assert caplog.messages[0].startswith(f"waiting for the vLLM server at {server.url}, which says 503, 0 s (vllm_ser")
+
+
+HTML = "<html>\n<body>Welcome to nginx</body>\n</html>"
+SERVED = {
+    "no health": ({"/health": (404, "nginx")}, "GET .*/health: the server answered 404: .*nginx.*vllm serve MODEL"),
+    "login": ({"/health": (401, "login")}, "GET .*/health: the server answered 401: .*login"),
+    "page": ({"/v1/models": HTML.encode()}, "/v1/models: expected an answer of vLLM's, .* got '<html>.*nginx"),
+    "nothing": ({"/v1/models": b""}, "/v1/models: expected an answer .* got ''; is it vLLM's"),
+    "other keys": ({"/v1/models": {"models": []}}, r"JSON with \['data'\]\[0\]\['id'\], got '{\"models\": \[\]}'"),
+    "no models": ({"/v1/models": {"data": []}}, r"JSON with \['data'\]\[0\]\['id'\], got"),
+    "a list": ({"/v1/models": [1]}, r"JSON with \['data'\]\[0\]\['id'\], got '\[1\]'"),
+    "a number": ({"/v1/models": {"data": [{"id": 7}]}}, r"JSON with \['data'\]\[0\]\['id'\], got"),
+    "no config": ({"/server_info": {"config": 1}}, r"/server_info: .* JSON with \['vllm_config'\]"),
+    "no size": ({"/get_world_size": {}}, r"/get_world_size: .* JSON with \['world_size'\]"),
+    "broken JSON": (
+        {"/v1/completions": b'{"choices": [{"tok'},
+        r"JSON with \['choices'\], got '{\"choices\": \[{\"tok'",
+    ),
+    "error": ({"/v1/completions": (500, HTML)}, r"/v1/completions: the server answered 500: .*nginx"),
+    "no tokens": ({"/v1/completions": {"choices": [{"text": "a"}]}}, r"JSON with \['choices'\]\[0\]\['token_ids'\]"),
+    "no logprobs": (
+        {"/v1/completions": {"choices": [{"token_ids": [1], "logprobs": None}]}},
+        r"JSON with \['choices'\]\[0\]\['logprobs'\]\['token_logprobs'\]",
+    ),
+    "few logprobs": (
+        {"/v1/completions": {"choices": [{"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1.0]}}]}},
+        r"a completion 0 of tokens \[1, 2\] with log-probs \[-1.0\]; expected an integer",
+    ),
+    "NaN": (
+        {"/v1/completions": {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [float("nan")]}}]}},
+        r"a completion 0 of tokens \[1\] with log-probs \[nan\]; expected an integer for each token and a finite",
+    ),
+}
+
+
+@pytest.mark.parametrize(("answers", "message"), SERVED.values(), ids=SERVED.keys())
+def test_another_server_is_named_by_what_it_answered(answers, message, sent):
+    start = time.monotonic()
+    with fake_server(answers) as server, pytest.raises(RuntimeError, match=message) as caught:
+        server_engine(server).generate([[5]], SETTINGS)
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 2
+
+
+def test_an_answer_that_breaks_off(sent):
+    message = "did not answer /get_world_size .*7 bytes read, 93 more expected"
+    answers = {"/get_world_size": lambda: (200, b'{"world', 100)}
+    with fake_server(answers) as server, pytest.raises(ConnectionError, match=message):
+        server_engine(server)
+
+
+def test_passwords_are_given_and_not_shown(monkeypatch, caplog):
+    seen = []
+    get = requests.Session.get
+
+    def watched(self, url, **kwargs):
+        seen.append((url, self.auth))
+        return get(self, url, **kwargs)
+
+    monkeypatch.setattr(requests.Session, "get", watched)
+    url = read_server_url("http://me:se%40cret@127.0.0.1:9/", "vllm_server_base_url")
+    with caplog.at_level(logging.DEBUG), pytest.raises(ConnectionError) as caught:
+        VLLMServer(url, timeout=0)
+    assert seen == [("http://127.0.0.1:9/health", ("me", "se@cret"))]
+    chain, shown = caught.value, [repr(url), *caplog.messages]
+    while chain is not None:
+        shown.append(str(chain))
+        chain = chain.__cause__ or chain.__context__
+    assert not any("cret" in text for text in shown)
 
 
 def test_server_that_stops_answering():
     with fake_server() as server:
-        client = VLLMServer(server.url, timeout=5)
+        client = VLLMServer(ServerURL(server.url), timeout=5)
     with pytest.raises(ConnectionError, match=f"{client.base_url} did not answer /server_info"):
         client.config()
 
 
 def test_server_that_never_answers():
     with fake_server({"/server_info": lambda: time.sleep(1)}) as server:
-        client = VLLMServer(server.url, timeout=5, request_timeout=0.1)
+        client = VLLMServer(ServerURL(server.url), timeout=5, request_timeout=0.1)
         with pytest.raises(ConnectionError, match=r"did not answer /server_info \(waiting up to 0.1 seconds\)"):
             client.config()
 
@@ -145,9 +227,12 @@ def test_server_that_never_answers():
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ({"/v1/completions": (400, {"error": "too long"})}, "answered /v1/completions with 400: .*too long"),
+        (
+            {"/v1/completions": (400, {"error": "too long"})},
+            "POST .*/v1/completions: the server answered 400: .*too long",
+        ),
         ({"/v1/completions": {"choices": []}}, "returned 0 completions; 1 were asked for"),
-        ({"/server_info": (404, "")}, "answered /server_info with 404.*VLLM_SERVER_DEV_MODE=1"),
+        ({"/server_info": (404, "")}, "/server_info: the server answered 404: .*VLLM_SERVER_DEV_MODE=1"),
         ({"/server_info": {"vllm_config": {"weight_transfer_config": None}}}, "takes no weights; start it with"),
     ],
 )
@@ -241,4 +326,4 @@ def test_without_vllm():
 
 def test_weights_go_over_nccl_only(sent):
     with fake_server() as server, pytest.raises(NotImplementedError, match="from a CUDA device; training runs on cpu"):
-        VLLMServer(server.url, timeout=5).join(torch.device("cpu"), 51216)
+        VLLMServer(ServerURL(server.url), timeout=5).join(torch.device("cpu"), 51216)

@@ -22,7 +22,8 @@ def made_up(prompt: list[int], index: int, max_tokens: int) -> tuple[list[int], 
 def fake_server(answers: dict | None = None):
     """Serves on a free port; it has `.url`, and `.requests` [(method, path, body)].
 
-    answers: for some paths others than usual: JSON, a pair of status and JSON, or a function that gives one of these.
+    answers: for some paths others than usual: JSON, or bytes; a pair of status and one of these, and maybe the length
+        that is promised; or a function that gives one of all these.
     """
     fixed = {
         "/health": {},
@@ -48,10 +49,10 @@ def fake_server(answers: dict | None = None):
             requests.append((self.command, path, body))
             answer = fixed[path] if path in fixed else {"choices": choices(body)}
             answer = answer() if callable(answer) else answer
-            status, answer = answer if isinstance(answer, tuple) else (200, answer)
-            data = json.dumps(answer).encode()
+            status, answer, *promised = answer if isinstance(answer, tuple) else (200, answer)
+            data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(*promised or [len(data)]))
             self.end_headers()
             self.wfile.write(data)
 

@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.modeling.loading import base_model, is_quantized
+from trl_fast.settings.server_url import ServerURL, server_url
 
 from .engine import Rollout, SamplingSettings, check_prompts, end_token_ids
 from .vllm_server import VLLMServer
@@ -84,7 +85,7 @@ class VLLMServerEngine(_VLLMEngine):
     """Samples from a `vllm serve`, which the main process talks to for all processes.
 
     Args:
-        base_url, timeout: as in `VLLMServer`.
+        url, timeout: as in `VLLMServer`.
         group_port: port of the NCCL group that weights are sent through.
         device: the CUDA device that they are sent from.
         The others are those of _VLLMEngine.
@@ -97,7 +98,7 @@ class VLLMServerEngine(_VLLMEngine):
 
     def __init__(
         self,
-        base_url: str,
+        url: ServerURL,
         *,
         device: torch.device,
         end_ids: set[int],
@@ -110,9 +111,9 @@ class VLLMServerEngine(_VLLMEngine):
         _import_vllm()
         self.state = PartialState()
         if self.state.is_main_process:
-            self.server = VLLMServer(base_url, timeout=timeout)
+            self.server = VLLMServer(url, timeout=timeout)
             self.server.join(device, group_port)
-            mode = self.server.config()["model_config"]["logprobs_mode"]
+            mode = (self.server.config().get("model_config") or {}).get("logprobs_mode")
             if mode != _LOGPROBS_MODE:
                 logger.warning(
                     f"The vLLM server runs with --logprobs-mode {mode}, so its log-probs are not those that it "
@@ -281,7 +282,7 @@ def make_vllm_engine(
     }
     if args.vllm_mode == "server":
         return VLLMServerEngine(
-            args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}",
+            server_url(args),
             device=accelerator.device,
             timeout=args.vllm_server_timeout,
             group_port=args.vllm_group_port,

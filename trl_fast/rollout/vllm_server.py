@@ -7,6 +7,8 @@ vLLM has run with this code.
 from __future__ import annotations
 
 import atexit
+import logging
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,17 @@ import torch
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from trl_fast.settings.server_url import ServerURL
+
+from .reward_answers import shown
+
+logger = logging.getLogger(__name__)
+
 # Seconds between two looks at a server that is starting, and for which it may think about its health.
 _POLL_SECONDS = 2.0
 _HEALTH_SECONDS = 5.0
+# Seconds after which it is said again that a server is waited for.
+_LINE_SECONDS = 60.0
 _START = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs --max-logprobs -1"
@@ -30,19 +40,22 @@ class VLLMServer:
     """Speaks to a running `vllm serve`.
 
     Args:
-        base_url: such as http://localhost:8000.
+        url: its address.
         timeout: seconds to wait for it to be up.
         request_timeout: seconds after which a request counts as lost.
 
     Raises:
         ConnectionError: it is not up within `timeout`; later, from every method, it does not answer.
-        RuntimeError: from every method, it refuses a request; the message is the server's.
+        RuntimeError: from every method, it refuses a request, or answers as vLLM does not; the message says what was
+            asked and what was answered.
     """
 
-    def __init__(self, base_url: str, *, timeout: float = 240.0, request_timeout: float = 1800.0) -> None:
-        self.base_url = base_url.rstrip("/")
+    def __init__(self, url: ServerURL, *, timeout: float = 240.0, request_timeout: float = 1800.0) -> None:
+        self.base_url = url.address
         self.request_timeout = request_timeout
         self.session = requests.Session()
+        # Given apart, so that no error of a lower layer shows them.
+        self.session.auth = url.credentials
         # Sampling again does no harm; weights must not be sent twice.
         again = Retry(total=5, connect=5, read=1, status=3, status_forcelist=[502, 503], backoff_factor=1)
         again.allowed_methods = None
@@ -50,26 +63,48 @@ class VLLMServer:
         self.session.mount(f"{self.base_url}/v1/", HTTPAdapter(max_retries=again))
         self.group: Any = None
         self._wait(timeout)
-        self.model = self._request("GET", "/v1/models").json()["data"][0]["id"]
+        self.model = self._ask("GET", "/v1/models").read(str, "data", 0, "id")
 
     def _wait(self, timeout: float) -> None:
-        end = time.monotonic() + timeout
+        """Waits until the server is up; says once a minute that it waits, and for what."""
+        start = said = time.monotonic()
+        end = start + timeout
         while True:
-            try:
-                response = self.session.get(f"{self.base_url}/health", timeout=_HEALTH_SECONDS)
-                if response.status_code == 200:
-                    return
-                state = f"says {response.status_code}"
-            except requests.RequestException as error:
-                state = f"cannot be reached ({type(error).__name__})"
-            if time.monotonic() + _POLL_SECONDS > end:
+            state = self._state()
+            if state is None:
+                return
+            now = time.monotonic()
+            if now + _POLL_SECONDS > end:
                 raise ConnectionError(
                     f"the vLLM server at {self.base_url} {state} after {timeout:g} seconds; start it with `{_START}`, "
                     "or wait longer with vllm_server_timeout"
                 )
+            if said == start or now - said >= _LINE_SECONDS:
+                said = now
+                logger.warning(
+                    f"waiting for the vLLM server at {self.base_url}, which {state}, {now - start:.0f} s "
+                    f"(vllm_server_timeout={timeout:g})"
+                )
             time.sleep(_POLL_SECONDS)
 
-    def _request(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+    def _state(self) -> str | None:
+        """Returns why the server is not up yet; None when it is.
+
+        Raises:
+            RuntimeError: something else than vLLM answers.
+        """
+        try:
+            response = self.session.get(f"{self.base_url}/health", timeout=_HEALTH_SECONDS)
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+            raise RuntimeError(f"the vLLM server's address {self.base_url} cannot be used: {error}") from error
+        except requests.RequestException as error:
+            return f"cannot be reached ({type(error).__name__})"
+        if response.status_code >= 500:
+            return f"says {response.status_code}"
+        _Answer("GET", f"{self.base_url}/health", response).check()
+        return None
+
+    def _ask(self, method: str, path: str, **kwargs: Any) -> _Answer:
         try:
             response = self.session.request(
                 method, f"{self.base_url}{path}", timeout=(_HEALTH_SECONDS, self.request_timeout), **kwargs
@@ -77,15 +112,11 @@ class VLLMServer:
         except requests.RequestException as error:
             raise ConnectionError(
                 f"the vLLM server at {self.base_url} did not answer {path} (waiting up to {self.request_timeout:g} "
-                f"seconds): {error}"
+                f"seconds): {shown(error)}"
             ) from error
-        if response.status_code != 200:
-            hint = f"; start the server with `{_START}`" if response.status_code == 404 else ""
-            raise RuntimeError(
-                f"the vLLM server at {self.base_url} answered {path} with {response.status_code}: "
-                f"{response.text[:500]}{hint}"
-            )
-        return response
+        answer = _Answer(method, f"{self.base_url}{path}", response)
+        answer.check()
+        return answer
 
     def complete(
         self, prompts: list[list[int]], n: int, parameters: dict[str, Any]
@@ -99,18 +130,26 @@ class VLLMServer:
             "return_tokens_as_token_ids": True,
             **parameters,
         }
-        choices = self._request("POST", "/v1/completions", json=body).json()["choices"]
-        asked = n * len(prompts)
-        if len(choices) != asked:
+        answer = self._ask("POST", "/v1/completions", json=body)
+        count, asked = len(answer.read(list, "choices")), n * len(prompts)
+        if count != asked:
             raise RuntimeError(
-                f"the vLLM server at {self.base_url} returned {len(choices)} completions; {asked} were asked for"
+                f"the vLLM server at {self.base_url} returned {count} completions; {asked} were asked for"
             )
-        logprobs = [choice["logprobs"]["token_logprobs"] for choice in choices]
-        return [choice["token_ids"] for choice in choices], logprobs
+        ids = [answer.read(list, "choices", index, "token_ids") for index in range(count)]
+        logprobs = [answer.read(list, "choices", index, "logprobs", "token_logprobs") for index in range(count)]
+        for index, (tokens, values) in enumerate(zip(ids, logprobs, strict=True)):
+            known = all(isinstance(token, int) for token in tokens) and all(map(_is_finite, values))
+            if not known or len(tokens) != len(values):
+                raise RuntimeError(
+                    f"the vLLM server at {self.base_url} returned a completion {index} of tokens {shown(tokens)} with "
+                    f"log-probs {shown(values)}; expected an integer for each token and a finite number"
+                )
+        return ids, logprobs
 
     def config(self) -> dict[str, Any]:
         """Returns the server's own configuration."""
-        return self._request("GET", "/server_info", params={"config_format": "json"}).json()["vllm_config"]
+        return self._ask("GET", "/server_info", params={"config_format": "json"}).read(dict, "vllm_config")
 
     def join(self, device: torch.device, port: int) -> None:
         """Opens the NCCL group that weights are sent through: the trainer is rank 0, the server's workers follow.
@@ -125,9 +164,9 @@ class VLLMServer:
             raise NotImplementedError(
                 f"weights are sent to a vLLM server over NCCL, from a CUDA device; training runs on {device}"
             )
-        if self.config()["weight_transfer_config"] is None:
+        if self.config().get("weight_transfer_config") is None:
             raise RuntimeError(f"the vLLM server at {self.base_url} takes no weights; start it with `{_START}`")
-        workers = self._request("GET", "/get_world_size").json()["world_size"]
+        workers = self._ask("GET", "/get_world_size").read(int, "world_size")
         info = {
             "master_address": get_ip(),
             "master_port": port,
@@ -149,7 +188,7 @@ class VLLMServer:
 
         names, dtypes, shapes = (list(column) for column in zip(*metadata, strict=True))
         info = {"names": names, "dtype_names": dtypes, "shapes": shapes}
-        self._request("POST", "/start_weight_update", json={})
+        self._ask("POST", "/start_weight_update", json={})
         self._beside(
             "/update_weights",
             {"update_info": info},
@@ -157,13 +196,13 @@ class VLLMServer:
                 iterator=weights, group=self.group, src=0, post_iter_func=lambda item: item[1]
             ),
         )
-        self._request("POST", "/finish_weight_update", json={})
-        self._request("POST", "/reset_prefix_cache")
+        self._ask("POST", "/finish_weight_update", json={})
+        self._ask("POST", "/reset_prefix_cache")
 
     def _beside(self, path: str, body: dict[str, Any], act: Any) -> Any:
         """Does something while the server, in the request, waits for just that."""
         with ThreadPoolExecutor(max_workers=1) as executor:
-            request = executor.submit(self._request, "POST", path, json=body)
+            request = executor.submit(self._ask, "POST", path, json=body)
             done = act()
             request.result()
         return done
@@ -174,3 +213,45 @@ class VLLMServer:
             self.group.group.store = None
             self.group.group.socket = None
             self.group = None
+
+
+class _Answer:
+    """Reads what a server answered, and says what was asked and answered where that is not what vLLM answers."""
+
+    def __init__(self, method: str, url: str, response: requests.Response) -> None:
+        self._asked, self._response = f"{method} {url}", response
+
+    def check(self) -> None:
+        """Raises RuntimeError if the server refuses."""
+        status = self._response.status_code
+        if status != 200:
+            hint = f"; is it vLLM's? Start it with `{_START}`" if status == 404 else ""
+            raise RuntimeError(f"{self._asked}: the server answered {status}: {shown(self._response.text)}{hint}")
+
+    def read(self, kind: type, *path: str | int) -> Any:
+        """Returns a value of the answer's JSON.
+
+        Args:
+            kind: what it has to be.
+            path: keys and places that lead to it.
+
+        Raises:
+            RuntimeError: the answer is no JSON, or has no such value.
+        """
+        try:
+            value = self._response.json()
+            for key in path:
+                value = value[key]
+        except (ValueError, LookupError, TypeError):
+            value = None
+        if not isinstance(value, kind):
+            place = "".join(f"[{key!r}]" for key in path)
+            raise RuntimeError(
+                f"{self._asked}: expected an answer of vLLM's, JSON with {place}, got {shown(self._response.text)}; "
+                f"is it vLLM's server? Start it with `{_START}`"
+            )
+        return value
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_fast.settings.choices import check_choice
 from trl_fast.settings.older_names import older_name
+from trl_fast.settings.server_url import server_url, without_password
 
 from ..base.reference_config import ReferenceConfig
 
@@ -82,7 +83,9 @@ class OnlineConfig(ReferenceConfig):
     vllm_structured_outputs_regex: str | None = field(
         default=None, metadata={"help": "A regular expression that completions must match."}
     )
-    vllm_server_base_url: str | None = field(default=None, metadata={"help": "The server's URL; or host and port."})
+    vllm_server_base_url: str | None = field(
+        default=None, repr=False, metadata={"help": "The server's URL; or host and port."}
+    )
     vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "The server's host."})
     vllm_server_port: int = field(default=8000, metadata={"help": "The server's port."})
     vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the server to be up."})
@@ -165,6 +168,8 @@ class OnlineConfig(ReferenceConfig):
                 f"sync_ref_model=True with beta={self.beta}: without a KL term there is no reference model to sync; "
                 "set beta above 0 or sync_ref_model=False"
             )
+        if self.vllm_server_base_url is not None or (self.use_vllm and self.vllm_mode == "server"):
+            server_url(self)
         self._divide_generations()
         self.sampling_settings()
 
@@ -204,6 +209,15 @@ class OnlineConfig(ReferenceConfig):
     def generations(self, mode: str) -> int:
         """Returns the number of completions for each prompt in "train" or "eval"."""
         return (self.num_generations_eval or self.num_generations) if mode == "eval" else self.num_generations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, for files and trackers, without the password of vllm_server_base_url."""
+        return {**super().to_dict(), "vllm_server_base_url": without_password(self.vllm_server_base_url)}
+
+    def __str__(self) -> str:
+        shown = super().__str__()
+        url = self.vllm_server_base_url
+        return shown.replace(url, without_password(url)) if url else shown
 
     @property
     def generate_every(self) -> int:
