@@ -109,21 +109,29 @@ def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
         return lambda: launch(flags, [method.name, *arguments])
     *parsed, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     trainer = make_trainer(method, *parsed)
-    checkpoint = _checkpoint(trainer.args)
+    checkpoint = trainer.checkpoints.resume_point(_checkpoint(trainer.args))
     return lambda: _train(trainer, checkpoint, dataset_name=parsed[0].dataset_name)
 
 
 def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
+    from trl_fast.trainers.base.checkpoint_writer import CheckpointError
     from trl_fast.trainers.base.divergence import DivergedError
+    from trl_fast.trainers.base.output_folder import FolderInUseError
+    from trl_fast.trainers.base.stop_signals import INTERRUPTED
 
     args = trainer.args
+    failures = {DivergedError: ("Training failed at ", 1), CheckpointError: ("Training failed: ", 1)}
+    failures[FolderInUseError] = ("", 2)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except DivergedError as error:
+    except tuple(failures) as error:
+        said, status = failures[type(error)]
         if trainer.is_world_process_zero():
             console = make_console(stderr=True)
-            console.print(f"Training failed at {error}", style="red", highlight=False, soft_wrap=True)
-        return 1
+            console.print(f"{said}{error}", style="red", highlight=False, soft_wrap=True)
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
     trainer.save_model(args.output_dir)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
@@ -134,11 +142,8 @@ def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
     return 0
 
 
-def _checkpoint(args: BaseConfig) -> str | None:
+def _checkpoint(args: BaseConfig) -> str | bool:
     """Returns the checkpoint to go on from: the flag gives text, a folder, or true for the newest one."""
-    from trl_fast.trainers.base.checkpoints import newest_checkpoint
-
     value = str(args.resume_from_checkpoint or "")
-    if value.lower() in ("", "false", "none"):
-        return None
-    return newest_checkpoint(args.output_dir) if value.lower() == "true" else value
+    known = {"": False, "false": False, "none": False, "true": True}
+    return known.get(value.lower(), value)

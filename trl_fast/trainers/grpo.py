@@ -15,11 +15,15 @@ from trl_fast.losses.policy_gradient import LOSSES, grpo_loss
 from trl_fast.ops import TokenScores
 from trl_fast.rollout.samples import Samples
 
+from .base.checkpoint_parts import NumbersPart
 from .grpo_config import GRPOConfig
 from .online.completions_log import upload_completions
 from .online.entropy_controller import EntropyController
 from .online.group_trainer import GroupTrainer
 from .online.micro_batches import Update
+
+# TRL's name.
+ENTROPY_STATE_FILE = "entropy_ctrl_state.json"
 
 
 class GRPOTrainer(GroupTrainer):
@@ -46,6 +50,9 @@ class GRPOTrainer(GroupTrainer):
                 high=config.entropy_coef_max,
                 target=config.entropy_target if config.use_adaptive_entropy else torch.inf,
             )
+        if config.use_adaptive_entropy:
+            names = {"entropy_coef": "coefficient", "last_world_entropy": "last_entropy"}
+            self.checkpoints.parts.append(NumbersPart(ENTROPY_STATE_FILE, self.entropy, names))
         if config.log_completions_hub_repo is not None and self.accelerator.is_main_process:
             self.uploads = upload_completions(
                 Path(config.output_dir) / "completions",
@@ -159,15 +166,3 @@ class GRPOTrainer(GroupTrainer):
             if self.args.use_adaptive_entropy:
                 self.entropy.step(lambda window: self.accelerator.reduce(window, "sum"))
             self.recorder.record_values({"entropy_coef": self.entropy.coefficient})
-
-    # ---- saving and resuming
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.use_adaptive_entropy and self.args.should_save:
-            self.entropy.save(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.args.use_adaptive_entropy and checkpoint is not None:
-            self.entropy.load(checkpoint)

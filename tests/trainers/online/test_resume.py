@@ -124,6 +124,9 @@ def test_a_checkpoint_that_does_not_tell_where_it_is_within_a_generation(make, t
     )
     (tmp_path / "checkpoint-3/generation_0.pt").unlink()
     resumed, again = make("GRPO", **WITHIN["slices"], max_steps=4)
+    with pytest.raises(ValueError, match=r"not a whole checkpoint: generation_0\.pt is missing"):
+        resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-3")
+    (tmp_path / "checkpoint-3/trl_fast_checkpoint.json").unlink()
     resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-3")
     assert f"{place} is not there, so the run goes on with new completions" in caplog.text
     assert len(again.seen) == 1

@@ -134,7 +134,7 @@ def test_a_checkpoint_without_value_model_is_refused(make, tmp_path):
     trainer = make(save_strategy="steps", save_steps=1)
     trainer.train()
     (tmp_path / "run" / "checkpoint-1" / "value_model" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no value model"):
+    with pytest.raises(ValueError, match="no complete checkpoint in output_dir"):
         make(max_steps=2).train(resume_from_checkpoint=True)
 
 

@@ -7,10 +7,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
 from datasets import Dataset
 from rich.table import Table
@@ -25,62 +27,73 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import ExportableState
 
 from trl_fast.console import make_console
 from trl_fast.data import maybe_apply_chat_template
 from trl_fast.modeling.embedding_noise import SequenceNoise
 
+from .random_states import random_states, set_random_states
+
 logger = logging.getLogger(__name__)
 
+# One a process.
+_EPOCH_FILE = "epoch_start_{}.pt"
+_BEMA_FILE = "bema.pt"
 _SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
-class TokenCounter(TrainerCallback, ExportableState):
-    """Counts the tokens that this process has trained on.
-
-    Checkpoints carry the sum over processes; in a resumed run the first goes on from it, the others from zero.
-    """
+class TokenCounter:
+    """Counts the tokens that this process has trained on."""
 
     def __init__(self) -> None:
         self.seen = 0
-        self._of_all = 0
-
-    def add_up(self) -> None:
-        """Makes the sum that a checkpoint is to carry; all processes call this together."""
-        self._of_all = sum(gather_object([self.seen]))
-
-    def state(self) -> dict[str, dict]:
-        """Returns what a checkpoint keeps."""
-        return {"args": {}, "attributes": {"seen": self._of_all}}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Takes the count over from the checkpoint, if there is one."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved and state.global_step > 0:
-            self.seen = saved["attributes"]["seen"] if args.process_index == 0 else 0
 
 
-class EpochAnnouncer(TrainerCallback):
-    """Tells the sampler which epoch begins, so that a resumed run reads its rows in the order of that epoch.
+class EpochStart(TrainerCallback):
+    """Lets a run that is resumed within an epoch read its rows in the order of that epoch.
 
-    transformers tells the loader that leaves out what was trained on already. With several processes that one reaches
-    accelerate's own sampler only; ours would start from its first order again.
+    The sampler is told which epoch it is: transformers tells the loader that leaves out what was trained on already,
+    and with several processes that one reaches accelerate's own sampler only. Samplers that take their order from the
+    global random numbers find those of the epoch's beginning, which checkpoints keep; transformers then sets those of
+    the checkpoint itself.
     """
 
     def __init__(self) -> None:
         self._first_step = 0
+        self._states: dict[str, Any] | None = None
+        self._is_loaded = False
+        self._file = _EPOCH_FILE.format(0)
+
+    def save_to_checkpoint(self, folder: Path) -> None:
+        """Writes the random states of the epoch's beginning; each process its own."""
+        torch.save(self._states, folder / self._file)
+
+    def load_from_checkpoint(self, folder: Path) -> None:
+        """Reads the random states, if there are any for this process."""
+        path = folder / self._file
+        self._states = torch.load(path, weights_only=True) if path.is_file() else None
+        self._is_loaded = self._states is not None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Learns which process this is."""
+        self._file = _EPOCH_FILE.format(args.process_index)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Tells the whole loader, whose sampler is that of the other one."""
+        """Tells the whole loader, whose sampler is that of the other one, and sets or remembers the random states."""
         self._first_step = state.global_step
         loader = kwargs["train_dataloader"]
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(int(state.epoch or 0))
+        is_within = state.epoch is not None and not float(state.epoch).is_integer()
+        if self._is_loaded and self._states is not None and is_within:
+            set_random_states(self._states)
+        else:
+            self._states = random_states(with_gpus=False)
+        self._is_loaded = False
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -293,6 +306,7 @@ class BEMACallback(TrainerCallback):
         # By name, for the parameters that are trained.
         self._start: dict[str, torch.Tensor] = {}
         self._average: dict[str, torch.Tensor] = {}
+        self._loaded: dict[str, dict[str, torch.Tensor]] | None = None
 
     @torch.no_grad()
     def on_train_begin(
@@ -304,6 +318,23 @@ class BEMACallback(TrainerCallback):
         model = extract_model_from_parallel(kwargs["model"])
         self.running_model = copy.deepcopy(model).to(self.device)
         self._take(model)
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            self._start, self._average = loaded["start"], loaded["average"]
+            for name, weight in loaded["weights"].items():
+                self.running_model.get_parameter(name).copy_(weight)
+
+    def save_to_checkpoint(self, folder: Path) -> None:
+        """Writes the averages; one process does."""
+        if PartialState().is_main_process and self.running_model is not None:
+            weights = {name: self.running_model.get_parameter(name) for name in self._average}
+            torch.save({"start": self._start, "average": self._average, "weights": weights}, folder / _BEMA_FILE)
+
+    @torch.no_grad()
+    def load_from_checkpoint(self, folder: Path) -> None:
+        """Reads the averages; they begin anew if there are none."""
+        path = folder / _BEMA_FILE
+        self._loaded = torch.load(path, map_location=self.device, weights_only=True) if path.is_file() else None
 
     def _take(self, model: torch.nn.Module) -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

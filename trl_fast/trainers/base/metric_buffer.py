@@ -52,6 +52,15 @@ class MetricBuffer:
         self._pairs.clear()
         return {name: value for _, name, value in sorted(found, key=lambda entry: entry[0])}
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns what has been collected since the last `pop`: by name, (n, 2) of n micro-batches."""
+        return {name: torch.stack(pairs) for name, pairs in self._pairs.items() if pairs}
+
+    def restore(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Puts what `state` has returned, tensors (n, 2), in the place of what has been collected."""
+        self._pairs.clear()
+        self._pairs.update({name: list(pairs.to(device).unbind()) for name, pairs in state.items()})
+
     def _mean(self, values: list[float]) -> float | None:
         if self._skip_nan:
             values = [value for value in values if not math.isnan(value)]

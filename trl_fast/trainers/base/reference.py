@@ -16,6 +16,7 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import TokenScores
 
 from .callbacks import SyncRefModelCallback
+from .checkpoint_parts import WeightsPart
 from .model_setup import router_coefficient, set_up_layers
 from .reference_config import ReferenceConfig
 from .trainer import BaseTrainer
@@ -131,6 +132,8 @@ class ReferenceTrainer(BaseTrainer):
         self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+            unwrapped = lambda: self.accelerator.unwrap_model(self.ref_model)  # noqa: E731
+            self.checkpoints.parts.append(WeightsPart("reference", unwrapped))
 
     def score_reference(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
         """Scores a batch's N tokens under the reference; `kwargs` are those of `modeling.scoring.score`."""

@@ -21,16 +21,20 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
 
-from .callbacks import EpochAnnouncer, SequenceNoiseCallback, TokenCounter
-from .checkpoints import check_output_dir, newest_checkpoint
+from .callbacks import EpochStart, SequenceNoiseCallback, TokenCounter
+from .checkpoint_writer import Checkpoints
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
+from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
 from .model_card import model_card, model_tags
 from .model_setup import check_trains, set_up_layers, warn_of_reentrant_router
+from .output_folder import check_output_dir
 from .overrides import check_overrides
 from .progress import close_progress
+from .run_record import RunRecord
+from .stop_signals import StopSignals
 from .stream_loader import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token
 
@@ -139,11 +143,16 @@ class BaseTrainer(Trainer):
         declare_loss_scaling(self)
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
-        self.add_callback(self._tokens)
+        self.checkpoints = Checkpoints(self, lambda: RunRecord(self, self.method, self.token_columns))
+        # First, since others read what it brings back.
+        self.log_window = LogWindow(self, self._tokens, lambda: self._buffers["train"])
+        self.add_callback(self.log_window)
+        self._signals = StopSignals(self.accelerator)
+        self.add_callback(self._signals)
         self._adds_virtual_tokens = has_virtual_tokens(self.model)
         self._divergence = DivergenceWatch(self)
         self.add_callback(self._divergence)
-        self.add_callback(EpochAnnouncer)
+        self.add_callback(EpochStart())
         self.add_callback(SequenceNoiseCallback(self))
         base_model(self.model).add_model_tags(model_tags(self.method))
 
@@ -325,19 +334,24 @@ class BaseTrainer(Trainer):
     # ---- saving and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """Trains. resume_from_checkpoint=True goes on from the newest checkpoint that is complete.
+        """Trains. resume_from_checkpoint=True goes on from the newest checkpoint that is whole.
 
         Raises:
-            ValueError: True was given and there is no such checkpoint; or every weight of the model is frozen.
+            ValueError: every weight of the model is frozen; True was given and there is no such checkpoint; the one that
+                was given is not whole, or is one of another run; or another run uses the output folder.
             DivergedError: weights became NaN or infinite, or losses and gradients stayed so; names the step.
+            CheckpointError: there is no room for a checkpoint.
+            KeyboardInterrupt, SystemExit: as in `StopSignals.caught`.
         """
         check_trains(self.accelerator.unwrap_model(self.model))
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            self._divergence.finish()
-            return result
+            with (
+                self._signals.caught(saves=self.args.save_strategy != "no"),
+                self.checkpoints.run(resume_from_checkpoint) as checkpoint,
+            ):
+                result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                self._divergence.finish()
+                return result
         finally:
             close_progress(self.callback_handler.callbacks)
             if self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
@@ -355,6 +369,21 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         self._divergence.check()
-        self.create_model_card(Path(self.args.output_dir).name)
-        self._tokens.add_up()
-        super()._save_checkpoint(model, trial)
+
+        def write() -> None:
+            self.create_model_card(Path(self.args.output_dir).name)
+            super(BaseTrainer, self)._save_checkpoint(model, trial)
+
+        folder = self.checkpoints.write(self._get_output_dir(trial), write)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
+
+    def _get_output_dir(self, trial: object) -> str:
+        return self.checkpoints.run_folder or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Leaves the push until the checkpoint has its name."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.checkpoints.load_parts(checkpoint)

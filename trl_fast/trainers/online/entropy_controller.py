@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-
-STATE_FILE = "entropy_ctrl_state.json"
 
 
 class EntropyController:
     """Moves the weight of the bonus by `delta` a step: up while the entropy is at most `target`, else down.
 
-    Where the entropy was above the target after the last step, no bonus is given at all. Adaptive entropy control of
-    Skywork-OR1, arXiv 2505.22312.
+    Where the entropy, `last_entropy`, was above the target after the last step, no bonus is given at all. Adaptive
+    entropy control of Skywork-OR1, arXiv 2505.22312.
     """
 
     def __init__(self, coefficient: float, *, delta: float, low: float, high: float, target: float) -> None:
         self.coefficient = coefficient
         self._delta, self._low, self._high, self._target = delta, low, high, target
-        self._last_entropy = float("inf")
+        self.last_entropy = float("inf")
         self._window: torch.Tensor | None = None
 
     @property
     def applied(self) -> float:
         """Returns the weight that the present step's bonus has."""
-        return self.coefficient if self._last_entropy <= self._target else 0.0
+        return self.coefficient if self.last_entropy <= self._target else 0.0
 
     def add(self, total: torch.Tensor, count: torch.Tensor) -> None:
         """Adds a micro-batch's entropy: its sum over the tokens that it acts on, and their number, scalars."""
@@ -38,20 +34,8 @@ class EntropyController:
         """Moves the weight after an optimizer step; `reduce` sums (2,) over processes."""
         assert self._window is not None, "a step has micro-batches"
         total, count = reduce(self._window).tolist()
-        self._last_entropy = total / max(count, 1.0)
-        rises = self._last_entropy <= self._target
+        self.last_entropy = total / max(count, 1.0)
+        rises = self.last_entropy <= self._target
         self.coefficient += self._delta if rises else -self._delta
         self.coefficient = min(max(self.coefficient, self._low), self._high)
         self._window = None
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the state into a checkpoint's folder."""
-        state = {"entropy_coef": self.coefficient, "last_world_entropy": self._last_entropy}
-        Path(folder, STATE_FILE).write_text(json.dumps(state))
-
-    def load(self, folder: str | Path) -> None:
-        """Reads the state from a checkpoint's folder, if there is one."""
-        path = Path(folder, STATE_FILE)
-        if path.exists():
-            state = json.loads(path.read_text())
-            self.coefficient, self._last_entropy = state["entropy_coef"], state["last_world_entropy"]

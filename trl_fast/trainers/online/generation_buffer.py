@@ -57,21 +57,20 @@ class GenerationBuffer(TrainerCallback):
         """Remembers the slices: a step that fails later leaves a checkpoint of this one."""
         self._whole_step = (self.step, self.slices)
 
-    def save(self, folder: Path) -> None:
+    def save_to_checkpoint(self, folder: Path) -> None:
         """Writes the slices after the last whole step into a checkpoint's folder; each process its own."""
         if not self._is_saved:
             return
         step, slices = self._whole_step
         left = [] if slices is None or step % self._every == 0 else [vars(samples) for samples in slices]
-        folder.mkdir(parents=True, exist_ok=True)
         torch.save({"settings": self._settings, "step": step, "slices": left}, folder / self._file)
 
-    def load(self, folder: str) -> None:
+    def load_from_checkpoint(self, folder: Path) -> None:
         """Reads the slices of a checkpoint's folder; warns if there are none for this run."""
         self.step, self.slices = 0, None
         if not self._is_saved:
             return
-        path = Path(folder, self._file)
+        path = folder / self._file
         saved = torch.load(path, weights_only=True) if path.is_file() else None
         if saved is None or saved["settings"] != self._settings:
             found = "is not there" if saved is None else "is of a run with other numbers of processes or completions"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -361,14 +360,3 @@ class GroupTrainer(OnlineTrainer):
         update = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, update).detach(), None, None
-
-    # ---- saving and resuming
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        # Before the trainer's state, which marks a checkpoint as complete.
-        self.generation.save(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self.generation.load(checkpoint)

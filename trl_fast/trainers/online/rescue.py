@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
-import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..base.callbacks import TokenCounter
+from ..base.log_window import LogWindow
+from ..base.random_states import random_states, set_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +20,11 @@ logger = logging.getLogger(__name__)
 class Rescue(TrainerCallback):
     """Leaves a checkpoint of the last whole step where something fails within the next one.
 
-    A step moves the random states and the count of tokens before it moves the weights; both are remembered after each
-    whole step, and are put back before the checkpoint is written.
+    A step moves the random states, the count of tokens and the metrics before it moves the weights; all are remembered
+    after each whole step, and are put back before the checkpoint is written.
 
     Args:
-        tokens: the count of tokens trained on.
+        window: the count of tokens trained on, and what waits for the next log.
         check_weights: raises where weights are broken; these are not to be saved.
         save: writes a checkpoint of the trainer.
 
@@ -33,13 +32,13 @@ class Rescue(TrainerCallback):
         steps_before: steps of the run that this one resumed.
     """
 
-    def __init__(self, tokens: TokenCounter, check_weights: Callable[[], None], save: Callable[[], None]) -> None:
-        self._tokens, self._check_weights, self._save = tokens, check_weights, save
+    def __init__(self, window: LogWindow, check_weights: Callable[[], None], save: Callable[[], None]) -> None:
+        self._window, self._check_weights, self._save = window, check_weights, save
         self.steps_before = 0
         self._args: TrainingArguments | None = None
         self._state: TrainerState | None = None
-        self._seen = 0
-        self._random: tuple | None = None
+        self._collected: dict[str, Any] = {}
+        self._random: dict[str, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -51,13 +50,12 @@ class Rescue(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remembers the random states and the count of tokens after a whole step."""
-        on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        self._random = (random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu)
-        self._seen = self._tokens.seen
+        """Remembers the random states and what has been collected after a whole step."""
+        self._random = random_states()
+        self._collected = self._window.snapshot()
 
-    # A checkpoint is written after the evaluation of its step.
-    on_evaluate = on_step_end
+    # A checkpoint is written after the log and the evaluation of its step.
+    on_log = on_evaluate = on_step_end
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -105,10 +103,5 @@ class Rescue(TrainerCallback):
             logger.error(saved)
 
     def _restore(self) -> None:
-        in_python, in_numpy, in_torch, on_gpu = self._random
-        random.setstate(in_python)
-        np.random.set_state(in_numpy)
-        torch.set_rng_state(in_torch)
-        if on_gpu:
-            torch.cuda.set_rng_state_all(on_gpu)
-        self._tokens.seen = self._seen
+        set_random_states(self._random)
+        self._window.restore(self._collected)

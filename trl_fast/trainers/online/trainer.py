@@ -61,7 +61,7 @@ class OnlineTrainer(ReferenceTrainer):
         self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}
         self.recorder = MetricRecorder(self.accelerator, self.model, self._buffers)
         self.rescue = Rescue(
-            self._tokens, self._divergence.check, lambda: self._save_checkpoint(self.model, trial=None)
+            self.log_window, self._divergence.check, lambda: self._save_checkpoint(self.model, trial=None)
         )
         self.add_callback(self.rescue)
 

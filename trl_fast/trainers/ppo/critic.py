@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import TokenBatch
@@ -19,10 +18,11 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.value_model import check_classifier, make_value_model
 from trl_fast.rollout.samples import Samples
 
+from ..base.checkpoint_parts import WEIGHTS_FILE, WeightsPart
 from ..base.model_setup import set_up_layers
 from .config import PPOConfig
 
-WEIGHTS_FILE = "model.safetensors"
+VALUE_FOLDER = "value_model"
 
 
 class Critic:
@@ -63,6 +63,7 @@ class Critic:
         self.plain = model.train()
         self.model: torch.nn.Module = model
         self.device = args.device
+        self._weights = WeightsPart(VALUE_FOLDER, lambda: self.plain)
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Moves the model to its device and wraps it for mixed precision and several processes."""
@@ -112,22 +113,21 @@ class Critic:
                 found[index] = part
         return found
 
-    def save(self, folder: Path) -> None:
+    def save_to_checkpoint(self, folder: Path) -> None:
         """Writes the model into a folder of its own, from which `from_pretrained` loads a plain one too."""
-        folder.mkdir(parents=True, exist_ok=True)
-        base_model(self.plain).config.save_pretrained(folder)
-        save_model(self.plain, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+        base_model(self.plain).config.save_pretrained(folder / VALUE_FOLDER)
+        self._weights.save_to_checkpoint(folder)
 
-    def load(self, folder: Path) -> None:
-        """Reads the weights that `save` wrote.
+    def load_from_checkpoint(self, folder: Path) -> None:
+        """Reads the weights.
 
         Raises:
             ValueError: there are none.
         """
-        path = folder / WEIGHTS_FILE
+        path = folder / VALUE_FOLDER / WEIGHTS_FILE
         if not path.is_file():
-            raise ValueError(f"resume_from_checkpoint: {folder.parent} has no value model ({path.name} in {folder})")
-        load_model(self.plain, path)
+            raise ValueError(f"resume_from_checkpoint: {folder} has no value model ({path.name} in {path.parent})")
+        self._weights.load_from_checkpoint(folder)
 
 
 def value_model_like(reward_model: object, policy: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from trl_fast.losses.ppo import KLController, kl_penalties, rollout_metrics
 from trl_fast.modeling.scoring import evaluating
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, TransformersEngine
 
+from ..base.checkpoint_parts import NumbersPart
 from ..base.tokenizers import older_tokenizer_name
 from ..online.completions_log import CompletionsLog
 from ..online.prompt_order import PromptOrder
@@ -39,7 +38,6 @@ from .stopping_engine import StoppingEngine, end_tokens
 
 logger = logging.getLogger(__name__)
 
-VALUE_FOLDER = "value_model"
 KL_STATE_FILE = "kl_control_state.json"
 
 
@@ -127,6 +125,8 @@ class PPOTrainer(OnlineTrainer):
         self.critic.prepare(self.accelerator)
         self._divergence.more_models.append(self.value_model)
         self.kl_control = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
+        kl_state = NumbersPart(KL_STATE_FILE, self.kl_control, {"kl_coef": "coefficient"})
+        self.checkpoints.parts += [self.critic, kl_state]
         self._rows: list[dict[str, Any]] = []
         self._latest: dict[str, float] = {}
         self.seed_sampling(layout)
@@ -369,20 +369,6 @@ class PPOTrainer(OnlineTrainer):
         gradients = [weight.grad for weight in self.critic.trained_weights().values() if weight.grad is not None]
         self._divergence.see_norm(norm + torch.nn.utils.get_total_norm(gradients))
         return norm
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        if self.args.should_save and not self.args.save_only_model:
-            # Before the trainer's state, which marks a checkpoint as complete.
-            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            self.critic.save(folder / VALUE_FOLDER)
-            (folder / KL_STATE_FILE).write_text(json.dumps({"kl_coef": self.kl_control.coefficient}))
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
-        self.critic.load(folder / VALUE_FOLDER)
-        self.kl_control.coefficient = json.loads((folder / KL_STATE_FILE).read_text())["kl_coef"]
 
     # ---- logs
 

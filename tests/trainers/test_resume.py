@@ -1,0 +1,145 @@
+"""A run that goes on from a checkpoint is the unbroken run: weights, optimizer, random numbers and logs."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import trl_fast
+from support.resuming import assert_resumes
+from support.rollouts import color_prompts
+from support.supervised import sft_rows
+from support.training import color_labels, color_pairs, make_trainer
+from trl_fast.trainers import BEMACallback
+
+# Epochs of three optimizer steps, the last one of fewer micro-batches; checkpoints between two logs.
+SETTINGS = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 5,
+    "logging_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "learning_rate": 1e-2,
+}
+# Within the first epoch, at its end, within the second one.
+STEPS = (1, 3, 4)
+ONLINE = {"num_generations": 2, "max_completion_length": 4, "temperature": 0.9}
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.3}
+
+
+def judge(completion_ids, **_):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def arguments_of(method, paths, tokenizer):
+    policy, classifier = paths
+    if method == "SFT":
+        return {"model": policy, "train_dataset": sft_rows("prompt and completion", 11)}
+    if method == "DPO":
+        return {"model": policy, "train_dataset": color_pairs(11)}
+    if method == "KTO":
+        return {"model": policy, "train_dataset": color_labels(11)}
+    if method == "Reward":
+        return {"model": classifier, "train_dataset": color_pairs(11), "processing_class": tokenizer}
+    if method == "PPO":
+        return {
+            "model": AutoModelForCausalLM.from_pretrained(policy),
+            "processing_class": tokenizer,
+            "reward_model": judge,
+            "value_model": AutoModelForSequenceClassification.from_pretrained(classifier),
+            "train_dataset": color_prompts(13),
+        }
+    return {"model": policy, "reward_funcs": judge, "train_dataset": color_prompts(7)}
+
+
+@pytest.fixture
+def resumes(model_path, reward_model_path, tokenizer, tmp_path):
+    def resumes(method, steps=STEPS, arguments=None, **changes):
+        settings = {**SETTINGS, **changes}
+        if method in ("GRPO", "RLOO"):
+            settings = {**ONLINE, **settings}
+        if method == "PPO":
+            settings = {"response_length": 4, "num_ppo_epochs": 2, "num_sample_generations": 0, **settings}
+
+        def make(folder, **more):
+            given = arguments_of(method, (model_path, reward_model_path), tokenizer)
+            given |= {} if arguments is None else arguments()
+            return make_trainer(trl_fast, folder, method=method, arguments=given, **settings | more)
+
+        assert_resumes(make, tmp_path, steps)
+
+    return resumes
+
+
+@pytest.mark.parametrize(
+    "method", ["SFT", "DPO", "KTO", "Reward", "GRPO", pytest.param("RLOO", marks=pytest.mark.slow), "PPO"]
+)
+def test_in_the_middle_of_an_epoch_after_it_and_between_logs(method, resumes):
+    resumes(method)
+
+
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("SFT", "KTO", "Reward")), "DPO"]
+)
+def test_dropout_of_an_adapter_and_evaluations_between(method, resumes, model_path, reward_model_path, tokenizer):
+    def more():
+        task = "SEQ_CLS" if method == "Reward" else "CAUSAL_LM"
+        given = arguments_of(method, (model_path, reward_model_path), tokenizer)
+        return {"peft_config": LoraConfig(**LORA, task_type=task), "eval_dataset": given["train_dataset"]}
+
+    resumes(method, (3, 4), more, disable_dropout=False, eval_strategy="steps", eval_steps=2)
+
+
+@pytest.mark.parametrize("method", ["GRPO", pytest.param("PPO", marks=pytest.mark.slow)])
+def test_evaluations_of_online_methods(method, resumes):
+    def more():
+        return {"eval_dataset": color_prompts(4)}
+
+    resumes(method, (3, 4), more, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4)
+
+
+@pytest.mark.parametrize("method", ["DPO", pytest.param("GRPO", marks=pytest.mark.slow)])
+def test_a_reference_that_follows(method, resumes):
+    resumes(method, (3,), sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.5, beta=0.1)
+
+
+def test_adaptive_weights(resumes):
+    resumes("GRPO", (4,), use_adaptive_entropy=True, entropy_coef=0.1, entropy_coef_delta=0.03, entropy_target=3.0)
+    # The folder has another method's checkpoints now.
+    resumes("PPO", (4,), kl_target=0.5, kl_horizon=50)
+
+
+@pytest.mark.parametrize("case", [{"num_iterations": 2}, {"steps_per_generation": 6}], ids=str)
+def test_within_a_generation_between_logs(case, resumes):
+    resumes("GRPO", (3,), beta=0.1, **case)
+
+
+def test_averaged_weights_of_a_callback(resumes):
+    kept: list = []
+
+    def more():
+        kept.append(BEMACallback(update_freq=2, update_after=1))
+        return {"callbacks": [kept[-1]]}
+
+    resumes("SFT", (4,), more)
+    whole, resumed = (callback.running_model.state_dict() for callback in kept)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_workers_of_the_data_loader(workers, resumes):
+    resumes("SFT", (4,), dataloader_num_workers=workers)
+
+
+def test_rows_grouped_by_length(resumes):
+    resumes("SFT", (2, 4), train_sampling_strategy="group_by_length")
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO"])
+def test_a_stream_within_its_first_pass(method, resumes, model_path, tokenizer):
+    def more():
+        rows = arguments_of(method, (model_path, None), tokenizer)["train_dataset"]
+        return {"train_dataset": rows.to_iterable_dataset()}
+
+    resumes(method, (1, 2), more, max_steps=3)

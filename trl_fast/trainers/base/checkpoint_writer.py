@@ -1,0 +1,287 @@
+"""Writes checkpoints so that one counts only when it is whole, and takes runs up again from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .checkpoint_files import RECORD_FILE, read_record, state_files
+from .checkpoint_parts import CheckpointPart
+from .checkpoints import WRITING, check_whole, checkpoint_name, newest_checkpoint, remove, rotate, tidy
+from .output_folder import locked_folder
+from .run_record import RunRecord
+
+logger = logging.getLogger(__name__)
+
+# Larger files are left to the system's own time: at resume, their lengths and pieces of them are looked at.
+_SYNCED_BYTES = 1 << 26
+_MIB = 1 << 20
+
+
+class CheckpointError(RuntimeError):
+    """Tells that a checkpoint could not be written."""
+
+
+class Checkpoints:
+    """Writes a trainer's checkpoints and finds the one to go on from.
+
+    A checkpoint is written into `tmp-checkpoint-N/checkpoint-N`. When all processes have written their files, a record
+    is added, which says what run it is of and which files belong to it, and the folder gets its name.
+
+    Args:
+        trainer: the trainer.
+        make_record: describes the run, when there is something to save or to compare.
+
+    Attributes:
+        parts: what is kept beside weights, optimizer, scheduler and random states; the same in all processes, so one
+            of them writes it. Of callbacks that are parts, each process writes its own.
+    """
+
+    def __init__(self, trainer: Trainer, make_record: Callable[[], RunRecord]) -> None:
+        self._trainer, self._make_record = trainer, make_record
+        self.parts: list[CheckpointPart] = []
+        self._record: RunRecord | None = None
+        self._run_id: str | None = None
+        self._folder: Path | None = None
+        self._checked: str | None = None
+
+    # ---- a run
+
+    @contextmanager
+    def run(self, resume: str | bool | None) -> Iterator[str | None]:
+        """Locks the output folder for a run, and gives the checkpoint to go on from.
+
+        Raises:
+            ValueError: another run uses the folder, or as in `resume_point`.
+        """
+        args = self._trainer.args
+        if not args.should_save:
+            yield self._start(resume)
+            return
+        with locked_folder(args.output_dir):
+            tidy(args.output_dir)
+            yield self._start(resume)
+
+    def _start(self, resume: str | bool | None) -> str | None:
+        self._wait()
+        self._record = None
+        checkpoint = self.resume_point(resume)
+        self._checked = None
+        return checkpoint
+
+    def resume_point(self, resume: str | bool | None) -> str | None:
+        """Returns the checkpoint to go on from, None for none; says in a line what is not as it was then.
+
+        resume: a checkpoint's folder, or True for the newest one that is whole.
+
+        Raises:
+            ValueError: there is none, it is not whole, or it is one of another run: method, model or data.
+        """
+        if not resume:
+            self._run_id = None
+            return None
+        if resume is not True and str(resume) == self._checked:
+            return self._checked
+        folder = newest_checkpoint(self._trainer.args.output_dir) if resume is True else str(resume)
+        check_whole(folder)
+        self._compare(folder)
+        self._checked = folder
+        return folder
+
+    def _compare(self, folder: str) -> None:
+        saved, args = read_record(Path(folder)), self._trainer.args
+        if saved is None:
+            self._run_id = None
+            self._warn(f"{folder} does not say what run it is of: trl_fast has not written it. It is taken as it is.")
+            return
+        conflict = self.record.find_conflict(saved, same_data=not args.ignore_data_skip)
+        if conflict is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={folder!r} is no checkpoint of this run: {conflict}. To start a new run from "
+                "its weights, give the folder as the model"
+            )
+        self._run_id = saved.get("run")
+        changes = self.record.changes(saved)
+        if changes:
+            self._warn(f"{folder} was written with {', '.join(changes)}: the run is not the unbroken one.")
+        if saved.get("weights_only"):
+            self._warn(
+                f"{folder} was written with save_only_model=True: the optimizer, the schedule and the random numbers "
+                "start anew."
+            )
+
+    def _warn(self, text: str) -> None:
+        if self._trainer.is_world_process_zero():
+            logger.warning(f"resume_from_checkpoint: {text}")
+
+    @property
+    def record(self) -> RunRecord:
+        """Returns what tells this run from others."""
+        if self._record is None:
+            self._record = self._make_record()
+        return self._record
+
+    # ---- reading
+
+    def load_parts(self, checkpoint: str | None) -> None:
+        """Reads what the parts have kept."""
+        if checkpoint is not None:
+            for part in [*self.parts, *self._callbacks()]:
+                part.load_from_checkpoint(Path(checkpoint))
+
+    def _callbacks(self) -> list[CheckpointPart]:
+        return [each for each in self._trainer.callback_handler.callbacks if isinstance(each, CheckpointPart)]
+
+    # ---- writing
+
+    @property
+    def run_folder(self) -> str | None:
+        """Returns the folder that the trainer writes checkpoints into, while one is written."""
+        return None if self._folder is None else str(self._folder)
+
+    def write(self, output_dir: str, write: Callable[[], None]) -> Path:
+        """Writes the checkpoint of the present step, and removes older ones as save_total_limit says.
+
+        Args:
+            output_dir: where checkpoints are.
+            write: writes transformers' part of it into `run_folder`.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: there was no room for it, or the folder cannot be written to; older ones are as they were.
+        """
+        trainer, name = self._trainer, checkpoint_name(self._trainer.state.global_step)
+        writing, final = Path(output_dir, f"{WRITING}{name}"), Path(output_dir, name)
+        failure: Exception | None = None
+        try:
+            if trainer.is_local_process_zero():
+                shutil.rmtree(writing, ignore_errors=True)
+            self._wait()
+            self._folder = writing
+            (writing / name).mkdir(parents=True, exist_ok=True)
+            self._save_parts(writing / name)
+            write()
+        except Exception as error:
+            failure = error
+        finally:
+            self._folder = None
+        self._fail_together(failure, writing, final)
+        try:
+            if trainer.is_world_process_zero():
+                self._publish(writing / name, final)
+        except OSError as error:
+            failure = error
+        self._fail_together(failure, writing, final)
+        # Folders of other machines.
+        if trainer.is_local_process_zero() and (writing / name).is_dir():
+            self._publish(writing / name, final)
+        self._wait()
+        if trainer.args.should_save:
+            rotate(Path(output_dir), trainer.args.save_total_limit, [str(final), trainer.state.best_model_checkpoint])
+        return final
+
+    def _save_parts(self, folder: Path) -> None:
+        args = self._trainer.args
+        if args.save_only_model:
+            return
+        for part in [*(self.parts if args.should_save else []), *self._callbacks()]:
+            part.save_to_checkpoint(folder)
+
+    def _publish(self, folder: Path, final: Path) -> None:
+        """Gives a checkpoint that is written to its end its name."""
+        state, args = self._trainer.state, self._trainer.args
+        if state.best_model_checkpoint is not None and Path(state.best_model_checkpoint) == folder:
+            state.best_model_checkpoint = str(final)
+            state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        if final.is_dir() and not (final / TRAINER_STATE_NAME).is_file():
+            # Somebody's own files, put there before the checkpoint was written.
+            for path in final.iterdir():
+                if not (folder / path.name).exists():
+                    path.rename(folder / path.name)
+        if self._run_id is None:
+            self._run_id = self.record.run_id
+        record = {**self.record.as_dict(), "run": self._run_id, "written": time.time()}
+        record |= {"weights_only": args.save_only_model, "files": state_files(folder)}
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1))
+        _sync(folder)
+        if final.exists():
+            remove(final)
+        folder.rename(final)
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        _sync_path(final.parent)
+
+    def _fail_together(self, failure: Exception | None, writing: Path, final: Path) -> None:
+        """Raises in all processes if writing has failed in one, after what was written is taken away."""
+        failures = [None if failure is None else f"{failure}".strip().partition("\n")[0]]
+        every = gather_object(failures) if self._trainer.accelerator.num_processes > 1 else failures
+        text = next((each for each in every if each is not None), None)
+        if text is None:
+            return
+        if self._trainer.is_local_process_zero():
+            shutil.rmtree(writing, ignore_errors=True)
+        if failure is not None and not _is_of_the_disk(failure, writing.parent):
+            raise failure
+        raise CheckpointError(self._explain(text, final)) from failure
+
+    def _explain(self, text: str, final: Path) -> str:
+        try:
+            free = f", {shutil.disk_usage(final.parent).free // _MIB:,} MiB are free there"
+        except OSError:
+            free = ""
+        try:
+            older = f"The last whole checkpoint is {newest_checkpoint(str(final.parent))}"
+        except ValueError:
+            older = "There is no older checkpoint"
+        return (
+            f"{final} could not be written ({text}{free}). Make room, or set save_total_limit, save_only_model=True "
+            f"or another output_dir. {older}; nothing half-written was left."
+        )
+
+    def _wait(self) -> None:
+        if self._trainer.accelerator.num_processes > 1:
+            self._trainer.accelerator.wait_for_everyone()
+
+
+def _is_of_the_disk(failure: Exception, folder: Path) -> bool:
+    """Says whether a failure is one of writing files."""
+    if isinstance(failure, (OSError, SafetensorError)):
+        return True
+    # torch.save does not say what the system has told it.
+    return isinstance(failure, RuntimeError) and any(
+        word in str(failure) for word in ("PytorchStreamWriter", "inline_container", "unexpected pos")
+    )
+
+
+def _sync(folder: Path) -> None:
+    """Has the system write a folder's files to the disk, but for very large ones."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size <= _SYNCED_BYTES:
+            _sync_path(path)
+    _sync_path(folder)
+
+
+def _sync_path(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some file systems do not do that for folders.
+        pass
+    finally:
+        os.close(descriptor)
