@@ -28,6 +28,10 @@ ONLINE = {"num_generations": 2, "max_completion_length": 4, "temperature": 0.9}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.3}
 
 
+def slow(method):
+    return pytest.param(method, marks=pytest.mark.slow)
+
+
 def judge(completion_ids, **_):
     return [float(sum(ids) % 7) for ids in completion_ids]
 
@@ -72,16 +76,12 @@ def resumes(model_path, reward_model_path, tokenizer, tmp_path):
     return resumes
 
 
-@pytest.mark.parametrize(
-    "method", ["SFT", "DPO", "KTO", "Reward", "GRPO", pytest.param("RLOO", marks=pytest.mark.slow), "PPO"]
-)
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "Reward", "GRPO", slow("RLOO"), "PPO"])
 def test_in_the_middle_of_an_epoch_after_it_and_between_logs(method, resumes):
     resumes(method)
 
 
-@pytest.mark.parametrize(
-    "method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("SFT", "KTO", "Reward")), "DPO"]
-)
+@pytest.mark.parametrize("method", ["DPO", *map(slow, ("SFT", "KTO", "Reward"))])
 def test_dropout_of_an_adapter_and_evaluations_between(method, resumes, model_path, reward_model_path, tokenizer):
     def more():
         task = "SEQ_CLS" if method == "Reward" else "CAUSAL_LM"
@@ -91,7 +91,7 @@ def test_dropout_of_an_adapter_and_evaluations_between(method, resumes, model_pa
     resumes(method, (3, 4), more, disable_dropout=False, eval_strategy="steps", eval_steps=2)
 
 
-@pytest.mark.parametrize("method", ["GRPO", pytest.param("PPO", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["GRPO", slow("PPO")])
 def test_evaluations_of_online_methods(method, resumes):
     def more():
         return {"eval_dataset": color_prompts(4)}
@@ -99,7 +99,7 @@ def test_evaluations_of_online_methods(method, resumes):
     resumes(method, (3, 4), more, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4)
 
 
-@pytest.mark.parametrize("method", ["DPO", pytest.param("GRPO", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["DPO", slow("GRPO")])
 def test_a_reference_that_follows(method, resumes):
     resumes(method, (3,), sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.5, beta=0.1)
 

@@ -95,9 +95,7 @@ def test_what_people_edit_may_be_edited(folder):
 
 def test_training_goes_on_from_an_older_one_or_refuses_by_name(model_path, folder, caplog):
     empty(folder / "checkpoint-3/trainer_state.json")
-    with pytest.raises(
-        ValueError, match=r"checkpoint-3' is not a whole checkpoint: trainer_state\.json is empty; give"
-    ):
+    with pytest.raises(ValueError, match="checkpoint-3' is not a whole checkpoint: trainer_state.json is empty; give"):
         sft(model_path, folder).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     with pytest.raises(ValueError, match="there is no such folder"):
         sft(model_path, folder).train(resume_from_checkpoint=str(folder / "checkpoint-9"))
@@ -126,7 +124,8 @@ def test_rotation_counts_whole_ones_only_and_keeps_what_it_must(folder):
 def test_the_best_checkpoint_stays(model_path, tmp_path):
     arguments = {"model": model_path, "train_dataset": sft_rows("text", 16), "eval_dataset": sft_rows("text", 4)}
     settings = {**SETTINGS, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 2}
-    settings |= {"load_best_model_at_end": True, "learning_rate": 1e-1}
+    # The worst, which is the first one.
+    settings |= {"load_best_model_at_end": True, "learning_rate": 1e-2, "greater_is_better": True}
     trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, **settings)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
@@ -156,14 +155,11 @@ def test_a_name_appears_when_all_is_written(model_path, tmp_path, monkeypatch):
     seen = []
     trainer = sft(model_path, tmp_path, max_steps=1)
     save = trainer._save_rng_state
-    monkeypatch.setattr(
-        trainer,
-        "_save_rng_state",
-        lambda folder: seen.append([p.name for p in tmp_path.glob("*check*")]) or save(folder),
-    )
+    names = lambda: [path.name for path in tmp_path.glob("*check*")]  # noqa: E731
+    monkeypatch.setattr(trainer, "_save_rng_state", lambda folder: seen.append(names()) or save(folder))
     trainer.train()
     assert seen == [["tmp-checkpoint-1"]]
-    assert [path.name for path in tmp_path.glob("*check*")] == ["checkpoint-1"]
+    assert names() == ["checkpoint-1"]
 
 
 def test_files_of_tensors(tmp_path):

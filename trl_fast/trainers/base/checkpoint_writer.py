@@ -65,12 +65,11 @@ class Checkpoints:
         Raises:
             ValueError: another run uses the folder, or as in `resume_point`.
         """
-        args = self._trainer.args
-        if not args.should_save:
+        if not self._trainer.args.should_save:
             yield self._start(resume)
             return
-        with locked_folder(args.output_dir):
-            tidy(args.output_dir)
+        with locked_folder(self._output_dir):
+            tidy(self._output_dir)
             yield self._start(resume)
 
     def _start(self, resume: str | bool | None) -> str | None:
@@ -93,7 +92,7 @@ class Checkpoints:
             return None
         if resume is not True and str(resume) == self._checked:
             return self._checked
-        folder = newest_checkpoint(self._trainer.args.output_dir) if resume is True else str(resume)
+        folder = newest_checkpoint(self._output_dir) if resume is True else str(resume)
         check_whole(folder)
         self._compare(folder)
         self._checked = folder
@@ -124,6 +123,10 @@ class Checkpoints:
     def _warn(self, text: str) -> None:
         if self._trainer.is_world_process_zero():
             logger.warning(f"resume_from_checkpoint: {text}")
+
+    @property
+    def _output_dir(self) -> str:
+        return str(self._trainer.args.output_dir)
 
     @property
     def record(self) -> RunRecord:

@@ -6,12 +6,12 @@ import json
 import uuid
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from trl_fast.data import AnyDataset
 from trl_fast.modeling.loading import base_model
@@ -45,7 +45,7 @@ class RunRecord:
         self.run_id = uuid.uuid4().hex
         args = trainer.args
         assert trainer.model is not None and args is not None, "a trainer that has started has both"
-        self.values = {
+        self.values: dict[str, Any] = {
             "method": method,
             "trl_fast": VERSION,
             "model": _describe_model(trainer.accelerator.unwrap_model(trainer.model)),
@@ -104,7 +104,7 @@ def _text(value: object) -> str:
 
 
 def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
-    inner, digest, count = base_model(model), blake2b(digest_size=16), 0
+    inner, digest, count = base_model(cast(PreTrainedModel, model)), blake2b(digest_size=16), 0
     for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
         digest.update(f"{name} {tuple(weight.shape)};".encode())
         count += weight.numel()
