@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from support.models import tiny_model
+from support.tokenizer import build_tokenizer
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.rollout import SamplingSettings, TransformersEngine
 from trl_fast.rollout.transformers_engine import can_share_prompts
@@ -167,13 +168,104 @@ def test_samples_follow_the_distribution():
     torch.testing.assert_close(counts, expected, atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("num_return_sequences", 2), ("num_beams", 4), ("return_dict_in_generate", True)]
-)
-def test_refused_generation_kwargs(name, value, prompts):
-    settings = SamplingSettings(4, generation_kwargs={name: value})
-    with pytest.raises(ValueError, match=f"generation_kwargs: {name}={value} cannot be used"):
-        TransformersEngine(tiny_model(), {END}, PAD).generate(prompts, settings)
+# As in TRL, whose trainer hands them to `generate` with the prompts padded on the left.
+SAMPLED = {
+    "beams": {"num_beams": 2},
+    "greedy beams": {"num_beams": 3, "do_sample": False, "length_penalty": 0.5, "early_stopping": True},
+    "forced end": {"forced_eos_token_id": END, "max_new_tokens": 5},
+    "suppressed": {"suppress_tokens": [5, 6], "bad_words_ids": [[7], [8, 9]], "begin_suppress_tokens": [END]},
+    "penalties": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "encoder_repetition_penalty": 1.2},
+    "truncation": {"min_p": 0.02, "typical_p": 0.9, "epsilon_cutoff": 1e-4, "eta_cutoff": 1e-4},
+    "lengths": {"min_new_tokens": 4, "exponential_decay_length_penalty": (2, 1.5)},
+    "bias": {"sequence_bias": [[[10], 5.0]], "remove_invalid_values": True, "renormalize_logits": True},
+    "guidance": {"guidance_scale": 1.5},
+    "watermark": {"watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}},
+    "no cache": {"use_cache": False},
+    "chunks": {"prefill_chunk_size": 2},
+    "None": {"eos_token_id": None, "pad_token_id": None, "max_new_tokens": None},
+}
+
+
+@pytest.mark.parametrize("given", SAMPLED.values(), ids=SAMPLED.keys())
+def test_generation_kwargs_are_those_of_generate(given, prompts):
+    model = tiny_model()
+    settings = SamplingSettings(8, generation_kwargs=given)
+    engine = TransformersEngine(model, {END}, PAD)
+    state = torch.get_rng_state()
+    engine.try_out(settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    # No prompt that comes again, whose sharing takes a random number more.
+    prompts = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+    torch.manual_seed(0)
+    completions = engine.generate(prompts, settings).completion_ids
+    given = {name: value for name, value in given.items() if value is not None}
+    values = {"max_new_tokens": 8, "do_sample": True, "eos_token_id": [END], "pad_token_id": PAD, "top_k": 0, **given}
+    width = max(map(len, prompts))
+    rows = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+    torch.manual_seed(0)
+    expected = model.eval().generate(
+        input_ids=rows, attention_mask=(rows != PAD).long(), generation_config=GenerationConfig(**values)
+    )
+    for completion, row in zip(completions, expected[:, width:].tolist(), strict=True):
+        assert completion == row[: row.index(END) + 1 if END in row else len(row)]
+
+
+def test_what_only_the_models_generation_config_says(prompts):
+    model = tiny_model()
+    model.generation_config.suppress_tokens = list(range(3, 300))
+    model.generation_config.num_beams = 2
+    for completion in TransformersEngine(model, {END}, PAD).generate(prompts, SamplingSettings(6)).completion_ids:
+        assert not set(completion) & set(range(3, 300))
+
+
+@pytest.mark.parametrize("pad", [PAD, END])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stop_strings_end_completions(pad, beams, prompts):
+    model, tokenizer = tiny_model(), build_tokenizer()
+    stop = ["e", "q"]
+    given = {"stop_strings": stop, "num_beams": beams, "suppress_tokens": [END, PAD], "do_sample": beams == 1}
+    settings = SamplingSettings(60, generation_kwargs=given)
+    engine = TransformersEngine(model, {END}, pad, tokenizer)
+    engine.try_out(settings)
+    torch.manual_seed(0)
+    completions = engine.generate(prompts, settings).completion_ids
+    if beams == 1:
+        assert len({len(ids) for ids in completions}) > 1
+        for ids in completions:
+            before, text = tokenizer.decode(ids[:-1]), tokenizer.decode(ids)
+            assert not any(string in before for string in stop)
+            assert len(ids) == 60 or any(string in text for string in stop)
+    with pytest.raises(ValueError, match="fails with stop_strings=.*need a tokenizer"):
+        TransformersEngine(model, {END}, pad).try_out(settings)
+
+
+REFUSED = {
+    "num_return_sequences": (2, "num_return_sequences=2 cannot be used; leave it out"),
+    "return_dict_in_generate": (True, "return_dict_in_generate=True cannot be used"),
+    "max_length": (40, "max_length=40 would count prompts too; leave it out and set max_completion_length"),
+    "temprature": (2, "'temprature' is no setting of transformers' generation; did you mean 'temperature'"),
+    "logits_processor": ([], "'logits_processor' is no setting of transformers' generation"),
+    "stop": (["."], "'stop' is no setting of transformers' generation"),
+    "prompt_lookup_num_tokens": (2, "fails with prompt_lookup_num_tokens=2: .*batch_size = 1"),
+    "constraints": ([1], r"fails with constraints=\[1\]: "),
+    "force_words_ids": ([[5]], r"fails with force_words_ids=\[\[5\]\]: "),
+    "dola_layers": ("high", "fails with dola_layers='high': "),
+    "num_beams": (0, "fails with num_beams=0: "),
+    "max_new_tokens": ("5", "max_new_tokens: expected an integer >= 1, got '5'"),
+    "bad_words_ids": ([5], r"fails with bad_words_ids=\[5\]: "),
+    "suppress_tokens": ("x", "fails with suppress_tokens='x': "),
+    "temperature": (-1.0, "fails with temperature=-1.0: "),
+    "cache_implementation": ("none such", "fails with cache_implementation='none such': "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_generation_kwargs(name):
+    value, message = REFUSED[name]
+    settings = SamplingSettings(4, generation_kwargs={"top_k": 3, name: value})
+    with pytest.raises(ValueError, match=f"^generation_kwargs: .*{message}") as caught:
+        TransformersEngine(tiny_model(), {END}, PAD).try_out(settings)
+    assert "\n" not in str(caught.value) and "top_k" not in str(caught.value)
 
 
 def test_refused_prompts():

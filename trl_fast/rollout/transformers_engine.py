@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.cache_utils import DynamicLayer
 
 from trl_fast.modeling.loading import base_model
+from trl_fast.settings.choices import did_you_mean
+from trl_fast.settings.ranges import COUNT
 
 from .engine import Rollout, SamplingSettings, check_prompts
 
-# Arguments of `generate` that would give something else than one sampled row a prompt.
-_ONE_ROW_EACH = {"num_return_sequences": 1, "num_beams": 1, "return_dict_in_generate": False}
+# Arguments of `generate` that would give something else than one row of tokens a prompt.
+_ONE_ROW_EACH = {"num_return_sequences": 1, "return_dict_in_generate": False}
 
 Model = PreTrainedModel | PeftModel
 
@@ -30,20 +41,25 @@ class TransformersEngine:
         model: the policy, or a function that gives it (unwrapped) each time.
         eos_token_ids: the tokens that end a completion, see `end_token_ids`.
         pad_token_id: what rows of a batch are padded with; it may be an end token.
+        tokenizer: for stop strings; None: there can be none.
 
     Raises:
         ValueError: there is no end token or no pad token.
     """
 
     def __init__(
-        self, model: Model | Callable[[], Model], eos_token_ids: Iterable[int], pad_token_id: int | None
+        self,
+        model: Model | Callable[[], Model],
+        eos_token_ids: Iterable[int],
+        pad_token_id: int | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.eos_token_ids = sorted(eos_token_ids)
         if not self.eos_token_ids:
             raise ValueError("eos_token_ids is empty, so no completion would ever end; name at least one token")
         if pad_token_id is None:
             raise ValueError("pad_token_id is None; set the tokenizer's pad_token, to its eos_token if need be")
-        self.pad_token_id = pad_token_id
+        self.pad_token_id, self.tokenizer = pad_token_id, tokenizer
         self._get_model = (lambda: model) if isinstance(model, torch.nn.Module) else model
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
@@ -51,29 +67,72 @@ class TransformersEngine:
 
         Raises:
             ValueError: a prompt is empty or leaves no room for its completion, or generation_kwargs ask for something
-                else than one sampled completion a prompt.
+                else than one completion a prompt.
         """
         model: Any = self._get_model()
-        config = self._generation_config(settings)
+        config = self._generation_config(model, settings)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         check_prompts(prompt_ids, config.max_new_tokens, limit)
         input_ids, attention_mask = self._left_padded(prompt_ids, model.device)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        stops = self._stop_strings(config, input_ids.shape[1])
         with _generating(model), torch.no_grad():
             if can_share_prompts(model, config):
                 inputs["past_key_values"] = self._prompt_cache(model, prompt_ids, input_ids, attention_mask)
-            rows = model.generate(**inputs, generation_config=config)[:, input_ids.shape[1] :].tolist()
+            rows = model.generate(
+                **inputs, generation_config=config, tokenizer=self.tokenizer, stopping_criteria=stops
+            )
+        rows = rows[:, input_ids.shape[1] :].tolist()
         ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
+        for stop in stops:
+            rows = [row[:length] for row, length in zip(rows, stop.lengths(len(rows)), strict=True)]
         return Rollout(prompt_ids, [_up_to_end(row, ends) for row in rows])
 
     def sync_weights(self, model: torch.nn.Module, step: int) -> None:
         """Does nothing: the engine samples from the policy itself."""
 
-    def _generation_config(self, settings: SamplingSettings) -> GenerationConfig:
-        extra = settings.generation_kwargs or {}
-        for name, only in _ONE_ROW_EACH.items():
-            if extra.get(name, only) != only:
-                raise ValueError(f"generation_kwargs: {name}={extra[name]!r} cannot be used; leave it out")
+    def try_out(self, settings: SamplingSettings) -> None:
+        """Generates a few tokens, where more than the usual is asked for: what cannot be is said before training.
+
+        Random states stay.
+
+        Raises:
+            ValueError: an argument is unknown, or `generate` fails with it.
+        """
+        given = {**(settings.generation_kwargs or {})}
+        _check_names(given)
+        if not given and settings.cache_implementation is None:
+            return
+        model: Any = self._get_model()
+        failure = self._failure(model, settings, given)
+        if failure is None:
+            return
+        # What it works without is to blame.
+        names = [name for name in given if not self._failure(model, settings, {**given, name: None})] or list(given)
+        shown = ", ".join(f"{name}={given[name]!r}" for name in names) or (
+            f"cache_implementation={settings.cache_implementation!r}"
+        )
+        raise ValueError(
+            f"generation_kwargs: transformers' generation fails with {shown}: {type(failure).__name__}: "
+            f"{' '.join(str(failure).split())}; change it or leave it out"
+        ) from failure
+
+    def _failure(self, model: Model, settings: SamplingSettings, given: dict[str, Any]) -> Exception | None:
+        """Returns what two short prompts raise, which are of different lengths as prompts are."""
+        least = given.get("min_new_tokens") or 0
+        token = next(token for token in range(len(self.eos_token_ids) + 2) if token not in self.eos_token_ids)
+        devices = [model.device] if model.device.type == "cuda" else []
+        try:
+            short = {**given, "max_new_tokens": least + 2}
+            with torch.random.fork_rng(devices):
+                self.generate([[token], [token, token]], replace(settings, generation_kwargs=short))
+        except Exception as error:
+            return error
+        return None
+
+    def _generation_config(self, model: Model, settings: SamplingSettings) -> GenerationConfig:
+        """Returns the settings of a generation; where they are silent, the model's generation config has the say."""
+        extra = {name: value for name, value in (settings.generation_kwargs or {}).items() if value is not None}
         values = {
             "max_new_tokens": settings.max_completion_length,
             "do_sample": True,
@@ -89,7 +148,21 @@ class TransformersEngine:
             "use_cache": True,
             "disable_compile": True,
         }
-        return GenerationConfig(**{**values, **_ONE_ROW_EACH, **extra})
+        config = GenerationConfig(**{**values, **extra, **_ONE_ROW_EACH})
+        config.update(**model.generation_config.to_dict(), defaults_only=True)
+        if (config.stop_strings is not None or config.token_healing) and self.tokenizer is None:
+            raise ValueError("stop_strings and token_healing need a tokenizer; give the engine one")
+        return config
+
+    def _stop_strings(self, config: GenerationConfig, width: int) -> StoppingCriteriaList:
+        """Returns what ends rows at stop strings and remembers where; beams have no rows that last, and no such thing.
+
+        width: of the prompts. The config loses its stop strings.
+        """
+        if config.stop_strings is None or (config.num_beams or 1) > 1:
+            return StoppingCriteriaList()
+        strings, config.stop_strings = config.stop_strings, None
+        return StoppingCriteriaList([_StopStrings(cast("Any", self.tokenizer), strings, width)])
 
     def _left_padded(self, rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns ids and mask, both (B, longest row) int64, padded on the left: a batch grows at the right."""
@@ -135,6 +208,9 @@ def can_share_prompts(model: Model, config: GenerationConfig) -> bool:
     named = config.cache_implementation or model.generation_config.cache_implementation
     if named is not None or not config.use_cache or config.prefill_chunk_size is not None:
         return False
+    # Each beam would need a copy of the cache.
+    if (config.num_beams or 1) > 1:
+        return False
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False
     inner = base_model(model)
@@ -146,6 +222,48 @@ def can_share_prompts(model: Model, config: GenerationConfig) -> bool:
 
 def _cache_config(model: Model) -> Any:
     return base_model(model).config.get_text_config(decoder=True)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """Raises ValueError if generation_kwargs hold what can be told to be wrong without a model."""
+    known = vars(GenerationConfig())
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(
+                f"generation_kwargs: {name!r} is no setting of transformers' generation{did_you_mean(name, known)}"
+            )
+        if value is not None and _ONE_ROW_EACH.get(name, value) != value:
+            raise ValueError(f"generation_kwargs: {name}={value!r} cannot be used; leave it out")
+    longest = given.get("max_new_tokens")
+    if longest is not None and longest not in COUNT:
+        raise ValueError(f"generation_kwargs: max_new_tokens: expected {COUNT}, got {longest!r}")
+    if given.get("max_length") is not None:
+        raise ValueError(
+            f"generation_kwargs: max_length={given['max_length']!r} would count prompts too; leave it out and set "
+            "max_completion_length"
+        )
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row at a stop string, and remembers how long its completion was then: padding follows.
+
+    width: tokens of the prompts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: str | list[str], width: int) -> None:
+        self._inner, self._width = StopStringCriteria(tokenizer, strings), width
+        self._lengths: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = self._inner(input_ids, scores, **kwargs)
+        if self._lengths is None:
+            self._lengths = torch.zeros_like(done, dtype=torch.long)
+        self._lengths[done & (self._lengths == 0)] = input_ids.shape[1] - self._width
+        return done
+
+    def lengths(self, rows: int) -> list[int | None]:
+        """Returns the length of each completion that ended at a stop string; None for others."""
+        return [None] * rows if self._lengths is None else [length or None for length in self._lengths.tolist()]
 
 
 def _up_to_end(row: list[int], ends: set[int]) -> list[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trl_fast.settings.choices import check_choice
+from trl_fast.settings.divisors import divisors, either, least_count, multiples_around
 from trl_fast.settings.older_names import older_name
 from trl_fast.settings.server_url import server_url, without_password
 
@@ -168,6 +170,11 @@ class OnlineConfig(ReferenceConfig):
                 f"sync_ref_model=True with beta={self.beta}: without a KL term there is no reference model to sync; "
                 "set beta above 0 or sync_ref_model=False"
             )
+        if not isinstance(self.generation_kwargs, dict | None):
+            raise ValueError(
+                f"generation_kwargs: expected a dict of the sampler's arguments, got {self.generation_kwargs!r} of "
+                f"type {type(self.generation_kwargs).__name__}; of a GenerationConfig give to_diff_dict()"
+            )
         if self.vllm_server_base_url is not None or (self.use_vllm and self.vllm_mode == "server"):
             server_url(self)
         self._divide_generations()
@@ -177,11 +184,15 @@ class OnlineConfig(ReferenceConfig):
         """Fills in generation_batch_size and steps_per_generation from each other."""
         per_step = self.per_device_train_batch_size * self.world_size
         shown = f"per_device_train_batch_size * processes = {self.per_device_train_batch_size} * {self.world_size}"
-        if self.generation_batch_size is None:
+        given = self.generation_batch_size is not None
+        if not given:
             self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
             self.generation_batch_size = per_step * self.steps_per_generation
         elif self.generation_batch_size % per_step:
-            raise ValueError(f"generation_batch_size={self.generation_batch_size} is no multiple of {shown}")
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} is no multiple of {shown}; set it to "
+                f"{either(multiples_around(self.generation_batch_size, per_step))}, or leave it out"
+            )
         elif self.steps_per_generation not in (None, self.generation_batch_size // per_step):
             raise ValueError(
                 f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
@@ -190,9 +201,17 @@ class OnlineConfig(ReferenceConfig):
         else:
             self.steps_per_generation = self.generation_batch_size // per_step
         if self.generation_batch_size % self.num_generations:
+            if given:
+                whole = math.lcm(self.num_generations, per_step)
+                remedy = f"generation_batch_size={either(multiples_around(self.generation_batch_size, whole))}"
+            else:
+                size = least_count(self.num_generations, self.world_size * self.steps_per_generation)
+                remedy = f"per_device_train_batch_size={size}"
+            fewer = divisors(self.generation_batch_size, 2)
             raise ValueError(
                 f"num_generations={self.num_generations} does not divide the {self.generation_batch_size} completions "
-                f"of a generation ({shown}, times steps_per_generation={self.steps_per_generation})"
+                f"of a generation ({shown}, times steps_per_generation={self.steps_per_generation}); use {remedy}"
+                f"{f', or num_generations={either(fewer)}' if fewer else ''}"
             )
         if self.eval_strategy != "no":
             self.check_eval_batch()
@@ -200,10 +219,13 @@ class OnlineConfig(ReferenceConfig):
     def check_eval_batch(self) -> None:
         """Raises ValueError if a batch of the evaluation would not hold all completions of its prompts."""
         evaluated = self.per_device_eval_batch_size * self.world_size
-        if evaluated % self.generations("eval"):
+        count = self.generations("eval")
+        if evaluated % count:
             raise ValueError(
-                f"num_generations_eval={self.generations('eval')} does not divide the {evaluated} completions of an "
-                f"evaluation batch (per_device_eval_batch_size={self.per_device_eval_batch_size} * {self.world_size})"
+                f"num_generations_eval={count} does not divide the {evaluated} completions of an evaluation batch "
+                f"(per_device_eval_batch_size={self.per_device_eval_batch_size} * {self.world_size} processes); use "
+                f"num_generations_eval={either(divisors(evaluated))}, or per_device_eval_batch_size="
+                f"{least_count(count, self.world_size)}"
             )
 
     def generations(self, mode: str) -> int:

@@ -184,7 +184,10 @@ class GroupTrainer(OnlineTrainer):
 
             return make_vllm_engine(self.model, self.accelerator, self.processing_class, self.args)
         policy = lambda: self.accelerator.unwrap_model(self.model)  # noqa: E731
-        return TransformersEngine(policy, end_ids, self.processing_class.pad_token_id)
+        tokenizer = self.processing_class
+        engine = TransformersEngine(policy, end_ids, tokenizer.pad_token_id, tokenizer)
+        engine.try_out(self.args.sampling_settings())
+        return engine
 
     # ---- data
 
