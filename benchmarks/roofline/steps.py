@@ -179,7 +179,7 @@ def _finished_rollout(library: str, trainer: Trainer, batch: Any) -> Any:
         trainer._prepare_inputs = lambda given: given
         return inputs
     samples = trainer.generation.current
-    trainer._prepare_inputs = lambda _: trainer._make_update(samples)
+    trainer._prepare_inputs = lambda _: trainer._micro_batch(samples)
     return batch
 
 

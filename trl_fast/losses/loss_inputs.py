@@ -35,6 +35,7 @@ class PolicyLossInputs:
     - `old_logprobs`, `ref_logprobs`, `sampling_logprobs` (N,) float32: of the policy before the update (None: of the
       present one), of the reference, of the engine that sampled (NaN where it did not say).
     - `importance_ratios` (N,) float32: π_old / π_sampler as it enters the loss, truncated or masked already.
+    - `token_advantages` (N,) float32: where each token has its own; `advantages` are then their means.
     """
 
     branch: torch.Tensor
@@ -45,6 +46,13 @@ class PolicyLossInputs:
     ref_logprobs: torch.Tensor | None = None
     sampling_logprobs: torch.Tensor | None = None
     importance_ratios: torch.Tensor | None = None
+    token_advantages: torch.Tensor | None = None
+
+    def advantages_of(self, rows: Rows = ALL) -> torch.Tensor:
+        """Returns the advantage of each of the tokens `rows`, (R,)."""
+        if self.token_advantages is not None:
+            return self.token_advantages[rows]
+        return self.advantages[self.branch[rows]]
 
     @cached_property
     def lengths(self) -> torch.Tensor:

@@ -148,12 +148,11 @@ def vespo_weights(
     if inputs.importance_ratios is not None:
         log_importance = inputs.importance_ratios[rows].log().clamp(_VESPO_FLOOR, _VESPO_CEILING)
         log_w = log_w + inputs.sums(log_importance, rows)
-    log_w = log_w.clamp(_VESPO_FLOOR, _VESPO_CEILING)
-    good = inputs.advantages >= 0
+    log_w = log_w.clamp(_VESPO_FLOOR, _VESPO_CEILING)[inputs.branch[rows]]
+    good = inputs.advantages_of(rows) >= 0
     k = torch.where(good, config.vespo_k_pos, config.vespo_k_neg)
     rate = torch.where(good, config.vespo_lambda_pos, config.vespo_lambda_neg).clamp(min=1e-4)
-    phi = torch.exp(rate + k * log_w - rate * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return phi[inputs.branch[rows]]
+    return torch.exp(rate + k * log_w - rate * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 class LossType(NamedTuple):
@@ -206,7 +205,7 @@ def policy_terms(
 
     logprobs: (R,) float32. entropy_mask: (R,), which tokens' policy terms count; the KL term always does.
     """
-    advantages = inputs.advantages[inputs.branch[rows]]
+    advantages = inputs.advantages_of(rows)
     old = logprobs.detach() if inputs.old_logprobs is None else inputs.old_logprobs[rows]
     log_ratio = logprobs - old
     leveled = log_ratio
@@ -242,8 +241,7 @@ def _on_policy(
     """
     sampled = old if inputs.sampling_logprobs is None else inputs.sampling_logprobs[rows]
     drift = inputs.masked_means((sampled - logprobs).nan_to_num(nan=0.0), rows)
-    keep = (inputs.advantages >= 0) | (drift <= threshold)
-    return keep[inputs.branch[rows]].float()
+    return ((inputs.advantages_of(rows) >= 0) | (drift <= threshold)[inputs.branch[rows]]).float()
 
 
 def grpo_loss(
@@ -284,7 +282,8 @@ def _kernel_serves(
 
     On a CPU the few operations on [N] vectors cost nothing.
     """
-    plain = config.scope == "token" and chosen is None and inputs.mask is None and inputs.importance_ratios is None
+    plain = config.scope == "token" and chosen is None and inputs.mask is None
+    plain = plain and inputs.importance_ratios is None and inputs.token_advantages is None
     has_kernel = LOSSES[config.loss_type].kernel is not None
     return plain and has_kernel and logprobs.is_cuda and logprobs.dtype == torch.float32
 

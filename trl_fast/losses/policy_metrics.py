@@ -48,7 +48,7 @@ def grpo_metrics(
         return PolicyMetrics({**means, "vespo/phi_seq_mean": _sequence_mean(required(found.phi), inputs)}, {})
     if config.loss_type == "sapo":
         return PolicyMetrics(means, {})
-    advantages = inputs.advantages[inputs.branch]
+    advantages = inputs.advantages_of()
     if config.loss_type == "cispo":
         clipped = {"cispo_clip_ratio": (found.ratio > config.upper) & (advantages > 0)}
         return PolicyMetrics({**means, **_shares(clipped, inputs, config, left_out)}, {})

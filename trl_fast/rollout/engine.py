@@ -54,12 +54,14 @@ class Rollout:
         logprobs: log-probabilities in nats of the completions' tokens under the distribution that they were sampled
             from, temperature and truncation included; None where the engine does not give them.
         mask: 1 for a completion's tokens that were sampled, 0 for others, which are not learned; None: all were.
+        completions: the texts or messages that reward functions are to see; None: what the tokens say.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     logprobs: list[list[float]] | None = None
     mask: list[list[int]] | None = None
+    completions: list | None = None
 
 
 class RolloutEngine(Protocol):

@@ -26,6 +26,7 @@ class Samples:
     - `advantages` (S,) float32, on the CPU.
     - `excluded` (S,) bool: completions of which no token counts, because they were cut off.
     - `generation_tokens`: tokens that count in the whole generation, a process's share; 0 until it is known.
+    - `widths`: tokens of the longest prompt and of the longest completion of this process's generation.
     - the others: one float32 vector (length,) a completion, on the CPU, or None. `losses.loss_inputs` says what
       they are.
     """
@@ -35,6 +36,7 @@ class Samples:
     advantages: torch.Tensor
     excluded: torch.Tensor
     generation_tokens: float = 0.0
+    widths: tuple[int, int] = (0, 0)
     mask: list[torch.Tensor] | None = None
     old_logprobs: list[torch.Tensor] | None = None
     ref_logprobs: list[torch.Tensor] | None = None
@@ -45,7 +47,8 @@ class Samples:
     def of(cls: type[AnySamples], prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> AnySamples:
         """Returns completions of which nothing else is known."""
         count = len(prompt_ids)
-        return cls(prompt_ids, completion_ids, torch.zeros(count), torch.zeros(count, dtype=torch.bool))
+        widths = max(map(len, prompt_ids), default=0), max(map(len, completion_ids), default=0)
+        return cls(prompt_ids, completion_ids, torch.zeros(count), torch.zeros(count, dtype=torch.bool), widths=widths)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

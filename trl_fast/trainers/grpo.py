@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trl_fast.losses.advantages import Advantages, group_advantages
 from trl_fast.losses.importance_sampling import importance_ratios
@@ -21,6 +22,8 @@ from .online.completions_log import upload_completions
 from .online.entropy_controller import EntropyController
 from .online.group_trainer import GroupTrainer
 from .online.micro_batches import Update
+from .online.trl_formulas import gamma_weights, off_policy_mask
+from .online.trl_hooks import TRLHook
 
 # TRL's name.
 ENTROPY_STATE_FILE = "entropy_ctrl_state.json"
@@ -37,6 +40,9 @@ class GRPOTrainer(GroupTrainer):
     config_class = GRPOConfig
     loss_is_scaled_for_ga = True
     has_tools = True
+    get_high_entropy_mask = TRLHook("high_entropy_mask")
+    get_off_policy_mask = staticmethod(off_policy_mask)
+    get_gamma_weights = staticmethod(gamma_weights)
 
     def set_up_method(self) -> None:
         """Makes the controller of the entropy bonus, and starts uploads of completions, where they are asked for."""
@@ -123,6 +129,18 @@ class GRPOTrainer(GroupTrainer):
         """Says whether completions without advantage count too: in a KL or entropy term, or in a shared divisor."""
         return super().all_have_gradients or self.args.beta != 0 or not self.order_is_free
 
+    @property
+    def loss_keys(self) -> tuple[str, ...]:
+        """Returns TRL's keys of a batch's values a token that the loss reads."""
+        args = self.args
+        reads = {
+            "old_per_token_logps": True,
+            "ref_per_token_logps": args.beta != 0,
+            "sampling_per_token_logps": args.off_policy_mask_threshold is not None,
+            "importance_sampling_ratio": args.corrects_sampling or args.loss_type == "vespo",
+        }
+        return tuple(name for name, is_read in reads.items() if is_read)
+
     def loss_options(self, inputs: Update) -> dict[str, Any]:
         """Returns the weight of the entropy bonus, and what chooses the tokens that the policy terms and it act on."""
         options: dict[str, Any] = {}
@@ -133,17 +151,15 @@ class GRPOTrainer(GroupTrainer):
         return options
 
     def _high_entropy(self, entropies: torch.Tensor, loss_inputs: PolicyLossInputs) -> torch.Tensor:
-        """Returns 1 for the tokens (N,) whose entropy is among the highest of all that count in all processes, else 0.
-
-        Beyond the 80/20 rule, arXiv 2506.01939. Where no token counts, none is chosen.
-        """
-        counted = entropies if loss_inputs.mask is None else entropies[loss_inputs.mask > 0]
-        every = self.accelerator.gather(self.accelerator.pad_across_processes(counted, pad_index=-1.0))
-        every = every[every >= 0].float()
-        if not len(every):
-            return torch.zeros_like(entropies)
-        threshold = torch.quantile(every, 1 - self.loss_config.top_entropy_quantile)
-        return (entropies >= threshold).float()
+        """Returns 1 for the tokens (N,) whose entropy is among the highest of all processes' tokens, else 0."""
+        mask, threshold = loss_inputs.mask, 1 - self.loss_config.top_entropy_quantile
+        mask = torch.ones_like(entropies) if mask is None else mask
+        if not self.trl_hooks.has("get_high_entropy_mask"):
+            return self.get_high_entropy_mask(entropies, mask, threshold).float()
+        counts = loss_inputs.branch.bincount().tolist()
+        rows, masks = (pad_sequence(values.split(counts), batch_first=True) for values in (entropies, mask))
+        present = pad_sequence(torch.ones_like(mask).split(counts), batch_first=True).bool()
+        return self.get_high_entropy_mask(rows, masks, threshold).float()[present]
 
     @torch.no_grad()
     def record_extra(self, scores: TokenScores, inputs: Update) -> None:

@@ -21,45 +21,48 @@ class MetricBuffer:
     The logged value of a name is TRL's: the mean over micro-batches of each one's total / count over all processes.
     skip_nan: micro-batches whose value is NaN take no part; a name with no other has the value None.
     optional: names of which micro-batches without a count take no part, instead of counting as 0.
+
+    Attributes:
+        pairs: what was added since the last `pop`, by name, (2,) float32 each.
     """
 
     def __init__(self, *, skip_nan: bool = False, optional: Collection[str] = ()) -> None:
         self._skip_nan = skip_nan
         self._optional = optional
-        self._pairs: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.pairs: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, metrics: Recorded) -> None:
         """Adds one micro-batch's metrics, as pairs where names come more than once; nothing waits for the device."""
         for name, (total, count) in metrics.items() if isinstance(metrics, Mapping) else metrics:
-            self._pairs[name].append(torch.stack((total.detach().float(), count.detach().float())))
+            self.pairs[name].append(torch.stack((total.detach().float(), count.detach().float())))
 
     def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | None]:
         """Returns the values since the last call, in the order in which names first came; empties the buffer.
 
         `reduce` sums a tensor (M, 2) over processes; it is called once, if there is anything.
         """
-        if not self._pairs:
+        if not self.pairs:
             return {}
-        pairs = iter(reduce(torch.stack([pair for pairs in self._pairs.values() for pair in pairs])).tolist())
+        pairs = iter(reduce(torch.stack([pair for pairs in self.pairs.values() for pair in pairs])).tolist())
         found = []
-        for name, recorded in self._pairs.items():
+        for name, recorded in self.pairs.items():
             means = [total / max(count, 1) if count > 0 else None for total, count in islice(pairs, len(recorded))]
             if name not in self._optional:
                 means = [0.0 if mean is None else mean for mean in means]
             first = next((index for index, mean in enumerate(means) if mean is not None), None)
             if first is not None:
                 found.append((first, name, self._mean([mean for mean in means if mean is not None])))
-        self._pairs.clear()
+        self.pairs.clear()
         return {name: value for _, name, value in sorted(found, key=lambda entry: entry[0])}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns what has been collected since the last `pop`: by name, (n, 2) of n micro-batches."""
-        return {name: torch.stack(pairs) for name, pairs in self._pairs.items() if pairs}
+        return {name: torch.stack(pairs) for name, pairs in self.pairs.items() if pairs}
 
     def restore(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Puts what `state` has returned, tensors (n, 2), in the place of what has been collected."""
-        self._pairs.clear()
-        self._pairs.update({name: list(pairs.to(device).unbind()) for name, pairs in state.items()})
+        self.pairs.clear()
+        self.pairs.update({name: list(pairs.to(device).unbind()) for name, pairs in state.items()})
 
     def _mean(self, values: list[float]) -> float | None:
         if self._skip_nan:

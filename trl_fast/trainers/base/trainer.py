@@ -28,6 +28,7 @@ from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
 from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
+from .metric_lists import MetricLists
 from .model_card import model_card, model_tags
 from .model_setup import check_trains, set_up_layers, warn_of_reentrant_router
 from .output_folder import check_output_dir
@@ -307,6 +308,11 @@ class BaseTrainer(Trainer):
     def mode(self) -> str:
         """Returns "train" or "eval", as the model is."""
         return "train" if self.model.training else "eval"
+
+    @property
+    def _metrics(self) -> dict[str, MetricLists]:
+        """Returns the metrics that wait for the next log as TRL keeps them: by mode and name a list of numbers."""
+        return {mode: MetricLists(buffer) for mode, buffer in self._buffers.items()}
 
     def record(self, metrics: Recorded) -> None:
         """Records one micro-batch's (total, count) pairs of 0-d tensors until the next log."""

@@ -23,6 +23,8 @@ class CompletionReader:
 
     def read(self, prompts: list, rollout: Rollout) -> list:
         """Returns each completion as a text, or as a list of messages."""
+        if rollout.completions is not None:
+            return rollout.completions
         if isinstance(rollout, ToolRollout):
             return rollout.messages
         conversational = is_conversational({"prompt": prompts[0]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,24 +15,27 @@ from .config import OnlineConfig
 
 logger = logging.getLogger(__name__)
 
+# The name in a checkpoint of TRL's batch.
+_BATCH = "batch"
+
 
 class GenerationBuffer(TrainerCallback):
     """Holds one generation's completions, cut into slices that micro-batches read in turn.
 
-    `step` counts the micro-batches of the run, `slices` are this process's, None before the first generation. An
-    optimizer step that ends among the micro-batches of a generation leaves the slices to the next one, so a checkpoint
-    has them too.
+    A slice is TRL's batch, a dict, where a subclass of the trainer makes such batches itself. `step` counts the
+    micro-batches of the run, `slices` are this process's, None before the first generation. An optimizer step that
+    ends among the micro-batches of a generation leaves the slices to the next one, so a checkpoint has them too.
     """
 
     def __init__(self, args: OnlineConfig) -> None:
         self.step = 0
-        self.slices: list[Samples] | None = None
+        self.slices: list[Samples] | list[dict[str, Any]] | None = None
         self._every = args.generate_every
         # Where each optimizer step ends a generation, a checkpoint needs none of this.
         self._is_saved = not args.is_on_policy and not args.save_only_model
         self._file = f"generation_{args.process_index}.pt"
         self._settings = [args.world_size, args.per_device_train_batch_size, args.steps_per_generation, self._every]
-        self._whole_step: tuple[int, list[Samples] | None] = (0, None)
+        self._whole_step: tuple[int, list[Samples] | list[dict[str, Any]] | None] = (0, None)
 
     @property
     def is_used_up(self) -> bool:
@@ -39,7 +43,7 @@ class GenerationBuffer(TrainerCallback):
         return self.slices is None or self.step % self._every == 0
 
     @property
-    def current(self) -> Samples:
+    def current(self) -> Samples | dict[str, Any]:
         """Returns the completions of the next micro-batch."""
         assert self.slices is not None, "it is filled before it is read"
         return self.slices[self.step % len(self.slices)]
@@ -62,7 +66,7 @@ class GenerationBuffer(TrainerCallback):
         if not self._is_saved:
             return
         step, slices = self._whole_step
-        left = [] if slices is None or step % self._every == 0 else [vars(samples) for samples in slices]
+        left = [] if slices is None or step % self._every == 0 else [_fields(samples) for samples in slices]
         torch.save({"settings": self._settings, "step": step, "slices": left}, folder / self._file)
 
     def load_from_checkpoint(self, folder: Path) -> None:
@@ -80,4 +84,8 @@ class GenerationBuffer(TrainerCallback):
             )
             return
         self.step = saved["step"]
-        self.slices = [Samples(**fields) for fields in saved["slices"]] or None
+        self.slices = [fields.get(_BATCH) or Samples(**fields) for fields in saved["slices"]] or None
+
+
+def _fields(samples: Samples | dict[str, Any]) -> dict[str, Any]:
+    return {_BATCH: samples} if isinstance(samples, dict) else vars(samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -65,9 +65,12 @@ class GenerationMetrics:
         tokens: counts the tokens that were trained on.
         completions: the table.
         warnings: says where nothing can be learned.
-        reward_names: the reward sources' names.
+        reward_names: returns the reward sources' names as they are now.
         end_ids: tokens that a completion that was not cut off ends with.
         logs_rewards: whether the rewards of each source are logged, and the numbers that reward functions log.
+
+    Attributes:
+        columns, numbers: what reward functions logged in the present generation, by name.
     """
 
     def __init__(
@@ -78,23 +81,23 @@ class GenerationMetrics:
         completions: CompletionsLog,
         warnings: GenerationWarnings,
         *,
-        reward_names: Sequence[str],
+        reward_names: Callable[[], Sequence[str]],
         end_ids: Collection[int],
         logs_rewards: bool = True,
     ) -> None:
         self._accelerator, self._recorder, self._tokens = accelerator, recorder, tokens
         self._completions, self._warnings = completions, warnings
         self._reward_names, self._end_ids, self._logs_rewards = reward_names, set(end_ids), logs_rewards
-        self._columns: dict[str, list] = defaultdict(list)
-        self._numbers: dict[str, list[float]] = defaultdict(list)
+        self.columns: dict[str, list] = defaultdict(list)
+        self.numbers: dict[str, list[float]] = defaultdict(list)
 
     def log_column(self, column: str, values: list) -> None:
         """Takes a further column of the table of completions, from a reward function."""
-        self._columns[column].extend(values)
+        self.columns[column].extend(values)
 
     def log_metric(self, name: str, value: float) -> None:
         """Takes a number from a reward function; the mean is logged."""
-        self._numbers[name].append(value)
+        self.numbers[name].append(value)
 
     def record_lengths(self, rollout: Rollout, mask: list[torch.Tensor] | None, *, is_training: bool) -> torch.Tensor:
         """Records completions' lengths, and how often tools were called.
@@ -118,10 +121,11 @@ class GenerationMetrics:
         self._recorder.record_values({"num_tokens": self._tokens.seen, **metrics})
         self._warnings.warn_of_cut_off(every[:, 1].bool())
         if isinstance(rollout, ToolRollout):
-            self._record_tools(rollout)
+            self.record_tools(rollout)
         return cut_off
 
-    def _record_tools(self, rollout: ToolRollout) -> None:
+    def record_tools(self, rollout: ToolRollout) -> None:
+        """Records how often completions called tools, and how often these failed."""
         counts = [[rollout.calls, rollout.failures, len(rollout.completion_ids)]]
         own = torch.tensor(counts, device=self._accelerator.device)
         calls, failures, completions = self._accelerator.gather(own).sum(0).tolist()
@@ -143,16 +147,16 @@ class GenerationMetrics:
             self._record_rewards(rewards, found)
         self._warnings.warn_of_equal_rewards(found.rewards, group, prompts)
         columns = {"prompt": gather_object(prompts), "completion": gather_object(completions)}
-        for name in sorted(set(gather_object(list(self._columns)))):
-            columns[name] = gather_object(self._columns.get(name, [None] * len(prompts)))
-        self._columns.clear()
-        by_source = dict(zip(self._reward_names, rewards.t().tolist(), strict=True))
+        for name in sorted(set(gather_object(list(self.columns)))):
+            columns[name] = gather_object(self.columns.get(name, [None] * len(prompts)))
+        self.columns.clear()
+        by_source = dict(zip(self._reward_names(), rewards.t().tolist(), strict=True))
         self._completions.add(by_source, **columns, advantage=found.advantages.tolist())
 
     def _record_rewards(self, rewards: torch.Tensor, found: Advantages) -> None:
-        values = reward_metrics(self._reward_names, rewards, found)
-        for name in sorted(set(gather_object(list(self._numbers)))):
-            numbers = gather_object(self._numbers.get(name, []))
+        values = reward_metrics(self._reward_names(), rewards, found)
+        for name in sorted(set(gather_object(list(self.numbers)))):
+            numbers = gather_object(self.numbers.get(name, []))
             values.append((name, sum(numbers) / len(numbers)))
-        self._numbers.clear()
+        self.numbers.clear()
         self._recorder.record_values(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class GenerationWarnings:
         end_ids: tokens that end a completion; empty: completions are not to end, and nothing is said of it.
         length_setting: the argument that limits a completion, and its value.
         excludes_cut_off: whether completions that were cut off are not learned from.
-        reward_names: the reward sources' names.
+        reward_names: returns the reward sources' names as they are now.
         is_main_process: whether this process is the one that writes.
     """
 
@@ -36,7 +36,7 @@ class GenerationWarnings:
         length_setting: tuple[str, int],
         *,
         excludes_cut_off: bool = False,
-        reward_names: Sequence[str] = (),
+        reward_names: Callable[[], Sequence[str]] = tuple,
         is_main_process: bool = True,
     ) -> None:
         self._tokenizer, self._end_ids = tokenizer, sorted(end_ids)
@@ -55,7 +55,7 @@ class GenerationWarnings:
         known = rewards[~rewards.isnan()]
         if not len(known) or not are_all_equal(rewards, group):
             return
-        names = ", ".join(map(repr, self._reward_names))
+        names = ", ".join(map(repr, self._reward_names()))
         where = "of each prompt" if group < len(rewards) else "of a generation"
         self._warn_once(
             "equal rewards",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,18 +21,22 @@ from trl_fast.losses.policy_metrics import PolicyMetrics
 from trl_fast.modeling.lm_head import use_float32_head
 from trl_fast.modeling.loading import base_model
 from trl_fast.ops import TokenScores
-from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, Toolbox, TransformersEngine, end_token_ids
+from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, end_token_ids
 from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from ..base.tokenizers import older_tokenizer_name
+from .changeable_rewards import make_changeable_rewards
 from .config import OnlineConfig
+from .engines import make_engine
 from .generation_buffer import GenerationBuffer
 from .micro_batches import Update, slice_indices, trained_indices
 from .policy_step import policy_step
 from .prompt_order import PromptOrder
 from .tool_use import open_toolbox, with_tools
 from .trainer import OnlineTrainer
+from .trl_batch import MicroBatch, read_update, shuffled_parts
+from .trl_hooks import UNCALLED_HOOKS, TRLHook, TRLHooks
 
 
 class GroupTrainer(OnlineTrainer):
@@ -61,6 +65,18 @@ class GroupTrainer(OnlineTrainer):
     config_class = OnlineConfig
     # Whether the policy may call tools, and completions are read as messages with tool calls and reasoning.
     has_tools = False
+    uncalled_hooks = UNCALLED_HOOKS
+    # TRL's keys of a batch's values a token that the loss reads.
+    loss_keys: tuple[str, ...] = ()
+    # Methods of TRL's that a subclass may override, and call by `super()`.
+    _generate_and_score_completions = TRLHook("generate_and_score")
+    _generate = TRLHook("generate")
+    _tokenize_prompts = TRLHook("tokenize_prompts")
+    _generate_single_turn = TRLHook("generate_single_turn")
+    _calculate_rewards = TRLHook("calculate_rewards")
+    _log_completion_extra = TRLHook("log_completion_extra")
+    _log_metric = TRLHook("log_metric")
+    _get_per_token_logps_and_entropies = TRLHook("logps_and_entropies")
 
     def __init__(
         self,
@@ -94,12 +110,15 @@ class GroupTrainer(OnlineTrainer):
         self.check_dataset_type(train_dataset, "train_dataset")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
-        self.toolbox = self._open_toolbox(tools, processing_class, args)
-        rewards = self._reward_functions(reward_funcs, reward_processing_classes, args)
+        if tools and not self.has_tools:
+            raise NotImplementedError(f"tools: {type(self).__name__} has none; use GRPOTrainer")
+        self.toolbox = open_toolbox(tools, processing_class, args)
+        rewards = make_changeable_rewards(reward_funcs, reward_processing_classes, args)
         self.loss_config = args.loss_config()
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
         self.rollout_func = rollout_func
+        self.trl_hooks = TRLHooks(self, returns_more=self.has_tools)
         self.generation = GenerationBuffer(args)
         self._step_time = 0.0
         self.start(
@@ -117,29 +136,6 @@ class GroupTrainer(OnlineTrainer):
 
     def set_up_method(self) -> None:
         """Makes what only one method has, when all else is there."""
-
-    def _open_toolbox(
-        self, tools: list[Callable] | None, tokenizer: PreTrainedTokenizerBase, args: OnlineConfig
-    ) -> Toolbox | None:
-        if tools and not self.has_tools:
-            raise NotImplementedError(f"tools: {type(self).__name__} has none; use GRPOTrainer")
-        return open_toolbox(tools, tokenizer, args)
-
-    def _reward_functions(
-        self,
-        reward_funcs: GivenReward | list[GivenReward] | None,
-        tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None,
-        args: OnlineConfig,
-    ) -> RewardFunctions:
-        return RewardFunctions(
-            reward_funcs,
-            reward_processing_classes=tokenizers,
-            weights=args.reward_weights,
-            model_init_kwargs={"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})},
-            device=args.device,
-            chat_template_kwargs=args.chat_template_kwargs,
-            timeout=args.reward_timeout,
-        )
 
     def _set_up_policy(
         self,
@@ -166,7 +162,7 @@ class GroupTrainer(OnlineTrainer):
         self.add_callback(self.generation)
         self.seed_sampling(layout)
         self.end_ids = end_ids = end_token_ids(model, tokenizer)
-        engine = engine or self._make_engine(end_ids)
+        engine = self.trl_hooks.engine(engine or make_engine(self, end_ids))
         if self.toolbox is not None:
             engine = with_tools(engine, self.toolbox, args, model, tokenizer)
         self.set_up_loop(
@@ -177,17 +173,7 @@ class GroupTrainer(OnlineTrainer):
             parses_messages=self.has_tools,
             excludes_cut_off=lambda: args.mask_truncated_completions,
         )
-
-    def _make_engine(self, end_ids: set[int]) -> RolloutEngine:
-        if self.args.use_vllm:
-            from trl_fast.rollout.vllm_engine import make_vllm_engine
-
-            return make_vllm_engine(self.model, self.accelerator, self.processing_class, self.args)
-        policy = lambda: self.accelerator.unwrap_model(self.model)  # noqa: E731
-        tokenizer = self.processing_class
-        engine = TransformersEngine(policy, end_ids, tokenizer.pad_token_id, tokenizer)
-        engine.try_out(self.args.sampling_settings())
-        return engine
+        self.trl_hooks.attach(self.loop)
 
     # ---- data
 
@@ -195,15 +181,19 @@ class GroupTrainer(OnlineTrainer):
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: OnlineConfig, name: str
     ) -> AnyDataset:
         """Tokenizes the prompts, which tell the policy of its tools."""
-        tools = {} if self.toolbox is None else {"tools": self.toolbox.schemas}
         return prepare_prompt_dataset(
             dataset,
             processing_class,
-            chat_template_kwargs={**(args.chat_template_kwargs or {}), **tools},
+            chat_template_kwargs=self.prompt_template_kwargs(args),
             max_prompt_length=args.max_prompt_length,
             num_proc=args.dataset_num_proc,
             name=name,
         )
+
+    def prompt_template_kwargs(self, args: OnlineConfig) -> dict[str, Any]:
+        """Returns what the chat template is given beside a prompt's messages."""
+        tools = {} if self.toolbox is None else {"tools": self.toolbox.schemas}
+        return {**(args.chat_template_kwargs or {}), **tools}
 
     def prompt_order(self) -> PromptOrder:
         """Returns the order of training prompts: each as often as it gets completions, for all updates on them."""
@@ -252,13 +242,17 @@ class GroupTrainer(OnlineTrainer):
         """
         return self.loop.run(rows, self, update=lambda samples: samples)
 
-    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> Update:
+    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> MicroBatch | dict[str, Any]:
         """Returns the micro-batch of the update; where it is time, of new completions of `rows`."""
+        hooks, makes_batches = self.trl_hooks, self.trl_hooks.has("_generate_and_score_completions")
         if not self.model.training:
-            return self.loop.run(rows, self, update=self._make_update)
-        if self.generation.is_used_up:
+            return hooks.new_batch(rows) if makes_batches else self.loop.run(rows, self, update=self._micro_batch)
+        if self.generation.is_used_up and makes_batches:
+            self.generation.slices = shuffled_parts(hooks.new_batch(rows), self.args.steps_per_generation)
+        elif self.generation.is_used_up:
             self.loop.run(rows, self, update=self._fill_buffer)
-        return self._make_update(self.generation.current)
+        current = self.generation.current
+        return self._micro_batch(current) if isinstance(current, Samples) else current
 
     def _fill_buffer(self, samples: Samples) -> None:
         """Cuts the completions of one generation into the micro-batches of the update.
@@ -291,17 +285,27 @@ class GroupTrainer(OnlineTrainer):
         size = self.args.train_batch_size if self.model.training else self.args.eval_batch_size
         return self.updates.score(samples, score, indices, size)
 
+    def policy_logprobs(self, batch: TokenBatch) -> torch.Tensor:
+        """Computes the policy's log-probabilities of the batch's tokens, (N,) float32."""
+        hooks = self.trl_hooks
+        return hooks.scoring.policy_logprobs(batch) if hooks.scores_itself else super().policy_logprobs(batch)
+
+    def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
+        """Computes the reference's log-probabilities of the batch's tokens, (N,) float32."""
+        hooks = self.trl_hooks
+        return hooks.scoring.reference_logprobs(batch) if hooks.scores_itself else super().reference_logprobs(batch)
+
     # ---- the update
 
     @property
     def order_is_free(self) -> bool:
         """Says whether the gradient of a step does not depend on which micro-batch a completion is in."""
-        return True
+        return not self.trl_hooks.sees_batches
 
     @property
     def all_have_gradients(self) -> bool:
         """Says whether also completions without advantage are learned from."""
-        return bool(self.router_aux_loss_coef)
+        return bool(self.router_aux_loss_coef) or self.trl_hooks.sees_batches
 
     def trained(self, samples: Samples) -> list[int]:
         """Returns the completions that have a gradient, at least one."""
@@ -317,17 +321,32 @@ class GroupTrainer(OnlineTrainer):
         """Returns the divisor of the loss, where nobody else divides it."""
         return self.accumulation_steps if self.loss_is_scaled_for_ga else 1
 
-    def _make_update(self, samples: Samples) -> Update:
+    def _micro_batch(self, samples: Samples) -> MicroBatch:
+        micro_batch = self.trl_hooks.micro_batch(samples)
+        weights = self._weights(samples.lengths, samples.generation_tokens)
+        micro_batch.fused = self.updates.update(samples, self.trained(samples), weights)
+        return micro_batch
+
+    def _weights(self, lengths: torch.Tensor, generation_tokens: float) -> torch.Tensor:
         # A generation is not always one accumulation window.
         share = self.accumulation_steps / self.args.steps_per_generation if self.model.training else 1
-        normalizer = LossNormalizer(
-            samples.generation_tokens * share, self.loss_divisor, self.args.max_completion_length
-        )
-        weights = sequence_weights(self.loss_config.loss_type, samples.lengths, normalizer)
-        return self.updates.update(samples, self.trained(samples), weights)
+        normalizer = LossNormalizer(generation_tokens * share, self.loss_divisor, self.args.max_completion_length)
+        return sequence_weights(self.loss_config.loss_type, lengths, normalizer)
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: Update) -> torch.Tensor:
-        """Computes the loss of one micro-batch, and records its metrics."""
+    def _read_batch(self, inputs: Mapping[str, Any]) -> Update:
+        """Returns the update of a micro-batch, as it came or of what the subclass made of it."""
+        if isinstance(inputs, MicroBatch) and not inputs.is_changed:
+            return inputs.fused
+
+        def weights_of(lengths: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+            tokens = lengths.sum() if tokens is None else tokens / self.accelerator.num_processes
+            return self._weights(lengths, tokens.clamp(min=1).item())
+
+        return read_update(inputs, self.loss_keys, weights_of)
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Computes the loss of one micro-batch, with TRL's keys, and records its metrics."""
+        inputs = self._read_batch(inputs)
         result, metrics = policy_step(
             model,
             inputs,
@@ -336,6 +355,7 @@ class GroupTrainer(OnlineTrainer):
             temperature=self.args.temperature,
             router_coef=self.router_aux_loss_coef,
             loss_divisor=self.loss_divisor,
+            scorer=self.trl_hooks.scoring.score_for_loss if self.trl_hooks.scores_itself else None,
             **self.loss_options(inputs),
         )
         self.record_extra(result.scores, inputs)
@@ -360,6 +380,6 @@ class GroupTrainer(OnlineTrainer):
         self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None, None]:
         """Computes the loss of completions that are made for the evaluation."""
-        update = self._prepare_inputs(inputs)
+        micro_batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, update).detach(), None, None
+            return self.compute_loss(model, micro_batch).detach(), None, None

@@ -8,7 +8,7 @@ import torch
 
 from trl_fast.losses.policy_gradient import PolicyLossConfig, grpo_loss
 from trl_fast.losses.policy_metrics import PolicyMetrics, grpo_metrics
-from trl_fast.modeling.scoring import score
+from trl_fast.modeling.scoring import ModelScores, score
 from trl_fast.ops import HeadOptions
 
 from ..base.step import StepResult, router_keywords, with_router_loss
@@ -26,6 +26,7 @@ def policy_step(
     entropy_mask: Callable[[torch.Tensor], torch.Tensor] | None = None,
     router_coef: float = 0.0,
     loss_divisor: int = 1,
+    scorer: Callable[..., ModelScores] | None = None,
 ) -> tuple[StepResult, PolicyMetrics]:
     """Computes the loss of one micro-batch of GRPO or RLOO, and its metrics.
 
@@ -38,12 +39,13 @@ def policy_step(
         entropy_coef, entropy_mask: as in `losses.policy_gradient.grpo_loss`.
         router_coef: weight of a mixture of experts' load-balancing loss.
         loss_divisor: accumulation steps that the router's loss is divided by.
+        scorer: what scores in the place of `modeling.scoring.score`, with its arguments.
 
     Returns:
         The loss with the router's metric, and the metrics of the policy loss.
     """
     loss_inputs = update.loss_inputs
-    scored = score(
+    scored = (scorer or score)(
         model,
         update.batch,
         outputs=("logprobs", "entropy"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -80,6 +81,9 @@ class RolloutLoop:
         excludes_cut_off: returns whether completions that were cut off are not learned from.
         prompt_ids_for_rewards: whether reward sources see the prompts' tokens.
         samples_class: the kind of samples that the method fills.
+        generate_instead: takes the place of the engine and of `rollout_func`: from rows to what `generate` returns.
+        reward_instead: takes the place of `rewards`: from rows, with further columns, prompts, completions and their
+            tokens to rewards as in `JudgedRollout`.
     """
 
     engine: RolloutEngine
@@ -93,6 +97,8 @@ class RolloutLoop:
     excludes_cut_off: Callable[[], bool] = lambda: False
     prompt_ids_for_rewards: bool = False
     samples_class: type[Samples] = Samples
+    generate_instead: Callable[[list[dict[str, Any]]], tuple[Rollout, dict[str, list]]] | None = None
+    reward_instead: Callable[[list[dict[str, Any]], list, list, list[list[int]]], torch.Tensor] | None = None
 
     def run(self, rows: list[dict[str, Any]], method: OnlineMethod, update: Callable[[Samples], Outcome]) -> Outcome:
         """Runs one generation of GRPO, RLOO or PPO: rollout → rewards → advantages → update.
@@ -106,7 +112,7 @@ class RolloutLoop:
             ValueError: the rollout or a reward source returned something else than was expected.
             RuntimeError: a reward source raised.
         """
-        with self.rescue.guard():
+        with self._guard():
             rollout, columns = self.generate(rows, method)
             judged = self.judge(rows, rollout, columns, method)
         samples = self._samples(rollout, method)
@@ -121,9 +127,14 @@ class RolloutLoop:
 
     def judged_rollout(self, rows: list[dict[str, Any]], method: OnlineMethod) -> JudgedRollout:
         """Samples completions of the rows' prompts and has them rewarded, without metrics and without an update."""
-        with self.rescue.guard():
+        with self._guard():
             rollout, columns = self.generate(rows, method)
             return self.judge(rows, rollout, columns, method)
+
+    def _guard(self) -> AbstractContextManager[None]:
+        # What a user puts in the place of a part may wait for other processes, as TRL's does.
+        waits = self.accelerator.num_processes > 1 and (self.generate_instead or self.reward_instead)
+        return nullcontext() if waits else self.rescue.guard()
 
     def generate(self, rows: list[dict[str, Any]], method: OnlineMethod) -> tuple[Rollout, dict[str, list]]:
         """Samples a completion for each row with the policy's present weights.
@@ -133,8 +144,11 @@ class RolloutLoop:
         """
         self.engine.sync_weights(method.model, method.state.global_step)
         prompts = [row["prompt"] for row in rows]
+        if self.generate_instead is not None:
+            rollout, columns = self.generate_instead(rows)
+            return check_rollout(rollout, prompts, self.vocab_size), columns
         if method.rollout_func is not None:
-            rollout, columns = _read_output(_ask(method.rollout_func, prompts, method), len(rows))
+            rollout, columns = custom_rollout(method.rollout_func, prompts, method)
             return check_rollout(rollout, prompts, self.vocab_size), columns
         # Around all of it, so that autocast casts the weights once and not for each token.
         with self.accelerator.autocast():
@@ -149,11 +163,16 @@ class RolloutLoop:
         prompts = [row["prompt"] for row in rows]
         own = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
         completions = self.reader.read(prompts, rollout)
+        own |= columns
+        if self.reward_instead is not None:
+            inputs = [{"prompt": prompt, **{name: own[name][i] for name in own}} for i, prompt in enumerate(prompts)]
+            rewards = self.reward_instead(inputs, prompts, completions, rollout.completion_ids)
+            return JudgedRollout(prompts, completions, rollout, rewards)
         rewards = self.rewards(
             prompts,
             completions,
             rollout.completion_ids,
-            {**own, **columns},
+            own,
             trainer_state=method.state,
             log_extra=self.metrics.log_column,
             log_metric=self.metrics.log_metric,
@@ -171,6 +190,18 @@ class RolloutLoop:
         counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
         samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes
         return samples
+
+
+def custom_rollout(
+    rollout_func: Callable[[list, Any], dict[str, Any]], prompts: list, method: Any
+) -> tuple[Rollout, dict[str, list]]:
+    """Returns what a rollout_func makes of prompts, and its further columns, a value for each completion.
+
+    Raises:
+        RuntimeError: it exited.
+        ValueError: it returned no dict, or prompt_ids, completion_ids or logprobs are missing.
+    """
+    return _read_output(_ask(rollout_func, prompts, method), len(prompts))
 
 
 def _ask(rollout_func: Callable[[list, Any], dict[str, Any]], prompts: list, method: OnlineMethod) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class OnlineTrainer(ReferenceTrainer):
             end_ids if warns_of_cut_off else (),
             (self.length_setting, getattr(args, self.length_setting)),
             excludes_cut_off=excludes_cut_off,
-            reward_names=rewards.names,
+            reward_names=lambda: self.loop.rewards.names,
             is_main_process=self.accelerator.is_main_process,
         )
         metrics = GenerationMetrics(
@@ -113,7 +113,7 @@ class OnlineTrainer(ReferenceTrainer):
             self._tokens,
             self.completions_log,
             warnings,
-            reward_names=rewards.names,
+            reward_names=lambda: self.loop.rewards.names,
             end_ids={*end_ids, tokenizer.pad_token_id},
             logs_rewards=logs_rewards,
         )

@@ -1,0 +1,312 @@
+"""Calls what a subclass overrides of TRL's online trainers, with TRL's arguments, and is what `super()` gives it.
+
+TRL's trainer is a chain of methods: `_generate_and_score_completions` calls `_generate` (which calls
+`_tokenize_prompts` and `_generate_single_turn`), `_get_per_token_logps_and_entropies` and `_calculate_rewards`, and
+gives a dict of padded tensors to `_compute_loss`. Ours is the `RolloutLoop`, on lists of tokens. Where a subclass
+overrides one of those methods, the loop asks it in the place of its own part.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from trl_fast.data.prompt_only import PROMPT_IDS, tokenize_prompt
+from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings, ToolRollout
+from trl_fast.rollout.samples import Samples
+
+from ..base.overrides import overridden
+from .rollout_loop import RolloutLoop, custom_rollout
+from .trl_batch import BatchFormat, MicroBatch, check_batch
+from .trl_scoring import TRLScoring
+
+# Hooks that see micro-batches: where one is overridden, micro-batches are put together as in TRL.
+BATCH_HOOKS = (
+    "compute_loss",
+    "_compute_loss",
+    "_prepare_inputs",
+    "_get_per_token_logps_and_entropies",
+    "get_high_entropy_mask",
+)
+ROLLOUT_HOOKS = (
+    "_generate_and_score_completions",
+    "_generate",
+    "_tokenize_prompts",
+    "_generate_single_turn",
+    "_calculate_rewards",
+    "_log_metric",
+    "_log_completion_extra",
+)
+# Methods of TRL's trainers, older releases included, that nothing here calls, and what to override instead.
+UNCALLED_HOOKS = {
+    "get_off_policy_mask": "override _compute_loss() instead",
+    "get_gamma_weights": "override _compute_loss() instead",
+    "_tool_call_loop": "override _generate() instead, or give a rollout_func",
+    "_get_tool_suffix_ids": "override _generate() instead, or give a rollout_func",
+    "_get_per_token_logps": "its name is _get_per_token_logps_and_entropies() now, which returns three values",
+    "_get_last_hidden_state": "override _get_per_token_logps_and_entropies() instead",
+    "compute_liger_loss": "override _compute_loss() instead",
+    "_move_model_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+    "_sync_fsdp_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+    "_sync_fsdp1_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+    "_sync_fsdp2_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+    "_fix_param_name_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+}
+
+
+class TRLHook:
+    """Gives a trainer class a method of TRL's, which is one of its `TRLHooks`; for the body of the class."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, trainer: Any, owner: type) -> Any:
+        return getattr(TRLHooks if trainer is None else trainer.trl_hooks, self._name)
+
+
+class TRLHooks:
+    """Stands between the rollout loop and a trainer's TRL methods.
+
+    Args:
+        trainer: a `GroupTrainer`, whose subclass may override what `TRLHook` gives it.
+        returns_more: whether TRL's trainer of the method returns log-probabilities, masks and further columns from
+            its generating methods (GRPO), or tokens and texts only (RLOO).
+    """
+
+    def __init__(self, trainer: Any, *, returns_more: bool) -> None:
+        self._trainer, self._returns_more = trainer, returns_more
+        self.overridden = frozenset(overridden(type(trainer), *BATCH_HOOKS, *ROLLOUT_HOOKS))
+        self._settings: SamplingSettings | None = None
+        self.scoring = TRLScoring(trainer)
+        self._seen: list[tuple[Samples, MicroBatch]] = []
+
+    @property
+    def sees_batches(self) -> bool:
+        """Says whether a method of the subclass's sees micro-batches."""
+        return bool(self.overridden.intersection((*BATCH_HOOKS, "_generate_and_score_completions")))
+
+    def has(self, name: str) -> bool:
+        """Says whether the subclass overrides a method."""
+        return name in self.overridden
+
+    @property
+    def scores_itself(self) -> bool:
+        """Says whether the subclass scores tokens."""
+        return self.has("_get_per_token_logps_and_entropies")
+
+    def attach(self, loop: RolloutLoop) -> None:
+        """Lets the loop ask the subclass's methods in the place of its own parts."""
+        self._loop = loop
+        if self.overridden & {"_generate", "_tokenize_prompts"}:
+            loop.generate_instead = self._generated
+        if self.overridden & {"_calculate_rewards", "_log_metric", "_log_completion_extra"}:
+            loop.reward_instead = self._rewarded
+
+    def engine(self, engine: RolloutEngine) -> RolloutEngine:
+        """Returns the engine, or one that asks the subclass's `_generate_single_turn`."""
+        self._engine = engine
+        return _SingleTurnEngine(engine, self._single_turn) if self.has("_generate_single_turn") else engine
+
+    @cached_property
+    def format(self) -> BatchFormat:
+        """Returns how TRL's batch of this method looks."""
+        trainer = self._trainer
+        args, mode = trainer.args, getattr(trainer.args, "vllm_importance_sampling_mode", "")
+        return BatchFormat(
+            trainer.processing_class.pad_token_id,
+            args.pad_to_multiple_of,
+            trainer.accelerator.device,
+            trainer.accelerator.num_processes,
+            frozenset({"importance_sampling_ratio"} if mode.startswith("sequence") else ()),
+            sums_old=not self._returns_more,
+        )
+
+    def micro_batch(self, samples: Samples) -> MicroBatch:
+        """Returns the micro-batch of samples, without what the fused step takes.
+
+        Where several updates are made on a generation, each finds what a method of the subclass's changed in the
+        batch before, as in TRL.
+        """
+        known = next((batch for seen, batch in self._seen if seen is samples), None)
+        if known is not None:
+            return known
+        batch = MicroBatch(lambda: self.format.batch(samples))
+        args = self._trainer.args
+        if self.sees_batches and args.num_iterations > 1 and self._trainer.model.training:
+            self._seen = [*self._seen, (samples, batch)][-args.steps_per_generation :]
+        return batch
+
+    # ---- what the loop asks
+
+    def _generated(self, rows: list[dict[str, Any]]) -> tuple[Rollout, dict[str, list]]:
+        """Returns what the subclass generates for the rows' prompts, and further columns for the reward sources."""
+        found = self._trainer._generate([row["prompt"] for row in rows])
+        expected = 8 if self._returns_more else 3
+        if not isinstance(found, tuple) or len(found) != expected:
+            what = f"{len(found)} values" if isinstance(found, tuple) else f"a {type(found).__name__}"
+            raise ValueError(f"_generate() returned {what}; expected a tuple of {expected}, as TRL's does")
+        if not self._returns_more:
+            prompt_ids, completion_ids, completions = found
+            return Rollout(prompt_ids, completion_ids, completions=completions), {}
+        prompt_ids, completion_ids, mask, completions, logprobs, columns, images, tool_images = found
+        if images is not None or any(tool_images or ()):
+            raise NotImplementedError("_generate() returned images, which GRPOTrainer does not support")
+        lists = {name: value if isinstance(value, list) else [value] * len(rows) for name, value in columns.items()}
+        return Rollout(prompt_ids, completion_ids, logprobs, mask, completions), lists
+
+    def _single_turn(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+        """Returns what the subclass's `_generate_single_turn` gives for prompts, sampled with these settings."""
+        trainer, logprobs = self._trainer, None
+        self._settings = settings
+        try:
+            if self._returns_more:
+                size = trainer.group_size
+                firsts = prompt_ids[::size]
+                grouped = len(firsts) * size == len(prompt_ids) and all(
+                    ids == firsts[index // size] for index, ids in enumerate(prompt_ids)
+                )
+                completion_ids, logprobs = trainer._generate_single_turn(prompt_ids, None, {}, size if grouped else 1)
+            else:
+                completion_ids = trainer._generate_single_turn(prompt_ids, None, {})
+        finally:
+            self._settings = None
+        return Rollout(prompt_ids, completion_ids, logprobs)
+
+    def _rewarded(
+        self, rows: list[dict[str, Any]], prompts: list, completions: list, completion_ids: list[list[int]]
+    ) -> torch.Tensor:
+        """Returns the rewards (S, R) float32 of this process's completions, as the subclass computes them."""
+        accelerator, names = self._trainer.accelerator, self._loop.rewards.names
+        rewards = self._trainer._calculate_rewards(rows, prompts, completions, completion_ids)
+        expected = (len(prompts) * accelerator.num_processes, len(names))
+        shape = tuple(getattr(rewards, "shape", ())) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+        if shape != expected:
+            raise ValueError(
+                f"_calculate_rewards() returned {shape}; expected a tensor of shape {expected}: all processes' "
+                f"completions, and a column for each of the reward functions {', '.join(names)}"
+            )
+        first = accelerator.process_index * len(prompts)
+        return rewards[first : first + len(prompts)].float()
+
+    # ---- what `super()` gives
+
+    def generate_and_score(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns TRL's batch of new completions of the rows' prompts, with rewards and advantages."""
+        prompt_ids, _, _ = self._trainer._tokenize_prompts([row["prompt"] for row in inputs])
+        rows = [{**row, PROMPT_IDS: ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
+        return self._loop.run(rows, self._trainer, update=self.format.batch)
+
+    def new_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the batch that the subclass's `_generate_and_score_completions` makes of rows."""
+        inputs = [{name: value for name, value in row.items() if name != PROMPT_IDS} for row in rows]
+        batch = self._trainer._generate_and_score_completions(inputs)
+        return check_batch(batch, "_generate_and_score_completions")
+
+    def generate(self, prompts: list) -> tuple:
+        """Returns TRL's tuple for new completions of prompts.
+
+        For GRPO: prompt_ids, completion_ids, tool_mask, completions, logprobs, further columns, images, tool_images.
+        For RLOO: prompt_ids, completion_ids, completions.
+        """
+        loop, trainer, prompts = self._loop, self._trainer, copy.deepcopy(prompts)
+        columns: dict[str, list] = {}
+        if trainer.rollout_func is not None:
+            rollout, columns = custom_rollout(trainer.rollout_func, prompts, trainer)
+        else:
+            prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+            with trainer.accelerator.autocast():
+                rollout = loop.engine.generate(prompt_ids, loop.settings())
+        completions = loop.reader.read(prompts, rollout)
+        if not self._returns_more:
+            return rollout.prompt_ids, rollout.completion_ids, completions
+        if isinstance(rollout, ToolRollout):
+            loop.metrics.record_tools(rollout)
+        return (
+            *(rollout.prompt_ids, rollout.completion_ids, rollout.mask, completions, rollout.logprobs),
+            *(columns, None, []),
+        )
+
+    def tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Returns the prompts' token ids; there are no images and no fields of them."""
+        trainer = self._trainer
+        keywords, longest = trainer.prompt_template_kwargs(trainer.args), trainer.args.max_prompt_length
+        ids = [tokenize_prompt(prompt, trainer.processing_class, **keywords) for prompt in prompts]
+        return [row if longest is None else row[-longest:] for row in ids], None, {}
+
+    def generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: object,
+        multimodal_fields: object,
+        num_generations: int | None = None,
+        has_tool_images: bool = False,
+    ) -> Any:
+        """Returns the engine's completions of prompts: GRPO also their log-probabilities, None where it has none."""
+        if images or multimodal_fields:
+            raise NotImplementedError("_generate_single_turn: images are not supported")
+        rollout = self._engine.generate(prompt_ids, self._settings or self._loop.settings())
+        return (rollout.completion_ids, rollout.logprobs) if self._returns_more else rollout.completion_ids
+
+    def calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        """Returns the rewards (N, R) float32 of all processes' completions by reward function."""
+        trainer, loop = self._trainer, self._loop
+        rewards = loop.rewards(
+            *(prompts, completions, completion_ids_list),
+            {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", PROMPT_IDS)},
+            trainer_state=trainer.state,
+            log_extra=trainer._log_completion_extra,
+            log_metric=trainer._log_metric,
+        )
+        return trainer.accelerator.gather(rewards.to(trainer.accelerator.device))
+
+    def log_completion_extra(self, column: str, values: list) -> None:
+        """Takes a further column of the table of completions."""
+        self._loop.metrics.log_column(column, values)
+
+    @property
+    def logps_and_entropies(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """Returns the method that scores padded rows of tokens."""
+        return self.scoring.logps_and_entropies
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Takes a number whose mean is logged."""
+        self._loop.metrics.log_metric(name, value)
+
+    def high_entropy_mask(self, entropies: torch.Tensor, mask: torch.Tensor, threshold: float) -> torch.Tensor:
+        """Says which tokens that count have an entropy from the quantile `threshold` of all processes' on.
+
+        Beyond the 80/20 rule, arXiv 2506.01939. Where no token counts, none is chosen.
+
+        Args:
+            entropies: of any shape, float32.
+            mask: of the same shape, 1 for tokens that count.
+
+        Returns:
+            A bool tensor of the same shape.
+        """
+        accelerator, counted = self._trainer.accelerator, mask.bool()
+        every = accelerator.gather(accelerator.pad_across_processes(entropies[counted], pad_index=-1.0))
+        every = every[every >= 0].float()
+        if not len(every):
+            return torch.zeros_like(counted)
+        return (entropies >= torch.quantile(every, threshold)) & counted
+
+
+class _SingleTurnEngine:
+    """Generates by a subclass's `_generate_single_turn`; weights go to the engine that it stands before."""
+
+    def __init__(
+        self, engine: RolloutEngine, generate: Callable[[list[list[int]], SamplingSettings], Rollout]
+    ) -> None:
+        self._engine = engine
+        self.generate = generate
+
+    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
+        """Gives the engine the policy's weights of an optimizer step."""
+        self._engine.sync_weights(model, step)
