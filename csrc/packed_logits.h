@@ -1,6 +1,6 @@
 // Logits in 16 bits: steps below the largest of their chunk.
 //
-// The format is specified by trl_fast/ops/head/kept_logits.py.
+// The format is specified by trl_fast/ops/head/kept_logits.py. The row's target is packed as -inf.
 #pragma once
 
 #include <cstdint>

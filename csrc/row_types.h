@@ -14,10 +14,10 @@ enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Bits of the `outputs` mask.
 enum Output : int64_t { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
 
-// Rows of the state tensor (trl_fast/ops/head/row_kernels.py explains them).
+// Rows of the state tensor (trl_fast/ops/head/row_statistics.py explains them): the sums leave the row's target out.
 enum State : int { kTop = 0, kSum = 1, kSumX = 2, kSumSq = 3, kTotal = 4, kTarget = 5, kBefore = 6, kNumStates = 7 };
 
-// Coefficients of a row's gradient: a, b, d, e of trl_fast/ops/head/row_kernels.py.
+// Coefficients of a row's gradient: a, b, d, e of trl_fast/ops/head/row_kernels.py; d is the target's own gradient.
 constexpr int kNumCoefficients = 4;
 
 // u = softcap * tanh(scale * (z + bias) / softcap) * inv_temperature; softcap 0 means none.
@@ -44,7 +44,7 @@ struct ScoreArgs {
   int64_t outputs;
   double* state;         // (kNumStates, R)
   int64_t state_stride;  // elements between two entries of a row
-  void* weights;         // null, or room for e^(u - top) du/dz, dtype of the logits; may be the logits
+  void* weights;         // null, or room for e^(u - top) du/dz, 0 at the target, dtype of the logits; may be them
   int64_t weights_stride;
 };
 

@@ -1,9 +1,9 @@
 """Computes the head's product and its row statistics in one Triton kernel; logits live in registers, and can be kept.
 
 As many programs as the GPU has processors walk over tiles of logits, [rows, columns]; factors come by TMA, the product
-is accumulated in float32. Of each tile, while it is in registers, the largest logit of every row is found, then the
-sums relative to it, and, if logits are to be kept, the 16-bit words below it (`trl_fast/ops/head/kept_logits.py`). A
-second, small kernel merges the tiles of a row.
+is accumulated in float32. Of each tile, while it is in registers, the largest logit of every row but its target's is
+found, then the sums relative to it, and, if logits are to be kept, the 16-bit words below it
+(`trl_fast/ops/head/kept_logits.py`). A second, small kernel merges the tiles of a row.
 
 Tiles that follow each other share columns in groups, so that their part of the weight is read from memory once and
 then from the cache. No atomics, and a tile's numbers do not depend on the others: the same row gives the same bits,
@@ -47,6 +47,14 @@ MERGED_ROWS, MERGED_TILES = 32, 32
 
 
 @triton.jit
+def _without_target(u, columns, target, vocab_size):
+    """Returns the targets' logits (R,), 0 where they are not here, and u (R, C) with -inf but for other classes."""
+    is_target = columns == target
+    others = tl.where(is_target | (columns >= vocab_size), -float("inf"), u)
+    return tl.sum(tl.where(is_target, u, 0.0), 1), others
+
+
+@triton.jit
 def _add_piece(
     sums,
     u,
@@ -60,7 +68,10 @@ def _add_piece(
     KEEP: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Returns the sums relative to `anchor` (R,) with logits u (R, C) of columns start, start + 1, ... added."""
+    """Returns the sums relative to `anchor` (R,) with logits u (R, C) of columns start, start + 1, ... added.
+
+    The targets' are -inf, and are no part of the sum of logits.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     if PIECES > 1:
         half: tl.constexpr = u.shape[1] // 2
@@ -81,7 +92,7 @@ def _add_piece(
             )
         return sums
     else:
-        s, sum_x, sum_sq, total, before, target_logit = sums
+        s, sum_x, sum_sq, total, before = sums
         columns = start + tl.arange(0, u.shape[1])
         if KEEP:
             words.store([first_row, start], packed_words(u, anchor))
@@ -93,18 +104,18 @@ def _add_piece(
         if LOG_SUM_SQ_PROBS & OUTPUTS:
             sum_sq += tl.sum(e * e, 1)
         if MEAN_LOGITS & OUTPUTS:
-            total += tl.sum(tl.where((columns < num_columns)[None, :], u, 0.0), 1)
+            counted = (columns < num_columns)[None, :] & (columns[None, :] != target[:, None])
+            total += tl.sum(tl.where(counted, u, 0.0), 1)
         if IS_TOP1 & OUTPUTS:
             earlier = tl.where(columns[None, :] < target[:, None], u, -float("inf"))
             before = tl.maximum(before, tl.max(earlier, 1))
-        target_logit += tl.sum(tl.where(columns[None, :] == target[:, None], u, 0.0), 1)
-        return s, sum_x, sum_sq, total, before, target_logit
+        return s, sum_x, sum_sq, total, before
 
 
 @triton.jit
 def _store_optional(parts, slot_stride, sums, mask, OUTPUTS: tl.constexpr):
     """Writes the sums that OUTPUTS asks for to the slots behind the first two."""
-    _, sum_x, sum_sq, total, before, _ = sums
+    _, sum_x, sum_sq, total, before = sums
     slot = parts + 2 * slot_stride
     if ENTROPY & OUTPUTS:
         tl.store(slot, sum_x, mask=mask)
@@ -170,19 +181,19 @@ def linear_scores_kernel(
             u += tl.load(bias + columns, mask=columns < vocab_size, other=0.0).to(tl.float32)[None, :]
         if SCALED:
             u = u * logit_factor
-        u = tl.where((columns < vocab_size)[None, :], u, -float("inf"))
+        target_logit, u = _without_target(u, columns[None, :], target[:, None], vocab_size)
         top = tl.max(u, 1)
         # Where everything is -inf, subtract 0: -inf - -inf would be NaN.
         anchor = tl.where(top == -float("inf"), 0.0, top)
         zeros = tl.zeros([ROWS], tl.float32)
-        sums = (zeros, zeros, zeros, zeros, zeros - float("inf"), zeros)
+        here = there & (target // COLUMNS == column_tile) & (target >= 0) & (target < vocab_size)
+        sums = (zeros, zeros, zeros, tl.where(here, target_logit, 0.0), zeros - float("inf"))
         sums = _add_piece(sums, u, start, anchor, target, vocab_size, words, first_row, OUTPUTS, KEEP, PIECES)
         slots = parts + column_tile.to(tl.int64) * tile_stride + rows
         tl.store(slots, top, mask=there)
         tl.store(slots + slot_stride, sums[0], mask=there)
         _store_optional(slots, slot_stride, sums, there, OUTPUTS)
-        here = there & (target // COLUMNS == column_tile) & (target >= 0) & (target < vocab_size)
-        tl.store(state + state_stride * TARGET + rows, sums[5].to(tl.float64), mask=here)
+        tl.store(state + state_stride * TARGET + rows, target_logit.to(tl.float64), mask=here)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "tops_stride", *_PER_ROW])

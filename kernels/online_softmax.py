@@ -1,8 +1,8 @@
 """Transforms logits, packs them and adds them to online sums, for every kernel that has logits.
 
-The sums are those of the state in `trl_fast/ops/head/row_kernels.py`: six float32 vectors (R,), one entry a row, in
-the order top, sum, sum_x, sum_sq, total, before. Which of them are kept up follows from OUTPUTS, the mask of
-trl_fast/ops/token_scores.py.
+The sums are those of the state in `trl_fast/ops/head/row_statistics.py`, over all classes but the row's target: six
+float32 vectors (R,), one entry a row, in the order top, sum, sum_x, sum_sq, total, before. Which of them are kept up
+follows from OUTPUTS, the mask of trl_fast/ops/token_scores.py.
 """
 
 import triton
@@ -52,16 +52,20 @@ def packed_words(u, top):
 
 
 @triton.jit
-def add_logits(sums, u, mask, before_target, OUTPUTS: tl.constexpr):
-    """Adds logits u (R, C), -inf where `mask` is false, to the sums; before_target (R, C): left of the target."""
+def add_logits(sums, u, mask, from_target, OUTPUTS: tl.constexpr):
+    """Adds logits u (R, C), -inf where `mask` is false, to the sums; returns these, and u with -inf for targets.
+
+    from_target: (R, C) integer, columns from the target, negative to the left of it.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     top, s, sum_x, sum_sq, total, before = sums
-    new_top = tl.maximum(top, tl.max(u, 1))
+    others = tl.where(from_target == 0, -float("inf"), u)
+    new_top = tl.maximum(top, tl.max(others, 1))
     # While everything is -inf, subtract 0: -inf - -inf would be NaN.
     anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
     shift = tl.where(top == -float("inf"), 0.0, top - anchor)
     factor = tl.exp2(shift * LOG2E)
-    x = u - anchor[:, None]
+    x = others - anchor[:, None]
     e = tl.exp2(x * LOG2E)
     if ENTROPY & OUTPUTS:
         sum_x = factor * (sum_x + shift * s) + tl.sum(tl.where(e == 0.0, 0.0, e * x), 1)
@@ -70,9 +74,9 @@ def add_logits(sums, u, mask, before_target, OUTPUTS: tl.constexpr):
     if MEAN_LOGITS & OUTPUTS:
         total += tl.sum(tl.where(mask, u, 0.0), 1)
     if IS_TOP1 & OUTPUTS:
-        before = tl.maximum(before, tl.max(tl.where(before_target, u, -float("inf")), 1))
+        before = tl.maximum(before, tl.max(tl.where(from_target < 0, u, -float("inf")), 1))
     s = factor * s + tl.sum(e, 1)
-    return new_top, s, sum_x, sum_sq, total, before
+    return (new_top, s, sum_x, sum_sq, total, before), others
 
 
 @triton.jit

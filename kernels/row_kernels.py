@@ -104,10 +104,10 @@ def row_scores_kernel(
         z = _load_raw(row[:, None], bias, columns, mask, HAS_BIAS)
         u, _ = transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP)
         u = tl.where(mask, u, -float("inf"))
-        sums = add_logits(sums, u, mask, columns < target[:, None], OUTPUTS)
+        sums, others = add_logits(sums, u, mask, columns - target[:, None], OUTPUTS)
         if pack:
-            chunk_top = tl.max(u, 1)
-            tl.store(words + index[:, None] * words_stride + columns, packed_words(u, chunk_top), mask=mask)
+            chunk_top = tl.max(others, 1)
+            tl.store(words + index[:, None] * words_stride + columns, packed_words(others, chunk_top), mask=mask)
             tl.store(tops + index * tops_stride + start // BLOCK, chunk_top)
     store_sums(state, state_stride, sums, None, OUTPUTS)
     here = (target >= 0) & (target < num_columns)
@@ -126,7 +126,7 @@ def _grad_of(u, is_target, lse, coefficients, coefficient_stride):
     e = tl.load(coefficients + 3 * coefficient_stride)
     x = u - tl.load(lse)
     p = tl.exp2(x * LOG2E)
-    return tl.where(p == 0.0, 0.0, p * (a + b * x)) + e + tl.where(is_target, d, 0.0)
+    return tl.where(is_target, d, tl.where(p == 0.0, 0.0, p * (a + b * x)) + e)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)

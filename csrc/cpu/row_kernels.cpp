@@ -20,14 +20,14 @@ using trl_fast::ScoreArgs;
 using trl_fast::Transform;
 
 template <typename Row>
-float logit_at(const Row& row, const Transform& t, int64_t column, float* derivative = nullptr) {
+float derivative_at(const Row& row, const Transform& t, int64_t column) {
   float u[kWidth], derivatives[kWidth];
   logits_chunk(row, t, column, 1, u, derivatives);
-  if (derivative) *derivative = derivatives[0];
-  return u[0];
+  return derivatives[0];
 }
 
-// Online sums of a row, relative to the running maximum m: s = sum e^(u-m), sx = sum e^(u-m) (u-m), sq = sum e^2(u-m).
+// Online sums of a row without its target, relative to their running maximum m: s = sum e^(u-m),
+// sx = sum e^(u-m) (u-m), sq = sum e^2(u-m).
 struct Online {
   float m = -kInf;
   double s = 0, sx = 0, sq = 0, total = 0;
@@ -81,21 +81,23 @@ double chunk_total(const float* u, int64_t n) {
   return sum;
 }
 
-// The largest logit of a tile's row; `u` is scratch.
+// The largest logit of a tile's row but for its target; `u` is scratch.
 template <typename T>
-float row_max(const T* row, const ScoreArgs& args, float* u) {
+float row_max(const T* row, const ScoreArgs& args, int64_t target, float* u) {
   const int64_t columns = args.tile.columns;
   float top = -kInf;
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
     logits_chunk(row, args.transform, start, n, u);
+    if (target >= start && target < start + n) u[target - start] = -kInf;
     top = std::max(top, chunk_max(u, n));
   }
   return top;
 }
 
-// With kWeights, the row's e^(u - top) du/dz go to `weights`, relative to its largest logit with this tile; finding
-// that takes a look ahead where the tile is wider than a chunk. `packed`, unless null, takes the logits.
+// The target's logit goes to the state; everything else sees -inf in its place. With kWeights, the row's
+// e^(u - top) du/dz go to `weights`, relative to its largest logit with this tile; finding that takes a look ahead
+// where the tile is wider than a chunk. `packed`, unless null, takes the logits.
 template <typename T, bool kMoments, bool kWeights>
 void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights,
                const PackedRow* packed) {
@@ -107,18 +109,21 @@ void score_row(const T* row, const ScoreArgs& args, int64_t target, double* stat
   Online online = {static_cast<float>(state[kTop * stride]), state[kSum * stride], state[kSumX * stride],
                    state[kSumSq * stride], state[kTotal * stride]};
   float before = static_cast<float>(state[kBefore * stride]);
-  if (kWeights && columns > kChunk) online.raise(row_max(row, args, u));
+  if (kWeights && columns > kChunk) online.raise(row_max(row, args, target, u));
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
     logits_chunk(row, args.transform, start, n, u, curved ? derivative : nullptr);
-    const float top = chunk_max(u, n);
     if (args.outputs & kMeanLogits) online.total += chunk_total(u, n);
+    if (target >= start && target < start + n) {
+      state[kTarget * stride] = u[target - start];
+      u[target - start] = -kInf;
+    }
+    const float top = chunk_max(u, n);
     if (args.outputs & kIsTop1) {
       const int64_t earlier = std::clamp<int64_t>(target - start, 0, n);
       if (earlier == n) before = std::max(before, top);
       if (earlier > 0 && earlier < n) before = std::max(before, *std::max_element(u, u + earlier));
     }
-    if (target >= start && target < start + n) state[kTarget * stride] = u[target - start];
     if (packed) pack_chunk(u, n, top, packed->chunk(start / kChunk));
     online.raise(top);
     // A chunk of nothing but -inf adds nothing; -inf - -inf would be NaN. But NaN has to be seen.
@@ -158,7 +163,7 @@ struct RowCoefficients {
   float a, b, d, e;
 };
 
-// p (a + b (u - lse)) + e
+// p (a + b (u - lse)) + e, of every class but the target
 inline Vec logit_grad(Vec u, Vec lse, const RowCoefficients& c) {
   const Vec x = u - lse;
   const Vec p = exp_vec(x);
@@ -172,12 +177,8 @@ void grad_row(const Row& row, const GradArgs& args, float lse, int64_t target, c
   alignas(64) float u[kChunk], derivative[kChunk];
   const int64_t columns = args.tile.columns;
   const bool has_target = target >= 0 && target < columns;
-  float target_grad = 0;
-  if (has_target) {  // before `out`, which may be `row`, is written
-    float target_derivative;
-    const float logit = logit_at(row, args.transform, target, &target_derivative);
-    target_grad = (logit_grad(splat(logit), splat(lse), c)[0] + c.d) * target_derivative;
-  }
+  // Before `out`, which may be `row`, is written.
+  const float target_grad = has_target ? c.d * derivative_at(row, args.transform, target) : 0;
   const Vec lse_vec = splat(lse);
   const Vec constant_derivative = splat(args.transform.scale * args.transform.inv_temperature);
   const bool curved = args.transform.softcap != 0.0f;

@@ -183,7 +183,8 @@ struct Transformed {
   }
 };
 
-// Sums over the columns seen, relative to the largest logit among them; those of row_kernels.py's state.
+// Sums over the columns seen but for the target, relative to the largest logit among them; those of the state that
+// row_statistics.py has.
 struct Online {
   float top;
   float sum;
@@ -207,9 +208,9 @@ __device__ inline void raise(Online& sums, float top) {
   sums.top = top;
 }
 
-// Adds the logits of columns [first, first + kShare); those that are not there are -inf.
+// Adds the logits of columns [first, first + kShare); the target's and those that are not there are -inf.
 template <int kOutputs>
-__device__ void add(Online& sums, const float (&u)[kShare], int first, int columns, int target) {
+__device__ void add(Online& sums, const float (&u)[kShare], int first, int target) {
   float top = u[0];
   for (int i = 1; i < kShare; ++i) top = maximum(top, u[i]);
   if constexpr (kOutputs & kIsTop1) {
@@ -227,7 +228,6 @@ __device__ void add(Online& sums, const float (&u)[kShare], int first, int colum
     sums.sum += e;
     if constexpr (kOutputs & kEntropy) sums.sum_x += e > 0.0f ? product(e, x) : e;  // not 0 * -inf
     if constexpr (kOutputs & kLogSumSqProbs) sums.sum_sq = fmaf(e, e, sums.sum_sq);
-    if constexpr (kOutputs & kMeanLogits) sums.total += first + i < columns ? u[i] : 0.0f;
   }
 }
 
@@ -286,7 +286,8 @@ __device__ inline void add_to_state(const Online& tile, int64_t outputs, double*
 }
 
 // The block's row: its sums are added to its state. keep(start, u) is given a thread's logits of the chunk that begins
-// at column `start`. kOutputs are the sums that are kept up, a superset of those that the caller asked for.
+// at column `start`, -inf for the target's, which goes to the state. kOutputs are the sums that are kept up, a
+// superset of those that the caller asked for.
 template <typename T, bool kBias, bool kSoftcap, int kOutputs, bool kWhole, typename Keep>
 __device__ void score_row(const ScoreArgs& args, const T* logits, Keep keep) {
   const int64_t row = blockIdx.x;
@@ -304,8 +305,12 @@ __device__ void score_row(const ScoreArgs& args, const T* logits, Keep keep) {
     for (int k = 0; k < kShare; ++k) {
       const bool there = kWhole ? first < columns : first + k < columns;
       u[k] = there ? transformed(share[k], first + k).u : -INFINITY;
+      if constexpr (kOutputs & kMeanLogits) sums.total += there ? u[k] : 0.0f;
     }
-    add<kOutputs>(sums, u, first, columns, target);
+    if (target >= first && target < first + kShare) {
+      for (int k = 0; k < kShare; ++k) u[k] = first + k == target ? -INFINITY : u[k];
+    }
+    add<kOutputs>(sums, u, first, target);
     keep(start, u);
   }
   sums = merged_block(sums);
@@ -348,7 +353,7 @@ struct Coefficients {
     const float x = logit.u - lse;
     const float p = exp_flushed(x);
     const float du = (p == 0.0f ? 0.0f : p * (a + b * x)) + e;
-    return (is_target ? du + d : du) * logit.derivative;
+    return (is_target ? d : du) * logit.derivative;
   }
 };
 

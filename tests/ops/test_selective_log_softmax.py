@@ -7,6 +7,7 @@ import torch
 
 from support.heads import DTYPES, FLOOR, assert_as_good, error, scores_from_logits
 from trl_fast.ops import selective_log_softmax, selective_log_softmax_and_entropy
+from trl_fast.ops.head.row_statistics import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
 from trl_fast.ops.selective_log_softmax import _selective_scores, _selective_scores_backward
 
 
@@ -68,7 +69,8 @@ def test_opcheck(backend):
     if backend == "triton":
         pytest.skip("the interpreter reads pointers, which fake tensors do not have; the same op is checked on cpp")
     logits, index = torch.randn(4, 20, requires_grad=True), torch.tensor([1, 2, 3, 0])
-    torch.library.opcheck(_selective_scores, (logits, index, 0.5, 1, backend))
+    outputs = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
+    torch.library.opcheck(_selective_scores, (logits, index, 0.5, outputs, backend))
     torch.library.opcheck(
         _selective_scores_backward, (logits.detach(), index, torch.zeros(4), torch.ones(4, 4), 0.5, backend)
     )

@@ -100,6 +100,7 @@ def pack_hard_rows(
     torch.testing.assert_close(packed.tops, reference.tops, rtol=1e-6, atol=1e-6, equal_nan=True)
     exact_bias = None if bias is None else bias.double()
     u, _ = LogitTransform(scale, 0.0, inv_temperature).apply(logits.double(), exact_bias)
+    u = u.masked_fill(torch.arange(columns) == (targets - FIRST_COLUMN)[:, None], float("-inf"))
     finite = [row for row in range(NUM_ROWS) if row not in (6, 7)]
     found = unpack(packed.words, packed.tops)[finite]
     for part, kept in zip(u[finite].split(CHUNK, dim=1), found.split(CHUNK, dim=1), strict=True):

@@ -16,14 +16,7 @@ from .head.autograd import differentiable_scores, planned_head
 from .head.gradients import HeadGradients, Needs, waiting_dtype
 from .head.logit_transform import LogitTransform
 from .head.plan import BLOCKS, DEFAULT_SPARSE_THRESHOLD, HeadOptions
-from .head.row_statistics import (
-    LOGPROB_ROW,
-    LSE_LOW_ROW,
-    LSE_ROW,
-    MEAN_LOGITS,
-    MEAN_LOGITS_ROW,
-    with_low_part,
-)
+from .head.row_statistics import LOGPROB_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW, row_coefficients
 from .head.sweep import empty_kept_logits, score_rows
 from .matmul import gemm_dtype
 from .memory_pool import scaled
@@ -89,23 +82,23 @@ def _linear_cross_entropy(
             lse, logprobs, mean_logits = (statistics[row] for row in (LSE_ROW, LOGPROB_ROW, MEAN_LOGITS_ROW))
             total += token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss).sum()
             if any(needs):
-                coefficients = _coefficients(lse, divisor, head.plan.vocab_size, label_smoothing, z_loss)
-                coefficients = with_low_part(coefficients, statistics[LSE_LOW_ROW])
+                coefficients = _coefficients(statistics, divisor, head.plan.vocab_size, label_smoothing, z_loss)
                 given = (hidden[rows], targets[rows], lse, coefficients, kept)
                 gradients.add(rows, *given, consume=True, last=rows.stop == num_rows)
         return (total / divisor, *gradients.results(hidden_dtype, weight.dtype if bias is None else bias.dtype))
 
 
 def _coefficients(
-    lse: torch.Tensor, divisor: torch.Tensor, vocab_size: int, label_smoothing: float, z_loss: float
+    statistics: torch.Tensor, divisor: torch.Tensor, vocab_size: int, label_smoothing: float, z_loss: float
 ) -> torch.Tensor:
-    """Returns the rows a, b, d, e (4, R) of row_kernels.py for `token_losses` over `divisor`."""
-    coefficients = lse.new_zeros((4, lse.shape[0]))
-    a, _, d, e = coefficients
-    a += (1 + 2 * z_loss * lse) / divisor
-    d -= (1 - label_smoothing) / divisor
-    e -= label_smoothing / (divisor * vocab_size)
-    return coefficients
+    """Returns the coefficients (4, R) of row_kernels.py for `token_losses` over `divisor`; statistics: (7, R)."""
+    lse = statistics[LSE_ROW]
+    upstream = {"grad_logprobs": torch.full_like(lse, label_smoothing - 1) / divisor}
+    if label_smoothing or z_loss:
+        upstream["grad_lse"] = (label_smoothing + 2 * z_loss * lse) / divisor
+    if label_smoothing:
+        upstream["grad_mean_logits"] = torch.full_like(lse, -label_smoothing) / divisor
+    return row_coefficients(statistics, vocab_size, **upstream)
 
 
 @_linear_cross_entropy.register_fake

@@ -24,7 +24,7 @@ from .head.gradients import HeadGradients, Needs
 from .head.kept_logits import KeptLogits
 from .head.logit_transform import LogitTransform
 from .head.plan import BLOCKS, GROUPS, HeadOptions, group_slices
-from .head.row_statistics import ENTROPY_ROW, LSE_LOW_ROW, LSE_ROW, NUM_STATISTICS, output_mask, row_coefficients
+from .head.row_statistics import LSE_ROW, NUM_STATISTICS, output_mask, row_coefficients
 from .head.sweep import empty_kept_logits, score_rows
 from .head.tiled_head import TiledHead
 from .memory_pool import scaled
@@ -65,8 +65,7 @@ def _block_loss(
     if loss.requires_grad:
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         grads[: len(found)] = found
-    entropy, lse_low = statistics[ENTROPY_ROW], statistics[LSE_LOW_ROW]
-    coefficients = row_coefficients(lse_low, entropy, vocab_size, grad_logprobs=grads[0], grad_entropy=grads[1])
+    coefficients = row_coefficients(statistics, vocab_size, grad_logprobs=grads[0], grad_entropy=grads[1])
     return loss.detach(), coefficients
 
 

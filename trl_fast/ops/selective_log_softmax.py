@@ -10,7 +10,14 @@ from .backends import choose_backend
 from .device import device_facts
 from .head.logit_transform import LogitTransform
 from .head.row_kernels import row_kernels
-from .head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW, LSE_LOW_ROW, LSE_ROW, row_coefficients
+from .head.row_statistics import (
+    ENTROPY,
+    ENTROPY_ROW,
+    LOGPROB_ROW,
+    LSE_ROW,
+    NUM_STATISTICS,
+    row_coefficients,
+)
 from .head.sweep import finish_scores, new_state
 from .named_gradients import AutogradContext, gradients_of
 from .validation import check_finite, check_selective_inputs, check_target_range
@@ -19,8 +26,8 @@ from .validation import check_finite, check_selective_inputs, check_target_range
 @torch.library.custom_op("trl_fast::selective_scores", mutates_args=())
 def _selective_scores(
     logits: torch.Tensor, index: torch.Tensor, inv_temperature: float, outputs: int, backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns lse, logprobs, entropy, low part of lse, (R,) float32 each, of logits (R, V) and index (R,).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns logprobs, entropy, (R,) float32 each, and all statistics (7, R), of logits (R, V) and index (R,).
 
     entropy is NaN unless `outputs` asks for it.
     """
@@ -28,9 +35,7 @@ def _selective_scores(
     row_kernels(backend, logits.device).scores(logits, index, None, 1.0, 0.0, inv_temperature, outputs, 0, state)
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
     statistics = finish_scores(state, outputs, logits.shape[1], sum_dtype)
-    rows = (LSE_ROW, LOGPROB_ROW, ENTROPY_ROW, LSE_LOW_ROW)
-    lse, logprobs, entropy, lse_low = (statistics[row].clone() for row in rows)
-    return lse, logprobs, entropy, lse_low
+    return statistics[LOGPROB_ROW].clone(), statistics[ENTROPY_ROW].clone(), statistics
 
 
 @_selective_scores.register_fake
@@ -38,7 +43,8 @@ def _(
     logits: torch.Tensor, index: torch.Tensor, inv_temperature: float, outputs: int, backend: str
 ) -> tuple[torch.Tensor, ...]:
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
-    return tuple(logits.new_empty(logits.shape[0], dtype=sum_dtype) for _ in range(4))
+    rows = [logits.new_empty(logits.shape[0], dtype=sum_dtype) for _ in range(2)]
+    return (*rows, logits.new_empty((NUM_STATISTICS, logits.shape[0]), dtype=sum_dtype))
 
 
 @torch.library.custom_op("trl_fast::selective_scores_backward", mutates_args=())
@@ -73,20 +79,20 @@ def _setup_context(
 ) -> None:
     logits, index, ctx.inv_temperature, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, index, output[0], output[2], output[3])
+    ctx.save_for_backward(logits, index, output[2])
 
 
 def _backward(
     ctx: _Context,
-    grad_lse: torch.Tensor | None,
     grad_logprobs: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
-    _grad_lse_low: torch.Tensor | None,
+    _: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    logits, index, lse, entropy, lse_low = ctx.saved_tensors
-    upstream = {"grad_lse": grad_lse, "grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy}
-    coefficients = row_coefficients(lse_low, entropy, logits.shape[-1], **upstream)
-    gradient = _selective_scores_backward(logits, index, lse, coefficients, ctx.inv_temperature, ctx.backend)
+    logits, index, statistics = ctx.saved_tensors
+    upstream = {"grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy}
+    coefficients = row_coefficients(statistics, logits.shape[-1], **upstream)
+    given = (logits, index, statistics[LSE_ROW], coefficients)
+    gradient = _selective_scores_backward(*given, ctx.inv_temperature, ctx.backend)
     return gradients_of("trl_fast::selective_scores", logits=gradient)
 
 
@@ -104,7 +110,7 @@ def _selective(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     check_finite(rows, "logits", masked=True)
-    _, logprobs, entropy, _ = _selective_scores(rows, index.reshape(-1).long(), inv_temperature, outputs, backend)
+    logprobs, entropy, _ = _selective_scores(rows, index.reshape(-1).long(), inv_temperature, outputs, backend)
     return logprobs.view(index.shape), entropy.view(index.shape)
 
 

@@ -151,7 +151,9 @@ def test_kept_logits_are_fine_enough_and_left_as_they_are(backend):
         *_, words, tops = linear_scores(*given)
     # Chunks of packed rows, or of the fused kernel's tiles in the interpreter.
     logits = unpack(words[0, :, :700], tops[0], CHUNK if backend == "torch" else 128)
-    assert logits.shape == (24, 700) and (logits - problem.logits(torch.float64)).abs().max() < 2**-10
+    targets = problem.targets[:, None]
+    assert logits.shape == (24, 700) and (logits.gather(1, targets) == float("-inf")).all()
+    assert (logits - problem.logits(torch.float64)).scatter(1, targets, 0.0).abs().max() < 2**-10
     loss = of_logprob(problem, backend=backend)
     first, second = (torch.autograd.grad(loss, problem.leaves, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -37,12 +37,10 @@ from .row_kernels import ROW_KERNELS
 from .row_statistics import (
     ENTROPY_ROW,
     LOGPROB_ROW,
-    LSE_LOW_ROW,
     LSE_ROW,
     MEAN_LOGITS_ROW,
     NUM_STATISTICS,
     row_coefficients,
-    with_low_part,
 )
 from .sparse_gradient import SPARSE_KERNELS, sparse_gradients
 from .sweep import empty_kept_logits, score_rows, score_rows_and_keep, score_rows_with_unit_gradient
@@ -184,9 +182,8 @@ def _score_with_unit_gradient(
     for rows in plan.blocks(num_rows):
         kept = logits.part(slice(rows.stop - rows.start))
         found = score_rows(head, hidden[rows], targets[rows], outputs, keep=kept)
-        coefficients = found.new_zeros(4, rows.stop - rows.start)
-        coefficients[0], coefficients[2] = -1.0, 1.0
-        coefficients = with_low_part(coefficients, found[LSE_LOW_ROW])
+        ones = torch.ones_like(found[LOGPROB_ROW])
+        coefficients = row_coefficients(found, plan.vocab_size, grad_logprobs=ones)
         given = (hidden[rows], targets[rows], found[LSE_ROW], coefficients, kept)
         gradients.add(rows, *given, consume=True, last=rows.stop == num_rows)
         statistics[:, rows] = found
@@ -287,9 +284,10 @@ class _Context(AutogradContext, Protocol):
 
 def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, targets, bias, *transform, _, keep, workspace_bytes, backend = inputs
-    lse, _, entropy, _, statistics, cache, tops = output
+    *_, statistics, cache, tops = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, targets, bias, lse, statistics[LSE_LOW_ROW].clone(), entropy, cache, tops)
+    # A copy: the caller may change what it was given.
+    ctx.save_for_backward(hidden, weight, targets, bias, statistics.clone(), cache, tops)
     ctx.transform, ctx.keep, ctx.workspace_bytes, ctx.backend = transform, keep, workspace_bytes, backend
 
 
@@ -301,13 +299,12 @@ def _backward(
     grad_mean_logits: torch.Tensor | None,
     *_: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    hidden, weight, targets, bias, lse, lse_low, entropy, cache, tops = ctx.saved_tensors
+    hidden, weight, targets, bias, statistics, cache, tops = ctx.saved_tensors
     if ctx.keep == UNIT_GRADIENT and all(grad is None for grad in (grad_lse, grad_entropy, grad_mean_logits)):
         grad_hidden = None if grad_logprobs is None else (cache * grad_logprobs[:, None]).to(hidden.dtype)
         return gradients_of(_OP, hidden=grad_hidden)
     coefficients = row_coefficients(
-        lse_low,
-        entropy,
+        statistics,
         weight.shape[0],
         grad_lse=grad_lse,
         grad_logprobs=grad_logprobs,
@@ -315,7 +312,7 @@ def _backward(
         grad_mean_logits=grad_mean_logits,
     )
     kept = cache if ctx.keep == LOGITS else hidden.new_empty(0, 0, 0)
-    given = (hidden, weight, targets, bias, lse, coefficients, kept, tops, *ctx.transform)
+    given = (hidden, weight, targets, bias, statistics[LSE_ROW], coefficients, kept, tops, *ctx.transform)
     return _needed_gradients(ctx, _OP, linear_scores_backward, given, (ctx.workspace_bytes, ctx.backend))
 
 
@@ -454,13 +451,8 @@ def _sparse_backward(
     *_: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, targets, bias, statistics, *samples = ctx.saved_tensors
-    coefficients = row_coefficients(
-        statistics[LSE_LOW_ROW],
-        statistics[ENTROPY_ROW],
-        weight.shape[0],
-        grad_logprobs=grad_logprobs,
-        grad_entropy=grad_entropy,
-    )
+    upstream = {"grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy}
+    coefficients = row_coefficients(statistics, weight.shape[0], **upstream)
     given = (hidden, weight, targets, bias, statistics, coefficients, *samples, *ctx.transform, ctx.threshold)
     op = "trl_fast::linear_scores_sparse"
     return _needed_gradients(ctx, op, linear_scores_sparse_backward, given, (ctx.backend,))

@@ -13,8 +13,9 @@ has 2048 columns, or those of a tile of the fused kernel:
     65534 steps below is brought up there
 
 Probabilities are thus off by at most 0.05%: less than the rounding of a bfloat16 gradient (0.2%), let alone that of a
-bfloat16 logit. The largest logit is exact, and with it the p - 1 of a target that the model is sure of. What is
-brought up has a probability below e⁻⁶⁴. NaN becomes 65535: its row's log-sum-exp is NaN, and so is its gradient. So
+bfloat16 logit. The row's target is left out, as -∞: its gradient is known without its logit, exactly, and where the
+model is sure of it, the other logits of its chunk are steps below the largest of themselves. What is brought up has
+e⁻⁶⁴ of the probability of another class. NaN becomes 65535: its row's log-sum-exp is NaN, and so is its gradient. So
 is +∞, for the same reason. Tops lie apart from the words so that 16-bit gradients can take the words' place, as the
 rows of a matrix. Row kernels pack while they score and unpack while they compute the gradient.
 """

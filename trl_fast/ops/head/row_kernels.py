@@ -3,20 +3,20 @@
 Both work on a tile: some rows, and columns [column_offset, column_offset + C) of the vocabulary. `row_scores` adds a
 tile to each row's running state, relative to the largest logit so far (online softmax, Milakov and Gimelshein, arXiv
 1805.02867), so that the rest of the row need not exist; `finish_scores` of sweep.py turns the state into statistics.
-`row_grad` turns a tile into its gradient, given four coefficients a row, which is enough for every loss that this
-project has:
+Its sums leave the target out, whose logit is kept apart (row_statistics.py says why). `row_grad` turns a tile into its
+gradient, given four coefficients a row, which is enough for every loss that this project has:
 
-    p = exp(u - lse);   du = p * (a + b * (u - lse)) + e + d * onehot(target)
+    p = exp(u - lse);   du = p * (a + b * (u - lse)) + e, but d at the target
 
 | gradient of | a | b | d | e |
 |---|---|---|---|---|
-| log-prob, upstream g | -g | 0 | g | 0 |
-| entropy H, upstream g | -g H | -g | 0 | 0 |
-| log-sum-exp, upstream g | g | 0 | 0 | 0 |
-| mean logit, upstream g | 0 | 0 | 0 | g / V |
+| log-prob, upstream g | -g | 0 | g (1 - p_t) | 0 |
+| entropy H, upstream g | -g H | -g | -g p_t (log p_t + H) | 0 |
+| log-sum-exp, upstream g | g | 0 | g p_t | 0 |
+| mean logit, upstream g | 0 | 0 | g / V | g / V |
 
-A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it. `with_low_part` of
-row_statistics.py puts what the rounding lost back, by way of a and b.
+`row_coefficients` of row_statistics.py computes them: d in closed form, since g - g p_t would lose what is left of a
+target that the model is sure of.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def _local_targets(targets: torch.Tensor, column_offset: int, columns: int) -> t
     return local.clamp(0, max(columns - 1, 0)), (local >= 0) & (local < columns)
 
 
+def _without_target(u: torch.Tensor, local: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Returns logits u (R, C) with -inf at the targets that lie in the tile: a class that is not there."""
+    kept = u.gather(1, local[:, None])
+    return u.scatter(1, local[:, None], kept.masked_fill(inside[:, None], float("-inf")))
+
+
 def row_scores_reference(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -92,6 +98,9 @@ def row_scores_reference(
     local, inside = _local_targets(targets, column_offset, u.shape[1])
     target_logits = u.gather(1, local[:, None]).squeeze(1)
     state[TARGET] = torch.where(inside, target_logits.to(state.dtype), state[TARGET])
+    if outputs & MEAN_LOGITS:
+        state[TOTAL] += u.sum(dim=1)
+    u = _without_target(u, local, inside)
     before = state[TOP].clone()
     top = torch.maximum(before, u.amax(dim=1).to(state.dtype))
     # While everything is -inf, subtract 0: -inf - -inf would be NaN.
@@ -105,8 +114,6 @@ def row_scores_reference(
         state[SUM_X] = factor * (state[SUM_X] + shift * state[SUM]) + moment
     if outputs & LOG_SUM_SQ_PROBS:
         state[SUM_SQ] = factor.square() * state[SUM_SQ] + e.square().sum(dim=1)
-    if outputs & MEAN_LOGITS:
-        state[TOTAL] += u.sum(dim=1)
     if outputs & IS_TOP1:
         columns = column_offset + torch.arange(u.shape[1], device=u.device)
         earlier = u.masked_fill(columns >= targets[:, None], float("-inf")).amax(dim=1)
@@ -144,7 +151,8 @@ def row_grad_reference(
     p = logp.exp()
     du = torch.where(p == 0, 0.0, p * (a + b * logp)) + e
     local, inside = _local_targets(targets, column_offset, u.shape[1])
-    du.scatter_add_(1, local[:, None], torch.where(inside[:, None], d, 0.0))
+    if du.numel():
+        du.scatter_(1, local[:, None], torch.where(inside[:, None], d, du.gather(1, local[:, None])))
     du *= inv_temperature * scale
     if tanh is not None:
         du *= 1 - tanh.square()
@@ -164,9 +172,10 @@ def row_lse_gradient_by_two(
     state: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Adds a tile to its rows' state, and writes e^(u - m) du/dz to `out` (R, C), m being the largest logit so far.
+    """Adds a tile to its rows' state, and writes e^(u - m) du/dz to `out` (R, C), but 0 at the target.
 
-    The arguments are those of row_scores_reference; `out` is as for row_grad_reference.
+    m is the largest logit of the other classes so far. The arguments are those of row_scores_reference; `out` is as
+    for row_grad_reference.
     """
     given = (logits, targets, bias, scale, softcap, inv_temperature)
     kernels.scores(*given, outputs, column_offset, state)
@@ -192,6 +201,8 @@ def row_scores_packed_reference(
 ) -> None:
     """Adds a tile to the state of its rows, as row_scores does without a softcap, and packs its logits.
 
+    The target is packed as -inf: its gradient needs no logit, and a chunk's words reach below the largest other one.
+
     Args:
         logits, targets, bias, scale, inv_temperature, outputs, column_offset, state: as in row_scores_reference. On a
             CPU, compiled kernels take float32 logits only.
@@ -199,6 +210,8 @@ def row_scores_packed_reference(
     """
     row_scores_reference(logits, targets, bias, scale, 0.0, inv_temperature, outputs, column_offset, state)
     u, _ = LogitTransform(scale, 0.0, inv_temperature).apply(logits, bias)
+    if u.numel():
+        u = _without_target(u, *_local_targets(targets, column_offset, u.shape[1]))
     pack(u.float(), words, tops)
 
 

@@ -4,9 +4,14 @@ A row of logits is read tile by tile. Its *state* holds sums relative to the lar
 Milakov and Gimelshein, arXiv 1805.02867); when every column has been seen, they become its *statistics*. Kernels in
 C++, CUDA and Triton use the same numbers for rows and bits (kernels/shared_constants.py).
 
-The rows of the state (7, R) float64 are TOP, the largest logit m so far; SUM, SUM_X and SUM_SQ, the sums of e^(u-m),
-e^(u-m) (u-m) and e^2(u-m); TOTAL, the sum of the logits; TARGET, the target's logit; BEFORE, the largest logit before
-the target.
+The sums are those of the *other* classes: the tile that holds a row's target leaves it out, and keeps its logit apart.
+Where the model is sure of its target, the others are nothing next to it, and a sum of all would lose them: at a margin
+of 17 nats they are one unit in the last place of float32. With the others apart, log p = log σ(margin), with the
+margin x_t − log Σ_{j≠t} e^{x_j}, and 1 − p = −expm1(log p) are exact for every margin.
+
+The rows of the state (7, R) float64 are TOP, the largest logit m of the other classes so far; SUM, SUM_X and SUM_SQ,
+their sums of e^(u-m), e^(u-m) (u-m) and e^2(u-m); TOTAL, the sum of all logits; TARGET, the target's logit; BEFORE,
+the largest logit before the target.
 """
 
 from __future__ import annotations
@@ -53,8 +58,7 @@ def output_mask(outputs: tuple[str, ...] | list[str]) -> int:
 
 
 def row_coefficients(
-    lse_low: torch.Tensor,
-    entropy: torch.Tensor,
+    statistics: torch.Tensor,
     vocab_size: int,
     *,
     grad_lse: torch.Tensor | None = None,
@@ -64,29 +68,29 @@ def row_coefficients(
 ) -> torch.Tensor:
     """Computes the coefficients a, b, d, e (4, R) of the table in row_kernels.py from upstream gradients (R,).
 
-    lse_low, entropy: (R,), rows of the statistics; vocab_size: V. An output without a gradient is None.
+    statistics: (7, R), entropy included if it has a gradient; vocab_size: V. An output without a gradient is None.
+
+    a and b are for lse as it is rounded: with the exact one, lse + low, p (a + b (u - lse - low)) has the factor
+    exp(-low). A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it.
     """
-    coefficients = lse_low.new_zeros((4, lse_low.shape[0]))
+    coefficients = statistics.new_zeros((4, statistics.shape[1]))
     a, b, d, e = coefficients
+    logprobs, entropy, low = statistics[LOGPROB_ROW], statistics[ENTROPY_ROW], statistics[LSE_LOW_ROW]
     if grad_lse is not None:
         a += grad_lse
+        d += grad_lse * logprobs.exp()
     if grad_logprobs is not None:
         a -= grad_logprobs
-        d += grad_logprobs
+        d -= grad_logprobs * torch.expm1(logprobs)
     if grad_entropy is not None:
         a -= grad_entropy * entropy
         b -= grad_entropy
+        # p (log p + H) of a target without a probability is 0.
+        d -= grad_entropy * logprobs.exp() * (logprobs.clamp(min=-1e4) + entropy)
     if grad_mean_logits is not None:
         e += grad_mean_logits / vocab_size
-    return with_low_part(coefficients, lse_low)
-
-
-def with_low_part(coefficients: torch.Tensor, lse_low: torch.Tensor) -> torch.Tensor:
-    """Corrects coefficients (4, R) for lse, so that they are those of the exact log-sum-exp, lse + lse_low (R,).
-
-    A float32 log-sum-exp of 10000 is off by up to 5e-4, and every probability with it.
-    p (a + b (u - lse - low)) with p = exp(u - lse) exp(-low): both factors go into a and b.
-    """
-    a, b, d, e = coefficients
-    factor = torch.exp(-lse_low)
-    return torch.stack((factor * (a - b * lse_low), factor * b, d, e))
+        d += grad_mean_logits / vocab_size
+    factor = torch.exp(-low)
+    a.sub_(b * low).mul_(factor)
+    b.mul_(factor)
+    return coefficients

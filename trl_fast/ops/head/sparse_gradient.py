@@ -9,8 +9,9 @@ entry is so kept with probability p/τ at weight τ: the expectation is exactly 
 whatever its distribution. Systematic sampling (Madow, Ann. Math. Statist. 20, 1949) needs one random number a row and
 keeps each row's kept mass within τ of the whole.
 
-The gradient of a logit is p · (a + b · logp) plus the target's share (see row_kernels.py). With each kept entry in the
-place of p its expectation over the sample is exact, and backward is two products of a sparse matrix.
+The gradient of a logit is p · (a + b · logp), and known for the target, which needs no sample (see row_kernels.py).
+With each kept entry in the place of p its expectation over the sample is exact, and backward is two products of a
+sparse matrix.
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ def sparse_gradients(
     a, b, d, _ = coefficients
     values = logprobs.exp().clamp(min=threshold) * (a[rows] + b[rows] * logprobs)
     values = values * transform.derivative(logprobs + lse[rows])
+    values.masked_fill_(columns == targets[rows], 0.0)
     values = torch.cat((values, d * transform.derivative(target_logprobs + lse)))
     # A target outside the vocabulary has made its row NaN already.
     rows, columns = torch.cat((rows, numbers)), torch.cat((columns, targets.clamp(0, vocab_size - 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from ..matmul import add_mm, mm_into
 from ..memory_pool import pooled_empty
@@ -130,9 +131,10 @@ def score_rows_with_unit_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the statistics (7, N) and d logprob / d hidden, (N, H) float32 at least, in one sweep.
 
-    The arguments are those of score_rows. The gradient is W[target] - sum_j p_j W_j. The sum is attention with the
-    weight as keys and values, so it can be kept relative to the largest logit so far and shrunk whenever that grows,
-    as in FlashAttention (arXiv 2205.14135). It is NaN for a target outside the vocabulary.
+    The arguments are those of score_rows. The gradient is (1 - p_t) (W[target] - sum_j≠t p_j / (1 - p_t) W_j). The sum
+    is attention of the other classes with the weight as keys and values, so it can be kept relative to the largest
+    logit so far and shrunk whenever that grows, as in FlashAttention (arXiv 2205.14135). It is NaN for a target
+    outside the vocabulary.
     """
     plan, tiles = head.plan, head.plan.scoring
     state = new_state(hidden.shape[0], hidden.device)
@@ -155,11 +157,13 @@ def score_rows_with_unit_gradient(
             rows_total = total[rows]
             rows_total.mul_(_shrinkage(top, row_state[TOP])[:, None].to(total.dtype))
             add_mm(rows_total, gradient, weight)
-    derivative = head.transform.derivative(state[TARGET]).masked_fill_(state[TARGET].isnan(), float("nan"))
+    statistics = finish_scores(state, outputs, head.plan.vocab_size, plan.sum_dtype)
+    derivative = head.transform.derivative(state[TARGET]).to(total.dtype)
     own = head.weight[targets.clamp(0, head.plan.vocab_size - 1)].to(total.dtype)
-    mean = total.div_(state[SUM][:, None].to(total.dtype))
-    unit_gradient = mean.neg_().addcmul_(derivative[:, None].to(total.dtype), own)
-    return finish_scores(state, outputs, head.plan.vocab_size, plan.sum_dtype), unit_gradient
+    # Without other classes both are 0.
+    mean = total.div_(state[SUM][:, None].to(total.dtype).clamp(min=1))
+    unit_gradient = mean.neg_().addcmul_(derivative[:, None], own)
+    return statistics, unit_gradient.mul_(-torch.expm1(statistics[LOGPROB_ROW])[:, None])
 
 
 def new_state(num_rows: int, device: torch.device) -> torch.Tensor:
@@ -175,22 +179,30 @@ def finish_scores(state: torch.Tensor, outputs: int, vocab_size: int, dtype: tor
 
     Returns, in `dtype`: lse, logprob, entropy, log of the sum of squared probabilities, mean logit, 1.0 where the
     target is the first argmax, and what rounding lse to `dtype` lost. Rows that `outputs` did not ask for are NaN. So
-    are the log-prob and the last number if the target never came: the gradient then is NaN like the loss.
+    is all but the mean logit and the argmax where the target never came: the gradient then is NaN like the loss.
     """
-    log_sum = state[SUM].log()
-    lse = state[TOP] + log_sum
-    rounded = lse.to(dtype)
     statistics = torch.full((NUM_STATISTICS, state.shape[1]), float("nan"), dtype=dtype, device=state.device)
-    statistics[LSE_ROW] = rounded
-    statistics[LSE_LOW_ROW] = torch.where(rounded.isfinite(), lse - rounded, 0.0).masked_fill(
-        state[TARGET].isnan(), float("nan")
-    )
+    # A softmax that has +inf is NaN.
+    target = state[TARGET].masked_fill(state[TARGET] == float("inf"), float("nan"))
+    # The largest of the others has 1 of the sum. Without others the sum is 0 and the largest -inf, which says it all.
+    others = state[SUM].clamp(min=1)
+    log_others = others.log()
     # The largest logit is subtracted first: with a large common offset, lse itself has lost digits.
-    statistics[LOGPROB_ROW] = (state[TARGET] - state[TOP]) - log_sum
+    margin = (target - state[TOP]) - log_others
+    statistics[LOGPROB_ROW] = F.logsigmoid(margin)
+    lse = torch.logaddexp(target, state[TOP] + log_others)
+    rounded = lse.to(dtype)
+    statistics[LSE_ROW] = rounded
+    statistics[LSE_LOW_ROW] = torch.where(rounded.isfinite(), lse - rounded, 0.0)
     if outputs & ENTROPY:
-        statistics[ENTROPY_ROW] = log_sum - state[SUM_X] / state[SUM]
+        # Of "target or another" and, times the probability of another, among the others: no term is negative.
+        certainty = margin.abs().clamp(max=1e4)  # for infinities; e^-1e4 is 0
+        either = certainty * torch.sigmoid(-certainty) - F.logsigmoid(certainty)
+        statistics[ENTROPY_ROW] = either + torch.sigmoid(-margin) * (log_others - state[SUM_X] / others)
     if outputs & LOG_SUM_SQ_PROBS:
-        statistics[LOG_SUM_SQ_ROW] = state[SUM_SQ].log() - 2 * log_sum
+        other, concentration = torch.sigmoid(-margin), state[SUM_SQ] / others.square()
+        # (1 - q)² + q² Σ_{j≠t} (p_j / q)², q being the probability of another.
+        statistics[LOG_SUM_SQ_ROW] = torch.log1p(other * (other * (1 + concentration) - 2))
     if outputs & MEAN_LOGITS:
         statistics[MEAN_LOGITS_ROW] = state[TOTAL] / vocab_size
     if outputs & IS_TOP1:
