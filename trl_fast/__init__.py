@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from . import trainers
 from .lazy_imports import lazy_exports
-from .settings.version import VERSION
 
-__version__ = VERSION
+__version__ = "0.1.0"
 
 # Public names and their places: those of the methods, and the others by module.
 _BY_MODULE = {

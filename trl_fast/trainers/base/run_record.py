@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,6 @@ from transformers import PreTrainedModel, Trainer
 
 from trl_fast.data import AnyDataset
 from trl_fast.modeling.loading import base_model
-from trl_fast.settings.version import VERSION
 
 # Rows of the dataset that are hashed, spread over all of it.
 _SAMPLED_ROWS = 16
@@ -47,7 +47,7 @@ class RunRecord:
         assert trainer.model is not None and args is not None, "a trainer that has started has both"
         self.values: dict[str, Any] = {
             "method": method,
-            "trl_fast": VERSION,
+            "trl_fast": _version(),
             "model": _describe_model(trainer.accelerator.unwrap_model(trainer.model)),
             "data": _describe_data(trainer.train_dataset, token_columns),
             "settings": {
@@ -93,6 +93,13 @@ class RunRecord:
         if saved.get("trl_fast") != self.values["trl_fast"]:
             changes.append(f"trl_fast {saved.get('trl_fast')} (now {self.values['trl_fast']})")
         return changes
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("trl_fast")
+    except importlib.metadata.PackageNotFoundError:
+        return "from its source tree"
 
 
 def _matters(name: str, value: object) -> bool:

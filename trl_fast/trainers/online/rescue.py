@@ -51,6 +51,8 @@ class Rescue(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Remembers the random states and what has been collected after a whole step."""
+        if self._state is None:  # an evaluation outside of training
+            return
         self._random = random_states()
         self._collected = self._window.snapshot()
 
