@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 def make_parser(method: Method) -> TrlParser:
     """Makes the parser of a command: flags of the dataset, the method's config, the model, the mixture of datasets."""
+    return TrlParser(argument_types(method), prog=f"trl-fast {method.name}")
+
+
+def argument_types(method: Method) -> tuple[type, ...]:
+    """Returns the dataclasses whose fields are a command's flags."""
     script_arguments = ScriptArguments if method.reward_argument is None else RewardScriptArguments
-    types = (script_arguments, method.config_class(), ModelConfig, DatasetMixtureConfig)
-    return TrlParser(types, prog=f"trl-fast {method.name}")
+    return script_arguments, method.config_class(), ModelConfig, DatasetMixtureConfig
 
 
 def make_trainer(
@@ -109,11 +113,17 @@ def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
         return lambda: launch(flags, [method.name, *arguments])
     *parsed, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     trainer = make_trainer(method, *parsed)
-    checkpoint = trainer.checkpoints.resume_point(_checkpoint(trainer.args))
-    return lambda: _train(trainer, checkpoint, dataset_name=parsed[0].dataset_name)
+    checkpoint = checkpoint_to_resume(trainer)
+    return lambda: train(trainer, checkpoint, dataset_name=parsed[0].dataset_name)
 
 
-def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
+def train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
+    """Trains, saves and uploads the model, and returns the exit status.
+
+    Args:
+        checkpoint: the folder to go on from.
+        card: what the model's card on the hub says.
+    """
     from trl_fast.trainers.base.checkpoint_writer import CheckpointError
     from trl_fast.trainers.base.divergence import DivergedError
     from trl_fast.trainers.base.output_folder import FolderInUseError
@@ -140,6 +150,11 @@ def _train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
         trainer.push_to_hub(**card)
     trainer.accelerator.end_training()
     return 0
+
+
+def checkpoint_to_resume(trainer: BaseTrainer) -> str | None:
+    """Returns the checkpoint that the arguments say to go on from; None: training begins anew."""
+    return trainer.checkpoints.resume_point(_checkpoint(trainer.args))
 
 
 def _checkpoint(args: BaseConfig) -> str | bool:

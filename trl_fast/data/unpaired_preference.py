@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 
-from .dataset_types import AnyDataset, DatasetOrDict, map_options
+from .dataset_types import AnyDataset, DatasetOrDict, get_dataset_column_names, map_options
 from .formats import is_conversational, maybe_extract_prompt
 from .packing import TokenBatch
 from .preference import TreeCollator, add_reference_logprobs
@@ -110,7 +110,7 @@ def maybe_unpair_preference_dataset(
 
 def _column_names(dataset: DatasetOrDict) -> list[str]:
     first = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-    return first.column_names or list(next(iter(first)))
+    return get_dataset_column_names(first)
 
 
 def warn_of_balance(dataset: Dataset, desirable_weight: float, undesirable_weight: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -12,7 +13,8 @@ from types import ModuleType
 import trl_fast
 from trl_fast.lazy_imports import import_place
 
-from .names import GONE, GONE_MODULES, MODULES, TRL_VERSION
+from .gone import GONE, GONE_MODULES
+from .names import MODULES, TRL_VERSION
 
 
 def install_as_trl() -> None:
@@ -98,11 +100,11 @@ def _places(module: str) -> dict[str, str]:
 def explain(module: str, name: str) -> str:
     """Says why trl_fast does not answer a name of a TRL module, and what to do."""
     full = f"{module}.{name}"
-    if name in GONE:
-        return f"{full}: {GONE[name]}"
-    for gone, advice in GONE_MODULES.items():
-        if full == gone or full.startswith(f"{gone}."):
-            return f"{full}: {advice}"
+    said = next((advice for gone, advice in GONE.items() if fnmatchcase(name, gone)), None)
+    below = (advice for gone, advice in GONE_MODULES.items() if f"{full}.".startswith(f"{gone}."))
+    said = next(below, None) if said is None else said
+    if said is not None:
+        return f"{full}: {said}"
     return (
         f"trl_fast does not have {full}; leave it out of the script, or run the script with TRL itself (`python "
         "script.py` instead of `trl-fast run script.py`)"

@@ -1,0 +1,116 @@
+"""Says why names and modules of TRL, present and past, are not answered here, and what to do instead."""
+
+from __future__ import annotations
+
+
+def _until(version: str, advice: str) -> str:
+    return f"TRL had it until {version}; {advice}"
+
+
+def _older(advice: str) -> str:
+    return f"it is a name of an older TRL; {advice}"
+
+
+_EXPERIMENTAL = "trl_fast does not have it; TRL 1.16 keeps it under trl.experimental"
+_DROPPED = "trl_fast does not have it either"
+_OWN_COLLATOR = "leave it out: the trainer makes its own collator"
+_TEXT_ONLY = "trl_fast trains text models only so far"
+_DISTILLATION = "trl_fast does not train by distillation; run the script with TRL itself"
+_TEMPLATE_TEXTS = (
+    "trl_fast keeps no copies of models' chat templates: it marks the assistant's words in the tokenizer's own "
+    "(get_training_chat_template) and finds out how it writes tool calls (add_response_schema)"
+)
+_FUSED_HEAD = "TRL's own way to score tokens; here trl_fast.ops.linear_logprob does it, outside of the model's forward"
+_SHARDED = "trl_fast's reference models and online methods do not work with weights that DeepSpeed or FSDP shards yet"
+
+# Names, which may be patterns as of file names, and what is said of them. The first that fits counts.
+GONE: dict[str, str] = {
+    "ConstantLengthDataset": _older("set packing=True in SFTConfig"),
+    "pack_examples": _until("0.19", "use pack_dataset"),
+    "DPODataCollatorWithPadding": _older(_OWN_COLLATOR),
+    "PreferenceCollator": _older(_OWN_COLLATOR),
+    "RewardDataCollatorWithPadding": _older(_OWN_COLLATOR),
+    "DataCollatorForChatML": _older("give SFTTrainer a dataset of messages and leave the collator out"),
+    "DataCollatorForVision*": _TEXT_ONLY,
+    "*split_pixel_values_by_grid": _TEXT_ONLY,
+    "prepare_multimodal_messages_vllm": _TEXT_ONLY,
+    "WeaveCallback": "trl_fast does not have it; set report_to='wandb' and add a LogCompletionsCallback",
+    "Distillation*": _DISTILLATION,
+    "PPOv2Trainer": _until("0.12", "it became PPOTrainer"),
+    "PPOv2Config": _until("0.12", "it became PPOConfig"),
+    "PolicyAndValueWrapper": _older("PPOTrainer holds policy and value model by itself"),
+    "INVALID_LOGPROB": _older("PPOTrainer masks padding by itself"),
+    "OnPolicyConfig": _older("use PPOConfig, or the config of the method"),
+    "LengthSampler": _older("use random.randrange"),
+    "prepare_peft_model": _older("give peft_config to the trainer"),
+    "enable_gradient_checkpointing": _older("set gradient_checkpointing=True in the trainer's config"),
+    "add_fused_lm_head": _FUSED_HEAD,
+    "EnvironmentFactory": "trl_fast does not have environments, an experiment of TRL's; write a rollout_func",
+    "FusedCausalLMOutput": _FUSED_HEAD,
+    "patch_chunked_lm_head": _older(_FUSED_HEAD),
+    "maybe_gather_lm_head_ctx": _SHARDED,
+    "prepare_deepspeed": _SHARDED,
+    "prepare_fsdp": _SHARDED,
+    "add_hooks": _SHARDED,
+    "remove_hooks": _SHARDED,
+    "iter_params": _SHARDED,
+    "get_all_parameters": _SHARDED,
+    "DistributedBackend": _SHARDED,
+    "OffloadActivations": "trl_fast offloads activations by itself; use get_act_offloading_ctx_manager, or set "
+    "activation_offloading=True in the trainer's config",
+    "NoOpManager": "use contextlib.nullcontext",
+    "DTensor": "import it from torch.distributed.tensor",
+    "suppress_seqcls_warning": "it hides a warning of transformers while TRL loads a model; leave it out",
+    **dict.fromkeys(
+        (
+            "AutoModelForCausalLMWithValueHead",
+            "AutoModelForSeq2SeqLMWithValueHead",
+            "PreTrainedModelWrapper",
+            *(f"{method}Trainer" for method in ("BCO", "NashMD", "PRM", "XPO")),
+        ),
+        _until("0.28, then for a while under trl.experimental", _DROPPED),
+    ),
+    **dict.fromkeys(
+        (f"{method}Trainer" for method in ("CPO", "GKD", "ORPO", "OnlineDPO")), _until("0.28", _EXPERIMENTAL)
+    ),
+    "MergeModelCallback": _until("0.26", _EXPERIMENTAL),
+    **dict.fromkeys(("*Judge", "WinRateCallback"), _until("0.28", _DROPPED)),
+    "BestOfNSampler": _until("0.24", "generate with num_return_sequences and choose the best by its reward"),
+    **dict.fromkeys(
+        (
+            "AlignPropConfig",
+            "AlignPropTrainer",
+            "DDPOConfig",
+            "DDPOTrainer",
+            "DefaultDDPOStableDiffusionPipeline",
+            "IterativeSFTConfig",
+            "IterativeSFTTrainer",
+        ),
+        _until("0.23", _DROPPED),
+    ),
+    "TextEnvironment": _until("0.20", _DROPPED),
+    "TextHistory": _until("0.20", _DROPPED),
+}
+
+# The same for whole modules, with all that is below them.
+GONE_MODULES: dict[str, str] = {
+    "trl.experimental": "trl_fast does not have TRL's experimental methods; run the script with TRL itself",
+    "trl.chat_template_utils": _TEMPLATE_TEXTS,
+    "trl.core": _older("its functions were those of the PPOTrainer of TRL up to 0.11; see PPOTrainer and PPOConfig"),
+    "trl.extras.best_of_n_sampler": GONE["BestOfNSampler"],
+    "trl.extras.vllm_client": _until("0.25", "set use_vllm=True in the trainer's config"),
+    "trl.environment": GONE["TextEnvironment"],
+    "trl.generation": "it is TRL's own machinery around vLLM; trl_fast.rollout has its own: set use_vllm=True in the "
+    "trainer's config",
+    "trl.kernels": "its kernels are those of TRL's own losses; trl_fast's are behind the functions of trl_fast.ops",
+    "trl.cli": "use the command trl-fast",
+    "trl.distributed": _SHARDED,
+    "trl.scripts.distillation": _DISTILLATION,
+    "trl.scripts.vllm_serve": "start the server with `vllm serve`; where none answers, the trainer says "
+    "with which arguments",
+    "trl.trainer.distillation_config": _DISTILLATION,
+    "trl.trainer.distillation_trainer": _DISTILLATION,
+    "trl.trainer.judges": GONE["*Judge"],
+    "trl.mergekit_utils": _until("0.26", _EXPERIMENTAL),
+    "trl.skills": "it is about assistants that write scripts for TRL, and no part of training",
+}

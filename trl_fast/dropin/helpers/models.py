@@ -1,0 +1,172 @@
+"""Holds the helpers around models that TRL's trainers share with scripts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+# The ports that are tried first for a process group.
+_USUAL_PORTS = (29500, 23456, 12355, 12345)
+_HEADS_AND_EMBEDDINGS = ("lm_head", "embed_tokens", "wte", "wpe")
+
+
+def create_model_from_path(model_id: str, architecture: Any = None, **kwargs: Any) -> PreTrainedModel:
+    """Loads a model by hub name or folder, float32 unless `dtype` says otherwise, on the GPU where there is one.
+
+    architecture: the class to load it with; None: the one that its config names, else a causal language model.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    if architecture is None:
+        trusted = kwargs.get("trust_remote_code", False)
+        names = AutoConfig.from_pretrained(model_id, trust_remote_code=trusted).architectures or [""]
+        architecture = getattr(transformers, names[0], AutoModelForCausalLM)
+    defaults = {"dtype": "float32", "device_map": "auto" if torch.cuda.is_available() else None}
+    return architecture.from_pretrained(model_id, **{**defaults, **kwargs})
+
+
+def get_config_model_id(config: PretrainedConfig) -> str:
+    """Returns the hub name or folder that a model's config was loaded from; "" if it was made here."""
+    return getattr(config, "_name_or_path", "")
+
+
+def hash_module(module: torch.nn.Module) -> str:
+    """Returns a SHA-256, in hexadecimal digits, of a module's weights and buffers; it tells whether they changed."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(module.state_dict().items()):
+        digest.update(str(tensor.dtype).encode())
+        plain = tensor.detach().cpu()
+        if plain.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+            plain = plain.float()
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def use_adapter(model: PeftModel, adapter_name: str | None) -> Iterator[None]:
+    """Makes one adapter of a model the active one while it is open; None switches all of them off."""
+    if adapter_name is None:
+        with model.disable_adapter():
+            yield
+        return
+    before: Any = model.active_adapter
+    model.set_adapter(adapter_name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+
+
+@contextmanager
+def disable_gradient_checkpointing(
+    model: PreTrainedModel, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> Iterator[None]:
+    """Switches a model's gradient checkpointing off while it is open, and then on again with these arguments."""
+    was_on = model.is_gradient_checkpointing
+    if was_on:
+        model.gradient_checkpointing_disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+@contextmanager
+def unwrap_model_for_generation(
+    model: torch.nn.Module,
+    accelerator: Accelerator,
+    gather_deepspeed3_params: bool = True,
+    generation_kwargs: dict[str, Any] | None = None,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> Iterator[Any]:
+    """Gives the model inside accelerate's wrappers, without gradient checkpointing while it is open.
+
+    Args:
+        gather_deepspeed3_params, generation_kwargs: change nothing here: sharded models are refused, and what is given
+            to transformers 5's `generate` wins over the model's own settings without help.
+        gradient_checkpointing_kwargs: for switching checkpointing on again.
+
+    Raises:
+        NotImplementedError: DeepSpeed's ZeRO-3 has sharded the weights.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise NotImplementedError(
+            "unwrap_model_for_generation: weights that DeepSpeed ZeRO-3 shards are not supported"
+        )
+    inner: Any = accelerator.unwrap_model(model)
+    with disable_gradient_checkpointing(inner, gradient_checkpointing_kwargs):
+        yield inner
+
+
+def peft_module_casting_to_bf16(model: torch.nn.Module) -> None:
+    """Makes norms float32, and float32 heads and embeddings bfloat16, as older TRL did for 4-bit models."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, torch.nn.LayerNorm) or "norm" in name:
+            module.to(torch.float32)
+        elif any(part in name for part in _HEADS_AND_EMBEDDINGS) and getattr(weight, "dtype", None) == torch.float32:
+            module.to(torch.bfloat16)
+
+
+def empty_cache() -> None:
+    """Gives the memory that torch's allocator keeps back to the device."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        getattr(torch, accelerator.type).empty_cache()
+
+
+def ensure_master_addr_port(addr: str | None = None, port: int | None = None) -> None:
+    """Sets MASTER_ADDR and MASTER_PORT for a process group: to what is set already, what is given, or a free port.
+
+    A MASTER_PORT of 0 or auto counts as not set.
+    """
+    os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or addr or "localhost"
+    present = os.environ.get("MASTER_PORT", "").strip()
+    if port is None and present.isdecimal():
+        port = int(present)
+    os.environ["MASTER_PORT"] = str(port or _free_port())
+
+
+def _free_port() -> int:
+    for port in (*_USUAL_PORTS, 0):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return listener.getsockname()[1]
+    raise OSError("there is no free port")
+
+
+@contextmanager
+def global_then_local_main_first() -> Iterator[None]:
+    """Lets the main process run a block first, then each machine's, then the others: for work that fills a cache."""
+    state = PartialState()
+    with state.main_process_first(), state.local_main_process_first():
+        yield
+
+
+def compute_accuracy(eval_pred: Any) -> Mapping[str, float]:
+    """Computes how often the chosen completion's reward is the larger one, for `compute_metrics` of a RewardTrainer.
+
+    eval_pred: predictions (P, 2), rewards of chosen and rejected, and labels (P,), the column of the better one.
+    Pairs with equal rewards do not count.
+    """
+    predictions, labels = (torch.as_tensor(values) for values in eval_pred)
+    decided = predictions[:, 0] != predictions[:, 1]
+    right = predictions.argmax(-1)[decided] == labels[decided]
+    return {"accuracy": right.float().mean().item()}
