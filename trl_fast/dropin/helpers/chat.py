@@ -41,7 +41,10 @@ def supports_tool_calling(processing_class: PreTrainedTokenizerBase) -> bool:
 def is_chat_template_prefix_preserving(processing_class: PreTrainedTokenizerBase) -> bool:
     """Says whether the chat template writes a tool call in the same way whether its result follows or not."""
     call = {"type": "function", "function": {"name": "dummy", "arguments": {}}}
-    asked = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    asked: list[dict[str, Any]] = [
+        {"role": "user", "content": "dummy"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
 
     def tokens(messages: list[dict[str, Any]], **how: Any) -> list[int]:
         output: Any = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
@@ -152,7 +155,7 @@ def print_prompt_completions_sample(
     """
     numbers = {**rewards, **({} if advantages is None else {"Advantage": advantages})}
     texts = {"Prompt": prompts, "Completion": completions}
-    rows = range(len(prompts))
+    rows: Sequence[int] = range(len(prompts))
     if num_samples is not None and num_samples < len(prompts):
         rows = random.sample(rows, max(num_samples, 0))
     table = Table(expand=True, show_lines=True)

@@ -18,28 +18,27 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
     template in it teaches nothing, which is said.
 
     Args:
+        tokenizer: of the rows.
         response_template: what an answer begins with, as text or as token ids, such as "### Response:\\n".
         instruction_template: what a question begins with, text or token ids.
         mlm: False; a causal language model predicts the next token.
         ignore_index: the label of what is not learned.
         padding_free: no padding; the trainer packs rows by itself, so this changes nothing.
-        kwargs: of transformers' DataCollatorForLanguageModeling; `tokenizer` is needed.
-
-    Raises:
-        TypeError: there is no tokenizer.
+        kwargs: of transformers' DataCollatorForLanguageModeling.
     """
 
     def __init__(
         self,
         response_template: str | list[int],
         instruction_template: str | list[int] | None = None,
-        *args: Any,
+        tokenizer: Any = None,
+        *,
         mlm: bool = False,
         ignore_index: int = -100,
         padding_free: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, mlm=mlm, **kwargs)
+        super().__init__(tokenizer, mlm=mlm, **kwargs)
         warnings.warn(
             "`DataCollatorForCompletionOnlyLM` is a name of TRL up to 0.19; it works; datasets of prompts and "
             "completions, or completion_only_loss and assistant_only_loss in SFTConfig, are the present way.",
@@ -59,7 +58,9 @@ class DataCollatorForCompletionOnlyLM(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[Any]) -> dict[str, Any]:
         """Returns `input_ids`, `attention_mask` and `labels`, (B, T) int64 each."""
-        kept = [{key: row[key] for key in ("input_ids", "attention_mask") if key in row} for row in examples]
+        kept: list[Any] = [
+            {key: row[key] for key in ("input_ids", "attention_mask") if key in row} for row in examples
+        ]
         batch = super().torch_call(kept)
         for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             learned = self._learned(row)

@@ -64,9 +64,10 @@ class ProfilingContext:
 
 def profiling_context(trainer: Trainer, name: str) -> ProfilingContext:
     """Makes the context of a block of a trainer, named by the trainer's class and the block."""
+    report_to: Any = trainer.args.report_to
     return ProfilingContext(
         f"{type(trainer).__name__}.{name}",
-        report_to=trainer.args.report_to,
+        report_to=report_to,
         is_main_process=trainer.accelerator.is_main_process,
         step=trainer.state.global_step,
     )

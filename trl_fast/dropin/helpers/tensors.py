@@ -107,16 +107,14 @@ def entropy_from_logits(logits: torch.Tensor, chunk_size: int = 128) -> torch.Te
     return torch.cat(parts).view(logits.shape[:-1])
 
 
-def split_tensor_dict(
-    tensor_dict: Mapping[str, torch.Tensor | list | None], num_chunks: int
-) -> list[dict[str, torch.Tensor | list | None]]:
+def split_tensor_dict(tensor_dict: Mapping[str, torch.Tensor | list | None], num_chunks: int) -> list[dict[str, Any]]:
     """Cuts each tensor (N, ...) of a dict into `num_chunks` parts of N // num_chunks rows; scalars and None stay."""
     rows = len(next(value for value in tensor_dict.values() if value is not None)) // num_chunks
-    return [
-        {name: value[index * rows : (index + 1) * rows] if _has_rows(value) else value for name, value in items}
-        for items in [tensor_dict.items()]
-        for index in range(num_chunks)
-    ]
+
+    def part(value: Any, index: int) -> Any:
+        return value[index * rows : (index + 1) * rows] if _has_rows(value) else value
+
+    return [{name: part(value, index) for name, value in tensor_dict.items()} for index in range(num_chunks)]
 
 
 def shuffle_sequence_dict(seq_dict: Mapping[str, Sequence | torch.Tensor | None]) -> dict[str, Any]:

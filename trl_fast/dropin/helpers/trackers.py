@@ -27,8 +27,9 @@ def generate_model_card(
     `comet_url` has.
     """
     card = ModelCard(model_card(model_name, base_model or "", trainer_name.lower(), f"{trainer_name} trainer"))
-    card.data.tags = [*dict.fromkeys([*(card.data.tags or []), "generated_from_trainer", *tags])]
-    card.data.datasets = dataset_name
+    data: Any = card.data
+    data.tags = [*dict.fromkeys([*(data.tags or []), "generated_from_trainer", *tags])]
+    data.datasets = dataset_name
     lines = {"Model": hub_model_id, "Dataset": dataset_name, "Weights & Biases": wandb_url, "Trackio": trackio_url}
     lines["Comet"] = others.get("comet_url")
     card.text = "\n".join([card.text.rstrip(), "", *(f"- {name}: {value}" for name, value in lines.items() if value)])
