@@ -32,7 +32,7 @@ def is_async_callable(func: Callable) -> bool:
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
 
 
-def remove_none_values(example: Nested) -> Nested:
+def remove_none_values(example: Any) -> Any:
     """Returns nested lists and dicts without the keys whose value is None, such as Arrow adds to rows.
 
     Raises:

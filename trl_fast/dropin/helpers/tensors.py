@@ -32,7 +32,8 @@ def pad(
     padded = tensors[0].new_full((len(tensors), *sizes), padding_value)
     for row, tensor in zip(padded, tensors, strict=True):
         start = sizes[0] - len(tensor) if padding_side == "left" else 0
-        row[(slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))] = tensor
+        place = (slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))
+        row[place] = tensor
     return padded
 
 
