@@ -82,7 +82,7 @@ def saved_folder(tmp_path, monkeypatch):
         is_world_process_zero=lambda: True,
         **dict.fromkeys(("train", "save_model", "create_model_card"), nothing),
     )
-    training._train(trainer, None)
+    training.train(trainer, None)
 
 
 def error(tmp_path, monkeypatch):

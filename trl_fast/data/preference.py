@@ -11,6 +11,8 @@ from datasets import Dataset
 from trl_fast.settings.batch_layouts import PADDED
 from trl_fast.settings.choices import TRUNCATION_MODES
 
+from .attention_masks import strip_padding
+from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational, maybe_extract_prompt
 from .packing import TokenBatch, pack_trees
@@ -61,6 +63,7 @@ def prepare_preference_dataset(
         )
     columns = check_preference_columns(dataset, name)
     check_tokenizer(processing_class)
+    dataset = strip_padding(dataset, TOKEN_COLUMNS, num_proc=num_proc, name=name)
     if not set(TOKEN_COLUMNS) <= set(columns):
         arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
         options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
@@ -97,7 +100,8 @@ def _tokenize_row(
             "no prompt. Add a 'prompt' column with the messages before the completions."
         )
     check_tokenizer(processing_class, needs_eos=not conversational)
-    token_ids = tokenize_preference(split, processing_class)
+    with named_template_errors(split, processing_class, row, name):
+        token_ids = tokenize_preference(split, processing_class)
     for column in ("chosen_ids", "rejected_ids"):
         if not token_ids[column]:
             raise ValueError(

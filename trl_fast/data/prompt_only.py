@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .attention_masks import strip_padding
+from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational
-from .row_checks import place, read_columns
+from .question_columns import rename_hint
+from .row_checks import check_prompt, read_columns
+from .row_places import place
 from .tokenizer_checks import check_tokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +54,7 @@ def prepare_prompt_dataset(
     if "prompt" not in columns:
         raise ValueError(
             f"The {name} dataset has the columns {columns}; expected 'prompt', a string or a list of messages. "
-            "Rename yours with dataset.rename_column(...)."
+            + rename_hint(columns)
         )
     if PROMPT_IDS in columns:
         return dataset
@@ -81,6 +85,7 @@ def prompts_of_tokens(
     row = next(iter(dataset), None) or {}
     if "input_ids" not in row or PROMPT_IDS in row:
         return dataset
+    dataset = strip_padding(dataset, ("input_ids",), num_proc=num_proc, name=name)
     how = map_options(dataset, num_proc, f"Reading {name} prompts")
     options = {"processing_class": processing_class, "name": name}
     return dataset.map(_without_padding, with_indices=True, fn_kwargs=options, **how)
@@ -112,17 +117,14 @@ def _tokenize_row(
     name: str,
 ) -> dict[str, list[int]]:
     prompt = example["prompt"]
-    if not (isinstance(prompt, str) or is_conversational(example)):
-        raise ValueError(
-            f"{place(name, row)}, column 'prompt': {prompt!r} is of type {type(prompt).__name__}; expected "
-            "a string, or a list of messages such as {'role': 'user', 'content': 'Hello.'}."
-        )
+    check_prompt(prompt, row, name)
     if isinstance(prompt, str) and template_kwargs.get("tools"):
         raise ValueError(
             f"{place(name, row)}, column 'prompt': {prompt!r} is text, which has no place for tools; "
             "expected a list of messages such as {'role': 'user', 'content': 'Hello.'}."
         )
-    ids = tokenize_prompt(prompt, processing_class, **template_kwargs)
+    with named_template_errors({"prompt": prompt}, processing_class, row, name):
+        ids = tokenize_prompt(prompt, processing_class, **template_kwargs)
     if not ids:
         raise ValueError(f"{place(name, row)}, column 'prompt': the prompt has no tokens; fill or remove it.")
     return {PROMPT_IDS: ids if max_prompt_length is None else ids[-max_prompt_length:]}

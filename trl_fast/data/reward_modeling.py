@@ -13,6 +13,8 @@ from datasets import Dataset
 
 from trl_fast.settings.batch_layouts import PADDED
 
+from .attention_masks import strip_padding
+from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
 from .packing import TokenBatch, pack_trees
 from .row_checks import check_margin, check_preference_columns, check_preference_row
@@ -79,6 +81,7 @@ def prepare_reward_dataset(
     dataset = _with_present_names(dataset)
     columns = check_preference_columns(dataset, name, SEQUENCE_COLUMNS)
     check_tokenizer(processing_class)
+    dataset = strip_padding(dataset, SEQUENCE_COLUMNS, num_proc=num_proc, name=name)
     if not set(SEQUENCE_COLUMNS) <= set(columns):
         arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
         options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
@@ -140,7 +143,8 @@ def _tokenize_row(
     check_tokenizer(processing_class, needs_eos=isinstance(example["chosen"], str))
     if MARGIN in example:
         check_margin(example[MARGIN], row, name)
-    return tokenize_reward(example, processing_class)
+    with named_template_errors(example, processing_class, row, name):
+        return tokenize_reward(example, processing_class)
 
 
 def _is_short_enough(example: dict[str, Any], max_length: int) -> bool:

@@ -11,7 +11,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from .conversation_checks import check_content
 from .dataset_types import AnyDataset
+from .question_columns import check_no_question_is_left_out, rename_hint
+from .row_places import place, remove_rows, shorten
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 UNPAIRED_TOKEN_COLUMNS = ("prompt_ids", "completion_ids")
@@ -70,8 +73,7 @@ def check_unpaired_columns(dataset: AnyDataset, name: str = "train") -> list[str
         raise ValueError(
             f"The {name} dataset has the columns {columns}, but no {missing[0]!r}; expected 'prompt', 'completion' "
             "and 'label' (True for good completions, False for bad ones), or the tokenized prompt_ids, "
-            "completion_ids and label, or preference pairs of 'chosen' and 'rejected'. Rename yours with "
-            "dataset.rename_column(...)."
+            f"completion_ids and label, or preference pairs of 'chosen' and 'rejected'. {rename_hint(columns)}"
         )
     return columns
 
@@ -100,7 +102,7 @@ def check_sft_columns(dataset: AnyDataset, text_field: str, formatted: bool, nam
     raise ValueError(
         f"The {name} dataset has the columns {columns}{f' ({hint})' if hint else ''}; expected {text_field!r} (the "
         "column of text, see dataset_text_field), 'messages', 'conversations', 'prompt' and 'completion', or "
-        "'input_ids'. Rename yours with dataset.rename_column(...), or give a formatting_func."
+        f"'input_ids'. {rename_hint(columns)} Or give a formatting_func."
     )
 
 
@@ -111,7 +113,7 @@ def check_preference_row(
 
     A `prompt` of the other kind than the completions is let through where they are messages: it is then ignored, and
     the prompt taken from the messages that `chosen` and `rejected` share. Empty completions are refused; with
-    `one_may_be_empty` only where both are.
+    `one_may_be_empty` only where both are. Without a `prompt`, a question in another column has to be in both.
 
     Raises ValueError otherwise.
     """
@@ -123,6 +125,7 @@ def check_preference_row(
     if kinds["chosen"] != kinds["rejected"] or (kinds["chosen"] == "text" and kinds.get("prompt", "text") != "text"):
         found = ", ".join(f"{column!r} is {kind}" for column, kind in kinds.items())
         raise ValueError(f"{place(name, row)}: {found}; expected all of them to be text, or all messages.")
+    check_no_question_is_left_out(example, row, name)
 
 
 def check_unpaired_row(example: dict[str, Any], row: int, name: str = "train") -> None:
@@ -174,9 +177,11 @@ def check_sft_row(example: dict[str, Any], text_field: str, row: int, name: str 
         columns = ["prompt", "completion"]
     else:
         columns = [next(name for name in ("messages", "conversations", text_field) if name in example)]
-    kinds = {column: _sft_kind(example[column], column == text_field) for column in columns}
+    kinds = {column: _sft_kind(example[column], column, text_field) for column in columns}
     for column, kind in kinds.items():
         if kind is None:
+            if isinstance(example[column], str):
+                check_content(example[column], column, row, name)
             expected = "a string" if column == text_field else "messages such as {'role': 'user', 'content': 'Hi.'}"
             if column in ("prompt", "completion"):
                 expected = f"a string, or {expected}"
@@ -184,9 +189,20 @@ def check_sft_row(example: dict[str, Any], text_field: str, row: int, name: str 
                 f"{place(name, row)}, column {column!r}: {shorten(example[column])} is of type "
                 f"{type(example[column]).__name__}; expected {expected}."
             )
+        check_content(example[column], column, row, name)
     _check_same_kind(kinds, row, name)
     taken = [*columns, "tools", "chat_template_kwargs"]
     return {column: example[column] for column in taken if column in example}
+
+
+def check_prompt(prompt: Any, row: int, name: str = "train") -> None:
+    """Checks that a prompt is a text, or a list of messages with something in it.
+
+    Raises ValueError otherwise.
+    """
+    if prompt == []:
+        raise ValueError(f"{place(name, row)}, column 'prompt': there are no messages. Fill it, or remove the row.")
+    _known_kind(prompt, "prompt", row, name)
 
 
 def _known_kind(value: Any, column: str, row: int, name: str) -> str:
@@ -200,6 +216,7 @@ def _known_kind(value: Any, column: str, row: int, name: str) -> str:
             f"{place(name, row)}, column {column!r}: {shorten(value)} is of type {type(value).__name__}; "
             "expected a string, or a list of messages such as {'role': 'assistant', 'content': 'Hello.'}."
         )
+    check_content(value, column, row, name)
     return kind
 
 
@@ -220,27 +237,11 @@ def kind_of(value: Any) -> str | None:
     return None
 
 
-def _sft_kind(value: Any, text_only: bool) -> str | None:
+def _sft_kind(value: Any, column: str, text_field: str) -> str | None:
     if isinstance(value, str):
-        return "text"
+        return None if column in ("messages", "conversations") and column != text_field else "text"
     named = ({"role"}, {"from", "value"})
-    if text_only or not isinstance(value, list) or not value:
+    if column == text_field or not isinstance(value, list) or not value:
         return None
     known = all(isinstance(message, dict) and any(keys <= message.keys() for keys in named) for message in value)
     return "messages" if known else None
-
-
-def place(name: str, row: int) -> str:
-    """Names the dataset and row that something is wrong with, for the start of a message."""
-    return f"The {name} dataset, row {row}"
-
-
-def remove_rows(column: str) -> str:
-    """Tells what to do about an empty completion, for the end of a message."""
-    return f"Fill it, or remove such rows with dataset.filter(lambda row: len(row[{column!r}]) > 0)."
-
-
-def shorten(value: Any) -> str:
-    """Returns a value as a message shows it, in at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
-from jinja2 import TemplateError
 
 from trl_fast.settings.choices import TRUNCATION_MODES
 
+from .attention_masks import strip_padding
 from .chat_template import maybe_convert_to_chatml
+from .conversation_checks import named_template_errors
 from .dataset_packing import pack_dataset
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational
-from .row_checks import check_sft_columns, check_sft_row, place
+from .question_columns import unseen_questions
+from .row_checks import check_sft_columns, check_sft_row
+from .row_places import place
 from .sft_batch import IGNORED
 from .token_checks import row_lengths
 from .tokenization import common_prefix_length, end_with, template_options, warn_of_prompt_tail
@@ -142,9 +145,12 @@ def prepare_sft_dataset(
     if "input_ids" in columns:
         if formatting_func is not None:
             logger.warning(f"The {name} dataset has input_ids already: formatting_func is ignored.")
+        dataset = strip_padding(dataset, ("input_ids",), num_proc=num_proc, name=name)
         dataset = _label(dataset, columns, how, num_proc, name)
     else:
-        if formatting_func is not None:
+        if formatting_func is None:
+            _warn_of_questions(dataset, how.text_field, name)
+        else:
             dataset = _format(dataset, columns, formatting_func, how.text_field, num_proc, name)
         arguments = {"processing_class": processing_class, "how": how, "name": name, "version": FORMAT_VERSION}
         options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
@@ -175,6 +181,17 @@ def _format(
         remove_columns=replaced,
         **options,
     )
+
+
+def _warn_of_questions(dataset: AnyDataset, text_field: str, name: str) -> None:
+    """Says so if the first row is a text that does not hold the question beside it."""
+    row = next(iter(dataset))
+    unseen = unseen_questions(row, [text_field])
+    if unseen and text_field in row and not {"messages", "conversations"} & row.keys() and "completion" not in row:
+        logger.warning(
+            f"The {name} dataset: {text_field!r} alone is trained: the text of {', '.join(map(repr, unseen))} is not "
+            "in it. If it belongs to it, name it 'prompt' and the text 'completion', or give a formatting_func."
+        )
 
 
 def _label(dataset: AnyDataset, columns: list[str], how: SFTFormat, num_proc: int | None, name: str) -> AnyDataset:
@@ -255,10 +272,8 @@ def _tokenize_row(
     version: int,
 ) -> dict[str, Any]:
     example = maybe_convert_to_chatml(check_sft_row(example, how.text_field, row, name))
-    try:
+    with named_template_errors(example, processing_class, row, name):
         tokens = tokenize_sft(example, processing_class, how)
-    except TemplateError as error:
-        raise ValueError(f"{place(name, row)}: the chat template refuses the messages: {error}") from error
     if how.assistant_only_loss and not _has_label(tokens["labels"]):
         raise ValueError(
             f"{place(name, row)}: assistant_only_loss=True, but no token is marked as the assistant's. Check that the "

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from .row_checks import TOKEN_COLUMNS, place, remove_rows
+from .row_checks import TOKEN_COLUMNS
+from .row_places import place, remove_rows
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 
+from .attention_masks import strip_padding
+from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, DatasetOrDict, get_dataset_column_names, map_options
 from .formats import is_conversational, maybe_extract_prompt
 from .packing import TokenBatch
@@ -20,9 +22,8 @@ from .row_checks import (
     check_preference_row,
     check_unpaired_columns,
     check_unpaired_row,
-    place,
-    remove_rows,
 )
+from .row_places import place, remove_rows
 from .tokenization import tokenize_unpaired
 from .tokenizer_checks import check_tokenizer
 from .truncation import cut_parts, drop_without_room
@@ -73,8 +74,10 @@ def prepare_unpaired_dataset(
     check_tokenizer(processing_class)
     if not set(UNPAIRED_TOKEN_COLUMNS) <= set(columns):
         dataset = _tokenize(dataset, columns, processing_class, num_proc, name)
-    elif isinstance(dataset, Dataset):
-        _check_token_rows(dataset, name)
+    else:
+        dataset = strip_padding(dataset, UNPAIRED_TOKEN_COLUMNS, num_proc=num_proc, name=name)
+        if isinstance(dataset, Dataset):
+            _check_token_rows(dataset, name)
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
     dataset = cut_parts(dataset, UNPAIRED_TOKEN_COLUMNS[1:], **limits, num_proc=num_proc, name=name)
     if max_length is not None and truncation_mode == "keep_start":
@@ -191,7 +194,8 @@ def _tokenize_row(
 ) -> dict[str, list[int]]:
     check_unpaired_row(example, row, name)
     check_tokenizer(processing_class, needs_eos=not is_conversational(example))
-    token_ids = tokenize_unpaired(example, processing_class)
+    with named_template_errors(example, processing_class, row, name):
+        token_ids = tokenize_unpaired(example, processing_class)
     if not token_ids["completion_ids"]:
         raise ValueError(
             f"{place(name, row)}, column 'completion': the completion has no tokens after tokenization. Fill it, or "

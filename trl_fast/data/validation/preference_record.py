@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..conversation_checks import check_content
 from ..dataset_types import AnyDataset
 from ..formats import is_conversational, maybe_extract_prompt
+from ..question_columns import QUESTION_COLUMNS
 from ..row_checks import check_preference_columns, check_preference_row
 from ..tokenization import template_options
 from .findings import quote
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 LABELLED_COLUMNS = ("prompt", "completion", "label")
 SIDES = ("chosen", "rejected")
 READ_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "tools", "chat_template_kwargs")
+READ_COLUMNS += QUESTION_COLUMNS
 READ_ROWS = 256
 
 # Text, or a list of messages.
@@ -209,8 +212,18 @@ def make_record(example: dict[str, Any], row: int, name: str) -> Record:
 
 def _fill_empty_completions(example: dict[str, Any]) -> dict[str, Any]:
     """Returns the row with its empty completions filled: they are a finding, not a row that cannot be read."""
-    fillers = {column: "-" if example[column] == "" else [{"role": "assistant", "content": "-"}] for column in SIDES}
-    return {**example, **{column: fillers[column] for column in SIDES if example[column] in ("", [])}}
+    filled = dict(example)
+    for column in SIDES:
+        if example[column] in ("", []):
+            filled[column] = "-" if example[column] == "" else [{"role": "assistant", "content": "-"}]
+        elif isinstance(example[column], list):
+            filled[column] = [_with_content(message) for message in example[column]]
+    return filled
+
+
+def _with_content(message: Any) -> Any:
+    empty = isinstance(message, dict) and message.get("content") is None and not message.get("tool_calls")
+    return {**message, "content": ""} if empty else message
 
 
 def _check_unpaired_row(example: dict[str, Any], row: int, name: str) -> None:
@@ -225,6 +238,7 @@ def _check_unpaired_row(example: dict[str, Any], row: int, name: str) -> None:
                 f"{place}, column {column!r}: {quote(value)} is of type {type(value).__name__}; expected a "
                 "string, or a list of messages such as {'role': 'assistant', 'content': 'Hello.'}."
             )
+        check_content(value, column, row, name)
         kinds.append(isinstance(value, str))
     if kinds[0] != kinds[1]:
         raise ValueError(f"{place}: one of 'prompt' and 'completion' is text, the other messages; expected one kind.")

@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from trl_fast.console import make_console
 from trl_fast.data.training_chat_template import has_generation_marks, trains_stop_token
 from trl_fast.rollout.responses import find_response_template, parse_message
 
@@ -166,7 +166,7 @@ def print_prompt_completions_sample(
         shown += [Text(f"{values[row]:.2f}") for values in numbers.values()]
         table.add_row(*shown, *(_as_text(values[row]) for values in (extra or {}).values()))
     if len(rows):
-        Console().print(Panel(table, title=f"Step {step}", expand=False))
+        make_console().print(Panel(table, title=f"Step {step}", expand=False))
 
 
 def _as_text(entry: Any) -> Text:

@@ -1,0 +1,55 @@
+"""Finds questions that stand in a column of another name than `prompt`, which training would not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .row_places import place, shorten
+
+# What published preference data calls its prompts.
+QUESTION_COLUMNS = ("question", "instruction", "query", "problem", "input", "user_prompt", "prompt_text")
+
+
+def rename_hint(columns: Iterable[str]) -> str:
+    """Tells how to give a dataset its `prompt`, for the end of a message."""
+    known = [*columns]
+    found = [column for column in QUESTION_COLUMNS if column in known]
+    if not found or "prompt" in known:
+        return "Rename yours with dataset.rename_column(...)."
+    return f"If {found[0]!r} is the prompt, call dataset.rename_column({found[0]!r}, 'prompt')."
+
+
+def check_no_question_is_left_out(example: dict[str, Any], row: int, name: str = "train") -> None:
+    """Checks that a preference row without `prompt` has no question beside its completions that these do not repeat.
+
+    Without a `prompt`, it is what `chosen` and `rejected` begin with. That is how data with whole conversations works;
+    where they hold the response alone, a question in another column would never reach the model.
+
+    Raises ValueError that names the columns.
+    """
+    unseen = unseen_questions(example, ("chosen", "rejected"))
+    if "prompt" in example or not unseen:
+        return
+    column = unseen[0]
+    raise ValueError(
+        f"{place(name, row)}: there is no 'prompt', and 'chosen' and 'rejected' do not hold the text of "
+        f"{', '.join(map(repr, unseen))} ({column}: {shorten(example[column])}), so the model would not see it. Call "
+        f"dataset.rename_column({column!r}, 'prompt'), or dataset.remove_columns({unseen!r}) if it is no prompt."
+    )
+
+
+def unseen_questions(example: dict[str, Any], columns: Iterable[str]) -> list[str]:
+    """Returns a row's columns of questions, if none of them is repeated in all of the `columns`."""
+    asked = {column: _text(example[column]) for column in QUESTION_COLUMNS if column in example}
+    asked = {column: text for column, text in asked.items() if text}
+    seen = [_text(example[column]) for column in columns] if asked else []
+    return [] if any(all(text in side for side in seen) for text in asked.values()) else [*asked]
+
+
+def _text(value: Any) -> str:
+    """Returns a text, or the texts of messages, without runs of white space and differences in case; else ""."""
+    if isinstance(value, list):
+        contents = [message.get("content") if isinstance(message, dict) else None for message in value]
+        value = " ".join(content for content in contents if isinstance(content, str))
+    return " ".join(value.split()).casefold() if isinstance(value, str) else ""
