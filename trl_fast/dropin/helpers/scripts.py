@@ -29,7 +29,7 @@ def main(name: str, script_args: Any, training_args: Any, model_args: Any, datas
         ValueError: no model, no dataset or no reward was named, or the data is bad.
     """
     trainer: Any = make_trainer(METHODS[name], script_args, training_args, model_args, dataset_args)
-    status = train(trainer, checkpoint_to_resume(trainer.args), dataset_name=script_args.dataset_name)
+    status = train(trainer, checkpoint_to_resume(trainer), dataset_name=script_args.dataset_name)
     if status:
         raise SystemExit(status)
 
