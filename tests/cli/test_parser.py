@@ -12,6 +12,7 @@ import trl_fast
 from trl_fast.cli.arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl_fast.cli.parser import TrlParser
 from trl_fast.cli.training import make_parser
+from trl_fast.dropin.helpers import scripts
 from trl_fast.trainers.methods import METHODS
 
 BASE = ["--output_dir", "/tmp/none", "--use_cpu", "true", "--bf16", "false"]
@@ -196,3 +197,57 @@ def test_older_and_unknown_names_of_every_config(name, tmp_path):
         config_class(str(tmp_path), lerning_rate=1)
     with pytest.warns(FutureWarning, match=f"{name}: `evaluation_strategy`"):
         config_class(str(tmp_path), use_cpu=True, bf16=False, evaluation_strategy="no")
+
+
+@dataclasses.dataclass
+class Sizes:
+    height: float
+    name: str = "gamma"
+
+
+SUB_COMMANDS = {
+    "one": ["one", "--count", "5"],
+    "other": ["--verbose", "other", "--height", "2.5", "--name", "delta"],
+    "file": ["other", "--config", "CONFIG"],
+    "file, flag wins": ["one", "--count", "7", "--config", "CONFIG"],
+    "file before": ["--config", "CONFIG", "one"],
+    "missing": ["one"],
+    "unknown flag": ["one", "--count", "5", "--other", "1"],
+}
+
+
+@pytest.mark.parametrize("case", SUB_COMMANDS)
+def test_sub_commands_are_parsed_as_trls_are(case, tmp_path):
+    _, path = write(tmp_path, count=3, height=1.5)
+    flags = [path if flag == "CONFIG" else flag for flag in SUB_COMMANDS[case]]
+    results = []
+    for parser_class in (TrlParser, trl.TrlParser):
+        parser = parser_class(prog="script")
+        parser.add_argument("--verbose", action="store_true")
+        commands = parser.add_subparsers(dest="command")
+        commands.add_parser("one", dataclass_types=[Arguments])
+        commands.add_parser("other", dataclass_types=[Sizes])
+        try:
+            results.append([vars(parsed) for parsed in parser.parse_args_and_config(flags)])
+        except (ValueError, SystemExit) as error:
+            results.append(type(error))
+    assert results[0] == results[1]
+
+
+def test_a_sub_command_of_a_method():
+    parser = TrlParser(prog="script")
+    commands = parser.add_subparsers(dest="command")
+    scripts.make_parser("dpo", commands)
+    (parsed,) = parser.parse_args_and_config(["dpo", *BASE, "--beta", "0.3", "--trust_remote_code"])
+    assert (parsed.command, parsed.beta, parsed.trust_remote_code) == ("dpo", 0.3, True)
+    alone = scripts.make_parser("dpo", prog="dpo.py")
+    _, training, model, _ = alone.parse_args_and_config([*BASE, "--beta", "0.3", "--trust_remote_code"])
+    assert training.beta == 0.3 and model.trust_remote_code and alone.prog == "dpo.py"
+
+
+def test_defaults_by_name():
+    parser = TrlParser([Arguments])
+    assert parser.set_defaults_with_config(count="4", other=[1]) == ["--other", "[1]"]
+    assert parser.parse_args_and_config([]) == (Arguments(count=4),)
+    with pytest.raises(ValueError, match="^count: 'many': invalid literal for int"):
+        parser.set_defaults_with_config(count="many")

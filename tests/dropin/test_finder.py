@@ -2,16 +2,19 @@
 
 import importlib
 import importlib.util
+import multiprocessing.spawn
 import subprocess
 import sys
 from fnmatch import fnmatchcase
 
+import multiprocess.spawn
 import pytest
 
 import trl_fast
 from trl_fast.dropin.finder import TrlFinder
 from trl_fast.dropin.gone import GONE, GONE_MODULES
 from trl_fast.dropin.names import MODULES, TRL_VERSION
+from trl_fast.dropin.workers import Alias
 
 
 @pytest.fixture
@@ -126,3 +129,38 @@ def test_an_import_of_trl_is_cheap():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+WORKERS = """
+import multiprocessing
+import sys
+
+import trl
+
+def kind(_):
+    import trl.rewards
+    return type(trl).__name__, type(trl.rewards).__name__
+
+if __name__ == "__main__":
+    print("parent", type(trl).__name__)
+    with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+        print("worker", *pool.map(kind, [0])[0])
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_know_trl(method, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS)
+    command = [sys.executable, "-m", "trl_fast.cli.main", "run", str(script), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["parent TrlModule", "worker TrlModule TrlModule"], done.stderr
+
+
+def test_workers_are_left_alone_where_it_is_not_installed(without_trl):
+    trl_fast.install_as_trl()
+    for package in (multiprocessing.spawn, multiprocess.spawn):
+        assert any(isinstance(value, Alias) for value in package.get_preparation_data("worker").values())
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, TrlFinder)]
+    for package in (multiprocessing.spawn, multiprocess.spawn):
+        assert not any(isinstance(value, Alias) for value in package.get_preparation_data("worker").values())

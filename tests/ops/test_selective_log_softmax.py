@@ -74,3 +74,58 @@ def test_opcheck(backend):
     torch.library.opcheck(
         _selective_scores_backward, (logits.detach(), index, torch.zeros(4), torch.ones(4, 4), 0.5, backend)
     )
+
+
+@pytest.mark.parametrize("shape, several", [((5, 300), 3), ((2, 3, 129), 4), ((0, 40), 2), ((3, 7), 1)], ids=str)
+def test_several_tokens_a_row(shape, several, backend):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(shape)).requires_grad_()
+    index = torch.randint(0, shape[-1], (*shape[:-1], several))
+    weights = torch.randn(index.shape)
+    ours = selective_log_softmax(logits, index, 0.7, backend=backend)
+    exact, baseline = (
+        (logits.to(dtype) / 0.7).log_softmax(-1).gather(-1, index) for dtype in (torch.double, logits.dtype)
+    )
+    assert ours.shape == index.shape and ours.dtype == torch.float32
+    assert_as_good(ours, baseline, exact, "logprobs", FLOOR[torch.float32])
+    gradients = [
+        torch.autograd.grad((values * weights).sum(), logits, retain_graph=True)[0]
+        for values in (ours, baseline, exact)
+    ]
+    assert_as_good(*gradients, "gradient", 10 * FLOOR[torch.float32])
+    alone = [selective_log_softmax(logits, column, 0.7, backend=backend) for column in index.movedim(-1, 0)]
+    assert torch.allclose(ours, torch.stack(alone, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("several", [None, 2])
+def test_rows_that_are_masked(several, backend):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 30, requires_grad=True)
+    index = torch.randint(0, 30, (4,) if several is None else (4, several))
+    mask = (torch.arange(4) % 2).view(-1, *[1] * (index.dim() - 1)).expand_as(index)
+    outside = index.where(mask == 1, -100)
+    whole = selective_log_softmax(logits, index, backend=backend)
+    masked = selective_log_softmax(logits, outside, row_mask=mask, backend=backend)
+    assert torch.equal(masked, whole * mask)
+    (gradient,) = torch.autograd.grad(masked.sum(), logits)
+    assert not gradient[::2].any() and gradient[1::2].any()
+    if several is None:
+        both = selective_log_softmax_and_entropy(logits, outside, False, row_mask=mask, backend=backend)
+        assert torch.equal(both[0], masked) and not both[1].requires_grad
+        assert not both[1][::2].any() and both[1][1::2].all()
+    with pytest.raises(ValueError, match=r"row_mask: shape \(3,\), expected that of index"):
+        selective_log_softmax(logits, index, row_mask=torch.ones(3), backend=backend)
+
+
+def test_values_are_trls():
+    from trl.trainer import utils
+
+    torch.manual_seed(0)
+    logits, index = torch.randn(2, 5, 40), torch.randint(0, 40, (2, 5))
+    mask = torch.randint(0, 2, (2, 5))
+    for arguments in ((index, 0.8), (index, 0.8, mask), (torch.randint(0, 40, (2, 5, 3)), 0.8)):
+        expected = utils.selective_log_softmax(logits, *arguments)
+        assert torch.allclose(selective_log_softmax(logits, *arguments), expected, atol=1e-6)
+    expected = utils.selective_log_softmax_and_entropy(logits, index, False, 0.8, mask)
+    ours = selective_log_softmax_and_entropy(logits, index, False, 0.8, mask)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, expected, strict=True))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import Action, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Iterable, Sequence
+from argparse import Action, ArgumentParser, ArgumentTypeError, _SubParsersAction
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from .config_file import ConfigFile, read_config
 class TrlParser(HfArgumentParser):
     """Parses dataclasses from flags and from a YAML file.
 
-    `--config file.yaml`: its keys become defaults, flags win; its map `env` goes to the environment. `--max-length` is
+    `--config file.yaml`: its keys become defaults, flags win; its map `env` goes to the environment. Sub-commands made
+    by `add_subparsers` are parsers of this class, too; their arguments come back in the namespace. `--max-length` is
     `--max_length`. `none` and `null` mean None. `--trust_remote_code` reaches ModelConfig and the trainer's config.
 
     Raises:
@@ -37,7 +38,10 @@ class TrlParser(HfArgumentParser):
         self.config_file = ConfigFile(Path())
         self.add_argument("--config", help="YAML file whose keys become defaults; flags win.")
         fields = {name for owner in types for name, item in owner.__dataclass_fields__.items() if item.init}
-        if "trust_remote_code" not in fields and any(issubclass(owner, ModelConfig) for owner in types):
+        self._adds_trust_remote_code = "trust_remote_code" not in fields and any(
+            issubclass(owner, ModelConfig) for owner in types
+        )
+        if self._adds_trust_remote_code:
             self._add_trust_remote_code()
         for action in self._actions:
             # For report_to, "none" is a value of its own.
@@ -92,7 +96,7 @@ class TrlParser(HfArgumentParser):
             if line is None:
                 raise
             raise ValueError(f"{self.config_file.path}, line {line}: {error}") from error
-        for taken in ("config", "trust_remote_code"):
+        for taken in ("config", *(["trust_remote_code"] if self._adds_trust_remote_code else [])):
             vars(namespace).pop(taken, None)
         if vars(namespace):
             parsed.append(namespace)
@@ -132,21 +136,34 @@ class TrlParser(HfArgumentParser):
         if found.config is None:
             return args, []
         self.config_file = read_config(found.config)
+        return args, self.set_defaults_with_config(**self.config_file.values)
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """Makes values the defaults of arguments by name, also of sub-commands'; they are not required any more.
+
+        Returns:
+            What no argument has the name of, as `--key value` strings.
+
+        Raises:
+            ValueError: a value does not fit its argument.
+        """
         remaining = []
-        for key, value in self.config_file.values.items():
-            actions = [action for action in self._actions if action.dest == key]
+        for key, value in kwargs.items():
+            actions = [action for action in _all_actions(self) if action.dest == key]
             if not actions:
                 remaining += [f"--{key}", str(value)]
             for action in actions:
                 action.required = False
                 action.default = self._checked(action, value)
-        return args, remaining
+        return remaining
 
     def _checked(self, action: Action, value: Any) -> Any:
         try:
             return _from_yaml(action, value)
         except (ArgumentTypeError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.config_file.at(action.dest)}: {value!r}: {error}") from error
+            key = action.dest
+            place = self.config_file.at(key) if key in self.config_file.lines else key
+            raise ValueError(f"{place}: {value!r}: {error}") from error
 
     def _line_of(self, message: str, args: list[str]) -> int | None:
         """Returns the line of the first key that a message names and that no flag has replaced."""
@@ -155,6 +172,16 @@ class TrlParser(HfArgumentParser):
         places = {key: re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message) for key in lines}
         named = [(match.start(), -len(key), lines[key]) for key, match in places.items() if match]
         return min(named)[-1] if named else None
+
+
+def _all_actions(parser: ArgumentParser) -> Iterator[Action]:
+    """Yields the arguments of a parser and of its sub-commands."""
+    for action in parser._actions:
+        if isinstance(action, _SubParsersAction):
+            for inner in {id(inner): inner for inner in action.choices.values()}.values():
+                yield from _all_actions(inner)
+        else:
+            yield action
 
 
 def _none_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:

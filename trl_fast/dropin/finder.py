@@ -15,10 +15,11 @@ from trl_fast.lazy_imports import import_place
 
 from .gone import GONE, GONE_MODULES
 from .names import MODULES, TRL_VERSION
+from .workers import tell_workers
 
 
 def install_as_trl() -> None:
-    """Makes `import trl` give trl_fast in this process from here on, whether or not TRL is installed.
+    """Makes `import trl` give trl_fast in this process and its workers from here on, whether or not TRL is installed.
 
     Raises:
         ImportError: TRL itself has been imported already.
@@ -30,8 +31,14 @@ def install_as_trl() -> None:
             "in use; call trl_fast.install_as_trl() before the first `import trl`, or start the script with "
             "`trl-fast run`"
         )
-    if not any(isinstance(finder, TrlFinder) for finder in sys.meta_path):
+    if not is_installed():
         sys.meta_path.insert(0, TrlFinder())
+        tell_workers(install_as_trl, is_installed)
+
+
+def is_installed() -> bool:
+    """Says whether `import trl` gives trl_fast in this process."""
+    return any(isinstance(finder, TrlFinder) for finder in sys.meta_path)
 
 
 class TrlModule(ModuleType):

@@ -114,31 +114,84 @@ def _selective(
     return logprobs.view(index.shape), entropy.view(index.shape)
 
 
+def _several(logits: torch.Tensor, index: torch.Tensor, temperature: float, backend: str | None) -> torch.Tensor:
+    """Returns the log-probabilities (..., K) float32 of several tokens a row, by one sweep of the logits (..., V)."""
+    inv_temperature = LogitTransform.of(temperature=temperature).inv_temperature
+    for column in index.movedim(-1, 0):
+        check_selective_inputs(logits, column)
+    check_target_range(index, logits.shape[-1], "index")
+    backend = choose_backend("selective_log_softmax", backend, device_facts(logits.device), logits.dtype)
+    rows = logits.reshape(-1, logits.shape[-1])
+    tokens = index.reshape(len(rows), -1).long()
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    check_finite(rows, "logits", masked=True)
+    any_token = tokens.new_zeros(len(rows))
+    lse, _, _, lse_low = _selective_scores(rows, any_token, inv_temperature, 0, backend)
+    chosen = rows.gather(-1, tokens).to(lse.dtype) * inv_temperature
+    return ((chosen - lse[:, None]) - lse_low.detach()[:, None]).view(index.shape)
+
+
 def selective_log_softmax(
-    logits: torch.Tensor, index: torch.Tensor, *, temperature: float = 1.0, backend: str | None = None
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    temperature: float = 1.0,
+    row_mask: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Computes `log_softmax(logits / temperature, -1)` gathered at `index`, with no [..., V] intermediate.
 
     Args:
         logits: (..., V) float32|bfloat16|float16; -inf rules a token out.
-        index: (...) integer in [0, V).
+        index: (...) integer in [0, V), or (..., K) for several tokens a row, by the same sweep.
+        row_mask: of the index's shape; where it is 0, the index may be anything and the result is 0.
 
     Returns:
-        (...) float32, differentiable.
+        Of the index's shape, float32, differentiable.
 
     Raises:
         ValueError: a shape, dtype, device, index or the temperature is not as above; with TRL_FAST_CHECK=1 also if a
             logit is NaN or +inf. On a GPU the index's values are looked at only then, and what lies outside is NaN.
         RuntimeError: the forced backend cannot serve.
     """
-    return _selective(logits, index, temperature, 0, backend)[0]
+    index = _without_masked(index, row_mask)
+    if index.dim() == logits.dim() and index.dim() > 1:
+        return _masked(_several(logits, index, temperature, backend), row_mask)
+    return _masked(_selective(logits, index, temperature, 0, backend)[0], row_mask)
 
 
 def selective_log_softmax_and_entropy(
-    logits: torch.Tensor, index: torch.Tensor, *, temperature: float = 1.0, backend: str | None = None
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes what selective_log_softmax does, and each row's entropy (...) in nats; both differentiable.
 
-    logits: (..., V) float32|bfloat16|float16; index: (...) integer.
+    logits: (..., V) float32|bfloat16|float16; index: (...) integer. entropy_requires_grad: False detaches the entropy.
+    row_mask: (...); where it is 0, the index may be anything and both results are 0.
     """
-    return _selective(logits, index, temperature, ENTROPY, backend)
+    logprobs, entropy = _selective(logits, _without_masked(index, row_mask), temperature, ENTROPY, backend)
+    entropy = entropy if entropy_requires_grad else entropy.detach()
+    return _masked(logprobs, row_mask), _masked(entropy, row_mask)
+
+
+def _without_masked(index: torch.Tensor, row_mask: torch.Tensor | None) -> torch.Tensor:
+    """Returns the index with token 0 where the mask is 0; both of one shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if row_mask is None:
+        return index
+    if row_mask.shape != index.shape:
+        shapes = f"shape {tuple(row_mask.shape)}, expected that of index, {tuple(index.shape)}"
+        raise ValueError(f"row_mask: {shapes}")
+    return index.masked_fill(row_mask == 0, 0)
+
+
+def _masked(values: torch.Tensor, row_mask: torch.Tensor | None) -> torch.Tensor:
+    return values if row_mask is None else values.masked_fill(row_mask == 0, 0.0)
