@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 LABELLED_COLUMNS = ("prompt", "completion", "label")
 SIDES = ("chosen", "rejected")
-READ_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "tools", "chat_template_kwargs")
-READ_COLUMNS += QUESTION_COLUMNS
+_KNOWN_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "tools", "chat_template_kwargs")
+READ_COLUMNS = (*_KNOWN_COLUMNS, *QUESTION_COLUMNS)
 READ_ROWS = 256
 
 # Text, or a list of messages.
