@@ -122,7 +122,7 @@ def _several(logits: torch.Tensor, index: torch.Tensor, temperature: float, back
     check_target_range(index, logits.shape[-1], "index")
     backend = choose_backend("selective_log_softmax", backend, device_facts(logits.device), logits.dtype)
     rows = logits.reshape(-1, logits.shape[-1])
-    tokens = index.reshape(len(rows), -1).long()
+    tokens = index.reshape(-1, index.shape[-1]).long()
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     check_finite(rows, "logits", masked=True)
     any_token = tokens.new_zeros(len(rows))
