@@ -178,9 +178,9 @@ def test_a_question_that_the_model_would_not_see(row, how):
 def test_validation_finds_the_rows_with_such_a_question():
     whole = {"question": "What?", "chosen": "What?  THAT.", "rejected": "what? This."}
     report = validate(Dataset.from_list([whole, ASKED]))
-    assert [(finding.kind.code, finding.row_numbers) for finding in report.findings if finding.severity == "error"] == [
-        ("malformed_row", [1])
-    ]
+    assert [
+        (finding.kind.code, finding.row_numbers) for finding in report.findings if finding.severity == "error"
+    ] == [("malformed_row", [1])]
 
 
 @pytest.mark.parametrize("how", ["dpo", "reward", "kto"])

@@ -201,3 +201,25 @@ def test_the_stop_token_is_learned_where_we_put_the_marks():
     tokenizer = with_template(OWN_TEMPLATES["chatml"])
     marked = get_training_chat_template(tokenizer)
     assert EOS == "<|im_end|>" and trains_stop_token(tokenizer, marked)
+
+
+def test_gpt_oss_learns_both_of_its_ends():
+    # Its last turn ends with the EOS token, the others with another.
+    original, reference = ((TRL_TEMPLATES / f"gptoss{kind}.jinja").read_text("utf-8") for kind in ("", "_training"))
+    tokenizer = with_template(original)
+    extra = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>"]
+    tokenizer.add_special_tokens({"eos_token": "<|return|>", "additional_special_tokens": extra})
+    marked = get_training_chat_template(tokenizer)
+    assert trains_stop_token(tokenizer, marked)
+    for name in ("one turn", "two turns", "open end"):
+        ours, theirs = (
+            tokenizer.apply_chat_template(
+                CONVERSATIONS[name],
+                chat_template=template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            for template in (marked, reference)
+        )
+        assert ours["assistant_masks"] == theirs["assistant_masks"] and any(ours["assistant_masks"]), name
