@@ -53,7 +53,9 @@ _WRAPPER = """\
 {%- endif -%}
 {{- whole[said.end:said.start] -}}
 {%- set said.end = whole|length if loop.last else closed(messages[:loop.index], whole)|length -%}
-{%- if whole[said.end:].startswith("<turn_end>") -%}{%- set said.end = said.end + ("<turn_end>"|length) -%}{%- endif -%}
+{%- if whole[said.end:].startswith("<turn_end>") -%}
+{%- set said.end = said.end + ("<turn_end>"|length) -%}
+{%- endif -%}
 {%- generation -%}{{- whole[said.start:said.end] -}}{%- endgeneration -%}
 {%- endif -%}
 {%- endfor -%}
