@@ -17,11 +17,13 @@ from trl_fast.ops import TokenScores
 from trl_fast.rollout.samples import Samples
 
 from .base.checkpoint_parts import NumbersPart
+from .base.trl_attributes import answers_to
 from .grpo_config import GRPOConfig
 from .online.completions_log import upload_completions
 from .online.entropy_controller import EntropyController
 from .online.group_trainer import GroupTrainer
 from .online.micro_batches import Update
+from .online.trl_attributes import GRPO_ATTRIBUTES
 from .online.trl_formulas import gamma_weights, off_policy_mask
 from .online.trl_hooks import TRLHook
 
@@ -29,6 +31,7 @@ from .online.trl_hooks import TRLHook
 ENTROPY_STATE_FILE = "entropy_ctrl_state.json"
 
 
+@answers_to(GRPO_ATTRIBUTES)
 class GRPOTrainer(GroupTrainer):
     """Trains by Group Relative Policy Optimization (arXiv 2402.03300) and its relatives; arguments as in GroupTrainer.
 

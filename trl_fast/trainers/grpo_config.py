@@ -98,23 +98,32 @@ class GRPOConfig(OnlineConfig):
     vllm_importance_sampling_cap: float | None = older_name(now="vllm_importance_sampling_clip_max")
 
     def __post_init__(self) -> None:
-        # The command line gives a string.
-        names = {True: "group", False: "none", "true": "group", "false": "none"}
-        scale = self.scale_rewards
-        self.scale_rewards = names.get(scale.lower() if isinstance(scale, str) else scale, scale)
+        self._name_scale()
         super().__post_init__()
-        check_choice(self, "scale_rewards")
-        check_choice(self, "multi_objective_aggregation")
-        check_choice(self, "importance_sampling_level")
-        check_choice(self, "vllm_importance_sampling_mode")
-        self._check_ratio_bounds()
+        self.check_values()
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ValueError(
                 f"log_completions_hub_repo={self.log_completions_hub_repo!r} uploads what log_completions writes, "
                 "which is False; set it to True or leave the repository out"
             )
-        self.loss_config()
         self._warn_of_level()
+
+    def _name_scale(self) -> None:
+        # The command line gives a string.
+        names = {True: "group", False: "none", "true": "group", "false": "none"}
+        scale = self.scale_rewards
+        self.scale_rewards = names.get(scale.lower() if isinstance(scale, str) else scale, scale)
+
+    def check_values(self) -> None:
+        """Checks the arguments that may be changed later, as the base does, and those of the loss."""
+        self._name_scale()
+        super().check_values()
+        check_choice(self, "scale_rewards")
+        check_choice(self, "multi_objective_aggregation")
+        check_choice(self, "importance_sampling_level")
+        check_choice(self, "vllm_importance_sampling_mode")
+        self._check_ratio_bounds()
+        self.loss_config()
 
     def _warn_of_level(self) -> None:
         """Says where the loss and the level of its ratios are not what a paper has."""

@@ -10,10 +10,13 @@ from trl_fast.losses.advantages import Advantages, leave_one_out_advantages
 from trl_fast.losses.policy_metrics import PolicyMetrics
 from trl_fast.rollout.samples import Samples
 
+from .base.trl_attributes import answers_to
 from .online.group_trainer import GroupTrainer
+from .online.trl_attributes import RLOO_ATTRIBUTES
 from .rloo_config import RLOOConfig
 
 
+@answers_to(RLOO_ATTRIBUTES)
 class RLOOTrainer(GroupTrainer):
     """Trains by REINFORCE with leave-one-out baselines (arXiv 2402.14740); arguments as in GroupTrainer.
 

@@ -28,6 +28,11 @@ class RLOOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Checks the arguments that may be changed later, as the base does, and those of the advantages."""
+        super().check_values()
         bounds = self.reward_clip_range
         if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
             raise ValueError(f"reward_clip_range={bounds}: expected two numbers, the lower one first")

@@ -24,26 +24,45 @@ class CompletionsLog:
     """Keeps prompts, completions, rewards and advantages of the last `size` completions of all processes.
 
     size: None keeps all.
+
+    Attributes:
+        logs: under TRL's names, `prompt`, `completion`, `advantages` and `images` (none), and by name `rewards` and
+            `extra`.
     """
 
     def __init__(self, size: int | None) -> None:
-        self._size = size
-        self._columns: dict[str, deque] = defaultdict(lambda: deque(maxlen=size))
-        self.rewards: list[str] = []
+        def column() -> deque:
+            return deque(maxlen=size)
+
+        self.logs: dict[str, Any] = {
+            **{name: column() for name in ("prompt", "completion", "advantages", "images")},
+            **{name: defaultdict(column) for name in ("rewards", "extra")},
+        }
 
     def add(self, rewards: dict[str, list[float]], **columns: list[Any]) -> None:
-        """Adds one generation's columns, each with one value a completion; `rewards` by source."""
-        self.rewards = list(rewards)
-        for name, values in {**columns, **rewards}.items():
-            self._columns[name].extend(values)
+        """Adds one generation's columns, each with one value a completion; `rewards` by source.
+
+        A column that only some generations have is None in the others.
+        """
+        before, added = len(self.logs["prompt"]), len(columns["prompt"])
+        self.logs["advantages"].extend(columns.pop("advantage"))
+        for name in ("prompt", "completion"):
+            self.logs[name].extend(columns.pop(name))
+        for kept, given in ((self.logs["rewards"], rewards), (self.logs["extra"], columns)):
+            for name in [name for name in given if name not in kept]:
+                kept[name].extend([None] * before)
+            for name in kept:
+                kept[name].extend(given.get(name, [None] * added))
 
     def frame(self, step: int, unique_prompts: bool = False) -> pd.DataFrame:
         """Returns all columns, with the step first and the advantage last; arguments of tool calls as JSON.
 
         unique_prompts: of each prompt only the first completion.
         """
-        columns = {name: [_with_text_arguments(value) for value in values] for name, values in self._columns.items()}
-        advantage = columns.pop("advantage", [])
+        logs = self.logs
+        shown = {"prompt": logs["prompt"], "completion": logs["completion"], **logs["extra"], **logs["rewards"]}
+        columns = {name: [_with_text_arguments(value) for value in values] for name, values in shown.items()}
+        advantage = list(logs["advantages"])
         frame = pd.DataFrame({"step": [step] * len(advantage), **columns, "advantage": advantage})
         return frame[~frame["prompt"].astype(str).duplicated()] if unique_prompts else frame
 
@@ -58,7 +77,7 @@ class CompletionsLog:
         """Prints the first `count` completions (None: all), of each prompt only one if unique_prompts."""
         frame = self.frame(step, unique_prompts)
         table = Table(title=f"completions at step {step}", title_justify="left", show_lines=True)
-        numbers = [*self.rewards, "advantage"]
+        numbers = [*self.logs["rewards"], "advantage"]
         texts = ("prompt", "completion")
         extras = [name for name in frame if name not in ("step", *texts, *numbers)]
         for name in (*texts, *numbers, *extras):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trl_fast.settings.choices import check_choice
 from trl_fast.settings.divisors import divisors, either, least_count, multiples_around
 from trl_fast.settings.older_names import older_name
+from trl_fast.settings.ranges import check_ranges
 from trl_fast.settings.server_url import server_url, without_password
 
 from ..base.reference_config import ReferenceConfig
@@ -215,6 +216,15 @@ class OnlineConfig(ReferenceConfig):
             )
         if self.eval_strategy != "no":
             self.check_eval_batch()
+
+    def check_values(self) -> None:
+        """Checks the arguments that may be changed later.
+
+        Raises:
+            ValueError: one is out of its range, or none of its choices.
+        """
+        check_ranges(self)
+        self.sampling_settings()
 
     def check_eval_batch(self) -> None:
         """Raises ValueError if a batch of the evaluation would not hold all completions of its prompts."""

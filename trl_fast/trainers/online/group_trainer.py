@@ -16,7 +16,7 @@ from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.data.repeat_sampler import RepeatSampler
 from trl_fast.losses.loss_normalization import LossNormalizer
-from trl_fast.losses.policy_gradient import sequence_weights
+from trl_fast.losses.policy_gradient import PolicyLossConfig, sequence_weights
 from trl_fast.losses.policy_metrics import PolicyMetrics
 from trl_fast.modeling.lm_head import use_float32_head
 from trl_fast.modeling.loading import base_model
@@ -26,6 +26,7 @@ from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from ..base.tokenizers import older_tokenizer_name
+from ..base.trl_attributes import answers_to
 from .changeable_rewards import make_changeable_rewards
 from .config import OnlineConfig
 from .engines import make_engine
@@ -33,12 +34,15 @@ from .generation_buffer import GenerationBuffer
 from .micro_batches import Update, slice_indices, trained_indices
 from .policy_step import policy_step
 from .prompt_order import PromptOrder
+from .sampling import Sampling
 from .tool_use import open_toolbox, with_tools
 from .trainer import OnlineTrainer
+from .trl_attributes import GROUP_ATTRIBUTES
 from .trl_batch import MicroBatch, read_update, shuffled_parts
 from .trl_hooks import UNCALLED_HOOKS, TRLHook, TRLHooks
 
 
+@answers_to(GROUP_ATTRIBUTES)
 class GroupTrainer(OnlineTrainer):
     """Trains on completions of a prompt that are held against each other; a subclass brings their advantages.
 
@@ -114,10 +118,10 @@ class GroupTrainer(OnlineTrainer):
             raise NotImplementedError(f"tools: {type(self).__name__} has none; use GRPOTrainer")
         self.toolbox = open_toolbox(tools, processing_class, args)
         rewards = make_changeable_rewards(reward_funcs, reward_processing_classes, args)
-        self.loss_config = args.loss_config()
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
         self.rollout_func = rollout_func
+        self.sampling = Sampling(self)
         self.trl_hooks = TRLHooks(self, returns_more=self.has_tools)
         self.generation = GenerationBuffer(args)
         self._step_time = 0.0
@@ -173,6 +177,7 @@ class GroupTrainer(OnlineTrainer):
             parses_messages=self.has_tools,
             excludes_cut_off=lambda: args.mask_truncated_completions,
         )
+        self.loop.settings = self.sampling.settings
         self.trl_hooks.attach(self.loop)
 
     # ---- data
@@ -296,6 +301,11 @@ class GroupTrainer(OnlineTrainer):
         return hooks.scoring.reference_logprobs(batch) if hooks.scores_itself else super().reference_logprobs(batch)
 
     # ---- the update
+
+    @property
+    def loss_config(self) -> PolicyLossConfig:
+        """Returns the part of the arguments that the loss reads, as they are now."""
+        return self.args.loss_config()
 
     @property
     def order_is_free(self) -> bool:
