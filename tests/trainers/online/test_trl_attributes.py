@@ -120,8 +120,8 @@ def test_what_a_callback_sets_in_rloo_counts_as_in_trl(make, tokenizer, monkeypa
         {"normalize_advantages": True, "epsilon_low": 0.001},
         {"reward_clip_range": (-1.0, 0.5), "epsilon_high": 0.001},
     ]
-    expected = run(make(trl, "RLOO", learning_rate=5e-3), *changes)
-    ours = make(trl_fast, "RLOO", engine=FixedEngine(tokenizer), learning_rate=5e-3, **OURS)
+    expected = run(make(trl, "RLOO", learning_rate=1e-3), *changes)
+    ours = make(trl_fast, "RLOO", engine=FixedEngine(tokenizer), learning_rate=1e-3, **OURS)
     assert_same_logs(run(ours, *changes), expected)
 
 
