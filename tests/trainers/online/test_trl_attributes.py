@@ -122,7 +122,8 @@ def test_what_a_callback_sets_in_rloo_counts_as_in_trl(make, tokenizer, monkeypa
     ]
     expected = run(make(trl, "RLOO", learning_rate=1e-3), *changes)
     ours = make(trl_fast, "RLOO", engine=FixedEngine(tokenizer), learning_rate=1e-3, **OURS)
-    assert_same_logs(run(ours, *changes), expected)
+    # Adam makes steps of whatever size a gradient has, also of what is rounding alone.
+    assert_same_logs(run(ours, *changes), expected, rel=2e-3)
 
 
 class NotedSettings(FixedEngine):

@@ -270,7 +270,7 @@ class TRLHooks:
         self._loop.metrics.log_column(column, values)
 
     @property
-    def logps_and_entropies(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+    def logps_and_entropies(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
         """Returns the method that scores padded rows of tokens."""
         return self.scoring.logps_and_entropies
 
