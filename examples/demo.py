@@ -63,7 +63,8 @@ def preference_accuracy(trainer: DPOTrainer) -> float:
     """Computes the share of held-out pairs whose chosen answer is likelier than the rejected one."""
     trainer.model.eval()
     right, pairs = 0, 0
-    for batch in trainer.get_eval_dataloader():
+    for inputs in trainer.get_eval_dataloader():
+        batch = inputs.token_batch()
         tokens = score(trainer.model, batch).tokens
         loss_inputs = PreferenceLossInputs(batch.branch, batch.offset, batch.branch_lengths)
         logprobs = loss_inputs.sequence_logprobs(tokens.logprobs).view(-1, 2)
@@ -85,7 +86,7 @@ def held_out(trainer: DPOTrainer) -> dict[str, float]:
 
 def head_memory(trainer: DPOTrainer) -> dict[str, float]:
     """Measures peak MiB of the head's forward and backward on a batch: ours, and with whole logits."""
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = next(iter(trainer.get_train_dataloader())).token_batch()
     weight = base_model(trainer.model).get_output_embeddings().weight.detach()
     rows, positions = len(batch.targets), batch.input_ids.numel()
     hidden = torch.randn(positions, weight.shape[1], dtype=weight.dtype, device=weight.device)

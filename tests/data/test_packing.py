@@ -13,7 +13,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference as TRLCollator
 from support.preferences import random_pairs
 from trl_fast.data import (
     LAYOUTS,
-    DataCollatorForPreference,
+    PreferenceCollator,
     TokenBatch,
     Tree,
     pack_trees,
@@ -88,7 +88,7 @@ def test_collator_equals_trls(max_length, truncation_mode, pad_to_multiple_of):
         pad_to_multiple_of=pad_to_multiple_of,
     )
     expected = TRLCollator(**options)(rows)
-    batch = DataCollatorForPreference(**options)(rows)
+    batch = PreferenceCollator(**options).collate(rows)
     order = torch.arange(2 * len(rows)).view(2, -1).T.flatten()  # TRL: all chosen rows, then all rejected
     assert torch.equal(batch.input_ids, expected["input_ids"][order])
     assert torch.equal(batch.attention_mask, expected["attention_mask"][order])
@@ -131,7 +131,7 @@ def test_no_trees_make_an_empty_batch():
 
 def test_reference_logprobs_ride_along():
     rows = [{**row, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5} for row in random_pairs(3)]
-    batch = DataCollatorForPreference(PAD)(rows)
+    batch = PreferenceCollator(PAD).collate(rows)
     assert batch.extras["ref_chosen_logps"].tolist() == [-1.5] * 3
     assert batch["ref_rejected_logps"].dtype == torch.float32
 
@@ -150,7 +150,7 @@ def test_fields_answer_by_name_as_the_trainer_asks_for_them():
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_moves_with_all_its_tensors(layout):
     rows = [{**row, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for row in random_pairs(3)]
-    batch = DataCollatorForPreference(PAD, layout=layout)(rows)
+    batch = PreferenceCollator(PAD, layout=layout).collate(rows)
     for moved in (batch.to("meta"), batch.to("meta", non_blocking=True), send_to_device(batch, "meta")):
         assert isinstance(moved, TokenBatch)
         tensors = [value for value in vars(moved).values() if torch.is_tensor(value)] + list(moved.extras.values())
@@ -163,13 +163,13 @@ def test_moves_with_all_its_tensors(layout):
 def test_survives_worker_processes_and_pinning(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    batch = DataCollatorForPreference(PAD, layout="packed")(random_pairs(3))
+    batch = PreferenceCollator(PAD, layout="packed").collate(random_pairs(3))
     assert isinstance(batch.pin_memory(), TokenBatch)
     assert len(pinned) == 7
     copy = pickle.loads(pickle.dumps(batch))
     assert torch.equal(copy.score_positions, batch.score_positions)
     loader = DataLoader(
-        random_pairs(4), batch_size=2, collate_fn=DataCollatorForPreference(PAD), num_workers=1, pin_memory=False
+        random_pairs(4), batch_size=2, collate_fn=PreferenceCollator(PAD).collate, num_workers=1, pin_memory=False
     )
     assert [len(batch) for batch in loader] == [4, 4]
 
@@ -178,7 +178,7 @@ def test_accelerates_loader_hands_batches_on():
     rows = random_pairs(5)
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(
-        DataLoader(rows, batch_size=2, collate_fn=DataCollatorForPreference(PAD, layout="packed"))
+        DataLoader(rows, batch_size=2, collate_fn=PreferenceCollator(PAD, layout="packed").collate)
     )
     batches = list(loader)
     assert [type(batch) for batch in batches] == [TokenBatch] * 3
@@ -192,7 +192,7 @@ def test_accelerates_loader_hands_batches_on():
 @pytest.mark.parametrize("process", [0, 1])
 def test_processes_get_even_batches(process):
     loader = prepare_data_loader(
-        DataLoader(random_pairs(5), batch_size=2, collate_fn=DataCollatorForPreference(PAD)),
+        DataLoader(random_pairs(5), batch_size=2, collate_fn=PreferenceCollator(PAD).collate),
         num_processes=2,
         process_index=process,
         put_on_device=False,

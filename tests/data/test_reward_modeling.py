@@ -13,7 +13,6 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from support.tokenizer import EOS, build_tokenizer
 from trl_fast.data.packing import LAYOUTS
 from trl_fast.data.reward_modeling import (
-    ConvertingRewardCollator,
     DataCollatorForReward,
     RewardCollator,
     prepare_reward_dataset,
@@ -194,17 +193,19 @@ def test_rewards_are_read_where_transformers_reads_them(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_collators_batch_is_converted(layout):
-    converted = ConvertingRewardCollator(DataCollatorForPreference(pad_token_id=0), 0, layout)(PAIRS)
-    own = RewardCollator(0, layout)(PAIRS)
+    collator = RewardCollator(0, layout)
+    converted = collator.token_batch(DataCollatorForPreference(pad_token_id=0)(PAIRS))
+    own = collator.collate(PAIRS)
     for name in ("input_ids", "position_ids", "reward_positions", "margin"):
         assert torch.equal(converted[name], own[name])
     assert converted.sequence_lengths == own.sequence_lengths
-    assert ConvertingRewardCollator(lambda rows: own, 0, layout)(PAIRS) is own
-    with pytest.raises(ValueError, match="data_collator returned .*'labels'"):
-        ConvertingRewardCollator(lambda rows: {"input_ids": torch.ones(2, 1), "labels": None}, 0, layout)(PAIRS)
+    with pytest.raises(ValueError, match="'labels', which the loss does not read"):
+        collator.token_batch({"input_ids": None, "attention_mask": None, "labels": None})
+    with pytest.raises(ValueError, match="has 3 rows; expected those of all chosen"):
+        collator.token_batch({name: torch.ones(3, 1) for name in ("input_ids", "attention_mask")})
 
 
 def test_padding_to_a_multiple():
-    batch = RewardCollator(0, "padded", 8)(WITHOUT_MARGIN)
+    batch = RewardCollator(0, "padded", 8).collate(WITHOUT_MARGIN)
     assert batch.input_ids.shape == (4, 8) and "margin" not in batch
     assert batch["reward_positions"].tolist() == [2, 9, 16, 26]

@@ -10,7 +10,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollat
 
 from support.tokenizer import build_tokenizer
 from trl_fast.data import (
-    ConvertingCollator,
     DataCollatorForLanguageModeling,
     LabelledCollator,
     pack_labelled,
@@ -48,13 +47,13 @@ def scored(batch):
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_token_is_scored_if_it_has_a_label_and_something_before_it(layout):
-    batch = LabelledCollator(PAD, layout)(ROWS)
+    batch = LabelledCollator(PAD, layout).collate(ROWS)
     assert scored(batch) == [(0, 2, 6, 7), (2, 1, 9, 10)]
     assert batch.branch_lengths.tolist() == [3, 1, 2] and batch.num_tokens == 6 and len(batch) == 3
 
 
 def test_the_layouts():
-    packed, padded = (LabelledCollator(PAD, layout)(ROWS) for layout in ("packed", "padded"))
+    packed, padded = (LabelledCollator(PAD, layout).collate(ROWS) for layout in ("packed", "padded"))
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]] and packed.attention_mask is None
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]] and packed.sequence_lengths == (3, 1, 2)
     assert padded.input_ids.tolist() == [[5, 6, 7], [8, PAD, PAD], [9, 10, PAD]]
@@ -66,7 +65,7 @@ def test_the_layouts():
 @pytest.mark.parametrize("labelled", [True, False])
 def test_both_layouts_score_the_same_and_a_packed_row_is_several_sequences(seed, labelled):
     rows = random_rows(4, seed, packed=True, labelled=labelled)
-    packed, padded = (LabelledCollator(PAD, layout)(rows) for layout in ("packed", "padded"))
+    packed, padded = (LabelledCollator(PAD, layout).collate(rows) for layout in ("packed", "padded"))
     assert scored(packed) == scored(padded)
     lengths = [length for row in rows for length in row["seq_lengths"]]
     assert list(packed.sequence_lengths) == padded.branch_lengths.tolist() == lengths
@@ -76,9 +75,9 @@ def test_both_layouts_score_the_same_and_a_packed_row_is_several_sequences(seed,
 
 
 def test_padding_to_a_multiple():
-    padded = LabelledCollator(PAD, "padded", pad_to_multiple_of=4)(ROWS)
+    padded = LabelledCollator(PAD, "padded", pad_to_multiple_of=4).collate(ROWS)
     assert padded.input_ids.shape == (3, 4) and padded.num_tokens == 6
-    packed = LabelledCollator(PAD, "packed", pad_to_multiple_of=4)(ROWS)
+    packed = LabelledCollator(PAD, "packed", pad_to_multiple_of=4, padding_free=True).collate(ROWS)
     assert packed.sequence_lengths == (3, 1, 2, 1, 1) and packed.num_tokens == 8
     assert scored(packed) == scored(padded)
 
@@ -138,21 +137,24 @@ COLLATORS = {
 @pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS.keys())
 def test_batches_of_other_collators_are_converted(collator):
     rows = random_rows(5, 0)
-    assert scored(ConvertingCollator(collator, "packed")(rows)) == scored(LabelledCollator(PAD, "padded")(rows))
+    for layout in ("packed", "padded"):
+        ours = LabelledCollator(PAD, layout)
+        assert scored(ours.token_batch(collator(rows))) == scored(ours.collate(rows))
 
 
 def test_the_collator_of_transformers_is_converted():
     tokenizer = build_tokenizer()
     rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8]}]
-    batch = ConvertingCollator(CausalCollator(tokenizer, mlm=False), "packed")(rows)
+    batch = LabelledCollator(PAD, "packed").token_batch(CausalCollator(tokenizer, mlm=False)(rows))
     assert scored(batch) == [(0, 1, 5, 6), (0, 2, 6, 7)]
 
 
 def test_what_cannot_be_converted_is_named():
-    with pytest.raises(ValueError, match=r"returned \['input_ids', 'labels', 'pixel_values'\]"):
-        ConvertingCollator(lambda rows: dict.fromkeys(["input_ids", "labels", "pixel_values"]), "packed")([])
-    with pytest.raises(ValueError, match="cannot keep their sequences apart"):
-        ConvertingCollator(DataCollatorForLanguageModeling(PAD, padding_free=True), "padded")(random_rows(2, 0))
+    collator = LabelledCollator(PAD, "packed")
+    with pytest.raises(ValueError, match="'pixel_values', which the loss does not read; take them out"):
+        collator.token_batch(dict.fromkeys(["input_ids", "labels", "pixel_values"]))
+    with pytest.raises(ValueError, match=r"has \['input_ids'\], but the loss reads 'labels' too"):
+        collator.token_batch({"input_ids": None})
     with pytest.raises(ValueError, match="there are 2 rows"):
-        rows = {"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 3), "position_ids": torch.ones(2, 3)}
-        ConvertingCollator(lambda _: rows, "packed")([])
+        names = ("input_ids", "labels", "position_ids")
+        collator.token_batch({name: torch.ones(2, 3, dtype=torch.int64) for name in names})

@@ -18,7 +18,7 @@ from trl_fast.data.unpaired_preference import (
     LABEL,
     MISMATCHED,
     OWN_TOKENS,
-    DataCollatorForUnpairedPreference,
+    UnpairedCollator,
     prepare_unpaired_dataset,
     warn_of_balance,
 )
@@ -167,7 +167,7 @@ def test_batches(layout, mode, tokenizer):
     """The rows' own sequences, those with the other completions, and both side by side."""
     rows = list(prepare_unpaired_dataset(color_labels(4), tokenizer, kl_batch_size=4))
     rows = [{**row, "ref_logps": -1.5, "ref_KL_logps": index} for index, row in enumerate(rows)]
-    batch = DataCollatorForUnpairedPreference(2, max_length=16, truncation_mode=mode, layout=layout)(rows)
+    batch = UnpairedCollator(2, max_length=16, truncation_mode=mode, layout=layout).collate(rows)
     own, other, both = batch, batch[MISMATCHED], batch[BOTH]
     cut = slice(16) if mode == "keep_start" else slice(-16, None)
     for index, row in enumerate(rows):
@@ -186,5 +186,5 @@ def test_batches(layout, mode, tokenizer):
 
 def test_a_batch_without_mismatched_completions(tokenizer):
     rows = list(prepare_unpaired_dataset(color_labels(2), tokenizer))
-    batch = DataCollatorForUnpairedPreference(2)(rows)
+    batch = UnpairedCollator(2).collate(rows)
     assert BOTH not in batch and MISMATCHED not in batch

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support.preferences import random_pairs, random_scores
-from trl_fast.data import DataCollatorForPreference
+from trl_fast.data import PreferenceCollator
 from trl_fast.losses.dpo import F_DIVERGENCE_LOSSES, PAIR_LOSSES, DPOLossConfig, dpo_loss, dpo_metrics
 from trl_fast.losses.f_divergences import F_DIVERGENCES
 from trl_fast.losses.loss_inputs import PreferenceLossInputs
@@ -97,7 +97,7 @@ def expected_weights(batch, scores):
 
 def make_problem(seed=3, pairs=5, dtype=torch.float64):
     rows = random_pairs(pairs, seed=seed, longest=5, empty_prompts=True)
-    batch = DataCollatorForPreference(pad_token_id=0, max_length=8, layout="packed")(rows)
+    batch = PreferenceCollator(0, 8, layout="packed").collate(rows)
     scores = random_scores(len(batch.targets), seed, dtype)
     references = random_scores(len(batch.targets), seed + 1, dtype).logprobs.detach()
     return batch, scores, references
@@ -187,7 +187,7 @@ def test_alpha_divergence_is_capped_and_has_its_limit():
 
 def test_a_batch_without_scored_tokens_gives_finite_numbers():
     rows = [{"prompt_ids": [1, 2, 3], "chosen_ids": [4], "rejected_ids": [5]}]
-    batch = DataCollatorForPreference(pad_token_id=0, max_length=3)(rows)
+    batch = PreferenceCollator(0, 3).collate(rows)
     scores = random_scores(0, dtype=torch.float32)
     config = DPOLossConfig(["sigmoid", "ipo", "sft", "sigmoid_norm"], use_weighting=True)
     loss, metrics = run(batch, scores, scores.logprobs, config)
@@ -277,7 +277,7 @@ def test_a_pair_without_scored_tokens_counts_once():
         {"prompt_ids": [], "chosen_ids": [4], "rejected_ids": [5]},
         {"prompt_ids": [2], "chosen_ids": [4, 3], "rejected_ids": [5]},
     ]
-    batch = DataCollatorForPreference(pad_token_id=0, layout="packed")(rows)
+    batch = PreferenceCollator(0, layout="packed").collate(rows)
     assert batch.group_sizes == (3, 0, 3)
     scores = random_scores(6, dtype=torch.float64)
     references = random_scores(6, 1, torch.float64).logprobs.detach()

@@ -10,7 +10,7 @@ from trl.trainer import dpo_trainer as trl_dpo
 from trl.trainer.utils import FusedCausalLMOutput
 
 from support.preferences import random_pairs, random_scores
-from trl_fast.data import DataCollatorForPreference
+from trl_fast.data import PreferenceCollator
 from trl_fast.losses.dpo import F_DIVERGENCE_LOSSES, PAIR_LOSSES, DPOLossConfig, dpo_loss, dpo_metrics
 from trl_fast.losses.f_divergences import F_DIVERGENCES
 from trl_fast.losses.loss_inputs import PreferenceLossInputs
@@ -90,7 +90,7 @@ def cases():
 @pytest.mark.parametrize("name, divergence, ld_alpha, use_weighting", list(cases()))
 def test_loss_metrics_and_gradient_equal_trl(name, divergence, ld_alpha, use_weighting):
     rows = random_pairs(6, seed=11, empty_prompts=True)
-    batch = DataCollatorForPreference(pad_token_id=0, max_length=MAX_LENGTH, layout="packed")(rows)
+    batch = PreferenceCollator(0, MAX_LENGTH, layout="packed").collate(rows)
     scores = random_scores(len(batch.targets), seed=5)
     references = random_scores(len(batch.targets), seed=6).logprobs.detach()
     config = DPOLossConfig(
@@ -121,7 +121,7 @@ def test_loss_metrics_and_gradient_equal_trl(name, divergence, ld_alpha, use_wei
 
 def test_weighted_combination_equals_trl():
     rows = random_pairs(4, seed=2)
-    batch = DataCollatorForPreference(pad_token_id=0, max_length=MAX_LENGTH)(rows)
+    batch = PreferenceCollator(0, MAX_LENGTH).collate(rows)
     scores = random_scores(len(batch.targets), seed=5)
     references = random_scores(len(batch.targets), seed=6).logprobs.detach()
     config = DPOLossConfig(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], ld_alpha=0.5)

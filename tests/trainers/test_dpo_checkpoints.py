@@ -104,13 +104,13 @@ def test_evaluate_takes_datasets_that_were_not_prepared(model_path, tmp_path):
 
 def test_precomputed_references_are_computed_once(model_path, tmp_path, monkeypatch):
     calls = []
-    original = trl_fast.DPOTrainer.compute_ref_log_probs
+    original = trl_fast.DPOTrainer.reference_logprobs
 
     def counted(self, batch):
         calls.append("ref_chosen_logps" in batch.extras)
         return original(self, batch)
 
-    monkeypatch.setattr(trl_fast.DPOTrainer, "compute_ref_log_probs", counted)
+    monkeypatch.setattr(trl_fast.DPOTrainer, "reference_logprobs", counted)
     # A dataset with files of its own is cached beside them.
     dataset = color_pairs().add_column("run", [str(tmp_path)] * 24)
     dataset.save_to_disk(tmp_path / "data")

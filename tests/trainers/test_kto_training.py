@@ -99,7 +99,7 @@ def test_one_pass_where_it_costs_less(copies, peft, checkpointing, together, mod
     """Mismatched completions in backward cost up to three passes over them; apart, the prompts cost one more."""
     arguments = {"train_dataset": with_prompts(copies)}
     trainer = trainer_in(tmp_path, model_path, peft=peft, arguments=arguments, gradient_checkpointing=checkpointing)
-    batch = trainer.data_collator(list(trainer.train_dataset))
+    batch = trainer.data_collator.collate(list(trainer.train_dataset))
     assert trainer._scores_together(batch) == together
     with torch.no_grad():
         assert trainer._scores_together(batch) == (copies > 1)

@@ -64,7 +64,7 @@ def build(tokenizer, tmp_path, caplog):
 def assert_scores_are_the_models_own(trainer):
     """A batch's log-probs against those of the model's own logits, one sequence at a time."""
     model = trainer.model.eval()
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    batch = trainer.data_collator.collate([trainer.train_dataset[i] for i in range(3)])
     with torch.no_grad():
         got = trainer.score(model, batch).tokens.logprobs
         for index, (ids, length) in enumerate(zip(batch.sequences(), batch.branch_lengths, strict=True)):

@@ -100,7 +100,7 @@ def test_collators(build):
     with pytest.raises(ValueError, match="data_collator: with packing_strategy='bfd'"):
         build({"data_collator": DataCollatorForLanguageModeling(2)}, packing=True)
     trainer = build({"data_collator": lambda rows: {"input_ids": None}})
-    with pytest.raises(ValueError, match=r"data_collator returned \['input_ids'\]"):
+    with pytest.raises(ValueError, match=r"has \['input_ids'\], but the loss reads 'labels' too; let data_collator"):
         trainer.train()
 
 

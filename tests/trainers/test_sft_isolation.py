@@ -31,7 +31,7 @@ def packed_batch(model_path, tmp_path, **settings):
     settings = {"packing": True, "max_length": 40, "per_device_train_batch_size": 2, **settings}
     trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, **settings)
     trainer.model.eval()
-    return trainer, next(iter(trainer.get_train_dataloader()))
+    return trainer, next(iter(trainer.get_train_dataloader())).token_batch()
 
 
 def places(batch):

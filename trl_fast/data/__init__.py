@@ -8,9 +8,10 @@ from .chat_template import (
 )
 from .dataset_packing import pack_dataset, truncate_dataset
 from .dataset_types import AnyDataset
+from .dict_batch import DictBatch, DictCollator
 from .formats import extract_prompt, is_conversational, maybe_extract_prompt
 from .packing import LAYOUTS, TokenBatch, pack_trees
-from .preference import DataCollatorForPreference, prepare_preference_dataset
+from .preference import DataCollatorForPreference, PreferenceCollator, prepare_preference_dataset
 from .reward_modeling import (
     DataCollatorForReward,
     RewardCollator,
@@ -20,7 +21,6 @@ from .reward_modeling import (
 )
 from .row_checks import TOKEN_COLUMNS, check_preference_columns, check_preference_row
 from .sft_batch import (
-    ConvertingCollator,
     DataCollatorForLanguageModeling,
     LabelledCollator,
     labelled_batch,
@@ -35,6 +35,7 @@ from .tokenizer_checks import check_head_vocabulary, check_tokenizer
 from .training_chat_template import get_training_chat_template, has_generation_marks, trains_stop_token
 from .unpaired_preference import (
     DataCollatorForUnpairedPreference,
+    UnpairedCollator,
     maybe_unpair_preference_dataset,
     prepare_unpaired_dataset,
     unpair_preference_dataset,
@@ -47,15 +48,18 @@ __all__ = [
     "TOKEN_COLUMNS",
     "SFTFormat",
     "SFTLength",
-    "ConvertingCollator",
     "DataCollatorForLanguageModeling",
     "DataCollatorForPreference",
     "DataCollatorForReward",
     "DataCollatorForUnpairedPreference",
+    "DictBatch",
+    "DictCollator",
     "LabelledCollator",
+    "PreferenceCollator",
     "RewardCollator",
     "TokenBatch",
     "Tree",
+    "UnpairedCollator",
     "ValidationReport",
     "apply_chat_template",
     "check_completions",

@@ -43,8 +43,8 @@ class TokenBatch:
     - `group_sizes`: how many of the N scored tokens belong to each tree, in order.
     - `extras`: tensors that ride along, such as precomputed reference log-probabilities; or batches.
 
-    It is not a mapping, but answers to field names as one (`"input_ids" in batch`, `batch["input_ids"]`), which is all
-    that `transformers.Trainer` asks of its inputs; a field that is None counts as absent.
+    It answers to the names of fields and extras (`"label" in batch`, `batch["label"]`); a field that is None counts as
+    absent. What users' hooks get is a `DictBatch`.
     """
 
     input_ids: torch.Tensor

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 
-from trl_fast.settings.batch_layouts import PADDED
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 from trl_fast.settings.choices import TRUNCATION_MODES
 
 from .attention_masks import strip_padding
 from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
+from .dict_batch import DictCollator, check_entries
 from .formats import is_conversational, maybe_extract_prompt
 from .packing import TokenBatch, pack_trees
+from .padded_rows import COMPLETION_ENTRIES, completion_batch, padded_completions
 from .row_checks import TOKEN_COLUMNS, check_preference_columns, check_preference_row
+from .tensor_collator import TensorCollator
 from .token_checks import check_completions
 from .token_trees import Tree
 from .tokenization import tokenize_preference
@@ -112,7 +116,7 @@ def _tokenize_row(
 
 
 @dataclass
-class TreeCollator:
+class TreeCollator(DictCollator):
     """Holds the settings of collators that pack a prompt and its completions as one tree a row.
 
     Each prompt + completion is cut to `max_length` tokens by `truncation_mode` (`keep_start` or `keep_end`). `layout`
@@ -128,28 +132,77 @@ class TreeCollator:
     def pack(self, examples: list[dict[str, Any]], *columns: str) -> TokenBatch:
         """Packs the rows' prompts with the completions of the columns; a row's sequences are in their order."""
         trees = [Tree(row["prompt_ids"], [row[column] for column in columns]) for row in examples]
-        return pack_trees(
-            trees, self.layout, self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of
+        multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
+        return pack_trees(trees, self.layout, self.pad_token_id, self.max_length, self.truncation_mode, multiple)
+
+    def padded(self, batch: TokenBatch, order: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Returns `padded_rows.padded_completions` of the sequences of a batch, in that order."""
+        sequences, lengths = batch.sequences(), batch.branch_lengths.tolist()
+        return padded_completions(
+            [sequences[index] for index in order],
+            [lengths[index] for index in order],
+            self.pad_token_id,
+            self.pad_to_multiple_of,
         )
 
 
-def add_reference_logprobs(batch: TokenBatch, examples: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Adds those of the columns that the rows have to the batch's extras, one number a row, float32."""
-    for column in columns:
-        if column in examples[0]:
-            batch.extras[column] = torch.tensor([row[column] for row in examples], dtype=torch.float32)
+def reference_logprobs(examples: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Returns those of the columns that the rows have, one number a row, float32."""
+    return {
+        column: torch.tensor([row[column] for row in examples], dtype=torch.float32)
+        for column in columns
+        if column in examples[0]
+    }
 
 
 @dataclass
-class DataCollatorForPreference(TreeCollator):
-    """Collates rows with `prompt_ids`, `chosen_ids` and `rejected_ids` into a `TokenBatch`.
+class PreferenceCollator(TreeCollator):
+    """Collates rows with `prompt_ids`, `chosen_ids` and `rejected_ids` into a batch of two sequences a row.
 
-    Sequence 2i is row i's prompt followed by its chosen completion, sequence 2i + 1 by its rejected one. The arguments
-    are those of `TreeCollator`. Precomputed reference log-probabilities, `ref_chosen_logps` and `ref_rejected_logps`,
-    ride along in `extras` as float32 (P,).
+    Sequence 2i of the `TokenBatch` is row i's prompt followed by its chosen completion, sequence 2i + 1 by its
+    rejected one. The arguments are those of `TreeCollator`. Precomputed reference log-probabilities,
+    `ref_chosen_logps` and `ref_rejected_logps`, ride along in `extras` as float32 (P,). The entries are those of
+    `DataCollatorForPreference`.
     """
 
-    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+    def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
         batch = self.pack(examples, "chosen_ids", "rejected_ids")
-        add_reference_logprobs(batch, examples, REFERENCE_COLUMNS)
+        batch.extras.update(reference_logprobs(examples, REFERENCE_COLUMNS))
         return batch
+
+    def names(self, batch: TokenBatch) -> tuple[str, ...]:
+        return (*COMPLETION_ENTRIES, *batch.extras)
+
+    def entries(self, batch: TokenBatch) -> dict[str, Any]:
+        chosen_first = [*range(0, len(batch), 2), *range(1, len(batch), 2)]
+        return {**self.padded(batch, chosen_first), **batch.extras}
+
+    def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
+        check_entries(entries, set(COMPLETION_ENTRIES), set(REFERENCE_COLUMNS))
+        # From all chosen rows before all rejected ones to pair after pair.
+        rows = (entries[name].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1) for name in COMPLETION_ENTRIES)
+        batch = completion_batch(*rows, branches=2)
+        batch.extras.update({name: entries[name] for name in REFERENCE_COLUMNS if name in entries})
+        return batch
+
+
+@dataclass
+class DataCollatorForPreference(TensorCollator):
+    """Collates rows as TRL's collator of the same name does, into tensors for a model's own forward.
+
+    Rows have `prompt_ids`, `chosen_ids` and `rejected_ids`, and maybe `ref_chosen_logps` and `ref_rejected_logps`.
+    Returns a dict of `input_ids`, `attention_mask` and `completion_mask` (2P, T) int64, all chosen sequences before
+    all rejected ones, each cut to `max_length` by `truncation_mode`, padded on the right with `pad_token_id` to the
+    longest, rounded up to `pad_to_multiple_of`; and the reference's numbers (P,) float32.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the rows' batch."""
+        settings = self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of
+        return PreferenceCollator(*settings)(examples).copy()

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 
-from trl_fast.settings.batch_layouts import PADDED
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 
 from .attention_masks import strip_padding
 from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
+from .dict_batch import DictCollator, check_entries
 from .packing import TokenBatch, pack_trees
+from .padded_rows import SEQUENCE_ENTRIES, padded_sequences
 from .row_checks import check_margin, check_preference_columns, check_preference_row
-from .sft_batch import pad
+from .tensor_collator import TensorCollator
 from .token_checks import check_completions
 from .token_trees import Tree
 from .tokenization import common_prefix_length, end_with, template_options
@@ -183,51 +185,52 @@ def _last_index(ids: list[int], pad_token_id: int) -> int:
 
 
 @dataclass
-class RewardCollator:
-    """Collates rows with `chosen_ids`, `rejected_ids` and maybe `margin` into a `TokenBatch` (see `reward_batch`)."""
+class RewardCollator(DictCollator):
+    """Collates rows with `chosen_ids`, `rejected_ids` and maybe `margin` into a batch (see `reward_batch`).
 
+    The entries are those of `DataCollatorForReward`.
+    """
+
+    lays_out_entries = True
     pad_token_id: int
     layout: str = PADDED
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+    def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
         pairs = [(row["chosen_ids"], row["rejected_ids"]) for row in examples]
         margins = [row[MARGIN] for row in examples] if MARGIN in examples[0] else None
-        return reward_batch(pairs, self.layout, self.pad_token_id, self.pad_to_multiple_of, margins)
+        return self._lay_out(pairs, margins)
 
+    def _lay_out(self, pairs: list[tuple[list[int], list[int]]], margins: list[float] | None) -> TokenBatch:
+        multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
+        return reward_batch(pairs, self.layout, self.pad_token_id, multiple, margins)
 
-@dataclass
-class ConvertingRewardCollator:
-    """Makes a `TokenBatch` of what another collator returns: that of `DataCollatorForReward`.
+    def names(self, batch: TokenBatch) -> tuple[str, ...]:
+        return (*SEQUENCE_ENTRIES, *((MARGIN,) if MARGIN in batch.extras else ()))
 
-    Raises ValueError if it returns something else.
-    """
+    def entries(self, batch: TokenBatch) -> dict[str, Any]:
+        sequences = batch.sequences()
+        chosen_first = [*sequences[0::2], *sequences[1::2]]
+        found = padded_sequences(chosen_first, self.pad_token_id, self.pad_to_multiple_of)
+        return {**found, MARGIN: batch.extras[MARGIN]} if MARGIN in batch.extras else found
 
-    collator: Callable[[list[dict[str, Any]]], Any]
-    pad_token_id: int
-    layout: str
-
-    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
-        batch = self.collator(examples)
-        if isinstance(batch, TokenBatch):
-            return batch
-        needed = {"input_ids", "attention_mask"}
-        if not needed <= set(batch) <= needed | {MARGIN} or len(batch["input_ids"]) % 2:
+    def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
+        check_entries(entries, set(SEQUENCE_ENTRIES), {MARGIN})
+        ids, mask = (entries[name] for name in SEQUENCE_ENTRIES)
+        if len(ids) % 2:
             raise ValueError(
-                f"data_collator returned {sorted(batch)}; expected 'input_ids' and 'attention_mask', the rows of all "
-                "chosen sequences before those of all rejected ones, and 'margin' if there are margins."
+                f"The batch has {len(ids)} rows; expected those of all chosen sequences before those of all rejected "
+                "ones"
             )
-        rows = [
-            ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        ]
+        rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
         half = len(rows) // 2
         pairs = [*zip(rows[:half], rows[half:], strict=True)]
-        margins = batch[MARGIN].tolist() if MARGIN in batch else None
-        return reward_batch(pairs, self.layout, self.pad_token_id, margins=margins)
+        batch = self._lay_out(pairs, entries[MARGIN].tolist() if MARGIN in entries else None)
+        return batch.to(ids.device)
 
 
 @dataclass
-class DataCollatorForReward:
+class DataCollatorForReward(TensorCollator):
     """Collates rows as TRL's `reward_trainer.DataCollatorForPreference` does, for a model's own forward.
 
     Rows have `chosen_ids` and `rejected_ids`, and maybe `margin`. Returns a dict of `input_ids` and `attention_mask`
@@ -239,13 +242,10 @@ class DataCollatorForReward:
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
 
-    def __call__(self, examples: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the rows' batch."""
         sequences = [torch.tensor(row[column]) for column in SEQUENCE_COLUMNS for row in examples]
-        masks = [torch.ones_like(ids) for ids in sequences]
-        output = {
-            "input_ids": pad(sequences, self.pad_token_id, self.pad_to_multiple_of),
-            "attention_mask": pad(masks, 0, self.pad_to_multiple_of),
-        }
+        output = padded_sequences(sequences, self.pad_token_id, self.pad_to_multiple_of)
         if MARGIN in examples[0]:
             output[MARGIN] = torch.tensor([row[MARGIN] for row in examples], dtype=torch.float32)
         return output

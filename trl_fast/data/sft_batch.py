@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -11,12 +11,18 @@ import torch
 
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED, layouts_for
 
+from .dict_batch import DictCollator, check_entries
 from .packing import TokenBatch
+from .padded_rows import pad
+from .tensor_collator import TensorCollator
 
 IGNORED = -100
 
+_LABELLED = ("input_ids", "labels", "attention_mask", "position_ids")
+_PADDED_ENTRIES = _LABELLED[:3]
 # What collators for flattened rows say beside the position ids, which tell the same.
-_DERIVED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+_DERIVED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_FLATTENED_ENTRIES = ("input_ids", "labels", "position_ids", *_DERIVED)
 
 
 def labelled_batch(
@@ -44,17 +50,18 @@ def labelled_batch(
             f"position_ids without an attention_mask mean one row of sequences, but there are {len(input_ids)} rows; "
             "expected an attention_mask, or a single row."
         )
+    width, device = input_ids.shape[1], input_ids.device
+    places = torch.arange(width, device=device).expand_as(input_ids)
     if position_ids is None:
-        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids).contiguous()
-    width = input_ids.shape[1]
+        position_ids = places.contiguous()
     if packed:
         lengths = _cu_seqlens(position_ids[0]).diff()
-        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+        sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     else:
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         lengths = attention_mask.sum(dim=1)
-        sequence = torch.arange(len(input_ids)).repeat_interleave(width)
-    first = position_ids == 0 if packed else torch.arange(width).expand_as(input_ids) == 0
+        sequence = torch.arange(len(input_ids), device=device).repeat_interleave(width)
+    first = (position_ids if packed else places) == 0
     scored = ((labels != IGNORED) & ~first).flatten().nonzero().flatten()
     return TokenBatch(
         input_ids=input_ids,
@@ -108,24 +115,15 @@ def pack_labelled(
     )
 
 
-def unpacked(batch: TokenBatch, pad_token_id: int) -> TokenBatch:
-    """Returns the same sequences in the padded layout."""
+def unpacked(batch: TokenBatch, pad_token_id: int, multiple: int | None = None) -> TokenBatch:
+    """Returns the same sequences in the padded layout, rows rounded up to a `multiple`."""
     if batch.sequence_lengths is None:
         return batch
     lengths = list(batch.sequence_lengths)
-    ids, labels = batch.input_ids[0].split(lengths), batch["labels"][0].split(lengths)
+    ids, labels = batch.input_ids[0].split(lengths), batch.extras["labels"][0].split(lengths)
     mask = [torch.ones_like(row) for row in ids]
-    return labelled_batch(pad(ids, pad_token_id), pad(labels, IGNORED), attention_mask=pad(mask, 0))
-
-
-def pad(rows: Sequence[torch.Tensor], value: int, multiple: int | None = None) -> torch.Tensor:
-    """Pads rows (T_i,) on the right with `value` into one tensor (B, T), T rounded up to a `multiple`."""
-    width = max(map(len, rows))
-    width = width if multiple is None else -(-width // multiple) * multiple
-    padded = torch.full((len(rows), width), value, dtype=rows[0].dtype, device=rows[0].device)
-    for row, tokens in zip(padded, rows, strict=True):
-        row[: len(tokens)] = tokens
-    return padded
+    rows = (pad(ids, pad_token_id, multiple), pad(labels, IGNORED, multiple))
+    return labelled_batch(*rows, attention_mask=pad(mask, 0, multiple))
 
 
 def _int64(tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -145,59 +143,48 @@ def _sequence_lengths(row: dict[str, Any]) -> list[int]:
 
 
 @dataclass
-class LabelledCollator:
-    """Collates rows with `input_ids`, and `labels` unless every token is learned, into a `TokenBatch`.
+class LabelledCollator(DictCollator):
+    """Collates rows with `input_ids`, and `labels` unless every token is learned, into a batch.
 
-    A row of a packed dataset holds several sequences; its `seq_lengths` tell them apart. The arguments are those of
-    `pack_labelled`.
+    A row of a packed dataset holds several sequences; its `seq_lengths` tell them apart. The entries are those of
+    `DataCollatorForLanguageModeling` with the same `padding_free`; the other arguments are those of `pack_labelled`.
     """
 
     pad_token_id: int
     layout: str = PADDED
     pad_to_multiple_of: int | None = None
+    padding_free: bool = False
 
-    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+    def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
         sequences = [
             (row["input_ids"][start:end], row.get("labels", row["input_ids"])[start:end])
             for row in examples
             for start, end in pairwise([0, *accumulate(_sequence_lengths(row))])
         ]
-        return pack_labelled(sequences, self.layout, self.pad_token_id, self.pad_to_multiple_of)
+        multiple = self.pad_to_multiple_of
+        if not self.padding_free:
+            multiple = BATCH_LAYOUTS[self.layout].padding_multiple(multiple)
+        return pack_labelled(sequences, self.layout, self.pad_token_id, multiple)
+
+    def names(self, batch: TokenBatch) -> tuple[str, ...]:
+        return _FLATTENED_ENTRIES if self.padding_free else _PADDED_ENTRIES
+
+    def entries(self, batch: TokenBatch) -> dict[str, Any]:
+        parts = zip(batch.sequences(), batch.by_sequence(batch.extras["labels"]), strict=True)
+        collator = DataCollatorForLanguageModeling(
+            self.pad_token_id, padding_free=self.padding_free, pad_to_multiple_of=self.pad_to_multiple_of
+        )
+        return collator([{"input_ids": ids, "labels": labels} for ids, labels in parts])
+
+    def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
+        check_entries(entries, {"input_ids", "labels"}, {"attention_mask", "position_ids", *_DERIVED})
+        batch = labelled_batch(**{name: entries[name] for name in entries if name in _LABELLED})
+        # Where the model keeps no sequences of a row apart, each has a row of its own.
+        return unpacked(batch, self.pad_token_id) if BATCH_LAYOUTS[self.layout].pads else batch
 
 
 @dataclass
-class ConvertingCollator:
-    """Makes a `TokenBatch` of what another collator returns: `input_ids`, `labels`, `attention_mask`, `position_ids`.
-
-    Raises ValueError if it returns no labels, something that cannot be used, or flattened rows for a model that runs
-    on the padded `layout`.
-    """
-
-    collator: Any
-    layout: str
-
-    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
-        batch = self.collator(examples)
-        if isinstance(batch, TokenBatch):
-            return batch
-        known = {"input_ids", "labels", "attention_mask", "position_ids"}
-        unknown = set(batch) - known - _DERIVED
-        if unknown or not {"input_ids", "labels"} <= set(batch):
-            raise ValueError(
-                f"data_collator returned {sorted(batch)}; expected 'input_ids' and 'labels', and if need be "
-                "'attention_mask' and 'position_ids'."
-            )
-        converted = labelled_batch(**{name: batch[name] for name in batch if name in known})
-        if converted.sequence_lengths is not None and BATCH_LAYOUTS[self.layout].pads:
-            raise ValueError(
-                "data_collator returned rows without padding, but this model cannot keep their sequences apart; use "
-                "a collator that pads."
-            )
-        return converted
-
-
-@dataclass
-class DataCollatorForLanguageModeling:
+class DataCollatorForLanguageModeling(TensorCollator):
     """Collates rows as TRL's collator of the same name does, into tensors for a model's own forward.
 
     Rows have `input_ids`, and `labels` unless every token is learned. `padding_free`: one row without padding, the
@@ -215,16 +202,21 @@ class DataCollatorForLanguageModeling:
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
 
-    def __call__(self, examples: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the rows' batch."""
         ids = [_int64(row["input_ids"]) for row in examples]
         labels = [_int64(row.get("labels", row["input_ids"])) for row in examples]
-        positions = [torch.cat([torch.arange(length) for length in _sequence_lengths(row)]) for row in examples]
+        device = ids[0].device
+        positions = [
+            torch.cat([torch.arange(length, device=device) for length in _sequence_lengths(row)]) for row in examples
+        ]
         if self.padding_free:
             return self._flattened(*(torch.cat(parts) for parts in (ids, labels, positions)))
         masks = [torch.ones_like(row) for row in ids]
-        values = {"input_ids": (ids, self.pad_token_id), "labels": (labels, IGNORED), "attention_mask": (masks, 0)}
+        values = {"input_ids": (ids, self.pad_token_id), "labels": (labels, IGNORED)}
         if self.return_position_ids:
             values["position_ids"] = (positions, 0)
+        values["attention_mask"] = (masks, 0)
         return {name: pad(rows, value, self.pad_to_multiple_of) for name, (rows, value) in values.items()}
 
     def _flattened(self, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
@@ -234,12 +226,12 @@ class DataCollatorForLanguageModeling:
         )
         cu_seqlens = _cu_seqlens(positions[0]).to(torch.int32)
         longest = int(cu_seqlens.diff().max())
-        sequence = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32).repeat_interleave(cu_seqlens.diff())
+        numbers = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=ids.device)
         return {
             "input_ids": ids,
             "labels": labels.masked_fill(positions == 0, IGNORED),
             "position_ids": positions,
             **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu_seqlens),
             **dict.fromkeys(("max_length_q", "max_length_k"), longest),
-            "seq_idx": sequence[None],
+            "seq_idx": numbers.repeat_interleave(cu_seqlens.diff())[None],
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from datasets import Dataset, IterableDataset, IterableDatasetDict
 from .attention_masks import strip_padding
 from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, DatasetOrDict, get_dataset_column_names, map_options
+from .dict_batch import check_entries
 from .formats import is_conversational, maybe_extract_prompt
 from .packing import TokenBatch
-from .preference import TreeCollator, add_reference_logprobs
+from .padded_rows import COMPLETION_ENTRIES, completion_batch
+from .preference import TreeCollator, reference_logprobs
 from .row_checks import (
     LABEL,
     UNPAIRED_TOKEN_COLUMNS,
@@ -24,6 +27,7 @@ from .row_checks import (
     check_unpaired_row,
 )
 from .row_places import place, remove_rows
+from .tensor_collator import TensorCollator
 from .tokenization import tokenize_unpaired
 from .tokenizer_checks import check_tokenizer
 from .truncation import cut_parts, drop_without_room
@@ -36,6 +40,10 @@ logger = logging.getLogger(__name__)
 # A completion of another row, with which the policy's distance from the reference is estimated.
 KL_COLUMN = "KL_completion_ids"
 UNPAIRED_REFERENCE_COLUMNS = ("ref_logps", "ref_KL_logps")
+# The entries that show the prompts with the completions of KL_COLUMN, and the numbers that a batch has of each row.
+MISMATCHED_PREFIX = "KL_"
+MISMATCHED_ENTRIES = tuple(MISMATCHED_PREFIX + name for name in COMPLETION_ENTRIES)
+_NUMBERS = (*UNPAIRED_REFERENCE_COLUMNS, LABEL)
 # Extras of a batch of completions: the same prompts with the completions of KL_COLUMN, and with both.
 MISMATCHED, BOTH = "mismatched", "both"
 # Extra of the batch BOTH: which of its scored tokens are those of the batch itself.
@@ -216,21 +224,66 @@ def _add_other_completions(examples: dict[str, list]) -> dict[str, list]:
 
 
 @dataclass
-class DataCollatorForUnpairedPreference(TreeCollator):
-    """Collates rows with `prompt_ids`, `completion_ids` and `label` into a `TokenBatch` of a sequence a row.
+class UnpairedCollator(TreeCollator):
+    """Collates rows with `prompt_ids`, `completion_ids` and `label` into a batch of a sequence a row.
 
-    The arguments are those of `TreeCollator`. The labels ride along in `extras` as bool (S,), precomputed reference
-    log-probabilities `ref_logps` and `ref_KL_logps` as float32 (S,). Where rows have `KL_completion_ids`, so do two
-    more batches: `MISMATCHED`, of the prompts with those, and `BOTH`, where sequence 2i is row i's own and 2i + 1 the
-    other one, which share their prompt.
+    The arguments are those of `TreeCollator`. The labels ride along in `extras` of the `TokenBatch` as bool (S,),
+    precomputed reference log-probabilities `ref_logps` and `ref_KL_logps` as float32 (S,). Where rows have
+    `KL_completion_ids`, so do two more batches: `MISMATCHED`, of the prompts with those, and `BOTH`, where sequence 2i
+    is row i's own and 2i + 1 the other one, which share their prompt. The entries are those of
+    `DataCollatorForUnpairedPreference`.
     """
 
-    def __call__(self, examples: list[dict[str, Any]]) -> TokenBatch:
+    def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
         batch = self.pack(examples, "completion_ids")
+        batch.extras.update(reference_logprobs(examples, UNPAIRED_REFERENCE_COLUMNS))
         batch.extras[LABEL] = torch.tensor([bool(row[LABEL]) for row in examples])
-        add_reference_logprobs(batch, examples, UNPAIRED_REFERENCE_COLUMNS)
         if KL_COLUMN in examples[0]:
             both = self.pack(examples, "completion_ids", KL_COLUMN)
             both.extras[OWN_TOKENS] = (both.branch % 2 == 0).nonzero().flatten()
             batch.extras.update({MISMATCHED: self.pack(examples, KL_COLUMN), BOTH: both})
         return batch
+
+    def names(self, batch: TokenBatch) -> tuple[str, ...]:
+        mismatched = MISMATCHED_ENTRIES if MISMATCHED in batch.extras else ()
+        return (*COMPLETION_ENTRIES, *mismatched, *(name for name in _NUMBERS if name in batch.extras))
+
+    def entries(self, batch: TokenBatch) -> dict[str, Any]:
+        found = self.padded(batch, range(len(batch)))
+        if MISMATCHED in batch.extras:
+            mismatched = self.padded(batch.extras[MISMATCHED], range(len(batch)))
+            found |= {MISMATCHED_PREFIX + name: value for name, value in mismatched.items()}
+        return {**found, **{name: batch.extras[name] for name in _NUMBERS if name in batch.extras}}
+
+    def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
+        check_entries(entries, {*COMPLETION_ENTRIES, LABEL}, {*MISMATCHED_ENTRIES, *UNPAIRED_REFERENCE_COLUMNS})
+        batch = completion_batch(*(entries[name] for name in COMPLETION_ENTRIES), branches=1)
+        batch.extras.update({name: entries[name] for name in _NUMBERS if name in entries})
+        batch.extras[LABEL] = batch.extras[LABEL].bool()
+        if set(MISMATCHED_ENTRIES) <= set(entries):
+            batch.extras[MISMATCHED] = completion_batch(*(entries[name] for name in MISMATCHED_ENTRIES), branches=1)
+        return batch
+
+
+@dataclass
+class DataCollatorForUnpairedPreference(TensorCollator):
+    """Collates rows as TRL's collator of the same name does, into tensors for a model's own forward.
+
+    Rows have `prompt_ids`, `completion_ids` and `label`, and maybe `KL_completion_ids`, `ref_logps`, `ref_KL_logps`.
+    Returns a dict of `input_ids`, `attention_mask` and `completion_mask` (S, T) int64, each sequence cut to
+    `max_length`, padded on the right with `pad_token_id` to the longest, rounded up to `pad_to_multiple_of`; the same
+    of the prompts with `KL_completion_ids` under names that begin with `KL_`; the reference's numbers (S,) float32;
+    and `label` (S,) bool.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the rows' batch."""
+        collator = UnpairedCollator(
+            self.pad_token_id, max_length=self.max_length, pad_to_multiple_of=self.pad_to_multiple_of
+        )
+        return collator(examples).copy()

@@ -8,7 +8,7 @@ import torch
 
 from trl_fast.data import TokenBatch, Tree, pack_labelled, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
-from trl_fast.data.unpaired_preference import KL_COLUMN, LABEL, DataCollatorForUnpairedPreference
+from trl_fast.data.unpaired_preference import KL_COLUMN, LABEL, UnpairedCollator
 from trl_fast.losses.loss_normalization import LossNormalizer
 from trl_fast.losses.policy_gradient import sequence_weights
 from trl_fast.losses.ppo import ppo_loss_inputs
@@ -76,7 +76,7 @@ def unpaired_batch(setup: TrainingSetup, max_length: int, layout: str) -> KTOInp
     """Makes completions with labels and as long mismatched completions (KTO)."""
     prompt, (own, other) = _pair(setup, max_length)
     row = {"prompt_ids": prompt, "completion_ids": own, KL_COLUMN: other, LABEL: True}
-    batch = DataCollatorForUnpairedPreference(_PAD, layout=layout)([row] * setup.per_device_train_batch_size)
+    batch = UnpairedCollator(_PAD, layout=layout).collate([row] * setup.per_device_train_batch_size)
     backward_passes = 1 + (setup.lora_r is None) + setup.gradient_checkpointing
     return KTOInputs(batch, scores_together(batch, backward_passes))
 

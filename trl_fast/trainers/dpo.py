@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_fast.data import TOKEN_COLUMNS, AnyDataset, DataCollatorForPreference, TokenBatch, prepare_preference_dataset
+from trl_fast.data import TOKEN_COLUMNS, AnyDataset, PreferenceCollator, TokenBatch, prepare_preference_dataset
 from trl_fast.data.preference import REFERENCE_COLUMNS
 from trl_fast.losses.dpo import DPOLossConfig, dpo_loss, dpo_metrics
 from trl_fast.losses.loss_inputs import PreferenceLossInputs
 from trl_fast.modeling.scoring import score
 from trl_fast.ops import HeadOptions
-from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
-from .base.preference import PreferenceTrainer, padded_rows
+from .base.batch_reader import AnyBatch
+from .base.preference import PreferenceTrainer
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
 from .dpo_config import DPOConfig
 
@@ -82,8 +84,8 @@ class DPOTrainer(PreferenceTrainer):
 
     # ---- data
 
-    def prepare_dataset(
-        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: DPOConfig, name: str
+    def _prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: DPOConfig, dataset_name: str
     ) -> AnyDataset:
         return prepare_preference_dataset(
             dataset,
@@ -93,17 +95,17 @@ class DPOTrainer(PreferenceTrainer):
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
             num_proc=args.dataset_num_proc,
-            name=name,
+            name=dataset_name,
         )
 
     def make_collator(
         self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: DPOConfig
-    ) -> DataCollatorForPreference:
-        return DataCollatorForPreference(
+    ) -> PreferenceCollator:
+        return PreferenceCollator(
             pad_token_id=pad_token_id,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=BATCH_LAYOUTS[layout].padding_multiple(args.pad_to_multiple_of),
+            pad_to_multiple_of=args.pad_to_multiple_of,
             layout=layout,
         )
 
@@ -116,44 +118,32 @@ class DPOTrainer(PreferenceTrainer):
         """Sums log-probs of the scored tokens (N,) to those of the sequences (2P,), as `ld_alpha` weighs them."""
         return preference_loss_inputs(batch).sequence_logprobs(token_logprobs, self.loss_config.ld_alpha)
 
-    def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
+    def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
         """Computes what the base does; zeros without a reference."""
         if self.args.reference_free:
             return torch.zeros(len(batch), device=batch.targets.device)
-        return super().compute_ref_log_probs(batch)
+        return super().reference_logprobs(batch)
 
     def _reference_key(self) -> tuple:
         return (*super()._reference_key(), self.loss_config.ld_alpha)
 
     # ---- the loss
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: TokenBatch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict]:
-        """Computes the loss, a scalar, of one micro-batch; its metrics wait for the next log."""
-        reference = self.compute_ref_log_probs(inputs)
+    def _compute_loss(
+        self, model: torch.nn.Module, inputs: AnyBatch, return_outputs: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Computes the loss of one micro-batch, as `compute_loss` says."""
+        batch = self.batches.token_batch(inputs)
         found = dpo_step(
             model,
-            inputs,
-            reference,
+            batch,
+            self.reference_logprobs(batch),
             self.loss_config,
             head=self.head_options,
             router_coef=self.router_aux_loss_coef,
         )
-        self.record(insert_after("entropy", found.metrics, {"num_tokens": self.count_tokens(inputs)}))
-        return (found.loss, {}) if return_outputs else found.loss
-
-    # ---- evaluation
-
-    def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes logits (2P, T, V) and labels (2P, T), chosen rows before rejected ones."""
-        rows = inputs.sequences()
-        input_ids, attention_mask = padded_rows([*rows[0::2], *rows[1::2]], self.processing_class.pad_token_id)
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids
+        self.record(insert_after("entropy", found.metrics, {"num_tokens": self.count_tokens(batch)}))
+        return self.with_outputs(found.loss, model, inputs) if return_outputs else found.loss
 
 
 def preference_loss_inputs(batch: TokenBatch) -> PreferenceLossInputs:

@@ -17,10 +17,11 @@ from trl_fast.data.unpaired_preference import (
     KL_COLUMN,
     LABEL,
     MISMATCHED,
+    MISMATCHED_ENTRIES,
     OWN_TOKENS,
     UNPAIRED_REFERENCE_COLUMNS,
     UNPAIRED_TOKEN_COLUMNS,
-    DataCollatorForUnpairedPreference,
+    UnpairedCollator,
     prepare_unpaired_dataset,
     warn_of_balance,
 )
@@ -28,10 +29,10 @@ from trl_fast.losses.kto import KTOLossConfig, count_losses, kl_estimate, kto_lo
 from trl_fast.losses.loss_inputs import KTOLossInputs
 from trl_fast.modeling.scoring import ModelScores, score
 from trl_fast.ops import HeadOptions, TokenScores
-from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
+from .base.batch_reader import AnyBatch
 from .base.metric_buffer import MetricBuffer
-from .base.preference import PreferenceTrainer, padded_rows
+from .base.preference import PreferenceTrainer
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
 from .kto_config import KTOConfig
 
@@ -72,7 +73,7 @@ def kto_step(
     Args:
         model: the policy, with `attach_scoring`; it may be wrapped since.
         batch: S completions with their labels, and where the loss needs them the mismatched ones, as
-            `DataCollatorForUnpairedPreference` makes them.
+            `UnpairedCollator` makes them.
         reference: (S, 1 or 2) float32, log π_ref of each completion and of its mismatched one.
         config: the loss.
         together: whether own and mismatched completions are scored in one pass; see `scores_together`.
@@ -167,7 +168,7 @@ class KTOTrainer(PreferenceTrainer):
 
     Args: those of DPOTrainer, but for
         args: a KTOConfig; TRL's own is accepted too.
-        data_collator: returns a TokenBatch as `DataCollatorForUnpairedPreference` does.
+        data_collator: returns a dict as `DataCollatorForUnpairedPreference` does, or a TokenBatch.
         train_dataset, eval_dataset: rows of prompt, completion and label, plain or conversational, or tokenized; or
             preference pairs. eval_dataset may be a dict of datasets.
 
@@ -205,8 +206,8 @@ class KTOTrainer(PreferenceTrainer):
 
     # ---- data
 
-    def prepare_dataset(
-        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: KTOConfig, name: str
+    def _prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: KTOConfig, dataset_name: str
     ) -> AnyDataset:
         dataset = prepare_unpaired_dataset(
             dataset,
@@ -217,20 +218,20 @@ class KTOTrainer(PreferenceTrainer):
             max_completion_length=args.max_completion_length,
             kl_batch_size=args.per_device_train_batch_size if self.loss_config.needs_kl else None,
             num_proc=args.dataset_num_proc,
-            name=name,
+            name=dataset_name,
         )
-        if name == "train" and isinstance(dataset, Dataset):
+        if dataset_name == "train" and isinstance(dataset, Dataset):
             warn_of_balance(dataset, args.desirable_weight, args.undesirable_weight)
         return dataset
 
     def make_collator(
         self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: KTOConfig
-    ) -> DataCollatorForUnpairedPreference:
-        return DataCollatorForUnpairedPreference(
+    ) -> UnpairedCollator:
+        return UnpairedCollator(
             pad_token_id=pad_token_id,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=BATCH_LAYOUTS[layout].padding_multiple(args.pad_to_multiple_of),
+            pad_to_multiple_of=args.pad_to_multiple_of,
             layout=layout,
         )
 
@@ -245,33 +246,50 @@ class KTOTrainer(PreferenceTrainer):
         """Sums log-probs of the scored tokens (N,) to those of the sequences (S,)."""
         return sequence_logprobs(batch, token_logprobs)
 
-    def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
+    def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
         """Computes what the base does, of each row's own completion, and of the mismatched one after it, if any."""
-        precomputed = self.reference_columns[0] in batch.extras
-        return super().compute_ref_log_probs(batch if precomputed else batch.get(BOTH, batch))
+        if self.reference_columns[0] in batch.extras or MISMATCHED not in batch.extras:
+            return super().reference_logprobs(batch)
+        if BOTH in batch.extras:
+            return super().reference_logprobs(batch.extras[BOTH])
+        apart = [super(KTOTrainer, self).reference_logprobs(part) for part in (batch, batch.extras[MISMATCHED])]
+        return torch.stack(apart, dim=1).flatten()
+
+    def compute_ref_log_probs(
+        self, model: torch.nn.Module, inputs: AnyBatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes what the base does: of own completions, and of mismatched ones, None where there are none."""
+        found = super().compute_ref_log_probs(model, inputs)
+        return (*found, None)[:2]
 
     # ---- the loss
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: TokenBatch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict]:
-        """Computes the loss, a scalar, of one micro-batch; its metrics wait for the next log."""
+    def _compute_loss(
+        self, model: torch.nn.Module, inputs: AnyBatch, return_outputs: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Computes the loss of one micro-batch, as `compute_loss` says.
+
+        Raises:
+            ValueError: the batch has no mismatched completions, and the loss needs them.
+        """
+        batch = self.batches.token_batch(inputs)
+        if self.loss_config.needs_kl and MISMATCHED not in batch.extras:
+            raise ValueError(
+                f"loss_type={self.loss_config.loss_type!r} reads mismatched completions, but the batch has none; "
+                f"expected the entries {', '.join(MISMATCHED_ENTRIES)}"
+            )
         found = kto_step(
             model,
-            inputs,
-            self.compute_ref_log_probs(inputs).view(len(inputs), -1),
+            batch,
+            self.reference_logprobs(batch).view(len(batch), -1),
             self.loss_config,
-            together=self._scores_together(inputs),
+            together=self._scores_together(batch),
             head=self.head_options,
             router_coef=self.router_aux_loss_coef,
             processes=self._processes,
         )
-        self.record(insert_after("entropy", found.metrics, {"num_tokens": self.count_tokens(inputs)}))
-        return (found.loss, {}) if return_outputs else found.loss
+        self.record(insert_after("entropy", found.metrics, {"num_tokens": self.count_tokens(batch)}))
+        return self.with_outputs(found.loss, model, inputs) if return_outputs else found.loss
 
     def _scores_together(self, inputs: TokenBatch) -> bool:
         """Returns whether own and mismatched completions are scored in one pass.
@@ -295,10 +313,3 @@ class KTOTrainer(PreferenceTrainer):
             mean=lambda value: accelerator.reduce(value, "mean"),
             sum=lambda value: accelerator.reduce(value.to(accelerator.device), "sum"),
         )
-
-    # ---- evaluation
-
-    def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes logits (S, T, V) and labels (S, T)."""
-        input_ids, attention_mask = padded_rows(inputs.sequences(), self.processing_class.pad_token_id)
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits, input_ids

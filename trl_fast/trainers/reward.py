@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, TaskType
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.data.reward_modeling import (
     MARGIN,
     SEQUENCE_COLUMNS,
-    ConvertingRewardCollator,
     RewardCollator,
     prepare_reward_dataset,
 )
@@ -25,8 +25,8 @@ from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.classifier_head import HEAD, attach_classifier_head, rewards
 from trl_fast.modeling.layouts import REWARDS
 from trl_fast.modeling.loading import base_model, load_reward_model
-from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
+from .base.batch_reader import AnyBatch, BatchReader
 from .base.step import StepResult
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
@@ -67,7 +67,7 @@ class RewardTrainer(BaseTrainer):
         model: a name, a sequence classifier with num_labels=1, or a PeftModel of one. By name it may be a language
             model, which gets a new head.
         args: a RewardConfig; TRL's own is accepted too.
-        data_collator: returns a TokenBatch, or what `trl_fast.data.DataCollatorForReward` does.
+        data_collator: returns a dict as `trl_fast.data.DataCollatorForReward` does, or a TokenBatch.
         train_dataset, eval_dataset: rows of (prompt,) chosen, rejected (, margin), plain or conversational; or
             tokenized. eval_dataset may be a dict of datasets.
         processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
@@ -84,7 +84,6 @@ class RewardTrainer(BaseTrainer):
     token_columns = SEQUENCE_COLUMNS
     shares_prompts = True
     uncalled_hooks = {
-        "_prepare_dataset": "prepare the dataset before it is given to the trainer",
         "visualize_samples": "evaluation prints no samples; write them in a callback's on_evaluate",
     }
     signature_columns = (*SEQUENCE_COLUMNS, MARGIN)
@@ -119,10 +118,12 @@ class RewardTrainer(BaseTrainer):
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model = self.adapt(model, peft_config, args)
         layout = self.choose_layout(model, args, _sample_sequences(train_dataset))
+        collator = RewardCollator(processing_class.pad_token_id, layout, args.pad_to_multiple_of)
+        self.batches = BatchReader(collator)
         self.start(
             model=model,
             args=args,
-            data_collator=self._collator(data_collator, layout, processing_class.pad_token_id, args),
+            data_collator=data_collator or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -186,59 +187,47 @@ class RewardTrainer(BaseTrainer):
 
     # ---- data
 
-    def prepare_dataset(
-        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, name: str
+    def _prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
     ) -> AnyDataset:
         return prepare_reward_dataset(
-            dataset, processing_class, max_length=args.max_length, num_proc=args.dataset_num_proc, name=name
+            dataset, processing_class, max_length=args.max_length, num_proc=args.dataset_num_proc, name=dataset_name
         )
-
-    @staticmethod
-    def _collator(given: Callable | None, layout: str, pad_token_id: int, args: RewardConfig) -> Callable:
-        if given is not None:
-            return ConvertingRewardCollator(given, pad_token_id, layout)
-        multiple = BATCH_LAYOUTS[layout].padding_multiple(args.pad_to_multiple_of)
-        return RewardCollator(pad_token_id, layout, multiple)
 
     # ---- the loss
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: TokenBatch,
+        inputs: AnyBatch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> torch.Tensor | tuple[torch.Tensor, SequenceClassifierOutput]:
         """Computes the loss (0-d) of one micro-batch; its metrics wait for the next log.
 
         With return_outputs also the rewards as `logits` (2P, 1), those of all chosen sequences first.
         """
+        batch = self.batches.token_batch(inputs)
         found, scores = reward_step(
             model,
-            inputs,
+            batch,
             center_rewards_coefficient=self.args.center_rewards_coefficient,
             # The smallest and largest reward are those of all processes.
             gather=self.accelerator.gather,
         )
-        self.record({"num_tokens": self.count_tokens(inputs), **found.metrics})
+        self.record({"num_tokens": self.count_tokens(batch), **found.metrics})
         if not return_outputs:
             return found.loss
-        return found.loss, {"logits": scores.view(-1, 2).T.reshape(-1, 1)}
+        return found.loss, SequenceClassifierOutput(logits=scores.view(-1, 2).T.reshape(-1, 1))
 
     # ---- evaluation
 
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: TokenBatch,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None]:
         """Computes the loss of a batch, and for compute_metrics its rewards; there are no labels."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs["logits"], ())
+        loss, logits, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss, logits, None if logits is None else ()
 
 
 def _for_a_classifier(peft_config: PeftConfig) -> PeftConfig:

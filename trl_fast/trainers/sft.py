@@ -13,7 +13,6 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from trl_fast.data import (
     AnyDataset,
-    ConvertingCollator,
     LabelledCollator,
     TokenBatch,
     get_training_chat_template,
@@ -28,8 +27,8 @@ from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs, score
 from trl_fast.ops import HeadOptions
-from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
+from .base.batch_reader import AnyBatch, BatchReader
 from .base.model_setup import router_coefficient
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
@@ -88,7 +87,7 @@ class SFTTrainer(BaseTrainer):
     Args:
         model: a name, a causal language model, or a PeftModel.
         args: an SFTConfig; TRL's own and a plain TrainingArguments are accepted too.
-        data_collator: returns a TokenBatch, or the tensors that a model's forward takes, with labels.
+        data_collator: returns the tensors that a model's forward takes, with labels, as a dict; or a TokenBatch.
         train_dataset, eval_dataset: rows of text, messages, prompt and completion, or token ids
             (`data.prepare_sft_dataset` says which). eval_dataset may be a dict of datasets.
         processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
@@ -107,7 +106,6 @@ class SFTTrainer(BaseTrainer):
     token_columns = ("input_ids",)
     signature_columns = ("input_ids", "labels", "seq_lengths")
     uncalled_hooks: ClassVar[Mapping[str, str]] = {
-        "_prepare_dataset": "prepare the dataset before, and set dataset_kwargs={'skip_prepare_dataset': True}",
         "_reject_skip_prepare_without_labels": "check the dataset before it is given to the trainer",
         **dict.fromkeys(
             ("_prepare_non_packed_dataloader", "_prepare_packed_dataloader", "_tokenize"),
@@ -154,13 +152,15 @@ class SFTTrainer(BaseTrainer):
         model = self.adapt(model, peft_config, args)
         layout = self.choose_layout(model, args, _sample_sequences(train_dataset))
         self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
-        self.token_loss = TOKEN_LOSSES[args.loss_type]
         # In TRL these settings make one row of a batch, which shows in padding and in what compute_metrics is given.
         self.padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+        self._check_collator(data_collator, args)
+        collator = LabelledCollator(processing_class.pad_token_id, layout, args.pad_to_multiple_of, self.padding_free)
+        self.batches = BatchReader(collator)
         self.start(
             model=model,
             args=args,
-            data_collator=self._collator(data_collator, layout, processing_class, args),
+            data_collator=data_collator or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -249,39 +249,46 @@ class SFTTrainer(BaseTrainer):
                 )
             return dataset
         packing = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
+        return self._prepare_dataset(dataset, processing_class, args, packing, self.formatting_func, name)
+
+    def _prepare_dataset(
+        self,
+        dataset: AnyDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable | None,
+        dataset_name: str,
+    ) -> AnyDataset:
+        """Does what `prepare_dataset` says, unless preparing is skipped; TRL's hook."""
         return prepare_sft_dataset(
             dataset,
             processing_class,
             args.row_format(self.completion_only_loss, self.chat_template),
             args.row_length(packing),
-            formatting_func=self.formatting_func,
+            formatting_func=formatting_func,
             shuffle_seed=args.seed if args.shuffle_dataset else None,
             num_proc=args.dataset_num_proc,
-            name=name,
+            name=dataset_name,
         )
 
-    def _collator(
-        self, given: Callable | None, layout: str, processing_class: PreTrainedTokenizerBase, args: SFTConfig
-    ) -> Callable:
-        if given is None:
-            multiple = args.pad_to_multiple_of
-            if not self.padding_free:
-                multiple = BATCH_LAYOUTS[layout].padding_multiple(multiple)
-            return LabelledCollator(processing_class.pad_token_id, layout, multiple)
-        if args.packing and args.packing_strategy != "wrapped":
+    def _check_collator(self, given: Callable | None, args: SFTConfig) -> None:
+        if given is not None and args.packing and args.packing_strategy != "wrapped":
             raise ValueError(
                 f"data_collator: with packing_strategy={args.packing_strategy!r} a row holds several examples, which "
                 "only the trainer's own collator keeps apart; leave data_collator out, or set packing=False"
             )
-        return ConvertingCollator(given, layout)
 
     # ---- the loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[TokenBatch], device: torch.device) -> torch.Tensor | None:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         """Counts the learned tokens of all micro-batches of a step, in all processes."""
-        if not batch_samples or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+        batches = [self.batches.unread(batch) for batch in batch_samples]
+        if None in batches:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if not batches or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return None
-        count = torch.full((), sum(len(batch.targets) for batch in batch_samples), dtype=torch.int64, device=device)
+        count = torch.full((), sum(len(batch.targets) for batch in batches), dtype=torch.int64, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
@@ -289,7 +296,7 @@ class SFTTrainer(BaseTrainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: TokenBatch,
+        inputs: AnyBatch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
@@ -297,12 +304,13 @@ class SFTTrainer(BaseTrainer):
 
         With return_outputs also the model's own output, from one more forward pass.
         """
+        batch = self.batches.token_batch(inputs)
         whole_logits = self.compute_loss_func is not None or self.label_smoother is not None
         averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
         found = sft_step(
             model,
-            inputs,
-            self.token_loss,
+            batch,
+            TOKEN_LOSSES[self.args.loss_type],
             num_items_in_batch,
             head=self.head_options,
             # The count is that of all processes, and DDP takes the mean of their gradients.
@@ -311,34 +319,38 @@ class SFTTrainer(BaseTrainer):
             router_divisor=1 if num_items_in_batch is None else self.current_gradient_accumulation_steps,
             loss_of_logits=self._loss_of_logits if whole_logits and self.args.loss_type == "nll" else None,
         )
-        self.record(insert_after("mean_token_accuracy", found.metrics, {"num_tokens": self.count_tokens(inputs)}))
+        self.record(insert_after("mean_token_accuracy", found.metrics, {"num_tokens": self.count_tokens(batch)}))
         if not return_outputs:
             return found.loss
         with torch.no_grad():
-            return found.loss, model(**model_inputs(inputs), use_cache=False)
+            return found.loss, model(**model_inputs(self._in_trls_rows(batch)), use_cache=False)
+
+    def _in_trls_rows(self, batch: TokenBatch) -> TokenBatch:
+        """Returns the batch with a row an example; where TRL makes one row of all, it stays as it is."""
+        collator = self.batches.collator
+        return batch if self.padding_free else unpacked(batch, collator.pad_token_id, collator.pad_to_multiple_of)
+
+    def labels_of(self, inputs: AnyBatch) -> torch.Tensor | None:
+        """Returns the labels (B, T) of a batch, in the shape of the logits that `compute_loss` returns."""
+        batch = self.batches.unread(inputs)
+        return inputs.get("labels") if batch is None else _labels(self._in_trls_rows(batch))
 
     def _loss_of_logits(
-        self, model: torch.nn.Module, inputs: TokenBatch, num_items_in_batch: torch.Tensor | None
+        self, model: torch.nn.Module, batch: TokenBatch, num_items_in_batch: torch.Tensor | None
     ) -> torch.Tensor:
         """Computes the user's loss, or the smoothed one of transformers, from whole logits."""
-        output = model(**model_inputs(inputs), use_cache=False)
+        rows = self._in_trls_rows(batch)
+        output, labels = model(**model_inputs(rows), use_cache=False), _labels(rows)
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(output, _labels(inputs), num_items_in_batch=num_items_in_batch)
-        return self.label_smoother(output, _labels(inputs), shift_labels=True, num_items_in_batch=num_items_in_batch)
-
-    # ---- evaluation
-
-    def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes logits (B, T, V) and labels (B, T): a row an example; one for all if padding_free or packing."""
-        batch = inputs if self.padding_free else unpacked(inputs, self.processing_class.pad_token_id)
-        return model(**model_inputs(batch), use_cache=False).logits, _labels(batch)
+            return self.compute_loss_func(output, labels, num_items_in_batch=num_items_in_batch)
+        return self.label_smoother(output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
 
 
 def _labels(batch: TokenBatch) -> torch.Tensor:
     """Returns labels (B, T) that leave out what nothing of the same example predicts."""
     if batch.sequence_lengths is None:
-        return batch["labels"]
-    return batch["labels"].masked_fill(batch.position_ids == 0, -100)
+        return batch.extras["labels"]
+    return batch.extras["labels"].masked_fill(batch.position_ids == 0, -100)
 
 
 def _sample_sequences(dataset: AnyDataset) -> list[list[int]]:

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_fast.data import AnyDataset, TokenBatch
+from trl_fast.data import AnyDataset, DictCollator, TokenBatch
+from trl_fast.data.padded_rows import SEQUENCE_ENTRIES
 from trl_fast.modeling.reference_cache import reference_hash, with_reference_columns
 
+from .batch_reader import AnyBatch, BatchReader
 from .preference_config import PreferenceConfig
 from .reference import ReferenceTrainer
 from .tokenizers import older_tokenizer_name
@@ -32,9 +33,6 @@ class PreferenceTrainer(ReferenceTrainer):
     shares_prompts = True
     reference_columns: ClassVar[tuple[str, ...]] = ()
     uncalled_hooks: ClassVar[Mapping[str, str]] = {
-        "_prepare_dataset": "prepare the dataset before it is given to the trainer",
-        "_compute_loss": "override compute_loss",
-        "_precompute_ref_logps": "give the dataset with the reference's columns",
         **dict.fromkeys(
             ("_tokenize", "tokenize_row", "process_row", "build_tokenized_answer", "_truncate_inputs"),
             "tokenize the dataset before, into prompt_ids and the ids of its completions",
@@ -87,10 +85,12 @@ class PreferenceTrainer(ReferenceTrainer):
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         sequences, wanted = self.sample_sequences(train_dataset), self.needs_reference(args)
         model, layout = self.set_up_models(model, ref_model, args, peft_config, sequences, wanted=wanted)
+        collator = self.make_collator(model, processing_class.pad_token_id, layout, args)
+        self.batches = BatchReader(collator)
         self.start(
             model=model,
             args=args,
-            data_collator=data_collator or self.make_collator(model, processing_class.pad_token_id, layout, args),
+            data_collator=data_collator or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -109,7 +109,7 @@ class PreferenceTrainer(ReferenceTrainer):
 
     def make_collator(
         self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: PreferenceConfig
-    ) -> Callable[[list[dict[str, Any]]], TokenBatch]:
+    ) -> DictCollator:
         """Makes what collates prepared rows to a batch of that layout; `model` is as it will be trained."""
         raise NotImplementedError
 
@@ -122,15 +122,56 @@ class PreferenceTrainer(ReferenceTrainer):
         """Sums log-probs of the scored tokens (N,) to those of the sequences (S,), as the loss does."""
         raise NotImplementedError
 
+    # ---- the loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: AnyBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Computes the loss, a scalar, of one micro-batch; its metrics wait for the next log.
+
+        With return_outputs also the model's own output, from one more forward pass, of rows that are padded.
+        """
+        return self._compute_loss(model, inputs, return_outputs)
+
+    def _compute_loss(
+        self, model: torch.nn.Module, inputs: AnyBatch, return_outputs: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Computes what `compute_loss` says; TRL's hook."""
+        raise NotImplementedError
+
+    def with_outputs(self, loss: torch.Tensor, model: torch.nn.Module, inputs: AnyBatch) -> tuple[torch.Tensor, Any]:
+        """Returns a loss, a scalar, and the model's own output of the batch's padded rows, without gradient."""
+        entries = self.batches.entries(inputs)
+        rows = {name: entries[name] for name in SEQUENCE_ENTRIES}
+        with torch.no_grad():
+            return loss, model(**rows, use_cache=False)
+
+    def labels_of(self, inputs: AnyBatch) -> torch.Tensor | None:
+        """Returns what compute_metrics is given as labels: the token ids of the padded rows."""
+        return self.batches.entries(inputs).get("input_ids")
+
     # ---- the reference
 
     @torch.no_grad()
-    def compute_ref_log_probs(self, batch: TokenBatch) -> torch.Tensor:
+    def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
         """Computes log π_ref of each sequence, (S,) float32, summed as the loss sums the policy's."""
         columns = self.reference_columns
         if columns[0] in batch.extras:
             return torch.stack([batch.extras[column] for column in columns], dim=1).flatten()
         return self.sequence_logprobs(batch, self.score_reference(batch).logprobs)
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: AnyBatch) -> tuple[torch.Tensor, ...]:
+        """Computes log π_ref of a batch for each of the `reference_columns`, a number a row, (P,) float32.
+
+        TRL's hook, called where reference log-probs are precomputed. model: the reference, `self.ref_model` or, where
+        that is the policy without its adapter, `self.model`.
+        """
+        batch = self.batches.token_batch(inputs)
+        return tuple(self.reference_logprobs(batch).view(-1, len(self.reference_columns)).unbind(1))
 
     def _reference_key(self) -> tuple:
         """Returns all that precomputed numbers depend on besides the dataset."""
@@ -140,28 +181,33 @@ class PreferenceTrainer(ReferenceTrainer):
     def _precompute_all(self) -> None:
         reference = self.accelerator.unwrap_model(self.ref_model or self.model)
         self._cache_key = (reference_hash(reference, self.args.ref_adapter_name), *self._reference_key())
-        self.train_dataset = self._with_reference(self.train_dataset, "train", self.args.train_batch_size)
+        asked, args = self.args.precompute_ref_batch_size, self.args
+        train_size, eval_size = asked or args.train_batch_size, asked or args.eval_batch_size
+        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", train_size)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {
-                name: self._with_reference(dataset, name, self.args.eval_batch_size)
+                name: self._precompute_ref_logps(dataset, name, eval_size)
                 for name, dataset in self.eval_dataset.items()
             }
         elif self.eval_dataset is not None:
-            self.eval_dataset = self._with_reference(self.eval_dataset, "eval", self.args.eval_batch_size)
+            self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", eval_size)
 
-    def _with_reference(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Returns a prepared dataset with the `reference_columns`, from a cache or computed; TRL's hook."""
         accelerator, columns = self.accelerator, self.reference_columns
 
         def compute() -> dict[str, list[float]]:
-            size = self.args.precompute_ref_batch_size or batch_size
             # remove_unused_columns works on loaders that Trainer makes; this one is ours.
-            read = [column for column in self.signature_columns if column in dataset.column_names]
-            loader = DataLoader(dataset.select_columns(read), batch_size=size, collate_fn=self.data_collator)
+            self._set_signature_columns_if_needed()
+            read = [column for column in self._signature_columns if column in dataset.column_names]
+            rows = dataset.select_columns(read) if self.args.remove_unused_columns else dataset
+            loader = DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator)
             shown = {"desc": f"Reference log-probs of {name}", "disable": not accelerator.is_main_process}
             scored = []
             for batch in tqdm(accelerator.prepare(loader), **shown):
-                rows = self.compute_ref_log_probs(batch).view(-1, len(columns))
-                scored.append(accelerator.gather_for_metrics(rows).cpu())
+                numbers = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+                found = torch.stack([column for column in numbers if column is not None], dim=1)
+                scored.append(accelerator.gather_for_metrics(found).cpu())
             return dict(zip(columns, torch.cat(scored).t().tolist(), strict=True))
 
         def everywhere(found: bool) -> bool:
@@ -186,7 +232,8 @@ class PreferenceTrainer(ReferenceTrainer):
                 "evaluate(eval_dataset=...): with precompute_ref_log_probs=True the reference was the policy "
                 "before training, which is gone; give the dataset to the constructor, or give a ref_model"
             )
-        return self._with_reference(dataset, "eval", self.args.eval_batch_size)
+        size = self.args.precompute_ref_batch_size or self.args.eval_batch_size
+        return self._precompute_ref_logps(dataset, "eval", size)
 
 
 def _check_no_stream(name: str, dataset: AnyDataset | dict[str, AnyDataset] | None) -> None:
@@ -199,9 +246,3 @@ def _check_no_stream(name: str, dataset: AnyDataset | dict[str, AnyDataset] | No
             f"{name} is a stream (IterableDataset), but precompute_ref_log_probs=True keeps the reference's log-probs "
             "beside the rows; give a datasets.Dataset, or set precompute_ref_log_probs=False"
         )
-
-
-def padded_rows(rows: list[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pads the token ids of S sequences on the right: input_ids and attention_mask, (S, T) int64 both."""
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True, padding_value=pad_token_id), mask

@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_utils import PredictionOutput
 
-from trl_fast.data import AnyDataset, TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
+from trl_fast.data import AnyDataset, DictBatch, TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.adapters import adapter_refusal, check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, LayoutRequest, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
@@ -21,6 +22,7 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
 
+from .batch_reader import BatchReader
 from .callbacks import EpochStart, SequenceNoiseCallback, TokenCounter
 from .checkpoint_writer import Checkpoints
 from .config import BaseConfig
@@ -62,6 +64,8 @@ class BaseTrainer(Trainer):
     router_aux_loss_coef = 0.0
     # Whether rows hold several completions of one prompt.
     shares_prompts = False
+    # Reads batches, where those are dicts in TRL; a trainer sets its own.
+    batches: BatchReader | None = None
     # Methods of TRL's trainer that are never called here, and what to do instead: see `overrides`.
     uncalled_hooks: ClassVar[Mapping[str, str]] = {}
 
@@ -169,6 +173,12 @@ class BaseTrainer(Trainer):
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: BaseConfig, name: str
     ) -> AnyDataset:
         """Returns the rows that the collator reads; a prepared dataset comes back as it is. `name` is for messages."""
+        return self._prepare_dataset(dataset, processing_class, args, name)
+
+    def _prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: Any, dataset_name: str
+    ) -> AnyDataset:
+        """Does what `prepare_dataset` says; TRL's hook."""
         raise NotImplementedError
 
     def prepare_datasets(
@@ -242,19 +252,37 @@ class BaseTrainer(Trainer):
         args = self.args
         return HeadOptions(args.head_backend, args.head_workspace_bytes, args.head_grad)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes the loss (0-d) of one micro-batch and adds its gradients; a check that fails names the step."""
         try:
-            loss = super().training_step(*args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.state.global_step + 1}: {error}") from error
         self._divergence.see_loss(loss)
+        if self.batches is not None:
+            self.batches.say_if_read(inputs)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
         norm = super()._get_grad_norm(*args, **kwargs)
         self._divergence.see_norm(norm)
         return norm
+
+    # ---- batches
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Returns a batch on the trainer's device, where its loader has put it if that is ours; no look into it."""
+        if not isinstance(inputs, DictBatch):
+            return super()._prepare_inputs(inputs)
+        return inputs.to(self.args.device) if inputs.device.type == "cpu" else inputs
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Estimates the operations of a step on a batch: those of the layout that the model runs on."""
+        batch = None if self.batches is None else self.batches.unread(inputs)
+        return super().floating_point_ops(inputs if batch is None else {"input_ids": batch.input_ids})
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        super()._track_num_input_tokens(inputs.copy() if isinstance(inputs, DictBatch) else inputs)
 
     # ---- evaluation
 
@@ -279,28 +307,30 @@ class BaseTrainer(Trainer):
             eval_dataset = self.prepare_for_evaluation(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def predict(self, test_dataset: AnyDataset, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predicts; the dataset is prepared as those of the constructor were. The arguments are those of the base."""
+        return super().predict(self.prepare_for_evaluation(test_dataset), *args, **kwargs)
+
     def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
         """Returns a dataset given to `evaluate`, prepared."""
         dataset = self.prepare_dataset(dataset, self.processing_class, self.args, "eval")
         self._check_positions(base_model(self.accelerator.unwrap_model(self.model)), dataset, self.args, "eval")
         return dataset
 
-    def whole_logits(self, model: torch.nn.Module, inputs: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes logits and labels of a batch as `compute_metrics` wants them, by one more forward pass."""
-        raise NotImplementedError
-
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: TokenBatch,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Computes the loss of a batch, and for compute_metrics `whole_logits`."""
+        """Computes the loss of a batch, and for compute_metrics its logits and labels, padded as TRL pads them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs).detach()
-            return (loss, None, None) if prediction_loss_only else (loss, *self.whole_logits(model, inputs))
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), outputs.logits, self.labels_of(inputs)
+
+    def labels_of(self, inputs: Any) -> torch.Tensor | None:
+        """Returns what compute_metrics is given as labels of a batch; None where it is given none."""
+        return None
 
     # ---- metrics
 
