@@ -27,6 +27,7 @@ from trl_fast.modeling.layouts import REWARDS
 from trl_fast.modeling.loading import base_model, load_reward_model
 
 from .base.batch_reader import AnyBatch, BatchReader
+from .base.prepared_datasets import check_dataset_type
 from .base.step import StepResult
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
@@ -112,7 +113,7 @@ class RewardTrainer(BaseTrainer):
     ) -> None:
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model).with_older_arguments(type(self), older)
-        self.check_dataset_type(train_dataset, "train_dataset")
+        check_dataset_type(train_dataset, "train_dataset")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)

@@ -30,6 +30,7 @@ from trl_fast.ops import HeadOptions
 
 from .base.batch_reader import AnyBatch, BatchReader
 from .base.model_setup import router_coefficient
+from .base.prepared_datasets import check_dataset_type
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
@@ -143,7 +144,7 @@ class SFTTrainer(BaseTrainer):
     ) -> None:
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model).with_older_arguments(type(self), older)
-        self.check_dataset_type(train_dataset, "train_dataset")
+        check_dataset_type(train_dataset, "train_dataset")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         self.formatting_func = formatting_func

@@ -18,6 +18,7 @@ from trl_fast.modeling.reference_cache import reference_hash, with_reference_col
 
 from .batch_reader import AnyBatch, BatchReader
 from .preference_config import PreferenceConfig
+from .prepared_datasets import check_dataset_type
 from .reference import ReferenceTrainer
 from .tokenizers import older_tokenizer_name
 
@@ -73,7 +74,7 @@ class PreferenceTrainer(ReferenceTrainer):
     ) -> None:
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model).with_older_arguments(type(self), older)
-        self.check_dataset_type(train_dataset, "train_dataset")
+        check_dataset_type(train_dataset, "train_dataset")
         if args.precompute_ref_log_probs:
             _check_no_stream("train_dataset", train_dataset)
             _check_no_stream("eval_dataset", eval_dataset)

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from trl_fast.data import AnyDataset, DictBatch, TokenBatch, check_head_vocabulary, check_token_ids, longest_sequence
+from trl_fast.data import AnyDataset, DictBatch, TokenBatch, longest_sequence
 from trl_fast.modeling.adapters import adapter_refusal, check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, LayoutRequest, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
@@ -35,6 +35,7 @@ from .model_card import model_card, model_tags
 from .model_setup import check_trains, set_up_layers, warn_of_reentrant_router
 from .output_folder import check_output_dir
 from .overrides import check_overrides
+from .prepared_datasets import check_dataset_type, check_vocabulary, named_parts, shows_tokens
 from .progress import close_progress
 from .run_record import RunRecord
 from .stop_signals import StopSignals
@@ -161,14 +162,6 @@ class BaseTrainer(Trainer):
         self.add_callback(SequenceNoiseCallback(self))
         base_model(self.model).add_model_tags(model_tags(self.method))
 
-    @staticmethod
-    def check_dataset_type(dataset: object, name: str) -> None:
-        """Raises ValueError if `dataset` is None, TypeError if it is no Dataset or IterableDataset of `datasets`."""
-        if dataset is None:
-            raise ValueError(f"{name} is required")
-        if not isinstance(dataset, (Dataset, IterableDataset)):
-            raise TypeError(f"{name}: expected a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
-
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: BaseConfig, name: str
     ) -> AnyDataset:
@@ -192,7 +185,7 @@ class BaseTrainer(Trainer):
         """Returns both datasets prepared, after their token ids were held against the model's vocabulary."""
 
         def prepare(dataset: AnyDataset, name: str) -> AnyDataset:
-            self.check_dataset_type(dataset, name)
+            check_dataset_type(dataset, name)
             return self.prepare_dataset(dataset, processing_class, args, name)
 
         with args.main_process_first(desc="preparing the datasets"):
@@ -201,32 +194,18 @@ class BaseTrainer(Trainer):
                 eval_dataset = {name: prepare(dataset, f"eval {name}") for name, dataset in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
-        parts = {"train": train_dataset, "eval": None if isinstance(eval_dataset, dict) else eval_dataset}
-        if isinstance(eval_dataset, dict):
-            parts |= {f"eval {name}": part for name, part in eval_dataset.items()}
-        inner = base_model(model)
-        vocab_size = (inner.get_output_embeddings() or inner.get_input_embeddings()).weight.shape[0]
-        known = {name: part for name, part in parts.items() if self._shows_tokens(part)}
-        largest = [check_token_ids(part, vocab_size, name, self.token_columns) for name, part in known.items()]
-        all_known = len(known) == sum(part is not None for part in parts.values())
-        check_head_vocabulary(processing_class, vocab_size, max(largest, default=None) if all_known else None)
+        parts = named_parts(train_dataset, eval_dataset)
+        check_vocabulary(parts, self.token_columns, model, processing_class)
         for name, part in parts.items():
-            if part is not None:
-                self._check_positions(inner, part, args, name)
+            self._check_positions(base_model(model), part, args, name)
         return train_dataset, eval_dataset
 
     def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: BaseConfig, name: str) -> None:
-        longest = longest_sequence(dataset, self.token_columns) if self._shows_tokens(dataset) else None
+        longest = longest_sequence(dataset, self.token_columns) if shows_tokens(dataset, self.token_columns) else None
         if longest is not None and args.max_length is not None and "prompt_ids" in self.token_columns:
             # Those rows are cut as they are batched.
             longest = min(longest, args.max_length)
         check_positions(model, longest, args.max_length, name)
-
-    def _shows_tokens(self, dataset: AnyDataset | None) -> bool:
-        """Says whether a dataset's token ids can be looked through: neither a stream nor made as they are read."""
-        if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
-            return False
-        return set(self.token_columns) <= set(dataset.column_names)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -25,6 +25,7 @@ from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, end_to
 from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
+from ..base.prepared_datasets import check_dataset_type
 from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
 from .changeable_rewards import make_changeable_rewards
@@ -111,7 +112,7 @@ class GroupTrainer(OnlineTrainer):
             raise ValueError("tools and rollout_func: a rollout_func makes whole completions; give one of them")
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model).with_older_arguments(type(self), older)
-        self.check_dataset_type(train_dataset, "train_dataset")
+        check_dataset_type(train_dataset, "train_dataset")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         if tools and not self.has_tools:

@@ -20,6 +20,7 @@ from trl_fast.rollout import RewardFunctions, RolloutEngine
 from trl_fast.rollout.samples import Samples
 
 from ..base.metric_buffer import MetricBuffer
+from ..base.prepared_datasets import shows_tokens
 from ..base.reference import ReferenceTrainer
 from .completion_reader import CompletionReader
 from .completions_log import CompletionsLog, report_completions
@@ -151,7 +152,7 @@ class OnlineTrainer(ReferenceTrainer):
 
     def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: OnlineConfig, name: str) -> None:
         maximum = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = longest_sequence(dataset, self.token_columns) if self._shows_tokens(dataset) else 0
+        longest = longest_sequence(dataset, self.token_columns) if shows_tokens(dataset, self.token_columns) else 0
         completion = getattr(args, self.length_setting)
         if maximum and longest + completion > maximum:
             raise ValueError(

@@ -23,6 +23,7 @@ from trl_fast.modeling.scoring import evaluating
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, TransformersEngine
 
 from ..base.checkpoint_parts import NumbersPart
+from ..base.prepared_datasets import check_dataset_type
 from ..base.tokenizers import older_tokenizer_name
 from ..online.completions_log import CompletionsLog
 from ..online.prompt_order import PromptOrder
@@ -91,7 +92,7 @@ class PPOTrainer(OnlineTrainer):
             raise ValueError("model is missing; give the policy's name, or a causal language model")
         check_distinct(model=model, ref_model=ref_model, reward_model=reward_model, value_model=value_model)
         args = copy.copy(self.resolve_config(args, model))
-        self.check_dataset_type(train_dataset, "train_dataset")
+        check_dataset_type(train_dataset, "train_dataset")
         if data_collator is not None:
             logger.warning("data_collator is not used: PPOTrainer does not pad prompts.")
         model = self.resolve_model(model, args, quantization_config)

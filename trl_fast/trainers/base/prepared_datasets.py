@@ -1,0 +1,56 @@
+"""Checks datasets: their type, and once they are prepared their token ids, against a model's vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_fast.data import AnyDataset, check_head_vocabulary, check_token_ids
+from trl_fast.modeling.loading import base_model
+
+
+def check_dataset_type(dataset: object, name: str) -> None:
+    """Raises ValueError if `dataset` is None, TypeError if it is no Dataset or IterableDataset of `datasets`."""
+    if dataset is None:
+        raise ValueError(f"{name} is required")
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(f"{name}: expected a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
+
+
+def shows_tokens(dataset: AnyDataset | None, columns: tuple[str, ...]) -> bool:
+    """Says whether a dataset's token ids can be looked through: neither a stream nor made as they are read."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return False
+    return set(columns) <= set(dataset.column_names)
+
+
+def named_parts(
+    train_dataset: AnyDataset, eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None
+) -> dict[str, AnyDataset]:
+    """Returns all datasets by the names that messages give them."""
+    if isinstance(eval_dataset, Mapping):
+        return {"train": train_dataset, **{f"eval {name}": part for name, part in eval_dataset.items()}}
+    return {"train": train_dataset} if eval_dataset is None else {"train": train_dataset, "eval": eval_dataset}
+
+
+def check_vocabulary(
+    parts: Mapping[str, AnyDataset],
+    columns: tuple[str, ...],
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+) -> None:
+    """Checks that a model knows the token ids in the columns of prepared datasets.
+
+    Raises:
+        ValueError: it does not; names dataset and row.
+    """
+    inner = base_model(model)
+    vocab_size = (inner.get_output_embeddings() or inner.get_input_embeddings()).weight.shape[0]
+    known = {name: part for name, part in parts.items() if shows_tokens(part, columns)}
+    largest = [check_token_ids(part, vocab_size, name, columns) for name, part in known.items()]
+    check_head_vocabulary(
+        processing_class, vocab_size, max(largest, default=None) if len(known) == len(parts) else None
+    )
