@@ -67,6 +67,8 @@ class BaseTrainer(Trainer):
     shares_prompts = False
     # Reads batches, where those are dicts in TRL; a trainer sets its own.
     batches: BatchReader | None = None
+    # TRL's hook, which a trainer defines unless it overrides `prepare_dataset`.
+    _prepare_dataset: Callable[..., AnyDataset]
     # Methods of TRL's trainer that are never called here, and what to do instead: see `overrides`.
     uncalled_hooks: ClassVar[Mapping[str, str]] = {}
 
@@ -167,12 +169,6 @@ class BaseTrainer(Trainer):
     ) -> AnyDataset:
         """Returns the rows that the collator reads; a prepared dataset comes back as it is. `name` is for messages."""
         return self._prepare_dataset(dataset, processing_class, args, name)
-
-    def _prepare_dataset(
-        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: Any, dataset_name: str
-    ) -> AnyDataset:
-        """Does what `prepare_dataset` says; TRL's hook."""
-        raise NotImplementedError
 
     def prepare_datasets(
         self,
