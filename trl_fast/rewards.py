@@ -38,7 +38,7 @@ def accuracy_reward(
         ImportError: math_verify is not installed.
         ValueError: there are not as many solutions as completions.
     """
-    return _accuracy([completion[0]["content"] for completion in completions], solution, log_extra)
+    return _accuracy(_texts(completions), solution, log_extra)
 
 
 def reasoning_accuracy_reward(
@@ -58,21 +58,39 @@ def reasoning_accuracy_reward(
         ValueError: there are not as many solutions as completions.
     """
     delimiters = ["</think>"] if reasoning_delimiters is None else reasoning_delimiters
-    texts = [completion[0]["content"] for completion in completions]
+    texts = _texts(completions)
     return _accuracy([_after_reasoning(text, delimiters) for text in texts], solution, log_extra)
 
 
-def _after_reasoning(text: str, delimiters: list[str]) -> str | None:
+def _texts(completions: Completions) -> list[str]:
+    """Returns the text of each completion's first message.
+
+    Raises:
+        TypeError: completions are texts, as those of plain prompts are.
+    """
+    if any(isinstance(completion, str) for completion in completions):
+        raise TypeError(
+            "completions: expected lists with one message, got texts; give prompts as conversations, "
+            "[{'role': 'user', 'content': ...}]"
+        )
+    return [completion[0]["content"] for completion in completions]
+
+
+class _Incomplete:
+    """Stands for an answer that never came."""
+
+
+def _after_reasoning(text: str, delimiters: list[str]) -> str | type[_Incomplete]:
     for delimiter in delimiters:
         if delimiter in text:
             return text.rpartition(delimiter)[2]
-    return None
+    return _Incomplete
 
 
 def _accuracy(
-    answers: list[str | None], solutions: list[str], log_extra: Callable[[str, list], None] | None
+    answers: list[Any], solutions: list[str], log_extra: Callable[[str, list], None] | None
 ) -> list[float | None]:
-    """Returns the rewards of answers; None is an answer that never came."""
+    """Returns the rewards of answers, texts or `_Incomplete`."""
     math_verify = _import_math_verify()
     if len(answers) != len(solutions):
         raise ValueError(f"solution: expected one for each of {len(answers)} completions, got {len(solutions)}")
@@ -84,9 +102,9 @@ def _accuracy(
     return [reward for reward, _, _ in judged]
 
 
-def _judge(math_verify: ModuleType, answer: str | None, solution: str) -> tuple[float | None, str, str]:
+def _judge(math_verify: ModuleType, answer: Any, solution: str) -> tuple[float | None, str, str]:
     """Returns the reward, and how solution and answer were understood."""
-    if answer is None:
+    if answer is _Incomplete:
         return 0.0, "[incomplete reasoning]", "[incomplete reasoning]"
     # math_verify's timeouts are alarm signals, which only the main thread gets.
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -125,7 +143,7 @@ def _import_math_verify() -> ModuleType:
 
 def think_format_reward(completions: Completions, **kwargs: Any) -> list[float]:
     """Returns 1 where the completion begins with one thought in <think> and </think>, else 0."""
-    return [float(bool(_THOUGHT_THEN_ANSWER.match(completion[0]["content"]))) for completion in completions]
+    return [float(bool(_THOUGHT_THEN_ANSWER.match(text))) for text in _texts(completions)]
 
 
 def get_cosine_scaled_reward(

@@ -135,3 +135,64 @@ def test_a_missing_solution_is_named():
     pytest.importorskip("math_verify")
     with pytest.raises(ValueError, match="solution: expected one for each of 2 completions, got 1"):
         rewards.accuracy_reward(messages(["1", "2"]), ["1"])
+
+
+# What a model or a data set may hold instead of a text.
+NASTY = [None, "", [], [{"type": "text", "text": "\\boxed{7}"}], 7, b"7", {"text": "7"}, "x" * 20000, "é\x00\ud800"]
+NASTY += ["\\boxed{" * 200, "\\boxed{}", "\\boxed{7}", "$7$</think>", "<think>" * 500, "<think>a</think>\n<think>"]
+NASTY_SOLUTIONS = ["7", "", None, 7, "no", "\\frac{1}{0}", "$" * 500, ["7"], 7.5, True]
+
+
+def outcome(function, *args, **kwargs):
+    """The result of a function as text, or the type of the error that it raises."""
+    try:
+        return repr(function(*args, **kwargs))
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("name", ["accuracy_reward", "reasoning_accuracy_reward"])
+def test_nasty_answers(name):
+    pytest.importorskip("math_verify")
+    for text in NASTY:
+        for solution in NASTY_SOLUTIONS:
+            given = (messages([text]), [solution])
+            found, expected = (outcome(getattr(module, name), *given) for module in (rewards, trl.rewards))
+            assert found == expected, given
+
+
+@pytest.mark.parametrize(
+    "completions", [*(messages([text]) for text in NASTY), [], [[]], [None], [[{"role": "a"}]], None]
+)
+def test_nasty_formats(completions):
+    found, expected = (outcome(module.think_format_reward, completions) for module in (rewards, trl.rewards))
+    assert found == expected
+
+
+LENGTHS = [[], [[]], [[1] * 3], [[1] * 5, [1] * 10, [1] * 11, [1] * 200], [[1, 2] * 40, [1, 2, 3] * 3], None, [None]]
+
+
+@pytest.mark.parametrize("ids", LENGTHS)
+def test_nasty_lengths(ids):
+    for limit in (0, 1, 10, 100, -5, 1.5):
+        for size in (0, 1, 5, 10, 20, -3, 2.5):
+            found, expected = (
+                outcome(module.get_soft_overlong_punishment(limit, size), completion_ids=ids)
+                for module in (rewards, trl.rewards)
+            )
+            assert found == expected, (limit, size)
+    for size in (1, 2, 3, 10):
+        for penalty in (0, -1, -0.5, float("nan"), -float("inf")):
+            found, expected = (
+                outcome(module.get_repetition_penalty_reward(size, penalty), completion_ids=ids)
+                for module in (rewards, trl.rewards)
+            )
+            assert found == expected, (size, penalty)
+
+
+def test_texts_instead_of_conversations_are_named():
+    for function in (rewards.accuracy_reward, rewards.think_format_reward, rewards.reasoning_accuracy_reward):
+        with pytest.raises(
+            TypeError, match="expected lists with one message, got texts; give prompts as conversations"
+        ):
+            function(["text"], solution=["7"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from support.models import save_tiny_classifier, tiny_classifier
+from support.models import save_tiny_classifier, tiny_classifier, tiny_model
 from support.tokenizer import build_tokenizer
 from trl_fast.rollout import RewardFunctions
 
@@ -114,9 +114,64 @@ def test_reward_model_of_few_positions():
         ask(RewardFunctions(model, reward_processing_classes=build_tokenizer()))
 
 
-def test_reward_model_of_two_labels():
-    with pytest.raises(ValueError, match="num_labels=2, but a reward is one number"):
-        RewardFunctions(tiny_classifier(num_labels=2), reward_processing_classes=build_tokenizer())
+def broken_classifier(kind):
+    """A classifier that cannot serve, and its tokenizer."""
+    model, tokenizer = tiny_classifier(), build_tokenizer()
+    if kind == "two labels":
+        model = tiny_classifier(num_labels=2)
+    elif kind == "a language model":
+        model = tiny_model()
+        model.config.num_labels = 1
+    elif kind == "NaN":
+        torch.nn.init.constant_(model.score.weight, math.nan)
+    elif kind == "another vocabulary":
+        model = tiny_classifier(vocab_size=100)
+    elif kind == "no tokenizer":
+        tokenizer = None
+    elif kind == "a name for tokenizer":
+        tokenizer = "folder"
+    elif kind == "no pad token":
+        tokenizer = build_tokenizer(pad_token=None, eos_token=None)
+    elif kind == "tokens and no logits":
+        model.forward = lambda input_ids, **_: SimpleNamespace(rewards=input_ids)
+    elif kind == "a number a token":
+        model.forward = lambda input_ids, **_: SimpleNamespace(logits=input_ids.float())
+    elif kind == "a device that there is not":
+        model.forward = lambda input_ids, **_: input_ids.to("meta") + model.score.weight
+    return model, tokenizer
+
+
+BROKEN = {
+    "two labels": "has num_labels=2, but a reward is one number; give a sequence classifier",
+    "a language model": r"\(LlamaForCausalLM\) gives logits of shape \(2, 3, \d+\) for two texts; expected a sequence",
+    "NaN": "gives numbers that are not finite for two texts",
+    "another vocabulary": "has 100 tokens, but its tokenizer '' gives up to token 3[0-9]+; give the tokenizer that",
+    "no tokenizer": "its tokenizer cannot be loaded .*; give it as reward_processing_classes",
+    "a name for tokenizer": "_processing_classes: expected a tokenizer for reward model .*, got str",
+    "no pad token": "has neither a pad token nor an end token; set tokenizer.pad_token",
+    "tokens and no logits": "cannot read a text: AttributeError: .*'logits'; give a sequence classifier",
+    "a number a token": r"gives logits of shape \(2, 3\)",
+    "a device that there is not": "cannot read a text: RuntimeError: .*; give a sequence classifier",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_reward_models_that_cannot_serve_are_named_at_once(kind):
+    model, tokenizer = broken_classifier(kind)
+    with pytest.raises((ValueError, TypeError), match=f"^reward.*{BROKEN[kind]}") as caught:
+        RewardFunctions(model, reward_processing_classes=tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reward_model_without_a_chat_template():
+    tokenizer = build_tokenizer()
+    functions = RewardFunctions([word_count, tiny_classifier()], reward_processing_classes=[None, tokenizer])
+    functions.check_conversations()
+    tokenizer.chat_template = None
+    with pytest.raises(
+        ValueError, match="'LlamaForSeq.*': prompts are conversations, but its tokenizer '' has no chat"
+    ):
+        functions.check_conversations()
 
 
 def test_names_and_weights(classifier_path):

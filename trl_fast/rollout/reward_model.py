@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -24,8 +25,9 @@ class RewardModel:
         max_length, chat_template_kwargs: as in `RewardFunctions`.
 
     Raises:
-        ValueError: the model has more than one label.
-        TypeError: it is a module without a config.
+        ValueError: the model does not give one number a text (it is tried out on two short ones), lacks tokens of the
+            tokenizer, or has no tokenizer with a pad or end token.
+        TypeError: it is a module without a config, or the tokenizer is none.
     """
 
     def __init__(
@@ -45,19 +47,48 @@ class RewardModel:
         self.__name__ = path.rstrip("/").split("/")[-1] or type(model).__name__
         if config.num_labels != 1:
             raise ValueError(
-                f"reward model {self.__name__!r} has num_labels={config.num_labels}, but a reward is one number"
+                f"reward model {self.__name__!r} has num_labels={config.num_labels}, but a reward is one number; give "
+                "a sequence classifier with num_labels=1"
             )
-        if tokenizer is None:
-            known = {key: value for key, value in (model_init_kwargs or {}).items() if key in _TOKENIZER_KEYWORDS}
-            tokenizer = AutoTokenizer.from_pretrained(path, **known)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = _checked_tokenizer(
+            self.__name__, tokenizer or _load_tokenizer(path, model_init_kwargs), model
+        )
         # The model looks for the last token that is none of these.
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model = model.eval()
-        self.tokenizer = tokenizer
         self.max_length = max_length
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self._try_out()
+
+    def _try_out(self) -> None:
+        pad = self.tokenizer.pad_token_id
+        token = next(token for token in self.tokenizer.get_vocab().values() if token != pad)
+        try:
+            # Some models take no single row of one token.
+            ids = {"input_ids": [[token] * 2, [token] * 3]}
+            logits = self._logits(self.tokenizer.pad(ids, padding_side="right", return_tensors="pt"))
+        except Exception as error:
+            raise ValueError(
+                f"reward model {self.__name__!r} cannot read a text: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}; give a sequence classifier of transformers with num_labels=1"
+            ) from error
+        if logits.shape != (2, 1) or not logits.isfinite().all():
+            found = (
+                "numbers that are not finite" if logits.shape == (2, 1) else f"logits of shape {tuple(logits.shape)}"
+            )
+            raise ValueError(
+                f"reward model {self.__name__!r} ({type(self.model).__name__}) gives {found} for two texts; expected "
+                "a sequence classifier that gives one finite number each"
+            )
+
+    def check_conversations(self) -> None:
+        """Raises ValueError if conversations cannot be made texts."""
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"reward model {self.__name__!r}: prompts are conversations, but its tokenizer "
+                f"{self.tokenizer.name_or_path!r} has no chat template; set tokenizer.chat_template and give the "
+                "tokenizer as reward_processing_classes"
+            )
 
     def __call__(self, prompts: list, completions: list) -> list[float]:
         """Returns a reward for each completion.
@@ -82,9 +113,53 @@ class RewardModel:
         positions = getattr(cast("Any", self.model.config).get_text_config(), "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise ValueError(f"a prompt and its completion have {longest} tokens, the model has {positions} positions")
+        return self._logits(inputs)[:, 0].tolist()
+
+    def _logits(self, inputs: Any) -> torch.Tensor:
         device = next(self.model.parameters()).device
         with torch.no_grad():
-            return self.model(**inputs.to(device)).logits[:, 0].tolist()
+            return self.model(**inputs.to(device)).logits
+
+
+def _load_tokenizer(path: str, model_init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
+    known = {key: value for key, value in (model_init_kwargs or {}).items() if key in _TOKENIZER_KEYWORDS}
+    try:
+        if not path:
+            raise OSError("the model does not tell where it is from")
+        return AutoTokenizer.from_pretrained(path, **known)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"reward model {path!r}: its tokenizer cannot be loaded ({' '.join(str(error).split())}); give it as "
+            "reward_processing_classes"
+        ) from error
+
+
+def _checked_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer, with its end token for pad token if it has none."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"reward_processing_classes: expected a tokenizer for reward model {name!r}, got "
+            f"{type(tokenizer).__name__}"
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"reward model {name!r}: its tokenizer has neither a pad token nor an end token; set "
+                "tokenizer.pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    with suppress(AttributeError, NotImplementedError):  # Some classifiers do not tell.
+        _check_vocabulary(name, tokenizer, model.get_input_embeddings().weight.shape[0])
+    return tokenizer
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, known: int) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= known:
+        raise ValueError(
+            f"reward model {name!r} has {known} tokens, but its tokenizer {tokenizer.name_or_path!r} gives up to "
+            f"token {largest}; give the tokenizer that it was trained with as reward_processing_classes"
+        )
 
 
 def load_classifier(source: str | torch.nn.Module, init_kwargs: dict | None, device: torch.device) -> torch.nn.Module:

@@ -88,6 +88,12 @@ class RewardFunctions:
         self.names = [_name(function) for function in self.functions]
         self.calls = UserCalls("reward function", "reward_timeout", timeout)
 
+    def check_conversations(self) -> None:
+        """Raises ValueError if a reward model cannot read conversations."""
+        for function in self.functions:
+            if isinstance(function, RewardModel):
+                function.check_conversations()
+
     def __len__(self) -> int:
         return len(self.functions)
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_fast.data import AnyDataset, TokenBatch
+from trl_fast.data.formats import is_conversational
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.data.repeat_sampler import RepeatSampler
 from trl_fast.losses.loss_normalization import LossNormalizer
@@ -120,6 +121,8 @@ class GroupTrainer(OnlineTrainer):
         self.toolbox = open_toolbox(tools, processing_class, args)
         rewards = make_changeable_rewards(reward_funcs, reward_processing_classes, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
+        if is_conversational(next(iter(train_dataset))):
+            rewards.check_conversations()
         model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
         self.rollout_func = rollout_func
         self.sampling = Sampling(self)
