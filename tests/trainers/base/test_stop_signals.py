@@ -99,7 +99,7 @@ def test_exit_codes_of_the_command(number, status, model_path, tmp_path, monkeyp
     from trl_fast.cli import training
 
     trainer = make(model_path, tmp_path, Signals(number))
-    process = forked(lambda: os._exit(training._train(trainer, None)), tmp_path / "log")
+    process = forked(lambda: os._exit(training.train(trainer, None)), tmp_path / "log")
     assert wait(process) == status, (tmp_path / "log").read_text()
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "model.safetensors").exists()
     assert "Traceback" not in (tmp_path / "log").read_text()
