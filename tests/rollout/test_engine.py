@@ -34,6 +34,14 @@ def test_end_tokens_of_model_and_tokenizer():
         assert end_token_ids(model, tokenizer) == others | {tokenizer.eos_token_id}
 
 
+def test_end_tokens_that_the_head_lacks():
+    model, tokenizer = tiny_model(vocab_size=40), build_tokenizer()
+    model.generation_config.eos_token_id = [40, 99]
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"none of the end tokens \[40, 99\] is among the 40 tokens of the model's"):
+        end_token_ids(model, tokenizer)
+
+
 def test_no_end_token():
     model = tiny_model()
     model.generation_config.eos_token_id = None

@@ -15,7 +15,7 @@ from .loading import backbone, is_quantized
 def check_classifier(model: object, argument: str, vocab_size: int) -> None:
     """Checks that a model reads one number at any token of the policy's.
 
-    argument: the trainer's name for it. vocab_size: the policy's tokens.
+    argument: the trainer's name for it. vocab_size: the tokens that the policy may sample.
 
     Raises:
         TypeError: it is no model of transformers.
@@ -31,11 +31,23 @@ def check_classifier(model: object, argument: str, vocab_size: int) -> None:
         )
     if classifier.config.num_labels != 1:
         raise ValueError(f"{argument}: {name} has num_labels={classifier.config.num_labels}; expected 1")
-    known = classifier.get_input_embeddings().weight.shape[0]
+    check_vocabulary(classifier, argument, vocab_size)
+
+
+def check_vocabulary(model: PreTrainedModel, argument: str, vocab_size: int) -> None:
+    """Checks that a model reads, and where it has a head of tokens scores, each token that the policy may sample.
+
+    argument: the trainer's name for it. vocab_size: those tokens.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    known = min(cast("Any", layer).weight.shape[0] for layer in layers if layer is not None)
     if known < vocab_size:
         raise ValueError(
-            f"{argument}: {name} has {known} tokens, but it is given those of the policy's tokenizer, which has "
-            f"{vocab_size}; use models with one tokenizer"
+            f"{argument}: {type(model).__name__} has {known} tokens, but it is given those that the policy samples, "
+            f"of {vocab_size}; use models with one tokenizer, or call its resize_token_embeddings({vocab_size})"
         )
 
 

@@ -82,7 +82,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Returns the tokens that end a completion: all that the model's generation config names, and the tokenizer's.
 
     Raises:
-        ValueError: there is none, so that no completion would come to an end.
+        ValueError: there is none that the model's head has, so that no completion would come to an end.
     """
     named = model.generation_config.eos_token_id
     ends = {named} if isinstance(named, int) else set(named or ())
@@ -92,6 +92,12 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         raise ValueError(
             "neither the tokenizer's eos_token nor the model's generation_config.eos_token_id is set, so no "
             "completion would ever end; set one of them"
+        )
+    head = model.get_output_embeddings()
+    if head is not None and not any(0 <= token < head.weight.shape[0] for token in ends):
+        raise ValueError(
+            f"eos_token_id: none of the end tokens {sorted(ends)} is among the {head.weight.shape[0]} tokens of the "
+            "model's head, so no completion would ever end; use the model's own tokenizer, or set its eos_token"
         )
     return ends
 

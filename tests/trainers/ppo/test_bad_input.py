@@ -90,11 +90,32 @@ def test_models(make, model_path):
             "value_model: LlamaForSequenceClassification has num_labels=2",
         ),
         ({"value_model": tiny_classifier(vocab_size=30)}, "value_model: LlamaForSequenceClassification has 30 tokens"),
+        ({"ref_model": tiny_model(vocab_size=30)}, "ref_model: LlamaForCausalLM has 30 tokens"),
     ]
     for changes, message in cases:
         with pytest.raises((ValueError, TypeError)) as error:
             make(**changes)
         assert message in str(error.value)
+
+
+def test_models_that_lack_tokens_which_the_policy_may_sample(make, tokenizer):
+    """A head may have more rows than the tokenizer has tokens, and then samples those too."""
+    rows = len(tokenizer)
+    policy = tiny_model(vocab_size=rows + 8)
+    message = rf"has {rows} tokens, but .* samples, of {rows + 8}; .* resize_token_embeddings\({rows + 8}\)"
+    for name, model in (
+        ("reward_model", tiny_classifier(vocab_size=rows)),
+        ("value_model", tiny_classifier(vocab_size=rows)),
+        ("ref_model", tiny_model(vocab_size=rows)),
+    ):
+        others = {"reward_model": tiny_classifier(vocab_size=rows + 8)} | {name: model}
+        with pytest.raises(ValueError, match=f"{name}: .* {message}"):
+            make(model=policy, **others)
+
+
+def test_a_stop_token_outside_of_the_head(make):
+    with pytest.raises(ValueError, match="stop_token_id=99999 is none of the .* so no completion would stop"):
+        make(settings={"stop_token_id": 99999, "stop_token": None})
 
 
 def test_reward_and_value_model_are_two(make):

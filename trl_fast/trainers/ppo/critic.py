@@ -33,6 +33,7 @@ class Critic:
         args: the trainer's.
         processing_class: the policy's tokenizer.
         sequences: a few, to try the model out on.
+        vocab_size: the tokens that the policy may sample.
 
     Raises:
         ValueError, TypeError: the model is not of the right kind.
@@ -44,9 +45,10 @@ class Critic:
         args: PPOConfig,
         processing_class: PreTrainedTokenizerBase,
         sequences: list[list[int]],
+        vocab_size: int,
     ) -> None:
         inner = base_model(model)
-        check_classifier(inner, "value_model", len(processing_class))
+        check_classifier(inner, "value_model", vocab_size)
         self.pad_token_id = processing_class.pad_token_id
         inner.config.get_text_config().pad_token_id = self.pad_token_id
         attach_classifier_head(inner)

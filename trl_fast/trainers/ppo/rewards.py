@@ -53,10 +53,11 @@ def make_rewards(
     processing_class: PreTrainedTokenizerBase,
     args: PPOConfig,
     sequences: list[list[int]],
+    vocab_size: int,
 ) -> CompleteRewards:
     """Makes the reward sources.
 
-    sequences: a few, to try models out on.
+    sequences: a few, to try models out on. vocab_size: the tokens that the policy may sample.
 
     Raises:
         ValueError, TypeError: there is nothing, or a model or function is not of the right kind.
@@ -70,7 +71,7 @@ def make_rewards(
         if isinstance(source, str):
             source = load_reward_by_name(source, args)
         if isinstance(source, torch.nn.Module):
-            check_classifier(base_model(source), "reward_model", len(processing_class))
+            check_classifier(base_model(source), "reward_model", vocab_size)
             model = freeze(source) if is_quantized(source) else freeze(source).to(args.device)
             size = args.local_rollout_forward_batch_size
             source = TokenRewardModel(model, args.batch_layout, processing_class.pad_token_id, sequences, size)

@@ -43,11 +43,16 @@ class StoppingEngine:
         return whole
 
 
-def end_tokens(args: PPOConfig, processing_class: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]:
+def end_tokens(
+    args: PPOConfig, processing_class: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[set[int], set[int]]:
     """Returns the tokens that count as ends, and those that completions are cut after.
 
+    vocab_size: the tokens that the policy may sample.
+
     Raises:
-        ValueError: the arguments need an EOS token, and the tokenizer has none.
+        ValueError: the arguments need an EOS token, and the tokenizer has none; or the policy never samples a stop
+            token.
     """
     eos, stop = processing_class.eos_token_id, args.stop_token_id
     if eos is None:
@@ -56,6 +61,12 @@ def end_tokens(args: PPOConfig, processing_class: PreTrainedTokenizerBase) -> tu
                 raise ValueError(f"{name}={getattr(args, name)!r} needs an EOS token, but the tokenizer has none")
     if args.stop_token == "eos":
         stop = eos
+    if stop is not None and not 0 <= stop < vocab_size:
+        name = "stop_token_id" if args.stop_token is None else "the tokenizer's eos_token_id"
+        raise ValueError(
+            f"{name}={stop} is none of the {vocab_size} tokens of the policy's head, so no completion would stop; use "
+            "the model's own tokenizer, or a token that it has"
+        )
     ends = {token for token in (stop, None if stop is not None else eos) if token is not None}
     return ends or {processing_class.pad_token_id}, set() if stop is None else {stop}
 

@@ -19,7 +19,9 @@ from trl_fast.data import AnyDataset
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset, prompts_of_tokens
 from trl_fast.losses.advantages import Advantages
 from trl_fast.losses.ppo import KLController, kl_penalties, rollout_metrics
+from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
+from trl_fast.modeling.value_model import check_vocabulary
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, TransformersEngine
 
 from ..base.checkpoint_parts import NumbersPart
@@ -97,17 +99,20 @@ class PPOTrainer(OnlineTrainer):
             logger.warning("data_collator is not used: PPOTrainer does not pad prompts.")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
-        self.end_ids, self.stop_ids = end_tokens(args, processing_class)
+        vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
+        self.end_ids, self.stop_ids = end_tokens(args, processing_class, vocab_size)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         args.max_steps = count_rollouts(args, train_dataset)
         sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
         if isinstance(reward_model, str):
             reward_model = load_reward_by_name(reward_model, args)
         self.reward_model = reward_model
-        rewards = make_rewards(reward_model, processing_class, args, sequences)
+        rewards = make_rewards(reward_model, processing_class, args, sequences, vocab_size)
         value_model = value_model_like(reward_model, model) if value_model is None else value_model
-        self.critic = Critic(value_model, args, processing_class, sequences)
+        self.critic = Critic(value_model, args, processing_class, sequences, vocab_size)
         model, layout = self.set_up_models(model, ref_model, args, peft_config, sequences)
+        if self.ref_model is not None:
+            check_vocabulary(base_model(self.ref_model), "ref_model", vocab_size)
         self.start(
             model=model,
             args=args,
