@@ -7,12 +7,15 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 KIT_ARGS ?=
+SECONDS ?= 60
+SEED ?= 0
+FUZZ_ARGS ?= --seconds $(SECONDS) --seed $(SEED)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu*)
 CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv demo demo-grpo demo-ppo test test-slow bench gpu-kit check-gpu-code lint format clean
+.PHONY: venv demo demo-grpo demo-ppo test test-slow fuzz bench gpu-kit check-gpu-code lint format clean
 
 venv: $(READY)
 
@@ -46,6 +49,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+# The ops on random inputs, held to float64 and PyTorch: SECONDS=600 for longer, SEED=1 for others, CASE=0/123 for one.
+fuzz: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(if $(CASE),--case $(CASE),$(FUZZ_ARGS))
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)

@@ -23,7 +23,7 @@ from .head.autograd import differentiable_scores, planned_head
 from .head.gradients import HeadGradients, Needs
 from .head.kept_logits import KeptLogits
 from .head.logit_transform import LogitTransform
-from .head.plan import BLOCKS, GROUPS, HeadOptions, group_slices
+from .head.plan import BLOCKS, GROUPS, HeadOptions
 from .head.row_statistics import LSE_ROW, NUM_STATISTICS, output_mask, row_coefficients
 from .head.sweep import empty_kept_logits, score_rows
 from .head.tiled_head import TiledHead
@@ -90,30 +90,43 @@ class _TokenLossSweep:
         self.loss = torch.zeros((), dtype=dtype, device=device)
         self.statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=dtype, device=device)
 
-    def score(self, hidden: torch.Tensor, targets: torch.Tensor, rows: slice, keep: KeptLogits | None) -> torch.Tensor:
-        """Adds the rows' loss; returns their coefficients (4, R). keep: takes the logits of the first rows."""
-        head = self.head
-        statistics = score_rows(head, hidden[rows], targets[rows], output_mask(self.outputs), keep=keep)
-        self.statistics[:, rows] = statistics
-        numbers = torch.arange(rows.start, rows.stop, device=hidden.device)
-        loss, coefficients = _block_loss(self.token_loss, statistics, numbers, self.outputs, head.plan.vocab_size)
+    def score(self, hidden: torch.Tensor, targets: torch.Tensor, rows: slice, keep: KeptLogits | None) -> None:
+        """Writes the statistics of rows that begin with a tile. keep: takes the logits of the first of them."""
+        outputs = output_mask(self.outputs)
+        self.statistics[:, rows] = score_rows(self.head, hidden[rows], targets[rows], outputs, keep=keep)
+
+    def add_loss(self, rows: slice) -> torch.Tensor:
+        """Adds the loss of rows that are scored; returns their coefficients (4, R)."""
+        numbers = torch.arange(rows.start, rows.stop, device=self.statistics.device)
+        given = (self.statistics[:, rows], numbers, self.outputs, self.head.plan.vocab_size)
+        loss, coefficients = _block_loss(self.token_loss, *given)
         self.loss += loss
         return coefficients
 
     def differentiate(self, hidden: torch.Tensor, targets: torch.Tensor, gradients: HeadGradients) -> None:
-        """Scores all rows (N, H), block by block, and adds their gradients while the logits are there."""
+        """Scores all rows (N, H), block by block, and adds their gradients while the logits are there.
+
+        Rows are scored in whole tiles: of the tile in which a block of groups ends, the next block has the logits.
+        """
         plan, num_rows = self.head.plan, hidden.shape[0]
         logits = empty_kept_logits(self.head)
-        if self.group_sizes is None:
-            blocks = plan.blocks(num_rows)
-        else:
-            blocks = group_slices(self.group_sizes, max(plan.block_rows, 1))
-        for rows in blocks:
-            kept = logits.part(slice(rows.stop - rows.start))
-            coefficients = self.score(hidden, targets, rows, kept)
+        # Logits are kept of the rows from `first` to `stop`; all rows before `stop` are scored.
+        first = stop = 0
+        for rows in self._blocks(num_rows):
+            start = rows.start if rows.start <= stop else plan.tile_start(rows.start)
+            logits.move(slice(start - first, max(stop, start) - first))
+            first, scored = start, max(stop, start)
+            stop = max(scored, min(num_rows, plan.tile_stop(rows.stop)))
+            self.score(hidden, targets, slice(scored, stop), logits.part(slice(scored - first, stop - first)))
+            stop = min(stop, first + logits.num_rows)
+            coefficients, kept = self.add_loss(rows), logits.part(slice(rows.start - first, rows.stop - first))
             given = (hidden[rows], targets[rows], self.statistics[LSE_ROW, rows], coefficients, kept)
             last = rows.stop == num_rows
             gradients.add(rows, *given, consume=True, skip_zero_rows=self.skip_zero_rows, last=last)
+
+    def _blocks(self, num_rows: int) -> list[slice]:
+        plan = self.head.plan
+        return plan.blocks(num_rows) if self.group_sizes is None else plan.group_blocks(self.group_sizes)
 
 
 class _Context(AutogradContext, Protocol):
@@ -143,7 +156,9 @@ class _LinearTokenLoss(torch.autograd.Function):
         if any(needs):
             sweep.differentiate(product, targets, gradients)
         else:
-            sweep.score(product, targets, slice(0, hidden.shape[0]), keep=None)
+            rows = slice(0, hidden.shape[0])
+            sweep.score(product, targets, rows, keep=None)
+            sweep.add_loss(rows)
         # Without a bias its dtype is not looked at.
         ctx.dtypes = [hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype]
         ctx.save_for_backward(*gradients.results(ctx.dtypes[0], ctx.dtypes[2]))

@@ -108,7 +108,8 @@ def _selective(
     backend = choose_backend("selective_log_softmax", backend, device_facts(logits.device), logits.dtype)
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+        # An empty tensor counts as contiguous whatever its strides.
+        rows = rows.clone(memory_format=torch.contiguous_format)
     check_finite(rows, "logits", masked=True)
     logprobs, entropy, _ = _selective_scores(rows, index.reshape(-1).long(), inv_temperature, outputs, backend)
     return logprobs.view(index.shape), entropy.view(index.shape)

@@ -53,7 +53,7 @@ def _backward(ctx: AutogradContext, grad: torch.Tensor) -> tuple[torch.Tensor | 
     upcast = grad.float()
     rows = upcast.reshape(-1, grad.shape[-1])
     grad_x = (upcast @ weight.float()).to(grad.dtype) if needs_x else None
-    grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).float()).to(grad.dtype) if needs_weight else None
+    grad_weight = (rows.t() @ x.reshape(len(rows), x.shape[-1]).float()).to(grad.dtype) if needs_weight else None
     return grad_x, grad_weight, rows.sum(dim=0).to(grad.dtype) if needs_bias else None
 
 

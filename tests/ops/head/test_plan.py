@@ -53,20 +53,20 @@ TABLE = [
     (SLOW_CPU, "torch", BF16, TINY, 40, LOGITS, F32, F32, False, True, 40, 40, (40, 300)),
     (FAST_CPU, "cpp", BF16, TINY, 40, LOGITS, BF16, BF16, False, False, 40, 40, (40, 300)),
     (FAST_CPU, "cpp", F16, TINY, 40, LOGITS, F32, F32, True, True, 40, 40, (40, 300)),
-    (SLOW_CPU, "cpp", F32, QWEN, 4096, NOTHING, F32, F32, False, False, 4096, 0, (2048, 4096)),
-    (SLOW_CPU, "cpp", F32, QWEN, 4096, LOGITS, F32, F32, False, False, 4096, 1325, (2048, 4096)),
-    (SLOW_CPU, "cpp", BF16, QWEN, 4096, LOGITS, F32, F32, True, True, 4096, 2647, (2048, 4096)),
-    (SLOW_CPU, "cpp", F32, QWEN, 4096, BLOCKS, F32, F32, False, False, 1024, 1024, (1024, 8192)),
-    (SLOW_CPU, "cpp", F32, QWEN, 4096, GROUPS, F32, F32, False, False, 1325, 1325, (1325, 6272)),
-    (SLOW_CPU, "cpp", BF16, QWEN, 4096, RAW_BLOCKS, F32, F32, False, True, 1024, 1024, (1024, 8192)),
-    (SLOW_CPU, "cpp", F32, QWEN, 4096, UNIT_GRADIENT, F32, F32, False, False, 4096, 0, (2048, 4096)),
-    (GPU, "cuda", BF16, QWEN, 4096, NOTHING, BF16, F32, True, False, 4096, 0, (4096, 16384)),
-    (GPU, "cuda", BF16, QWEN, 4096, LOGITS, BF16, F32, True, False, 4096, 2560, (4096, 16384)),
-    (GPU, "cuda", BF16, QWEN, 4096, BLOCKS, BF16, F32, True, False, 2048, 2048, (2048, 32768)),
-    (GPU, "cuda", BF16, QWEN, 4096, GROUPS, BF16, F32, True, False, 2560, 2560, (2560, 24576)),
-    (GPU, "cuda", BF16, QWEN, 4096, UNIT_GRADIENT, BF16, F32, True, False, 2048, 2048, (2048, 32768)),
-    (GPU, "torch", BF16, QWEN, 4096, LOGITS, BF16, F32, False, False, 4096, 189, (4096, 2048)),
-    (GPU, "cuda", F32, QWEN, 4096, LOGITS, F32, F32, False, False, 4096, 1280, (4096, 16384)),
+    (SLOW_CPU, "cpp", F32, QWEN, 4096, NOTHING, F32, F32, False, False, 4096, 0, (328, 8192)),
+    (SLOW_CPU, "cpp", F32, QWEN, 4096, LOGITS, F32, F32, False, False, 4096, 1312, (328, 8192)),
+    (SLOW_CPU, "cpp", BF16, QWEN, 4096, LOGITS, F32, F32, True, True, 4096, 2560, (512, 8192)),
+    (SLOW_CPU, "cpp", F32, QWEN, 4096, BLOCKS, F32, F32, False, False, 1312, 1312, (328, 8192)),
+    (SLOW_CPU, "cpp", F32, QWEN, 4096, GROUPS, F32, F32, False, False, 1312, 1312, (328, 8192)),
+    (SLOW_CPU, "cpp", BF16, QWEN, 4096, RAW_BLOCKS, F32, F32, False, True, 1024, 1024, (512, 8192)),
+    (SLOW_CPU, "cpp", F32, QWEN, 4096, UNIT_GRADIENT, F32, F32, False, False, 4096, 0, (328, 8192)),
+    (GPU, "cuda", BF16, QWEN, 4096, NOTHING, BF16, F32, True, False, 4096, 0, (512, 131072)),
+    (GPU, "cuda", BF16, QWEN, 4096, LOGITS, BF16, F32, True, False, 4096, 2560, (512, 131072)),
+    (GPU, "cuda", BF16, QWEN, 4096, BLOCKS, BF16, F32, True, False, 2048, 2048, (512, 131072)),
+    (GPU, "cuda", BF16, QWEN, 4096, GROUPS, BF16, F32, True, False, 2560, 2560, (512, 131072)),
+    (GPU, "cuda", BF16, QWEN, 4096, UNIT_GRADIENT, BF16, F32, True, False, 2048, 2048, (512, 131072)),
+    (GPU, "torch", BF16, QWEN, 4096, LOGITS, BF16, F32, False, False, 4096, 189, (189, 49152)),
+    (GPU, "cuda", F32, QWEN, 4096, LOGITS, F32, F32, False, False, 4096, 1280, (256, 151552)),
 ]
 
 
@@ -78,12 +78,12 @@ def test_the_table(row):
     assert [*found, (plan.scoring.num_rows, plan.scoring.num_columns)] == expected
 
 
-@pytest.mark.parametrize("facts, columns", [(SLOW_CPU, 4096), (GPU, 151936)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("facts, columns", [(SLOW_CPU, 8192), (GPU, 151936)], ids=["cpu", "gpu"])
 def test_kept_logits_lie_in_the_tiles_that_score_them_or_on_a_gpu_in_one(facts, columns):
     plan = plan_of(facts, "cuda" if facts is GPU else "cpp", BF16, QWEN, 4096)
     assert plan.kept_columns == columns
     smaller = plan.scoring_tiles(100, 100)
-    assert smaller.num_columns == (columns if facts is SLOW_CPU else 151552)
+    assert smaller.num_columns == (columns if facts is SLOW_CPU else 131072)
 
 
 def test_a_softcap_is_never_packed_and_the_fused_kernel_only_scores_what_is():
@@ -119,7 +119,7 @@ def test_a_simulation_computes_the_first_two_and_the_last_of_tiles_that_are_alik
     whole = plan_of(SLOW_CPU, "cpp", F32, QWEN, 4096, NOTHING)
     some = plan_of(dataclasses.replace(SLOW_CPU, first_tiles_only=True), "cpp", F32, QWEN, 4096, NOTHING)
     assert some.scoring.columns == [*whole.scoring.columns[:2], whole.scoring.columns[-1]]
-    assert some.scoring.rows == whole.scoring.rows
+    assert some.scoring.rows == [*whole.scoring.rows[:2], whole.scoring.rows[-1]]
 
 
 def test_a_workspace_without_room_for_a_row_is_refused_by_name():
@@ -133,6 +133,25 @@ def test_blocks_and_groups():
     assert slices(2, 7, 3) == [slice(2, 5), slice(5, 7)] and slices(0, 0, 5) == []
     assert group_slices([2, 3, 9, 1, 1], 5) == [slice(0, 5), slice(5, 14), slice(14, 16)]
     assert group_slices([], 5) == [] and group_slices([0, 0], 5) == []
+    # The rest of a tile needs room too, but none is there after the last row.
+    assert group_slices([4, 3, 4, 2], 8, step=4) == [slice(0, 7), slice(7, 13)]
+    assert group_slices([5, 2, 4, 2], 8, step=4) == [slice(0, 7), slice(7, 13)]
+    assert group_slices([3, 3, 3, 9], 8, step=4) == [slice(0, 6), slice(6, 9), slice(9, 18)]
+
+
+@pytest.mark.parametrize("facts", [SLOW_CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("num_rows", [1, 300, 4096, 5000])
+@pytest.mark.parametrize("workspace", [4 << 20, GIB, 8 * GIB])
+def test_a_row_is_scored_in_the_same_tile_whatever_is_kept(facts, num_rows, workspace):
+    given = (facts, "cuda" if facts is GPU else "cpp", BF16, QWEN, num_rows)
+    plans = [plan_of(*given, keep, workspace) for keep in range(6)]
+    height = plans[0].scoring.num_rows
+    for plan in plans:
+        assert (plan.scoring.num_rows, plan.scoring.num_columns) == (height, plans[0].scoring.num_columns)
+        if plan.kept_rows < num_rows:
+            assert plan.kept_rows % height == 0
+        if plan.block_rows < num_rows and plan.block_rows:
+            assert plan.block_rows % height == 0
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,13 @@ class KeptLogits:
         tops = None if self.tops is None else self.tops[:, rows]
         return KeptLogits(self.values[:, rows], tops, self.columns, self.chunk)
 
+    def move(self, rows: slice) -> None:
+        """Moves some rows to the front; they must not reach what they take the place of."""
+        count = max(0, min(rows.stop, self.num_rows) - rows.start)
+        for values in (self.values, self.tops):
+            if values is not None and count:
+                values[:, :count].copy_(values[:, rows.start : rows.start + count])
+
     def tile(self, columns: slice, rows: slice = slice(None)) -> KeptTile:
         """Returns some columns, all of one tile, of some rows; columns of packed logits begin at a chunk."""
         number, start = divmod(columns.start, self.columns)

@@ -43,6 +43,8 @@ NOTHING, LOGITS, UNIT_GRADIENT, BLOCKS, GROUPS, RAW_BLOCKS = range(6)
 
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4
+# So many tiles of rows have their logits kept at once, if that leaves tiles of the rows that a device wants.
+_LEAST_TILES = 4
 _MIN_TILE_COLUMNS = 512
 _LEAST_WORKSPACE, _MOST_WORKSPACE = 1 << 30, 8 << 30
 
@@ -92,13 +94,14 @@ class TilePolicy(NamedTuple):
     """Says how a kind of device wants the head cut.
 
     tile_bytes: of a tile of logits, at most, and of a tile of the cast weight if `weight_tiles`; tile_rows: of a
-    tile, at most; row_step: the rows of a block are a multiple of it; whole_rows: kept logits lie in one tile of all
-    columns; one_sweep: the unit gradient goes through the tiles that score, so that the weight is read once, and no
-    logits are kept for it.
+    tile of gradients, at most; scored_rows: of a tile that is scored, at most; row_step: the rows of such a tile are
+    a multiple of it, if it has so many; whole_rows: kept logits lie in one tile of all columns; one_sweep: the unit
+    gradient goes through the tiles that score, so that the weight is read once, and no logits are kept for it.
     """
 
     tile_bytes: int
     tile_rows: int
+    scored_rows: int
     row_step: int
     weight_tiles: bool
     whole_rows: bool
@@ -106,8 +109,8 @@ class TilePolicy(NamedTuple):
 
 
 # Both kinds of tile stay in a CPU's cache; larger ones were no faster. A GPU's products are made of 128 or 256 rows.
-CPU_TILES = TilePolicy(32 << 20, 2048, 1, weight_tiles=True, whole_rows=False, one_sweep=True)
-GPU_TILES = TilePolicy(256 << 20, 1 << 30, 256, weight_tiles=False, whole_rows=True, one_sweep=False)
+CPU_TILES = TilePolicy(32 << 20, 2048, 512, 4, weight_tiles=True, whole_rows=False, one_sweep=True)
+GPU_TILES = TilePolicy(256 << 20, 1 << 30, 2048, 256, weight_tiles=False, whole_rows=True, one_sweep=False)
 
 
 def workspace_of(asked: int | None, device: torch.device, facts: DeviceFacts) -> int:
@@ -144,17 +147,26 @@ def even_step(total: int, limit: int) -> int:
     return -(-total // parts)
 
 
+def round_up(number: int, step: int) -> int:
+    """Returns the smallest multiple of `step` that is at least `number`."""
+    return -(-number // step) * step
+
+
 def slices(start: int, stop: int, step: int) -> list[slice]:
     """Returns consecutive slices of at most `step`, at least 1, that cover range(start, stop)."""
     return [slice(first, min(first + step, stop)) for first in range(start, stop, max(step, 1))]
 
 
-def group_slices(sizes: Sequence[int], step: int) -> list[slice]:
-    """Returns consecutive slices of whole groups that cover range(sum(sizes)): at most `step` rows, or one group."""
+def group_slices(sizes: Sequence[int], room: int, step: int = 1) -> list[slice]:
+    """Returns consecutive slices of whole groups that cover range(sum(sizes)).
+
+    Each is one group, or as many as have `room` rows, with the rest of the tile of `step` rows in which they end.
+    """
     found = []
     start = end = 0
+    total = sum(sizes)
     for size in sizes:
-        if end > start and end + size - start > step:
+        if end > start and min(total, round_up(end + size, step)) - start > room:
             found.append(slice(start, end))
             start = end
         end += size
@@ -213,7 +225,7 @@ class TileLimits(NamedTuple):
             budget = max(budget, self.workspace_bytes - kept_bytes)
         rows, columns = even_step(num_rows, policy.tile_rows), self.vocab_size
         if policy.weight_tiles:
-            columns = min(columns, policy.tile_bytes // (self.hidden_size * self.product_bytes))
+            columns = min(columns, policy.tile_bytes // max(1, self.hidden_size * self.product_bytes))
         step, least = (CHUNK, CHUNK) if policy.whole_rows else (64, _MIN_TILE_COLUMNS)
         columns = max(least, min(columns, budget // max(1, rows * element)) // step * step)
         columns = min(self.vocab_size, columns) if kept_columns is None else kept_columns
@@ -242,7 +254,8 @@ class HeadPlan:
     - `block_rows`: rows of a block; a forward sweep goes block by block.
     - `kept_rows`: rows of a block, from its first on, whose logits are kept; `kept_columns`: columns of a tile of kept
       logits; `kept_shape`: the shape of `KeptLogits.values`.
-    - `scoring`: the tiles that score a whole block; `limits`: cuts other blocks into tiles.
+    - `scoring`: the tiles that score a whole block; `limits`: cuts other blocks into tiles. Blocks and kept rows end
+      where a tile does, and tiles do not depend on what is kept: whatever the pass, a row is in the same product.
     """
 
     vocab_size: int
@@ -265,10 +278,21 @@ class HeadPlan:
         """Returns the blocks of `num_rows` rows."""
         return slices(0, num_rows, self.block_rows)
 
+    def group_blocks(self, sizes: Sequence[int]) -> list[slice]:
+        """Returns blocks of groups of these sizes: of one group, or of as many as have all logits kept."""
+        return group_slices(sizes, self.kept_rows, max(self.scoring.num_rows, 1))
+
+    def tile_start(self, row: int) -> int:
+        """Returns the first row of the tile in which a row is scored."""
+        return row - row % max(self.scoring.num_rows, 1)
+
+    def tile_stop(self, row: int) -> int:
+        """Returns where the tile ends that a block which ends before `row` ends in."""
+        return round_up(row, max(self.scoring.num_rows, 1))
+
     def scoring_tiles(self, num_rows: int, kept_rows: int) -> SweepTiles:
-        """Returns the tiles that score a block of `num_rows` rows, of which the first `kept_rows` are kept."""
-        follows = self.kept_columns if kept_rows and not self.limits.policy.whole_rows else None
-        return self.limits.cut(num_rows, kept_rows, self.limits.tile_shape(num_rows, kept_columns=follows))
+        """Returns the tiles that score `num_rows` rows from a tile's first row on, of which the first are kept."""
+        return self.limits.cut(num_rows, kept_rows, (self.scoring.num_rows, self.scoring.num_columns))
 
     def gradient_tiles(self, num_rows: int, kept_rows: int, kept_bytes: int, *, in_place: bool) -> SweepTiles:
         """Returns the tiles in which gradients of logits are computed, for blocks of at most `num_rows` rows.
@@ -321,19 +345,20 @@ def plan_head(
     logits = sums if facts.kind == "cuda" else product
     least = row_bytes(vocab_size, logits, kernels)
     if workspace_bytes < least:
-        raise ValueError(
-            f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {least} bytes"
-        )
+        message = f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {least} bytes"
+        raise ValueError(message)
     packs = not capped and _packs(product, weight_dtype, logits, kernels)
     fused = find_fused(product) if packs and policy.whole_rows else None
     chunk, packed = fused.columns if fused else CHUNK, packs and keep != RAW_BLOCKS
-    kept_row_bytes = vocab_size * PACKED_DTYPE.itemsize + num_chunks(vocab_size, chunk) * 4 if packed else least
-    block_rows, kept_rows = _block(num_rows, keep, kept_row_bytes, workspace_bytes, policy)
+    packed_bytes = vocab_size * PACKED_DTYPE.itemsize + num_chunks(vocab_size, chunk) * 4 if packs else least
     limits = TileLimits(
         *(vocab_size, hidden_size, product.itemsize, least // vocab_size),
         *(logits != product, workspace_bytes, policy, not facts.first_tiles_only),
     )
-    shape = limits.tile_shape(block_rows, gradients=keep == UNIT_GRADIENT and policy.one_sweep)
+    # Nothing here depends on `keep`, so that a row is in the same product whatever the pass.
+    shape = limits.tile_shape(_scored_rows(num_rows, _room(packed_bytes, workspace_bytes, policy), policy))
+    room = _room(packed_bytes if packed else least, workspace_bytes, policy)
+    block_rows, kept_rows = _block(num_rows, keep, room, shape[0], policy)
     kept_columns = vocab_size if policy.whole_rows else shape[1]
     return HeadPlan(
         *(vocab_size, hidden_size, product, logits, sums),
@@ -363,24 +388,33 @@ def kept_shape(num_rows: int, vocab_size: int, columns: int) -> tuple[int, int, 
     return num_tiles, num_rows, width
 
 
-def _block(num_rows: int, keep: int, row_bytes: int, workspace_bytes: int, policy: TilePolicy) -> tuple[int, int]:
-    """Returns the rows of a block, and of how many of them logits are kept; row_bytes: of a row of kept ones."""
-    if keep == NOTHING or keep == UNIT_GRADIENT and policy.one_sweep:
-        return num_rows, 0
-    # A tile stands beside them.
+def _room(row_bytes: int, workspace_bytes: int, policy: TilePolicy) -> int:
+    """Returns how many rows of logits, of `row_bytes` each, are kept at once; a tile stands beside them."""
     tile_bytes = workspace_bytes // _TILE_SHARE
     if policy.whole_rows:
         tile_bytes = min(tile_bytes, policy.tile_bytes)
-    rows, step = (workspace_bytes - tile_bytes) // row_bytes, policy.row_step
-    fitting = num_rows if rows >= num_rows else rows if rows < step else rows // step * step
+    return (workspace_bytes - tile_bytes) // row_bytes
+
+
+def _scored_rows(num_rows: int, room: int, policy: TilePolicy) -> int:
+    """Returns the rows of a tile that is scored; room: of the rows whose logits are kept at once.
+
+    Blocks are of whole tiles, and a block of groups may need room for a tile more: a tile is a part of the room.
+    """
+    rows = max(1, min(policy.scored_rows, max(room // _LEAST_TILES, min(room, policy.row_step))))
+    return min(num_rows, rows if rows < policy.row_step else rows // policy.row_step * policy.row_step)
+
+
+def _block(num_rows: int, keep: int, room: int, step: int, policy: TilePolicy) -> tuple[int, int]:
+    """Returns the rows of a block, and of how many of them logits are kept; step: the rows of a tile."""
+    if keep == NOTHING or keep == UNIT_GRADIENT and policy.one_sweep:
+        return num_rows, 0
+    fitting = num_rows if room >= num_rows else room // step * step
     if keep == LOGITS:
         return num_rows, fitting
     if keep == GROUPS:
         # Groups are of any size: the more room, the more of them stay whole.
         return fitting, fitting
-    # Equal parts, at least one row if there are any.
-    most = max(1, fitting)
-    step = step if most >= step else 1
-    even = even_step(num_rows, -(-most // step) * step)
-    rows = min(num_rows, -(-even // step) * step)
+    # Equal parts, of whole tiles.
+    rows = min(num_rows, round_up(even_step(num_rows, max(fitting, step)), step))
     return rows, rows

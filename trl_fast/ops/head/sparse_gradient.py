@@ -116,7 +116,8 @@ def _cpp_samples(*args: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def _cpp_product(
     row_offsets: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    dense = dense if dense.stride(1) == 1 else dense.contiguous()
+    # An empty tensor counts as contiguous whatever its strides.
+    dense = dense if dense.stride(1) == 1 else dense.clone(memory_format=torch.contiguous_format)
     return torch.ops.trl_fast.sparse_product(row_offsets, indices, values, dense, dtype)
 
 
