@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from trl_fast.ops import HeadOptions
 from .base.batch_reader import AnyBatch
 from .base.preference import PreferenceTrainer
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
+from .base.trl_attributes import TRLAttribute, answers_to, fixed_attribute, loss_setting
 from .dpo_config import DPOConfig
 
 
@@ -54,6 +57,26 @@ def dpo_step(
     return StepResult(loss, {**router_metrics, "entropy": metrics.pop("entropy"), **metrics})
 
 
+def _set_loss_types(trainer: DPOTrainer, names: Sequence[str] | str) -> None:
+    config = trainer.loss_config
+    kept = not isinstance(names, str) and len(names) == len(config.loss_type)
+    trainer.loss_config = replace(config, loss_type=names, loss_weights=config.loss_weights if kept else None)
+
+
+_SETTINGS = ("label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting")
+
+
+@answers_to(
+    {
+        **{name: loss_setting(name) for name in _SETTINGS},
+        # New weights come after the losses that they are of; until then each has 1.
+        "loss_types": TRLAttribute(read=lambda trainer: [*trainer.loss_config.loss_type], write=_set_loss_types),
+        "loss_weights": TRLAttribute(
+            read=lambda trainer: [*trainer.loss_config.loss_weights], write=_set_loss_weights
+        ),
+        "padding_free": fixed_attribute(lambda trainer: False, "set batch_layout, which pads nothing if it can"),
+    }
+)
 class DPOTrainer(PreferenceTrainer):
     """Trains by Direct Preference Optimization (arXiv 2305.18290) and its relatives.
 

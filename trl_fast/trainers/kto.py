@@ -34,6 +34,7 @@ from .base.batch_reader import AnyBatch
 from .base.metric_buffer import MetricBuffer
 from .base.preference import PreferenceTrainer
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
+from .base.trl_attributes import answers_to, fixed_attribute, loss_setting
 from .kto_config import KTOConfig
 
 # TRL logs these only for micro-batches that have such rows.
@@ -163,6 +164,12 @@ def _score_apart(
     return score(model, batch, outputs=config.outputs, head=head, **options), kl
 
 
+@answers_to(
+    {
+        **{name: loss_setting(name) for name in ("loss_type", "desirable_weight", "undesirable_weight")},
+        "calculate_KL": fixed_attribute(lambda trainer: trainer.loss_config.needs_kl, "set loss_type"),
+    }
+)
 class KTOTrainer(PreferenceTrainer):
     """Trains by Kahneman-Tversky Optimization (arXiv 2402.01306): from single completions, each good or bad.
 

@@ -31,6 +31,7 @@ from .base.prepared_datasets import check_dataset_type
 from .base.step import StepResult
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
+from .base.trl_attributes import ROW_ATTRIBUTES, answers_to
 from .reward_config import RewardConfig
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def reward_step(
     return StepResult(loss, reward_metrics(gather(scores.detach()))), scores.detach()
 
 
+@answers_to(ROW_ATTRIBUTES)
 class RewardTrainer(BaseTrainer):
     """Trains reward models on preference pairs, by the Bradley-Terry model (arXiv 2203.02155, section 3.5).
 

@@ -34,6 +34,7 @@ from .base.prepared_datasets import check_dataset_type
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
 from .base.tokenizers import older_tokenizer_name, set_end_token_and_template
 from .base.trainer import BaseTrainer
+from .base.trl_attributes import ROW_ATTRIBUTES, TRLAttribute, answers_to, fixed_attribute
 from .sft_config import SFTConfig
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,13 @@ def sft_step(
     return StepResult(loss, token_metrics(scored.tokens) | router_metrics)
 
 
+@answers_to(
+    {
+        **ROW_ATTRIBUTES,
+        "_formatting_func": TRLAttribute("formatting_func"),
+        "_skip_prepare_dataset": fixed_attribute(lambda trainer: trainer.args.skips_preparation, "set dataset_kwargs"),
+    }
+)
 class SFTTrainer(BaseTrainer):
     """Trains by supervised fine-tuning.
 

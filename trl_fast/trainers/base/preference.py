@@ -21,8 +21,18 @@ from .preference_config import PreferenceConfig
 from .prepared_datasets import check_dataset_type
 from .reference import ReferenceTrainer
 from .tokenizers import older_tokenizer_name
+from .trl_attributes import ROW_ATTRIBUTES, answers_to, fixed_attribute, loss_setting
+
+_PRECOMPUTED = "the datasets have the reference's log-probs, or not, since the trainer was made"
 
 
+@answers_to(
+    {
+        **ROW_ATTRIBUTES,
+        "beta": loss_setting("beta"),
+        "precompute_ref_logps": fixed_attribute(lambda trainer: trainer.args.precompute_ref_log_probs, _PRECOMPUTED),
+    }
+)
 class PreferenceTrainer(ReferenceTrainer):
     """Trains on preference data; a subclass brings its data, its collator and its loss.
 

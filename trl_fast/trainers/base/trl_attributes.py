@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -69,6 +69,33 @@ def argument(name: str) -> TRLAttribute:
         change_argument(trainer, name, value)
 
     return TRLAttribute(f"args.{name}", write=write)
+
+
+def loss_setting(name: str) -> TRLAttribute:
+    """Returns the attribute that is a field of the trainer's `loss_config`; a new value is checked as there."""
+
+    def write(trainer: Any, value: Any) -> None:
+        trainer.loss_config = replace(trainer.loss_config, **{name: value})
+
+    return TRLAttribute(f"loss_config.{name}", write=write)
+
+
+def fixed_attribute(read: Callable[[Any], Any], reason: str) -> TRLAttribute:
+    """Returns an attribute that is read from the trainer, and why it cannot be changed."""
+    return TRLAttribute(read=read, fixed=reason)
+
+
+_NO_IMAGES = "there are no images"
+# Of all trainers whose batches come from a dataset of rows.
+ROW_ATTRIBUTES = {
+    "aux_loss_enabled": fixed_attribute(
+        lambda trainer: bool(trainer.router_aux_loss_coef), "set router_aux_loss_coef"
+    ),
+    "_tokenizer": fixed_attribute(lambda trainer: trainer.processing_class, "the datasets were prepared with it"),
+    "_is_vlm": fixed_attribute(lambda trainer: False, _NO_IMAGES),
+    "_is_vision_dataset": fixed_attribute(lambda trainer: False, _NO_IMAGES),
+    "_total_train_tokens": TRLAttribute("_tokens.seen"),
+}
 
 
 def change_argument(trainer: Any, name: str, value: Any) -> None:
