@@ -72,7 +72,7 @@ _SETTINGS = ("label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", 
         # New weights come after the losses that they are of; until then each has 1.
         "loss_types": TRLAttribute(read=lambda trainer: [*trainer.loss_config.loss_type], write=_set_loss_types),
         "loss_weights": TRLAttribute(
-            read=lambda trainer: [*trainer.loss_config.loss_weights], write=_set_loss_weights
+            read=lambda trainer: [*trainer.loss_config.loss_weights], write=loss_setting("loss_weights").write
         ),
         "padding_free": fixed_attribute(lambda trainer: False, "set batch_layout, which pads nothing if it can"),
     }
