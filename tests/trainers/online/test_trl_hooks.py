@@ -8,7 +8,7 @@ import trl
 from peft import LoraConfig
 
 import trl_fast
-from support.rollouts import FixedRollout, brevity, color_prompts, vowels
+from support.rollouts import FixedEngine, FixedRollout, brevity, color_prompts, vowels
 from support.training import assert_same_logs, make_trainer
 
 BASE = {"num_generations": 4, "max_completion_length": 8, "temperature": 0.8, "max_steps": 2}
@@ -195,44 +195,57 @@ def compare(tmp_path, model_path, tokenizer, monkeypatch):
 
         settings = {**BASE, **more}
         rollouts = [{"rollout_func": FixedRollout(tokenizer, with_mask=with_mask)} for _ in range(2)]
-        theirs = rollouts[0]
+        theirs, ours = rollouts
         if method == "RLOO":
-            rollout, theirs = FixedRollout(tokenizer), {}
+            rollout, theirs, ours = FixedRollout(tokenizer), {}, {"rollout_engine": FixedEngine(tokenizer)}
             monkeypatch.setattr(
                 trl.RLOOTrainer, "_generate_single_turn", lambda trainer, ids, *_: rollout.completions(ids)
             )
         expected, their = logs_of(trl, tmp_path / "trl", body, method, arguments(theirs), evaluates, settings)
-        got, our = logs_of(
-            trl_fast, tmp_path / "ours", body, method, arguments(rollouts[1]), evaluates, OURS | settings
-        )
+        got, our = logs_of(trl_fast, tmp_path / "ours", body, method, arguments(ours), evaluates, OURS | settings)
         assert_same_logs([dict(sorted(log.items())) for log in got], [dict(sorted(log.items())) for log in expected])
         return their, our
 
     return run
 
 
-BOTH = (ScaledRewards, OwnRewards, HalfLoss, OtherAdvantages, OwnLoss, ScoredLoss, MoreInTheBatch, OtherTexts)
-BOTH = (*BOTH, AdvantagesInPlace, OtherAdvantagesInTheBatch)
-OF_GRPO = (AnotherDict, MaskedInTheBatch, AdvantagesByToken)
+def bodies(*quick, slow):
+    """Returns parameters, of which some are slow tests."""
+    marked = [pytest.param(body, id=body.__name__, marks=pytest.mark.slow) for body in slow]
+    return [*(pytest.param(body, id=body.__name__) for body in quick), *marked]
 
 
-@pytest.mark.parametrize("body", [*BOTH, *OF_GRPO], ids=lambda body: body.__name__)
+QUICK = (ScaledRewards, HalfLoss, ScoredLoss, MoreInTheBatch)
+FURTHER = (OwnRewards, OtherAdvantages, OwnLoss, OtherTexts, AdvantagesInPlace, OtherAdvantagesInTheBatch)
+
+
+@pytest.mark.parametrize(
+    "body",
+    bodies(
+        *QUICK,
+        OtherAdvantages,
+        OtherTexts,
+        MaskedInTheBatch,
+        AdvantagesByToken,
+        slow=(AnotherDict, OwnRewards, OwnLoss, *FURTHER[4:]),
+    ),
+)
 def test_grpo(body, compare):
     compare(body, num_iterations=2, learning_rate=5e-3, beta=0.1, evaluates=body in (MoreInTheBatch, ScaledRewards))
 
 
-@pytest.mark.parametrize("body", BOTH, ids=lambda body: body.__name__)
+@pytest.mark.parametrize("body", bodies(ScaledRewards, MoreInTheBatch, slow=(HalfLoss, ScoredLoss, *FURTHER)))
 def test_rloo(body, compare):
     compare(body, "RLOO", num_iterations=2, learning_rate=5e-3, epsilon=0.05)
 
 
-@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("peft", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["GRPO", "RLOO"])
 def test_log_probabilities_of_the_subclass(method, peft, compare):
     compare(FlatterLogps, method, peft=peft, num_iterations=2, learning_rate=1e-2, beta=0.1)
 
 
-@pytest.mark.parametrize("body", [OtherAdvantages, AnotherDict, OtherAdvantagesInTheBatch], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("body", bodies(AnotherDict, slow=(OtherAdvantages, OtherAdvantagesInTheBatch)))
 def test_other_losses_of_changed_batches(body, compare):
     compare(body, loss_type="grpo", importance_sampling_level="sequence", num_iterations=2, learning_rate=5e-3)
 
@@ -245,7 +258,7 @@ def test_changed_batches_of_cut_off_completions(compare):
     compare(OtherAdvantages, mask_truncated_completions=True, entropy_coef=0.2)
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("with_mask", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_high_entropy_tokens_of_the_subclass(with_mask, compare):
     compare(EvenTokens, with_mask=with_mask, top_entropy_quantile=0.6)
 
@@ -253,6 +266,28 @@ def test_high_entropy_tokens_of_the_subclass(with_mask, compare):
 def test_what_reward_functions_log(compare):
     for trainer in compare(RenamedMetrics, rewards=(noting,)):
         assert [name for name, _ in trainer.columns] == ["first"] * 2
+
+
+GRAFTS = {
+    "GRPO": ("_compute_loss", "_calculate_rewards", "_generate_and_score_completions", "_generate", "_prepare_inputs"),
+    "RLOO": ("_compute_loss", "_calculate_rewards", "_generate_and_score_completions", "_generate"),
+}
+
+
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        pytest.param(method, name, marks=() if name in ("_compute_loss", "_generate") else pytest.mark.slow)
+        for method, names in GRAFTS.items()
+        for name in names
+    ],
+)
+def test_bodies_copied_from_trl(method, name, compare):
+    """A subclass that begins as a copy of TRL's method finds all that it reads."""
+    body = type("Copied", (), {name: vars(getattr(trl, f"{method}Trainer"))[name]})
+    more = {"top_entropy_quantile": 0.7, "entropy_coef": 0.1, "off_policy_mask_threshold": 0.1}
+    settings = {"beta": 0.1, "num_iterations": 2, **(more if method == "GRPO" else {})}
+    compare(body, method, evaluates=name != "_prepare_inputs", **settings)
 
 
 class OwnGeneration:

@@ -182,8 +182,8 @@ class RolloutLoop:
     def _samples(self, rollout: Rollout, method: OnlineMethod) -> Samples:
         """Returns samples of a rollout, without advantages yet, and records the completions' lengths."""
         samples = self.samples_class.of(rollout.prompt_ids, rollout.completion_ids)
-        samples.mask = _token_vectors(rollout.mask)
-        samples.sampling_logprobs = _token_vectors(rollout.logprobs)
+        samples.mask = token_vectors(rollout.mask)
+        samples.sampling_logprobs = token_vectors(rollout.logprobs)
         cut_off = self.metrics.record_lengths(rollout, samples.mask, is_training=method.model.training)
         if self.excludes_cut_off():
             samples.excluded = cut_off
@@ -237,7 +237,7 @@ def _read_output(output: dict[str, Any], count: int) -> tuple[Rollout, dict[str,
     return rollout, {name: value if isinstance(value, list) else [value] * count for name, value in output.items()}
 
 
-def _token_vectors(lists: list[list] | None) -> list[torch.Tensor] | None:
+def token_vectors(lists: list[list] | None) -> list[torch.Tensor] | None:
     """Returns a float32 vector (length,) a completion from its tokens' values, NaN for None; None stays None."""
     if lists is None:
         return None

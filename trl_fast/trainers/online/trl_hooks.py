@@ -20,7 +20,7 @@ from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings, ToolRollo
 from trl_fast.rollout.samples import Samples
 
 from ..base.overrides import overridden
-from .rollout_loop import RolloutLoop, custom_rollout
+from .rollout_loop import RolloutLoop, custom_rollout, token_vectors
 from .trl_batch import BatchFormat, MicroBatch, check_batch
 from .trl_scoring import TRLScoring
 
@@ -81,6 +81,7 @@ class TRLHooks:
         self._trainer, self._returns_more = trainer, returns_more
         self.overridden = frozenset(overridden(type(trainer), *BATCH_HOOKS, *ROLLOUT_HOOKS))
         self._settings: SamplingSettings | None = None
+        self._loop_generates = False
         self.scoring = TRLScoring(trainer)
         self._seen: list[tuple[Samples, MicroBatch]] = []
 
@@ -144,7 +145,11 @@ class TRLHooks:
 
     def _generated(self, rows: list[dict[str, Any]]) -> tuple[Rollout, dict[str, list]]:
         """Returns what the subclass generates for the rows' prompts, and further columns for the reward sources."""
-        found = self._trainer._generate([row["prompt"] for row in rows])
+        self._loop_generates = True
+        try:
+            found = self._trainer._generate([row["prompt"] for row in rows])
+        finally:
+            self._loop_generates = False
         expected = 8 if self._returns_more else 3
         if not isinstance(found, tuple) or len(found) != expected:
             what = f"{len(found)} values" if isinstance(found, tuple) else f"a {type(found).__name__}"
@@ -214,6 +219,8 @@ class TRLHooks:
         """
         loop, trainer, prompts = self._loop, self._trainer, copy.deepcopy(prompts)
         columns: dict[str, list] = {}
+        if not self._loop_generates:
+            loop.engine.sync_weights(trainer.model, trainer.state.global_step)
         if trainer.rollout_func is not None:
             rollout, columns = custom_rollout(trainer.rollout_func, prompts, trainer)
         else:
@@ -221,10 +228,13 @@ class TRLHooks:
             with trainer.accelerator.autocast():
                 rollout = loop.engine.generate(prompt_ids, loop.settings())
         completions = loop.reader.read(prompts, rollout)
+        if not self._loop_generates:
+            mask = token_vectors(rollout.mask)
+            loop.metrics.record_lengths(rollout, mask, is_training=trainer.model.training)
+        elif isinstance(rollout, ToolRollout):
+            loop.metrics.record_tools(rollout)
         if not self._returns_more:
             return rollout.prompt_ids, rollout.completion_ids, completions
-        if isinstance(rollout, ToolRollout):
-            loop.metrics.record_tools(rollout)
         return (
             *(rollout.prompt_ids, rollout.completion_ids, rollout.mask, completions, rollout.logprobs),
             *(columns, None, []),
