@@ -1,4 +1,4 @@
-"""What users write into subclasses of TRL 1.16.0's trainers does the same here, number for number."""
+"""Subclasses of TRL 1.16.0's trainers, as users write them, do the same here, number for number."""
 
 import logging
 

@@ -2,7 +2,8 @@
 
 Registered with transformers under SEGMENT_ATTENTION. The trees' lengths travel as a keyword of the model's forward
 down to here. Where they are absent (generation, a plain forward) the model gets transformers' SDPA attention. A model
-that caps its scores, which SDPA cannot, gets its own eager attention there (EAGER_SEGMENT_ATTENTION).
+that caps its scores, which SDPA cannot, or that was loaded with eager attention, gets its own eager attention there
+(EAGER_SEGMENT_ATTENTION).
 """
 
 from __future__ import annotations
@@ -170,8 +171,9 @@ def keep_score_caps(model: PreTrainedModel) -> None:
 
 def use_segment_attention(model: PreTrainedModel) -> None:
     """Switches a model to `segment_attention`; without the lengths keyword it behaves as before."""
-    name = SEGMENT_ATTENTION if _sdpa_serves(model) else EAGER_SEGMENT_ATTENTION
     before = model.config.get_text_config()._attn_implementation
+    is_eager = before in ("eager", EAGER_SEGMENT_ATTENTION)
+    name = SEGMENT_ATTENTION if _sdpa_serves(model) and not is_eager else EAGER_SEGMENT_ATTENTION
     if before not in _REPLACEABLE:
         logger.warning(
             f"attn_implementation={before!r} gives way to trl_fast's own attention, by torch's flash kernels, which "
