@@ -1,4 +1,4 @@
-"""What compute_metrics and predict are given is what TRL 1.16.0 gives, and a model attends as it was loaded to."""
+"""The arguments of compute_metrics, and predict, are as TRL 1.16.0's; a model attends as it was loaded to."""
 
 import numpy as np
 import pytest
