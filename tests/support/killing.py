@@ -104,7 +104,9 @@ class Forks:
         else:
             time.sleep(chance.uniform(0, seconds))
         os.kill(process, signal.SIGKILL)
-        return wait(process) == -signal.SIGKILL
+        status = wait(process)
+        assert status in (0, -signal.SIGKILL), self.log.read_text()
+        return status == -signal.SIGKILL
 
     def _await_writing(self, process: int, chance: random.Random) -> None:
         """Waits until one of the next checkpoints is begun, or the fork has ended."""

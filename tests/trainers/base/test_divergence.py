@@ -288,3 +288,31 @@ def test_a_bad_step_after_skipped_ones_is_the_one_that_is_named():
     model.bias.data[0] = math.inf
     with pytest.raises(DivergedError, match="^step 3: the loss was inf and the gradient's norm was nan; .*'bias'"):
         watch_steps([GOOD, SKIPPED, (math.inf, math.nan, False), SKIPPED], model)
+
+
+def test_an_update_that_breaks_weights_after_a_good_step_is_not_saved(model_path, tmp_path):
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                spoil(kwargs["model"])
+
+    trainer = sft(model_path, tmp_path, max_steps=3, save_steps=1)
+    trainer.add_callback(Break())
+    with pytest.raises(DivergedError, match="^step 3: its update made weights NaN or infinite, first 'model.layers"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    trainer = sft(model_path, tmp_path / "unsaved", max_steps=3, save_strategy="no")
+    trainer.add_callback(Break())
+    with pytest.raises(DivergedError, match="and start again"):
+        trainer.train()
+
+
+def test_saving_broken_weights_is_said(model_path, tmp_path, caplog):
+    trainer = sft(model_path, tmp_path)
+    trainer.save_model(str(tmp_path / "good"))
+    assert not caplog.text
+    spoil(trainer.model)
+    trainer.save_model(str(tmp_path / "bad"))
+    assert (
+        f"The model that is saved to {tmp_path}/bad is broken: 1 parameters hold NaN or infinity, first" in caplog.text
+    )

@@ -175,6 +175,7 @@ class Checkpoints:
             self._wait()
             self._folder = writing
             (writing / name).mkdir(parents=True, exist_ok=True)
+            trainer.create_model_card(Path(output_dir).name)
             self._save_parts(writing / name)
             write()
         except Exception as error:

@@ -145,6 +145,28 @@ class DivergenceWatch(TrainerCallback):
         if len(self._bad) >= (SCALING_PATIENCE if self._bad[-1:] and self._bad[-1].skipped else PATIENCE):
             raise self._error(self._bad[0], f"so it was in all {len(self._bad)} steps up to {self._bad[-1].number}")
 
+    def check_weights(self) -> None:
+        """Looks at the steps since the last call, and at the weights, which even a good step may break.
+
+        Raises:
+            DivergedError: as in `check`, or weights are broken.
+        """
+        self.check()
+        broken = self._broken_weight()
+        if broken is not None:
+            step = self._trainer.state.global_step
+            raise self._failure(f"step {step}: its update made weights NaN or infinite, first {broken!r}")
+
+    def name_broken_weights(self, folder: str | None) -> None:
+        """Says so if weights that somebody saves are broken; this process looks at its own ones."""
+        assert self._trainer.model is not None, "what is trained is a model"
+        names = not_finite(self._trainer.model)
+        if names:
+            logger.warning(
+                f"The model that is saved to {folder} is broken: {len(names)} parameters hold NaN or infinity, first "
+                f"{names[0]!r}."
+            )
+
     def _judge(self, first: _Step) -> None:
         broken = self._broken_weight()
         if broken is not None:
@@ -156,12 +178,12 @@ class DivergenceWatch(TrainerCallback):
             logger.warning(f"{first}; the weights are still numbers. {PATIENCE} such steps in a row end the training.")
 
     def finish(self) -> None:
-        """Looks at the last steps of a training.
+        """Looks at the last steps of a training, and at the weights that it has made.
 
         Raises:
             DivergedError: as in `check`, or the very last step was bad.
         """
-        self.check()
+        self.check_weights()
         if self._bad and not self._bad[-1].skipped:
             raise self._error(self._bad[0], "training ended with it")
 
@@ -177,6 +199,9 @@ class DivergenceWatch(TrainerCallback):
         return names[0] if names else "one of another process"
 
     def _error(self, step: _Step, outcome: str) -> DivergedError:
+        return self._failure(f"{step}; {outcome}")
+
+    def _failure(self, what: str) -> DivergedError:
         output_dir = self._trainer.args.output_dir
         assert output_dir is not None, "the arguments have a default for it"
         try:
@@ -184,6 +209,6 @@ class DivergenceWatch(TrainerCallback):
         except ValueError:
             where = "start again"
         return DivergedError(
-            f"{step}; {outcome}. Lower learning_rate or look at the data of that step (TRL_FAST_CHECK=1 names where "
+            f"{what}. Lower learning_rate or look at the data of that step (TRL_FAST_CHECK=1 names where "
             f"it begins), and {where}."
         )

@@ -371,21 +371,22 @@ class BaseTrainer(Trainer):
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Writes README.md into the output folder: what was trained, from what, with which method."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        origin = base_model(self.accelerator.unwrap_model(self.model)).config._name_or_path
-        text = model_card(model_name or folder.name, origin, self.method, type(self).__name__)
-        (folder / "README.md").write_text(text)
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            origin = base_model(self.accelerator.unwrap_model(self.model)).config._name_or_path
+            text = model_card(model_name or folder.name, origin, self.method, type(self).__name__)
+            (folder / "README.md").write_text(text)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model; says so if its weights are broken."""
+        if not _internal_call:
+            self._divergence.name_broken_weights(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        self._divergence.check()
-
-        def write() -> None:
-            self.create_model_card(Path(self.args.output_dir).name)
-            super(BaseTrainer, self)._save_checkpoint(model, trial)
-
-        folder = self.checkpoints.write(self._get_output_dir(trial), write)
+        self._divergence.check_weights()
+        save = super()._save_checkpoint
+        folder = self.checkpoints.write(self._get_output_dir(trial), lambda: save(model, trial))
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(folder))
 
