@@ -372,10 +372,9 @@ class BaseTrainer(Trainer):
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Writes README.md into the output folder: what was trained, from what, with which method."""
         if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            origin = base_model(self.accelerator.unwrap_model(self.model)).config._name_or_path
-            text = model_card(model_name or folder.name, origin, self.method, type(self).__name__)
-            (folder / "README.md").write_text(text)
+            folder, model = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
+            names = (model_name or folder.name, base_model(model).config._name_or_path)
+            (folder / "README.md").write_text(model_card(*names, self.method, type(self).__name__))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model; says so if its weights are broken."""
