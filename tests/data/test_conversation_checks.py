@@ -219,3 +219,27 @@ def test_a_text_beside_which_a_question_stands_is_trained_alone(caplog):
     caplog.clear()
     prepare("sft", [{"question": "What?", "text": "What? That."}])
     assert "alone" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "column, value, said",
+    [
+        ("tools", "[{", r"'\[\{' is no valid JSON: Expecting"),
+        ("tools", '{"name": "f"}', "is of type dict; expected a list"),
+        ("chat_template_kwargs", "thinking", "'thinking' is of type str; expected a dict"),
+    ],
+)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"prompt only"}))
+def test_bad_arguments_of_the_template(kind, column, value, said):
+    row, how = KINDS[kind]
+    with pytest.raises(ValueError, match=f"^The train dataset, row 0: column '{column}': .*{said}"):
+        prepare(how, [{**row, column: value}])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_without_a_chat_template(kind):
+    row, how = KINDS[kind]
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="row 0: the row has messages, but the tokenizer has no chat template; set"):
+        prepare(how, [row], tokenizer)

@@ -98,6 +98,14 @@ def test_older_column_names(tokenizer):
         assert ids(ours) == ids(trls(dataset, tokenizer))
 
 
+def test_column_names_of_the_oldest_versions(tokenizer):
+    row = {"input_ids_chosen": [5, 6, 0], "attention_mask_chosen": [1, 1, 0]}
+    row |= {"input_ids_rejected": [7], "attention_mask_rejected": [1]}
+    with pytest.warns(FutureWarning, match="`input_ids_chosen` and `input_ids_rejected` are names of an older TRL"):
+        ours = prepare_reward_dataset(Dataset.from_list([row]), tokenizer)
+    assert ours[:] == {"chosen_ids": [[5, 6]], "rejected_ids": [[7]]}
+
+
 def test_a_question_repeated_as_text_beside_conversations_is_ignored(tokenizer):
     whole = ROWS["messages with their prompt"]
     dataset = Dataset.from_list([{**row, "prompt": "What color is it?"} for row in whole])

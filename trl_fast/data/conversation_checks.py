@@ -92,9 +92,10 @@ def named_template_errors(
 ) -> Iterator[None]:
     """Names the row, column and message where the chat template fails while it is open.
 
-    Contents in parts are refused before, where the template would write the list itself instead of its texts.
+    Contents in parts are refused before, where the template would write the list itself instead of its texts. Other
+    errors of the row, of its tools for instance, get its number.
 
-    Raises ValueError for both.
+    Raises ValueError for all of them.
     """
     for column, index in _places_of_parts(example):
         if not _reads_parts(processing_class):
@@ -107,6 +108,10 @@ def named_template_errors(
     except _TEMPLATE_ERRORS as error:
         what = f"{type(error).__name__}: {error}" if not isinstance(error, TemplateError) else str(error)
         raise ValueError(f"{place(name, row)}: the chat template refuses the messages: {what}") from error
+    except ValueError as error:
+        without = processing_class.chat_template is None and "chat_template" in str(error)
+        remedy = "the row has messages, but the tokenizer has no chat template; set processing_class.chat_template"
+        raise ValueError(f"{place(name, row)}: {remedy if without else error}") from error
 
 
 def _places_of_parts(example: dict[str, Any]) -> Iterator[tuple[str, int]]:

@@ -35,7 +35,15 @@ SEQUENCE_COLUMNS = ("chosen_ids", "rejected_ids")
 MARGIN = "margin"
 # The extra of a TokenBatch that tells where each sequence's reward is read.
 REWARD_POSITIONS = "reward_positions"
-_OLDER_COLUMNS = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
+# Tokenized data's columns in older versions of TRL, up to 1.x and up to 0.24, and their present names.
+_OLDER_COLUMNS = (
+    {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"},
+    {"input_ids_chosen": "chosen_ids", "input_ids_rejected": "rejected_ids"},
+)
+_OLDER_MASKS = {
+    "attention_mask_chosen": "chosen_attention_mask",
+    "attention_mask_rejected": "rejected_attention_mask",
+}
 
 # Part of the cache's key: datasets hashes a module's function by its name, not by its code. Count it up whenever rows
 # come out differently.
@@ -101,16 +109,19 @@ def prepare_reward_dataset(
 
 
 def _with_present_names(dataset: AnyDataset) -> AnyDataset:
-    columns = dataset.column_names or []
-    if not _OLDER_COLUMNS.keys() <= set(columns) or set(SEQUENCE_COLUMNS) <= set(columns):
+    columns = set(dataset.column_names or [])
+    older = next((names for names in _OLDER_COLUMNS if names.keys() <= columns), None)
+    if older is None or set(SEQUENCE_COLUMNS) <= columns:
         return dataset
+    first, second = older
     warnings.warn(
-        "The columns `chosen_input_ids` and `rejected_input_ids` are names of an older TRL; they work, and "
-        "`chosen_ids` and `rejected_ids` are the present names.",
+        f"The columns `{first}` and `{second}` are names of an older TRL; they work, and `chosen_ids` and "
+        "`rejected_ids` are the present names.",
         FutureWarning,
         stacklevel=2,
     )
-    return dataset.rename_columns(_OLDER_COLUMNS)
+    masks = {old: new for old, new in _OLDER_MASKS.items() if old in columns}
+    return dataset.rename_columns({**older, **masks})
 
 
 def _short_enough(dataset: AnyDataset, max_length: int, num_proc: int | None, name: str) -> AnyDataset:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .formats import is_conversational
+from .row_places import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,10 +60,22 @@ def _tokenize_parts(
 
 
 def template_options(example: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row's arguments of the chat template: `tools`, a list or one as JSON, and `chat_template_kwargs`."""
-    tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(example.get("chat_template_kwargs") or {})}
+    """Returns a row's arguments of the chat template: `tools`, a list or one as JSON, and `chat_template_kwargs`.
+
+    Raises ValueError if the tools are no valid JSON, no list, or the arguments no dict.
+    """
+    tools, arguments = example.get("tools"), example.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column 'tools': {shorten(tools)} is no valid JSON: {error}") from error
+    for column, value, kind in (("tools", tools, list), ("chat_template_kwargs", arguments, dict)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(
+                f"column {column!r}: {shorten(value)} is of type {type(value).__name__}; expected a {kind.__name__}"
+            )
+    return {"tools": tools, **arguments}
 
 
 def common_prefix_length(ids: Sequence[object], other_ids: Sequence[object]) -> int:

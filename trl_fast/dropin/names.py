@@ -204,7 +204,8 @@ _FORMATTING = _places(
     "instructions_formatting_function",
 )
 _SET_SEED = _places("transformers", "set_seed")
-_ONLINE_TYPES = {
+_ONLINE_NAMES = {
+    "shuffle_tensor_dict": f"{_HELPERS}.tensors:shuffle_sequence_dict",
     "RewardFunc": "trl_fast.rollout.reward_source:GivenReward",
     "RolloutFunc": "collections.abc:Callable",
 }
@@ -226,7 +227,7 @@ def _method_modules() -> dict[str, dict[str, str]]:
                 **config,
                 **trainer,
                 **method.trl_names,
-                **(_ONLINE_TYPES if method.reward_argument == "reward_funcs" else {}),
+                **(_ONLINE_NAMES if method.reward_argument == "reward_funcs" else {}),
             }
         modules[f"trl.scripts.{method.name}"] = _script(method)
     return modules
@@ -236,6 +237,7 @@ def _script(method: Method) -> dict[str, str]:
     script = {name: f"{_HELPERS}.scripts:{method.name}_{name}" for name in ("main", "make_parser")}
     if method.reward_argument == "reward_funcs":
         script[f"{method.name.upper()}ScriptArguments"] = "trl_fast.cli.rewards:RewardScriptArguments"
+        script["reward_funcs_registry"] = f"{_HELPERS}.scripts:reward_funcs_registry"
     return script
 
 

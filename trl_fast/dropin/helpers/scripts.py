@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_fast.cli.parser import TrlParser
+from trl_fast.cli.rewards import REWARD_FUNCTIONS
 from trl_fast.cli.training import argument_types, checkpoint_to_resume, make_trainer, train
 from trl_fast.trainers.methods import METHODS
 
@@ -45,6 +46,8 @@ def get_git_commit_hash(package_name: str) -> str | None:
 
 
 def __getattr__(attribute: str) -> Any:
+    if attribute == "reward_funcs_registry":
+        return {name: make() for name, make in REWARD_FUNCTIONS.items()}
     # sft_main, sft_make_parser, ... for each method.
     name, _, function = attribute.partition("_")
     if name in METHODS and function in ("main", "make_parser"):
