@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from packaging.version import Version
 
 LIGER_KERNEL_MIN_VERSION = "0.8.2"
-PACKAGE_DISTRIBUTION_MAPPING = packages_distributions()
 
 
 class TRLExperimentalWarning(UserWarning):
@@ -135,3 +134,10 @@ def is_vllm_available(min_version: str | None = None) -> bool:
 def is_weave_available() -> bool:
     """Says whether Weave is installed."""
     return _found("weave")
+
+
+def __getattr__(name: str) -> object:
+    # It takes half a second to find out, which few need.
+    if name == "PACKAGE_DISTRIBUTION_MAPPING":
+        return packages_distributions()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
