@@ -13,7 +13,8 @@ import trl.import_utils as their_packages
 import trl.trainer.utils as theirs
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import Qwen2Config, Qwen3MoeConfig
+from peft import LoraConfig, PeftModel
+from transformers import Qwen2Config, Qwen3MoeConfig, TrainingArguments
 
 from support.models import tiny_model
 from support.tokenizer import build_tokenizer
@@ -162,6 +163,19 @@ def test_models(monkeypatch):
         assert found[0] == found[1]
 
 
+def test_adapters_and_checkpointing(tmp_path):
+    options = {"use_cpu": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(str(tmp_path), gradient_checkpointing=True, **options)
+    model = models.prepare_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]), arguments)
+    assert isinstance(model, PeftModel) and model.is_gradient_checkpointing
+    plain = tiny_model()
+    assert models.prepare_peft_model(plain, None, TrainingArguments(str(tmp_path), use_cpu=True)) is plain
+    assert not plain.is_gradient_checkpointing
+    for refused in (models.prepare_deepspeed, models.prepare_fsdp):
+        with pytest.raises(NotImplementedError, match="shards are not supported"):
+            refused(plain, None)
+
+
 def test_a_model_by_its_path(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     ours, expected = models.create_model_from_path(str(tmp_path)), theirs.create_model_from_path(str(tmp_path))
@@ -259,6 +273,12 @@ def test_messages_of_parts(messages, images):
     assert chat.prepare_multimodal_messages(messages, images) == expected
     assert chat.strip_images_from_messages(expected) == theirs.strip_images_from_messages(expected)
     assert chat.strip_images_from_messages("text") == "text"
+    for ours, theirs_ in zip(chat.prepare_multimodal_messages_vllm(expected), expected, strict=True):
+        kinds = [part["type"] for part in theirs_.get("content") or []]
+        assert [part["type"] for part in ours.get("content") or []] == [
+            {"image": "image_pil"}.get(k, k) for k in kinds
+        ]
+        assert all(part["image_pil"] is IMAGE for part in ours.get("content") or [] if part["type"] == "image_pil")
 
 
 @pytest.mark.parametrize("messages, images", [(PLACED, []), ([{"role": "critic", "content": "c"}], [])])

@@ -33,17 +33,12 @@ LEFT = {
     "trl.kernels.chunked_logprob": {
         "TRL's own losses": ["ChunkedLogProbFunction", "OPTIONAL_OUTPUTS", "TOKEN_CHUNK_SIZE"]
     },
-    "trl.models": {"shards": ["prepare_deepspeed", "prepare_fsdp"]},
     "trl.models.activation_offloading": {
         "torch.distributed.tensor": ["DTensor"],
         "contextlib": ["NoOpManager"],
         "activation_offloading=True": ["OffloadActivations"],
     },
-    "trl.models.utils": {
-        "shards": [
-            *("add_hooks", "get_all_parameters", "iter_params", "prepare_deepspeed", "prepare_fsdp", "remove_hooks")
-        ]
-    },
+    "trl.models.utils": {"shards": ["add_hooks", "get_all_parameters", "iter_params", "remove_hooks"]},
     "trl.scripts.distillation": {"distillation": ["main", "make_parser"]},
     "trl.scripts.vllm_serve": {"vllm serve": ["ScriptArguments", "build_command", "main", "make_parser"]},
     "trl.trainer": {

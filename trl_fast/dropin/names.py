@@ -62,7 +62,7 @@ _DATA = {
     **_places("trl_fast.data", "truncate_dataset"),
     **_places("trl_fast.data.tokenization", "common_prefix_length"),
     **_places("trl_fast.data.dataset_types", "get_dataset_column_names"),
-    **_places(f"{_HELPERS}.chat", "prepare_multimodal_messages"),
+    **_places(f"{_HELPERS}.chat", "prepare_multimodal_messages", "prepare_multimodal_messages_vllm"),
     "DatasetType": "trl_fast.data.dataset_types:DatasetOrDict",
     "IterableDatasetType": "trl_fast.data.dataset_types:DatasetOrDict",
 }
@@ -87,7 +87,9 @@ _OTHER_REWARDS = _places("trl_fast.rewards", "get_repetition_penalty_reward", "g
 
 _REFERENCE = _places("trl_fast", "create_reference_model")
 _CHAT_FORMAT = _places("trl_fast", "clone_chat_template", "setup_chat_format")
-_GENERATION_MODEL = _places(f"{_HELPERS}.models", "unwrap_model_for_generation")
+_WRAPPED_MODEL = _places(
+    f"{_HELPERS}.models", "prepare_deepspeed", "prepare_fsdp", "prepare_peft_model", "unwrap_model_for_generation"
+)
 _SELECTIVE_CHECKPOINTING = _places(f"{_HELPERS}.checkpointing", "enable_selective_activation_checkpointing")
 _OFFLOADING = _places(f"{_HELPERS}.checkpointing", "get_act_offloading_ctx_manager")
 _ADAPTERS = {
@@ -211,7 +213,7 @@ _ONLINE_NAMES = {
 }
 # `from trl.trainer.NAME_trainer import ...` gives what TRL's own trainers import, too.
 _IN_TRAINER_MODULES = {**_UTILITIES, **_DATA, **_CHAT_TEMPLATES, **_PROFILING, **_PACKAGES, **_REFERENCE, **_CALLBACKS}
-_IN_TRAINER_MODULES |= {**_GENERATION_MODEL, **_OFFLOADING, **_SELECTIVE_CHECKPOINTING, **_MASKED}
+_IN_TRAINER_MODULES |= {**_WRAPPED_MODEL, **_OFFLOADING, **_SELECTIVE_CHECKPOINTING, **_MASKED}
 
 
 def _method_modules() -> dict[str, dict[str, str]]:
@@ -257,7 +259,13 @@ MODULES: dict[str, dict[str, str]] = {
     **_method_modules(),
     "trl": {
         **_OLDER_PACKAGE_LEVEL,
-        **_places(f"{_HELPERS}.chat", "add_response_schema", "prepare_multimodal_messages", "supports_tool_calling"),
+        **_places(
+            f"{_HELPERS}.chat",
+            "add_response_schema",
+            "prepare_multimodal_messages",
+            "prepare_multimodal_messages_vllm",
+            "supports_tool_calling",
+        ),
     },
     "trl.trainer": {
         **_FIRST_UTILITIES,
@@ -272,7 +280,7 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.models": {
         **_REFERENCE,
         **_CHAT_FORMAT,
-        **_GENERATION_MODEL,
+        **_WRAPPED_MODEL,
         **_SELECTIVE_CHECKPOINTING,
         **_OFFLOADING,
         **_places("peft", "prepare_model_for_kbit_training"),
@@ -280,9 +288,9 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.models.utils": {
         **_REFERENCE,
         **_CHAT_FORMAT,
-        **_GENERATION_MODEL,
+        **_WRAPPED_MODEL,
         **_ADAPTERS,
-        **_places(f"{_HELPERS}.models", "disable_gradient_checkpointing"),
+        **_places(f"{_HELPERS}.models", "disable_gradient_checkpointing", "enable_gradient_checkpointing"),
     },
     "trl.models.modeling_base": _REFERENCE,
     "trl.models.activation_offloading": _OFFLOADING,
@@ -317,6 +325,6 @@ MODULES: dict[str, dict[str, str]] = {
         **_ADAPTERS,
         **_places("trl_fast.data", "truncate_dataset"),
         **_places(f"{_HELPERS}.tensors", "first_true_indices", "pad_to_length", "truncate_right"),
-        **_places(f"{_HELPERS}.models", "empty_cache"),
+        **_places(f"{_HELPERS}.models", "empty_cache", "enable_gradient_checkpointing", "prepare_peft_model"),
     },
 }

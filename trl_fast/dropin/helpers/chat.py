@@ -117,6 +117,23 @@ def prepare_multimodal_messages(
     return [{**message, "content": filled[id(message)]} if id(message) in filled else message for message in prepared]
 
 
+def prepare_multimodal_messages_vllm(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns messages with the images of their parts under the names that vLLM gives them."""
+    renamed = {"image": "image_pil"}
+
+    def part_for_vllm(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        return {renamed.get(key, key): renamed["image"] if key == "type" else value for key, value in part.items()}
+
+    return [
+        {**message, "content": [part_for_vllm(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
 def _is_place(part: dict[str, Any]) -> bool:
     return part["type"] == "image" and "image" not in part
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, TrainingArguments
+
+from trl_fast.modeling.loading import add_adapter
 
 # The ports that are tried first for a process group.
 _USUAL_PORTS = (29500, 23456, 12355, 12345)
@@ -109,6 +111,44 @@ def unwrap_model_for_generation(
     inner: Any = accelerator.unwrap_model(model)
     with disable_gradient_checkpointing(inner, gradient_checkpointing_kwargs):
         yield inner
+
+
+def prepare_deepspeed(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """Refuses to shard a model that is not trained by DeepSpeed; scripts call it only where they run with DeepSpeed.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError("prepare_deepspeed: reference models that DeepSpeed shards are not supported; use PEFT")
+
+
+def prepare_fsdp(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """Refuses to shard a model that is not trained by FSDP; scripts call it only where they run with FSDP.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError("prepare_fsdp: reference models that FSDP shards are not supported; use PEFT")
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel, gradient_checkpointing_kwargs: Any) -> PreTrainedModel:
+    """Switches a model's gradient checkpointing on; reentrant, with gradients at the embeddings, where they say so."""
+    options = gradient_checkpointing_kwargs or {}
+    model.gradient_checkpointing_enable(options)
+    if options.get("use_reentrant", True):
+        model.enable_input_require_grads()
+    return model
+
+
+def prepare_peft_model(model: PreTrainedModel, peft_config: PeftConfig | None, args: TrainingArguments) -> Any:
+    """Puts an adapter on a model, with gradient checkpointing as the arguments say; None puts none on.
+
+    Raises:
+        ValueError: the model has an adapter already.
+    """
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(model, args.gradient_checkpointing_kwargs)
+    return model if peft_config is None else add_adapter(model, peft_config)
 
 
 def peft_module_casting_to_bf16(model: torch.nn.Module) -> None:
