@@ -34,7 +34,7 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 # Part of the cache's key: datasets hashes a module's function by its name, not by its code. Count it up whenever rows
 # come out differently.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def prepare_preference_dataset(

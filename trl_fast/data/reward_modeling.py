@@ -47,7 +47,7 @@ _OLDER_MASKS = {
 
 # Part of the cache's key: datasets hashes a module's function by its name, not by its code. Count it up whenever rows
 # come out differently.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def tokenize_reward(example: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, list[int]]:
