@@ -102,7 +102,7 @@ OLDER_NAMES = {
     *("is_llm_blender_available", "is_llmblender_available", "is_npu_available", "is_peft_available"),
     *("is_pil_available", "is_pydantic_available", "is_rich_available", "is_sklearn_available"),
     *("is_torchvision_available", "is_uvicorn_available", "is_vllm_ascend_available", "is_wandb_available"),
-    "is_xpu_available",
+    *("is_xpu_available", "prepare_multimodal_messages_vllm"),
 }
 
 
