@@ -89,7 +89,11 @@ def test_a_mixture_takes_files_by_path(two_files):
     [
         ([], {}, "datasets is empty"),
         ([{}, {"fraction": 0.5}], {}, "datasets.0: fraction must be set for all datasets or for none"),
-        ([{"fraction": -1}, {"fraction": 0.5}], {}, "at least 0"),
+        (
+            [{"fraction": -1}, {"fraction": 0.5}],
+            {},
+            r"datasets.0.fraction: expected a finite number >= 0 or None, got -1",
+        ),
         ([{"fraction": 1}], {"streaming": True}, "fraction needs datasets of known length"),
         ([{}], {"streaming": True, "test_split_size": 2}, "test_split_size needs datasets of known length"),
         ([{"split": "dev"}], {}, r"datasets.0.path='.*a.jsonl' has no split 'dev'"),

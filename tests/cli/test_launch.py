@@ -48,7 +48,7 @@ def test_every_configuration_of_ours_is_one_that_accelerate_reads(monkeypatch):
 
 
 def test_a_configuration_may_be_a_file_and_a_missing_one_is_named(tmp_path):
-    (tmp_path / "own.yaml").write_text("")
+    (tmp_path / "own.yaml").write_text((CONFIGS / "single_gpu.yaml").read_text())
     file = str(tmp_path / "own.yaml")
     assert launcher_flags(["--accelerate_config", file]) == (["--config_file", file], [])
     with pytest.raises(ValueError, match="--accelerate_config zero4: expected a file or one of fsdp1, fsdp2"):
@@ -57,13 +57,13 @@ def test_a_configuration_may_be_a_file_and_a_missing_one_is_named(tmp_path):
 
 def test_a_training_command_is_started_again_in_several_processes(launched, tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("accelerate_config: zero2\nmulti_gpu: false\nmodel_name_or_path: m\n")
+    config.write_text("accelerate_config: fsdp2\nmulti_gpu: false\nmodel_name_or_path: m\n")
     arguments = ["dpo", "--config", str(config), "--num_processes", "2", "--beta", "0.2"]
     assert main(arguments) == 0
     (call,) = launched
     assert call.module and call.training_script == "trl_fast.cli.main"
     assert call.training_script_args == arguments
-    assert (call.config_file, call.num_processes, call.multi_gpu) == (str(CONFIGS / "zero2.yaml"), 2, False)
+    assert (call.config_file, call.num_processes, call.multi_gpu) == (str(CONFIGS / "fsdp2.yaml"), 2, False)
 
 
 def test_a_process_that_was_started_so_trains(launched, monkeypatch, capsys):

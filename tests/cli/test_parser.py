@@ -109,14 +109,14 @@ def test_a_bad_flag_is_not_blamed_on_the_file_that_has_the_key_too(tmp_path):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="missing.yaml.*cannot be read"):
+    with pytest.raises(ValueError, match="missing.yaml: there is no such file"):
         parse("--config", str(tmp_path / "missing.yaml"))
 
 
 def test_unknown_flags_are_named_or_come_back(tmp_path):
     with pytest.raises(ValueError, match="unknown argument --lerning-rate; did you mean 'learning_rate'?"):
         parse("--lerning-rate", "1")
-    with pytest.raises(ValueError, match=r"unexpected arguments \['stray'\]"):
+    with pytest.raises(ValueError, match="unexpected arguments stray"):
         parse("stray")
 
 

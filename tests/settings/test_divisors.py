@@ -48,8 +48,8 @@ REFUSED = [
         "per_device_eval_batch_size=4",
     ),
     (
-        {"generation_kwargs": [1]},
-        "generation_kwargs: expected a dict of the sampler's arguments, got [1] of type list",
+        {"generation_kwargs": dict},
+        "generation_kwargs: expected a dict of the sampler's arguments, got <class 'dict'> of type type",
     ),
 ]
 

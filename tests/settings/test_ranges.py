@@ -10,7 +10,7 @@ import pytest
 import trl
 
 import trl_fast
-from trl_fast.cli.arguments import ModelConfig
+from trl_fast.cli.arguments import DatasetConfig, DatasetMixtureConfig, ModelConfig
 from trl_fast.losses.dpo import DPOLossConfig
 from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
@@ -22,6 +22,7 @@ from trl_fast.trainers.methods import METHODS
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 # Other dataclasses with numbers of the same names.
 OTHERS = [ModelConfig, TrainingSetup, SamplingSettings, DPOLossConfig, KTOLossConfig, PolicyLossConfig]
+OTHERS += [DatasetConfig, DatasetMixtureConfig]
 CONFIGS = {config.__name__.removesuffix("Config"): config for config in (m.config_class() for m in METHODS.values())}
 
 
@@ -47,7 +48,7 @@ def numeric_fields(owner):
 def test_every_numeric_field_has_a_range(owner):
     """One without is a new field: enter it into RANGES, as FINITE if every number makes sense."""
     names = numeric_fields(owner)
-    assert len(names) >= 3
+    assert names
     assert [name for name in names if range_of(owner, name) is None] == []
 
 

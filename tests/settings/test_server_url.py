@@ -32,7 +32,7 @@ BAD = {
     "http://h:1 ": "has white space",
     "http://me:se\ncret@h:1": r"'http://\*\*\*@h:1' has white space",
     "": "is no URL",
-    8000: "8000 is no URL",
+    8000: "has no scheme",
 }
 
 

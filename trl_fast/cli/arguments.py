@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from trl_fast.settings.choices import did_you_mean
+from trl_fast.settings.choices import check_choices, did_you_mean
+from trl_fast.settings.field_types import check_types
 from trl_fast.settings.older_names import deprecated
 from trl_fast.settings.ranges import check_ranges
 
@@ -32,6 +33,9 @@ class ScriptArguments:
     ignore_bias_buffers: bool = field(
         default=False, metadata={"help": "For DDP with models whose boolean buffers must not be synchronised."}
     )
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass
@@ -70,20 +74,36 @@ class DatasetMixtureConfig:
     )
 
     def __post_init__(self) -> None:
-        self.datasets = [
-            _dataset_config(entry, index) if isinstance(entry, dict) else entry
-            for index, entry in enumerate(self.datasets)
-        ]
+        entries: Any = self.datasets
+        if not isinstance(entries, list):
+            raise ValueError(
+                f"datasets: expected a list of maps such as `- path: x.jsonl`, got {entries!r}; write one"
+            )
+        self.datasets = [_dataset_config(entry, index) for index, entry in enumerate(entries)]
+        check_types(self)
+        check_ranges(self)
 
 
-def _dataset_config(entry: dict[str, Any], index: int) -> DatasetConfig:
+def _dataset_config(entry: Any, index: int) -> DatasetConfig:
+    if isinstance(entry, DatasetConfig):
+        entry = {item.name: getattr(entry, item.name) for item in fields(entry)}
+    if not isinstance(entry, dict):
+        raise ValueError(f"datasets.{index}: expected a map such as `path: x.jsonl`, got {entry!r}; write one")
     known = [item.name for item in fields(DatasetConfig)]
     for key in entry:
         if key not in known:
             raise ValueError(f"datasets.{index}.{key} is unknown{did_you_mean(str(key), known)}")
-    if "path" not in entry:
+    if entry.get("path") is None:
         raise ValueError(f"datasets.{index}: path is missing; give a hub name, a folder or a file")
-    return DatasetConfig(**entry)
+    if isinstance(entry.get("columns"), str):
+        entry = {**entry, "columns": [entry["columns"]]}
+    config = DatasetConfig(**entry)
+    try:
+        check_types(config)
+        check_ranges(config)
+    except ValueError as error:
+        raise ValueError(f"datasets.{index}.{error}") from error
+    return config
 
 
 @dataclass
@@ -119,6 +139,8 @@ class ModelConfig:
             self.dtype = self.torch_dtype
         # Older scripts read the value under this name.
         self.torch_dtype = self.dtype
+        check_types(self)
+        check_choices(self, ModelConfig)
         check_ranges(self)
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit exclude each other; choose one")

@@ -2,58 +2,100 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, IterableDatasetDict, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    load_dataset,
+)
 
 from trl_fast.data import AnyDataset
+from trl_fast.input_errors import error_line
+from trl_fast.settings.choices import did_you_mean
 
 from .arguments import DatasetMixtureConfig, ScriptArguments
+from .data_files import ENDINGS, builder_of, find_fault, split_name, without_error_logs
 
 logger = logging.getLogger(__name__)
 
-# File endings and the builder of `datasets` that reads them.
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# The files in which `Dataset.save_to_disk` describes what it has written.
+_SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 
 
-def _data_files(path: Path, argument: str) -> tuple[str, str | dict[str, str]]:
-    """Returns the builder and the files of a local file, or of a folder with one file a split (train.jsonl, ...)."""
+def _local_files(path: Path, argument: str) -> dict[str, Path]:
+    """Returns the data file, or the files of a folder with one file a split (train.jsonl, ...), by split.
+
+    Raises:
+        ValueError: the file's name has an unknown ending, or the folder mixes formats or was saved to disk.
+    """
     if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"{argument}={str(path)!r}: expected a file ending in {', '.join(BUILDERS)}")
-        return BUILDERS[path.suffix], str(path)
-    files = [file for file in sorted(path.iterdir()) if file.suffix in BUILDERS]
-    endings = {BUILDERS[file.suffix] for file in files}
-    if len(endings) > 1:
-        raise ValueError(f"{argument}={str(path)!r}: the folder mixes file formats {sorted(endings)}; keep one")
-    return endings.pop(), {file.stem: str(file) for file in files}
-
-
-def _is_split_folder(path: Path) -> bool:
-    return path.is_dir() and any(file.suffix in BUILDERS for file in path.iterdir())
+        if builder_of(path) is None:
+            raise ValueError(f"{argument}={str(path)!r}: expected a file ending in {ENDINGS}")
+        return {"train": path}
+    if any((path / name).is_file() for name in _SAVED_TO_DISK):
+        raise ValueError(
+            f"{argument}={str(path)!r} was written by save_to_disk; write it with dataset.to_parquet('x.parquet')"
+        )
+    files = {split_name(file): file for file in sorted(path.iterdir()) if builder_of(file) and file.is_file()}
+    formats = {builder_of(file) for file in files.values()}
+    if len(formats) > 1:
+        raise ValueError(f"{argument}={str(path)!r}: the folder mixes file formats {sorted(formats)}; keep one")
+    return files
 
 
 def _load(path: str, argument: str, **options: Any) -> AnyDataset:
-    """Calls `load_dataset` with a hub name, a local file or a folder; `argument` is its name in messages."""
-    place = Path(path)
+    """Calls `load_dataset` with a hub name, a local file or a folder; `argument` is its name in messages.
+
+    Raises:
+        ValueError: the data cannot be read; the message names the file and the line where one is broken.
+    """
+    place, split = Path(path), options["split"]
     # A path with a configuration or files of its own is understood by load_dataset alone.
     described = any(options.get(key) is not None for key in ("name", "data_dir", "data_files"))
+    files: dict[str, Path] = {}
+    if not path:
+        raise ValueError(f"{argument} is empty; give a hub name, a folder or a file")
+    if not described and place.exists():
+        files = _local_files(place, argument)
+    elif builder_of(place) is not None and not place.exists():
+        raise ValueError(f"{argument}={path!r}: there is no such file")
+    builder, data_files = path, options.pop("data_files", None)
+    if files:
+        (builder,) = {builder_of(file) for file in files.values()}
+        data_files = {name: str(file) for name, file in files.items()}
     try:
-        if not described and (place.is_file() or _is_split_folder(place)):
-            builder, files = _data_files(place, argument)
-            return load_dataset(builder, **{**options, "data_files": files})
-        if place.suffix in BUILDERS:
-            raise ValueError(f"{argument}={path!r}: there is no such file")
-        return load_dataset(path, **options)
-    except ValueError as error:
-        if "split" in str(error).lower() and f"{argument}=" not in str(error):
-            raise ValueError(
-                f"{argument}={path!r} has no split {options['split']!r} ({error}); a part of a split is written as "
-                "train[:90%]"
-            ) from error
-        raise
+        with without_error_logs():
+            dataset = load_dataset(builder, data_files=data_files, **options)
+            if isinstance(dataset, IterableDataset):
+                # A stream is opened only when its first row is read.
+                next(iter(dataset), None)
+    except Exception as error:
+        fault = find_fault(list(files.values()))
+        if fault is not None:
+            raise ValueError(f"{argument}: {fault}") from error
+        raise ValueError(f"{argument}={path!r}{_reason(error, split)}") from error
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(f"{argument}={path!r}: split={split!r} names no split")
+    return dataset
+
+
+def _reason(error: Exception, split: str | None) -> str:
+    """Returns why `load_dataset` failed, where its files are not to blame, after the name of the dataset."""
+    text = error_line(error)
+    if "corresponds to no data" in text or isinstance(error, StopIteration):
+        return f", split {split!r} has no rows"
+    if "split" in text.lower() or "slice" in text.lower() or "instruction" in text.lower():
+        return f" has no split {split!r} ({text}); a part of a split is written as train[:90%]"
+    return f": {text}"
 
 
 def load_split(arguments: ScriptArguments, split: str) -> AnyDataset:
@@ -102,13 +144,28 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict | IterableD
             split=config.split,
             streaming=mixture_config.streaming,
         )
-        parts.append(part if config.columns is None else part.select_columns(config.columns))
-    mixture = concatenate_datasets(_take_fractions(parts, mixture_config))
+        parts.append(part if config.columns is None else _select(part, config.columns, index))
+    parts = _take_fractions(parts, mixture_config)
+    try:
+        mixture = concatenate_datasets(parts)
+    except ValueError as error:
+        raise ValueError(f"datasets: they do not fit together: {error_line(error)}; use `columns`") from error
     if mixture_config.streaming:
         return IterableDatasetDict({"train": mixture})
     if mixture_config.test_split_size is None:
         return DatasetDict({"train": mixture})
-    return mixture.train_test_split(test_size=mixture_config.test_split_size)
+    size = mixture_config.test_split_size
+    if size >= len(mixture):
+        raise ValueError(f"test_split_size={size}: the mixture has {len(mixture)} rows; leave some to train on")
+    return mixture.train_test_split(test_size=size if size < 1 else int(size))
+
+
+def _select(dataset: AnyDataset, columns: list[str], index: int) -> AnyDataset:
+    for column in columns:
+        if column not in (dataset.column_names or columns):
+            hint = did_you_mean(column, dataset.column_names)
+            raise ValueError(f"datasets.{index}.columns names {column!r}; there are {dataset.column_names}{hint}")
+    return dataset.select_columns(columns)
 
 
 def _take_fractions(parts: list[AnyDataset], mixture_config: DatasetMixtureConfig) -> list[AnyDataset]:
@@ -125,6 +182,26 @@ def _take_fractions(parts: list[AnyDataset], mixture_config: DatasetMixtureConfi
     weights = [fraction / sum(fractions) for fraction in fractions]
     size = min(len(part) / weight for part, weight in zip(parts, weights, strict=True) if weight > 0)
     return [part.select(range(round(weight * size))) for part, weight in zip(parts, weights, strict=True)]
+
+
+@contextlib.contextmanager
+def named_data(arguments: ScriptArguments, mixture: DatasetMixtureConfig) -> Iterator[None]:
+    """Adds the file, folder or hub name that the data came from to an error about a row or column.
+
+    Raises:
+        ValueError: as it was raised inside, with that name.
+    """
+    paths = [config.path for config in mixture.datasets] or [arguments.dataset_name or ""]
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        # Arrow decodes texts only when they are read.
+        files = [file for path in paths if Path(path).exists() for file in _local_files(Path(path), "").values()]
+        raise ValueError(find_fault(files) or f"{', '.join(paths)}: {error_line(error)}") from error
+    except (ValueError, TypeError) as error:
+        if not re.match(r"The .*\bdataset\b", str(error)):
+            raise
+        raise ValueError(f"{', '.join(paths)}: {error}") from error
 
 
 def load_train_and_test(

@@ -113,9 +113,17 @@ def backends() -> list[tuple[str, str, str]]:
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
     """Refuses arguments; returns what prints the tables."""
+    if arguments in (["-h"], ["--help"]):
+        return print_help
     if arguments:
         raise ValueError(f"trl-fast env takes no arguments, got {' '.join(arguments)}")
     return print_environment
+
+
+def print_help() -> int:
+    """Prints what the command does and returns the exit status."""
+    print("usage: trl-fast env\n\nPrints versions, backends with reasons, and facts about this machine.")
+    return 0
 
 
 def print_environment() -> int:

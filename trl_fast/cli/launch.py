@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from accelerate.commands.config.config_args import BaseConfig, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from trl_fast.input_errors import error_line
 from trl_fast.settings.choices import did_you_mean
+from trl_fast.settings.packages import check_package
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 # Is set in the processes that `launch` starts, which get the same command line.
@@ -59,7 +65,32 @@ def launcher_flags(remaining: list[str]) -> tuple[list[str], list[str]]:
             if not is_said or words.pop(0).lower() == "true":
                 flags.append(f"--{name}")
     # Of several --num_processes the last one counts, which is the user's.
+    _parsed([*config, *flags], ["script"])
     return [*config, *flags], unknown
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parses as another parser does; a bad flag is a ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the error."""
+        raise ValueError(re.sub(r"argument (--\w+)/--\S+:", r"\1:", message))
+
+
+def _parsed(flags: list[str], script: list[str]) -> argparse.Namespace:
+    """Parses flags of `accelerate launch`, and what they start.
+
+    Raises:
+        ValueError: a flag has a bad value, or a package that it needs is missing.
+    """
+    parser = launch_command_parser()
+    parser.__class__ = _Parser
+    parsed = parser.parse_args([*flags, *script])
+    if parsed.num_processes is not None and parsed.num_processes < 1:
+        raise ValueError(
+            f"--num_processes: expected an integer >= 1, got {parsed.num_processes}; leave it out for one"
+        )
+    return parsed
 
 
 def split_script(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -94,6 +125,7 @@ def config_flags(name: str) -> list[str]:
     The configurations of trl_fast use all GPUs of this machine unless --num_processes says otherwise.
     """
     if Path(name).is_file():
+        _read_config(name)
         return ["--config_file", name]
     ours = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     if name not in ours:
@@ -102,9 +134,33 @@ def config_flags(name: str) -> list[str]:
     return ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", str(processes)]
 
 
+def _read_config(file: str) -> BaseConfig:
+    """Reads a file of accelerate's settings.
+
+    Raises:
+        ValueError: accelerate cannot read it.
+    """
+    try:
+        return load_config_from_file(file)
+    except Exception as error:
+        raise ValueError(
+            f"--accelerate_config {file}: {error_line(error)}; make one by `accelerate config`"
+        ) from error
+
+
+def check_installed(flags: list[str]) -> None:
+    """Raises ImportError if the processes that the flags start need deepspeed and it is missing."""
+    parsed = _parsed(flags, ["script"])
+    asked = parsed.use_deepspeed
+    if parsed.config_file is not None:
+        asked = asked or str(_read_config(parsed.config_file).distributed_type).endswith("DEEPSPEED")
+    if asked:
+        check_package("deepspeed", "deepspeed", parsed.config_file or "--use_deepspeed")
+
+
 def launch(flags: list[str], arguments: list[str]) -> int:
     """Runs `trl-fast ARGUMENTS` in the processes that `accelerate launch FLAGS` starts; returns their exit status."""
-    parsed = launch_command_parser().parse_args([*flags, "--module", f"{__package__}.main", *arguments])
+    parsed = _parsed(flags, ["--module", f"{__package__}.main", *arguments])
     os.environ[_LAUNCHED] = "1"
     try:
         launch_command(parsed)

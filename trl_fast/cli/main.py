@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
 from trl_fast.trainers.methods import METHODS
+
+# The environment variable that stands for --debug.
+_DEBUG = "TRL_FAST_DEBUG"
 
 # The commands that have a module of their own, and what each does.
 _OTHERS = {
@@ -23,31 +27,62 @@ def usage() -> str:
     """Returns the help text."""
     lines = ["usage: trl-fast COMMAND [ARGUMENTS]", "", "commands:"]
     lines += [f"  {name:9}{does}" for name, does in COMMANDS.items()]
-    return "\n".join([*lines, "", "trl-fast COMMAND --help lists a command's arguments."])
+    notes = ["trl-fast COMMAND --help lists a command's arguments.", "--debug shows where an error comes from."]
+    return "\n".join([*lines, "", *notes])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    The status is 2, with one message, for bad input or wrong usage, and 1 where the work failed.
+    The status is 2, with one line, for bad input or wrong usage, and 1 where the work failed. `--debug`, or
+    TRL_FAST_DEBUG in the environment, shows the traceback of bad input instead of the line.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
-    command, *rest = arguments
+    arguments, debug = _without_debug(arguments)
+    command, *rest = arguments or [""]
     if command not in COMMANDS:
-        print(f"trl-fast: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
-        return 2
+        from trl_fast.settings.choices import did_you_mean
+
+        hint = did_you_mean(command, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
+        return _refuse(f"trl-fast: unknown command {command!r}{hint}")
     try:
         run = _prepare(command, rest)
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        from trl_fast.console import make_console
+    except Exception as error:
+        from trl_fast.input_errors import error_line, is_input_error
 
-        console = make_console(stderr=True)
-        console.print(f"trl-fast {command}: {error}", style="red", highlight=False, soft_wrap=True)
-        return 2
+        if debug or not is_input_error(error):
+            raise
+        return _refuse(f"trl-fast {command}: {error_line(error)}")
     return run()
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Takes `--debug` out of a command line; says whether tracebacks are to be shown.
+
+    `--debug` with a value is an argument of training, and after the script of `trl-fast run` it is the script's.
+    """
+    end = next((at for at, word in enumerate(arguments) if at > 0 and not word.startswith("-")), len(arguments))
+    own = [
+        at
+        for at, word in enumerate(arguments)
+        if word == "--debug" and (at + 1 == len(arguments) or arguments[at + 1].startswith("--") or at == 0)
+        if at < end or "run" not in arguments[:2]
+    ]
+    if own:
+        # Processes that `accelerate launch` starts see it too.
+        os.environ[_DEBUG] = "1"
+    return [word for at, word in enumerate(arguments) if at not in own], bool(os.environ.get(_DEBUG))
+
+
+def _refuse(message: str) -> int:
+    """Prints the line about bad input; returns the exit status."""
+    from trl_fast.console import make_console
+
+    make_console(stderr=True).print(message, style="red", highlight=False, soft_wrap=True)
+    return 2
 
 
 def _prepare(command: str, arguments: list[str]) -> Callable[[], int]:

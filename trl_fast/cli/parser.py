@@ -7,7 +7,7 @@ import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError, _SubParsersAction
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -59,6 +59,13 @@ class TrlParser(HfArgumentParser):
             help="Allow models and tokenizers that bring Python code of their own.",
         )
 
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2 and one line about a flag, with the choice that was probably meant."""
+        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        hint = did_you_mean(found[1], re.findall(r"[^\s',]+", found[2])) if found else ""
+        message = re.sub(r"argument (--\w+)/--\S+:", r"argument \1:", message)
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
+
     def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Does what it does in transformers, and gives `trust_remote_code` to ModelConfig too."""
         parsed = super().parse_args_into_dataclasses(*args, **kwargs)
@@ -92,10 +99,7 @@ class TrlParser(HfArgumentParser):
                 args=args, return_remaining_strings=True, look_for_args_file=False
             )
         except (ValueError, TypeError, NotImplementedError) as error:
-            line = self._line_of(str(error), args)
-            if line is None:
-                raise
-            raise ValueError(f"{self.config_file.path}, line {line}: {error}") from error
+            raise self.located(error, args) from error
         for taken in ("config", *(["trust_remote_code"] if self._adds_trust_remote_code else [])):
             vars(namespace).pop(taken, None)
         if vars(namespace):
@@ -126,11 +130,11 @@ class TrlParser(HfArgumentParser):
                 messages.append(f"{self.config_file.at(name)} is an unknown key{did_you_mean(name, known)}")
             elif word.startswith("-"):
                 messages.append(f"unknown argument {word}{did_you_mean(name.replace('-', '_'), known)}")
-        return ValueError("\n".join(messages or [f"unexpected arguments {remaining}"]))
+        return ValueError("; ".join(messages or [f"unexpected arguments {' '.join(remaining)}"]))
 
     def _read_config(self, args: Sequence[str] | None) -> tuple[list[str], list[str]]:
         """Takes the values of `--config` as defaults; returns the other flags, and the keys it does not know."""
-        finder = ArgumentParser(add_help=False, allow_abbrev=False, prog=self.prog)
+        finder = _Finder(add_help=False, allow_abbrev=False, prog=self.prog)
         finder.add_argument("--config", type=Path)
         found, args = finder.parse_known_args(sys.argv[1:] if args is None else list(args))
         if found.config is None:
@@ -161,11 +165,16 @@ class TrlParser(HfArgumentParser):
         try:
             return _from_yaml(action, value)
         except (ArgumentTypeError, TypeError, ValueError) as error:
-            key = action.dest
+            key, hint = action.dest, _hint(action, value)
             place = self.config_file.at(key) if key in self.config_file.lines else key
-            raise ValueError(f"{place}: {value!r}: {error}") from error
+            raise ValueError(f"{place}: {value!r}: {error}{hint}") from error
 
-    def _line_of(self, message: str, args: list[str]) -> int | None:
+    def located(self, error: Exception, args: Sequence[str]) -> Exception:
+        """Returns an error with the line of the YAML key that it names, as it is if it names none."""
+        line = self._line_of(str(error), args)
+        return error if line is None else ValueError(f"{self.config_file.path}, line {line}: {error}")
+
+    def _line_of(self, message: str, args: Sequence[str]) -> int | None:
         """Returns the line of the first key that a message names and that no flag has replaced."""
         flags = {word.lstrip("-").split("=")[0].replace("-", "_") for word in args if word.startswith("-")}
         lines = {key: line for key, line in self.config_file.lines.items() if key not in flags}
@@ -184,12 +193,24 @@ def _all_actions(parser: ArgumentParser) -> Iterator[Action]:
             yield action
 
 
+class _Finder(ArgumentParser):
+    """Finds `--config` among flags of which it knows no other; ends the program with one line where it is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2 and the line."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _none_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         return None if text.lower() in ("none", "null") else convert(text)
 
     parse.__name__ = getattr(convert, "__name__", "value")
     return parse
+
+
+def _hint(action: Action, value: Any) -> str:
+    return did_you_mean(str(value), map(str, action.choices)) if action.choices else ""
 
 
 def _from_yaml(action: Action, value: Any) -> Any:

@@ -145,6 +145,8 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     """Checks the arguments; returns what simulates, prints and gives the exit status."""
     (parsed,) = TrlParser(PlanArguments, prog="trl-fast plan").parse_args_and_config(arguments)
     setup = make_setup(parsed)
+    if parsed.plot is not None and not Path(parsed.plot).parent.is_dir():
+        raise ValueError(f"plot={parsed.plot!r}: there is no such folder; make it, or give plot=none")
     limit = None if parsed.gpu_memory is None else parse_memory(parsed.gpu_memory)
     models = planned_models(setup, parsed.max_length)
     check_positions(base_model(models.policy), parsed.max_length, parsed.max_length, "planned")

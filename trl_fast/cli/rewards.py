@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trl_fast import rewards
+from trl_fast.input_errors import error_line
 from trl_fast.settings.choices import did_you_mean
 
 from .arguments import ScriptArguments
@@ -39,7 +40,7 @@ def reward_sources(arguments: RewardScriptArguments) -> list[str | Callable[...,
     """Returns what the arguments name: the reward model, as it was named, then the functions.
 
     Raises:
-        ValueError: a function's name is unknown or cannot be imported.
+        ValueError: a function's name is unknown, cannot be imported or is no function.
     """
     model = arguments.reward_model_name_or_path
     return [*([model] if model else []), *(_reward_function(name) for name in arguments.reward_funcs or ())]
@@ -49,7 +50,7 @@ def _reward_function(name: str) -> Callable[..., list]:
     if name in REWARD_FUNCTIONS:
         return REWARD_FUNCTIONS[name]()
     module, _, function = name.rpartition(".")
-    if not module:
+    if not module or not function:
         raise ValueError(
             f"reward_funcs: there is no {name!r}{did_you_mean(name, REWARD_FUNCTIONS)}; expected one of "
             f"{', '.join(REWARD_FUNCTIONS)}, or module.function"
@@ -57,8 +58,13 @@ def _reward_function(name: str) -> Callable[..., list]:
     # A user's own module stands where the command is run.
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward_funcs: {name!r} cannot be imported: {error}") from error
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:
+        # Whatever it is: the module is the user's.
+        reason = f"{type(error).__name__}: {error_line(error)}"
+        raise ValueError(f"reward_funcs: {name!r} cannot be imported: {reason}") from error
     finally:
         sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ValueError(f"reward_funcs: {name!r} is {type(found).__name__} and no function; name a function")
+    return found

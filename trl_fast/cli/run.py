@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -21,18 +22,20 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     """Returns what runs the script.
 
     Raises:
-        ValueError: no script is named, or there is no such file.
+        ValueError: no script is named, or there is no such file or module.
         ImportError: TRL itself has been imported already.
     """
     if arguments[:1] in (["-h"], ["--help"]):
         return _print_usage
     if not arguments or arguments == ["-m"]:
-        raise ValueError(f"no script is named\n\n{USAGE}")
+        raise ValueError("no script is named; write `trl-fast run SCRIPT.py` or `trl-fast run -m MODULE`")
     if arguments[0].startswith("-") and arguments[0] != "-m":
         return _in_several_processes(arguments)
     is_module = arguments[0] == "-m"
     target, *rest = arguments[1:] if is_module else arguments
-    if not is_module and not Path(target).is_file():
+    if is_module:
+        _check_module(target)
+    elif not Path(target).is_file():
         raise ValueError(f"there is no script {target!r}")
     install_as_trl()
 
@@ -49,13 +52,27 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     return run
 
 
+def _check_module(name: str) -> None:
+    """Raises ValueError if there is no module of a name, where the command is run or among the packages."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        found = False
+    finally:
+        sys.path.remove(os.getcwd())
+    if not found:
+        raise ValueError(f"there is no module {name!r}")
+
+
 def _print_usage() -> int:
     print(USAGE)
     return 0
 
 
 def _in_several_processes(arguments: list[str]) -> Callable[[], int]:
-    from .launch import launch, split_script
+    from .launch import check_installed, launch, split_script
 
     flags, script = split_script(arguments)
+    check_installed(flags)
     return lambda: launch(flags, ["run", *script])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from trl_fast.console import make_console
+from trl_fast.settings.packages import check_package
 from trl_fast.trainers.methods import Method
 
 from .arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -54,20 +55,24 @@ def make_trainer(
 
     from trl_fast.trainers import RichProgressCallback
 
-    from .datasets import load_train_and_test
+    from .datasets import load_train_and_test, named_data
 
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        check_package("bitsandbytes", "bitsandbytes", f"load_in_{4 if model_args.load_in_4bit else 8}bit=True")
     evaluates = training_args.eval_strategy != "no"
     train_dataset, eval_dataset = load_train_and_test(script_args, mixture, with_test=evaluates)
-    trainer = method.trainer_class()(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        callbacks=[RichProgressCallback()],
-        **rewards,
-    )
+    with named_data(script_args, mixture):
+        trainer = method.trainer_class()(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=quantization,
+            peft_config=get_peft_config(model_args),
+            callbacks=[RichProgressCallback()],
+            **rewards,
+        )
     for replaced in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(replaced)
     if script_args.ignore_bias_buffers:
@@ -104,16 +109,20 @@ def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
     parser = make_parser(method)
     # Prints the help and ends the program where it is asked for: before the imports.
     remaining = parser.remaining_strings(arguments)
-    from .launch import is_launched, launch, launcher_flags, launcher_options
+    from .launch import check_installed, is_launched, launch, launcher_flags, launcher_options
 
     flags, unknown = launcher_flags(remaining)
     if unknown:
         raise parser.unknown(unknown, launcher_options())
     if flags and not is_launched():
+        check_installed(flags)
         return lambda: launch(flags, [method.name, *arguments])
     *parsed, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    trainer = make_trainer(method, *parsed)
-    checkpoint = checkpoint_to_resume(trainer)
+    try:
+        trainer = make_trainer(method, *parsed)
+        checkpoint = checkpoint_to_resume(trainer)
+    except (ValueError, OSError) as error:
+        raise parser.located(error, arguments) from error
     return lambda: train(trainer, checkpoint, dataset_name=parsed[0].dataset_name)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from trl_fast.console import FILE_WIDTH, make_console
 from trl_fast.data import AnyDataset
 from trl_fast.data.validation import ValidationReport, validate
 from trl_fast.data.validation.report import FAIL_ON
+from trl_fast.modeling.loading import load_tokenizer
+from trl_fast.trainers.base.output_folder import check_output_dir
 
 from .arguments import ScriptArguments
 from .datasets import load_split
@@ -66,7 +66,9 @@ def load_splits(arguments: ScriptArguments) -> dict[str, AnyDataset]:
 def prepare(arguments: list[str]) -> Callable[[], int]:
     """Checks the data; returns what prints and writes the report and gives the exit status."""
     script_args, validate_args = make_parser().parse_args_and_config(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(validate_args.tokenizer) if validate_args.tokenizer else None
+    if validate_args.output_dir is not None:
+        check_output_dir(validate_args.output_dir)
+    tokenizer = load_tokenizer(validate_args.tokenizer) if validate_args.tokenizer else None
     report = validate(load_splits(script_args), tokenizer, max_length=validate_args.max_length, progress=True)
     return lambda: show(report, validate_args)
 

@@ -58,11 +58,12 @@ def check_token_ids(
 ) -> int:
     """Returns the largest token id of `columns`.
 
-    Raises ValueError if an id is negative or not below `vocab_size`, the number of rows of the model's head.
+    Raises ValueError if an id is no integer, negative or not below `vocab_size`, the rows of the model's head.
     """
     largest = -1
     for start, table in _token_tables(dataset, columns):
         for column in columns:
+            _check_integers(table[column].type, place(name, start), column)
             extremes = pc.min_max(table[column].combine_chunks().flatten()).as_py()
             if extremes["max"] is None:
                 continue
@@ -76,6 +77,13 @@ def check_token_ids(
                 )
             largest = max(largest, extremes["max"])
     return largest
+
+
+def _check_integers(kind: pa.DataType, where: str, column: str) -> None:
+    """Raises ValueError if a column of token ids holds something else than lists of integers."""
+    inner = getattr(kind, "value_type", kind)
+    if inner is kind or not (pa.types.is_integer(inner) or pa.types.is_null(inner)):
+        raise ValueError(f"{where}, column {column!r}: expected lists of integers, got {kind}. Tokenize the texts.")
 
 
 def longest_sequence(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> int:

@@ -37,6 +37,7 @@ from trl_fast.ops.pair_formulas import (
     sppo_hard_loss,
 )
 from trl_fast.ops.token_scores import required
+from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.ranges import check_ranges
 
 from .f_divergences import F_DIVERGENCES
@@ -74,7 +75,10 @@ class DPOLossConfig:
     def _check_names(self, weights: tuple[float, ...]) -> None:
         unknown = [name for name in self.loss_type if name not in PAIR_LOSSES]
         if unknown or not self.loss_type:
-            raise ValueError(f"loss_type={list(self.loss_type)!r}: expected one or more of {', '.join(PAIR_LOSSES)}.")
+            hint = did_you_mean(str(unknown[0]), PAIR_LOSSES) if unknown else ""
+            raise ValueError(
+                f"loss_type={list(self.loss_type)!r}: expected one or more of {', '.join(PAIR_LOSSES)}{hint or '.'}"
+            )
         if len(weights) != len(self.loss_type):
             raise ValueError(
                 f"loss_weights={list(weights)!r} has {len(weights)} values for the "

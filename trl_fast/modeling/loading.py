@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -18,10 +19,16 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIB
 from transformers.utils import is_kernels_available
 from transformers.utils.generic import is_flash_attention_requested
 
+from trl_fast.input_errors import error_line
+from trl_fast.settings.choices import did_you_mean
+
 from .model_changes import changes_of
+from .model_folder import why_not_loaded
 
 logger = logging.getLogger(__name__)
 
+# What keeps a model from being loaded besides its name and folder: packages and memory.
+_NOT_THE_FOLDERS = (ImportError, MemoryError, torch.OutOfMemoryError)
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -29,11 +36,14 @@ def load_causal_lm(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
     """Loads a causal language model by hub name or folder; float32 unless `dtype` says otherwise, as TRL does.
 
     Raises:
-        ValueError: dtype is none of auto, bfloat16, float16, float32 or a torch.dtype.
         OSError: there is no such model.
+        ValueError: dtype is none of auto, bfloat16, float16, float32 or a torch.dtype; or the model's files are broken
+            or lack parameters.
     """
     init_kwargs, _ = _checked(name_or_path, init_kwargs)
-    return AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+    model, missing = _from_pretrained(AutoModelForCausalLM, name_or_path, init_kwargs)
+    _check_complete(name_or_path, missing)
+    return model
 
 
 def load_reward_model(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
@@ -41,7 +51,6 @@ def load_reward_model(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: num_labels is not 1, the model is a classifier with more labels, or as in `load_causal_lm`.
-        OSError: there is no such model.
     """
     if init_kwargs.setdefault("num_labels", 1) != 1:
         raise ValueError(
@@ -54,7 +63,67 @@ def load_reward_model(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
             f"model {name_or_path!r} is a classifier with num_labels={config.num_labels}, but a reward is one number; "
             "start from a model with num_labels=1, or from a language model"
         )
-    return AutoModelForSequenceClassification.from_pretrained(name_or_path, **init_kwargs)
+    model, missing = _from_pretrained(AutoModelForSequenceClassification, name_or_path, init_kwargs)
+    # What stands beside the backbone is the head.
+    _check_complete(name_or_path, [name for name in missing if name.startswith(f"{model.base_model_prefix}.")])
+    return model
+
+
+def load_tokenizer(name_or_path: str, **init_kwargs: Any) -> Any:
+    """Loads a tokenizer, or a processor where the model has one, by hub name or folder.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **init_kwargs)
+    except Exception as error:
+        if isinstance(error, _NOT_THE_FOLDERS):
+            raise
+        reason = why_not_loaded(name_or_path, error)
+        raise _kind(error)(f"no tokenizer can be loaded from {name_or_path!r}: {reason}") from error
+
+
+def _from_pretrained(
+    auto_class: type, name_or_path: str, init_kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """Returns a model, and the names of the parameters that its files lack and that are random therefore.
+
+    Raises:
+        OSError, ValueError: the model cannot be loaded.
+    """
+    load: Any = auto_class
+    try:
+        model, info = load.from_pretrained(name_or_path, output_loading_info=True, **init_kwargs)
+    except Exception as error:
+        if isinstance(error, _NOT_THE_FOLDERS):
+            raise
+        reason = why_not_loaded(name_or_path, error)
+        if "ignore_mismatched_sizes" in str(error):
+            _, info = load.from_pretrained(
+                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **init_kwargs
+            )
+            name, found, expected = sorted(info["mismatched_keys"])[0]
+            reason = f"{name} has the shape {list(found)} in its files and {list(expected)} by its config.json"
+        raise _kind(error)(f"model {name_or_path!r} cannot be loaded: {reason}") from error
+    if is_quantized(model):
+        return model, []
+    return model, sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+
+
+def _kind(error: Exception) -> type[Exception]:
+    """Returns the type of the error that takes the place of one of transformers: OSError stays OSError, as in TRL."""
+    return OSError if isinstance(error, OSError) else ValueError
+
+
+def _check_complete(name_or_path: str, missing: list[str]) -> None:
+    """Raises ValueError if parameters are missing."""
+    if missing:
+        raise ValueError(
+            f"model {name_or_path!r}: its files lack {len(missing)} parameters, first {missing[0]!r}, which would be "
+            "random; give a folder whose weights fit its config.json"
+        )
 
 
 def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, Any], PretrainedConfig]:
@@ -72,8 +141,9 @@ def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, 
             trust_remote_code=init_kwargs.get("trust_remote_code", False),
             revision=init_kwargs.get("revision") or "main",
         )
-    except OSError as error:
-        raise OSError(f"model {name_or_path!r} is no folder here and cannot be had from the hub: {error}") from error
+    except Exception as error:
+        reason = why_not_loaded(name_or_path, error)
+        raise _kind(error)(f"model {name_or_path!r} cannot be loaded: {reason}") from error
     if getattr(config, "vision_config", None) is not None:
         raise ValueError(f"model {name_or_path!r} is a vision-language model; only text models are supported so far")
     return init_kwargs, config
@@ -132,13 +202,30 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             "peft_config: the model is a PeftModel already; merge its adapter first (model.merge_and_unload()), or "
             "leave peft_config out to train the adapter that it has"
         )
-    adapted = get_peft_model(model, peft_config)
+    _check_modules_to_save(model, peft_config)
+    try:
+        adapted = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"peft_config: {error_line(error)}") from error
     if is_quantized(model):
         for name, parameter in adapted.named_parameters():
             # DoRA's magnitudes take steps too small for bfloat16.
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return adapted
+
+
+def _check_modules_to_save(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Raises ValueError if a module that is to be trained whole is none of the model's: peft would say nothing."""
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {
+        name for name, _ in model.named_modules()
+    }
+    for name in getattr(peft_config, "modules_to_save", None) or ():
+        if not any(each == name or each.endswith(f".{name}") for each in known):
+            raise ValueError(
+                f"peft_config: modules_to_save names {name!r}, which {type(model).__name__} does not have"
+                f"{did_you_mean(name, known)}"
+            )
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from functools import cached_property
-from typing import Any
+from enum import Enum
+from functools import cache, cached_property
+from typing import Any, get_args, get_type_hints
 
 from trl_fast.lazy_imports import import_place
 
@@ -54,7 +55,35 @@ def check_choice(settings: Any, name: str, choices: Sequence[str] | None = None)
         (choices,) = (item.metadata["choices"] for item in fields(settings) if item.name == name)
     value = getattr(settings, name)
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(choices)}")
+        hint = did_you_mean(str(value), map(str, choices))
+        raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(map(str, choices))}{hint}")
+
+
+def check_choices(settings: Any, owner: type) -> None:
+    """Checks the fields of a dataclass that take one of several names.
+
+    These are the fields of `owner`, its class or one above it, with `choices` in their metadata, and those that are
+    annotated with an enum. None is taken where it is the default.
+
+    Raises:
+        ValueError: a field has another value; the message lists the choices, and the nearest one.
+    """
+    enums = _enum_names(owner)
+    for item in fields(owner):
+        choices, value = enums.get(item.name) or item.metadata.get("choices"), getattr(settings, item.name)
+        if choices and not isinstance(value, Enum) and not (value is None and item.default is None):
+            check_choice(settings, item.name, choices)
+
+
+@cache
+def _enum_names(owner: type) -> dict[str, tuple[str, ...]]:
+    """Returns the names that each field annotated with an enum takes, but for lists of them."""
+    found = {}
+    for name, hint in get_type_hints(owner).items():
+        for part in get_args(hint) or (hint,):
+            if isinstance(part, type) and issubclass(part, Enum):
+                found[name] = tuple(str(member.value) for member in part)
+    return found
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,8 @@ from dataclasses import MISSING, Field, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, cast
 
+from .field_types import annotation
+
 
 @dataclass(frozen=True)
 class Range:
@@ -212,6 +214,9 @@ RANGES: dict[str, Range] = {
     "vf_coef": NOT_NEGATIVE,
     "gamma": SHARE,
     "lam": SHARE,
+    # Mixtures of datasets
+    "fraction": NOT_NEGATIVE,
+    "test_split_size": Range(0, above=True, advice="below 1 a share of the rows, else their number"),
     # Adapters of the command line, and `trl-fast plan`
     "lora_r": COUNT,
     "lora_alpha": NOT_NEGATIVE,
@@ -246,10 +251,7 @@ def check_ranges(settings: Any) -> None:
 def _takes_none(owner: type, item: Field, allowed: Range) -> bool:
     if allowed.optional is not None:
         return allowed.optional
-    # A user's subclass may have annotations that cannot be evaluated here, so this reads their text: that of the
-    # class, since transformers' parser takes None out of the field's own type.
-    written = (vars(each).get("__annotations__", {}) for each in owner.__mro__)
-    text = str(next((names[item.name] for names in written if item.name in names), item.type))
+    text = annotation(owner, item)
     return "None" in text or "Optional" in text
 
 

@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
-from trl_fast.settings.choices import Choices, check_choice, did_you_mean
+from trl_fast.settings.choices import Choices, check_choices, did_you_mean
+from trl_fast.settings.field_types import check_maps, check_types
 from trl_fast.settings.older_names import OlderName, deprecated, older_name
 from trl_fast.settings.ranges import check_ranges
 
@@ -140,7 +141,10 @@ class BaseConfig(TrainingArguments):
     )
     head_backend: str | None = field(
         default=None,
-        metadata={"help": "Force the head's backend: cuda, triton, cpp or torch. Unset: the best one here."},
+        metadata={
+            "help": "Force the head's backend: cuda, triton, cpp or torch. Unset: the best one here.",
+            "choices": Choices("trl_fast.ops.backends:BACKENDS"),
+        },
     )
     head_workspace_bytes: int | None = field(
         default=None, metadata={"help": "Limit of the memory that grows with tokens times vocabulary; default 1 GiB."}
@@ -173,7 +177,14 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
         self.tiled_mlp = self._tile_tokens(self.tiled_mlp)
+        check_types(self)
+        check_maps(self, self._VALID_DICT_FIELDS)
+        check_choices(self, BaseConfig)
         check_ranges(self)
+        if self.deepspeed:
+            from trl_fast.settings.packages import check_package
+
+            check_package("deepspeed", "deepspeed", f"deepspeed={self.deepspeed!r}")
         self._accept_older_names()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and machine_has_bf16()
@@ -184,8 +195,6 @@ class BaseConfig(TrainingArguments):
         super().__post_init__()
         # Again: what came as JSON is numbers now.
         check_ranges(self)
-        check_choice(self, "batch_layout")
-        check_choice(self, "head_grad")
         self._check_checkpointing()
         if self.use_liger_kernel:
             self._keep_head_from_liger()
@@ -284,6 +293,10 @@ class BaseConfig(TrainingArguments):
                 f"args: {cls.__name__} does not have what this {type(args).__name__} sets: {shown}; leave it at its "
                 f"default, or give a trl_fast.{cls.__name__}"
             )
+        kind = type(args)
+        ours = issubclass(kind, BaseConfig) and not issubclass(cls, kind)
+        if ours or (kind.__module__.startswith("trl.") and kind.__name__ != cls.__name__):
+            raise TypeError(f"args: expected a {cls.__name__}, got {kind.__name__}, which is another trainer's")
         # What is an older name to us, or has another default here, and is at its default there was not set by anyone.
         differs = {name for name, item in known.items() if isinstance(item.metadata.get("help"), OlderName)}
         differs |= OTHER_DEFAULTS

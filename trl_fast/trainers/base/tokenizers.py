@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_fast.modeling.chat_template import set_chat_template, set_eos_token
+from trl_fast.modeling.loading import load_tokenizer
 from trl_fast.settings.older_names import deprecated
 
 from .config import BaseConfig
@@ -17,10 +18,10 @@ def checked_tokenizer(
 
     Raises:
         TypeError: it is no tokenizer.
-        ValueError: it is a processor of images.
+        ValueError: it is a processor of images, or the model's name has none.
     """
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(
+        processing_class = load_tokenizer(
             model.config._name_or_path,
             revision=(args.model_init_kwargs or {}).get("revision", "main"),
             trust_remote_code=args.trust_remote_code,

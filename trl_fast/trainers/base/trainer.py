@@ -22,6 +22,7 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
 
+from .argument_checks import check_settings, checked_arguments, checked_config
 from .batch_reader import BatchReader
 from .callbacks import EpochStart, SequenceNoiseCallback, TokenCounter
 from .checkpoint_writer import Checkpoints
@@ -33,7 +34,6 @@ from .metric_buffer import MetricBuffer, Recorded
 from .metric_lists import MetricLists
 from .model_card import model_card, model_tags
 from .model_setup import check_trains, set_up_layers, warn_of_reentrant_router
-from .output_folder import check_output_dir
 from .overrides import check_overrides
 from .prepared_datasets import check_dataset_type, check_vocabulary, named_parts, shows_tokens
 from .progress import close_progress
@@ -79,13 +79,7 @@ class BaseTrainer(Trainer):
             ValueError: a subclass defines methods that would never be called.
         """
         check_overrides(type(self))
-        if args is None:
-            name = model if isinstance(model, str) else base_model(model).config._name_or_path
-            method = self.config_class.__name__.removesuffix("Config")
-            args = self.config_class(f"{(name or 'model').rstrip('/').split('/')[-1]}-{method}")
-        args = self.config_class.from_any(args)
-        check_output_dir(args.output_dir)
-        return args
+        return checked_config(self.config_class, args, model)
 
     def resolve_model(
         self, model: str | PreTrainedModel | PeftModel, args: BaseConfig, quantization_config: object | None
@@ -146,7 +140,8 @@ class BaseTrainer(Trainer):
         args = kwargs["args"]
         forbid_dispatching(args)
         warn_of_reentrant_router(args, self.router_aux_loss_coef)
-        super().__init__(**kwargs)
+        with checked_arguments(kwargs):
+            super().__init__(**kwargs)
         forbid_data_parallel(self)
         declare_loss_scaling(self)
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
@@ -355,6 +350,7 @@ class BaseTrainer(Trainer):
             KeyboardInterrupt, SystemExit: as in `StopSignals.caught`.
         """
         check_trains(self.accelerator.unwrap_model(self.model))
+        check_settings(self.args)  # also what was set since the trainer was made
         try:
             with (
                 self._signals.caught(saves=self.args.save_strategy != "no"),
