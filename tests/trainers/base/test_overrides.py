@@ -1,5 +1,6 @@
 """A subclass's methods are called, or refused by name: nothing that a user defines is silently ignored."""
 
+import functools
 import importlib
 import inspect
 import re
@@ -88,3 +89,20 @@ def test_what_a_subclass_overrides():
     assert overridden(mine, "compute_loss", "prediction_step", "log") == ("compute_loss", "log")
     assert overridden(METHODS["sft"].trainer_class(), "compute_loss", "prediction_step", "log") == ()
     check_overrides(mine)
+
+
+def test_functions_that_were_put_into_our_classes(monkeypatch):
+    ours = METHODS["dpo"].trainer_class()
+    monkeypatch.setattr(ours, "compute_loss", lambda self, model, inputs: None)
+    wrapped = functools.wraps(ours.log)(lambda self, logs: None)
+    monkeypatch.setattr(ours, "log", wrapped)
+    assert overridden(ours, "compute_loss", "log", "prediction_step", "evaluate") == ("compute_loss", "log")
+    monkeypatch.setattr(ours, "dpo_loss", lambda self: None, raising=False)
+    with pytest.raises(ValueError, match="dpo_loss"):
+        check_overrides(ours)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_of_ours_is_taken_for_a_users(method):
+    ours = METHODS[method].trainer_class()
+    assert overridden(ours, *dir(ours)) == ()

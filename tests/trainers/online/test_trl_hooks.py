@@ -1,6 +1,7 @@
 """Subclasses that override TRL's methods: the same body under TRL 1.16.0 and here, with the same logs."""
 
-from types import SimpleNamespace
+import functools
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -317,6 +318,28 @@ def test_generation_of_the_subclass(method, model_path, tokenizer, tmp_path):
         assert trainer.turns == ([(4,)] * 2 if method == "GRPO" else [()] * 2)
         logs.append([dict(sorted(log.items())) for log in found])
     assert_same_logs(logs[1], logs[0])
+
+
+@pytest.mark.parametrize("where", ["class", "trainer"])
+def test_methods_that_are_put_in_later(where, model_path, tokenizer, tmp_path, monkeypatch):
+    arguments = {"model": model_path, "reward_funcs": [vowels, brevity], "train_dataset": color_prompts()}
+    fixed = FixedRollout(tokenizer)
+    trainer = make_trainer(trl_fast, tmp_path, method="GRPO", arguments=arguments, **BASE)
+    methods = {
+        "_calculate_rewards": OwnRewards._calculate_rewards,
+        "_compute_loss": functools.wraps(trl_fast.GRPOTrainer._compute_loss)(OwnLoss._compute_loss),
+        "_generate_single_turn": lambda self, prompt_ids, *_: (fixed.completions(prompt_ids), None),
+    }
+    for name, method in methods.items():
+        if where == "class":
+            monkeypatch.setattr(trl_fast.GRPOTrainer, name, method)
+        else:
+            setattr(trainer, name, MethodType(method, trainer))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    # Lengths in the place of vowels, and the metric of the loss.
+    assert log["rewards/vowels/mean"] == pytest.approx(log["completions/mean_length"], abs=1) and log["mine"] < 0
+    assert trainer.trl_hooks.sees_batches
 
 
 WRONG = {

@@ -8,16 +8,19 @@ from types import CodeType
 from typing import Any
 
 _LIBRARIES = ("trl_fast", "transformers", "builtins")
+_DECORATORS = ("torch", "contextlib", "functools")
 
 
 def users_method(trainer_class: type, name: str) -> Any:
     """Returns what a user's class defines under a name that ours, or TRL's, use; None where it is not the user's.
 
     trainer_class: a trainer of ours, or a subclass of one. A mix-in counts as the user's too, where Python finds the
-    name in it first.
+    name in it first, and so does a function that was put into one of our classes.
     """
     owner = next((owner for owner in trainer_class.__mro__ if name in vars(owner)), None)
-    return None if owner is None or _is_of_a_library(owner) else vars(owner)[name]
+    if owner is None or (_is_of_a_library(owner) and not _is_put_in(vars(owner)[name])):
+        return None
+    return vars(owner)[name]
 
 
 def overridden(trainer_class: type, *names: str) -> tuple[str, ...]:
@@ -56,6 +59,19 @@ def check_overrides(trainer_class: type) -> None:
 
 def _is_of_a_library(owner: type) -> bool:
     return owner.__module__.partition(".")[0] in _LIBRARIES
+
+
+def _is_put_in(value: Any) -> bool:
+    """Says whether a class's method is a function of none of the libraries."""
+    function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
+    while _home(function) in _DECORATORS and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return _home(function) not in (*_LIBRARIES, *_DECORATORS, "")
+
+
+def _home(function: Any) -> str:
+    """Returns the package whose code a function runs, whatever it says of itself; "" for what is no function."""
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
 
 
 def _calls_itself(trainer_class: type, name: str) -> bool:

@@ -170,7 +170,7 @@ class GroupTrainer(OnlineTrainer):
         self.add_callback(self.generation)
         self.seed_sampling(layout)
         self.end_ids = end_ids = end_token_ids(model, tokenizer)
-        engine = self.trl_hooks.engine(engine or make_engine(self, end_ids))
+        engine = engine or make_engine(self, end_ids)
         if self.toolbox is not None:
             engine = with_tools(engine, self.toolbox, args, model, tokenizer)
         self.set_up_loop(
@@ -253,10 +253,13 @@ class GroupTrainer(OnlineTrainer):
 
     def _prepare_inputs(self, rows: list[dict[str, Any]]) -> MicroBatch | dict[str, Any]:
         """Returns the micro-batch of the update; where it is time, of new completions of `rows`."""
-        hooks, makes_batches = self.trl_hooks, self.trl_hooks.has("_generate_and_score_completions")
+        hooks = self.trl_hooks
+        hooks.attach(self.loop)
         if not self.model.training:
-            return hooks.new_batch(rows) if makes_batches else self.loop.run(rows, self, update=self._micro_batch)
-        if self.generation.is_used_up and makes_batches:
+            return (
+                hooks.new_batch(rows) if hooks.makes_batches else self.loop.run(rows, self, update=self._micro_batch)
+            )
+        if self.generation.is_used_up and hooks.makes_batches:
             self.generation.slices = shuffled_parts(hooks.new_batch(rows), self.args.steps_per_generation)
         elif self.generation.is_used_up:
             self.loop.run(rows, self, update=self._fill_buffer)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from trl_fast.data.prompt_only import PROMPT_IDS, tokenize_prompt
-from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings, ToolRollout
+from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings, ToolLoop, ToolRollout
 from trl_fast.rollout.samples import Samples
 
 from ..base.overrides import overridden
@@ -79,7 +78,7 @@ class TRLHooks:
 
     def __init__(self, trainer: Any, *, returns_more: bool) -> None:
         self._trainer, self._returns_more = trainer, returns_more
-        self.overridden = frozenset(overridden(type(trainer), *BATCH_HOOKS, *ROLLOUT_HOOKS))
+        self._overridden: frozenset[str] = frozenset()
         self._settings: SamplingSettings | None = None
         self._loop_generates = False
         self.scoring = TRLScoring(trainer)
@@ -88,11 +87,16 @@ class TRLHooks:
     @property
     def sees_batches(self) -> bool:
         """Says whether a method of the subclass's sees micro-batches."""
-        return bool(self.overridden.intersection((*BATCH_HOOKS, "_generate_and_score_completions")))
+        return bool(self._overridden.intersection((*BATCH_HOOKS, "_generate_and_score_completions")))
+
+    @property
+    def makes_batches(self) -> bool:
+        """Says whether the subclass makes the batches of completions."""
+        return self.has("_generate_and_score_completions")
 
     def has(self, name: str) -> bool:
         """Says whether the subclass overrides a method."""
-        return name in self.overridden
+        return name in self._overridden
 
     @property
     def scores_itself(self) -> bool:
@@ -100,19 +104,25 @@ class TRLHooks:
         return self.has("_get_per_token_logps_and_entropies")
 
     def attach(self, loop: RolloutLoop) -> None:
-        """Lets the loop ask the subclass's methods in the place of its own parts."""
-        self._loop = loop
-        if self.overridden & {"_generate", "_tokenize_prompts"}:
-            loop.generate_instead = self._generated
-        if self.overridden & {"_calculate_rewards", "_log_metric", "_log_completion_extra"}:
-            loop.reward_instead = self._rewarded
+        """Lets the loop ask the subclass's methods in the place of its own parts.
 
-    def engine(self, engine: RolloutEngine) -> RolloutEngine:
-        """Returns the engine, or one that asks the subclass's `_generate_single_turn`."""
-        self._engine = engine
-        return _SingleTurnEngine(engine, self._single_turn) if self.has("_generate_single_turn") else engine
+        Methods that were put into the trainer or its class since count too, as do engines that were exchanged.
+        """
+        self._loop, names = loop, (*BATCH_HOOKS, *ROLLOUT_HOOKS)
+        own = vars(self._trainer).keys() & set(names)
+        self._overridden = frozenset((*own, *overridden(type(self._trainer), *names)))
+        generates = self._overridden & {"_generate", "_tokenize_prompts"}
+        loop.generate_instead = self._generated if generates else None
+        rewards = self._overridden & {"_calculate_rewards", "_log_metric", "_log_completion_extra"}
+        loop.reward_instead = self._rewarded if rewards else None
+        holder: Any = loop.engine if isinstance(loop.engine, ToolLoop) else loop
+        engine = holder.engine
+        self._engine = engine.engine if isinstance(engine, _SingleTurnEngine) else engine
+        if self.has("_generate_single_turn"):
+            engine = _SingleTurnEngine(self._engine, self._single_turn)
+        holder.engine = engine if self.has("_generate_single_turn") else self._engine
 
-    @cached_property
+    @property
     def format(self) -> BatchFormat:
         """Returns how TRL's batch of this method looks."""
         trainer = self._trainer
@@ -314,9 +324,9 @@ class _SingleTurnEngine:
     def __init__(
         self, engine: RolloutEngine, generate: Callable[[list[list[int]], SamplingSettings], Rollout]
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self.generate = generate
 
     def sync_weights(self, model: torch.nn.Module, step: int) -> None:
         """Gives the engine the policy's weights of an optimizer step."""
-        self._engine.sync_weights(model, step)
+        self.engine.sync_weights(model, step)
