@@ -37,7 +37,7 @@ from .micro_batches import Update, slice_indices, trained_indices
 from .policy_step import policy_step
 from .prompt_order import PromptOrder
 from .sampling import Sampling
-from .tool_use import open_toolbox, with_tools
+from .tool_use import open_toolbox
 from .trainer import OnlineTrainer
 from .trl_attributes import GROUP_ATTRIBUTES
 from .trl_batch import MicroBatch, read_update, shuffled_parts
@@ -170,11 +170,8 @@ class GroupTrainer(OnlineTrainer):
         self.add_callback(self.generation)
         self.seed_sampling(layout)
         self.end_ids = end_ids = end_token_ids(model, tokenizer)
-        engine = engine or make_engine(self, end_ids)
-        if self.toolbox is not None:
-            engine = with_tools(engine, self.toolbox, args, model, tokenizer)
         self.set_up_loop(
-            engine,
+            make_engine(self, engine, end_ids),
             rewards,
             end_ids=end_ids,
             completions_kept=args.generation_batch_size,
@@ -255,10 +252,10 @@ class GroupTrainer(OnlineTrainer):
         """Returns the micro-batch of the update; where it is time, of new completions of `rows`."""
         hooks = self.trl_hooks
         hooks.attach(self.loop)
+        if not self.model.training and not hooks.makes_batches:
+            return self.loop.run(rows, self, update=self._micro_batch)
         if not self.model.training:
-            return (
-                hooks.new_batch(rows) if hooks.makes_batches else self.loop.run(rows, self, update=self._micro_batch)
-            )
+            return hooks.new_batch(rows)
         if self.generation.is_used_up and hooks.makes_batches:
             self.generation.slices = shuffled_parts(hooks.new_batch(rows), self.args.steps_per_generation)
         elif self.generation.is_used_up:
