@@ -25,7 +25,9 @@ def make(model_path, reward_model_path, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("method", ROWS)
+@pytest.mark.parametrize(
+    "method", ["SFT", "DPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("KTO", "Reward"))]
+)
 def test_inputs_for_metrics_are_those_of_trl(method, make):
     def given(module):
         seen = []

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 import trl
 from torch.utils.data import RandomSampler
 from trl.trainer import dpo_trainer, kto_trainer
@@ -179,6 +180,9 @@ CASES = [
     ("Reward", rewards_by_hand, {}),
     ("Reward", fewer_rows, {}),
 ]
+SLOW = pytest.mark.slow
+# Much the same has been seen in other methods.
+LONG = [("DPO", fewer_rows, {}), ("Reward", fewer_rows, {}), ("KTO", masked_completions, {}), ("DPO", scaled, {})]
 
 
 @pytest.fixture
@@ -210,7 +214,11 @@ class _Library:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
-    "method, subclass, settings", CASES, ids=[f"{case[0]}-{case[1].__name__}-{len(case[2])}" for case in CASES]
+    "method, subclass, settings",
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1].__name__}-{len(case[2])}", marks=SLOW if case in LONG else ())
+        for case in CASES
+    ],
 )
 def test_a_subclass_trains_as_it_does_in_trl(method, subclass, settings, run):
     theirs, ours = (run(module, method, subclass, **settings).state.log_history for module in (trl, trl_fast))
@@ -252,7 +260,7 @@ def test_padded_rows_are_said_once(method, subclass, run, caplog):
     [
         ("DPO", dpo_trainer.DataCollatorForPreference),
         ("KTO", kto_trainer.DataCollatorForUnpairedPreference),
-        ("DPO", trl_fast.data.DataCollatorForPreference),
+        pytest.param("DPO", trl_fast.data.DataCollatorForPreference, marks=SLOW),
     ],
 )
 def test_a_collator_of_ones_own_trains_trls_loss(method, collator, run):
@@ -292,3 +300,37 @@ def test_a_loop_of_ones_own(run):
         assert logits.shape[:2] == batch["input_ids"].shape
         entries = dict(batch.items())
         assert trainer.compute_loss(trainer.model, entries) == trainer.compute_loss(trainer.model, batch)
+
+
+def test_the_reference_is_scored_on_demand_as_in_trl(run):
+    theirs, ours = (run(module, "DPO", max_steps=1) for module in (trl, trl_fast))
+    got, expected = (
+        trainer.compute_ref_log_probs(
+            trainer.ref_model, next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+        )
+        for trainer in (ours, theirs)
+    )
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="compute_ref_log_probs: model is not the trainer's reference"):
+        ours.compute_ref_log_probs(ours.model, next(iter(ours.get_train_dataloader())))
+
+
+def test_transformers_own_loss_runs_on_a_batch(run):
+    def plain(base):
+        class Mine(base):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+        return Mine
+
+    theirs, ours = (run(module, "SFT", plain).state.log_history for module in (trl, trl_fast))
+    assert_same_logs(ours, theirs)
+
+
+def test_a_model_card_has_the_dataset_and_the_tags(run, tmp_path):
+    trainer = run(trl_fast, "SFT", max_steps=1)
+    trainer.create_model_card("mine", "people/colors", tags=["blue", "trl"])
+    text = (tmp_path / "trl_fast" / "README.md").read_text()
+    assert "model_name: mine" in text and "datasets: people/colors" in text
+    assert text.count("- trl\n") == 1 and "- blue\n" in text

@@ -71,7 +71,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DPO", "KTO", *(pytest.param(name, marks=SLOW) for name in CHANGES if name not in ("DPO", "KTO"))],
+)
 def test_attributes_set_by_a_callback_count_as_in_trl(name, make):
     logs = []
     for module in (trl, trl_fast):

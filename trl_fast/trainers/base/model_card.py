@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 
 def model_tags(method: str) -> list[str]:
@@ -10,11 +11,18 @@ def model_tags(method: str) -> list[str]:
     return ["trl", "trl_fast", method]
 
 
-def model_card(name: str, origin: str, method: str, trainer: str) -> str:
-    """Returns its text: what was trained, from what (a hub name, a folder or nothing), with which method."""
+def model_card(
+    name: str, origin: str, method: str, trainer: str, dataset_name: str | None = None, tags: Iterable[str] = ()
+) -> str:
+    """Returns its text: what was trained, from what (a hub name, a folder or nothing), with which method.
+
+    dataset_name: on which dataset of the hub. tags: further ones.
+    """
     lines = ["---", "library_name: transformers", f"model_name: {name}"]
     if origin and not os.path.isdir(origin):
         lines.append(f"base_model: {origin}")
-    lines += ["tags:", *(f"- {tag}" for tag in model_tags(method)), "---", ""]
+    if dataset_name:
+        lines.append(f"datasets: {dataset_name}")
+    lines += ["tags:", *(f"- {tag}" for tag in dict.fromkeys([*model_tags(method), *tags])), "---", ""]
     lines += [f"# {name}", "", f"Trained from `{origin}` by trl_fast's {trainer}.", ""]
     return "\n".join(lines)

@@ -180,7 +180,16 @@ class PreferenceTrainer(ReferenceTrainer):
 
         TRL's hook, called where reference log-probs are precomputed. model: the reference, `self.ref_model` or, where
         that is the policy without its adapter, `self.model`.
+
+        Raises:
+            ValueError: it is another model.
         """
+        unwrap = self.accelerator.unwrap_model
+        if unwrap(model) is not unwrap(self.ref_model or self.model):
+            raise ValueError(
+                "compute_ref_log_probs: model is not the trainer's reference; expected self.ref_model, or self.model "
+                "where that is None. To score with another model, call it on the batch's entries"
+            )
         batch = self.batches.token_batch(inputs)
         return tuple(self.reference_logprobs(batch).view(-1, len(self.reference_columns)).unbind(1))
 

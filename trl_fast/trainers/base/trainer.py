@@ -269,10 +269,7 @@ class BaseTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluates; a dataset given here is prepared as those of the constructor were.
-
-        Several datasets may come as a dict; their names then follow the prefix.
-        """
+        """Evaluates datasets, prepared as the constructor's; of a dict of them, names follow the prefix."""
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
             eval_dataset = self.prepare_for_evaluation(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -365,12 +362,15 @@ class BaseTrainer(Trainer):
                 # transformers takes the noise off only where training came to its end.
                 self.neftune_hook_handle.remove()
 
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
         """Writes README.md into the output folder: what was trained, from what, with which method."""
         if self.is_world_process_zero():
-            folder, model = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
-            names = (model_name or folder.name, base_model(model).config._name_or_path)
-            (folder / "README.md").write_text(model_card(*names, self.method, type(self).__name__))
+            folder, given = Path(self.args.output_dir), [tags] if isinstance(tags, str) else tags or ()
+            origin = base_model(self.accelerator.unwrap_model(self.model)).config._name_or_path
+            made = (self.method, type(self).__name__, dataset_name, given)
+            (folder / "README.md").write_text(model_card(model_name or folder.name, origin, *made))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model; says so if its weights are broken."""
