@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,6 +68,15 @@ class PolicyLossConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(choices)}")
         check_ranges(self)
 
+    @classmethod
+    def of(cls, **settings: Any) -> PolicyLossConfig:
+        """Returns the settings, checked once: the same object for the same values."""
+        try:
+            return _checked(tuple(settings.items()))
+        except TypeError:
+            # What cannot be hashed cannot be right either: the check names it.
+            return cls(**settings)
+
     @property
     def upper(self) -> float:
         """Returns ε_high, which is ε unless it is set."""
@@ -84,6 +94,11 @@ class PolicyLossConfig:
     def has_one_ratio(self) -> bool:
         """Says whether all tokens of a sequence have the same ρ."""
         return self.importance_sampling_level != "token"
+
+
+@lru_cache(maxsize=16)
+def _checked(settings: tuple[tuple[str, Any], ...]) -> PolicyLossConfig:
+    return PolicyLossConfig(**dict(settings))
 
 
 class PolicyTerms(NamedTuple):

@@ -175,4 +175,4 @@ class GRPOConfig(OnlineConfig):
         from trl_fast.losses.policy_gradient import PolicyLossConfig
 
         names = PolicyLossConfig.__dataclass_fields__
-        return PolicyLossConfig(**{name: getattr(self, name) for name in names})
+        return PolicyLossConfig.of(**{name: getattr(self, name) for name in names})

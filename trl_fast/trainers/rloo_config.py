@@ -41,7 +41,7 @@ class RLOOConfig(OnlineConfig):
         """Returns the loss: the clipped ratio of whole completions, each of which counts alike."""
         from trl_fast.losses.policy_gradient import PolicyLossConfig
 
-        return PolicyLossConfig(
+        return PolicyLossConfig.of(
             loss_type="grpo",
             importance_sampling_level="product",
             epsilon=self.epsilon,

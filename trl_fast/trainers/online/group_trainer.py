@@ -251,7 +251,8 @@ class GroupTrainer(OnlineTrainer):
     def _prepare_inputs(self, rows: list[dict[str, Any]]) -> MicroBatch | dict[str, Any]:
         """Returns the micro-batch of the update; where it is time, of new completions of `rows`."""
         hooks = self.trl_hooks
-        hooks.attach(self.loop)
+        if not self.model.training or self.generation.is_used_up:
+            hooks.attach(self.loop)
         if not self.model.training and not hooks.makes_batches:
             return self.loop.run(rows, self, update=self._micro_batch)
         if not self.model.training:
