@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ METHODS = ("GRPO", "RLOO")
 LEFT = {
     "_dist": "sharded weights are refused",
     "_has_async_funcs": "each call of user functions has an event loop of its own",
-    **dict.fromkeys(("_name", "_paper", "_tag_names", "_template_file"), "the model card is written otherwise"),
+    **dict.fromkeys(("_name", "_paper", "_template_file"), "the model card is written otherwise"),
+    "_tag_names": "those of a subclass are added to the model's",
     "_send_telemetry": "no telemetry is sent",
     "_total_train_tokens": "TRL sets it and never reads it",
     **dict.fromkeys(("_tool_call_loop", "_get_tool_suffix_ids"), "the tool loop is an engine; overriding is refused"),
@@ -244,6 +246,16 @@ def test_signatures(method):
         assert parameter.name == own.name and parameter.default in (own.default, inspect.Parameter.empty)
     with pytest.raises(TypeError, match="has no argument 'reward_functions'; did you mean 'reward_funcs'"):
         getattr(trl_fast, f"{method}Trainer")("none", reward_functions=[length])
+
+
+def test_tags_of_a_subclass(model_path, tmp_path):
+    arguments = {"model": model_path, "reward_funcs": [vowels], "train_dataset": color_prompts()}
+    tagged = SimpleNamespace(
+        GRPOTrainer=type("Tagged", (trl_fast.GRPOTrainer,), {"_tag_names": ["trl", "mine"]}),
+        GRPOConfig=trl_fast.GRPOConfig,
+    )
+    trainer = make_trainer(tagged, tmp_path, method="GRPO", arguments=arguments, **BASE)
+    assert {"trl", "grpo", "mine"} <= set(trainer.model.model_tags)
 
 
 @pytest.mark.parametrize("name", ["num_tokens", "mine"])

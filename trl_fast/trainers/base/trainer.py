@@ -157,7 +157,7 @@ class BaseTrainer(Trainer):
         self.add_callback(self._divergence)
         self.add_callback(EpochStart())
         self.add_callback(SequenceNoiseCallback(self))
-        base_model(self.model).add_model_tags(model_tags(self.method))
+        base_model(self.model).add_model_tags([*model_tags(self.method), *getattr(self, "_tag_names", ())])
 
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: BaseConfig, name: str
