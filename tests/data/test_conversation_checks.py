@@ -243,3 +243,17 @@ def test_messages_without_a_chat_template(kind):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="row 0: the row has messages, but the tokenizer has no chat template; set"):
         prepare(how, [row], tokenizer)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"prompt only"}))
+def test_a_system_column_that_is_not_read(kind, caplog):
+    row, how = KINDS[kind]
+    prepare(how, [{**row, "system": "Be brief."}] * 2)
+    assert caplog.text.count("the column 'system' ('Be brief.') is not read, and the model does not see it") == 1
+    caplog.clear()
+    said = {"role": "system", "content": "Be  BRIEF."}
+    first = next(column for column in row if column != "label")
+    both = [first, "rejected"] if kind == "implicit prompt" else [first]
+    prepare(how, [{**row, **{column: [said, *row[column]] for column in both}, "system": "Be brief."}])
+    prepare(how, [{**row, "system": None}])
+    assert "is not read" not in caplog.text

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
+from .dataset_types import AnyDataset
 from .row_places import place, shorten
 
+logger = logging.getLogger(__name__)
+
+_TRAINED_COLUMNS = ("prompt", "chosen", "completion", "messages", "conversations", "text")
 # What published preference data calls its prompts.
 QUESTION_COLUMNS = ("question", "instruction", "query", "problem", "input", "user_prompt", "prompt_text")
 
@@ -47,9 +52,26 @@ def unseen_questions(example: dict[str, Any], columns: Iterable[str]) -> list[st
     return [] if any(all(text in side for side in seen) for text in asked.values()) else [*asked]
 
 
+def warn_of_system_column(dataset: AnyDataset, columns: Iterable[str], name: str) -> None:
+    """Says so if a dataset's first row has a text in the column `system` that none of the texts trained on holds."""
+    known = {*columns}
+    if "system" not in known or known & {"input_ids", "prompt_ids", "chosen_ids"}:
+        return
+    row = next(iter(dataset))
+    texts = [_text(row[column]) for column in _TRAINED_COLUMNS if column in row]
+    system = _text(row.get("system"))
+    if texts and system and not any(system in text for text in texts):
+        logger.warning(
+            f"The {name} dataset: the column 'system' ({shorten(row['system'])}) is not read, and the model does not "
+            "see it. If it belongs to the data, begin the messages with {'role': 'system', 'content': ...}; if not, "
+            "remove the column."
+        )
+
+
 def _text(value: Any) -> str:
     """Returns a text, or the texts of messages, without runs of white space and differences in case; else ""."""
     if isinstance(value, list):
-        contents = [message.get("content") if isinstance(message, dict) else None for message in value]
+        messages = [message for message in value if isinstance(message, dict)]
+        contents = [message.get("content", message.get("value")) for message in messages]
         value = " ".join(content for content in contents if isinstance(content, str))
     return " ".join(value.split()).casefold() if isinstance(value, str) else ""

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from .conversation_checks import check_content
 from .dataset_types import AnyDataset
-from .question_columns import check_no_question_is_left_out, rename_hint
+from .question_columns import check_no_question_is_left_out, rename_hint, warn_of_system_column
 from .row_places import place, remove_rows, shorten
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -50,6 +50,7 @@ def check_preference_columns(
     token columns.
     """
     columns = read_columns(dataset, "at least one preference pair", name)
+    warn_of_system_column(dataset, columns, name)
     if not ({"chosen", "rejected"} <= set(columns) or set(token_columns) <= set(columns)):
         raise ValueError(
             f"The {name} dataset has the columns {columns}; expected 'chosen' and 'rejected' (with or without "
@@ -65,6 +66,7 @@ def check_unpaired_columns(dataset: AnyDataset, name: str = "train") -> list[str
     without having their token columns or `chosen` and `rejected` instead.
     """
     columns = read_columns(dataset, "at least one completion with a label", name)
+    warn_of_system_column(dataset, columns, name)
     known = set(columns)
     if {"chosen", "rejected"} <= known or known >= {*UNPAIRED_TOKEN_COLUMNS, LABEL}:
         return columns
@@ -93,6 +95,8 @@ def check_sft_columns(dataset: AnyDataset, text_field: str, formatted: bool, nam
             "and labels, or use dataset.map()."
         )
     columns = read_columns(dataset, "at least one", name)
+    if not formatted:
+        warn_of_system_column(dataset, columns, name)
     known = ({"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field})
     if formatted or any(kind <= set(columns) for kind in known):
         return columns
