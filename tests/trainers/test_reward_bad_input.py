@@ -111,6 +111,16 @@ def test_an_adapter_for_a_language_model_becomes_one_for_a_classifier(build, cap
     assert config.task_type == "CAUSAL_LM"
 
 
+def test_an_adapters_config_can_be_used_twice(build):
+    """Used once, it names both heads that peft knows, of which a model has one."""
+    config = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    for _ in range(2):
+        build({"peft_config": config})
+    assert "classifier" in config.modules_to_save
+    with pytest.raises(ValueError, match="modules_to_save names 'classifier'"):
+        build({"peft_config": LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"])})
+
+
 def test_a_head_that_is_new_and_frozen_is_a_warning(build, caplog):
     build({"peft_config": LoraConfig(target_modules=["q_proj"], modules_to_save=["score"])})
     assert "frozen" not in caplog.text

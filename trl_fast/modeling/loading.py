@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -220,8 +220,10 @@ def _check_modules_to_save(model: PreTrainedModel, peft_config: PeftConfig) -> N
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {
         name for name, _ in model.named_modules()
     }
+    # peft itself writes both into the config of a classifier, which may be used again.
+    written = {"classifier", "score"} if peft_config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else set()
     for name in getattr(peft_config, "modules_to_save", None) or ():
-        if not any(each == name or each.endswith(f".{name}") for each in known):
+        if name not in written and not any(each == name or each.endswith(f".{name}") for each in known):
             raise ValueError(
                 f"peft_config: modules_to_save names {name!r}, which {type(model).__name__} does not have"
                 f"{did_you_mean(name, known)}"
