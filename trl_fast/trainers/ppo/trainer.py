@@ -25,8 +25,10 @@ from trl_fast.modeling.value_model import check_vocabulary
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, TransformersEngine
 
 from ..base.checkpoint_parts import NumbersPart
+from ..base.overrides import overridden
 from ..base.prepared_datasets import check_dataset_type
 from ..base.tokenizers import older_tokenizer_name
+from ..base.trl_attributes import answers_to
 from ..online.completions_log import CompletionsLog
 from ..online.prompt_order import PromptOrder
 from ..online.trainer import OnlineTrainer
@@ -38,12 +40,14 @@ from .rewards import load_reward_by_name, make_rewards
 from .rollout_scores import ScoredRollout, add_targets, completion_scores
 from .step import ppo_step
 from .stopping_engine import StoppingEngine, end_tokens
+from .trl_attributes import PPO_ATTRIBUTES
 
 logger = logging.getLogger(__name__)
 
 KL_STATE_FILE = "kl_control_state.json"
 
 
+@answers_to(PPO_ATTRIBUTES)
 class PPOTrainer(OnlineTrainer):
     """Trains by Proximal Policy Optimization with a value model (arXiv 1707.06347, 1909.08593).
 
@@ -69,6 +73,7 @@ class PPOTrainer(OnlineTrainer):
     method = "ppo"
     config_class = PPOConfig
     length_setting = "response_length"
+    uncalled_hooks = dict.fromkeys(("null_ref_context",), "give a ref_model")
 
     def __init__(
         self,
@@ -219,6 +224,9 @@ class PPOTrainer(OnlineTrainer):
             Of all processes' completions, the mean advantage of each one's tokens, and the scores.
         """
         device, count = self.accelerator.device, len(samples)
+        if self.args.kl_target is None:
+            # It may have been changed since.
+            self.kl_control.coefficient = self.args.kl_coef
         first = self.accelerator.process_index * count
         scores, kl = self._score(samples, rewards[first : first + count].cpu())
         advantages = torch.full_like(scores, torch.nan)
@@ -295,8 +303,10 @@ class PPOTrainer(OnlineTrainer):
             "lr": self._get_learning_rate(),
             "episode": (step + 1) * args.batch_size,
         }
-        shows = args.num_sample_generations and step % max(1, args.max_steps // args.num_sample_generations) == 0
-        if shows and not args.log_completions and self.accelerator.is_main_process:
+        shows = args.num_sample_generations and step % self.sample_generations_freq == 0
+        if shows and overridden(type(self), "generate_completions"):
+            self.generate_completions(sampling=True)
+        elif shows and not args.log_completions and self.accelerator.is_main_process:
             self.completions_log.show(step + 1, args.num_completions_to_print, unique_prompts=args.log_unique_prompts)
         return loss
 
