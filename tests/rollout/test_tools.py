@@ -117,7 +117,7 @@ def order(
 
 
 TYPES = {
-    "count": (["2", 2.5, True, None, [1]], [2, 3.0, -1]),
+    "count": (["2", 2.5, True, None, [1], float("nan")], [2, 3.0, -1, 10**400]),
     "price": (["1", False], [1, 1.5, None]),
     "size": (["medium", 1, None], ["large"]),
     "extras": (["salt", [1], ["salt", None]], [[], ["salt"], None]),

@@ -268,6 +268,14 @@ def test_refused_generation_kwargs(name):
     assert "\n" not in str(caught.value) and "top_k" not in str(caught.value)
 
 
+def test_settings_that_leave_no_probabilities(prompts):
+    settings = SamplingSettings(4, repetition_penalty=1e-300)
+    with pytest.raises(
+        RuntimeError, match="not finite once it is sampled with temperature=1.0, repetition_penalty=1e-3"
+    ):
+        TransformersEngine(tiny_model(), {END}, PAD).generate(prompts, settings)
+
+
 def test_refused_prompts():
     engine = TransformersEngine(tiny_model(), {END}, PAD)
     with pytest.raises(ValueError, match="prompt 0 has 250 tokens, .*=7 are more than the 256 positions"):

@@ -79,6 +79,17 @@ def test_whatever_a_function_raises_is_its_error(error, is_async, timeout):
     assert ask(one, timeout=timeout).tolist() == [[1]]
 
 
+def test_an_error_whose_text_cannot_be_read():
+    class Silent(Exception):
+        def __str__(self):
+            raise ValueError("no words")
+
+    with pytest.raises(RuntimeError, match=r"'leave' raised Silent: \(its text cannot be read\)"):
+        ask(leaving(Silent(), False))
+    messages = Toolbox([leaving(Silent(), False)]).run(CALL).messages[0]
+    assert messages[0]["content"] == "{'error': '(its text cannot be read)'}"
+
+
 def test_an_event_loop_that_functions_stop_goes_on():
     async def stops(completions):
         loop = asyncio.get_running_loop()

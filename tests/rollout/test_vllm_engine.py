@@ -168,9 +168,9 @@ SERVED = {
         {"/v1/completions": {"choices": [{"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1.0]}}]}},
         r"a completion 0 of tokens \[1, 2\] with log-probs \[-1.0\]; expected an integer",
     ),
-    "NaN": (
-        {"/v1/completions": {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [float("nan")]}}]}},
-        r"a completion 0 of tokens \[1\] with log-probs \[nan\]; expected an integer for each token and a finite",
+    "infinite": (
+        {"/v1/completions": {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [-float("inf")]}}]}},
+        r"a completion 0 of tokens \[1\] with log-probs \[-inf\]; expected an integer for each token, and a number",
     ),
 }
 
@@ -181,6 +181,12 @@ def test_another_server_is_named_by_what_it_answered(answers, message, sent):
     with fake_server(answers) as server, pytest.raises(RuntimeError, match=message) as caught:
         server_engine(server).generate([[5]], SETTINGS)
     assert "\n" not in str(caught.value) and time.monotonic() - start < 2
+
+
+def test_a_token_without_logprob(sent):
+    choice = {"token_ids": [1, 2], "logprobs": {"token_logprobs": [None, -1.0]}}
+    with fake_server({"/v1/completions": {"choices": [choice]}}) as server:
+        assert server_engine(server).generate([[5]], SETTINGS).logprobs == [[None, -1.0]]
 
 
 def test_an_answer_that_breaks_off(sent):

@@ -1,6 +1,6 @@
 """Provides generation and rewards for online methods."""
 
-from .engine import Rollout, RolloutEngine, SamplingSettings, check_prompts, end_token_ids
+from .engine import Rollout, RolloutEngine, SamplingSettings, check_engine, check_prompts, end_token_ids
 from .reward_model import RewardModel
 from .reward_source import GivenReward, RewardSource
 from .rewards import RewardFunctions
@@ -20,6 +20,7 @@ __all__ = [
     "ToolRollout",
     "Toolbox",
     "TransformersEngine",
+    "check_engine",
     "check_prompts",
     "end_token_ids",
 ]

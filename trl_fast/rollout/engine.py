@@ -78,6 +78,16 @@ class RolloutEngine(Protocol):
         """Gives the engine the policy's weights of an optimizer step; nothing to do where it has that step's."""
 
 
+def check_engine(engine: object) -> None:
+    """Raises TypeError if an object lacks a method of `RolloutEngine`."""
+    for name in ("generate", "sync_weights"):
+        if not callable(getattr(engine, name, None)):
+            raise TypeError(
+                f"rollout_engine: {type(engine).__name__} has no method {name}; expected an object with generate and "
+                "sync_weights, as trl_fast.rollout.RolloutEngine describes them"
+            )
+
+
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Returns the tokens that end a completion: all that the model's generation config names, and the tokenizer's.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .reward_answers import checked_rewards, copied, listed, shown
 from .reward_model import RewardModel, load_classifier
 from .reward_source import GivenReward, RewardSource
-from .user_calls import Outcome, TimeLimitError, UserCalls
+from .user_calls import Outcome, TimeLimitError, UserCalls, described
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _value(name: str, outcome: Outcome) -> Any:
     if isinstance(error, TimeLimitError):
         raise error
     if error is not None:
-        raise RuntimeError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"reward function {name!r} raised {described(error)}") from error
     return outcome.value
 
 

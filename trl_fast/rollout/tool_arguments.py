@@ -8,6 +8,8 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+from trl_fast.settings.ranges import INTEGER
+
 from .reward_answers import shown
 
 # The types of JSON schema, as JSON's values are in Python. A truth value is no number, and 3.0 is an integer.
@@ -15,7 +17,7 @@ _IS_OF_TYPE: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "boolean": lambda value: isinstance(value, bool),
     "number": lambda value: isinstance(value, Real) and not isinstance(value, bool),
-    "integer": lambda value: isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer(),
+    "integer": lambda value: not isinstance(value, bool) and value in INTEGER,
     "array": lambda value: isinstance(value, list | tuple),
     "object": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,

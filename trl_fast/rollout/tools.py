@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 
 from .reward_answers import copied
 from .tool_arguments import checked_arguments
-from .user_calls import Outcome, UserCalls
+from .user_calls import Outcome, UserCalls, described
 
 
 @dataclass
@@ -137,7 +137,7 @@ def _message(name: str, outcome: Outcome) -> dict[str, Any]:
     """Returns the message that tells the model of a result, or of an error."""
     error, content = outcome.error, outcome.value
     if error is not None:
-        # An exit's own text is often a bare number.
-        exits = not isinstance(error, Exception)
-        content = str({"error": f"{type(error).__name__}: {error}" if exits else str(error)})
+        text = described(error)
+        # An exit's own text is often a bare number; of others TRL tells the text.
+        content = str({"error": text.partition(": ")[2] if isinstance(error, Exception) else text})
     return {"role": "tool", "name": name, "content": content}

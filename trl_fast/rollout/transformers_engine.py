@@ -79,9 +79,10 @@ class TransformersEngine:
         with _generating(model), torch.no_grad():
             if can_share_prompts(model, config):
                 inputs["past_key_values"] = self._prompt_cache(model, prompt_ids, input_ids, attention_mask)
-            rows = model.generate(
-                **inputs, generation_config=config, tokenizer=self.tokenizer, stopping_criteria=stops
-            )
+            with _naming_extremes(config):
+                rows = model.generate(
+                    **inputs, generation_config=config, tokenizer=self.tokenizer, stopping_criteria=stops
+                )
         rows = rows[:, input_ids.shape[1] :].tolist()
         ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
         for stop in stops:
@@ -230,7 +231,8 @@ def _check_names(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in known:
             raise ValueError(
-                f"generation_kwargs: {name!r} is no setting of transformers' generation{did_you_mean(name, known)}"
+                f"generation_kwargs: {name!r} is no setting of transformers' generation"
+                f"{did_you_mean(str(name), known)}"
             )
         if value is not None and _ONE_ROW_EACH.get(name, value) != value:
             raise ValueError(f"generation_kwargs: {name}={value!r} cannot be used; leave it out")
@@ -269,6 +271,22 @@ class _StopStrings(StoppingCriteria):
 def _up_to_end(row: list[int], ends: set[int]) -> list[int]:
     length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
     return row[:length]
+
+
+@contextmanager
+def _naming_extremes(config: GenerationConfig) -> Iterator[None]:
+    """Names the settings that may be to blame where no token can be sampled."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        names = ("temperature", "repetition_penalty", "top_p", "top_k", "min_p")
+        raise RuntimeError(
+            "the policy's probabilities are not finite once it is sampled with "
+            f"{', '.join(f'{name}={getattr(config, name)}' for name in names)}; if the model's logits are finite, "
+            "choose less extreme settings"
+        ) from error
 
 
 @contextmanager

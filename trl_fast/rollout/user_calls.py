@@ -34,6 +34,14 @@ class Outcome:
     error: BaseException | None = None
 
 
+def described(error: BaseException) -> str:
+    """Returns the type and text of an error, which a user's own class may fail to give."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}: (its text cannot be read)"
+
+
 class TimeLimitError(TimeoutError):
     """Says that a function gave no answer within its time limit."""
 

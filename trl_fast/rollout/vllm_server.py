@@ -139,11 +139,11 @@ class VLLMServer:
         ids = [answer.read(list, "choices", index, "token_ids") for index in range(count)]
         logprobs = [answer.read(list, "choices", index, "logprobs", "token_logprobs") for index in range(count)]
         for index, (tokens, values) in enumerate(zip(ids, logprobs, strict=True)):
-            known = all(isinstance(token, int) for token in tokens) and all(map(_is_finite, values))
+            known = all(isinstance(token, int) for token in tokens) and all(map(_is_logprob, values))
             if not known or len(tokens) != len(values):
                 raise RuntimeError(
                     f"the vLLM server at {self.base_url} returned a completion {index} of tokens {shown(tokens)} with "
-                    f"log-probs {shown(values)}; expected an integer for each token and a finite number"
+                    f"log-probs {shown(values)}; expected an integer for each token, and a number or null"
                 )
         return ids, logprobs
 
@@ -253,5 +253,6 @@ class _Answer:
         return value
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, float | int) and math.isfinite(value)
+def _is_logprob(value: Any) -> bool:
+    # vLLM says null where it got NaN.
+    return value is None or (isinstance(value, float | int) and not math.isinf(value))

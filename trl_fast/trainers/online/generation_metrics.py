@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from numbers import Real
 
 import torch
 from accelerate import Accelerator
@@ -92,12 +93,36 @@ class GenerationMetrics:
         self.numbers: dict[str, list[float]] = defaultdict(list)
 
     def log_column(self, column: str, values: list) -> None:
-        """Takes a further column of the table of completions, from a reward function."""
+        """Takes a further column of the table of completions, or a part of it, from a reward function.
+
+        Raises:
+            TypeError: the name is no text.
+        """
+        if not isinstance(column, str):
+            raise TypeError(f"log_extra: expected a name for the column, got {column!r}")
         self.columns[column].extend(values)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Takes a number from a reward function; the mean is logged."""
+        """Takes a number from a reward function; the mean is logged.
+
+        Raises:
+            TypeError: the name is no text, or the value no number.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"log_metric: expected a name, got {name!r}")
+        if not isinstance(value, Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+            raise TypeError(f"log_metric({name!r}): expected a number, got {value!r}")
         self.numbers[name].append(value)
+
+    def check_columns(self, count: int) -> None:
+        """Raises ValueError if reward functions logged a column that has not one value for each completion."""
+        for name, values in self.columns.items():
+            if len(values) != count:
+                self.columns.clear()
+                raise ValueError(
+                    f"log_extra: reward functions gave column {name!r} {len(values)} values for {count} completions; "
+                    "give one for each, and each column from one function"
+                )
 
     def record_lengths(self, rollout: Rollout, mask: list[torch.Tensor] | None, *, is_training: bool) -> torch.Tensor:
         """Records completions' lengths, and how often tools were called.

@@ -36,6 +36,7 @@ from .generation_buffer import GenerationBuffer
 from .micro_batches import Update, slice_indices, trained_indices
 from .policy_step import policy_step
 from .prompt_order import PromptOrder
+from .rollout_checks import check_sources
 from .sampling import Sampling
 from .tool_use import open_toolbox
 from .trainer import OnlineTrainer
@@ -105,12 +106,7 @@ class GroupTrainer(OnlineTrainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         **older: Any,
     ) -> None:
-        if environment_factory:
-            raise NotImplementedError(
-                "environment_factory is experimental in TRL and not supported; use tools or rollout_func"
-            )
-        if tools and rollout_func is not None:
-            raise ValueError("tools and rollout_func: a rollout_func makes whole completions; give one of them")
+        check_sources(tools, rollout_func, environment_factory, rollout_engine)
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model).with_older_arguments(type(self), older)
         check_dataset_type(train_dataset, "train_dataset")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from trl_fast.losses.advantages import Advantages
 from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, SamplingSettings
 from trl_fast.rollout.reward_answers import copied, shown
 from trl_fast.rollout.samples import Samples
-from trl_fast.rollout.user_calls import outcome_of
+from trl_fast.rollout.user_calls import described, outcome_of
 
 from .completion_reader import CompletionReader
 from .generation_metrics import GenerationMetrics
@@ -152,7 +153,8 @@ class RolloutLoop:
             return check_rollout(rollout, prompts, self.vocab_size), columns
         # Around all of it, so that autocast casts the weights once and not for each token.
         with self.accelerator.autocast():
-            rollout = self.engine.generate([list(row[PROMPT_IDS]) for row in rows], self.settings())
+            prompt_ids, settings = [list(row[PROMPT_IDS]) for row in rows], self.settings()
+            rollout = _called("rollout engine", self.engine, lambda: self.engine.generate(prompt_ids, settings))
         rollout = check_rollout(rollout, prompts, self.vocab_size)
         return rollout, {PROMPT_IDS: rollout.prompt_ids} if self.prompt_ids_for_rewards else {}
 
@@ -177,6 +179,7 @@ class RolloutLoop:
             log_extra=self.metrics.log_column,
             log_metric=self.metrics.log_metric,
         )
+        self.metrics.check_columns(len(rows))
         return JudgedRollout(prompts, completions, rollout, rewards)
 
     def _samples(self, rollout: Rollout, method: OnlineMethod) -> Samples:
@@ -204,6 +207,22 @@ def custom_rollout(
     return _read_output(_ask(rollout_func, prompts, method), len(prompts))
 
 
+def _called(kind: str, given: Any, call: Callable[[], Any]) -> Any:
+    """Returns what a user's own function or engine gives.
+
+    Raises:
+        RuntimeError: it exited.
+    """
+    outcome = outcome_of(call, {})
+    error = outcome.error
+    if isinstance(error, Exception):
+        raise error
+    if error is not None:
+        name = getattr(given, "__name__", type(given).__name__)
+        raise RuntimeError(f"{kind} {name!r} raised {described(error)}") from error
+    return outcome.value
+
+
 def _ask(rollout_func: Callable[[list, Any], dict[str, Any]], prompts: list, method: OnlineMethod) -> dict[str, Any]:
     """Returns what a rollout_func returned for copies of the prompts.
 
@@ -211,19 +230,16 @@ def _ask(rollout_func: Callable[[list, Any], dict[str, Any]], prompts: list, met
         RuntimeError: it exited.
         ValueError: it returned no dict.
     """
-    name = getattr(rollout_func, "__name__", type(rollout_func).__name__)
-    outcome = outcome_of(lambda: rollout_func(copied(prompts), method), {})
-    if isinstance(outcome.error, Exception):
-        raise outcome.error
-    if outcome.error is not None:
-        error = outcome.error
-        raise RuntimeError(f"rollout_func {name!r} raised {type(error).__name__}: {error}") from error
-    if not isinstance(outcome.value, Mapping):
+    output = _called("rollout_func", rollout_func, lambda: rollout_func(copied(prompts), method))
+    if not isinstance(output, Mapping):
+        if inspect.iscoroutine(output):
+            output.close()
+        name = getattr(rollout_func, "__name__", type(rollout_func).__name__)
         raise ValueError(
-            f"rollout_func {name!r} returned {shown(outcome.value)}; expected a dict with prompt_ids, completion_ids "
-            "and logprobs"
+            f"rollout_func {name!r} returned {shown(output)}; expected a dict with prompt_ids, completion_ids and "
+            "logprobs, from a function that is not async"
         )
-    return dict(outcome.value)
+    return dict(output)
 
 
 def _read_output(output: dict[str, Any], count: int) -> tuple[Rollout, dict[str, list]]:
@@ -234,7 +250,14 @@ def _read_output(output: dict[str, Any], count: int) -> tuple[Rollout, dict[str,
         raise ValueError(f"rollout_func returned {sorted(output)}; expected {', '.join(missing)} too")
     prompt_ids, completion_ids, logprobs = (output.pop(name) for name in needed)
     rollout = Rollout(prompt_ids, completion_ids, logprobs, mask=output.pop("env_mask", None))
-    return rollout, {name: value if isinstance(value, list) else [value] * count for name, value in output.items()}
+    columns = {name: value if isinstance(value, list) else [value] * count for name, value in output.items()}
+    for name, values in columns.items():
+        if len(values) != count:
+            raise ValueError(
+                f"rollout_func returned {len(values)} values of {name!r} for {count} prompts; expected a list with "
+                "one for each, or a single value that is no list"
+            )
+    return rollout, columns
 
 
 def token_vectors(lists: list[list] | None) -> list[torch.Tensor] | None:

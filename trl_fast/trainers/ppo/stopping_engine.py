@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings
+from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings, check_engine
 
 from .config import PPOConfig
 
@@ -22,6 +22,7 @@ class StoppingEngine:
     """
 
     def __init__(self, engine: RolloutEngine, stop_ids: Collection[int], batch_size: int) -> None:
+        check_engine(engine)
         self.engine, self._stop_ids, self._batch_size = engine, stop_ids, batch_size
 
     def sync_weights(self, model: torch.nn.Module, step: int) -> None:
