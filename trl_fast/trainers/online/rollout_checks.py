@@ -141,7 +141,11 @@ _PLAIN: dict[Callable, set[type]] = {
     _logprob: {float, int, type(None)},
     _mask_value: {int, bool},
 }
-_EXPECTED: dict[Callable, str] = {_token: "integers", _logprob: "numbers, or None where there is none", _mask_value: "0 and 1"}
+_EXPECTED: dict[Callable, str] = {
+    _token: "integers",
+    _logprob: "numbers, or None where there is none",
+    _mask_value: "0 and 1",
+}
 
 
 def _check_by_token(name: str, lists: Iterable[list], completion_ids: list[list[int]], prompts: list) -> None:
