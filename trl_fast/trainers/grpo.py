@@ -125,7 +125,7 @@ class GRPOTrainer(GroupTrainer):
         by_batch = (
             self.loss_config.loss_type == "bnpo" or self.loss_config.scope == "batch" or self.entropy is not None
         )
-        return not by_batch
+        return super().order_is_free and not by_batch
 
     @property
     def all_have_gradients(self) -> bool:

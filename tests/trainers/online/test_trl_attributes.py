@@ -61,6 +61,13 @@ def test_each_attribute_of_trls_trainer_is_here_and_says_the_same(method, make):
     assert drawn == theirs.generation_config.to_diff_dict()
 
 
+def test_epsilon_high_stays_where_it_was(make):
+    trainer = make(trl_fast, epsilon=0.3)
+    trainer.epsilon_low = 0.1
+    assert (trainer.epsilon_low, trainer.epsilon_high) == (0.1, 0.3)
+    assert (trainer.loss_config.epsilon, trainer.loss_config.upper) == (0.1, 0.3)
+
+
 class Schedule(TrainerCallback):
     """Sets attributes at the beginning of steps."""
 

@@ -163,6 +163,11 @@ class EvenTokens:
         return chosen & (torch.arange(mask.shape[1]) % 2 == 0)
 
 
+def long_ones(completion_ids, **_):
+    """The same for most completions, so that many have no advantage."""
+    return [float(len(ids) > 6) for ids in completion_ids]
+
+
 def noting(completions, log_metric, log_extra, **_):
     log_metric("noted", float(len(completions)))
     log_extra("first", [text[:1] for text in completions])
@@ -183,7 +188,9 @@ def logs_of(module, output_dir, body, method, arguments, evaluates, settings):
 
 @pytest.fixture
 def compare(tmp_path, model_path, tokenizer, monkeypatch):
-    def run(body, method="GRPO", *, with_mask=False, rewards=(vowels, brevity), peft=False, evaluates=False, **more):
+    def run(body, method="GRPO", *, with_mask=False, rewards=(vowels, brevity), peft=False, ours=OURS, **more):
+        evaluates = more.pop("evaluates", False)
+
         def arguments(rollout_func):
             return {
                 "model": model_path,
@@ -196,14 +203,14 @@ def compare(tmp_path, model_path, tokenizer, monkeypatch):
 
         settings = {**BASE, **more}
         rollouts = [{"rollout_func": FixedRollout(tokenizer, with_mask=with_mask)} for _ in range(2)]
-        theirs, ours = rollouts
+        theirs, given = rollouts
         if method == "RLOO":
-            rollout, theirs, ours = FixedRollout(tokenizer), {}, {"rollout_engine": FixedEngine(tokenizer)}
+            rollout, theirs, given = FixedRollout(tokenizer), {}, {"rollout_engine": FixedEngine(tokenizer)}
             monkeypatch.setattr(
                 trl.RLOOTrainer, "_generate_single_turn", lambda trainer, ids, *_: rollout.completions(ids)
             )
         expected, their = logs_of(trl, tmp_path / "trl", body, method, arguments(theirs), evaluates, settings)
-        got, our = logs_of(trl_fast, tmp_path / "ours", body, method, arguments(ours), evaluates, OURS | settings)
+        got, our = logs_of(trl_fast, tmp_path / "ours", body, method, arguments(given), evaluates, ours | settings)
         assert_same_logs([dict(sorted(log.items())) for log in got], [dict(sorted(log.items())) for log in expected])
         return their, our
 
@@ -249,6 +256,12 @@ def test_log_probabilities_of_the_subclass(method, peft, compare):
 @pytest.mark.parametrize("body", bodies(AnotherDict, slow=(OtherAdvantages, OtherAdvantagesInTheBatch)))
 def test_other_losses_of_changed_batches(body, compare):
     compare(body, loss_type="grpo", importance_sampling_level="sequence", num_iterations=2, learning_rate=5e-3)
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_batches_that_a_subclass_sees_are_put_together_as_in_trl(method, compare):
+    """With the defaults, which move completions and leave some out where nobody sees it."""
+    compare(HalfLoss, method, rewards=(long_ones,), ours={})
 
 
 def test_changed_batches_with_tokens_of_an_environment(compare):
