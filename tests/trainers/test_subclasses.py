@@ -334,3 +334,20 @@ def test_a_model_card_has_the_dataset_and_the_tags(run, tmp_path):
     text = (tmp_path / "trl_fast" / "README.md").read_text()
     assert "model_name: mine" in text and "datasets: people/colors" in text
     assert text.count("- trl\n") == 1 and "- blue\n" in text
+
+
+def test_a_method_that_was_put_into_a_trainer_counts_or_is_refused(model_path, tmp_path):
+    def make():
+        return make_trainer(
+            trl_fast, tmp_path, arguments={"model": model_path, "train_dataset": color_pairs(8)}, max_steps=1
+        )
+
+    trainer, plain = make(), make()
+    own = trainer._compute_loss
+    trainer._compute_loss = lambda *args: 0.5 * own(*args)
+    plain.train()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.5 * plain.state.log_history[0]["loss"])
+    trainer.concatenated_forward = own
+    with pytest.raises(ValueError, match=r"DPOTrainer defines concatenated_forward\(\)"):
+        trainer.train()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import CodeType
 from typing import Any
 
@@ -39,16 +39,18 @@ def uncalled_hooks(trainer_class: type) -> dict[str, str]:
     return found
 
 
-def check_overrides(trainer_class: type) -> None:
+def check_overrides(trainer_class: type, attributes: Collection[str] = ()) -> None:
     """Checks that a subclass defines no method of TRL's trainer that would never be called.
 
-    A method that the subclass itself calls, from another method of its own, is left alone.
+    A method that the subclass itself calls, from another method of its own, is left alone. attributes: names that were
+    put into a trainer, where methods may be too.
 
     Raises:
         ValueError: it does; names the class, each such method, and the remedy.
     """
     hooks = uncalled_hooks(trainer_class)
-    dead = [name for name in overridden(trainer_class, *hooks) if not _calls_itself(trainer_class, name)]
+    defined = dict.fromkeys([*overridden(trainer_class, *hooks), *(name for name in hooks if name in attributes)])
+    dead = [name for name in defined if not _calls_itself(trainer_class, name)]
     if dead:
         remedies = "; ".join(f"{name}: {hooks[name]}" for name in dead)
         raise ValueError(

@@ -340,12 +340,14 @@ class BaseTrainer(Trainer):
         """Trains. resume_from_checkpoint=True goes on from the newest checkpoint that is whole.
 
         Raises:
-            ValueError: every weight of the model is frozen; True was given and there is no such checkpoint; the given
-                one is not whole, or is one of another run; or another run uses the output folder.
+            ValueError: every weight of the model is frozen; a method was put in that is never called; True was given
+                and there is no such checkpoint; the given one is not whole, or is one of another run; or another run
+                uses the output folder.
             DivergedError: weights became NaN or infinite, or losses and gradients stayed so; names the step.
             CheckpointError: there is no room for a checkpoint.
             KeyboardInterrupt, SystemExit: as in `StopSignals.caught`.
         """
+        check_overrides(type(self), vars(self))
         check_trains(self.accelerator.unwrap_model(self.model))
         check_settings(self.args)  # also what was set since the trainer was made
         try:
