@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint is the unbroken run: weights, optimizer, random numbers and logs."""
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
@@ -11,6 +12,7 @@ from support.rollouts import color_prompts
 from support.supervised import sft_rows
 from support.training import color_labels, color_pairs, make_trainer
 from trl_fast.trainers import BEMACallback
+from trl_fast.trainers.online.completions_log import CompletionsLog
 
 # Epochs of three optimizer steps, the last one of fewer micro-batches; checkpoints between two logs.
 SETTINGS = {
@@ -143,3 +145,13 @@ def test_a_stream_within_its_first_pass(method, resumes, model_path, tokenizer):
         return {"train_dataset": rows.to_iterable_dataset()}
 
     resumes(method, (1, 2), more, max_steps=3)
+
+
+def test_the_table_of_completions_within_a_generation(resumes, tmp_path, monkeypatch):
+    frames: list = []
+    monkeypatch.setattr(CompletionsLog, "save", lambda self, folder, step: frames.append(self.frame(step)))
+    resumes("GRPO", (3,), num_iterations=2, log_completions=True, log_unique_prompts=True, logging_steps=1)
+    # Of the unbroken run's logs the last ones, and those of the resumed run; each has one more at its end.
+    for whole, resumed in zip(frames[3:6], frames[6:], strict=True):
+        assert len(whole)
+        pd.testing.assert_frame_equal(whole, resumed, check_dtype=False)

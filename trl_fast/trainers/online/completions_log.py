@@ -18,6 +18,7 @@ from trl_fast.console import make_console
 
 # Loggers that take a table of completions: modules of these names, alike in what is used of them.
 _TABLE_LOGGERS = {"wandb", "trackio"}
+_STATE_FILE = "completions_log.json"
 
 
 class CompletionsLog:
@@ -53,6 +54,20 @@ class CompletionsLog:
                 kept[name].extend([None] * before)
             for name in kept:
                 kept[name].extend(given.get(name, [None] * added))
+
+    def save_to_checkpoint(self, folder: Path) -> None:
+        """Writes the table as text: later steps of a generation show it again."""
+        (folder / _STATE_FILE).write_text(json.dumps(self.logs, default=_as_text))
+
+    def load_from_checkpoint(self, folder: Path) -> None:
+        """Reads the table; without one it begins anew."""
+        if not (folder / _STATE_FILE).is_file():
+            return
+        for name, found in json.loads((folder / _STATE_FILE).read_text()).items():
+            columns = [(self.logs[name], found)] if isinstance(found, list) else []
+            columns += [] if columns else [(self.logs[name][key], values) for key, values in found.items()]
+            for kept, values in columns:
+                kept.extend(values)
 
     def frame(self, step: int, unique_prompts: bool = False) -> pd.DataFrame:
         """Returns all columns, with the step first and the advantage last; arguments of tool calls as JSON.
@@ -157,3 +172,8 @@ def _text_calls(calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | No
         {"type": "function", "function": {**function, "arguments": text}}
         for function, text in zip(functions, texts, strict=True)
     ]
+
+
+def _as_text(value: Any) -> Any:
+    """Returns what JSON holds of a value: a column's list, else text."""
+    return list(value) if isinstance(value, deque) else str(value)

@@ -99,6 +99,8 @@ class OnlineTrainer(ReferenceTrainer):
         """
         args, tokenizer = self.args, self.processing_class
         self.completions_log = CompletionsLog(completions_kept)
+        if args.log_completions:
+            self.checkpoints.parts.append(self.completions_log)
         excludes_cut_off = "excludes_cut_off" in options and options["excludes_cut_off"]()
         warnings = GenerationWarnings(
             tokenizer,
