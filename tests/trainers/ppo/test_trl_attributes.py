@@ -1,4 +1,4 @@
-"""What scripts for TRL's last PPO read, override and change."""
+"""Scripts for TRL's last PPO read, override and change the same here."""
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
