@@ -95,3 +95,16 @@ def test_the_installed_command_runs():
     command = os.path.join(os.path.dirname(sys.executable), "trl-fast")
     result = subprocess.run([command, "dpo", "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and "--loss_type" in result.stdout
+
+
+@pytest.mark.parametrize("when", ["prepare", "run"])
+def test_ctrl_c_has_no_traceback(when, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_fast.cli.main._prepare", interrupt if when == "prepare" else lambda *_: interrupt)
+    assert main(["plan"]) == 130
+    assert not capsys.readouterr().err
+    if when == "run":
+        with pytest.raises(KeyboardInterrupt):
+            main(["run", "script.py"])

@@ -20,6 +20,8 @@ _OTHERS = {
     "plan": "simulate a training step's memory, and the longest context that fits a GPU",
     "validate": "look for what is wrong with preference data",
 }
+# The exit status after Ctrl-C, as shells have it.
+INTERRUPTED = 130
 COMMANDS = {**{method.name: method.help for method in METHODS.values()}, **_OTHERS}
 
 
@@ -50,13 +52,20 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(f"trl-fast: unknown command {command!r}{hint}")
     try:
         run = _prepare(command, rest)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except Exception as error:
         from trl_fast.input_errors import error_line, is_input_error
 
         if debug or not is_input_error(error):
             raise
         return _refuse(f"trl-fast {command}: {error_line(error)}")
-    return run()
+    try:
+        return run()
+    except KeyboardInterrupt:
+        if command == "run":  # Python shows where the script was.
+            raise
+        return INTERRUPTED
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
