@@ -20,9 +20,9 @@ _OTHERS = {
     "plan": "simulate a training step's memory, and the longest context that fits a GPU",
     "validate": "look for what is wrong with preference data",
 }
+COMMANDS = {**{method.name: method.help for method in METHODS.values()}, **_OTHERS}
 # The exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 130
-COMMANDS = {**{method.name: method.help for method in METHODS.values()}, **_OTHERS}
 
 
 def usage() -> str:
