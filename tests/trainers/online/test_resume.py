@@ -179,3 +179,31 @@ def test_ppo_resumed_after_the_first_epoch(model_path, reward_model_path, tokeni
         resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}")
         assert len(again.seen) == 8 - step
         assert_goes_on(whole, judge.seen, resumed, again)
+
+
+class BatchMaker(trl_fast.GRPOTrainer):
+    """Makes TRL's batches itself, with a key of its own."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        return {**batch, "texts": [row["prompt"] for row in inputs], "bonus": batch["advantages"].abs()}
+
+    def _compute_loss(self, model, inputs):
+        assert len(inputs["texts"]) == len(inputs["bonus"])
+        return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"] + inputs["bonus"]})
+
+
+def test_batches_of_a_subclass_are_kept_within_a_generation(model_path, tmp_path):
+    class Module:
+        GRPOTrainer, GRPOConfig = BatchMaker, trl_fast.GRPOConfig
+
+    def make():
+        arguments = {"model": model_path, "reward_funcs": Judge(), "train_dataset": color_prompts(9)}
+        settings = {**SETTINGS, "steps_per_generation": 4, "max_steps": 4}
+        return make_trainer(Module, tmp_path, method="GRPO", arguments=arguments, **settings)
+
+    whole, resumed = make(), make()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
