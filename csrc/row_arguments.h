@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 
@@ -42,8 +43,21 @@ inline void check_vector(const at::Tensor& tensor, const char* name, int64_t siz
 inline void check_rows(const at::Tensor& tensor, const char* name, at::Device device) {
   check_device(tensor, name, device);
   TORCH_CHECK_VALUE(tensor.dim() == 2, name, ": expected shape (R, C), got ", tensor.sizes());
-  TORCH_CHECK_VALUE(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": expected contiguous rows, got strides ",
-                    tensor.strides());
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name,
+                    ": expected contiguous rows, got strides ", tensor.strides());
+}
+
+// What would become 0 or infinite in float32 is refused by name: a softcap of 0 would mean none.
+inline float float_of(double number, const char* name) {
+  const float rounded = static_cast<float>(number);
+  TORCH_CHECK_VALUE(std::isfinite(rounded) && (number == 0 || std::isnormal(rounded)), name,
+                    ": expected a number that float32 has, between 1.2e-38 and 3.4e38, got ", number);
+  return rounded;
+}
+
+inline Transform transform_of(const at::Tensor& bias, double scale, double softcap, double inv_temperature) {
+  return {bias.defined() ? bias.const_data_ptr<float>() : nullptr, float_of(scale, "scale"),
+          float_of(softcap, "softcap"), float_of(inv_temperature, "inv_temperature")};
 }
 
 // Holds a tile and a transform, and the tensors that both point into: what had to be made contiguous or float.
@@ -69,8 +83,7 @@ inline RowInputs row_inputs(at::DeviceType device_type, const at::Tensor& logits
   }
   in.tile = {logits.const_data_ptr(), dtype_of(logits, "logits"),           logits.stride(0),
              logits.size(1),          in.targets.const_data_ptr<int64_t>(), column_offset};
-  in.transform = {bias ? in.bias.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
-                  static_cast<float>(softcap), static_cast<float>(inv_temperature)};
+  in.transform = transform_of(in.bias, scale, softcap, inv_temperature);
   return in;
 }
 

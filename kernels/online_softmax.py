@@ -29,15 +29,31 @@ MINUS_INF_CODE = tl.constexpr(float(shared_constants.PACKED_MINUS_INF_CODE))
 
 
 @triton.jit
+def _tanh(x):
+    """Returns tanh(x) and its derivative.
+
+    Near 0, where 1 − d with d = 2 / (e^2|x| + 1) cancels, a polynomial (Cephes tanhf). Elsewhere the derivative
+    1 − tanh² would cancel: it is d·(2 − d).
+    """
+    magnitude = tl.abs(x)
+    z = x * x
+    p = 0.133314422036 + z * (-0.0537397155531 + z * (0.0206390887954 + z * -0.00570498872745))
+    near = x + x * z * (-0.333332819422 + z * p)
+    distance = 2.0 / (tl.exp(2.0 * tl.minimum(magnitude, 40.0)) + 1.0)
+    far = tl.where(x < 0.0, distance - 1.0, 1.0 - distance)
+    is_far = magnitude >= 0.625  # not of NaN, which stays
+    return tl.where(is_far, far, near), tl.where(is_far, distance * (2.0 - distance), 1.0 - near * near)
+
+
+@triton.jit
 def transformed(z, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
     """Returns u and du/dz of raw logits z, to which the bias has been added."""
     y = z * scale
     derivative = scale * inv_temperature
     if HAS_SOFTCAP:
-        # tanh(t) = 2 sigmoid(2t) - 1
-        tanh = 2.0 * tl.sigmoid(2.0 * (y / softcap)) - 1.0
+        tanh, tanh_derivative = _tanh(y / softcap)
         y = softcap * tanh
-        derivative = derivative * (1.0 - tanh * tanh)
+        derivative = derivative * tanh_derivative
     return y * inv_temperature, derivative
 
 

@@ -111,8 +111,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_samples(const at::Tensor& log
     check_vector(*bias, "bias", vocab_size, bias->scalar_type(), at::kCPU);
     bias_float = bias->to(at::kFloat).contiguous();
   }
-  const Transform transform = {bias ? bias_float.const_data_ptr<float>() : nullptr, static_cast<float>(scale),
-                               static_cast<float>(softcap), static_cast<float>(inv_temperature)};
+  const Transform transform = transform_of(bias_float, scale, softcap, inv_temperature);
   const SampleArgs args = {logits.const_data_ptr(),
                            dtype_of(logits, "logits"),
                            rows,
@@ -151,6 +150,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_samples(const at::Tensor& log
   return {counts, columns, logprobs};
 }
 
+// Checks that the entries of rows lie among `entries`, in order, and that each names one of `dense_rows`.
+void check_sparse_rows(const at::Tensor& row_offsets, const at::Tensor& indices, int64_t dense_rows) {
+  const int64_t entries = indices.numel(), last = row_offsets.numel() - 1;
+  TORCH_CHECK_VALUE(last >= 0, "row_offsets: expected at least one number, got none");
+  const int64_t* offsets = row_offsets.const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(offsets[0] >= 0 && offsets[last] <= entries && std::is_sorted(offsets, offsets + last + 1),
+                    "row_offsets: expected rising numbers from 0 to ", entries, ", the number of indices");
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  const bool inside = std::all_of(index, index + entries, [&](int64_t i) { return i >= 0 && i < dense_rows; });
+  TORCH_CHECK_VALUE(inside, "indices: expected rows of dense, in [0, ", dense_rows, ")");
+}
+
 at::Tensor sparse_product(const at::Tensor& row_offsets, const at::Tensor& indices, const at::Tensor& values,
                           const at::Tensor& dense, at::ScalarType dtype) {
   check_rows(dense, "dense", at::kCPU);
@@ -159,6 +170,7 @@ at::Tensor sparse_product(const at::Tensor& row_offsets, const at::Tensor& indic
   check_vector(values, "values", indices.numel(), at::kFloat, at::kCPU);
   const at::Tensor dense_row_offsets = row_offsets.contiguous(), dense_indices = indices.contiguous();
   const at::Tensor dense_values = values.contiguous();
+  check_sparse_rows(dense_row_offsets, dense_indices, dense.size(0));
   const int64_t rows = row_offsets.numel() - 1, width = dense.size(1);
   at::Tensor out = at::empty({rows, width}, dense.options().dtype(dtype));
   const ProductArgs args = {dense_row_offsets.const_data_ptr<int64_t>(),

@@ -69,9 +69,9 @@ void transform_chunk(const trl_fast::Transform& t, int64_t start, int64_t n, flo
   } else {
     const Vec cap = splat(t.softcap), inv_cap = splat(1.0f / t.softcap);
     for (int64_t i = 0; i < n; i += kWidth) {
-      const Vec tanh = tanh_vec(load(u + i) * scale * inv_cap);
-      store(u + i, cap * tanh * inv_temperature);
-      if (derivative) store(derivative + i, (splat(1.0f) - tanh * tanh) * scale * inv_temperature);
+      const Tanh tanh = tanh_vec(load(u + i) * scale * inv_cap);
+      store(u + i, cap * tanh.value * inv_temperature);
+      if (derivative) store(derivative + i, tanh.derivative * scale * inv_temperature);
     }
   }
   for (int64_t i = n; i < padded(n); ++i) u[i] = -kInf;

@@ -24,7 +24,6 @@ constexpr int kWidth = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
-typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));
 
@@ -75,12 +74,18 @@ inline Vec exp_vec(Vec x) {
   p = p * r2 + (splat(8.3334519073e-3f) * r + splat(4.1665795894e-2f));
   p = p * r2 + (splat(1.6666665459e-1f) * r + splat(5.0000001201e-1f));
   p = p * r2 + r + splat(1.0f);
-  const Vec power = bits_as<Vec>((bits_as<IVec>(shifted) << 23) + bits_as<IVec>(splat(1.0f)));
+  // Unsigned: the bits of what is no power of two, for NaN and far too small x, may overflow.
+  const Vec power = bits_as<Vec>((bits_as<UVec>(shifted) << 23) + bits_as<UVec>(splat(1.0f)));
   return x < splat(-87.3f) ? Vec{} : p * power;
 }
 
-// tanh to about 2 ulp: a polynomial near 0 (Cephes tanhf), where 1 - 2 / (e^2x + 1) would cancel, that form elsewhere.
-inline Vec tanh_vec(Vec x) {
+struct Tanh {
+  Vec value, derivative;
+};
+
+// tanh to about 2 ulp: a polynomial near 0 (Cephes tanhf), where 1 - d, d = 2 / (e^2|x| + 1), would cancel, that form
+// elsewhere. The derivative 1 - tanh^2 would cancel there: it is d (2 - d).
+inline Tanh tanh_vec(Vec x) {
   const Vec magnitude = x < Vec{} ? -x : x;
   const Vec z = x * x;
   Vec p = splat(-5.70498872745e-3f);
@@ -89,11 +94,14 @@ inline Vec tanh_vec(Vec x) {
   p = p * z + splat(1.33314422036e-1f);
   p = p * z + splat(-3.33332819422e-1f);
   const Vec near = p * z * x + x;
-  const Vec twice = magnitude > splat(20.0f) ? splat(40.0f) : magnitude + magnitude;
-  const Vec far = splat(1.0f) - splat(2.0f) / (exp_vec(twice) + splat(1.0f));
+  const Vec twice = magnitude > splat(40.0f) ? splat(80.0f) : magnitude + magnitude;
+  const Vec distance = splat(2.0f) / (exp_vec(twice) + splat(1.0f));
+  const Vec far = splat(1.0f) - distance;
   const Vec with_sign = x < Vec{} ? -far : far;
-  const Vec y = magnitude < splat(0.625f) ? near : with_sign;
-  return x == x ? y : x;
+  const auto is_near = magnitude < splat(0.625f);
+  const Vec value = is_near ? near : with_sign;
+  const Vec derivative = is_near ? splat(1.0f) - near * near : distance * (splat(2.0f) - distance);
+  return {x == x ? value : x, x == x ? derivative : x};
 }
 
 // ---- narrow dtypes

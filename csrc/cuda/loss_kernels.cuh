@@ -25,6 +25,14 @@ __device__ inline float square(float x) { return x * x; }
 __device__ inline float at_most(float x, float bound) { return x > bound ? bound : x; }
 __device__ inline float at_least(float x, float bound) { return x < bound ? bound : x; }
 
+// e^x - x - 1; near 0, where the difference would cancel, its series.
+__device__ inline float exp_beyond_linear(float x) {
+  if (!(fabsf(x) < 0.5f)) return expm1f(x) - x;
+  float series = 1.0f;
+  for (int k = 8; k > 2; --k) series = fmaf(series, x / static_cast<float>(k), 1.0f);
+  return 0.5f * x * x * series;
+}
+
 // A pair's loss and its derivatives by the two rewards.
 struct PairTerm {
   float loss;
@@ -176,8 +184,7 @@ __device__ inline float visit_token(const PolicyLossArgs& args, int64_t token) {
   if (ratio_capped && args.loss != PolicyLoss::kCispo) term.gradient = 0.0f;
   if (args.ref_logprobs != nullptr) {
     const float difference = args.ref_logprobs[token] - logprob, capped = at_most(difference, args.max_log_ratio);
-    const float exponential = expm1f(capped);
-    float kl = exponential - capped, gradient = -exponential;
+    float kl = exp_beyond_linear(capped), gradient = -expm1f(capped);
     if (args.bias_correct_kl) {
       kl *= ratio;
       // ρ·e^d = π_ref / π_old does not depend on π, so the gradient of ρ·(e^d − d − 1) is −d·ρ.

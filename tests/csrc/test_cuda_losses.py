@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from benchmarks.compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
+from support import extreme_losses
+from support.extreme_losses import PAIR_FLOORS, TINY, assert_exact, pair_inputs, policy_inputs
 from support.heads import FLOOR, assert_as_good
 from support.losses import pair_problem, policy_problem
 from support.targets import QUICK_TARGETS
@@ -284,3 +287,32 @@ def test_no_access_out_of_bounds_and_planted_ones_are_found(compile_host, excess
     broken = run_sanitized(program, *excess)
     assert broken.returncode != 0
     assert "heap-buffer-overflow" in broken.stderr and kernel in broken.stderr, broken.stderr[:4000]
+
+
+def simulated(forward):
+    """The op: float32 by the kernels, which `_pair_loss` and `_policy_loss` launch, float64 by PyTorch."""
+
+    def call(logprobs, *others, **numbers):
+        with pytest.MonkeyPatch.context() as patch:
+            if logprobs.dtype == torch.float32:
+                module = sys.modules[f"trl_fast.ops.{forward.__name__}"]
+                patch.setattr(module, "choose_backend", lambda *given: "triton")
+            return forward(logprobs, *others, **numbers)
+
+    return call
+
+
+@pytest.mark.parametrize("loss_type", PAIR_FORMULAS)
+def test_pair_losses_of_extreme_log_ratios(kernels, loss_type):
+    run, inputs = extreme_losses.run_pair(loss_type, simulated(pair_loss)), pair_inputs(loss_type, 17)
+    assert_exact(run, run(*inputs), inputs, loss_type, PAIR_FLOORS.get(loss_type, TINY))
+
+
+@pytest.mark.parametrize("bias_correct_kl", [False, True])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_policy_losses_of_extreme_log_ratios(kernels, loss_type, bias_correct_kl):
+    """The loss alone, and the KL estimates alone."""
+    old, ref, advantages = policy_inputs()
+    for beta, inputs in ((0.0, (old, ref, advantages)), (1.0, (old, ref, 0 * advantages))):
+        run = extreme_losses.run_policy(loss_type, bias_correct_kl, beta, simulated(policy_loss))
+        assert_exact(run, run(*inputs), inputs, loss_type)

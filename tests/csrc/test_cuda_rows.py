@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
+from support.elementary_functions import check_exponential, check_tanh
 from support.host_kernels import DTYPES, GradArgs, PackedRows, ScoreArgs
 from support.packed_rows import assert_as_good_as
 from support.targets import QUICK_TARGETS
@@ -117,6 +118,11 @@ def test_a_narrow_gradient_of_float32_logits(kernels, dtype, misplaced):
         for to in (unrounded, out):
             kernels.grad(logits, targets, bias, *TRANSFORMS["plain"], lse, coefficients, 0, to)
         assert torch.equal(out, unrounded.to(dtype))
+
+
+def test_exponentials_and_tanh(kernels):
+    check_exponential(kernels)
+    check_tanh(kernels)
 
 
 def test_a_tile_changes_only_what_was_asked_for(kernels):

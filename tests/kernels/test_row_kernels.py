@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_report import HEAD_KERNELS, compile_kernel, resources
+from support.elementary_functions import check_exponential, check_tanh
 from support.packed_rows import (
     COLUMNS,
     PLAIN,
@@ -61,6 +62,12 @@ def test_packing_of_some_outputs_and_at_other_boundaries():
     with interpreted_kernels():
         for outputs in (0, ENTROPY):
             pack_hard_rows(PACKING, 2056, TRANSFORMED, misplaced=1, outputs=outputs)
+
+
+def test_exponentials_and_tanh():
+    with interpreted_kernels():
+        check_exponential(PACKING)
+        check_tanh(PACKING)
 
 
 def test_packing_of_empty_tiles():

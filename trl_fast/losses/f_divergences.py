@@ -11,6 +11,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from trl_fast.ops.stable_functions import expm1
+
+# Scores, and differences of scores, then stay finite in float32.
+_LARGEST_EXPONENT = 80
+
 
 def reverse_kl_score(logratios: torch.Tensor, alpha: float) -> torch.Tensor:
     """Returns r (P,)."""
@@ -18,8 +23,8 @@ def reverse_kl_score(logratios: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def forward_kl_score(logratios: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Computes 1 − e^(−r), (P,)."""
-    return 1 - torch.exp(-logratios)
+    """Computes 1 − e^(−r), (P,). The exponent is capped at 80: the difference of two infinite scores is NaN."""
+    return -expm1((-logratios).clamp(max=_LARGEST_EXPONENT))
 
 
 def js_divergence_score(logratios: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -30,12 +35,12 @@ def js_divergence_score(logratios: torch.Tensor, alpha: float) -> torch.Tensor:
 def alpha_divergence_score(logratios: torch.Tensor, alpha: float) -> torch.Tensor:
     """Computes (e^((α−1)·r) − 1) / (α − 1), (P,); r in the limit α = 1.
 
-    The exponent is capped at 80, so that the score stays finite.
+    The exponent is capped at 80, as in TRL.
     """
     power = alpha - 1
     if abs(power) < 1e-6:
         return logratios
-    return (torch.exp((power * logratios).clamp(max=80)) - 1) / power
+    return expm1((power * logratios).clamp(max=_LARGEST_EXPONENT)) / power
 
 
 F_DIVERGENCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {

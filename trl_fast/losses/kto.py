@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_fast.ops import TokenScores
+from trl_fast.ops.stable_functions import logistic
 from trl_fast.ops.token_scores import required
 from trl_fast.settings.ranges import check_ranges
 
@@ -66,7 +67,7 @@ def kto_losses(logratios: torch.Tensor, labels: torch.Tensor, kl: torch.Tensor, 
     good completions: w_d·(1 − σ(β·(r − z))), bad ones: w_u·(1 − σ(β·(z − r))). KTO: arXiv 2402.01306, Eq. 7.
     APO-zero for single completions, arXiv 2408.06266, Eq. 7, is the same with z = 0.
     """
-    losses = torch.sigmoid(-config.beta * torch.where(labels, logratios - kl, kl - logratios))
+    losses = logistic(-config.beta * torch.where(labels, logratios - kl, kl - logratios))
     return torch.where(labels, config.desirable_weight * losses, config.undesirable_weight * losses)
 
 

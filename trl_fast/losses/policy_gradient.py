@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 
 from trl_fast.ops import TokenScores
-from trl_fast.ops.policy_loss import MAX_LOG_RATIO, cispo_terms, clip_terms, kl_estimates, policy_loss, sapo_terms
+from trl_fast.ops.policy_loss import (
+    MAX_LOG_RATIO,
+    cispo_terms,
+    clip_terms,
+    corrected_kl_estimates,
+    kl_estimates,
+    policy_loss,
+    sapo_terms,
+)
 from trl_fast.ops.token_scores import required
 from trl_fast.settings.ranges import check_ranges
 
@@ -238,13 +246,27 @@ def policy_terms(
         terms = terms * inputs.importance_ratios[rows]
     kl = None
     if config.beta != 0:
-        kl = kl_estimates(
-            logprobs, required(inputs.ref_logprobs)[rows], ratio if config.use_bias_correction_kl else None
-        )
+        kl = _kl_estimates(logprobs, required(inputs.ref_logprobs)[rows], old, ratio, config)
         terms = terms + config.beta * kl
         kl = kl.detach()
     seen = ratio.detach() if config.delta is None else ratio.detach().clamp(max=config.delta)
     return PolicyTerms(terms, seen, kl, phi)
+
+
+def _kl_estimates(
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    ratio: torch.Tensor,
+    config: PolicyLossConfig,
+) -> torch.Tensor:
+    """Computes the KL estimates (R,), times ρ (R,) where the config says so; the others are (R,) too."""
+    if not config.use_bias_correction_kl:
+        return kl_estimates(logprobs, ref_logprobs)
+    if not config.has_one_ratio:
+        return corrected_kl_estimates(logprobs, ref_logprobs, old_logprobs)
+    kl = kl_estimates(logprobs, ref_logprobs) * ratio
+    return torch.where(ref_logprobs - logprobs > MAX_LOG_RATIO, kl.detach(), kl)
 
 
 def _on_policy(

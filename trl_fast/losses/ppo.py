@@ -73,7 +73,7 @@ def kl_penalties(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: 
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator={estimator!r} is unknown; expected one of {', '.join(KL_ESTIMATORS)}")
-    return logprobs - ref_logprobs if estimator == "k1" else kl_estimates(logprobs, ref_logprobs, None)
+    return logprobs - ref_logprobs if estimator == "k1" else kl_estimates(logprobs, ref_logprobs)
 
 
 def state_rewards(kl: torch.Tensor, scores: torch.Tensor, kl_coef: float, states: States) -> torch.Tensor:

@@ -16,6 +16,8 @@ from typing import Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 
+from .stable_functions import logistic, with_derivative
+
 
 class PairParameters(Protocol):
     """Holds the numbers that a formula may read."""
@@ -148,8 +150,8 @@ def exo_pair_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
     EXO, arXiv 2402.00856, Eq. 16 for two completions.
     """
     x, eps = config.beta * pairs.score_margins, config.label_smoothing
-    chosen_term = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-eps))
-    return chosen_term + torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(eps))
+    chosen_term = logistic(x) * (F.logsigmoid(x) - math.log1p(-eps))
+    return chosen_term + logistic(-x) * (F.logsigmoid(-x) - math.log(eps))
 
 
 def nca_pair_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
@@ -170,9 +172,12 @@ def sppo_hard_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
 
 
 def apo_zero_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
-    """Returns 1 − σ(β·r_c) + σ(β·r_r). APO-zero, arXiv 2408.06266, Eq. 7: pushes chosen up and rejected down."""
+    """Returns 1 − σ(β·r_c) + σ(β·r_r). APO-zero, arXiv 2408.06266, Eq. 7: pushes chosen up and rejected down.
+
+    1 − σ(x) is taken as σ(−x), which has all its digits.
+    """
     chosen, rejected = config.beta * pairs.chosen_logratios, config.beta * pairs.rejected_logratios
-    return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
+    return logistic(-chosen) + logistic(rejected)
 
 
 def apo_down_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
@@ -181,15 +186,18 @@ def apo_down_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
     APO-down, arXiv 2408.06266, Eq. 8: pushes both down, rejected further.
     """
     margins = pairs.chosen_logratios - pairs.rejected_logratios
-    return torch.sigmoid(config.beta * pairs.chosen_logratios) + 1 - torch.sigmoid(config.beta * margins)
+    return logistic(config.beta * pairs.chosen_logratios) + logistic(-config.beta * margins)
 
 
 def discopop_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
     """Returns −(1−m)·log σ(x) + m·e^(−x) with m = σ(x/τ). DiscoPOP, arXiv 2406.08414, Eq. 5."""
     x = config.beta * pairs.score_margins
     sharp = x / config.discopop_tau
-    # m·e^(−x) in one exponential: with τ < 1 it vanishes for x → −∞, where the product would be 0·∞.
-    return -torch.sigmoid(-sharp) * F.logsigmoid(x) + torch.exp(F.logsigmoid(sharp) - x)
+    # m·e^(−x) in one exponential: with τ < 1 it vanishes for x → −∞, where the product would be 0·∞. With τ > 1 it may
+    # be infinite, and autograd's derivative the difference of two infinities.
+    mixed = torch.exp(F.logsigmoid(sharp) - x)
+    derivative = mixed * (torch.sigmoid(-sharp) / config.discopop_tau - 1)
+    return with_derivative(x, mixed, derivative) - logistic(-sharp) * F.logsigmoid(x)
 
 
 # The losses that `pair_loss` computes. Kernels know each by its name.

@@ -22,6 +22,7 @@ from trl_fast.kernels.shared_constants import POLICY_LOSS_BLOCK
 from .backends import choose_backend
 from .device import device_facts
 from .named_gradients import AutogradContext, gradients_of
+from .stable_functions import exp_beyond_linear, logistic, with_derivative
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
 # Log-ratios are capped here, so that ρ, and ρ times the KL estimate, stay finite in float32. What is capped, a ratio
@@ -155,20 +156,34 @@ def sapo_terms(ratio: torch.Tensor, advantages: torch.Tensor, positive: float, n
     SAPO, arXiv 2511.20347.
     """
     temperature = torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
-    return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
+    return -logistic(temperature * (ratio - 1)) * 4 / temperature * advantages
 
 
-def kl_estimates(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, ratio: torch.Tensor | None) -> torch.Tensor:
+def kl_estimates(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """Returns e^d − d − 1, (N,), with d = log π_ref − log π: k3 of Schulman, "Approximating KL Divergence" (2020).
 
-    Times ρ if given, which makes its expectation under the old policy, and its gradient, those of the KL divergence.
+    A capped estimate is a constant.
     """
-    difference = ref_logprobs - logprobs
+    difference = (ref_logprobs - logprobs).detach()
     capped = difference.clamp(max=MAX_LOG_RATIO)
-    kl = torch.expm1(capped) - capped
-    kl = kl if ratio is None else kl * ratio
-    # A capped estimate is a constant also to ρ, whose gradient alone would push away from the reference.
-    return torch.where(difference > MAX_LOG_RATIO, kl.detach(), kl)
+    derivative = -torch.expm1(capped).masked_fill(difference > MAX_LOG_RATIO, 0.0)
+    return with_derivative(logprobs, exp_beyond_linear(capped), derivative)
+
+
+def corrected_kl_estimates(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, old_logprobs: torch.Tensor
+) -> torch.Tensor:
+    """Returns ρ·(e^d − d − 1), (N,), whose expectation under the old policy, and gradient, are those of the KL.
+
+    ρ·e^d = π_ref / π_old does not depend on π, so the gradient by log π is −d·ρ: autograd would take the difference of
+    two numbers of size ρ·e^d. A ratio that is capped is a constant, and so is a capped estimate, also to ρ, whose
+    gradient alone would push away from the reference.
+    """
+    difference, log_ratio = (ref_logprobs - logprobs).detach(), (logprobs - old_logprobs).detach()
+    capped, ratio = difference.clamp(max=MAX_LOG_RATIO), log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    derivative = -torch.where(log_ratio > MAX_LOG_RATIO, torch.expm1(capped), capped) * ratio
+    derivative = derivative.masked_fill(difference > MAX_LOG_RATIO, 0.0)
+    return with_derivative(logprobs, exp_beyond_linear(capped) * ratio, derivative)
 
 
 def _clipped(ratio: torch.Tensor, advantages: torch.Tensor, parameters: _Parameters) -> torch.Tensor:
@@ -200,7 +215,10 @@ def _reference(
         clipped = torch.zeros_like(terms, dtype=torch.int8)
     kl = None
     if ref_logprobs is not None:
-        kl = kl_estimates(logprobs, ref_logprobs, ratio if parameters.bias_correct_kl else None)
+        if parameters.bias_correct_kl:
+            kl = corrected_kl_estimates(logprobs, ref_logprobs, old_logprobs)
+        else:
+            kl = kl_estimates(logprobs, ref_logprobs)
         terms = terms + parameters.beta * kl
         kl = kl.detach()
     return PolicyLoss((weights[branch] * terms).sum(), kl, clipped)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.elementary_functions import check_exponential, check_tanh
 from support.packed_rows import COLUMNS, PLAIN, TRANSFORMED, check_packing
 from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
@@ -77,6 +78,8 @@ def compare(dtype, columns, transform):
 
 
 def compare_everything():
+    check_exponential(ROW_KERNELS["cpp"])
+    check_tanh(ROW_KERNELS["cpp"])
     for columns, transform in itertools.product(COLUMNS, (PLAIN, TRANSFORMED)):
         check_packing(ROW_KERNELS["cpp"], columns, transform, (torch.float32,))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -106,6 +109,27 @@ def test_every_instruction_set_of_this_machine(isa):
     environment = {**os.environ, "TRL_FAST_CPU_ISA": isa, "PYTHONPATH": paths}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_exponentials_and_tanh_of_pytorchs_kernels():
+    check_exponential(ROW_KERNELS["torch"])
+    check_tanh(ROW_KERNELS["torch"])
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ((1e39, 0.0, 1.0), "scale: expected a number that float32 has"),
+        ((1.0, 1e-320, 1.0), "softcap: expected a number that float32 has"),
+        ((1.0, 0.0, 1e39), "inv_temperature: expected a number that float32 has"),
+        ((float("nan"), 0.0, 1.0), "scale: expected a number that float32 has"),
+    ],
+)
+def test_a_transform_that_float32_cannot_hold_is_refused_by_name(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        statistics(
+            torch.ops.trl_fast.row_scores, torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), None, numbers, 0
+        )
 
 
 def test_rows_are_shared_among_torchs_threads():

@@ -253,3 +253,20 @@ def test_refused(options, message):
             op(problem.hidden, problem.weight, problem.targets, **options)
     with pytest.raises(ValueError, match="head_grad='sparse' has no gradient of label_smoothing=0.1"):
         linear_cross_entropy(problem.hidden, problem.weight, problem.targets, head_grad="sparse", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    "row_offsets, indices, message",
+    [
+        ([0, 2, 3], [0, 5, 1], r"indices: expected rows of dense, in \[0, 5\)"),
+        ([0, 2, 3], [0, -1, 1], r"indices: expected rows of dense, in \[0, 5\)"),
+        ([0, 2, 4], [0, 1, 2], "row_offsets: expected rising numbers from 0 to 3"),
+        ([0, 3, 2], [0, 1, 2], "row_offsets: expected rising numbers from 0 to 3"),
+        ([-1, 2, 3], [0, 1, 2], "row_offsets: expected rising numbers from 0 to 3"),
+        ([], [0, 1, 2], "row_offsets: expected at least one number"),
+    ],
+)
+def test_a_sparse_product_reads_nothing_out_of_bounds(row_offsets, indices, message, extension):
+    given = (torch.tensor(row_offsets, dtype=torch.int64), torch.tensor(indices), torch.ones(3), torch.ones(5, 4))
+    with pytest.raises(ValueError, match=message):
+        torch.ops.trl_fast.sparse_product(*given, torch.float32)

@@ -49,7 +49,7 @@ def scores_and_gradients(
         grad_logprobs, grad_entropy: (N,), the loss's derivatives by the log-probability and the entropy of each token.
     """
     product = hidden @ weight.t()
-    logits, tanh = transform.apply(product, bias)
+    logits, cap_derivative = transform.apply(product, bias)
     lse = logits.logsumexp(dim=1, keepdim=True)
     logp = logits - lse
     p = logp.exp()
@@ -60,8 +60,8 @@ def scores_and_gradients(
     grad_logits = -grad_logprobs[:, None] * p - grad_entropy[:, None] * p * (logp + entropy[:, None])
     grad_logits.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
     grad_product = grad_logits * transform.scale * transform.inv_temperature
-    if tanh is not None:
-        grad_product = grad_product * (1 - tanh.square())
+    if cap_derivative is not None:
+        grad_product = grad_product * cap_derivative
     return ScoresAndGradients(
         logprobs, entropy, grad_product @ weight, grad_product.t() @ hidden, grad_product.sum(dim=0)
     )

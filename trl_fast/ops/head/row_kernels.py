@@ -145,7 +145,7 @@ def row_grad_reference(
         out: (R, C), dtype of logits; may be the very memory of logits. On a GPU, float32 logits may have a narrower
             one.
     """
-    u, tanh = LogitTransform(scale, softcap, inv_temperature).apply(logits, bias)
+    u, cap_derivative = LogitTransform(scale, softcap, inv_temperature).apply(logits, bias)
     a, b, d, e = (row[:, None].to(u.dtype) for row in coefficients)
     logp = u - lse[:, None].to(u.dtype)
     p = logp.exp()
@@ -154,8 +154,8 @@ def row_grad_reference(
     if du.numel():
         du.scatter_(1, local[:, None], torch.where(inside[:, None], d, du.gather(1, local[:, None])))
     du *= inv_temperature * scale
-    if tanh is not None:
-        du *= 1 - tanh.square()
+    if cap_derivative is not None:
+        du *= cap_derivative
     out.copy_(du)
 
 
