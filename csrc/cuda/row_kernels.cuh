@@ -178,10 +178,8 @@ struct Transformed {
     float z = to_float(raw);
     if constexpr (kBias) z += bias[column];
     if constexpr (!kSoftcap) return {product(z, derivative), derivative};
-    const float x = z * inner;
-    // The derivative is 1 - tanh^2, which would cancel, as 4 e / (1 + e)^2 with e = e^-2|x|.
-    const float e = exp_flushed(-2.0f * fabsf(x)), half = 2.0f / (1.0f + e);
-    return {product(outer, tanhf(x)), derivative * e * half * half};
+    const float tanh = tanhf(z * inner);
+    return {product(outer, tanh), derivative * (1.0f - tanh * tanh)};
   }
 };
 
