@@ -279,7 +279,7 @@ def test_a_rollout_function_without_what_is_needed(model_path, tmp_path, tokeniz
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logprobs": lambda rows: rows[:-1]}, "7 lists of logprobs for 8 prompts"),
+        ({"logprobs": lambda rows: rows[:-1]}, "7 logprobs for 8 prompts"),
         (
             {"logprobs": lambda rows: [*rows[:-1], rows[-1] + [-1.0]]},
             "logprobs for the prompt 'What color .* values",
