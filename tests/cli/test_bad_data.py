@@ -126,6 +126,16 @@ def test_a_row_that_cannot_be_used(command, name, named, refused):
     refused(f"{command} --dataset_name {{data}}/{name}", f"{{data}}/{name.split()[0]}", *named)
 
 
+def test_a_stream_ends_training_at_a_bad_row_with_one_line(places, tmp_path, capsys):
+    flags = "--per_device_train_batch_size 1 --max_steps 5 --use_cpu true --bf16 false --report_to none"
+    paths = ["--model_name_or_path", places["model"], "--dataset_name", f"{places['data']}/text_null.jsonl"]
+    line = ["sft", *paths, "--output_dir", str(tmp_path), "--dataset_streaming", "--max_length", "64", *flags.split()]
+    assert main(line) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert f"trl-fast sft: {places['data']}/text_null.jsonl: The train dataset" in errors and "None" in errors
+
+
 SPLITS = [
     ("--dataset_name {data}/pairs.jsonl --dataset_train_split dev", ["has no split 'dev'", "dataset_train_split"]),
     ("--dataset_name {data}/pairs.jsonl --dataset_train_split train[:0]", ["split 'train[:0]' has no rows"]),

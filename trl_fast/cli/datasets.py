@@ -184,12 +184,16 @@ def _take_fractions(parts: list[AnyDataset], mixture_config: DatasetMixtureConfi
     return [part.select(range(round(weight * size))) for part, weight in zip(parts, weights, strict=True)]
 
 
+class BadDataError(ValueError):
+    """Is raised where a row or column of the data cannot be used."""
+
+
 @contextlib.contextmanager
 def named_data(arguments: ScriptArguments, mixture: DatasetMixtureConfig) -> Iterator[None]:
     """Adds the file, folder or hub name that the data came from to an error about a row or column.
 
     Raises:
-        ValueError: as it was raised inside, with that name.
+        BadDataError: such an error was raised inside; with that name.
     """
     paths = [config.path for config in mixture.datasets] or [arguments.dataset_name or ""]
     try:
@@ -197,11 +201,11 @@ def named_data(arguments: ScriptArguments, mixture: DatasetMixtureConfig) -> Ite
     except UnicodeDecodeError as error:
         # Arrow decodes texts only when they are read.
         files = [file for path in paths if Path(path).exists() for file in _local_files(Path(path), "").values()]
-        raise ValueError(find_fault(files) or f"{', '.join(paths)}: {error_line(error)}") from error
+        raise BadDataError(find_fault(files) or f"{', '.join(paths)}: {error_line(error)}") from error
     except (ValueError, TypeError) as error:
         if not re.match(r"The .*\bdataset\b", str(error)):
             raise
-        raise ValueError(f"{', '.join(paths)}: {error}") from error
+        raise BadDataError(f"{', '.join(paths)}: {error}") from error
 
 
 def load_train_and_test(

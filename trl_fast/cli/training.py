@@ -123,7 +123,22 @@ def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
         checkpoint = checkpoint_to_resume(trainer)
     except (ValueError, OSError) as error:
         raise parser.located(error, arguments) from error
-    return lambda: train(trainer, checkpoint, dataset_name=parsed[0].dataset_name)
+    return lambda: _train_on(trainer, checkpoint, parsed[0], parsed[-1])
+
+
+def _train_on(
+    trainer: BaseTrainer, checkpoint: str | None, script_args: ScriptArguments, mixture: DatasetMixtureConfig
+) -> int:
+    """Trains, and returns the exit status: 2, with one line, if a stream comes to a row that cannot be used."""
+    from .datasets import BadDataError, named_data
+
+    try:
+        with named_data(script_args, mixture):
+            return train(trainer, checkpoint, dataset_name=script_args.dataset_name)
+    except BadDataError as error:
+        line = f"trl-fast {trainer.method}: {error}"
+        make_console(stderr=True).print(line, style="red", highlight=False, soft_wrap=True)
+        return 2
 
 
 def train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
