@@ -127,9 +127,8 @@ def test_pair_graph_is_kept_and_differentiated_once():
     losses, _ = pair_loss(*arguments, backend="triton")
     gradients = [torch.autograd.grad(losses.sum(), arguments[0], retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(*gradients)
-    (gradient,) = torch.autograd.grad(losses.sum(), arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="pair_loss has no second derivative"):
+        torch.autograd.grad(losses.sum(), arguments[0], create_graph=True)
     with torch.no_grad():
         assert not pair_loss(*arguments, backend="triton").losses.requires_grad
 
@@ -256,9 +255,8 @@ def test_policy_graph_is_kept_and_differentiated_once():
     gradients = [torch.autograd.grad(result.loss, positional[0], retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(*gradients)
     assert not result.kl.requires_grad
-    (gradient,) = torch.autograd.grad(result.loss, positional[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="policy_loss has no second derivative"):
+        torch.autograd.grad(result.loss, positional[0], create_graph=True)
     with torch.no_grad():
         assert not policy_loss(*positional, **reference, backend="triton").loss.requires_grad
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_fast.ops.device import some_tiles
+from trl_fast.ops.named_gradients import first_derivative
 
 from .loading import backbone
 from .model_changes import changes_of
@@ -140,7 +141,7 @@ class _InTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative("tiled_mlp")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         module, weights, with_hidden = ctx.module, ctx.weights, ctx.needs_input_grad[1]

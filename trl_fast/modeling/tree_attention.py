@@ -20,6 +20,7 @@ from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.ops.attention_merge import merge_attention, merge_into
 from trl_fast.ops.device import DeviceFacts, device_facts
 from trl_fast.ops.matmul import gemm_dtype
+from trl_fast.ops.named_gradients import first_derivative
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative("attention of token trees")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         row = ctx.kernels(query, key, value, ctx.trees, ctx.scale)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trl_fast.ops.matmul import product_dtype
+from trl_fast.ops.named_gradients import refuse_forward_mode
 from trl_fast.ops.upcast_linear import upcast_is_faster, upcast_linear
 
 from .loading import backbone
@@ -102,4 +103,5 @@ def _forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         plain: Any = self.plain_forward
         return plain(self, x)
     bias = None if self.bias is None else self.bias.to(dtype)
+    refuse_forward_mode("upcast_linear", x, self.weight)
     return upcast_linear(x.to(dtype), self.weight.to(dtype), bias)

@@ -6,6 +6,7 @@ computes it in the forward pass, while the block's logits are still there: three
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from .head.row_statistics import LOGPROB_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_
 from .head.sweep import empty_kept_logits, score_rows
 from .matmul import gemm_dtype
 from .memory_pool import scaled
-from .named_gradients import AutogradContext, gradients_of, needs_gradients
+from .named_gradients import AutogradContext, first_derivative, gradients_of, needs_gradients
 from .validation import check_finite, check_head_tensors, check_target_range
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -129,6 +130,7 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.T
     ctx.dtypes = [hidden.dtype, weight.dtype, (weight if bias is None else bias).dtype]
 
 
+@first_derivative("linear_cross_entropy")
 def _backward(
     ctx: _Context, grad_loss: torch.Tensor | None, *_: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
@@ -147,8 +149,8 @@ def _check_options(reduction: str, label_smoothing: float, z_loss: float, head_g
         raise ValueError(f"reduction: unknown value {reduction!r}; expected one of {REDUCTIONS}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
-    if z_loss < 0.0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss!r}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must not be negative and be finite, got {z_loss!r}")
     if head_grad == "sparse" and (label_smoothing or z_loss):
         raise ValueError(
             f"head_grad='sparse' has no gradient of label_smoothing={label_smoothing} or z_loss={z_loss}; expected 0"
@@ -160,10 +162,12 @@ def _divisor(
 ) -> torch.Tensor:
     if num_items is None:
         num_items = max(num_kept, 1) if reduction == "mean" else 1
-    elif not isinstance(num_items, torch.Tensor) and num_items < 1:
+    elif isinstance(num_items, torch.Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items: expected one number of tokens, got shape {tuple(num_items.shape)}")
+        return num_items.detach().reshape(()).to(hidden.device, torch.float64).clamp(min=1)
+    elif not 1 <= num_items < math.inf:
         raise ValueError(f"num_items: expected a number of tokens of at least 1, got {num_items!r}")
-    if isinstance(num_items, torch.Tensor):
-        return num_items.to(hidden.device, torch.float64).clamp(min=1)
     return torch.full((), num_items, dtype=torch.float64, device=hidden.device)
 
 

@@ -28,7 +28,7 @@ from .head.row_statistics import LSE_ROW, NUM_STATISTICS, output_mask, row_coeff
 from .head.sweep import empty_kept_logits, score_rows
 from .head.tiled_head import TiledHead
 from .memory_pool import scaled
-from .named_gradients import AutogradContext, gradients_of
+from .named_gradients import AutogradContext, first_derivative, gradients_of
 from .token_scores import TokenScores, token_scores
 from .validation import check_head_call
 
@@ -49,8 +49,55 @@ def _summed(loss: object) -> torch.Tensor:
     return loss
 
 
+class _LossParameters:
+    """Sums the gradients of what `token_loss` has besides the scores: a temperature that trains, say.
+
+    They are found by following the graph of the loss to its leaves, and reach autograd as a term that is 0.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+
+    def gradients(self, loss: torch.Tensor, scores: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Returns the derivatives of a block's loss (0-d) by its scores, (R,) each, and adds those by parameters."""
+        parameters = [leaf for leaf in _leaves(loss) if not any(leaf is score for score in scores)]
+        # What the parameters have gone through is part of the next block's graph too.
+        found = torch.autograd.grad(loss, [*scores, *parameters], allow_unused=True, retain_graph=bool(parameters))
+        for parameter, gradient in zip(parameters, found[len(scores) :], strict=True):
+            if gradient is not None:
+                before = self._sums.get(parameter)
+                self._sums[parameter] = gradient if before is None else before + gradient
+        return list(found[: len(scores)])
+
+    def added_to(self, loss: torch.Tensor) -> torch.Tensor:
+        """Returns the loss (0-d), with the gradients of the parameters."""
+        for parameter, gradient in self._sums.items():
+            term = (parameter * gradient).sum().to(loss.dtype)
+            loss = loss + (term - term.detach()).nan_to_num(0.0)
+        return loss
+
+
+def _leaves(loss: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the tensors that get a gradient from a loss (0-d)."""
+    found, seen, waiting = [], set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
 def _block_loss(
-    token_loss: TokenLoss, statistics: torch.Tensor, rows: torch.Tensor, outputs: tuple[str, ...], vocab_size: int
+    token_loss: TokenLoss,
+    statistics: torch.Tensor,
+    rows: torch.Tensor,
+    outputs: tuple[str, ...],
+    vocab_size: int,
+    parameters: _LossParameters,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the loss (0-d) of a row block and its coefficients (4, R), from its derivatives by the scores."""
     scores = token_scores(statistics, outputs)
@@ -63,7 +110,7 @@ def _block_loss(
         loss = _summed(token_loss(scores, rows))
     grads: list[torch.Tensor | None] = [None, None]
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found = parameters.gradients(loss, leaves)
         grads[: len(found)] = found
     coefficients = row_coefficients(statistics, vocab_size, grad_logprobs=grads[0], grad_entropy=grads[1])
     return loss.detach(), coefficients
@@ -87,6 +134,7 @@ class _TokenLossSweep:
         self.group_sizes = group_sizes
         self.skip_zero_rows = skip_zero_rows
         dtype, device = head.plan.sum_dtype, head.weight.device
+        self.parameters = _LossParameters()
         self.loss = torch.zeros((), dtype=dtype, device=device)
         self.statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=dtype, device=device)
 
@@ -98,7 +146,7 @@ class _TokenLossSweep:
     def add_loss(self, rows: slice) -> torch.Tensor:
         """Adds the loss of rows that are scored; returns their coefficients (4, R)."""
         numbers = torch.arange(rows.start, rows.stop, device=self.statistics.device)
-        given = (self.statistics[:, rows], numbers, self.outputs, self.head.plan.vocab_size)
+        given = (self.statistics[:, rows], numbers, self.outputs, self.head.plan.vocab_size, self.parameters)
         loss, coefficients = _block_loss(self.token_loss, *given)
         self.loss += loss
         return coefficients
@@ -166,7 +214,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         return sweep.loss, sweep.statistics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative("linear_token_loss")
     def backward(ctx: _Context, grad_loss: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = zip(Needs._fields, ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         gradients = {name: scaled(one, grad_loss, dtype) for name, one, dtype, needed in saved if needed}
@@ -268,4 +316,6 @@ def token_loss_of_head(
         head = planned_head(hidden, *constants[1:], transform, keep, workspace_bytes, backend)
         sweep = _TokenLossSweep(head, hidden.shape[0], token_loss, outputs, group_sizes, skip_zero_rows)
         loss, statistics = _LinearTokenLoss.apply(*tensors, targets.long(), sweep)
+        if torch.is_grad_enabled():
+            loss = sweep.parameters.added_to(loss)
     return ScoredLoss(loss, token_scores(statistics, outputs))

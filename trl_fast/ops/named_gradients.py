@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from torch.autograd import forward_ad
 
 
 class AutogradContext(Protocol):
@@ -60,6 +61,43 @@ def gradients_of(signature_of: str | Callable, **gradients: torch.Tensor | None)
     for name, gradient in gradients.items():
         ordered[positions[name]] = gradient
     return tuple(ordered)
+
+
+def first_derivative(of: str) -> Callable[[Callable], Callable]:
+    """Marks a backward function of `of` as one that has no derivative itself: second derivatives raise by name.
+
+    `once_differentiable` would not do where forward has computed the gradient: autograd then takes it for a constant.
+    """
+
+    def mark(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def checked(ctx: AutogradContext, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            # Autograd records a backward pass only to differentiate it.
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{of} has no second derivative: create_graph=True and torch.func cannot be used through it; "
+                    "compute that part with plain PyTorch"
+                )
+            return backward(ctx, *upstream)
+
+        return checked
+
+    return mark
+
+
+def refuse_forward_mode(op: str, *tensors: torch.Tensor | None) -> None:
+    """Refuses tensors of any shape that carry a tangent of forward-mode differentiation, which would be lost.
+
+    Raises:
+        RuntimeError: naming the op.
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward, or "
+            "compute that part with plain PyTorch"
+        )
 
 
 def needs_gradients(ctx: AutogradContext, signature_of: str | Callable, *names: str) -> list[bool]:

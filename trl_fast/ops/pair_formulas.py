@@ -103,7 +103,7 @@ def check_pair_parameters(loss_types: Collection[str], parameters: PairParameter
         ValueError: naming the parameter, its value and what is expected.
     """
     beta, eps, tau = parameters.beta, parameters.label_smoothing, parameters.discopop_tau
-    if beta < 0 or (beta == 0 and {"ipo", "sppo_hard"} & set(loss_types)):
+    if not 0 <= beta < math.inf or (beta == 0 and {"ipo", "sppo_hard"} & set(loss_types)):
         raise ValueError(f"beta={beta}: expected a positive number.")
     if not 0 <= eps <= 1:
         raise ValueError(f"label_smoothing={eps}: expected a number in [0, 1].")
@@ -114,7 +114,7 @@ def check_pair_parameters(loss_types: Collection[str], parameters: PairParameter
         )
     if "robust" in loss_types and eps == 0.5:
         raise ValueError("label_smoothing=0.5 divides by zero in loss_type='robust'; expected a number in [0, 0.5).")
-    if "discopop" in loss_types and tau <= 0:
+    if "discopop" in loss_types and not tau > 0:
         raise ValueError(f"discopop_tau={tau}: expected a positive number.")
 
 

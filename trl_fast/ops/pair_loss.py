@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .backends import choose_backend
 from .device import device_facts
-from .named_gradients import AutogradContext, gradients_of
+from .named_gradients import AutogradContext, first_derivative, gradients_of, refuse_forward_mode
 from .pair_formulas import PAIR_FORMULAS, PairValues, check_pair_parameters
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
@@ -119,7 +118,7 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.T
     ctx.save_for_backward(gradients, cu_seqlens)
 
 
-@once_differentiable
+@first_derivative("pair_loss")
 def _backward(
     ctx: _Context,
     grad_losses: torch.Tensor | None,
@@ -213,6 +212,7 @@ def pair_loss(
     backend = choose_backend("pair_loss", backend, device_facts(logprobs.device), logprobs.dtype, loss_type)
     if backend == "torch":
         return _reference(*vectors, loss_type, parameters)
+    refuse_forward_mode("pair_loss", logprobs)
     losses, sequence_logprobs, _ = _pair_loss(
         *(vector.contiguous() for vector in vectors), loss_type, beta, label_smoothing, discopop_tau, backend
     )

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from trl_fast.kernels.shared_constants import POLICY_LOSS_BLOCK
 
 from .backends import choose_backend
 from .device import device_facts
-from .named_gradients import AutogradContext, gradients_of
+from .named_gradients import AutogradContext, first_derivative, gradients_of, refuse_forward_mode
 from .stable_functions import exp_beyond_linear, logistic, with_derivative
 from .validation import check_choice, check_logprobs, check_vector, values_are_checked
 
@@ -125,7 +124,7 @@ def _setup_context(ctx: AutogradContext, inputs: tuple[Any, ...], output: tuple[
     ctx.save_for_backward(gradients)
 
 
-@once_differentiable
+@first_derivative("policy_loss")
 def _backward(ctx: AutogradContext, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     (gradients,) = ctx.saved_tensors
     return gradients_of("trl_fast::policy_loss", logprobs=grad_loss * gradients)
@@ -236,8 +235,8 @@ def _parameters(
 ) -> _Parameters:
     check_choice("loss_type", loss_type, LOSS_TYPES)
     for name, factor in (("beta", beta), ("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high)):
-        if not factor >= 0:
-            raise ValueError(f"{name}={factor}: expected a number of at least 0")
+        if not (factor >= 0 and (factor < math.inf or name == "epsilon_high")):
+            raise ValueError(f"{name}={factor}: expected a finite number of at least 0")
     for name, value in (
         ("delta", delta),
         ("temperature_pos", temperature_pos),
@@ -328,6 +327,7 @@ def policy_loss(
     backend = choose_backend("policy_loss", backend, device_facts(logprobs.device), logprobs.dtype, loss_type)
     if backend == "torch":
         return _reference(*vectors, parameters)
+    refuse_forward_mode("policy_loss", logprobs)
     contiguous = (None if vector is None else vector.contiguous() for vector in vectors)
     loss, kl, clipped, _ = _policy_loss(*contiguous, *vars(parameters).values(), backend)
     return PolicyLoss(loss, None if ref_logprobs is None else kl, clipped)

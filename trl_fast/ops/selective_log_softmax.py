@@ -19,7 +19,7 @@ from .head.row_statistics import (
     row_coefficients,
 )
 from .head.sweep import finish_scores, new_state
-from .named_gradients import AutogradContext, gradients_of
+from .named_gradients import AutogradContext, first_derivative, gradients_of
 from .validation import check_finite, check_selective_inputs, check_target_range
 
 
@@ -82,6 +82,7 @@ def _setup_context(
     ctx.save_for_backward(logits, index, output[2])
 
 
+@first_derivative("selective_log_softmax")
 def _backward(
     ctx: _Context,
     grad_logprobs: torch.Tensor | None,

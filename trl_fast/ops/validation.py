@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from .named_gradients import refuse_forward_mode
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOGPROB_DTYPES = (torch.float32, torch.float64)
 CHECK_VARIABLE = "TRL_FAST_CHECK"
@@ -61,6 +63,7 @@ def check_head_tensors(
     hidden: (N, H); weight: (V, H); targets: (N,) integer; bias: (V,) or None. Under autocast the weight may have
     another dtype: it is cast later, tile by tile.
     """
+    refuse_forward_mode("the head (linear_logprob)", hidden, weight, bias)
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     if autocast:
@@ -95,6 +98,7 @@ def check_selective_inputs(logits: torch.Tensor, index: torch.Tensor) -> None:
     Raises:
         ValueError: naming the argument, what it was and what was expected.
     """
+    refuse_forward_mode("selective_log_softmax", logits)
     _expect(logits.dim() >= 1, "logits", f"shape {tuple(logits.shape)}", "shape (..., V)")
     _expect(logits.dtype in FLOATS, "logits", logits.dtype, "a floating-point dtype")
     _check_targets_type(index, tuple(logits.shape[:-1]), "index", logits.device)

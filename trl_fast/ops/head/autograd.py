@@ -26,7 +26,7 @@ import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
-from ..named_gradients import AutogradContext, gradients_of, needs_gradients
+from ..named_gradients import AutogradContext, first_derivative, gradients_of, needs_gradients
 from ..validation import check_head_call
 from .fused_kernel import fused_tiles
 from .gradients import HeadGradients, Needs, head_gradients
@@ -291,6 +291,7 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.T
     ctx.transform, ctx.keep, ctx.workspace_bytes, ctx.backend = transform, keep, workspace_bytes, backend
 
 
+@first_derivative("the head (linear_logprob)")
 def _backward(
     ctx: _Context,
     grad_lse: torch.Tensor | None,
@@ -444,6 +445,7 @@ def _setup_sparse_context(ctx: _SparseContext, inputs: tuple[Any, ...], output: 
     ctx.transform, ctx.threshold, ctx.backend = transform, threshold, backend
 
 
+@first_derivative("the head (linear_logprob)")
 def _sparse_backward(
     ctx: _SparseContext,
     grad_logprobs: torch.Tensor | None,
