@@ -164,10 +164,13 @@ class _TokenLossSweep:
             start = rows.start if rows.start <= stop else plan.tile_start(rows.start)
             logits.move(slice(start - first, max(stop, start) - first))
             first, scored = start, max(stop, start)
-            stop = max(scored, min(num_rows, plan.tile_stop(rows.stop)))
-            self.score(hidden, targets, slice(scored, stop), logits.part(slice(scored - first, stop - first)))
-            stop = min(stop, first + logits.num_rows)
-            coefficients, kept = self.add_loss(rows), logits.part(slice(rows.start - first, rows.stop - first))
+            end = max(scored, min(num_rows, plan.tile_stop(rows.stop)))
+            room = first + logits.num_rows
+            # A tile is kept as a whole or not at all.
+            stop = end if end <= room else max(scored, plan.tile_start(room))
+            self.score(hidden, targets, slice(scored, end), logits.part(slice(scored - first, stop - first)))
+            kept = logits.part(slice(rows.start - first, max(rows.start, min(rows.stop, stop)) - first))
+            coefficients = self.add_loss(rows)
             given = (hidden[rows], targets[rows], self.statistics[LSE_ROW, rows], coefficients, kept)
             last = rows.stop == num_rows
             gradients.add(rows, *given, consume=True, skip_zero_rows=self.skip_zero_rows, last=last)
