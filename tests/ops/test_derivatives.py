@@ -85,7 +85,7 @@ def test_forward_mode_through_the_trained_weight_is_refused():
         torch.func.jvp(lambda w: linear_logprob(x, w, TARGETS).logprobs, (WEIGHT,), (torch.ones_like(WEIGHT),))
 
 
-def test_losses_of_vectors_refuse_both_in_kernels_and_have_both_in_pytorch():
+def test_losses_of_vectors_refuse_both_in_kernels():
     (logprobs, *pairs), (positional, reference) = pair_problem((3, 4)).arguments(), policy_problem((3, 4)).arguments()
     losses = {
         "pair_loss": lambda x, **how: pair_loss(x, *pairs, **how).losses.square().sum(),
@@ -98,10 +98,6 @@ def test_losses_of_vectors_refuse_both_in_kernels_and_have_both_in_pytorch():
                 torch.autograd.grad(loss(x, backend="triton"), x, create_graph=True)
             with pytest.raises(RuntimeError, match=f"{name} has no forward-mode derivative"):
                 torch.func.jvp(lambda x, f=loss: f(x, backend="triton"), (x.detach(),), (torch.ones_like(x),))
-        (gradient,) = torch.autograd.grad(loss(x, backend="torch"), x, create_graph=True)
-        assert torch.autograd.grad(gradient.sum(), x)[0].abs().sum() > 0
-        _, tangent = torch.func.jvp(lambda x, f=loss: f(x, backend="torch"), (x.detach(),), (torch.ones_like(x),))
-        torch.testing.assert_close(tangent, gradient.detach().sum())
 
 
 @pytest.mark.parametrize("trains", [True, False])
