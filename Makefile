@@ -7,6 +7,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 KIT_ARGS ?=
+SANITIZED := $(abspath build/sanitized)
+SANITIZERS := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
 SECONDS ?= 60
 SEED ?= 0
 FUZZ_ARGS ?= --seconds $(SECONDS) --seed $(SEED)
@@ -15,7 +17,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv demo demo-grpo demo-ppo test test-slow fuzz bench gpu-kit check-gpu-code lint format clean
+.PHONY: venv demo demo-grpo demo-ppo test test-slow fuzz sanitize bench gpu-kit check-gpu-code lint format clean
 
 venv: $(READY)
 
@@ -53,6 +55,19 @@ test-slow: $(READY)
 # The ops on random inputs, held to float64 and PyTorch: SECONDS=600 for longer, SEED=1 for others, CASE=0/123 for one.
 fuzz: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(if $(CASE),--case $(CASE),$(FUZZ_ARGS))
+
+# The same with the CPU's kernels under the address and undefined-behaviour sanitizers, of each instruction set that
+# this machine runs; what they find ends the run. The package is built once more, in a folder of its own.
+sanitize: $(READY)
+	mkdir -p $(SANITIZED)
+	printf '#!/bin/sh\nexec g++ $(SANITIZERS) "$$@"\n' > $(SANITIZED)/c++ && chmod +x $(SANITIZED)/c++
+	CXX=$(SANITIZED)/c++ TRL_FAST_REQUIRE_EXT=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib \
+	  --build-temp $(SANITIZED)/objects
+	for isa in default $$(grep -ow 'avx2\|avx512vl' /proc/cpuinfo | sed 's/vl//' | sort -u); do \
+	  (cd tests && TRL_FAST_CPU_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib:. \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    $(abspath $(BIN))/python -m support.fuzz --seconds $(SECONDS) --seed $(SEED)) || exit 1; \
+	done
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)
