@@ -46,7 +46,7 @@ def _local_files(path: Path, argument: str) -> dict[str, Path]:
             f"{argument}={str(path)!r} was written by save_to_disk; write it with dataset.to_parquet('x.parquet')"
         )
     files = {split_name(file): file for file in sorted(path.iterdir()) if builder_of(file) and file.is_file()}
-    formats = {builder_of(file) for file in files.values()}
+    formats = {str(builder_of(file)) for file in files.values()}
     if len(formats) > 1:
         raise ValueError(f"{argument}={str(path)!r}: the folder mixes file formats {sorted(formats)}; keep one")
     return files
@@ -70,7 +70,7 @@ def _load(path: str, argument: str, **options: Any) -> AnyDataset:
         raise ValueError(f"{argument}={path!r}: there is no such file")
     builder, data_files = path, options.pop("data_files", None)
     if files:
-        (builder,) = {builder_of(file) for file in files.values()}
+        (builder,) = {str(builder_of(file)) for file in files.values()}
         data_files = {name: str(file) for name, file in files.items()}
     try:
         with without_error_logs():

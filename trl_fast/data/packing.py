@@ -59,7 +59,7 @@ class TokenBatch:
     num_tokens: int
     group_sizes: tuple[int, ...] = ()
     tree_lengths: tuple[tuple[int, ...], ...] | None = None
-    extras: dict[str, "torch.Tensor | TokenBatch"] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sequence_lengths is not None and self.tree_lengths is None:

@@ -46,7 +46,7 @@ class SequenceNoise:
     def _add_noise(self, module: torch.nn.Module, args: tuple, embeddings: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return embeddings
-        # The same operations in the same order as transformers', so that one sequence gets the same noise.
+        # Rounded as in transformers, so that one sequence gets the same noise.
         size = torch.tensor((self._longest or embeddings.size(1)) * embeddings.size(2))
-        bound = self._alpha() / torch.sqrt(size)
+        bound = (self._alpha() / torch.sqrt(size)).item()
         return embeddings + torch.zeros_like(embeddings).uniform_(-bound, bound)

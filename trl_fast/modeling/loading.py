@@ -157,11 +157,10 @@ def _replace_missing_flash(init_kwargs: dict[str, Any]) -> None:
     wanted = init_kwargs.get("attn_implementation")
     if not isinstance(wanted, str) or not is_flash_attention_requested(requested_attention_implementation=wanted):
         return
-    installed = FLASH_ATTENTION_COMPATIBILITY_MATRIX.get(int(wanted[-1]) if wanted[-1].isdigit() else 0)
-    named = wanted.startswith("flash_attention_") and installed is not None
-    serves = torch.cuda.is_available() and (
-        is_kernels_available() or (named and installed["general_availability_check"]())
-    )
+    version = wanted.removeprefix("flash_attention_")
+    package = FLASH_ATTENTION_COMPATIBILITY_MATRIX.get(int(version)) if version.isdigit() else None
+    installed = package is not None and package["general_availability_check"]()
+    serves = torch.cuda.is_available() and (installed or is_kernels_available())
     if not serves:
         del init_kwargs["attn_implementation"]
         logger.warning(

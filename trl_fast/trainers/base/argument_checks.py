@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
 
 from trl_fast.input_errors import error_line
 from trl_fast.modeling.loading import base_model
@@ -42,7 +43,7 @@ def checked_config(config_class: type[BaseConfig], args: object | None, model: o
         method = config_class.__name__.removesuffix("Config")
         args = config_class(f"{(name or 'model').rstrip('/').split('/')[-1]}-{method}")
     config = config_class.from_any(args)
-    check_output_dir(config.output_dir)
+    check_output_dir(str(config.output_dir))
     check_settings(config)
     return config
 
@@ -78,19 +79,21 @@ def _check_optimizer(args: BaseConfig) -> None:
         if "model" in text and "pass a" in text:
             # The model comes later, and all else is good.
             return
-        setting = f"optim={args.optim.value!r}" if "nstall" in text or not args.optim_args else "optim_args"
+        setting = (
+            f"optim={OptimizerNames(args.optim).value!r}" if "nstall" in text or not args.optim_args else "optim_args"
+        )
         shown = text if setting != "optim_args" else f"{args.optim_args!r} is not read ({text}); write name=value, ..."
         raise (ImportError if isinstance(error, ImportError) else ValueError)(f"{setting}: {shown}") from error
 
 
 def _check_scheduler(args: BaseConfig) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    keywords = dict(args.lr_scheduler_kwargs or {})
+    keywords: Any = args.lr_scheduler_kwargs or {}
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=keywords)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_kwargs={keywords!r} with lr_scheduler_type={args.lr_scheduler_type.value!r}: "
+            f"lr_scheduler_kwargs={keywords!r} with lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}: "
             f"{error_line(error)}"
         ) from error
 

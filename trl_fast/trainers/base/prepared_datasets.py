@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -48,7 +49,8 @@ def check_vocabulary(
         ValueError: it does not; names dataset and row.
     """
     inner = base_model(model)
-    vocab_size = (inner.get_output_embeddings() or inner.get_input_embeddings()).weight.shape[0]
+    head: Any = inner.get_output_embeddings() or inner.get_input_embeddings()
+    vocab_size = head.weight.shape[0]
     known = {name: part for name, part in parts.items() if shows_tokens(part, columns)}
     largest = [check_token_ids(part, vocab_size, name, columns) for name, part in known.items()]
     check_head_vocabulary(

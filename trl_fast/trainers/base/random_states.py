@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 
 def random_states(*, with_gpus: bool = True) -> dict[str, Any]:
     """Returns the states of Python's, numpy's and torch's generators, in types that `torch.load` takes as safe."""
-    name, keys, *rest = np.random.get_state(legacy=True)
+    name, keys, *rest = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state(legacy=True))
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
