@@ -92,9 +92,9 @@ def _check_scheduler(args: BaseConfig) -> None:
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=keywords)
     except (TypeError, ValueError) as error:
+        kind = SchedulerType(args.lr_scheduler_type).value
         raise ValueError(
-            f"lr_scheduler_kwargs={keywords!r} with lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}: "
-            f"{error_line(error)}"
+            f"lr_scheduler_kwargs={keywords!r} with lr_scheduler_type={kind!r}: {error_line(error)}"
         ) from error
 
 
