@@ -7,12 +7,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from trl_fast.trainers.base.checkpoints import newest_checkpoint
 from trl_fast.trainers.base.random_states import random_states, set_random_states
@@ -35,6 +37,8 @@ def forked(work: Callable[[], object], log: Path) -> int:
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
         torch.set_num_threads(1)
+        # tqdm's own lock is shared with this process, and who is killed while holding it leaves it locked.
+        tqdm.set_lock(threading.RLock())
         faulthandler.dump_traceback_later(PATIENCE / 2, file=sys.stderr)
         work()
         status = 0
