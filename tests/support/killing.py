@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from trl_fast.trainers.base.checkpoints import newest_checkpoint
-from trl_fast.trainers.base.random_states import random_states, set_random_states
+from trl_fast.trainers.checkpoints.folders import newest_checkpoint
+from trl_fast.trainers.checkpoints.random_states import random_states, set_random_states
 
 # A fork that takes longer hangs.
 PATIENCE = 60

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 import trl_fast
 from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, color_pairs, make_trainer
-from trl_fast.trainers.base.checkpoints import newest_checkpoint
+from trl_fast.trainers.checkpoints.folders import newest_checkpoint
 
 LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
 

@@ -12,8 +12,8 @@ from support.killing import Forks
 from support.rollouts import color_prompts
 from support.supervised import sft_rows
 from support.training import color_labels, color_pairs, make_trainer
-from trl_fast.trainers.base.checkpoint_files import find_fault
-from trl_fast.trainers.base.checkpoints import checkpoint_folders
+from trl_fast.trainers.checkpoints.files import find_fault
+from trl_fast.trainers.checkpoints.folders import checkpoint_folders
 
 STEPS = 6
 SETTINGS = {

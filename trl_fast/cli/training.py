@@ -148,10 +148,10 @@ def train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
         checkpoint: the folder to go on from.
         card: what the model's card on the hub says.
     """
-    from trl_fast.trainers.base.checkpoint_writer import CheckpointError
     from trl_fast.trainers.base.divergence import DivergedError
-    from trl_fast.trainers.base.output_folder import FolderInUseError
     from trl_fast.trainers.base.stop_signals import INTERRUPTED
+    from trl_fast.trainers.checkpoints.output_folder import FolderInUseError
+    from trl_fast.trainers.checkpoints.writer import CheckpointError
 
     args = trainer.args
     failures = {DivergedError: ("Training failed at ", 1), CheckpointError: ("Training failed: ", 1)}

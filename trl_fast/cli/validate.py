@@ -12,7 +12,7 @@ from trl_fast.data import AnyDataset
 from trl_fast.data.validation import ValidationReport, validate
 from trl_fast.data.validation.report import FAIL_ON
 from trl_fast.modeling.loading import load_tokenizer
-from trl_fast.trainers.base.output_folder import check_output_dir
+from trl_fast.trainers.checkpoints.output_folder import check_output_dir
 
 from .arguments import ScriptArguments
 from .datasets import load_split

@@ -16,8 +16,8 @@ from trl_fast.losses.policy_gradient import LOSSES, grpo_loss
 from trl_fast.ops import TokenScores
 from trl_fast.rollout.samples import Samples
 
-from .base.checkpoint_parts import NumbersPart
 from .base.trl_attributes import answers_to
+from .checkpoints.parts import NumbersPart
 from .grpo_config import GRPOConfig
 from .online.completions_log import upload_completions
 from .online.entropy_controller import EntropyController

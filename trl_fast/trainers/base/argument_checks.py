@@ -19,8 +19,8 @@ from trl_fast.ops import supports
 from trl_fast.settings.choices import check_choice, did_you_mean
 from trl_fast.settings.ranges import check_ranges
 
+from ..checkpoints.output_folder import check_output_dir
 from .config import BaseConfig
-from .output_folder import check_output_dir
 
 # Arguments of trainers that are functions, or None.
 _FUNCTIONS = ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")

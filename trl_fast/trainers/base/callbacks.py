@@ -32,7 +32,7 @@ from trl_fast.console import make_console
 from trl_fast.data import maybe_apply_chat_template
 from trl_fast.modeling.embedding_noise import SequenceNoise
 
-from .random_states import random_states, set_random_states
+from ..checkpoints.random_states import random_states, set_random_states
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl_fast.modeling.finite_weights import not_finite
 from trl_fast.ops.validation import NotFiniteError
 
-from .checkpoints import newest_checkpoint
+from ..checkpoints.folders import newest_checkpoint
 
 logger = logging.getLogger(__name__)
 

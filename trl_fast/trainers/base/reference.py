@@ -15,8 +15,8 @@ from trl_fast.modeling.reference_policy import copy_adapter_as_reference, copy_a
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import TokenScores
 
+from ..checkpoints.parts import WeightsPart
 from .callbacks import SyncRefModelCallback
-from .checkpoint_parts import WeightsPart
 from .model_setup import router_coefficient, set_up_layers
 from .reference_config import ReferenceConfig
 from .trainer import BaseTrainer

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .checkpoints import checkpoint_name
+from ..checkpoints.folders import checkpoint_name
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,11 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
 
+from ..checkpoints.run_record import RunRecord
+from ..checkpoints.writer import Checkpoints
 from .argument_checks import check_settings, checked_arguments, checked_config
 from .batch_reader import BatchReader
 from .callbacks import EpochStart, SequenceNoiseCallback, TokenCounter
-from .checkpoint_writer import Checkpoints
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
@@ -37,7 +38,6 @@ from .model_setup import check_trains, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
 from .prepared_datasets import check_dataset_type, check_vocabulary, named_parts, shows_tokens
 from .progress import close_progress
-from .run_record import RunRecord
 from .stop_signals import StopSignals
 from .stream_loader import StreamLoader, forbid_dispatching
 from .tokenizers import checked_tokenizer, set_pad_token

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.log_window import LogWindow
-from ..base.random_states import random_states, set_random_states
+from ..checkpoints.random_states import random_states, set_random_states
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.value_model import check_classifier, make_value_model
 from trl_fast.rollout.samples import Samples
 
-from ..base.checkpoint_parts import WEIGHTS_FILE, WeightsPart
 from ..base.model_setup import set_up_layers
+from ..checkpoints.parts import WEIGHTS_FILE, WeightsPart
 from .config import PPOConfig
 
 VALUE_FOLDER = "value_model"

@@ -24,11 +24,11 @@ from trl_fast.modeling.scoring import evaluating
 from trl_fast.modeling.value_model import check_vocabulary
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, TransformersEngine
 
-from ..base.checkpoint_parts import NumbersPart
 from ..base.overrides import overridden
 from ..base.prepared_datasets import check_dataset_type
 from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
+from ..checkpoints.parts import NumbersPart
 from ..online.completions_log import CompletionsLog
 from ..online.prompt_order import PromptOrder
 from ..online.trainer import OnlineTrainer

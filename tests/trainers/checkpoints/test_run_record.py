@@ -8,7 +8,7 @@ from peft import LoraConfig
 import trl_fast
 from support.supervised import sft_rows
 from support.training import color_pairs, make_trainer
-from trl_fast.trainers.base.checkpoint_files import RECORD_FILE
+from trl_fast.trainers.checkpoints.files import RECORD_FILE
 
 SETTINGS = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 

@@ -11,8 +11,8 @@ import trl_fast
 from support.killing import forked, wait
 from support.supervised import sft_rows
 from support.training import make_trainer
-from trl_fast.trainers.base.checkpoint_files import find_fault
-from trl_fast.trainers.base.checkpoint_writer import CheckpointError
+from trl_fast.trainers.checkpoints.files import find_fault
+from trl_fast.trainers.checkpoints.writer import CheckpointError
 
 SETTINGS = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 

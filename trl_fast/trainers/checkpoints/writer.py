@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .checkpoint_files import RECORD_FILE, read_record, state_files
-from .checkpoint_parts import CheckpointPart
-from .checkpoints import WRITING, check_whole, checkpoint_name, newest_checkpoint, remove, rotate, tidy
+from .files import RECORD_FILE, read_record, state_files
+from .folders import WRITING, check_whole, checkpoint_name, newest_checkpoint, remove, rotate, tidy
 from .output_folder import locked_folder
+from .parts import CheckpointPart
 from .run_record import RunRecord
 
 logger = logging.getLogger(__name__)

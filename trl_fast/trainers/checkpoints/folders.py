@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoint_files import find_fault, read_record
+from .files import find_fault, read_record
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 import trl_fast
 from support.supervised import sft_rows
 from support.training import make_trainer
-from trl_fast.trainers.base.checkpoint_files import RECORD_FILE, file_fault, find_fault
-from trl_fast.trainers.base.checkpoints import newest_checkpoint, rotate, tidy
+from trl_fast.trainers.checkpoints.files import RECORD_FILE, file_fault, find_fault
+from trl_fast.trainers.checkpoints.folders import newest_checkpoint, rotate, tidy
 
 SETTINGS = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 

@@ -1,0 +1,1 @@
+"""Writes, finds and checks checkpoints, and keeps what a run that goes on needs."""
