@@ -13,7 +13,7 @@ import trl_fast
 from support.killing import forked, wait
 from support.supervised import sft_rows
 from support.training import make_trainer
-from trl_fast.trainers.base import output_folder
+from trl_fast.trainers.checkpoints import output_folder
 from trl_fast.trainers.checkpoints.output_folder import LOCK_FILE, OWNER_FILE, FolderInUseError, locked_folder
 
 
