@@ -18,7 +18,7 @@ NATURES = ("plain", "plain", "peaked", "offset", "minus infinity", "confident", 
 # A step of packed logits is 2⁻¹⁰, and they are taken to be rounded to the nearest.
 PACKING = 2.0**-11
 # Probabilities of float32 end at 1e-38, and what is smaller is 0; in units of which 1e-6 counts, that is:
-NOTHING = 1e-31
+NOTHING = 1e-29
 
 
 def exact_scores(u: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ class HeadCase:
         size = self.logit_size()[:, 0]
         exact = {name: value.detach() for name, value in self.exact.items()}
         return {
-            "logprobs": exact["logprobs"].abs() * size,
+            "logprobs": (exact["logprobs"].abs() + NOTHING) * size,
             "entropy": exact["entropy"].clamp(min=1) * size,
             "log_sum_sq_probs": (1 + exact["log_sum_sq_probs"].abs()) * size,
             "mean_logits": size,
@@ -112,7 +112,9 @@ class HeadCase:
 
     def score_floor(self) -> float:
         """Returns the share of a score's unit that always passes."""
-        return 4 * torch.finfo(self.product).eps
+        # In float64 it is PyTorch's order of sums that differs.
+        terms = self.logits.shape[1] if self.product == torch.float64 else 1
+        return 4 * torch.finfo(self.product).eps * math.sqrt(terms)
 
     def gradient_floors(self) -> dict[str, float]:
         """Returns the share of a gradient's unit that always passes: what sums of so many terms round."""

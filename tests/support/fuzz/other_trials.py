@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+from unittest import mock
 
 import torch
 
 from support.fuzz.draw import Draw
-from support.fuzz.head_cases import exact_scores
+from support.fuzz.head_cases import NOTHING, exact_scores
 from support.fuzz.hold import Held
-from support.losses import interpreted_losses
+from support.losses import LOSS_KERNELS
 from support.merging import Parts
+from support.triton_interpreter import interpreted
+from trl_fast.kernels import loss_kernels
 from trl_fast.ops import pair_loss, policy_loss, selective_log_softmax, selective_log_softmax_and_entropy
 from trl_fast.ops.attention_merge import merge_attention
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
@@ -42,6 +45,9 @@ def try_selective(draw: Draw, held: Held) -> None:
         out = draw.uniform(*shape, v) < 0.4
         logits = logits.masked_fill(out.scatter(-1, index[..., None], False), -math.inf)
     logits, index = draw.laid_out("logits", logits.to(dtype)), draw.laid_out("index", index) if shape else index
+    if nature == "minus infinity":
+        # A layout may have repeated other indices or logits.
+        index = logits.argmax(-1)
     logits.requires_grad_()
     temperature = draw.choose("temperature", 1.0, 1.0, 0.4)
     given = (logits, index)
@@ -59,7 +65,7 @@ def try_selective(draw: Draw, held: Held) -> None:
     p = u.detach().softmax(-1)
     size = 1 + u.detach().masked_fill(u.isinf(), 0).abs().amax(-1).view(shape)
     true, plain = results["exact"], results["plain"]
-    own = true[0].detach().abs() * size
+    own = (true[0].detach().abs() + NOTHING) * size
     held.close("logprobs", logprobs, plain[0], true[0], own, 4 * EPS)
     if entropy is not None:
         held.close("entropy", entropy, plain[1], true[1], true[1].detach().clamp(min=1) * size, 4 * EPS)
@@ -74,13 +80,17 @@ def try_selective(draw: Draw, held: Held) -> None:
     logp = torch.where(p > 0, logp, 0.0)
     unit = upstream.abs().view(-1, 1) * p.scatter(1, index, others)
     unit = unit + by_entropy.abs().view(-1, 1) * p * (logp.abs() + true[1].detach().view(-1, 1) + 1)
-    unit = (unit * size.view(-1, 1) / temperature).view(logits.shape)
+    unit = ((unit * size.view(-1, 1) + NOTHING) / temperature).view(logits.shape)
     floor, least = 8 * EPS + torch.finfo(dtype).eps, 4 * torch.finfo(dtype).tiny
     held.close("gradient", gradients["got"], gradients["plain"], gradients["exact"], unit, floor, least)
 
 
 def _losses_of(backend: str) -> contextlib.AbstractContextManager[None]:
-    return interpreted_losses() if backend == "triton" else contextlib.nullcontext()
+    """Lets the launchers of the loss kernels run in the interpreter, which `fuzzing` has repaired."""
+    patches = contextlib.ExitStack()
+    for name in LOSS_KERNELS if backend == "triton" else ():
+        patches.enter_context(mock.patch.object(loss_kernels, name, interpreted(getattr(loss_kernels, name))))
+    return patches
 
 
 def _vector_backend(draw: Draw) -> str:
