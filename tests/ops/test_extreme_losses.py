@@ -21,7 +21,7 @@ from support.extreme_losses import (
     run_pair,
     run_policy,
 )
-from support.triton_interpreter import interpreted_kernels
+from support.losses import interpreted_losses
 from trl_fast.losses.f_divergences import F_DIVERGENCES
 from trl_fast.losses.kto import KTOLossConfig, kto_losses
 from trl_fast.losses.loss_inputs import PolicyLossInputs
@@ -34,7 +34,7 @@ from trl_fast.ops.stable_functions import exp_beyond_linear, logistic
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
-    with interpreted_kernels() if request.param == "triton" else contextlib.nullcontext():
+    with interpreted_losses() if request.param == "triton" else contextlib.nullcontext():
         yield request.param
 
 

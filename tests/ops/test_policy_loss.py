@@ -196,8 +196,8 @@ def test_bad_tensors(field, value, message):
     "keywords, message",
     [
         ({"loss_type": "grpo"}, "loss_type: unknown name 'grpo'; expected one of clip, cispo, sapo"),
-        ({"beta": -1.0}, "beta=-1.0: expected a number of at least 0"),
-        ({"epsilon_low": -0.1}, "epsilon_low=-0.1: expected a number of at least 0"),
+        ({"beta": -1.0}, "beta=-1.0: expected a finite number of at least 0"),
+        ({"epsilon_low": -0.1}, "epsilon_low=-0.1: expected a finite number of at least 0"),
         ({"delta": 0.0}, "delta=0.0: expected a positive number"),
         ({"temperature_neg": float("nan")}, "temperature_neg=nan: expected a positive number"),
         ({"beta": 0.1}, "ref_logprobs: expected the reference's log-probabilities for beta=0.1, got None"),

@@ -107,11 +107,7 @@ def _selective(
     check_selective_inputs(logits, index)
     check_target_range(index, logits.shape[-1], "index")
     backend = choose_backend("selective_log_softmax", backend, device_facts(logits.device), logits.dtype)
-    rows = logits.reshape(-1, logits.shape[-1])
-    if rows.stride(-1) != 1:
-        # An empty tensor counts as contiguous whatever its strides.
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    check_finite(rows, "logits", masked=True)
+    rows = _rows_of(logits)
     logprobs, entropy, _ = _selective_scores(rows, index.reshape(-1).long(), inv_temperature, outputs, backend)
     return logprobs.view(index.shape), entropy.view(index.shape)
 
@@ -123,14 +119,28 @@ def _several(logits: torch.Tensor, index: torch.Tensor, temperature: float, back
         check_selective_inputs(logits, column)
     check_target_range(index, logits.shape[-1], "index")
     backend = choose_backend("selective_log_softmax", backend, device_facts(logits.device), logits.dtype)
+    rows, tokens = _rows_of(logits), index.reshape(-1, index.shape[-1]).long()
+    chosen = rows.gather(-1, tokens).to(torch.promote_types(rows.dtype, torch.float32)) * inv_temperature
+    if not tokens.shape[-1]:
+        return chosen.view(index.shape)
+    # The likeliest of a row's tokens, so that a token near probability 1 keeps its exact value and gradient; the
+    # others differ from it by their logits.
+    likeliest = chosen.detach().argmax(-1, keepdim=True)
+    first, _, _ = _selective_scores(rows, tokens.gather(-1, likeliest)[:, 0], inv_temperature, 0, backend)
+    largest = chosen.gather(-1, likeliest)
+    is_other = torch.arange(tokens.shape[-1], device=tokens.device) != likeliest
+    below = torch.where(is_other & (largest > -torch.inf), chosen - largest, 0.0)
+    return (first[:, None] + below).view(index.shape)
+
+
+def _rows_of(logits: torch.Tensor) -> torch.Tensor:
+    """Returns logits (..., V) as rows (R, V), each of them contiguous."""
     rows = logits.reshape(-1, logits.shape[-1])
-    tokens = index.reshape(-1, index.shape[-1]).long()
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    if rows.stride(-1) != 1:
+        # An empty tensor counts as contiguous whatever its strides.
+        rows = rows.clone(memory_format=torch.contiguous_format)
     check_finite(rows, "logits", masked=True)
-    any_token = tokens.new_zeros(len(rows))
-    lse, _, _, lse_low = _selective_scores(rows, any_token, inv_temperature, 0, backend)
-    chosen = rows.gather(-1, tokens).to(lse.dtype) * inv_temperature
-    return ((chosen - lse[:, None]) - lse_low.detach()[:, None]).view(index.shape)
+    return rows
 
 
 def selective_log_softmax(
