@@ -96,6 +96,7 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
 }  // namespace trl_fast
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  trl_fast::let_pool_give_way();
   m.def("build_info", &trl_fast::build_info, "Returns how the extension was built and the instruction set it runs.");
   m.def("shared_constants", &trl_fast::shared_constants, "Returns the constants that Python has too, by name.");
   m.def("loss_formulas", &trl_fast::loss_formulas, "Returns the loss formulas' numbers, by op and by name.");

@@ -7,6 +7,7 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <vector>
@@ -26,9 +27,23 @@ struct Block {
 
 void release(const Block& block) { std::free(block.data); }
 
+// Says once that held memory went back: from then on steps may take theirs from the system each time.
+void warn_that_memory_is_short(std::size_t bytes) {
+  TORCH_WARN_ONCE(
+      "trl_fast: memory is short, so ", bytes >> 20,
+      " MiB that were held for the next step went back to "
+      "the system; steps that take memory anew are slower. TRL_FAST_HELD_BYTES sets how much may be held.");
+}
+
 Block fresh(std::size_t bytes) {
   const std::size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   void* data = std::aligned_alloc(kHugePage, rounded);
+  if (!data) {
+    if (const std::size_t held = release_pool()) {
+      warn_that_memory_is_short(held);
+      data = std::aligned_alloc(kHugePage, rounded);
+    }
+  }
   TORCH_CHECK_WITH(OutOfMemoryError, data, "trl_fast: no memory for ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   madvise(data, rounded, MADV_HUGEPAGE);
@@ -142,9 +157,42 @@ void MemoryPool::deleter(void* context) {
   delete block;
 }
 
+// The process's CPU allocator, before whose failure the pool gives its free blocks back. Where address space is
+// limited (RLIMIT_AS, overcommit mode 2) the system cannot take them: MADV_FREE gives up pages, not addresses.
+class GivingWay final : public c10::Allocator {
+ public:
+  explicit GivingWay(c10::Allocator* inner) : inner_(inner) {}
+
+  c10::DataPtr allocate(std::size_t bytes) override {
+    std::size_t held = 0;
+    try {
+      return inner_->allocate(bytes);
+    } catch (const std::exception&) {
+      held = release_pool();
+      if (!held) throw;
+    }
+    warn_that_memory_is_short(held);
+    return inner_->allocate(bytes);
+  }
+
+  bool is_simple_data_ptr(const c10::DataPtr& data) const override { return inner_->is_simple_data_ptr(data); }
+
+  c10::DeleterFnPtr raw_deleter() const override { return inner_->raw_deleter(); }
+
+  void copy_data(void* to, const void* from, std::size_t bytes) const override { inner_->copy_data(to, from, bytes); }
+
+ private:
+  c10::Allocator* const inner_;
+};
+
 }  // namespace
 
 c10::Allocator* memory_pool() { return &pool(); }
+
+void let_pool_give_way() {
+  static GivingWay* const allocator = new GivingWay(c10::GetCPUAllocator());  // never destroyed, as the pool
+  c10::SetCPUAllocator(allocator);
+}
 
 std::size_t pool_free_bytes() { return pool().free_bytes(); }
 

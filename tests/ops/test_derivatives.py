@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -15,6 +18,8 @@ from trl_fast.ops import (
     policy_loss,
     selective_log_softmax,
 )
+from trl_fast.ops.pair_formulas import PAIR_FORMULAS
+from trl_fast.ops.stable_functions import expm1, logistic
 
 N, V, H = 5, 30, 8
 PROBLEM = make_problem(N, V, H)
@@ -130,3 +135,62 @@ def test_a_parameter_of_a_loss_without_any_other_gradient_gets_its_own():
     x = hidden().detach()
     loss = linear_token_loss(x, WEIGHT, TARGETS, lambda scores, _: factor * scores.logprobs.sum()).loss
     torch.testing.assert_close(torch.autograd.grad(loss, factor)[0], linear_logprob(x, WEIGHT, TARGETS).logprobs.sum())
+
+
+def vector_losses() -> dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]]:
+    """By name, losses in plain PyTorch of log-probabilities (N,) float64, and such away from the losses' kinks."""
+    logprobs, *pairs = pair_problem((3, 4, 2, 3)).arguments(torch.float64)
+    pair_options = {"label_smoothing": 0.1, "beta": 0.4, "discopop_tau": 0.7, "backend": "torch"}
+    losses = {
+        f"pair_loss {name}": (
+            lambda x, name=name: pair_loss(x, *pairs, loss_type=name, **pair_options).losses,
+            logprobs,
+        )
+        for name in PAIR_FORMULAS
+    }
+    (logprobs, *others), reference = policy_problem((3, 4, 2, 3)).arguments(torch.float64)
+    for loss_type, corrected in itertools.product(("clip", "sapo"), (True, False)):
+        options = {"loss_type": loss_type, "bias_correct_kl": corrected, "beta": 0.3, "backend": "torch"}
+        name = f"policy_loss {loss_type} {'corrected' if corrected else 'plain'} KL"
+        losses[name] = (lambda x, options=options: policy_loss(x, *others, **reference, **options).loss, logprobs)
+    return losses
+
+
+VECTOR_LOSSES = vector_losses()
+
+
+@pytest.mark.parametrize("name", VECTOR_LOSSES)
+def test_plain_losses_of_vectors_have_second_derivatives_and_forward_mode(name):
+    loss, logprobs = VECTOR_LOSSES[name]
+    assert torch.autograd.gradcheck(loss, logprobs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, logprobs)
+    tangent = torch.linspace(-1, 1, len(logprobs), dtype=torch.float64)
+    _, forward = torch.func.jvp(loss, (logprobs.detach(),), (tangent,))
+    backward = torch.func.grad(lambda x: loss(x).sum())(logprobs.detach())
+    torch.testing.assert_close(forward.sum(), backward @ tangent, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("function", [logistic, expm1])
+def test_functions_in_closed_form_have_second_derivatives(function):
+    x = torch.tensor([-3.0, -0.2, 0.0, 0.7, 2.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_a_ratio_that_is_held_constant_is_so_in_the_second_derivative(on_policy):
+    # cispo's ratio, and the log-probabilities of a policy that has not changed, stop the gradient by definition.
+    (logprobs, old, advantages, branch, weights), reference = policy_problem((3, 4), on_policy=on_policy).arguments(
+        torch.float64
+    )
+    options = {"loss_type": "cispo", "epsilon_high": 5.0, "beta": 0.3, "backend": "torch"}
+    loss = policy_loss(logprobs, old, advantages, branch, weights, **reference, **options).loss
+    fixed = (logprobs if old is None else old).detach()
+    ratio, difference = (logprobs - fixed).exp(), reference["ref_logprobs"] - logprobs
+    terms = -ratio.detach() * advantages[branch] * logprobs + 0.3 * ratio * (difference.exp() - difference - 1)
+    expected = (weights[branch] * terms).sum()
+    found = []
+    for value in (loss, expected):
+        (first,) = torch.autograd.grad(value, logprobs, create_graph=True)
+        found.append((value, first, *torch.autograd.grad(first.square().sum(), logprobs)))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from trl_fast.ops import linear_logprob
 from trl_fast.ops.memory_pool import pooled_empty
 
 CPU = torch.device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS holds on Linux only")
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +132,81 @@ def test_two_graphs_do_not_share_their_logits():
         logp = problem.logits(torch.float64).log_softmax(-1).gather(1, problem.targets[:, None])
         for grad, exact in zip(got, torch.autograd.grad(logp.sum(), problem.leaves), strict=True):
             assert error(grad, exact) < 5e-6
+
+
+def forked(work: Callable[[], None]) -> None:
+    """Runs `work` in a fork, with one thread; fails with its traceback."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        said = b""
+        try:
+            torch.set_num_threads(1)
+            work()
+        except BaseException:
+            said = traceback.format_exc().encode()
+        os.write(writer, said[-4000:])
+        os._exit(bool(said))
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        text = said.read()
+    _, status = os.waitpid(process, 0)
+    assert status == 0, text or f"wait status {status}"
+
+
+def hold_and_limit(held_mib: int, spare_mib: int) -> None:
+    """Fills the pool, and leaves the process so much more address space than it has now."""
+    blocks = [take(held_mib / 4) for _ in range(4)]
+    del blocks
+    assert _C.pool_free_bytes() == held_mib * MIB
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + spare_mib * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+@linux
+def test_held_memory_gives_way_to_a_sweep_where_address_space_is_short():
+    problem = make_problem(256, 60_000)
+
+    def gradients() -> list[torch.Tensor]:
+        out = linear_logprob(problem.hidden, problem.weight, problem.targets, backend="cpp")
+        return [out.logprobs.detach(), *torch.autograd.grad(out.logprobs.sum(), problem.leaves)]
+
+    def work() -> None:
+        expected = gradients()
+        _C.release_pool()
+        # Each held block is more than twice too large for the logits that are kept, 59 MiB.
+        hold_and_limit(held_mib=512, spare_mib=24)
+        for found, usual in zip(gradients(), expected, strict=True):
+            assert torch.equal(found, usual)
+
+    forked(work)
+
+
+@linux
+def test_held_memory_gives_way_to_any_tensor_and_says_so_once():
+    def work() -> None:
+        hold_and_limit(held_mib=320, spare_mib=24)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert torch.ones(200 * MIB, dtype=torch.int8)[-1] == 1
+            assert _C.pool_free_bytes() == 0
+            blocks = [take(40) for _ in range(3)]
+            del blocks
+            torch.empty(250 * MIB, dtype=torch.int8)
+            assert _C.pool_free_bytes() == 0
+        assert ["memory is short, so 320 MiB" in str(warning.message) for warning in said] == [True]
+
+    forked(work)
+
+
+@linux
+def test_what_does_not_fit_without_the_held_memory_either_keeps_its_own_error():
+    def work() -> None:
+        hold_and_limit(held_mib=160, spare_mib=24)
+        with pytest.raises(RuntimeError, match="can't allocate memory: you tried to allocate 1073741824 bytes"):
+            torch.empty(1 << 30, dtype=torch.int8)
+        with pytest.raises(torch.OutOfMemoryError, match="trl_fast: no memory for 1073741824 bytes"):
+            take(1024)
+
+    forked(work)

@@ -191,13 +191,18 @@ def apo_down_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
 
 def discopop_loss(pairs: PairValues, config: PairParameters) -> torch.Tensor:
     """Returns −(1−m)·log σ(x) + m·e^(−x) with m = σ(x/τ). DiscoPOP, arXiv 2406.08414, Eq. 5."""
-    x = config.beta * pairs.score_margins
-    sharp = x / config.discopop_tau
+    x, tau = config.beta * pairs.score_margins, config.discopop_tau
+    sharp = x / tau
+
     # m·e^(−x) in one exponential: with τ < 1 it vanishes for x → −∞, where the product would be 0·∞. With τ > 1 it may
     # be infinite, and autograd's derivative the difference of two infinities.
-    mixed = torch.exp(F.logsigmoid(sharp) - x)
-    derivative = mixed * (torch.sigmoid(-sharp) / config.discopop_tau - 1)
-    return with_derivative(x, mixed, derivative) - logistic(-sharp) * F.logsigmoid(x)
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(F.logsigmoid(x / tau) - x)
+
+    def derivative(x: torch.Tensor) -> torch.Tensor:
+        return with_derivative(mixed, derivative, x) * (logistic(-x / tau) / tau - 1)
+
+    return with_derivative(mixed, derivative, x) - logistic(-sharp) * F.logsigmoid(x)
 
 
 # The losses that `pair_loss` computes. Kernels know each by its name.

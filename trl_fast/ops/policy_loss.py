@@ -163,10 +163,16 @@ def kl_estimates(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Te
 
     A capped estimate is a constant.
     """
-    difference = (ref_logprobs - logprobs).detach()
-    capped = difference.clamp(max=MAX_LOG_RATIO)
-    derivative = -torch.expm1(capped).masked_fill(difference > MAX_LOG_RATIO, 0.0)
-    return with_derivative(logprobs, exp_beyond_linear(capped), derivative)
+    return with_derivative(_kl, _kl_derivative, logprobs, ref_logprobs)
+
+
+def _kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    return exp_beyond_linear((ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO))
+
+
+def _kl_derivative(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    difference = ref_logprobs - logprobs
+    return -torch.expm1(difference.clamp(max=MAX_LOG_RATIO)).masked_fill(difference > MAX_LOG_RATIO, 0.0)
 
 
 def corrected_kl_estimates(
@@ -178,11 +184,20 @@ def corrected_kl_estimates(
     two numbers of size ρ·e^d. A ratio that is capped is a constant, and so is a capped estimate, also to ρ, whose
     gradient alone would push away from the reference.
     """
-    difference, log_ratio = (ref_logprobs - logprobs).detach(), (logprobs - old_logprobs).detach()
+    return with_derivative(_corrected_kl, _corrected_kl_derivative, logprobs, ref_logprobs, old_logprobs)
+
+
+def _corrected_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> torch.Tensor:
+    return _kl(logprobs, ref_logprobs) * (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
+
+
+def _corrected_kl_derivative(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, old_logprobs: torch.Tensor
+) -> torch.Tensor:
+    difference, log_ratio = ref_logprobs - logprobs, logprobs - old_logprobs
     capped, ratio = difference.clamp(max=MAX_LOG_RATIO), log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     derivative = -torch.where(log_ratio > MAX_LOG_RATIO, torch.expm1(capped), capped) * ratio
-    derivative = derivative.masked_fill(difference > MAX_LOG_RATIO, 0.0)
-    return with_derivative(logprobs, exp_beyond_linear(capped) * ratio, derivative)
+    return derivative.masked_fill(difference > MAX_LOG_RATIO, 0.0)
 
 
 def _clipped(ratio: torch.Tensor, advantages: torch.Tensor, parameters: _Parameters) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+# Takes tensors of one shape, float, and works element by element.
+TensorFunction = Callable[..., torch.Tensor]
 
 # Terms of the series of e^x − 1 − x where |x| < 1/2: enough for float32 and for float64.
 _SERIES_TERMS = {torch.float64: 16}
@@ -13,23 +16,38 @@ _FLOAT32_TERMS = 8
 
 
 class _WithDerivative(torch.autograd.Function):
-    """Gives a value the derivative that goes with it."""
+    """Gives a function the derivative that goes with it. Both are functions of the same tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor, derivative: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(derivative)
-        return value.view_as(value)
+    def forward(function: TensorFunction, derivative: TensorFunction, *tensors: torch.Tensor) -> torch.Tensor:
+        return function(*tensors)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (derivative,) = ctx.saved_tensors
-        return grad * derivative, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, ctx.derivative, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Computed here, so that autograd sees how the derivative depends on x where it records this pass.
+        others = [None] * (len(ctx.saved_tensors) - 1)
+        return None, None, grad * ctx.derivative(*ctx.saved_tensors), *others
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        return tangents[2] * ctx.derivative(*ctx.saved_tensors)
 
 
-def with_derivative(x: torch.Tensor, value: torch.Tensor, derivative: torch.Tensor) -> torch.Tensor:
-    """Returns `value`, a function of x with the derivative `derivative`; all of one shape, float."""
-    return _WithDerivative.apply(x, value.detach(), derivative.detach())
+def with_derivative(
+    function: TensorFunction, derivative: TensorFunction, x: torch.Tensor, *constants: torch.Tensor
+) -> torch.Tensor:
+    """Returns function(x, *constants) with the derivative derivative(x, *constants) by x.
+
+    x and the constants, which get no gradient, are of one shape, float; both functions work element by element. Second
+    derivatives are autograd's of `derivative`; forward mode has the first.
+    """
+    return _WithDerivative.apply(function, derivative, x, *(constant.detach() for constant in constants))
 
 
 def logistic(x: torch.Tensor) -> torch.Tensor:
@@ -37,17 +55,16 @@ def logistic(x: torch.Tensor) -> torch.Tensor:
 
     Autograd's derivative of a sigmoid is y·(1 − y): 0 from 17 on, where y is 1 in float32.
     """
-    with torch.no_grad():
-        value = torch.sigmoid(x)
-        derivative = value * torch.sigmoid(-x)
-    return with_derivative(x, value, derivative)
+    return with_derivative(torch.sigmoid, _logistic_derivative, x)
+
+
+def _logistic_derivative(x: torch.Tensor) -> torch.Tensor:
+    return logistic(x) * logistic(-x)
 
 
 def expm1(x: torch.Tensor) -> torch.Tensor:
     """Returns e^x − 1, any shape, with the derivative e^x; autograd's is the value plus 1: 0 from −17 down."""
-    with torch.no_grad():
-        value, derivative = torch.expm1(x), x.exp()
-    return with_derivative(x, value, derivative)
+    return with_derivative(torch.expm1, torch.exp, x)
 
 
 def exp_beyond_linear(x: torch.Tensor) -> torch.Tensor:
