@@ -95,7 +95,7 @@ def test_tokens_of_an_environment_have_no_share_in_the_divergence(model_path, to
             weight.add_(torch.randn_like(weight), alpha=0.1)
     rows = [color_prompts()[0]] * 4 + [color_prompts()[1]] * 4
     samples = trainer.make_samples(rows)
-    reference = trainer.score_samples(samples, trainer.reference_logprobs, range(8))
+    reference = trainer.score_samples(samples, trainer.reference_logprobs)
     tokens = zip(samples.old_logprobs, reference, samples.mask, strict=True)
     kl = torch.stack([((old - ref) * mask).sum() for old, ref, mask in tokens])
     rewards = torch.tensor(brevity(samples.completion_ids, [row["shade"] for row in rows])) - 0.5 * kl

@@ -84,14 +84,14 @@ class GRPOTrainer(GroupTrainer):
 
     def add_logprobs(self, samples: Samples) -> None:
         """Adds log-probabilities of the policy that sampled, where the update's is another, and of the reference."""
-        args, everyone = self.args, list(range(len(samples)))
+        args = self.args
         if args.corrects_sampling:
-            samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone)
+            samples.old_logprobs = self.score_samples(samples, self.policy_logprobs)
             self._correct(samples)
         elif not args.is_on_policy:
-            samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, self.trained(samples))
+            samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone=False)
         if args.beta != 0:
-            samples.ref_logprobs = self.score_samples(samples, self.reference_logprobs, everyone)
+            samples.ref_logprobs = self.score_samples(samples, self.reference_logprobs)
 
     def _correct(self, samples: Samples) -> None:
         """Adds importance ratios of the policy to the engine that sampled, and records their metrics."""

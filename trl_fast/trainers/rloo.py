@@ -30,11 +30,10 @@ class RLOOTrainer(GroupTrainer):
 
     def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
         """Computes how each reward, less the KL divergence, compares with its prompt's others; rewards: (N, R)."""
-        everyone = list(range(len(samples)))
-        samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone)
         penalties = None
         if self.args.beta != 0:
-            reference = self.score_samples(samples, self.reference_logprobs, everyone)
+            samples.old_logprobs = self.score_samples(samples, self.policy_logprobs)
+            reference = self.score_samples(samples, self.reference_logprobs)
             pairs = zip(samples.old_logprobs, reference, strict=True)
             log_ratios = [old - ref for old, ref in pairs]
             if samples.mask is not None:
@@ -52,6 +51,22 @@ class RLOOTrainer(GroupTrainer):
             clip_range=self.args.reward_clip_range,
             normalize=self.args.normalize_advantages,
         )
+
+    def add_logprobs(self, samples: Samples) -> None:
+        """Adds log-probabilities of the policy that sampled, where the advantages did not ask for them."""
+        if samples.old_logprobs is None:
+            samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone=False)
+
+    # ---- the update
+
+    @property
+    def all_have_gradients(self) -> bool:
+        """Says whether completions without advantage count too.
+
+        With a KL penalty they are scored before advantages are known, and rarely are any without: all of them stay in
+        the batches that were scored.
+        """
+        return super().all_have_gradients or self.args.beta != 0
 
     def record_policy(self, metrics: PolicyMetrics) -> None:
         """Records a micro-batch's metrics of the loss, in TRL's order for this method."""

@@ -33,7 +33,7 @@ from .changeable_rewards import make_changeable_rewards
 from .config import OnlineConfig
 from .engines import make_engine
 from .generation_buffer import GenerationBuffer
-from .micro_batches import Update, slice_indices, trained_indices
+from .micro_batches import Slicer, Update, scoring_batches, trained_indices
 from .policy_step import policy_step
 from .prompt_order import PromptOrder
 from .rollout_checks import check_sources
@@ -123,7 +123,7 @@ class GroupTrainer(OnlineTrainer):
         self.rollout_func = rollout_func
         self.sampling = Sampling(self)
         self.trl_hooks = TRLHooks(self, returns_more=self.has_tools)
-        self.generation = GenerationBuffer(args)
+        self.generation, self._slicer = GenerationBuffer(args), Slicer()
         self._step_time = 0.0
         self.start(
             model=model,
@@ -256,22 +256,26 @@ class GroupTrainer(OnlineTrainer):
         if self.generation.is_used_up and hooks.makes_batches:
             self.generation.slices = shuffled_parts(hooks.new_batch(rows), self.args.steps_per_generation)
         elif self.generation.is_used_up:
-            self.loop.run(rows, self, update=self._fill_buffer)
+            slices = self.loop.run(rows, self, update=lambda samples: map(samples.select, self._slices(samples)))
+            self.generation.slices = list(slices)
         current = self.generation.current
         return self._micro_batch(current) if isinstance(current, Samples) else current
 
-    def _fill_buffer(self, samples: Samples) -> None:
-        """Cuts the completions of one generation into the micro-batches of the update.
+    @property
+    def _batch_size(self) -> int:
+        return self.args.train_batch_size if self.model.training else self.args.eval_batch_size
+
+    def _slices(self, samples: Samples) -> list[list[int]]:
+        """Returns the numbers of the completions of each micro-batch of the update.
 
         Where all of them are of one optimizer step and each counts the same wherever it stands, completions of a
         prompt stay together, so that it is computed once.
         """
         args = self.args
         together = args.is_on_policy and self.order_is_free and args.keep_groups_together
-        parts = slice_indices(
-            samples, args.steps_per_generation, together=together and BATCH_LAYOUTS[self.updates.layout].shares_prompts
-        )
-        self.generation.slices = [samples.select(part) for part in parts]
+        together = together and BATCH_LAYOUTS[self.updates.layout].shares_prompts
+        count = args.steps_per_generation if self.model.training and not self.trl_hooks.makes_batches else None
+        return self._slicer.slices_of(samples, self._batch_size, count, together=together)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Makes one micro-batch's step; step_time is that of all micro-batches of an optimizer step."""
@@ -285,11 +289,11 @@ class GroupTrainer(OnlineTrainer):
         return loss
 
     def score_samples(
-        self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], indices: list[int]
+        self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], *, everyone: bool = True
     ) -> list[torch.Tensor]:
-        """Computes what `score` says, (N,), about the tokens of some completions, by completion; zeros for others."""
-        size = self.args.train_batch_size if self.model.training else self.args.eval_batch_size
-        return self.updates.score(samples, score, indices, size)
+        """Computes what `score` says, (N,), by completion: of those that are trained, or of `everyone`; else zeros."""
+        batches = scoring_batches(samples, self._slices(samples), self.trained, self._batch_size, everyone=everyone)
+        return self.updates.score(samples, score, batches)
 
     def policy_logprobs(self, batch: TokenBatch) -> torch.Tensor:
         """Computes the policy's log-probabilities of the batch's tokens, (N,) float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +48,14 @@ class UpdateMaker:
 
     @torch.no_grad()
     def score(
-        self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], indices: list[int], size: int
+        self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], batches: list[list[int]]
     ) -> list[torch.Tensor]:
-        """Computes what `score` says about the tokens of some completions, `size` at a time; zeros for the others.
+        """Computes what `score` says about the tokens of the completions of each batch; zeros for all others.
 
         score: from a batch to values (N,). Returns float32 vectors on the CPU, one a completion.
         """
         found = [torch.zeros(len(ids)) for ids in samples.completion_ids]
-        indices = samples.grouped(indices)
-        for start in range(0, len(indices), size):
-            chunk = indices[start : start + size]
+        for chunk in batches:
             part = samples.select(chunk)
             values = part.split(score(self.token_batch(part)).float().cpu())
             for index, value in zip(chunk, values, strict=True):
@@ -97,6 +95,51 @@ def slice_indices(samples: Samples, slices: int, *, together: bool) -> list[list
         order = samples.grouped(order)
     size = len(order) // slices
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class Slicer:
+    """Draws which completions of a generation share a micro-batch of the update: once, before any of them is scored."""
+
+    def __init__(self) -> None:
+        self._drawn: tuple[Samples | None, list[list[int]]] = (None, [])
+
+    def slices_of(self, samples: Samples, size: int, slices: int | None, *, together: bool) -> list[list[int]]:
+        """Returns the numbers of the completions of each micro-batch: the same again for the same samples.
+
+        They are drawn by `slice_indices`, unless they are not for an update of `slices` micro-batches of `size`.
+        """
+        if slices is None or len(samples) != size * slices:
+            return batches_in_turn(samples, range(len(samples)), size)
+        known, drawn = self._drawn
+        if known is not samples:
+            drawn = slice_indices(samples, slices, together=together)
+            self._drawn = (samples, drawn)
+        return drawn
+
+
+def batches_in_turn(samples: Samples, indices: Iterable[int], size: int) -> list[list[int]]:
+    """Returns the numbers `indices` of completions in batches of at most `size`, those of one prompt together."""
+    order = samples.grouped(list(indices))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def scoring_batches(
+    samples: Samples, slices: list[list[int]], trained: Callable[[Samples], list[int]], size: int, *, everyone: bool
+) -> list[list[int]]:
+    """Returns the batches in which completions are scored before the update.
+
+    Those that are trained are in the update's own batches: a row's log-probs depend, in the last bits, on the rows
+    beside it. trained: returns the numbers of a slice's completions that are. everyone: whether the others are scored
+    too, `size` at a time.
+    """
+    batches = []
+    for chosen in slices:
+        part = samples.select(chosen)
+        batches.append([chosen[index] for index in part.grouped(trained(part))])
+    if everyone:
+        others = set(range(len(samples))).difference(*batches)
+        batches += batches_in_turn(samples, sorted(others), size)
+    return batches
 
 
 def trained_indices(samples: Samples, *, everyone: bool) -> list[int]:

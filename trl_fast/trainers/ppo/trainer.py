@@ -30,6 +30,7 @@ from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
 from ..checkpoints.parts import NumbersPart
 from ..online.completions_log import CompletionsLog
+from ..online.micro_batches import batches_in_turn
 from ..online.prompt_order import PromptOrder
 from ..online.trainer import OnlineTrainer
 from .argument_checks import check_distinct, count_rollouts
@@ -205,9 +206,9 @@ class PPOTrainer(OnlineTrainer):
         args = self.args
         weights, eos = self.reward_functions.weights.cpu(), self.processing_class.eos_token_id
         scores = completion_scores(rewards, weights, samples.completion_ids, eos, args.missing_eos_penalty)
-        everyone, size = range(len(samples)), args.local_rollout_forward_batch_size
-        samples.old_logprobs = self.updates.score(samples, self.policy_logprobs, everyone, size)
-        reference = self.updates.score(samples, self.reference_logprobs, everyone, size)
+        batches = batches_in_turn(samples, range(len(samples)), args.local_rollout_forward_batch_size)
+        samples.old_logprobs = self.updates.score(samples, self.policy_logprobs, batches)
+        reference = self.updates.score(samples, self.reference_logprobs, batches)
         return scores, kl_penalties(samples.flat("old_logprobs"), torch.cat(reference), args.kl_estimator)
 
     @torch.no_grad()
