@@ -98,7 +98,7 @@ def slice_indices(samples: Samples, slices: int, *, together: bool) -> list[list
 
 
 class Slicer:
-    """Draws which completions of a generation share a micro-batch of the update: once, before any of them is scored."""
+    """Draws once, before any is scored, which completions of a generation share a micro-batch of the update."""
 
     def __init__(self) -> None:
         self._drawn: tuple[Samples | None, list[list[int]]] = (None, [])
