@@ -1,5 +1,7 @@
 """Datasets from files, folders and saved datasets."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import trl
@@ -96,6 +98,7 @@ def test_a_mixture_takes_files_by_path(two_files):
         ),
         ([{"fraction": 1}], {"streaming": True}, "fraction needs datasets of known length"),
         ([{}], {"streaming": True, "test_split_size": 2}, "test_split_size needs datasets of known length"),
+        ([{"columns": {"text": "prompt"}}], {}, r"datasets.0.columns: expected a list of columns to keep, got \{"),
         ([{"split": "dev"}], {}, r"datasets.0.path='.*a.jsonl' has no split 'dev'"),
     ],
 )
@@ -103,6 +106,18 @@ def test_bad_mixtures(entries, settings, message, two_files):
     datasets = [{"path": two_files[0], **entry} for entry in entries]
     with pytest.raises(ValueError, match=message):
         get_dataset(DatasetMixtureConfig(datasets, **settings))
+
+
+def test_a_size_of_a_split_without_a_mixture_is_named(two_files):
+    with pytest.raises(ValueError, match="test_split_size=0.5 is for a mixture, and there is none"):
+        load_train_and_test(ScriptArguments(two_files[0]), DatasetMixtureConfig(test_split_size=0.5), with_test=True)
+
+
+def test_a_name_with_brackets_is_no_pattern(two_files, tmp_path):
+    file = tmp_path / "täxts [1]*.jsonl"
+    file.write_bytes(Path(two_files[0]).read_bytes())
+    train, _ = load_train_and_test(ScriptArguments(str(file)), DatasetMixtureConfig(), with_test=False)
+    assert len(train) == 10
 
 
 def test_a_mixture_wins_over_dataset_name_and_gives_both_splits(two_files, caplog):

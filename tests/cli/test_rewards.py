@@ -21,6 +21,7 @@ def run(model_path, tmp_path, monkeypatch):
     data = tmp_path / "prompts.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in color_prompts(8)))
     (tmp_path / "my_rewards.py").write_text(MY_REWARD)
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
 
     def run(method, *flags):
@@ -47,6 +48,7 @@ def test_it_trains_and_saves(method, run, tmp_path, capsys, reward_model_path):
         (["--reward_funcs", "acuracy_reward"], "did you mean 'accuracy_reward'"),
         (["--reward_funcs", "my_rewards.count_letters"], "'my_rewards.count_letters' cannot be imported"),
         (["--reward_funcs", "no_such_module.reward"], "'no_such_module.reward' cannot be imported"),
+        (["--reward_funcs", "exits.reward"], "'exits.reward' cannot be imported: SystemExit"),
         (["--reward_funcs", "my_rewards.count_words", "--num_generations", "3"], "num_generations=3 does not divide"),
     ],
 )

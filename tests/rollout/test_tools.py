@@ -69,7 +69,7 @@ def test_async_calls_run_side_by_side_and_their_errors_are_results():
 
 
 def test_results_as_text_and_as_blocks():
-    given = [["sky", 1], {"a": 1}, None, [], [{"type": "text", "text": "blue"}]]
+    given = [["sky", 1], {"a": 1}, None, [], [{"type": "text", "text": "blue"}], "half \ud800"]
 
     def give(index: int) -> object:
         """
@@ -80,8 +80,9 @@ def test_results_as_text_and_as_blocks():
         """
         return given[index]
 
-    messages = Toolbox([give]).run([calls(*(("give", {"index": i}) for i in range(5)))]).messages[0]
-    assert [message["content"] for message in messages] == ["['sky', 1]", "{'a': 1}", "None", "[]", given[4]]
+    messages = Toolbox([give]).run([calls(*(("give", {"index": i}) for i in range(6)))]).messages[0]
+    contents = ["['sky', 1]", "{'a': 1}", "None", "[]", given[4], "half ?"]
+    assert [message["content"] for message in messages] == contents
 
 
 def order(

@@ -97,6 +97,11 @@ def _dataset_config(entry: Any, index: int) -> DatasetConfig:
         raise ValueError(f"datasets.{index}: path is missing; give a hub name, a folder or a file")
     if isinstance(entry.get("columns"), str):
         entry = {**entry, "columns": [entry["columns"]]}
+    if isinstance(entry.get("columns"), dict):
+        raise ValueError(
+            f"datasets.{index}.columns: expected a list of columns to keep, got {entry['columns']!r}; columns are not "
+            "renamed here, so rename them in the file"
+        )
     config = DatasetConfig(**entry)
     try:
         check_types(config)

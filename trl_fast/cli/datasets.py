@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import re
 from collections.abc import Iterator
@@ -71,7 +72,8 @@ def _load(path: str, argument: str, **options: Any) -> AnyDataset:
     builder, data_files = path, options.pop("data_files", None)
     if files:
         (builder,) = {str(builder_of(file)) for file in files.values()}
-        data_files = {name: str(file) for name, file in files.items()}
+        # Brackets and stars of a name are no pattern: the file is there.
+        data_files = {name: glob.escape(str(file)) for name, file in files.items()}
     try:
         with without_error_logs():
             dataset = load_dataset(builder, data_files=data_files, **options)
@@ -218,6 +220,11 @@ def load_train_and_test(
     """
     splits = [arguments.dataset_train_split, arguments.dataset_test_split][: 2 if with_test else 1]
     if not mixture.datasets:
+        if mixture.test_split_size is not None:
+            raise ValueError(
+                f"test_split_size={mixture.test_split_size} is for a mixture, and there is none: name the dataset "
+                "under `datasets:` in a --config file, or leave test_split_size out"
+            )
         loaded = [load_split(arguments, split) for split in splits]
     else:
         if arguments.dataset_name is not None:

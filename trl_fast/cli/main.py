@@ -83,7 +83,7 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
     if own:
         # Processes that `accelerate launch` starts see it too.
         os.environ[_DEBUG] = "1"
-    return [word for at, word in enumerate(arguments) if at not in own], bool(os.environ.get(_DEBUG))
+    return [word for at, word in enumerate(arguments) if at not in own], os.environ.get(_DEBUG, "0") not in ("", "0")
 
 
 def _refuse(message: str) -> int:

@@ -59,8 +59,10 @@ def _reward_function(name: str) -> Callable[..., list]:
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:
-        # Whatever it is: the module is the user's.
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        # Whatever it is, an exit of a script without `if __name__ == "__main__"` too: the module is the user's.
         reason = f"{type(error).__name__}: {error_line(error)}"
         raise ValueError(f"reward_funcs: {name!r} cannot be imported: {reason}") from error
     finally:

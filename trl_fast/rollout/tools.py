@@ -130,7 +130,8 @@ async def _content_later(call: Awaitable[Any]) -> Any:
 def _as_content(result: Any) -> Any:
     """Returns a result as text, but blocks of content as they are, in a list that the tool does not hold."""
     blocks = isinstance(result, list) and result and all(isinstance(part, dict) and "type" in part for part in result)
-    return copied(result) if blocks else str(result)
+    # Text that no tokenizer takes, halves of characters, comes from tools that read files or pages.
+    return copied(result) if blocks else str(result).encode("utf-8", "replace").decode("utf-8")
 
 
 def _message(name: str, outcome: Outcome) -> dict[str, Any]:

@@ -42,6 +42,7 @@ CONFLICTS = {
         {"arguments": {"train_dataset": sft_rows("text", 17).select(range(1, 17))}},
         r"its data were others \(16 rows, this run's 16 rows\)",
     ),
+    "optimizer": ({"optim": "sgd"}, r"its optimizer is 'adamw_torch\w*', and this run's, 'sgd', cannot"),
     "adapter": ({"arguments": lora()}, r"its adapters are none, this run's default \{"),
 }
 
@@ -77,9 +78,12 @@ def test_other_settings_are_one_line(saved, model_path, tmp_path, caplog):
     [line] = [record.getMessage() for record in caplog.records if "was written with" in record.getMessage()]
     assert line == (
         f"resume_from_checkpoint: {saved}/checkpoint-2 was written with max_steps=2 (now 3), "
-        "learning_rate=0.001 (now 0.0001), seed=42 (now 7): the run is not the unbroken one."
+        "learning_rate=0.001 (now 0.0001, which does not count: the optimizer's state holds the first), "
+        "seed=42 (now 7): the run is not the unbroken one."
     )
     assert trainer.state.global_step == 3
+    # As in transformers: what the line says is what the optimizer does.
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == 1e-3
 
 
 def test_the_same_run_has_no_line(saved, model_path, tmp_path, caplog):

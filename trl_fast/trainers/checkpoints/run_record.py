@@ -31,6 +31,9 @@ _WITHOUT_EFFECT = (
     *("vllm_server_", "vllm_group", "vllm_gpu_memory", "accelerator_config", "push_", "warmup_ratio"),
 )
 
+# Settings that are part of an optimizer's state, and of the schedule's.
+_KEPT_BY_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
 
 class RunRecord:
     """Holds what tells one run from another: method, model, data, settings.
@@ -78,6 +81,9 @@ class RunRecord:
                 f"its {ours['class']} has other weights ({theirs.get('parameters'):,} parameters, this run's has "
                 f"{ours['parameters']:,})"
             )
+        then, now = (json.loads((record.get("settings") or {}).get("optim", "null")) for record in (saved, mine))
+        if then and _family(then) != _family(now) and not saved.get("weights_only"):
+            return f"its optimizer is {then!r}, and this run's, {now!r}, cannot read its state; set optim={then!r}"
         if same_data and saved.get("data") != mine["data"]:
             return (
                 f"its data were others ({_rows(saved.get('data'))}, this run's {_rows(mine['data'])}), so its place "
@@ -86,10 +92,15 @@ class RunRecord:
         return None
 
     def changes(self, saved: dict[str, Any]) -> list[str]:
-        """Returns settings that were others when a checkpoint was written, as "name=then (now: now)"."""
+        """Returns settings that were others when a checkpoint was written, as "name=then (now: now)".
+
+        The optimizer's own come back with its state, as in transformers, and the new ones do not count; this is said.
+        """
         then, now = saved.get("settings") or {}, self.values["settings"]
         shared = [name for name in now if name in then and then[name] != now[name]]
-        changes = [f"{name}={then[name]} (now {now[name]})" for name in shared]
+        kept = () if saved.get("weights_only") else _KEPT_BY_THE_OPTIMIZER
+        notes = dict.fromkeys(kept, ", which does not count: the optimizer's state holds the first")
+        changes = [f"{name}={then[name]} (now {now[name]}{notes.get(name, '')})" for name in shared]
         if saved.get("trl_fast") != self.values["trl_fast"]:
             changes.append(f"trl_fast {saved.get('trl_fast')} (now {self.values['trl_fast']})")
         return changes
@@ -104,6 +115,11 @@ def _version() -> str:
 
 def _matters(name: str, value: object) -> bool:
     return not name.startswith(_WITHOUT_EFFECT) and not (isinstance(value, str) and value.startswith("<"))
+
+
+def _family(optimizer: str) -> str:
+    """Returns the name under which optimizers with one kind of state go."""
+    return optimizer.removesuffix("_fused")
 
 
 def _text(value: object) -> str:
