@@ -164,6 +164,8 @@ def hold_and_limit(held_mib: int, spare_mib: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
+# Slow: in a process with a long history of tests the freed room is not always in one piece.
+@pytest.mark.slow
 @linux
 def test_held_memory_gives_way_to_a_sweep_where_address_space_is_short():
     problem = make_problem(256, 60_000)
@@ -183,6 +185,8 @@ def test_held_memory_gives_way_to_a_sweep_where_address_space_is_short():
     forked(work)
 
 
+# Slow: in a process with a long history of tests the freed room is not always in one piece.
+@pytest.mark.slow
 @linux
 def test_held_memory_gives_way_to_any_tensor_and_says_so_once():
     def work() -> None:
