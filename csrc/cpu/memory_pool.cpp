@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <charconv>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -25,7 +26,28 @@ struct Block {
   std::size_t bytes;
 };
 
+#ifdef __linux__
+
+// Straight from the system, so that what is released leaves the address space: free() may keep it in the heap.
+void* take_pages(std::size_t bytes) {
+  void* const mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(mapped);
+  const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(begin) % kHugePage) % kHugePage;
+  if (before) munmap(begin, before);
+  munmap(begin + before + bytes, kHugePage - before);
+  return begin + before;
+}
+
+void release(const Block& block) { munmap(block.data, block.bytes); }
+
+#else
+
+void* take_pages(std::size_t bytes) { return std::aligned_alloc(kHugePage, bytes); }
+
 void release(const Block& block) { std::free(block.data); }
+
+#endif
 
 // Says once that held memory went back: from then on steps may take theirs from the system each time.
 void warn_that_memory_is_short(std::size_t bytes) {
@@ -37,11 +59,11 @@ void warn_that_memory_is_short(std::size_t bytes) {
 
 Block fresh(std::size_t bytes) {
   const std::size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  void* data = std::aligned_alloc(kHugePage, rounded);
+  void* data = take_pages(rounded);
   if (!data) {
     if (const std::size_t held = release_pool()) {
       warn_that_memory_is_short(held);
-      data = std::aligned_alloc(kHugePage, rounded);
+      data = take_pages(rounded);
     }
   }
   TORCH_CHECK_WITH(OutOfMemoryError, data, "trl_fast: no memory for ", bytes, " bytes");
