@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trl_fast.ops.matmul import product_dtype
-from trl_fast.ops.named_gradients import refuse_forward_mode
 from trl_fast.ops.upcast_linear import upcast_is_faster, upcast_linear
+from trl_fast.ops.validation import refuse_forward_mode
 
 from .loading import backbone
 from .model_changes import changes_of, unbound_forward

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch.autograd import forward_ad
 
 
 class AutogradContext(Protocol):
@@ -83,21 +82,6 @@ def first_derivative(of: str) -> Callable[[Callable], Callable]:
         return checked
 
     return mark
-
-
-def refuse_forward_mode(op: str, *tensors: torch.Tensor | None) -> None:
-    """Refuses tensors of any shape that carry a tangent of forward-mode differentiation, which would be lost.
-
-    Raises:
-        RuntimeError: naming the op.
-    """
-    if forward_ad._current_level < 0:
-        return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(
-            f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward, or "
-            "compute that part with plain PyTorch"
-        )
 
 
 def needs_gradients(ctx: AutogradContext, signature_of: str | Callable, *names: str) -> list[bool]:

@@ -15,9 +15,9 @@ import torch
 
 from .backends import choose_backend
 from .device import device_facts
-from .named_gradients import AutogradContext, first_derivative, gradients_of, refuse_forward_mode
+from .named_gradients import AutogradContext, first_derivative, gradients_of
 from .pair_formulas import PAIR_FORMULAS, PairValues, check_pair_parameters
-from .validation import check_choice, check_logprobs, check_vector, values_are_checked
+from .validation import check_choice, check_logprobs, check_vector, refuse_forward_mode, values_are_checked
 
 
 class PairLoss(NamedTuple):

@@ -20,9 +20,9 @@ from trl_fast.kernels.shared_constants import POLICY_LOSS_BLOCK
 
 from .backends import choose_backend
 from .device import device_facts
-from .named_gradients import AutogradContext, first_derivative, gradients_of, refuse_forward_mode
+from .named_gradients import AutogradContext, first_derivative, gradients_of
 from .stable_functions import exp_beyond_linear, logistic, with_derivative
-from .validation import check_choice, check_logprobs, check_vector, values_are_checked
+from .validation import check_choice, check_logprobs, check_vector, refuse_forward_mode, values_are_checked
 
 # Log-ratios are capped here, so that ρ, and ρ times the KL estimate, stay finite in float32. What is capped, a ratio
 # above 2e17, gets no gradient.

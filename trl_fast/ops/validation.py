@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterable
 
 import torch
-
-from .named_gradients import refuse_forward_mode
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOGPROB_DTYPES = (torch.float32, torch.float64)
@@ -187,3 +186,18 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 def values_are_checked(vector: torch.Tensor) -> bool:
     """Tells whether to look into `vector` (N,): on a GPU only when TRL_FAST_CHECK=1, since it makes the host wait."""
     return vector.device.type == "cpu" or checks_requested()
+
+
+def refuse_forward_mode(op: str, *tensors: torch.Tensor | None) -> None:
+    """Refuses tensors of any shape that carry a tangent of forward-mode differentiation, which would be lost.
+
+    Raises:
+        RuntimeError: naming the op.
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use backward, or "
+            "compute that part with plain PyTorch"
+        )

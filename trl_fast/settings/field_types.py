@@ -6,20 +6,13 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import Field, fields
+from dataclasses import fields
 from typing import Any
+
+from .ranges import annotation
 
 # What an annotation may say besides the one type.
 _OPTIONAL = {"None", "NoneType", "Optional", "typing", "class"}
-
-
-def annotation(owner: type, item: Field) -> str:
-    """Returns the text of a field's annotation: that of the class, since transformers' parser changes the field's own.
-
-    A user's subclass may have annotations that cannot be evaluated here, so their text is read.
-    """
-    written = (vars(each).get("__annotations__", {}) for each in owner.__mro__)
-    return str(next((names[item.name] for names in written if item.name in names), item.type))
 
 
 def check_types(settings: Any) -> None:

@@ -13,7 +13,14 @@ from dataclasses import MISSING, Field, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, cast
 
-from .field_types import annotation
+
+def annotation(owner: type, item: Field) -> str:
+    """Returns the text of a field's annotation: that of the class, since transformers' parser changes the field's own.
+
+    A user's subclass may have annotations that cannot be evaluated here, so their text is read.
+    """
+    written = (vars(each).get("__annotations__", {}) for each in owner.__mro__)
+    return str(next((names[item.name] for names in written if item.name in names), item.type))
 
 
 @dataclass(frozen=True)

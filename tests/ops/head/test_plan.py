@@ -166,7 +166,7 @@ def test_settings_are_refused_by_name(options, message):
         HeadOptions(**options).check(torch.device("cpu"))
 
 
-def test_a_call_of_a_small_head_moves_between_files_at_most_sixteen_times():
+def test_a_call_of_a_small_head_moves_between_files_at_most_fifteen_times():
     """So that it can be followed: the plan is made once, and the sweeps decide nothing."""
     moves = head_switches()
-    assert {name: len(found) <= 16 for name, found in moves.items()} == {"head, forward": True, "head, backward": True}
+    assert {name: len(found) <= 15 for name, found in moves.items()} == {"head, forward": True, "head, backward": True}

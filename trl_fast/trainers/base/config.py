@@ -14,7 +14,6 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
 from trl_fast.settings.choices import Choices, check_choices, did_you_mean
-from trl_fast.settings.field_types import check_maps, check_types
 from trl_fast.settings.older_names import OlderName, deprecated, older_name
 from trl_fast.settings.ranges import check_ranges
 
@@ -177,6 +176,9 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
         self.tiled_mlp = self._tile_tokens(self.tiled_mlp)
+        # Imported here, for importing a config is to load few modules.
+        from trl_fast.settings.field_types import check_maps, check_types
+
         check_types(self)
         check_maps(self, self._VALID_DICT_FIELDS)
         check_choices(self, BaseConfig)

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trl_fast.settings.choices import check_choice
-from trl_fast.settings.divisors import divisors, either, least_count, multiples_around
 from trl_fast.settings.older_names import older_name
 from trl_fast.settings.ranges import check_ranges
-from trl_fast.settings.server_url import server_url, without_password
 
 from ..base.reference_config import ReferenceConfig
 
@@ -177,12 +175,16 @@ class OnlineConfig(ReferenceConfig):
                 f"type {type(self.generation_kwargs).__name__}; of a GenerationConfig give to_diff_dict()"
             )
         if self.vllm_server_base_url is not None or (self.use_vllm and self.vllm_mode == "server"):
+            from trl_fast.settings.server_url import server_url
+
             server_url(self)
         self._divide_generations()
         self.sampling_settings()
 
     def _divide_generations(self) -> None:
         """Fills in generation_batch_size and steps_per_generation from each other."""
+        from trl_fast.settings.divisors import divisors, either, least_count, multiples_around
+
         per_step = self.per_device_train_batch_size * self.world_size
         shown = f"per_device_train_batch_size * processes = {self.per_device_train_batch_size} * {self.world_size}"
         given = self.generation_batch_size is not None
@@ -228,6 +230,8 @@ class OnlineConfig(ReferenceConfig):
 
     def check_eval_batch(self) -> None:
         """Raises ValueError if a batch of the evaluation would not hold all completions of its prompts."""
+        from trl_fast.settings.divisors import divisors, either, least_count
+
         evaluated = self.per_device_eval_batch_size * self.world_size
         count = self.generations("eval")
         if evaluated % count:
@@ -244,12 +248,20 @@ class OnlineConfig(ReferenceConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields, for files and trackers, without the password of vllm_server_base_url."""
-        return {**super().to_dict(), "vllm_server_base_url": without_password(self.vllm_server_base_url)}
+        return {**super().to_dict(), "vllm_server_base_url": self._shown_url()}
 
     def __str__(self) -> str:
         shown = super().__str__()
         url = self.vllm_server_base_url
-        return shown.replace(url, without_password(url)) if url else shown
+        return shown.replace(url, str(self._shown_url())) if url else shown
+
+    def _shown_url(self) -> str | None:
+        """Returns vllm_server_base_url without its password."""
+        if self.vllm_server_base_url is None:
+            return None
+        from trl_fast.settings.server_url import without_password
+
+        return without_password(self.vllm_server_base_url)
 
     @property
     def generate_every(self) -> int:
