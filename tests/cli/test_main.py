@@ -83,14 +83,6 @@ def test_training_that_diverges_is_one_line_and_status_1(model_path, pairs_file,
     assert "Model saved" not in shown.out and not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_usage(capsys):
-    assert main([]) == 2
-    assert "dpo" in capsys.readouterr().out
-    assert main(["--help"]) == 0
-    assert main(["dance"]) == 2
-    assert "unknown command 'dance'" in capsys.readouterr().err
-
-
 def test_the_installed_command_runs():
     command = os.path.join(os.path.dirname(sys.executable), "trl-fast")
     result = subprocess.run([command, "dpo", "--help"], capture_output=True, text=True)

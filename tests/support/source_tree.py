@@ -70,7 +70,8 @@ def is_dotted(text: str) -> bool:
 
 
 def layer_of(module: str) -> str:
-    """Returns the layer that a dotted name below trl_fast belongs to."""
+    """Returns the layer that a dotted name below trl_fast belongs to; `python -m trl_fast` is the command."""
+    module = module.replace("trl_fast.__main__", "trl_fast.cli")
     return (module.split(".") + [module])[1]
 
 

@@ -7,30 +7,19 @@ import os
 import sys
 from collections.abc import Callable
 
+from trl_fast import __version__
 from trl_fast.trainers.methods import METHODS
+
+from .commands import COMMANDS, usage
 
 # The environment variable that stands for --debug.
 _DEBUG = "TRL_FAST_DEBUG"
 
-# The commands that have a module of their own, and what each does.
-_OTHERS = {
-    "run": "run a script written for TRL, unchanged",
-    "bench": "run a benchmark of the source tree",
-    "env": "print versions, backends with reasons, and facts about this machine",
-    "plan": "simulate a training step's memory, and the longest context that fits a GPU",
-    "validate": "look for what is wrong with preference data",
-}
-COMMANDS = {**{method.name: method.help for method in METHODS.values()}, **_OTHERS}
 # The exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 130
-
-
-def usage() -> str:
-    """Returns the help text."""
-    lines = ["usage: trl-fast COMMAND [ARGUMENTS]", "", "commands:"]
-    lines += [f"  {name:9}{does}" for name, does in COMMANDS.items()]
-    notes = ["trl-fast COMMAND --help lists a command's arguments.", "--debug shows where an error comes from."]
-    return "\n".join([*lines, "", *notes])
+# What may stand in the place of a command.
+_HELP = ("-h", "--help", "help")
+_VERSION = ("-V", "--version")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,16 +29,21 @@ def main(arguments: list[str] | None = None) -> int:
     TRL_FAST_DEBUG in the environment, shows the traceback of bad input instead of the line.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [arguments[1], "--help", *arguments[2:]]
+    if not arguments or arguments[0] in _HELP:
         print(usage())
         return 0 if arguments else 2
+    if arguments[0] in _VERSION:
+        print(f"trl-fast {__version__}")
+        return 0
     arguments, debug = _without_debug(arguments)
     command, *rest = arguments or [""]
     if command not in COMMANDS:
         from trl_fast.settings.choices import did_you_mean
 
-        hint = did_you_mean(command, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
-        return _refuse(f"trl-fast: unknown command {command!r}{hint}")
+        hint = did_you_mean(command, [*COMMANDS, *_HELP, *_VERSION])
+        return _refuse(f"trl-fast: unknown command {command!r}{hint or '; trl-fast --help lists the commands'}")
     try:
         run = _prepare(command, rest)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ class Method:
         trainer: place of the trainer's class.
         step: place of the function of a micro-batch: from a model and a batch to the loss and its metrics. The trainer
             and the planner call it.
-        help: what the command does, for `trl-fast --help`.
+        help: what is trained with, for `trl-fast --help`.
         reward_argument: the trainer's argument that takes reward functions and models; None: it takes none.
         trl_packages: packages of TRL, present or past, that have modules `NAME_config` and `NAME_trainer`.
         trl_names: further names in TRL's `NAME_trainer`, and their places.
@@ -58,7 +58,7 @@ _METHODS = (
         config="trl_fast.trainers.sft_config:SFTConfig",
         trainer="trl_fast.trainers.sft:SFTTrainer",
         step="trl_fast.trainers.sft:sft_step",
-        help="train with supervised fine-tuning",
+        help="supervised fine-tuning",
         trl_names={"DataCollatorForLanguageModeling": "trl_fast.data:DataCollatorForLanguageModeling"},
     ),
     Method(
@@ -66,7 +66,7 @@ _METHODS = (
         config="trl_fast.trainers.dpo_config:DPOConfig",
         trainer="trl_fast.trainers.dpo:DPOTrainer",
         step="trl_fast.trainers.dpo:dpo_step",
-        help="train with Direct Preference Optimization and its relatives",
+        help="Direct Preference Optimization and its relatives, from pairs",
         trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForPreference"},
     ),
     Method(
@@ -74,7 +74,7 @@ _METHODS = (
         config="trl_fast.trainers.reward_config:RewardConfig",
         trainer="trl_fast.trainers.reward:RewardTrainer",
         step="trl_fast.trainers.reward:reward_step",
-        help="train a reward model",
+        help="a reward model, from pairs",
         trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForReward"},
     ),
     Method(
@@ -82,7 +82,7 @@ _METHODS = (
         config="trl_fast.trainers.kto_config:KTOConfig",
         trainer="trl_fast.trainers.kto:KTOTrainer",
         step="trl_fast.trainers.kto:kto_step",
-        help="train with Kahneman-Tversky Optimization, from single completions that are good or bad",
+        help="Kahneman-Tversky Optimization, from completions marked good or bad",
         trl_packages=("trl.trainer", "trl.experimental.kto"),
         trl_names={"DataCollatorForUnpairedPreference": "trl_fast.data:DataCollatorForUnpairedPreference"},
     ),
@@ -91,7 +91,7 @@ _METHODS = (
         config="trl_fast.trainers.grpo_config:GRPOConfig",
         trainer="trl_fast.trainers.grpo:GRPOTrainer",
         step="trl_fast.trainers.online.policy_step:policy_step",
-        help="train with Group Relative Policy Optimization, from rewards of sampled completions",
+        help="Group Relative Policy Optimization, from rewards of completions",
         reward_argument="reward_funcs",
     ),
     Method(
@@ -99,7 +99,7 @@ _METHODS = (
         config="trl_fast.trainers.rloo_config:RLOOConfig",
         trainer="trl_fast.trainers.rloo:RLOOTrainer",
         step="trl_fast.trainers.online.policy_step:policy_step",
-        help="train with REINFORCE and leave-one-out baselines, from rewards of sampled completions",
+        help="REINFORCE with leave-one-out baselines, from rewards of completions",
         reward_argument="reward_funcs",
     ),
     Method(
@@ -107,7 +107,7 @@ _METHODS = (
         config="trl_fast.trainers.ppo.config:PPOConfig",
         trainer="trl_fast.trainers.ppo.trainer:PPOTrainer",
         step="trl_fast.trainers.ppo.step:ppo_step",
-        help="train with Proximal Policy Optimization, from a reward model and with a value model",
+        help="Proximal Policy Optimization, with a reward model and a value model",
         reward_argument="reward_model",
         trl_packages=("trl.trainer", "trl.experimental.ppo"),
     ),
