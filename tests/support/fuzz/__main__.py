@@ -35,7 +35,7 @@ def _run(asked: argparse.Namespace) -> int:
         if time.monotonic() > said + 10:
             said = time.monotonic()
             faults = sum(bool(outcome.faults) for outcome in outcomes)
-            print(f"{len(outcomes)} cases, {faults} with faults, {end - said:.0f} s to go", flush=True)
+            print(f"{len(outcomes)} cases, {faults} with faults, {max(0.0, end - said):.0f} s to go", flush=True)
     print(table(outcomes))
     return any(outcome.faults for outcome in outcomes)
 
