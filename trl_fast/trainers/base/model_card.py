@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import Trainer
+
+from trl_fast.modeling.loading import base_model
 
 
 def model_tags(method: str) -> list[str]:
@@ -26,3 +31,13 @@ def model_card(
     lines += ["tags:", *(f"- {tag}" for tag in dict.fromkeys([*model_tags(method), *tags])), "---", ""]
     lines += [f"# {name}", "", f"Trained from `{origin}` by trl_fast's {trainer}.", ""]
     return "\n".join(lines)
+
+
+def write_model_card(
+    trainer: Trainer, method: str, name: str | None, dataset_name: str | None = None, tags: Iterable[str] = ()
+) -> None:
+    """Writes the card of a trainer's model into its output folder; name: None for the folder's."""
+    folder = Path(str(trainer.args.output_dir))
+    origin = base_model(trainer.accelerator.unwrap_model(trainer.model)).config._name_or_path
+    made = (method, type(trainer).__name__, dataset_name, tags)
+    (folder / "README.md").write_text(model_card(name or folder.name, origin, *made))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +23,7 @@ from trl_fast.ops.validation import NotFiniteError
 
 from ..checkpoints.run_record import RunRecord
 from ..checkpoints.writer import Checkpoints
+from ..run_report.forecast import Forecast
 from .argument_checks import check_settings, checked_arguments, checked_config
 from .batch_reader import BatchReader
 from .callbacks import EpochStart, SequenceNoiseCallback, TokenCounter
@@ -33,7 +33,7 @@ from .hf_trainer import declare_loss_scaling, forbid_data_parallel
 from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
 from .metric_lists import MetricLists
-from .model_card import model_card, model_tags
+from .model_card import model_tags, write_model_card
 from .model_setup import check_trains, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
 from .prepared_datasets import check_dataset_type, check_vocabulary, named_parts, shows_tokens
@@ -65,6 +65,8 @@ class BaseTrainer(Trainer):
     router_aux_loss_coef = 0.0
     # Whether rows hold several completions of one prompt.
     shares_prompts = False
+    # What a plan expects of the run; whoever has one sets it before `train`.
+    forecast: Forecast | None = None
     # Reads batches, where those are dicts in TRL; a trainer sets its own.
     batches: BatchReader | None = None
     # TRL's hook, which a trainer defines unless it overrides `prepare_dataset`.
@@ -369,10 +371,8 @@ class BaseTrainer(Trainer):
     ) -> None:
         """Writes README.md into the output folder: what was trained, from what, with which method."""
         if self.is_world_process_zero():
-            folder, given = Path(self.args.output_dir), [tags] if isinstance(tags, str) else tags or ()
-            origin = base_model(self.accelerator.unwrap_model(self.model)).config._name_or_path
-            made = (self.method, type(self).__name__, dataset_name, given)
-            (folder / "README.md").write_text(model_card(model_name or folder.name, origin, *made))
+            tags = [tags] if isinstance(tags, str) else tags or ()
+            write_model_card(self, self.method, model_name, dataset_name, tags)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model; says so if its weights are broken."""
