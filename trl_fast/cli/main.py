@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from trl_fast import __version__
+import trl_fast
 from trl_fast.trainers.methods import METHODS
 
 from .commands import COMMANDS, usage
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     if arguments[0] in _VERSION:
-        print(f"trl-fast {__version__}")
+        print(f"trl-fast {trl_fast.__version__}")
         return 0
     arguments, debug = _without_debug(arguments)
     command, *rest = arguments or [""]
