@@ -1,0 +1,215 @@
+"""Holds the pages to the code: scripts and commands run; flags, fields, rows, metrics and formulas are the code's."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import trl_fast
+from support.models import save_tiny_classifier, save_tiny_model
+from support.pages import Block, blocks, blocks_of, in_backticks, table_rows
+from support.source_tree import ROOT
+from support.tokenizer import build_tokenizer
+from trl_fast.cli.launch import launcher_flags
+from trl_fast.cli.main import main
+from trl_fast.cli.training import make_parser
+from trl_fast.data import prepare_preference_dataset
+from trl_fast.losses.dpo import PAIR_LOSSES, DPOLossConfig, PreferencePairs
+from trl_fast.losses.f_divergences import F_DIVERGENCES
+from trl_fast.trainers.methods import METHODS
+
+# The method pages, and what makes the rows of each ready.
+PREPARES = {"dpo": prepare_preference_dataset}
+MODEL, REWARD_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct", "reward-out"
+# What transformers logs once, when training ends.
+_AT_THE_END = re.compile(r"train_|total_flos")
+# How formulas are written, and what Python reads.
+_SIGNS = str.maketrans({"·": "*", "−": "-", "²": "**2"})
+
+
+def page(name: str) -> Path:
+    return ROOT / "docs" / f"{name}.md"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders with tiny models, by the names that the pages use."""
+    tokenizer = build_tokenizer()
+    return {
+        MODEL: save_tiny_model(tmp_path_factory.mktemp("model"), tokenizer),
+        REWARD_MODEL: save_tiny_classifier(tmp_path_factory.mktemp("reward"), tokenizer),
+    }
+
+
+def with_models(text: str, models: dict[str, str]) -> str:
+    for name, folder in models.items():
+        text = text.replace(name, folder)
+    return text
+
+
+@pytest.fixture
+def unpacked(tmp_path, monkeypatch, models):
+    """Writes the titled blocks of a page into the working directory, tiny models in place of real ones."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str) -> dict[str, list[Block]]:
+        found: dict[str, list[Block]] = {}
+        for block in blocks_of(page(name)):
+            found.setdefault(block.language, []).append(block)
+            if block.title:
+                Path(block.title).write_text(with_models(block.text, models), encoding="utf-8")
+        return found
+
+    return write
+
+
+# ---- every page: what can be read
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.page)
+def test_snippets_parse_and_their_arguments_exist(block):
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in trl_fast.__all__:
+            known = inspect.signature(getattr(trl_fast, node.func.id)).parameters
+            assert {keyword.arg for keyword in node.keywords if keyword.arg} <= known.keys(), node.func.id
+
+
+def own_commands() -> list[tuple[str, list[str]]]:
+    """Returns the page and the words of every command line of ours in a block, those with an ellipsis left out."""
+    found = [(block.page, words) for block in blocks("bash", "sh") for words in block.commands]
+    # Settings of the environment stand before a command.
+    found = [(name, words[next(at for at, word in enumerate(words) if "=" not in word) :]) for name, words in found]
+    return [(name, words) for name, words in found if words[0] == "trl-fast" and "…" not in words]
+
+
+def flags(words: list[str]) -> set[str]:
+    return {word.partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
+@pytest.mark.parametrize("name, words", own_commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_flags_of_commands_exist(name, words, unpacked, capsys):
+    _, command, *arguments = words
+    if command in METHODS:
+        if name.startswith("docs/"):
+            unpacked(Path(name).stem)
+        arguments = [str(ROOT / word) if word.startswith("recipes/") else word for word in arguments]
+        _, unknown = launcher_flags(make_parser(METHODS[command]).remaining_strings(arguments))
+        assert not unknown
+    elif command.startswith("--"):
+        assert main([command]) == 0
+    else:
+        assert importlib.util.find_spec(f"trl_fast.cli.{command}"), command
+        with pytest.raises(SystemExit) if command != "run" else pytest.MonkeyPatch.context():
+            main([command, "--help"])
+        if command != "run":
+            assert flags(arguments) <= flags(capsys.readouterr().out.replace(",", " ").replace("=", " ").split())
+
+
+@pytest.mark.parametrize("module, words", sorted(
+    {(words[2], tuple(words[3:])) for block in blocks("bash", "sh") for words in block.commands
+     if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks.")}
+), ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_flags_of_benchmarks_exist(module, words):
+    path = Path(importlib.util.find_spec(module).origin)
+    files = path.parent.glob("*.py") if path.name == "__init__.py" else [path]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    for flag in flags(list(words)):
+        assert re.search(rf"{flag}\b", text.replace("-", "_")), flag
+
+
+# ---- the pages of the methods: what runs
+
+
+@pytest.mark.parametrize("name", PREPARES)
+def test_rows_are_taken(name):
+    from datasets import Dataset
+
+    found = [block for block in blocks_of(page(name)) if block.language == "jsonl"]
+    assert found
+    for block in found:
+        rows = [json.loads(line) for line in block.text.splitlines()]
+        assert len(PREPARES[name](Dataset.from_list(rows), build_tokenizer())) == len(rows)
+
+
+@pytest.mark.parametrize("name", PREPARES)
+def test_scripts_run_and_metrics_are_named(name, unpacked):
+    scripts = [block for block in unpacked(name)["python"] if block.title]
+    trainer = runpy.run_path(scripts[0].title)["trainer"]
+    logged = {key for entry in trainer.state.log_history for key in entry if not _AT_THE_END.match(key)} - {"step"}
+    named = {metric for row in table_rows(page(name), "Metrics") for metric in in_backticks(row[0])}
+    patterns = [re.compile(re.escape(metric).replace("NAME", r"[^/]+") + "$") for metric in named]
+    assert not {metric for metric in logged if not any(pattern.match(metric) for pattern in patterns)}
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "trl_fast").rglob("*.py"))
+    for metric in named:
+        assert metric in logged or re.search(rf"\b{re.escape(metric.rpartition('/')[2])}\b", sources), metric
+
+
+@pytest.mark.parametrize("name", PREPARES)
+def test_commands_run(name, unpacked, models):
+    commands = [words for block in unpacked(name)["bash"] for words in block.commands if words[1] == name]
+    assert commands
+    for words in commands:
+        assert main([with_models(word, models) for word in words[1:]]) == 0
+
+
+# ---- formulas
+
+
+def formulas(name: str, heading: str) -> dict[str, str]:
+    """Returns the first formula of each row of a table by the name in its first cell."""
+    return {in_backticks(row[0])[0]: in_backticks(row[1])[0] for row in table_rows(page(name), heading)}
+
+
+def value(formula: str, **names: object) -> torch.Tensor:
+    """Computes a formula as it is printed."""
+    known = {
+        "σ": torch.sigmoid,
+        "logσ": F.logsigmoid,
+        "exp": torch.exp,
+        "log": lambda x: torch.as_tensor(x, dtype=torch.float64).log(),
+        "max": lambda x, y: torch.maximum(torch.as_tensor(x, dtype=torch.float64).expand_as(y), y),
+        "min": lambda x, y: torch.minimum(torch.as_tensor(x, dtype=torch.float64).expand_as(y), y),
+    }
+    return eval(formula.translate(_SIGNS), {"__builtins__": {}}, {**known, **names})
+
+
+def random_vectors(count: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(5, generator=generator, dtype=torch.float64) * 3 for _ in range(count)]
+
+
+def test_formulas_of_dpo_are_those_of_the_code():
+    chosen, rejected, ref_chosen, ref_rejected, s_c, s_r = random_vectors(6)
+    n_c, n_r = torch.tensor([3, 1, 7, 2, 5]), torch.tensor([2, 4, 1, 6, 5])
+    mean = torch.tensor(-1.5, dtype=torch.float64)
+    pairs = PreferencePairs(chosen, rejected, ref_chosen, ref_rejected, s_c, s_r, n_c, n_r, mean)
+    config = DPOLossConfig(tuple(PAIR_LOSSES), beta=0.3, label_smoothing=0.1, discopop_tau=0.7)
+    r_c, r_r = chosen - ref_chosen, rejected - ref_rejected
+    sorted_differences = {
+        "aot": (chosen - rejected).sort().values - (ref_chosen - ref_rejected).sort().values,
+        "aot_unpaired": r_c.sort().values - r_r.sort().values,
+    }
+    names = {"r_c": r_c, "r_r": r_r, "s_c": s_c, "s_r": s_r, "n_c": n_c, "n_r": n_r, "l": mean.expand(5)}
+    names |= {"β": 0.3, "ε": 0.1, "τ": 0.7, "x": 0.3 * (s_c - s_r)}
+    found = formulas("dpo", "The formulas")
+    assert found.keys() == PAIR_LOSSES.keys()
+    for name, loss in PAIR_LOSSES.items():
+        computed = value(found[name], **names, d=sorted_differences.get(name))
+        torch.testing.assert_close(computed, loss(pairs, config), msg=name)
+
+
+def test_formulas_of_f_divergences_are_those_of_the_code():
+    (r,) = random_vectors(1)
+    found = formulas("dpo", "f-divergences")
+    assert found.keys() == F_DIVERGENCES.keys()
+    for name, score in F_DIVERGENCES.items():
+        torch.testing.assert_close(value(found[name], r=r, α=0.4), score(r, 0.4), msg=name)
