@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import runpy
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,10 @@ def test_flags_of_commands_exist(name, words, unpacked, capsys):
         assert main([command]) == 0
     else:
         assert importlib.util.find_spec(f"trl_fast.cli.{command}"), command
-        with pytest.raises(SystemExit) if command != "run" else pytest.MonkeyPatch.context():
+        with suppress(SystemExit):
             main([command, "--help"])
-        if command != "run":
-            assert flags(arguments) <= flags(capsys.readouterr().out.replace(",", " ").replace("=", " ").split())
+        listed = capsys.readouterr().out.replace(",", " ").replace("=", " ").split()
+        assert command == "run" or flags(arguments) <= flags(listed)
 
 
 @pytest.mark.parametrize("module, words", sorted(
