@@ -17,7 +17,8 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv demo demo-grpo demo-ppo test test-slow fuzz sanitize bench gpu-kit check-gpu-code lint format clean
+.PHONY: venv demo demo-grpo demo-ppo test test-slow fuzz sanitize bench gpu-kit check-gpu-code docs lint \
+  format clean
 
 venv: $(READY)
 
@@ -83,6 +84,10 @@ check-gpu-code: $(READY)
 	    || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.kernel_report --check
+
+# The documentation as a site in build/site. Warnings are errors, and nothing in the site comes from the net.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 lint: $(READY)
 	$(BIN)/ruff check .

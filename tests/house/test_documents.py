@@ -10,7 +10,8 @@ import pytest
 
 from support.source_tree import ROOT
 
-DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md"))]
+ROOT_DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = [*(ROOT / name for name in ROOT_DOCUMENTS), *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = "trl_fast|benchmarks|examples|tests|docs|kernels|csrc|recipes"
 # A path from the root; "NAME" and the like stand for anything.
 PATH = re.compile(rf"(?<![\w./-])(?:\.\./)?((?:{FOLDERS})/[\w./*-]*\w)(?!\w)")
@@ -73,7 +74,7 @@ def unresolved(document: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_document_names_exists(document):
     assert not unresolved(document)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # What is installed, and what is read beside it.
 PACKAGE_FOLDERS = ("trl_fast", "kernels")
-PYTHON_FOLDERS = (*PACKAGE_FOLDERS, "benchmarks", "examples", "tests")
+PYTHON_FOLDERS = (*PACKAGE_FOLDERS, "benchmarks", "docs", "examples", "tests")
 NATIVE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
