@@ -87,7 +87,7 @@ check-gpu-code: $(READY)
 
 # The documentation as a site in build/site. Warnings are errors, and nothing in the site comes from the net.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -79,3 +79,29 @@ def test_forms_for_issues_ask(name):
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8"))
     assert form["name"] and form["description"]
     assert all(re.fullmatch("markdown|textarea|input|dropdown", part["type"]) for part in form["body"])
+
+
+FAULTY = """<link rel="stylesheet" href="https://fonts.example/a.css"><script src="//cdn.example/b.js"></script>
+<h2 id="here">Here</h2><p>A list:
+- that is none</p><pre>- but this is meant</pre><p>Fine <code>a
+- b</code></p><img src="missing.png"><a href="https://example.com">fine</a> <a href="#here">fine</a>
+<a href="#nowhere">x</a><a href="other.html#there">fine</a><a href="other.html#gone">x</a><a href="gone.html">x</a>"""
+
+
+def test_faults_of_a_built_site_are_seen(tmp_path):
+    import site_checks
+
+    (tmp_path / "index.html").write_text(FAULTY, encoding="utf-8")
+    (tmp_path / "other.html").write_text('<p id="there">1. of them</p><a href="index.html">fine</a>', encoding="utf-8")
+    (tmp_path / "a.css").write_text("a { background: url('https://net.example/a.png') }", encoding="utf-8")
+    assert site_checks.faults(tmp_path) == [
+        "index.html: comes from the net: https://fonts.example/a.css",
+        "index.html: comes from the net: //cdn.example/b.js",
+        "index.html: no such anchor: #nowhere",
+        "index.html: no such anchor: other.html#gone",
+        "index.html: no such file: gone.html",
+        "index.html: no such file: missing.png",
+        "index.html: markup left as text: 'A list:\\n- that is none'",
+        "other.html: markup left as text: '1. of them'",
+        "a.css: comes from the net: https://net.example/a.png",
+    ]
