@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import trl_fast
+import trl_fast.ops
 from support.source_tree import ROOT
 
 DOCS = ROOT / "docs"
@@ -105,3 +106,9 @@ def test_faults_of_a_built_site_are_seen(tmp_path):
         "other.html: markup left as text: '1. of them'",
         "a.css: comes from the net: https://net.example/a.png",
     ]
+
+
+def test_the_reference_has_each_public_name():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    described = {place.rpartition(".")[2] for place in re.findall(r"^::: (\S+)$", pages, re.M)}
+    assert not {*trl_fast.EXPORTS, *trl_fast.ops.__all__} - described - {"BACKENDS"}

@@ -88,8 +88,9 @@ class DPOTrainer(PreferenceTrainer):
         train_dataset, eval_dataset: rows of (prompt,) chosen, rejected, plain or conversational; or tokenized.
             eval_dataset may be a dict of datasets.
         processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
-        The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Fields of
-        DPOConfig that older versions of TRL took here are accepted.
+
+    The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Fields of
+    DPOConfig that older versions of TRL took here are accepted.
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.

@@ -75,8 +75,9 @@ class RewardTrainer(BaseTrainer):
             tokenized. eval_dataset may be a dict of datasets.
         processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
         compute_metrics: is given the rewards (2P, 1) of each batch, those of all chosen sequences first.
-        The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Fields of
-        RewardConfig that older versions of TRL took here are accepted.
+
+    The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Fields of
+    RewardConfig that older versions of TRL took here are accepted.
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.

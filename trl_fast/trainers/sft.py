@@ -103,8 +103,9 @@ class SFTTrainer(BaseTrainer):
         compute_loss_func: the loss from the model's own output, the labels and num_items_in_batch, which takes whole
             logits and so more memory.
         formatting_func: the text to learn from a row.
-        The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Arguments that
-        older versions of TRL took here instead of in SFTConfig are accepted.
+
+    The others are those of transformers.Trainer; `quantization_config` needs a model given by name. Arguments that
+    older versions of TRL took here instead of in SFTConfig are accepted.
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.
