@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from trl_fast.settings.choices import check_choices, did_you_mean
+from trl_fast.settings.choices import check_choices, did_you_mean, one_of
 from trl_fast.settings.field_types import check_types
 from trl_fast.settings.older_names import deprecated
 from trl_fast.settings.ranges import check_ranges
@@ -21,18 +21,25 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass
 class ScriptArguments:
-    """Names the dataset that a script works on."""
+    """Names the dataset that a script works on: `dataset_name`, and its splits."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub name, folder, or JSON, JSONL, CSV or Parquet file."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, such as train[:90%%]."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    dataset_streaming: bool = field(default=False, metadata={"help": "Read the dataset as a stream."})
-    ignore_bias_buffers: bool = field(
-        default=False, metadata={"help": "For DDP with models whose boolean buffers must not be synchronised."}
-    )
+    dataset_name: str | None = None
+    """Dataset to work on: a hub name, a folder, or a JSON, JSONL, CSV or Parquet file."""
+
+    dataset_config: str | None = None
+    """Configuration (subset) of a hub dataset. None: the dataset's default."""
+
+    dataset_train_split: str = "train"
+    """Split to train on; slices such as train[:90%] work."""
+
+    dataset_test_split: str = "test"
+    """Split to evaluate on; slices such as train[90%:] work."""
+
+    dataset_streaming: bool = False
+    """Read the dataset as a stream, row by row, instead of loading the whole of it; training then needs max_steps."""
+
+    ignore_bias_buffers: bool = False
+    """Do not synchronise boolean buffers between processes (DDP), for models where that fails."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -40,21 +47,31 @@ class ScriptArguments:
 
 @dataclass
 class DatasetConfig:
-    """Describes one dataset of a mixture; all but `columns` and `fraction` are arguments of `datasets.load_dataset`.
+    """Describes one dataset of a mixture.
 
-    Args:
-        path: a hub name, a file or a folder.
-        columns: the columns to keep; None keeps all.
-        fraction: the dataset's share of the mixture, see `get_dataset`.
+    All fields but `columns` and `fraction` are arguments of `datasets.load_dataset`.
     """
 
     path: str
+    """Hub name, folder or file."""
+
     name: str | None = None
+    """Configuration (subset) of a hub dataset. None: the dataset's default."""
+
     data_dir: str | None = None
+    """Folder of the data files, below `path`. None: the whole of it."""
+
     data_files: str | list[str] | dict[str, str] | None = None
+    """Files to read: a name, several, or a map from splits to names. None: all."""
+
     split: str = "train"
+    """Split to read; slices such as train[:90%] work."""
+
     columns: list[str] | None = None
+    """Columns to keep. None: all."""
+
     fraction: float | None = None
+    """The dataset's share of the mixture, see `get_dataset`. None: all of its rows."""
 
 
 @dataclass
@@ -65,13 +82,14 @@ class DatasetMixtureConfig:
         ValueError: an entry of `datasets` has a key that DatasetConfig does not have, or no path.
     """
 
-    datasets: list[DatasetConfig] = field(
-        default_factory=list, metadata={"help": "Datasets to put together, a list of maps in the YAML file."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read the datasets of the mixture as streams."})
-    test_split_size: float | None = field(
-        default=None, metadata={"help": "Share (below 1) or number of the mixture's rows to put into a test split."}
-    )
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    """Datasets to put together: in the YAML file a list of maps with the fields of DatasetConfig."""
+
+    streaming: bool = False
+    """Read the datasets of the mixture as streams."""
+
+    test_split_size: float | None = None
+    """Rows of the mixture to put into a test split: a number, or a share if below 1. None: no test split."""
 
     def __post_init__(self) -> None:
         entries: Any = self.datasets
@@ -113,30 +131,75 @@ def _dataset_config(entry: Any, index: int) -> DatasetConfig:
 
 @dataclass
 class ModelConfig:
-    """Names the model to train, and describes its adapter and its quantisation."""
+    """Names the model to train, and describes its adapter and its quantisation.
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the model."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
-    dtype: str | None = field(default="float32", metadata={"help": "Weights' dtype.", "choices": list(DTYPES)})
-    torch_dtype: str | None = field(default=None, metadata={"help": "Older name of dtype.", "choices": list(DTYPES)})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation."})
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the whole model."})
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale, divided by the rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules to adapt."})
-    lora_target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt."})
-    lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
-    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "PEFT task type."})
-    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA."})
-    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "8-bit weights (bitsandbytes)."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit weights (bitsandbytes)."})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit format.", "choices": ["fp4", "nf4"]})
-    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the quantisation constants."})
-    bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "Storage dtype of 4-bit weights."})
+    Set first: `model_name_or_path`; `dtype` (float32 by default, as in TRL); `use_peft` to train a LoRA adapter, and
+    `load_in_4bit` with it (QLoRA).
+    """
+
+    model_name_or_path: str | None = None
+    """Model to start from: a hub name or a folder."""
+
+    model_revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+
+    dtype: str | None = one_of(DTYPES, default="float32")
+    """Number format of the loaded weights: auto (as they are saved), bfloat16, float16 or float32."""
+
+    torch_dtype: str | None = one_of(DTYPES, default=None)
+    """Older name of `dtype`."""
+
+    attn_implementation: str | None = None
+    """Attention implementation of transformers, such as sdpa or flash_attention_2. None: the model's default."""
+
+    use_peft: bool = False
+    """Train a LoRA adapter instead of the whole model."""
+
+    lora_r: int = 16
+    """Rank of the LoRA matrices."""
+
+    lora_alpha: int = 32
+    """Scale of the adapter: its output is multiplied by lora_alpha / lora_r."""
+
+    lora_dropout: float = 0.05
+    """Dropout probability of the adapter's input."""
+
+    lora_target_modules: list[str] | None = None
+    """Modules that get an adapter, such as q_proj v_proj, or all-linear. None: PEFT's choice for the model."""
+
+    lora_target_parameters: list[str] | None = None
+    """Parameters that get an adapter though they are no modules, as in mixtures of experts. None: none."""
+
+    lora_modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved with the adapter, such as embed_tokens. None: none."""
+
+    lora_task_type: str = "CAUSAL_LM"
+    """PEFT's task type: CAUSAL_LM; SEQ_CLS for reward models."""
+
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: scale by lora_alpha / √lora_r instead of lora_alpha / lora_r."""
+
+    use_dora: bool = False
+    """DoRA: split each weight into magnitude and direction, and adapt the direction (arXiv 2402.09353)."""
+
+    load_in_8bit: bool = False
+    """Load the weights in 8 bits (bitsandbytes); train an adapter with it: use_peft."""
+
+    load_in_4bit: bool = False
+    """Load the weights in 4 bits (bitsandbytes, QLoRA); train an adapter with it: use_peft."""
+
+    bnb_4bit_quant_type: str = one_of(("fp4", "nf4"), default="nf4")
+    """Format of 4-bit weights: fp4 or nf4."""
+
+    use_bnb_nested_quant: bool = False
+    """Quantise the scales of 4-bit weights too (double quantisation)."""
+
+    bnb_4bit_quant_storage: str | None = None
+    """Number format in which 4-bit weights are stored, such as bfloat16 for FSDP. None: uint8."""
+
     # Scripts for TRL up to 1.6 read it here. Its flag is that of the trainer's config; see below.
     trust_remote_code: bool = False
+    """Allow models and tokenizers that bring Python code of their own."""
 
     def __post_init__(self) -> None:
         if self.torch_dtype is not None and self.dtype == "float32" != self.torch_dtype:

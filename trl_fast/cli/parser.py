@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import Action, ArgumentParser, ArgumentTypeError, _SubParsersAction
+from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, _SubParsersAction
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from trl_fast.settings.choices import did_you_mean
+from trl_fast.settings.field_docs import FieldDoc, read_fields
 
 from .arguments import ModelConfig
 from .config_file import ConfigFile, read_config
@@ -47,6 +49,20 @@ class TrlParser(HfArgumentParser):
             # For report_to, "none" is a value of its own.
             if callable(action.type) and not action.choices and action.dest != "report_to":
                 action.type = _none_or(action.type)
+
+    def format_help(self) -> str:
+        """Returns the help, with the texts that stand below the dataclasses' fields; older names are left out."""
+        docs: dict[str, FieldDoc] = {}
+        for owner in self.dataclass_types:
+            with suppress(OSError, KeyError):  # a class that was made without source
+                docs |= read_fields(f"{owner.__module__}:{owner.__qualname__}")
+        for action in self._actions:
+            doc = docs.get(action.dest)
+            if doc is not None and doc.is_older_name:
+                action.help = SUPPRESS
+            elif doc is not None and action.help is None:
+                action.help = " ".join(doc.text.split()).replace("%", "%%")
+        return super().format_help()
 
     def _add_trust_remote_code(self) -> None:
         """Adds the flag, for parsers without a trainer's config, which has it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +22,7 @@ from trl_fast.planning.report import peak_table, rows_table, save_plot, setup_li
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import DEVICES, DTYPES, METHODS, TrainingSetup
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
+from trl_fast.settings.choices import one_of
 from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS, BaseConfig
 
 from .parser import TrlParser
@@ -31,64 +32,92 @@ from .parser import TrlParser
 class PlanArguments:
     """Describes the run to plan. Settings of training have the names and defaults that they have in training."""
 
-    model: str | None = field(
-        default=None,
-        metadata={"help": f"Hub name, folder with a config.json, or a built-in shape: {', '.join(SHAPES)}."},
-    )
-    method: str = field(default="dpo", metadata={"help": "What to train.", "choices": list(METHODS)})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of every sequence, prompt and answer together."})
-    prompt_tokens: int | None = field(default=None, metadata={"help": "How many of them are the prompt; unset: half."})
-    gpu_memory: str | None = field(
-        default=None, metadata={"help": "What there is for tensors, such as 80GiB: how long a context fits it."}
-    )
-    per_device_train_batch_size: int = field(
-        default=1, metadata={"help": "Pairs, sequences or completions at a time."}
-    )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Above 1, gradients are always there."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Weights' dtype.", "choices": list(DTYPES)})
-    bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
-    peft: str | None = field(default=None, metadata={"help": "Train an adapter: lora.", "choices": ["lora"]})
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt, or all-linear; unset: PEFT's choice for the architecture."}
-    )
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in backward."})
-    activation_budget_bytes: int | None = field(
-        default=None,
-        metadata={
-            "help": "Memory for what checkpointing need not compute again; unset: what a GPU has free, on a CPU 1 GiB."
-        },
-    )
-    activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in CPU memory meanwhile."})
-    tiled_mlp: str | None = field(
-        default=None, metadata={"help": "Compute MLPs in tiles of so many tokens; true: 4096."}
-    )
-    batch_layout: str = field(default="auto", metadata={"help": "Layout of a batch.", "choices": list(LAYOUT_CHOICES)})
-    head_grad: str = field(default="exact", metadata={"help": "Gradient of the head.", "choices": list(HEAD_GRADS)})
-    head_workspace_bytes: int | None = field(
-        default=None, metadata={"help": "Limit of the memory that grows with tokens times vocabulary; default 1 GiB."}
-    )
-    precompute_ref_log_probs: bool = field(
-        default=False, metadata={"help": "The reference has scored the dataset before training."}
-    )
-    num_generations: int | None = field(
-        default=None, metadata={"help": "Completions of a prompt (grpo, rloo); unset: the method's default."}
-    )
-    steps_per_generation: int | None = field(
-        default=None,
-        metadata={"help": "Micro-batches a generation serves (grpo, rloo); unset: accumulation steps."},
-    )
-    num_iterations: int = field(default=1, metadata={"help": "Updates on the same completions (grpo, rloo)."})
-    beta: float | None = field(
-        default=None, metadata={"help": "Weight of the KL divergence (grpo, rloo); unset: the method's default."}
-    )
-    num_mini_batches: int = field(default=1, metadata={"help": "Updates that a pass over a rollout makes (ppo)."})
-    local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Completions that are sampled and scored at a time (ppo)."}
-    )
-    device: str = field(default="gpu", metadata={"help": "Whose kernels to assume.", "choices": list(DEVICES)})
-    compare: bool = field(default=True, metadata={"help": "Also simulate TRL's step, full logits, and each switch."})
-    plot: str | None = field(default="plan.png", metadata={"help": "PNG file of memory over the step; none: no plot."})
+    model: str | None = None
+    """Hub name, folder with a config.json, or the name of a built-in shape such as smollm2-135m."""
+
+    method: str = one_of(METHODS, default="dpo")
+    """Method to plan, named as the training command."""
+
+    max_length: int = 1024
+    """Tokens of every sequence, prompt and answer together."""
+
+    prompt_tokens: int | None = None
+    """How many of these tokens are the prompt. None: half of them."""
+
+    gpu_memory: str | None = None
+    """Memory for tensors, such as 80GiB: how long a context fits it. None: that is not asked."""
+
+    per_device_train_batch_size: int = 1
+    """Pairs, sequences or completions at a time."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an update. Above 1, gradients are kept between them."""
+
+    dtype: str = one_of(DTYPES, default="bfloat16")
+    """Number format of the weights: bfloat16 or float32."""
+
+    bf16: bool = True
+    """Compute in bfloat16 (autocast)."""
+
+    peft: str | None = one_of(("lora",), default=None)
+    """Train an adapter: lora. None: train the whole model."""
+
+    lora_r: int = 16
+    """Rank of the LoRA matrices."""
+
+    lora_target_modules: list[str] | None = None
+    """Modules that get an adapter, by name, or all-linear. None: PEFT's choice for the model."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in backward: less memory, about a fifth slower."""
+
+    activation_budget_bytes: int | None = None
+    """Bytes for activations that checkpointing need not compute again. None: what a GPU has free, on a CPU 1 GiB."""
+
+    activation_offloading: bool = False
+    """Keep what backward needs in CPU memory meanwhile."""
+
+    tiled_mlp: str | None = None
+    """Compute MLPs in tiles of so many tokens; true: 4096. None: whole rows."""
+
+    batch_layout: str = one_of(LAYOUT_CHOICES, default="auto")
+    """Layout of a batch: auto, shared_prefix, packed or padded."""
+
+    head_grad: str = one_of(HEAD_GRADS, default="exact")
+    """Gradient of the head: exact or sparse."""
+
+    head_workspace_bytes: int | None = None
+    """Limit in bytes of the memory that grows with tokens times vocabulary. None: 1 GiB."""
+
+    precompute_ref_log_probs: bool = False
+    """The reference has scored the dataset before training."""
+
+    num_generations: int | None = None
+    """Completions of a prompt (grpo, rloo). None: the method's default."""
+
+    steps_per_generation: int | None = None
+    """Micro-batches that a generation serves (grpo, rloo). None: the accumulation steps."""
+
+    num_iterations: int = 1
+    """Updates on the same completions (grpo, rloo)."""
+
+    beta: float | None = None
+    """Weight of the KL divergence (grpo, rloo). None: the method's default."""
+
+    num_mini_batches: int = 1
+    """Updates that a pass over a rollout makes (ppo)."""
+
+    local_rollout_forward_batch_size: int = 64
+    """Completions that are sampled and scored at a time (ppo)."""
+
+    device: str = one_of(DEVICES, default="gpu")
+    """Device whose kernels are assumed: gpu or cpu."""
+
+    compare: bool = True
+    """Also simulate TRL's step, full logits, and each switch."""
+
+    plot: str | None = "plan.png"
+    """PNG file of memory over the step. None: no plot."""
 
 
 def make_setup(arguments: PlanArguments) -> TrainingSetup:

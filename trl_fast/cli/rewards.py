@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_fast import rewards
 from trl_fast.input_errors import error_line
@@ -27,13 +27,14 @@ REWARD_FUNCTIONS: dict[str, Callable[[], Callable[..., list]]] = {
 class RewardScriptArguments(ScriptArguments):
     """Names the dataset a script works on, and what rewards its completions."""
 
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A reward model: hub name or folder of a classifier with one label."}
-    )
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Reward functions: {', '.join(REWARD_FUNCTIONS)}, or module.function to import."},
-    )
+    reward_model_name_or_path: str | None = None
+    """Reward model: hub name or folder of a classifier with one label. None: functions alone."""
+
+    reward_funcs: list[str] | None = None
+    """Reward functions, by name or as module.function. None: the reward model alone.
+
+    Names: accuracy_reward, reasoning_accuracy_reward, think_format_reward, get_soft_overlong_punishment.
+    """
 
 
 def reward_sources(arguments: RewardScriptArguments) -> list[str | Callable[..., list]]:

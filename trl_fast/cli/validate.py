@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from trl_fast.console import FILE_WIDTH, make_console
@@ -12,6 +12,7 @@ from trl_fast.data import AnyDataset
 from trl_fast.data.validation import ValidationReport, validate
 from trl_fast.data.validation.report import FAIL_ON
 from trl_fast.modeling.loading import load_tokenizer
+from trl_fast.settings.choices import one_of
 from trl_fast.trainers.checkpoints.output_folder import check_output_dir
 
 from .arguments import ScriptArguments
@@ -23,17 +24,17 @@ from .parser import TrlParser
 class ValidateArguments:
     """Says what to check with, and what to write."""
 
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of a tokenizer, for what depends on tokens."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of prompt + response that training will keep; needs --tokenizer."}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for report.json and lengths.png."})
-    fail_on: str = field(
-        default="error",
-        metadata={"help": "The exit status is 1 for a finding at least as bad as this.", "choices": list(FAIL_ON)},
-    )
+    tokenizer: str | None = None
+    """Tokenizer for the checks that depend on tokens: hub name or folder. None: they are left out."""
+
+    max_length: int | None = None
+    """Tokens of prompt + response that training will keep; needs --tokenizer. None: no limit."""
+
+    output_dir: str | None = None
+    """Folder for report.json and lengths.png. None: nothing is written."""
+
+    fail_on: str = one_of(FAIL_ON, default="error")
+    """The exit status is 1 for a finding at least as bad as this: error, warning, or never."""
 
 
 def make_parser() -> TrlParser:

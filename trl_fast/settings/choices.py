@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 from enum import Enum
 from functools import cache, cached_property
 from typing import Any, get_args, get_type_hints
@@ -38,6 +38,16 @@ class Choices(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def one_of(choices: Sequence[str] | str, *, default: str | None) -> Any:
+    """Makes a field of a dataclass that takes one of several names.
+
+    Args:
+        choices: the names, or the place "module:name" of a table of them, which is imported when it is needed.
+        default: the field's default.
+    """
+    return field(default=default, metadata={"choices": Choices(choices) if isinstance(choices, str) else choices})
 
 
 def check_choice(settings: Any, name: str, choices: Sequence[str] | None = None) -> None:

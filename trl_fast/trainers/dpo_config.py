@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trl_fast.settings.batch_layouts import PACKED, PADDED
-from trl_fast.settings.choices import TRUNCATION_MODES, check_choice
+from trl_fast.settings.choices import TRUNCATION_MODES, check_choice, one_of
 from trl_fast.settings.older_names import deprecated, older_name
 
 from .base.preference_config import PreferenceConfig
@@ -17,36 +17,52 @@ if TYPE_CHECKING:
 
 @dataclass
 class DPOConfig(PreferenceConfig):
-    """Holds the arguments of DPOTrainer. Those of the loss are explained in `trl_fast.losses.dpo`.
+    """Holds the arguments of DPOTrainer: learning from pairs of a chosen and a rejected completion.
+
+    Set first: `output_dir`, `learning_rate`, `max_length`, `per_device_train_batch_size`; `beta` and `loss_type`,
+    which are explained in `trl_fast.losses.dpo`; `precompute_ref_log_probs` to save the reference's memory.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    truncation_mode: str = field(
-        default="keep_start",
-        metadata={
-            "help": "Which end of a sequence longer than max_length stays.",
-            "choices": list(TRUNCATION_MODES),
-        },
-    )
-    padding_free: bool = field(default=False, metadata={"help": "The same as batch_layout=packed."})
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={"help": "One loss or several: sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, "
-        "aot, aot_unpaired, apo_zero, apo_down, discopop, sft, sigmoid_norm."},
-    )  # fmt: skip
-    loss_weights: list[float] | None = field(default=None, metadata={"help": "One weight a loss; default 1 each."})
-    ld_alpha: float | None = field(
-        default=None, metadata={"help": "LD-DPO: weight in [0, 1] of tokens beyond the length both completions have."}
-    )
-    f_divergence_type: str = field(
-        default="reverse_kl", metadata={"help": "reverse_kl, forward_kl, js_divergence or alpha_divergence."}
-    )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "The alpha of alpha_divergence."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Noise rate of the robust, exo_pair, aot losses."})
-    use_weighting: bool = field(default=False, metadata={"help": "WPO: weight pairs by the policy's likelihood."})
-    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss's mixture."})
+    truncation_mode: str = one_of(TRUNCATION_MODES, default="keep_start")
+    """Which end of a sequence longer than max_length stays: keep_start or keep_end."""
+
+    padding_free: bool = False
+    """The same as batch_layout='packed': one row without padding."""
+
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    """Loss, or several that are added up with loss_weights.
+
+    sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
+    discopop, sft, sigmoid_norm.
+    """
+
+    loss_weights: list[float] | None = None
+    """Weights of the losses, one for each of loss_type. None: 1 each."""
+
+    ld_alpha: float | None = None
+    """LD-DPO: weight in [0, 1] of the tokens beyond the length that both completions have. None: 1."""
+
+    f_divergence_type: str = "reverse_kl"
+    """Divergence from the reference: reverse_kl, forward_kl, js_divergence or alpha_divergence.
+
+    Others than reverse_kl go with the losses of the reward difference: sigmoid, sigmoid_norm, hinge, ipo, exo_pair,
+    robust, discopop, sft.
+    """
+
+    f_alpha_divergence_coef: float = 0.5
+    """The alpha of f_divergence_type='alpha_divergence'."""
+
+    label_smoothing: float = 0.0
+    """Share of pairs whose labels are taken to be flipped, in [0, 0.5): for the robust, exo_pair and aot losses."""
+
+    use_weighting: bool = False
+    """WPO: weight pairs by the policy's length-normalised likelihood of them (arXiv 2406.11827)."""
+
+    discopop_tau: float = 0.05
+    """Temperature of the mixture in the discopop loss."""
 
     # Names of older TRL versions.
     max_target_length: int | None = older_name(

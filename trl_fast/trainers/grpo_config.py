@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trl_fast.settings.choices import Choices, check_choice
+from trl_fast.settings.choices import check_choice, one_of
 from trl_fast.settings.older_names import older_name
 
 from .online.config import OnlineConfig
@@ -25,76 +25,108 @@ _BY_TOKEN = ("bnpo", "dr_grpo", "dapo", "cispo")
 
 @dataclass
 class GRPOConfig(OnlineConfig):
-    """Holds the arguments of GRPOTrainer. Those of the loss are explained in `trl_fast.losses.policy_gradient`.
+    """Holds the arguments of GRPOTrainer: completions of a prompt are sampled, rewarded and compared with each other.
+
+    Set first: `output_dir`, `learning_rate`, `num_generations`, `max_completion_length`,
+    `per_device_train_batch_size`; `loss_type`, `beta` and `epsilon`, which are explained in
+    `trl_fast.losses.policy_gradient`; `use_vllm` to generate with vLLM.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    loss_type: str = field(
-        default="dapo",
-        metadata={
-            "help": "The loss and what normalises it.",
-            "choices": Choices("trl_fast.losses.policy_gradient:LOSSES"),
-        },
-    )
-    importance_sampling_level: str = field(
-        default="token",
-        metadata={"help": "sequence: one ratio a completion (GSPO).", "choices": ["token", "sequence"]},
-    )
-    delta: float | None = field(default=None, metadata={"help": "Bound of the ratio where the advantage is negative."})
-    multi_objective_aggregation: str = field(
-        default="sum_then_normalize",
-        metadata={"help": "Whether rewards are summed or normalised first.", "choices": list(AGGREGATIONS)},
-    )
-    scale_rewards: str = field(
-        default="group",
-        metadata={"help": "Whose standard deviation divides advantages.", "choices": list(SCALES)},
-    )
-    use_bias_correction_kl: bool = field(
-        default=True, metadata={"help": "Multiply the KL estimate by the ratio, so that its gradient is unbiased."}
-    )
-    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "sapo: temperature for A <= 0."})
-    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "sapo: temperature for A > 0."})
-    vespo_k_pos: float = field(default=2.0, metadata={"help": "vespo: k for A >= 0."})
-    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "vespo: lambda for A >= 0."})
-    vespo_k_neg: float = field(default=3.0, metadata={"help": "vespo: k for A < 0."})
-    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "vespo: lambda for A < 0."})
-    top_entropy_quantile: float = field(
-        default=1.0, metadata={"help": "Learn from this share of the tokens, those of the highest entropy."}
-    )
-    off_policy_mask_threshold: float | None = field(
-        default=None, metadata={"help": "Leave out completions with A < 0 that drifted further than this, in nats."}
-    )
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
-    use_adaptive_entropy: bool = field(default=False, metadata={"help": "Steer that weight to entropy_target."})
-    entropy_coef_min: float = field(default=0.0, metadata={"help": "The least adaptive weight."})
-    entropy_coef_max: float = field(default=1.0, metadata={"help": "The largest adaptive weight."})
-    entropy_coef_delta: float = field(default=0.005, metadata={"help": "By how much a step moves the weight."})
-    entropy_target: float = field(default=0.2, metadata={"help": "Entropy below which the bonus is at work."})
-    vllm_importance_sampling_correction: bool = field(
-        default=True, metadata={"help": "Correct for the engine's log-probs not being the policy's."}
-    )
-    vllm_importance_sampling_mode: str = field(
-        default="sequence_mask",
-        metadata={"help": "Ratios of tokens or completions; truncated or masked.", "choices": list(CORRECTIONS)},
-    )
-    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "The largest ratio."})
-    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "The least ratio."})
-    log_completions_hub_repo: str | None = field(
-        default=None,
-        metadata={
-            "help": "Also upload them to this Hub repository of data sets, every two minutes; it is public unless "
-            "hub_private_repo says otherwise."
-        },
-    )
-    max_tool_calling_iterations: int | None = field(
-        default=None, metadata={"help": "Rounds of tool calls a completion may have; unset: any number."}
-    )
-    tool_timeout: float | None = field(
-        default=None,
-        metadata={"help": "Seconds after which a tool that has not answered is an error for the model; unset: none."},
-    )
+    loss_type: str = one_of("trl_fast.losses.policy_gradient:LOSSES", default="dapo")
+    """Loss, and what normalises it: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.
+
+    grpo: the mean of each completion; bnpo: the tokens of the batch; dapo: those of the whole step; dr_grpo:
+    max_completion_length. cispo clips the ratio's weight; sapo and vespo replace clipping by smooth weights; luspo
+    weighs completions by their length.
+    """
+
+    importance_sampling_level: str = one_of(("token", "sequence"), default="token")
+    """Probability ratio of each token (token) or one of a completion (sequence, GSPO)."""
+
+    delta: float | None = None
+    """Upper bound of the ratio where the advantage is negative (two-sided clipping). None: no bound."""
+
+    multi_objective_aggregation: str = one_of(AGGREGATIONS, default="sum_then_normalize")
+    """Whether several rewards are first summed or first normalised: sum_then_normalize, normalize_then_sum."""
+
+    scale_rewards: str = one_of(SCALES, default="group")
+    """Standard deviation that divides advantages: group (of a prompt's completions), batch or none."""
+
+    use_bias_correction_kl: bool = True
+    """Multiply the KL estimate by the ratio, so that its gradient is unbiased."""
+
+    sapo_temperature_neg: float = 1.05
+    """sapo: temperature where the advantage is not positive."""
+
+    sapo_temperature_pos: float = 1.0
+    """sapo: temperature where the advantage is positive."""
+
+    vespo_k_pos: float = 2.0
+    """vespo: exponent k of the weight where the advantage is not negative."""
+
+    vespo_lambda_pos: float = 3.0
+    """vespo: decay lambda of the weight where the advantage is not negative."""
+
+    vespo_k_neg: float = 3.0
+    """vespo: exponent k of the weight where the advantage is negative."""
+
+    vespo_lambda_neg: float = 2.0
+    """vespo: decay lambda of the weight where the advantage is negative."""
+
+    top_entropy_quantile: float = 1.0
+    """Learn from this share of the tokens, those of the highest entropy; 1: from all."""
+
+    off_policy_mask_threshold: float | None = None
+    """Leave out completions with a negative advantage that drifted further than this, in nats. None: keep all."""
+
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus in the loss; 0: none."""
+
+    use_adaptive_entropy: bool = False
+    """Steer entropy_coef so that the entropy reaches entropy_target."""
+
+    entropy_coef_min: float = 0.0
+    """Least value of the steered entropy_coef."""
+
+    entropy_coef_max: float = 1.0
+    """Largest value of the steered entropy_coef."""
+
+    entropy_coef_delta: float = 0.005
+    """By how much a step moves the steered entropy_coef."""
+
+    entropy_target: float = 0.2
+    """Entropy in nats a token, below which the bonus is at work."""
+
+    vllm_importance_sampling_correction: bool = True
+    """Correct for the engine's log-probabilities not being the policy's."""
+
+    vllm_importance_sampling_mode: str = one_of(CORRECTIONS, default="sequence_mask")
+    """sequence_mask, sequence_truncate, token_mask or token_truncate.
+
+    Ratios of tokens or of whole completions; those out of bounds are masked or truncated.
+    """
+
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """Largest ratio of that correction. None: no bound."""
+
+    vllm_importance_sampling_clip_min: float | None = None
+    """Least ratio of that correction. None: no bound."""
+
+    log_completions_hub_repo: str | None = None
+    """Hub dataset to which logged completions are uploaded too, every two minutes. None: none.
+
+    It is public unless hub_private_repo says otherwise.
+    """
+
+    max_tool_calling_iterations: int | None = None
+    """Rounds of tool calls that a completion may have. None: any number."""
+
+    tool_timeout: float | None = None
+    """Seconds after which a tool that has not answered is an error for the model. None: no limit."""
+
     vllm_importance_sampling_cap: float | None = older_name(now="vllm_importance_sampling_clip_max")
 
     def __post_init__(self) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trl_fast.settings.choices import TRUNCATION_MODES, Choices, check_choice
+from trl_fast.settings.choices import TRUNCATION_MODES, check_choice, one_of
 from trl_fast.settings.older_names import older_name
 
 from .base.preference_config import PreferenceConfig
@@ -16,29 +16,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class KTOConfig(PreferenceConfig):
-    """Holds the arguments of KTOTrainer. Those of the loss are explained in `trl_fast.losses.kto`.
+    """Holds the arguments of KTOTrainer: learning from single completions that are good or bad.
+
+    Set first: `output_dir`, `learning_rate`, `max_length`, `per_device_train_batch_size`; `beta`, `loss_type` and the
+    two weights, which are explained in `trl_fast.losses.kto`.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    train_sampling_strategy: str = field(
-        default="sequential",
-        metadata={
-            "help": "How training rows are ordered; loss_type=kto pairs neighbours and needs sequential.",
-            "choices": ["random", "sequential", "group_by_length"],
-        },
-    )
-    loss_type: str = field(
-        default="kto",
-        metadata={
-            "help": "kto: held against an estimate of the KL divergence; apo_zero_unpaired: against the reference "
-            "itself, without scoring mismatched completions.",
-            "choices": Choices("trl_fast.losses.kto:LOSSES"),
-        },
-    )
-    desirable_weight: float = field(default=1.0, metadata={"help": "What a good completion's loss counts."})
-    undesirable_weight: float = field(default=1.0, metadata={"help": "What a bad completion's loss counts."})
+    train_sampling_strategy: str = one_of(("random", "sequential", "group_by_length"), default="sequential")
+    """Order of the training rows: random, sequential or group_by_length.
+
+    loss_type='kto' pairs neighbours for its KL estimate and needs sequential.
+    """
+
+    loss_type: str = one_of("trl_fast.losses.kto:LOSSES", default="kto")
+    """Loss: kto or apo_zero_unpaired.
+
+    kto holds a completion against an estimate of the KL divergence; apo_zero_unpaired against the reference itself,
+    without scoring mismatched completions.
+    """
+
+    desirable_weight: float = 1.0
+    """Weight of the losses of good completions."""
+
+    undesirable_weight: float = 1.0
+    """Weight of the losses of bad completions."""
 
     # Names of older TRL versions.
     truncation_mode: str | None = older_name("it works; 'keep_start' is what is done without it.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from .base.config import BaseConfig
@@ -10,7 +10,10 @@ from .base.config import BaseConfig
 
 @dataclass
 class RewardConfig(BaseConfig):
-    """Holds the arguments of RewardTrainer. `center_rewards_coefficient` is explained in `trl_fast.losses.reward`.
+    """Holds the arguments of RewardTrainer: a model with one output learns which of two completions is better.
+
+    Set first: `output_dir`, `learning_rate`, `max_length`, `per_device_train_batch_size`;
+    `center_rewards_coefficient`, which is explained in `trl_fast.losses.reward`.
 
     Raises:
         ValueError: a value is out of range, or is for models with a vocabulary head.
@@ -23,24 +26,20 @@ class RewardConfig(BaseConfig):
         "router_aux_loss_coef",
     )
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of AdamW."})
-    max_length: int | None = field(
-        default=1024,
-        metadata={
-            "help": "Rows whose prompt + chosen or prompt + rejected has more tokens are left out; nothing is cut. "
-            "None: no limit."
-        },
-    )
-    chat_template_path: str | None = field(
-        default=None,
-        metadata={"help": "A Jinja file, or a tokenizer by hub name or folder, whose chat template is used."},
-    )
-    eos_token: str | None = field(
-        default=None, metadata={"help": "The token that ends a text; unset: the tokenizer's own."}
-    )
-    center_rewards_coefficient: float | None = field(
-        default=None, metadata={"help": "Weight of a term that keeps rewards around zero, such as 0.01."}
-    )
+    learning_rate: float = 1e-4
+    """Initial learning rate of AdamW."""
+
+    max_length: int | None = 1024
+    """Longest prompt + completion in tokens; pairs with a longer one are left out. None: no limit."""
+
+    chat_template_path: str | None = None
+    """Chat template to use: a Jinja file, or a tokenizer's hub name or folder. None: the tokenizer's own."""
+
+    eos_token: str | None = None
+    """Token that ends a text. None: the tokenizer's own."""
+
+    center_rewards_coefficient: float | None = None
+    """Weight of a term that keeps rewards around zero, such as 0.01. None: no such term."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .online.config import OnlineConfig
@@ -13,18 +13,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class RLOOConfig(OnlineConfig):
-    """Holds the arguments of RLOOTrainer.
+    """Holds the arguments of RLOOTrainer: a completion's reward is compared with the mean of the prompt's others.
+
+    Set first: `output_dir`, `learning_rate`, `num_generations`, `max_completion_length`,
+    `per_device_train_batch_size`, `beta`; `use_vllm` to generate with vLLM.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    num_generations: int | None = field(default=2, metadata={"help": "Completions for each prompt."})
-    beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence in the rewards; 0: none."})
-    normalize_advantages: bool = field(default=False, metadata={"help": "Whiten the advantages of a generation."})
-    reward_clip_range: tuple[float, float] | None = field(
-        default=None, metadata={"help": "Bounds of the summed rewards, before the KL divergence is taken off."}
-    )
+    num_generations: int | None = 2
+    """Completions for each prompt."""
+
+    beta: float = 0.05
+    """Weight of the KL divergence from the reference in the rewards; 0: none."""
+
+    normalize_advantages: bool = False
+    """Whiten the advantages of a generation: mean 0, variance 1."""
+
+    reward_clip_range: tuple[float, float] | None = None
+    """Lower and upper bound of the summed rewards, before the KL divergence is taken off. None: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

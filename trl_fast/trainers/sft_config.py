@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trl_fast.settings.batch_layouts import PACKED, PADDED
-from trl_fast.settings.choices import PACKING_STRATEGIES, TRUNCATION_MODES, Choices, check_choice
+from trl_fast.settings.choices import PACKING_STRATEGIES, TRUNCATION_MODES, check_choice, one_of
 from trl_fast.settings.older_names import deprecated, older_name
 
 from .base.config import BaseConfig
@@ -19,64 +19,66 @@ _OLDER_DATASET_KWARGS = ("add_special_tokens", "append_concat_token")
 
 @dataclass
 class SFTConfig(BaseConfig):
-    """Holds the arguments of SFTTrainer.
+    """Holds the arguments of SFTTrainer: supervised fine-tuning on texts, conversations or prompts with completions.
+
+    Set first: `output_dir`, `learning_rate`, `max_length`, `per_device_train_batch_size`; `packing` for short
+    examples; `completion_only_loss` or `assistant_only_loss` for what is learned.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of AdamW."})
-    disable_dropout: bool = field(default=False, metadata={"help": "Switch dropout off in the model."})
-    chat_template_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A Jinja file (.jinja, .j2), or a tokenizer's folder or hub name, to take the template from."
-        },
-    )
-    dataset_text_field: str = field(default="text", metadata={"help": "The column of plain text."})
-    dataset_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Only skip_prepare_dataset: true, if the rows have input_ids and labels as they should be."},
-    )
-    eos_token: str | None = field(
-        default=None, metadata={"help": "The token that ends a text or turn. Unset: the tokenizer's."}
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Longest row in tokens, and the length that packing fills. None: no limit."}
-    )
-    truncation_mode: str = field(
-        default="keep_start",
-        metadata={
-            "help": "Which end of a row longer than max_length stays.",
-            "choices": list(TRUNCATION_MODES),
-        },
-    )
-    shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the rows before and after packing."})
-    packing: bool = field(default=False, metadata={"help": "Put several examples into rows of max_length tokens."})
-    packing_strategy: str = field(
-        default="bfd",
-        metadata={
-            "help": "bfd: whole examples, longer ones cut; bfd_split: longer ones in pieces; wrapped: one stream of "
-            "tokens, cut anywhere, in which an example sees the one before it.",
-            "choices": list(PACKING_STRATEGIES),
-        },
-    )
-    eval_packing: bool | None = field(default=None, metadata={"help": "packing for evaluation; unset: as packing."})
-    padding_free: bool = field(default=False, metadata={"help": "The same as batch_layout=packed."})
-    completion_only_loss: bool | None = field(
-        default=None,
-        metadata={"help": "Learn completions only. Unset: where the data have a prompt and a completion."},
-    )
-    assistant_only_loss: bool = field(
-        default=False, metadata={"help": "Learn only what the assistant says in conversations."}
-    )
-    loss_type: str = field(
-        default="nll",
-        metadata={
-            "help": "nll: likelihood; dft: dynamic fine-tuning (arXiv 2508.05629).",
-            "choices": Choices("trl_fast.losses.sft:TOKEN_LOSSES"),
-        },
-    )
+    learning_rate: float = 2e-5
+    """Initial learning rate of AdamW."""
+
+    disable_dropout: bool = False
+    """Switch dropout off in the model."""
+
+    chat_template_path: str | None = None
+    """Chat template to use: a Jinja file (.jinja, .j2), or a tokenizer's hub name or folder. None: the tokenizer's."""
+
+    dataset_text_field: str = "text"
+    """Column of plain text."""
+
+    dataset_kwargs: dict[str, Any] | str | None = None
+    """Only skip_prepare_dataset: true, for rows that have input_ids and labels as they should be. None: prepare."""
+
+    eos_token: str | None = None
+    """Token that ends a text or turn. None: the tokenizer's own."""
+
+    max_length: int | None = 1024
+    """Longest row in tokens, and the length that packing fills. None: no limit."""
+
+    truncation_mode: str = one_of(TRUNCATION_MODES, default="keep_start")
+    """Which end of a row longer than max_length stays: keep_start or keep_end."""
+
+    shuffle_dataset: bool = False
+    """Shuffle the rows before and after packing."""
+
+    packing: bool = False
+    """Put several examples into rows of max_length tokens."""
+
+    packing_strategy: str = one_of(PACKING_STRATEGIES, default="bfd")
+    """How examples are put into rows: bfd, bfd_split or wrapped.
+
+    bfd: whole examples, longer ones cut; bfd_split: longer ones in pieces; wrapped: one stream of tokens, cut
+    anywhere, in which an example sees the one before it.
+    """
+
+    eval_packing: bool | None = None
+    """Packing of the evaluation dataset. None: as `packing`."""
+
+    padding_free: bool = False
+    """The same as batch_layout='packed': one row without padding."""
+
+    completion_only_loss: bool | None = None
+    """Learn completions only, not prompts. None: where the data have a prompt and a completion."""
+
+    assistant_only_loss: bool = False
+    """Learn only what the assistant says in conversations."""
+
+    loss_type: str = one_of("trl_fast.losses.sft:TOKEN_LOSSES", default="nll")
+    """Loss: nll (negative log-likelihood) or dft (dynamic fine-tuning, arXiv 2508.05629)."""
 
     # Names of older TRL versions.
     max_seq_length: int | None = older_name(now="max_length")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -14,9 +14,8 @@ from trl_fast.trainers.base.config import BaseConfig
 class OlderScriptArguments(ScriptArguments):
     """Names the dataset as TRL 0.9 to 0.12 did, where ScriptArguments had this field too."""
 
-    gradient_checkpointing_use_reentrant: bool = field(
-        default=False, metadata={"help": "Reentrant gradient checkpointing, which the script passes on."}
-    )
+    gradient_checkpointing_use_reentrant: bool = False
+    """Reentrant gradient checkpointing, which the script passes on."""
 
 
 @dataclass
@@ -33,29 +32,48 @@ class RewardScriptArguments(OlderScriptArguments):
 class DPOScriptArguments(OlderScriptArguments):
     """Names the dataset, for scripts of TRL 0.9 to 0.12."""
 
-    sanity_check: bool = field(default=False, metadata={"help": "Train on 1000 rows only, if the script does so."})
+    sanity_check: bool = False
+    """Train on 1000 rows only, if the script does so."""
 
 
 @dataclass
 class SftScriptArguments(OlderScriptArguments):
     """Names the dataset and the trainer's settings, for scripts of TRL 0.8, which have no SFTConfig."""
 
-    dataset_text_field: str | None = field(default=None, metadata={"help": "Column of the text."})
-    dataset_train_name: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_name: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    max_seq_length: int = field(default=512, metadata={"help": "Longest sequence, in tokens."})
-    packing: bool = field(default=False, metadata={"help": "Pack several rows into one."})
+    dataset_text_field: str | None = None
+    """Column of the text. None: the script names it."""
+
+    dataset_train_name: str = "train"
+    """Split to train on."""
+
+    dataset_test_name: str = "test"
+    """Split to evaluate on."""
+
+    max_seq_length: int = 512
+    """Longest sequence, in tokens."""
+
+    packing: bool = False
+    """Pack several rows into one."""
 
 
 @dataclass
 class DpoScriptArguments(DPOScriptArguments):
     """Names the dataset and the trainer's settings, for scripts of TRL 0.8, which have no DPOConfig."""
 
-    beta: float = field(default=0.1, metadata={"help": "Strength of the reference policy."})
-    max_length: int = field(default=512, metadata={"help": "Longest sequence, in tokens."})
-    max_prompt_length: int = field(default=128, metadata={"help": "Longest prompt, in tokens."})
-    max_target_length: int = field(default=128, metadata={"help": "Longest completion, in tokens."})
-    generate_during_eval: bool = field(default=False, metadata={"help": "Log completions in evaluation."})
+    beta: float = 0.1
+    """Strength of the reference policy."""
+
+    max_length: int = 512
+    """Longest sequence, in tokens."""
+
+    max_prompt_length: int = 128
+    """Longest prompt, in tokens."""
+
+    max_target_length: int = 128
+    """Longest completion, in tokens."""
+
+    generate_during_eval: bool = False
+    """Log completions in evaluation."""
 
 
 class FDivergenceType(str, Enum):

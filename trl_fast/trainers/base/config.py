@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 from contextlib import suppress
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers.training_args import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
-from trl_fast.settings.choices import Choices, check_choices, did_you_mean
+from trl_fast.settings.choices import check_choices, did_you_mean, one_of
 from trl_fast.settings.older_names import OlderName, deprecated, older_name
 from trl_fast.settings.ranges import check_ranges
 
@@ -76,85 +76,74 @@ class BaseConfig(TrainingArguments):
         "per_gpu_eval_batch_size": "set per_device_eval_batch_size",
     }
 
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many update steps; below 1, that share of all steps."}
-    )
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in backward: less memory, about a fifth slower."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are NaN or infinite out of the logged mean."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bfloat16 mixed precision. Unset: on, unless fp16 is set or the machine cannot do it."},
-    )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keywords of from_pretrained, used when the model is given by name."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own."}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Switch dropout off in the model and reference."})
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that prepare the dataset; unset: this one."}
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Longest prompt + completion in tokens; longer ones are cut. None: no limit."}
-    )
-    pad_to_multiple_of: int | str | None = field(
-        default="auto", metadata={"help": "Pad rows of the padded layout to a multiple of this; auto: do not."}
-    )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={"help": "Weight of a mixture of experts' load-balancing loss. Unset: what the model's config says."},
-    )
-    activation_budget_bytes: int | None = field(
-        default=None,
-        metadata={
-            "help": "Memory for what gradient checkpointing would compute again, a model and forward pass: on a GPU "
-            "whole layers, else results of matrix products and attention. Unset: what is free on a GPU, else 1 GiB, "
-            "none with activation_offloading; 0: none."
-        },
-    )
-    activation_offloading: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep what backward needs in CPU memory meanwhile: longer rows fit a GPU, but it is slower."
-        },
-    )
-    tiled_mlp: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Compute MLPs in tiles of so many tokens, forward and backward: less memory for long rows, one "
-            "more forward pass of the MLPs. true: 4096 tokens. Unset: whole rows."
-        },
-    )
-    batch_layout: str = field(
-        default="auto",
-        metadata={
-            "help": "shared_prefix: one row without padding, each prompt once; packed: one row without padding; "
-            "padded: a row a sequence; auto: the first of these that the model allows.",
-            "choices": list(LAYOUT_CHOICES),
-        },
-    )
-    head_backend: str | None = field(
-        default=None,
-        metadata={
-            "help": "Force the head's backend: cuda, triton, cpp or torch. Unset: the best one here.",
-            "choices": Choices("trl_fast.ops.backends:BACKENDS"),
-        },
-    )
-    head_workspace_bytes: int | None = field(
-        default=None, metadata={"help": "Limit of the memory that grows with tokens times vocabulary; default 1 GiB."}
-    )
-    head_grad: str = field(
-        default="exact",
-        metadata={
-            "help": "sparse: an unbiased estimate of the head's gradient, without its two backward products.",
-            "choices": Choices("trl_fast.ops.head.plan:HEAD_GRADS"),
-        },
-    )
+    logging_steps: float = 10
+    """Log every so many update steps; below 1, that share of all steps."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in backward: less memory, about a fifth slower."""
+
+    logging_nan_inf_filter: bool = False
+    """Leave losses that are NaN or infinite out of the logged mean."""
+
+    bf16: bool | None = None
+    """bfloat16 mixed precision. None: on, unless fp16 is set or the machine has no bfloat16 hardware."""
+
+    model_init_kwargs: dict[str, Any] | str | None = None
+    """Keyword arguments of from_pretrained, used when the model is given by name. None: none."""
+
+    trust_remote_code: bool = False
+    """Allow models and tokenizers that bring Python code of their own."""
+
+    disable_dropout: bool = True
+    """Switch dropout off in the model and the reference."""
+
+    dataset_num_proc: int | None = None
+    """Processes that prepare the dataset. None: this one."""
+
+    max_length: int | None = 1024
+    """Longest prompt + completion in tokens; longer ones are cut. None: no limit."""
+
+    pad_to_multiple_of: int | str | None = "auto"
+    """Pad rows of the padded layout to a multiple of this number of tokens. auto, None: do not."""
+
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts. None: what the model's config says; 0: off."""
+
+    activation_budget_bytes: int | None = None
+    """Bytes for activations that gradient checkpointing need not compute again, a model and forward pass.
+
+    On a GPU whole layers are kept, else results of matrix products and attention. None: what is free on a GPU, else 1
+    GiB, none with activation_offloading. 0: none.
+    """
+
+    activation_offloading: bool = False
+    """Keep what backward needs in CPU memory meanwhile: longer rows fit a GPU, but it is slower."""
+
+    tiled_mlp: int | str | None = None
+    """Compute MLPs in tiles of so many tokens, forward and backward: less memory for long rows.
+
+    It costs one more forward pass of the MLPs. True: 4096 tokens. None: whole rows.
+    """
+
+    batch_layout: str = one_of(LAYOUT_CHOICES, default="auto")
+    """How a batch is laid out: auto, shared_prefix, packed or padded.
+
+    shared_prefix: one row without padding, each prompt once; packed: one row without padding; padded: a row a
+    sequence; auto: the first of these that the model allows.
+    """
+
+    head_backend: str | None = one_of("trl_fast.ops.backends:BACKENDS", default=None)
+    """Force the backend of the language-model head: cuda, triton, cpp or torch. None: the best one here."""
+
+    head_workspace_bytes: int | None = None
+    """Limit in bytes of the memory that grows with tokens times vocabulary. None: 1 GiB."""
+
+    head_grad: str = one_of("trl_fast.ops.head.plan:HEAD_GRADS", default="exact")
+    """Gradient of the language-model head: exact or sparse.
+
+    sparse: an unbiased estimate of it, without its two backward products.
+    """
+
     pad_token: str | None = older_name("it works; set tokenizer.pad_token and pass processing_class instead.")
     # Names of older transformers, which scripts for older TRL versions bring along.
     evaluation_strategy: str | None = older_name(now="eval_strategy")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_fast.settings.older_names import older_name
 
@@ -17,14 +17,17 @@ class PreferenceConfig(ReferenceConfig):
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    precompute_ref_log_probs: bool = field(
-        default=False,
-        metadata={"help": "Score the datasets with the reference once, before training, and cache the numbers."},
-    )
-    precompute_ref_batch_size: int | None = field(
-        default=None, metadata={"help": "Batch size for that; default: the per-device batch size."}
-    )
-    beta: float = field(default=0.1, metadata={"help": "How strongly the reference holds the policy back."})
+    precompute_ref_log_probs: bool = False
+    """Score the datasets with the reference once, before training, and cache the log-probabilities.
+
+    The reference then needs no memory during training.
+    """
+
+    precompute_ref_batch_size: int | None = None
+    """Batch size of that scoring. None: the per-device batch size of training or evaluation."""
+
+    beta: float = 0.1
+    """How strongly the reference holds the policy back; higher: the policy stays closer to it."""
 
     # Names of older TRL versions.
     max_prompt_length: int | None = older_name(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trl_fast.settings.choices import check_choice
+from trl_fast.settings.choices import check_choice, one_of
 from trl_fast.settings.older_names import older_name
 from trl_fast.settings.ranges import check_ranges
 
@@ -26,117 +26,160 @@ class OnlineConfig(ReferenceConfig):
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    disable_dropout: bool = field(default=False, metadata={"help": "Switch dropout off in the model and reference."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Drop the dataset's other columns, which reward functions may read."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Has no effect: prompts are never cut, and completions have their own limit."}
-    )
-    cast_lm_head_to_fp32: bool = field(
-        default=False, metadata={"help": "Keep the head's weights in float32 and compute its logits in float32."}
-    )
-    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Shuffle the training prompts."})
+    disable_dropout: bool = False
+    """Switch dropout off in the model and the reference."""
+
+    remove_unused_columns: bool | None = False
+    """Drop all columns but the prompt; reward functions then cannot read them."""
+
+    max_length: int | None = None
+    """Has no effect: prompts are never cut, and completions have max_completion_length."""
+
+    cast_lm_head_to_fp32: bool = False
+    """Keep the head's weights in float32 and compute its logits in float32."""
+
+    shuffle_dataset: bool | None = True
+    """Shuffle the training prompts."""
+
     # Sampling.
-    num_generations: int | None = field(default=8, metadata={"help": "Completions for each prompt."})
-    num_generations_eval: int | None = field(
-        default=None, metadata={"help": "Completions for each prompt in evaluation; unset: num_generations."}
-    )
-    max_completion_length: int | None = field(
-        default=512, metadata={"help": "Tokens after which a completion is cut off."}
-    )
-    generation_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Completions made at a time, in all processes; unset: by steps_per_generation."},
-    )
-    steps_per_generation: int | None = field(
-        default=None, metadata={"help": "Micro-batches that one generation serves; unset: the accumulation steps."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits, in sampling and in the loss."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this probability."})
-    top_k: int = field(default=0, metadata={"help": "Sample from so many likeliest tokens; 0: from all."})
-    min_p: float | None = field(
-        default=None, metadata={"help": "Drop tokens less likely than this share of the likeliest one's."}
-    )
-    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1, tokens that occurred get rarer."})
-    generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further arguments of the sampler, which win over those above."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the chat template, for conversational prompts."}
-    )
-    cache_implementation: str | None = field(
-        default=None, metadata={"help": "How transformers' generation keeps keys and values; unset: its default."}
-    )
-    ds3_gather_for_generation: bool = field(
-        default=True, metadata={"help": "With DeepSpeed ZeRO-3, gather the weights for generation."}
-    )
+    num_generations: int | None = 8
+    """Completions for each prompt; they are compared with each other."""
+
+    num_generations_eval: int | None = None
+    """Completions for each prompt in evaluation. None: num_generations."""
+
+    max_completion_length: int | None = 512
+    """Tokens after which a completion is cut off."""
+
+    generation_batch_size: int | None = None
+    """Completions made at a time, in all processes. None: by steps_per_generation."""
+
+    steps_per_generation: int | None = None
+    """Micro-batches that one generation serves. None: gradient_accumulation_steps."""
+
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in the loss; higher: more varied completions."""
+
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that have this probability together; 1: from all."""
+
+    top_k: int = 0
+    """Sample from so many likeliest tokens; 0: from all."""
+
+    min_p: float | None = None
+    """Drop tokens less likely than this share of the likeliest one's probability. None: drop none."""
+
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that occurred before get rarer; below 1, more frequent."""
+
+    generation_kwargs: dict[str, Any] | str | None = None
+    """Further arguments of the sampler, which win over those above. None: none."""
+
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    """Keyword arguments of the chat template, for conversational prompts. None: none."""
+
+    cache_implementation: str | None = None
+    """How transformers' generation keeps keys and values. None: its default."""
+
+    ds3_gather_for_generation: bool = True
+    """With DeepSpeed ZeRO-3, gather the weights for generation: faster, but they must fit one GPU."""
+
     # vLLM.
-    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM, which must be installed."})
-    vllm_mode: str = field(
-        default="colocate",
-        metadata={"help": "colocate: on the training GPUs; server: by a server.", "choices": list(VLLM_MODES)},
-    )
-    vllm_model_impl: str = field(default="vllm", metadata={"help": "vLLM's model implementation: vllm, transformers."})
-    vllm_enable_sleep_mode: bool = field(
-        default=False, metadata={"help": "Free the colocated engine's memory during the update."}
-    )
-    vllm_structured_outputs_regex: str | None = field(
-        default=None, metadata={"help": "A regular expression that completions must match."}
-    )
-    vllm_server_base_url: str | None = field(
-        default=None, repr=False, metadata={"help": "The server's URL; or host and port."}
-    )
-    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "The server's host."})
-    vllm_server_port: int = field(default=8000, metadata={"help": "The server's port."})
-    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the server to be up."})
-    vllm_group_port: int = field(default=51216, metadata={"help": "Port of the group that sends weights."})
-    vllm_gpu_memory_utilization: float = field(
-        default=0.3, metadata={"help": "Share of a GPU's memory for the colocated engine."}
-    )
-    vllm_max_model_length: int | None = field(default=None, metadata={"help": "The engine's longest sequence."})
-    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs a colocated engine spans."})
+    use_vllm: bool = False
+    """Generate with vLLM, which must be installed."""
+
+    vllm_mode: str = one_of(VLLM_MODES, default="colocate")
+    """Where vLLM runs: colocate (on the training GPUs) or server (started by `vllm serve`)."""
+
+    vllm_model_impl: str = "vllm"
+    """Model implementation in vLLM: vllm or transformers."""
+
+    vllm_enable_sleep_mode: bool = False
+    """Free the memory of the colocated engine during the update."""
+
+    vllm_structured_outputs_regex: str | None = None
+    """Regular expression that completions must match. None: any text."""
+
+    vllm_server_base_url: str | None = field(default=None, repr=False)
+    """URL of the server, such as http://localhost:8000. None: vllm_server_host and vllm_server_port."""
+
+    vllm_server_host: str = "0.0.0.0"
+    """Host of the server."""
+
+    vllm_server_port: int = 8000
+    """Port of the server."""
+
+    vllm_server_timeout: float = 240.0
+    """Seconds to wait for the server to be up."""
+
+    vllm_group_port: int = 51216
+    """Port of the process group that sends weights to the server."""
+
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of a GPU's memory for the colocated engine."""
+
+    vllm_max_model_length: int | None = None
+    """Longest prompt + completion of the engine, in tokens. None: what the model's config says."""
+
+    vllm_tensor_parallel_size: int = 1
+    """GPUs that a colocated engine spans."""
+
     # transformers' continuous batching.
-    use_transformers_continuous_batching: bool = field(
-        default=False, metadata={"help": "Not served: generation computes each prompt once by itself."}
-    )
-    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Has no effect: see use_transformers_continuous_batching."}
-    )
+    use_transformers_continuous_batching: bool = False
+    """Not served: generation computes each prompt once by itself."""
+
+    transformers_continuous_batching_config: dict[str, Any] | str | None = None
+    """Has no effect: see use_transformers_continuous_batching."""
+
     # The update.
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference; 0: none."})
-    num_iterations: int = field(default=1, metadata={"help": "Updates on the same completions (PPO's epochs)."})
-    epsilon: float = field(default=0.2, metadata={"help": "How far the probability ratio may leave 1."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "The same upwards; unset: epsilon."})
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight a reward function; default 1 each."}
-    )
-    reward_timeout: float | None = field(
-        default=None,
-        metadata={"help": "Seconds after which a reward function that has not answered is an error; unset: none."},
-    )
-    mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Do not learn from completions that were cut off."}
-    )
-    skip_zero_advantages: bool = field(
-        default=True,
-        metadata={
-            "help": "Leave completions out of the update whose gradient is zero (zero advantage, and no KL or entropy "
-            "term). Losses and gradients are the same; the entropy metric is that of the others."
-        },
-    )
-    keep_groups_together: bool = field(
-        default=True,
-        metadata={
-            "help": "Put completions of a prompt into the same micro-batch, where the gradient of a step is the same "
-            "anyway, so that the prompt is computed once. Metrics that are means over micro-batches differ a little."
-        },
-    )
+    beta: float = 0.0
+    """Weight of the KL divergence from the reference; 0: none, and no reference is loaded."""
+
+    num_iterations: int = 1
+    """Updates on the same completions (PPO's epochs)."""
+
+    epsilon: float = 0.2
+    """How far the probability ratio may fall below 1, and rise above it, before it is clipped."""
+
+    epsilon_high: float | None = None
+    """How far the ratio may rise above 1. None: epsilon."""
+
+    reward_weights: list[float] | None = None
+    """Weights of the reward functions, one for each. None: 1 each."""
+
+    reward_timeout: float | None = None
+    """Seconds after which a reward function that has not answered is an error. None: no limit."""
+
+    mask_truncated_completions: bool = False
+    """Do not learn from completions that were cut off."""
+
+    skip_zero_advantages: bool = True
+    """Leave completions whose gradient is zero out of the update.
+
+    Their advantage is zero, and there is no KL or entropy term. Losses and gradients are the same; the entropy metric
+    is that of the others.
+    """
+
+    keep_groups_together: bool = True
+    """Put completions of a prompt into one micro-batch, so that the prompt is computed once.
+
+    This is done where the gradient of a step is the same anyway. Metrics that are means over micro-batches differ a
+    little.
+    """
+
     # Logging.
-    log_completions: bool = field(default=False, metadata={"help": "Show and save completions with their rewards."})
-    num_completions_to_print: int | None = field(default=None, metadata={"help": "How many are shown; unset: all."})
-    log_multimodal: bool = field(default=True, metadata={"help": "Has no effect: there are no images."})
-    log_unique_prompts: bool = field(default=False, metadata={"help": "Show each prompt once."})
+    log_completions: bool = False
+    """Show and save completions with their rewards, every logging_steps steps."""
+
+    num_completions_to_print: int | None = None
+    """Completions that are shown. None: all."""
+
+    log_multimodal: bool = True
+    """Has no effect: there are no images."""
+
+    log_unique_prompts: bool = False
+    """Show each prompt once."""
+
     # Names of older TRL versions, and of other methods.
     max_new_tokens: int | None = older_name(now="max_completion_length")
     max_prompt_length: int | None = older_name("it works (longer prompts lose their beginning).")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trl_fast.settings.choices import Choices, check_choice
+from trl_fast.settings.choices import check_choice, one_of
 from trl_fast.settings.older_names import older_name
 
 from ..base.reference_config import ReferenceConfig
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class PPOConfig(ReferenceConfig):
-    """Holds the arguments of PPOTrainer. Those of the loss are explained in `trl_fast.losses.ppo`.
+    """Holds the arguments of PPOTrainer: sampled completions are scored by a reward model, beside a value model.
+
+    Set first: `output_dir`, `learning_rate`, `total_episodes`, `response_length`, `per_device_train_batch_size`;
+    `kl_coef` and `cliprange`, which are explained in `trl_fast.losses.ppo`.
 
     A step is one rollout of `batch_size` = per_device_train_batch_size · gradient_accumulation_steps ·
     num_mini_batches · processes prompts, and num_ppo_epochs · num_mini_batches updates of the weights on it. So
@@ -26,81 +29,108 @@ class PPOConfig(ReferenceConfig):
         ValueError: a value is out of range or does not go with another; the message names it.
     """
 
-    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate of AdamW."})
-    logging_steps: float = field(
-        default=1, metadata={"help": "Log every so many rollouts; below 1, that share of all of them."}
-    )
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Drop the dataset's other columns, which reward functions may read."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Has no effect: prompts are never cut, and completions have response_length."}
-    )
-    num_mini_batches: int = field(default=1, metadata={"help": "Updates that one pass over a rollout makes."})
-    total_episodes: int | None = field(
-        default=None, metadata={"help": "Completions to train on; unset: num_train_epochs times the dataset."}
-    )
-    local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Completions that a process samples and scores at a time."}
-    )
-    num_sample_generations: int = field(
-        default=10, metadata={"help": "How often completions are shown in the course of training."}
-    )
-    response_length: int = field(default=53, metadata={"help": "Tokens after which a completion is cut off."})
-    stop_token: str | None = field(
-        default=None,
-        metadata={"help": "eos: completions end at the tokenizer's EOS token. Unset: see stop_token_id."},
-    )
-    stop_token_id: int | None = field(
-        default=None,
-        metadata={"help": "The token that completions end at; unset: all have response_length tokens."},
-    )
-    temperature: float = field(default=0.7, metadata={"help": "Divides the logits, in sampling and in the loss."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken from the score of completions without EOS token."}
-    )
-    sft_model_path: str = field(
-        default="EleutherAI/pythia-160m", metadata={"help": "The policy to start from; for the command line."}
-    )
-    reward_model_path: str = field(
-        default="EleutherAI/pythia-160m",
-        metadata={"help": "The reward model, from which the value model starts too; for the command line."},
-    )
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
-    reward_timeout: float | None = field(
-        default=None,
-        metadata={"help": "Seconds after which a reward function that has not answered is an error; unset: none."},
-    )
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale a rollout's rewards to a variance of 1."})
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL divergence in the rewards."})
-    kl_estimator: str = field(
-        default="k1",
-        metadata={
-            "help": "k1: log-ratio; k3: never negative, less variance.",
-            "choices": Choices("trl_fast.losses.ppo:KL_ESTIMATORS"),
-        },
-    )
-    kl_target: float | None = field(
-        default=None,
-        metadata={"help": "Nats a completion that kl_coef is steered to, by arXiv 1909.08593; unset: it is fixed."},
-    )
-    kl_horizon: float = field(default=10_000.0, metadata={"help": "Episodes in which kl_coef follows kl_target."})
-    cliprange: float = field(default=0.2, metadata={"help": "How far the probability ratio may leave 1."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "How far values may move in the value loss."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount of later rewards."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of the generalized advantage estimation."})
-    ds3_gather_for_generation: bool = field(
-        default=True, metadata={"help": "With DeepSpeed ZeRO-3, gather the weights for generation."}
-    )
-    model_adapter_name: str | None = field(default=None, metadata={"help": "The adapter to train."})
-    ref_adapter_name: str | None = field(default=None, metadata={"help": "The adapter that is the reference."})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the chat template, for conversational prompts."}
-    )
-    log_completions: bool = field(default=False, metadata={"help": "Show and save completions with their scores."})
-    num_completions_to_print: int | None = field(default=None, metadata={"help": "How many are shown; unset: all."})
-    log_unique_prompts: bool = field(default=False, metadata={"help": "Show each prompt once."})
+    learning_rate: float = 3e-6
+    """Initial learning rate of AdamW."""
+
+    logging_steps: float = 1
+    """Log every so many rollouts; below 1, that share of all of them."""
+
+    remove_unused_columns: bool | None = False
+    """Drop all columns but the prompt; reward functions then cannot read them."""
+
+    max_length: int | None = None
+    """Has no effect: prompts are never cut, and completions have response_length."""
+
+    num_mini_batches: int = 1
+    """Updates that one pass over a rollout makes."""
+
+    total_episodes: int | None = None
+    """Completions to train on. None: num_train_epochs times the dataset."""
+
+    local_rollout_forward_batch_size: int = 64
+    """Completions that a process samples and scores at a time."""
+
+    num_sample_generations: int = 10
+    """How often completions are shown in the course of training."""
+
+    response_length: int = 53
+    """Tokens after which a completion is cut off."""
+
+    stop_token: str | None = None
+    """eos: completions end at the tokenizer's EOS token. None: see stop_token_id."""
+
+    stop_token_id: int | None = None
+    """Token at which completions end. None: all have response_length tokens."""
+
+    temperature: float = 0.7
+    """Divides the logits, in sampling and in the loss; higher: more varied completions."""
+
+    missing_eos_penalty: float | None = None
+    """Taken from the score of completions without an EOS token. None: nothing."""
+
+    sft_model_path: str = "EleutherAI/pythia-160m"
+    """Policy to start from, for the command line: a hub name or a folder."""
+
+    reward_model_path: str = "EleutherAI/pythia-160m"
+    """Reward model, from which the value model starts too, for the command line."""
+
+    num_ppo_epochs: int = 4
+    """Passes over each rollout."""
+
+    reward_timeout: float | None = None
+    """Seconds after which a reward function that has not answered is an error. None: no limit."""
+
+    whiten_rewards: bool = False
+    """Scale the rewards of a rollout to a variance of 1."""
+
+    kl_coef: float = 0.05
+    """Weight of the KL divergence from the reference in the rewards."""
+
+    kl_estimator: str = one_of("trl_fast.losses.ppo:KL_ESTIMATORS", default="k1")
+    """Estimator of the KL divergence: k1 (the log-ratio) or k3 (never negative, less variance)."""
+
+    kl_target: float | None = None
+    """Nats a completion that kl_coef is steered to (arXiv 1909.08593). None: kl_coef stays as it is."""
+
+    kl_horizon: float = 10_000.0
+    """Episodes in which kl_coef follows kl_target."""
+
+    cliprange: float = 0.2
+    """How far the probability ratio may leave 1 before it is clipped."""
+
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+
+    cliprange_value: float = 0.2
+    """How far values may move from those of the rollout in the value loss."""
+
+    gamma: float = 1.0
+    """Discount factor of later rewards."""
+
+    lam: float = 0.95
+    """Lambda of the generalized advantage estimation."""
+
+    ds3_gather_for_generation: bool = True
+    """With DeepSpeed ZeRO-3, gather the weights for generation: faster, but they must fit one GPU."""
+
+    model_adapter_name: str | None = None
+    """Name of the adapter to train. None: the active one."""
+
+    ref_adapter_name: str | None = None
+    """Name of the adapter that is the reference. None: the model without its adapter."""
+
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    """Keyword arguments of the chat template, for conversational prompts. None: none."""
+
+    log_completions: bool = False
+    """Show and save completions with their scores, every logging_steps steps."""
+
+    num_completions_to_print: int | None = None
+    """Completions that are shown. None: all."""
+
+    log_unique_prompts: bool = False
+    """Show each prompt once."""
+
     exp_name: str | None = older_name(now="run_name")
     max_new_tokens: int | None = older_name(now="response_length")
 
