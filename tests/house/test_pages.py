@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import trl_fast
 from support.models import save_tiny_classifier, save_tiny_model
-from support.pages import Block, blocks, blocks_of, in_backticks, table_rows
+from support.pages import Block, blocks, blocks_of, in_backticks, messages, table_rows
 from support.source_tree import ROOT
 from support.tokenizer import build_tokenizer
 from trl_fast.cli.launch import launcher_flags
@@ -125,6 +125,15 @@ def test_flags_of_benchmarks_exist(module, words):
     text = "".join(file.read_text(encoding="utf-8") for file in files)
     for flag in flags(list(words)):
         assert re.search(rf"{flag}\b", text.replace("-", "_")), flag
+
+
+def test_quoted_messages_are_those_of_the_code():
+    known = messages()
+    quoted = [block.text.strip() for block in blocks_of(page("troubleshooting")) if block.language == "text"]
+    assert len(quoted) > 10
+    for quote in quoted:
+        parts = [part for part in quote.split("…") if len(part) > 3]
+        assert any(all(part in message for part in parts) for message in known), quote
 
 
 # ---- the pages of the methods: what runs

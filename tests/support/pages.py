@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from .source_tree import ROOT
+from .source_tree import ROOT, sources
 
 FENCE = re.compile(r'^( *)```(\w+)(?: +title="([^"]+)")?[^\n]*\n(.*?)^\1```', re.M | re.S)
 
@@ -39,7 +41,7 @@ def blocks_of(page: Path) -> list[Block]:
     """Returns the fenced blocks of a page."""
     name = str(page.relative_to(ROOT))
     text = page.read_text(encoding="utf-8")
-    return [Block(name, kind, title, body) for _, kind, title, body in FENCE.findall(text)]
+    return [Block(name, kind, title, textwrap.dedent(body)) for _, kind, title, body in FENCE.findall(text)]
 
 
 def table_rows(page: Path, heading: str) -> list[list[str]]:
@@ -53,3 +55,15 @@ def table_rows(page: Path, heading: str) -> list[list[str]]:
 def in_backticks(cell: str) -> list[str]:
     """Returns what stands in backticks."""
     return re.findall(r"`([^`]+)`", cell)
+
+
+def messages() -> list[str]:
+    """Returns every text of the package and of setup.py, with `…` where a value is put in."""
+    trees = [source.tree for source in sources("trl_fast")] + [ast.parse((ROOT / "setup.py").read_text("utf-8"))]
+    return [text for tree in trees for node in ast.walk(tree) if (text := _text(node))]
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) or "…" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
