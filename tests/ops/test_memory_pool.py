@@ -160,30 +160,16 @@ def address_space_mib() -> int:
 
 
 class HeapFacts(ctypes.Structure):
-    """Describes the C library's heap: its `struct mallinfo2`."""
+    """Describes the C library's heap: `struct mallinfo2`, of whose ten numbers the ninth is what is free in it."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
+    _fields_ = [("others", ctypes.c_size_t * 8), ("free", ctypes.c_size_t), ("trimmable", ctypes.c_size_t)]
 
 
 def heap_room_mib() -> int:
     """Returns how much the heap can give without asking the system, where it lies in one piece."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = HeapFacts
-    return mallinfo2().fordblks // MIB + 1
+    return mallinfo2().free // MIB + 1
 
 
 def hold_and_limit(held_mib: int, spare_mib: int) -> int:
