@@ -20,14 +20,14 @@ from rich.progress import (
 FILE_WIDTH = 160
 
 
-def make_console(*, stderr: bool = False, file_width: int | None = None) -> Console:
+def make_console(*, stderr: bool = False, file_width: int | None = None, highlight: bool = True) -> Console:
     """Makes a console that shows text as it is.
 
-    file_width: columns of what goes to a file or a pipe; None for rich's 80.
+    file_width: columns of what goes to a file or a pipe; None for rich's 80. highlight: whether numbers are coloured.
     """
-    console = Console(stderr=stderr, markup=False, emoji=False)
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=highlight)
     if file_width is not None and not console.is_terminal:
-        return Console(stderr=stderr, markup=False, emoji=False, width=file_width)
+        return Console(stderr=stderr, markup=False, emoji=False, highlight=highlight, width=file_width)
     return console
 
 

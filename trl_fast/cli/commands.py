@@ -37,6 +37,7 @@ class Command:
 
 _COMMANDS = (
     *(Command(method.name, TRAIN, method.help) for method in METHODS.values()),
+    Command("preview", LOOK, "show tokenized examples: what is learned, what is cut"),
     Command("validate", LOOK, "find what is wrong with preference data"),
     Command("plan", LOOK, "estimate the memory of a run, and the longest context that fits"),
     Command("env", MACHINE, "print versions, the kernels in use, and why others are not"),

@@ -42,13 +42,8 @@ def make_trainer(
         ValueError: no model, no dataset or no reward was named, or the data is bad.
     """
     rewards = _rewards(method, script_args, training_args)
-    model = _policy(training_args, model_args)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    model = policy_name(training_args, model_args)
+    training_args.model_init_kwargs = model_options(training_args, model_args)
     training_args.trust_remote_code = training_args.trust_remote_code or model_args.trust_remote_code
     # What only a trainer needs is imported here: `--help` comes without it.
     from transformers import PrinterCallback, ProgressCallback
@@ -81,8 +76,22 @@ def make_trainer(
     return trainer
 
 
-def _policy(training_args: BaseConfig, model_args: ModelConfig) -> str:
-    """Returns the model to train: PPO's --sft_model_path where it is given, else --model_name_or_path."""
+def model_options(training_args: BaseConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """Returns the keywords of from_pretrained: what the flags of the model say, and model_init_kwargs over them."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+def policy_name(training_args: BaseConfig, model_args: ModelConfig) -> str:
+    """Returns the model to train: PPO's --sft_model_path where it is given, else --model_name_or_path.
+
+    Raises:
+        ValueError: neither is given.
+    """
     path = getattr(training_args, "sft_model_path", None)
     if path is None or path == type(training_args).sft_model_path:
         path = model_args.model_name_or_path or path

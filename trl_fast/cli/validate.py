@@ -84,6 +84,7 @@ def show(report: ValidationReport, arguments: ValidateArguments) -> int:
     failed = report.failed(arguments.fail_on)
     verdict = "Failed" if failed else "Passed"
     console.print(f"Findings by severity: {counts}. {verdict} (--fail_on {arguments.fail_on}).")
+    console.print("`trl-fast preview METHOD` shows rows as training sees them.", style="dim")
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,23 @@ def load_reward_model(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def build_without_weights(name_or_path: str, *, classifier: bool = False, **init_kwargs: Any) -> PreTrainedModel:
+    """Builds a model on the meta device: its modules and shapes, from its config alone.
+
+    classifier: it gives one number instead of tokens. init_kwargs: `trust_remote_code` and `revision` count.
+
+    Raises:
+        OSError, ValueError: there is no config, or transformers has no such model of its type.
+    """
+    _, config = _checked(name_or_path, dict(init_kwargs))
+    config.use_cache = False
+    auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    if classifier:
+        config.num_labels = 1
+    with torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=init_kwargs.get("trust_remote_code", False))
+
+
 def load_tokenizer(name_or_path: str, **init_kwargs: Any) -> Any:
     """Loads a tokenizer, or a processor where the model has one, by hub name or folder.
 

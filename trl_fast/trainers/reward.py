@@ -122,7 +122,7 @@ class RewardTrainer(BaseTrainer):
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model = self.adapt(model, peft_config, args)
         layout = self.choose_layout(model, args, _sample_sequences(train_dataset))
-        collator = RewardCollator(processing_class.pad_token_id, layout, args.pad_to_multiple_of)
+        collator = self.make_collator(model, processing_class.pad_token_id, layout, args)
         self.batches = BatchReader(collator)
         self.start(
             model=model,
@@ -197,6 +197,12 @@ class RewardTrainer(BaseTrainer):
         return prepare_reward_dataset(
             dataset, processing_class, max_length=args.max_length, num_proc=args.dataset_num_proc, name=dataset_name
         )
+
+    def make_collator(
+        self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: RewardConfig
+    ) -> RewardCollator:
+        """Makes what collates prepared rows to a batch of that layout."""
+        return RewardCollator(pad_token_id, layout, args.pad_to_multiple_of)
 
     # ---- the loss
 

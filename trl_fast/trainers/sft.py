@@ -127,6 +127,7 @@ class SFTTrainer(BaseTrainer):
         ),
         "_enable_gradient_checkpointing": "use gradient_checkpointing and gradient_checkpointing_kwargs",
     }
+    formatting_func: Callable[[dict[str, Any]], str] | None = None
     # A loss that was divided by the tokens of all micro-batches needs no more dividing; transformers knows which is.
     loss_is_scaled_for_ga = None
 
@@ -157,15 +158,13 @@ class SFTTrainer(BaseTrainer):
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         self.formatting_func = formatting_func
-        self._read_data_kind(train_dataset, processing_class, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model = self.adapt(model, peft_config, args)
         layout = self.choose_layout(model, args, _sample_sequences(train_dataset))
         self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
-        # In TRL these settings make one row of a batch, which shows in padding and in what compute_metrics is given.
-        self.padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
         self._check_collator(data_collator, args)
-        collator = LabelledCollator(processing_class.pad_token_id, layout, args.pad_to_multiple_of, self.padding_free)
+        collator = self.make_collator(model, processing_class.pad_token_id, layout, args)
+        self.padding_free = collator.padding_free
         self.batches = BatchReader(collator)
         self.start(
             model=model,
@@ -218,10 +217,8 @@ class SFTTrainer(BaseTrainer):
 
     # ---- data
 
-    def _read_data_kind(
-        self, train_dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig
-    ) -> None:
-        """Reads from the first row which tokens are learned."""
+    def set_up_data(self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+        """Sets which tokens are learned, by the first row."""
         row = next(iter(train_dataset), {})
         with_prompt = row.keys() >= {"prompt", "completion"} and self.formatting_func is None
         self.completion_only_loss = with_prompt if args.completion_only_loss is None else args.completion_only_loss
@@ -239,8 +236,8 @@ class SFTTrainer(BaseTrainer):
                     f"assistant_only_loss=True needs conversations, but the train dataset has {list(row)}; set it to "
                     "False, or give the data as messages"
                 )
-            self.chat_template = get_training_chat_template(processing_class)
-            if not trains_stop_token(processing_class, self.chat_template):
+            self.chat_template = get_training_chat_template(tokenizer)
+            if not trains_stop_token(tokenizer, self.chat_template):
                 logger.warning(
                     "assistant_only_loss=True: the chat template leaves the token that ends the assistant's turn "
                     "outside {% generation %}, so the model may not learn to stop. Move it inside."
@@ -281,6 +278,14 @@ class SFTTrainer(BaseTrainer):
             num_proc=args.dataset_num_proc,
             name=dataset_name,
         )
+
+    def make_collator(
+        self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: SFTConfig
+    ) -> LabelledCollator:
+        """Makes what collates prepared rows to a batch of that layout."""
+        # In TRL these settings make one row of a batch, which shows in padding and in what compute_metrics is given.
+        padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+        return LabelledCollator(pad_token_id, layout, args.pad_to_multiple_of, padding_free)
 
     def _check_collator(self, given: Callable | None, args: SFTConfig) -> None:
         if given is not None and args.packing and args.packing_strategy != "wrapped":

@@ -9,7 +9,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_fast.modeling.activation_offloading import offload_activations
+from trl_fast.modeling.adapters import adapter_refusal
 from trl_fast.modeling.finite_weights import check_weights
+from trl_fast.modeling.layouts import LayoutRequest
 from trl_fast.modeling.liger_kernels import check_liger
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
@@ -62,6 +64,19 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
         attention_always=args.keeps_attention,
         whole_layers=not args.activation_offloading,
     )
+
+
+class LayoutNeeds(Protocol):
+    """Names what a trainer tells about its batches."""
+
+    method: str
+    shares_prompts: bool
+
+
+def layout_request(trainer: LayoutNeeds, model: PreTrainedModel | PeftModel, args: BaseConfig) -> LayoutRequest:
+    """Returns what a trainer asks of the layout of its batches for a model."""
+    lengths = args.max_length, args.disable_dropout
+    return LayoutRequest(args.batch_layout, trainer.method, trainer.shares_prompts, *lengths, adapter_refusal(model))
 
 
 def check_trains(model: PreTrainedModel | PeftModel) -> None:

@@ -92,7 +92,6 @@ class PreferenceTrainer(ReferenceTrainer):
             raise ValueError("ref_model is the very object of model; leave it out to use a copy of the policy")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
-        self.loss_config = args.loss_config()
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         sequences, wanted = self.sample_sequences(train_dataset), self.needs_reference(args)
         model, layout = self.set_up_models(model, ref_model, args, peft_config, sequences, wanted=wanted)
@@ -113,6 +112,12 @@ class PreferenceTrainer(ReferenceTrainer):
             self._precompute_all()
 
     # ---- what a subclass brings
+
+    def set_up_data(
+        self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: PreferenceConfig
+    ) -> None:
+        """Sets the loss, which tells what its rows hold."""
+        self.loss_config = args.loss_config()
 
     def needs_reference(self, args: PreferenceConfig) -> bool:
         """Tells whether the reference is asked during training."""

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from transformers.trainer_utils import PredictionOutput
 
 from trl_fast.data import AnyDataset, DictBatch, TokenBatch, longest_sequence
-from trl_fast.modeling.adapters import adapter_refusal, check_virtual_tokens, has_virtual_tokens
-from trl_fast.modeling.layouts import TOKEN_SCORES, LayoutRequest, Readout, choose_layout
+from trl_fast.modeling.adapters import check_virtual_tokens, has_virtual_tokens
+from trl_fast.modeling.layouts import TOKEN_SCORES, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
 from trl_fast.modeling.position_limits import check_positions
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
@@ -34,7 +34,7 @@ from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
 from .metric_lists import MetricLists
 from .model_card import model_tags, write_model_card
-from .model_setup import check_trains, set_up_layers, warn_of_reentrant_router
+from .model_setup import check_trains, layout_request, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
 from .prepared_datasets import check_dataset_type, check_vocabulary, named_parts, shows_tokens
 from .progress import close_progress
@@ -132,10 +132,7 @@ class BaseTrainer(Trainer):
 
     def choose_layout(self, model: PreTrainedModel | PeftModel, args: BaseConfig, sequences: list[list[int]]) -> str:
         """Returns the best batch layout for a model; see `modeling.layouts.choose_layout`."""
-        lengths = args.max_length, args.disable_dropout
-        pads_because = adapter_refusal(model)
-        request = LayoutRequest(args.batch_layout, self.method, self.shares_prompts, *lengths, pads_because)
-        return choose_layout(base_model(model), request, sequences, self.readout)
+        return choose_layout(base_model(model), layout_request(self, model, args), sequences, self.readout)
 
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""
@@ -161,6 +158,9 @@ class BaseTrainer(Trainer):
         self.add_callback(SequenceNoiseCallback(self))
         base_model(self.model).add_model_tags([*model_tags(self.method), *getattr(self, "_tag_names", ())])
 
+    def set_up_data(self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: BaseConfig) -> None:
+        """Sets what preparing the datasets reads of the trainer, from the arguments and the first row."""
+
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: BaseConfig, name: str
     ) -> AnyDataset:
@@ -181,6 +181,7 @@ class BaseTrainer(Trainer):
             check_dataset_type(dataset, name)
             return self.prepare_dataset(dataset, processing_class, args, name)
 
+        self.set_up_data(train_dataset, processing_class, args)
         with args.main_process_first(desc="preparing the datasets"):
             train_dataset = prepare(train_dataset, "train")
             if isinstance(eval_dataset, dict):

@@ -16,7 +16,7 @@ from trl_fast.data import AnyDataset, TokenBatch, longest_sequence
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.advantages import Advantages
 from trl_fast.modeling.loading import base_model
-from trl_fast.rollout import RewardFunctions, RolloutEngine
+from trl_fast.rollout import RewardFunctions, RolloutEngine, Toolbox
 from trl_fast.rollout.samples import Samples
 
 from ..base.metric_buffer import MetricBuffer
@@ -51,6 +51,8 @@ class OnlineTrainer(ReferenceTrainer):
     # The argument that limits a completion's tokens.
     length_setting: ClassVar[str] = "max_completion_length"
     loop: RolloutLoop
+    # The tools that the policy may call.
+    toolbox: Toolbox | None = None
     # As in `OnlineMethod`.
     rollout_func: Callable[[list, Any], dict[str, Any]] | None = None
 

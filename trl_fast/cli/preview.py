@@ -1,0 +1,95 @@
+"""Shows examples as a trainer sees them, before any weight is loaded: `trl-fast preview METHOD ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trl_fast.console import make_console
+from trl_fast.settings.choices import did_you_mean
+from trl_fast.trainers.methods import METHODS, Method
+
+from .parser import TrlParser
+from .training import argument_types, model_options, policy_name
+
+USAGE = "trl-fast preview METHOD [PREVIEW'S FLAGS] [TRAINING'S FLAGS]"
+
+
+@dataclass
+class PreviewArguments:
+    """Says what to look at."""
+
+    rows: int | None = field(
+        default=1000, metadata={"help": "How many rows, from the dataset's first, to look at; none: all of them."}
+    )
+    row: int = field(
+        default=0, metadata={"help": "The row to show, counted from 0; with packing, the packed row of that number."}
+    )
+    shown_tokens: int | None = field(
+        default=160, metadata={"help": "Leave out the middle of parts with more tokens; none: show all."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("row", 0), ("shown_tokens", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected a number from {least} on")
+
+
+def make_parser(method: Method) -> TrlParser:
+    """Makes the parser of the command for a method: flags of PreviewArguments, and all of training's."""
+    return TrlParser((PreviewArguments, *argument_types(method)), prog=f"trl-fast preview {method.name}")
+
+
+def split_method(arguments: list[str]) -> tuple[Method, list[str]]:
+    """Returns the method that is named first, and the other arguments.
+
+    Raises:
+        ValueError: none is named, or an unknown one.
+    """
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if named not in METHODS:
+        hint = did_you_mean(named, METHODS) if named else ""
+        said = "METHOD is missing" if named is None else f"unknown method {named!r}{hint}"
+        raise ValueError(f"{said}; write {USAGE}, where METHOD is one of {', '.join(METHODS)}")
+    return METHODS[named], arguments[1:]
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    """Prepares the examples, with all that may fail; returns what prints them and gives the exit status."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        return lambda: _help()
+    method, arguments = split_method(arguments)
+    parser = make_parser(method)
+    # Prints the help and ends the program where it is asked for: before the imports.
+    remaining = parser.remaining_strings(arguments)
+    from .launch import launcher_flags, launcher_options
+
+    unknown = launcher_flags(remaining)[1]
+    if unknown:
+        raise parser.unknown(unknown, launcher_options())
+    (shown, *parsed, _) = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    script_args, training_args, model_args, mixture = parsed
+    from .datasets import load_train_and_test, named_data
+    from .preview_examples import Examples
+    from .preview_report import show
+
+    try:
+        model = policy_name(training_args, model_args)
+        training_args.model_init_kwargs = model_options(training_args, model_args)
+        training_args.trust_remote_code = training_args.trust_remote_code or model_args.trust_remote_code
+        dataset, _ = load_train_and_test(script_args, mixture, with_test=False)
+        needed = None if shown.rows is None else max(shown.rows, shown.row + 1)
+        with named_data(script_args, mixture):
+            examples = Examples(method, training_args, model, dataset, needed)
+        found = examples.of_row(shown.row)
+    except (ValueError, OSError) as error:
+        raise parser.located(error, arguments) from error
+    return lambda: show(make_console(highlight=False), examples, shown.row, found, shown.shown_tokens)
+
+
+def _help() -> int:
+    parser = TrlParser((PreviewArguments,), prog="trl-fast preview METHOD", usage=USAGE)
+    parser.print_help()
+    print(f"\nMETHOD is one of {', '.join(METHODS)}. trl-fast preview METHOD --help lists training's flags too.")
+    return 0

@@ -1,0 +1,236 @@
+"""Prints previewed examples, how they stand in the rows of a batch, and a summary of the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trl_fast.data import TokenBatch
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
+
+from .preview_examples import DROPPED_BECAUSE, Example, Examples, Part
+from .preview_tokens import CONTEXT, CUT, LEARNED, TokenTexts, legend, token_lines
+
+# Parts and rows of a packed row that are shown.
+_PARTS = 6
+_DRAWING_WIDTH = 48
+
+
+def show(console: Console, examples: Examples, row: int, found: list[Example], shown_tokens: int | None) -> int:
+    """Prints the examples of a row and the summary; returns the exit status.
+
+    found: none if the row is dropped. shown_tokens: parts with more tokens lose their middle; None: they do not.
+    """
+    texts = TokenTexts(examples.tokenizer)
+    kind = "packed row" if examples.is_packed else "row"
+    for example in found:
+        console.rule(f"{examples.method}: {kind} {row}", align="left", characters="─")
+        for part in example.parts[:_PARTS]:
+            _show_part(console, part, texts, shown_tokens, examples)
+        if len(example.parts) > _PARTS:
+            console.print(f"... and {len(example.parts) - _PARTS} more in this row", style="dim")
+        console.print(legend(coloured=_has_colours(console)))
+        console.print()
+        _show_layout(console, examples, example)
+    if not found:
+        reason = DROPPED_BECAUSE.get(examples.method, "it is cut away")
+        console.print(f"Row {row} is dropped: {reason}={examples.args.max_length}.")
+    console.rule("summary", align="left", characters="─")
+    for line in _summary(console, examples):
+        console.print(line)
+    console.print("No weights were loaded. `trl-fast validate` looks for faults in preference data.", style="dim")
+    return 0
+
+
+def _has_colours(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+# ---- an example
+
+
+def _show_part(console: Console, part: Part, texts: TokenTexts, limit: int | None, examples: Examples) -> None:
+    console.print(_heading(part, examples), style="bold")
+    coloured = _has_colours(console)
+    for ids, kinds, left_out in _pieces(part, limit):
+        if left_out:
+            console.print(f"  ... {left_out:,} tokens are left out here ...", style="dim italic")
+        for line in token_lines(texts.shown(ids, kinds), console.width - 2, coloured=coloured):
+            console.print(Text("  ").append_text(line), soft_wrap=True)
+
+
+def _heading(part: Part, examples: Examples) -> str:
+    learned, cut = part.kinds.count(LEARNED), part.kinds.count(CUT)
+    count = f"{part.kept:,} of {len(part.ids):,}" if cut else f"{len(part.ids):,}"
+    said = [f"{count} token{'' if len(part.ids) == 1 else 's'}"]
+    if part.kept:
+        said.append(f"positions {part.position}-{part.position + part.kept - 1}")
+    if examples.method == "reward":
+        learned = 0
+    elif not examples.is_online:
+        said.append("not learned" if not learned else f"{learned:,} learned" if learned < part.kept else "learned")
+    if cut:
+        said.append(_cut(part, examples))
+    return f"{part.name}: {', '.join(said)}" + (f"; {part.note}" if part.note else "")
+
+
+def _cut(part: Part, examples: Examples) -> str:
+    first = next((index for index, kind in enumerate(part.kinds) if kind != CUT), len(part.kinds))
+    last = len(part.kinds) - part.kept - first
+    ends = [f"{count:,} cut off its {end}" for count, end in ((first, "beginning"), (last, "end")) if count]
+    own = "max_prompt_length" if part.name == "prompt" else "max_completion_length"
+    limit = getattr(examples.args, own, None)
+    because = [f"{own}={limit}"] if limit is not None and limit < len(part.ids) else []
+    if part.kept < min(limit or len(part.ids), len(part.ids)):
+        because.append(f"max_length={examples.args.max_length}")
+    return f"{' and '.join(ends)} by {', '.join(because)}"
+
+
+def _pieces(part: Part, limit: int | None) -> Iterator[tuple[list[int], list[str], int]]:
+    """Yields runs of tokens to show, with their kinds and how many are left out before them.
+
+    Of a part with more tokens than the limit the beginning, the end, and where it is cut are shown.
+    """
+    count = len(part.ids)
+    if limit is None or count <= limit:
+        yield part.ids, part.kinds, 0
+        return
+    each = max(1, limit // 4)
+    changes = [index for index in range(1, count) if (part.kinds[index] == CUT) != (part.kinds[index - 1] == CUT)]
+    shown = {*range(2 * each), *range(count - 2 * each, count)}
+    for change in changes:
+        shown |= {*range(max(0, change - each // 2), min(count, change + each // 2))}
+    start, left_out = 0, 0
+    while start < count:
+        end = start
+        while end < count and (end in shown) == (start in shown):
+            end += 1
+        if start in shown:
+            yield part.ids[start:end], part.kinds[start:end], left_out
+        else:
+            left_out = end - start
+        start = end
+
+
+# ---- rows of a batch
+
+
+def _show_layout(console: Console, examples: Examples, example: Example) -> None:
+    if example.batch is None:
+        _show_completions(console, examples, example)
+        return
+    batch, layout = example.batch, BATCH_LAYOUTS[examples.layout]
+    total, width = batch.input_ids.numel(), max(batch.input_ids.shape[1], 1)
+    rows = "1 row" if len(batch.input_ids) == 1 else f"{len(batch.input_ids)} rows"
+    shares = ", the prompt once" if layout.shares_prompts and any(len(tree) > 1 for tree in _trees(batch)) else ""
+    console.print(f"Alone in a batch ({layout.name}): {rows} of {width:,} tokens{shares}")
+    segments = list(_segments(batch, example.names))
+    for name, start, end, position in segments[: 2 * _PARTS]:
+        left, right = (round(_DRAWING_WIDTH * place / width) for place in (start, end))
+        filled = max(right - left, 1 if end > start else 0)
+        bar = " " * left + "█" * filled + " " * (_DRAWING_WIDTH - left - filled)
+        where = f"{position}-{position + end - start - 1}" if end > start else "none"
+        console.print(f"  {name:12.12}│{bar}│ {where}", soft_wrap=True)
+    if len(segments) > 2 * _PARTS:
+        console.print(f"  ... and {len(segments) - 2 * _PARTS} more", style="dim")
+    kept = batch.num_tokens
+    if total < kept:
+        console.print(f"  {kept - total:,} of {kept:,} tokens need not be computed: a prompt is shared.")
+    console.print()
+
+
+def _trees(batch: TokenBatch) -> tuple[tuple[int, ...], ...]:
+    return batch.tree_lengths or ()
+
+
+def _segments(batch: TokenBatch, names: list[str]) -> Iterator[tuple[str, int, int, int]]:
+    """Yields what stands in the rows: name, first and last + 1 cell of its row, first position."""
+    if batch.tree_lengths is None:
+        for name, length in zip(names, batch.attention_mask.sum(1).tolist(), strict=False):
+            yield name, 0, length, 0
+        return
+    start, left = 0, iter([*names, *["padding"] * len(batch.tree_lengths)])
+    for tree in batch.tree_lengths:
+        prompt, *branches = tree
+        if branches:
+            yield "prompt", start, start + prompt, 0
+        start += prompt if branches else 0
+        for length in branches or [prompt]:
+            yield next(left), start, start + length, prompt if branches else 0
+            start += length
+
+
+def _show_completions(console: Console, examples: Examples, example: Example) -> None:
+    args, length = examples.args, example.parts[0].kept
+    limit = getattr(args, examples.trainer.length_setting)
+    count = getattr(args, "num_generations", 1)
+    many = "A completion" if count == 1 else f"{count} completions"
+    console.print(f"{many} of at most {limit} tokens will be sampled here: {length + limit:,} tokens at most each.")
+    together = min(count, args.per_device_train_batch_size)
+    if BATCH_LAYOUTS[examples.layout].shares_prompts and together > 1:
+        console.print(
+            f"batch_layout={examples.layout}: the prompt stands once for up to {together} of them, which saves "
+            f"{length * (together - 1):,} tokens a pass."
+        )
+    console.print()
+
+
+# ---- the summary
+
+
+def _summary(console: Console, examples: Examples) -> Iterator[str | Table]:
+    table = Table(title=None, show_edge=False, pad_edge=False)
+    for title in ("tokens before cutting", "min", "median", "95%", "largest"):
+        table.add_column(title, justify="left" if title.startswith("tokens") else "right")
+    for name, lengths in examples.lengths().items():
+        numbers = (min(lengths), np.median(lengths), np.percentile(lengths, 95), max(lengths))
+        table.add_row(name, *(f"{int(number):,}" for number in numbers))
+    yield table
+    before, after, learned = examples.tokens_of_rows()
+    yield _rows_line(examples)
+    kept = sum(after.values())
+    if examples.is_packed:
+        yield f"Packed into {len(examples.prepared):,} rows: {kept:,} of {sum(before.values()):,} tokens are kept."
+    else:
+        yield from _cut_lines(examples, before, after)
+    if examples.method == "reward":
+        yield f"Rewards are read at {learned:,} of {kept:,} tokens."
+    elif not examples.is_online:
+        share = learned / kept if kept else 0
+        yield f"Learned: {learned:,} of {kept:,} tokens ({share:.1%})."
+    if not examples.is_online:
+        yield _saved_line(examples)
+
+
+def _rows_line(examples: Examples) -> str:
+    total = "" if examples.total is None else f" of {examples.total:,}"
+    which = "all" if examples.rows == examples.total else "the dataset's first"
+    return f"Rows looked at: {examples.rows:,}{total}, {which}."
+
+
+def _cut_lines(examples: Examples, before: dict[int, int], after: dict[int, int]) -> Iterator[str]:
+    dropped = examples.dropped
+    if dropped:
+        reason = DROPPED_BECAUSE[examples.method]
+        yield f"Rows dropped: {len(dropped):,}, {reason}={examples.args.max_length} (first: row {dropped[0]})."
+    cut = {row: before[row] - count for row, count in after.items() if before[row] > count}
+    if cut:
+        first = min(cut)
+        yield f"Rows cut: {len(cut):,}, which lose {sum(cut.values()):,} tokens (first: row {first})."
+    if not dropped and not cut:
+        yield "Rows cut or dropped: none."
+
+
+def _saved_line(examples: Examples) -> str:
+    size = examples.args.per_device_train_batch_size
+    ours = padded = 0
+    for batch, in_padded_rows in examples.batches(size):
+        ours += batch.input_ids.numel()
+        padded += in_padded_rows.input_ids.numel()
+    saved = 1 - ours / padded if padded else 0
+    said = f"{saved:.0%} fewer than the {padded:,} of padded rows" if ours < padded else "as many as in padded rows"
+    return f"In batches of {size}, batch_layout={examples.layout}: {ours:,} tokens a pass, {said}."
