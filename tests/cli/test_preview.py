@@ -162,12 +162,12 @@ def printed(shown, row=0, limit=160, **console):
 
 
 def test_marks_stand_below_their_tokens_where_there_is_no_colour(examples):
-    text = printed(examples("dpo", "--max_length", "20")[0])
+    text = printed(examples("dpo", "--max_length", "8")[0])
     lines = text.splitlines()
     at = lines.index("  What color is 0?")
     assert lines[at + 1].startswith("  .") and set(lines[at + 1]) <= {".", " "}
     assert (
-        "\x1b[" not in text and "cut off its end by max_length=20" in " ".join(text.split()) and "^~~ learned" in text
+        "\x1b[" not in text and "cut off its end by max_length=8" in " ".join(text.split()) and "^~~ learned" in text
     )
     assert all(len(line) <= 80 for line in lines)
 

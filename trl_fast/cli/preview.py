@@ -48,7 +48,7 @@ def split_method(arguments: list[str]) -> tuple[Method, list[str]]:
         ValueError: none is named, or an unknown one.
     """
     named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if named not in METHODS:
+    if named is None or named not in METHODS:
         hint = did_you_mean(named, METHODS) if named else ""
         said = "METHOD is missing" if named is None else f"unknown method {named!r}{hint}"
         raise ValueError(f"{said}; write {USAGE}, where METHOD is one of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Prepares examples as a trainer does, without a model's weights, and finds which tokens are learned and which are cut."""
+"""Prepares examples as a trainer does, without a model's weights; finds which tokens are learned and which are cut."""
 
 from __future__ import annotations
 
@@ -113,8 +113,11 @@ class Examples:
         # Only the parts that make data are used, and they need no constructor.
         self.trainer = trainer_class.__new__(trainer_class)
         check_settings(args)
-        self.method, self.args = method.name, args
-        options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        self.method = method.name
+        # Of the method's own class.
+        self.args: Any = args
+        given: Any = args.model_init_kwargs or {}
+        options = {"trust_remote_code": args.trust_remote_code, **given}
         self.model = build_without_weights(model, classifier=method.name == "reward", **options)
         self.tokenizer: PreTrainedTokenizerBase = self.trainer.resolve_tokenizer(None, self.model, self.args)
         first = _first_rows(dataset, rows)

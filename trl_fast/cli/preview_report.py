@@ -13,7 +13,7 @@ from trl_fast.data import TokenBatch
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .preview_examples import DROPPED_BECAUSE, Example, Examples, Part
-from .preview_tokens import CONTEXT, CUT, LEARNED, TokenTexts, legend, token_lines
+from .preview_tokens import CUT, LEARNED, TokenTexts, legend, token_lines
 
 # Parts and rows of a packed row that are shown.
 _PARTS = 6
@@ -150,6 +150,7 @@ def _trees(batch: TokenBatch) -> tuple[tuple[int, ...], ...]:
 def _segments(batch: TokenBatch, names: list[str]) -> Iterator[tuple[str, int, int, int]]:
     """Yields what stands in the rows: name, first and last + 1 cell of its row, first position."""
     if batch.tree_lengths is None:
+        assert batch.attention_mask is not None  # the padded layout has one
         for name, length in zip(names, batch.attention_mask.sum(1).tolist(), strict=False):
             yield name, 0, length, 0
         return

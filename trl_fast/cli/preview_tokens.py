@@ -23,7 +23,7 @@ _SHADES = {
 }
 _SPECIAL = "bold "
 # Below a token where there is no colour: its first cell, and the others.
-_MARKS = {LEARNED: "^~", CONTEXT: ". ", CUT: "xx"}
+_MARKS = {LEARNED: ("^", "~"), CONTEXT: (".", " "), CUT: ("x", "x")}
 _SPECIAL_MARK = "#"
 LEGEND = "^~~ learned    .   not learned    xxx cut away    .## and ^## a special token"
 _NEWLINE = "⏎"
@@ -32,7 +32,7 @@ _LONGEST_CHARACTER = 8  # tokens
 
 @dataclass(frozen=True)
 class ShownToken:
-    """Holds a token as it is shown: its text in one line, whether a line ends with it, its kind and whether special."""
+    """Holds a token as it is shown: its text, whether a line ends with it, its kind, and whether it is special."""
 
     text: str
     ends_line: bool
