@@ -150,6 +150,15 @@ def test_rows_are_taken(name):
         assert len(PREPARES[name](Dataset.from_list(rows), build_tokenizer())) == len(rows)
 
 
+def test_the_first_data_is_taken(unpacked):
+    from datasets import load_dataset
+
+    unpacked("start")
+    runpy.run_path("make_pairs.py")
+    rows = load_dataset("json", data_files="pairs.jsonl", split="train")
+    assert len(prepare_preference_dataset(rows, build_tokenizer())) == len(rows) == 18
+
+
 @pytest.mark.parametrize("name", PREPARES)
 def test_scripts_run_and_metrics_are_named(name, unpacked):
     scripts = [block for block in unpacked(name)["python"] if block.title]
