@@ -9,6 +9,7 @@ import json
 import re
 import runpy
 from contextlib import suppress
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,8 @@ def own_commands() -> list[tuple[str, list[str]]]:
     """Returns the page and the words of every command line of ours in a block, those with an ellipsis left out."""
     found = [(block.page, words) for block in blocks("bash", "sh") for words in block.commands]
     # Settings of the environment stand before a command.
-    found = [(name, words[next(at for at, word in enumerate(words) if "=" not in word) :]) for name, words in found]
-    return [(name, words) for name, words in found if words[0] == "trl-fast" and "…" not in words]
+    found = [(name, list(dropwhile(lambda word: "=" in word, words))) for name, words in found]
+    return [(name, words) for name, words in found if words[:1] == ["trl-fast"] and "…" not in words]
 
 
 def flags(words: list[str]) -> set[str]:
