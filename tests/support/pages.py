@@ -58,8 +58,9 @@ def in_backticks(cell: str) -> list[str]:
 
 
 def messages() -> list[str]:
-    """Returns every text of the package and of setup.py, with `…` where a value is put in."""
-    trees = [source.tree for source in sources("trl_fast")] + [ast.parse((ROOT / "setup.py").read_text("utf-8"))]
+    """Returns every text of the package and of its build, with `…` where a value is put in."""
+    build = [ast.parse((ROOT / name).read_text("utf-8")) for name in ("setup.py", "build_backend.py")]
+    trees = [source.tree for source in sources("trl_fast")] + build
     return [text for tree in trees for node in ast.walk(tree) if (text := _text(node))]
 
 
