@@ -141,7 +141,8 @@ def train(arguments: argparse.Namespace, kind: str, console: Console) -> Run:
     words = flags(arguments, kind, output_dir)
     console.rule(f"DPO, {'LoRA' if kind == 'lora' else 'whole model'}")
     console.print(f"trl-fast dpo {' '.join(words)}", style="dim", highlight=False, soft_wrap=True)
-    trainer = make_trainer(METHODS["dpo"], *make_parser(METHODS["dpo"]).parse_args_and_config(words))
+    *parsed, _ = make_parser(METHODS["dpo"]).parse_args_and_config(words)
+    trainer = make_trainer(METHODS["dpo"], *parsed)
     # Both ends are evaluated here; an evaluation inside the run would only be timed with it.
     trainer.args.eval_strategy = "no"
     before, head = held_out(trainer), head_memory(trainer)

@@ -29,7 +29,7 @@ def write(tmp_path, text=None, **values):
 
 
 def test_flags_reach_their_groups():
-    script, training, model, mixture = parse(
+    script, training, model, mixture, _ = parse(
         *shlex.split(
             "--dataset_name data.jsonl --dataset_train_split train[:90%] --beta 0.3 --loss_type ipo sft "
             "--loss_weights 1 0.5 --model-name-or-path m --use_peft --lora_r=4 --max-length none --report_to none "
@@ -62,7 +62,7 @@ def test_yaml_gives_defaults_and_flags_win(tmp_path, monkeypatch):
         datasets=[{"path": "a", "fraction": 0.5}, {"path": "b", "columns": ["prompt"]}],
         env={"TRL_FAST_TEST_VARIABLE": 7},
     )
-    _, training, model, mixture = parse(*config, "--beta", "0.2")
+    _, training, model, mixture, _ = parse(*config, "--beta", "0.2")
     assert training.beta == 0.2 and training.learning_rate == 5e-7 and training.loss_type == ["hinge"]
     assert training.max_length is None and training.model_init_kwargs == {"attn_implementation": "sdpa"}
     assert training.eval_strategy == "no"

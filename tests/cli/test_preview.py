@@ -41,7 +41,7 @@ def examples(model_path, tmp_path):
     def examples(method, *flags, rows=None, count=1000):
         data = write(tmp_path / "rows.jsonl", ROWS[method]() if rows is None else rows)
         words = ["--model_name_or_path", model_path, "--dataset_name", data, *CPU, *flags]
-        _, script_args, args, model_args, mixture = make_parser(METHODS[method]).parse_args_and_config(words)
+        _, script_args, args, model_args, mixture, _ = make_parser(METHODS[method]).parse_args_and_config(words)
         args.model_init_kwargs = model_options(args, model_args)
         from trl_fast.cli.datasets import load_train_and_test
 

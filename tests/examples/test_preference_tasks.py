@@ -60,5 +60,6 @@ def test_the_demo_builds_its_trainer_from_flags(tmp_path):
     words = ["--model_name_or_path", save_tiny_model(tmp_path / "model", build_tokenizer())]
     arguments = parse_arguments([*words, "--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path)])
     given = [*flags(arguments, "lora", tmp_path / "out"), "--use_cpu", "--bf16", "false"]
-    trainer = make_trainer(METHODS["dpo"], *make_parser(METHODS["dpo"]).parse_args_and_config(given))
+    *parsed, _ = make_parser(METHODS["dpo"]).parse_args_and_config(given)
+    trainer = make_trainer(METHODS["dpo"], *parsed)
     assert len(trainer.train_dataset) == 8 and len(trainer.eval_dataset) == 4

@@ -10,7 +10,7 @@ from trl_fast.settings.choices import did_you_mean
 from trl_fast.trainers.methods import METHODS, Method
 
 from .parser import TrlParser
-from .training import argument_types, model_options, policy_name
+from .training import RunArguments, argument_types, model_options, policy_name
 
 USAGE = "trl-fast preview METHOD [PREVIEW'S FLAGS] [TRAINING'S FLAGS]"
 
@@ -37,8 +37,8 @@ class PreviewArguments:
 
 
 def make_parser(method: Method) -> TrlParser:
-    """Makes the parser of the command for a method: flags of PreviewArguments, and all of training's."""
-    return TrlParser((PreviewArguments, *argument_types(method)), prog=f"trl-fast preview {method.name}")
+    """Makes the parser of the command for a method: flags of PreviewArguments, and all of the training command's."""
+    return TrlParser((PreviewArguments, *argument_types(method), RunArguments), prog=f"trl-fast preview {method.name}")
 
 
 def split_method(arguments: list[str]) -> tuple[Method, list[str]]:
@@ -68,7 +68,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     unknown = launcher_flags(remaining)[1]
     if unknown:
         raise parser.unknown(unknown, launcher_options())
-    (shown, *parsed, _) = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    shown, *parsed, _, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     script_args, training_args, model_args, mixture = parsed
     from .datasets import load_train_and_test, named_data
     from .preview_examples import Examples

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_fast.console import make_console
@@ -18,13 +21,23 @@ if TYPE_CHECKING:
     from trl_fast.trainers.base.trainer import BaseTrainer
 
 
+@dataclass
+class RunArguments:
+    """Holds the flags of the training commands that are no arguments of a trainer."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Load, tokenize and make one step, then stop: tells its time and memory, saves nothing."},
+    )
+
+
 def make_parser(method: Method) -> TrlParser:
-    """Makes the parser of a command: flags of the dataset, the method's config, the model, the mixture of datasets."""
-    return TrlParser(argument_types(method), prog=f"trl-fast {method.name}")
+    """Makes the parser of a command: the flags of `argument_types`, and those of RunArguments."""
+    return TrlParser((*argument_types(method), RunArguments), prog=f"trl-fast {method.name}")
 
 
 def argument_types(method: Method) -> tuple[type, ...]:
-    """Returns the dataclasses whose fields are a command's flags."""
+    """Returns the dataclasses of a run's flags: the dataset, the method's config, the model, a mixture of datasets."""
     script_arguments = ScriptArguments if method.reward_argument is None else RewardScriptArguments
     return script_arguments, method.config_class(), ModelConfig, DatasetMixtureConfig
 
@@ -126,24 +139,41 @@ def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
     if flags and not is_launched():
         check_installed(flags)
         return lambda: launch(flags, [method.name, *arguments])
-    *parsed, _ = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    script_args, training_args, model_args, mixture, run_args, _ = parser.parse_args_and_config(
+        arguments, return_remaining_strings=True
+    )
+    after = contextlib.ExitStack()
+    if run_args.dry_run:
+        from .dry_run import without_new_folders
+
+        after.enter_context(without_new_folders(Path(training_args.output_dir)))
+        # transformers' trainer makes the repository on the hub before it trains.
+        training_args.push_to_hub = False
     try:
-        trainer = make_trainer(method, *parsed)
+        trainer = make_trainer(method, script_args, training_args, model_args, mixture)
         checkpoint = checkpoint_to_resume(trainer)
     except (ValueError, OSError) as error:
+        after.close()
         raise parser.located(error, arguments) from error
-    return lambda: _train_on(trainer, checkpoint, parsed[0], parsed[-1])
+
+    def run() -> int:
+        with after:
+            if run_args.dry_run:
+                return make_one_step(trainer, checkpoint)
+            return train(trainer, checkpoint, dataset_name=script_args.dataset_name)
+
+    return lambda: _with_names(run, trainer, script_args, mixture)
 
 
-def _train_on(
-    trainer: BaseTrainer, checkpoint: str | None, script_args: ScriptArguments, mixture: DatasetMixtureConfig
+def _with_names(
+    run: Callable[[], int], trainer: BaseTrainer, script_args: ScriptArguments, mixture: DatasetMixtureConfig
 ) -> int:
-    """Trains, and returns the exit status: 2, with one line, if a stream comes to a row that cannot be used."""
+    """Runs, and returns the exit status: 2, with one line, if a stream comes to a row that cannot be used."""
     from .datasets import BadDataError, named_data
 
     try:
         with named_data(script_args, mixture):
-            return train(trainer, checkpoint, dataset_name=script_args.dataset_name)
+            return run()
     except BadDataError as error:
         line = f"trl-fast {trainer.method}: {error}"
         make_console(stderr=True).print(line, style="red", highlight=False, soft_wrap=True)
@@ -157,24 +187,10 @@ def train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
         checkpoint: the folder to go on from.
         card: what the model's card on the hub says.
     """
-    from trl_fast.trainers.base.divergence import DivergedError
-    from trl_fast.trainers.base.stop_signals import INTERRUPTED
-    from trl_fast.trainers.checkpoints.output_folder import FolderInUseError
-    from trl_fast.trainers.checkpoints.writer import CheckpointError
-
     args = trainer.args
-    failures = {DivergedError: ("Training failed at ", 1), CheckpointError: ("Training failed: ", 1)}
-    failures[FolderInUseError] = ("", 2)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except tuple(failures) as error:
-        said, status = failures[type(error)]
-        if trainer.is_world_process_zero():
-            console = make_console(stderr=True)
-            console.print(f"{said}{error}", style="red", highlight=False, soft_wrap=True)
+    status = _run(trainer, checkpoint)
+    if status:
         return status
-    except KeyboardInterrupt:
-        return INTERRUPTED
     trainer.save_model(args.output_dir)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
@@ -183,6 +199,53 @@ def train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
         trainer.push_to_hub(**card)
     trainer.accelerator.end_training()
     return 0
+
+
+def make_one_step(trainer: BaseTrainer, checkpoint: str | None) -> int:
+    """Makes one step, saves nothing, says what it needed, and returns the exit status; see `cli.dry_run`."""
+    from trl_fast.trainers.checkpoints.output_folder import FolderInUseError
+
+    from .dry_run import OneStep, leaving_nothing, say_dry_run
+
+    step = OneStep()
+    trainer.add_callback(step)
+    try:
+        with leaving_nothing(trainer):
+            status = _run(trainer, checkpoint)
+    except FolderInUseError as error:
+        return _failed(trainer, str(error), 2)
+    if status == 0 and step.seconds is None:
+        line = "dry_run: there is no step to make: the checkpoint is of the last one, or the data fills no batch"
+        return _failed(trainer, line, 2)
+    if status == 0 and trainer.is_world_process_zero():
+        say_dry_run(trainer, step)
+    return status
+
+
+def _run(trainer: BaseTrainer, checkpoint: str | None) -> int:
+    """Trains and returns the exit status; a failure that a run may come to is one line."""
+    from trl_fast.trainers.base.divergence import DivergedError
+    from trl_fast.trainers.base.stop_signals import INTERRUPTED
+    from trl_fast.trainers.checkpoints.output_folder import FolderInUseError
+    from trl_fast.trainers.checkpoints.writer import CheckpointError
+
+    failures = {DivergedError: ("Training failed at ", 1), CheckpointError: ("Training failed: ", 1)}
+    failures[FolderInUseError] = ("", 2)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except tuple(failures) as error:
+        said, status = failures[type(error)]
+        return _failed(trainer, f"{said}{error}", status)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _failed(trainer: BaseTrainer, line: str, status: int) -> int:
+    """Prints the line about a failure; returns the exit status."""
+    if trainer.is_world_process_zero():
+        make_console(stderr=True).print(line, style="red", highlight=False, soft_wrap=True)
+    return status
 
 
 def checkpoint_to_resume(trainer: BaseTrainer) -> str | None:
