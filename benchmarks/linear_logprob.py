@@ -3,7 +3,7 @@
     python -m benchmarks.linear_logprob [--rows 1024 --hidden 896 --vocab 151936 --dtype bfloat16 --rounds 3]
 
 Prints, for a trained head, a frozen head and scoring without gradient: median seconds with min and max, the ratio to
-the floor and to TRL, and the peak of memory beyond inputs and gradients.
+the floor and to TRL, and the peak of memory beyond inputs and gradients. Liger and cut-cross-entropy run on GPUs only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.table import Table
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.matmul import gemm_dtype
 
+from .library_heads import heads_for
 from .machine_info import cpu_name
 from .matmul_floor import Floor
 from .memory import MIB
@@ -148,16 +149,21 @@ def peers(problem: Problem, mode: str) -> dict[str, Callable[[], None]]:
     return found
 
 
-def contenders(problem: Problem, mode: str, skip: set[str], *, by_token: bool = False) -> list[Contender]:
+def contenders(
+    problem: Problem, mode: str, skip: set[str], *, by_token: bool = False, libraries: bool = False
+) -> list[Contender]:
     """Returns ours by backend, the peers and the floor, without those whose name contains a word of `skip`.
 
-    by_token: with a trained head also our op for losses that are sums over tokens.
+    by_token: with a trained head also our op for losses that are sums over tokens. libraries: also the heads of other
+    libraries than TRL and torch.
     """
     wanted = problem.for_mode(mode)
     runs = {f"ours, {backend}": ours(wanted, backend) for backend in our_backends(problem)}
     if by_token and mode == "trained":
         runs |= {f"{BY_TOKEN}, {backend}": ours_by_token(wanted, backend) for backend in our_backends(problem)}
     runs |= peers(wanted, mode)
+    if libraries:
+        runs |= heads_for(wanted, sums_only=mode != "scoring")
     found = [Contender(name, run, result_bytes=gradient_bytes(wanted)) for name, run in runs.items()]
     if not any(word in FLOOR for word in skip):
         found.append(Contender(FLOOR, problem.floor.step(mode)))
@@ -229,7 +235,7 @@ def main() -> None:
     )
     figures = []
     for mode in arguments.modes:
-        raced = contenders(problem, mode, set(arguments.skip), by_token=arguments.by_token)
+        raced = contenders(problem, mode, set(arguments.skip), by_token=arguments.by_token, libraries=True)
         race(raced, arguments.rounds, arguments.patience, device, mode, keep_going=True)
         figures += report(console, mode, raced)
     if arguments.json:

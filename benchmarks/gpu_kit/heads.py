@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 
 from ..head_size import Size
+from ..library_heads import LIBRARY_HEADS
 from ..linear_logprob import Problem, trl
 from .ceilings import random_matrix, sizes
 from .gpu_timing import Timed
@@ -94,26 +95,9 @@ def _token_loss(problem: Problem, backend: str) -> None:
 def _peers(problem: Problem, mode: str) -> Iterator[tuple[str, Callable[[], object]]]:
     if importlib.util.find_spec("trl"):
         yield TRL, trl(problem)
-    given = (problem.hidden, problem.weight, problem.targets)
-    if importlib.util.find_spec("liger_kernel") and mode in ("token", "frozen"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-
-        def liger() -> None:
-            loss(problem.weight, problem.hidden, problem.targets).backward()
-            problem.hidden.grad = problem.weight.grad = None
-
-        yield "Liger", liger
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy as cce
-
-        for name, filter_eps in (("cce", "auto"), ("cce exact", None)):
-
-            def cut(filter_eps: str | None = filter_eps) -> None:
-                problem.finish(-cce(*given, reduction="none", filter_eps=filter_eps).float())
-
-            yield name, cut
+    for name, head in LIBRARY_HEADS.items():
+        if head.why_not is None and (head.by_token or mode in ("token", "frozen")):
+            yield name, head.make(problem)
 
 
 def bare_products(problem: Problem, mode: str) -> Callable[[], object]:
