@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 import textwrap
@@ -57,14 +56,8 @@ def in_backticks(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-def messages() -> list[str]:
-    """Returns every text of the package and of its build, with `…` where a value is put in."""
-    build = [ast.parse((ROOT / name).read_text("utf-8")) for name in ("setup.py", "build_backend.py")]
-    trees = [source.tree for source in sources("trl_fast")] + build
-    return [text for tree in trees for node in ast.walk(tree) if (text := _text(node))]
-
-
-def _text(node: ast.AST) -> str:
-    if isinstance(node, ast.JoinedStr):
-        return "".join(_text(part) or "…" for part in node.values)
-    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+def message_sources() -> list[str]:
+    """Returns the text of every module of the package and of its build, strings over several lines put together."""
+    build = [(ROOT / name).read_text(encoding="utf-8") for name in ("setup.py", "build_backend.py")]
+    texts = [source.text for source in sources("trl_fast")] + build
+    return [re.sub(r'"\n\s*f?"', "", text) for text in texts]
