@@ -91,3 +91,22 @@ def test_public_functions_of_tensors_say_their_shapes():
             if public and takes_tensors(node) and not SHAPE.search(texts.get(name, "")):
                 found.add(f"{source.path} {name}")
     hold("shapes", found)
+
+
+def unknown_arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Returns what a docstring's list of arguments names and the function does not take; "low, high: …" names two."""
+    _, _, listed = (ast.get_docstring(node) or "").partition("Args:\n")
+    lines = re.findall(r"^    ([\w*, ]+?)(?: \([^)]*\))?: ", re.split(r"^\S", listed, maxsplit=1, flags=re.M)[0], re.M)
+    taken = {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
+    return {name.lstrip("*") for line in lines for name in line.split(", ")} - taken
+
+
+def test_what_a_docstring_describes_is_an_argument():
+    found = set()
+    for source in sources(*PACKAGE_FOLDERS):
+        functions = [entry[:2] for entry in source.definitions() if not isinstance(entry[1], ast.ClassDef)]
+        found |= {f"{source.path} {name}: {word}" for name, node in functions for word in unknown_arguments(node)}
+    hold("arguments", found)
+    text = "Adds.\n\n    Args:\n        low, high: bounds.\n        *rest (int): more.\n    "
+    (node,) = ast.parse(f'def add(low, *rest):\n    """{text}"""').body
+    assert unknown_arguments(node) == {"high"}
