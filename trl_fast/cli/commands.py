@@ -40,6 +40,8 @@ _COMMANDS = (
     Command("preview", LOOK, "show tokenized examples: what is learned, what is cut"),
     Command("validate", LOOK, "find what is wrong with preference data"),
     Command("plan", LOOK, "estimate the memory of a run, and the longest context that fits"),
+    Command("merge", AFTER, "merge an adapter into its model, and save the whole model"),
+    Command("chat", AFTER, "talk to a model or an adapter"),
     Command("env", MACHINE, "print versions, the kernels in use, and why others are not"),
     Command("bench", MACHINE, "measure the kernels on this machine"),
     Command("run", MACHINE, "run a script written for TRL, unchanged"),

@@ -1,0 +1,187 @@
+"""Loads a model or an adapter from a folder or by hub name, for using it rather than for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig, PeftModel, TaskType
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
+
+from trl_fast.input_errors import error_line
+
+from .chat_template import set_eos_token
+from .finite_weights import check_weights
+from .loading import base_model, load_causal_lm, load_reward_model, load_tokenizer
+
+_TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_CLS, None)
+
+
+def is_adapter(name_or_path: str, revision: str | None = None) -> bool:
+    """Says whether a folder or hub name is that of an adapter."""
+    if Path(name_or_path).is_dir():
+        return (Path(name_or_path) / ADAPTER_CONFIG_NAME).is_file()
+    try:
+        return find_adapter_config_file(name_or_path, revision=revision) is not None
+    except (OSError, ValueError, HFValidationError):
+        # What it is instead, loading it will tell.
+        return False
+
+
+def why_no_adapter(name_or_path: str) -> str:
+    """Returns why there is no adapter in a folder or under a hub name, with what to give instead."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return "there is no such folder, and no such adapter on the hub"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG_NAME}"))
+    last = get_last_checkpoint(str(folder))
+    if last is not None and Path(last).name in inside:
+        return f"it has no {ADAPTER_CONFIG_NAME}; its newest checkpoint is {last}, give that"
+    if inside:
+        several = "several adapters" if len(inside) > 1 else "an adapter in a folder of its own"
+        return f"it has {several}: give one of {', '.join(str(folder / name) for name in inside)}"
+    if (folder / "config.json").is_file():
+        return f"it has no {ADAPTER_CONFIG_NAME}: it is a whole model already"
+    return f"it has no {ADAPTER_CONFIG_NAME}; give the folder that training wrote"
+
+
+def read_adapter(name_or_path: str, revision: str | None = None) -> PeftConfig:
+    """Returns an adapter's configuration.
+
+    Raises:
+        ValueError: there is no adapter, it cannot be read, or it is of a task that is not trained here.
+    """
+    if not is_adapter(name_or_path, revision):
+        raise ValueError(f"{name_or_path!r} is no adapter: {why_no_adapter(name_or_path)}")
+    try:
+        config = PeftConfig.from_pretrained(name_or_path, revision=revision)
+    except Exception as error:
+        raise ValueError(f"{name_or_path!r}: its {ADAPTER_CONFIG_NAME} cannot be read: {error_line(error)}") from error
+    if config.task_type not in _TASKS:
+        raise ValueError(f"{name_or_path!r} is an adapter for {config.task_type}; expected a language or reward model")
+    return config
+
+
+def load_with_adapter(
+    name_or_path: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    for_merging: bool = True,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Loads an adapter on its base model, in eval mode, and the tokenizer that it was trained with.
+
+    Args:
+        base: name or folder of the base model; None: the one that the adapter names.
+        dtype: of the base model's weights; auto: as they are stored.
+        device_map: as in from_pretrained; None: the CPU.
+        for_merging: whether weights are refused that nothing can be merged into.
+
+    Raises:
+        ValueError, OSError: as in `read_adapter`; or the base cannot be loaded, its files are quantized, or the
+            adapter does not fit it or holds NaN.
+    """
+    config = read_adapter(name_or_path, revision)
+    name = base or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(f"{name_or_path!r} does not name its base model; give base_model")
+    load = load_reward_model if config.task_type == TaskType.SEQ_CLS else load_causal_lm
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        if for_merging:
+            check_not_quantized(name, **options)
+        model = load(name, dtype=dtype, device_map=device_map, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the base model of {name_or_path!r}: {error_line(error)}; see base_model") from error
+    tokenizer = tokenizer_of(name_or_path, name, **options)
+    fit_to_tokenizer(model, tokenizer)
+    try:
+        adapted = PeftModel.from_pretrained(model, name_or_path, revision=revision)
+    except Exception as error:
+        raise ValueError(
+            f"{name_or_path!r} does not fit its base model {name!r}: {error_line(error)}; give the one that it was "
+            "trained on as base_model"
+        ) from error
+    check_weights(adapted, name_or_path)
+    return adapted.eval(), tokenizer
+
+
+def check_not_quantized(name_or_path: str, **options: Any) -> None:
+    """Raises ValueError if a model's files hold quantized weights."""
+    config = AutoConfig.from_pretrained(name_or_path, **options)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"the files of {name_or_path!r} are quantized, and nothing can be merged into those; give the 16-bit "
+            "model that they were made from"
+        )
+
+
+def tokenizer_of(name_or_path: str, base: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer beside an adapter or model, or, where there is none, that of its base model."""
+    try:
+        return load_tokenizer(name_or_path, **options)
+    except (OSError, ValueError):
+        return load_tokenizer(base, **options)
+
+
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a base model what training gave it: rows for new tokens, the tokenizer's end token and pad token."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer))
+    if tokenizer.eos_token is not None:
+        set_eos_token(model, tokenizer, tokenizer.eos_token)
+    if tokenizer.pad_token_id is not None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if model.can_generate():
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def float32_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Runs a model's forward in float32, whatever its weights' dtype: each module's own are cast while it runs."""
+    stored: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def cast(module: torch.nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter not in stored:
+                stored[parameter], parameter.data = parameter.data, parameter.data.float()
+
+    def restore(module: torch.nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in stored:
+                parameter.data = stored.pop(parameter)
+
+    modules = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    handles = [module.register_forward_pre_hook(cast) for module in modules]
+    handles += [module.register_forward_hook(restore, always_call=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def probe_scores(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Computes what a model says of token ids (1, T), in float32 arithmetic.
+
+    Returns:
+        The log-probs (T - 1,) float32 of the tokens; of a classifier its numbers, (labels,) float32.
+    """
+    with float32_forward(model):
+        logits = model(input_ids=input_ids.to(base_model(model).device), use_cache=False).logits.float()
+    if logits.dim() == 2:
+        return logits.flatten().cpu()
+    logprobs = logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(-1, input_ids[0, 1:, None].to(logprobs.device)).squeeze(-1).cpu()
