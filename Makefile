@@ -11,13 +11,14 @@ SANITIZED := $(abspath build/sanitized)
 SANITIZERS := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
 SECONDS ?= 60
 SEED ?= 0
+INSTALL_ARGS ?=
 FUZZ_ARGS ?= --seconds $(SECONDS) --seed $(SEED)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu*)
 CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv wheel demo demo-grpo demo-ppo test test-slow fuzz sanitize bench gpu-kit check-gpu-code docs lint \
+.PHONY: venv wheel demo demo-grpo demo-ppo test test-slow test-install fuzz sanitize bench gpu-kit check-gpu-code docs lint \
   format clean
 
 venv: $(READY)
@@ -54,6 +55,11 @@ demo-ppo: $(READY)
 # Two processes with a thread each are twice as fast as one with two, and what a thread adds up is the same everywhere.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# The ways to install that docs/install.md lists, each in environments of its own: about 40 minutes on two cores, and
+# 15 GB of downloads. INSTALL_ARGS="--only 3.11-2.13" runs the rows of one environment.
+test-install: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m support.install_matrix $(INSTALL_ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)

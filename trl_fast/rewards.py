@@ -133,7 +133,7 @@ def _import_math_verify() -> ModuleType:
     try:
         import math_verify
     except ImportError as error:
-        raise ImportError("accuracy rewards need the package math_verify: pip install math-verify") from error
+        raise ImportError("accuracy rewards need math-verify: `pip install 'trl-fast[math]'`") from error
     if threading.current_thread() is not threading.main_thread():
         # They warn at every call that there is no timeout.
         for name in ("math_verify.parser", "math_verify.grader"):

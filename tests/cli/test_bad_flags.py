@@ -134,8 +134,8 @@ VALUES = [
 ]
 
 PACKAGES = [
-    ("--load_in_4bit", ["load_in_4bit=True needs bitsandbytes: `pip install bitsandbytes`"]),
-    ("--load_in_8bit", ["load_in_8bit=True needs bitsandbytes: `pip install bitsandbytes`"]),
+    ("--load_in_4bit", ["load_in_4bit=True needs bitsandbytes: `pip install 'trl-fast[qlora]'`"]),
+    ("--load_in_8bit", ["load_in_8bit=True needs bitsandbytes: `pip install 'trl-fast[qlora]'`"]),
     ("--optim adamw_8bit", ["optim='adamw_8bit'", "pip install -U bitsandbytes"]),
     ("--optim paged_adamw_8bit", ["optim='paged_adamw_8bit'", "pip install -U bitsandbytes"]),
     ("--optim lion_32bit", ["optim='lion_32bit'", "pip install -U bitsandbytes"]),
@@ -152,8 +152,8 @@ PACKAGES = [
     ("--report_to wandbb", ["report_to='wandbb' is unknown", "did you mean 'wandb'?"]),
     ("--use_liger_kernel", ["use_liger_kernel=True needs liger-kernel: `pip install liger-kernel`"]),
     ("--deepspeed {data}/pairs.jsonl", ["deepspeed"]),
-    ("--deepspeed '{{\"train_batch_size\": 2}}'", ["deepspeed=", "`pip install deepspeed`"]),
-    ("--accelerate_config zero2", ["zero2.yaml needs deepspeed: `pip install deepspeed`"]),
+    ("--deepspeed '{{\"train_batch_size\": 2}}'", ["deepspeed=", "`pip install 'trl-fast[deepspeed]'`"]),
+    ("--accelerate_config zero2", ["zero2.yaml needs deepspeed: `pip install 'trl-fast[deepspeed]'`"]),
     ("--attn_implementation kernels-community/x", ["pip install kernels"]),
     ("--attn_implementation xformers", ["xformers"]),
 ]

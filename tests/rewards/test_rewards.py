@@ -62,7 +62,7 @@ def test_accuracy_outside_the_main_thread():
 def test_without_math_verify_the_remedy_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     for function in (rewards.accuracy_reward, rewards.reasoning_accuracy_reward):
-        with pytest.raises(ImportError, match="pip install math-verify"):
+        with pytest.raises(ImportError, match=r"`pip install 'trl-fast\[math\]'`"):
             function(messages(["1"]), ["1"])
 
 

@@ -326,7 +326,7 @@ def test_engine_of_a_config(sent):
 
 
 def test_without_vllm():
-    with pytest.raises(ImportError, match=r'pip install "vllm>=0.28,<=0.31"'):
+    with pytest.raises(ImportError, match=r"`pip install 'trl-fast\[vllm\]'`"):
         make()
 
 

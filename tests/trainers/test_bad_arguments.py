@@ -146,5 +146,5 @@ def test_missing_packages_are_named_when_a_trainer_is_made(model_path, tmp_path)
         args = CONFIGS["dpo"](str(tmp_path), **{**CPU, **settings})
         with pytest.raises(ImportError, match=message):
             trainer("dpo", tmp_path, model=model_path, args=args)
-    with pytest.raises(ImportError, match="deepspeed=.*`pip install deepspeed`"):
+    with pytest.raises(ImportError, match=r"deepspeed=.*`pip install 'trl-fast\[deepspeed\]'`"):
         CONFIGS["dpo"](str(tmp_path), **CPU, deepspeed={"train_batch_size": 2})

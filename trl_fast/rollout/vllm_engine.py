@@ -1,6 +1,6 @@
 """Generates completions by vLLM, in a server or in this process, with the log-probabilities of its sampling.
 
-vLLM is optional: `pip install "vllm>=0.28,<=0.31"`. This was tried against stand-ins for vLLM and its server only,
+vLLM is optional: `pip install 'trl-fast[vllm]'`. This was tried against stand-ins for vLLM and its server only,
 with requests compared with those of TRL 1.16.0's client: no vLLM has run with this code.
 """
 
@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.modeling.loading import base_model, is_quantized
+from trl_fast.settings.packages import install_command
 from trl_fast.settings.server_url import ServerURL, server_url
 
 from .engine import Rollout, SamplingSettings, check_prompts, end_token_ids
@@ -309,7 +310,7 @@ def _import_vllm() -> Any:
     try:
         return importlib.import_module("vllm")
     except ImportError as error:
-        raise ImportError('use_vllm=True needs vLLM: pip install "vllm>=0.28,<=0.31"') from error
+        raise ImportError(f"use_vllm=True needs vLLM: {install_command('vllm')}") from error
 
 
 def _set_rendezvous(state: PartialState) -> None:
