@@ -19,8 +19,9 @@ from unittest import mock
 
 import torch
 
+from trl_fast.planning.gpu_facts import GPUS
+
 from .roofline.fake_gpu import fake_gpu
-from .roofline.gpu_rates import GPUS
 from .roofline.host_wait_rule import makes_host_wait
 from .roofline.operator_counter import Counter
 

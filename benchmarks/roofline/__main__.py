@@ -1,6 +1,6 @@
 """Counts the work of the head and of whole optimizer steps, ours and TRL 1.16's, against a roofline.
 
-    python -m benchmarks.roofline [head] [steps] [--gpu h100|h200] [--operators] [--waits] [--json FILE]
+    python -m benchmarks.roofline [head] [steps] [--gpu h100-80|h200|...] [--operators] [--waits] [--json FILE]
         head:  [--sizes 8192/4096/151936 ...] [--modes "trained token" ...] [--workspace BYTES]
         steps: [--methods dpo sft grpo] [--models qwen2.5-0.5b llama-3.2-1b llama-3.1-8b]
 
@@ -16,12 +16,12 @@ A tensor that an operator is given is read once from memory, one that it makes i
 in between. Views are free. A product's factors that were there before (the head's hidden states, weights) are not
 counted: the floor's products read them too, and the rate of products contains it. All else counts, for TRL alike.
 
-Milliseconds are ESTIMATES by a named roofline (`gpu_rates.py`): FLOPs at the rate that a GPU's large products reach,
-plus bytes at the rate that its memory reaches. Bytes are taken as not hidden behind products, attention as fast as
-products, launches and host waits as free, padding of small tiles as nothing: small models are slower than this, being
-bound by the host. The head's floor is 1, 2 or 3 passes (scoring, frozen, trained) of 2·N·V·H FLOPs and no byte.
-Of ours the head is that of the backend "cuda", scoring takes two steps, and losses on one number a token are their
-PyTorch formulas.
+Milliseconds are ESTIMATES by a named roofline (`trl_fast/planning/gpu_facts.py`): FLOPs at the rate that a GPU's
+large products reach, plus bytes at the rate that its memory reaches. Bytes are taken as not hidden behind products,
+attention as fast as products, launches and host waits as free, padding of small tiles as nothing: small models are
+slower than this, being bound by the host. The head's floor is 1, 2 or 3 passes (scoring, frozen, trained) of 2·N·V·H
+FLOPs and no byte. Of ours the head is that of the backend "cuda", scoring takes two steps, and losses on one number a
+token are their PyTorch formulas.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from trl_fast.planning.gpu_facts import GPUS
+
 from ..head_size import Size, parse_size
-from .gpu_rates import GPUS
 from .head import MODES, SIZES, HeadCase, count_head, misses
 from .report import head_facts, print_cases, roofline_of, step_facts
 from .steps import METHODS, MODELS, Step, StepCase, count_step, quiet
@@ -75,7 +76,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workspace", type=int, help="workspace_bytes of ours; default: its own choice")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="whose roofline")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80", help="whose roofline")
     parser.add_argument("--operators", action="store_true", help="print what each case consists of")
     parser.add_argument("--waits", action="store_true", help="print where the host waits")
     parser.add_argument("--json", type=Path, help="write everything that was counted to this file")

@@ -21,9 +21,9 @@ from torch.utils import _foreach_utils
 
 from trl_fast.ops.backends import HEAD_OPS, load_extension
 from trl_fast.ops.device import DeviceFacts, DeviceMemory, simulated_device
+from trl_fast.planning.gpu_facts import Gpu
 
 from .fake_devices import Devices, is_on_gpu, listed
-from .gpu_rates import Gpu
 from .operator_counter import Counter
 from .operator_mode import WHOLE_ON_CUDA, Operators
 

@@ -13,11 +13,11 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from trl_fast.ops import linear_logprob, linear_token_loss
 from trl_fast.ops.head.plan import default_workspace
+from trl_fast.planning.gpu_facts import Gpu
 
 from ..head_size import REFERENCE, Size
 from .fake_devices import CUDA
 from .fake_gpu import fake_gpu
-from .gpu_rates import Gpu
 from .operator_counter import Counter, Counts
 from .triton_kernels import counted_kernels
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from trl_fast.planning.roofline.bytes_moved import has_mask
+
 from .fake_devices import is_on_gpu
 
 # Operators that read a number or need one to know their result's size.
@@ -43,11 +45,6 @@ def makes_host_wait(
     if name == "repeat_interleave":
         return argument(func, args, kwargs, "output_size") is None
     return name in _READING
-
-
-def has_mask(indices: Any) -> bool:
-    """Says whether one of an operator's indices is a mask: a tensor of bool or uint8."""
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices or ())
 
 
 def argument(func: torch._ops.OpOverload, args: tuple, kwargs: dict, name: str) -> Any:

@@ -1,18 +1,11 @@
 """Counts what operators do on fake tensors: operations, bytes, launches, host waits, memory.
 
-One rule serves all operators: what an operator is given is read once from memory, what it returns is written once.
-What it changes in place is read and written, what it gets as `out` is written. A tensor repeated by strides of zero
-counts once, the same tensor given twice too. Views, and tensors that are only made, are free. The table of exceptions
-below has those that touch less than they are given, and those that overwrite what they change.
-
-Bytes of an operator include what stays in the cache between two operators: a number of bytes written by one and read
-by the next counts twice.
+What an operator does is counted by `trl_fast.planning.roofline`, which the planner goes by too.
 """
 
 from __future__ import annotations
 
 import collections
-import math
 import sys
 import weakref
 from dataclasses import dataclass, field
@@ -23,28 +16,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from trl_fast.planning.gpu_facts import Gpu
 from trl_fast.planning.memory_tracker import CUDA_GRANULARITY
+from trl_fast.planning.roofline.bytes_moved import FREE, by_name, extent, name_of, touched
+from trl_fast.planning.roofline.flops import flops_of
 
 from .fake_devices import is_on_gpu
-from .flops import flops_of
-from .gpu_rates import Gpu
-from .host_wait_rule import has_mask, makes_host_wait
+from .host_wait_rule import makes_host_wait
 
-aten = torch.ops.aten
 # Where a wait is looked for in the source: the innermost frame outside of torch and of this package.
 _NOT_THE_PLACE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-
-# Operators that only make or describe tensors.
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "is_pinned"}
-# In place, without a look at what was there.
-_OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
-# They read the rows that an index asks for, not the whole tensor that it points into.
-_GATHERING = {"index", "index_select", "gather", "embedding", "take"}
-# They write as much as they are given to put somewhere; those in the second line add it to what is there.
-_SCATTERING = {"index_copy_", "index_put_", "scatter_"}
-_ADDING = {"index_add_", "scatter_add_"}
-# AdamW's schema has gradients as changed, for a scaler that is not there.
-_ONLY_READ = {("_fused_adamw_", "grads")}
 
 
 @dataclass
@@ -131,12 +112,12 @@ class Counter:
         results = [leaf for leaf in tree_leaves(out) if is_on_gpu(leaf)]
         for tensor in results:
             self._see(tensor)
-        given = _by_name(func, args, kwargs)
+        given = by_name(func, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if makes_host_wait(func, args, kwargs, out):
             self.counts.waits[_place()] += 1
         on_gpu = [tensor for tensor in tensors if is_on_gpu(tensor)]
-        if not (on_gpu or results) or _name(func) in _FREE:
+        if not (on_gpu or results) or name_of(func) in FREE:
             return
         read, written = touched(func, given, on_gpu, results)
         if read or written:
@@ -177,73 +158,6 @@ class Counter:
 
     def _drop(self, key: int) -> None:
         self._live_bytes -= self._live.pop(key)[0]
-
-
-def touched(
-    func: torch._ops.OpOverload, given: dict[str, Any], tensors: list[FakeTensor], results: list[FakeTensor]
-) -> tuple[int, int]:
-    """Counts the bytes that an operator reads and writes. given: arguments by name; tensors: those on the GPU."""
-    name = _name(func)
-    changed, overwritten = _changed(func, given)
-    there = {tensor.untyped_storage()._cdata for tensor in tensors}
-    made = [tensor for tensor in results if tensor.untyped_storage()._cdata not in there]
-    if not changed and not made:
-        return 0, 0
-    written = extent(made) + extent(changed)
-    if name in _GATHERING:
-        return extent([t for t in tensors if not t.is_floating_point()]) + written, written
-    if (name in _SCATTERING or name in _ADDING) and not has_mask(given.get("indices")):
-        put = [tensor for tensor in tensors if all(tensor is not other for other in changed)]
-        values = extent([tensor for tensor in put if tensor.dtype == changed[0].dtype])
-        return extent(put) + (values if name in _ADDING else 0), values
-    return extent([tensor for tensor in tensors if id(tensor) not in overwritten]), written
-
-
-def _name(func: torch._ops.OpOverload) -> str:
-    """Returns the operator's name without its namespace and overload."""
-    return func._schema.name.rpartition("::")[2]
-
-
-def _by_name(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> dict[str, Any]:
-    names = (argument.name for argument in func._schema.arguments)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _changed(func: torch._ops.OpOverload, given: dict[str, Any]) -> tuple[list[FakeTensor], set[int]]:
-    """Returns the tensors that an operator changes in place, and which of them (by id) it only writes."""
-    changed, overwritten = [], set()
-    for argument in func._schema.arguments:
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        found = [leaf for leaf in tree_leaves(given.get(argument.name)) if is_on_gpu(leaf)]
-        if (_name(func), argument.name) in _ONLY_READ:
-            continue
-        changed.extend(found)
-        if _is_result(func, argument.name) or _name(func) in _OVERWRITING or given.get("beta") == 0:
-            overwritten.update(map(id, found))
-    inputs = {
-        id(leaf)
-        for argument in func._schema.arguments
-        if argument.alias_info is None and not (argument.name == "self" and given.get("beta") == 0)
-        for leaf in tree_leaves(given.get(argument.name))
-    }
-    # What comes as an operand too, as the sum in addmm(total, a, b, out=total), is read.
-    return changed, overwritten - inputs
-
-
-def _is_result(func: torch._ops.OpOverload, argument: str) -> bool:
-    """Says whether an operator only writes what it changes: our row kernels look at nothing but the rows' state."""
-    return argument == "out" or (func.namespace == "trl_fast" and argument != "state")
-
-
-def extent(tensors: list[FakeTensor]) -> int:
-    """Counts the bytes of tensors, each once; repetitions by a stride of zero are there once."""
-    sizes = {}
-    for tensor in tensors:
-        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
-        lengths = zip(tensor.shape, tensor.stride(), strict=True)
-        sizes[key] = math.prod(size for size, stride in lengths if stride or not size) * tensor.element_size()
-    return sum(sizes.values())
 
 
 def _place() -> str:

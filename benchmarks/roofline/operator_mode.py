@@ -11,9 +11,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_fast.planning.data_dependent_operators import ANSWERS
+from trl_fast.planning.roofline.known_values import as_fake, follow, known_result, without_masks
 
 from .fake_devices import CPU, CUDA, Devices
-from .known_values import as_fake, follow, known_result, without_masks
 
 aten = torch.ops.aten
 Observer = Callable[[torch._ops.OpOverload, tuple, dict, Any], None]

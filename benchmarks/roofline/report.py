@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.memory import GIB
+from trl_fast.planning.gpu_facts import Gpu
 
-from .gpu_rates import Gpu
 from .head import HeadCase
 from .operator_counter import Counts
 from .steps import StepCase

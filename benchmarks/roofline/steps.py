@@ -33,12 +33,12 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.planning.fake_models import give_fake_memory, shortened
+from trl_fast.planning.gpu_facts import Gpu
 from trl_fast.planning.model_shapes import model_config
 
 from ..step_workloads import GENERATIONS, SHAPES, Shape, completions, random_rewards, rows
 from .fake_devices import CUDA
 from .fake_gpu import answering, fake_gpu
-from .gpu_rates import Gpu
 from .operator_counter import Counter, Counts
 from .triton_kernels import counted_kernels
 

@@ -19,9 +19,10 @@ from trl.kernels import chunked_logprob
 from trl_fast.kernels import attention_merge
 from trl_fast.ops.backends import TRITON_OPS
 from trl_fast.ops.device import device_facts, simulated_device
+from trl_fast.planning.roofline.bytes_moved import extent
 
 from .fake_devices import CUDA
-from .operator_counter import Counter, extent
+from .operator_counter import Counter
 
 
 @dataclass(frozen=True)

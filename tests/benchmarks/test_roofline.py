@@ -10,12 +10,12 @@ from benchmarks.head_size import Size, parse_size
 from benchmarks.roofline import __main__ as command
 from benchmarks.roofline.fake_devices import CPU, CUDA, is_on_gpu
 from benchmarks.roofline.fake_gpu import fake_gpu
-from benchmarks.roofline.gpu_rates import GPUS
 from benchmarks.roofline.head import BOUNDS, MODES, REFERENCE, SIZES, count_head, misses
 from benchmarks.roofline.operator_counter import Counter
 from trl_fast.ops.backends import load_extension
+from trl_fast.planning.gpu_facts import GPUS
 
-H100 = GPUS["h100"]
+H100 = GPUS["h100-80"]
 R, H, V = 8, 4, 6
 needs_extension = pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there")
 
@@ -164,7 +164,8 @@ def test_row_kernels_are_counted_as_by_hand(name):
 def test_factors_that_were_there_are_part_of_a_products_rate():
     counts = counted(lambda hidden, weight: hidden @ weight, lambda: empty(R, H), lambda: empty(H, V))
     assert (counts.read, counts.written, counts.factors) == (0, 2 * LOGITS, 2 * (R * H + H * V))
-    assert counts.milliseconds(H100) == pytest.approx(1e3 * (PRODUCT / 700e12 + 2 * LOGITS / 3.0e12))
+    assert counts.milliseconds(H100) == pytest.approx(1e3 * (PRODUCT / H100.products + 2 * LOGITS / H100.memory))
+    assert (H100.products, H100.memory) == pytest.approx((700e12, 3.0e12), rel=1e-3)
 
 
 def test_wide_products_have_a_rate_of_their_own():

@@ -5,17 +5,17 @@ import torch
 
 from benchmarks.roofline.fake_devices import CUDA
 from benchmarks.roofline.fake_gpu import fake_gpu
-from benchmarks.roofline.gpu_rates import GPUS
-from benchmarks.roofline.known_values import values_of
 from benchmarks.roofline.operator_counter import Counter
 from benchmarks.roofline.steps import Step, count_step, quiet
 from benchmarks.step_workloads import Shape
 from trl_fast.ops.backends import load_extension
+from trl_fast.planning.gpu_facts import GPUS
 from trl_fast.planning.model_shapes import SHAPES
+from trl_fast.planning.roofline.known_values import values_of
 
 pytestmark = pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there")
 
-H100 = GPUS["h100"]
+H100 = GPUS["h100-80"]
 MODEL, LAYERS = "smollm2-135m", 2
 HIDDEN, MLP, VOCAB = (SHAPES[MODEL][name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
 HEADS, GROUPS = SHAPES[MODEL]["num_attention_heads"], SHAPES[MODEL]["num_key_value_heads"]

@@ -6,8 +6,11 @@ import pytest
 
 from support.models import tiny_config
 from trl_fast.cli.main import main
+from trl_fast.cli.plan import read_arguments
 from trl_fast.planning.comparisons import switches
 from trl_fast.planning.peak_estimates import Longest
+
+ONE = ("--per_device_train_batch_size", "1")
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +20,13 @@ def folder(tmp_path_factory):
     return path
 
 
-def plan(model, *flags):
-    return main(["plan", "--model", str(model), "--plot", "none", "--compare", "false", *flags])
+def plan(method, model, *flags):
+    return main(["plan", method, "--model_name_or_path", str(model), *ONE, "--compare", "false", *flags])
+
+
+def words(output):
+    """The output as one line."""
+    return " ".join(output.split())
 
 
 def longest_of(output):
@@ -29,77 +37,101 @@ def longest_of(output):
 def test_peak_parts_stages_other_systems_and_switches(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("trl_fast.cli.plan.switches", lambda *given: switches(*given)[:4])
     plot = tmp_path / "memory.png"
-    assert main(["plan", "--model", str(folder), "--max_length", "256", "--plot", str(plot)]) == 0
-    output = capsys.readouterr().out
+    flags = ("--max_length", "256", "--plot", str(plot), "--dtype", "bfloat16")
+    assert main(["plan", "dpo", "--model_name_or_path", str(folder), *ONE, *flags]) == 0
+    printed = capsys.readouterr()
+    output = printed.out
+    # The verdict comes first, and all lines fit a terminal.
+    assert output.startswith("Needs 0.0") and "fits a10g, l4, rtx4090 and larger ones." in words(output)
+    assert all(len(line) <= 80 for line in output.splitlines() if str(plot) not in line)
     assert "Simulated, not measured: dpo" in output and plot.is_file()
     for expected in ("weights", "optimizer", "saved activations", "head and loss", "first layer backward"):
         assert expected in output
-    # Without gpu_memory there is nothing to fit.
+    # Without a GPU there is nothing to fit.
     for expected in ("TRL 1.16", "full logits", "gradient_checkpointing=False", "tiled_mlp=4096"):
         assert expected in output
     assert "longest" not in output
+    # A line a stage where nobody watches a bar.
+    assert "simulating 1/6: this plan\nsimulating 2/6: TRL 1.16\n" in printed.err
 
 
 @pytest.mark.slow
 def test_more_memory_holds_longer_contexts(folder, capsys):
-    assert plan(folder, "--method", "sft", "--gpu_memory", "4MiB", "--max_length", "512") == 0
+    assert plan("sft", folder, "--dtype", "bfloat16", "--gpu_memory", "4MiB", "--max_length", "512") == 0
     output = capsys.readouterr().out
-    assert "does not fit gpu_memory" in output
+    assert output.startswith("Does not fit gpu_memory: ") and "GiB too much.\n" in output
     short = longest_of(output)
     assert short < 512
-    assert (
-        plan(
-            folder,
-            "--method",
-            "sft",
-            "--gpu_memory",
-            "16MiB",
-            "--max_length",
-            "256",
-            "--activation_offloading",
-            "true",
-        )
-        == 0
-    )
+    flags = ("--dtype", "bfloat16", "--gpu_memory", "16MiB", "--max_length", "256", "--activation_offloading", "true")
+    assert plan("sft", folder, *flags) == 0
     output = capsys.readouterr().out
-    assert "GiB fits gpu_memory" in output and longest_of(output) > 1.5 * short
-    assert f"Memory allows {longest_of(output):,} tokens; the model was made for 512 positions." in output
+    assert output.startswith("Fits gpu_memory: ") and longest_of(output) > 1.5 * short
+    expected = f"Memory allows {longest_of(output):,} tokens; the model was made for 512 positions."
+    assert expected in words(output)
 
 
 @pytest.mark.parametrize(
     "method, flags",
     [
-        ("sft", ()),
-        ("reward", ()),
-        ("dpo", ("--prompt_tokens", "0")),
-        ("kto", ()),
-        ("grpo", ("--num_generations", "4", "--per_device_train_batch_size", "4")),
-        ("ppo", ("--prompt_tokens", "0")),
+        ("sft", ("--max_length", "128")),
+        ("reward", ("--max_length", "128")),
+        ("dpo", ("--max_length", "128", "--prompt_tokens", "0")),
+        ("kto", ("--max_length", "128", "--per_device_train_batch_size", "2")),
+        ("grpo", ("--num_generations", "4", "--per_device_train_batch_size", "4", "--prompt_tokens", "64")),
+        ("ppo", ("--prompt_tokens", "16")),
     ],
 )
 def test_other_methods_and_prompts_and_an_adapter(method, flags, folder, capsys):
-    assert plan(folder, "--method", method, "--peft", "lora", "--lora_r", "4", "--max_length", "128", *flags) == 0
-    assert f"{method}, {folder}, LoRA r=4" in capsys.readouterr().out
+    assert plan(method, folder, "--use_peft", "--lora_r", "4", *flags) == 0
+    assert f"{method}, {folder}, LoRA r=4" in words(capsys.readouterr().out)
 
 
 def test_layers_that_need_no_checkpointing_on_a_gpu(folder, capsys, monkeypatch):
-    monkeypatch.setattr("trl_fast.cli.plan.longest_context", lambda *_: Longest(64, None))
-    flags = ("--method", "sft", "--max_length", "128", "--gpu_memory", "4GiB")
-    assert plan(folder, *flags) == 0
+    monkeypatch.setattr("trl_fast.planning.comparisons.longest_context", lambda *_: Longest(64, None))
+    flags = ("--max_length", "128", "--gpu_memory", "4GiB")
+    assert plan("sft", folder, *flags) == 0
     printed = capsys.readouterr().out
     assert "let 2 of 2 layers go uncheckpointed." in printed and "workspace will be 1.00 GiB there" in printed
-    assert plan(folder, *flags, "--gpu_memory", "80GiB") == 0
+    assert plan("sft", folder, *flags, "--gpu_memory", "80GiB") == 0
     assert "The head's workspace will be 4.00 GiB there, of what is free." in capsys.readouterr().out
-    assert plan(folder, *flags, "--device", "cpu") == 0
+    assert plan("sft", folder, *flags, "--use_cpu") == 0
     printed = capsys.readouterr().out
     assert "uncheckpointed" not in printed and "workspace will be" not in printed
 
 
-def test_a_config_file_and_a_built_in_shape(folder, capsys):
-    assert plan(folder / "config.json", "--max_length", "64") == 0
-    with pytest.raises(SystemExit):
-        main(["plan", "--help"])
-    assert "llama-3.1-8b" in capsys.readouterr().out
+def test_a_config_file_and_built_in_shapes(folder, capsys):
+    assert plan("sft", folder / "config.json", "--max_length", "64") == 0
+    capsys.readouterr()
+    for flags in (["plan", "--help"], ["plan"]):
+        assert main(flags) == 0
+        assert "llama-3.1-8b" in capsys.readouterr().out
+
+
+def test_a_training_file_is_planned_as_it_trains(folder, tmp_path, capsys, monkeypatch):
+    """Names, values and defaults are those of training: its own dataclasses read them."""
+    monkeypatch.setattr("trl_fast.planning.comparisons.longest_context", lambda *_: Longest(64, None))
+    yaml = tmp_path / "training.yaml"
+    yaml.write_text(
+        f"model_name_or_path: {folder}\ndataset_name: nowhere.jsonl\noutput_dir: out\nmax_length: 128\n"
+        "use_peft: true\nlora_r: 4\nbf16: true\nper_device_train_batch_size: 2\nlearning_rate: 1.0e-5\n"
+    )
+    flags = ("--gpu", "h100-80", "--compare", "false", "--num_processes", "2")
+    assert main(["plan", "dpo", "--config", str(yaml), *flags]) == 0
+    output = words(capsys.readouterr().out)
+    assert output.startswith("Fits NVIDIA H100 SXM: ")
+    assert "LoRA r=4, float32 weights, bf16 autocast, 2 pairs of 128 tokens" in output
+    assert "The dataset is not read" in output
+
+
+def test_setups_have_the_defaults_of_training(folder):
+    model = ["--model_name_or_path", str(folder)]
+    setup = read_arguments("grpo", [*model, "--num_gpus", "8", "--per_device_train_batch_size", "1"]).setup
+    assert (setup.dtype, setup.bf16, setup.gradient_checkpointing, setup.num_generations) == ("float32", True, True, 8)
+    assert setup.max_length == 512 + 512 and setup.prompt_share == 0.5 and setup.num_gpus == 8
+    quantized = ["--load_in_4bit", "--use_peft", "--use_bnb_nested_quant", "--optim", "adamw_bnb_8bit", "--fp16"]
+    setup = read_arguments("sft", [*model, *quantized]).setup
+    assert (setup.quantization, setup.nested_quantization, setup.bf16) == ("4bit", True, True)
+    assert setup.optim == "adamw_bnb_8bit" and setup.per_device_train_batch_size == 8
 
 
 # ---- bad input
@@ -109,49 +141,61 @@ def test_a_config_file_and_a_built_in_shape(folder, capsys):
     "flags, message",
     [
         (("--max_length", "1"), "max_length=1: expected at least 2 tokens"),
+        (("--max_length", "none"), "max_length is unset, so sequences have no limit; give the length to plan for"),
         (("--prompt_tokens", "64", "--max_length", "64"), "prompt_tokens=64: expected a number from 0 to below"),
-        (("--prompt_tokens", "8", "--method", "sft"), "prompt_tokens=8 has no meaning for sft"),
         (("--gpu_memory", "plenty"), "gpu_memory='plenty': expected a size above zero such as 80GiB"),
-        (("--gpu_memory", "1MiB"), "gpu_memory=0.00 GiB cannot hold what training needs at any length: weights"),
+        (("--gpu_memory", "1MiB"), "does not fit at any length: 0.00 GiB cannot hold what is there all the time"),
+        (("--gpu", "h100-81"), "gpu='h100-81' is unknown; did you mean 'h100-80'"),
+        (("--num_gpus", "0"), "num_gpus: expected an integer >= 1, got 0"),
+        (("--num_gpus", "2", "--plot", "x.png"), "plot='x.png' shows one device that holds everything"),
+        (("--load_in_4bit",), "weights in 4bit cannot train: give use_peft=True"),
         (("--tiled_mlp", "-3"), "tiled_mlp: expected an integer >= 1 or None, got -3; True: 4096 tokens"),
         (("--tiled_mlp", "many"), "tiled_mlp: expected an integer >= 1 or None, got 'many'"),
-        (("--lora_r", "0", "--peft", "lora"), "lora_r: expected an integer >= 1 or None, got 0"),
-        (("--peft", "lora", "--lora_target_modules", "q_projection"), "q_projection"),
-        (("--method", "sft", "--batch_layout", "shared_prefix"), "batch_layout='shared_prefix' cannot be used"),
+        (("--lora_r", "0", "--use_peft"), "lora_r: expected an integer >= 1, got 0"),
+        (("--use_peft", "--lora_target_modules", "q_projection"), "q_projection"),
         (("--max_lenght", "64"), "unknown argument --max_lenght; did you mean 'max_length'?"),
     ],
-    ids=lambda value: value[1] if isinstance(value, tuple) else None,
+    ids=lambda value: value[-1] if isinstance(value, tuple) else None,
 )
 def test_bad_input_is_one_message_before_anything_is_simulated(flags, message, folder, capsys, monkeypatch):
-    monkeypatch.setattr("trl_fast.cli.plan.simulate", None)
-    assert plan(folder, *flags) == 2
+    monkeypatch.setattr("trl_fast.planning.peak_estimates.simulate", None)
+    assert plan("dpo", folder, *flags) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
-@pytest.mark.parametrize("flags", [("--method", "dqo"), ("--batch_layout", "ragged"), ("--dtype", "int8")])
-def test_unknown_choices_are_named_with_the_known_ones(flags, folder, capsys):
-    with pytest.raises(SystemExit):
-        plan(folder, *flags)
-    assert f"invalid choice: '{flags[1]}' (choose from" in capsys.readouterr().err
+def test_what_sft_does_not_have(folder, capsys):
+    assert plan("sft", folder, "--prompt_tokens", "8") == 2
+    assert "prompt_tokens=8 has no meaning for sft" in capsys.readouterr().err
+    assert plan("sft", folder, "--batch_layout", "shared_prefix") == 2
+    assert "batch_layout='shared_prefix' cannot be used" in capsys.readouterr().err
+
+
+def test_unknown_methods_and_choices_are_named_with_the_known_ones(folder, capsys):
+    assert main(["plan", "dqo"]) == 2
+    assert "method 'dqo' is unknown; did you mean 'dpo'" in capsys.readouterr().err
+    for flag, value in (("--batch_layout", "ragged"), ("--dtype", "int8")):
+        with pytest.raises(SystemExit):
+            plan("dpo", folder, flag, value)
+        assert f"invalid choice: '{value}' (choose from" in capsys.readouterr().err
 
 
 def test_models_that_are_unknown_or_no_decoders(tmp_path, capsys):
-    assert main(["plan"]) == 2
-    assert "model is required: a hub name, a folder, or one of smollm2-135m" in capsys.readouterr().err
-    assert plan("llama-3.1-8") == 2
+    assert main(["plan", "dpo"]) == 2
+    assert "model_name_or_path is missing" in capsys.readouterr().err
+    assert plan("dpo", "llama-3.1-8") == 2
     error = capsys.readouterr().err
-    assert "model='llama-3.1-8' is no built-in shape" in error and "did you mean 'llama-3.1-8b'" in error
+    assert "model_name_or_path='llama-3.1-8' is no built-in shape" in error and "did you mean 'llama-3.1-8b'" in error
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    assert plan(tmp_path) == 2
+    assert plan("dpo", tmp_path) == 2
     assert "(t5) is no language model of decoder layers alone" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    assert plan(tmp_path, "--tiled_mlp", "64") == 2
+    assert plan("dpo", tmp_path, "--tiled_mlp", "64") == 2
     assert "tiled_mlp=64: MambaForCausalLM has no MLP that can be tiled" in capsys.readouterr().err
 
 
 def test_lengths_beyond_the_models_positions(folder, tmp_path, capsys, caplog):
     tiny_config("gpt2", max_position_embeddings=40).save_pretrained(tmp_path)
-    assert plan(tmp_path, "--max_length", "41") == 2
+    assert plan("dpo", tmp_path, "--max_length", "41") == 2
     assert "GPT2LMHeadModel has a table of 40 positions" in capsys.readouterr().err
-    assert plan(folder, "--max_length", "513") == 0
+    assert plan("dpo", folder, "--max_length", "513") == 0
     assert "more than the 512 positions that LlamaForCausalLM was made for" in caplog.text

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from support.models import tiny_config
+from trl_fast.planning.device_facts import planned_facts
 from trl_fast.planning.fake_models import meta_model
-from trl_fast.planning.gpu_facts import planned_facts
 from trl_fast.planning.memory_timeline import (
     FORWARD_STAGE,
     GRADIENTS,
@@ -72,11 +72,12 @@ def test_what_stays_is_counted_as_what_it_is():
         assert levels[KINDS.index(kind)].max() == pytest.approx(copies * size, rel=0.01), kind
 
 
-def test_some_tiles_tell_about_all(monkeypatch):
-    setup = TrainingSetup(tiny_config("llama", vocab_size=4096), tiled_mlp=32, head_workspace_bytes=1 << 20)
+@pytest.mark.parametrize("changes", [{"tiled_mlp": 32}, {"method": "sft"}], ids=str)
+def test_some_tiles_and_row_blocks_tell_about_all(changes, monkeypatch):
+    setup = TrainingSetup(tiny_config("llama", vocab_size=4096), head_workspace_bytes=1 << 20, **changes)
     some = simulate(setup, 300)
     facts = replace(planned_facts("gpu"), first_tiles_only=False)
-    monkeypatch.setattr("trl_fast.planning.simulated_step.planned_facts", lambda _: facts)
+    monkeypatch.setattr("trl_fast.planning.simulated_step.planned_facts", lambda *_, **__: facts)
     every = simulate(setup, 300)
     for stage, peak in every.stage_peaks().items():
         assert some.stage_peaks()[stage].bytes == pytest.approx(peak.bytes, rel=0.002), stage

@@ -1,246 +1,290 @@
-"""Plans a training run: the memory of a step, and the settings that make longer contexts fit: `trl-fast plan`."""
+"""Plans a training run, `trl-fast plan`: whether a step fits a GPU, how long a context does, what settings buy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from trl_fast.console import FILE_WIDTH, make_console, progress_columns
+from trl_fast.console import make_console, progress_columns
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.position_limits import check_positions
-from trl_fast.ops.head.plan import HEAD_GRADS
-from trl_fast.planning.comparisons import Row, check_resident, compare, switches, systems
+from trl_fast.planning.comparisons import SYSTEMS_NOTE, Row, check_resident, compare, switches, systems
 from trl_fast.planning.fake_models import planned_models
+from trl_fast.planning.gpu_facts import Gpu, gpu_named, gpu_of_device
+from trl_fast.planning.host_memory import host_memory
 from trl_fast.planning.memory_sizes import gib, parse_memory
 from trl_fast.planning.model_shapes import SHAPES, model_config
-from trl_fast.planning.peak_estimates import head_workspace, longest_context, whole_layers
-from trl_fast.planning.report import peak_table, rows_table, save_plot, setup_line, stages_table, tokens
+from trl_fast.planning.peak_estimates import head_workspace, stage_peaks, whole_layers
+from trl_fast.planning.report import (
+    peak_table,
+    remedies,
+    rows_table,
+    save_plot,
+    setup_line,
+    stages_table,
+    step_time,
+    tokens,
+    verdict,
+)
 from trl_fast.planning.simulated_step import simulate
-from trl_fast.planning.training_setup import DEVICES, DTYPES, METHODS, TrainingSetup
-from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
-from trl_fast.settings.choices import one_of
-from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS, BaseConfig
+from trl_fast.planning.training_setup import METHODS, TrainingSetup, setup_from_training
+from trl_fast.settings.choices import did_you_mean
+from trl_fast.settings.ranges import check_ranges
+from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS
 
 from .parser import TrlParser
+from .training import RunArguments, argument_types, policy_name
 
 
 @dataclass
 class PlanArguments:
-    """Describes the run to plan. Settings of training have the names and defaults that they have in training."""
+    """Holds the arguments of `trl-fast plan` that training does not have."""
 
-    model: str | None = None
-    """Hub name, folder with a config.json, or the name of a built-in shape such as smollm2-135m."""
-
-    method: str = one_of(METHODS, default="dpo")
-    """Method to plan, named as the training command."""
-
-    max_length: int = 1024
-    """Tokens of every sequence, prompt and answer together."""
-
-    prompt_tokens: int | None = None
-    """How many of these tokens are the prompt. None: half of them."""
+    gpu: str | None = None
+    """GPU to plan for, by name, such as h100-80 or rtx4090. None: the one of this machine, if it is known."""
 
     gpu_memory: str | None = None
-    """Memory for tensors, such as 80GiB: how long a context fits it. None: that is not asked."""
+    """Memory that there is for tensors, such as 75GiB. None: that of the GPU."""
 
-    per_device_train_batch_size: int = 1
-    """Pairs, sequences or completions at a time."""
+    num_gpus: int = 1
+    """GPUs that weights, gradients and optimizer are spread over (FSDP2)."""
 
-    gradient_accumulation_steps: int = 1
-    """Micro-batches of an update. Above 1, gradients are kept between them."""
-
-    dtype: str = one_of(DTYPES, default="bfloat16")
-    """Number format of the weights: bfloat16 or float32."""
-
-    bf16: bool = True
-    """Compute in bfloat16 (autocast)."""
-
-    peft: str | None = one_of(("lora",), default=None)
-    """Train an adapter: lora. None: train the whole model."""
-
-    lora_r: int = 16
-    """Rank of the LoRA matrices."""
-
-    lora_target_modules: list[str] | None = None
-    """Modules that get an adapter, by name, or all-linear. None: PEFT's choice for the model."""
-
-    gradient_checkpointing: bool = True
-    """Recompute activations in backward: less memory, about a fifth slower."""
-
-    activation_budget_bytes: int | None = None
-    """Bytes for activations that checkpointing need not compute again. None: what a GPU has free, on a CPU 1 GiB."""
-
-    activation_offloading: bool = False
-    """Keep what backward needs in CPU memory meanwhile."""
-
-    tiled_mlp: str | None = None
-    """Compute MLPs in tiles of so many tokens; true: 4096. None: whole rows."""
-
-    batch_layout: str = one_of(LAYOUT_CHOICES, default="auto")
-    """Layout of a batch: auto, shared_prefix, packed or padded."""
-
-    head_grad: str = one_of(HEAD_GRADS, default="exact")
-    """Gradient of the head: exact or sparse."""
-
-    head_workspace_bytes: int | None = None
-    """Limit in bytes of the memory that grows with tokens times vocabulary. None: 1 GiB."""
-
-    precompute_ref_log_probs: bool = False
-    """The reference has scored the dataset before training."""
-
-    num_generations: int | None = None
-    """Completions of a prompt (grpo, rloo). None: the method's default."""
-
-    steps_per_generation: int | None = None
-    """Micro-batches that a generation serves (grpo, rloo). None: the accumulation steps."""
-
-    num_iterations: int = 1
-    """Updates on the same completions (grpo, rloo)."""
-
-    beta: float | None = None
-    """Weight of the KL divergence (grpo, rloo). None: the method's default."""
-
-    num_mini_batches: int = 1
-    """Updates that a pass over a rollout makes (ppo)."""
-
-    local_rollout_forward_batch_size: int = 64
-    """Completions that are sampled and scored at a time (ppo)."""
-
-    device: str = one_of(DEVICES, default="gpu")
-    """Device whose kernels are assumed: gpu or cpu."""
+    prompt_tokens: int | None = None
+    """Tokens of a sequence that are prompt. None: half of max_length; of sampled sequences 512."""
 
     compare: bool = True
-    """Also simulate TRL's step, full logits, and each switch."""
+    """Also simulate TRL's step, and each switch that buys memory or time."""
 
-    plot: str | None = "plan.png"
-    """PNG file of memory over the step. None: no plot."""
+    plot: str | None = None
+    """PNG file to draw memory over the step into. None: no plot."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
-def make_setup(arguments: PlanArguments) -> TrainingSetup:
-    """Makes the TrainingSetup that the arguments describe.
+class _PlanParser(TrlParser):
+    """Parses a training command's arguments for another device than this machine's.
+
+    transformers checks whether this machine has the dtypes that are asked for. A plan has those of the planned device.
+    """
+
+    plans_cpu = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses, and takes what depends on the device out of the checks."""
+        found, remaining = super().parse_known_args(args, namespace)
+        self.plans_cpu = bool(found.use_cpu)
+        if not self.plans_cpu:
+            # Numbers of both 16-bit dtypes take the same memory.
+            found.bf16, found.fp16 = found.bf16 is not False or bool(found.fp16), False
+            found.use_cpu, found.tf32 = True, None
+        # Configs divide batches among processes, of which there is one here and will be one for each GPU.
+        found.per_device_train_batch_size *= max(1, found.num_gpus)
+        return found, remaining
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Holds what a command line asks to be planned. limit: the bytes for tensors; None: no device was named."""
+
+    arguments: PlanArguments
+    setup: TrainingSetup
+    model: str
+    gpu: Gpu | None
+    limit: int | None
+    has_dataset: bool
+
+
+def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
+    """Reads the arguments of a training command and of its plan.
 
     Raises:
-        ValueError: an argument is missing, out of range or does not go with another.
+        ValueError: an argument is unknown, out of range, missing or does not go with another.
     """
-    if arguments.model is None:
-        raise ValueError(f"model is required: a hub name, a folder, or one of {', '.join(SHAPES)}")
-    if arguments.max_length < 2:
-        raise ValueError(f"max_length={arguments.max_length}: expected at least 2 tokens")
-    modules = arguments.lora_target_modules
-    return TrainingSetup(
-        config=model_config(arguments.model),
-        method=arguments.method,
-        prompt_share=_prompt_share(arguments),
-        per_device_train_batch_size=arguments.per_device_train_batch_size,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        dtype=arguments.dtype,
-        bf16=arguments.bf16,
-        lora_r=arguments.lora_r if arguments.peft else None,
-        lora_target_modules=modules[0] if modules and len(modules) == 1 else tuple(modules) if modules else None,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        activation_budget_bytes=arguments.activation_budget_bytes,
-        activation_offloading=arguments.activation_offloading,
-        tiled_mlp=BaseConfig._tile_tokens(arguments.tiled_mlp),
-        batch_layout=arguments.batch_layout,
-        head_grad=arguments.head_grad,
-        head_workspace_bytes=arguments.head_workspace_bytes,
-        precompute_ref_log_probs=arguments.precompute_ref_log_probs,
-        num_generations=arguments.num_generations,
-        steps_per_generation=arguments.steps_per_generation,
-        num_iterations=arguments.num_iterations,
-        beta=arguments.beta,
-        num_mini_batches=arguments.num_mini_batches,
-        local_rollout_forward_batch_size=arguments.local_rollout_forward_batch_size,
-        device=arguments.device,
+    parser = _PlanParser(
+        (PlanArguments, *argument_types(METHODS[method]), RunArguments), prog=f"trl-fast plan {method}"
     )
+    plan, script, training, model, mixture, _, flags = parser.parse_args_and_config(
+        arguments, return_remaining_strings=True
+    )
+    training.per_device_train_batch_size //= plan.num_gpus
+    _refuse_unknown(parser, flags)
+    try:
+        name = policy_name(training, model)
+        setup = setup_from_training(
+            method,
+            training,
+            model,
+            model_config(name, trust_remote_code=training.trust_remote_code),
+            prompt_tokens=plan.prompt_tokens,
+            device="cpu" if parser.plans_cpu else "gpu",
+            num_gpus=plan.num_gpus,
+        )
+    except ValueError as error:
+        raise parser.located(error, arguments) from error
+    if plan.plot is not None and plan.num_gpus > 1:
+        raise ValueError(f"plot={plan.plot!r} shows one device that holds everything; leave it out with num_gpus")
+    if plan.plot is not None and not Path(plan.plot).parent.is_dir():
+        raise ValueError(f"plot={plan.plot!r}: there is no such folder; make it, or leave plot out")
+    gpu, limit = _device(plan, setup)
+    return PlannedRun(plan, setup, name, gpu, limit, bool(script.dataset_name or mixture.datasets))
 
 
-def _prompt_share(arguments: PlanArguments) -> float:
-    given = arguments.prompt_tokens
-    if given is None:
-        return 0.5
-    if arguments.method == "sft":
-        raise ValueError(f"prompt_tokens={given} has no meaning for sft, which learns whole sequences; leave it out")
-    if not 0 <= given < arguments.max_length:
-        raise ValueError(f"prompt_tokens={given}: expected a number from 0 to below max_length={arguments.max_length}")
-    return given / arguments.max_length
+def _refuse_unknown(parser: TrlParser, flags: list[str]) -> None:
+    """Raises ValueError about flags that neither training nor `accelerate launch` has."""
+    from .launch import launcher_flags, launcher_options
+
+    _, unknown = launcher_flags(flags)
+    if unknown:
+        raise parser.unknown(unknown, launcher_options())
+
+
+def _device(plan: PlanArguments, setup: TrainingSetup) -> tuple[Gpu | None, int | None]:
+    """Returns the GPU to plan for, if it is known, and the bytes that there are for tensors."""
+    gpu = None
+    if plan.gpu is not None:
+        gpu = gpu_named(plan.gpu)
+    elif setup.device == "gpu":
+        gpu = _gpu_here()
+    if plan.gpu_memory is not None:
+        return gpu, parse_memory(plan.gpu_memory)
+    return gpu, None if gpu is None else gpu.usable_bytes
+
+
+def _gpu_here() -> Gpu | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return gpu_of_device(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory)
+
+
+def usage() -> str:
+    """Returns how the command is called."""
+    return "\n".join(
+        [
+            "usage: trl-fast plan METHOD [arguments of trl-fast METHOD] [arguments of the plan]",
+            "",
+            f"METHOD: {', '.join(METHODS)}. For example:",
+            "",
+            "  trl-fast plan dpo --config training.yaml --gpu h100-80",
+            "  trl-fast plan sft --model_name_or_path llama-3.1-8b --use_peft --gpu rtx4090",
+            "",
+            f"Models that need no download: {', '.join(SHAPES)}.",
+            "trl-fast plan METHOD --help lists all arguments.",
+        ]
+    )
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
     """Checks the arguments; returns what simulates, prints and gives the exit status."""
-    (parsed,) = TrlParser(PlanArguments, prog="trl-fast plan").parse_args_and_config(arguments)
-    setup = make_setup(parsed)
-    if parsed.plot is not None and not Path(parsed.plot).parent.is_dir():
-        raise ValueError(f"plot={parsed.plot!r}: there is no such folder; make it, or give plot=none")
-    limit = None if parsed.gpu_memory is None else parse_memory(parsed.gpu_memory)
-    models = planned_models(setup, parsed.max_length)
-    check_positions(base_model(models.policy), parsed.max_length, parsed.max_length, "planned")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return lambda: (print(usage()), 0)[1]
+    method = arguments[0]
+    if method not in METHODS:
+        hint = did_you_mean(method, METHODS) or f"; expected one of {', '.join(METHODS)}"
+        raise ValueError(f"method {method!r} is unknown{hint}: trl-fast plan METHOD ...")
+    planned = read_arguments(method, arguments[1:])
+    setup, limit = planned.setup, planned.limit
+    models = planned_models(setup, setup.max_length)
+    check_positions(base_model(models.policy), setup.max_length, setup.max_length, "planned")
     if limit is not None:
-        check_resident(models, limit)
-    return lambda: run(parsed, setup, limit)
+        check_resident(setup, models, limit)
+    return lambda: run(planned)
 
 
-def run(arguments: PlanArguments, setup: TrainingSetup, limit: int | None) -> int:
+class _Stages:
+    """Shows what a plan is at: a bar on a terminal, else a line a stage; on the standard error, beside the results."""
+
+    def __init__(self, total: int) -> None:
+        self._console = make_console(stderr=True)
+        self._progress = Progress(*progress_columns(), console=self._console, transient=True)
+        self._task = self._progress.add_task("", total=total)
+        self._done = 0
+        self._total = total
+
+    def __enter__(self) -> _Stages:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, name: str) -> None:
+        """Begins the next stage."""
+        self._progress.update(self._task, description=name[:40], completed=self._done)
+        self._done += 1
+        if not self._console.is_terminal:
+            self._console.print(f"simulating {self._done}/{self._total}: {name}", soft_wrap=True)
+
+
+def run(planned: PlannedRun) -> int:
     """Simulates and prints."""
-    console = make_console(file_width=FILE_WIDTH)
-    length = arguments.max_length
-    console.print(f"Simulated, not measured: {setup_line(setup, arguments.model, length)}.", soft_wrap=True)
-    timeline = simulate(setup, length)
-    peak = timeline.peak()
-    console.print(peak_table(peak, "Peak of an optimizer step"))
-    console.print(stages_table(timeline))
-    if arguments.plot is not None:
-        save_plot(Path(arguments.plot), timeline, setup_line(setup, arguments.model, length), limit)
-        console.print(f"Memory over the step: {arguments.plot}", soft_wrap=True)
-    if limit is not None:
-        verdict = "fits" if peak.bytes <= limit else "does not fit"
-        console.print(f"{gib(peak.bytes)} GiB {verdict} gpu_memory={gib(limit)} GiB.")
-        if setup.leaves_whole_layers:
-            whole, size = whole_layers(setup, length, limit)
-            console.print(
-                f"Of what is free, {gib(size)} GiB let {whole} of {setup.num_layers} layers go uncheckpointed.",
-                soft_wrap=True,
-            )
-        workspace = head_workspace(setup, peak, limit)
-        if setup.head_workspace_bytes is None and setup.device == "gpu":
-            console.print(f"The head's workspace will be {gib(workspace)} GiB there, of what is free.", soft_wrap=True)
-    if arguments.compare:
-        _compare(console, setup, length, limit)
-    elif limit is not None:
-        found = longest_context(setup, limit, length)
-        console.print(f"Longest context that fits: {tokens(found)} tokens.")
-        _note_positions(console, setup, found.max_length)
+    setup, limit, console = planned.setup, planned.limit, make_console()
+    named = [("this plan", setup)]
+    changed: list[tuple[str, TrainingSetup]] = []
+    if planned.arguments.compare:
+        named, changed = systems(setup), switches(setup, DEFAULT_TILE_TOKENS)[1:]
+    with _Stages(len(named) + len(changed)) as stages:
+        rows = []
+        for name, one in (*named, *changed):
+            stages.start(name)
+            rows.append(compare(name, one, setup.max_length, limit, with_work=planned.gpu is not None))
+    beside, with_switches = rows[: len(named)], [rows[0], *rows[len(named) :]]
+    _print_verdict(console, planned, rows[0], with_switches)
+    peaks = stage_peaks(setup, setup.max_length)
+    console.print(peak_table(rows[0].peak, "What the peak consists of"))
+    console.print(stages_table(peaks))
+    if planned.arguments.plot is not None:
+        save_plot(
+            Path(planned.arguments.plot), simulate(setup, setup.max_length), setup_line(setup, planned.model), limit
+        )
+        console.print(f"Memory over the step: {planned.arguments.plot}", soft_wrap=True)
+    if planned.arguments.compare:
+        if len(beside) > 1:
+            console.print(rows_table(beside, "By other systems", setup.max_length, planned.gpu))
+            console.print(SYSTEMS_NOTE)
+        console.print(rows_table(with_switches, "With one setting changed", setup.max_length, planned.gpu))
     return 0
 
 
-def _compare(console: Console, setup: TrainingSetup, length: int, limit: int | None) -> None:
-    ours, changed = systems(setup), switches(setup, DEFAULT_TILE_TOKENS)
-    with Progress(*progress_columns(), console=console, transient=True) as progress:
-        task = progress.add_task("simulating", total=len(ours) + len(changed) - 1)
-
-        def rows(named: list[tuple[str, TrainingSetup]]) -> list[Row]:
-            found = []
-            for name, one in named:
-                progress.update(task, description=name[:40])
-                found.append(compare(name, one, length, limit))
-                progress.advance(task)
-            return found
-
-        beside = rows(ours)
-        with_switches = [Row("this plan", beside[0].peak, beside[0].longest), *rows(changed[1:])]
-    console.print(rows_table(beside, "The same run by other systems", length))
-    console.print(rows_table(with_switches, "What each switch buys", length))
+def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switches: list[Row]) -> None:
+    """Prints what a user wants to know first: whether it fits, how long a context does, and what to switch on."""
+    setup, limit = planned.setup, planned.limit
+    console.print(verdict(row.peak, limit, planned.gpu))
     if limit is not None:
-        _note_positions(console, setup, beside[0].longest.max_length)
+        console.print(f"Longest context that fits: {tokens(row.longest)} tokens.")
+        _note_positions(console, setup, row.longest.max_length)
+        if row.peak.bytes > limit and len(with_switches) > 1:
+            console.print(remedies(with_switches, limit))
+        _note_free_memory(console, setup, row, limit)
+    if planned.gpu is not None:
+        console.print(step_time(row.work, planned.gpu))
+    if setup.device == "gpu":
+        console.print(f"CPU memory of a process, about: {host_memory(setup, setup.max_length)}.")
+    console.print(f"Simulated, not measured: {setup_line(setup, planned.model)}.")
+    if planned.has_dataset:
+        console.print("The dataset is not read: every sequence is taken to be as long as the settings allow.")
+
+
+def _note_free_memory(console: Console, setup: TrainingSetup, row: Row, limit: int) -> None:
+    """Says what a run will do with the memory that a step leaves free."""
+    if row.peak.bytes > limit:
+        return
+    if setup.leaves_whole_layers:
+        whole, size = whole_layers(setup, setup.max_length, limit)
+        console.print(f"Of what is free, {gib(size)} GiB let {whole} of {setup.num_layers} layers go uncheckpointed.")
+    if setup.head_workspace_bytes is None and setup.device == "gpu":
+        workspace = head_workspace(setup, row.peak, limit)
+        console.print(f"The head's workspace will be {gib(workspace)} GiB there, of what is free.")
 
 
 def _note_positions(console: Console, setup: TrainingSetup, longest: int) -> None:
     if setup.max_positions is not None and longest > setup.max_positions:
-        console.print(
-            f"Memory allows {longest:,} tokens; the model was made for {setup.max_positions:,} positions.",
-            soft_wrap=True,
-        )
+        console.print(f"Memory allows {longest:,} tokens; the model was made for {setup.max_positions:,} positions.")

@@ -229,6 +229,10 @@ def _run(trainer: BaseTrainer, checkpoint: str | None) -> int:
     from trl_fast.trainers.checkpoints.output_folder import FolderInUseError
     from trl_fast.trainers.checkpoints.writer import CheckpointError
 
+    if trainer.is_world_process_zero():
+        from trl_fast.planning.forecast import forecast
+
+        trainer.forecast = forecast(trainer)
     failures = {DivergedError: ("Training failed at ", 1), CheckpointError: ("Training failed: ", 1)}
     failures[FolderInUseError] = ("", 2)
     try:

@@ -10,20 +10,31 @@ from .memory_sizes import gib
 from .memory_timeline import Peak
 from .peak_estimates import Longest, estimate, longest_context
 from .planned_methods import PlannedModels
+from .planned_optimizers import keeps_averages
+from .roofline.work import Work
+from .step_times import planned_work
 from .training_setup import COMPARED_METHODS, FULL_LOGITS, TRL, TrainingSetup
 
-TRL_STEP = "TRL 1.16: padded rows, tiles of logits, float32 sums of gradients"
-FULL_LOGITS_STEP = "full logits: padded rows, log_softmax over the logits of every position"
+TRL_STEP = "TRL 1.16"
+FULL_LOGITS_STEP = "full logits"
+# What these are, for the reader of the table.
+SYSTEMS_NOTE = (
+    "TRL 1.16: padded rows, tiles of logits, float32 sums of gradients. full logits: padded rows, log_softmax over "
+    "the logits of every position, the usual step before fused heads."
+)
 _LORA = {"lora_r": 16, "lora_target_modules": "all-linear"}
+_QLORA = {**_LORA, "quantization": "4bit", "nested_quantization": True}
+_ALL_WEIGHTS = {"lora_r": None, "quantization": None}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Holds a setup's peak at the planned length, and with a limit the longest length that fits."""
+    """Holds a setup's peak and work at the planned length, and with a limit the longest length that fits."""
 
     name: str
     peak: Peak
     longest: Longest | None = None
+    work: Work | None = None
 
 
 def systems(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
@@ -34,7 +45,7 @@ def systems(setup: TrainingSetup) -> list[tuple[str, TrainingSetup]]:
     found = [("this plan", setup), (TRL_STEP, theirs)]
     if setup.activation_offloading:
         theirs = theirs.but(activation_offloading=False)
-        found.append(("the same without activation_offloading", theirs))
+        found.append((f"{TRL_STEP}, no activation_offloading", theirs))
     if setup.method != "reward":
         found.append((FULL_LOGITS_STEP, theirs.but(system=FULL_LOGITS)))
     return found
@@ -54,7 +65,7 @@ def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, Training
     ]
     if tiled is not None and not setup.activation_offloading:
         changes.append({"tiled_mlp": tiled, "activation_offloading": True})
-    changes.append(_LORA if setup.lora_r is None else {"lora_r": None})
+    changes += _adapter_changes(setup)
     layouts = layouts_for(shares_prompts=setup.method != "sft")
     changes += [{"batch_layout": name} for name in layouts if name != setup.batch_layout]
     if setup.method != "reward":
@@ -66,23 +77,31 @@ def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, Training
     return [("this plan", setup), *((_name(change), setup.but(**change)) for change in changes)]
 
 
+def _adapter_changes(setup: TrainingSetup) -> list[dict]:
+    if setup.lora_r is None:
+        return [_LORA, _QLORA]
+    return [_ALL_WEIGHTS, {"quantization": None if setup.quantization else "4bit", "nested_quantization": True}]
+
+
 def _name(change: dict) -> str:
-    if change == {"lora_r": None}:
-        return "without LoRA, all weights trained"
-    if change == _LORA:
-        return "LoRA of rank 16 on all linear layers"
-    if change == {"fused_head": False}:
-        return "the model's own logits, no fused head"
+    named = {"all weights trained": _ALL_WEIGHTS, "LoRA r=16, all-linear": _LORA, "QLoRA r=16, all-linear": _QLORA}
+    named |= {"the model's own logits": {"fused_head": False}}
+    for name, known in named.items():
+        if change == known:
+            return name
+    if "quantization" in change:
+        return "load_in_4bit=True" if change["quantization"] else "weights not quantized"
     return ", ".join(f"{name}={value}" for name, value in change.items())
 
 
-def compare(name: str, setup: TrainingSetup, max_length: int, limit: int | None) -> Row:
-    """Simulates one setup."""
+def compare(name: str, setup: TrainingSetup, max_length: int, limit: int | None, *, with_work: bool = False) -> Row:
+    """Simulates one setup. limit: bytes for tensors; with_work: count its work too."""
     peak = estimate(setup, max_length)
-    return Row(name, peak, None if limit is None else longest_context(setup, limit, max_length))
+    longest = None if limit is None else longest_context(setup, limit, max_length)
+    return Row(name, peak, longest, planned_work(setup, max_length, limit) if with_work else None)
 
 
-def check_resident(models: PlannedModels, limit: int) -> None:
+def check_resident(setup: TrainingSetup, models: PlannedModels, limit: int) -> None:
     """Makes sure that what is there whatever the length fits, adapters and all.
 
     Raises:
@@ -92,10 +111,14 @@ def check_resident(models: PlannedModels, limit: int) -> None:
     trained = sum(weight.nbytes for weight in own if weight.requires_grad)
     reference = [] if models.reference is None else models.reference.parameters()
     parts = {"weights": sum(weight.nbytes for weight in own), "reference": sum(weight.nbytes for weight in reference)}
-    parts |= {"gradients": trained, "optimizer": 2 * trained}
+    parts |= {"gradients": trained} | ({"optimizer": 2 * trained} if keeps_averages(setup.optim) else {})
+    parts = {name: size // setup.num_gpus for name, size in parts.items()}
     if sum(parts.values()) > limit:
-        shown = ", ".join(f"{name} {gib(size)} GiB" for name, size in parts.items() if size)
+        shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+        remedies = ["a larger GPU", "more of them (num_gpus)"]
+        remedies += [] if setup.dtype != "float32" else ["dtype=bfloat16"]
+        remedies += ["use_peft=True"] if setup.lora_r is None else [] if setup.quantization else ["load_in_4bit=True"]
         raise ValueError(
-            f"gpu_memory={gib(limit)} GiB cannot hold what training needs at any length: {shown}, together "
-            f"{gib(sum(parts.values()))} GiB; take a smaller model, LoRA (--peft lora) or bfloat16 weights"
+            f"does not fit at any length: {gib(limit)} GiB cannot hold what is there all the time, "
+            f"{gib(sum(parts.values()))} GiB ({shown}); take {', '.join(remedies[:-1])} or {remedies[-1]}"
         )

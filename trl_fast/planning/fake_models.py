@@ -21,8 +21,9 @@ from trl_fast.ops.device import simulated_device
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 from trl_fast.trainers.base.model_setup import set_up_layers
 
-from .gpu_facts import PADDED_ATTENTION, planned_facts
+from .device_facts import PADDED_ATTENTION, planned_facts
 from .planned_methods import PlannedModels
+from .quantized_layers import quantize
 from .training_setup import ONLINE_METHODS, OURS, TrainingSetup
 
 
@@ -52,6 +53,8 @@ def meta_model(setup: TrainingSetup, layers: int | None = None, *, classifier: b
     else:
         attach_scoring(model)
         model.trl_fast_fused_head = setup.fused_head
+    if setup.quantization is not None:
+        quantize(model, setup.quantization, setup.nested_quantization)
     return model.train()
 
 
@@ -83,7 +86,7 @@ def planned_models(setup: TrainingSetup, max_length: int, layers: int | None = N
         if setup.needs_reference_model:
             reference = prepare(meta_model(setup, layers), setup, layout, trains=False)
         if setup.method == "ppo":
-            whole = setup.but(lora_r=None)
+            whole = setup.but(lora_r=None, quantization=None)
             value = prepare(meta_model(setup, layers, classifier=True), whole, layout)
         return PlannedModels(prepare(policy, setup, layout), layout, reference, value)
 
@@ -116,6 +119,8 @@ def lora_config(setup: TrainingSetup) -> LoraConfig:
         task_type="SEQ_CLS" if setup.method == "reward" else "CAUSAL_LM",
         r=setup.lora_r,
         target_modules=list(modules) if isinstance(modules, tuple) else modules,
+        modules_to_save=list(setup.lora_modules_to_save) if setup.lora_modules_to_save else None,
+        use_dora=setup.use_dora,
         lora_dropout=0.0,
     )
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
 
-from .gpu_facts import PADDED_ATTENTION
+from .device_facts import PADDED_ATTENTION
 from .memory_timeline import GENERATION_STAGE, PROMPTS_STAGE
 from .training_setup import TrainingSetup
 

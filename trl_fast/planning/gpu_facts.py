@@ -1,192 +1,117 @@
-"""Gives the facts of the device whose step is planned: a GPU that is not there, or this CPU.
-
-Fake tensors are on the CPU. Our own code asks `ops.device` for the facts of a device, so it takes the kernels, dtypes
-and tiles of a GPU when those facts say so. What is neither asked there nor ours is in this table:
-
-| what | how the plan sees it |
-|---|---|
-| kernels that change no more than what they are given | `RowKernels` that do nothing |
-| kernels whose results depend on data | tensors of the size that they had on real text |
-| `addmm(..., out_dtype=, out=)`, which torch has on a GPU only | the tracker answers it: its result is `out` |
-| what a flash kernel takes inside and gives back | `flash_workspace`, which the tracker adds |
-| a custom op that is one kernel on a GPU | the tracker runs its fake implementation instead of its body |
-| attention of padded rows, which transformers chooses | PADDED_ATTENTION, registered with transformers |
-| copies to the host's memory | `SimulatedCopies`, given to offloading by the facts |
-"""
+"""Lists GPUs: how much memory torch has of each, and the rates that its data sheet promises."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import CodeType
+from dataclasses import dataclass
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AttentionInterface
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
+from trl_fast.settings.choices import did_you_mean
 
-from trl_fast.modeling.tree_attention import CpuRowAttention, CudaRowAttention
-from trl_fast.ops.device import DeviceFacts, device_facts
-from trl_fast.ops.head.row_kernels import RowKernels
-from trl_fast.ops.head.sparse_gradient import CHUNK_BYTES, SparseKernels
+from .memory_sizes import GIB
 
-from .data_dependent_operators import SPARSE_ENTRIES
-from .memory_timeline import ATTENTION, KV_CACHE
-
-aten = torch.ops.aten
-# Registered with transformers for rows that need no mask: all of a batch's sequences are of one length here.
-PADDED_ATTENTION = "trl_fast_planning"
-# Custom ops that are one kernel on a GPU, which takes nothing but the memory of its results.
-GPU_KERNELS = frozenset({"trl_fast::attention_merge"})
-# Of the GPUs that are planned for: flash kernels need 8.0.
-_CAPABILITY = (9, 0)
-_ARITHMETIC = (
-    aten.add.Tensor,
-    aten.add_.Tensor,
-    aten.sub.Tensor,
-    aten.sub_.Tensor,
-    aten.mul.Tensor,
-    aten.mul_.Tensor,
-    aten.div.Tensor,
-    aten.div_.Tensor,
-)
-_FLASH_BACKWARD = (
-    aten._flash_attention_backward.default,
-    aten._scaled_dot_product_flash_attention_backward.default,
-)
+# The shares of a data sheet's rates that large products and long copies reach: those of an H200, by what was measured
+# of its head's products and of a copy (docs/gpu-h200.md). Other GPUs are taken to reach the same.
+PRODUCTS_REACH, MEMORY_REACHES = 700 / 989, 4.3 / 4.8
+# What a CUDA context takes, and the share of the rest that the allocator holds in pieces too small to serve.
+CONTEXT_BYTES, FRAGMENTED = GIB // 2, 0.05
 
 
-def planned_facts(device: str) -> DeviceFacts:
-    """Returns the facts of the planned `device`, "gpu" or "cpu", for tensors on the CPU.
+@dataclass(frozen=True)
+class Gpu:
+    """Holds what is known of a GPU.
 
-    A GPU has no cache to fit tiles of logits into, multiplies bfloat16 to float32 logits, has row kernels without
-    temporaries, and torch's varlen flash kernels, two calls a layer. How much memory it has is not said: a plan finds
-    what a step needs, and what is free beyond that is used, but not needed.
+    - `memory_bytes`: what torch says there is (`total_memory`), less than the name says.
+    - `tflops`: of dense bfloat16 products with float32 sums, by the data sheet; `float32_tflops`: of float32 ones
+      without tensor cores, as torch computes them by default.
+    - `gigabytes_per_second`: of its memory, by the data sheet.
     """
-    if device == "cpu":
-        kernels = SparseKernels(_sparse_samples, _sparse_product)
-        return replace(device_facts(torch.device("cpu")), sparse_kernels=kernels, first_tiles_only=True)
-    return DeviceFacts(
-        "cuda",
-        multiplies_bf16=True,
-        capability=_CAPABILITY,
-        serves=lambda op, backend: backend == "torch",
-        row_kernels=RowKernels(_do_nothing, _do_nothing, 0, _do_nothing, _do_nothing, _do_nothing),
-        pinned_copies=SimulatedCopies,
-        holds=lambda tensor: isinstance(tensor, FakeTensor),
-        first_tiles_only=True,
-    )
+
+    name: str
+    memory_bytes: int
+    tflops: float
+    float32_tflops: float
+    gigabytes_per_second: float
+    capability: tuple[int, int]
+
+    @property
+    def usable_bytes(self) -> int:
+        """Returns the bytes that are left for tensors: without the CUDA context and what fragmentation takes."""
+        return int((self.memory_bytes - CONTEXT_BYTES) * (1 - FRAGMENTED))
+
+    @property
+    def products(self) -> float:
+        """Returns the operations a second that large products of 16-bit numbers reach."""
+        return PRODUCTS_REACH * self.tflops * 1e12
+
+    @property
+    def float32_products(self) -> float:
+        """Returns the operations a second that large products of float32 numbers reach."""
+        return PRODUCTS_REACH * self.float32_tflops * 1e12
+
+    @property
+    def memory(self) -> float:
+        """Returns the bytes a second that the memory reaches."""
+        return MEMORY_REACHES * self.gigabytes_per_second * 1e9
+
+    @property
+    def host_bytes_per_second(self) -> float:
+        """Returns the bytes a second of copies to pinned memory of the host: PCIe 5 or 4 with 16 lanes."""
+        return 50e9 if self.capability >= (9, 0) else 25e9
+
+    def milliseconds(self, narrow_flops: float, float32_flops: float, moved_bytes: float) -> float:
+        """Estimates how long products and memory take one after the other: nothing hides behind anything."""
+        return 1e3 * (narrow_flops / self.products + float32_flops / self.float32_products + moved_bytes / self.memory)
 
 
-def flash_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
-    """Returns the bytes that CUDA's flash backward takes inside: a float32 sum of the queries' gradient, a number a
-    row, and, for grouped heads, gradients of keys and values for every query head (FlashAttention-2, mha_bwd and
-    mha_varlen_bwd).
+def _gpu(
+    name: str, gibibytes: float, tflops: float, float32: float, bandwidth: float, capability: tuple[int, int]
+) -> Gpu:
+    return Gpu(name, int(gibibytes * GIB), tflops, float32, bandwidth, capability)
+
+
+# Memory in GiB is that of torch's own messages. Rates are those of NVIDIA's data sheets, without sparsity.
+GPUS: dict[str, Gpu] = {
+    "b200": _gpu("NVIDIA B200", 178.3, 2250, 75, 8000, (10, 0)),
+    "h200": _gpu("NVIDIA H200", 139.7, 989, 67, 4800, (9, 0)),
+    "h100-80": _gpu("NVIDIA H100 SXM", 79.1, 989, 67, 3350, (9, 0)),
+    "h100-pcie": _gpu("NVIDIA H100 PCIe", 79.1, 756, 51, 2000, (9, 0)),
+    "a100-80": _gpu("NVIDIA A100 80GB", 79.1, 312, 19.5, 2039, (8, 0)),
+    "a100-40": _gpu("NVIDIA A100 40GB", 39.4, 312, 19.5, 1555, (8, 0)),
+    "rtx6000-ada": _gpu("NVIDIA RTX 6000 Ada", 47.4, 364, 91, 960, (8, 9)),
+    "a6000": _gpu("NVIDIA RTX A6000", 47.4, 155, 38.7, 768, (8, 6)),
+    "l40s": _gpu("NVIDIA L40S", 44.4, 362, 91.6, 864, (8, 9)),
+    "a40": _gpu("NVIDIA A40", 44.3, 150, 37.4, 696, (8, 6)),
+    "rtx5090": _gpu("NVIDIA GeForce RTX 5090", 31.3, 210, 105, 1792, (12, 0)),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.6, 165, 82.6, 1008, (8, 9)),
+    "rtx3090": _gpu("NVIDIA GeForce RTX 3090", 23.6, 71, 35.6, 936, (8, 6)),
+    "a10g": _gpu("NVIDIA A10G", 22.0, 70, 31.5, 600, (8, 6)),
+    "l4": _gpu("NVIDIA L4", 22.0, 121, 30.3, 300, (8, 9)),
+}
+# Names that people use for one of them.
+_OTHER_NAMES = {"h100": "h100-80", "h100-sxm": "h100-80", "a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090"}
+_OTHER_NAMES |= {"5090": "rtx5090", "rtx-4090": "rtx4090", "rtx-3090": "rtx3090", "a10": "a10g"}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Returns the GPU of that name.
+
+    Raises:
+        ValueError: it is not in the table.
     """
-    if func not in _FLASH_BACKWARD:
-        return 0
-    query, key = args[1], args[2]
-    heads, groups = query.shape[1], key.shape[1]
-    expanded = 0 if heads == groups else 2 * key.numel() * key.element_size() * heads // groups
-    return 4 * query.numel() + 4 * query.numel() // query.shape[-1] + expanded
+    key = name.lower().replace("_", "-").replace(" ", "-")
+    gpu = GPUS.get(_OTHER_NAMES.get(key, key))
+    if gpu is None:
+        raise ValueError(
+            f"gpu={name!r} is unknown{did_you_mean(key, GPUS)}; expected one of {', '.join(GPUS)}, or give "
+            "gpu_memory, such as 80GiB"
+        )
+    return gpu
 
 
-def mixed_dtype_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
-    """Returns the bytes that a CPU takes inside of arithmetic on two dtypes: a copy of the operand that is narrower.
-
-    A GPU converts numbers as it reads them.
-    """
-    if func not in _ARITHMETIC or not all(isinstance(operand, torch.Tensor) and operand.dim() for operand in args[:2]):
-        return 0
-    common = torch.result_type(args[0], args[1])
-    return sum(operand.numel() * common.itemsize for operand in args[:2] if operand.dtype != common)
-
-
-class SimulatedCopies:
-    """Stands for `PinnedCopies`: of fake tensors that leave the tracked memory only shapes and dtypes are kept."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-        """Returns what is kept of a tensor of any shape and dtype."""
-        return tensor.shape, tensor.dtype
-
-    def to_device(self, copy: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
-        """Returns a tensor of the shape and dtype that left."""
-        return torch.empty(copy[0], dtype=copy[1], device=self._device)
-
-    def event(self) -> None:
-        """Returns nothing: every copy is done at once."""
-
-    def wait(self, event: None) -> None:
-        """Waits for nothing."""
-
-    def abandon(self, tensor: torch.Tensor) -> None:
-        """Lets go of a tensor of any shape and dtype, whose memory is free at once."""
-
-    def forget(self, copy: tuple[torch.Size, torch.dtype]) -> None:
-        """Lets go of a copy: the host's memory is not counted."""
-
-
-def _sparse_samples(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns counts (R,), columns and log-probabilities of the entries that rows of logits (T, R, W) keep."""
-    entries = logits.shape[1] * SPARSE_ENTRIES
-    counts, columns = (torch.empty(size, dtype=torch.int64) for size in (logits.shape[1], entries))
-    torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    return counts, columns, torch.empty(entries, dtype=torch.float32)
-
-
-def _sparse_product(
-    cu_entries: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Returns rows (M, H) of a sparse matrix's product with (K, H)."""
-    torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    return torch.empty(len(cu_entries) - 1, dense.shape[1], dtype=dtype)
-
-
-def _do_nothing(*_: object) -> None:
-    """Stands for a row kernel, which takes no memory."""
-
-
-def padded_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **_: object,
-) -> tuple[torch.Tensor, None]:
-    """Computes causal attention of rows (B, heads, T, D) without padding, on a GPU by the flash kernel.
-
-    Returns:
-        (B, T, heads, D) of the query's dtype and None, as transformers expects.
-    """
-    if not device_facts(query.device).is_cuda:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    out, *_rest = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _no_mask(**_: object) -> None:
-    """Returns the mask of rows without padding."""
-
-
-AttentionMaskInterface.register(PADDED_ATTENTION, _no_mask)
-AttentionInterface.register(PADDED_ATTENTION, padded_attention)
-
-# Whose working memory is of which kind, by the code that takes it.
-KINDS_BY_CODE: dict[CodeType, str] = {
-    function.__code__: ATTENTION
-    for function in (
-        CpuRowAttention.forward,
-        CpuRowAttention.backward,
-        CudaRowAttention.forward,
-        CudaRowAttention.backward,
-        padded_attention,
-    )
-} | {DynamicLayer.update.__code__: KV_CACHE, DynamicLayer.batch_select_indices.__code__: KV_CACHE}
+def gpu_of_device(device_name: str, total_memory: int) -> Gpu | None:
+    """Returns the GPU of the table that torch's device of that name and memory in bytes is; None: it is not there."""
+    device = device_name.lower().replace(" ", "")
+    for key, gpu in GPUS.items():
+        named = all(part in device for part in key.split("-"))
+        if named and abs(gpu.memory_bytes - total_memory) < 0.1 * total_memory:
+            return gpu
+    return None

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from .roofline.work import Work
 
 WEIGHTS = "weights"
 REFERENCE = "reference weights"
 OPTIMIZER = "optimizer"
 GRADIENTS = "gradients"
+GATHERED = "gathered weights"
 SAVED = "saved activations"
 HEAD = "head"
 ATTENTION = "attention"
 KV_CACHE = "keys and values"
 WORKSPACE = "workspace"
 # In the order of tables and plots: what stays first.
-KINDS = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, SAVED, KV_CACHE, ATTENTION, HEAD, WORKSPACE)
+KINDS = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, GATHERED, SAVED, KV_CACHE, ATTENTION, HEAD, WORKSPACE)
 MEANINGS = {
     WEIGHTS: "the model, adapters included",
     REFERENCE: "a reference model of its own",
-    OPTIMIZER: "AdamW's two averages",
+    OPTIMIZER: "the optimizer's averages",
     GRADIENTS: "of the weights that train",
-    SAVED: "what the forward pass keeps for the backward pass",
-    KV_CACHE: "of all tokens of the completions that are sampled at a time",
-    ATTENTION: "working memory of attention, forward and backward",
-    HEAD: "from hidden states to the loss and back",
-    WORKSPACE: "the layer at work, recomputed or not, and other temporaries",
+    GATHERED: "whole layers, while they are at work",
+    SAVED: "what forward keeps for backward",
+    KV_CACHE: "of the tokens sampled at a time",
+    ATTENTION: "attention's working memory",
+    HEAD: "hidden states to the loss and back",
+    WORKSPACE: "the layer at work, other temporaries",
 }
 
 PROMPTS_STAGE = "generation, prompts"
@@ -83,12 +87,15 @@ class Timeline:
     """Holds the memory of each kind at each operator of a step: levels (kinds, operators) int64, in KINDS' order.
 
     stages: (name, first operator, last operator), the first of all operators being number 0; results: kind and bytes
-    of what gradient checkpointing may keep, a list a layer (`modeling.selective_checkpointing.Budget`).
+    of what gradient checkpointing may keep, a list a layer (`modeling.selective_checkpointing.Budget`); host_bytes:
+    the most that offloading keeps in the host's memory; work: of each stage, where it was counted.
     """
 
     levels: np.ndarray
     stages: tuple[tuple[str, int, int], ...]
     results: Sequence[Sequence[tuple[str, int]]] = ()
+    host_bytes: int = 0
+    work: Mapping[str, Work] = field(default_factory=dict)
 
     @classmethod
     def of(cls, allocations: Sequence[Allocation], stages: tuple[tuple[str, int, int], ...]) -> Timeline:

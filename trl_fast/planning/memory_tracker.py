@@ -25,6 +25,7 @@ from .memory_timeline import Allocation, Timeline
 # What torch.cuda's allocator rounds up to.
 CUDA_GRANULARITY = 512
 Workspace = Callable[[torch._ops.OpOverload, tuple], int]
+Observer = Callable[[torch._ops.OpOverload, tuple, dict, Any], None]
 
 
 @dataclass
@@ -44,6 +45,7 @@ class MemoryTracker(TorchDispatchMode):
         workspace: bytes that an operator takes inside and gives back, given the operator and its arguments.
         kernels: custom ops that are one kernel on the device: of these, only the results take memory.
         kinds_by_code: the kind of what is taken while a function with that code is at work.
+        observe: is shown every operator, its arguments and its result.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class MemoryTracker(TorchDispatchMode):
         workspace: Workspace | None = None,
         kernels: Collection[str] = (),
         kinds_by_code: Mapping[CodeType, str] | None = None,
+        observe: Observer | None = None,
     ) -> None:
         super().__init__()
+        self._observe = observe
         self._kernels = kernels
         self._kinds_by_code = kinds_by_code or {}
         self._granularity = granularity
@@ -75,6 +79,11 @@ class MemoryTracker(TorchDispatchMode):
     def stage(self) -> str | None:
         """Returns the present stage's name."""
         return self._stages[-1].name if self._stages else None
+
+    def was_there(self, tensor: torch.Tensor) -> bool:
+        """Says whether a tensor, of any shape, was there before the first stage."""
+        allocation = self._live.get(tensor.untyped_storage()._cdata)
+        return allocation is not None and bool(self._stages) and allocation.start < self._stages[0].start
 
     @contextmanager
     def labelling(self, kind: str) -> Iterator[None]:
@@ -107,17 +116,21 @@ class MemoryTracker(TorchDispatchMode):
         self._clock += 1
         if self._workspace is not None and (inside := self._workspace(func, args)):
             self._record(inside, self._clock)
-        out = self._run(func, args, kwargs or {})
+        own = OPDEFS.get(func.name())
+        if own is not None and func.name() not in self._kernels:
+            with self:
+                out = own._init_fn(*args, **kwargs or {})
+        else:
+            out = self._run(func, args, kwargs or {})
+            if self._observe is not None:
+                self._observe(func, args, kwargs or {}, out)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, FakeTensor):
                 self._see(tensor)
         return out
 
-    def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
-        own = OPDEFS.get(func.name())
-        if own is not None and func.name() not in self._kernels:
-            with self:
-                return own._init_fn(*args, **kwargs)
+    @staticmethod
+    def _run(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
         answer = ANSWERS.get(func)
         out = NotImplemented if answer is None else answer(*args, **kwargs)
         return func(*args, **kwargs) if out is NotImplemented else out

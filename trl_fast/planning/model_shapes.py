@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -9,96 +11,83 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from trl_fast.settings.choices import did_you_mean
 
+
+def _shape(
+    model_type: str, hidden: int, mlp: int, layers: int, heads: tuple[int, int, int], vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    """Returns a shape. heads: query heads, heads of keys and values, and the size of one."""
+    sizes = dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), heads, strict=True))
+    widths = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    return {"model_type": model_type, **widths, **sizes, **more}
+
+
+_TIED = {"tie_word_embeddings": True}
+_UNTIED = {"tie_word_embeddings": False}
+_LLAMA_3 = {"vocabulary": 128256, "max_position_embeddings": 131072}
+_QWEN_3 = {"vocabulary": 151936, "max_position_embeddings": 40960}
+_QWEN_25 = {"vocabulary": 151936, "max_position_embeddings": 32768}
+
 # As their publishers' config.json files say; a name on the hub or a folder works as well.
 SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-1b": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    },
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-8b": {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
-    },
+    "smollm2-135m": _shape("llama", 576, 1536, 30, (9, 3, 64), 49152, max_position_embeddings=8192, **_TIED),
+    "smollm2-360m": _shape("llama", 960, 2560, 32, (15, 5, 64), 49152, max_position_embeddings=8192, **_TIED),
+    "smollm2-1.7b": _shape("llama", 2048, 8192, 24, (32, 32, 64), 49152, max_position_embeddings=8192, **_TIED),
+    "qwen2.5-0.5b": _shape("qwen2", 896, 4864, 24, (14, 2, 64), **_QWEN_25, **_TIED),
+    "qwen2.5-1.5b": _shape("qwen2", 1536, 8960, 28, (12, 2, 128), **_QWEN_25, **_TIED),
+    "qwen2.5-3b": _shape("qwen2", 2048, 11008, 36, (16, 2, 128), **_QWEN_25, **_TIED),
+    "qwen2.5-7b": _shape("qwen2", 3584, 18944, 28, (28, 4, 128), 152064, max_position_embeddings=131072, **_UNTIED),
+    "qwen3-0.6b": _shape("qwen3", 1024, 3072, 28, (16, 8, 128), **_QWEN_3, **_TIED),
+    "qwen3-1.7b": _shape("qwen3", 2048, 6144, 28, (16, 8, 128), **_QWEN_3, **_TIED),
+    "qwen3-4b": _shape("qwen3", 2560, 9728, 36, (32, 8, 128), **_QWEN_3, **_TIED),
+    "qwen3-8b": _shape("qwen3", 4096, 12288, 36, (32, 8, 128), **_QWEN_3, **_UNTIED),
+    "llama-3.2-1b": _shape("llama", 2048, 8192, 16, (32, 8, 64), **_LLAMA_3, **_TIED),
+    "llama-3.2-3b": _shape("llama", 3072, 8192, 28, (24, 8, 128), **_LLAMA_3, **_TIED),
+    "llama-3.1-8b": _shape("llama", 4096, 14336, 32, (32, 8, 128), **_LLAMA_3, **_UNTIED),
+    "gemma-3-1b": _shape(
+        *("gemma3_text", 1152, 6912, 26, (4, 1, 256), 262144),
+        max_position_embeddings=32768,
+        sliding_window=512,
+        **_TIED,
+    ),
+    "gemma-2-2b": _shape("gemma2", 2304, 9216, 26, (8, 4, 256), 256000, max_position_embeddings=8192, **_TIED),
+    "gemma-2-9b": _shape("gemma2", 3584, 14336, 42, (16, 8, 256), 256000, max_position_embeddings=8192, **_TIED),
 }
 
 
-def model_config(name_or_path: str) -> PretrainedConfig:
+def shape_name(name_or_path: str) -> str | None:
+    """Returns the built-in shape of that name, or of the hub model of that name; None: no such one, or a folder.
+
+    Gated models can so be planned without their licence, and all of them without the hub.
+    """
+    if Path(name_or_path).exists():
+        return None
+    name = re.sub(
+        r"-(instruct|base|it|chat)\b", "", name_or_path.lower().rpartition("/")[2].replace("meta-llama-", "llama-")
+    )
+    return name if name in SHAPES else None
+
+
+def model_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Returns the configuration of a built-in shape, a folder or a model on the hub.
 
     Raises:
         ValueError: there is no such model, or it is no text model of decoder layers.
     """
-    shape = SHAPES.get(name_or_path.lower())
-    if shape is not None:
+    name = shape_name(name_or_path)
+    if name is not None:
+        shape = SHAPES[name]
         values = {name: value for name, value in shape.items() if name != "model_type"}
         return CONFIG_MAPPING[shape["model_type"]](**values)
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model={name_or_path!r} is no built-in shape ({', '.join(SHAPES)}), no folder with a config.json, and "
-            f"cannot be had from the hub{did_you_mean(name_or_path.lower(), SHAPES)}: {str(error).splitlines()[0]}"
+            f"model_name_or_path={name_or_path!r} is no built-in shape ({', '.join(SHAPES)}), no folder with a "
+            f"config.json, and cannot be had from the hub{did_you_mean(name_or_path.lower(), SHAPES)}: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     if getattr(config, "vision_config", None) is not None or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model={name_or_path!r} ({config.model_type}) is no language model of decoder layers alone")
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} ({config.model_type}) is no language model of decoder layers alone"
+        )
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,20 @@ from .fake_models import layers_are_alike, meta_model
 from .memory_timeline import (
     EMBEDDING_STAGE,
     FORWARD_STAGE,
+    GRADIENTS,
     HEAD_STAGE,
     KINDS,
     LAST_LAYER,
+    OPTIMIZER,
     OPTIMIZER_STAGE,
+    REFERENCE,
     SAVED,
+    WEIGHTS,
     Peak,
+    Timeline,
     highest,
 )
+from .sharding import sharded
 from .simulated_step import simulate
 from .training_setup import TrainingSetup
 
@@ -29,35 +36,62 @@ from .training_setup import TrainingSetup
 SHALLOW = (2, 3)
 # Offloading has activations of a layer's neighbours on the device too: the layer between has such that are like it.
 SHALLOW_OFFLOADED = (4, 5)
+# Of longer micro-batches work is not counted.
+COUNTED_TOKENS = 16384
 # How far below the longest that fits the answer may be.
 TOLERANCE = 0.01
 # Lengths are multiples of this, and longer ones than the last are not looked at.
 LENGTH_STEP, LONGEST = 64, 1 << 22
 _UNLIMITED = 1 << 60
+# What is there whatever the length.
+RESIDENT = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS)
 
 StagePeaks = dict[str, Peak]
 
 
 def stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
-    """Finds the peak of each stage of a step, as `simulate` does, in a fraction of the time.
+    """Finds the peak of each stage of a step on one of the setup's devices, as `simulate` does in much more time."""
+    return sharded(_stage_peaks(setup, max_length), setup)
+
+
+def depths_of(setup: TrainingSetup) -> tuple[int, int]:
+    """Returns the numbers of layers of the two shallow models that tell about the whole one."""
+    return SHALLOW_OFFLOADED if setup.activation_offloading else SHALLOW
+
+
+def _stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
+    """Finds the peaks on a device that holds everything.
 
     Layers are alike, so the most memory in each stage of a step is a straight line over their number: two shallow
     models tell it. They keep all results that gradient checkpointing may keep; what the budget has no room for in the
     whole model is then taken off. A model whose layers differ is simulated whole, and so are two with a budget each.
     """
     depth, limit = setup.num_layers, setup.activation_budget
-    depths = SHALLOW_OFFLOADED if setup.activation_offloading else SHALLOW
+    depths = depths_of(setup)
     two_budgets = setup.method == "ppo" and limit > 0
     if depth <= depths[-1] or two_budgets or not layers_are_alike(meta_model(setup)):
-        return simulate(setup, max_length).stage_peaks()
+        return simulated(setup, max_length).stage_peaks()
     roomy = setup.but(activation_budget_bytes=_UNLIMITED) if limit else setup
-    shallow = [simulate(roomy, max_length, layers) for layers in depths]
+    shallow = [simulated(roomy, max_length, layers) for layers in depths]
     fewer, more = (timeline.stage_peaks() for timeline in shallow)
     # The stage that only the deeper model has lies between two others and is never above both.
     peaks = {stage: _on_line(fewer[stage], more[stage], depths, depth) for stage in more if stage in fewer}
     if limit:
         _take_off_what_has_no_room(peaks, shallow[-1].results[1], depth, limit)
     return peaks
+
+
+@functools.lru_cache(maxsize=16)
+def simulated(setup: TrainingSetup, max_length: int, layers: int | None = None) -> Timeline:
+    """Simulates a step, and remembers the last ones: several questions are asked about the same, its work too."""
+    counts = setup.device == "gpu" and max_length <= counted_length(setup)
+    return simulate(setup, max_length, layers, counts_work=counts)
+
+
+def counted_length(setup: TrainingSetup) -> int:
+    """Returns the longest sequences whose work is counted: longer ones would take long."""
+    sequences = setup.per_device_train_batch_size * (2 if setup.method in ("dpo", "reward", "kto") else 1)
+    return max(LENGTH_STEP, COUNTED_TOKENS // sequences)
 
 
 def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[tuple[str, int]], depth: int, limit: int) -> None:
@@ -121,7 +155,7 @@ def _saved_by_a_layer(setup: TrainingSetup, max_length: int) -> int:
 
 
 def _saved_by(setup: TrainingSetup, max_length: int, layers: int) -> int:
-    steps = (simulate(one, max_length, layers) for one in (setup.but(gradient_checkpointing=False), setup))
+    steps = (simulated(one, max_length, layers) for one in (setup.without_checkpointing, setup))
     plain, checkpointed = (int(step.at_start(LAST_LAYER)[KINDS.index(SAVED)]) for step in steps)
     return plain - checkpointed
 
@@ -157,7 +191,7 @@ def longest_context(
     while length not in tried:
         tried[length] = peaks_of(setup, length)
         fits, exceeds = _bounds(tried, limit)
-        meets = _meeting(tried, limit) if len(tried) > 1 else (length * 2 if fits else length / 2)
+        meets = _meeting(tried, limit) if len(tried) > 1 else _proportional(tried[length], length, limit)
         if len(tried) > 1 and fits >= min(meets * (1 - TOLERANCE), LONGEST):
             break
         # On the safe side by half the tolerance, and where the lines mislead, between what fits and what does not.
@@ -175,6 +209,16 @@ def _bounds(tried: dict[int, StagePeaks], limit: int) -> tuple[int, float]:
     """Finds the longest length that fits, 0 if none does, and the shortest that does not."""
     fit = [length for length, peaks in tried.items() if highest(peaks).bytes <= limit]
     return max(fit, default=0), min((length for length in tried if length not in fit), default=math.inf)
+
+
+def _proportional(peaks: StagePeaks, length: int, limit: int) -> float:
+    """Guesses where a peak meets the limit, whose parts grow with the length but for what is resident."""
+    peak = highest(peaks)
+    resident = sum(peak.parts[kind] for kind in RESIDENT)
+    grows = max(peak.bytes - resident, 1)
+    guess = length * min(max((limit - resident) / grows, 1 / 16), 16)
+    # A second length that differs, for a line through both.
+    return guess if not 0.8 < guess / length < 1.25 else length * (2 if guess >= length else 0.5)
 
 
 def _meeting(tried: dict[int, StagePeaks], limit: int) -> float:

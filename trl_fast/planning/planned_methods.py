@@ -139,7 +139,8 @@ def _kto_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
 
 def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
     """Runs a step of GRPO or RLOO: generation, the scores that its loss or its rewards read, and the update."""
-    simulate_generation(setup, models.policy, inputs.generation, enter)
+    if setup.generates:
+        simulate_generation(setup, models.policy, inputs.generation, enter)
     if setup.scores_old_policy:
         enter(OLD_STAGE)
         _token_logprobs(setup, models.policy, inputs.update.batch)

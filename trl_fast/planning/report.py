@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from .comparisons import Row
+from .gpu_facts import GPUS, Gpu
 from .memory_sizes import GIB, gib
 from .memory_timeline import (
     ATTENTION,
+    GATHERED,
     GRADIENTS,
     HEAD,
     KINDS,
@@ -24,12 +27,14 @@ from .memory_timeline import (
     Peak,
     Timeline,
 )
-from .peak_estimates import Longest
+from .peak_estimates import Longest, StagePeaks
 from .planned_methods import PLANNED
+from .roofline.work import Work
 from .training_setup import TrainingSetup
 
 _COLORS = {
     WEIGHTS: "#4c566a",
+    GATHERED: "#6c7a96",
     REFERENCE: "#8d99ae",
     OPTIMIZER: "#b48ead",
     GRADIENTS: "#d08770",
@@ -59,32 +64,80 @@ def peak_table(peak: Peak, title: str) -> Table:
     return table
 
 
-def stages_table(timeline: Timeline) -> Table:
+def stages_table(peaks: StagePeaks) -> Table:
     """Makes a table of the peak of each stage of a step."""
     table = Table(title="Peak by stage of the step", title_justify="left")
     table.add_column("stage")
     table.add_column("GiB", justify="right")
-    for stage, peak in timeline.stage_peaks().items():
+    for stage, peak in peaks.items():
         table.add_row(stage, gib(peak.bytes))
     return table
 
 
-def rows_table(rows: list[Row], title: str, max_length: int) -> Table:
-    """Makes a table of setups against the first one: peaks at `max_length`, and longest contexts where looked for."""
+def verdict(peak: Peak, limit: int | None, gpu: Gpu | None) -> str:
+    """Says in one line whether a step fits, and by how much; without a limit, which GPUs of the table it fits."""
+    if limit is None:
+        return f"Needs {gib(peak.bytes)} GiB for tensors; {fitting_gpus(peak.bytes)}."
+    where = "gpu_memory" if gpu is None else gpu.name
+    difference = f"{gib(abs(limit - peak.bytes))} GiB {'to spare' if peak.bytes <= limit else 'too much'}"
+    fits = "Fits" if peak.bytes <= limit else "Does not fit"
+    return f"{fits} {where}: {gib(peak.bytes)} of {gib(limit)} GiB for tensors, {difference}."
+
+
+def fitting_gpus(size: int) -> str:
+    """Lists the GPUs of the table that hold `size` bytes of tensors, the smallest first."""
+    fit = [
+        name for name, gpu in sorted(GPUS.items(), key=lambda item: item[1].memory_bytes) if size <= gpu.usable_bytes
+    ]
+    if not fit:
+        return "no GPU of the table (--gpu) holds that"
+    return f"fits {', '.join(fit[:3])}{' and larger ones' if len(fit) > 3 else ''}"
+
+
+def remedies(rows: list[Row], limit: int) -> str:
+    """Names the changed settings with which a step fits that does not fit as planned, the one with most room first."""
+    fit = sorted((row for row in rows[1:] if row.peak.bytes <= limit), key=lambda row: row.peak.bytes)
+    if not fit:
+        return "No single switch makes it fit: take a larger GPU, more of them (--num_gpus), or a smaller model."
+    return f"Fits with {' or '.join(f'{row.name} ({gib(row.peak.bytes)} GiB)' for row in fit[:3])}."
+
+
+def step_time(work: Work, gpu: Gpu) -> str:
+    """Says how long a step takes by the roofline, and what makes it take so long."""
+    bounds = work.bounds(gpu)
+    bound = max(bounds, key=lambda name: bounds[name])
+    others = ", ".join(f"{name} {seconds(size)}" for name, size in bounds.items() if name != bound and size)
+    return f"Estimated time of a step there: {seconds(bounds[bound])}, bound by {bound} ({others})."
+
+
+def seconds(size: float) -> str:
+    """Writes a time with two or three digits."""
+    return f"{1e3 * size:.0f} ms" if size < 1 else f"{size:.2f} s" if size < 10 else f"{size:.0f} s"
+
+
+def rows_table(rows: list[Row], title: str, max_length: int, gpu: Gpu | None = None) -> Table:
+    """Makes a table of setups against the first one: peaks at `max_length`, longest contexts, times on a GPU."""
     base = rows[0]
     searched = base.longest is not None
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{title}, sequences of {max_length:,} tokens", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
-    table.add_column(f"peak at {max_length:,}, GiB", justify="right")
-    table.add_column("difference", justify="right")
+    table.add_column("GiB", justify="right")
+    if not searched:
+        table.add_column("more", justify="right")
     if searched:
-        table.add_column("longest context", justify="right")
-        table.add_column("times the first", justify="right")
+        table.add_column("context", justify="right")
+        table.add_column("", justify="right")
+    if gpu is not None:
+        table.add_column("a step", justify="right")
+        table.add_column("", justify="right")
     for row in rows:
         difference = "" if row is base else f"{(row.peak.bytes - base.peak.bytes) / GIB:+.2f}"
-        cells = [row.name, gib(row.peak.bytes), difference]
+        cells = [row.name, gib(row.peak.bytes), *([] if searched else [difference])]
         if searched:
             cells += [tokens(row.longest), _ratio(row, base)]
+        if gpu is not None:
+            taken, first = row.work.seconds(gpu), base.work.seconds(gpu)
+            cells += [seconds(taken), "" if row is base else f"{taken / first:.2f}×"]
         table.add_row(*cells)
     return table
 
@@ -93,7 +146,7 @@ def tokens(longest: Longest) -> str:
     """Writes a longest context for people."""
     if not longest.max_length:
         return "none fits"
-    return f"{'at least ' if longest.at_least else ''}{longest.max_length:,}"
+    return f"{'≥ ' if longest.at_least else ''}{longest.max_length:,}"
 
 
 def _ratio(row: Row, base: Row) -> str:
@@ -152,11 +205,15 @@ def _mark_stages(axes: object, timeline: Timeline, top: float) -> None:
             axes.text((start + end) / 2, 0.98 * top, name, **place)
 
 
-def setup_line(setup: TrainingSetup, name: str, max_length: int) -> str:
+def setup_line(setup: TrainingSetup, name: str) -> str:
     """Describes the planned run in one line."""
     what = "all weights" if setup.lora_r is None else f"LoRA r={setup.lora_r}"
-    precision = f"{setup.dtype} weights" + (", bf16 autocast" if setup.bf16 else "")
+    stored = f"{setup.dtype} weights" if setup.quantization is None else f"weights in {setup.quantization}"
+    precision = stored + (", bf16 autocast" if setup.bf16 else "")
     count = setup.per_device_train_batch_size
     unit = PLANNED[setup.method].unit + "s" * (count > 1)
     sampled = f", {setup.completions_per_generation} sampled at a time" if setup.method in ("grpo", "rloo") else ""
-    return f"{setup.method}, {name}, {what}, {precision}, {count} {unit} of {max_length:,} tokens{sampled}"
+    devices = f", sharded over {setup.num_gpus} GPUs (FSDP2)" if setup.num_gpus > 1 else ""
+    where = ", on a CPU" if setup.device == "cpu" else ""
+    size = f"{count} {unit} of {setup.max_length:,} tokens"
+    return f"{setup.method}, {name}, {what}, {precision}, {size}{sampled}{devices}{where}"

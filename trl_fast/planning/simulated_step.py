@@ -11,11 +11,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from trl_fast.modeling.loading import base_model
-from trl_fast.ops.device import simulated_device
+from trl_fast.ops.device import DeviceFacts, simulated_device
 
 from .baseline_steps import baseline_loss
+from .device_facts import (
+    GPU_KERNELS,
+    KINDS_BY_CODE,
+    DeviceMeter,
+    flash_workspace,
+    mixed_dtype_workspace,
+    planned_facts,
+)
 from .fake_models import decoder_layers, give_fake_memory, planned_models
-from .gpu_facts import GPU_KERNELS, KINDS_BY_CODE, flash_workspace, mixed_dtype_workspace, planned_facts
 from .memory_timeline import (
     EMBEDDING_STAGE,
     FIRST_LAYER,
@@ -24,7 +31,6 @@ from .memory_timeline import (
     HEAD_STAGE,
     LAST_LAYER,
     MIDDLE_LAYERS,
-    OPTIMIZER,
     OPTIMIZER_STAGE,
     REFERENCE,
     VALUE_BACKWARD_STAGE,
@@ -32,31 +38,50 @@ from .memory_timeline import (
     WEIGHTS,
     Timeline,
 )
-from .memory_tracker import CUDA_GRANULARITY, MemoryTracker
+from .memory_tracker import CUDA_GRANULARITY, MemoryTracker, Observer
 from .planned_methods import PLANNED, PlannedModels
+from .planned_optimizers import PlannedOptimizer, planned_optimizer
+from .roofline.work import Work, WorkCounter
 from .training_setup import OURS, TrainingSetup
 
 
-def simulate(setup: TrainingSetup, max_length: int, layers: int | None = None) -> Timeline:
+def simulate(
+    setup: TrainingSetup, max_length: int, layers: int | None = None, *, counts_work: bool = False
+) -> Timeline:
     """Simulates the memory of one optimizer step on a micro-batch of sequences of `max_length` tokens.
 
     The step is not the first one: the optimizer has its averages already. Where the policy samples what it learns
-    from, generation is part of the step. `layers`: only that many of the models'.
+    from, generation is part of the step. layers: only that many of the models'; counts_work: run all tiles that are
+    alike, not some of them, and count the work.
 
     Raises:
         ValueError: the batch_layout cannot be, or the architecture cannot be simulated.
     """
+    meter = DeviceMeter()
+    if not counts_work:
+        timeline = _simulated(setup, max_length, layers, _tracker(setup), planned_facts(setup.device, meter))
+        return replace(timeline, host_bytes=meter.host_peak)
+    tracker = _tracker(setup, lambda *given: counter.observe(*given))
+    counter = WorkCounter(lambda: tracker.stage, tracker.was_there)
+    meter.launched = lambda size: counter.add(Work(moved=size, launches=1))
+    meter.copied = lambda size: counter.add(Work(host_bytes=size))
+    timeline = _simulated(setup, max_length, layers, tracker, planned_facts(setup.device, meter, every_tile=True))
+    return replace(timeline, host_bytes=meter.host_peak, work=counter.by_stage)
+
+
+def _simulated(
+    setup: TrainingSetup, max_length: int, layers: int | None, tracker: MemoryTracker, facts: DeviceFacts
+) -> Timeline:
     models = planned_models(setup, max_length, layers)
     inputs = PLANNED[setup.method].inputs(setup, max_length, models.layout)
-    tracker = _tracker(setup)
-    with FakeTensorMode(allow_non_fake_inputs=True), tracker, simulated_device(planned_facts(setup.device)):
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker, simulated_device(facts):
         with tracker.labelling(REFERENCE):
             if models.reference is not None:
                 give_fake_memory(models.reference)
         with tracker.labelling(WEIGHTS):
             for model in models.trained:
                 give_fake_memory(model)
-        optimizer = _optimizer(setup, models, tracker)
+        optimizer = planned_optimizer(setup, models.trained, tracker)
         _mark_stages(models.policy, tracker, _POLICY_STAGES)
         if models.value is not None:
             _mark_stages(models.value, tracker, _VALUE_STAGES)
@@ -65,17 +90,17 @@ def simulate(setup: TrainingSetup, max_length: int, layers: int | None = None) -
     return replace(tracker.timeline(), results=selective.budget.asked)
 
 
-def _tracker(setup: TrainingSetup) -> MemoryTracker:
+def _tracker(setup: TrainingSetup, observe: Observer | None = None) -> MemoryTracker:
     if setup.device == "cpu":
-        return MemoryTracker(workspace=mixed_dtype_workspace, kinds_by_code=KINDS_BY_CODE)
-    return MemoryTracker(CUDA_GRANULARITY, flash_workspace, GPU_KERNELS, KINDS_BY_CODE)
+        return MemoryTracker(workspace=mixed_dtype_workspace, kinds_by_code=KINDS_BY_CODE, observe=observe)
+    return MemoryTracker(CUDA_GRANULARITY, flash_workspace, GPU_KERNELS, KINDS_BY_CODE, observe)
 
 
 def _run(
     setup: TrainingSetup,
     models: PlannedModels,
     inputs: object,
-    optimizer: torch.optim.Optimizer,
+    optimizer: PlannedOptimizer,
     tracker: MemoryTracker,
 ) -> None:
     if setup.system == OURS:
@@ -90,20 +115,6 @@ def _run(
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _optimizer(setup: TrainingSetup, models: PlannedModels, tracker: MemoryTracker) -> torch.optim.Optimizer:
-    """Makes the trainers' default optimizer as it is after a step; with gradients if micro-batches add to them."""
-    weights = [weight for model in models.trained for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, fused=True)
-    with tracker.labelling(GRADIENTS):
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight)
-    with tracker.labelling(OPTIMIZER):
-        optimizer.step()
-    if setup.gradient_accumulation_steps == 1:
-        optimizer.zero_grad()
-    return optimizer
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import PretrainedConfig
@@ -12,7 +13,7 @@ from trl_fast.modeling.selective_checkpointing import DEFAULT_BUDGET_BYTES
 from trl_fast.ops import HeadOptions
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
 from trl_fast.settings.ranges import check_ranges
-from trl_fast.trainers.base.config import activation_budget
+from trl_fast.trainers.base.config import BaseConfig, activation_budget
 from trl_fast.trainers.methods import METHODS
 
 # Methods of other systems' steps that a plan is compared with.
@@ -20,8 +21,12 @@ COMPARED_METHODS = ("dpo", "sft", "reward")
 # Methods whose policy samples what it learns from; of the first two, completions of a prompt are compared.
 GROUP_METHODS = ("grpo", "rloo")
 ONLINE_METHODS = (*GROUP_METHODS, "ppo")
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("gpu", "cpu")
+# Weights of linear layers in 4 or 8 bits, as bitsandbytes keeps them.
+QUANTIZATIONS = ("4bit", "8bit")
+# What a plan of sampled completions takes for a prompt's tokens where nothing is said.
+DEFAULT_PROMPT_TOKENS = 512
 # Whose step: ours, TRL 1.16's, or the usual one before fused heads, with the logits of a whole batch.
 OURS, TRL, FULL_LOGITS = "trl_fast", "TRL", "full logits"
 
@@ -31,13 +36,18 @@ class TrainingSetup:
     """Describes a training run. Names and defaults are those of the trainers' arguments, where they have them.
 
     - `method`: one of METHODS; `system`: whose step it is, OURS, TRL or FULL_LOGITS.
+    - `max_length`: tokens of every sequence, prompt and completion together.
     - `prompt_share`: which share of a sequence (dpo) or of what both texts of a pair start with (reward) is prompt.
     - `dtype`: of the weights; `bf16`: whether products are computed in bfloat16 by autocast.
     - `lora_r`: None trains all weights; `lora_target_modules`: None takes PEFT's choice for the architecture.
+    - `quantization`: of frozen weights, one of QUANTIZATIONS; `nested_quantization`: of its constants too.
+    - `optim`: the optimizer's name in transformers; see `planned_optimizers`.
+    - `num_gpus`: devices that weights, gradients and the optimizer's averages are spread over, by FSDP2.
     - `tiled_mlp`: tokens of a tile, None for whole rows.
     - `num_generations`, `beta`: None takes the method's default (grpo, rloo).
     - `steps_per_generation`: None takes the accumulation steps (grpo, rloo).
     - `num_mini_batches`, `local_rollout_forward_batch_size`: ppo's.
+    - `generates`: False where another process samples (vLLM).
     - `fused_head`: False takes the slow path of `modeling.scoring`, with the model's own logits.
     - `device`: whose choices of kernels and tile sizes are simulated, one of DEVICES.
     """
@@ -45,6 +55,7 @@ class TrainingSetup:
     config: PretrainedConfig
     method: str = "dpo"
     system: str = OURS
+    max_length: int = 1024
     prompt_share: float = 0.5
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
@@ -52,6 +63,11 @@ class TrainingSetup:
     bf16: bool = True
     lora_r: int | None = None
     lora_target_modules: str | tuple[str, ...] | None = None
+    lora_modules_to_save: tuple[str, ...] | None = None
+    use_dora: bool = False
+    quantization: str | None = None
+    nested_quantization: bool = False
+    optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = True
     activation_budget_bytes: int | None = None
     activation_offloading: bool = False
@@ -67,6 +83,9 @@ class TrainingSetup:
     beta: float | None = None
     num_mini_batches: int = 1
     local_rollout_forward_batch_size: int = 64
+    num_ppo_epochs: int = 4
+    generates: bool = True
+    num_gpus: int = 1
     device: str = "gpu"
 
     def __post_init__(self) -> None:
@@ -75,6 +94,10 @@ class TrainingSetup:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantization={self.quantization!r} is unknown; expected {', '.join(QUANTIZATIONS)}")
+        if self.quantization is not None and self.lora_r is None:
+            raise ValueError(f"weights in {self.quantization} cannot train: give use_peft=True, for an adapter")
         if self.system != OURS and self.method not in COMPARED_METHODS:
             raise ValueError(f"system={self.system!r} has no step of method={self.method!r} to compare with")
         # Other methods have no groups, and do not look at the number.
@@ -88,6 +111,11 @@ class TrainingSetup:
     def but(self, **changes: object) -> TrainingSetup:
         """Returns the same with some fields changed."""
         return replace(self, **changes)
+
+    @functools.cached_property
+    def without_checkpointing(self) -> TrainingSetup:
+        """Returns the same whose layers save all that backward needs; always the same one, as caches go by it."""
+        return self.but(gradient_checkpointing=False)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -170,3 +198,118 @@ class TrainingSetup:
     def autocast(self) -> torch.autocast:
         """Returns the context of a forward pass. Fake tensors are on the CPU."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+
+class ModelArguments(Protocol):
+    """Names the model's arguments that a setup is made from: those of the command line's `ModelConfig`."""
+
+    dtype: str | None
+    use_peft: bool
+    lora_r: int
+    lora_target_modules: list[str] | str | None
+    lora_modules_to_save: list[str] | None
+    use_dora: bool
+    load_in_4bit: bool
+    load_in_8bit: bool
+    use_bnb_nested_quant: bool
+
+
+def setup_from_training(
+    method: str,
+    training_args: BaseConfig,
+    model_args: ModelArguments,
+    config: PretrainedConfig,
+    *,
+    prompt_tokens: int | None = None,
+    longest: int | None = None,
+    device: str = "gpu",
+    num_gpus: int = 1,
+) -> TrainingSetup:
+    """Makes the setup of the run that a training command's arguments describe; every sequence has its longest length.
+
+    Args:
+        config: of the policy, see `model_shapes.model_config`.
+        prompt_tokens: how many of a sequence's tokens are prompt. None: half of them; of sampled completions
+            DEFAULT_PROMPT_TOKENS.
+        longest: tokens of the data's longest sequence, where they are known; longer ones are not planned for.
+        device: whose kernels to assume, one of DEVICES; num_gpus: how many the weights are spread over.
+
+    Raises:
+        ValueError: an argument is missing, out of range, or does not go with another.
+    """
+    given = {name: getattr(training_args, name) for name in _SAME_NAMES if hasattr(training_args, name)}
+    max_length, share = _lengths(method, training_args, prompt_tokens, longest)
+    modules = model_args.lora_target_modules
+    dtype = (training_args.model_init_kwargs or {}).get("dtype", model_args.dtype)
+    quantization = "4bit" if model_args.load_in_4bit else "8bit" if model_args.load_in_8bit else None
+    return TrainingSetup(
+        config=config,
+        method=method,
+        max_length=max_length,
+        prompt_share=share,
+        dtype=_dtype_name(dtype, config),
+        # Numbers of either 16-bit autocast take the same memory.
+        bf16=bool(training_args.bf16 or training_args.fp16),
+        lora_r=model_args.lora_r if model_args.use_peft else None,
+        lora_target_modules=tuple(modules) if isinstance(modules, list) else modules,
+        lora_modules_to_save=tuple(model_args.lora_modules_to_save or ()) or None,
+        use_dora=model_args.use_dora,
+        quantization=quantization,
+        nested_quantization=model_args.use_bnb_nested_quant,
+        optim=str(getattr(training_args.optim, "value", training_args.optim)),
+        precompute_ref_log_probs=_needs_no_reference(training_args),
+        generates=not getattr(training_args, "use_vllm", False),
+        num_gpus=num_gpus,
+        device=device,
+        **given,
+    )
+
+
+# Arguments of training that a setup has under their names.
+_SAME_NAMES = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("activation_budget_bytes", "activation_offloading", "tiled_mlp", "batch_layout"),
+    *("head_grad", "head_workspace_bytes", "beta", "num_generations", "steps_per_generation", "num_iterations"),
+    *("num_mini_batches", "local_rollout_forward_batch_size", "num_ppo_epochs"),
+)
+
+
+def _lengths(method: str, training_args: Any, prompt_tokens: int | None, longest: int | None) -> tuple[int, float]:
+    """Returns the tokens of a sequence, and the share of them that is prompt."""
+    if method in ONLINE_METHODS:
+        prompt = DEFAULT_PROMPT_TOKENS if prompt_tokens is None else prompt_tokens
+        name = "response_length" if method == "ppo" else "max_completion_length"
+        completion = getattr(training_args, name)
+        if completion is None:
+            raise ValueError(f"{name} is unset, so completions have no limit; give the length to plan for")
+        if prompt < 1:
+            raise ValueError(f"prompt_tokens={prompt}: a completion is sampled from at least one token")
+        return prompt + completion, prompt / (prompt + completion)
+    length = training_args.max_length
+    if longest is not None:
+        length = max(2, longest if length is None else min(length, longest))
+    if length is None:
+        raise ValueError("max_length is unset, so sequences have no limit; give the length to plan for")
+    if length < 2:
+        raise ValueError(f"max_length={length}: expected at least 2 tokens")
+    if prompt_tokens is None:
+        return length, 0.5
+    if method == "sft":
+        raise ValueError(
+            f"prompt_tokens={prompt_tokens} has no meaning for sft, which learns whole sequences; leave it out"
+        )
+    if not 0 <= prompt_tokens < length:
+        raise ValueError(f"prompt_tokens={prompt_tokens}: expected a number from 0 to below max_length={length}")
+    return length, prompt_tokens / length
+
+
+def _dtype_name(dtype: str | torch.dtype | None, config: PretrainedConfig) -> str:
+    """Returns the name of the weights' dtype; "auto": the one that the model's config names."""
+    if dtype in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+    return str(dtype).removeprefix("torch.")
+
+
+def _needs_no_reference(training_args: Any) -> bool:
+    """Says whether a method with a reference has its scores before training, or takes zeros for them."""
+    return any(getattr(training_args, name, None) for name in ("precompute_ref_log_probs", "reference_free"))

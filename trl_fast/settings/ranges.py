@@ -229,6 +229,7 @@ RANGES: dict[str, Range] = {
     "lora_alpha": NOT_NEGATIVE,
     "lora_dropout": SHARE,
     "prompt_share": Range(0, 1, below=True),
+    "num_gpus": COUNT,
 }
 
 

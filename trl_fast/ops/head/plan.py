@@ -234,10 +234,11 @@ class TileLimits(NamedTuple):
     def cut(self, num_rows: int, kept_rows: int, tile_shape: tuple[int, int]) -> SweepTiles:
         """Cuts `num_rows` rows, of which the first `kept_rows` are kept, and all columns into tiles."""
         height, width = tile_shape
-        rows = self._computed(slices(0, kept_rows, height)) + self._computed(slices(kept_rows, num_rows, height))
-        return SweepTiles(height, width, rows, self._computed(slices(0, self.vocab_size, width)))
+        rows = self.computed(slices(0, kept_rows, height)) + self.computed(slices(kept_rows, num_rows, height))
+        return SweepTiles(height, width, rows, self.computed(slices(0, self.vocab_size, width)))
 
-    def _computed(self, tiles: list[slice]) -> list[slice]:
+    def computed(self, tiles: list[slice]) -> list[slice]:
+        """Returns the tiles that are to be computed."""
         return tiles if self.all_tiles or len(tiles) < 3 else [*tiles[:2], tiles[-1]]
 
 
@@ -275,8 +276,8 @@ class HeadPlan:
     limits: TileLimits
 
     def blocks(self, num_rows: int) -> list[slice]:
-        """Returns the blocks of `num_rows` rows."""
-        return slices(0, num_rows, self.block_rows)
+        """Returns the blocks of `num_rows` rows; in a simulation only some of them, as of tiles."""
+        return self.limits.computed(slices(0, num_rows, self.block_rows))
 
     def group_blocks(self, sizes: Sequence[int]) -> list[slice]:
         """Returns blocks of groups of these sizes: of one group, or of as many as have all logits kept."""

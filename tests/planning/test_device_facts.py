@@ -14,7 +14,7 @@ from trl_fast.ops import attention_merge
 from trl_fast.ops.device import device_facts, simulated_device
 from trl_fast.ops.head.plan import NOTHING, plan_head
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
-from trl_fast.planning.gpu_facts import GPU_KERNELS, flash_workspace, mixed_dtype_workspace, planned_facts
+from trl_fast.planning.device_facts import GPU_KERNELS, flash_workspace, mixed_dtype_workspace, planned_facts
 from trl_fast.planning.memory_timeline import ATTENTION, KINDS
 from trl_fast.planning.memory_tracker import MemoryTracker
 from trl_fast.planning.simulated_step import simulate

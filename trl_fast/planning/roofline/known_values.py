@@ -23,12 +23,12 @@ _UNKNOWN = ("empty", "new_empty", "_local_scalar_dense")
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Returns the values of a tensor as a tensor on the CPU; None where they are not known."""
+    """Returns the values of a tensor of any shape as a tensor on the CPU; None where they are not known."""
     return getattr(tensor, _ATTRIBUTE, None) if isinstance(tensor, FakeTensor) else tensor
 
 
 def know(tensor: FakeTensor, values: torch.Tensor) -> None:
-    """Lets a fake tensor carry values."""
+    """Lets a fake tensor carry values, of its shape and dtype."""
     setattr(tensor, _ATTRIBUTE, values)
 
 
@@ -87,7 +87,7 @@ def _places(mask: torch.Tensor) -> list[torch.Tensor]:
 
 
 def as_fake(like: torch.Tensor, result: Any) -> Any:
-    """Returns a known result as fake tensors beside `like`; numbers stay as they are."""
+    """Returns a known result as fake tensors beside `like`, of any shape; numbers stay as they are."""
 
     def fake(values: torch.Tensor) -> torch.Tensor:
         made = like.new_empty(values.shape, dtype=values.dtype)

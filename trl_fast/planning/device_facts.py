@@ -1,0 +1,224 @@
+"""Gives the facts of the device whose step is planned: a GPU that is not there, or this CPU.
+
+Fake tensors are on the CPU. Our own code asks `ops.device` for the facts of a device, so it takes the kernels, dtypes
+and tiles of a GPU when those facts say so. What is neither asked there nor ours is in this table:
+
+| what | how the plan sees it |
+|---|---|
+| kernels that change no more than what they are given | `RowKernels` that do nothing |
+| kernels whose results depend on data | tensors of the size that they had on real text |
+| `addmm(..., out_dtype=, out=)`, which torch has on a GPU only | the tracker answers it: its result is `out` |
+| what a flash kernel takes inside and gives back | `flash_workspace`, which the tracker adds |
+| a custom op that is one kernel on a GPU | the tracker runs its fake implementation instead of its body |
+| attention of padded rows, which transformers chooses | PADDED_ATTENTION, registered with transformers |
+| copies to the host's memory | `SimulatedCopies`, given to offloading by the facts |
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import CodeType
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from trl_fast.modeling.tree_attention import CpuRowAttention, CudaRowAttention
+from trl_fast.ops.device import DeviceFacts, device_facts
+from trl_fast.ops.head.row_kernels import RowKernels
+from trl_fast.ops.head.sparse_gradient import CHUNK_BYTES, SparseKernels
+
+from .data_dependent_operators import SPARSE_ENTRIES
+from .memory_timeline import ATTENTION, KV_CACHE
+
+aten = torch.ops.aten
+# Registered with transformers for rows that need no mask: all of a batch's sequences are of one length here.
+PADDED_ATTENTION = "trl_fast_planning"
+# Custom ops that are one kernel on a GPU, which takes nothing but the memory of its results.
+GPU_KERNELS = frozenset({"trl_fast::attention_merge"})
+# Of the GPUs that are planned for: flash kernels need 8.0.
+_CAPABILITY = (9, 0)
+_ARITHMETIC = (
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.sub.Tensor,
+    aten.sub_.Tensor,
+    aten.mul.Tensor,
+    aten.mul_.Tensor,
+    aten.div.Tensor,
+    aten.div_.Tensor,
+)
+_FLASH_BACKWARD = (
+    aten._flash_attention_backward.default,
+    aten._scaled_dot_product_flash_attention_backward.default,
+)
+
+
+@dataclass
+class DeviceMeter:
+    """Measures what the facts of a planned device see: bytes that row kernels touch, and copies on the host.
+
+    host_bytes, host_peak: of copies that are there, and the most there were; launched, copied: are told of each.
+    """
+
+    launched: Callable[[int], None] = lambda _: None
+    copied: Callable[[int], None] = lambda _: None
+    host_bytes: int = 0
+    host_peak: int = 0
+
+    def row_kernel(self, *given: object) -> None:
+        """Stands for a row kernel, which takes no memory, and reads or writes each tensor that it is given."""
+        self.launched(sum(one.numel() * one.element_size() for one in given if isinstance(one, torch.Tensor)))
+
+    def changes_host(self, size: int) -> None:
+        """Adds a copy of `size` bytes on the host, or takes one away."""
+        self.host_bytes += size
+        self.host_peak = max(self.host_peak, self.host_bytes)
+
+
+def planned_facts(device: str, meter: DeviceMeter | None = None, *, every_tile: bool = False) -> DeviceFacts:
+    """Returns the facts of the planned `device`, "gpu" or "cpu", for tensors on the CPU.
+
+    A GPU has no cache to fit tiles of logits into, multiplies bfloat16 to float32 logits, has row kernels without
+    temporaries, and torch's varlen flash kernels, two calls a layer. How much memory it has is not said: a plan finds
+    what a step needs, and what is free beyond that is used, but not needed. every_tile: compute all tiles, not some.
+    """
+    meter = meter or DeviceMeter()
+    if device == "cpu":
+        kernels = SparseKernels(_sparse_samples, _sparse_product)
+        here = device_facts(torch.device("cpu"))
+        return replace(here, sparse_kernels=kernels, first_tiles_only=not every_tile)
+    kernel = meter.row_kernel
+    return DeviceFacts(
+        "cuda",
+        multiplies_bf16=True,
+        capability=_CAPABILITY,
+        serves=lambda op, backend: backend == "torch",
+        row_kernels=RowKernels(kernel, kernel, 0, kernel, kernel, kernel),
+        pinned_copies=functools.partial(SimulatedCopies, meter=meter),
+        holds=lambda tensor: isinstance(tensor, FakeTensor),
+        first_tiles_only=not every_tile,
+    )
+
+
+def flash_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
+    """Returns the bytes that CUDA's flash backward takes inside: a float32 sum of the queries' gradient, a number a
+    row, and, for grouped heads, gradients of keys and values for every query head (FlashAttention-2, mha_bwd and
+    mha_varlen_bwd).
+    """
+    if func not in _FLASH_BACKWARD:
+        return 0
+    query, key = args[1], args[2]
+    heads, groups = query.shape[1], key.shape[1]
+    expanded = 0 if heads == groups else 2 * key.numel() * key.element_size() * heads // groups
+    return 4 * query.numel() + 4 * query.numel() // query.shape[-1] + expanded
+
+
+def mixed_dtype_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
+    """Returns the bytes that a CPU takes inside of arithmetic on two dtypes: a copy of the operand that is narrower.
+
+    A GPU converts numbers as it reads them.
+    """
+    if func not in _ARITHMETIC or not all(isinstance(operand, torch.Tensor) and operand.dim() for operand in args[:2]):
+        return 0
+    common = torch.result_type(args[0], args[1])
+    return sum(operand.numel() * common.itemsize for operand in args[:2] if operand.dtype != common)
+
+
+class SimulatedCopies:
+    """Stands for `PinnedCopies`: of fake tensors that leave the tracked memory only shapes and dtypes are kept."""
+
+    def __init__(self, device: torch.device, meter: DeviceMeter) -> None:
+        self._device, self._meter = device, meter
+
+    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+        """Returns what is kept of a tensor of any shape and dtype."""
+        copy = tensor.shape, tensor.dtype
+        self._meter.changes_host(_bytes(copy))
+        self._meter.copied(_bytes(copy))
+        return copy
+
+    def to_device(self, copy: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+        """Returns a tensor of the shape and dtype that left."""
+        self._meter.copied(_bytes(copy))
+        return torch.empty(copy[0], dtype=copy[1], device=self._device)
+
+    def event(self) -> None:
+        """Returns nothing: every copy is done at once."""
+
+    def wait(self, event: None) -> None:
+        """Waits for nothing."""
+
+    def abandon(self, tensor: torch.Tensor) -> None:
+        """Lets go of a tensor of any shape and dtype, whose memory is free at once."""
+
+    def forget(self, copy: tuple[torch.Size, torch.dtype]) -> None:
+        """Lets go of a copy."""
+        self._meter.changes_host(-_bytes(copy))
+
+
+def _bytes(copy: tuple[torch.Size, torch.dtype]) -> int:
+    return copy[0].numel() * copy[1].itemsize
+
+
+def _sparse_samples(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns counts (R,), columns and log-probabilities of the entries that rows of logits (T, R, W) keep."""
+    entries = logits.shape[1] * SPARSE_ENTRIES
+    counts, columns = (torch.empty(size, dtype=torch.int64) for size in (logits.shape[1], entries))
+    torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    return counts, columns, torch.empty(entries, dtype=torch.float32)
+
+
+def _sparse_product(
+    cu_entries: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns rows (M, H) of a sparse matrix's product with (K, H)."""
+    torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    return torch.empty(len(cu_entries) - 1, dense.shape[1], dtype=dtype)
+
+
+def padded_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Computes causal attention of rows (B, heads, T, D) without padding, on a GPU by the flash kernel.
+
+    Returns:
+        (B, T, heads, D) of the query's dtype and None, as transformers expects.
+    """
+    if not device_facts(query.device).is_cuda:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    out, *_rest = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(**_: object) -> None:
+    """Returns the mask of rows without padding."""
+
+
+AttentionMaskInterface.register(PADDED_ATTENTION, _no_mask)
+AttentionInterface.register(PADDED_ATTENTION, padded_attention)
+
+# Whose working memory is of which kind, by the code that takes it.
+KINDS_BY_CODE: dict[CodeType, str] = {
+    function.__code__: ATTENTION
+    for function in (
+        CpuRowAttention.forward,
+        CpuRowAttention.backward,
+        CudaRowAttention.forward,
+        CudaRowAttention.backward,
+        padded_attention,
+    )
+} | {DynamicLayer.update.__code__: KV_CACHE, DynamicLayer.batch_select_indices.__code__: KV_CACHE}

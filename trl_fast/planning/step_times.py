@@ -1,0 +1,74 @@
+"""Estimates how long an optimizer step takes on a GPU of the table, from the work that a simulated one counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .fake_models import layers_are_alike, meta_model
+from .memory_timeline import GENERATION_STAGE, OLD_STAGE, OPTIMIZER_STAGE, PROMPTS_STAGE, REFERENCE_STAGE, VALUES_STAGE
+from .peak_estimates import counted_length, depths_of, simulated, whole_layers
+from .roofline.work import Work
+from .training_setup import GROUP_METHODS, TrainingSetup
+
+# Passes over what was sampled, before updates learn from it.
+_OF_A_ROLLOUT = (PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE)
+
+
+def planned_work(setup: TrainingSetup, max_length: int, limit: int | None) -> Work:
+    """Counts the work of an optimizer step whose layers are left uncheckpointed as `limit` bytes of memory allow."""
+    work = step_work(setup, max_length)
+    if limit is not None and setup.leaves_whole_layers:
+        whole, _ = whole_layers(setup, max_length, limit)
+        if whole:
+            plain = step_work(setup.without_checkpointing, max_length)
+            share = whole / setup.num_layers
+            work = work.mixed(plain, 1 - share, share)
+    return work
+
+
+def step_work(setup: TrainingSetup, max_length: int) -> Work:
+    """Counts the work of an optimizer step with all its micro-batches; of PPO, of a rollout and its updates.
+
+    Of alike layers two shallow models tell it, as they tell the peak. Of sequences longer than those that are counted
+    (`counted_length`) all but attention and the update grows with the length, and attention with its square.
+    """
+    counted = min(max_length, counted_length(setup))
+    stages = _work_by_stage(setup, counted)
+    total = Work()
+    for stage, work in stages.items():
+        if stage != OPTIMIZER_STAGE:
+            longer = max_length / counted
+            work = work.times(longer).mixed(Work(attention_flops=work.attention_flops), 1.0, longer**2 - longer)
+        total += work.times(_times(stage, setup, max_length))
+    return total
+
+
+def _times(stage: str, setup: TrainingSetup, max_length: int) -> float:
+    """Returns how often an optimizer step runs a stage of the simulation."""
+    micro_batches = setup.gradient_accumulation_steps
+    completion = max(1, max_length - round(max_length * setup.prompt_share))
+    if setup.method == "ppo":
+        sampled = setup.completions_per_generation
+        chunks = sampled / min(setup.local_rollout_forward_batch_size, sampled)
+        updates = setup.num_ppo_epochs * setup.num_mini_batches
+        if stage in _OF_A_ROLLOUT:
+            return chunks * (completion if stage == GENERATION_STAGE else 1)
+        return updates if stage == OPTIMIZER_STAGE else updates * micro_batches
+    if stage == OPTIMIZER_STAGE:
+        return 1
+    if setup.method not in GROUP_METHODS or stage not in _OF_A_ROLLOUT:
+        return micro_batches
+    if stage in (PROMPTS_STAGE, GENERATION_STAGE):
+        steps = (setup.steps_per_generation or micro_batches) * setup.num_iterations
+        return micro_batches / steps * (completion if stage == GENERATION_STAGE else 1)
+    return micro_batches / setup.num_iterations
+
+
+def _work_by_stage(setup: TrainingSetup, max_length: int) -> Mapping[str, Work]:
+    depth, (few, more) = setup.num_layers, depths_of(setup)
+    if depth <= more or not layers_are_alike(meta_model(setup)):
+        return simulated(setup, max_length).work
+    fewer, deeper = (simulated(setup, max_length, layers).work for layers in (few, more))
+    share = (depth - few) / (more - few)
+    # The stage that only the deeper model has is all of its layer.
+    return {stage: fewer.get(stage, Work()).mixed(work, 1 - share, share) for stage, work in deeper.items()}
