@@ -72,9 +72,13 @@ def test_what_stays_is_counted_as_what_it_is():
         assert levels[KINDS.index(kind)].max() == pytest.approx(copies * size, rel=0.01), kind
 
 
-@pytest.mark.parametrize("changes", [{"tiled_mlp": 32}, {"method": "sft"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"tiled_mlp": 32, "head_workspace_bytes": 1 << 20}, {"method": "sft", "head_workspace_bytes": 1 << 17}],
+    ids=str,
+)
 def test_some_tiles_and_row_blocks_tell_about_all(changes, monkeypatch):
-    setup = TrainingSetup(tiny_config("llama", vocab_size=4096), head_workspace_bytes=1 << 20, **changes)
+    setup = TrainingSetup(tiny_config("llama", vocab_size=4096), **changes)
     some = simulate(setup, 300)
     facts = replace(planned_facts("gpu"), first_tiles_only=False)
     monkeypatch.setattr("trl_fast.planning.simulated_step.planned_facts", lambda *_, **__: facts)
