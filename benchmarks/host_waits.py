@@ -63,7 +63,7 @@ class HostWaits:
 
 
 @contextmanager
-def host_waits(gpu: str = "h100") -> Iterator[HostWaits]:
+def host_waits(gpu: str = "h100-80") -> Iterator[HostWaits]:
     """Notes the host's waits for the GPU within; gpu: which of `GPUS` is simulated, where there is none."""
     found = HostWaits()
     with _warned(found) if torch.cuda.is_available() else _pretended(found, gpu):

@@ -76,6 +76,7 @@ def generated(tmp_path, monkeypatch):
 
 def saved_folder(tmp_path, monkeypatch):
     nothing = lambda *_, **__: None  # noqa: E731
+    monkeypatch.setattr("trl_fast.planning.forecast.forecast", nothing)
     trainer = SimpleNamespace(
         args=SimpleNamespace(output_dir=TEXT, push_to_hub=False),
         accelerator=SimpleNamespace(end_training=nothing),
@@ -114,7 +115,7 @@ def environment(tmp_path, monkeypatch):
 def planned_model(tmp_path, monkeypatch):
     folder = tmp_path / TEXT
     tiny_config("llama").save_pretrained(folder)
-    assert main(["plan", "--model", str(folder), "--max_length", "8", "--plot", "none", "--compare", "false"]) == 0
+    assert main(["plan", "sft", "--model_name_or_path", str(folder), "--max_length", "8", "--compare", "false"]) == 0
 
 
 def planned_switch(tmp_path, monkeypatch):

@@ -43,8 +43,8 @@ def test_peak_parts_stages_other_systems_and_switches(folder, tmp_path, capsys, 
     output = printed.out
     # The verdict comes first, and all lines fit a terminal.
     assert output.startswith("Needs 0.0") and "fits a10g, l4, rtx4090 and larger ones." in words(output)
-    assert all(len(line) <= 80 for line in output.splitlines() if str(plot) not in line)
-    assert "Simulated, not measured: dpo" in output and plot.is_file()
+    assert all(len(line) <= 80 for line in output.splitlines() if str(plot) not in line and str(folder) not in line)
+    assert f"Simulated, not measured, of {folder}:\ndpo, all weights" in output and plot.is_file()
     for expected in ("weights", "optimizer", "saved activations", "head and loss", "first layer backward"):
         assert expected in output
     # Without a GPU there is nothing to fit.
@@ -83,7 +83,7 @@ def test_more_memory_holds_longer_contexts(folder, capsys):
 )
 def test_other_methods_and_prompts_and_an_adapter(method, flags, folder, capsys):
     assert plan(method, folder, "--use_peft", "--lora_r", "4", *flags) == 0
-    assert f"{method}, {folder}, LoRA r=4" in words(capsys.readouterr().out)
+    assert f"Simulated, not measured, of {folder}: {method}, LoRA r=4" in words(capsys.readouterr().out)
 
 
 def test_layers_that_need_no_checkpointing_on_a_gpu(folder, capsys, monkeypatch):

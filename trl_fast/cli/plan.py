@@ -268,7 +268,8 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
         console.print(step_time(row.work, planned.gpu))
     if setup.device == "gpu":
         console.print(f"CPU memory of a process, about: {host_memory(setup, setup.max_length)}.")
-    console.print(f"Simulated, not measured: {setup_line(setup, planned.model)}.")
+    console.print(f"Simulated, not measured, of {planned.model}:", soft_wrap=True)
+    console.print(f"{setup_line(setup)}.")
     if planned.has_dataset:
         console.print("The dataset is not read: every sequence is taken to be as long as the settings allow.")
 

@@ -205,8 +205,8 @@ def _mark_stages(axes: object, timeline: Timeline, top: float) -> None:
             axes.text((start + end) / 2, 0.98 * top, name, **place)
 
 
-def setup_line(setup: TrainingSetup, name: str) -> str:
-    """Describes the planned run in one line."""
+def setup_line(setup: TrainingSetup) -> str:
+    """Describes the planned run in one line, without the model's name."""
     what = "all weights" if setup.lora_r is None else f"LoRA r={setup.lora_r}"
     stored = f"{setup.dtype} weights" if setup.quantization is None else f"weights in {setup.quantization}"
     precision = stored + (", bf16 autocast" if setup.bf16 else "")
@@ -216,4 +216,4 @@ def setup_line(setup: TrainingSetup, name: str) -> str:
     devices = f", sharded over {setup.num_gpus} GPUs (FSDP2)" if setup.num_gpus > 1 else ""
     where = ", on a CPU" if setup.device == "cpu" else ""
     size = f"{count} {unit} of {setup.max_length:,} tokens"
-    return f"{setup.method}, {name}, {what}, {precision}, {size}{sampled}{devices}{where}"
+    return f"{setup.method}, {what}, {precision}, {size}{sampled}{devices}{where}"
