@@ -242,9 +242,8 @@ def run(planned: PlannedRun) -> int:
     console.print(peak_table(rows[0].peak, "What the peak consists of"))
     console.print(stages_table(peaks))
     if planned.arguments.plot is not None:
-        save_plot(
-            Path(planned.arguments.plot), simulate(setup, setup.max_length), setup_line(setup, planned.model), limit
-        )
+        title = f"{planned.model}: {setup_line(setup)}"
+        save_plot(Path(planned.arguments.plot), simulate(setup, setup.max_length), title, limit)
         console.print(f"Memory over the step: {planned.arguments.plot}", soft_wrap=True)
     if planned.arguments.compare:
         if len(beside) > 1:
