@@ -1,4 +1,4 @@
-"""Plans against steps that were measured on an H200 (benchmarks/results/gpu): their memory, and the time it was busy."""
+"""Plans against steps that were measured on an H200 (benchmarks/results/gpu): memory, and the time it was busy."""
 
 import json
 
@@ -12,7 +12,7 @@ from trl_fast.planning.step_times import step_work
 from trl_fast.planning.training_setup import OURS, TRL, TrainingSetup
 
 MEASURED = ROOT / "benchmarks/results/gpu/h200_first_light.jsonl"
-# The phase, and the share of the time that the GPU was busy (docs/gpu-h200.md). Checkpointed steps of ours have changed
+# The phase, and the share of the time that the GPU was busy (docs/gpu-h200.md). Checkpointed steps of ours are others
 # since: they kept a GiB of results then.
 STEPS = {
     "step dpo trl": 0.68,
