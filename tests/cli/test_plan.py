@@ -7,8 +7,11 @@ import pytest
 from support.models import tiny_config
 from trl_fast.cli.main import main
 from trl_fast.cli.plan import read_arguments
-from trl_fast.planning.comparisons import switches
+from trl_fast.planning.comparisons import Row, switches
+from trl_fast.planning.memory_sizes import GIB
+from trl_fast.planning.memory_timeline import WEIGHTS, Peak
 from trl_fast.planning.peak_estimates import Longest
+from trl_fast.planning.report import remedies, verdict
 
 ONE = ("--per_device_train_batch_size", "1")
 
@@ -60,6 +63,7 @@ def test_more_memory_holds_longer_contexts(folder, capsys):
     assert plan("sft", folder, "--dtype", "bfloat16", "--gpu_memory", "4MiB", "--max_length", "512") == 0
     output = capsys.readouterr().out
     assert output.startswith("Does not fit gpu_memory: ") and "GiB too much.\n" in output
+    assert "Leave --compare false out to see which settings make it fit." in output
     short = longest_of(output)
     assert short < 512
     flags = ("--dtype", "bfloat16", "--gpu_memory", "16MiB", "--max_length", "256", "--activation_offloading", "true")
@@ -97,6 +101,23 @@ def test_layers_that_need_no_checkpointing_on_a_gpu(folder, capsys, monkeypatch)
     assert plan("sft", folder, *flags, "--use_cpu") == 0
     printed = capsys.readouterr().out
     assert "uncheckpointed" not in printed and "workspace will be" not in printed
+
+
+def test_what_makes_a_step_fit():
+    def row(name, size):
+        return Row(name, Peak({WEIGHTS: size}, "forward"))
+
+    rows = [
+        row("this plan", 9 * GIB),
+        row("tiled_mlp=4096", 7 * GIB),
+        row("dtype=bfloat16", 5 * GIB),
+        row("x", 8 * GIB),
+    ]
+    assert verdict(rows[0].peak, 8 * GIB, None) == (
+        "Does not fit gpu_memory: 9.00 of 8.00 GiB for tensors, 1.00 GiB too much."
+    )
+    assert remedies(rows, 7 * GIB) == "Fits with dtype=bfloat16 (5.00 GiB) or tiled_mlp=4096 (7.00 GiB)."
+    assert remedies(rows, GIB).startswith("No single switch makes it fit")
 
 
 def test_a_config_file_and_built_in_shapes(folder, capsys):

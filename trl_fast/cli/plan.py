@@ -20,6 +20,7 @@ from trl_fast.planning.host_memory import host_memory
 from trl_fast.planning.memory_sizes import gib, parse_memory
 from trl_fast.planning.model_shapes import SHAPES, model_config
 from trl_fast.planning.peak_estimates import head_workspace, stage_peaks, whole_layers
+from trl_fast.planning.planned_optimizers import is_known
 from trl_fast.planning.report import (
     peak_table,
     remedies,
@@ -260,7 +261,7 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
     if limit is not None:
         console.print(f"Longest context that fits: {tokens(row.longest)} tokens.")
         _note_positions(console, setup, row.longest.max_length)
-        if row.peak.bytes > limit and len(with_switches) > 1:
+        if row.peak.bytes > limit:
             console.print(remedies(with_switches, limit))
         _note_free_memory(console, setup, row, limit)
     if planned.gpu is not None:
@@ -269,6 +270,10 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
         console.print(f"CPU memory of a process, about: {host_memory(setup, setup.max_length)}.")
     console.print(f"Simulated, not measured, of {planned.model}:", soft_wrap=True)
     console.print(f"{setup_line(setup)}.")
+    if not is_known(setup.optim):
+        console.print(f"optim={setup.optim} is planned as AdamW.")
+    if not setup.generates:
+        console.print("vLLM samples: its memory is not part of this plan.")
     if planned.has_dataset:
         console.print("The dataset is not read: every sequence is taken to be as long as the settings allow.")
 

@@ -81,7 +81,7 @@ def _stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
     return peaks
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=128)
 def simulated(setup: TrainingSetup, max_length: int, layers: int | None = None) -> Timeline:
     """Simulates a step, and remembers the last ones: several questions are asked about the same, its work too."""
     counts = setup.device == "gpu" and max_length <= counted_length(setup)

@@ -96,6 +96,8 @@ def fitting_gpus(size: int) -> str:
 
 def remedies(rows: list[Row], limit: int) -> str:
     """Names the changed settings with which a step fits that does not fit as planned, the one with most room first."""
+    if len(rows) == 1:
+        return "Leave --compare false out to see which settings make it fit."
     fit = sorted((row for row in rows[1:] if row.peak.bytes <= limit), key=lambda row: row.peak.bytes)
     if not fit:
         return "No single switch makes it fit: take a larger GPU, more of them (--num_gpus), or a smaller model."
