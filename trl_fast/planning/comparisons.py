@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from trl_fast.settings.batch_layouts import layouts_for
 
+from .fake_models import choose_layout, meta_model
 from .memory_sizes import gib
 from .memory_timeline import Peak
 from .peak_estimates import Longest, estimate, longest_context
@@ -67,7 +68,9 @@ def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, Training
         changes.append({"tiled_mlp": tiled, "activation_offloading": True})
     changes += _adapter_changes(setup)
     layouts = layouts_for(shares_prompts=setup.method != "sft")
-    changes += [{"batch_layout": name} for name in layouts if name != setup.batch_layout]
+    # "auto" is one of them.
+    present = choose_layout(meta_model(setup), setup, setup.max_length)
+    changes += [{"batch_layout": name} for name in layouts if name != present]
     if setup.method != "reward":
         # The sparse gradient is for a CPU only.
         changes += [{"fused_head": False}, *([{"head_grad": "sparse"}] if setup.device == "cpu" else [])]
