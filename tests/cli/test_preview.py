@@ -116,6 +116,24 @@ def test_sft_names_prompt_and_completion(examples):
     assert completion.position == len(prompt.ids)
 
 
+def test_sft_cuts_the_completion_at_max_length(examples):
+    shown, _ = examples("sft", "--max_length", "10")
+    prompt, completion = shown.of_row(2)[0].parts
+    room = 10 - len(prompt.ids)
+    assert kinds(prompt) == "." * len(prompt.ids)
+    assert kinds(completion) == "L" * room + "x" * (len(completion.ids) - room) and room < len(completion.ids)
+    before, after, _ = shown.tokens_of_rows()
+    assert (before[2], after[2]) == (len(prompt.ids) + len(completion.ids), 10)
+
+
+def test_a_template_and_tokens_from_elsewhere_need_no_weights(examples, tmp_path):
+    other = build_tokenizer()
+    other.add_tokens(["<extra>"], special_tokens=True)
+    other.save_pretrained(tmp_path / "other")
+    shown, _ = examples("sft", "--chat_template_path", str(tmp_path / "other"), rows=sft_rows("messages"))
+    assert "<extra>" in shown.tokenizer.get_vocab() and shown.of_row(0)[0].parts[0].kept
+
+
 def test_sft_assistant_only_learns_what_the_assistant_says(examples):
     shown, _ = examples("sft", "--assistant_only_loss", "true", rows=sft_rows("messages"))
     (part,) = shown.of_row(1)[0].parts

@@ -91,9 +91,10 @@ def output_folder(adapter: str, output: str | None) -> Path:
     Raises:
         ValueError: there is something in it.
     """
-    folder = Path(f"{adapter.rstrip('/').split('/')[-1]}-merged" if output is None else output)
-    if output is None and Path(adapter).is_dir():
-        folder = Path(adapter).resolve().parent / folder
+    local = Path(adapter) if Path(adapter).name else Path(adapter).resolve()
+    # Of a hub name the last part counts; a folder's stands beside the adapter.
+    folder = local.with_name(f"{local.name}-merged") if local.is_dir() else Path(f"{local.name}-merged")
+    folder = folder if output is None else Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output={str(folder)!r} is there already, and nothing is overwritten; give another folder")
     return folder

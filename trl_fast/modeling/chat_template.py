@@ -53,7 +53,9 @@ def clone_chat_template(
     if model.can_generate():
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     # The length of the vocabulary, since tokenizers differ in what they count as vocab_size.
-    embeddings = model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=resize_to_multiple_of)
+    embeddings = model.resize_token_embeddings(
+        len(tokenizer.get_vocab()), pad_to_multiple_of=resize_to_multiple_of, mean_resizing=_has_values(model)
+    )
     number = 0
     while len(tokenizer.get_vocab()) < embeddings.num_embeddings:
         filler = AddedToken(f"<extra_id_{number}>")
@@ -62,6 +64,12 @@ def clone_chat_template(
             new.append(filler)
     ids: Any = tokenizer.convert_tokens_to_ids([token.content for token in new])
     return model, tokenizer, ids
+
+
+def _has_values(model: PreTrainedModel) -> bool:
+    """Says whether a model's embeddings have values, of which the mean can be taken."""
+    embeddings: Any = model.get_input_embeddings()
+    return not embeddings.weight.is_meta
 
 
 def setup_chat_format(
