@@ -103,6 +103,13 @@ def test_keep_end_cuts_the_prompts_beginning(examples):
     assert chosen.note == f"of its prompt the last {10 - len(chosen.ids)} tokens are kept"
 
 
+def test_the_end_of_a_prompt_is_kept_where_its_tokens_are_all_alike(examples):
+    pair = {"prompt": "a a a a a a a a", "chosen": " blue", "rejected": " blues"}
+    shown, _ = examples("dpo", "--max_length", "10", "--truncation_mode", "keep_end", rows=[pair])
+    prompt = kinds(shown.of_row(0)[0].parts[0])
+    assert "x" in prompt and prompt == "x" * prompt.count("x") + "." * prompt.count(".")
+
+
 def test_rows_that_are_dropped_are_named(examples):
     rows = [*color_pairs(2), {"prompt": "What color is the sea? " * 20, "chosen": " blue", "rejected": " red"}]
     shown, _ = examples("dpo", "--max_length", "40", rows=rows)
