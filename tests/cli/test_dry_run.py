@@ -11,8 +11,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from support.rollouts import color_prompts
 from support.supervised import sft_rows
 from support.training import color_pairs
+from trl_fast.cli.dry_run import planned
 from trl_fast.cli.main import main
 from trl_fast.trainers.checkpoints.output_folder import LOCK_FILE
+from trl_fast.trainers.run_report.forecast import Forecast
 
 SETTINGS = shlex.split(
     "--use_cpu true --bf16 false --report_to none --dataloader_pin_memory false --per_device_train_batch_size 4 "
@@ -63,6 +65,14 @@ def test_one_step_and_nothing_is_left(method, dry_run, tmp_path, optimizer_steps
     assert f"Dry run of {method}: 1 of " in out and " s (the first one is slower" in out and " GiB of this" in out
     assert "Nothing is saved. Leave --dry_run out to train." in out and "Model saved" not in out
     assert not (tmp_path / "above").exists()
+
+
+def test_what_a_plan_expects_is_told(dry_run):
+    assert "the model is too small to simulate" in dry_run("dpo")[1]
+    assert (
+        planned(Forecast(3 << 30, 0.25, "an estimate")) == "Planned: peak memory 3.00 GiB, 0.25 s a step; an estimate."
+    )
+    assert planned(Forecast(None, None, "why not")) == "Planned: nothing; why not."
 
 
 def test_it_makes_a_single_step_of_all_micro_batches(dry_run, optimizer_steps):

@@ -23,6 +23,7 @@ from support.source_tree import ROOT
 from support.tokenizer import build_tokenizer
 from trl_fast.cli.launch import launcher_flags
 from trl_fast.cli.main import main
+from trl_fast.cli.preview import make_parser as make_preview_parser
 from trl_fast.cli.training import make_parser
 from trl_fast.data import (
     SFTFormat,
@@ -132,13 +133,15 @@ def flags(words: list[str]) -> set[str]:
 @pytest.mark.parametrize("name, words", own_commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_flags_of_commands_exist(name, words, unpacked, capsys):
     _, command, *arguments = words
+    parser = make_parser
     if command == "preview":
         command, *arguments = arguments
+        parser = make_preview_parser
     if command in METHODS:
         if name.startswith("docs/"):
             unpacked(Path(name).stem)
         arguments = [str(ROOT / word) if word.startswith("recipes/") else word for word in arguments]
-        _, unknown = launcher_flags(make_parser(METHODS[command]).remaining_strings(arguments))
+        _, unknown = launcher_flags(parser(METHODS[command]).remaining_strings(arguments))
         assert not unknown
     elif command.startswith("--"):
         assert main([command]) == 0

@@ -21,6 +21,7 @@ from trl_fast.trainers.checkpoints.output_folder import LOCK_FILE, locked_folder
 
 if TYPE_CHECKING:
     from trl_fast.trainers.base.trainer import BaseTrainer
+    from trl_fast.trainers.run_report.forecast import Forecast
 
 GIB = 1 << 30
 
@@ -102,4 +103,16 @@ def say_dry_run(trainer: BaseTrainer, step: OneStep) -> None:
         f"Dry run of {trainer.method}: 1 of {step.steps:,} steps took {step.seconds:.3g} s (the first one is slower "
         f"than others); peak memory {peak / GIB:.2f} GiB {whose}."
     )
+    if trainer.forecast is not None:
+        console.print(planned(trainer.forecast))
     console.print("Nothing is saved. Leave --dry_run out to train.")
+
+
+def planned(forecast: Forecast) -> str:
+    """Returns what a plan expects of the run's steps, in a sentence."""
+    parts = []
+    if forecast.peak_bytes is not None:
+        parts.append(f"peak memory {forecast.peak_bytes / GIB:.2f} GiB")
+    if forecast.step_seconds is not None:
+        parts.append(f"{forecast.step_seconds:.3g} s a step")
+    return f"Planned: {', '.join(parts) or 'nothing'}; {forecast.note}."
