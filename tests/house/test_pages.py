@@ -21,6 +21,7 @@ from support.models import save_tiny_classifier, save_tiny_model
 from support.pages import Block, blocks, blocks_of, in_backticks, message_sources, table_rows
 from support.source_tree import ROOT
 from support.tokenizer import build_tokenizer
+from trl_fast.cli.commands import COMMANDS
 from trl_fast.cli.launch import launcher_flags
 from trl_fast.cli.main import main
 from trl_fast.cli.preview import make_parser as make_preview_parser
@@ -147,8 +148,9 @@ def test_flags_of_commands_exist(name, words, unpacked, capsys):
         assert main([command]) == 0
     else:
         assert importlib.util.find_spec(f"trl_fast.cli.{command}"), command
+        method = arguments[:1] if COMMANDS[command].takes_method else []
         with suppress(SystemExit):
-            main([command, *(word for word in arguments[:1] if word in METHODS), "--help"])
+            main([command, *method, "--help", *(["all"] if COMMANDS[command].arguments else [])])
         listed = capsys.readouterr().out.replace(",", " ").replace("=", " ").split()
         assert command == "run" or flags(arguments) <= flags(listed)
 

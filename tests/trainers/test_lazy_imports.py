@@ -32,12 +32,14 @@ def command(*arguments):
         main([*arguments])
 
 def third_party():
-    return sorted({"datasets", "pandas", "rich", "torch", "transformers.trainer"} & {*sys.modules})
+    return sorted({"datasets", "pandas", "rich", "torch", "transformers", "transformers.trainer"} & {*sys.modules})
 
-found = {"trl_fast": loaded(package), "trl-fast --help": loaded(lambda: command("--help")), "light": third_party()}
 names = json.loads(sys.argv[1])
+found = {"trl_fast": loaded(package), "trl-fast --help": loaded(lambda: command("--help"))}
+for name in (*names, "validate", "plan"):
+    found[f"trl-fast {name} --help"] = loaded(lambda: command(name, "--help", "all"))
+found["light"] = third_party()
 found |= {name: loaded(lambda: config(name)) for name in names.values()}
-found |= {f"trl-fast {name} --help": loaded(lambda: command(name, "--help")) for name in names}
 print(json.dumps({**found, "heavy": third_party()}))
 """
 
@@ -56,7 +58,7 @@ def layers(modules):
 
 def test_the_package_and_its_help_load_next_to_nothing(loaded):
     assert len(loaded["trl_fast"]) <= 4
-    assert len(loaded["trl-fast --help"]) <= 7
+    assert len(loaded["trl-fast --help"]) <= 8
     assert not loaded["light"]
 
 
@@ -70,13 +72,13 @@ def test_a_config_loads_only_what_it_inherits_from(loaded, method):
     assert method.config.partition(":")[0] in modules and module not in modules
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_the_help_of_a_training_command_loads_no_trainer(loaded, method):
-    config, _ = method.exports
-    modules = loaded[f"trl-fast {method.name} --help"]
-    assert {name for name in modules if "trainers" in name} == {name for name in loaded[config] if "trainers" in name}
-    assert not {"data", "modeling", "planning", "rollout"} & layers(modules)
+@pytest.mark.parametrize("name", [*METHODS, "validate", "plan"])
+def test_the_help_of_a_command_loads_next_to_nothing(loaded, name):
+    modules = loaded[f"trl-fast {name} --help"]
+    assert len(modules) <= 14
+    assert layers(modules) == {"cli", "lazy_imports", "settings", "trainers"}
+    assert {name for name in modules if "trainers" in name} == {"trl_fast.trainers", "trl_fast.trainers.methods"}
 
 
-def test_no_help_of_a_training_command_loads_datasets_or_a_trainer(loaded):
-    assert loaded["heavy"] == ["rich", "torch"]
+def test_no_config_loads_datasets_or_a_trainer(loaded):
+    assert loaded["heavy"] == ["torch", "transformers"]

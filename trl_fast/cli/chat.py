@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_fast.console import make_console
 from trl_fast.input_errors import error_line
+from trl_fast.settings.choices import one_of
 
 from .arguments import DTYPES
 from .positional import parse_with_name
@@ -30,26 +31,38 @@ _COMMANDS = """\
 class ChatArguments:
     """Says how to talk."""
 
-    system: str | None = field(default=None, metadata={"help": "A system message before the conversation."})
-    prompt: str | None = field(default=None, metadata={"help": "Ask this one question, print the answer and leave."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Tokens after which an answer is cut off."})
-    temperature: float = field(default=0.7, metadata={"help": "Of sampling; 0: always the likeliest token."})
-    top_p: float = field(default=0.95, metadata={"help": "Sample from the likeliest tokens of this probability."})
-    seed: int | None = field(default=None, metadata={"help": "Of sampling, for the same answers again."})
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Weights' dtype; unset: as they are stored, on a CPU without bfloat16 products float32.",
-            "choices": list(DTYPES),
-        },
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Base model of an adapter; unset: the one that the adapter names."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub name."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own."}
-    )
+    system: str | None = None
+    """System message before the conversation. None: no such message."""
+
+    prompt: str | None = None
+    """Ask this one question, print the answer and leave. None: talk."""
+
+    max_new_tokens: int = 512
+    """Tokens after which an answer is cut off."""
+
+    temperature: float = 0.7
+    """Temperature of sampling; 0: always the likeliest token."""
+
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that have this probability together; 1: from all."""
+
+    seed: int | None = None
+    """Seed of sampling, for the same answers again. None: other answers each time."""
+
+    dtype: str | None = one_of(DTYPES, default=None)
+    """Number format of the weights: auto, bfloat16, float16 or float32.
+
+    None: as they are stored; float32 on a CPU without bfloat16 products.
+    """
+
+    base_model: str | None = None
+    """Base model of an adapter: a hub name or a folder. None: the one that the adapter names."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub name. None: its main branch."""
+
+    trust_remote_code: bool = False
+    """Allow models and tokenizers that bring Python code of their own."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("temperature", 0)):

@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trl_fast.trainers.methods import METHODS
+from trl_fast.trainers.methods import METHODS, Method
+
+from .argument_places import argument_places
 
 TRAIN = "train"
 LOOK = "look before you train"
@@ -28,20 +30,73 @@ class Command:
         name: what stands after `trl-fast`.
         group: one of GROUPS, under which the help lists it.
         help: what it does, one short line.
+        arguments: places "module:name" of the dataclasses whose fields are its flags, for its parser and its help;
+            empty for a command that has a help of its own.
+        needs: the flags that it does not run without, as its usage shows them.
+        takes_method: it takes a method's name first, and the flags of training by that method after its own.
     """
 
     name: str
     group: str
     help: str
+    arguments: tuple[str, ...] = ()
+    needs: str = ""
+    takes_method: bool = False
+
+    def places(self, method: str | None = None) -> tuple[str, ...]:
+        """Returns the places of all its dataclasses; method: the name that stands behind it, if it takes one."""
+        return self.arguments if method is None else (*self.arguments, *COMMANDS[method].arguments)
+
+
+def _training(method: Method) -> Command:
+    """Describes the command that trains by a method."""
+    needs = "--model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER"
+    if method.reward_argument is not None:
+        needs += " --reward_funcs NAME"
+    arguments = (*argument_places(method), "trl_fast.cli.training:RunArguments")
+    return Command(method.name, TRAIN, method.help, arguments, needs)
 
 
 _COMMANDS = (
-    *(Command(method.name, TRAIN, method.help) for method in METHODS.values()),
-    Command("preview", LOOK, "show tokenized examples: what is learned, what is cut"),
-    Command("validate", LOOK, "find what is wrong with preference data"),
-    Command("plan", LOOK, "estimate the memory of a run, and the longest context that fits"),
-    Command("merge", AFTER, "merge an adapter into its model, and save the whole model"),
-    Command("chat", AFTER, "talk to a model or an adapter"),
+    *map(_training, METHODS.values()),
+    Command("init", LOOK, "write a commented YAML file to begin with"),
+    Command(
+        "preview",
+        LOOK,
+        "show tokenized examples: what is learned, what is cut",
+        ("trl_fast.cli.preview:PreviewArguments",),
+        "--model_name_or_path MODEL --dataset_name DATA",
+        takes_method=True,
+    ),
+    Command(
+        "validate",
+        LOOK,
+        "find what is wrong with preference data",
+        ("trl_fast.cli.arguments:ScriptArguments", "trl_fast.cli.validate:ValidateArguments"),
+        "--dataset_name DATA",
+    ),
+    Command(
+        "plan",
+        LOOK,
+        "estimate the memory of a run, and the longest context that fits",
+        ("trl_fast.cli.plan:PlanArguments",),
+        "--model_name_or_path MODEL",
+        takes_method=True,
+    ),
+    Command(
+        "merge",
+        AFTER,
+        "merge an adapter into its model, and save the whole model",
+        ("trl_fast.cli.merge:MergeArguments",),
+        "ADAPTER",
+    ),
+    Command(
+        "chat",
+        AFTER,
+        "talk to a model or an adapter",
+        ("trl_fast.cli.chat:ChatArguments",),
+        "MODEL_OR_ADAPTER",
+    ),
     Command("env", MACHINE, "print versions, the kernels in use, and why others are not"),
     Command("bench", MACHINE, "measure the kernels on this machine"),
     Command("run", MACHINE, "run a script written for TRL, unchanged"),

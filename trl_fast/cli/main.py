@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import trl_fast
 from trl_fast.trainers.methods import METHODS
@@ -88,8 +89,24 @@ def _refuse(message: str) -> int:
     return 2
 
 
+def _show(page: str) -> int:
+    try:
+        print(page, flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 def _prepare(command: str, arguments: list[str]) -> Callable[[], int]:
     """Checks a command's arguments; returns what runs it and gives the exit status."""
+    known = COMMANDS[command]
+    if known.arguments:
+        from .help_page import help_page, help_topic
+
+        topic = help_topic(arguments)
+        if topic is not None:
+            method = arguments[0] if known.takes_method and arguments[0] in METHODS else None
+            return partial(_show, help_page(known, topic, method))
     if command in METHODS:
         from .training import prepare_training
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from trl_fast.console import make_console
 from trl_fast.input_errors import error_line
+from trl_fast.settings.choices import one_of
 
 from .arguments import DTYPES
 from .positional import parse_with_name
@@ -29,21 +30,23 @@ _PROBE_TOKENS = 64
 class MergeArguments:
     """Says where the merged model goes."""
 
-    output: str | None = field(
-        default=None, metadata={"help": "Folder of the merged model; unset: the adapter's name with -merged."}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Weights' dtype; auto: as the base model is stored.", "choices": list(DTYPES)},
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of the base model; unset: the one the adapter names."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub adapter."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the model under this hub name, too."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models and tokenizers that bring Python code of their own."}
-    )
+    output: str | None = None
+    """Folder of the merged model. None: the adapter's name with -merged."""
+
+    dtype: str = one_of(DTYPES, default="auto")
+    """Number format of the weights: auto (as the base model is stored), bfloat16, float16 or float32."""
+
+    base_model: str | None = None
+    """Base model: a hub name or a folder. None: the one that the adapter names."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub adapter. None: its main branch."""
+
+    push_to_hub: str | None = None
+    """Upload the model under this hub name, too. None: do not."""
+
+    trust_remote_code: bool = False
+    """Allow models and tokenizers that bring Python code of their own."""
 
 
 class Check(NamedTuple):

@@ -38,8 +38,9 @@ from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.ranges import check_ranges
 from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS
 
+from .argument_places import argument_types
 from .parser import TrlParser
-from .training import RunArguments, argument_types, policy_name
+from .training import RunArguments, policy_name
 
 
 @dataclass

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_fast.console import make_console
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.trainers.methods import METHODS, Method
 
+from .argument_places import argument_types
 from .parser import TrlParser
-from .training import RunArguments, argument_types, model_options, policy_name
+from .training import RunArguments, model_options, policy_name
 
 USAGE = "trl-fast preview METHOD [PREVIEW'S FLAGS] [TRAINING'S FLAGS]"
 
@@ -19,15 +20,14 @@ USAGE = "trl-fast preview METHOD [PREVIEW'S FLAGS] [TRAINING'S FLAGS]"
 class PreviewArguments:
     """Says what to look at."""
 
-    rows: int | None = field(
-        default=1000, metadata={"help": "How many rows, from the dataset's first, to look at; none: all of them."}
-    )
-    row: int = field(
-        default=0, metadata={"help": "The row to show, counted from 0; with packing, the packed row of that number."}
-    )
-    shown_tokens: int | None = field(
-        default=160, metadata={"help": "Leave out the middle of parts with more tokens; none: show all."}
-    )
+    rows: int | None = 1000
+    """How many rows, from the dataset's first, to look at. None: all of them."""
+
+    row: int = 0
+    """The row to show, counted from 0; with packing, the packed row of that number."""
+
+    shown_tokens: int | None = 160
+    """Leave out the middle of parts with more tokens. None: show all."""
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("row", 0), ("shown_tokens", 2)):
@@ -57,11 +57,8 @@ def split_method(arguments: list[str]) -> tuple[Method, list[str]]:
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
     """Prepares the examples, with all that may fail; returns what prints them and gives the exit status."""
-    if arguments[:1] in (["-h"], ["--help"]):
-        return lambda: _help()
     method, arguments = split_method(arguments)
     parser = make_parser(method)
-    # Prints the help and ends the program where it is asked for: before the imports.
     remaining = parser.remaining_strings(arguments)
     from .launch import launcher_flags, launcher_options
 
@@ -86,10 +83,3 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     except (ValueError, OSError) as error:
         raise parser.located(error, arguments) from error
     return lambda: show(make_console(highlight=False), examples, shown.row, found, shown.shown_tokens)
-
-
-def _help() -> int:
-    parser = TrlParser((PreviewArguments,), prog="trl-fast preview METHOD", usage=USAGE)
-    parser.print_help()
-    print(f"\nMETHOD is one of {', '.join(METHODS)}. trl-fast preview METHOD --help lists training's flags too.")
-    return 0

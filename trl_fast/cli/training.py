@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ from trl_fast.console import make_console
 from trl_fast.settings.packages import check_package
 from trl_fast.trainers.methods import Method
 
+from .argument_places import argument_types
 from .arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from .parser import TrlParser
-from .rewards import RewardScriptArguments, reward_sources
+from .rewards import reward_sources
 
 if TYPE_CHECKING:
     from trl_fast.trainers.base.config import BaseConfig
@@ -25,21 +26,13 @@ if TYPE_CHECKING:
 class RunArguments:
     """Holds the flags of the training commands that are no arguments of a trainer."""
 
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Load, tokenize and make one step, then stop: tells its time and memory, saves nothing."},
-    )
+    dry_run: bool = False
+    """Load, tokenize and make one step, then stop: tells its time and memory, saves nothing."""
 
 
 def make_parser(method: Method) -> TrlParser:
     """Makes the parser of a command: the flags of `argument_types`, and those of RunArguments."""
     return TrlParser((*argument_types(method), RunArguments), prog=f"trl-fast {method.name}")
-
-
-def argument_types(method: Method) -> tuple[type, ...]:
-    """Returns the dataclasses of a run's flags: the dataset, the method's config, the model, a mixture of datasets."""
-    script_arguments = ScriptArguments if method.reward_argument is None else RewardScriptArguments
-    return script_arguments, method.config_class(), ModelConfig, DatasetMixtureConfig
 
 
 def make_trainer(
@@ -129,7 +122,6 @@ def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
     Arguments of `accelerate launch` make it start the command again in the processes that they ask for.
     """
     parser = make_parser(method)
-    # Prints the help and ends the program where it is asked for: before the imports.
     remaining = parser.remaining_strings(arguments)
     from .launch import check_installed, is_launched, launch, launcher_flags, launcher_options
 

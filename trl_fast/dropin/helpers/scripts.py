@@ -9,9 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from trl_fast.cli.argument_places import argument_types
 from trl_fast.cli.parser import TrlParser
 from trl_fast.cli.rewards import REWARD_FUNCTIONS
-from trl_fast.cli.training import argument_types, checkpoint_to_resume, make_trainer, train
+from trl_fast.cli.training import checkpoint_to_resume, make_trainer, train
 from trl_fast.trainers.methods import METHODS
 
 

@@ -144,6 +144,9 @@ class BaseConfig(TrainingArguments):
     sparse: an unbiased estimate of it, without its two backward products.
     """
 
+    resume_from_checkpoint: str | None = None
+    """Checkpoint that a command goes on from: a folder, or true for the newest in output_dir. None: begin anew."""
+
     pad_token: str | None = older_name("it works; set tokenizer.pad_token and pass processing_class instead.")
     # Names of older transformers, which scripts for older TRL versions bring along.
     evaluation_strategy: str | None = older_name(now="eval_strategy")
