@@ -27,7 +27,7 @@ from .library_heads import heads_for
 from .machine_info import cpu_name
 from .matmul_floor import Floor
 from .memory import MIB
-from .timing import Contender, race
+from .timing import Contender, milliseconds, race
 
 MODES = ("trained", "frozen", "scoring")
 FLOOR, TRL = "floor: bare GEMMs", "TRL 1.16.0"
@@ -173,7 +173,7 @@ def contenders(
 def report(console: Console, mode: str, raced: list[Contender]) -> list[dict]:
     by_name = {c.name: c for c in raced}
     table = Table(title=f"{mode} head" if mode != "scoring" else "scoring, no gradient")
-    for column in ("", "median s", "min – max s", "× floor", "TRL is slower by", "extra MiB", "runs"):
+    for column in ("", "median ms", "min – max ms", "× floor", "TRL is slower by", "extra MiB", "runs"):
         table.add_column(column, justify="left" if not column else "right")
     rows = []
     for c in raced:
@@ -194,9 +194,9 @@ def report(console: Console, mode: str, raced: list[Contender]) -> list[dict]:
                 "extra_bytes": c.extra_bytes,
             }
         )
-        spread = f"{min(c.seconds):.2f} – {max(c.seconds):.2f}"
+        spread = f"{milliseconds(min(c.seconds))} – {milliseconds(max(c.seconds))}"
         slower = "" if to_trl is None else f"{to_trl:.2f}×"
-        cells = (f"{c.median:.2f}", spread, f"{to_floor:.2f}", slower, f"{c.extra_bytes / MIB:.0f}")
+        cells = (milliseconds(c.median), spread, f"{to_floor:.2f}", slower, f"{c.extra_bytes / MIB:.0f}")
         table.add_row(c.name, *cells, str(len(c.seconds)))
     console.print(table)
     for c in raced:

@@ -40,6 +40,14 @@ class Contender:
         return statistics.median(self.seconds) if self.seconds else math.nan
 
 
+def milliseconds(seconds: float) -> str:
+    """Returns a time in milliseconds, with three digits: 0.0123, 4.56, 78.9, 1234."""
+    if seconds <= 0 or not math.isfinite(seconds):
+        return f"{1000 * seconds:g}"
+    decimals = max(0, 2 - math.floor(math.log10(1000 * seconds)))
+    return f"{1000 * seconds:.{decimals}f}"
+
+
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Measures the seconds that one call takes, garbage collected before it."""
     gc.collect()

@@ -19,8 +19,18 @@ def test_the_head_is_what_is_measured_unless_another_is_named(monkeypatch):
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="there is no benchmark 'head'"):
-        bench.prepare(["head"])
+    with pytest.raises(ValueError, match="there is no benchmark 'swep'; did you mean 'sweep'"):
+        bench.prepare(["swep"])
     monkeypatch.setattr(bench, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match="come with the source tree"):
+    with pytest.raises(
+        ValueError, match="come with the source tree.* run `make venv`, then `.venv/bin/trl-fast bench`"
+    ):
         bench.prepare([])
+
+
+def test_the_help_lists_the_benchmarks_and_what_each_does(capsys):
+    assert bench.prepare(["--help"])() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"  linear_logprob", "  step", "  gpu_kit", "  roofline"} <= {*lines} and "  machine_info" not in lines
+    assert lines[lines.index("  linear_logprob") + 1].startswith("      Times the loss head")
+    assert max(map(len, lines)) <= 80
