@@ -33,6 +33,7 @@ class Command:
         arguments: places "module:name" of the dataclasses whose fields are its flags, for its parser and its help;
             empty for a command that has a help of its own.
         needs: the flags that it does not run without, as its usage shows them.
+        examples: command lines that the help shows.
         takes_method: it takes a method's name first, and the flags of training by that method after its own.
     """
 
@@ -41,6 +42,7 @@ class Command:
     help: str
     arguments: tuple[str, ...] = ()
     needs: str = ""
+    examples: tuple[str, ...] = ()
     takes_method: bool = False
 
     def places(self, method: str | None = None) -> tuple[str, ...]:
@@ -81,6 +83,10 @@ _COMMANDS = (
         "estimate the memory of a run, and the longest context that fits",
         ("trl_fast.cli.plan:PlanArguments",),
         "--model_name_or_path MODEL",
+        (
+            "trl-fast plan dpo --config training.yaml --gpu h100-80",
+            "trl-fast plan sft --model_name_or_path llama-3.1-8b --use_peft --gpu rtx4090",
+        ),
         takes_method=True,
     ),
     Command(

@@ -31,7 +31,7 @@ _NOTES = (
 # A first sentence that is shorter does not stand alone.
 _FEW_LETTERS = 50
 ALL = "all"
-CONFIG = FieldDoc("config", "", "str | None", None, (), "YAML file of flags, without their dashes; flags win.")
+CONFIG = FieldDoc("config", "", "Path | None", None, (), "YAML file of flags, without their dashes; flags win.")
 # Flags that no dataclass has: those of the launcher are the most used ones of `accelerate launch`.
 LAUNCHER = (
     FieldDoc("num_processes", "", "int", 1, (), "Processes to train in, one for each GPU."),
@@ -86,6 +86,7 @@ def help_page(command: Command, topic: str = "", method: str | None = None) -> s
     lines = _usage(call, command.needs)
     if topic in ("", ALL):
         lines += ["", f"{command.help[0].upper()}{command.help[1:]}."]
+        lines += ["", *(f"  {example}" for example in command.examples)] if command.examples else []
     chosen = docs if few or topic == ALL else _chosen(docs, topic)
     if few and topic in ("", ALL):
         lines += ["", *_entries(docs, whole=True)]
@@ -163,7 +164,7 @@ def is_switch(doc: FieldDoc) -> bool:
 
 def _placeholder(doc: FieldDoc) -> str:
     """Returns what stands for a flag's value: nothing for a switch that is off."""
-    kinds = {"list": "...", "bool": "BOOL", "dict": "JSON", "int": "N", "float": "X"}
+    kinds = {"list": "...", "bool": "BOOL", "dict": "JSON", "int": "N", "float": "X", "Path": "FILE"}
     if is_switch(doc):
         return ""
     if doc.choices:
