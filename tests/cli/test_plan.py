@@ -144,7 +144,9 @@ def test_a_training_file_is_planned_as_it_trains(folder, tmp_path, capsys, monke
     assert "The dataset is not read" in output
 
 
-def test_setups_have_the_defaults_of_training(folder):
+def test_setups_have_the_defaults_of_training(folder, monkeypatch):
+    # What this machine multiplies does not matter for another.
+    monkeypatch.setattr("trl_fast.trainers.base.config.machine_has_bf16", lambda: False)
     model = ["--model_name_or_path", str(folder)]
     setup = read_arguments("grpo", [*model, "--num_gpus", "8", "--per_device_train_batch_size", "1"]).setup
     assert (setup.dtype, setup.bf16, setup.gradient_checkpointing, setup.num_generations) == ("float32", True, True, 8)
