@@ -18,7 +18,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv wheel demo demo-grpo demo-ppo test test-slow test-install fuzz sanitize bench gpu-kit check-gpu-code docs lint \
+.PHONY: venv wheel demo demo-grpo demo-ppo test test-slow check-recipes test-install fuzz sanitize bench gpu-kit check-gpu-code docs lint \
   format clean
 
 venv: $(READY)
@@ -65,6 +65,10 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 # The ops on random inputs, held to float64 and PyTorch: SECONDS=600 for longer, SEED=1 for others, CASE=0/123 for one.
+# Plans every recipe and trains a tiny model of its kind by each: several minutes.
+check-recipes: $(READY)
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/recipes $(PYTEST_ARGS)
+
 fuzz: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz $(if $(CASE),--case $(CASE),$(FUZZ_ARGS))
 

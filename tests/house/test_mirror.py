@@ -19,7 +19,7 @@ def folders(top: str) -> set[str]:
 
 
 def test_each_folder_of_tests_is_that_of_a_package():
-    tree = folders("trl_fast") | MODULES | {"kernels", "csrc", "benchmarks", "examples"}
+    tree = folders("trl_fast") | MODULES | {"kernels", "csrc", "benchmarks", "examples", "recipes"}
     hold("mirror", {path for path in folders("tests") if path.partition("/")[0] not in WITHOUT_A_FOLDER} - tree)
 
 
