@@ -390,7 +390,11 @@ def version_tag() -> str:
 setup(
     packages=[*find_packages(include=["trl_fast", "trl_fast.*"]), "trl_fast.kernels"],
     package_dir={"trl_fast.kernels": "kernels"},
-    package_data={"trl_fast": ["py.typed", "*.pyi"], "trl_fast.cli": ["accelerate_configs/*.yaml"]},
+    package_data={
+        "trl_fast": ["py.typed", "*.pyi"],
+        "trl_fast.cli": ["accelerate_configs/*.yaml"],
+        "trl_fast.trainers.run_report": ["templates/*.html"],
+    },
     install_requires=[*requirements(), *compiled_for()],
     options={"egg_info": {"tag_build": version_tag()}},
     # What it is made of is known when it is built: torch need not be there for a source distribution.

@@ -38,7 +38,7 @@ def test_it_trains_evaluates_and_saves(kto, tmp_path, capsys):
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "2", "--dataset_test_split", "train[:25%]"]
     assert kto(*evaluation, "--undesirable_weight", "1.5") == 0
     output = capsys.readouterr().out
-    for expected in ("rewards/rejected", "kl", "eval_loss", f"Model saved to {tmp_path / 'run'}"):
+    for expected in ("rewards/rejected", "kl", "eval_loss", f"saved to {tmp_path / 'run'}"):
         assert expected in output
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 

@@ -32,7 +32,7 @@ def ppo(reward_model_path, tmp_path):
 def test_it_trains_and_saves(flag, ppo, model_path, tmp_path, capsys):
     assert ppo(flag, model_path) == 0
     output = capsys.readouterr().out
-    for expected in ("objective/scores", "loss/value_avg", f"Model saved to {tmp_path / 'run'}"):
+    for expected in ("objective/scores", "loss/value_avg", f"saved to {tmp_path / 'run'}"):
         assert expected in output
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 

@@ -22,7 +22,7 @@ def test_it_trains_evaluates_and_saves(model_path, pairs_file, tmp_path, capsys)
     centred = ["--center_rewards_coefficient", "0.01"]
     assert reward(model_path, pairs_file, tmp_path / "run", *evaluation, *centred) == 0
     output = capsys.readouterr().out
-    for expected in ("min_reward", "accuracy", "eval_loss", f"Model saved to {tmp_path / 'run'}"):
+    for expected in ("min_reward", "accuracy", "eval_loss", f"saved to {tmp_path / 'run'}"):
         assert expected in output
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").config.num_labels == 1
 

@@ -36,7 +36,7 @@ def test_it_trains_and_saves(method, run, tmp_path, capsys, reward_model_path):
     rewards = ["--reward_funcs", "my_rewards.count_words", "--reward_model_name_or_path", reward_model_path]
     assert run(method, *rewards) == 0
     output = capsys.readouterr().out
-    for expected in ("rewards/count_words/mean", "completions/mean_length", f"Model saved to {tmp_path / 'run'}"):
+    for expected in ("rewards/count_words/mean", "completions/mean_length", f"saved to {tmp_path / 'run'}"):
         assert expected in output
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 

@@ -64,7 +64,7 @@ COMMANDS = {
 def test_the_command_line(command, workplace, capsys):
     assert main(shlex.split(COMMANDS[command])) == 0
     assert_trained(workplace / "result")
-    assert "Model saved to result." in capsys.readouterr().out
+    assert "saved to result " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("without_trl")

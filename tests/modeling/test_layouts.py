@@ -78,7 +78,7 @@ def test_the_best_that_serves(request_, expected, caplog):
     with caplog.at_level(logging.WARNING, "trl_fast"):
         assert declared_layout(model, request_) == expected
         assert model.config._attn_implementation == before
-        assert choose_layout(model, request_, SEQUENCES) == expected
+        assert choose_layout(model, request_, SEQUENCES).name == expected
     assert caplog.records == []
     assert model.config._attn_implementation == (before if expected == "padded" else SEGMENT_ATTENTION)
 
@@ -87,10 +87,10 @@ def test_numbers_count_for_more_than_declarations(caplog):
     model = scored_model()
     with caplog.at_level(logging.WARNING, "trl_fast"):
         checked, asked = readout(bad={"shared_prefix"})
-        assert choose_layout(model, LayoutRequest("auto"), SEQUENCES, checked) == "packed"
+        assert choose_layout(model, LayoutRequest("auto"), SEQUENCES, checked).name == "packed"
         assert [layout for layout, _ in asked] == ["shared_prefix", "packed"]
         checked, asked = readout(bad={"shared_prefix", "packed"})
-        assert choose_layout(model, LayoutRequest("auto"), SEQUENCES, checked) == "padded"
+        assert choose_layout(model, LayoutRequest("auto"), SEQUENCES, checked).name == "padded"
         assert [layout for layout, _ in asked] == ["shared_prefix", "packed"]
     why = "because its shared_prefix scores differ from the single ones by 7"
     assert [r.message for r in caplog.records] == [
@@ -111,7 +111,7 @@ def test_flash_attention_gives_way_to_ours(flash, caplog):
     model.config._attn_implementation = flash
     assert declared_layout(model, LayoutRequest("auto")) == "shared_prefix"
     with caplog.at_level(logging.WARNING, "trl_fast"):
-        assert choose_layout(model, LayoutRequest("auto"), SEQUENCES) == "shared_prefix"
+        assert choose_layout(model, LayoutRequest("auto"), SEQUENCES).name == "shared_prefix"
     assert [record.message for record in caplog.records] == [
         f"attn_implementation={flash!r} gives way to trl_fast's own attention, by torch's flash kernels, which keeps "
         "the sequences of a row apart."
@@ -120,10 +120,10 @@ def test_flash_attention_gives_way_to_ours(flash, caplog):
 
 def test_only_what_was_asked_for_is_tried_out():
     checked, asked = readout()
-    assert choose_layout(scored_model(), LayoutRequest("packed"), SEQUENCES, checked) == "packed"
+    assert choose_layout(scored_model(), LayoutRequest("packed"), SEQUENCES, checked).name == "packed"
     assert [layout for layout, _ in asked] == ["packed"]
     checked, asked = readout()
-    assert choose_layout(scored_model(), LayoutRequest("padded"), [[1] * 50, [2]], checked) == "padded"
+    assert choose_layout(scored_model(), LayoutRequest("padded"), [[1] * 50, [2]], checked).name == "padded"
     # Beginnings of sequences with something to predict.
     assert asked == [(None, [[1] * 12])]
 

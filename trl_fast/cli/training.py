@@ -143,6 +143,7 @@ def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
         training_args.push_to_hub = False
     try:
         trainer = make_trainer(method, script_args, training_args, model_args, mixture)
+        trainer.run_report.command = ["trl-fast", method.name, *arguments]
         checkpoint = checkpoint_to_resume(trainer)
     except (ValueError, OSError) as error:
         after.close()
@@ -185,7 +186,7 @@ def train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
         return status
     trainer.save_model(args.output_dir)
     trainer.create_model_card()
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero() and not args.run_report:
         make_console().print(f"Model saved to {args.output_dir}.", soft_wrap=True)
     if args.push_to_hub:
         trainer.push_to_hub(**card)

@@ -58,9 +58,16 @@ class Readout(NamedTuple):
     verify: Callable[..., Verdict]
 
 
+class ChosenLayout(NamedTuple):
+    """Holds a batch layout's name, and why the method's best one is not it; None where it is."""
+
+    name: str
+    reason: str | None = None
+
+
 def choose_layout(
     model: PreTrainedModel, request: LayoutRequest, sequences: list[list[int]], readout: Readout | None = None
-) -> str:
+) -> ChosenLayout:
     """Returns the best batch layout for a model, tried out on the beginnings of some sequences.
 
     A layout that is not the method's best is logged with the reason. The model may be changed: rows without padding
@@ -79,9 +86,12 @@ def choose_layout(
         give_up_fused_head(model, verdict.fused_error)
     _check_asked(request, layout, refused)
     best = layouts_for(shares_prompts=request.shares_prompts)[0]
-    if request.asked == AUTO and layout != best:
-        logger.warning(f"batch_layout: using {layout!r}, because {refused[best]}.")
-    return layout
+    if layout == best:
+        return ChosenLayout(layout)
+    if request.asked != AUTO:
+        return ChosenLayout(layout, f"batch_layout={request.asked!r} asks for it")
+    logger.warning(f"batch_layout: using {layout!r}, because {refused[best]}.")
+    return ChosenLayout(layout, refused[best])
 
 
 def choose_layout_or_pad(

@@ -1,4 +1,4 @@
-"""Provides callbacks: counted tokens, epochs, NEFTune, logged completions, a reference that follows, averages."""
+"""Provides callbacks: epochs, NEFTune, logged completions, a reference that follows, averages."""
 
 from __future__ import annotations
 
@@ -40,13 +40,6 @@ logger = logging.getLogger(__name__)
 _EPOCH_FILE = "epoch_start_{}.pt"
 _BEMA_FILE = "bema.pt"
 _SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
-
-
-class TokenCounter:
-    """Counts the tokens that this process has trained on."""
-
-    def __init__(self) -> None:
-        self.seen = 0
 
 
 class EpochStart(TrainerCallback):

@@ -147,6 +147,9 @@ class BaseConfig(TrainingArguments):
     resume_from_checkpoint: str | None = None
     """Checkpoint that a command goes on from: a folder, or true for the newest in output_dir. None: begin anew."""
 
+    run_report: bool = True
+    """Say what runs and what it cost, and write run.json and report.html into output_dir."""
+
     pad_token: str | None = older_name("it works; set tokenizer.pad_token and pass processing_class instead.")
     # Names of older transformers, which scripts for older TRL versions bring along.
     evaluation_strategy: str | None = older_name(now="eval_strategy")
@@ -163,7 +166,16 @@ class BaseConfig(TrainingArguments):
         for name in () if takes_any else kwargs.keys() - known.keys():
             advice = f"; {cls._GONE[name]}" if name in cls._GONE else did_you_mean(name, known)
             raise TypeError(f"{cls.__name__} has no field {name!r}{advice}")
-        return super().__new__(cls)
+        config = super().__new__(cls)
+        positional = [item.name for item in fields(cls) if item.init]
+        config._given = {**dict(zip(positional, args, strict=False)), **kwargs}
+        return config
+
+    def changed_settings(self) -> dict[str, Any]:
+        """Returns the settings that were given and differ from their defaults, as they are now."""
+        defaults = {item.name: _default(item) for item in fields(self) if item.init}
+        given = {name: value for name, value in self._given.items() if name in defaults}
+        return {name: getattr(self, name) for name, value in given.items() if value != defaults[name]}
 
     def __post_init__(self) -> None:
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .callbacks import TokenCounter
+from ..run_report.token_counts import TokenCounter
 from .metric_buffer import MetricBuffer
 
 # One a process.

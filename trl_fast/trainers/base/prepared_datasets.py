@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_fast.data import AnyDataset, check_head_vocabulary, check_token_ids
+from trl_fast.data import AnyDataset, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.loading import base_model
 
 
@@ -26,6 +26,15 @@ def shows_tokens(dataset: AnyDataset | None, columns: tuple[str, ...]) -> bool:
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return False
     return set(columns) <= set(dataset.column_names)
+
+
+def longest_row(dataset: AnyDataset, columns: tuple[str, ...], max_length: int | None) -> int | None:
+    """Returns the tokens of a dataset's longest sequence as it is trained on; None where they cannot be told."""
+    longest = longest_sequence(dataset, columns) if shows_tokens(dataset, columns) else None
+    if longest is not None and max_length is not None and "prompt_ids" in columns:
+        # Those rows are cut as they are batched.
+        return min(longest, max_length)
+    return longest
 
 
 def named_parts(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import Progress, TaskID
@@ -11,34 +14,66 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_fast.console import make_console, progress_columns
 
+from ..methods import METHODS
+
 # What a table's borders and padding take beside a column's text.
 _COLUMN_FRAME = 3
 _MOST_COLUMNS = 16
+# Rows of the table under the bar: with its header and two bars, ten lines.
+_LIVE_ROWS = 7
+# What is no metric of the model.
+_LEFT_OUT = {"step", "total_flos"}
 
 
 def metrics_table(rows: list[dict[str, float]], title: str, width: int) -> Table:
-    """Makes a table of logged metrics, a column a log: as many of the last as fit, and the first for comparison.
+    """Makes a table of logged metrics, a column a step: as many of the last as fit, and the first for comparison.
 
     rows: what Trainer.log was given, plus "step", oldest first. width: of the console, in characters.
     """
-    rows = [*rows[:1], *rows[1:][-_MOST_COLUMNS:]]
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]
-    columns = [[f"step {row['step']}", *(_number(row.get(name)) for name in names)] for row in rows]
+    return _table(rows, dict.fromkeys(name for row in rows for name in row), width, title=title, header_style="bold")
+
+
+def live_table(rows: list[dict[str, float]], first: Sequence[str], width: int) -> Table:
+    """Makes the table under the bar, in eight lines: the metrics that tell most.
+
+    first: names of metrics that come before the others.
+    """
+    logged = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in dict.fromkeys([*first, *logged]) if name in logged and name not in _LEFT_OUT]
+    return _table(rows, names[:_LIVE_ROWS], width, box=None, header_style="dim")
+
+
+def _table(rows: list[dict[str, float]], names: Iterable[str], width: int, **style: Any) -> Table:
+    names = [name for name in names if name not in _LEFT_OUT]
+    steps: dict[float, dict[str, float]] = {}
+    for row in rows:
+        if not row.keys().isdisjoint(names):
+            steps.setdefault(row["step"], {}).update(row)
+    kept = [*steps.values()]
+    kept = [*kept[:1], *kept[1:][-_MOST_COLUMNS:]]
+    columns = [[f"step {row['step']}", *(_number(row.get(name)) for name in names)] for row in kept]
     widths = [max(map(len, column)) + _COLUMN_FRAME for column in columns]
-    left = width - max(map(len, ["metric", *names])) - _COLUMN_FRAME - 1 - widths[0]
-    shown = [columns[0]]
+    left = width - max(map(len, ["metric", *names])) - _COLUMN_FRAME - 1 - sum(widths[:1])
+    shown = columns[:1]
     for column, needed in zip(columns[:0:-1], widths[:0:-1], strict=True):
         left -= needed
         if left < 0:
             break
         shown.insert(1, column)
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title_justify="left", **style)
     table.add_column("metric", no_wrap=True)
     for column in shown:
         table.add_column(column[0], justify="right", no_wrap=True)
     for index, name in enumerate(names, start=1):
         table.add_row(*map(Text, (name, *(column[index] for column in shown))))
     return table
+
+
+def _first_metrics(args: TrainingArguments) -> tuple[str, ...]:
+    """Returns the metrics that tell most about a run of the method that a config is of."""
+    names = {kind.__name__ for kind in type(args).__mro__}
+    methods = (method for method in METHODS.values() if method.config.partition(":")[2] in names)
+    return next((method.first_metrics for method in methods), ("loss",))
 
 
 def _number(value: object) -> str:
@@ -48,9 +83,9 @@ def _number(value: object) -> str:
 
 
 class RichProgressCallback(TrainerCallback):
-    """Shows a progress bar for training and evaluation, with a table of the last logs under it.
+    """Shows a progress bar for training and evaluation, with the metrics that tell most under it, in ten lines.
 
-    Where the output is no terminal, each log is printed as one line instead.
+    At the end a table of all metrics takes their place. Where the output is no terminal, each log is printed as one line instead.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -60,6 +95,7 @@ class RichProgressCallback(TrainerCallback):
         self.train_task: TaskID | None = None
         self.eval_task: TaskID | None = None
         self.rows: list[dict[str, float]] = []
+        self._first: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Stops the bar, so that the terminal has its cursor back. After a failure nobody calls on_train_end."""
@@ -69,7 +105,7 @@ class RichProgressCallback(TrainerCallback):
 
     def _show(self) -> None:
         if self.live is not None and self.progress is not None:
-            self.live.update(Group(self.progress, metrics_table(self.rows, "metrics", self.console.width)))
+            self.live.update(Group(self.progress, live_table(self.rows, self._first, self.console.width)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -78,6 +114,7 @@ class RichProgressCallback(TrainerCallback):
         self.close()
         if not state.is_world_process_zero:
             return
+        self._first = _first_metrics(args)
         self.progress = Progress(*progress_columns(), console=self.console)
         self.train_task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
         if self.console.is_terminal:
@@ -135,7 +172,9 @@ class RichProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Stops the bar and leaves the table."""
+        """Puts the table of all metrics in the place of the bar."""
+        if self.live is not None:
+            self.live.transient = True
         self.close()
         if self.rows and state.is_world_process_zero:
             self.console.print(metrics_table(self.rows, "training", self.console.width))

@@ -44,6 +44,11 @@ class StopSignals(TrainerCallback):
         self._step_began = 0.0
         self._steps_to_tell = 1
 
+    @property
+    def has_stopped(self) -> bool:
+        """Says whether a signal has asked for the end of the training."""
+        return self._received is not None
+
     @contextmanager
     def caught(self, *, saves: bool) -> Iterator[None]:
         """Catches signals within, in the main thread; a signal that has ended the training is raised at the end.

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from trl_fast.data import AnyDataset, DictBatch, TokenBatch, longest_sequence
+from trl_fast.data import AnyDataset, DictBatch, TokenBatch
 from trl_fast.modeling.adapters import check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
@@ -24,9 +24,11 @@ from trl_fast.ops.validation import NotFiniteError
 from ..checkpoints.run_record import RunRecord
 from ..checkpoints.writer import Checkpoints
 from ..run_report.forecast import Forecast
+from ..run_report.report import RunReport
+from ..run_report.token_counts import TokenCounter
 from .argument_checks import check_settings, checked_arguments, checked_config
 from .batch_reader import BatchReader
-from .callbacks import EpochStart, SequenceNoiseCallback, TokenCounter
+from .callbacks import EpochStart, SequenceNoiseCallback
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
@@ -36,7 +38,7 @@ from .metric_lists import MetricLists
 from .model_card import model_tags, write_model_card
 from .model_setup import check_trains, layout_request, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
-from .prepared_datasets import check_dataset_type, check_vocabulary, named_parts, shows_tokens
+from .prepared_datasets import check_dataset_type, check_vocabulary, longest_row, named_parts
 from .progress import close_progress
 from .stop_signals import StopSignals
 from .stream_loader import StreamLoader, forbid_dispatching
@@ -132,7 +134,9 @@ class BaseTrainer(Trainer):
 
     def choose_layout(self, model: PreTrainedModel | PeftModel, args: BaseConfig, sequences: list[list[int]]) -> str:
         """Returns the best batch layout for a model; see `modeling.layouts.choose_layout`."""
-        return choose_layout(base_model(model), layout_request(self, model, args), sequences, self.readout)
+        request = layout_request(self, model, args)
+        self.chosen_layout = choose_layout(base_model(model), request, sequences, self.readout)
+        return self.chosen_layout.name
 
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""
@@ -146,16 +150,15 @@ class BaseTrainer(Trainer):
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
         self.checkpoints = Checkpoints(self, lambda: RunRecord(self, self.method, self.token_columns))
-        # First, since others read what it brings back.
         self.log_window = LogWindow(self, self._tokens, lambda: self._buffers["train"])
-        self.add_callback(self.log_window)
         self._signals = StopSignals(self.accelerator)
-        self.add_callback(self._signals)
+        self.run_report = RunReport(self, lambda: self._signals.has_stopped)
+        self.callback_handler.callbacks.insert(0, self.run_report)  # before a progress bar begins
         self._adds_virtual_tokens = has_virtual_tokens(self.model)
         self._divergence = DivergenceWatch(self)
-        self.add_callback(self._divergence)
-        self.add_callback(EpochStart())
-        self.add_callback(SequenceNoiseCallback(self))
+        # The window comes first, since others read what it brings back.
+        for callback in (self.log_window, self._signals, self._divergence, EpochStart(), SequenceNoiseCallback(self)):
+            self.add_callback(callback)
         base_model(self.model).add_model_tags([*model_tags(self.method), *getattr(self, "_tag_names", ())])
 
     def set_up_data(self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: BaseConfig) -> None:
@@ -195,10 +198,7 @@ class BaseTrainer(Trainer):
         return train_dataset, eval_dataset
 
     def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: BaseConfig, name: str) -> None:
-        longest = longest_sequence(dataset, self.token_columns) if shows_tokens(dataset, self.token_columns) else None
-        if longest is not None and args.max_length is not None and "prompt_ids" in self.token_columns:
-            # Those rows are cut as they are batched.
-            longest = min(longest, args.max_length)
+        longest = longest_row(dataset, self.token_columns, args.max_length)
         check_positions(model, longest, args.max_length, name)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -321,7 +321,7 @@ class BaseTrainer(Trainer):
     def count_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns num_tokens as a metric: all tokens trained on so far, by every process."""
         if self.mode == "train":
-            self._tokens.seen += batch.num_tokens
+            self._tokens.add(batch)
         device = batch.input_ids.device
         # Every micro-batch enters with the running total, and the last one is what is logged, as in TRL.
         return torch.full((), float(self._tokens.seen), device=device), torch.ones((), device=device)
@@ -357,6 +357,7 @@ class BaseTrainer(Trainer):
             with (
                 self._signals.caught(saves=self.args.save_strategy != "no"),
                 self.checkpoints.run(resume_from_checkpoint) as checkpoint,
+                self.run_report.running(),
             ):
                 result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
                 self._divergence.finish()
@@ -380,6 +381,8 @@ class BaseTrainer(Trainer):
         if not _internal_call:
             self._divergence.name_broken_weights(output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.run_report.say_saved(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         self._divergence.check_weights()

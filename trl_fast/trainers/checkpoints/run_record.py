@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = (
     *("enable_jit_checkpoint", "restore_callback", "ignore_data_skip", "num_completions_to_print", "torch_empty"),
     *("num_sample_generations", "batch_eval_metrics", "prediction_loss_only", "use_cpu", "auto_find_batch_size"),
     *("head_backend", "head_workspace", "activation_", "gradient_checkpointing", "trust_remote_code", "model_init"),
-    *("vllm_server_", "vllm_group", "vllm_gpu_memory", "accelerator_config", "push_", "warmup_ratio"),
+    *("vllm_server_", "vllm_group", "vllm_gpu_memory", "accelerator_config", "push_", "warmup_ratio", "run_report"),
 )
 
 # Settings that are part of an optimizer's state, and of the schedule's.
@@ -50,7 +50,7 @@ class RunRecord:
         assert trainer.model is not None and args is not None, "a trainer that has started has both"
         self.values: dict[str, Any] = {
             "method": method,
-            "trl_fast": _version(),
+            "trl_fast": package_version(),
             "model": _describe_model(trainer.accelerator.unwrap_model(trainer.model)),
             "data": _describe_data(trainer.train_dataset, token_columns),
             "settings": {
@@ -106,7 +106,8 @@ class RunRecord:
         return changes
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Returns trl_fast's version, or words for one that is not installed."""
     try:
         return importlib.metadata.version("trl_fast")
     except importlib.metadata.PackageNotFoundError:

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from trl_fast.losses.advantages import Advantages, nan_std
 from trl_fast.rollout import Rollout, ToolRollout
 
-from ..base.callbacks import TokenCounter
+from ..run_report.token_counts import TokenCounter
 from .completions_log import CompletionsLog
 from .generation_warnings import GenerationWarnings
 from .metric_recorder import MetricRecorder
