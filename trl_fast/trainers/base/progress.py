@@ -85,7 +85,8 @@ def _number(value: object) -> str:
 class RichProgressCallback(TrainerCallback):
     """Shows a progress bar for training and evaluation, with the metrics that tell most under it, in ten lines.
 
-    At the end a table of all metrics takes their place. Where the output is no terminal, each log is printed as one line instead.
+    At the end a table of all metrics takes their place. Where the output is no terminal, each log is printed as one
+    line instead.
     """
 
     def __init__(self, console: Console | None = None) -> None:
