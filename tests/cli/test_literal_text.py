@@ -21,6 +21,7 @@ from trl_fast.data.validation import validate as look_for_faults
 from trl_fast.planning.memory_timeline import KINDS
 from trl_fast.trainers import LogCompletionsCallback, RichProgressCallback
 from trl_fast.trainers.online.completions_log import CompletionsLog
+from trl_fast.trainers.run_report.report import print_lines
 
 # A style, an end of none, which rich takes for an error, what looks like a style, and an emoji.
 TEXT = "[red]x[/nope] [tok] :smile:"
@@ -78,12 +79,16 @@ def saved_folder(tmp_path, monkeypatch):
     nothing = lambda *_, **__: None  # noqa: E731
     monkeypatch.setattr("trl_fast.planning.forecast.forecast", nothing)
     trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=TEXT, push_to_hub=False),
+        args=SimpleNamespace(output_dir=TEXT, push_to_hub=False, run_report=False),
         accelerator=SimpleNamespace(end_training=nothing),
         is_world_process_zero=lambda: True,
         **dict.fromkeys(("train", "save_model", "create_model_card"), nothing),
     )
     training.train(trainer, None)
+
+
+def run_report(tmp_path, monkeypatch):
+    print_lines([("model", TEXT)])
 
 
 def error(tmp_path, monkeypatch):
@@ -139,6 +144,7 @@ PATHS = [
     column_of_the_data,
     generated,
     saved_folder,
+    run_report,
     error,
     split,
     split_in_a_bar,

@@ -110,7 +110,7 @@ class RunReport(TrainerCallback):
         self._tokens_before = self._num_tokens() or 0
         lines = start_lines(self._facts)
         if lines != self._printed:
-            self._print(lines)
+            print_lines(lines)
             self._printed = lines
         args = trainer.args
         self._run = begun_run(
@@ -141,7 +141,7 @@ class RunReport(TrainerCallback):
             if is_written
         ]
         if not status.startswith(FAILED):
-            self._print(outcome_lines(outcome, self._facts.forecast, resume_command(self.command), files))
+            print_lines(outcome_lines(outcome, self._facts.forecast, resume_command(self.command), files))
 
     def _outcome(self, status: str) -> Outcome:
         state, tokens = self._trainer.state, self._num_tokens()
@@ -178,7 +178,7 @@ class RunReport(TrainerCallback):
             return
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         talks = self._facts.kernels.backend is not None
-        self._print(model_lines(folder, is_adapter=isinstance(model, PeftModel), talks=talks))
+        print_lines(model_lines(folder, is_adapter=isinstance(model, PeftModel), talks=talks))
         self._run = {**self._run, "model_folder": folder}
         self._write(lambda: write_run(self._folder, self._run or {}))
 
@@ -191,17 +191,18 @@ class RunReport(TrainerCallback):
             return False
         return True
 
-    @staticmethod
-    def _print(lines: list[tuple[str, str]]) -> None:
-        console = make_console()
-        if not console.is_terminal:
-            for label, text in lines:
-                console.print(Text(f"{label:<9}{text}"), soft_wrap=True, highlight=False)
-            return
-        table = Table.grid(padding=(0, 1))
+
+def print_lines(lines: list[tuple[str, str]]) -> None:
+    """Prints lines (label, text): in columns on a terminal, elsewhere each in a line of its own."""
+    console = make_console()
+    if not console.is_terminal:
         for label, text in lines:
-            table.add_row(Text(label, style="bold"), Text(text))
-        console.print(table)
+            console.print(Text(f"{label:<9}{text}"), soft_wrap=True, highlight=False)
+        return
+    table = Table.grid(padding=(0, 1))
+    for label, text in lines:
+        table.add_row(Text(label, style="bold"), Text(text))
+    console.print(table)
 
 
 def _describe_data(dataset: object) -> dict[str, Any]:
