@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from trl_fast.settings.batch_layouts import PACKED, PADDED
 from trl_fast.settings.choices import TRUNCATION_MODES, check_choice, one_of
@@ -25,6 +25,12 @@ class DPOConfig(PreferenceConfig):
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
+
+    unit: ClassVar[str] = "pairs"
+    first_metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen"),
+        *("grad_norm", "learning_rate", "eval_loss"),
+    )
 
     truncation_mode: str = one_of(TRUNCATION_MODES, default="keep_start")
     """Which end of a sequence longer than max_length stays: keep_start or keep_end."""

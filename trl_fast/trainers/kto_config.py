@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from trl_fast.settings.choices import TRUNCATION_MODES, check_choice, one_of
 from trl_fast.settings.older_names import older_name
@@ -24,6 +24,11 @@ class KTOConfig(PreferenceConfig):
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
+
+    first_metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", "rewards/margins", "rewards/chosen", "rewards/rejected", "kl"),
+        *("grad_norm", "learning_rate"),
+    )
 
     train_sampling_strategy: str = one_of(("random", "sequential", "group_by_length"), default="sequential")
     """Order of the training rows: random, sequential or group_by_length.

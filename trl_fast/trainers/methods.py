@@ -27,8 +27,6 @@ class Method:
         reward_argument: the trainer's argument that takes reward functions and models; None: it takes none.
         trl_packages: packages of TRL, present or past, that have modules `NAME_config` and `NAME_trainer`.
         trl_names: further names in TRL's `NAME_trainer`, and their places.
-        unit: what a row of a batch is, in the plural.
-        first_metrics: the metrics that tell most about a run, the first of them first.
     """
 
     name: str
@@ -39,8 +37,6 @@ class Method:
     reward_argument: str | None = None
     trl_packages: tuple[str, ...] = ("trl.trainer",)
     trl_names: Mapping[str, str] = field(default_factory=dict)
-    unit: str = "rows"
-    first_metrics: tuple[str, ...] = ("loss",)
 
     @property
     def exports(self) -> dict[str, str]:
@@ -56,9 +52,6 @@ class Method:
         return import_place(self.trainer)
 
 
-_DESCENT = ("grad_norm", "learning_rate")
-_SAMPLED = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "loss")
-
 _METHODS = (
     Method(
         name="sft",
@@ -67,7 +60,6 @@ _METHODS = (
         step="trl_fast.trainers.sft:sft_step",
         help="supervised fine-tuning",
         trl_names={"DataCollatorForLanguageModeling": "trl_fast.data:DataCollatorForLanguageModeling"},
-        first_metrics=("loss", "mean_token_accuracy", "entropy", *_DESCENT, "num_tokens", "eval_loss"),
     ),
     Method(
         name="dpo",
@@ -76,8 +68,6 @@ _METHODS = (
         step="trl_fast.trainers.dpo:dpo_step",
         help="Direct Preference Optimization and its relatives, from pairs",
         trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForPreference"},
-        unit="pairs",
-        first_metrics=("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", *_DESCENT, "eval_loss"),
     ),
     Method(
         name="reward",
@@ -86,8 +76,6 @@ _METHODS = (
         step="trl_fast.trainers.reward:reward_step",
         help="a reward model, from pairs",
         trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForReward"},
-        unit="pairs",
-        first_metrics=("loss", "accuracy", "margin", "mean_reward", *_DESCENT, "eval_loss"),
     ),
     Method(
         name="kto",
@@ -97,7 +85,6 @@ _METHODS = (
         help="Kahneman-Tversky Optimization, from completions marked good or bad",
         trl_packages=("trl.trainer", "trl.experimental.kto"),
         trl_names={"DataCollatorForUnpairedPreference": "trl_fast.data:DataCollatorForUnpairedPreference"},
-        first_metrics=("loss", "rewards/margins", "rewards/chosen", "rewards/rejected", "kl", *_DESCENT),
     ),
     Method(
         name="grpo",
@@ -106,8 +93,6 @@ _METHODS = (
         step="trl_fast.trainers.online.policy_step:policy_step",
         help="Group Relative Policy Optimization, from rewards of completions",
         reward_argument="reward_funcs",
-        unit="completions",
-        first_metrics=(*_SAMPLED, *_DESCENT),
     ),
     Method(
         name="rloo",
@@ -116,8 +101,6 @@ _METHODS = (
         step="trl_fast.trainers.online.policy_step:policy_step",
         help="REINFORCE with leave-one-out baselines, from rewards of completions",
         reward_argument="reward_funcs",
-        unit="completions",
-        first_metrics=(*_SAMPLED, *_DESCENT),
     ),
     Method(
         name="ppo",
@@ -127,11 +110,6 @@ _METHODS = (
         help="Proximal Policy Optimization, with a reward model and a value model",
         reward_argument="reward_model",
         trl_packages=("trl.trainer", "trl.experimental.ppo"),
-        unit="completions",
-        first_metrics=(
-            *("objective/scores", "objective/rlhf_reward", "objective/kl", "objective/entropy"),
-            *("loss/policy_avg", "loss/value_avg", "lr"),
-        ),
     ),
 )
 

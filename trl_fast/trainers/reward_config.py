@@ -19,6 +19,11 @@ class RewardConfig(BaseConfig):
         ValueError: a value is out of range, or is for models with a vocabulary head.
     """
 
+    unit: ClassVar[str] = "pairs"
+    first_metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", "accuracy", "margin", "mean_reward", "grad_norm", "learning_rate", "eval_loss"),
+    )
+
     _FOR_LANGUAGE_MODELS: ClassVar[tuple[str, ...]] = (
         "head_backend",
         "head_workspace_bytes",

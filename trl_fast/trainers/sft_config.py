@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl_fast.settings.batch_layouts import PACKED, PADDED
 from trl_fast.settings.choices import PACKING_STRATEGIES, TRUNCATION_MODES, check_choice, one_of
@@ -27,6 +27,10 @@ class SFTConfig(BaseConfig):
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
+
+    first_metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "eval_loss"),
+    )
 
     learning_rate: float = 2e-5
     """Initial learning rate of AdamW."""

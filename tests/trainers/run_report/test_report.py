@@ -46,9 +46,9 @@ def test_a_run_from_start_to_end(model_path, tmp_path, capsys):
     trainer.train()
     trainer.save_model()
     out = capsys.readouterr().out
-    starts = [line.split()[0] for line in out.splitlines() if line]
-    assert starts[:4] == ["trl_fast", "kernels", "memory", "steps"]
-    assert starts[-7:] == ["done", "memory", "resume", "report", "model", "chat", "merge"]
+    labels = [line.split()[0] for line in out.splitlines() if line]
+    assert labels[:4] == ["trl_fast", "kernels", "memory", "steps"]
+    assert labels[-7:] == ["done", "memory", "resume", "report", "model", "chat", "merge"]
     assert re.search(r"rows shared_prefix: \d+% fewer tokens than padded rows \(first 8 rows\)", out)
     assert "5.00 GiB expected (estimate for this CPU)" in out and "a step: 8 pairs (4 × 2 × 1)" in out
     assert looks.seen["status"] == "running" and looks.seen["measured"] is None
@@ -110,7 +110,7 @@ def test_no_run_is_lost_for_its_report(model_path, tmp_path, caplog, monkeypatch
     monkeypatch.setattr(report, "write_page", lambda *_: 1 / 0)
     trainer = dpo(model_path, tmp_path, max_steps=1)
     assert trainer.train().global_step == 1
-    said = [record.message for record in caplog.records if record.message.startswith("run_report")]
+    said = [record.message for record in caplog.records if record.message.labelswith("run_report")]
     assert said[0] == f"run_report: {tmp_path} cannot be written to (No space left on device)."
     assert said[-1] == "run_report: ZeroDivisionError: division by zero. The run itself goes on."
 

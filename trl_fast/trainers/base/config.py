@@ -6,7 +6,7 @@ import inspect
 import logging
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.training_args import TrainingArguments
@@ -63,6 +63,10 @@ class BaseConfig(TrainingArguments):
     Raises:
         ValueError: a number is NaN, infinite or out of the range that `trl_fast.settings.ranges` has for it.
     """
+
+    # What a row of a batch is, and the metrics that tell most about a run.
+    unit: ClassVar[str] = "rows"
+    first_metrics: ClassVar[tuple[str, ...]] = ("loss",)
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
     # Names that are gone from transformers or TRL and cannot be taken over, with what to do instead.

@@ -14,8 +14,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_fast.console import make_console, progress_columns
 
-from ..methods import METHODS
-
 # What a table's borders and padding take beside a column's text.
 _COLUMN_FRAME = 3
 _MOST_COLUMNS = 16
@@ -69,13 +67,6 @@ def _table(rows: list[dict[str, float]], names: Iterable[str], width: int, **sty
     return table
 
 
-def _first_metrics(args: TrainingArguments) -> tuple[str, ...]:
-    """Returns the metrics that tell most about a run of the method that a config is of."""
-    names = {kind.__name__ for kind in type(args).__mro__}
-    methods = (method for method in METHODS.values() if method.config.partition(":")[2] in names)
-    return next((method.first_metrics for method in methods), ("loss",))
-
-
 def _number(value: object) -> str:
     if value is None:
         return ""
@@ -115,7 +106,7 @@ class RichProgressCallback(TrainerCallback):
         self.close()
         if not state.is_world_process_zero:
             return
-        self._first = _first_metrics(args)
+        self._first = getattr(args, "first_metrics", ())
         self.progress = Progress(*progress_columns(), console=self.console)
         self.train_task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
         if self.console.is_terminal:

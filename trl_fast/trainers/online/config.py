@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl_fast.settings.choices import check_choice, one_of
 from trl_fast.settings.older_names import older_name
@@ -25,6 +25,12 @@ class OnlineConfig(ReferenceConfig):
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
+
+    unit: ClassVar[str] = "completions"
+    first_metrics: ClassVar[tuple[str, ...]] = (
+        *("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio"),
+        *("loss", "grad_norm", "learning_rate"),
+    )
 
     disable_dropout: bool = False
     """Switch dropout off in the model and the reference."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl_fast.settings.choices import check_choice, one_of
 from trl_fast.settings.older_names import older_name
@@ -28,6 +28,12 @@ class PPOConfig(ReferenceConfig):
     Raises:
         ValueError: a value is out of range or does not go with another; the message names it.
     """
+
+    unit: ClassVar[str] = "completions"
+    first_metrics: ClassVar[tuple[str, ...]] = (
+        *("objective/scores", "objective/rlhf_reward", "objective/kl", "objective/entropy"),
+        *("loss/policy_avg", "loss/value_avg", "lr"),
+    )
 
     learning_rate: float = 3e-6
     """Initial learning rate of AdamW."""

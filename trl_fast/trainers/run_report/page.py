@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..methods import METHODS
 from . import charts
 from .quantities import count_text, share_text, size_text, time_text
 from .run_file import REPORT_FILE, write_text
@@ -14,21 +13,21 @@ from .run_file import REPORT_FILE, write_text
 _TEMPLATE = "report.html"
 
 
-def report_page(run: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> str:
+def report_page(run: Mapping[str, Any], history: Sequence[Mapping[str, float]], first: Sequence[str]) -> str:
     """Returns the page.
 
-    run: the contents of run.json. history: the logs of the whole run, also before it was resumed.
+    run: the contents of run.json. history: the logs of the whole run, also before it was resumed. first: names of
+    the metrics whose curves come first.
     """
     # It is needed once a run, at its end.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    method = METHODS.get(run["method"])
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
     options |= {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader(str(__package__)), **options)
     return environment.get_template(_TEMPLATE).render(
         run=run,
-        charts=charts.make_charts(history, () if method is None else method.first_metrics),
+        charts=charts.make_charts(history, first),
         frame=charts,
         facts=_facts(run),
         planned=_planned(run),
@@ -71,6 +70,8 @@ def _planned(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def write_page(folder: Path, run: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> None:
+def write_page(
+    folder: Path, run: Mapping[str, Any], history: Sequence[Mapping[str, float]], first: Sequence[str]
+) -> None:
     """Writes report.html into a folder; raises OSError if it cannot be written."""
-    write_text(folder / REPORT_FILE, report_page(run, history))
+    write_text(folder / REPORT_FILE, report_page(run, history, first))

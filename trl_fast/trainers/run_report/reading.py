@@ -14,7 +14,6 @@ from trl_fast.ops.backends import BACKENDS, choose_backend
 from trl_fast.ops.device import device_facts
 
 from ..checkpoints.run_record import package_version
-from ..methods import METHODS
 from .facts import KernelFacts, ModelFacts, RunFacts, StepFacts
 from .naming import short_name
 from .quantities import size_text
@@ -123,7 +122,6 @@ def _checkpointing(args: Any) -> str:
 
 def _steps(trainer: Any) -> StepFacts:
     args, state = trainer.args, trainer.state
-    method = METHODS.get(trainer.method)
     return StepFacts(
         steps=state.max_steps,
         first_step=state.global_step,
@@ -131,7 +129,7 @@ def _steps(trainer: Any) -> StepFacts:
         per_device=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=args.world_size,
-        unit="rows" if method is None else method.unit,
+        unit=args.unit,
         mini_batches=getattr(args, "num_mini_batches", 1),
         completions=getattr(args, "num_generations", None),
         new_tokens=getattr(args, trainer.length_setting) if hasattr(trainer, "length_setting") else None,

@@ -132,16 +132,18 @@ class RunReport(TrainerCallback):
         history = self._trainer.state.log_history
         last = {name: value for log in history for name, value in log.items() if name != "step"}
         self._run = ended_run(self._run, outcome, last)
-        files = [
-            str(self._folder / name)
-            for name, is_written in (
-                (RUN_FILE, self._write(lambda: write_run(self._folder, self._run or {}))),
-                (REPORT_FILE, self._write(lambda: write_page(self._folder, self._run or {}, history))),
-            )
-            if is_written
-        ]
+        files = self._write_files(history)
         if not status.startswith(FAILED):
             print_lines(outcome_lines(outcome, self._facts.forecast, resume_command(self.command), files))
+
+    def _write_files(self, history: list[dict[str, float]]) -> list[str]:
+        """Writes run.json and report.html as they are at the end; returns the paths of those that could be."""
+        run, first = self._run or {}, self._trainer.args.first_metrics
+        writes = {
+            RUN_FILE: lambda: write_run(self._folder, run),
+            REPORT_FILE: lambda: write_page(self._folder, run, history, first),
+        }
+        return [str(self._folder / name) for name, write in writes.items() if self._write(write)]
 
     def _outcome(self, status: str) -> Outcome:
         state, tokens = self._trainer.state, self._num_tokens()
