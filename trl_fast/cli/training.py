@@ -202,6 +202,7 @@ def make_one_step(trainer: BaseTrainer, checkpoint: str | None) -> int:
 
     step = OneStep()
     trainer.add_callback(step)
+    trainer.run_report.says_end = False
     try:
         with leaving_nothing(trainer):
             status = _run(trainer, checkpoint)

@@ -34,10 +34,10 @@ def model_card(
 
 
 def write_model_card(
-    trainer: Trainer, method: str, name: str | None, dataset_name: str | None = None, tags: Iterable[str] = ()
+    trainer: Trainer, method: str, name: str | None, dataset_name: str | None, tags: str | list[str] | None
 ) -> None:
     """Writes the card of a trainer's model into its output folder; name: None for the folder's."""
     folder = Path(str(trainer.args.output_dir))
     origin = base_model(trainer.accelerator.unwrap_model(trainer.model)).config._name_or_path
-    made = (method, type(trainer).__name__, dataset_name, tags)
+    made = (method, type(trainer).__name__, dataset_name, [tags] if isinstance(tags, str) else tags or ())
     (folder / "README.md").write_text(model_card(name or folder.name, origin, *made))

@@ -134,8 +134,9 @@ class BaseTrainer(Trainer):
 
     def choose_layout(self, model: PreTrainedModel | PeftModel, args: BaseConfig, sequences: list[list[int]]) -> str:
         """Returns the best batch layout for a model; see `modeling.layouts.choose_layout`."""
-        request = layout_request(self, model, args)
-        self.chosen_layout = choose_layout(base_model(model), request, sequences, self.readout)
+        self.chosen_layout = choose_layout(
+            base_model(model), layout_request(self, model, args), sequences, self.readout
+        )
         return self.chosen_layout.name
 
     def start(self, **kwargs: Any) -> None:
@@ -373,7 +374,6 @@ class BaseTrainer(Trainer):
     ) -> None:
         """Writes README.md into the output folder: what was trained, from what, with which method."""
         if self.is_world_process_zero():
-            tags = [tags] if isinstance(tags, str) else tags or ()
             write_model_card(self, self.method, model_name, dataset_name, tags)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

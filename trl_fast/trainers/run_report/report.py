@@ -50,6 +50,7 @@ class RunReport(TrainerCallback):
 
     Attributes:
         command: the words of the command line that made the trainer; None: a script did.
+        says_end: whether the end is told, on the screen and in files.
 
     Args:
         trainer: a `BaseTrainer`.
@@ -59,6 +60,7 @@ class RunReport(TrainerCallback):
     def __init__(self, trainer: Any, was_stopped: Callable[[], bool]) -> None:
         self._trainer, self._was_stopped = trainer, was_stopped
         self.command: list[str] | None = None
+        self.says_end = True
         self._is_wanted = False
         self._forget()
 
@@ -126,7 +128,7 @@ class RunReport(TrainerCallback):
 
     @_never_fails
     def _end(self, status: str) -> None:
-        if self._run is None or self._facts is None:
+        if self._run is None or self._facts is None or not self.says_end:
             return
         outcome = self._outcome(status)
         history = self._trainer.state.log_history
