@@ -134,10 +134,8 @@ class BaseTrainer(Trainer):
 
     def choose_layout(self, model: PreTrainedModel | PeftModel, args: BaseConfig, sequences: list[list[int]]) -> str:
         """Returns the best batch layout for a model; see `modeling.layouts.choose_layout`."""
-        self.chosen_layout = choose_layout(
-            base_model(model), layout_request(self, model, args), sequences, self.readout
-        )
-        return self.chosen_layout.name
+        self.layout = choose_layout(base_model(model), layout_request(self, model, args), sequences, self.readout)
+        return self.layout.name
 
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics; `kwargs` are those of its constructor."""

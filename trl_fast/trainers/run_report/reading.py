@@ -77,8 +77,8 @@ def _kernels(trainer: Any) -> KernelFacts:
     return KernelFacts(
         backend=backend,
         backend_reason=reason,
-        layout=trainer.chosen_layout.name,
-        layout_reason=trainer.chosen_layout.reason,
+        layout=trainer.layout.name,
+        layout_reason=trainer.layout.reason,
         saved=counts.saved,
         counted_rows=rows,
         tokens_a_row=counts.seen / rows if rows else None,
