@@ -43,7 +43,7 @@ def test_a_run_without_steps():
         ({"is_adapter": False, "talks": False}, ["saved to my run (whole model)"]),
         (
             {"is_adapter": True, "talks": True},
-            ["saved to my run (adapter)", "trl-fast chat 'my run'", "trl-fast merge 'my run' 'my run-merged'"],
+            ["saved to my run (adapter)", "trl-fast chat 'my run'", "trl-fast merge 'my run'"],
         ),
     ],
 )

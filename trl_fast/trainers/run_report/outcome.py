@@ -101,7 +101,7 @@ def model_lines(folder: str, *, is_adapter: bool, talks: bool) -> list[tuple[str
     if talks:
         lines.append(("chat", f"trl-fast chat {name}"))
     if is_adapter:
-        lines.append(("merge", f"trl-fast merge {name} {shlex.quote(folder.rstrip('/') + '-merged')}"))
+        lines.append(("merge", f"trl-fast merge {name}"))
     return lines
 
 
