@@ -1,5 +1,6 @@
 """Scripts as people have them: with their import line changed, and unchanged under `trl-fast run`."""
 
+import re
 import runpy
 import shlex
 from pathlib import Path
@@ -43,8 +44,13 @@ def test_with_the_import_line_changed(script, workplace, recwarn):
 
 @pytest.mark.usefixtures("without_trl")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_unchanged_under_run(script, workplace, recwarn):
+def test_unchanged_under_run(script, workplace, recwarn, capsys):
     assert main(["run", str(script)]) == 0
+    shown = capsys.readouterr()
+    assert re.search(
+        r"^trl-fast run: `import trl` gives trl_fast .*; here (\w+, )*\w+(Config|Trainer)\b", shown.err, re.M
+    )
+    assert len(re.findall("^kernels ", shown.out, re.M)) == 1
     assert_trained(workplace / "result")
     assert older_names(recwarn) == OLDER[script.stem]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import runpy
@@ -9,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import trl_fast
+from trl_fast.console import make_console
 from trl_fast.dropin import install_as_trl
 
 USAGE = """usage: trl-fast run [LAUNCHER FLAGS] SCRIPT.py [ARGUMENTS]
@@ -43,6 +46,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         # As `python script.py` and `python -m module` do it.
         sys.argv = [target, *rest]
         sys.path.insert(0, os.getcwd() if is_module else str(Path(target).resolve().parent))
+        _say_what_runs(target, is_module=is_module)
         if is_module:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
@@ -50,6 +54,29 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         return 0
 
     return run
+
+
+def _say_what_runs(target: str, *, is_module: bool) -> None:
+    """Prints, in the main process, which names of a script or module come from trl_fast."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    spec = importlib.util.find_spec(target) if is_module else None
+    path = target if spec is None else spec.origin
+    names = trl_names(Path(path).read_bytes()) if path and path.endswith(".py") else []
+    found = f"; here {', '.join(names)}" if names else ""
+    line = f"trl-fast run: `import trl` gives trl_fast {trl_fast.__version__}{found}"
+    make_console(stderr=True).print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+def trl_names(source: bytes) -> list[str]:
+    """Returns the names that a script takes from TRL, in their order; none if it cannot be parsed."""
+    try:
+        nodes = [*ast.walk(ast.parse(source))]
+    except (SyntaxError, ValueError):  # Python says where, when the script is run
+        return []
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imports = [node for node in imports if (node.module or "").partition(".")[0] == "trl"]
+    return [*dict.fromkeys(alias.name for node in imports for alias in node.names)]
 
 
 def _check_module(name: str) -> None:
