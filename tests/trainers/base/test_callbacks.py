@@ -15,8 +15,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 import trl_fast
 from support.training import color_pairs, make_trainer
-from trl_fast.trainers import BEMACallback, LogCompletionsCallback, RichProgressCallback, SyncRefModelCallback
-from trl_fast.trainers.base.progress import metrics_table
+from trl_fast.trainers import (
+    BEMACallback,
+    GRPOConfig,
+    LogCompletionsCallback,
+    RichProgressCallback,
+    SyncRefModelCallback,
+)
+from trl_fast.trainers.base.progress import live_table, metrics_table
 
 
 def render(rows, width):
@@ -32,6 +38,23 @@ def test_the_table_shows_the_first_and_the_last_logs_that_fit():
     assert "35.8" in shown and "…" not in shown
     assert max(map(len, shown.splitlines())) <= 60
     assert "step 0" in render(rows[:1], 80)
+
+
+def test_the_logs_of_a_step_share_a_column_without_empty_ones():
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    shown = render([*rows, {"step": 2, "train_loss": 1.5, "total_flos": 1e9}], 80)
+    assert shown.count("step 2") == 1 and "eval_loss" in shown and "train_loss" in shown and "total_flos" not in shown
+
+
+def test_the_live_view_shows_what_tells_most_in_eight_lines():
+    metrics = {f"m{index}": float(index) for index in range(30)}
+    rows = [{"step": step, **metrics, "rewards/mean": 0.25} for step in range(9)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(live_table(rows, GRPOConfig.first_metrics, 80))
+    console.print(live_table(rows, ("absent", "rewards/mean", "m29"), 80))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 16 and max(map(len, lines)) <= 80 and "step 8" in lines[0]
+    assert [line.split()[0] for line in lines[8:]] == ["metric", "rewards/mean", "m29", "m0", "m1", "m2", "m3", "m4"]
 
 
 def test_a_terminal_gets_a_bar_and_a_table(model_path, tmp_path):
@@ -52,6 +75,8 @@ def test_a_terminal_gets_a_bar_and_a_table(model_path, tmp_path):
     shown = console.file.getvalue()
     for expected in ("training", "3/3", "rewards/margins", "eval_loss", "step 3"):
         assert expected in shown
+    # The whole table is there once, at the end; what was live is gone by then.
+    assert shown.count("logps/rejected") == 2  # beside it eval_logps/rejected
 
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"

@@ -202,6 +202,10 @@ class BaseConfig(TrainingArguments):
                 logger.warning("This machine has no bfloat16 hardware: training in float32 (bf16=False).")
             # Without a GPU, transformers takes bfloat16 only where a CPU is asked for.
             self.use_cpu = self.use_cpu or (self.bf16 and not is_torch_bf16_gpu_available())
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            # The newer name of the same: transformers would warn of the older one, which has a default here.
+            if getattr(self, f"activation_{name}", self) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
         # Again: what came as JSON is numbers now.
         check_ranges(self)

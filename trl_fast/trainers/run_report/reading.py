@@ -20,8 +20,8 @@ from .quantities import size_text
 from .resident_memory import ResidentMemory, parameter_count, resident_memory
 from .token_counts import count_tokens
 
-# Rows from which the tokens of a batch are told before the first one is there.
-_SAMPLED_ROWS = 64
+# Rows from which the tokens of a batch are told before the first one is there; fewer where rows are long.
+_SAMPLED_ROWS, _SAMPLED_TOKENS = 64, 1 << 19
 # The op by which losses reach the head.
 _HEAD_OP = "linear_token_loss"
 # Backends that a device of a kind can have, best first.
@@ -71,8 +71,7 @@ def read_run(trainer: Any, models: tuple[ModelFacts, ResidentMemory]) -> RunFact
 
 def _kernels(trainer: Any) -> KernelFacts:
     backend, reason = _backend(trainer)
-    batches = _sample_batches(trainer)
-    rows = len(batches) and min(_SAMPLED_ROWS, len(trainer.train_dataset))
+    rows, batches = _sample_batches(trainer)
     counts = count_tokens(batches)
     return KernelFacts(
         backend=backend,
@@ -98,15 +97,21 @@ def _backend(trainer: Any) -> tuple[str | None, str]:
     return chosen, supports(_HEAD_OP, chosen if chosen == best else best, device, dtype).reason
 
 
-def _sample_batches(trainer: Any) -> list[TokenBatch]:
-    """Returns the batches of the first rows, where they are there and our own collator makes batches of them."""
+def _sample_batches(trainer: Any) -> tuple[int, list[TokenBatch]]:
+    """Returns the number of the first rows, and their batches; none of streams and of another collator than ours."""
     dataset, reader = trainer.train_dataset, trainer.batches
     if not isinstance(dataset, Dataset) or reader is None or trainer.data_collator is not reader.collator:
-        return []
+        return 0, []
     columns = [name for name in trainer.signature_columns or trainer.token_columns if name in dataset.column_names]
-    rows = [*dataset.select_columns(columns).take(_SAMPLED_ROWS)]
+    rows: list[dict[str, Any]] = []
+    tokens = 0
+    for row in dataset.select_columns(columns).take(_SAMPLED_ROWS):
+        rows.append(row)
+        tokens += sum(len(value) for value in row.values() if hasattr(value, "__len__"))
+        if tokens > _SAMPLED_TOKENS:
+            break
     size = trainer.args.per_device_train_batch_size
-    return [reader.collator.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return len(rows), [reader.collator.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def _checkpointing(args: Any) -> str:
