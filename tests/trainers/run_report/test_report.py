@@ -1,7 +1,9 @@
 """Reports of whole runs: what is printed, run.json and report.html."""
 
 import json
+import os
 import re
+import signal
 
 import pytest
 from peft import LoraConfig
@@ -93,6 +95,25 @@ def test_a_run_that_fails_says_so_in_its_files(model_path, tmp_path, capsys):
     assert run["status"] == "failed: RuntimeError: no luck" and run["measured"]["steps"] == 2
     assert "failed: RuntimeError: no luck" in (tmp_path / "report.html").read_text()
     assert "done" not in capsys.readouterr().out
+
+
+class Interrupts(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("save", ["steps", "no"])
+def test_an_interrupted_run_says_how_to_go_on(save, model_path, tmp_path, capsys):
+    trainer = dpo(model_path, tmp_path, Interrupts(), save_strategy=save, save_steps=100)
+    trainer.run_report.command = ["trl-fast", "dpo", "--seed", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    run, out = read(tmp_path), capsys.readouterr().out
+    assert run["status"] == "interrupted" and "\ninterrupted" in out
+    command = "trl-fast dpo --seed 1 --resume_from_checkpoint true"
+    assert (f"{command}  (from {tmp_path / 'checkpoint-2'})" in out) == (save == "steps")
+    assert ("there is no checkpoint" in out) == (save == "no")
 
 
 def test_nothing_is_said_or_written_where_it_is_not_wanted(model_path, tmp_path, capsys):

@@ -201,7 +201,7 @@ def print_lines(lines: list[tuple[str, str]]) -> None:
     console = make_console()
     if not console.is_terminal:
         for label, text in lines:
-            console.print(Text(f"{label:<9}{text}"), soft_wrap=True, highlight=False)
+            console.print(Text(f"{label:<8} {text}"), soft_wrap=True, highlight=False)
         return
     table = Table.grid(padding=(0, 1))
     for label, text in lines:
