@@ -96,6 +96,8 @@ def test_what_is_not_known_of_memory_is_said():
         (count_text(8_030_261_248), "8.03B"),
         (size_text(512 << 20), "512 MiB"),
         (size_text(3 << 29), "1.50 GiB"),
+        (size_text(3 << 10), "3 KiB"),
+        (time_text(0.1084), "108 ms"),
         (time_text(4.25), "4.2 s"),
         (time_text(192), "3 min 12 s"),
         (time_text(7500), "2 h 5 min"),

@@ -71,6 +71,7 @@ def test_a_run_from_start_to_end(model_path, tmp_path, capsys):
 def test_the_page_needs_nothing_else(model_path, tmp_path):
     trainer = dpo(model_path, tmp_path, peft=None, run_name="<b>bold</b>")
     trainer.train()
+    assert read(tmp_path)["sessions"][0]["status"] == "done"
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == page.count("</svg>") > 5 and "rewards/margins" in page
     assert not re.search(r"(src|href)\s*=|https?://|@import|url\(", page) and "<b>bold" not in page
@@ -90,9 +91,11 @@ def test_a_resumed_run_goes_on_in_the_same_files(model_path, tmp_path, capsys):
 
 def test_a_run_that_fails_says_so_in_its_files(model_path, tmp_path, capsys):
     with pytest.raises(RuntimeError, match="no luck"):
-        dpo(model_path, tmp_path, Fails()).train()
+        dpo(model_path, tmp_path, Fails(), logging_steps=10).train()
     run = read(tmp_path)
     assert run["status"] == "failed: RuntimeError: no luck" and run["measured"]["steps"] == 2
+    # Nothing was logged yet.
+    assert run["measured"]["tokens"] > 0
     assert "failed: RuntimeError: no luck" in (tmp_path / "report.html").read_text()
     assert "done" not in capsys.readouterr().out
 

@@ -16,14 +16,18 @@ def count_text(count: float) -> str:
 
 
 def size_text(size: float) -> str:
-    """Writes bytes as GiB, small ones as MiB."""
+    """Writes bytes as GiB, small ones as MiB or KiB."""
     if size >= 100 * GIB:
         return f"{size / GIB:.0f} GiB"
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / _MIB:.0f} MiB"
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / _MIB:.0f} MiB" if size >= _MIB else f"{size / 1024:.0f} KiB"
 
 
 def time_text(seconds: float) -> str:
-    """Writes a time in its two largest units: 4.2 s, 3 min 12 s, 2 h 5 min."""
+    """Writes a time in its two largest units: 4.2 s, 3 min 12 s, 2 h 5 min; a short one in ms."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -36,9 +40,3 @@ def share_text(part: float, whole: float) -> str:
     """Writes a share in percent; one that is neither none nor all never looks so."""
     percent = 100 * part / whole if whole else 0.0
     return f"{percent:.2g}%" if percent < 1 else f"{percent:.0f}%" if percent < 99.5 or percent == 100 else ">99%"
-
-
-def names_text(names: list[str], most: int) -> str:
-    """Writes the first names of a list, and how many there are beside."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

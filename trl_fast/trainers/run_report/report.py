@@ -148,7 +148,9 @@ class RunReport(TrainerCallback):
         return [str(self._folder / name) for name, write in writes.items() if self._write(write)]
 
     def _outcome(self, status: str) -> Outcome:
-        state, tokens = self._trainer.state, self._num_tokens()
+        state, counter = self._trainer.state, self._trainer._tokens
+        # A process alone knows them also where the last steps, or all, were not logged.
+        tokens = counter.seen if self._trainer.args.world_size == 1 else self._num_tokens()
         peak, memory = peak_memory()
         first = self._facts.steps.first_step
         return Outcome(
@@ -158,7 +160,7 @@ class RunReport(TrainerCallback):
             seconds=time.perf_counter() - self._began,
             evaluating=self._evaluating(first),
             tokens=None if tokens is None else int(tokens - self._tokens_before),
-            saved=self._trainer._tokens.saved,
+            saved=counter.saved,
             peak_bytes=peak,
             peak_of=memory,
             checkpoint=self._checkpoint,
@@ -171,7 +173,7 @@ class RunReport(TrainerCallback):
         return sum(log.get(name, 0.0) for log in logs for name in names)
 
     def _num_tokens(self) -> float | None:
-        """Returns the tokens trained on by all processes, as they were logged last."""
+        """Returns the tokens trained on by all processes, as they were logged last; None if they never were."""
         logged = (log["num_tokens"] for log in reversed(self._trainer.state.log_history) if "num_tokens" in log)
         return next(logged, None)
 
@@ -205,7 +207,7 @@ def print_lines(lines: list[tuple[str, str]]) -> None:
         return
     table = Table.grid(padding=(0, 1))
     for label, text in lines:
-        table.add_row(Text(label, style="bold"), Text(text))
+        table.add_row(Text(f"{label:<8}", style="bold"), Text(text))
     console.print(table)
 
 
