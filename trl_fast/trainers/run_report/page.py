@@ -63,7 +63,7 @@ def _planned(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     peak, second = plan.get("peak_bytes"), plan.get("step_seconds")
     return [
         ("time", time_text(second * steps) if second else "", time_text(measured["seconds"])),
-        ("of it evaluating", "", time_text(measured["evaluating"])),
+        ("of it evaluating", "", time_text(measured["evaluating"]) if measured["evaluating"] else ""),
         ("a step", time_text(second) if second else "", "" if step is None else time_text(step)),
         ("tokens a second", "", "" if speed is None else count_text(speed)),
         (f"peak ({measured['peak_of']})", size_text(peak) if peak else "", size_text(measured["peak_bytes"])),
