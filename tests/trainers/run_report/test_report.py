@@ -134,7 +134,7 @@ def test_no_run_is_lost_for_its_report(model_path, tmp_path, caplog, monkeypatch
     monkeypatch.setattr(report, "write_page", lambda *_: 1 / 0)
     trainer = dpo(model_path, tmp_path, max_steps=1)
     assert trainer.train().global_step == 1
-    said = [record.message for record in caplog.records if record.message.labelswith("run_report")]
+    said = [record.message for record in caplog.records if record.message.startswith("run_report")]
     assert said[0] == f"run_report: {tmp_path} cannot be written to (No space left on device)."
     assert said[-1] == "run_report: ZeroDivisionError: division by zero. The run itself goes on."
 
