@@ -62,10 +62,9 @@ def test_longer_rows_are_cut_to_max_length(tmp_path):
 
 def test_what_cannot_be_simulated_is_told_and_stops_nothing(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path)
-    resident = sum(weight.nbytes * (4 if weight.requires_grad else 1) for weight in trainer.model.parameters())
     monkeypatch.setattr(module, "stage_peaks", lambda *_: (_ for _ in ()).throw(RuntimeError("an odd operator")))
     found = forecast(trainer)
-    assert found.peak_bytes == resident and "it cannot be simulated (an odd operator)" in found.note
+    assert found.peak_bytes is None and "it cannot be simulated (an odd operator)" in found.note
     monkeypatch.setattr(module, "FEWEST_WEIGHTS", 10**9)
     assert "too small to simulate" in forecast(trainer).note
 

@@ -23,7 +23,6 @@ from .fake_models import layers_are_alike, meta_model
 from .gpu_facts import gpu_of_device
 from .memory_timeline import highest
 from .peak_estimates import stage_peaks, whole_layers
-from .planned_optimizers import keeps_averages
 from .step_times import planned_work
 from .training_setup import ONLINE_METHODS, TrainingSetup, setup_from_training
 
@@ -40,13 +39,13 @@ def forecast(trainer: BaseTrainer) -> Forecast:
     """
     weights = sum(weight.numel() for weight in trainer.model.parameters())
     if weights < FEWEST_WEIGHTS:
-        return _resident(trainer, f"the model is too small to simulate (less than {FEWEST_WEIGHTS:,} weights)")
+        return Forecast(None, None, f"the model is too small to simulate (less than {FEWEST_WEIGHTS:,} weights)")
     try:
         with _unnoticed():
             return _simulated(trainer, _setup(trainer))
     # Whatever a model's own code or an unusual argument leads to.
     except Exception as error:
-        return _resident(trainer, f"it cannot be simulated ({error_line(error)})")
+        return Forecast(None, None, f"it cannot be simulated ({error_line(error)})")
 
 
 @contextmanager
@@ -64,7 +63,7 @@ def _unnoticed() -> Iterator[None]:
 
 def _simulated(trainer: BaseTrainer, setup: TrainingSetup) -> Forecast:
     if setup.num_layers > MOST_LAYERS and not layers_are_alike(meta_model(setup)):
-        return _resident(trainer, "its layers differ, and to simulate all of them takes long: see trl-fast plan")
+        return Forecast(None, None, "its layers differ, and to simulate all of them takes long: see trl-fast plan")
     size = highest(stage_peaks(setup, setup.max_length)).bytes
     tokens = f"sequences of {setup.max_length:,} tokens"
     if setup.device == "cpu":
@@ -78,17 +77,6 @@ def _simulated(trainer: BaseTrainer, setup: TrainingSetup) -> Forecast:
         return Forecast(size, None, f"an estimate for {tokens}; the speed of {name} is not known")
     seconds = planned_work(setup, setup.max_length, limit).seconds(gpu)
     return Forecast(size, seconds, f"an estimate for {gpu.name}, {tokens}")
-
-
-def _resident(trainer: BaseTrainer, reason: str) -> Forecast:
-    """Returns what is there whatever the length: weights, gradients and the optimizer's averages."""
-    models = [trainer.accelerator.unwrap_model(trainer.model)]
-    models += [model for model in (getattr(trainer, "ref_model", None),) if isinstance(model, torch.nn.Module)]
-    weights = [weight for model in models for weight in model.parameters()]
-    trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
-    averages = 2 * trained if keeps_averages(str(getattr(trainer.args.optim, "value", trainer.args.optim))) else 0
-    size = sum(weight.nbytes for weight in weights) + trained + averages
-    return Forecast(size, None, f"weights, gradients and optimizer alone: {reason}")
 
 
 @dataclass(frozen=True)
