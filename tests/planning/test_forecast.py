@@ -77,10 +77,10 @@ def test_a_known_gpu_gets_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Properties)
     setup = module._setup(trainer).but(device="gpu")
-    found = module._simulated(trainer, setup)
+    found = module._simulated(setup)
     assert "NVIDIA H100 SXM" in found.note and 0.001 < found.step_seconds < 1
     # All layers go uncheckpointed there.
     assert found.peak_bytes > simulate(setup, setup.max_length).peak().bytes
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Another GPU")
-    found = module._simulated(trainer, setup)
+    found = module._simulated(setup)
     assert found.step_seconds is None and "the speed of Another GPU is not known" in found.note

@@ -42,7 +42,7 @@ def forecast(trainer: BaseTrainer) -> Forecast:
         return Forecast(None, None, f"the model is too small to simulate (less than {FEWEST_WEIGHTS:,} weights)")
     try:
         with _unnoticed():
-            return _simulated(trainer, _setup(trainer))
+            return _simulated(_setup(trainer))
     # Whatever a model's own code or an unusual argument leads to.
     except Exception as error:
         return Forecast(None, None, f"it cannot be simulated ({error_line(error)})")
@@ -61,7 +61,7 @@ def _unnoticed() -> Iterator[None]:
         logging.disable(before)
 
 
-def _simulated(trainer: BaseTrainer, setup: TrainingSetup) -> Forecast:
+def _simulated(setup: TrainingSetup) -> Forecast:
     if setup.num_layers > MOST_LAYERS and not layers_are_alike(meta_model(setup)):
         return Forecast(None, None, "its layers differ, and to simulate all of them takes long: see trl-fast plan")
     size = highest(stage_peaks(setup, setup.max_length)).bytes
