@@ -93,7 +93,7 @@ GROUPS = (
         ("logging_steps", "report_to", "log_completions"),
         (
             "log*",
-            "run_name",
+            "run_*",
             "disable_tqdm",
             "project",
             "trackio_*",
