@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,14 @@ def test_every_method_has_exports_a_command_names_in_trl_and_docs(method):
 
 def test_the_readme_names_all_commands():
     assert f"| `trl-fast {', '.join(METHODS)}`" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_our_own_defaults_warn_of_nothing(name, tmp_path):
+    config_class = METHODS[name].config_class()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+        assert config.gradient_checkpointing and config.activation_checkpointing
+        off = config_class(str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none")
+        assert not off.gradient_checkpointing

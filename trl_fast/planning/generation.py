@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
+from trl_fast.rollout.transformers_engine import CACHE_ARGUMENT
 
 from .device_facts import PADDED_ATTENTION
 from .memory_timeline import GENERATION_STAGE, PROMPTS_STAGE
@@ -60,7 +61,7 @@ def simulate_generation(
 def _sample(policy: torch.nn.Module, cache: DynamicCache, rows: int, tokens: int) -> None:
     """Runs the model on `tokens` further tokens of each row, and draws the next ones."""
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    logits = policy(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = policy(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits
     scores = logits[:, -1].to(torch.float32, copy=True)
     torch.multinomial(scores.softmax(-1), num_samples=1)
 

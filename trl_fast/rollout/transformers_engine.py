@@ -19,6 +19,7 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from trl_fast.modeling.loading import base_model
 from trl_fast.settings.choices import did_you_mean
@@ -26,6 +27,8 @@ from trl_fast.settings.ranges import COUNT
 
 from .engine import Rollout, SamplingSettings, check_prompts
 
+# What models and `generate` call the cache: "cache" in newer releases, "past_key_values" before.
+CACHE_ARGUMENT: str = ALL_CACHE_NAMES[0]
 # Arguments of `generate` that would give something else than one row of tokens a prompt.
 _ONE_ROW_EACH = {"num_return_sequences": 1, "return_dict_in_generate": False}
 
@@ -78,7 +81,7 @@ class TransformersEngine:
         stops = self._stop_strings(config, input_ids.shape[1])
         with _generating(model), torch.no_grad():
             if can_share_prompts(model, config):
-                inputs["past_key_values"] = self._prompt_cache(model, prompt_ids, input_ids, attention_mask)
+                inputs[CACHE_ARGUMENT] = self._prompt_cache(model, prompt_ids, input_ids, attention_mask)
             with _naming_extremes(config):
                 rows = model.generate(
                     **inputs, generation_config=config, tokenizer=self.tokenizer, stopping_criteria=stops
@@ -190,8 +193,8 @@ class TransformersEngine:
         cast("Any", model).generate(
             input_ids=input_ids[rows],
             attention_mask=attention_mask[rows],
-            past_key_values=cache,
             generation_config=config,
+            **{CACHE_ARGUMENT: cache},
         )
         cache.crop(-1)
         place = {row: index for index, row in enumerate(rows)}

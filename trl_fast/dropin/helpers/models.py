@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,19 +70,24 @@ def use_adapter(model: PeftModel, adapter_name: str | None) -> Iterator[None]:
         model.set_adapter(before)
 
 
+def _checkpointing_switch(model: PreTrainedModel, does: str) -> Callable[..., None]:
+    """Returns the method that does "enable" or "disable" checkpointing, by its name in this transformers."""
+    return getattr(model, f"activation_checkpointing_{does}", None) or getattr(model, f"gradient_checkpointing_{does}")
+
+
 @contextmanager
 def disable_gradient_checkpointing(
     model: PreTrainedModel, gradient_checkpointing_kwargs: dict[str, Any] | None = None
 ) -> Iterator[None]:
     """Switches a model's gradient checkpointing off while it is open, and then on again with these arguments."""
-    was_on = model.is_gradient_checkpointing
+    was_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if was_on:
-        model.gradient_checkpointing_disable()
+        _checkpointing_switch(model, "disable")()
     try:
         yield
     finally:
         if was_on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+            _checkpointing_switch(model, "enable")(gradient_checkpointing_kwargs)
 
 
 @contextmanager
@@ -134,7 +139,7 @@ def prepare_fsdp(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.M
 def enable_gradient_checkpointing(model: PreTrainedModel, gradient_checkpointing_kwargs: Any) -> PreTrainedModel:
     """Switches a model's gradient checkpointing on; reentrant, with gradients at the embeddings, where they say so."""
     options = gradient_checkpointing_kwargs or {}
-    model.gradient_checkpointing_enable(options)
+    _checkpointing_switch(model, "enable")(options)
     if options.get("use_reentrant", True):
         model.enable_input_require_grads()
     return model
