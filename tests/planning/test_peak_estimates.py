@@ -6,10 +6,11 @@ import pytest
 
 from support.models import tiny_config
 from trl_fast.planning.device_facts import planned_facts
-from trl_fast.planning.fake_models import meta_model
+from trl_fast.planning.fake_models import decoder_layers, meta_model
 from trl_fast.planning.memory_timeline import (
     FORWARD_STAGE,
     GRADIENTS,
+    HEAD_STAGE,
     KINDS,
     MIDDLE_LAYERS,
     OPTIMIZER,
@@ -135,3 +136,13 @@ def test_nothing_fits():
 def test_everything_fits():
     found = longest_context(None, 10**9, 1024, peaks_of((100, 1))[0])
     assert found.max_length == LONGEST and found.at_least
+
+
+def test_the_head_has_no_16_bit_copies_of_the_layers_beside_it():
+    config = tiny_config("llama", vocab_size=8192, hidden_size=64, num_hidden_layers=4)
+    setup = TrainingSetup(config, method="sft", dtype="float32", device="cpu", activation_budget_bytes=0)
+    layer = decoder_layers(meta_model(setup))[0]
+    weights = sum(weight.nbytes for weight in layer.parameters())
+    fewer, more = (simulate(setup, 16, layers).stage_peaks()[HEAD_STAGE].bytes for layers in (2, 4))
+    # Weights and two averages, and the input that checkpointing keeps; copies would be half as much as weights.
+    assert (more - fewer) / 2 < 3.2 * weights

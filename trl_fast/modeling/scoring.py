@@ -134,6 +134,8 @@ def _run_head(
     if getattr(model, "trl_fast_float32_head", False) and hidden.dtype != torch.float32:
         with torch.autocast(hidden.device.type, enabled=False):
             return _run_head(model, hidden.float(), scoring)
+    # Copies of all layers' float32 weights, which autocast would keep until the gradient of the head is there.
+    torch.clear_autocast_cache()
     weight, bias = head_parameters(model)
     softcap, logit_scale = head_transform(model.config)
     transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)
