@@ -13,6 +13,7 @@ from support.models import save_tiny_classifier, save_tiny_model
 from support.tokenizer import build_tokenizer
 from trl_fast.cli import merge as merge_command
 from trl_fast.cli.main import main
+from trl_fast.modeling.adapter_folder import probe_scores
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,8 @@ def test_bfloat16_is_compared_within_its_rounding(adapter, run, tmp_path):
 
 
 def test_a_reward_model_keeps_its_head(run, tmp_path):
-    base = save_tiny_classifier(tmp_path / "base", build_tokenizer())
+    # Without a pad token in its config, a classifier finds no last token of a padded text.
+    base = save_tiny_classifier(tmp_path / "base", build_tokenizer(), pad_token_id=None)
     config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear")
     adapter = save_adapter(tmp_path / "adapter", base, config, auto=AutoModelForSequenceClassification)
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -223,6 +225,16 @@ def test_it_uploads_where_asked(adapter, run, tmp_path, monkeypatch):
     status, out, _ = run(adapter, "--push_to_hub", "me/whole")
     assert status == 0 and calls == [(str(tmp_path / "whole"), "me/whole")] and "huggingface.co/me/whole" in out
     assert 'from_pretrained("me/whole"' in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_models_are_compared_in_float32_whatever_their_dtype(base):
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    found = probe_scores(model, ids)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    rounded = logits(model)[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    expected = probe_scores(model.float(), ids)
+    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(rounded, expected, atol=1e-3)
 
 
 def test_rounding_that_loses_the_adapter_is_told():
