@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from trl_fast.data.token_checks import longest_sequence
 from trl_fast.input_errors import error_line
 from trl_fast.modeling.loading import base_model
+from trl_fast.trainers.base.config import BaseConfig
 from trl_fast.trainers.base.prepared_datasets import shows_tokens
 from trl_fast.trainers.base.trainer import BaseTrainer
 from trl_fast.trainers.run_report.forecast import Forecast
@@ -37,7 +38,7 @@ def forecast(trainer: BaseTrainer) -> Forecast:
 
     What cannot be forecast is None, and the note says why: a forecast never stops a run. Random numbers are as before.
     """
-    weights = sum(weight.numel() for weight in trainer.model.parameters())
+    weights = sum(weight.numel() for weight in trainer.accelerator.unwrap_model(trainer.model).parameters())
     if weights < FEWEST_WEIGHTS:
         return Forecast(None, None, f"the model is too small to simulate (less than {FEWEST_WEIGHTS:,} weights)")
     try:
@@ -79,11 +80,11 @@ def _simulated(setup: TrainingSetup) -> Forecast:
     return Forecast(size, seconds, f"an estimate for {gpu.name}, {tokens}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ModelOfTrainer:
     """Holds the model's arguments (`training_setup.ModelArguments`) that a trainer's model shows."""
 
-    dtype: str
+    dtype: str | None
     use_peft: bool
     lora_r: int
     lora_target_modules: list[str] | str | None
@@ -100,7 +101,7 @@ def _setup(trainer: BaseTrainer) -> TrainingSetup:
     Raises:
         ValueError: the device, or how the run is spread over devices, is none that can be planned.
     """
-    args = trainer.args
+    args = cast(BaseConfig, trainer.args)
     kind = args.device.type
     if kind not in ("cuda", "cpu"):
         raise ValueError(f"device {kind}")
@@ -143,12 +144,12 @@ def _model_arguments(model: Any) -> _ModelOfTrainer:
 
 def _longest(trainer: BaseTrainer) -> tuple[int | None, int | None]:
     """Returns the tokens of the data's longest sequence and of its longest prompt, where they are known beforehand."""
-    data, args = trainer.train_dataset, trainer.args
+    data, max_length = trainer.train_dataset, getattr(trainer.args, "max_length", None)
     if trainer.method in ONLINE_METHODS or data is None or not shows_tokens(data, trainer.token_columns):
         return None, None
     # Rows that are packed have max_length tokens, however long their sequences are.
-    longest = None if getattr(args, "packing", False) else longest_sequence(data, trainer.token_columns)
+    longest = None if getattr(trainer.args, "packing", False) else longest_sequence(data, trainer.token_columns)
     if longest is None or "prompt_ids" not in trainer.token_columns:
         return longest, None
-    cut = min(longest, args.max_length or longest)
+    cut = min(longest, max_length or longest)
     return longest, min(longest_sequence(data, ("prompt_ids",)), cut - 1)

@@ -21,11 +21,11 @@ def _shape(
     return {"model_type": model_type, **widths, **sizes, **more}
 
 
-_TIED = {"tie_word_embeddings": True}
-_UNTIED = {"tie_word_embeddings": False}
-_LLAMA_3 = {"vocabulary": 128256, "max_position_embeddings": 131072}
-_QWEN_3 = {"vocabulary": 151936, "max_position_embeddings": 40960}
-_QWEN_25 = {"vocabulary": 151936, "max_position_embeddings": 32768}
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}
+_UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
+_LLAMA_3: dict[str, Any] = {"vocabulary": 128256, "max_position_embeddings": 131072}
+_QWEN_3: dict[str, Any] = {"vocabulary": 151936, "max_position_embeddings": 40960}
+_QWEN_25: dict[str, Any] = {"vocabulary": 151936, "max_position_embeddings": 32768}
 
 # As their publishers' config.json files say; a name on the hub or a folder works as well.
 SHAPES: dict[str, dict[str, Any]] = {

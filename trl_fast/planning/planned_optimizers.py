@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -32,7 +32,7 @@ class PlannedOptimizer(Protocol):
 class SimpleOptimizer:
     """Takes the memory of what an optimizer keeps, and nothing for its updates."""
 
-    def __init__(self, weights: list[torch.Tensor], kept: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], kept: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
         self._weights, self._kept = weights, kept
         self._averages: list[torch.Tensor] = []
 
@@ -79,7 +79,7 @@ def planned_optimizer(
     return optimizer
 
 
-def _made(optim: str, weights: list[torch.Tensor]) -> PlannedOptimizer:
+def _made(optim: str, weights: list[torch.nn.Parameter]) -> PlannedOptimizer:
     if any(part in optim for part in _IN_8_BITS):
         return SimpleOptimizer(weights, _in_8_bits)
     if any(part in optim for part in _WITHOUT_AVERAGES):

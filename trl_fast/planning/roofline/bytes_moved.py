@@ -12,10 +12,10 @@ by the next counts twice.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 # Operators that only make or describe tensors.
@@ -32,7 +32,10 @@ _ONLY_READ = {("_fused_adamw_", "grads")}
 
 
 def touched(
-    func: torch._ops.OpOverload, given: dict[str, Any], tensors: list[FakeTensor], results: list[FakeTensor]
+    func: torch._ops.OpOverload,
+    given: dict[str, Any],
+    tensors: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
 ) -> tuple[int, int]:
     """Counts the bytes that an operator reads and writes. given: arguments by name; tensors: those on the device."""
     name = name_of(func)
@@ -63,10 +66,12 @@ def by_name(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> dict[str,
 
 
 def _changed(
-    func: torch._ops.OpOverload, given: dict[str, Any], tensors: list[FakeTensor]
-) -> tuple[list[FakeTensor], set[int]]:
+    func: torch._ops.OpOverload, given: dict[str, Any], tensors: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], set[int]]:
     """Returns the tensors that an operator changes in place, and which of them (by id) it only writes."""
-    changed, overwritten, counted = [], set(), set(map(id, tensors))
+    changed: list[torch.Tensor] = []
+    overwritten: set[int] = set()
+    counted = set(map(id, tensors))
     for argument in func._schema.arguments:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -96,7 +101,7 @@ def _is_result(func: torch._ops.OpOverload, argument: str) -> bool:
     return argument == "out" or (func.namespace == "trl_fast" and argument != "state")
 
 
-def extent(tensors: list[FakeTensor]) -> int:
+def extent(tensors: list[torch.Tensor]) -> int:
     """Counts the bytes of tensors, each once; repetitions by a stride of zero are there once."""
     sizes = {}
     for tensor in tensors:

@@ -27,8 +27,8 @@ def values_of(tensor: torch.Tensor) -> torch.Tensor | None:
     return getattr(tensor, _ATTRIBUTE, None) if isinstance(tensor, FakeTensor) else tensor
 
 
-def know(tensor: FakeTensor, values: torch.Tensor) -> None:
-    """Lets a fake tensor carry values, of its shape and dtype."""
+def know(tensor: torch.Tensor, values: torch.Tensor | None) -> None:
+    """Lets a fake tensor carry values, of its shape and dtype; None: they are not known."""
     setattr(tensor, _ATTRIBUTE, values)
 
 
@@ -55,12 +55,12 @@ def follow(func: torch._ops.OpOverload, args: tuple, kwargs: dict, out: Any) -> 
     else:
         unknown = func._schema.name.removeprefix("aten::").startswith(_UNKNOWN) or func.namespace != "aten"
         found = None if unknown else known_result(func, args, kwargs)
-    values = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)] or [None] * len(results)
-    for result, value in zip(results, values, strict=True):
+    known: list[torch.Tensor | None] = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+    for result, value in zip(results, known or [None] * len(results), strict=True):
         know(result, value)
 
 
-def _is_out_of_scope(tensor: FakeTensor) -> bool:
+def _is_out_of_scope(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex() or math.prod(tensor.shape) > _LARGEST
 
 
@@ -68,16 +68,16 @@ def without_masks(func: torch._ops.OpOverload, args: tuple) -> tuple:
     """Returns the arguments of an indexing operator with known masks as the indices that they stand for."""
     if func not in (aten.index.Tensor, aten.index_put_.default):
         return args
-    indices = []
+    indices: list[torch.Tensor | None] = []
     for index in args[1]:
-        is_mask = index is not None and index.dtype == torch.bool and values_of(index) is not None
-        indices.extend(_places(index) if is_mask else [index])
+        mask = None if index is None or index.dtype != torch.bool else values_of(index)
+        indices += [index] if mask is None else _places(index, mask)
     return (args[0], indices, *args[2:])
 
 
-def _places(mask: torch.Tensor) -> list[torch.Tensor]:
+def _places(mask: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
     with unset_fake_temporarily():
-        places = values_of(mask).nonzero(as_tuple=True)
+        places = values.nonzero(as_tuple=True)
     found = []
     for place in places:
         index = mask.new_empty(place.shape, dtype=torch.int64)
