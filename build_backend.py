@@ -42,10 +42,16 @@ def installer() -> str:
     return "uv pip" if "UV_INTERNAL__BUILD_DIR" in os.environ else "pip"
 
 
+def source_name(root: Path = ROOT) -> str:
+    """Returns how a command names these sources: the folder, or the archive that only a PKG-INFO tells of."""
+    about = root / "PKG-INFO"
+    found = re.search(r"^Version: (.+)$", about.read_text(), re.M) if about.is_file() else None
+    return f"trl_fast-{found[1]}.tar.gz" if found else "."
+
+
 def install_command(options: str = "", **variables: str) -> str:
     """Returns the command that installs these sources, with options and environment variables, in backquotes."""
-    source = f"{ROOT.name}.tar.gz" if (ROOT / "PKG-INFO").is_file() else "."
-    words = [*(f"{name}={value}" for name, value in variables.items()), installer(), "install", options, source]
+    words = [*(f"{name}={value}" for name, value in variables.items()), installer(), "install", options, source_name()]
     return f"`{' '.join(filter(None, words))}`"
 
 

@@ -19,6 +19,8 @@ import torch
 from setuptools import Distribution, Extension
 from torch.utils import cpp_extension
 
+import build_backend
+
 ROOT = Path(__file__).parents[2]
 # Writes what is asked for with -o, after `failure`; answers questions about itself.
 COMPILER = """#!/bin/sh
@@ -304,3 +306,9 @@ def test_gcc_shares_rows_among_threads_and_no_compiler_is_no_error_yet(setup_mod
 @pytest.mark.parametrize(("processor", "isas"), [("x86_64", ["DEFAULT", "AVX2", "AVX512"]), ("aarch64", ["DEFAULT"])])
 def test_instruction_sets(setup_module, processor, isas):
     assert setup_module.instruction_sets(processor) == isas
+
+
+def test_a_command_names_the_folder_or_the_archive(tmp_path):
+    assert build_backend.source_name(tmp_path) == "."
+    (tmp_path / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: trl-fast\nVersion: 0.1.0\n")
+    assert build_backend.source_name(tmp_path) == "trl_fast-0.1.0.tar.gz"
