@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from .linear_logprob import Problem
+from .head_problem import Problem
 
 
 class LibraryHead(NamedTuple):

@@ -9,10 +9,8 @@ the floor and to TRL, and the peak of memory beyond inputs and gradients. Liger 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,9 +21,9 @@ from rich.table import Table
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.matmul import gemm_dtype
 
+from .head_problem import Problem, make_problem
 from .library_heads import heads_for
 from .machine_info import cpu_name
-from .matmul_floor import Floor
 from .memory import MIB
 from .timing import Contender, milliseconds, race
 
@@ -33,46 +31,6 @@ MODES = ("trained", "frozen", "scoring")
 FLOOR, TRL = "floor: bare GEMMs", "TRL 1.16.0"
 BY_TOKEN = "ours by token"
 PLAIN, CHUNKED = "plain PyTorch, fp32 log-softmax", "F.linear_cross_entropy, chunked"
-
-
-@dataclass
-class Problem:
-    """Holds hidden (N, H), weight (V, H), targets (N,), and the upstream gradient (N,) of the log-probs."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    targets: torch.Tensor
-    upstream: torch.Tensor
-
-    def for_mode(self, mode: str) -> Problem:
-        """Returns the same tensors, with gradients wanted as the mode says."""
-        hidden = self.hidden.detach().requires_grad_(mode != "scoring")
-        weight = self.weight.detach().requires_grad_(mode == "trained")
-        return Problem(hidden, weight, self.targets, self.upstream)
-
-    def part(self, rows: int, vocab: int) -> Problem:
-        """Returns the first rows of it, with the first columns of the vocabulary."""
-        return Problem(self.hidden[:rows], self.weight[:vocab], self.targets[:rows] % vocab, self.upstream[:rows])
-
-    @functools.cached_property
-    def floor(self) -> Floor:
-        """Returns the bare products of these tensors, in the dtype in which ours are computed."""
-        return Floor(self.hidden, self.weight, gemm_dtype(self.hidden))
-
-    def finish(self, logprobs: torch.Tensor) -> None:
-        """Runs backward, and drops the gradients again."""
-        if logprobs.requires_grad:
-            logprobs.backward(self.upstream)
-            self.hidden.grad = self.weight.grad = None
-
-
-def make_problem(rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, hidden, generator=generator)
-    w = torch.randn(vocab, hidden, generator=generator) * hidden**-0.5
-    targets = torch.randint(0, vocab, (rows,), generator=generator)
-    upstream = torch.randn(rows, generator=generator)
-    return Problem(x.to(device, dtype), w.to(device, dtype), targets.to(device), upstream.to(device))
 
 
 def ours(problem: Problem, backend: str) -> Callable[[], None]:

@@ -26,14 +26,13 @@ import psutil
 import torch
 from rich.console import Console
 
+from .head_problem import Problem, make_problem
 from .linear_logprob import (
     BY_TOKEN,
     MODES,
     PLAIN,
     TRL,
-    Problem,
     contenders,
-    make_problem,
     our_backends,
     peers,
     report,

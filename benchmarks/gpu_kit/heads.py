@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 
+from ..head_problem import Problem
 from ..head_size import Size
 from ..library_heads import LIBRARY_HEADS
-from ..linear_logprob import Problem, trl
+from ..linear_logprob import trl
 from .ceilings import random_matrix, sizes
 from .gpu_timing import Timed
 from .phase_context import Kit

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import library_heads
+from benchmarks.head_problem import make_problem
 from benchmarks.library_heads import LIBRARY_HEADS, heads_for
-from benchmarks.linear_logprob import contenders, make_problem
+from benchmarks.linear_logprob import contenders
 from benchmarks.timing import race
 
 CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks import sweep, sweep_report
-from benchmarks.linear_logprob import BY_TOKEN, CHUNKED, FLOOR, MODES, PLAIN, TRL, make_problem
+from benchmarks.head_problem import make_problem
+from benchmarks.linear_logprob import BY_TOKEN, CHUNKED, FLOOR, MODES, PLAIN, TRL
 from benchmarks.sweep import POINTS, Point
 
 TINY = (Point(5, 16, 200), Point(9, 16, 200), Point(9, 16, 200, "fp32"))

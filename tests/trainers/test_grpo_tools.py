@@ -197,7 +197,8 @@ def test_what_cannot_be(given, error, message, tool_model_path, tmp_path):
         make(trl_fast, tmp_path, tool_model_path, **given)
 
 
-def test_other_ways_that_there_are_not(model_path, tool_model_path, tmp_path):
+def test_other_ways_that_there_are_not(model_path, tool_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rows = questions()
     with pytest.raises(ValueError, match="chat template of .*leaves tool calls or their results out"):
         trl_fast.GRPOTrainer(model_path, talk, train_dataset=rows, tools=TOOLS)
