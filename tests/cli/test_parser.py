@@ -46,6 +46,13 @@ def test_flags_reach_their_groups():
     assert (model.model_name_or_path, model.use_peft, model.lora_r) == ("m", True, 4)
 
 
+@pytest.mark.parametrize(("flags", "value"), [([], None), (["--tf32"], True), (["--tf32", "none"], None)])
+def test_a_truth_value_that_may_be_none_is_true_without_a_value(flags, value):
+    parser = make_parser(METHODS["dpo"])
+    assert vars(parser.parse_args([*flags, "--tf32", "false"]))["tf32"] is False
+    assert vars(parser.parse_args(flags))["tf32"] is value
+
+
 def test_yaml_gives_defaults_and_flags_win(tmp_path, monkeypatch):
     monkeypatch.delenv("TRL_FAST_TEST_VARIABLE", raising=False)
     config = write(

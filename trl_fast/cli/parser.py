@@ -46,6 +46,9 @@ class TrlParser(HfArgumentParser):
         if self._adds_trust_remote_code:
             self._add_trust_remote_code()
         for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:
+                # One that may be None, too, is true without a value: --bf16.
+                action.nargs, action.const = "?", True
             # For report_to, "none" is a value of its own.
             if callable(action.type) and not action.choices and action.dest != "report_to":
                 action.type = _none_or(action.type)
