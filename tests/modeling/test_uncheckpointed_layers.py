@@ -399,14 +399,10 @@ def test_a_model_on_several_devices_says_once_that_no_layer_is_left_alone(device
     assert "ZeRO-3" in caplog.messages[-1]
 
 
-def test_on_a_cpu_there_is_a_fixed_budget_for_results():
+def test_on_a_cpu_there_is_a_budget_for_results_that_grows_with_the_tokens():
     model = build()
     step(model)
     selective = checkpointing_of(model)
     assert selective._footprint is None and not selective.whole
     spent = sum(size for layer in selective.budget.asked for _, size in layer)
-    assert (
-        selective_checkpointing.DEFAULT_BUDGET_BYTES - spent
-        <= selective.budget.left
-        < selective_checkpointing.DEFAULT_BUDGET_BYTES
-    )
+    assert selective.default_limit - spent <= selective.budget.left < selective.default_limit

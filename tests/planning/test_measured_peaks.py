@@ -162,6 +162,7 @@ def trl_as_on_a_gpu(monkeypatch):
 
     On a CPU it would score every position, prompts too, and have float32 temporaries of a tile's size.
     """
+    monkeypatch.setattr(baseline_steps, "has_tile_kernels", lambda setup: True)
     for module in (chunked_logprob, trl_utils):
         monkeypatch.setattr(module, "_use_triton", lambda _: True)
     monkeypatch.setattr(chunked_logprob, "_forward_kernel", Launches())
@@ -212,6 +213,17 @@ def test_simulated_peaks_of_trl_are_those_of_its_real_steps(columns, changes, tr
     setup = TrainingSetup(config, system=TRL, device="cpu", **changes)
     measured = measured_peak_of_trl(setup, 512, tmp_path)
     assert simulated_peak(setup, 512) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("changes", [{"lora_r": 8, **ALL_LINEAR}, pytest.param({}, marks=pytest.mark.slow)], ids=str)
+def test_simulated_peaks_of_trl_on_a_cpu_are_those_of_its_real_steps(changes, monkeypatch, tmp_path):
+    """Its tiles have float32 temporaries there, and prompts are scored too: the head is the peak."""
+    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 4096)
+    monkeypatch.setattr(baseline_steps, "TILE_COLUMNS", 4096)
+    config = tiny_config("llama", vocab_size=8192, max_position_embeddings=2048, **SIZES["small"])
+    setup = TrainingSetup(config, system=TRL, device="cpu", **changes)
+    measured = measured_peak_of_trl(setup, 512, tmp_path)
+    assert simulated_peak(setup, 512) == pytest.approx(measured, rel=0.05)
 
 
 def test_trl_has_tiles_as_large_as_is_said_of_it():

@@ -107,6 +107,6 @@ def test_groups_have_the_methods_own_size():
     assert not setup_of("grpo").needs_reference_model and setup_of("rloo").needs_reference_model
 
 
-def test_there_is_no_other_system_to_compare_an_online_step_with():
-    with pytest.raises(ValueError, match="system='TRL' has no step of method='grpo'"):
-        setup_of("grpo", system=TRL)
+def test_there_is_no_other_system_to_compare_every_step_with():
+    with pytest.raises(ValueError, match="system='TRL' has no step of method='kto'"):
+        setup_of("kto", system=TRL)

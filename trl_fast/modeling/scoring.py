@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.packing import TokenBatch
 from trl_fast.ops import HeadOptions, TokenScores, selective_log_softmax_and_entropy
+from trl_fast.ops.device import device_facts
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.linear_logprob import token_logprobs
 from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
 
 from .lm_head import head_parameters, head_transform
 from .loading import backbone
+from .memory_budgets import head_workspace
 from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .tree_attention import TreeLengths
@@ -140,7 +142,10 @@ def _run_head(
     softcap, logit_scale = head_transform(model.config)
     transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)
     tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
-    given = (*tensors, transform, scoring.outputs, scoring.head)
+    options = scoring.head
+    if options.workspace_bytes is None:
+        options = replace(options, workspace_bytes=head_workspace(len(hidden), weight, device_facts(weight.device)))
+    given = (*tensors, transform, scoring.outputs, options)
     if scoring.token_loss is None:
         return token_logprobs(*given), None
     loss, tokens = token_loss_of_head(*given, scoring.token_loss, scoring.group_sizes)

@@ -33,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .liger_kernels import turn_copies
 from .loading import backbone
+from .memory_budgets import default_activation_budget
 from .model_changes import changes_of
 from .uncheckpointed_layers import (
     LARGE_LAYER,
@@ -49,7 +50,6 @@ from .uncheckpointed_layers import (
 logger = logging.getLogger(__name__)
 
 SELECTIVE_CHECKPOINTING = "selective checkpointing"
-DEFAULT_BUDGET_BYTES = 1 << 30
 PRODUCT, ATTENTION = "product", "attention"
 # Not all of them exist in every build of torch.
 _PRODUCT_OPS = ("mm", "addmm", "_grouped_mm")
@@ -69,9 +69,9 @@ def set_selective_checkpointing(
     """Lets gradient checkpointing of a model, once it is enabled, keep up to `limit` bytes more in a forward pass.
 
     On a GPU whole layers and, of large ones, results; None: as far as its free memory goes. Elsewhere results; None:
-    DEFAULT_BUDGET_BYTES. attention_always: results of attention are kept whatever the limit, as TRL's `selective`
-    does. whole_layers: False where what layers save leaves the GPU. Reentrant checkpointing, a compiled model and one
-    whose code takes no function that checkpoints compute all again, as without this.
+    `default_activation_budget`. attention_always: results of attention are kept whatever the limit, as TRL's
+    `selective` does. whole_layers: False where what layers save leaves the GPU. Reentrant checkpointing, a compiled
+    model and one whose code takes no function that checkpoints compute all again, as without this.
     """
     if SELECTIVE_CHECKPOINTING not in changes_of(model):
         if "gradient_checkpointing_func" not in inspect.signature(model._set_gradient_checkpointing).parameters:
@@ -144,6 +144,8 @@ class SelectiveCheckpointing:
     """Tells the layers of a model, pass by pass, whether to checkpoint, and what they may keep."""
 
     limit: int | None = 0
+    # What a pass keeps where no limit is set and no layer is left out.
+    default_limit = 0
     attention_always = False
     whole_layers = is_torch_checkpoint = True
     device_memory = staticmethod(device_memory)
@@ -198,8 +200,8 @@ class SelectiveCheckpointing:
         """Settles what a pass does, by the hidden states (B, T, H) that its first layer gets."""
         memory = self.device_memory(hidden.device) if self._may_leave_whole and layers else None
         if memory is None or _says_why_none_whole(layers):
-            self._meter = None
-            self._share(layers, 0, DEFAULT_BUDGET_BYTES if self.limit is None else self.limit)
+            self._meter, self.default_limit = None, default_activation_budget(hidden)
+            self._share(layers, 0, self.default_limit if self.limit is None else self.limit)
             return
         if self._meter is not None and (found := self._meter.footprint()) is not None:
             self._footprint, self._meter = merged(self._footprint, found), None

@@ -60,7 +60,7 @@ def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, Training
     tiled = None if setup.tiled_mlp is not None else tile_tokens
     changes: list[dict] = [
         {"gradient_checkpointing": not setup.gradient_checkpointing},
-        *([{"activation_budget_bytes": 0}] if setup.activation_budget else []),
+        *([{"activation_budget_bytes": 0}] if setup.activation_budget != 0 else []),
         {"tiled_mlp": tiled},
         {"activation_offloading": not setup.activation_offloading},
     ]

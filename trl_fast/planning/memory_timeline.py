@@ -87,13 +87,15 @@ class Timeline:
     """Holds the memory of each kind at each operator of a step: levels (kinds, operators) int64, in KINDS' order.
 
     stages: (name, first operator, last operator), the first of all operators being number 0; results: kind and bytes
-    of what gradient checkpointing may keep, a list a layer (`modeling.selective_checkpointing.Budget`); host_bytes:
-    the most that offloading keeps in the host's memory; work: of each stage, where it was counted.
+    of what gradient checkpointing may keep, a list a layer (`modeling.selective_checkpointing.Budget`);
+    default_budget: how many bytes of these it keeps where nothing is set; host_bytes: the most that offloading keeps
+    in the host's memory; work: of each stage, where it was counted.
     """
 
     levels: np.ndarray
     stages: tuple[tuple[str, int, int], ...]
     results: Sequence[Sequence[tuple[str, int]]] = ()
+    default_budget: int = 0
     host_bytes: int = 0
     work: Mapping[str, Work] = field(default_factory=dict)
 

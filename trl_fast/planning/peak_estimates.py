@@ -68,15 +68,16 @@ def _stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
     """
     depth, limit = setup.num_layers, setup.activation_budget
     depths = depths_of(setup)
-    two_budgets = setup.method == "ppo" and limit > 0
+    two_budgets = setup.method == "ppo" and limit != 0
     if depth <= depths[-1] or two_budgets or not layers_are_alike(meta_model(setup)):
         return simulated(setup, max_length).stage_peaks()
-    roomy = setup.but(activation_budget_bytes=_UNLIMITED) if limit else setup
+    roomy = setup.but(activation_budget_bytes=_UNLIMITED) if limit != 0 else setup
     shallow = [simulated(roomy, max_length, layers) for layers in depths]
     fewer, more = (timeline.stage_peaks() for timeline in shallow)
     # The stage that only the deeper model has lies between two others and is never above both.
     peaks = {stage: _on_line(fewer[stage], more[stage], depths, depth) for stage in more if stage in fewer}
-    if limit:
+    if limit != 0:
+        limit = shallow[-1].default_budget if limit is None else limit
         _take_off_what_has_no_room(peaks, shallow[-1].results[1], depth, limit)
     return peaks
 

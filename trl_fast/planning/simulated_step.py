@@ -87,7 +87,7 @@ def _simulated(
             _mark_stages(models.value, tracker, _VALUE_STAGES)
         _run(setup, models, inputs, optimizer, tracker)
     selective = base_model(models.policy).trl_fast_selective_checkpointing
-    return replace(tracker.timeline(), results=selective.budget.asked)
+    return replace(tracker.timeline(), results=selective.budget.asked, default_budget=selective.default_limit)
 
 
 def _tracker(setup: TrainingSetup, observe: Observer | None = None) -> MemoryTracker:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from transformers import PretrainedConfig
 
-from trl_fast.modeling.selective_checkpointing import DEFAULT_BUDGET_BYTES
 from trl_fast.ops import HeadOptions
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
 from trl_fast.settings.ranges import check_ranges
@@ -17,7 +16,7 @@ from trl_fast.trainers.base.config import BaseConfig, activation_budget
 from trl_fast.trainers.methods import METHODS
 
 # Methods of other systems' steps that a plan is compared with.
-COMPARED_METHODS = ("dpo", "sft", "reward")
+COMPARED_METHODS = ("dpo", "sft", "reward", "grpo")
 # Methods whose policy samples what it learns from; of the first two, completions of a prompt are compared.
 GROUP_METHODS = ("grpo", "rloo")
 ONLINE_METHODS = (*GROUP_METHODS, "ppo")
@@ -131,15 +130,14 @@ class TrainingSetup:
     keeps_attention: ClassVar[bool] = False
 
     @property
-    def activation_budget(self) -> int:
-        """Returns the bytes of results that gradient checkpointing keeps, at most; only ours does.
+    def activation_budget(self) -> int | None:
+        """Returns the bytes of results that gradient checkpointing keeps, at most; only ours does. None: its default.
 
         On a GPU it takes for that, and for whole layers, only what a step leaves free: what the step needs is less.
         """
         if self.system != OURS or not self.gradient_checkpointing or self.device == "gpu":
             return 0
-        budget = activation_budget(self.activation_budget_bytes, self.activation_offloading)
-        return DEFAULT_BUDGET_BYTES if budget is None else budget
+        return activation_budget(self.activation_budget_bytes, self.activation_offloading)
 
     @property
     def leaves_whole_layers(self) -> bool:

@@ -116,8 +116,8 @@ class BaseConfig(TrainingArguments):
     activation_budget_bytes: int | None = None
     """Bytes for activations that gradient checkpointing need not compute again, a model and forward pass.
 
-    On a GPU whole layers are kept, else results of matrix products and attention. None: what is free on a GPU, else 1
-    GiB, none with activation_offloading. 0: none.
+    On a GPU whole layers are kept, else results of matrix products and attention. None: what is free on a GPU, on a
+    CPU 384 KiB a token and at most 1 GiB, none with activation_offloading. 0: none.
     """
 
     activation_offloading: bool = False
@@ -140,7 +140,7 @@ class BaseConfig(TrainingArguments):
     """Force the backend of the language-model head: cuda, triton, cpp or torch. None: the best one here."""
 
     head_workspace_bytes: int | None = None
-    """Limit in bytes of the memory that grows with tokens times vocabulary. None: 1 GiB."""
+    """Limit in bytes of the memory that grows with tokens times vocabulary. None: by the batch, as TRL has there."""
 
     head_grad: str = one_of("trl_fast.ops.head.plan:HEAD_GRADS", default="exact")
     """Gradient of the language-model head: exact or sparse.
