@@ -95,12 +95,9 @@ def test_layers_that_need_no_checkpointing_on_a_gpu(folder, capsys, monkeypatch)
     flags = ("--max_length", "128", "--gpu_memory", "4GiB")
     assert plan("sft", folder, *flags) == 0
     printed = capsys.readouterr().out
-    assert "let 2 of 2 layers go uncheckpointed." in printed and "workspace will be 1.00 GiB there" in printed
-    assert plan("sft", folder, *flags, "--gpu_memory", "80GiB") == 0
-    assert "The head's workspace will be 4.00 GiB there, of what is free." in capsys.readouterr().out
+    assert "let 2 of 2 layers go uncheckpointed." in printed
     assert plan("sft", folder, *flags, "--use_cpu") == 0
-    printed = capsys.readouterr().out
-    assert "uncheckpointed" not in printed and "workspace will be" not in printed
+    assert "uncheckpointed" not in capsys.readouterr().out
 
 
 def test_what_makes_a_step_fit():

@@ -1,33 +1,87 @@
-"""Tests what a step takes by default: by the problem alone, and no more than TRL's tiles of logits."""
+"""Tests what a step takes by default: by the problem alone, and no more than TRL has at that time or later."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 
+from tests.support.models import tiny_model
 from trl_fast.modeling.memory_budgets import default_activation_budget, head_workspace
-from trl_fast.ops.device import DeviceFacts, DeviceMemory
+from trl_fast.modeling.tiled_mlp import tile_mlps
+from trl_fast.ops.device import DeviceFacts, DeviceMemory, simulated_device
 
-KIB, GIB = 1 << 10, 1 << 30
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 CPU = DeviceFacts("cpu", multiplies_bf16=False)
-VOCAB, HIDDEN = 151936, 1024
+GPU = DeviceFacts("cuda", multiplies_bf16=True)
+F32, BF16 = torch.float32, torch.bfloat16
+VOCAB, HIDDEN, MLP = 151936, 1024, 4096
+GRADIENT = 2 * VOCAB * HIDDEN
 
 
-def weight_of(trains=True, dtype=torch.float32):
-    return torch.empty(VOCAB, HIDDEN, dtype=dtype, device="meta", requires_grad=trains)
+@pytest.fixture(scope="module")
+def model():
+    """A model whose MLP is said to be as wide as a large one's."""
+    model = tiny_model()
+    model.config.intermediate_size = MLP
+    return model
+
+
+def workspace(model, facts, num_rows, dtype=BF16, trains=True, num_tokens=0):
+    weight = torch.empty(VOCAB, HIDDEN, dtype=dtype, device="meta", requires_grad=trains)
+    with simulated_device(facts, "meta"):
+        return head_workspace(model, weight, num_rows, num_tokens)
 
 
 @pytest.mark.parametrize("num_rows, expected", [(1, 16 * 4 * VOCAB), (512, 512 * 384 * KIB), (8192, GIB)])
-def test_the_workspace_on_a_cpu_grows_with_the_rows(num_rows, expected):
-    assert {head_workspace(num_rows, weight_of(trains), CPU) for trains in (True, False)} == {expected}
+def test_the_workspace_on_a_cpu_grows_with_the_rows(model, num_rows, expected):
+    for dtype, trains in ((F32, True), (BF16, True), (F32, False)):
+        assert workspace(model, CPU, num_rows, dtype, trains, num_tokens=1 << 20) == expected
 
 
-def test_free_memory_has_no_say():
+@pytest.mark.parametrize(
+    "num_rows, dtype, trains, num_tokens, expected",
+    [
+        # As TRL's tiles of logits.
+        (512, BF16, False, 0, 512 * 56 * KIB),
+        (8192, BF16, False, 0, 224 * MIB),
+        (8192, F32, True, 0, 224 * MIB),
+        # As the MLP in backward.
+        (8192, BF16, False, 8192, 8192 * 9 * MLP),
+        (8192, BF16, False, 1 << 20, GIB),
+        (8192, F32, True, 1 << 17, (1 << 17) * 9 * MLP),
+        (8192, F32, True, 1 << 20, 8 * GIB),
+        # As a gradient of 16 bits besides.
+        (8192, BF16, True, 0, 224 * MIB + GRADIENT),
+        (512, BF16, True, 8192, 512 * 56 * KIB + GRADIENT),
+    ],
+)
+def test_the_workspace_on_a_gpu(model, num_rows, dtype, trains, num_tokens, expected):
+    assert workspace(model, GPU, num_rows, dtype, trains, num_tokens) == expected
+
+
+@pytest.mark.parametrize("facts", [CPU, GPU], ids=["cpu", "gpu"])
+def test_free_memory_has_no_say(model, facts):
     memory = DeviceMemory(free=GIB, total=80 * GIB, allocated=0, peak=0)
-    there = dataclasses.replace(CPU, read_memory=lambda: memory)
-    assert head_workspace(4096, weight_of(), there) == head_workspace(4096, weight_of(), CPU)
+    full = dataclasses.replace(facts, read_memory=lambda: memory)
+    assert workspace(model, full, 4096) == workspace(model, facts, 4096)
+
+
+def test_a_reference_where_nothing_trains_has_the_workspace_of_its_policy(model):
+    reference = copy.deepcopy(model).requires_grad_(False)
+    assert workspace(reference, GPU, 4096, trains=False) == workspace(model, GPU, 4096, trains=True)
+    assert workspace(model, GPU, 4096, trains=False) < workspace(model, GPU, 4096, trains=True)
+
+
+def test_an_mlp_in_tiles_leaves_the_head_no_more_than_tiles_of_logits(model):
+    tiled = copy.deepcopy(model)
+    tile_mlps(tiled, 64)
+    assert workspace(tiled, GPU, 4096, trains=False, num_tokens=1 << 20) == 224 * MIB
 
 
 @pytest.mark.parametrize("tokens, expected", [(4, 8 * 384 * KIB), (1 << 20, GIB)])
-def test_results_kept_on_a_cpu_grow_with_the_tokens(tokens, expected):
-    assert default_activation_budget(torch.empty(1).expand(2, tokens, 1)) == expected
+def test_results_that_stay_on_a_cpu_grow_with_the_tokens(tokens, expected):
+    hidden = torch.empty(1).expand(2, tokens, 1)
+    assert default_activation_budget(hidden) == expected
+    with simulated_device(GPU):
+        assert default_activation_budget(hidden) == 0

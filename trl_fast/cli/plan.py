@@ -19,7 +19,7 @@ from trl_fast.planning.gpu_facts import Gpu, gpu_named, gpu_of_device
 from trl_fast.planning.host_memory import host_memory
 from trl_fast.planning.memory_sizes import gib, parse_memory
 from trl_fast.planning.model_shapes import SHAPES, model_config
-from trl_fast.planning.peak_estimates import head_workspace, stage_peaks, whole_layers
+from trl_fast.planning.peak_estimates import stage_peaks, whole_layers
 from trl_fast.planning.planned_optimizers import is_known
 from trl_fast.planning.report import (
     peak_table,
@@ -286,9 +286,6 @@ def _note_free_memory(console: Console, setup: TrainingSetup, row: Row, limit: i
     if setup.leaves_whole_layers:
         whole, size = whole_layers(setup, setup.max_length, limit)
         console.print(f"Of what is free, {gib(size)} GiB let {whole} of {setup.num_layers} layers go uncheckpointed.")
-    if setup.head_workspace_bytes is None and setup.device == "gpu":
-        workspace = head_workspace(setup, row.peak, limit)
-        console.print(f"The head's workspace will be {gib(workspace)} GiB there, of what is free.")
 
 
 def _note_positions(console: Console, setup: TrainingSetup, longest: int) -> None:

@@ -8,24 +8,63 @@ so that a run gives the same bits beside other processes.
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
-from trl_fast.ops.device import DeviceFacts, device_facts
+from trl_fast.ops.device import device_facts
+from trl_fast.ops.matmul import SIXTEEN_BITS
 
-# Rows of a tile of TRL 1.16's logits. On a CPU each row of 32768 float32 logits has seven such rows beside it in
-# backward, 960 KiB in all: the head's workspace and what checkpointing keeps share that.
+from .model_changes import changes_of
+
+TILED_LAYERS = "tiled layers"
+# Rows of a tile of TRL 1.16's logits, and bytes of a row that may be taken here. On a GPU a row of its tile has 32768
+# logits of 16 bits, 64 KiB. On a CPU each row of 32768 float32 logits has seven such rows beside it in backward, 960
+# KiB in all: the head's workspace and what checkpointing keeps share that.
 _TILE_ROWS_OF_TRL = 4096
-_ROW_BYTES_ON_CPU = 384 << 10
-_MOST_BYTES = 1 << 30
+_ROW_BYTES_ON_CPU, _ROW_BYTES_ON_GPU = 384 << 10, 56 << 10
+# With more, a frozen head is no faster, and neither is a trained one.
+_MOST_BYTES, _MOST_TRAINED_BYTES = 1 << 30, 8 << 30
 # Rows of float32 logits that a workspace has room for, however few rows are scored.
 _LEAST_ROWS = 16
 
 
-def head_workspace(num_rows: int, weight: torch.Tensor, facts: DeviceFacts) -> int | None:
-    """Returns the bytes of the head's workspace for `num_rows` rows and a weight (V, H); None: the op's own choice."""
-    if facts.kind != "cpu":
-        return None
-    size = min(min(num_rows, _TILE_ROWS_OF_TRL) * _ROW_BYTES_ON_CPU, _MOST_BYTES)
-    return max(size, _LEAST_ROWS * 4 * weight.shape[0])
+def head_workspace(model: PreTrainedModel, weight: torch.Tensor, num_rows: int, num_tokens: int) -> int:
+    """Returns the bytes of the workspace of a model's head for `num_rows` scored rows of `num_tokens` tokens.
+
+    On a CPU as much as TRL's tiles of logits take; on a GPU also as much as what comes later in a step: the MLP's
+    backward pass, and of a 16-bit weight that trains its gradient, which TRL makes beside float32 sums and a tile.
+
+    weight: (V, H), the head's.
+    """
+    on_cpu = device_facts(weight.device).kind == "cpu"
+    row_bytes = _ROW_BYTES_ON_CPU if on_cpu else _ROW_BYTES_ON_GPU
+    size = min(min(num_rows, _TILE_ROWS_OF_TRL) * row_bytes, _MOST_BYTES)
+    size = max(size, _LEAST_ROWS * 4 * weight.shape[0])
+    if on_cpu:
+        return size
+    later = mlp_bytes(model, num_tokens)
+    if not _trains(model, weight):
+        return max(size, min(later, _MOST_BYTES))
+    gradient = size + weight.nbytes if weight.dtype in SIXTEEN_BITS else 0
+    return max(size, min(max(later, gradient), _MOST_TRAINED_BYTES))
+
+
+def _trains(model: PreTrainedModel, weight: torch.Tensor) -> bool:
+    """Tells whether a head's weight trains, or is that of a trained head's reference.
+
+    A reference gets the workspace of its policy, so that a row is in the same products under both. The reference of an
+    adapter is the adapted model itself; of a model that trains whole it is a second one, where nothing trains.
+    """
+    return weight.requires_grad or not any(each.requires_grad for each in model.parameters())
+
+
+def mlp_bytes(model: PreTrainedModel, num_tokens: int) -> int:
+    """Returns the bytes that the MLP of a decoder layer takes at least in backward, of so many tokens.
+
+    They are those of 4.5 intermediate results of 16 bits. An MLP in tiles takes less; no bytes are counted then.
+    """
+    if TILED_LAYERS in changes_of(model):
+        return 0
+    return num_tokens * 9 * (getattr(model.config.get_text_config(), "intermediate_size", None) or 0)
 
 
 def default_activation_budget(hidden: torch.Tensor) -> int:

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.packing import TokenBatch
 from trl_fast.ops import HeadOptions, TokenScores, selective_log_softmax_and_entropy
-from trl_fast.ops.device import device_facts
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.linear_logprob import token_logprobs
 from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
@@ -119,7 +118,8 @@ def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object
     kwargs.pop("labels", None)
     router = kwargs.get("output_router_logits")
     output = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
-    tokens, loss = _run_head(model, scoring.select(output.last_hidden_state), scoring)
+    states = output.last_hidden_state
+    tokens, loss = _run_head(model, scoring.select(states), scoring, states.shape[:-1].numel())
     if not router:
         return ModelScores(tokens, None, loss)
     return ModelScores(tokens, _aux_loss(model, output.router_logits, _token_counts(kwargs)), loss)
@@ -127,15 +127,17 @@ def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object
 
 @torch.compiler.disable
 def _run_head(
-    model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest
+    model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest, num_tokens: int
 ) -> tuple[TokenScores, torch.Tensor | None]:
     """Returns token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions.
+
+    num_tokens: those of the batch, scored or not.
 
     Not compiled: it has kernels of its own, and chooses them by what is installed and free.
     """
     if getattr(model, "trl_fast_float32_head", False) and hidden.dtype != torch.float32:
         with torch.autocast(hidden.device.type, enabled=False):
-            return _run_head(model, hidden.float(), scoring)
+            return _run_head(model, hidden.float(), scoring, num_tokens)
     # Copies of all layers' float32 weights, which autocast would keep until the gradient of the head is there.
     torch.clear_autocast_cache()
     weight, bias = head_parameters(model)
@@ -144,7 +146,7 @@ def _run_head(
     tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
     options = scoring.head
     if options.workspace_bytes is None:
-        options = replace(options, workspace_bytes=head_workspace(len(hidden), weight, device_facts(weight.device)))
+        options = replace(options, workspace_bytes=head_workspace(model, weight, len(hidden), num_tokens))
     given = (*tensors, transform, scoring.outputs, options)
     if scoring.token_loss is None:
         return token_logprobs(*given), None

@@ -25,6 +25,7 @@ from trl_fast.ops.device import some_tiles
 from trl_fast.ops.named_gradients import first_derivative
 
 from .loading import backbone
+from .memory_budgets import TILED_LAYERS
 from .model_changes import changes_of
 from .selective_checkpointing import nothing_saved
 
@@ -56,7 +57,7 @@ def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
         logger.warning(
             f"tiled_mlp: {len(found) - len(tiled)} of {len(found)} MLPs are mixtures of experts: not tiled."
         )
-    change = changes_of(model).get_or_add("tiled layers", "MLPs and norms run in tiles of tokens")
+    change = changes_of(model).get_or_add(TILED_LAYERS, "MLPs and norms run in tiles of tokens")
     for module in (*tiled, *_norms(model)):
         if isinstance(module, Tiled):
             module.tile_tokens = tile_tokens

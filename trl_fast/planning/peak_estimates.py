@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from trl_fast.modeling.selective_checkpointing import PRODUCT, Budget
 from trl_fast.modeling.uncheckpointed_layers import layers_that_fit, room_for_layers
-from trl_fast.ops.head.plan import default_workspace
 
 from .fake_models import layers_are_alike, meta_model
 from .memory_timeline import (
@@ -134,17 +133,6 @@ def whole_layers(setup: TrainingSetup, max_length: int, limit: int) -> tuple[int
     size = _saved_by_a_layer(setup, max_length)
     whole = layers_that_fit([size] * setup.num_layers, room)
     return whole, whole * size
-
-
-def head_workspace(setup: TrainingSetup, peak: Peak, limit: int) -> int:
-    """Returns the bytes of the head's workspace on a GPU of `limit` bytes, by the op's own rule.
-
-    Steps are simulated with the least that it takes by default: what a GPU has free, it uses, but does not need.
-    """
-    if setup.head_workspace_bytes is not None:
-        return setup.head_workspace_bytes
-    least = default_workspace(0, 0)
-    return default_workspace(max(0, limit - peak.bytes) + least, limit) if setup.device == "gpu" else least
 
 
 def _saved_by_a_layer(setup: TrainingSetup, max_length: int) -> int:
