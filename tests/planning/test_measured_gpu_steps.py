@@ -36,6 +36,8 @@ def test_steps_on_an_h200(phase):
         per_device_train_batch_size=shape["batch"],
         prompt_share=shape["prompt"] / length,
         gradient_checkpointing=found["checkpointing"],
+        # The default of that time.
+        head_workspace_bytes=1 << 30,
     )
     assert estimate(setup, length).bytes == pytest.approx(found["peak_bytes"], rel=0.02)
     bounds = step_work(setup, length).bounds(GPUS["h200"])
