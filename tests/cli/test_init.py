@@ -71,6 +71,7 @@ def test_a_file_is_not_overwritten_silently(tmp_path, capsys):
         ([], "METHOD"),
         (["sft", "--modle", "m"], "unrecognized arguments: --modle m"),
         (["sft", "--output", "nowhere/x.yaml"], "there is no folder nowhere; make it"),
+        (["sft", "--output", "/proc/x.yaml"], "--output /proc/x.yaml: "),
         (["sft", "--reward", "accuracy_reward"], "sft takes no reward; leave it out"),
     ],
 )

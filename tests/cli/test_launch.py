@@ -79,6 +79,16 @@ def test_an_unknown_flag_is_named_beside_known_ones(launched, capsys):
     assert not launched
 
 
+@pytest.mark.parametrize(
+    "flags, has_gpu, said", [("2", False, True), ("1", False, False), ("2", True, False)], ids=str
+)
+def test_one_process_instead_of_several_is_said(flags, has_gpu, said, monkeypatch, capsys):
+    monkeypatch.setattr(launch_module, "launch_command", lambda parsed: None)
+    monkeypatch.setattr(launch_module.torch.accelerator, "is_available", lambda: has_gpu)
+    assert launch_module.launch(["--num_processes", flags], ["env"]) == 0
+    assert ("torchrun --nproc_per_node 2" in capsys.readouterr().err) == said
+
+
 def test_the_exit_status_of_the_processes_is_handed_on(monkeypatch):
     def fail(arguments):
         raise subprocess.CalledProcessError(3, "python")

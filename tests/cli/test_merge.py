@@ -194,7 +194,7 @@ def test_a_base_model_that_is_gone_or_does_not_fit(adapter, run, tmp_path):
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
     status, _, error = run(adapter)
-    assert status == 2 and "the base model of" in error and "see base_model" in error
+    assert status == 2 and "the base model of" in error and "there is no such folder; see base_model" in error
     other = save_tiny_model(tmp_path / "other", build_tokenizer(), hidden_size=64)
     status, _, error = run(adapter, "--base_model", other)
     assert status == 2 and "does not fit its base model" in error

@@ -211,7 +211,7 @@ def test_the_layout_and_the_summary(examples):
     assert f"Alone in a batch (shared_prefix): 1 row of {once} tokens, the prompt once" in text
     assert f"{prompt} of {once + prompt} tokens need not be computed" in text
     padded = 4 * (prompt + chosen)
-    assert f"{2 * once} tokens a pass, {1 - 2 * once / padded:.0%} fewer" in " ".join(text.split())
+    assert f"{2 * once} tokens in all, {1 - 2 * once / padded:.0%} fewer" in " ".join(text.split())
     assert f"Learned: {2 * (chosen + rejected)} of {2 * (once + prompt)} tokens" in text
 
 

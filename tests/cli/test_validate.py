@@ -2,6 +2,8 @@
 
 import json
 
+from rich.console import Console
+
 from support.tokenizer import build_tokenizer
 from support.training import color_pairs
 from trl_fast.cli.main import main
@@ -32,6 +34,13 @@ def test_status_1_files_and_remedies_for_a_leak(tmp_path, capsys):
     assert (tmp_path / "out" / "lengths.png").is_file()
     assert main([*arguments, "--fail_on", "never"]) == 0
     assert main([*arguments, "--dataset_test_split", "none"]) == 0
+
+
+def test_a_finding_is_whole_in_a_narrow_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_fast.cli.validate.make_console", lambda **_: Console(width=80))
+    main(["validate", "--dataset_name", split_folder(tmp_path, [16, 3])])
+    output = capsys.readouterr().out
+    assert "Remove it from one of the" in output and "…" not in output
 
 
 def test_tokenizer_and_max_length(tmp_path, capsys):

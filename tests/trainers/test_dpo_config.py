@@ -18,6 +18,13 @@ from trl_fast.trainers.base.config import OTHER_DEFAULTS
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
 
+def test_other_words_for_a_default_are_no_change():
+    config = trl_fast.DPOConfig(
+        "out", use_cpu=True, include_num_input_tokens_seen=False, debug=None, bf16=False, beta=0.1
+    )
+    assert config.changed_settings() == {"output_dir": "out", "use_cpu": True, "bf16": False}
+
+
 def test_every_field_of_trl_is_there_with_its_default(tmp_path):
     theirs = trl.DPOConfig(str(tmp_path), **CPU)
     ours = trl_fast.DPOConfig(str(tmp_path), **CPU)

@@ -7,12 +7,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 
 import trl_fast
+from support.models import tiny_model
 from trl_fast import trainers
 from trl_fast.cli.commands import usage
 from trl_fast.dropin.names import MODULES
 from trl_fast.lazy_imports import import_place
+from trl_fast.modeling.loading import add_adapter
 from trl_fast.trainers.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,3 +114,9 @@ def test_our_own_defaults_warn_of_nothing(name, tmp_path):
         assert config.gradient_checkpointing and config.activation_checkpointing
         off = config_class(str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none")
         assert not off.gradient_checkpointing
+
+
+def test_an_adapter_is_put_on_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_adapter(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))

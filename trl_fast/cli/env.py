@@ -31,8 +31,9 @@ PACKAGES = (
 )
 HELP = """usage: trl-fast env
 
-Prints versions, backends with reasons, facts about this machine and, last, a verdict: which kernels serve it, and the
-command that brings better ones if there are any."""
+Prints versions, backends with reasons, facts about this machine and, last, a
+verdict: which kernels serve it, and the command that brings better ones if
+there are any."""
 CPU_FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 
 
@@ -145,6 +146,8 @@ def print_environment() -> int:
     }
     for title, rows in sections.items():
         table = Table(title=title, title_justify="left", show_header=False, min_width=60)
+        for _ in rows[0] if rows else ():
+            table.add_column(overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from trl_fast.input_errors import error_line
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.field_docs import FieldDoc
 from trl_fast.trainers.methods import METHODS
@@ -69,7 +71,11 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         raise ValueError(f"--reward {given.reward}: {given.method} takes no reward; leave it out")
 
     def run() -> int:
-        path.write_text(settings_file(given.method, needed), encoding="utf-8")
+        try:
+            path.write_text(settings_file(given.method, needed), encoding="utf-8")
+        except OSError as error:
+            print(f"trl-fast init: --output {path}: {error_line(error)}", file=sys.stderr)
+            return 2
         missing = ", ".join(name for name, value in needed.items() if value is None)
         print(f"Written: {path}. {f'Name {missing} in it, then run' if missing else 'Run'}:")
         print(f"  trl-fast {given.method} --config {path}")

@@ -14,6 +14,7 @@ from accelerate.commands.config.config_args import BaseConfig, load_config_from_
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from trl_fast.console import make_console
 from trl_fast.input_errors import error_line
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.packages import check_package
@@ -158,9 +159,23 @@ def check_installed(flags: list[str]) -> None:
         check_package("deepspeed", "deepspeed", parsed.config_file or "--use_deepspeed")
 
 
+def _say_if_one_process(parsed: argparse.Namespace) -> None:
+    """Prints how to start several processes where accelerate would start one and say nothing of it."""
+    by_other_means = parsed.config_file or parsed.use_deepspeed or parsed.use_fsdp or parsed.mpirun_hostfile
+    if (parsed.num_processes or 1) > 1 and not by_other_means and not torch.accelerator.is_available():
+        make_console(stderr=True).print(
+            f"--num_processes {parsed.num_processes}: one process is started, for there is no GPU; on CPUs several "
+            f"are started by: torchrun --nproc_per_node {parsed.num_processes} -m trl_fast.cli.main …",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+
+
 def launch(flags: list[str], arguments: list[str]) -> int:
     """Runs `trl-fast ARGUMENTS` in the processes that `accelerate launch FLAGS` starts; returns their exit status."""
     parsed = _parsed(flags, ["--module", f"{__package__}.main", *arguments])
+    _say_if_one_process(parsed)
     os.environ[_LAUNCHED] = "1"
     try:
         launch_command(parsed)

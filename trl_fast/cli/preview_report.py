@@ -175,7 +175,7 @@ def _show_completions(console: Console, examples: Examples, example: Example) ->
     if BATCH_LAYOUTS[examples.layout].shares_prompts and together > 1:
         console.print(
             f"batch_layout={examples.layout}: the prompt stands once for up to {together} of them, which saves "
-            f"{length * (together - 1):,} tokens a pass."
+            f"{length * (together - 1):,} tokens of every forward pass."
         )
     console.print()
 
@@ -234,4 +234,4 @@ def _saved_line(examples: Examples) -> str:
         padded += in_padded_rows.input_ids.numel()
     saved = 1 - ours / padded if padded else 0
     said = f"{saved:.0%} fewer than the {padded:,} of padded rows" if ours < padded else "as many as in padded rows"
-    return f"In batches of {size}, batch_layout={examples.layout}: {ours:,} tokens a pass, {said}."
+    return f"In batches of {size}, batch_layout={examples.layout}: {ours:,} tokens in all, {said}."

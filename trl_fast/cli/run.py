@@ -17,8 +17,9 @@ from trl_fast.dropin import install_as_trl
 USAGE = """usage: trl-fast run [LAUNCHER FLAGS] SCRIPT.py [ARGUMENTS]
        trl-fast run [LAUNCHER FLAGS] -m MODULE [ARGUMENTS]
 
-Runs a script or module in which `import trl` gives trl_fast, whether or not TRL is installed.
-Launcher flags are those of `accelerate launch`, such as --num_processes 2, and --accelerate_config."""
+Runs a script or module in which `import trl` gives trl_fast, whether or not TRL
+is installed. Launcher flags are those of `accelerate launch`, such as
+--num_processes 2, and --accelerate_config."""
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:

@@ -185,7 +185,7 @@ def train(trainer: BaseTrainer, checkpoint: str | None, **card: Any) -> int:
     if status:
         return status
     trainer.save_model(args.output_dir)
-    trainer.create_model_card()
+    trainer.create_model_card(dataset_name=card.get("dataset_name"))
     if trainer.is_world_process_zero() and not args.run_report:
         make_console().print(f"Model saved to {args.output_dir}.", soft_wrap=True)
     if args.push_to_hub:

@@ -18,7 +18,8 @@ from trl_fast.input_errors import error_line
 
 from .chat_template import set_eos_token
 from .finite_weights import check_weights
-from .loading import base_model, load_causal_lm, load_reward_model, load_tokenizer
+from .loading import base_model, load_causal_lm, load_reward_model, load_tokenizer, without_peft_deprecations
+from .model_folder import why_not_loaded
 
 _TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_CLS, None)
 
@@ -105,7 +106,8 @@ def load_with_adapter(
     tokenizer = tokenizer_of(name_or_path, name, **options)
     fit_to_tokenizer(model, tokenizer)
     try:
-        adapted = PeftModel.from_pretrained(model, name_or_path, revision=revision)
+        with without_peft_deprecations():
+            adapted = PeftModel.from_pretrained(model, name_or_path, revision=revision)
     except Exception as error:
         raise ValueError(
             f"{name_or_path!r} does not fit its base model {name!r}: {error_line(error)}; give the one that it was "
@@ -116,8 +118,11 @@ def load_with_adapter(
 
 
 def check_not_quantized(name_or_path: str, **options: Any) -> None:
-    """Raises ValueError if a model's files hold quantized weights."""
-    config = AutoConfig.from_pretrained(name_or_path, **options)
+    """Raises ValueError if a model's files hold quantized weights, or its configuration cannot be read."""
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **options)
+    except Exception as error:
+        raise ValueError(f"model {name_or_path!r} cannot be loaded: {why_not_loaded(name_or_path, error)}") from error
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"the files of {name_or_path!r} are quantized, and nothing can be merged into those; give the 16-bit "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -204,6 +207,14 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     return inner
 
 
+@contextmanager
+def without_peft_deprecations() -> Iterator[None]:
+    """Hides the warning that peft asks transformers by a deprecated name: no user can do anything about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """Puts a fresh adapter on a model. On a quantised one its weights become bfloat16 (QLoRA, arXiv 2305.14314).
 
@@ -220,7 +231,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         )
     _check_modules_to_save(model, peft_config)
     try:
-        adapted = get_peft_model(model, peft_config)
+        with without_peft_deprecations():
+            adapted = get_peft_model(model, peft_config)
     except ValueError as error:
         raise ValueError(f"peft_config: {error_line(error)}") from error
     if is_quantized(model):

@@ -132,6 +132,15 @@ def test_training_that_begins_anew_has_one_bar():
     assert_terminal_is_free(console)
 
 
+def test_a_file_gets_each_log_once():
+    console = Console(width=100, file=io.StringIO())
+    progress, state = RichProgressCallback(console), TrainerState(max_steps=3, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    progress.on_log(None, state, None, logs={"loss": 0.25})
+    progress.on_train_end(None, state, None)
+    assert console.file.getvalue() == "step 0: loss 0.25\n"
+
+
 def test_sync_moves_the_reference_by_alpha():
     policy, reference = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     expected = [0.25 * p + 0.75 * r for p, r in zip(policy.parameters(), reference.parameters(), strict=True)]

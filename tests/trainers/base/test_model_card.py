@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 import trl_fast
 from support.training import color_pairs, make_trainer
-from trl_fast.trainers.base.model_card import training_section
+from trl_fast.trainers.base.model_card import model_card, training_section
 
 LORA = {"target_modules": ["q_proj"], "r": 2}
 
@@ -39,6 +39,12 @@ def test_its_code_works(method, peft, model_path, reward_model_path, tmp_path, c
     assert "Versions: python" in text and "output_dir" not in text
     head = text.split("---")[1]
     assert "datasets: some/pairs" in head and all(f"- {tag}\n" in head for tag in ("trl", "trl_fast", "mine"))
+
+
+def test_a_file_is_no_dataset_of_the_hub(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.touch()
+    assert "datasets:" not in model_card("out", "", "dpo", "DPOTrainer", str(file))
 
 
 def test_without_other_settings():

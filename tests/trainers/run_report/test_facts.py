@@ -44,8 +44,8 @@ def test_the_four_lines():
 
 
 def test_an_adapter_says_its_kind_and_share():
-    model = replace(FACTS.model, trained=12_345_678, adapter="LORA")
-    assert texts(replace(FACTS, model=model))["trl_fast"].endswith("LORA of 12.3M (0.31% trained)")
+    model = replace(FACTS.model, trained=12_345_678, adapter="LoRA")
+    assert texts(replace(FACTS, model=model))["trl_fast"].endswith("LoRA of 12.3M (0.31% trained)")
 
 
 def test_the_reason_for_a_slower_path_stands_in_its_line():

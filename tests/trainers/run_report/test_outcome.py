@@ -6,7 +6,7 @@ import pytest
 
 from trl_fast.trainers.run_report.forecast import Forecast
 from trl_fast.trainers.run_report.naming import command_without_secrets, without_secrets
-from trl_fast.trainers.run_report.outcome import Outcome, model_lines, outcome_lines, resume_command
+from trl_fast.trainers.run_report.outcome import OF_PROCESS, Outcome, model_lines, outcome_lines, resume_command
 
 OUTCOME = Outcome("done", 0, 100, 220.0, 20.0, 500_000, 0.41, 3 << 30, "GPU memory", "out/checkpoint-100")
 
@@ -22,6 +22,11 @@ def test_the_end_of_a_run():
         ("resume", "go on"),
         ("report", "out/run.json, out/report.html"),
     ]
+
+
+def test_the_memory_of_a_process_is_held_against_that_of_tensors():
+    lines = outcome_lines(replace(OUTCOME, peak_of=OF_PROCESS), Forecast(4 << 30, None, ""), "", [])
+    assert lines[1] == ("memory", "peak 3.00 GiB (memory of the process); 4.00 GiB of tensors were expected")
 
 
 def test_an_interrupted_run_says_from_where_it_goes_on():

@@ -58,7 +58,7 @@ def test_a_run_from_start_to_end(model_path, tmp_path, capsys):
     assert run["schema"] == 1 and run["status"] == "done" and run["model_folder"] == str(tmp_path)
     assert run["settings"]["changed"]["learning_rate"] == 1e-3 and "beta" not in run["settings"]["changed"]
     assert run["settings"]["all"]["beta"] == 0.1 and run["data"]["rows"] == 8
-    assert run["model"]["adapter"] == "LORA" and 0 < run["model"]["trained"] < run["model"]["parameters"]
+    assert run["model"]["adapter"] == "LoRA" and 0 < run["model"]["trained"] < run["model"]["parameters"]
     # What was counted before the first batch, on all rows, is what was computed.
     measured = run["measured"]
     assert measured["saved"] == pytest.approx(run["kernels"]["saved"], abs=0.05)

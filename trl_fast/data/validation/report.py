@@ -76,7 +76,7 @@ class ValidationReport:
     def findings_table(self) -> Table:
         """Returns the findings, worst first, for rich to print."""
         table = Table(title="Findings", title_justify="left", header_style="bold", show_lines=True)
-        for name in ("severity", "finding", "split", "rows", "share", "example row", "remedy"):
+        for name in ("severity", "finding, remedy", "split", "rows", "share", "first row"):
             table.add_column(name, justify="right" if name in ("rows", "share") else "left")
         for finding in self.findings:
             rows = finding.row_numbers
@@ -84,6 +84,7 @@ class ValidationReport:
             title = Text(finding.kind.title)
             if finding.detail:
                 title.append(f"\n{finding.detail}", style="dim")
+            title.append(f"\n{finding.kind.remedy}")
             table.add_row(
                 Text(finding.severity, style=STYLES[finding.severity]),
                 title,
@@ -91,7 +92,6 @@ class ValidationReport:
                 f"{len(rows):,}",
                 "<0.1%" if 0 < finding.share < 0.001 else f"{finding.share:.1%}",
                 example,
-                Text(finding.kind.remedy),
             )
         return table
 

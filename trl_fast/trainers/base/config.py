@@ -44,6 +44,12 @@ def _default(item: Field) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
+def _is_same(value: object, default: object) -> bool:
+    """Says whether a setting is its default; nothing is nothing, as None, an empty text, list or map."""
+    nothing: tuple[object, ...] = (None, "", [], {})
+    return value == default or (value in nothing and default in nothing)
+
+
 def _number(value: float | str) -> float | str:
     """Returns the number that the command line gives as text; other values as they are."""
     for read in (int, float) if isinstance(value, str) else ():
@@ -179,7 +185,9 @@ class BaseConfig(TrainingArguments):
         """Returns the settings that were given and differ from their defaults, as they are now."""
         defaults = {item.name: _default(item) for item in fields(self) if item.init}
         given = {name: value for name, value in self._given.items() if name in defaults}
-        return {name: getattr(self, name) for name, value in given.items() if value != defaults[name]}
+        changed = {name: getattr(self, name) for name, value in given.items() if value != defaults[name]}
+        # The command line gives every setting, some of them as other words for the default.
+        return {name: value for name, value in changed.items() if not _is_same(value, defaults[name])}
 
     def __post_init__(self) -> None:
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)

@@ -45,12 +45,12 @@ def model_card(
 ) -> str:
     """Returns its beginning: what was trained, from what (a hub name, a folder or nothing), with which method.
 
-    dataset_name: on which dataset of the hub. tags: further ones.
+    dataset_name: on which dataset of the hub, or file. tags: further ones.
     """
     lines = ["---", "library_name: transformers", f"model_name: {name}"]
     if origin and not os.path.isdir(origin):
         lines.append(f"base_model: {origin}")
-    if dataset_name:
+    if dataset_name and not os.path.exists(dataset_name):
         lines.append(f"datasets: {dataset_name}")
     lines += ["tags:", *(f"- {tag}" for tag in dict.fromkeys([*model_tags(method), *tags])), "---", ""]
     lines += [f"# {name}", "", f"Trained from `{origin}` by trl_fast's {trainer}.", ""]

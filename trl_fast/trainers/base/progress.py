@@ -77,7 +77,7 @@ class RichProgressCallback(TrainerCallback):
     """Shows a progress bar for training and evaluation, with the metrics that tell most under it, in ten lines.
 
     At the end a table of all metrics takes their place. Where the output is no terminal, each log is printed as one
-    line instead.
+    line instead, and no table.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -165,10 +165,11 @@ class RichProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Puts the table of all metrics in the place of the bar."""
+        was_shown = self.live is not None
         if self.live is not None:
             self.live.transient = True
         self.close()
-        if self.rows and state.is_world_process_zero:
+        if self.rows and was_shown:
             self.console.print(metrics_table(self.rows, "training", self.console.width))
 
 

@@ -15,6 +15,8 @@ from .quantities import count_text, size_text, time_text
 
 DONE, INTERRUPTED, FAILED = "done", "interrupted", "failed"
 RESUME_FLAG = "--resume_from_checkpoint"
+# The peak where there is no GPU whose memory torch counts.
+OF_PROCESS = "memory of the process"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def peak_memory() -> tuple[int, str]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated(), "GPU memory"
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "memory of the process"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, OF_PROCESS
 
 
 def outcome_lines(
@@ -80,7 +82,9 @@ def outcome_lines(
         text += f", {round(100 * outcome.saved)}% fewer computed than in padded rows"
     memory = f"peak {size_text(outcome.peak_bytes)} ({outcome.peak_of})"
     if forecast is not None and forecast.peak_bytes is not None:
-        memory += f"; {size_text(forecast.peak_bytes)} were expected"
+        # The process holds libraries too, an estimate holds tensors alone.
+        of_tensors = " of tensors" if outcome.peak_of == OF_PROCESS else ""
+        memory += f"; {size_text(forecast.peak_bytes)}{of_tensors} were expected"
     lines = [(label, text), ("memory", memory)]
     if outcome.checkpoint is not None:
         lines.append(("resume", f"{resume}  (from {outcome.checkpoint})" if label != DONE else resume))

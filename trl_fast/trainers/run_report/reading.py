@@ -38,10 +38,15 @@ def read_models(trainer: Any) -> tuple[ModelFacts, ResidentMemory]:
         parameters=sum(count for count, _ in counts),
         trained=sum(count for count, is_trained in counts if is_trained),
         dtype=_dtype(inner, trainer.args),
-        adapter=str(model.active_peft_config.peft_type.value) if isinstance(model, PeftModel) else None,
+        adapter=_adapter(model) if isinstance(model, PeftModel) else None,
     )
     beside = [each for each in (getattr(trainer, name, None) for name in ("ref_model", "value_model")) if each]
     return facts, resident_memory([model, *beside], str(getattr(trainer.args.optim, "value", trainer.args.optim)))
+
+
+def _adapter(model: PeftModel) -> str:
+    name = str(model.active_peft_config.peft_type.value)
+    return "LoRA" if name == "LORA" else name
 
 
 def _dtype(model: Any, args: Any) -> str:
