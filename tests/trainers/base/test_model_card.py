@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 from peft import LoraConfig
 
 import trl_fast
@@ -45,6 +46,11 @@ def test_a_file_is_no_dataset_of_the_hub(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.touch()
     assert "datasets:" not in model_card("out", "", "dpo", "DPOTrainer", str(file))
+
+
+@pytest.mark.parametrize("name", ["[bold]<b>", "a: b", "@x", "12", "out"])
+def test_any_name_can_be_read_again(name):
+    assert yaml.safe_load(model_card(name, "", "dpo", "DPOTrainer").split("---")[1])["model_name"] == name
 
 
 def test_without_other_settings():

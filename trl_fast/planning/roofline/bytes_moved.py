@@ -37,7 +37,8 @@ def touched(
     tensors: Sequence[torch.Tensor],
     results: Sequence[torch.Tensor],
 ) -> tuple[int, int]:
-    """Counts the bytes that an operator reads and writes. given: arguments by name; tensors: those on the device."""
+    """Counts the bytes that an operator reads and writes. given: arguments by name; tensors: those on the
+    device, of any shape."""
     name = name_of(func)
     changed, overwritten = _changed(func, given, tensors)
     there = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -102,7 +103,7 @@ def _is_result(func: torch._ops.OpOverload, argument: str) -> bool:
 
 
 def extent(tensors: list[torch.Tensor]) -> int:
-    """Counts the bytes of tensors, each once; repetitions by a stride of zero are there once."""
+    """Counts the bytes of tensors of any shape, each once; repetitions by a stride of zero are there once."""
     sizes = {}
     for tensor in tensors:
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -56,11 +56,11 @@ def _heads_times_pairs(given: dict[str, Any]) -> float:
     query, key, cu_seqlens = given["query"], given["key"], given.get("cum_seq_q")
     if cu_seqlens is None:
         return float(query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2])
-    starts_of_queries, starts_of_keys = values_of(given["cum_seq_q"]), values_of(given["cum_seq_k"])
-    if starts_of_queries is None or starts_of_keys is None:
+    cu_seqlens_q, cu_seqlens_k = values_of(given["cum_seq_q"]), values_of(given["cum_seq_k"])
+    if cu_seqlens_q is None or cu_seqlens_k is None:
         return float(query.shape[1] * (len(cu_seqlens) - 1) * given["max_q"] * given["max_k"])
     with unset_fake_temporarily():
-        of_queries, of_keys = starts_of_queries.double().diff(), starts_of_keys.double().diff()
+        of_queries, of_keys = cu_seqlens_q.double().diff(), cu_seqlens_k.double().diff()
         return query.shape[1] * float(of_queries @ of_keys)
 
 

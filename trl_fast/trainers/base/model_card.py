@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from peft import PeftModel
 
@@ -47,12 +48,14 @@ def model_card(
 
     dataset_name: on which dataset of the hub, or file. tags: further ones.
     """
-    lines = ["---", "library_name: transformers", f"model_name: {name}"]
+    fields: dict[str, Any] = {"library_name": "transformers", "model_name": name}
     if origin and not os.path.isdir(origin):
-        lines.append(f"base_model: {origin}")
+        fields["base_model"] = origin
     if dataset_name and not os.path.exists(dataset_name):
-        lines.append(f"datasets: {dataset_name}")
-    lines += ["tags:", *(f"- {tag}" for tag in dict.fromkeys([*model_tags(method), *tags])), "---", ""]
+        fields["datasets"] = dataset_name
+    fields["tags"] = [*dict.fromkeys([*model_tags(method), *tags])]
+    # Dumped, for a name may hold what YAML reads otherwise, and peft reads the card when it saves.
+    lines = ["---", yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000).rstrip(), "---", ""]
     lines += [f"# {name}", "", f"Trained from `{origin}` by trl_fast's {trainer}.", ""]
     return "\n".join(lines)
 
