@@ -169,21 +169,29 @@ COMMANDS = [
     ("run --num_processes 2", ["no script is named after the launcher flags"]),
     ("env extra", ["takes no arguments, got extra"]),
     ("bench nothing", ["there is no benchmark 'nothing'"]),
-    ("plan", ["model is required"]),
-    ("plan --model {model} --max_length 1", ["max_length=1: expected at least 2"]),
-    ("plan --model {model} --max_length x", ["--max_length", "'x'"]),
-    ("plan --model {model} --method dpoo", ["--method", "did you mean 'dpo'?"]),
-    ("plan --model {model} --gpu_memory lots", ["'lots'"]),
-    ("plan --model {model} --gpu_memory 80GBB", ["'80GBB'"]),
-    ("plan --model {model} --gpu_memory=-1GiB", ["-1GiB"]),
-    ("plan --model {model} --device tpu", ["--device", "'tpu'"]),
-    ("plan --model {model} --betta 1", ["--betta", "did you mean 'beta'?"]),
-    ("plan --model {model} --tiled_mlp x", ["tiled_mlp", "'x'"]),
-    ("plan --model {model} --prompt_tokens 2000", ["prompt_tokens=2000", "max_length=1024"]),
-    ("plan --model {model} --prompt_tokens=-1", ["prompt_tokens=-1"]),
-    ("plan --model {model} --peft lora --lora_r 0", ["lora_r: expected an integer >= 1"]),
-    ("plan --model {model} --head_workspace_bytes 0", ["head_workspace_bytes: expected an integer >= 1"]),
-    ("plan --model {model} --plot {out}/nothing/plot.png", ["plot='{out}/nothing/plot.png'", "no such folder"]),
+    ("plan dpo RUN", ["model_name_or_path is missing"]),
+    ("plan dopo RUN", ["'dopo'", "did you mean 'dpo'?"]),
+    ("plan --betta 1", ["method '--betta' is unknown"]),
+    ("plan dpo --model_name_or_path {model} RUN --max_length 1", ["max_length=1: expected at least 2"]),
+    ("plan dpo --model_name_or_path {model} RUN --max_length x", ["--max_length", "'x'"]),
+    ("plan dpo --model_name_or_path {model} RUN --gpu h100-79", ["'h100-79'", "did you mean 'h100-80'?"]),
+    ("plan dpo --model_name_or_path {model} RUN --gpu_memory lots", ["'lots'"]),
+    ("plan dpo --model_name_or_path {model} RUN --gpu_memory 80GBB", ["'80GBB'"]),
+    ("plan dpo --model_name_or_path {model} RUN --gpu_memory=-1GiB", ["-1GiB"]),
+    ("plan dpo --model_name_or_path {model} RUN --num_gpus 0", ["num_gpus"]),
+    ("plan dpo --model_name_or_path {model} RUN --betta 1", ["--betta", "did you mean 'beta'?"]),
+    ("plan dpo --model_name_or_path {model} RUN --tiled_mlp x", ["tiled_mlp", "'x'"]),
+    ("plan dpo --model_name_or_path {model} RUN --prompt_tokens 2000", ["prompt_tokens=2000", "max_length=64"]),
+    ("plan dpo --model_name_or_path {model} RUN --prompt_tokens=-1", ["prompt_tokens=-1"]),
+    ("plan dpo --model_name_or_path {model} RUN --use_peft --lora_r 0", ["lora_r: expected an integer >= 1"]),
+    (
+        "plan dpo --model_name_or_path {model} RUN --head_workspace_bytes 0",
+        ["head_workspace_bytes: expected an integer >= 1"],
+    ),
+    (
+        "plan dpo --model_name_or_path {model} RUN --plot {out}/nothing/plot.png",
+        ["plot='{out}/nothing/plot.png'", "no such folder"],
+    ),
 ]
 
 
@@ -208,7 +216,7 @@ def test_other_commands(line, named, refused):
 def test_an_unknown_command(word, meant, capsys):
     assert main([word]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    hint = f"; did you mean {meant!r}?" if meant else "; expected one of sft, dpo"
+    hint = f"; did you mean {meant!r}?" if meant else "; trl-fast --help lists the commands"
     assert line.startswith(f"trl-fast: unknown command {word!r}{hint}")
 
 

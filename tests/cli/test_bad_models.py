@@ -57,8 +57,8 @@ OTHER_PLACES = [
     ("sft --model_name_or_path no/such-model --dataset_name {data}/texts.jsonl RUN", "'no/such-model'"),
     ("sft --model_name_or_path '' --dataset_name {data}/texts.jsonl RUN", "model_name_or_path is missing"),
     ("sft --dataset_name {data}/texts.jsonl RUN", "model_name_or_path is missing; give a hub name or a folder"),
-    ("plan --model {models}/cut_config", "config.json"),
-    ("plan --model no-such-shape", "no-such-shape"),
+    ("plan dpo --model_name_or_path {models}/cut_config RUN", "config.json"),
+    ("plan dpo --model_name_or_path no-such-shape RUN", "no-such-shape"),
 ]
 GRPO = "grpo --model_name_or_path {model} --dataset_name {data}/prompts.jsonl RUN --num_generations 2 "
 PPO = "ppo --model_name_or_path {model} --dataset_name {data}/prompts.jsonl RUN "

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,8 @@ def run(model_path, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(MY_REWARD)
     (tmp_path / "exits.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
+    # Another test's module of this name.
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
 
     def run(method, *flags):
         paths = f"--model_name_or_path {model_path} --dataset_name {data} --output_dir {tmp_path / 'run'}"

@@ -108,9 +108,7 @@ def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
     Raises:
         ValueError: an argument is unknown, out of range, missing or does not go with another.
     """
-    parser = _PlanParser(
-        (PlanArguments, *argument_types(METHODS[method]), RunArguments), prog=f"trl-fast plan {method}"
-    )
+    parser = _PlanParser((PlanArguments, *argument_types(METHODS[method]), RunArguments), prog="trl-fast plan")
     plan, script, training, model, mixture, _, flags = parser.parse_args_and_config(
         arguments, return_remaining_strings=True
     )

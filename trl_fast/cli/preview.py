@@ -38,7 +38,7 @@ class PreviewArguments:
 
 def make_parser(method: Method) -> TrlParser:
     """Makes the parser of the command for a method: flags of PreviewArguments, and all of the training command's."""
-    return TrlParser((PreviewArguments, *argument_types(method), RunArguments), prog=f"trl-fast preview {method.name}")
+    return TrlParser((PreviewArguments, *argument_types(method), RunArguments), prog="trl-fast preview")
 
 
 def split_method(arguments: list[str]) -> tuple[Method, list[str]]:
