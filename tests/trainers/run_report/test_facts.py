@@ -60,6 +60,11 @@ def test_a_stream_and_a_user_s_collator_promise_no_savings():
     assert said["kernels"].endswith("rows shared_prefix") and said["steps"].endswith("(4 × 4 × 2)")
 
 
+def test_one_pair_is_no_pairs():
+    steps = replace(FACTS.steps, per_device=1, accumulation=1, processes=1)
+    assert "; a step: 1 pair (1 × 1 × 1)" in texts(replace(FACTS, steps=steps))["steps"]
+
+
 def test_sampled_completions_share_their_prompt():
     steps = replace(FACTS.steps, unit="completions", completions=8, new_tokens=256, first_step=10, epochs=None)
     kernels = replace(FACTS.kernels, saved=None, tokens_a_row=None)

@@ -133,7 +133,8 @@ def _steps(facts: StepFacts, tokens_a_row: float | None) -> str:
     epochs = "" if facts.epochs is None else f" in {facts.epochs:g} epoch{'s' if facts.epochs != 1 else ''}"
     parts = f"{facts.per_device} × {facts.accumulation} × {facts.processes}"
     parts += f" × {facts.mini_batches}" if facts.mini_batches > 1 else ""
-    text = f"{facts.steps:,}{epochs}{begun}; a step: {facts.rows} {facts.unit} ({parts})"
+    unit = facts.unit.removesuffix("s") if facts.rows == 1 else facts.unit
+    text = f"{facts.steps:,}{epochs}{begun}; a step: {facts.rows} {unit} ({parts})"
     if facts.completions is not None:
         text += f", {facts.completions} of a prompt"
     if facts.new_tokens is not None:
