@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -37,8 +38,7 @@ def forked(work: Callable[[], object], log: Path) -> int:
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
         torch.set_num_threads(1)
-        # tqdm's own lock is shared with this process, and who is killed while holding it leaves it locked.
-        tqdm.set_lock(threading.RLock())
+        replace_tqdm_locks()
         faulthandler.dump_traceback_later(PATIENCE / 2, file=sys.stderr)
         work()
         status = 0
@@ -52,6 +52,18 @@ def forked(work: Callable[[], object], log: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def replace_tqdm_locks(lock: Any = None, kind: type[tqdm] = tqdm) -> None:
+    """Gives tqdm's classes a lock of this process alone.
+
+    Their own one is shared with the processes that fork from it, and who is killed while holding it leaves it locked.
+    A subclass may have got a lock of its own.
+    """
+    lock = lock or threading.RLock()
+    kind.set_lock(lock)
+    for inner in kind.__subclasses__():
+        replace_tqdm_locks(lock, inner)
 
 
 def wait(process: int) -> int:
@@ -117,7 +129,9 @@ class Forks:
         begun: set[str] = set()
         leave_out = {path.name for path in self.folder.glob("tmp-*")}
         skipped = chance.randrange(2)
+        end = time.monotonic() + PATIENCE
         while len(begun) <= skipped:
+            assert time.monotonic() < end, f"it hangs: {self.log.read_text()}"
             begun |= {path.name for path in self.folder.glob("tmp-checkpoint-*")} - leave_out
             # Not reaped here: `wait` does.
             if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
