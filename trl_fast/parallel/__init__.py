@@ -1,0 +1,1 @@
+"""Tells the engines apart that share a model among processes, and holds what all processes agree on."""

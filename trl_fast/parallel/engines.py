@@ -1,0 +1,130 @@
+"""Tells which engine shares a model among the processes, and has it prepare models that do not train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+
+class Engine(Enum):
+    """Names the engines, as people call them."""
+
+    ONE = "one process"
+    DDP = "DDP"
+    ZERO0 = "DeepSpeed ZeRO-0"
+    ZERO1 = "DeepSpeed ZeRO-1"
+    ZERO2 = "DeepSpeed ZeRO-2"
+    ZERO3 = "DeepSpeed ZeRO-3"
+    FSDP1 = "FSDP1"
+    FSDP2 = "FSDP2"
+    TP = "tensor parallelism"
+
+    @property
+    def needs(self) -> EngineNeeds:
+        """Returns what the engine does to a model."""
+        return _NEEDS[self]
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Tells whether it is one of DeepSpeed's."""
+        return self in (Engine.ZERO0, Engine.ZERO1, Engine.ZERO2, Engine.ZERO3)
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Tells whether it is FSDP, of either version."""
+        return self in (Engine.FSDP1, Engine.FSDP2)
+
+
+@dataclass(frozen=True)
+class EngineNeeds:
+    """Holds what an engine does to a model, and so what those who read the model's weights have to do.
+
+    - `shards_weights`: after `prepare` a process holds a part of each weight only.
+    - `shards_at_load`: weights are in parts (or empty) from the moment that the model is made.
+    - `has_dtensors`: parameters are DTensors outside of forward.
+    - `wraps_frozen`: a model that does not train has to be prepared too.
+    """
+
+    shards_weights: bool = False
+    shards_at_load: bool = False
+    has_dtensors: bool = False
+    wraps_frozen: bool = False
+
+
+_NEEDS = {
+    Engine.ONE: EngineNeeds(),
+    Engine.DDP: EngineNeeds(),
+    Engine.ZERO0: EngineNeeds(),
+    Engine.ZERO1: EngineNeeds(),
+    Engine.ZERO2: EngineNeeds(),
+    Engine.ZERO3: EngineNeeds(shards_weights=True, shards_at_load=True, wraps_frozen=True),
+    Engine.FSDP1: EngineNeeds(shards_weights=True, wraps_frozen=True),
+    Engine.FSDP2: EngineNeeds(shards_weights=True, has_dtensors=True, wraps_frozen=True),
+    Engine.TP: EngineNeeds(shards_weights=True, shards_at_load=True, has_dtensors=True),
+}
+
+_ZERO_STAGES = (Engine.ZERO0, Engine.ZERO1, Engine.ZERO2, Engine.ZERO3)
+
+
+def engine_of(accelerator: Accelerator) -> Engine:
+    """Returns the engine that an accelerator's processes share a model by.
+
+    Raises:
+        NotImplementedError: the accelerator uses an engine that is none of these.
+    """
+    state, kind = accelerator.state, accelerator.distributed_type
+    if kind is DistributedType.DEEPSPEED:
+        return _ZERO_STAGES[int(state.deepspeed_plugin.zero_stage)]
+    if kind is DistributedType.FSDP:
+        return Engine.FSDP2 if state.fsdp_plugin.fsdp_version == 2 else Engine.FSDP1
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and parallelism.tp_enabled:
+        return Engine.TP
+    if kind in (DistributedType.XLA, DistributedType.MEGATRON_LM):
+        raise NotImplementedError(f"distributed_type={kind.value}: expected one process, DDP, FSDP or DeepSpeed")
+    return Engine.ONE if accelerator.num_processes == 1 else Engine.DDP
+
+
+def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """Returns a model that does not train (a reference, a reward model) where and as the engine holds the policy.
+
+    Engines that shard weights shard this one's too, a layer at a time, so that no more than a layer of it is whole at
+    once.
+
+    Raises:
+        NotImplementedError: ZeRO-3, which shards models as they are loaded.
+    """
+    engine = engine_of(accelerator)
+    if engine is Engine.ZERO3:
+        raise NotImplementedError("a separate ref_model with DeepSpeed ZeRO-3 is not supported yet; use PEFT")
+    if engine is Engine.FSDP2:
+        with _wrapping(accelerator.state.fsdp_plugin, model):
+            return fsdp2_prepare_model(accelerator, model).eval()
+    if engine is Engine.FSDP1:
+        with _wrapping(accelerator.state.fsdp_plugin, model):
+            wrapped = accelerator.prepare_model(model)
+        accelerator._models.remove(wrapped)  # what accelerate clips and saves is the policy's
+        return wrapped.eval()
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+@contextmanager
+def _wrapping(plugin: Any, model: torch.nn.Module) -> Iterator[None]:
+    """Has FSDP shard `model` by its own layers' classes where the policy's are not in it."""
+    policy, names = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    classes = {type(module).__name__ for module in model.modules()}
+    try:
+        if names is not None and not classes & set(names):
+            plugin.transformer_cls_names_to_wrap = None
+            plugin.auto_wrap_policy = getattr(policy, "func", policy)
+        yield
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = policy, names
