@@ -1,19 +1,11 @@
 """Two processes train as one does on the same rows: the loss is a mean over the learned tokens of both."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 import trl_fast
+from support.ranks import run_on_ranks
 from support.supervised import sft_rows
 from support.training import assert_same_logs, make_trainer
-
-TESTS = Path(__file__).parent.parent
-LOSSES = ("nll", "dft")
 
 
 def train(model_path, folder, batch_size, **settings):
@@ -25,26 +17,13 @@ def train(model_path, folder, batch_size, **settings):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(model_path, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [*launcher, __file__, model_path, str(tmp_path / "two")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    logs = json.loads((tmp_path / "two/logs.json").read_text())
-    for loss_type in LOSSES:
-        one = train(model_path, tmp_path / "one", 4, loss_type=loss_type)
-        assert_same_logs(logs[loss_type], one, rel=1e-5)
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "zero2"])
+def test_two_processes_train_as_one(engine, loss_type, model_path, tmp_path):
+    def two():
+        return train(model_path, tmp_path / "two", 2, loss_type=loss_type)
 
-
-if __name__ == "__main__":
-    model_path, folder = sys.argv[1:]
-    logs = {name: train(model_path, folder, 2, loss_type=name, ddp_backend="gloo") for name in LOSSES}
-    if os.environ["RANK"] == "0":
-        Path(folder, "logs.json").write_text(json.dumps(logs))
+    first, second = run_on_ranks(two, engine=engine)
+    one = train(model_path, tmp_path / "one", 4, loss_type=loss_type)
+    assert_same_logs(first, one, rel=5e-7, abs=1e-7)
+    assert_same_logs(second, one, rel=5e-7, abs=1e-7)
