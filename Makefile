@@ -92,13 +92,15 @@ bench: $(READY)
 gpu-kit: $(READY)
 	$(BIN)/python -m benchmarks.gpu_kit $(KIT_ARGS)
 
-# What GPU code can be held to without a GPU: it compiles for every target, and no kernel spills registers.
+# What GPU code can be held to without a GPU: it compiles for every target, no kernel spills registers, and every phase
+# of the GPU kit runs with stand-ins on this CPU.
 check-gpu-code: $(READY)
 	for source in $(filter %.cu,$(CPP)); do \
 	  $(NVCC) -O3 -Icsrc $(foreach t,$(GPU_TARGETS),-gencode=arch=compute_$(t),code=sm_$(t)) -c $$source -o /dev/null \
 	    || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.kernel_report --check
+	$(BIN)/python -m pytest -q -m slow tests/benchmarks/test_gpu_kit.py
 
 # The documentation as a site in build/site. Warnings are errors, and nothing in the site comes from the net.
 docs: $(READY)

@@ -23,6 +23,7 @@ HEADS = functools.partial(correctness.check_heads, CPU, rows=22, hidden=16, voca
 LOSSES = functools.partial(correctness.check_losses, CPU, longest=200)
 
 
+@pytest.mark.slow
 def test_the_rehearsal(tmp_path, capsys):
     """Every phase runs to its end with stand-ins, finds nothing wrong, and says what it left out."""
     path = tmp_path / "facts.jsonl"

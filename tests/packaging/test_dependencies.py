@@ -65,6 +65,7 @@ def test_an_extra_brings_the_package_that_a_message_names():
     assert install_command("wandb") == "`pip install wandb`"
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_where_a_plot_is_drawn():
     """Neither by the package nor by a command: it takes a second, and is large."""
     script = (

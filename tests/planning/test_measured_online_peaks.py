@@ -101,10 +101,17 @@ def simulated_peak(setup, length):
         ("kto", 256, {}, 0.02),
         ("kto", 256, {"batch_layout": "padded", "dtype": "float32"}, 0.02),
         ("grpo", 160, {"num_generations": 4}, 0.02),
-        ("grpo", 160, {"num_generations": 4, "beta": 0.1, "steps_per_generation": 2, "dtype": "float32"}, 0.05),
-        ("rloo", 160, {"num_generations": 4, "gradient_checkpointing": False}, 0.02),
+        pytest.param(
+            *("grpo", 160, {"num_generations": 4, "beta": 0.1, "steps_per_generation": 2, "dtype": "float32"}, 0.05),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("rloo", 160, {"num_generations": 4, "gradient_checkpointing": False}, 0.02), marks=pytest.mark.slow
+        ),
         ("ppo", 160, {}, 0.02),
-        ("ppo", 160, {"gradient_checkpointing": False, "dtype": "float32"}, 0.02),
+        pytest.param(
+            *("ppo", 160, {"gradient_checkpointing": False, "dtype": "float32"}, 0.02), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

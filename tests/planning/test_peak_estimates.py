@@ -28,7 +28,15 @@ from trl_fast.planning.training_setup import FULL_LOGITS, TRL, TrainingSetup
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora_r": 4, "lora_target_modules": ("q_proj", "up_proj"), "tiled_mlp": 64, "activation_offloading": True},
+        pytest.param(
+            {
+                "lora_r": 4,
+                "lora_target_modules": ("q_proj", "up_proj"),
+                "tiled_mlp": 64,
+                "activation_offloading": True,
+            },
+            marks=pytest.mark.slow,
+        ),
         {"gradient_checkpointing": False, "activation_offloading": True},
         pytest.param({"gradient_checkpointing": False, "method": "sft", "dtype": "float32"}, marks=pytest.mark.slow),
         pytest.param({}, marks=pytest.mark.slow),
@@ -41,7 +49,7 @@ from trl_fast.planning.training_setup import FULL_LOGITS, TRL, TrainingSetup
         {"activation_budget_bytes": 20_000, "dtype": "float32", "method": "sft", "device": "cpu"},
         pytest.param({"method": "reward", "batch_layout": "padded"}, marks=pytest.mark.slow),
         {"system": TRL, "precompute_ref_log_probs": True},
-        {"method": "ppo", "per_device_train_batch_size": 2},
+        pytest.param({"method": "ppo", "per_device_train_batch_size": 2}, marks=pytest.mark.slow),
         pytest.param({"method": "ppo", "activation_budget_bytes": 20_000, "device": "cpu"}, marks=pytest.mark.slow),
         pytest.param({"method": "rloo", "per_device_train_batch_size": 4}, marks=pytest.mark.slow),
         {"method": "kto", "per_device_train_batch_size": 2},

@@ -60,6 +60,7 @@ def test_long_sequences_are_carried_on(monkeypatch):
     assert carried.moved == pytest.approx(counted.moved, rel=0.2)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_generations_repeat():
     one, four = (step_work(setup_of(gradient_accumulation_steps=count), LENGTH) for count in (1, 4))
     update = simulate_work(setup_of(), LENGTH)[OPTIMIZER_STAGE]

@@ -28,7 +28,7 @@ HUB_NAMES = {
     "qwen3-4b": "Qwen/Qwen3-4B",
     "qwen3-8b": "Qwen/Qwen3-8B",
 }
-QUICK = ("qwen2.5-0.5b/sft-24gb", "llama-3.1-8b/dpo-24gb", "gemma-3-1b/grpo-24gb")
+QUICK = ("llama-3.1-8b/dpo-24gb",)
 
 
 def name_of(path):
