@@ -21,6 +21,7 @@ from trl_fast.settings.ranges import check_ranges
 
 from ..checkpoints.output_folder import check_output_dir
 from .config import BaseConfig
+from .parallelism import check_parallelism
 
 # Arguments of trainers that are functions, or None.
 _FUNCTIONS = ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
@@ -49,13 +50,14 @@ def checked_config(config_class: type[BaseConfig], args: object | None, model: o
 
 
 def check_settings(args: BaseConfig) -> None:
-    """Checks all numbers, and the settings of head, logging, optimizer and schedule.
+    """Checks all numbers, and the settings of processes, head, logging, optimizer and schedule.
 
     Raises:
         ValueError: a number is out of range; or a setting cannot serve here, or is unknown.
         ImportError: a package that the optimizer needs is missing.
     """
     check_ranges(args)
+    check_parallelism(args)
     if args.head_backend is not None:
         support = supports("linear_logprob", args.head_backend, args.device, torch.float32)
         if not support.ok:

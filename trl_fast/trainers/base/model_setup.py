@@ -18,6 +18,7 @@ from trl_fast.modeling.selective_checkpointing import set_selective_checkpointin
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 from .config import BaseConfig
+from .parallelism import check_model_parallelism
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,10 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
 
     Raises:
         NotFiniteError: weights are NaN or infinite.
-        ValueError: tiled_mlp is set, and there is no MLP that can be tiled; or Liger's kernels cannot be used.
+        ValueError: the model is sharded in a way that is not served; tiled_mlp is set, and there is no MLP that can
+            be tiled; or Liger's kernels cannot be used.
     """
+    check_model_parallelism(model)
     inner = base_model(model)
     check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
     if args.disable_dropout:
