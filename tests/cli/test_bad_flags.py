@@ -7,6 +7,7 @@ import typing
 import pytest
 
 from trl_fast.cli.main import main
+from trl_fast.settings import packages
 from trl_fast.settings.ranges import range_of
 from trl_fast.trainers.base.config import BaseConfig
 from trl_fast.trainers.methods import METHODS
@@ -203,7 +204,9 @@ def test_a_bad_value(line, named, refused):
 
 
 @pytest.mark.parametrize("flags, named", PACKAGES, ids=[flags for flags, _ in PACKAGES])
-def test_a_missing_package(flags, named, refused):
+def test_a_missing_package(flags, named, refused, monkeypatch):
+    find = packages.importlib.util.find_spec
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
     refused(DPO.replace("--report_to none", "") + flags, *named)
 
 

@@ -23,6 +23,12 @@ def launched(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine that has some."""
+    monkeypatch.setattr(launch_module.torch.accelerator, "is_available", lambda: True)
+
+
 @pytest.mark.parametrize(
     "remaining, flags, unknown",
     [
@@ -55,7 +61,7 @@ def test_a_configuration_may_be_a_file_and_a_missing_one_is_named(tmp_path):
         launcher_flags(["--accelerate_config", "zero4"])
 
 
-def test_a_training_command_is_started_again_in_several_processes(launched, tmp_path):
+def test_a_training_command_is_started_again_in_several_processes(launched, gpus, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("accelerate_config: fsdp2\nmulti_gpu: false\nmodel_name_or_path: m\n")
     arguments = ["dpo", "--config", str(config), "--num_processes", "2", "--beta", "0.2"]
@@ -80,16 +86,33 @@ def test_an_unknown_flag_is_named_beside_known_ones(launched, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, has_gpu, said", [("2", False, True), ("1", False, False), ("2", True, False)], ids=str
+    "flags, expected",
+    [
+        (["--num_processes", "2"], ["--standalone", "--nproc_per_node", "2"]),
+        (["--accelerate_config", "multi_gpu", "--num_processes", "3"], ["--standalone", "--nproc_per_node", "3"]),
+        (
+            shlex.split(
+                "--num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip a --main_process_port 7"
+            ),
+            shlex.split("--nproc_per_node 2 --nnodes 2 --node_rank 1 --master_addr a --master_port 7"),
+        ),
+    ],
+    ids=["two", "by name", "two machines"],
 )
-def test_one_process_instead_of_several_is_said(flags, has_gpu, said, monkeypatch, capsys):
-    monkeypatch.setattr(launch_module, "launch_command", lambda parsed: None)
-    monkeypatch.setattr(launch_module.torch.accelerator, "is_available", lambda: has_gpu)
-    assert launch_module.launch(["--num_processes", flags], ["env"]) == 0
-    assert ("torchrun --nproc_per_node 2" in capsys.readouterr().err) == said
+def test_on_cpus_torchrun_starts_as_many_as_asked_for(flags, expected, launched, monkeypatch):
+    calls = []
+    monkeypatch.setattr(launch_module, "torchrun", calls.append)
+    monkeypatch.setattr(launch_module.os, "environ", dict(os.environ))
+    assert launch_module.launch(launcher_flags(flags)[0], ["env", "--x"]) == 0
+    assert calls == [[*expected, "--module", "trl_fast.cli.main", "env", "--x"]] and not launched
 
 
-def test_the_exit_status_of_the_processes_is_handed_on(monkeypatch):
+def test_engines_that_need_gpus_are_refused_without_one(launched, capsys):
+    assert main(["dpo", "--accelerate_config", "zero3", "--num_processes", "2"]) == 2
+    assert "share a model over GPUs, and this machine has none" in capsys.readouterr().err and not launched
+
+
+def test_the_exit_status_of_the_processes_is_handed_on(gpus, monkeypatch):
     def fail(arguments):
         raise subprocess.CalledProcessError(3, "python")
 

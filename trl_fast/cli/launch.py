@@ -1,4 +1,4 @@
-"""Starts a command in several processes, by `accelerate launch` with its flags of a command line."""
+"""Starts a command in several processes, by `accelerate launch` with its flags, on CPUs by `torchrun`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import argparse
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate.commands.config.config_args import BaseConfig, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
 
-from trl_fast.console import make_console
 from trl_fast.input_errors import error_line
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.packages import check_package
@@ -149,36 +150,61 @@ def _read_config(file: str) -> BaseConfig:
         ) from error
 
 
-def check_installed(flags: list[str]) -> None:
-    """Raises ImportError if the processes that the flags start need deepspeed and it is missing."""
+def _settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Returns the launcher's settings: those of its file, and over them those of the flags."""
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
+    return given if parsed.config_file is None else {**vars(_read_config(parsed.config_file)), **given}
+
+
+def check_engine(flags: list[str]) -> None:
+    """Holds the engine that the flags ask for against this machine.
+
+    Raises:
+        ImportError: they need deepspeed and it is missing.
+        ValueError: they need GPUs and there are none: accelerate's engines share a model over GPUs only.
+    """
     parsed = _parsed(flags, ["script"])
-    asked = parsed.use_deepspeed
-    if parsed.config_file is not None:
-        asked = asked or str(_read_config(parsed.config_file).distributed_type).endswith("DEEPSPEED")
-    if asked:
+    settings = _settings_of(parsed)
+    engine = str(settings.get("distributed_type"))
+    by_deepspeed = parsed.use_deepspeed or engine.endswith("DEEPSPEED")
+    if by_deepspeed:
         check_package("deepspeed", "deepspeed", parsed.config_file or "--use_deepspeed")
-
-
-def _say_if_one_process(parsed: argparse.Namespace) -> None:
-    """Prints how to start several processes where accelerate would start one and say nothing of it."""
-    by_other_means = parsed.config_file or parsed.use_deepspeed or parsed.use_fsdp or parsed.mpirun_hostfile
-    if (parsed.num_processes or 1) > 1 and not by_other_means and not torch.accelerator.is_available():
-        make_console(stderr=True).print(
-            f"--num_processes {parsed.num_processes}: one process is started, for there is no GPU; on CPUs several "
-            f"are started by: torchrun --nproc_per_node {parsed.num_processes} -m trl_fast.cli.main …",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
+    if (by_deepspeed or parsed.use_fsdp or engine.endswith("FSDP")) and not torch.accelerator.is_available():
+        raise ValueError(
+            "FSDP and DeepSpeed share a model over GPUs, and this machine has none; leave them out: on CPUs each of "
+            "--num_processes has a copy of the model"
         )
+
+
+def torchrun_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the flags of `torchrun` for processes on CPUs; settings: of `accelerate launch`, by name."""
+    machines = settings.get("num_machines") or 1
+    flags = ["--nproc_per_node", str(settings["num_processes"] // machines)]
+    if machines == 1:
+        return ["--standalone", *flags]
+    places = {"nnodes": "num_machines", "node_rank": "machine_rank"}
+    places |= {"master_addr": "main_process_ip", "master_port": "main_process_port"}
+    given = {flag: settings[name] for flag, name in places.items() if settings.get(name) is not None}
+    return [*flags, *(word for flag, value in given.items() for word in (f"--{flag}", str(value)))]
+
+
+def _start(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    """Starts the processes and waits for them; several on CPUs by torchrun, for accelerate would start only one."""
+    settings = _settings_of(parsed)
+    if torch.accelerator.is_available() or (settings.get("num_processes") or 1) == 1:
+        launch_command(parsed)
+        return
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = str(settings.get("mixed_precision") or "no")
+    torchrun([*torchrun_flags(settings), "--module", f"{__package__}.main", *arguments])
 
 
 def launch(flags: list[str], arguments: list[str]) -> int:
     """Runs `trl-fast ARGUMENTS` in the processes that `accelerate launch FLAGS` starts; returns their exit status."""
     parsed = _parsed(flags, ["--module", f"{__package__}.main", *arguments])
-    _say_if_one_process(parsed)
     os.environ[_LAUNCHED] = "1"
     try:
-        launch_command(parsed)
+        _start(parsed, arguments)
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ChildFailedError as error:

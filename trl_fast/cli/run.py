@@ -99,8 +99,8 @@ def _print_usage() -> int:
 
 
 def _in_several_processes(arguments: list[str]) -> Callable[[], int]:
-    from .launch import check_installed, launch, split_script
+    from .launch import check_engine, launch, split_script
 
     flags, script = split_script(arguments)
-    check_installed(flags)
+    check_engine(flags)
     return lambda: launch(flags, ["run", *script])

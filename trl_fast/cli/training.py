@@ -123,13 +123,13 @@ def prepare_training(method: Method, arguments: list[str]) -> Callable[[], int]:
     """
     parser = make_parser(method)
     remaining = parser.remaining_strings(arguments)
-    from .launch import check_installed, is_launched, launch, launcher_flags, launcher_options
+    from .launch import check_engine, is_launched, launch, launcher_flags, launcher_options
 
     flags, unknown = launcher_flags(remaining)
     if unknown:
         raise parser.unknown(unknown, launcher_options())
     if flags and not is_launched():
-        check_installed(flags)
+        check_engine(flags)
         return lambda: launch(flags, [method.name, *arguments])
     script_args, training_args, model_args, mixture, run_args, _ = parser.parse_args_and_config(
         arguments, return_remaining_strings=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, ClassVar
@@ -210,6 +211,9 @@ class BaseConfig(TrainingArguments):
                 logger.warning("This machine has no bfloat16 hardware: training in float32 (bf16=False).")
             # Without a GPU, transformers takes bfloat16 only where a CPU is asked for.
             self.use_cpu = self.use_cpu or (self.bf16 and not is_torch_bf16_gpu_available())
+        # Processes on CPUs find each other only where a CPU is asked for; else each of them would train alone.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.use_cpu = self.use_cpu or (several and not torch.accelerator.is_available())
         for name in ("checkpointing", "checkpointing_kwargs"):
             # The newer name of the same: transformers would warn of the older one, which has a default here.
             if getattr(self, f"activation_{name}", self) is None:
