@@ -21,11 +21,12 @@ from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.linear_logprob import token_logprobs
 from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
 
-from .lm_head import head_parameters, head_transform
+from .lm_head import HeadParameters, head_transform
 from .loading import backbone
 from .memory_budgets import head_workspace
 from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
+from .sharded_head import call_with_whole_head
 from .tree_attention import TreeLengths
 from .upcast_linear_layers import upcast_linear_layers
 
@@ -140,7 +141,20 @@ def _run_head(
             return _run_head(model, hidden.float(), scoring, num_tokens)
     # Copies of all layers' float32 weights, which autocast would keep until the gradient of the head is there.
     torch.clear_autocast_cache()
-    weight, bias = head_parameters(model)
+    found = call_with_whole_head(model, functools.partial(_read_head, model, scoring, num_tokens), hidden)
+    loss = found.pop("loss", None)
+    return TokenScores(**found), loss
+
+
+def _read_head(
+    model: PreTrainedModel,
+    scoring: ScoringRequest,
+    num_tokens: int,
+    hidden: torch.Tensor,
+    parameters: HeadParameters,
+) -> dict[str, torch.Tensor]:
+    """Returns the fields of TokenScores that the request asks for, and its loss; parameters: the head's, whole."""
+    weight, bias = parameters
     softcap, logit_scale = head_transform(model.config)
     transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)
     tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
@@ -149,9 +163,9 @@ def _run_head(
         options = replace(options, workspace_bytes=head_workspace(model, weight, len(hidden), num_tokens))
     given = (*tensors, transform, scoring.outputs, options)
     if scoring.token_loss is None:
-        return token_logprobs(*given), None
+        return token_logprobs(*given).present()
     loss, tokens = token_loss_of_head(*given, scoring.token_loss, scoring.group_sizes)
-    return tokens, loss
+    return {"loss": loss, **tokens.present()}
 
 
 def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScores, torch.Tensor | None]:

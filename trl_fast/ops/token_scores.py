@@ -27,10 +27,14 @@ class TokenScores:
     mean_logits: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
 
+    def present(self) -> dict[str, torch.Tensor]:
+        """Returns the fields (N,) that were asked for, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def detach(self) -> TokenScores:
         """Returns the same scores without gradient."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return TokenScores(*(None if value is None else value.detach() for value in values))  # type: ignore[arg-type]
+        return TokenScores(**{name: value.detach() for name, value in self.present().items()})
 
 
 def token_scores(

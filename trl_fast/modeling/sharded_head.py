@@ -1,0 +1,108 @@
+"""Makes a head's parameters whole for the time of a call, whatever engine holds them in parts.
+
+FSDP and ZeRO-3 gather a module's parameters in hooks around its call, and around the backward pass of what the call
+returned: before that pass the parameters are whole again, and after it their gradients are summed over the processes.
+Nobody calls a head here, since it would return all logits at once. So its modules are called with another forward,
+which reads their parameters: where several hold them (an adapter's two factors, a saved copy), one inside the other.
+All hooks then run as in the model's own forward, and no engine needs a way of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from .lm_head import HeadParameters, head_parameters
+
+# Tensors by names, from hidden states and the parameters of a head.
+ReadHead = Callable[[torch.Tensor, HeadParameters], Mapping[str, torch.Tensor]]
+
+
+def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns what `read` makes of hidden states (N, H) and the head's parameters, which are whole while it runs.
+
+    They are whole too while the backward pass goes through the tensors that `read` returns. An engine frees them after
+    each pass: `read` is not to copy them.
+
+    Raises:
+        NotImplementedError: the head is in parts that no hook gathers (tensor parallelism).
+        ValueError: as in `head_parameters`.
+    """
+    modules = [module for module in _modules_of_head(model) if _has_gathering_hooks(module)]
+    if not modules:
+        return dict(read(hidden, _whole_parameters(model)))
+    # Hooks may keep and cast what they see: only what has a gradient goes through them.
+    constants: dict[str, torch.Tensor] = {}
+
+    def innermost(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = read(hidden, _whole_parameters(model))
+        constants.update({name: tensor for name, tensor in found.items() if not tensor.requires_grad})
+        return {name: tensor for name, tensor in found.items() if tensor.requires_grad}
+
+    return {**_call_nested(modules, innermost, hidden), **constants}
+
+
+def _whole_parameters(model: PreTrainedModel) -> HeadParameters:
+    parameters = head_parameters(model)
+    if isinstance(parameters.weight, DTensor):
+        raise NotImplementedError(
+            f"{type(model).__name__}: the head's weight is split over {parameters.weight.device_mesh}, and nothing "
+            "gathers it; shard the model with FSDP or DeepSpeed ZeRO-3"
+        )
+    return parameters
+
+
+def _modules_of_head(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the modules that hold the parameters in use of a head, from the outermost to the innermost one."""
+    head: Any = model.get_output_embeddings()
+    modules = [head]
+    if isinstance(head, ModulesToSaveWrapper):
+        saved = not head.disable_adapters and head.active_adapters[0] in head.modules_to_save
+        modules.append(head.modules_to_save[head.active_adapters[0]] if saved else head.original_module)
+    elif isinstance(head, BaseTunerLayer):
+        modules.append(head.get_base_layer())
+        if not (head.disable_adapters or head.merged):
+            factors = (getattr(head, name, {}) for name in ("lora_A", "lora_B"))
+            modules += [factor[adapter] for factor in factors for adapter in head.active_adapters if adapter in factor]
+    return modules
+
+
+def _has_gathering_hooks(module: nn.Module) -> bool:
+    """Tells whether an engine makes parameters whole when the module is called."""
+    if isinstance(module, FSDPModule | FullyShardedDataParallel):
+        return True
+    return any(hasattr(parameter, "ds_status") for parameter in module.parameters(recurse=False))
+
+
+def _call_nested(
+    modules: list[nn.Module], innermost: Callable[[torch.Tensor], dict[str, torch.Tensor]], hidden: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Calls the first module, whose forward calls the second one, and so on; the last one's forward is `innermost`."""
+    if not modules:
+        return innermost(hidden)
+    first, *rest = modules
+    with _forward_replaced(first, lambda hidden: _call_nested(rest, innermost, hidden)):
+        return first(hidden)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> Iterator[None]:
+    """Gives a module another forward within the context; FSDP1's wrapper keeps its own, which calls the module's."""
+    inner: Any = module.module if isinstance(module, FullyShardedDataParallel) else module
+    before = vars(inner).get("forward")
+    inner.forward = forward
+    try:
+        yield
+    finally:
+        del inner.forward
+        if before is not None:
+            inner.forward = before
