@@ -55,12 +55,17 @@ def head_parameters(model: PreTrainedModel) -> HeadParameters:
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings; expected a causal language model")
     if isinstance(head, ModulesToSaveWrapper):
-        saved = not head.disable_adapters and head.active_adapters[0] in head.modules_to_save
-        head = head.modules_to_save[head.active_adapters[0]] if saved else head.original_module
+        head = active_copy(head)
     if isinstance(head, BaseTunerLayer):
         return _adapted(head)
     weight: Any = head.weight
     return HeadParameters(weight, getattr(head, "bias", None))
+
+
+def active_copy(head: ModulesToSaveWrapper) -> torch.nn.Module:
+    """Returns the copy of a head that its adapter trains, or the head itself while the adapter is switched off."""
+    saved = not head.disable_adapters and head.active_adapters[0] in head.modules_to_save
+    return head.modules_to_save[head.active_adapters[0]] if saved else head.original_module
 
 
 def _adapted(head: BaseTunerLayer) -> HeadParameters:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .lm_head import HeadParameters, head_parameters
+from .lm_head import HeadParameters, active_copy, head_parameters
 
 # Tensors by names, from hidden states and the parameters of a head.
 ReadHead = Callable[[torch.Tensor, HeadParameters], Mapping[str, torch.Tensor]]
@@ -66,8 +66,7 @@ def _modules_of_head(model: PreTrainedModel) -> list[nn.Module]:
     head: Any = model.get_output_embeddings()
     modules = [head]
     if isinstance(head, ModulesToSaveWrapper):
-        saved = not head.disable_adapters and head.active_adapters[0] in head.modules_to_save
-        modules.append(head.modules_to_save[head.active_adapters[0]] if saved else head.original_module)
+        modules.append(active_copy(head))
     elif isinstance(head, BaseTunerLayer):
         modules.append(head.get_base_layer())
         if not (head.disable_adapters or head.merged):
