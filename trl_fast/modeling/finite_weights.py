@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 
 from trl_fast.ops.validation import NotFiniteError
+from trl_fast.parallel.weights import local_shard
 
 
 def not_finite(model: torch.nn.Module) -> list[str]:
@@ -16,8 +17,7 @@ def not_finite(model: torch.nn.Module) -> list[str]:
     """
     names, ends = defaultdict(list), defaultdict(list)
     for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        weight = weight.to_local() if hasattr(weight, "to_local") else weight
+        weight = local_shard(parameter)
         if not weight.is_floating_point() or not weight.numel() or weight.is_meta:
             continue
         # Least and largest value: NaN is passed on, and there is no second tensor of the weight's size. 8-bit floats

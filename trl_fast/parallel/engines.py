@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -93,6 +93,17 @@ def engine_of(accelerator: Accelerator) -> Engine:
     return Engine.ONE if accelerator.num_processes == 1 else Engine.DDP
 
 
+def keep_float32_outputs(accelerator: Accelerator) -> None:
+    """Has FSDP2 leave what a model returns as it is, before it is prepared.
+
+    With mixed precision accelerate asks for 16-bit outputs, and so rounds log-probabilities and losses too.
+    """
+    if engine_of(accelerator) is Engine.FSDP2:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
 def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
     """Returns a model that does not train (a reference, a reward model) where and as the engine holds the policy.
 
@@ -107,7 +118,10 @@ def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn
         raise NotImplementedError("a separate ref_model with DeepSpeed ZeRO-3 is not supported yet; use PEFT")
     if engine is Engine.FSDP2:
         with _wrapping(accelerator.state.fsdp_plugin, model):
-            return fsdp2_prepare_model(accelerator, model).eval()
+            prepared: Any = fsdp2_prepare_model(accelerator, model).eval()
+        # Without a backward pass that does so, what accelerate has gathered for it would stay whole.
+        prepared.set_reshard_after_forward(True)
+        return prepared
     if engine is Engine.FSDP1:
         with _wrapping(accelerator.state.fsdp_plugin, model):
             wrapped = accelerator.prepare_model(model)

@@ -31,6 +31,7 @@ from transformers import (
 from trl_fast.console import make_console
 from trl_fast.data import maybe_apply_chat_template
 from trl_fast.modeling.embedding_noise import SequenceNoise
+from trl_fast.parallel.weights import local_shard
 
 from ..checkpoints.random_states import random_states, set_random_states
 
@@ -126,17 +127,14 @@ class SyncRefModelCallback(TrainerCallback):
     def __init__(self, ref_model: torch.nn.Module, accelerator: Accelerator | None) -> None:
         self.ref_model = ref_model
         self.accelerator = accelerator
-        if accelerator is not None and accelerator.distributed_type in _SHARDED:
-            raise NotImplementedError(
-                "sync_ref_model=True does not work with sharded parameters (DeepSpeed, FSDP) yet"
-            )
 
     @staticmethod
     @torch.no_grad()
     def sync_target_model(model: torch.nn.Module, target_model: torch.nn.Module, alpha: float) -> None:
-        """Moves each parameter of target_model towards model's by the share alpha."""
+        """Moves each parameter of target_model towards model's by the share alpha; a process moves what it holds."""
         for target, source in zip(target_model.parameters(), model.parameters(), strict=True):
-            target.lerp_(source.to(target.dtype), alpha)
+            part = local_shard(target)
+            part.lerp_(local_shard(source).to(part.dtype), alpha)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_fast.modeling.finite_weights import not_finite
@@ -70,9 +71,11 @@ class DivergenceWatch(TrainerCallback):
         """Takes the loss, a scalar, of a micro-batch; nothing waits for the device."""
         self._losses.append(loss.detach())
 
-    def see_norm(self, norm: torch.Tensor | float | None) -> None:
-        """Takes the norm, a scalar, of a step's gradient."""
+    def see_norm(self, norm: torch.Tensor | float | None) -> torch.Tensor | float | None:
+        """Takes the norm, a scalar, of a step's gradient, and returns it, whole where FSDP2 holds it in parts."""
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._norm = 0.0 if norm is None else norm
+        return norm
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -14,6 +14,7 @@ from trl_fast.modeling.loading import base_model, load_causal_lm
 from trl_fast.modeling.reference_policy import copy_adapter_as_reference, copy_as_reference, freeze, reference_scope
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import TokenScores
+from trl_fast.parallel.engines import prepare_frozen
 
 from ..checkpoints.parts import WeightsPart
 from .callbacks import SyncRefModelCallback
@@ -127,13 +128,11 @@ class ReferenceTrainer(BaseTrainer):
         super().start(**kwargs)
         if self.ref_model is None:
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise NotImplementedError("a separate ref_model with DeepSpeed or FSDP is not supported yet; use PEFT")
-        self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        self.ref_model = prepare_frozen(self.accelerator, self.ref_model)
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
-            unwrapped = lambda: self.accelerator.unwrap_model(self.ref_model)  # noqa: E731
-            self.checkpoints.parts.append(WeightsPart("reference", unwrapped))
+            part = WeightsPart("reference", self.ref_model, self.accelerator, writes=self.args.should_save)
+            self.checkpoints.collective_parts.append(part)
 
     def score_reference(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
         """Scores a batch's N tokens under the reference; `kwargs` are those of `modeling.scoring.score`."""

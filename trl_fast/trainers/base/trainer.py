@@ -20,6 +20,7 @@ from trl_fast.modeling.position_limits import check_positions
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
+from trl_fast.parallel.engines import keep_float32_outputs
 
 from ..checkpoints.run_record import RunRecord
 from ..checkpoints.writer import Checkpoints
@@ -145,6 +146,7 @@ class BaseTrainer(Trainer):
         with checked_arguments(kwargs):
             super().__init__(**kwargs)
         forbid_data_parallel(self)
+        keep_float32_outputs(self.accelerator)
         declare_loss_scaling(self)
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
@@ -236,9 +238,7 @@ class BaseTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
-        norm = super()._get_grad_norm(*args, **kwargs)
-        self._divergence.see_norm(norm)
-        return norm
+        return self._divergence.see_norm(super()._get_grad_norm(*args, **kwargs))
 
     # ---- batches
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import load_model, save_model
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from trl_fast.parallel.engines import engine_of
+from trl_fast.parallel.weights import set_whole_weights, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -59,25 +63,33 @@ class NumbersPart:
 
 
 class WeightsPart:
-    """Keeps a model's weights in a folder of their own.
+    """Keeps a model's weights, whole, in a folder of their own; all processes take part.
 
     Args:
         folder: its name.
-        get_model: returns the model, without what was wrapped around it.
+        model: the model, as the accelerator has prepared it.
+        accelerator: the one of the trainer.
+        writes: whether this process writes what it has.
     """
 
-    def __init__(self, folder: str, get_model: Callable[[], torch.nn.Module]) -> None:
-        self._folder, self._get_model = folder, get_model
+    def __init__(self, folder: str, model: torch.nn.Module, accelerator: Accelerator, *, writes: bool) -> None:
+        self._folder, self._model, self._accelerator, self._writes = folder, model, accelerator, writes
 
     def save_to_checkpoint(self, folder: Path) -> None:
         """Writes the weights."""
+        weights = whole_weights(self._accelerator, self._model)
+        if not (weights and self._writes):
+            return
         (folder / self._folder).mkdir(exist_ok=True)
-        save_model(self._get_model(), str(folder / self._folder / WEIGHTS_FILE), metadata={"format": "pt"})
+        # A tied weight is there under each of its names; it is written once.
+        once = {weight.data_ptr(): (name, weight.contiguous()) for name, weight in reversed(weights.items())}
+        save_file(dict(once.values()), folder / self._folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
     def load_from_checkpoint(self, folder: Path) -> None:
         """Reads the weights; without them, says that they begin anew."""
-        path = folder / self._folder / WEIGHTS_FILE
-        if not path.is_file():
+        accelerator, path = self._accelerator, folder / self._folder / WEIGHTS_FILE
+        reads = accelerator.is_main_process or not engine_of(accelerator).needs.shards_weights
+        weights = load_file(path) if reads and path.is_file() else {}
+        if reads and not weights:
             logger.warning(f"resume_from_checkpoint: {path} is not there: these weights begin anew.")
-            return
-        load_model(self._get_model(), path)
+        set_whole_weights(accelerator, self._model, weights)

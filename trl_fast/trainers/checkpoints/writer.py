@@ -46,11 +46,13 @@ class Checkpoints:
     Attributes:
         parts: what is kept beside weights, optimizer, scheduler and random states; the same in all processes, so one
             of them writes it. Of callbacks that are parts, each process writes its own.
+        collective_parts: the same, of parts that all processes write together.
     """
 
     def __init__(self, trainer: Trainer, make_record: Callable[[], RunRecord]) -> None:
         self._trainer, self._make_record = trainer, make_record
         self.parts: list[CheckpointPart] = []
+        self.collective_parts: list[CheckpointPart] = []
         self._record: RunRecord | None = None
         self._run_id: str | None = None
         self._folder: Path | None = None
@@ -140,7 +142,7 @@ class Checkpoints:
     def load_parts(self, checkpoint: str | None) -> None:
         """Reads what the parts have kept."""
         if checkpoint is not None:
-            for part in [*self.parts, *self._callbacks()]:
+            for part in [*self.parts, *self.collective_parts, *self._callbacks()]:
                 part.load_from_checkpoint(Path(checkpoint))
 
     def _callbacks(self) -> list[CheckpointPart]:
@@ -201,7 +203,7 @@ class Checkpoints:
         args = self._trainer.args
         if args.save_only_model:
             return
-        for part in [*(self.parts if args.should_save else []), *self._callbacks()]:
+        for part in [*(self.parts if args.should_save else []), *self.collective_parts, *self._callbacks()]:
             part.save_to_checkpoint(folder)
 
     def _publish(self, folder: Path, final: Path) -> None:

@@ -65,11 +65,12 @@ class Critic:
         self.plain = model.train()
         self.model: torch.nn.Module = model
         self.device = args.device
-        self._weights = WeightsPart(VALUE_FOLDER, lambda: self.plain)
+        self._writes = args.should_save
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Moves the model to its device and wraps it for mixed precision and several processes."""
         self.model = accelerator.prepare_model(self.plain)
+        self._weights = WeightsPart(VALUE_FOLDER, self.model, accelerator, writes=self._writes)
 
     def trained_weights(self) -> dict[str, torch.nn.Parameter]:
         """Returns the weights that are trained, by name."""
@@ -117,8 +118,9 @@ class Critic:
 
     def save_to_checkpoint(self, folder: Path) -> None:
         """Writes the model into a folder of its own, from which `from_pretrained` loads a plain one too."""
-        base_model(self.plain).config.save_pretrained(folder / VALUE_FOLDER)
         self._weights.save_to_checkpoint(folder)
+        if self._writes:
+            base_model(self.plain).config.save_pretrained(folder / VALUE_FOLDER)
 
     def load_from_checkpoint(self, folder: Path) -> None:
         """Reads the weights.

@@ -138,7 +138,8 @@ class PPOTrainer(OnlineTrainer):
         self._divergence.more_models.append(self.value_model)
         self.kl_control = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         kl_state = NumbersPart(KL_STATE_FILE, self.kl_control, {"kl_coef": "coefficient"})
-        self.checkpoints.parts += [self.critic, kl_state]
+        self.checkpoints.parts.append(kl_state)
+        self.checkpoints.collective_parts.append(self.critic)
         self._rows: list[dict[str, Any]] = []
         self._latest: dict[str, float] = {}
         self.seed_sampling(layout)

@@ -1,0 +1,71 @@
+"""Reads and sets the weights of a model that an engine has sharded: the part of this process, or the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .engines import Engine, engine_of
+
+
+def local_shard(parameter: torch.Tensor) -> torch.Tensor:
+    """Returns the part of a parameter (of any shape) that this process holds: a view, without gradient.
+
+    What is written into it changes the parameter. Where no engine has sharded it, that is all of it. Models of one
+    architecture that one engine has sharded have parts of the same shapes.
+    """
+    sharded: Any = parameter.detach()
+    if hasattr(sharded, "to_local"):  # a DTensor: FSDP2, tensor parallelism
+        return sharded.to_local()
+    return getattr(parameter, "ds_tensor", sharded)  # ZeRO-3's part; FSDP1's parameters are views of it
+
+
+def whole_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns a prepared model's state dict with whole tensors, gathered one by one into the CPU's memory.
+
+    All processes have to call this. Where the engine shards weights, only the first process gets them, the others an
+    empty dict.
+    """
+    return accelerator.get_state_dict(model)
+
+
+def set_whole_weights(accelerator: Accelerator, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Sets a prepared model's weights from whole tensors, of their own shapes, which only the first process needs.
+
+    All processes have to call this. A name that is missing keeps its value, as that of a tied weight under its other
+    name.
+
+    Raises:
+        NotImplementedError: the engine shards weights in a way for which this is not written.
+    """
+    engine = engine_of(accelerator)
+    if engine is Engine.FSDP2:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        set_model_state_dict(model, dict(weights), options=options)
+    elif engine is Engine.FSDP1:
+        _set_by_units(accelerator, model, weights)
+    elif engine.needs.shards_weights:
+        raise NotImplementedError(f"weights of a model that {engine.value} shards cannot be set yet")
+    else:
+        accelerator.unwrap_model(model).load_state_dict(weights, strict=False)
+
+
+@torch.no_grad()
+def _set_by_units(accelerator: Accelerator, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Sets the parameters of an FSDP1 model, one of the units at a time whole that it shards them by."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        prefix = f"{names[id(unit)]}." if names[id(unit)] else ""
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True):
+            for name, parameter in unit.named_parameters():
+                plain = f"{prefix}{name}".replace("_fsdp_wrapped_module.", "")
+                if parameter.numel() == 0:  # of a unit within this one
+                    continue
+                if accelerator.is_main_process and plain in weights:
+                    parameter.copy_(weights[plain])
+                torch.distributed.broadcast(parameter, 0)
