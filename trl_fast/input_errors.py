@@ -18,13 +18,13 @@ def is_input_error(error: BaseException) -> bool:
     code of ours is wrong. A file that cannot be opened and a package that is not installed are the user's too.
     """
     if isinstance(error, OSError):
-        return error.filename is not None or _is_raised_on_purpose(error)
+        return error.filename is not None or is_raised_on_purpose(error)
     if isinstance(error, ImportError):
         return not (error.name or "").startswith("trl_fast")
-    return isinstance(error, (ValueError, TypeError, NotImplementedError)) and _is_raised_on_purpose(error)
+    return isinstance(error, (ValueError, TypeError, NotImplementedError)) and is_raised_on_purpose(error)
 
 
-def _is_raised_on_purpose(error: BaseException) -> bool:
+def is_raised_on_purpose(error: BaseException) -> bool:
     """Says whether an error comes from a `raise` statement, and not from an operation that Python refused."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:

@@ -58,7 +58,7 @@ def test_two_processes_agree():
     assert first["odd"] == "OddError: one and two"
     assert second["odd"] == "RuntimeError: process 0 failed: OddError: one and two"
     assert (first["each"], second["each"]) == (0, 1)
-    assert first["of one"] == "ValueError: process 1 failed: ValueError: row 3 is bad"
+    assert first["of one"] == "ValueError: process 1 failed: row 3 is bad"
     assert second["of one"] == "ValueError: row 3 is bad"
     assert first["of the program"] == "RuntimeError: process 1 failed: KeyError: 'name'"
     assert (first["of all"], second["of all"]) == ("ValueError: row 0", "ValueError: row 1")

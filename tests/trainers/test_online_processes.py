@@ -138,7 +138,7 @@ def test_two_processes_compute_what_one_does(case, two, model_path, tmp_path):
 @pytest.mark.slow
 def test_a_failure_in_one_process_stops_both_and_nothing_is_lost(two):
     (first, second), _ = two
-    assert first["failure"].startswith("RuntimeError: process 1 failed: RuntimeError: reward function 'judge' raised")
+    assert first["failure"].startswith("RuntimeError: process 1 failed: reward function 'judge' raised")
     assert second["failure"].startswith("RuntimeError: reward function 'judge' raised KeyError")
     for result in (first, second):
         assert "Step 1 is saved" in result["note"]

@@ -15,8 +15,6 @@ import torch
 import torch.distributed
 from accelerate import PartialState
 
-from trl_fast.input_errors import is_input_error
-
 T = TypeVar("T")
 
 
@@ -41,16 +39,19 @@ def decided_by_first(make: Callable[[], T]) -> T:
         return make()
     told: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
+        own: Exception | None = None
         try:
             told[0] = make()
         except Exception as error:
-            told[1] = error
-        torch.distributed.broadcast_object_list([told[0], _portable(0, told[1])])
+            told[1], own = _portable(error), error
+        torch.distributed.broadcast_object_list(told)
+        if own is not None:
+            raise own
     else:
         torch.distributed.broadcast_object_list(told)
-    value, error = told
-    if error is not None:
-        raise error
+    value, failure = told
+    if failure is not None:
+        raise failure
     return value
 
 
@@ -60,9 +61,8 @@ def together(work: Callable[[], T]) -> T:
     work: calls no collective operation, which a process that failed would not reach.
 
     Raises:
-        Exception: in the process whose `work` raises it.
-        ValueError, RuntimeError: in the others: number and text of the first process that failed. ValueError where
-            the error is one of the user's input.
+        Exception: in the process whose `work` raises it; in the others, an error that names the first process that
+            failed, as `error_for_others` makes it.
     """
     if is_alone():
         return work()
@@ -72,49 +72,45 @@ def together(work: Callable[[], T]) -> T:
         value = work()
     except Exception as error:
         failure = error
-    agree_on_failure(failure)
+    failure = first_failure(failure)
+    if failure is not None:
+        raise failure
     return value
 
 
-def agree_on_failure(failure: Exception | None) -> None:
-    """Tells all processes of a failure in this one, None for none, and raises in all if there is one in any.
-
-    Raises:
-        Exception: as in `together`.
-    """
-    error = first_failure(failure)
-    if error is not None:
-        raise error
-
-
 def first_failure(failure: Exception | None) -> Exception | None:
-    """Returns this process's failure, else an error that tells of the first process that failed, None if none did."""
+    """Returns this process's failure, else the error that the first process which failed has for others; or None."""
     if is_alone():
         return failure
-    told = None if failure is None else (is_input_error(failure), describe(failure))
+    told = None if failure is None else error_for_others(torch.distributed.get_rank(), failure)
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, told)
-    failed = [process for process, found in enumerate(every) if found is not None]
-    if failure is not None or not failed:
-        return failure
-    of_input, text = every[failed[0]]
-    return (ValueError if of_input else RuntimeError)(f"process {failed[0]} failed: {text}")
+    return failure or next((error for error in every if error is not None), None)
 
 
-def describe(error: BaseException) -> str:
-    """Returns an error's type and text."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+def error_for_others(process: int, error: BaseException) -> Exception:
+    """Returns an error that tells of a process's failure: of the same type where that takes a text, else RuntimeError.
+
+    It can be pickled.
+    """
+    text = f"process {process} failed: {error}"
+    try:
+        found = pickle.loads(pickle.dumps(type(error)(text)))
+    except Exception:
+        found = None
+    if isinstance(found, Exception) and str(found) == text:
+        return found
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return RuntimeError(f"process {process} failed: {what}")
 
 
-def _portable(process: int, error: Exception | None) -> Exception | None:
-    """Returns an error as other processes can read it: itself, or one with its text."""
+def _portable(error: Exception) -> Exception:
+    """Returns an error of process 0 as other processes can read it: itself, or one that tells of it."""
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
-        copy = None
-    if error is None or (type(copy) is type(error) and str(copy) == str(error)):
-        return error
-    return RuntimeError(f"process {process} failed: {describe(error)}")
+        return error_for_others(0, error)
+    return error if type(copy) is type(error) and str(copy) == str(error) else error_for_others(0, error)
 
 
 def largest_over_ranks(number: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import AnyDataset, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.position_limits import check_positions
 
 
 def check_dataset_type(dataset: object, name: str) -> None:
@@ -28,13 +29,23 @@ def shows_tokens(dataset: AnyDataset | None, columns: tuple[str, ...]) -> bool:
     return set(columns) <= set(dataset.column_names)
 
 
-def longest_row(dataset: AnyDataset, columns: tuple[str, ...], max_length: int | None) -> int | None:
-    """Returns the tokens of a dataset's longest sequence as it is trained on; None where they cannot be told."""
+def check_lengths(
+    dataset: AnyDataset,
+    name: str,
+    columns: tuple[str, ...],
+    model: PreTrainedModel | PeftModel,
+    max_length: int | None,
+) -> None:
+    """Checks that a model has positions for a prepared dataset's longest sequence, as far as that can be told.
+
+    Raises:
+        ValueError: as in `modeling.position_limits.check_positions`.
+    """
     longest = longest_sequence(dataset, columns) if shows_tokens(dataset, columns) else None
     if longest is not None and max_length is not None and "prompt_ids" in columns:
         # Those rows are cut as they are batched.
-        return min(longest, max_length)
-    return longest
+        longest = min(longest, max_length)
+    check_positions(model, longest, max_length, name)
 
 
 def named_parts(
@@ -44,6 +55,26 @@ def named_parts(
     if isinstance(eval_dataset, Mapping):
         return {"train": train_dataset, **{f"eval {name}": part for name, part in eval_dataset.items()}}
     return {"train": train_dataset} if eval_dataset is None else {"train": train_dataset, "eval": eval_dataset}
+
+
+def change_parts(
+    change: Callable[[AnyDataset, str], AnyDataset],
+    train_dataset: AnyDataset,
+    eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None,
+) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
+    """Returns both datasets, or all of a dict of them, as `change` gives them from a dataset and its name.
+
+    Raises:
+        ValueError, TypeError: as in `check_dataset_type`.
+    """
+    changed = {}
+    for name, part in named_parts(train_dataset, eval_dataset).items():
+        check_dataset_type(part, name)
+        changed[name] = change(part, name)
+    train_dataset = changed.pop("train")
+    if isinstance(eval_dataset, Mapping):
+        return train_dataset, dict(zip(eval_dataset, changed.values(), strict=True))
+    return train_dataset, changed.get("eval")
 
 
 def check_vocabulary(

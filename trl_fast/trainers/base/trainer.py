@@ -16,11 +16,12 @@ from trl_fast.data import AnyDataset, DictBatch, TokenBatch
 from trl_fast.modeling.adapters import check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
-from trl_fast.modeling.position_limits import check_positions
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
+from trl_fast.parallel.agreement import together
 from trl_fast.parallel.engines import keep_float32_outputs
+from trl_fast.parallel.failures import failing_together, watch_failures
 
 from ..checkpoints.run_record import RunRecord
 from ..checkpoints.writer import Checkpoints
@@ -39,7 +40,7 @@ from .metric_lists import MetricLists
 from .model_card import model_tags, write_model_card
 from .model_setup import check_trains, layout_request, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
-from .prepared_datasets import check_dataset_type, check_vocabulary, longest_row, named_parts
+from .prepared_datasets import change_parts, check_lengths, check_vocabulary, named_parts
 from .progress import close_progress
 from .stop_signals import StopSignals
 from .stream_loader import StreamLoader, forbid_dispatching
@@ -83,6 +84,7 @@ class BaseTrainer(Trainer):
         Raises:
             ValueError: a subclass defines methods that would never be called.
         """
+        watch_failures()
         check_overrides(type(self))
         return checked_config(self.config_class, args, model)
 
@@ -181,26 +183,21 @@ class BaseTrainer(Trainer):
     ) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
         """Returns both datasets prepared, after their token ids were held against the model's vocabulary."""
 
-        def prepare(dataset: AnyDataset, name: str) -> AnyDataset:
-            check_dataset_type(dataset, name)
-            return self.prepare_dataset(dataset, processing_class, args, name)
+        def prepare_all() -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
+            with args.main_process_first(desc="preparing the datasets"):
+                prepare = lambda part, name: self.prepare_dataset(part, processing_class, args, name)  # noqa: E731
+                prepared = change_parts(prepare, train_dataset, eval_dataset)
+            parts = named_parts(*prepared)
+            check_vocabulary(parts, self.token_columns, model, processing_class)
+            for name, part in parts.items():
+                self._check_positions(base_model(model), part, args, name)
+            return prepared
 
-        self.set_up_data(train_dataset, processing_class, args)
-        with args.main_process_first(desc="preparing the datasets"):
-            train_dataset = prepare(train_dataset, "train")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: prepare(dataset, f"eval {name}") for name, dataset in eval_dataset.items()}
-            elif eval_dataset is not None:
-                eval_dataset = prepare(eval_dataset, "eval")
-        parts = named_parts(train_dataset, eval_dataset)
-        check_vocabulary(parts, self.token_columns, model, processing_class)
-        for name, part in parts.items():
-            self._check_positions(base_model(model), part, args, name)
-        return train_dataset, eval_dataset
+        together(lambda: self.set_up_data(train_dataset, processing_class, args))
+        return together(prepare_all)
 
     def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: BaseConfig, name: str) -> None:
-        longest = longest_row(dataset, self.token_columns, args.max_length)
-        check_positions(model, longest, args.max_length, name)
+        check_lengths(dataset, name, self.token_columns, model, args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -265,6 +262,7 @@ class BaseTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator, kwargs["description"])
         return StreamLoader(kwargs["dataset"], kwargs["batch_size"], collate, self.args, self.accelerator)
 
+    @failing_together()
     def evaluate(
         self,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | str | None = None,
@@ -276,6 +274,7 @@ class BaseTrainer(Trainer):
             eval_dataset = self.prepare_for_evaluation(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    @failing_together()
     def predict(self, test_dataset: AnyDataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predicts; the dataset is prepared as those of the constructor were. The arguments are those of the base."""
         return super().predict(self.prepare_for_evaluation(test_dataset), *args, **kwargs)
@@ -357,6 +356,7 @@ class BaseTrainer(Trainer):
                 self._signals.caught(saves=self.args.save_strategy != "no"),
                 self.checkpoints.run(resume_from_checkpoint) as checkpoint,
                 self.run_report.running(),
+                failing_together(),
             ):
                 result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
                 self._divergence.finish()

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_fast.parallel.agreement import first_failure
 
 from ..base.log_window import LogWindow
 from ..checkpoints.random_states import random_states, set_random_states
@@ -76,11 +77,9 @@ class Rescue(TrainerCallback):
             yield
         except Exception as error:
             failure = error
-        messages = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
-        failed = [process for process, message in enumerate(messages) if message is not None]
-        if not failed:
+        failure = first_failure(failure)
+        if failure is None:
             return
-        failure = failure or RuntimeError(f"process {failed[0]} failed: {messages[failed[0]]}")
         self._save_last_whole_step(failure)
         raise failure
 
