@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import trl_fast
 from support.models import tiny_classifier, tiny_model
@@ -20,6 +25,7 @@ ROWS = {
     "KTO": lambda: color_labels(12),
     "Reward": lambda: color_pairs(12),
 }
+SLOW = pytest.mark.slow
 # Plain steps: Adam makes of a rounding a step where a gradient is nearly nothing.
 SETTINGS = {"gradient_accumulation_steps": 1, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
 # KTO pairs completions with others of a device's batch, so that it is held against two processes of DDP.
@@ -59,12 +65,69 @@ def assert_same(got, expected):
         )
 
 
-@pytest.mark.parametrize("method", ROWS)
-def test_two_processes_train_as_one(method, tmp_path):
-    first, second = run_on_ranks(train, method, tmp_path / "two", engine="fsdp2")
+def two_and_other(method, folder, engine="fsdp2", **settings):
+    """Both processes' numbers under an engine, and the right ones: of one process on the same rows, or of DDP."""
+    work = partial(train, method, **settings)
+    both = run_on_ranks(partial(work, folder / "two"), engine=engine)
     if OTHER[method] is None:
-        other = train(method, tmp_path / "one", batch_size=4)
-    else:
-        other = run_on_ranks(train, method, tmp_path / "one", engine=OTHER[method])[0]
-    assert_same(first, other)
+        return both, work(folder / "one", batch_size=4)
+    return both, run_on_ranks(partial(work, folder / "ddp"), engine=OTHER[method])[0]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["DPO", *(pytest.param(name, marks=SLOW) for name in ("SFT", "KTO", "Reward"))])
+def test_two_processes_train_as_one(method, lora, tmp_path):
+    (first, second), right = two_and_other(method, tmp_path, lora=lora)
+    assert_same(first, right)
     assert first[0] == second[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "settings"),
+    [
+        ("fsdp2", {"family": "qwen2"}),
+        ("fsdp1", {"lora": True}),
+        *[
+            (engine, {"sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3})
+            for engine in ("fsdp1", "fsdp2")
+        ],
+    ],
+    ids=["tied", "fsdp1 lora", "fsdp1 sync", "fsdp2 sync"],
+)
+def test_dpo_in_two_processes(engine, settings, tmp_path):
+    (first, _), right = two_and_other("DPO", tmp_path, engine, learning_rate=0.01, **settings)
+    assert_same(first, right)
+
+
+def test_a_reference_is_held_in_parts(tmp_path):
+    """Also after a step: what its forward pass has gathered is let go of."""
+
+    def held():
+        trainer = make("DPO", tmp_path, max_steps=1)
+        trainer.train()
+        models = (trainer.ref_model, trainer.model)
+        shapes = [[isinstance(weight, DTensor) for weight in model.parameters()] for model in models]
+        units = [sum(isinstance(module, FSDPModule) for module in model.modules()) for model in models]
+        return shapes, units
+
+    for shapes, units in run_on_ranks(held, engine="fsdp2"):
+        assert all(shapes[0])
+        assert all(shapes[1])
+        assert units[0] == units[1] > 2
+
+
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=SLOW), True], ids=["full", "lora"])
+def test_losses_of_bfloat16_products_are_float32(lora, tmp_path):
+    """Before the first step policy and reference are the same: the loss is log 2, which bfloat16 rounds to 0.695."""
+
+    def first_loss():
+        trainer = make("DPO", tmp_path, lora=lora, bf16=True, max_steps=1)
+        dtypes = []
+        trainer.model.register_forward_hook(lambda _, __, output: dtypes.append(output.tokens.logprobs.dtype))
+        trainer.train()
+        return trainer.state.log_history[0]["loss"], set(dtypes)
+
+    for loss, dtypes in run_on_ranks(first_loss, engine="fsdp2", mixed_precision="bf16"):
+        assert loss == pytest.approx(math.log(2), abs=1e-6)
+        assert dtypes == {torch.float32}

@@ -93,24 +93,35 @@ def reference_adapter(model: PeftModel, adapter: str | None) -> str | None:
 
 @contextmanager
 def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[None]:
-    """Turns the model into its reference within the context: the named adapter, else "ref", else no adapter."""
+    """Turns the model into its reference within the context: the named adapter, else "ref", else no adapter.
+
+    Which parameters train stays as it is, also within: peft changes it, and FSDP may take a look at that moment. So
+    whoever wants no gradient of the reference says `torch.no_grad()`.
+    """
     name = reference_adapter(model, adapter)
-    if name is None:
-        with model.disable_adapter():
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter() if name is None else _active_adapter(model, name):
+            _set_trained(trained)
             yield
-        return
+    finally:
+        _set_trained(trained)
+
+
+@contextmanager
+def _active_adapter(model: PeftModel, name: str) -> Iterator[None]:
     active = model.active_adapter
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.set_adapter(name)
     try:
         yield
     finally:
         model.set_adapter(active)
-        # set_adapter makes whatever it activates trainable and freezes the rest.
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+
+
+def _set_trained(trained: list[tuple[torch.nn.Parameter, bool]]) -> None:
+    for parameter, trains in trained:
+        if parameter.requires_grad != trains:
+            parameter.requires_grad_(trains)
 
 
 def reference_scope(model: torch.nn.Module, adapter: str | None = None) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -141,17 +141,16 @@ class _TreeAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         row = kernels(query, key, value, trees, scale)
         out, lse = row.forward()
-        # All tensors, so that checkpointing lets go of them.
-        ctx.save_for_backward(query, key, value, out, lse, *row.rng_state)
-        ctx.trees, ctx.scale, ctx.kernels = trees, scale, kernels
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.trees, ctx.scale, ctx.kernels, ctx.rng_state = trees, scale, kernels, row.rng_state
         return out
 
     @staticmethod
     @first_derivative("attention of token trees")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse, *rng_state = ctx.saved_tensors
+        query, key, value, out, lse = ctx.saved_tensors
         row = ctx.kernels(query, key, value, ctx.trees, ctx.scale)
-        row.rng_state = rng_state
+        row.rng_state = ctx.rng_state
         return (*row.backward(grad, out, lse), None, None, None)
 
 
@@ -162,7 +161,7 @@ class CpuRowAttention:
     products are slow the kernel gets float32 numbers.
     """
 
-    rng_state: Sequence[torch.Tensor] = ()
+    rng_state = None
 
     def __init__(
         self,
@@ -327,8 +326,7 @@ class PlainRowAttention(CpuRowAttention):
 class _Varlen(NamedTuple):
     """Holds what a varlen flash call is told of its sequences, and where in the row their queries and keys are.
 
-    query_of: (T,) int32, which of the queries a token of the row is, -1: none; None of a causal call, whose queries
-    are all tokens.
+    query_of: (T,) int32, which of the queries a token of the row is, -1: none.
     """
 
     queries: slice | torch.Tensor
@@ -338,7 +336,7 @@ class _Varlen(NamedTuple):
     longest_query: int
     longest_key: int
     causal: bool
-    query_of: torch.Tensor | None
+    query_of: torch.Tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -353,36 +351,28 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: D
         chosen = [part for part in parts if part.causal == causal]
         if not chosen:
             continue
-        queries, keys = ([getattr(part, side) for part in chosen] for side in ("queries", "keys"))
-        cu_seqlens_q = _bounds(queries, device)
-        # Each segment's queries are its keys.
-        cu_seqlens_k = cu_seqlens_q if causal else _bounds(keys, device)
+        places: list[slice | torch.Tensor] = []
+        cu_seqlens: list[torch.Tensor] = []
+        longest: list[int] = []
+        for side in ("queries", "keys"):
+            ranges = [getattr(part, side) for part in chosen]
+            lengths = [r.stop - r.start for r in ranges]
+            places.append(_together(ranges, device))
+            bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+            cu_seqlens.append(copy_to_device(bounds, device))
+            longest.append(max(lengths))
+        query_of = torch.full((sum(map(sum, trees)),), -1, dtype=torch.int32)
+        rows = torch.cat([torch.arange(part.queries.start, part.queries.stop) for part in chosen])
+        query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
+        (queries, keys), (cu_seqlens_q, cu_seqlens_k), (longest_query, longest_key) = places, cu_seqlens, longest
         calls.append(
             _Varlen(
-                *(_together(queries, device), _together(keys, device), cu_seqlens_q, cu_seqlens_k),
-                *(max(map(_length, queries)), max(map(_length, keys)), causal),
-                None if causal else _query_of(queries, sum(map(sum, trees)), device),
+                *(queries, keys, cu_seqlens_q, cu_seqlens_k, longest_query, longest_key),
+                causal,
+                copy_to_device(query_of, device),
             )
         )
     return tuple(calls)
-
-
-def _length(tokens: slice) -> int:
-    return tokens.stop - tokens.start
-
-
-def _bounds(ranges: list[slice], device: torch.device) -> torch.Tensor:
-    """Returns where each of N sequences begins and the last one ends, (N + 1,) int32."""
-    bounds = torch.tensor([0, *itertools.accumulate(map(_length, ranges))], dtype=torch.int32)
-    return copy_to_device(bounds, device)
-
-
-def _query_of(queries: list[slice], tokens: int, device: torch.device) -> torch.Tensor:
-    """Returns which of the queries each token of a row is, (tokens,) int32, -1: none."""
-    query_of = torch.full((tokens,), -1, dtype=torch.int32)
-    rows = torch.cat([torch.arange(part.start, part.stop) for part in queries])
-    query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
-    return copy_to_device(query_of, device)
 
 
 def _together(ranges: list[slice], device: torch.device) -> slice | torch.Tensor:
@@ -406,8 +396,7 @@ class CudaRowAttention:
         # (T, heads, D), as the varlen kernels take it; groups of query heads are theirs to see to.
         self.query, self.key, self.value = (x[0].transpose(0, 1) for x in (query, key, value))
         self.calls, self.scale = _varlen_calls(trees, query.device, device_facts(query.device)), scale
-        # Two tensors a call.
-        self.rng_state: list[torch.Tensor] = []
+        self.rng_state: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _given(self, call: _Varlen) -> Iterator[torch.Tensor]:
         yield self.query[call.queries].contiguous()
@@ -423,8 +412,8 @@ class CudaRowAttention:
             found, found_lse, *rng_state, _ = torch.ops.aten._flash_attention_forward(
                 *self._given(call), *lengths, 0.0, call.causal, False, scale=self.scale
             )
-            self.rng_state += rng_state
-            if call.query_of is None:
+            self.rng_state.append(tuple(rng_state))
+            if call.causal:
                 out, lse = found, found_lse
             else:
                 out, lse = merge_attention(out, lse, found, found_lse, call.query_of)
@@ -435,7 +424,7 @@ class CudaRowAttention:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns gradients of query, key and value, in their shapes."""
         grad, out = (x[0].transpose(0, 1) for x in (grad, out))
-        for number, call in enumerate(self.calls):
+        for call, rng_state in zip(self.calls, self.rng_state, strict=True):
             rows = call.queries
             lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_query, call.longest_key)
             found = torch.ops.aten._flash_attention_backward(
@@ -446,7 +435,7 @@ class CudaRowAttention:
                 *lengths,
                 0.0,
                 call.causal,
-                *self.rng_state[2 * number : 2 * number + 2],
+                *rng_state,
                 scale=self.scale,
             )
             if call.causal:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 
 from .engines import Engine, engine_of
 
@@ -25,12 +26,31 @@ def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     return getattr(parameter, "ds_tensor", sharded)  # ZeRO-3's part; FSDP1's parameters are views of it
 
 
+def local_shards(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Returns the parts of a model's parameters, of any shapes, that this process holds, as `local_shard` does.
+
+    What is whole for the moment is sharded first. Of FSDP1 a part is that of all parameters of a unit.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        units: Any = [unit for unit in FullyShardedDataParallel.fsdp_modules(model) if unit._has_params]
+        for unit in units:
+            _reshard(unit, unit._handle, True)
+        return [unit._flat_param._local_shard for unit in units]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return [local_shard(parameter) for parameter in model.parameters()]
+
+
 def whole_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a prepared model's state dict with whole tensors, gathered one by one into the CPU's memory.
+    """Returns a prepared model's state dict with whole tensors, gathered in small parts into the CPU's memory.
 
     All processes have to call this. Where the engine shards weights, only the first process gets them, the others an
     empty dict.
     """
+    if engine_of(accelerator) is Engine.FSDP1:
+        first = accelerator.is_main_process
+        return {name: part.detach().to("cpu", copy=True) for name, part in _by_units(model) if first}
     return accelerator.get_state_dict(model)
 
 
@@ -48,24 +68,21 @@ def set_whole_weights(accelerator: Accelerator, model: torch.nn.Module, weights:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         set_model_state_dict(model, dict(weights), options=options)
     elif engine is Engine.FSDP1:
-        _set_by_units(accelerator, model, weights)
+        for name, parameter in _by_units(model):
+            if accelerator.is_main_process and name in weights:
+                parameter.data.copy_(weights[name])
+            torch.distributed.broadcast(parameter.data, 0)
     elif engine.needs.shards_weights:
         raise NotImplementedError(f"weights of a model that {engine.value} shards cannot be set yet")
     else:
         accelerator.unwrap_model(model).load_state_dict(weights, strict=False)
 
 
-@torch.no_grad()
-def _set_by_units(accelerator: Accelerator, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Sets the parameters of an FSDP1 model, one of the units at a time whole that it shards them by."""
-    names = {id(module): name for name, module in model.named_modules()}
+def _by_units(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gives the parameters of an FSDP1 model by name, one of the units at a time whole that it shards them by."""
+    prefixes = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
     for unit in FullyShardedDataParallel.fsdp_modules(model):
-        prefix = f"{names[id(unit)]}." if names[id(unit)] else ""
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True):
+        with torch.no_grad(), FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True):
             for name, parameter in unit.named_parameters():
-                plain = f"{prefix}{name}".replace("_fsdp_wrapped_module.", "")
-                if parameter.numel() == 0:  # of a unit within this one
-                    continue
-                if accelerator.is_main_process and plain in weights:
-                    parameter.copy_(weights[plain])
-                torch.distributed.broadcast(parameter, 0)
+                if parameter.numel():  # else one of a unit within this one
+                    yield f"{prefixes[id(unit)]}{name}".replace("_fsdp_wrapped_module.", ""), parameter

@@ -27,12 +27,9 @@ class TiledHead:
     _cast_weight: torch.Tensor | None = None
 
     def cast_tile(self, columns: slice) -> torch.Tensor:
-        """Returns rows `columns` of the weight, (C, H), cast to the product's dtype; valid until the next call.
-
-        A weight that is cast as a whole is cast once.
-        """
+        """Returns rows `columns` of the weight, (C, H), cast to the product's dtype; on a CPU valid until the next."""
         dtype = self.plan.product_dtype
-        if self.plan.casts_whole:
+        if not self.plan.limits.policy.weight_tiles:
             if self._cast_weight is None:
                 self._cast_weight = self.weight.to(dtype)
             return self._cast_weight[columns]

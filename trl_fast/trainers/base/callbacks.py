@@ -31,7 +31,7 @@ from transformers import (
 from trl_fast.console import make_console
 from trl_fast.data import maybe_apply_chat_template
 from trl_fast.modeling.embedding_noise import SequenceNoise
-from trl_fast.parallel.weights import local_shard
+from trl_fast.parallel.weights import local_shards
 
 from ..checkpoints.random_states import random_states, set_random_states
 
@@ -132,18 +132,15 @@ class SyncRefModelCallback(TrainerCallback):
     @torch.no_grad()
     def sync_target_model(model: torch.nn.Module, target_model: torch.nn.Module, alpha: float) -> None:
         """Moves each parameter of target_model towards model's by the share alpha; a process moves what it holds."""
-        for target, source in zip(target_model.parameters(), model.parameters(), strict=True):
-            part = local_shard(target)
-            part.lerp_(local_shard(source).to(part.dtype), alpha)
+        for target, source in zip(local_shards(target_model), local_shards(model), strict=True):
+            target.lerp_(source.to(target.dtype), alpha)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Updates the reference when its time has come."""
         if state.global_step % args.ref_model_sync_steps == 0:
-            model = kwargs["model"]
-            model = self.accelerator.unwrap_model(model) if self.accelerator is not None else model
-            self.sync_target_model(model, self.ref_model, args.ref_model_mixup_alpha)
+            self.sync_target_model(kwargs["model"], self.ref_model, args.ref_model_mixup_alpha)
 
 
 class LogCompletionsCallback(TrainerCallback):
