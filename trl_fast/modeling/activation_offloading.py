@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_fast.ops.device import device_facts, has_gpu
+from trl_fast.parallel.partitions import whole_shape
 
 from .loading import backbone
 from .model_changes import changes_of, unbound_forward
@@ -77,7 +78,7 @@ class Offloading:
         weights = list(weights)
         # By the storages' own addresses, which fake tensors have too.
         self._storages = {weight.untyped_storage()._cdata for weight in weights}
-        self._shapes = {tuple(sorted(weight.shape)) for weight in weights}
+        self._shapes = {tuple(sorted(whole_shape(weight))) for weight in weights}
         self._schedules: dict[torch.device, Schedule] = {}
         self._in_layers = False
 

@@ -13,6 +13,8 @@ from datasets.fingerprint import Hasher
 from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+from trl_fast.parallel.partitions import whole_parameters
+
 from .reference_policy import reference_adapter
 
 
@@ -30,9 +32,10 @@ def reference_hash(model: PreTrainedModel | PeftModel, adapter: str | None = Non
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=_plain_value).encode())
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in sorted(name for name in named if not others & set(name.split("."))):
-        tensor = named[name].detach()
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+        with whole_parameters([named[name]]):
+            tensor = named[name].detach()
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -13,6 +13,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from trl_fast.parallel.partitions import copy_partitioned, is_partitioned
+
 from .checkpointing import disable_checkpointing, is_checkpointing
 from .loading import load_causal_lm
 
@@ -30,11 +32,14 @@ def copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a frozen copy of the policy as it is now.
 
     TRL loads the policy's checkpoint once more, and so loses what was changed since; a copy is what is meant. Only a
-    model that accelerate spread over devices is loaded again: its hooks point at the original's modules.
+    model that accelerate spread over devices is loaded again: its hooks point at the original's modules. Of a model
+    that ZeRO-3 keeps in parts, each process copies its own.
     """
     spread = len(set(getattr(model, "hf_device_map", None) or {"": 0}.values())) > 1
     if spread:
         reference = load_causal_lm(model.config._name_or_path, dtype=model.dtype)
+    elif any(is_partitioned(parameter) for parameter in model.parameters()):
+        reference = copy_partitioned(model)
     else:
         reference = copy.deepcopy(model)
     return freeze(reference)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_fast.ops.device import DeviceMemory, device_facts
+from trl_fast.parallel.partitions import whole_shape, whole_size
 
 # The share of a device that is left alone: half of it for a workspace of the head that the measured pass did not fill,
 # half for memory that the allocator holds in pieces too small to serve.
@@ -150,11 +151,11 @@ def missing_gradient_bytes(weights: Iterable[torch.Tensor]) -> int:
 
 def working_weights(layer: torch.nn.Module, experts_per_token: int) -> int:
     """Counts the weights of a layer that a token meets: of stacked experts (E, ., .) only those that it is sent to."""
-    counts = (
-        weight.numel() // len(weight) * min(experts_per_token, len(weight)) if weight.dim() == 3 else weight.numel()
-        for weight in layer.parameters()
+    shapes = [whole_shape(weight) for weight in layer.parameters()]
+    return sum(
+        shape.numel() // shape[0] * min(experts_per_token, shape[0]) if len(shape) == 3 else shape.numel()
+        for shape in shapes
     )
-    return sum(counts)
 
 
 class Meter:
@@ -222,4 +223,4 @@ def _cast_bytes(layer: torch.nn.Module, device_type: str) -> int:
     if not torch.is_autocast_enabled(device_type):
         return 0
     itemsize = torch.get_autocast_dtype(device_type).itemsize
-    return sum(weight.numel() * itemsize for weight in layer.parameters() if weight.dtype == torch.float32)
+    return sum(whole_size(weight) * itemsize for weight in layer.parameters() if weight.dtype == torch.float32)

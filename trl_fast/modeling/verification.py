@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
 from trl_fast.data.token_trees import Tree
+from trl_fast.parallel.partitions import whole_in_forward
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 
 from .classifier_head import rewards
@@ -59,7 +60,7 @@ def verify(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | 
     if layout is not None and BATCH_LAYOUTS[layout].shares_prompts:
         trees = [Tree((ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS], [ids, ids[::-1]]) for ids in sequences]
     alone = [pack_trees([tree], PADDED, 0).to(device) for tree in trees]
-    with evaluating(model):
+    with evaluating(model), whole_in_forward(model):
         own = torch.cat([_own_logprobs(model, batch) for batch in alone])
         fused = torch.cat([score(model, batch).tokens.logprobs for batch in alone])
         fused_error = (fused - own).abs().max().item()
@@ -88,7 +89,7 @@ def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout
     # Two answers each to a prompt that is long enough to be shared.
     prompts = [(ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS] for ids in sequences]
     pairs = [(prompt + ids, prompt + ids[::-1]) for prompt, ids in zip(prompts, sequences, strict=True)]
-    with evaluating(model):
+    with evaluating(model), whole_in_forward(model):
         rows = [torch.tensor([ids], device=device) for pair in pairs for ids in pair]
         alone = [model(input_ids=row, use_cache=False).logits for row in rows]
         if any(logits.shape != (1, 1) for logits in alone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,13 +110,13 @@ def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn
 
     Engines that shard weights shard this one's too, a layer at a time, so that no more than a layer of it is whole at
     once.
-
-    Raises:
-        NotImplementedError: ZeRO-3, which shards models as they are loaded.
     """
     engine = engine_of(accelerator)
     if engine is Engine.ZERO3:
-        raise NotImplementedError("a separate ref_model with DeepSpeed ZeRO-3 is not supported yet; use PEFT")
+        return _prepare_by_zero3(accelerator.state.deepspeed_plugin, model)
+    if engine.is_deepspeed:
+        # The policy's weights take the dtype of DeepSpeed's configuration, where autocast would leave them.
+        return model.to(accelerator.device, accelerator.state.deepspeed_plugin.hf_ds_config.dtype()).eval()
     if engine is Engine.FSDP2:
         with _wrapping(accelerator.state.fsdp_plugin, model):
             prepared: Any = fsdp2_prepare_model(accelerator, model).eval()
@@ -128,6 +129,28 @@ def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn
         accelerator._models.remove(wrapped)  # what accelerate clips and saves is the policy's
         return wrapped.eval()
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _prepare_by_zero3(plugin: Any, model: torch.nn.Module) -> torch.nn.Module:
+    """Wraps a model in an engine of DeepSpeed without an optimizer, configured as the policy's otherwise."""
+    import deepspeed
+
+    config = copy.deepcopy(plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler", "gradient_clipping"):
+        config.pop(name, None)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    # What the policy's get when it is prepared: sizes that go by the width of the layers.
+    width = model.config.get_text_config().hidden_size
+    sizes = {
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    zero |= {name: size for name, size in sizes.items() if zero.get(name, "auto") == "auto"}
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()  # returns nothing
+    return engine
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_fast.data import AnyDataset, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.position_limits import check_positions
+from trl_fast.parallel.partitions import whole_shape
 
 
 def check_dataset_type(dataset: object, name: str) -> None:
@@ -90,7 +91,7 @@ def check_vocabulary(
     """
     inner = base_model(model)
     head: Any = inner.get_output_embeddings() or inner.get_input_embeddings()
-    vocab_size = head.weight.shape[0]
+    vocab_size = whole_shape(head.weight)[0]
     known = {name: part for name, part in parts.items() if shows_tokens(part, columns)}
     largest = [check_token_ids(part, vocab_size, name, columns) for name, part in known.items()]
     check_head_vocabulary(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 
 from trl_fast.data import AnyDataset
 from trl_fast.modeling.loading import base_model
+from trl_fast.parallel.partitions import whole_shape, whole_size
 
 # Rows of the dataset that are hashed, spread over all of it.
 _SAMPLED_ROWS = 16
@@ -130,8 +131,8 @@ def _text(value: object) -> str:
 def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
     inner, digest, count = base_model(cast(PreTrainedModel, model)), blake2b(digest_size=16), 0
     for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
-        digest.update(f"{name} {tuple(weight.shape)};".encode())
-        count += weight.numel()
+        digest.update(f"{name} {tuple(whole_shape(weight))};".encode())
+        count += whole_size(weight)
     adapters: dict[str, str] = {}
     if isinstance(model, PeftModel):
         for name, config in model.peft_config.items():

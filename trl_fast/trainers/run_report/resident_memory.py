@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_fast.parallel.partitions import whole_size
+
 # What an optimizer keeps of each trained number, by how its name begins: a tensor of the weight's dtype so many times,
 # or so many bytes. Longer names first.
 _STATES_LIKE_WEIGHT = {"adamw_torch_4bit": None, "adamw_torch_8bit": None, "adamw_torch": 2, "adamw_apex": 2}
@@ -37,7 +39,7 @@ def parameter_count(weight: torch.Tensor) -> int:
     state = getattr(weight, "quant_state", None)
     if state is not None:
         return state.shape.numel()
-    return getattr(weight, "ds_numel", weight.numel())
+    return whole_size(weight)
 
 
 def resident_memory(models: Iterable[torch.nn.Module], optimizer: str) -> ResidentMemory:
@@ -46,7 +48,7 @@ def resident_memory(models: Iterable[torch.nn.Module], optimizer: str) -> Reside
     optimizer: the name of `optim`.
     """
     weights = {id(weight): weight for model in models for weight in model.parameters()}.values()
-    sizes = [(weight, getattr(weight, "ds_numel", weight.numel()) * weight.element_size()) for weight in weights]
+    sizes = [(weight, whole_size(weight) * weight.element_size()) for weight in weights]
     trained = sum(size for weight, size in sizes if weight.requires_grad)
     times = next((times for name, times in _STATES_LIKE_WEIGHT.items() if optimizer.startswith(name)), None)
     return ResidentMemory(sum(size for _, size in sizes), trained, None if times is None else times * trained)

@@ -1,0 +1,100 @@
+"""Two processes under DeepSpeed ZeRO train as one does: losses, gradient norms, evaluation, and the weights saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+import trl_fast
+from support.models import save_tiny_classifier, save_tiny_model
+from support.ranks import run_on_ranks
+from support.supervised import sft_rows
+from support.tokenizer import build_tokenizer
+from support.training import color_labels, color_pairs, make_trainer
+
+ROWS = {
+    "SFT": lambda: sft_rows("prompt and completion", 16),
+    "DPO": lambda: color_pairs(16),
+    "KTO": lambda: color_labels(16),
+    "Reward": lambda: color_pairs(16),
+}
+# Plain steps, since Adam makes of a rounding a step where a gradient is nearly nothing; two micro-batches in each.
+# Rows are evaluated one by one: a mean over batches would depend on how many rows are in one.
+SETTINGS = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.05, "per_device_eval_batch_size": 1}
+# KTO's estimate of the KL reads the completions of a device's batch, so that two devices have another one.
+METHOD_SETTINGS = {"KTO": {"loss_type": "apo_zero_unpaired"}}
+
+
+def adapter(method: str) -> LoraConfig:
+    """An adapter that does something from the first step on."""
+    task = "SEQ_CLS" if method == "Reward" else "CAUSAL_LM"
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task, init_lora_weights=False)
+
+
+def make(method: str, model: str, folder: Path, batch_size: int, *, lora: bool = False, **settings: object):
+    """A trainer of a model given by its folder: under ZeRO-3 it is in parts as soon as it is loaded."""
+    rows = ROWS[method]()
+    arguments = {"model": model, "processing_class": build_tokenizer(), "train_dataset": rows}
+    arguments |= {"eval_dataset": rows.select(range(4)), "peft_config": adapter(method) if lora else None}
+    settings = {**SETTINGS, **METHOD_SETTINGS.get(method, {}), **settings}
+    settings |= {"per_device_train_batch_size": batch_size}
+    return make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
+
+
+def train_each(cases: list[tuple], folder: Path, batch_size: int) -> list[tuple]:
+    """Of each case the logged numbers, the loss of evaluation, and what the saved files hold."""
+    found = []
+    for number, (method, model, lora) in enumerate(cases):
+        trainer = make(method, model, folder / str(number), batch_size, lora=lora)
+        trainer.train()
+        steps = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+        evaluated = trainer.evaluate()["eval_loss"]
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        found.append(([*steps, (evaluated, 0.0)], load_file(next((folder / str(number)).glob("*model.safetensors")))))
+    return found
+
+
+def assert_same(got: tuple, expected: tuple, case: tuple) -> None:
+    torch.testing.assert_close(
+        torch.tensor(got[0]), torch.tensor(expected[0]), rtol=5e-7, atol=1e-7, msg=lambda text: f"{case}: {text}"
+    )
+    # DeepSpeed copies a tied head before it is saved, so that it stands in the file too.
+    assert got[1].keys() - {"lm_head.weight"} == expected[1].keys() - {"lm_head.weight"}
+    for name, weight in expected[1].items():
+        torch.testing.assert_close(got[1][name], weight, rtol=0, atol=1e-6, msg=lambda text: f"{case} {name}: {text}")  # noqa: B023
+
+
+def cases_of(folder: Path, family: str, chosen: list[tuple[str, bool]]) -> list[tuple]:
+    language_model = save_tiny_model(folder / "model", build_tokenizer(), family)
+    classifier = save_tiny_classifier(folder / "classifier", build_tokenizer(), family)
+    return [(method, classifier if method == "Reward" else language_model, lora) for method, lora in chosen]
+
+
+EVERY = [(method, lora) for method in ROWS for lora in (False, True)]
+QUICK = {"zero2": [("DPO", False)], "zero3": [("SFT", False), ("DPO", False), ("Reward", True)]}
+
+
+@pytest.mark.parametrize(
+    ("family", "engine", "chosen"),
+    [
+        *(("llama", engine, QUICK[engine]) for engine in ("zero2", "zero3")),
+        *(
+            pytest.param(family, engine, EVERY, marks=pytest.mark.slow)
+            for family in ("llama", "qwen2")
+            for engine in ("zero1", "zero2", "zero3")
+        ),
+    ],
+)
+def test_two_processes_train_as_one(family, engine, chosen, tmp_path):
+    """Methods with (True) and without an adapter; of one family with a head of its own, one with a tied one."""
+    cases = cases_of(tmp_path, family, chosen)
+    first, second = run_on_ranks(train_each, cases, tmp_path / "two", 2, engine=engine, patience=300)
+    one = train_each(cases, tmp_path / "one", 4)
+    for case, got, other, expected in zip(cases, first, second, one, strict=True):
+        assert_same(got, expected, case)
+        assert got[0] == other[0]

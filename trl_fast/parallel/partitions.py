@@ -1,0 +1,91 @@
+"""Reads models whose parameters DeepSpeed ZeRO-3 keeps in parts: sizes, values, and forward passes before `prepare`.
+
+A model that is made while ZeRO-3 is configured has empty parameters: each process holds a part of each beside them.
+The engine's hooks, which make them whole in time, come with `prepare`. What looks at the model before goes through
+here. For parameters that are whole all of this costs nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Tells whether ZeRO-3 keeps a parameter, of any shape, in parts, be it whole at the moment or not."""
+    return hasattr(parameter, "ds_status")
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Returns the shape of a parameter as the model has it, be it here or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def whole_size(parameter: torch.Tensor) -> int:
+    """Returns how many numbers a parameter of any shape has as the model has it, be they here or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+@contextmanager
+def whole_parameters(parameters: Iterable[torch.Tensor], *, written: bool = False) -> Iterator[None]:
+    """Makes parameters, of any shape, whole within the context. All processes have to call this.
+
+    written: whether what the first process writes into them is kept, by all of them.
+    """
+    parts = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if written else None):
+        yield
+
+
+@contextmanager
+def whole_in_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Lets a model that is not prepared yet run: each module's parameters are whole while its forward runs.
+
+    No more than what one module needs is whole at once. All processes have to make the same forward passes. Gradients
+    are not for this.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            parts = [parameter for parameter in module.parameters(recurse=False) if is_partitioned(parameter)]
+            if parts:
+                calls: list[ExitStack] = []
+                before = module.register_forward_pre_hook(partial(_gather, parts, calls))
+                after = module.register_forward_hook(partial(_release, calls), always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+        yield
+
+
+@torch.no_grad()
+def copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a copy of a model that ZeRO-3 keeps in parts, in equal parts: `copy.deepcopy` would copy empty ones.
+
+    All processes have to call this.
+    """
+    with no_init_weights():
+        copied = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    for target, source in zip(copied.parameters(), model.parameters(), strict=True):
+        target.ds_tensor.copy_(source.ds_tensor)
+    for target, source in zip(copied.buffers(), model.buffers(), strict=True):
+        target.copy_(source)
+    return copied.train(model.training)
+
+
+def _gather(parts: list[torch.Tensor], calls: list[ExitStack], *_: object) -> None:
+    calls.append(ExitStack())
+    calls[-1].enter_context(whole_parameters(parts))
+
+
+def _release(calls: list[ExitStack], *_: object) -> None:
+    calls.pop().close()
