@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import state
+from accelerate import ParallelismConfig, state
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -67,6 +67,15 @@ def take_engines_on_cpu() -> None:
         state.PartialState._shared_state["distributed_type"] = self.distributed_type
 
     state.AcceleratorState.__init__ = initialize
+    validate = ParallelismConfig._validate_accelerator
+
+    def validate_as_on_gpus(self: Any, accelerator: Any) -> None:
+        if accelerator.distributed_type != DistributedType.MULTI_CPU:
+            validate(self, accelerator)
+        elif self.total_size != accelerator.num_processes:
+            raise ValueError(f"total_size {self.total_size} does not match num_processes {accelerator.num_processes}")
+
+    ParallelismConfig._validate_accelerator = validate_as_on_gpus
     if os.environ.get("FSDP_VERSION") == "1":
         _let_fsdp1_start()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":

@@ -10,16 +10,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import PretrainedConfig, PreTrainedModel
 
+from trl_fast.ops.head.vocabulary_shard import VocabularyShard
+
 from .model_changes import changes_of
+from .vocabulary_parallel import own_columns
 
 FLOAT32_HEAD = "float32 head"
 
 
 class HeadParameters(NamedTuple):
-    """Holds a head's weight (V, H) and bias (V,) or None, of one float dtype; differentiable if they train."""
+    """Holds a head's weight (V, H) and bias (V,) or None, of one float dtype; differentiable if they train.
+
+    shard: which columns of the vocabulary these V are, where other processes have the others.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    shard: VocabularyShard | None = None
 
 
 class HeadTransform(NamedTuple):
@@ -48,6 +55,8 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
 def head_parameters(model: PreTrainedModel) -> HeadParameters:
     """Returns the head's present weight and bias: with a LoRA adapter added in, or of a saved copy.
 
+    Where tensor parallelism has dealt the head to several processes, they are this process's columns of it.
+
     Raises:
         ValueError: the model has no head, or an adapter on it cannot be written as a weight.
     """
@@ -59,7 +68,7 @@ def head_parameters(model: PreTrainedModel) -> HeadParameters:
     if isinstance(head, BaseTunerLayer):
         return _adapted(head)
     weight: Any = head.weight
-    return HeadParameters(weight, getattr(head, "bias", None))
+    return HeadParameters(*own_columns(weight, getattr(head, "bias", None)))
 
 
 def active_copy(head: ModulesToSaveWrapper) -> torch.nn.Module:
@@ -72,7 +81,7 @@ def _adapted(head: BaseTunerLayer) -> HeadParameters:
     base: Any = head.get_base_layer()
     weight, bias = base.weight, getattr(base, "bias", None)
     if head.disable_adapters or head.merged:
-        return HeadParameters(weight, bias)
+        return HeadParameters(*own_columns(weight, bias))
     for adapter in head.active_adapters:
         if not isinstance(head, LoraLinear) or adapter in head.lora_variant:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_fast.ops.device import device_facts
+from trl_fast.ops.head.vocabulary_shard import VocabularyShard
 from trl_fast.ops.matmul import SIXTEEN_BITS
 
 from .model_changes import changes_of
@@ -27,24 +28,27 @@ _MOST_BYTES, _MOST_TRAINED_BYTES = 1 << 30, 8 << 30
 _LEAST_ROWS = 16
 
 
-def head_workspace(model: PreTrainedModel, weight: torch.Tensor, num_rows: int, num_tokens: int) -> int:
+def head_workspace(
+    model: PreTrainedModel, weight: torch.Tensor, num_rows: int, num_tokens: int, shard: VocabularyShard | None = None
+) -> int:
     """Returns the bytes of the workspace of a model's head for `num_rows` scored rows of `num_tokens` tokens.
 
     On a CPU as much as TRL's tiles of logits take; on a GPU also as much as what comes later in a step: the MLP's
     backward pass, and of a 16-bit weight that trains its gradient, which TRL makes beside float32 sums and a tile.
 
-    weight: (V, H), the head's.
+    weight: (V, H), the head's; shard: which columns these are. Processes that share the vocabulary get the same bytes.
     """
     on_cpu = device_facts(weight.device).kind == "cpu"
     row_bytes = _ROW_BYTES_ON_CPU if on_cpu else _ROW_BYTES_ON_GPU
     size = min(min(num_rows, _TILE_ROWS_OF_TRL) * row_bytes, _MOST_BYTES)
-    size = max(size, _LEAST_ROWS * 4 * weight.shape[0])
+    columns = weight.shape[0] if shard is None else shard.widest
+    size = max(size, _LEAST_ROWS * 4 * columns)
     if on_cpu:
         return size
     later = mlp_bytes(model, num_tokens)
     if not _trains(model, weight):
         return max(size, min(later, _MOST_BYTES))
-    gradient = size + weight.nbytes if weight.dtype in SIXTEEN_BITS else 0
+    gradient = size + columns * weight.shape[1] * weight.itemsize if weight.dtype in SIXTEEN_BITS else 0
     return max(size, min(max(later, gradient), _MOST_TRAINED_BYTES))
 
 

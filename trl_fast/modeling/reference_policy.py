@@ -32,17 +32,30 @@ def copy_as_reference(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a frozen copy of the policy as it is now.
 
     TRL loads the policy's checkpoint once more, and so loses what was changed since; a copy is what is meant. Only a
-    model that accelerate spread over devices is loaded again: its hooks point at the original's modules. Of a model
-    that ZeRO-3 keeps in parts, each process copies its own.
+    model that accelerate spread over devices, or that tensor parallelism has in parts, is loaded again: hooks and
+    layers of a copy would call the original's modules. Of a model that ZeRO-3 keeps in parts, each process copies its
+    own.
     """
     spread = len(set(getattr(model, "hf_device_map", None) or {"": 0}.values())) > 1
-    if spread:
+    if (model.tp_size or 1) > 1:
+        reference = _loaded_in_parts(model)
+    elif spread:
         reference = load_causal_lm(model.config._name_or_path, dtype=model.dtype)
     elif any(is_partitioned(parameter) for parameter in model.parameters()):
         reference = copy_partitioned(model)
     else:
         reference = copy.deepcopy(model)
     return freeze(reference)
+
+
+def _loaded_in_parts(model: PreTrainedModel) -> PreTrainedModel:
+    """Loads the model again, in parts as it is, and gives it the weights of now: each process copies its own parts."""
+    parts = model.config.distributed_config
+    loaded = load_causal_lm(model.config._name_or_path, dtype=model.dtype, device_map=None, distributed_config=parts)
+    with torch.no_grad():
+        for own, policy in zip(loaded.parameters(), model.parameters(), strict=True):
+            own.copy_(policy)
+    return loaded
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
@@ -61,10 +74,14 @@ def create_reference_model(
     its number; None tries those of the common families.
 
     Raises:
-        ValueError: no parameter fits the pattern, or DeepSpeed ZeRO-3 has sharded the parameters.
+        ValueError: no parameter fits the pattern, or DeepSpeed ZeRO-3 or tensor parallelism has sharded the parameters.
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError("create_reference_model cannot copy parameters that ZeRO-3 has sharded; load the model again")
+    if getattr(model, "tp_size", None) not in (None, 1):
+        raise ValueError(
+            "create_reference_model cannot copy a model that tensor parallelism has in parts; load it again"
+        )
     reference = freeze(cast("PreTrainedModel", copy.deepcopy(model)))
     if num_shared_layers is None:
         return reference

@@ -154,17 +154,17 @@ def _read_head(
     parameters: HeadParameters,
 ) -> dict[str, torch.Tensor]:
     """Returns the fields of TokenScores that the request asks for, and its loss; parameters: the head's, whole."""
-    weight, bias = parameters
+    weight, bias, shard = parameters
     softcap, logit_scale = head_transform(model.config)
     transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)
     tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
     options = scoring.head
     if options.workspace_bytes is None:
-        options = replace(options, workspace_bytes=head_workspace(model, weight, len(hidden), num_tokens))
+        options = replace(options, workspace_bytes=head_workspace(model, weight, len(hidden), num_tokens, shard))
     given = (*tensors, transform, scoring.outputs, options)
     if scoring.token_loss is None:
-        return token_logprobs(*given).present()
-    loss, tokens = token_loss_of_head(*given, scoring.token_loss, scoring.group_sizes)
+        return token_logprobs(*given, shard).present()
+    loss, tokens = token_loss_of_head(*given, scoring.token_loss, scoring.group_sizes, shard=shard)
     return {"loss": loss, **tokens.present()}
 
 

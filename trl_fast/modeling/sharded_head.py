@@ -5,6 +5,8 @@ returned: before that pass the parameters are whole again, and after it their gr
 Nobody calls a head here, since it would return all logits at once. So its modules are called with another forward,
 which reads their parameters: where several hold them (an adapter's two factors, a saved copy), one inside the other.
 All hooks then run as in the model's own forward, and no engine needs a way of its own.
+
+Tensor parallelism alone leaves a head as it is: each process has columns of the vocabulary (vocabulary_parallel.py).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
     each pass: `read` is not to copy them.
 
     Raises:
-        NotImplementedError: the head is in parts that no hook gathers (tensor parallelism).
+        NotImplementedError: the head is in parts that no hook gathers.
         ValueError: as in `head_parameters`.
     """
     modules = [module for module in _modules_of_head(model) if _has_gathering_hooks(module)]

@@ -19,10 +19,11 @@ from .head.logit_transform import LogitTransform
 from .head.plan import BLOCKS, DEFAULT_SPARSE_THRESHOLD, HeadOptions
 from .head.row_statistics import LOGPROB_ROW, LSE_ROW, MEAN_LOGITS, MEAN_LOGITS_ROW, row_coefficients
 from .head.sweep import empty_kept_logits, score_rows
+from .head.vocabulary_shard import VocabularyShard
 from .matmul import gemm_dtype
 from .memory_pool import scaled
 from .named_gradients import AutogradContext, first_derivative, gradients_of, needs_gradients
-from .validation import check_finite, check_head_tensors, check_target_range
+from .validation import check_head_call, check_head_tensors
 
 REDUCTIONS = ("mean", "sum", "none")
 _OP = "trl_fast::linear_cross_entropy"
@@ -62,14 +63,20 @@ def _linear_cross_entropy(
     need_bias: bool,
     workspace_bytes: int,
     backend: str,
+    first: int = 0,
+    vocab_size: int = 0,
+    widest: int = 0,
+    group: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the rows' summed losses over `divisor` (0-d), and the gradients of hidden, weight, bias if needed.
 
     Gradients have the dtypes of their tensors; those of float16 tensors wait in float32 for the factor of the loss.
+    first, vocab_size, widest, group: of VocabularyShard.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         transform = LogitTransform(scale, softcap, inv_temperature)
-        head = planned_head(hidden, weight, bias, transform, BLOCKS, workspace_bytes, backend)
+        shard = VocabularyShard(first, vocab_size, widest, group) if group else None
+        head = planned_head(hidden, weight, bias, transform, BLOCKS, workspace_bytes, backend, shard)
         needs, num_rows = Needs(need_hidden, need_weight, need_bias), hidden.shape[0]
         hidden_dtype, hidden = hidden.dtype, hidden.to(head.plan.product_dtype)
         total = torch.zeros((), dtype=head.plan.sum_dtype, device=hidden.device)
@@ -83,7 +90,7 @@ def _linear_cross_entropy(
             lse, logprobs, mean_logits = (statistics[row] for row in (LSE_ROW, LOGPROB_ROW, MEAN_LOGITS_ROW))
             total += token_losses(lse, logprobs, mean_logits, label_smoothing, z_loss).sum()
             if any(needs):
-                coefficients = _coefficients(statistics, divisor, head.plan.vocab_size, label_smoothing, z_loss)
+                coefficients = _coefficients(statistics, divisor, head.vocab_size, label_smoothing, z_loss)
                 given = (hidden[rows], targets[rows], lse, coefficients, kept)
                 gradients.add(rows, *given, consume=True, last=rows.stop == num_rows)
         return (total / divisor, *gradients.results(hidden_dtype, weight.dtype if bias is None else bias.dtype))
@@ -106,7 +113,8 @@ def _coefficients(
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *options: object
 ) -> tuple[torch.Tensor, ...]:
-    need_hidden, need_weight, need_bias = options[-5:-2]
+    # After the divisor, the transform and the two factors; arguments that have their defaults are not there.
+    need_hidden, need_weight, need_bias = options[6:9]
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return (
         hidden.new_empty((), dtype=torch.promote_types(gemm_dtype(hidden), torch.float32)),
@@ -189,6 +197,7 @@ def linear_cross_entropy(
     backend: str | None = None,
     head_grad: str = "exact",
     sparse_threshold: float = DEFAULT_SPARSE_THRESHOLD,
+    shard: VocabularyShard | None = None,
 ) -> torch.Tensor:
     """Computes the cross-entropy of cap(logit_scale · (hidden weightᵀ + bias)) / temperature.
 
@@ -198,7 +207,7 @@ def linear_cross_entropy(
         hidden: (N, H) float32|bfloat16|float16.
         weight: (V, H), dtype of hidden (any float dtype under autocast).
         targets: (N,) integer in [0, V), or ignore_index.
-        bias, temperature, softcap, logit_scale, workspace_bytes, backend, head_grad, sparse_threshold: as in
+        bias, temperature, softcap, logit_scale, workspace_bytes, backend, head_grad, sparse_threshold, shard: as in
             linear_logprob; the sparse gradient has neither label smoothing nor z-loss.
         label_smoothing: ε in [0, 1], mass spread evenly over the vocabulary.
         z_loss: factor of lse², added to every token's loss.
@@ -222,7 +231,7 @@ def linear_cross_entropy(
     if len(kept) < num_rows:
         hidden, targets = hidden[kept], targets[kept]
     divisor = _divisor(reduction, num_items, len(kept), hidden)
-    given = (hidden, weight, targets, bias, transform, label_smoothing, z_loss, options)
+    given = (hidden, weight, targets, bias, transform, label_smoothing, z_loss, options, shard)
     if reduction == "none":
         losses = _row_losses(*given)
         return losses if len(kept) == num_rows else losses.new_zeros(num_rows).index_copy(0, kept, losses)
@@ -241,10 +250,11 @@ def _row_losses(
     label_smoothing: float,
     z_loss: float,
     options: HeadOptions,
+    shard: VocabularyShard | None,
 ) -> torch.Tensor:
     """Computes the loss of each row, (N,); its gradient is computed in the backward pass."""
     outputs = MEAN_LOGITS if label_smoothing else 0
-    given = (hidden, weight, targets, bias, transform, outputs, options)
+    given = (hidden, weight, targets, bias, transform, outputs, options, shard)
     scores = differentiable_scores("linear_cross_entropy", *given)
     return token_losses(scores.lse, scores.logprobs, scores.mean_logits, label_smoothing, z_loss)
 
@@ -258,11 +268,11 @@ def _summed_loss(
     label_smoothing: float,
     z_loss: float,
     options: HeadOptions,
+    shard: VocabularyShard | None,
     divisor: torch.Tensor,
 ) -> torch.Tensor:
     """Computes the sum of the rows' losses over `divisor`, and its gradient with it."""
-    check_target_range(targets, weight.shape[0])
-    check_finite(hidden)
+    check_head_call(hidden, weight, targets, bias, shard)
     facts = device_facts(hidden.device)
     grad_enabled = torch.is_grad_enabled()
     loss, *_ = _linear_cross_entropy(
@@ -277,7 +287,8 @@ def _summed_loss(
         grad_enabled and hidden.requires_grad,
         grad_enabled and weight.requires_grad,
         grad_enabled and bias is not None and bias.requires_grad,
-        options.workspace_on(hidden.device, facts),
+        options.workspace_on(hidden.device, facts, shard),
         choose_backend("linear_cross_entropy", options.backend, facts, hidden.dtype),
+        *(shard or ()),
     )
     return loss

@@ -8,6 +8,7 @@ from .head.autograd import differentiable_scores
 from .head.logit_transform import LogitTransform
 from .head.plan import DEFAULT_SPARSE_THRESHOLD, HeadOptions
 from .head.row_statistics import output_mask
+from .head.vocabulary_shard import VocabularyShard
 from .token_scores import TokenScores, token_scores
 
 
@@ -25,6 +26,7 @@ def linear_logprob(
     backend: str | None = None,
     head_grad: str = "exact",
     sparse_threshold: float = DEFAULT_SPARSE_THRESHOLD,
+    shard: VocabularyShard | None = None,
 ) -> TokenScores:
     """Computes each target's log-probability: softmax(cap(logit_scale · (hidden weightᵀ + bias)) / temperature).
 
@@ -43,6 +45,10 @@ def linear_logprob(
             head/sparse_gradient.py). Its random numbers come from torch's default generator.
         sparse_threshold: smaller probabilities are sampled: 2⁻¹² keeps about 300 entries a row on real text at an
             error of 0.5%, 2⁻¹⁴ about 700 at 0.2%, as much as a bfloat16 product has.
+        shard: where several processes hold columns of the vocabulary each (tensor parallelism): which columns these V
+            are. Targets and results are those of the whole vocabulary, and of the gradients only that of hidden comes
+            from all processes, which call with the same rows. workspace_bytes has to be the same for all; by default
+            it is 1 GiB. There is no sparse gradient.
 
     Returns:
         TokenScores of (N,) tensors; float32, is_top1 bool. Outputs that were not asked for are None.
@@ -55,7 +61,7 @@ def linear_logprob(
     """
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     options = HeadOptions(backend, workspace_bytes, head_grad, sparse_threshold)
-    return token_logprobs(hidden, weight, targets, bias, transform, outputs, options)
+    return token_logprobs(hidden, weight, targets, bias, transform, outputs, options, shard)
 
 
 def token_logprobs(
@@ -66,11 +72,13 @@ def token_logprobs(
     transform: LogitTransform,
     outputs: tuple[str, ...],
     options: HeadOptions,
+    shard: VocabularyShard | None = None,
 ) -> TokenScores:
     """Computes what linear_logprob does, with the logits' transform and the user's settings as values.
 
-    hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None.
+    hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None; shard: which
+    columns the V are.
     """
     mask = output_mask(outputs)
-    found = differentiable_scores("linear_logprob", hidden, weight, targets, bias, transform, mask, options)
+    found = differentiable_scores("linear_logprob", hidden, weight, targets, bias, transform, mask, options, shard)
     return token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)

@@ -27,6 +27,7 @@ from .head.plan import BLOCKS, GROUPS, HeadOptions
 from .head.row_statistics import LSE_ROW, NUM_STATISTICS, output_mask, row_coefficients
 from .head.sweep import empty_kept_logits, score_rows
 from .head.tiled_head import TiledHead
+from .head.vocabulary_shard import VocabularyShard
 from .memory_pool import scaled
 from .named_gradients import AutogradContext, first_derivative, gradients_of
 from .token_scores import TokenScores, token_scores
@@ -146,7 +147,7 @@ class _TokenLossSweep:
     def add_loss(self, rows: slice) -> torch.Tensor:
         """Adds the loss of rows that are scored; returns their coefficients (4, R)."""
         numbers = torch.arange(rows.start, rows.stop, device=self.statistics.device)
-        given = (self.statistics[:, rows], numbers, self.outputs, self.head.plan.vocab_size, self.parameters)
+        given = (self.statistics[:, rows], numbers, self.outputs, self.head.vocab_size, self.parameters)
         loss, coefficients = _block_loss(self.token_loss, *given)
         self.loss += loss
         return coefficients
@@ -253,6 +254,7 @@ def linear_token_loss(
     backend: str | None = None,
     group_sizes: Sequence[int] | None = None,
     skip_zero_rows: bool | None = None,
+    shard: VocabularyShard | None = None,
 ) -> ScoredLoss:
     """Computes a sum over tokens of any differentiable function of their log-probability and entropy.
 
@@ -260,8 +262,8 @@ def linear_token_loss(
     gradient.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_bytes, backend: as in
-            linear_logprob.
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_bytes, backend, shard: as in
+            linear_logprob. Of a shard, token_loss has to give the same in all processes.
         token_loss: called once a row block with its TokenScores of (R,) tensors, of which logprobs and entropy are
             differentiable, and the rows' numbers (R,) int64 among the N; returns the block's share of the loss, a 0-d
             tensor. The loss is the sum of all shares, so a mean has to be divided by a number that is known before.
@@ -280,7 +282,7 @@ def linear_token_loss(
     """
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
     given = (hidden, weight, targets, bias, transform, outputs, HeadOptions(backend, workspace_bytes))
-    return token_loss_of_head(*given, token_loss, group_sizes, skip_zero_rows)
+    return token_loss_of_head(*given, token_loss, group_sizes, skip_zero_rows, shard)
 
 
 @torch._disable_dynamo
@@ -295,29 +297,31 @@ def token_loss_of_head(
     token_loss: TokenLoss,
     group_sizes: Sequence[int] | None = None,
     skip_zero_rows: bool | None = None,
+    shard: VocabularyShard | None = None,
 ) -> ScoredLoss:
     """Computes what linear_token_loss does, with the logits' transform and the user's settings as values.
 
-    hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None. The gradient of
-    the head is the one that the options ask for.
+    hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None; shard: which
+    columns the V are. The gradient of the head is the one that the options ask for.
     """
     _check_groups(group_sizes, hidden.shape[0])
     mask = output_mask(outputs)
     if options.head_grad != "exact" or group_sizes is not None and not _head_trains(weight, bias):
         # d logprob / d hidden needs no loss, so with a frozen head no group has to fit anywhere.
-        found = differentiable_scores("linear_logprob", hidden, weight, targets, bias, transform, mask, options)
+        given = (hidden, weight, targets, bias, transform, mask, options, shard)
+        found = differentiable_scores("linear_logprob", *given)
         scores = token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)
         loss = _summed(token_loss(scores, torch.arange(hidden.shape[0], device=hidden.device)))
         return ScoredLoss(loss, scores.detach())
     facts = device_facts(hidden.device)
-    workspace_bytes = options.workspace_on(hidden.device, facts)
-    hidden = check_head_call(hidden, weight, targets, bias)
+    workspace_bytes = options.workspace_on(hidden.device, facts, shard)
+    hidden = check_head_call(hidden, weight, targets, bias, shard)
     backend = choose_backend("linear_token_loss", options.backend, facts, hidden.dtype)
     constants = (hidden.detach(), weight.detach(), None if bias is None else bias.detach())
     tensors = (hidden, weight, bias) if torch.is_grad_enabled() else constants
     with torch.autocast(hidden.device.type, enabled=False):
         keep = BLOCKS if group_sizes is None else GROUPS
-        head = planned_head(hidden, *constants[1:], transform, keep, workspace_bytes, backend)
+        head = planned_head(hidden, *constants[1:], transform, keep, workspace_bytes, backend, shard)
         sweep = _TokenLossSweep(head, hidden.shape[0], token_loss, outputs, group_sizes, skip_zero_rows)
         loss, statistics = _LinearTokenLoss.apply(*tensors, targets.long(), sweep)
         if torch.is_grad_enabled():

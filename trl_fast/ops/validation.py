@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch.autograd import forward_ad
 
+from .head.vocabulary_shard import VocabularyShard
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOGPROB_DTYPES = (torch.float32, torch.float64)
 CHECK_VARIABLE = "TRL_FAST_CHECK"
@@ -72,16 +74,51 @@ def check_head_tensors(
 
 
 def check_head_call(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    shard: VocabularyShard | None = None,
 ) -> torch.Tensor:
     """Checks all that a head op is given, values too where that costs little; returns what check_head_tensors does.
 
-    hidden: (N, H); weight: (V, H); targets: (N,) integer; bias: (V,) or None.
+    hidden: (N, H); weight: (V, H); targets: (N,) integer; bias: (V,) or None; shard: which columns the V are.
     """
     hidden = check_head_tensors(hidden, weight, targets, bias)
-    check_target_range(targets, weight.shape[0])
+    if shard is None:
+        check_target_range(targets, weight.shape[0])
+    else:
+        check_shard(shard, weight.shape[0])
+        check_target_range(targets, shard.vocab_size)
     check_finite(hidden)
     return hidden
+
+
+def check_shard(shard: VocabularyShard, num_columns: int) -> None:
+    """Checks that a process's shard of the vocabulary has the columns that its weight has.
+
+    Raises:
+        ValueError: it has others.
+    """
+    last = shard.first + num_columns
+    if not (shard.first >= 0 and last <= shard.vocab_size and num_columns <= shard.widest <= shard.vocab_size):
+        raise ValueError(
+            f"shard: expected the place of a weight of {num_columns} columns in a vocabulary, got columns from "
+            f"{shard.first} of {shard.vocab_size} where a process has at most {shard.widest}"
+        )
+
+
+def check_sparse(shard: VocabularyShard | None) -> None:
+    """Refuses the sparse gradient of a head whose vocabulary is dealt to several processes.
+
+    Raises:
+        ValueError: it is; with the remedy.
+    """
+    if shard is not None:
+        raise ValueError(
+            "head_grad='sparse' is not there for a head whose vocabulary is dealt to several processes (tensor "
+            "parallelism); use head_grad='exact'"
+        )
 
 
 def _check_targets_type(targets: torch.Tensor, shape: tuple[int, ...], name: str, device: torch.device) -> None:

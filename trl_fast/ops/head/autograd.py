@@ -27,7 +27,7 @@ import torch
 from ..backends import choose_backend
 from ..device import device_facts
 from ..named_gradients import AutogradContext, first_derivative, gradients_of, needs_gradients
-from ..validation import check_head_call
+from ..validation import check_head_call, check_sparse
 from .fused_kernel import fused_tiles
 from .gradients import HeadGradients, Needs, head_gradients
 from .kept_logits import KeptLogits
@@ -45,6 +45,7 @@ from .row_statistics import (
 from .sparse_gradient import SPARSE_KERNELS, sparse_gradients
 from .sweep import empty_kept_logits, score_rows, score_rows_and_keep, score_rows_with_unit_gradient
 from .tiled_head import TiledHead
+from .vocabulary_shard import VocabularyShard
 
 
 class DifferentiableScores(NamedTuple):
@@ -66,26 +67,29 @@ def differentiable_scores(
     transform: LogitTransform,
     outputs: int,
     options: HeadOptions,
+    shard: VocabularyShard | None = None,
 ) -> DifferentiableScores:
     """Scores the targets (N,) of hidden (N, H) under a head of weight (V, H) and bias (V,) or None.
 
-    op: the public op's name, for messages; outputs: mask of the statistics to compute.
+    op: the public op's name, for messages; outputs: mask of the statistics to compute; shard: which columns of the
+    whole head's vocabulary the V are.
 
     Raises:
         ValueError, RuntimeError: as in linear_logprob.
     """
     facts = device_facts(hidden.device)
-    workspace_bytes = options.workspace_on(hidden.device, facts)
-    hidden = check_head_call(hidden, weight, targets, bias)
+    workspace_bytes = options.workspace_on(hidden.device, facts, shard)
+    hidden = check_head_call(hidden, weight, targets, bias, shard)
     backend = choose_backend(op, options.backend, facts, hidden.dtype)
     keep = what_to_keep(hidden, weight, bias)
     given = (hidden, weight, targets.long(), bias)
     if options.head_grad == "sparse" and keep != NOTHING:
         offsets = torch.rand(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+        check_sparse(shard)
         numbers = (*transform, outputs, options.sparse_threshold, workspace_bytes, backend)
         logprobs, entropy, statistics, *_ = linear_scores_sparse(*given, offsets, *numbers)
         return DifferentiableScores(statistics[LSE_ROW].detach(), logprobs, entropy, None, statistics.detach())
-    numbers = (*transform, outputs, keep, workspace_bytes, backend)
+    numbers = (*transform, outputs, keep, workspace_bytes, backend, *(shard or ()))
     lse, logprobs, entropy, mean_logits, statistics, *_ = linear_scores(*given, *numbers)
     return DifferentiableScores(lse, logprobs, entropy, mean_logits, statistics.detach())
 
@@ -109,10 +113,11 @@ def planned_head(
     keep: int,
     workspace_bytes: int,
     backend: str,
+    shard: VocabularyShard | None = None,
 ) -> TiledHead:
     """Plans the sweeps over hidden (N, H), and returns the head with its plan.
 
-    weight: (V, H); bias: (V,) or None; keep: what of the logits is kept (see plan.py).
+    weight: (V, H); bias: (V,) or None; keep: what of the logits is kept (see plan.py); shard: which columns these are.
 
     Raises:
         ValueError: the workspace holds no row of logits.
@@ -121,7 +126,7 @@ def planned_head(
     kernels = facts.row_kernels or ROW_KERNELS[backend]
     plan = plan_head(
         hidden.shape[0],
-        weight.shape,
+        weight.shape if shard is None else (shard.widest, weight.shape[1]),
         dtype=hidden.dtype,
         weight_dtype=weight.dtype,
         capped=transform.softcap != 0.0,
@@ -131,7 +136,9 @@ def planned_head(
         facts=facts,
         find_fused=functools.partial(fused_tiles, backend, weight.shape[1], device=weight.device),
     )
-    return TiledHead(weight, bias, transform, plan, kernels)
+    if shard is None:
+        return TiledHead(weight, bias, transform, plan, kernels, plan.vocab_size)
+    return TiledHead(weight, bias, transform, plan.narrowed(weight.shape[0]), kernels, shard.vocab_size, shard)
 
 
 @torch.library.custom_op("trl_fast::linear_scores", mutates_args=())
@@ -147,14 +154,20 @@ def linear_scores(
     keep: int,
     workspace_bytes: int,
     backend: str,
+    first: int = 0,
+    vocab_size: int = 0,
+    widest: int = 0,
+    group: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns lse, logprobs, entropy, mean_logits (N,), all statistics (7, N), the cache (see the module), its tops.
 
-    hidden: (N, H); weight: (V, H); targets: (N,) int64; statistics float32, NaN where `outputs` did not ask for them.
+    hidden: (N, H); weight: (V, H); targets: (N,) int64; statistics float32, NaN where `outputs` did not ask for them;
+    first, vocab_size, widest, group: of VocabularyShard.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         transform = LogitTransform(scale, softcap, inv_temperature)
-        head = planned_head(hidden, weight, bias, transform, keep, workspace_bytes, backend)
+        shard = VocabularyShard(first, vocab_size, widest, group) if group else None
+        head = planned_head(hidden, weight, bias, transform, keep, workspace_bytes, backend, shard)
         product = hidden.to(head.plan.product_dtype)
         cache, tops = product.new_empty(0, 0, 0), hidden.new_empty(0, dtype=torch.float32)
         if keep == UNIT_GRADIENT:
@@ -183,7 +196,7 @@ def _score_with_unit_gradient(
         kept = logits.part(slice(rows.stop - rows.start))
         found = score_rows(head, hidden[rows], targets[rows], outputs, keep=kept)
         ones = torch.ones_like(found[LOGPROB_ROW])
-        coefficients = row_coefficients(found, plan.vocab_size, grad_logprobs=ones)
+        coefficients = row_coefficients(found, head.vocab_size, grad_logprobs=ones)
         given = (hidden[rows], targets[rows], found[LSE_ROW], coefficients, kept)
         gradients.add(rows, *given, consume=True, last=rows.stop == num_rows)
         statistics[:, rows] = found
@@ -203,9 +216,14 @@ def _(
     keep: int,
     workspace_bytes: int,
     backend: str,
+    first: int = 0,
+    vocab_size: int = 0,
+    widest: int = 0,
+    group: str = "",
 ) -> tuple[torch.Tensor, ...]:
     transform = LogitTransform(scale, softcap, inv_temperature)
-    head = planned_head(hidden, weight, bias, transform, keep, workspace_bytes, backend)
+    shard = VocabularyShard(first, vocab_size, widest, group) if group else None
+    head = planned_head(hidden, weight, bias, transform, keep, workspace_bytes, backend, shard)
     num_rows, sums = hidden.shape[0], head.plan.sum_dtype
     rows = [hidden.new_empty(num_rows, dtype=sums) for _ in range(4)]
     cache = hidden.new_empty(0, 0, 0, dtype=head.plan.product_dtype)
@@ -236,14 +254,20 @@ def linear_scores_backward(
     need_bias: bool,
     workspace_bytes: int,
     backend: str,
+    first: int = 0,
+    vocab_size: int = 0,
+    widest: int = 0,
+    group: str = "",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the gradients of hidden (N, H), weight (V, H), bias (V,) that are needed, from row coefficients (4, N).
 
-    logits, tops: of KeptLogits of the first rows, which the forward pass kept; they are left as they are.
+    logits, tops: of KeptLogits of the first rows, which the forward pass kept; they are left as they are. first,
+    vocab_size, widest, group: of VocabularyShard.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         transform = LogitTransform(scale, softcap, inv_temperature)
-        head = planned_head(hidden, weight, bias, transform, LOGITS, workspace_bytes, backend)
+        shard = VocabularyShard(first, vocab_size, widest, group) if group else None
+        head = planned_head(hidden, weight, bias, transform, LOGITS, workspace_bytes, backend, shard)
         kept = KeptLogits(logits, tops if len(tops) else None, head.plan.kept_columns, head.plan.chunk)
         needs = Needs(need_hidden, need_weight, need_bias)
         return head_gradients(head, needs, hidden, targets, lse, coefficients, kept)
@@ -253,7 +277,8 @@ def linear_scores_backward(
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, *options: Any
 ) -> tuple[torch.Tensor, ...]:
-    need_hidden, need_weight, need_bias = options[-5:-2]
+    # After lse, coefficients, logits, tops and the transform; arguments that have their defaults are not there.
+    need_hidden, need_weight, need_bias = options[7:10]
     return _empty_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
@@ -280,15 +305,17 @@ class _Context(AutogradContext, Protocol):
     keep: int
     workspace_bytes: int
     backend: str
+    shard: VocabularyShard | None
 
 
 def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, targets, bias, *transform, _, keep, workspace_bytes, backend = inputs
+    hidden, weight, targets, bias, *transform, _, keep, workspace_bytes, backend = inputs[:11]
     *_, statistics, cache, tops = output
     ctx.set_materialize_grads(False)
     # A copy: the caller may change what it was given.
     ctx.save_for_backward(hidden, weight, targets, bias, statistics.clone(), cache, tops)
     ctx.transform, ctx.keep, ctx.workspace_bytes, ctx.backend = transform, keep, workspace_bytes, backend
+    ctx.shard = VocabularyShard(*inputs[11:]) if inputs[-1] else None
 
 
 @first_derivative("the head (linear_logprob)")
@@ -306,7 +333,7 @@ def _backward(
         return gradients_of(_OP, hidden=grad_hidden)
     coefficients = row_coefficients(
         statistics,
-        weight.shape[0],
+        weight.shape[0] if ctx.shard is None else ctx.shard.vocab_size,
         grad_lse=grad_lse,
         grad_logprobs=grad_logprobs,
         grad_entropy=grad_entropy,
@@ -314,7 +341,9 @@ def _backward(
     )
     kept = cache if ctx.keep == LOGITS else hidden.new_empty(0, 0, 0)
     given = (hidden, weight, targets, bias, statistics[LSE_ROW], coefficients, kept, tops, *ctx.transform)
-    return _needed_gradients(ctx, _OP, linear_scores_backward, given, (ctx.workspace_bytes, ctx.backend))
+    return _needed_gradients(
+        ctx, _OP, linear_scores_backward, given, (ctx.workspace_bytes, ctx.backend, *(ctx.shard or ()))
+    )
 
 
 def _needed_gradients(

@@ -101,6 +101,8 @@ class HeadGradients:
             skip_zero_rows: whether rows without a coefficient are left out; see active_rows.
             last: no call follows. (A single call needs no float32 sum of the whole weight's gradient.)
         """
+        if self._head.shard is not None:
+            targets = self._head.shard.local(targets)
         index = active_rows(coefficients, skip_zero_rows)
         by_row = coefficients.t()
         if index is not None:
@@ -178,7 +180,7 @@ class HeadGradients:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the gradients of hidden (N, H), weight (V, H) and bias (V,); empty tensors if not needed.
 
-        Each has its tensor's dtype, or the one it waits in.
+        Each has its tensor's dtype, or the one it waits in. Collective where other processes have columns too.
         """
         head = self._head
         dtypes = [self._result_dtype(dtype) for dtype in (hidden_dtype, head.weight.dtype, bias_dtype)]
@@ -186,6 +188,8 @@ class HeadGradients:
             self._spread_hidden()
         if self._needs.hidden and self._hidden is None:
             self._hidden = torch.empty(0, head.plan.hidden_size, dtype=head.plan.sum_dtype, device=head.weight.device)
+        if self._hidden is not None and head.shard is not None:
+            head.shard.add_up(self._hidden)
         if self._needs.weight and self._weight is None:
             self._weight = torch.zeros(head.weight.shape, dtype=dtypes[1], device=head.weight.device)
         if self._factor != 1.0:

@@ -19,7 +19,7 @@ the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ import torch
 from ..device import DeviceFacts
 from ..matmul import SIXTEEN_BITS
 from .kept_logits import CHUNK, PACKED_DTYPE, ROW_ALIGNMENT, num_chunks
+from .vocabulary_shard import VocabularyShard
 
 if TYPE_CHECKING:
     from trl_fast.kernels.linear_scores import Tiles
@@ -80,14 +81,19 @@ class HeadOptions:
         if not 0.0 < self.sparse_threshold < 1.0:
             raise ValueError(f"sparse_threshold must lie between 0 and 1, got {self.sparse_threshold!r}")
 
-    def workspace_on(self, device: torch.device, facts: DeviceFacts) -> int:
+    def workspace_on(self, device: torch.device, facts: DeviceFacts, shard: VocabularyShard | None = None) -> int:
         """Checks the settings, and returns the bytes of workspace of a head on a device with these facts.
+
+        Processes that share the vocabulary (shard) do not look at what is free: they cut their rows alike.
 
         Raises:
             ValueError: as in `check` and `workspace_of`.
         """
         self.check(device)
-        return workspace_of(self.workspace_bytes, device, facts)
+        asked = self.workspace_bytes
+        if asked is None and shard is not None:
+            asked = _LEAST_WORKSPACE
+        return workspace_of(asked, device, facts)
 
 
 class TilePolicy(NamedTuple):
@@ -290,6 +296,20 @@ class HeadPlan:
     def tile_stop(self, row: int) -> int:
         """Returns where the tile ends that a block which ends before `row` ends in."""
         return round_up(row, max(self.scoring.num_rows, 1))
+
+    def narrowed(self, vocab_size: int) -> HeadPlan:
+        """Returns the plan of a head of fewer columns, whose rows are cut as this one's are."""
+        limits = self.limits._replace(vocab_size=vocab_size)
+        columns = vocab_size if limits.policy.whole_rows else self.kept_columns
+        shape = self.scoring.num_rows, self.scoring.num_columns
+        return replace(
+            self,
+            vocab_size=vocab_size,
+            kept_columns=columns,
+            kept_shape=kept_shape(self.kept_rows, vocab_size, columns),
+            scoring=limits.cut(self.block_rows, self.kept_rows, shape),
+            limits=limits,
+        )
 
     def scoring_tiles(self, num_rows: int, kept_rows: int) -> SweepTiles:
         """Returns the tiles that score `num_rows` rows from a tile's first row on, of which the first are kept."""

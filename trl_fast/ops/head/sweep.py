@@ -56,8 +56,10 @@ def score_rows(
     """Computes the statistics (7, N) of all rows.
 
     hidden: (N, H) in the product's dtype; targets: (N,) int64; outputs: mask of what is computed; keep: takes the
-    logits of the first rows, as many as it has.
+    logits of the first rows, as many as it has. Collective where other processes have columns too.
     """
+    if head.shard is not None:
+        targets = head.shard.local(targets)
     state = new_state(hidden.shape[0], hidden.device)
     plan = head.plan
     if plan.fused is not None:
@@ -67,7 +69,9 @@ def score_rows(
         score_rows_fused(*given, plan.fused, plan.limits.tile_bytes)
     else:
         _score_tiles(head, hidden, targets, outputs, state, keep)
-    return finish_scores(state, outputs, head.plan.vocab_size, plan.sum_dtype)
+    if head.shard is not None:
+        state = head.shard.merged(state)
+    return finish_scores(state, outputs, head.vocab_size, plan.sum_dtype)
 
 
 def _score_tiles(
@@ -137,6 +141,8 @@ def score_rows_with_unit_gradient(
     outside the vocabulary.
     """
     plan, tiles = head.plan, head.plan.scoring
+    if head.shard is not None:
+        targets = head.shard.local(targets)
     state = new_state(hidden.shape[0], hidden.device)
     total = torch.zeros(hidden.shape, dtype=plan.sum_dtype, device=head.weight.device)
     scratch = pooled_empty((tiles.num_rows, tiles.num_columns), plan.logits_dtype, head.weight.device)
@@ -157,12 +163,20 @@ def score_rows_with_unit_gradient(
             rows_total = total[rows]
             rows_total.mul_(_shrinkage(top, row_state[TOP])[:, None].to(total.dtype))
             add_mm(rows_total, gradient, weight)
-    statistics = finish_scores(state, outputs, head.plan.vocab_size, plan.sum_dtype)
+    own_top = state[TOP]
+    if head.shard is not None:
+        state = head.shard.merged(state)
+    statistics = finish_scores(state, outputs, head.vocab_size, plan.sum_dtype)
     derivative = head.transform.derivative(state[TARGET]).to(total.dtype)
-    own = head.weight[targets.clamp(0, head.plan.vocab_size - 1)].to(total.dtype)
+    own = head.weight[targets.clamp(0, plan.vocab_size - 1)].to(total.dtype)
+    if head.shard is not None:
+        total.mul_(_shrinkage(own_top, state[TOP])[:, None].to(total.dtype))
+        derivative = derivative.masked_fill((targets < 0) | (targets >= plan.vocab_size), 0.0)
     # Without other classes both are 0.
     mean = total.div_(state[SUM][:, None].to(total.dtype).clamp(min=1))
     unit_gradient = mean.neg_().addcmul_(derivative[:, None], own)
+    if head.shard is not None:
+        head.shard.add_up(unit_gradient)
     return statistics, unit_gradient.mul_(-torch.expm1(statistics[LOGPROB_ROW])[:, None])
 
 

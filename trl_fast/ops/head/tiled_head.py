@@ -10,13 +10,15 @@ from ..memory_pool import pooled_empty
 from .logit_transform import LogitTransform
 from .plan import HeadPlan
 from .row_kernels import RowKernels
+from .vocabulary_shard import VocabularyShard
 
 
 @dataclass(eq=False)
 class TiledHead:
     """Holds a head's tensors, with the plan that its sweeps follow. Nothing here has a gradient of its own.
 
-    weight: (V, H) any float dtype; bias: (V,) or None; kernels: the backend's row kernels.
+    weight: (V, H) any float dtype; bias: (V,) or None; kernels: the backend's row kernels; vocab_size: columns of the
+    whole head; shard: which of them these are, None if they are all.
     """
 
     weight: torch.Tensor
@@ -24,6 +26,8 @@ class TiledHead:
     transform: LogitTransform
     plan: HeadPlan
     kernels: RowKernels
+    vocab_size: int
+    shard: VocabularyShard | None = None
     _cast_weight: torch.Tensor | None = None
 
     def cast_tile(self, columns: slice) -> torch.Tensor:

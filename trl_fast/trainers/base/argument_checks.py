@@ -21,7 +21,7 @@ from trl_fast.settings.ranges import check_ranges
 
 from ..checkpoints.output_folder import check_output_dir
 from .config import BaseConfig
-from .parallelism import check_parallelism
+from .parallelism import check_loaded_for, check_parallelism
 
 # Arguments of trainers that are functions, or None.
 _FUNCTIONS = ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
@@ -32,7 +32,8 @@ def checked_config(config_class: type[BaseConfig], args: object | None, model: o
 
     Raises:
         TypeError: the model is neither a name nor a model, or args are no config of this trainer.
-        ValueError, ImportError: as in `check_settings`; or the output folder cannot be written to.
+        ValueError, ImportError: as in `check_settings`; or the model is not in the parts that args ask for, or the
+            output folder cannot be written to.
     """
     if not isinstance(model, (str, PreTrainedModel, PeftModel)):
         raise TypeError(
@@ -46,6 +47,8 @@ def checked_config(config_class: type[BaseConfig], args: object | None, model: o
     config = config_class.from_any(args)
     check_output_dir(str(config.output_dir))
     check_settings(config)
+    if not isinstance(model, str):
+        check_loaded_for(config, model)
     return config
 
 

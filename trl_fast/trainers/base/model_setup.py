@@ -48,7 +48,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
         ValueError: the model is sharded in a way that is not served; tiled_mlp is set, and there is no MLP that can
             be tiled; or Liger's kernels cannot be used.
     """
-    check_model_parallelism(model)
+    check_model_parallelism(model, args)
     inner = base_model(model)
     check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
     if args.disable_dropout:

@@ -1,4 +1,4 @@
-"""Refuses, before training, the kinds of model parallelism that the trainers do not serve.
+"""Loads models as tensor parallelism asks, and refuses, before training, the kinds of parallelism that are not served.
 
 Data parallelism, sharded or not, is not looked at here: it changes no tensor that a layer or a head sees.
 """
@@ -6,11 +6,15 @@ Data parallelism, sharded or not, is not looked at here: it changes no tensor th
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import ParallelismConfig
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+from transformers.training_args import ParallelMode
+
+from trl_fast.modeling.loading import base_model
 
 
 class _Refusal(NamedTuple):
@@ -30,10 +34,6 @@ _REFUSED = {
     "sp_size": _Refusal(
         "sequence parallelism hands each process a piece of every row, which trl_fast's packed rows do not have yet",
         "leave it out, and use FSDP with gradient checkpointing and tiled_mlp for long rows",
-    ),
-    "tp_size": _Refusal(
-        "tensor parallelism shards the head over its vocabulary, which trl_fast's head cannot score yet",
-        "leave it out, and use FSDP2 or DeepSpeed ZeRO-3, which shard weights too",
     ),
     "pp_size": _Refusal(
         "pipeline parallelism cuts the model into stages, and trl_fast runs the layers and the head of one process",
@@ -63,16 +63,66 @@ def check_parallelism(args: TrainingArguments) -> None:
     Raises:
         ValueError: they do; the message names the field, its value, why and the remedy.
     """
-    _refuse("parallelism_config", requested_parallelism(args))
+    sizes = requested_parallelism(args)
+    _refuse("parallelism_config", sizes)
+    if sizes is not None and sizes.tp_size not in (1, args.world_size):
+        raise ValueError(
+            f"parallelism_config: tp_size={sizes.tp_size} with {args.world_size} processes: tensor parallelism is not "
+            f"combined with data parallelism yet; use tp_size={args.world_size}, or start {sizes.tp_size} processes"
+        )
 
 
-def check_model_parallelism(model: PreTrainedModel | PeftModel) -> None:
-    """Checks that a model was not sharded, as it was loaded, in a way that is not served.
+def parallel_options(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keywords of from_pretrained with which a run of several processes loads a model; given: the user's.
+
+    A model of which each process has a part for tensor parallelism is loaded in parts.
+    """
+    if args.parallel_mode is not ParallelMode.DISTRIBUTED:
+        return {}
+    sizes = requested_parallelism(args)
+    is_said = {"distributed_config", "tp_plan", "tp_size"} & given.keys()
+    if sizes is None or sizes.tp_size == 1 or is_said:
+        return {"device_map": None}
+    return {"device_map": None, "distributed_config": DistributedConfig(tp_size=sizes.tp_size)}
+
+
+def check_model_parallelism(model: PreTrainedModel | PeftModel, args: object) -> None:
+    """Checks that a model is not in parts, as it was loaded, in a way that is not served with these arguments.
 
     Raises:
         ValueError: as in `check_parallelism`.
     """
-    _refuse("distributed_config", getattr(model.config, "distributed_config", None))
+    loaded = getattr(model.config, "distributed_config", None)
+    _refuse("distributed_config", loaded)
+    if loaded is None or loaded.tp_size == 1:
+        return
+    tensor_parallel = f"distributed_config: tp_size={loaded.tp_size}"
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"peft_config with {tensor_parallel}: PEFT's factors do not fit weights that are in parts; leave one of "
+            "the two out: LoRA trains under FSDP2 and DeepSpeed ZeRO-3, which shard weights too"
+        )
+    if getattr(args, "precompute_ref_log_probs", False):
+        raise ValueError(
+            f"precompute_ref_log_probs=True with {tensor_parallel}: what it has computed is found again by a hash of "
+            "whole weights, and no process has those; set precompute_ref_log_probs=False"
+        )
+
+
+def check_loaded_for(args: TrainingArguments, model: PreTrainedModel | PeftModel) -> None:
+    """Checks that a model to train is in the parts that the arguments ask for.
+
+    Raises:
+        ValueError: they ask for tensor parallelism, and it is whole, or in other parts.
+    """
+    sizes = (getattr(model.config, "distributed_config", None), requested_parallelism(args))
+    in_parts, wanted = (getattr(each, "tp_size", None) or 1 for each in sizes)
+    if wanted not in (1, in_parts):
+        raise ValueError(
+            f"parallelism_config: tp_size={wanted}, but {type(base_model(model)).__name__} was loaded with "
+            f"tp_size={in_parts}; give the model by name, or load it with from_pretrained(..., "
+            f"distributed_config=DistributedConfig(tp_size={wanted}))"
+        )
 
 
 def _refuse(source: str, sizes: object | None) -> None:
@@ -80,3 +130,21 @@ def _refuse(source: str, sizes: object | None) -> None:
         size = getattr(sizes, field, None) or 1
         if size > 1:
             raise ValueError(f"{source}: {field}={size} cannot be used: {why}; {remedy}")
+
+
+def check_online(trainer: Trainer) -> None:
+    """Checks that a trainer that samples completions does not run under tensor parallelism.
+
+    Raises:
+        ValueError: it does; with the remedy.
+    """
+    if trainer.get_tp_size() > 1:
+        raise ValueError(
+            f"tp_size={trainer.get_tp_size()}: {type(trainer).__name__} deals prompts and rewards to processes, "
+            "but under tensor parallelism all have the same rows; use FSDP2 or DeepSpeed ZeRO-3, which shard weights"
+        )
+
+
+def processes_of_a_row(trainer: Trainer) -> int:
+    """Returns how many processes compute each row together: those of tensor parallelism."""
+    return trainer.get_tp_size()

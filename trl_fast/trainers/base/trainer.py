@@ -40,6 +40,7 @@ from .metric_lists import MetricLists
 from .model_card import model_tags, write_model_card
 from .model_setup import check_trains, layout_request, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
+from .parallelism import parallel_options, processes_of_a_row
 from .prepared_datasets import change_parts, check_lengths, check_vocabulary, named_parts
 from .progress import close_progress
 from .stop_signals import StopSignals
@@ -98,9 +99,7 @@ class BaseTrainer(Trainer):
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             if quantization_config is not None:
                 options["quantization_config"] = quantization_config
-            if args.parallel_mode.name == "DISTRIBUTED":
-                options["device_map"] = None
-            return self.load_model(model, **options)
+            return self.load_model(model, **options | parallel_options(args, options))
         if args.model_init_kwargs:
             logger.warning("model_init_kwargs is ignored: the model is an object that is loaded already.")
         if quantization_config is not None:
@@ -330,7 +329,7 @@ class BaseTrainer(Trainer):
         metrics = self._buffers[mode].pop(lambda pairs: self.accelerator.reduce(pairs, "sum"))
         if "num_tokens" in metrics:
             seen = torch.tensor(self._tokens.seen, dtype=torch.int64, device=self.accelerator.device)
-            metrics["num_tokens"] = self.accelerator.reduce(seen, "sum").item()
+            metrics["num_tokens"] = self.accelerator.reduce(seen, "sum").item() // processes_of_a_row(self)
         prefix = "eval_" if mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)

@@ -20,6 +20,7 @@ from trl_fast.rollout import RewardFunctions, RolloutEngine, Toolbox
 from trl_fast.rollout.samples import Samples
 
 from ..base.metric_buffer import MetricBuffer
+from ..base.parallelism import check_online
 from ..base.prepared_datasets import shows_tokens
 from ..base.reference import ReferenceTrainer
 from .completion_reader import CompletionReader
@@ -59,6 +60,7 @@ class OnlineTrainer(ReferenceTrainer):
     def start(self, **kwargs: Any) -> None:
         """Initialises transformers.Trainer and the metrics, as the base does, and the rescue from failing rollouts."""
         super().start(**kwargs)
+        check_online(self)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise NotImplementedError(f"{type(self).__name__} with sharded weights (DeepSpeed, FSDP) is not supported")
         self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}

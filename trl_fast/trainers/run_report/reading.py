@@ -13,6 +13,7 @@ from trl_fast.ops import supports
 from trl_fast.ops.backends import BACKENDS, choose_backend
 from trl_fast.ops.device import device_facts
 
+from ..base.parallelism import processes_of_a_row
 from ..checkpoints.run_record import package_version
 from .facts import KernelFacts, ModelFacts, RunFacts, StepFacts
 from .naming import short_name
@@ -138,7 +139,7 @@ def _steps(trainer: Any) -> StepFacts:
         epochs=args.num_train_epochs if args.max_steps <= 0 else None,
         per_device=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        processes=args.world_size,
+        processes=args.world_size // processes_of_a_row(trainer),
         unit=args.unit,
         mini_batches=getattr(args, "num_mini_batches", 1),
         completions=getattr(args, "num_generations", None),
