@@ -74,7 +74,7 @@ def create_reference_model(
     its number; None tries those of the common families.
 
     Raises:
-        ValueError: no parameter fits the pattern, or DeepSpeed ZeRO-3 or tensor parallelism has sharded the parameters.
+        ValueError: no parameter fits the pattern, or ZeRO-3 or tensor parallelism has sharded the parameters.
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError("create_reference_model cannot copy parameters that ZeRO-3 has sharded; load the model again")
