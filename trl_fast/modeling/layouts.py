@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from trl_fast.parallel.agreement import decided_by_first
+from trl_fast.parallel.weights import is_sharded
 from trl_fast.settings.batch_layouts import AUTO, BATCH_LAYOUTS, PADDED, BatchLayout, layouts_for
 
 from .classifier_head import HEAD, has_classifier_head
@@ -81,7 +83,7 @@ def choose_layout(
     readout = readout or TOKEN_SCORES
     probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
     layout, refused, verdict = _best_layout(model, request, readout, probes)
-    verdict = verdict or readout.verify(model, probes, layout=None)
+    verdict = verdict or _try_out(model, readout, probes, None)
     if not verdict.fused_ok:
         give_up_fused_head(model, verdict.fused_error)
     _check_asked(request, layout, refused)
@@ -158,7 +160,7 @@ def _best_layout(
             return name, refused, verdict
         elif request.asked in (AUTO, name):
             use_segment_attention(model)
-            verdict = readout.verify(model, probes, layout=name)
+            verdict = _try_out(model, readout, probes, name)
             if verdict.packed_ok:
                 return name, refused, verdict
             refused[name] = f"its {name} scores differ from the single ones by {verdict.packed_error:.3g}"
@@ -167,6 +169,11 @@ def _best_layout(
             else:
                 changes.undo(SEGMENTS)
     raise AssertionError("the last layout serves every model")
+
+
+def _try_out(model: PreTrainedModel, readout: Readout, probes: list[list[int]] | None, layout: str | None) -> Verdict:
+    """Returns the verdict on a layout, in all processes that of the first one: others may lack the weights."""
+    return decided_by_first(lambda: readout.verify(model, probes, layout=layout), collective=is_sharded(model))
 
 
 def _check_asked(request: LayoutRequest, layout: str, refused: dict[str, str]) -> None:

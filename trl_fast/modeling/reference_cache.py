@@ -13,6 +13,7 @@ from datasets.fingerprint import Hasher
 from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+from trl_fast.parallel.agreement import largest_over_ranks, together
 from trl_fast.parallel.partitions import whole_parameters
 
 from .reference_policy import reference_adapter
@@ -54,7 +55,7 @@ def with_reference_columns(
     dataset: Dataset,
     key: tuple,
     compute: Callable[[], dict[str, list[float]]],
-    everywhere: Callable[[bool], bool],
+    *,
     writes: bool,
 ) -> Dataset:
     """Returns `dataset` with the columns of `compute`, computed once and cached beside the files of the dataset.
@@ -62,14 +63,18 @@ def with_reference_columns(
     A dataset without files has nothing beside which a later run would find them, so it is not cached.
 
     key: all that the numbers depend on besides the dataset. compute: gives whole columns in every process, each of
-    which it asks for its share. everywhere: whether something is so in all processes, which may have folders of their
-    own. writes: whether this process is the one of its machine that writes the cache.
+    which it asks for its share. writes: whether this process is the one of its machine that writes the cache.
     """
     cache_file = dataset._get_cache_file_path(Hasher.hash((dataset._fingerprint, key)))
-    if everywhere(os.path.exists(cache_file)):
+    # Processes may have folders of their own.
+    if not largest_over_ranks(int(not os.path.exists(cache_file))):
         columns = Dataset.from_file(cache_file)
-    else:
-        columns = Dataset.from_dict(compute())
+        return concatenate_datasets([dataset, columns], axis=1)
+    columns = Dataset.from_dict(compute())
+
+    def write() -> None:
         if writes and dataset.cache_files:
             columns.map(lambda row: row, cache_file_name=cache_file, desc="Caching reference log-probs")
+
+    together(write)
     return concatenate_datasets([dataset, columns], axis=1)

@@ -8,51 +8,56 @@ collective: every process calls them, in the same order. With one process they c
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
 from accelerate import PartialState
 
 T = TypeVar("T")
+_NONE = object()
+
+
+def process_count() -> int:
+    """Returns how many processes run together."""
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if has_group else 1
 
 
 def is_alone() -> bool:
     """Tells whether this process runs without others."""
-    return not _has_group() or torch.distributed.get_world_size() == 1
+    return process_count() == 1
 
 
-def _has_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def decided_by_first(make: Callable[[], T], *, collective: bool = False) -> T:
+    """Returns in all processes what `make` returns in process 0.
 
-
-def decided_by_first(make: Callable[[], T]) -> T:
-    """Returns in all processes what `make` returns in process 0, the only one that calls it.
-
-    make: returns something that can be pickled; it calls no collective operation.
+    Args:
+        make: returns something that can be pickled. Process 0 alone calls it, so it calls no collective operation.
+        collective: all processes call `make`, which may call collective operations; what the others get is dropped.
 
     Raises:
-        Exception: in all processes, what `make` raises.
+        Exception: in all processes, what `make` raises in process 0; with `collective`, also what it raises in others.
     """
     if is_alone():
         return make()
-    told: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        own: Exception | None = None
+    is_first = torch.distributed.get_rank() == 0
+    value: Any = None
+    own: Exception | None = None
+    if is_first or collective:
         try:
-            told[0] = make()
+            value = make()
         except Exception as error:
-            told[1], own = _portable(error), error
-        torch.distributed.broadcast_object_list(told)
-        if own is not None:
-            raise own
-    else:
-        torch.distributed.broadcast_object_list(told)
-    value, failure = told
+            if not is_first:
+                raise
+            own = error
+    told = [value, None if own is None else _portable(own)]
+    torch.distributed.broadcast_object_list(told)
+    failure = own or told[1]
     if failure is not None:
         raise failure
-    return value
+    return told[0]
 
 
 def together(work: Callable[[], T]) -> T:
@@ -111,6 +116,18 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return error_for_others(0, error)
     return error if type(copy) is type(error) and str(copy) == str(error) else error_for_others(0, error)
+
+
+def while_all_have(items: Iterator[T]) -> Iterator[T]:
+    """Yields items until one of the processes has no more: all processes get equal numbers of them.
+
+    Items of the others that are left over by then are dropped.
+    """
+    while True:
+        found = next(items, _NONE)
+        if largest_over_ranks(int(found is _NONE)):
+            return
+        yield cast("T", found)
 
 
 def largest_over_ranks(number: int) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed import distributed_c10d
@@ -41,6 +41,13 @@ LIMIT = 20.0
 _OUTSIDE = "outside"
 
 
+class _Section(NamedTuple):
+    """Names a part of the run, and says when this process has left it."""
+
+    name: str
+    left: threading.Event
+
+
 class _Watch:
     """Tells the other processes of this one's failures, and ends this one for theirs.
 
@@ -57,14 +64,15 @@ class _Watch:
         self._process, self._pid = torch.distributed.get_rank(), os.getpid()
         self._everyone = range(torch.distributed.get_world_size())
         self._sections = 0
-        self._section: str | None = None
+        self._section: _Section | None = None
         # Of the present section, the failure of another process; and the last error of this one that all know.
         self._failure: Exception | None = None
         self._known: BaseException | None = None
-        self._left, self._stopped = threading.Event(), threading.Event()
+        # Outside of sections nothing is left before the process ends.
+        self._outside = _Section(_OUTSIDE, threading.Event())
         self._aborted = False
         threading.Thread(target=self._look, name="trl_fast failures", daemon=True).start()
-        atexit.register(self._stopped.set)
+        atexit.register(self._outside.left.set)
 
     # ---- what the main thread calls
 
@@ -80,19 +88,19 @@ class _Watch:
             return
         self._sections += 1
         self._failure = None
-        self._left.clear()
-        self._section = f"section {self._sections}"
+        self._section = section = _Section(f"section {self._sections}", threading.Event())
         try:
             yield
         except BaseException as error:
-            of_another = self._tell(self._section, error)
+            section.left.set()
+            of_another = self._tell(section.name, error)
             self._known = error
             if of_another is not None and (self._aborted or _is_of_waiting(error)):
                 self._known = of_another
                 raise of_another from error
             raise
         finally:
-            self._left.set()
+            section.left.set()
             self._section = None
 
     def tell(self, error: BaseException) -> None:
@@ -105,7 +113,6 @@ class _Watch:
 
         Returns the one that is there, if it is another process's.
         """
-        self._left.set()
         told = base64.b64encode(pickle.dumps((self._process, error_for_others(self._process, error)))).decode()
         try:
             process, first = _read(self._own.compare_set(_failure_key(section), "", told))
@@ -126,30 +133,30 @@ class _Watch:
     # ---- the thread
 
     def _look(self) -> None:
-        while not self._stopped.wait(LOOK_EVERY):
+        while not self._outside.left.wait(LOOK_EVERY):
             section = self._section
             try:
-                for place in [_OUTSIDE] if section is None else [_OUTSIDE, section]:
-                    if self._own.check([_failure_key(place)]):
-                        self._give_way(place, *_read(self._own.get(_failure_key(place))))
+                for place in [self._outside] if section is None else [self._outside, section]:
+                    if self._own.check([_failure_key(place.name)]):
+                        self._give_way(place, *_read(self._own.get(_failure_key(place.name))))
             except RuntimeError:
                 # At the end of a run the store goes with the process that holds it.
-                if section is not None and not self._left.wait(LIMIT / 2):
+                if section is not None and not section.left.wait(LIMIT / 2):
                     self._end("the store of the process group is gone, and with it process 0 or the launcher")
                 return
 
-    def _give_way(self, place: str, process: int, failure: Exception) -> None:
+    def _give_way(self, place: _Section, process: int, failure: Exception) -> None:
         """Ends what this process does, for the failure of another one."""
         if process == self._process:
             return
         self._failure = failure
-        if place != _OUTSIDE and self._left.wait(GRACE):
+        if place is not self._outside and place.left.wait(GRACE):
             return  # this process has failed too
         print(f"process {self._process}: {failure}", file=sys.stderr, flush=True)
-        self._notice(place)
+        self._notice(place.name)
         self._aborted = True
         _abort_collectives()
-        if not (self._stopped if place == _OUTSIDE else self._left).wait(LIMIT):
+        if not place.left.wait(LIMIT):
             self._end(f"{failure}; this process has not ended by itself")
 
     def _end(self, why: str) -> None:
@@ -196,6 +203,8 @@ def watch_failures() -> _Watch | None:
     if is_alone():
         return None
     store = distributed_c10d._get_default_store()
+    if store is None:  # MPI has none
+        return None
     if _watch is None:
         sys.excepthook = _telling(sys.excepthook)
     if _watch is None or _watch.store is not store:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
+from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 
 from .engines import Engine, engine_of
 
@@ -40,6 +41,20 @@ def local_shards(model: torch.nn.Module) -> list[torch.Tensor]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return [local_shard(parameter) for parameter in model.parameters()]
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Tells whether processes hold parts of a model's weights, so that its forward waits for all of them."""
+    return any(hasattr(parameter, "to_local") or hasattr(parameter, "ds_status") for parameter in model.parameters())
+
+
+def has_read_weights() -> bool:
+    """Tells whether this process reads the files of a model that it loads.
+
+    With `fsdp_cpu_ram_efficient_loading` one process of each machine does, and the others' weights are any numbers
+    until the engine has sent them the right ones.
+    """
+    return not is_fsdp_enabled() or is_local_dist_rank_0()
 
 
 def whole_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.classifier_head import HEAD, attach_classifier_head, rewards
 from trl_fast.modeling.layouts import REWARDS
 from trl_fast.modeling.loading import base_model, load_reward_model
+from trl_fast.parallel.failures import failing_together
 
 from .base.batch_reader import AnyBatch, BatchReader
 from .base.prepared_datasets import check_dataset_type
@@ -95,6 +96,7 @@ class RewardTrainer(BaseTrainer):
     attach = staticmethod(attach_classifier_head)
     readout = REWARDS
 
+    @failing_together()
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,

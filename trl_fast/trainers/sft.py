@@ -27,6 +27,7 @@ from trl_fast.modeling.chat_template import with_trained_tokens
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs, score
 from trl_fast.ops import HeadOptions
+from trl_fast.parallel.failures import failing_together
 
 from .base.batch_reader import AnyBatch, BatchReader
 from .base.model_setup import router_coefficient
@@ -131,6 +132,7 @@ class SFTTrainer(BaseTrainer):
     # A loss that was divided by the tokens of all micro-batches needs no more dividing; transformers knows which is.
     loss_is_scaled_for_ga = None
 
+    @failing_together()
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,

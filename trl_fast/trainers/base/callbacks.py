@@ -34,6 +34,7 @@ from trl_fast.modeling.embedding_noise import SequenceNoise
 from trl_fast.parallel.weights import local_shards
 
 from ..checkpoints.random_states import random_states, set_random_states
+from .agreed_control import AgreedControl
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,17 @@ class SequenceNoiseCallback(TrainerCallback):
             trainer.neftune_hook_handle.remove()
             model = trainer.accelerator.unwrap_model(trainer.model)
             trainer.neftune_hook_handle = SequenceNoise(model, lambda: trainer.neftune_noise_alpha or 0.0)
+
+
+def remove_noise(trainer: Trainer) -> None:
+    """Takes NEFTune's noise off; transformers does only where training came to its end."""
+    if trainer.neftune_noise_alpha is not None and hasattr(trainer, "neftune_hook_handle"):
+        trainer.neftune_hook_handle.remove()
+
+
+def own_callbacks(trainer: Trainer) -> tuple[TrainerCallback, ...]:
+    """Returns the callbacks of every trainer that nobody asks anything."""
+    return EpochStart(), SequenceNoiseCallback(trainer), AgreedControl(trainer)
 
 
 class SyncRefModelCallback(TrainerCallback):

@@ -16,6 +16,7 @@ from trl_fast.modeling.liger_kernels import check_liger
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
+from trl_fast.parallel.weights import has_read_weights
 
 from .config import BaseConfig
 from .parallelism import check_model_parallelism
@@ -50,7 +51,8 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
     """
     check_model_parallelism(model, args)
     inner = base_model(model)
-    check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
+    if has_read_weights():
+        check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
     if args.disable_dropout:
         disable_dropout(model)
     if args.tiled_mlp is not None:

@@ -15,6 +15,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from trl_fast.data import AnyDataset, DictCollator, TokenBatch
 from trl_fast.data.padded_rows import SEQUENCE_ENTRIES
 from trl_fast.modeling.reference_cache import reference_hash, with_reference_columns
+from trl_fast.parallel.failures import failing_together
 
 from .batch_reader import AnyBatch, BatchReader
 from .preference_config import PreferenceConfig
@@ -64,6 +65,7 @@ class PreferenceTrainer(ReferenceTrainer):
         "store_metrics": "append to self._metrics['train'][name], or override log",
     }
 
+    @failing_together()
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -235,11 +237,7 @@ class PreferenceTrainer(ReferenceTrainer):
                 scored.append(accelerator.gather_for_metrics(found).cpu())
             return dict(zip(columns, torch.cat(scored).t().tolist(), strict=True))
 
-        def everywhere(found: bool) -> bool:
-            return accelerator.gather(torch.tensor([found], device=accelerator.device)).all().item()
-
-        writes = accelerator.is_local_main_process
-        return with_reference_columns(dataset, self._cache_key, compute, everywhere, writes)
+        return with_reference_columns(dataset, self._cache_key, compute, writes=accelerator.is_local_main_process)
 
     def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
         """Prepares a dataset given to `evaluate`, with reference log-probs where those are precomputed.

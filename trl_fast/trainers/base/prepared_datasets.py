@@ -31,11 +31,7 @@ def shows_tokens(dataset: AnyDataset | None, columns: tuple[str, ...]) -> bool:
 
 
 def check_lengths(
-    dataset: AnyDataset,
-    name: str,
-    columns: tuple[str, ...],
-    model: PreTrainedModel | PeftModel,
-    max_length: int | None,
+    dataset: AnyDataset, name: str, columns: tuple[str, ...], model: PreTrainedModel, max_length: int | None
 ) -> None:
     """Checks that a model has positions for a prepared dataset's longest sequence, as far as that can be told.
 

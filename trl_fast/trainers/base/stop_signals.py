@@ -16,6 +16,8 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_fast.parallel.agreement import largest_over_ranks
+
 from ..checkpoints.folders import checkpoint_name
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,9 @@ class StopSignals(TrainerCallback):
         finally:
             for number, handler in replaced.items():
                 signal.signal(number, handler)
+        # One that came in the last steps is not told yet.
+        last = largest_over_ranks(int(self._received or 0))
+        self._received = signal.Signals(last) if last else None
         if self._received is not None:
             if self._checkpoint is not None and self._accelerator.is_main_process:
                 logger.warning(f"{self._received.name}: training has ended; go on from {self._checkpoint}.")

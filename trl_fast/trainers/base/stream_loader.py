@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets import IterableDataset
 from torch.utils.data import DataLoader
 
 from trl_fast.data import TokenBatch
+from trl_fast.parallel.agreement import process_count, while_all_have
 
 from .config import BaseConfig
 
@@ -80,3 +82,13 @@ class StreamLoader:
             if self._loader.end_of_dataloader and not self._drops_last:
                 self._loader.remainder = len(self.dataset) % self._batch_of_all
             yield batch
+
+
+def in_step(batches: Iterator[Any], dataset: Any) -> Iterator[Any]:
+    """Returns the batches of this process, as many as all processes have.
+
+    Of a stream with a part for each process, accelerate has each process read its own ones, and some end earlier: the
+    epoch then ends for all. A process that went on would wait for the others without end.
+    """
+    reads_own_parts = isinstance(dataset, IterableDataset) and dataset.n_shards >= process_count() > 1
+    return while_all_have(batches) if reads_own_parts else batches

@@ -30,7 +30,7 @@ from ..run_report.report import RunReport
 from ..run_report.token_counts import TokenCounter
 from .argument_checks import check_settings, checked_arguments, checked_config
 from .batch_reader import BatchReader
-from .callbacks import EpochStart, SequenceNoiseCallback
+from .callbacks import own_callbacks, remove_noise
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
@@ -44,7 +44,7 @@ from .parallelism import parallel_options, processes_of_a_row
 from .prepared_datasets import change_parts, check_lengths, check_vocabulary, named_parts
 from .progress import close_progress
 from .stop_signals import StopSignals
-from .stream_loader import StreamLoader, forbid_dispatching
+from .stream_loader import StreamLoader, forbid_dispatching, in_step
 from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class BaseTrainer(Trainer):
         check_virtual_tokens(model, gradient_checkpointing=args.gradient_checkpointing)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
             model.enable_input_require_grads()
-        set_up_layers(model, args)
+        together(lambda: set_up_layers(model, args))
         return model
 
     def choose_layout(self, model: PreTrainedModel | PeftModel, args: BaseConfig, sequences: list[list[int]]) -> str:
@@ -159,7 +159,7 @@ class BaseTrainer(Trainer):
         self._adds_virtual_tokens = has_virtual_tokens(self.model)
         self._divergence = DivergenceWatch(self)
         # The window comes first, since others read what it brings back.
-        for callback in (self.log_window, self._signals, self._divergence, EpochStart(), SequenceNoiseCallback(self)):
+        for callback in (self.log_window, self._signals, self._divergence, *own_callbacks(self)):
             self.add_callback(callback)
         base_model(self.model).add_model_tags([*model_tags(self.method), *getattr(self, "_tag_names", ())])
 
@@ -219,8 +219,7 @@ class BaseTrainer(Trainer):
     @property
     def head_options(self) -> HeadOptions:
         """Returns the arguments' settings of the head."""
-        args = self.args
-        return HeadOptions(args.head_backend, args.head_workspace_bytes, args.head_grad)
+        return HeadOptions(self.args.head_backend, self.args.head_workspace_bytes, self.args.head_grad)
 
     def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes the loss (0-d) of one micro-batch and adds its gradients; a check that fails names the step."""
@@ -243,6 +242,10 @@ class BaseTrainer(Trainer):
         if not isinstance(inputs, DictBatch):
             return super()._prepare_inputs(inputs)
         return inputs.to(self.args.device) if inputs.device.type == "cpu" else inputs
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """Collects the micro-batches of an optimizer step, equal numbers of them in all processes."""
+        return super().get_batch_samples(in_step(epoch_iterator, self.train_dataset), *args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimates the operations of a step on a batch: those of the layout that the model runs on."""
@@ -325,12 +328,11 @@ class BaseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log, with "eval_" before their names in evaluation."""
-        mode = self.mode
-        metrics = self._buffers[mode].pop(lambda pairs: self.accelerator.reduce(pairs, "sum"))
+        metrics = self._buffers[self.mode].pop(lambda pairs: self.accelerator.reduce(pairs, "sum"))
         if "num_tokens" in metrics:
             seen = torch.tensor(self._tokens.seen, dtype=torch.int64, device=self.accelerator.device)
             metrics["num_tokens"] = self.accelerator.reduce(seen, "sum").item() // processes_of_a_row(self)
-        prefix = "eval_" if mode == "eval" else ""
+        prefix = "eval_" if self.mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)
 
@@ -362,9 +364,7 @@ class BaseTrainer(Trainer):
                 return result
         finally:
             close_progress(self.callback_handler.callbacks)
-            if self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
-                # transformers takes the noise off only where training came to its end.
-                self.neftune_hook_handle.remove()
+            remove_noise(self)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

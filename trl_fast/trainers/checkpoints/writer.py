@@ -8,13 +8,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+
+from trl_fast.parallel.agreement import decided_by_first, first_failure, together
+from trl_fast.parallel.engines import Engine, engine_of
 
 from .files import RECORD_FILE, read_record, state_files
 from .folders import WRITING, check_whole, checkpoint_name, newest_checkpoint, remove, rotate, tidy
@@ -67,19 +69,18 @@ class Checkpoints:
         Raises:
             ValueError: another run uses the folder, or as in `resume_point`.
         """
-        if not self._trainer.args.should_save:
-            yield self._start(resume)
-            return
-        with locked_folder(self._output_dir):
-            tidy(self._output_dir)
-            yield self._start(resume)
+        with ExitStack() as locks:
+            together(lambda: self._lock(locks))
+            self._record = None
+            checkpoint = self.resume_point(resume)
+            self._checked = None
+            yield checkpoint
 
-    def _start(self, resume: str | bool | None) -> str | None:
-        self._wait()
-        self._record = None
-        checkpoint = self.resume_point(resume)
-        self._checked = None
-        return checkpoint
+    def _lock(self, locks: ExitStack) -> None:
+        """Locks the output folder, in the processes that write into it."""
+        if self._trainer.args.should_save:
+            locks.enter_context(locked_folder(self._output_dir))
+            tidy(self._output_dir)
 
     def resume_point(self, resume: str | bool | None) -> str | None:
         """Returns the checkpoint to go on from, None for none; says in a line what is not as it was then.
@@ -94,25 +95,26 @@ class Checkpoints:
             return None
         if resume is not True and str(resume) == self._checked:
             return self._checked
-        folder = newest_checkpoint(self._output_dir) if resume is True else str(resume)
-        check_whole(folder)
-        self._compare(folder)
+        folder, self._run_id = decided_by_first(lambda: self._choose(resume))
+        # Machines may have folders of their own.
+        together(lambda: check_whole(folder) if self._trainer.is_local_process_zero() else None)
         self._checked = folder
         return folder
 
-    def _compare(self, folder: str) -> None:
+    def _choose(self, resume: str | bool) -> tuple[str, str | None]:
+        """Returns the checkpoint to go on from, and the run that it is of; None where it does not say."""
+        folder = newest_checkpoint(self._output_dir) if resume is True else str(resume)
+        check_whole(folder)
         saved, args = read_record(Path(folder)), self._trainer.args
         if saved is None:
-            self._run_id = None
             self._warn(f"{folder} does not say what run it is of: trl_fast has not written it. It is taken as it is.")
-            return
+            return folder, None
         conflict = self.record.find_conflict(saved, same_data=not args.ignore_data_skip)
         if conflict is not None:
             raise ValueError(
                 f"resume_from_checkpoint={folder!r} is no checkpoint of this run: {conflict}. To start a new run from "
                 "its weights, give the folder as the model"
             )
-        self._run_id = saved.get("run")
         changes = self.record.changes(saved)
         if changes:
             self._warn(f"{folder} was written with {', '.join(changes)}: the run is not the unbroken one.")
@@ -121,10 +123,10 @@ class Checkpoints:
                 f"{folder} was written with save_only_model=True: the optimizer, the schedule and the random numbers "
                 "start anew."
             )
+        return folder, saved.get("run")
 
     def _warn(self, text: str) -> None:
-        if self._trainer.is_world_process_zero():
-            logger.warning(f"resume_from_checkpoint: {text}")
+        logger.warning(f"resume_from_checkpoint: {text}")
 
     @property
     def _output_dir(self) -> str:
@@ -184,13 +186,17 @@ class Checkpoints:
             failure = error
         finally:
             self._folder = None
-        self._fail_together(failure, writing, final)
+        # Who writes a part of a sharded model waits for the others as it does so: they cannot be asked then, and are
+        # told of an error that leaves the training.
+        if engine_of(trainer.accelerator) in (Engine.ONE, Engine.DDP):
+            failure = first_failure(failure)
+        self._raise(failure, writing, final)
         try:
             if trainer.is_world_process_zero():
                 self._publish(writing / name, final)
         except OSError as error:
             failure = error
-        self._fail_together(failure, writing, final)
+        self._raise(first_failure(failure), writing, final)
         # Folders of other machines.
         if trainer.is_local_process_zero() and (writing / name).is_dir():
             self._publish(writing / name, final)
@@ -229,18 +235,15 @@ class Checkpoints:
         shutil.rmtree(folder.parent, ignore_errors=True)
         _sync_path(final.parent)
 
-    def _fail_together(self, failure: Exception | None, writing: Path, final: Path) -> None:
-        """Raises in all processes if writing has failed in one, after what was written is taken away."""
-        failures = [None if failure is None else f"{failure}".strip().partition("\n")[0]]
-        every = gather_object(failures) if self._trainer.accelerator.num_processes > 1 else failures
-        text = next((each for each in every if each is not None), None)
-        if text is None:
+    def _raise(self, failure: Exception | None, writing: Path, final: Path) -> None:
+        """Raises if writing has failed, after what was written is taken away."""
+        if failure is None:
             return
         if self._trainer.is_local_process_zero():
             shutil.rmtree(writing, ignore_errors=True)
-        if failure is not None and not _is_of_the_disk(failure, writing.parent):
+        if not _is_of_the_disk(failure):
             raise failure
-        raise CheckpointError(self._explain(text, final)) from failure
+        raise CheckpointError(self._explain(str(failure).strip().partition("\n")[0], final)) from failure
 
     def _explain(self, text: str, final: Path) -> str:
         try:
@@ -261,7 +264,7 @@ class Checkpoints:
             self._trainer.accelerator.wait_for_everyone()
 
 
-def _is_of_the_disk(failure: Exception, folder: Path) -> bool:
+def _is_of_the_disk(failure: Exception) -> bool:
     """Says whether a failure is one of writing files."""
     if isinstance(failure, (OSError, SafetensorError)):
         return True

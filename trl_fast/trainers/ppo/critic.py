@@ -16,6 +16,7 @@ from trl_fast.modeling.classifier_head import attach_classifier_head, read_head,
 from trl_fast.modeling.layouts import LayoutRequest, choose_layout_or_pad
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.value_model import check_classifier, make_value_model
+from trl_fast.parallel.agreement import together
 from trl_fast.rollout.samples import Samples
 
 from ..base.model_setup import set_up_layers
@@ -52,7 +53,7 @@ class Critic:
         self.pad_token_id = processing_class.pad_token_id
         inner.config.get_text_config().pad_token_id = self.pad_token_id
         attach_classifier_head(inner)
-        set_up_layers(model, args)
+        together(lambda: set_up_layers(model, args))
         check_reads_last_token(model)
         request = LayoutRequest(
             args.batch_layout, without_dropout=args.disable_dropout, pads_because=adapter_refusal(model)
