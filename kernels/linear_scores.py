@@ -11,6 +11,7 @@ however many rows there are, and whether its logits are kept or not. No number o
 compile again, and no vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -271,7 +272,7 @@ def _num_programs(device: torch.device) -> int:
 @on_tensors_device
 def linear_scores(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weights: Iterable[torch.Tensor],
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     logit_factor: float,
@@ -280,25 +281,60 @@ def linear_scores(
     words: torch.Tensor | None,
     tops: torch.Tensor | None,
     tiles: Tiles,
+    *,
+    vocab_size: int,
 ) -> None:
     """Writes the state (7, N) float64 of all rows (row_kernels.py), keeps their logits if given room.
 
-    Logits are logit_factor * (hidden weightᵀ + bias). hidden: (N, H) bfloat16|float16; weight: (V, H), dtype of
-    hidden; rows of both begin at multiples of 16 bytes; targets: (N,) int64; bias: (V,) or None. words: (N, V) int16,
-    with rows of that kind, and tops: (N, T) float32, T = num_tiles(V), or both None. A target outside the vocabulary
-    and sums that `outputs` does not ask for leave what is in the state.
+    Logits are logit_factor * (hidden weightᵀ + bias). hidden: (N, H) bfloat16|float16; weights: the weight (V, H), or
+    slices of its rows in their order, all but the last of whole tiles of columns, each needed until the next is asked
+    for; dtype of hidden; rows of all begin at multiples of 16 bytes; targets: (N,) int64; bias: (V,) or None. words:
+    (N, V) int16, with rows of that kind, and tops: (N, T) float32, T = num_tiles(V), or both None; vocab_size: V. A
+    target outside the vocabulary and sums that `outputs` does not ask for leave what is in the state.
     """
-    num_rows, hidden_size = hidden.shape
-    vocab_size, count = weight.shape[0], num_tiles(weight.shape[0], tiles)
+    num_rows, count = hidden.shape[0], num_tiles(vocab_size, tiles)
     if num_rows == 0:
         return
     parts = torch.empty(2 + outputs.bit_count(), count, num_rows, dtype=torch.float32, device=hidden.device)
+    strides = (parts.stride(0), parts.stride(1), state, state.stride(0))
+    start = 0
+    for weight in weights:
+        stop = start + weight.shape[0]
+        # Columns are counted from the slice's first one.
+        own_bias = None if bias is None else bias[start:stop]
+        own_words = None if words is None else words[:, start:stop]
+        own_targets, own_parts = targets - start if start else targets, parts[:, start // tiles.columns :]
+        _score_slice(hidden, weight, own_targets, own_bias, logit_factor, outputs, own_words, own_parts, strides, tiles)
+        start = stop
+    kept = (parts, 0) if tops is None else (tops, tops.stride(0))
+    sizes = {"ROWS": MERGED_ROWS, "TILES": MERGED_TILES}
+    merge_tiles_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
+        parts, *strides, *kept, num_rows, count, OUTPUTS=outputs, KEEP=tops is not None, **sizes
+    )
+
+
+def _score_slice(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_factor: float,
+    outputs: int,
+    words: torch.Tensor | None,
+    parts: torch.Tensor,
+    strides: tuple[int, int, torch.Tensor, int],
+    tiles: Tiles,
+) -> None:
+    """Writes the parts of the tiles of a slice of the vocabulary, weight (C, H), and the targets' logits.
+
+    strides: of the parts' slots and tiles; the state (7, N) and its rows' stride. The others as in linear_scores.
+    """
+    (num_rows, hidden_size), num_columns = hidden.shape, weight.shape[0]
     # Without words any descriptor does: nothing is stored.
-    kept = hidden if words is None else words[:, :vocab_size]
+    kept = hidden if words is None else words
     blocks = ((hidden, tiles.rows, tiles.depth), (weight, tiles.columns, tiles.depth))
     blocks += ((kept, tiles.rows, tiles.columns // tiles.pieces),)
-    strides = (parts.stride(0), parts.stride(1), state, state.stride(0))
-    programs = min(_num_programs(hidden.device), count * triton.cdiv(num_rows, tiles.rows))
+    programs = min(_num_programs(hidden.device), num_tiles(num_columns, tiles) * triton.cdiv(num_rows, tiles.rows))
     linear_scores_kernel[(programs,)](
         *(TensorDescriptor.from_tensor(matrix, sizes) for matrix, *sizes in blocks),
         targets.contiguous(),
@@ -306,7 +342,7 @@ def linear_scores(
         parts,
         *strides,
         num_rows,
-        vocab_size,
+        num_columns,
         hidden_size,
         logit_factor,
         HAS_BIAS=bias is not None,
@@ -320,9 +356,4 @@ def linear_scores(
         PIECES=tiles.pieces,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-    )
-    kept = (parts, 0) if tops is None else (tops, tops.stride(0))
-    sizes = {"ROWS": MERGED_ROWS, "TILES": MERGED_TILES}
-    merge_tiles_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
-        parts, *strides, *kept, num_rows, count, OUTPUTS=outputs, KEEP=tops is not None, **sizes
     )

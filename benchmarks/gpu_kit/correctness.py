@@ -21,7 +21,7 @@ from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.modeling.tree_attention import tree_attention
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
-from trl_fast.ops.head.fused_kernel import fused_tiles, score_rows_fused
+from trl_fast.ops.head.fused_kernel import SlicedWeight, fused_tiles, score_rows_fused
 from trl_fast.ops.head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 from trl_fast.ops.head.sweep import finish_scores, new_state
 from trl_fast.settings.batch_layouts import PACKED, PADDED, SHARED_PREFIX
@@ -236,7 +236,7 @@ def check_fused_scores(device: torch.device, vocab: int = 32003, rows: int = 300
         if tiles is None:
             continue
         state = new_state(rows, device)
-        given = (problem.hidden, problem.weight, problem.targets, None, 1.0)
+        given = (problem.hidden, SlicedWeight.whole(problem.weight), problem.targets, None, 1.0)
         score_rows_fused(*given, ENTROPY, state, None, tiles, 1 << 30)
         got = finish_scores(state, ENTROPY, vocab, torch.float32)
         logp = (problem.hidden.double() @ problem.weight.double().T).log_softmax(-1)

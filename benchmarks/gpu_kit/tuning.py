@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from trl_fast.ops import BACKENDS, supports
-from trl_fast.ops.head.fused_kernel import empty_packed, fused_tiles, score_rows_fused
+from trl_fast.ops.head.fused_kernel import SlicedWeight, empty_packed, fused_tiles, score_rows_fused
 from trl_fast.ops.head.kept_logits import CHUNK
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.ops.head.sweep import new_state
@@ -90,7 +90,7 @@ def fused_call(size: Size, tiles: object, keep: bool, device: torch.device) -> C
     hidden, weight = random_matrix(n, h, device), random_matrix(v, h, device, h**-0.5)
     targets, state = torch.randint(0, v, (n,), device=device), new_state(n, device)
     kept = empty_packed(n, v, device, tiles.columns) if keep else None
-    given = (hidden, weight, targets, None, 1.0, 0, state, kept, tiles, 1 << 31)
+    given = (hidden, SlicedWeight.whole(weight), targets, None, 1.0, 0, state, kept, tiles, 1 << 31)
     return functools.partial(score_rows_fused, *given)
 
 

@@ -11,9 +11,10 @@ from trl_fast.kernels import linear_scores
 from trl_fast.kernels.linear_scores import INTERPRETED_TILES
 from trl_fast.ops import device, linear_logprob, linear_token_loss
 from trl_fast.ops.head import fused_kernel, gradients, sweep
-from trl_fast.ops.head.fused_kernel import empty_packed, fused_tiles, score_rows_fused, try_out
+from trl_fast.ops.head.fused_kernel import SlicedWeight, empty_packed, fused_tiles, score_rows_fused, try_out
 from trl_fast.ops.head.kept_logits import unpack
 from trl_fast.ops.head.logit_transform import LogitTransform
+from trl_fast.ops.head.plan import slices
 from trl_fast.ops.head.row_statistics import (
     ENTROPY_ROW,
     IS_TOP1_ROW,
@@ -73,8 +74,22 @@ def problem_of(shape, dtype):
     return problem
 
 
-def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30):
-    """Statistics (7, N), and what was kept of the first rows; memory is poisoned before."""
+def sliced(weight, columns):
+    """The weight by slices of so many columns, in one place: that of the slice before is gone."""
+    place = torch.empty(columns, weight.shape[1], dtype=weight.dtype)
+
+    def tile(part):
+        place.fill_(float("nan"))
+        return place[: part.stop - part.start].copy_(weight[part])
+
+    return SlicedWeight(slices(0, len(weight), columns), tile)
+
+
+def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30, columns=None):
+    """Statistics (7, N), and what was kept of the first rows; memory is poisoned before.
+
+    columns: of a slice of the weight.
+    """
     n, v = len(problem.targets), len(problem.weight)
     keep = empty_packed(kept, v, CPU, SMALL.columns) if kept else None
     if kept:
@@ -83,7 +98,9 @@ def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30):
     transform = LogitTransform.of(**problem.transform)
     logit_factor = transform.scale * transform.inv_temperature
     bias = None if problem.bias is None else problem.bias.detach()
-    given = (problem.hidden.detach(), problem.weight.detach(), problem.targets, bias, logit_factor, outputs)
+    weight = problem.weight.detach()
+    weight = SlicedWeight.whole(weight) if columns is None else sliced(weight, columns)
+    given = (problem.hidden.detach(), weight, problem.targets, bias, logit_factor, outputs)
     state = new_state(n, CPU)
     score_rows_fused(*given, state, keep, SMALL, part_bytes)
     return finish_scores(state, outputs, v, torch.float32), keep
@@ -129,6 +146,17 @@ def test_a_row_has_the_same_bits_whatever_the_others():
         assert torch.equal(run(problem, part_bytes=part_bytes)[0], whole)
     problem.hidden, problem.targets = problem.hidden[20:23], problem.targets[20:23]
     assert torch.equal(run(problem)[0], whole[:, 20:23])
+
+
+@pytest.mark.parametrize("shape", [dict(n=len(EDGES), v=THREE_TILES), dict(n=5, v=300, bias=True, temperature=0.7)])
+@pytest.mark.parametrize("columns", [128, 256])
+def test_slices_of_the_weight_give_the_same_bits(shape, columns):
+    problem = problem_of(shape, torch.bfloat16)
+    (whole, kept), (by_slices, kept_by_slices) = (run(problem, kept=4, columns=one) for one in (None, columns))
+    assert torch.equal(by_slices, whole)
+    v = shape["v"]
+    assert torch.equal(kept_by_slices.values[..., :v], kept.values[..., :v])
+    assert torch.equal(kept_by_slices.tops, kept.tops)
 
 
 @pytest.mark.parametrize("largest", [(130, 300, 320), (300, 320), (320, 325)])
@@ -196,9 +224,9 @@ def fused_calls(monkeypatch):
     calls = []
     launch = linear_scores.linear_scores
 
-    def counted(*given):
+    def counted(*given, **sizes):
         calls.append((len(given[0]), given[-2] is not None))
-        return launch(*given)
+        return launch(*given, **sizes)
 
     monkeypatch.setattr(linear_scores, "linear_scores", counted)
     monkeypatch.setitem(device._simulated.facts, "cpu", device.DeviceFacts("cuda", multiplies_bf16=True))
@@ -271,8 +299,8 @@ def test_it_is_tried_out(monkeypatch):
     launch = linear_scores.linear_scores
 
     def with_wrong(which):
-        def wrong(*given):
-            launch(*given)
+        def wrong(*given, **sizes):
+            launch(*given, **sizes)
             state, words = given[6], given[7]
             if which == "state":
                 state[1] *= 1.01

@@ -99,8 +99,8 @@ def test_the_fused_kernel_is_compiled_once_whatever_the_rows_and_the_vocabulary(
     for logit_factor, count in ((1.0, 1), (0.7, 2), (0.3, 2)):
         for (first, last), vocab_size in zip(PARTS, (1, 7, 16, 2049, 4096, 5000), strict=True):
             weight, state = torch.zeros(vocab_size, 32, dtype=torch.bfloat16), torch.zeros(7, last - first)
-            given = (hidden[first:last], weight, targets[first:last], None, logit_factor, 0, state, None, None)
-            linear_scores.linear_scores(*given, linear_scores.TILES[9, 0])
+            given = (hidden[first:last], [weight], targets[first:last], None, logit_factor, 0, state, None, None)
+            linear_scores.linear_scores(*given, linear_scores.TILES[9, 0], vocab_size=vocab_size)
         assert (len(keys), len(merges)) == (count, 1)
 
 

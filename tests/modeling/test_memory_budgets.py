@@ -27,10 +27,10 @@ def model():
     return model
 
 
-def workspace(model, facts, num_rows, dtype=BF16, trains=True, num_tokens=0):
+def workspace(model, facts, num_rows, dtype=BF16, trains=True, num_tokens=0, product=None):
     weight = torch.empty(VOCAB, HIDDEN, dtype=dtype, device="meta", requires_grad=trains)
     with simulated_device(facts, "meta"):
-        return head_workspace(model, weight, num_rows, num_tokens)
+        return head_workspace(model, weight, product or dtype, num_rows, num_tokens)
 
 
 @pytest.mark.parametrize("num_rows, expected", [(1, 16 * 4 * VOCAB), (512, 512 * 384 * KIB), (8192, GIB)])
@@ -60,6 +60,13 @@ def test_the_workspace_on_a_gpu(model, num_rows, dtype, trains, num_tokens, expe
     assert workspace(model, GPU, num_rows, dtype, trains, num_tokens) == expected
 
 
+def test_a_gpu_that_casts_the_weight_has_room_for_a_tile_of_it(model):
+    for rows in (512, 8192):
+        cast, same = (workspace(model, GPU, rows, F32, product=dtype) for dtype in (BF16, F32))
+        assert cast - same == 32768 * HIDDEN * 2
+        assert workspace(model, CPU, rows, F32, product=BF16) == workspace(model, CPU, rows, F32)
+
+
 @pytest.mark.parametrize("facts", [CPU, GPU], ids=["cpu", "gpu"])
 def test_free_memory_has_no_say(model, facts):
     memory = DeviceMemory(free=GIB, total=80 * GIB, allocated=0, peak=0)
@@ -79,9 +86,28 @@ def test_an_mlp_in_tiles_leaves_the_head_no_more_than_tiles_of_logits(model):
     assert workspace(tiled, GPU, 4096, trains=False, num_tokens=1 << 20) == 224 * MIB
 
 
-@pytest.mark.parametrize("tokens, expected", [(4, 8 * 384 * KIB), (1 << 20, GIB)])
-def test_results_that_stay_on_a_cpu_grow_with_the_tokens(tokens, expected):
-    hidden = torch.empty(1).expand(2, tokens, 1)
-    assert default_activation_budget(hidden) == expected
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (8, 8 * 384 * KIB),
+        (8192, GIB),
+        # TRL's tiles of logits grow no more, a layer in backward does.
+        (24576, 4096 * 960 * KIB - 24576 * 6 * (MLP + HIDDEN) * 4),
+        (1 << 20, 0),
+    ],
+)
+def test_results_that_stay_on_a_cpu_grow_with_the_tokens_while_a_layer_is_small(model, tokens, expected):
+    hidden = torch.empty(1).expand(2, tokens // 2, HIDDEN)
+    assert default_activation_budget(model, hidden) == expected
     with simulated_device(GPU):
-        assert default_activation_budget(hidden) == 0
+        assert default_activation_budget(model, hidden) == 0
+
+
+def test_layers_of_16_bits_and_mlps_in_tiles_leave_more_room_for_results(model):
+    hidden = torch.empty(1).expand(1, 30000, HIDDEN)
+    plain = default_activation_budget(model, hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert default_activation_budget(model, hidden) > plain
+    tiled = copy.deepcopy(model)
+    tile_mlps(tiled, 64)
+    assert default_activation_budget(tiled, hidden) > plain

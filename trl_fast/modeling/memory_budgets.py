@@ -17,10 +17,11 @@ from trl_fast.ops.matmul import SIXTEEN_BITS
 from .model_changes import changes_of
 
 TILED_LAYERS = "tiled layers"
-# Rows of a tile of TRL 1.16's logits, and bytes of a row that may be taken here. On a GPU a row of its tile has 32768
-# logits of 16 bits, 64 KiB. On a CPU each row of 32768 float32 logits has seven such rows beside it in backward, 960
-# KiB in all: the head's workspace and what checkpointing keeps share that.
-_TILE_ROWS_OF_TRL = 4096
+# Rows and columns of a tile of TRL 1.16's logits, and bytes of a row that may be taken here. On a GPU a row of its tile
+# has 32768 logits of 16 bits, 64 KiB. On a CPU each row of 32768 float32 logits has seven such rows beside it in
+# backward, 960 KiB in all: the head's workspace and what checkpointing keeps share that.
+_TILE_ROWS_OF_TRL, _TILE_COLUMNS_OF_TRL = 4096, 32768
+_ROW_BYTES_OF_TRL_ON_CPU = 960 << 10
 _ROW_BYTES_ON_CPU, _ROW_BYTES_ON_GPU = 384 << 10, 56 << 10
 # With more, a frozen head is no faster, and neither is a trained one.
 _MOST_BYTES, _MOST_TRAINED_BYTES = 1 << 30, 8 << 30
@@ -29,14 +30,21 @@ _LEAST_ROWS = 16
 
 
 def head_workspace(
-    model: PreTrainedModel, weight: torch.Tensor, num_rows: int, num_tokens: int, shard: VocabularyShard | None = None
+    model: PreTrainedModel,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_tokens: int,
+    shard: VocabularyShard | None = None,
 ) -> int:
     """Returns the bytes of the workspace of a model's head for `num_rows` scored rows of `num_tokens` tokens.
 
-    On a CPU as much as TRL's tiles of logits take; on a GPU also as much as what comes later in a step: the MLP's
-    backward pass, and of a 16-bit weight that trains its gradient, which TRL makes beside float32 sums and a tile.
+    On a CPU as much as TRL's tiles of logits take; on a GPU also its tile of the weight where that is cast, or as much
+    as what comes later in a step: the MLP's backward pass, and of a 16-bit weight that trains its gradient, which TRL
+    makes beside float32 sums and a tile.
 
-    weight: (V, H), the head's; shard: which columns these are. Processes that share the vocabulary get the same bytes.
+    weight: (V, H), the head's; dtype: of the hidden states, as its products take them; shard: which columns these are.
+    Processes that share the vocabulary get the same bytes.
     """
     on_cpu = device_facts(weight.device).kind == "cpu"
     row_bytes = _ROW_BYTES_ON_CPU if on_cpu else _ROW_BYTES_ON_GPU
@@ -45,6 +53,8 @@ def head_workspace(
     size = max(size, _LEAST_ROWS * 4 * columns)
     if on_cpu:
         return size
+    if weight.dtype != dtype:
+        size += min(columns, _TILE_COLUMNS_OF_TRL) * weight.shape[1] * dtype.itemsize
     later = mlp_bytes(model, num_tokens)
     if not _trains(model, weight):
         return max(size, min(later, _MOST_BYTES))
@@ -71,11 +81,20 @@ def mlp_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     return num_tokens * 9 * (getattr(model.config.get_text_config(), "intermediate_size", None) or 0)
 
 
-def default_activation_budget(hidden: torch.Tensor) -> int:
+def default_activation_budget(model: PreTrainedModel, hidden: torch.Tensor) -> int:
     """Returns the bytes of results that checkpointing keeps in a forward pass where all layers are checkpointed.
 
-    On GPUs none: there only what is free is spent. hidden: the first layer's hidden states (B, T, H).
+    On GPUs none: there only what is free is spent. On a CPU no more than what TRL's tiles of logits take above a layer
+    in backward, beside which the results are still kept: six intermediate results of its MLP, and of the hidden size
+    six more than stand beside the tiles.
+
+    hidden: the first layer's hidden states (B, T, H).
     """
     if device_facts(hidden.device).kind != "cpu":
         return 0
-    return min(hidden.shape[:-1].numel() * _ROW_BYTES_ON_CPU, _MOST_BYTES)
+    tokens, hidden_size, kind = hidden.shape[:-1].numel(), hidden.shape[-1], hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    width = getattr(model.config.get_text_config(), "intermediate_size", None) or 4 * hidden_size
+    mlp = 0 if TILED_LAYERS in changes_of(model) else width
+    above = min(tokens, _TILE_ROWS_OF_TRL) * _ROW_BYTES_OF_TRL_ON_CPU - tokens * 6 * (mlp + hidden_size) * dtype.itemsize
+    return max(0, min(tokens * _ROW_BYTES_ON_CPU, _MOST_BYTES, above))

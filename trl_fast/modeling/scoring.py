@@ -160,7 +160,10 @@ def _read_head(
     tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
     options = scoring.head
     if options.workspace_bytes is None:
-        options = replace(options, workspace_bytes=head_workspace(model, weight, len(hidden), num_tokens, shard))
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        size = head_workspace(model, weight, dtype, len(hidden), num_tokens, shard)
+        options = replace(options, workspace_bytes=size)
     given = (*tensors, transform, scoring.outputs, options)
     if scoring.token_loss is None:
         return token_logprobs(*given, shard).present()

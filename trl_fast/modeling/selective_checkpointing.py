@@ -200,7 +200,7 @@ class SelectiveCheckpointing:
         """Settles what a pass does, by the hidden states (B, T, H) that its first layer gets."""
         memory = self.device_memory(hidden.device) if self._may_leave_whole and layers else None
         if memory is None or _says_why_none_whole(layers):
-            self._meter, self.default_limit = None, default_activation_budget(hidden)
+            self._meter, self.default_limit = None, default_activation_budget(self._model, hidden)
             self._share(layers, 0, self.default_limit if self.limit is None else self.limit)
             return
         if self._meter is not None and (found := self._meter.footprint()) is not None:

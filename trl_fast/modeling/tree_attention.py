@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,16 +141,17 @@ class _TreeAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         row = kernels(query, key, value, trees, scale)
         out, lse = row.forward()
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.trees, ctx.scale, ctx.kernels, ctx.rng_state = trees, scale, kernels, row.rng_state
+        # All tensors, so that checkpointing lets go of them.
+        ctx.save_for_backward(query, key, value, out, lse, *row.rng_state)
+        ctx.trees, ctx.scale, ctx.kernels = trees, scale, kernels
         return out
 
     @staticmethod
     @first_derivative("attention of token trees")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out, lse, *rng_state = ctx.saved_tensors
         row = ctx.kernels(query, key, value, ctx.trees, ctx.scale)
-        row.rng_state = ctx.rng_state
+        row.rng_state = rng_state
         return (*row.backward(grad, out, lse), None, None, None)
 
 
@@ -161,7 +162,7 @@ class CpuRowAttention:
     products are slow the kernel gets float32 numbers.
     """
 
-    rng_state = None
+    rng_state: Sequence[torch.Tensor] = ()
 
     def __init__(
         self,
@@ -326,7 +327,8 @@ class PlainRowAttention(CpuRowAttention):
 class _Varlen(NamedTuple):
     """Holds what a varlen flash call is told of its sequences, and where in the row their queries and keys are.
 
-    query_of: (T,) int32, which of the queries a token of the row is, -1: none.
+    query_of: (T,) int32, which of the queries a token of the row is, -1: none; None of a causal call, whose queries are
+    all tokens.
     """
 
     queries: slice | torch.Tensor
@@ -336,7 +338,7 @@ class _Varlen(NamedTuple):
     longest_query: int
     longest_key: int
     causal: bool
-    query_of: torch.Tensor
+    query_of: torch.Tensor | None
 
 
 @functools.lru_cache(maxsize=64)
@@ -351,28 +353,37 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: D
         chosen = [part for part in parts if part.causal == causal]
         if not chosen:
             continue
-        places: list[slice | torch.Tensor] = []
-        cu_seqlens: list[torch.Tensor] = []
-        longest: list[int] = []
-        for side in ("queries", "keys"):
-            ranges = [getattr(part, side) for part in chosen]
-            lengths = [r.stop - r.start for r in ranges]
-            places.append(_together(ranges, device))
-            bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-            cu_seqlens.append(copy_to_device(bounds, device))
-            longest.append(max(lengths))
-        query_of = torch.full((sum(map(sum, trees)),), -1, dtype=torch.int32)
-        rows = torch.cat([torch.arange(part.queries.start, part.queries.stop) for part in chosen])
-        query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
-        (queries, keys), (cu_seqlens_q, cu_seqlens_k), (longest_query, longest_key) = places, cu_seqlens, longest
+        queries, keys = ([getattr(part, side) for part in chosen] for side in ("queries", "keys"))
+        cu_seqlens_q = _bounds(queries, device)
+        # Each segment's queries are its keys.
+        cu_seqlens_k = cu_seqlens_q if causal else _bounds(keys, device)
         calls.append(
             _Varlen(
-                *(queries, keys, cu_seqlens_q, cu_seqlens_k, longest_query, longest_key),
+                *(_together(queries, device), _together(keys, device), cu_seqlens_q, cu_seqlens_k),
+                *(max(map(_length, ranges)) for ranges in (queries, keys)),
                 causal,
-                copy_to_device(query_of, device),
+                None if causal else _query_of(queries, sum(map(sum, trees)), device),
             )
         )
     return tuple(calls)
+
+
+def _length(tokens: slice) -> int:
+    return tokens.stop - tokens.start
+
+
+def _bounds(ranges: list[slice], device: torch.device) -> torch.Tensor:
+    """Returns where each of N sequences begins and the last one ends, (N + 1,) int32."""
+    bounds = torch.tensor([0, *itertools.accumulate(map(_length, ranges))], dtype=torch.int32)
+    return copy_to_device(bounds, device)
+
+
+def _query_of(queries: list[slice], tokens: int, device: torch.device) -> torch.Tensor:
+    """Returns which of the queries each token of a row is, (tokens,) int32, -1: none."""
+    query_of = torch.full((tokens,), -1, dtype=torch.int32)
+    rows = torch.cat([torch.arange(part.start, part.stop) for part in queries])
+    query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
+    return copy_to_device(query_of, device)
 
 
 def _together(ranges: list[slice], device: torch.device) -> slice | torch.Tensor:
@@ -396,7 +407,8 @@ class CudaRowAttention:
         # (T, heads, D), as the varlen kernels take it; groups of query heads are theirs to see to.
         self.query, self.key, self.value = (x[0].transpose(0, 1) for x in (query, key, value))
         self.calls, self.scale = _varlen_calls(trees, query.device, device_facts(query.device)), scale
-        self.rng_state: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Two tensors a call.
+        self.rng_state: list[torch.Tensor] = []
 
     def _given(self, call: _Varlen) -> Iterator[torch.Tensor]:
         yield self.query[call.queries].contiguous()
@@ -412,7 +424,7 @@ class CudaRowAttention:
             found, found_lse, *rng_state, _ = torch.ops.aten._flash_attention_forward(
                 *self._given(call), *lengths, 0.0, call.causal, False, scale=self.scale
             )
-            self.rng_state.append(tuple(rng_state))
+            self.rng_state += rng_state
             if call.causal:
                 out, lse = found, found_lse
             else:
@@ -424,7 +436,7 @@ class CudaRowAttention:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns gradients of query, key and value, in their shapes."""
         grad, out = (x[0].transpose(0, 1) for x in (grad, out))
-        for call, rng_state in zip(self.calls, self.rng_state, strict=True):
+        for number, call in enumerate(self.calls):
             rows = call.queries
             lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_query, call.longest_key)
             found = torch.ops.aten._flash_attention_backward(
@@ -435,7 +447,7 @@ class CudaRowAttention:
                 *lengths,
                 0.0,
                 call.causal,
-                *rng_state,
+                *self.rng_state[2 * number : 2 * number + 2],
                 scale=self.scale,
             )
             if call.causal:

@@ -21,6 +21,7 @@ from trl_fast.ops.head.row_kernels import (
     row_grad_packed_reference,
     row_scores_packed_reference,
 )
+from trl_fast.ops.head.tiled_head import TiledHead
 from trl_fast.ops.matmul import add_mm, mm_into
 
 CPU = torch.device("cpu")
@@ -102,6 +103,32 @@ def test_gradients_are_those_of_float32_logits(op, frozen, workspace_bytes, back
     for ours, theirs, true in zip(*grads, strict=True):
         assert ours.dtype == torch.bfloat16
         assert error(ours, true) < 5e-3 < error(theirs, true) / 3
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained", "frozen"])
+@pytest.mark.parametrize("op", [of_logprob, of_cross_entropy, of_token_loss])
+def test_a_float32_weight_is_cast_slice_by_slice_where_the_workspace_is_small(op, frozen, monkeypatch):
+    """Loss and gradients are those of a weight that is cast at once; no copy is larger than its share."""
+    problem = confident_problem(v=5000)
+    problem.weight = problem.weight.detach().float().requires_grad_("weight" not in frozen)
+    leaves = [problem.hidden, problem.weight][: 2 - len(frozen)]
+    copied = []
+    tile_of = TiledHead.cast_tile
+
+    def recorded(head, columns):
+        copied.append(len(tile_of(head, columns)))
+        return tile_of(head, columns)
+
+    monkeypatch.setattr(TiledHead, "cast_tile", recorded)
+    found = []
+    for workspace_bytes, most in ((None, 5000), (600_000, 2048)):
+        copied.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = op(problem, workspace_bytes=workspace_bytes, backend="torch")
+        found.append((loss, *torch.autograd.grad(loss, leaves)))
+        assert max(copied) <= most and (most == 5000 or {2048, 5000 - 2 * 2048} <= set(copied))
+    for whole, by_slices in zip(*found, strict=True):
+        assert error(by_slices, whole) < 1e-3
 
 
 LOSS_SCALE, NUM_ITEMS = 2.0**16, 2_000_000

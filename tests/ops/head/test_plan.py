@@ -99,6 +99,23 @@ def test_a_softcap_is_never_packed_and_the_fused_kernel_only_scores_what_is():
         assert plan.packed == (options.get("facts") is SLOW_CPU)
 
 
+@pytest.mark.parametrize(
+    ("workspace", "columns"),
+    # Half of it holds the copy of all columns; else a quarter holds a slice of even ones; at least one chunk of them.
+    [(GIB, QWEN[0]), (300 << 20, 30720), (100 << 20, 12288), (3 << 20, 2048)],
+)
+def test_a_gpu_casts_a_weight_whole_where_that_fits_the_workspace(workspace, columns):
+    plan = plan_of(GPU, "cuda", BF16, QWEN, 64, workspace=workspace, weight_dtype=F32)
+    assert plan.limits.weight_columns == columns and plan.casts_whole == (columns == QWEN[0])
+    assert {part.stop - part.start for part in plan.weight_slices[:-1]} <= {columns}
+    assert plan.scoring.num_columns <= columns and plan.gradient_tiles(64, 64, 0, in_place=True).num_columns == columns
+    copy = columns * QWEN[1] * 2
+    assert plan.limits.workspace_bytes == max(workspace - copy, 4 * QWEN[0])
+    # A weight that is not cast takes nothing, and is never cut.
+    same = plan_of(GPU, "cuda", BF16, QWEN, 64, workspace=workspace)
+    assert same.limits.weight_columns == QWEN[0] and same.limits.workspace_bytes == workspace
+
+
 def test_a_gradient_in_place_needs_one_tile_on_a_gpu_only():
     gpu, cpu = plan_of(GPU, "cuda", BF16, QWEN, 512), plan_of(SLOW_CPU, "cpp", F32, QWEN, 512)
     assert gpu.gradient_tiles(512, 512, 1 << 20, in_place=True)[:2] == (512, 151936)

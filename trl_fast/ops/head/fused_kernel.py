@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -77,7 +78,7 @@ def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
     room = empty_packed(num_rows, vocab_size, device, tiles.columns)
     for keep in (None, room):
         state = torch.zeros(NUM_STATES, num_rows, dtype=torch.float64, device=device)
-        score_rows_fused(hidden, weight, targets, None, 1.0, 0, state, keep, tiles, 1 << 30)
+        score_rows_fused(hidden, SlicedWeight.whole(weight), targets, None, 1.0, 0, state, keep, tiles, 1 << 30)
         found = state[TOP] + state[SUM].log(), state[TARGET]
         if not all(torch.allclose(a, b, rtol=0, atol=_TOLERANCE) for a, b in zip(found, exact, strict=True)):
             return "log-probs differ from PyTorch's"
@@ -95,9 +96,30 @@ def empty_packed(num_rows: int, vocab_size: int, device: torch.device, chunk: in
     return KeptLogits(words, tops, vocab_size, chunk)
 
 
+class SlicedWeight(NamedTuple):
+    """Gives a head's weight (V, H) slice by slice.
+
+    columns: slices of the vocabulary, together all of it; tile: returns the rows of one, (C, H), which serve until the
+    next is asked for.
+    """
+
+    columns: list[slice]
+    tile: Callable[[slice], torch.Tensor]
+
+    @classmethod
+    def whole(cls, weight: torch.Tensor) -> SlicedWeight:
+        """Gives a weight (V, H) as it is."""
+        return cls([slice(0, weight.shape[0])], weight.__getitem__)
+
+    @property
+    def vocab_size(self) -> int:
+        """Returns the number of the weight's rows."""
+        return self.columns[-1].stop
+
+
 def score_rows_fused(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    weight: SlicedWeight,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     logit_factor: float,
@@ -109,23 +131,24 @@ def score_rows_fused(
 ) -> None:
     """Writes the state (7, N) float64 of all rows after all columns; `keep` takes the logits of the first rows.
 
-    hidden: (N, H), weight: (V, H), both of the same dtype; targets: (N,) int64; bias: (V,) or None;
+    hidden: (N, H), weight: of (V, H), both of the same dtype; targets: (N,) int64; bias: (V,) or None;
     logit_factor: of the logits; part_bytes: how much may stand between the kernel and the one that merges its tiles.
     """
     from trl_fast.kernels import linear_scores
 
-    hidden, weight = (_aligned(matrix) for matrix in (hidden, weight))
+    hidden, vocab_size = _aligned(hidden), weight.vocab_size
     num_rows, kept = hidden.shape[0], 0 if keep is None else keep.num_rows
-    per_row = linear_scores.part_bytes(weight.shape[0], outputs, tiles)
+    per_row = linear_scores.part_bytes(vocab_size, outputs, tiles)
     # Whole tiles of rows, so that none is computed twice.
     step = max(tiles.rows, part_bytes // per_row // tiles.rows * tiles.rows)
     for start in (*range(0, kept, step), *range(kept, num_rows, step)):
         rows = slice(start, min(start + step, kept if start < kept else num_rows))
-        room = (None, None) if keep is None or start >= kept else keep.tile(slice(0, weight.shape[0]), rows)
+        room = (None, None) if keep is None or start >= kept else keep.tile(slice(0, vocab_size), rows)
         # The kernel writes to a state of its own rows; a slice of the state has the same stride.
-        given = (hidden[rows], weight, targets[rows], bias, logit_factor, outputs, state[:, rows])
-        linear_scores.linear_scores(*given, *room, tiles)
-    state[TARGET].masked_fill_((targets < 0) | (targets >= weight.shape[0]), float("nan"))
+        weights = (_aligned(weight.tile(columns)) for columns in weight.columns)
+        given = (hidden[rows], weights, targets[rows], bias, logit_factor, outputs, state[:, rows])
+        linear_scores.linear_scores(*given, *room, tiles, vocab_size=vocab_size)
+    state[TARGET].masked_fill_((targets < 0) | (targets >= vocab_size), float("nan"))
 
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,9 @@ log-sum-exp came from: with a log-sum-exp of float32 logits, but bfloat16 logits
 prediction was off by a quarter. Gradients of logits have the dtype of the products that they go into.
 
 GEMMs are ATen's. Where the machine has no fast bfloat16 or float16 product (a CPU without AMX or AVX512-BF16), tiles
-of the weight are cast to float32 on the way: the product is then one to two orders of magnitude faster, and exact.
+of the weight are cast to float32 on the way: the product is then one to two orders of magnitude faster, and exact. A
+GPU casts a float32 weight to the 16 bits of its products, as a whole where the workspace has room for that, else slice
+by slice of the vocabulary.
 
 `plan_head` is a pure function of shapes, dtypes, memory, kernels and facts about the device; the sweeps only follow
 the plan.
@@ -44,6 +46,9 @@ NOTHING, LOGITS, UNIT_GRADIENT, BLOCKS, GROUPS, RAW_BLOCKS = range(6)
 
 # A tile of logits is at most this share of the workspace.
 _TILE_SHARE = 4
+# A GPU casts a weight once if that takes at most one part in so many of the workspace; if not, a slice of it has a
+# tile's share.
+_CAST_SHARE = 2
 # So many tiles of rows have their logits kept at once, if that leaves tiles of the rows that a device wants.
 _LEAST_TILES = 4
 _MIN_TILE_COLUMNS = 512
@@ -99,9 +104,9 @@ class HeadOptions:
 class TilePolicy(NamedTuple):
     """Says how a kind of device wants the head cut.
 
-    tile_bytes: of a tile of logits, at most, and of a tile of the cast weight if `weight_tiles`; tile_rows: of a
-    tile of gradients, at most; scored_rows: of a tile that is scored, at most; row_step: the rows of such a tile are
-    a multiple of it, if it has so many; whole_rows: kept logits lie in one tile of all columns; one_sweep: the unit
+    tile_bytes: of a tile of logits, at most, and of a tile of the weight if `weight_tiles`; tile_rows: of a tile of
+    gradients, at most; scored_rows: of a tile that is scored, at most; row_step: the rows of such a tile are a
+    multiple of it, if it has so many; whole_rows: kept logits lie in one tile of all columns; one_sweep: the unit
     gradient goes through the tiles that score, so that the weight is read once, and no logits are kept for it.
     """
 
@@ -194,14 +199,14 @@ class SweepTiles(NamedTuple):
 class TileLimits(NamedTuple):
     """Holds the limits of a tile's size, and cuts rows and columns into tiles.
 
-    product_bytes: bytes of a factor of the products; logit_bytes: bytes of the workspace that a logit takes,
-    temporaries of the row kernels included; narrow_gradients: whether gradients of logits have another dtype than the
+    weight_columns: columns of a tile of the weight, at most; product_bytes: bytes of a factor of the products;
+    logit_bytes: bytes of the workspace that a logit takes, temporaries of the row kernels included; narrow_gradients: whether gradients of logits have another dtype than the
     logits, and so cannot take their place; all_tiles: whether every tile is computed. A simulation computes only the
     first two tiles and the last one, which take as much memory as all.
     """
 
     vocab_size: int
-    hidden_size: int
+    weight_columns: int
     product_bytes: int
     logit_bytes: int
     narrow_gradients: bool
@@ -229,9 +234,7 @@ class TileLimits(NamedTuple):
         if gradients and self.narrow_gradients:
             element += self.product_bytes
             budget = max(budget, self.workspace_bytes - kept_bytes)
-        rows, columns = even_step(num_rows, policy.tile_rows), self.vocab_size
-        if policy.weight_tiles:
-            columns = min(columns, policy.tile_bytes // max(1, self.hidden_size * self.product_bytes))
+        rows, columns = even_step(num_rows, policy.tile_rows), self.weight_columns
         step, least = (CHUNK, CHUNK) if policy.whole_rows else (64, _MIN_TILE_COLUMNS)
         columns = max(least, min(columns, budget // max(1, rows * element)) // step * step)
         columns = min(self.vocab_size, columns) if kept_columns is None else kept_columns
@@ -255,7 +258,7 @@ class HeadPlan:
     - `vocab_size`: V; `hidden_size`: H.
     - `product_dtype`: of the factors of every product; `logits_dtype`: of logits as they are computed; `sum_dtype`: of
       what is summed over tiles, float32 at least, because partial sums of 16 bits would lose what tiles contribute.
-    - `casts_weight`: whether tiles of the weight are cast to `product_dtype`.
+    - `casts_weight`: whether tiles of the weight are cast to `product_dtype`; `casts_whole`: or a weight at once.
     - `packed`: whether kept logits are packed; `chunk`: columns of a chunk of packed ones.
     - `fused`: the tiles of the fused kernel; None where a matrix product and a row kernel score instead.
     - `block_rows`: rows of a block; a forward sweep goes block by block.
@@ -280,6 +283,16 @@ class HeadPlan:
     kept_shape: tuple[int, int, int]
     scoring: SweepTiles
     limits: TileLimits
+
+    @property
+    def casts_whole(self) -> bool:
+        """Tells whether a weight that is cast is cast once, for all tiles."""
+        return not self.limits.policy.weight_tiles and self.limits.weight_columns == self.vocab_size
+
+    @property
+    def weight_slices(self) -> list[slice]:
+        """Returns the slices of the vocabulary in which a kernel that scores all columns is given the weight."""
+        return slices(0, self.vocab_size, self.limits.weight_columns)
 
     def blocks(self, num_rows: int) -> list[slice]:
         """Returns the blocks of `num_rows` rows; in a simulation only some of them, as of tiles."""
@@ -319,11 +332,11 @@ class HeadPlan:
         """Returns the tiles in which gradients of logits are computed, for blocks of at most `num_rows` rows.
 
         kept_rows, kept_bytes: of logits that are kept meanwhile; in_place: whether all gradients take the place of
-        logits. These need no scratch memory, so that on a GPU one tile has all columns.
+        logits. These need no scratch memory, so that on a GPU one tile has all columns, or a cast slice of them.
         """
         limits = self.limits
         if in_place and limits.policy.whole_rows:
-            return limits.cut(num_rows, 0, (num_rows, limits.vocab_size))
+            return limits.cut(num_rows, 0, (num_rows, limits.weight_columns))
         follows = self.kept_columns if kept_rows and not limits.policy.whole_rows else None
         shape = limits.tile_shape(num_rows, gradients=True, kept_bytes=kept_bytes, kept_columns=follows)
         return limits.cut(num_rows, 0, shape)
@@ -369,11 +382,14 @@ def plan_head(
         message = f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {least} bytes"
         raise ValueError(message)
     packs = not capped and _packs(product, weight_dtype, logits, kernels)
+    columns = _weight_columns(weight_shape, product.itemsize, weight_dtype != product, workspace_bytes, policy)
+    if weight_dtype != product and not policy.weight_tiles:
+        workspace_bytes = max(least, workspace_bytes - columns * hidden_size * product.itemsize)
     fused = find_fused(product) if packs and policy.whole_rows else None
     chunk, packed = fused.columns if fused else CHUNK, packs and keep != RAW_BLOCKS
     packed_bytes = vocab_size * PACKED_DTYPE.itemsize + num_chunks(vocab_size, chunk) * 4 if packs else least
     limits = TileLimits(
-        *(vocab_size, hidden_size, product.itemsize, least // vocab_size),
+        *(vocab_size, columns, product.itemsize, least // vocab_size),
         *(logits != product, workspace_bytes, policy, not facts.first_tiles_only),
     )
     # Nothing here depends on `keep`, so that a row is in the same product whatever the pass.
@@ -394,6 +410,23 @@ def plan_head(
         scoring=limits.cut(block_rows, kept_rows, shape),
         limits=limits,
     )
+
+
+def _weight_columns(
+    weight_shape: Sequence[int], itemsize: int, casts: bool, workspace_bytes: int, policy: TilePolicy
+) -> int:
+    """Returns the columns of a tile of the weight, at most: all of them where nothing is to be cut.
+
+    weight_shape: (V, H); itemsize: of the products' factors; casts: whether the weight has another dtype than those.
+    """
+    vocab_size, hidden_size = weight_shape
+    column_bytes = max(1, hidden_size * itemsize)
+    if policy.weight_tiles:
+        return min(vocab_size, policy.tile_bytes // column_bytes)
+    if not casts or vocab_size * column_bytes <= workspace_bytes // _CAST_SHARE:
+        return vocab_size
+    limit = max(CHUNK, workspace_bytes // _TILE_SHARE // column_bytes // CHUNK * CHUNK)
+    return min(vocab_size, round_up(even_step(vocab_size, limit), CHUNK))
 
 
 def _packs(product: torch.dtype, weight_dtype: torch.dtype, logits: torch.dtype, kernels: RowKernels) -> bool:

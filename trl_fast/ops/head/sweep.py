@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..matmul import add_mm, mm_into
 from ..memory_pool import pooled_empty
-from .fused_kernel import score_rows_fused
+from .fused_kernel import SlicedWeight, score_rows_fused
 from .kept_logits import PACKED_DTYPE, KeptLogits, KeptTile, num_chunks
 from .row_kernels import row_lse_gradient_by_two
 from .row_statistics import (
@@ -63,8 +63,8 @@ def score_rows(
     state = new_state(hidden.shape[0], hidden.device)
     plan = head.plan
     if plan.fused is not None:
-        weight = head.cast_tile(slice(None)) if plan.casts_weight else head.weight
         logit_factor = head.transform.scale * head.transform.inv_temperature
+        weight = SlicedWeight(plan.weight_slices, head.cast_tile if plan.casts_weight else head.weight.__getitem__)
         given = (hidden, weight, targets, head.bias, logit_factor, outputs, state, keep)
         score_rows_fused(*given, plan.fused, plan.limits.tile_bytes)
     else:

@@ -31,9 +31,12 @@ class TiledHead:
     _cast_weight: torch.Tensor | None = None
 
     def cast_tile(self, columns: slice) -> torch.Tensor:
-        """Returns rows `columns` of the weight, (C, H), cast to the product's dtype; on a CPU valid until the next."""
+        """Returns rows `columns` of the weight, (C, H), cast to the product's dtype; valid until the next are asked for.
+
+        A weight that is cast as a whole is cast once.
+        """
         dtype = self.plan.product_dtype
-        if not self.plan.limits.policy.weight_tiles:
+        if self.plan.casts_whole:
             if self._cast_weight is None:
                 self._cast_weight = self.weight.to(dtype)
             return self._cast_weight[columns]
