@@ -304,7 +304,9 @@ def linear_scores(
         own_bias = None if bias is None else bias[start:stop]
         own_words = None if words is None else words[:, start:stop]
         own_targets, own_parts = targets - start if start else targets, parts[:, start // tiles.columns :]
-        _score_slice(hidden, weight, own_targets, own_bias, logit_factor, outputs, own_words, own_parts, strides, tiles)
+        _score_slice(
+            hidden, weight, own_targets, own_bias, logit_factor, outputs, own_words, own_parts, strides, tiles
+        )
         start = stop
     kept = (parts, 0) if tops is None else (tops, tops.stride(0))
     sizes = {"ROWS": MERGED_ROWS, "TILES": MERGED_TILES}

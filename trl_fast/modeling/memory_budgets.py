@@ -96,5 +96,7 @@ def default_activation_budget(model: PreTrainedModel, hidden: torch.Tensor) -> i
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     width = getattr(model.config.get_text_config(), "intermediate_size", None) or 4 * hidden_size
     mlp = 0 if TILED_LAYERS in changes_of(model) else width
-    above = min(tokens, _TILE_ROWS_OF_TRL) * _ROW_BYTES_OF_TRL_ON_CPU - tokens * 6 * (mlp + hidden_size) * dtype.itemsize
+    above = (
+        min(tokens, _TILE_ROWS_OF_TRL) * _ROW_BYTES_OF_TRL_ON_CPU - tokens * 6 * (mlp + hidden_size) * dtype.itemsize
+    )
     return max(0, min(tokens * _ROW_BYTES_ON_CPU, _MOST_BYTES, above))
