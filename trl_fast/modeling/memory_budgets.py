@@ -17,8 +17,8 @@ from trl_fast.ops.matmul import SIXTEEN_BITS
 from .model_changes import changes_of
 
 TILED_LAYERS = "tiled layers"
-# Rows and columns of a tile of TRL 1.16's logits, and bytes of a row that may be taken here. On a GPU a row of its tile
-# has 32768 logits of 16 bits, 64 KiB. On a CPU each row of 32768 float32 logits has seven such rows beside it in
+# Rows and columns of a tile of TRL 1.16's logits, and bytes of a row that may be taken here. On a GPU a row of its
+# tile has 32768 logits of 16 bits, 64 KiB. On a CPU each row of 32768 float32 logits has seven such rows beside it in
 # backward, 960 KiB in all: the head's workspace and what checkpointing keeps share that.
 _TILE_ROWS_OF_TRL, _TILE_COLUMNS_OF_TRL = 4096, 32768
 _ROW_BYTES_OF_TRL_ON_CPU = 960 << 10

@@ -327,8 +327,8 @@ class PlainRowAttention(CpuRowAttention):
 class _Varlen(NamedTuple):
     """Holds what a varlen flash call is told of its sequences, and where in the row their queries and keys are.
 
-    query_of: (T,) int32, which of the queries a token of the row is, -1: none; None of a causal call, whose queries are
-    all tokens.
+    query_of: (T,) int32, which of the queries a token of the row is, -1: none; None of a causal call, whose queries
+    are all tokens.
     """
 
     queries: slice | torch.Tensor
@@ -360,8 +360,7 @@ def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: D
         calls.append(
             _Varlen(
                 *(_together(queries, device), _together(keys, device), cu_seqlens_q, cu_seqlens_k),
-                *(max(map(_length, ranges)) for ranges in (queries, keys)),
-                causal,
+                *(max(map(_length, queries)), max(map(_length, keys)), causal),
                 None if causal else _query_of(queries, sum(map(sum, trees)), device),
             )
         )
@@ -425,7 +424,7 @@ class CudaRowAttention:
                 *self._given(call), *lengths, 0.0, call.causal, False, scale=self.scale
             )
             self.rng_state += rng_state
-            if call.causal:
+            if call.query_of is None:
                 out, lse = found, found_lse
             else:
                 out, lse = merge_attention(out, lse, found, found_lse, call.query_of)

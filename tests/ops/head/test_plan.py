@@ -140,9 +140,7 @@ def test_a_simulation_computes_the_first_two_and_the_last_of_tiles_that_are_alik
 
 
 def test_a_workspace_without_room_for_a_row_is_refused_by_name():
-    with pytest.raises(
-        ValueError, match="workspace_bytes: 1199 bytes hold no row of logits; one row takes 1200 bytes"
-    ):
+    with pytest.raises(ValueError, match="workspace_bytes: 1199 bytes hold no row of logits; a row takes 1200 bytes"):
         plan_of(SLOW_CPU, "cpp", F32, TINY, 4, workspace=1199)
 
 

@@ -200,9 +200,10 @@ class TileLimits(NamedTuple):
     """Holds the limits of a tile's size, and cuts rows and columns into tiles.
 
     weight_columns: columns of a tile of the weight, at most; product_bytes: bytes of a factor of the products;
-    logit_bytes: bytes of the workspace that a logit takes, temporaries of the row kernels included; narrow_gradients: whether gradients of logits have another dtype than the
-    logits, and so cannot take their place; all_tiles: whether every tile is computed. A simulation computes only the
-    first two tiles and the last one, which take as much memory as all.
+    logit_bytes: bytes of the workspace that a logit takes, temporaries of the row kernels included; narrow_gradients:
+    whether gradients of logits have another dtype than the logits, and so cannot take their place; all_tiles: whether
+    every tile is computed. A simulation computes only the first two tiles and the last one, which take as much memory
+    as all.
     """
 
     vocab_size: int
@@ -379,12 +380,9 @@ def plan_head(
     logits = sums if facts.kind == "cuda" else product
     least = row_bytes(vocab_size, logits, kernels)
     if workspace_bytes < least:
-        message = f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; one row takes {least} bytes"
-        raise ValueError(message)
+        raise ValueError(f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; a row takes {least} bytes")
     packs = not capped and _packs(product, weight_dtype, logits, kernels)
-    columns = _weight_columns(weight_shape, product.itemsize, weight_dtype != product, workspace_bytes, policy)
-    if weight_dtype != product and not policy.weight_tiles:
-        workspace_bytes = max(least, workspace_bytes - columns * hidden_size * product.itemsize)
+    columns, workspace_bytes = _weight_tile(weight_shape, product, weight_dtype, workspace_bytes, least, policy)
     fused = find_fused(product) if packs and policy.whole_rows else None
     chunk, packed = fused.columns if fused else CHUNK, packs and keep != RAW_BLOCKS
     packed_bytes = vocab_size * PACKED_DTYPE.itemsize + num_chunks(vocab_size, chunk) * 4 if packs else least
@@ -412,21 +410,29 @@ def plan_head(
     )
 
 
-def _weight_columns(
-    weight_shape: Sequence[int], itemsize: int, casts: bool, workspace_bytes: int, policy: TilePolicy
-) -> int:
-    """Returns the columns of a tile of the weight, at most: all of them where nothing is to be cut.
+def _weight_tile(
+    weight_shape: Sequence[int],
+    product: torch.dtype,
+    weight_dtype: torch.dtype,
+    workspace_bytes: int,
+    least: int,
+    policy: TilePolicy,
+) -> tuple[int, int]:
+    """Returns the columns of a tile of the weight (V, H), at most, and what a GPU's copy leaves of the workspace.
 
-    weight_shape: (V, H); itemsize: of the products' factors; casts: whether the weight has another dtype than those.
+    product: dtype of the products' factors; least: bytes that are always left.
     """
     vocab_size, hidden_size = weight_shape
-    column_bytes = max(1, hidden_size * itemsize)
+    column_bytes = max(1, hidden_size * product.itemsize)
     if policy.weight_tiles:
-        return min(vocab_size, policy.tile_bytes // column_bytes)
-    if not casts or vocab_size * column_bytes <= workspace_bytes // _CAST_SHARE:
-        return vocab_size
-    limit = max(CHUNK, workspace_bytes // _TILE_SHARE // column_bytes // CHUNK * CHUNK)
-    return min(vocab_size, round_up(even_step(vocab_size, limit), CHUNK))
+        return min(vocab_size, policy.tile_bytes // column_bytes), workspace_bytes
+    if weight_dtype == product:
+        return vocab_size, workspace_bytes
+    columns = vocab_size
+    if vocab_size * column_bytes > workspace_bytes // _CAST_SHARE:
+        limit = max(CHUNK, workspace_bytes // _TILE_SHARE // column_bytes // CHUNK * CHUNK)
+        columns = min(vocab_size, round_up(even_step(vocab_size, limit), CHUNK))
+    return columns, max(least, workspace_bytes - columns * column_bytes)
 
 
 def _packs(product: torch.dtype, weight_dtype: torch.dtype, logits: torch.dtype, kernels: RowKernels) -> bool:

@@ -31,7 +31,7 @@ class TiledHead:
     _cast_weight: torch.Tensor | None = None
 
     def cast_tile(self, columns: slice) -> torch.Tensor:
-        """Returns rows `columns` of the weight, (C, H), cast to the product's dtype; valid until the next are asked for.
+        """Returns rows `columns` of the weight, (C, H), cast to the product's dtype; valid until the next call.
 
         A weight that is cast as a whole is cast once.
         """
