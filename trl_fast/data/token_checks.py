@@ -27,7 +27,7 @@ def check_completions(dataset: Dataset, name: str = "train") -> None:
     count and the first rows, if it does in some.
     """
     identical = []
-    for start, table in _token_tables(dataset, TOKEN_COLUMNS[1:]):
+    for start, table in token_tables(dataset, TOKEN_COLUMNS[1:]):
         chosen, rejected = (table[column].combine_chunks() for column in TOKEN_COLUMNS[1:])
         lengths = {}
         for column, values in (("chosen", chosen), ("rejected", rejected)):
@@ -61,7 +61,7 @@ def check_token_ids(
     Raises ValueError if an id is no integer, negative or not below `vocab_size`, the rows of the model's head.
     """
     largest = -1
-    for start, table in _token_tables(dataset, columns):
+    for start, table in token_tables(dataset, columns):
         for column in columns:
             _check_integers(table[column].type, place(name, start), column)
             extremes = pc.min_max(table[column].combine_chunks().flatten()).as_py()
@@ -93,7 +93,7 @@ def longest_sequence(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS)
     """
     longest = 0
     packed = "seq_lengths" in dataset.column_names
-    for _, table in _token_tables(dataset, ("seq_lengths",) if packed else columns):
+    for _, table in token_tables(dataset, ("seq_lengths",) if packed else columns):
         if packed:
             found = [table["seq_lengths"].combine_chunks().flatten()]
         else:
@@ -127,7 +127,7 @@ def row_lengths(dataset: Dataset, name: str = "train") -> np.ndarray:
     return np.concatenate(lengths)
 
 
-def _token_tables(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> Iterator[tuple[int, pa.Table]]:
+def token_tables(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> Iterator[tuple[int, pa.Table]]:
     """Yields the token columns in slices of `SCAN_ROWS` rows, each with the number of its first row."""
     tables = dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=SCAN_ROWS)
     for index, table in enumerate(tables):

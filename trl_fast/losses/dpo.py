@@ -122,6 +122,14 @@ class DPOLossConfig:
         return not names & {"aot", "aot_unpaired"} and not (self.use_weighting and "sft" in names)
 
     @property
+    def is_mean_over_pairs(self) -> bool:
+        """Says whether a pair counts the same whichever pairs are beside it.
+
+        The aot losses sort the batch, and the mean over chosen tokens of sft is one of the batch's tokens.
+        """
+        return not {"aot", "aot_unpaired", "sft"} & set(self.loss_type)
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Returns the per-token values that `dpo_loss` reads, by the names that `linear_logprob` knows them under."""
         outputs = ("logprobs", "entropy", "mean_logits", "is_top1")

@@ -15,6 +15,8 @@ from trl_fast.lazy_imports import import_place
 # packed.
 TRUNCATION_MODES = ("keep_start", "keep_end")
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
+# How widely rows are dealt by their cost, the narrowest first: see `trainers.base.balancing`.
+BALANCES = ("never", "micro_batch", "step")
 
 
 class Choices(Sequence[str]):

@@ -17,6 +17,7 @@ from trl_fast.losses.loss_inputs import PreferenceLossInputs
 from trl_fast.modeling.scoring import score
 from trl_fast.ops import HeadOptions
 
+from .base.balancing import NEVER, STEP, FreeDeal
 from .base.batch_reader import AnyBatch
 from .base.preference import PreferenceTrainer
 from .base.step import StepResult, insert_after, router_keywords, with_router_loss
@@ -152,6 +153,15 @@ class DPOTrainer(PreferenceTrainer):
         return (*super()._reference_key(), self.loss_config.ld_alpha)
 
     # ---- the loss
+
+    @property
+    def free_deal(self) -> FreeDeal:
+        """Says that pairs go anywhere in a step, unless the loss depends on those beside them."""
+        if self.loss_config.is_mean_over_pairs:
+            return FreeDeal(STEP)
+        return FreeDeal(
+            NEVER, f"loss_type={[*self.loss_config.loss_type]!r} reads the pairs of a micro-batch together"
+        )
 
     def _compute_loss(
         self, model: torch.nn.Module, inputs: AnyBatch, return_outputs: bool

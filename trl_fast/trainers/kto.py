@@ -30,6 +30,7 @@ from trl_fast.losses.loss_inputs import KTOLossInputs
 from trl_fast.modeling.scoring import ModelScores, score
 from trl_fast.ops import HeadOptions, TokenScores
 
+from .base.balancing import MICRO_BATCH, STEP, FreeDeal
 from .base.batch_reader import AnyBatch
 from .base.metric_buffer import MetricBuffer
 from .base.preference import PreferenceTrainer
@@ -270,6 +271,13 @@ class KTOTrainer(PreferenceTrainer):
         return (*found, None)[:2]
 
     # ---- the loss
+
+    @property
+    def free_deal(self) -> FreeDeal:
+        """Says that completions stay in their micro-batch, over which all processes estimate the KL together."""
+        if not self.loss_config.needs_kl:
+            return FreeDeal(STEP)
+        return FreeDeal(MICRO_BATCH, f"loss_type={self.loss_config.loss_type!r} estimates the KL of a micro-batch")
 
     def _compute_loss(
         self, model: torch.nn.Module, inputs: AnyBatch, return_outputs: bool

@@ -27,6 +27,7 @@ from trl_fast.modeling.layouts import REWARDS
 from trl_fast.modeling.loading import base_model, load_reward_model
 from trl_fast.parallel.failures import failing_together
 
+from .base.balancing import STEP, FreeDeal
 from .base.batch_reader import AnyBatch, BatchReader
 from .base.prepared_datasets import check_dataset_type
 from .base.step import StepResult
@@ -92,6 +93,7 @@ class RewardTrainer(BaseTrainer):
         "visualize_samples": "evaluation prints no samples; write them in a callback's on_evaluate",
     }
     signature_columns = (*SEQUENCE_COLUMNS, MARGIN)
+    free_deal = FreeDeal(STEP)
     load_model = staticmethod(load_reward_model)
     attach = staticmethod(attach_classifier_head)
     readout = REWARDS

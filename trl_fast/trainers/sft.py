@@ -29,6 +29,7 @@ from trl_fast.modeling.scoring import model_inputs, score
 from trl_fast.ops import HeadOptions
 from trl_fast.parallel.failures import failing_together
 
+from .base.balancing import NEVER, STEP, FreeDeal
 from .base.batch_reader import AnyBatch, BatchReader
 from .base.model_setup import router_coefficient
 from .base.prepared_datasets import check_dataset_type
@@ -297,6 +298,15 @@ class SFTTrainer(BaseTrainer):
             )
 
     # ---- the loss
+
+    @property
+    def free_deal(self) -> FreeDeal:
+        """Says that rows go anywhere in a step where the loss is divided by the tokens of all processes."""
+        if self.compute_loss_func is not None:
+            return FreeDeal(NEVER, "compute_loss_func may read rows together")
+        if self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs:
+            return FreeDeal(STEP)
+        return FreeDeal(NEVER, "each process divides by its own tokens (average_tokens_across_devices=False)")
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         """Counts the learned tokens of all micro-batches of a step, in all processes."""

@@ -14,7 +14,7 @@ from transformers.training_args import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
-from trl_fast.settings.choices import check_choices, did_you_mean, one_of
+from trl_fast.settings.choices import BALANCES, check_choices, did_you_mean, one_of
 from trl_fast.settings.older_names import OlderName, deprecated, older_name
 from trl_fast.settings.ranges import check_ranges
 
@@ -141,6 +141,14 @@ class BaseConfig(TrainingArguments):
 
     shared_prefix: one row without padding, each prompt once; packed: one row without padding; padded: a row a
     sequence; auto: the first of these that the model allows.
+    """
+
+    balance_batches: str | None = one_of(BALANCES, default=None)
+    """How rows are dealt to several processes by their cost: never, micro_batch or step.
+
+    micro_batch: those that all processes compute at the same time; step: those of an optimizer step, so that with
+    gradient_accumulation_steps rows of like cost are computed at the same time. The rows and the loss of a step stay
+    the same. None: micro_batch, if every logged number stays the same.
     """
 
     head_backend: str | None = one_of("trl_fast.ops.backends:BACKENDS", default=None)

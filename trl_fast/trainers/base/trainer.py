@@ -29,11 +29,13 @@ from ..run_report.forecast import Forecast
 from ..run_report.report import RunReport
 from ..run_report.token_counts import TokenCounter
 from .argument_checks import check_settings, checked_arguments, checked_config
+from .balancing import FreeDeal, chosen_balance
 from .batch_reader import BatchReader
 from .callbacks import own_callbacks, remove_noise
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import declare_loss_scaling, forbid_data_parallel
+from .loaders import make_loader
 from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
 from .metric_lists import MetricLists
@@ -44,7 +46,7 @@ from .parallelism import parallel_options, processes_of_a_row
 from .prepared_datasets import change_parts, check_lengths, check_vocabulary, named_parts
 from .progress import close_progress
 from .stop_signals import StopSignals
-from .stream_loader import StreamLoader, forbid_dispatching, in_step
+from .stream_loader import forbid_dispatching, in_step
 from .tokenizers import checked_tokenizer, set_pad_token
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,8 @@ class BaseTrainer(Trainer):
     # The trainer divides the loss by the accumulation steps itself; a loss that does it says otherwise.
     loss_is_scaled_for_ga = False
     router_aux_loss_coef = 0.0
-    # Whether rows hold several completions of one prompt.
-    shares_prompts = False
+    shares_prompts = False  # whether rows hold several completions of one prompt
+    free_deal = FreeDeal()
     # What a plan expects of the run; whoever has one sets it before `train`.
     forecast: Forecast | None = None
     # Reads batches, where those are dicts in TRL; a trainer sets its own.
@@ -149,6 +151,7 @@ class BaseTrainer(Trainer):
         forbid_data_parallel(self)
         keep_float32_outputs(self.accelerator)
         declare_loss_scaling(self)
+        chosen_balance(self)
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
         self.checkpoints = Checkpoints(self, lambda: RunRecord(self, self.method, self.token_columns))
@@ -259,10 +262,7 @@ class BaseTrainer(Trainer):
 
     def _get_dataloader(self, **kwargs: Any) -> Iterable[Any]:
         """Returns a loader, as the base does; a stream that is evaluated comes in the batches of a dataset."""
-        if not isinstance(kwargs["dataset"], IterableDataset) or kwargs.get("is_training"):
-            return super()._get_dataloader(**kwargs)
-        collate = self._get_collator_with_removed_columns(self.data_collator, kwargs["description"])
-        return StreamLoader(kwargs["dataset"], kwargs["batch_size"], collate, self.args, self.accelerator)
+        return make_loader(self, super()._get_dataloader, **kwargs)
 
     @failing_together()
     def evaluate(
