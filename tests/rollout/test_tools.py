@@ -8,7 +8,10 @@ from typing import Any, Literal
 import pytest
 import trl
 import trl.chat_template_utils as theirs
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
+from support.ranks import run_on_ranks
 from support.tokenizer import EOS, build_tokenizer
 from support.tools import ADD, ANSWER, FAIL, LOOK_UP, TOOLS, ScriptedEngine, add, call, tool_tokenizer
 from trl_fast.rollout import SamplingSettings, Toolbox, ToolLoop
@@ -445,3 +448,30 @@ def test_dialogues_go_on_together_unless_positions_are_short():
     with_limit = length("<|im_start|>assistant\n" + ADD + EOS + RESULT)
     _, _, rollout = roll_out(ADD + EOS, max_positions=with_limit)
     assert len(rollout.messages[0]) == 1
+
+
+class SharedEngine(ScriptedEngine):
+    """An engine that all processes have to ask together: it counts everybody's prompts."""
+
+    asks_together = True
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.counts = []
+
+    def generate(self, prompt_ids, settings):
+        self.counts.append((gather_object([len(prompt_ids)]), settings.max_completion_length))
+        return super().generate(prompt_ids, settings)
+
+
+def test_processes_ask_together_where_one_has_turns_left():
+    def ask():
+        tokenizer, rank = tool_tokenizer(), PartialState(cpu=True).process_index
+        # Async tools would need the event loop of a thread, which a fork does not have.
+        engine = SharedEngine(tokenizer, *([ADD + EOS, ADD + EOS, ANSWER] if rank else [ANSWER]))
+        loop = ToolLoop(engine, Toolbox(TOOLS), tokenizer)
+        loop.generate([tokenizer(text="<|im_start|>assistant\n")["input_ids"]], SamplingSettings(200))
+        return engine.counts
+
+    first, second = run_on_ranks(ask)
+    assert first == second and [counts for counts, _ in first] == [[1, 1], [0, 1], [0, 1]]

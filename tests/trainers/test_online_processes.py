@@ -1,36 +1,49 @@
-"""GRPO and RLOO in two processes: for the same completions what one process computes, and one failure stops both."""
+"""GRPO and RLOO on two ranks, by each engine: what one process computes; one failure stops both."""
 
-import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 
 import trl_fast
+from support.models import save_tiny_classifier
+from support.ranks import run_on_ranks
 from support.rollouts import color_prompts
+from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, make_trainer
-from trl_fast.rollout import Rollout
+from trl_fast.parallel.gathering import gathered
+from trl_fast.rollout import EngineWrapper, Rollout
 from trl_fast.rollout.vllm_engine import VLLMServerEngine
 
-TESTS = Path(__file__).parent.parent
-# Completions of a generation: groups of four, of which one of three is in both processes.
+# Completions of a generation: groups of four, of which one of three is on both ranks.
 GENERATION = 12
-SETTINGS = {"num_generations": 4, "max_completion_length": 8, "optim": "sgd", "learning_rate": 0.1, "max_steps": 3}
+SETTINGS = {"num_generations": 4, "max_completion_length": 8, "optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
 CASES = {
-    "dapo": ("GRPO", {"gradient_accumulation_steps": 2}),
+    "dapo": ("GRPO", {"gradient_accumulation_steps": 2, "max_steps": 3}),
     "grpo": ("GRPO", {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2}),
+    "lora": ("GRPO", {"beta": 0.1, "peft": True}),
     "high entropy": ("GRPO", {"top_entropy_quantile": 0.5}),
     "batch scale": ("GRPO", {"scale_rewards": "batch", "mask_truncated_completions": True}),
     "rloo": ("RLOO", {"beta": 0.1, "normalize_advantages": True}),
+    "evaluated": ("GRPO", {"beta": 0.1, "eval_strategy": "steps", "eval_steps": 1}),
+    "synced": ("GRPO", {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "reward model": ("GRPO", {"reward_model": True}),
+    "generated": ("GRPO", {"generates": True}),
+    "by layer": ("GRPO", {"generates": True, "ds3_gather_for_generation": False}),
 }
+# Those of the default tests.
+QUICK = ("grpo", "lora", "rloo", "generated")
+ENGINES = ("ddp", "zero2", "fsdp1")
 # Means over micro-batches, which hold other completions.
 BY_MICRO_BATCH = ("entropy", "clip_ratio")
+
+
+TIMES = ("runtime", "per_second")
 
 
 class Scripted:
@@ -52,6 +65,15 @@ class Scripted:
         return ids + [self.end] * (rng.random() < 0.8)
 
 
+class Shortened(EngineWrapper):
+    """Cuts completions to lengths that depend on their place: greedy ones of one prompt would be equal."""
+
+    def generate(self, prompt_ids, settings):
+        first = PartialState().process_index * len(prompt_ids)
+        found = self.engine.generate(prompt_ids, settings)
+        return Rollout(prompt_ids, [ids[: 2 + (first + i) % 4] for i, ids in enumerate(found.completion_ids)])
+
+
 class Judge:
     """A reward function that logs; in one process, one of its calls fails."""
 
@@ -69,87 +91,139 @@ class Judge:
         return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def make(case, model_path, folder, processes=1, failing=None, **changes):
+def make(case, model_path, folder, failing=None, **changes):
     method, settings = CASES[case]
     settings = {"gradient_accumulation_steps": 1, **SETTINGS, **settings, **changes}
-    arguments = {
-        "model": model_path,
-        "reward_funcs": Judge(failing),
-        "train_dataset": color_prompts(),
-        "rollout_engine": Scripted(1),
-    }
-    size = GENERATION // (processes * settings["gradient_accumulation_steps"])
-    settings |= {"per_device_train_batch_size": size, "log_completions": True, "num_completions_to_print": 1}
+    arguments = {"model": model_path, "reward_funcs": [Judge(failing)], "train_dataset": color_prompts()}
+    if settings.pop("reward_model", False):
+        arguments["reward_funcs"].append(reward_model_path_beside(model_path))
+    if "eval_strategy" in settings:
+        arguments["eval_dataset"] = color_prompts(4)
+        settings["per_device_eval_batch_size"] = 8 // processes()
+    if settings.pop("peft", False):
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+        arguments["peft_config"] = adapter
+    generates = settings.pop("generates", False)
+    if generates:
+        settings["generation_kwargs"] = {"do_sample": False}
+    else:
+        arguments["rollout_engine"] = Scripted(1)
+    size = GENERATION // (processes() * settings["gradient_accumulation_steps"])
+    settings["per_device_train_batch_size"] = size
+    settings |= {"log_completions": True, "num_completions_to_print": 1}
     trainer = make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
-    assert trainer.args.world_size == processes
+    assert trainer.args.world_size == processes()
+    if generates:
+        trainer.engine = Shortened(trainer.engine)
     return trainer
 
 
+def reward_model_path_beside(model_path):
+    folder = Path(model_path) / "reward"
+    return str(folder) if folder.exists() else save_tiny_classifier(folder, build_tokenizer())
+
+
+def processes():
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def found(trainer):
-    """Each step's log but for times, and the weights as one list."""
-    logs = [{name: value for name, value in log.items() if name != "step_time"} for log in trainer.state.log_history]
-    return {
-        "logs": logs[:-1],
-        "weights": torch.cat([w.detach().flatten() for w in trainer.model.parameters()]).tolist(),
-    }
+    """Each step's log but for times, and the weights as one vector."""
+    logs = [
+        {name: value for name, value in log.items() if name != "step_time" and not any(part in name for part in TIMES)}
+        for log in trainer.state.log_history
+    ]
+    with gathered(trainer.model if trainer.is_fsdp_enabled else trainer.model_wrapped):
+        weights = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
+    return {"logs": logs[:-1], "weights": weights}
 
 
-def train(case, model_path, folder, processes=1):
-    trainer = make(case, model_path, folder, processes)
+def train(case, model_path, folder, **changes):
+    trainer = make(case, model_path, folder, **changes)
     trainer.train()
     return found(trainer)
 
 
-@pytest.fixture(scope="module")
-def two(model_path, tmp_path_factory):
-    """Returns the findings of two processes, and the folder with all that they wrote."""
-    folder = tmp_path_factory.mktemp("two")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-        + [model_path, str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)], folder
+def of_two(cases, engine, model_path, folder):
+    """The findings of each of two ranks, by case."""
+    return run_on_ranks(lambda: {case: train(case, model_path, folder / case) for case in cases}, engine=engine)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_compute_what_one_does(case, two, model_path, tmp_path):
-    (first, second), folder = two
-    assert first[case] == second[case]
-    alone = train(case, model_path, tmp_path)
-    torch.testing.assert_close(torch.tensor(first[case]["weights"]), torch.tensor(alone["weights"]), rtol=0, atol=1e-6)
+def assert_as_alone(case, ranks, model_path, folder):
+    """Both ranks found what this process finds alone."""
+    first, second = (rank[case] for rank in ranks)
+    assert first["logs"] == second["logs"]
+    alone = train(case, model_path, folder / "alone" / case)
+    for rank in (first, second):
+        torch.testing.assert_close(rank["weights"], alone["weights"], rtol=0, atol=1e-6)
     hidden = BY_MICRO_BATCH if case == "dapo" else ()
     logs = [
         [{name: value for name, value in log.items() if not name.startswith(hidden)} for log in result["logs"]]
-        for result in (first[case], alone)
+        for result in (first, alone)
     ]
     assert_same_logs(*logs)
+    for ours, theirs in zip(first["logs"], alone["logs"], strict=True):
+        if "grad_norm" not in theirs:
+            continue
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-7)
+        # Advantages of both signs: a sum near zero.
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=5e-7, abs=1e-7)
+    assert any(log.get("grad_norm", 0) > 0.01 for log in alone["logs"])
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ENGINES)])
+def test_two_ranks_compute_what_one_process_does(engine, model_path, tmp_path):
+    reward_model_path_beside(model_path)
+    cases = QUICK if engine == "fsdp2" else CASES
+    ranks = of_two(cases, engine, model_path, tmp_path)
+    for case in cases:
+        assert_as_alone(case, ranks, model_path, tmp_path)
     file = "completions/completions_00002.parquet"
-    ours, theirs = (pd.read_parquet(path / file) for path in (folder / case, tmp_path))
+    ours, theirs = (pd.read_parquet(path / "grpo" / file) for path in (tmp_path, tmp_path / "alone"))
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4)
     assert len(ours) == GENERATION and "last" in ours
 
 
 @pytest.mark.slow
-def test_a_failure_in_one_process_stops_both_and_nothing_is_lost(two):
-    (first, second), _ = two
+def test_fsdp2_trains_the_other_cases_alike(model_path, tmp_path):
+    reward_model_path_beside(model_path)
+    rest = [case for case in CASES if case not in QUICK]
+    ranks = of_two(rest, "fsdp2", model_path, tmp_path)
+    for case in rest:
+        assert_as_alone(case, ranks, model_path, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
+def test_a_resumed_run_has_the_completions_that_it_had(engine, model_path, tmp_path):
+    def two():
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "optim": "adamw_torch"}
+        whole = make("grpo", model_path, tmp_path, **settings)
+        whole.train()
+        again = make("grpo", model_path, tmp_path, **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        return found(whole), found(again)
+
+    for whole, again in run_on_ranks(two, engine=engine):
+        torch.testing.assert_close(again["weights"], whole["weights"], rtol=0, atol=1e-6)
+        assert again["logs"][-1]["loss"] == pytest.approx(whole["logs"][-1]["loss"], rel=1e-6, abs=1e-8)
+
+
+def test_a_failure_in_one_process_stops_both_and_nothing_is_lost(model_path, tmp_path):
+    unbroken = {"dapo": train("dapo", model_path, tmp_path / "unbroken")}["dapo"]
+    first, second = run_on_ranks(lambda: fail_and_resume(model_path, tmp_path), engine="ddp")
     assert first["failure"].startswith("RuntimeError: process 1 failed: reward function 'judge' raised")
     assert second["failure"].startswith("RuntimeError: reward function 'judge' raised KeyError")
     for result in (first, second):
         assert "Step 1 is saved" in result["note"]
-        assert result["resumed"]["weights"] == result["dapo"]["weights"]
-        assert result["resumed"]["logs"][-1]["num_tokens"] == result["dapo"]["logs"][-1]["num_tokens"]
+        torch.testing.assert_close(result["resumed"]["weights"], unbroken["weights"], rtol=0, atol=1e-6)
+        assert result["resumed"]["logs"][-1]["num_tokens"] == unbroken["logs"][-1]["num_tokens"]
         assert result["server"] == "ConnectionError: the server is gone"
 
 
 def fail_and_resume(model_path, folder):
     """Tells how this process reports a failure in the second one, and how the resumed run ends."""
-    settings = {"processes": 2, "save_strategy": "steps", "save_steps": 100}
+    settings = {"save_strategy": "steps", "save_steps": 100}
     broken = make("dapo", model_path, folder, failing=(1, 2), **settings)
     with pytest.raises(RuntimeError) as failure:
         broken.train()
@@ -157,7 +231,8 @@ def fail_and_resume(model_path, folder):
     resumed = make("dapo", model_path, folder, **settings)
     resumed.train(resume_from_checkpoint=True)
     said = f"{type(failure.value).__name__}: {failure.value}"
-    return {"failure": said, "note": failure.value.__notes__[0], "resumed": found(resumed)}
+    note = failure.value.__notes__[0]
+    return {"failure": said, "note": note, "resumed": found(resumed), "server": ask_a_server_that_is_gone()}
 
 
 def ask_a_server_that_is_gone():
@@ -170,17 +245,4 @@ def ask_a_server_that_is_gone():
 
     with pytest.raises(ConnectionError) as failure:
         engine._from_main(ask)
-    return {"server": f"ConnectionError: {failure.value}"}
-
-
-def main(model_path, folder):
-    """All of it in this process, one of two."""
-    torch.set_num_threads(1)
-    results = {case: train(case, model_path, folder / case, 2) for case in CASES}
-    results |= fail_and_resume(model_path, folder / "broken")
-    results |= ask_a_server_that_is_gone()
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    return f"ConnectionError: {failure.value}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -74,12 +75,17 @@ def rewards(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     return output.logits.squeeze(-1).float()
 
 
-def read_head(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+def read_head(model: Callable[..., torch.Tensor], batch: TokenBatch) -> torch.Tensor:
     """Computes the head's numbers (M,) float32 at the tokens that `state_batch` or `end_batch` marked.
 
     `model` had `attach_classifier_head`, and may be wrapped since (DDP, autocast, PEFT).
     """
-    return model(**model_inputs(batch), reward_positions=batch[REWARD_POSITIONS]).float()
+    return model(**head_inputs(batch)).float()
+
+
+def head_inputs(batch: TokenBatch) -> dict[str, object]:
+    """Returns the keywords with which a model reads its head at the tokens that a batch marks."""
+    return {**model_inputs(batch), "reward_positions": batch[REWARD_POSITIONS]}
 
 
 def state_batch(batch: TokenBatch, has_end: torch.Tensor) -> TokenBatch:

@@ -251,8 +251,15 @@ def model_inputs(batch: TokenBatch) -> dict[str, object]:
     return {**inputs, **row_inputs(batch.tree_lengths, batch.input_ids)}
 
 
-def score(
-    model: torch.nn.Module,
+def score(model: Callable[..., ModelScores], batch: TokenBatch, **options: Any) -> ModelScores:
+    """Scores the tokens of a batch. `model` had `attach_scoring`, and may be wrapped since (PEFT, DDP, autocast).
+
+    options: those of `scoring_inputs`.
+    """
+    return model(**scoring_inputs(batch, **options))
+
+
+def scoring_inputs(
     batch: TokenBatch,
     *,
     outputs: tuple[str, ...] = ("logprobs",),
@@ -261,15 +268,15 @@ def score(
     token_loss: TokenLoss | None = None,
     group_sizes: tuple[int, ...] | None = None,
     **model_kwargs: object,
-) -> ModelScores:
-    """Scores the tokens of a batch. `model` had `attach_scoring`, and may be wrapped since (PEFT, DDP, autocast).
+) -> dict[str, object]:
+    """Returns the keywords with which a model scores the tokens of a batch.
 
     outputs, temperature, token_loss and group_sizes are those of `ops.linear_logprob` and `ops.linear_token_loss`;
     head: the user's settings of the head; `model_kwargs` go to the model's forward, over those of the batch.
     """
     options = (outputs, temperature, head, token_loss, group_sizes)
     request = ScoringRequest(batch.score_positions, batch.targets, batch.input_ids.shape[1], *options)
-    return model(**{**model_inputs(batch), "scoring": request, **model_kwargs})
+    return {**model_inputs(batch), "scoring": request, **model_kwargs}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
 from trl_fast.losses.sft import nll_loss
 from trl_fast.modeling.classifier_head import read_head
+from trl_fast.modeling.policy_and_value import PolicyAndValue
 from trl_fast.modeling.scoring import score
 from trl_fast.trainers.base.reference import reference_scores
 from trl_fast.trainers.dpo import preference_loss_inputs
@@ -159,12 +160,12 @@ def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
     _token_logprobs(setup, models.policy, inputs.rollout)
     enter(REFERENCE_STAGE)
     _reference_logprobs(setup, models, inputs.rollout)
-    value = _under_autocast(setup, models.value)
+    assert models.value is not None, "PPO has one"
     enter(VALUES_STAGE)
     with torch.no_grad():
-        read_head(value, inputs.rollout_states)
-    policy = _under_autocast(setup, models.policy)
-    return _step(setup)(policy, value, inputs.update, head=setup.head_options).loss
+        read_head(_under_autocast(setup, models.value), inputs.rollout_states)
+    both = _under_autocast(setup, PolicyAndValue(models.policy, models.value))
+    return _step(setup)(both, inputs.update, head=setup.head_options).loss
 
 
 def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:

@@ -1,6 +1,15 @@
 """Provides generation and rewards for online methods."""
 
-from .engine import Rollout, RolloutEngine, SamplingSettings, check_engine, check_prompts, end_token_ids
+from .engine import (
+    EngineWrapper,
+    Rollout,
+    RolloutEngine,
+    SamplingSettings,
+    check_engine,
+    check_prompts,
+    end_token_ids,
+    gathered_weights,
+)
 from .reward_model import RewardModel
 from .reward_source import GivenReward, RewardSource
 from .rewards import RewardFunctions
@@ -9,6 +18,7 @@ from .tools import Toolbox
 from .transformers_engine import TransformersEngine
 
 __all__ = [
+    "EngineWrapper",
     "GivenReward",
     "RewardFunctions",
     "RewardModel",
@@ -23,4 +33,5 @@ __all__ = [
     "check_engine",
     "check_prompts",
     "end_token_ids",
+    "gathered_weights",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +77,39 @@ class RolloutEngine(Protocol):
 
     def sync_weights(self, model: torch.nn.Module, step: int) -> None:
         """Gives the engine the policy's weights of an optimizer step; nothing to do where it has that step's."""
+
+
+class EngineWrapper:
+    """Stands before another engine, which has the weights."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+
+    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
+        """Gives the engine the policy's weights of an optimizer step."""
+        self.engine.sync_weights(model, step)
+
+    @property
+    def asks_together(self) -> bool:
+        """Says whether all processes have to ask the engine together."""
+        return asks_together(self.engine)
+
+    def gathered_weights(self) -> AbstractContextManager[Any]:
+        """Returns the context of the engine in which the policy's weights are whole."""
+        return gathered_weights(self.engine)
+
+
+def asks_together(engine: RolloutEngine) -> bool:
+    """Says whether all processes have to ask an engine together, though some of them have no prompts left."""
+    return getattr(engine, "asks_together", False)
+
+
+def gathered_weights(engine: RolloutEngine) -> AbstractContextManager[Any]:
+    """Returns the context in which an engine that samples from a sharded policy has its weights whole.
+
+    All processes enter and leave it together; within it each may ask the engine as often as it likes.
+    """
+    return engine.gathered_weights() if hasattr(engine, "gathered_weights") else nullcontext()
 
 
 def check_engine(engine: object) -> None:

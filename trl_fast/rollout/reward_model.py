@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import suppress
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl_fast.data.chat_template import apply_chat_template
 from trl_fast.data.formats import is_conversational
 from trl_fast.modeling.loading import is_quantized, load_reward_model
+from trl_fast.parallel.agreement import together
+from trl_fast.parallel.gathering import gathered, is_sharded
 
 _TOKENIZER_KEYWORDS = ("revision", "trust_remote_code")
 
@@ -58,7 +61,8 @@ class RewardModel:
         self.model = model.eval()
         self.max_length = max_length
         self.chat_template_kwargs = chat_template_kwargs or {}
-        self._try_out()
+        with gathered(model):  # what DeepSpeed's ZeRO-3 has sharded as it was loaded
+            self._try_out()
 
     def _try_out(self) -> None:
         pad = self.tokenizer.pad_token_id
@@ -96,6 +100,13 @@ class RewardModel:
         Raises:
             ValueError: a text has more tokens than the model has positions.
         """
+        read = functools.partial(self._inputs, prompts, completions)
+        # Processes that share a model call it together: all of them, or none.
+        inputs = together(read) if is_sharded(self.model) else read()
+        return self._logits(inputs)[:, 0].tolist()
+
+    def _inputs(self, prompts: list, completions: list) -> Any:
+        """Returns the model's inputs, padded rows of prompts with their completions."""
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if is_conversational({"prompt": prompts[0]}):
             keywords = self.chat_template_kwargs
@@ -113,7 +124,7 @@ class RewardModel:
         positions = getattr(cast("Any", self.model.config).get_text_config(), "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise ValueError(f"a prompt and its completion have {longest} tokens, the model has {positions} positions")
-        return self._logits(inputs)[:, 0].tolist()
+        return inputs
 
     def _logits(self, inputs: Any) -> torch.Tensor:
         device = next(self.model.parameters()).device

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from trl_fast.modeling.loading import is_quantized
+
 from .reward_answers import checked_rewards, copied, listed, shown
 from .reward_model import RewardModel, load_classifier
 from .reward_source import GivenReward, RewardSource
+from .token_rewards import TokenRewardModel
 from .user_calls import Outcome, TimeLimitError, UserCalls, described
 
 logger = logging.getLogger(__name__)
 
+MODELS = (RewardModel, TokenRewardModel)
 # A column of one of these names is no further information about the prompt.
 _NO_COLUMNS = ("prompt", "completion", "completion_ids")
 
@@ -88,6 +92,15 @@ class RewardFunctions:
         self.names = [_name(function) for function in self.functions]
         self.calls = UserCalls("reward function", "reward_timeout", timeout)
 
+    def prepare_models(self, prepare: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """Has reward models prepared by the engine that shards the policy; quantised ones stay as they are.
+
+        prepare: returns the model that is then asked.
+        """
+        for function in self.functions:
+            if isinstance(function, MODELS) and not is_quantized(function.model):
+                function.model = prepare(function.model)
+
     def check_conversations(self) -> None:
         """Raises ValueError if a reward model cannot read conversations."""
         for function in self.functions:
@@ -132,15 +145,19 @@ class RewardFunctions:
         return torch.tensor(rewards, dtype=torch.float32, device=self.device).t().contiguous()
 
     def _ask(self, arguments: list[dict[str, Any]], count: int) -> list[Any]:
-        """Returns what the functions answer: the sync ones one after the other, then the async ones together."""
-        answers: list[Any] = []
-        for name, function, given in zip(self.names, self.functions, arguments, strict=True):
-            own = {argument: copied(value) for argument, value in given.items()}
+        """Returns what the functions answer: models first, then sync functions one by one, then async ones together.
+
+        A model may be sharded over processes, which ask it together: none of them may have failed before.
+        """
+        answers: list[Any] = [None] * len(self.functions)
+        for index in sorted(range(len(answers)), key=lambda index: not isinstance(self.functions[index], MODELS)):
+            name, function = self.names[index], self.functions[index]
+            own = {argument: copied(value) for argument, value in arguments[index].items()}
             outcome = self.calls.call(name, functools.partial(_listed_answer, function, count), **own)
             if outcome.error is not None:
                 for answer in filter(inspect.iscoroutine, answers):
                     answer.close()
-            answers.append(_value(name, outcome))
+            answers[index] = _value(name, outcome)
 
         async def later(answer: Awaitable[Any]) -> Any:
             return listed(await answer, count)

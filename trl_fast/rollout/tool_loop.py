@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from .engine import Rollout, RolloutEngine, SamplingSettings
+from trl_fast.parallel.agreement import largest_over_ranks
+
+from .engine import EngineWrapper, Rollout, RolloutEngine, SamplingSettings, asks_together
 from .responses import find_response_template, parse_message, tool_turn_ids
 from .tools import Toolbox
 
@@ -52,7 +53,7 @@ class _Dialogue:
         self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
 
-class ToolLoop:
+class ToolLoop(EngineWrapper):
     """Generates completions that may call tools: a rollout engine around another one.
 
     After each turn of another engine the tools that it called are run, their results are appended as the chat template
@@ -83,16 +84,13 @@ class ToolLoop:
         max_positions: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        super().__init__(engine)
         tokenizer.response_template = find_response_template(tokenizer)
-        self.engine, self.toolbox, self.tokenizer = engine, toolbox, tokenizer
+        self.toolbox, self.tokenizer = toolbox, tokenizer
         self.max_iterations, self.max_positions = max_iterations, max_positions
         self.template_kwargs = chat_template_kwargs or {}
         # Says so now if the template does not serve.
         tool_turn_ids(tokenizer, [{"role": "tool", "name": "name", "content": "result"}], **self.template_kwargs)
-
-    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
-        """Gives the engine the policy's weights of an optimizer step."""
-        self.engine.sync_weights(model, step)
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> ToolRollout:
         """Samples one completion for each prompt, of all its turns together.
@@ -104,7 +102,7 @@ class ToolLoop:
         knows_logprobs = self._sample(dialogues, settings, settings.max_completion_length)
         calls = failures = iteration = 0
         open_ = [dialogue for dialogue in dialogues if dialogue.open_calls]
-        while open_ and iteration != self.max_iterations:
+        while self._in_any_process(len(open_)) and iteration != self.max_iterations:
             results = self.toolbox.run([dialogue.open_calls for dialogue in open_])
             calls, failures = calls + results.calls, failures + results.failures
             answered = [
@@ -144,14 +142,18 @@ class ToolLoop:
         """
         rooms = [(settings.max_completion_length - len(d.completion_ids), d) for d in dialogues]
         rest = [(room, dialogue) for room, dialogue in rooms if room > 0]
-        while rest:
-            most = max(room for room, _ in rest)
+        while self._in_any_process(len(rest)):
+            most = self._in_any_process(max([room for room, _ in rest], default=0))
             fits = [self.max_positions is None or len(d.ids) + most <= self.max_positions for _, d in rest]
             # What stands alone has the engine say that it is too long.
             fits = fits if any(fits) else [True] * len(rest)
             now = [dialogue for (_, dialogue), fit in zip(rest, fits, strict=True) if fit]
             self._sample(now, settings, most)
             rest = [pair for pair, fit in zip(rest, fits, strict=True) if not fit]
+
+    def _in_any_process(self, number: int) -> int:
+        """Returns a number, or the largest of all processes' where they ask the engine together."""
+        return largest_over_ranks(number) if asks_together(self.engine) else number
 
     def _sample(self, dialogues: list[_Dialogue], settings: SamplingSettings, longest: int) -> bool:
         """Adds a turn to each dialogue; whether its log-probabilities are known."""

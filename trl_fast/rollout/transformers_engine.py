@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from trl_fast.modeling.loading import base_model
+from trl_fast.parallel.agreement import largest_over_ranks
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.ranges import COUNT
 
@@ -45,6 +46,8 @@ class TransformersEngine:
         eos_token_ids: the tokens that end a completion, see `end_token_ids`.
         pad_token_id: what rows of a batch are padded with; it may be an end token.
         tokenizer: for stop strings; None: there can be none.
+        gathered_weights: enters a context in which the policy can be called, and tells whether all processes have to
+            make their forwards together in it, since weights stay sharded. The default is for one that is not sharded.
 
     Raises:
         ValueError: there is no end token or no pad token.
@@ -56,13 +59,14 @@ class TransformersEngine:
         eos_token_ids: Iterable[int],
         pad_token_id: int | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        gathered_weights: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False),
     ) -> None:
         self.eos_token_ids = sorted(eos_token_ids)
         if not self.eos_token_ids:
             raise ValueError("eos_token_ids is empty, so no completion would ever end; name at least one token")
         if pad_token_id is None:
             raise ValueError("pad_token_id is None; set the tokenizer's pad_token, to its eos_token if need be")
-        self.pad_token_id, self.tokenizer = pad_token_id, tokenizer
+        self.pad_token_id, self.tokenizer, self.gathered_weights = pad_token_id, tokenizer, gathered_weights
         self._get_model = (lambda: model) if isinstance(model, torch.nn.Module) else model
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
@@ -79,9 +83,10 @@ class TransformersEngine:
         input_ids, attention_mask = self._left_padded(prompt_ids, model.device)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         stops = self._stop_strings(config, input_ids.shape[1])
-        with _generating(model), torch.no_grad():
-            if can_share_prompts(model, config):
-                inputs[CACHE_ARGUMENT] = self._prompt_cache(model, prompt_ids, input_ids, attention_mask)
+        with self.gathered_weights() as together, _generating(model), torch.no_grad():
+            inputs["synced_gpus"] = together
+            if can_share_prompts(model, config) and _are_shared(prompt_ids, together):
+                inputs[CACHE_ARGUMENT] = self._prompt_cache(model, prompt_ids, **inputs)
             with _naming_extremes(config):
                 rows = model.generate(
                     **inputs, generation_config=config, tokenizer=self.tokenizer, stopping_criteria=stops
@@ -176,14 +181,17 @@ class TransformersEngine:
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _prompt_cache(
-        self, model: Model, prompt_ids: list[list[int]], input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> DynamicCache | None:
-        """Returns keys and values of each prompt but its last token, whose logits count; None if none is shared."""
+        self,
+        model: Model,
+        prompt_ids: list[list[int]],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        synced_gpus: bool,
+    ) -> DynamicCache:
+        """Returns keys and values of each prompt but its last token, whose logits count."""
         prompts = [tuple(prompt) for prompt in prompt_ids]
         # The first row of each different prompt.
         first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
-        if len(first) == len(prompts) or input_ids.shape[1] == 1:
-            return None
         rows = sorted(first.values())
         cache = DynamicCache(config=_cache_config(model))
         # One token that nobody reads: so the model gets its prompts in exactly the way that `generate` gives them.
@@ -194,12 +202,22 @@ class TransformersEngine:
             input_ids=input_ids[rows],
             attention_mask=attention_mask[rows],
             generation_config=config,
+            synced_gpus=synced_gpus,
             **{CACHE_ARGUMENT: cache},
         )
         cache.crop(-1)
         place = {row: index for index, row in enumerate(rows)}
         cache.batch_select_indices(torch.tensor([place[first[prompt]] for prompt in prompts], device=input_ids.device))
         return cache
+
+
+def _are_shared(prompt_ids: list[list[int]], together: bool) -> bool:
+    """Tells whether prompts occur more than once, and have more than one token: `together` in any of the processes."""
+    are_short = max(map(len, prompt_ids)) == 1
+    occur_again = len({*map(tuple, prompt_ids)}) < len(prompt_ids)
+    if not together:
+        return occur_again and not are_short
+    return largest_over_ranks(int(occur_again)) > 0 and not largest_over_ranks(int(are_short))
 
 
 def can_share_prompts(model: Model, config: GenerationConfig) -> bool:

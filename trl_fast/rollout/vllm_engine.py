@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any, cast
@@ -21,6 +22,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.modeling.loading import base_model, is_quantized
+from trl_fast.parallel.gathering import is_sharded
 from trl_fast.settings.packages import install_command
 from trl_fast.settings.server_url import ServerURL, server_url
 
@@ -51,7 +53,7 @@ class _VLLMEngine:
         self.regex = regex
         self._step: int | None = None
 
-    def sync_weights(self, model: PreTrainedModel | PeftModel, step: int) -> None:
+    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
         """Loads the policy's weights, an adapter merged in, unless those of `step` are loaded."""
         if step != self._step:
             # Half loaded weights are of no step.
@@ -59,7 +61,7 @@ class _VLLMEngine:
             self._load(model)
             self._step = step
 
-    def _load(self, model: PreTrainedModel | PeftModel) -> None:
+    def _load(self, model: torch.nn.Module) -> None:
         raise NotImplementedError
 
     def _parameters(self, settings: SamplingSettings) -> dict[str, Any]:
@@ -110,6 +112,7 @@ class VLLMServerEngine(_VLLMEngine):
     ) -> None:
         super().__init__(end_ids, max_positions, regex)
         _import_vllm()
+        self._metadata: list[tuple[str, str, list[int]]] | None = None
         self.state = PartialState()
         if self.state.is_main_process:
             self.server = VLLMServer(url, timeout=timeout)
@@ -122,6 +125,9 @@ class VLLMServerEngine(_VLLMEngine):
                 )
         self.state.wait_for_everyone()
 
+    # The main process has one request for the prompts of all.
+    asks_together = True
+
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
         """Samples one completion for each prompt, with log-probabilities. All processes call this together.
 
@@ -130,7 +136,8 @@ class VLLMServerEngine(_VLLMEngine):
             ConnectionError: the server does not answer.
             RuntimeError: it refuses the request.
         """
-        check_prompts(prompt_ids, settings.max_completion_length, self.max_positions)
+        if prompt_ids:  # a process may have none left where others go on
+            check_prompts(prompt_ids, settings.max_completion_length, self.max_positions)
         counts = gather_object([len(prompt_ids)])
         everyone = gather_object(prompt_ids)
         ids, logprobs = self._from_main(lambda: self._complete(_runs(everyone), settings))
@@ -151,8 +158,21 @@ class VLLMServerEngine(_VLLMEngine):
         ids, logprobs = zip(*(by_run[place] for place in range(len(runs))), strict=True)
         return sum(ids, []), sum(logprobs, [])
 
-    def _load(self, model: PreTrainedModel | PeftModel) -> None:
-        self._from_main(lambda: self.server.load(weight_metadata(model), merged_weights(model)))
+    def _load(self, model: torch.nn.Module) -> None:
+        if self._metadata is None:
+            self._metadata = weight_metadata(model)
+        metadata, weights = self._metadata, merged_weights(model)
+
+        def send() -> None:
+            try:
+                self.server.load(metadata, weights)
+            finally:
+                # The others take part in gathering sharded weights to the end, whatever became of the request.
+                deque(weights, maxlen=0)
+
+        if not self.state.is_main_process and is_sharded(model):
+            deque(weights, maxlen=0)
+        self._from_main(send)
 
     def _from_main(self, ask: Callable[[], Any]) -> Any:
         """Returns what `ask` returns in the main process, in all of them; what it raises there is raised in all."""
@@ -244,7 +264,7 @@ class VLLMColocatedEngine(_VLLMEngine):
             ],
         )
 
-    def _load(self, model: PreTrainedModel | PeftModel) -> None:
+    def _load(self, model: torch.nn.Module) -> None:
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])

@@ -4,55 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from trl_fast.modeling.loading import base_model
+from trl_fast.parallel.gathering import whole_module
 
 _BASE, _COPIES, _REPLACED = ".base_layer", ".modules_to_save.", ".original_module."
+# What FSDP1 puts into the names of what it has wrapped.
+_WRAPPER = "_fsdp_wrapped_module."
 
-Found = tuple[str, torch.nn.Parameter, BaseTunerLayer | None]
+
+class Found(NamedTuple):
+    """Says where a parameter of a checkpoint is: its name there, its module, whether an adapter is around it."""
+
+    name: str
+    path: str
+    is_adapted: bool
 
 
-def weight_metadata(model: PreTrainedModel | PeftModel) -> list[tuple[str, str, list[int]]]:
-    """Returns name, dtype such as bfloat16, and shape of each weight, in the order of `merged_weights`."""
+def weight_metadata(model: torch.nn.Module) -> list[tuple[str, str, list[int]]]:
+    """Returns name, dtype such as bfloat16, and shape of each weight, in the order of `merged_weights`.
+
+    All processes call this together: shapes of sharded weights are known where they are whole.
+    """
     return [
-        (name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape))
-        for name, parameter, _ in _checkpoint_parameters(model)
+        (name, str(weight.dtype).removeprefix("torch."), list(weight.shape)) for name, weight in merged_weights(model)
     ]
 
 
-def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the weights one after the other, tied ones once. The model stays as it is, to the last bit.
 
-    An adapter is merged into a copy, one layer at a time: merging it into the model and taking it out again, as TRL
-    does, leaves rounding errors in the model's weights.
+    Sharded weights are made whole a module at a time (FSDP1's: a layer at a time), so all processes call this
+    together, to its end. An adapter is merged into a copy, one module at a time: merging it into the model and taking
+    it out again, as TRL does, leaves rounding errors in the model's weights.
+
+    model: the policy, as its engine prepared it: a causal language model or a PeftModel.
     """
-    for layer, found in groupby(_checkpoint_parameters(model), key=lambda item: item[2]):
-        if layer is None:
-            yield from ((name, parameter.data) for name, parameter, _ in found)
-        else:
-            merged = _merged(layer)
-            yield from ((name, merged[name.rpartition(".")[2]]) for name, _, _ in found)
+    frees_memory = isinstance(model, FullyShardedDataParallel)
+    for (path, is_adapted), found in groupby([*_checkpoint_parameters(model)], key=lambda item: item[1:]):
+        with whole_module(model, path, recurse=is_adapted) as module:
+            weights = _merged(cast("Any", module)) if is_adapted else dict(module.named_parameters(recurse=False))
+            for name, *_ in found:
+                weight = weights[name.rpartition(".")[2]].data
+                yield name, weight.clone() if frees_memory else weight
 
 
-def _checkpoint_parameters(model: PreTrainedModel | PeftModel) -> Iterator[Found]:
-    """Yields name in a checkpoint, parameter, and the adapter's layer around it."""
-    inner = base_model(model)
-    if not isinstance(model, PeftModel):
-        yield from ((name, parameter, None) for name, parameter in inner.named_parameters())
-        return
-    active, prefix = f"{_COPIES}{model.active_adapter}.", cast("Any", model.base_model).prefix
-    for name, parameter in inner.named_parameters():
-        if prefix in name or _REPLACED in name or (_COPIES in name and active not in name):
+def _checkpoint_parameters(model: torch.nn.Module) -> Iterator[Found]:
+    """Yields where each parameter of the merged checkpoint is."""
+    wrapped: Any = model.module if isinstance(model, FullyShardedDataParallel) else model
+    inner = base_model(wrapped)
+    paths = {id(module): path for path, module in model.named_modules()}
+    top = paths[id(inner)]
+    top = f"{top}." if top else ""
+    active = prefix = ""
+    if isinstance(wrapped, PeftModel):
+        active, prefix = f"{_COPIES}{wrapped.active_adapter}.", cast("Any", wrapped.base_model).prefix
+    for name, _ in inner.named_parameters():
+        plain = name.replace(_WRAPPER, "")
+        if active and (prefix in plain or _REPLACED in plain or (_COPIES in plain and active not in plain)):
             continue
-        path, wrapped, _ = name.partition(_BASE)
-        layer: Any = inner.get_submodule(path) if wrapped else None
-        yield name.replace(active, ".").replace(_BASE, ""), parameter, layer
+        path, adapter, _ = name.partition(_BASE)
+        plain = plain.replace(active, ".") if active else plain
+        path = path if adapter else name.rpartition(".")[0]
+        yield Found(plain.replace(_BASE, ""), f"{top}{path}", bool(adapter))
 
 
 @torch.no_grad()

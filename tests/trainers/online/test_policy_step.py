@@ -7,6 +7,7 @@ from support.models import tiny_classifier, tiny_model
 from trl_fast.losses.policy_gradient import PolicyLossConfig, grpo_loss
 from trl_fast.losses.ppo import ppo_loss_inputs
 from trl_fast.modeling.classifier_head import attach_classifier_head, read_head, state_batch
+from trl_fast.modeling.policy_and_value import PolicyAndValue
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.ops import HeadOptions
 from trl_fast.rollout.samples import Samples
@@ -77,7 +78,8 @@ def test_ppo_step_adds_the_value_models_loss(policy, samples):
         values=values,
         returns=values + 2,
     )
-    plain, weighted = (ppo_step(policy, value_model, update, head=HeadOptions(), vf_coef=coef) for coef in (0.0, 0.5))
+    both = PolicyAndValue(policy, value_model)
+    plain, weighted = (ppo_step(both, update, head=HeadOptions(), vf_coef=coef) for coef in (0.0, 0.5))
     # ½ · the mean of 2².
     torch.testing.assert_close(weighted.loss - plain.loss, torch.tensor(0.5 * 0.5 * 4.0))
     weighted.loss.backward()

@@ -94,7 +94,6 @@ def test_both_models_learn_and_the_others_do_not(make):
 
 def test_gradients_are_clipped_model_by_model(make):
     trainer = make(max_grad_norm=0.5)
-    trainer.critic.prepare(trainer.accelerator)
     for model in (trainer.model, trainer.value_model):
         for weight in model.parameters():
             weight.grad = torch.ones_like(weight)

@@ -51,13 +51,15 @@ class EpochStart(TrainerCallback):
     and with several processes that one reaches accelerate's own sampler only. Samplers that take their order from the
     global random numbers find those of the epoch's beginning, which checkpoints keep; transformers then sets those of
     the checkpoint itself.
+
+    args: they tell which process this is, each of which has a file of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, args: TrainingArguments) -> None:
         self._first_step = 0
         self._states: dict[str, Any] | None = None
         self._is_loaded = False
-        self._file = _EPOCH_FILE.format(0)
+        self._file = _EPOCH_FILE.format(args.process_index)
 
     def save_to_checkpoint(self, folder: Path) -> None:
         """Writes the random states of the epoch's beginning; each process its own."""
@@ -68,12 +70,6 @@ class EpochStart(TrainerCallback):
         path = folder / self._file
         self._states = torch.load(path, weights_only=True) if path.is_file() else None
         self._is_loaded = self._states is not None
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Learns which process this is."""
-        self._file = _EPOCH_FILE.format(args.process_index)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -127,7 +123,7 @@ def remove_noise(trainer: Trainer) -> None:
 
 def own_callbacks(trainer: Trainer) -> tuple[TrainerCallback, ...]:
     """Returns the callbacks of every trainer that nobody asks anything."""
-    return EpochStart(), SequenceNoiseCallback(trainer), AgreedControl(trainer)
+    return EpochStart(trainer.args), SequenceNoiseCallback(trainer), AgreedControl(trainer)
 
 
 class SyncRefModelCallback(TrainerCallback):

@@ -135,9 +135,14 @@ class ReferenceTrainer(BaseTrainer):
             part = WeightsPart("reference", self.ref_model, self.accelerator, writes=self.args.should_save)
             self.checkpoints.collective_parts.append(part)
 
+    @property
+    def called_policy(self) -> Callable[..., ModelScores]:
+        """Returns the policy as it is called to score a batch outside of a step's loss."""
+        return self.model
+
     def score_reference(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
         """Scores a batch's N tokens under the reference; `kwargs` are those of `modeling.scoring.score`."""
-        model = self.model if self.ref_model is None else self.ref_model
+        model = self.called_policy if self.ref_model is None else self.ref_model
         policy = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
         options = {"policy": policy, "adapter": self.args.ref_adapter_name, "head": self.head_options}
         with self.compute_loss_context_manager():

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 
 from trl_fast.data import AnyDataset
@@ -140,7 +141,8 @@ def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
             kept = {key: options.get(key) for key in ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora")}
             adapters[name] = _text(kept)
     return {
-        "class": type(inner).__name__,
+        # FSDP2 gives the model that it shards a class of its own.
+        "class": type(inner).__name__.removeprefix("FSDP" if isinstance(inner, FSDPModule) else ""),
         "parameters": count,
         "tensors": digest.hexdigest(),
         "adapters": adapters,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,11 @@ class ChangeableRewards(RewardFunctions):
         """
         self._update()
         return super().__call__(*args, **kwargs)
+
+    def prepare_models(self, prepare: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        """Has reward models prepared, as the base does; what is prepared is shown."""
+        super().prepare_models(prepare)
+        self._show()
 
     def _show(self) -> None:
         models = [source if isinstance(source, RewardModel) else None for source in self.functions]

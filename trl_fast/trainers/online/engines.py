@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from trl_fast.modeling.loading import base_model
+from trl_fast.parallel.engines import engine_of
+from trl_fast.parallel.gathering import gathered, is_sharded
 from trl_fast.rollout import RolloutEngine, TransformersEngine
 
 from .tool_use import with_tools
@@ -21,22 +25,48 @@ def make_engine(trainer: Any, given: RolloutEngine | None, end_ids: Collection[i
 
     Raises:
         NotImplementedError: as in `with_tools`.
-        ValueError: as in `TransformersEngine.try_out`.
+        ValueError: as in `TransformersEngine.try_out`; or tools, and ds3_gather_for_generation=False.
     """
     engine = given or _engine_of_arguments(trainer, end_ids)
     if trainer.toolbox is None:
         return engine
+    by_layer = engine_of(trainer.accelerator).needs.shards_weights and not trainer.args.ds3_gather_for_generation
+    if by_layer and isinstance(engine, TransformersEngine):
+        raise ValueError(
+            "ds3_gather_for_generation=False cannot be used with tools: processes that gather each layer for each "
+            "token have to make equal numbers of turns, and completions call tools as often as they like; leave it "
+            "True, or generate with vLLM"
+        )
     model: Any = base_model(trainer.model)
     return with_tools(engine, trainer.toolbox, trainer.args, model, trainer.processing_class)
 
 
 def _engine_of_arguments(trainer: Any, end_ids: Collection[int]) -> Any:
-    tokenizer = trainer.processing_class
     if trainer.args.use_vllm:
         from trl_fast.rollout.vllm_engine import make_vllm_engine
 
-        return make_vllm_engine(trainer.model, trainer.accelerator, tokenizer, trainer.args)
-    policy = lambda: trainer.accelerator.unwrap_model(trainer.model)  # noqa: E731
-    engine = TransformersEngine(policy, end_ids, tokenizer.pad_token_id, tokenizer)
+        return make_vllm_engine(trainer.model, trainer.accelerator, trainer.processing_class, trainer.args)
+    engine = sampling_from_policy(trainer, end_ids)
     engine.try_out(trainer.args.sampling_settings())
     return engine
+
+
+def sampling_from_policy(trainer: Any, end_ids: Collection[int]) -> TransformersEngine:
+    """Returns an engine that samples from a trainer's policy by transformers.
+
+    Sharded weights are gathered once a generation where ds3_gather_for_generation says so, else a layer at a time for
+    each token, so that they need not fit whole.
+    """
+    tokenizer = trainer.processing_class
+    policy = lambda: trainer.accelerator.unwrap_model(trainer.model)  # noqa: E731
+    weights = partial(_gathered_weights, trainer)
+    return TransformersEngine(policy, end_ids, tokenizer.pad_token_id, tokenizer, gathered_weights=weights)
+
+
+@contextmanager
+def _gathered_weights(trainer: Any) -> Iterator[bool]:
+    """Enters a context in which the policy can generate; tells whether all processes have to do so together."""
+    model = trainer.prepared_model
+    together = is_sharded(model) and not trainer.args.ds3_gather_for_generation
+    with gathered(model, part=trainer.model, layers=not together):
+        yield together

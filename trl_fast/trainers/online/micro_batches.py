@@ -10,6 +10,7 @@ import torch
 from trl_fast.data import TokenBatch
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.losses.loss_inputs import PolicyLossInputs
+from trl_fast.parallel.agreement import largest_over_ranks
 from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
@@ -52,9 +53,12 @@ class UpdateMaker:
     ) -> list[torch.Tensor]:
         """Computes what `score` says about the tokens of the completions of each batch; zeros for all others.
 
+        All processes call this together, and make equal numbers of forwards: who has fewer batches repeats one.
+
         score: from a batch to values (N,). Returns float32 vectors on the CPU, one a completion.
         """
         found = [torch.zeros(len(ids)) for ids in samples.completion_ids]
+        batches = batches + [min(batches, key=len)] * (largest_over_ranks(len(batches)) - len(batches))
         for chunk in batches:
             part = samples.select(chunk)
             values = part.split(score(self.token_batch(part)).float().cpu())

@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.advantages import Advantages
-from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, SamplingSettings
+from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, SamplingSettings, gathered_weights
 from trl_fast.rollout.reward_answers import copied, shown
 from trl_fast.rollout.samples import Samples
 from trl_fast.rollout.user_calls import described, outcome_of
@@ -144,6 +144,10 @@ class RolloutLoop:
             The rollout, checked, and further columns for the reward sources.
         """
         self.engine.sync_weights(method.model, method.state.global_step)
+        with gathered_weights(self.engine):
+            return self._generate(rows, method)
+
+    def _generate(self, rows: list[dict[str, Any]], method: OnlineMethod) -> tuple[Rollout, dict[str, list]]:
         prompts = [row["prompt"] for row in rows]
         if self.generate_instead is not None:
             rollout, columns = self.generate_instead(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from trl_fast.data import AnyDataset, TokenBatch, longest_sequence
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.advantages import Advantages
 from trl_fast.modeling.loading import base_model
+from trl_fast.parallel.engines import engine_of, prepare_frozen
 from trl_fast.rollout import RewardFunctions, RolloutEngine, Toolbox
 from trl_fast.rollout.samples import Samples
 
@@ -61,8 +63,6 @@ class OnlineTrainer(ReferenceTrainer):
         """Initialises transformers.Trainer and the metrics, as the base does, and the rescue from failing rollouts."""
         super().start(**kwargs)
         check_online(self)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise NotImplementedError(f"{type(self).__name__} with sharded weights (DeepSpeed, FSDP) is not supported")
         self._buffers = {mode: MetricBuffer(skip_nan=True) for mode in ("train", "eval")}
         self.recorder = MetricRecorder(self.accelerator, self.model, self._buffers)
         self.rescue = Rescue(
@@ -102,6 +102,8 @@ class OnlineTrainer(ReferenceTrainer):
             options: further fields of `RolloutLoop`.
         """
         args, tokenizer = self.args, self.processing_class
+        if engine_of(self.accelerator).needs.wraps_frozen:
+            rewards.prepare_models(partial(prepare_frozen, self.accelerator))
         self.completions_log = CompletionsLog(completions_kept)
         if args.log_completions:
             self.checkpoints.parts.append(self.completions_log)
@@ -135,6 +137,11 @@ class OnlineTrainer(ReferenceTrainer):
             vocab_size=base_model(self.model).get_output_embeddings().weight.shape[0],
             **options,
         )
+
+    @property
+    def prepared_model(self) -> torch.nn.Module:
+        """Returns what the engine has made of the policy: sharded or in a wrapper, when training has begun."""
+        return self.model if self.is_fsdp_enabled else self.model_wrapped
 
     @property
     def engine(self) -> RolloutEngine:
@@ -208,7 +215,7 @@ class OnlineTrainer(ReferenceTrainer):
     def policy_logprobs(self, batch: TokenBatch) -> torch.Tensor:
         """Computes the policy's log-probabilities of the batch's tokens, (N,) float32."""
         with self.compute_loss_context_manager():
-            return self.score(self.model, batch, temperature=self.args.temperature).tokens.logprobs
+            return self.score(self.called_policy, batch, temperature=self.args.temperature).tokens.logprobs
 
     def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
         """Computes the reference's log-probabilities of the batch's tokens, (N,) float32."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from trl_fast.data.prompt_only import PROMPT_IDS, tokenize_prompt
-from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings, ToolLoop, ToolRollout
+from trl_fast.rollout import EngineWrapper, Rollout, RolloutEngine, SamplingSettings, ToolLoop, ToolRollout
 from trl_fast.rollout.samples import Samples
 
 from ..base.overrides import overridden
@@ -318,15 +318,11 @@ class TRLHooks:
         return (entropies >= torch.quantile(every, threshold)) & counted
 
 
-class _SingleTurnEngine:
+class _SingleTurnEngine(EngineWrapper):
     """Generates by a subclass's `_generate_single_turn`; weights go to the engine that it stands before."""
 
     def __init__(
         self, engine: RolloutEngine, generate: Callable[[list[list[int]], SamplingSettings], Rollout]
     ) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.generate = generate
-
-    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
-        """Gives the engine the policy's weights of an optimizer step."""
-        self.engine.sync_weights(model, step)

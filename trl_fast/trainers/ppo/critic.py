@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ VALUE_FOLDER = "value_model"
 
 
 class Critic:
-    """Holds the value model: prepared as the policy is, in the best batch layout that it runs.
+    """Holds the value model, set up as the policy is, in the best batch layout that it runs.
 
     Args:
         model: a sequence classifier with one label, or a PeftModel of one.
@@ -64,26 +65,21 @@ class Critic:
             if isinstance(model, PeftModel):
                 model.enable_input_require_grads()
         self.plain = model.train()
-        self.model: torch.nn.Module = model
+        self.call: Callable[..., torch.Tensor] = model
         self.device = args.device
         self._writes = args.should_save
 
-    def prepare(self, accelerator: Accelerator) -> None:
-        """Moves the model to its device and wraps it for mixed precision and several processes."""
-        self.model = accelerator.prepare_model(self.plain)
-        self._weights = WeightsPart(VALUE_FOLDER, self.model, accelerator, writes=self._writes)
+    def join(self, call: Callable[..., torch.Tensor], accelerator: Accelerator) -> None:
+        """Has the model called by `call`, as a part of what the accelerator prepares.
+
+        call: returns the numbers (M,) of the head at the M tokens that its keywords mark.
+        """
+        self.call = call
+        self._weights = WeightsPart(VALUE_FOLDER, self.plain, accelerator, writes=self._writes)
 
     def trained_weights(self) -> dict[str, torch.nn.Parameter]:
         """Returns the weights that are trained, by name."""
         return {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
-
-    def add_to(self, optimizer: torch.optim.Optimizer, decays: set[str], weight_decay: float) -> None:
-        """Adds the weights to an optimizer; those named in `decays` get the weight decay."""
-        named = [(name in decays, weight) for name, weight in self.trained_weights().items()]
-        for decay, rate in ((True, weight_decay), (False, 0.0)):
-            weights = [weight for decayed, weight in named if decayed == decay]
-            if weights:
-                optimizer.add_param_group({"params": weights, "weight_decay": rate})
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Raises ValueError if a user's optimizer, None for none, lacks weights of the value model."""
@@ -99,7 +95,7 @@ class Critic:
 
     def values(self, batch: TokenBatch) -> torch.Tensor:
         """Computes the values (M,) float32 of the batch's states; differentiable."""
-        return read_head(self.model, batch)
+        return read_head(self.call, batch)
 
     @torch.no_grad()
     def score(self, samples: Samples, has_end: torch.Tensor, size: int) -> list[torch.Tensor]:

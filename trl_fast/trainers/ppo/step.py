@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from trl_fast.losses.ppo import ppo_policy_loss, update_metrics, value_loss
-from trl_fast.modeling.classifier_head import read_head
-from trl_fast.modeling.scoring import score
+from trl_fast.modeling.classifier_head import head_inputs
+from trl_fast.modeling.scoring import scoring_inputs
 from trl_fast.ops import HeadOptions
 
 from ..base.step import StepResult, router_keywords, with_router_loss
@@ -14,8 +14,7 @@ from .experience import PPOUpdate
 
 
 def ppo_step(
-    model: torch.nn.Module,
-    value_model: torch.nn.Module,
+    models: torch.nn.Module,
     update: PPOUpdate,
     *,
     head: HeadOptions,
@@ -28,8 +27,7 @@ def ppo_step(
     """Computes the loss of one micro-batch of PPO, of both models together, and its metrics.
 
     Args:
-        model: the policy, with `modeling.scoring.attach_scoring`, on the device of the update.
-        value_model: a sequence classifier with one label, with `modeling.classifier_head.attach_classifier_head`.
+        models: a `modeling.policy_and_value.PolicyAndValue` on the device of the update, wrapped or not.
         update: the micro-batch: N scored tokens of the policy, M states of the value model.
         head: the user's settings of the head.
         cliprange, vf_coef, cliprange_value: as in `PPOConfig`.
@@ -37,8 +35,7 @@ def ppo_step(
         router_coef: weight of a mixture of experts' load-balancing loss.
     """
     loss_inputs = update.loss_inputs
-    scored = score(
-        model,
+    policy = scoring_inputs(
         update.batch,
         outputs=("logprobs", "entropy"),
         temperature=temperature,
@@ -47,7 +44,8 @@ def ppo_step(
         head=head,
         **router_keywords(router_coef),
     )
-    value = value_loss(read_head(value_model, update.state_batch), update.values, update.returns, cliprange_value)
+    scored, values = models(policy=policy, value=head_inputs(update.state_batch))
+    value = value_loss(values.float(), update.values, update.returns, cliprange_value)
     assert scored.loss is not None, "a token loss was asked for"
     loss, metrics = with_router_loss(scored.loss + vf_coef * value.loss, scored, router_coef)
     return StepResult(loss, {**metrics, **update_metrics(scored.tokens, loss_inputs, value, cliprange)}, scored.tokens)

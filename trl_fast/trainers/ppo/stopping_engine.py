@@ -7,12 +7,12 @@ from collections.abc import Collection
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trl_fast.rollout import Rollout, RolloutEngine, SamplingSettings, check_engine
+from trl_fast.rollout import EngineWrapper, Rollout, RolloutEngine, SamplingSettings, check_engine
 
 from .config import PPOConfig
 
 
-class StoppingEngine:
+class StoppingEngine(EngineWrapper):
     """Wraps a rollout engine: asks it for a few completions at a time, and cuts them after their first stop token.
 
     Args:
@@ -23,11 +23,8 @@ class StoppingEngine:
 
     def __init__(self, engine: RolloutEngine, stop_ids: Collection[int], batch_size: int) -> None:
         check_engine(engine)
-        self.engine, self._stop_ids, self._batch_size = engine, stop_ids, batch_size
-
-    def sync_weights(self, model: torch.nn.Module, step: int) -> None:
-        """Gives the engine the policy's weights of an optimizer step."""
-        self.engine.sync_weights(model, step)
+        super().__init__(engine)
+        self._stop_ids, self._batch_size = stop_ids, batch_size
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from trl_fast.losses.ppo import KLController, kl_penalties, rollout_metrics
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
 from trl_fast.modeling.value_model import check_vocabulary
-from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, TransformersEngine
+from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine
 
 from ..base.overrides import overridden
 from ..base.prepared_datasets import check_dataset_type
@@ -30,9 +30,10 @@ from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
 from ..checkpoints.parts import NumbersPart
 from ..online.completions_log import CompletionsLog
+from ..online.engines import sampling_from_policy
 from ..online.micro_batches import batches_in_turn
 from ..online.prompt_order import PromptOrder
-from ..online.trainer import OnlineTrainer
+from .actor_critic import ActorCriticTrainer
 from .argument_checks import check_distinct, count_rollouts
 from .config import PPOConfig
 from .critic import Critic, value_model_like
@@ -49,8 +50,10 @@ KL_STATE_FILE = "kl_control_state.json"
 
 
 @answers_to(PPO_ATTRIBUTES)
-class PPOTrainer(OnlineTrainer):
+class PPOTrainer(ActorCriticTrainer):
     """Trains by Proximal Policy Optimization with a value model (arXiv 1707.06347, 1909.08593).
+
+    Both models are prepared as one, `models`, whichever engine shards them; `model` is the policy.
 
     Args:
         args: the config.
@@ -68,7 +71,7 @@ class PPOTrainer(OnlineTrainer):
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.
-        NotImplementedError: weights are sharded (DeepSpeed, FSDP).
+        NotImplementedError: FSDP1 shards the weights.
     """
 
     method = "ppo"
@@ -132,9 +135,9 @@ class PPOTrainer(OnlineTrainer):
         self._set_up_rollouts(layout, rollout_engine, rewards)
 
     def _set_up_rollouts(self, layout: str, engine: RolloutEngine | None, rewards: RewardFunctions) -> None:
-        args, pad = self.args, self.processing_class.pad_token_id
+        args = self.args
         self.critic.check_optimizer(self.optimizer)
-        self.critic.prepare(self.accelerator)
+        self.join_models()
         self._divergence.more_models.append(self.value_model)
         self.kl_control = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
         kl_state = NumbersPart(KL_STATE_FILE, self.kl_control, {"kl_coef": "coefficient"})
@@ -143,8 +146,7 @@ class PPOTrainer(OnlineTrainer):
         self._rows: list[dict[str, Any]] = []
         self._latest: dict[str, float] = {}
         self.seed_sampling(layout)
-        policy = lambda: self.accelerator.unwrap_model(self.model)  # noqa: E731
-        engine = engine or TransformersEngine(policy, self.end_ids, pad)
+        engine = engine or sampling_from_policy(self, self.end_ids)
         self.set_up_loop(
             StoppingEngine(engine, self.stop_ids, args.local_rollout_forward_batch_size),
             rewards,
@@ -164,11 +166,6 @@ class PPOTrainer(OnlineTrainer):
     @engine.setter
     def engine(self, engine: RolloutEngine) -> None:
         self.loop.engine.engine = engine
-
-    @property
-    def value_model(self) -> PreTrainedModel | PeftModel:
-        """Returns the value model, without what was wrapped around it."""
-        return self.critic.plain
 
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: PPOConfig, name: str
@@ -323,7 +320,7 @@ class PPOTrainer(OnlineTrainer):
             micro_batches = chosen.split(args.per_device_train_batch_size)
             for index, micro in enumerate(micro_batches):
                 update = make_update(experience, micro.tolist(), self.updates, self.critic)
-                with self._unsynced(model) if index + 1 < len(micro_batches) else nullcontext():
+                with self.unsynced(model) if index + 1 < len(micro_batches) else nullcontext():
                     loss += super().training_step(model, update) / count
             if number + 1 < count:
                 if args.max_grad_norm > 0:
@@ -338,13 +335,6 @@ class PPOTrainer(OnlineTrainer):
         for _ in range(self.args.num_ppo_epochs):
             yield from torch.randperm(completions).split(self.args.local_mini_batch_size)
 
-    @contextmanager
-    def _unsynced(self, model: torch.nn.Module) -> Iterator[None]:
-        with ExitStack() as stack:
-            for each in (model, self.critic.model):
-                stack.enter_context(self.accelerator.no_sync(each))
-            yield
-
     def _prepare_inputs(self, inputs: PPOUpdate) -> PPOUpdate:
         return inputs
 
@@ -352,12 +342,7 @@ class PPOTrainer(OnlineTrainer):
         """Computes the loss of one micro-batch, of both models, and records its metrics."""
         args = self.args
         settings = {name: getattr(args, name) for name in ("cliprange", "vf_coef", "cliprange_value", "temperature")}
-        result = ppo_step(
-            *(model, self.critic.model, inputs),
-            head=self.head_options,
-            router_coef=self.router_aux_loss_coef,
-            **settings,
-        )
+        result = ppo_step(model, inputs, head=self.head_options, router_coef=self.router_aux_loss_coef, **settings)
         self._ratios.append(result.metrics["val/ratio"].mean())
         self.record(result.metrics)
         return result.loss
@@ -365,28 +350,6 @@ class PPOTrainer(OnlineTrainer):
     def get_total_train_batch_size(self, args: PPOConfig) -> int:
         """Returns the completions of a step, of all processes."""
         return args.batch_size
-
-    # ---- both models' weights
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Makes the optimizer, with the value model's weights beside the policy's."""
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model)
-        self.critic.add_to(optimizer, set(self.get_decay_parameter_names(self.value_model)), self.args.weight_decay)
-        return optimizer
-
-    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """Clips each model's gradients by their own norm, and returns the policy's."""
-        norm = super()._clip_grad_norm(model)
-        torch.nn.utils.clip_grad_norm_(self.value_model.parameters(), self.args.max_grad_norm)
-        return norm
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
-        norm = super()._get_grad_norm(*args, **kwargs)
-        gradients = [weight.grad for weight in self.critic.trained_weights().values() if weight.grad is not None]
-        self._divergence.see_norm(norm + torch.nn.utils.get_total_norm(gradients))
-        return norm
 
     # ---- logs
 
