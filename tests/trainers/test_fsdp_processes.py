@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 import trl_fast
 from support.models import tiny_classifier, tiny_model
@@ -131,3 +132,23 @@ def test_losses_of_bfloat16_products_are_float32(lora, tmp_path):
     for loss, dtypes in run_on_ranks(first_loss, engine="fsdp2", mixed_precision="bf16"):
         assert loss == pytest.approx(math.log(2), abs=1e-6)
         assert dtypes == {torch.float32}
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_is_saved_whole(tmp_path):
+    """From sharded files, with a reference that has moved since; the saved model is one that transformers loads."""
+
+    def run(step):
+        settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+        trainer = make("DPO", tmp_path, sync_ref_model=True, ref_model_sync_steps=1, **settings)
+        trainer.train(resume_from_checkpoint=step and str(tmp_path / f"checkpoint-{step}"))
+        trainer.save_model(str(tmp_path / "saved"))
+        return read(trainer)
+
+    environment = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    whole = run_on_ranks(run, None, engine="fsdp2", environment=environment)[0]
+    assert not (tmp_path / "checkpoint-2/model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in whole[1].items())
+    steps, weights = run_on_ranks(run, 2, engine="fsdp2", environment=environment)[0]
+    assert steps == whole[0]
+    assert all(torch.equal(weights[name], weight) for name, weight in whole[1].items())

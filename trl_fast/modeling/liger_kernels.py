@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from transformers import PreTrainedModel
 from transformers.utils import is_liger_kernel_available
 
+from trl_fast.parallel.engines import original_class
+
 from .model_changes import changes_of
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def turn_copies(model: PreTrainedModel, saving: type[TorchDispatchMode]) -> None
 
     saving: the mode under which results are kept.
     """
-    modeling = sys.modules[type(model).__module__]
+    modeling = sys.modules[original_class(model).__module__]
     for name in _ROTARY_NAMES:
         rotary: Any = getattr(modeling, name, None)
         if (getattr(rotary, "__module__", None) or "").startswith("liger_kernel"):

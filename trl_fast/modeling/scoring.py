@@ -20,6 +20,7 @@ from trl_fast.ops import HeadOptions, TokenScores, selective_log_softmax_and_ent
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.linear_logprob import token_logprobs
 from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
+from trl_fast.parallel.engines import original_class
 
 from .lm_head import HeadParameters, head_transform
 from .loading import backbone
@@ -197,7 +198,7 @@ def _token_counts(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:
     """Computes the load-balancing loss of the family, which stands in the class's module; the mask weighs tokens."""
     config = model.config.get_text_config()
-    function: Any = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    function: Any = getattr(sys.modules[original_class(model).__module__], "load_balancing_loss_func", None)
     if function is None:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

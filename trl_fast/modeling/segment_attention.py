@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
+from trl_fast.parallel.engines import original_class
 from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
 from .model_changes import changes_of
@@ -82,7 +83,7 @@ def eager_segment_attention(
     query: (1, heads, T, D); key, value: (1, key-value heads, T, D). Returns (1, T, heads, D), and weights or None.
     """
     if tree_lengths is None:
-        own = sys.modules[type(module).__module__].eager_attention_forward
+        own = sys.modules[original_class(module).__module__].eager_attention_forward
         return own(module, query, key, value, attention_mask, **kwargs)
     return segment_attention(module, query, key, value, attention_mask, tree_lengths=tree_lengths, **kwargs)
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule, StateDictType
 
 
 class Engine(Enum):
@@ -42,6 +43,12 @@ class Engine(Enum):
     def is_fsdp(self) -> bool:
         """Tells whether it is FSDP, of either version."""
         return self in (Engine.FSDP1, Engine.FSDP2)
+
+
+def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """Returns the class that a module was made of: FSDP2 puts one of its own on modules that it shards."""
+    classes = type(module).__mro__
+    return classes[classes.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else classes[0]
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,20 @@ def keep_float32_outputs(accelerator: Accelerator) -> None:
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+@contextmanager
+def saved_whole(accelerator: Accelerator) -> Iterator[None]:
+    """Has transformers save whole weights within the context: with SHARDED_STATE_DICT it would save none at all."""
+    plugin = accelerator.state.fsdp_plugin if engine_of(accelerator).is_fsdp else None
+    kind = None if plugin is None else plugin.state_dict_type
+    try:
+        if plugin is not None:
+            plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+        yield
+    finally:
+        if plugin is not None:
+            plugin.state_dict_type = kind
 
 
 def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:

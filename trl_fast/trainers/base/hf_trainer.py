@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import Trainer
 
+from trl_fast.parallel.engines import keep_float32_outputs
+
 
 def forbid_data_parallel(trainer: Trainer) -> None:
     """Raises ValueError if the trainer would cut batches into parts for several GPUs."""
@@ -12,6 +14,12 @@ def forbid_data_parallel(trainer: Trainer) -> None:
             f"{type(trainer).__name__} does not run under nn.DataParallel, which is used when several GPUs are "
             "visible to one process; start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
+
+
+def set_up_devices(trainer: Trainer) -> None:
+    """Has FSDP2 keep outputs in float32; raises ValueError as `forbid_data_parallel` does."""
+    forbid_data_parallel(trainer)
+    keep_float32_outputs(trainer.accelerator)
 
 
 def declare_loss_scaling(trainer: Trainer) -> None:

@@ -20,7 +20,7 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
 from trl_fast.parallel.agreement import together
-from trl_fast.parallel.engines import keep_float32_outputs
+from trl_fast.parallel.engines import saved_whole
 from trl_fast.parallel.failures import failing_together, watch_failures
 
 from ..checkpoints.run_record import RunRecord
@@ -34,7 +34,7 @@ from .batch_reader import BatchReader
 from .callbacks import own_callbacks, remove_noise
 from .config import BaseConfig
 from .divergence import DivergenceWatch
-from .hf_trainer import declare_loss_scaling, forbid_data_parallel
+from .hf_trainer import declare_loss_scaling, set_up_devices
 from .loaders import make_loader
 from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
@@ -148,8 +148,7 @@ class BaseTrainer(Trainer):
         warn_of_reentrant_router(args, self.router_aux_loss_coef)
         with checked_arguments(kwargs):
             super().__init__(**kwargs)
-        forbid_data_parallel(self)
-        keep_float32_outputs(self.accelerator)
+        set_up_devices(self)
         declare_loss_scaling(self)
         chosen_balance(self)
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
@@ -374,12 +373,13 @@ class BaseTrainer(Trainer):
             write_model_card(self, self.method, model_name, dataset_name, tags)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model; says so if its weights are broken."""
-        if not _internal_call:
-            self._divergence.name_broken_weights(output_dir or self.args.output_dir)
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            self.run_report.say_saved(output_dir or self.args.output_dir)
+        """Saves the model, whole whatever checkpoints hold; says so if its weights are broken."""
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        self._divergence.name_broken_weights(output_dir or self.args.output_dir)
+        with saved_whole(self.accelerator):
+            super().save_model(output_dir)
+        self.run_report.say_saved(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         self._divergence.check_weights()

@@ -27,7 +27,7 @@ from transformers.utils import (
 # The record that is written last: what run a checkpoint is of, and which files belong to it.
 RECORD_FILE = "trl_fast_checkpoint.json"
 # Files that a resumed run reads; people may edit the others.
-_STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".distcp")
 _SINGLE_WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 _WEIGHT_INDEXES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 # Folders of sharded weights and optimizers, which FSDP and DeepSpeed read and check themselves.

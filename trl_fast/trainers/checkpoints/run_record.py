@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 
 from trl_fast.data import AnyDataset
 from trl_fast.modeling.loading import base_model
+from trl_fast.parallel.engines import original_class
 from trl_fast.parallel.partitions import whole_shape, whole_size
 
 # Rows of the dataset that are hashed, spread over all of it.
@@ -141,8 +141,7 @@ def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
             kept = {key: options.get(key) for key in ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora")}
             adapters[name] = _text(kept)
     return {
-        # FSDP2 gives the model that it shards a class of its own.
-        "class": type(inner).__name__.removeprefix("FSDP" if isinstance(inner, FSDPModule) else ""),
+        "class": original_class(inner).__name__,
         "parameters": count,
         "tensors": digest.hexdigest(),
         "adapters": adapters,

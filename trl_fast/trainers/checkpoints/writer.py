@@ -71,7 +71,7 @@ class Checkpoints:
         """
         with ExitStack() as locks:
             together(lambda: self._lock(locks))
-            self._record = None
+            self._record = self._make_record()  # before an engine shards the model
             checkpoint = self.resume_point(resume)
             self._checked = None
             yield checkpoint
