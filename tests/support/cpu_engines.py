@@ -72,7 +72,7 @@ def take_engines_on_cpu() -> None:
     def validate_as_on_gpus(self: Any, accelerator: Any) -> None:
         if accelerator.distributed_type != DistributedType.MULTI_CPU:
             validate(self, accelerator)
-        elif self.total_size != accelerator.num_processes:
+        elif self.total_size not in (1, accelerator.num_processes):
             raise ValueError(f"total_size {self.total_size} does not match num_processes {accelerator.num_processes}")
 
     ParallelismConfig._validate_accelerator = validate_as_on_gpus

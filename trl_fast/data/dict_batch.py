@@ -41,6 +41,10 @@ class DictBatch:
         """Returns what the model runs on: the collator's own batch, or a padded one of the entries."""
         return self._batch if self._entries is None else self._collator.token_batch(self._entries)
 
+    def holding(self, batch: TokenBatch) -> DictBatch:
+        """Returns a batch that answers as this one does, and holds another."""
+        return DictBatch(batch, self._collator)
+
     def copy(self) -> dict[str, Any]:
         """Returns the entries as a dict, which is no look: changing it changes nothing here."""
         return self._collator.entries(self._batch) if self._entries is None else dict(self._entries)

@@ -29,6 +29,7 @@ from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .sharded_head import call_with_whole_head
 from .tree_attention import TreeLengths
+from .ulysses import DealtRows, active_group
 from .upcast_linear_layers import upcast_linear_layers
 
 logger = logging.getLogger(__name__)
@@ -119,12 +120,35 @@ def give_up_fused_head(model: PreTrainedModel, error: float) -> None:
 def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object, **kwargs: object) -> ModelScores:
     kwargs.pop("labels", None)
     router = kwargs.get("output_router_logits")
+    shared = active_group()
+    if shared is not None:
+        kwargs = shared.deal_tokens(kwargs, LENGTHS_KEYWORD)
     output = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     states = output.last_hidden_state
+    if shared is not None:
+        return _score_dealt(
+            model, scoring, DealtRows(shared, scoring.score_positions, scoring.row_length, scoring.group_sizes), states
+        )
     tokens, loss = _run_head(model, scoring.select(states), scoring, states.shape[:-1].numel())
     if not router:
         return ModelScores(tokens, None, loss)
     return ModelScores(tokens, _aux_loss(model, output.router_logits, _token_counts(kwargs)), loss)
+
+
+@torch.compiler.disable
+def _score_dealt(
+    model: PreTrainedModel, scoring: ScoringRequest, dealt: DealtRows, states: torch.Tensor
+) -> ModelScores:
+    """Scores the rows that are dealt to this process; returns the scores of all. states: of its tokens (1, T, H)."""
+    own = replace(
+        scoring,
+        targets=scoring.targets[dealt.rows],
+        token_loss=dealt.token_loss(scoring.token_loss),
+        group_sizes=dealt.group_sizes,
+    )
+    found = _run_head(model, dealt.hidden(states), own, states.shape[:-1].numel())
+    tokens, loss = dealt.told_to_all(*found)
+    return ModelScores(tokens, None, loss)
 
 
 @torch.compiler.disable

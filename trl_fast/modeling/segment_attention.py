@@ -25,6 +25,7 @@ from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
 from .model_changes import changes_of
 from .tree_attention import TreeLengths, flash_serves, tree_attention
+from .ulysses import SequenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def segment_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     tree_lengths: tuple[TreeLengths, ...] | None = None,
+    sequence_group: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Computes attention inside each tree of a row; see tree_attention.py.
@@ -55,6 +57,7 @@ def segment_attention(
         attention_mask: ignored when tree_lengths is given.
         softcap: of the scores, as in `tree_attention`.
         tree_lengths: lengths of the segments of each tree in the row, summing to T; None hands over to SDPA.
+        sequence_group: the processes that share the tokens of the row, of which T are this one's; None: it has all.
 
     Returns:
         (1, T, heads, D) and None, as transformers expects.
@@ -66,7 +69,10 @@ def segment_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
         )
-    return _attend_within_trees(query, key, value, scaling, dropout, softcap, tree_lengths), None
+    if sequence_group is not None:
+        query, key, value = (sequence_group.gather_tokens(states) for states in (query, key, value))
+    attended = _attend_within_trees(query, key, value, scaling, dropout, softcap, tree_lengths)
+    return (attended if sequence_group is None else sequence_group.scatter_tokens(attended)), None
 
 
 def eager_segment_attention(

@@ -86,6 +86,8 @@ def balanced(loader: DataLoader, trainer: Any, dataset: AnyDataset) -> DataLoade
 
 def _obstacle(trainer: Any, dataset: AnyDataset) -> str:
     """Returns why rows cannot be dealt by their cost; an empty text if they can."""
+    if getattr(trainer, "sequence_group", None) is not None:
+        return "with sp_size the processes of a group compute each row together"
     if isinstance(dataset, IterableDataset):
         return "the training data are a stream, whose rows are not known before they come"
     if BATCH_LAYOUTS[trainer.layout.name].pads or trainer.data_collator is not trainer.batches.collator:

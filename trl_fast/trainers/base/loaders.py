@@ -8,6 +8,7 @@ from typing import Any
 from datasets import IterableDataset
 
 from .balancing import balanced
+from .sequence_parallel import SharedRows
 from .stream_loader import StreamLoader
 
 
@@ -21,7 +22,8 @@ def make_loader(trainer: Any, make: Callable[..., Any], **kwargs: Any) -> Iterab
     """
     dataset = kwargs["dataset"]
     if kwargs.get("is_training"):
-        return balanced(make(**kwargs), trainer, dataset)
+        loader = balanced(make(**kwargs), trainer, dataset)
+        return loader if trainer.sequence_group is None else SharedRows(loader, trainer.sequence_group)
     if not isinstance(dataset, IterableDataset):
         return make(**kwargs)
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, kwargs["description"])

@@ -19,7 +19,7 @@ from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.parallel.weights import has_read_weights
 
 from .config import BaseConfig
-from .parallelism import check_model_parallelism
+from .parallelism import check_model_parallelism, shares_rows
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
         inner,
         args.activation_budget,
         attention_always=args.keeps_attention,
-        whole_layers=not args.activation_offloading,
+        whole_layers=not args.activation_offloading and not shares_rows(args),
     )
 
 

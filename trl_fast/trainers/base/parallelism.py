@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import ParallelismConfig
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -29,11 +30,7 @@ _REFUSED = {
     "cp_size": _Refusal(
         "ring context parallelism attends over a whole row of tokens, so that sequences which are packed into one row "
         "would see each other",
-        "leave it out, and use FSDP with gradient checkpointing and tiled_mlp for long rows",
-    ),
-    "sp_size": _Refusal(
-        "sequence parallelism hands each process a piece of every row, which trl_fast's packed rows do not have yet",
-        "leave it out, and use FSDP with gradient checkpointing and tiled_mlp for long rows",
+        "use sp_size instead (Ulysses), which attends within each sequence of the whole row",
     ),
     "pp_size": _Refusal(
         "pipeline parallelism cuts the model into stages, and trl_fast runs the layers and the head of one process",
@@ -146,5 +143,18 @@ def check_online(trainer: Trainer) -> None:
 
 
 def processes_of_a_row(trainer: Trainer) -> int:
-    """Returns how many processes compute each row together: those of tensor parallelism."""
-    return trainer.get_tp_size()
+    """Returns how many processes compute each row together: those of tensor or of sequence parallelism."""
+    group = getattr(trainer, "sequence_group", None)
+    return trainer.get_tp_size() if group is None else group.size
+
+
+def sum_over_rows(trainer: Trainer, number: int) -> int:
+    """Returns the sum of a number of all processes, of which those that compute rows together have the same."""
+    own = torch.tensor(number, dtype=torch.int64, device=trainer.accelerator.device)
+    return int(trainer.accelerator.reduce(own, "sum").item()) // processes_of_a_row(trainer)
+
+
+def shares_rows(args: object) -> bool:
+    """Tells whether processes share the tokens of a row, and so compute each layer again together or not at all."""
+    sizes = getattr(args, "parallelism_config", None)
+    return sizes is not None and sizes.sp_size > 1

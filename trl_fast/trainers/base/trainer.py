@@ -17,6 +17,7 @@ from trl_fast.modeling.adapters import check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
+from trl_fast.modeling.ulysses import sharing_rows
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
 from trl_fast.parallel.agreement import together
@@ -42,9 +43,10 @@ from .metric_lists import MetricLists
 from .model_card import model_tags, write_model_card
 from .model_setup import check_trains, layout_request, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
-from .parallelism import parallel_options, processes_of_a_row
+from .parallelism import parallel_options, sum_over_rows
 from .prepared_datasets import change_parts, check_lengths, check_vocabulary, named_parts
 from .progress import close_progress
+from .sequence_parallel import take_sequence_group
 from .stop_signals import StopSignals
 from .stream_loader import forbid_dispatching, in_step
 from .tokenizers import checked_tokenizer, set_pad_token
@@ -95,8 +97,7 @@ class BaseTrainer(Trainer):
         self, model: str | PreTrainedModel | PeftModel, args: BaseConfig, quantization_config: object | None
     ) -> PreTrainedModel | PeftModel:
         """Returns the model to train, loaded if it is given by name."""
-        # Adapters start from random weights, so the seed comes before everything.
-        set_seed(args.seed)
+        set_seed(args.seed)  # before everything, since adapters start from random weights
         if isinstance(model, str):
             options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             if quantization_config is not None:
@@ -146,6 +147,7 @@ class BaseTrainer(Trainer):
         args = kwargs["args"]
         forbid_dispatching(args)
         warn_of_reentrant_router(args, self.router_aux_loss_coef)
+        self.sequence_group = take_sequence_group(self, args, kwargs["model"])
         with checked_arguments(kwargs):
             super().__init__(**kwargs)
         set_up_devices(self)
@@ -214,8 +216,7 @@ class BaseTrainer(Trainer):
         kwargs: further keywords of `modeling.scoring.score`, and of the model's forward.
         """
         if self._adds_virtual_tokens:
-            # peft counts positions itself, with the virtual tokens first.
-            kwargs["position_ids"] = None
+            kwargs["position_ids"] = None  # peft counts them itself, with the virtual tokens first
         return score(model, batch, outputs=outputs, head=self.head_options, **kwargs)
 
     @property
@@ -226,7 +227,8 @@ class BaseTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes the loss (0-d) of one micro-batch and adds its gradients; a check that fails names the step."""
         try:
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            with sharing_rows(self.sequence_group):
+                loss = super().training_step(model, inputs, *args, **kwargs)
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.state.global_step + 1}: {error}") from error
         self._divergence.see_loss(loss)
@@ -329,8 +331,7 @@ class BaseTrainer(Trainer):
         """Adds the metrics since the last log, with "eval_" before their names in evaluation."""
         metrics = self._buffers[self.mode].pop(lambda pairs: self.accelerator.reduce(pairs, "sum"))
         if "num_tokens" in metrics:
-            seen = torch.tensor(self._tokens.seen, dtype=torch.int64, device=self.accelerator.device)
-            metrics["num_tokens"] = self.accelerator.reduce(seen, "sum").item() // processes_of_a_row(self)
+            metrics["num_tokens"] = sum_over_rows(self, self._tokens.seen)
         prefix = "eval_" if self.mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)

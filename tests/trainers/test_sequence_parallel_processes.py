@@ -1,0 +1,44 @@
+"""Two processes that share the tokens of each row (Ulysses) train as one does on the same rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+
+import trl_fast
+import trl_fast.data.packing as packing
+from support.ranks import run_on_ranks
+from support.supervised import sft_rows
+from support.training import assert_same_logs, color_pairs, make_trainer
+
+DATA = {"SFT": sft_rows("prompt and completion", 16), "DPO": color_pairs(16)}
+
+
+def train(method, model, folder, ranks, **settings):
+    """The logs of a short run, and the weights after it."""
+    if ranks > 1:
+        settings["parallelism_config"] = ParallelismConfig(sp_size=ranks)
+    settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, **settings}
+    arguments = {"model": model, "train_dataset": DATA[method], "eval_dataset": DATA[method]}
+    trainer = make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    evaluated = trainer.evaluate()["eval_loss"]
+    return logs, evaluated, {name: weight.detach() for name, weight in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("method, layout", [("SFT", "packed"), ("DPO", "packed"), ("DPO", "shared_prefix")])
+def test_two_processes_train_as_one(method, layout, model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+    settings = {"batch_layout": layout}
+    ranks = run_on_ranks(lambda: train(method, model_path, tmp_path / "two", 2, **settings))
+    one, evaluated, weights = train(method, model_path, tmp_path / "one", 1, **settings)
+    for logs, found, own in ranks:
+        # Metrics are differences of sums of log-probabilities, of which each is rounded.
+        assert_same_logs(logs, one, rel=1e-5, abs=1e-5)
+        for name in ("loss", "grad_norm"):
+            assert [log[name] for log in logs] == pytest.approx([log[name] for log in one], rel=5e-7)
+        assert found == pytest.approx(evaluated, rel=1e-6)
+        for name, weight in weights.items():
+            torch.testing.assert_close(own[name], weight, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
