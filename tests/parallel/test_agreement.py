@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+
 import pytest
 import torch.distributed
 
 from support.ranks import run_on_ranks
-from trl_fast.parallel.agreement import decided_by_first, largest_over_ranks, together
+from trl_fast.parallel.agreement import decided_by_first, first_of_machine_first, largest_over_ranks, together
 
 
 class OddError(Exception):
@@ -63,6 +66,25 @@ def test_two_processes_agree():
     assert first["of the program"] == "RuntimeError: process 1 failed: KeyError: 'name'"
     assert (first["of all"], second["of all"]) == ("ValueError: row 0", "ValueError: row 1")
     assert first["largest"] == second["largest"] == 5
+
+
+def worked():
+    """Returns when this process has begun and ended two works, which take longer than collective operations wait."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=1.5))
+    rank = torch.distributed.get_rank()
+    times = []
+    for seconds in (2, 0.1):
+        with first_of_machine_first(rank):
+            times.append(time.monotonic())
+            time.sleep(0 if rank else seconds)
+            times.append(time.monotonic())
+    torch.distributed.barrier()  # process 0 has the store
+    return times
+
+
+def test_the_others_of_a_machine_wait_for_the_first_however_long_it_takes():
+    first, second = run_on_ranks(worked, engine=None)
+    assert first[1] <= second[0] and first[3] <= second[2]
 
 
 def test_a_process_alone_is_asked_itself():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -65,26 +66,26 @@ def test_a_process_that_fails_ends_the_one_that_waits():
         )
 
 
-def fail_alone(is_caught):
-    """Fails in process 1, which lives on where the error is caught; process 0 waits for it or computes without end."""
+def fail_alone(when):
+    """Fails in process 1, while process 0 waits for it, computes without end, or does so after a section."""
     torch.distributed.init_process_group("gloo")
     failures.LIMIT = 1.0
-    rank = torch.distributed.get_rank()
-    if is_caught:
+    if when == "caught":
         outcome(lambda: fail_or(1, KeyError("column"), wait_for_all))
         time.sleep(1000)
     watch_failures()
     try:
-        fail_or(1, KeyError("column"), lambda: time.sleep(1000))
+        with failing_together() if when == "at the end of a section" else nullcontext():
+            fail_or(1, KeyError("column"), lambda: None)
+        time.sleep(1000)
     except KeyError:
         sys.excepthook(*sys.exc_info())  # as Python does for an error that nobody catches
-    return rank
 
 
-@pytest.mark.parametrize("is_caught", [True, False])
-def test_a_process_that_does_not_end_by_itself_is_ended(is_caught):
+@pytest.mark.parametrize("when", ["caught", "uncaught", "at the end of a section"])
+def test_a_process_that_does_not_end_by_itself_is_ended(when):
     with pytest.raises(RankError) as found:
-        run_on_ranks(fail_alone, is_caught, engine=None, patience=20)
+        run_on_ranks(fail_alone, when, engine=None, patience=20)
     text = str(found.value)
     assert "rank 0 ended with status 1" in text
     assert "process 0: process 1 failed: KeyError: 'column'; this process has not ended by itself" in text

@@ -116,6 +116,11 @@ def full_disk_of_one(model_path, folder):
     trainer.train()
 
 
+def beginning_anew_alone(model_path, folder):
+    """Makes a trainer that would begin anew with a smaller batch."""
+    make(model_path, folder, auto_find_batch_size=True)
+
+
 # The process that finds it, and what it says.
 FOUND_BY_ONE = {
     bad_rows_of_one: (1, "ValueError: {}The train dataset has the columns ['prompt']"),
@@ -129,7 +134,8 @@ def test_what_one_process_finds_ends_both(model_path, tmp_path):
     (tmp_path / "locked").mkdir()
 
     def try_all():
-        return [outcome(partial(work, model_path, tmp_path)) for work in (*FOUND_BY_ONE, full_disk_of_one)]
+        works = (*FOUND_BY_ONE, beginning_anew_alone, full_disk_of_one)
+        return [outcome(partial(work, model_path, tmp_path)) for work in works]
 
     with FileLock(tmp_path / "locked" / LOCK_FILE):
         found = run_on_ranks(try_all)
@@ -137,6 +143,7 @@ def test_what_one_process_finds_ends_both(model_path, tmp_path):
         assert found[finder][number].startswith(said.format(""))
         assert found[1 - finder][number].startswith(said.format(f"process {finder} failed: "))
     for texts in found:
+        assert texts[-2].startswith("ValueError: auto_find_batch_size=True: of several processes")
         assert texts[-1].startswith(f"CheckpointError: {tmp_path}/full/checkpoint-1 could not be written (")
         assert "No space left on device" in texts[-1]
     assert not list((tmp_path / "full").glob("*checkpoint*"))

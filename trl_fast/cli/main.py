@@ -54,6 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         if debug or not is_input_error(error):
             raise
+        # Where there are other processes, who looks after their failures is there already.
+        failures = sys.modules.get("trl_fast.parallel.failures")
+        if failures is not None:
+            failures.tell_failure(error)
         return _refuse(f"trl-fast {command}: {error_line(error)}")
     try:
         return run()

@@ -8,12 +8,16 @@ collective: every process calls them, in the same order. With one process they c
 from __future__ import annotations
 
 import pickle
+import platform
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
 from accelerate import PartialState
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
 _NONE = object()
@@ -116,6 +120,30 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return error_for_others(0, error)
     return error if type(copy) is type(error) and str(copy) == str(error) else error_for_others(0, error)
+
+
+@contextmanager
+def first_of_machine_first(local_process: int) -> Iterator[None]:
+    """Lets the first process of each machine work within before the others of that machine, which find what it cached.
+
+    These wait however long that takes, unlike in a collective operation: a large dataset may be tokenized for hours.
+
+    local_process: this process's number in its machine; -1 where it is not known, and nobody waits.
+    """
+    if is_alone():
+        yield
+        return
+    store, rank = distributed_c10d._get_default_store(), torch.distributed.get_rank()
+    done = f"trl_fast: works of {platform.node()}"
+    # All processes count their works alike.
+    number = store.add(f"trl_fast: works seen by {rank}", 1)
+    while local_process > 0 and store.add(done, 0) < number:
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        if local_process == 0:
+            store.add(done, 1)
 
 
 def while_all_have(items: Iterator[T]) -> Iterator[T]:

@@ -94,7 +94,6 @@ class _Watch:
         except BaseException as error:
             section.left.set()
             of_another = self._tell(section.name, error)
-            self._known = error
             if of_another is not None and (self._aborted or _is_of_waiting(error)):
                 self._known = of_another
                 raise of_another from error
@@ -118,10 +117,13 @@ class _Watch:
             process, first = _read(self._own.compare_set(_failure_key(section), "", told))
             self._notice(section)
             end = time.monotonic() + LIMIT / 2
-            while process == self._process and not self._is_noticed(section) and time.monotonic() < end:
+            while process == self._process and not self._is_noticed(section):
+                if time.monotonic() > end:  # who has left the section already hears of an error that nobody catches
+                    return None
                 time.sleep(0.05)
         except RuntimeError:  # who held the store is gone
             return self._failure
+        self._known = error
         return None if process == self._process else first
 
     def _notice(self, section: str) -> None:

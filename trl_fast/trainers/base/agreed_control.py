@@ -18,9 +18,9 @@ _PACKAGES = ("transformers.", "trl_fast.")
 class AgreedControl(TrainerCallback):
     """Does in all processes what a user's callback asks for in one: else those that go on wait for it without end.
 
-    At the end of a step, and after evaluating and saving, the processes tell each other, unless all callbacks are
-    those of transformers and trl_fast. A stop that is asked for between steps, such as in `on_log`, waits for the end
-    of the next step.
+    At the end of a step, and after evaluating and saving, the processes tell each other; unless all callbacks are
+    those of transformers and trl_fast, and there is no compute_metrics. A stop that is asked for between steps, such
+    as in `on_log`, waits for the end of the next step.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -36,8 +36,10 @@ class AgreedControl(TrainerCallback):
         handler = self._trainer.callback_handler
         others = [callback for callback in handler.callbacks if callback is not self]
         handler.callbacks = [*others, self]
-        foreign = any(not type(callback).__module__.startswith(_PACKAGES) for callback in others)
-        self._tells = not is_alone() and bool(largest_over_ranks(int(foreign)))
+        asks = any(not type(callback).__module__.startswith(_PACKAGES) for callback in others)
+        # EarlyStoppingCallback reads what it computes.
+        asks = asks or self._trainer.compute_metrics is not None
+        self._tells = not is_alone() and bool(largest_over_ranks(int(asks)))
         self._agreed, self._asked = set(), set()
 
     def on_step_begin(

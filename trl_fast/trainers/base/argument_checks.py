@@ -61,6 +61,11 @@ def check_settings(args: BaseConfig) -> None:
     """
     check_ranges(args)
     check_parallelism(args)
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            "auto_find_batch_size=True: of several processes, one that runs out of memory would begin anew alone, and "
+            "the others wait for it; set it to False and choose per_device_train_batch_size"
+        )
     if args.head_backend is not None:
         support = supports("linear_logprob", args.head_backend, args.device, torch.float32)
         if not support.ok:

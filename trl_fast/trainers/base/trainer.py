@@ -20,7 +20,7 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.modeling.ulysses import sharing_rows
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
-from trl_fast.parallel.agreement import together
+from trl_fast.parallel.agreement import decided_by_first, first_of_machine_first, together
 from trl_fast.parallel.engines import saved_whole
 from trl_fast.parallel.failures import failing_together, watch_failures
 
@@ -187,7 +187,7 @@ class BaseTrainer(Trainer):
         """Returns both datasets prepared, after their token ids were held against the model's vocabulary."""
 
         def prepare_all() -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
-            with args.main_process_first(desc="preparing the datasets"):
+            with first_of_machine_first(args.local_process_index):
                 prepare = lambda part, name: self.prepare_dataset(part, processing_class, args, name)  # noqa: E731
                 prepared = change_parts(prepare, train_dataset, eval_dataset)
             parts = named_parts(*prepared)
@@ -275,7 +275,8 @@ class BaseTrainer(Trainer):
         """Evaluates datasets, prepared as the constructor's; of a dict of them, names follow the prefix."""
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
             eval_dataset = self.prepare_for_evaluation(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return decided_by_first(lambda: metrics)  # whether a checkpoint is the best one is read from them
 
     @failing_together()
     def predict(self, test_dataset: AnyDataset, *args: Any, **kwargs: Any) -> PredictionOutput:
