@@ -17,7 +17,7 @@ from support.rollouts import color_prompts
 from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, make_trainer
 from trl_fast.parallel.gathering import gathered
-from trl_fast.rollout import EngineWrapper, Rollout
+from trl_fast.rollout import EngineWrapper, Rollout, SamplingSettings
 from trl_fast.rollout.vllm_engine import VLLMServerEngine
 
 # Completions of a generation: groups of four, of which one of three is on both ranks.
@@ -238,11 +238,12 @@ def fail_and_resume(model_path, folder):
 def ask_a_server_that_is_gone():
     """The error of this process where the first one's request fails."""
     engine = object.__new__(VLLMServerEngine)
-    engine.state = PartialState()
+    engine.state, engine.max_positions = PartialState(), None
 
-    def ask():
+    def complete(*args):
         raise ConnectionError("the server is gone")
 
+    engine._complete = complete
     with pytest.raises(ConnectionError) as failure:
-        engine._from_main(ask)
+        engine.generate([[5, 6]], SamplingSettings(max_completion_length=4))
     return f"ConnectionError: {failure.value}"

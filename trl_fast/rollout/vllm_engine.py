@@ -11,17 +11,17 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
 from itertools import groupby
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.modeling.loading import base_model, is_quantized
+from trl_fast.parallel.agreement import decided_by_first, together
 from trl_fast.parallel.gathering import is_sharded
 from trl_fast.settings.packages import install_command
 from trl_fast.settings.server_url import ServerURL, server_url
@@ -114,7 +114,8 @@ class VLLMServerEngine(_VLLMEngine):
         _import_vllm()
         self._metadata: list[tuple[str, str, list[int]]] | None = None
         self.state = PartialState()
-        if self.state.is_main_process:
+
+        def join() -> None:
             self.server = VLLMServer(url, timeout=timeout)
             self.server.join(device, group_port)
             mode = (self.server.config().get("model_config") or {}).get("logprobs_mode")
@@ -123,7 +124,8 @@ class VLLMServerEngine(_VLLMEngine):
                     f"The vLLM server runs with --logprobs-mode {mode}, so its log-probs are not those that it "
                     f"samples by; importance sampling is biased. Restart it with --logprobs-mode {_LOGPROBS_MODE}."
                 )
-        self.state.wait_for_everyone()
+
+        decided_by_first(join)
 
     # The main process has one request for the prompts of all.
     asks_together = True
@@ -136,11 +138,15 @@ class VLLMServerEngine(_VLLMEngine):
             ConnectionError: the server does not answer.
             RuntimeError: it refuses the request.
         """
-        if prompt_ids:  # a process may have none left where others go on
-            check_prompts(prompt_ids, settings.max_completion_length, self.max_positions)
+
+        def check() -> None:
+            if prompt_ids:  # a process may have none left where others go on
+                check_prompts(prompt_ids, settings.max_completion_length, self.max_positions)
+
+        together(check)
         counts = gather_object([len(prompt_ids)])
         everyone = gather_object(prompt_ids)
-        ids, logprobs = self._from_main(lambda: self._complete(_runs(everyone), settings))
+        ids, logprobs = decided_by_first(lambda: self._complete(_runs(everyone), settings))
         first = sum(counts[: self.state.process_index])
         mine = slice(first, first + len(prompt_ids))
         return Rollout(prompt_ids, ids[mine], logprobs[mine])
@@ -172,20 +178,7 @@ class VLLMServerEngine(_VLLMEngine):
 
         if not self.state.is_main_process and is_sharded(model):
             deque(weights, maxlen=0)
-        self._from_main(send)
-
-    def _from_main(self, ask: Callable[[], Any]) -> Any:
-        """Returns what `ask` returns in the main process, in all of them; what it raises there is raised in all."""
-        outcome: list[Any] = [None, None]
-        if self.state.is_main_process:
-            try:
-                outcome[0] = ask()
-            except Exception as error:
-                outcome[1] = error
-        found, failure = broadcast_object_list(outcome, from_process=0)
-        if failure is not None:
-            raise failure
-        return found
+        decided_by_first(send)
 
 
 class VLLMColocatedEngine(_VLLMEngine):
