@@ -1,13 +1,16 @@
 """Two processes whose rows are dealt by cost train as one process does, and log the same numbers."""
 
+import random
 from itertools import product
 
 import pytest
+from accelerate import PartialState
 from datasets import Dataset
 
 import trl_fast
 from support.ranks import run_on_ranks
 from support.training import assert_same_logs, make_trainer
+from trl_fast.rollout import Rollout
 
 # Of very different lengths, so that a deal by cost is another one than that of the rows' order.
 LENGTHS = [9, 1, 8, 1, 2, 7, 1, 3, 1, 9, 1, 2, 5, 1, 1, 6]
@@ -99,3 +102,57 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(model_path, tmp_path):
 
     for got, expected in run_on_ranks(two):
         assert_same_logs([dict(sorted(log.items())) for log in got], [dict(sorted(log.items())) for log in expected])
+
+
+class Scripted:
+    """An engine of which a completion's length depends on its prompt, and its tokens on its place and the step too."""
+
+    def sync_weights(self, model, step):
+        self.step = step
+
+    def generate(self, prompt_ids, settings):
+        first = PartialState().process_index * len(prompt_ids)
+        return Rollout(prompt_ids, [self._complete(ids, first + i) for i, ids in enumerate(prompt_ids)])
+
+    def _complete(self, prompt, place):
+        rng = random.Random(f"{prompt} {place} {self.step}")
+        length = random.Random(str(prompt)).choice((2, 20)) + rng.randint(0, 3)
+        return [rng.randrange(6, 300) for _ in range(length)]
+
+
+def judge(completion_ids, **_):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("GRPO", {}),
+        ("GRPO", {"loss_type": "grpo", "beta": 0.1}),
+        ("RLOO", {"beta": 0.0}),
+    ],
+    ids=["DAPO", "GRPO with a reference", "RLOO"],
+)
+def test_completions_are_dealt_after_they_are_sampled(method, settings, model_path, tmp_path):
+    def run(batch_size, balance, **more):
+        rows = Dataset.from_list([{"prompt": f"Say {i}"} for i in range(8)])
+        arguments = {"model": model_path, "train_dataset": rows, "reward_funcs": judge, "rollout_engine": Scripted()}
+        options = {"num_generations": 4, "max_completion_length": 32, "optim": "sgd", "learning_rate": 0.1, **settings}
+        options |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4, **more}
+        trainer = make_trainer(
+            trl_fast, tmp_path, method=method, arguments=arguments, balance_batches=balance, **options
+        )
+        found = logs(trainer)
+        tokens = [sum(map(len, part.completion_ids)) for part in trainer.generation.slices]
+        return found, tokens, sorted(ids for part in trainer.generation.slices for ids in part.completion_ids)
+
+    dealt, kept = (run_on_ranks(run, 2, balance) for balance in ("step", "never"))
+    expected, _, completions = run(4, "never")
+    for ranks in (dealt, kept):
+        assert sorted(ids for rank in ranks for ids in rank[2]) == completions
+        for found, _, _ in ranks:
+            for got, wanted in zip(found, expected, strict=True):
+                for name in ("loss", "grad_norm", "reward", "num_tokens", "completions/mean_length"):
+                    assert got[name] == pytest.approx(wanted[name], rel=1e-6, abs=1e-7), name
+    slowest = [sum(map(max, zip(*(rank[1] for rank in ranks), strict=True))) for ranks in (dealt, kept)]
+    assert slowest[0] < 0.9 * slowest[1]

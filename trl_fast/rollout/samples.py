@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -49,6 +49,19 @@ class Samples:
         count = len(prompt_ids)
         widths = max(map(len, prompt_ids), default=0), max(map(len, completion_ids), default=0)
         return cls(prompt_ids, completion_ids, torch.zeros(count), torch.zeros(count, dtype=torch.bool), widths=widths)
+
+    @classmethod
+    def joined(cls: type[AnySamples], parts: Sequence[AnySamples]) -> AnySamples:
+        """Returns the completions of all parts, one after the other; the parts are of one generation."""
+        values: dict[str, Any] = {"generation_tokens": parts[0].generation_tokens}
+        for item in fields(cls):
+            found = [getattr(part, item.name) for part in parts]
+            if isinstance(found[0], torch.Tensor):
+                values[item.name] = torch.cat(found)
+            elif isinstance(found[0], list):
+                values[item.name] = [value for part in found for value in part]
+        lists = values["prompt_ids"], values["completion_ids"]
+        return cls(**values, widths=(max(map(len, lists[0])), max(map(len, lists[1]))))
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

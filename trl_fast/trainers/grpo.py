@@ -122,9 +122,8 @@ class GRPOTrainer(GroupTrainer):
     @property
     def order_is_free(self) -> bool:
         """Says whether completions may move to another micro-batch: no loss term depends on the others in it."""
-        by_batch = (
-            self.loss_config.loss_type == "bnpo" or self.loss_config.scope == "batch" or self.entropy is not None
-        )
+        bonus, config = self.args.has_entropy_bonus, self.loss_config
+        by_batch = config.loss_type == "bnpo" or config.scope == "batch" or bonus
         return super().order_is_free and not by_batch
 
     @property

@@ -10,6 +10,7 @@ from trl_fast.losses.advantages import Advantages, leave_one_out_advantages
 from trl_fast.losses.policy_metrics import PolicyMetrics
 from trl_fast.rollout.samples import Samples
 
+from .base.balancing import NEVER, FreeDeal
 from .base.trl_attributes import answers_to
 from .online.group_trainer import GroupTrainer
 from .online.trl_attributes import RLOO_ATTRIBUTES
@@ -58,6 +59,13 @@ class RLOOTrainer(GroupTrainer):
             samples.old_logprobs = self.score_samples(samples, self.policy_logprobs, everyone=False)
 
     # ---- the update
+
+    @property
+    def free_deal(self) -> FreeDeal:
+        """Says that completions stay where they were scored, with a KL penalty in the rewards; else as the base."""
+        if self.args.beta != 0:
+            return FreeDeal(NEVER, "the KL penalty is scored in micro-batches before advantages are known")
+        return super().free_deal
 
     @property
     def all_have_gradients(self) -> bool:

@@ -8,6 +8,7 @@ from datasets import IterableDataset
 from torch.utils.data import DataLoader
 
 import trl_fast
+from support.rollouts import color_prompts
 from support.supervised import sft_rows
 from support.training import color_labels, color_pairs, make_trainer
 from trl_fast.data.balanced_batches import BalancedBatches
@@ -39,6 +40,22 @@ def make(model_path, reward_model_path, tmp_path):
 def test_a_deal_that_changes_the_loss_is_refused(make, method, settings, message):
     with pytest.raises(ValueError, match=f"balance_batches='step' would change the loss: .*{message}"):
         make(method, **settings, balance_batches="step")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("GRPO", {"num_iterations": 2}, "an optimizer step is made of some of a generation's completions"),
+        ("GRPO", {"loss_type": "bnpo"}, "a term of the loss reads the completions of a micro-batch together"),
+        ("GRPO", {"entropy_coef": 0.1}, "a term of the loss reads the completions of a micro-batch together"),
+        ("RLOO", {"beta": 0.1}, "the KL penalty is scored in micro-batches before advantages are known"),
+    ],
+)
+def test_completions_stay_where_the_loss_would_change(make, method, settings, message):
+    given = {"rows": color_prompts(), "arguments": {"reward_funcs": lambda completions, **_: [0.0] * len(completions)}}
+    sizes = {"num_generations": 2, "max_completion_length": 8, **settings}
+    with pytest.raises(ValueError, match=f"balance_batches='step' would change the loss: {message}"):
+        make(method, **given, **sizes, balance_batches="step")
 
 
 def test_an_own_loss_may_read_rows_together(make):

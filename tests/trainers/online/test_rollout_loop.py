@@ -55,6 +55,10 @@ class Calls(list):
         self.append("advantages")
         return Advantages(10 * rewards[:, 0], rewards[:, 0], torch.zeros(0))
 
+    def deal(self, samples):
+        self.append(f"deal {len(samples)}")
+        return samples
+
     def add_logprobs(self, samples):
         self.append(("logprobs", samples.advantages.tolist()))
 
@@ -101,7 +105,7 @@ def test_rollout_rewards_advantages_update():
     outcome = ("outcome", ["p0", "p1"], ["text 2", "text 1"], [[2.0], [2.0], [102.0], [102.0]], 4)
     assert calls == [
         *("guarded", "sync 3", "generate", "rewards", "released"),
-        *("lengths", "advantages", outcome, ("logprobs", [20.0, 20.0]), "update"),
+        *("lengths", "advantages", outcome, "deal 2", ("logprobs", [20.0, 20.0]), "update"),
     ]
 
 

@@ -27,12 +27,13 @@ NEVER, MICRO_BATCH, STEP = BALANCES
 class FreeDeal(NamedTuple):
     """Holds how widely rows may be dealt without a change of a step's loss, and why not more widely.
 
-    widest: of `BALANCES`. reason: a sentence without its end, of no meaning where nothing is wider. The defaults are
-    those of online methods.
+    widest: of `BALANCES`. reason: a sentence without its end, of no meaning where nothing is wider. default: what is
+    chosen where nothing is asked for, if it is not too wide.
     """
 
     widest: str = NEVER
-    reason: str = "completions are dealt to processes before they are sampled"
+    reason: str = "completions belong to the process that sampled them"
+    default: str = MICRO_BATCH
 
 
 def chosen_balance(trainer: Any) -> str:
@@ -45,7 +46,7 @@ def chosen_balance(trainer: Any) -> str:
     if trainer.router_aux_loss_coef:
         free = FreeDeal(NEVER, "the router's load-balancing loss is that of the tokens which a process has together")
     if asked is None:
-        return MICRO_BATCH if free.widest != NEVER else NEVER
+        return min(free.default, free.widest, key=BALANCES.index)
     if BALANCES.index(asked) > BALANCES.index(free.widest):
         raise ValueError(
             f"balance_batches={asked!r} would change the loss: {free.reason}; set balance_batches={free.widest!r}, or "
@@ -57,11 +58,11 @@ def chosen_balance(trainer: Any) -> str:
 def balanced(loader: DataLoader, trainer: Any, dataset: AnyDataset) -> DataLoader:
     """Returns the loader of a trainer's training data, made by accelerate, with its rows dealt by their cost.
 
-    It stays as it is with one process, and where costs are not known or do not add up; that is said if a deal was
-    asked for.
+    It stays as it is with one process, for prompts, whose completions are dealt, and where costs are not known or do
+    not add up; that is said if a deal was asked for.
     """
     chosen, shard = chosen_balance(trainer), getattr(loader, "batch_sampler", None)
-    if chosen == NEVER or trainer.accelerator.num_processes == 1:
+    if chosen == NEVER or trainer.accelerator.num_processes == 1 or trainer.batches is None:
         return loader
     obstacle = _obstacle(trainer, dataset)
     if obstacle and trainer.args.balance_batches is not None:

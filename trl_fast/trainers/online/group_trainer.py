@@ -31,6 +31,7 @@ from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
 from .changeable_rewards import make_changeable_rewards
 from .config import OnlineConfig
+from .dealing import deal_completions, deal_of_groups
 from .engines import make_engine
 from .generation_buffer import GenerationBuffer
 from .micro_batches import Slicer, Update, scoring_batches, trained_indices
@@ -70,6 +71,8 @@ class GroupTrainer(OnlineTrainer):
     """
 
     config_class = OnlineConfig
+    free_deal = property(deal_of_groups)
+    deal = deal_completions
     # Whether the policy may call tools, and completions are read as messages with tool calls and reasoning.
     has_tools = False
     uncalled_hooks = UNCALLED_HOOKS
@@ -123,8 +126,7 @@ class GroupTrainer(OnlineTrainer):
         self.rollout_func = rollout_func
         self.sampling = Sampling(self)
         self.trl_hooks = TRLHooks(self, returns_more=self.has_tools)
-        self.generation, self._slicer = GenerationBuffer(args), Slicer()
-        self._step_time = 0.0
+        self.generation, self.slicer, self._step_time = GenerationBuffer(args), Slicer(), 0.0
         self.start(
             model=model,
             args=args,
@@ -225,9 +227,7 @@ class GroupTrainer(OnlineTrainer):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, IterableDataset):
-            dataset = list(dataset)
-        return super().get_eval_dataloader(dataset)
+        return super().get_eval_dataloader(list(dataset) if isinstance(dataset, IterableDataset) else dataset)
 
     # ---- the rollout
 
@@ -256,7 +256,7 @@ class GroupTrainer(OnlineTrainer):
         if self.generation.is_used_up and hooks.makes_batches:
             self.generation.slices = shuffled_parts(hooks.new_batch(rows), self.args.steps_per_generation)
         elif self.generation.is_used_up:
-            slices = self.loop.run(rows, self, update=lambda samples: map(samples.select, self._slices(samples)))
+            slices = self.loop.run(rows, self, update=lambda samples: map(samples.select, self.slices(samples)))
             self.generation.slices = list(slices)
         current = self.generation.current
         return self._micro_batch(current) if isinstance(current, Samples) else current
@@ -265,7 +265,7 @@ class GroupTrainer(OnlineTrainer):
     def _batch_size(self) -> int:
         return self.args.train_batch_size if self.model.training else self.args.eval_batch_size
 
-    def _slices(self, samples: Samples) -> list[list[int]]:
+    def slices(self, samples: Samples) -> list[list[int]]:
         """Returns the numbers of the completions of each micro-batch of the update.
 
         Where all of them are of one optimizer step and each counts the same wherever it stands, completions of a
@@ -275,7 +275,7 @@ class GroupTrainer(OnlineTrainer):
         together = args.is_on_policy and self.order_is_free and args.keep_groups_together
         together = together and BATCH_LAYOUTS[self.updates.layout].shares_prompts
         count = args.steps_per_generation if self.model.training and not self.trl_hooks.makes_batches else None
-        return self._slicer.slices_of(samples, self._batch_size, count, together=together)
+        return self.slicer.slices_of(samples, self._batch_size, count, together=together)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Makes one micro-batch's step; step_time is that of all micro-batches of an optimizer step."""
@@ -292,7 +292,7 @@ class GroupTrainer(OnlineTrainer):
         self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], *, everyone: bool = True
     ) -> list[torch.Tensor]:
         """Computes what `score` says, (N,), by completion: of those that are trained, or of `everyone`; else zeros."""
-        batches = scoring_batches(samples, self._slices(samples), self.trained, self._batch_size, everyone=everyone)
+        batches = scoring_batches(samples, self.slices(samples), self.trained, self._batch_size, everyone=everyone)
         return self.updates.score(samples, score, batches)
 
     def policy_logprobs(self, batch: TokenBatch) -> torch.Tensor:

@@ -107,6 +107,10 @@ class Slicer:
     def __init__(self) -> None:
         self._drawn: tuple[Samples | None, list[list[int]]] = (None, [])
 
+    def keep(self, samples: Samples, slices: list[list[int]]) -> None:
+        """Makes these the micro-batches of the samples."""
+        self._drawn = (samples, slices)
+
     def slices_of(self, samples: Samples, size: int, slices: int | None, *, together: bool) -> list[list[int]]:
         """Returns the numbers of the completions of each micro-batch: the same again for the same samples.
 

@@ -48,6 +48,9 @@ class OnlineMethod(Protocol):
         processes' N completions by R reward sources; NaN where a source gave none.
         """
 
+    def deal(self, samples: Samples) -> Samples:
+        """Returns the completions that this process trains on, of this process's with their advantages."""
+
     def add_logprobs(self, samples: Samples) -> None:
         """Adds what the loss reads about tokens to this process's samples, whose advantages are known."""
 
@@ -123,6 +126,7 @@ class RolloutLoop:
         samples.advantages = found.advantages[first : first + len(rows)].cpu()
         group = method.group_size or len(found.rewards)
         self.metrics.record_outcome(judged.prompts, judged.completions, rewards, found, group)
+        samples = method.deal(samples)
         method.add_logprobs(samples)
         return update(samples)
 

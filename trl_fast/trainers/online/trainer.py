@@ -207,6 +207,10 @@ class OnlineTrainer(ReferenceTrainer):
         """
         raise NotImplementedError
 
+    def deal(self, samples: Samples) -> Samples:
+        """Returns the completions that this process trains on, of those that it has sampled."""
+        return samples
+
     def add_logprobs(self, samples: Samples) -> None:
         """Adds what the loss reads about tokens to samples whose advantages are known."""
 

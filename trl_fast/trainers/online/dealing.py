@@ -1,0 +1,112 @@
+"""Deals a generation's completions to processes and micro-batches by their cost, once their advantages are known."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from math import gcd
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from trl_fast.data.balanced_batches import CostModel, deal, tree_sizes
+from trl_fast.modeling.loading import base_model
+from trl_fast.rollout.samples import Samples
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
+
+from ..base.balancing import NEVER, STEP, FreeDeal, chosen_balance
+
+
+def deal_of_groups(trainer: Any) -> FreeDeal:
+    """Returns how widely GRPO and RLOO let completions be dealt; by default they are not, since they would be sent."""
+    if not trainer.args.is_on_policy:
+        return FreeDeal(NEVER, "an optimizer step is made of some of a generation's completions")
+    if not trainer.order_is_free:
+        return FreeDeal(NEVER, "a term of the loss reads the completions of a micro-batch together")
+    return FreeDeal(STEP, default=NEVER)
+
+
+def deal_completions(trainer: Any, samples: Samples) -> Samples:
+    """Returns the completions that this process trains on: as many, some of them other processes'.
+
+    They stay as they are unless the arguments ask for a deal, and where that cannot be: where a process has a part of
+    a group, or the layout pads.
+
+    Args:
+        trainer: GRPO's or RLOO's.
+        samples: this process's completions with their advantages.
+    """
+    chosen, group = chosen_balance(trainer), trainer.args.num_generations
+    layout, several = BATCH_LAYOUTS[trainer.updates.layout], trainer.accelerator.num_processes > 1
+    if chosen == NEVER or not several or not trainer.model.training or layout.pads or len(samples) % group:
+        return samples
+    slices = trainer.slices(samples)
+    unit = gcd(len(slices[0]), group)
+    order = [number for numbers in slices for number in samples.grouped(numbers)]
+    units = [order[start : start + unit] for start in range(0, len(order), unit)]
+    config = base_model(trainer.accelerator.unwrap_model(trainer.model)).config.get_text_config()
+    model, trained = CostModel.of_config(config, has_head=True), set(trainer.trained(samples))
+    costs = [
+        completions_cost(
+            model, samples.select(filter(trained.__contains__, unit)), shares_prompts=layout.shares_prompts
+        )
+        for unit in units
+    ]
+    across = chosen == STEP
+    samples, slices = exchange(trainer.accelerator, samples, units, costs, len(slices), across_micro_batches=across)
+    trainer.slicer.keep(samples, slices)
+    return samples
+
+
+def completions_cost(model: CostModel, samples: Samples, *, shares_prompts: bool) -> int:
+    """Returns what completions cost, as `CostModel.costs` counts, each prompt once if `shares_prompts`."""
+    branches = defaultdict(list)
+    for prompt, completion in zip(samples.prompt_ids, samples.completion_ids, strict=True):
+        branches[tuple(prompt)].append(len(completion))
+    trees = [(np.array([len(prompt)]), np.array([lengths])) for prompt, lengths in branches.items()]
+    return sum(int(model.costs(tree_sizes(*tree, shares_prompts=shares_prompts)).item()) for tree in trees)
+
+
+def exchange(
+    accelerator: Accelerator,
+    samples: Samples,
+    units: list[list[int]],
+    costs: list[int],
+    micro_batches: int,
+    *,
+    across_micro_batches: bool,
+) -> tuple[Samples, list[list[int]]]:
+    """Returns this process's completions after units of them were dealt to all by their costs, and its micro-batches.
+
+    Every process has as many units. Their costs are gathered; completions are sent only if some change the process.
+    """
+    rows, ranks, me = len(units) // micro_batches, accelerator.num_processes, accelerator.process_index
+    gathered = accelerator.gather(torch.tensor(costs, device=accelerator.device)).cpu().numpy()
+    # From (W, A, B) to (A, W, B); a place there tells whose unit it is, and which.
+    table = gathered.reshape(ranks, micro_batches, rows).transpose(1, 0, 2).ravel()
+    places = deal(table, ranks, rows, across_micro_batches=across_micro_batches).reshape(micro_batches, ranks, rows)
+    owners, numbers = places // rows % ranks, places // (rows * ranks) * rows + places % rows
+    takers = np.broadcast_to(np.arange(ranks)[None, :, None], places.shape)
+    moves = owners != takers
+    sent = {int(place): samples.select(units[numbers[places == place][0]]) for place in places[moves & (owners == me)]}
+    received: dict[int, Samples] = {}
+    if moves.any():
+        for part in gather_object([{place: _alone(found) for place, found in sent.items()}]):
+            received |= part
+    mine = zip(places[:, me].ravel(), owners[:, me].ravel(), numbers[:, me].ravel(), strict=True)
+    parts = [samples.select(units[number]) if owner == me else received[int(place)] for place, owner, number in mine]
+    joined = Samples.joined(parts)
+    size = len(joined) // micro_batches
+    return joined, [[*range(start, start + size)] for start in range(0, len(joined), size)]
+
+
+def _alone(samples: Samples) -> Samples:
+    """Returns the samples with vectors that do not lie in those of all completions, which would be sent too."""
+    copies = {
+        name: [vector.clone() for vector in value]
+        for name, value in vars(samples).items()
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
+    }
+    return Samples(**{**vars(samples), **copies})
