@@ -133,11 +133,8 @@ def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn
     once.
     """
     engine = engine_of(accelerator)
-    if engine is Engine.ZERO3:
-        return _prepare_by_zero3(accelerator.state.deepspeed_plugin, model)
     if engine.is_deepspeed:
-        # The policy's weights take the dtype of DeepSpeed's configuration, where autocast would leave them.
-        return model.to(accelerator.device, accelerator.state.deepspeed_plugin.hf_ds_config.dtype()).eval()
+        return _prepare_by_deepspeed(accelerator.state.deepspeed_plugin, model)
     if engine is Engine.FSDP2:
         with _wrapping(accelerator.state.fsdp_plugin, model):
             prepared: Any = fsdp2_prepare_model(accelerator, model).eval()
@@ -152,8 +149,11 @@ def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def _prepare_by_zero3(plugin: Any, model: torch.nn.Module) -> torch.nn.Module:
-    """Wraps a model in an engine of DeepSpeed without an optimizer, configured as the policy's otherwise."""
+def _prepare_by_deepspeed(plugin: Any, model: Any) -> torch.nn.Module:
+    """Wraps a model in an engine of DeepSpeed without an optimizer, configured as the policy's otherwise.
+
+    So its weights get the policy's dtype. Those of ZeRO-1 and ZeRO-2 are whole.
+    """
     import deepspeed
 
     config = copy.deepcopy(plugin.deepspeed_config)
@@ -161,6 +161,7 @@ def _prepare_by_zero3(plugin: Any, model: torch.nn.Module) -> torch.nn.Module:
         config.pop(name, None)
     zero = config["zero_optimization"]
     zero.pop("offload_optimizer", None)
+    zero["stage"] = 3 if zero["stage"] == 3 else 0  # the other stages share what only training has
     # What the policy's get when it is prepared: sizes that go by the width of the layers.
     width = model.config.get_text_config().hidden_size
     sizes = {

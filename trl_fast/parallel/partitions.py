@@ -48,6 +48,16 @@ def whole_parameters(parameters: Iterable[torch.Tensor], *, written: bool = Fals
         yield
 
 
+def leave_in_parts(model: torch.nn.Module) -> None:
+    """Frees the parameters that ZeRO-3 keeps whole between steps, small ones; the next forward pass gathers them anew.
+
+    What is written into a part after this call is then seen.
+    """
+    for parameter in model.parameters():
+        if is_partitioned(parameter):
+            parameter.partition()
+
+
 @contextmanager
 def whole_in_forward(model: torch.nn.Module) -> Iterator[None]:
     """Lets a model that is not prepared yet run: each module's parameters are whole while its forward runs.

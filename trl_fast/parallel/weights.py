@@ -13,6 +13,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 
 from .engines import Engine, engine_of
+from .partitions import is_partitioned, leave_in_parts, whole_parameters
 
 
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
@@ -40,6 +41,7 @@ def local_shards(model: torch.nn.Module) -> list[torch.Tensor]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    leave_in_parts(model)
     return [local_shard(parameter) for parameter in model.parameters()]
 
 
@@ -66,6 +68,9 @@ def whole_weights(accelerator: Accelerator, model: torch.nn.Module) -> dict[str,
     if engine_of(accelerator) is Engine.FSDP1:
         first = accelerator.is_main_process
         return {name: part.detach().to("cpu", copy=True) for name, part in _by_units(model) if first}
+    if engine_of(accelerator) is Engine.ZERO3:
+        # accelerate would refuse what DeepSpeed's configuration does not let it save.
+        return _gather_partitioned(accelerator, model)
     return accelerator.get_state_dict(model)
 
 
@@ -87,6 +92,8 @@ def set_whole_weights(accelerator: Accelerator, model: torch.nn.Module, weights:
             if accelerator.is_main_process and name in weights:
                 parameter.data.copy_(weights[name])
             torch.distributed.broadcast(parameter.data, 0)
+    elif engine is Engine.ZERO3:
+        _set_partitioned(accelerator, model, weights)
     elif engine.needs.shards_weights:
         raise NotImplementedError(f"weights of a model that {engine.value} shards cannot be set yet")
     else:
@@ -101,3 +108,24 @@ def _by_units(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             for name, parameter in unit.named_parameters():
                 if parameter.numel():  # else one of a unit within this one
                     yield f"{prefixes[id(unit)]}{name}".replace("_fsdp_wrapped_module.", ""), parameter
+
+
+def _gather_partitioned(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the whole weights of a model under ZeRO-3 to the first process, gathered one by one."""
+    found = {}
+    for name, weight in accelerator.unwrap_model(model).state_dict(keep_vars=True).items():
+        with whole_parameters([weight]):
+            if accelerator.is_main_process:
+                found[name] = weight.detach().to("cpu", copy=True)
+    return found
+
+
+@torch.no_grad()
+def _set_partitioned(accelerator: Accelerator, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Sets the weights of a model under ZeRO-3, one by one whole."""
+    for name, weight in accelerator.unwrap_model(model).state_dict(keep_vars=True).items():
+        with whole_parameters([weight], written=True):
+            if name in weights:
+                weight.copy_(weights[name])
+        if not is_partitioned(weight):  # a buffer, which every process has whole
+            torch.distributed.broadcast(weight, 0)

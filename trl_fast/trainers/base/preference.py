@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from trl_fast.data import AnyDataset, DictCollator, TokenBatch
 from trl_fast.data.padded_rows import SEQUENCE_ENTRIES
 from trl_fast.modeling.reference_cache import reference_hash, with_reference_columns
 from trl_fast.parallel.failures import failing_together
+from trl_fast.parallel.partitions import whole_in_forward
 
 from .batch_reader import AnyBatch, BatchReader
 from .preference_config import PreferenceConfig
@@ -231,10 +233,12 @@ class PreferenceTrainer(ReferenceTrainer):
             loader = DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator)
             shown = {"desc": f"Reference log-probs of {name}", "disable": not accelerator.is_main_process}
             scored = []
-            for batch in tqdm(accelerator.prepare(loader), **shown):
-                numbers = self.compute_ref_log_probs(self.ref_model or self.model, batch)
-                found = torch.stack([column for column in numbers if column is not None], dim=1)
-                scored.append(accelerator.gather_for_metrics(found).cpu())
+            is_prepared = self.ref_model is not None or self.model_wrapped is not self.model
+            with nullcontext() if is_prepared else whole_in_forward(self.model):
+                for batch in tqdm(accelerator.prepare(loader), **shown):
+                    numbers = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+                    found = torch.stack([column for column in numbers if column is not None], dim=1)
+                    scored.append(accelerator.gather_for_metrics(found).cpu())
             return dict(zip(columns, torch.cat(scored).t().tolist(), strict=True))
 
         return with_reference_columns(dataset, self._cache_key, compute, writes=accelerator.is_local_main_process)
