@@ -98,3 +98,28 @@ def test_two_processes_train_as_one(family, engine, chosen, tmp_path):
     for case, got, other, expected in zip(cases, first, second, one, strict=True):
         assert_same(got, expected, case)
         assert got[0] == other[0]
+
+
+def go_on(case: tuple, folder: Path) -> tuple[list, list, bool]:
+    """The steps of a whole run and of one that goes on from its middle; if DeepSpeed's tool reads the saved weights."""
+    method, model, lora = case
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "save_steps": 1}
+    runs = []
+    for resume in (None, str(folder / "checkpoint-1")):
+        trainer = make(method, model, folder, 2, lora=lora, save_strategy="steps", optim="adamw_torch", **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        runs.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
+    saved = load_file(folder / "checkpoint-2" / "model.safetensors")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found = get_fp32_state_dict_from_zero_checkpoint(str(folder / "checkpoint-2"))
+    return *runs, all(torch.equal(found[name], weight) for name, weight in saved.items())
+
+
+@pytest.mark.parametrize("engine", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_a_resumed_run_is_the_unbroken_one(engine, tmp_path):
+    """Also its reference, which follows the policy; small parameters of it are kept whole between steps."""
+    (case,) = cases_of(tmp_path, "llama", [("DPO", False)])
+    (whole, resumed, same), other = run_on_ranks(go_on, case, tmp_path / "run", engine=engine)
+    assert whole == resumed
+    assert same and other == (whole, resumed, same)
