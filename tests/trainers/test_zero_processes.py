@@ -101,7 +101,7 @@ def test_two_processes_train_as_one(family, engine, chosen, tmp_path):
 
 
 def go_on(case: tuple, folder: Path) -> tuple[list, list, bool]:
-    """The steps of a whole run and of one that goes on from its middle; if DeepSpeed's tool reads the saved weights."""
+    """The steps of a run and of one that goes on from its middle; if DeepSpeed's tool reads the saved weights."""
     method, model, lora = case
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "save_steps": 1}
     runs = []
