@@ -33,10 +33,11 @@ SETTINGS = {"gradient_accumulation_steps": 1, "max_steps": 2, "optim": "sgd", "l
 OTHER = {"SFT": None, "DPO": None, "KTO": "ddp", "Reward": None}
 
 
-def make(method, folder, *, batch_size=2, family="llama", lora=False, **settings):
+def make(method, folder, *, batch_size=2, family="llama", lora=False, eval_dataset=None, **settings):
     tokenizer = build_tokenizer()
     model = (tiny_classifier if method == "Reward" else tiny_model)(family, vocab_size=len(tokenizer))
     arguments = {"model": model, "processing_class": tokenizer, "train_dataset": ROWS[method]()}
+    arguments["eval_dataset"] = eval_dataset
     if lora:
         task = "SEQ_CLS" if method == "Reward" else "CAUSAL_LM"
         arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task)
@@ -152,3 +153,20 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_saved_whole(tmp_path):
     steps, weights = run_on_ranks(run, 2, engine="fsdp2", environment=environment)[0]
     assert steps == whole[0]
     assert all(torch.equal(weights[name], weight) for name, weight in whole[1].items())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_an_evaluation_before_training_leaves_it_as_it_is(engine, tmp_path):
+    """transformers would not wrap the model by DDP any more, and fail under FSDP2."""
+
+    def run():
+        trainer = make("SFT", tmp_path / "two", eval_dataset=ROWS["SFT"]().select(range(4)))
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        return read(trainer), before, trainer.predict(ROWS["SFT"]().select(range(3))).metrics["test_loss"]
+
+    (found, before, predicted), (steps, *others) = run_on_ranks(run, engine=engine)
+    assert_same(found, train("SFT", tmp_path / "one", batch_size=4))
+    assert steps[0] == found[0]
+    assert others == [before, predicted]
+    assert predicted < before

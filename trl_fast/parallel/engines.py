@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule, StateDictType
+from transformers import Trainer
 
 
 class Engine(Enum):
@@ -124,6 +125,30 @@ def saved_whole(accelerator: Accelerator) -> Iterator[None]:
     finally:
         if plugin is not None:
             plugin.state_dict_type = kind
+
+
+@contextmanager
+def prepared_for_evaluation(trainer: Trainer) -> Iterator[None]:
+    """Prepares a trainer's model for an evaluation before training, so that training can prepare it still.
+
+    accelerate shards a model by FSDP2 together with an optimizer only. And what it has prepared for evaluation it
+    would not wrap by DDP any more: each process would train a model of its own.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    engine, before = engine_of(accelerator), [id(each) for each in accelerator._models]
+    if engine is Engine.FSDP2 and not isinstance(model, FSDPModule):
+        model = trainer.model = trainer.model_wrapped = fsdp2_prepare_model(accelerator, model)
+        accelerator._models.append(model)
+    yield
+    if engine is Engine.FSDP2:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    if engine is Engine.DDP and id(model) not in before and any(each is model for each in accelerator._models):
+        accelerator._models = [each for each in accelerator._models if each is not model]
+        model._is_accelerate_prepared = False
+        if "_original_forward" in vars(model):  # under autocast, which comes again
+            model.forward = vars(model).pop("_original_forward")
 
 
 def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:

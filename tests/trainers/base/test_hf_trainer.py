@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import Trainer
 
-from trl_fast.trainers.base.hf_trainer import declare_loss_scaling, forbid_data_parallel
+from trl_fast.trainers.base.hf_trainer import check_quant_storage, declare_loss_scaling, forbid_data_parallel
 
 
 @pytest.mark.parametrize("scaled", [True, False, None])
@@ -27,3 +28,15 @@ def test_data_parallel_is_refused():
     forbid_data_parallel(SimpleNamespace(args=SimpleNamespace(n_gpu=1)))
     with pytest.raises(ValueError, match="SimpleNamespace does not run under nn.DataParallel.*accelerate launch"):
         forbid_data_parallel(SimpleNamespace(args=SimpleNamespace(n_gpu=2)))
+
+
+def test_4_bit_weights_of_another_storage_are_refused_under_fsdp():
+    def quantized(storage):
+        config = SimpleNamespace(bnb_4bit_quant_storage=storage)
+        quantizer = SimpleNamespace(quantization_config=config)
+        return SimpleNamespace(is_loaded_in_4bit=True, hf_quantizer=quantizer, dtype=torch.bfloat16)
+
+    check_quant_storage(quantized(torch.bfloat16))
+    check_quant_storage(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="bnb_4bit_quant_storage=uint8.*set bnb_4bit_quant_storage='bfloat16'"):
+        check_quant_storage(quantized(torch.uint8))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from transformers import Trainer
 
-from trl_fast.parallel.engines import keep_float32_outputs
+from trl_fast.parallel.engines import engine_of, keep_float32_outputs, prepared_for_evaluation
+from trl_fast.parallel.failures import failing_together
 
 
 def forbid_data_parallel(trainer: Trainer) -> None:
@@ -16,9 +21,25 @@ def forbid_data_parallel(trainer: Trainer) -> None:
         )
 
 
+def check_quant_storage(model: Any) -> None:
+    """Raises ValueError if a model has 4-bit weights that FSDP cannot shard with the others: of another dtype."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not getattr(model, "is_loaded_in_4bit", False) or quantizer is None:
+        return
+    storage = quantizer.quantization_config.bnb_4bit_quant_storage
+    if storage != model.dtype:
+        found, wanted = (str(dtype).removeprefix("torch.") for dtype in (storage, model.dtype))
+        raise ValueError(
+            f"bnb_4bit_quant_storage={found}: FSDP shards 4-bit weights only if they are stored in the dtype of the "
+            f"other weights; set bnb_4bit_quant_storage={wanted!r}"
+        )
+
+
 def set_up_devices(trainer: Trainer) -> None:
-    """Has FSDP2 keep outputs in float32; raises ValueError as `forbid_data_parallel` does."""
+    """Has FSDP2 keep outputs in float32; raises ValueError as `forbid_data_parallel`, `check_quant_storage` do."""
     forbid_data_parallel(trainer)
+    if engine_of(trainer.accelerator).is_fsdp:
+        check_quant_storage(trainer.model)
     keep_float32_outputs(trainer.accelerator)
 
 
@@ -33,3 +54,14 @@ def declare_loss_scaling(trainer: Trainer) -> None:
     trainer.model_accepts_loss_kwargs = False
     # Any function will do: it says that the loss is scaled, and our own compute_loss never calls it.
     trainer.compute_loss_func = trainer.compute_loss if trainer.loss_is_scaled_for_ga else None
+
+
+def evaluates(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a trainer's method that evaluates: its model is prepared for it, and processes fail together."""
+
+    @functools.wraps(method)
+    def evaluate(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        with failing_together(), prepared_for_evaluation(self):
+            return method(self, *args, **kwargs)
+
+    return evaluate

@@ -16,6 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from trl_fast.data import AnyDataset, DictCollator, TokenBatch
 from trl_fast.data.padded_rows import SEQUENCE_ENTRIES
 from trl_fast.modeling.reference_cache import reference_hash, with_reference_columns
+from trl_fast.parallel.engines import prepared_for_evaluation
 from trl_fast.parallel.failures import failing_together
 from trl_fast.parallel.partitions import whole_in_forward
 
@@ -212,14 +213,15 @@ class PreferenceTrainer(ReferenceTrainer):
         self._cache_key = (reference_hash(reference, self.args.ref_adapter_name), *self._reference_key())
         asked, args = self.args.precompute_ref_batch_size, self.args
         train_size, eval_size = asked or args.train_batch_size, asked or args.eval_batch_size
-        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", train_size)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {
-                name: self._precompute_ref_logps(dataset, name, eval_size)
-                for name, dataset in self.eval_dataset.items()
-            }
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", eval_size)
+        with prepared_for_evaluation(self):
+            self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", train_size)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {
+                    name: self._precompute_ref_logps(dataset, name, eval_size)
+                    for name, dataset in self.eval_dataset.items()
+                }
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", eval_size)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Returns a prepared dataset with the `reference_columns`, from a cache or computed; TRL's hook."""

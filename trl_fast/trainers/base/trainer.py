@@ -35,7 +35,7 @@ from .batch_reader import BatchReader
 from .callbacks import own_callbacks, remove_noise
 from .config import BaseConfig
 from .divergence import DivergenceWatch
-from .hf_trainer import declare_loss_scaling, set_up_devices
+from .hf_trainer import declare_loss_scaling, evaluates, set_up_devices
 from .loaders import make_loader
 from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
@@ -265,7 +265,7 @@ class BaseTrainer(Trainer):
         """Returns a loader, as the base does; a stream that is evaluated comes in the batches of a dataset."""
         return make_loader(self, super()._get_dataloader, **kwargs)
 
-    @failing_together()
+    @evaluates
     def evaluate(
         self,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | str | None = None,
@@ -278,7 +278,7 @@ class BaseTrainer(Trainer):
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return decided_by_first(lambda: metrics)  # whether a checkpoint is the best one is read from them
 
-    @failing_together()
+    @evaluates
     def predict(self, test_dataset: AnyDataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predicts; the dataset is prepared as those of the constructor were. The arguments are those of the base."""
         return super().predict(self.prepare_for_evaluation(test_dataset), *args, **kwargs)
