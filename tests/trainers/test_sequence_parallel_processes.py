@@ -16,16 +16,21 @@ DATA = {"SFT": sft_rows("prompt and completion", 16), "DPO": color_pairs(16)}
 
 
 def train(method, model, folder, ranks, **settings):
-    """The logs of a short run, and the weights after it."""
+    """The logs of a short run, the loss of an evaluation, the weights, and the most tokens that a layer has seen."""
     if ranks > 1:
         settings["parallelism_config"] = ParallelismConfig(sp_size=ranks)
     settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, **settings}
     arguments = {"model": model, "train_dataset": DATA[method], "eval_dataset": DATA[method]}
     trainer = make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
+    seen = []
+    embeddings = trainer.model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel()))
     trainer.train()
+    hook.remove()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     evaluated = trainer.evaluate()["eval_loss"]
-    return logs, evaluated, {name: weight.detach() for name, weight in trainer.model.named_parameters()}
+    weights = {name: weight.detach() for name, weight in trainer.model.named_parameters()}
+    return logs, evaluated, weights, max(seen)
 
 
 @pytest.mark.parametrize("method, layout", [("SFT", "packed"), ("DPO", "packed"), ("DPO", "shared_prefix")])
@@ -33,8 +38,9 @@ def test_two_processes_train_as_one(method, layout, model_path, tmp_path, monkey
     monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
     settings = {"batch_layout": layout}
     ranks = run_on_ranks(lambda: train(method, model_path, tmp_path / "two", 2, **settings))
-    one, evaluated, weights = train(method, model_path, tmp_path / "one", 1, **settings)
-    for logs, found, own in ranks:
+    one, evaluated, weights, tokens = train(method, model_path, tmp_path / "one", 1, **settings)
+    for logs, found, own, part in ranks:
+        assert part == -(-tokens // 2)
         # Metrics are differences of sums of log-probabilities, of which each is rounded.
         assert_same_logs(logs, one, rel=1e-5, abs=1e-5)
         for name in ("loss", "grad_norm"):

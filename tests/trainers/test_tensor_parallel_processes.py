@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from safetensors.torch import load_file
 
 import trl_fast
 from support.models import save_tiny_model
@@ -26,18 +27,22 @@ def tied_path(tmp_path_factory):
 
 
 def train(method, model, folder, ranks, **settings):
-    """The logs of a short run, the weights after it, and how many elements of them this process holds.
+    """The logs of a short run and of an evaluation, the weights after it, and how many of their elements are here.
 
-    SGD: where a gradient is next to nothing, Adam makes a whole step of its rounding.
+    The weights are saved too, whole. It is SGD, since Adam makes a whole step of a rounding where a gradient is next to
+    nothing.
     """
     if ranks > 1:
         settings["parallelism_config"] = ParallelismConfig(tp_size=ranks)
     settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, **settings}
-    trainer = make_trainer(
-        trl_fast, folder, method=method, arguments={"model": model, "train_dataset": DATA[method]}, **settings
-    )
+    arguments = {"model": model, "train_dataset": DATA[method], "eval_dataset": DATA[method]}
+    trainer = make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
     trainer.train()
+    # A head that is scored wrongly would be given up for the model's own logits.
+    assert method == "Reward" or trainer.model.trl_fast_fused_head
     logs = [log for log in trainer.state.log_history if "loss" in log]
+    logs.append({"loss": trainer.evaluate()["eval_loss"], "grad_norm": 0.0})
+    trainer.save_model(str(folder / "saved"))
     return logs, whole_weights(trainer.model), held(trainer.model)
 
 
@@ -69,3 +74,8 @@ def test_two_processes_train_as_one(method, model_path, reward_model_path, tied_
             for name, weight in weights.items():
                 torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
             assert own < 0.52 * elements
+        saved = [load_file(folder / kind / "saved/model.safetensors") for kind in ("one", "two")]
+        # Of a tied head transformers writes the parts that are gathered twice.
+        assert saved[1].keys() - saved[0].keys() <= {"lm_head.weight"}
+        for name, weight in saved[0].items():
+            torch.testing.assert_close(saved[1][name], weight, rtol=0, atol=1e-6)
