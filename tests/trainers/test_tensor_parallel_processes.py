@@ -29,8 +29,7 @@ def tied_path(tmp_path_factory):
 def train(method, model, folder, ranks, **settings):
     """The logs of a short run and of an evaluation, the weights after it, and how many of their elements are here.
 
-    The weights are saved too, whole. It is SGD, since Adam makes a whole step of a rounding where a gradient is next to
-    nothing.
+    The weights are saved too, whole. It is SGD: Adam makes a whole step of a gradient that is nothing but rounding.
     """
     if ranks > 1:
         settings["parallelism_config"] = ParallelismConfig(tp_size=ranks)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed
+from torch.distributed import distributed_c10d
 
 from .row_statistics import BEFORE, SUM, SUM_SQ, SUM_X, TARGET, TOP, TOTAL
 
@@ -52,7 +53,7 @@ class VocabularyShard(NamedTuple):
             torch.distributed.all_reduce(partial, group=self._process_group())
 
     def _process_group(self) -> torch.distributed.ProcessGroup:
-        return torch.distributed.distributed_c10d._resolve_process_group(self.group)
+        return distributed_c10d._resolve_process_group(distributed_c10d.GroupName(self.group))
 
 
 def merge_states(states: torch.Tensor) -> torch.Tensor:
