@@ -35,14 +35,6 @@ def check_quant_storage(model: Any) -> None:
         )
 
 
-def set_up_devices(trainer: Trainer) -> None:
-    """Has FSDP2 keep outputs in float32; raises ValueError as `forbid_data_parallel`, `check_quant_storage` do."""
-    forbid_data_parallel(trainer)
-    if engine_of(trainer.accelerator).is_fsdp:
-        check_quant_storage(trainer.model)
-    keep_float32_outputs(trainer.accelerator)
-
-
 def declare_loss_scaling(trainer: Trainer) -> None:
     """Makes `loss_is_scaled_for_ga` decide who divides the loss by the accumulation steps, as transformers 5.19 does.
 
@@ -54,6 +46,19 @@ def declare_loss_scaling(trainer: Trainer) -> None:
     trainer.model_accepts_loss_kwargs = False
     # Any function will do: it says that the loss is scaled, and our own compute_loss never calls it.
     trainer.compute_loss_func = trainer.compute_loss if trainer.loss_is_scaled_for_ga else None
+
+
+def set_up_trainer(trainer: Trainer) -> None:
+    """Sets who scales the loss, and has FSDP2 keep outputs in float32, of a trainer that was just made.
+
+    Raises:
+        ValueError: as in `forbid_data_parallel` and `check_quant_storage`.
+    """
+    forbid_data_parallel(trainer)
+    if engine_of(trainer.accelerator).is_fsdp:
+        check_quant_storage(trainer.model)
+    keep_float32_outputs(trainer.accelerator)
+    declare_loss_scaling(trainer)
 
 
 def evaluates(method: Callable[..., Any]) -> Callable[..., Any]:

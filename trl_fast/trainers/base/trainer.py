@@ -35,7 +35,7 @@ from .batch_reader import BatchReader
 from .callbacks import own_callbacks, remove_noise
 from .config import BaseConfig
 from .divergence import DivergenceWatch
-from .hf_trainer import declare_loss_scaling, evaluates, set_up_devices
+from .hf_trainer import evaluates, set_up_trainer
 from .loaders import make_loader
 from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
@@ -150,8 +150,7 @@ class BaseTrainer(Trainer):
         self.sequence_group = take_sequence_group(self, args, kwargs["model"])
         with checked_arguments(kwargs):
             super().__init__(**kwargs)
-        set_up_devices(self)
-        declare_loss_scaling(self)
+        set_up_trainer(self)
         chosen_balance(self)
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
