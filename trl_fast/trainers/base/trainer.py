@@ -202,8 +202,7 @@ class BaseTrainer(Trainer):
         check_lengths(dataset, name, self.token_columns, model, args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = list(self.signature_columns or self.token_columns)
+        self._signature_columns = self._signature_columns or list(self.signature_columns or self.token_columns)
 
     # ---- the loss
 
