@@ -203,7 +203,7 @@ def make_environment(environment: Environment, folder: Path) -> Path:
 def make_distributions(folder: Path, venv: Path, source: Path) -> None:
     """Makes the source distribution and, in the environment of its torch, the wheel; both stay for other rows."""
     dist, kept = source / "dist", folder / "dist"
-    if not (kept / WHEEL).exists() and venv.name == CPU_213.name:
+    if venv.name == CPU_213.name:
         make = (
             "python setup.py -q sdist && TRL_FAST_NAMED_WHEEL=1 pip wheel -q --no-build-isolation --no-deps -w dist ."
         )
@@ -239,6 +239,11 @@ def outcome(row: Row, venv: Path, source: Path) -> tuple[str, str]:
 
 def run_rows(rows: list[Row], folder: Path, source: Path) -> Iterator[tuple[Row, str, str, float]]:
     """Makes an environment, runs its rows, and removes it; yields row, what it gave, its line and seconds."""
+    if rows[0].environment != CPU_213 and any(WHEEL in row.command for row in rows) and not (folder / "dist").exists():
+        maker = make_environment(CPU_213, folder)
+        copy_sources(folder / "source of the wheel")
+        make_distributions(folder, maker, folder / "source of the wheel")
+        shutil.rmtree(maker)
     venv = make_environment(rows[0].environment, folder)
     make_distributions(folder, venv, source)
     for row in rows:
