@@ -48,7 +48,8 @@ def measured_trees(
 
 def _packed_rows(dataset: Dataset) -> TreeSizes:
     """Returns the sizes of rows that hold several sequences, which do not see each other."""
-    tokens, pairs = [np.empty(0)], [np.empty(0)]
+    tokens: list[np.ndarray] = [np.empty(0)]
+    pairs: list[np.ndarray] = [np.empty(0)]
     for _, table in token_tables(dataset, ("seq_lengths",)):
         lists = table["seq_lengths"].combine_chunks()
         values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float64)

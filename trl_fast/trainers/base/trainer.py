@@ -74,8 +74,7 @@ class BaseTrainer(Trainer):
     router_aux_loss_coef = 0.0
     shares_prompts = False  # whether rows hold several completions of one prompt
     free_deal = FreeDeal()
-    # What a plan expects of the run; whoever has one sets it before `train`.
-    forecast: Forecast | None = None
+    forecast: Forecast | None = None  # what a plan expects of the run; whoever has one sets it before `train`
     # Reads batches, where those are dicts in TRL; a trainer sets its own.
     batches: BatchReader | None = None
     # TRL's hook, which a trainer defines unless it overrides `prepare_dataset`.
