@@ -154,6 +154,46 @@ def test_setups_have_the_defaults_of_training(folder, monkeypatch):
     assert setup.optim == "adamw_bnb_8bit" and setup.per_device_train_batch_size == 8
 
 
+@pytest.mark.parametrize(
+    ("config", "engine", "num_gpus"),
+    [
+        ("zero3", "zero3", 8),
+        ("multi_gpu", "ddp", 8),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "num_processes": 4}, "fsdp2", 4),
+        ({"distributed_type": "FSDP", "fsdp_config": {}, "num_processes": 4}, "fsdp1", 4),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}, "num_processes": 16}, "zero1", 16),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2}, "ddp", 2),
+    ],
+    ids=str,
+)
+def test_an_accelerate_config_says_how_gpus_share_the_run(config, engine, num_gpus, folder, tmp_path):
+    flags = ["--model_name_or_path", str(folder), *ONE]
+    if isinstance(config, str):
+        flags += ["--num_gpus", "8", "--accelerate_config", config]
+    else:
+        file = tmp_path / "accelerate.yaml"
+        file.write_text(json.dumps({"compute_environment": "LOCAL_MACHINE", "use_cpu": False, **config}))
+        flags += ["--accelerate_config", str(file)]
+    setup = read_arguments("sft", flags).setup
+    assert (setup.engine, setup.num_gpus, setup.per_device_train_batch_size) == (engine, num_gpus, 1)
+
+
+def test_what_a_rank_sends_and_which_engines_cost_what(folder, capsys, monkeypatch):
+    only = ("accelerate_config=multi_gpu", "per_device_train_batch_size=2, gradient_accumulation_steps=1")
+    monkeypatch.setattr(
+        "trl_fast.cli.plan.switches",
+        lambda *given: [row for row in switches(*given) if row[0] in ("this plan", *only)],
+    )
+    flags = ("--num_gpus", "4", "--accelerate_config", "fsdp2", "--gpu", "a100-80", "--max_length", "64")
+    flags += ("--gradient_accumulation_steps", "2")
+    assert main(["plan", "sft", "--model_name_or_path", str(folder), *ONE, *flags]) == 0
+    output = words(capsys.readouterr().out)
+    assert "On the wire: 0.00 GB that each GPU sends in a step (all-gather 0.00, reduce-scatter 0.00)" in output
+    assert "over NVLink at 240 GB/s" in output and "shared by 4 GPUs (FSDP2)" in output
+    assert "the wire" in output and "accelerate_config=multi_gpu" in output
+    assert "per_device_train_batch_size=2, gradient_accumulation_steps=1" in output.replace("= ", "=")
+
+
 # ---- bad input
 
 
@@ -167,6 +207,14 @@ def test_setups_have_the_defaults_of_training(folder, monkeypatch):
         (("--gpu_memory", "1MiB"), "does not fit at any length: 0.00 GiB cannot hold what is there all the time"),
         (("--gpu", "h100-81"), "gpu='h100-81' is unknown; did you mean 'h100-80'"),
         (("--num_gpus", "0"), "num_gpus: expected an integer >= 1, got 0"),
+        (
+            ("--num_gpus", "2", "--accelerate_config", "zero4"),
+            "accelerate_config='zero4': expected a file or one",
+        ),
+        (
+            ("--accelerate_config", "fsdp2"),
+            "accelerate_config='fsdp2' shares a run over GPUs; say over how",
+        ),
         (("--num_gpus", "2", "--plot", "x.png"), "plot='x.png' shows one device that holds everything"),
         (("--load_in_4bit",), "weights in 4bit cannot train: give use_peft=True"),
         (("--tiled_mlp", "-3"), "tiled_mlp: expected an integer >= 1 or None, got -3; True: 4096 tokens"),

@@ -8,15 +8,18 @@ from trl_fast.planning.memory_timeline import (
     FORWARD_STAGE,
     GATHERED,
     GRADIENTS,
+    HEAD_STAGE,
     KINDS,
+    LAST_LAYER,
     OPTIMIZER,
     OPTIMIZER_STAGE,
     REFERENCE,
     SAVED,
     WEIGHTS,
 )
-from trl_fast.planning.peak_estimates import stage_peaks
+from trl_fast.planning.peak_estimates import estimate, stage_peaks
 from trl_fast.planning.quantized_layers import BLOCK, QuantizedLinear
+from trl_fast.planning.sharding import SHARINGS, model_sizes
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TrainingSetup
 
@@ -33,24 +36,62 @@ def size(module):
     return sum(weight.numel() for weight in module.parameters())
 
 
-def test_devices_share_weights_gradients_and_optimizer():
-    alone, one_of_four = (stage_peaks(setup_of(num_gpus=count), LENGTH) for count in (1, 4))
+@pytest.mark.parametrize("engine", SHARINGS)
+def test_devices_share_what_the_table_says(engine):
+    """Of float32 weights without autocast, so that no engine keeps other numbers; but for DeepSpeed's copies."""
+    alone, one_of_four = (stage_peaks(setup_of(num_gpus=n, engine=engine, bf16=False), LENGTH) for n in (1, 4))
+    sharing, trained = SHARINGS[engine], model_sizes(setup_of(num_gpus=4)).trained_bytes
     for stage, peak in alone.items():
-        for kind in (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER):
-            assert one_of_four[stage].parts[kind] == pytest.approx(peak.parts[kind] / 4)
-        assert one_of_four[stage].parts[SAVED] == peak.parts[SAVED]
-    assert one_of_four[OPTIMIZER_STAGE].bytes < 0.3 * alone[OPTIMIZER_STAGE].bytes
+        for kind in (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER, SAVED):
+            copies = trained if kind == OPTIMIZER and sharing.copies_weights else 0
+            share = 4 if kind in sharing.shares else 1
+            assert one_of_four[stage].parts[kind] == pytest.approx((peak.parts[kind] + copies) / share), (stage, kind)
 
 
-def test_layers_at_work_are_whole():
-    setup = setup_of(num_gpus=4)
-    model = meta_model(setup)
-    layer = size(model.model.layers[0])
-    root = size(model) - 4 * layer
-    gathered = stage_peaks(setup, LENGTH)[FORWARD_STAGE].parts[GATHERED]
-    # In bfloat16, in which they multiply.
-    assert gathered == 2 * (root + 2 * layer)
-    assert stage_peaks(setup_of(num_gpus=4, bf16=False), LENGTH)[FORWARD_STAGE].parts[GATHERED] == 2 * gathered
+def test_engines_that_share_everything_take_least_and_ddp_most():
+    peaks = {name: estimate(setup_of(num_gpus=4, engine=name), LENGTH).bytes for name in ("ddp", "fsdp1", "fsdp2")}
+    alone = estimate(setup_of(), LENGTH).bytes
+    assert peaks["fsdp2"] <= peaks["fsdp1"] < alone < peaks["ddp"]
+
+
+def test_fsdp_trains_float32_weights_whatever_their_dtype():
+    setup = setup_of(num_gpus=4, dtype="bfloat16", method="sft")
+    trained = model_sizes(setup).trained
+    parts = stage_peaks(setup, LENGTH)[OPTIMIZER_STAGE].parts
+    assert [parts[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)] == pytest.approx(
+        [trained, trained, 2 * trained], rel=0.02
+    )
+    # DeepSpeed's are 16 bits wide, with a float32 copy and averages beside them.
+    parts = stage_peaks(setup.but(engine="zero2"), LENGTH)[OPTIMIZER_STAGE].parts
+    assert [parts[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)] == pytest.approx(
+        [2 * trained, trained / 2, 3 * trained], rel=0.02
+    )
+
+
+def test_what_fsdp_has_whole_stage_by_stage():
+    setup = setup_of(num_gpus=4, lora_r=4)
+    sizes = model_sizes(setup)
+    peaks = stage_peaks(setup, LENGTH)
+    # In bfloat16, in which they multiply; of adapters no gradient worth mentioning.
+    assert peaks[FORWARD_STAGE].parts[GATHERED] == 2 * (sizes.layer + max(sizes.layer, sizes.embedding, sizes.head))
+    assert peaks[HEAD_STAGE].parts[GATHERED] == 2 * (sizes.layer + sizes.head)
+    assert peaks[LAST_LAYER].parts[GATHERED] == pytest.approx(2 * (2 * sizes.layer + sizes.head), rel=0.1)
+    assert peaks[OPTIMIZER_STAGE].parts[GATHERED] == 0
+    assert stage_peaks(setup.but(bf16=False), LENGTH)[FORWARD_STAGE].parts[GATHERED] == pytest.approx(
+        2 * peaks[FORWARD_STAGE].parts[GATHERED]
+    )
+
+
+def test_gradients_of_fsdp_are_whole_from_one_micro_batch_to_the_next():
+    setup = setup_of(num_gpus=4, gradient_accumulation_steps=2, method="sft")
+    peaks = stage_peaks(setup, LENGTH)
+    assert peaks[FORWARD_STAGE].parts[GRADIENTS] == 2 * model_sizes(setup).trained
+    assert peaks[OPTIMIZER_STAGE].parts[GRADIENTS] == pytest.approx(model_sizes(setup).trained, rel=0.01)
+
+
+def test_an_unknown_engine_is_refused_by_name():
+    with pytest.raises(ValueError, match="engine='fsdp3' is unknown; expected one of ddp, zero1"):
+        stage_peaks(setup_of(num_gpus=2, engine="fsdp3"), LENGTH)
 
 
 def test_quantized_weights_take_half_a_byte_and_their_constants():

@@ -8,9 +8,11 @@ from trl_fast.planning.gpu_facts import GPUS, gpu_named, gpu_of_device
 from trl_fast.planning.memory_sizes import GIB
 from trl_fast.planning.memory_timeline import FORWARD_STAGE, GENERATION_STAGE, OPTIMIZER_STAGE
 from trl_fast.planning.roofline.work import HOST_SECONDS, Work
+from trl_fast.planning.sharding import SHARINGS, model_sizes
 from trl_fast.planning.simulated_step import simulate
-from trl_fast.planning.step_times import planned_work, step_work
+from trl_fast.planning.step_times import planned_wire, planned_work, step_work
 from trl_fast.planning.training_setup import TrainingSetup
+from trl_fast.planning.wire import wire_work
 
 LENGTH = 64
 H100 = GPUS["h100-80"]
@@ -90,6 +92,32 @@ def test_a_step_takes_as_long_as_what_bounds_it():
     assert Work(moved=2 * H100.memory, attention_flops=H100.products).seconds(H100) == pytest.approx(3)
     assert Work(launches=10, narrow_flops=1).seconds(H100) == pytest.approx(10 * HOST_SECONDS)
     assert Work(host_bytes=100e9).seconds(H100) == pytest.approx(2)
+    # NVLink 450 GB/s each way and InfiniBand 50, of which 0.8; what is awaited hides behind nothing.
+    assert Work(link_bytes=360e9, narrow_flops=H100.products / 2).seconds(H100) == pytest.approx(1)
+    assert Work(network_bytes=40e9).seconds(H100) == pytest.approx(1)
+    assert Work(awaited_bytes=360e9, narrow_flops=H100.products).seconds(H100) == pytest.approx(2)
+    assert Work(link_bytes=25e9).seconds(GPUS["rtx4090"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("engine", SHARINGS)
+def test_micro_batches_multiply_what_an_engine_gathers_and_reduces_in_each(engine):
+    one, four = (
+        planned_wire(setup_of(num_gpus=8, engine=engine, gradient_accumulation_steps=n), LENGTH) for n in (1, 4)
+    )
+    grow = {name for name in vars(one) if getattr(four, name) > getattr(one, name)}
+    expected = {"zero2": {"all_reduce"}, "zero3": {"reduce_scatter"}, "tp": {"all_reduce"}, "sp": {"all_to_all"}}
+    assert grow == expected.get(engine, {"all_gather"} if engine.startswith("fsdp") else set())
+    # Eight ranks of a machine talk by its links, sixteen by the network.
+    work = wire_work(one, setup_of(num_gpus=8, engine=engine))
+    assert work.link_bytes + work.awaited_bytes == pytest.approx(one.bytes) and work.network_bytes == 0
+    assert (work.awaited_bytes > 0) == (engine in ("tp", "sp"))
+    assert wire_work(one, setup_of(num_gpus=16, engine=engine)).network_bytes == one.bytes
+
+
+def test_a_pass_without_gradient_gathers_once_more():
+    setups = [setup_of(num_gpus=2, method="dpo", precompute_ref_log_probs=known) for known in (True, False)]
+    without, with_reference = (planned_wire(setup, LENGTH).all_gather for setup in setups)
+    assert with_reference - without == model_sizes(setups[0]).all
 
 
 def test_gpus_have_what_torch_says_and_rates_below_their_sheets():

@@ -127,7 +127,7 @@ def config_flags(name: str) -> list[str]:
     The configurations of trl_fast use all GPUs of this machine unless --num_processes says otherwise.
     """
     if Path(name).is_file():
-        _read_config(name)
+        read_config(name)
         return ["--config_file", name]
     ours = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     if name not in ours:
@@ -136,7 +136,7 @@ def config_flags(name: str) -> list[str]:
     return ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", str(processes)]
 
 
-def _read_config(file: str) -> BaseConfig:
+def read_config(file: str) -> BaseConfig:
     """Reads a file of accelerate's settings.
 
     Raises:
@@ -153,7 +153,7 @@ def _read_config(file: str) -> BaseConfig:
 def _settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """Returns the launcher's settings: those of its file, and over them those of the flags."""
     given = {name: value for name, value in vars(parsed).items() if value is not None}
-    return given if parsed.config_file is None else {**vars(_read_config(parsed.config_file)), **given}
+    return given if parsed.config_file is None else {**vars(read_config(parsed.config_file)), **given}
 
 
 def check_engine(flags: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,18 @@ from trl_fast.planning.report import (
     step_time,
     tokens,
     verdict,
+    wire_line,
 )
+from trl_fast.planning.sharding import engine_named
 from trl_fast.planning.simulated_step import simulate
-from trl_fast.planning.training_setup import METHODS, TrainingSetup, setup_from_training
+from trl_fast.planning.step_times import planned_wire
+from trl_fast.planning.training_setup import DEFAULT_ENGINE, METHODS, TrainingSetup, setup_from_training
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.ranges import check_ranges
 from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS
 
 from .argument_places import argument_types
+from .launch import launcher_flags, launcher_options, read_config
 from .parser import TrlParser
 from .training import RunArguments, policy_name
 
@@ -54,7 +58,10 @@ class PlanArguments:
     """Memory that there is for tensors, such as 75GiB. None: that of the GPU."""
 
     num_gpus: int = 1
-    """GPUs that weights, gradients and optimizer are spread over (FSDP2)."""
+    """GPUs that share the run."""
+
+    accelerate_config: str | None = None
+    """How they share it: ddp, zero1, zero2, zero3, fsdp1, fsdp2, tp, sp, or a file of accelerate. None: fsdp2."""
 
     prompt_tokens: int | None = None
     """Tokens of a sequence that are prompt. None: half of max_length; of sampled sequences 512."""
@@ -76,11 +83,13 @@ class _PlanParser(TrlParser):
     """
 
     plans_cpu = False
+    engine = DEFAULT_ENGINE
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses, and takes what depends on the device out of the checks."""
         found, remaining = super().parse_known_args(args, namespace)
         self.plans_cpu = bool(found.use_cpu)
+        self.engine, found.num_gpus = _engine(found.accelerate_config, found.num_gpus)
         if not self.plans_cpu:
             # Numbers of both 16-bit dtypes take the same memory.
             found.bf16, found.fp16 = found.bf16 is not False or bool(found.fp16), False
@@ -88,6 +97,39 @@ class _PlanParser(TrlParser):
         # Configs divide batches among processes, of which there is one here and will be one for each GPU.
         found.per_device_train_batch_size *= max(1, found.num_gpus)
         return found, remaining
+
+
+def _engine(config: str | None, num_gpus: int) -> tuple[str, int]:
+    """Returns the engine that an --accelerate_config names, and of how many GPUs.
+
+    Raises:
+        ValueError: it is neither an engine nor a file of accelerate, or nothing says how many GPUs there are.
+    """
+    if config is None:
+        return DEFAULT_ENGINE, num_gpus
+    if not Path(config).is_file():
+        engine = engine_named(config)
+        if num_gpus == 1:
+            raise ValueError(f"accelerate_config={config!r} shares a run over GPUs; say over how many: --num_gpus 8")
+        return engine, num_gpus
+    settings = vars(read_config(config))
+    if num_gpus == 1:
+        num_gpus = settings.get("num_processes") or 1
+    return _engine_of_settings(settings), num_gpus
+
+
+def _engine_of_settings(settings: Mapping[str, Any]) -> str:
+    """Returns the engine of the settings in a file of accelerate."""
+    parallelism = settings.get("parallelism_config") or {}
+    for engine in ("tp", "sp"):
+        if int(parallelism.get(f"parallelism_config_{engine}_size") or 1) > 1:
+            return engine
+    kind = str(settings.get("distributed_type"))
+    if kind.endswith("FSDP"):
+        return f"fsdp{(settings.get('fsdp_config') or {}).get('fsdp_version', 1)}"
+    if kind.endswith("DEEPSPEED"):
+        return engine_named(f"zero{(settings.get('deepspeed_config') or {}).get('zero_stage', 2)}")
+    return "ddp"
 
 
 @dataclass(frozen=True)
@@ -124,6 +166,7 @@ def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
             prompt_tokens=plan.prompt_tokens,
             device="cpu" if parser.plans_cpu else "gpu",
             num_gpus=plan.num_gpus,
+            engine=parser.engine,
         )
     except ValueError as error:
         raise parser.located(error, arguments) from error
@@ -137,8 +180,6 @@ def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
 
 def _refuse_unknown(parser: TrlParser, flags: list[str]) -> None:
     """Raises ValueError about flags that neither training nor `accelerate launch` has."""
-    from .launch import launcher_flags, launcher_options
-
     _, unknown = launcher_flags(flags)
     if unknown:
         raise parser.unknown(unknown, launcher_options())
@@ -263,6 +304,8 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
         if row.peak.bytes > limit:
             console.print(remedies(with_switches, limit))
         _note_free_memory(console, setup, row, limit)
+    if setup.num_gpus > 1:
+        console.print(wire_line(planned_wire(setup, setup.max_length), setup, planned.gpu))
     if planned.gpu is not None:
         console.print(step_time(row.work, planned.gpu))
     if setup.device == "gpu":

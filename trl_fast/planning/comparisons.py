@@ -8,11 +8,12 @@ from trl_fast.settings.batch_layouts import layouts_for
 
 from .fake_models import choose_layout, meta_model
 from .memory_sizes import gib
-from .memory_timeline import Peak
+from .memory_timeline import GRADIENTS, OPTIMIZER, REFERENCE, WEIGHTS, Peak
 from .peak_estimates import Longest, estimate, longest_context
 from .planned_methods import PlannedModels
 from .planned_optimizers import keeps_averages
 from .roofline.work import Work
+from .sharding import SHARINGS, resident, sharing_of
 from .step_times import planned_work
 from .training_setup import COMPARED_METHODS, FULL_LOGITS, TRL, TrainingSetup
 
@@ -76,8 +77,21 @@ def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, Training
         changes += [{"fused_head": False}, *([{"head_grad": "sparse"}] if setup.device == "cpu" else [])]
     if setup.method == "dpo":
         changes += [{"precompute_ref_log_probs": not setup.precompute_ref_log_probs}]
+    changes += _engine_changes(setup)
     changes += [{"dtype": "float32" if setup.dtype == "bfloat16" else "bfloat16"}]
     return [("this plan", setup), *((_name(change), setup.but(**change)) for change in changes)]
+
+
+def _engine_changes(setup: TrainingSetup) -> list[dict]:
+    """Lists the other engines that have ranks train on rows of their own; and fewer micro-batches, larger ones."""
+    if setup.num_gpus == 1:
+        return []
+    found: list[dict] = [{"engine": name} for name in ("ddp", "zero2", "zero3", "fsdp2") if name != setup.engine]
+    count = setup.gradient_accumulation_steps
+    if sharing_of(setup).accumulates_whole and count > 1:
+        size = setup.per_device_train_batch_size * count
+        found.append({"per_device_train_batch_size": size, "gradient_accumulation_steps": 1})
+    return found
 
 
 def _adapter_changes(setup: TrainingSetup) -> list[dict]:
@@ -94,6 +108,8 @@ def _name(change: dict) -> str:
             return name
     if "quantization" in change:
         return "load_in_4bit=True" if change["quantization"] else "weights not quantized"
+    if "engine" in change:
+        return f"accelerate_config={SHARINGS[change['engine']].config}"
     return ", ".join(f"{name}={value}" for name, value in change.items())
 
 
@@ -113,9 +129,9 @@ def check_resident(setup: TrainingSetup, models: PlannedModels, limit: int) -> N
     own = [weight for model in models.trained for weight in model.parameters()]
     trained = sum(weight.nbytes for weight in own if weight.requires_grad)
     reference = [] if models.reference is None else models.reference.parameters()
-    parts = {"weights": sum(weight.nbytes for weight in own), "reference": sum(weight.nbytes for weight in reference)}
-    parts |= {"gradients": trained} | ({"optimizer": 2 * trained} if keeps_averages(setup.optim) else {})
-    parts = {name: size // setup.num_gpus for name, size in parts.items()}
+    averages = 2 * trained if keeps_averages(setup.optim) else 0
+    whole = {WEIGHTS: sum(weight.nbytes for weight in own), REFERENCE: sum(weight.nbytes for weight in reference)}
+    parts = resident({**whole, GRADIENTS: trained, OPTIMIZER: averages}, setup)
     if sum(parts.values()) > limit:
         shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
         remedies = ["a larger GPU", "more of them (num_gpus)"]

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from trl_fast.data.token_checks import longest_sequence
 from trl_fast.input_errors import error_line
 from trl_fast.modeling.loading import base_model
+from trl_fast.parallel.engines import Engine, engine_of
 from trl_fast.trainers.base.config import BaseConfig
 from trl_fast.trainers.base.prepared_datasets import shows_tokens
 from trl_fast.trainers.base.trainer import BaseTrainer
@@ -25,8 +26,18 @@ from .gpu_facts import gpu_of_device
 from .memory_timeline import highest
 from .peak_estimates import stage_peaks, whole_layers
 from .step_times import planned_work
-from .training_setup import ONLINE_METHODS, TrainingSetup, setup_from_training
+from .training_setup import DEFAULT_ENGINE, ONLINE_METHODS, TrainingSetup, setup_from_training
 
+# Engines of `parallel.engines` by their names in `sharding.SHARINGS`.
+_ENGINES = {
+    Engine.DDP: "ddp",
+    Engine.ZERO1: "zero1",
+    Engine.ZERO2: "zero2",
+    Engine.ZERO3: "zero3",
+    Engine.FSDP1: "fsdp1",
+    Engine.FSDP2: "fsdp2",
+    Engine.TP: "tp",
+}
 # A simulation takes seconds, which a run of fewer weights than these is not worth.
 FEWEST_WEIGHTS = 10_000_000
 # A model of more layers that differ is not simulated whole: a run should not wait for it.
@@ -105,8 +116,6 @@ def _setup(trainer: BaseTrainer) -> TrainingSetup:
     kind = args.device.type
     if kind not in ("cuda", "cpu"):
         raise ValueError(f"device {kind}")
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed")
     model = trainer.accelerator.unwrap_model(trainer.model)
     longest, prompt = _longest(trainer)
     return setup_from_training(
@@ -117,7 +126,8 @@ def _setup(trainer: BaseTrainer) -> TrainingSetup:
         longest=longest,
         prompt_tokens=prompt,
         device="gpu" if kind == "cuda" else "cpu",
-        num_gpus=args.world_size if trainer.is_fsdp_enabled else 1,
+        num_gpus=args.world_size,
+        engine=_ENGINES.get(engine_of(trainer.accelerator), DEFAULT_ENGINE),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from .comparisons import Row
-from .gpu_facts import GPUS, Gpu
+from .gpu_facts import GPUS, GPUS_OF_A_MACHINE, Gpu
 from .memory_sizes import GIB, gib
 from .memory_timeline import (
     ATTENTION,
@@ -30,7 +31,9 @@ from .memory_timeline import (
 from .peak_estimates import Longest, StagePeaks
 from .planned_methods import PLANNED
 from .roofline.work import Work
+from .sharding import sharing_of
 from .training_setup import TrainingSetup
+from .wire import Wire
 
 _COLORS = {
     WEIGHTS: "#4c566a",
@@ -110,6 +113,19 @@ def step_time(work: Work, gpu: Gpu) -> str:
     bound = max(bounds, key=lambda name: bounds[name])
     others = ", ".join(f"{name} {seconds(size)}" for name, size in bounds.items() if name != bound and size)
     return f"Estimated time of a step there: {seconds(bounds[bound])}, bound by {bound} ({others})."
+
+
+def wire_line(wire: Wire, setup: TrainingSetup, gpu: Gpu | None) -> str:
+    """Says what a rank sends over the wire in a step, and over which."""
+    named = {item.name.replace("_", "-"): getattr(wire, item.name) for item in fields(wire)}
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in named.items() if size)
+    said = f"On the wire: {wire.bytes / 1e9:.2f} GB that each GPU sends in a step ({parts})"
+    if gpu is None:
+        return f"{said}."
+    if setup.num_gpus > GPUS_OF_A_MACHINE:
+        return f"{said}, over InfiniBand at {gpu.network_bytes_per_second / 1e9:.0f} GB/s."
+    link = "NVLink" if gpu.nvlink else "PCIe"
+    return f"{said}, over {link} at {gpu.link_bytes_per_second / 1e9:.0f} GB/s."
 
 
 def seconds(size: float) -> str:
@@ -215,7 +231,7 @@ def setup_line(setup: TrainingSetup) -> str:
     count = setup.per_device_train_batch_size
     unit = PLANNED[setup.method].unit + "s" * (count > 1)
     sampled = f", {setup.completions_per_generation} sampled at a time" if setup.method in ("grpo", "rloo") else ""
-    devices = f", sharded over {setup.num_gpus} GPUs (FSDP2)" if setup.num_gpus > 1 else ""
+    devices = f", shared by {setup.num_gpus} GPUs ({sharing_of(setup).title})" if setup.num_gpus > 1 else ""
     where = ", on a CPU" if setup.device == "cpu" else ""
     size = f"{count} {unit} of {setup.max_length:,} tokens"
     return f"{setup.method}, {what}, {precision}, {size}{sampled}{devices}{where}"

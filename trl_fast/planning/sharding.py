@@ -1,67 +1,246 @@
-"""Estimates a step's memory on one of several devices that share weights, gradients and optimizer (FSDP2)."""
+"""Says what the ranks of an engine share, and estimates a step's memory on one of them: one table, `SHARINGS`.
+
+| engine | weights | gradients | optimizer | what is whole for a while |
+|---|---|---|---|---|
+| DDP | whole | whole, and once more in its buckets | whole | |
+| ZeRO-1 | whole | whole | share | a bucket |
+| ZeRO-2 | whole | share | share | a bucket |
+| ZeRO-3 | share | share | share | layers whose next use is near, a bucket |
+| FSDP1, FSDP2 | share | share; whole while micro-batches add to them | share | layers at work, the head |
+| TP | share | share | share | |
+| SP | whole | whole, and once more in DDP's buckets | whole | |
+
+Written from the sources of torch 2.13, accelerate 1.15 and DeepSpeed 0.19, with the settings that accelerate gives
+them.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from .fake_models import decoder_layers, meta_model
+from .fake_models import decoder_layers, planned_models
 from .memory_timeline import (
+    ATTENTION,
     EMBEDDING_STAGE,
     FIRST_LAYER,
     GATHERED,
     GRADIENTS,
+    HEAD,
+    HEAD_STAGE,
     LAST_LAYER,
     MIDDLE_LAYERS,
     OPTIMIZER,
     OPTIMIZER_STAGE,
     REFERENCE,
+    SAVED,
     VALUE_BACKWARD_STAGE,
     WEIGHTS,
+    WORKSPACE,
     Peak,
 )
+from .planned_optimizers import keeps_averages
 from .training_setup import TrainingSetup
 
-# Each device has its share of them.
-SHARED = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS)
 # While a layer computes, the next one is gathered.
 LAYERS_GATHERED = 2
+# DeepSpeed's defaults, in numbers: of a bucket of gradients; of the weights between a use and the next one within
+# which a weight stays whole (ZeRO-3), so that half of them lie between a layer and the end of forward; of a weight
+# that is never shared.
+BUCKET, REUSE_DISTANCE, NEVER_SHARED = 500_000_000, 1_000_000_000, 100_000
 _BACKWARD = (LAST_LAYER, MIDDLE_LAYERS, FIRST_LAYER, EMBEDDING_STAGE, VALUE_BACKWARD_STAGE)
+_EVERYTHING = frozenset({WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER})
+_ACTIVATIONS = frozenset({SAVED, ATTENTION, HEAD, WORKSPACE})
+
+
+class ModelSizes(NamedTuple):
+    """Counts the numbers that a model's weights have.
+
+    embedding, head: of the first and of what follows the layers (last norm and head, with tied weights the embedding
+    too); layers, layer: of all layers, and of the largest; adapters and all. trained: of those that train, of
+    `trained_bytes`; small: of weights that ZeRO-3 never shares.
+    """
+
+    embedding: int
+    layers: int
+    layer: int
+    head: int
+    trained: int
+    trained_bytes: int
+    small: int
+
+    @property
+    def all(self) -> int:
+        """Counts all weights."""
+        return self.embedding + self.layers + self.head
+
+
+@functools.lru_cache(maxsize=32)
+def model_sizes(setup: TrainingSetup) -> ModelSizes:
+    """Counts the weights of a setup's policy, from all layers' shapes."""
+    model = planned_models(setup, setup.max_length).policy
+    count = lambda weights: sum(weight.numel() for weight in weights)  # noqa: E731
+    every = list(model.parameters())
+    layers = [count(layer.parameters()) for layer in decoder_layers(model)]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    first = 0 if tied else count(embedding.parameters())
+    trained = [weight for weight in every if weight.requires_grad]
+    return ModelSizes(
+        *(first, sum(layers), max(layers), count(every) - sum(layers) - first, count(trained)),
+        trained_bytes=sum(weight.nbytes for weight in trained),
+        small=count(weight for weight in every if weight.numel() < NEVER_SHARED),
+    )
+
+
+def wire_itemsize(setup: TrainingSetup) -> int:
+    """Returns the bytes of a number that is gathered or reduced: of 16 bits under autocast."""
+    return 2 if setup.bf16 else setup.torch_dtype.itemsize
 
 
 @dataclass(frozen=True)
-class GatheredBytes:
-    """Holds the bytes of whole weights on a device: those always there, of layers at work, and of gradients."""
+class Sharing:
+    """Says what the ranks of an engine share.
 
-    root: int
-    layers: int
-    gradients: int
+    - `title`: its name for people; `config`: under --accelerate_config, None where accelerate has none with that name.
+    - `shares`: kinds of memory of which a rank has its part.
+    - `splits_batch`: whether ranks have different rows; else all work on the same ones.
+    - `trained_bytes`: of a weight that trains under mixed precision, its gradient and each of its averages, None: as
+      it is loaded. accelerate has FSDP train float32 weights, whatever their dtype was.
+    - `copies_weights`: whether the optimizer has a float32 copy of each weight that trains.
+    - `whole`: the bytes of whole weights and buckets on a rank, by setup, sizes and stage of the step.
+    - `accumulates_whole`: whether gradients are whole from the first micro-batch of several to the last.
+    """
 
-    @classmethod
-    def of(cls, setup: TrainingSetup) -> GatheredBytes:
-        """Counts them: embedding, last norm and head stay gathered; layers come and go, two at a time.
+    title: str
+    config: str | None
+    shares: frozenset[str]
+    splits_batch: bool = True
+    trained_bytes: int | None = None
+    copies_weights: bool = False
+    whole: Callable[[TrainingSetup, ModelSizes, str], float] = lambda setup, sizes, stage: 0
+    accumulates_whole: bool = False
 
-        Gathered weights and the gradients that are reduced have the dtype of the products.
-        """
-        model = meta_model(setup)
-        itemsize = 2 if setup.bf16 else setup.torch_dtype.itemsize
-        size = lambda weights: sum(weight.numel() * min(itemsize, weight.itemsize) for weight in weights)  # noqa: E731
-        layer = max(size(layer.parameters()) for layer in decoder_layers(model))
-        in_layers = sum(size(layer.parameters()) for layer in decoder_layers(model))
-        root = size(model.parameters()) - in_layers
-        gradients = 0 if setup.lora_r is not None else LAYERS_GATHERED * layer + root
-        return cls(root, LAYERS_GATHERED * layer, gradients)
+
+def _of_ddp(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
+    """DDP's buckets are there from its start to its end, beside the gradients."""
+    return sizes.trained_bytes
+
+
+def _of_buckets(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
+    return BUCKET * wire_itemsize(setup) if stage in _BACKWARD else 0
+
+
+def _of_fsdp1(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
+    """Of layers those at work; all else is one unit, whole from forward's start to backward's end."""
+    if stage == OPTIMIZER_STAGE:
+        return 0
+    weights = sizes.embedding + sizes.head + min(LAYERS_GATHERED * sizes.layer, sizes.layers)
+    gradients = weights * sizes.trained / sizes.all if stage in _BACKWARD and not _accumulates(setup) else 0
+    return (weights + gradients) * wire_itemsize(setup)
+
+
+def _of_fsdp2(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
+    """Of layers those at work, the embedding at both ends, the head from the end of forward through the last layer."""
+    if stage == OPTIMIZER_STAGE:
+        return 0
+    layers = min(LAYERS_GATHERED * sizes.layer, sizes.layers)
+    weights = {
+        HEAD_STAGE: sizes.head + sizes.layer,
+        LAST_LAYER: sizes.head + layers,
+        MIDDLE_LAYERS: layers,
+        FIRST_LAYER: sizes.layer + sizes.embedding,
+        EMBEDDING_STAGE: sizes.layer + sizes.embedding,
+    }.get(stage, max(layers, sizes.layer + max(sizes.embedding, sizes.head)))
+    gradients = weights * sizes.trained / sizes.all if stage in _BACKWARD and not _accumulates(setup) else 0
+    return (weights + gradients) * wire_itemsize(setup)
+
+
+def _of_zero3(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
+    at_work = 0 if stage == OPTIMIZER_STAGE else REUSE_DISTANCE // 2 + LAYERS_GATHERED * sizes.layer
+    whole = min(sizes.all, sizes.small + at_work)
+    return whole * wire_itemsize(setup) + _of_buckets(setup, sizes, stage)
+
+
+# By the names that --accelerate_config has for them, where it has one.
+SHARINGS: dict[str, Sharing] = {
+    "ddp": Sharing("DDP", "multi_gpu", frozenset(), whole=_of_ddp),
+    "zero1": Sharing("ZeRO-1", "zero1", frozenset({OPTIMIZER}), copies_weights=True, whole=_of_buckets),
+    "zero2": Sharing("ZeRO-2", "zero2", frozenset({OPTIMIZER, GRADIENTS}), copies_weights=True, whole=_of_buckets),
+    "zero3": Sharing("ZeRO-3", "zero3", _EVERYTHING, copies_weights=True, whole=_of_zero3),
+    "fsdp1": Sharing("FSDP1", "fsdp1", _EVERYTHING, trained_bytes=4, whole=_of_fsdp1, accumulates_whole=True),
+    "fsdp2": Sharing("FSDP2", "fsdp2", _EVERYTHING, trained_bytes=4, whole=_of_fsdp2, accumulates_whole=True),
+    # Of the MLP and the heads of attention each rank has its part too; that is left out, to the safe side.
+    "tp": Sharing("tensor parallelism", None, _EVERYTHING, splits_batch=False),
+    "sp": Sharing("sequence parallelism (Ulysses)", None, _ACTIVATIONS, splits_batch=False, whole=_of_ddp),
+}
+
+
+def sharing_of(setup: TrainingSetup) -> Sharing:
+    """Returns what the ranks of a setup's engine share.
+
+    Raises:
+        ValueError: the engine is none of SHARINGS.
+    """
+    if setup.engine not in SHARINGS:
+        raise ValueError(f"engine={setup.engine!r} is unknown; expected one of {', '.join(SHARINGS)}")
+    return SHARINGS[setup.engine]
+
+
+def engine_named(name: str) -> str:
+    """Returns the engine of SHARINGS that has this name, its own or that of a configuration of accelerate.
+
+    Raises:
+        ValueError: none has.
+    """
+    for engine, sharing in SHARINGS.items():
+        if name in (engine, sharing.config):
+            return engine
+    raise ValueError(f"accelerate_config={name!r}: expected a file or one of {', '.join(SHARINGS)}")
+
+
+def _accumulates(setup: TrainingSetup) -> bool:
+    """Tells whether gradients of several micro-batches are added."""
+    return setup.gradient_accumulation_steps > 1
 
 
 def sharded(peaks: dict[str, Peak], setup: TrainingSetup) -> dict[str, Peak]:
     """Returns the stages' peaks on one of the setup's devices; peaks: of a device that holds everything."""
     if setup.num_gpus == 1:
         return peaks
-    gathered = GatheredBytes.of(setup)
-    return {stage: _on_one(stage, peak, gathered, setup.num_gpus) for stage, peak in peaks.items()}
+    sizes = model_sizes(setup)
+    return {stage: _on_one(stage, peak, setup, sizes) for stage, peak in peaks.items()}
 
 
-def _on_one(stage: str, peak: Peak, gathered: GatheredBytes, devices: int) -> Peak:
-    parts = {kind: size / devices if kind in SHARED else size for kind, size in peak.parts.items()}
-    if stage != OPTIMIZER_STAGE:
-        parts[GATHERED] = gathered.root + gathered.layers + (gathered.gradients if stage in _BACKWARD else 0)
+def _on_one(stage: str, peak: Peak, setup: TrainingSetup, sizes: ModelSizes) -> Peak:
+    sharing = sharing_of(setup)
+    parts = resident(peak.parts, setup)
+    if sharing.accumulates_whole and _accumulates(setup) and stage != OPTIMIZER_STAGE:
+        parts[GRADIENTS] = sizes.trained * wire_itemsize(setup)
+    parts[GATHERED] = sharing.whole(setup, sizes, stage)
     return replace(peak, parts=parts)
+
+
+def resident(parts: Mapping[str, float], setup: TrainingSetup) -> dict[str, float]:
+    """Returns the bytes by kind on one of the setup's devices; parts: those of a device that holds everything.
+
+    Gradients are those that the optimizer is given; averages and gradients that are not there are not added.
+    """
+    if setup.num_gpus == 1:
+        return dict(parts)
+    more, shares = _as_trained(setup, model_sizes(setup)), sharing_of(setup).shares
+    own = {kind: size + (more.get(kind, 0) if kind == WEIGHTS or size else 0) for kind, size in parts.items()}
+    return {kind: size / setup.num_gpus if kind in shares else size for kind, size in own.items()}
+
+
+def _as_trained(setup: TrainingSetup, sizes: ModelSizes) -> dict[str, float]:
+    """Returns by kind the bytes that all ranks' weights, gradients and averages take beyond those of one device."""
+    sharing, averages = sharing_of(setup), 2 if keeps_averages(setup.optim) else 0
+    if sharing.copies_weights:
+        return {OPTIMIZER: 4 * sizes.trained + averages * (4 * sizes.trained - sizes.trained_bytes)}
+    if sharing.trained_bytes is None or not setup.bf16:
+        return {}
+    more = sharing.trained_bytes * sizes.trained - sizes.trained_bytes
+    return {WEIGHTS: more, GRADIENTS: more, OPTIMIZER: averages * more}

@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from .fake_models import layers_are_alike, meta_model
-from .memory_timeline import GENERATION_STAGE, OLD_STAGE, OPTIMIZER_STAGE, PROMPTS_STAGE, REFERENCE_STAGE, VALUES_STAGE
+from .memory_timeline import (
+    FORWARD_STAGE,
+    GENERATION_STAGE,
+    OLD_STAGE,
+    OPTIMIZER_STAGE,
+    PROMPTS_STAGE,
+    REFERENCE_STAGE,
+    VALUES_STAGE,
+)
 from .peak_estimates import counted_length, depths_of, simulated, whole_layers
 from .roofline.work import Work
+from .sharding import sharing_of
 from .training_setup import GROUP_METHODS, TrainingSetup
+from .wire import Passes, Wire, wire_of, wire_work
 
 # Passes over what was sampled, before updates learn from it.
 _OF_A_ROLLOUT = (PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE)
 
 
+def planned_wire(setup: TrainingSetup, max_length: int) -> Wire:
+    """Counts what a rank sends over the wire in an optimizer step."""
+    stages = _stages(setup, max_length)
+    times = {stage: _times(stage, setup, max_length) for stage in stages}
+    generations = times.get(PROMPTS_STAGE, 0)
+    # The stage begins and ends at once where the scores are known.
+    scored = times.get(REFERENCE_STAGE, 0) if setup.needs_reference else 0
+    if setup.scores_old_policy or setup.method == "ppo":
+        scored += times.get(OLD_STAGE, 0)
+    return wire_of(setup, max_length, Passes(times[FORWARD_STAGE], scored, generations))
+
+
+def _stages(setup: TrainingSetup, max_length: int) -> list[str]:
+    """Lists the stages of a step, by its shallowest simulation."""
+    return [name for name, *_ in simulated(setup, min(max_length, counted_length(setup)), depths_of(setup)[0]).stages]
+
+
 def planned_work(setup: TrainingSetup, max_length: int, limit: int | None) -> Work:
-    """Counts the work of an optimizer step whose layers are left uncheckpointed as `limit` bytes of memory allow."""
+    """Counts the work of an optimizer step whose layers are left uncheckpointed as `limit` bytes of memory allow.
+
+    Ranks that work on the same rows have their share of it each, in as many launches.
+    """
+    work = _compute_work(setup, max_length, limit)
+    if setup.num_gpus == 1:
+        return work
+    if not sharing_of(setup).splits_batch:
+        work = replace(work.times(1 / setup.num_gpus), launches=work.launches)
+    return work + wire_work(planned_wire(setup, max_length), setup)
+
+
+def _compute_work(setup: TrainingSetup, max_length: int, limit: int | None) -> Work:
     work = step_work(setup, max_length)
     if limit is not None and setup.leaves_whole_layers:
         whole, _ = whole_layers(setup, max_length, limit)

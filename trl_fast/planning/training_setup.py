@@ -26,6 +26,8 @@ DEVICES = ("gpu", "cpu")
 QUANTIZATIONS = ("4bit", "8bit")
 # What a plan of sampled completions takes for a prompt's tokens where nothing is said.
 DEFAULT_PROMPT_TOKENS = 512
+# How several devices share a run where nothing is said, by its name in `sharding.SHARINGS`.
+DEFAULT_ENGINE = "fsdp2"
 # Whose step: ours, TRL 1.16's, or the usual one before fused heads, with the logits of a whole batch.
 OURS, TRL, FULL_LOGITS = "trl_fast", "TRL", "full logits"
 
@@ -41,7 +43,7 @@ class TrainingSetup:
     - `lora_r`: None trains all weights; `lora_target_modules`: None takes PEFT's choice for the architecture.
     - `quantization`: of frozen weights, one of QUANTIZATIONS; `nested_quantization`: of its constants too.
     - `optim`: the optimizer's name in transformers; see `planned_optimizers`.
-    - `num_gpus`: devices that weights, gradients and the optimizer's averages are spread over, by FSDP2.
+    - `num_gpus`: devices that share the run; `engine`: how, one of `sharding.SHARINGS`.
     - `tiled_mlp`: tokens of a tile, None for whole rows.
     - `num_generations`, `beta`: None takes the method's default (grpo, rloo).
     - `steps_per_generation`: None takes the accumulation steps (grpo, rloo).
@@ -85,6 +87,7 @@ class TrainingSetup:
     num_ppo_epochs: int = 4
     generates: bool = True
     num_gpus: int = 1
+    engine: str = DEFAULT_ENGINE
     device: str = "gpu"
 
     def __post_init__(self) -> None:
@@ -222,6 +225,7 @@ def setup_from_training(
     longest: int | None = None,
     device: str = "gpu",
     num_gpus: int = 1,
+    engine: str = DEFAULT_ENGINE,
 ) -> TrainingSetup:
     """Makes the setup of the run that a training command's arguments describe; every sequence has its longest length.
 
@@ -230,7 +234,7 @@ def setup_from_training(
         prompt_tokens: how many of a sequence's tokens are prompt. None: half of them; of sampled completions
             DEFAULT_PROMPT_TOKENS.
         longest: tokens of the data's longest sequence, where they are known; longer ones are not planned for.
-        device: whose kernels to assume, one of DEVICES; num_gpus: how many the weights are spread over.
+        device: whose kernels to assume, one of DEVICES; num_gpus: how many share the run; engine: how they do.
 
     Raises:
         ValueError: an argument is missing, out of range, or does not go with another.
@@ -258,6 +262,7 @@ def setup_from_training(
         precompute_ref_log_probs=_needs_no_reference(training_args),
         generates=not getattr(training_args, "use_vllm", False),
         num_gpus=num_gpus,
+        engine=engine,
         device=device,
         **given,
     )

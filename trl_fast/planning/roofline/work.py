@@ -27,6 +27,8 @@ class Work:
       grow with the square of the length, are `attention_flops` and no part of these.
     - `moved`: bytes read and written; a product's factors that were there before it, such as weights, are not counted.
     - `launches`: kernels; `host_bytes`: copied to the host's memory or from there.
+    - `link_bytes`, `network_bytes`: what a rank sends to others of its machine, or to all where there are several
+      machines, while it computes; `awaited_bytes`: what it sends within its machine and waits for.
     """
 
     narrow_flops: float = 0.0
@@ -35,6 +37,9 @@ class Work:
     moved: float = 0.0
     launches: float = 0.0
     host_bytes: float = 0.0
+    link_bytes: float = 0.0
+    network_bytes: float = 0.0
+    awaited_bytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return self.mixed(other, 1.0, 1.0)
@@ -49,16 +54,22 @@ class Work:
         return Work(*(own * getattr(self, name) + others * getattr(other, name) for name in names))
 
     def seconds(self, gpu: Gpu) -> float:
-        """Estimates the time: products and bytes one after the other; not less than the host's, or than its copies."""
+        """Estimates the time: products and bytes one after the other; at least the host's, its copies' and the wire's.
+
+        What goes over the wire hides behind the GPU's work, but for what the GPU waits for.
+        """
         return max(self.bounds(gpu).values())
 
     def bounds(self, gpu: Gpu) -> dict[str, float]:
         """Returns the seconds that the step takes at least, by what makes it take so long."""
         flops = self.narrow_flops + self.attention_flops
         return {
-            "the GPU": gpu.milliseconds(flops, self.float32_flops, self.moved) / 1e3,
+            "the GPU": gpu.milliseconds(flops, self.float32_flops, self.moved) / 1e3
+            + self.awaited_bytes / gpu.link_bytes_per_second,
             "launches": self.launches * HOST_SECONDS,
             "copies to the host": self.host_bytes / gpu.host_bytes_per_second,
+            "the wire": self.link_bytes / gpu.link_bytes_per_second
+            + self.network_bytes / gpu.network_bytes_per_second,
         }
 
 
