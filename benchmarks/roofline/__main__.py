@@ -3,6 +3,7 @@
     python -m benchmarks.roofline [head] [steps] [--gpu h100-80|h200|...] [--operators] [--waits] [--json FILE]
         head:  [--sizes 8192/4096/151936 ...] [--modes "trained token" ...] [--workspace BYTES]
         steps: [--methods dpo sft grpo] [--models qwen2.5-0.5b llama-3.2-1b llama-3.1-8b]
+               [--num_gpus N] [--accelerate_config fsdp2|zero3|...]: also what each of N GPUs sends in such a step
 
 No GPU is needed and nothing is timed. Both libraries run on fake tensors, which have shapes but no data, on a GPU that
 is not there, and every operator is intercepted: FLOPs of products and attention, bytes read and written, launches,
@@ -35,10 +36,12 @@ from rich.console import Console
 from rich.progress import track
 
 from trl_fast.planning.gpu_facts import GPUS
+from trl_fast.planning.sharding import SHARINGS
+from trl_fast.planning.training_setup import DEFAULT_ENGINE
 
 from ..head_size import Size, parse_size
 from .head import MODES, SIZES, HeadCase, count_head, misses
-from .report import head_facts, print_cases, roofline_of, step_facts
+from .report import head_facts, print_cases, roofline_of, step_facts, wire_of_step
 from .steps import METHODS, MODELS, Step, StepCase, count_step, quiet
 
 PARTS = ("head", "steps")
@@ -60,6 +63,9 @@ def main() -> None:
     heads = [case for case in cases if isinstance(case, HeadCase)]
     steps = [case for case in cases if isinstance(case, StepCase)]
     print_cases(console, heads, steps, operators=arguments.operators, waits=arguments.waits)
+    if arguments.num_gpus > 1:
+        for case in steps:
+            console.print(f"{case.step}: {wire_of_step(case, arguments.accelerate_config, arguments.num_gpus)}")
     console.print(roofline_of(gpu))
     for miss in misses(heads):
         console.print(f"[red]beyond its bound:[/] {miss}")
@@ -77,6 +83,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100-80", help="whose roofline")
+    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs that share a step")
+    parser.add_argument("--accelerate_config", choices=tuple(SHARINGS), default=DEFAULT_ENGINE, help="how they do")
     parser.add_argument("--operators", action="store_true", help="print what each case consists of")
     parser.add_argument("--waits", action="store_true", help="print where the host waits")
     parser.add_argument("--json", type=Path, help="write everything that was counted to this file")

@@ -10,6 +10,10 @@ from rich.table import Table
 
 from benchmarks.memory import GIB
 from trl_fast.planning.gpu_facts import Gpu
+from trl_fast.planning.model_shapes import model_config
+from trl_fast.planning.report import wire_line
+from trl_fast.planning.step_times import planned_wire
+from trl_fast.planning.training_setup import TrainingSetup
 
 from .head import HeadCase
 from .operator_counter import Counts
@@ -103,6 +107,22 @@ def step_table(cases: Sequence[StepCase]) -> Table:
             " | ".join(f"{counts.peak_bytes / GIB:.1f}" for counts in pair),
         )
     return table
+
+
+def wire_of_step(case: StepCase, engine: str, num_gpus: int) -> str:
+    """Says what each of so many GPUs sends over the wire in a step, by the plan of that engine."""
+    length = case.shape.prompt + case.shape.completion
+    setup = TrainingSetup(
+        model_config(case.step.model),
+        method=case.step.method,
+        lora_r=case.step.lora_r,
+        lora_target_modules=None if case.step.lora_r is None else "all-linear",
+        per_device_train_batch_size=case.shape.batch,
+        max_length=length,
+        num_gpus=num_gpus,
+        engine=engine,
+    )
+    return wire_line(planned_wire(setup, length), setup, case.gpu)
 
 
 def step_facts(case: StepCase) -> dict[str, Any]:
