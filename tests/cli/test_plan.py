@@ -191,7 +191,7 @@ def test_what_a_rank_sends_and_which_engines_cost_what(folder, capsys, monkeypat
     assert "On the wire: 0.00 GB that each GPU sends in a step (all-gather 0.00, reduce-scatter 0.00)" in output
     assert "over NVLink at 240 GB/s" in output and "shared by 4 GPUs (FSDP2)" in output
     assert "the wire" in output and "accelerate_config=multi_gpu" in output
-    assert "per_device_train_batch_size=2, gradient_accumulation_steps=1" in output.replace("= ", "=")
+    assert "per_device_train_batch_size=2," in output and "gradient_accumulation_steps=1" in output
 
 
 # ---- bad input

@@ -16,10 +16,11 @@ from trl_fast.planning.memory_timeline import (
     REFERENCE,
     SAVED,
     WEIGHTS,
+    highest,
 )
-from trl_fast.planning.peak_estimates import estimate, stage_peaks
+from trl_fast.planning.peak_estimates import stage_peaks
 from trl_fast.planning.quantized_layers import BLOCK, QuantizedLinear
-from trl_fast.planning.sharding import SHARINGS, model_sizes
+from trl_fast.planning.sharding import SHARINGS, model_sizes, sharded
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TrainingSetup
 
@@ -36,21 +37,24 @@ def size(module):
     return sum(weight.numel() for weight in module.parameters())
 
 
-@pytest.mark.parametrize("engine", SHARINGS)
-def test_devices_share_what_the_table_says(engine):
+def test_devices_share_what_the_table_says():
     """Of float32 weights without autocast, so that no engine keeps other numbers; but for DeepSpeed's copies."""
-    alone, one_of_four = (stage_peaks(setup_of(num_gpus=n, engine=engine, bf16=False), LENGTH) for n in (1, 4))
-    sharing, trained = SHARINGS[engine], model_sizes(setup_of(num_gpus=4)).trained_bytes
-    for stage, peak in alone.items():
-        for kind in (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER, SAVED):
-            copies = trained if kind == OPTIMIZER and sharing.copies_weights else 0
-            share = 4 if kind in sharing.shares else 1
-            assert one_of_four[stage].parts[kind] == pytest.approx((peak.parts[kind] + copies) / share), (stage, kind)
+    alone = stage_peaks(setup_of(bf16=False), LENGTH)
+    for engine, sharing in SHARINGS.items():
+        setup = setup_of(num_gpus=4, engine=engine, bf16=False)
+        trained = model_sizes(setup).trained_bytes
+        for stage, peak in sharded(alone, setup).items():
+            for kind in (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER, SAVED):
+                whole = alone[stage].parts[kind] + (trained if kind == OPTIMIZER and sharing.copies_weights else 0)
+                share = 4 if kind in sharing.shares else 1
+                assert peak.parts[kind] == pytest.approx(whole / share), (engine, stage, kind)
 
 
 def test_engines_that_share_everything_take_least_and_ddp_most():
-    peaks = {name: estimate(setup_of(num_gpus=4, engine=name), LENGTH).bytes for name in ("ddp", "fsdp1", "fsdp2")}
-    alone = estimate(setup_of(), LENGTH).bytes
+    whole = stage_peaks(setup_of(), LENGTH)
+    setups = {name: setup_of(num_gpus=4, engine=name) for name in ("ddp", "fsdp1", "fsdp2")}
+    peaks = {name: highest(sharded(whole, setup)).bytes for name, setup in setups.items()}
+    alone = highest(whole).bytes
     assert peaks["fsdp2"] <= peaks["fsdp1"] < alone < peaks["ddp"]
 
 

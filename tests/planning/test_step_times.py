@@ -12,7 +12,7 @@ from trl_fast.planning.sharding import SHARINGS, model_sizes
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.step_times import planned_wire, planned_work, step_work
 from trl_fast.planning.training_setup import TrainingSetup
-from trl_fast.planning.wire import wire_work
+from trl_fast.planning.wire import Passes, wire_of, wire_work
 
 LENGTH = 64
 H100 = GPUS["h100-80"]
@@ -101,9 +101,7 @@ def test_a_step_takes_as_long_as_what_bounds_it():
 
 @pytest.mark.parametrize("engine", SHARINGS)
 def test_micro_batches_multiply_what_an_engine_gathers_and_reduces_in_each(engine):
-    one, four = (
-        planned_wire(setup_of(num_gpus=8, engine=engine, gradient_accumulation_steps=n), LENGTH) for n in (1, 4)
-    )
+    one, four = (wire_of(setup_of(num_gpus=8, engine=engine), LENGTH, Passes(trained=n)) for n in (1, 4))
     grow = {name for name in vars(one) if getattr(four, name) > getattr(one, name)}
     expected = {"zero2": {"all_reduce"}, "zero3": {"reduce_scatter"}, "tp": {"all_reduce"}, "sp": {"all_to_all"}}
     assert grow == expected.get(engine, {"all_gather"} if engine.startswith("fsdp") else set())
