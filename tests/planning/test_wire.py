@@ -1,4 +1,4 @@
-"""What ranks share and send, against two real ones: bytes of their parts, and of the collectives that they call."""
+"""Bytes that ranks hold and send, as planned, against two real ones: their parts, and the collectives that they call."""
 
 import pytest
 import torch

@@ -125,7 +125,7 @@ class Sharing:
 
 
 def _of_ddp(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
-    """DDP's buckets are there from its start to its end, beside the gradients."""
+    """Counts DDP's buckets, which are there from its start to its end, beside the gradients."""
     return sizes.trained_bytes
 
 
@@ -134,7 +134,7 @@ def _of_buckets(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
 
 
 def _of_fsdp1(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
-    """Of layers those at work; all else is one unit, whole from forward's start to backward's end."""
+    """Counts layers at work; all else is one unit, whole from forward's start to backward's end."""
     if stage == OPTIMIZER_STAGE:
         return 0
     weights = sizes.embedding + sizes.head + min(LAYERS_GATHERED * sizes.layer, sizes.layers)
@@ -143,7 +143,7 @@ def _of_fsdp1(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
 
 
 def _of_fsdp2(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
-    """Of layers those at work, the embedding at both ends, the head from the end of forward through the last layer."""
+    """Counts layers at work, the embedding at both ends, the head from forward's end through the last layer."""
     if stage == OPTIMIZER_STAGE:
         return 0
     layers = min(LAYERS_GATHERED * sizes.layer, sizes.layers)
