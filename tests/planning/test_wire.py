@@ -1,4 +1,4 @@
-"""Bytes that ranks hold and send, as planned, against two real ones: their parts, and the collectives that they call."""
+"""Bytes that ranks hold and send, as planned, against two real ones: their parts, and the collectives they call."""
 
 import pytest
 import torch
