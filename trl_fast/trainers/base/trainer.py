@@ -269,11 +269,10 @@ class BaseTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluates datasets, prepared as the constructor's; of a dict of them, names follow the prefix."""
+        """Returns process 0's metrics of datasets, prepared as the constructor's; a dict's names follow the prefix."""
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
             eval_dataset = self.prepare_for_evaluation(eval_dataset)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return decided_by_first(lambda: metrics)  # whether a checkpoint is the best one is read from them
+        return decided_by_first(super().evaluate(eval_dataset, ignore_keys, metric_key_prefix).copy)
 
     @evaluates
     def predict(self, test_dataset: AnyDataset, *args: Any, **kwargs: Any) -> PredictionOutput:
