@@ -56,7 +56,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# The others take seconds each.
+QUICK = ("SFT", "DPO", "KTO")
+
+
+@pytest.mark.parametrize(
+    "case", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in QUICK)]
+)
 def test_two_processes_train_as_one_whoever_has_which_row(case, model_path, reward_model_path, tmp_path):
     method, settings = CASES[case]
     path = reward_model_path if method == "Reward" else model_path
@@ -92,6 +98,7 @@ def test_two_processes_train_as_one_whoever_has_which_row(case, model_path, rewa
         assert by_order > time_of([found[balance][0] for found in ranks]), balance
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle_of_an_epoch(model_path, tmp_path):
     def two():
         whole = make("SFT", model_path, tmp_path, 2, "step", ddp_backend="gloo", save_strategy="steps", save_steps=1)
@@ -128,8 +135,8 @@ def judge(completion_ids, **_):
     ("method", "settings"),
     [
         ("GRPO", {}),
-        ("GRPO", {"loss_type": "grpo", "beta": 0.1}),
-        ("RLOO", {"beta": 0.0}),
+        pytest.param("GRPO", {"loss_type": "grpo", "beta": 0.1}, marks=pytest.mark.slow),
+        pytest.param("RLOO", {"beta": 0.0}, marks=pytest.mark.slow),
     ],
     ids=["DAPO", "GRPO with a reference", "RLOO"],
 )
