@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import trl_fast
 from support.models import tiny_classifier, tiny_model
-from support.ranks import run_on_ranks
+from support.ranks import RankError, run_on_ranks
 from support.supervised import sft_rows
 from support.tokenizer import build_tokenizer
 from support.training import color_labels, color_pairs, make_trainer
@@ -170,3 +170,8 @@ def test_an_evaluation_before_training_leaves_it_as_it_is(engine, tmp_path):
     assert steps[0] == found[0]
     assert others == [before, predicted]
     assert predicted < before
+
+
+def test_tiles_are_refused(tmp_path):
+    with pytest.raises(RankError, match="tiled_mlp=8: FSDP loses a part of the gradient of tiles"):
+        run_on_ranks(partial(make, "SFT", tmp_path, tiled_mlp=8), engine="fsdp2")

@@ -52,11 +52,14 @@ def set_up_trainer(trainer: Trainer) -> None:
     """Sets who scales the loss, and has FSDP2 keep outputs in float32, of a trainer that was just made.
 
     Raises:
-        ValueError: as in `forbid_data_parallel` and `check_quant_storage`.
+        ValueError: tiled_mlp with FSDP; or as in `forbid_data_parallel` and `check_quant_storage`.
     """
     forbid_data_parallel(trainer)
     if engine_of(trainer.accelerator).is_fsdp:
         check_quant_storage(trainer.model)
+        tokens = getattr(trainer.args, "tiled_mlp", None)
+        if tokens is not None:
+            raise ValueError(f"tiled_mlp={tokens}: FSDP loses a part of the gradient of tiles; leave it unset")
     keep_float32_outputs(trainer.accelerator)
     declare_loss_scaling(trainer)
 
