@@ -123,3 +123,39 @@ def test_a_resumed_run_is_the_unbroken_one(engine, tmp_path):
     (whole, resumed, same), other = run_on_ranks(go_on, case, tmp_path / "run", engine=engine)
     assert whole == resumed
     assert same and other == (whole, resumed, same)
+
+
+def config_of_deepspeed(stage: int) -> dict:
+    """A configuration of DeepSpeed's own, with weights and optimizer in the CPU's memory."""
+    sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    zero = {"stage": stage, **dict.fromkeys(sizes, "auto"), "offload_optimizer": {"device": "cpu"}}
+    zero |= {"offload_param": {"device": "cpu"}} if stage == 3 else {}
+    batches = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    # DeepSpeed's own Adam for CPUs would be compiled.
+    settings = {"gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_force_ds_cpu_optimizer": False}
+    return {**dict.fromkeys(batches, "auto"), **settings, "zero_optimization": zero}
+
+
+def steps_of(case: tuple, folder: Path, batch_size: int, stage: int | None) -> list[tuple]:
+    """The numbers of each step, of a run whose arguments bring DeepSpeed's configuration if there is a stage."""
+    settings = {}
+    if stage is not None:
+        import deepspeed
+
+        # What TrainingArguments does on a GPU.
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        settings["deepspeed"] = config_of_deepspeed(stage)
+    trainer = make(*case[:2], folder, batch_size, lora=case[2], **settings)
+    trainer.train()
+    return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_arguments_bring_deepspeeds_configuration(stage, tmp_path):
+    (case,) = cases_of(tmp_path, "llama", [("DPO", False)])
+    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    two = run_on_ranks(steps_of, case, tmp_path / "two", 2, stage, engine=None, environment=variables)
+    one = steps_of(case, tmp_path / "one", 4, None)
+    assert two[0] == two[1]
+    torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=5e-7, atol=1e-7)
