@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from trl_fast.parallel.partitions import whole_shape
+
 from .classifier_head import HEAD, has_classifier_head
 from .loading import backbone, is_quantized
 
@@ -43,7 +45,7 @@ def check_vocabulary(model: PreTrainedModel, argument: str, vocab_size: int) -> 
         ValueError: it has fewer.
     """
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    known = min(cast("Any", layer).weight.shape[0] for layer in layers if layer is not None)
+    known = min(whole_shape(cast("Any", layer).weight)[0] for layer in layers if layer is not None)
     if known < vocab_size:
         raise ValueError(
             f"{argument}: {type(model).__name__} has {known} tokens, but it is given those that the policy samples, "

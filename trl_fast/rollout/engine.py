@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_fast.parallel.partitions import whole_shape
 from trl_fast.settings.ranges import check_ranges
 
 
@@ -138,10 +139,10 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "completion would ever end; set one of them"
         )
     head = model.get_output_embeddings()
-    if head is not None and not any(0 <= token < head.weight.shape[0] for token in ends):
+    if head is not None and not any(0 <= token < whole_shape(head.weight)[0] for token in ends):
         raise ValueError(
-            f"eos_token_id: none of the end tokens {sorted(ends)} is among the {head.weight.shape[0]} tokens of the "
-            "model's head, so no completion would ever end; use the model's own tokenizer, or set its eos_token"
+            f"eos_token_id: none of the end tokens {sorted(ends)} is among the {whole_shape(head.weight)[0]} tokens "
+            "of the model's head, so no completion would ever end; use the model's own tokenizer, or set its eos_token"
         )
     return ends
 

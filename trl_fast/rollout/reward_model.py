@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from trl_fast.data.formats import is_conversational
 from trl_fast.modeling.loading import is_quantized, load_reward_model
 from trl_fast.parallel.agreement import together
 from trl_fast.parallel.gathering import gathered, is_sharded
+from trl_fast.parallel.partitions import whole_shape
 
 _TOKENIZER_KEYWORDS = ("revision", "trust_remote_code")
 
@@ -59,6 +60,8 @@ class RewardModel:
         # The model looks for the last token that is none of these.
         config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model = model.eval()
+        # Read here, since an engine that the model is wrapped in has a config of its own.
+        self._max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.max_length = max_length
         self.chat_template_kwargs = chat_template_kwargs or {}
         with gathered(model):  # what DeepSpeed's ZeRO-3 has sharded as it was loaded
@@ -121,7 +124,7 @@ class RewardModel:
             add_special_tokens=False,
         )
         longest = inputs["input_ids"].shape[1]
-        positions = getattr(cast("Any", self.model.config).get_text_config(), "max_position_embeddings", None)
+        positions = self._max_positions
         if positions is not None and longest > positions:
             raise ValueError(f"a prompt and its completion have {longest} tokens, the model has {positions} positions")
         return inputs
@@ -160,7 +163,7 @@ def _checked_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, model: Any
             )
         tokenizer.pad_token = tokenizer.eos_token
     with suppress(AttributeError, NotImplementedError):  # Some classifiers do not tell.
-        _check_vocabulary(name, tokenizer, model.get_input_embeddings().weight.shape[0])
+        _check_vocabulary(name, tokenizer, whole_shape(model.get_input_embeddings().weight)[0])
     return tokenizer
 
 

@@ -18,6 +18,7 @@ from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.advantages import Advantages
 from trl_fast.modeling.loading import base_model
 from trl_fast.parallel.engines import engine_of, prepare_frozen
+from trl_fast.parallel.partitions import whole_shape
 from trl_fast.rollout import RewardFunctions, RolloutEngine, Toolbox
 from trl_fast.rollout.samples import Samples
 
@@ -134,7 +135,7 @@ class OnlineTrainer(ReferenceTrainer):
             rescue=self.rescue,
             accelerator=self.accelerator,
             settings=args.sampling_settings,
-            vocab_size=base_model(self.model).get_output_embeddings().weight.shape[0],
+            vocab_size=whole_shape(base_model(self.model).get_output_embeddings().weight)[0],
             **options,
         )
 

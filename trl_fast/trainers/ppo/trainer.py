@@ -22,6 +22,7 @@ from trl_fast.losses.ppo import KLController, kl_penalties, rollout_metrics
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
 from trl_fast.modeling.value_model import check_vocabulary
+from trl_fast.parallel.partitions import whole_shape
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine
 
 from ..base.overrides import overridden
@@ -108,7 +109,7 @@ class PPOTrainer(ActorCriticTrainer):
             logger.warning("data_collator is not used: PPOTrainer does not pad prompts.")
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
-        vocab_size = base_model(model).get_output_embeddings().weight.shape[0]
+        vocab_size = whole_shape(base_model(model).get_output_embeddings().weight)[0]
         self.end_ids, self.stop_ids = end_tokens(args, processing_class, vocab_size)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         args.max_steps = count_rollouts(args, train_dataset)
