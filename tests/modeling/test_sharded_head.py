@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from support.models import tiny_classifier, tiny_model
 from support.ranks import run_on_ranks
@@ -22,6 +24,7 @@ from trl_fast.data.token_trees import Tree
 from trl_fast.modeling.classifier_head import attach_classifier_head, rewards
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
+from trl_fast.ops.head import plan, weight_shard
 
 RANKS, STEPS, ACCUMULATION = 2, 2, 2
 # Divides the losses of a step, whatever its real number of tokens.
@@ -192,3 +195,57 @@ def assert_as_one_process(engine: str, heads: tuple[str, ...], one_process: dict
                 atol=1e-6,
                 msg=lambda m, case=f"{head}: {name}": f"{case}: {m}",
             )
+
+
+class LargestFloats(TorchDispatchMode):
+    """Notes the largest number of floats that a tensor made within it has."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
+        for tensor in tensors_in(made):
+            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made
+
+
+def tensors_in(values: object) -> list[torch.Tensor]:
+    """The tensors among values, but for DTensors, whose local parts are seen on their own."""
+    return [each for each in tree_leaves(values) if type(each) in (torch.Tensor, torch.nn.Parameter)]
+
+
+def largest_gradient(saved: bool, vocabulary: int) -> int:
+    """The floats of the largest tensor made from the first score of a token to the end of backward."""
+    plan.CPU_TILES = plan.CPU_TILES._replace(tile_bytes=600 * 4 * 32)
+    weight_shard.PIECE_BYTES = 500 * 4 * 32
+    model = tiny_model(vocab_size=vocabulary)
+    attach_scoring(model)
+    use_segment_attention(model)
+    model.get_input_embeddings().requires_grad_(False)
+    if saved:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    model, _ = Accelerator(cpu=True).prepare(model, optimizer)
+    # Its weight, which is as large as the head's, is not needed there.
+    model.get_input_embeddings().set_unshard_in_backward(False)
+    mode = LargestFloats()
+
+    def token_loss(scores, rows):
+        mode.__enter__()
+        return -scores.logprobs.sum()
+
+    batch = pack_trees([Tree([5, 6], [[7, 8]])], "packed", 2)
+    score(model, batch, token_loss=token_loss).loss.backward()
+    mode.__exit__(None, None, None)
+    trained = [p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
+    assert [p.grad.to_local().shape for p in trained] == [(vocabulary // RANKS, 32)]
+    return mode.largest
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_no_rank_of_fsdp2_holds_the_whole_gradient_of_a_head(saved):
+    vocabulary = 4096
+    for largest in run_on_ranks(largest_gradient, saved, vocabulary, engine="fsdp2"):
+        assert largest == vocabulary // RANKS * 32

@@ -11,6 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trl_fast.ops.head.vocabulary_shard import VocabularyShard
+from trl_fast.ops.head.weight_shard import WeightShard
 
 from .model_changes import changes_of
 from .vocabulary_parallel import own_columns
@@ -21,12 +22,14 @@ FLOAT32_HEAD = "float32 head"
 class HeadParameters(NamedTuple):
     """Holds a head's weight (V, H) and bias (V,) or None, of one float dtype; differentiable if they train.
 
-    shard: which columns of the vocabulary these V are, where other processes have the others.
+    shard: which columns of the vocabulary these V are, where other processes have the others. trained: the rows that
+    this process trains of a weight that is whole, where the gradient is for them and not for the weight.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     shard: VocabularyShard | None = None
+    trained: WeightShard | None = None
 
 
 class HeadTransform(NamedTuple):

@@ -176,10 +176,10 @@ def _read_head(
     scoring: ScoringRequest,
     num_tokens: int,
     hidden: torch.Tensor,
-    parameters: HeadParameters,
+    head: HeadParameters,
 ) -> dict[str, torch.Tensor]:
-    """Returns the fields of TokenScores that the request asks for, and its loss; parameters: the head's, whole."""
-    weight, bias, shard = parameters
+    """Returns the fields of TokenScores that the request asks for, and its loss."""
+    weight, bias, shard, trained = head
     softcap, logit_scale = head_transform(model.config)
     transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)
     tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
@@ -191,8 +191,9 @@ def _read_head(
         options = replace(options, workspace_bytes=size)
     given = (*tensors, transform, scoring.outputs, options)
     if scoring.token_loss is None:
-        return token_logprobs(*given, shard).present()
-    loss, tokens = token_loss_of_head(*given, scoring.token_loss, scoring.group_sizes, shard=shard)
+        return token_logprobs(*given, shard, trained).present()
+    given_loss = (scoring.token_loss, scoring.group_sizes)
+    loss, tokens = token_loss_of_head(*given, *given_loss, shard=shard, trained=trained)
     return {"loss": loss, **tokens.present()}
 
 

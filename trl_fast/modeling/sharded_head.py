@@ -7,6 +7,9 @@ which reads their parameters: where several hold them (an adapter's two factors,
 All hooks then run as in the model's own forward, and no engine needs a way of its own.
 
 Tensor parallelism alone leaves a head as it is: each process has columns of the vocabulary (vocabulary_parallel.py).
+
+FSDP2 alone lets the gradient of a weight be given to the rows that a process holds. So under FSDP2 the gradient is
+summed over the processes a vocabulary tile at a time, and never exists whole (`ops/head/weight_shard.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
+
+from trl_fast.ops.head.weight_shard import WeightShard
 
 from .lm_head import HeadParameters, active_copy, head_parameters
 
@@ -41,26 +46,65 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
     """
     modules = [module for module in _modules_of_head(model) if _has_gathering_hooks(module)]
     if not modules:
-        return dict(read(hidden, _whole_parameters(model)))
+        return dict(read(hidden, _whole_head(model, [])))
     # Hooks may keep and cast what they see: only what has a gradient goes through them.
     constants: dict[str, torch.Tensor] = {}
 
     def innermost(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = read(hidden, _whole_parameters(model))
+        found = read(hidden, _whole_head(model, modules))
         constants.update({name: tensor for name, tensor in found.items() if not tensor.requires_grad})
         return {name: tensor for name, tensor in found.items() if tensor.requires_grad}
 
-    return {**_call_nested(modules, innermost, hidden), **constants}
+    found = _call_nested(modules, innermost, hidden)
+    if not torch.is_grad_enabled():
+        _free_weights(modules)
+    return {**found, **constants}
 
 
-def _whole_parameters(model: PreTrainedModel) -> HeadParameters:
-    parameters = head_parameters(model)
-    if isinstance(parameters.weight, DTensor):
+def _free_weights(modules: list[nn.Module]) -> None:
+    """Frees a head that FSDP2 keeps whole for a backward pass, which will not come."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _whole_head(model: PreTrainedModel, modules: list[nn.Module]) -> HeadParameters:
+    """Returns the head, which is whole now; modules: those that hold its parameters and have hooks."""
+    head = head_parameters(model)
+    weight = head.weight
+    if isinstance(weight, DTensor):
         raise NotImplementedError(
-            f"{type(model).__name__}: the head's weight is split over {parameters.weight.device_mesh}, and nothing "
-            "gathers it; shard the model with FSDP or DeepSpeed ZeRO-3"
+            f"{type(model).__name__}: the head's weight is split over {weight.device_mesh}, and nothing gathers it; "
+            "shard the model with FSDP or DeepSpeed ZeRO-3"
         )
-    return parameters
+    trains = torch.is_grad_enabled() and weight.requires_grad
+    return head._replace(trained=_shard_of(weight, modules)) if trains else head
+
+
+def _shard_of(weight: torch.Tensor, modules: list[nn.Module]) -> WeightShard | None:
+    """Returns the rows of a weight (V, H) that this process trains, if FSDP2 has gathered it from rows."""
+    for module in modules:
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                if getattr(parameter, "_unsharded_param", None) is weight:
+                    sharded: Any = parameter.sharded_param
+                    return _weight_shard(sharded, weight)
+    return None
+
+
+def _weight_shard(parameter: DTensor, weight: torch.Tensor) -> WeightShard | None:
+    """Returns the shard of a parameter whose rows, and nothing else, are dealt to processes."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sharded = [dim for dim, placement in enumerate(placements) if placement == Shard(0)]
+    replicated = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
+    if len(sharded) != 1 or len(sharded) + len(replicated) != len(placements) or len(replicated) > 1:
+        return None
+    # Offloaded ones wait on the CPU.
+    rows = parameter.to_local().to(weight.device)
+    replicas = mesh.get_group(replicated[0]) if replicated else None
+    return WeightShard(rows, weight.shape[0], mesh.get_group(sharded[0]), replicas)
 
 
 def _modules_of_head(model: PreTrainedModel) -> list[nn.Module]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .head.autograd import differentiable_scores
 from .head.logit_transform import LogitTransform
 from .head.plan import DEFAULT_SPARSE_THRESHOLD, HeadOptions
 from .head.row_statistics import output_mask
+from .head.sharded_scores import sharded_scores
 from .head.vocabulary_shard import VocabularyShard
+from .head.weight_shard import WeightShard
 from .token_scores import TokenScores, token_scores
 
 
@@ -73,12 +74,14 @@ def token_logprobs(
     outputs: tuple[str, ...],
     options: HeadOptions,
     shard: VocabularyShard | None = None,
+    trained: WeightShard | None = None,
 ) -> TokenScores:
     """Computes what linear_logprob does, with the logits' transform and the user's settings as values.
 
     hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None; shard: which
-    columns the V are.
+    columns the V are; trained: the rows of the weight that this process trains, as in `sharded_scores`.
     """
     mask = output_mask(outputs)
-    found = differentiable_scores("linear_logprob", hidden, weight, targets, bias, transform, mask, options, shard)
+    given = (hidden, weight, targets, bias, transform, mask, options)
+    found = sharded_scores("linear_logprob", *given, shard, trained)
     return token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)

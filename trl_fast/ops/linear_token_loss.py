@@ -19,15 +19,17 @@ import torch
 
 from .backends import choose_backend
 from .device import device_facts
-from .head.autograd import differentiable_scores, planned_head
+from .head.autograd import planned_head
 from .head.gradients import HeadGradients, Needs
 from .head.kept_logits import KeptLogits
 from .head.logit_transform import LogitTransform
 from .head.plan import BLOCKS, GROUPS, HeadOptions
 from .head.row_statistics import LSE_ROW, NUM_STATISTICS, output_mask, row_coefficients
+from .head.sharded_scores import sharded_scores
 from .head.sweep import empty_kept_logits, score_rows
 from .head.tiled_head import TiledHead
 from .head.vocabulary_shard import VocabularyShard
+from .head.weight_shard import WeightShard
 from .memory_pool import scaled
 from .named_gradients import AutogradContext, first_derivative, gradients_of
 from .token_scores import TokenScores, token_scores
@@ -298,18 +300,22 @@ def token_loss_of_head(
     group_sizes: Sequence[int] | None = None,
     skip_zero_rows: bool | None = None,
     shard: VocabularyShard | None = None,
+    trained: WeightShard | None = None,
 ) -> ScoredLoss:
     """Computes what linear_token_loss does, with the logits' transform and the user's settings as values.
 
     hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None; shard: which
-    columns the V are. The gradient of the head is the one that the options ask for.
+    columns the V are. The gradient of the head is the one that the options ask for. trained: the rows of the weight
+    that this process trains, as in `sharded_scores`. The loss is then of all rows at once, and its gradient computed
+    in backward, where every process sends each tile of the weight's once.
     """
     _check_groups(group_sizes, hidden.shape[0])
     mask = output_mask(outputs)
-    if options.head_grad != "exact" or group_sizes is not None and not _head_trains(weight, bias):
+    frozen_groups = group_sizes is not None and not _head_trains(weight, bias)
+    if options.head_grad != "exact" or trained is not None or frozen_groups:
         # d logprob / d hidden needs no loss, so with a frozen head no group has to fit anywhere.
-        given = (hidden, weight, targets, bias, transform, mask, options, shard)
-        found = differentiable_scores("linear_logprob", *given)
+        given = (hidden, weight, targets, bias, transform, mask, options, shard, trained)
+        found = sharded_scores("linear_logprob", *given)
         scores = token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)
         loss = _summed(token_loss(scores, torch.arange(hidden.shape[0], device=hidden.device)))
         return ScoredLoss(loss, scores.detach())

@@ -329,18 +329,23 @@ class HeadPlan:
         """Returns the tiles that score `num_rows` rows from a tile's first row on, of which the first are kept."""
         return self.limits.cut(num_rows, kept_rows, (self.scoring.num_rows, self.scoring.num_columns))
 
-    def gradient_tiles(self, num_rows: int, kept_rows: int, kept_bytes: int, *, in_place: bool) -> SweepTiles:
+    def gradient_tiles(
+        self, num_rows: int, kept_rows: int, kept_bytes: int, most_columns: int | None = None, *, in_place: bool
+    ) -> SweepTiles:
         """Returns the tiles in which gradients of logits are computed, for blocks of at most `num_rows` rows.
 
-        kept_rows, kept_bytes: of logits that are kept meanwhile; in_place: whether all gradients take the place of
-        logits. These need no scratch memory, so that on a GPU one tile has all columns, or a cast slice of them.
+        kept_rows, kept_bytes: of logits that are kept meanwhile; most_columns: of a tile, about, where the device lets
+        them be chosen; in_place: whether all gradients take the place of logits. These need no scratch memory, so that
+        on a GPU one tile has all columns, or a cast slice of them.
         """
         limits = self.limits
-        if in_place and limits.policy.whole_rows:
+        if in_place and limits.policy.whole_rows and most_columns is None:
             return limits.cut(num_rows, 0, (num_rows, limits.weight_columns))
         follows = self.kept_columns if kept_rows and not limits.policy.whole_rows else None
-        shape = limits.tile_shape(num_rows, gradients=True, kept_bytes=kept_bytes, kept_columns=follows)
-        return limits.cut(num_rows, 0, shape)
+        height, width = limits.tile_shape(num_rows, gradients=True, kept_bytes=kept_bytes, kept_columns=follows)
+        if most_columns is not None and follows is None:
+            width = min(width, max(CHUNK, most_columns // CHUNK * CHUNK))
+        return limits.cut(num_rows, 0, (height, width))
 
 
 def row_bytes(vocab_size: int, dtype: torch.dtype, kernels: RowKernels) -> int:
