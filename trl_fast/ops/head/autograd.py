@@ -77,7 +77,10 @@ def differentiable_scores(
     Raises:
         ValueError, RuntimeError: as in linear_logprob.
     """
-    hidden, workspace_bytes, backend = checked_call(op, hidden, weight, targets, bias, options, shard)
+    facts = device_facts(hidden.device)
+    workspace_bytes = options.workspace_on(hidden.device, facts, shard)
+    hidden = check_head_call(hidden, weight, targets, bias, shard)
+    backend = choose_backend(op, options.backend, facts, hidden.dtype)
     keep = what_to_keep(hidden, weight, bias)
     given = (hidden, weight, targets.long(), bias)
     if options.head_grad == "sparse" and keep != NOTHING:
@@ -89,25 +92,6 @@ def differentiable_scores(
     numbers = (*transform, outputs, keep, workspace_bytes, backend, *(shard or ()))
     lse, logprobs, entropy, mean_logits, statistics, *_ = linear_scores(*given, *numbers)
     return DifferentiableScores(lse, logprobs, entropy, mean_logits, statistics.detach())
-
-
-def checked_call(
-    op: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    options: HeadOptions,
-    shard: VocabularyShard | None = None,
-) -> tuple[torch.Tensor, int, str]:
-    """Checks the arguments of `differentiable_scores`; returns hidden (N, H), the bytes of workspace and the backend.
-
-    hidden is in autocast's dtype if autocast is on.
-    """
-    facts = device_facts(hidden.device)
-    workspace_bytes = options.workspace_on(hidden.device, facts, shard)
-    hidden = check_head_call(hidden, weight, targets, bias, shard)
-    return hidden, workspace_bytes, choose_backend(op, options.backend, facts, hidden.dtype)
 
 
 def what_to_keep(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> int:

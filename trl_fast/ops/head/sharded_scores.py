@@ -10,8 +10,11 @@ from typing import Protocol
 
 import torch
 
+from ..backends import choose_backend
+from ..device import device_facts
 from ..named_gradients import AutogradContext, first_derivative, gradients_of, needs_gradients
-from .autograd import DifferentiableScores, checked_call, differentiable_scores, linear_scores, planned_head
+from ..validation import check_head_call
+from .autograd import DifferentiableScores, differentiable_scores, linear_scores, planned_head
 from .gradients import Needs, head_gradients
 from .kept_logits import KeptLogits
 from .logit_transform import LogitTransform
@@ -43,7 +46,10 @@ def sharded_scores(
     """
     if trained is None or options.head_grad != "exact":
         return differentiable_scores(op, hidden, weight, targets, bias, transform, outputs, options, shard)
-    hidden, workspace_bytes, backend = checked_call(op, hidden, weight, targets, bias, options)
+    facts = device_facts(hidden.device)
+    workspace_bytes = options.workspace_on(hidden.device, facts)
+    hidden = check_head_call(hidden, weight, targets, bias)
+    backend = choose_backend(op, options.backend, facts, hidden.dtype)
     given = (hidden, trained.rows, weight, targets.long(), bias, trained)
     return DifferentiableScores(*_ShardedScores.apply(*given, transform, outputs, workspace_bytes, backend))
 
