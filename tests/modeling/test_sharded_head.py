@@ -12,16 +12,19 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from support.models import tiny_classifier, tiny_model
-from support.ranks import run_on_ranks
+from support.ranks import RankError, run_on_ranks
 from trl_fast.data import pack_trees
 from trl_fast.data.reward_modeling import reward_batch
 from trl_fast.data.token_trees import Tree
+from trl_fast.modeling import scoring
 from trl_fast.modeling.classifier_head import attach_classifier_head, rewards
+from trl_fast.modeling.lm_head import use_float32_head
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.ops.head import plan, weight_shard
@@ -237,6 +240,9 @@ def largest_gradient(saved: bool, vocabulary: int) -> int:
         return -scores.logprobs.sum()
 
     batch = pack_trees([Tree([5, 6], [[7, 8]])], "packed", 2)
+    with torch.no_grad():
+        score(model, batch)
+    assert all(isinstance(weight, DTensor) for name, weight in model.named_parameters() if "lm_head" in name)
     score(model, batch, token_loss=token_loss).loss.backward()
     mode.__exit__(None, None, None)
     trained = [p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
@@ -249,3 +255,40 @@ def test_no_rank_of_fsdp2_holds_the_whole_gradient_of_a_head(saved):
     vocabulary = 4096
     for largest in run_on_ranks(largest_gradient, saved, vocabulary, engine="fsdp2"):
         assert largest == vocabulary // RANKS * 32
+
+
+def float32_head(frozen: bool) -> None:
+    """Trains a step with a float32 head in bfloat16, and compares what reaches the head with its weight."""
+    model = tiny_model()
+    attach_scoring(model)
+    use_float32_head(model)
+    use_segment_attention(model)
+    head = model.lm_head.weight.detach().clone()
+    model.lm_head.requires_grad_(not frozen)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    model, _ = Accelerator(cpu=True).prepare(model, optimizer)
+    seen = []
+    original = scoring.token_logprobs
+
+    def token_logprobs(*given):
+        seen.append(given[:2])
+        return original(*given)
+
+    scoring.token_logprobs = token_logprobs
+    score(model, pack_trees([Tree([5, 6], [[7, 8]])], "packed", 2)).tokens.logprobs.sum().backward()
+    [(hidden, weight)] = seen
+    assert hidden.dtype == weight.dtype == torch.float32
+    assert torch.equal(weight, head)
+    assert not torch.equal(weight, head.bfloat16().float())
+    gradient = model.lm_head.weight.grad
+    assert gradient is None if frozen else gradient.dtype == torch.float32 and gradient.full_tensor().norm() > 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_float32_head_stays_float32_under_fsdp2_in_bfloat16(frozen):
+    run_on_ranks(float32_head, frozen, engine="fsdp2", mixed_precision="bf16")
+
+
+def test_an_engine_that_casts_a_float32_head_is_refused():
+    with pytest.raises(RankError, match="cast_lm_head_to_fp32=True: the engine has made the head's weight torch.bf"):
+        run_on_ranks(float32_head, False, engine="fsdp1", mixed_precision="bf16")

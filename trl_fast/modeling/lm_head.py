@@ -125,3 +125,8 @@ def use_float32_head(model: PreTrainedModel) -> None:
     if embeddings.weight is head.weight:
         change.add_hook(embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype)))
     change.set(model, "trl_fast_float32_head", True)
+
+
+def has_float32_head(model: PreTrainedModel) -> bool:
+    """Returns whether `use_float32_head` has been called."""
+    return getattr(model, "trl_fast_float32_head", False)

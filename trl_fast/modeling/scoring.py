@@ -22,7 +22,7 @@ from trl_fast.ops.linear_logprob import token_logprobs
 from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
 from trl_fast.parallel.engines import original_class
 
-from .lm_head import HeadParameters, head_transform
+from .lm_head import HeadParameters, has_float32_head, head_transform
 from .loading import backbone
 from .memory_budgets import head_workspace
 from .model_changes import changes_of, unbound_forward
@@ -161,7 +161,7 @@ def _run_head(
 
     Not compiled: it has kernels of its own, and chooses them by what is installed and free.
     """
-    if getattr(model, "trl_fast_float32_head", False) and hidden.dtype != torch.float32:
+    if has_float32_head(model) and hidden.dtype != torch.float32:
         with torch.autocast(hidden.device.type, enabled=False):
             return _run_head(model, hidden.float(), scoring, num_tokens)
     # Copies of all layers' float32 weights, which autocast would keep until the gradient of the head is there.

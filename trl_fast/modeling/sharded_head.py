@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from trl_fast.ops.head.weight_shard import WeightShard
 
-from .lm_head import HeadParameters, active_copy, head_parameters
+from .lm_head import HeadParameters, active_copy, has_float32_head, head_parameters
 
 # Tensors by names, from hidden states and the parameters of a head.
 ReadHead = Callable[[torch.Tensor, HeadParameters], Mapping[str, torch.Tensor]]
@@ -42,7 +42,7 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
 
     Raises:
         NotImplementedError: the head is in parts that no hook gathers.
-        ValueError: as in `head_parameters`.
+        ValueError: as in `head_parameters`; or the head is to be float32 and the engine has cast it.
     """
     modules = [module for module in _modules_of_head(model) if _has_gathering_hooks(module)]
     if not modules:
@@ -50,8 +50,10 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
     # Hooks may keep and cast what they see: only what has a gradient goes through them.
     constants: dict[str, torch.Tensor] = {}
 
-    def innermost(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = read(hidden, _whole_head(model, modules))
+    def innermost(given: torch.Tensor) -> dict[str, torch.Tensor]:
+        # FSDP2 casts it, also to a head that is to be float32.
+        given = given.to(hidden.dtype) if has_float32_head(model) else given
+        found = read(given, _whole_head(model, modules))
         constants.update({name: tensor for name, tensor in found.items() if not tensor.requires_grad})
         return {name: tensor for name, tensor in found.items() if tensor.requires_grad}
 
@@ -77,12 +79,27 @@ def _whole_head(model: PreTrainedModel, modules: list[nn.Module]) -> HeadParamet
             f"{type(model).__name__}: the head's weight is split over {weight.device_mesh}, and nothing gathers it; "
             "shard the model with FSDP or DeepSpeed ZeRO-3"
         )
-    trains = torch.is_grad_enabled() and weight.requires_grad
-    return head._replace(trained=_shard_of(weight, modules)) if trains else head
+    sharded = _sharded_by_fsdp2(weight, modules)
+    if sharded is not None and torch.is_grad_enabled() and weight.requires_grad:
+        head = head._replace(trained=_weight_shard(sharded, weight))
+    return _float32_parameters(head, sharded) if has_float32_head(model) else head
 
 
-def _shard_of(weight: torch.Tensor, modules: list[nn.Module]) -> WeightShard | None:
-    """Returns the rows of a weight (V, H) that this process trains, if FSDP2 has gathered it from rows."""
+def _float32_parameters(head: HeadParameters, sharded: DTensor | None) -> HeadParameters:
+    """Returns a head that is to be float32 as such, whatever the dtype that an engine has gathered it in."""
+    if head.weight.dtype == torch.float32:
+        return head
+    if sharded is None or sharded.dtype != torch.float32 or head.weight.requires_grad and head.trained is None:
+        raise ValueError(
+            f"cast_lm_head_to_fp32=True: the engine has made the head's weight {head.weight.dtype}; train with FSDP2, "
+            "whose processes keep it in float32, or set cast_lm_head_to_fp32=False"
+        )
+    with torch.no_grad():
+        return head._replace(weight=sharded.full_tensor(), bias=None if head.bias is None else head.bias.float())
+
+
+def _sharded_by_fsdp2(weight: torch.Tensor, modules: list[nn.Module]) -> DTensor | None:
+    """Returns the parameter in parts of which FSDP2 has gathered a weight (V, H); None: it has not."""
     for module in modules:
         if not isinstance(module, FSDPModule):
             continue
@@ -90,7 +107,7 @@ def _shard_of(weight: torch.Tensor, modules: list[nn.Module]) -> WeightShard | N
             for parameter in group.fsdp_params:
                 if getattr(parameter, "_unsharded_param", None) is weight:
                     sharded: Any = parameter.sharded_param
-                    return _weight_shard(sharded, weight)
+                    return sharded
     return None
 
 
