@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .head.autograd import differentiable_scores
 from .head.logit_transform import LogitTransform
 from .head.plan import DEFAULT_SPARSE_THRESHOLD, HeadOptions
 from .head.row_statistics import output_mask
@@ -83,5 +84,8 @@ def token_logprobs(
     """
     mask = output_mask(outputs)
     given = (hidden, weight, targets, bias, transform, mask, options)
-    found = sharded_scores("linear_logprob", *given, shard, trained)
+    if trained is None:
+        found = differentiable_scores("linear_logprob", *given, shard)
+    else:
+        found = sharded_scores("linear_logprob", *given, trained)
     return token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)

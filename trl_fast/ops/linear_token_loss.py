@@ -19,7 +19,7 @@ import torch
 
 from .backends import choose_backend
 from .device import device_facts
-from .head.autograd import planned_head
+from .head.autograd import differentiable_scores, planned_head
 from .head.gradients import HeadGradients, Needs
 from .head.kept_logits import KeptLogits
 from .head.logit_transform import LogitTransform
@@ -314,8 +314,11 @@ def token_loss_of_head(
     frozen_groups = group_sizes is not None and not _head_trains(weight, bias)
     if options.head_grad != "exact" or trained is not None or frozen_groups:
         # d logprob / d hidden needs no loss, so with a frozen head no group has to fit anywhere.
-        given = (hidden, weight, targets, bias, transform, mask, options, shard, trained)
-        found = sharded_scores("linear_logprob", *given)
+        given = (hidden, weight, targets, bias, transform, mask, options)
+        if trained is None:
+            found = differentiable_scores("linear_logprob", *given, shard)
+        else:
+            found = sharded_scores("linear_logprob", *given, trained)
         scores = token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)
         loss = _summed(token_loss(scores, torch.arange(hidden.shape[0], device=hidden.device)))
         return ScoredLoss(loss, scores.detach())

@@ -29,7 +29,7 @@ def loss_of(problem, weight, shard, kind):
         return (-tokens.logprobs + 0.1 * tokens.entropy).sum()
     groups = (len(problem.hidden),) if kind == "groups" else None
     return token_loss_of_head(
-        *given, lambda scores, rows: (-scores.logprobs).sigmoid().sum(), groups, shard=shard
+        *given, lambda scores, rows: (-scores.logprobs).sigmoid().sum(), groups, trained=shard
     ).loss
 
 

@@ -20,7 +20,6 @@ from .kept_logits import KeptLogits
 from .logit_transform import LogitTransform
 from .plan import LOGITS, HeadOptions
 from .row_statistics import LSE_ROW, row_coefficients
-from .vocabulary_shard import VocabularyShard
 from .weight_shard import ShardedGradient, WeightShard
 
 
@@ -33,19 +32,18 @@ def sharded_scores(
     transform: LogitTransform,
     outputs: int,
     options: HeadOptions,
-    shard: VocabularyShard | None,
-    trained: WeightShard | None,
+    trained: WeightShard,
 ) -> DifferentiableScores:
     """Scores the targets (N,) of hidden (N, H) as `differentiable_scores` does, with a gradient for the rows trained.
 
-    weight: (V, H); bias: (V,) or None; shard: as there. trained: the rows of a whole weight that this process trains;
-    the gradient is theirs then, and the weight gets none. None, or a sparse estimate: the gradient is the weight's.
+    weight: (V, H), whole; bias: (V,) or None; trained: the rows that this process trains. They get the gradient, and
+    the weight gets none; a sparse estimate is the weight's.
 
     Raises:
         ValueError, RuntimeError: as in linear_logprob.
     """
-    if trained is None or options.head_grad != "exact":
-        return differentiable_scores(op, hidden, weight, targets, bias, transform, outputs, options, shard)
+    if options.head_grad != "exact":
+        return differentiable_scores(op, hidden, weight, targets, bias, transform, outputs, options)
     facts = device_facts(hidden.device)
     workspace_bytes = options.workspace_on(hidden.device, facts)
     hidden = check_head_call(hidden, weight, targets, bias)
