@@ -55,7 +55,10 @@ def held(model):
     return sum(getattr(weight, "_local_tensor", weight).numel() for weight in model.parameters())
 
 
-@pytest.mark.parametrize("method", DATA)
+SLOW = ("KTO", "Reward")
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in DATA])
 def test_two_processes_train_as_one(method, model_path, reward_model_path, tied_path, tmp_path):
     models = (
         [reward_model_path] if method == "Reward" else [model_path, tied_path] if method == "DPO" else [model_path]
