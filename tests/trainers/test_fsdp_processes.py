@@ -173,5 +173,5 @@ def test_an_evaluation_before_training_leaves_it_as_it_is(engine, tmp_path):
 
 
 def test_tiles_are_refused(tmp_path):
-    with pytest.raises(RankError, match="tiled_mlp=8: FSDP loses a part of the gradient of tiles"):
+    with pytest.raises(RankError, match="tiled_mlp=8: FSDP2 loses gradients of tiles"):
         run_on_ranks(partial(make, "SFT", tmp_path, tiled_mlp=8), engine="fsdp2")
