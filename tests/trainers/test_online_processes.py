@@ -38,9 +38,12 @@ CASES = {
 }
 # Those of the default tests.
 QUICK = ("grpo", "lora", "rloo", "generated")
-ENGINES = ("ddp", "zero2", "fsdp1")
+ENGINES = ("ddp", "zero2", "zero3", "fsdp1")
 # Means over micro-batches, which hold other completions.
-BY_MICRO_BATCH = ("entropy", "clip_ratio")
+HIDDEN = {
+    "dapo": ("entropy", "clip_ratio"),
+    "evaluated": ("eval_loss", "eval_entropy", "eval_clip_ratio", "eval_kl", "eval_num_tokens"),
+}
 
 
 TIMES = ("runtime", "per_second")
@@ -156,7 +159,7 @@ def assert_as_alone(case, ranks, model_path, folder):
     alone = train(case, model_path, folder / "alone" / case)
     for rank in (first, second):
         torch.testing.assert_close(rank["weights"], alone["weights"], rtol=0, atol=1e-6)
-    hidden = BY_MICRO_BATCH if case == "dapo" else ()
+    hidden = HIDDEN.get(case, ())
     logs = [
         [{name: value for name, value in log.items() if not name.startswith(hidden)} for log in result["logs"]]
         for result in (first, alone)

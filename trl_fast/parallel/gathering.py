@@ -10,6 +10,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from .partitions import is_partitioned, whole_in_forward, whole_parameters
+
 # On a model whose weights are whole for the time being.
 _IS_GATHERED = "trl_fast_is_gathered"
 
@@ -42,8 +44,10 @@ def gathered(model: torch.nn.Module, *, part: torch.nn.Module | None = None, lay
 def _whole(model: torch.nn.Module, part: torch.nn.Module, layers: bool) -> AbstractContextManager[None]:
     if isinstance(model, FullyShardedDataParallel):
         return _gathered_by_fsdp1(model) if layers else _outermost_gathered_by_fsdp1(model)
-    if is_partitioned(model):
-        return _gathered_by_zero3(model, part) if layers else nullcontext()
+    if _is_partitioned(model):
+        # Before a model is prepared, it has no hooks that gather a layer.
+        by_layer = nullcontext() if hasattr(model, "optimizer") else whole_in_forward(model)
+        return _gathered_by_zero3(model, part) if layers else by_layer
     outermost = next(each for each in model.modules() if isinstance(each, FSDPModule))
     inner: list[FSDPModule] = [
         each for each in part.modules() if isinstance(each, FSDPModule) and each is not outermost
@@ -54,12 +58,11 @@ def _whole(model: torch.nn.Module, part: torch.nn.Module, layers: bool) -> Abstr
 def is_sharded(model: torch.nn.Module) -> bool:
     """Tells whether forwards of a model gather weights from other processes."""
     kinds = (FSDPModule, FullyShardedDataParallel)
-    return any(isinstance(part, kinds) for part in model.modules()) or is_partitioned(model)
+    return any(isinstance(part, kinds) for part in model.modules()) or _is_partitioned(model)
 
 
-def is_partitioned(model: torch.nn.Module) -> bool:
-    """Tells whether DeepSpeed's ZeRO-3 holds the weights of a model, each process a part of each."""
-    return any(hasattr(weight, "ds_id") for weight in model.parameters())
+def _is_partitioned(model: torch.nn.Module) -> bool:
+    return any(map(is_partitioned, model.parameters()))
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def _gathered_by_fsdp1(model: FullyShardedDataParallel) -> Iterator[None]:
 
 @contextmanager
 def _gathered_by_zero3(model: Any, part: torch.nn.Module) -> Iterator[None]:
-    with _gathered_parameters(list(part.parameters())):
+    with whole_parameters(part.parameters()):
         offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
         if offload is not None:
             _remove_hooks(offload)
@@ -147,8 +150,8 @@ def whole_module(model: torch.nn.Module, path: str, *, recurse: bool) -> Iterato
     context: AbstractContextManager[None]
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         context = _replaced_by_whole(modules)
-    elif any(hasattr(parameter, "ds_id") for parameter in parameters):
-        context = _gathered_parameters(parameters)
+    elif any(map(is_partitioned, parameters)):
+        context = whole_parameters(parameters)
     else:
         context = _summoned(_fsdp1_units(model, modules))
     with context:
@@ -169,12 +172,6 @@ def _replaced_by_whole(modules: list[torch.nn.Module]) -> Iterator[None]:
     finally:
         for module, parameters in zip(modules, held, strict=True):
             module._parameters.update(parameters)
-
-
-def _gathered_parameters(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[None]:
-    import deepspeed  # type: ignore[import-untyped]
-
-    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def _fsdp1_units(model: torch.nn.Module, modules: list[torch.nn.Module]) -> list[FullyShardedDataParallel]:
