@@ -136,12 +136,12 @@ def prepared_for_evaluation(trainer: Trainer) -> Iterator[None]:
     """
     accelerator, model = trainer.accelerator, trainer.model
     engine, before = engine_of(accelerator), [id(each) for each in accelerator._models]
-    if engine is Engine.FSDP2 and not isinstance(model, FSDPModule):
-        model = trainer.model = trainer.model_wrapped = fsdp2_prepare_model(accelerator, model)
-        accelerator._models.append(model)
+    if engine is Engine.FSDP2 and not any(isinstance(module, FSDPModule) for module in model.modules()):
+        # In place: the model, or what PPO has it in together with its value model.
+        accelerator._models.append(fsdp2_prepare_model(accelerator, trainer.model_wrapped))
     yield
     if engine is Engine.FSDP2:
-        for module in model.modules():
+        for module in trainer.model_wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
     if engine is Engine.DDP and id(model) not in before and any(each is model for each in accelerator._models):
