@@ -23,6 +23,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from trl_fast.modeling.loading import base_model
 from trl_fast.parallel.agreement import largest_over_ranks
+from trl_fast.parallel.partitions import whole_in_forward
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.ranges import COUNT
 
@@ -133,7 +134,7 @@ class TransformersEngine:
         devices = [model.device] if model.device.type == "cuda" else []
         try:
             short = {**given, "max_new_tokens": least + 2}
-            with torch.random.fork_rng(devices):
+            with whole_in_forward(model), torch.random.fork_rng(devices):
                 self.generate([[token], [token, token]], replace(settings, generation_kwargs=short))
         except Exception as error:
             return error
