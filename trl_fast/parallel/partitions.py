@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -92,9 +93,10 @@ def copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
     return copied.train(model.training)
 
 
-def _gather(parts: list[torch.Tensor], calls: list[ExitStack], *_: object) -> None:
+def _gather(parts: list[Any], calls: list[ExitStack], *_: object) -> None:
     calls.append(ExitStack())
-    calls[-1].enter_context(whole_parameters(parts))
+    # Some may be whole already, for a generation.
+    calls[-1].enter_context(whole_parameters(part for part in parts if part.ds_status.name == "NOT_AVAILABLE"))
 
 
 def _release(calls: list[ExitStack], *_: object) -> None:
