@@ -172,6 +172,12 @@ def test_an_evaluation_before_training_leaves_it_as_it_is(engine, tmp_path):
     assert predicted < before
 
 
-def test_tiles_are_refused(tmp_path):
-    with pytest.raises(RankError, match="tiled_mlp=8: FSDP2 loses gradients of tiles"):
-        run_on_ranks(partial(make, "SFT", tmp_path, tiled_mlp=8), engine="fsdp2")
+def test_tiles_under_fsdp2_lose_no_gradient(tmp_path):
+    """The last norm is gathered with the head: its hooks go around all tiles."""
+    two = run_on_ranks(partial(train, "SFT", tmp_path / "two", tiled_mlp=8), engine="fsdp2")
+    assert_same(two[0], train("SFT", tmp_path / "one", batch_size=4))
+
+
+def test_tiles_under_fsdp1_are_refused(tmp_path):
+    with pytest.raises(RankError, match="tiled_mlp=8: FSDP1 loses gradients of tiles"):
+        run_on_ranks(partial(make, "SFT", tmp_path, tiled_mlp=8), engine="fsdp1")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from trl_fast.parallel.agreement import decided_by_first
-from trl_fast.parallel.weights import is_sharded
+from trl_fast.parallel.gathering import is_sharded
 from trl_fast.settings.batch_layouts import AUTO, BATCH_LAYOUTS, PADDED, BatchLayout, layouts_for
 
 from .classifier_head import HEAD, has_classifier_head

@@ -7,11 +7,13 @@ The list goes with the model: a deep copy has its own, whose entries point at th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 _ATTRIBUTE = "trl_fast_changes"
@@ -144,3 +146,17 @@ def _restore(module: torch.nn.Module, name: str, before: object) -> None:
         delattr(module, name)
     else:
         setattr(module, name, before)
+
+
+@contextmanager
+def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Gives a module another forward within the context; FSDP1's wrapper keeps its own, which calls the module's."""
+    inner: Any = module.module if isinstance(module, FullyShardedDataParallel) else module
+    before = vars(inner).get("forward")
+    inner.forward = forward
+    try:
+        yield
+    finally:
+        del inner.forward
+        if before is not None:
+            inner.forward = before

@@ -14,8 +14,7 @@ summed over the processes a vocabulary tile at a time, and never exists whole (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel
 from trl_fast.ops.head.weight_shard import WeightShard
 
 from .lm_head import HeadParameters, active_copy, has_float32_head, head_parameters
+from .model_changes import replaced_forward
 
 # Tensors by names, from hidden states and the parameters of a head.
 ReadHead = Callable[[torch.Tensor, HeadParameters], Mapping[str, torch.Tensor]]
@@ -152,19 +152,5 @@ def _call_nested(
     if not modules:
         return innermost(hidden)
     first, *rest = modules
-    with _forward_replaced(first, lambda hidden: _call_nested(rest, innermost, hidden)):
+    with replaced_forward(first, lambda hidden: _call_nested(rest, innermost, hidden)):
         return first(hidden)
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> Iterator[None]:
-    """Gives a module another forward within the context; FSDP1's wrapper keeps its own, which calls the module's."""
-    inner: Any = module.module if isinstance(module, FullyShardedDataParallel) else module
-    before = vars(inner).get("forward")
-    inner.forward = forward
-    try:
-        yield
-    finally:
-        del inner.forward
-        if before is not None:
-            inner.forward = before

@@ -13,11 +13,13 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,10 +28,12 @@ from trl_fast.ops.named_gradients import first_derivative
 
 from .loading import backbone
 from .memory_budgets import TILED_LAYERS
-from .model_changes import changes_of
+from .model_changes import changes_of, replaced_forward
 from .selective_checkpointing import nothing_saved
 
 logger = logging.getLogger(__name__)
+
+_Call = Callable[[torch.Tensor], torch.Tensor]
 
 # Names of a decoder layer's MLP.
 _MLP_NAMES = ("mlp", "feed_forward")
@@ -73,10 +77,14 @@ class Tiled(torch.nn.Module):
     tile_tokens: int
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.shape[:-1].numel()
-        if tokens <= self.tile_tokens:
+        if hidden_states.shape[:-1].numel() <= self.tile_tokens:
             return self.call_whole(hidden_states)
-        return _run_tiles(self, hidden_states, tokens)
+        if isinstance(self, FSDPModule):
+            # Its hooks gather and reduce once a call, so they go around all tiles.
+            module = self.forward
+            with replaced_forward(self, lambda hidden: _run_tiles(self, module, hidden)):
+                return self.call_whole(hidden_states)
+        return _run_tiles(self, self.call_whole, hidden_states)
 
     def call_whole(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Calls the module itself, hooks and forward, on hidden states (..., H) of any float dtype."""
@@ -116,27 +124,41 @@ def _takes_one_tensor(module: torch.nn.Module) -> bool:
 
 
 @torch.compiler.disable
-def _run_tiles(self: Tiled, hidden_states: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Runs a module in tiles of its hidden states (..., H).
+def _run_tiles(self: Tiled, call: _Call, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Runs a module in tiles of its hidden states (..., H); call: with or without the module's hooks.
 
     Not compiled: a backward that computes its module once more is nothing that torch.compile can follow.
     """
     weights = [weight for weight in self.parameters() if weight.requires_grad]
-    out = _InTiles.apply(self, hidden_states.reshape(1, tokens, -1), *weights)
+    tiles = _Tiles(call, self.tile_tokens)
+    out = _InTiles.apply(tiles, hidden_states.reshape(1, -1, hidden_states.shape[-1]), *weights)
     return out.view(*hidden_states.shape[:-1], out.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Holds what a tile is given to, and how many tokens it has."""
+
+    call: _Call
+    tokens: int
+
+    def of(self, hidden: torch.Tensor) -> Iterator[slice]:
+        """Gives the tiles of hidden states (1, T, H)."""
+        first_tokens = range(0, hidden.shape[1], self.tokens)
+        return some_tiles((slice(start, start + self.tokens) for start in first_tokens), hidden.device)
 
 
 class _InTiles(torch.autograd.Function):
     """Saves the input alone. hidden: (1, T, H); weights: the parameters of the module that train."""
 
     @staticmethod
-    def forward(ctx: Any, module: Tiled, hidden: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tiles: _Tiles, hidden: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden)
-        ctx.module, ctx.weights, ctx.state = module, weights, _State(hidden.device)
+        ctx.tiles, ctx.weights, ctx.state = tiles, weights, _State(hidden.device)
         out: Any = None
         with nothing_saved():
-            for rows in _tiles(module, hidden):
-                tile = module.call_whole(hidden[:, rows])
+            for rows in tiles.of(hidden):
+                tile = tiles.call(hidden[:, rows])
                 out = tile.new_empty(*hidden.shape[:2], tile.shape[-1]) if out is None else out
                 out[:, rows] = tile
         return out
@@ -145,14 +167,14 @@ class _InTiles(torch.autograd.Function):
     @first_derivative("tiled_mlp")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
-        module, weights, with_hidden = ctx.module, ctx.weights, ctx.needs_input_grad[1]
+        tiles, weights, with_hidden = ctx.tiles, ctx.weights, ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if with_hidden else None
         sums: list[torch.Tensor | None] = [None] * len(weights)
         with ctx.state.restored():
-            for rows in _tiles(module, hidden):
+            for rows in tiles.of(hidden):
                 tile = hidden[:, rows].detach().requires_grad_(with_hidden)
                 with torch.enable_grad():
-                    out = module.call_whole(tile)
+                    out = tiles.call(tile)
                 leaves = (tile, *weights) if with_hidden else weights
                 found = list(torch.autograd.grad(out, leaves, grad[:, rows], allow_unused=True))
                 if grad_hidden is not None:
@@ -160,11 +182,6 @@ class _InTiles(torch.autograd.Function):
                 sums = [_add(total, part) for total, part in zip(sums, found, strict=True)]
         in_dtype = [None if total is None else total.to(w.dtype) for total, w in zip(sums, weights, strict=True)]
         return None, grad_hidden, *in_dtype
-
-
-def _tiles(module: Tiled, hidden: torch.Tensor) -> Iterator[slice]:
-    first_tokens = range(0, hidden.shape[1], module.tile_tokens)
-    return some_tiles((slice(start, start + module.tile_tokens) for start in first_tokens), hidden.device)
 
 
 def _add(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -134,7 +134,7 @@ def prepared_for_evaluation(trainer: Trainer) -> Iterator[None]:
     accelerate shards a model by FSDP2 together with an optimizer only. And what it has prepared for evaluation it
     would not wrap by DDP any more: each process would train a model of its own.
     """
-    accelerator, model = trainer.accelerator, trainer.model
+    accelerator, model = trainer.accelerator, cast(Any, trainer.model)
     engine, before = engine_of(accelerator), [id(each) for each in accelerator._models]
     if engine is Engine.FSDP2 and not any(isinstance(module, FSDPModule) for module in model.modules()):
         # In place: the model, or what PPO has it in together with its value model.

@@ -44,7 +44,7 @@ def gathered(model: torch.nn.Module, *, part: torch.nn.Module | None = None, lay
 def _whole(model: torch.nn.Module, part: torch.nn.Module, layers: bool) -> AbstractContextManager[None]:
     if isinstance(model, FullyShardedDataParallel):
         return _gathered_by_fsdp1(model) if layers else _outermost_gathered_by_fsdp1(model)
-    if _is_partitioned(model):
+    if any(map(is_partitioned, model.parameters())):
         # Before a model is prepared, it has no hooks that gather a layer.
         by_layer = nullcontext() if hasattr(model, "optimizer") else whole_in_forward(model)
         return _gathered_by_zero3(model, part) if layers else by_layer
@@ -56,13 +56,10 @@ def _whole(model: torch.nn.Module, part: torch.nn.Module, layers: bool) -> Abstr
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Tells whether forwards of a model gather weights from other processes."""
-    kinds = (FSDPModule, FullyShardedDataParallel)
-    return any(isinstance(part, kinds) for part in model.modules()) or _is_partitioned(model)
-
-
-def _is_partitioned(model: torch.nn.Module) -> bool:
-    return any(map(is_partitioned, model.parameters()))
+    """Tells whether processes hold parts of a model's weights, so that a forward of it waits for all of them."""
+    if any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in model.modules()):
+        return True
+    return any(isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters())
 
 
 @contextmanager

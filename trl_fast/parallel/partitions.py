@@ -54,7 +54,8 @@ def leave_in_parts(model: torch.nn.Module) -> None:
 
     What is written into a part after this call is then seen.
     """
-    for parameter in model.parameters():
+    parameters: Iterable[Any] = model.parameters()
+    for parameter in parameters:
         if is_partitioned(parameter):
             parameter.partition()
 
@@ -86,10 +87,11 @@ def copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
     """
     with no_init_weights():
         copied = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    for target, source in zip(copied.parameters(), model.parameters(), strict=True):
+    parts: Iterable[tuple[Any, Any]] = zip(copied.parameters(), model.parameters(), strict=True)
+    for target, source in parts:
         target.ds_tensor.copy_(source.ds_tensor)
-    for target, source in zip(copied.buffers(), model.buffers(), strict=True):
-        target.copy_(source)
+    for buffer, source in zip(copied.buffers(), model.buffers(), strict=True):
+        buffer.copy_(source)
     return copied.train(model.training)
 
 

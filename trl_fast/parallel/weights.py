@@ -45,11 +45,6 @@ def local_shards(model: torch.nn.Module) -> list[torch.Tensor]:
     return [local_shard(parameter) for parameter in model.parameters()]
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Tells whether processes hold parts of a model's weights, so that its forward waits for all of them."""
-    return any(hasattr(parameter, "to_local") or hasattr(parameter, "ds_status") for parameter in model.parameters())
-
-
 def has_read_weights() -> bool:
     """Tells whether this process reads the files of a model that it loads.
 
