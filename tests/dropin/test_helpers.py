@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel
 from transformers import Qwen2Config, Qwen3MoeConfig, TrainingArguments
 
 from support.models import tiny_model
+from support.ranks import run_on_ranks
 from support.tokenizer import build_tokenizer
 from trl_fast.dropin.helpers import callables, chat, formatting, models, packages, profiling, tensors, throughput
 from trl_fast.dropin.helpers.completion_only import DataCollatorForCompletionOnlyLM
@@ -171,9 +172,30 @@ def test_adapters_and_checkpointing(tmp_path):
     plain = tiny_model()
     assert models.prepare_peft_model(plain, None, TrainingArguments(str(tmp_path), use_cpu=True)) is plain
     assert not plain.is_gradient_checkpointing
-    for refused in (models.prepare_deepspeed, models.prepare_fsdp):
-        with pytest.raises(NotImplementedError, match="shards are not supported"):
-            refused(plain, None)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_models_that_an_engine_shards(engine):
+    """Frozen ones score as before, and one that trains is whole for a generation."""
+    ids = torch.tensor([[5, 6, 7]])
+
+    def two():
+        model, frozen = tiny_model(), tiny_model()
+        accelerator = Accelerator(cpu=True)
+        if accelerator.state.deepspeed_plugin is not None:
+            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        prepare = models.prepare_fsdp if engine == "fsdp2" else models.prepare_deepspeed
+        policy, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+        with torch.no_grad():
+            logits = prepare(frozen, accelerator)(ids).logits
+        with models.unwrap_model_for_generation(policy, accelerator) as inner:
+            # As many tokens as the process's number tells: no forward waits for the other process.
+            made = inner.generate(ids, max_new_tokens=4 + accelerator.process_index, do_sample=False)
+        return logits, made
+
+    for rank, (logits, made) in enumerate(run_on_ranks(two, engine=engine)):
+        torch.testing.assert_close(logits, tiny_model()(ids).logits.detach())
+        assert torch.equal(made, tiny_model().generate(ids, max_new_tokens=4 + rank, do_sample=False))
 
 
 def test_a_model_by_its_path(tmp_path):

@@ -21,7 +21,10 @@ _TEMPLATE_TEXTS = (
     "(get_training_chat_template) and finds out how it writes tool calls (add_response_schema)"
 )
 _FUSED_HEAD = "TRL's own way to score tokens; here trl_fast.ops.linear_logprob does it, outside of the model's forward"
-_SHARDED = "trl_fast's reference models and online methods do not work with weights that DeepSpeed or FSDP shards yet"
+_SHARDED = (
+    "TRL's own way to weights that DeepSpeed or FSDP shards; here the trainers gather them by themselves, and "
+    "unwrap_model_for_generation does"
+)
 
 # Names, which may be patterns as of file names, and what is said of them. The first that fits counts.
 GONE: dict[str, str] = {

@@ -16,6 +16,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from trl_fast.modeling.loading import add_adapter
+from trl_fast.parallel.engines import prepare_frozen
+from trl_fast.parallel.gathering import gathered
 
 # The ports that are tried first for a process group.
 _USUAL_PORTS = (29500, 23456, 12355, 12345)
@@ -100,40 +102,30 @@ def unwrap_model_for_generation(
 ) -> Iterator[Any]:
     """Gives the model inside accelerate's wrappers, without gradient checkpointing while it is open.
 
-    Args:
-        gather_deepspeed3_params, generation_kwargs: change nothing here: sharded models are refused, and what is given
-            to transformers 5's `generate` wins over the model's own settings without help.
-        gradient_checkpointing_kwargs: for switching checkpointing on again.
+    Weights that FSDP or DeepSpeed shards are whole in it; all processes enter and leave together.
 
-    Raises:
-        NotImplementedError: DeepSpeed's ZeRO-3 has sharded the weights.
+    Args:
+        gather_deepspeed3_params: False: layers stay sharded, and all processes make the same forwards (`synced_gpus`).
+        generation_kwargs: changes nothing here: what is given to transformers 5's `generate` wins over the model's own
+            settings without help.
+        gradient_checkpointing_kwargs: for switching checkpointing on again.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise NotImplementedError(
-            "unwrap_model_for_generation: weights that DeepSpeed ZeRO-3 shards are not supported"
-        )
     inner: Any = accelerator.unwrap_model(model)
-    with disable_gradient_checkpointing(inner, gradient_checkpointing_kwargs):
+    with (
+        gathered(model, layers=gather_deepspeed3_params),
+        disable_gradient_checkpointing(inner, gradient_checkpointing_kwargs),
+    ):
         yield inner
 
 
 def prepare_deepspeed(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """Refuses to shard a model that is not trained by DeepSpeed; scripts call it only where they run with DeepSpeed.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError("prepare_deepspeed: reference models that DeepSpeed shards are not supported; use PEFT")
+    """Returns a model that does not train in an engine of DeepSpeed, sharded where the policy is (ZeRO-3)."""
+    return prepare_frozen(accelerator, model)
 
 
 def prepare_fsdp(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
-    """Refuses to shard a model that is not trained by FSDP; scripts call it only where they run with FSDP.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError("prepare_fsdp: reference models that FSDP shards are not supported; use PEFT")
+    """Returns a model that does not train, sharded by FSDP a layer at a time."""
+    return prepare_frozen(accelerator, model)
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel, gradient_checkpointing_kwargs: Any) -> PreTrainedModel:
