@@ -164,8 +164,7 @@ def one_process() -> dict[str, tuple]:
 
 
 QUICK = {
-    "fsdp2": ("untied", "tied", "LoRA", "saved head", "LoRA on the head", "reward"),
-    "zero3": ("untied", "LoRA on the head"),
+    "fsdp2": ("untied", "saved head", "LoRA on the head"),
     "fsdp1": ("untied", "saved head"),
 }
 

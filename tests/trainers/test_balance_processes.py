@@ -57,7 +57,7 @@ CASES = {
 
 
 # The others take seconds each.
-QUICK = ("SFT", "DPO", "KTO")
+QUICK = ("SFT",)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,13 @@
 """A loss or a gradient that is NaN in one of two processes ends the training in both, and none waits for the other."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 import trl_fast
+from support.ranks import run_on_ranks
 from support.supervised import sft_rows
 from support.training import make_trainer
 from trl_fast.trainers.base.divergence import DivergedError
 
-TESTS = Path(__file__).parent.parent
 CASES = {
     "loss": "step 2: the loss was nan; training ended with it",
     "gradient": "step 2: the loss was nan and the gradient's norm was nan; weights are NaN or infinite since then",
@@ -40,25 +35,8 @@ def train(model_path, folder, case):
     return "success"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_both_processes_end(case, model_path, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    done = subprocess.run(
-        [*launcher, __file__, model_path, str(tmp_path), case],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
-        assert (tmp_path / f"rank{rank}.txt").read_text().startswith(CASES[case])
+    for message in run_on_ranks(train, model_path, tmp_path, case):
+        assert message.startswith(CASES[case])
     assert list(tmp_path.glob("checkpoint-*")) == ([tmp_path / "checkpoint-3"] if case == "loss" else [])
-
-
-if __name__ == "__main__":
-    model_path, folder, case = sys.argv[1:]
-    message = train(model_path, folder, case)
-    Path(folder, f"rank{os.environ['RANK']}.txt").write_text(message)

@@ -243,7 +243,7 @@ def train_stream(model_path, folder, batch_size):
     return [log for log in trainer.state.log_history if "train_loss" not in log]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_processes_without_learned_tokens_and_without_rows_of_their_own_go_along(engine, model_path, tmp_path):
     first, second = run_on_ranks(train_stream, model_path, tmp_path / "two", 2, engine=engine)
     one = train_stream(model_path, tmp_path / "one", 4)

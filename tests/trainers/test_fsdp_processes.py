@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from support.models import tiny_classifier, tiny_model
 from support.ranks import RankError, run_on_ranks
 from support.supervised import sft_rows
 from support.tokenizer import build_tokenizer
-from support.training import color_labels, color_pairs, make_trainer
+from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
 from trl_fast.parallel.weights import whole_weights
 
 ROWS = {
@@ -26,7 +27,6 @@ ROWS = {
     "KTO": lambda: color_labels(12),
     "Reward": lambda: color_pairs(12),
 }
-SLOW = pytest.mark.slow
 # Plain steps: Adam makes of a rounding a step where a gradient is nearly nothing.
 SETTINGS = {"gradient_accumulation_steps": 1, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
 # KTO pairs completions with others of a device's batch, so that it is held against two processes of DDP.
@@ -76,10 +76,15 @@ def two_and_other(method, folder, engine="fsdp2", **settings):
     return both, run_on_ranks(partial(work, folder / "ddp"), engine=OTHER[method])[0]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("method", ["DPO", *(pytest.param(name, marks=SLOW) for name in ("SFT", "KTO", "Reward"))])
-def test_two_processes_train_as_one(method, lora, tmp_path):
-    (first, second), right = two_and_other(method, tmp_path, lora=lora)
+QUICK = [("fsdp2", "DPO", False), ("fsdp2", "DPO", True)]
+REST = [case for case in product(("fsdp2", "fsdp1"), ROWS, (False, True)) if case not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("engine", "method", "lora"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+)
+def test_two_processes_train_as_one(engine, method, lora, tmp_path):
+    (first, second), right = two_and_other(method, tmp_path, engine, lora=lora)
     assert_same(first, right)
     assert first[0] == second[0]
 
@@ -89,13 +94,15 @@ def test_two_processes_train_as_one(method, lora, tmp_path):
     ("engine", "settings"),
     [
         ("fsdp2", {"family": "qwen2"}),
-        ("fsdp1", {"lora": True}),
-        *[
-            (engine, {"sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3})
-            for engine in ("fsdp1", "fsdp2")
-        ],
+        *product(
+            ("fsdp1", "fsdp2"),
+            (
+                {"sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3},
+                {"precompute_ref_log_probs": True},
+                {"precompute_ref_log_probs": True, "lora": True},
+            ),
+        ),
     ],
-    ids=["tied", "fsdp1 lora", "fsdp1 sync", "fsdp2 sync"],
 )
 def test_dpo_in_two_processes(engine, settings, tmp_path):
     (first, _), right = two_and_other("DPO", tmp_path, engine, learning_rate=0.01, **settings)
@@ -119,7 +126,7 @@ def test_a_reference_is_held_in_parts(tmp_path):
         assert units[0] == units[1] > 2
 
 
-@pytest.mark.parametrize("lora", [pytest.param(False, marks=SLOW), True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True], ids=["full", "lora"])
 def test_losses_of_bfloat16_products_are_float32(lora, tmp_path):
     """Before the first step policy and reference are the same: the loss is log 2, which bfloat16 rounds to 0.695."""
 
@@ -155,6 +162,28 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_saved_whole(tmp_path):
     assert all(torch.equal(weights[name], weight) for name, weight in whole[1].items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["DPO", "KTO", "Reward"])
+def test_evaluation_and_prediction_are_those_of_ddp(method, tmp_path):
+    """Before, during and after training, of five rows, of which the last is alone in its batch."""
+
+    def run(engine):
+        rows = ROWS[method]().select(range(5))
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+        trainer = make(method, tmp_path / engine, eval_dataset=rows, **settings)
+        found = [trainer.evaluate()]
+        trainer.train()
+        found += [log for log in trainer.state.log_history if "train_runtime" not in log]
+        return [*found, trainer.evaluate(), trainer.predict(rows.select(range(3))).metrics]
+
+    ours, right = (run_on_ranks(run, engine, engine=engine)[0] for engine in ("fsdp2", "ddp"))
+    assert ["eval_loss" in log for log in ours] == [True, False, True, False, True, True, False]
+    assert_same_logs(ours, right)
+    for one, other in zip(ours, right, strict=True):
+        for name in {"loss", "grad_norm", "eval_loss", "test_loss"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=5e-7, abs=1e-7)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_an_evaluation_before_training_leaves_it_as_it_is(engine, tmp_path):
     """transformers would not wrap the model by DDP any more, and fail under FSDP2."""
@@ -172,6 +201,7 @@ def test_an_evaluation_before_training_leaves_it_as_it_is(engine, tmp_path):
     assert predicted < before
 
 
+@pytest.mark.slow
 def test_tiles_under_fsdp2_lose_no_gradient(tmp_path):
     """The last norm is gathered with the head: its hooks go around all tiles."""
     two = run_on_ranks(partial(train, "SFT", tmp_path / "two", tiled_mlp=8), engine="fsdp2")

@@ -1,20 +1,14 @@
 """Two processes that go on from a checkpoint of the second epoch: rows, losses and weights of the unbroken run."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import trl_fast
+from support.ranks import run_on_ranks
 from support.rollouts import brevity, color_prompts
 from support.supervised import sft_rows
 from support.training import make_trainer
 
-TESTS = Path(__file__).parent.parent
 # Epochs of four steps; GRPO's checkpoint is within a generation.
 ONLINE = {"num_generations": 2, "max_completion_length": 4, "steps_per_generation": 2, "beta": 0.1}
 CASES = {
@@ -34,30 +28,16 @@ def train(method, model_path, folder, step=None):
     trainer.train(resume_from_checkpoint=step and f"{folder}/checkpoint-{step}")
     return {
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-        "weights": torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]).tolist(),
+        "weights": torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]),
     }
 
 
 @pytest.mark.slow
 def test_two_processes_resumed_after_the_first_epoch(model_path, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-        + [model_path, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        for method in CASES:
-            whole, resumed = found[method]
+    def both():
+        return {method: [train(method, model_path, tmp_path / method, step) for step in (None, 5)] for method in CASES}
+
+    for found in run_on_ranks(both):
+        for method, (whole, resumed) in found.items():
             assert whole["losses"] == resumed["losses"], method
-            assert whole["weights"] == resumed["weights"], method
-
-
-if __name__ == "__main__":
-    model_path, folder = sys.argv[1:]
-    found = {method: [train(method, model_path, Path(folder, method), step) for step in (None, 5)] for method in CASES}
-    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+            assert torch.equal(whole["weights"], resumed["weights"]), method

@@ -17,8 +17,16 @@ def train(model_path, folder, batch_size, **settings):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "zero2"])
+QUICK = [("ddp", "nll"), ("ddp", "dft"), ("fsdp1", "nll")]
+
+
+@pytest.mark.parametrize(
+    ("engine", "loss_type"),
+    [
+        *QUICK,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("fsdp1", "dft"), ("zero2", "nll"), ("zero2", "dft")]),
+    ],
+)
 def test_two_processes_train_as_one(engine, loss_type, model_path, tmp_path):
     def two():
         return train(model_path, tmp_path / "two", 2, loss_type=loss_type)

@@ -1,23 +1,16 @@
 """Evaluation sets that are streams, beside train sets that are not: the metrics of a dataset of the same rows."""
 
-import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import trl_fast
+from support.ranks import run_on_ranks
 from support.rollouts import brevity, color_prompts
 from support.supervised import sft_rows
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
 from trl_fast.rollout import Rollout
-
-TESTS = Path(__file__).parent.parent
 
 
 class Scripted:
@@ -150,27 +143,12 @@ def test_with_precomputed_references_it_is_named(method, paths, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(paths, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-        + [*paths.values(), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "0.json").read_text())
-    assert set(found) == set(CASES)
-    for rows, streamed in found.values():
+@pytest.mark.parametrize("method", CASES)
+def test_two_processes(method, paths, tmp_path):
+    """Of seven rows the last process gets none in the end, and repeats."""
+
+    def two():
+        return metrics(make(method, paths, tmp_path, per_device_train_batch_size=2, count=7, ddp_backend="gloo"))
+
+    for rows, streamed in run_on_ranks(two):
         assert_same_logs([streamed], [rows], rel=0, abs=0)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    *models, folder = sys.argv[1:]
-    paths = dict(zip(("model", "reward"), models, strict=True))
-    # Of seven rows the last process gets none in the end, and repeats.
-    settings = {"per_device_train_batch_size": 2, "count": 7, "ddp_backend": "gloo"}
-    found = {method: metrics(make(method, paths, Path(folder, method), **settings)) for method in CASES}
-    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))

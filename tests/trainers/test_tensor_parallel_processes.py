@@ -55,7 +55,7 @@ def held(model):
     return sum(getattr(weight, "_local_tensor", weight).numel() for weight in model.parameters())
 
 
-SLOW = ("KTO", "Reward")
+SLOW = ("DPO", "KTO", "Reward")
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in DATA])
