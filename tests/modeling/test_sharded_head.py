@@ -249,7 +249,7 @@ def largest_gradient(saved: bool, vocabulary: int) -> int:
     return mode.largest
 
 
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("saved", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_rank_of_fsdp2_holds_the_whole_gradient_of_a_head(saved):
     vocabulary = 4096
     for largest in run_on_ranks(largest_gradient, saved, vocabulary, engine="fsdp2"):
@@ -283,7 +283,7 @@ def float32_head(frozen: bool) -> None:
     assert gradient is None if frozen else gradient.dtype == torch.float32 and gradient.full_tensor().norm() > 0
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_float32_head_stays_float32_under_fsdp2_in_bfloat16(frozen):
     run_on_ranks(float32_head, frozen, engine="fsdp2", mixed_precision="bf16")
 

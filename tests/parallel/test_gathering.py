@@ -110,7 +110,7 @@ def gather(by_layer):
 @pytest.mark.parametrize(
     "engine", ["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp1", "zero3"))]
 )
-@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("by_layer", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_gathered_model_makes_forwards_alone(by_layer, engine):
     expected = [forwards(model, 1) for model in (tiny_model(), adapted()) for _ in range(2)]
     for found in run_on_ranks(lambda: gather(by_layer), engine=engine):
