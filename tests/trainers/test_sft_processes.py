@@ -18,14 +18,11 @@ def train(model_path, folder, batch_size, **settings):
 
 
 QUICK = [("ddp", "nll"), ("ddp", "dft"), ("fsdp1", "nll")]
+REST = [("fsdp1", "dft"), ("zero2", "nll"), ("zero2", "dft")]
 
 
 @pytest.mark.parametrize(
-    ("engine", "loss_type"),
-    [
-        *QUICK,
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("fsdp1", "dft"), ("zero2", "nll"), ("zero2", "dft")]),
-    ],
+    ("engine", "loss_type"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
 )
 def test_two_processes_train_as_one(engine, loss_type, model_path, tmp_path):
     def two():
