@@ -20,6 +20,7 @@ from trl_fast.parallel.engines import Engine, engine_of
 
 from .files import RECORD_FILE, read_record, state_files
 from .folders import WRITING, check_whole, checkpoint_name, newest_checkpoint, remove, rotate, tidy
+from .optimizer_states import find_engine_conflict
 from .output_folder import locked_folder
 from .parts import CheckpointPart
 from .run_record import RunRecord
@@ -88,7 +89,8 @@ class Checkpoints:
         resume: a checkpoint's folder, or True for the newest one that is whole.
 
         Raises:
-            ValueError: there is none, it is not whole, or it is one of another run: method, model or data.
+            ValueError: there is none, it is not whole, it is one of another run (method, model or data), or of an
+                engine whose optimizer's states this run's does not read.
         """
         if not resume:
             self._run_id = None
@@ -105,6 +107,13 @@ class Checkpoints:
         """Returns the checkpoint to go on from, and the run that it is of; None where it does not say."""
         folder = newest_checkpoint(self._output_dir) if resume is True else str(resume)
         check_whole(folder)
+        accelerator = self._trainer.accelerator
+        conflict = find_engine_conflict(Path(folder), engine_of(accelerator), accelerator.num_processes)
+        if conflict is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={folder!r}: {conflict}; go on with the engine that has written it, in as "
+                "many processes, or start a new run from its weights: give the folder as the model"
+            )
         saved, args = read_record(Path(folder)), self._trainer.args
         if saved is None:
             self._warn(f"{folder} does not say what run it is of: trl_fast has not written it. It is taken as it is.")
