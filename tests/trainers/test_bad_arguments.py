@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 import trl_fast
 from support.training import color_labels, color_pairs
+from trl_fast.settings import packages
 from trl_fast.trainers.methods import METHODS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
@@ -138,7 +139,7 @@ def test_types_that_only_look_different_are_taken(tmp_path):
     assert (made.gradient_checkpointing, made.run_name, made.resume_from_checkpoint) == (False, "7", "True")
 
 
-def test_missing_packages_are_named_when_a_trainer_is_made(model_path, tmp_path):
+def test_missing_packages_are_named_when_a_trainer_is_made(model_path, tmp_path, monkeypatch):
     for settings, message in (
         ({"optim": "adamw_8bit"}, "optim='adamw_8bit': .*pip install -U bitsandbytes"),
         ({"report_to": "wandb"}, r"report_to=\['wandb'\]: .*pip install wandb"),
@@ -146,5 +147,7 @@ def test_missing_packages_are_named_when_a_trainer_is_made(model_path, tmp_path)
         args = CONFIGS["dpo"](str(tmp_path), **{**CPU, **settings})
         with pytest.raises(ImportError, match=message):
             trainer("dpo", tmp_path, model=model_path, args=args)
+    find = packages.importlib.util.find_spec
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
     with pytest.raises(ImportError, match=r"deepspeed=.*`pip install 'trl-fast\[deepspeed\]'`"):
         CONFIGS["dpo"](str(tmp_path), **CPU, deepspeed={"train_batch_size": 2})

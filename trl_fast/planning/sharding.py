@@ -6,7 +6,8 @@
 | ZeRO-1 | whole | whole | share | a bucket |
 | ZeRO-2 | whole | share | share | a bucket |
 | ZeRO-3 | share | share | share | layers whose next use is near, a bucket |
-| FSDP1, FSDP2 | share | share; whole while micro-batches add to them | share | layers at work, the head |
+| FSDP1 | share | share; whole while micro-batches add to them | share | layers at work, the head |
+| FSDP2 | share | as FSDP1's, but for the head's: of it never more than a tile beside the share | share | as FSDP1 |
 | TP | share | share | share | |
 | SP | whole | whole, and once more in DDP's buckets | whole | |
 
@@ -60,7 +61,8 @@ class ModelSizes(NamedTuple):
 
     embedding, head: of the first and of what follows the layers (last norm and head, with tied weights the embedding
     too); layers, layer: of all layers, and of the largest; adapters and all. trained: of those that train, of
-    `trained_bytes`; small: of weights that ZeRO-3 never shares.
+    `trained_bytes`; small: of weights that ZeRO-3 never shares. tiled: of the head's weight, if it trains;
+    whole_gradients: of weights whose gradients FSDP2 sums, which are all that train but a head of its own.
     """
 
     embedding: int
@@ -70,6 +72,8 @@ class ModelSizes(NamedTuple):
     trained: int
     trained_bytes: int
     small: int
+    tiled: int
+    whole_gradients: int
 
     @property
     def all(self) -> int:
@@ -88,10 +92,15 @@ def model_sizes(setup: TrainingSetup) -> ModelSizes:
     tied = head is not None and head.weight is embedding.weight
     first = 0 if tied else count(embedding.parameters())
     trained = [weight for weight in every if weight.requires_grad]
+    # Of a head that carries an adapter what trains is not its weight.
+    weight = getattr(head, "weight", None)
+    tiled = weight.numel() if weight is not None and weight.requires_grad else 0
     return ModelSizes(
         *(first, sum(layers), max(layers), count(every) - sum(layers) - first, count(trained)),
         trained_bytes=sum(weight.nbytes for weight in trained),
         small=count(weight for weight in every if weight.numel() < NEVER_SHARED),
+        tiled=tiled,
+        whole_gradients=count(trained) - (0 if tied else tiled),
     )
 
 
@@ -147,15 +156,20 @@ def _of_fsdp2(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
     if stage == OPTIMIZER_STAGE:
         return 0
     layers = min(LAYERS_GATHERED * sizes.layer, sizes.layers)
-    weights = {
-        HEAD_STAGE: sizes.head + sizes.layer,
-        LAST_LAYER: sizes.head + layers,
-        MIDDLE_LAYERS: layers,
-        FIRST_LAYER: sizes.layer + sizes.embedding,
-        EMBEDDING_STAGE: sizes.layer + sizes.embedding,
-    }.get(stage, max(layers, sizes.layer + max(sizes.embedding, sizes.head)))
-    gradients = weights * sizes.trained / sizes.all if stage in _BACKWARD and not _accumulates(setup) else 0
-    return (weights + gradients) * wire_itemsize(setup)
+
+    def at_work(head: int) -> int:
+        return {
+            HEAD_STAGE: head + sizes.layer,
+            LAST_LAYER: head + layers,
+            MIDDLE_LAYERS: layers,
+            FIRST_LAYER: sizes.layer + sizes.embedding,
+            EMBEDDING_STAGE: sizes.layer + sizes.embedding,
+        }.get(stage, max(layers, sizes.layer + max(sizes.embedding, head)))
+
+    gradients = 0.0
+    if stage in _BACKWARD and not _accumulates(setup):
+        gradients = at_work(sizes.head - (sizes.trained - sizes.whole_gradients)) * sizes.trained / sizes.all
+    return (at_work(sizes.head) + gradients) * wire_itemsize(setup)
 
 
 def _of_zero3(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
@@ -218,7 +232,9 @@ def _on_one(stage: str, peak: Peak, setup: TrainingSetup, sizes: ModelSizes) -> 
     sharing = sharing_of(setup)
     parts = resident(peak.parts, setup)
     if sharing.accumulates_whole and _accumulates(setup) and stage != OPTIMIZER_STAGE:
-        parts[GRADIENTS] = sizes.trained * wire_itemsize(setup)
+        summed = sizes.whole_gradients if setup.engine == "fsdp2" else sizes.trained
+        # What is summed in tiles is there as float32 shares.
+        parts[GRADIENTS] = summed * wire_itemsize(setup) + (sizes.trained - summed) * 4 / setup.num_gpus
     parts[GATHERED] = sharing.whole(setup, sizes, stage)
     return replace(peak, parts=parts)
 

@@ -10,7 +10,7 @@ algorithms, Patarasuk and Yuan 2009; NCCL's bandwidth formulas).
 | ZeRO-1 | | gradients, summed on all ranks; weights that train, gathered |
 | ZeRO-2 | gradients, summed on all ranks | weights that train, gathered |
 | ZeRO-3 | weights, gathered; gradients, scattered | weights below 100,000 numbers, gathered |
-| FSDP | weights, gathered | gradients, scattered |
+| FSDP | weights, gathered; with FSDP2 the gradient of a trained head, scattered in float32 | gradients, scattered |
 | TP | hidden states, summed on all ranks | |
 | SP | what attention gets and gives changes places | |
 
@@ -25,7 +25,7 @@ Checkpointing costs FSDP and ZeRO-3 nothing: a layer is computed again while it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .gpu_facts import GPUS_OF_A_MACHINE
 from .roofline.work import Work
@@ -105,18 +105,19 @@ def _zero3(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, hidden: floa
 
 
 def _fsdp1(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, hidden: float) -> Wire:
-    return _fsdp(setup, sizes, passes, sizes.layers)
+    return _fsdp(setup, sizes, passes, sizes.layers, sizes.trained)
 
 
 def _fsdp2(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, hidden: float) -> Wire:
-    return _fsdp(setup, sizes, passes, sizes.embedding + sizes.layers)
+    wire = _fsdp(setup, sizes, passes, sizes.embedding + sizes.layers, sizes.whole_gradients)
+    return replace(wire, reduce_scatter=wire.reduce_scatter + passes.trained * 4 * sizes.tiled)
 
 
-def _fsdp(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, backward: float) -> Wire:
-    """Counts what FSDP sends; backward: numbers of the weights that are gathered for it once more."""
+def _fsdp(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, backward: float, summed: float) -> Wire:
+    """Counts what FSDP sends; backward: numbers of weights that are gathered for it once more; summed: of gradients."""
     gathered = passes.trained * (sizes.all + backward) + (passes.scored + passes.generated) * sizes.all
     itemsize = wire_itemsize(setup)
-    return Wire(all_gather=gathered * itemsize, reduce_scatter=sizes.trained * itemsize)
+    return Wire(all_gather=gathered * itemsize, reduce_scatter=summed * itemsize)
 
 
 def _passes_of_layers(setup: TrainingSetup, passes: Passes) -> float:
