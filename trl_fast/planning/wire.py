@@ -114,7 +114,7 @@ def _fsdp2(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, hidden: floa
 
 
 def _fsdp(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, backward: float, summed: float) -> Wire:
-    """Counts what FSDP sends; backward: numbers of weights that are gathered once more for it; summed: of gradients."""
+    """Counts what FSDP sends; backward: numbers that are gathered once more for it; summed: those of gradients."""
     gathered = passes.trained * (sizes.all + backward) + (passes.scored + passes.generated) * sizes.all
     itemsize = wire_itemsize(setup)
     return Wire(all_gather=gathered * itemsize, reduce_scatter=summed * itemsize)
