@@ -107,6 +107,22 @@ def test_on_cpus_torchrun_starts_as_many_as_asked_for(flags, expected, launched,
     assert calls == [[*expected, "--module", "trl_fast.cli.main", "env", "--x"]] and not launched
 
 
+@pytest.mark.parametrize(
+    "flags, set_before, expected",
+    [([], None, "3"), (["--num_cpu_threads_per_process", "2"], None, "2"), ([], "5", "5")],
+    ids=["shared", "asked for", "set before"],
+)
+def test_processes_on_cpus_share_the_cores(flags, set_before, expected, launched, monkeypatch):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    monkeypatch.setattr(launch_module, "torchrun", lambda _: None)
+    monkeypatch.setattr(
+        launch_module.os, "environ", environment | ({"OMP_NUM_THREADS": set_before} if set_before else {})
+    )
+    monkeypatch.setattr(launch_module.os, "cpu_count", lambda: 7)
+    assert launch_module.launch(["--num_processes", "2", *flags], ["env"]) == 0
+    assert launch_module.os.environ["OMP_NUM_THREADS"] == expected and not launched
+
+
 def test_engines_that_need_gpus_are_refused_without_one(launched, capsys):
     assert main(["dpo", "--accelerate_config", "zero3", "--num_processes", "2"]) == 2
     assert "share a model over GPUs, and this machine has none" in capsys.readouterr().err and not launched

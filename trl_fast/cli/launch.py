@@ -188,6 +188,15 @@ def torchrun_flags(settings: Mapping[str, Any]) -> list[str]:
     return [*flags, *(word for flag, value in given.items() for word in (f"--{flag}", str(value)))]
 
 
+def threads_per_process(settings: Mapping[str, Any]) -> int:
+    """Returns the threads of each process on CPUs: as asked for, else its share of the cores; torchrun gives one.
+
+    settings: of `accelerate launch`, by name.
+    """
+    processes = settings["num_processes"] // (settings.get("num_machines") or 1)
+    return settings.get("num_cpu_threads_per_process") or max(1, (os.cpu_count() or 1) // processes)
+
+
 def _start(parsed: argparse.Namespace, arguments: list[str]) -> None:
     """Starts the processes and waits for them; several on CPUs by torchrun, for accelerate would start only one."""
     settings = _settings_of(parsed)
@@ -196,6 +205,7 @@ def _start(parsed: argparse.Namespace, arguments: list[str]) -> None:
         return
     os.environ["ACCELERATE_USE_CPU"] = "true"
     os.environ["ACCELERATE_MIXED_PRECISION"] = str(settings.get("mixed_precision") or "no")
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(settings)))
     torchrun([*torchrun_flags(settings), "--module", f"{__package__}.main", *arguments])
 
 
