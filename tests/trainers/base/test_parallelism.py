@@ -79,6 +79,13 @@ def test_what_tensor_parallelism_does_not_serve_is_refused(tokenizer, tmp_path):
         )
 
 
+def test_processes_without_a_key_value_head_of_their_own_are_refused():
+    model = tiny_model()
+    model.config.distributed_config = DistributedConfig(tp_size=4)
+    with pytest.raises(ValueError, match="tp_size=4: LlamaForCausalLM has 2 key-value heads, .*; use a tp_size that"):
+        check_model_parallelism(model, SimpleNamespace())
+
+
 def test_trainers_that_sample_refuse_tensor_parallelism(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "get_tp_size", lambda self: 2)
     data = color_pairs(8).select_columns("prompt")

@@ -94,6 +94,12 @@ def check_model_parallelism(model: PreTrainedModel | PeftModel, args: object) ->
     if loaded is None or loaded.tp_size == 1:
         return
     tensor_parallel = f"distributed_config: tp_size={loaded.tp_size}"
+    heads = getattr(model.config.get_text_config(), "num_key_value_heads", None) or loaded.tp_size
+    if heads % loaded.tp_size and any(name.endswith("k_proj") for name in base_model(model).tp_plan or ()):
+        raise ValueError(
+            f"{tensor_parallel}: {type(base_model(model)).__name__} has {heads} key-value heads, which are not dealt "
+            "evenly to so many processes; use a tp_size that divides them, or FSDP2"
+        )
     if isinstance(model, PeftModel):
         raise ValueError(
             f"peft_config with {tensor_parallel}: PEFT's factors do not fit weights that are in parts; leave one of "
