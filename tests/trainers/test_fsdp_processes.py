@@ -163,6 +163,20 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_saved_whole(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_in_parts_is_read_by_another_number_of_processes(tmp_path):
+    def run(step, batch_size):
+        settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+        trainer = make("DPO", tmp_path, batch_size=batch_size, **settings)
+        trainer.train(resume_from_checkpoint=step and str(tmp_path / f"checkpoint-{step}"))
+        return read(trainer)
+
+    environment = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    whole = run_on_ranks(run, None, 2, engine="fsdp2", environment=environment)[0]
+    # Its third step is its own.
+    assert_same(run_on_ranks(run, 2, 1, ranks=4, engine="fsdp2", environment=environment)[0], whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["DPO", "KTO", "Reward"])
 def test_evaluation_and_prediction_are_those_of_ddp(method, tmp_path):
     """Before, during and after training, of five rows, of which the last is alone in its batch."""
