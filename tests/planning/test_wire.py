@@ -131,10 +131,10 @@ def planned(engine, accumulation, lora):
 @pytest.mark.parametrize(
     ("engine", "accumulation", "lora"),
     [
-        ("ddp", 2, False),
-        ("fsdp2", 1, False),
         ("fsdp2", 2, False),
         ("fsdp2", 1, True),
+        pytest.param("ddp", 2, False, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 1, False, marks=pytest.mark.slow),
         pytest.param("fsdp1", 1, False, marks=pytest.mark.slow),
         pytest.param("zero1", 2, False, marks=pytest.mark.slow),
         pytest.param("zero2", 2, False, marks=pytest.mark.slow),

@@ -33,9 +33,12 @@ def train(method, model, folder, ranks, **settings):
     return logs, evaluated, weights, max(seen)
 
 
+REST = [("SFT", "packed"), ("DPO", "packed")]
+
+
 @pytest.mark.parametrize(
     "method, layout",
-    [("SFT", "packed"), pytest.param("DPO", "packed", marks=pytest.mark.slow), ("DPO", "shared_prefix")],
+    [*(pytest.param(*case, marks=pytest.mark.slow) for case in REST), ("DPO", "shared_prefix")],
 )
 def test_two_processes_train_as_one(method, layout, model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
