@@ -167,3 +167,17 @@ def test_the_arguments_bring_deepspeeds_configuration(stage, as_file, tmp_path):
     one = steps_of(case, tmp_path / "one", 4, None)
     assert two[0] == two[1]
     torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=5e-7, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_mlps_in_tiles_are_gathered_once_a_call(lora, tmp_path):
+    model = str(save_tiny_model(tmp_path / "model", build_tokenizer()))
+
+    def train(folder, batch_size, **settings):
+        trainer = make("SFT", model, tmp_path / folder, batch_size, lora=lora, **settings)
+        trainer.train()
+        return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+
+    found = run_on_ranks(lambda: train("two", 2, tiled_mlp=8), engine="zero3")
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(train("one", 4)), rtol=5e-7, atol=1e-7)

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_fast.ops.device import some_tiles
 from trl_fast.ops.named_gradients import first_derivative
+from trl_fast.parallel.partitions import is_partitioned
 
 from .loading import backbone
 from .memory_budgets import TILED_LAYERS
@@ -68,6 +69,8 @@ def tile_mlps(model: PreTrainedModel, tile_tokens: int) -> int:
         else:
             change.set(module, "tile_tokens", tile_tokens, fixed=False)
             change.set_class(module, _tiled_class(cast("Any", type(module))))
+            # For ZeRO-3: what is in the module is gathered with it, at once, and not by hooks of its parts.
+            change.set(module, "_z3_leaf", True)
     return len(tiled)
 
 
@@ -79,8 +82,8 @@ class Tiled(torch.nn.Module):
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.shape[:-1].numel() <= self.tile_tokens:
             return self.call_whole(hidden_states)
-        if isinstance(self, FSDPModule):
-            # Its hooks gather and reduce once a call, so they go around all tiles.
+        if isinstance(self, FSDPModule) or any(map(is_partitioned, self.parameters())):
+            # An engine's hooks gather and free once a call, so they go around all tiles.
             module = self.forward
             with replaced_forward(self, lambda hidden: _run_tiles(self, module, hidden)):
                 return self.call_whole(hidden_states)

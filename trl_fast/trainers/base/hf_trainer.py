@@ -52,13 +52,13 @@ def set_up_trainer(trainer: Trainer) -> None:
     """Sets who scales the loss, and has FSDP2 keep outputs in float32, of a trainer that was just made.
 
     Raises:
-        ValueError: tiled_mlp with FSDP1 or ZeRO-3; or as in `forbid_data_parallel` and `check_quant_storage`.
+        ValueError: tiled_mlp with FSDP1; or as in `forbid_data_parallel` and `check_quant_storage`.
     """
     forbid_data_parallel(trainer)
     engine, tokens = engine_of(trainer.accelerator), getattr(trainer.args, "tiled_mlp", None)
     if engine.is_fsdp:
         check_quant_storage(trainer.model)
-    if tokens is not None and engine in (Engine.FSDP1, Engine.ZERO3):
+    if tokens is not None and engine is Engine.FSDP1:
         raise ValueError(f"tiled_mlp={tokens}: {engine.value} loses gradients of tiles; use FSDP2, or leave it unset")
     keep_float32_outputs(trainer.accelerator)
     declare_loss_scaling(trainer)
