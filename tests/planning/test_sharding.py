@@ -89,7 +89,10 @@ def test_what_fsdp_has_whole_stage_by_stage():
 def test_gradients_of_fsdp_are_whole_from_one_micro_batch_to_the_next():
     setup = setup_of(num_gpus=4, gradient_accumulation_steps=2, method="sft")
     peaks = stage_peaks(setup, LENGTH)
-    assert peaks[FORWARD_STAGE].parts[GRADIENTS] == 2 * model_sizes(setup).trained
+    sizes = model_sizes(setup)
+    # The head's, summed in tiles, are the device's share in float32.
+    assert sizes.trained - sizes.whole_gradients == sizes.tiled == 340 * 32
+    assert peaks[FORWARD_STAGE].parts[GRADIENTS] == 2 * sizes.whole_gradients + 4 * sizes.tiled / 4
     assert peaks[OPTIMIZER_STAGE].parts[GRADIENTS] == pytest.approx(model_sizes(setup).trained, rel=0.01)
 
 
