@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import partial
 from itertools import product
 
@@ -11,7 +12,7 @@ import torch
 from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 import trl_fast
 from support.models import tiny_classifier, tiny_model
@@ -148,6 +149,10 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_saved_whole(tmp_path):
     def run(step):
         settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
         trainer = make("DPO", tmp_path, sync_ref_model=True, ref_model_sync_steps=1, **settings)
+        if trainer.args.process_index == 1:
+            # The checkpoint gets its name after the last process has written to it.
+            save = Trainer._save_rng_state
+            Trainer._save_rng_state = lambda self, folder: (time.sleep(0.3), save(self, folder))
         trainer.train(resume_from_checkpoint=step and str(tmp_path / f"checkpoint-{step}"))
         trainer.save_model(str(tmp_path / "saved"))
         return read(trainer)

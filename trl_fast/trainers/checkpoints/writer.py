@@ -200,6 +200,8 @@ class Checkpoints:
         if engine_of(trainer.accelerator) in (Engine.ONE, Engine.DDP):
             failure = first_failure(failure)
         self._raise(failure, writing, final)
+        # Nobody writes into the folder any more when it gets its name.
+        self._wait()
         try:
             if trainer.is_world_process_zero():
                 self._publish(writing / name, final)
