@@ -24,8 +24,11 @@ from trl_fast.trainers.checkpoints.random_states import random_states, set_rando
 PATIENCE = 60
 
 
-def forked(work: Callable[[], object], log: Path) -> int:
-    """Runs `work` in a fork, what it prints goes to a file; the fork's process id."""
+def forked(work: Callable[[], object], log: Path, patience: float = PATIENCE / 2) -> int:
+    """Runs `work` in a fork, what it prints goes to a file; the fork's process id.
+
+    patience: seconds after which all stacks of the fork are printed.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -39,7 +42,7 @@ def forked(work: Callable[[], object], log: Path) -> int:
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
         torch.set_num_threads(1)
         replace_tqdm_locks()
-        faulthandler.dump_traceback_later(PATIENCE / 2, file=sys.stderr)
+        faulthandler.dump_traceback_later(patience, file=sys.stderr)
         work()
         status = 0
     except SystemExit as end:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import os
 import pickle
 import signal
 import socket
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from support.cpu_engines import launcher_environment, take_engines_on_cpu
-from support.killing import replace_tqdm_locks
+from support.killing import forked
 
 # Ranks that take longer hang.
 PATIENCE = 60
@@ -79,33 +75,14 @@ def _fork(
     folder: Path,
     patience: float,
 ) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        _become_rank(rank, variables, folder / f"{rank}.log", patience)
-        found = work(*args)
-        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    def work_as_rank() -> None:
+        _become_rank(rank, variables)
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(work(*args)))
+
+    return forked(work_as_rank, folder / f"{rank}.log", patience)
 
 
-def _become_rank(rank: int, variables: dict[str, str], log: Path, patience: float) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
-    faulthandler.dump_traceback_later(patience, file=sys.stderr)
-    replace_tqdm_locks()
-    torch.set_num_threads(1)
+def _become_rank(rank: int, variables: dict[str, str]) -> None:
     os.environ |= {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     # What this test's process has found out about itself is not true of a rank.
     for state in (AcceleratorState, GradientState, PartialState):
