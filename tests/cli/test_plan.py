@@ -179,6 +179,7 @@ def test_an_accelerate_config_says_how_gpus_share_the_run(config, engine, num_gp
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_what_a_rank_sends_and_which_engines_cost_what(folder, capsys, monkeypatch):
     only = ("accelerate_config=multi_gpu", "per_device_train_batch_size=2, gradient_accumulation_steps=1")
     monkeypatch.setattr(

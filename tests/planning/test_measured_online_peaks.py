@@ -98,7 +98,7 @@ def simulated_peak(setup, length):
 @pytest.mark.parametrize(
     "method, length, changes, tolerance",
     [
-        ("kto", 256, {}, 0.02),
+        pytest.param(*("kto", 256, {}, 0.02), marks=pytest.mark.slow),
         ("kto", 256, {"batch_layout": "padded", "dtype": "float32"}, 0.02),
         ("grpo", 160, {"num_generations": 4}, 0.02),
         pytest.param(
@@ -108,7 +108,7 @@ def simulated_peak(setup, length):
         pytest.param(
             *("rloo", 160, {"num_generations": 4, "gradient_checkpointing": False}, 0.02), marks=pytest.mark.slow
         ),
-        ("ppo", 160, {}, 0.02),
+        pytest.param(*("ppo", 160, {}, 0.02), marks=pytest.mark.slow),
         pytest.param(
             *("ppo", 160, {"gradient_checkpointing": False, "dtype": "float32"}, 0.02), marks=pytest.mark.slow
         ),

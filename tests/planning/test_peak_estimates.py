@@ -83,7 +83,10 @@ def test_what_stays_is_counted_as_what_it_is():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tiled_mlp": 32, "head_workspace_bytes": 1 << 20}, {"method": "sft", "head_workspace_bytes": 1 << 17}],
+    [
+        pytest.param({"tiled_mlp": 32, "head_workspace_bytes": 1 << 20}, marks=pytest.mark.slow),
+        {"method": "sft", "head_workspace_bytes": 1 << 17},
+    ],
     ids=str,
 )
 def test_some_tiles_and_row_blocks_tell_about_all(changes, monkeypatch):

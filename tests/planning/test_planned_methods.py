@@ -78,6 +78,7 @@ def test_keys_and_values_of_all_completions_are_there_at_the_end_of_generation(m
     assert found <= 3 * layer
 
 
+@pytest.mark.slow
 def test_generation_grows_with_what_is_sampled_at_a_time():
     sizes = [
         simulate(setup_of("grpo", steps_per_generation=steps), LENGTH).stage_peaks()[GENERATION_STAGE].bytes

@@ -114,7 +114,7 @@ def test_quantized_weights_take_half_a_byte_and_their_constants():
     assert not isinstance(plain.get_output_embeddings(), QuantizedLinear)
 
 
-@pytest.mark.parametrize("kind, share", [("4bit", 0.5 + 4 / 64), ("8bit", 1)])
+@pytest.mark.parametrize("kind, share", [("4bit", 0.5 + 4 / 64), pytest.param("8bit", 1, marks=pytest.mark.slow)])
 def test_a_step_with_quantized_weights(kind, share):
     """Only layers shrink; the weight of a product is there whole while it is needed."""
     setup = setup_of(lora_r=4, lora_target_modules="all-linear", dtype="bfloat16")

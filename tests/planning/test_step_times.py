@@ -52,6 +52,7 @@ def test_two_shallow_models_tell_the_work_of_a_deep_one():
         assert getattr(estimated, name) == pytest.approx(getattr(whole, name), rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_long_sequences_are_carried_on(monkeypatch):
     setup = setup_of()
     counted = step_work(setup, 1024)
@@ -75,6 +76,7 @@ def test_micro_batches_and_generations_repeat():
     assert step_work(grpo, LENGTH).launches - twice.launches > 0.4 * 32 * sampling.launches
 
 
+@pytest.mark.slow
 def test_layers_that_fit_are_not_computed_again():
     setup = setup_of()
     checkpointed, free = planned_work(setup, LENGTH, None), planned_work(setup, LENGTH, 80 * GIB)

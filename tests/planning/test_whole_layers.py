@@ -95,6 +95,7 @@ def test_setups_that_leave_none(changes):
     assert whole_layers(setup, LENGTH, 1 << 40) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_budget_bounds_them_and_what_a_step_needs_does_not_know_of_it():
     setup = setup_of(method="sft")
     _, size = whole_layers(setup, LENGTH, 1 << 40)

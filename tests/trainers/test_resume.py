@@ -78,7 +78,7 @@ def resumes(model_path, reward_model_path, tokenizer, tmp_path):
     return resumes
 
 
-@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "Reward", "GRPO", slow("RLOO"), "PPO"])
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "Reward", "GRPO", *map(slow, ("RLOO", "PPO"))])
 def test_in_the_middle_of_an_epoch_after_it_and_between_logs(method, resumes):
     resumes(method)
 
@@ -93,7 +93,8 @@ def test_dropout_of_an_adapter_and_evaluations_between(method, resumes, model_pa
     resumes(method, (3, 4), more, disable_dropout=False, eval_strategy="steps", eval_steps=2)
 
 
-@pytest.mark.parametrize("method", ["GRPO", slow("PPO")])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["GRPO", "PPO"])
 def test_evaluations_of_online_methods(method, resumes):
     def more():
         return {"eval_dataset": color_prompts(4)}
