@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from trl_fast.modeling.tree_attention import tree_attention
+from trl_fast.modeling.attention.tree_attention import tree_attention
 
 from .machine_info import describe_machine
 from .memory import MIB

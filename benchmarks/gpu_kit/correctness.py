@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_fast.data import TokenBatch, Tree, pack_trees
 from trl_fast.modeling.activation_offloading import offload_activations
+from trl_fast.modeling.attention.tree_attention import tree_attention
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
-from trl_fast.modeling.tree_attention import tree_attention
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.head.fused_kernel import SlicedWeight, fused_tiles, score_rows_fused
 from trl_fast.ops.head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW

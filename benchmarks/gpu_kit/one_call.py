@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from trl_fast.modeling.tree_attention import tree_attention
+from trl_fast.modeling.attention.tree_attention import tree_attention
 
 from ..head_size import Size
 from .correctness import backends_for

@@ -10,7 +10,7 @@ from benchmarks.memory import measure_peak
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import Tree, pack_trees
-from trl_fast.modeling import tree_attention
+from trl_fast.modeling.attention import plain
 from trl_fast.modeling.layouts import supports_packed, supports_sharing
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.scoring import attach_scoring, score
@@ -203,7 +203,7 @@ def test_a_model_that_sdpa_does_not_serve_keeps_its_own_attention_without_length
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
 def test_a_long_row_builds_nothing_of_tokens_squared(name, monkeypatch):
     """Forward and backward of a whole model, a prompt shared by two branches."""
-    monkeypatch.setattr(tree_attention, "_TILE_BYTES", 1 << 22)
+    monkeypatch.setattr(plain, "_TILE_BYTES", 1 << 22)
     model = build(name, num_attention_heads=1, num_key_value_heads=1)
     use_segment_attention(model)
     model.gradient_checkpointing_enable()

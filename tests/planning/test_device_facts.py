@@ -9,7 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import trl_fast.planning
 from support.models import tiny_config
-from trl_fast.modeling.tree_attention import CpuRowAttention, CudaRowAttention, PlainRowAttention, _choose_kernels
+from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.plain import PlainRowAttention
+from trl_fast.modeling.attention.row_attention import AttentionSpec
+from trl_fast.modeling.attention.tree_attention import choose_kernels
+from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops import attention_merge
 from trl_fast.ops.device import device_facts, simulated_device
 from trl_fast.ops.head.plan import NOTHING, plan_head
@@ -54,8 +58,7 @@ def test_tiles_of_a_gpu_know_no_cache():
 def test_attention_is_that_of_the_device(device, dtype, parts):
     query = torch.empty(1, 2, 8, 16, dtype=dtype)
     with simulated_device(planned_facts(device)):
-        chosen = _choose_kernels(query, query, None)
-    assert getattr(chosen, "func", chosen) is parts
+        assert choose_kernels(query, query, AttentionSpec(((8,),), 1.0)) is parts
 
 
 def test_a_simulation_leaves_no_facts_behind():

@@ -6,6 +6,7 @@ import functools
 import logging
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.packing import TokenBatch
+from trl_fast.data.segments import TreeLengths, segments_of, sequences_of
 from trl_fast.ops import HeadOptions, TokenScores, selective_log_softmax_and_entropy
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.linear_logprob import token_logprobs
@@ -28,7 +30,6 @@ from .memory_budgets import head_workspace
 from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .sharded_head import call_with_whole_head
-from .tree_attention import TreeLengths
 from .ulysses import DealtRows, active_group
 from .upcast_linear_layers import upcast_linear_layers
 
@@ -206,7 +207,7 @@ def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScore
 
 
 def _token_counts(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Returns how often each token (B, T) counts in a router's loss: padding 0 times, a prompt once for each branch.
+    """Returns how often each token (B, T) counts in a router's loss: padding 0 times, others once a sequence.
 
     So the loss is that of the padded layout in every layout.
     """
@@ -215,9 +216,11 @@ def _token_counts(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     if trees is None:
         return mask
     assert mask is not None, "a row of trees comes with a mask"
-    counts = [max(len(tree) - 1, 1) if index == 0 else 1 for tree in trees for index in range(len(tree))]
-    lengths = [length for tree in trees for length in tree]
-    return copy_to_device(torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None], mask.device)
+    sequences = Counter(number for sequence in sequences_of(trees) for number in sequence)
+    segments = segments_of(trees)
+    counts = torch.tensor([sequences[number] for number in range(len(segments))])
+    lengths = torch.tensor([segment.length for segment in segments])
+    return copy_to_device(counts.repeat_interleave(lengths)[None], mask.device)
 
 
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:

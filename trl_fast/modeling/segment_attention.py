@@ -20,11 +20,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.utils.generic import is_flash_attention_requested
 
+from trl_fast.data.segments import TreeLengths, num_tokens
 from trl_fast.parallel.engines import original_class
 from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
+from .attention.row_attention import AttentionSpec
+from .attention.tree_attention import fused_kernels_serve, tree_attention
 from .model_changes import changes_of
-from .tree_attention import TreeLengths, flash_serves, tree_attention
 from .ulysses import SequenceGroup
 
 logger = logging.getLogger(__name__)
@@ -50,12 +52,12 @@ def segment_attention(
     sequence_group: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention inside each tree of a row; see tree_attention.py.
+    """Computes attention inside each tree of a row; see attention/tree_attention.py.
 
     Args:
         query: (1, heads, T, D); key, value: (1, key-value heads, T, D); any float dtype.
         attention_mask: ignored when tree_lengths is given.
-        softcap: of the scores, as in `tree_attention`.
+        softcap: of the scores, as in `AttentionSpec`.
         tree_lengths: lengths of the segments of each tree in the row, summing to T; None hands over to SDPA.
         sequence_group: the processes that share the tokens of the row, of which T are this one's; None: it has all.
 
@@ -118,9 +120,10 @@ def _attend_within_trees(
         raise ValueError(
             f"batch_layout={layout!r} cannot be used with an attention dropout of {dropout}; use {other!r}"
         )
-    if not dropout and (shares or softcap or flash_serves(query, value)[0]):
+    spec = AttentionSpec(tree_lengths, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+    if not dropout and (shares or softcap or fused_kernels_serve(query, value, spec)):
         return tree_attention(query, key, value, tree_lengths, scaling, softcap).transpose(1, 2).contiguous()
-    return _sequence_by_sequence(query, key, value, [tree[0] for tree in tree_lengths], scaling, dropout)
+    return _sequence_by_sequence(query, key, value, [num_tokens(tree) for tree in tree_lengths], scaling, dropout)
 
 
 def _sequence_by_sequence(

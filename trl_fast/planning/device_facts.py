@@ -28,7 +28,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from trl_fast.modeling.tree_attention import CpuRowAttention, CudaRowAttention
+from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops.device import DeviceFacts, device_facts
 from trl_fast.ops.head.row_kernels import RowKernels
 from trl_fast.ops.head.sparse_gradient import CHUNK_BYTES, SparseKernels

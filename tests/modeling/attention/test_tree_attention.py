@@ -10,8 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from support.heads import error
-from trl_fast.modeling import tree_attention as op
-from trl_fast.modeling.tree_attention import tree_attention
+from trl_fast.data.segments import num_tokens, segments_of
+from trl_fast.modeling.attention import plain
+from trl_fast.modeling.attention import tree_attention as op
+from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.row_attention import AttentionSpec
+from trl_fast.modeling.attention.tree_attention import choose_kernels, fused_kernels_serve, tree_attention
+from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops.device import DeviceFacts, simulated_device
 
 TREES = {
@@ -23,26 +28,32 @@ TREES = {
     "no prompt": ((0, 5, 7),),
     "empty branches": ((6, 0, 4, 0), (3, 0)),
     "one token each": ((1, 1),),
+    "nested": ((12, (5, 3, 4), 7), (9, (2, 6, (4, 1, 2)))),
+    "nested, something empty": ((0, (6, 0, (3, 2, 0)), 4), (5, (0, 3, 2), (0,)), (3, ((1), 2))),
+    "a chain": ((3, (2, (4, (1, (5, 2))))),),
 }
 
 
 def dense_mask(trees) -> torch.Tensor:
-    """(T, T) bool, from the definition: token by token."""
-    place = []
-    for number, lengths in enumerate(trees):
-        for segment, length in enumerate(lengths):
-            place += [(number, segment, offset) for offset in range(length)]
+    """(T, T) bool, from the definition: token by token; a tree is read anew here."""
+    tokens: list[tuple] = []  # a token is its sequence up to itself
 
-    def sees(a, b):
-        same_tree = a[0] == b[0]
-        return same_tree and ((a[1] == b[1] and b[2] <= a[2]) or (b[1] == 0 and a[1] > 0))
+    def read(tree, before):
+        length, *children = (tree,) if isinstance(tree, int) else tree
+        for _ in range(length):
+            before = (*before, len(tokens))
+            tokens.append(before)
+        for child in children:
+            read(child, before)
 
-    return torch.tensor([[sees(a, b) for b in place] for a in place])
+    for tree in trees:
+        read(tree, ())
+    return torch.tensor([[b[-1] in a for b in tokens] for a in tokens])
 
 
 def problem(trees, heads=4, groups=2, dtype=torch.float32, width=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    tokens = sum(map(sum, trees))
+    tokens = sum(map(num_tokens, trees))
     make = lambda h: torch.randn(1, h, tokens, width, generator=generator).to(dtype)  # noqa: E731
     return make(heads).requires_grad_(), make(groups).requires_grad_(), make(groups).requires_grad_(), make(heads)
 
@@ -121,6 +132,7 @@ class VarlenOnTheCpu:
         self, g, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout, causal, rng, unused, *, scale
     ):
         assert rng.shape == (2,) and unused.shape == (0,)
+        self.calls.append((max_q, max_k, causal))
         grads, heads = [torch.zeros_like(x) for x in (q, k, v)], q.shape[1]
         for rows, columns in self._sequences(cu_seqlens_q, cu_seqlens_k):
             given = [self._heads_first(x, heads) for x in (g[rows], q[rows], k[columns], v[columns], out[rows])]
@@ -132,13 +144,23 @@ class VarlenOnTheCpu:
         return tuple(grads)
 
 
+class CudaOnTheCpu(CudaRowAttention):
+    """CUDA's path for tensors on the CPU, in float32."""
+
+    device_kind = None
+
+    @staticmethod
+    def supports(*_):
+        return True, ""
+
+
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
 def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
     """CUDA's path with stand-ins for its two kernels; on a GPU, benchmarks.gpu_kit runs the real ones."""
     stand_in = VarlenOnTheCpu()
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in.forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in.backward)
-    monkeypatch.setattr(op, "CpuRowAttention", op.CudaRowAttention)
+    monkeypatch.setattr(op, "KERNELS", (CudaOnTheCpu,))
     query, key, value, upstream = problem(trees)
     got = tree_attention(query, key, value, trees)
     exact, upcast = dense(query, key, value, trees, None, torch.float64)
@@ -146,7 +168,8 @@ def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
     grads = torch.autograd.grad(got, (query, key, value), upstream)
     for a, b in zip(grads, torch.autograd.grad(exact, upcast, upstream.double()), strict=True):
         assert error(a, b) < 3e-6
-    assert len(stand_in.calls) <= 2
+    continued = {segment.depth for segment in segments_of(trees) if segment.length and segment.is_continued}
+    assert len(stand_in.calls) == 2 * (1 + len(continued))
 
 
 # ---- without flash kernels
@@ -170,7 +193,7 @@ def plain_dense(query, key, value, trees, scale, softcap, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
     """Tile by tile, with a score cap, and with values of another width than the keys."""
-    monkeypatch.setattr(op, "_TILE_BYTES", 4 * 4 * 40 * 7)
+    monkeypatch.setattr(plain, "_TILE_BYTES", 4 * 4 * 40 * 7)
     query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
     value, upstream = value[..., :8].detach().requires_grad_(), upstream[..., :8]
     got = tree_attention(query, key, value, trees, scale, softcap)
@@ -186,18 +209,28 @@ def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
         assert error(a, c) <= max(2 * error(b, c), floor)
 
 
+def spec(trees=((9,),), softcap=None):
+    return AttentionSpec(trees, 1.0, softcap)
+
+
 @pytest.mark.parametrize(
     "tensor, width, softcap, reason",
     [
         (torch.empty(8), 8, None, None),
         (torch.empty(8), 8, 50.0, "cap no scores"),
         (torch.empty(8), 4, None, "keys of 8 and values of 4 channels"),
-        (torch.empty(8, device="meta"), 8, None, "no flash kernel for meta"),
     ],
 )
-def test_what_flash_kernels_serve(tensor, width, softcap, reason):
-    ok, why = op.flash_serves(tensor, tensor[:width], softcap)
+def test_what_the_flash_kernel_of_the_cpu_serves(tensor, width, softcap, reason):
+    ok, why = CpuRowAttention.supports(tensor, tensor[:width], spec(softcap=softcap))
     assert ok == (reason is None) and (ok or reason in why)
+    assert fused_kernels_serve(tensor, tensor[:width], spec(softcap=softcap)) == ok
+
+
+def test_another_kind_of_device_has_plain_pytorch():
+    tensor = torch.empty(8, device="meta")
+    assert choose_kernels(tensor, tensor, spec()) is plain.PlainRowAttention
+    assert not fused_kernels_serve(tensor, tensor, spec())
 
 
 def on_a_gpu(dtype=torch.bfloat16, width=64, requires_grad=True):
@@ -229,7 +262,7 @@ def test_a_gpu_without_flash_kernels_says_so_once(query, capability, softcap, re
     op._say_it_is_plain.cache_clear()
     facts = DeviceFacts("cuda", multiplies_bf16=True, capability=capability)
     with caplog.at_level(logging.WARNING, "trl_fast"), simulated_device(facts, on="cuda"):
-        kernels = [op._choose_kernels(query, query, softcap) for _ in range(3)]
-    assert (kernels[0] is op.CudaRowAttention) == (reason is None)
+        kernels = [choose_kernels(query, query, spec(softcap=softcap)) for _ in range(3)]
+    assert (kernels[0] is CudaRowAttention) == (reason is None)
     said = [f"Attention runs in plain PyTorch, which is slower on long rows: {reason}."] if reason else []
     assert [record.message for record in caplog.records] == said

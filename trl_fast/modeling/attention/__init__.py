@@ -1,0 +1,1 @@
+"""Computes attention over a row of token trees."""

@@ -1,0 +1,57 @@
+"""Says what is computed of a row of token trees, and what a class must offer that computes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from trl_fast.data.segments import TreeLengths
+
+
+class AttentionSpec(NamedTuple):
+    """Describes the attention of a row of T tokens.
+
+    - `trees`: lengths of the row's segments, summing to T.
+    - `scale`: of the scores.
+    - `softcap`: scores become softcap · tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2). None: as they
+      are.
+    """
+
+    trees: tuple[TreeLengths, ...]
+    scale: float
+    softcap: float | None = None
+
+
+class RowAttention(ABC):
+    """Computes the attention of one row, forward and backward, without recording gradients.
+
+    It is made with query (1, heads, T, D), key (1, key-value heads, T, D), value (1, key-value heads, T, Dv), and the
+    spec; in backward a new one is made of the same. rng_state: tensors that backward needs beside the results.
+    """
+
+    # The kind of device that it is for; None: any.
+    device_kind: ClassVar[str | None] = None
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> None:
+        self.rng_state: Sequence[torch.Tensor] = ()
+
+    @staticmethod
+    @abstractmethod
+    def supports(query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> tuple[bool, str]:
+        """Returns whether it serves queries (1, heads, T, D) and values (1, ..., Dv) on its device, and why not."""
+
+    @abstractmethod
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the output (1, heads, T, Dv) and the log-sum-exp of the scores (heads, T), float32 at least."""
+
+    @abstractmethod
+    def backward(
+        self, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns gradients of query, key and value, in their shapes, from those of the output (1, heads, T, Dv).
+
+        out (1, heads, T, Dv) and lse (heads, T) are the results of the whole softmax, which may have had more keys.
+        """

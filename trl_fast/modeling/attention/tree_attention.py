@@ -1,0 +1,126 @@
+"""Computes exact attention over a row of token trees, a prompt once, whatever the number of its branches.
+
+Every segment attends to itself, causally; all that continues a segment, as one block of queries, attends to the whole
+of it. The partial results of a token are merged by their log-sum-exps, as the blocks of FlashAttention are (arXiv
+2205.14135, section 3.1). A flash backward needs of the forward pass only the output and the log-sum-exp of the whole
+softmax, so the same kernels give exact gradients part by part, from the merged ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from trl_fast.data.segments import TreeLengths, num_tokens
+from trl_fast.ops.device import device_facts
+from trl_fast.ops.named_gradients import first_derivative, gradients_of
+
+from .cpu import CpuRowAttention
+from .plain import PlainRowAttention
+from .row_attention import AttentionSpec, RowAttention
+from .varlen import CudaRowAttention
+
+logger = logging.getLogger(__name__)
+
+# What computes a row, the fastest first; the last one serves everything.
+KERNELS: tuple[type[RowAttention], ...] = (CudaRowAttention, CpuRowAttention, PlainRowAttention)
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trees: tuple[TreeLengths, ...],
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Computes attention of every token to its own sequence up to itself: its segment, and those that this continues.
+
+    Args:
+        query: (1, heads, T, D); key: (1, key-value heads, T, D); value: (1, key-value heads, T, Dv); of one float
+            dtype. Key-value heads are not repeated.
+        trees: lengths of the row's segments, summing to T.
+        scale: of the scores; 1/√D if None.
+        softcap: of the scores, as in `AttentionSpec`.
+
+    Returns:
+        (1, heads, T, Dv), differentiable.
+
+    Raises:
+        ValueError: the lengths do not sum to T, or the heads of the queries are no multiple of those of the keys.
+    """
+    tokens, heads, groups = query.shape[2], query.shape[1], key.shape[1]
+    if (total := sum(map(num_tokens, trees))) != tokens:
+        raise ValueError(f"trees: lengths sum to {total}, the row has {tokens} tokens")
+    if heads % groups:
+        raise ValueError(f"query: {heads} heads are no multiple of the {groups} key-value heads")
+    spec = AttentionSpec(trees, query.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    return _TreeAttention.apply(query, key, value, spec, choose_kernels(query, value, spec))
+
+
+def choose_kernels(query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> type[RowAttention]:
+    """Returns the class that computes a row of queries (1, heads, T, D) and values (1, ..., T, Dv) of any float dtype.
+
+    That it is plain PyTorch on a GPU is logged, in training alone: what a model is tried out with may not have its
+    autocast yet.
+    """
+    kernels, refused = _first_that_serves(query, value, spec)
+    if kernels is PlainRowAttention and query.is_cuda and query.requires_grad:
+        _say_it_is_plain("; ".join(refused))
+    return kernels
+
+
+def fused_kernels_serve(query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> bool:
+    """Returns whether a row of queries (1, heads, T, D) and values (1, ..., T, Dv) needs no plain PyTorch."""
+    return _first_that_serves(query, value, spec)[0] is not PlainRowAttention
+
+
+def _first_that_serves(
+    query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
+) -> tuple[type[RowAttention], list[str]]:
+    """Returns the first of `KERNELS` that serves, and why those before it for the device do not."""
+    kind = device_facts(query.device).kind
+    refused: list[str] = []
+    for kernels in KERNELS:
+        if kernels.device_kind in (None, kind):
+            serves, reason = kernels.supports(query, value, spec)
+            if serves:
+                return kernels, refused
+            refused.append(reason)
+    raise AssertionError("plain PyTorch serves everything")
+
+
+@functools.cache
+def _say_it_is_plain(reason: str) -> None:
+    """Logs a reason once."""
+    logger.warning(f"Attention runs in plain PyTorch, which is slower on long rows: {reason}.")
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spec: AttentionSpec,
+        kernels: type[RowAttention],
+    ) -> torch.Tensor:
+        row = kernels(query, key, value, spec)
+        out, lse = row.forward()
+        # All tensors, so that checkpointing lets go of them.
+        ctx.save_for_backward(query, key, value, out, lse, *row.rng_state)
+        ctx.spec, ctx.kernels = spec, kernels
+        return out
+
+    @staticmethod
+    @first_derivative("attention of token trees")
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, lse, *rng_state = ctx.saved_tensors
+        row = ctx.kernels(query, key, value, ctx.spec)
+        row.rng_state = rng_state
+        found = dict(zip(("query", "key", "value"), row.backward(grad, out, lse), strict=True))
+        return gradients_of(_TreeAttention.forward, **found)
