@@ -2,6 +2,7 @@
 
     python -m benchmarks.step --method sft|dpo|reward|grpo [--batch 4 --steps 3 --rounds 3]
     python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
+    python -m benchmarks.step --method dpo --model random-hybrid-100m --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method sft --sweep 256 512 1024 2048
 
 SmolLM2-135M-Instruct (or --model) learns from English prose (Python's own documentation). Both trainers get the same
@@ -44,7 +45,7 @@ from transformers import (
 from .english_text import continuations, cut_continuations, passages, token_stream
 from .machine_info import describe_machine
 from .memory import MIB, process_peak_bytes
-from .random_models import RANDOM_QWEN, model_folder
+from .random_models import RANDOM_MODELS, model_folder
 from .step_workloads import GENERATIONS, random_rewards
 
 RESULTS = Path(__file__).parent / "results"
@@ -299,7 +300,8 @@ def sweep(console: Console, arguments: argparse.Namespace) -> dict:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=sorted(METHODS), required=True)
-    parser.add_argument("--model", help=f"hub name, folder or {RANDOM_QWEN}; default: SmolLM2-135M-Instruct")
+    names = ", ".join(RANDOM_MODELS)
+    parser.add_argument("--model", help=f"hub name, folder or one of {names}; default: SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=1024)
