@@ -21,7 +21,7 @@ from trl_fast.settings.batch_layouts import AUTO, BATCH_LAYOUTS, PADDED, BatchLa
 from .classifier_head import HEAD, has_classifier_head
 from .model_changes import changes_of
 from .scoring import give_up_fused_head
-from .segment_attention import SEGMENTS, is_replaceable, use_segment_attention
+from .segment_attention import SEGMENTS, is_replaceable, set_attention, use_segment_attention
 from .verification import Verdict, verify, verify_rewards
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _best_layout(
                 return name, refused, verdict
             refused[name] = f"its {name} scores differ from the single ones by {verdict.packed_error:.3g}"
             if had_segments:
-                model.set_attn_implementation(before or "sdpa")
+                set_attention(model, before or "sdpa")
             else:
                 changes.undo(SEGMENTS)
     raise AssertionError("the last layout serves every model")
@@ -189,8 +189,6 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
     """
     config = model.config.get_text_config()
     name = type(model).__name__
-    if getattr(model.config, "vision_config", None) is not None:
-        return False, f"{name} reads images, whose positions and masks no row of text has"
     if getattr(model, "_is_stateful", False):
         return False, f"{name} carries a state from token to token, which would run on from one sequence to the next"
     kinds = set(getattr(config, "layer_types", None) or ())

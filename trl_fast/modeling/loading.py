@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -38,13 +39,15 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 def load_causal_lm(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
     """Loads a causal language model by hub name or folder; float32 unless `dtype` says otherwise, as TRL does.
 
+    Where the checkpoint reads images too, so does the model, as in TRL.
+
     Raises:
         OSError: there is no such model.
         ValueError: dtype is none of auto, bfloat16, float16, float32 or a torch.dtype; or the model's files are broken
             or lack parameters.
     """
-    init_kwargs, _ = _checked(name_or_path, init_kwargs)
-    model, missing = _from_pretrained(AutoModelForCausalLM, name_or_path, init_kwargs)
+    init_kwargs, config = _checked(name_or_path, init_kwargs)
+    model, missing = _from_pretrained(language_model_class(config), name_or_path, init_kwargs)
     _check_complete(name_or_path, missing)
     return model
 
@@ -82,7 +85,7 @@ def build_without_weights(name_or_path: str, *, classifier: bool = False, **init
     """
     _, config = _checked(name_or_path, dict(init_kwargs))
     config.use_cache = False
-    auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    auto: Any = AutoModelForSequenceClassification if classifier else language_model_class(config)
     if classifier:
         config.num_labels = 1
     with torch.device("meta"):
@@ -164,9 +167,13 @@ def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, 
     except Exception as error:
         reason = why_not_loaded(name_or_path, error)
         raise _kind(error)(f"model {name_or_path!r} cannot be loaded: {reason}") from error
-    if getattr(config, "vision_config", None) is not None:
-        raise ValueError(f"model {name_or_path!r} is a vision-language model; only text models are supported so far")
     return init_kwargs, config
+
+
+def language_model_class(config: PretrainedConfig) -> Any:
+    """Returns the class that makes a language model of a config: one for images too where the config describes them."""
+    reads_images = getattr(config, "vision_config", None) is not None
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 def _replace_missing_flash(init_kwargs: dict[str, Any]) -> None:
@@ -200,8 +207,20 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return inner
 
 
+def reads_more_than_text(model: PreTrainedModel) -> bool:
+    """Returns whether a model is of a class for images or sound too, with a text model inside."""
+    return model.config.get_text_config() is not model.config
+
+
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the model without its head."""
+    """Returns the model without its head; of a model that reads images or sound too, its text model.
+
+    For text these are the same: the class around it only puts the embeddings of images in their places. Its text model
+    takes positions (B, T) where the class has three numbers a token (M-RoPE), all equal for text.
+    """
+    if reads_more_than_text(model):
+        text: Any = model.get_decoder()
+        return text if text.get_output_embeddings() is None else backbone(text)
     # Llama 4's prefix names no module of it; base_model is then the model itself.
     inner: Any = model.model if model.base_model is model else model.base_model
     return inner

@@ -26,6 +26,7 @@ from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
 from .attention.row_attention import AttentionSpec
 from .attention.tree_attention import fused_kernels_serve, tree_attention
+from .loading import backbone, reads_more_than_text
 from .model_changes import changes_of
 from .ulysses import SequenceGroup
 
@@ -197,10 +198,16 @@ def _change_attention(model: PreTrainedModel, name: str, purpose: str, implement
     if name not in changes:
         before = model.config.get_text_config()._attn_implementation
         changes.get_or_add(name, purpose).on_undo(_restore_attention, model, implementation, before or "sdpa")
-    model.set_attn_implementation(implementation)
+    set_attention(model, implementation)
 
 
 def _restore_attention(model: PreTrainedModel, ours: str, before: str) -> None:
     """Gives a model the attention of before back, unless another one was chosen since."""
     if model.config.get_text_config()._attn_implementation == ours:
-        model.set_attn_implementation(before)
+        set_attention(model, before)
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Sets the attention of a model, or of its text model where it reads images too, whose attention stays."""
+    text = backbone(model) if reads_more_than_text(model) else model
+    text.set_attn_implementation(implementation)

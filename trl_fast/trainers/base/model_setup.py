@@ -16,6 +16,7 @@ from trl_fast.modeling.liger_kernels import check_liger
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
+from trl_fast.modeling.unread_parts import freeze_unread_parts
 from trl_fast.parallel.weights import has_read_weights
 
 from .config import BaseConfig
@@ -42,7 +43,7 @@ class LayerSettings(Protocol):
 
 
 def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, trains: bool = True) -> None:
-    """Sets up dropout and tiles, and of a model that trains also what is kept for backward, and where.
+    """Sets up dropout and tiles; of a model that trains also what is frozen, and what is kept for backward, and where.
 
     Raises:
         NotFiniteError: weights are NaN or infinite.
@@ -59,6 +60,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
         tile_mlps(inner, args.tiled_mlp)
     if not trains:
         return
+    freeze_unread_parts(inner)
     if args.use_liger_kernel:
         check_liger(inner, cast(BaseConfig, args).device)
     if args.activation_offloading:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_fast.modeling.chat_template import set_chat_template, set_eos_token
@@ -14,11 +16,11 @@ from .config import BaseConfig
 def checked_tokenizer(
     processing_class: object | None, model: PreTrainedModel, args: BaseConfig
 ) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer that is given, or the one of the model's name.
+    """Returns the tokenizer that is given, that of a processor that is given, or the one of the model's name.
 
     Raises:
-        TypeError: it is no tokenizer.
-        ValueError: it is a processor of images, or the model's name has none.
+        TypeError: it is no tokenizer, and no processor with one.
+        ValueError: the model's name has none.
     """
     if processing_class is None:
         processing_class = load_tokenizer(
@@ -27,10 +29,18 @@ def checked_tokenizer(
             trust_remote_code=args.trust_remote_code,
         )
     if isinstance(processing_class, ProcessorMixin):
-        raise ValueError("processing_class is a processor of images; only text models are supported so far")
+        processing_class = _tokenizer_of(processing_class)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
     return processing_class
+
+
+def _tokenizer_of(processor: Any) -> object:
+    """Returns a processor's tokenizer, with the processor's chat template if it has none of its own."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and getattr(tokenizer, "chat_template", None) is None:
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
+    return tokenizer
 
 
 def set_pad_token(processing_class: PreTrainedTokenizerBase, model: PreTrainedModel, args: BaseConfig) -> None:

@@ -1,0 +1,51 @@
+"""Freezes what text does not reach in a model that reads images or sound too.
+
+No gradient ever comes there. Frozen, these parts need no place in an optimizer's state, and distributed training does
+not wait for their gradients; what is trained is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from .classifier_head import HEAD, has_classifier_head
+from .loading import backbone, reads_more_than_text
+from .model_changes import changes_of
+
+logger = logging.getLogger(__name__)
+
+FROZEN_PARTS = "frozen parts"
+
+
+def freeze_unread_parts(model: PreTrainedModel) -> None:
+    """Freezes the parameters outside of a model's text model and head, adapters' too, and says how many they are."""
+    if not reads_more_than_text(model) or FROZEN_PARTS in changes_of(model):
+        return
+    read = {id(parameter) for part in _read_parts(model) for parameter in part.parameters()}
+    unread = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in read]
+    if not unread:
+        return
+    change = changes_of(model).get_or_add(FROZEN_PARTS, "what text does not reach has no gradient")
+    change.on_undo(_unfreeze, unread)
+    for weight in unread:
+        weight.requires_grad_(False)
+    logger.warning(
+        f"{type(model).__name__} is trained on text: the {sum(weight.numel() for weight in unread):,} parameters that "
+        "read images or sound stay as they are."
+    )
+
+
+def _read_parts(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    yield backbone(model)
+    head = getattr(model, HEAD) if has_classifier_head(model) else model.get_output_embeddings()
+    if isinstance(head, torch.nn.Module):
+        yield head
+
+
+def _unfreeze(weights: list[torch.nn.Parameter]) -> None:
+    for weight in weights:
+        weight.requires_grad_(True)
