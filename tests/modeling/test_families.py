@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.memory import measure_peak
+from support.layout_gradients import assert_same, loss_and_gradients
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import Tree, pack_trees
@@ -84,32 +85,6 @@ def build(name, **changes):
 def trees() -> list[Tree]:
     """Pairs, three branches, one branch, and a prompt that is too short to be shared."""
     return random_trees([(18, (3, 5)), (21, (6, 1, 4)), (17, (4,)), (3, (4, 7))])
-
-
-def loss_and_gradients(model, trees, layout, router=True):
-    """A loss of log-probs, entropies and the routers, and the gradient of every parameter that trains."""
-    batch = pack_trees(trees, layout, 2)
-    router = router and hasattr(base_model(model).config, "router_aux_loss_coef")
-    scores = score(model, batch, outputs=("logprobs", "entropy"), output_router_logits=router)
-    tokens = scores.tokens
-    sums = torch.zeros(len(batch)).index_add(0, batch.branch, tokens.logprobs)
-    loss = -torch.nn.functional.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).sum() + 0.1 * tokens.entropy.sum()
-    if router:
-        loss = loss + scores.aux_loss
-    model.zero_grad()
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(got, expected):
-    (loss, gradients), (expected_loss, expected_gradients) = got, expected
-    torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=2e-6)
-    assert gradients.keys() == expected_gradients.keys()
-    total = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
-    for name, gradient in expected_gradients.items():
-        # Some biases have no gradient in truth: what is there is rounding.
-        scale = max(gradient.norm(), 1e-3 * total)
-        assert (gradients[name] - gradient).norm() < 2e-5 * scale, name
 
 
 @pytest.mark.parametrize("name", FAMILIES)

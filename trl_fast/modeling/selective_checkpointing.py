@@ -110,9 +110,13 @@ def _set_gradient_checkpointing(
     """Gives each layer a function that checkpoints selectively, in the place of transformers' method."""
     self.trl_fast_selective_checkpointing.forget()
     keywords = dict(getattr(gradient_checkpointing_func, "keywords", {}))
+    before = dict(keywords)
     if keywords.pop("selective", None) is not None:
         # TRL's key, which the config has read; torch does not know it.
         keywords.setdefault("use_reentrant", False)
+    if keywords.get("use_reentrant") and _shares_keys(self):
+        keywords["use_reentrant"] = False
+    if keywords != before:
         gradient_checkpointing_func = functools.partial(gradient_checkpointing_func.func, **keywords)
     if keywords.get("use_reentrant") is False:
         # transformers' own way to offload wraps torch's function: layers that it does not see would not be offloaded.
@@ -121,6 +125,20 @@ def _set_gradient_checkpointing(
             self.trl_fast_selective_checkpointing.run, gradient_checkpointing_func
         )
     self.plain_set_gradient_checkpointing(self, enable, gradient_checkpointing_func, **kwargs)
+
+
+def _shares_keys(model: PreTrainedModel) -> bool:
+    """Returns whether later layers read keys and values of earlier ones (Gemma 3n, Gemma 4), and logs what follows.
+
+    Reentrant checkpointing records no gradients in forward: what later layers ask of those keys would be lost.
+    """
+    shares = bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
+    if shares:
+        logger.warning(
+            f"gradient_checkpointing_kwargs: use_reentrant=True becomes False, since {type(model).__name__} has layers "
+            "that share keys and values, which would lack a part of their gradient."
+        )
+    return shares
 
 
 class _Thread(threading.local):
