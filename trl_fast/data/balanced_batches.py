@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import BatchSampler
 
+from .layer_sizes import experts_per_token, mlp_width
+
 
 class TreeSizes(NamedTuple):
     """Holds what the cost of R token trees depends on, each (R,) float64.
@@ -70,8 +72,8 @@ class CostModel:
         heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or hidden // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-        experts = getattr(config, "num_experts_per_tok", None) or 1
+        mlp = mlp_width(config) or 4 * hidden
+        experts = experts_per_token(config) or 1
         mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp)
         weights = hidden * (2 * heads * head_size + 2 * kv_heads * head_size + 3 * mlp)
         return cls(

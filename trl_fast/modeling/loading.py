@@ -171,7 +171,7 @@ def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, 
 
 
 def language_model_class(config: PretrainedConfig) -> Any:
-    """Returns the class that makes a language model of a config: one for images too where the config describes them."""
+    """Returns the class that makes a language model of a config: for images too where the config describes them."""
     reads_images = getattr(config, "vision_config", None) is not None
     return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 

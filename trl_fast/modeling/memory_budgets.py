@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from trl_fast.data.layer_sizes import mlp_width
 from trl_fast.ops.device import device_facts
 from trl_fast.ops.head.vocabulary_shard import VocabularyShard
 from trl_fast.ops.matmul import SIXTEEN_BITS
@@ -78,7 +79,7 @@ def mlp_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     """
     if TILED_LAYERS in changes_of(model):
         return 0
-    return num_tokens * 9 * (getattr(model.config.get_text_config(), "intermediate_size", None) or 0)
+    return num_tokens * 9 * (mlp_width(model.config.get_text_config()) or 0)
 
 
 def default_activation_budget(model: PreTrainedModel, hidden: torch.Tensor) -> int:
@@ -88,13 +89,13 @@ def default_activation_budget(model: PreTrainedModel, hidden: torch.Tensor) -> i
     in backward, beside which the results are still kept: six intermediate results of its MLP, and of the hidden size
     six more than stand beside the tiles.
 
-    hidden: the first layer's hidden states (B, T, H).
+    hidden: the first layer's hidden states (B, T, H); Gemma 3n has several of them (A, B, T, H).
     """
     if device_facts(hidden.device).kind != "cpu":
         return 0
-    tokens, hidden_size, kind = hidden.shape[:-1].numel(), hidden.shape[-1], hidden.device.type
+    tokens, hidden_size, kind = hidden.shape[-3:-1].numel(), hidden.shape[-1], hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    width = getattr(model.config.get_text_config(), "intermediate_size", None) or 4 * hidden_size
+    width = mlp_width(model.config.get_text_config()) or 4 * hidden_size
     mlp = 0 if TILED_LAYERS in changes_of(model) else width
     above = (
         min(tokens, _TILE_ROWS_OF_TRL) * _ROW_BYTES_OF_TRL_ON_CPU - tokens * 6 * (mlp + hidden_size) * dtype.itemsize

@@ -31,6 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trl_fast.data.layer_sizes import experts_per_token
+
 from .liger_kernels import turn_copies
 from .loading import backbone
 from .memory_budgets import default_activation_budget
@@ -135,8 +137,8 @@ def _shares_keys(model: PreTrainedModel) -> bool:
     shares = bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
     if shares:
         logger.warning(
-            f"gradient_checkpointing_kwargs: use_reentrant=True becomes False, since {type(model).__name__} has layers "
-            "that share keys and values, which would lack a part of their gradient."
+            "gradient_checkpointing_kwargs: use_reentrant=True becomes False, since layers of "
+            f"{type(model).__name__} share keys and values, which would lack a part of their gradient."
         )
     return shares
 
@@ -231,7 +233,7 @@ class SelectiveCheckpointing:
             return
         self._meter = None
         split = split_layers(self._footprint, size, memory, missing, self.limit)
-        experts = getattr(self._model.config.get_text_config(), "num_experts_per_tok", None) or 1
+        experts = experts_per_token(self._model.config.get_text_config()) or 1
         large = size.tokens * working_weights(layers[0], experts) >= LARGE_LAYER
         self._share(layers, split.whole, split.left if large else 0)
 
