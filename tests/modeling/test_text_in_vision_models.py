@@ -36,7 +36,7 @@ def build(name, **text):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_every_gradient(name, trees):
-    """What the class itself computes of the whole rows, and what its text model does in each layout."""
+    """Its text model in each layout against the forward of the whole class, which takes whole rows."""
     model = build(name)
     model.trl_fast_fused_head = False  # its own forward, with all that stands around its text model
     expected = loss_and_gradients(model, trees, "padded")
