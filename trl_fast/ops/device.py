@@ -48,6 +48,8 @@ class DeviceFacts:
     - `serves`: whether a backend serves an op, by their names; None: as `backends.supports` says.
     - `row_kernels`, `sparse_kernels`: stand in for those of every backend (`RowKernels`, `SparseKernels`).
     - `pinned_copies`: stands in for `modeling.pinned_copies.copies_of`.
+    - `flex_attention`: stands in for FlexAttention's kernels (`modeling.attention.flex`): given query, key, value and
+      how many pairs of tokens see each other, returns output and log-sum-exp.
     - `holds`: whether a tensor is in the device's memory; None: whether its device is of this kind.
     - `first_tiles_only`: of tiles that are alike, the first two and the last are computed, which takes the memory of
       all.
@@ -61,6 +63,7 @@ class DeviceFacts:
     row_kernels: Any = None
     sparse_kernels: Any = None
     pinned_copies: Callable[[torch.device], Any] | None = None
+    flex_attention: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     holds: Callable[[torch.Tensor], bool] | None = None
     first_tiles_only: bool = False
 
