@@ -10,15 +10,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import trl_fast.planning
 from support.models import tiny_config
 from trl_fast.modeling.attention.cpu import CpuRowAttention
-from trl_fast.modeling.attention.plain import PlainRowAttention
+from trl_fast.modeling.attention.flex import FlexAttention
 from trl_fast.modeling.attention.row_attention import AttentionSpec
-from trl_fast.modeling.attention.tree_attention import choose_kernels
+from trl_fast.modeling.attention.tree_attention import choose_kernels, tree_attention
 from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops import attention_merge
 from trl_fast.ops.device import device_facts, simulated_device
 from trl_fast.ops.head.plan import NOTHING, plan_head
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
-from trl_fast.planning.device_facts import GPU_KERNELS, flash_workspace, mixed_dtype_workspace, planned_facts
+from trl_fast.planning.device_facts import (
+    GPU_KERNELS,
+    KINDS_BY_CODE,
+    DeviceMeter,
+    flash_workspace,
+    mixed_dtype_workspace,
+    planned_facts,
+)
 from trl_fast.planning.memory_timeline import ATTENTION, KINDS
 from trl_fast.planning.memory_tracker import MemoryTracker
 from trl_fast.planning.simulated_step import simulate
@@ -51,14 +58,14 @@ def test_tiles_of_a_gpu_know_no_cache():
     "device, dtype, parts",
     [
         ("gpu", torch.bfloat16, CudaRowAttention),
-        ("gpu", torch.float32, PlainRowAttention),
+        ("gpu", torch.float32, FlexAttention),
         ("cpu", torch.float32, CpuRowAttention),
     ],
 )
 def test_attention_is_that_of_the_device(device, dtype, parts):
-    query = torch.empty(1, 2, 8, 16, dtype=dtype)
+    query = torch.empty(1, 2, 512, 16, dtype=dtype)
     with simulated_device(planned_facts(device)):
-        assert choose_kernels(query, query, AttentionSpec(((8,),), 1.0)) is parts
+        assert choose_kernels(query, query, AttentionSpec(((512,),), 1.0)) is parts
 
 
 def test_a_simulation_leaves_no_facts_behind():
@@ -117,6 +124,29 @@ def test_merging_attention_takes_no_temporaries_on_a_gpu():
 
     results = 2 * (2 * 10 * 8 * 64 + 4 * 8 * 10) + 4 * 10
     assert peak(GPU_KERNELS) == results < peak(())
+
+
+def test_flex_attention_keeps_what_its_kernels_keep():
+    """Capped scores: operands, output and a number a token and head; all pairs of tokens are computed."""
+    trees, pairs, made = (
+        ((3000, 500, 400),),
+        3000 * 3001 // 2 + sum(n * 3000 + n * (n + 1) // 2 for n in (500, 400)),
+        [],
+    )
+    meter = DeviceMeter(attended=made.append)
+    tracker = MemoryTracker(kinds_by_code=KINDS_BY_CODE)
+    with FakeTensorMode(), tracker, simulated_device(planned_facts("gpu", meter)):
+        states = [torch.empty(1, heads, 3900, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)]
+        tracker.enter("forward")
+        out = tree_attention(*states, trees, softcap=50.0)
+        tracker.enter("backward")
+        out.sum().backward()
+    forward, backward = (tracker.timeline().stage_peaks()[stage].bytes for stage in ("forward", "backward"))
+    rows, of_head = 3900 * 8, 2 * 3900 * 64
+    # Of queries, keys and values there are the gradients in the end, and an output's that is one number.
+    assert forward == of_head * (8 + 4 + 8) + 4 * rows
+    assert forward < backward < forward + of_head * (8 + 4 + 8) + 8 * rows
+    assert made == [2 * 8 * pairs * 128, 7 * 8 * pairs * 128]
 
 
 def test_memory_of_attention_is_known_by_the_code_that_takes_it():

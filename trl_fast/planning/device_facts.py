@@ -10,6 +10,7 @@ and tiles of a GPU when those facts say so. What is neither asked there nor ours
 | `addmm(..., out_dtype=, out=)`, which torch has on a GPU only | the tracker answers it: its result is `out` |
 | what a flash kernel takes inside and gives back | `flash_workspace`, which the tracker adds |
 | a custom op that is one kernel on a GPU | the tracker runs its fake implementation instead of its body |
+| FlexAttention, which torch compiles for a GPU | `SimulatedFlexAttention`, given to attention by the facts |
 | attention of padded rows, which transformers chooses | PADDED_ATTENTION, registered with transformers |
 | copies to the host's memory | `SimulatedCopies`, given to offloading by the facts |
 """
@@ -20,6 +21,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import CodeType
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -62,12 +64,14 @@ _FLASH_BACKWARD = (
 
 @dataclass
 class DeviceMeter:
-    """Measures what the facts of a planned device see: bytes that row kernels touch, and copies on the host.
+    """Measures what the facts of a planned device see: what kernels compute and touch, and copies on the host.
 
-    host_bytes, host_peak: of copies that are there, and the most there were; launched, copied: are told of each.
+    host_bytes, host_peak: of copies that are there, and the most there were; launched, copied: are told of each;
+    attended: of operations of attention.
     """
 
     launched: Callable[[int], None] = lambda _: None
+    attended: Callable[[float], None] = lambda _: None
     copied: Callable[[int], None] = lambda _: None
     host_bytes: int = 0
     host_peak: int = 0
@@ -102,6 +106,7 @@ def planned_facts(device: str, meter: DeviceMeter | None = None, *, every_tile: 
         serves=lambda op, backend: backend == "torch",
         row_kernels=RowKernels(kernel, kernel, 0, kernel, kernel, kernel),
         pinned_copies=functools.partial(SimulatedCopies, meter=meter),
+        flex_attention=functools.partial(SimulatedFlexAttention.apply, meter),
         holds=lambda tensor: isinstance(tensor, FakeTensor),
         first_tiles_only=not every_tile,
     )
@@ -167,6 +172,39 @@ def _bytes(copy: tuple[torch.Size, torch.dtype]) -> int:
     return copy[0].numel() * copy[1].itemsize
 
 
+class SimulatedFlexAttention(torch.autograd.Function):
+    """Stands for FlexAttention's kernels, which keep of a row its operands, output and log-sum-exps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, meter: DeviceMeter, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pairs: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns output (1, heads, T, Dv) and log-sum-exp (1, heads, T) of queries (1, heads, T, D).
+
+        key, value: (1, key-value heads, T, D or Dv); pairs: of tokens that see each other.
+        """
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        # Two products: scores, and weights times values.
+        ctx.meter, ctx.flops = meter, 2.0 * query.shape[1] * pairs * (query.shape[-1] + value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, lse)
+        meter.row_kernel(query, key, value, out, lse)
+        meter.attended(ctx.flops)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of query, key and value, of their shapes, from those of output and log-sum-exp."""
+        query, key, value, out, lse = ctx.saved_tensors
+        # The sum of the output times its gradient.
+        delta = torch.empty_like(lse)
+        found = [torch.empty_like(states) for states in (query, key, value)]
+        ctx.meter.row_kernel(query, key, value, out, lse, grad, delta, *found)
+        # Five products of the pairs, and the first two a second time: keys' gradients have a kernel of their own.
+        ctx.meter.attended(3.5 * ctx.flops)
+        return None, *found, None
+
+
 def _sparse_samples(logits: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns counts (R,), columns and log-probabilities of the entries that rows of logits (T, R, W) keep."""
     entries = logits.shape[1] * SPARSE_ENTRIES
@@ -220,6 +258,8 @@ KINDS_BY_CODE: dict[CodeType, str] = {
         CpuRowAttention.backward,
         CudaRowAttention.forward,
         CudaRowAttention.backward,
+        SimulatedFlexAttention.forward,
+        SimulatedFlexAttention.backward,
         padded_attention,
     )
 } | {DynamicLayer.update.__code__: KV_CACHE, DynamicLayer.batch_select_indices.__code__: KV_CACHE}

@@ -64,6 +64,7 @@ def simulate(
     tracker = _tracker(setup, lambda *given: counter.observe(*given))
     counter = WorkCounter(lambda: tracker.stage, tracker.was_there)
     meter.launched = lambda size: counter.add(Work(moved=size, launches=1))
+    meter.attended = lambda flops: counter.add(Work(attention_flops=flops))
     meter.copied = lambda size: counter.add(Work(host_bytes=size))
     timeline = _simulated(setup, max_length, layers, tracker, planned_facts(setup.device, meter, every_tile=True))
     return replace(timeline, host_bytes=meter.host_peak, work=counter.by_stage)

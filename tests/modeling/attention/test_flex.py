@@ -17,6 +17,8 @@ from support.heads import error
 from trl_fast.data.segments import num_tokens, segments_of
 from trl_fast.modeling.attention import block_masks, flex
 from trl_fast.modeling.attention.block_masks import block_mask, seen_blocks, visible_pairs, whole_blocks
+from trl_fast.modeling.attention.flex import FlexAttention
+from trl_fast.modeling.attention.row_attention import AttentionSpec
 from trl_fast.ops.device import DeviceFacts, device_facts, simulated_device
 
 CPU = torch.device("cpu")
@@ -104,6 +106,14 @@ def problem(trees, dtype=torch.float64, width=24, value_width=16, seed=0):
     return states(4, width), states(2, width), states(2, value_width)
 
 
+def attention(query, key, value, trees, softcap=None, window=None, sinks=None):
+    spec = AttentionSpec(trees, 0.4, softcap)
+    if window is None and sinks is None:
+        return FlexAttention.attention(query, key, value, spec)
+    out, lse = flex._with_log_sum_exp(query, key, value, spec, window)
+    return out if sinks is None else out * (lse - torch.logaddexp(lse, sinks[:, None])).exp()[..., None]
+
+
 def dense_attention(query, key, value, trees, scale, softcap, window, sinks):
     key, value = (states.repeat_interleave(2, dim=1) for states in (key, value))
     scores = query @ key.transpose(-1, -2) * scale
@@ -118,12 +128,19 @@ def test_output_and_every_gradient_with_one_compilation(compilations):
     """Of rows of many lengths, with and without windows, and sinks; one more compilation for each cap of scores."""
     rng = random.Random(1)
     for number, (softcap, window, has_sinks) in enumerate(
-        ((None, None, False), (None, 5, True), (None, 130, False), (1.5, 40, False), (1.5, None, True), (None, 1, True))
+        (
+            (None, None, False),
+            (None, 5, True),
+            (None, 130, False),
+            (1.5, 40, False),
+            (1.5, None, True),
+            (None, 1, True),
+        )
     ):
         trees = (*random_row(rng, 30 + 17 * number), (140, 4, (6, 3, 2)))
         states, sinks = problem(trees), torch.randn(4, dtype=torch.float64, requires_grad=True) if has_sinks else None
         leaves = [*states, *([sinks] if has_sinks else [])]
-        got = flex.flex_row_attention(*states, trees, 0.4, softcap, window, sinks)
+        got = attention(*states, trees, softcap, window, sinks)
         exact = dense_attention(*states, trees, 0.4, softcap, window, sinks)
         upstream = torch.randn(exact.shape, dtype=torch.float64)
         pairs = zip(*(torch.autograd.grad(out, leaves, upstream) for out in (got, exact)), strict=True)
@@ -135,13 +152,13 @@ def test_rows_that_are_tried_out_are_not_compiled_for_again(compilations):
     kind = flex._Kind(CPU, torch.float32, 4, 2, 24, 16, 0.4, None)
     assert flex._trial_error(kind) < 1e-5 and len(compilations) == 1
     for trees in (((300, 20, 9),), ((1000, 40, 50), (7,)), ((128,),)):
-        flex.flex_row_attention(*problem(trees, torch.float32), trees, 0.4)
+        attention(*problem(trees, torch.float32), trees)
     assert len(compilations) == 1
 
 
 def test_a_compiled_model_calls_it(compilations):
     """Attention is left out of a model's own compilation, and is compiled by itself."""
-    outside = torch.compiler.disable(functools.partial(flex.flex_row_attention, trees=((140, 3, 4),), scale=0.4))
+    outside = torch.compiler.disable(functools.partial(attention, trees=((140, 3, 4),)))
     model = torch.compile(lambda *states: outside(*(2 * one for one in states)).sum(), backend="eager")
     states = problem(((140, 3, 4),))
     model(*states).backward()
@@ -149,9 +166,9 @@ def test_a_compiled_model_calls_it(compilations):
     assert error(states[0].grad, torch.autograd.grad(exact, states[0])[0]) < 1e-11 and len(compilations) == 1
 
 
-def on_a_gpu(dtype=torch.bfloat16, width=512):
+def on_a_gpu(dtype=torch.bfloat16, width=512, tokens=512):
     device = torch.device("cuda")
-    return SimpleNamespace(shape=(1, 4, 9, width), dtype=dtype, device=device)
+    return SimpleNamespace(shape=(1, 4, tokens, width), dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize(
@@ -162,28 +179,28 @@ def on_a_gpu(dtype=torch.bfloat16, width=512):
         (on_a_gpu(torch.float64), (9, 0), "FlexAttention takes no torch.float64"),
         (on_a_gpu(width=8), (9, 0), "FlexAttention takes heads of 16 channels at least, not 8"),
         (on_a_gpu(), (7, 5), "the GPU is older than FlexAttention's kernels"),
-        (torch.empty(1, 4, 9, 64), (0, 0), "FlexAttention is compiled for CUDA"),
+        (on_a_gpu(tokens=511), (9, 0), "FlexAttention is not compiled for rows of fewer than 512 tokens"),
     ],
 )
 def test_what_it_serves(query, capability, reason, monkeypatch):
     monkeypatch.setattr(flex, "_trial", lambda kind: None)
     with simulated_device(DeviceFacts("cuda", multiplies_bf16=True, capability=capability), on="cuda"):
-        ok, why = flex.flex_serves(query, query, query, 0.1, None)
+        ok, why = FlexAttention.supports(query, query, AttentionSpec(((512,),), 0.1))
     assert ok == (reason is None) and (ok or why == reason)
 
 
 def test_what_does_not_work_on_a_short_row_is_not_used(compilations, monkeypatch):
     kind = flex._Kind(CPU, torch.float32, 4, 2, 24, 16, 0.4, 2.0)
-    right = flex.flex_row_attention
-    monkeypatch.setattr(flex, "flex_row_attention", lambda *given: 1.1 * right(*given))
+    right = FlexAttention.attention
+    monkeypatch.setattr(FlexAttention, "attention", lambda *given: 1.1 * right(*given))
     assert flex._trial.__wrapped__(kind) == "FlexAttention's numbers are off by 0.1 on a short row"
-    monkeypatch.setattr(flex, "flex_row_attention", lambda *given: right(*given) / 0.0 * 0.0)
+    monkeypatch.setattr(FlexAttention, "attention", lambda *given: right(*given) / 0.0 * 0.0)
     assert flex._trial.__wrapped__(kind) == "FlexAttention's numbers are off by nan on a short row"
 
     def fails(*_):
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(flex, "_compiled", lambda: fails)
-    monkeypatch.setattr(flex, "flex_row_attention", right)
+    monkeypatch.setattr(FlexAttention, "attention", right)
     reason = "FlexAttention could not be compiled or run (out of resource: shared memory)"
     assert flex._trial.__wrapped__(kind) == reason

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from support.heads import error
 from trl_fast.data.segments import num_tokens, segments_of
-from trl_fast.modeling.attention import plain
+from trl_fast.modeling.attention import flex, plain
 from trl_fast.modeling.attention import tree_attention as op
 from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.flex import FlexAttention
 from trl_fast.modeling.attention.row_attention import AttentionSpec
 from trl_fast.modeling.attention.tree_attention import choose_kernels, fused_kernels_serve, tree_attention
 from trl_fast.modeling.attention.varlen import CudaRowAttention
@@ -233,11 +234,11 @@ def test_another_kind_of_device_has_plain_pytorch():
     assert not fused_kernels_serve(tensor, tensor, spec())
 
 
-def on_a_gpu(dtype=torch.bfloat16, width=64, requires_grad=True):
+def on_a_gpu(dtype=torch.bfloat16, width=64, requires_grad=True, tokens=9):
     """A tensor on a GPU, as far as the choice of kernels looks at it."""
     device = torch.device("cuda")
     return SimpleNamespace(
-        shape=(1, 4, 9, width), dtype=dtype, device=device, is_cuda=True, requires_grad=requires_grad
+        shape=(1, 4, tokens, width), dtype=dtype, device=device, is_cuda=True, requires_grad=requires_grad
     )
 
 
@@ -258,7 +259,8 @@ def on_a_gpu(dtype=torch.bfloat16, width=64, requires_grad=True):
         (on_a_gpu(torch.float32, requires_grad=False), (9, 0), None, ""),
     ],
 )
-def test_a_gpu_without_flash_kernels_says_so_once(query, capability, softcap, reason, caplog):
+def test_a_gpu_without_flash_kernels_says_so_once(query, capability, softcap, reason, caplog, monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", tuple(kernels for kernels in op.KERNELS if kernels is not FlexAttention))
     op._say_it_is_plain.cache_clear()
     facts = DeviceFacts("cuda", multiplies_bf16=True, capability=capability)
     with caplog.at_level(logging.WARNING, "trl_fast"), simulated_device(facts, on="cuda"):
@@ -266,3 +268,25 @@ def test_a_gpu_without_flash_kernels_says_so_once(query, capability, softcap, re
     assert (kernels[0] is CudaRowAttention) == (reason is None)
     said = [f"Attention runs in plain PyTorch, which is slower on long rows: {reason}."] if reason else []
     assert [record.message for record in caplog.records] == said
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_flex_attention_serves_what_flash_kernels_do_not(works, monkeypatch, caplog):
+    """Heads of 512 channels, float32 and capped scores, where it can be compiled; flash kernels come first."""
+    monkeypatch.setattr(flex, "_trial", lambda kind: None if works else "it cannot be compiled")
+    op._say_it_is_plain.cache_clear()
+    facts = DeviceFacts("cuda", multiplies_bf16=True, capability=(9, 0))
+    with caplog.at_level(logging.WARNING, "trl_fast"), simulated_device(facts, on="cuda"):
+        for dtype, width, softcap in (
+            (torch.bfloat16, 512, None),
+            (torch.float32, 64, None),
+            (torch.bfloat16, 64, 50.0),
+        ):
+            query = on_a_gpu(dtype, width, tokens=600)
+            chosen = choose_kernels(query, query, spec(softcap=softcap))
+            assert chosen is (FlexAttention if works else plain.PlainRowAttention)
+            assert fused_kernels_serve(query, query, spec(softcap=softcap)) == works
+        query = on_a_gpu(tokens=600)
+        assert choose_kernels(query, query, spec()) is CudaRowAttention
+    assert len(caplog.records) == (0 if works else 3)
+    assert works or "flash kernels cap no scores; it cannot be compiled" in caplog.text

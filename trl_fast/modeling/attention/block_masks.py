@@ -1,8 +1,8 @@
 """Builds FlexAttention's block mask of a row of token trees: which tokens see which, block by block.
 
 A token sees its own segment up to itself and all segments that its segment continues. What continues a segment stands
-right behind it, so token q sees token k if and only if k ≤ q < end(k), where end(k) is the end of the last segment that
-continues k's own. A sliding window adds that q's position is less than the window after k's.
+right behind it, so token q sees token k if and only if k ≤ q < end(k), where end(k) is the end of the last segment
+that continues k's own. A sliding window adds that q's position is less than the window after k's.
 
 A block of 128 x 128 pairs that nobody sees is skipped, one in which all pairs are seen needs no mask (FlexAttention,
 arXiv 2412.05496, section 3.2).
@@ -109,9 +109,9 @@ def _path_of(segment: Segment, segments: tuple[Segment, ...]) -> list[Segment]:
 
 
 def whole_blocks(ends: np.ndarray, positions: np.ndarray, window: int | None) -> np.ndarray:
-    """Returns (N, N) bool: whether all tokens of a block of queries see all of a block of keys; see `ends_and_positions`.
+    """Returns (N, N) bool: whether all tokens of a block of queries see all of a block of keys.
 
-    The last block is never whole if the row ends within it.
+    ends, positions: as `ends_and_positions` returns them. The last block is never whole if the row ends within it.
     """
     count = max(-(-len(ends) // BLOCK), 2)
     spare = count * BLOCK - len(ends)

@@ -1,29 +1,31 @@
 """Computes attention of a row of token trees by FlexAttention, which torch compiles to Triton kernels for CUDA.
 
-It serves what flash kernels do not take: heads wider than 256 channels, capped scores, float32, values of another width
-than the keys. One compiled function serves rows of all lengths, with and without windows: the mask is data. What is
-compiled apart: other widths, numbers of heads, dtypes, scales and caps, passes without gradients, and rows of fewer
-than 128 tokens, for which torch has kernels of their own.
+It serves what flash kernels do not take: heads wider than 256 channels, capped scores, float32, values of another
+width than the keys. One compiled function serves rows of all lengths, with and without windows: the mask is data. What
+is compiled apart: other widths, numbers of heads, dtypes, scales and caps, and passes without gradients.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 
-from trl_fast.data.segments import TreeLengths, num_tokens
+from trl_fast.data.segments import num_tokens
 from trl_fast.input_errors import error_line
 from trl_fast.ops.device import device_facts
 
 from .block_masks import BLOCK, BlockMask, block_mask, visible_pairs
+from .row_attention import AttentionSpec, RowKernels
 
 # Compiled functions of one process; torch's own limit, 8, is less than a policy, its reference and a trial run need.
 _MOST_COMPILED = 64
+# Rows of fewer tokens are done in plain PyTorch before anything is compiled: those that a model is tried out with.
+_SHORTEST = 512
 # The narrowest channels that Triton multiplies.
 _NARROWEST = 16
 # A row that is tried out: trees of two and three levels, whole blocks and parts of them.
@@ -32,43 +34,58 @@ _TRIAL = ((300, 100, (40, 30, 60)), (200, 33))
 _TRIAL_ERROR = 0.03
 
 
-def flex_row_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    trees: tuple[TreeLengths, ...],
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Computes attention of every token to its own segment up to itself, and to all that its segment continues.
+class FlexAttention(RowKernels):
+    """Computes a row by FlexAttention; autograd records it as it is."""
 
-    Args:
+    device_kind: ClassVar[str | None] = "cuda"
+
+    @staticmethod
+    def supports(query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> tuple[bool, str]:
+        """Returns whether it serves queries (1, heads, T, D) and values (1, key-value heads, T, Dv), and why not.
+
+        The first time that it is asked on a GPU it is compiled for what it is asked about, and tried out on a short
+        row.
+        """
+        facts, widths = device_facts(query.device), (query.shape[-1], value.shape[-1])
+        if min(widths) < _NARROWEST:
+            return False, f"FlexAttention takes heads of {_NARROWEST} channels at least, not {min(widths)}"
+        if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return False, f"FlexAttention takes no {query.dtype}"
+        if facts.capability < (8, 0):
+            return False, "the GPU is older than FlexAttention's kernels"
+        if query.shape[2] < _SHORTEST:
+            return False, f"FlexAttention is not compiled for rows of fewer than {_SHORTEST} tokens"
+        if facts.flex_attention is None:
+            heads = query.shape[1], value.shape[1]
+            reason = _trial(_Kind(query.device, query.dtype, *heads, *widths, spec.scale, spec.softcap))
+            if reason is not None:
+                return False, reason
+        return True, "torch's FlexAttention, compiled to Triton kernels"
+
+    @staticmethod
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        """Computes attention (1, heads, T, Dv), differentiable once.
+
         query: (1, heads, T, D); key: (1, key-value heads, T, D); value: (1, key-value heads, T, Dv); of one dtype.
-        trees: lengths of the row's segments, summing to T.
-        scale: of the scores.
-        softcap: scores become softcap · tanh(scores / softcap).
-        window: tokens that a token sees at most, itself among them.
-        sinks: (heads,), a score of each head that takes its share of the softmax and gives nothing.
+        """
+        return _with_log_sum_exp(query, key, value, spec)[0]
 
-    Returns:
-        (1, heads, T, Dv), differentiable once.
+
+def _with_log_sum_exp(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec, window: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes attention (1, heads, T, Dv) and the log-sum-exp of the scores (1, heads, T), both differentiable.
+
+    window: how many tokens a token sees at most, itself among them.
     """
     facts = device_facts(query.device)
     if facts.flex_attention is not None:
-        out, lse = facts.flex_attention(query, key, value, visible_pairs(trees, window))
-    else:
-        mask = block_mask(trees, window, query.device, facts)
-        for states in (query, key, value):
-            torch._dynamo.maybe_mark_dynamic(states, 2)
-        with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
-            out, lse = _compiled()(query, key, value, mask, scale, softcap)
-    if sinks is None:
-        return out
-    # One more part of the softmax, with output 0 and the sink for its log-sum-exp.
-    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    return (out.to(lse.dtype) * (lse - total).exp()[..., None]).to(out.dtype)
+        return facts.flex_attention(query, key, value, visible_pairs(spec.trees, window))
+    mask = block_mask(spec.trees, window, query.device, facts)
+    for states in (query, key, value):
+        torch._dynamo.maybe_mark_dynamic(states, 2)
+    with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
+        return _compiled()(query, key, value, mask, spec.scale, spec.softcap)
 
 
 def _attend(
@@ -116,30 +133,9 @@ class _Kind(NamedTuple):
     softcap: float | None
 
 
-def flex_serves(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float | None
-) -> tuple[bool, str]:
-    """Returns whether FlexAttention serves queries (1, heads, T, D), keys and values (1, groups, T, D or Dv), and why
-    not. The first time that it is asked on a GPU it compiles and tries out what it is asked about, on a short row.
-    """
-    facts, widths = device_facts(query.device), (query.shape[-1], value.shape[-1])
-    if not facts.is_cuda:
-        return False, "FlexAttention is compiled for CUDA"
-    if min(widths) < _NARROWEST:
-        return False, f"FlexAttention takes heads of {_NARROWEST} channels at least, not {min(widths)}"
-    if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False, f"FlexAttention takes no {query.dtype}"
-    if facts.capability < (8, 0):
-        return False, "the GPU is older than FlexAttention's kernels"
-    if facts.flex_attention is not None:
-        return True, "simulated"
-    reason = _trial(_Kind(query.device, query.dtype, query.shape[1], key.shape[1], *widths, scale, softcap))
-    return reason is None, reason or "FlexAttention, compiled and tried out on a short row"
-
-
 @functools.cache
 def _trial(kind: _Kind) -> str | None:
-    """Compiles for a kind and compares output and gradients on a short row with plain scores; returns what is wrong."""
+    """Compiles for a kind, compares output and gradients with plain scores, and returns what is wrong."""
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind.device.type, enabled=False):
             error = _trial_error(kind)
@@ -160,7 +156,7 @@ def _trial_error(kind: _Kind) -> float:
     # As models have them: a token's heads side by side.
     states = [torch.randn(1, tokens, *size, **options).transpose(1, 2).requires_grad_() for size in sizes]
     mask = block_mask(_TRIAL, None, kind.device, device_facts(kind.device))
-    out = flex_row_attention(*states, _TRIAL, kind.scale, kind.softcap)
+    out = FlexAttention.attention(*states, AttentionSpec(_TRIAL, kind.scale, kind.softcap))
     upstream = torch.randn(out.shape, **options)
     exact = _plain_attention(*states, mask, kind.scale, kind.softcap)
     got, wanted = (

@@ -25,23 +25,29 @@ class AttentionSpec(NamedTuple):
     softcap: float | None = None
 
 
-class RowAttention(ABC):
+class RowKernels(ABC):
+    """Says which rows some kernels serve."""
+
+    # The kind of device that they are for; None: any.
+    device_kind: ClassVar[str | None] = None
+
+    @staticmethod
+    @abstractmethod
+    def supports(query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> tuple[bool, str]:
+        """Returns whether they serve queries (1, heads, T, D) and values (1, key-value heads, T, Dv) on their device,
+        and why not.
+        """
+
+
+class RowAttention(RowKernels):
     """Computes the attention of one row, forward and backward, without recording gradients.
 
     It is made with query (1, heads, T, D), key (1, key-value heads, T, D), value (1, key-value heads, T, Dv), and the
     spec; in backward a new one is made of the same. rng_state: tensors that backward needs beside the results.
     """
 
-    # The kind of device that it is for; None: any.
-    device_kind: ClassVar[str | None] = None
-
     def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> None:
         self.rng_state: Sequence[torch.Tensor] = ()
-
-    @staticmethod
-    @abstractmethod
-    def supports(query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> tuple[bool, str]:
-        """Returns whether it serves queries (1, heads, T, D) and values (1, ..., Dv) on its device, and why not."""
 
     @abstractmethod
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:

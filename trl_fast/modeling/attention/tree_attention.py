@@ -19,6 +19,7 @@ from trl_fast.ops.device import device_facts
 from trl_fast.ops.named_gradients import first_derivative, gradients_of
 
 from .cpu import CpuRowAttention
+from .flex import FlexAttention
 from .plain import PlainRowAttention
 from .row_attention import AttentionSpec, RowAttention
 from .varlen import CudaRowAttention
@@ -26,7 +27,12 @@ from .varlen import CudaRowAttention
 logger = logging.getLogger(__name__)
 
 # What computes a row, the fastest first; the last one serves everything.
-KERNELS: tuple[type[RowAttention], ...] = (CudaRowAttention, CpuRowAttention, PlainRowAttention)
+KERNELS: tuple[type[RowAttention] | type[FlexAttention], ...] = (
+    CudaRowAttention,
+    FlexAttention,
+    CpuRowAttention,
+    PlainRowAttention,
+)
 
 
 def tree_attention(
@@ -58,10 +64,15 @@ def tree_attention(
     if heads % groups:
         raise ValueError(f"query: {heads} heads are no multiple of the {groups} key-value heads")
     spec = AttentionSpec(trees, query.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    return _TreeAttention.apply(query, key, value, spec, choose_kernels(query, value, spec))
+    kernels = choose_kernels(query, value, spec)
+    if issubclass(kernels, FlexAttention):
+        return kernels.attention(query, key, value, spec)
+    return _TreeAttention.apply(query, key, value, spec, kernels)
 
 
-def choose_kernels(query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> type[RowAttention]:
+def choose_kernels(
+    query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
+) -> type[RowAttention] | type[FlexAttention]:
     """Returns the class that computes a row of queries (1, heads, T, D) and values (1, ..., T, Dv) of any float dtype.
 
     That it is plain PyTorch on a GPU is logged, in training alone: what a model is tried out with may not have its
@@ -80,7 +91,7 @@ def fused_kernels_serve(query: torch.Tensor, value: torch.Tensor, spec: Attentio
 
 def _first_that_serves(
     query: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
-) -> tuple[type[RowAttention], list[str]]:
+) -> tuple[type[RowAttention] | type[FlexAttention], list[str]]:
     """Returns the first of `KERNELS` that serves, and why those before it for the device do not."""
     kind = device_facts(query.device).kind
     refused: list[str] = []
