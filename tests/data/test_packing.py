@@ -17,7 +17,6 @@ from trl_fast.data import (
     TokenBatch,
     Tree,
     pack_trees,
-    truncate_tree,
 )
 from trl_fast.settings.choices import TRUNCATION_MODES
 
@@ -100,16 +99,6 @@ def test_collator_equals_trls(max_length, truncation_mode, pad_to_multiple_of):
     assert torch.equal(scored[:, 1:], completion_mask[:, 1:])
     assert scored[:, 0].sum() == 0
     assert batch.num_tokens == expected["attention_mask"].sum()
-
-
-def test_truncation_keeps_what_trees_can_share():
-    tree = Tree([1, 2, 3, 4], [[5, 6], [7, 8]])
-    assert truncate_tree(tree, None) == [tree]
-    assert truncate_tree(tree, 5) == [Tree([1, 2, 3, 4], [[5], [7]])]
-    assert truncate_tree(tree, 3) == [Tree([1, 2, 3], [[], []])]
-    assert truncate_tree(tree, 4, "keep_end") == [Tree([3, 4], [[5, 6], [7, 8]])]
-    uneven = Tree([1, 2, 3, 4], [[5], [6, 7, 8, 9]])
-    assert truncate_tree(uneven, 3, "keep_end") == [Tree([3, 4], [[5]]), Tree([], [[7, 8, 9]])]
 
 
 def test_bad_arguments():

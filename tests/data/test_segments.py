@@ -1,6 +1,6 @@
 """Segments of a row of trees: where each stands, and which sequences they make."""
 
-from trl_fast.data.segments import Segment, num_tokens, segments_of, sequences_of
+from trl_fast.data.segments import Segment, num_tokens, segments_of, sequence_counts, sequence_lengths, sequences_of
 
 NESTED = (10, 4, (5, 3, (0, 2, 1)), 0)
 
@@ -26,3 +26,9 @@ def test_a_prompt_with_completions_and_a_sequence_alone():
     assert segments_of(((2, 1),)) == (Segment(0, 2, 3, 0, None, 0), Segment(2, 3, 3, 2, 0, 1))
     assert (num_tokens(NESTED), num_tokens(4), num_tokens((0,))) == (25, 4, 0)
     assert segments_of(()) == () == sequences_of(())
+
+
+def test_lengths_of_sequences_and_how_many_go_through_a_segment():
+    assert sequence_lengths(((3,), NESTED)) == (3, 14, 18, 17, 16, 10)
+    assert sequence_counts(((3,), NESTED)) == (1, 5, 1, 3, 1, 2, 1, 1, 1)
+    assert sequence_lengths(()) == () == sequence_counts(())

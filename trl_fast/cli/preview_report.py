@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trl_fast.data import TokenBatch
+from trl_fast.data.segments import segments_of, sequences_of
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .preview_examples import DROPPED_BECAUSE, Example, Examples, Part
@@ -126,7 +127,8 @@ def _show_layout(console: Console, examples: Examples, example: Example) -> None
     batch, layout = example.batch, BATCH_LAYOUTS[examples.layout]
     total, width = batch.input_ids.numel(), max(batch.input_ids.shape[1], 1)
     rows = "1 row" if len(batch.input_ids) == 1 else f"{len(batch.input_ids)} rows"
-    shares = ", the prompt once" if layout.shares_prompts and any(len(tree) > 1 for tree in _trees(batch)) else ""
+    shared = any(segment.is_continued for segment in segments_of(batch.tree_lengths or ()))
+    shares = ", the prompt once" if shared else ""
     console.print(f"Alone in a batch ({layout.name}): {rows} of {width:,} tokens{shares}")
     segments = list(_segments(batch, example.names))
     for name, start, end, position in segments[: 2 * _PARTS]:
@@ -143,10 +145,6 @@ def _show_layout(console: Console, examples: Examples, example: Example) -> None
     console.print()
 
 
-def _trees(batch: TokenBatch) -> tuple[tuple[int, ...], ...]:
-    return batch.tree_lengths or ()
-
-
 def _segments(batch: TokenBatch, names: list[str]) -> Iterator[tuple[str, int, int, int]]:
     """Yields what stands in the rows: name, first and last + 1 cell of its row, first position."""
     if batch.tree_lengths is None:
@@ -154,15 +152,11 @@ def _segments(batch: TokenBatch, names: list[str]) -> Iterator[tuple[str, int, i
         for name, length in zip(names, batch.attention_mask.sum(1).tolist(), strict=False):
             yield name, 0, length, 0
         return
-    start, left = 0, iter([*names, *["padding"] * len(batch.tree_lengths)])
-    for tree in batch.tree_lengths:
-        prompt, *branches = tree
-        if branches:
-            yield "prompt", start, start + prompt, 0
-        start += prompt if branches else 0
-        for length in branches or [prompt]:
-            yield next(left), start, start + length, prompt if branches else 0
-            start += length
+    segments, ends = segments_of(batch.tree_lengths), {path[-1] for path in sequences_of(batch.tree_lengths)}
+    left = iter([*names, *["padding"] * len(ends)])
+    for number, segment in enumerate(segments):
+        name = next(left) if number in ends else "prompt" if segment.depth == 0 else "shared"
+        yield name, segment.start, segment.end, segment.offset
 
 
 def _show_completions(console: Console, examples: Examples, example: Example) -> None:

@@ -29,7 +29,7 @@ from .sft_batch import (
 )
 from .sft_dataset import SFTFormat, SFTLength, prepare_sft_dataset, tokenize_sft
 from .token_checks import check_completions, check_token_ids, longest_sequence
-from .token_trees import Tree, truncate_tree
+from .token_trees import Tree
 from .tokenization import tokenize_preference, tokenize_unpaired
 from .tokenizer_checks import check_head_vocabulary, check_tokenizer
 from .training_chat_template import get_training_chat_template, has_generation_marks, trains_stop_token
@@ -93,7 +93,6 @@ __all__ = [
     "tokenize_unpaired",
     "trains_stop_token",
     "truncate_dataset",
-    "truncate_tree",
     "unpair_preference_dataset",
     "unpacked",
     "validate",

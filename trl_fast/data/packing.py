@@ -1,19 +1,20 @@
 """Packs token trees into the batch that a model runs on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import torch
 
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .device_transfer import copy_to_device
-from .token_trees import Tree, truncate_tree
+from .segments import TreeLengths, num_tokens, segments_of, sequences_of
+from .token_trees import Tree, neighbours_share, shared_prefixes, tree_sequences, truncate_sequences
 
 LAYOUTS = tuple(BATCH_LAYOUTS)
-# A shorter prompt is cheaper to compute once more than to attend to apart.
+# Fewer tokens are cheaper to compute once more than to attend to apart.
 MIN_SHARED_TOKENS = 16
 
 
@@ -31,8 +32,8 @@ class TokenBatch:
     - `position_ids` (B, T) int64, counted from 0 in each sequence.
     - `attention_mask` (B, T) int64, 1 on tokens and 0 on padding; None but in the padded layout.
     - `sequence_lengths`: the lengths of the sequences of the packed row, in order; None in the other layouts.
-    - `tree_lengths`: the lengths of the segments (prompt, then branches) of each tree of the row, in order; None in
-      the padded layout. A sequence that shares nothing is a tree of one segment.
+    - `tree_lengths`: the lengths of the segments of each tree of the row, in order (`data.segments`); None in the
+      padded layout. A sequence that shares nothing is a tree of one segment.
     - `score_positions` (N,) int64: index into the flattened (B · T) positions, of the one whose hidden state predicts
       the scored token.
     - `targets` (N,) int64: the scored token's id.
@@ -58,7 +59,7 @@ class TokenBatch:
     branch_lengths: torch.Tensor
     num_tokens: int
     group_sizes: tuple[int, ...] = ()
-    tree_lengths: tuple[tuple[int, ...], ...] | None = None
+    tree_lengths: tuple[TreeLengths, ...] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,12 +94,8 @@ class TokenBatch:
             assert self.attention_mask is not None  # the padded layout has one
             ends = self.attention_mask.sum(1).tolist()
             return [row[:end] for row, end in zip(values, ends, strict=True)]
-        found = []
-        trees = values[0].split([*map(sum, self.tree_lengths)])
-        for tree, lengths in zip(trees, self.tree_lengths, strict=True):
-            prompt, *branches = tree.split(list(lengths))
-            found += [torch.cat((prompt, branch)) for branch in branches] or [prompt]
-        return found
+        segments = values[0].split([segment.length for segment in segments_of(self.tree_lengths)])
+        return [torch.cat([segments[number] for number in path]) for path in sequences_of(self.tree_lengths)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
         """Returns the same batch with every tensor on `device`; on the way to a GPU the host does not wait."""
@@ -127,13 +124,18 @@ def pack_trees(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     pad_to_multiple_of: int | None = None,
+    *,
+    compares_tokens: bool = False,
 ) -> TokenBatch:
     """Lays out `trees` as one batch.
 
     `shared_prefix`: one row without padding, each prompt once and its branches after it. `packed`: one row without
     padding, the sequences one after the other. `padded`: one row a sequence, padded on the right with `pad_token_id`
-    to the longest, rounded up to `pad_to_multiple_of`. Truncation comes first (`truncate_tree`); all layouts score the
-    same tokens in the same order.
+    to the longest, rounded up to `pad_to_multiple_of`. Truncation comes first (`truncate_sequences`); all layouts
+    score the same tokens in the same order.
+
+    compares_tokens: whether sequences also share what they begin alike with where the trees do not say so, such as the
+    system message of different prompts, or the first tokens of two completions.
 
     Raises ValueError for an unknown layout or truncation mode, and for `pad_to_multiple_of` in a layout that has no
     padding.
@@ -145,117 +147,101 @@ def pack_trees(
             f"pad_to_multiple_of={pad_to_multiple_of} has no meaning in the {layout} layout, which pads nothing; "
             "leave it None or use the padded layout."
         )
-    cut = [truncate_tree(tree, max_length, truncation_mode) for tree in trees]
-    groups = [[(tree.prompt_ids, branch) for tree in parts for branch in tree.branches] for parts in cut]
+    groups = [truncate_sequences(tree_sequences(tree), max_length, truncation_mode) for tree in trees]
     sequences = [sequence for group in groups for sequence in group]
-    lengths = [len(prompt_ids) + len(branch) for prompt_ids, branch in sequences]
-    if BATCH_LAYOUTS[layout].shares_prompts:
-        inputs, places = _shared_inputs([tree for parts in cut for tree in parts])
-    elif BATCH_LAYOUTS[layout].pads:
+    ids = [sequence.ids for sequence in sequences]
+    shared = neighbours_share(ids) if compares_tokens else [sequence.shared for sequence in sequences]
+    rows = lay_out(ids, layout, pad_token_id, pad_to_multiple_of, shared)
+    # Nothing predicts the first token of a sequence.
+    scored = [range(max(start, 1), len(tokens)) for tokens, start, _ in sequences]
+    targets = [tokens[max(start, 1) :] for tokens, start, _ in sequences]
+    sizes = iter(map(len, scored))
+    return TokenBatch(
+        **rows.fields,
+        **rows.scored_tokens(scored, targets, [sequence.start for sequence in sequences]),
+        branch_lengths=_int64([len(tokens) - start for tokens, start, _ in sequences]),
+        num_tokens=sum(map(len, ids)),
+        group_sizes=tuple(sum(islice(sizes, len(group))) for group in groups),
+    )
+
+
+@dataclass(frozen=True)
+class LaidOutRows:
+    """Holds the rows of a layout: fields of a `TokenBatch`, and where the tokens of each of S sequences are.
+
+    places: S vectors (length,) int64, indices into the flattened positions of the rows.
+    """
+
+    fields: dict[str, Any]
+    places: list[torch.Tensor]
+
+    def scored_tokens(
+        self, scored: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> dict[str, Any]:
+        """Returns the fields of a `TokenBatch` that tell of the N scored tokens.
+
+        Args:
+            scored: the indices of the scored tokens of each sequence; none of them is 0, which nothing predicts.
+            targets: their ids.
+            starts: where each sequence's completion begins.
+        """
+        indices = [torch.as_tensor(each, dtype=torch.int64) for each in scored]
+        # Predicted by the token before it, wherever in the row that is.
+        predictors = [places[each - 1] for places, each in zip(self.places, indices, strict=True)]
+        offsets = [each - start for each, start in zip(indices, starts, strict=True)]
+        return {
+            "score_positions": torch.cat(predictors or [_int64([])]),
+            "targets": _int64([target for each in targets for target in each]),
+            "branch": torch.arange(len(indices)).repeat_interleave(_int64([len(each) for each in indices])),
+            "offset": torch.cat(offsets or [_int64([])]),
+        }
+
+
+def lay_out(
+    sequences: Sequence[Sequence[int]],
+    layout: str,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+    shared: Sequence[int],
+) -> LaidOutRows:
+    """Lays out S sequences of token ids.
+
+    shared: (S,), how many of its first tokens each sequence has in common with the one before it; read where the
+    layout shares them.
+    """
+    lengths = [len(ids) for ids in sequences]
+    trees: tuple[TreeLengths, ...] | None = None
+    if BATCH_LAYOUTS[layout].pads:
         width = _round_up(max(lengths, default=0), pad_to_multiple_of)
-        places = _whole_places([index * width for index in range(len(lengths))], sequences)
-        inputs = _padded_inputs(sequences, lengths, width, pad_token_id)
+        shape = (len(lengths), width)
+        places = [torch.arange(length) + row * width for row, length in enumerate(lengths)]
     else:
-        places = _whole_places([0, *accumulate(lengths)], sequences)
-        inputs = _packed_inputs(sequences, lengths)
-    sizes = tuple(sum(len(completion[_first_scored(prompt) :]) for prompt, completion in group) for group in groups)
-    return TokenBatch(**inputs, **_scored_tokens(sequences, places), num_tokens=sum(lengths), group_sizes=sizes)
-
-
-class _Place(NamedTuple):
-    """Holds where the prompt and the completion of a sequence start among the flattened positions."""
-
-    prompt: int
-    completion: int
-
-
-def _whole_places(firsts: Iterable[int], sequences: list[tuple[list[int], list[int]]]) -> list[_Place]:
-    """Returns the places of sequences whose completions stand right after their prompts."""
-    return [_Place(first, first + len(prompt)) for first, (prompt, _) in zip(firsts, sequences, strict=False)]
-
-
-def _shared_inputs(trees: list[Tree]) -> tuple[dict[str, Any], list[_Place]]:
-    input_ids: list[int] = []
-    positions: list[int] = []
-    tree_lengths: list[tuple[int, ...]] = []
-    places: list[_Place] = []
-    for tree in trees:
-        prompt = tree.prompt_ids
-        if len(prompt) < MIN_SHARED_TOKENS or len(tree.branches) < 2:
-            for branch in tree.branches:
-                places.append(_Place(len(input_ids), len(input_ids) + len(prompt)))
-                input_ids += prompt + branch
-                positions += range(len(prompt) + len(branch))
-                tree_lengths.append((len(prompt) + len(branch),))
-            continue
-        start = len(input_ids)
-        input_ids += prompt
-        positions += range(len(prompt))
-        for branch in tree.branches:
-            places.append(_Place(start, len(input_ids)))
-            input_ids += branch
-            positions += range(len(prompt), len(prompt) + len(branch))
-        tree_lengths.append((len(prompt), *map(len, tree.branches)))
-    inputs = {
-        "input_ids": _int64(input_ids)[None],
-        "position_ids": _int64(positions)[None],
-        "attention_mask": None,
-        "sequence_lengths": None,
-        "tree_lengths": tuple(tree_lengths),
+        shares = BATCH_LAYOUTS[layout].shares_prompts
+        trees = shared_prefixes(lengths, shared if shares else [0] * len(lengths), MIN_SHARED_TOKENS)
+        shape = (1, sum(map(num_tokens, trees)))
+        places = _row_places(trees)
+    # A token that several sequences share is written by each of them, the same.
+    input_ids = torch.full((shape[0] * shape[1],), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    positions = torch.arange(shape[1]).repeat(shape[0])
+    for ids, place in zip(sequences, places, strict=True):
+        input_ids[place] = torch.as_tensor(ids, dtype=torch.int64)
+        positions[place] = torch.arange(len(place))
+        mask[place] = 1
+    fields = {
+        "input_ids": input_ids.view(shape),
+        "position_ids": positions.view(shape),
+        "attention_mask": mask.view(shape) if trees is None else None,
+        "sequence_lengths": None if trees is None or BATCH_LAYOUTS[layout].shares_prompts else tuple(lengths),
+        "tree_lengths": trees,
     }
-    return inputs, places
+    return LaidOutRows(fields, places)
 
 
-def _packed_inputs(sequences: list[tuple[list[int], list[int]]], lengths: list[int]) -> dict[str, Any]:
-    positions = [torch.arange(length) for length in lengths]
-    return {
-        "input_ids": _int64([token for sequence in sequences for part in sequence for token in part])[None],
-        "position_ids": torch.cat(positions or [_int64([])])[None],
-        "attention_mask": None,
-        "sequence_lengths": tuple(lengths),
-    }
-
-
-def _padded_inputs(
-    sequences: list[tuple[list[int], list[int]]], lengths: list[int], width: int, pad_token_id: int
-) -> dict[str, Any]:
-    rows = [prompt + branch + [pad_token_id] * (width - len(prompt) - len(branch)) for prompt, branch in sequences]
-    positions = torch.arange(width).expand(len(rows), width)
-    return {
-        "input_ids": _int64(rows).reshape(len(rows), width),
-        "position_ids": positions.contiguous(),
-        "attention_mask": (positions < _int64(lengths)[:, None]).long(),
-        "sequence_lengths": None,
-    }
-
-
-def _scored_tokens(sequences: list[tuple[list[int], list[int]]], places: list[_Place]) -> dict[str, Any]:
-    score_positions: list[int] = []
-    targets: list[int] = []
-    branch: list[int] = []
-    offset: list[int] = []
-    for index, ((prompt_ids, completion), place) in enumerate(zip(sequences, places, strict=True)):
-        first = _first_scored(prompt_ids)
-        scored = completion[first:]
-        targets += scored
-        branch += [index] * len(scored)
-        offset += range(first, first + len(scored))
-        if scored and prompt_ids:
-            score_positions.append(place.prompt + len(prompt_ids) - 1)
-        inside = len(scored) - (1 if prompt_ids else 0)
-        score_positions += range(place.completion, place.completion + inside)
-    return {
-        "score_positions": _int64(score_positions),
-        "targets": _int64(targets),
-        "branch": _int64(branch),
-        "offset": _int64(offset),
-        "branch_lengths": _int64([len(completion) for _, completion in sequences]),
-    }
-
-
-def _first_scored(prompt_ids: list[int]) -> int:
-    """Returns the index of the first completion token that a token before it predicts."""
-    return 0 if prompt_ids else 1
+def _row_places(trees: tuple[TreeLengths, ...]) -> list[torch.Tensor]:
+    """Returns where in a row of trees the tokens of each sequence are, vectors (length,) int64."""
+    parts = [torch.arange(segment.start, segment.end) for segment in segments_of(trees)]
+    return [torch.cat([parts[number] for number in path]) for path in sequences_of(trees)]
 
 
 def _round_up(length: int, multiple: int | None) -> int:

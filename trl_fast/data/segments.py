@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import NamedTuple, TypeAlias
 
 # The length of a tree's first segment, then those of what continues it: a length, or a tree of its own. A prompt with
@@ -82,3 +83,15 @@ def sequences_of(trees: tuple[TreeLengths, ...]) -> tuple[tuple[int, ...], ...]:
         if number not in continued:
             found.append(paths[number])
     return tuple(found)
+
+
+def sequence_lengths(trees: tuple[TreeLengths, ...]) -> tuple[int, ...]:
+    """Returns the tokens of each sequence of a row of trees, in order."""
+    segments = segments_of(trees)
+    return tuple(segments[path[-1]].offset + segments[path[-1]].length for path in sequences_of(trees))
+
+
+def sequence_counts(trees: tuple[TreeLengths, ...]) -> tuple[int, ...]:
+    """Returns how many sequences go through each segment of a row of trees, in the order of the row."""
+    counts = Counter(number for path in sequences_of(trees) for number in path)
+    return tuple(counts[number] for number in range(len(segments_of(trees))))

@@ -1,8 +1,20 @@
-"""Holds token trees: a prompt and the branches that continue it."""
+"""Holds token trees, and finds what the token sequences of a batch share.
 
+A row without padding holds a shared beginning once. What is shared is told by neighbours: how many of its first tokens
+a sequence has in common with the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from trl_fast.settings.choices import TRUNCATION_MODES
+
+from .segments import TreeLengths
 
 
 @dataclass(frozen=True)
@@ -10,37 +22,121 @@ class Tree:
     """Holds one example: a prompt and its completions.
 
     `prompt_ids` are the token ids of the prompt (it may be empty); `branches` are the token ids of each completion,
-    in the order in which a loss counts them (chosen, then rejected, for a preference pair).
+    in the order in which a loss counts them (chosen, then rejected, for a preference pair). Completions that begin
+    alike may be a tree of their own: its `prompt_ids` belong to each of them, and are scored in each of them.
     """
 
     prompt_ids: list[int]
-    branches: list[list[int]]
+    branches: Sequence[list[int] | Tree]
 
 
-def truncate_tree(tree: Tree, max_length: int | None, mode: str = "keep_start") -> list[Tree]:
-    """Cuts every prompt + branch of `tree` to `max_length` tokens.
+class TokenSequence(NamedTuple):
+    """Holds a prompt and one of its completions.
 
-    `keep_start` keeps the first `max_length` tokens of prompt + branch, `keep_end` the last. With `keep_end` branches
-    of different lengths keep different parts of the prompt, so the answer is a list of trees: the tree itself where
-    its branches still share one prompt, else one tree a branch. Branches keep their order. `None` cuts nothing.
+    - `ids`: the token ids of both.
+    - `start`: where the completion begins.
+    - `shared`: how many of the first tokens are also those of the sequence before it, as far as that is known.
+    """
+
+    ids: list[int]
+    start: int
+    shared: int = 0
+
+
+def tree_sequences(tree: Tree) -> list[TokenSequence]:
+    """Returns the sequences of a tree, in order: its prompt with each of its completions."""
+    found: list[TokenSequence] = []
+    _add_sequences(tree, [], len(tree.prompt_ids), 0, found)
+    return found
+
+
+def _add_sequences(tree: Tree, before: list[int], start: int, shared: int, found: list[TokenSequence]) -> None:
+    """Adds the sequences of a tree that continues `before`; the first one has `shared` tokens in common with the last.
+
+    start: where completions begin.
+    """
+    ids = before + tree.prompt_ids
+    for branch in tree.branches:
+        if isinstance(branch, Tree):
+            _add_sequences(branch, ids, start, shared, found)
+        else:
+            found.append(TokenSequence(ids + branch, start, shared))
+        shared = len(ids)
+
+
+def truncate_sequences(
+    sequences: list[TokenSequence], max_length: int | None, mode: str = "keep_start"
+) -> list[TokenSequence]:
+    """Cuts sequences to `max_length` tokens: their first ones with `keep_start`, their last ones with `keep_end`.
+
+    Sequences whose beginnings are cut differently share nothing any more. `None` cuts nothing.
 
     Raises ValueError for an unknown mode and for a `max_length` below 1.
     """
     if mode not in TRUNCATION_MODES:
         raise ValueError(f"truncation_mode={mode!r} is unknown; expected one of {', '.join(TRUNCATION_MODES)}.")
     if max_length is None:
-        return [tree]
+        return sequences
     if max_length < 1:
         raise ValueError(f"max_length={max_length} leaves no token; expected a positive number or None.")
     if mode == "keep_start":
-        room = max(max_length - len(tree.prompt_ids), 0)
-        return [Tree(tree.prompt_ids[:max_length], [branch[:room] for branch in tree.branches])]
-    cut = [_keep_end(tree.prompt_ids, branch, max_length) for branch in tree.branches]
-    if all(part.prompt_ids == cut[0].prompt_ids for part in cut[1:]):
-        return [Tree(cut[0].prompt_ids, [part.branches[0] for part in cut])] if cut else [tree]
-    return cut
+        return [
+            TokenSequence(ids[:max_length], min(start, max_length), min(shared, max_length))
+            for ids, start, shared in sequences
+        ]
+    found, excess_before = [], 0
+    for ids, start, shared in sequences:
+        excess = max(len(ids) - max_length, 0)
+        shared = max(shared - excess, 0) if excess == excess_before else 0
+        found.append(TokenSequence(ids[excess:], max(start - excess, 0), shared))
+        excess_before = excess
+    return found
 
 
-def _keep_end(prompt_ids: list[int], branch: list[int], max_length: int) -> Tree:
-    excess = max(len(prompt_ids) + len(branch) - max_length, 0)
-    return Tree(prompt_ids[excess:], [branch[max(excess - len(prompt_ids), 0) :]])
+def neighbours_share(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Counts the first tokens that each of S sequences has in common with the one before it; 0 for the first.
+
+    It takes time in proportion to the tokens.
+    """
+    arrays = [np.asarray(ids, dtype=np.int64) for ids in sequences]
+    found = [0] * min(len(arrays), 1)
+    for one, other in zip(arrays[:-1], arrays[1:], strict=True):
+        shorter = min(len(one), len(other))
+        differ = np.flatnonzero(one[:shorter] != other[:shorter])
+        found.append(int(differ[0]) if len(differ) else shorter)
+    return found
+
+
+def shared_prefixes(lengths: Sequence[int], shared: Sequence[int], shortest: int) -> tuple[TreeLengths, ...]:
+    """Returns the prefix trees of S sequences: `segments.sequences_of` them are the sequences in the same order.
+
+    Neighbours that begin with the same tokens have one segment of them. Beginnings that other sequences continue
+    differently further on nest.
+
+    Args:
+        lengths: (S,), the tokens of each sequence.
+        shared: (S,), how many of its first tokens a sequence has in common with the one before it; that of the first
+            is not read.
+        shortest: no segment that several sequences share has fewer tokens, and at least one; such tokens stand in each
+            of the sequences.
+    """
+    return _trees_of(0, len(lengths), 0, lengths, shared, max(shortest, 1))
+
+
+def _trees_of(
+    first: int, last: int, offset: int, lengths: Sequence[int], shared: Sequence[int], shortest: int
+) -> tuple[TreeLengths, ...]:
+    """Returns the trees of sequences first … last − 1 without their first `offset` tokens, which all of them share."""
+    found: list[TreeLengths] = []
+    begin = first
+    for end in range(first + 1, last + 1):
+        if end < last and shared[end] - offset >= shortest:
+            continue
+        if end - begin == 1:
+            found.append((lengths[begin] - offset,))
+        else:
+            common = min(shared[begin + 1 : end])
+            children = _trees_of(begin, end, common, lengths, shared, shortest)
+            found.append((common - offset, *(child if len(child) > 1 else child[0] for child in children)))
+        begin = end
+    return tuple(found)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.packing import TokenBatch
-from trl_fast.data.segments import TreeLengths, segments_of, sequences_of
+from trl_fast.data.segments import TreeLengths, segments_of, sequence_counts
 from trl_fast.ops import HeadOptions, TokenScores, selective_log_softmax_and_entropy
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.linear_logprob import token_logprobs
@@ -207,7 +207,7 @@ def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScore
 
 
 def _token_counts(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Returns how often each token (B, T) counts in a router's loss: padding 0 times, others once a sequence.
+    """Returns how often each token (B, T) counts in a router's loss: padding 0 times, others once for each sequence.
 
     So the loss is that of the padded layout in every layout.
     """
@@ -216,11 +216,8 @@ def _token_counts(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     if trees is None:
         return mask
     assert mask is not None, "a row of trees comes with a mask"
-    sequences = Counter(number for sequence in sequences_of(trees) for number in sequence)
-    segments = segments_of(trees)
-    counts = torch.tensor([sequences[number] for number in range(len(segments))])
-    lengths = torch.tensor([segment.length for segment in segments])
-    return copy_to_device(counts.repeat_interleave(lengths)[None], mask.device)
+    counts, lengths = sequence_counts(trees), [segment.length for segment in segments_of(trees)]
+    return copy_to_device(torch.tensor(counts).repeat_interleave(torch.tensor(lengths))[None], mask.device)
 
 
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:

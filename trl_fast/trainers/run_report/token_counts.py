@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from trl_fast.data import TokenBatch
+from trl_fast.data.segments import sequence_lengths
 
 
 class TokenCounter:
@@ -35,8 +36,7 @@ def padded_positions(batch: TokenBatch) -> int:
     """Returns the positions of a batch's sequences in rows of their own, padded to the longest."""
     if batch.tree_lengths is None:
         return batch.input_ids.numel()
-    longest = max((tree[0] + max(tree[1:], default=0) for tree in batch.tree_lengths), default=0)
-    return longest * len(batch)
+    return max(sequence_lengths(batch.tree_lengths), default=0) * len(batch)
 
 
 def count_tokens(batches: Iterable[TokenBatch]) -> TokenCounter:
