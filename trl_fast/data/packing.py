@@ -176,19 +176,19 @@ class LaidOutRows:
     places: list[torch.Tensor]
 
     def scored_tokens(
-        self, scored: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], starts: Sequence[int]
+        self, scored: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], firsts: Sequence[int]
     ) -> dict[str, Any]:
         """Returns the fields of a `TokenBatch` that tell of the N scored tokens.
 
         Args:
             scored: the indices of the scored tokens of each sequence; none of them is 0, which nothing predicts.
             targets: their ids.
-            starts: where each sequence's completion begins.
+            firsts: where each sequence's completion begins.
         """
         indices = [torch.as_tensor(each, dtype=torch.int64) for each in scored]
         # Predicted by the token before it, wherever in the row that is.
         predictors = [places[each - 1] for places, each in zip(self.places, indices, strict=True)]
-        offsets = [each - start for each, start in zip(indices, starts, strict=True)]
+        offsets = [each - start for each, start in zip(indices, firsts, strict=True)]
         return {
             "score_positions": torch.cat(predictors or [_int64([])]),
             "targets": _int64([target for each in targets for target in each]),
