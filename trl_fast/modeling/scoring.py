@@ -6,7 +6,6 @@ import functools
 import logging
 import sys
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
