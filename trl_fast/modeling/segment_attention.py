@@ -28,6 +28,7 @@ from .attention.row_attention import AttentionSpec
 from .attention.tree_attention import fused_kernels_serve, tree_attention
 from .loading import backbone, reads_more_than_text
 from .model_changes import changes_of
+from .recurrent_layers import use_recurrent_segments
 from .ulysses import SequenceGroup
 
 logger = logging.getLogger(__name__)
@@ -190,14 +191,17 @@ def use_segment_attention(model: PreTrainedModel) -> None:
             f"attn_implementation={before!r} gives way to trl_fast's own attention, by torch's flash kernels, which "
             "keeps the sequences of a row apart."
         )
-    _change_attention(model, SEGMENTS, "attention keeps the trees of a row apart", name)
+    _change_attention(model, SEGMENTS, "attention and states keep the trees of a row apart", name)
 
 
 def _change_attention(model: PreTrainedModel, name: str, purpose: str, implementation: str) -> None:
     changes = changes_of(model)
     if name not in changes:
         before = model.config.get_text_config()._attn_implementation
-        changes.get_or_add(name, purpose).on_undo(_restore_attention, model, implementation, before or "sdpa")
+        change = changes.get_or_add(name, purpose)
+        change.on_undo(_restore_attention, model, implementation, before or "sdpa")
+        if name == SEGMENTS:
+            use_recurrent_segments(model, change)
     set_attention(model, implementation)
 
 

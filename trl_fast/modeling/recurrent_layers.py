@@ -1,0 +1,177 @@
+"""Runs layers that carry a state from token to token (linear attention, short convolutions, Mamba) on rows of trees.
+
+A layer's own forward is called with batches of segments (segment_runs.py), and with a cache in which it finds the
+states behind the segments that they continue. It is the cache interface by which transformers generates text, so the
+mathematics of a layer and its kernels stay its own; here states keep their graph, and nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from trl_fast.data.segments import TreeLengths
+from trl_fast.parallel.engines import original_class
+
+from .model_changes import Change, unbound_forward
+from .segment_runs import RunBatch, row_runs
+
+
+@dataclass(frozen=True)
+class RecurrentLayer:
+    """Describes a class of layers that carry a state.
+
+    - `cache`: the keyword by which its forward takes a cache.
+    - `masks_convolved`: whether its forward masks pads once more behind its convolution, and so undoes the bias there.
+    """
+
+    cache: str = "cache_params"
+    masks_convolved: bool = False
+
+
+_SHORT_CONVOLUTION = RecurrentLayer(cache="past_key_values")
+# By the name of the class in transformers. A family is added by a line here; tests compare it with padded sequences.
+RECURRENT_LAYERS = {
+    "Qwen3NextGatedDeltaNet": RecurrentLayer(),
+    "Lfm2ShortConv": _SHORT_CONVOLUTION,
+}
+# How the projections in front of a convolution, and the convolution, are called.
+_PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
+_CONVOLUTION = "conv"
+
+
+class SegmentStates:
+    """Holds the states of one layer for the rows of a batch, with their graph, as transformers' `Cache` is asked.
+
+    `conv`, `recurrent`: from a state's index (most layers have the one, 0) to a tensor of B rows.
+    """
+
+    def __init__(self, conv: dict[int, torch.Tensor], recurrent: dict[int, torch.Tensor]) -> None:
+        self.conv, self.recurrent = conv, recurrent
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Returns a convolution's last inputs (B, channels, width), None before the first token."""
+        return self.conv.get(state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Returns a recurrent state (B, ...), None before the first token."""
+        return self.recurrent.get(state_idx)
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """Keeps the last of a convolution's inputs (B, channels, L); returns them all, with those from before."""
+        before = self.conv.get(state_idx)
+        inputs = conv_states if before is None else torch.cat([before, conv_states], dim=-1)
+        width = conv_kernel_size or conv_states.shape[-1]
+        # A negative number of pads cuts off.
+        self.conv[state_idx] = F.pad(inputs, (width - inputs.shape[-1], 0))
+        return inputs
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+    ) -> torch.Tensor:
+        """Keeps a recurrent state (B, ...)."""
+        self.recurrent[state_idx] = recurrent_states
+        return recurrent_states
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Returns that no token is going to be taken back."""
+        return False
+
+    def joined(self, others: SegmentStates) -> SegmentStates:
+        """Returns the rows of both."""
+        return SegmentStates(_joined(self.conv, others.conv), _joined(self.recurrent, others.recurrent))
+
+    def rows(self, numbers: torch.Tensor) -> SegmentStates:
+        """Returns rows, by number (B,) int64; one may be asked for several times."""
+        conv, recurrent = (
+            {index: state.index_select(0, numbers) for index, state in states.items()}
+            for states in (self.conv, self.recurrent)
+        )
+        return SegmentStates(conv, recurrent)
+
+
+def _joined(first: dict[int, torch.Tensor], others: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    if not first:
+        return others
+    return {index: torch.cat([state, others[index]]) for index, state in first.items()}
+
+
+def recurrent_layers_of(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Returns the layers of a model that carry a state and whose class is known here, by their name in the model."""
+    return {name: module for name, module in model.named_modules() if _class_name(module) in RECURRENT_LAYERS}
+
+
+def _class_name(module: torch.nn.Module) -> str:
+    return original_class(module).__name__
+
+
+def use_recurrent_segments(model: PreTrainedModel, change: Change) -> None:
+    """Lets the layers of a model that carry a state run on rows of trees; without tree lengths they run as before.
+
+    change: the change of the model on whose list this goes; it is undone with the rest of it.
+    """
+    for layer in recurrent_layers_of(model).values():
+        change.set(layer, "forward_whole", unbound_forward(layer))
+        change.set(layer, "forward", types.MethodType(_forward, layer))
+
+
+def _forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    *args: Any,
+    tree_lengths: tuple[TreeLengths, ...] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Computes a layer on hidden states (1, T, H): in segments where tree lengths come, else as its class does."""
+    if tree_lengths is None:
+        return self.forward_whole(self, hidden_states, *args, **kwargs)
+    return _run_segments(self, hidden_states, tree_lengths)
+
+
+@torch.compiler.disable
+def _run_segments(self: Any, hidden_states: torch.Tensor, tree_lengths: tuple[TreeLengths, ...]) -> torch.Tensor:
+    """Computes a layer on hidden states (1, T, H), batch by batch of segments.
+
+    Not compiled: the batches are others in every row.
+    """
+    described = RECURRENT_LAYERS[_class_name(self)]
+    runs = row_runs(tree_lengths, hidden_states.device, pads_left=not _pads_write(self, described))
+    tokens = hidden_states.squeeze(0)
+    states, outputs = SegmentStates({}, {}), []
+    for batch in runs.batches:
+        cache = _first_states(batch, states)
+        given = {described.cache: cache, "attention_mask": batch.mask}
+        inputs = tokens.index_select(0, batch.tokens).unflatten(0, batch.shape)
+        outputs.append(self.forward_whole(self, inputs, **given).flatten(0, 1))
+        if cache is not None and batch.keeps_states:
+            states = states.joined(cache)
+    return torch.cat(outputs).index_select(0, runs.places).unsqueeze(0)
+
+
+def _pads_write(layer: torch.nn.Module, described: RecurrentLayer) -> bool:
+    """Returns whether pads write into a state: they are zeros, which become others where a bias is added to them."""
+    names = _PROJECTIONS if described.masks_convolved else (*_PROJECTIONS, _CONVOLUTION)
+    return any(
+        name.startswith(names) and parameter.endswith("bias")
+        for name, child in layer.named_children()
+        for parameter, _ in child.named_parameters()
+    )
+
+
+def _first_states(batch: RunBatch, states: SegmentStates) -> SegmentStates | None:
+    """Returns the cache of a batch; None where no states come in and none are kept."""
+    if batch.parents is not None:
+        return states.rows(batch.parents)
+    return SegmentStates({}, {}) if batch.keeps_states else None
