@@ -74,7 +74,7 @@ def assert_same_rewards(model, layout):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewards_and_gradients_are_the_models_own(family, layout):
     model = prepared(family)
-    assert supports_packed_rewards(model, 64) == (True, "every layer is full attention")
+    assert supports_packed_rewards(model, 64) == (True, "every layer keeps the sequences of a row apart")
     assert_same_rewards(model, layout)
 
 

@@ -19,6 +19,7 @@ from trl_fast.parallel.gathering import is_sharded
 from trl_fast.settings.batch_layouts import AUTO, BATCH_LAYOUTS, PADDED, BatchLayout, layouts_for
 
 from .classifier_head import HEAD, has_classifier_head
+from .layer_kinds import UNKNOWN, LayerKind, layer_kinds
 from .model_changes import changes_of
 from .scoring import give_up_fused_head
 from .segment_attention import SEGMENTS, is_replaceable, set_attention, use_segment_attention
@@ -163,7 +164,7 @@ def _best_layout(
             verdict = _try_out(model, readout, probes, name)
             if verdict.packed_ok:
                 return name, refused, verdict
-            refused[name] = f"its {name} scores differ from the single ones by {verdict.packed_error:.3g}"
+            refused[name] = verdict.mismatch(name)
             if had_segments:
                 set_attention(model, before or "sdpa")
             else:
@@ -189,27 +190,39 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
     """
     config = model.config.get_text_config()
     name = type(model).__name__
-    if getattr(model, "_is_stateful", False):
-        return False, f"{name} carries a state from token to token, which would run on from one sequence to the next"
-    kinds = set(getattr(config, "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention", "attention"}
-    if other:
-        return False, f"{name} has layers of other kinds than attention: {sorted(other)}"
+    kinds = layer_kinds(model)
+    for kind in kinds:
+        reason = _layer_refusal(kind, max_length)
+        if reason is not None:
+            return False, f"{name} {reason}"
+    if getattr(model, "_is_stateful", False) and not any(kind.is_recurrent for kind in kinds):
+        return False, f"{name} carries a state from token to token in a way that is not known"
     if getattr(config, "alibi", False):
         return False, f"{name} has ALiBi position biases"
-    if any(parameter.endswith(".sinks") for parameter, _ in model.named_parameters()):
-        return False, f"{name} has attention sinks, which flash kernels lack"
-    # Of the models that SDPA does not serve, those that cap their scores are served by PlainRowAttention.
-    served = getattr(model, "_supports_sdpa", False) or hasattr(config, "attn_logit_softcapping")
-    if not (getattr(model, "_supports_attention_backend", False) and served):
+    if not getattr(model, "_supports_attention_backend", False):
         return False, f"{name} does not take its attention function from transformers' AttentionInterface"
     if not is_replaceable(config._attn_implementation):
         return False, f"attn_implementation={config._attn_implementation!r} was chosen, which takes no segments"
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in kinds if kinds else bool(window) and getattr(config, "use_sliding_window", True)
-    if slides and window and (max_length is None or window < max_length):
-        return False, f"{name} has a sliding window of {window} tokens, shorter than max_length={max_length}"
-    return True, "every layer is full attention"
+    return True, "every layer keeps the sequences of a row apart"
+
+
+def _layer_refusal(kind: LayerKind, max_length: int | None) -> str | None:
+    """Returns why a layer cannot run rows of several sequences of at most max_length tokens; None if it can."""
+
+    def is_exceeded(limit: int | None) -> bool:
+        return limit is not None and (max_length is None or limit < max_length)
+
+    if kind.mixer == UNKNOWN:
+        return f"has layers of another kind than is known: {kind.name}"
+    if kind.is_recurrent:
+        return f"carries a state from token to token, which would run on from one sequence to the next: {kind.mixer}"
+    if kind.sinks:
+        return "has attention sinks, which flash kernels lack"
+    if is_exceeded(kind.window):
+        return f"has a sliding window of {kind.window} tokens, shorter than max_length={max_length}"
+    if is_exceeded(kind.chunk):
+        return f"has chunks of {kind.chunk} tokens, shorter than max_length={max_length}"
+    return None
 
 
 def supports_sharing(model: PreTrainedModel, *, without_dropout: bool) -> tuple[bool, str]:

@@ -1,36 +1,59 @@
-"""Compares our forward passes with the model's own, on a few short sequences before training."""
+"""Compares our forward and backward passes with the model's own, on a few short sequences before training.
+
+Scores alone do not tell whether training is right: a state that is handed from a prompt to its branches without its
+graph gives the right scores and a wrong gradient. So a gradient is compared too, that of the input embeddings, to
+which every path through the layers leads. A model with frozen or quantised weights has it as well.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from trl_fast.data.packing import MIN_SHARED_TOKENS, TokenBatch, pack_trees
+from trl_fast.data.packing import TokenBatch, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
 from trl_fast.data.token_trees import Tree
-from trl_fast.parallel.partitions import whole_in_forward
-from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
+from trl_fast.parallel.partitions import is_partitioned, whole_in_forward
+from trl_fast.settings.batch_layouts import PADDED
 
 from .classifier_head import rewards
+from .layer_kinds import mixers_of
 from .scoring import evaluating, score
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+# How far a gradient may lie from that of single sequences, as a share of it.
+GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+
+# Tokens of a prompt and of its branches. Prompts have different lengths, so that some are padded where a layer makes a
+# batch of them; one is shorter than convolutions are wide; one branch is a single token, the case of decoding.
+_SHAPES = ((21, (12, 7)), (16, (5, 1)), (2, (7, 4)))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Holds the largest differences that a verification found: in nats a token; infinite where a run failed.
+    """Holds the largest differences that a verification found.
 
-    fused_error: between the fused head and the model's own logits; packed_error: between sequences in a row of a
-    layout and the same ones alone.
+    - `fused_error`: between the fused head and the model's own logits, in nats a token.
+    - `packed_error`: between sequences in a row of a layout and the same ones alone; infinite if there was no row.
+    - `tolerance`: how large the two may be.
+    - `gradient_error`: between the gradients of that row and of the same sequences alone, as a share of them.
+    - `gradient_tolerance`: how large that may be.
+    - `failure`: why a row cannot be compared, None if it was.
     """
 
     fused_error: float
     packed_error: float
     tolerance: float
+    gradient_error: float = 0.0
+    gradient_tolerance: float = GRADIENT_TOLERANCE[torch.float32]
+    failure: str | None = None
 
     @property
     def fused_ok(self) -> bool:
@@ -40,13 +63,16 @@ class Verdict:
     @property
     def packed_ok(self) -> bool:
         """Returns whether sequences in one row agree with the same ones alone."""
-        return self.packed_error <= self.tolerance
+        scores_agree = self.packed_error <= self.tolerance
+        return self.failure is None and scores_agree and self.gradient_error <= self.gradient_tolerance
 
-
-def _device_of(model: PreTrainedModel) -> torch.device:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.device
+    def mismatch(self, layout: str) -> str:
+        """Returns what is wrong with rows of a layout that are not OK."""
+        if self.failure is not None:
+            return self.failure
+        if not self.packed_error <= self.tolerance:
+            return f"its {layout} scores differ from the single ones by {self.packed_error:.3g}"
+        return f"the gradient of its {layout} rows differs from that of single sequences by {self.gradient_error:.2g}"
 
 
 def verify(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
@@ -56,25 +82,18 @@ def verify(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | 
     silently trained on another policy. The same goes for architectures that mix the sequences of a row.
     """
     device = _device_of(model)
-    trees = [Tree(ids[:1], [ids[1:]]) for ids in sequences]
-    if layout is not None and BATCH_LAYOUTS[layout].shares_prompts:
-        trees = [Tree((ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS], [ids, ids[::-1]]) for ids in sequences]
-    alone = [pack_trees([tree], PADDED, 0).to(device) for tree in trees]
-    with evaluating(model), whole_in_forward(model):
+    trees = probe_trees(sequences, model.config.get_text_config())
+    alone = _alone(trees, 0, device)
+    row = None if layout is None else pack_trees(trees, layout, 0).to(device)
+
+    def read(batch: TokenBatch) -> torch.Tensor:
+        return score(model, batch).tokens.logprobs
+
+    with _trying_out(model):
         own = torch.cat([_own_logprobs(model, batch) for batch in alone])
-        fused = torch.cat([score(model, batch).tokens.logprobs for batch in alone])
-        fused_error = (fused - own).abs().max().item()
-        packed_error = float("inf")
-        if layout is not None:
-            together = score(model, pack_trees(trees, layout, 0).to(device)).tokens.logprobs
-            packed_error = (together - fused).abs().max().item()
-    return Verdict(fused_error, packed_error, TOLERANCE.get(model.dtype, 2e-3))
-
-
-def _own_logprobs(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
-    # The rows of one tree are of one length here, so nothing is padded.
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits.float().flatten(0, 1)
-    return logits[batch.score_positions].log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+        found = _compare(model, alone, row, read)
+    fused_error = (found.alone - own).abs().max().item()
+    return _verdict(model, fused_error, found, scale=1.0)
 
 
 def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
@@ -85,22 +104,220 @@ def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout
     Raises:
         ValueError: the model's output is not one number a sequence.
     """
-    device = _device_of(model)
-    # Two answers each to a prompt that is long enough to be shared.
-    prompts = [(ids * MIN_SHARED_TOKENS)[:MIN_SHARED_TOKENS] for ids in sequences]
-    pairs = [(prompt + ids, prompt + ids[::-1]) for prompt, ids in zip(prompts, sequences, strict=True)]
-    with evaluating(model), whole_in_forward(model):
-        rows = [torch.tensor([ids], device=device) for pair in pairs for ids in pair]
-        alone = [model(input_ids=row, use_cache=False).logits for row in rows]
-        if any(logits.shape != (1, 1) for logits in alone):
+    device, config = _device_of(model), model.config.get_text_config()
+    trees = probe_trees(sequences, config)
+    pairs = [(tree.prompt_ids + tree.branches[0], tree.prompt_ids + tree.branches[1]) for tree in trees]
+    alone = _alone(trees, config.pad_token_id, device)
+    row = None if layout is None else reward_batch(pairs, layout, config.pad_token_id).to(device)
+
+    def read(batch: TokenBatch) -> torch.Tensor:
+        return rewards(model, batch)
+
+    with _trying_out(model):
+        logits = model(input_ids=alone[0].input_ids, use_cache=False).logits
+        if logits.shape != (1, 1):
             raise ValueError(
-                f"{type(model).__name__} returns logits of shape {tuple(alone[0].shape)} for one sequence; expected "
+                f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for one sequence; expected "
                 "(1, 1), as AutoModelForSequenceClassification gives with num_labels=1"
             )
-        error = float("inf")
-        if layout is not None:
-            own = torch.cat(alone).squeeze(-1).float()
-            batch = reward_batch(pairs, layout, model.config.get_text_config().pad_token_id)
-            difference = rewards(model, batch.to(device)) - own
-            error = (difference.abs().max() / own.abs().max().clamp(min=1e-6)).item()
-    return Verdict(fused_error=0.0, packed_error=error, tolerance=TOLERANCE.get(model.dtype, 2e-3))
+        found = _compare(model, alone, row, read)
+    return _verdict(model, 0.0, found, scale=found.alone.abs().max().clamp(min=1e-6).item())
+
+
+def probe_trees(sequences: list[list[int]], config: object) -> list[Tree]:
+    """Returns short trees of two branches of the tokens of some sequences, in their order, over and over.
+
+    config: what positions a model has; trees that are longer are left out.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or float("inf")
+    tokens = itertools.cycle([token for ids in sequences for token in ids])
+
+    def take(count: int) -> list[int]:
+        return list(itertools.islice(tokens, count))
+
+    shapes = [shape for shape in _SHAPES if shape[0] + max(shape[1]) <= longest]
+    return [Tree(take(prompt), [take(branch) for branch in branches]) for prompt, branches in shapes]
+
+
+def _alone(trees: list[Tree], pad_token_id: int, device: torch.device) -> list[TokenBatch]:
+    """Returns a batch for each sequence of some trees, in order, which has no padding."""
+    sequences = [Tree(tree.prompt_ids, [branch]) for tree in trees for branch in tree.branches]
+    return [pack_trees([sequence], PADDED, pad_token_id).to(device) for sequence in sequences]
+
+
+@contextmanager
+def _trying_out(model: PreTrainedModel) -> Iterator[None]:
+    with evaluating(model), whole_in_forward(model):
+        yield
+
+
+def _verdict(model: PreTrainedModel, fused_error: float, found: _Comparison, scale: float) -> Verdict:
+    return Verdict(
+        fused_error,
+        found.packed_error / scale,
+        TOLERANCE.get(model.dtype, 2e-3),
+        found.gradient_error,
+        _gradient_tolerance(model),
+        found.failure,
+    )
+
+
+def _gradient_tolerance(model: PreTrainedModel) -> float:
+    return GRADIENT_TOLERANCE.get(model.dtype, GRADIENT_TOLERANCE[torch.float32])
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.device
+
+
+def _own_logprobs(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits.float().flatten(0, 1)
+    return logits[batch.score_positions].log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+
+
+# ---- a row beside single sequences
+
+
+class _Comparison(NamedTuple):
+    """Holds what single sequences give (N,), and how far a row of them lies from that."""
+
+    alone: torch.Tensor
+    packed_error: float = float("inf")
+    gradient_error: float = 0.0
+    failure: str | None = None
+
+
+class _Reading(NamedTuple):
+    """Holds what is read of a batch.
+
+    - `values` (N,): scores or rewards.
+    - `embeddings` (B · T, H): the gradient of a weighted sum of them in the input embeddings; None where it cannot be
+      taken.
+    - `vectors`: the gradients of some parameters.
+    """
+
+    values: torch.Tensor
+    embeddings: torch.Tensor | None = None
+    vectors: tuple[torch.Tensor, ...] = ()
+
+
+def _compare(
+    model: PreTrainedModel,
+    alone: list[TokenBatch],
+    row: TokenBatch | None,
+    read: Callable[[TokenBatch], torch.Tensor],
+) -> _Comparison:
+    """Compares what `read` finds in a row with what it finds in the batches of its sequences, one by one."""
+    if row is None:
+        return _Comparison(torch.cat([read(batch) for batch in alone]))
+    found: list[_Reading] = []
+    for batch in alone:
+        found.append(_read_with_gradient(model, batch, read, sum(len(each.values) for each in found)))
+    values = torch.cat([each.values for each in found])
+    together = _read_with_gradient(model, row, read, 0)
+    return _Comparison(
+        values,
+        packed_error=(together.values - values).abs().max().item(),
+        gradient_error=_gradient_error(alone, found, row, together, _gradient_tolerance(model)),
+    )
+
+
+def _read_with_gradient(
+    model: PreTrainedModel, batch: TokenBatch, read: Callable[[TokenBatch], torch.Tensor], start: int
+) -> _Reading:
+    """Reads a batch, and takes a gradient if it can be taken. Nothing is added to any parameter's `.grad`.
+
+    start: the number of the batch's first value among all, which says how it is weighted.
+    """
+    if any(map(is_partitioned, model.parameters())):
+        # Weights are whole in forward alone.
+        return _Reading(read(batch))
+    vectors = [weight for module in mixers_of(model) for weight in module.parameters() if _is_compared(weight)]
+    with torch.enable_grad(), _alone_trainable(model, vectors), _embeddings_as_leaf(model) as leaves:
+        values = read(batch)
+        numbers = torch.arange(start, start + len(values), device=values.device)
+        # Different for each value, without a pattern, all positive.
+        weights = 0.5 + numbers * 0.618 % 1
+        try:
+            gradients = torch.autograd.grad((values * weights).sum(), [*leaves, *vectors], allow_unused=True)
+        except RuntimeError:
+            # Some kernels of quantised layers have no backward pass: such a model trains in no layout.
+            return _Reading(values.detach())
+    given = [g if g is not None else torch.zeros_like(x) for g, x in zip(gradients, [*leaves, *vectors], strict=True)]
+    return _Reading(values.detach(), given[0].flatten(0, 1).float() if leaves else None, (*given[len(leaves) :],))
+
+
+def _is_compared(weight: torch.nn.Parameter) -> bool:
+    """Returns whether a parameter of a layer's mixer is compared: a small one that trains, such as sinks or decays."""
+    return weight.requires_grad and weight.ndim != 2
+
+
+@contextmanager
+def _alone_trainable(model: PreTrainedModel, weights: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Lets only some of the parameters that train do so within the context, so that others cost no memory."""
+    kept = {id(weight) for weight in weights}
+    others = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in kept]
+    for weight in others:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in others:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def _embeddings_as_leaf(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that receives the input embeddings of a forward pass, of which a gradient can be taken."""
+    leaves: list[torch.Tensor] = []
+
+    def keep(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield leaves
+    finally:
+        hook.remove()
+
+
+def _gradient_error(
+    alone: list[TokenBatch], found: list[_Reading], row: TokenBatch, together: _Reading, tolerance: float
+) -> float:
+    """Returns how far a row's gradients lie from the sums of those of single sequences, as a share of them.
+
+    Tokens that several sequences share are held apart from the others: where a prompt's state loses its graph, only
+    theirs are wrong.
+    """
+    if together.embeddings is None or any(each.embeddings is None for each in found):
+        return 0.0
+    places = torch.cat(_places(row))
+    parts = [each.embeddings[torch.cat(_places(batch))] for batch, each in zip(alone, found, strict=True)]  # type: ignore[index]
+    expected = torch.zeros_like(together.embeddings).index_add_(0, places, torch.cat(parts))
+    is_shared = torch.bincount(places, minlength=len(expected)) > 1
+    pairs = [(together.embeddings[chosen], expected[chosen]) for chosen in (is_shared, ~is_shared)]
+    sums = [torch.stack(each).sum(0) for each in zip(*(each.vectors for each in found), strict=True)]
+    vectors = [*zip(together.vectors, sums, strict=True)]
+    errors = [*_relative_errors(pairs, tolerance), *_relative_errors(vectors, tolerance)]
+    return torch.tensor(errors).max().item()
+
+
+def _places(batch: TokenBatch) -> list[torch.Tensor]:
+    """Returns where the tokens of each sequence stand among the flat positions of a batch."""
+    positions = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
+    return batch.by_sequence(positions.view_as(batch.input_ids))
+
+
+def _relative_errors(pairs: list[tuple[torch.Tensor, torch.Tensor]], least: float) -> list[float]:
+    """Returns how far tensors lie from the expected ones, as shares of those.
+
+    least: the share of all expected ones that is the least scale. Gradients of some parameters are zero in truth and
+    rounding in fact.
+    """
+    total = sum(expected.norm().item() ** 2 for _, expected in pairs) ** 0.5
+    return [
+        (got - expected).norm().item() / max(expected.norm().item(), least * total, 1e-30) for got, expected in pairs
+    ]

@@ -1,0 +1,137 @@
+"""Trial runs before training: a model that is wrong in one thing only is noticed, and nothing is left behind."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface
+
+from support.models import tiny_classifier, tiny_model
+from trl_fast.data.packing import MIN_SHARED_TOKENS
+from trl_fast.modeling.classifier_head import attach_classifier_head
+from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.reference_policy import freeze
+from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, segment_attention, use_segment_attention
+from trl_fast.modeling.verification import probe_trees, verify, verify_rewards
+
+SEQUENCES = [[5, 6, 7, 9, 120, 40], [8, 9, 10, 11, 77]]
+
+
+def prepared(family="llama", **changes):
+    model = tiny_model(family, **changes)
+    attach_scoring(model)
+    use_segment_attention(model)
+    return model
+
+
+def change_attention(monkeypatch, attend):
+    monkeypatch.setitem(AttentionInterface._global_mapping, SEGMENT_ATTENTION, attend)
+
+
+def test_the_short_trees():
+    config = tiny_model("llama").config
+    trees = probe_trees(SEQUENCES, config)
+    prompts = [len(tree.prompt_ids) for tree in trees]
+    # Some are shared and padded beside each other, one is shorter than a convolution is wide.
+    assert len(set(prompts)) == len(prompts) and sum(p >= MIN_SHARED_TOKENS for p in prompts) > 1 and min(prompts) < 3
+    assert min(len(branch) for tree in trees for branch in tree.branches) == 1
+    assert [token for tree in trees for token in tree.prompt_ids][:13] == [*SEQUENCES[0], *SEQUENCES[1], 5, 6]
+    config.max_position_embeddings = 21
+    assert [len(tree.prompt_ids) for tree in probe_trees(SEQUENCES, config)] == [16, 2]
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_a_prompt_whose_keys_have_no_graph_gives_a_wrong_gradient_alone(layout, monkeypatch):
+    """The scores are right; a row that shares nothing has no such prompts."""
+
+    def detached(module, query, key, value, mask, tree_lengths=None, **kwargs):
+        if tree_lengths is not None:
+            is_prompt = torch.zeros(key.shape[2], dtype=torch.bool)
+            start = 0
+            for tree in tree_lengths:
+                is_prompt[start : start + tree[0]] = len(tree) > 1
+                start += sum(tree)
+            key, value = (torch.where(is_prompt[:, None], x.detach(), x) for x in (key, value))
+        return segment_attention(module, query, key, value, mask, tree_lengths=tree_lengths, **kwargs)
+
+    model = prepared()
+    change_attention(monkeypatch, detached)
+    verdict = verify(model, SEQUENCES, layout=layout)
+    assert verdict.packed_error < 1e-4 and verdict.fused_ok
+    assert verdict.packed_ok == (layout == "packed")
+    if not verdict.packed_ok:
+        assert verdict.mismatch(layout).startswith("the gradient of its shared_prefix rows differs")
+
+
+def test_nothing_is_left_behind():
+    model = prepared("qwen2")
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    trains = [weight.requires_grad for weight in model.parameters()]
+    random = torch.get_rng_state()
+    began = time.perf_counter()
+    verdict = verify(model, SEQUENCES, layout="shared_prefix")
+    assert time.perf_counter() - began < 1
+    assert verdict.packed_ok and verdict.gradient_error < 1e-4 and verdict.packed_error < 1e-4
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert [weight.requires_grad for weight in model.parameters()] == trains
+    assert model.training and not model.model.layers[0].training
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["frozen", "lora", "bfloat16", "checkpointed"])
+def test_models_of_every_kind_are_verified_with_a_gradient(kind, monkeypatch):
+    model = prepared()
+    if kind == "frozen":
+        freeze(model)
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    if kind == "bfloat16":
+        model = model.to(torch.bfloat16)
+    if kind == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    good = verify(base_model(model), SEQUENCES, layout="shared_prefix")
+    assert good.packed_ok and good.gradient_error > 0
+
+    def detached(module, query, key, value, mask, tree_lengths=None, **kwargs):
+        # Half of the gradient, in rows alone.
+        if tree_lengths is not None:
+            value = (value + value.detach()) / 2
+        return segment_attention(module, query, key, value, mask, tree_lengths=tree_lengths, **kwargs)
+
+    change_attention(monkeypatch, detached)
+    bad = verify(base_model(model), SEQUENCES, layout="shared_prefix")
+    assert bad.packed_error <= bad.tolerance and not bad.packed_ok
+
+
+def test_a_model_without_a_backward_pass_is_compared_by_its_scores(monkeypatch):
+    """As kernels of some quantised layers."""
+    model = prepared()
+    down = model.model.layers[0].mlp.down_proj
+    monkeypatch.setattr(down, "forward", lambda x: torch.nn.functional.linear(x.detach(), down.weight.detach()))
+    layer = model.model.layers[1]
+    layer.register_forward_hook(lambda _, __, output: output.detach())
+    verdict = verify(model, SEQUENCES, layout="shared_prefix")
+    assert verdict.packed_ok and verdict.gradient_error == 0
+
+
+def test_rewards_have_a_gradient_too(monkeypatch):
+    model = tiny_classifier("llama")
+    attach_classifier_head(model)
+    use_segment_attention(model)
+    verdict = verify_rewards(model, SEQUENCES, layout="shared_prefix")
+    assert verdict.packed_ok and 0 < verdict.gradient_error < 1e-4
+
+    def detached(module, query, key, value, mask, tree_lengths=None, **kwargs):
+        if tree_lengths is not None:
+            value = value.detach()
+        return segment_attention(module, query, key, value, mask, tree_lengths=tree_lengths, **kwargs)
+
+    change_attention(monkeypatch, detached)
+    verdict = verify_rewards(model, SEQUENCES, layout="packed")
+    assert verdict.packed_error < 1e-4 and not verdict.packed_ok
