@@ -15,7 +15,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_fast.data import TokenBatch, Tree, pack_trees
+from trl_fast.data.segments import TreeLengths, num_tokens, segments_of, sequences_of
 from trl_fast.modeling.activation_offloading import offload_activations
+from trl_fast.modeling.attention.flex import FlexAttention
+from trl_fast.modeling.attention.row_attention import AttentionSpec
 from trl_fast.modeling.attention.tree_attention import tree_attention
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
@@ -61,6 +64,8 @@ def run(kit: Kit) -> None:
         "fused scores": functools.partial(check_fused_scores, kit.device),
         "many logits": functools.partial(check_many_logits, kit.device, kit.tiny),
     }
+    if kit.device.type == "cuda":
+        checks["FlexAttention"] = functools.partial(check_flex_attention, kit.device)
     for name, check in checks.items():
         passed: Counter[bool] = Counter()
         for found in to_the_end(name, check):
@@ -142,34 +147,96 @@ def check_attention(device: torch.device, scale: int = 8) -> Iterator[Checked]:
                 shapes = ((heads, tokens, width), (groups, tokens, width), (groups, tokens, width))
                 given = [torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes]
                 upstream = torch.randn(1, *shapes[0], generator=generator).to(device, dtype)
-                run = functools.partial(_attend, tree_attention, given, upstream, trees)
-                exact = functools.partial(_attend, _masked_attention, [t.double() for t in given], upstream, trees)
+                ours = functools.partial(tree_attention, trees=trees)
+                run = functools.partial(_attend, ours, given, upstream)
+                masked = functools.partial(_masked_attention, trees=trees)
+                exact = functools.partial(_attend, masked, [t.double() for t in given], upstream)
                 yield compare(what, run, exact, TOLERANCE[dtype])
 
 
-def _attend(
-    attention: Callable[..., torch.Tensor], given: list[torch.Tensor], upstream: torch.Tensor, trees: tuple
-) -> Tensors:
+class FlexCase(NamedTuple):
+    """Holds what FlexAttention is compiled for: heads, their widths, a dtype and a cap of the scores."""
+
+    heads: tuple[int, int]
+    width: int
+    value_width: int
+    dtype: torch.dtype
+    softcap: float | None
+
+    def __str__(self) -> str:
+        heads, groups = self.heads
+        widths = f"{self.width}/{self.value_width}"
+        cap = "" if self.softcap is None else f", scores capped at {self.softcap:g}"
+        return f"FlexAttention, {heads}/{groups} heads of {widths}, {self.dtype}{cap}".replace("torch.", "")
+
+
+# Gemma 4's global layers, Gemma 2 and DeepSeek's latent attention; a model in float32.
+FLEX_CASES = (
+    FlexCase((8, 1), 512, 512, torch.bfloat16, None),
+    FlexCase((8, 4), 256, 256, torch.bfloat16, 50.0),
+    FlexCase((4, 4), 192, 128, torch.float16, None),
+    FlexCase((14, 2), 64, 64, torch.float32, None),
+)
+# Rows of all lengths; the last ones nest.
+FLEX_ROWS = (((700, 120, 90), (33, 20)), ((512,),), ((1500, 40, (300, 20, 10)), (200, (5, 3, 100), 7)))
+
+
+def check_flex_attention(device: torch.device) -> Iterator[Checked]:
+    """Checks FlexAttention, compiled for a GPU, against whole masked scores, and that it is compiled once."""
+    for case in FLEX_CASES:
+        before = None
+        for trees in FLEX_ROWS:
+            generator = torch.Generator().manual_seed(0)
+            tokens = sum(map(num_tokens, trees))
+            sizes = [(case.heads[0], case.width), (case.heads[1], case.width), (case.heads[1], case.value_width)]
+            made = (torch.randn(1, tokens, *size, generator=generator).transpose(1, 2) for size in sizes)
+            given = [states.to(device, case.dtype) for states in made]
+            spec = AttentionSpec(trees, case.width**-0.5, case.softcap)
+            serves, reason = FlexAttention.supports(given[0], given[2], spec)
+            if not serves:
+                yield Checked(f"{case}: {reason}", float("inf"), 0.0)
+                break
+            upstream = torch.randn(1, case.heads[0], tokens, case.value_width, generator=generator)
+            flex = functools.partial(FlexAttention.attention, spec=spec)
+            exact = functools.partial(_masked_attention, trees=trees, softcap=case.softcap)
+            yield compare(
+                f"{case}, {trees}",
+                functools.partial(_attend, flex, given, upstream.to(device)),
+                functools.partial(_attend, exact, [t.double() for t in given], upstream.to(device)),
+                TOLERANCE[case.dtype],
+            )
+            compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            yield Checked(f"{case}, {trees}: compiled once more", 0.0 if before in (None, compiled) else 1.0, 0.0)
+            before = compiled
+
+
+def _attend(attention: Callable[..., torch.Tensor], given: list[torch.Tensor], upstream: torch.Tensor) -> Tensors:
     leaves = [tensor.detach().requires_grad_() for tensor in given]
-    out = attention(*leaves, trees)
+    out = attention(*leaves)
     gradients = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
     names = ("query", "key", "value")
     return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
 
 
 def _masked_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trees: tuple[tuple[int, ...], ...]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trees: tuple[TreeLengths, ...],
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Computes attention by the scores of all pairs of tokens, with those masked that do not see each other."""
-    ranges = [(number, branch, length) for number, tree in enumerate(trees) for branch, length in enumerate(tree)]
-    owners = torch.tensor([(n, b) for n, b, length in ranges for _ in range(length)], device=query.device)
-    tree, segment = owners.unbind(1)
-    place = torch.arange(len(tree), device=query.device)
-    same_tree, same = tree[:, None] == tree, segment[:, None] == segment
-    sees = same_tree & ((same & (place[:, None] >= place)) | (~same & (segment[:, None] > 0) & (segment == 0)))
+    segments = segments_of(trees)
+    sees = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool)
+    for sequence in sequences_of(trees):
+        tokens = [torch.arange(segments[number].start, segments[number].end) for number in sequence]
+        places = torch.cat(tokens)
+        sees[places[:, None], places] = places[:, None] >= places
     repeats = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    sees = sees.to(query.device)
     return scores.masked_fill(~sees, float("-inf")).softmax(-1) @ value
 
 
@@ -206,7 +273,7 @@ def score_and_gradient(model: torch.nn.Module, layout: str, device: torch.device
 def check_layouts(device: torch.device) -> Iterator[Checked]:
     """Checks a small random model in rows without padding, then its MLPs in tiles, then offloaded activations.
 
-    In float32 a GPU has no flash kernel, so that attention there is by plain PyTorch.
+    In float32 a GPU has no flash kernel: attention of these short rows is by plain PyTorch.
     """
     pairs = some_pairs()
     for dtype in (torch.float32, torch.bfloat16):

@@ -16,6 +16,7 @@ from benchmarks.gpu_kit.gpu_timing import Clock, Timed
 from benchmarks.gpu_kit.phases import PLANS, Phase
 from benchmarks.gpu_kit.summary import MOST_CHARACTERS, print_summary
 from support.triton_interpreter import interpreted_kernels
+from trl_fast.modeling.attention import block_masks, flex
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 
 CPU = torch.device("cpu")
@@ -153,8 +154,35 @@ def test_checks_fail_where_it_is_not(op, check, wrong_for, monkeypatch):
 def test_wrong_attention_is_found(monkeypatch):
     right = correctness.tree_attention
     assert all(entry.ok for entry in correctness.check_attention(CPU, scale=1))
-    monkeypatch.setattr(correctness, "tree_attention", lambda *given: 1.1 * right(*given))
+    monkeypatch.setattr(correctness, "tree_attention", lambda *given, **options: 1.1 * right(*given, **options))
     assert not any(entry.ok for entry in correctness.check_attention(CPU, scale=1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["nothing", *(pytest.param(what, marks=pytest.mark.slow) for what in ("numbers", "lengths"))],
+)
+def test_flex_attention_is_checked_with_its_compilations(wrong, monkeypatch):
+    """Its code for a GPU, which is not there, by a backend that runs it as it is."""
+    compiled = torch.compile(flex._attend, dynamic=False, fullgraph=True, backend="eager")
+    right = flex.FlexAttention.attention
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex.FlexAttention, "supports", lambda *_: (True, ""))
+    monkeypatch.setattr(correctness, "FLEX_CASES", (correctness.FlexCase((4, 2), 24, 16, torch.float32, 2.0),))
+    monkeypatch.setattr(correctness, "FLEX_ROWS", (((70, 20, 9),), ((30, (12, 5, 4), 7), (3, 1))))
+    if wrong == "numbers":
+        monkeypatch.setattr(flex.FlexAttention, "attention", lambda *given, spec: 1.1 * right(*given, spec))
+    if wrong == "lengths":
+        monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda *_: None)
+    for forget in (block_masks.block_mask.cache_clear, torch._dynamo.reset):
+        forget()
+    failed = [entry.what for entry in correctness.check_flex_attention(CPU) if not entry.ok]
+    for forget in (block_masks.block_mask.cache_clear, torch._dynamo.reset):
+        forget()
+    name = "FlexAttention, 4/2 heads of 24/16, float32, scores capped at 2, "
+    again = [f"{name}{correctness.FLEX_ROWS[1]}: compiled once more"]
+    assert len(failed) == 2 if wrong == "numbers" else failed == (again if wrong == "lengths" else []), failed
 
 
 def test_what_raises_is_a_failed_check(monkeypatch):
