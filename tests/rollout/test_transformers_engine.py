@@ -1,20 +1,24 @@
 """Generation by transformers: equal to its own `generate`, with each prompt read once."""
 
+import re
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from transformers import GenerationConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from support.models import tiny_model
+from support.families import HYBRIDS, WINDOWED
+from support.models import tiny_config, tiny_model
 from support.tokenizer import build_tokenizer
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.rollout import SamplingSettings, TransformersEngine
-from trl_fast.rollout.transformers_engine import can_share_prompts
+from trl_fast.rollout.prompt_cache import why_prompts_are_not_shared
+from trl_fast.rollout.transformers_engine import _say_once
 
 END, PAD = 1, 2
 GREEDY = SamplingSettings(12, generation_kwargs={"do_sample": False})
-# Groups of two and three, one prompt that comes once, one of a single token.
-LENGTHS = {5: 3, 20: 2, 1: 2, 9: 1}
+# Groups of two and three, one prompt that comes once, one of two tokens.
+LENGTHS = {5: 3, 20: 2, 2: 2, 9: 1}
 
 
 @pytest.fixture
@@ -46,14 +50,33 @@ def tokens_read(model):
     return shapes
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma", "qwen3_moe", "gemma2", "mistral"])
+# The others of their kinds are slow tests.
+QUICK = ["lfm2", "gemma4_text"]
+TODAY = {**HYBRIDS, **WINDOWED}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *["llama", "gpt2", pytest.param("qwen3_moe", marks=pytest.mark.slow)],
+        *(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TODAY),
+    ],
+)
 def test_greedy_equals_single_forwards(family, prompts):
-    changes = {"mistral": {"sliding_window": 8}}.get(family, {})
-    model = tiny_model(family, **changes)
+    """Whose prompts are read once: keys and values, windows of them, and states of recurrent layers."""
+    model = tiny_model(family, **TODAY.get(family, {}))
+    shapes = tokens_read(model)
     rollout = TransformersEngine(model, {END}, PAD).generate(prompts, GREEDY)
+    assert shapes[:2] == [(4, 19), (8, 1)]
     assert rollout.completion_ids == greedy_one_by_one(model, prompts)
     assert rollout.prompt_ids == prompts
     assert rollout.logprobs is None
+    width = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=END, pad_token_id=PAD)
+    rows = model.eval().generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    assert rollout.completion_ids == [row[: row.index(END) + 1] if END in row else row for row in rows]
 
 
 def test_a_prompt_is_read_once(prompts):
@@ -62,7 +85,7 @@ def test_a_prompt_is_read_once(prompts):
     TransformersEngine(model, {END}, PAD).generate(
         prompts, SamplingSettings(3, generation_kwargs={"min_new_tokens": 3})
     )
-    assert shapes == [(4, 20)] + [(8, 1)] * 3
+    assert shapes == [(4, 19)] + [(8, 1)] * 3
 
 
 def test_different_prompts_are_read_together(prompts):
@@ -75,22 +98,64 @@ def test_different_prompts_are_read_together(prompts):
     assert shapes == [(2, 20), (2, 1)]
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "settings", "shares"),
-    [
-        ("llama", {}, {}, True),
-        ("llama", {}, {"cache_implementation": "dynamic"}, False),
-        ("llama", {}, {"cache_implementation": "static"}, False),
-        ("llama", {}, {"use_cache": False}, False),
-        ("mistral", {"sliding_window": 8}, {}, False),
-        ("gemma2", {}, {}, False),
-        ("mamba", {}, {}, False),
-        ("falcon_h1", {}, {}, False),
-    ],
-)
-def test_which_models_share(family, changes, settings, shares):
-    config = GenerationConfig(**{"use_cache": True, **settings})
-    assert can_share_prompts(tiny_model(family, **changes), config) == shares
+NOT_SHARED = {
+    "a named cache": ("llama", {}, {"cache_implementation": "dynamic"}, "cache_implementation='dynamic'"),
+    "no cache": ("llama", {}, {"use_cache": False}, "use_cache=False"),
+    "chunks": ("llama", {}, {"prefill_chunk_size": 4}, "prefill_chunk_size=4"),
+    "beams": ("llama", {}, {"num_beams": 2}, "num_beams=2: each beam"),
+    "one token": ("llama", {}, {}, "a prompt has one token only"),
+    "no attention": ("mamba", {}, {}, "MambaForCausalLM has a cache of its own kind"),
+    "a cache of its own": ("minimax", {"num_local_experts": 4}, {}, "MiniMaxForCausalLM has a cache of its own kind"),
+    "compressed keys": ("deepseek_v4", {}, {}, "rows cannot be repeated: DeepseekV4HCACache"),
+    "states in layers": (
+        "recurrent_gemma",
+        {"block_types": ["recurrent", "attention"], "attention_window_size": 6},
+        {},
+        "layers of RecurrentGemmaForCausalLM keep states themselves",
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "changes", "settings", "reason"), NOT_SHARED.values(), ids=NOT_SHARED)
+def test_why_prompts_are_not_shared(family, changes, settings, reason, prompts, caplog):
+    """It is said once, and the prompts are given to `generate` as they are."""
+    model = tiny_model(family, **changes)
+    prompts += [[5]] * ("one token" in reason)
+    shapes = tokens_read(model)
+    engine = TransformersEngine(model, {END}, PAD)
+    _say_once.cache_clear()
+    for _ in range(2):
+        engine.generate(prompts, SamplingSettings(1, generation_kwargs=settings))
+    (record,) = [record for record in caplog.records if record.name.startswith("trl_fast")]
+    assert re.search(f"each prompt once a completion: .*{reason}", record.message)
+    assert all(rows >= len(prompts) for rows, _ in shapes)
+
+
+def test_virtual_tokens_are_not_shared():
+    model = get_peft_model(tiny_model(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    reason = why_prompts_are_not_shared(model, GenerationConfig(use_cache=True))
+    assert "PREFIX_TUNING puts virtual tokens in front of prompts" in reason
+
+
+def test_random_numbers_are_those_of_a_plain_generation(prompts):
+    """Sampled completions do not depend on whether prompts are read once."""
+    sampled = []
+    for shared in (True, False):
+        torch.manual_seed(0)
+        settings = SamplingSettings(6, generation_kwargs=None if shared else {"cache_implementation": "dynamic"})
+        sampled.append(TransformersEngine(tiny_model(), {END}, PAD).generate(prompts, settings).completion_ids)
+    assert sampled[0] == sampled[1]
+
+
+def test_text_for_a_model_that_reads_images(prompts):
+    """Whose positions have three axes, which the model keeps beside the cache."""
+    text = tiny_config("qwen3_5_text", **HYBRIDS["qwen3_5_text"]).to_dict()
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    config = Qwen3_5Config(text_config=text, vision_config=vision)
+    model = Qwen3_5ForConditionalGeneration._from_config(config).float()
+    rollout = TransformersEngine(model, {END}, PAD).generate(prompts, GREEDY)
+    assert rollout.completion_ids == greedy_one_by_one(model, prompts)
 
 
 def test_static_cache_gives_the_same(prompts):
@@ -194,8 +259,6 @@ def test_generation_kwargs_are_those_of_generate(given, prompts):
     state = torch.get_rng_state()
     engine.try_out(settings)
     assert torch.equal(torch.get_rng_state(), state)
-    # No prompt that comes again, whose sharing takes a random number more.
-    prompts = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
     torch.manual_seed(0)
     completions = engine.generate(prompts, settings).completion_ids
     given = {name: value for name, value in given.items() if value is not None}

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
-from trl_fast.rollout.transformers_engine import CACHE_ARGUMENT
+from trl_fast.rollout.prompt_cache import CACHE_ARGUMENT, new_cache, repeat_rows
 
 from .device_facts import PADDED_ATTENTION
 from .memory_timeline import GENERATION_STAGE, PROMPTS_STAGE
@@ -42,7 +42,7 @@ def simulate_generation(
     config = inner.config.get_text_config(decoder=True)
     before = config._attn_implementation
     inner.set_attn_implementation(PADDED_ATTENTION)
-    cache = DynamicCache(config=config)
+    cache = new_cache(policy)
     try:
         with evaluating(policy), setup.autocast():
             enter(PROMPTS_STAGE)
@@ -50,7 +50,7 @@ def simulate_generation(
             enter(GENERATION_STAGE)
             if what.completions > what.prompts:
                 rows = torch.arange(what.prompts).repeat_interleave(-(-what.completions // what.prompts))
-                cache.batch_select_indices(rows[: what.completions])
+                repeat_rows(policy, cache, rows[: what.completions])
             for layer in cache.layers:
                 grow(layer, what.total_tokens - 1)
             _sample(policy, cache, what.completions, 1)

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from transformers import (
-    DynamicCache,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.cache_utils import DynamicLayer
-from transformers.generation.utils import ALL_CACHE_NAMES
 
-from trl_fast.modeling.loading import base_model
 from trl_fast.parallel.agreement import largest_over_ranks
 from trl_fast.parallel.partitions import whole_in_forward
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.ranges import COUNT
 
 from .engine import Rollout, SamplingSettings, check_prompts
+from .prompt_cache import CACHE_ARGUMENT, Model, prompt_cache, why_prompts_are_not_shared
 
-# What models and `generate` call the cache: "cache" in newer releases, "past_key_values" before.
-CACHE_ARGUMENT: str = ALL_CACHE_NAMES[0]
 # Arguments of `generate` that would give something else than one row of tokens a prompt.
 _ONE_ROW_EACH = {"num_return_sequences": 1, "return_dict_in_generate": False}
 
-Model = PreTrainedModel | PeftModel
+logger = logging.getLogger(__name__)
 
 
 class TransformersEngine:
-    """Samples from the policy itself. Keys and values of a prompt are computed once, for all of its completions.
+    """Samples from the policy itself. What the model keeps of a prompt is computed once, for all of its completions.
 
     The model is in eval mode while it generates, so dropout is off, unlike in TRL; its modes come back afterwards.
 
@@ -86,8 +81,8 @@ class TransformersEngine:
         stops = self._stop_strings(config, input_ids.shape[1])
         with self.gathered_weights() as together, _generating(model), torch.no_grad():
             inputs["synced_gpus"] = together
-            if can_share_prompts(model, config) and _are_shared(prompt_ids, together):
-                inputs[CACHE_ARGUMENT] = self._prompt_cache(model, prompt_ids, **inputs)
+            if self._shares_prompts(prompt_ids, model, config, together):
+                inputs[CACHE_ARGUMENT] = prompt_cache(model, prompt_ids, self.pad_token_id, **inputs)
             with _naming_extremes(config):
                 rows = model.generate(
                     **inputs, generation_config=config, tokenizer=self.tokenizer, stopping_criteria=stops
@@ -140,6 +135,25 @@ class TransformersEngine:
             return error
         return None
 
+    def _shares_prompts(
+        self, prompt_ids: list[list[int]], model: Model, config: GenerationConfig, together: bool
+    ) -> bool:
+        """Says whether each different prompt is computed once; where it is not but comes again, says why, once a run.
+
+        together: whether all processes make their forwards together, so that all of them have to do the same.
+        """
+        any_process = largest_over_ranks if together else int
+        occur_again = any_process(int(len({*map(tuple, prompt_ids)}) < len(prompt_ids)))
+        are_short = any_process(int(min(map(len, prompt_ids)) == 1))
+        if not occur_again:
+            return False
+        reason = why_prompts_are_not_shared(model, config)
+        if are_short:
+            reason = "a prompt has one token only, of which nothing comes before its last"
+        if reason is not None:
+            _say_once(reason)
+        return reason is None
+
     def _generation_config(self, model: Model, settings: SamplingSettings) -> GenerationConfig:
         """Returns the settings of a generation; where they are silent, the model's generation config has the say."""
         extra = {name: value for name, value in (settings.generation_kwargs or {}).items() if value is not None}
@@ -181,70 +195,10 @@ class TransformersEngine:
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    def _prompt_cache(
-        self,
-        model: Model,
-        prompt_ids: list[list[int]],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        synced_gpus: bool,
-    ) -> DynamicCache:
-        """Returns keys and values of each prompt but its last token, whose logits count."""
-        prompts = [tuple(prompt) for prompt in prompt_ids]
-        # The first row of each different prompt.
-        first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
-        rows = sorted(first.values())
-        cache = DynamicCache(config=_cache_config(model))
-        # One token that nobody reads: so the model gets its prompts in exactly the way that `generate` gives them.
-        config = GenerationConfig(
-            max_new_tokens=1, do_sample=True, pad_token_id=self.pad_token_id, use_cache=True, disable_compile=True
-        )
-        cast("Any", model).generate(
-            input_ids=input_ids[rows],
-            attention_mask=attention_mask[rows],
-            generation_config=config,
-            synced_gpus=synced_gpus,
-            **{CACHE_ARGUMENT: cache},
-        )
-        cache.crop(-1)
-        place = {row: index for index, row in enumerate(rows)}
-        cache.batch_select_indices(torch.tensor([place[first[prompt]] for prompt in prompts], device=input_ids.device))
-        return cache
 
-
-def _are_shared(prompt_ids: list[list[int]], together: bool) -> bool:
-    """Tells whether prompts occur more than once, and have more than one token: `together` in any of the processes."""
-    are_short = max(map(len, prompt_ids)) == 1
-    occur_again = len({*map(tuple, prompt_ids)}) < len(prompt_ids)
-    if not together:
-        return occur_again and not are_short
-    return largest_over_ranks(int(occur_again)) > 0 and not largest_over_ranks(int(are_short))
-
-
-def can_share_prompts(model: Model, config: GenerationConfig) -> bool:
-    """Says whether keys and values of a prompt can be computed once and handed to `generate` for several rows.
-
-    Every layer must keep all keys and values and nothing else: states of state-space layers, sliding windows and
-    caches of a fixed size are left to `generate`.
-    """
-    # `generate` takes either the name of a cache or a cache.
-    named = config.cache_implementation or model.generation_config.cache_implementation
-    if named is not None or not config.use_cache or config.prefill_chunk_size is not None:
-        return False
-    # Each beam would need a copy of the cache.
-    if (config.num_beams or 1) > 1:
-        return False
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False
-    inner = base_model(model)
-    if inner.config.is_encoder_decoder or getattr(inner, "_is_stateful", False):
-        return False
-    layers = DynamicCache(config=_cache_config(model)).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
-def _cache_config(model: Model) -> Any:
-    return base_model(model).config.get_text_config(decoder=True)
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning(f"Generation computes each prompt once a completion: {reason}.")
 
 
 def _check_names(given: dict[str, Any]) -> None:
