@@ -10,9 +10,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface
 
 from support.models import tiny_classifier, tiny_model
-from trl_fast.data.packing import MIN_SHARED_TOKENS
+from trl_fast.data.packing import MIN_SHARED_TOKENS, pack_trees
+from trl_fast.data.segments import segments_of
 from trl_fast.modeling.classifier_head import attach_classifier_head
 from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.recurrent_layers import SegmentStates
 from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, segment_attention, use_segment_attention
@@ -38,8 +40,10 @@ def test_the_short_trees():
     prompts = [len(tree.prompt_ids) for tree in trees]
     # Some are shared and padded beside each other, one is shorter than a convolution is wide.
     assert len(set(prompts)) == len(prompts) and sum(p >= MIN_SHARED_TOKENS for p in prompts) > 1 and min(prompts) < 3
-    assert min(len(branch) for tree in trees for branch in tree.branches) == 1
-    assert [token for tree in trees for token in tree.prompt_ids][:13] == [*SEQUENCES[0], *SEQUENCES[1], 5, 6]
+    assert trees[0].prompt_ids[:13] == [*SEQUENCES[0], *SEQUENCES[1], 5, 6]
+    lengths = pack_trees(trees, "shared_prefix", 0).tree_lengths
+    assert max(segment.depth for segment in segments_of(lengths)) == 2
+    assert min(segment.length for segment in segments_of(lengths)) == 1
     config.max_position_embeddings = 21
     assert [len(tree.prompt_ids) for tree in probe_trees(SEQUENCES, config)] == [16, 2]
 
@@ -51,10 +55,8 @@ def test_a_prompt_whose_keys_have_no_graph_gives_a_wrong_gradient_alone(layout, 
     def detached(module, query, key, value, mask, tree_lengths=None, **kwargs):
         if tree_lengths is not None:
             is_prompt = torch.zeros(key.shape[2], dtype=torch.bool)
-            start = 0
-            for tree in tree_lengths:
-                is_prompt[start : start + tree[0]] = len(tree) > 1
-                start += sum(tree)
+            for segment in segments_of(tree_lengths):
+                is_prompt[segment.start : segment.end] = segment.is_continued
             key, value = (torch.where(is_prompt[:, None], x.detach(), x) for x in (key, value))
         return segment_attention(module, query, key, value, mask, tree_lengths=tree_lengths, **kwargs)
 
@@ -65,6 +67,38 @@ def test_a_prompt_whose_keys_have_no_graph_gives_a_wrong_gradient_alone(layout, 
     assert verdict.packed_ok == (layout == "packed")
     if not verdict.packed_ok:
         assert verdict.mismatch(layout).startswith("the gradient of its shared_prefix rows differs")
+
+
+STATEFUL = {
+    "qwen3_next": {
+        **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4},
+        **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "mlp_only_layers": [0, 1]},
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+def without_graph(states, numbers):
+    return RIGHT_ROWS(SegmentStates({k: v.detach() for k, v in states.conv.items()}, states.recurrent), numbers)
+
+
+def of_the_tree_before(states, numbers):
+    return RIGHT_ROWS(states, numbers.roll(1))
+
+
+RIGHT_ROWS = SegmentStates.rows
+
+
+@pytest.mark.parametrize("rows", [None, without_graph, of_the_tree_before])
+@pytest.mark.parametrize("family", STATEFUL)
+def test_states_without_a_graph_and_of_another_prompt(family, rows, monkeypatch):
+    model = prepared(family, **STATEFUL[family])
+    if rows is not None:
+        monkeypatch.setattr(SegmentStates, "rows", rows)
+    verdict = verify(model, SEQUENCES, layout="shared_prefix")
+    assert verdict.fused_ok and verdict.packed_ok == (rows is None)
+    assert (verdict.packed_error < 1e-4) == (rows is not of_the_tree_before)
+    assert verify(model, SEQUENCES, layout="packed").packed_ok
 
 
 def test_nothing_is_left_behind():

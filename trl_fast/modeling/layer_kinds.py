@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from trl_fast.parallel.engines import original_class
+
 ATTENTION, UNKNOWN = "attention", "unknown"
 GATED_DELTA_NET, DELTA_ATTENTION = "Gated DeltaNet", "Kimi Delta Attention"
 SHORT_CONVOLUTION, LIGHTNING_ATTENTION = "short convolution", "lightning attention"
@@ -121,14 +123,14 @@ def mixers_of(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 def recurrent_mixer(module: nn.Module) -> str | None:
     """Returns which value of RECURRENT_MIXERS a module is, None if it is none of them."""
-    name = type(module).__name__
+    name = original_class(module).__name__
     return next((mixer for ending, mixer in RECURRENT_MIXERS.items() if name.endswith(ending)), None)
 
 
 def _mixers(module: nn.Module) -> Iterator[nn.Module]:
     """Yields the outermost modules in a layer that mix tokens; a convolution outside of them is one of its own."""
     for child in module.children():
-        is_attention = type(child).__name__.endswith(_ATTENTION_ENDINGS)
+        is_attention = original_class(child).__name__.endswith(_ATTENTION_ENDINGS)
         if is_attention or recurrent_mixer(child) or isinstance(child, nn.Conv1d):
             yield child
         else:
@@ -136,7 +138,7 @@ def _mixers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _kind_of(module: Any, layer: int, kind: str | None, config: PretrainedConfig) -> LayerKind:
-    name, mixer, convolution = type(module).__name__, recurrent_mixer(module), _convolution(module)
+    name, mixer, convolution = original_class(module).__name__, recurrent_mixer(module), _convolution(module)
     if mixer is not None:
         return LayerKind(layer, mixer, name, convolution=convolution)
     if convolution or (kind is not None and kind not in _KNOWN_TYPES):

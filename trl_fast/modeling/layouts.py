@@ -8,6 +8,7 @@ declarations are read first, then its numbers are compared on a few short sequen
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,12 +16,14 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from trl_fast.parallel.agreement import decided_by_first
+from trl_fast.parallel.engines import original_class
 from trl_fast.parallel.gathering import is_sharded
 from trl_fast.settings.batch_layouts import AUTO, BATCH_LAYOUTS, PADDED, BatchLayout, layouts_for
 
 from .classifier_head import HEAD, has_classifier_head
-from .layer_kinds import UNKNOWN, LayerKind, layer_kinds
+from .layer_kinds import UNKNOWN, LayerKind, layer_kinds, mixers_of, recurrent_mixer
 from .model_changes import changes_of
+from .recurrent_layers import RECURRENT_LAYERS
 from .scoring import give_up_fused_head
 from .segment_attention import SEGMENTS, is_replaceable, set_attention, use_segment_attention
 from .verification import Verdict, verify, verify_rewards
@@ -199,11 +202,24 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
         return False, f"{name} carries a state from token to token in a way that is not known"
     if getattr(config, "alibi", False):
         return False, f"{name} has ALiBi position biases"
-    if not getattr(model, "_supports_attention_backend", False):
+    if not _takes_attention_functions(model):
         return False, f"{name} does not take its attention function from transformers' AttentionInterface"
     if not is_replaceable(config._attn_implementation):
         return False, f"attn_implementation={config._attn_implementation!r} was chosen, which takes no segments"
     return True, "every layer keeps the sequences of a row apart"
+
+
+def _takes_attention_functions(model: PreTrainedModel) -> bool:
+    """Returns whether a model's attention is the function that is registered under a name.
+
+    transformers declares it of no model with a state: their modules tell.
+    """
+    if getattr(model, "_supports_attention_backend", False) or not getattr(model, "_is_stateful", False):
+        return getattr(model, "_supports_attention_backend", False)
+    return all(
+        recurrent_mixer(module) or hasattr(sys.modules[original_class(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+        for module in mixers_of(model)
+    )
 
 
 def _layer_refusal(kind: LayerKind, max_length: int | None) -> str | None:
@@ -214,8 +230,8 @@ def _layer_refusal(kind: LayerKind, max_length: int | None) -> str | None:
 
     if kind.mixer == UNKNOWN:
         return f"has layers of another kind than is known: {kind.name}"
-    if kind.is_recurrent:
-        return f"carries a state from token to token, which would run on from one sequence to the next: {kind.mixer}"
+    if kind.is_recurrent and kind.name not in RECURRENT_LAYERS:
+        return f"carries a state from token to token, which would run on to the next sequence: {kind.mixer}"
     if kind.sinks:
         return "has attention sinks, which flash kernels lack"
     if is_exceeded(kind.window):

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from trl_fast.data.packing import TokenBatch, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
-from trl_fast.data.token_trees import Tree
+from trl_fast.data.segments import TreeLengths
+from trl_fast.data.token_trees import Tree, tree_sequences
 from trl_fast.parallel.partitions import is_partitioned, whole_in_forward
 from trl_fast.settings.batch_layouts import PADDED
 
@@ -31,9 +32,10 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 # How far a gradient may lie from that of single sequences, as a share of it.
 GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 
-# Tokens of a prompt and of its branches. Prompts have different lengths, so that some are padded where a layer makes a
-# batch of them; one is shorter than convolutions are wide; one branch is a single token, the case of decoding.
-_SHAPES = ((21, (12, 7)), (16, (5, 1)), (2, (7, 4)))
+# Tokens of a prompt and of what continues it; one completion goes on in two ways. Prompts have different lengths, so
+# that some are padded where a layer makes a batch of them; one is shorter than convolutions are wide; one completion
+# is a single token, as in decoding.
+_SHAPES: tuple[TreeLengths, ...] = ((21, 12, (17, 5, 3)), (16, 5, 1), (2, 7, 4))
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,8 @@ def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout
         ValueError: the model's output is not one number a sequence.
     """
     device, config = _device_of(model), model.config.get_text_config()
-    trees = probe_trees(sequences, config)
-    pairs = [(tree.prompt_ids + tree.branches[0], tree.prompt_ids + tree.branches[1]) for tree in trees]
-    alone = _alone(trees, config.pad_token_id, device)
+    pairs = [_first_pair(tree) for tree in probe_trees(sequences, config)]
+    alone = _alone([Tree([], [*pair]) for pair in pairs], config.pad_token_id, device)
     row = None if layout is None else reward_batch(pairs, layout, config.pad_token_id).to(device)
 
     def read(batch: TokenBatch) -> torch.Tensor:
@@ -125,24 +126,36 @@ def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout
 
 
 def probe_trees(sequences: list[list[int]], config: object) -> list[Tree]:
-    """Returns short trees of two branches of the tokens of some sequences, in their order, over and over.
+    """Returns short trees of the tokens of some sequences, in their order, over and over.
 
-    config: what positions a model has; trees that are longer are left out.
+    config: says how many positions a model has; trees that are longer are left out.
     """
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     tokens = itertools.cycle([token for ids in sequences for token in ids])
+    trees = [_tree_of(shape, tokens) for shape in _SHAPES]
+    return [tree for tree in trees if max(len(each.ids) for each in tree_sequences(tree)) <= longest]
 
-    def take(count: int) -> list[int]:
-        return list(itertools.islice(tokens, count))
 
-    shapes = [shape for shape in _SHAPES if shape[0] + max(shape[1]) <= longest]
-    return [Tree(take(prompt), [take(branch) for branch in branches]) for prompt, branches in shapes]
+def _tree_of(shape: TreeLengths, tokens: Iterator[int]) -> Tree:
+    """Returns a tree of the next tokens."""
+    length, *children = shape
+    assert isinstance(length, int), "a tree begins with the length of its first segment"
+    ids = list(itertools.islice(tokens, length))
+    return Tree(
+        ids, [_tree_of(c, tokens) if isinstance(c, tuple) else [*itertools.islice(tokens, c)] for c in children]
+    )
+
+
+def _first_pair(tree: Tree) -> tuple[list[int], list[int]]:
+    first, second, *_ = tree_sequences(tree)
+    return first.ids, second.ids
 
 
 def _alone(trees: list[Tree], pad_token_id: int, device: torch.device) -> list[TokenBatch]:
     """Returns a batch for each sequence of some trees, in order, which has no padding."""
-    sequences = [Tree(tree.prompt_ids, [branch]) for tree in trees for branch in tree.branches]
-    return [pack_trees([sequence], PADDED, pad_token_id).to(device) for sequence in sequences]
+    sequences = [each for tree in trees for each in tree_sequences(tree)]
+    single = [Tree(each.ids[: each.start], [each.ids[each.start :]]) for each in sequences]
+    return [pack_trees([tree], PADDED, pad_token_id).to(device) for tree in single]
 
 
 @contextmanager
