@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_fast.data.segments import num_tokens, segments_of
-from trl_fast.modeling.segment_runs import BATCH_COST, MIN_CONTINUED_TOKENS, row_runs
+from trl_fast.modeling.segment_runs import BATCH_COST, MIN_CONTINUED_TOKENS, States, row_runs
 
 CPU = torch.device("cpu")
 ROWS = {
@@ -32,10 +32,10 @@ def paths(trees):
     return found
 
 
-@pytest.mark.parametrize("pads_left", [True, False], ids=["pads on the left", "no pads on the left"])
+@pytest.mark.parametrize("kind", States, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("trees", ROWS.values(), ids=ROWS)
-def test_each_token_runs_behind_the_tokens_of_its_sequence(trees, pads_left):
-    runs = row_runs(trees, CPU, pads_left=pads_left)
+def test_each_token_runs_behind_the_tokens_of_its_sequence(trees, kind):
+    runs = row_runs(trees, CPU, kind)
     expected, histories, outputs = paths(trees), [], []
     for batch in runs.batches:
         count, width = batch.shape
@@ -46,7 +46,8 @@ def test_each_token_runs_behind_the_tokens_of_its_sequence(trees, pads_left):
             history = [] if batch.parents is None else list(histories[batch.parents[row]])
             outputs += [[*history, *real[:i]] for i in range(-(width - len(real)), len(real))]
             if batch.keeps_states:
-                assert mask[row, -1] and (pads_left and batch.parents is None or mask.all())
+                assert kind is not States.NONE and mask[row, -1]
+                assert mask.all() or (kind is States.PADDED_LEFT and batch.parents is None)
                 histories.append([*history, *real])
         if batch.parents is not None:
             assert width >= MIN_CONTINUED_TOKENS

@@ -7,9 +7,11 @@ mathematics of a layer and its kernels stay its own; here states keep their grap
 
 from __future__ import annotations
 
+import functools
 import types
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,8 @@ from transformers import PreTrainedModel
 from trl_fast.data.segments import TreeLengths
 from trl_fast.parallel.engines import original_class
 
-from .model_changes import Change, unbound_forward
-from .segment_runs import RunBatch, row_runs
+from .model_changes import Change, replaced_forward, unbound_forward
+from .segment_runs import RunBatch, States, row_runs
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,39 @@ class RecurrentLayer:
 
     - `cache`: the keyword by which its forward takes a cache.
     - `masks_convolved`: whether its forward masks pads once more behind its convolution, and so undoes the bias there.
+    - `goes_on`: whether its forward goes on from a state with more than one token.
+    - `gets_keywords`: whether the decoder layer around it hands on the keywords that it does not know.
     """
 
     cache: str = "cache_params"
     masks_convolved: bool = False
+    goes_on: bool = True
+    gets_keywords: bool = True
 
 
+_DELTA_RULE = RecurrentLayer()
+_MAMBA2 = RecurrentLayer(masks_convolved=True)
+_MAMBA1 = RecurrentLayer(goes_on=False)
 _SHORT_CONVOLUTION = RecurrentLayer(cache="past_key_values")
 # By the name of the class in transformers. A family is added by a line here; tests compare it with padded sequences.
 RECURRENT_LAYERS = {
-    "Qwen3NextGatedDeltaNet": RecurrentLayer(),
+    "Qwen3NextGatedDeltaNet": _DELTA_RULE,
+    "Qwen3_5GatedDeltaNet": _DELTA_RULE,
+    "Qwen3_5MoeGatedDeltaNet": _DELTA_RULE,
+    "OlmoHybridGatedDeltaNet": _DELTA_RULE,
+    "KimiLinearDeltaAttention": _DELTA_RULE,
+    "BailingHybridDeltaAttention": _DELTA_RULE,
     "Lfm2ShortConv": _SHORT_CONVOLUTION,
+    "Lfm2MoeShortConv": _SHORT_CONVOLUTION,
+    "Lfm3ShortConv": _SHORT_CONVOLUTION,
+    "BambaMixer": _MAMBA2,
+    "GraniteMoeHybridMambaLayer": _MAMBA2,
+    "NemotronHMamba2Mixer": _MAMBA2,
+    "FalconH1Mixer": _MAMBA2,
+    "Zamba2MambaMixer": _MAMBA2,
+    "ZambaMambaMixer": _MAMBA1,
+    "JambaMambaMixer": replace(_MAMBA1, gets_keywords=False),
+    "Mamba2Mixer": _MAMBA2,
 }
 # How the projections in front of a convolution, and the convolution, are called.
 _PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
@@ -125,6 +149,34 @@ def use_recurrent_segments(model: PreTrainedModel, change: Change) -> None:
     for layer in recurrent_layers_of(model).values():
         change.set(layer, "forward_whole", unbound_forward(layer))
         change.set(layer, "forward", types.MethodType(_forward, layer))
+    for module in model.modules():
+        if any(not RECURRENT_LAYERS[_class_name(layer)].gets_keywords for layer in _children(module)):
+            change.set_class(module, _handing_on(cast("Any", type(module))))
+
+
+def _children(module: torch.nn.Module) -> list[torch.nn.Module]:
+    return [child for child in module.children() if _class_name(child) in RECURRENT_LAYERS]
+
+
+class HandsLengthsOn(torch.nn.Module):
+    """Stands before the class of a decoder layer that keeps the trees' lengths to itself.
+
+    It is a class, since activation checkpointing computes a layer again by the forward of its class.
+    """
+
+    def forward(self, *args: Any, tree_lengths: tuple[TreeLengths, ...] | None = None, **kwargs: Any) -> Any:
+        """Computes the layer; its recurrent layers get the lengths."""
+        with ExitStack() as stack:
+            for layer in _children(self):
+                given = functools.partial(layer.forward, tree_lengths=tree_lengths)
+                stack.enter_context(replaced_forward(layer, given))
+            return super().forward(*args, **kwargs)
+
+
+@functools.cache
+def _handing_on(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """Returns a class that hands the lengths on, under its name: transformers and engines tell modules by it."""
+    return type(cls.__name__, (HandsLengthsOn, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def _forward(
@@ -147,7 +199,7 @@ def _run_segments(self: Any, hidden_states: torch.Tensor, tree_lengths: tuple[Tr
     Not compiled: the batches are others in every row.
     """
     described = RECURRENT_LAYERS[_class_name(self)]
-    runs = row_runs(tree_lengths, hidden_states.device, pads_left=not _pads_write(self, described))
+    runs = row_runs(tree_lengths, hidden_states.device, _states_of(self, described))
     tokens = hidden_states.squeeze(0)
     states, outputs = SegmentStates({}, {}), []
     for batch in runs.batches:
@@ -160,14 +212,17 @@ def _run_segments(self: Any, hidden_states: torch.Tensor, tree_lengths: tuple[Tr
     return torch.cat(outputs).index_select(0, runs.places).unsqueeze(0)
 
 
-def _pads_write(layer: torch.nn.Module, described: RecurrentLayer) -> bool:
-    """Returns whether pads write into a state: they are zeros, which become others where a bias is added to them."""
+def _states_of(layer: torch.nn.Module, described: RecurrentLayer) -> States:
+    """Returns how a layer comes to its states: pads are zeros, which become others where a bias is added to them."""
+    if not described.goes_on:
+        return States.NONE
     names = _PROJECTIONS if described.masks_convolved else (*_PROJECTIONS, _CONVOLUTION)
-    return any(
+    pads_write = any(
         name.startswith(names) and parameter.endswith("bias")
         for name, child in layer.named_children()
         for parameter, _ in child.named_parameters()
     )
+    return States.CUT if pads_write else States.PADDED_LEFT
 
 
 def _first_states(batch: RunBatch, states: SegmentStates) -> SegmentStates | None:

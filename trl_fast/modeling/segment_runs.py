@@ -8,10 +8,14 @@ together, as the rows of a batch; how each kind is made equally long follows fro
 - One that is continued and starts a sequence: pads on its left. A state is zero there, and pads write nothing into it.
 - One that is continued and continues another: pads would write on either side. All segments of a batch run up to the
   length of its shortest; what a longer one has left over runs once more in front of each segment that continues it.
+
+Where pads on the left write too, all states are made in the third way. A layer that cannot go on from a state computes
+each sequence as a whole: everything is left over.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +30,14 @@ from trl_fast.data.segments import Segment, TreeLengths, segments_of
 BATCH_COST = 64
 # The narrowest batch that starts from states: layers take a single token for a step of generation, without gradients.
 MIN_CONTINUED_TOKENS = 2
+
+
+class States(enum.Enum):
+    """Names how a layer comes to the states from which others go on."""
+
+    PADDED_LEFT = "pads on the left write nothing"
+    CUT = "pads write"
+    NONE = "it cannot go on from a state"
 
 
 @dataclass(frozen=True)
@@ -79,12 +91,9 @@ class _Run(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def row_runs(trees: tuple[TreeLengths, ...], device: torch.device, *, pads_left: bool = True) -> RowRuns:
-    """Returns the batches of a row of trees for layers with a state, on a device.
-
-    pads_left: whether pads on the left write nothing into a state; without, nothing whose state is needed is padded.
-    """
-    runs = _Planner(pads_left).plan(segments_of(trees))
+def row_runs(trees: tuple[TreeLengths, ...], device: torch.device, kind: States = States.PADDED_LEFT) -> RowRuns:
+    """Returns the batches of a row of trees for layers with a state, on a device."""
+    runs = _Planner(kind).plan(segments_of(trees))
     return RowRuns(tuple(_on_device(batch, device) for batch in runs.batches), runs.places.to(device))
 
 
@@ -92,7 +101,7 @@ def row_runs(trees: tuple[TreeLengths, ...], device: torch.device, *, pads_left:
 class _Planner:
     """Collects the batches of a row."""
 
-    pads_left: bool
+    kind: States
     batches: list[RunBatch] = field(default_factory=list)
     # By segment: the state from which what continues it goes on, and the tokens between that state and its end.
     states: dict[int | None, int | None] = field(default_factory=lambda: {None: None})
@@ -129,21 +138,27 @@ class _Planner:
 
     def _add_continued(self, level: list[_Run]) -> None:
         """Adds the batches of segments of one depth that are continued."""
-        first = [run for run in level if run.start is None]
-        for bucket in buckets([run for run in first if run.length] if self.pads_left else []):
-            self._keep_states(bucket, [()] * len(bucket))
-            self._add(bucket, keeps_states=True)
-        for runs in (first if not self.pads_left else [], [run for run in level if run.start is not None]):
-            for bucket in buckets([run for run in runs if run.length >= MIN_CONTINUED_TOKENS]):
-                width = min(run.length for run in bucket)
-                split = [_split(run.pieces, width) for run in bucket]
-                self._keep_states(bucket, [rest for _, rest in split])
-                cut = [run._replace(pieces=first) for run, (first, _) in zip(bucket, split, strict=True)]
-                self._add(cut, keeps_states=True)
+        first, others = ([run for run in level if (run.start is None) == is_first] for is_first in (True, False))
+        if self.kind is States.PADDED_LEFT:
+            for bucket in buckets([run for run in first if run.length]):
+                self._keep_states(bucket, [()] * len(bucket))
+                self._add(bucket, keeps_states=True)
+        elif self.kind is States.CUT:
+            self._add_cut(first)
+        self._add_cut(others)
         for run in level:
-            # Too short for a batch of its own: all of it runs in front of what continues it.
+            # Of no state, or too short for a batch of its own: all of it runs in front of what continues it.
             self.states.setdefault(run.segment, run.start)
             self.left_over.setdefault(run.segment, run.pieces)
+
+    def _add_cut(self, runs: list[_Run]) -> None:
+        """Adds batches of runs that are as long as their shortest one."""
+        for bucket in buckets([run for run in runs if run.length >= MIN_CONTINUED_TOKENS]):
+            width = min(run.length for run in bucket)
+            split = [_split(run.pieces, width) for run in bucket]
+            self._keep_states(bucket, [rest for _, rest in split])
+            cut = [run._replace(pieces=first) for run, (first, _) in zip(bucket, split, strict=True)]
+            self._add(cut, keeps_states=True)
 
     def _keep_states(self, runs: list[_Run], left_over: list[_Pieces]) -> None:
         for run, rest in zip(runs, left_over, strict=True):
