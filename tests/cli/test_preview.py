@@ -159,6 +159,27 @@ def test_a_packed_row_shows_its_examples(examples):
     assert all(kinds(part) == "." + "L" * (len(part.ids) - 1) for part in example.parts)
 
 
+def test_turns_that_are_learned_separately(examples):
+    """Each turn after its own context; a thought is seen in its own turn only."""
+    said = [("user", "Sky?"), ("assistant", "It is blue."), ("user", "And the sea?"), ("assistant", "It is green.")]
+    rows = [{"messages": [{"role": role, "content": text * 4} for role, text in said]}]
+    flags = ("--assistant_only_loss", "true", "--assistant_turns", "separately")
+    shown, _ = examples("sft", *flags, rows=rows)
+    first, second = shown.of_row(0)[0].parts
+    assert [part.name for part in (first, second)] == ["turn 1", "turn 2"] and first.ids == second.ids[
+        : len(first.ids)
+    ]
+    learned = [token for token, kind in zip(second.ids, second.kinds, strict=True) if kind == LEARNED]
+    assert shown.tokenizer.decode(learned) == "It is green." * 4 + "<|im_end|>\n"
+    text = printed(shown)
+    assert "turn 2:" in text and "Alone in a batch (shared_prefix): 1 row of" in text
+    assert f"{len(first.ids)} of {len(first.ids) + len(second.ids)} tokens need not be computed" in text
+    # The second turn begins beyond the limit: nothing of it is learned.
+    cut, _ = examples("sft", *flags, "--max_length", str(len(first.ids)), rows=rows)
+    first, second = cut.of_row(0)[0].parts
+    assert CUT not in first.kinds and set(second.kinds) == {CUT}
+
+
 def test_kto_shows_both_rows_of_a_pair_with_their_labels(examples):
     found = examples("kto", rows=color_pairs(4))[0].of_row(3)
     assert [example.parts[1].note for example in found] == ["label True", "label False"]

@@ -15,6 +15,7 @@ import datasets
 from datasets import Dataset
 
 from trl_fast.data import AnyDataset, TokenBatch
+from trl_fast.data.assistant_turns import split_turns
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.data.reward_modeling import REWARD_POSITIONS, SEQUENCE_COLUMNS
 from trl_fast.data.row_checks import TOKEN_COLUMNS
@@ -24,6 +25,7 @@ from trl_fast.data.unpaired_preference import KL_COLUMN, LABEL, MISMATCHED
 from trl_fast.modeling.layouts import declared_layout
 from trl_fast.modeling.loading import build_without_weights
 from trl_fast.settings.batch_layouts import PADDED
+from trl_fast.settings.choices import SEPARATELY
 from trl_fast.trainers.base.argument_checks import check_settings
 from trl_fast.trainers.base.model_setup import layout_request
 from trl_fast.trainers.methods import METHODS, Method
@@ -103,6 +105,8 @@ class Examples:
         prepared: what the trainer trains on.
         uncut: the same rows, in the dataset's order, before anything is cut, dropped or packed.
         layout: that of the trainer's batches, by what the model declares.
+        has_turns: whether a row holds a sequence for each turn of the assistant.
+        is_packed: whether a row holds several rows of the dataset.
 
     Raises:
         ValueError, TypeError, OSError: what training raises for this data, model or setting.
@@ -125,7 +129,9 @@ class Examples:
         self.total = len(dataset) if isinstance(dataset, Dataset) else None
         self.prepared = self._prepare(first, self.args)
         self.uncut = self._uncut(first)
-        self.is_packed = getattr(self.args, "packing", False) or "seq_lengths" in self.prepared.column_names
+        self.has_turns = getattr(self.args, "assistant_turns", None) == SEPARATELY
+        packed = getattr(self.args, "packing", False) or "seq_lengths" in self.prepared.column_names
+        self.is_packed = packed and not self.has_turns
         request = layout_request(self.trainer, self.model, self.args)
         self.layout = declared_layout(self.model, request, self.trainer.readout)
 
@@ -203,6 +209,8 @@ class Examples:
             prompt, kept = list(uncut[PROMPT_IDS]), list(prepared[PROMPT_IDS])
             return Example(row, [_part("prompt", prompt, kept, {*()}, 0)], None, [])
         batch = self.collator.collate([prepared])
+        if self.has_turns:
+            return self._turns(row, batch, uncut, prepared)
         if "input_ids" in prepared:
             parts = self._labelled(batch, uncut, prepared)
             return Example(row, parts, batch, ["the row"])
@@ -217,6 +225,22 @@ class Examples:
         part = _part(name, whole, kept, _scored(batch, 0), 0, mode=self.args.truncation_mode)
         start = next((index for index, label in enumerate(uncut.get("labels", whole)) if label != IGNORED), 0)
         return part.split(start, "prompt", "completion") if start and "completion" in uncut else [part]
+
+    def _turns(self, row: int, batch: TokenBatch, uncut: dict[str, Any], prepared: dict[str, Any]) -> Example:
+        """Makes an example of the assistant's turns, each with what stands before it; some may be cut away whole."""
+        kept, parts = split_turns(prepared), []
+        limit = slice(None, self.args.max_length)
+        if self.args.truncation_mode == "keep_end" and self.args.max_length is not None:
+            limit = slice(-self.args.max_length, None)
+        for number, (whole, _) in enumerate(split_turns(uncut), start=1):
+            ids, labels = kept.pop(0) if kept and kept[0][0] == whole[limit] else ([], [])
+            learned = {index for index, label in enumerate(labels) if label != IGNORED and index}
+            parts.append(_part(f"turn {number}", whole, ids, learned, 0, mode=self.args.truncation_mode))
+        # Turns that go on from each other are one sequence of the batch.
+        names = [part.name for part in parts if part.kept]
+        if len(names) > len(batch):
+            names = [f"sequence {number}" for number in range(1, len(batch) + 1)]
+        return Example(row, parts, batch, names)
 
     def _packed(self, prepared: dict[str, Any]) -> Example:
         """Makes an example of a row that holds several; those that follow each other are its parts."""
@@ -276,6 +300,8 @@ class Examples:
     def lengths(self) -> dict[str, list[int]]:
         """Returns the tokens of each part of each row, before anything is cut."""
         rows = self.uncut
+        if self.has_turns:
+            return {"a turn with its context": [length for lengths in rows["seq_lengths"] for length in lengths]}
         names = ("input_ids", *SEQUENCE_COLUMNS) if self.method == "reward" else ("input_ids", *self.columns)
         found = {
             _NAMES.get(name, "the row"): [len(ids) for ids in rows[name]]

@@ -128,7 +128,8 @@ def _show_layout(console: Console, examples: Examples, example: Example) -> None
     total, width = batch.input_ids.numel(), max(batch.input_ids.shape[1], 1)
     rows = "1 row" if len(batch.input_ids) == 1 else f"{len(batch.input_ids)} rows"
     shared = any(segment.is_continued for segment in segments_of(batch.tree_lengths or ()))
-    shares = ", the prompt once" if shared else ""
+    what = "what turns begin alike with" if examples.has_turns else "the prompt"
+    shares = f", {what} once" if shared else ""
     console.print(f"Alone in a batch ({layout.name}): {rows} of {width:,} tokens{shares}")
     segments = list(_segments(batch, example.names))
     for name, start, end, position in segments[: 2 * _PARTS]:
@@ -141,7 +142,7 @@ def _show_layout(console: Console, examples: Examples, example: Example) -> None
         console.print(f"  ... and {len(segments) - 2 * _PARTS} more", style="dim")
     kept = batch.num_tokens
     if total < kept:
-        console.print(f"  {kept - total:,} of {kept:,} tokens need not be computed: a prompt is shared.")
+        console.print(f"  {kept - total:,} of {kept:,} tokens need not be computed: {what} is shared.")
     console.print()
 
 

@@ -1,5 +1,6 @@
 """Turns rows of datasets into token trees, and trees into packed batches."""
 
+from .assistant_turns import turn_chat_template
 from .chat_template import (
     apply_chat_template,
     is_conversational_from_value,
@@ -94,6 +95,7 @@ __all__ = [
     "trains_stop_token",
     "truncate_dataset",
     "unpair_preference_dataset",
+    "turn_chat_template",
     "unpacked",
     "validate",
 ]

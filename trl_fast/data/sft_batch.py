@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
-from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED, layouts_for
+from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 
 from .dict_batch import DictCollator, check_entries
-from .packing import TokenBatch
+from .packing import TokenBatch, lay_out
 from .padded_rows import pad
 from .tensor_collator import TensorCollator
+from .token_trees import neighbours_share
 
 IGNORED = -100
 
@@ -88,16 +90,17 @@ def pack_labelled(
 
     `padded`: a row a sequence, padded on the right to the longest one, or to the next multiple of
     `pad_to_multiple_of`. `packed`: one row, the sequences one after the other; padding up to a multiple then consists
-    of sequences of one token.
+    of sequences of one token. `shared_prefix`: one row, what neighbours begin alike with once; `extras` has no labels.
 
     Raises ValueError for an unknown layout, and where a sequence has more or fewer labels than tokens.
     """
-    known = layouts_for(shares_prompts=False)
-    if layout not in known:
-        raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(known)}.")
+    if layout not in BATCH_LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(BATCH_LAYOUTS)}.")
     for index, (ids, labels) in enumerate(sequences):
         if len(ids) != len(labels):
             raise ValueError(f"Sequence {index} of the batch has {len(ids)} tokens and {len(labels)} labels.")
+    if BATCH_LAYOUTS[layout].shares_prompts:
+        return _shared_batch(sequences, layout, pad_token_id)
     input_ids = [_int64(ids) for ids, _ in sequences]
     targets = [_int64(labels) for _, labels in sequences]
     if BATCH_LAYOUTS[layout].pads:
@@ -115,12 +118,60 @@ def pack_labelled(
     )
 
 
+def _shared_batch(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]], layout: str, pad_token_id: int
+) -> TokenBatch:
+    """Lays out sequences of (token ids, labels) in one row that has once what neighbours begin alike with."""
+    ids, labels = [ids for ids, _ in sequences], [_int64(labels) for _, labels in sequences]
+    rows = lay_out(ids, layout, pad_token_id, None, neighbours_share(ids))
+    # Nothing predicts the first token of a sequence.
+    scored = [(each[1:] != IGNORED).nonzero().flatten() + 1 for each in labels]
+    targets = [each[places].tolist() for each, places in zip(labels, scored, strict=True)]
+    lengths = [len(each) for each in ids]
+    return TokenBatch(
+        **rows.fields,
+        **rows.scored_tokens(scored, targets, [0] * len(ids)),
+        branch_lengths=_int64(lengths),
+        num_tokens=sum(lengths),
+    )
+
+
+def join_beginnings(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Returns sequences of (token ids, labels) without those that the next one begins with: it has their labels too.
+
+    So the model computes their tokens once in every layout, with the same context. A sequence stays where it and the
+    next one learn the same token, which counts twice.
+    """
+    found: list[tuple[Sequence[int], Sequence[int]]] = []
+    shared = neighbours_share([ids for ids, _ in sequences])
+    for (ids, labels), common in zip(sequences, shared, strict=True):
+        if found and common == len(found[-1][0]):
+            before = np.full(len(ids), IGNORED)
+            before[:common] = found[-1][1]
+            if not ((before != IGNORED) & (np.asarray(labels) != IGNORED)).any():
+                found[-1] = (ids, np.where(before != IGNORED, before, labels).tolist())
+                continue
+        found.append((ids, labels))
+    return found
+
+
+def sequence_labels(batch: TokenBatch) -> list[torch.Tensor]:
+    """Returns the labels (length,) int64 of each sequence of a batch, -100 where a token is not learned."""
+    if "labels" in batch.extras:
+        return batch.by_sequence(batch.extras["labels"])
+    lengths = batch.branch_lengths
+    labels = batch.targets.new_full((int(lengths.sum()),), IGNORED)
+    labels[(lengths.cumsum(0) - lengths)[batch.branch] + batch.offset] = batch.targets
+    return list(labels.split(lengths.tolist()))
+
+
 def unpacked(batch: TokenBatch, pad_token_id: int, multiple: int | None = None) -> TokenBatch:
     """Returns the same sequences in the padded layout, rows rounded up to a `multiple`."""
-    if batch.sequence_lengths is None:
+    if batch.tree_lengths is None:
         return batch
-    lengths = list(batch.sequence_lengths)
-    ids, labels = batch.input_ids[0].split(lengths), batch.extras["labels"][0].split(lengths)
+    ids, labels = batch.sequences(), sequence_labels(batch)
     mask = [torch.ones_like(row) for row in ids]
     rows = (pad(ids, pad_token_id, multiple), pad(labels, IGNORED, multiple))
     return labelled_batch(*rows, attention_mask=pad(mask, 0, multiple))
@@ -148,12 +199,15 @@ class LabelledCollator(DictCollator):
 
     A row of a packed dataset holds several sequences; its `seq_lengths` tell them apart. The entries are those of
     `DataCollatorForLanguageModeling` with the same `padding_free`; the other arguments are those of `pack_labelled`.
+
+    joins: whether sequences that the next one begins with are learned in it (`join_beginnings`).
     """
 
     pad_token_id: int
     layout: str = PADDED
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
+    joins: bool = False
 
     def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
         sequences = [
@@ -164,13 +218,16 @@ class LabelledCollator(DictCollator):
         multiple = self.pad_to_multiple_of
         if not self.padding_free:
             multiple = BATCH_LAYOUTS[self.layout].padding_multiple(multiple)
-        return pack_labelled(sequences, self.layout, self.pad_token_id, multiple)
+        if not self.joins:
+            return pack_labelled(sequences, self.layout, self.pad_token_id, multiple)
+        batch = pack_labelled(join_beginnings(sequences), self.layout, self.pad_token_id, multiple)
+        return replace(batch, num_tokens=sum(len(ids) for ids, _ in sequences))
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
         return _FLATTENED_ENTRIES if self.padding_free else _PADDED_ENTRIES
 
     def entries(self, batch: TokenBatch) -> dict[str, Any]:
-        parts = zip(batch.sequences(), batch.by_sequence(batch.extras["labels"]), strict=True)
+        parts = zip(batch.sequences(), sequence_labels(batch), strict=True)
         collator = DataCollatorForLanguageModeling(
             self.pad_token_id, padding_free=self.padding_free, pad_to_multiple_of=self.pad_to_multiple_of
         )

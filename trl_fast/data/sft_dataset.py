@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from datasets import Dataset
 
 from trl_fast.settings.choices import TRUNCATION_MODES
 
+from .assistant_turns import changed_turns, joined_rows, turn_rows
 from .attention_masks import strip_padding
 from .chat_template import maybe_convert_to_chatml
 from .conversation_checks import named_template_errors
@@ -22,7 +22,7 @@ from .question_columns import unseen_questions
 from .row_checks import check_sft_columns, check_sft_row
 from .row_places import place
 from .sft_batch import IGNORED
-from .token_checks import row_lengths
+from .token_checks import row_lengths, sequence_lengths
 from .tokenization import common_prefix_length, end_with, template_options, warn_of_prompt_tail
 from .tokenizer_checks import check_tokenizer
 
@@ -44,12 +44,14 @@ class SFTFormat:
     - `completion_only_loss`: only completions are learned, of rows that have a prompt.
     - `assistant_only_loss`: only what the assistant says is learned; the chat template has to mark it.
     - `chat_template`: to be used instead of the tokenizer's own.
+    - `separates_turns`: each of the assistant's turns is a sequence of its own, of which it alone is learned.
     """
 
     text_field: str = "text"
     completion_only_loss: bool = False
     assistant_only_loss: bool = False
     chat_template: str | None = None
+    separates_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,18 @@ def tokenize_sft(
     return {"input_ids": ids, "labels": _masked(ids, masks)}
 
 
+def tokenize_turns(
+    example: dict[str, Any], processing_class: PreTrainedTokenizerBase, how: SFTFormat
+) -> dict[str, list[int]]:
+    """Returns `input_ids`, `labels` and `seq_lengths` of the sequences of a conversation, one for each turn.
+
+    A turn of the assistant and what stands before it are tokenized as `tokenize_sft` does a completion and its prompt.
+    """
+    rows = turn_rows(example, completion_only=how.completion_only_loss)
+    how = replace(how, completion_only_loss=True, assistant_only_loss=False)
+    return joined_rows(tokenize_sft(row, processing_class, how) for row in rows)
+
+
 def prepare_sft_dataset(
     dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
@@ -132,7 +146,8 @@ def prepare_sft_dataset(
     Rows have `messages`, `conversations`, `prompt` and `completion`, or text in `how.text_field`, which
     `formatting_func` writes if there is one; or they are tokenized: `input_ids`, with `labels`, or with masks
     (`completion_mask`, `assistant_masks`) that labels are made from, or nothing else. The answer has `input_ids` and
-    `labels` (int64 lists), and `seq_lengths` where it is packed by best-fit. A packed dataset comes back as it is.
+    `labels` (int64 lists), and `seq_lengths` where a row holds several sequences: it is packed by best-fit, or has the
+    assistant's turns apart. A dataset that has them comes back as it is.
 
     Rows that have no label left after truncation are dropped; how much is cut and dropped is logged. With a
     `shuffle_seed`, rows are shuffled before they are packed, and at the end. Streams are processed as they are read.
@@ -142,6 +157,8 @@ def prepare_sft_dataset(
     columns = check_sft_columns(dataset, how.text_field, formatting_func is not None, name)
     if "seq_lengths" in columns:
         return dataset
+    if how.separates_turns:
+        _check_makes_turns(columns, formatting_func, name)
     if "input_ids" in columns:
         if formatting_func is not None:
             logger.warning(f"The {name} dataset has input_ids already: formatting_func is ignored.")
@@ -156,7 +173,7 @@ def prepare_sft_dataset(
         options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
         dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
     if isinstance(dataset, Dataset):
-        _report_cut(row_lengths(dataset, name), length, name)
+        _report_cut(dataset, length, name)
     if length.packing_strategy is not None and length.max_length is not None:
         dataset = dataset.select_columns(["input_ids", "labels"])
         if shuffle_seed is not None:
@@ -164,8 +181,20 @@ def prepare_sft_dataset(
         options = map_options(dataset, num_proc, f"Packing {name} dataset")
         dataset = pack_dataset(dataset, length.max_length, length.packing_strategy, options)
     elif length.max_length is not None:
-        dataset = _truncate(dataset, length, num_proc, name)
+        truncate = _truncate_turns if how.separates_turns else _truncate
+        dataset = truncate(dataset, length, num_proc, name)
     return dataset if shuffle_seed is None else dataset.shuffle(seed=shuffle_seed)
+
+
+def _check_makes_turns(columns: list[str], formatting_func: Callable | None, name: str) -> None:
+    """Raises ValueError if nothing tells the turns of a dataset's conversations."""
+    reason = "formatting_func makes one text of each row" if formatting_func else None
+    reason = "it is tokenized, without 'seq_lengths' that tell sequences apart" if "input_ids" in columns else reason
+    if reason is not None:
+        raise ValueError(
+            f"The {name} dataset: assistant_turns='separately' needs conversations, but {reason}. Give it as "
+            "messages, or set assistant_turns='together'."
+        )
 
 
 def _format(
@@ -215,6 +244,25 @@ def _truncate(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name
     options = map_options(dataset, num_proc, f"Truncating {name} dataset")
     arguments = {"max_length": length.max_length, "mode": length.truncation_mode}
     dataset = dataset.map(_truncate_row, input_columns=["input_ids", "labels"], fn_kwargs=arguments, **options)
+    return _with_labels(dataset, length, num_proc, name)
+
+
+def _truncate_turns(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name: str) -> AnyDataset:
+    options = map_options(dataset, num_proc, f"Truncating {name} dataset")
+    arguments = {"max_length": length.max_length, "mode": length.truncation_mode}
+    cut = dataset.map(_truncate_turns_row, fn_kwargs=arguments, **options)
+    if isinstance(dataset, Dataset):
+        before, after = (len(sequence_lengths(part)) for part in (dataset, cut))
+        if after < before:
+            logger.warning(
+                f"The {name} dataset: {before - after} of {before} turns have no token to learn within max_length and "
+                "are left out."
+            )
+    return _with_labels(cut, length, num_proc, name)
+
+
+def _with_labels(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name: str) -> AnyDataset:
+    """Returns the dataset without rows of which no token is learned."""
     options = map_options(dataset, num_proc, f"Dropping rows without labels from {name} dataset")
     kept = dataset.filter(_has_label, input_columns=["labels"], **options)
     if isinstance(dataset, Dataset) and len(kept) < len(dataset):
@@ -228,12 +276,15 @@ def _truncate(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name
     return kept
 
 
-def _report_cut(lengths: np.ndarray, length: SFTLength, name: str) -> None:
-    """Logs in one line how `length` cuts rows of these lengths, if it does."""
+def _report_cut(dataset: Dataset, length: SFTLength, name: str) -> None:
+    """Logs in one line how `length` cuts a dataset's rows, or the turns in them, if it does."""
+    lengths, unit = row_lengths(dataset, name), "rows"
+    if "seq_lengths" in dataset.column_names:
+        lengths, unit = sequence_lengths(dataset), "turns"
     longer = lengths[lengths > length.max_length] if length.max_length is not None else lengths[:0]
     if len(longer) == 0 or length.packing_strategy == "wrapped":
         return
-    rows = f"The {name} dataset: {len(longer)} of {len(lengths)} rows are longer than max_length={length.max_length}"
+    rows = f"The {name} dataset: {len(longer)} of {len(lengths)} {unit} are longer than max_length={length.max_length}"
     tokens = f"{(longer - length.max_length).sum()} of {lengths.sum()} tokens"
     if length.packing_strategy == "bfd_split":
         logger.warning(f"{rows} and are split into pieces (packing_strategy='bfd_split').")
@@ -273,6 +324,8 @@ def _tokenize_row(
 ) -> dict[str, Any]:
     example = maybe_convert_to_chatml(check_sft_row(example, how.text_field, row, name))
     with named_template_errors(example, processing_class, row, name):
+        if how.separates_turns:
+            return tokenize_turns(example, processing_class, how)
         tokens = tokenize_sft(example, processing_class, how)
     if how.assistant_only_loss and not _has_label(tokens["labels"]):
         raise ValueError(
@@ -296,6 +349,14 @@ def _label_row(example: dict[str, Any], row: int, masks: list[str], name: str) -
 def _truncate_row(input_ids: list[int], labels: list[int], max_length: int, mode: str) -> dict[str, list[int]]:
     kept = slice(None, max_length) if mode == "keep_start" else slice(-max_length, None)
     return {"input_ids": input_ids[kept], "labels": labels[kept]}
+
+
+def _truncate_turns_row(example: dict[str, Any], max_length: int, mode: str) -> dict[str, list[int]]:
+    def cut(input_ids: list[int], labels: list[int]) -> dict[str, list[int]] | None:
+        row = _truncate_row(input_ids, labels, max_length, mode)
+        return row if _has_label(row["labels"]) else None
+
+    return changed_turns(example, cut)
 
 
 def _has_label(labels: list[int]) -> bool:

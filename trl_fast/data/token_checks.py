@@ -127,6 +127,15 @@ def row_lengths(dataset: Dataset, name: str = "train") -> np.ndarray:
     return np.concatenate(lengths)
 
 
+def sequence_lengths(dataset: Dataset) -> np.ndarray:
+    """Returns the tokens of each sequence (S,) int64 of rows that hold several, as `seq_lengths` tells them apart."""
+    lengths = [np.empty(0, dtype=np.int64)]
+    for _, table in token_tables(dataset, ("seq_lengths",)):
+        values = table["seq_lengths"].combine_chunks().flatten()
+        lengths.append(values.to_numpy(zero_copy_only=False).astype(np.int64))
+    return np.concatenate(lengths)
+
+
 def token_tables(dataset: Dataset, columns: tuple[str, ...] = TOKEN_COLUMNS) -> Iterator[tuple[int, pa.Table]]:
     """Yields the token columns in slices of `SCAN_ROWS` rows, each with the number of its first row."""
     tables = dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=SCAN_ROWS)

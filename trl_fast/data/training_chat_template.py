@@ -94,7 +94,7 @@ _PROBE = [
 
 def has_generation_marks(chat_template: str | dict[str, str] | None) -> bool:
     """Says whether a template marks what the assistant said; of named templates the `default` one counts."""
-    template = _default(chat_template)
+    template = default_template(chat_template)
     return template is not None and _GENERATION_MARK.search(template) is not None
 
 
@@ -112,7 +112,7 @@ def get_training_chat_template(
     if tokenizer is not None:
         warnings.warn("`tokenizer` is now called `processing_class`", FutureWarning, stacklevel=2)
     tokenizer = tokenizer if processing_class is None else processing_class
-    template = None if tokenizer is None else _default(tokenizer.chat_template)
+    template = None if tokenizer is None else default_template(tokenizer.chat_template)
     if tokenizer is None or template is None:
         raise ValueError(
             "processing_class has no chat template, so nothing tells what the assistant said. Set "
@@ -146,7 +146,8 @@ def trains_stop_token(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
     return bool(words) and words[-1] in added
 
 
-def _default(chat_template: str | dict[str, str] | None) -> str | None:
+def default_template(chat_template: str | dict[str, str] | None) -> str | None:
+    """Returns a chat template; of named ones the `default` one, None if there is none."""
     return chat_template.get("default") if isinstance(chat_template, dict) else chat_template
 
 

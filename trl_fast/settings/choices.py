@@ -15,6 +15,8 @@ from trl_fast.lazy_imports import import_place
 # packed.
 TRUNCATION_MODES = ("keep_start", "keep_end")
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
+# Whether the assistant's turns are learned in one sequence, or each in a sequence of its own.
+TOGETHER, SEPARATELY = ASSISTANT_TURNS = ("together", "separately")
 # How widely rows are dealt by their cost, the narrowest first: see `trainers.base.balancing`.
 BALANCES = ("never", "micro_batch", "step")
 

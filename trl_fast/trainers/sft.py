@@ -20,6 +20,7 @@ from trl_fast.data import (
     is_conversational_from_value,
     prepare_sft_dataset,
     trains_stop_token,
+    turn_chat_template,
     unpacked,
 )
 from trl_fast.losses.sft import OUTPUTS, TOKEN_LOSSES, token_metrics
@@ -28,6 +29,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import model_inputs, score
 from trl_fast.ops import HeadOptions
 from trl_fast.parallel.failures import failing_together
+from trl_fast.settings.choices import SEPARATELY
 
 from .base.balancing import NEVER, STEP, FreeDeal
 from .base.batch_reader import AnyBatch, BatchReader
@@ -233,12 +235,18 @@ class SFTTrainer(BaseTrainer):
                 "completion_only_loss=False, or give the data as prompts and completions"
             )
         self.chat_template = None
+        separately = args.assistant_turns == SEPARATELY
+        # Turns of a conversation begin alike.
+        self.shares_prompts = separately
         if args.assistant_only_loss and not tokenized:
             if not (is_conversational(row) or is_conversational_from_value(row)):
                 raise ValueError(
                     f"assistant_only_loss=True needs conversations, but the train dataset has {list(row)}; set it to "
                     "False, or give the data as messages"
                 )
+            if separately:
+                self.chat_template = turn_chat_template(tokenizer)
+                return
             self.chat_template = get_training_chat_template(tokenizer)
             if not trains_stop_token(tokenizer, self.chat_template):
                 logger.warning(
@@ -288,9 +296,15 @@ class SFTTrainer(BaseTrainer):
         """Makes what collates prepared rows to a batch of that layout."""
         # In TRL these settings make one row of a batch, which shows in padding and in what compute_metrics is given.
         padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
-        return LabelledCollator(pad_token_id, layout, args.pad_to_multiple_of, padding_free)
+        joins = args.assistant_turns == SEPARATELY
+        return LabelledCollator(pad_token_id, layout, args.pad_to_multiple_of, padding_free, joins)
 
     def _check_collator(self, given: Callable | None, args: SFTConfig) -> None:
+        if given is not None and args.assistant_turns == SEPARATELY:
+            raise ValueError(
+                f"data_collator: with assistant_turns={SEPARATELY!r} a row holds several sequences, which only the "
+                "trainer's own collator keeps apart; leave data_collator out, or set assistant_turns='together'"
+            )
         if given is not None and args.packing and args.packing_strategy != "wrapped":
             raise ValueError(
                 f"data_collator: with packing_strategy={args.packing_strategy!r} a row holds several examples, which "

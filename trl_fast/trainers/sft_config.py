@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl_fast.settings.batch_layouts import PACKED, PADDED
-from trl_fast.settings.choices import PACKING_STRATEGIES, TRUNCATION_MODES, check_choice, one_of
+from trl_fast.settings.choices import (
+    ASSISTANT_TURNS,
+    PACKING_STRATEGIES,
+    SEPARATELY,
+    TOGETHER,
+    TRUNCATION_MODES,
+    check_choice,
+    one_of,
+)
 from trl_fast.settings.older_names import deprecated, older_name
 
 from .base.config import BaseConfig
@@ -81,6 +89,13 @@ class SFTConfig(BaseConfig):
     assistant_only_loss: bool = False
     """Learn only what the assistant says in conversations."""
 
+    assistant_turns: str = one_of(ASSISTANT_TURNS, default=TOGETHER)
+    """How the assistant's turns of a conversation are learned: together or separately.
+
+    together: in one sequence, in which all turns keep their thoughts; separately: each turn after what the chat
+    template shows of the conversation before it, as at inference. Goes with assistant_only_loss.
+    """
+
     loss_type: str = one_of("trl_fast.losses.sft:TOKEN_LOSSES", default="nll")
     """Loss: nll (negative log-likelihood) or dft (dynamic fine-tuning, arXiv 2508.05629)."""
 
@@ -101,11 +116,35 @@ class SFTConfig(BaseConfig):
         self._translate_older_values()
         check_choice(self, "loss_type")
         check_choice(self, "packing_strategy")
+        check_choice(self, "assistant_turns")
+        self._check_turns()
         self.row_length(self.packing or bool(self.eval_packing))
         if self.padding_free:
             if self.batch_layout == PADDED:
                 raise ValueError("padding_free=True contradicts batch_layout='padded'; choose one of them")
             self.batch_layout = PACKED
+
+    def _check_turns(self) -> None:
+        """Checks that what does not go with turns that are learned separately is off."""
+        if self.assistant_turns != SEPARATELY:
+            return
+        name = f"assistant_turns={SEPARATELY!r}"
+        if not self.assistant_only_loss:
+            raise ValueError(
+                f"{name} learns what the assistant says, each turn once; set assistant_only_loss=True, or leave "
+                "assistant_turns out"
+            )
+        if self.packing or self.eval_packing:
+            packing = "packing" if self.packing else "eval_packing"
+            raise ValueError(
+                f"{packing}=True cuts rows and mixes them, and {name} needs the turns of a conversation in one row; "
+                f"set {packing}=False: rows have no padding without it either, where the model allows that"
+            )
+        if self.skips_preparation:
+            raise ValueError(
+                f"dataset_kwargs={{'skip_prepare_dataset': True}} makes no turns of conversations, which {name} asks "
+                "for; leave one of them out"
+            )
 
     def _translate_older_values(self) -> None:
         from trl_fast.data.dataset_packing import OLDER_STRATEGIES
@@ -137,7 +176,13 @@ class SFTConfig(BaseConfig):
         """Says how rows become token ids and labels, given what is known of the data and the tokenizer."""
         from trl_fast.data import SFTFormat
 
-        return SFTFormat(self.dataset_text_field, completion_only_loss, self.assistant_only_loss, chat_template)
+        return SFTFormat(
+            self.dataset_text_field,
+            completion_only_loss,
+            self.assistant_only_loss,
+            chat_template,
+            self.assistant_turns == SEPARATELY,
+        )
 
     def row_length(self, packing: bool) -> SFTLength:
         """Says what happens to rows longer than max_length.

@@ -1,0 +1,170 @@
+"""SFT with each turn of the assistant after its own context: against TRL 1.16.0 on the same turns, one row each."""
+
+from importlib.resources import files
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+
+import trl_fast
+from support.models import save_tiny_model
+from support.tokenizer import build_tokenizer
+from support.training import assert_same_logs, make_trainer
+
+THOUGHT = "<think>\nIt is {} of course.\n</think>\n\nIt is {}."
+
+
+def conversation(number, thoughts=True):
+    """Three turns of the assistant, with thoughts that Qwen3's template drops once another question follows."""
+    said = []
+    for turn in range(3):
+        said.append({"role": "user", "content": f"What color is the sky {number * turn}?" * (1 + number % 2)})
+        text = THOUGHT.format("blue" * (1 + turn), f"green {number}") if thoughts else f"The sea is green {turn}."
+        said.append({"role": "assistant", "content": text})
+    return said
+
+
+def conversations(count=3, **how):
+    return Dataset.from_list([{"messages": conversation(number, **how)} for number in range(count)])
+
+
+def turns_one_by_one(dataset):
+    """The rows that TRL needs for the same: a prompt and a completion for each turn."""
+    return Dataset.from_list(
+        [
+            {"prompt": row["messages"][:end], "completion": row["messages"][end : end + 1]}
+            for row in dataset
+            for end in range(1, len(row["messages"]), 2)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def thinking_path(tmp_path_factory):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text()
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-thinking"), tokenizer)
+
+
+def trained(module, folder, model_path, dataset, **settings):
+    rows = len(dataset)
+    sizes = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "gradient_accumulation_steps": 1}
+    arguments = {"model": model_path, "train_dataset": dataset, "eval_dataset": dataset}
+    settings = {"max_steps": 2, "learning_rate": 2e-2, "max_length": None, **sizes, **settings}
+    trainer = make_trainer(module, folder, method="SFT", arguments=arguments, **settings)
+    trainer.train()
+    trainer.evaluate()
+    return trainer
+
+
+def ours(folder, model_path, dataset, **settings):
+    turns = {"assistant_only_loss": True, "assistant_turns": "separately"}
+    return trained(trl_fast, folder, model_path, dataset, **turns, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_length": 97}], ids=["", "cut"])
+def test_every_layout_gives_trls_numbers_of_turns_one_by_one(settings, thinking_path, tmp_path):
+    dataset = conversations()
+    expected = trained(trl, tmp_path / "trl", thinking_path, turns_one_by_one(dataset), **settings)
+    for layout in trl_fast.data.LAYOUTS:
+        trainer = ours(tmp_path / layout, thinking_path, dataset, batch_layout=layout, **settings)
+        assert_same_logs(trainer.state.log_history, expected.state.log_history)
+        counts = trainer._tokens
+        assert counts.seen == expected.state.log_history[1]["num_tokens"]
+        assert (counts.computed < counts.seen) == (layout == "shared_prefix")
+
+
+def test_turns_that_go_on_from_each_other_are_one_sequence(model_path, tmp_path):
+    """A template that keeps what was said: the numbers are those of turns one by one, and of turns together."""
+    dataset = conversations(thoughts=False)
+    expected = trained(trl, tmp_path / "trl", model_path, turns_one_by_one(dataset))
+    trainer = ours(tmp_path / "turns", model_path, dataset)
+    assert_same_logs(trainer.state.log_history, expected.state.log_history)
+    batch = trainer.data_collator.collate(list(trainer.train_dataset))
+    assert (
+        len(batch) == 3 and batch.input_ids.numel() < batch.num_tokens == expected.state.log_history[0]["num_tokens"]
+    )
+
+
+def test_streams_and_loaders_in_other_processes(thinking_path, tmp_path):
+    dataset = conversations()
+    expected = ours(tmp_path / "plain", thinking_path, dataset).state.log_history
+    how = {"max_steps": 2, "learning_rate": 2e-2, "max_length": None, "gradient_accumulation_steps": 1}
+    how |= {"per_device_train_batch_size": 3, "assistant_only_loss": True, "assistant_turns": "separately"}
+    arguments = {"model": thinking_path, "train_dataset": dataset.to_iterable_dataset()}
+    trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, dataloader_num_workers=1, **how)
+    trainer.train()
+    for one, other in zip(trainer.state.log_history[:2], expected[:2], strict=True):
+        assert_same_logs([{**one, "epoch": 0}], [{**other, "epoch": 0}])
+
+
+def test_users_see_a_row_a_turn(thinking_path, tmp_path):
+    """A loss of the user's own, which reads logits and labels."""
+    seen = []
+
+    def loss_of(outputs, labels, num_items_in_batch):
+        seen.append((labels != -100).sum(1).tolist())
+        logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
+
+    dataset = conversations(2)
+    expected = ours(tmp_path / "ours", thinking_path, dataset).state.log_history
+    arguments = {"model": thinking_path, "train_dataset": dataset, "compute_loss_func": loss_of}
+    how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 2e-2, "max_steps": 2}
+    how |= {"max_length": None, "assistant_only_loss": True, "assistant_turns": "separately"}
+    trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, **how)
+    trainer.train()
+    assert trainer.layout.name == "shared_prefix" and [len(rows) for rows in seen] == [6, 6] and min(seen[0]) > 10
+    for one, other in zip(trainer.state.log_history[:2], expected[:2], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+BAD = {
+    "no turn": ({"messages": [{"role": "user", "content": "Hi"}]}, {}, "row 0: no message has the role 'assistant'"),
+    "begins with one": (
+        {"messages": [{"role": "assistant", "content": "Hi"}]},
+        {},
+        "row 0: the conversation begins with the assistant's message",
+    ),
+    "text": (
+        {"text": "Hi"},
+        {},
+        r"assistant_only_loss=True needs conversations, but the train dataset has \['text'\]",
+    ),
+    "tokens": (
+        {"input_ids": [5, 6]},
+        {},
+        "train dataset: assistant_turns='separately' needs conversations, but it is tok",
+    ),
+    "formatted": (
+        {"messages": conversation(0)},
+        {"formatting_func": lambda row: "Hi"},
+        "needs conversations, but formatting_func makes one text of each row",
+    ),
+    "collator": ({"messages": conversation(0)}, {"data_collator": list}, "data_collator: with assistant_turns="),
+}
+
+
+@pytest.mark.parametrize(("row", "given", "message"), BAD.values(), ids=BAD)
+def test_data_without_turns(row, given, message, thinking_path, tmp_path):
+    arguments = {"model": thinking_path, "train_dataset": Dataset.from_list([row]), **given}
+    how = {"assistant_only_loss": True, "assistant_turns": "separately"}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, **how)
+
+
+SETTINGS = {
+    "assistant_turns='separatly' is unknown; .* did you mean 'separately'": {"assistant_turns": "separatly"},
+    "set assistant_only_loss=True": {"assistant_only_loss": False},
+    "set packing=False": {"packing": True},
+    "set eval_packing=False": {"eval_packing": True},
+    "skip_prepare_dataset.* makes no turns": {"dataset_kwargs": {"skip_prepare_dataset": True}},
+}
+
+
+@pytest.mark.parametrize(("message", "settings"), SETTINGS.items(), ids=[*map(str, SETTINGS.values())])
+def test_settings_that_do_not_go_with_it(message, settings, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trl_fast.SFTConfig(tmp_path, **{"assistant_only_loss": True, "assistant_turns": "separately", **settings})
