@@ -125,7 +125,7 @@ def _shared_batch(
     ids, labels = [ids for ids, _ in sequences], [_int64(labels) for _, labels in sequences]
     rows = lay_out(ids, layout, pad_token_id, None, neighbours_share(ids))
     # Nothing predicts the first token of a sequence.
-    scored = [(each[1:] != IGNORED).nonzero().flatten() + 1 for each in labels]
+    scored = [((each[1:] != IGNORED).nonzero().flatten() + 1).tolist() for each in labels]
     targets = [each[places].tolist() for each, places in zip(labels, scored, strict=True)]
     lengths = [len(each) for each in ids]
     return TokenBatch(
