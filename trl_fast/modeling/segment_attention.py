@@ -25,7 +25,7 @@ from trl_fast.parallel.engines import original_class
 from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
 from .attention.row_attention import AttentionSpec
-from .attention.tree_attention import fused_kernels_serve, tree_attention
+from .attention.tree_attention import attention_spec, fused_kernels_serve, tree_attention
 from .loading import backbone, reads_more_than_text
 from .model_changes import changes_of
 from .recurrent_layers import use_recurrent_segments
@@ -38,6 +38,8 @@ EAGER_SEGMENT_ATTENTION = "trl_fast_segments_eager"
 SEGMENTS = "segment attention"
 # The keyword that carries the lengths.
 LENGTHS_KEYWORD = "tree_lengths"
+# The keywords by which transformers hands a layer's window and sinks to its attention.
+WINDOW_KEYWORD, SINKS_KEYWORD = "sliding_window", "s_aux"
 _REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION)
 
 
@@ -62,20 +64,26 @@ def segment_attention(
         softcap: of the scores, as in `AttentionSpec`.
         tree_lengths: lengths of the segments of each tree in the row, summing to T; None hands over to SDPA.
         sequence_group: the processes that share the tokens of the row, of which T are this one's; None: it has all.
+        kwargs: among them `sliding_window`, the last tokens of its sequence that a token attends to, and `s_aux`, the
+            sinks (heads,) of a model that has them, as in `tree_attention`.
 
     Returns:
         (1, T, heads, D) and None, as transformers expects.
 
     Raises:
-        ValueError: there is attention dropout, and branches share a prompt or scores are capped.
+        ValueError: there is attention dropout, and branches share a prompt, scores are capped, a window is shorter
+            than a sequence, or there are sinks.
     """
     if tree_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
         )
+    sinks = kwargs.get(SINKS_KEYWORD)
     if sequence_group is not None:
         query, key, value = (sequence_group.gather_tokens(states) for states in (query, key, value))
-    attended = _attend_within_trees(query, key, value, scaling, dropout, softcap, tree_lengths)
+        sinks = None if sinks is None else sequence_group.own_heads(sinks)
+    spec = attention_spec(query, tree_lengths, scaling, softcap, _window(module, kwargs))
+    attended = _attend_within_trees(query, key, value, spec, sinks, dropout)
     return (attended if sequence_group is None else sequence_group.scatter_tokens(attended)), None
 
 
@@ -98,15 +106,32 @@ def eager_segment_attention(
     return segment_attention(module, query, key, value, attention_mask, tree_lengths=tree_lengths, **kwargs)
 
 
+def _window(module: torch.nn.Module, keywords: Mapping[str, Any]) -> int | None:
+    """Returns how many last tokens a token attends to in a layer, itself included; None: all.
+
+    Most layers hand it to their attention function. Where a family relies on its mask alone, all layers slide, or
+    those that have the window as an attribute.
+    """
+    config: Any = getattr(module, "config", None)
+    file_of_layer = sys.modules[original_class(module).__module__]
+    window: Any = None
+    if WINDOW_KEYWORD in keywords:
+        window = keywords[WINDOW_KEYWORD]
+    elif hasattr(module, WINDOW_KEYWORD):
+        window = module.sliding_window
+    elif hasattr(file_of_layer, "create_sliding_window_causal_mask") and not getattr(config, "layer_types", None):
+        window = getattr(config, WINDOW_KEYWORD, None)
+    return window or None
+
+
 @torch.compiler.disable
 def _attend_within_trees(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float | None,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
     dropout: float,
-    softcap: float | None,
-    tree_lengths: tuple[TreeLengths, ...],
 ) -> torch.Tensor:
     """Computes attention (1, T, heads, Dv) within the trees of a row.
 
@@ -116,16 +141,18 @@ def _attend_within_trees(
         # As autocast does for SDPA: rotary embeddings have widened queries and keys.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    shares = any(len(tree) > 1 for tree in tree_lengths)
-    if dropout and (shares or softcap):
-        layout, other = (SHARED_PREFIX, PACKED) if shares and not softcap else (AUTO, PADDED)
+    shares = any(len(tree) > 1 for tree in spec.trees)
+    beyond_sdpa = spec.softcap is not None or spec.window is not None or sinks is not None
+    if dropout and (shares or beyond_sdpa):
+        layout, other = (AUTO, PADDED) if beyond_sdpa else (SHARED_PREFIX, PACKED)
         raise ValueError(
             f"batch_layout={layout!r} cannot be used with an attention dropout of {dropout}; use {other!r}"
         )
-    spec = AttentionSpec(tree_lengths, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
-    if not dropout and (shares or softcap or fused_kernels_serve(query, value, spec)):
-        return tree_attention(query, key, value, tree_lengths, scaling, softcap).transpose(1, 2).contiguous()
-    return _sequence_by_sequence(query, key, value, [num_tokens(tree) for tree in tree_lengths], scaling, dropout)
+    if not dropout and (shares or beyond_sdpa or fused_kernels_serve(query, value, spec)):
+        attended = tree_attention(query, key, value, spec.trees, spec.scale, spec.softcap, spec.window, sinks=sinks)
+        return attended.transpose(1, 2).contiguous()
+    lengths = [num_tokens(tree) for tree in spec.trees]
+    return _sequence_by_sequence(query, key, value, lengths, spec.scale, dropout)
 
 
 def _sequence_by_sequence(

@@ -67,6 +67,10 @@ class SequenceGroup:
             states = states.repeat_interleave(self.size // heads, dim=1)
         return _Exchange.apply(states, self.group, 1, 2)
 
+    def own_heads(self, of_heads: torch.Tensor) -> torch.Tensor:
+        """Returns what belongs to this process's share of the heads, of something that each head has (heads, ...)."""
+        return of_heads.chunk(self.size)[self.rank]
+
     def scatter_tokens(self, attended: torch.Tensor) -> torch.Tensor:
         """Exchanges what attention gives, (1, T, heads / P, D), for (1, T / P, heads, D) of this process's tokens."""
         return _Exchange.apply(attended, self.group, 1, 2)

@@ -19,6 +19,7 @@ from trl_fast.modeling.attention import block_masks, flex
 from trl_fast.modeling.attention.block_masks import block_mask, seen_blocks, visible_pairs, whole_blocks
 from trl_fast.modeling.attention.flex import FlexAttention
 from trl_fast.modeling.attention.row_attention import AttentionSpec
+from trl_fast.modeling.attention.sinks import with_sinks
 from trl_fast.ops.device import DeviceFacts, device_facts, simulated_device
 
 CPU = torch.device("cpu")
@@ -107,11 +108,8 @@ def problem(trees, dtype=torch.float64, width=24, value_width=16, seed=0):
 
 
 def attention(query, key, value, trees, softcap=None, window=None, sinks=None):
-    spec = AttentionSpec(trees, 0.4, softcap)
-    if window is None and sinks is None:
-        return FlexAttention.attention(query, key, value, spec)
-    out, lse = flex._with_log_sum_exp(query, key, value, spec, window)
-    return out if sinks is None else out * (lse - torch.logaddexp(lse, sinks[:, None])).exp()[..., None]
+    out, lse = FlexAttention.attention(query, key, value, AttentionSpec(trees, 0.4, softcap, window))
+    return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
 def dense_attention(query, key, value, trees, scale, softcap, window, sinks):
@@ -192,9 +190,9 @@ def test_what_it_serves(query, capability, reason, monkeypatch):
 def test_what_does_not_work_on_a_short_row_is_not_used(compilations, monkeypatch):
     kind = flex._Kind(CPU, torch.float32, 4, 2, 24, 16, 0.4, 2.0)
     right = FlexAttention.attention
-    monkeypatch.setattr(FlexAttention, "attention", lambda *given: 1.1 * right(*given))
+    monkeypatch.setattr(FlexAttention, "attention", lambda *given: (1.1 * right(*given)[0], None))
     assert flex._trial.__wrapped__(kind) == "FlexAttention's numbers are off by 0.1 on a short row"
-    monkeypatch.setattr(FlexAttention, "attention", lambda *given: right(*given) / 0.0 * 0.0)
+    monkeypatch.setattr(FlexAttention, "attention", lambda *given: (right(*given)[0] / 0.0 * 0.0, None))
     assert flex._trial.__wrapped__(kind) == "FlexAttention's numbers are off by nan on a short row"
 
     def fails(*_):

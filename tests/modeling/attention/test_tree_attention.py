@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from support.heads import error
-from trl_fast.data.segments import num_tokens, segments_of
+from support.row_attention import TREES, VarlenOnTheCpu, dense, dense_mask, problem
+from trl_fast.data.segments import segments_of
 from trl_fast.modeling.attention import flex, plain
 from trl_fast.modeling.attention import tree_attention as op
 from trl_fast.modeling.attention.cpu import CpuRowAttention
@@ -20,50 +21,12 @@ from trl_fast.modeling.attention.tree_attention import choose_kernels, fused_ker
 from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops.device import DeviceFacts, simulated_device
 
-TREES = {
-    "a pair": ((40, 17, 9),),
-    "several trees": ((5, 3, 4), (1, 1, 1), (30, 2)),
-    "one branch": ((12, 20),),
-    "a hundred branches": ((9, *([2] * 100)),),
-    "no branches": ((8,), (3,), (21,)),
-    "no prompt": ((0, 5, 7),),
-    "empty branches": ((6, 0, 4, 0), (3, 0)),
-    "one token each": ((1, 1),),
-    "nested": ((12, (5, 3, 4), 7), (9, (2, 6, (4, 1, 2)))),
-    "nested, something empty": ((0, (6, 0, (3, 2, 0)), 4), (5, (0, 3, 2), (0,)), (3, ((1), 2))),
-    "a chain": ((3, (2, (4, (1, (5, 2))))),),
-}
 
-
-def dense_mask(trees) -> torch.Tensor:
-    """(T, T) bool, from the definition: token by token; a tree is read anew here."""
-    tokens: list[tuple] = []  # a token is its sequence up to itself
-
-    def read(tree, before):
-        length, *children = (tree,) if isinstance(tree, int) else tree
-        for _ in range(length):
-            before = (*before, len(tokens))
-            tokens.append(before)
-        for child in children:
-            read(child, before)
-
-    for tree in trees:
-        read(tree, ())
-    return torch.tensor([[b[-1] in a for b in tokens] for a in tokens])
-
-
-def problem(trees, heads=4, groups=2, dtype=torch.float32, width=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = sum(map(num_tokens, trees))
-    make = lambda h: torch.randn(1, h, tokens, width, generator=generator).to(dtype)  # noqa: E731
-    return make(heads).requires_grad_(), make(groups).requires_grad_(), make(groups).requires_grad_(), make(heads)
-
-
-def dense(query, key, value, trees, scale, dtype):
-    upcast = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+def sdpa(query, key, value, trees, scale, dtype):
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
     repeats = query.shape[1] // key.shape[1]
-    k, v = (x.repeat_interleave(repeats, dim=1) for x in upcast[1:])
-    return F.scaled_dot_product_attention(upcast[0], k, v, attn_mask=dense_mask(trees), scale=scale), upcast
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in leaves[1:])
+    return F.scaled_dot_product_attention(leaves[0], k, v, attn_mask=dense_mask(trees), scale=scale), leaves
 
 
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
@@ -73,8 +36,8 @@ def dense(query, key, value, trees, scale, dtype):
 def test_output_and_gradients(trees, groups, scale, dtype):
     query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
     got = tree_attention(query, key, value, trees, scale)
-    exact, upcast = dense(query, key, value, trees, scale, torch.float64)
-    baseline, narrow = dense(query, key, value, trees, scale, dtype)
+    exact, upcast = sdpa(query, key, value, trees, scale, torch.float64)
+    baseline, narrow = sdpa(query, key, value, trees, scale, dtype)
     grads = torch.autograd.grad(got, (query, key, value), upstream)
     exact_grads = torch.autograd.grad(exact, upcast, upstream.double())
     baseline_grads = torch.autograd.grad(baseline, narrow, upstream)
@@ -106,65 +69,13 @@ def test_lengths_that_do_not_fit_are_refused():
         tree_attention(query, key.expand(1, 2, 7, 16)[:, [0, 1, 1]], value[:, [0, 1, 1]], ((4, 3),))
 
 
-class VarlenOnTheCpu:
-    """The varlen flash kernels by their contract, sequence by sequence, so that what they are told can be checked."""
-
-    def __init__(self):
-        self.calls = []
-
-    def _sequences(self, *cu_seqlens):
-        borders = [s.tolist() for s in cu_seqlens]
-        return zip(*([slice(a, b) for a, b in zip(s[:-1], s[1:], strict=True)] for s in borders), strict=True)
-
-    def _heads_first(self, x, heads):
-        return x.transpose(0, 1).repeat_interleave(heads // x.shape[1], dim=0)[None]
-
-    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout, causal, debug, *, scale):
-        self.calls.append((max_q, max_k, causal))
-        out, lse, heads = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0]), q.shape[1]
-        for rows, columns in self._sequences(cu_seqlens_q, cu_seqlens_k):
-            assert rows.stop - rows.start <= max_q and columns.stop - columns.start <= max_k
-            given = (self._heads_first(x, heads) for x in (q[rows], k[columns], v[columns]))
-            o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, causal, scale=scale)
-            out[rows], lse[:, rows] = o[0].transpose(0, 1), l[0]
-        return out, lse, torch.zeros(2), torch.zeros(0), torch.zeros(0)
-
-    def backward(
-        self, g, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout, causal, rng, unused, *, scale
-    ):
-        assert rng.shape == (2,) and unused.shape == (0,)
-        self.calls.append((max_q, max_k, causal))
-        grads, heads = [torch.zeros_like(x) for x in (q, k, v)], q.shape[1]
-        for rows, columns in self._sequences(cu_seqlens_q, cu_seqlens_k):
-            given = [self._heads_first(x, heads) for x in (g[rows], q[rows], k[columns], v[columns], out[rows])]
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *given, lse[None, :, rows], 0.0, causal, scale=scale
-            )
-            for total, place, part in zip(grads, (rows, columns, columns), found, strict=True):
-                total[place] = part[0].unflatten(0, (total.shape[1], -1)).sum(1).transpose(0, 1)
-        return tuple(grads)
-
-
-class CudaOnTheCpu(CudaRowAttention):
-    """CUDA's path for tensors on the CPU, in float32."""
-
-    device_kind = None
-
-    @staticmethod
-    def supports(*_):
-        return True, ""
-
-
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
 def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
     """CUDA's path with stand-ins for its two kernels; on a GPU, benchmarks.gpu_kit runs the real ones."""
-    stand_in = VarlenOnTheCpu()
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in.forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", stand_in.backward)
-    monkeypatch.setattr(op, "KERNELS", (CudaOnTheCpu,))
+    stand_in = VarlenOnTheCpu(monkeypatch)
     query, key, value, upstream = problem(trees)
     got = tree_attention(query, key, value, trees)
-    exact, upcast = dense(query, key, value, trees, None, torch.float64)
+    exact, upcast = dense(query, key, value, trees, torch.float64)
     assert error(got, exact) < 2e-6
     grads = torch.autograd.grad(got, (query, key, value), upstream)
     for a, b in zip(grads, torch.autograd.grad(exact, upcast, upstream.double()), strict=True):
@@ -174,18 +85,6 @@ def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
 
 
 # ---- without flash kernels
-
-
-def plain_dense(query, key, value, trees, scale, softcap, dtype):
-    """As a model's own eager attention computes it, in `dtype`, the softmax in float32 at least."""
-    upcast = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
-    repeats = query.shape[1] // key.shape[1]
-    k, v = (x.repeat_interleave(repeats, dim=1) for x in upcast[1:])
-    scores = upcast[0] @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~dense_mask(trees), float("-inf")).to(torch.promote_types(dtype, torch.float32))
-    return scores.softmax(-1).to(dtype) @ v, upcast
 
 
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
@@ -198,8 +97,8 @@ def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
     query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
     value, upstream = value[..., :8].detach().requires_grad_(), upstream[..., :8]
     got = tree_attention(query, key, value, trees, scale, softcap)
-    exact, upcast = plain_dense(query, key, value, trees, scale, softcap, torch.float64)
-    baseline, narrow = plain_dense(query, key, value, trees, scale, softcap, dtype)
+    exact, upcast = dense(query, key, value, trees, torch.float64, scale=scale, softcap=softcap)
+    baseline, narrow = dense(query, key, value, trees, dtype, scale=scale, softcap=softcap)
     grads = torch.autograd.grad(got, (query, key, value), upstream)
     exact_grads = torch.autograd.grad(exact, upcast, upstream.double())
     baseline_grads = torch.autograd.grad(baseline, narrow, upstream)

@@ -63,29 +63,23 @@ class FlexAttention(RowKernels):
         return True, "torch's FlexAttention, compiled to Triton kernels"
 
     @staticmethod
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-        """Computes attention (1, heads, T, Dv), differentiable once.
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes attention (1, heads, T, Dv) and the log-sum-exp of the scores (heads, T), differentiable once.
 
         query: (1, heads, T, D); key: (1, key-value heads, T, D); value: (1, key-value heads, T, Dv); of one dtype.
         """
-        return _with_log_sum_exp(query, key, value, spec)[0]
-
-
-def _with_log_sum_exp(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec, window: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes attention (1, heads, T, Dv) and the log-sum-exp of the scores (1, heads, T), both differentiable.
-
-    window: how many tokens a token sees at most, itself among them.
-    """
-    facts = device_facts(query.device)
-    if facts.flex_attention is not None:
-        return facts.flex_attention(query, key, value, visible_pairs(spec.trees, window))
-    mask = block_mask(spec.trees, window, query.device, facts)
-    for states in (query, key, value):
-        torch._dynamo.maybe_mark_dynamic(states, 2)
-    with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
-        return _compiled()(query, key, value, mask, spec.scale, spec.softcap)
+        facts = device_facts(query.device)
+        if facts.flex_attention is not None:
+            out, lse = facts.flex_attention(query, key, value, visible_pairs(spec.trees, spec.window))
+        else:
+            mask = block_mask(spec.trees, spec.window, query.device, facts)
+            for states in (query, key, value):
+                torch._dynamo.maybe_mark_dynamic(states, 2)
+            with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
+                out, lse = _compiled()(query, key, value, mask, spec.scale, spec.softcap)
+        return out, lse[0]
 
 
 def _attend(
@@ -156,7 +150,7 @@ def _trial_error(kind: _Kind) -> float:
     # As models have them: a token's heads side by side.
     states = [torch.randn(1, tokens, *size, **options).transpose(1, 2).requires_grad_() for size in sizes]
     mask = block_mask(_TRIAL, None, kind.device, device_facts(kind.device))
-    out = FlexAttention.attention(*states, AttentionSpec(_TRIAL, kind.scale, kind.softcap))
+    out, _ = FlexAttention.attention(*states, AttentionSpec(_TRIAL, kind.scale, kind.softcap))
     upstream = torch.randn(out.shape, **options)
     exact = _plain_attention(*states, mask, kind.scale, kind.softcap)
     got, wanted = (

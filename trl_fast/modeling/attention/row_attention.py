@@ -18,11 +18,13 @@ class AttentionSpec(NamedTuple):
     - `scale`: of the scores.
     - `softcap`: scores become softcap · tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2). None: as they
       are.
+    - `window`: the last tokens of its sequence that a token attends to, itself included; None: all.
     """
 
     trees: tuple[TreeLengths, ...]
     scale: float
     softcap: float | None = None
+    window: int | None = None
 
 
 class RowKernels(ABC):

@@ -16,12 +16,14 @@ import torch
 
 from trl_fast.data.segments import TreeLengths, num_tokens
 from trl_fast.ops.device import device_facts
-from trl_fast.ops.named_gradients import first_derivative, gradients_of
+from trl_fast.ops.named_gradients import first_derivative, gradients_of, needs_gradients
 
 from .cpu import CpuRowAttention
 from .flex import FlexAttention
+from .parts import longest_sequence
 from .plain import PlainRowAttention
 from .row_attention import AttentionSpec, RowAttention
+from .sinks import sink_gradient, with_sinks
 from .varlen import CudaRowAttention
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ def tree_attention(
     trees: tuple[TreeLengths, ...],
     scale: float | None = None,
     softcap: float | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes attention of every token to its own sequence up to itself: its segment, and those that this continues.
 
@@ -50,24 +54,48 @@ def tree_attention(
             dtype. Key-value heads are not repeated.
         trees: lengths of the row's segments, summing to T.
         scale: of the scores; 1/√D if None.
-        softcap: of the scores, as in `AttentionSpec`.
+        softcap: of the scores, window: of the tokens, as in `AttentionSpec`.
+        sinks: (heads,), any float dtype: a score of each head beside those of the keys, with a value of 0; see
+            sinks.py.
 
     Returns:
-        (1, heads, T, Dv), differentiable.
+        (1, heads, T, Dv), differentiable; the sinks have a gradient too.
 
     Raises:
-        ValueError: the lengths do not sum to T, or the heads of the queries are no multiple of those of the keys.
+        ValueError: the lengths do not sum to T, or the heads of the queries are no multiple of those of the keys, or
+            the window is shorter than one token.
     """
     tokens, heads, groups = query.shape[2], query.shape[1], key.shape[1]
     if (total := sum(map(num_tokens, trees))) != tokens:
         raise ValueError(f"trees: lengths sum to {total}, the row has {tokens} tokens")
     if heads % groups:
         raise ValueError(f"query: {heads} heads are no multiple of the {groups} key-value heads")
-    spec = AttentionSpec(trees, query.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    spec = attention_spec(query, trees, scale, softcap, window)
     kernels = choose_kernels(query, value, spec)
     if issubclass(kernels, FlexAttention):
-        return kernels.attention(query, key, value, spec)
-    return _TreeAttention.apply(query, key, value, spec, kernels)
+        out, lse = kernels.attention(query, key, value, spec)
+        return out if sinks is None else with_sinks(out, lse, sinks)[0]
+    return _TreeAttention.apply(query, key, value, sinks, spec, kernels)
+
+
+def attention_spec(
+    query: torch.Tensor,
+    trees: tuple[TreeLengths, ...],
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> AttentionSpec:
+    """Returns the spec of a row of queries (1, heads, T, D); a window that holds every sequence is none.
+
+    Raises:
+        ValueError: the window is shorter than one token.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window: {window} tokens; a token attends at least to itself")
+    shorter = window is not None and window < longest_sequence(trees)
+    return AttentionSpec(
+        trees, query.shape[-1] ** -0.5 if scale is None else scale, softcap or None, window if shorter else None
+    )
 
 
 def choose_kernels(
@@ -117,21 +145,26 @@ class _TreeAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        sinks: torch.Tensor | None,
         spec: AttentionSpec,
         kernels: type[RowAttention],
     ) -> torch.Tensor:
         row = kernels(query, key, value, spec)
         out, lse = row.forward()
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
         # All tensors, so that checkpointing lets go of them.
-        ctx.save_for_backward(query, key, value, out, lse, *row.rng_state)
+        ctx.save_for_backward(query, key, value, sinks, out, lse, *row.rng_state)
         ctx.spec, ctx.kernels = spec, kernels
         return out
 
     @staticmethod
     @first_derivative("attention of token trees")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse, *rng_state = ctx.saved_tensors
+        query, key, value, sinks, out, lse, *rng_state = ctx.saved_tensors
         row = ctx.kernels(query, key, value, ctx.spec)
         row.rng_state = rng_state
         found = dict(zip(("query", "key", "value"), row.backward(grad, out, lse), strict=True))
+        if needs_gradients(ctx, _TreeAttention.forward, "sinks")[0]:
+            found["sinks"] = sink_gradient(grad, out, lse, sinks)
         return gradients_of(_TreeAttention.forward, **found)

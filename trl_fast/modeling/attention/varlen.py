@@ -21,8 +21,8 @@ from .row_attention import AttentionSpec, RowAttention
 class _Varlen(NamedTuple):
     """Holds what a varlen flash call is told of its sequences, and where in the row their queries and keys are.
 
-    query_of: (T,) int32, which of the queries a token of the row is, -1: none; None of a causal call, whose queries
-    are all tokens.
+    window: as in `Part`. query_of: (T,) int32, which of the queries a token of the row is, -1: none; None of a causal
+    call, whose queries are all tokens.
     """
 
     queries: slice | torch.Tensor
@@ -32,38 +32,45 @@ class _Varlen(NamedTuple):
     longest_query: int
     longest_key: int
     causal: bool
+    window: int | None
     query_of: torch.Tensor | None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Returns the keywords that tell the kernels of a window; they align it at the last query and the last key."""
+        if self.window is None:
+            return {}
+        return {"window_size_left": self.window - 1, "window_size_right": 0}
 
 
 @functools.lru_cache(maxsize=64)
-def _varlen_calls(trees: tuple[TreeLengths, ...], device: torch.device, facts: DeviceFacts) -> tuple[_Varlen, ...]:
+def _varlen_calls(
+    trees: tuple[TreeLengths, ...], window: int | None, device: torch.device, facts: DeviceFacts
+) -> tuple[_Varlen, ...]:
     """Returns a call for each group of parts: every segment to itself, and what continues the segments of a depth.
 
     facts: of the device; a simulation must not be given the tensors of another one.
     """
     calls = []
-    for group in filter(None, attention_parts(trees)):
-        queries, keys, causal = [part.queries for part in group], [part.keys for part in group], group[0].causal
-        cu_seqlens_q = _bounds(queries, device)
-        # Each segment's queries are its keys.
-        cu_seqlens_k = cu_seqlens_q if causal else _bounds(keys, device)
+    for group in filter(None, attention_parts(trees, window)):
+        queries, keys = [part.queries for part in group], [one for part in group for one in part.keys]
+        num_queries, num_keys = [part.num_queries for part in group], [part.num_keys for part in group]
+        cu_seqlens_q = _bounds(num_queries, device)
+        cu_seqlens_k = cu_seqlens_q if num_queries == num_keys else _bounds(num_keys, device)
         calls.append(
             _Varlen(
                 *(_together(queries, device), _together(keys, device), cu_seqlens_q, cu_seqlens_k),
-                *(max(map(_length, queries)), max(map(_length, keys)), causal),
-                None if causal else _query_of(queries, sum(map(num_tokens, trees)), device),
+                *(max(num_queries), max(num_keys), group[0].causal),
+                window if any(part.window for part in group) else None,
+                None if group[0].causal else _query_of(queries, sum(map(num_tokens, trees)), device),
             )
         )
     return tuple(calls)
 
 
-def _length(tokens: slice) -> int:
-    return tokens.stop - tokens.start
-
-
-def _bounds(ranges: list[slice], device: torch.device) -> torch.Tensor:
+def _bounds(lengths: list[int], device: torch.device) -> torch.Tensor:
     """Returns where each of N sequences begins and the last one ends, (N + 1,) int32."""
-    bounds = torch.tensor([0, *itertools.accumulate(map(_length, ranges))], dtype=torch.int32)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return copy_to_device(bounds, device)
 
 
@@ -105,7 +112,8 @@ class CudaRowAttention(RowAttention):
         super().__init__(query, key, value, spec)
         # (T, heads, D), as the varlen kernels take it; groups of query heads are theirs to see to.
         self.query, self.key, self.value = (x[0].transpose(0, 1) for x in (query, key, value))
-        self.calls, self.scale = _varlen_calls(spec.trees, query.device, device_facts(query.device)), spec.scale
+        self.calls = _varlen_calls(spec.trees, spec.window, query.device, device_facts(query.device))
+        self.scale = spec.scale
 
     def _given(self, call: _Varlen) -> Iterator[torch.Tensor]:
         yield self.query[call.queries].contiguous()
@@ -120,7 +128,7 @@ class CudaRowAttention(RowAttention):
         for call in self.calls:
             lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.longest_query, call.longest_key)
             found, found_lse, *rng_state, _ = torch.ops.aten._flash_attention_forward(
-                *self._given(call), *lengths, 0.0, call.causal, False, scale=self.scale
+                *self._given(call), *lengths, 0.0, call.causal, False, scale=self.scale, **call.options
             )
             states += rng_state
             if call.query_of is None:
@@ -149,14 +157,22 @@ class CudaRowAttention(RowAttention):
                 call.causal,
                 *self.rng_state[2 * number : 2 * number + 2],
                 scale=self.scale,
+                **call.options,
             )
-            if call.causal:
-                # The first call: it covers the row.
-                sums = found
+            if call.query_of is None:
+                # The first call: its queries are the row, and so are its keys, unless some are there several times.
+                sums = [x if isinstance(call.keys, slice) else self._gathered_back(x, call.keys) for x in found[1:]]
+                sums = [found[0], *sums]
                 continue
             for total, part, places in zip(sums, found, (rows, call.keys, call.keys), strict=True):
                 if isinstance(places, slice):
                     total[places] += part
                 else:  # one kernel where indexing would be three; no place is there twice
-                    total.index_add_(0, places, part)
-        return tuple(total.transpose(0, 1)[None] for total in sums)
+                    total.index_add_(0, places, part.to(total.dtype))
+        grad_query, grad_key, grad_value = (total.transpose(0, 1)[None].to(grad.dtype) for total in sums)
+        return grad_query, grad_key, grad_value
+
+    def _gathered_back(self, grad: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Returns the sums (T, G, D) float32 of gradients (K, G, D) of tokens that were taken by an index (K,)."""
+        total = grad.new_zeros(self.key.shape[0], *grad.shape[1:], dtype=torch.float32)
+        return total.index_add_(0, index, grad.float())
