@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_fast.data.device_transfer import copy_to_device
+from trl_fast.data.layer_sizes import experts_per_token, num_experts
 from trl_fast.data.packing import TokenBatch
 from trl_fast.data.segments import TreeLengths, segments_of, sequence_counts
 from trl_fast.ops import HeadOptions, TokenScores, selective_log_softmax_and_entropy
@@ -222,13 +225,18 @@ def _token_counts(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
 def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor | None) -> torch.Tensor:
     """Computes the load-balancing loss of the family, which stands in the class's module; the mask weighs tokens."""
     config = model.config.get_text_config()
+    experts: Any = num_experts(config)
     function: Any = getattr(sys.modules[original_class(model).__module__], "load_balancing_loss_func", None)
     if function is None:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        function = load_balancing_loss_func
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return function(router_logits, experts, config.num_experts_per_tok, counts)
+        # As wide as the logits: some routers also send tokens to no expert (LongCat Flash, ZAYA).
+        function, experts = load_balancing_loss_func, router_logits[0].shape[-1]
+    arguments = {"num_experts": experts, "top_k": experts_per_token(config), "attention_mask": counts}
+    if "num_keys" in inspect.signature(function).parameters:
+        # Doge finds an expert by two keys (product-key retrieval).
+        arguments["num_keys"] = math.isqrt(experts)
+    return function(router_logits, **arguments)
 
 
 def _score_logits(
