@@ -135,7 +135,17 @@ def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object
     tokens, loss = _run_head(model, scoring.select(states), scoring, states.shape[:-1].numel())
     if not router:
         return ModelScores(tokens, None, loss)
-    return ModelScores(tokens, _aux_loss(model, output.router_logits, _token_counts(kwargs)), loss)
+    router_logits = getattr(output, "router_logits", None)
+    if not router_logits:
+        _say_no_router(type(model).__name__)
+        return ModelScores(tokens, states.new_zeros(()), loss)
+    return ModelScores(tokens, _aux_loss(model, router_logits, _token_counts(kwargs)), loss)
+
+
+@functools.cache
+def _say_no_router(name: str) -> None:
+    """Logs once that a router's loss is 0, as in transformers: 5.17 has none of Granite-MoE."""
+    logger.warning(f"router_aux_loss_coef: this transformers gives no logits of {name}'s routers, so their loss is 0.")
 
 
 @torch.compiler.disable
