@@ -95,6 +95,13 @@ class Samples:
             first.setdefault(tuple(self.prompt_ids[index]), place)
         return sorted(order, key=lambda index: first[tuple(self.prompt_ids[index])])
 
+    def by_beginning(self, indices: Iterable[int]) -> list[int]:
+        """Returns `indices` with prompts and completions that begin alike next to each other, as a batch shares them.
+
+        The answer does not depend on the order of `indices`, but for completions that are the same.
+        """
+        return sorted(indices, key=lambda index: (self.prompt_ids[index], self.completion_ids[index]))
+
     def flat(self, name: str) -> torch.Tensor | None:
         """Returns a field of TOKEN_FIELDS as one vector (N,) in the order of the completions."""
         vectors = getattr(self, name)
@@ -110,9 +117,13 @@ class Samples:
         return list(values.split([len(ids) for ids in self.completion_ids]))
 
     def batch(self, layout: str, pad_token_id: int, pad_to_multiple_of: int | None = None) -> TokenBatch:
-        """Returns the batch that scores every completion token: a tree for each run of completions of one prompt."""
+        """Returns the batch that scores every completion token: a tree for each run of completions of one prompt.
+
+        In a layout that shares prompts, what else neighbours begin alike with is shared too: the system message of
+        different prompts, the first turns of completions that call tools.
+        """
         pairs = zip(self.prompt_ids, self.completion_ids, strict=True)
         trees = [
             Tree(prompt, [branch for _, branch in run]) for prompt, run in groupby(pairs, key=lambda pair: pair[0])
         ]
-        return pack_trees(trees, layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        return pack_trees(trees, layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of, compares_tokens=True)

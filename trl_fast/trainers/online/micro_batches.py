@@ -71,7 +71,7 @@ class UpdateMaker:
 
         weights: (B,) float32, the weight in the loss of a token of each completion.
         """
-        order = samples.grouped(kept)
+        order = samples.by_beginning(kept)
         part = samples.select(order)
         batch = self.token_batch(part)
         vectors = part.flat_fields()
@@ -127,7 +127,7 @@ class Slicer:
 
 def batches_in_turn(samples: Samples, indices: Iterable[int], size: int) -> list[list[int]]:
     """Returns the numbers `indices` of completions in batches of at most `size`, those of one prompt together."""
-    order = samples.grouped(list(indices))
+    order = samples.by_beginning(indices)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -143,7 +143,7 @@ def scoring_batches(
     batches = []
     for chosen in slices:
         part = samples.select(chosen)
-        batches.append([chosen[index] for index in part.grouped(trained(part))])
+        batches.append([chosen[index] for index in part.by_beginning(trained(part))])
     if everyone:
         others = set(range(len(samples))).difference(*batches)
         batches += batches_in_turn(samples, sorted(others), size)
