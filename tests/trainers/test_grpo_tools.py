@@ -7,11 +7,13 @@ import trl
 from transformers import AutoModelForCausalLM
 
 import trl_fast
+import trl_fast.data.packing as packing
 from support.models import save_tiny_model
 from support.rollouts import FixedRollout, color_prompts
 from support.tokenizer import EOS
 from support.tools import ADD, ANSWER, TOOLS, ToolPolicy, questions, tool_tokenizer
 from support.training import assert_same_logs, make_trainer
+from trl_fast.data.segments import segments_of
 from trl_fast.rollout import Toolbox
 from trl_fast.rollout.responses import RESPONSE_TEMPLATES
 
@@ -78,7 +80,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
-def test_it_does_what_trl_does(settings, tool_model_path, tmp_path):
+def test_it_does_what_trl_does(settings, tool_model_path, tmp_path, monkeypatch):
+    # Whatever completions begin alike with is shared.
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
     logs, seen = {}, {trl: [], trl_fast: []}
     for module in (trl, trl_fast):
         ours = OURS if module is trl_fast else {}
@@ -92,6 +96,19 @@ def test_it_does_what_trl_does(settings, tool_model_path, tmp_path):
     assert any(len(messages) > 2 for completions, _ in seen[trl] for messages in completions)
     assert logs[trl][0]["tools/call_frequency"] > 0 and logs[trl][0]["tools/failure_frequency"] > 0
     assert_same_logs(logs[trl_fast], logs[trl])
+
+
+def test_turns_that_completions_begin_alike_with_are_computed_once(tool_model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 4)
+    trainer = make(trl_fast, tmp_path, tool_model_path)
+    rows = [dict(trainer.train_dataset[0])] * 8
+    samples = trainer.make_samples(rows)
+    samples = samples.select(samples.by_beginning(range(8)))
+    shared, apart = (samples.batch(layout, 0) for layout in ("shared_prefix", "padded"))
+    assert max(segment.depth for segment in segments_of(shared.tree_lengths)) > 1
+    assert shared.input_ids.numel() < len(samples.prompt_ids[0]) + sum(map(len, samples.completion_ids))
+    for name in ("targets", "branch", "offset"):
+        assert torch.equal(shared[name], apart[name])
 
 
 def test_it_tells_the_policy_of_tools_and_logs_what_was_called(tool_model_path, tmp_path, capsys):
