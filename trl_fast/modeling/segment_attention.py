@@ -238,6 +238,16 @@ def _restore_attention(model: PreTrainedModel, ours: str, before: str) -> None:
         set_attention(model, before)
 
 
+def follow_attention(model: PreTrainedModel, leader: PreTrainedModel) -> None:
+    """Gives a model the attention of another one, as a reference policy needs that of its policy.
+
+    Where that one keeps the trees of a row apart, so do this one's attention and the states of its own layers.
+    """
+    if SEGMENTS in changes_of(leader):
+        use_segment_attention(model)
+    set_attention(model, leader.config.get_text_config()._attn_implementation)
+
+
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
     """Sets the attention of a model, or of its text model where it reads images too, whose attention stays."""
     text = backbone(model) if reads_more_than_text(model) else model

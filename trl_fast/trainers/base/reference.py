@@ -13,7 +13,7 @@ from trl_fast.data import TokenBatch
 from trl_fast.modeling.loading import base_model, load_causal_lm
 from trl_fast.modeling.reference_policy import copy_adapter_as_reference, copy_as_reference, freeze, reference_scope
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
-from trl_fast.modeling.segment_attention import set_attention
+from trl_fast.modeling.segment_attention import follow_attention
 from trl_fast.ops import TokenScores
 from trl_fast.parallel.agreement import together
 from trl_fast.parallel.engines import prepare_frozen
@@ -122,7 +122,7 @@ class ReferenceTrainer(BaseTrainer):
         inner = base_model(self.ref_model)
         attach_scoring(inner)
         inner.trl_fast_fused_head = policy.trl_fast_fused_head
-        set_attention(inner, policy.config.get_text_config()._attn_implementation)
+        follow_attention(inner, policy)
         together(lambda: set_up_layers(inner, args, trains=False))
 
     def start(self, **kwargs: Any) -> None:
