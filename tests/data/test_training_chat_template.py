@@ -46,25 +46,43 @@ CONVERSATIONS = {
         user("Ok."),
         assistant("Bye."),
     ],
+    "several calls": [
+        SYSTEM,
+        user("1+1?"),
+        assistant("Wait.", reasoning_content="A", thinking="A", tool_calls=[CALL, CALL]),
+        {"role": "tool", "name": "add", "content": "2"},
+        {"role": "tool", "name": "add", "content": "2"},
+        assistant("2.", reasoning_content="B", thinking="B"),
+    ],
+    "ends with a call": [user("1+2?"), assistant("", tool_calls=[CALL])],
 }
 
-# What TRL's training templates do that ours do not.
-THOUGHTS = {"thoughts", "reasoning"}
-EVERYWHERE = set(CONVERSATIONS)
+# Where TRL's training templates are not right, and ours differ.
 DIFFERENT = {
-    "deepseek_r1_distill": {"tools"},  # a tool's closing tag counts as said
-    "deepseekv3": {"tools", "thoughts"},  # thoughts are dropped
-    "diffusion_gemma": {"reasoning", "tools"},
-    # The next speaker's role counts as said.
-    "glm4moe": EVERYWHERE,
-    "gptoss": EVERYWHERE,
-    # Thoughts of earlier turns are dropped, those of the last one are learned.
-    **dict.fromkeys(["nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "nemotron_3_5_lightning"], THOUGHTS),
+    # A tool's closing tag counts as said.
+    "deepseek_r1_distill": {"tools", "several calls"},
+    # That too, and thoughts that are to be learned are dropped.
+    "deepseekv3": {"tools", "several calls", "thoughts"},
 }
+NAMES = [path.name for path in TRL_TEMPLATES.iterdir()]
+FAMILIES = {name.removesuffix("_training.jinja") for name in NAMES if "_training" in name}
+# These have marks already, or TRL has no training template.
+OTHERS = {name.removesuffix(".jinja") for name in NAMES if name.endswith(".jinja") and "_training" not in name}
+OTHERS -= FAMILIES
 # These render lists of texts and images only.
 WITH_IMAGES = {"idefics3", "llava_next", "smolvlm"}
-NAMES = (path.name for path in TRL_TEMPLATES.iterdir())
-FAMILIES = {name.removesuffix("_training.jinja") for name in NAMES if "_training" in name} - WITH_IMAGES
+
+
+def in_parts(messages):
+    """The messages with an image in the user's."""
+    return [
+        {
+            **message,
+            "content": [{"type": "image"}] * (message["role"] == "user")
+            + [{"type": "text", "text": message["content"]}],
+        }
+        for message in messages
+    ]
 
 
 def said(template, messages, tools=None):
@@ -98,12 +116,43 @@ def with_template(template):
 def test_marks_what_trls_training_template_marks(family):
     original = (TRL_TEMPLATES / f"{family}.jinja").read_text("utf-8")
     reference = (TRL_TEMPLATES / f"{family}_training.jinja").read_text("utf-8")
-    if DIFFERENT.get(family) == EVERYWHERE:
-        pytest.skip("TRL marks the next speaker's role")
     marked = get_training_chat_template(with_template(original))
-    for name in CONVERSATIONS.keys() - DIFFERENT.get(family, set()):
+    compared = 0
+    for name, messages in CONVERSATIONS.items():
+        messages = in_parts(messages) if family in WITH_IMAGES else messages
         for tools in (None, TOOLS):
-            assert said(marked, CONVERSATIONS[name], tools) == said(reference, CONVERSATIONS[name], tools), name
+            ours, theirs = said(marked, messages, tools), said(reference, messages, tools)
+            assert (ours == theirs) == (name not in DIFFERENT.get(family, ())), name
+            compared += isinstance(ours, tuple)
+    assert compared >= 8
+
+
+def test_marks_where_trl_has_no_training_template():
+    """Thought, calls, text and end of a turn are marked; the header before it and results of tools are not."""
+    said_of = {}
+    for family in OTHERS:
+        template = (TRL_TEMPLATES / f"{family}.jinja").read_text("utf-8")
+        marked = get_training_chat_template(with_template(template)) or template
+        for name in ("one turn", "two turns", "open end", "reasoning", "tools", "ends with a call"):
+            (text, parts), (plain, _) = (said(each, CONVERSATIONS[name], TOOLS) for each in (marked, template))
+            assert text == plain, (family, name)
+            said_of[family, name] = parts
+    call = "<|tool_call>call:add{a:1}<tool_call|>"
+    for family in sorted(OTHERS - {"gemma4_v2"}):
+        if family.startswith("gemma4"):
+            assert said_of[family, "two turns"] == ["Yes.<turn|>\n", "No.<turn|>\n"]
+            assert said_of[family, "tools"] == [call, "3.<turn|>\n", "Bye.<turn|>\n"]
+            assert said_of[family, "ends with a call"] == [call]
+    assert said_of["gemma4_v5", "reasoning"] == ["Yes.<turn|>\n", "<|channel>thought\nB\n<channel|><turn|>\n"]
+    assert said_of["gemma4_v2", "tools"] == [f"{call}<turn|>\n", "3.<turn|>\n", "Bye.<turn|>\n"]
+    llama_call = '{"name": "add", "parameters": {"a": 1}}<|eot_id|>'
+    for family in ("llama3_1", "llama3_2"):
+        assert said_of[family, "two turns"] == ["Yes.<|eot_id|>", "No.<|eot_id|>"]
+        assert said_of[family, "tools"] == [llama_call, "3.<|eot_id|>", "Bye.<|eot_id|>"]
+    python_call = "<|tool_call_start|>[add(a=1)]<|tool_call_end|><|im_end|>"
+    for family in ("lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"):
+        assert said_of[family, "tools"][0].strip() == python_call
+    assert {family for family, _ in said_of} == OTHERS
 
 
 OWN_TEMPLATES = {

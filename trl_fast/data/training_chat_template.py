@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from .generation_marks import with_marks
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -53,9 +55,6 @@ _WRAPPER = """\
 {%- endif -%}
 {{- whole[said.end:said.start] -}}
 {%- set said.end = whole|length if loop.last else closed(messages[:loop.index], whole)|length -%}
-{%- if whole[said.end:].startswith("<turn_end>") -%}
-{%- set said.end = said.end + ("<turn_end>"|length) -%}
-{%- endif -%}
 {%- generation -%}{{- whole[said.start:said.end] -}}{%- endgeneration -%}
 {%- endif -%}
 {%- endfor -%}
@@ -70,20 +69,18 @@ _KEEP_THOUGHTS = {
     "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}": "",
 }
 
+# DeepSeek-V3's template takes arguments of tool calls as text only; data has them as an object.
+_ARGUMENTS = "tool['function']['arguments']"
+_ANY_ARGUMENTS = f"({_ARGUMENTS} if {_ARGUMENTS} is string else {_ARGUMENTS} | tojson)"
+
 # The end of the generation prompt that TRL counts as said by the assistant, by the template's SHA-256. Qwen2.5: the
-# newline after the role. DeepSeek-R1's distilled models, DeepSeek-V3, Muse, gpt-oss: the role itself.
+# newline after the role. DeepSeek-R1's distilled models, DeepSeek-V3, Muse: the role itself.
 _LEADS = {
     "cd8e9439f0570856fd70470bf8889ebd8b5d1107207f67a5efb46e342330527f": "\\n",
     "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f": "<｜Assistant｜>",
     "563b1ce7d61d50a9b4c7439a912a1116f095b712df5b5e4d3e1116049874eb64": "<｜Assistant｜>",
     "cfc67e5f349f37690dfd31ed1f18bc4442a9dd32fe39a648f993cb4eb3cae678": "<|start|>assistant",
-    "a4c9919cbbd4acdd51ccffe22da049264b1b73e59055fa58811a99efbd7c8146": "<|start|>assistant",
 }
-
-# What ends the assistant's turn where another follows, if not the token that ends it at the very end; by the SHA-256.
-_TURN_ENDS = {
-    "a4c9919cbbd4acdd51ccffe22da049264b1b73e59055fa58811a99efbd7c8146": "<|end|>"
-}  # gpt-oss, whose last turn ends with <|return|>
 
 _PROBE = [
     {"role": "user", "content": "Hello"},
@@ -152,16 +149,29 @@ def default_template(chat_template: str | dict[str, str] | None) -> str | None:
 
 
 def _marked(template: str) -> str:
-    digest = hashlib.sha256(template.encode()).hexdigest()
-    wrapper = _WRAPPER.replace("<lead>", _LEADS.get(digest, "")).replace("<turn_end>", _TURN_ENDS.get(digest, ""))
+    marked = with_marks(template)
+    if marked is not None:
+        return marked
+    wrapper = _WRAPPER.replace("<lead>", _LEADS.get(hashlib.sha256(template.encode()).hexdigest(), ""))
     for dropping, keeping in _KEEP_THOUGHTS.items():
         template = template.replace(dropping, keeping)
+    template = template.replace(f"+ {_ARGUMENTS} +", f"+ {_ANY_ARGUMENTS} +")
     # Jinja drops one newline at the end of a template, but not at the end of a macro.
     return wrapper.replace("<template>", template.removesuffix("\n"))
 
 
 def _assistant_mask(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> tuple[list[int], list[int]]:
-    encoded: Any = tokenizer.apply_chat_template(
-        _PROBE, chat_template=chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    """Returns the tokens of a short conversation, and 1 for those that the assistant said, else 0.
+
+    Templates of models that read images may take lists of parts only.
+    """
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    try:
+        encoded: Any = tokenizer.apply_chat_template(_PROBE, chat_template=chat_template, **options)
+    except (TemplateError, TypeError) as error:
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in _PROBE]
+        try:
+            encoded = tokenizer.apply_chat_template(parts, chat_template=chat_template, **options)
+        except (TemplateError, TypeError):
+            raise error from None
     return encoded["input_ids"], encoded["assistant_masks"]
