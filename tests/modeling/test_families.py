@@ -7,75 +7,25 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.memory import measure_peak
+from support.families import FAMILIES
 from support.layout_gradients import assert_same, loss_and_gradients
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import Tree, pack_trees
 from trl_fast.modeling.attention import plain
-from trl_fast.modeling.layouts import supports_packed, supports_sharing
+from trl_fast.modeling.layouts import LayoutRequest, choose_layout
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LATENT = {
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 6,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "num_key_value_heads": 4,
-}
-# Scores are small in models this small: a low cap shows.
-CAPPED = {"attn_logit_softcapping": 0.5}
-
-FAMILIES = {
-    "llama": {},
-    "llama, one key head": {"num_key_value_heads": 1},
-    "llama, biases": {"attention_bias": True, "mlp_bias": True},
-    "llama, rope scaled": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {},
-    "mistral": {"sliding_window": None},
-    "mistral, window longer than rows": {"sliding_window": 64},
-    "gemma": {},
-    "gemma2": {"sliding_window": 64, **CAPPED},
-    "gemma2, no cap": {"sliding_window": 64, "attn_logit_softcapping": None},
-    "gemma3_text": {"sliding_window": 64},
-    "vaultgemma": {"sliding_window": 64, **CAPPED},
-    "smollm3": {"no_rope_layers": [1, 0]},
-    "phi": {"partial_rotary_factor": 0.5},
-    "phi3": {"partial_rotary_factor": 0.5},
-    "olmo": {"clip_qkv": 0.5},
-    "olmo2": {},
-    "olmo3": {"sliding_window": 64},
-    "granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.3, "embedding_multiplier": 3.0},
-    "cohere": {"use_qk_norm": True},
-    "cohere2": {"sliding_window": 64, "logit_scale": 1.0},
-    "glm4": {"partial_rotary_factor": 0.5},
-    "gpt_neox": {"rotary_pct": 0.25},
-    "gpt2": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "gpt_bigcode": {},
-    "starcoder2": {},
-    "seed_oss": {"attention_dropout": 0.3, "residual_dropout": 0.3},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
-    "qwen3_moe": EXPERTS,
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.5},
-    "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
-    "deepseek_v3": {
-        **LATENT,
-        **{"head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
-        **{"first_k_dense_replace": 1, "moe_intermediate_size": 16},
-    },
-}
-MAX_LENGTH = 64
-
 
 def build(name, **changes):
-    model = tiny_model(name.split(",")[0], **FAMILIES[name], **changes)
+    model = tiny_model(name.split(",")[0], **{**FAMILIES[name], **changes})
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            # States live for some tokens.
+            if parameter_name.endswith("A_log"):
+                parameter.uniform_(-3, -1)
     attach_scoring(model)
     disable_dropout(model)
     return model
@@ -83,16 +33,17 @@ def build(name, **changes):
 
 @pytest.fixture(scope="module")
 def trees() -> list[Tree]:
-    """Pairs, three branches, one branch, and a prompt that is too short to be shared."""
-    return random_trees([(18, (3, 5)), (21, (6, 1, 4)), (17, (4,)), (3, (4, 7))])
+    """Pairs, three branches, one branch, and a prompt that is too short to be shared; some cross a window's edge."""
+    return random_trees([(18, (3, 9)), (21, (6, 1, 4)), (17, (4,)), (3, (4, 7))])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_every_gradient(name, trees):
-    model = build(name)
-    expected = loss_and_gradients(model, trees, "padded")
-    assert supports_packed(model, MAX_LENGTH)[0] and supports_sharing(model, without_dropout=True)[0]
-    use_segment_attention(model)
+    model, padded = build(name), build(name)
+    probes = [trees[0].prompt_ids]
+    assert choose_layout(padded, LayoutRequest("padded"), probes).name == "padded"
+    expected = loss_and_gradients(padded, trees, "padded")
+    assert choose_layout(model, LayoutRequest("auto", max_length=1024), probes) == ("shared_prefix", None)
     assert_same(loss_and_gradients(model, trees, "packed"), expected)
     assert_same(loss_and_gradients(model, trees, "shared_prefix"), expected)
 

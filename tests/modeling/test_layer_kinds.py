@@ -17,6 +17,8 @@ from trl_fast.modeling.layer_kinds import (
     SHORT_CONVOLUTION,
     UNKNOWN,
     layer_kinds,
+    mixers_of,
+    shortened_windows,
 )
 
 
@@ -81,3 +83,13 @@ def test_an_unknown_mixer_is_named():
     assert (known.mixer, unknown.mixer, unknown.name, unknown.layer) == (ATTENTION, UNKNOWN, "Conv1d", 1)
     model.model.layers[1].self_attn = torch.nn.Linear(2, 2)
     assert layer_kinds(model)[1].name == "LlamaDecoderLayer"
+
+
+def test_windows_are_shortened_within_the_context_alone():
+    model = meta_model("gemma2", sliding_window=32)
+    sliding, full = mixers_of(model)
+    with shortened_windows(model, 6):
+        assert (model.config.sliding_window, sliding.sliding_window, full.sliding_window) == (6, 6, None)
+        with shortened_windows(model, 8):
+            assert model.config.sliding_window == 6
+    assert (model.config.sliding_window, sliding.sliding_window, full.sliding_window) == (32, 32, None)

@@ -29,6 +29,8 @@ from trl_fast.settings import batch_layouts
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, LAYOUT_CHOICES, BatchLayout, layouts_for
 
 SEQUENCES = [[5, 6, 7, 8], [9, 10, 11]]
+DROPOUT = {"attention_dropout": 0.5}
+CHUNKED = {"attention_chunk_size": 64, "num_local_experts": 2, "layer_types": ["chunked_attention", "full_attention"]}
 
 
 def scored_model(family="llama", **changes):
@@ -129,17 +131,15 @@ def test_only_what_was_asked_for_is_tried_out():
 
 
 @pytest.mark.parametrize(
-    ("asked", "changes", "reason"),
+    ("asked", "family", "config", "changes", "reason"),
     [
-        ("shared_prefix", {"shares_prompts": False}, "sft has no prompts that several completions share"),
-        ("shared_prefix", {"without_dropout": False}, "an attention dropout of 0.5"),
-        ("packed", {"max_length": 1024}, "sliding window of 64 tokens"),
+        ("shared_prefix", "llama", {}, {"shares_prompts": False}, "sft has no prompts that several completions share"),
+        ("shared_prefix", "llama", DROPOUT, {"without_dropout": False}, "an attention dropout of 0.5"),
+        ("packed", "mistral", {"sliding_window": 6, **DROPOUT}, {"without_dropout": False}, "dropout of 0.5"),
+        ("packed", "llama4_text", CHUNKED, {"max_length": 1024}, "chunks of 64 tokens"),
     ],
 )
-def test_what_cannot_be_is_an_error_with_its_reason(asked, changes, reason):
-    family, config = (
-        ("mistral", {"sliding_window": 64}) if "window" in reason else ("llama", {"attention_dropout": 0.5})
-    )
+def test_what_cannot_be_is_an_error_with_its_reason(asked, family, config, changes, reason):
     model = scored_model(family, **config)
     request = LayoutRequest(asked, "sft", **changes)
     message = f"batch_layout='{asked}' cannot be used: .*{reason}.*; use 'auto' or 'padded'"
@@ -147,6 +147,13 @@ def test_what_cannot_be_is_an_error_with_its_reason(asked, changes, reason):
         declared_layout(model, request)
     with pytest.raises(ValueError, match=message):
         choose_layout(model, request, SEQUENCES)
+
+
+def test_dropout_of_plain_attention_leaves_packed_rows():
+    request = LayoutRequest("auto", without_dropout=False)
+    assert choose_layout(scored_model("llama", **DROPOUT), request, SEQUENCES).name == "packed"
+    windowed = scored_model("mistral", sliding_window=6, **DROPOUT)
+    assert choose_layout(windowed, request, SEQUENCES).name == "padded"
 
 
 def test_a_fused_head_that_disagrees_is_given_up(caplog):
@@ -190,9 +197,11 @@ def test_a_new_layout_is_one_row_of_the_table(monkeypatch):
     "family, changes, max_length, reason",
     [
         ("llama", {}, 1024, None),
-        ("mistral", {"sliding_window": 64}, 1024, "sliding window of 64"),
-        ("mistral", {"sliding_window": 64}, 64, None),
-        ("mistral", {"sliding_window": 64}, None, "sliding window of 64"),
+        ("mistral", {"sliding_window": 64}, 1024, None),
+        ("llama4_text", CHUNKED, 64, None),
+        ("llama4_text", CHUNKED, 65, "chunks of 64 tokens"),
+        ("llama4_text", CHUNKED, None, "chunks of 64 tokens"),
+        ("deepseek_v32", {"num_key_value_heads": 4}, 64, "another kind than is known: indexed_attention"),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, 1024, None),
         ("gemma2", {"sliding_window": 2048}, 1024, None),
         ("bloom", {}, 1024, "AttentionInterface"),

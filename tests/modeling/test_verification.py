@@ -69,6 +69,30 @@ def test_a_prompt_whose_keys_have_no_graph_gives_a_wrong_gradient_alone(layout, 
         assert verdict.mismatch(layout).startswith("the gradient of its shared_prefix rows differs")
 
 
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_a_window_that_is_off_by_one(off, monkeypatch):
+    """Its own is far longer than what is tried out."""
+
+    def attend(module, *args, tree_lengths=None, sliding_window=None, **kwargs):
+        if tree_lengths is not None:
+            sliding_window += off
+        return segment_attention(module, *args, tree_lengths=tree_lengths, sliding_window=sliding_window, **kwargs)
+
+    model = prepared("mistral", sliding_window=64)
+    change_attention(monkeypatch, attend)
+    for layout in ("shared_prefix", "packed"):
+        assert verify(model, SEQUENCES, layout=layout).packed_ok == (off == 0)
+    assert model.config.sliding_window == 64
+
+
+def test_a_row_that_fails_to_shorten_its_windows_is_noticed(monkeypatch):
+    """Windows that neither masks nor modules read by the usual name would be right on short sequences alone."""
+    model = prepared("mistral", sliding_window=64)
+    monkeypatch.setattr("trl_fast.modeling.verification.shortened_windows", lambda *_: torch.no_grad())
+    verdict = verify(model, SEQUENCES, layout="packed")
+    assert not verdict.packed_ok and "windows cannot be shortened" in verdict.mismatch("packed")
+
+
 STATEFUL = {
     "qwen3_next": {
         **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4},

@@ -8,6 +8,7 @@ its modules are: attention by its class's name and `layer_types`, recurrent laye
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -127,6 +128,21 @@ def recurrent_mixer(module: nn.Module) -> str | None:
     return next((mixer for ending, mixer in RECURRENT_MIXERS.items() if name.endswith(ending)), None)
 
 
+@contextmanager
+def shortened_windows(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+    """Gives a model windows of at most so many tokens within the context, so that short sequences cross them."""
+    holders: list[Any] = [model.config.get_text_config(), *model.modules()]
+    longer = [(holder, vars(holder).get(_WINDOW)) for holder in holders]
+    longer = [(holder, window) for holder, window in longer if isinstance(window, int) and window > tokens]
+    for holder, _ in longer:
+        setattr(holder, _WINDOW, tokens)
+    try:
+        yield
+    finally:
+        for holder, window in longer:
+            setattr(holder, _WINDOW, window)
+
+
 def _mixers(module: nn.Module) -> Iterator[nn.Module]:
     """Yields the outermost modules in a layer that mix tokens; a convolution outside of them is one of its own."""
     for child in module.children():
@@ -177,5 +193,9 @@ def _convolution(module: nn.Module) -> int:
 
 
 def _number(holder: object, name: str) -> int:
-    value = getattr(holder, name, None)
+    try:
+        value = getattr(holder, name, None)
+    except RuntimeError:
+        # transformers' word for a number that differs from layer to layer.
+        return 0
     return value if isinstance(value, int) else 0

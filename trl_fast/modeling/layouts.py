@@ -137,12 +137,19 @@ def refusal(
     packs, reason = (readout or TOKEN_SCORES).supports_packed(model, request.max_length)
     if not packs:
         return reason
-    if not layout.shares_prompts:
-        return None
-    if not request.shares_prompts:
+    if layout.shares_prompts and not request.shares_prompts:
         return f"{request.method} has no prompts that several completions share"
-    shares, reason = supports_sharing(model, without_dropout=request.without_dropout)
-    return None if shares else reason
+    return None if request.without_dropout else _dropout_refusal(model, layout, request)
+
+
+def _dropout_refusal(model: PreTrainedModel, layout: BatchLayout, request: LayoutRequest) -> str | None:
+    """Returns why a layout cannot be with the attention dropout that is left on; None if it can."""
+    config = model.config.get_text_config()
+    dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    beyond_sdpa = any(kind.softcap or kind.window or kind.sinks for kind in layer_kinds(model))
+    if dropout and (layout.shares_prompts or beyond_sdpa):
+        return f"{type(model).__name__} has an attention dropout of {dropout}, which the attention of rows lacks"
+    return None
 
 
 def _best_layout(
@@ -212,11 +219,9 @@ def supports_packed(model: PreTrainedModel, max_length: int | None) -> tuple[boo
 def _takes_attention_functions(model: PreTrainedModel) -> bool:
     """Returns whether a model's attention is the function that is registered under a name.
 
-    transformers declares it of no model with a state: their modules tell.
+    transformers does not declare it of all models that do it: the files of their modules tell.
     """
-    if getattr(model, "_supports_attention_backend", False) or not getattr(model, "_is_stateful", False):
-        return getattr(model, "_supports_attention_backend", False)
-    return all(
+    return getattr(model, "_supports_attention_backend", False) or all(
         recurrent_mixer(module) or hasattr(sys.modules[original_class(module).__module__], "ALL_ATTENTION_FUNCTIONS")
         for module in mixers_of(model)
     )
@@ -232,25 +237,9 @@ def _layer_refusal(kind: LayerKind, max_length: int | None) -> str | None:
         return f"has layers of another kind than is known: {kind.name}"
     if kind.is_recurrent and kind.name not in RECURRENT_LAYERS:
         return f"carries a state from token to token, which would run on to the next sequence: {kind.mixer}"
-    if kind.sinks:
-        return "has attention sinks, which flash kernels lack"
-    if is_exceeded(kind.window):
-        return f"has a sliding window of {kind.window} tokens, shorter than max_length={max_length}"
     if is_exceeded(kind.chunk):
         return f"has chunks of {kind.chunk} tokens, shorter than max_length={max_length}"
     return None
-
-
-def supports_sharing(model: PreTrainedModel, *, without_dropout: bool) -> tuple[bool, str]:
-    """Returns whether branches can share a prompt's keys in a model that runs packed rows, and why not.
-
-    without_dropout: whether dropout is switched off for training.
-    """
-    config = model.config.get_text_config()
-    dropout = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
-    if dropout and not without_dropout:
-        return False, f"{type(model).__name__} has an attention dropout of {dropout}, which flash kernels lack"
-    return True, "a prompt's keys serve all its branches"
 
 
 def supports_packed_rewards(model: PreTrainedModel, max_length: int | None) -> tuple[bool, str]:

@@ -24,7 +24,7 @@ from trl_fast.parallel.partitions import is_partitioned, whole_in_forward
 from trl_fast.settings.batch_layouts import PADDED
 
 from .classifier_head import rewards
-from .layer_kinds import mixers_of
+from .layer_kinds import layer_kinds, mixers_of, shortened_windows
 from .scoring import evaluating, score
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
@@ -36,6 +36,8 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0
 # that some are padded where a layer makes a batch of them; one is shorter than convolutions are wide; one completion
 # is a single token, as in decoding.
 _SHAPES: tuple[TreeLengths, ...] = ((21, 12, (17, 5, 3)), (16, 5, 1), (2, 7, 4))
+# The longest window while they are tried out: all of them cross it, in front of branches and within them.
+_WINDOW = 6
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _alone(trees: list[Tree], pad_token_id: int, device: torch.device) -> list[T
 
 @contextmanager
 def _trying_out(model: PreTrainedModel) -> Iterator[None]:
-    with evaluating(model), whole_in_forward(model):
+    with evaluating(model), whole_in_forward(model), shortened_windows(model, _WINDOW):
         yield
 
 
@@ -229,6 +231,12 @@ def _compare(
     for batch in alone:
         found.append(_read_with_gradient(model, batch, read, sum(len(each.values) for each in found)))
     values = torch.cat([each.values for each in found])
+    if any((kind.window or 0) > _WINDOW // 2 for kind in layer_kinds(model)):
+        with shortened_windows(model, _WINDOW // 2):
+            if torch.equal(read(alone[0]), found[0].values):
+                return _Comparison(
+                    values, failure="its windows cannot be shortened, to be tried out on short sequences"
+                )
     together = _read_with_gradient(model, row, read, 0)
     return _Comparison(
         values,
@@ -288,7 +296,8 @@ def _embeddings_as_leaf(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
     def keep(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
         leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
+        # Some models scale their embeddings in place, which a leaf does not allow.
+        return leaves[-1].clone()
 
     hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
