@@ -154,12 +154,6 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     raise ValueError(f"model: {type(inner).__name__} has no list of its {depth} layers, which the simulation needs")
 
 
-def layers_are_alike(model: PreTrainedModel) -> bool:
-    """Tells whether all layers have weights of the same shapes, so that a few of them tell about all."""
-    shapes = [[(name, weight.shape) for name, weight in layer.named_parameters()] for layer in decoder_layers(model)]
-    return all(found == shapes[0] for found in shapes)
-
-
 def choose_layout(model: PreTrainedModel, setup: TrainingSetup, max_length: int) -> str:
     """Returns the layout that the trainers choose by what the architecture declares.
 

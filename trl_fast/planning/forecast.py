@@ -21,10 +21,10 @@ from trl_fast.trainers.base.prepared_datasets import shows_tokens
 from trl_fast.trainers.base.trainer import BaseTrainer
 from trl_fast.trainers.run_report.forecast import Forecast
 
-from .fake_models import layers_are_alike, meta_model
 from .gpu_facts import gpu_of_device
 from .memory_timeline import highest
 from .peak_estimates import stage_peaks, whole_layers
+from .shallow_models import shallow_models
 from .step_times import planned_work
 from .training_setup import DEFAULT_ENGINE, ONLINE_METHODS, TrainingSetup, setup_from_training
 
@@ -40,7 +40,7 @@ _ENGINES = {
 }
 # A simulation takes seconds, which a run of fewer weights than these is not worth.
 FEWEST_WEIGHTS = 10_000_000
-# A model of more layers that differ is not simulated whole: a run should not wait for it.
+# No more layers are simulated at a time: a run should not wait for them.
 MOST_LAYERS = 12
 
 
@@ -74,8 +74,9 @@ def _unnoticed() -> Iterator[None]:
 
 
 def _simulated(setup: TrainingSetup) -> Forecast:
-    if setup.num_layers > MOST_LAYERS and not layers_are_alike(meta_model(setup)):
-        return Forecast(None, None, "its layers differ, and to simulate all of them takes long: see trl-fast plan")
+    shallow = shallow_models(setup)
+    if (setup.num_layers if shallow is None else shallow.more) > MOST_LAYERS:
+        return Forecast(None, None, "its layers differ, and to simulate so many takes long: see trl-fast plan")
     size = highest(stage_peaks(setup, setup.max_length)).bytes
     tokens = f"sequences of {setup.max_length:,} tokens"
     if setup.device == "cpu":

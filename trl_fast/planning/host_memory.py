@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .fake_models import layers_are_alike, meta_model
+from .fake_models import meta_model
 from .memory_sizes import GIB, gib
-from .peak_estimates import depths_of, simulated
+from .peak_estimates import simulated
+from .shallow_models import shallow_models
 from .training_setup import TrainingSetup
 
 # Python, torch with CUDA, and the other libraries.
@@ -48,9 +49,8 @@ def host_memory(setup: TrainingSetup, max_length: int) -> HostMemory:
 
 
 def _offloaded(setup: TrainingSetup, max_length: int) -> int:
-    few, more = depths_of(setup)
-    depth = setup.num_layers
-    if depth <= more or not layers_are_alike(meta_model(setup)):
+    shallow = shallow_models(setup)
+    if shallow is None:
         return simulated(setup, max_length).host_bytes
-    fewer, deeper = (simulated(setup, max_length, layers).host_bytes for layers in (few, more))
-    return round(fewer + (depth - few) / (more - few) * (deeper - fewer))
+    fewer, deeper = (simulated(setup, max_length, layers).host_bytes for layers in (shallow.fewer, shallow.more))
+    return round(fewer + shallow.share(setup.num_layers) * (deeper - fewer))

@@ -25,6 +25,8 @@ _TIED: dict[str, Any] = {"tie_word_embeddings": True}
 _UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 _LLAMA_3: dict[str, Any] = {"vocabulary": 128256, "max_position_embeddings": 131072}
 _QWEN_3: dict[str, Any] = {"vocabulary": 151936, "max_position_embeddings": 40960}
+# Three layers of the gated delta rule, then one of attention, whose output is gated.
+_QWEN_35: dict[str, Any] = {"vocabulary": 248320, "max_position_embeddings": 262144}
 _QWEN_25: dict[str, Any] = {"vocabulary": 151936, "max_position_embeddings": 32768}
 
 # As their publishers' config.json files say; a name on the hub or a folder works as well.
@@ -49,8 +51,59 @@ SHAPES: dict[str, dict[str, Any]] = {
         sliding_window=512,
         **_TIED,
     ),
+    "gemma-3-4b": _shape(
+        *("gemma3_text", 2560, 10240, 34, (8, 4, 256), 262208),
+        max_position_embeddings=131072,
+        sliding_window=1024,
+        **_TIED,
+    ),
+    "gemma-4-31b": _shape(
+        *("gemma4_text", 5376, 21504, 60, (32, 16, 256), 262144),
+        max_position_embeddings=262144,
+        sliding_window=1024,
+        num_global_key_value_heads=4,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        **_TIED,
+    ),
     "gemma-2-2b": _shape("gemma2", 2304, 9216, 26, (8, 4, 256), 256000, max_position_embeddings=8192, **_TIED),
     "gemma-2-9b": _shape("gemma2", 3584, 14336, 42, (16, 8, 256), 256000, max_position_embeddings=8192, **_TIED),
+    "qwen3.5-2b": _shape("qwen3_5_text", 2048, 6144, 24, (8, 2, 256), linear_num_value_heads=16, **_QWEN_35, **_TIED),
+    "qwen3.5-4b": _shape("qwen3_5_text", 2560, 9216, 32, (16, 4, 256), **_QWEN_35, **_TIED),
+    "qwen3.5-9b": _shape("qwen3_5_text", 4096, 12288, 32, (16, 4, 256), **_QWEN_35, **_UNTIED),
+    "qwen3-next-80b-a3b": _shape(
+        *("qwen3_next", 2048, 5120, 48, (16, 2, 256), 151936), max_position_embeddings=262144, **_UNTIED
+    ),
+    "gpt-oss-20b": _shape(
+        *("gpt_oss", 2880, 2880, 24, (64, 8, 64), 201088),
+        max_position_embeddings=131072,
+        num_local_experts=32,
+        **_UNTIED,
+    ),
+    "olmo-3-7b": _shape("olmo3", 4096, 11008, 32, (32, 32, 128), 100278, max_position_embeddings=65536, **_UNTIED),
+    "lfm2-1.2b": _shape(
+        *("lfm2", 2048, 12288, 16, (32, 8, 64), 65536),
+        max_position_embeddings=128000,
+        # Attention among short convolutions.
+        full_attn_idxs=[2, 5, 8, 10, 12, 14],
+        **_TIED,
+    ),
+    "nemotron-h-8b": _shape(
+        *("nemotron_h", 4096, 21504, 52, (32, 8, 128), 131072),
+        max_position_embeddings=8192,
+        # Mamba 2, MLP (-) and attention (*).
+        hybrid_override_pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        **_UNTIED,
+    ),
+    "granite-4.0-h-micro": _shape(
+        *("granitemoehybrid", 2048, 8192, 40, (32, 8, 64), 100352),
+        max_position_embeddings=131072,
+        layer_types=["attention" if number in (5, 15, 25, 35) else "mamba" for number in range(40)],
+        **{"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 8192},
+        **{"mamba_n_heads": 64, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2},
+        **{"position_embedding_type": "nope"},
+        **_TIED,
+    ),
 }
 
 

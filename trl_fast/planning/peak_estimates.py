@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from trl_fast.modeling.selective_checkpointing import PRODUCT, Budget
 from trl_fast.modeling.uncheckpointed_layers import layers_that_fit, room_for_layers
 
-from .fake_models import layers_are_alike, meta_model
 from .memory_timeline import (
     EMBEDDING_STAGE,
     FORWARD_STAGE,
@@ -27,14 +26,11 @@ from .memory_timeline import (
     Timeline,
     highest,
 )
+from .shallow_models import ShallowModels, shallow_models
 from .sharding import sharded
 from .simulated_step import simulate
 from .training_setup import TrainingSetup
 
-# The shallowest models that have a first, a last and, in the second, a layer between.
-SHALLOW = (2, 3)
-# Offloading has activations of a layer's neighbours on the device too: the layer between has such that are like it.
-SHALLOW_OFFLOADED = (4, 5)
 # Of longer micro-batches work is not counted.
 COUNTED_TOKENS = 16384
 # How far below the longest that fits the answer may be.
@@ -53,32 +49,38 @@ def stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
     return sharded(_stage_peaks(setup, max_length), setup)
 
 
-def depths_of(setup: TrainingSetup) -> tuple[int, int]:
-    """Returns the numbers of layers of the two shallow models that tell about the whole one."""
-    return SHALLOW_OFFLOADED if setup.activation_offloading else SHALLOW
-
-
 def _stage_peaks(setup: TrainingSetup, max_length: int) -> StagePeaks:
     """Finds the peaks on a device that holds everything.
 
-    Layers are alike, so the most memory in each stage of a step is a straight line over their number: two shallow
+    Layers repeat, so the most memory in each stage of a step is a straight line over their number: two shallow
     models tell it. They keep all results that gradient checkpointing may keep; what the budget has no room for in the
-    whole model is then taken off. A model whose layers differ is simulated whole, and so are two with a budget each.
+    whole model is then taken off. A model whose layers do not repeat is simulated whole, and so are two with a budget
+    each.
     """
     depth, limit = setup.num_layers, setup.activation_budget
-    depths = depths_of(setup)
     two_budgets = setup.method == "ppo" and limit != 0
-    if depth <= depths[-1] or two_budgets or not layers_are_alike(meta_model(setup)):
+    shallow = None if two_budgets else shallow_models(setup)
+    if shallow is None:
         return simulated(setup, max_length).stage_peaks()
     roomy = setup.but(activation_budget_bytes=_UNLIMITED) if limit != 0 else setup
-    shallow = [simulated(roomy, max_length, layers) for layers in depths]
-    fewer, more = (timeline.stage_peaks() for timeline in shallow)
-    # The stage that only the deeper model has lies between two others and is never above both.
-    peaks = {stage: _on_line(fewer[stage], more[stage], depths, depth) for stage in more if stage in fewer}
+    one, two = (simulated(roomy, max_length, layers) for layers in (shallow.fewer, shallow.more))
+    fewer, more = one.stage_peaks(), two.stage_peaks()
+    # A stage that only the deeper model has lies between two others and is never above both.
+    peaks = {stage: _on_line(fewer[stage], more[stage], shallow.share(depth)) for stage in more if stage in fewer}
     if limit != 0:
-        limit = shallow[-1].default_budget if limit is None else limit
-        _take_off_what_has_no_room(peaks, shallow[-1].results[1], depth, limit)
+        limit = two.default_budget if limit is None else limit
+        _take_off_what_has_no_room(peaks, _results(two.results, shallow, depth), limit)
     return peaks
+
+
+def _results(
+    found: Sequence[Sequence[tuple[str, int]]], shallow: ShallowModels, depth: int
+) -> list[Sequence[tuple[str, int]]]:
+    """Returns kind and bytes of the results of each layer of the whole model that may be kept."""
+    if shallow.repeated == 1:
+        # The layer between is like all the others in a deep model, which the last one is not.
+        return [found[1]] * depth
+    return [found[shallow.like(layer)] for layer in range(depth)]
 
 
 @functools.lru_cache(maxsize=128)
@@ -94,9 +96,9 @@ def counted_length(setup: TrainingSetup) -> int:
     return max(LENGTH_STEP, COUNTED_TOKENS // sequences)
 
 
-def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[tuple[str, int]], depth: int, limit: int) -> None:
-    """Takes from the peaks of a model that keeps all results those that a budget has no room for."""
-    kept_and_all = zip(_kept(results, depth, limit), _kept(results, depth, _UNLIMITED), strict=True)
+def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[Sequence[tuple[str, int]]], limit: int) -> None:
+    """Takes from the peaks of a model that keeps all results of its layers those that a budget has no room for."""
+    kept_and_all = zip(_kept(results, limit), _kept(results, _UNLIMITED), strict=True)
     missing = [every - kept for kept, every in kept_and_all]
     # The layer at work has its results, kept or computed again.
     surplus = {FORWARD_STAGE: sum(missing[:-1]), HEAD_STAGE: sum(missing), LAST_LAYER: sum(missing[:-1])}
@@ -104,14 +106,14 @@ def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[tuple[str, i
         peaks[stage].parts[SAVED] -= surplus[stage]
 
 
-def _kept(results: Sequence[tuple[str, int]], depth: int, limit: int) -> list[int]:
-    """Returns the bytes that each of `depth` layers keeps, whose results are all of these kinds and sizes."""
-    budget, left, kept = Budget(limit, depth), limit, []
-    for _ in range(depth):
+def _kept(results: Sequence[Sequence[tuple[str, int]]], limit: int) -> list[int]:
+    """Returns the bytes that each layer keeps of its results, of these kinds and sizes."""
+    budget, left, kept = Budget(limit, len(results)), limit, []
+    for of_layer in results:
         budget.start_layer()
-        taken = [budget.take(kind, size) for kind, size in results]
-        if results[-1][0] == PRODUCT and taken[-1]:
-            budget.give_back(results[-1][1])
+        taken = [budget.take(kind, size) for kind, size in of_layer]
+        if taken and of_layer[-1][0] == PRODUCT and taken[-1]:
+            budget.give_back(of_layer[-1][1])
         kept.append(left - budget.left)
         left = budget.left
     return kept
@@ -137,10 +139,11 @@ def whole_layers(setup: TrainingSetup, max_length: int, limit: int) -> tuple[int
 
 def _saved_by_a_layer(setup: TrainingSetup, max_length: int) -> int:
     """Counts the bytes that a layer saves beyond those when it is checkpointed; the mean of layers that differ."""
-    fewer, more = SHALLOW
-    if setup.num_layers > more and layers_are_alike(meta_model(setup)):
-        return _saved_by(setup, max_length, more) - _saved_by(setup, max_length, fewer)
-    return math.ceil(_saved_by(setup, max_length, setup.num_layers) / setup.num_layers)
+    shallow = shallow_models(setup)
+    if shallow is None:
+        return math.ceil(_saved_by(setup, max_length, setup.num_layers) / setup.num_layers)
+    saved = _saved_by(setup, max_length, shallow.more) - _saved_by(setup, max_length, shallow.fewer)
+    return math.ceil(saved / shallow.repeated)
 
 
 def _saved_by(setup: TrainingSetup, max_length: int, layers: int) -> int:
@@ -149,8 +152,7 @@ def _saved_by(setup: TrainingSetup, max_length: int, layers: int) -> int:
     return plain - checkpointed
 
 
-def _on_line(one: Peak, two: Peak, places: tuple[int, int], at: int) -> Peak:
-    share = (at - places[0]) / (places[1] - places[0])
+def _on_line(one: Peak, two: Peak, share: float) -> Peak:
     return Peak({kind: one.parts[kind] + share * (two.parts[kind] - one.parts[kind]) for kind in KINDS}, two.stage)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .fake_models import layers_are_alike, meta_model
 from .memory_timeline import (
     FORWARD_STAGE,
     GENERATION_STAGE,
@@ -15,8 +14,9 @@ from .memory_timeline import (
     REFERENCE_STAGE,
     VALUES_STAGE,
 )
-from .peak_estimates import counted_length, depths_of, simulated, whole_layers
+from .peak_estimates import counted_length, simulated, whole_layers
 from .roofline.work import Work
+from .shallow_models import shallow_models
 from .sharding import sharing_of
 from .training_setup import GROUP_METHODS, TrainingSetup
 from .wire import Passes, Wire, wire_of, wire_work
@@ -39,7 +39,9 @@ def planned_wire(setup: TrainingSetup, max_length: int) -> Wire:
 
 def _stages(setup: TrainingSetup, max_length: int) -> list[str]:
     """Lists the stages of a step, by its shallowest simulation."""
-    return [name for name, *_ in simulated(setup, min(max_length, counted_length(setup)), depths_of(setup)[0]).stages]
+    shallow = shallow_models(setup)
+    layers = None if shallow is None else shallow.fewer
+    return [name for name, *_ in simulated(setup, min(max_length, counted_length(setup)), layers).stages]
 
 
 def planned_work(setup: TrainingSetup, max_length: int, limit: int | None) -> Work:
@@ -69,8 +71,8 @@ def _compute_work(setup: TrainingSetup, max_length: int, limit: int | None) -> W
 def step_work(setup: TrainingSetup, max_length: int) -> Work:
     """Counts the work of an optimizer step with all its micro-batches; of PPO, of a rollout and its updates.
 
-    Of alike layers two shallow models tell it, as they tell the peak. Of sequences longer than those that are counted
-    (`counted_length`) all but attention and the update grows with the length, and attention with its square.
+    Of layers that repeat two shallow models tell it, as they tell the peak. Of sequences longer than those that are
+    counted (`counted_length`) all but attention and the update grows with the length, and attention with its square.
     """
     counted = min(max_length, counted_length(setup))
     stages = _work_by_stage(setup, counted)
@@ -105,10 +107,10 @@ def _times(stage: str, setup: TrainingSetup, max_length: int) -> float:
 
 
 def _work_by_stage(setup: TrainingSetup, max_length: int) -> Mapping[str, Work]:
-    depth, (few, more) = setup.num_layers, depths_of(setup)
-    if depth <= more or not layers_are_alike(meta_model(setup)):
+    shallow = shallow_models(setup)
+    if shallow is None:
         return simulated(setup, max_length).work
-    fewer, deeper = (simulated(setup, max_length, layers).work for layers in (few, more))
-    share = (depth - few) / (more - few)
+    fewer, deeper = (simulated(setup, max_length, layers).work for layers in (shallow.fewer, shallow.more))
+    share = shallow.share(setup.num_layers)
     # The stage that only the deeper model has is all of its layer.
     return {stage: fewer.get(stage, Work()).mixed(work, 1 - share, share) for stage, work in deeper.items()}

@@ -27,8 +27,8 @@ _MOST_COMPILED = 64
 # Rows of fewer tokens are done in plain PyTorch before anything is compiled: those that a model is tried out with.
 _SHORTEST = 512
 # Heads wider than these channels have tiles of their own in forward: torch's take 257 KiB of shared memory for 512
-# channels of bfloat16, which no GPU has. These, compiled ahead of time, take 99 KiB for sm_80 and 129 KiB for sm_90, and
-# spill no register.
+# channels of bfloat16, which no GPU has. These, compiled ahead of time, take 99 KiB for sm_80 and 129 KiB for sm_90,
+# and spill no register.
 _WIDEST_OF_TORCH = 256
 _WIDE_TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 16, "fwd_num_warps": 8, "fwd_num_stages": 2}
 # The narrowest channels that Triton multiplies.
