@@ -99,6 +99,8 @@ def gpu_facts() -> list[tuple[str, str]]:
     """Returns (name, value) of every CUDA device that torch sees."""
     import torch
 
+    from trl_fast.modeling.attention.flash_3 import flash_3_serves
+
     if not torch.cuda.is_available():
         return [("GPU", f"none seen by torch (CUDA build: {torch.version.cuda or 'no'})")]
     rows = []
@@ -106,7 +108,8 @@ def gpu_facts() -> list[tuple[str, str]]:
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         rows.append((f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}"))
-    return rows
+    serves, reason = flash_3_serves(torch.device("cuda", torch.cuda.current_device()))
+    return [*rows, ("FlashAttention 3", f"{'yes' if serves else 'no'}: {reason}")]
 
 
 def backends() -> list[tuple[str, str, str]]:

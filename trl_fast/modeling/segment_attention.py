@@ -24,6 +24,7 @@ from trl_fast.data.segments import TreeLengths, num_tokens
 from trl_fast.parallel.engines import original_class
 from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
+from .attention.flash_3 import switch_off, use_flash_3
 from .attention.row_attention import AttentionSpec
 from .attention.tree_attention import attention_spec, fused_kernels_serve, tree_attention
 from .loading import backbone, reads_more_than_text
@@ -229,6 +230,8 @@ def _change_attention(model: PreTrainedModel, name: str, purpose: str, implement
         change.on_undo(_restore_attention, model, implementation, before or "sdpa")
         if name == SEGMENTS:
             use_recurrent_segments(model, change)
+            if use_flash_3(model):
+                change.on_undo(switch_off)
     set_attention(model, implementation)
 
 

@@ -18,6 +18,7 @@ from trl_fast.data.segments import num_tokens, segments_of
 from trl_fast.modeling.attention import block_masks, flex
 from trl_fast.modeling.attention.block_masks import block_mask, seen_blocks, visible_pairs, whole_blocks
 from trl_fast.modeling.attention.flex import FlexAttention
+from trl_fast.modeling.attention.flex_tiles import kernel_tiles
 from trl_fast.modeling.attention.row_attention import AttentionSpec
 from trl_fast.modeling.attention.sinks import with_sinks
 from trl_fast.ops.device import DeviceFacts, device_facts, simulated_device
@@ -202,3 +203,15 @@ def test_what_does_not_work_on_a_short_row_is_not_used(compilations, monkeypatch
     monkeypatch.setattr(FlexAttention, "attention", right)
     reason = "FlexAttention could not be compiled or run (out of resource: shared memory)"
     assert flex._trial.__wrapped__(kind) == reason
+
+
+def test_tiles_of_wide_heads_and_of_float32_divide_a_block():
+    for dtype, widths in ((torch.bfloat16, (512,)), (torch.float32, (64, 80, 128, 256, 512))):
+        for width in widths:
+            tiles = kernel_tiles(width, dtype)
+            assert {"fwd_BLOCK_M", "fwd_BLOCK_N", "fwd_num_warps"} < tiles.keys()
+            blocks = {name: size for name, size in tiles.items() if "BLOCK" in name}
+            assert all(block_masks.BLOCK % size == 0 for size in blocks.values())
+    assert kernel_tiles(128, torch.bfloat16) == {}
+    # The wider one of keys and values decides.
+    assert kernel_tiles(192, torch.float16) == kernel_tiles(256, torch.bfloat16) != {}

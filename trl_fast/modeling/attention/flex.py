@@ -20,17 +20,13 @@ from trl_fast.input_errors import error_line
 from trl_fast.ops.device import device_facts
 
 from .block_masks import BLOCK, BlockMask, block_mask, visible_pairs
+from .flex_tiles import kernel_tiles
 from .row_attention import AttentionSpec, RowKernels
 
 # Compiled functions of one process; torch's own limit, 8, is less than a policy, its reference and a trial run need.
 _MOST_COMPILED = 64
 # Rows of fewer tokens are done in plain PyTorch before anything is compiled: those that a model is tried out with.
 _SHORTEST = 512
-# Heads wider than these channels have tiles of their own in forward: torch's take 257 KiB of shared memory for 512
-# channels of bfloat16, which no GPU has. These, compiled ahead of time, take 99 KiB for sm_80 and 129 KiB for sm_90,
-# and spill no register.
-_WIDEST_OF_TORCH = 256
-_WIDE_TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 16, "fwd_num_warps": 8, "fwd_num_stages": 2}
 # The narrowest channels that Triton multiplies.
 _NARROWEST = 16
 # A row that is tried out: trees of two and three levels, whole blocks and parts of them.
@@ -98,7 +94,7 @@ def _attend(
     def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    tokens, is_wide = query.shape[2], max(query.shape[-1], value.shape[-1]) > _WIDEST_OF_TORCH
+    tokens = query.shape[2]
     out, aux = flex_attention(
         query,
         key,
@@ -107,7 +103,7 @@ def _attend(
         TorchBlockMask((tokens, tokens), *mask.blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees),
         scale,
         enable_gqa=True,
-        kernel_options={"BACKEND": "TRITON", **(_WIDE_TILES if is_wide else {})},
+        kernel_options={"BACKEND": "TRITON", **kernel_tiles(max(query.shape[-1], value.shape[-1]), query.dtype)},
         return_aux=AuxRequest(lse=True),
     )
     return out, aux.lse
