@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -72,19 +74,34 @@ _CONVOLUTION = "conv"
 class SegmentStates:
     """Holds the states of one layer for the rows of a batch, with their graph, as transformers' `Cache` is asked.
 
-    `conv`, `recurrent`: from a state's index (most layers have the one, 0) to a tensor of B rows.
+    `conv_states`, `recurrent_states`: from a state's index (most layers have the one, 0) to a tensor of B rows.
     """
 
-    def __init__(self, conv: dict[int, torch.Tensor], recurrent: dict[int, torch.Tensor]) -> None:
-        self.conv, self.recurrent = conv, recurrent
+    record_past = False
+
+    def __init__(self, conv_states: dict[int, torch.Tensor], recurrent_states: dict[int, torch.Tensor]) -> None:
+        self.conv_states, self.recurrent_states = conv_states, recurrent_states
+
+    @property
+    def layers(self) -> Mapping[int, SegmentStates]:
+        """Returns these states, whichever layer asks: transformers 5.17 reads them so."""
+        return defaultdict(lambda: self)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Returns whether tokens came before."""
+        return bool(self.conv_states)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Returns that no token is going to be taken back."""
+        return self.record_past
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """Returns a convolution's last inputs (B, channels, width), None before the first token."""
-        return self.conv.get(state_idx)
+        return self.conv_states.get(state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """Returns a recurrent state (B, ...), None before the first token."""
-        return self.recurrent.get(state_idx)
+        return self.recurrent_states.get(state_idx)
 
     def update_conv_state(
         self,
@@ -95,33 +112,31 @@ class SegmentStates:
         **kwargs: object,
     ) -> torch.Tensor:
         """Keeps the last of a convolution's inputs (B, channels, L); returns them all, with those from before."""
-        before = self.conv.get(state_idx)
+        before = self.conv_states.get(state_idx)
         inputs = conv_states if before is None else torch.cat([before, conv_states], dim=-1)
         width = conv_kernel_size or conv_states.shape[-1]
         # A negative number of pads cuts off.
-        self.conv[state_idx] = F.pad(inputs, (width - inputs.shape[-1], 0))
+        self.conv_states[state_idx] = F.pad(inputs, (width - inputs.shape[-1], 0))
         return inputs
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
     ) -> torch.Tensor:
         """Keeps a recurrent state (B, ...)."""
-        self.recurrent[state_idx] = recurrent_states
+        self.recurrent_states[state_idx] = recurrent_states
         return recurrent_states
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """Returns that no token is going to be taken back."""
-        return False
 
     def joined(self, others: SegmentStates) -> SegmentStates:
         """Returns the rows of both."""
-        return SegmentStates(_joined(self.conv, others.conv), _joined(self.recurrent, others.recurrent))
+        return SegmentStates(
+            _joined(self.conv_states, others.conv_states), _joined(self.recurrent_states, others.recurrent_states)
+        )
 
     def rows(self, numbers: torch.Tensor) -> SegmentStates:
         """Returns rows, by number (B,) int64; one may be asked for several times."""
         conv, recurrent = (
             {index: state.index_select(0, numbers) for index, state in states.items()}
-            for states in (self.conv, self.recurrent)
+            for states in (self.conv_states, self.recurrent_states)
         )
         return SegmentStates(conv, recurrent)
 
