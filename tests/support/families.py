@@ -120,4 +120,16 @@ WITH_STATES = {
     "jamba": {"mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, **EXPERTS},
     "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
 }
-FAMILIES = {**FULL, **OF_EXPERTS, **WINDOWED, **WITH_SINKS, **WITH_STATES}
+_PER_LAYER = {"vocab_size_per_layer_input": 340, "hidden_size_per_layer_input": 8, "initializer_range": 0.1, **WINDOW}
+WITH_SHARED_KEYS = {
+    "gemma3n_text": {
+        **{**_PER_LAYER, "num_hidden_layers": 5, "layer_types": [*TURNS["layer_types"] * 2, "sliding_attention"]},
+        **{"num_kv_shared_layers": 2, "intermediate_size": [64] * 5, "laurel_rank": 4, "altup_num_inputs": 3},
+        **{"activation_sparsity_pattern": [0.9, 0.0, 0.5, 0.0, 0.0]},
+    },
+    "gemma4_text": {
+        **{**_PER_LAYER, "num_hidden_layers": 4, "layer_types": TURNS["layer_types"] * 2, "global_head_dim": 16},
+        **{"num_kv_shared_layers": 2, "num_global_key_value_heads": 1},
+    },
+}
+FAMILIES = {**FULL, **OF_EXPERTS, **WINDOWED, **WITH_SINKS, **WITH_STATES, **WITH_SHARED_KEYS}

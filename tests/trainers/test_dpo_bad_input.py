@@ -106,9 +106,10 @@ def test_tokenizer_given_twice_or_of_another_kind(build, tokenizer):
 
 
 def test_a_layout_that_the_model_cannot_run(tmp_path, tokenizer):
-    model = tiny_model("mistral", vocab_size=len(tokenizer), sliding_window=16)
+    chunked = {"attention_chunk_size": 16, "num_local_experts": 2}
+    model = tiny_model("llama4_text", vocab_size=len(tokenizer), **chunked)
     arguments = {"model": model, "processing_class": tokenizer, "train_dataset": color_pairs(4)}
-    with pytest.raises(ValueError, match="batch_layout='packed'.*sliding window of 16.*use 'auto' or 'padded'"):
+    with pytest.raises(ValueError, match="batch_layout='packed'.*chunks of 16 tokens.*use 'auto' or 'padded'"):
         make_trainer(trl_fast, tmp_path, arguments=arguments, batch_layout="packed")
     trainer = make_trainer(trl_fast, tmp_path, arguments=arguments)
     assert trainer.data_collator.layout == "padded"

@@ -13,36 +13,22 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import trl_fast
 import trl_fast.data.packing as packing
+from support.families import FAMILIES, LATENT
 from support.models import tiny_config, tiny_model
 from support.training import color_pairs, make_trainer
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GATED_DELTA = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
+CHUNKED = {"attention_chunk_size": 16, "num_local_experts": 4, "intermediate_size_mlp": 32}
 REFUSED = {
-    "sliding window": ("mistral", {"sliding_window": 16}, "sliding window of 16 tokens"),
-    "some layers slide": ("gemma3_text", {"sliding_window": 16}, "sliding window of 16 tokens"),
-    "capped and sliding": ("gemma2", {"sliding_window": 16}, "sliding window of 16 tokens"),
-    "state space": ("mamba", {}, "carries a state from token to token"),
-    "state space and attention": ("jamba", {"mamba_d_state": 4, "num_experts": 2}, "carries a state"),
-    "linear attention": ("minimax", {"num_local_experts": 4}, r"other kinds than attention: \['linear_attention'\]"),
-    "gated delta rule": (
-        "qwen3_next",
-        {**EXPERTS, **GATED_DELTA, "shared_expert_intermediate_size": 16},
-        "carries a state",
-    ),
-    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"attention: \['conv'\]"),
-    "chunked attention": ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 32}, "chunked_attention"),
+    "state space": ("mamba", {}, "carries a state from token to token.*Mamba 1"),
+    "chunked attention": ("llama4_text", CHUNKED, "chunks of 16 tokens"),
+    "sparse attention": ("deepseek_v32", {**LATENT, "n_routed_experts": 4}, "than is known: indexed_attention"),
     "ALiBi": ("bloom", {}, "AttentionInterface"),
     "ALiBi by the config": ("mpt", {}, "AttentionInterface"),
-    "attention sinks": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}, "attention sinks"),
     # Its layers hand no keywords on, which no declaration tells.
     "lengths that get lost": ("nemotron", {}, "shared_prefix scores differ from the single ones by"),
 }
+# Models of 2026, as they are shaped: windows, sinks, shared keys, states, convolutions.
+SERVED = ["gemma3_text", "gemma4_text", "gpt_oss", "qwen3_5_text", "lfm2", "jamba"]
 
 
 @pytest.fixture
@@ -85,6 +71,16 @@ def test_padded_and_said_once(family, changes, reason, build, tokenizer):
     trainer, (said,) = build(tiny_model(family, vocab_size=len(tokenizer), **changes))
     assert re.match(f"batch_layout: using 'padded', because .*{reason}", said)
     assert trainer.data_collator.layout == "padded"
+    assert_scores_are_the_models_own(trainer)
+    assert_trains(trainer)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_todays_models_share_prompts(family, build, tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+    sizes = {name: len(tokenizer) for name in FAMILIES[family] if name.startswith("vocab_size")}
+    trainer, said = build(tiny_model(family, **{**FAMILIES[family], **sizes, "vocab_size": len(tokenizer)}))
+    assert said == [] and trainer.data_collator.layout == "shared_prefix"
     assert_scores_are_the_models_own(trainer)
     assert_trains(trainer)
 
