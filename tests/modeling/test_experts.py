@@ -55,7 +55,6 @@ FAMILIES = {
     "laguna": FULL,
     "mellum": FULL,
     "solar_open": {},
-    "longcat_flash": LATENT,
     "axk1": LATENT,
     "aria_text": {"moe_num_shared_experts": 1},
     "hy_v3": {},

@@ -19,7 +19,7 @@ from trl_fast.modeling.selective_checkpointing import set_selective_checkpointin
 from trl_fast.modeling.tiled_mlp import tile_mlps
 
 # Their scores are not divided by the square root of the heads' width: large weights would be all rounding.
-COMMON = {"sliding_window": 64, "initializer_range": 0.1}
+COMMON = {"sliding_window": 7, "initializer_range": 0.1}
 PER_LAYER = {"vocab_size_per_layer_input": 340, "hidden_size_per_layer_input": 8}
 TURNS = ["sliding_attention", "full_attention"]
 FAMILIES = {

@@ -33,17 +33,29 @@ def _qwen(tower: dict | None = None, **text: object) -> dict:
 
 CONFIGS = {
     "gemma3": {
-        **{"text_config": {**_TEXT, "sliding_window": 64}, "vision_config": _TOWER},
+        **{"text_config": {**_TEXT, "sliding_window": 7}, "vision_config": _TOWER},
         **{"mm_tokens_per_image": 4, "image_token_index": 339},
     },
     "gemma4": {
         "text_config": {
-            **{**_TEXT, "initializer_range": 0.1, "sliding_window": 64, "global_head_dim": 16},
+            **{**_TEXT, "initializer_range": 0.1, "sliding_window": 7, "global_head_dim": 16},
             **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
             **{"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 340, "hidden_size_per_layer_input": 8},
         },
         "vision_config": {**_TOWER, "head_dim": 8, "num_key_value_heads": 4},
         **_PLACES,
+    },
+    "qwen3_5": _qwen(
+        {"num_position_embeddings": 64},
+        rope_parameters={**_ROTARY, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
+        layer_types=["linear_attention", "full_attention"],
+        initializer_range=0.1,
+        **{f"linear_num_{each}_heads": 2 for each in ("key", "value")},
+        **{f"linear_{each}_head_dim": 8 for each in ("key", "value")},
+    ),
+    "lfm2_vl": {
+        "text_config": {**_TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        "vision_config": {**_TOWER, "model_type": "siglip2_vision_model", "num_patches": 16},
     },
     "qwen2_vl": _qwen(),
     "qwen2_5_vl": _qwen({"fullatt_block_indexes": [0], "window_size": 56}),
