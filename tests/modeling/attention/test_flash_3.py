@@ -13,7 +13,7 @@ from trl_fast.modeling.attention import flash_3
 from trl_fast.ops.device import DeviceFacts, simulated_device
 
 CPU = torch.device("cpu")
-HOPPER = DeviceFacts("cuda", multiplies_bf16=True, capability=(9, 0))
+HOPPER = DeviceFacts("cuda", True, (9, 0), serves=lambda op, backend: backend == "torch")
 
 
 @pytest.fixture
