@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 
@@ -12,11 +13,9 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from support.allocations import LargeTensors, unseen_gathers
 from support.models import tiny_classifier, tiny_model
 from support.ranks import RankError, run_on_ranks
 from trl_fast.data import pack_trees
@@ -27,7 +26,7 @@ from trl_fast.modeling.classifier_head import attach_classifier_head, rewards
 from trl_fast.modeling.lm_head import use_float32_head
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
-from trl_fast.ops.head import plan, weight_shard
+from trl_fast.ops.head import plan, transient_weight
 
 RANKS, STEPS, ACCUMULATION = 2, 2, 2
 # Divides the losses of a step, whatever its real number of tokens.
@@ -199,65 +198,100 @@ def assert_as_one_process(engine: str, heads: tuple[str, ...], one_process: dict
             )
 
 
-class LargestFloats(TorchDispatchMode):
-    """Notes the largest number of floats that a tensor made within it has."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
-        for tensor in tensors_in(made):
-            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in given:
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return made
+MEASURED_VOCABULARY, WIDTH = 4096, 32
 
 
-def tensors_in(values: object) -> list[torch.Tensor]:
-    """The tensors among values, but for DTensors, whose local parts are seen on their own."""
-    return [each for each in tree_leaves(values) if type(each) in (torch.Tensor, torch.nn.Parameter)]
-
-
-def largest_gradient(saved: bool, vocabulary: int) -> int:
-    """The floats of the largest tensor made from the first score of a token to the end of backward."""
-    plan.CPU_TILES = plan.CPU_TILES._replace(tile_bytes=600 * 4 * 32)
-    weight_shard.PIECE_BYTES = 500 * 4 * 32
-    model = tiny_model(vocab_size=vocabulary)
+def measured_model(head: str) -> torch.nn.Module:
+    """A model of a vocabulary whose head is by far the largest tensor; `whole` as above for other heads."""
+    model = tiny_model("qwen2" if head == "tied" else "llama", vocab_size=MEASURED_VOCABULARY)
     attach_scoring(model)
     use_segment_attention(model)
-    model.get_input_embeddings().requires_grad_(False)
-    if saved:
-        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    if head != "tied":
+        model.get_input_embeddings().requires_grad_(False)
+    if head == "saved head":
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    if head == "LoRA on the head":
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    if head == "frozen":
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
+def memory_of_head(head: str, keeps: bool = False) -> list[tuple[int, int]]:
+    """Of each micro-batch: large tensors that are alive from forward to backward, and that the head makes in backward.
+
+    keeps: whether the engine is to keep weights from forward to backward.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plan.CPU_TILES = plan.CPU_TILES._replace(tile_bytes=600 * 4 * WIDTH)
+    transient_weight.PIECE_BYTES = 500 * 4 * WIDTH
+    model = measured_model(head)
+    accelerator = Accelerator(cpu=True)
+    if accelerator.state.deepspeed_plugin is not None:
+        # Else it keeps what is used again soon, and weights of a hundred thousand numbers.
+        distance = 10**9 if keeps else 0
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+        }
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
+            "stage3_max_reuse_distance": distance,
+            "stage3_prefetch_bucket_size": distance,
+            "stage3_param_persistence_threshold": 0,
+        }
+    else:
+        accelerator.state.fsdp_plugin.reshard_after_forward = not keeps
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    model, _ = Accelerator(cpu=True).prepare(model, optimizer)
-    # Its weight, which is as large as the head's, is not needed there.
-    model.get_input_embeddings().set_unshard_in_backward(False)
-    mode = LargestFloats()
-
-    def token_loss(scores, rows):
-        mode.__enter__()
-        return -scores.logprobs.sum()
-
+    model, _ = accelerator.prepare(model, optimizer)
     batch = pack_trees([Tree([5, 6], [[7, 8]])], "packed", 2)
-    with torch.no_grad():
-        score(model, batch)
-    assert all(isinstance(weight, DTensor) for name, weight in model.named_parameters() if "lm_head" in name)
-    score(model, batch, token_loss=token_loss).loss.backward()
-    mode.__exit__(None, None, None)
-    trained = [p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
-    assert [p.grad.to_local().shape for p in trained] == [(vocabulary // RANKS, 32)]
-    return mode.largest
+    forward, found = LargeTensors(MEASURED_VOCABULARY * WIDTH), []
+    for _ in range(3):
+        with forward:
+            loss = score(model, batch, token_loss=lambda scores, rows: -scores.logprobs.sum()).loss
+        gc.collect()  # what is garbage is not kept
+        alive, backward = forward.alive(), LargeTensors(MEASURED_VOCABULARY * WIDTH)
+        with unseen_gathers(), backward:
+            accelerator.backward(loss)
+        found.append((alive, backward.made))
+    return found
 
 
-@pytest.mark.parametrize("saved", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_no_rank_of_fsdp2_holds_the_whole_gradient_of_a_head(saved):
-    vocabulary = 4096
-    for largest in run_on_ranks(largest_gradient, saved, vocabulary, engine="fsdp2"):
-        assert largest == vocabulary // RANKS * 32
+def memory_of_heads(heads: tuple[str, ...], keeps: bool = False) -> dict[str, list[tuple[int, int]]]:
+    return {head: memory_of_head(head, keeps) for head in heads}
+
+
+# What a head makes in backward that is as large as its weight: its sum with an adapter, once. That of a tied head, as
+# the embeddings' gradient is, is not counted.
+MADE = {"untied": 0, "LoRA on the head": 1, "saved head": 0, "frozen": 0, "tied": None}
+
+
+@pytest.mark.parametrize(
+    ("engine", "heads"),
+    [
+        ("fsdp2", ("untied", "LoRA on the head", "saved head")),
+        ("zero3", ("untied", "LoRA on the head")),
+        pytest.param("fsdp2", ("frozen", "tied"), marks=pytest.mark.slow),
+        pytest.param("zero3", ("saved head", "frozen", "tied"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_head_and_its_gradient_are_whole_in_no_rank_from_forward_to_backward(engine, heads):
+    for found in run_on_ranks(memory_of_heads, heads, engine=engine):
+        for head in heads:
+            assert [alive for alive, _ in found[head]] == [0, 0, 0], head
+            assert MADE[head] is None or [each for _, each in found[head]] == [MADE[head]] * 3, head
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_head_is_kept_for_backward_where_the_engine_is_told_to(engine):
+    for found in run_on_ranks(memory_of_heads, ("untied",), True, engine=engine):
+        assert found["untied"][-1][0] > 0
 
 
 def float32_head(frozen: bool) -> None:
-    """Trains a step with a float32 head in bfloat16, and compares what reaches the head with its weight."""
+    """Trains a step with a float32 head in bfloat16, and compares what reaches the head with its weight.
+
+    Nothing that is as large as the weight is left between forward and backward.
+    """
     model = tiny_model()
     attach_scoring(model)
     use_float32_head(model)
@@ -270,15 +304,20 @@ def float32_head(frozen: bool) -> None:
     original = scoring.token_logprobs
 
     def token_logprobs(*given):
-        seen.append(given[:2])
+        hidden, weight = given[:2]
+        seen.append((hidden.dtype, weight.dtype, torch.equal(weight, head)))
         return original(*given)
 
     scoring.token_logprobs = token_logprobs
-    score(model, pack_trees([Tree([5, 6], [[7, 8]])], "packed", 2)).tokens.logprobs.sum().backward()
-    [(hidden, weight)] = seen
-    assert hidden.dtype == weight.dtype == torch.float32
-    assert torch.equal(weight, head)
-    assert not torch.equal(weight, head.bfloat16().float())
+    with LargeTensors(head.numel()) as forward:
+        tokens = score(
+            model, pack_trees([Tree([5, 6], [[7, 8]])], "packed", 2), outputs=("logprobs", "entropy")
+        ).tokens
+    gc.collect()
+    assert forward.made > forward.alive() == 0
+    (tokens.logprobs.sum() + 0.1 * tokens.entropy.sum()).backward()
+    assert seen == [(torch.float32, torch.float32, True)]
+    assert not torch.equal(head, head.bfloat16().float())
     gradient = model.lm_head.weight.grad
     assert gradient is None if frozen else gradient.dtype == torch.float32 and gradient.full_tensor().norm() > 0
 

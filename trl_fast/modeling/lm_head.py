@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import PretrainedConfig, PreTrainedModel
 
+from trl_fast.ops.head.low_rank_weight import LowRankFactors, LowRankWeight
+from trl_fast.ops.head.transient_weight import TransientWeight
 from trl_fast.ops.head.vocabulary_shard import VocabularyShard
-from trl_fast.ops.head.weight_shard import WeightShard
 
 from .model_changes import changes_of
 from .vocabulary_parallel import own_columns
@@ -22,14 +23,14 @@ FLOAT32_HEAD = "float32 head"
 class HeadParameters(NamedTuple):
     """Holds a head's weight (V, H) and bias (V,) or None, of one float dtype; differentiable if they train.
 
-    shard: which columns of the vocabulary these V are, where other processes have the others. trained: the rows that
-    this process trains of a weight that is whole, where the gradient is for them and not for the weight.
+    shard: which columns of the vocabulary these V are, where other processes have the others. source: how the weight
+    is made again in backward and what trains of it, where it is not to be kept.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     shard: VocabularyShard | None = None
-    trained: WeightShard | None = None
+    source: TransientWeight | None = None
 
 
 class HeadTransform(NamedTuple):
@@ -55,10 +56,11 @@ def head_transform(config: PretrainedConfig) -> HeadTransform:
     return HeadTransform(getattr(config, "final_logit_softcapping", None), 1.0 if scale is None else float(scale))
 
 
-def head_parameters(model: PreTrainedModel) -> HeadParameters:
+def head_parameters(model: PreTrainedModel, *, transient: bool = False) -> HeadParameters:
     """Returns the head's present weight and bias: with a LoRA adapter added in, or of a saved copy.
 
-    Where tensor parallelism has dealt the head to several processes, they are this process's columns of it.
+    Where tensor parallelism has dealt the head to several processes, they are this process's columns of it. transient:
+    the sum of a weight and an adapter is not to be kept for the backward pass.
 
     Raises:
         ValueError: the model has no head, or an adapter on it cannot be written as a weight.
@@ -69,7 +71,7 @@ def head_parameters(model: PreTrainedModel) -> HeadParameters:
     if isinstance(head, ModulesToSaveWrapper):
         head = active_copy(head)
     if isinstance(head, BaseTunerLayer):
-        return _adapted(head)
+        return _adapted(head, transient)
     weight: Any = head.weight
     return HeadParameters(*own_columns(weight, getattr(head, "bias", None)))
 
@@ -80,24 +82,39 @@ def active_copy(head: ModulesToSaveWrapper) -> torch.nn.Module:
     return head.modules_to_save[head.active_adapters[0]] if saved else head.original_module
 
 
-def _adapted(head: BaseTunerLayer) -> HeadParameters:
+def _adapted(head: BaseTunerLayer, transient: bool) -> HeadParameters:
     base: Any = head.get_base_layer()
     weight, bias = base.weight, getattr(base, "bias", None)
     if head.disable_adapters or head.merged:
         return HeadParameters(*own_columns(weight, bias))
+    adapted = LowRankWeight(weight, [_factors(head, adapter) for adapter in head.active_adapters])
     for adapter in head.active_adapters:
-        if not isinstance(head, LoraLinear) or adapter in head.lora_variant:
-            raise ValueError(
-                f"peft_config: the adapter on the head ({type(head).__name__}) cannot be added to its weight; "
-                "use plain LoRA there, or leave the head out of target_modules"
-            )
-        if getattr(head.lora_dropout[adapter], "p", 0.0) > 0 and head.training:
-            raise ValueError(
-                "peft_config: lora_dropout on the head cannot be fused; set lora_dropout=0 or leave the head out of "
-                "target_modules"
-            )
-        weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
-    return HeadParameters(weight, bias)
+        if head.lora_B[adapter].bias is not None:  # lora_bias=True
+            added = head.lora_B[adapter].bias * head.scaling[adapter]
+            bias = added if bias is None else bias + added
+    if transient and torch.is_grad_enabled() and not weight.requires_grad:
+        with torch.no_grad():
+            return HeadParameters(adapted.whole(), bias, source=adapted)
+    return HeadParameters(adapted.whole(), bias)
+
+
+def _factors(head: BaseTunerLayer, adapter: str) -> LowRankFactors:
+    """Returns the factors of an adapter on a head.
+
+    Raises:
+        ValueError: it cannot be written as a weight.
+    """
+    if not isinstance(head, LoraLinear) or adapter in head.lora_variant:
+        raise ValueError(
+            f"peft_config: the adapter on the head ({type(head).__name__}) cannot be added to its weight; "
+            "use plain LoRA there, or leave the head out of target_modules"
+        )
+    if getattr(head.lora_dropout[adapter], "p", 0.0) > 0 and head.training:
+        raise ValueError(
+            "peft_config: lora_dropout on the head cannot be fused; set lora_dropout=0 or leave the head out of "
+            "target_modules"
+        )
+    return LowRankFactors(head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
 
 
 def use_float32_head(model: PreTrainedModel) -> None:

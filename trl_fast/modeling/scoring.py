@@ -192,7 +192,7 @@ def _read_head(
     head: HeadParameters,
 ) -> dict[str, torch.Tensor]:
     """Returns the fields of TokenScores that the request asks for, and its loss."""
-    weight, bias, shard, trained = head
+    weight, bias, shard, source = head
     softcap, logit_scale = head_transform(model.config)
     transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)
     tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
@@ -204,9 +204,9 @@ def _read_head(
         options = replace(options, workspace_bytes=size)
     given = (*tensors, transform, scoring.outputs, options)
     if scoring.token_loss is None:
-        return token_logprobs(*given, shard, trained).present()
+        return token_logprobs(*given, shard, source).present()
     given_loss = (scoring.token_loss, scoring.group_sizes)
-    loss, tokens = token_loss_of_head(*given, *given_loss, shard=shard, trained=trained)
+    loss, tokens = token_loss_of_head(*given, *given_loss, shard=shard, source=source)
     return {"loss": loss, **tokens.present()}
 
 

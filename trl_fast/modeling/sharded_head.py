@@ -6,10 +6,14 @@ Nobody calls a head here, since it would return all logits at once. So its modul
 which reads their parameters: where several hold them (an adapter's two factors, a saved copy), one inside the other.
 All hooks then run as in the model's own forward, and no engine needs a way of its own.
 
-Tensor parallelism alone leaves a head as it is: each process has columns of the vocabulary (vocabulary_parallel.py).
+Nothing whole is kept from forward to backward: a weight's tensor is empty in between, sums with adapters and float32
+copies are made again (`ops/head/transient_weight.py`).
 
-FSDP2 alone lets the gradient of a weight be given to the rows that a process holds. So under FSDP2 the gradient is
-summed over the processes a vocabulary tile at a time, and never exists whole (`ops/head/weight_shard.py`).
+FSDP2 and ZeRO-3 let the gradient of a weight be given to the part that a process holds. So the gradient is summed over
+the processes a vocabulary tile at a time, and never exists whole (`ops/head/weight_shard.py`). FSDP1 takes one gradient
+of all that it has sharded together.
+
+Tensor parallelism alone leaves a head as it is: each process has columns of the vocabulary (vocabulary_parallel.py).
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
+from trl_fast.ops.head.transient_weight import FrozenWeight, TransientWeight, WholeWeight
 from trl_fast.ops.head.weight_shard import WeightShard
+from trl_fast.parallel.partitions import is_partitioned, part_with_gradient, whole_shape
 
 from .lm_head import HeadParameters, active_copy, has_float32_head, head_parameters
 from .model_changes import replaced_forward
@@ -58,21 +64,27 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
         return {name: tensor for name, tensor in found.items() if tensor.requires_grad}
 
     found = _call_nested(modules, innermost, hidden)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _frees_after_forward(model):
         _free_weights(modules)
     return {**found, **constants}
 
 
 def _free_weights(modules: list[nn.Module]) -> None:
-    """Frees a head that FSDP2 keeps whole for a backward pass, which will not come."""
+    """Frees a head that FSDP2 keeps whole for a backward pass, before which its hook then gathers it again."""
     for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
+def _frees_after_forward(model: PreTrainedModel) -> bool:
+    """Tells whether FSDP2 frees the weights of layers after forward; accelerate never has it do so for the head."""
+    parts = (module for module in model.modules() if isinstance(module, FSDPModule))
+    return any(group._reshard_after_forward for part in parts for group in part._get_fsdp_state()._fsdp_param_groups)
+
+
 def _whole_head(model: PreTrainedModel, modules: list[nn.Module]) -> HeadParameters:
     """Returns the head, which is whole now; modules: those that hold its parameters and have hooks."""
-    head = head_parameters(model)
+    head = head_parameters(model, transient=bool(modules))
     weight = head.weight
     if isinstance(weight, DTensor):
         raise NotImplementedError(
@@ -80,22 +92,50 @@ def _whole_head(model: PreTrainedModel, modules: list[nn.Module]) -> HeadParamet
             "shard the model with FSDP or DeepSpeed ZeRO-3"
         )
     sharded = _sharded_by_fsdp2(weight, modules)
-    if sharded is not None and torch.is_grad_enabled() and weight.requires_grad:
-        head = head._replace(trained=_weight_shard(sharded, weight))
-    return _float32_parameters(head, sharded) if has_float32_head(model) else head
+    if has_float32_head(model) and weight.dtype != torch.float32:
+        return _float32_parameters(head, sharded)
+    if head.source is None and torch.is_grad_enabled() and weight.requires_grad:
+        head = head._replace(source=_source_of(model, weight, sharded))
+    return head
+
+
+def _source_of(model: PreTrainedModel, weight: torch.Tensor, sharded: DTensor | None) -> TransientWeight | None:
+    """Returns how a trained weight (V, H) is whole again in backward, and who gets its gradient.
+
+    sharded: the parameter in parts of which FSDP2 has gathered it, if so. None: it is kept, as FSDP1 does.
+    """
+    if sharded is not None:
+        return _weight_shard(sharded, weight.shape, weight.device, lambda: weight) or WholeWeight(weight)
+    if not is_partitioned(weight):
+        return None
+    # Embeddings have a gradient of their own, and ZeRO-3 takes one of a weight.
+    tied = weight is getattr(model.get_input_embeddings(), "weight", None)
+    part = None if tied else part_with_gradient(weight)
+    if part is None:
+        return WholeWeight(weight)
+    group = weight.ds_process_group  # type: ignore[attr-defined]
+    return WeightShard(lambda: weight, part, whole_shape(weight), part.numel(), group)
 
 
 def _float32_parameters(head: HeadParameters, sharded: DTensor | None) -> HeadParameters:
-    """Returns a head that is to be float32 as such, whatever the dtype that an engine has gathered it in."""
-    if head.weight.dtype == torch.float32:
-        return head
-    if sharded is None or sharded.dtype != torch.float32 or head.weight.requires_grad and head.trained is None:
+    """Returns a head that is to be float32 as such, where an engine has gathered it in another dtype.
+
+    The float32 weight is gathered anew in backward, where that needs it.
+    """
+    weight, trains = head.weight, head.weight.requires_grad and torch.is_grad_enabled()
+    source: TransientWeight | None = None
+    if sharded is not None and sharded.dtype == torch.float32:
+        gather = sharded.detach().full_tensor
+        source = _weight_shard(sharded, weight.shape, weight.device, gather) if trains else FrozenWeight(gather)
+    if source is None:
         raise ValueError(
-            f"cast_lm_head_to_fp32=True: the engine has made the head's weight {head.weight.dtype}; train with FSDP2, "
+            f"cast_lm_head_to_fp32=True: the engine has made the head's weight {weight.dtype}; train with FSDP2, "
             "whose processes keep it in float32, or set cast_lm_head_to_fp32=False"
         )
     with torch.no_grad():
-        return head._replace(weight=sharded.full_tensor(), bias=None if head.bias is None else head.bias.float())
+        return head._replace(
+            weight=source.whole(), bias=None if head.bias is None else head.bias.float(), source=source
+        )
 
 
 def _sharded_by_fsdp2(weight: torch.Tensor, modules: list[nn.Module]) -> DTensor | None:
@@ -111,17 +151,23 @@ def _sharded_by_fsdp2(weight: torch.Tensor, modules: list[nn.Module]) -> DTensor
     return None
 
 
-def _weight_shard(parameter: DTensor, weight: torch.Tensor) -> WeightShard | None:
-    """Returns the shard of a parameter whose rows, and nothing else, are dealt to processes."""
+def _weight_shard(
+    parameter: DTensor, shape: torch.Size, device: torch.device, whole: Callable[[], torch.Tensor]
+) -> WeightShard | None:
+    """Returns the shard of a parameter (V, H) whose rows, and nothing else, are dealt to processes.
+
+    device: where the weight is whole; whole: returns it.
+    """
     mesh, placements = parameter.device_mesh, parameter.placements
     sharded = [dim for dim, placement in enumerate(placements) if placement == Shard(0)]
     replicated = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
     if len(sharded) != 1 or len(sharded) + len(replicated) != len(placements) or len(replicated) > 1:
         return None
     # Offloaded ones wait on the CPU.
-    rows = parameter.to_local().to(weight.device)
+    rows = parameter.to_local().to(device)
+    group = mesh.get_group(sharded[0])
     replicas = mesh.get_group(replicated[0]) if replicated else None
-    return WeightShard(rows, weight.shape[0], mesh.get_group(sharded[0]), replicas)
+    return WeightShard(whole, rows, shape, -(-shape[0] // group.size()) * shape[1], group, replicas)
 
 
 def _modules_of_head(model: PreTrainedModel) -> list[nn.Module]:

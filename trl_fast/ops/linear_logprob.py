@@ -8,9 +8,9 @@ from .head.autograd import differentiable_scores
 from .head.logit_transform import LogitTransform
 from .head.plan import DEFAULT_SPARSE_THRESHOLD, HeadOptions
 from .head.row_statistics import output_mask
-from .head.sharded_scores import sharded_scores
+from .head.transient_scores import transient_scores
+from .head.transient_weight import TransientWeight
 from .head.vocabulary_shard import VocabularyShard
-from .head.weight_shard import WeightShard
 from .token_scores import TokenScores, token_scores
 
 
@@ -75,17 +75,17 @@ def token_logprobs(
     outputs: tuple[str, ...],
     options: HeadOptions,
     shard: VocabularyShard | None = None,
-    trained: WeightShard | None = None,
+    source: TransientWeight | None = None,
 ) -> TokenScores:
     """Computes what linear_logprob does, with the logits' transform and the user's settings as values.
 
     hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None; shard: which
-    columns the V are; trained: the rows of the weight that this process trains, as in `sharded_scores`.
+    columns the V are; source: how the weight is made again in backward, where it is not kept.
     """
     mask = output_mask(outputs)
     given = (hidden, weight, targets, bias, transform, mask, options)
-    if trained is None:
+    if source is None:
         found = differentiable_scores("linear_logprob", *given, shard)
     else:
-        found = sharded_scores("linear_logprob", *given, trained)
+        found = transient_scores("linear_logprob", *given, source)
     return token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)

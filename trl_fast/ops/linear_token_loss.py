@@ -25,11 +25,11 @@ from .head.kept_logits import KeptLogits
 from .head.logit_transform import LogitTransform
 from .head.plan import BLOCKS, GROUPS, HeadOptions
 from .head.row_statistics import LSE_ROW, NUM_STATISTICS, output_mask, row_coefficients
-from .head.sharded_scores import sharded_scores
 from .head.sweep import empty_kept_logits, score_rows
 from .head.tiled_head import TiledHead
+from .head.transient_scores import transient_scores
+from .head.transient_weight import TransientWeight
 from .head.vocabulary_shard import VocabularyShard
-from .head.weight_shard import WeightShard
 from .memory_pool import scaled
 from .named_gradients import AutogradContext, first_derivative, gradients_of
 from .token_scores import TokenScores, token_scores
@@ -300,25 +300,25 @@ def token_loss_of_head(
     group_sizes: Sequence[int] | None = None,
     skip_zero_rows: bool | None = None,
     shard: VocabularyShard | None = None,
-    trained: WeightShard | None = None,
+    source: TransientWeight | None = None,
 ) -> ScoredLoss:
     """Computes what linear_token_loss does, with the logits' transform and the user's settings as values.
 
     hidden: (N, H) float32|bfloat16|float16; weight: (V, H); targets: (N,) integer; bias: (V,) or None; shard: which
-    columns the V are. The gradient of the head is the one that the options ask for. trained: the rows of the weight
-    that this process trains, as in `sharded_scores`. The loss is then of all rows at once, and its gradient computed
-    in backward, where every process sends each tile of the weight's once.
+    columns the V are. The gradient of the head is the one that the options ask for. source: how the weight is made
+    again in backward, where it is not kept. The loss is then of all rows at once, and its gradient computed in
+    backward.
     """
     _check_groups(group_sizes, hidden.shape[0])
     mask = output_mask(outputs)
     frozen_groups = group_sizes is not None and not _head_trains(weight, bias)
-    if options.head_grad != "exact" or trained is not None or frozen_groups:
+    if options.head_grad != "exact" or source is not None or frozen_groups:
         # d logprob / d hidden needs no loss, so with a frozen head no group has to fit anywhere.
         given = (hidden, weight, targets, bias, transform, mask, options)
-        if trained is None:
+        if source is None:
             found = differentiable_scores("linear_logprob", *given, shard)
         else:
-            found = sharded_scores("linear_logprob", *given, trained)
+            found = transient_scores("linear_logprob", *given, source)
         scores = token_scores(found.statistics, outputs, logprobs=found.logprobs, entropy=found.entropy)
         loss = _summed(token_loss(scores, torch.arange(hidden.shape[0], device=hidden.device)))
         return ScoredLoss(loss, scores.detach())

@@ -8,14 +8,18 @@ here. For parameters that are whole all of this costs nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+
+# On a parameter: what takes the gradient of its part.
+_PART = "trl_fast_part"
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -77,6 +81,62 @@ def whole_in_forward(model: torch.nn.Module) -> Iterator[None]:
                 stack.callback(before.remove)
                 stack.callback(after.remove)
         yield
+
+
+def part_with_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Returns a tensor that takes the gradient of this process's part of a parameter, one and the same in every pass.
+
+    (S,), of the dtype in which gradients are summed. What autograd finds for it is to be the mean over processes, of
+    the part with its padding; it goes to the optimizer of ZeRO-3 as what DeepSpeed itself has reduced, once a backward
+    pass. The parameter is to have no other gradient in that pass. None: the optimizer takes gradients only whole,
+    because they are compressed on their way, say. parameter: any shape, one that ZeRO-3 keeps in parts and trains.
+    """
+    holder: Any = parameter
+    optimizer = getattr(holder, "_z3_optimizer", None)
+    if optimizer is None or not _takes_parts(optimizer, holder):
+        return None
+    before = getattr(holder, _PART, None)
+    if before is not None and before.optimizer() is optimizer:
+        return before.part
+    # Its numbers are never read.
+    zero = torch.zeros((), dtype=optimizer.gradient_accumulation_dtype, device=parameter.device)
+    part = zero.expand(holder.partition_numel()).requires_grad_()
+    part.register_post_accumulate_grad_hook(partial(_hand_over, weakref.ref(parameter), weakref.ref(optimizer)))
+    setattr(holder, _PART, _Part(part, weakref.ref(optimizer)))
+    return part
+
+
+class _Part(NamedTuple):
+    """Holds what takes the gradient of a parameter's part (S,), and the optimizer that gets it."""
+
+    part: torch.Tensor
+    optimizer: Callable[[], Any]
+
+
+def _takes_parts(optimizer: Any, parameter: Any) -> bool:
+    """Tells whether the gradient that DeepSpeed keeps of a part is the mean over processes, and nothing else is done."""
+    in_leaf_module = hasattr(parameter, "ds_z3_leaf_module")
+    compressed = getattr(optimizer, "all2all_process_group", None) is not None
+    special = optimizer.zenflow or optimizer.autoep_folding_tp_group is not None or optimizer._coalesce_grad_reduction
+    return not (in_leaf_module or compressed or special)
+
+
+def _hand_over(parameter: Callable[[], Any], optimizer: Callable[[], Any], part: torch.Tensor) -> None:
+    """Gives the optimizer of ZeRO-3 the gradient (S,) of a parameter's part, where its own hook would have reduced it."""
+    from deepspeed.accelerator import get_accelerator
+
+    gradient, part.grad = part.grad, None
+    device, zero3 = get_accelerator(), optimizer()
+    stream = zero3.reduce_and_partition_stream
+    if not device.resolves_data_dependency():
+        stream.wait_stream(device.current_stream())
+    with device.stream(stream):
+        zero3.partition_grads([parameter()], [gradient])
+    if not device.is_synchronized_device():
+        assert gradient is not None, "autograd has just found it"
+        gradient.record_stream(stream)
+    # What a hook of DeepSpeed's asks for: the gradients are taken up when backward ends.
+    zero3.queue_post_backward_callback()
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ from .row_statistics import (
 from .sparse_gradient import SPARSE_KERNELS, sparse_gradients
 from .sweep import empty_kept_logits, score_rows, score_rows_and_keep, score_rows_with_unit_gradient
 from .tiled_head import TiledHead
+from .upstream import Upstream
 from .vocabulary_shard import VocabularyShard
 
 
@@ -81,7 +82,7 @@ def differentiable_scores(
     workspace_bytes = options.workspace_on(hidden.device, facts, shard)
     hidden = check_head_call(hidden, weight, targets, bias, shard)
     backend = choose_backend(op, options.backend, facts, hidden.dtype)
-    keep = what_to_keep(hidden, weight, bias)
+    keep = what_to_keep(hidden, weight.requires_grad or (bias is not None and bias.requires_grad))
     given = (hidden, weight, targets.long(), bias)
     if options.head_grad == "sparse" and keep != NOTHING:
         offsets = torch.rand(hidden.shape[0], dtype=torch.float64, device=hidden.device)
@@ -94,12 +95,8 @@ def differentiable_scores(
     return DifferentiableScores(lse, logprobs, entropy, mean_logits, statistics.detach())
 
 
-def what_to_keep(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> int:
-    """Returns what the forward pass keeps for a backward pass, by the table above.
-
-    hidden: (N, H); weight: (V, H); bias: (V,) or None.
-    """
-    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+def what_to_keep(hidden: torch.Tensor, head_trains: bool) -> int:
+    """Returns what the forward pass keeps for a backward pass, by the table above. hidden: (N, H)."""
     if not torch.is_grad_enabled() or not (head_trains or hidden.requires_grad):
         return NOTHING
     return LOGITS if head_trains else UNIT_GRADIENT
@@ -319,26 +316,13 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.T
 
 
 @first_derivative("the head (linear_logprob)")
-def _backward(
-    ctx: _Context,
-    grad_lse: torch.Tensor | None,
-    grad_logprobs: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    grad_mean_logits: torch.Tensor | None,
-    *_: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, targets, bias, statistics, cache, tops = ctx.saved_tensors
-    if ctx.keep == UNIT_GRADIENT and all(grad is None for grad in (grad_lse, grad_entropy, grad_mean_logits)):
-        grad_hidden = None if grad_logprobs is None else (cache * grad_logprobs[:, None]).to(hidden.dtype)
-        return gradients_of(_OP, hidden=grad_hidden)
-    coefficients = row_coefficients(
-        statistics,
-        weight.shape[0] if ctx.shard is None else ctx.shard.vocab_size,
-        grad_lse=grad_lse,
-        grad_logprobs=grad_logprobs,
-        grad_entropy=grad_entropy,
-        grad_mean_logits=grad_mean_logits,
-    )
+    upstream = Upstream(*gradients[:4])
+    if upstream.suits_unit_gradient(ctx.keep):
+        return gradients_of(_OP, hidden=upstream.of_unit_gradient(cache, hidden.dtype))
+    vocab_size = weight.shape[0] if ctx.shard is None else ctx.shard.vocab_size
+    coefficients = upstream.coefficients(statistics, vocab_size)
     kept = cache if ctx.keep == LOGITS else hidden.new_empty(0, 0, 0)
     given = (hidden, weight, targets, bias, statistics[LSE_ROW], coefficients, kept, tops, *ctx.transform)
     return _needed_gradients(
@@ -482,8 +466,8 @@ def _sparse_backward(
     *_: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, targets, bias, statistics, *samples = ctx.saved_tensors
-    upstream = {"grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy}
-    coefficients = row_coefficients(statistics, weight.shape[0], **upstream)
+    upstream = Upstream(lse=None, logprobs=grad_logprobs, entropy=grad_entropy, mean_logits=None)
+    coefficients = upstream.coefficients(statistics, weight.shape[0])
     given = (hidden, weight, targets, bias, statistics, coefficients, *samples, *ctx.transform, ctx.threshold)
     op = "trl_fast::linear_scores_sparse"
     return _needed_gradients(ctx, op, linear_scores_sparse_backward, given, (ctx.backend,))

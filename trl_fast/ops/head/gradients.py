@@ -15,7 +15,7 @@ from .kept_logits import KeptLogits, KeptTile
 from .plan import SweepTiles
 from .row_kernels import ROW_KERNELS
 from .tiled_head import TiledHead
-from .weight_shard import ShardedGradient
+from .transient_weight import TiledGradient
 
 
 class Needs(NamedTuple):
@@ -43,15 +43,15 @@ def head_gradients(
     lse: torch.Tensor,
     coefficients: torch.Tensor,
     logits: KeptLogits,
-    sharded: ShardedGradient | None = None,
+    tiled: TiledGradient | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the gradients of hidden (N, H), weight (V, H) and bias (V,), in their dtypes; empty if not needed.
 
     targets: (N,) int64; lse: (N,); coefficients: (4, N), see row_kernels.py; logits: of the first rows, which are left
-    as they are. On a CPU rows whose coefficients are all zero take no part. sharded: takes the weight's gradient, a
+    as they are. On a CPU rows whose coefficients are all zero take no part. tiled: takes the weight's gradient, a
     tile at a time; what is returned of it is empty then.
     """
-    gradients = HeadGradients(head, hidden.shape[0], needs, sharded=sharded)
+    gradients = HeadGradients(head, hidden.shape[0], needs, tiled=tiled)
     given = (hidden.to(head.plan.product_dtype), targets, lse, coefficients, logits)
     gradients.add(slice(0, hidden.shape[0]), *given, skip_zero_rows=None, last=True)
     return gradients.results(hidden.dtype, head.weight.dtype if head.bias is None else head.bias.dtype)
@@ -62,7 +62,7 @@ class HeadGradients:
 
     num_rows: N; waiting: the loss has yet to get its factor. Where products are of float16, gradients of logits are
     then taken times a power of two that brings the largest coefficient to about 2¹⁰, and the sums, in float32, divided
-    by it at the end; results that would be float16 are float32. sharded: takes the weight's gradient instead, of all
+    by it at the end; results that would be float16 are float32. tiled: takes the weight's gradient instead, of all
     rows added at once.
     """
 
@@ -73,13 +73,13 @@ class HeadGradients:
         needs: Needs,
         *,
         waiting: bool = False,
-        sharded: ShardedGradient | None = None,
+        tiled: TiledGradient | None = None,
     ) -> None:
         self._head = head
         self._num_rows = num_rows
         self._needs = needs
         self._waiting = waiting
-        self._sharded = sharded
+        self._tiled = tiled
         self._factor = 1.0
         self._hidden: torch.Tensor | None = None
         self._weight: torch.Tensor | None = None
@@ -135,10 +135,10 @@ class HeadGradients:
         if self._waiting and plan.product_dtype == torch.float16:
             blocks = self._fit(blocks)
         accumulate = self._weight is not None
-        if self._needs.weight and not accumulate and self._sharded is None:
+        if self._needs.weight and not accumulate and self._tiled is None:
             dtype = self._result_dtype(head.weight.dtype) if last else plan.sum_dtype
             self._weight = pooled_empty(head.weight.shape, dtype, head.weight.device)
-        tiles = _gradient_tiles(head, blocks, None if self._sharded is None else self._sharded.piece_rows)
+        tiles = _gradient_tiles(head, blocks, None if self._tiled is None else self._tiled.most_rows)
         parts = [part for block in blocks for part in block.parts(tiles.num_rows)]
         logit_gradients = _LogitGradients(head, parts, tiles.num_columns)
         buffer = self._weight_buffer(tiles, len(parts))
@@ -159,12 +159,12 @@ class HeadGradients:
                     self._bias[columns] += gradient.sum(dim=0, dtype=plan.sum_dtype)
             if total is not None:
                 total.finish()
-                if self._sharded is not None:
-                    self._sharded.add(columns, total.total)
+                if self._tiled is not None:
+                    self._tiled.add(columns, total.total)
 
     def _weight_tile(self, columns: slice, buffer: torch.Tensor | None, accumulate: bool) -> _WeightTile | None:
         """Returns where the weight's gradient of a tile's columns is summed, if it is needed."""
-        if self._needs.weight and self._sharded is not None:
+        if self._needs.weight and self._tiled is not None:
             assert buffer is not None, "what is sent has room of its own"
             return _WeightTile(buffer[: columns.stop - columns.start], None, accumulate)
         return None if self._weight is None else _WeightTile(self._weight[columns], buffer, accumulate)
@@ -176,7 +176,7 @@ class HeadGradients:
         """
         plan = self._head.plan
         dtypes = (plan.sum_dtype, plan.product_dtype) if num_parts == 1 else (plan.sum_dtype,)
-        if self._sharded is None and (self._weight is None or self._weight.dtype in dtypes):
+        if self._tiled is None and (self._weight is None or self._weight.dtype in dtypes):
             return None
         return pooled_empty((tiles.num_columns, self._head.plan.hidden_size), plan.sum_dtype, self._head.weight.device)
 
@@ -212,7 +212,7 @@ class HeadGradients:
             self._hidden = torch.empty(0, head.plan.hidden_size, dtype=head.plan.sum_dtype, device=head.weight.device)
         if self._hidden is not None and head.shard is not None:
             head.shard.add_up(self._hidden)
-        if self._needs.weight and self._weight is None and self._sharded is None:
+        if self._needs.weight and self._weight is None and self._tiled is None:
             self._weight = torch.zeros(head.weight.shape, dtype=dtypes[1], device=head.weight.device)
         if self._factor != 1.0:
             for total in self._sums():
