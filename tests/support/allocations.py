@@ -26,9 +26,9 @@ class LargeTensors(TorchDispatchMode):
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
         for tensor in tensors_in(made):
             storage = tensor.untyped_storage()
-            if tensor.is_floating_point() and storage.data_ptr() not in given:
-                if storage.nbytes() >= self._numbers * tensor.element_size():
-                    self._made.append((StorageWeakRef(storage), self._numbers * tensor.element_size()))
+            new, size = storage.data_ptr() not in given, self._numbers * tensor.element_size()
+            if new and tensor.is_floating_point() and storage.nbytes() >= size:
+                self._made.append((StorageWeakRef(storage), size))
         return made
 
     @property

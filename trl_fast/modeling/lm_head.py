@@ -87,19 +87,25 @@ def _adapted(head: BaseTunerLayer, transient: bool) -> HeadParameters:
     weight, bias = base.weight, getattr(base, "bias", None)
     if head.disable_adapters or head.merged:
         return HeadParameters(*own_columns(weight, bias))
-    adapted = LowRankWeight(weight, [_factors(head, adapter) for adapter in head.active_adapters])
-    for adapter in head.active_adapters:
-        if head.lora_B[adapter].bias is not None:  # lora_bias=True
-            added = head.lora_B[adapter].bias * head.scaling[adapter]
-            bias = added if bias is None else bias + added
+    adapters = [_adapter_of(head, name) for name in head.active_adapters]
+    for added in (each.bias for each in adapters if each.bias is not None):  # lora_bias=True
+        bias = added if bias is None else bias + added
+    adapted = LowRankWeight(weight, [each.factors for each in adapters])
     if transient and torch.is_grad_enabled() and not weight.requires_grad:
         with torch.no_grad():
             return HeadParameters(adapted.whole(), bias, source=adapted)
     return HeadParameters(adapted.whole(), bias)
 
 
-def _factors(head: BaseTunerLayer, adapter: str) -> LowRankFactors:
-    """Returns the factors of an adapter on a head.
+class _Adapter(NamedTuple):
+    """Holds an adapter: its factors, and what it adds to the bias, (V,) or None."""
+
+    factors: LowRankFactors
+    bias: torch.Tensor | None
+
+
+def _adapter_of(head: BaseTunerLayer, adapter: str) -> _Adapter:
+    """Returns an adapter on a head, by its name.
 
     Raises:
         ValueError: it cannot be written as a weight.
@@ -114,7 +120,10 @@ def _factors(head: BaseTunerLayer, adapter: str) -> LowRankFactors:
             "peft_config: lora_dropout on the head cannot be fused; set lora_dropout=0 or leave the head out of "
             "target_modules"
         )
-    return LowRankFactors(head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
+    down: Any = head.lora_A[adapter]
+    up: Any = head.lora_B[adapter]
+    scale = head.scaling[adapter]
+    return _Adapter(LowRankFactors(down.weight, up.weight, scale), None if up.bias is None else up.bias * scale)
 
 
 def use_float32_head(model: PreTrainedModel) -> None:

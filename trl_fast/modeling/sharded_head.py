@@ -9,9 +9,9 @@ All hooks then run as in the model's own forward, and no engine needs a way of i
 Nothing whole is kept from forward to backward: a weight's tensor is empty in between, sums with adapters and float32
 copies are made again (`ops/head/transient_weight.py`).
 
-FSDP2 and ZeRO-3 let the gradient of a weight be given to the part that a process holds. So the gradient is summed over
-the processes a vocabulary tile at a time, and never exists whole (`ops/head/weight_shard.py`). FSDP1 takes one gradient
-of all that it has sharded together.
+FSDP2 and ZeRO-3 let the gradient of a weight be given to the part that a process holds. So the gradient is summed
+over the processes a vocabulary tile at a time, and never exists whole (`ops/head/weight_shard.py`). FSDP1 takes one
+gradient of all that it has sharded together.
 
 Tensor parallelism alone leaves a head as it is: each process has columns of the vocabulary (vocabulary_parallel.py).
 """
@@ -125,7 +125,8 @@ def _float32_parameters(head: HeadParameters, sharded: DTensor | None) -> HeadPa
     weight, trains = head.weight, head.weight.requires_grad and torch.is_grad_enabled()
     source: TransientWeight | None = None
     if sharded is not None and sharded.dtype == torch.float32:
-        gather = sharded.detach().full_tensor
+        gather: Any = sharded.detach()
+        gather = gather.full_tensor
         source = _weight_shard(sharded, weight.shape, weight.device, gather) if trains else FrozenWeight(gather)
     if source is None:
         raise ValueError(

@@ -114,7 +114,7 @@ class _Part(NamedTuple):
 
 
 def _takes_parts(optimizer: Any, parameter: Any) -> bool:
-    """Tells whether the gradient that DeepSpeed keeps of a part is the mean over processes, and nothing else is done."""
+    """Tells whether the gradient that DeepSpeed keeps of a part is the plain mean over processes."""
     in_leaf_module = hasattr(parameter, "ds_z3_leaf_module")
     compressed = getattr(optimizer, "all2all_process_group", None) is not None
     special = optimizer.zenflow or optimizer.autoep_folding_tp_group is not None or optimizer._coalesce_grad_reduction
@@ -122,7 +122,7 @@ def _takes_parts(optimizer: Any, parameter: Any) -> bool:
 
 
 def _hand_over(parameter: Callable[[], Any], optimizer: Callable[[], Any], part: torch.Tensor) -> None:
-    """Gives the optimizer of ZeRO-3 the gradient (S,) of a parameter's part, where its own hook would have reduced it."""
+    """Gives the optimizer of ZeRO-3 the gradient (S,) of a parameter's part, as if its own hook had reduced it."""
     from deepspeed.accelerator import get_accelerator
 
     gradient, part.grad = part.grad, None

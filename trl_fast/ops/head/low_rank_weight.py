@@ -1,4 +1,4 @@
-"""Adds LoRA adapters to a head's weight for a pass, and takes the gradient of their factors a vocabulary tile at a time.
+"""Adds LoRA adapters to a head's weight for a pass, and sums their factors' gradients a vocabulary tile at a time.
 
 W + s·B·A is a matrix as large as W, and so is its gradient. Neither is kept: the sum is made anew for the backward
 pass, and of its gradient G only what the factors need is summed, dB = s·G·Aᵀ and dA = s·Bᵀ·G (LoRA, arXiv 2106.09685).

@@ -35,7 +35,7 @@ def transient_scores(
     options: HeadOptions,
     source: TransientWeight,
 ) -> DifferentiableScores:
-    """Scores the targets (N,) of hidden (N, H) as `differentiable_scores` does, with gradients for the source's parameters.
+    """Scores the targets (N,) of hidden (N, H) as `differentiable_scores` does; the source's parameters get the gradient.
 
     weight: (V, H), what the source gives in this pass; bias: (V,) or None. A sparse estimate of the gradient is the
     whole weight's.
@@ -98,7 +98,7 @@ class _TransientScores(torch.autograd.Function):
     @staticmethod
     @first_derivative("the head (linear_logprob)")
     def backward(ctx: _Context, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Returns the gradients of hidden (N, H), of the bias (V,), and of the source's parameters, in their shapes."""
+        """Returns the gradients of hidden (N, H), of the bias (V,), and of the source's parameters, of any shapes."""
         hidden, targets, bias, statistics, cache, tops = ctx.saved_tensors
         keep, workspace_bytes, backend = ctx.options
         given = Upstream(*upstream[:4])

@@ -17,7 +17,7 @@ PIECE_BYTES = 256 << 20
 
 
 def piece_numbers(width: int, most: int | None = None) -> int:
-    """Returns how many numbers of a gradient are there at once: whole rows of `width` where they fit; most: a limit."""
+    """Returns how many numbers of a gradient are there at once: whole rows of `width` if they fit; most: a limit."""
     limit = max(1, PIECE_BYTES // 4 if most is None else min(most, PIECE_BYTES // 4))
     return limit if limit < width else limit // width * width
 

@@ -1,4 +1,4 @@
-"""Holds the gradients that reach a head's scores in backward, and what they say about how its gradients are computed."""
+"""Holds the gradients that reach a head's scores in backward, and what is computed from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .row_statistics import row_coefficients
 
 
 class Upstream(NamedTuple):
-    """Holds the derivatives of the loss by the differentiable scores, (N,) each; None for those that it does not read."""
+    """Holds the derivatives of the loss by the differentiable scores, (N,) each; None where it reads none."""
 
     lse: torch.Tensor | None
     logprobs: torch.Tensor | None
