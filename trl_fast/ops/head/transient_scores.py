@@ -35,7 +35,7 @@ def transient_scores(
     options: HeadOptions,
     source: TransientWeight,
 ) -> DifferentiableScores:
-    """Scores the targets (N,) of hidden (N, H) as `differentiable_scores` does; the source's parameters get the gradient.
+    """Scores the targets (N,) of hidden (N, H) as `differentiable_scores` does; the gradient is the source's.
 
     weight: (V, H), what the source gives in this pass; bias: (V,) or None. A sparse estimate of the gradient is the
     whole weight's.

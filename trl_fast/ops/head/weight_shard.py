@@ -21,8 +21,8 @@ class WeightShard:
 
     whole: returns the weight as it is in a pass, (V, H). held: what gets the gradient, differentiable, of any shape
     and float dtype: the numbers of the part in their order, and behind them others that get zero. The processes of
-    `group` hold `numbers_each` consecutive numbers of the flattened weight each, in their order, the last ones fewer or
-    none. `replicas`: the processes that hold the same part, where there are such.
+    `group` hold `numbers_each` consecutive numbers of the flattened weight each, in their order, the last ones fewer
+    or none. `replicas`: the processes that hold the same part, where there are such.
     """
 
     whole: Callable[[], torch.Tensor]
