@@ -19,6 +19,7 @@ Tensor parallelism alone leaves a head as it is: each process has columns of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
     modules = [module for module in _modules_of_head(model) if _has_gathering_hooks(module)]
     if not modules:
         return dict(read(hidden, _whole_head(model, [])))
+    alone = _gathered_alone(modules)
     # Hooks may keep and cast what they see: only what has a gradient goes through them.
     constants: dict[str, torch.Tensor] = {}
 
@@ -60,10 +62,14 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
         # FSDP2 casts it, also to a head that is to be float32.
         given = given.to(hidden.dtype) if has_float32_head(model) else given
         found = read(given, _whole_head(model, modules))
-        constants.update({name: tensor for name, tensor in found.items() if not tensor.requires_grad})
-        return {name: tensor for name, tensor in found.items() if tensor.requires_grad}
+        # FSDP2's hook would gather before the backward pass of what it sees.
+        unseen = {name: tensor for name, tensor in found.items() if alone is not None or not tensor.requires_grad}
+        constants.update(unseen)
+        return {name: tensor for name, tensor in found.items() if name not in unseen}
 
     found = _call_nested(modules, innermost, hidden)
+    if alone is not None:
+        _leave_out_of_backward(alone)
     if not torch.is_grad_enabled() or _frees_after_forward(model):
         _free_weights(modules)
     return {**found, **constants}
@@ -94,9 +100,35 @@ def _whole_head(model: PreTrainedModel, modules: list[nn.Module]) -> HeadParamet
     sharded = _sharded_by_fsdp2(weight, modules)
     if has_float32_head(model) and weight.dtype != torch.float32:
         return _float32_parameters(head, sharded)
-    if head.source is None and torch.is_grad_enabled() and weight.requires_grad:
-        head = head._replace(source=_source_of(model, weight, sharded))
-    return head
+    if head.source is not None or not torch.is_grad_enabled():
+        return head
+    if weight.requires_grad:
+        return head._replace(source=_source_of(model, weight, sharded))
+    frozen = _gathered_alone(modules)
+    return head if frozen is None else head._replace(source=FrozenWeight(partial(_gathered_again, frozen, weight)))
+
+
+def _gathered_alone(modules: list[nn.Module]) -> FSDPModule | None:
+    """Returns the module of a frozen head that FSDP2 gathers alone: backward hardly ever reads its weight."""
+    parts = [module for module in modules if isinstance(module, FSDPModule)]
+    groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+    trains = any(parameter.sharded_param.requires_grad for group in groups for parameter in group.fsdp_params)
+    return parts[0] if len(groups) == 1 and len(groups[0].modules) == 1 and not trains else None
+
+
+def _leave_out_of_backward(module: FSDPModule) -> None:
+    """Takes a module, the last one that was called, out of those that FSDP2 gathers ahead of their backward pass."""
+    (group,) = module._get_fsdp_state()._fsdp_param_groups
+    order = group.comm_ctx.post_forward_order
+    if order and order[-1] is group:
+        order.pop()
+        group._post_forward_indices.pop()
+
+
+def _gathered_again(module: FSDPModule, weight: torch.Tensor) -> torch.Tensor:
+    """Returns a weight (V, H) after its module has been gathered; FSDP2 frees it when backward has passed by."""
+    module.unshard()
+    return weight
 
 
 def _source_of(model: PreTrainedModel, weight: torch.Tensor, sharded: DTensor | None) -> TransientWeight | None:

@@ -152,7 +152,7 @@ def _of_fsdp1(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
 
 
 def _of_fsdp2(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
-    """Counts layers at work, the embedding at both ends, the head from forward's end through the last layer."""
+    """Counts layers at work, the embedding at both ends, the head; one that trains through the last layer's backward."""
     if stage == OPTIMIZER_STAGE:
         return 0
     layers = min(LAYERS_GATHERED * sizes.layer, sizes.layers)
@@ -160,7 +160,7 @@ def _of_fsdp2(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
     def at_work(head: int) -> int:
         return {
             HEAD_STAGE: head + sizes.layer,
-            LAST_LAYER: head + layers,
+            LAST_LAYER: (head if sizes.tiled else 0) + layers,
             MIDDLE_LAYERS: layers,
             FIRST_LAYER: sizes.layer + sizes.embedding,
             EMBEDDING_STAGE: sizes.layer + sizes.embedding,

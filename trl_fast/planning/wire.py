@@ -9,14 +9,14 @@ algorithms, Patarasuk and Yuan 2009; NCCL's bandwidth formulas).
 | DDP, SP | | gradients, summed on all ranks |
 | ZeRO-1 | | gradients, summed on all ranks; weights that train, gathered |
 | ZeRO-2 | gradients, summed on all ranks | weights that train, gathered |
-| ZeRO-3 | weights, gathered; gradients, scattered | weights below 100,000 numbers, gathered |
+| ZeRO-3 | weights, gathered; gradients, scattered, a head's in float32 | weights below 100,000 numbers, gathered |
 | FSDP | weights, gathered; with FSDP2 the gradient of a trained head, scattered in float32 | gradients, scattered |
 | TP | hidden states, summed on all ranks | |
 | SP | what attention gets and gives changes places | |
 
-FSDP gathers layers in forward and in backward, FSDP2 the embedding too; all else once. ZeRO-3 gathers in backward what
-is not whole still. TP sums twice a layer, in forward, in backward and where checkpointing computes a layer again,
-and the head's gradient; SP moves queries, keys, values and results as often.
+FSDP gathers layers in forward and in backward, FSDP2 the embedding and a trained head too; all else once. ZeRO-3
+gathers in backward what is not whole still. TP sums twice a layer, in forward, in backward and where checkpointing
+computes a layer again, and the head's gradient; SP moves queries, keys, values and results as often.
 
 A pass without gradient (a reference, the policy that sampled) gathers each weight once, and so does a generation.
 Checkpointing costs FSDP and ZeRO-3 nothing: a layer is computed again while it is whole for backward.
@@ -101,7 +101,8 @@ def _zero3(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, hidden: floa
     again = max(0, large - REUSE_DISTANCE // 2)
     gathered = passes.trained * (large + again) + (passes.scored + passes.generated) * large + sizes.small
     itemsize = wire_itemsize(setup)
-    return Wire(all_gather=gathered * itemsize, reduce_scatter=passes.trained * sizes.trained * itemsize)
+    scattered = sizes.whole_gradients * itemsize + 4 * (sizes.trained - sizes.whole_gradients)
+    return Wire(all_gather=gathered * itemsize, reduce_scatter=passes.trained * scattered)
 
 
 def _fsdp1(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, hidden: float) -> Wire:
@@ -109,7 +110,8 @@ def _fsdp1(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, hidden: floa
 
 
 def _fsdp2(setup: TrainingSetup, sizes: ModelSizes, passes: Passes, hidden: float) -> Wire:
-    wire = _fsdp(setup, sizes, passes, sizes.embedding + sizes.layers, sizes.whole_gradients)
+    backward = sizes.embedding + sizes.layers + (sizes.head if sizes.tiled else 0)
+    wire = _fsdp(setup, sizes, passes, backward, sizes.whole_gradients)
     return replace(wire, reduce_scatter=wire.reduce_scatter + passes.trained * 4 * sizes.tiled)
 
 

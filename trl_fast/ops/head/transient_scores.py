@@ -46,7 +46,9 @@ def transient_scores(
     trains = any(parameter.requires_grad for parameter in source.parameters)
     keep = what_to_keep(hidden, trains or (bias is not None and bias.requires_grad))
     if keep == NOTHING or options.head_grad != "exact":
-        weight = weight if keep == NOTHING else source.whole()
+        if keep != NOTHING:
+            # What is kept of a frozen one is a copy: the engine may free its own.
+            weight = source.whole() if trains else source.whole().clone()
         return differentiable_scores(op, hidden, weight, targets, bias, transform, outputs, options)
     facts = device_facts(hidden.device)
     workspace_bytes = options.workspace_on(hidden.device, facts)
