@@ -74,11 +74,12 @@ def test_scores_and_gradients_are_those_of_the_models_logits(family, checkpointi
     assert_same_gradients(gradients(model, tokens), expected_gradients)
 
 
-@pytest.mark.parametrize("target", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
-def test_lora_also_on_the_head(target, trees):
-    model = get_peft_model(
-        prepared("llama"), LoraConfig(target_modules=target, init_lora_weights=False, task_type="CAUSAL_LM")
-    )
+@pytest.mark.parametrize(
+    ("target", "biased"), [(["q_proj", "v_proj"], False), (["q_proj", "lm_head"], False), (["lm_head"], True)]
+)
+def test_lora_also_on_the_head(target, biased, trees):
+    config = LoraConfig(target_modules=target, init_lora_weights=False, lora_bias=biased, task_type="CAUSAL_LM")
+    model = get_peft_model(prepared("llama"), config)
     expected = own_scores(model, trees)
     expected_gradients = gradients(model, scoring_module.TokenScores(**expected))
     tokens = score(model, pack_trees(trees, "packed", 2), outputs=OUTPUTS).tokens

@@ -79,7 +79,8 @@ def test_what_fsdp_has_whole_stage_by_stage():
     # In bfloat16, in which they multiply; of adapters no gradient worth mentioning.
     assert peaks[FORWARD_STAGE].parts[GATHERED] == 2 * (sizes.layer + max(sizes.layer, sizes.embedding, sizes.head))
     assert peaks[HEAD_STAGE].parts[GATHERED] == 2 * (sizes.layer + sizes.head)
-    assert peaks[LAST_LAYER].parts[GATHERED] == pytest.approx(2 * (2 * sizes.layer + sizes.head), rel=0.1)
+    # A frozen head has done its part in forward.
+    assert peaks[LAST_LAYER].parts[GATHERED] == pytest.approx(2 * 2 * sizes.layer, rel=0.1)
     assert peaks[OPTIMIZER_STAGE].parts[GATHERED] == 0
     assert stage_peaks(setup.but(bf16=False), LENGTH)[FORWARD_STAGE].parts[GATHERED] == pytest.approx(
         2 * peaks[FORWARD_STAGE].parts[GATHERED]

@@ -152,7 +152,7 @@ def _of_fsdp1(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
 
 
 def _of_fsdp2(setup: TrainingSetup, sizes: ModelSizes, stage: str) -> float:
-    """Counts layers at work, the embedding at both ends, the head; one that trains through the last layer's backward."""
+    """Counts layers at work, the embedding at both ends, the head in forward, and in backward if it trains."""
     if stage == OPTIMIZER_STAGE:
         return 0
     layers = min(LAYERS_GATHERED * sizes.layer, sizes.layers)
