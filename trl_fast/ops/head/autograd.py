@@ -40,12 +40,12 @@ from .row_statistics import (
     LSE_ROW,
     MEAN_LOGITS_ROW,
     NUM_STATISTICS,
+    Upstream,
     row_coefficients,
 )
 from .sparse_gradient import SPARSE_KERNELS, sparse_gradients
 from .sweep import empty_kept_logits, score_rows, score_rows_and_keep, score_rows_with_unit_gradient
 from .tiled_head import TiledHead
-from .upstream import Upstream
 from .vocabulary_shard import VocabularyShard
 
 
@@ -319,10 +319,10 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.T
 def _backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, targets, bias, statistics, cache, tops = ctx.saved_tensors
     upstream = Upstream(*gradients[:4])
-    if upstream.suits_unit_gradient(ctx.keep):
-        return gradients_of(_OP, hidden=upstream.of_unit_gradient(cache, hidden.dtype))
     vocab_size = weight.shape[0] if ctx.shard is None else ctx.shard.vocab_size
-    coefficients = upstream.coefficients(statistics, vocab_size)
+    coefficients = upstream.coefficients(statistics, vocab_size, ctx.keep == UNIT_GRADIENT)
+    if coefficients is None:
+        return gradients_of(_OP, hidden=upstream.of_unit_gradient(cache, hidden.dtype))
     kept = cache if ctx.keep == LOGITS else hidden.new_empty(0, 0, 0)
     given = (hidden, weight, targets, bias, statistics[LSE_ROW], coefficients, kept, tops, *ctx.transform)
     return _needed_gradients(
@@ -466,8 +466,8 @@ def _sparse_backward(
     *_: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     hidden, weight, targets, bias, statistics, *samples = ctx.saved_tensors
-    upstream = Upstream(lse=None, logprobs=grad_logprobs, entropy=grad_entropy, mean_logits=None)
-    coefficients = upstream.coefficients(statistics, weight.shape[0])
+    upstream = {"grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy}
+    coefficients = row_coefficients(statistics, weight.shape[0], **upstream)
     given = (hidden, weight, targets, bias, statistics, coefficients, *samples, *ctx.transform, ctx.threshold)
     op = "trl_fast::linear_scores_sparse"
     return _needed_gradients(ctx, op, linear_scores_sparse_backward, given, (ctx.backend,))

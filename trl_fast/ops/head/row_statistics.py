@@ -16,6 +16,8 @@ the largest logit before the target.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from trl_fast.kernels import shared_constants
@@ -94,3 +96,33 @@ def row_coefficients(
     a.sub_(b * low).mul_(factor)
     b.mul_(factor)
     return coefficients
+
+
+class Upstream(NamedTuple):
+    """Holds the derivatives of a loss by the differentiable scores, (N,) each; None where it reads none."""
+
+    lse: torch.Tensor | None
+    logprobs: torch.Tensor | None
+    entropy: torch.Tensor | None
+    mean_logits: torch.Tensor | None
+
+    def coefficients(self, statistics: torch.Tensor, vocab_size: int, has_unit: bool) -> torch.Tensor | None:
+        """Returns the row coefficients (4, N), None if `of_unit_gradient` is all that is needed.
+
+        statistics: (7, N); has_unit: whether the forward pass has kept d logprob / d hidden.
+        """
+        others = (self.lse, self.entropy, self.mean_logits)
+        if has_unit and all(grad is None for grad in others):
+            return None
+        return row_coefficients(
+            statistics,
+            vocab_size,
+            grad_lse=self.lse,
+            grad_logprobs=self.logprobs,
+            grad_entropy=self.entropy,
+            grad_mean_logits=self.mean_logits,
+        )
+
+    def of_unit_gradient(self, cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """Returns the gradient of hidden (N, H) in its dtype; cache: d logprob / d hidden (N, H)."""
+        return None if self.logprobs is None else (cache * self.logprobs[:, None]).to(dtype)

@@ -18,10 +18,9 @@ from .autograd import DifferentiableScores, differentiable_scores, linear_scores
 from .gradients import Needs, head_gradients
 from .kept_logits import KeptLogits
 from .logit_transform import LogitTransform
-from .plan import LOGITS, NOTHING, HeadOptions
-from .row_statistics import LSE_ROW
+from .plan import LOGITS, NOTHING, UNIT_GRADIENT, HeadOptions
+from .row_statistics import LSE_ROW, Upstream
 from .transient_weight import TransientWeight
-from .upstream import Upstream
 
 
 def transient_scores(
@@ -64,6 +63,7 @@ class _Context(AutogradContext, Protocol):
     source: TransientWeight
     transform: LogitTransform
     options: tuple[int, int, str]
+    vocab_size: int
 
 
 class _TransientScores(torch.autograd.Function):
@@ -93,7 +93,7 @@ class _TransientScores(torch.autograd.Function):
         *scores, statistics, cache, tops = linear_scores(hidden, weight, targets, bias, *transform, outputs, *options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, targets, bias, statistics.clone(), cache, tops)
-        ctx.source, ctx.transform, ctx.options = source, transform, options
+        ctx.source, ctx.transform, ctx.options, ctx.vocab_size = source, transform, options, weight.shape[0]
         ctx.mark_non_differentiable(statistics)
         return (*scores, statistics)
 
@@ -105,7 +105,8 @@ class _TransientScores(torch.autograd.Function):
         keep, workspace_bytes, backend = ctx.options
         given = Upstream(*upstream[:4])
         nothing = (None,) * len(ctx.needs_input_grad[3:])
-        if given.suits_unit_gradient(keep):
+        coefficients = given.coefficients(statistics, ctx.vocab_size, keep == UNIT_GRADIENT)
+        if coefficients is None:
             return (given.of_unit_gradient(cache, hidden.dtype), None, None, *nothing)
         weight = ctx.source.whole()
         needs = Needs(ctx.needs_input_grad[0], any(ctx.needs_input_grad[8:]), ctx.needs_input_grad[2])
@@ -114,7 +115,6 @@ class _TransientScores(torch.autograd.Function):
             logits = cache if keep == LOGITS else hidden.new_empty(0, 0, 0)
             kept = KeptLogits(logits, tops if len(tops) else None, head.plan.kept_columns, head.plan.chunk)
             total = ctx.source.gradient(head.plan.sum_dtype, weight.device) if needs.weight else None
-            coefficients = given.coefficients(statistics, weight.shape[0])
             rows = (hidden, targets, statistics[LSE_ROW], coefficients, kept)
             grad_hidden, _, grad_bias = head_gradients(head, needs, *rows, total)
         return (
