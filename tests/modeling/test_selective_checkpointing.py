@@ -30,6 +30,8 @@ from trl_fast.ops import HeadOptions
 
 ALL = 1 << 40
 NON_REENTRANT = {"use_reentrant": False}
+# A window shorter than the sequences, and sinks.
+WINDOWED = {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 class Operations(TorchDispatchMode):
@@ -46,9 +48,17 @@ class Operations(TorchDispatchMode):
 
 
 def build(
-    family="llama", *, limit=None, lora=False, tiled=False, layout="shared_prefix", keywords=NON_REENTRANT, **kept
+    family="llama",
+    *,
+    changes=None,
+    limit=None,
+    lora=False,
+    tiled=False,
+    layout="shared_prefix",
+    keywords=NON_REENTRANT,
+    **kept,
 ):
-    model = tiny_model(family)
+    model = tiny_model(family, **(changes or {}))
     attach_scoring(model)
     if layout != "padded":
         use_segment_attention(model)
@@ -87,7 +97,15 @@ def assert_same_bits(got, expected):
 @pytest.mark.parametrize("limit", [60_000, ALL])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lora": True}, {"tiled": True}, {"family": "gemma2"}, {"family": "qwen3_moe"}, {"layout": "padded"}],
+    [
+        {},
+        {"lora": True},
+        {"tiled": True},
+        {"family": "gemma2"},
+        {"family": "qwen3_moe"},
+        {"layout": "padded"},
+        {"family": "gpt_oss", "changes": WINDOWED},
+    ],
     ids=str,
 )
 def test_the_same_bits(options, limit, autocast):
@@ -100,10 +118,11 @@ def test_the_same_bits(options, limit, autocast):
     assert_same_bits(run(model, layout, autocast), expected)
 
 
-def test_all_that_is_kept_is_computed_once():
-    forward, backward = run(build())[2]
-    plain = run(build(keywords=None))[2]
-    kept = run(build(limit=ALL))[2]
+@pytest.mark.parametrize("options", [{}, {"family": "cohere2", "changes": {"sliding_window": 8}}], ids=str)
+def test_all_that_is_kept_is_computed_once(options):
+    forward, backward = run(build(**options))[2]
+    plain = run(build(**options, keywords=None))[2]
+    kept = run(build(**options, limit=ALL))[2]
     assert forward == plain[0] == kept[0]
     assert backward > plain[1]
     assert kept[1] == plain[1]

@@ -16,6 +16,8 @@ from trl_fast.modeling.ulysses import SequenceGroup, deal_groups, sharing_rows
 
 PAIRS = 5
 KINDS = ("pairs", "tokens", "scores")
+# Windows and sinks: a process has those of its heads.
+WINDOWED = {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize(
@@ -44,11 +46,15 @@ def batch_of(layout):
 def losses(group=None):
     """Loss, scores and gradients of each kind in each layout."""
     found = []
-    for family, layout in (("llama", "packed"), ("qwen3", "shared_prefix")):
+    for family, layout, kinds, changes in (
+        ("llama", "packed", KINDS, {}),
+        ("qwen3", "shared_prefix", KINDS, {}),
+        ("gpt_oss", "shared_prefix", KINDS[:1], WINDOWED),
+    ):
         batch = batch_of(layout)
         weights = torch.linspace(-1, 2, len(batch.targets))
-        for kind in KINDS:
-            model = tiny_model(family)
+        for kind in kinds:
+            model = tiny_model(family, **changes)
             attach_scoring(model)
             use_segment_attention(model)
             with sharing_rows(group):
