@@ -52,13 +52,18 @@ EDGES = {
     "no prompt": [(0, (5, 3)), (20, (4, 2))],
     "empty branches": [(20, (0, 4)), (18, (3, 0)), (20, (0, 0))],
     "one branch": [(20, (4,)), (0, (3,))],
+    # More than the model has positions: each sequence begins with the first one.
     "a hundred branches": [(20, (2, 1) * 50)],
+    "prompts as long as a window, and around it": [(16, (5, 1)), (17, (4, 2)), (1, (1, 1)), (2, (3, 1))],
 }
+AT_THE_EDGES = ["llama", "gpt2", "gpt_oss", "gemma4_text", "qwen3_5_text", "lfm3", "falcon_h1"]
 
 
+@pytest.mark.parametrize("name", AT_THE_EDGES)
 @pytest.mark.parametrize("lengths", EDGES.values(), ids=EDGES)
-def test_trees_at_the_edges(lengths):
-    model = build("llama")
+def test_trees_at_the_edges(lengths, name):
+    window = {"sliding_window": 16} if "sliding_window" in FAMILIES[name] else {}
+    model = build(name, max_position_embeddings=30, **window)
     expected = loss_and_gradients(model, random_trees(lengths), "padded")
     use_segment_attention(model)
     assert_same(loss_and_gradients(model, random_trees(lengths), "packed"), expected)

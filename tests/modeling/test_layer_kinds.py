@@ -14,12 +14,14 @@ from trl_fast.modeling.layer_kinds import (
     LIGHTNING_ATTENTION,
     MAMBA_1,
     MAMBA_2,
+    RECURRENT_MIXERS,
     SHORT_CONVOLUTION,
     UNKNOWN,
     layer_kinds,
     mixers_of,
     shortened_windows,
 )
+from trl_fast.modeling.recurrent_layers import RECURRENT_LAYERS
 
 
 def meta_model(family, **changes):
@@ -93,3 +95,7 @@ def test_windows_are_shortened_within_the_context_alone():
         with shortened_windows(model, 8):
             assert model.config.sliding_window == 6
     assert (model.config.sliding_window, sliding.sliding_window, full.sliding_window) == (32, 32, None)
+
+
+def test_layers_that_run_in_rows_are_known_by_their_kind():
+    assert all(name.endswith(tuple(RECURRENT_MIXERS)) for name in RECURRENT_LAYERS)

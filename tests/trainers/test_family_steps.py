@@ -37,7 +37,7 @@ def model_of(family, tokenizer):
 
 
 def steps(method, family, layout, tokenizer, folder):
-    """What two steps log, and the layout."""
+    """Trains two steps; returns their logs and the layout."""
     arguments = {"model": model_of(family, tokenizer), "processing_class": tokenizer, **DATA[method]()}
     settings = {**SETTINGS, "batch_layout": layout}
     if method == "GRPO":
