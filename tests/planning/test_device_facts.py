@@ -73,7 +73,7 @@ def test_a_simulation_leaves_no_facts_behind():
     simulate(TrainingSetup(tiny_config("llama"), method="sft"), 64)
     assert device_facts(CPU) is before
     with pytest.raises(ValueError, match="batch_layout"):
-        simulate(TrainingSetup(tiny_config("llama", sliding_window=8), batch_layout="shared_prefix"), 64)
+        simulate(TrainingSetup(tiny_config("llama"), method="sft", batch_layout="shared_prefix"), 64)
     assert device_facts(CPU) is before
 
 

@@ -99,10 +99,10 @@ def gpu_facts() -> list[tuple[str, str]]:
     """Returns (name, value) of every CUDA device that torch sees."""
     import torch
 
-    from trl_fast.modeling.attention.flash_3 import flash_3_serves
-
     if not torch.cuda.is_available():
         return [("GPU", f"none seen by torch (CUDA build: {torch.version.cuda or 'no'})")]
+    from trl_fast.modeling.attention.flash_3 import flash_3_serves
+
     rows = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -10,16 +10,19 @@ import functools
 import importlib.util
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import attention as torch_attention
-from transformers import PreTrainedModel
 
 from trl_fast.input_errors import error_line
 from trl_fast.ops.device import device_facts
 
 from .row_attention import AttentionSpec
 from .varlen import CudaRowAttention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
