@@ -137,7 +137,7 @@ def test_a_window_that_holds_every_sequence_is_none():
 
 
 def test_fake_tensors_on_a_simulated_gpu():
-    """What a plan runs: shapes and dtypes of the varlen kernels with gathered keys, and of sinks."""
+    """Shapes and dtypes of the varlen kernels with gathered keys, and of sinks, as a plan runs them."""
     trees = ((50, (20, 30, 4), 60), (9, 3))
     with FakeTensorMode(), simulated_device(planned_facts("gpu")):
         query, key, value, upstream = problem(trees, dtype=torch.bfloat16)
