@@ -132,26 +132,35 @@ def check_losses(device: torch.device, longest: int = 3000) -> Iterator[Checked]
 
 
 def check_attention(device: torch.device, scale: int = 8) -> Iterator[Checked]:
-    """Checks attention of a row of trees against whole masked scores in float64, over widths and groupings."""
-    rows = (
-        ((5, 3, 4),),
-        ((7, 2, 0, 3), (0, 4, 2), (6,)),
-        (tuple(length * scale for length in (16, 9, 7)), tuple(length * scale for length in (3, 21, 2, 2))),
+    """Checks attention of a row of trees against whole masked scores in float64, over widths and groupings.
+
+    Without and with a sliding window, and sinks.
+    """
+    nested = (16 * scale, (9 * scale, 7, (5 * scale, 3)), 11 * scale)
+    rows: tuple[tuple[tuple[TreeLengths, ...], int | None], ...] = (
+        (((5, 3, 4),), None),
+        (((7, 2, 0, 3), (0, 4, 2), (6,)), None),
+        ((tuple(length * scale for length in (16, 9, 7)), (3 * scale, 21 * scale)), None),
+        ((nested, (4, 3)), None),
+        ((nested, (4, 3)), 6 * scale),
+        (((40 * scale,), (16 * scale, 0, 2)), 16 * scale),
+        (((5, 3, 4), (3,)), 2),
     )
-    for trees in rows:
+    for trees, window in rows:
         for width, heads, groups in ((64, 4, 2), (80, 2, 2), (128, 4, 1), (256, 2, 1)):
             for dtype in DTYPES:
-                what = f"attention of {trees}, {heads}/{groups} heads of {width}, {dtype}".replace("torch.", "")
-                tokens = sum(map(sum, trees))
+                what = f"attention of {trees}, window {window}, {heads}/{groups} heads of {width}, {dtype}"
+                tokens = sum(map(num_tokens, trees))
                 generator = torch.Generator().manual_seed(0)
                 shapes = ((heads, tokens, width), (groups, tokens, width), (groups, tokens, width))
                 given = [torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes]
+                if width != 80:
+                    given.append(torch.linspace(-1, 2, heads, device=device))
                 upstream = torch.randn(1, *shapes[0], generator=generator).to(device, dtype)
-                ours = functools.partial(tree_attention, trees=trees)
+                ours, masked = (functools.partial(attend, trees, window) for attend in (_in_parts, _masked_attention))
                 run = functools.partial(_attend, ours, given, upstream)
-                masked = functools.partial(_masked_attention, trees=trees)
                 exact = functools.partial(_attend, masked, [t.double() for t in given], upstream)
-                yield compare(what, run, exact, TOLERANCE[dtype])
+                yield compare(what.replace("torch.", ""), run, exact, TOLERANCE[dtype])
 
 
 class FlexCase(NamedTuple):
@@ -197,8 +206,8 @@ def check_flex_attention(device: torch.device) -> Iterator[Checked]:
                 yield Checked(f"{case}: {reason}", float("inf"), 0.0)
                 break
             upstream = torch.randn(1, case.heads[0], tokens, case.value_width, generator=generator)
-            flex = functools.partial(FlexAttention.attention, spec=spec)
-            exact = functools.partial(_masked_attention, trees=trees, softcap=case.softcap)
+            flex = functools.partial(_flex_output, spec=spec)
+            exact = functools.partial(_masked_attention, trees, None, softcap=case.softcap)
             yield compare(
                 f"{case}, {trees}",
                 functools.partial(_attend, flex, given, upstream.to(device)),
@@ -210,19 +219,37 @@ def check_flex_attention(device: torch.device) -> Iterator[Checked]:
             before = compiled
 
 
+def _flex_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    return FlexAttention.attention(query, key, value, spec)[0]
+
+
 def _attend(attention: Callable[..., torch.Tensor], given: list[torch.Tensor], upstream: torch.Tensor) -> Tensors:
     leaves = [tensor.detach().requires_grad_() for tensor in given]
     out = attention(*leaves)
     gradients = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
-    names = ("query", "key", "value")
+    names = ("query", "key", "value", "sinks")[: len(leaves)]
     return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-def _masked_attention(
+def _in_parts(
+    trees: tuple[TreeLengths, ...],
+    window: int | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return tree_attention(query, key, value, trees, window=window, sinks=sinks)
+
+
+def _masked_attention(
     trees: tuple[TreeLengths, ...],
+    window: int | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Computes attention by the scores of all pairs of tokens, with those masked that do not see each other."""
@@ -230,14 +257,17 @@ def _masked_attention(
     sees = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool)
     for sequence in sequences_of(trees):
         tokens = [torch.arange(segments[number].start, segments[number].end) for number in sequence]
-        places = torch.cat(tokens)
-        sees[places[:, None], places] = places[:, None] >= places
+        places, order = torch.cat(tokens), torch.arange(sum(map(len, tokens)))
+        behind = order[:, None] - order
+        sees[places[:, None], places] = (behind >= 0) & (behind < (window or len(order)))
     repeats = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    sees = sees.to(query.device)
-    return scores.masked_fill(~sees, float("-inf")).softmax(-1) @ value
+    scores = scores.masked_fill(~sees.to(query.device), float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(1, -1, scores.shape[2], 1)], dim=-1)
+    return scores.softmax(-1)[..., : key.shape[2]] @ value
 
 
 def random_model(device: torch.device, dtype: torch.dtype, hidden: int = 256) -> torch.nn.Module:
