@@ -122,6 +122,13 @@ def backends() -> list[tuple[str, str, str]]:
     return [(row.backend, "yes" if row.ok else "no", row.reason) for row in backend_table(device)]
 
 
+def layer_kernels() -> list[tuple[str, str, str]]:
+    """Returns (what is computed, yes or no, the package or why not) of the kernels of layers that carry a state."""
+    from trl_fast.modeling.layer_kernels import LAYER_KERNELS
+
+    return [(kernel.serves, "yes" if ok else "no", why) for kernel in LAYER_KERNELS for ok, why in [kernel.fitness()]]
+
+
 def prepare(arguments: list[str]) -> Callable[[], int]:
     """Refuses arguments; returns what prints the tables."""
     if arguments in (["-h"], ["--help"]):
@@ -144,6 +151,7 @@ def print_environment() -> int:
         "versions": versions(),
         "compiled parts": binary_parts(),
         "backends": backends(),
+        "kernels of hybrid models": layer_kernels(),
         "CPU": cpu_facts(),
         "GPU": gpu_facts(),
     }

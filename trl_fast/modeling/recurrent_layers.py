@@ -8,6 +8,7 @@ mathematics of a layer and its kernels stay its own; here states keep their grap
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,8 +23,11 @@ from transformers import PreTrainedModel
 from trl_fast.data.segments import TreeLengths
 from trl_fast.parallel.engines import original_class
 
+from .layer_kernels import CONVOLUTION, DELTA_RULE, KIMI_DELTA_RULE, LAYER_KERNELS, MAMBA1, MAMBA2, LayerKernel
 from .model_changes import Change, replaced_forward, unbound_forward
 from .segment_runs import RunBatch, States, row_runs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,26 +38,30 @@ class RecurrentLayer:
     - `masks_convolved`: whether its forward masks pads once more behind its convolution, and so undoes the bias there.
     - `goes_on`: whether its forward goes on from a state with more than one token.
     - `gets_keywords`: whether the decoder layer around it hands on the keywords that it does not know.
+    - `kernels`: those of other packages that transformers takes for it where they are installed.
     """
 
+    kernels: tuple[LayerKernel, ...]
     cache: str = "cache_params"
     masks_convolved: bool = False
     goes_on: bool = True
     gets_keywords: bool = True
 
 
-_DELTA_RULE = RecurrentLayer()
-_MAMBA2 = RecurrentLayer(masks_convolved=True)
-_MAMBA1 = RecurrentLayer(goes_on=False)
-_SHORT_CONVOLUTION = RecurrentLayer(cache="past_key_values")
+_DELTA_RULE = RecurrentLayer((DELTA_RULE, CONVOLUTION))
+_KIMI_DELTA_RULE = RecurrentLayer((KIMI_DELTA_RULE, CONVOLUTION))
+_MAMBA2 = RecurrentLayer((MAMBA2, CONVOLUTION), masks_convolved=True)
+_MAMBA1 = RecurrentLayer((MAMBA1, CONVOLUTION), goes_on=False)
+# In transformers 5.17 its decoder layer keeps keywords to itself.
+_SHORT_CONVOLUTION = RecurrentLayer((CONVOLUTION,), cache="past_key_values", gets_keywords=False)
 # By the name of the class in transformers. A family is added by a line here; tests compare it with padded sequences.
 RECURRENT_LAYERS = {
     "Qwen3NextGatedDeltaNet": _DELTA_RULE,
     "Qwen3_5GatedDeltaNet": _DELTA_RULE,
     "Qwen3_5MoeGatedDeltaNet": _DELTA_RULE,
     "OlmoHybridGatedDeltaNet": _DELTA_RULE,
-    "KimiLinearDeltaAttention": _DELTA_RULE,
-    "BailingHybridDeltaAttention": _DELTA_RULE,
+    "KimiLinearDeltaAttention": _KIMI_DELTA_RULE,
+    "BailingHybridDeltaAttention": _KIMI_DELTA_RULE,
     "Lfm2ShortConv": _SHORT_CONVOLUTION,
     "Lfm2MoeShortConv": _SHORT_CONVOLUTION,
     "Lfm3ShortConv": _SHORT_CONVOLUTION,
@@ -152,6 +160,21 @@ def recurrent_layers_of(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if _class_name(module) in RECURRENT_LAYERS}
 
 
+def warn_of_missing_kernels(model: PreTrainedModel) -> None:
+    """Logs which layers of a model run on transformers' PyTorch code, for want of which kernels, and why."""
+    kernels = {kernel for layer in recurrent_layers_of(model).values() for kernel in _described(layer).kernels}
+    missing = [(kernel, *kernel.fitness()) for kernel in LAYER_KERNELS if kernel in kernels]
+    reasons = [f"{kernel.serves} ({reason})" for kernel, serves, reason in missing if not serves]
+    if reasons:
+        logger.warning(
+            f"{type(model).__name__} computes in transformers' PyTorch code, not in kernels: {'; '.join(reasons)}."
+        )
+
+
+def _described(layer: torch.nn.Module) -> RecurrentLayer:
+    return RECURRENT_LAYERS[_class_name(layer)]
+
+
 def _class_name(module: torch.nn.Module) -> str:
     return original_class(module).__name__
 
@@ -164,8 +187,12 @@ def use_recurrent_segments(model: PreTrainedModel, change: Change) -> None:
     for layer in recurrent_layers_of(model).values():
         change.set(layer, "forward_whole", unbound_forward(layer))
         change.set(layer, "forward", types.MethodType(_forward, layer))
+    # Layers of one class stay of one class: engines tell by it what they wrap.
+    silent = {
+        type(module) for module in model.modules() if any(not _described(c).gets_keywords for c in _children(module))
+    }
     for module in model.modules():
-        if any(not RECURRENT_LAYERS[_class_name(layer)].gets_keywords for layer in _children(module)):
+        if type(module) in silent:
             change.set_class(module, _handing_on(cast("Any", type(module))))
 
 
@@ -181,11 +208,13 @@ class HandsLengthsOn(torch.nn.Module):
 
     def forward(self, *args: Any, tree_lengths: tuple[TreeLengths, ...] | None = None, **kwargs: Any) -> Any:
         """Computes the layer; its recurrent layers get the lengths."""
+        if tree_lengths is None:
+            return super().forward(*args, **kwargs)
         with ExitStack() as stack:
             for layer in _children(self):
                 given = functools.partial(layer.forward, tree_lengths=tree_lengths)
                 stack.enter_context(replaced_forward(layer, given))
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, tree_lengths=tree_lengths, **kwargs)
 
 
 @functools.cache
@@ -213,7 +242,7 @@ def _run_segments(self: Any, hidden_states: torch.Tensor, tree_lengths: tuple[Tr
 
     Not compiled: the batches are others in every row.
     """
-    described = RECURRENT_LAYERS[_class_name(self)]
+    described = _described(self)
     runs = row_runs(tree_lengths, hidden_states.device, _states_of(self, described))
     tokens = hidden_states.squeeze(0)
     states, outputs = SegmentStates({}, {}), []
