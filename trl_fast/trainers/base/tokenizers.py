@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import cached_file
 
 from trl_fast.modeling.chat_template import set_chat_template, set_eos_token
-from trl_fast.modeling.loading import load_tokenizer
+from trl_fast.modeling.loading import load_tokenizer, reads_more_than_text
 from trl_fast.settings.older_names import deprecated
 
 from .config import BaseConfig
+
+# What a processor writes beside its tokenizer.
+_IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def checked_tokenizer(
@@ -33,6 +39,25 @@ def checked_tokenizer(
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
     return processing_class
+
+
+def save_image_settings(model: torch.nn.Module | None, folder: str) -> None:
+    """Copies how images are read to the folder of a model that reads them, from the one that it was loaded from.
+
+    Training on text needs none of it; who loads or serves the model does.
+    """
+    if not isinstance(model, PreTrainedModel) or not reads_more_than_text(model):
+        return
+    for name in _IMAGE_SETTINGS:
+        file = cached_file(
+            model.config._name_or_path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if file is not None:
+            shutil.copy(file, folder)
 
 
 def _tokenizer_of(processor: Any) -> object:

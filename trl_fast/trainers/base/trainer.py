@@ -49,7 +49,7 @@ from .progress import close_progress
 from .sequence_parallel import take_sequence_group
 from .stop_signals import StopSignals
 from .stream_loader import forbid_dispatching, in_step
-from .tokenizers import checked_tokenizer, set_pad_token
+from .tokenizers import checked_tokenizer, save_image_settings, set_pad_token
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ class BaseTrainer(Trainer):
     shares_prompts = False  # whether rows hold several completions of one prompt
     free_deal = FreeDeal()
     forecast: Forecast | None = None  # what a plan expects of the run; whoever has one sets it before `train`
-    # Reads batches, where those are dicts in TRL; a trainer sets its own.
-    batches: BatchReader | None = None
+    batches: BatchReader | None = None  # reads batches, where those are dicts in TRL; a trainer sets its own
     # TRL's hook, which a trainer defines unless it overrides `prepare_dataset`.
     _prepare_dataset: Callable[..., AnyDataset]
     # Methods of TRL's trainer that are never called here, and what to do instead: see `overrides`.
@@ -378,6 +377,10 @@ class BaseTrainer(Trainer):
         with saved_whole(self.accelerator):
             super().save_model(output_dir)
         self.run_report.say_saved(output_dir or self.args.output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_image_settings(self.model, output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         self._divergence.check_weights()
