@@ -63,16 +63,29 @@ def ours(folder, model_path, dataset, **settings):
     return trained(trl_fast, folder, model_path, dataset, **turns, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_length": 97}], ids=["", "cut"])
-def test_every_layout_gives_trls_numbers_of_turns_one_by_one(settings, thinking_path, tmp_path):
-    dataset = conversations()
-    expected = trained(trl, tmp_path / "trl", thinking_path, turns_one_by_one(dataset), **settings)
-    for layout in trl_fast.data.LAYOUTS:
-        trainer = ours(tmp_path / layout, thinking_path, dataset, batch_layout=layout, **settings)
-        assert_same_logs(trainer.state.log_history, expected.state.log_history)
-        counts = trainer._tokens
-        assert counts.seen == expected.state.log_history[1]["num_tokens"]
-        assert (counts.computed < counts.seen) == (layout == "shared_prefix")
+@pytest.fixture(scope="module")
+def expected(thinking_path, tmp_path_factory):
+    """What TRL logs of the turns one by one."""
+    folder = tmp_path_factory.mktemp("trl")
+    return trained(trl, folder, thinking_path, turns_one_by_one(conversations())).state.log_history
+
+
+@pytest.mark.parametrize("layout", trl_fast.data.LAYOUTS)
+def test_every_layout_gives_trls_numbers_of_turns_one_by_one(layout, expected, thinking_path, tmp_path):
+    trainer = ours(tmp_path, thinking_path, conversations(), batch_layout=layout)
+    assert_same_logs(trainer.state.log_history, expected)
+    counts = trainer._tokens
+    assert counts.seen == expected[1]["num_tokens"]
+    assert (counts.computed < counts.seen) == (layout == "shared_prefix")
+
+
+@pytest.mark.parametrize("mode", ["keep_start", pytest.param("keep_end", marks=pytest.mark.slow)])
+def test_turns_are_cut_as_trls(mode, thinking_path, tmp_path):
+    """The longest turn, with its context, has 118 tokens."""
+    settings, dataset = {"max_length": 97, "truncation_mode": mode}, conversations()
+    theirs = trained(trl, tmp_path / "trl", thinking_path, turns_one_by_one(dataset), **settings)
+    trainer = ours(tmp_path / "turns", thinking_path, dataset, **settings)
+    assert_same_logs(trainer.state.log_history, theirs.state.log_history)
 
 
 def test_turns_that_go_on_from_each_other_are_one_sequence(model_path, tmp_path):
@@ -87,19 +100,21 @@ def test_turns_that_go_on_from_each_other_are_one_sequence(model_path, tmp_path)
     )
 
 
-def test_streams_and_loaders_in_other_processes(thinking_path, tmp_path):
-    dataset = conversations()
-    expected = ours(tmp_path / "plain", thinking_path, dataset).state.log_history
-    how = {"max_steps": 2, "learning_rate": 2e-2, "max_length": None, "gradient_accumulation_steps": 1}
-    how |= {"per_device_train_batch_size": 3, "assistant_only_loss": True, "assistant_turns": "separately"}
-    arguments = {"model": thinking_path, "train_dataset": dataset.to_iterable_dataset()}
-    trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, dataloader_num_workers=1, **how)
+TURNS = {
+    **{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "learning_rate": 2e-2, "max_steps": 2},
+    **{"max_length": None, "assistant_only_loss": True, "assistant_turns": "separately"},
+}
+
+
+def test_streams_and_loaders_in_other_processes(expected, thinking_path, tmp_path):
+    arguments = {"model": thinking_path, "train_dataset": conversations().to_iterable_dataset()}
+    trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, dataloader_num_workers=1, **TURNS)
     trainer.train()
     for one, other in zip(trainer.state.log_history[:2], expected[:2], strict=True):
         assert_same_logs([{**one, "epoch": 0}], [{**other, "epoch": 0}])
 
 
-def test_users_see_a_row_a_turn(thinking_path, tmp_path):
+def test_users_see_a_row_a_turn(expected, thinking_path, tmp_path):
     """A loss of the user's own, which reads logits and labels."""
     seen = []
 
@@ -108,14 +123,10 @@ def test_users_see_a_row_a_turn(thinking_path, tmp_path):
         logits, wanted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / num_items_in_batch
 
-    dataset = conversations(2)
-    expected = ours(tmp_path / "ours", thinking_path, dataset).state.log_history
-    arguments = {"model": thinking_path, "train_dataset": dataset, "compute_loss_func": loss_of}
-    how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 2e-2, "max_steps": 2}
-    how |= {"max_length": None, "assistant_only_loss": True, "assistant_turns": "separately"}
-    trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, **how)
+    arguments = {"model": thinking_path, "train_dataset": conversations(), "compute_loss_func": loss_of}
+    trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, **TURNS)
     trainer.train()
-    assert trainer.layout.name == "shared_prefix" and [len(rows) for rows in seen] == [6, 6] and min(seen[0]) > 10
+    assert trainer.layout.name == "shared_prefix" and [len(rows) for rows in seen] == [9, 9] and min(seen[0]) > 10
     for one, other in zip(trainer.state.log_history[:2], expected[:2], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
