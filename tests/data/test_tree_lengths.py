@@ -5,7 +5,8 @@ import pytest
 from datasets import Dataset
 
 from support.preferences import random_pairs
-from trl_fast.data import PreferenceCollator, RewardCollator
+from trl_fast.data import LabelledCollator, PreferenceCollator, RewardCollator
+from trl_fast.data.assistant_turns import joined_rows
 from trl_fast.data.balanced_batches import tree_sizes
 from trl_fast.data.tree_lengths import measured_trees
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
@@ -50,6 +51,17 @@ def test_sequences_of_a_packed_row_do_not_see_each_other():
     sizes = measured_trees(Dataset.from_dict(rows), ("input_ids",), 5, shares_prompts=False)
     assert sizes.tokens.tolist() == sizes.scored.tolist() == [5, 5]
     assert sizes.pairs.tolist() == [12.5, (4 + 9) / 2]
+
+
+def test_turns_of_a_row_share_what_they_begin_with():
+    turns = [[*range(20), 30, 31], [*range(20), 40, 41, 42], [50, 51]]
+    labels = [[-100] * (len(ids) - 1) + ids[-1:] for ids in turns]
+    row = joined_rows({"input_ids": ids, "labels": each} for ids, each in zip(turns, labels, strict=True))
+    dataset = Dataset.from_list([joined_rows([{"input_ids": [7] * 4, "labels": [7] * 4}]), row])
+    sizes = measured_trees(dataset, ("input_ids",), None, shares_prompts=True)
+    collate = LabelledCollator(0, "shared_prefix", joins=True).collate
+    assert sizes.tokens.tolist() == [collate([row]).input_ids.numel() for row in dataset] == [4, 27]
+    assert sizes.pairs.tolist() == [8, 20 * 10 + 2 * 21 + 3 * 21.5 + 2]
 
 
 def test_no_rows_have_no_sizes():

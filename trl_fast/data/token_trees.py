@@ -93,7 +93,7 @@ def truncate_sequences(
     return found
 
 
-def neighbours_share(sequences: Sequence[Sequence[int]]) -> list[int]:
+def neighbours_share(sequences: Sequence[Sequence[int] | np.ndarray]) -> list[int]:
     """Counts the first tokens that each of S sequences has in common with the one before it; 0 for the first.
 
     It takes time in proportion to the tokens.

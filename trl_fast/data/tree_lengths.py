@@ -7,8 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from . import packing
 from .balanced_batches import TreeSizes, tree_sizes
+from .segments import segments_of
 from .token_checks import token_tables
+from .token_trees import neighbours_share, shared_prefixes
 
 
 def measured_trees(
@@ -19,13 +22,13 @@ def measured_trees(
     Args:
         dataset: prepared rows.
         columns: those of a row's branches, lists of token ids, and maybe `prompt_ids`, the prompt's. Without it, two
-            branches are compared, and what they begin with alike is their prompt. In packed rows, a branch is a
-            sequence of those that `seq_lengths` has the lengths of.
+            branches are compared, and what they begin with alike is their prompt. In rows of several sequences a
+            branch is one of those that `seq_lengths` has the lengths of.
         max_length: the tokens to which a prompt with a branch is cut; None: no limit.
         shares_prompts: whether a prompt is computed once.
     """
     if "seq_lengths" in dataset.column_names:
-        return _packed_rows(dataset)
+        return _rows_that_share(dataset) if shares_prompts else _packed_rows(dataset)
     branches = tuple(name for name in columns if name != "prompt_ids")
     compares = "prompt_ids" not in columns and len(branches) == 2 and shares_prompts
     prompts, lengths = [np.empty(0, np.int64)], [np.empty((0, len(branches)), np.int64)]
@@ -44,6 +47,21 @@ def measured_trees(
         prompt = prompt.clip(max=max_length)
         branch = np.minimum(branch, max_length - prompt[:, None])
     return tree_sizes(prompt, branch, shares_prompts=shares_prompts)
+
+
+def _rows_that_share(dataset: Dataset) -> TreeSizes:
+    """Returns the sizes of rows that hold several sequences, which are computed once where neighbours begin alike."""
+    tokens: list[int] = []
+    pairs: list[float] = []
+    for _, table in token_tables(dataset, ("input_ids", "seq_lengths")):
+        rows = (_arrays(table[name].combine_chunks()) for name in ("input_ids", "seq_lengths"))
+        for ids, lengths in zip(*rows, strict=True):
+            shared = neighbours_share(np.split(ids, lengths.cumsum()[:-1]))
+            segments = segments_of(shared_prefixes(lengths.tolist(), shared, packing.MIN_SHARED_TOKENS))
+            tokens.append(sum(segment.length for segment in segments))
+            pairs.append(sum(segment.length * (segment.length / 2 + segment.offset) for segment in segments))
+    total = np.array(tokens, dtype=np.float64)
+    return TreeSizes(total, np.array(pairs, dtype=np.float64), total)
 
 
 def _packed_rows(dataset: Dataset) -> TreeSizes:
