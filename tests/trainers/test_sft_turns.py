@@ -65,7 +65,7 @@ def ours(folder, model_path, dataset, **settings):
 
 @pytest.fixture(scope="module")
 def expected(thinking_path, tmp_path_factory):
-    """What TRL logs of the turns one by one."""
+    """TRL's logs of the turns one by one."""
     folder = tmp_path_factory.mktemp("trl")
     return trained(trl, folder, thinking_path, turns_one_by_one(conversations())).state.log_history
 
