@@ -15,7 +15,7 @@ from support.ranks import run_on_ranks
 from support.tokenizer import EOS, build_tokenizer
 from support.tools import ADD, ANSWER, FAIL, LOOK_UP, TOOLS, ScriptedEngine, add, call, tool_tokenizer
 from trl_fast.rollout import SamplingSettings, Toolbox, ToolLoop
-from trl_fast.rollout.responses import RESPONSE_TEMPLATES, find_response_template, parse_message, tool_turn_ids
+from trl_fast.rollout.responses import find_response_template, parse_message
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -245,57 +245,6 @@ def known(name, **special):
     tokenizer = build_tokenizer(**special)
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
     return tokenizer
-
-
-ENDS = {"llama3_2": "<|eot_id|>", "gemma4": "<turn|>", "glm4moe": "<|endoftext|>", "gptoss": "<|return|>"}
-NAMES = ["qwen2_5", "qwen3", "qwen3_5_think", "nemotron_3_nano", "lfm2_2_5", *ENDS]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_format_is_found_and_read_as_trl_reads_it(name):
-    tokenizer = known(name)
-    tokenizer.add_special_tokens({"eos_token": ENDS.get(name, EOS)})
-    template = find_response_template(tokenizer)
-    assert template in RESPONSE_TEMPLATES.values()
-    asked = [{"role": "user", "content": "What is 1 and 2?"}]
-    function = {"name": "add", "arguments": {"a": 1, "b": 2}}
-    answers = [
-        {"content": "", "tool_calls": [{"type": "function", "function": function}]},
-        {"content": "Three, I think."},
-    ]
-    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-    schemas = Toolbox(TOOLS).schemas
-    for answer in answers:
-        whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", **answer}], tokenize=False)
-        text = whole.removeprefix(prompt) if whole.startswith(prompt) else whole.rpartition("</think>")[2]
-        for ids in (tokenizer(text=text)["input_ids"], tokenizer(text=text[:-9])["input_ids"]):
-            prompt_ids = tokenizer(text=prompt)["input_ids"]
-            tokenizer.response_template = template
-            got = parse_message(tokenizer, ids, prompt_ids, schemas)
-            tokenizer.response_template = None
-            expected = theirs.parse_response(
-                theirs.add_response_schema(tokenizer), ids, prefix=prompt_ids, tools=TOOLS
-            )
-            assert got == expected, text
-            tokenizer.response_template = None
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_tokens_of_results_are_those_of_trl(name):
-    tokenizer = known(name)
-    tokenizer.add_special_tokens({"eos_token": ENDS.get(name, EOS)})
-    swapped = not theirs.is_chat_template_prefix_preserving(tokenizer)
-    trainer = object.__new__(trl.GRPOTrainer)
-    vars(trainer).update(
-        processing_class=tokenizer,
-        _tokenizer=tokenizer,
-        _is_vlm=False,
-        chat_template_kwargs={},
-        chat_template=theirs.get_training_chat_template(tokenizer) if swapped else None,
-    )
-    results = [{"role": "tool", "name": f"f{i}", "content": f"It is {i}."} for i in range(2)]
-    for messages in (results[:1], results):
-        assert tool_turn_ids(tokenizer, messages) == trainer._get_tool_suffix_ids(messages)
 
 
 TEXTS = {

@@ -169,7 +169,9 @@ def _assistant_mask(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
     try:
         encoded: Any = tokenizer.apply_chat_template(_PROBE, chat_template=chat_template, **options)
     except (TemplateError, TypeError) as error:
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in _PROBE]
+        parts: list[Any] = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]} for message in _PROBE
+        ]
         try:
             encoded = tokenizer.apply_chat_template(parts, chat_template=chat_template, **options)
         except (TemplateError, TypeError):

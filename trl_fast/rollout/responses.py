@@ -7,6 +7,8 @@ found out by having it write a call: the format is the one that reads the same c
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from jinja2 import TemplateError
@@ -18,7 +20,7 @@ _ASKED: list[dict[str, Any]] = [
     {"role": "user", "content": "question"},
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
 ]
-_ANSWERED = [*_ASKED, {"role": "tool", "name": "probe_f81c", "content": "result_c360"}]
+_RESULT = {"role": "tool", "name": "probe_f81c", "content": "result_c360"}
 _SHOWN_CHARACTERS = 200
 
 
@@ -47,6 +49,7 @@ def _parameters(pattern: str) -> dict[str, Any]:
 
 _THOUGHT = _region("<think>", "</think>")
 _CHATML = r"<\|im_start\|>assistant\n"
+_JSON_CALLS = _calls("<tool_call>", "</tool_call>")
 _XML_CALLS = _calls(
     r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
     "</tool_call>",
@@ -59,9 +62,7 @@ _PYTHON_STRINGS = {"string_delims": [["'", "'"]], "allow_non_json": True}
 
 # By the models that have them; docs/grpo.md lists them.
 RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
-    "Qwen 2.5, Qwen 3, Hermes": _format(
-        _CHATML, _calls("<tool_call>", "</tool_call>"), r"<\|im_end\|>", reasoning_content=_THOUGHT
-    ),
+    "Qwen 2.5, Qwen 3, Hermes": _format(_CHATML, _JSON_CALLS, r"<\|im_end\|>", reasoning_content=_THOUGHT),
     # The template has opened a thought, maybe an empty one; it is one only if the completion closes it. Of Qwen 3.5's
     # it would not say so, and so stands before it.
     "Nemotron 3": _format(
@@ -131,7 +132,7 @@ def find_response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
     rendered = _written_call(tokenizer)
     if tokenizer.response_template is not None:
         return tokenizer.response_template
-    for template in RESPONSE_TEMPLATES.values():
+    for template in [*RESPONSE_TEMPLATES.values(), *_with_own_turns(tokenizer)]:
         try:
             message = tokenizer.parse_response("", template, prefix=rendered)
         except ValueError:
@@ -140,9 +141,34 @@ def find_response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
             return template
     raise ValueError(
         f"tools: {_described(tokenizer)} writes tool calls in a format that is not known; expected that of "
-        f"{'; '.join(RESPONSE_TEMPLATES)}, or a tokenizer whose response_template says how to read them "
-        f"(transformers' response parsing). It writes a call as {rendered[-_SHOWN_CHARACTERS:]!r}"
+        f"{'; '.join(RESPONSE_TEMPLATES)}, or calls in <tool_call> tags, or a tokenizer whose response_template says "
+        f"how to read them (transformers' response parsing). It writes a call as {rendered[-_SHOWN_CHARACTERS:]!r}"
     )
+
+
+def _with_own_turns(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Returns response templates for calls in `<tool_call>` tags within turns of the chat template's own kind.
+
+    A turn begins with what the generation prompt adds, a thought that it opens not counted, and ends with what the
+    template writes behind an answer. Empty if these cannot be told.
+    """
+    answer = "answer_5b1e"
+
+    def rendered(*messages: dict[str, Any], prompt: bool = False) -> str:
+        text: Any = tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=prompt)
+        return text
+
+    try:
+        asked, prompted = rendered(_ASKED[0]), rendered(_ASKED[0], prompt=True)
+        answered = rendered(_ASKED[0], {"role": "assistant", "content": answer})
+    except (TemplateError, TypeError):
+        return []
+    header = prompted.removeprefix(asked).partition("<think>")[0]
+    end = answered.rpartition(answer)[2].strip()
+    if not prompted.startswith(asked) or not header.strip() or not end:
+        return []
+    own = re.escape(header), re.escape(end)
+    return [_format(own[0], calls, own[1], reasoning_content=_THOUGHT) for calls in (_JSON_CALLS, _XML_CALLS)]
 
 
 def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -152,17 +178,34 @@ def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
             f"tools: the tokenizer {tokenizer.name_or_path!r} has no chat template; expected one with tool calls"
         )
     expected = "expected one that writes assistant messages with tool_calls, and messages of the role 'tool'"
+    function: Any = _CALL["function"]
     try:
-        whole: Any = tokenizer.apply_chat_template(_ANSWERED, tokenize=False)
-        asked: Any = tokenizer.apply_chat_template(_ASKED, tokenize=False)
+        asked, whole = _rendered_calls(tokenizer, function["arguments"])
     except (TemplateError, TypeError) as error:
         raise ValueError(f"tools: {_described(tokenizer)} fails on a tool call ({error}); {expected}") from error
-    function: Any = _CALL["function"]
-    parts = (function["name"], *function["arguments"], *function["arguments"].values(), _ANSWERED[-1]["content"])
+    parts = (function["name"], *function["arguments"], *function["arguments"].values(), _RESULT["content"])
     lost = [part for part in parts if part not in whole]
     if lost:
         raise ValueError(f"tools: {_described(tokenizer)} leaves tool calls or their results out; {expected}")
     return asked
+
+
+def _rendered_calls(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> tuple[str, str]:
+    """Returns conversations that end with a tool call and with its result; arguments as JSON if need be.
+
+    DeepSeek-V3's template takes them as text only.
+    """
+
+    def rendered(arguments: dict[str, Any] | str) -> tuple[str, str]:
+        call = {"type": "function", "function": {"name": _RESULT["name"], "arguments": arguments}}
+        asked = [_ASKED[0], {**_ASKED[1], "tool_calls": [call]}]
+        texts: Any = [tokenizer.apply_chat_template(each, tokenize=False) for each in (asked, [*asked, _RESULT])]
+        return texts[0], texts[1]
+
+    try:
+        return rendered(arguments)
+    except TypeError:
+        return rendered(json.dumps(arguments))
 
 
 def parse_message(
@@ -213,15 +256,16 @@ def tool_turn_ids(
 ) -> list[int]:
     """Returns the tokens between a completion that called tools and the next: the results, an answer's beginning.
 
-    They are what a conversation that ends with the results has beyond one that ends with the call. The call's own turn
-    ends with the end token, whose number is the same in both, so that it does not matter if the template writes the
-    turn differently once another follows it (Qwen 3 does: no empty thought).
+    They are what a conversation that ends with the results has beyond one that ends with the call. If that does not
+    begin as this one does but ends with the end token, the token's number is the same in both, so that it does not
+    matter if the template writes the turn differently once another follows it (Qwen 3 does: no empty thought).
 
     Args:
         results: messages of the role "tool", one or more.
 
     Raises:
-        ValueError: the template has no end tokens and writes the call differently when its results follow.
+        ValueError: the template does not end the call with the end token, and writes it differently when its results
+            follow.
     """
     call = {"type": "function", "function": {"name": results[0]["name"], "arguments": {}}}
     asked = [_ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -232,13 +276,17 @@ def tool_turn_ids(
         return encoded["input_ids"]
 
     before, whole = tokens(asked, True), tokens(asked + results, False)
-    end = tokenizer.eos_token_id
-    if count := before.count(end):
-        places = [place for place, token in enumerate(whole) if token == end]
-        if len(places) >= count:
-            return whole[places[count - 1] + 1 :]
-    elif whole[: len(before)] == before:
+    # The model stops at a special token; white space behind it is the template's.
+    special = set(tokenizer.all_special_ids)
+    stop = max((place for place, token in enumerate(before) if token in special), default=len(before)) + 1
+    if not str(tokenizer.decode(before[stop:])).strip():
+        before = before[:stop]
+    if whole[: len(before)] == before:
         return whole[len(before) :]
+    end = tokenizer.eos_token_id
+    places = [place for place, token in enumerate(whole) if token == end]
+    if before[-1] == end and len(places) >= before.count(end):
+        return whole[places[before.count(end) - 1] + 1 :]
     raise ValueError(
         f"tools: {_described(tokenizer)} writes a tool call differently when its results follow, and does not end it "
         f"with the end token {tokenizer.eos_token!r}; expected one that only adds to what it wrote before"

@@ -126,6 +126,9 @@ class ToolLoop(EngineWrapper):
     def _answer(self, dialogue: _Dialogue, messages: list[dict[str, Any]], longest: int) -> bool:
         """Appends the results of a dialogue's calls; whether they fit."""
         ids = tool_turn_ids(self.tokenizer, messages, **self.template_kwargs)
+        # GLM 4 ends a call with the token that results begin with.
+        if ids[:1] == dialogue.completion_ids[-1:] and ids[0] in self.tokenizer.get_added_vocab().values():
+            ids = ids[1:]
         length = len(dialogue.completion_ids) + len(ids)
         full = self.max_positions is not None and len(dialogue.prompt_ids) + length >= self.max_positions
         if length > longest or full:

@@ -40,19 +40,26 @@ def supports_tool_calling(processing_class: PreTrainedTokenizerBase) -> bool:
 
 def is_chat_template_prefix_preserving(processing_class: PreTrainedTokenizerBase) -> bool:
     """Says whether the chat template writes a tool call in the same way whether its result follows or not."""
-    call = {"type": "function", "function": {"name": "dummy", "arguments": {}}}
-    asked: list[dict[str, Any]] = [
-        {"role": "user", "content": "dummy"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
 
     def tokens(messages: list[dict[str, Any]], **how: Any) -> list[int]:
         output: Any = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
         return output["input_ids"]
 
-    answered = [*asked, {"role": "tool", "name": "dummy", "content": "dummy"}]
-    before = tokens(asked)
-    return tokens(answered, add_generation_prompt=True)[: len(before)] == before
+    def is_preserved(arguments: dict[str, Any] | str) -> bool:
+        call = {"type": "function", "function": {"name": "dummy", "arguments": arguments}}
+        asked: list[dict[str, Any]] = [
+            {"role": "user", "content": "dummy"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        before = tokens(asked)
+        answered = [*asked, {"role": "tool", "name": "dummy", "content": "dummy"}]
+        return tokens(answered, add_generation_prompt=True)[: len(before)] == before
+
+    try:
+        return is_preserved({})
+    except TypeError:
+        # DeepSeek-V3's template takes arguments as text only.
+        return is_preserved("{}")
 
 
 def add_response_schema(processing_class: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
