@@ -72,7 +72,8 @@ _GEMMA4 = {
     **{**_PER_LAYER, "num_hidden_layers": 4, "layer_types": _TYPES * 2, "global_head_dim": 16, "head_dim": 8},
     **{"num_kv_shared_layers": 2, "num_global_key_value_heads": 1, "initializer_range": 0.1},
 }
-# What a family needs besides, above all layers of each of its kinds.
+_ROTARY = {"rope_type": "default", "rope_theta": 1e4}
+# What a family needs besides, above all layers of each of its kinds; `...` leaves a size out.
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), _LATENT),
     **dict.fromkeys(("axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"), _LATENT),
@@ -87,9 +88,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 4}),
     "bailing_hybrid": _DELTA_ATTENTION,
     "bamba": {"attn_layer_indices": [1], "attn_rotary_emb": 4},
-    "cohere_compass_text": {"layer_types": _TYPES},
+    "cohere_compass_text": {"layer_types": _TYPES, "rope_parameters": dict.fromkeys(_TYPES, _ROTARY)},
     "electra": {"embedding_size": 32},
-    "falcon": {"head_dim": None},
+    "falcon": {"head_dim": ...},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         **{**_PER_LAYER, "num_hidden_layers": 5, "layer_types": [*_TYPES, *_TYPES, _TYPES[0]], "laurel_rank": 4},
@@ -98,6 +99,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "jamba": {"mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**_DELTA_ATTENTION, "num_experts_per_token": 2, "linear_num_heads": 2, "linear_head_dim": 8},
     "kolibri1": {"layer_types": _TYPES},
@@ -108,10 +110,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {"layer_types": _TYPES},
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
-    "recurrent_gemma": {"layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rembert": {"output_embedding_size": 32, "input_embedding_size": 32},
     "smollm3": {"layer_types": _TYPES, "use_sliding_window": True, "no_rope_layers": [1, 0]},
-    "zamba": {**_MAMBA, "n_mamba_heads": 2},
+    "xlstm": {"v_head_dim": ..., "qk_head_dim": ...},
+    "zamba": {**_MAMBA, "n_mamba_heads": 2, "tie_word_embeddings": False},
     "zamba2": {
         **{**_MAMBA, "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1},
         "adapter_rank": 4,
@@ -121,10 +124,24 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str) -> PretrainedConfig:
-    """Returns a small configuration of a family, with short windows and layers of each of its kinds."""
+    """Returns a small configuration of a family, with short windows and layers of each of its kinds.
+
+    Raises:
+        ValueError: it is a family of models that read images or sounds too.
+    """
     default = CONFIG_MAPPING[family]()
-    known = {name: value for name, value in SIZES.items() if hasattr(default, name)}
-    return CONFIG_MAPPING[family](**{**known, **CHANGES.get(family, {})})
+    if default.get_text_config() is not default:
+        raise ValueError(f"{family} reads more than text; its text model is a family of its own")
+    changes = {**{name: value for name, value in SIZES.items() if _has(default, name)}, **CHANGES.get(family, {})}
+    return CONFIG_MAPPING[family](**{name: value for name, value in changes.items() if value is not ...})
+
+
+def _has(config: PretrainedConfig, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except RuntimeError:
+        # transformers' word for a number that differs from layer to layer.
+        return True
 
 
 def tiny_model(family: str) -> PreTrainedModel:

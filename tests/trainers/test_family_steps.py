@@ -7,12 +7,13 @@ import torch
 
 import trl_fast
 import trl_fast.data.packing as packing
-from support.families import FAMILIES
+from support.families import OF_EXPERTS, WINDOWED, WITH_SHARED_KEYS, WITH_SINKS, WITH_STATES
 from support.models import tiny_model
 from support.rollouts import FixedRollout, color_prompts, vowels
 from support.supervised import sft_rows
 from support.training import assert_same_logs, color_pairs, make_trainer
 
+FAMILIES = {**OF_EXPERTS, **WINDOWED, **WITH_SINKS, **WITH_STATES, **WITH_SHARED_KEYS}
 # One of each kind of layer by default: windows and sinks, shared keys, states.
 BY_DEFAULT = ("gpt_oss", "gemma4_text", "qwen3_5_text")
 SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 2, "learning_rate": 1e-4}
