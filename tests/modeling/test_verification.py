@@ -103,7 +103,9 @@ STATEFUL = {
 
 
 def without_graph(states, numbers):
-    return RIGHT_ROWS(SegmentStates({k: v.detach() for k, v in states.conv.items()}, states.recurrent), numbers)
+    return RIGHT_ROWS(
+        SegmentStates({k: v.detach() for k, v in states.conv_states.items()}, states.recurrent_states), numbers
+    )
 
 
 def of_the_tree_before(states, numbers):
