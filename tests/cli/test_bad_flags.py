@@ -223,6 +223,13 @@ def test_an_unknown_command(word, meant, capsys):
     assert line.startswith(f"trl-fast: unknown command {word!r}{hint}")
 
 
+def test_of_the_processes_of_a_machine_the_first_one_says_what_is_wrong(monkeypatch, capsys):
+    for local_rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert main(["dpo", "--betta", "0.1"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def numbers(owner):
     """The fields of a config that a flag gives one number to, with their types."""
     hints = typing.get_type_hints(owner)

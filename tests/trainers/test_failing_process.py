@@ -78,6 +78,15 @@ def bad_rows_of_one(model_path, folder):
     make(model_path, folder, rows=rows.remove_columns("completion") if rank() else rows)
 
 
+def bad_reward_of_one(model_path, folder):
+    """Makes a trainer of GRPO with a reward that is no function in process 1."""
+    trl_fast.GRPOConfig(str(folder), use_cpu=True, per_device_train_batch_size=8)  # makes the process group
+    rows = Dataset.from_list([{"prompt": "red"}] * 8)
+    reward = 5 if rank() else lambda completions, **_: [0.0] * len(completions)
+    arguments = {"model": model_path, "train_dataset": rows, "reward_funcs": reward}
+    make_trainer(trl_fast, folder, method="GRPO", arguments=arguments, max_completion_length=16, num_generations=2)
+
+
 def broken_weight_of_one(model_path, folder):
     """Makes a trainer of a model that is broken in process 1."""
     model = load_causal_lm(model_path)
@@ -147,6 +156,12 @@ def test_what_one_process_finds_ends_both(model_path, tmp_path):
         assert texts[-1].startswith(f"CheckpointError: {tmp_path}/full/checkpoint-1 could not be written (")
         assert "No space left on device" in texts[-1]
     assert not list((tmp_path / "full").glob("*checkpoint*"))
+
+
+def test_a_trainer_of_grpo_that_one_process_cannot_make_ends_both(model_path, tmp_path):
+    first, second = run_on_ranks(lambda: outcome(partial(bad_reward_of_one, model_path, tmp_path)))
+    assert second.startswith("TypeError: reward_funcs")
+    assert first.startswith("TypeError: process 1 failed: reward_funcs")
 
 
 class StopsAlone(TrainerCallback):

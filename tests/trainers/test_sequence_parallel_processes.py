@@ -33,6 +33,22 @@ def train(method, model, folder, ranks, **settings):
     return logs, evaluated, weights, max(seen)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_rows_are_shared_beside_an_engine_that_shares_the_model(engine, model_path, tmp_path):
+    def steps(ranks):
+        settings = {"parallelism_config": ParallelismConfig(sp_size=ranks)} if ranks > 1 else {}
+        settings |= {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "batch_layout": "packed"}
+        arguments = {"model": model_path, "train_dataset": DATA["DPO"]}
+        trainer = make_trainer(trl_fast, tmp_path / str(ranks), method="DPO", arguments=arguments, **settings)
+        trainer.train()
+        return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+
+    one = steps(1)
+    for found in run_on_ranks(lambda: steps(2), engine=engine):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(one), rtol=5e-7, atol=1e-7)
+
+
 REST = [("SFT", "packed"), ("DPO", "packed")]
 
 

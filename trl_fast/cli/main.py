@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         failures = sys.modules.get("trl_fast.parallel.failures")
         if failures is not None:
             failures.tell_failure(error)
-        return _refuse(f"trl-fast {command}: {error_line(error)}")
+        line = f"trl-fast {command}: {error_line(error)}"
+        return _refuse(line) if _speaks(error) else 2
     try:
         return run()
     except KeyboardInterrupt:
@@ -83,6 +84,14 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
         # Processes that `accelerate launch` starts see it too.
         os.environ[_DEBUG] = "1"
     return [word for at, word in enumerate(arguments) if at not in own], os.environ.get(_DEBUG, "0") not in ("", "0")
+
+
+def _speaks(error: Exception) -> bool:
+    """Tells whether this process is the one that says what is wrong: the first of a machine; of files and memory all.
+
+    The others of a machine read the same arguments and files, and would all say the same.
+    """
+    return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError)
 
 
 def _refuse(message: str) -> int:

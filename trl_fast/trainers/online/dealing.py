@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from math import gcd
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -17,6 +19,11 @@ from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from ..base.balancing import NEVER, STEP, FreeDeal, chosen_balance
+
+logger = logging.getLogger(__name__)
+
+# The trainers that have said why they do not deal.
+_TOLD: WeakSet[Any] = WeakSet()
 
 
 def deal_of_groups(trainer: Any) -> FreeDeal:
@@ -32,7 +39,7 @@ def deal_completions(trainer: Any, samples: Samples) -> Samples:
     """Returns the completions that this process trains on: as many, some of them other processes'.
 
     They stay as they are unless the arguments ask for a deal, and where that cannot be: where a process has a part of
-    a group, or the layout pads.
+    a group, or the layout pads. That is said once.
 
     Args:
         trainer: GRPO's or RLOO's.
@@ -40,7 +47,13 @@ def deal_completions(trainer: Any, samples: Samples) -> Samples:
     """
     chosen, group = chosen_balance(trainer), trainer.args.num_generations
     layout, several = BATCH_LAYOUTS[trainer.updates.layout], trainer.accelerator.num_processes > 1
-    if chosen == NEVER or not several or not trainer.model.training or layout.pads or len(samples) % group:
+    if chosen == NEVER or not several or not trainer.model.training:
+        return samples
+    obstacle = _obstacle(len(samples), group, pads=layout.pads)
+    if obstacle:
+        if trainer not in _TOLD:
+            _TOLD.add(trainer)
+            logger.warning(f"balance_batches={chosen!r} has no effect: {obstacle}.")
         return samples
     slices = trainer.slices(samples)
     unit = gcd(len(slices[0]), group)
@@ -58,6 +71,18 @@ def deal_completions(trainer: Any, samples: Samples) -> Samples:
     samples, slices = exchange(trainer.accelerator, samples, units, costs, len(slices), across_micro_batches=across)
     trainer.slicer.keep(samples, slices)
     return samples
+
+
+def _obstacle(completions: int, group: int, *, pads: bool) -> str:
+    """Returns why the completions of a process cannot be dealt; an empty text if they can."""
+    if pads:
+        return "rows are padded to the longest of their micro-batch, so that each costs what that one does"
+    if completions % group:
+        return (
+            f"a process has {completions} completions of a generation, a group has {group} and is dealt whole; set "
+            "per_device_train_batch_size times steps_per_generation to a multiple of num_generations"
+        )
+    return ""
 
 
 def completions_cost(model: CostModel, samples: Samples, *, shares_prompts: bool) -> int:

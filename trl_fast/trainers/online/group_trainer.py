@@ -22,6 +22,7 @@ from trl_fast.losses.policy_metrics import PolicyMetrics
 from trl_fast.modeling.lm_head import use_float32_head
 from trl_fast.modeling.loading import base_model
 from trl_fast.ops import TokenScores
+from trl_fast.parallel.failures import failing_together
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, end_token_ids
 from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
@@ -88,6 +89,7 @@ class GroupTrainer(OnlineTrainer):
     _log_metric = TRLHook("log_metric")
     _get_per_token_logps_and_entropies = TRLHook("logps_and_entropies")
 
+    @failing_together()
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -123,8 +125,7 @@ class GroupTrainer(OnlineTrainer):
         if is_conversational(next(iter(train_dataset))):
             rewards.check_conversations()
         model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
-        self.rollout_func = rollout_func
-        self.sampling = Sampling(self)
+        self.rollout_func, self.sampling = rollout_func, Sampling(self)
         self.trl_hooks = TRLHooks(self, returns_more=self.has_tools)
         self.generation, self.slicer, self._step_time = GenerationBuffer(args), Slicer(), 0.0
         self.start(
@@ -151,8 +152,7 @@ class GroupTrainer(OnlineTrainer):
         train_dataset: AnyDataset,
     ) -> tuple[PreTrainedModel | PeftModel, str]:
         """Returns the policy as it is trained, and its batch layout; makes the reference where there is a KL term."""
-        sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
-        wanted = args.beta != 0
+        sequences, wanted = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)], args.beta != 0
         model, layout = self.set_up_models(
             *(model, None, args, peft_config, sequences), wanted=wanted, adapter_wanted=wanted
         )

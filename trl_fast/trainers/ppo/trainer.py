@@ -22,6 +22,7 @@ from trl_fast.losses.ppo import KLController, kl_penalties, rollout_metrics
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
 from trl_fast.modeling.value_model import check_vocabulary
+from trl_fast.parallel.failures import failing_together
 from trl_fast.parallel.partitions import whole_shape
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine
 
@@ -80,6 +81,7 @@ class PPOTrainer(ActorCriticTrainer):
     length_setting = "response_length"
     uncalled_hooks = dict.fromkeys(("null_ref_context",), "give a ref_model")
 
+    @failing_together()
     def __init__(
         self,
         args: PPOConfig | None = None,
