@@ -38,6 +38,6 @@ def test_what_is_not_dealt_is_said_once(layout, completions, said, monkeypatch, 
 
 
 class SimpleTrainer(SimpleNamespace):
-    """What a deal looks at of a trainer; it can be remembered, as a trainer can."""
+    """Holds all that a deal looks at of a trainer; it can be remembered, as a trainer can."""
 
     __hash__ = object.__hash__
