@@ -9,8 +9,10 @@ from datasets import Dataset
 
 import trl_fast
 from support.models import save_tiny_model
+from support.ranks import run_on_ranks
 from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, make_trainer
+from trl_fast.data import LAYOUTS
 
 THOUGHT = "<think>\nIt is {} of course.\n</think>\n\nIt is {}."
 
@@ -70,7 +72,7 @@ def expected(thinking_path, tmp_path_factory):
     return trained(trl, folder, thinking_path, turns_one_by_one(conversations())).state.log_history
 
 
-@pytest.mark.parametrize("layout", trl_fast.data.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_trls_numbers_of_turns_one_by_one(layout, expected, thinking_path, tmp_path):
     trainer = ours(tmp_path, thinking_path, conversations(), batch_layout=layout)
     assert_same_logs(trainer.state.log_history, expected)
@@ -179,3 +181,33 @@ SETTINGS = {
 def test_settings_that_do_not_go_with_it(message, settings, tmp_path):
     with pytest.raises(ValueError, match=message):
         trl_fast.SFTConfig(tmp_path, **{"assistant_only_loss": True, "assistant_turns": "separately", **settings})
+
+
+@pytest.mark.slow
+def test_two_processes_with_turns_train_as_one(thinking_path, tmp_path):
+    """Rows are dealt by the tokens that are computed once."""
+
+    def train(folder, batch_size):
+        settings = {**TURNS, "per_device_train_batch_size": batch_size, "balance_batches": "step"}
+        arguments = {"model": thinking_path, "train_dataset": conversations(8)}
+        trainer = make_trainer(trl_fast, folder, method="SFT", arguments=arguments, **settings)
+        trainer.train()
+        return [log for log in trainer.state.log_history if "loss" in log]
+
+    first, second = run_on_ranks(lambda: train(tmp_path / "two", 2), engine="ddp")
+    one = train(tmp_path / "one", 4)
+    assert_same_logs(first, one, rel=2e-6, abs=1e-6)
+    assert_same_logs(second, one, rel=2e-6, abs=1e-6)
+
+
+def test_a_run_goes_on_from_its_checkpoint(thinking_path, tmp_path):
+    def train(folder, resume=None, **settings):
+        arguments = {"model": thinking_path, "train_dataset": conversations(4)}
+        settings = {**TURNS, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 1, **settings}
+        trainer = make_trainer(trl_fast, folder, method="SFT", arguments=arguments, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return [log for log in trainer.state.log_history if "loss" in log]
+
+    whole = train(tmp_path / "whole")
+    again = train(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-1"))
+    assert_same_logs(again[1:], whole[1:], rel=1e-6)
