@@ -26,8 +26,10 @@ import torch
 
 from trl_fast.data.segments import Segment, TreeLengths, segments_of
 
-# What one more batch costs, in tokens that it could compute instead.
-BATCH_COST = 64
+# What one more batch costs, in tokens that could be computed instead, by the type of a device. A GPU's is an estimate:
+# its host launches some 150 kernels for a layer's forward and backward in 1 ms, the time of 500 tokens or more.
+BATCH_COSTS = {"cpu": 64}
+GPU_BATCH_COST = 512
 # The narrowest batch that starts from states: layers take a single token for a step of generation, without gradients.
 MIN_CONTINUED_TOKENS = 2
 
@@ -93,7 +95,7 @@ class _Run(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def row_runs(trees: tuple[TreeLengths, ...], device: torch.device, kind: States = States.PADDED_LEFT) -> RowRuns:
     """Returns the batches of a row of trees for layers with a state, on a device."""
-    runs = _Planner(kind).plan(segments_of(trees))
+    runs = _Planner(kind, BATCH_COSTS.get(device.type, GPU_BATCH_COST)).plan(segments_of(trees))
     return RowRuns(tuple(_on_device(batch, device) for batch in runs.batches), runs.places.to(device))
 
 
@@ -102,6 +104,7 @@ class _Planner:
     """Collects the batches of a row."""
 
     kind: States
+    batch_cost: int
     batches: list[RunBatch] = field(default_factory=list)
     # By segment: the state from which what continues it goes on, and the tokens between that state and its end.
     states: dict[int | None, int | None] = field(default_factory=lambda: {None: None})
@@ -124,12 +127,15 @@ class _Planner:
             if segment.length and not segment.is_continued
         ]
         for is_first in (True, False):
-            for bucket in buckets([run for run in ends if (run.start is None) == is_first]):
+            for bucket in self._buckets([run for run in ends if (run.start is None) == is_first]):
                 self._add(bucket, keeps_states=False)
         places = torch.zeros(segments[-1].end if segments else 0, dtype=torch.int64)
         for tokens, outputs in zip(self.tokens, self.outputs, strict=True):
             places[tokens] = outputs
         return RowRuns(tuple(self.batches), places)
+
+    def _buckets(self, runs: list[_Run]) -> Iterator[list[_Run]]:
+        return buckets(runs, self.batch_cost)
 
     def _run(self, number: int, segment: Segment) -> _Run:
         """Returns the run of a segment, whose parent has its state and what it left over."""
@@ -140,7 +146,7 @@ class _Planner:
         """Adds the batches of segments of one depth that are continued."""
         first, others = ([run for run in level if (run.start is None) == is_first] for is_first in (True, False))
         if self.kind is States.PADDED_LEFT:
-            for bucket in buckets([run for run in first if run.length]):
+            for bucket in self._buckets([run for run in first if run.length]):
                 self._keep_states(bucket, [()] * len(bucket))
                 self._add(bucket, keeps_states=True)
         elif self.kind is States.CUT:
@@ -153,7 +159,7 @@ class _Planner:
 
     def _add_cut(self, runs: list[_Run]) -> None:
         """Adds batches of runs that are as long as their shortest one."""
-        for bucket in buckets([run for run in runs if run.length >= MIN_CONTINUED_TOKENS]):
+        for bucket in self._buckets([run for run in runs if run.length >= MIN_CONTINUED_TOKENS]):
             width = min(run.length for run in bucket)
             split = [_split(run.pieces, width) for run in bucket]
             self._keep_states(bucket, [rest for _, rest in split])
@@ -193,10 +199,10 @@ def _split(pieces: _Pieces, width: int) -> tuple[_Pieces, _Pieces]:
     return tuple(before), tuple(after)
 
 
-def buckets(runs: list[_Run]) -> Iterator[list[_Run]]:
+def buckets(runs: list[_Run], batch_cost: int) -> Iterator[list[_Run]]:
     """Yields the runs in groups of similar length: those for which pads and batches together cost least.
 
-    A batch of n runs costs n times its longest run, and BATCH_COST.
+    A batch of n runs costs n times its longest run, and `batch_cost`.
     """
     by_length: dict[int, list[_Run]] = {}
     for run in sorted(runs, key=lambda run: -run.length):
@@ -208,7 +214,7 @@ def buckets(runs: list[_Run]) -> Iterator[list[_Run]]:
     for end in range(1, len(lengths) + 1):
         best.append(
             min(
-                (best[first][0] + (counts[end] - counts[first]) * lengths[first] + BATCH_COST, first)
+                (best[first][0] + (counts[end] - counts[first]) * lengths[first] + batch_cost, first)
                 for first in range(end)
             )
         )
