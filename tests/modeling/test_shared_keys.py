@@ -9,6 +9,8 @@ from support.layout_gradients import assert_same, loss_and_gradients
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import Tree
+from trl_fast.data.balanced_batches import CostModel
+from trl_fast.data.layer_sizes import experts_per_token, head_width, key_value_heads, mlp_width, num_experts
 from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.checkpointing import disable_checkpointing, enable_checkpointing
 from trl_fast.modeling.layouts import LayoutRequest, choose_layout, supports_packed
@@ -63,6 +65,15 @@ def test_loss_and_every_gradient(name, trees):
     assert choose_layout(model, LayoutRequest("auto", max_length=64), [[5, 6, 7, 8]]).name == "shared_prefix"
     for layout in ("packed", "shared_prefix"):
         assert_same(loss_and_gradients(model, trees, layout), expected)
+
+
+def test_sizes_of_layers_that_differ():
+    """By which rows are dealt to processes and memory is budgeted."""
+    mixture, sparse = (build(name).config for name in ("gemma4, wide heads", "gemma3n"))
+    assert (head_width(mixture), key_value_heads(mixture), mlp_width(mixture)) == (512, 2, 64)
+    assert (num_experts(mixture), experts_per_token(mixture)) == (4, 2)
+    assert (head_width(sparse), mlp_width(sparse), num_experts(sparse)) == (8, 64, None)
+    assert CostModel.of_config(mixture, has_head=True).pair == 4 * 2 * 4 * 512
 
 
 @pytest.mark.parametrize("name", SHARING)

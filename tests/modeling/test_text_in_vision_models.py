@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 
 from support.layout_gradients import assert_same, loss_and_gradients
@@ -15,7 +16,12 @@ from trl_fast.modeling.loading import backbone, load_causal_lm
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.segment_attention import use_segment_attention
-from trl_fast.modeling.unread_parts import FROZEN_PARTS, freeze_unread_parts
+from trl_fast.modeling.unread_parts import (
+    FROZEN_PARTS,
+    PRESENT_LAYERS,
+    freeze_unread_parts,
+    name_present_layers,
+)
 
 BY_DEFAULT = ("gemma3", "gemma4", "qwen2_5_vl", "smolvlm")
 FAMILIES = [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in CONFIGS]
@@ -78,6 +84,17 @@ def test_only_the_text_model_is_changed(caplog):
     assert all(weight.requires_grad for weight in model.parameters())
     freeze_unread_parts(backbone(model))
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_fsdp_is_told_only_kinds_of_layers_that_are_there():
+    """accelerate stops at Gemma 4's layers of sound in a model without them."""
+    model = build("gemma4")
+    plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
+    name_present_layers(model)
+    plugin.set_auto_wrap_policy(model)
+    assert "Gemma4TextDecoderLayer" in plugin.transformer_cls_names_to_wrap
+    changes_of(model).undo(PRESENT_LAYERS)
+    assert "Gemma4AudioLayer" in model._no_split_modules
 
 
 def test_a_checkpoint_is_loaded_as_the_class_that_wrote_it(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import BatchSampler
 
-from .layer_sizes import experts_per_token, mlp_width
+from .layer_sizes import experts_per_token, head_width, key_value_heads, mlp_width
 
 
 class TreeSizes(NamedTuple):
@@ -70,8 +70,8 @@ class CostModel:
         """
         hidden, layers = config.hidden_size, config.num_hidden_layers
         heads = config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or hidden // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_size = head_width(config) or hidden // heads
+        kv_heads = key_value_heads(config) or heads
         mlp = mlp_width(config) or 4 * hidden
         experts = experts_per_token(config) or 1
         mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp)

@@ -18,6 +18,16 @@ def mlp_width(config: Any) -> int | None:
     return _most(config, ("intermediate_size",))
 
 
+def head_width(config: Any) -> int | None:
+    """Returns the channels of an attention head: the most, where layers differ (Gemma 4); None: not told."""
+    return _most(config, ("head_dim",))
+
+
+def key_value_heads(config: Any) -> int | None:
+    """Returns the heads of keys and values: the most, where layers differ; None: not told."""
+    return _most(config, ("num_key_value_heads",))
+
+
 def num_experts(config: Any) -> int | None:
     """Returns the experts of a layer, None of a model without."""
     return _most(config, _EXPERTS)
@@ -30,5 +40,14 @@ def experts_per_token(config: Any) -> int | None:
 
 def _most(config: Any, names: tuple[str, ...]) -> int | None:
     """Returns the first of these numbers that is there; of a list with one a layer the largest."""
-    found = next((value for name in names if (value := getattr(config, name, None))), None)
+    found = next((value for name in names if (value := _value(config, name))), None)
     return max(found) if isinstance(found, list | tuple) else found
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        # transformers' word for a number that differs from layer to layer.
+        layers = (config.per_layer_config[number] for number in range(config.num_hidden_layers))
+        return [getattr(layer, name) for layer in layers]

@@ -1,4 +1,4 @@
-"""Freezes what text does not reach in a model that reads images or sound too.
+"""Sets aside what text does not reach in a model that reads images or sound too.
 
 No gradient ever comes there. Frozen, these parts need no place in an optimizer's state, and distributed training does
 not wait for their gradients; what is trained is the same.
@@ -19,6 +19,7 @@ from .model_changes import changes_of
 logger = logging.getLogger(__name__)
 
 FROZEN_PARTS = "frozen parts"
+PRESENT_LAYERS = "present layers"
 
 
 def freeze_unread_parts(model: PreTrainedModel) -> None:
@@ -37,6 +38,15 @@ def freeze_unread_parts(model: PreTrainedModel) -> None:
         f"{type(model).__name__} is trained on text: the {sum(weight.numel() for weight in unread):,} parameters that "
         "read images or sound stay as they are."
     )
+
+
+def name_present_layers(model: PreTrainedModel) -> None:
+    """Has FSDP wrap only the kinds of layers that a model has: Gemma 4 names those of sound, which many lack."""
+    present = {type(module).__name__ for module in model.modules()}
+    named = set(model._no_split_modules or ())
+    if named - present and named & present:
+        change = changes_of(model).get_or_add(PRESENT_LAYERS, "FSDP is told no kinds of layers that are not there")
+        change.set(model, "_no_split_modules", sorted(named & present))
 
 
 def _read_parts(model: PreTrainedModel) -> Iterator[torch.nn.Module]:

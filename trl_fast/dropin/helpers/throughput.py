@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
+from trl_fast.data.layer_sizes import head_width
+
 logger = logging.getLogger(__name__)
 
 # Dense operations a second by part of the device's name, longer names before their beginnings: the vendors' data
@@ -41,7 +43,7 @@ _PEAK_FLOPS: dict[str, tuple[float | None, float | None]] = {
 
 
 def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_width(config) or config.hidden_size // config.num_attention_heads
 
 
 def _attention_score_flops(config: Any, seq_len: int) -> int:

@@ -18,7 +18,7 @@ from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.recurrent_layers import warn_of_missing_kernels
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
-from trl_fast.modeling.unread_parts import freeze_unread_parts
+from trl_fast.modeling.unread_parts import freeze_unread_parts, name_present_layers
 from trl_fast.parallel.weights import has_read_weights
 
 from .config import BaseConfig
@@ -60,6 +60,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
         disable_dropout(model)
     if args.tiled_mlp is not None:
         tile_mlps(inner, args.tiled_mlp)
+    name_present_layers(inner)
     if not trains:
         return
     freeze_unread_parts(inner)
