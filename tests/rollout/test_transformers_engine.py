@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import GenerationConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from support.families import HYBRIDS, WINDOWED
+from support.families import WINDOWED, WITH_SHARED_KEYS, WITH_SINKS, WITH_STATES
 from support.models import tiny_config, tiny_model
 from support.tokenizer import build_tokenizer
 from trl_fast.modeling.segment_attention import use_segment_attention
@@ -52,7 +52,15 @@ def tokens_read(model):
 
 # The others of their kinds are slow tests.
 QUICK = ["lfm2", "gemma4_text"]
-TODAY = {**HYBRIDS, **WINDOWED}
+TODAY = {
+    **{**WINDOWED, **WITH_SINKS, **WITH_STATES, **WITH_SHARED_KEYS},
+    "lfm3, window": {
+        **{"num_hidden_layers": 3, "sliding_window": 6},
+        "layer_types": ["conv", "sliding_attention", "full_attention"],
+    },
+}
+# It has no attention, and a cache of its own kind.
+del TODAY["mamba2"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +72,7 @@ TODAY = {**HYBRIDS, **WINDOWED}
 )
 def test_greedy_equals_single_forwards(family, prompts):
     """Whose prompts are read once: keys and values, windows of them, and states of recurrent layers."""
-    model = tiny_model(family, **TODAY.get(family, {}))
+    model = tiny_model(family.split(",")[0], **TODAY.get(family, {}))
     shapes = tokens_read(model)
     rollout = TransformersEngine(model, {END}, PAD).generate(prompts, GREEDY)
     assert shapes[:2] == [(4, 19), (8, 1)]
@@ -149,7 +157,7 @@ def test_random_numbers_are_those_of_a_plain_generation(prompts):
 
 def test_text_for_a_model_that_reads_images(prompts):
     """Whose positions have three axes, which the model keeps beside the cache."""
-    text = tiny_config("qwen3_5_text", **HYBRIDS["qwen3_5_text"]).to_dict()
+    text = tiny_config("qwen3_5_text", **WITH_STATES["qwen3_5_text"]).to_dict()
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     torch.manual_seed(0)
     config = Qwen3_5Config(text_config=text, vision_config=vision)

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 import trl_fast
-from support.families import HYBRIDS, WINDOWED
+from support.families import FAMILIES
 from support.models import tiny_model
 from support.rollouts import color_prompts, vowels
 from support.training import make_trainer
@@ -26,8 +26,7 @@ PPO = {"response_length": 6, "per_device_train_batch_size": 4, "num_mini_batches
     ],
 )
 def test_a_step(method, family, tokenizer, reward_model_path, tmp_path):
-    changes = {**HYBRIDS, **WINDOWED}[family]
-    model = tiny_model(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **changes)
+    model = tiny_model(family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **FAMILIES[family])
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     given = {"model": model, "processing_class": tokenizer, "train_dataset": color_prompts(8)}
     if method == "PPO":
