@@ -102,6 +102,8 @@ def gather(by_layer):
         wrapped, model = prepared(made)
         rank = PartialState().process_index
         with gathered(wrapped, part=model, layers=not by_layer), gathered(wrapped):
+            # Whole from the start: a rank may make no forward at all.
+            assert by_layer or not any(isinstance(parameter, DTensor) for parameter in model.parameters())
             found.append(forwards(model, 1 if by_layer else 1 + 2 * rank))
         found.append(forwards(wrapped, 1))
     return found
