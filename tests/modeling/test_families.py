@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.memory import measure_peak
-from support.families import FAMILIES
+from support.families import FAMILIES, LIKE_OTHERS
 from support.layout_gradients import assert_same, loss_and_gradients
 from support.models import tiny_model
 from support.trees import random_trees
@@ -37,7 +37,11 @@ def trees() -> list[Tree]:
     return random_trees([(18, (3, 9)), (21, (6, 1, 4)), (17, (4,)), (3, (4, 7))])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def slow_unless(is_quick, names):
+    return [name if is_quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_unless(lambda name: name not in LIKE_OTHERS, FAMILIES))
 def test_loss_and_every_gradient(name, trees):
     model, padded = build(name), build(name)
     probes = [trees[0].prompt_ids]
@@ -53,13 +57,13 @@ EDGES = {
     "empty branches": [(20, (0, 4)), (18, (3, 0)), (20, (0, 0))],
     "one branch": [(20, (4,)), (0, (3,))],
     # More than the model has positions: each sequence begins with the first one.
-    "a hundred branches": [(20, (2, 1) * 50)],
+    "twenty branches": [(20, (2, 1) * 10)],
     "prompts as long as a window, and around it": [(16, (5, 1)), (17, (4, 2)), (1, (1, 1)), (2, (3, 1))],
 }
 AT_THE_EDGES = ["llama", "gpt2", "gpt_oss", "gemma4_text", "qwen3_5_text", "lfm3", "falcon_h1"]
 
 
-@pytest.mark.parametrize("name", AT_THE_EDGES)
+@pytest.mark.parametrize("name", slow_unless(("llama", "gpt_oss", "qwen3_5_text").__contains__, AT_THE_EDGES))
 @pytest.mark.parametrize("lengths", EDGES.values(), ids=EDGES)
 def test_trees_at_the_edges(lengths, name):
     window = {"sliding_window": 16} if "sliding_window" in FAMILIES[name] else {}

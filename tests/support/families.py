@@ -133,3 +133,17 @@ WITH_SHARED_KEYS = {
     },
 }
 FAMILIES = {**FULL, **OF_EXPERTS, **WINDOWED, **WITH_SINKS, **WITH_STATES, **WITH_SHARED_KEYS}
+# Whose layers are like those of another family above: slow tests.
+LIKE_OTHERS = {
+    *(
+        "mistral, window longer than rows",
+        "ministral",
+        "ministral3",
+        "phi3, window",
+        "smollm3, window",
+        "olmo3",
+        "cwm",
+    ),
+    *("kolibri1", "gemma2, no cap", "vaultgemma", "granitemoe_swa", "qwen3_5_moe_text", "qwen3_next", "lfm2_moe"),
+    *("bamba", "granitemoehybrid", "zamba", "mamba2"),
+}

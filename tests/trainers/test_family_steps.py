@@ -14,8 +14,8 @@ from support.supervised import sft_rows
 from support.training import assert_same_logs, color_pairs, make_trainer
 
 FAMILIES = {**OF_EXPERTS, **WINDOWED, **WITH_SINKS, **WITH_STATES, **WITH_SHARED_KEYS}
-# One of each kind of layer by default: windows and sinks, shared keys, states.
-BY_DEFAULT = ("gpt_oss", "gemma4_text", "qwen3_5_text")
+# One of each kind of layer and method by default: windows and sinks, shared keys, states.
+BY_DEFAULT = {("gpt_oss", "DPO"), ("gemma4_text", "SFT"), ("qwen3_5_text", "GRPO")}
 SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 2, "learning_rate": 1e-4}
 DATA = {
     "SFT": lambda: {"train_dataset": sft_rows("prompt and completion", 8)},
@@ -49,11 +49,15 @@ def steps(method, family, layout, tokenizer, folder):
     return trainer.state.log_history[:-1], trainer.layout.name
 
 
-@pytest.mark.parametrize("method", DATA)
-@pytest.mark.parametrize(
-    "family", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
-def test_steps_are_those_of_padded_rows(method, family, tokenizer, tmp_path, monkeypatch):
+CASES = [
+    pytest.param(family, method, marks=[] if (family, method) in BY_DEFAULT else pytest.mark.slow)
+    for family in FAMILIES
+    for method in DATA
+]
+
+
+@pytest.mark.parametrize("family, method", CASES)
+def test_steps_are_those_of_padded_rows(family, method, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
     expected, _ = steps(method, family, "padded", tokenizer, tmp_path / "padded")
     got, layout = steps(method, family, "auto", tokenizer, tmp_path / "auto")
