@@ -268,10 +268,10 @@ MADE = {"untied": 0, "LoRA on the head": 1, "saved head": 0, "frozen": 0, "tied"
 @pytest.mark.parametrize(
     ("engine", "heads"),
     [
-        ("fsdp2", ("untied", "LoRA on the head", "saved head")),
-        ("zero3", ("untied", "LoRA on the head")),
-        pytest.param("fsdp2", ("frozen", "tied"), marks=pytest.mark.slow),
-        pytest.param("zero3", ("saved head", "frozen", "tied"), marks=pytest.mark.slow),
+        ("fsdp2", ("untied", "LoRA on the head")),
+        ("zero3", ("untied",)),
+        pytest.param("fsdp2", ("saved head", "frozen", "tied"), marks=pytest.mark.slow),
+        pytest.param("zero3", ("LoRA on the head", "saved head", "frozen", "tied"), marks=pytest.mark.slow),
     ],
 )
 def test_a_head_and_its_gradient_are_whole_in_no_rank_from_forward_to_backward(engine, heads):
