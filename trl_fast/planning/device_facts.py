@@ -18,6 +18,7 @@ and tiles of a GPU when those facts say so. What is neither asked there nor ours
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import CodeType
@@ -27,7 +28,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from trl_fast.modeling.attention.cpu import CpuRowAttention
@@ -35,6 +36,7 @@ from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops.device import DeviceFacts, device_facts
 from trl_fast.ops.head.row_kernels import RowKernels
 from trl_fast.ops.head.sparse_gradient import CHUNK_BYTES, SparseKernels
+from trl_fast.parallel.engines import original_class
 
 from .data_dependent_operators import SPARSE_ENTRIES
 from .memory_timeline import ATTENTION, KV_CACHE
@@ -44,6 +46,8 @@ aten = torch.ops.aten
 PADDED_ATTENTION = "trl_fast_planning"
 # Custom ops that are one kernel on a GPU, which takes nothing but the memory of its results.
 GPU_KERNELS = frozenset({"trl_fast::attention_merge"})
+# Channels of a head that flash kernels take.
+_WIDEST_FLASH = 256
 # Of the GPUs that are planned for: flash kernels need 8.0.
 _CAPABILITY = (9, 0)
 _ARITHMETIC = (
@@ -228,18 +232,38 @@ def padded_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **_: object,
-) -> tuple[torch.Tensor, None]:
-    """Computes causal attention of rows (B, heads, T, D) without padding, on a GPU by the flash kernel.
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Computes causal attention of rows (B, heads, T, D) without padding, as transformers does it by default.
+
+    On a GPU that is the flash kernel; the memory-efficient one, which takes a mask, where a window is shorter than the
+    row, or heads are wider than flash kernels take; the model's own eager attention, with all scores in memory, where
+    scores are capped or there are sinks.
 
     Returns:
-        (B, T, heads, D) of the query's dtype and None, as transformers expects.
+        (B, T, heads, D) of the query's dtype, and weights or None, as transformers expects.
     """
+    tokens, keys = query.shape[2], key.shape[2]
+    if softcap or kwargs.get("s_aux") is not None:
+        own = sys.modules[original_class(module).__module__].eager_attention_forward
+        mask = query.new_empty(1, 1, tokens, keys)
+        return own(module, query, key, value, mask, scaling=scaling, softcap=softcap, **kwargs)
     if not device_facts(query.device).is_cuda:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    out, *_rest = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
+    masked = sliding_window is not None and sliding_window < keys
+    if not masked and query.shape[-1] <= _WIDEST_FLASH:
+        out, *_rest = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    groups = query.shape[1] // key.shape[1]
+    # The kernel wants a number to add for every pair, and keys and values for every query head.
+    bias = query.new_empty(query.shape[0], 1, tokens, keys).expand(-1, query.shape[1], -1, -1) if masked else None
+    out, *_rest = aten._scaled_dot_product_efficient_attention(
+        query, repeat_kv(key, groups), repeat_kv(value, groups), bias, True, 0.0, not masked, scale=scaling
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -38,30 +38,48 @@ def _product(left: str, right: str) -> Callable[[dict[str, Any]], Operations]:
 
 
 def _attention(products: int) -> Callable[[dict[str, Any]], Operations]:
-    """Counts products of queries with keys, or of their weights with values; causal ones of half the pairs."""
+    """Counts products of queries with keys, or of their weights with values; causal ones of half the pairs, those with
+    a window of the pairs in it.
+    """
 
     def operations(given: dict[str, Any]) -> Operations:
         query, causal = given["query"], given.get("is_causal", False)
-        flops = 2.0 * products * query.shape[-1] * _heads_times_pairs(given)
-        return Operations(flops / 2 if causal else flops, query.dtype.itemsize > 2)
+        left = given.get("window_size_left")
+        is_windowed = left is not None and left >= 0
+        flops = 2.0 * products * query.shape[-1] * _heads_times_pairs(given, left + 1 if is_windowed else None)
+        return Operations(flops / 2 if causal and not is_windowed else flops, query.dtype.itemsize > 2)
 
     return operations
 
 
-def _heads_times_pairs(given: dict[str, Any]) -> float:
+def _heads_times_pairs(given: dict[str, Any], window: int | None) -> float:
     """Counts pairs of a query and a key in all heads: of (B, heads, T, D), or of sequences in a row (T, heads, D).
 
-    Where the sequences' starts are not known, all are taken to be as long as the longest.
+    Where the sequences' starts are not known, all are taken to be as long as the longest. window: how many keys a
+    query of a sequence in a row sees at most, the last query up to the last key.
     """
     query, key, cu_seqlens = given["query"], given["key"], given.get("cum_seq_q")
     if cu_seqlens is None:
         return float(query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2])
     cu_seqlens_q, cu_seqlens_k = values_of(given["cum_seq_q"]), values_of(given["cum_seq_k"])
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return float(query.shape[1] * (len(cu_seqlens) - 1) * given["max_q"] * given["max_k"])
     with unset_fake_temporarily():
-        of_queries, of_keys = cu_seqlens_q.double().diff(), cu_seqlens_k.double().diff()
-        return query.shape[1] * float(of_queries @ of_keys)
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            of_queries, of_keys = (
+                torch.full((len(cu_seqlens) - 1,), longest, dtype=torch.float64)
+                for longest in (given["max_q"], given["max_k"])
+            )
+        else:
+            of_queries, of_keys = cu_seqlens_q.double().diff(), cu_seqlens_k.double().diff()
+        if window is None:
+            return query.shape[1] * float(of_queries @ of_keys)
+        seen = _pairs_up_to(of_keys, window) - _pairs_up_to((of_keys - of_queries).clamp(min=0), window)
+        return query.shape[1] * float(seen.sum())
+
+
+def _pairs_up_to(keys: torch.Tensor, window: int) -> torch.Tensor:
+    """Counts the pairs of the first `keys` tokens of sequences (N,) float64, each of which sees so many before it."""
+    short = keys.clamp(max=window)
+    return short * (short + 1) / 2 + (keys - short) * window
 
 
 _FORMULAS = {
