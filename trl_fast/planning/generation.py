@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import evaluating
@@ -66,8 +66,12 @@ def _sample(policy: torch.nn.Module, cache: DynamicCache, rows: int, tokens: int
     torch.multinomial(scores.softmax(-1), num_samples=1)
 
 
-def grow(layer: DynamicLayer, tokens: int) -> None:
-    """Gives a layer keys and values of so many tokens."""
+def grow(layer: CacheLayerMixin, tokens: int) -> None:
+    """Gives a layer keys and values of so many tokens, or of those in its window; states of others do not grow."""
+    if getattr(layer, "keys", None) is None:
+        return
+    window = getattr(layer, "sliding_window", None)
+    tokens = tokens if window is None else min(tokens, window - 1)
     for name in ("keys", "values"):
         tensor = getattr(layer, name)
         setattr(layer, name, None)
