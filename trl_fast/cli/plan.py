@@ -20,6 +20,7 @@ from trl_fast.planning.host_memory import host_memory
 from trl_fast.planning.memory_sizes import gib, parse_memory
 from trl_fast.planning.model_shapes import SHAPES, model_config
 from trl_fast.planning.peak_estimates import stage_peaks, whole_layers
+from trl_fast.planning.planned_layers import layers_line
 from trl_fast.planning.planned_optimizers import is_known
 from trl_fast.planning.report import (
     peak_table,
@@ -312,6 +313,8 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
         console.print(f"CPU memory of a process, about: {host_memory(setup, setup.max_length)}.")
     console.print(f"Simulated, not measured, of {planned.model}:", soft_wrap=True)
     console.print(f"{setup_line(setup)}.")
+    models = planned_models(setup, setup.max_length)
+    console.print(layers_line(base_model(models.policy), models.layout))
     if not is_known(setup.optim):
         console.print(f"optim={setup.optim} is planned as AdamW.")
     if not setup.generates:
