@@ -32,8 +32,8 @@ def refuse_kernels(model: PreTrainedModel) -> None:
     installed = sorted({why for ok, why in (kernel.fitness() for kernel in _kernels_of(model)) if ok})
     if installed:
         raise ValueError(
-            f"model_name_or_path: layers of {type(model).__name__} run kernels of {' and '.join(installed)} here, which "
-            "cannot be simulated; plan where they are not installed: PyTorch code takes more memory and time"
+            f"model_name_or_path: layers of {type(model).__name__} run kernels of {' and '.join(installed)} here, "
+            "which cannot be simulated; plan where they are not installed: PyTorch code takes more memory and time"
         )
 
 
