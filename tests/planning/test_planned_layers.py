@@ -1,4 +1,4 @@
-"""What a plan says of a model's layers, and that kernels which no simulation can run are refused by name."""
+"""Tests the line on a model's layers, and that kernels which no simulation can run are refused by name."""
 
 import pytest
 import torch
