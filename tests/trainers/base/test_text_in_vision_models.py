@@ -61,6 +61,7 @@ def test_a_processor_is_taken_for_its_tokenizer_and_images_can_be_read_afterward
     processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=7)
     trainer = train(trl_fast, "DPO", folder, tmp_path / "run", processing_class=processor)
     assert trainer.processing_class is tokenizer
+    assert not any(weight.requires_grad for name, weight in trainer.model.named_parameters() if "vision" in name)
     trainer.save_model(str(tmp_path / "saved"))
     assert CLIPImageProcessorPil.from_pretrained(tmp_path / "saved").size["shortest_edge"] == 28
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
