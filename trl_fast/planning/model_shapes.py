@@ -27,6 +27,13 @@ _LLAMA_3: dict[str, Any] = {"vocabulary": 128256, "max_position_embeddings": 131
 _QWEN_3: dict[str, Any] = {"vocabulary": 151936, "max_position_embeddings": 40960}
 # Three layers of the gated delta rule, then one of attention, whose output is gated.
 _QWEN_35: dict[str, Any] = {"vocabulary": 248320, "max_position_embeddings": 262144}
+# Mamba 2, and attention without positions.
+_GRANITE_4: dict[str, Any] = {
+    **{"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 8192},
+    **{"mamba_n_heads": 64, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2},
+    **{"position_embedding_type": "nope"},
+    **_TIED,
+}
 _QWEN_25: dict[str, Any] = {"vocabulary": 151936, "max_position_embeddings": 32768}
 
 # As their publishers' config.json files say; a name on the hub or a folder works as well.
@@ -99,10 +106,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         *("granitemoehybrid", 2048, 8192, 40, (32, 8, 64), 100352),
         max_position_embeddings=131072,
         layer_types=["attention" if number in (5, 15, 25, 35) else "mamba" for number in range(40)],
-        **{"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 8192},
-        **{"mamba_n_heads": 64, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2},
-        **{"position_embedding_type": "nope"},
-        **_TIED,
+        **_GRANITE_4,
     ),
 }
 

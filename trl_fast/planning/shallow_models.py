@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ def shallow_models(setup: TrainingSetup) -> ShallowModels | None:
 
 def _layers(model: PreTrainedModel) -> list[Hashable]:
     """Returns of each layer what it takes memory and time by: its mixers, and the shapes of its weights."""
-    layers: Sequence = decoder_layers(model)
+    layers = [*decoder_layers(model)]
     mixers: list[list[Hashable]] = [[] for _ in layers]
     for kind in layer_kinds(model):
         mixers[kind.layer].append(kind._replace(layer=0))

@@ -11,7 +11,7 @@ arXiv 2412.05496, section 3.2).
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from trl_fast.ops.device import DeviceFacts
 
 # Tokens of a block: FlexAttention's own default.
 BLOCK = 128
+
+_One: TypeAlias = torch.Tensor
+Blocks: TypeAlias = tuple[_One, _One, _One, _One, _One, _One, _One, _One]
 
 
 class BlockMask(NamedTuple):
@@ -35,7 +38,7 @@ class BlockMask(NamedTuple):
     - `oldest`: (T,), the lowest position that a token sees.
     """
 
-    blocks: tuple[torch.Tensor, ...]
+    blocks: Blocks
     ends: torch.Tensor
     positions: torch.Tensor
     oldest: torch.Tensor
@@ -61,8 +64,8 @@ def block_mask(
     ]
     oldest = np.zeros_like(positions) if window is None else positions - window + 1
     vectors = [torch.from_numpy(vector) for vector in (ends, positions, oldest)]
-    *blocks, ends, positions, oldest = (_of_any_length(copy_to_device(each, device)) for each in (*found, *vectors))
-    return BlockMask(tuple(blocks), ends, positions, oldest)
+    tensors = [_of_any_length(copy_to_device(each, device)) for each in (*found, *vectors)]
+    return BlockMask(cast(Blocks, tuple(tensors[:-3])), *tensors[-3:])
 
 
 def _of_any_length(tensor: torch.Tensor) -> torch.Tensor:

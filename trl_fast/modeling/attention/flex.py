@@ -92,20 +92,23 @@ def _attend(
         return (column <= row) & (row < mask.ends[column]) & (mask.positions[column] >= mask.oldest[row])
 
     def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     tokens = query.shape[2]
+    options: Any = {"BACKEND": "TRITON", **kernel_tiles(max(query.shape[-1], value.shape[-1]), query.dtype)}
     out, aux = flex_attention(
         query,
         key,
         value,
         capped if softcap else None,
-        TorchBlockMask((tokens, tokens), *mask.blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees),
+        TorchBlockMask((tokens, tokens), *mask.blocks, (BLOCK, BLOCK), sees),
         scale,
         enable_gqa=True,
-        kernel_options={"BACKEND": "TRITON", **kernel_tiles(max(query.shape[-1], value.shape[-1]), query.dtype)},
+        kernel_options=options,
         return_aux=AuxRequest(lse=True),
     )
+    assert aux.lse is not None  # it was asked for
     return out, aux.lse
 
 
@@ -149,11 +152,12 @@ def _trial_error(kind: _Kind) -> float:
     sizes = ((kind.heads, kind.width), (kind.groups, kind.width), (kind.groups, kind.value_width))
     options: dict[str, Any] = {"device": kind.device, "dtype": kind.dtype, "generator": generator}
     # As models have them: a token's heads side by side.
-    states = [torch.randn(1, tokens, *size, **options).transpose(1, 2).requires_grad_() for size in sizes]
+    made = [torch.randn(1, tokens, *size, **options).transpose(1, 2).requires_grad_() for size in sizes]
+    query, key, value = states = tuple(made)
     mask = block_mask(_TRIAL, None, kind.device, device_facts(kind.device))
-    out, _ = FlexAttention.attention(*states, AttentionSpec(_TRIAL, kind.scale, kind.softcap))
+    out, _ = FlexAttention.attention(query, key, value, AttentionSpec(_TRIAL, kind.scale, kind.softcap))
     upstream = torch.randn(out.shape, **options)
-    exact = _plain_attention(*states, mask, kind.scale, kind.softcap)
+    exact = _plain_attention(query, key, value, mask, kind.scale, kind.softcap)
     got, wanted = (
         (given.detach(), *torch.autograd.grad(given, states, upstream.to(given.dtype))) for given in (out, exact)
     )

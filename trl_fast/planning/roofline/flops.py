@@ -45,9 +45,9 @@ def _attention(products: int) -> Callable[[dict[str, Any]], Operations]:
     def operations(given: dict[str, Any]) -> Operations:
         query, causal = given["query"], given.get("is_causal", False)
         left = given.get("window_size_left")
-        is_windowed = left is not None and left >= 0
-        flops = 2.0 * products * query.shape[-1] * _heads_times_pairs(given, left + 1 if is_windowed else None)
-        return Operations(flops / 2 if causal and not is_windowed else flops, query.dtype.itemsize > 2)
+        window = None if left is None or left < 0 else left + 1
+        flops = 2.0 * products * query.shape[-1] * _heads_times_pairs(given, window)
+        return Operations(flops / 2 if causal and window is None else flops, query.dtype.itemsize > 2)
 
     return operations
 
