@@ -127,12 +127,16 @@ def _prompt_tokens(setup: TrainingSetup, max_length: int) -> int:
 
 
 def _samples(setup: TrainingSetup, max_length: int, count: int, group: int) -> Samples:
-    """Makes so many completions, `group` of each prompt; prompts differ in their first token, or in two."""
+    """Makes so many completions, `group` of each prompt; none begins as another one of its prompt does."""
     length = _prompt_tokens(setup, max_length)
     vocabulary = setup.config.get_text_config().vocab_size
-    numbers = [index // group for index in range(count)]
-    prompts = [[number % vocabulary, number // vocabulary, *[_PROMPT] * length][:length] for number in numbers]
-    return Samples.of(prompts, [[_CHOSEN] * (max_length - length)] * count)
+    prompts = [_text(index // group, _PROMPT, length, vocabulary) for index in range(count)]
+    return Samples.of(prompts, [_text(index, _CHOSEN, max_length - length, vocabulary) for index in range(count)])
+
+
+def _text(number: int, token: int, length: int, vocabulary: int) -> list[int]:
+    """Makes a text of so many tokens, which differs from those of other numbers in its first token, or in two."""
+    return [number % vocabulary, number // vocabulary, *[token] * length][:length]
 
 
 def _generation(setup: TrainingSetup, max_length: int, prompts: int, completions: int) -> Generation:
