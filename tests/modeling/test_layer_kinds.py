@@ -87,6 +87,14 @@ def test_an_unknown_mixer_is_named():
     assert layer_kinds(model)[1].name == "LlamaDecoderLayer"
 
 
+def test_queries_that_are_scaled_by_their_place_in_the_row_are_not_known():
+    positions = {"no_rope_layers": [1, 0], "attention_chunk_size": 32}
+    rotary, scaled = layer_kinds(meta_model("llama4_text", **positions))
+    assert (rotary.mixer, scaled.mixer) == (ATTENTION, UNKNOWN) and "attn_temperature_tuning" in scaled.name
+    kinds = layer_kinds(meta_model("llama4_text", attn_temperature_tuning=False, **positions))
+    assert [kind.mixer for kind in kinds] == [ATTENTION, ATTENTION]
+
+
 def test_windows_are_shortened_within_the_context_alone():
     model = meta_model("gemma2", sliding_window=32)
     sliding, full = mixers_of(model)

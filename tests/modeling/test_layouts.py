@@ -201,6 +201,7 @@ def test_a_new_layout_is_one_row_of_the_table(monkeypatch):
         ("llama4_text", CHUNKED, 64, None),
         ("llama4_text", CHUNKED, 65, "chunks of 64 tokens"),
         ("llama4_text", CHUNKED, None, "chunks of 64 tokens"),
+        ("llama4_text", {**CHUNKED, "no_rope_layers": [1, 0]}, 64, "queries are scaled by their place in the row"),
         ("deepseek_v32", {"num_key_value_heads": 4}, 64, "another kind than is known: indexed_attention"),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, 1024, None),
         ("gemma2", {"sliding_window": 2048}, 1024, None),

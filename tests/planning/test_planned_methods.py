@@ -2,6 +2,7 @@
 
 import pytest
 
+from support.families import FAMILIES
 from support.models import tiny_config
 from trl_fast.planning.fake_models import meta_model
 from trl_fast.planning.memory_timeline import (
@@ -25,6 +26,7 @@ from trl_fast.planning.training_setup import TRL, TrainingSetup
 from trl_fast.trainers.methods import METHODS
 
 LENGTH = 48
+KINDS_OF_LAYERS = ("sliding_attention", "full_attention")
 CONFIG = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
 
 
@@ -76,6 +78,22 @@ def test_keys_and_values_of_all_completions_are_there_at_the_end_of_generation(m
     # While a layer's keys grow by a token, the shorter ones are there too.
     assert text.num_hidden_layers * layer <= timeline.levels[KINDS.index(KV_CACHE)].max() <= 3 * layer
     assert found <= 3 * layer
+
+
+def kept_by_generation(family, **changes):
+    setup = TrainingSetup(tiny_config(family, **FAMILIES[family] | changes), method="grpo", device="cpu")
+    return simulate(setup, LENGTH).stage_peaks()[GENERATION_STAGE].parts[KV_CACHE]
+
+
+@pytest.mark.parametrize("family", ["lfm2", "gemma4_text"])
+def test_layers_of_a_cache_without_keys_do_not_grow(family):
+    """A state, and layers that read the keys of earlier ones."""
+    assert 0 < kept_by_generation(family)
+
+
+def test_a_window_bounds_the_keys_of_generation():
+    windowed, full = (kept_by_generation("gemma3_text", layer_types=[kind] * 2) for kind in KINDS_OF_LAYERS)
+    assert 0 < 2 * windowed < full
 
 
 @pytest.mark.slow

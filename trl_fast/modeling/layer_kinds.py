@@ -46,6 +46,9 @@ _CHUNKED = "chunked_attention"
 _KNOWN_TYPES = ("full_attention", "attention", "hybrid", *_WINDOWED, _CHUNKED)
 # The attribute of configs and attention modules that holds a window's length.
 _WINDOW = "sliding_window"
+# What Llama 4's layers without rotary positions do: transformers counts from the row's first token, whatever the
+# position ids say. Rows shorter than 8192 tokens do not show it.
+_SCALED_BY_PLACE = "attention whose queries are scaled by their place in the row (attn_temperature_tuning)"
 # Those of layers that mix no tokens.
 _WITHOUT_MIXER = ("moe", "mlp")
 
@@ -159,6 +162,8 @@ def _kind_of(module: Any, layer: int, kind: str | None, config: PretrainedConfig
         return LayerKind(layer, mixer, name, convolution=convolution)
     if convolution or (kind is not None and kind not in _KNOWN_TYPES):
         return LayerKind(layer, UNKNOWN, kind or name, convolution=convolution)
+    if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+        return LayerKind(layer, UNKNOWN, _SCALED_BY_PLACE)
     width = _number(module, "qk_head_dim") or _number(module, "head_dim") or _number(config, "head_dim")
     heads = _number(module, "num_heads") or _number(config, "num_attention_heads")
     groups = _number(module, "num_key_value_groups")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -286,4 +286,7 @@ KINDS_BY_CODE: dict[CodeType, str] = {
         SimulatedFlexAttention.backward,
         padded_attention,
     )
-} | {DynamicLayer.update.__code__: KV_CACHE, DynamicLayer.batch_select_indices.__code__: KV_CACHE}
+} | {
+    function.__code__: KV_CACHE
+    for function in (DynamicLayer.update, DynamicSlidingWindowLayer.update, DynamicLayer.reorder_cache)
+}
