@@ -94,3 +94,12 @@ def test_many_levels():
     turns = [[*range(20 * turn), 10**6 + turn] for turn in range(1, 401)]
     trees = shared_prefixes([*map(len, turns)], neighbours_share(turns), 16)
     assert num_tokens(trees[0]) == 20 * 399 + 400 + 20
+
+
+def test_a_conversation_of_a_thousand_turns_has_bounded_levels():
+    """Where Python's recursion ends. Its turns are 40 tokens longer each, of which the last 20 are dropped."""
+    lengths, shared = [40 * turn + 40 for turn in range(1000)], [max(40 * turn - 20, 0) for turn in range(1000)]
+    trees = shared_prefixes(lengths, shared, 16)
+    assert list(sequence_lengths(trees)) == lengths
+    assert max(segment.depth for segment in segments_of(trees)) <= 512
+    assert hash(trees) == hash(shared_prefixes(lengths, shared, 16)) and sum(map(num_tokens, trees)) < 4 * lengths[-1]

@@ -4,14 +4,24 @@ import pytest
 import torch
 from transformers import Gemma2PreTrainedModel
 
+from support.families import FAMILIES, LIKE_OTHERS, WINDOWED, WITH_SHARED_KEYS, WITH_SINKS
 from support.models import tiny_model
+from trl_fast.modeling import segment_attention as segment_attention_module
+from trl_fast.modeling.attention.tree_attention import attention_spec
+from trl_fast.modeling.layer_kinds import layer_kinds
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.segment_attention import (
     EAGER_SEGMENT_ATTENTION,
     SEGMENT_ATTENTION,
+    row_inputs,
     segment_attention,
     use_segment_attention,
 )
+
+WINDOWS_IN_TURN = [
+    pytest.param(family, marks=pytest.mark.slow if family in LIKE_OTHERS else ())
+    for family in (*WINDOWED, *WITH_SINKS, *WITH_SHARED_KEYS)
+]
 
 
 @pytest.mark.parametrize("lengths", [(5,), (1, 1), (3, 7, 2)])
@@ -50,3 +60,19 @@ def test_capped_scores_are_never_left_to_sdpa(monkeypatch, cap, alone, in_rows):
     assert model.config._attn_implementation == alone
     use_segment_attention(model)
     assert model.config._attn_implementation == in_rows
+
+
+@pytest.mark.parametrize("family", WINDOWS_IN_TURN)
+def test_the_window_of_a_layer_is_the_one_that_its_kind_tells(family, monkeypatch):
+    """What chooses a layout reads it from the config, what computes attention from the layer's call."""
+    model, found = tiny_model(family.split(",")[0], **FAMILIES[family]).eval(), []
+
+    def recording(query, trees, scale, softcap, window):
+        found.append(window)
+        return attention_spec(query, trees, scale, softcap, window)
+
+    monkeypatch.setattr(segment_attention_module, "attention_spec", recording)
+    use_segment_attention(model)
+    ids = torch.arange(3, 15)[None]
+    model(input_ids=ids, position_ids=torch.arange(12)[None], use_cache=False, **row_inputs(((12,),), ids))
+    assert found == [kind.window for kind in layer_kinds(model)] and any(found)

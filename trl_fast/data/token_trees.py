@@ -16,6 +16,9 @@ from trl_fast.settings.choices import TRUNCATION_MODES
 
 from .segments import TreeLengths
 
+# Levels of a tree. Python compares, copies and prints nested tuples to a depth of less than 1000.
+_DEEPEST = 512
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -118,9 +121,14 @@ def shared_prefixes(lengths: Sequence[int], shared: Sequence[int], shortest: int
         shared: (S,), how many of its first tokens a sequence has in common with the one before it; that of the first
             is not read.
         shortest: no segment that several sequences share has fewer tokens, and at least one; such tokens stand in each
-            of the sequences.
+            of the sequences. It is more where trees would have over 512 levels, such as those of a conversation of
+            a thousand turns.
     """
-    return _trees_of(0, len(lengths), 0, lengths, shared, max(shortest, 1))
+    shortest = max(shortest, 1)
+    if len(lengths) > _DEEPEST:
+        # A level has a sequence less than the one above it, and as many tokens as a shared segment at least.
+        shortest = max(shortest, max(shared[1:]) // _DEEPEST + 1)
+    return _trees_of(0, len(lengths), 0, lengths, shared, shortest)
 
 
 def _trees_of(
