@@ -64,7 +64,7 @@ def test_capped_scores_are_never_left_to_sdpa(monkeypatch, cap, alone, in_rows):
 
 @pytest.mark.parametrize("family", WINDOWS_IN_TURN)
 def test_the_window_of_a_layer_is_the_one_that_its_kind_tells(family, monkeypatch):
-    """What chooses a layout reads it from the config, what computes attention from the layer's call."""
+    """A layout is chosen by the config, and attention computed by the keyword of the layer's call."""
     model, found = tiny_model(family.split(",")[0], **FAMILIES[family]).eval(), []
 
     def recording(query, trees, scale, softcap, window):
