@@ -85,7 +85,7 @@ def choose_layout(
         ValueError: the layout that was asked for cannot be.
     """
     readout = readout or TOKEN_SCORES
-    probes = [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
+    probes = _probes(sequences)
     layout, refused, verdict = _best_layout(model, request, readout, probes)
     verdict = verdict or _try_out(model, readout, probes, None)
     if not verdict.fused_ok:
@@ -109,7 +109,7 @@ def choose_layout_or_pad(
 
     readout: what is read of the model, REWARDS if None.
     """
-    layout, _, _ = _best_layout(model, request, readout or REWARDS, sequences)
+    layout, _, _ = _best_layout(model, request, readout or REWARDS, _probes(sequences))
     if layout == PADDED != request.asked:
         logger.warning(f"batch_layout: {type(model).__name__} is run on padded rows, since it cannot run packed ones.")
     return layout
@@ -180,6 +180,11 @@ def _best_layout(
             else:
                 changes.undo(SEGMENTS)
     raise AssertionError("the last layout serves every model")
+
+
+def _probes(sequences: list[list[int]]) -> list[list[int]]:
+    """Returns the beginnings of sequences, on which a layout is tried out."""
+    return [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
 
 
 def _try_out(model: PreTrainedModel, readout: Readout, probes: list[list[int]] | None, layout: str | None) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from trl_fast.data import TokenBatch
+from trl_fast.modeling.layouts import ChosenLayout, choose_layout_or_pad
 from trl_fast.modeling.loading import base_model, load_causal_lm
 from trl_fast.modeling.reference_policy import copy_adapter_as_reference, copy_as_reference, freeze, reference_scope
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
@@ -17,10 +19,11 @@ from trl_fast.modeling.segment_attention import follow_attention
 from trl_fast.ops import TokenScores
 from trl_fast.parallel.agreement import together
 from trl_fast.parallel.engines import prepare_frozen
+from trl_fast.settings.batch_layouts import AUTO, PADDED
 
 from ..checkpoints.parts import WeightsPart
 from .callbacks import SyncRefModelCallback
-from .model_setup import router_coefficient, set_up_layers
+from .model_setup import layout_request, router_coefficient, set_up_layers
 from .reference_config import ReferenceConfig
 from .trainer import BaseTrainer
 
@@ -87,6 +90,7 @@ class ReferenceTrainer(BaseTrainer):
         layout = self.choose_layout(model, args, sequences)
         if self.ref_model is not None:
             self._prepare_reference(base_model(model), args)
+            layout = self._layout_of_both(base_model(model), args, sequences)
         self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
         return model, layout
 
@@ -122,8 +126,29 @@ class ReferenceTrainer(BaseTrainer):
         inner = base_model(self.ref_model)
         attach_scoring(inner)
         inner.trl_fast_fused_head = policy.trl_fast_fused_head
-        follow_attention(inner, policy)
+        # Of another family, it gets the attention of the layout that it is tried out in.
+        if type(inner) is type(policy):
+            follow_attention(inner, policy)
         together(lambda: set_up_layers(inner, args, trains=False))
+
+    def _layout_of_both(self, policy: PreTrainedModel, args: ReferenceConfig, sequences: list[list[int]]) -> str:
+        """Returns the policy's layout, or the padded one where the reference is of another family that needs it.
+
+        Raises:
+            ValueError: the layout was asked for by name, and the reference cannot run it.
+        """
+        inner = base_model(self.ref_model)
+        layout = self.layout.name
+        if type(inner) is type(policy) or layout == PADDED:
+            return layout
+        request = replace(layout_request(self, inner, args), asked=layout)
+        if choose_layout_or_pad(inner, request, sequences, self.readout) == layout:
+            return layout
+        reason = f"the reference, {type(inner).__name__}, runs padded rows only"
+        if args.batch_layout != AUTO:
+            raise ValueError(f"batch_layout={layout!r} cannot be used: {reason}; use 'auto' or {PADDED!r}")
+        self.layout = ChosenLayout(PADDED, reason)
+        return PADDED
 
     def start(self, **kwargs: Any) -> None:
         """Starts as the base does; then the reference goes where the policy is."""
