@@ -7,6 +7,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trl_fast
+from support.families import FAMILIES
+from support.models import tiny_model
 from support.resuming import assert_resumes
 from support.rollouts import color_prompts
 from support.supervised import sft_rows
@@ -156,3 +158,29 @@ def test_the_table_of_completions_within_a_generation(resumes, tmp_path, monkeyp
     for whole, resumed in zip(frames[3:6], frames[6:], strict=True):
         assert len(whole)
         pd.testing.assert_frame_equal(whole, resumed, check_dtype=False)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", slow("qwen3_moe"), slow("olmo_hybrid")])
+def test_weights_that_are_written_under_other_names(family, tokenizer, tmp_path):
+    """transformers writes them as the family is published, and reads them by the model's own names."""
+
+    def make(**settings):
+        model = tiny_model(family, vocab_size=len(tokenizer), **FAMILIES[family])
+        arguments = {"model": model, "processing_class": tokenizer, "train_dataset": color_pairs(8)}
+        arguments["eval_dataset"] = color_pairs(2)
+        return make_trainer(trl_fast, tmp_path, arguments=arguments, **{**SETTINGS, "max_steps": 2, **settings})
+
+    whole = make()
+    whole.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+    # The highest loss is the first one, so the last weights are not the best ones.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = make(eval_strategy="steps", eval_steps=1, **best)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    wanted = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert all(torch.equal(weight, trainer.model.state_dict()[name]) for name, weight in wanted.items())

@@ -69,17 +69,14 @@ class BaseTrainer(Trainer):
     load_model: ClassVar[Callable[..., PreTrainedModel]] = staticmethod(load_causal_lm)
     attach: ClassVar[Callable[[PreTrainedModel], None]] = staticmethod(attach_scoring)
     readout: ClassVar[Readout] = TOKEN_SCORES
-    # The trainer divides the loss by the accumulation steps itself; a loss that does it says otherwise.
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga = False  # whether the loss divides itself by the accumulation steps
     router_aux_loss_coef = 0.0
     shares_prompts = False  # whether rows hold several completions of one prompt
     free_deal = FreeDeal()
     forecast: Forecast | None = None  # what a plan expects of the run; whoever has one sets it before `train`
     batches: BatchReader | None = None  # reads batches, where those are dicts in TRL; a trainer sets its own
-    # TRL's hook, which a trainer defines unless it overrides `prepare_dataset`.
-    _prepare_dataset: Callable[..., AnyDataset]
-    # Methods of TRL's trainer that are never called here, and what to do instead: see `overrides`.
-    uncalled_hooks: ClassVar[Mapping[str, str]] = {}
+    _prepare_dataset: Callable[..., AnyDataset]  # TRL's hook: defined unless `prepare_dataset` is overridden
+    uncalled_hooks: ClassVar[Mapping[str, str]] = {}  # TRL's methods, and what to do instead: see `overrides`
 
     def resolve_config(self, args: object | None, model: str | PreTrainedModel) -> BaseConfig:
         """Returns the trainer's own config: from `args`, or defaults with an output folder named after the model.
@@ -328,8 +325,7 @@ class BaseTrainer(Trainer):
         metrics = self._buffers[self.mode].pop(lambda pairs: self.accelerator.reduce(pairs, "sum"))
         if "num_tokens" in metrics:
             metrics["num_tokens"] = sum_over_rows(self, self._tokens.seen)
-        prefix = "eval_" if self.mode == "eval" else ""
-        logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
+        logs.update(metrics if self.mode == "train" else {f"eval_{name}": each for name, each in metrics.items()})
         super().log(logs, start_time)
 
     # ---- saving and resuming
@@ -398,3 +394,7 @@ class BaseTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self.checkpoints.load_parts(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.checkpoints.load_weights(self.state.best_model_checkpoint)

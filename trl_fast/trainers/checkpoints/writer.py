@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl_fast.parallel.agreement import decided_by_first, first_failure, together
 from trl_fast.parallel.engines import Engine, engine_of
 
+from .converted_weights import load_converted_weights
 from .files import RECORD_FILE, read_record, state_files
 from .folders import WRITING, check_whole, checkpoint_name, newest_checkpoint, remove, rotate, tidy
 from .optimizer_states import find_engine_conflict
@@ -150,8 +151,18 @@ class Checkpoints:
 
     # ---- reading
 
+    def load_weights(self, checkpoint: str | None) -> None:
+        """Reads the model's weights where transformers does not, which knows a checkpoint's names for the model's."""
+        accelerator = self._trainer.accelerator
+        engine = engine_of(accelerator)
+        # FSDP and DeepSpeed have files of their own, with the model's names.
+        if checkpoint is not None and engine in (Engine.ONE, Engine.DDP, Engine.TP):
+            model = accelerator.unwrap_model(self._trainer.model)
+            load_converted_weights(Path(checkpoint), model, is_split=engine is Engine.TP)
+
     def load_parts(self, checkpoint: str | None) -> None:
-        """Reads what the parts have kept."""
+        """Reads the model's weights where transformers has not, and what the parts have kept."""
+        self.load_weights(checkpoint)
         if checkpoint is not None:
             for part in [*self.parts, *self.collective_parts, *self._callbacks()]:
                 part.load_from_checkpoint(Path(checkpoint))
