@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from support.families import FAMILIES
 from support.models import tiny_config
 from trl_fast.cli.main import main
 from trl_fast.cli.plan import read_arguments
@@ -59,6 +60,20 @@ def test_peak_parts_stages_other_systems_and_switches(folder, tmp_path, capsys, 
 
 
 @pytest.mark.slow
+def test_settings_that_a_model_cannot_have_are_left_out_with_their_reason(tmp_path, capsys, monkeypatch):
+    def tiles_and_adapter(*given):
+        named = switches(*given)
+        return [named[0], *(each for each in named if each[0] in ("tiled_mlp=4096", "LoRA r=16, all-linear"))]
+
+    monkeypatch.setattr("trl_fast.cli.plan.switches", tiles_and_adapter)
+    monkeypatch.setattr("trl_fast.cli.plan.systems", lambda setup: [("this plan", setup)])
+    tiny_config("nemotron_h", **FAMILIES["nemotron_h"]).save_pretrained(tmp_path)
+    assert main(["plan", "dpo", "--model_name_or_path", str(tmp_path), *ONE, "--max_length", "64"]) == 0
+    output = words(capsys.readouterr().out)
+    assert "Left out, tiled_mlp=4096: tiled_mlp=4096: NemotronHForCausalLM has no MLP" in output
+    assert "Left out, LoRA r=16, all-linear:" in output and "exclude_modules=['out_proj', 'conv1d']" in output
+
+
 def test_more_memory_holds_longer_contexts(folder, capsys):
     assert plan("sft", folder, "--dtype", "bfloat16", "--gpu_memory", "4MiB", "--max_length", "512") == 0
     output = capsys.readouterr().out

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trl_fast.console import make_console, progress_columns
+from trl_fast.input_errors import error_line
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.position_limits import check_positions
 from trl_fast.planning.comparisons import SYSTEMS_NOTE, Row, check_resident, compare, switches, systems
@@ -274,14 +275,23 @@ def run(planned: PlannedRun) -> int:
     if planned.arguments.compare:
         named, changed = systems(setup), switches(setup, DEFAULT_TILE_TOKENS)[1:]
     with _Stages(len(named) + len(changed)) as stages:
-        rows = []
+        rows: dict[str, Row] = {}
+        left_out: dict[str, str] = {}
         for name, one in (*named, *changed):
             stages.start(name)
-            rows.append(compare(name, one, setup.max_length, limit, with_work=planned.gpu is not None))
-    beside, with_switches = rows[: len(named)], [rows[0], *rows[len(named) :]]
-    _print_verdict(console, planned, rows[0], with_switches)
+            try:
+                rows[name] = compare(name, one, setup.max_length, limit, with_work=planned.gpu is not None)
+            except ValueError as error:
+                if one is setup:
+                    raise
+                # The model cannot have this setting, such as tiles without an MLP.
+                left_out[name] = error_line(error)
+    present = rows[named[0][0]]
+    beside = [rows[name] for name, _ in named if name in rows]
+    with_switches = [present, *(rows[name] for name, _ in changed if name in rows)]
+    _print_verdict(console, planned, present, with_switches)
     peaks = stage_peaks(setup, setup.max_length)
-    console.print(peak_table(rows[0].peak, "What the peak consists of"))
+    console.print(peak_table(present.peak, "What the peak consists of"))
     console.print(stages_table(peaks))
     if planned.arguments.plot is not None:
         title = f"{planned.model}: {setup_line(setup)}"
@@ -292,6 +302,8 @@ def run(planned: PlannedRun) -> int:
             console.print(rows_table(beside, "By other systems", setup.max_length, planned.gpu))
             console.print(SYSTEMS_NOTE)
         console.print(rows_table(with_switches, "With one setting changed", setup.max_length, planned.gpu))
+    for name, reason in left_out.items():
+        console.print(f"Left out, {name}: {reason}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -253,7 +253,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         with without_peft_deprecations():
             adapted = get_peft_model(model, peft_config)
     except ValueError as error:
-        raise ValueError(f"peft_config: {error_line(error)}") from error
+        text = error_line(error)
+        if "incompatible with Mamba" in text:
+            text = f"{text.rstrip('.')}: name other modules, or add exclude_modules=['out_proj', 'conv1d']"
+        raise ValueError(f"peft_config: {text}") from error
     if is_quantized(model):
         for name, parameter in adapted.named_parameters():
             # DoRA's magnitudes take steps too small for bfloat16.
