@@ -38,7 +38,7 @@ def share_of_spaces(completions, **_):
 
 @pytest.mark.parametrize("method", ["GRPO", pytest.param("RLOO", marks=pytest.mark.slow)])
 def test_it_learns(method, model_path, tmp_path):
-    settings = {"learning_rate": 3e-3, "max_steps": 30, "logging_steps": 5, "num_generations": 8}
+    settings = {"learning_rate": 3e-3, "max_steps": 60, "logging_steps": 10, "num_generations": 8}
     if method == "RLOO":
         settings["beta"] = 0.0
     trainer = make(model_path, tmp_path, share_of_spaces, method, per_device_train_batch_size=16, **settings)
