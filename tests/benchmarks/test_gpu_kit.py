@@ -52,6 +52,7 @@ def phases_of(*words):
     return [Phase(word, "tests.support.kit_phases", 2 if word == "hang" else 30, 0, (word,)) for word in words]
 
 
+@pytest.mark.slow
 def test_a_phase_that_fails_costs_no_other(tmp_path, monkeypatch):
     path = tmp_path / "facts.jsonl"
     monkeypatch.setattr(kit_main, "GRACE", 0.5)

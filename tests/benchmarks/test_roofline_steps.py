@@ -70,6 +70,7 @@ def test_waits_are_named_by_the_place_in_the_source(dpo):
     assert all(not place.startswith(("torch/", "benchmarks/")) for place in (*dpo.trl.waits, *dpo.ours.waits))
 
 
+@pytest.mark.slow
 def test_adapters_leave_the_weights_alone():
     case = count(Step("sft", MODEL, lora_r=4), Shape(batch=2, prompt=0, completion=32))
     for counts in (case.ours, case.trl):

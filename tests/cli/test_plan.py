@@ -74,6 +74,7 @@ def test_settings_that_a_model_cannot_have_are_left_out_with_their_reason(tmp_pa
     assert "Left out, LoRA r=16, all-linear:" in output and "exclude_modules=['out_proj', 'conv1d']" in output
 
 
+@pytest.mark.slow
 def test_more_memory_holds_longer_contexts(folder, capsys):
     assert plan("sft", folder, "--dtype", "bfloat16", "--gpu_memory", "4MiB", "--max_length", "512") == 0
     output = capsys.readouterr().out

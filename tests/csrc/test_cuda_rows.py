@@ -183,6 +183,7 @@ def test_a_long_row(kernels, dtype):
     torch.testing.assert_close(got[:6].double(), exact[:6], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", QUICK_TARGETS)
 def test_compiled_kernels_do_not_spill_and_move_no_byte_twice(target):
     nvcc = find_nvcc()
@@ -206,6 +207,7 @@ def run_sanitized(program: Path, what: str) -> subprocess.CompletedProcess[str]:
     return result
 
 
+@pytest.mark.slow
 def test_no_races_and_a_missing_barrier_is_found(compile_host):
     clean = run_sanitized(compile_host("row_kernels_sanitized.cpp", "-fsanitize=thread"), "clean")
     assert clean.returncode == 0 and "finished" in clean.stdout, clean.stderr[:4000]

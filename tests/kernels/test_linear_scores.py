@@ -289,6 +289,7 @@ def test_compiles_to_tensor_cores(case, target):
     assert found.spill_bytes <= case.spills_allowed
 
 
+@pytest.mark.slow
 def test_it_is_tried_out(monkeypatch):
     """As on a new GPU: right numbers pass, and each kind of wrong one is found."""
 
@@ -328,6 +329,7 @@ def test_where_it_does_not_work_two_steps_are_taken_and_it_is_said_once(monkeypa
     assert "does not work on cpu (RuntimeError: PassManager::run failed); its scores take two steps" in message
 
 
+@pytest.mark.slow
 def test_it_is_tried_out_on_data_also_where_tensors_have_none():
     fused_kernel._works.cache_clear()
     with FakeTensorMode():

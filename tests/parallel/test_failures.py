@@ -82,7 +82,10 @@ def fail_alone(when):
         sys.excepthook(*sys.exc_info())  # as Python does for an error that nobody catches
 
 
-@pytest.mark.parametrize("when", ["caught", "uncaught", "at the end of a section"])
+@pytest.mark.parametrize(
+    "when",
+    ["uncaught", *(pytest.param(name, marks=pytest.mark.slow) for name in ("caught", "at the end of a section"))],
+)
 def test_a_process_that_does_not_end_by_itself_is_ended(when):
     with pytest.raises(RankError) as found:
         run_on_ranks(fail_alone, when, engine=None, patience=20)

@@ -47,7 +47,10 @@ def test_each_layer_has_one_that_is_like_it():
 @pytest.mark.parametrize(
     "family, changes",
     [
-        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"] * 4, "sliding_window": 16}),
+        pytest.param(
+            *("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"] * 4, "sliding_window": 16}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("qwen3_next", {"layer_types": 4 * HYBRID, **NEXT}, marks=pytest.mark.slow),
     ],
 )

@@ -66,7 +66,6 @@ def final_state(folder):
     ("method", "kills"),
     [
         ("SFT", 5),
-        ("GRPO", 5),
         *(
             pytest.param(method, 15, marks=pytest.mark.slow, id=f"{method} often")
             for method in ("SFT", "DPO", "KTO", "Reward", "GRPO", "PPO")

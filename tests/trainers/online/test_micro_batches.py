@@ -3,9 +3,11 @@
 import torch
 from accelerate import PartialState
 
+from support.models import tiny_model
 from support.ranks import run_on_ranks
+from trl_fast.rollout.engine import SamplingSettings
 from trl_fast.rollout.samples import Samples
-from trl_fast.rollout.transformers_engine import _are_shared
+from trl_fast.rollout.transformers_engine import TransformersEngine
 from trl_fast.trainers.online.micro_batches import UpdateMaker
 
 
@@ -29,10 +31,17 @@ def test_processes_score_equally_often():
 
 
 def test_prompts_are_shared_by_all_processes_or_none():
+    model = tiny_model("llama")
+    engine = TransformersEngine(model, [1], 0)
+    config = engine._generation_config(model, SamplingSettings(max_completion_length=4))
+
     def shares():
         rank = PartialState(cpu=True).process_index
         cases = [([[5, 6]] * 2, [[5, 6], [7, 8]]), ([[5, 6], [6]], [[5], [6]]), ([[5, 6]] * 2, [[5]] * 2)]
-        return [(_are_shared(case[rank], True), _are_shared(case[rank], False)) for case in cases]
+        return [
+            tuple(engine._shares_prompts(case[rank], model, config, together) for together in (True, False))
+            for case in cases
+        ]
 
     assert run_on_ranks(shares) == [
         [(True, True), (False, False), (False, True)],

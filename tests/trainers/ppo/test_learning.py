@@ -58,6 +58,7 @@ def run_ppo(tokenizer, model_path, tmp_path, **changes):
     return before, after, shares, trainer
 
 
+@pytest.mark.slow
 def test_a_reward_function(tokenizer, model_path, tmp_path):
     before, after, (first, last), trainer = run_ppo(
         tokenizer, model_path, tmp_path, reward_model=good_share, max_steps=24
