@@ -7,6 +7,8 @@ import torch
 
 from trl_fast.data.segments import num_tokens, segments_of
 from trl_fast.modeling.segment_runs import BATCH_COSTS, MIN_CONTINUED_TOKENS, States, row_runs
+from trl_fast.ops.device import simulated_device
+from trl_fast.planning.device_facts import planned_facts
 
 CPU = torch.device("cpu")
 ROWS = {
@@ -68,6 +70,15 @@ def test_a_gpu_runs_fewer_batches():
     trees = tuple((length, 40, 50) for length in range(100, 900, 50))
     cpu, gpu = (row_runs(trees, torch.device(kind)) for kind in ("cpu", "meta"))
     assert len(gpu.batches) < len(cpu.batches) and cpu.computed_tokens < gpu.computed_tokens
+
+
+def test_a_simulated_gpu_has_the_batches_of_a_gpu():
+    """Its tensors are on the CPU, and what was planned for the CPU itself is not taken."""
+    trees = tuple((length, 40, 50) for length in range(100, 900, 50))
+    cpu = row_runs(trees, CPU)
+    with simulated_device(planned_facts("gpu")):
+        simulated = row_runs(trees, CPU)
+    assert len(simulated.batches) < len(cpu.batches)
 
 
 def test_uneven_trees_waste_little():

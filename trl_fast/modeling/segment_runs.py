@@ -24,7 +24,9 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.segments import Segment, TreeLengths, segments_of
+from trl_fast.ops.device import DeviceFacts, device_facts
 
 # What one more batch costs, in tokens that could be computed instead, by the type of a device. A GPU's is an estimate:
 # its host launches some 150 kernels for a layer's forward and backward in 1 ms, the time of 500 tokens or more.
@@ -92,11 +94,19 @@ class _Run(NamedTuple):
         return sum(end - start for start, end in self.pieces)
 
 
-@functools.lru_cache(maxsize=16)
 def row_runs(trees: tuple[TreeLengths, ...], device: torch.device, kind: States = States.PADDED_LEFT) -> RowRuns:
-    """Returns the batches of a row of trees for layers with a state, on a device."""
-    runs = _Planner(kind, BATCH_COSTS.get(device.type, GPU_BATCH_COST)).plan(segments_of(trees))
-    return RowRuns(tuple(_on_device(batch, device) for batch in runs.batches), runs.places.to(device))
+    """Returns the batches of a row of trees for layers with a state, on a device; the host does not wait for it."""
+    return _row_runs(trees, device, device_facts(device), kind)
+
+
+@functools.lru_cache(maxsize=16)
+def _row_runs(trees: tuple[TreeLengths, ...], device: torch.device, facts: DeviceFacts, kind: States) -> RowRuns:
+    """Returns the batches of a row.
+
+    facts: of the device; a simulation must not be given the tensors of another one.
+    """
+    runs = _Planner(kind, BATCH_COSTS.get(facts.kind, GPU_BATCH_COST)).plan(segments_of(trees))
+    return RowRuns(tuple(_on_device(batch, device) for batch in runs.batches), copy_to_device(runs.places, device))
 
 
 @dataclass
@@ -228,6 +238,6 @@ def buckets(runs: list[_Run], batch_cost: int) -> Iterator[list[_Run]]:
 
 
 def _on_device(batch: RunBatch, device: torch.device) -> RunBatch:
-    mask = None if batch.mask is None else batch.mask.to(device)
-    parents = None if batch.parents is None else batch.parents.to(device)
-    return RunBatch(batch.tokens.to(device), batch.shape, mask, parents, batch.keeps_states)
+    mask = None if batch.mask is None else copy_to_device(batch.mask, device)
+    parents = None if batch.parents is None else copy_to_device(batch.parents, device)
+    return RunBatch(copy_to_device(batch.tokens, device), batch.shape, mask, parents, batch.keeps_states)
