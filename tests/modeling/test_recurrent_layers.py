@@ -9,74 +9,18 @@ import torch
 import transformers
 from transformers.models.auto import CONFIG_MAPPING
 
+from support.families import WITH_STATES
 from support.models import tiny_model
 from trl_fast.data.segments import num_tokens, segments_of, sequences_of
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.recurrent_layers import recurrent_layers_of
 from trl_fast.modeling.segment_attention import SEGMENTS, use_segment_attention
 
-DELTA_NET = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-KIMI_DELTA = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "kv_lora_rank": 8,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "num_experts": 4,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 2,
-}
-CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-SHARED = {**EXPERTS, "shared_expert_intermediate_size": 16}
-MAMBA2 = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 16,
-}
-ZAMBA = {"mamba_d_state": 8, "layers_block_type": ["mamba", "hybrid"]}
-# Each family's smallest model with a layer that carries a state.
+# Each family's smallest model with a layer that carries a state, and two with biases, which pads would write.
 FAMILIES = {
-    "qwen3_next": {**DELTA_NET, **SHARED, "mlp_only_layers": [0, 1]},
-    "qwen3_5_text": DELTA_NET,
-    "qwen3_5_moe_text": {**DELTA_NET, **SHARED},
-    "olmo_hybrid": DELTA_NET,
-    "kimi_linear": {**KIMI_DELTA, "num_experts_per_token": 2, "linear_num_heads": 2, "linear_head_dim": 8},
-    "bailing_hybrid": {**KIMI_DELTA, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "lfm2": CONVOLUTION,
-    "lfm2, biases": {**CONVOLUTION, "conv_bias": True},
-    "lfm2_moe": {**CONVOLUTION, **EXPERTS, "num_dense_layers": 1},
-    "lfm3": CONVOLUTION,
-    "bamba": {**MAMBA2, "attn_layer_indices": [1], "attn_rotary_emb": 4},
-    "bamba, biases": {**MAMBA2, "attn_layer_indices": [1], "attn_rotary_emb": 4, "mamba_proj_bias": True},
-    "granitemoehybrid": {
-        **MAMBA2,
-        **{"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4},
-        **{"num_experts_per_tok": 2, "shared_intermediate_size": 32},
-    },
-    "nemotron_h": {
-        **{"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16},
-        **{"ssm_state_size": 8, "n_groups": 2, "chunk_size": 16},
-    },
-    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},
-    "zamba2": {
-        **ZAMBA,
-        **{"mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 16, "chunk_size": 16},
-        **{"num_mem_blocks": 1, "adapter_rank": 4},
-    },
-    "zamba": {**ZAMBA, "n_mamba_heads": 2, "tie_word_embeddings": False},
-    "jamba": {"mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, **EXPERTS},
-    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+    **WITH_STATES,
+    "lfm2, biases": {**WITH_STATES["lfm2"], "conv_bias": True},
+    "bamba, biases": {**WITH_STATES["bamba"], "mamba_proj_bias": True},
 }
 ROWS = {
     "prompts with branches": ((20, 3, 5), (66, 4, 1), (7, 2)),
