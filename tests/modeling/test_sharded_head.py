@@ -269,7 +269,7 @@ MADE = {"untied": 0, "LoRA on the head": 1, "saved head": 0, "frozen": 0, "tied"
     ("engine", "heads"),
     [
         ("fsdp2", ("untied", "LoRA on the head")),
-        pytest.param("zero3", ("untied",), marks=pytest.mark.slow),
+        ("zero3", ("untied",)),
         pytest.param("fsdp2", ("saved head", "frozen", "tied"), marks=pytest.mark.slow),
         pytest.param("zero3", ("LoRA on the head", "saved head", "frozen", "tied"), marks=pytest.mark.slow),
     ],

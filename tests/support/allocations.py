@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,17 @@ class LargeTensors(TorchDispatchMode):
         return len(self._made)
 
     def alive(self) -> int:
-        """How many of them are in memory still, as large as that: what an engine has emptied does not count."""
+        """How many of them are in memory still, as large as that: what an engine has emptied does not count.
+
+        A thread of gloo's lets go of what it has gathered a moment after the processes go on, so they are looked at
+        again for half a second, until none is there.
+        """
+        patience = time.monotonic() + 0.5
+        while (count := self._alive()) and time.monotonic() < patience:
+            time.sleep(0.01)
+        return count
+
+    def _alive(self) -> int:
         found = (
             (torch.UntypedStorage._new_with_weak_ptr(reference.cdata), size)
             for reference, size in self._made
