@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.memory import measure_peak
 from support.layout_gradients import assert_same, loss_and_gradients
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import packing
 from trl_fast.modeling.loading import disable_dropout
-from trl_fast.modeling.scoring import attach_scoring
+from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 
 WINDOW = {"sliding_window": 8}
@@ -53,3 +54,31 @@ def test_loss_and_every_gradient(name, trees, monkeypatch):
     use_segment_attention(model)
     for layout in ("packed", "shared_prefix"):
         assert_same(loss_and_gradients(model, trees, layout, router=router), expected)
+
+
+def peak_of_a_step(layout, tokens):
+    """Bytes at the peak of forward and backward of two windowed layers, on one tree of so many tokens."""
+    layers = {"sliding_window": 128, "layer_types": ["sliding_attention"] * 2}
+    model = tiny_model("gemma3_text", max_position_embeddings=tokens, **layers)
+    attach_scoring(model)
+    disable_dropout(model)
+    if layout != "padded":
+        use_segment_attention(model)
+    model.gradient_checkpointing_enable()
+    batch = packing.pack_trees(random_trees([(tokens - 64, (32, 32))]), layout, 2)
+
+    def step():
+        score(model, batch).tokens.logprobs.sum().backward()
+
+    step()
+    return measure_peak(step).peak_bytes
+
+
+def test_a_step_takes_memory_linear_in_the_rows_length():
+    """docs/benchmarks.md has the numbers."""
+    assert peak_of_a_step("shared_prefix", 8192) < 4.1 * peak_of_a_step("shared_prefix", 2048)
+
+
+@pytest.mark.slow
+def test_a_step_on_padded_rows_takes_memory_that_grows_faster():
+    assert peak_of_a_step("padded", 8192) > 10 * peak_of_a_step("padded", 2048)
