@@ -7,13 +7,13 @@ import torch
 
 import trl_fast
 import trl_fast.data.packing as packing
-from support.families import OF_EXPERTS, WINDOWED, WITH_SHARED_KEYS, WITH_SINKS, WITH_STATES
+from support.families import FAMILIES
 from support.models import tiny_model
 from support.rollouts import FixedRollout, color_prompts, vowels
 from support.supervised import sft_rows
 from support.training import assert_same_logs, color_pairs, make_trainer
+from trl_fast.modeling.loading import disable_dropout
 
-FAMILIES = {**OF_EXPERTS, **WINDOWED, **WITH_SINKS, **WITH_STATES, **WITH_SHARED_KEYS}
 # One of each kind of layer and method by default: windows and sinks, shared keys, states.
 BY_DEFAULT = {("gpt_oss", "DPO"), ("gemma4_text", "SFT"), ("qwen3_5_text", "GRPO")}
 SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 2, "learning_rate": 1e-4}
@@ -22,13 +22,15 @@ DATA = {
     "DPO": lambda: {"train_dataset": color_pairs(8)},
     "GRPO": lambda: {"train_dataset": color_prompts(8), "reward_funcs": vowels},
 }
-ONLINE = {"num_generations": 4, "max_completion_length": 8, "beta": 0.1}
+ONLINE = {"num_generations": 4, "max_completion_length": 8, "beta": 0.1, "disable_dropout": True}
 
 
 def model_of(family, tokenizer):
     changes = FAMILIES[family]
     sizes = {name: len(tokenizer) for name in changes if name.startswith("vocab_size")}
     model = tiny_model(family.split(",")[0], **{**changes, **sizes, "vocab_size": len(tokenizer)})
+    # Its random numbers would be others in each layout.
+    disable_dropout(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # States live for some tokens.
