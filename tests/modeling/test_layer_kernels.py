@@ -10,23 +10,22 @@ import types
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.models.olmo_hybrid import modeling_olmo_hybrid
 
+from support.families import WITH_STATES
 from support.models import tiny_config, tiny_model
 from trl_fast.data.segments import num_tokens
 from trl_fast.modeling import layer_kernels
 from trl_fast.modeling.layer_kernels import CONVOLUTION, DELTA_RULE, KIMI_DELTA_RULE, MAMBA2
-from trl_fast.modeling.recurrent_layers import recurrent_layers_of, warn_of_missing_kernels
+from trl_fast.modeling.recurrent_layers import (
+    recurrent_layers_of,
+    warn_of_missing_kernels,
+    warn_of_unread_adapters,
+)
 from trl_fast.modeling.segment_attention import use_segment_attention
 
-DELTA_NET = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
-}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_ssm": 64}
 # The second one: a single token goes on from a state, which would be a step of generation.
 ROWS = (((20, 3, 5), (9, 30), (4,), (3, (4, (2, 0, 1)), (7, 1, 2)), (1, 1, 2)), ((9, 1),))
@@ -89,7 +88,7 @@ def test_a_function_that_is_gone(versions, install):
 
 
 def test_what_a_model_lacks_is_said_in_one_line(versions, install, caplog):
-    model = tiny_model("olmo_hybrid", **DELTA_NET)
+    model = tiny_model("olmo_hybrid", **WITH_STATES["olmo_hybrid"])
     versions["causal-conv1d"] = "1.6.0"
     install("causal_conv1d.causal_conv1d_fn", len)
     warn_of_missing_kernels(model)
@@ -100,6 +99,21 @@ def test_what_a_model_lacks_is_said_in_one_line(versions, install, caplog):
     caplog.clear()
     warn_of_missing_kernels(tiny_model("llama"))
     assert not caplog.records
+
+
+def test_adapters_that_kernels_do_not_read_are_named(versions, install, caplog):
+    def adapted(*targets):
+        model = tiny_model("bamba", **WITH_STATES["bamba"])
+        return get_peft_model(model, LoraConfig(target_modules=[*targets])).base_model.model
+
+    warn_of_unread_adapters(adapted("in_proj", "out_proj"))  # transformers' own code reads all modules
+    versions["mamba-ssm"] = "2.3.1"
+    install("mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined", len)
+    warn_of_unread_adapters(adapted("in_proj"))
+    assert not caplog.records
+    warn_of_unread_adapters(adapted("in_proj", "out_proj"))
+    (record,) = caplog.records
+    assert record.message.startswith("Adapters of BambaMixer.out_proj have no effect in training")
 
 
 def run_layer(model, trees):
@@ -120,7 +134,7 @@ def refuse(*args, **kwargs):
 STAND_INS = {
     "olmo_hybrid": (
         modeling_olmo_hybrid,
-        DELTA_NET,
+        WITH_STATES["olmo_hybrid"],
         {
             "causal_conv1d.causal_conv1d_fn": modeling_olmo_hybrid.causal_conv1d_fn,
             "causal_conv1d.causal_conv1d_update": refuse,

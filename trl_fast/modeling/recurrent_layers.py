@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from trl_fast.data.segments import TreeLengths
@@ -77,6 +78,8 @@ RECURRENT_LAYERS = {
 # How the projections in front of a convolution, and the convolution, are called.
 _PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")
 _CONVOLUTION = "conv"
+# The modules whose weights kernels of Mamba 2 read themselves.
+_READ_BY_MAMBA2 = ("out_proj", "conv1d")
 
 
 class SegmentStates:
@@ -168,6 +171,24 @@ def warn_of_missing_kernels(model: PreTrainedModel) -> None:
     if reasons:
         logger.warning(
             f"{type(model).__name__} computes in transformers' PyTorch code, not in kernels: {'; '.join(reasons)}."
+        )
+
+
+def warn_of_unread_adapters(model: PreTrainedModel) -> None:
+    """Logs which adapters have no effect, since installed kernels read the weights below them."""
+    if not MAMBA2.fitness()[0]:
+        return
+    unread = {
+        f"{_class_name(layer)}.{name}"
+        for layer in recurrent_layers_of(model).values()
+        if MAMBA2 in _described(layer).kernels
+        for name in _READ_BY_MAMBA2
+        if isinstance(getattr(layer, name, None), BaseTunerLayer)
+    }
+    if unread:
+        logger.warning(
+            f"Adapters of {', '.join(sorted(unread))} have no effect in training: mamba-ssm reads the weights "
+            f"below them; add exclude_modules={list(_READ_BY_MAMBA2)} to the peft_config."
         )
 
 

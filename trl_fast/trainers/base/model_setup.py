@@ -15,7 +15,7 @@ from trl_fast.modeling.finite_weights import check_weights
 from trl_fast.modeling.layouts import LayoutRequest
 from trl_fast.modeling.liger_kernels import check_liger
 from trl_fast.modeling.loading import base_model, disable_dropout
-from trl_fast.modeling.recurrent_layers import warn_of_missing_kernels
+from trl_fast.modeling.recurrent_layers import warn_of_missing_kernels, warn_of_unread_adapters
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.modeling.unread_parts import freeze_unread_parts, name_present_layers
@@ -66,6 +66,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
     freeze_unread_parts(inner)
     if torch.cuda.is_available():
         warn_of_missing_kernels(inner)
+        warn_of_unread_adapters(inner)
     if args.use_liger_kernel:
         check_liger(inner, cast(BaseConfig, args).device)
     if args.activation_offloading:
