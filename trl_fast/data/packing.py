@@ -1,15 +1,19 @@
 """Packs token trees into the batch that a model runs on."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .device_transfer import copy_to_device
+from .images.inputs import ImageInput
+from .images.layout import ImageLayout
 from .segments import TreeLengths, num_tokens, segments_of, sequences_of
 from .token_trees import Tree, neighbours_share, shared_prefixes, tree_sequences, truncate_sequences
 
@@ -29,7 +33,8 @@ class TokenBatch:
 
     - `input_ids` (B, T) int64. Packed: B = 1 and T = all tokens; shared_prefix: the same, but a prompt stands once
       before all its branches; padded: B = S, padding on the right.
-    - `position_ids` (B, T) int64, counted from 0 in each sequence.
+    - `position_ids` (B, T) int64, counted from 0 in each sequence; (axes, B, T) where the images of a batch make a
+      model tell tokens apart by several numbers (M-RoPE).
     - `attention_mask` (B, T) int64, 1 on tokens and 0 on padding; None but in the padded layout.
     - `sequence_lengths`: the lengths of the sequences of the packed row, in order; None in the other layouts.
     - `tree_lengths`: the lengths of the segments of each tree of the row, in order (`data.segments`); None in the
@@ -42,6 +47,10 @@ class TokenBatch:
     - `branch_lengths` (S,) int64: completion tokens after truncation, also those that nothing predicts.
     - `num_tokens`: tokens of all sequences after truncation; a prompt counts once for each of its branches.
     - `group_sizes`: how many of the N scored tokens belong to each tree, in order.
+    - `images`: what the model reads of the batch's images, by keyword of its forward; None where there are none. In a
+      row that shares prompts an image stands once for all that continue it.
+    - `image_runs`: first and last place + 1 of each run of image tokens in the flattened rows, where these attend to
+      each other in both directions; None where they do not.
     - `extras`: tensors that ride along, such as precomputed reference log-probabilities; or batches.
 
     It answers to the names of fields and extras (`"label" in batch`, `batch["label"]`); a field that is None counts as
@@ -60,6 +69,8 @@ class TokenBatch:
     num_tokens: int
     group_sizes: tuple[int, ...] = ()
     tree_lengths: tuple[TreeLengths, ...] | None = None
+    images: dict[str, torch.Tensor] | None = None
+    image_runs: tuple[tuple[int, int], ...] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,15 +108,15 @@ class TokenBatch:
         segments = values[0].split([segment.length for segment in segments_of(self.tree_lengths)])
         return [torch.cat([segments[number] for number in path]) for path in sequences_of(self.tree_lengths)]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
         """Returns the same batch with every tensor on `device`; on the way to a GPU the host does not wait."""
         return self._map_tensors(lambda tensor: copy_to_device(tensor, device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "TokenBatch":
+    def pin_memory(self) -> TokenBatch:
         """Returns the same batch with every tensor in pinned memory (called by torch's DataLoader)."""
         return self._map_tensors(torch.Tensor.pin_memory)
 
-    def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TokenBatch":
+    def _map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenBatch:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         changes: dict[str, Any] = {
             name: function(value) for name, value in values.items() if isinstance(value, torch.Tensor)
@@ -114,6 +125,8 @@ class TokenBatch:
             name: value._map_tensors(function) if isinstance(value, TokenBatch) else function(value)
             for name, value in self.extras.items()
         }
+        if self.images is not None:
+            changes["images"] = {name: function(value) for name, value in self.images.items()}
         return replace(self, **changes, extras=extras)
 
 
@@ -126,6 +139,7 @@ def pack_trees(
     pad_to_multiple_of: int | None = None,
     *,
     compares_tokens: bool = False,
+    image_layout: ImageLayout | None = None,
 ) -> TokenBatch:
     """Lays out `trees` as one batch.
 
@@ -137,8 +151,10 @@ def pack_trees(
     compares_tokens: whether sequences also share what they begin alike with where the trees do not say so, such as the
     system message of different prompts, or the first tokens of two completions.
 
-    Raises ValueError for an unknown layout or truncation mode, and for `pad_to_multiple_of` in a layout that has no
-    padding.
+    image_layout: how the model wants to have images; needed where the trees have some.
+
+    Raises ValueError for an unknown layout or truncation mode, for `pad_to_multiple_of` in a layout that has no
+    padding, and for a `max_length` that cuts an image.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
@@ -151,18 +167,26 @@ def pack_trees(
     sequences = [sequence for group in groups for sequence in group]
     ids = [sequence.ids for sequence in sequences]
     shared = neighbours_share(ids) if compares_tokens else [sequence.shared for sequence in sequences]
-    rows = lay_out(ids, layout, pad_token_id, pad_to_multiple_of, shared)
+    images = None if image_layout is None else SequenceImages([each.images for each in sequences], image_layout)
+    rows = lay_out(ids, layout, pad_token_id, pad_to_multiple_of, shared, images)
     # Nothing predicts the first token of a sequence.
-    scored = [range(max(start, 1), len(tokens)) for tokens, start, _ in sequences]
-    targets = [tokens[max(start, 1) :] for tokens, start, _ in sequences]
+    scored = [range(max(start, 1), len(tokens)) for tokens, start, *_ in sequences]
+    targets = [tokens[max(start, 1) :] for tokens, start, *_ in sequences]
     sizes = iter(map(len, scored))
     return TokenBatch(
         **rows.fields,
         **rows.scored_tokens(scored, targets, [sequence.start for sequence in sequences]),
-        branch_lengths=_int64([len(tokens) - start for tokens, start, _ in sequences]),
+        branch_lengths=_int64([len(tokens) - start for tokens, start, *_ in sequences]),
         num_tokens=sum(map(len, ids)),
         group_sizes=tuple(sum(islice(sizes, len(group))) for group in groups),
     )
+
+
+class SequenceImages(NamedTuple):
+    """Holds the images `of` each of S sequences, in the order of their tokens, and how a model wants to have them."""
+
+    of: Sequence[Sequence[ImageInput]]
+    layout: ImageLayout
 
 
 @dataclass(frozen=True)
@@ -203,12 +227,17 @@ def lay_out(
     pad_token_id: int,
     pad_to_multiple_of: int | None,
     shared: Sequence[int],
+    images: SequenceImages | None = None,
 ) -> LaidOutRows:
     """Lays out S sequences of token ids.
 
     shared: (S,), how many of its first tokens each sequence has in common with the one before it; read where the
-    layout shares them.
+    layout shares them. images: those of the sequences; None: they have none.
+
+    Raises ValueError where a sequence has not the tokens of its images.
     """
+    if images is not None:
+        shared = images.layout.limit_shared(sequences, images.of, shared)
     lengths = [len(ids) for ids in sequences]
     trees: tuple[TreeLengths, ...] | None = None
     if BATCH_LAYOUTS[layout].pads:
@@ -235,6 +264,8 @@ def lay_out(
         "sequence_lengths": None if trees is None or BATCH_LAYOUTS[layout].shares_prompts else tuple(lengths),
         "tree_lengths": trees,
     }
+    if images is not None:
+        fields |= images.layout.fields(sequences, images.of, places, shape)
     return LaidOutRows(fields, places)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from trl_fast.settings.choices import TRUNCATION_MODES
 
+from .images.inputs import ImageInput
 from .segments import TreeLengths
 
 # Levels of a tree. Python compares, copies and prints nested tuples to a depth of less than 1000.
@@ -27,10 +28,13 @@ class Tree:
     `prompt_ids` are the token ids of the prompt (it may be empty); `branches` are the token ids of each completion,
     in the order in which a loss counts them (chosen, then rejected, for a preference pair). Completions that begin
     alike may be a tree of their own: its `prompt_ids` belong to each of them, and are scored in each of them.
+    `images` are those that image tokens of `prompt_ids` stand for, in order; a completion with images is a tree of its
+    own.
     """
 
     prompt_ids: list[int]
     branches: Sequence[list[int] | Tree]
+    images: tuple[ImageInput, ...] = ()
 
 
 class TokenSequence(NamedTuple):
@@ -39,32 +43,31 @@ class TokenSequence(NamedTuple):
     - `ids`: the token ids of both.
     - `start`: where the completion begins.
     - `shared`: how many of the first tokens are also those of the sequence before it, as far as that is known.
+    - `images`: those that its image tokens stand for, in order.
     """
 
     ids: list[int]
     start: int
     shared: int = 0
+    images: tuple[ImageInput, ...] = ()
 
 
 def tree_sequences(tree: Tree) -> list[TokenSequence]:
     """Returns the sequences of a tree, in order: its prompt with each of its completions."""
     found: list[TokenSequence] = []
-    _add_sequences(tree, [], len(tree.prompt_ids), 0, found)
+    _add_sequences(tree, TokenSequence([], len(tree.prompt_ids)), found)
     return found
 
 
-def _add_sequences(tree: Tree, before: list[int], start: int, shared: int, found: list[TokenSequence]) -> None:
-    """Adds the sequences of a tree that continues `before`; the first one has `shared` tokens in common with the last.
-
-    start: where completions begin.
-    """
-    ids = before + tree.prompt_ids
+def _add_sequences(tree: Tree, before: TokenSequence, found: list[TokenSequence]) -> None:
+    """Adds the sequences of a tree that continues `before`; the first one shares what that does with the last one."""
+    prompt = before._replace(ids=before.ids + tree.prompt_ids, images=before.images + tree.images)
     for branch in tree.branches:
         if isinstance(branch, Tree):
-            _add_sequences(branch, ids, start, shared, found)
+            _add_sequences(branch, prompt, found)
         else:
-            found.append(TokenSequence(ids + branch, start, shared))
-        shared = len(ids)
+            found.append(prompt._replace(ids=prompt.ids + branch))
+        prompt = prompt._replace(shared=len(prompt.ids))
 
 
 def truncate_sequences(
@@ -84,14 +87,14 @@ def truncate_sequences(
         raise ValueError(f"max_length={max_length} leaves no token; expected a positive number or None.")
     if mode == "keep_start":
         return [
-            TokenSequence(ids[:max_length], min(start, max_length), min(shared, max_length))
-            for ids, start, shared in sequences
+            TokenSequence(ids[:max_length], min(start, max_length), min(shared, max_length), images)
+            for ids, start, shared, images in sequences
         ]
     found, excess_before = [], 0
-    for ids, start, shared in sequences:
+    for ids, start, shared, images in sequences:
         excess = max(len(ids) - max_length, 0)
         shared = max(shared - excess, 0) if excess == excess_before else 0
-        found.append(TokenSequence(ids[excess:], max(start - excess, 0), shared))
+        found.append(TokenSequence(ids[excess:], max(start - excess, 0), shared, images))
         excess_before = excess
     return found
 

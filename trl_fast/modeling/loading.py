@@ -221,6 +221,11 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     if reads_more_than_text(model):
         text: Any = model.get_decoder()
         return text if text.get_output_embeddings() is None else backbone(text)
+    return whole_backbone(model)
+
+
+def whole_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model without its head; of a model that reads images or sound too, with all that reads those."""
     # Llama 4's prefix names no module of it; base_model is then the model itself.
     inner: Any = model.model if model.base_model is model else model.base_model
     return inner

@@ -27,7 +27,7 @@ from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
 from trl_fast.parallel.engines import original_class
 
 from .lm_head import HeadParameters, has_float32_head, head_transform
-from .loading import backbone
+from .loading import backbone, whole_backbone
 from .memory_budgets import head_workspace
 from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
@@ -48,7 +48,7 @@ class ScoringRequest:
 
     score_positions (N,): flat positions, in rows of row_length tokens, whose hidden states predict targets (N,).
     token_loss, group_sizes: as in `ops.linear_token_loss`, for a loss whose gradient is to be taken while the head's
-    logits are there.
+    logits are there. reads_images: whether the batch has images.
     """
 
     score_positions: torch.Tensor
@@ -59,6 +59,7 @@ class ScoringRequest:
     head: HeadOptions = DEFAULT_HEAD
     token_loss: TokenLoss | None = None
     group_sizes: tuple[int, ...] | None = None
+    reads_images: bool = False
 
     def select(self, states: torch.Tensor) -> torch.Tensor:
         """Returns the states (N, D) at the scored positions of (B, T, D), without the virtual tokens of an adapter.
@@ -126,7 +127,8 @@ def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object
     shared = active_group()
     if shared is not None:
         kwargs = shared.deal_tokens(kwargs, LENGTHS_KEYWORD)
-    output = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+    inner = whole_backbone(model) if scoring.reads_images else backbone(model)
+    output = inner(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     states = output.last_hidden_state
     if shared is not None:
         return _score_dealt(
@@ -289,6 +291,9 @@ def _layers_given(model: PreTrainedModel, **keywords: object) -> Iterator[None]:
 def model_inputs(batch: TokenBatch) -> dict[str, object]:
     """Returns the keywords under which a model's forward takes a batch."""
     inputs: dict[str, object] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    inputs |= batch.images or {}
+    if batch.image_runs is not None and batch.tree_lengths is not None:
+        inputs["image_runs"] = batch.image_runs
     if batch.tree_lengths is None:
         return {**inputs, "attention_mask": batch.attention_mask}
     return {**inputs, **row_inputs(batch.tree_lengths, batch.input_ids)}
@@ -317,7 +322,7 @@ def scoring_inputs(
     outputs, temperature, token_loss and group_sizes are those of `ops.linear_logprob` and `ops.linear_token_loss`;
     head: the user's settings of the head; `model_kwargs` go to the model's forward, over those of the batch.
     """
-    options = (outputs, temperature, head, token_loss, group_sizes)
+    options = (outputs, temperature, head, token_loss, group_sizes, batch.images is not None)
     request = ScoringRequest(batch.score_positions, batch.targets, batch.input_ids.shape[1], *options)
     return {**model_inputs(batch), "scoring": request, **model_kwargs}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageInput:
     """Holds what a processor makes of one image.
 
@@ -19,3 +19,11 @@ class ImageInput:
 
     tensors: Mapping[str, torch.Tensor]
     num_tokens: int
+
+    def is_same(self, other: ImageInput) -> bool:
+        """Returns whether a model reads the same of another image."""
+        if self is other:
+            return True
+        if self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())

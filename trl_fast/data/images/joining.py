@@ -1,0 +1,28 @@
+"""Joins what a model reads of single images to what it reads of all images of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .inputs import ImageInput
+
+
+def join_images(images: Sequence[ImageInput]) -> dict[str, torch.Tensor]:
+    """Returns what a model's forward takes of several images, by keyword.
+
+    Tensors are concatenated, padded with zeros at the end of the other dimensions where those differ.
+    """
+    return {name: _join([image.tensors[name] for image in images]) for name in images[0].tensors}
+
+
+def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
+    widths = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    return torch.cat([_padded(tensor, widths) for tensor in tensors])
+
+
+def _padded(tensor: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    missing = [width - size for width, size in zip(widths, tensor.shape[1:], strict=True)]
+    return F.pad(tensor, [each for gap in reversed(missing) for each in (0, gap)]) if any(missing) else tensor

@@ -1,0 +1,124 @@
+"""Tells where images stand in the rows of a batch, and what a model is told of them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from .inputs import ImageInput
+from .joining import join_images
+
+# From the token ids of a sequence and its images to the positions (axes, length) of its tokens.
+Positions = Callable[[list[int], Sequence[ImageInput]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Describes what a model wants to know of images in a batch.
+
+    - `image_token_id`: the token that stands for a part of an image.
+    - `type_names`: the keywords under which its forward takes (B, T) int64, 1 on image tokens and 0 elsewhere.
+    - `positions`: gives the positions of a sequence where they have several axes (M-RoPE); None: 0, 1, 2 …
+    - `sees_both_ways`: whether the tokens of an image attend to each other in both directions.
+    """
+
+    image_token_id: int
+    type_names: tuple[str, ...] = ()
+    positions: Positions | None = None
+    sees_both_ways: bool = False
+
+    def limit_shared(
+        self, sequences: Sequence[Sequence[int]], images: Sequence[Sequence[ImageInput]], shared: Sequence[int]
+    ) -> list[int]:
+        """Returns how many first tokens each of S sequences has in common with the one before it, images included.
+
+        The tokens of different images are the same.
+
+        shared: (S,), how many token ids they have in common.
+        """
+        found = [*shared]
+        for index in range(1, len(found)):
+            same = map(ImageInput.is_same, images[index - 1], images[index])
+            equal = next((number for number, each in enumerate(same) if not each), len(images[index]))
+            if equal < len(images[index]):
+                tokens = (torch.as_tensor(sequences[index]) == self.image_token_id).nonzero().flatten()
+                first = sum(image.num_tokens for image in images[index][:equal])
+                found[index] = min(found[index], int(tokens[first]))
+        return found
+
+    def fields(
+        self,
+        sequences: Sequence[Sequence[int]],
+        images: Sequence[Sequence[ImageInput]],
+        places: Sequence[torch.Tensor],
+        shape: tuple[int, int],
+    ) -> dict[str, Any]:
+        """Returns the fields of a `TokenBatch` that tell of images; none where there are no images.
+
+        An image whose first token has the same place in several sequences stands once in the batch.
+
+        Args:
+            sequences: the token ids of each of S sequences.
+            images: the images of each, in the order of their tokens.
+            places: the indices of each one's tokens into the flattened rows, (length,) int64.
+            shape: of the rows, (B, T).
+
+        Raises:
+            ValueError: a sequence has more or fewer image tokens than its images have.
+        """
+        if not any(images):
+            return {}
+        at: dict[int, ImageInput] = {}
+        types = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
+        runs: set[tuple[int, int]] = set()
+        for ids, own, place in zip(sequences, images, places, strict=True):
+            marked = torch.as_tensor(ids, dtype=torch.int64) == self.image_token_id
+            tokens = place[marked]
+            _check_tokens(len(tokens), own)
+            types[tokens] = 1
+            firsts = accumulate((image.num_tokens for image in own[:-1]), initial=0)
+            at.update(zip(tokens[[*firsts]].tolist() if own else [], own, strict=True))
+            runs.update(_runs(tokens))
+        return {
+            "images": join_images([at[place] for place in sorted(at)])
+            | {name: types.view(shape) for name in self.type_names},
+            "image_runs": tuple(sorted(runs)) if self.sees_both_ways else None,
+            **self._positions(sequences, images, places, shape),
+        }
+
+    def _positions(
+        self,
+        sequences: Sequence[Sequence[int]],
+        images: Sequence[Sequence[ImageInput]],
+        places: Sequence[torch.Tensor],
+        shape: tuple[int, int],
+    ) -> dict[str, torch.Tensor]:
+        if self.positions is None:
+            return {}
+        found = [self.positions([*ids], own) for ids, own in zip(sequences, images, strict=True)]
+        # Padding keeps position 0: nothing reads it.
+        flat = torch.zeros(len(found[0]), shape[0] * shape[1], dtype=torch.int64)
+        for positions, place in zip(found, places, strict=True):
+            flat[:, place] = positions
+        return {"position_ids": flat.view(-1, *shape)}
+
+
+def _check_tokens(found: int, images: Sequence[ImageInput]) -> None:
+    expected = sum(image.num_tokens for image in images)
+    if found != expected:
+        raise ValueError(
+            f"A sequence has {found} image tokens, but its {len(images)} images have {expected}; if max_length cuts "
+            "them, raise it"
+        )
+
+
+def _runs(places: torch.Tensor) -> list[tuple[int, int]]:
+    """Returns start and end of each run of neighbouring places (n,)."""
+    if not len(places):
+        return []
+    breaks = (places.diff() != 1).nonzero().flatten() + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in places.tensor_split(breaks)]
