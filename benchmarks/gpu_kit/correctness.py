@@ -18,7 +18,7 @@ from trl_fast.data import TokenBatch, Tree, pack_trees
 from trl_fast.data.segments import TreeLengths, num_tokens, segments_of, sequences_of
 from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.attention.flex import FlexAttention
-from trl_fast.modeling.attention.row_attention import AttentionSpec
+from trl_fast.modeling.attention.row_attention import AttentionSpec, RowMask
 from trl_fast.modeling.attention.tree_attention import tree_attention
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
@@ -200,7 +200,7 @@ def check_flex_attention(device: torch.device) -> Iterator[Checked]:
             sizes = [(case.heads[0], case.width), (case.heads[1], case.width), (case.heads[1], case.value_width)]
             made = (torch.randn(1, tokens, *size, generator=generator).transpose(1, 2) for size in sizes)
             given = [states.to(device, case.dtype) for states in made]
-            spec = AttentionSpec(trees, case.width**-0.5, case.softcap)
+            spec = AttentionSpec(RowMask(trees), case.width**-0.5, case.softcap)
             serves, reason = FlexAttention.supports(given[0], given[2], spec)
             if not serves:
                 yield Checked(f"{case}: {reason}", float("inf"), 0.0)

@@ -67,9 +67,9 @@ def test_the_window_of_a_layer_is_the_one_that_its_kind_tells(family, monkeypatc
     """A layout is chosen by the config, and attention computed by the keyword of the layer's call."""
     model, found = tiny_model(family.split(",")[0], **FAMILIES[family]).eval(), []
 
-    def recording(query, trees, scale, softcap, window):
-        found.append(window)
-        return attention_spec(query, trees, scale, softcap, window)
+    def recording(query, mask, scale, softcap):
+        found.append(mask.window)
+        return attention_spec(query, mask, scale, softcap)
 
     monkeypatch.setattr(segment_attention_module, "attention_spec", recording)
     use_segment_attention(model)

@@ -11,7 +11,7 @@ import trl_fast.planning
 from support.models import tiny_config
 from trl_fast.modeling.attention.cpu import CpuRowAttention
 from trl_fast.modeling.attention.flex import FlexAttention
-from trl_fast.modeling.attention.row_attention import AttentionSpec
+from trl_fast.modeling.attention.row_attention import AttentionSpec, RowMask
 from trl_fast.modeling.attention.tree_attention import choose_kernels, tree_attention
 from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops import attention_merge
@@ -65,7 +65,7 @@ def test_tiles_of_a_gpu_know_no_cache():
 def test_attention_is_that_of_the_device(device, dtype, parts):
     query = torch.empty(1, 2, 512, 16, dtype=dtype)
     with simulated_device(planned_facts(device)):
-        assert choose_kernels(query, query, AttentionSpec(((512,),), 1.0)) is parts
+        assert choose_kernels(query, query, AttentionSpec(RowMask(((512,),)), 1.0)) is parts
 
 
 def test_a_simulation_leaves_no_facts_behind():

@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from trl_fast.data.segments import num_tokens
+from trl_fast.data.segments import num_tokens, segments_of
 from trl_fast.modeling.attention import tree_attention as op
 from trl_fast.modeling.attention.varlen import CudaRowAttention
 
@@ -27,7 +27,7 @@ TREES = {
 
 
 @functools.cache
-def dense_mask(trees, window=None) -> torch.Tensor:
+def dense_mask(trees, window=None, runs=(), whole_runs=False) -> torch.Tensor:
     """(T, T) bool, from the definition: token by token; a tree is read anew here."""
     tokens: list[tuple] = []  # a token is its sequence up to itself
 
@@ -44,7 +44,28 @@ def dense_mask(trees, window=None) -> torch.Tensor:
     mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
     for token, sequence in enumerate(tokens):
         mask[token, list(sequence if window is None else sequence[-window:])] = True
+    for start, end in runs:
+        for token in range(start, end):
+            mask[token, start if whole_runs else token : end] = True
     return mask
+
+
+def random_tree(choice, depth=0):
+    """Lengths of a tree of up to four levels, some segments empty."""
+    length = choice.choice([0, 1, 2, choice.randrange(60)])
+    if depth == 3 or choice.random() < 0.4:
+        return length if depth else (length,)
+    return (length, *(random_tree(choice, depth + 1) for _ in range(choice.randrange(1, 4))))
+
+
+def random_runs(choice, trees):
+    """Runs in some segments of a row, several in some: side by side, with gaps between, or the whole segment."""
+    runs = []
+    for segment in segments_of(trees):
+        cuts = sorted(choice.randrange(segment.start, segment.end + 1) for _ in range(choice.choice([0, 2, 3, 4])))
+        cuts = choice.choice([cuts, [segment.start, segment.end]])
+        runs += [(a, b) for a, b in itertools.pairwise(cuts) if a < b and choice.random() < 0.7]
+    return tuple(runs)
 
 
 def problem(trees, heads=4, groups=2, dtype=torch.float32, width=16, seed=0):
@@ -54,7 +75,7 @@ def problem(trees, heads=4, groups=2, dtype=torch.float32, width=16, seed=0):
     return make(heads).requires_grad_(), make(groups).requires_grad_(), make(groups).requires_grad_(), make(heads)
 
 
-def dense(query, key, value, trees, dtype, *, scale=None, softcap=None, window=None, sinks=None):
+def dense(query, key, value, trees, dtype, *, scale=None, softcap=None, sinks=None, **mask):
     """As a model's own eager attention computes it, in `dtype`, the softmax in float32 at least; and the leaves."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value, sinks) if x is not None]
     repeats = query.shape[1] // key.shape[1]
@@ -62,7 +83,7 @@ def dense(query, key, value, trees, dtype, *, scale=None, softcap=None, window=N
     scores = leaves[0] @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~dense_mask(trees, window), float("-inf"))
+    scores = scores.masked_fill(~dense_mask(trees, **mask), float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, leaves[3][None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
     shares = scores.to(torch.promote_types(dtype, torch.float32)).softmax(-1)[..., : k.shape[2]]

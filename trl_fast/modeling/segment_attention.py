@@ -25,8 +25,8 @@ from trl_fast.parallel.engines import original_class
 from trl_fast.settings.batch_layouts import AUTO, PACKED, PADDED, SHARED_PREFIX
 
 from .attention.flash_3 import switch_off, use_flash_3
-from .attention.row_attention import AttentionSpec
-from .attention.tree_attention import attention_spec, fused_kernels_serve, tree_attention
+from .attention.row_attention import AttentionSpec, RowMask
+from .attention.tree_attention import attend, attention_spec, fused_kernels_serve
 from .loading import backbone, reads_more_than_text
 from .model_changes import changes_of
 from .recurrent_layers import use_recurrent_segments
@@ -37,10 +37,14 @@ logger = logging.getLogger(__name__)
 SEGMENT_ATTENTION = "trl_fast_segments"
 EAGER_SEGMENT_ATTENTION = "trl_fast_segments_eager"
 SEGMENTS = "segment attention"
-# The keyword that carries the lengths.
-LENGTHS_KEYWORD = "tree_lengths"
+# The keywords that carry the lengths, and the tokens that see each other both ways.
+LENGTHS_KEYWORD, RUNS_KEYWORD = "tree_lengths", "image_runs"
 # The keywords by which transformers hands a layer's window and sinks to its attention.
 WINDOW_KEYWORD, SINKS_KEYWORD = "sliding_window", "s_aux"
+# Text models, by their type, whose layers without a window read images from left to right: Gemma 4's masks are so.
+_CAUSAL_WITHOUT_WINDOW = ("gemma4_text", "gemma4_unified_text")
+# Those in which the tokens of a run see each other beyond the window too: PaliGemma 2 adds its prompt to either mask.
+_WHOLE_RUNS = ("gemma2",)
 _REPLACEABLE = ("sdpa", "eager", SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION)
 
 
@@ -54,6 +58,7 @@ def segment_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     tree_lengths: tuple[TreeLengths, ...] | None = None,
+    image_runs: tuple[tuple[int, int], ...] = (),
     sequence_group: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -64,6 +69,7 @@ def segment_attention(
         attention_mask: ignored when tree_lengths is given.
         softcap: of the scores, as in `AttentionSpec`.
         tree_lengths: lengths of the segments of each tree in the row, summing to T; None hands over to SDPA.
+        image_runs: start and end, in the row, of tokens that see each other both ways, such as those of an image.
         sequence_group: the processes that share the tokens of the row, of which T are this one's; None: it has all.
         kwargs: among them `sliding_window`, the last tokens of its sequence that a token attends to, and `s_aux`, the
             sinks (heads,) of a model that has them, as in `tree_attention`.
@@ -73,7 +79,7 @@ def segment_attention(
 
     Raises:
         ValueError: there is attention dropout, and branches share a prompt, scores are capped, a window is shorter
-            than a sequence, or there are sinks.
+            than a sequence, or there are sinks or image runs; or a run crosses the border of a segment.
     """
     if tree_lengths is None:
         return sdpa_attention_forward(
@@ -83,7 +89,8 @@ def segment_attention(
     if sequence_group is not None:
         query, key, value = (sequence_group.gather_tokens(states) for states in (query, key, value))
         sinks = None if sinks is None else sequence_group.own_heads(sinks)
-    spec = attention_spec(query, tree_lengths, scaling, softcap, _window(module, kwargs))
+    mask = _row_mask(module, tree_lengths, _window(module, kwargs), image_runs)
+    spec = attention_spec(query, mask, scaling, softcap)
     attended = _attend_within_trees(query, key, value, spec, sinks, dropout)
     return (attended if sequence_group is None else sequence_group.scatter_tokens(attended)), None
 
@@ -105,6 +112,19 @@ def eager_segment_attention(
         own = sys.modules[original_class(module).__module__].eager_attention_forward
         return own(module, query, key, value, attention_mask, **kwargs)
     return segment_attention(module, query, key, value, attention_mask, tree_lengths=tree_lengths, **kwargs)
+
+
+def _row_mask(
+    module: torch.nn.Module,
+    trees: tuple[TreeLengths, ...],
+    window: int | None,
+    image_runs: tuple[tuple[int, int], ...],
+) -> RowMask:
+    """Returns which tokens of a row attend to which in a layer, as the masks of its family say."""
+    family = getattr(getattr(module, "config", None), "model_type", None)
+    if window is None and family in _CAUSAL_WITHOUT_WINDOW:
+        image_runs = ()
+    return RowMask(trees, window, image_runs, family in _WHOLE_RUNS)
 
 
 def _window(module: torch.nn.Module, keywords: Mapping[str, Any]) -> int | None:
@@ -142,17 +162,17 @@ def _attend_within_trees(
         # As autocast does for SDPA: rotary embeddings have widened queries and keys.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    shares = any(len(tree) > 1 for tree in spec.trees)
-    beyond_sdpa = spec.softcap is not None or spec.window is not None or sinks is not None
+    mask = spec.mask
+    shares = any(len(tree) > 1 for tree in mask.trees)
+    beyond_sdpa = bool(spec.softcap is not None or mask.window is not None or mask.runs or sinks is not None)
     if dropout and (shares or beyond_sdpa):
         layout, other = (AUTO, PADDED) if beyond_sdpa else (SHARED_PREFIX, PACKED)
         raise ValueError(
             f"batch_layout={layout!r} cannot be used with an attention dropout of {dropout}; use {other!r}"
         )
     if not dropout and (shares or beyond_sdpa or fused_kernels_serve(query, value, spec)):
-        attended = tree_attention(query, key, value, spec.trees, spec.scale, spec.softcap, spec.window, sinks=sinks)
-        return attended.transpose(1, 2).contiguous()
-    lengths = [num_tokens(tree) for tree in spec.trees]
+        return attend(query, key, value, spec, sinks).transpose(1, 2).contiguous()
+    lengths = [num_tokens(tree) for tree in mask.trees]
     return _sequence_by_sequence(query, key, value, lengths, spec.scale, dropout)
 
 
@@ -179,13 +199,18 @@ AttentionInterface.register(EAGER_SEGMENT_ATTENTION, eager_segment_attention)
 AttentionMaskInterface.register(EAGER_SEGMENT_ATTENTION, eager_mask)
 
 
-def row_inputs(tree_lengths: tuple[TreeLengths, ...], like: torch.Tensor) -> Mapping[str, object]:
+def row_inputs(
+    tree_lengths: tuple[TreeLengths, ...], like: torch.Tensor, image_runs: tuple[tuple[int, int], ...] | None = None
+) -> Mapping[str, object]:
     """Returns keywords of the model's forward that make it attend within the trees of a row; like: (1, T) input ids.
+
+    image_runs: as in `segment_attention`; None: there are none.
 
     A four-dimensional mask passes through transformers' mask building untouched: without it, transformers would see
     position ids that restart and build a dense T x T mask.
     """
-    return {LENGTHS_KEYWORD: tree_lengths, "attention_mask": torch.zeros(1, 1, 1, 1, device=like.device)}
+    runs = {RUNS_KEYWORD: image_runs} if image_runs else {}
+    return {LENGTHS_KEYWORD: tree_lengths, "attention_mask": torch.zeros(1, 1, 1, 1, device=like.device), **runs}
 
 
 def is_replaceable(implementation: str) -> bool:

@@ -14,12 +14,13 @@ import torch
 import torch.nn.attention.flex_attention as torch_flex
 
 from support.heads import error
+from support.row_attention import random_runs
 from trl_fast.data.segments import num_tokens, segments_of
 from trl_fast.modeling.attention import block_masks, flex
-from trl_fast.modeling.attention.block_masks import block_mask, seen_blocks, visible_pairs, whole_blocks
+from trl_fast.modeling.attention.block_masks import block_mask, seen_blocks, token_bounds, visible_pairs, whole_blocks
 from trl_fast.modeling.attention.flex import FlexAttention
 from trl_fast.modeling.attention.flex_tiles import kernel_tiles
-from trl_fast.modeling.attention.row_attention import AttentionSpec
+from trl_fast.modeling.attention.row_attention import AttentionSpec, RowMask
 from trl_fast.modeling.attention.sinks import with_sinks
 from trl_fast.ops.device import DeviceFacts, device_facts, simulated_device
 
@@ -37,9 +38,9 @@ def random_row(rng: random.Random, longest: int) -> tuple:
     return ((longest, 3), *(tree(0) for _ in range(4)))
 
 
-def dense_mask(trees, window=None) -> torch.Tensor:
+def dense_mask(row) -> torch.Tensor:
     """(T, T) bool, from the definition: a token sees the tokens of its path that come before it, and itself."""
-    segments = segments_of(trees)
+    segments, window = segments_of(row.trees), row.window
     tokens = [(number, place) for number, one in enumerate(segments) for place in range(one.start, one.end)]
     position = {place: segments[n].offset + place - segments[n].start for n, place in tokens}
 
@@ -47,12 +48,16 @@ def dense_mask(trees, window=None) -> torch.Tensor:
         return set() if number is None else {number} | path(segments[number].parent)
 
     paths = [path(number) for number in range(len(segments))]
-    return torch.tensor(
+    mask = torch.tensor(
         [
             [m in paths[n] and b <= a and (window is None or position[a] - position[b] < window) for m, b in tokens]
             for n, a in tokens
         ]
     )
+    for start, end in row.runs:
+        run = mask[start:end, start:end]
+        run |= torch.ones_like(run) if row.whole_runs else torch.ones_like(run).triu()
+    return mask
 
 
 @pytest.mark.parametrize("block", [4, 16])
@@ -62,16 +67,17 @@ def test_blocks_are_those_of_the_dense_mask(block, monkeypatch):
     kinds = set()
     for _ in range(25):
         trees, window = random_row(rng, 40), rng.choice((None, 1, 3, 20, 70))
-        dense = dense_mask(trees, window)
+        row = RowMask(trees, window, rng.choice(((), random_runs(rng, trees))), rng.random() < 0.5)
+        dense = dense_mask(row)
         count = max(-(-len(dense) // block), 2)
         padded = torch.zeros(count * block, count * block, dtype=torch.bool)
         padded[: len(dense), : len(dense)] = dense
         tiles = padded.unflatten(0, (count, block)).unflatten(2, (count, block)).transpose(1, 2)
         seen, whole = tiles.flatten(2).any(-1), tiles.flatten(2).all(-1)
-        assert torch.equal(torch.from_numpy(seen_blocks(trees, window)), seen)
-        assert torch.equal(torch.from_numpy(whole_blocks(*block_masks.ends_and_positions(trees), window)), whole)
-        assert visible_pairs(trees, window) == dense.sum()
-        mask = block_mask(trees, window, CPU, device_facts(CPU))
+        assert torch.equal(torch.from_numpy(seen_blocks(row)), seen)
+        assert torch.equal(torch.from_numpy(whole_blocks(token_bounds(row))), whole)
+        assert visible_pairs(row) == dense.sum()
+        mask = block_mask(row, CPU, device_facts(CPU))
         wanted = (seen & ~whole, whole, (seen & ~whole).T, whole.T)
         for blocks, counts, listed in zip(wanted, mask.blocks[::2], mask.blocks[1::2], strict=True):
             assert counts.dtype == listed.dtype == torch.int32
@@ -98,8 +104,8 @@ def compilations(monkeypatch):
     torch._dynamo.reset()
 
 
-def problem(trees, dtype=torch.float64, width=24, value_width=16, seed=0):
-    generator, tokens = torch.Generator().manual_seed(seed), sum(map(num_tokens, trees))
+def problem(row, dtype=torch.float64, width=24, value_width=16, seed=0):
+    generator, tokens = torch.Generator().manual_seed(seed), sum(map(num_tokens, row.trees))
 
     def states(heads, width):
         made = torch.randn(1, tokens, heads, width, generator=generator, dtype=dtype).transpose(1, 2)
@@ -108,23 +114,23 @@ def problem(trees, dtype=torch.float64, width=24, value_width=16, seed=0):
     return states(4, width), states(2, width), states(2, value_width)
 
 
-def attention(query, key, value, trees, softcap=None, window=None, sinks=None):
-    out, lse = FlexAttention.attention(query, key, value, AttentionSpec(trees, 0.4, softcap, window))
+def attention(query, key, value, row, softcap=None, sinks=None):
+    out, lse = FlexAttention.attention(query, key, value, AttentionSpec(row, 0.4, softcap))
     return out if sinks is None else with_sinks(out, lse, sinks)[0]
 
 
-def dense_attention(query, key, value, trees, scale, softcap, window, sinks):
+def dense_attention(query, key, value, row, scale, softcap, sinks):
     key, value = (states.repeat_interleave(2, dim=1) for states in (key, value))
     scores = query @ key.transpose(-1, -2) * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    scores = scores.masked_fill(~dense_mask(trees, window), float("-inf"))
+    scores = scores.masked_fill(~dense_mask(row), float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(1, -1, scores.shape[2], 1)], dim=-1)
     return scores.softmax(-1)[..., : key.shape[2]] @ value
 
 
 def test_output_and_every_gradient_with_one_compilation(compilations):
-    """Of rows of many lengths, with and without windows, and sinks; one more compilation for each cap of scores."""
+    """Of rows of many lengths, with and without windows, runs and sinks; one more compilation for a cap of scores."""
     rng = random.Random(1)
     for number, (softcap, window, has_sinks) in enumerate(
         (
@@ -137,10 +143,11 @@ def test_output_and_every_gradient_with_one_compilation(compilations):
         )
     ):
         trees = (*random_row(rng, 30 + 17 * number), (140, 4, (6, 3, 2)))
-        states, sinks = problem(trees), torch.randn(4, dtype=torch.float64, requires_grad=True) if has_sinks else None
+        row = RowMask(trees, window, random_runs(rng, trees) if number % 3 else (), number == 4)
+        states, sinks = problem(row), torch.randn(4, dtype=torch.float64, requires_grad=True) if has_sinks else None
         leaves = [*states, *([sinks] if has_sinks else [])]
-        got = attention(*states, trees, softcap, window, sinks)
-        exact = dense_attention(*states, trees, 0.4, softcap, window, sinks)
+        got = attention(*states, row, softcap, sinks)
+        exact = dense_attention(*states, row, 0.4, softcap, sinks)
         upstream = torch.randn(exact.shape, dtype=torch.float64)
         pairs = zip(*(torch.autograd.grad(out, leaves, upstream) for out in (got, exact)), strict=True)
         assert error(got, exact) < 1e-12 and all(error(a, b) < 1e-11 for a, b in pairs)
@@ -151,17 +158,18 @@ def test_rows_that_are_tried_out_are_not_compiled_for_again(compilations):
     kind = flex._Kind(CPU, torch.float32, 4, 2, 24, 16, 0.4, None)
     assert flex._trial_error(kind) < 1e-5 and len(compilations) == 1
     for trees in (((300, 20, 9),), ((1000, 40, 50), (7,)), ((128,),)):
-        attention(*problem(trees, torch.float32), trees)
+        attention(*problem(RowMask(trees), torch.float32), RowMask(trees))
     assert len(compilations) == 1
 
 
 def test_a_compiled_model_calls_it(compilations):
     """Attention is left out of a model's own compilation, and is compiled by itself."""
-    outside = torch.compiler.disable(functools.partial(attention, trees=((140, 3, 4),)))
+    row = RowMask(((140, 3, 4),))
+    outside = torch.compiler.disable(functools.partial(attention, row=row))
     model = torch.compile(lambda *states: outside(*(2 * one for one in states)).sum(), backend="eager")
-    states = problem(((140, 3, 4),))
+    states = problem(row)
     model(*states).backward()
-    exact = dense_attention(*(2 * one for one in states), ((140, 3, 4),), 0.4, None, None, None).sum()
+    exact = dense_attention(*(2 * one for one in states), row, 0.4, None, None).sum()
     assert error(states[0].grad, torch.autograd.grad(exact, states[0])[0]) < 1e-11 and len(compilations) == 1
 
 
@@ -184,7 +192,7 @@ def on_a_gpu(dtype=torch.bfloat16, width=512, tokens=512):
 def test_what_it_serves(query, capability, reason, monkeypatch):
     monkeypatch.setattr(flex, "_trial", lambda kind: None)
     with simulated_device(DeviceFacts("cuda", multiplies_bf16=True, capability=capability), on="cuda"):
-        ok, why = FlexAttention.supports(query, query, AttentionSpec(((512,),), 0.1))
+        ok, why = FlexAttention.supports(query, query, AttentionSpec(RowMask(((512,),)), 0.1))
     assert ok == (reason is None) and (ok or why == reason)
 
 

@@ -16,7 +16,7 @@ from trl_fast.modeling.attention import flex, plain
 from trl_fast.modeling.attention import tree_attention as op
 from trl_fast.modeling.attention.cpu import CpuRowAttention
 from trl_fast.modeling.attention.flex import FlexAttention
-from trl_fast.modeling.attention.row_attention import AttentionSpec
+from trl_fast.modeling.attention.row_attention import AttentionSpec, RowMask
 from trl_fast.modeling.attention.tree_attention import choose_kernels, fused_kernels_serve, tree_attention
 from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops.device import DeviceFacts, simulated_device
@@ -110,7 +110,7 @@ def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
 
 
 def spec(trees=((9,),), softcap=None):
-    return AttentionSpec(trees, 1.0, softcap)
+    return AttentionSpec(RowMask(trees), 1.0, softcap)
 
 
 @pytest.mark.parametrize(

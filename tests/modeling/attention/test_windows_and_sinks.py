@@ -9,12 +9,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.heads import error
-from support.row_attention import TREES, VarlenOnTheCpu, dense, problem
+from support.row_attention import TREES, VarlenOnTheCpu, dense, problem, random_tree
 from trl_fast.data.segments import num_tokens
 from trl_fast.modeling.attention import plain
 from trl_fast.modeling.attention import tree_attention as op
 from trl_fast.modeling.attention.cpu import CpuRowAttention
 from trl_fast.modeling.attention.parts import attention_parts, longest_sequence
+from trl_fast.modeling.attention.row_attention import RowMask
 from trl_fast.modeling.attention.tree_attention import attention_spec, tree_attention
 from trl_fast.ops.device import simulated_device
 from trl_fast.planning.device_facts import planned_facts
@@ -28,13 +29,6 @@ WINDOWED = {
     "nested, long": ((40, (30, 20, (50, 9, 0)), (0, 70, 3)), (2, 1), (60,)),
 }
 WINDOWS = [1, 2, 7, 33, 140]
-
-
-def random_tree(choice, depth=0):
-    length = choice.choice([0, 1, 2, choice.randrange(60)])
-    if depth == 3 or choice.random() < 0.4:
-        return length if depth else (length,)
-    return (length, *(random_tree(choice, depth + 1) for _ in range(choice.randrange(1, 4))))
 
 
 def random_rows(number):
@@ -91,7 +85,7 @@ def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
     for window in WINDOWS:
         compare(trees, window, 4, 2, torch.float32, 3e-6)
         told = [left for *_, left in stand_in.calls]
-        groups = attention_parts(trees, window)
+        groups = attention_parts(RowMask(trees, window))
         # Trees of the row that the window holds go the plain way, a call a depth.
         assert len(told) == 2 * len(groups)
         assert told.count(window - 1) == (2 if any(part.window for part in groups[0]) else 0)
@@ -132,8 +126,8 @@ def test_a_window_shorter_than_a_token_is_refused():
 
 def test_a_window_that_holds_every_sequence_is_none():
     query = torch.empty(1, 2, 30, 16)
-    assert attention_spec(query, ((10, 5, (5, 10)),), window=25).window is None
-    assert attention_spec(query, ((10, 5, (5, 10)),), window=24).window == 24
+    assert attention_spec(query, RowMask(((10, 5, (5, 10)),), 25)).mask.window is None
+    assert attention_spec(query, RowMask(((10, 5, (5, 10)),), 24)).mask.window == 24
 
 
 def test_fake_tensors_on_a_simulated_gpu():

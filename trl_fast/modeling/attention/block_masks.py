@@ -2,7 +2,8 @@
 
 A token sees its own segment up to itself and all segments that its segment continues. What continues a segment stands
 right behind it, so token q sees token k if and only if k ≤ q < end(k), where end(k) is the end of the last segment
-that continues k's own. A sliding window adds that q's position is less than the window after k's.
+that continues k's own. A sliding window adds that q's position is less than the window after k's. In a run, whose
+tokens see each other both ways, k ≤ q becomes k ≤ last(q), the last token of the run.
 
 A block of 128 x 128 pairs that nobody sees is skipped, one in which all pairs are seen needs no mask (FlexAttention,
 arXiv 2412.05496, section 3.2).
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 
 from trl_fast.data.device_transfer import copy_to_device
-from trl_fast.data.segments import Segment, TreeLengths, segments_of
+from trl_fast.data.segments import Segment, segments_of
 from trl_fast.ops.device import DeviceFacts
+
+from .row_attention import RowMask
 
 # Tokens of a block: FlexAttention's own default.
 BLOCK = 128
@@ -36,36 +39,33 @@ class BlockMask(NamedTuple):
     - `ends`: (T,), where the tokens that see a token end.
     - `positions`: (T,), a token's position in its sequence.
     - `oldest`: (T,), the lowest position that a token sees.
+    - `last`: (T,), the last token that a token sees: itself, or the last one of its run.
     """
 
     blocks: Blocks
     ends: torch.Tensor
     positions: torch.Tensor
     oldest: torch.Tensor
+    last: torch.Tensor
 
 
 # A row needs one for each kind of its layers, with and without a window. They have 16·N² bytes.
 @functools.lru_cache(maxsize=4)
-def block_mask(
-    trees: tuple[TreeLengths, ...], window: int | None, device: torch.device, facts: DeviceFacts
-) -> BlockMask:
+def block_mask(mask: RowMask, device: torch.device, facts: DeviceFacts) -> BlockMask:
     """Builds the mask of a row on the CPU and copies it to a device, for which the host does not wait.
 
-    window: how many tokens a token sees at most, itself among them; None: all. facts: of the device; a simulation must
-    not be given the tensors of another one.
+    facts: of the device; a simulation must not be given the tensors of another one.
     """
-    ends, positions = ends_and_positions(trees)
-    seen = seen_blocks(trees, window)
-    whole = whole_blocks(ends, positions, window)
+    of_tokens = token_bounds(mask)
+    seen, whole = seen_blocks(mask), whole_blocks(of_tokens)
     found = [
         torch.from_numpy(part[None, None])
         for blocks in (seen & ~whole, whole, (seen & ~whole).T, whole.T)
         for part in _listed(blocks)
     ]
-    oldest = np.zeros_like(positions) if window is None else positions - window + 1
-    vectors = [torch.from_numpy(vector) for vector in (ends, positions, oldest)]
+    vectors = map(torch.from_numpy, of_tokens)
     tensors = [_of_any_length(copy_to_device(each, device)) for each in (*found, *vectors)]
-    return BlockMask(cast(Blocks, tuple(tensors[:-3])), *tensors[-3:])
+    return BlockMask(cast(Blocks, tuple(tensors[: len(found)])), *tensors[len(found) :])
 
 
 def _of_any_length(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,27 +75,43 @@ def _of_any_length(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def ends_and_positions(trees: tuple[TreeLengths, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns of each of T tokens where those that see it end, and its position in its sequence; (T,) int32 each."""
-    segments = segments_of(trees)
+class TokenBounds(NamedTuple):
+    """Holds the vectors of `BlockMask`, (T,) int32 each, in its order."""
+
+    ends: np.ndarray
+    positions: np.ndarray
+    oldest: np.ndarray
+    last: np.ndarray
+
+
+def token_bounds(mask: RowMask) -> TokenBounds:
+    """Returns of each of T tokens which tokens it sees, and which see it."""
+    segments = segments_of(mask.trees)
     lengths = [segment.length for segment in segments]
     ends = np.repeat(np.array([segment.tree_end for segment in segments], dtype=np.int32), lengths)
     shifts = np.repeat(np.array([segment.offset - segment.start for segment in segments], dtype=np.int32), lengths)
-    return ends, np.arange(len(ends), dtype=np.int32) + shifts
+    last = np.arange(len(ends), dtype=np.int32)
+    positions = last + shifts
+    oldest = np.zeros_like(positions) if mask.window is None else np.maximum(positions - mask.window + 1, 0)
+    for start, end in mask.runs:
+        last[start:end] = end - 1
+        if mask.whole_runs:
+            oldest[start:end] = np.minimum(oldest[start:end], positions[start])
+    return TokenBounds(ends, positions, oldest, last)
 
 
-def seen_blocks(trees: tuple[TreeLengths, ...], window: int | None) -> np.ndarray:
+def seen_blocks(mask: RowMask) -> np.ndarray:
     """Returns (N, N) bool: whether a token of a block of queries sees one of a block of keys. N is 2 at least, since
     torch compiles for one block apart.
     """
-    segments = segments_of(trees)
+    segments, bounds = segments_of(mask.trees), token_bounds(mask)
     count = max(-(-segments[-1].end // BLOCK), 2) if segments else 2
     seen = np.zeros((count, count), dtype=bool)
-    for segment in segments:
+    for segment in (one for one in segments if one.length):
         path = _path_of(segment, segments)
         for block in range(segment.start // BLOCK, -(-segment.end // BLOCK)):
-            first, last = max(segment.start, block * BLOCK), min(segment.end, (block + 1) * BLOCK) - 1
-            oldest = 0 if window is None else segment.offset + first - segment.start - window + 1
+            queries = slice(max(segment.start, block * BLOCK), min(segment.end, (block + 1) * BLOCK))
+            oldest, last = bounds.oldest[queries].min(), bounds.last[queries].max()
             for other in path:
                 keys = other.start + max(oldest - other.offset, 0), min(other.end - 1, last)
                 if keys[0] <= keys[1]:
@@ -111,20 +127,19 @@ def _path_of(segment: Segment, segments: tuple[Segment, ...]) -> list[Segment]:
     return path
 
 
-def whole_blocks(ends: np.ndarray, positions: np.ndarray, window: int | None) -> np.ndarray:
+def whole_blocks(bounds: TokenBounds) -> np.ndarray:
     """Returns (N, N) bool: whether all tokens of a block of queries see all of a block of keys.
 
-    ends, positions: as `ends_and_positions` returns them. The last block is never whole if the row ends within it.
+    bounds: as `token_bounds` returns them. The last block is never whole if the row ends within it.
     """
-    count = max(-(-len(ends) // BLOCK), 2)
-    spare = count * BLOCK - len(ends)
-    first_end = np.pad(ends, (0, spare)).reshape(count, BLOCK).min(axis=1)
-    blocks = np.arange(count)
-    whole = (blocks[:, None] > blocks) & ((blocks[:, None] + 1) * BLOCK <= first_end)
-    if window is not None:
-        padded = np.pad(positions, (0, spare)).reshape(count, BLOCK)
-        whole &= padded.max(axis=1)[:, None] - padded.min(axis=1) < window
-    return whole
+    tokens = len(bounds.ends)
+    count = max(-(-tokens // BLOCK), 2)
+    padded = (np.pad(each, (0, count * BLOCK - tokens)).reshape(count, BLOCK) for each in bounds)
+    ends, positions, oldest, last = padded
+    block_ends = (np.arange(count) + 1) * BLOCK
+    seen_by_all = block_ends[:, None] <= ends.min(axis=1)
+    sees_all = (last.min(axis=1)[:, None] >= block_ends - 1) & (oldest.max(axis=1)[:, None] <= positions.min(axis=1))
+    return seen_by_all & sees_all
 
 
 def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,8 +147,7 @@ def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return blocks.sum(axis=1, dtype=np.int32), np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
 
 
-def visible_pairs(trees: tuple[TreeLengths, ...], window: int | None = None) -> int:
+def visible_pairs(mask: RowMask) -> int:
     """Counts the pairs of a token of a row and one that it sees."""
-    _, positions = ends_and_positions(trees)
-    seen = positions.astype(np.int64) + 1
-    return int(seen.sum() if window is None else np.minimum(seen, window).sum())
+    _, positions, oldest, last = (bound.astype(np.int64) for bound in token_bounds(mask))
+    return int((positions - oldest + 1 + last - np.arange(len(last))).sum())

@@ -18,7 +18,7 @@ from torch.nn import attention as torch_attention
 from trl_fast.input_errors import error_line
 from trl_fast.ops.device import device_facts
 
-from .row_attention import AttentionSpec
+from .row_attention import AttentionSpec, RowMask
 from .varlen import CudaRowAttention
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ ENVIRONMENT_VARIABLE = "TRL_FAST_FA3"
 IMPLEMENTATION, PACKAGE = "FA3", "flash_attn_interface"
 _CAPABILITY = (9, 0)
 # A row on which both are compared, and the relative error in the 2-norm that bfloat16's rounding may come to.
-_TRIAL = ((140, 30, (12, 7, 9)), (40,))
+_TRIAL = RowMask(((140, 30, (12, 7, 9)), (40,)), runs=((20, 90),))
 _TRIAL_ERROR = 0.02
 
 

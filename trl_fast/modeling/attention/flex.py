@@ -21,7 +21,7 @@ from trl_fast.ops.device import device_facts
 
 from .block_masks import BLOCK, BlockMask, block_mask, visible_pairs
 from .flex_tiles import kernel_tiles
-from .row_attention import AttentionSpec, RowKernels
+from .row_attention import AttentionSpec, RowKernels, RowMask
 
 # Compiled functions of one process; torch's own limit, 8, is less than a policy, its reference and a trial run need.
 _MOST_COMPILED = 64
@@ -29,8 +29,8 @@ _MOST_COMPILED = 64
 _SHORTEST = 512
 # The narrowest channels that Triton multiplies.
 _NARROWEST = 16
-# A row that is tried out: trees of two and three levels, whole blocks and parts of them.
-_TRIAL = ((300, 100, (40, 30, 60)), (200, 33))
+# A row that is tried out: trees of two and three levels, whole blocks and parts of them, a run.
+_TRIAL = RowMask(((300, 100, (40, 30, 60)), (200, 33)), runs=((50, 190),))
 # Relative errors in the 2-norm beyond this are no rounding, not even of bfloat16.
 _TRIAL_ERROR = 0.03
 
@@ -73,9 +73,9 @@ class FlexAttention(RowKernels):
         """
         facts = device_facts(query.device)
         if facts.flex_attention is not None:
-            out, lse = facts.flex_attention(query, key, value, visible_pairs(spec.trees, spec.window))
+            out, lse = facts.flex_attention(query, key, value, visible_pairs(spec.mask))
         else:
-            mask = block_mask(spec.trees, spec.window, query.device, facts)
+            mask = block_mask(spec.mask, query.device, facts)
             for states in (query, key, value):
                 torch._dynamo.maybe_mark_dynamic(states, 2)
             with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
@@ -89,7 +89,7 @@ def _attend(
     """Computes output (1, heads, T, Dv) and log-sum-exp (1, heads, T); compiled, its arguments are as above."""
 
     def sees(_batch: Any, _head: Any, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        return (column <= row) & (row < mask.ends[column]) & (mask.positions[column] >= mask.oldest[row])
+        return (column <= mask.last[row]) & (row < mask.ends[column]) & (mask.positions[column] >= mask.oldest[row])
 
     def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         assert softcap is not None
@@ -148,13 +148,13 @@ def _trial(kind: _Kind) -> str | None:
 
 def _trial_error(kind: _Kind) -> float:
     """Returns the largest relative error, in the 2-norm, of the output and the three gradients of a short row."""
-    generator, tokens = torch.Generator(kind.device).manual_seed(0), sum(map(num_tokens, _TRIAL))
+    generator, tokens = torch.Generator(kind.device).manual_seed(0), sum(map(num_tokens, _TRIAL.trees))
     sizes = ((kind.heads, kind.width), (kind.groups, kind.width), (kind.groups, kind.value_width))
     options: dict[str, Any] = {"device": kind.device, "dtype": kind.dtype, "generator": generator}
     # As models have them: a token's heads side by side.
     made = [torch.randn(1, tokens, *size, **options).transpose(1, 2).requires_grad_() for size in sizes]
     query, key, value = states = tuple(made)
-    mask = block_mask(_TRIAL, None, kind.device, device_facts(kind.device))
+    mask = block_mask(_TRIAL, kind.device, device_facts(kind.device))
     out, _ = FlexAttention.attention(query, key, value, AttentionSpec(_TRIAL, kind.scale, kind.softcap))
     upstream = torch.randn(out.shape, **options)
     exact = _plain_attention(query, key, value, mask, kind.scale, kind.softcap)
@@ -170,8 +170,7 @@ def _plain_attention(
 ) -> torch.Tensor:
     """Computes attention (1, heads, T, Dv) in float32 by the scores of all pairs of tokens."""
     place = torch.arange(query.shape[2], device=query.device)
-    rows = place[:, None]
-    sees = (place <= rows) & (rows < mask.ends) & (mask.positions >= mask.oldest[:, None])
+    sees = (place <= mask.last[:, None]) & (place[:, None] < mask.ends) & (mask.positions >= mask.oldest[:, None])
     key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float() for states in (key, value))
     scores = query.float() @ key.transpose(-1, -2) * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from trl_fast.data.segments import Segment, TreeLengths, segments_of
 
+from .row_attention import RowMask
+
 
 class Part(NamedTuple):
     """Holds queries that attend to keys of a row.
@@ -18,12 +20,15 @@ class Part(NamedTuple):
     - `causal`: the last query attends to all keys, each query before it to one key less at the end; else every query
       attends to all keys.
     - `window`: of a causal part: the last keys that a query attends to; None: all.
+    - `backwards`: queries and keys are taken from the last to the first. Causal then means that a query attends to
+      what stands behind it in the row.
     """
 
     queries: slice
     keys: tuple[slice, ...]
     causal: bool
     window: int | None = None
+    backwards: bool = False
 
     @property
     def num_queries(self) -> int:
@@ -47,17 +52,17 @@ def length(tokens: slice) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def attention_parts(trees: tuple[TreeLengths, ...], window: int | None = None) -> tuple[tuple[Part, ...], ...]:
+def attention_parts(mask: RowMask) -> tuple[tuple[Part, ...], ...]:
     """Returns the parts of a row's attention in groups; in a group no token is a query twice.
 
-    The first group covers the row: every segment attends to itself causally. Each other group is a depth of the trees:
-    all that continues a segment attends to the whole of it. What continues a segment stands right behind it, so it is
-    one block of queries, whatever the number of branches.
+    The first group covers the row: every segment attends to itself causally. One group is that of the runs. Each other
+    group is a depth of the trees: all that continues a segment attends to the whole of it. What continues a segment
+    stands right behind it, so it is one block of queries, whatever the number of branches.
 
-    window: a token attends to so many last tokens of its sequence, itself included; None: to all. In a tree with
-    a longer sequence each segment is then one part, whose keys are also the end of what the segment continues.
+    In a tree with a sequence that is longer than the window each segment is one part, whose keys are also the end of
+    what the segment continues.
     """
-    segments = segments_of(trees)
+    segments, window = segments_of(mask.trees), mask.window
     slides = _slides(segments, window)
     own = [
         _windowed(segments, number, window) if slides[number] else Part(_own(s), (_own(s),), True)
@@ -68,7 +73,26 @@ def attention_parts(trees: tuple[TreeLengths, ...], window: int | None = None) -
     for s, windowed in zip(segments, slides, strict=True):
         if s.length and s.is_continued and not windowed:
             across.setdefault(s.depth, []).append(Part(slice(s.end, s.tree_end), (_own(s),), False))
-    return (tuple(own), *(tuple(across[depth]) for depth in sorted(across)))
+    return (tuple(own), *_parts_of_runs(mask), *(tuple(across[depth]) for depth in sorted(across)))
+
+
+def _parts_of_runs(mask: RowMask) -> Iterator[tuple[Part, ...]]:
+    """Yields the groups of what tokens of a run attend to beside their sequence up to themselves.
+
+    A token attends to the tokens of its run behind itself: read backwards, all but the last one attend causally to all
+    but the first one. Whole runs: what the window hides of a run is a causal triangle too.
+    """
+    behind = [
+        Part(slice(start, end - 1), (slice(start + 1, end),), True, backwards=True)
+        for start, end in mask.runs
+        if end - start > 1
+    ]
+    before = [
+        Part(slice(start + mask.window, end), (slice(start, end - mask.window),), True)
+        for start, end in mask.runs
+        if mask.whole_runs and mask.window is not None and end - start > mask.window
+    ]
+    yield from (tuple(group) for group in (behind, before) if group)
 
 
 def _own(segment: Segment) -> slice:
@@ -78,6 +102,17 @@ def _own(segment: Segment) -> slice:
 def longest_sequence(trees: tuple[TreeLengths, ...]) -> int:
     """Returns the tokens of the longest sequence of a row of trees."""
     return max((s.offset + s.length for s in segments_of(trees)), default=0)
+
+
+@functools.lru_cache(maxsize=64)
+def run_across_segments(mask: RowMask) -> tuple[int, int] | None:
+    """Returns the first run that does not lie within a segment behind the run before it; None: all do."""
+    waiting = list(reversed(mask.runs))
+    for s in segments_of(mask.trees):
+        start = s.start
+        while waiting and start <= waiting[-1][0] < waiting[-1][1] <= s.end:
+            start = waiting.pop()[1]
+    return waiting[-1] if waiting else None
 
 
 def _slides(segments: Sequence[Segment], window: int | None) -> list[bool]:

@@ -21,6 +21,11 @@ def hidden_keys(part: Part, rows: slice, keys: slice, device: torch.device) -> t
     return (places > last) if part.window is None else (places > last) | (places <= last - part.window)
 
 
+def _in_order(part: Part, x: torch.Tensor, tokens: int = -2) -> torch.Tensor:
+    """Returns what stands for tokens along a dimension in the order in which a part takes them, or in the row's."""
+    return x.flip(tokens) if part.backwards else x
+
+
 class PartwiseAttention(RowAttention):
     """Computes the parts of a row one by one, and merges them by their log-sum-exps.
 
@@ -62,20 +67,21 @@ class PartwiseAttention(RowAttention):
 
     def _parts(self) -> Iterator[tuple[Part, bool]]:
         """Yields the parts that are computed one by one, and whether results of their queries are there already."""
-        window = self.spec.window
-        for number, group in enumerate(attention_parts(self.spec.trees, window)):
+        window = self.spec.mask.window
+        for number, group in enumerate(attention_parts(self.spec.mask)):
             for part in group:
                 for block in blocks_of(part, min(max((window or 0) // 4, 32), 256)):
                     yield block, number > 0
 
     def _given(self, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns query (G, R, t, D), key and value (G, R, K, D) of a part."""
-        return self.query[:, :, part.queries], self._joined(self.key, part), self._joined(self.value, part)
+        query = _in_order(part, self.query[:, :, part.queries])
+        return query, self._joined(self.key, part), self._joined(self.value, part)
 
     def _joined(self, x: torch.Tensor, part: Part) -> torch.Tensor:
         """Returns the keys or values (G, R, K, D) of a part, from all of them (G, T, D); one range is not copied."""
         ranges = [x[:, keys] for keys in part.keys]
-        joined = ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim=1)
+        joined = _in_order(part, ranges[0] if len(ranges) == 1 else torch.cat(ranges, dim=1))
         return joined[:, None].expand(-1, self.query.shape[1], -1, -1)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,6 +92,7 @@ class PartwiseAttention(RowAttention):
         for part, merges in self._parts():
             rows = part.queries
             found, found_lse = self.attend(*self._given(part), part)
+            found, found_lse = _in_order(part, found), _in_order(part, found_lse, -1)
             if merges:
                 merge_into(out[:, :, rows], lse[:, :, rows], found, found_lse)
             else:
@@ -101,8 +108,10 @@ class PartwiseAttention(RowAttention):
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (self.query, self.key, self.value))
         for part, _ in self._parts():
             rows = part.queries
-            results = out[:, :, rows], lse[:, :, rows]
-            found = self.attend_backward(grad[:, :, rows], *self._given(part), *results, part)
+            upstream, result = (_in_order(part, x[:, :, rows]) for x in (grad, out))
+            result_lse = _in_order(part, lse[:, :, rows], -1)
+            gradients = self.attend_backward(upstream, *self._given(part), result, result_lse, part)
+            found = [_in_order(part, x) for x in gradients]
             grad_query[:, :, rows] += found[0]
             for total, summand in zip((grad_key, grad_value), found[1:], strict=True):
                 pieces = summand.split([*map(length, part.keys)], dim=1)

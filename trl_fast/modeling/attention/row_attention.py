@@ -11,20 +11,34 @@ import torch
 from trl_fast.data.segments import TreeLengths
 
 
-class AttentionSpec(NamedTuple):
-    """Describes the attention of a row of T tokens.
+class RowMask(NamedTuple):
+    """Tells which tokens of a row of T tokens attend to which: each to its sequence up to itself.
 
     - `trees`: lengths of the row's segments, summing to T.
-    - `scale`: of the scores.
-    - `softcap`: scores become softcap · tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2). None: as they
-      are.
     - `window`: the last tokens of its sequence that a token attends to, itself included; None: all.
+    - `runs`: start and end, in the row, of tokens that also attend to those of the run behind themselves, as the
+      tokens of an image do in Gemma 3. A run lies within a segment; runs are in order and do not overlap.
+    - `whole_runs`: whether the tokens of a run attend to all of it, even where it is longer than the window.
     """
 
     trees: tuple[TreeLengths, ...]
+    window: int | None = None
+    runs: tuple[tuple[int, int], ...] = ()
+    whole_runs: bool = False
+
+
+class AttentionSpec(NamedTuple):
+    """Describes the attention of a row of T tokens.
+
+    - `mask`: which tokens attend to which.
+    - `scale`: of the scores.
+    - `softcap`: scores become softcap · tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2). None: as they
+      are.
+    """
+
+    mask: RowMask
     scale: float
     softcap: float | None = None
-    window: int | None = None
 
 
 class RowKernels(ABC):

@@ -1,7 +1,8 @@
 """Computes exact attention over a row of token trees, a prompt once, whatever the number of its branches.
 
 Every segment attends to itself, causally; all that continues a segment, as one block of queries, attends to the whole
-of it. The partial results of a token are merged by their log-sum-exps, as the blocks of FlashAttention are (arXiv
+of it. The tokens of an image may attend to all of it: what stands behind each of them is one more causal block, read
+backwards. The partial results of a token are merged by their log-sum-exps, as the blocks of FlashAttention are (arXiv
 2205.14135, section 3.1). A flash backward needs of the forward pass only the output and the log-sum-exp of the whole
 softmax, so the same kernels give exact gradients part by part, from the merged ones.
 """
@@ -20,9 +21,9 @@ from trl_fast.ops.named_gradients import first_derivative, gradients_of, needs_g
 
 from .cpu import CpuRowAttention
 from .flex import FlexAttention
-from .parts import longest_sequence
+from .parts import longest_sequence, run_across_segments
 from .plain import PlainRowAttention
-from .row_attention import AttentionSpec, RowAttention
+from .row_attention import AttentionSpec, RowAttention, RowMask
 from .sinks import sink_gradient, with_sinks
 from .varlen import CudaRowAttention
 
@@ -46,6 +47,8 @@ def tree_attention(
     softcap: float | None = None,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    image_runs: tuple[tuple[int, int], ...] = (),
+    whole_runs: bool = False,
 ) -> torch.Tensor:
     """Computes attention of every token to its own sequence up to itself: its segment, and those that this continues.
 
@@ -54,7 +57,8 @@ def tree_attention(
             dtype. Key-value heads are not repeated.
         trees: lengths of the row's segments, summing to T.
         scale: of the scores; 1/√D if None.
-        softcap: of the scores, window: of the tokens, as in `AttentionSpec`.
+        softcap: of the scores, as in `AttentionSpec`; window, image_runs and whole_runs: of the tokens, as in
+            `RowMask`.
         sinks: (heads,), any float dtype: a score of each head beside those of the keys, with a value of 0; see
             sinks.py.
 
@@ -62,15 +66,34 @@ def tree_attention(
         (1, heads, T, Dv), differentiable; the sinks have a gradient too.
 
     Raises:
-        ValueError: the lengths do not sum to T, or the heads of the queries are no multiple of those of the keys, or
-            the window is shorter than one token.
+        ValueError: as of `attend`, or the window is shorter than one token.
+    """
+    mask = RowMask(trees, window, image_runs, whole_runs)
+    return attend(query, key, value, attention_spec(query, mask, scale, softcap), sinks)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes attention (1, heads, T, Dv) as `tree_attention` does, from a spec that `attention_spec` made.
+
+    query: (1, heads, T, D); key, value: (1, key-value heads, T, D or Dv); sinks: (heads,).
+
+    Raises:
+        ValueError: the lengths do not sum to T, or the heads of the queries are no multiple of those of the keys, or a
+            run of images does not lie within a segment.
     """
     tokens, heads, groups = query.shape[2], query.shape[1], key.shape[1]
-    if (total := sum(map(num_tokens, trees))) != tokens:
+    if (total := sum(map(num_tokens, spec.mask.trees))) != tokens:
         raise ValueError(f"trees: lengths sum to {total}, the row has {tokens} tokens")
     if heads % groups:
         raise ValueError(f"query: {heads} heads are no multiple of the {groups} key-value heads")
-    spec = attention_spec(query, trees, scale, softcap, window)
+    if (wrong := run_across_segments(spec.mask)) is not None:
+        raise ValueError(f"image_runs: tokens {wrong[0]} to {wrong[1] - 1} do not lie within one segment of the row")
     kernels = choose_kernels(query, value, spec)
     if issubclass(kernels, FlexAttention):
         out, lse = kernels.attention(query, key, value, spec)
@@ -79,23 +102,18 @@ def tree_attention(
 
 
 def attention_spec(
-    query: torch.Tensor,
-    trees: tuple[TreeLengths, ...],
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
+    query: torch.Tensor, mask: RowMask, scale: float | None = None, softcap: float | None = None
 ) -> AttentionSpec:
     """Returns the spec of a row of queries (1, heads, T, D); a window that holds every sequence is none.
 
     Raises:
         ValueError: the window is shorter than one token.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window: {window} tokens; a token attends at least to itself")
-    shorter = window is not None and window < longest_sequence(trees)
-    return AttentionSpec(
-        trees, query.shape[-1] ** -0.5 if scale is None else scale, softcap or None, window if shorter else None
-    )
+    if mask.window is not None and mask.window < 1:
+        raise ValueError(f"window: {mask.window} tokens; a token attends at least to itself")
+    if mask.window is not None and mask.window >= longest_sequence(mask.trees):
+        mask = mask._replace(window=None)
+    return AttentionSpec(mask, query.shape[-1] ** -0.5 if scale is None else scale, softcap or None)
 
 
 def choose_kernels(

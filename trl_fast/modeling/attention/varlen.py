@@ -10,18 +10,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from trl_fast.data.device_transfer import copy_to_device
-from trl_fast.data.segments import TreeLengths, num_tokens
+from trl_fast.data.segments import num_tokens
 from trl_fast.ops.attention_merge import merge_attention
 from trl_fast.ops.device import DeviceFacts, device_facts
 
 from .parts import attention_parts
-from .row_attention import AttentionSpec, RowAttention
+from .row_attention import AttentionSpec, RowAttention, RowMask
 
 
 class _Varlen(NamedTuple):
     """Holds what a varlen flash call is told of its sequences, and where in the row their queries and keys are.
 
-    window: as in `Part`. query_of: (T,) int32, which of the queries a token of the row is, -1: none; None of a causal
+    window: as in `Part`. query_of: (T,) int32, which of the queries a token of the row is, -1: none; None of the first
     call, whose queries are all tokens.
     """
 
@@ -44,25 +44,25 @@ class _Varlen(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _varlen_calls(
-    trees: tuple[TreeLengths, ...], window: int | None, device: torch.device, facts: DeviceFacts
-) -> tuple[_Varlen, ...]:
-    """Returns a call for each group of parts: every segment to itself, and what continues the segments of a depth.
+def _varlen_calls(mask: RowMask, device: torch.device, facts: DeviceFacts) -> tuple[_Varlen, ...]:
+    """Returns a call for each group of parts: every segment to itself, runs, what continues the segments of a depth.
 
     facts: of the device; a simulation must not be given the tensors of another one.
     """
     calls = []
-    for group in filter(None, attention_parts(trees, window)):
+    for number, group in enumerate(filter(None, attention_parts(mask))):
         queries, keys = [part.queries for part in group], [one for part in group for one in part.keys]
+        causal, backwards = group[0].causal, group[0].backwards
         num_queries, num_keys = [part.num_queries for part in group], [part.num_keys for part in group]
         cu_seqlens_q = _bounds(num_queries, device)
         cu_seqlens_k = cu_seqlens_q if num_queries == num_keys else _bounds(num_keys, device)
         calls.append(
             _Varlen(
-                *(_together(queries, device), _together(keys, device), cu_seqlens_q, cu_seqlens_k),
-                *(max(num_queries), max(num_keys), group[0].causal),
-                window if any(part.window for part in group) else None,
-                None if group[0].causal else _query_of(queries, sum(map(num_tokens, trees)), device),
+                _together(queries, backwards, device),
+                _together(keys, backwards, device),
+                *(cu_seqlens_q, cu_seqlens_k, max(num_queries), max(num_keys), causal),
+                mask.window if any(part.window for part in group) else None,
+                _query_of(_places(queries, backwards), sum(map(num_tokens, mask.trees)), device) if number else None,
             )
         )
     return tuple(calls)
@@ -74,23 +74,28 @@ def _bounds(lengths: list[int], device: torch.device) -> torch.Tensor:
     return copy_to_device(bounds, device)
 
 
-def _query_of(queries: list[slice], tokens: int, device: torch.device) -> torch.Tensor:
-    """Returns which of the queries each token of a row is, (tokens,) int32, -1: none."""
+def _query_of(queries: torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor:
+    """Returns which of the queries (N,), given by their tokens, each token of a row is, (tokens,) int32, -1: none."""
     query_of = torch.full((tokens,), -1, dtype=torch.int32)
-    rows = torch.cat([torch.arange(part.start, part.stop) for part in queries])
-    query_of[rows] = torch.arange(len(rows), dtype=torch.int32)
+    query_of[queries] = torch.arange(len(queries), dtype=torch.int32)
     return copy_to_device(query_of, device)
 
 
-def _together(ranges: list[slice], device: torch.device) -> slice | torch.Tensor:
+def _places(ranges: list[slice], backwards: bool) -> torch.Tensor:
+    """Returns the tokens (N,) int64 of ranges, each one from its last token to its first if backwards."""
+    tokens = [torch.arange(one.start, one.stop) for one in ranges]
+    return torch.cat([each.flip(0) for each in tokens] if backwards else tokens)
+
+
+def _together(ranges: list[slice], backwards: bool, device: torch.device) -> slice | torch.Tensor:
     """Returns one slice, which copies nothing, if each range begins where the last ends; else indices (N,) int64."""
-    if all(one.stop == two.start for one, two in itertools.pairwise(ranges)):
+    if not backwards and all(one.stop == two.start for one, two in itertools.pairwise(ranges)):
         return slice(ranges[0].start, ranges[-1].stop)
-    return copy_to_device(torch.cat([torch.arange(r.start, r.stop) for r in ranges]), device)
+    return copy_to_device(_places(ranges, backwards), device)
 
 
 class CudaRowAttention(RowAttention):
-    """Computes the parts of a row by torch's varlen flash kernels: one call, and one a depth of the trees."""
+    """Computes the parts of a row by torch's varlen flash kernels: one call, one of runs, one a depth of the trees."""
 
     device_kind: ClassVar[str | None] = "cuda"
 
@@ -112,7 +117,7 @@ class CudaRowAttention(RowAttention):
         super().__init__(query, key, value, spec)
         # (T, heads, D), as the varlen kernels take it; groups of query heads are theirs to see to.
         self.query, self.key, self.value = (x[0].transpose(0, 1) for x in (query, key, value))
-        self.calls = _varlen_calls(spec.trees, spec.window, query.device, device_facts(query.device))
+        self.calls = _varlen_calls(spec.mask, query.device, device_facts(query.device))
         self.scale = spec.scale
 
     def _given(self, call: _Varlen) -> Iterator[torch.Tensor]:
