@@ -19,6 +19,7 @@ from transformers import Qwen2Config, Qwen3MoeConfig, TrainingArguments
 from support.models import tiny_model
 from support.ranks import run_on_ranks
 from support.tokenizer import build_tokenizer
+from trl_fast.data.images import prepare_multimodal_messages
 from trl_fast.dropin.helpers import callables, chat, formatting, models, packages, profiling, tensors, throughput
 from trl_fast.dropin.helpers.completion_only import DataCollatorForCompletionOnlyLM
 from trl_fast.dropin.helpers.trackers import generate_model_card
@@ -292,7 +293,7 @@ PLACED = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "
 @pytest.mark.parametrize("messages, images", [(MESSAGES, []), (MESSAGES, [IMAGE, IMAGE]), (PLACED, [IMAGE])])
 def test_messages_of_parts(messages, images):
     expected = their_data.prepare_multimodal_messages(messages, images)
-    assert chat.prepare_multimodal_messages(messages, images) == expected
+    assert prepare_multimodal_messages(messages, images) == expected
     assert chat.strip_images_from_messages(expected) == theirs.strip_images_from_messages(expected)
     assert chat.strip_images_from_messages("text") == "text"
     for ours, theirs_ in zip(chat.prepare_multimodal_messages_vllm(expected), expected, strict=True):
@@ -308,7 +309,7 @@ def test_messages_of_parts_that_do_not_fit(messages, images):
     with pytest.raises(ValueError) as expected:
         their_data.prepare_multimodal_messages(messages, images)
     with pytest.raises(ValueError) as ours:
-        chat.prepare_multimodal_messages(messages, images)
+        prepare_multimodal_messages(messages, images)
     assert str(ours.value) == str(expected.value)
 
 

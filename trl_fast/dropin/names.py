@@ -62,7 +62,8 @@ _DATA = {
     **_places("trl_fast.data", "truncate_dataset"),
     **_places("trl_fast.data.tokenization", "common_prefix_length"),
     **_places("trl_fast.data.dataset_types", "get_dataset_column_names"),
-    **_places(f"{_HELPERS}.chat", "prepare_multimodal_messages", "prepare_multimodal_messages_vllm"),
+    **_places("trl_fast.data.images", "prepare_multimodal_messages"),
+    **_places(f"{_HELPERS}.chat", "prepare_multimodal_messages_vllm"),
     "DatasetType": "trl_fast.data.dataset_types:DatasetOrDict",
     "IterableDatasetType": "trl_fast.data.dataset_types:DatasetOrDict",
 }
@@ -262,10 +263,10 @@ MODULES: dict[str, dict[str, str]] = {
         **_places(
             f"{_HELPERS}.chat",
             "add_response_schema",
-            "prepare_multimodal_messages",
             "prepare_multimodal_messages_vllm",
             "supports_tool_calling",
         ),
+        **_places("trl_fast.data.images", "prepare_multimodal_messages"),
     },
     "trl.trainer": {
         **_FIRST_UTILITIES,

@@ -86,44 +86,6 @@ def parse_response(
     return parse_message(tokenizer, ids, prefix or [], tools)
 
 
-def prepare_multimodal_messages(
-    messages: list[dict[str, Any]], images: Sequence[Any] | None = None
-) -> list[dict[str, Any]]:
-    """Returns messages whose contents are lists of parts, with the images in their places.
-
-    Text becomes a part of the type text. Where the first message of the user is text, all images come before it. A
-    part of the type image that has none yet gets the next one.
-
-    Raises:
-        ValueError: a role is unknown, or there are more or fewer images than places.
-    """
-    waiting, prepared, placed = list(images or ()), [], False
-    for message in messages:
-        if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise ValueError(
-                f"Invalid role in message: {message['role']}. Expected 'system', 'user', 'assistant', or 'tool'."
-            )
-        content = message.get("content")
-        if isinstance(content, str):
-            parts: list[dict[str, Any]] = [{"type": "text", "text": content}]
-            if message["role"] == "user" and not placed:
-                parts, placed = [*({"type": "image"} for _ in waiting), *parts], True
-            message = {**message, "content": parts}
-        prepared.append(message)
-    seen = [message for message in prepared if message.get("content") and message["role"] != "tool"]
-    places = sum(_is_place(part) for message in seen for part in message["content"])
-    if places != len(waiting):
-        raise ValueError(
-            f"Number of images provided ({len(waiting)}) does not match number of image placeholders ({places})."
-        )
-    numbers = iter(waiting)
-    filled = {
-        id(message): [{**part, "image": next(numbers)} if _is_place(part) else part for part in message["content"]]
-        for message in seen
-    }
-    return [{**message, "content": filled[id(message)]} if id(message) in filled else message for message in prepared]
-
-
 def prepare_multimodal_messages_vllm(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns messages with the images of their parts under the names that vLLM gives them."""
     renamed = {"image": "image_pil"}
@@ -139,10 +101,6 @@ def prepare_multimodal_messages_vllm(messages: list[dict[str, Any]]) -> list[dic
         else message
         for message in messages
     ]
-
-
-def _is_place(part: dict[str, Any]) -> bool:
-    return part["type"] == "image" and "image" not in part
 
 
 def strip_images_from_messages(messages: Any) -> Any:
