@@ -21,6 +21,7 @@ from torch.utils import _foreach_utils
 
 from trl_fast.ops.backends import HEAD_OPS, load_extension
 from trl_fast.ops.device import DeviceFacts, DeviceMemory, simulated_device
+from trl_fast.planning.device_facts import DeviceMeter, SimulatedFlexAttention
 from trl_fast.planning.gpu_facts import Gpu
 
 from .fake_devices import Devices, is_on_gpu, listed
@@ -86,7 +87,13 @@ def _facts(gpu: Gpu, counter: Counter) -> DeviceFacts:
             gpu.memory_bytes - counter.live_bytes, gpu.memory_bytes, counter.live_bytes, counter.highest_bytes
         ),
         serves=lambda op, backend: backend == "cuda" and op in HEAD_OPS and load_extension().ok,
+        flex_attention=functools.partial(SimulatedFlexAttention.apply, _flex_meter(counter)),
     )
+
+
+def _flex_meter(counter: Counter) -> DeviceMeter:
+    """Returns what counts FlexAttention's kernels, which torch would compile for the GPU that is not there."""
+    return DeviceMeter(attended=lambda flops, read, written: counter.launch("flex_attention", read, written, flops))
 
 
 def _within(mode: TorchFunctionMode, run: Callable) -> Callable:

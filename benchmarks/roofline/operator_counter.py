@@ -130,9 +130,9 @@ class Counter:
         """Says whether the code that is counted found this tensor, rather than made it."""
         return self._live.get(tensor.untyped_storage()._cdata, (0, 0))[1] < self._start
 
-    def launch(self, name: str, read: int, written: int) -> None:
+    def launch(self, name: str, read: int, written: int, flops: float = 0.0) -> None:
         """Counts a kernel that is no operator."""
-        self.counts.add(name, read, written)
+        self.counts.add(name, read, written, flops)
 
     def _see(self, tensor: FakeTensor) -> None:
         storage = tensor.untyped_storage()

@@ -31,7 +31,7 @@ import trl_fast
 from tests.support.tokenizer import build_tokenizer
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.reference_policy import freeze
-from trl_fast.modeling.segment_attention import SEGMENT_ATTENTION, use_segment_attention
+from trl_fast.modeling.segment_attention import EAGER_SEGMENT_ATTENTION, SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.planning.fake_models import give_fake_memory, shortened
 from trl_fast.planning.gpu_facts import Gpu
 from trl_fast.planning.model_shapes import model_config
@@ -108,10 +108,11 @@ def count_step(step: Step, gpu: Gpu, shape: Shape | None = None, layers_of: int 
     """Counts a step of both libraries. layers_of: only so many of the model's layers."""
     shape = shape or SHAPES[step.method]
     config = shortened(model_config(step.model), layers_of)
-    return StepCase(step, shape, *(_count(name, step, shape, config, gpu) for name in LIBRARIES), gpu)
+    return StepCase(step, shape, *(count_library(name, step, shape, config, gpu) for name in LIBRARIES), gpu)
 
 
-def _count(library: str, step: Step, shape: Shape, config: PretrainedConfig, gpu: Gpu) -> Counts:
+def count_library(library: str, step: Step, shape: Shape, config: PretrainedConfig, gpu: Gpu) -> Counts:
+    """Counts a step of one of LIBRARIES on a model of this config."""
     counter = Counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer, heads = _make_trainer(library, step, shape, config, folder)
@@ -194,7 +195,7 @@ def _put_in(
     else:
         attention = base_model(trainer.model).config._attn_implementation
         policy = trainer.adapt(policy, lora, trainer.args)
-        if attention == SEGMENT_ATTENTION:
+        if attention in (SEGMENT_ATTENTION, EAGER_SEGMENT_ATTENTION):
             use_segment_attention(base_model(policy))
         trainer.ref_model = None if reference is None else freeze(reference)
         if reference is not None:
@@ -206,7 +207,7 @@ def _put_in(
 
 def _meta(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def _as_trl(

@@ -6,11 +6,12 @@ import torch
 from benchmarks.roofline.fake_devices import CUDA
 from benchmarks.roofline.fake_gpu import fake_gpu
 from benchmarks.roofline.operator_counter import Counter
-from benchmarks.roofline.steps import Step, count_step, quiet
+from benchmarks.roofline.steps import Step, count_library, count_step, quiet
 from benchmarks.step_workloads import Shape
 from trl_fast.ops.backends import load_extension
+from trl_fast.planning.fake_models import shortened
 from trl_fast.planning.gpu_facts import GPUS
-from trl_fast.planning.model_shapes import SHAPES
+from trl_fast.planning.model_shapes import SHAPES, model_config
 from trl_fast.planning.roofline.known_values import values_of
 
 pytestmark = pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there")
@@ -68,6 +69,19 @@ def test_merging_reads_two_outputs_and_writes_one(dpo):
 def test_waits_are_named_by_the_place_in_the_source(dpo):
     assert any(place.startswith("trl/trainer/dpo_trainer.py:") for place in dpo.trl.waits)
     assert all(not place.startswith(("torch/", "benchmarks/")) for place in (*dpo.trl.waits, *dpo.ours.waits))
+
+
+def test_capped_scores_are_counted_as_flex_attention():
+    length = 512
+    shape = Shape(batch=1, prompt=0, completion=length - 1)
+    with quiet():
+        config = shortened(model_config("gemma-2-2b"), 1)
+        ours = count_library("trl_fast", Step("sft", "gemma-2-2b"), shape, config, H100)
+    kernels, width = ours.by_operator["flex_attention"], config.num_attention_heads * config.head_dim
+    # Forward once more for checkpointing, which keeps its results: once, and backward.
+    pairs = length * (length + 1) / 2
+    assert kernels.calls == 2 and kernels.flops == (1 + 3.5) * 4 * width * pairs
+    assert kernels.written >= 2 * width * length
 
 
 @pytest.mark.slow

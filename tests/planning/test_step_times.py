@@ -7,6 +7,7 @@ from trl_fast.planning.fake_models import meta_model
 from trl_fast.planning.gpu_facts import GPUS, gpu_named, gpu_of_device
 from trl_fast.planning.memory_sizes import GIB
 from trl_fast.planning.memory_timeline import FORWARD_STAGE, GENERATION_STAGE, OPTIMIZER_STAGE
+from trl_fast.planning.peak_estimates import simulated
 from trl_fast.planning.roofline.work import HOST_SECONDS, Work
 from trl_fast.planning.sharding import SHARINGS, model_sizes
 from trl_fast.planning.simulated_step import simulate
@@ -61,6 +62,18 @@ def test_long_sequences_are_carried_on(monkeypatch):
     assert carried.narrow_flops == pytest.approx(counted.narrow_flops, rel=0.02)
     assert carried.attention_flops == pytest.approx(counted.attention_flops, rel=0.02)
     assert carried.moved == pytest.approx(counted.moved, rel=0.2)
+
+
+def test_attention_is_counted_as_long_as_sequences_are(monkeypatch):
+    types = ["sliding_attention", "full_attention"]
+    config = tiny_config("gemma3_text", num_hidden_layers=2, sliding_window=24, layer_types=types)
+    setup = TrainingSetup(config, method="sft")
+    counted = step_work(setup, 96)
+    monkeypatch.setattr("trl_fast.planning.peak_estimates.COUNTED_TOKENS", 64)
+    simulated.cache_clear()
+    carried = step_work(setup, 96)
+    assert carried.attention_flops == counted.attention_flops > 0
+    assert carried.narrow_flops == pytest.approx(counted.narrow_flops, rel=0.05)
 
 
 @pytest.mark.slow

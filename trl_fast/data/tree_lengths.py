@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -49,6 +51,18 @@ def measured_trees(
     return tree_sizes(prompt, branch, shares_prompts=shares_prompts)
 
 
+def tokens_and_pairs(sequences: Sequence[Sequence[int] | np.ndarray], *, shares_prompts: bool) -> tuple[int, float]:
+    """Returns the tokens that a model runs on for S sequences in a row, and the pairs of a query and a key.
+
+    shares_prompts: whether what neighbours begin alike with is computed once.
+    """
+    lengths = [len(ids) for ids in sequences]
+    shared = neighbours_share(sequences) if shares_prompts else [0] * len(lengths)
+    segments = segments_of(shared_prefixes(lengths, shared, packing.MIN_SHARED_TOKENS))
+    pairs = sum(segment.length * (segment.length / 2 + segment.offset) for segment in segments)
+    return sum(segment.length for segment in segments), pairs
+
+
 def _rows_that_share(dataset: Dataset) -> TreeSizes:
     """Returns the sizes of rows that hold several sequences, which are computed once where neighbours begin alike."""
     tokens: list[int] = []
@@ -56,10 +70,9 @@ def _rows_that_share(dataset: Dataset) -> TreeSizes:
     for _, table in token_tables(dataset, ("input_ids", "seq_lengths")):
         rows = (_arrays(table[name].combine_chunks()) for name in ("input_ids", "seq_lengths"))
         for ids, lengths in zip(*rows, strict=True):
-            shared = neighbours_share(np.split(ids, lengths.cumsum()[:-1]))
-            segments = segments_of(shared_prefixes(lengths.tolist(), shared, packing.MIN_SHARED_TOKENS))
-            tokens.append(sum(segment.length for segment in segments))
-            pairs.append(sum(segment.length * (segment.length / 2 + segment.offset) for segment in segments))
+            found = tokens_and_pairs(np.split(ids, lengths.cumsum()[:-1]), shares_prompts=True)
+            tokens.append(found[0])
+            pairs.append(found[1])
     total = np.array(tokens, dtype=np.float64)
     return TreeSizes(total, np.array(pairs, dtype=np.float64), total)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
@@ -70,19 +70,19 @@ _FLASH_BACKWARD = (
 class DeviceMeter:
     """Measures what the facts of a planned device see: what kernels compute and touch, and copies on the host.
 
-    host_bytes, host_peak: of copies that are there, and the most there were; launched, copied: are told of each;
-    attended: of operations of attention.
+    host_bytes, host_peak: of copies that are there, and the most there were; launched, copied: are told of each, in
+    bytes; attended: of a kernel of attention, its operations and the bytes that it reads and writes.
     """
 
     launched: Callable[[int], None] = lambda _: None
-    attended: Callable[[float], None] = lambda _: None
+    attended: Callable[[float, int, int], None] = lambda *_: None
     copied: Callable[[int], None] = lambda _: None
     host_bytes: int = 0
     host_peak: int = 0
 
     def row_kernel(self, *given: object) -> None:
         """Stands for a row kernel, which takes no memory, and reads or writes each tensor that it is given."""
-        self.launched(sum(one.numel() * one.element_size() for one in given if isinstance(one, torch.Tensor)))
+        self.launched(_sizes(one for one in given if isinstance(one, torch.Tensor)))
 
     def changes_host(self, size: int) -> None:
         """Adds a copy of `size` bytes on the host, or takes one away."""
@@ -172,6 +172,11 @@ class SimulatedCopies:
         self._meter.changes_host(-_bytes(copy))
 
 
+def _sizes(tensors: Iterable[torch.Tensor]) -> int:
+    """Counts the bytes of tensors of any shape."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _bytes(copy: tuple[torch.Size, torch.dtype]) -> int:
     return copy[0].numel() * copy[1].itemsize
 
@@ -192,8 +197,7 @@ class SimulatedFlexAttention(torch.autograd.Function):
         # Two products: scores, and weights times values.
         ctx.meter, ctx.flops = meter, 2.0 * query.shape[1] * pairs * (query.shape[-1] + value.shape[-1])
         ctx.save_for_backward(query, key, value, out, lse)
-        meter.row_kernel(query, key, value, out, lse)
-        meter.attended(ctx.flops)
+        meter.attended(ctx.flops, _sizes((query, key, value)), _sizes((out, lse)))
         return out, lse
 
     @staticmethod
@@ -203,9 +207,9 @@ class SimulatedFlexAttention(torch.autograd.Function):
         # The sum of the output times its gradient.
         delta = torch.empty_like(lse)
         found = [torch.empty_like(states) for states in (query, key, value)]
-        ctx.meter.row_kernel(query, key, value, out, lse, grad, delta, *found)
+        given = _sizes((query, key, value, out, lse, grad))
         # Five products of the pairs, and the first two a second time: keys' gradients have a kernel of their own.
-        ctx.meter.attended(3.5 * ctx.flops)
+        ctx.meter.attended(3.5 * ctx.flops, given, _sizes((delta, *found)))
         return None, *found, None
 
 

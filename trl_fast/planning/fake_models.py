@@ -22,7 +22,6 @@ from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 from trl_fast.trainers.base.model_setup import set_up_layers
 
 from .device_facts import PADDED_ATTENTION, planned_facts
-from .planned_layers import refuse_kernels
 from .planned_methods import PlannedModels
 from .quantized_layers import quantize
 from .training_setup import ONLINE_METHODS, OURS, TrainingSetup
@@ -82,7 +81,6 @@ def planned_models(setup: TrainingSetup, max_length: int, layers: int | None = N
     """
     with simulated_device(planned_facts(setup.device)):
         policy = meta_model(setup, layers)
-        refuse_kernels(policy)
         layout = choose_layout(policy, setup, max_length)
         reference = value = None
         if setup.needs_reference_model:

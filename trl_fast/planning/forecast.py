@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from trl_fast.trainers.run_report.forecast import Forecast
 from .gpu_facts import gpu_of_device
 from .memory_timeline import highest
 from .peak_estimates import stage_peaks, whole_layers
+from .planned_layers import installed_kernels
 from .shallow_models import shallow_models
 from .step_times import planned_work
 from .training_setup import DEFAULT_ENGINE, ONLINE_METHODS, TrainingSetup, setup_from_training
@@ -54,7 +55,10 @@ def forecast(trainer: BaseTrainer) -> Forecast:
         return Forecast(None, None, f"the model is too small to simulate (less than {FEWEST_WEIGHTS:,} weights)")
     try:
         with _unnoticed():
-            return _simulated(_setup(trainer))
+            found = _simulated(_setup(trainer))
+        if kernels := installed_kernels(base_model(trainer.accelerator.unwrap_model(trainer.model))):
+            found = replace(found, note=f"{found.note}; without the kernels of {kernels}, which take less")
+        return found
     # Whatever a model's own code or an unusual argument leads to.
     except Exception as error:
         return Forecast(None, None, f"it cannot be simulated ({error_line(error)})")

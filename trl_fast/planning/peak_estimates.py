@@ -31,7 +31,7 @@ from .sharding import sharded
 from .simulated_step import simulate
 from .training_setup import TrainingSetup
 
-# Of longer micro-batches work is not counted.
+# Of longer micro-batches only the work of attention is counted.
 COUNTED_TOKENS = 16384
 # How far below the longest that fits the answer may be.
 TOLERANCE = 0.01
@@ -91,7 +91,7 @@ def simulated(setup: TrainingSetup, max_length: int, layers: int | None = None) 
 
 
 def counted_length(setup: TrainingSetup) -> int:
-    """Returns the longest sequences whose work is counted: longer ones would take long."""
+    """Returns the longest sequences whose work is all counted: longer ones would take long."""
     sequences = setup.per_device_train_batch_size * (2 if setup.method in ("dpo", "reward", "kto") else 1)
     return max(LENGTH_STEP, COUNTED_TOKENS // sequences)
 

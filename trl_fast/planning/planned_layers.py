@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.integrations import hub_kernels
 
 from trl_fast.modeling.layer_kernels import LayerKernel
 from trl_fast.modeling.layer_kinds import ATTENTION, LayerKind, layer_kinds, mixers_of
 from trl_fast.modeling.recurrent_layers import RECURRENT_LAYERS
+from trl_fast.parallel.engines import original_class
 
 
 def layers_line(model: PreTrainedModel, layout: str) -> str:
@@ -17,24 +25,44 @@ def layers_line(model: PreTrainedModel, layout: str) -> str:
     line = f"Layout: {layout}."
     if list(counts) != [ATTENTION]:
         line += f" Layers: {', '.join(f'{count} of {name}' for name, count in counts.items())}."
-    missing = sorted({why for ok, why in (kernel.fitness() for kernel in _kernels_of(model)) if not ok})
-    if missing:
-        line += f" Those with a state are planned in transformers' PyTorch code, as here: {'; '.join(missing)}."
+    found = [kernel.fitness() for kernel in _kernels_of(model)]
+    if found:
+        line += " Those with a state are planned in transformers' PyTorch code"
+        missing = sorted({why for ok, why in found if not ok})
+        line += f", as here: {'; '.join(missing)}." if missing else "."
+    if installed := installed_kernels(model):
+        line += f" Here {installed} serve them, with less memory and time than planned."
     return line
 
 
-def refuse_kernels(model: PreTrainedModel) -> None:
-    """Refuses a model whose layers run kernels of other packages here, which no simulation can.
+def installed_kernels(model: PreTrainedModel) -> str:
+    """Returns the packages with versions whose kernels serve a model's layers here; an empty text without any."""
+    return " and ".join(sorted({why for ok, why in (kernel.fitness() for kernel in _kernels_of(model)) if ok}))
 
-    Raises:
-        ValueError: a kernel that transformers takes for one of its layers is installed; by name and version.
+
+@contextmanager
+def pytorch_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Lets layers that carry a state run transformers' PyTorch code within, whatever kernels are installed here.
+
+    Fake tensors have no data for compiled kernels. transformers keeps its own function behind the one that it chose.
     """
-    installed = sorted({why for ok, why in (kernel.fitness() for kernel in _kernels_of(model)) if ok})
-    if installed:
-        raise ValueError(
-            f"model_name_or_path: layers of {type(model).__name__} run kernels of {' and '.join(installed)} here, "
-            "which cannot be simulated; plan where they are not installed: PyTorch code takes more memory and time"
-        )
+    chosen: list[tuple[dict[str, Any], str, Any]] = []
+    for module in {original_class(mixer).__module__ for mixer in mixers_of(model)}:
+        names = vars(sys.modules[module])
+        chosen += [(names, name, value) for name, value in names.items() if _may_be_kernel(value)]
+    try:
+        for names, name, function in chosen:
+            names[name] = inspect.unwrap(function)
+        yield
+    finally:
+        for names, name, function in chosen:
+            names[name] = function
+
+
+def _may_be_kernel(value: object) -> bool:
+    """Returns whether a value is a function that transformers takes from a package where that is installed."""
+    is_chosen = isinstance(value, FunctionType) and value.__code__.co_filename == hub_kernels.__file__
+    return is_chosen and hasattr(value, "__wrapped__")
 
 
 def _name(kind: LayerKind) -> str:

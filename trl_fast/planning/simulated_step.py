@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +40,7 @@ from .memory_timeline import (
     Timeline,
 )
 from .memory_tracker import CUDA_GRANULARITY, MemoryTracker, Observer
+from .planned_layers import pytorch_layers
 from .planned_methods import PLANNED, PlannedModels
 from .planned_optimizers import PlannedOptimizer, planned_optimizer
 from .roofline.work import Work, WorkCounter
@@ -52,21 +54,24 @@ def simulate(
 
     The step is not the first one: the optimizer has its averages already. Where the policy samples what it learns
     from, generation is part of the step. layers: only that many of the models'; counts_work: run all tiles that are
-    alike, not some of them, and count the work.
+    alike, not some of them, and count the work. Otherwise a GPU's work has the operations of attention alone.
 
     Raises:
         ValueError: the batch_layout cannot be, or the architecture cannot be simulated.
     """
     meter = DeviceMeter()
-    if not counts_work:
+    if setup.device != "gpu" and not counts_work:
         timeline = _simulated(setup, max_length, layers, _tracker(setup), planned_facts(setup.device, meter))
         return replace(timeline, host_bytes=meter.host_peak)
     tracker = _tracker(setup, lambda *given: counter.observe(*given))
-    counter = WorkCounter(lambda: tracker.stage, tracker.was_there)
+    counter = WorkCounter(lambda: tracker.stage, tracker.was_there, attention_only=not counts_work)
     meter.launched = lambda size: counter.add(Work(moved=size, launches=1))
-    meter.attended = lambda flops: counter.add(Work(attention_flops=flops))
+    meter.attended = lambda flops, read, written: counter.add(
+        Work(attention_flops=flops, moved=read + written, launches=1)
+    )
     meter.copied = lambda size: counter.add(Work(host_bytes=size))
-    timeline = _simulated(setup, max_length, layers, tracker, planned_facts(setup.device, meter, every_tile=True))
+    facts = planned_facts(setup.device, meter, every_tile=counts_work)
+    timeline = _simulated(setup, max_length, layers, tracker, facts)
     return replace(timeline, host_bytes=meter.host_peak, work=counter.by_stage)
 
 
@@ -75,7 +80,7 @@ def _simulated(
 ) -> Timeline:
     models = planned_models(setup, max_length, layers)
     inputs = PLANNED[setup.method].inputs(setup, max_length, models.layout)
-    with FakeTensorMode(allow_non_fake_inputs=True), tracker, simulated_device(facts):
+    with pytorch_layers(base_model(models.policy)), _faking(tracker, facts):
         with tracker.labelling(REFERENCE):
             if models.reference is not None:
                 give_fake_memory(models.reference)
@@ -89,6 +94,13 @@ def _simulated(
         _run(setup, models, inputs, optimizer, tracker)
     selective = base_model(models.policy).trl_fast_selective_checkpointing
     return replace(tracker.timeline(), results=selective.budget.asked, default_budget=selective.default_limit)
+
+
+@contextmanager
+def _faking(tracker: MemoryTracker, facts: DeviceFacts) -> Iterator[None]:
+    """Makes tensors fake within, on a device with these facts, and lets the tracker see them."""
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker, simulated_device(facts):
+        yield
 
 
 def _tracker(setup: TrainingSetup, observe: Observer | None = None) -> MemoryTracker:

@@ -72,15 +72,17 @@ def step_work(setup: TrainingSetup, max_length: int) -> Work:
     """Counts the work of an optimizer step with all its micro-batches; of PPO, of a rollout and its updates.
 
     Of layers that repeat two shallow models tell it, as they tell the peak. Of sequences longer than those that are
-    counted (`counted_length`) all but attention and the update grows with the length, and attention with its square.
+    counted (`counted_length`) all but attention and the update grows with the length; attention is counted as long as
+    they are, be it in windows or not.
     """
     counted = min(max_length, counted_length(setup))
     stages = _work_by_stage(setup, counted)
+    whole = stages if counted == max_length else _work_by_stage(setup, max_length)
     total = Work()
     for stage, work in stages.items():
         if stage != OPTIMIZER_STAGE:
-            longer = max_length / counted
-            work = work.times(longer).mixed(Work(attention_flops=work.attention_flops), 1.0, longer**2 - longer)
+            work = work.times(max_length / counted)
+            work = replace(work, attention_flops=whole.get(stage, Work()).attention_flops)
         total += work.times(_times(stage, setup, max_length))
     return total
 

@@ -24,7 +24,7 @@ class Work:
     """Holds what a piece of a step comes to.
 
     - `narrow_flops`, `float32_flops`: operations of products, by the width of their numbers; those of attention, which
-      grow with the square of the length, are `attention_flops` and no part of these.
+      do not grow as the length does, are `attention_flops` and no part of these.
     - `moved`: bytes read and written; a product's factors that were there before it, such as weights, are not counted.
     - `launches`: kernels; `host_bytes`: copied to the host's memory or from there.
     - `link_bytes`, `network_bytes`: what a rank sends to others of its machine, or to all where there are several
@@ -76,22 +76,32 @@ class Work:
 class WorkCounter:
     """Adds up the work of each stage.
 
-    stage: tells the present one; was_there: whether a tensor was there before the step.
+    stage: tells the present one; was_there: whether a tensor was there before the step; attention_only: whether all
+    but the operations of attention is left out.
     """
 
-    def __init__(self, stage: Callable[[], str | None], was_there: Callable[[torch.Tensor], bool]) -> None:
-        self._stage, self._was_there = stage, was_there
+    def __init__(
+        self,
+        stage: Callable[[], str | None],
+        was_there: Callable[[torch.Tensor], bool],
+        *,
+        attention_only: bool = False,
+    ) -> None:
+        self._stage, self._was_there, self._attention_only = stage, was_there, attention_only
         self.by_stage: dict[str, Work] = {}
 
     def add(self, work: Work) -> None:
         """Adds work to the present stage; none before the first one."""
         stage = self._stage()
+        if self._attention_only:
+            work = Work(attention_flops=work.attention_flops)
         if stage is not None:
             self.by_stage[stage] = self.by_stage.get(stage, Work()) + work
 
     def observe(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict, out: Any) -> None:
         """Adds one operator, its arguments and its result."""
-        if self._stage() is None or name_of(func) in FREE:
+        is_attention = "attention" in name_of(func)
+        if self._stage() is None or name_of(func) in FREE or (self._attention_only and not is_attention):
             return
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor)]
@@ -101,7 +111,6 @@ class WorkCounter:
             return
         done = flops_of(func, given)
         brought = extent([factor for factor in done.factors if self._was_there(factor)])
-        is_attention = "attention" in name_of(func)
         flops = {
             "attention_flops" if is_attention else "float32_flops" if done.float32 else "narrow_flops": done.flops
         }

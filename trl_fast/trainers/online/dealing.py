@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from math import gcd
 from typing import Any
 from weakref import WeakSet
@@ -13,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from trl_fast.data.balanced_batches import CostModel, deal, tree_sizes
+from trl_fast.data.balanced_batches import CostModel, TreeSizes, deal
+from trl_fast.data.tree_lengths import tokens_and_pairs
 from trl_fast.modeling.loading import base_model
 from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
@@ -86,12 +86,15 @@ def _obstacle(completions: int, group: int, *, pads: bool) -> str:
 
 
 def completions_cost(model: CostModel, samples: Samples, *, shares_prompts: bool) -> int:
-    """Returns what completions cost, as `CostModel.costs` counts, each prompt once if `shares_prompts`."""
-    branches = defaultdict(list)
-    for prompt, completion in zip(samples.prompt_ids, samples.completion_ids, strict=True):
-        branches[tuple(prompt)].append(len(completion))
-    trees = [(np.array([len(prompt)]), np.array([lengths])) for prompt, lengths in branches.items()]
-    return sum(int(model.costs(tree_sizes(*tree, shares_prompts=shares_prompts)).item()) for tree in trees)
+    """Returns what completions cost, as `CostModel.costs` counts, laid out together as an update lays them out.
+
+    shares_prompts: whether a beginning that several have alike is computed once: of prompts, and of completions.
+    """
+    part = samples.select(samples.by_beginning(range(len(samples))))
+    sequences = [prompt + completion for prompt, completion in zip(part.prompt_ids, part.completion_ids, strict=True)]
+    found = tokens_and_pairs(sequences, shares_prompts=shares_prompts)
+    sizes = TreeSizes(*(np.array([value], dtype=np.float64) for value in (*found, sum(map(len, part.completion_ids)))))
+    return int(model.costs(sizes).item())
 
 
 def exchange(
