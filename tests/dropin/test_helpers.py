@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen3MoeConfig, TrainingArguments
 from support.models import tiny_model
 from support.ranks import run_on_ranks
 from support.tokenizer import build_tokenizer
-from trl_fast.data.images import prepare_multimodal_messages
+from trl_fast.data.images import prepare_multimodal_messages, strip_images_from_messages
 from trl_fast.dropin.helpers import callables, chat, formatting, models, packages, profiling, tensors, throughput
 from trl_fast.dropin.helpers.completion_only import DataCollatorForCompletionOnlyLM
 from trl_fast.dropin.helpers.trackers import generate_model_card
@@ -294,8 +294,8 @@ PLACED = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "
 def test_messages_of_parts(messages, images):
     expected = their_data.prepare_multimodal_messages(messages, images)
     assert prepare_multimodal_messages(messages, images) == expected
-    assert chat.strip_images_from_messages(expected) == theirs.strip_images_from_messages(expected)
-    assert chat.strip_images_from_messages("text") == "text"
+    assert strip_images_from_messages(expected) == theirs.strip_images_from_messages(expected)
+    assert strip_images_from_messages("text") == "text"
     for ours, theirs_ in zip(chat.prepare_multimodal_messages_vllm(expected), expected, strict=True):
         kinds = [part["type"] for part in theirs_.get("content") or []]
         assert [part["type"] for part in ours.get("content") or []] == [

@@ -47,7 +47,10 @@ def fake_server(answers: dict | None = None):
             size = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(size)) if size else None
             requests.append((self.command, path, body))
-            answer = fixed[path] if path in fixed else {"choices": choices(body)}
+            if path in fixed:
+                answer = fixed[path]
+            else:
+                answer = features(body) if path.endswith("/render") else {"choices": choices(body)}
             answer = answer() if callable(answer) else answer
             status, answer, *promised = answer if isinstance(answer, tuple) else (200, answer)
             data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -70,8 +73,31 @@ def fake_server(answers: dict | None = None):
         server.server_close()
 
 
+def features(body: dict) -> dict:
+    """Returns the server's answer to /v1/chat/completions/render: hashes of images, and places that nobody needs."""
+    urls = [part["image_url"]["url"] for part in body["messages"][0]["content"]]
+    places = [{"offset": 3 + index, "length": 1} for index in range(len(urls))]
+    hashes = [str(hash(url)) for url in urls]
+    return {"features": {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}}}
+
+
+def choices_with_images(body: dict) -> list[dict]:
+    """Returns the server's answer to /inference/v1/generate."""
+    sampling, answers = body["sampling_params"], []
+    for index in range(sampling["n"]):
+        tokens, logprobs = made_up(body["token_ids"], index, sampling["max_tokens"])
+        listed = [
+            {"token": f"token_id:{token}", "logprob": logprob, "top_logprobs": []}
+            for token, logprob in zip(tokens, logprobs, strict=True)
+        ]
+        answers.append({"token_ids": tokens, "logprobs": {"content": listed}})
+    return answers
+
+
 def choices(body: dict) -> list[dict]:
     """Returns the server's answer to /v1/completions."""
+    if "token_ids" in body:
+        return choices_with_images(body)
     answers = []
     for prompt in body["prompt"]:
         for index in range(body["n"]):

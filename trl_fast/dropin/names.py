@@ -147,7 +147,8 @@ _UTILITIES = {
         "hash_module",
         "use_adapter",
     ),
-    **_places(f"{_HELPERS}.chat", "print_prompt_completions_sample", "strip_images_from_messages"),
+    **_places(f"{_HELPERS}.chat", "print_prompt_completions_sample"),
+    **_places("trl_fast.data.images", "strip_images_from_messages"),
     **_places(
         f"{_HELPERS}.trackers",
         "generate_model_card",

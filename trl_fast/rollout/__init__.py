@@ -9,7 +9,9 @@ from .engine import (
     check_prompts,
     end_token_ids,
     gathered_weights,
+    generate,
 )
+from .images import RolloutImage, RolloutImages
 from .reward_model import RewardModel
 from .reward_source import GivenReward, RewardSource
 from .rewards import RewardFunctions
@@ -25,6 +27,8 @@ __all__ = [
     "RewardSource",
     "Rollout",
     "RolloutEngine",
+    "RolloutImage",
+    "RolloutImages",
     "SamplingSettings",
     "ToolLoop",
     "ToolRollout",
@@ -34,4 +38,5 @@ __all__ = [
     "check_prompts",
     "end_token_ids",
     "gathered_weights",
+    "generate",
 ]

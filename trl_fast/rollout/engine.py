@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.parallel.partitions import whole_shape
 from trl_fast.settings.ranges import check_ranges
+
+from .images import PromptImages
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Rollout:
             from, temperature and truncation included; None where the engine does not give them.
         mask: 1 for a completion's tokens that were sampled, 0 for others, which are not learned; None: all were.
         completions: the texts or messages that reward functions are to see; None: what the tokens say.
+        images: those of the prompts, in the order of their tokens; None: there are none.
+        completion_images: those that tools gave, in the order of their tokens; None: there are none.
     """
 
     prompt_ids: list[list[int]]
@@ -64,6 +69,8 @@ class Rollout:
     logprobs: list[list[float]] | None = None
     mask: list[list[int]] | None = None
     completions: list | None = None
+    images: PromptImages | None = None
+    completion_images: PromptImages | None = None
 
 
 class RolloutEngine(Protocol):
@@ -71,6 +78,8 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
         """Samples one completion for each entry; equal prompts in a row are read once.
+
+        Where prompts have images, it is called with a third argument `images`, the `RolloutImage`s of each prompt.
 
         Raises:
             ValueError: a prompt is empty or leaves no room for its completion.
@@ -98,6 +107,25 @@ class EngineWrapper:
     def gathered_weights(self) -> AbstractContextManager[Any]:
         """Returns the context of the engine in which the policy's weights are whole."""
         return gathered_weights(self.engine)
+
+
+def generate(
+    engine: RolloutEngine, prompt_ids: list[list[int]], settings: SamplingSettings, images: PromptImages | None
+) -> Rollout:
+    """Samples one completion for each prompt; an engine that takes no images serves as long as there are none.
+
+    Raises:
+        ValueError: there are images, and the engine takes none; or as the engine.
+    """
+    if images is None:
+        return engine.generate(prompt_ids, settings)
+    if "images" not in inspect.signature(engine.generate).parameters:
+        raise ValueError(
+            f"rollout_engine: {type(engine).__name__}.generate takes no argument `images`, but prompts have images; "
+            "give it one, as trl_fast.rollout.RolloutEngine describes it"
+        )
+    taking: Any = engine
+    return taking.generate(prompt_ids, settings, images=images)
 
 
 def asks_together(engine: RolloutEngine) -> bool:

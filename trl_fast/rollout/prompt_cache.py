@@ -9,6 +9,7 @@ generated: pads have no effect on what is kept at the right end.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -82,11 +83,12 @@ def new_cache(model: Model) -> DynamicCache:
 
 def prompt_cache(
     model: Model,
-    prompt_ids: list[list[int]],
+    prompts: Sequence[Hashable],
     pad_token_id: int,
     *,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
+    image_keywords_of: Callable[[list[int], torch.Tensor], dict[str, torch.Tensor]],
     **how: Any,
 ) -> DynamicCache:
     """Returns a cache of each prompt but its last token, whose logits count; each different prompt is computed once.
@@ -95,12 +97,13 @@ def prompt_cache(
 
     Args:
         model: a model that shares prompts, see `why_prompts_are_not_shared`.
-        prompt_ids: the prompts, of two tokens or more.
+        prompts: what tells them apart: their tokens, two or more, and their images.
         pad_token_id: what the prompts are padded with.
         input_ids, attention_mask: the prompts padded on the left, (B, longest prompt) int64.
+        image_keywords_of: from the numbers of prompts and their `input_ids` to the keywords by which the model's
+            forward takes their images.
         how: further arguments of `generate`.
     """
-    prompts = [tuple(prompt) for prompt in prompt_ids]
     different = list(dict.fromkeys(prompts))
     rows = [prompts.index(prompt) for prompt in different]
     cache = new_cache(model)
@@ -108,12 +111,14 @@ def prompt_cache(
     config = GenerationConfig(
         max_new_tokens=1, do_sample=True, pad_token_id=pad_token_id, use_cache=True, disable_compile=True
     )
+    beginnings = input_ids[rows, :-1]
     with torch.random.fork_rng([input_ids.device] if input_ids.is_cuda else []):
         cast("Any", model).generate(
-            input_ids=input_ids[rows, :-1],
+            input_ids=beginnings,
             attention_mask=attention_mask[rows, :-1],
             generation_config=config,
             **{CACHE_ARGUMENT: cache},
+            **image_keywords_of(rows, beginnings),
             **how,
         )
     place = {prompt: index for index, prompt in enumerate(different)}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 
+from trl_fast.data.images.inputs import ImageInput
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.packing import TokenBatch, pack_trees
 from trl_fast.data.token_trees import Tree
+
+from .images import PromptImages
 
 AnySamples = TypeVar("AnySamples", bound="Samples")
 
@@ -27,6 +31,8 @@ class Samples:
     - `excluded` (S,) bool: completions of which no token counts, because they were cut off.
     - `generation_tokens`: tokens that count in the whole generation, a process's share; 0 until it is known.
     - `widths`: tokens of the longest prompt and of the longest completion of this process's generation.
+    - `images`, `completion_images`: digests of the images of each prompt and completion, in the order of their tokens;
+      None: the run has none. `image_inputs`: what the model reads of them, by digest.
     - the others: one float32 vector (length,) a completion, on the CPU, or None. `losses.loss_inputs` says what
       they are.
     """
@@ -42,6 +48,9 @@ class Samples:
     ref_logprobs: list[torch.Tensor] | None = None
     sampling_logprobs: list[torch.Tensor] | None = None
     importance_ratios: list[torch.Tensor] | None = None
+    images: list[tuple[str, ...]] | None = None
+    completion_images: list[tuple[str, ...]] | None = None
+    image_inputs: dict[str, ImageInput] | None = None
 
     @classmethod
     def of(cls: type[AnySamples], prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> AnySamples:
@@ -60,6 +69,8 @@ class Samples:
                 values[item.name] = torch.cat(found)
             elif isinstance(found[0], list):
                 values[item.name] = [value for part in found for value in part]
+            elif isinstance(found[0], dict):
+                values[item.name] = {name: value for part in found for name, value in part.items()}
         lists = values["prompt_ids"], values["completion_ids"]
         return cls(**values, widths=(max(map(len, lists[0])), max(map(len, lists[1]))))
 
@@ -90,17 +101,43 @@ class Samples:
 
     def grouped(self, order: Sequence[int]) -> list[int]:
         """Returns `order` with the completions of one prompt brought together, each prompt where it first stands."""
-        first: dict[tuple[int, ...], int] = {}
+        first: dict[tuple, int] = {}
         for place, index in enumerate(order):
-            first.setdefault(tuple(self.prompt_ids[index]), place)
-        return sorted(order, key=lambda index: first[tuple(self.prompt_ids[index])])
+            first.setdefault(self.prompt(index), place)
+        return sorted(order, key=lambda index: first[self.prompt(index)])
 
     def by_beginning(self, indices: Iterable[int]) -> list[int]:
         """Returns `indices` with prompts and completions that begin alike next to each other, as a batch shares them.
 
         The answer does not depend on the order of `indices`, but for completions that are the same.
         """
-        return sorted(indices, key=lambda index: (self.prompt_ids[index], self.completion_ids[index]))
+        return sorted(indices, key=lambda index: (*self.prompt(index), self.completion_ids[index]))
+
+    def prompt(self, index: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Returns the tokens and the images of a completion's prompt, which are the same in its whole group."""
+        return tuple(self.prompt_ids[index]), () if self.images is None else self.images[index]
+
+    def add_images(self, images: PromptImages | None, completion_images: PromptImages | None) -> None:
+        """Adds the images of prompts and completions; None: there are none.
+
+        All processes call this in a run with images, so that completions can change the process.
+        """
+        nothing: PromptImages = [()] * len(self)
+        parts = [nothing if part is None else part for part in (images, completion_images)]
+        self.images, self.completion_images = ([tuple(each.digest for each in own) for own in part] for part in parts)
+        self.image_inputs = {each.digest: each.inputs for part in parts for own in part for each in own}
+
+    def inputs_of(self, digests: Iterable[str]) -> tuple[ImageInput, ...]:
+        """Returns what the model reads of images."""
+        inputs = self.image_inputs or {}
+        return tuple(inputs[digest] for digest in digests)
+
+    def without_other_images(self: AnySamples) -> AnySamples:
+        """Returns the same completions with what the model reads of their own images only."""
+        if self.image_inputs is None:
+            return self
+        own = {digest for part in (self.images, self.completion_images) for each in part or () for digest in each}
+        return replace(self, image_inputs={digest: self.image_inputs[digest] for digest in sorted(own)})
 
     def flat(self, name: str) -> torch.Tensor | None:
         """Returns a field of TOKEN_FIELDS as one vector (N,) in the order of the completions."""
@@ -116,14 +153,30 @@ class Samples:
         """Splits values (N,) by completion: the reverse of `flat`."""
         return list(values.split([len(ids) for ids in self.completion_ids]))
 
-    def batch(self, layout: str, pad_token_id: int, pad_to_multiple_of: int | None = None) -> TokenBatch:
+    def batch(
+        self,
+        layout: str,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None = None,
+        image_layout: ImageLayout | None = None,
+    ) -> TokenBatch:
         """Returns the batch that scores every completion token: a tree for each run of completions of one prompt.
 
         In a layout that shares prompts, what else neighbours begin alike with is shared too: the system message of
         different prompts, the first turns of completions that call tools.
         """
-        pairs = zip(self.prompt_ids, self.completion_ids, strict=True)
         trees = [
-            Tree(prompt, [branch for _, branch in run]) for prompt, run in groupby(pairs, key=lambda pair: pair[0])
+            Tree(list(ids), [self._branch(index) for index in run], self.inputs_of(images))
+            for (ids, images), run in groupby(range(len(self)), key=self.prompt)
         ]
-        return pack_trees(trees, layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of, compares_tokens=True)
+        return pack_trees(
+            *(trees, layout, pad_token_id),
+            pad_to_multiple_of=pad_to_multiple_of,
+            compares_tokens=True,
+            image_layout=image_layout,
+        )
+
+    def _branch(self, index: int) -> list[int] | Tree:
+        ids = self.completion_ids[index]
+        images = () if self.completion_images is None else self.completion_images[index]
+        return Tree(ids, [[]], self.inputs_of(images)) if images else ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -18,12 +18,14 @@ from transformers import (
     StopStringCriteria,
 )
 
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.parallel.agreement import largest_over_ranks
 from trl_fast.parallel.partitions import whole_in_forward
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.ranges import COUNT
 
 from .engine import Rollout, SamplingSettings, check_prompts
+from .images import PromptImages, RolloutImage, image_keywords
 from .prompt_cache import CACHE_ARGUMENT, Model, prompt_cache, why_prompts_are_not_shared
 
 # Arguments of `generate` that would give something else than one row of tokens a prompt.
@@ -42,6 +44,8 @@ class TransformersEngine:
         eos_token_ids: the tokens that end a completion, see `end_token_ids`.
         pad_token_id: what rows of a batch are padded with; it may be an end token.
         tokenizer: for stop strings; None: there can be none.
+        image_layout: how the model wants to have images; None: it has none.
+        suppressed: tokens that are never sampled, such as those that stand for images.
         gathered_weights: enters a context in which the policy can be called, and tells whether all processes have to
             make their forwards together in it, since weights stay sharded. The default is for one that is not sharded.
 
@@ -56,6 +60,9 @@ class TransformersEngine:
         pad_token_id: int | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         gathered_weights: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(False),
+        *,
+        image_layout: ImageLayout | None = None,
+        suppressed: Sequence[int] = (),
     ) -> None:
         self.eos_token_ids = sorted(eos_token_ids)
         if not self.eos_token_ids:
@@ -63,10 +70,15 @@ class TransformersEngine:
         if pad_token_id is None:
             raise ValueError("pad_token_id is None; set the tokenizer's pad_token, to its eos_token if need be")
         self.pad_token_id, self.tokenizer, self.gathered_weights = pad_token_id, tokenizer, gathered_weights
+        self.image_layout, self.suppressed = image_layout, list(suppressed)
         self._get_model = (lambda: model) if isinstance(model, torch.nn.Module) else model
 
-    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+    def generate(
+        self, prompt_ids: list[list[int]], settings: SamplingSettings, images: PromptImages | None = None
+    ) -> Rollout:
         """Samples one completion for each prompt, without log-probabilities.
+
+        images: of each prompt, in the order of their tokens.
 
         Raises:
             ValueError: a prompt is empty or leaves no room for its completion, or generation_kwargs ask for something
@@ -78,11 +90,23 @@ class TransformersEngine:
         check_prompts(prompt_ids, config.max_new_tokens, limit)
         input_ids, attention_mask = self._left_padded(prompt_ids, model.device)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        own = [()] * len(prompt_ids) if images is None else images
+        prompts = [
+            (tuple(ids), tuple(image.digest for image in each)) for ids, each in zip(prompt_ids, own, strict=True)
+        ]
+
+        def images_of(rows: Iterable[int], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return self._image_keywords([own[row] for row in rows], ids)
+
         stops = self._stop_strings(config, input_ids.shape[1])
         with self.gathered_weights() as together, _generating(model), torch.no_grad():
             inputs["synced_gpus"] = together
-            if self._shares_prompts(prompt_ids, model, config, together):
-                inputs[CACHE_ARGUMENT] = prompt_cache(model, prompt_ids, self.pad_token_id, **inputs)
+            if self._shares_prompts(prompts, model, config, together):
+                inputs[CACHE_ARGUMENT] = prompt_cache(
+                    model, prompts, self.pad_token_id, image_keywords_of=images_of, **inputs
+                )
+            else:
+                inputs |= images_of(range(len(own)), input_ids)
             with _naming_extremes(config):
                 rows = model.generate(
                     **inputs, generation_config=config, tokenizer=self.tokenizer, stopping_criteria=stops
@@ -135,24 +159,45 @@ class TransformersEngine:
             return error
         return None
 
+    def _image_keywords(
+        self, images: Sequence[Sequence[RolloutImage]], input_ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Returns the keywords of the model's forward for the images of prompts `input_ids` (B, T)."""
+        if not any(images):
+            return {}
+        if self.image_layout is None:
+            raise ValueError("prompts have images, but the engine was made without an image_layout; give it one")
+        return image_keywords([[image.inputs for image in own] for own in images], self.image_layout, input_ids)
+
     def _shares_prompts(
-        self, prompt_ids: list[list[int]], model: Model, config: GenerationConfig, together: bool
+        self,
+        prompts: list[tuple[tuple[int, ...], tuple[str, ...]]],
+        model: Model,
+        config: GenerationConfig,
+        together: bool,
     ) -> bool:
         """Says whether each different prompt is computed once; where it is not but comes again, says why, once a run.
 
-        together: whether all processes make their forwards together, so that all of them have to do the same.
+        prompts: their tokens and images. together: whether all processes make their forwards together, so that all of
+        them have to do the same.
         """
         any_process = largest_over_ranks if together else int
-        occur_again = any_process(int(len({*map(tuple, prompt_ids)}) < len(prompt_ids)))
-        are_short = any_process(int(min(map(len, prompt_ids)) == 1))
+        occur_again = any_process(int(len({*prompts}) < len(prompts)))
+        are_short = any_process(int(min(len(ids) for ids, _ in prompts) == 1))
         if not occur_again:
             return False
         reason = why_prompts_are_not_shared(model, config)
         if are_short:
             reason = "a prompt has one token only, of which nothing comes before its last"
+        if any_process(int(self._ends_with_image(prompts))):
+            reason = "a prompt ends with an image, whose last token counts"
         if reason is not None:
             _say_once(reason)
         return reason is None
+
+    def _ends_with_image(self, prompts: list[tuple[tuple[int, ...], tuple[str, ...]]]) -> bool:
+        token = None if self.image_layout is None else self.image_layout.image_token_id
+        return any(images and ids[-1] == token for ids, images in prompts)
 
     def _generation_config(self, model: Model, settings: SamplingSettings) -> GenerationConfig:
         """Returns the settings of a generation; where they are silent, the model's generation config has the say."""
@@ -166,6 +211,7 @@ class TransformersEngine:
             "min_p": settings.min_p,
             "repetition_penalty": settings.repetition_penalty,
             "cache_implementation": settings.cache_implementation,
+            "suppress_tokens": self.suppressed or None,
             "pad_token_id": self.pad_token_id,
             "eos_token_id": self.eos_token_ids,
             # Training switches the model's own default off.

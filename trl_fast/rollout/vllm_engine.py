@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from collections import deque
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.modeling.loading import base_model, is_quantized
@@ -27,6 +29,8 @@ from trl_fast.settings.packages import install_command
 from trl_fast.settings.server_url import ServerURL, server_url
 
 from .engine import Rollout, SamplingSettings, check_prompts, end_token_ids
+from .images import PromptImages
+from .vllm_images import multi_modal_data, placed_features
 from .vllm_server import VLLMServer
 from .weights import merged_weights, weight_metadata
 
@@ -35,7 +39,18 @@ logger = logging.getLogger(__name__)
 # The log-probabilities of the distribution that is sampled from, not of the model's raw logits.
 _LOGPROBS_MODE = "processed_logprobs"
 
-Runs = list[tuple[list[int], int]]
+
+@dataclass(frozen=True)
+class Run:
+    """Holds a prompt that comes `count` times in a row, and its pictures."""
+
+    ids: list[int]
+    count: int
+    pictures: tuple[Image.Image, ...] = ()
+
+
+# For each prompt the pictures by their digests.
+Pictures = list[list[tuple[str, Image.Image]]]
 
 
 class _VLLMEngine:
@@ -45,10 +60,13 @@ class _VLLMEngine:
         end_ids: tokens that end a completion, besides those that vLLM reads from the model's files.
         max_positions: the longest prompt with its completion, in tokens; None if there is no limit.
         regex: what completions have to match; None is anything.
+        image_token_id: the token that stands for a part of an image; None: prompts have none.
     """
 
-    def __init__(self, end_ids: set[int], max_positions: int | None, regex: str | None) -> None:
-        self.end_ids = sorted(end_ids)
+    def __init__(
+        self, end_ids: set[int], max_positions: int | None, regex: str | None, image_token_id: int | None = None
+    ) -> None:
+        self.end_ids, self.image_token_id = sorted(end_ids), image_token_id
         self.max_positions = max_positions
         self.regex = regex
         self._step: int | None = None
@@ -109,8 +127,9 @@ class VLLMServerEngine(_VLLMEngine):
         timeout: float = 240.0,
         group_port: int = 51216,
         regex: str | None = None,
+        image_token_id: int | None = None,
     ) -> None:
-        super().__init__(end_ids, max_positions, regex)
+        super().__init__(end_ids, max_positions, regex, image_token_id)
         _import_vllm()
         self._metadata: list[tuple[str, str, list[int]]] | None = None
         self.state = PartialState()
@@ -130,11 +149,15 @@ class VLLMServerEngine(_VLLMEngine):
     # The main process has one request for the prompts of all.
     asks_together = True
 
-    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+    def generate(
+        self, prompt_ids: list[list[int]], settings: SamplingSettings, images: PromptImages | None = None
+    ) -> Rollout:
         """Samples one completion for each prompt, with log-probabilities. All processes call this together.
 
+        images: of each prompt, in the order of their tokens.
+
         Raises:
-            ValueError: a prompt is empty or too long.
+            ValueError: a prompt is empty or too long, or the server cannot tell where its images stand.
             ConnectionError: the server does not answer.
             RuntimeError: it refuses the request.
         """
@@ -146,23 +169,38 @@ class VLLMServerEngine(_VLLMEngine):
         together(check)
         counts = gather_object([len(prompt_ids)])
         everyone = gather_object(prompt_ids)
-        ids, logprobs = decided_by_first(lambda: self._complete(_runs(everyone), settings))
+        pictures = gather_object(_pictures(prompt_ids, images)) if self.image_token_id is not None else None
+        ids, logprobs = decided_by_first(lambda: self._complete(_runs(everyone, pictures), settings))
         first = sum(counts[: self.state.process_index])
         mine = slice(first, first + len(prompt_ids))
         return Rollout(prompt_ids, ids[mine], logprobs[mine])
 
-    def _complete(self, runs: Runs, settings: SamplingSettings) -> tuple[list[list[int]], list[list[float]]]:
+    def _complete(self, runs: list[Run], settings: SamplingSettings) -> tuple[list[list[int]], list[list[float]]]:
         """Returns the completions of all runs in order; a request takes runs of one length only."""
         parameters = self._parameters(settings)
         by_run: dict[int, tuple[list, list]] = {}
-        for count in sorted({count for _, count in runs}):
-            places = [place for place, (_, length) in enumerate(runs) if length == count]
-            ids, logprobs = self.server.complete([runs[place][0] for place in places], count, parameters)
+        for count in sorted({run.count for run in runs}):
+            places = [place for place, run in enumerate(runs) if run.count == count]
+            ids, logprobs = self._ask([runs[place] for place in places], count, parameters)
             for index, place in enumerate(places):
                 part = slice(index * count, (index + 1) * count)
                 by_run[place] = (ids[part], logprobs[part])
         ids, logprobs = zip(*(by_run[place] for place in range(len(runs))), strict=True)
         return sum(ids, []), sum(logprobs, [])
+
+    def _ask(
+        self, runs: list[Run], count: int, parameters: dict[str, Any]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Returns `count` completions of each run's prompt, those of one prompt together, and their log-probs."""
+        prompts = [run.ids for run in runs]
+        if not any(run.pictures for run in runs):
+            return self.server.complete(prompts, count, parameters)
+        assert self.image_token_id is not None, "pictures are gathered where there is one"
+        features = [
+            placed_features(found, run.ids, self.image_token_id) if found else None
+            for run, found in zip(runs, self.server.image_features([run.pictures for run in runs]), strict=True)
+        ]
+        return self.server.complete_with_images(prompts, features, count, parameters)
 
     def _load(self, model: torch.nn.Module) -> None:
         if self._metadata is None:
@@ -202,9 +240,10 @@ class VLLMColocatedEngine(_VLLMEngine):
         max_positions: int | None = None,
         sleeps: bool = False,
         regex: str | None = None,
+        image_token_id: int | None = None,
         **llm_arguments: Any,
     ) -> None:
-        super().__init__(end_ids, max_positions, regex)
+        super().__init__(end_ids, max_positions, regex, image_token_id)
         self.vllm = _import_vllm()
         self.sleeps = sleeps
         state = PartialState()
@@ -224,8 +263,12 @@ class VLLMColocatedEngine(_VLLMEngine):
         self._sleep()
         state.wait_for_everyone()
 
-    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+    def generate(
+        self, prompt_ids: list[list[int]], settings: SamplingSettings, images: PromptImages | None = None
+    ) -> Rollout:
         """Samples one completion for each prompt, with log-probabilities.
+
+        images: of each prompt, in the order of their tokens.
 
         Raises:
             ValueError: a prompt is empty or too long.
@@ -240,10 +283,10 @@ class VLLMColocatedEngine(_VLLMEngine):
         if isinstance(parameters.get("structured_outputs"), dict):
             structured = importlib.import_module("vllm.sampling_params").StructuredOutputsParams
             parameters["structured_outputs"] = structured(**parameters["structured_outputs"])
-        runs = _runs(prompt_ids)
+        runs = _runs(prompt_ids, _pictures(prompt_ids, images))
         outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt, _ in runs],
-            sampling_params=[self.vllm.SamplingParams(**parameters, n=count) for _, count in runs],
+            [{"prompt_token_ids": run.ids, **multi_modal_data(run.pictures)} for run in runs],
+            sampling_params=[self.vllm.SamplingParams(**parameters, n=run.count) for run in runs],
             use_tqdm=False,
         )
         self._sleep()
@@ -274,9 +317,15 @@ class VLLMColocatedEngine(_VLLMEngine):
 
 
 def make_vllm_engine(
-    model: PreTrainedModel | PeftModel, accelerator: Any, tokenizer: PreTrainedTokenizerBase, args: Any
+    model: PreTrainedModel | PeftModel,
+    accelerator: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    image_token_id: int | None = None,
 ) -> VLLMServerEngine | VLLMColocatedEngine:
     """Returns the engine that the `vllm_*` fields of an online method's config ask for.
+
+    image_token_id: as in _VLLMEngine.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -293,6 +342,7 @@ def make_vllm_engine(
         "end_ids": end_token_ids(inner, tokenizer),
         "max_positions": limit,
         "regex": args.vllm_structured_outputs_regex,
+        "image_token_id": image_token_id,
     }
     if args.vllm_mode == "server":
         return VLLMServerEngine(
@@ -338,6 +388,21 @@ def _set_rendezvous(state: PartialState) -> None:
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 
-def _runs(prompt_ids: list[list[int]]) -> Runs:
-    """Returns equal prompts in a row as one, with their number."""
-    return [(prompt, len(list(run))) for prompt, run in groupby(prompt_ids)]
+def _pictures(prompt_ids: list[list[int]], images: PromptImages | None) -> Pictures:
+    """Returns the pictures of each prompt with their digests."""
+    if images is None:
+        return [[] for _ in prompt_ids]
+    return [[(image.digest, image.picture) for image in own] for own in images]
+
+
+def _runs(prompt_ids: list[list[int]], pictures: Pictures | None) -> list[Run]:
+    """Returns equal prompts in a row as one, with their number; pictures: of each prompt, None: they have none."""
+
+    def key(place: int) -> tuple[list[int], list[str]]:
+        return prompt_ids[place], [digest for digest, _ in pictures[place]] if pictures else []
+
+    runs = []
+    for (ids, _), found in groupby(range(len(prompt_ids)), key=key):
+        places = [*found]
+        runs.append(Run(ids, len(places), tuple(each for _, each in pictures[places[0]]) if pictures else ()))
+    return runs

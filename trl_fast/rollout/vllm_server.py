@@ -10,18 +10,21 @@ import atexit
 import logging
 import math
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import requests
 import torch
+from PIL import Image
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from trl_fast.settings.server_url import ServerURL
 
 from .reward_answers import shown
+from .vllm_images import image_messages
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,13 @@ _START = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs --max-logprobs -1"
 )
+_IS_IT_VLLM = f"is it vLLM's? Start it with `{_START}`"
+# What prompts with images are read by, and what that needs.
+_RENDER = "/v1/chat/completions/render"
+_SCALE_OUT = "prompts with images need it: from vLLM 0.30 on, start the server with --enable-scale-out too"
+_REQUESTS_AT_ONCE = 64
+# vLLM's RequestOutputKind.
+_FINAL_ONLY = 2
 
 
 class VLLMServer:
@@ -60,7 +70,8 @@ class VLLMServer:
         again = Retry(total=5, connect=5, read=1, status=3, status_forcelist=[502, 503], backoff_factor=1)
         again.allowed_methods = None
         again.raise_on_status = False
-        self.session.mount(f"{self.base_url}/v1/", HTTPAdapter(max_retries=again))
+        for part in ("/v1/", "/inference/v1/"):
+            self.session.mount(f"{self.base_url}{part}", HTTPAdapter(max_retries=again))
         self.group: Any = None
         self._wait(timeout)
         self.model = self._ask("GET", "/v1/models").read(str, "data", 0, "id")
@@ -104,7 +115,8 @@ class VLLMServer:
         _Answer("GET", f"{self.base_url}/health", response).check()
         return None
 
-    def _ask(self, method: str, path: str, **kwargs: Any) -> _Answer:
+    def _ask(self, method: str, path: str, hint: str = _IS_IT_VLLM, **kwargs: Any) -> _Answer:
+        """Returns the server's answer; hint: what is said where it does not know the path."""
         try:
             response = self.session.request(
                 method, f"{self.base_url}{path}", timeout=(_HEALTH_SECONDS, self.request_timeout), **kwargs
@@ -115,7 +127,7 @@ class VLLMServer:
                 f"seconds): {shown(error)}"
             ) from error
         answer = _Answer(method, f"{self.base_url}{path}", response)
-        answer.check()
+        answer.check(hint)
         return answer
 
     def complete(
@@ -131,13 +143,55 @@ class VLLMServer:
             **parameters,
         }
         answer = self._ask("POST", "/v1/completions", json=body)
-        count, asked = len(answer.read(list, "choices")), n * len(prompts)
-        if count != asked:
+        return self._read([answer], n * len(prompts), "token_logprobs")
+
+    def image_features(self, pictures: Sequence[Sequence[Image.Image]]) -> list[dict[str, Any] | None]:
+        """Returns what the server makes of the pictures of each prompt; None for a prompt without pictures."""
+
+        def features(own: Sequence[Image.Image]) -> dict[str, Any] | None:
+            if not own:
+                return None
+            body = {"model": self.model, "messages": image_messages(own), "max_tokens": 1}
+            answer = self._ask("POST", _RENDER, json=body, hint=_SCALE_OUT)
+            answer.read(list, "features", "mm_placeholders", "image")
+            found: dict[str, Any] = answer.read(dict, "features")
+            return found
+
+        with ThreadPoolExecutor(max_workers=_REQUESTS_AT_ONCE) as executor:
+            return list(executor.map(features, pictures))
+
+    def complete_with_images(
+        self, prompts: list[list[int]], features: list[dict[str, Any] | None], n: int, parameters: dict[str, Any]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Returns, as `complete`, completions of prompts whose image tokens stand for these features."""
+        # With another kind of output vLLM returns only those of n completions that ended last.
+        sampling = {**parameters, "n": n, "output_kind": _FINAL_ONLY}
+
+        def answer(index: int) -> _Answer:
+            body = {
+                "request_id": f"trl-fast-{uuid.uuid4().hex}",
+                "model": self.model,
+                "token_ids": prompts[index],
+                "features": features[index],
+                "sampling_params": sampling,
+            }
+            return self._ask("POST", "/inference/v1/generate", json=body, hint=_SCALE_OUT)
+
+        with ThreadPoolExecutor(max_workers=_REQUESTS_AT_ONCE) as executor:
+            answers = list(executor.map(answer, range(len(prompts))))
+        return self._read(answers, n * len(prompts), "content")
+
+    def _read(self, answers: list[_Answer], asked: int, key: str) -> tuple[list[list[int]], list[list[float]]]:
+        """Returns token ids and log-probs of the completions of all answers; key: under which the log-probs stand."""
+        choices = [(answer, place) for answer in answers for place in range(len(answer.read(list, "choices")))]
+        if len(choices) != asked:
             raise RuntimeError(
-                f"the vLLM server at {self.base_url} returned {count} completions; {asked} were asked for"
+                f"the vLLM server at {self.base_url} returned {len(choices)} completions; {asked} were asked for"
             )
-        ids = [answer.read(list, "choices", index, "token_ids") for index in range(count)]
-        logprobs = [answer.read(list, "choices", index, "logprobs", "token_logprobs") for index in range(count)]
+        ids = [answer.read(list, "choices", place, "token_ids") for answer, place in choices]
+        logprobs = [answer.read(list, "choices", place, "logprobs", key) for answer, place in choices]
+        # Of prompts with images an entry a token, as in a chat.
+        logprobs = [[each.get("logprob") if isinstance(each, dict) else each for each in row] for row in logprobs]
         for index, (tokens, values) in enumerate(zip(ids, logprobs, strict=True)):
             known = all(isinstance(token, int) for token in tokens) and all(map(_is_logprob, values))
             if not known or len(tokens) != len(values):
@@ -221,12 +275,12 @@ class _Answer:
     def __init__(self, method: str, url: str, response: requests.Response) -> None:
         self._asked, self._response = f"{method} {url}", response
 
-    def check(self) -> None:
-        """Raises RuntimeError if the server refuses."""
+    def check(self, hint: str = _IS_IT_VLLM) -> None:
+        """Raises RuntimeError if the server refuses; hint: what is said where it does not know the path."""
         status = self._response.status_code
         if status != 200:
-            hint = f"; is it vLLM's? Start it with `{_START}`" if status == 404 else ""
-            raise RuntimeError(f"{self._asked}: the server answered {status}: {shown(self._response.text)}{hint}")
+            said = f"; {hint}" if status == 404 else ""
+            raise RuntimeError(f"{self._asked}: the server answered {status}: {shown(self._response.text)}{said}")
 
     def read(self, kind: type, *path: str | int) -> Any:
         """Returns a value of the answer's JSON.

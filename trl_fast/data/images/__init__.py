@@ -2,7 +2,14 @@
 
 from .inputs import ImageInput
 from .loading import load_image
-from .messages import images_of, prepare_multimodal_messages
+from .messages import images_of, prepare_multimodal_messages, strip_images_from_messages
 from .reader import ImageReader
 
-__all__ = ["ImageInput", "ImageReader", "images_of", "load_image", "prepare_multimodal_messages"]
+__all__ = [
+    "ImageInput",
+    "ImageReader",
+    "images_of",
+    "load_image",
+    "prepare_multimodal_messages",
+    "strip_images_from_messages",
+]

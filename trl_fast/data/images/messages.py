@@ -104,3 +104,19 @@ def replace_images(messages: Sequence[dict[str, Any]], images: Sequence[Any]) ->
 
 def _with_image(part: dict[str, Any], given: Any) -> dict[str, Any]:
     return {**part, "image": next(given)} if part.get("type") == "image" and "image" in part else part
+
+
+def strip_images_from_messages(messages: Any) -> Any:
+    """Returns messages without the images of their parts, for a log; what is no list comes back as it is."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {**message, "content": [_without_image(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _without_image(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "image"} if part.get("type") == "image" else part

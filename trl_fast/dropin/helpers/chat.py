@@ -103,22 +103,6 @@ def prepare_multimodal_messages_vllm(messages: list[dict[str, Any]]) -> list[dic
     ]
 
 
-def strip_images_from_messages(messages: Any) -> Any:
-    """Returns messages without the images of their parts, for a log; what is no list comes back as it is."""
-    if not isinstance(messages, list):
-        return messages
-    return [
-        {**message, "content": [_without_image(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in messages
-    ]
-
-
-def _without_image(part: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "image"} if part.get("type") == "image" else part
-
-
 def print_prompt_completions_sample(
     prompts: list,
     completions: list,

@@ -27,8 +27,8 @@ class CompletionsLog:
     size: None keeps all.
 
     Attributes:
-        logs: under TRL's names, `prompt`, `completion`, `advantages` and `images` (none), and by name `rewards` and
-            `extra`.
+        logs: under TRL's names, `prompt`, `completion`, `advantages` and `images` (those of each prompt and its
+            completion; empty where none are logged), and by name `rewards` and `extra`.
     """
 
     def __init__(self, size: int | None) -> None:
@@ -40,11 +40,12 @@ class CompletionsLog:
             **{name: defaultdict(column) for name in ("rewards", "extra")},
         }
 
-    def add(self, rewards: dict[str, list[float]], **columns: list[Any]) -> None:
+    def add(self, rewards: dict[str, list[float]], images: list[list] | None = None, **columns: list[Any]) -> None:
         """Adds one generation's columns, each with one value a completion; `rewards` by source.
 
-        A column that only some generations have is None in the others.
+        A column that only some generations have is None in the others. images: None: none are logged.
         """
+        self.logs["images"].extend(images or ())
         before, added = len(self.logs["prompt"]), len(columns["prompt"])
         self.logs["advantages"].extend(columns.pop("advantage"))
         for name in ("prompt", "completion"):
@@ -56,8 +57,9 @@ class CompletionsLog:
                 kept[name].extend(given.get(name, [None] * added))
 
     def save_to_checkpoint(self, folder: Path) -> None:
-        """Writes the table as text: later steps of a generation show it again."""
-        (folder / _STATE_FILE).write_text(json.dumps(self.logs, default=_as_text))
+        """Writes the table as text, without images: later steps of a generation show it again."""
+        logs = {**self.logs, "images": [[] for _ in self.logs["images"]]}
+        (folder / _STATE_FILE).write_text(json.dumps(logs, default=_as_text))
 
     def load_from_checkpoint(self, folder: Path) -> None:
         """Reads the table; without one it begins anew."""
@@ -127,7 +129,12 @@ def report_completions(
         logger = importlib.import_module(name)
         # No run of wandb is open before training.
         if getattr(logger, "run", True) is not None:
-            logger.log({"completions": logger.Table(dataframe=completions.frame(step, unique_prompts))})
+            frame = completions.frame(step, unique_prompts)
+            images = completions.logs["images"]
+            if any(images):
+                shown = pd.Series([[logger.Image(image) for image in own] for own in images], name="image")
+                frame = frame.join(shown)
+            logger.log({"completions": logger.Table(dataframe=frame)})
 
 
 def upload_completions(folder: Path, repo_id: str, *, private: bool | None, token: str | None) -> CommitScheduler:
@@ -150,10 +157,17 @@ def message_text(value: Any) -> str:
     lines = []
     for message in value:
         calls = [call.get("function", call) for call in message.get("tool_calls") or []]
-        said = [message.get("reasoning_content"), message.get("content")]
+        said = [message.get("reasoning_content"), *_parts(message.get("content"))]
         said += [f"{call['name']}({call['arguments']})" for call in calls]
         lines.append(f"{message['role']}: " + "\n".join(str(part) for part in said if part))
     return "\n".join(lines)
+
+
+def _parts(content: Any) -> list[Any]:
+    """Returns the parts of a message's content as texts, an image as its place."""
+    if not isinstance(content, list):
+        return [content]
+    return [part.get("text", f"[{part.get('type')}]") if isinstance(part, dict) else part for part in content]
 
 
 def _with_text_arguments(value: Any) -> Any:

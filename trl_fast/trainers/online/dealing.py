@@ -137,4 +137,4 @@ def _alone(samples: Samples) -> Samples:
         for name, value in vars(samples).items()
         if isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
     }
-    return Samples(**{**vars(samples), **copies})
+    return Samples(**{**vars(samples.without_other_images()), **copies})

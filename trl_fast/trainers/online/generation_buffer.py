@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trl_fast.data.images.inputs import ImageInput
 from trl_fast.rollout.samples import Samples
 
 from .config import OnlineConfig
@@ -75,7 +76,8 @@ class GenerationBuffer(TrainerCallback):
         if not self._is_saved:
             return
         path = folder / self._file
-        saved = torch.load(path, weights_only=True) if path.is_file() else None
+        with torch.serialization.safe_globals([ImageInput]):
+            saved = torch.load(path, weights_only=True) if path.is_file() else None
         if saved is None or saved["settings"] != self._settings:
             found = "is not there" if saved is None else "is of a run with other numbers of processes or completions"
             logger.warning(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from trl_fast.data.images.messages import images_of, strip_images_from_messages
 from trl_fast.losses.advantages import Advantages, nan_std
 from trl_fast.rollout import Rollout, ToolRollout
 
@@ -57,6 +59,10 @@ def reward_metrics(names: Sequence[str], rewards: torch.Tensor, found: Advantage
     return [(name, number) for (name, _), number in zip(values, numbers, strict=True)]
 
 
+def _images(messages: Any) -> list:
+    return images_of(messages) if isinstance(messages, list) else []
+
+
 class GenerationMetrics:
     """Records what is logged of generations, of all processes, and keeps their completions for the table.
 
@@ -69,6 +75,7 @@ class GenerationMetrics:
         reward_names: returns the reward sources' names as they are now.
         end_ids: tokens that a completion that was not cut off ends with.
         logs_rewards: whether the rewards of each source are logged, and the numbers that reward functions log.
+        logs_images: whether the table keeps the images of prompts and of tools' results.
 
     Attributes:
         columns, numbers: what reward functions logged in the present generation, by name.
@@ -85,10 +92,12 @@ class GenerationMetrics:
         reward_names: Callable[[], Sequence[str]],
         end_ids: Collection[int],
         logs_rewards: bool = True,
+        logs_images: bool = False,
     ) -> None:
         self._accelerator, self._recorder, self._tokens = accelerator, recorder, tokens
         self._completions, self._warnings = completions, warnings
-        self._reward_names, self._end_ids, self._logs_rewards = reward_names, set(end_ids), logs_rewards
+        self._reward_names, self._end_ids = reward_names, set(end_ids)
+        self._logs_rewards, self._logs_images = logs_rewards, logs_images
         self.columns: dict[str, list] = defaultdict(list)
         self.numbers: dict[str, list[float]] = defaultdict(list)
 
@@ -171,7 +180,13 @@ class GenerationMetrics:
         if self._logs_rewards:
             self._record_rewards(rewards, found)
         self._warnings.warn_of_equal_rewards(found.rewards, group, prompts)
-        columns = {"prompt": gather_object(prompts), "completion": gather_object(completions)}
+        columns: dict[str, list] = {
+            "prompt": gather_object([strip_images_from_messages(prompt) for prompt in prompts]),
+            "completion": gather_object([strip_images_from_messages(completion) for completion in completions]),
+        }
+        if self._logs_images:
+            pairs = zip(prompts, completions, strict=True)
+            columns["images"] = gather_object([_images(prompt) + _images(completion) for prompt, completion in pairs])
         for name in sorted(set(gather_object(list(self.columns)))):
             columns[name] = gather_object(self.columns.get(name, [None] * len(prompts)))
         self.columns.clear()

@@ -9,6 +9,7 @@ import torch
 
 from trl_fast.data import TokenBatch
 from trl_fast.data.device_transfer import copy_to_device
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.losses.loss_inputs import PolicyLossInputs
 from trl_fast.parallel.agreement import largest_over_ranks
 from trl_fast.rollout.samples import Samples
@@ -35,17 +36,18 @@ class Update:
 
 @dataclass(frozen=True)
 class UpdateMaker:
-    """Lays samples out for a model: its batch layout, its tokenizer's padding, its device."""
+    """Lays samples out for a model: its batch layout, its tokenizer's padding, its device, its way with images."""
 
     layout: str
     pad_token_id: int
     pad_to_multiple_of: int | None
     device: torch.device
+    image_layout: ImageLayout | None = None
 
     def token_batch(self, samples: Samples) -> TokenBatch:
         """Returns the batch that scores every completion token of the samples."""
         multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
-        return samples.batch(self.layout, self.pad_token_id, multiple).to(self.device)
+        return samples.batch(self.layout, self.pad_token_id, multiple, self.image_layout).to(self.device)
 
     @torch.no_grad()
     def score(

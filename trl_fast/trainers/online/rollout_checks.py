@@ -11,6 +11,10 @@ from trl_fast.rollout import Rollout, check_engine
 from trl_fast.rollout.reward_answers import shown
 
 _SHOWN_CHARACTERS = 80
+_IMAGE_REMEDIES = {
+    "prompt_ids": "make them with the processor, which writes a token for each part of an image",
+    "completion_ids": "let the engine not sample that token (generation_kwargs: suppress_tokens, vLLM's logit_bias)",
+}
 
 
 def check_sources(
@@ -72,6 +76,24 @@ def check_rollout(rollout: Rollout, prompts: list, vocab_size: int) -> Rollout:
             setattr(rollout, name, lists)
             _check_by_token(shown_name, lists, rollout.completion_ids, prompts)
     return rollout
+
+
+def check_images(rollout: Rollout, prompts: list, image_token_id: int) -> None:
+    """Checks that prompts and completions hold the tokens of their images, and no others that stand for images.
+
+    Raises:
+        ValueError: one does not.
+    """
+    lists = (rollout.prompt_ids, rollout.images), (rollout.completion_ids, rollout.completion_images)
+    for name, (ids, images) in zip(("prompt_ids", "completion_ids"), lists, strict=True):
+        for row, (tokens, prompt) in enumerate(zip(ids, prompts, strict=True)):
+            own = () if images is None else images[row]
+            found, expected = tokens.count(image_token_id), sum(image.inputs.num_tokens for image in own)
+            if found != expected:
+                raise ValueError(
+                    f"the rollout's {name} for the prompt {_short(prompt)} have {found} tokens {image_token_id}, "
+                    f"which stand for images, but {len(own)} images with {expected} of them; {_IMAGE_REMEDIES[name]}"
+                )
 
 
 def _rows(name: str, rows: Any, prompts: list, read: Callable[[Any], Any]) -> list[list]:

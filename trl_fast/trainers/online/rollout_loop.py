@@ -14,7 +14,8 @@ from transformers import TrainerState
 
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.losses.advantages import Advantages
-from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, SamplingSettings, gathered_weights
+from trl_fast.rollout import RewardFunctions, Rollout, RolloutEngine, SamplingSettings, gathered_weights, generate
+from trl_fast.rollout.images import PromptImages, RolloutImages, with_images_in_messages
 from trl_fast.rollout.reward_answers import copied, shown
 from trl_fast.rollout.samples import Samples
 from trl_fast.rollout.user_calls import described, outcome_of
@@ -22,7 +23,7 @@ from trl_fast.rollout.user_calls import described, outcome_of
 from .completion_reader import CompletionReader
 from .generation_metrics import GenerationMetrics
 from .rescue import Rescue
-from .rollout_checks import check_rollout
+from .rollout_checks import check_images, check_rollout
 
 Outcome = TypeVar("Outcome")
 
@@ -84,6 +85,7 @@ class RolloutLoop:
         vocab_size: entries of the policy's head, for checks.
         excludes_cut_off: returns whether completions that were cut off are not learned from.
         prompt_ids_for_rewards: whether reward sources see the prompts' tokens.
+        images: reads the images of prompts; None: there are none.
         samples_class: the kind of samples that the method fills.
         generate_instead: takes the place of the engine and of `rollout_func`: from rows to what `generate` returns.
         reward_instead: takes the place of `rewards`: from rows, with further columns, prompts, completions and their
@@ -100,6 +102,7 @@ class RolloutLoop:
     vocab_size: int
     excludes_cut_off: Callable[[], bool] = lambda: False
     prompt_ids_for_rewards: bool = False
+    images: RolloutImages | None = None
     samples_class: type[Samples] = Samples
     generate_instead: Callable[[list[dict[str, Any]]], tuple[Rollout, dict[str, list]]] | None = None
     reward_instead: Callable[[list[dict[str, Any]], list, list, list[list[int]]], torch.Tensor] | None = None
@@ -117,6 +120,7 @@ class RolloutLoop:
             RuntimeError: a reward source raised.
         """
         with self._guard():
+            rows = self.shown(rows)
             rollout, columns = self.generate(rows, method)
             judged = self.judge(rows, rollout, columns, method)
         samples = self._samples(rollout, method)
@@ -133,8 +137,16 @@ class RolloutLoop:
     def judged_rollout(self, rows: list[dict[str, Any]], method: OnlineMethod) -> JudgedRollout:
         """Samples completions of the rows' prompts and has them rewarded, without metrics and without an update."""
         with self._guard():
+            rows = self.shown(rows)
             rollout, columns = self.generate(rows, method)
             return self.judge(rows, rollout, columns, method)
+
+    def shown(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns rows as users see them: with images in the messages of their prompts."""
+        if self.images is None:
+            return rows
+        self.images.forget()
+        return with_images_in_messages(rows)
 
     def _guard(self) -> AbstractContextManager[None]:
         # What a user puts in the place of a part may wait for other processes, as TRL's does.
@@ -153,18 +165,27 @@ class RolloutLoop:
 
     def _generate(self, rows: list[dict[str, Any]], method: OnlineMethod) -> tuple[Rollout, dict[str, list]]:
         prompts = [row["prompt"] for row in rows]
+        images = None if self.images is None else self.images.of_prompts(prompts)
+        columns: dict[str, list] = {}
         if self.generate_instead is not None:
             rollout, columns = self.generate_instead(rows)
-            return check_rollout(rollout, prompts, self.vocab_size), columns
-        if method.rollout_func is not None:
+        elif method.rollout_func is not None:
             rollout, columns = custom_rollout(method.rollout_func, prompts, method)
-            return check_rollout(rollout, prompts, self.vocab_size), columns
+        else:
+            rollout = self._ask_engine([list(row[PROMPT_IDS]) for row in rows], images)
+        rollout = check_rollout(rollout, prompts, self.vocab_size)
+        if self.images is not None:
+            rollout.images = rollout.images or images
+            check_images(rollout, prompts, self.images.reader.image_token_id)
+        if self.prompt_ids_for_rewards:
+            columns = {**columns, PROMPT_IDS: rollout.prompt_ids}
+        return rollout, columns
+
+    def _ask_engine(self, prompt_ids: list[list[int]], images: PromptImages | None) -> Rollout:
         # Around all of it, so that autocast casts the weights once and not for each token.
         with self.accelerator.autocast():
-            prompt_ids, settings = [list(row[PROMPT_IDS]) for row in rows], self.settings()
-            rollout = _called("rollout engine", self.engine, lambda: self.engine.generate(prompt_ids, settings))
-        rollout = check_rollout(rollout, prompts, self.vocab_size)
-        return rollout, {PROMPT_IDS: rollout.prompt_ids} if self.prompt_ids_for_rewards else {}
+            settings = self.settings()
+            return _called("rollout engine", self.engine, lambda: generate(self.engine, prompt_ids, settings, images))
 
     def judge(
         self, rows: list[dict[str, Any]], rollout: Rollout, columns: dict[str, list], method: OnlineMethod
@@ -193,6 +214,8 @@ class RolloutLoop:
     def _samples(self, rollout: Rollout, method: OnlineMethod) -> Samples:
         """Returns samples of a rollout, without advantages yet, and records the completions' lengths."""
         samples = self.samples_class.of(rollout.prompt_ids, rollout.completion_ids)
+        if self.images is not None:
+            samples.add_images(rollout.images, rollout.completion_images)
         samples.mask = token_vectors(rollout.mask)
         samples.sampling_logprobs = token_vectors(rollout.logprobs)
         cut_off = self.metrics.record_lengths(rollout, samples.mask, is_training=method.model.training)
