@@ -187,7 +187,12 @@ def test_the_tokens_of_results_are_those_of_trl(name):
     )
     results = [{"role": "tool", "name": f"f{i}", "content": f"It is {i}."} for i in range(2)]
     for messages in (results[:1], results):
-        assert tool_turn_ids(tokenizer, messages) == trl.GRPOTrainer._get_tool_suffix_ids(trainer, messages)
+        ours, expected = tool_turn_ids(tokenizer, messages), trl.GRPOTrainer._get_tool_suffix_ids(trainer, messages)
+        if READ[name] == "Gemma 4" and len(messages) == 2:
+            # TRL gives the result of the second function the name of the first.
+            text = tokenizer.decode(expected)
+            expected = tokenizer(text="response:f1{".join(text.rsplit("response:f0{", 1)))["input_ids"]
+        assert ours == expected
 
 
 def test_an_end_token_that_does_not_end_calls():

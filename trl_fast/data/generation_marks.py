@@ -91,6 +91,14 @@ PLACES: dict[str, tuple[tuple[str, str], ...]] = {
             f"{START}{{{{ ' ' + message['content'][0]['text'] + '</s>' }}}}{END}{{{{ ' ' }}}}",
         ),
     ),
+    # It writes the generation prompt at the end of every conversation.
+    "Command R7B": (
+        ("<|CHATBOT_TOKEN|>{% if message.tool_calls %}", f"<|CHATBOT_TOKEN|>{START}{{% if message.tool_calls %}}"),
+        (
+            "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>{% endif %}",
+            f"<|END_RESPONSE|><|END_OF_TURN_TOKEN|>{{% endif %}}{END}",
+        ),
+    ),
     # The role counts as said, as in TRL.
     "gpt-oss": (
         (

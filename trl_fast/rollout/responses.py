@@ -8,119 +8,28 @@ found out by having it write a call: the format is the one that reads the same c
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-# Names that no template has of its own.
-_CALL = {"type": "function", "function": {"name": "probe_f81c", "arguments": {"key_07de": "value_5a9b"}}}
+from .response_formats import CALL_FORMATS, RESPONSE_TEMPLATES, turn_templates
+
+# Names that no template has of its own. Mistral's takes ids of nine letters and digits only.
+_CALL = {
+    "type": "function",
+    "id": "id8f3c70a",
+    "function": {"name": "probe_f81c", "arguments": {"key_07de": "value_5a9b"}},
+}
 _ASKED: list[dict[str, Any]] = [
     {"role": "user", "content": "question"},
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
 ]
-_RESULT = {"role": "tool", "name": "probe_f81c", "content": "result_c360"}
+_ANSWERED = [_ASKED[0], {"role": "assistant", "content": "answer_5b1e"}]
+_RESULT = {"role": "tool", "name": "probe_f81c", "tool_call_id": _CALL["id"], "content": "result_c360"}
 _SHOWN_CHARACTERS = 200
-
-
-def _region(start: str, end: str, content: str = "text", **more: Any) -> dict[str, Any]:
-    """Matches what stands between two markers, as regular expressions; white space after it belongs to nothing."""
-    return {"open_pattern": start, "close_pattern": rf"(?:{end})\s*", "content": content, **more}
-
-
-def _calls(start: str, end: str, content: str = "json", **more: Any) -> dict[str, Any]:
-    """Describes tool calls: an object with name and arguments, or, where `start` has the name, the arguments alone."""
-    named = {"name": "{name}", "arguments": "{content}"} if "?P<name>" in start else "{content}"
-    return _region(start, end, content, repeats=True, transform={"type": "function", "function": named}, **more)
-
-
-def _format(header: str, calls: dict[str, Any], end: str, **reasoning: dict[str, Any]) -> dict[str, Any]:
-    """Returns a response template: after `header` come maybe a thought, then calls, and text up to `end`."""
-    text = {"close_pattern": rf"(?:{end})\s*", "content": "text"}
-    fields = {**reasoning, "tool_calls": calls, "content": text}
-    return {"defaults": {"role": "assistant"}, "start_anchor_pattern": header, "fields": fields}
-
-
-def _parameters(pattern: str) -> dict[str, Any]:
-    """Describes arguments with a tag each: texts, which `parse_response` gives the types of the tool's schema."""
-    return {"content": "xml-inline", "content_args": {"tag_pattern": pattern, "value_parser": {"name": "text"}}}
-
-
-_THOUGHT = _region("<think>", "</think>")
-_CHATML = r"<\|im_start\|>assistant\n"
-_JSON_CALLS = _calls("<tool_call>", "</tool_call>")
-_XML_CALLS = _calls(
-    r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
-    "</tool_call>",
-    **_parameters(r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>"),
-)
-# An argument is a string, a list or mapping with others in it, or anything up to the next comma.
-_NESTED = r"""(?P<nested>[\[{](?:[^][{}'"]|'[^']*'|"[^"]*"|(?&nested))*[\]}])"""
-_ASSIGNMENT = rf"(?P<key>\w+)=(?P<value>'[^']*'|{_NESTED}|[^,)]*)"
-_PYTHON_STRINGS = {"string_delims": [["'", "'"]], "allow_non_json": True}
-
-# By the models that have them; docs/grpo.md lists them.
-RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
-    "Qwen 2.5, Qwen 3, Hermes": _format(_CHATML, _JSON_CALLS, r"<\|im_end\|>", reasoning_content=_THOUGHT),
-    # The template has opened a thought, maybe an empty one; it is one only if the completion closes it. Of Qwen 3.5's
-    # it would not say so, and so stands before it.
-    "Nemotron 3": _format(
-        _CHATML + r"<think>(?:\n(?!\n)|</think>)",
-        _XML_CALLS,
-        r"<\|im_end\|>",
-        reasoning_content=_region("(?=.*</think>)", "</think>"),
-    ),
-    "Qwen 3.5": _format(_CHATML, _XML_CALLS, r"<\|im_end\|>", reasoning_content=_THOUGHT),
-    "GLM 4": _format(
-        r"<\|assistant\|>",
-        _calls(
-            r"<tool_call>\s*(?P<name>[^\s<]+)",
-            "</tool_call>",
-            **_parameters(r"<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"),
-        ),
-        r"<\|user\|>|<\|observation\|>|$",
-        reasoning_content=_THOUGHT,
-    ),
-    "Llama 3.1, Llama 3.2": _format(
-        r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
-        _calls(r'\{\s*"name":\s*"(?P<name>[^"]+)",\s*"parameters":\s*', r"\}\s*<\|eot_id\|>"),
-        r"<\|eot_id\|>",
-    ),
-    "Gemma 4": _format(
-        r"<\|turn>model\n|<tool_response\|>",
-        _calls(
-            r"<\|tool_call>call:(?P<name>\w+)",
-            r"<tool_call\|>",
-            content_args={"unquoted_keys": True, "string_delims": [['<|"|>'] * 2]},
-        ),
-        r"<turn\|>|<\|tool_response>|<eos>|$",
-        reasoning_content=_region(r"<\|channel>thought\n", r"<channel\|>"),
-    ),
-    "LFM 2": _format(
-        _CHATML,
-        # One block for all calls of a turn, written as Python does.
-        _calls(
-            r"(?:<\|tool_call_start\|>\[|(?<=<\|tool_call_start\|>.*\)),\s*)(?P<name>\w+)\(",
-            r"\)(?:\]<\|tool_call_end\|>)?",
-            content="xml-inline",
-            content_args={"tag_pattern": _ASSIGNMENT, "value_parser": {"name": "json", "args": _PYTHON_STRINGS}},
-        ),
-        r"<\|im_end\|>",
-        thinking=_THOUGHT,
-    ),
-    "gpt-oss": {
-        "defaults": {"role": "assistant"},
-        "start_anchor_pattern": r"<\|start\|>assistant",
-        "fields": {
-            "thinking": _region(r"<\|channel\|>analysis<\|message\|>", r"<\|end\|>"),
-            "tool_calls": _calls(
-                r"to=functions\.(?P<name>[^\s<]+)\s*<\|channel\|>commentary(?:\s+json)?<\|message\|>", r"<\|call\|>"
-            ),
-            "content": _region(r"<\|channel\|>final<\|message\|>", r"<\|return\|>|<\|end\|>"),
-        },
-    },
-}
 
 
 def find_response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -133,42 +42,53 @@ def find_response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
     if tokenizer.response_template is not None:
         return tokenizer.response_template
     for template in [*RESPONSE_TEMPLATES.values(), *_with_own_turns(tokenizer)]:
-        try:
-            message = tokenizer.parse_response("", template, prefix=rendered)
-        except ValueError:
-            continue
-        if message == {"role": "assistant", "tool_calls": [_CALL]}:
+        if _reads_probe(tokenizer, template, rendered):
             return template
     raise ValueError(
         f"tools: {_described(tokenizer)} writes tool calls in a format that is not known; expected that of "
-        f"{'; '.join(RESPONSE_TEMPLATES)}, or calls in <tool_call> tags, or a tokenizer whose response_template says "
+        f"{'; '.join(RESPONSE_TEMPLATES)}; {'; '.join(CALL_FORMATS)}; or a tokenizer whose response_template says "
         f"how to read them (transformers' response parsing). It writes a call as {rendered[-_SHOWN_CHARACTERS:]!r}"
     )
 
 
-def _with_own_turns(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Returns response templates for calls in `<tool_call>` tags within turns of the chat template's own kind.
-
-    A turn begins with what the generation prompt adds, a thought that it opens not counted, and ends with what the
-    template writes behind an answer. Empty if these cannot be told.
-    """
-    answer = "answer_5b1e"
-
-    def rendered(*messages: dict[str, Any], prompt: bool = False) -> str:
-        text: Any = tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=prompt)
-        return text
-
+def _reads_probe(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], rendered: str) -> bool:
+    """Says whether a response template reads nothing but the probe's call, maybe with another id."""
     try:
-        asked, prompted = rendered(_ASKED[0]), rendered(_ASKED[0], prompt=True)
-        answered = rendered(_ASKED[0], {"role": "assistant", "content": answer})
+        message = tokenizer.parse_response("", template, prefix=rendered)
+    except (ValueError, LookupError):
+        return False
+    calls = [{**call, "id": _CALL["id"]} for call in message.pop("tool_calls", [])]
+    return message == {"role": "assistant"} and calls == [_CALL]
+
+
+def _with_own_turns(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Returns response templates for the formats of calls within turns of the chat template's own kind.
+
+    A turn begins with what the generation prompt adds, a thought that it opens or closes not counted; where it adds
+    nothing, to a question (Mistral) or to results (DeepSeek), with what ends these. It ends with what the template
+    writes behind an answer. Empty if these cannot be told.
+    """
+    # Ids of results are no part of what ends them.
+    other = {**_RESULT, "tool_call_id": "id0b7e4ff"}
+    try:
+        asked, prompted = _text(tokenizer, _ASKED[:1]), _text(tokenizer, _ASKED[:1], prompt=True)
+        answered = _text(tokenizer, _ANSWERED)
+        results = [_text(tokenizer, [*_ASKED, result], prompt=True) for result in (_RESULT, other)]
     except (TemplateError, TypeError):
         return []
-    header = prompted.removeprefix(asked).partition("<think>")[0]
-    end = answered.rpartition(answer)[2].strip()
-    if not prompted.startswith(asked) or not header.strip() or not end:
+    added = prompted.removeprefix(asked) or asked.rpartition(_ASKED[0]["content"])[2]
+    headers = [re.split(r"</?(?:seed:)?think>|\[/?THINK\]", added)[0]]
+    behind_results = _common_end(*(text.rpartition(_RESULT["content"])[2] for text in results))
+    if headers[0] not in behind_results:
+        headers.append(behind_results)
+    end = answered.rpartition(_ANSWERED[1]["content"])[2].strip()
+    if not prompted.startswith(asked) or not all(map(str.strip, headers)) or not end:
         return []
-    own = re.escape(header), re.escape(end)
-    return [_format(own[0], calls, own[1], reasoning_content=_THOUGHT) for calls in (_JSON_CALLS, _XML_CALLS)]
+    return turn_templates(headers, end)
+
+
+def _common_end(*texts: str) -> str:
+    return os.path.commonprefix([text[::-1] for text in texts])[::-1]
 
 
 def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -187,7 +107,25 @@ def _written_call(tokenizer: PreTrainedTokenizerBase) -> str:
     lost = [part for part in parts if part not in whole]
     if lost:
         raise ValueError(f"tools: {_described(tokenizer)} leaves tool calls or their results out; {expected}")
-    return asked
+    return asked.removesuffix(_lasting_prompt(tokenizer))
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], prompt: bool = False, **more: Any
+) -> str:
+    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **more)
+    return text
+
+
+def _lasting_prompt(tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> str:
+    """Returns the end of a turn and the generation prompt if a template writes it at each conversation's end, else "".
+
+    Command R7B's does.
+    """
+    asked = _text(tokenizer, _ASKED[:1], **template_kwargs)
+    if _text(tokenizer, _ASKED[:1], prompt=True, **template_kwargs) != asked:
+        return ""
+    return _common_end(asked, _text(tokenizer, _ANSWERED, **template_kwargs))
 
 
 def _rendered_calls(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> tuple[str, str]:
@@ -197,10 +135,9 @@ def _rendered_calls(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any
     """
 
     def rendered(arguments: dict[str, Any] | str) -> tuple[str, str]:
-        call = {"type": "function", "function": {"name": _RESULT["name"], "arguments": arguments}}
+        call = {**_CALL, "function": {"name": _RESULT["name"], "arguments": arguments}}
         asked = [_ASKED[0], {**_ASKED[1], "tool_calls": [call]}]
-        texts: Any = [tokenizer.apply_chat_template(each, tokenize=False) for each in (asked, [*asked, _RESULT])]
-        return texts[0], texts[1]
+        return _text(tokenizer, asked), _text(tokenizer, [*asked, _RESULT])
 
     try:
         return rendered(arguments)
@@ -230,7 +167,7 @@ def parse_message(
         message = tokenizer.parse_response(completion_ids, prefix=prompt_ids, tools=tools) if completion_ids else {}
         for call in message.get("tool_calls") or []:
             _complete_call(call)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError):
         return {"role": "assistant", "content": tokenizer.decode(completion_ids, skip_special_tokens=True)}
     content = message.get("content") or ""
     if isinstance(content, str) and tokenizer.eos_token:
@@ -252,7 +189,7 @@ def _complete_call(call: Any) -> None:
 
 
 def tool_turn_ids(
-    tokenizer: PreTrainedTokenizerBase, results: list[dict[str, Any]], **template_kwargs: Any
+    tokenizer: PreTrainedTokenizerBase, results: list[dict[str, Any]], earlier: int = 0, **template_kwargs: Any
 ) -> list[int]:
     """Returns the tokens between a completion that called tools and the next: the results, an answer's beginning.
 
@@ -261,21 +198,28 @@ def tool_turn_ids(
     matter if the template writes the turn differently once another follows it (Qwen 3 does: no empty thought).
 
     Args:
-        results: messages of the role "tool", one or more.
+        results: messages of the role "tool", one or more. One without `tool_call_id` gets one for the template.
+        earlier: how many calls of the completion were answered before; some templates number calls.
 
     Raises:
         ValueError: the template does not end the call with the end token, and writes it differently when its results
             follow.
     """
-    call = {"type": "function", "function": {"name": results[0]["name"], "arguments": {}}}
-    asked = [_ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    history, results = _call_history(results, earlier)
+    lasting = _lasting_prompt(tokenizer, **template_kwargs)
 
     def tokens(messages: list[dict], ends: bool) -> list[int]:
-        options = {**template_kwargs, "add_generation_prompt": not ends, "tokenize": True, "return_dict": True}
-        encoded: Any = tokenizer.apply_chat_template(messages, **options)
+        text = _text(tokenizer, messages, prompt=not ends, **template_kwargs)
+        encoded: Any = tokenizer(text.removesuffix(lasting) if ends else text, add_special_tokens=False)
         return encoded["input_ids"]
 
-    before, whole = tokens(asked, True), tokens(asked + results, False)
+    try:
+        asked = [*history, _calling(results)]
+        before, whole = tokens(asked, True), tokens(asked + results, False)
+    except TemplateError:
+        # Llama's takes one call a turn.
+        asked = [*history, _calling(results[:1])]
+        before, whole = tokens(asked, True), tokens(asked + results, False)
     # The model stops at a special token; white space behind it is the template's.
     special = set(tokenizer.all_special_ids)
     stop = max((place for place, token in enumerate(before) if token in special), default=len(before)) + 1
@@ -291,6 +235,23 @@ def tool_turn_ids(
         f"tools: {_described(tokenizer)} writes a tool call differently when its results follow, and does not end it "
         f"with the end token {tokenizer.eos_token!r}; expected one that only adds to what it wrote before"
     )
+
+
+def _calling(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns a message with calls, without arguments, that have the results."""
+    calls = [
+        {"type": "function", "id": result["tool_call_id"], "function": {"name": result["name"], "arguments": {}}}
+        for result in results
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _call_history(results: list[dict[str, Any]], earlier: int) -> tuple[list[dict], list[dict[str, Any]]]:
+    """Returns a question with calls that were answered before, and the results with an id each."""
+    before = [{**results[0], "tool_call_id": f"{index:09}"} for index in range(earlier)]
+    turns = [message for result in before for message in (_calling([result]), result)]
+    numbered = [{"tool_call_id": f"{earlier + index:09}", **result} for index, result in enumerate(results)]
+    return [_ASKED[0], *turns], numbered
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -125,8 +125,9 @@ class ToolLoop(EngineWrapper):
 
     def _answer(self, dialogue: _Dialogue, messages: list[dict[str, Any]], longest: int) -> bool:
         """Appends the results of a dialogue's calls; whether they fit."""
-        ids = tool_turn_ids(self.tokenizer, messages, **self.template_kwargs)
-        # GLM 4 ends a call with the token that results begin with.
+        earlier = sum(message["role"] == "tool" for message in dialogue.messages)
+        ids = tool_turn_ids(self.tokenizer, messages, earlier, **self.template_kwargs)
+        # GLM 4 ends a call with the token that results begin with; Command R7B's template repeats the turn's end.
         if ids[:1] == dialogue.completion_ids[-1:] and ids[0] in self.tokenizer.get_added_vocab().values():
             ids = ids[1:]
         length = len(dialogue.completion_ids) + len(ids)

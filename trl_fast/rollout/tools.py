@@ -67,22 +67,22 @@ class Toolbox:
         a completion's sync calls come before those of its async ones. An error that a function raises is its result,
         for the model to read, and so is one of its arguments, with which it is not called.
         """
-        results: list[list[tuple[str, Outcome]]] = [[] for _ in turns]
-        waiting: list[tuple[int, str, Awaitable[Any]]] = []
+        results: list[list[tuple[dict[str, Any], str, Outcome]]] = [[] for _ in turns]
+        waiting: list[tuple[int, dict[str, Any], str, Awaitable[Any]]] = []
         for index, calls in enumerate(turns):
             for call in calls:
                 name, outcome = self._call(call)
                 if inspect.isawaitable(outcome.value):
-                    waiting.append((index, name, outcome.value))
+                    waiting.append((index, call, name, outcome.value))
                 else:
-                    results[index].append((name, outcome))
-        answers = self.calls.gather([(name, _content_later(call)) for _, name, call in waiting])
-        for (index, name, _), answer in zip(waiting, answers, strict=True):
-            results[index].append((name, answer))
+                    results[index].append((call, name, outcome))
+        answers = self.calls.gather([(name, _content_later(value)) for _, _, name, value in waiting])
+        for (index, call, name, _), answer in zip(waiting, answers, strict=True):
+            results[index].append((call, name, answer))
         return ToolResults(
             messages=[[_message(*result) for result in of_one] for of_one in results],
             calls=sum(map(len, turns)),
-            failures=sum(outcome.error is not None for of_one in results for _, outcome in of_one),
+            failures=sum(outcome.error is not None for of_one in results for *_, outcome in of_one),
         )
 
     def _call(self, call: dict[str, Any]) -> tuple[str, Outcome]:
@@ -134,11 +134,12 @@ def _as_content(result: Any) -> Any:
     return copied(result) if blocks else str(result).encode("utf-8", "replace").decode("utf-8")
 
 
-def _message(name: str, outcome: Outcome) -> dict[str, Any]:
-    """Returns the message that tells the model of a result, or of an error."""
+def _message(call: dict[str, Any], name: str, outcome: Outcome) -> dict[str, Any]:
+    """Returns the message that tells the model of a result, or of an error, with the call's id if it has one."""
     error, content = outcome.error, outcome.value
     if error is not None:
         text = described(error)
         # An exit's own text is often a bare number; of others TRL tells the text.
         content = str({"error": text.partition(": ")[2] if isinstance(error, Exception) else text})
-    return {"role": "tool", "name": name, "content": content}
+    numbered = {"tool_call_id": call["id"]} if call.get("id") else {}
+    return {"role": "tool", "name": name, **numbered, "content": content}
