@@ -1,0 +1,82 @@
+"""Models in which the tokens of an image see each other both ways, against transformers' own masks on padded rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support.layout_gradients import assert_same
+from support.vision_models import tiny_vision_model
+from support.vision_processors import pictures, tiny_processor
+from trl_fast.data import Tree, packing
+from trl_fast.data.images.inputs import ImageInput
+from trl_fast.data.images.layout import ImageLayout
+from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import use_segment_attention
+from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
+
+# Windows shorter than an image. Gemma 3's layers all see images both ways; of Gemma 4's those with a window.
+MODELS = {
+    "gemma3": (["token_type_ids"], {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma4": (["mm_token_type_ids"], {"sliding_window": 3, "use_bidirectional_attention": "vision"}),
+}
+
+
+def images_of(name, token, count):
+    """Images, each as a processor gives it by itself."""
+    processor, made = tiny_processor(name), []
+    for picture in pictures(count):
+        message = {"role": "user", "content": [{"type": "image"}]}
+        text = processor.apply_chat_template([message], tokenize=False)
+        given = processor(images=[picture], text=[text], return_tensors="pt")
+        tensors = {key: given[key] for key in ("pixel_values", "image_position_ids") if key in given}
+        made.append(ImageInput(tensors, int((given["input_ids"] == token).sum())))
+    return made
+
+
+def trees_of(images, token):
+    """Prompts with one image, with three of which two are adjacent, and with none."""
+    words = iter(range(5, 300))
+
+    def text(count):
+        return [next(words) for _ in range(count)]
+
+    def tokens(*each):
+        return [token] * sum(image.num_tokens for image in each)
+
+    one, two, *others = images
+    return [
+        Tree(text(3) + tokens(one) + text(9), [text(5), text(12)], images=(one,)),
+        Tree(text(2) + tokens(two) + text(4) + tokens(*others) + text(2), [text(5), text(2)], images=(two, *others)),
+        Tree(text(6), [text(5), text(9)]),
+    ]
+
+
+def loss_and_gradients(model, trees, layout, image_layout):
+    batch = packing.pack_trees(trees, layout, 2, image_layout=image_layout)
+    scores = score(model, batch, outputs=("logprobs", "entropy")).tokens
+    sums = torch.zeros(len(batch)).index_add(0, batch.branch, scores.logprobs)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).sum() + 0.1 * scores.entropy.sum()
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_every_gradient(name, monkeypatch):
+    """In training mode; then with activation checkpointing that keeps results of attention."""
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+    keywords, text = MODELS[name]
+    model = tiny_vision_model(name, **text)
+    token = model.config.image_token_id
+    trees = trees_of(images_of(name, token, 4), token)
+    layout = ImageLayout(token, tuple(keywords), sees_both_ways=True)
+    attach_scoring(model)
+    expected = loss_and_gradients(model, trees, "padded", layout)
+    use_segment_attention(model)
+    for kind in ("packed", "shared_prefix"):
+        assert_same(loss_and_gradients(model, trees, kind, layout), expected)
+    model.gradient_checkpointing_enable()
+    for limit in (0, 1 << 30):
+        set_selective_checkpointing(model, limit, attention_always=True)
+        assert_same(loss_and_gradients(model, trees, "shared_prefix", layout), expected)
