@@ -15,11 +15,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_fast.data import TokenBatch, Tree, pack_trees
-from trl_fast.data.segments import TreeLengths, num_tokens, segments_of, sequences_of
+from trl_fast.data.segments import num_tokens, segments_of, sequences_of
 from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.attention.flex import FlexAttention
 from trl_fast.modeling.attention.row_attention import AttentionSpec, RowMask
-from trl_fast.modeling.attention.tree_attention import tree_attention
+from trl_fast.modeling.attention.tree_attention import attend, attention_spec
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -134,30 +134,34 @@ def check_losses(device: torch.device, longest: int = 3000) -> Iterator[Checked]
 def check_attention(device: torch.device, scale: int = 8) -> Iterator[Checked]:
     """Checks attention of a row of trees against whole masked scores in float64, over widths and groupings.
 
-    Without and with a sliding window, and sinks.
+    Without and with a sliding window, sinks, and runs of image tokens.
     """
     nested = (16 * scale, (9 * scale, 7, (5 * scale, 3)), 11 * scale)
-    rows: tuple[tuple[tuple[TreeLengths, ...], int | None], ...] = (
-        (((5, 3, 4),), None),
-        (((7, 2, 0, 3), (0, 4, 2), (6,)), None),
-        ((tuple(length * scale for length in (16, 9, 7)), (3 * scale, 21 * scale)), None),
-        ((nested, (4, 3)), None),
-        ((nested, (4, 3)), 6 * scale),
-        (((40 * scale,), (16 * scale, 0, 2)), 16 * scale),
-        (((5, 3, 4), (3,)), 2),
+    in_prompt = ((1, 7 * scale), (7 * scale, 7 * scale + 1), (9 * scale, 16 * scale))
+    rows = (
+        RowMask(((5, 3, 4),)),
+        RowMask(((7, 2, 0, 3), (0, 4, 2), (6,))),
+        RowMask((tuple(length * scale for length in (16, 9, 7)), (3 * scale, 21 * scale))),
+        RowMask((nested, (4, 3))),
+        RowMask((nested, (4, 3)), 6 * scale),
+        RowMask(((40 * scale,), (16 * scale, 0, 2)), 16 * scale),
+        RowMask(((5, 3, 4), (3,)), 2),
+        RowMask((nested, (4, 3)), None, in_prompt),
+        RowMask((nested, (4, 3)), 3 * scale, in_prompt),
+        RowMask((nested, (4, 3)), 3 * scale, in_prompt, whole_runs=True),
     )
-    for trees, window in rows:
+    for row in rows:
         for width, heads, groups in ((64, 4, 2), (80, 2, 2), (128, 4, 1), (256, 2, 1)):
             for dtype in DTYPES:
-                what = f"attention of {trees}, window {window}, {heads}/{groups} heads of {width}, {dtype}"
-                tokens = sum(map(num_tokens, trees))
+                what = f"attention of {row}, {heads}/{groups} heads of {width}, {dtype}"
+                tokens = sum(map(num_tokens, row.trees))
                 generator = torch.Generator().manual_seed(0)
                 shapes = ((heads, tokens, width), (groups, tokens, width), (groups, tokens, width))
                 given = [torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes]
                 if width != 80:
                     given.append(torch.linspace(-1, 2, heads, device=device))
                 upstream = torch.randn(1, *shapes[0], generator=generator).to(device, dtype)
-                ours, masked = (functools.partial(attend, trees, window) for attend in (_in_parts, _masked_attention))
+                ours, masked = (functools.partial(attention, row) for attention in (_in_parts, _masked_attention))
                 run = functools.partial(_attend, ours, given, upstream)
                 exact = functools.partial(_attend, masked, [t.double() for t in given], upstream)
                 yield compare(what.replace("torch.", ""), run, exact, TOLERANCE[dtype])
@@ -186,36 +190,40 @@ FLEX_CASES = (
     FlexCase((4, 4), 192, 128, torch.float16, None),
     FlexCase((14, 2), 64, 64, torch.float32, None),
 )
-# Rows of all lengths; the last ones nest.
-FLEX_ROWS = (((700, 120, 90), (33, 20)), ((512,),), ((1500, 40, (300, 20, 10)), (200, (5, 3, 100), 7)))
+# Rows of all lengths, one with images; the last one nests.
+FLEX_ROWS = (
+    RowMask(((700, 120, 90), (33, 20)), runs=((40, 300), (310, 650))),
+    RowMask(((512,),)),
+    RowMask(((1500, 40, (300, 20, 10)), (200, (5, 3, 100), 7))),
+)
 
 
 def check_flex_attention(device: torch.device) -> Iterator[Checked]:
     """Checks FlexAttention, compiled for a GPU, against whole masked scores, and that it is compiled once."""
     for case in FLEX_CASES:
         before = None
-        for trees in FLEX_ROWS:
+        for row in FLEX_ROWS:
             generator = torch.Generator().manual_seed(0)
-            tokens = sum(map(num_tokens, trees))
+            tokens = sum(map(num_tokens, row.trees))
             sizes = [(case.heads[0], case.width), (case.heads[1], case.width), (case.heads[1], case.value_width)]
             made = (torch.randn(1, tokens, *size, generator=generator).transpose(1, 2) for size in sizes)
             given = [states.to(device, case.dtype) for states in made]
-            spec = AttentionSpec(RowMask(trees), case.width**-0.5, case.softcap)
+            spec = AttentionSpec(row, case.width**-0.5, case.softcap)
             serves, reason = FlexAttention.supports(given[0], given[2], spec)
             if not serves:
                 yield Checked(f"{case}: {reason}", float("inf"), 0.0)
                 break
             upstream = torch.randn(1, case.heads[0], tokens, case.value_width, generator=generator)
             flex = functools.partial(_flex_output, spec=spec)
-            exact = functools.partial(_masked_attention, trees, None, softcap=case.softcap)
+            exact = functools.partial(_masked_attention, row, softcap=case.softcap)
             yield compare(
-                f"{case}, {trees}",
+                f"{case}, {row}",
                 functools.partial(_attend, flex, given, upstream.to(device)),
                 functools.partial(_attend, exact, [t.double() for t in given], upstream.to(device)),
                 TOLERANCE[case.dtype],
             )
             compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            yield Checked(f"{case}, {trees}: compiled once more", 0.0 if before in (None, compiled) else 1.0, 0.0)
+            yield Checked(f"{case}, {row}: compiled once more", 0.0 if before in (None, compiled) else 1.0, 0.0)
             before = compiled
 
 
@@ -232,19 +240,17 @@ def _attend(attention: Callable[..., torch.Tensor], given: list[torch.Tensor], u
 
 
 def _in_parts(
-    trees: tuple[TreeLengths, ...],
-    window: int | None,
+    row: RowMask,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return tree_attention(query, key, value, trees, window=window, sinks=sinks)
+    return attend(query, key, value, attention_spec(query, row), sinks)
 
 
 def _masked_attention(
-    trees: tuple[TreeLengths, ...],
-    window: int | None,
+    row: RowMask,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -253,13 +259,16 @@ def _masked_attention(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Computes attention by the scores of all pairs of tokens, with those masked that do not see each other."""
-    segments = segments_of(trees)
+    segments = segments_of(row.trees)
     sees = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool)
-    for sequence in sequences_of(trees):
+    for sequence in sequences_of(row.trees):
         tokens = [torch.arange(segments[number].start, segments[number].end) for number in sequence]
         places, order = torch.cat(tokens), torch.arange(sum(map(len, tokens)))
         behind = order[:, None] - order
-        sees[places[:, None], places] = (behind >= 0) & (behind < (window or len(order)))
+        sees[places[:, None], places] = (behind >= 0) & (behind < (row.window or len(order)))
+    for start, end in row.runs:
+        run = sees[start:end, start:end]
+        run |= torch.ones_like(run) if row.whole_runs else torch.ones_like(run).triu()
     repeats = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5

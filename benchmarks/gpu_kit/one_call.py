@@ -34,11 +34,11 @@ def losses(_: Size, device: torch.device) -> None:
 
 
 def attention(_: Size, device: torch.device) -> None:
-    """Runs forward and backward of a row of trees."""
+    """Runs forward and backward of a row of trees, of which one has an image."""
     shapes = ((4, 60, 64), (2, 60, 64), (2, 60, 64))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     query, key, value = (torch.randn(1, *shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
-    tree_attention(query, key, value, ((10, 12, 8), (20, 10))).sum().backward()
+    tree_attention(query, key, value, ((10, 12, 8), (20, 10)), image_runs=((2, 9),)).sum().backward()
 
 
 def kernels(size: Size, device: torch.device) -> None:

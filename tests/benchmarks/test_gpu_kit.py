@@ -17,6 +17,7 @@ from benchmarks.gpu_kit.phases import PLANS, Phase
 from benchmarks.gpu_kit.summary import MOST_CHARACTERS, print_summary
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.modeling.attention import block_masks, flex
+from trl_fast.modeling.attention.row_attention import RowMask
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 
 CPU = torch.device("cpu")
@@ -153,9 +154,9 @@ def test_checks_fail_where_it_is_not(op, check, wrong_for, monkeypatch):
 
 
 def test_wrong_attention_is_found(monkeypatch):
-    right = correctness.tree_attention
+    right = correctness.attend
     assert all(entry.ok for entry in correctness.check_attention(CPU, scale=1))
-    monkeypatch.setattr(correctness, "tree_attention", lambda *given, **options: 1.1 * right(*given, **options))
+    monkeypatch.setattr(correctness, "attend", lambda *given: 1.1 * right(*given))
     assert not any(entry.ok for entry in correctness.check_attention(CPU, scale=1))
 
 
@@ -171,7 +172,8 @@ def test_flex_attention_is_checked_with_its_compilations(wrong, monkeypatch):
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     monkeypatch.setattr(flex.FlexAttention, "supports", lambda *_: (True, ""))
     monkeypatch.setattr(correctness, "FLEX_CASES", (correctness.FlexCase((4, 2), 24, 16, torch.float32, 2.0),))
-    monkeypatch.setattr(correctness, "FLEX_ROWS", (((70, 20, 9),), ((30, (12, 5, 4), 7), (3, 1))))
+    rows = RowMask(((70, 20, 9),), runs=((3, 40),)), RowMask(((30, (12, 5, 4), 7), (3, 1)))
+    monkeypatch.setattr(correctness, "FLEX_ROWS", rows)
     if wrong == "numbers":
         monkeypatch.setattr(flex.FlexAttention, "attention", lambda *given: (1.1 * right(*given)[0], None))
     if wrong == "lengths":

@@ -18,7 +18,11 @@ from trl_fast.modeling.selective_checkpointing import set_selective_checkpointin
 # Windows shorter than an image. Gemma 3's layers all see images both ways; of Gemma 4's those with a window.
 MODELS = {
     "gemma3": (["token_type_ids"], {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gemma4": (["mm_token_type_ids"], {"sliding_window": 3, "use_bidirectional_attention": "vision"}),
+    "gemma4": (
+        ["mm_token_type_ids"],
+        # With keys of earlier layers, text would not read what a full layer makes of an image.
+        {"sliding_window": 3, "use_bidirectional_attention": "vision", "num_kv_shared_layers": 0},
+    ),
 }
 
 
