@@ -84,7 +84,7 @@ BAD_MESSAGES = {
     "a role": ({"role": None, "content": "What?"}, "the role is None; expected text such as 'user'"),
     "an image": (
         {"role": "user", "content": [{"type": "image"}]},
-        "the content has a part of type 'image'",
+        "the content has a part of type 'image', which needs an image",
     ),
     "an empty part": ({"role": "user", "content": [{"type": "text", "text": None}]}, ".* of the content has no text"),
     "a bare part": ({"role": "user", "content": ["What?"]}, "the part 'What\\?' of the content has no type"),

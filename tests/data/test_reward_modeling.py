@@ -127,7 +127,7 @@ BAD = {
     "missing text": ([ROW, {**ROW, "rejected": None}], "row 1, column 'rejected': None"),
     "text and messages": ([{**ROW, "prompt": [said("user", "a")]}], "row 0: .*'prompt' is messages"),
     "no preference": ([{**ROW, "rejected": " b"}] * 2, "'chosen' equals 'rejected' in all 2 rows"),
-    "images": ([{**ROW, "images": [1]}], "'images': vision data is not supported"),
+    "images": ([{**ROW, "images": [1]}], "'images', but nothing reads images"),
     "missing margin": ([{**ROW, "margin": 1.0}, {**ROW, "margin": None}], "row 1, column 'margin': .*None"),
     "margin of text": ([{**ROW, "margin": "large"}], "row 0, column 'margin': .*'large'"),
     "tokenized, empty": ([{"chosen_ids": [1], "rejected_ids": []}], "row 0, column 'rejected_ids': .*no tokens"),

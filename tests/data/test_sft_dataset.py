@@ -185,7 +185,7 @@ BAD_ROWS = {
         r"\['question', 'answer'\]; expected 'text'.*rename_column",
     ),
     "preference pairs": ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "preference pairs.*DPOTrainer"),
-    "an image": ([{"text": "a", "image": "b"}], "column 'image': vision data"),
+    "an image": ([{"text": "a", "image": "b"}], "column 'image', but nothing reads images"),
     "no text": ([{"text": "a"}, {"text": None}], "row 1, column 'text': None is of type NoneType.*expected a string"),
     "numbers": ([{"text": 3}], "row 0, column 'text': 3 is of type int"),
     "no messages": ([{"messages": [USER]}, {"messages": []}], "row 1, column 'messages'.*'role': 'user'"),

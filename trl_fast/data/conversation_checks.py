@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 # The beginning of messages that were written as JSON, or as Python prints them.
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
+# Types of parts that hold an image, or mark its place.
+_IMAGE_PARTS = ("image", "image_url")
 _PROBE = "probe_7c1e"
 # What chat templates raise on messages that they do not expect.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError)
 
 
-def check_content(value: str | list[Any], column: str, row: int, name: str) -> None:
+def check_content(value: str | list[Any], column: str, row: int, name: str, *, reads_images: bool = False) -> None:
     """Checks a text by `check_text`, messages by `check_messages`."""
     if isinstance(value, str):
         check_text(value, column, row, name)
     else:
-        check_messages(value, column, row, name)
+        check_messages(value, column, row, name, reads_images=reads_images)
 
 
 def check_text(text: str, column: str, row: int, name: str) -> None:
@@ -47,10 +49,10 @@ def check_text(text: str, column: str, row: int, name: str) -> None:
     )
 
 
-def check_messages(messages: list[Any], column: str, row: int, name: str) -> None:
+def check_messages(messages: list[Any], column: str, row: int, name: str, *, reads_images: bool = False) -> None:
     """Checks that each message has a role and a content: text, parts with a type, or None where it has something else.
 
-    Messages with `from` and `value` instead are taken too.
+    Messages with `from` and `value` instead are taken too, and parts with images where there is a processor for them.
 
     Raises ValueError otherwise.
     """
@@ -60,12 +62,12 @@ def check_messages(messages: list[Any], column: str, row: int, name: str) -> Non
         if not isinstance(role, str):
             wrong = f"the role is {shorten(role)}; expected text such as 'user'"
         else:
-            wrong = _wrong_content(message)
+            wrong = _wrong_content(message, reads_images)
         if wrong is not None:
             raise ValueError(f"{place(name, row)}, column {column!r}, message {index}: {wrong}.")
 
 
-def _wrong_content(message: dict[str, Any]) -> str | None:
+def _wrong_content(message: dict[str, Any], reads_images: bool) -> str | None:
     """Returns what is wrong with a message's content and what to do; None if nothing is."""
     content = message.get("content", message.get("value"))
     expected = "expected text; fill it, or remove such rows with dataset.filter(...)"
@@ -79,8 +81,15 @@ def _wrong_content(message: dict[str, Any]) -> str | None:
     for part in content:
         if not isinstance(part, dict) or "type" not in part:
             return f"the part {shorten(part)} of the content has no type; expected {{'type': 'text', 'text': ...}}"
+        if part["type"] in _IMAGE_PARTS:
+            if reads_images:
+                continue
+            return (
+                f"the content has a part of type {part['type']!r}, which needs an image, in the part or in a column "
+                "'images', and a model's processor as processing_class; or remove the row"
+            )
         if part["type"] != "text":
-            return f"the content has a part of type {part['type']!r}; only text is supported so far, so remove the row"
+            return f"the content has a part of type {part['type']!r}; it is not supported, so remove the row"
         if not isinstance(part.get("text"), str):
             return f"the part {shorten(part)} of the content has no text; {expected}"
     return None
@@ -104,14 +113,28 @@ def named_template_errors(
                 "tokenizer's chat template does not read; join the texts of the parts to one."
             )
     try:
+        with named_row_errors(row, name):
+            yield
+    except ValueError as error:
+        if processing_class.chat_template is None and "chat_template" in str(error):
+            remedy = "the row has messages, but the tokenizer has no chat template; set processing_class.chat_template"
+            raise ValueError(f"{place(name, row)}: {remedy}") from error
+        raise
+
+
+@contextmanager
+def named_row_errors(row: int, name: str) -> Iterator[None]:
+    """Names the row where a chat template or what reads its text fails while it is open.
+
+    Raises ValueError for all of them.
+    """
+    try:
         yield
     except _TEMPLATE_ERRORS as error:
         what = f"{type(error).__name__}: {error}" if not isinstance(error, TemplateError) else str(error)
         raise ValueError(f"{place(name, row)}: the chat template refuses the messages: {what}") from error
     except ValueError as error:
-        without = processing_class.chat_template is None and "chat_template" in str(error)
-        remedy = "the row has messages, but the tokenizer has no chat template; set processing_class.chat_template"
-        raise ValueError(f"{place(name, row)}: {remedy if without else error}") from error
+        raise ValueError(f"{place(name, row)}: {error}") from error
 
 
 def _places_of_parts(example: dict[str, Any]) -> Iterator[tuple[str, int]]:

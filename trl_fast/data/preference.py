@@ -14,9 +14,13 @@ from trl_fast.settings.choices import TRUNCATION_MODES
 
 from .attention_masks import strip_padding
 from .conversation_checks import named_template_errors
-from .dataset_types import AnyDataset, map_options
+from .dataset_types import AnyDataset
 from .dict_batch import DictCollator, check_entries
 from .formats import is_conversational, maybe_extract_prompt
+from .images.length_checks import check_images_are_kept
+from .images.preparation import map_rows, with_images
+from .images.reader import ImageReader
+from .images.tokenization import tokenize_with_images
 from .packing import TokenBatch, pack_trees
 from .padded_rows import COMPLETION_ENTRIES, completion_batch, padded_completions
 from .row_checks import TOKEN_COLUMNS, check_preference_columns, check_preference_row
@@ -41,6 +45,7 @@ def prepare_preference_dataset(
     dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
     *,
+    image_reader: ImageReader | None = None,
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     max_prompt_length: int | None = None,
@@ -59,21 +64,28 @@ def prepare_preference_dataset(
     a longer completion its end, before anything else is cut. Streams are tokenized and checked row by row as they are
     read. `num_proc` processes work on a Dataset.
 
+    `image_reader` reads images: those of the columns `images` (lists) or `image`, or in the messages, belong to the
+    prompt. They stay in the dataset as they are stored, and no limit may cut them.
+
     Raises ValueError for bad data (see `checks`), naming the dataset `name` and the row.
     """
     if truncation_mode not in TRUNCATION_MODES:
         raise ValueError(
             f"truncation_mode={truncation_mode!r} is unknown; expected one of {', '.join(TRUNCATION_MODES)}."
         )
-    columns = check_preference_columns(dataset, name)
+    dataset, image_reader = with_images(dataset, image_reader, num_proc=num_proc, name=name)
+    columns = check_preference_columns(dataset, name, reads_images=image_reader is not None)
     check_tokenizer(processing_class)
     dataset = strip_padding(dataset, TOKEN_COLUMNS, num_proc=num_proc, name=name)
     if not set(TOKEN_COLUMNS) <= set(columns):
         arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
-        options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
-        dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
+        dataset = map_rows(dataset, _tokenize_row, arguments, image_reader, num_proc, f"Tokenizing {name} dataset")
     completions = TOKEN_COLUMNS[1:]
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+    if image_reader is not None:
+        dataset = check_images_are_kept(
+            dataset, image_reader.image_token_id, max_length, truncation_mode, max_prompt_length, name
+        )
     dataset = cut_parts(dataset, completions, **limits, num_proc=num_proc, name=name)
     if isinstance(dataset, Dataset):
         check_completions(dataset, name)
@@ -92,8 +104,9 @@ def _tokenize_row(
     processing_class: PreTrainedTokenizerBase,
     name: str,
     format_version: int,
+    image_reader: ImageReader | None = None,
 ) -> dict[str, Any]:
-    check_preference_row(example, row, name)
+    check_preference_row(example, row, name, reads_images=image_reader is not None)
     split = maybe_extract_prompt(example)
     changed_columns = {} if split is example else split
     split = {**example, **changed_columns}
@@ -104,8 +117,12 @@ def _tokenize_row(
             "no prompt. Add a 'prompt' column with the messages before the completions."
         )
     check_tokenizer(processing_class, needs_eos=not conversational)
-    with named_template_errors(split, processing_class, row, name):
-        token_ids = tokenize_preference(split, processing_class)
+    if image_reader is not None:
+        prompt_ids, completions = tokenize_with_images(split, ("chosen", "rejected"), image_reader, row, name)
+        token_ids = dict(zip(TOKEN_COLUMNS, (prompt_ids, *completions), strict=True))
+    else:
+        with named_template_errors(split, processing_class, row, name):
+            token_ids = tokenize_preference(split, processing_class)
     for column in ("chosen_ids", "rejected_ids"):
         if not token_ids[column]:
             raise ValueError(

@@ -8,6 +8,10 @@ from .attention_masks import strip_padding
 from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational
+from .images.length_checks import check_row_images
+from .images.preparation import map_rows, with_images
+from .images.reader import ImageReader
+from .images.tokenization import tokenize_prompt_with_images
 from .question_columns import rename_hint
 from .row_checks import check_prompt, read_columns
 from .row_places import place
@@ -36,6 +40,7 @@ def prepare_prompt_dataset(
     dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
     *,
+    image_reader: ImageReader | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     max_prompt_length: int | None = None,
     num_proc: int | None = None,
@@ -43,14 +48,17 @@ def prepare_prompt_dataset(
 ) -> AnyDataset:
     """Returns the dataset with the token ids of its column `prompt` in `prompt_ids`; all other columns stay.
 
+    image_reader: reads images, those of the columns `images` (lists) or `image`, or in the messages; they stay in the
+        dataset as they are stored.
     max_prompt_length: longer prompts lose their beginning.
 
     Raises:
-        ValueError: there are no rows, no column `prompt`, images, or a prompt that is empty, of another type, or has
-            no tokens.
+        ValueError: there are no rows, no column `prompt`, images that nothing reads, an image that is broken or would
+            be cut, or a prompt that is empty, of another type, or has no tokens.
     """
     check_tokenizer(processing_class)
-    columns = read_columns(dataset, "at least one prompt", name)
+    dataset, image_reader = with_images(dataset, image_reader, num_proc=num_proc, name=name)
+    columns = read_columns(dataset, "at least one prompt", name, reads_images=image_reader is not None)
     if "prompt" not in columns:
         raise ValueError(
             f"The {name} dataset has the columns {columns}; expected 'prompt', a string or a list of messages. "
@@ -64,8 +72,7 @@ def prepare_prompt_dataset(
         "max_prompt_length": max_prompt_length,
         "name": name,
     }
-    how = map_options(dataset, num_proc, f"Tokenizing {name} prompts")
-    return dataset.map(_tokenize_row, with_indices=True, fn_kwargs=options, **how)
+    return map_rows(dataset, _tokenize_row, options, image_reader, num_proc, f"Tokenizing {name} prompts")
 
 
 def prompts_of_tokens(
@@ -115,16 +122,21 @@ def _tokenize_row(
     template_kwargs: dict[str, Any],
     max_prompt_length: int | None,
     name: str,
+    image_reader: ImageReader | None = None,
 ) -> dict[str, list[int]]:
     prompt = example["prompt"]
-    check_prompt(prompt, row, name)
+    check_prompt(prompt, row, name, reads_images=image_reader is not None)
     if isinstance(prompt, str) and template_kwargs.get("tools"):
         raise ValueError(
             f"{place(name, row)}, column 'prompt': {prompt!r} is text, which has no place for tools; "
             "expected a list of messages such as {'role': 'user', 'content': 'Hello.'}."
         )
-    with named_template_errors({"prompt": prompt}, processing_class, row, name):
-        ids = tokenize_prompt(prompt, processing_class, **template_kwargs)
+    if image_reader is not None:
+        ids = tokenize_prompt_with_images(example, image_reader, row, name, **template_kwargs)
+        check_row_images(ids, image_reader.image_token_id, row, name, max_prompt_length=max_prompt_length)
+    else:
+        with named_template_errors({"prompt": prompt}, processing_class, row, name):
+            ids = tokenize_prompt(prompt, processing_class, **template_kwargs)
     if not ids:
         raise ValueError(f"{place(name, row)}, column 'prompt': the prompt has no tokens; fill or remove it.")
     return {PROMPT_IDS: ids if max_prompt_length is None else ids[-max_prompt_length:]}

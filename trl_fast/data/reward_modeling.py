@@ -17,6 +17,9 @@ from .attention_masks import strip_padding
 from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
 from .dict_batch import DictCollator, check_entries
+from .images.preparation import map_rows, with_images
+from .images.reader import ImageReader
+from .images.tokenization import tokenize_sequences_with_images
 from .packing import TokenBatch, pack_trees
 from .padded_rows import SEQUENCE_ENTRIES, padded_sequences
 from .row_checks import check_margin, check_preference_columns, check_preference_row
@@ -75,6 +78,7 @@ def prepare_reward_dataset(
     dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
     *,
+    image_reader: ImageReader | None = None,
     max_length: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
@@ -84,18 +88,18 @@ def prepare_reward_dataset(
     Rows have `chosen` and `rejected`, `prompt` or not, as text or as messages, and maybe a number `margin`; the answer
     has the columns `chosen_ids` and `rejected_ids` (int64 lists) beside the dataset's own. A dataset that has the two
     already is not tokenized again. Streams are tokenized, checked and filtered row by row as they are read. `num_proc`
-    processes work on a Dataset.
+    processes work on a Dataset. `image_reader` is that of `preference.prepare_preference_dataset`.
 
     Raises ValueError for bad data, naming the dataset `name` and the row, and if no row is short enough.
     """
     dataset = _with_present_names(dataset)
-    columns = check_preference_columns(dataset, name, SEQUENCE_COLUMNS)
+    dataset, image_reader = with_images(dataset, image_reader, num_proc=num_proc, name=name)
+    columns = check_preference_columns(dataset, name, SEQUENCE_COLUMNS, reads_images=image_reader is not None)
     check_tokenizer(processing_class)
     dataset = strip_padding(dataset, SEQUENCE_COLUMNS, num_proc=num_proc, name=name)
     if not set(SEQUENCE_COLUMNS) <= set(columns):
         arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
-        options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
-        dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
+        dataset = map_rows(dataset, _tokenize_row, arguments, image_reader, num_proc, f"Tokenizing {name} dataset")
     elif "prompt_ids" in columns:
         raise ValueError(
             f"The {name} dataset has the column 'prompt_ids' beside 'chosen_ids' and 'rejected_ids', as DPO takes it; "
@@ -149,13 +153,20 @@ def _check_margins(dataset: Dataset, name: str) -> None:
 
 
 def _tokenize_row(
-    example: dict[str, Any], row: int, processing_class: PreTrainedTokenizerBase, name: str, format_version: int
+    example: dict[str, Any],
+    row: int,
+    processing_class: PreTrainedTokenizerBase,
+    name: str,
+    format_version: int,
+    image_reader: ImageReader | None = None,
 ) -> dict[str, list[int]]:
     # An empty answer has a reward too; of two there is none to prefer.
-    check_preference_row(example, row, name, one_may_be_empty=True)
+    check_preference_row(example, row, name, one_may_be_empty=True, reads_images=image_reader is not None)
     check_tokenizer(processing_class, needs_eos=isinstance(example["chosen"], str))
     if MARGIN in example:
         check_margin(example[MARGIN], row, name)
+    if image_reader is not None:
+        return tokenize_sequences_with_images(example, image_reader, row, name)
     with named_template_errors(example, processing_class, row, name):
         return tokenize_reward(example, processing_class)
 

@@ -21,35 +21,44 @@ UNPAIRED_TOKEN_COLUMNS = ("prompt_ids", "completion_ids")
 LABEL = "label"
 
 
-def read_columns(dataset: AnyDataset, expected: str, name: str = "train") -> list[str]:
-    """Returns the column names of a dataset of texts; a stream's are those of its first row.
+def read_columns(dataset: AnyDataset, expected: str, name: str = "train", *, reads_images: bool = False) -> list[str]:
+    """Returns the column names of a dataset; a stream's are those of its first row.
 
-    expected: says in the error what a dataset without rows should have.
+    expected: says in the error what a dataset without rows should have. reads_images: whether there is a processor for
+    images.
 
-    Raises ValueError if the dataset has no row, or has image columns.
+    Raises ValueError if the dataset has no row, has a column of images that nothing reads, or both columns of images.
     """
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"The {name} dataset has no rows; expected {expected}.")
     columns = list(first_row)
     images = [column for column in ("image", "images") if column in columns]
-    if images:
+    if len(images) == 2:
+        raise ValueError(f"The {name} dataset has the columns 'image' and 'images'; remove one of them.")
+    if images and not reads_images:
         raise ValueError(
-            f"The {name} dataset has the column {images[0]!r}: vision data is not supported yet. Remove the column to "
-            "train on the text alone."
+            f"The {name} dataset has the column {images[0]!r}, but nothing reads images: give a model that does, with "
+            "its processor as processing_class, or remove the column to train on the text alone."
         )
     return columns
 
 
 def check_preference_columns(
-    dataset: AnyDataset, name: str = "train", token_columns: tuple[str, ...] = TOKEN_COLUMNS
+    dataset: AnyDataset,
+    name: str = "train",
+    token_columns: tuple[str, ...] = TOKEN_COLUMNS,
+    *,
+    reads_images: bool = False,
 ) -> list[str]:
     """Returns the column names of a preference dataset; a stream's are those of its first row.
 
-    Raises ValueError if the dataset is empty, has image columns, or has neither `chosen` and `rejected` nor all the
-    token columns.
+    reads_images: whether there is a processor for images.
+
+    Raises ValueError if the dataset is empty, has images that nothing reads, or has neither `chosen` and `rejected`
+    nor all the token columns.
     """
-    columns = read_columns(dataset, "at least one preference pair", name)
+    columns = read_columns(dataset, "at least one preference pair", name, reads_images=reads_images)
     warn_of_system_column(dataset, columns, name)
     if not ({"chosen", "rejected"} <= set(columns) or set(token_columns) <= set(columns)):
         raise ValueError(
@@ -59,15 +68,23 @@ def check_preference_columns(
     return columns
 
 
-def check_unpaired_columns(dataset: AnyDataset, name: str = "train") -> list[str]:
+def check_unpaired_columns(dataset: AnyDataset, name: str = "train", *, reads_images: bool = False) -> list[str]:
     """Returns the column names of a dataset of labelled completions, or of preference pairs that become such.
 
-    Raises ValueError if the dataset is empty, has image columns, or lacks one of `prompt`, `completion` and `label`,
-    without having their token columns or `chosen` and `rejected` instead.
+    reads_images: whether there is a processor for images.
+
+    Raises ValueError if the dataset is empty, has images that nothing reads, or lacks one of `prompt`, `completion`
+    and `label`, without having their token columns or `chosen` and `rejected` instead. Pairs with images are refused,
+    as by TRL: each image would stand twice in the dataset's cache.
     """
-    columns = read_columns(dataset, "at least one completion with a label", name)
+    columns = read_columns(dataset, "at least one completion with a label", name, reads_images=reads_images)
     warn_of_system_column(dataset, columns, name)
     known = set(columns)
+    if reads_images and {"chosen", "rejected"} & known:
+        raise ValueError(
+            f"The {name} dataset has images and pairs; with images, expected 'prompt', 'completion' and 'label'. "
+            "Unpair it first: dataset = unpair_preference_dataset(dataset)."
+        )
     if {"chosen", "rejected"} <= known or known >= {*UNPAIRED_TOKEN_COLUMNS, LABEL}:
         return columns
     missing = [column for column in ("prompt", "completion", LABEL) if column not in known]
@@ -111,13 +128,19 @@ def check_sft_columns(dataset: AnyDataset, text_field: str, formatted: bool, nam
 
 
 def check_preference_row(
-    example: dict[str, Any], row: int, name: str = "train", *, one_may_be_empty: bool = False
+    example: dict[str, Any],
+    row: int,
+    name: str = "train",
+    *,
+    one_may_be_empty: bool = False,
+    reads_images: bool = False,
 ) -> None:
     """Checks that `chosen`, `rejected` and `prompt` (if any) are all text or all lists of messages.
 
     A `prompt` of the other kind than the completions is let through where they are messages: it is then ignored, and
     the prompt taken from the messages that `chosen` and `rejected` share. Empty completions are refused; with
     `one_may_be_empty` only where both are. Without a `prompt`, a question in another column has to be in both.
+    reads_images: whether messages may have images.
 
     Raises ValueError otherwise.
     """
@@ -125,20 +148,23 @@ def check_preference_row(
     if empty and not (one_may_be_empty and len(empty) == 1):
         raise ValueError(f"{place(name, row)}, column {empty[0]!r}: the completion is empty. {remove_rows(empty[0])}")
     columns = [column for column in ("chosen", "rejected", "prompt") if column != "prompt" or column in example]
-    kinds = {column: _known_kind(example.get(column), column, row, name) for column in columns}
+    kinds = {column: _known_kind(example.get(column), column, row, name, reads_images) for column in columns}
     if kinds["chosen"] != kinds["rejected"] or (kinds["chosen"] == "text" and kinds.get("prompt", "text") != "text"):
         found = ", ".join(f"{column!r} is {kind}" for column, kind in kinds.items())
         raise ValueError(f"{place(name, row)}: {found}; expected all of them to be text, or all messages.")
     check_no_question_is_left_out(example, row, name)
 
 
-def check_unpaired_row(example: dict[str, Any], row: int, name: str = "train") -> None:
+def check_unpaired_row(example: dict[str, Any], row: int, name: str = "train", *, reads_images: bool = False) -> None:
     """Checks that `label` is a truth value, and that `prompt` and `completion` are both text or both messages.
+
+    reads_images: whether messages may have images.
 
     Raises ValueError otherwise, also for an empty completion and for a prompt without messages.
     """
     check_label(example[LABEL], row, name)
-    kinds = {column: _known_kind(example[column], column, row, name) for column in ("prompt", "completion")}
+    columns = ("prompt", "completion")
+    kinds = {column: _known_kind(example[column], column, row, name, reads_images) for column in columns}
     if not example["completion"]:
         raise ValueError(
             f"{place(name, row)}, column 'completion': the completion is empty. {remove_rows('completion')}"
@@ -172,8 +198,12 @@ def check_margin(margin: Any, row: int, name: str = "train") -> None:
         )
 
 
-def check_sft_row(example: dict[str, Any], text_field: str, row: int, name: str = "train") -> dict[str, Any]:
+def check_sft_row(
+    example: dict[str, Any], text_field: str, row: int, name: str = "train", *, reads_images: bool = False
+) -> dict[str, Any]:
     """Returns the columns of a row that count: those of one kind of data, and what its chat template takes.
+
+    reads_images: whether messages may have images.
 
     Raises ValueError unless text is a string and messages are a list of dicts with a role, in all columns alike.
     """
@@ -193,23 +223,25 @@ def check_sft_row(example: dict[str, Any], text_field: str, row: int, name: str 
                 f"{place(name, row)}, column {column!r}: {shorten(example[column])} is of type "
                 f"{type(example[column]).__name__}; expected {expected}."
             )
-        check_content(example[column], column, row, name)
+        check_content(example[column], column, row, name, reads_images=reads_images)
     _check_same_kind(kinds, row, name)
     taken = [*columns, "tools", "chat_template_kwargs"]
     return {column: example[column] for column in taken if column in example}
 
 
-def check_prompt(prompt: Any, row: int, name: str = "train") -> None:
+def check_prompt(prompt: Any, row: int, name: str = "train", *, reads_images: bool = False) -> None:
     """Checks that a prompt is a text, or a list of messages with something in it.
+
+    reads_images: whether messages may have images.
 
     Raises ValueError otherwise.
     """
     if prompt == []:
         raise ValueError(f"{place(name, row)}, column 'prompt': there are no messages. Fill it, or remove the row.")
-    _known_kind(prompt, "prompt", row, name)
+    _known_kind(prompt, "prompt", row, name, reads_images)
 
 
-def _known_kind(value: Any, column: str, row: int, name: str) -> str:
+def _known_kind(value: Any, column: str, row: int, name: str, reads_images: bool) -> str:
     """Returns "text" or "messages".
 
     Raises ValueError for anything else.
@@ -220,7 +252,7 @@ def _known_kind(value: Any, column: str, row: int, name: str) -> str:
             f"{place(name, row)}, column {column!r}: {shorten(value)} is of type {type(value).__name__}; "
             "expected a string, or a list of messages such as {'role': 'assistant', 'content': 'Hello.'}."
         )
-    check_content(value, column, row, name)
+    check_content(value, column, row, name, reads_images=reads_images)
     return kind
 
 

@@ -15,6 +15,10 @@ from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, DatasetOrDict, get_dataset_column_names, map_options
 from .dict_batch import check_entries
 from .formats import is_conversational, maybe_extract_prompt
+from .images.length_checks import check_images_are_kept
+from .images.preparation import map_rows, with_images
+from .images.reader import ImageReader
+from .images.tokenization import tokenize_with_images
 from .packing import TokenBatch
 from .padded_rows import COMPLETION_ENTRIES, completion_batch
 from .preference import TreeCollator, reference_logprobs
@@ -58,6 +62,7 @@ def prepare_unpaired_dataset(
     dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,
     *,
+    image_reader: ImageReader | None = None,
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     max_prompt_length: int | None = None,
@@ -71,22 +76,28 @@ def prepare_unpaired_dataset(
     Rows have `prompt`, `completion` and `label` (True for good ones), as text or as messages; or they are preference
     pairs, which become two rows each (`unpair_preference_dataset`). The answer has the columns `prompt_ids` and
     `completion_ids` (int64 lists) beside the dataset's own; a dataset that has the two already is not tokenized again.
-    The lengths are those of `prepare_preference_dataset`. Streams are tokenized and checked as they are read.
+    The lengths and `image_reader` are those of `prepare_preference_dataset`. Streams are tokenized and checked as they
+    are read.
 
     kl_batch_size: the column `KL_completion_ids` of a row is the completion of the row before it, within batches of
     so many rows; that of a batch's first row is the completion of its last. None: no such column.
 
     Raises ValueError for bad data, naming the dataset `name` and the row.
     """
-    columns = check_unpaired_columns(dataset, name)
+    dataset, image_reader = with_images(dataset, image_reader, num_proc=num_proc, name=name)
+    columns = check_unpaired_columns(dataset, name, reads_images=image_reader is not None)
     check_tokenizer(processing_class)
     if not set(UNPAIRED_TOKEN_COLUMNS) <= set(columns):
-        dataset = _tokenize(dataset, columns, processing_class, num_proc, name)
+        dataset = _tokenize(dataset, columns, processing_class, image_reader, num_proc, name)
     else:
         dataset = strip_padding(dataset, UNPAIRED_TOKEN_COLUMNS, num_proc=num_proc, name=name)
         if isinstance(dataset, Dataset):
             _check_token_rows(dataset, name)
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+    if image_reader is not None:
+        dataset = check_images_are_kept(
+            dataset, image_reader.image_token_id, max_length, truncation_mode, max_prompt_length, name
+        )
     dataset = cut_parts(dataset, UNPAIRED_TOKEN_COLUMNS[1:], **limits, num_proc=num_proc, name=name)
     if max_length is not None and truncation_mode == "keep_start":
         dataset = drop_without_room(dataset, max_length, num_proc, name)
@@ -161,6 +172,7 @@ def _tokenize(
     dataset: AnyDataset,
     columns: list[str],
     processing_class: PreTrainedTokenizerBase,
+    image_reader: ImageReader | None,
     num_proc: int | None,
     name: str,
 ) -> AnyDataset:
@@ -169,8 +181,7 @@ def _tokenize(
         dataset = dataset.map(_check_pair, with_indices=True, fn_kwargs={"name": name}, **options)
         dataset = maybe_unpair_preference_dataset(dataset, num_proc, f"Unpairing {name} dataset")
     arguments = {"processing_class": processing_class, "name": name, "format_version": FORMAT_VERSION}
-    options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
-    return dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
+    return map_rows(dataset, _tokenize_row, arguments, image_reader, num_proc, f"Tokenizing {name} dataset")
 
 
 def _check_token_rows(dataset: Dataset, name: str) -> None:
@@ -199,11 +210,16 @@ def _tokenize_row(
     processing_class: PreTrainedTokenizerBase,
     name: str,
     format_version: int,
+    image_reader: ImageReader | None = None,
 ) -> dict[str, list[int]]:
-    check_unpaired_row(example, row, name)
+    check_unpaired_row(example, row, name, reads_images=image_reader is not None)
     check_tokenizer(processing_class, needs_eos=not is_conversational(example))
-    with named_template_errors(example, processing_class, row, name):
-        token_ids = tokenize_unpaired(example, processing_class)
+    if image_reader is not None:
+        prompt_ids, completions = tokenize_with_images(example, ("completion",), image_reader, row, name)
+        token_ids = dict(zip(UNPAIRED_TOKEN_COLUMNS, (prompt_ids, *completions), strict=True))
+    else:
+        with named_template_errors(example, processing_class, row, name):
+            token_ids = tokenize_unpaired(example, processing_class)
     if not token_ids["completion_ids"]:
         raise ValueError(
             f"{place(name, row)}, column 'completion': the completion has no tokens after tokenization. Fill it, or "

@@ -40,8 +40,8 @@ def load_image(source: Any) -> Image.Image:
     is taken, with one warning a process.
 
     Args:
-        source: an image of Pillow, a dict with `bytes` or `path`, a path, the bytes of a file, a data: URL or base64
-            text, an http URL, or an array of uint8: (height, width), or (height, width, channels) with 1, 3 or 4.
+        source: an image of Pillow, a dict with `bytes` or `path`, a path, the bytes of a file, text in base64 or a
+            data URL, an http URL, or an array of uint8, (height, width) or (height, width, 1, 3 or 4 channels).
 
     Raises:
         ValueError: there is no image, it is broken, has no pixels, has more than Pillow's limit, or is a URL that

@@ -7,7 +7,7 @@ from typing import Any
 
 _ROLES = ("system", "user", "assistant", "tool")
 # Names under which a part of a message holds its image.
-_IMAGE_KEYS = ("image", "url", "path", "base64")
+IMAGE_KEYS = ("image", "url", "path", "base64")
 
 
 def prepare_multimodal_messages(
@@ -79,8 +79,8 @@ def _clean_part(part: dict[str, Any]) -> dict[str, Any]:
         part = {"type": "image", "image": source.get("url") if isinstance(source, dict) else source}
     if part.get("type") != "image":
         return part
-    given = next((part[key] for key in _IMAGE_KEYS if key in part), None)
-    others = {key: value for key, value in part.items() if key not in _IMAGE_KEYS}
+    given = next((part[key] for key in IMAGE_KEYS if key in part), None)
+    others = {key: value for key, value in part.items() if key not in IMAGE_KEYS}
     return others if given is None else {**others, "image": given}
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 
+from .columns import load_images
 from .inputs import ImageInput
-from .messages import images_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 # What a processor says of tokens; the rest of what it makes is the images'.
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageReader:
     """Reads prompts with images through a model's processor.
 
@@ -27,7 +28,7 @@ class ImageReader:
     model asks for, with the marks around them.
 
     Raises:
-        ValueError: the processor has no image processor, no tokenizer, no chat template, or no image token.
+        ValueError: the processor has no image processor, no tokenizer, or no image token.
     """
 
     processor: ProcessorMixin
@@ -37,10 +38,6 @@ class ImageReader:
         for part in ("image_processor", "tokenizer"):
             if getattr(self.processor, part, None) is None:
                 raise ValueError(f"{named} has no {part}, so it cannot read images; give the model's own processor.")
-        if self.chat_template is None:
-            raise ValueError(
-                f"{named} has no chat template, which says where images stand in messages; set its chat_template."
-            )
         if not isinstance(self._first_image_token(), int):
             raise ValueError(f"{named} has no image token, so images have no places; give the model's own processor.")
 
@@ -51,10 +48,19 @@ class ImageReader:
         return tokenizer
 
     @property
-    def chat_template(self) -> str | dict[str, str] | None:
-        """Returns the chat template of the processor, or of its tokenizer where it has none."""
-        template: Any = getattr(self.processor, "chat_template", None)
-        return self.tokenizer.chat_template if template is None else template
+    def chat_template(self) -> str | dict[str, str]:
+        """Returns the chat template of the processor, or of its tokenizer where it has none.
+
+        Raises:
+            ValueError: neither has one.
+        """
+        template: Any = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        if template is None:
+            raise ValueError(
+                f"processing_class ({type(self.processor).__name__}) has no chat template, which says where images "
+                "stand in messages; set its chat_template"
+            )
+        return template
 
     @property
     def image_token_id(self) -> int:
@@ -73,20 +79,20 @@ class ImageReader:
         )
         return text
 
-    def text_ids(self, text: str, images: Sequence[Image] = ()) -> list[int]:
+    def text_ids(self, text: str, images: Sequence[PIL.Image.Image] = ()) -> list[int]:
         """Returns the token ids of a text with places for these images, without special tokens around it.
 
         Raises:
             ValueError: there are more or fewer images than places.
         """
-        return self._encode(text, images)["input_ids"][0]
+        return _ids(self._encode(text, images))
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Returns the token ids of messages with the images in their parts, open for the answer.
 
         options: arguments of the chat template, such as `tools`.
         """
-        return self.conversation(messages, add_generation_prompt=True, **options)["input_ids"][0]
+        return _ids(self.conversation(messages, add_generation_prompt=True, **options))
 
     def conversation(self, messages: Sequence[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
         """Returns what the processor makes of messages with the images in their parts: a batch of one conversation.
@@ -99,21 +105,36 @@ class ImageReader:
         )
         return batch
 
-    def image_input(self, image: Image) -> ImageInput:
-        """Returns what the model reads of an image: the processor runs on a message with this image alone."""
-        text = self.render([{"role": "user", "content": [{"type": "image"}]}])
-        encoded = self._encode(text, [image], return_tensors="pt")
+    def image_input(self, image: PIL.Image.Image) -> ImageInput:
+        """Returns what the model reads of an image: the processor runs on the mark of an image alone."""
+        processor: Any = self.processor
+        encoded = self._encode(processor.image_token, [image], return_tensors="pt")
         tensors = {name: torch.as_tensor(value) for name, value in encoded.items() if name not in _OF_TOKENS}
         return ImageInput(tensors, int((encoded["input_ids"] == self.image_token_id).sum()))
 
-    def image_inputs(self, messages: Sequence[dict[str, Any]]) -> tuple[ImageInput, ...]:
-        """Returns what the model reads of the images in the parts of messages, in order."""
-        return tuple(map(self.image_input, images_of(messages)))
+    def row_inputs(self, row: Mapping[str, Any]) -> tuple[ImageInput, ...]:
+        """Returns what the model reads of the images of a prepared row (`columns.row_images`), in order."""
+        return tuple(map(self.image_input, load_images(row)))
 
-    def _encode(self, text: str, images: Sequence[Image], **options: Any) -> Mapping[str, Any]:
+    def _encode(self, text: str, images: Sequence[PIL.Image.Image], **options: Any) -> Mapping[str, Any]:
         processor: Any = self.processor
         # The chat template has written the special tokens.
         encoded: Mapping[str, Any] = processor(
             text=[text], images=[list(images)] if images else None, add_special_tokens=False, **options
         )
         return encoded
+
+
+def _ids(batch: Mapping[str, Any]) -> list[int]:
+    """Returns the token ids of a batch of one text, which some processors give as a tensor."""
+    ids: list[int] = torch.as_tensor(batch["input_ids"][0]).tolist()
+    return ids
+
+
+@lru_cache(maxsize=8)
+def reads_images_one_by_one(reader: ImageReader) -> bool:
+    """Says whether the processor makes of each of several images what it makes of it alone; tried out on two."""
+    images = [PIL.Image.new("RGB", size) for size in ((56, 28), (56, 84))]
+    processor: Any = reader.processor
+    together = reader.text_ids(processor.image_token * 2, images).count(reader.image_token_id)
+    return together == sum(reader.image_input(image).num_tokens for image in images)

@@ -1,0 +1,100 @@
+"""Token ids and inputs of images are those of TRL's collators, for every family with a processor."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from support.vision_processors import WITH_PROCESSORS, pictures, tiny_processor
+from trl_fast.data.images import ImageReader
+from trl_fast.data.images.joining import join_images
+from trl_fast.data.images.tokenization import tokenize_with_images
+
+# PaliGemma's processor reads no chat messages: it puts images before the text by itself.
+FAMILIES = [name for name in WITH_PROCESSORS if name != "paligemma"]
+# Reads each of several images as one tile, but an image alone as several.
+ONE_IMAGE_ONLY = "llava_onevision"
+IMAGES = [*pictures(1, (28, 56)), *pictures(1, (70, 56), seed=1), *pictures(1, (56, 56), seed=2)]
+
+
+def rows():
+    """Returns rows of a dataset: one image before the text, two in places between, none."""
+    text = [{"type": "text", "text": "What is"}, {"type": "image"}, {"type": "text", "text": " and "}]
+    parts = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [*text, {"type": "image"}]}]
+    return [
+        {"images": IMAGES[:1], "prompt": [{"role": "user", "content": "What is it?"}]},
+        {"images": IMAGES[1:], "prompt": parts},
+        {"images": [], "prompt": [{"role": "user", "content": "Why?"}]},
+    ]
+
+
+def with_completions(row):
+    said = {"chosen": "It is blue.", "rejected": "A dog."}
+    return row | {column: [{"role": "assistant", "content": text}] for column, text in said.items()}
+
+
+def unpadded(batch, row):
+    kept = batch["attention_mask"][row].bool()
+    ids, completion = batch["input_ids"][row][kept], batch["completion_mask"][row][kept].bool()
+    return ids[~completion].tolist(), ids[completion].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_and_inputs_are_those_of_trl(family):
+    processor = tiny_processor(family)
+    reader = ImageReader(processor)
+    data = [with_completions(row) for row in rows()]
+    if family == ONE_IMAGE_ONLY:
+        with pytest.raises(
+            ValueError, match="row 1 has 2 images; LlavaOnevisionProcessor reads an image among others"
+        ):
+            tokenize_with_images(data[1], ("chosen",), reader, 1, "train")
+        data[1] = with_completions(rows()[0])
+    expected = DataCollatorForVisionPreference(processor)(deepcopy(data))
+    inputs = []
+    for number, row in enumerate(data):
+        prompt_ids, completions = tokenize_with_images(row, ("chosen", "rejected"), reader, number, "train")
+        for column, ids in enumerate(completions):
+            assert (prompt_ids, ids) == unpadded(expected, number + 3 * column)
+        own = reader.row_inputs(row)
+        assert sum(image.num_tokens for image in own) == prompt_ids.count(reader.image_token_id)
+        assert len(own) == len(row["images"]) and all(image.num_tokens for image in own)
+        inputs += own
+    # TRL repeats the images for the rejected completions.
+    joined = join_images(inputs * 2)
+    assert joined.keys() == expected.keys() - {*("input_ids", "attention_mask", "completion_mask"), *TYPES}
+    for name, value in joined.items():
+        theirs = expected[name]
+        if name in ("pixel_values", "pixel_attention_mask") and theirs.shape[:2] == (6, 2):
+            theirs = theirs.flatten(0, 1)[[0, 2, 3, 6, 8, 9]]  # one row a sample, filled up with empty images
+        assert torch.equal(value.flatten(), theirs.flatten().to(value.dtype)), name
+
+
+TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def test_a_prompt_with_tools_and_options_reaches_the_chat_template():
+    processor = tiny_processor("qwen2_5_vl")
+    processor.chat_template = "{{ tools | length }}{{ mood }}" + processor.chat_template
+    reader = ImageReader(processor)
+    ids = reader.prompt_ids(rows()[2]["prompt"], tools=[{"type": "function"}] * 3, mood="glad")
+    assert reader.tokenizer.decode(ids).startswith("3glad") and reader.tokenizer.decode(ids).endswith("assistant\n")
+
+
+def test_a_processor_that_cannot_read_images_is_named():
+    processor = tiny_processor("llava")
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, "image_token_ids": [None]}
+    for missing, message in (
+        ("image_processor", r"processing_class \(SimpleNamespace\) has no image_processor"),
+        ("tokenizer", "has no tokenizer"),
+        (None, "has no image token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageReader(SimpleNamespace(**{key: value for key, value in parts.items() if key != missing}))
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="The train dataset, row 7: .*LlavaProcessor.* has no chat template"):
+        tokenize_with_images(with_completions(rows()[0]), ("chosen",), ImageReader(processor), 7, "train")
