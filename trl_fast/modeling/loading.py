@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 from transformers.utils import is_kernels_available
 from transformers.utils.generic import is_flash_attention_requested
@@ -27,12 +28,13 @@ from trl_fast.input_errors import error_line
 from trl_fast.settings.choices import did_you_mean
 
 from .model_changes import changes_of
-from .model_folder import why_not_loaded
+from .model_folder import shape_mismatch, why_not_loaded
 
 logger = logging.getLogger(__name__)
 
 # What keeps a model from being loaded besides its name and folder: packages and memory.
 _NOT_THE_FOLDERS = (ImportError, MemoryError, torch.OutOfMemoryError)
+USED_CONVERSIONS = "used conversions"
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -123,7 +125,10 @@ def _from_pretrained(
         if isinstance(error, _NOT_THE_FOLDERS):
             raise
         reason = why_not_loaded(name_or_path, error)
-        if "ignore_mismatched_sizes" in str(error):
+        if is_deepspeed_zero3_enabled():
+            # Only the first process knows, so that the model cannot be loaded once more here.
+            reason = shape_mismatch(str(error)) or reason
+        elif "ignore_mismatched_sizes" in str(error):
             _, info = load.from_pretrained(
                 name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **init_kwargs
             )
@@ -194,6 +199,19 @@ def _replace_missing_flash(init_kwargs: dict[str, Any]) -> None:
             f"attn_implementation={wanted!r} cannot be had here: rows of several sequences run torch's own flash "
             "attention, padded ones transformers' default."
         )
+
+
+def keep_used_conversions(model: PreTrainedModel) -> None:
+    """Has a model saved under the names that it was loaded from: under ZeRO-3 transformers changes others too.
+
+    Of the changes of names and shapes that a family's files may need it undoes all, also those that were not made:
+    Qwen3.5 would get names that cannot be loaded.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    used = [each for each in conversions if each.was_used()]
+    if len(used) < len(conversions):
+        change = changes_of(model).get_or_add(USED_CONVERSIONS, "weights are saved under the names of their files")
+        change.set(model, "_weight_conversions", used)
 
 
 def is_quantized(model: torch.nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,24 @@ def why_not_loaded(name_or_path: str, error: BaseException) -> str:
     if path.is_absolute() or name_or_path.startswith(("./", "../", "~")) or name_or_path.count("/") > 1:
         return "there is no such folder"
     return f"it is no folder here and cannot be had from the hub: {error_line(error)}"
+
+
+def shape_mismatch(error: str) -> str | None:
+    """Returns what is wrong with a shape, from the error with which torch loads a model's files under ZeRO-3.
+
+    None: the error tells of no shape.
+    """
+    sizes = r"torch\.Size\((\[.*?\])\)"
+    line = re.search(rf"size mismatch for (\S+): .*? shape {sizes} from checkpoint, .*? is {sizes}", error)
+    if line is None:
+        return None
+    name, found, expected = line.groups()
+    if found != expected and sorted(json.loads(found)) == sorted(json.loads(expected)):
+        return (
+            f"{name} has the shape {found} where the model has {expected}: under DeepSpeed ZeRO-3 transformers "
+            "does not see the model's shapes, and transposes also weights that it has saved itself; train with FSDP2"
+        )
+    return f"{name} has the shape {found} in its files and {expected} by its config.json"
 
 
 def _reason(error: BaseException) -> str:

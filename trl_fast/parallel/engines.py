@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, cast
@@ -15,6 +15,8 @@ from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule, StateDictType
 from transformers import Trainer
+
+from .agreement import decided_by_first
 
 
 class Engine(Enum):
@@ -113,6 +115,44 @@ def keep_float32_outputs(accelerator: Accelerator) -> None:
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
+def keep_buffers_apart(accelerator: Accelerator) -> None:
+    """Has an accelerator prepare models for FSDP2 whose state dicts have buffers too, as Gemma 4's."""
+    if engine_of(accelerator) is not Engine.FSDP2:
+        return
+    prepare = accelerator.prepare
+
+    def prepare_apart(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for model in (each for each in args if isinstance(each, torch.nn.Module)):
+                stack.enter_context(_buffers_apart(model))
+            return prepare(*args, **kwargs)
+
+    vars(accelerator)["prepare"] = prepare_apart
+
+
+@contextmanager
+def _buffers_apart(model: torch.nn.Module) -> Iterator[None]:
+    """Leaves buffers out of a model's state dict while FSDP2 shards it, with the values of the first process.
+
+    accelerate takes all that a state dict names for parameters in parts, and fails. What is not named there it leaves
+    as each process has it.
+    """
+    owned = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    values = decided_by_first(lambda: [buffer.detach().cpu() for _, _, buffer in owned])
+    for (module, name, _), value in zip(owned, values, strict=True):
+        module.register_buffer(name, value, persistent=False)
+    try:
+        yield
+    finally:
+        for module, name, _ in owned:
+            module._non_persistent_buffers_set.discard(name)
+
+
 @contextmanager
 def saved_whole(accelerator: Accelerator) -> Iterator[None]:
     """Has transformers save whole weights within the context: with SHARDED_STATE_DICT it would save none at all."""
@@ -138,7 +178,8 @@ def prepared_for_evaluation(trainer: Trainer) -> Iterator[None]:
     engine, before = engine_of(accelerator), [id(each) for each in accelerator._models]
     if engine is Engine.FSDP2 and not any(isinstance(module, FSDPModule) for module in model.modules()):
         # In place: the model, or what PPO has it in together with its value model.
-        accelerator._models.append(fsdp2_prepare_model(accelerator, trainer.model_wrapped))
+        with _buffers_apart(trainer.model_wrapped):
+            accelerator._models.append(fsdp2_prepare_model(accelerator, trainer.model_wrapped))
     yield
     if engine is Engine.FSDP2:
         for module in trainer.model_wrapped.modules():
@@ -161,7 +202,7 @@ def prepare_frozen(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn
     if engine.is_deepspeed:
         return _prepare_by_deepspeed(accelerator.state.deepspeed_plugin, model)
     if engine is Engine.FSDP2:
-        with _wrapping(accelerator.state.fsdp_plugin, model):
+        with _wrapping(accelerator.state.fsdp_plugin, model), _buffers_apart(model):
             prepared: Any = fsdp2_prepare_model(accelerator, model).eval()
         # Without a backward pass that does so, what accelerate has gathered for it would stay whole.
         prepared.set_reshard_after_forward(True)

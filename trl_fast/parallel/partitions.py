@@ -66,20 +66,26 @@ def leave_in_parts(model: torch.nn.Module) -> None:
 
 @contextmanager
 def whole_in_forward(model: torch.nn.Module) -> Iterator[None]:
-    """Lets a model that is not prepared yet run: each module's parameters are whole while its forward runs.
+    """Lets a model that is not prepared yet run: parameters are whole while a module's forward runs that reads them.
 
-    No more than what one module needs is whole at once. All processes have to make the same forward passes. Gradients
-    are not for this.
+    They are its own, or those of a module that it does not call: DeltaNet reads its convolution's weight. No more than
+    what the running modules need is whole at once. All processes have to make the same forward passes. Gradients are
+    not for this.
     """
+    if not any(map(is_partitioned, model.parameters())):
+        yield
+        return
+    calls: list[ExitStack] = []
     with ExitStack() as stack:
         for module in model.modules():
             parts = [parameter for parameter in module.parameters(recurse=False) if is_partitioned(parameter)]
+            before = module.register_forward_pre_hook(partial(_gather, parts, calls))
+            after = module.register_forward_hook(partial(_release, calls), always_call=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
             if parts:
-                calls: list[ExitStack] = []
-                before = module.register_forward_pre_hook(partial(_gather, parts, calls))
-                after = module.register_forward_hook(partial(_release, calls), always_call=True)
-                stack.callback(before.remove)
-                stack.callback(after.remove)
+                stack.callback(setattr, module, "_parameters", module._parameters)
+                module._parameters = _WholeWhenRead(module._parameters, calls)
         yield
 
 
@@ -155,10 +161,28 @@ def copy_partitioned(model: PreTrainedModel) -> PreTrainedModel:
     return copied.train(model.training)
 
 
+class _WholeWhenRead(dict[str, Any]):
+    """Holds a module's parameters, and makes one whole that is read for as long as the innermost forward runs."""
+
+    def __init__(self, parameters: dict[str, Any], calls: list[ExitStack]) -> None:
+        super().__init__(parameters)
+        self._calls = calls
+
+    def __getitem__(self, name: str) -> Any:
+        parameter = super().__getitem__(name)
+        if self._calls and parameter is not None and is_partitioned(parameter):
+            self._calls[-1].enter_context(whole_parameters(_not_whole([parameter])))
+        return parameter
+
+
+def _not_whole(parts: list[Any]) -> list[Any]:
+    """Returns those that are not whole already, for a module around or a generation."""
+    return [part for part in parts if part.ds_status.name == "NOT_AVAILABLE"]
+
+
 def _gather(parts: list[Any], calls: list[ExitStack], *_: object) -> None:
     calls.append(ExitStack())
-    # Some may be whole already, for a generation.
-    calls[-1].enter_context(whole_parameters(part for part in parts if part.ds_status.name == "NOT_AVAILABLE"))
+    calls[-1].enter_context(whole_parameters(_not_whole(parts)))
 
 
 def _release(calls: list[ExitStack], *_: object) -> None:

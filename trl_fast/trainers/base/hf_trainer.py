@@ -8,7 +8,13 @@ from typing import Any
 
 from transformers import Trainer
 
-from trl_fast.parallel.engines import Engine, engine_of, keep_float32_outputs, prepared_for_evaluation
+from trl_fast.parallel.engines import (
+    Engine,
+    engine_of,
+    keep_buffers_apart,
+    keep_float32_outputs,
+    prepared_for_evaluation,
+)
 from trl_fast.parallel.failures import failing_together
 
 
@@ -61,6 +67,7 @@ def set_up_trainer(trainer: Trainer) -> None:
     if tokens is not None and engine is Engine.FSDP1:
         raise ValueError(f"tiled_mlp={tokens}: {engine.value} loses gradients of tiles; use FSDP2, or leave it unset")
     keep_float32_outputs(trainer.accelerator)
+    keep_buffers_apart(trainer.accelerator)
     declare_loss_scaling(trainer)
 
 

@@ -14,7 +14,7 @@ from trl_fast.modeling.adapters import adapter_refusal
 from trl_fast.modeling.finite_weights import check_weights
 from trl_fast.modeling.layouts import LayoutRequest
 from trl_fast.modeling.liger_kernels import check_liger
-from trl_fast.modeling.loading import base_model, disable_dropout
+from trl_fast.modeling.loading import base_model, disable_dropout, keep_used_conversions
 from trl_fast.modeling.recurrent_layers import warn_of_missing_kernels, warn_of_unread_adapters
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -61,6 +61,7 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
     if args.tiled_mlp is not None:
         tile_mlps(inner, args.tiled_mlp)
     name_present_layers(inner)
+    keep_used_conversions(inner)
     if not trains:
         return
     freeze_unread_parts(inner)
