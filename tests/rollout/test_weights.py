@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
+from support.families import OF_EXPERTS, WITH_STATES
 from support.models import tiny_model
 from trl_fast.rollout.weights import merged_weights, weight_metadata
 
@@ -53,3 +55,30 @@ def test_other_adapters_stay_out():
     names = [name for name, _ in merged_weights(model)]
     model.add_adapter("ref", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     assert [name for name, _ in merged_weights(model)] == names
+
+
+# Fused experts, in two namings, and modules that have other names on disk.
+PUBLISHED_OTHERWISE = {name: (OF_EXPERTS | WITH_STATES)[name] for name in ("mixtral", "qwen3_moe", "nemotron_h")}
+
+
+@pytest.mark.parametrize("family", PUBLISHED_OTHERWISE)
+@pytest.mark.parametrize("source", ["made", "loaded", "adapter"])
+def test_names_are_those_of_published_checkpoints(family, source, tmp_path):
+    model = tiny_model(family, **PUBLISHED_OTHERWISE[family])
+    model.save_pretrained(tmp_path)
+    published = load_file(tmp_path / "model.safetensors")
+    assert set(published) != set(model.state_dict())
+    if source == "loaded":
+        model = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    if source == "adapter":
+        torch.manual_seed(2)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+        merged = copy.deepcopy(model).merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        published = load_file(tmp_path / "merged" / "model.safetensors")
+    got = dict(merged_weights(model))
+    assert set(got) == set(published)
+    for name, value in published.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
+        assert got[name].is_contiguous()
+    assert weight_metadata(model) == [(name, "float32", list(value.shape)) for name, value in got.items()]

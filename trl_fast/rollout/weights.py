@@ -1,7 +1,12 @@
-"""Yields a policy's weights under their checkpoint's names, its adapter merged in, for another engine to load."""
+"""Yields a policy's weights under the names of published checkpoints, its adapter merged in, for another engine.
+
+transformers keeps some families otherwise than they are published: a mixture's experts fused, Nemotron-H's modules
+renamed. Other engines read the published names.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple, cast
@@ -10,6 +15,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
 from trl_fast.modeling.loading import base_model
 from trl_fast.parallel.gathering import whole_module
@@ -17,6 +25,7 @@ from trl_fast.parallel.gathering import whole_module
 _BASE, _COPIES, _REPLACED = ".base_layer", ".modules_to_save.", ".original_module."
 # What FSDP1 puts into the names of what it has wrapped.
 _WRAPPER = "_fsdp_wrapped_module."
+_LAYER = re.compile(r".*?\.\d+\.")
 
 
 class Found(NamedTuple):
@@ -38,13 +47,43 @@ def weight_metadata(model: torch.nn.Module) -> list[tuple[str, str, list[int]]]:
 
 
 def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the weights one after the other, tied ones once. The model stays as it is, to the last bit.
+    """Yields the weights one after the other, tied ones once, as `save_pretrained` writes them. The model stays as it
+    is, to the last bit.
 
-    Sharded weights are made whole a module at a time (FSDP1's: a layer at a time), so all processes call this
-    together, to its end. An adapter is merged into a copy, one module at a time: merging it into the model and taking
-    it out again, as TRL does, leaves rounding errors in the model's weights.
+    Where a family is published under other names than the model's, a layer's weights are converted together, so that
+    one layer is held at a time. Sharded weights are made whole a module at a time (FSDP1's: a layer at a time), so all
+    processes call this together, to its end.
 
     model: the policy, as its engine prepared it: a causal language model or a PeftModel.
+    """
+    wrapped: Any = model.module if isinstance(model, FullyShardedDataParallel) else model
+    inner = base_model(wrapped)
+    weights = _own_weights(model)
+    if not _is_published_otherwise(inner):
+        yield from weights
+        return
+    for _, layer in groupby(weights, key=_layer_of):
+        for name, weight in revert_weight_conversion(inner, dict(layer)).items():
+            yield name, weight.contiguous()
+
+
+def _is_published_otherwise(model: PreTrainedModel) -> bool:
+    """Says whether transformers converts weights of the model when it writes them."""
+    loaded_by = getattr(model, "_weight_conversions", None)
+    return bool(get_model_conversion_mapping(model, add_legacy=False) if loaded_by is None else loaded_by)
+
+
+def _layer_of(item: tuple[str, torch.Tensor]) -> str:
+    """Returns the name of a weight's layer; of a weight outside of layers its own."""
+    found = _LAYER.match(item[0])
+    return found.group() if found else item[0]
+
+
+def _own_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weights under the model's own names.
+
+    An adapter is merged into a copy, one module at a time: merging it into the model and taking it out again, as TRL
+    does, leaves rounding errors in the model's weights.
     """
     frees_memory = isinstance(model, FullyShardedDataParallel)
     for (path, is_adapted), found in groupby([*_checkpoint_parameters(model)], key=lambda item: item[1:]):
