@@ -1,12 +1,15 @@
 """The model's flags describe its adapter, its quantisation and its dtype."""
 
+import copy
 import dataclasses
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser
 
 import trl_fast
+from support.families import WITH_STATES
+from support.models import tiny_model
 from trl_fast.cli.arguments import (
     ModelConfig,
     ScriptArguments,
@@ -15,6 +18,9 @@ from trl_fast.cli.arguments import (
     get_quantization_config,
 )
 from trl_fast.cli.parser import TrlParser
+from trl_fast.planning.fake_models import lora_config
+from trl_fast.planning.training_setup import setup_from_training
+from trl_fast.trainers import SFTConfig
 
 
 def test_peft_config_from_flags():
@@ -22,6 +28,18 @@ def test_peft_config_from_flags():
     config = get_peft_config(ModelConfig(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], use_dora=True))
     assert isinstance(config, LoraConfig)
     assert (config.r, config.target_modules, config.use_dora, config.task_type) == (4, "all-linear", True, "CAUSAL_LM")
+
+
+def test_an_adapter_leaves_modules_out():
+    """Nemotron-H takes all-linear only without what Mamba's kernels read themselves; in training and in a plan."""
+    args = ModelConfig(use_peft=True, lora_target_modules=["all-linear"], lora_exclude_modules=["out_proj", "conv1d"])
+    model = tiny_model("nemotron_h", **WITH_STATES["nemotron_h"])
+    setup = setup_from_training("sft", SFTConfig(output_dir="out", max_length=8), args, model.config)
+    for config in (get_peft_config(args), lora_config(setup)):
+        names = {
+            name for name, _ in get_peft_model(copy.deepcopy(model), config).named_parameters() if "lora_A" in name
+        }
+        assert any("in_proj" in name for name in names) and not any("out_proj" in name for name in names)
 
 
 @pytest.mark.parametrize(

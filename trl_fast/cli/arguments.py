@@ -197,6 +197,10 @@ class ModelConfig:
     bnb_4bit_quant_storage: str | None = None
     """Number format in which 4-bit weights are stored, such as bfloat16 for FSDP. None: uint8."""
 
+    # TRL has no such argument; it stands behind those that TRL takes by their places.
+    lora_exclude_modules: list[str] | None = None
+    """Modules that get no adapter though lora_target_modules names them, as out_proj conv1d of Mamba. None: none."""
+
     # Scripts for TRL up to 1.6 read it here. Its flag is that of the trainer's config; see below.
     trust_remote_code: bool = False
     """Allow models and tokenizers that bring Python code of their own."""
@@ -239,6 +243,7 @@ def get_peft_config(model_args: ModelConfig) -> PeftConfig | None:
         target_modules=model_args.lora_target_modules,
         target_parameters=model_args.lora_target_parameters,
         modules_to_save=model_args.lora_modules_to_save,
+        exclude_modules=model_args.lora_exclude_modules,
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
         bias="none",

@@ -278,7 +278,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     except ValueError as error:
         text = error_line(error)
         if "incompatible with Mamba" in text:
-            text = f"{text.rstrip('.')}: name other modules, or add exclude_modules=['out_proj', 'conv1d']"
+            text = (
+                f"{text.rstrip('.')}: name other modules, or add exclude_modules=['out_proj', 'conv1d'] (in commands "
+                "--lora_exclude_modules out_proj conv1d)"
+            )
         raise ValueError(f"peft_config: {text}") from error
     if is_quantized(model):
         for name, parameter in adapted.named_parameters():

@@ -114,12 +114,13 @@ def prepare(
 
 def lora_config(setup: TrainingSetup) -> LoraConfig:
     """Returns the adapter's configuration; with its dropout off, as the trainers' disable_dropout leaves it."""
-    modules = setup.lora_target_modules
+    modules, excluded = setup.lora_target_modules, setup.lora_exclude_modules
     return LoraConfig(
         task_type="SEQ_CLS" if setup.method == "reward" else "CAUSAL_LM",
         r=setup.lora_r,
         target_modules=list(modules) if isinstance(modules, tuple) else modules,
         modules_to_save=list(setup.lora_modules_to_save) if setup.lora_modules_to_save else None,
+        exclude_modules=list(excluded) if isinstance(excluded, tuple) else excluded,
         use_dora=setup.use_dora,
         lora_dropout=0.0,
     )

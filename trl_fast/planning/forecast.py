@@ -105,6 +105,7 @@ class _ModelOfTrainer:
     lora_r: int
     lora_target_modules: list[str] | str | None
     lora_modules_to_save: list[str] | None
+    lora_exclude_modules: list[str] | str | None
     use_dora: bool
     load_in_4bit: bool
     load_in_8bit: bool
@@ -142,7 +143,7 @@ def _model_arguments(model: Any) -> _ModelOfTrainer:
         lora = model.peft_config[model.active_adapter]
         if not isinstance(lora, LoraConfig):
             raise ValueError(f"an adapter of {type(lora).__name__}")
-    modules = getattr(lora, "target_modules", None)
+    modules, excluded = getattr(lora, "target_modules", None), getattr(lora, "exclude_modules", None)
     quantization = getattr(inner.config, "quantization_config", None)
     return _ModelOfTrainer(
         dtype=str(inner.dtype).removeprefix("torch."),
@@ -150,6 +151,7 @@ def _model_arguments(model: Any) -> _ModelOfTrainer:
         lora_r=getattr(lora, "r", 1),
         lora_target_modules=sorted(modules) if isinstance(modules, set) else modules,
         lora_modules_to_save=getattr(lora, "modules_to_save", None),
+        lora_exclude_modules=sorted(excluded) if isinstance(excluded, set) else excluded,
         use_dora=getattr(lora, "use_dora", False),
         load_in_4bit=getattr(inner, "is_loaded_in_4bit", False),
         load_in_8bit=getattr(inner, "is_loaded_in_8bit", False),

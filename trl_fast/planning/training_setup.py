@@ -65,6 +65,7 @@ class TrainingSetup:
     lora_r: int | None = None
     lora_target_modules: str | tuple[str, ...] | None = None
     lora_modules_to_save: tuple[str, ...] | None = None
+    lora_exclude_modules: str | tuple[str, ...] | None = None
     use_dora: bool = False
     quantization: str | None = None
     nested_quantization: bool = False
@@ -209,6 +210,7 @@ class ModelArguments(Protocol):
     lora_r: int
     lora_target_modules: list[str] | str | None
     lora_modules_to_save: list[str] | None
+    lora_exclude_modules: list[str] | str | None
     use_dora: bool
     load_in_4bit: bool
     load_in_8bit: bool
@@ -241,7 +243,7 @@ def setup_from_training(
     """
     given = {name: getattr(training_args, name) for name in _SAME_NAMES if hasattr(training_args, name)}
     max_length, share = _lengths(method, training_args, prompt_tokens, longest)
-    modules = model_args.lora_target_modules
+    modules, excluded = model_args.lora_target_modules, model_args.lora_exclude_modules
     dtype = (training_args.model_init_kwargs or {}).get("dtype", model_args.dtype)
     quantization = "4bit" if model_args.load_in_4bit else "8bit" if model_args.load_in_8bit else None
     return TrainingSetup(
@@ -255,6 +257,7 @@ def setup_from_training(
         lora_r=model_args.lora_r if model_args.use_peft else None,
         lora_target_modules=tuple(modules) if isinstance(modules, list) else modules,
         lora_modules_to_save=tuple(model_args.lora_modules_to_save or ()) or None,
+        lora_exclude_modules=tuple(excluded) if isinstance(excluded, list) else excluded,
         use_dora=model_args.use_dora,
         quantization=quantization,
         nested_quantization=model_args.use_bnb_nested_quant,
