@@ -28,7 +28,7 @@ _ASKED: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
 ]
 _ANSWERED = [_ASKED[0], {"role": "assistant", "content": "answer_5b1e"}]
-_RESULT = {"role": "tool", "name": "probe_f81c", "tool_call_id": _CALL["id"], "content": "result_c360"}
+_RESULT: dict[str, Any] = {"role": "tool", "name": "probe_f81c", "tool_call_id": _CALL["id"], "content": "result_c360"}
 _SHOWN_CHARACTERS = 200
 
 
