@@ -32,7 +32,7 @@ def _qwen(tower: dict | None = None, **text: object) -> dict:
 
 CONFIGS = {
     "gemma3": {
-        "text_config": {**_TEXT, "sliding_window": 7},
+        "text_config": {**_TEXT, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
         "vision_config": _TOWER,
         "mm_tokens_per_image": 4,
     },

@@ -13,6 +13,7 @@ from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .device_transfer import copy_to_device
 from .images.inputs import ImageInput
+from .images.joining import ImageShape
 from .images.layout import ImageLayout
 from .segments import TreeLengths, num_tokens, segments_of, sequences_of
 from .token_trees import Tree, neighbours_share, shared_prefixes, tree_sequences, truncate_sequences
@@ -49,6 +50,7 @@ class TokenBatch:
     - `group_sizes`: how many of the N scored tokens belong to each tree, in order.
     - `images`: what the model reads of the batch's images, by keyword of its forward; None where there are none. In a
       row that shares prompts an image stands once for all that continue it.
+    - `image_shapes`: of each of these images, in order, what tells it apart from the others.
     - `image_runs`: first and last place + 1 of each run of image tokens in the flattened rows, where these attend to
       each other in both directions; None where they do not.
     - `extras`: tensors that ride along, such as precomputed reference log-probabilities; or batches.
@@ -70,6 +72,7 @@ class TokenBatch:
     group_sizes: tuple[int, ...] = ()
     tree_lengths: tuple[TreeLengths, ...] | None = None
     images: dict[str, torch.Tensor] | None = None
+    image_shapes: tuple[ImageShape, ...] = ()
     image_runs: tuple[tuple[int, int], ...] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 

@@ -44,21 +44,29 @@ def padded_completions(
 
 
 def completion_batch(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_mask: torch.Tensor, *, branches: int
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor,
+    *,
+    branches: int,
+    images: dict[str, torch.Tensor] | None = None,
 ) -> TokenBatch:
     """Returns the padded batch of sequences whose marked tokens are scored.
 
     A marked token is scored if one of its row stands before it, as in TRL's shift by one.
 
-    input_ids, attention_mask, completion_mask: (S, T) int64. branches: how many rows, one after the other, belong to
-    one prompt.
+    input_ids, attention_mask, completion_mask: (S, T) int64: rows of all prompts' first completions, then of all their
+    second ones, and so on. branches: how many completions a prompt has. images: those of the rows, by keyword of the
+    model's forward.
     """
-    width = input_ids.shape[1]
+    rows, width = input_ids.shape
     places = torch.arange(width, device=input_ids.device).expand_as(input_ids).contiguous()
     marked = completion_mask.bool()
-    scored = (marked & (places > 0)).flatten().nonzero().flatten()
-    branch = scored // width
-    sizes = torch.bincount(branch, minlength=len(input_ids)).view(-1, branches).sum(1)
+    # The row of each sequence; sequences are numbered prompt by prompt.
+    row_of = torch.arange(rows, device=input_ids.device).view(branches, -1).t().flatten()
+    branch, column = (marked & (places > 0))[row_of].nonzero().unbind(1)
+    scored = row_of[branch] * width + column
+    sizes = torch.bincount(branch, minlength=rows).view(-1, branches).sum(1)
     return TokenBatch(
         input_ids=input_ids,
         position_ids=places,
@@ -68,7 +76,8 @@ def completion_batch(
         targets=input_ids.flatten()[scored],
         branch=branch,
         offset=(marked.long().cumsum(1) - 1).flatten()[scored],
-        branch_lengths=marked.sum(1),
+        branch_lengths=marked.sum(1)[row_of],
         num_tokens=int(attention_mask.sum()),
         group_sizes=tuple(sizes.tolist()),
+        images=images,
     )

@@ -20,6 +20,7 @@ from .formats import is_conversational, maybe_extract_prompt
 from .images.length_checks import check_images_are_kept
 from .images.preparation import map_rows, with_images
 from .images.reader import ImageReader
+from .images.rows import RowImages
 from .images.tokenization import tokenize_with_images
 from .packing import TokenBatch, pack_trees
 from .padded_rows import COMPLETION_ENTRIES, completion_batch, padded_completions
@@ -137,7 +138,8 @@ class TreeCollator(DictCollator):
     """Holds the settings of collators that pack a prompt and its completions as one tree a row.
 
     Each prompt + completion is cut to `max_length` tokens by `truncation_mode` (`keep_start` or `keep_end`). `layout`
-    is one of `packing.LAYOUTS`; `pad_token_id` and `pad_to_multiple_of` matter where there is padding.
+    is one of `packing.LAYOUTS`; `pad_token_id` and `pad_to_multiple_of` matter where there is padding. `images` reads
+    those of rows; None: they have none.
     """
 
     pad_token_id: int
@@ -145,22 +147,29 @@ class TreeCollator(DictCollator):
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
     layout: str = PADDED
+    images: RowImages | None = None
 
     def pack(self, examples: list[dict[str, Any]], *columns: str) -> TokenBatch:
         """Packs the rows' prompts with the completions of the columns; a row's sequences are in their order."""
-        trees = [Tree(row["prompt_ids"], [row[column] for column in columns]) for row in examples]
+        images = [self.images.inputs(row) if self.images else () for row in examples]
+        trees = [
+            Tree(row["prompt_ids"], [row[column] for column in columns], own)
+            for row, own in zip(examples, images, strict=True)
+        ]
         multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
-        return pack_trees(trees, self.layout, self.pad_token_id, self.max_length, self.truncation_mode, multiple)
+        how = (self.layout, self.pad_token_id, self.max_length, self.truncation_mode, multiple)
+        return pack_trees(trees, *how, image_layout=self.images.layout if self.images else None)
 
     def padded(self, batch: TokenBatch, order: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Returns `padded_rows.padded_completions` of the sequences of a batch, in that order."""
+        """Returns `padded_rows.padded_completions` of the sequences of a batch, in that order, and their images."""
         sequences, lengths = batch.sequences(), batch.branch_lengths.tolist()
-        return padded_completions(
+        found = padded_completions(
             [sequences[index] for index in order],
             [lengths[index] for index in order],
             self.pad_token_id,
             self.pad_to_multiple_of,
         )
+        return found | (self.images.entries(batch, order, found["input_ids"]) if self.images else {})
 
 
 def reference_logprobs(examples: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -188,17 +197,16 @@ class PreferenceCollator(TreeCollator):
         return batch
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
-        return (*COMPLETION_ENTRIES, *batch.extras)
+        return (*COMPLETION_ENTRIES, *(batch.images or ()), *batch.extras)
 
     def entries(self, batch: TokenBatch) -> dict[str, Any]:
         chosen_first = [*range(0, len(batch), 2), *range(1, len(batch), 2)]
         return {**self.padded(batch, chosen_first), **batch.extras}
 
     def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
-        check_entries(entries, set(COMPLETION_ENTRIES), set(REFERENCE_COLUMNS))
-        # From all chosen rows before all rejected ones to pair after pair.
-        rows = (entries[name].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1) for name in COMPLETION_ENTRIES)
-        batch = completion_batch(*rows, branches=2)
+        images = self.images.given(entries) if self.images else {}
+        check_entries(entries, set(COMPLETION_ENTRIES), {*REFERENCE_COLUMNS, *images})
+        batch = completion_batch(*(entries[name] for name in COMPLETION_ENTRIES), branches=2, images=images or None)
         batch.extras.update({name: entries[name] for name in REFERENCE_COLUMNS if name in entries})
         return batch
 

@@ -15,9 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
@@ -110,6 +112,23 @@ def load_tokenizer(name_or_path: str, **init_kwargs: Any) -> Any:
         raise _kind(error)(f"no tokenizer can be loaded from {name_or_path!r}: {reason}") from error
 
 
+def load_processor(name_or_path: str, **init_kwargs: Any) -> ProcessorMixin:
+    """Loads the processor of a model that reads images, by hub name or folder.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is broken, or a package that it needs is missing.
+    """
+    try:
+        processor: Any = AutoProcessor.from_pretrained(name_or_path, **init_kwargs)
+    except Exception as error:
+        if isinstance(error, _NOT_THE_FOLDERS):
+            raise
+        reason = why_not_loaded(name_or_path, error)
+        raise _kind(error)(f"no processor of images can be loaded from {name_or_path!r}: {reason}") from error
+    return processor
+
+
 def _from_pretrained(
     auto_class: type, name_or_path: str, init_kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -177,8 +196,12 @@ def _checked(name_or_path: str, init_kwargs: dict[str, Any]) -> tuple[dict[str, 
 
 def language_model_class(config: PretrainedConfig) -> Any:
     """Returns the class that makes a language model of a config: for images too where the config describes them."""
-    reads_images = getattr(config, "vision_config", None) is not None
-    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+
+
+def reads_images(config: PretrainedConfig) -> bool:
+    """Returns whether a model of a config reads images."""
+    return getattr(config, "vision_config", None) is not None
 
 
 def _replace_missing_flash(init_kwargs: dict[str, Any]) -> None:

@@ -290,13 +290,14 @@ def _layers_given(model: PreTrainedModel, **keywords: object) -> Iterator[None]:
 
 def model_inputs(batch: TokenBatch) -> dict[str, object]:
     """Returns the keywords under which a model's forward takes a batch."""
-    inputs: dict[str, object] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-    inputs |= batch.images or {}
-    if batch.image_runs is not None and batch.tree_lengths is not None:
-        inputs["image_runs"] = batch.image_runs
+    inputs: dict[str, object] = {"input_ids": batch.input_ids, **(batch.images or {})}
     if batch.tree_lengths is None:
-        return {**inputs, "attention_mask": batch.attention_mask}
-    return {**inputs, **row_inputs(batch.tree_lengths, batch.input_ids)}
+        inputs["attention_mask"] = batch.attention_mask
+        # A model counts the positions of padded rows with images itself.
+        return inputs if batch.images else {**inputs, "position_ids": batch.position_ids}
+    if batch.image_runs:
+        inputs["image_runs"] = batch.image_runs
+    return {**inputs, "position_ids": batch.position_ids, **row_inputs(batch.tree_lengths, batch.input_ids)}
 
 
 def score(model: Callable[..., ModelScores], batch: TokenBatch, **options: Any) -> ModelScores:

@@ -119,6 +119,7 @@ class DPOTrainer(PreferenceTrainer):
             truncation_mode=args.truncation_mode,
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
+            image_reader=self.images and self.images.reader,
             num_proc=args.dataset_num_proc,
             name=dataset_name,
         )
@@ -132,6 +133,7 @@ class DPOTrainer(PreferenceTrainer):
             truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
             layout=layout,
+            images=self.images,
         )
 
     # ---- the reference

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .inputs import ImageInput
+
+
+class ImageShape(NamedTuple):
+    """Holds how many image tokens an image has, and the shape of each of its tensors, by keyword."""
+
+    num_tokens: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, image: ImageInput) -> ImageShape:
+        """Returns the shape of an image's input."""
+        return cls(image.num_tokens, {name: tuple(tensor.shape) for name, tensor in image.tensors.items()})
 
 
 def join_images(images: Sequence[ImageInput]) -> dict[str, torch.Tensor]:
@@ -16,6 +29,18 @@ def join_images(images: Sequence[ImageInput]) -> dict[str, torch.Tensor]:
     Tensors are concatenated, padded with zeros at the end of the other dimensions where those differ.
     """
     return {name: _join([image.tensors[name] for image in images]) for name in images[0].tensors}
+
+
+def split_images(joined: Mapping[str, torch.Tensor], shapes: Sequence[ImageShape]) -> list[ImageInput]:
+    """Returns the single images that `join_images` joined; they share its memory."""
+    parts = {name: tensor.split([shape.shapes[name][0] for shape in shapes]) for name, tensor in joined.items()}
+    return [
+        ImageInput(
+            {name: parts[name][number][tuple(map(slice, sizes))] for name, sizes in shape.shapes.items()},
+            shape.num_tokens,
+        )
+        for number, shape in enumerate(shapes)
+    ]
 
 
 def _join(tensors: list[torch.Tensor]) -> torch.Tensor:

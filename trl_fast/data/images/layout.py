@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .inputs import ImageInput
-from .joining import join_images
+from .joining import ImageShape, join_images, split_images
 
 # From the token ids of a sequence and its images to the positions (axes, length) of its tokens.
 Positions = Callable[[list[int], Sequence[ImageInput]], torch.Tensor]
@@ -83,12 +83,39 @@ class ImageLayout:
             firsts = accumulate((image.num_tokens for image in own[:-1]), initial=0)
             at.update(zip(tokens[[*firsts]].tolist() if own else [], own, strict=True))
             runs.update(_runs(tokens))
+        ordered = [at[place] for place in sorted(at)]
         return {
-            "images": join_images([at[place] for place in sorted(at)])
-            | {name: types.view(shape) for name in self.type_names},
+            "images": join_images(ordered) | {name: types.view(shape) for name in self.type_names},
+            "image_shapes": tuple(ImageShape.of(image) for image in ordered),
             "image_runs": tuple(sorted(runs)) if self.sees_both_ways else None,
             **self._positions(sequences, images, places, shape),
         }
+
+    def by_sequence(
+        self,
+        sequences: Sequence[torch.Tensor],
+        places: Sequence[torch.Tensor],
+        joined: Mapping[str, torch.Tensor],
+        shapes: Sequence[ImageShape],
+    ) -> list[tuple[ImageInput, ...]]:
+        """Returns the images of each of S sequences of a batch, in the order of their tokens.
+
+        Args:
+            sequences: the token ids of each, (length,).
+            places: the indices of its tokens into the flattened rows, (length,).
+            joined, shapes: the images of the batch, `TokenBatch.images` and `image_shapes`.
+        """
+        images = split_images({name: each for name, each in joined.items() if name not in self.type_names}, shapes)
+        tokens = [place[ids == self.image_token_id] for ids, place in zip(sequences, places, strict=True)]
+        ordered = torch.cat(tokens).unique()
+        firsts = accumulate((shape.num_tokens for shape in shapes[:-1]), initial=0)
+        at = dict(zip(ordered[[*firsts]].tolist(), images, strict=True))
+        return [tuple(at[place] for place in each.tolist() if place in at) for each in tokens]
+
+    def types_of(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns what the model's forward is told of the tokens (B, T), int64 by keyword."""
+        marked = (input_ids == self.image_token_id).long()
+        return dict.fromkeys(self.type_names, marked)
 
     def _positions(
         self,

@@ -44,8 +44,12 @@ class LayerSettings(Protocol):
         """Tells whether checkpointing keeps what attention gives whatever the budget."""
 
 
-def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, trains: bool = True) -> None:
+def set_up_layers(
+    model: PreTrainedModel | PeftModel, args: LayerSettings, *, trains: bool = True, reads_images: bool = False
+) -> None:
     """Sets up dropout and tiles; of a model that trains also what is frozen, and what is kept for backward, and where.
+
+    reads_images: whether it is trained on images, so that what reads them is trained too.
 
     Raises:
         NotFiniteError: weights are NaN or infinite.
@@ -64,7 +68,8 @@ def set_up_layers(model: PreTrainedModel | PeftModel, args: LayerSettings, *, tr
     keep_used_conversions(inner)
     if not trains:
         return
-    freeze_unread_parts(inner)
+    if not reads_images:
+        freeze_unread_parts(inner)
     if torch.cuda.is_available():
         warn_of_missing_kernels(inner)
         warn_of_unread_adapters(inner)

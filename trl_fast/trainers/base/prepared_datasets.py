@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -12,7 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_fast.data import AnyDataset, check_head_vocabulary, check_token_ids, longest_sequence
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.position_limits import check_positions
+from trl_fast.parallel.agreement import first_of_machine_first
 from trl_fast.parallel.partitions import whole_shape
+
+from .config import BaseConfig
 
 
 def check_dataset_type(dataset: object, name: str) -> None:
@@ -72,6 +75,43 @@ def change_parts(
     if isinstance(eval_dataset, Mapping):
         return train_dataset, dict(zip(eval_dataset, changed.values(), strict=True))
     return train_dataset, changed.get("eval")
+
+
+class DatasetPreparer(Protocol):
+    """Prepares and checks datasets; a trainer is one."""
+
+    token_columns: ClassVar[tuple[str, ...]]
+
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: BaseConfig, name: str
+    ) -> AnyDataset:
+        """Returns the rows that the collator reads."""
+
+    def check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: BaseConfig, name: str) -> None:
+        """Checks that a model has positions for them."""
+
+
+def prepared_parts(
+    preparer: DatasetPreparer,
+    train_dataset: AnyDataset,
+    eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None,
+    processing_class: PreTrainedTokenizerBase,
+    args: BaseConfig,
+    model: PreTrainedModel | PeftModel,
+) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
+    """Returns both datasets prepared, after their token ids were held against the model's vocabulary.
+
+    Raises:
+        ValueError, TypeError: as in `change_parts`, `check_vocabulary` and the preparer.
+    """
+    with first_of_machine_first(args.local_process_index):
+        prepare = lambda part, name: preparer.prepare_dataset(part, processing_class, args, name)  # noqa: E731
+        prepared = change_parts(prepare, train_dataset, eval_dataset)
+    parts = named_parts(*prepared)
+    check_vocabulary(parts, preparer.token_columns, model, processing_class)
+    for name, part in parts.items():
+        preparer.check_positions(base_model(model), part, args, name)
+    return prepared
 
 
 def check_vocabulary(

@@ -34,8 +34,7 @@ def checked_tokenizer(
             revision=(args.model_init_kwargs or {}).get("revision", "main"),
             trust_remote_code=args.trust_remote_code,
         )
-    if isinstance(processing_class, ProcessorMixin):
-        processing_class = _tokenizer_of(processing_class)
+    processing_class = tokenizer_of(processing_class)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class: expected a tokenizer, got {type(processing_class).__name__}")
     return processing_class
@@ -60,11 +59,13 @@ def save_image_settings(model: torch.nn.Module | None, folder: str) -> None:
             shutil.copy(file, folder)
 
 
-def _tokenizer_of(processor: Any) -> object:
-    """Returns a processor's tokenizer, with the processor's chat template if it has none of its own."""
-    tokenizer = getattr(processor, "tokenizer", None)
+def tokenizer_of(processing_class: Any) -> Any:
+    """Returns a processor's tokenizer, with the processor's chat template if it has none. A tokenizer stays."""
+    if not isinstance(processing_class, ProcessorMixin):
+        return processing_class
+    tokenizer = getattr(processing_class, "tokenizer", None)
     if tokenizer is not None and getattr(tokenizer, "chat_template", None) is None:
-        tokenizer.chat_template = getattr(processor, "chat_template", None)
+        tokenizer.chat_template = getattr(processing_class, "chat_template", None)
     return tokenizer
 
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from transformers.trainer_utils import PredictionOutput
 
 from trl_fast.data import AnyDataset, DictBatch, TokenBatch
+from trl_fast.data.images.columns import IMAGES
+from trl_fast.data.images.rows import RowImages
 from trl_fast.modeling.adapters import check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
@@ -20,7 +22,7 @@ from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.modeling.ulysses import sharing_rows
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.validation import NotFiniteError
-from trl_fast.parallel.agreement import decided_by_first, first_of_machine_first, together
+from trl_fast.parallel.agreement import decided_by_first, together
 from trl_fast.parallel.engines import saved_whole
 from trl_fast.parallel.failures import failing_together, watch_failures
 
@@ -36,6 +38,7 @@ from .callbacks import own_callbacks, remove_noise
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import evaluates, set_up_trainer
+from .images import images_of_dataset
 from .loaders import make_loader
 from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
@@ -44,12 +47,12 @@ from .model_card import model_tags, write_model_card
 from .model_setup import check_trains, layout_request, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
 from .parallelism import parallel_options, sum_over_rows
-from .prepared_datasets import change_parts, check_lengths, check_vocabulary, named_parts
+from .prepared_datasets import check_lengths, prepared_parts
 from .progress import close_progress
 from .sequence_parallel import take_sequence_group
 from .stop_signals import StopSignals
 from .stream_loader import forbid_dispatching, in_step
-from .tokenizers import checked_tokenizer, save_image_settings, set_pad_token
+from .tokenizers import checked_tokenizer, save_image_settings, set_pad_token, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class BaseTrainer(Trainer):
     shares_prompts = False  # whether rows hold several completions of one prompt
     free_deal = FreeDeal()
     forecast: Forecast | None = None  # what a plan expects of the run; whoever has one sets it before `train`
+    images: RowImages | None = None  # how the model reads those of the datasets; None: they have none
     batches: BatchReader | None = None  # reads batches, where those are dicts in TRL; a trainer sets its own
     _prepare_dataset: Callable[..., AnyDataset]  # TRL's hook: defined unless `prepare_dataset` is overridden
     uncalled_hooks: ClassVar[Mapping[str, str]] = {}  # TRL's methods, and what to do instead: see `overrides`
@@ -109,6 +113,7 @@ class BaseTrainer(Trainer):
     ) -> PreTrainedTokenizerBase:
         """Returns the tokenizer, loaded by the model's name if need be, with a pad token that the model agrees on."""
         inner = base_model(model)
+        self._given_processing_class = processing_class
         processing_class = checked_tokenizer(processing_class, inner, args)
         self.adjust_tokenizer(processing_class, model, args)
         set_pad_token(processing_class, inner, args)
@@ -129,7 +134,7 @@ class BaseTrainer(Trainer):
         check_virtual_tokens(model, gradient_checkpointing=args.gradient_checkpointing)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
             model.enable_input_require_grads()
-        together(lambda: set_up_layers(model, args))
+        together(lambda: set_up_layers(model, args, reads_images=self.images is not None))
         return model
 
     def choose_layout(self, model: PreTrainedModel | PeftModel, args: BaseConfig, sequences: list[list[int]]) -> str:
@@ -143,6 +148,8 @@ class BaseTrainer(Trainer):
         forbid_dispatching(args)
         warn_of_reentrant_router(args, self.router_aux_loss_coef)
         self.sequence_group = take_sequence_group(self, args, kwargs["model"])
+        if self.images is not None:
+            kwargs["processing_class"] = self.images.reader.processor  # saved beside the model
         with checked_arguments(kwargs):
             super().__init__(**kwargs)
         set_up_trainer(self)
@@ -180,24 +187,18 @@ class BaseTrainer(Trainer):
     ) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
         """Returns both datasets prepared, after their token ids were held against the model's vocabulary."""
 
-        def prepare_all() -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
-            with first_of_machine_first(args.local_process_index):
-                prepare = lambda part, name: self.prepare_dataset(part, processing_class, args, name)  # noqa: E731
-                prepared = change_parts(prepare, train_dataset, eval_dataset)
-            parts = named_parts(*prepared)
-            check_vocabulary(parts, self.token_columns, model, processing_class)
-            for name, part in parts.items():
-                self._check_positions(base_model(model), part, args, name)
-            return prepared
-
+        given, inner = self._given_processing_class, base_model(model)
+        self.images = together(lambda: images_of_dataset(train_dataset, given, processing_class, inner, args))
         together(lambda: self.set_up_data(train_dataset, processing_class, args))
-        return together(prepare_all)
+        return together(lambda: prepared_parts(self, train_dataset, eval_dataset, processing_class, args, model))
 
-    def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: BaseConfig, name: str) -> None:
+    def check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: BaseConfig, name: str) -> None:
+        """Checks that a model has positions for the rows of a prepared dataset; see `check_lengths`."""
         check_lengths(dataset, name, self.token_columns, model, args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = self._signature_columns or list(self.signature_columns or self.token_columns)
+        images = [] if self.images is None else [IMAGES]
+        self._signature_columns = self._signature_columns or [*(self.signature_columns or self.token_columns), *images]
 
     # ---- the loss
 
@@ -277,8 +278,8 @@ class BaseTrainer(Trainer):
 
     def prepare_for_evaluation(self, dataset: AnyDataset) -> AnyDataset:
         """Returns a dataset given to `evaluate`, prepared."""
-        dataset = self.prepare_dataset(dataset, self.processing_class, self.args, "eval")
-        self._check_positions(base_model(self.accelerator.unwrap_model(self.model)), dataset, self.args, "eval")
+        dataset = self.prepare_dataset(dataset, tokenizer_of(self.processing_class), self.args, "eval")
+        self.check_positions(base_model(self.accelerator.unwrap_model(self.model)), dataset, self.args, "eval")
         return dataset
 
     def prediction_step(

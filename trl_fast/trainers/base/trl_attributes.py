@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+from .tokenizers import tokenizer_of
+
 
 @dataclass(frozen=True)
 class TRLAttribute:
@@ -85,15 +87,17 @@ def fixed_attribute(read: Callable[[Any], Any], reason: str) -> TRLAttribute:
     return TRLAttribute(read=read, fixed=reason)
 
 
-_NO_IMAGES = "there are no images"
+_SET_BY_DATA = "the datasets tell whether there are images"
 # Of all trainers whose batches come from a dataset of rows.
 ROW_ATTRIBUTES = {
     "aux_loss_enabled": fixed_attribute(
         lambda trainer: bool(trainer.router_aux_loss_coef), "set router_aux_loss_coef"
     ),
-    "_tokenizer": fixed_attribute(lambda trainer: trainer.processing_class, "the datasets were prepared with it"),
-    "_is_vlm": fixed_attribute(lambda trainer: False, _NO_IMAGES),
-    "_is_vision_dataset": fixed_attribute(lambda trainer: False, _NO_IMAGES),
+    "_tokenizer": fixed_attribute(
+        lambda trainer: tokenizer_of(trainer.processing_class), "the datasets were prepared with it"
+    ),
+    "_is_vlm": fixed_attribute(lambda trainer: trainer.images is not None, _SET_BY_DATA),
+    "_is_vision_dataset": fixed_attribute(lambda trainer: trainer.images is not None, _SET_BY_DATA),
     "_total_train_tokens": TRLAttribute("_tokens.seen"),
 }
 

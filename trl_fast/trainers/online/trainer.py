@@ -164,7 +164,7 @@ class OnlineTrainer(ReferenceTrainer):
 
     # ---- data
 
-    def _check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: OnlineConfig, name: str) -> None:
+    def check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: OnlineConfig, name: str) -> None:
         maximum = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         longest = longest_sequence(dataset, self.token_columns) if shows_tokens(dataset, self.token_columns) else 0
         completion = getattr(args, self.length_setting)

@@ -1,0 +1,82 @@
+"""Tells what a model wants to know of images in the rows of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from trl_fast.data.images.inputs import ImageInput
+from trl_fast.data.images.layout import ImageLayout
+from trl_fast.parallel.engines import original_class
+
+from .loading import whole_backbone
+
+# Keywords of forward functions that say which tokens are of images.
+_TYPE_NAMES = ("mm_token_type_ids", "token_type_ids")
+# Families whose attention lets the tokens of an image see each other, by `model_type`, and the value of their text
+# config's `use_bidirectional_attention` with which they do; None: with any.
+_SEES_BOTH_WAYS = {"gemma3": None, "gemma4": "vision"}
+# What those two keywords mean elsewhere, so that they cannot be given.
+_REFUSED = {"paligemma": "all tokens of its prompts see each other, which no layout here keeps apart from completions"}
+
+
+@dataclass(frozen=True)
+class AxisPositions:
+    """Gives the positions of a sequence with images by a family's own function, `get_rope_index` (M-RoPE).
+
+    It needs the config and no weights, runs on the CPU, and can be pickled to the workers of a DataLoader.
+
+    - `model_class`: the class that has the function; it reads the model's config alone.
+    - `config`: that of the model.
+    - `image_token_id`: the token that stands for a part of an image.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PretrainedConfig
+    image_token_id: int
+
+    def __call__(self, ids: list[int], images: Sequence[ImageInput]) -> torch.Tensor:
+        """Returns the positions (axes, length) int64 of a sequence's token ids with their images."""
+        input_ids = torch.tensor([ids], dtype=torch.int64)
+        grids = [image.tensors["image_grid_thw"] for image in images]
+        shell = self.model_class.__new__(self.model_class)
+        vars(shell)["config"] = self.config
+        positions, _ = shell.get_rope_index(  # type: ignore[operator]
+            input_ids=input_ids,
+            mm_token_type_ids=(input_ids == self.image_token_id).int(),
+            image_grid_thw=torch.cat(grids) if grids else None,
+        )
+        return positions[:, 0]
+
+
+def image_layout(model: PreTrainedModel) -> ImageLayout:
+    """Returns what laying out a batch needs to know of a model that reads images.
+
+    Raises:
+        ValueError: the model has no token for images, or reads them in a way that no layout here gives.
+    """
+    config, name = model.config, type(model).__name__
+    if config.model_type in _REFUSED:
+        raise ValueError(f"{name} cannot be trained on images: {_REFUSED[config.model_type]}")
+    token = getattr(config, "image_token_id", None)
+    if not isinstance(token, int):
+        raise ValueError(
+            f"{name} has no image token (its config has no image_token_id), so images have no place in it"
+        )
+    inner = whole_backbone(model)
+    taken = inspect.signature(type(model).forward).parameters
+    positions = None
+    if hasattr(inner, "get_rope_index"):
+        positions = AxisPositions(original_class(inner), config, token)
+    return ImageLayout(token, tuple(each for each in _TYPE_NAMES if each in taken), positions, _sees_both_ways(config))
+
+
+def _sees_both_ways(config: PretrainedConfig) -> bool:
+    if config.model_type not in _SEES_BOTH_WAYS:
+        return False
+    needed = _SEES_BOTH_WAYS[config.model_type]
+    return needed is None or getattr(config.get_text_config(), "use_bidirectional_attention", None) == needed

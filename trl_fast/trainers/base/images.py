@@ -1,0 +1,47 @@
+"""Sets up how a trainer's model reads the images of its datasets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_fast.data import AnyDataset
+from trl_fast.data.images.reader import ImageReader
+from trl_fast.data.images.columns import has_images
+from trl_fast.data.images.rows import RowImages
+from trl_fast.modeling.image_models import image_layout
+from trl_fast.modeling.loading import load_processor, reads_images
+
+from .config import BaseConfig
+
+
+def images_of_dataset(
+    dataset: AnyDataset, given: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: BaseConfig
+) -> RowImages | None:
+    """Returns how a model reads the images of a dataset; None if its first row has no place for any.
+
+    given: what came as processing_class, a processor; None loads the model's. tokenizer: that of the trainer, with its
+    chat template and pad token.
+
+    Raises:
+        ValueError: the model or what was given reads no images.
+    """
+    if not has_images(dataset):
+        return None
+    if not reads_images(model.config):
+        raise ValueError(
+            f"The train dataset has images, which {type(model).__name__} does not read; give a model that does, or "
+            "remove the column"
+        )
+    if isinstance(given, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"The train dataset has images, which processing_class, a {type(given).__name__}, does not read; give the "
+            "model's processor (AutoProcessor.from_pretrained), or leave processing_class out"
+        )
+    options = {"revision": (args.model_init_kwargs or {}).get("revision", "main")}
+    processor = given or load_processor(
+        model.config._name_or_path, trust_remote_code=args.trust_remote_code, **options
+    )
+    processor.tokenizer = tokenizer
+    return RowImages(ImageReader(processor), image_layout(model))
