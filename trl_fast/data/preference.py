@@ -20,7 +20,7 @@ from .formats import is_conversational, maybe_extract_prompt
 from .images.length_checks import check_images_are_kept
 from .images.preparation import map_rows, with_images
 from .images.reader import ImageReader
-from .images.rows import RowImages
+from .images.row_images import RowImages
 from .images.tokenization import tokenize_with_images
 from .packing import TokenBatch, pack_trees
 from .padded_rows import COMPLETION_ENTRIES, completion_batch, padded_completions

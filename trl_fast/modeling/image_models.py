@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -71,7 +72,7 @@ def image_layout(model: PreTrainedModel) -> ImageLayout:
     taken = inspect.signature(type(model).forward).parameters
     positions = None
     if hasattr(inner, "get_rope_index"):
-        positions = AxisPositions(original_class(inner), config, token)
+        positions = AxisPositions(cast(type[PreTrainedModel], original_class(inner)), config, token)
     return ImageLayout(token, tuple(each for each in _TYPE_NAMES if each in taken), positions, _sees_both_ways(config))
 
 

@@ -32,7 +32,10 @@ def join_images(images: Sequence[ImageInput]) -> dict[str, torch.Tensor]:
 
 
 def split_images(joined: Mapping[str, torch.Tensor], shapes: Sequence[ImageShape]) -> list[ImageInput]:
-    """Returns the single images that `join_images` joined; they share its memory."""
+    """Returns the single images that `join_images` joined; they share its memory.
+
+    joined: tensors (rows of all images, …) by keyword. shapes: of each image, in order.
+    """
     parts = {name: tensor.split([shape.shapes[name][0] for shape in shapes]) for name, tensor in joined.items()}
     return [
         ImageInput(

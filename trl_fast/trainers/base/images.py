@@ -7,9 +7,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import AnyDataset
-from trl_fast.data.images.reader import ImageReader
 from trl_fast.data.images.columns import has_images
-from trl_fast.data.images.rows import RowImages
+from trl_fast.data.images.reader import ImageReader
+from trl_fast.data.images.row_images import RowImages
 from trl_fast.modeling.image_models import image_layout
 from trl_fast.modeling.loading import load_processor, reads_images
 
@@ -39,7 +39,7 @@ def images_of_dataset(
             f"The train dataset has images, which processing_class, a {type(given).__name__}, does not read; give the "
             "model's processor (AutoProcessor.from_pretrained), or leave processing_class out"
         )
-    options = {"revision": (args.model_init_kwargs or {}).get("revision", "main")}
+    options = {"revision": dict(args.model_init_kwargs or {}).get("revision", "main")}
     processor = given or load_processor(
         model.config._name_or_path, trust_remote_code=args.trust_remote_code, **options
     )

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from trl_fast.data import AnyDataset, DictBatch, TokenBatch
 from trl_fast.data.images.columns import IMAGES
-from trl_fast.data.images.rows import RowImages
+from trl_fast.data.images.row_images import RowImages
 from trl_fast.modeling.adapters import check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, Readout, choose_layout
 from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
