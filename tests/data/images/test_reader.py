@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from support.vision_processors import WITH_PROCESSORS, pictures, tiny_processor
@@ -75,6 +77,25 @@ def test_tokens_and_inputs_are_those_of_trl(family):
 
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def test_pixels_are_made_once_a_size_for_token_ids(monkeypatch):
+    processor = tiny_processor("qwen2_5_vl")
+    made = []
+    original = type(processor.image_processor).__call__
+    monkeypatch.setattr(
+        type(processor.image_processor), "__call__", lambda self, *a, **k: made.append(1) or original(self, *a, **k)
+    )
+    reader = ImageReader(processor)
+    text = processor.image_token
+    ids = [reader.text_ids(text, [image]) for image in pictures(3, (28, 56))]
+    assert ids[0] == ids[1] == ids[2] == [reader.image_token_id] * 2 and len(made) == 1
+    assert len(reader.text_ids(text, pictures(1, (56, 56)))) == 4 and len(made) == 2
+    # The inputs of images are always their own, and the pixels are no part of a copy.
+    inputs = [reader.image_input(image) for image in pictures(2, (28, 56))]
+    assert not inputs[0].is_same(inputs[1]) and inputs[0].is_same(reader.image_input(pictures(1, (28, 56))[0]))
+    assert len(pickle.dumps(reader)) == len(pickle.dumps(ImageReader(processor)))
+    assert Hasher.hash(reader) == Hasher.hash(ImageReader(processor))
 
 
 def test_a_prompt_with_tools_and_options_reaches_the_chat_template():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,14 @@ import torch
 
 from .columns import load_images
 from .inputs import ImageInput
+from .messages import images_of
+from .sized_images import with_sized_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 # What a processor says of tokens; the rest of what it makes is the images'.
-_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "assistant_masks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class ImageReader:
     """
 
     processor: ProcessorMixin
+    _sized: ProcessorMixin = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         named = f"processing_class ({type(self.processor).__name__})"
@@ -40,6 +43,7 @@ class ImageReader:
                 raise ValueError(f"{named} has no {part}, so it cannot read images; give the model's own processor.")
         if not isinstance(self._first_image_token(), int):
             raise ValueError(f"{named} has no image token, so images have no places; give the model's own processor.")
+        object.__setattr__(self, "_sized", with_sized_images(self.processor))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -85,7 +89,7 @@ class ImageReader:
         Raises:
             ValueError: there are more or fewer images than places.
         """
-        return _ids(self._encode(text, images))
+        return _ids(_encode(self._sized, text, images))
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Returns the token ids of messages with the images in their parts, open for the answer.
@@ -95,34 +99,38 @@ class ImageReader:
         return _ids(self.conversation(messages, add_generation_prompt=True, **options))
 
     def conversation(self, messages: Sequence[dict[str, Any]], **options: Any) -> Mapping[str, Any]:
-        """Returns what the processor makes of messages with the images in their parts: a batch of one conversation.
+        """Returns the token ids of messages with the images in their parts, and their masks, in a batch of one.
 
         options: arguments of the processor's `apply_chat_template`.
         """
-        processor: Any = self.processor
+        processor: Any = self._sized
         batch: Mapping[str, Any] = processor.apply_chat_template(
             [list(messages)], chat_template=self.chat_template, tokenize=True, return_dict=True, **options
         )
-        return batch
+        return {name: value for name, value in batch.items() if name in _OF_TOKENS}
 
     def image_input(self, image: PIL.Image.Image) -> ImageInput:
         """Returns what the model reads of an image: the processor runs on the mark of an image alone."""
         processor: Any = self.processor
-        encoded = self._encode(processor.image_token, [image], return_tensors="pt")
+        encoded = _encode(processor, processor.image_token, [image], return_tensors="pt")
         tensors = {name: torch.as_tensor(value) for name, value in encoded.items() if name not in _OF_TOKENS}
         return ImageInput(tensors, int((encoded["input_ids"] == self.image_token_id).sum()))
+
+    def image_inputs(self, messages: Sequence[dict[str, Any]]) -> tuple[ImageInput, ...]:
+        """Returns what the model reads of the images in the parts of messages, in order."""
+        return tuple(map(self.image_input, images_of(messages)))
 
     def row_inputs(self, row: Mapping[str, Any]) -> tuple[ImageInput, ...]:
         """Returns what the model reads of the images of a prepared row (`columns.row_images`), in order."""
         return tuple(map(self.image_input, load_images(row)))
 
-    def _encode(self, text: str, images: Sequence[PIL.Image.Image], **options: Any) -> Mapping[str, Any]:
-        processor: Any = self.processor
-        # The chat template has written the special tokens.
-        encoded: Mapping[str, Any] = processor(
-            text=[text], images=[list(images)] if images else None, add_special_tokens=False, **options
-        )
-        return encoded
+
+def _encode(processor: Any, text: str, images: Sequence[PIL.Image.Image], **options: Any) -> Mapping[str, Any]:
+    # The chat template has written the special tokens.
+    encoded: Mapping[str, Any] = processor(
+        text=[text], images=[list(images)] if images else None, add_special_tokens=False, **options
+    )
+    return encoded
 
 
 def _ids(batch: Mapping[str, Any]) -> list[int]:
