@@ -17,6 +17,7 @@ from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset
 from .dict_batch import DictCollator, check_entries
 from .formats import is_conversational, maybe_extract_prompt
+from .images.inputs import ImageInput
 from .images.length_checks import check_images_are_kept
 from .images.preparation import map_rows, with_images
 from .images.reader import ImageReader
@@ -149,12 +150,20 @@ class TreeCollator(DictCollator):
     layout: str = PADDED
     images: RowImages | None = None
 
-    def pack(self, examples: list[dict[str, Any]], *columns: str) -> TokenBatch:
-        """Packs the rows' prompts with the completions of the columns; a row's sequences are in their order."""
-        images = [self.images.inputs(row) if self.images else () for row in examples]
+    def read_images(self, examples: list[dict[str, Any]]) -> list[tuple[ImageInput, ...]]:
+        """Returns what the model reads of the images of each row."""
+        return [self.images.inputs(row) if self.images else () for row in examples]
+
+    def pack(
+        self, examples: list[dict[str, Any]], *columns: str, images: list[tuple[ImageInput, ...]] | None = None
+    ) -> TokenBatch:
+        """Packs the rows' prompts with the completions of the columns; a row's sequences are in their order.
+
+        images: those of each row; None reads them here.
+        """
         trees = [
             Tree(row["prompt_ids"], [row[column] for column in columns], own)
-            for row, own in zip(examples, images, strict=True)
+            for row, own in zip(examples, self.read_images(examples) if images is None else images, strict=True)
         ]
         multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
         how = (self.layout, self.pad_token_id, self.max_length, self.truncation_mode, multiple)

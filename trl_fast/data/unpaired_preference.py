@@ -251,33 +251,45 @@ class UnpairedCollator(TreeCollator):
     """
 
     def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
-        batch = self.pack(examples, "completion_ids")
+        images = self.read_images(examples)
+        batch = self.pack(examples, "completion_ids", images=images)
         batch.extras.update(reference_logprobs(examples, UNPAIRED_REFERENCE_COLUMNS))
         batch.extras[LABEL] = torch.tensor([bool(row[LABEL]) for row in examples])
         if KL_COLUMN in examples[0]:
-            both = self.pack(examples, "completion_ids", KL_COLUMN)
+            both = self.pack(examples, "completion_ids", KL_COLUMN, images=images)
             both.extras[OWN_TOKENS] = (both.branch % 2 == 0).nonzero().flatten()
-            batch.extras.update({MISMATCHED: self.pack(examples, KL_COLUMN), BOTH: both})
+            batch.extras.update({MISMATCHED: self.pack(examples, KL_COLUMN, images=images), BOTH: both})
         return batch
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
-        mismatched = MISMATCHED_ENTRIES if MISMATCHED in batch.extras else ()
-        return (*COMPLETION_ENTRIES, *mismatched, *(name for name in _NUMBERS if name in batch.extras))
+        names = (*COMPLETION_ENTRIES, *(batch.images or ()))
+        mismatched = self._mismatched_names(batch.images) if MISMATCHED in batch.extras else ()
+        return (*names, *mismatched, *(name for name in _NUMBERS if name in batch.extras))
+
+    def _mismatched_names(self, images: Mapping[str, torch.Tensor] | None) -> tuple[str, ...]:
+        """Returns the entries of the mismatched completions; what a model reads of their images is that of the own."""
+        types = self.images.layout.type_names if self.images and images else ()
+        return (*MISMATCHED_ENTRIES, *(MISMATCHED_PREFIX + name for name in types))
 
     def entries(self, batch: TokenBatch) -> dict[str, Any]:
         found = self.padded(batch, range(len(batch)))
         if MISMATCHED in batch.extras:
             mismatched = self.padded(batch.extras[MISMATCHED], range(len(batch)))
-            found |= {MISMATCHED_PREFIX + name: value for name, value in mismatched.items()}
+            prefixed = {MISMATCHED_PREFIX + name: value for name, value in mismatched.items()}
+            found |= {name: prefixed[name] for name in self._mismatched_names(batch.images)}
         return {**found, **{name: batch.extras[name] for name in _NUMBERS if name in batch.extras}}
 
     def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
-        check_entries(entries, {*COMPLETION_ENTRIES, LABEL}, {*MISMATCHED_ENTRIES, *UNPAIRED_REFERENCE_COLUMNS})
-        batch = completion_batch(*(entries[name] for name in COMPLETION_ENTRIES), branches=1)
+        images = self.images.given(entries) if self.images else {}
+        known = {*self._mismatched_names(images), *UNPAIRED_REFERENCE_COLUMNS, *images}
+        check_entries(entries, {*COMPLETION_ENTRIES, LABEL}, known)
+        batch = completion_batch(*(entries[name] for name in COMPLETION_ENTRIES), branches=1, images=images or None)
         batch.extras.update({name: entries[name] for name in _NUMBERS if name in entries})
         batch.extras[LABEL] = batch.extras[LABEL].bool()
         if set(MISMATCHED_ENTRIES) <= set(entries):
-            batch.extras[MISMATCHED] = completion_batch(*(entries[name] for name in MISMATCHED_ENTRIES), branches=1)
+            others = {name: entries.get(MISMATCHED_PREFIX + name, value) for name, value in images.items()}
+            own = (entries[name] for name in MISMATCHED_ENTRIES)
+            batch.extras[MISMATCHED] = completion_batch(*own, branches=1, images=others or None)
         return batch
 
 

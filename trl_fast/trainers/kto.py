@@ -220,6 +220,7 @@ class KTOTrainer(PreferenceTrainer):
         dataset = prepare_unpaired_dataset(
             dataset,
             processing_class,
+            image_reader=self.images and self.images.reader,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             max_prompt_length=args.max_prompt_length,
@@ -241,6 +242,7 @@ class KTOTrainer(PreferenceTrainer):
             truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
             layout=layout,
+            images=self.images,
         )
 
     def start(self, **kwargs: Any) -> None:

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..padded_rows import SEQUENCE_ENTRIES
-from .columns import IMAGES
 from .inputs import ImageInput
 from .joining import join_images
 from .layout import ImageLayout
-from .loading import load_image
 from .reader import ImageReader
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ class RowImages:
 
     def inputs(self, row: Mapping[str, Any]) -> tuple[ImageInput, ...]:
         """Returns what the model reads of a prepared row's images: pixels are made here."""
-        return tuple(self.reader.image_input(load_image(source)) for source in row.get(IMAGES) or ())
+        return self.reader.row_inputs(row)
 
     def entries(self, batch: TokenBatch, order: Sequence[int], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns what TRL's collators tell of the images of padded rows, by keyword of the model's forward.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from transformers.trainer_utils import PredictionOutput
 
 from trl_fast.data import AnyDataset, DictBatch, TokenBatch
-from trl_fast.data.images.columns import IMAGES
+from trl_fast.data.images.columns import IMAGE_COLUMNS
 from trl_fast.data.images.row_images import RowImages
 from trl_fast.modeling.adapters import check_virtual_tokens, has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, Readout, choose_layout
@@ -197,7 +197,7 @@ class BaseTrainer(Trainer):
         check_lengths(dataset, name, self.token_columns, model, args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
-        images = [] if self.images is None else [IMAGES]
+        images = () if self.images is None else IMAGE_COLUMNS
         self._signature_columns = self._signature_columns or [*(self.signature_columns or self.token_columns), *images]
 
     # ---- the loss
