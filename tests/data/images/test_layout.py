@@ -89,6 +89,17 @@ def test_runs_that_see_each_other(trees):
     assert pack(trees, "shared_prefix").image_runs is None
 
 
+def test_images_side_by_side_that_see_each_other_are_shared_together():
+    """The first image stands alone in one sequence, and beside another one in each of two others."""
+    one, two, three = image(1), image(2), image(3)
+    branches = [Tree([IMAGE] * 3, [[17]], images=(each,)) for each in (two, three)]
+    trees = [Tree(TEXT + [IMAGE] * 3, [[18], *branches], images=(one,))]
+    assert values(pack(trees, "shared_prefix")) == [1, 2, 3]
+    batch = pack(trees, "shared_prefix", ImageLayout(IMAGE, sees_both_ways=True))
+    assert values(batch) == [1, 2, 1, 3] and batch.tree_lengths == ((24, 4, 7, 7),)
+    assert batch.image_runs == ((24, 27), (28, 34), (35, 41))
+
+
 def test_batches_without_images_are_as_before():
     trees = [Tree(TEXT, [[13], [14, 15]])]
     batch = pack(trees, "shared_prefix", ImageLayout(IMAGE, positions=lambda ids, images: pytest.fail("is asked")))

@@ -13,9 +13,9 @@ from trl_fast.modeling.layouts import ChosenLayout
 from trl_fast.trainers.base.sequence_parallel import SharedRows, take_sequence_group
 
 
-def refuse(model, *, method="dpo", layout="packed", world=2, **sizes):
+def refuse(model, *, method="dpo", layout="packed", world=2, images=None, **sizes):
     args = SimpleNamespace(world_size=world, process_index=0, parallelism_config=ParallelismConfig(**sizes))
-    trainer = SimpleNamespace(method=method, layout=ChosenLayout(layout))
+    trainer = SimpleNamespace(method=method, layout=ChosenLayout(layout), images=images)
     with pytest.raises(ValueError, match=f"^parallelism_config: sp_size={sizes['sp_size']} cannot be used: ") as error:
         take_sequence_group(trainer, args, model)
     return str(error.value)
@@ -29,6 +29,7 @@ def test_what_cannot_share_rows_is_refused():
         model, sp_size=2, method="grpo"
     )
     assert "batch_layout='padded' has several rows" in refuse(model, sp_size=2, layout="padded")
+    assert "the dataset has images, whose tokens are those of whole rows" in refuse(model, sp_size=2, images="some")
     heads = "LlamaForCausalLM has 4 attention heads, which are not dealt evenly to 3 processes"
     assert heads in refuse(model, sp_size=3, world=3)
     groups = "LlamaForCausalLM has 2 key-value heads, which are not dealt evenly to 3 processes"

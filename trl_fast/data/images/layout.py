@@ -36,7 +36,7 @@ class ImageLayout:
     ) -> list[int]:
         """Returns how many first tokens each of S sequences has in common with the one before it, images included.
 
-        The tokens of different images are the same.
+        The tokens of different images are the same. Images side by side that see each other are shared together.
 
         shared: (S,), how many token ids they have in common.
         """
@@ -48,7 +48,19 @@ class ImageLayout:
                 tokens = (torch.as_tensor(sequences[index]) == self.image_token_id).nonzero().flatten()
                 first = sum(image.num_tokens for image in images[index][:equal])
                 found[index] = min(found[index], int(tokens[first]))
+            if self.sees_both_ways:
+                found[index] = self._before_run(sequences[index - 1 : index + 1], found[index])
         return found
+
+    def _before_run(self, neighbours: Sequence[Sequence[int]], shared: int) -> int:
+        """Returns where image tokens begin that go on behind the first `shared` tokens of one of two sequences.
+
+        They attend to what stands there, which the two sequences do not have in common.
+        """
+        goes_on = any(ids[shared] == self.image_token_id for ids in neighbours if shared < len(ids))
+        while goes_on and shared and neighbours[0][shared - 1] == self.image_token_id:
+            shared -= 1
+        return shared
 
     def fields(
         self,

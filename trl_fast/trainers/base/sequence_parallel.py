@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from trl_fast.data import DictBatch
+from trl_fast.data.images.rows import RowImages
 from trl_fast.modeling.layouts import ChosenLayout
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.ulysses import SequenceGroup, sharing_refusal
@@ -30,6 +31,7 @@ class RowTrainer(Protocol):
 
     method: str
     layout: ChosenLayout
+    images: RowImages | None
     sequence_group: SequenceGroup | None
 
 
@@ -74,6 +76,8 @@ def _refusal(
     if BATCH_LAYOUTS[trainer.layout.name].pads:
         layout = trainer.layout.name
         return f"batch_layout={layout!r} has several rows, and the tokens of one packed row are shared; leave it out"
+    if trainer.images is not None:
+        return "the dataset has images, whose tokens are those of whole rows; leave it out"
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "the virtual tokens of an adapter stand before a row, not in a part of it; use LoRA"
     if getattr(base_model(model), "trl_fast_fused_head", True) is False:
