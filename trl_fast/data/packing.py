@@ -170,7 +170,10 @@ def pack_trees(
     sequences = [sequence for group in groups for sequence in group]
     ids = [sequence.ids for sequence in sequences]
     shared = neighbours_share(ids) if compares_tokens else [sequence.shared for sequence in sequences]
-    images = None if image_layout is None else SequenceImages([each.images for each in sequences], image_layout)
+    images = None
+    if image_layout is not None:
+        starts = [each.start for each in sequences]
+        images = SequenceImages([each.images for each in sequences], image_layout, starts)
     rows = lay_out(ids, layout, pad_token_id, pad_to_multiple_of, shared, images)
     # Nothing predicts the first token of a sequence.
     scored = [range(max(start, 1), len(tokens)) for tokens, start, *_ in sequences]
@@ -186,10 +189,14 @@ def pack_trees(
 
 
 class SequenceImages(NamedTuple):
-    """Holds the images `of` each of S sequences, in the order of their tokens, and how a model wants to have them."""
+    """Holds the images `of` each of S sequences, in the order of their tokens, and how a model wants to have them.
+
+    prompts: how many tokens the prompt of each sequence has.
+    """
 
     of: Sequence[Sequence[ImageInput]]
     layout: ImageLayout
+    prompts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -240,7 +247,7 @@ def lay_out(
     Raises ValueError where a sequence has not the tokens of its images.
     """
     if images is not None:
-        shared = images.layout.limit_shared(sequences, images.of, shared)
+        shared = images.layout.limit_shared(sequences, images.of, shared, images.prompts)
     lengths = [len(ids) for ids in sequences]
     trees: tuple[TreeLengths, ...] | None = None
     if BATCH_LAYOUTS[layout].pads:
@@ -268,7 +275,7 @@ def lay_out(
         "tree_lengths": trees,
     }
     if images is not None:
-        fields |= images.layout.fields(sequences, images.of, places, shape)
+        fields |= images.layout.fields(sequences, images.of, places, shape, images.prompts)
     return LaidOutRows(fields, places)
 
 

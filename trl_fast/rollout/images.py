@@ -127,6 +127,6 @@ def image_keywords(
     every = [image for own in images for image in own]
     if not every:
         return {}
-    types = (input_ids == layout.image_token_id).long()
+    marked = layout.marked_tokens(input_ids, [input_ids.shape[1] if own else 0 for own in images])
     joined = {name: tensor.to(input_ids.device) for name, tensor in join_images(every).items()}
-    return joined | dict.fromkeys(layout.type_names, types)
+    return joined | layout.types_of(marked)

@@ -196,8 +196,11 @@ class TransformersEngine:
         return reason is None
 
     def _ends_with_image(self, prompts: list[tuple[tuple[int, ...], tuple[str, ...]]]) -> bool:
-        token = None if self.image_layout is None else self.image_layout.image_token_id
-        return any(images and ids[-1] == token for ids, images in prompts)
+        layout = self.image_layout
+        if layout is None:
+            return False
+        # Where whole prompts see each other, they end as an image does.
+        return any(images and (layout.whole_prompts or ids[-1] == layout.image_token_id) for ids, images in prompts)
 
     def _generation_config(self, model: Model, settings: SamplingSettings) -> GenerationConfig:
         """Returns the settings of a generation; where they are silent, the model's generation config has the say."""

@@ -100,6 +100,28 @@ def test_images_side_by_side_that_see_each_other_are_shared_together():
     assert batch.image_runs == ((24, 27), (28, 34), (35, 41))
 
 
+def test_whole_prompts_that_see_each_other():
+    """Each prompt with images is one run; prompts that only begin alike share nothing."""
+    kind = ImageLayout(IMAGE, ("token_type_ids",), sees_both_ways=True, whole_prompts=True)
+    one, two = image(1), image(2)
+    prompt = with_image(one)
+    trees = [
+        Tree(prompt, [[18], [19, 20]], images=(one,)),
+        Tree([*prompt, 21], [[22]], images=(one,)),
+        Tree(prompt, [[23]], images=(two,)),
+        Tree(TEXT, [[24], [25]]),
+    ]
+    batch = pack(trees, "shared_prefix", kind, compares_tokens=True)
+    assert batch.tree_lengths == ((51, 1, 2), (53,), (52,), (24, 1, 1))
+    assert batch.image_runs == ((0, 51), (54, 106), (107, 158))
+    seen = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    for start, end in batch.image_runs:
+        seen[0, start:end] = True
+    assert torch.equal(batch.images["token_type_ids"], (~seen).long())
+    padded = pack(trees, "padded", kind).images["token_type_ids"]
+    assert (padded == 0).sum(1).tolist() == [51, 51, 52, 51, 0, 0] and (padded.diff() >= 0).all()
+
+
 def test_batches_without_images_are_as_before():
     trees = [Tree(TEXT, [[13], [14, 15]])]
     batch = pack(trees, "shared_prefix", ImageLayout(IMAGE, positions=lambda ids, images: pytest.fail("is asked")))

@@ -15,14 +15,17 @@ from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 
-# Windows shorter than an image. Gemma 3's layers all see images both ways; of Gemma 4's those with a window.
+# By the keyword of the types of tokens, and changes of the text model: windows shorter than an image. Gemma 3's layers
+# all see images both ways, of Gemma 4's those with a window; PaliGemma sees a whole prompt so, across any window.
 MODELS = {
-    "gemma3": (["token_type_ids"], {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": ("token_type_ids", {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}),
     "gemma4": (
-        ["mm_token_type_ids"],
+        "mm_token_type_ids",
         # With keys of earlier layers, text would not read what a full layer makes of an image.
         {"sliding_window": 3, "use_bidirectional_attention": "vision", "num_kv_shared_layers": 0},
     ),
+    "paligemma": ("token_type_ids", {}),
+    "paligemma, 2": ("token_type_ids", {"model_type": "gemma2", "sliding_window": 6}),
 }
 
 
@@ -70,11 +73,12 @@ def loss_and_gradients(model, trees, layout, image_layout):
 def test_loss_and_every_gradient(name, monkeypatch):
     """In training mode; then with activation checkpointing that keeps results of attention."""
     monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
-    keywords, text = MODELS[name]
-    model = tiny_vision_model(name, **text)
+    keyword, text = MODELS[name]
+    family = name.split(",")[0]
+    model = tiny_vision_model(family, **text)
     token = model.config.image_token_id
-    trees = trees_of(images_of(name, token, 4), token)
-    layout = ImageLayout(token, tuple(keywords), sees_both_ways=True)
+    trees = trees_of(images_of(family, token, 4), token)
+    layout = ImageLayout(token, (keyword,), sees_both_ways=True, whole_prompts=family == "paligemma")
     attach_scoring(model)
     expected = loss_and_gradients(model, trees, "padded", layout)
     use_segment_attention(model)

@@ -21,24 +21,30 @@ class ImageLayout:
     """Describes what a model wants to know of images in a batch.
 
     - `image_token_id`: the token that stands for a part of an image.
-    - `type_names`: the keywords under which its forward takes (B, T) int64, 1 on image tokens and 0 elsewhere.
+    - `type_names`: the keywords under which its forward takes the types of tokens (B, T), see `types_of`.
     - `positions`: gives the positions of a sequence where they have several axes (M-RoPE); None: 0, 1, 2 …
     - `sees_both_ways`: whether the tokens of an image attend to each other in both directions.
+    - `whole_prompts`: whether all tokens of a prompt with images do so too, not only those of images (PaliGemma).
     """
 
     image_token_id: int
     type_names: tuple[str, ...] = ()
     positions: Positions | None = None
     sees_both_ways: bool = False
+    whole_prompts: bool = False
 
     def limit_shared(
-        self, sequences: Sequence[Sequence[int]], images: Sequence[Sequence[ImageInput]], shared: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        images: Sequence[Sequence[ImageInput]],
+        shared: Sequence[int],
+        prompts: Sequence[int],
     ) -> list[int]:
         """Returns how many first tokens each of S sequences has in common with the one before it, images included.
 
         The tokens of different images are the same. Images side by side that see each other are shared together.
 
-        shared: (S,), how many token ids they have in common.
+        shared: (S,), how many token ids they have in common. prompts: (S,), how many tokens the prompt of each has.
         """
         found = [*shared]
         for index in range(1, len(found)):
@@ -48,7 +54,10 @@ class ImageLayout:
                 tokens = (torch.as_tensor(sequences[index]) == self.image_token_id).nonzero().flatten()
                 first = sum(image.num_tokens for image in images[index][:equal])
                 found[index] = min(found[index], int(tokens[first]))
-            if self.sees_both_ways:
+            if self.whole_prompts:
+                ends = [prompts[each] if images[each] else 0 for each in (index - 1, index)]
+                found[index] = found[index] if max(ends) <= found[index] and ends[0] == ends[1] else 0
+            elif self.sees_both_ways:
                 found[index] = self._before_run(sequences[index - 1 : index + 1], found[index])
         return found
 
@@ -68,6 +77,7 @@ class ImageLayout:
         images: Sequence[Sequence[ImageInput]],
         places: Sequence[torch.Tensor],
         shape: tuple[int, int],
+        prompts: Sequence[int],
     ) -> dict[str, Any]:
         """Returns the fields of a `TokenBatch` that tell of images; none where there are no images.
 
@@ -78,6 +88,7 @@ class ImageLayout:
             images: the images of each, in the order of their tokens.
             places: the indices of each one's tokens into the flattened rows, (length,) int64.
             shape: of the rows, (B, T).
+            prompts: how many tokens the prompt of each has.
 
         Raises:
             ValueError: a sequence has more or fewer image tokens than its images have.
@@ -85,19 +96,19 @@ class ImageLayout:
         if not any(images):
             return {}
         at: dict[int, ImageInput] = {}
-        types = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
+        marked = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
         runs: set[tuple[int, int]] = set()
-        for ids, own, place in zip(sequences, images, places, strict=True):
-            marked = torch.as_tensor(ids, dtype=torch.int64) == self.image_token_id
-            tokens = place[marked]
+        for ids, own, place, prompt in zip(sequences, images, places, prompts, strict=True):
+            tokens = place[torch.as_tensor(ids, dtype=torch.int64) == self.image_token_id]
             _check_tokens(len(tokens), own)
-            types[tokens] = 1
             firsts = accumulate((image.num_tokens for image in own[:-1]), initial=0)
             at.update(zip(tokens[[*firsts]].tolist() if own else [], own, strict=True))
-            runs.update(_runs(tokens))
+            seen = place[:prompt] if self.whole_prompts and own else tokens
+            marked[seen] = True
+            runs.update(_runs(seen))
         ordered = [at[place] for place in sorted(at)]
         return {
-            "images": join_images(ordered) | {name: types.view(shape) for name in self.type_names},
+            "images": join_images(ordered) | self.types_of(marked.view(shape)),
             "image_shapes": tuple(ImageShape.of(image) for image in ordered),
             "image_runs": tuple(sorted(runs)) if self.sees_both_ways else None,
             **self._positions(sequences, images, places, shape),
@@ -124,10 +135,22 @@ class ImageLayout:
         at = dict(zip(ordered[[*firsts]].tolist(), images, strict=True))
         return [tuple(at[place] for place in each.tolist() if place in at) for each in tokens]
 
-    def types_of(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns what the model's forward is told of the tokens (B, T), int64 by keyword."""
-        marked = (input_ids == self.image_token_id).long()
-        return dict.fromkeys(self.type_names, marked)
+    def marked_tokens(self, input_ids: torch.Tensor, prompts: Sequence[int]) -> torch.Tensor:
+        """Returns which tokens (B, T) of rows are those of images, or of whole prompts: bool.
+
+        prompts: how many first tokens of each row, pads too, are a prompt with images; 0 if it has no images.
+        """
+        if not self.whole_prompts:
+            return input_ids == self.image_token_id
+        ends = torch.tensor(prompts, device=input_ids.device)
+        return torch.arange(input_ids.shape[1], device=input_ids.device) < ends[:, None]
+
+    def types_of(self, marked: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the types of tokens for the model's forward, int64 by keyword, 1 on marked ones (B, T) and else 0.
+
+        Whole prompts: 0 on marked ones and else 1.
+        """
+        return dict.fromkeys(self.type_names, (marked ^ self.whole_prompts).long())
 
     def _positions(
         self,

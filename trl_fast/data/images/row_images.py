@@ -37,8 +37,11 @@ class RowImages:
         if batch.images is None:
             return {}
         places = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device).view_as(batch.input_ids)
-        found = self.layout.by_sequence(batch.sequences(), batch.by_sequence(places), batch.images, batch.image_shapes)
-        return join_images([image for number in order for image in found[number]]) | self.layout.types_of(input_ids)
+        ids = batch.sequences()
+        found = self.layout.by_sequence(ids, batch.by_sequence(places), batch.images, batch.image_shapes)
+        starts = [len(each) - length for each, length in zip(ids, batch.branch_lengths.tolist(), strict=True)]
+        marked = self.layout.marked_tokens(input_ids, [starts[number] if found[number] else 0 for number in order])
+        return join_images([image for number in order for image in found[number]]) | self.layout.types_of(marked)
 
     def given(self, entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Returns those entries of a batch that tell of images, by keyword of the model's forward."""
