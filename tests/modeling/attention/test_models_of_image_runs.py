@@ -9,8 +9,8 @@ from support.layout_gradients import assert_same
 from support.vision_models import tiny_vision_model
 from support.vision_processors import pictures, tiny_processor
 from trl_fast.data import Tree, packing
-from trl_fast.data.images.inputs import ImageInput
 from trl_fast.data.images.layout import ImageLayout
+from trl_fast.data.images.reader import ImageReader
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
@@ -27,18 +27,6 @@ MODELS = {
     "paligemma": ("token_type_ids", {}),
     "paligemma, 2": ("token_type_ids", {"model_type": "gemma2", "sliding_window": 6}),
 }
-
-
-def images_of(name, token, count):
-    """Images, each as a processor gives it by itself."""
-    processor, made = tiny_processor(name), []
-    for picture in pictures(count):
-        message = {"role": "user", "content": [{"type": "image"}]}
-        text = processor.apply_chat_template([message], tokenize=False)
-        given = processor(images=[picture], text=[text], return_tensors="pt")
-        tensors = {key: given[key] for key in ("pixel_values", "image_position_ids") if key in given}
-        made.append(ImageInput(tensors, int((given["input_ids"] == token).sum())))
-    return made
 
 
 def trees_of(images, token):
@@ -77,7 +65,8 @@ def test_loss_and_every_gradient(name, monkeypatch):
     family = name.split(",")[0]
     model = tiny_vision_model(family, **text)
     token = model.config.image_token_id
-    trees = trees_of(images_of(family, token, 4), token)
+    reader = ImageReader(tiny_processor(family))
+    trees = trees_of([reader.image_input(picture) for picture in pictures(4)], token)
     layout = ImageLayout(token, (keyword,), sees_both_ways=True, whole_prompts=family == "paligemma")
     attach_scoring(model)
     expected = loss_and_gradients(model, trees, "padded", layout)

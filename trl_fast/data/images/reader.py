@@ -18,8 +18,8 @@ from .sized_images import with_sized_images
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-# What a processor says of tokens; the rest of what it makes is the images'.
-_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "assistant_masks")
+# What a processor says of tokens (PaliGemma's gives labels too); the rest of what it makes is the images'.
+_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "assistant_masks", "labels")
 
 
 @dataclass(frozen=True, eq=False)
