@@ -172,8 +172,8 @@ def pack_trees(
     shared = neighbours_share(ids) if compares_tokens else [sequence.shared for sequence in sequences]
     images = None
     if image_layout is not None:
-        starts = [each.start for each in sequences]
-        images = SequenceImages([each.images for each in sequences], image_layout, starts)
+        ends = [each.start for each in sequences]
+        images = SequenceImages([each.images for each in sequences], image_layout, ends)
     rows = lay_out(ids, layout, pad_token_id, pad_to_multiple_of, shared, images)
     # Nothing predicts the first token of a sequence.
     scored = [range(max(start, 1), len(tokens)) for tokens, start, *_ in sequences]
@@ -191,12 +191,12 @@ def pack_trees(
 class SequenceImages(NamedTuple):
     """Holds the images `of` each of S sequences, in the order of their tokens, and how a model wants to have them.
 
-    prompts: how many tokens the prompt of each sequence has.
+    prompts: how many tokens the prompt of each sequence has; needed where the layout has whole prompts.
     """
 
     of: Sequence[Sequence[ImageInput]]
     layout: ImageLayout
-    prompts: Sequence[int]
+    prompts: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from .loading import whole_backbone
 _TYPE_NAMES = ("mm_token_type_ids", "token_type_ids")
 # Families whose attention lets the tokens of an image see each other, by `model_type`, and the value of their text
 # config's `use_bidirectional_attention` with which they do; None: with any.
-_SEES_BOTH_WAYS = {"gemma3": None, "gemma4": "vision"}
-# What those two keywords mean elsewhere, so that they cannot be given.
-_REFUSED = {"paligemma": "all tokens of its prompts see each other, which no layout here keeps apart from completions"}
+_SEES_BOTH_WAYS = {"gemma3": None, "gemma4": "vision", "paligemma": None}
+# Those of them in which all tokens of a prompt with images see each other.
+_WHOLE_PROMPTS = ("paligemma",)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,9 @@ def image_layout(model: PreTrainedModel) -> ImageLayout:
     """Returns what laying out a batch needs to know of a model that reads images.
 
     Raises:
-        ValueError: the model has no token for images, or reads them in a way that no layout here gives.
+        ValueError: the model has no token for images.
     """
     config, name = model.config, type(model).__name__
-    if config.model_type in _REFUSED:
-        raise ValueError(f"{name} cannot be trained on images: {_REFUSED[config.model_type]}")
     token = getattr(config, "image_token_id", None)
     if not isinstance(token, int):
         raise ValueError(
@@ -73,7 +71,13 @@ def image_layout(model: PreTrainedModel) -> ImageLayout:
     positions = None
     if hasattr(inner, "get_rope_index"):
         positions = AxisPositions(cast(type[PreTrainedModel], original_class(inner)), config, token)
-    return ImageLayout(token, tuple(each for each in _TYPE_NAMES if each in taken), positions, _sees_both_ways(config))
+    return ImageLayout(
+        token,
+        tuple(each for each in _TYPE_NAMES if each in taken),
+        positions,
+        _sees_both_ways(config),
+        whole_prompts=config.model_type in _WHOLE_PROMPTS,
+    )
 
 
 def _sees_both_ways(config: PretrainedConfig) -> bool:

@@ -9,23 +9,20 @@ from support.layout_gradients import assert_same
 from support.vision_models import tiny_vision_model
 from support.vision_processors import pictures, tiny_processor
 from trl_fast.data import Tree, packing
-from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.images.reader import ImageReader
+from trl_fast.modeling.image_models import image_layout
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 
-# By the keyword of the types of tokens, and changes of the text model: windows shorter than an image. Gemma 3's layers
-# all see images both ways, of Gemma 4's those with a window; PaliGemma sees a whole prompt so, across any window.
+# Changes of text models, so that windows are shorter than an image. Gemma 3's layers all see images both ways, of
+# Gemma 4's those with a window; PaliGemma sees a whole prompt so, across any window.
 MODELS = {
-    "gemma3": ("token_type_ids", {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gemma4": (
-        "mm_token_type_ids",
-        # With keys of earlier layers, text would not read what a full layer makes of an image.
-        {"sliding_window": 3, "use_bidirectional_attention": "vision", "num_kv_shared_layers": 0},
-    ),
-    "paligemma": ("token_type_ids", {}),
-    "paligemma, 2": ("token_type_ids", {"model_type": "gemma2", "sliding_window": 6}),
+    "gemma3": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    # With keys of earlier layers, text would not read what a full layer makes of an image.
+    "gemma4": {"sliding_window": 3, "use_bidirectional_attention": "vision", "num_kv_shared_layers": 0},
+    "paligemma": {},
+    "paligemma, 2": {"model_type": "gemma2", "sliding_window": 6},
 }
 
 
@@ -61,13 +58,12 @@ def loss_and_gradients(model, trees, layout, image_layout):
 def test_loss_and_every_gradient(name, monkeypatch):
     """In training mode; then with activation checkpointing that keeps results of attention."""
     monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
-    keyword, text = MODELS[name]
     family = name.split(",")[0]
-    model = tiny_vision_model(family, **text)
+    model = tiny_vision_model(family, **MODELS[name])
     token = model.config.image_token_id
     reader = ImageReader(tiny_processor(family))
     trees = trees_of([reader.image_input(picture) for picture in pictures(4)], token)
-    layout = ImageLayout(token, (keyword,), sees_both_ways=True, whole_prompts=family == "paligemma")
+    layout = image_layout(model)
     attach_scoring(model)
     expected = loss_and_gradients(model, trees, "padded", layout)
     use_segment_attention(model)

@@ -38,13 +38,13 @@ class ImageLayout:
         sequences: Sequence[Sequence[int]],
         images: Sequence[Sequence[ImageInput]],
         shared: Sequence[int],
-        prompts: Sequence[int],
+        prompts: Sequence[int] | None,
     ) -> list[int]:
         """Returns how many first tokens each of S sequences has in common with the one before it, images included.
 
         The tokens of different images are the same. Images side by side that see each other are shared together.
 
-        shared: (S,), how many token ids they have in common. prompts: (S,), how many tokens the prompt of each has.
+        shared: (S,), how many token ids they have in common. prompts: as in `fields`.
         """
         found = [*shared]
         for index in range(1, len(found)):
@@ -55,7 +55,7 @@ class ImageLayout:
                 first = sum(image.num_tokens for image in images[index][:equal])
                 found[index] = min(found[index], int(tokens[first]))
             if self.whole_prompts:
-                ends = [prompts[each] if images[each] else 0 for each in (index - 1, index)]
+                ends = [self._end_of_run(prompts, images, each) for each in (index - 1, index)]
                 found[index] = found[index] if max(ends) <= found[index] and ends[0] == ends[1] else 0
             elif self.sees_both_ways:
                 found[index] = self._before_run(sequences[index - 1 : index + 1], found[index])
@@ -77,7 +77,7 @@ class ImageLayout:
         images: Sequence[Sequence[ImageInput]],
         places: Sequence[torch.Tensor],
         shape: tuple[int, int],
-        prompts: Sequence[int],
+        prompts: Sequence[int] | None,
     ) -> dict[str, Any]:
         """Returns the fields of a `TokenBatch` that tell of images; none where there are no images.
 
@@ -88,7 +88,7 @@ class ImageLayout:
             images: the images of each, in the order of their tokens.
             places: the indices of each one's tokens into the flattened rows, (length,) int64.
             shape: of the rows, (B, T).
-            prompts: how many tokens the prompt of each has.
+            prompts: how many tokens the prompt of each has; None serves where those of whole prompts do not count.
 
         Raises:
             ValueError: a sequence has more or fewer image tokens than its images have.
@@ -98,12 +98,12 @@ class ImageLayout:
         at: dict[int, ImageInput] = {}
         marked = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
         runs: set[tuple[int, int]] = set()
-        for ids, own, place, prompt in zip(sequences, images, places, prompts, strict=True):
+        for number, (ids, own, place) in enumerate(zip(sequences, images, places, strict=True)):
             tokens = place[torch.as_tensor(ids, dtype=torch.int64) == self.image_token_id]
             _check_tokens(len(tokens), own)
             firsts = accumulate((image.num_tokens for image in own[:-1]), initial=0)
             at.update(zip(tokens[[*firsts]].tolist() if own else [], own, strict=True))
-            seen = place[:prompt] if self.whole_prompts and own else tokens
+            seen = place[: self._end_of_run(prompts, images, number)] if self.whole_prompts else tokens
             marked[seen] = True
             runs.update(_runs(seen))
         ordered = [at[place] for place in sorted(at)]
@@ -134,6 +134,13 @@ class ImageLayout:
         firsts = accumulate((shape.num_tokens for shape in shapes[:-1]), initial=0)
         at = dict(zip(ordered[[*firsts]].tolist(), images, strict=True))
         return [tuple(at[place] for place in each.tolist() if place in at) for each in tokens]
+
+    @staticmethod
+    def _end_of_run(prompts: Sequence[int] | None, images: Sequence[Sequence[ImageInput]], number: int) -> int:
+        """Returns how many first tokens of a sequence see each other where those of whole prompts with images do."""
+        if prompts is None:
+            raise ValueError("The tokens of a prompt with images see each other in this model: prompts must be given")
+        return prompts[number] if images[number] else 0
 
     def marked_tokens(self, input_ids: torch.Tensor, prompts: Sequence[int]) -> torch.Tensor:
         """Returns which tokens (B, T) of rows are those of images, or of whole prompts: bool.

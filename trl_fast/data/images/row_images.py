@@ -39,8 +39,8 @@ class RowImages:
         places = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device).view_as(batch.input_ids)
         ids = batch.sequences()
         found = self.layout.by_sequence(ids, batch.by_sequence(places), batch.images, batch.image_shapes)
-        starts = [len(each) - length for each, length in zip(ids, batch.branch_lengths.tolist(), strict=True)]
-        marked = self.layout.marked_tokens(input_ids, [starts[number] if found[number] else 0 for number in order])
+        ends = [len(each) - length for each, length in zip(ids, batch.branch_lengths.tolist(), strict=True)]
+        marked = self.layout.marked_tokens(input_ids, [ends[number] if found[number] else 0 for number in order])
         return join_images([image for number in order for image in found[number]]) | self.layout.types_of(marked)
 
     def given(self, entries: Mapping[str, Any]) -> dict[str, torch.Tensor]:

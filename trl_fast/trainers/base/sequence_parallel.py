@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from trl_fast.data import DictBatch
-from trl_fast.data.images.rows import RowImages
+from trl_fast.data.images.row_images import RowImages
 from trl_fast.modeling.layouts import ChosenLayout
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.ulysses import SequenceGroup, sharing_refusal
