@@ -25,11 +25,11 @@ def add_columns(
     whose rows were shuffled or selected is copied once, as `map` does.
 
     Args:
-        function: gets a row and its number.
+        function: gets a row and its number, or what `options` say.
         features: those of the new columns; None: they are told by the first rows.
         options: further arguments of `map`.
     """
-    options |= {"with_indices": True, **map_options(dataset, num_proc, desc)}
+    options = {"with_indices": True, **map_options(dataset, num_proc, desc), **options}
     if not isinstance(dataset, Dataset):
         return dataset.map(function, **options)
     made = dataset.map(function, remove_columns=dataset.column_names, features=features, **options)

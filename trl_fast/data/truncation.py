@@ -35,10 +35,12 @@ def drop_without_room(dataset: AnyDataset, max_length: int, num_proc: int | None
     Raises ValueError if there are none.
     """
     options = map_options(dataset, num_proc, f"Dropping fully truncated rows of {name} dataset")
-    dataset = dataset.filter(_prompt_leaves_room, fn_kwargs={"max_length": max_length}, **options)
+    kept = dataset.filter(_prompt_leaves_room, fn_kwargs={"max_length": max_length}, **options)
     if isinstance(dataset, Dataset):
-        check_not_emptied(dataset, max_length, name)
-    return dataset
+        check_not_emptied(kept, max_length, name)
+        # Without a choice of rows later columns are added without copying the others.
+        return dataset if len(kept) == len(dataset) else kept
+    return kept
 
 
 def check_not_emptied(dataset: Dataset, max_length: int, name: str = "train") -> None:

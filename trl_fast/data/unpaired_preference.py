@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 
+from .added_columns import add_columns
 from .attention_masks import strip_padding
 from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, DatasetOrDict, get_dataset_column_names, map_options
@@ -104,8 +105,9 @@ def prepare_unpaired_dataset(
     if kl_batch_size is None:
         return dataset
     # In one process: the parts of several would not end where batches do.
-    options = map_options(dataset, None, f"Pairing {name} prompts with other completions")
-    return dataset.map(_add_other_completions, batched=True, batch_size=kl_batch_size, **options)
+    options = {"num_proc": None, "desc": f"Pairing {name} prompts with other completions"}
+    batches = {"with_indices": False, "batched": True, "batch_size": kl_batch_size}
+    return add_columns(dataset, _add_other_completions, **options, **batches)
 
 
 def unpair_preference_dataset(dataset: DatasetOrDict, **map_kwargs: Any) -> DatasetOrDict:

@@ -93,10 +93,11 @@ def test_text_marks_the_places_of_images_with_the_processors_own_token():
     assert READER.tokenizer.decode(prepared["chosen_ids"]) == " Yes."
 
 
-def test_images_are_not_written_to_the_cache_again(tmp_path):
+@pytest.mark.parametrize("method, options", [("dpo", {}), ("kto", {"kl_batch_size": 2})])
+def test_images_are_not_written_to_the_cache_again(method, options, tmp_path):
     large = pictures(1, (300, 300))[0]
-    Dataset.from_list([PAIR | {"images": [large]}] * 4).save_to_disk(tmp_path / "data")
-    prepared = prepare("dpo", load_from_disk(tmp_path / "data"), max_length=500)
+    Dataset.from_list([METHODS[method][1] | {"images": [large]}] * 4).save_to_disk(tmp_path / "data")
+    prepared = prepare(method, load_from_disk(tmp_path / "data"), max_length=500, **options)
     sizes = [Path(file["filename"]).stat().st_size for file in prepared.cache_files]
     assert len([size for size in sizes if size > 4 * 200_000]) == 1  # that of the dataset itself
 
