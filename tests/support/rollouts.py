@@ -7,6 +7,7 @@ from collections import Counter
 
 from datasets import Dataset
 
+from support.vision_processors import TEXT_TOKENS
 from trl_fast.rollout import Rollout
 
 
@@ -24,6 +25,15 @@ class FixedRollout:
         self.tokenizer, self.longest, self.with_mask, self.ends = tokenizer, longest, with_mask, ends
         self.seen: Counter = Counter()
 
+    @property
+    def vocab_size(self) -> int:
+        """Beyond the last token that is sampled."""
+        return len(self.tokenizer)
+
+    def tokens_of(self, prompt: object) -> list[int]:
+        """The token ids of a prompt."""
+        return self.tokenizer(text=prompt)["input_ids"]
+
     def completions(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """One for each prompt."""
         return [self._sample(ids)[0] for ids in prompt_ids]
@@ -31,11 +41,11 @@ class FixedRollout:
     def _sample(self, prompt: list[int]) -> tuple[list[int], random.Random]:
         rng = random.Random(f"{prompt} {self.seen[tuple(prompt)]}")
         self.seen[tuple(prompt)] += 1
-        ids = [rng.randrange(3, len(self.tokenizer)) for _ in range(rng.randint(1, self.longest))]
+        ids = [rng.randrange(3, self.vocab_size) for _ in range(rng.randint(1, self.longest))]
         return ids + [self.tokenizer.eos_token_id] * (rng.random() < self.ends), rng
 
     def __call__(self, prompts: list[str], trainer: object) -> dict[str, list]:
-        prompt_ids = [self.tokenizer(text=prompt)["input_ids"] for prompt in prompts]
+        prompt_ids = [self.tokens_of(prompt) for prompt in prompts]
         output = {"prompt_ids": prompt_ids, "completion_ids": [], "logprobs": []}
         masks = []
         for prompt in prompt_ids:
@@ -44,6 +54,21 @@ class FixedRollout:
             output["logprobs"].append([-rng.random() for _ in ids])
             masks.append([1] + [int(rng.random() < 0.7) for _ in ids[1:]])
         return {**output, "env_mask": masks} if self.with_mask else output
+
+
+class FixedImageRollout(FixedRollout):
+    """The same for conversations with images, of which a processor makes tokens; completions have no image tokens."""
+
+    vocab_size = TEXT_TOKENS
+
+    def __init__(self, processor, **how) -> None:
+        super().__init__(processor.tokenizer, **how)
+        self.processor = processor
+
+    def tokens_of(self, prompt: list) -> list[int]:
+        """The token ids of a conversation."""
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        return self.processor.apply_chat_template([prompt], **options)["input_ids"][0]
 
 
 def vowels(completions, **_):

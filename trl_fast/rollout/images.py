@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from trl_fast.data.formats import is_conversational
+from trl_fast.data.images.columns import IMAGE_COLUMNS, IMAGES, fill_images, row_images
 from trl_fast.data.images.inputs import ImageInput
 from trl_fast.data.images.joining import join_images
 from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.images.loading import load_image
-from trl_fast.data.images.messages import images_of, prepare_multimodal_messages
+from trl_fast.data.images.messages import images_of
 from trl_fast.data.images.reader import ImageReader
 
 
@@ -86,19 +87,17 @@ def with_images_in_messages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ValueError: there are more or fewer images than places, or one cannot be read.
     """
-    column = next((name for name in ("images", "image") if name in rows[0]), None)
-    if column is None:
+    column = next((name for name in IMAGE_COLUMNS if name in rows[0]), None)
+    if column is None or all(row[column] == [] for row in rows):
         return rows
-    given = [row[column] if column == "images" or row[column] is None else [row[column]] for row in rows]
-    if all(own == [] for own in given):
-        return rows
-    found = []
-    for row, own in zip(rows, given, strict=True):
-        pictures = (
-            None if own is None else [each if isinstance(each, Image.Image) else load_image(each) for each in own]
-        )
-        shown = pictures if column == "images" or pictures is None else pictures[0]
-        found.append({**row, column: shown, "prompt": prepare_multimodal_messages(row["prompt"], pictures)})
+    found: list[dict[str, Any]] = []
+    before: tuple[Any, list[Image.Image]] = (None, [])
+    for row in rows:
+        # A group has the same row again and again.
+        pictures = before[1] if row[column] == before[0] else [_opened(each) for each in row_images(row)]
+        before = (row[column], pictures)
+        shown = {column: pictures if column == IMAGES else pictures[0]} if pictures else {}
+        found.append({**row, **shown, "prompt": fill_images(row["prompt"], pictures)})
     return found
 
 

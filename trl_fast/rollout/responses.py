@@ -10,10 +10,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
+from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
+
+from trl_fast.data.images.messages import prepare_multimodal_messages
+from trl_fast.data.images.reader import ImageReader
 
 from .response_formats import CALL_FORMATS, RESPONSE_TEMPLATES, turn_templates
 
@@ -189,7 +194,12 @@ def _complete_call(call: Any) -> None:
 
 
 def tool_turn_ids(
-    tokenizer: PreTrainedTokenizerBase, results: list[dict[str, Any]], earlier: int = 0, **template_kwargs: Any
+    tokenizer: PreTrainedTokenizerBase,
+    results: list[dict[str, Any]],
+    earlier: int = 0,
+    *,
+    images: tuple[ImageReader, Sequence[Image]] | None = None,
+    **template_kwargs: Any,
 ) -> list[int]:
     """Returns the tokens between a completion that called tools and the next: the results, an answer's beginning.
 
@@ -200,6 +210,7 @@ def tool_turn_ids(
     Args:
         results: messages of the role "tool", one or more. One without `tool_call_id` gets one for the template.
         earlier: how many calls of the completion were answered before; some templates number calls.
+        images: what makes tokens of text with images, and those of the results; None: there are none.
 
     Raises:
         ValueError: the template does not end the call with the end token, and writes it differently when its results
@@ -209,8 +220,13 @@ def tool_turn_ids(
     lasting = _lasting_prompt(tokenizer, **template_kwargs)
 
     def tokens(messages: list[dict], ends: bool) -> list[int]:
+        messages = messages if images is None else prepare_multimodal_messages(messages)
         text = _text(tokenizer, messages, prompt=not ends, **template_kwargs)
-        encoded: Any = tokenizer(text.removesuffix(lasting) if ends else text, add_special_tokens=False)
+        text = text.removesuffix(lasting) if ends else text
+        if images is not None:
+            reader, pictures = images
+            return reader.text_ids(text, () if ends else pictures)
+        encoded: Any = tokenizer(text, add_special_tokens=False)
         return encoded["input_ids"]
 
     try:
@@ -248,7 +264,8 @@ def _calling(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _call_history(results: list[dict[str, Any]], earlier: int) -> tuple[list[dict], list[dict[str, Any]]]:
     """Returns a question with calls that were answered before, and the results with an id each."""
-    before = [{**results[0], "tool_call_id": f"{index:09}"} for index in range(earlier)]
+    told = {**results[0], "content": _RESULT["content"]}
+    before = [{**told, "tool_call_id": f"{index:09}"} for index in range(earlier)]
     turns = [message for result in before for message in (_calling([result]), result)]
     numbered = [{"tool_call_id": f"{earlier + index:09}", **result} for index, result in enumerate(results)]
     return [_ASKED[0], *turns], numbered

@@ -132,6 +132,13 @@ class Samples:
         inputs = self.image_inputs or {}
         return tuple(inputs[digest] for digest in digests)
 
+    def all_images(self) -> list[tuple[ImageInput, ...]]:
+        """Returns what the model reads of the images of each prompt with its completion, in order."""
+        if self.images is None or self.completion_images is None:
+            return [()] * len(self)
+        pairs = zip(self.images, self.completion_images, strict=True)
+        return [self.inputs_of(own + given) for own, given in pairs]
+
     def without_other_images(self: AnySamples) -> AnySamples:
         """Returns the same completions with what the model reads of their own images only."""
         if self.image_inputs is None:

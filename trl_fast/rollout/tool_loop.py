@@ -7,9 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_fast.data.images.messages import images_of
 from trl_fast.parallel.agreement import largest_over_ranks
 
-from .engine import EngineWrapper, Rollout, RolloutEngine, SamplingSettings, asks_together
+from .engine import EngineWrapper, Rollout, RolloutEngine, SamplingSettings, asks_together, generate
+from .images import PromptImages, RolloutImage, RolloutImages
 from .responses import find_response_template, parse_message, tool_turn_ids
 from .tools import Toolbox
 
@@ -37,6 +39,8 @@ class _Dialogue:
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
+    prompt_images: tuple[RolloutImage, ...] = ()
+    images: tuple[RolloutImage, ...] = ()
 
     @property
     def ids(self) -> list[int]:
@@ -69,6 +73,7 @@ class ToolLoop(EngineWrapper):
         max_iterations: None is no limit.
         max_positions: the most tokens, prompt and completion together, that the model takes; None if it has no limit.
         chat_template_kwargs: for the template, as for the prompts.
+        images: reads those of results; None: the model reads none.
 
     Raises:
         ValueError: the chat template does not serve.
@@ -83,22 +88,28 @@ class ToolLoop(EngineWrapper):
         max_iterations: int | None = None,
         max_positions: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        images: RolloutImages | None = None,
     ) -> None:
         super().__init__(engine)
         tokenizer.response_template = find_response_template(tokenizer)
         self.toolbox, self.tokenizer = toolbox, tokenizer
         self.max_iterations, self.max_positions = max_iterations, max_positions
-        self.template_kwargs = chat_template_kwargs or {}
+        self.template_kwargs, self.images = chat_template_kwargs or {}, images
         # Says so now if the template does not serve.
         tool_turn_ids(tokenizer, [{"role": "tool", "name": "name", "content": "result"}], **self.template_kwargs)
 
-    def generate(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> ToolRollout:
+    def generate(
+        self, prompt_ids: list[list[int]], settings: SamplingSettings, images: PromptImages | None = None
+    ) -> ToolRollout:
         """Samples one completion for each prompt, of all its turns together.
 
+        images: of each prompt, in the order of their tokens.
+
         Raises:
-            ValueError: as the engine.
+            ValueError: as the engine; or a tool gave an image, and the model reads none.
         """
-        dialogues = [_Dialogue(list(ids)) for ids in prompt_ids]
+        own = [()] * len(prompt_ids) if images is None else images
+        dialogues = [_Dialogue(list(ids), prompt_images=each) for ids, each in zip(prompt_ids, own, strict=True)]
         knows_logprobs = self._sample(dialogues, settings, settings.max_completion_length)
         calls = failures = iteration = 0
         open_ = [dialogue for dialogue in dialogues if dialogue.open_calls]
@@ -121,12 +132,15 @@ class ToolLoop(EngineWrapper):
             messages=[dialogue.messages for dialogue in dialogues],
             calls=calls,
             failures=failures,
+            completion_images=[dialogue.images for dialogue in dialogues],
         )
 
     def _answer(self, dialogue: _Dialogue, messages: list[dict[str, Any]], longest: int) -> bool:
         """Appends the results of a dialogue's calls; whether they fit."""
         earlier = sum(message["role"] == "tool" for message in dialogue.messages)
-        ids = tool_turn_ids(self.tokenizer, messages, earlier, **self.template_kwargs)
+        images = self._images_of(messages)
+        given = None if self.images is None else (self.images.reader, [image.picture for image in images])
+        ids = tool_turn_ids(self.tokenizer, messages, earlier, images=given, **self.template_kwargs)
         # GLM 4 ends a call with the token that results begin with; Command R7B's template repeats the turn's end.
         if ids[:1] == dialogue.completion_ids[-1:] and ids[0] in self.tokenizer.get_added_vocab().values():
             ids = ids[1:]
@@ -136,7 +150,18 @@ class ToolLoop(EngineWrapper):
             return False
         dialogue.add(ids, [0] * len(ids))
         dialogue.messages += messages
+        dialogue.images += images
         return True
+
+    def _images_of(self, messages: list[dict[str, Any]]) -> tuple[RolloutImage, ...]:
+        if self.images is not None:
+            return self.images.of_messages(messages)
+        if images_of(messages):
+            raise ValueError(
+                f"tool {messages[0]['name']!r} gave an image, but the model is trained as one of text, since the "
+                "train dataset has no images; give it a column 'images', of empty lists if need be"
+            )
+        return ()
 
     def _go_on(self, dialogues: list[_Dialogue], settings: SamplingSettings) -> None:
         """Samples the next turn of each dialogue that has room for it.
@@ -162,7 +187,9 @@ class ToolLoop(EngineWrapper):
     def _sample(self, dialogues: list[_Dialogue], settings: SamplingSettings, longest: int) -> bool:
         """Adds a turn to each dialogue; whether its log-probabilities are known."""
         prefixes = [dialogue.ids for dialogue in dialogues]
-        rollout = self.engine.generate(prefixes, replace(settings, max_completion_length=longest))
+        images = [dialogue.prompt_images + dialogue.images for dialogue in dialogues]
+        settings_now = replace(settings, max_completion_length=longest)
+        rollout = generate(self.engine, prefixes, settings_now, images if any(images) else None)
         for index, (dialogue, prefix) in enumerate(zip(dialogues, prefixes, strict=True)):
             room = settings.max_completion_length - len(dialogue.completion_ids)
             ids = list(rollout.completion_ids[index][:room])

@@ -39,7 +39,10 @@ def test_prompts_are_shared_by_all_processes_or_none():
         rank = PartialState(cpu=True).process_index
         cases = [([[5, 6]] * 2, [[5, 6], [7, 8]]), ([[5, 6], [6]], [[5], [6]]), ([[5, 6]] * 2, [[5]] * 2)]
         return [
-            tuple(engine._shares_prompts(case[rank], model, config, together) for together in (True, False))
+            tuple(
+                engine._shares_prompts([(tuple(ids), ()) for ids in case[rank]], model, config, together)
+                for together in (True, False)
+            )
             for case in cases
         ]
 

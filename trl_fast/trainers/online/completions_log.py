@@ -78,7 +78,9 @@ class CompletionsLog:
         """
         logs = self.logs
         shown = {"prompt": logs["prompt"], "completion": logs["completion"], **logs["extra"], **logs["rewards"]}
-        columns = {name: [_with_text_arguments(value) for value in values] for name, values in shown.items()}
+        columns = {
+            name: _of_one_kind([_with_text_arguments(value) for value in values]) for name, values in shown.items()
+        }
         advantage = list(logs["advantages"])
         frame = pd.DataFrame({"step": [step] * len(advantage), **columns, "advantage": advantage})
         return frame[~frame["prompt"].astype(str).duplicated()] if unique_prompts else frame
@@ -168,6 +170,19 @@ def _parts(content: Any) -> list[Any]:
     if not isinstance(content, list):
         return [content]
     return [part.get("text", f"[{part.get('type')}]") if isinstance(part, dict) else part for part in content]
+
+
+def _of_one_kind(column: list[Any]) -> list[Any]:
+    """Returns a column whose messages' contents are all lists of parts if one of them is, as a table needs it."""
+    messages = [each for value in column if isinstance(value, list) for each in value if isinstance(each, dict)]
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return column
+
+    def in_parts(message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+    return [[in_parts(message) for message in value] if isinstance(value, list) else value for value in column]
 
 
 def _with_text_arguments(value: Any) -> Any:

@@ -181,7 +181,7 @@ class OnlineConfig(ReferenceConfig):
     """Completions that are shown. None: all."""
 
     log_multimodal: bool = True
-    """Has no effect: there are no images."""
+    """Whether the tables of loggers have the images of prompts and of tools' results too."""
 
     log_unique_prompts: bool = False
     """Show each prompt once."""

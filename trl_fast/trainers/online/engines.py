@@ -12,6 +12,7 @@ from trl_fast.parallel.engines import engine_of
 from trl_fast.parallel.gathering import gathered, is_sharded
 from trl_fast.rollout import RolloutEngine, TransformersEngine
 
+from .sampling import suppressed_tokens
 from .tool_use import with_tools
 
 
@@ -38,14 +39,15 @@ def make_engine(trainer: Any, given: RolloutEngine | None, end_ids: Collection[i
             "True, or generate with vLLM"
         )
     model: Any = base_model(trainer.model)
-    return with_tools(engine, trainer.toolbox, trainer.args, model, trainer.processing_class)
+    return with_tools(engine, trainer.toolbox, trainer.args, model, trainer.tokenizer, trainer.rollout_images)
 
 
 def _engine_of_arguments(trainer: Any, end_ids: Collection[int]) -> Any:
     if trainer.args.use_vllm:
         from trl_fast.rollout.vllm_engine import make_vllm_engine
 
-        return make_vllm_engine(trainer.model, trainer.accelerator, trainer.processing_class, trainer.args)
+        token = None if trainer.images is None else trainer.images.layout.image_token_id
+        return make_vllm_engine(trainer.model, trainer.accelerator, trainer.tokenizer, trainer.args, token)
     engine = sampling_from_policy(trainer, end_ids)
     engine.try_out(trainer.args.sampling_settings())
     return engine
@@ -57,10 +59,15 @@ def sampling_from_policy(trainer: Any, end_ids: Collection[int]) -> Transformers
     Sharded weights are gathered once a generation where ds3_gather_for_generation says so, else a layer at a time for
     each token, so that they need not fit whole.
     """
-    tokenizer = trainer.processing_class
+    tokenizer = trainer.tokenizer
     policy = lambda: trainer.accelerator.unwrap_model(trainer.model)  # noqa: E731
     weights = partial(_gathered_weights, trainer)
-    return TransformersEngine(policy, end_ids, tokenizer.pad_token_id, tokenizer, gathered_weights=weights)
+    return TransformersEngine(
+        *(policy, end_ids, tokenizer.pad_token_id, tokenizer),
+        gathered_weights=weights,
+        image_layout=trainer.images and trainer.images.layout,
+        suppressed=suppressed_tokens(trainer),
+    )
 
 
 @contextmanager

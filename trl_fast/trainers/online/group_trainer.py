@@ -57,7 +57,7 @@ class GroupTrainer(OnlineTrainer):
             to a list of rewards, sync or async; a reward model or its name.
         args: the config; TRL's own is accepted too.
         train_dataset, eval_dataset: rows with `prompt`, text or messages; reward functions see the other columns.
-        processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
+        processing_class: the tokenizer, or the processor for images; None: the model's. Its older name is `tokenizer`.
         reward_processing_classes: tokenizers of the reward models; None loads theirs.
         tools: functions that the policy may call, sync or async, with type hints and a docstring. Prompts must be
             conversations.
@@ -164,17 +164,16 @@ class GroupTrainer(OnlineTrainer):
     def _set_up_rollouts(
         self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None, rewards: RewardFunctions
     ) -> None:
-        args, tokenizer = self.args, self.processing_class
         self.add_callback(self.generation)
         self.seed_sampling(layout)
-        self.end_ids = end_ids = end_token_ids(model, tokenizer)
+        self.end_ids = end_ids = end_token_ids(model, self.tokenizer)
         self.set_up_loop(
             make_engine(self, engine, end_ids),
             rewards,
             end_ids=end_ids,
-            completions_kept=args.generation_batch_size,
+            completions_kept=self.args.generation_batch_size,
             parses_messages=self.has_tools,
-            excludes_cut_off=lambda: args.mask_truncated_completions,
+            excludes_cut_off=lambda: self.args.mask_truncated_completions,
         )
         self.loop.settings = self.sampling.settings
         self.trl_hooks.attach(self.loop)
@@ -188,6 +187,7 @@ class GroupTrainer(OnlineTrainer):
         return prepare_prompt_dataset(
             dataset,
             processing_class,
+            image_reader=self.images and self.images.reader,
             chat_template_kwargs=self.prompt_template_kwargs(args),
             max_prompt_length=args.max_prompt_length,
             num_proc=args.dataset_num_proc,

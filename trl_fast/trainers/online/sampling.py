@@ -7,10 +7,19 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from trl_fast.modeling.loading import base_model
 from trl_fast.rollout import SamplingSettings
 
 # Fields that say nothing of sampling.
 _NOT_SETTINGS = {"transformers_version", "disable_compile"}
+
+
+def suppressed_tokens(trainer: Any) -> list[int]:
+    """Returns the tokens that stand for images and videos: a sampled one would have no image. TRL has images' only."""
+    if trainer.images is None:
+        return []
+    video = getattr(base_model(trainer.model).config, "video_token_id", None)
+    return [trainer.images.layout.image_token_id, *([video] if isinstance(video, int) else [])]
 
 
 class Sampling:
@@ -29,12 +38,13 @@ class Sampling:
     @property
     def end_ids(self) -> list[int]:
         """Returns the tokens that end a completion, the tokenizer's first."""
-        ends, eos = self._trainer.end_ids, self._trainer.processing_class.eos_token_id
+        ends, eos = self._trainer.end_ids, self._trainer.tokenizer.eos_token_id
         return [*({eos} & ends), *sorted(ends - {eos})]
 
     def arguments(self) -> dict[str, Any]:
         """Returns what the trainer's arguments say, under the names of transformers' `generate`."""
-        args, tokenizer = self._trainer.args, self._trainer.processing_class
+        args, tokenizer = self._trainer.args, self._trainer.tokenizer
+        suppressed = suppressed_tokens(self._trainer)
         return {
             "max_new_tokens": args.max_completion_length,
             "do_sample": True,
@@ -44,6 +54,7 @@ class Sampling:
             **{name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p")},
             "repetition_penalty": args.repetition_penalty,
             "cache_implementation": args.cache_implementation,
+            **({"suppress_tokens": suppressed} if suppressed else {}),
             **(args.generation_kwargs or {}),
         }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_fast.rollout import RolloutEngine, Toolbox, ToolLoop
+from trl_fast.rollout import RolloutEngine, RolloutImages, Toolbox, ToolLoop
 from trl_fast.rollout.responses import find_response_template
 
 from .config import OnlineConfig
@@ -33,8 +33,11 @@ def with_tools(
     args: OnlineConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    images: RolloutImages | None = None,
 ) -> ToolLoop:
     """Returns an engine that runs the tools that completions call.
+
+    images: reads those of results; None: the model reads none.
 
     Raises:
         NotImplementedError: several processes share a server.
@@ -52,4 +55,5 @@ def with_tools(
         max_iterations=args.max_tool_calling_iterations,
         max_positions=(args.vllm_max_model_length if args.use_vllm else None) or positions,
         chat_template_kwargs=args.chat_template_kwargs,
+        images=images,
     )

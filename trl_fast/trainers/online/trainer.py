@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import AnyDataset, TokenBatch, longest_sequence
 from trl_fast.data.prompt_only import PROMPT_IDS
@@ -19,13 +19,14 @@ from trl_fast.losses.advantages import Advantages
 from trl_fast.modeling.loading import base_model
 from trl_fast.parallel.engines import engine_of, prepare_frozen
 from trl_fast.parallel.partitions import whole_shape
-from trl_fast.rollout import RewardFunctions, RolloutEngine, Toolbox
+from trl_fast.rollout import RewardFunctions, RolloutEngine, RolloutImages, Toolbox
 from trl_fast.rollout.samples import Samples
 
 from ..base.metric_buffer import MetricBuffer
 from ..base.parallelism import check_online
 from ..base.prepared_datasets import shows_tokens
 from ..base.reference import ReferenceTrainer
+from ..base.tokenizers import tokenizer_of
 from .completion_reader import CompletionReader
 from .completions_log import CompletionsLog, report_completions
 from .config import OnlineConfig
@@ -46,12 +47,13 @@ class OnlineTrainer(ReferenceTrainer):
     Attributes:
         loop: rollout → rewards → advantages → update.
         recorder: takes metrics that all processes share.
+        rollout_images: reads the images of a generation; None: there are none.
         updates: lays samples out as batches.
     """
 
     shares_prompts = True
     token_columns: ClassVar[tuple[str, ...]] = (PROMPT_IDS,)
-    signature_columns: ClassVar[tuple[str, ...]] = ("prompt", PROMPT_IDS)
+    signature_columns: ClassVar[tuple[str, ...]] = ("prompt", PROMPT_IDS, "image")
     # The argument that limits a completion's tokens.
     length_setting: ClassVar[str] = "max_completion_length"
     loop: RolloutLoop
@@ -72,9 +74,11 @@ class OnlineTrainer(ReferenceTrainer):
         self.add_callback(self.rescue)
 
     def seed_sampling(self, layout: str) -> None:
-        """Chooses how samples become batches, and gives each process random numbers of its own."""
-        args, pad = self.args, self.processing_class.pad_token_id
-        self.updates = UpdateMaker(layout, pad, args.pad_to_multiple_of, self.accelerator.device)
+        """Chooses how samples become batches and images are read, and gives each process random numbers of its own."""
+        self.rollout_images = self.images and RolloutImages(self.images.reader)
+        args, images = self.args, self.images and self.images.layout
+        given = (layout, self.tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self.updates = UpdateMaker(*given, self.accelerator.device, images)
         # Processes that generate for the same prompt must not sample the same completions.
         set_seed(args.seed, device_specific=True)
 
@@ -102,20 +106,14 @@ class OnlineTrainer(ReferenceTrainer):
             logs_rewards: as in `GenerationMetrics`.
             options: further fields of `RolloutLoop`.
         """
-        args, tokenizer = self.args, self.processing_class
+        args, tokenizer = self.args, self.tokenizer
         if engine_of(self.accelerator).needs.wraps_frozen:
             rewards.prepare_models(partial(prepare_frozen, self.accelerator))
         self.completions_log = CompletionsLog(completions_kept)
         if args.log_completions:
             self.checkpoints.parts.append(self.completions_log)
-        excludes_cut_off = "excludes_cut_off" in options and options["excludes_cut_off"]()
-        warnings = GenerationWarnings(
-            tokenizer,
-            end_ids if warns_of_cut_off else (),
-            (self.length_setting, getattr(args, self.length_setting)),
-            excludes_cut_off=excludes_cut_off,
-            reward_names=lambda: self.loop.rewards.names,
-            is_main_process=self.accelerator.is_main_process,
+        warnings = self._warnings(
+            end_ids if warns_of_cut_off else (), "excludes_cut_off" in options and options["excludes_cut_off"]()
         )
         metrics = GenerationMetrics(
             self.accelerator,
@@ -126,6 +124,7 @@ class OnlineTrainer(ReferenceTrainer):
             reward_names=lambda: self.loop.rewards.names,
             end_ids={*end_ids, tokenizer.pad_token_id},
             logs_rewards=logs_rewards,
+            logs_images=self.images is not None and args.log_completions and args.log_multimodal,
         )
         self.loop = RolloutLoop(
             engine=engine,
@@ -135,9 +134,25 @@ class OnlineTrainer(ReferenceTrainer):
             rescue=self.rescue,
             accelerator=self.accelerator,
             settings=args.sampling_settings,
+            images=self.rollout_images,
             vocab_size=whole_shape(base_model(self.model).get_output_embeddings().weight)[0],
             **options,
         )
+
+    def _warnings(self, end_ids: Collection[int], excludes_cut_off: bool) -> GenerationWarnings:
+        return GenerationWarnings(
+            self.tokenizer,
+            end_ids,
+            (self.length_setting, getattr(self.args, self.length_setting)),
+            excludes_cut_off=excludes_cut_off,
+            reward_names=lambda: self.loop.rewards.names,
+            is_main_process=self.accelerator.is_main_process,
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns the tokenizer, which is the processor's where there are images."""
+        return tokenizer_of(self.processing_class)
 
     @property
     def prepared_model(self) -> torch.nn.Module:

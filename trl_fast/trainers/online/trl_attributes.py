@@ -8,6 +8,8 @@ from typing import Any
 
 from peft import PeftModel
 
+from trl_fast.modeling.loading import base_model
+
 from ..base.trl_attributes import TRLAttribute, argument, change_argument
 
 _ARGUMENTS = (
@@ -25,7 +27,8 @@ _MADE_ONCE = (
     *("num_iterations", "pad_to_multiple_of", "use_transformers_continuous_batching"),
     *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"),
 )
-_NO_IMAGES, _NO_ENVIRONMENTS = "there are no images", "there are no environments; use tools or rollout_func"
+_SET_BY_DATA = "the datasets tell whether there are images"
+_NO_ENVIRONMENTS = "there are no environments; use tools or rollout_func"
 
 
 def _set_beta(trainer: Any, value: float) -> None:
@@ -111,6 +114,13 @@ def _constant(value: Any, reason: str) -> TRLAttribute:
     return TRLAttribute(read=lambda trainer: value, fixed=reason)
 
 
+def _token_of_images(trainer: Any, kind: str) -> int | None:
+    """Returns the token that stands for images or videos; None where there are no images, or no such token."""
+    if trainer.images is None:
+        return None
+    return getattr(base_model(trainer.accelerator.unwrap_model(trainer.model)).config, f"{kind}_token_id", None)
+
+
 def _tools(trainer: Any) -> list[Callable]:
     return [] if trainer.toolbox is None else [*trainer.toolbox.functions.values()]
 
@@ -138,8 +148,8 @@ GROUP_ATTRIBUTES = {
     "chat_template_kwargs": _fixed(lambda trainer: trainer.args.chat_template_kwargs or {}),
     "continuous_batching_config": _constant(None, "generation computes each prompt once by itself"),
     "aux_loss_enabled": _fixed(lambda trainer: bool(trainer.router_aux_loss_coef), "set router_aux_loss_coef"),
-    "_tokenizer": _fixed(lambda trainer: trainer.processing_class),
-    "_is_vlm": _constant(False, _NO_IMAGES),
+    "_tokenizer": _fixed(lambda trainer: trainer.tokenizer),
+    "_is_vlm": _fixed(lambda trainer: trainer.images is not None, _SET_BY_DATA),
     "_step": TRLAttribute("generation.step"),
     "_buffered_inputs": TRLAttribute("generation.slices"),
     "_current_train_step_time": TRLAttribute("_step_time"),
@@ -167,8 +177,8 @@ GRPO_ATTRIBUTES = {
     "environment_factories": _constant(None, _NO_ENVIRONMENTS),
     "environments": _constant(None, _NO_ENVIRONMENTS),
     "_multi_environment": _constant(False, _NO_ENVIRONMENTS),
-    "_image_pad_token_id": _constant(None, _NO_IMAGES),
-    "_video_pad_token_id": _constant(None, _NO_IMAGES),
+    "_image_pad_token_id": _fixed(lambda trainer: _token_of_images(trainer, "image"), _SET_BY_DATA),
+    "_video_pad_token_id": _fixed(lambda trainer: _token_of_images(trainer, "video"), _SET_BY_DATA),
     "_entropy_bonus_enabled": _fixed(lambda trainer: trainer.args.has_entropy_bonus),
     "_last_world_entropy": _of_entropy("last_entropy", lambda trainer: float("inf")),
     "_entropy_window_stats": _of_entropy("_window", lambda trainer: None),

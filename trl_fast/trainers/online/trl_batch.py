@@ -10,10 +10,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_fast.data import TokenBatch
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.losses.loss_inputs import PolicyLossInputs
 from trl_fast.rollout.samples import Samples
 
 from .micro_batches import Update
+from .trl_images import COUNTS, PIXELS, TYPES, image_entries, split_by_row
 
 NEEDED_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
 # TRL's keys of values a token, the fields of `Samples` that hold them, and what pads them.
@@ -36,6 +38,7 @@ class BatchFormat:
         processes: whose completions `num_items_in_batch` counts.
         by_sequence: the keys that hold one value (B, 1) a completion instead of one a token.
         sums_old: whether the batch holds `old_logps` (B,), sums over tokens, and no other log-probabilities (RLOO).
+        images: how the model wants to have images; None: there are none.
     """
 
     pad_token_id: int
@@ -44,8 +47,9 @@ class BatchFormat:
     processes: int
     by_sequence: frozenset[str] = frozenset()
     sums_old: bool = False
+    images: ImageLayout | None = None
 
-    def batch(self, samples: Samples) -> dict[str, torch.Tensor]:
+    def batch(self, samples: Samples) -> dict[str, Any]:
         """Returns TRL's batch of B samples, padded to the widths of the generation that they are of."""
         prompts, completions = (self._rounded(width) for width in samples.widths)
         kept = (~samples.excluded)[:, None].long()
@@ -54,7 +58,7 @@ class BatchFormat:
         prompt_mask = _pad_left([torch.ones_like(row) for row in ids], prompts, 0)
         ids = [torch.tensor(row) for row in samples.completion_ids]
         completion_mask = _pad_right([torch.ones_like(row) for row in ids], completions, 0) * kept
-        batch = {
+        batch: dict[str, Any] = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
             "completion_ids": _pad_right(ids, completions, self.pad_token_id),
@@ -69,7 +73,11 @@ class BatchFormat:
             batch |= self._token_values(samples, completions)
             if samples.mask is not None:
                 batch["tool_mask"] = _pad_right([row.long() for row in samples.mask], completions, 1) * kept
-        return {name: values.to(self.device) for name, values in batch.items()}
+        if self.images is not None:
+            batch |= image_entries(
+                samples.all_images(), self.images, torch.cat((prompt_ids, batch["completion_ids"]), 1)
+            )
+        return {name: values.to(self.device) if name not in COUNTS else values for name, values in batch.items()}
 
     def _token_values(self, samples: Samples, width: int) -> dict[str, torch.Tensor]:
         found = {}
@@ -152,7 +160,8 @@ def check_batch(batch: object, source: str) -> dict[str, Any]:
 
 def shuffled_parts(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     """Shuffles a batch's rows and cuts them into equal parts, as TRL does; numbers (0-d tensors) go to all parts."""
-    rows = len(batch["prompt_ids"])
+    rows, of_images = len(batch["prompt_ids"]), split_by_row(batch)
+    batch = {**batch, **of_images}
     order = torch.randperm(rows)
     size = rows // parts
 
@@ -164,11 +173,15 @@ def shuffled_parts(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]
         return value
 
     chosen = order[: parts * size].split(size)
-    return [{name: part(value, indices) for name, value in batch.items()} for indices in chosen]
+    found = [{name: part(value, indices) for name, value in batch.items()} for indices in chosen]
+    return [{**each, **{name: torch.cat(each[name]) for name in of_images}} for each in found]
 
 
 def completion_batch(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    images: Mapping[str, Any] | None = None,
 ) -> tuple[TokenBatch, torch.Tensor]:
     """Returns the batch that scores the last `logits_to_keep` tokens of each row, and which of them it scores.
 
@@ -176,6 +189,7 @@ def completion_batch(
 
     Args:
         input_ids, attention_mask: (B, T) int64, padded anywhere.
+        images: a mapping with TRL's entries for the images of these rows; None: there are none.
 
     Returns:
         The batch of N tokens, and (B, logits_to_keep) bool: the N tokens that are attended to and come after another
@@ -207,8 +221,17 @@ def completion_batch(
         branch_lengths=attended[:, prompt:].sum(1),
         num_tokens=int(attended.sum()),
         group_sizes=tuple(counts.tolist()),
+        images=_images_of(images or {}, source),
     )
     return batch, scored
+
+
+def _images_of(entries: Mapping[str, Any], source: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """Returns what the model's forward takes of images; source: (B, T), which columns of TRL's rows stand where."""
+    pixels = {name: entries[name] for name in PIXELS if entries.get(name) is not None and len(entries[name])}
+    if not pixels:
+        return None
+    return pixels | {name: entries[name].gather(1, source) for name in TYPES if entries.get(name) is not None}
 
 
 def read_update(
@@ -232,7 +255,7 @@ def read_update(
     counted = completion_mask * batch.get("tool_mask", 1)
     input_ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
     attention_mask = torch.cat((batch["prompt_mask"], completion_mask), 1)
-    tokens, scored = completion_batch(input_ids, attention_mask, completion_mask.shape[1])
+    tokens, scored = completion_batch(input_ids, attention_mask, completion_mask.shape[1], batch)
     lengths = counted.sum(1).float()
     advantages = batch["advantages"]
     vectors = {

@@ -8,14 +8,27 @@ overrides one of those methods, the loop asks it in the place of its own part.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from trl_fast.data.formats import is_conversational
+from trl_fast.data.images.joining import join_images
+from trl_fast.data.images.messages import prepare_multimodal_messages
 from trl_fast.data.prompt_only import PROMPT_IDS, tokenize_prompt
-from trl_fast.rollout import EngineWrapper, Rollout, RolloutEngine, SamplingSettings, ToolLoop, ToolRollout
+from trl_fast.rollout import (
+    EngineWrapper,
+    Rollout,
+    RolloutEngine,
+    RolloutImages,
+    SamplingSettings,
+    ToolLoop,
+    ToolRollout,
+    generate,
+)
+from trl_fast.rollout.images import PromptImages
+from trl_fast.rollout.reward_answers import copied
 from trl_fast.rollout.samples import Samples
 
 from ..base.overrides import overridden
@@ -128,12 +141,13 @@ class TRLHooks:
         trainer = self._trainer
         args, mode = trainer.args, getattr(trainer.args, "vllm_importance_sampling_mode", "")
         return BatchFormat(
-            trainer.processing_class.pad_token_id,
+            trainer.tokenizer.pad_token_id,
             args.pad_to_multiple_of,
             trainer.accelerator.device,
             trainer.accelerator.num_processes,
             frozenset({"importance_sampling_ratio"} if mode.startswith("sequence") else ()),
             sums_old=not self._returns_more,
+            images=trainer.images and trainer.images.layout,
         )
 
     def micro_batch(self, samples: Samples) -> MicroBatch:
@@ -168,14 +182,37 @@ class TRLHooks:
             prompt_ids, completion_ids, completions = found
             return Rollout(prompt_ids, completion_ids, completions=completions), {}
         prompt_ids, completion_ids, mask, completions, logprobs, columns, images, tool_images = found
-        if images is not None or any(tool_images or ()):
-            raise NotImplementedError("_generate() returned images, which GRPOTrainer does not support")
         lists = {name: value if isinstance(value, list) else [value] * len(rows) for name, value in columns.items()}
-        return Rollout(prompt_ids, completion_ids, logprobs, mask, completions), lists
+        rollout = Rollout(prompt_ids, completion_ids, logprobs, mask, completions)
+        if images is not None:
+            own = tool_images or [[] for _ in images]
+            first = [(each or [])[: len(each or []) - len(given)] for each, given in zip(images, own, strict=True)]
+            rollout.images, rollout.completion_images = self._read(first), self._read(own)
+        return rollout, lists
 
-    def _single_turn(self, prompt_ids: list[list[int]], settings: SamplingSettings) -> Rollout:
+    def _read(self, pictures: list[list[Any] | None] | None) -> PromptImages | None:
+        """Returns pictures, by prompt, as the model reads them; None where there are none.
+
+        Raises:
+            ValueError: there are some, and the datasets have none.
+        """
+        if not any(pictures or ()):
+            return None
+        images: RolloutImages | None = self._trainer.rollout_images
+        if images is None:
+            raise ValueError(
+                "images were given, but the model is trained as one of text, since the train dataset has no images; "
+                "give it a column 'images', of empty lists if need be"
+            )
+        return [tuple(map(images.read, own or ())) for own in pictures or ()]
+
+    def _single_turn(
+        self, prompt_ids: list[list[int]], settings: SamplingSettings, images: PromptImages | None = None
+    ) -> Rollout:
         """Returns what the subclass's `_generate_single_turn` gives for prompts, sampled with these settings."""
         trainer, logprobs = self._trainer, None
+        pictures = None if images is None else [[image.picture for image in own] or None for own in images]
+        given = (prompt_ids, pictures, self._fields(prompt_ids, images))
         self._settings = settings
         try:
             if self._returns_more:
@@ -184,12 +221,21 @@ class TRLHooks:
                 grouped = len(firsts) * size == len(prompt_ids) and all(
                     ids == firsts[index // size] for index, ids in enumerate(prompt_ids)
                 )
-                completion_ids, logprobs = trainer._generate_single_turn(prompt_ids, None, {}, size if grouped else 1)
+                completion_ids, logprobs = trainer._generate_single_turn(*given, size if grouped else 1)
             else:
-                completion_ids = trainer._generate_single_turn(prompt_ids, None, {})
+                completion_ids = trainer._generate_single_turn(*given)
         finally:
             self._settings = None
         return Rollout(prompt_ids, completion_ids, logprobs)
+
+    def _fields(self, prompt_ids: list[list[int]], images: PromptImages | None) -> dict[str, Any]:
+        """Returns what TRL's processor makes of prompts beside their tokens: token types have a list a prompt."""
+        if images is None:
+            return {}
+        layout = self._trainer.images.layout
+        types = [[int(token == layout.image_token_id) for token in ids] for ids in prompt_ids]
+        every = [image.inputs for own in images for image in own]
+        return {**join_images(every), **dict.fromkeys(layout.type_names, types)}
 
     def _rewarded(
         self, rows: list[dict[str, Any]], prompts: list, completions: list, completion_ids: list[list[int]]
@@ -211,7 +257,7 @@ class TRLHooks:
 
     def generate_and_score(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns TRL's batch of new completions of the rows' prompts, with rewards and advantages."""
-        prompt_ids, _, _ = self._trainer._tokenize_prompts([row["prompt"] for row in inputs])
+        prompt_ids, _, _ = self._trainer._tokenize_prompts([row["prompt"] for row in self._loop.shown(inputs)])
         rows = [{**row, PROMPT_IDS: ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
         return self._loop.run(rows, self._trainer, update=self.format.batch)
 
@@ -227,16 +273,17 @@ class TRLHooks:
         For GRPO: prompt_ids, completion_ids, tool_mask, completions, logprobs, further columns, images, tool_images.
         For RLOO: prompt_ids, completion_ids, completions.
         """
-        loop, trainer, prompts = self._loop, self._trainer, copy.deepcopy(prompts)
+        loop, trainer, prompts = self._loop, self._trainer, copied(prompts)
         columns: dict[str, list] = {}
+        images: list | None = None
         if not self._loop_generates:
             loop.engine.sync_weights(trainer.model, trainer.state.global_step)
         if trainer.rollout_func is not None:
             rollout, columns = custom_rollout(trainer.rollout_func, prompts, trainer)
         else:
-            prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+            prompt_ids, images, _ = trainer._tokenize_prompts(prompts)
             with trainer.accelerator.autocast():
-                rollout = loop.engine.generate(prompt_ids, loop.settings())
+                rollout = generate(loop.engine, prompt_ids, loop.settings(), self._read(images))
         completions = loop.reader.read(prompts, rollout)
         if not self._loop_generates:
             mask = token_vectors(rollout.mask)
@@ -245,30 +292,46 @@ class TRLHooks:
             loop.metrics.record_tools(rollout)
         if not self._returns_more:
             return rollout.prompt_ids, rollout.completion_ids, completions
+        of_tools: list = []
+        if trainer.toolbox is not None:
+            of_tools = [[image.picture for image in own] for own in rollout.completion_images or [()] * len(prompts)]
+        if any(of_tools):
+            images = [
+                [*(own or ()), *given] for own, given in zip(images or [None] * len(prompts), of_tools, strict=True)
+            ]
         return (
             *(rollout.prompt_ids, rollout.completion_ids, rollout.mask, completions, rollout.logprobs),
-            *(columns, None, []),
+            *(columns, images, of_tools),
         )
 
-    def tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """Returns the prompts' token ids; there are no images and no fields of them."""
-        trainer = self._trainer
+    def tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
+        """Returns the prompts' token ids, their images by prompt (None: there are none), and what the model reads."""
+        trainer, images = self._trainer, self._trainer.rollout_images
         keywords, longest = trainer.prompt_template_kwargs(trainer.args), trainer.args.max_prompt_length
-        ids = [tokenize_prompt(prompt, trainer.processing_class, **keywords) for prompt in prompts]
-        return [row if longest is None else row[-longest:] for row in ids], None, {}
+        if images is not None and is_conversational({"prompt": prompts[0]}):
+            prompts = [prepare_multimodal_messages(prompt) for prompt in prompts]
+            ids = [images.reader.prompt_ids(prompt, **keywords) for prompt in prompts]
+        else:
+            ids = [tokenize_prompt(prompt, trainer.tokenizer, **keywords) for prompt in prompts]
+        ids = [row if longest is None else row[-longest:] for row in ids]
+        found = None if images is None else images.of_prompts(prompts)
+        pictures = None if found is None else [[image.picture for image in own] or None for own in found]
+        return ids, pictures, self._fields(ids, found)
 
     def generate_single_turn(
         self,
         prompt_ids: list[list[int]],
-        images: object,
+        images: list | None,
         multimodal_fields: object,
         num_generations: int | None = None,
         has_tool_images: bool = False,
     ) -> Any:
-        """Returns the engine's completions of prompts: GRPO also their log-probabilities, None where it has none."""
-        if images or multimodal_fields:
-            raise NotImplementedError("_generate_single_turn: images are not supported")
-        rollout = self._engine.generate(prompt_ids, self._settings or self._loop.settings())
+        """Returns the engine's completions of prompts: GRPO also their log-probabilities, None where it has none.
+
+        The model reads `images`; what was made of them before, multimodal_fields, says the same.
+        """
+        settings = self._settings or self._loop.settings()
+        rollout = generate(self._engine, prompt_ids, settings, self._read(images))
         return (rollout.completion_ids, rollout.logprobs) if self._returns_more else rollout.completion_ids
 
     def calculate_rewards(
@@ -321,8 +384,6 @@ class TRLHooks:
 class _SingleTurnEngine(EngineWrapper):
     """Generates by a subclass's `_generate_single_turn`; weights go to the engine that it stands before."""
 
-    def __init__(
-        self, engine: RolloutEngine, generate: Callable[[list[list[int]], SamplingSettings], Rollout]
-    ) -> None:
+    def __init__(self, engine: RolloutEngine, generate: Callable[..., Rollout]) -> None:
         super().__init__(engine)
         self.generate = generate

@@ -10,27 +10,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_fast.data import TokenBatch
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.modeling.reference_policy import reference_scope
 from trl_fast.modeling.scoring import ModelScores
 from trl_fast.ops import TokenScores
 
 from ..base.step import router_keywords
 from .trl_batch import completion_batch
-
-_NO_IMAGES = dict.fromkeys(
-    (
-        "pixel_values",
-        "image_grid_thw",
-        "num_images",
-        "pixel_attention_mask",
-        "spatial_shapes",
-        "num_tiles",
-        "image_sizes",
-        "token_type_ids",
-        "mm_token_type_ids",
-        "image_position_ids",
-    )
-)
+from .trl_images import COUNTS, IMAGE_KEYS, TYPES, image_entries, split_by_row
 
 
 class TRLScoring:
@@ -56,19 +43,23 @@ class TRLScoring:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Scores the last `logits_to_keep` tokens of B rows, `batch_size` rows at a time.
 
-        input_ids, attention_mask: (B, T) int64.
+        input_ids, attention_mask: (B, T) int64. images: TRL's entries of a batch for images.
 
         Returns:
             Log-probabilities and entropies, both (B, logits_to_keep) float32, 0 where nothing is attended to, and the
             load-balancing loss of a mixture of experts, a scalar; None for what is not asked for.
         """
-        given = sorted(name for name, value in images.items() if value is not None)
-        if given:
-            raise NotImplementedError(f"_get_per_token_logps_and_entropies: {', '.join(given)} are not supported")
+        unknown = sorted(images.keys() - {*IMAGE_KEYS})
+        if unknown:
+            raise TypeError(f"_get_per_token_logps_and_entropies() has no arguments {', '.join(unknown)}")
         trainer, found, size = self._trainer, [], batch_size or len(input_ids)
         outputs = ("logprobs", "entropy") if compute_entropy else ("logprobs",)
-        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            batch, scored = completion_batch(ids, mask, logits_to_keep)
+        by_row = split_by_row(images) | {name: images[name] for name in TYPES if images.get(name) is not None}
+        for start in range(0, len(input_ids), size):
+            rows = slice(start, start + size)
+            parts = {name: values[rows] for name, values in by_row.items()}
+            own = {name: torch.cat(part) if isinstance(part, list) else part for name, part in parts.items()}
+            batch, scored = completion_batch(input_ids[rows], attention_mask[rows], logits_to_keep, own)
             keywords = {"temperature": trainer.args.temperature, **router_keywords(float(compute_aux_loss))}
             with trainer.accelerator.autocast():
                 scores = trainer.score(model, batch, outputs, **keywords)
@@ -102,18 +93,28 @@ class TRLScoring:
         completions = batch.branch_lengths.tolist()
         pairs = [ids.split([len(ids) - c, c]) for ids, c in zip(batch.sequences(), completions, strict=True)]
         prompts, answers = ([pair[side] for pair in pairs] for side in (0, 1))
-        pad = trainer.processing_class.pad_token_id
+        pad = trainer.tokenizer.pad_token_id
         input_ids = torch.cat((_left_padded(prompts, pad), pad_sequence(answers, True, pad)), 1)
         ones = [[torch.ones_like(ids) for ids in part] for part in (prompts, answers)]
         mask = torch.cat((_left_padded(ones[0], 0), pad_sequence(ones[1], True, 0)), 1)
         size = trainer.args.train_batch_size if trainer.model.training else trainer.args.eval_batch_size
-        keywords: dict[str, Any] = {"batch_size": size, "num_images": None, "num_tiles": None}
+        keywords: dict[str, Any] = {"batch_size": size, **dict.fromkeys(COUNTS)}
         if in_loss:
-            keywords = {"compute_entropy": True, "compute_aux_loss": compute_aux_loss, **_NO_IMAGES}
+            keywords = {"compute_entropy": True, "compute_aux_loss": compute_aux_loss, **dict.fromkeys(IMAGE_KEYS)}
+        keywords |= self._image_entries(batch, input_ids)
         given = (model, input_ids, mask, max(completions))
         logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(*given, **keywords)
         at = (batch.branch, batch.offset)
         return TokenScores(logps[at], entropy=None if entropies is None else entropies[at]), aux_loss
+
+    def _image_entries(self, batch: TokenBatch, input_ids: torch.Tensor) -> dict[str, Any]:
+        """Returns TRL's entries for the images of a batch's sequences, whose padded token ids are input_ids."""
+        if batch.images is None:
+            return {}
+        layout: ImageLayout = self._trainer.images.layout
+        places = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device).view_as(batch.input_ids)
+        found = layout.by_sequence(batch.sequences(), batch.by_sequence(places), batch.images, batch.image_shapes)
+        return image_entries(found, layout, input_ids)
 
     def score_for_loss(
         self,

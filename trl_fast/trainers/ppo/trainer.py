@@ -173,7 +173,16 @@ class PPOTrainer(ActorCriticTrainer):
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: PPOConfig, name: str
     ) -> AnyDataset:
-        """Tokenizes the prompts of a dataset that has no token ids."""
+        """Tokenizes the prompts of a dataset that has no token ids.
+
+        Raises:
+            ValueError: the datasets have images.
+        """
+        if self.images is not None:
+            raise ValueError(
+                f"The {name} dataset has images, which PPOTrainer does not read; use GRPOTrainer or RLOOTrainer, or "
+                "remove the images to train on the text alone"
+            )
         how = {"num_proc": args.dataset_num_proc, "name": name}
         dataset = prompts_of_tokens(dataset, processing_class, **how)
         return prepare_prompt_dataset(dataset, processing_class, chat_template_kwargs=args.chat_template_kwargs, **how)
@@ -205,7 +214,7 @@ class PPOTrainer(ActorCriticTrainer):
         A score is the sum of a completion's rewards, less the penalty where there is no EOS token.
         """
         args = self.args
-        weights, eos = self.reward_functions.weights.cpu(), self.processing_class.eos_token_id
+        weights, eos = self.reward_functions.weights.cpu(), self.tokenizer.eos_token_id
         scores = completion_scores(rewards, weights, samples.completion_ids, eos, args.missing_eos_penalty)
         batches = batches_in_turn(samples, range(len(samples)), args.local_rollout_forward_batch_size)
         samples.old_logprobs = self.updates.score(samples, self.policy_logprobs, batches)
@@ -245,7 +254,7 @@ class PPOTrainer(ActorCriticTrainer):
         vectors = (samples.flat("old_logprobs"), kl, scores)
         metrics = rollout_metrics(*(v.to(accelerator.device) for v in vectors), self.kl_control.coefficient)
         self.record(metrics)
-        eos = self.processing_class.eos_token_id
+        eos = self.tokenizer.eos_token_id
         ended = torch.tensor(sum(ids.count(eos) for ids in samples.completion_ids), device=accelerator.device)
         self.recorder.record_values({"val/num_eos_tokens": accelerator.gather(ended).sum().item()})
         if self.mode == "train" and self.args.kl_target is not None:
