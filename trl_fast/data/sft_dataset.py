@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-
-from trl_fast.settings.choices import TRUNCATION_MODES
 
 from .assistant_turns import changed_turns, joined_rows, turn_rows
 from .attention_masks import strip_padding
@@ -22,6 +20,7 @@ from .question_columns import unseen_questions
 from .row_checks import check_sft_columns, check_sft_row
 from .row_places import place
 from .sft_batch import IGNORED
+from .sft_format import SFTFormat, SFTLength
 from .token_checks import row_lengths, sequence_lengths
 from .tokenization import common_prefix_length, end_with, template_options, warn_of_prompt_tail
 from .tokenizer_checks import check_tokenizer
@@ -34,45 +33,6 @@ logger = logging.getLogger(__name__)
 # Part of the cache's key: datasets hashes a module's function by its name, not by its code. Count it up whenever rows
 # come out differently.
 FORMAT_VERSION = 2
-
-
-@dataclass(frozen=True)
-class SFTFormat:
-    """Tells how rows become token ids and labels.
-
-    - `text_field`: the column of plain text.
-    - `completion_only_loss`: only completions are learned, of rows that have a prompt.
-    - `assistant_only_loss`: only what the assistant says is learned; the chat template has to mark it.
-    - `chat_template`: to be used instead of the tokenizer's own.
-    - `separates_turns`: each of the assistant's turns is a sequence of its own, of which it alone is learned.
-    """
-
-    text_field: str = "text"
-    completion_only_loss: bool = False
-    assistant_only_loss: bool = False
-    chat_template: str | None = None
-    separates_turns: bool = False
-
-
-@dataclass(frozen=True)
-class SFTLength:
-    """Tells how rows longer than `max_length` tokens (None: no limit) are cut or packed.
-
-    They lose their end (`truncation_mode` keep_start) or their beginning (keep_end). With a `packing_strategy`, rows
-    are packed into rows of that length instead, by `pack_dataset`.
-    """
-
-    max_length: int | None = 1024
-    truncation_mode: str = "keep_start"
-    packing_strategy: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ValueError(
-                f"truncation_mode={self.truncation_mode!r} is unknown; expected one of {', '.join(TRUNCATION_MODES)}."
-            )
-        if self.packing_strategy is not None and self.max_length is None:
-            raise ValueError("packing needs the length to pack to, but max_length is None; set max_length.")
 
 
 def tokenize_sft(
