@@ -18,8 +18,8 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv wheel demo demo-grpo demo-ppo test test-slow check-recipes test-install fuzz sanitize bench gpu-kit check-gpu-code docs lint \
-  format clean
+.PHONY: venv wheel demo demo-grpo demo-ppo demo-pictures test test-slow check-recipes test-install fuzz sanitize bench \
+  gpu-kit check-gpu-code docs lint format clean
 
 venv: $(READY)
 
@@ -51,6 +51,9 @@ demo-grpo: $(READY)
 
 demo-ppo: $(READY)
 	$(BIN)/python -m examples.demo_ppo $(DEMO_ARGS)
+
+demo-pictures: $(READY)
+	$(BIN)/python -m examples.demo_pictures $(DEMO_ARGS)
 
 # Two processes with a thread each are twice as fast as one with two, and what a thread adds up is the same everywhere.
 test: $(READY)

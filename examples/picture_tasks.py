@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -69,16 +69,15 @@ def questions(count: int, seed: int) -> Dataset:
     return _dataset(rows, "prompt", "completion", answer=Value("string"))
 
 
-def preference_pairs(data: Dataset, seed: int) -> Dataset:
-    """Returns a pair of each row: its answer is chosen, another answer to the same question is rejected."""
-    rng = random.Random(seed)
+def preference_pairs(data: Dataset, ranked: Sequence[Sequence[str]]) -> Dataset:
+    """Returns a pair of each row: its answer is chosen, the wrong answer that the model likes best is rejected.
+
+    ranked: the answers to each row's question, the likeliest first (`ranked_answers`).
+    """
     rows = []
-    for row in data:
-        answers = QUESTIONS[row["prompt"][0]["content"]]
-        place = answers.index(row["answer"])
-        # A neighbour: for a count the answer that is easiest to mistake for the right one.
-        near = [answers[other] for other in (place - 1, place + 1) if 0 <= other < len(answers)]
-        rejected = [{"role": "assistant", "content": rng.choice(near)}]
+    for row, answers in zip(data, ranked, strict=True):
+        mistake = next(answer for answer in answers if answer != row["answer"])
+        rejected = [{"role": "assistant", "content": mistake}]
         rows.append(
             {"images": row["images"], "prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected}
         )
@@ -100,9 +99,7 @@ def make_processor() -> LlavaProcessor:
     names = {f"{name}_token": token for name, token in _SPECIAL.items()}
     side = CELLS * CELL
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        ),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, extra_special_tokens=[_IMAGE]),
         patch_size=CELL,
         vision_feature_select_strategy="default",
@@ -135,25 +132,34 @@ def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGener
 
 
 @torch.no_grad()
-def answered_rightly(model: torch.nn.Module, processor: LlavaProcessor, data: Dataset) -> dict[str, float]:
-    """Returns the share of a dataset's questions that greedy decoding answers rightly, for each question.
+def ranked_answers(model: torch.nn.Module, processor: LlavaProcessor, data: Dataset) -> list[list[str]]:
+    """Returns the answers that each row's question may have, the likeliest first.
 
-    It is transformers' own way to run a model: nothing of the trainers is in it.
+    The model runs as transformers runs it: nothing of the trainers is in it.
     """
     was_training = model.training
     model.eval()
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"][0]["content"]}]}],
-            add_generation_prompt=True,
-        )
-        for row in data
-    ]
-    inputs = processor(images=[row["images"] for row in data], text=texts, return_tensors="pt", padding=True)
-    answers = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1].tolist()
+    ranked = []
+    for start in range(0, len(data), 100):
+        rows = [data[number] for number in range(start, min(start + 100, len(data)))]
+        texts = [processor.apply_chat_template(_with_image(row["prompt"]), add_generation_prompt=True) for row in rows]
+        # All prompts have as many tokens.
+        inputs = processor(images=[row["images"] for row in rows], text=texts, return_tensors="pt")
+        for row, logits in zip(rows, model(**inputs).logits[:, -1], strict=True):
+            answers = QUESTIONS[row["prompt"][0]["content"]]
+            scores = logits[processor.tokenizer.convert_tokens_to_ids(list(answers))]
+            ranked.append([answers[place] for place in scores.argsort(descending=True)])
     model.train(was_training)
-    said = processor.tokenizer.convert_ids_to_tokens(answers)
+    return ranked
+
+
+def accuracy(data: Dataset, ranked: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Returns the share of rows whose likeliest answer is the right one, for each question."""
     right: dict[str, list[bool]] = {question: [] for question in QUESTIONS}
-    for row, answer in zip(data, said, strict=True):
-        right[row["prompt"][0]["content"]].append(answer == row["answer"])
+    for row, answers in zip(data, ranked, strict=True):
+        right[row["prompt"][0]["content"]].append(answers[0] == row["answer"])
     return {question: sum(found) / len(found) for question, found in right.items()}
+
+
+def _with_image(prompt: list[dict]) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt[0]["content"]}]}]

@@ -94,7 +94,7 @@ def test_turns_that_go_on_are_one_sequence_and_others_share_what_they_begin_with
     third = [*range(20), 60, 61]
     labels = [[IGNORED] * 20 + [50], [IGNORED] * 22 + [52], [IGNORED] * 20 + [60, 61], [IGNORED] * 20 + [60, 61]]
     sequences = [*zip((first, second, third, third), labels, strict=True)]
-    joined = join_beginnings(sequences)
+    joined, _ = join_beginnings(sequences)
     # What both learn counts twice, so that the third and the fourth stay.
     assert joined == [(second, [IGNORED] * 20 + [50, IGNORED, 52]), *sequences[2:]]
     row = joined_rows({"input_ids": ids, "labels": each} for ids, each in sequences)

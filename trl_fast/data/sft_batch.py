@@ -13,7 +13,8 @@ import torch
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 
 from .dict_batch import DictCollator, check_entries
-from .packing import TokenBatch, lay_out
+from .images.rows import RowImages
+from .packing import SequenceImages, TokenBatch, lay_out
 from .padded_rows import pad
 from .tensor_collator import TensorCollator
 from .token_trees import neighbours_share
@@ -85,6 +86,7 @@ def pack_labelled(
     layout: str,
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
+    images: SequenceImages | None = None,
 ) -> TokenBatch:
     """Lays out sequences of (token ids, labels) as one batch; labels of -100 mark tokens that are not learned.
 
@@ -92,15 +94,18 @@ def pack_labelled(
     `pad_to_multiple_of`. `packed`: one row, the sequences one after the other; padding up to a multiple then consists
     of sequences of one token. `shared_prefix`: one row, what neighbours begin alike with once; `extras` has no labels.
 
-    Raises ValueError for an unknown layout, and where a sequence has more or fewer labels than tokens.
+    images: those of the sequences; None: they have none.
+
+    Raises ValueError for an unknown layout, where a sequence has more or fewer labels than tokens, and where it does
+    not have the tokens of its images.
     """
     if layout not in BATCH_LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(BATCH_LAYOUTS)}.")
     for index, (ids, labels) in enumerate(sequences):
         if len(ids) != len(labels):
             raise ValueError(f"Sequence {index} of the batch has {len(ids)} tokens and {len(labels)} labels.")
-    if BATCH_LAYOUTS[layout].shares_prompts:
-        return _shared_batch(sequences, layout, pad_token_id)
+    if BATCH_LAYOUTS[layout].shares_prompts or (images is not None and any(images.of)):
+        return _laid_out_batch(sequences, layout, pad_token_id, pad_to_multiple_of, images)
     input_ids = [_int64(ids) for ids, _ in sequences]
     targets = [_int64(labels) for _, labels in sequences]
     if BATCH_LAYOUTS[layout].pads:
@@ -118,43 +123,58 @@ def pack_labelled(
     )
 
 
-def _shared_batch(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]], layout: str, pad_token_id: int
+def _laid_out_batch(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    layout: str,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+    images: SequenceImages | None,
 ) -> TokenBatch:
-    """Lays out sequences of (token ids, labels) in one row that has once what neighbours begin alike with."""
+    """Lays out sequences of (token ids, labels) that may have images or share what neighbours begin alike with."""
     ids, labels = [ids for ids, _ in sequences], [_int64(labels) for _, labels in sequences]
-    rows = lay_out(ids, layout, pad_token_id, None, neighbours_share(ids))
+    shares = BATCH_LAYOUTS[layout].shares_prompts
+    shared = neighbours_share(ids) if shares else [0] * len(ids)
+    rows = lay_out(ids, layout, pad_token_id, pad_to_multiple_of, shared, images)
     # Nothing predicts the first token of a sequence.
     scored = [((each[1:] != IGNORED).nonzero().flatten() + 1).tolist() for each in labels]
     targets = [each[places].tolist() for each, places in zip(labels, scored, strict=True)]
     lengths = [len(each) for each in ids]
+    whole = labels if BATCH_LAYOUTS[layout].pads else [torch.cat(labels)]
     return TokenBatch(
         **rows.fields,
         **rows.scored_tokens(scored, targets, [0] * len(ids)),
         branch_lengths=_int64(lengths),
         num_tokens=sum(lengths),
+        extras={} if shares else {"labels": pad(whole, IGNORED, pad_to_multiple_of)},
     )
 
 
 def join_beginnings(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
-) -> list[tuple[Sequence[int], Sequence[int]]]:
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]], images: SequenceImages | None = None
+) -> tuple[list[tuple[Sequence[int], Sequence[int]]], SequenceImages | None]:
     """Returns sequences of (token ids, labels) without those that the next one begins with: it has their labels too.
 
     So the model computes their tokens once in every layout, with the same context. A sequence stays where it and the
-    next one learn the same token, which counts twice.
+    next one learn the same token, which counts twice. images: those of the sequences; the answer has those of the
+    sequences that stay.
     """
+    ids = [ids for ids, _ in sequences]
+    shared = neighbours_share(ids)
+    if images is not None:
+        shared = images.layout.limit_shared(ids, images.of, shared)
     found: list[tuple[Sequence[int], Sequence[int]]] = []
-    shared = neighbours_share([ids for ids, _ in sequences])
-    for (ids, labels), common in zip(sequences, shared, strict=True):
+    kept: list[int] = []
+    for number, ((ids_here, labels), common) in enumerate(zip(sequences, shared, strict=True)):
         if found and common == len(found[-1][0]):
-            before = np.full(len(ids), IGNORED)
+            before = np.full(len(ids_here), IGNORED)
             before[:common] = found[-1][1]
             if not ((before != IGNORED) & (np.asarray(labels) != IGNORED)).any():
-                found[-1] = (ids, np.where(before != IGNORED, before, labels).tolist())
+                found[-1] = (ids_here, np.where(before != IGNORED, before, labels).tolist())
+                kept[-1] = number
                 continue
-        found.append((ids, labels))
-    return found
+        found.append((ids_here, labels))
+        kept.append(number)
+    return found, None if images is None else images._replace(of=[images.of[number] for number in kept])
 
 
 def sequence_labels(batch: TokenBatch) -> list[torch.Tensor]:
@@ -167,11 +187,16 @@ def sequence_labels(batch: TokenBatch) -> list[torch.Tensor]:
     return list(labels.split(lengths.tolist()))
 
 
-def unpacked(batch: TokenBatch, pad_token_id: int, multiple: int | None = None) -> TokenBatch:
-    """Returns the same sequences in the padded layout, rows rounded up to a `multiple`."""
+def unpacked(
+    batch: TokenBatch, pad_token_id: int, multiple: int | None = None, images: RowImages | None = None
+) -> TokenBatch:
+    """Returns the same sequences in the padded layout, rows rounded up to a `multiple`; images: reads theirs."""
     if batch.tree_lengths is None:
         return batch
     ids, labels = batch.sequences(), sequence_labels(batch)
+    if images is not None and batch.images is not None:
+        placed = SequenceImages(images.of_sequences(batch), images.layout)
+        return pack_labelled(list(zip(ids, labels, strict=True)), PADDED, pad_token_id, multiple, placed)
     mask = [torch.ones_like(row) for row in ids]
     rows = (pad(ids, pad_token_id, multiple), pad(labels, IGNORED, multiple))
     return labelled_batch(*rows, attention_mask=pad(mask, 0, multiple))
@@ -200,7 +225,8 @@ class LabelledCollator(DictCollator):
     A row of a packed dataset holds several sequences; its `seq_lengths` tell them apart. The entries are those of
     `DataCollatorForLanguageModeling` with the same `padding_free`; the other arguments are those of `pack_labelled`.
 
-    joins: whether sequences that the next one begins with are learned in it (`join_beginnings`).
+    joins: whether sequences that the next one begins with are learned in it (`join_beginnings`). images: reads those
+    of rows; None: they have none.
     """
 
     pad_token_id: int
@@ -208,36 +234,52 @@ class LabelledCollator(DictCollator):
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
     joins: bool = False
+    images: RowImages | None = None
 
     def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
-        sequences = [
-            (row["input_ids"][start:end], row.get("labels", row["input_ids"])[start:end])
-            for row in examples
-            for start, end in pairwise([0, *accumulate(_sequence_lengths(row))])
-        ]
+        sequences, images = [], []
+        for row in examples:
+            labels, waiting = row.get("labels", row["input_ids"]), self.images.inputs(row) if self.images else ()
+            for start, end in pairwise([0, *accumulate(_sequence_lengths(row))]):
+                sequences.append((row["input_ids"][start:end], labels[start:end]))
+                own = self.images.first_of(waiting, sequences[-1][0]) if self.images else ()
+                images.append(own)
+                # The turns of a conversation have its first images each, examples that are packed have images of
+                # their own.
+                waiting = waiting if self.joins else waiting[len(own) :]
         multiple = self.pad_to_multiple_of
         if not self.padding_free:
             multiple = BATCH_LAYOUTS[self.layout].padding_multiple(multiple)
+        placed = SequenceImages(images, self.images.layout) if self.images else None
         if not self.joins:
-            return pack_labelled(sequences, self.layout, self.pad_token_id, multiple)
-        batch = pack_labelled(join_beginnings(sequences), self.layout, self.pad_token_id, multiple)
+            return pack_labelled(sequences, self.layout, self.pad_token_id, multiple, placed)
+        joined, placed = join_beginnings(sequences, placed)
+        batch = pack_labelled(joined, self.layout, self.pad_token_id, multiple, placed)
         return replace(batch, num_tokens=sum(len(ids) for ids, _ in sequences))
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
-        return _FLATTENED_ENTRIES if self.padding_free else _PADDED_ENTRIES
+        return (*(_FLATTENED_ENTRIES if self.padding_free else _PADDED_ENTRIES), *(batch.images or ()))
 
     def entries(self, batch: TokenBatch) -> dict[str, Any]:
         parts = zip(batch.sequences(), sequence_labels(batch), strict=True)
         collator = DataCollatorForLanguageModeling(
             self.pad_token_id, padding_free=self.padding_free, pad_to_multiple_of=self.pad_to_multiple_of
         )
-        return collator([{"input_ids": ids, "labels": labels} for ids, labels in parts])
+        found = collator([{"input_ids": ids, "labels": labels} for ids, labels in parts])
+        return found | (self.images.entries(batch, range(len(batch)), found["input_ids"]) if self.images else {})
 
     def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
-        check_entries(entries, {"input_ids", "labels"}, {"attention_mask", "position_ids", *_DERIVED})
+        images = self.images.given(entries) if self.images else {}
+        check_entries(entries, {"input_ids", "labels"}, {"attention_mask", "position_ids", *_DERIVED, *images})
         batch = labelled_batch(**{name: entries[name] for name in entries if name in _LABELLED})
+        if images:
+            return replace(batch, images=images)
         # Where the model keeps no sequences of a row apart, each has a row of its own.
         return unpacked(batch, self.pad_token_id) if BATCH_LAYOUTS[self.layout].pads else batch
+
+    def in_padded_rows(self, batch: TokenBatch) -> TokenBatch:
+        """Returns the batch with a row a sequence, as TRL pads it."""
+        return unpacked(batch, self.pad_token_id, self.pad_to_multiple_of, self.images)
 
 
 @dataclass

@@ -16,11 +16,13 @@ from .conversation_checks import named_template_errors
 from .dataset_packing import pack_dataset
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational
+from .images import ImageReader, gather_images, load_images, with_encoded_images
 from .question_columns import unseen_questions
 from .row_checks import check_sft_columns, check_sft_row
 from .row_places import place
 from .sft_batch import IGNORED
 from .sft_format import SFTFormat, SFTLength
+from .sft_images import check_images_fit, tokenize_sft_images
 from .token_checks import row_lengths, sequence_lengths
 from .tokenization import common_prefix_length, end_with, template_options, warn_of_prompt_tail
 from .tokenizer_checks import check_tokenizer
@@ -97,6 +99,7 @@ def prepare_sft_dataset(
     length: SFTLength,
     *,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
+    images: ImageReader | None = None,
     shuffle_seed: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
@@ -114,7 +117,9 @@ def prepare_sft_dataset(
 
     Raises ValueError for bad data, naming the dataset `name` and the row.
     """
-    columns = check_sft_columns(dataset, how.text_field, formatting_func is not None, name)
+    columns = check_sft_columns(
+        dataset, how.text_field, formatting_func is not None, name, reads_images=images is not None
+    )
     if "seq_lengths" in columns:
         return dataset
     if how.separates_turns:
@@ -129,9 +134,14 @@ def prepare_sft_dataset(
             _warn_of_questions(dataset, how.text_field, name)
         else:
             dataset = _format(dataset, columns, formatting_func, how.text_field, num_proc, name)
-        arguments = {"processing_class": processing_class, "how": how, "name": name, "version": FORMAT_VERSION}
+        arguments = {"how": how, "name": name, "version": FORMAT_VERSION}
+        if images is None:
+            function, arguments["processing_class"] = _tokenize_row, processing_class
+        else:
+            function, arguments["reader"], arguments["max_length"] = _tokenize_image_row, images, length.max_length
+            dataset = gather_images(with_encoded_images(dataset), num_proc=num_proc, name=name)
         options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
-        dataset = dataset.map(_tokenize_row, with_indices=True, fn_kwargs=arguments, **options)
+        dataset = dataset.map(function, with_indices=True, fn_kwargs=arguments, **options)
     if isinstance(dataset, Dataset):
         _report_cut(dataset, length, name)
     if length.packing_strategy is not None and length.max_length is not None:
@@ -287,12 +297,35 @@ def _tokenize_row(
         if how.separates_turns:
             return tokenize_turns(example, processing_class, how)
         tokens = tokenize_sft(example, processing_class, how)
+    _check_is_said(tokens, how, row, name)
+    return tokens
+
+
+def _tokenize_image_row(
+    example: dict[str, Any],
+    row: int,
+    reader: ImageReader,
+    how: SFTFormat,
+    max_length: int | None,
+    name: str,
+    version: int,
+) -> dict[str, Any]:
+    images = load_images(example, row, name)
+    example = maybe_convert_to_chatml(check_sft_row(example, how.text_field, row, name))
+    with named_template_errors(example, reader.processor, row, name):
+        tokens = tokenize_sft_images(example, images, reader, how)
+        check_images_fit(tokens, reader.image_token_id, max_length)
+    if not how.separates_turns:
+        _check_is_said(tokens, how, row, name)
+    return tokens
+
+
+def _check_is_said(tokens: dict[str, list[int]], how: SFTFormat, row: int, name: str) -> None:
     if how.assistant_only_loss and not _has_label(tokens["labels"]):
         raise ValueError(
             f"{place(name, row)}: assistant_only_loss=True, but no token is marked as the assistant's. Check that the "
             "row has a message with role 'assistant', and that the chat template puts {% generation %} around it."
         )
-    return tokens
 
 
 def _label_row(example: dict[str, Any], row: int, masks: list[str], name: str) -> dict[str, list[int]]:

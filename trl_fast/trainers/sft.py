@@ -21,7 +21,6 @@ from trl_fast.data import (
     prepare_sft_dataset,
     trains_stop_token,
     turn_chat_template,
-    unpacked,
 )
 from trl_fast.losses.sft import OUTPUTS, TOKEN_LOSSES, token_metrics
 from trl_fast.modeling.chat_template import with_trained_tokens
@@ -224,6 +223,8 @@ class SFTTrainer(BaseTrainer):
 
     def set_up_data(self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
         """Sets which tokens are learned, by the first row."""
+        if self.images is not None:
+            args.check_for_images(formatted=self.formatting_func is not None)
         row = next(iter(train_dataset), {})
         with_prompt = row.keys() >= {"prompt", "completion"} and self.formatting_func is None
         self.completion_only_loss = with_prompt if args.completion_only_loss is None else args.completion_only_loss
@@ -285,6 +286,7 @@ class SFTTrainer(BaseTrainer):
             args.row_format(self.completion_only_loss, self.chat_template),
             args.row_length(packing),
             formatting_func=formatting_func,
+            images=self.images and self.images.reader,
             shuffle_seed=args.seed if args.shuffle_dataset else None,
             num_proc=args.dataset_num_proc,
             name=dataset_name,
@@ -297,7 +299,7 @@ class SFTTrainer(BaseTrainer):
         # In TRL these settings make one row of a batch, which shows in padding and in what compute_metrics is given.
         padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
         joins = args.assistant_turns == SEPARATELY
-        return LabelledCollator(pad_token_id, layout, args.pad_to_multiple_of, padding_free, joins)
+        return LabelledCollator(pad_token_id, layout, args.pad_to_multiple_of, padding_free, joins, self.images)
 
     def _check_collator(self, given: Callable | None, args: SFTConfig) -> None:
         if given is not None and args.assistant_turns == SEPARATELY:
@@ -368,8 +370,7 @@ class SFTTrainer(BaseTrainer):
 
     def _in_trls_rows(self, batch: TokenBatch) -> TokenBatch:
         """Returns the batch with a row an example; where TRL makes one row of all, it stays as it is."""
-        collator = self.batches.collator
-        return batch if self.padding_free else unpacked(batch, collator.pad_token_id, collator.pad_to_multiple_of)
+        return batch if self.padding_free else self.batches.collator.in_padded_rows(batch)
 
     def labels_of(self, inputs: AnyBatch) -> torch.Tensor | None:
         """Returns the labels (B, T) of a batch, in the shape of the logits that `compute_loss` returns."""

@@ -193,3 +193,24 @@ class SFTConfig(BaseConfig):
         from trl_fast.data import SFTLength
 
         return SFTLength(self.max_length, self.truncation_mode, self.packing_strategy if packing else None)
+
+    def check_for_images(self, *, formatted: bool) -> None:
+        """Checks the settings for a dataset with images; formatted: whether there is a formatting_func.
+
+        Raises:
+            ValueError: one of them cannot be had with images, as in TRL.
+        """
+        without = "leave it out: rows have no padding without it either, where the model allows that"
+        refused = {
+            "packing=True": (self.packing, without),
+            "eval_packing=True": (self.eval_packing, without),
+            "padding_free=True": (self.padding_free, without),
+            "truncation_mode='keep_end'": (
+                self.max_length is not None and self.truncation_mode == "keep_end",
+                "it would cut images off the beginnings of rows; use 'keep_start', or set max_length=None",
+            ),
+            "formatting_func": (formatted, "it makes text, which has no images; give messages, or text, as a column"),
+        }
+        for name, (is_set, reason) in refused.items():
+            if is_set:
+                raise ValueError(f"{name} is not supported with images in the dataset; {reason}")
