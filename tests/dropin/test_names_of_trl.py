@@ -49,11 +49,8 @@ LEFT = {
     "trl.trainer.callbacks": {"wandb": ["WeaveCallback"]},
     "trl.trainer.distillation_config": {"distillation": ["DistillationConfig"]},
     "trl.trainer.distillation_trainer": {"distillation": ["DistillationTrainer"]},
-    "trl.trainer.dpo_trainer": {"text models only": ["DataCollatorForVisionPreference"]},
     "trl.trainer.grpo_trainer": {"environments": ["EnvironmentFactory"]},
-    "trl.trainer.kto_trainer": {"text models only": ["DataCollatorForVisionUnpairedPreference"]},
     "trl.trainer.reward_trainer": {"hides a warning": ["suppress_seqcls_warning"]},
-    "trl.trainer.sft_trainer": {"text models only": ["DataCollatorForVisionLanguageModeling"]},
     "trl.trainer.utils": {
         "linear_logprob": ["FusedCausalLMOutput", "add_fused_lm_head"],
         "shards": ["maybe_gather_lm_head_ctx"],

@@ -1,9 +1,7 @@
 """SFTTrainer on images: against TRL 1.16.0's on the same model and data, in all layouts, saved and resumed."""
 
 import pytest
-import torch
 import trl
-from peft import LoraConfig
 
 import trl_fast
 from support.picture_rows import PICTURE_ROWS, picture_rows

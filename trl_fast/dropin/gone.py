@@ -34,7 +34,7 @@ GONE: dict[str, str] = {
     "PreferenceCollator": _older(_OWN_COLLATOR),
     "RewardDataCollatorWithPadding": _older(_OWN_COLLATOR),
     "DataCollatorForChatML": _older("give SFTTrainer a dataset of messages and leave the collator out"),
-    "DataCollatorForVision*": _TEXT_ONLY,
+    "DataCollatorForVisionLanguageChatML": _older(_OWN_COLLATOR),
     "*split_pixel_values_by_grid": _TEXT_ONLY,
     "WeaveCallback": "trl_fast does not have it; set report_to='wandb' and add a LogCompletionsCallback",
     "Distillation*": _DISTILLATION,

@@ -52,6 +52,7 @@ class Method:
         return import_place(self.trainer)
 
 
+_WITH_IMAGES = "trl_fast.data.vision_collators"
 _METHODS = (
     Method(
         name="sft",
@@ -59,7 +60,10 @@ _METHODS = (
         trainer="trl_fast.trainers.sft:SFTTrainer",
         step="trl_fast.trainers.sft:sft_step",
         help="supervised fine-tuning",
-        trl_names={"DataCollatorForLanguageModeling": "trl_fast.data:DataCollatorForLanguageModeling"},
+        trl_names={
+            "DataCollatorForLanguageModeling": "trl_fast.data:DataCollatorForLanguageModeling",
+            "DataCollatorForVisionLanguageModeling": f"{_WITH_IMAGES}:DataCollatorForVisionLanguageModeling",
+        },
     ),
     Method(
         name="dpo",
@@ -67,7 +71,10 @@ _METHODS = (
         trainer="trl_fast.trainers.dpo:DPOTrainer",
         step="trl_fast.trainers.dpo:dpo_step",
         help="Direct Preference Optimization and its relatives, from pairs",
-        trl_names={"DataCollatorForPreference": "trl_fast.data:DataCollatorForPreference"},
+        trl_names={
+            "DataCollatorForPreference": "trl_fast.data:DataCollatorForPreference",
+            "DataCollatorForVisionPreference": f"{_WITH_IMAGES}:DataCollatorForVisionPreference",
+        },
     ),
     Method(
         name="reward",
@@ -84,7 +91,10 @@ _METHODS = (
         step="trl_fast.trainers.kto:kto_step",
         help="Kahneman-Tversky Optimization, from completions marked good or bad",
         trl_packages=("trl.trainer", "trl.experimental.kto"),
-        trl_names={"DataCollatorForUnpairedPreference": "trl_fast.data:DataCollatorForUnpairedPreference"},
+        trl_names={
+            "DataCollatorForUnpairedPreference": "trl_fast.data:DataCollatorForUnpairedPreference",
+            "DataCollatorForVisionUnpairedPreference": f"{_WITH_IMAGES}:DataCollatorForVisionUnpairedPreference",
+        },
     ),
     Method(
         name="grpo",
