@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from .added_columns import add_columns
 from .assistant_turns import changed_turns, joined_rows, turn_rows
 from .attention_masks import strip_padding
 from .chat_template import maybe_convert_to_chatml
-from .conversation_checks import named_template_errors
+from .conversation_checks import named_row_errors, named_template_errors
 from .dataset_packing import pack_dataset
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational
-from .images import ImageReader, gather_images, load_images, with_encoded_images
+from .images.reader import ImageReader
+from .images.rows import load_images, map_rows, with_images
 from .question_columns import unseen_questions
 from .row_checks import check_sft_columns, check_sft_row
 from .row_places import place
@@ -99,7 +101,7 @@ def prepare_sft_dataset(
     length: SFTLength,
     *,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
-    images: ImageReader | None = None,
+    image_reader: ImageReader | None = None,
     shuffle_seed: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
@@ -115,10 +117,14 @@ def prepare_sft_dataset(
     Rows that have no label left after truncation are dropped; how much is cut and dropped is logged. With a
     `shuffle_seed`, rows are shuffled before they are packed, and at the end. Streams are processed as they are read.
 
+    `image_reader` reads images: those of the columns `images` (lists) or `image`, or in the messages. Their tokens are
+    in `input_ids`; they themselves stay in the dataset as they are stored, and `max_length` may cut none.
+
     Raises ValueError for bad data, naming the dataset `name` and the row.
     """
+    dataset, image_reader = with_images(dataset, image_reader, num_proc=num_proc, name=name)
     columns = check_sft_columns(
-        dataset, how.text_field, formatting_func is not None, name, reads_images=images is not None
+        dataset, how.text_field, formatting_func is not None, name, reads_images=image_reader is not None
     )
     if "seq_lengths" in columns:
         return dataset
@@ -134,14 +140,15 @@ def prepare_sft_dataset(
             _warn_of_questions(dataset, how.text_field, name)
         else:
             dataset = _format(dataset, columns, formatting_func, how.text_field, num_proc, name)
+        desc = f"Tokenizing {name} dataset"
         arguments = {"how": how, "name": name, "version": FORMAT_VERSION}
-        if images is None:
-            function, arguments["processing_class"] = _tokenize_row, processing_class
+        if image_reader is None:
+            dataset = map_rows(
+                dataset, _tokenize_row, {**arguments, "processing_class": processing_class}, None, num_proc, desc
+            )
         else:
-            function, arguments["reader"], arguments["max_length"] = _tokenize_image_row, images, length.max_length
-            dataset = gather_images(with_encoded_images(dataset), num_proc=num_proc, name=name)
-        options = map_options(dataset, num_proc, f"Tokenizing {name} dataset")
-        dataset = dataset.map(function, with_indices=True, fn_kwargs=arguments, **options)
+            arguments["max_length"] = length.max_length
+            dataset = map_rows(dataset, _tokenize_image_row, arguments, image_reader, num_proc, desc)
     if isinstance(dataset, Dataset):
         _report_cut(dataset, length, name)
     if length.packing_strategy is not None and length.max_length is not None:
@@ -152,7 +159,7 @@ def prepare_sft_dataset(
         dataset = pack_dataset(dataset, length.max_length, length.packing_strategy, options)
     elif length.max_length is not None:
         truncate = _truncate_turns if how.separates_turns else _truncate
-        dataset = truncate(dataset, length, num_proc, name)
+        dataset = truncate(dataset, length, num_proc, name, image_reader is not None)
     return dataset if shuffle_seed is None else dataset.shuffle(seed=shuffle_seed)
 
 
@@ -210,17 +217,28 @@ def _label(dataset: AnyDataset, columns: list[str], how: SFTFormat, num_proc: in
     )
 
 
-def _truncate(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name: str) -> AnyDataset:
-    options = map_options(dataset, num_proc, f"Truncating {name} dataset")
+def _truncate(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name: str, has_images: bool) -> AnyDataset:
+    desc = f"Truncating {name} dataset"
     arguments = {"max_length": length.max_length, "mode": length.truncation_mode}
-    dataset = dataset.map(_truncate_row, input_columns=["input_ids", "labels"], fn_kwargs=arguments, **options)
+    if has_images:
+        # The images are not copied.
+        dataset = add_columns(dataset, _truncate_numbered_row, num_proc=num_proc, desc=desc, fn_kwargs=arguments)
+    else:
+        options = {**map_options(dataset, num_proc, desc), "fn_kwargs": arguments}
+        dataset = dataset.map(_truncate_row, input_columns=["input_ids", "labels"], **options)
     return _with_labels(dataset, length, num_proc, name)
 
 
-def _truncate_turns(dataset: AnyDataset, length: SFTLength, num_proc: int | None, name: str) -> AnyDataset:
-    options = map_options(dataset, num_proc, f"Truncating {name} dataset")
+def _truncate_turns(
+    dataset: AnyDataset, length: SFTLength, num_proc: int | None, name: str, has_images: bool
+) -> AnyDataset:
+    desc = f"Truncating {name} dataset"
     arguments = {"max_length": length.max_length, "mode": length.truncation_mode}
-    cut = dataset.map(_truncate_turns_row, fn_kwargs=arguments, **options)
+    if has_images:
+        cut = add_columns(dataset, _truncate_turns_row, num_proc=num_proc, desc=desc, fn_kwargs=arguments)
+    else:
+        options = map_options(dataset, num_proc, desc)
+        cut = dataset.map(_truncate_turns_row, with_indices=True, fn_kwargs=arguments, **options)
     if isinstance(dataset, Dataset):
         before, after = (len(sequence_lengths(part)) for part in (dataset, cut))
         if after < before:
@@ -304,17 +322,17 @@ def _tokenize_row(
 def _tokenize_image_row(
     example: dict[str, Any],
     row: int,
-    reader: ImageReader,
+    image_reader: ImageReader,
     how: SFTFormat,
     max_length: int | None,
     name: str,
     version: int,
 ) -> dict[str, Any]:
     images = load_images(example, row, name)
-    example = maybe_convert_to_chatml(check_sft_row(example, how.text_field, row, name))
-    with named_template_errors(example, reader.processor, row, name):
-        tokens = tokenize_sft_images(example, images, reader, how)
-        check_images_fit(tokens, reader.image_token_id, max_length)
+    example = maybe_convert_to_chatml(check_sft_row(example, how.text_field, row, name, reads_images=True))
+    with named_row_errors(row, name):
+        tokens = tokenize_sft_images(example, images, image_reader, how)
+        check_images_fit(tokens, image_reader.image_token_id, max_length)
     if not how.separates_turns:
         _check_is_said(tokens, how, row, name)
     return tokens
@@ -344,7 +362,11 @@ def _truncate_row(input_ids: list[int], labels: list[int], max_length: int, mode
     return {"input_ids": input_ids[kept], "labels": labels[kept]}
 
 
-def _truncate_turns_row(example: dict[str, Any], max_length: int, mode: str) -> dict[str, list[int]]:
+def _truncate_numbered_row(example: dict[str, Any], row: int, max_length: int, mode: str) -> dict[str, list[int]]:
+    return _truncate_row(example["input_ids"], example["labels"], max_length, mode)
+
+
+def _truncate_turns_row(example: dict[str, Any], row: int, max_length: int, mode: str) -> dict[str, list[int]]:
     def cut(input_ids: list[int], labels: list[int]) -> dict[str, list[int]] | None:
         row = _truncate_row(input_ids, labels, max_length, mode)
         return row if _has_label(row["labels"]) else None

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .images import ImageInput, ImageReader, join_images, load_images, tokenize_with_images
+from .images.inputs import ImageInput
+from .images.joining import join_images
+from .images.reader import ImageReader
+from .images.rows import load_images
+from .images.tokenization import tokenize_with_images
 from .padded_rows import pad, padded_completions, padded_sequences
 from .sft_batch import IGNORED
 from .sft_format import SFTFormat

@@ -286,7 +286,7 @@ class SFTTrainer(BaseTrainer):
             args.row_format(self.completion_only_loss, self.chat_template),
             args.row_length(packing),
             formatting_func=formatting_func,
-            images=self.images and self.images.reader,
+            image_reader=self.images and self.images.reader,
             shuffle_seed=args.seed if args.shuffle_dataset else None,
             num_proc=args.dataset_num_proc,
             name=dataset_name,
