@@ -97,13 +97,16 @@ def check_unpaired_columns(dataset: AnyDataset, name: str = "train", *, reads_im
     return columns
 
 
-def check_sft_columns(dataset: AnyDataset, text_field: str, formatted: bool, name: str = "train") -> list[str]:
+def check_sft_columns(
+    dataset: AnyDataset, text_field: str, formatted: bool, name: str = "train", *, reads_images: bool = False
+) -> list[str]:
     """Returns the dataset's column names, if its first row holds something to learn.
 
-    formatted: a `formatting_func` writes the text, so rows may hold anything.
+    formatted: a `formatting_func` writes the text, so rows may hold anything. reads_images: whether there is a
+    processor for images.
 
-    Raises ValueError if the dataset has no row, reads its rows through a transform, has images, or none of the known
-    columns.
+    Raises ValueError if the dataset has no row, reads its rows through a transform, has images that nothing reads, or
+    none of the known columns.
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
@@ -111,7 +114,7 @@ def check_sft_columns(dataset: AnyDataset, text_field: str, formatted: bool, nam
             "epochs. Set dataset_kwargs={'skip_prepare_dataset': True} and let the transform return input_ids "
             "and labels, or use dataset.map()."
         )
-    columns = read_columns(dataset, "at least one", name)
+    columns = read_columns(dataset, "at least one", name, reads_images=reads_images)
     if not formatted:
         warn_of_system_column(dataset, columns, name)
     known = ({"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field})

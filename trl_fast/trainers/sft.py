@@ -42,6 +42,9 @@ from .sft_config import SFTConfig
 
 logger = logging.getLogger(__name__)
 
+# What a user's collator reads of rows with images.
+_ROW_COLUMNS = ("messages", "prompt", "completion", "images", "image")
+
 
 def sft_step(
     model: torch.nn.Module,
@@ -97,12 +100,13 @@ class SFTTrainer(BaseTrainer):
     """Trains by supervised fine-tuning.
 
     Args:
-        model: a name, a causal language model, or a PeftModel.
+        model: a name, a causal language model, one that reads images too, or a PeftModel.
         args: an SFTConfig; TRL's own and a plain TrainingArguments are accepted too.
-        data_collator: returns the tensors that a model's forward takes, with labels, as a dict; or a TokenBatch.
-        train_dataset, eval_dataset: rows of text, messages, prompt and completion, or token ids
+        data_collator: returns the tensors that a model's forward takes, with labels, as a dict; or a TokenBatch. Of a
+            dataset with images it is given the rows as they are.
+        train_dataset, eval_dataset: rows of text, messages, prompt and completion, or token ids, with images or not
             (`data.prepare_sft_dataset` says which). eval_dataset may be a dict of datasets.
-        processing_class: the tokenizer; None loads the model's. `tokenizer` is its older name.
+        processing_class: the tokenizer, or the processor; None loads the model's. `tokenizer` is its older name.
         compute_loss_func: the loss from the model's own output, the labels and num_items_in_batch, which takes whole
             logits and so more memory.
         formatting_func: the text to learn from a row.
@@ -162,11 +166,13 @@ class SFTTrainer(BaseTrainer):
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         self.formatting_func = formatting_func
+        self._collates_rows = data_collator is not None
+        if data_collator is not None:
+            args.check_for_collator()
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         model = self.adapt(model, peft_config, args)
         layout = self.choose_layout(model, args, _sample_sequences(train_dataset))
         self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
-        self._check_collator(data_collator, args)
         collator = self.make_collator(model, processing_class.pad_token_id, layout, args)
         self.padding_free = collator.padding_free
         self.batches = BatchReader(collator)
@@ -225,6 +231,8 @@ class SFTTrainer(BaseTrainer):
         """Sets which tokens are learned, by the first row."""
         if self.images is not None:
             args.check_for_images(formatted=self.formatting_func is not None)
+            if self._collates_rows:
+                self.signature_columns = (*_ROW_COLUMNS, args.dataset_text_field)
         row = next(iter(train_dataset), {})
         with_prompt = row.keys() >= {"prompt", "completion"} and self.formatting_func is None
         self.completion_only_loss = with_prompt if args.completion_only_loss is None else args.completion_only_loss
@@ -259,6 +267,8 @@ class SFTTrainer(BaseTrainer):
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig, name: str
     ) -> AnyDataset:
         """Makes rows with input_ids and labels, packed if the arguments ask for it; see `data.prepare_sft_dataset`."""
+        if self.images is not None and self._collates_rows:
+            return dataset  # as in TRL: the collator reads rows as they are
         if args.skips_preparation:
             columns = dataset.column_names or []
             if "labels" not in columns and {"completion_mask", "assistant_masks"} & set(columns):
@@ -300,18 +310,6 @@ class SFTTrainer(BaseTrainer):
         padding_free = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
         joins = args.assistant_turns == SEPARATELY
         return LabelledCollator(pad_token_id, layout, args.pad_to_multiple_of, padding_free, joins, self.images)
-
-    def _check_collator(self, given: Callable | None, args: SFTConfig) -> None:
-        if given is not None and args.assistant_turns == SEPARATELY:
-            raise ValueError(
-                f"data_collator: with assistant_turns={SEPARATELY!r} a row holds several sequences, which only the "
-                "trainer's own collator keeps apart; leave data_collator out, or set assistant_turns='together'"
-            )
-        if given is not None and args.packing and args.packing_strategy != "wrapped":
-            raise ValueError(
-                f"data_collator: with packing_strategy={args.packing_strategy!r} a row holds several examples, which "
-                "only the trainer's own collator keeps apart; leave data_collator out, or set packing=False"
-            )
 
     # ---- the loss
 

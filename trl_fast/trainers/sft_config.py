@@ -194,6 +194,23 @@ class SFTConfig(BaseConfig):
 
         return SFTLength(self.max_length, self.truncation_mode, self.packing_strategy if packing else None)
 
+    def check_for_collator(self) -> None:
+        """Checks the settings for a data_collator that is given.
+
+        Raises:
+            ValueError: rows hold several sequences, which it would not keep apart.
+        """
+        if self.assistant_turns == SEPARATELY:
+            raise ValueError(
+                f"data_collator: with assistant_turns={SEPARATELY!r} a row holds several sequences, which only the "
+                "trainer's own collator keeps apart; leave data_collator out, or set assistant_turns='together'"
+            )
+        if self.packing and self.packing_strategy != "wrapped":
+            raise ValueError(
+                f"data_collator: with packing_strategy={self.packing_strategy!r} a row holds several examples, which "
+                "only the trainer's own collator keeps apart; leave data_collator out, or set packing=False"
+            )
+
     def check_for_images(self, *, formatted: bool) -> None:
         """Checks the settings for a dataset with images; formatted: whether there is a formatting_func.
 

@@ -104,8 +104,10 @@ class ImageReader:
         options: arguments of the processor's `apply_chat_template`.
         """
         processor: Any = self._sized
+        # The chat template has written the special tokens.
+        options = {"chat_template": self.chat_template, "processor_kwargs": {"add_special_tokens": False}, **options}
         batch: Mapping[str, Any] = processor.apply_chat_template(
-            [list(messages)], chat_template=self.chat_template, tokenize=True, return_dict=True, **options
+            [list(messages)], tokenize=True, return_dict=True, **options
         )
         return {name: value for name, value in batch.items() if name in _OF_TOKENS}
 
