@@ -13,7 +13,7 @@ import torch
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 
 from .dict_batch import DictCollator, check_entries
-from .images.rows import RowImages
+from .images.row_images import RowImages
 from .packing import SequenceImages, TokenBatch, lay_out
 from .padded_rows import pad
 from .tensor_collator import TensorCollator
@@ -258,7 +258,8 @@ class LabelledCollator(DictCollator):
         return replace(batch, num_tokens=sum(len(ids) for ids, _ in sequences))
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
-        return (*(_FLATTENED_ENTRIES if self.padding_free else _PADDED_ENTRIES), *(batch.images or ()))
+        of_images = self.images.names(batch) if self.images else ()
+        return (*(_FLATTENED_ENTRIES if self.padding_free else _PADDED_ENTRIES), *of_images)
 
     def entries(self, batch: TokenBatch) -> dict[str, Any]:
         parts = zip(batch.sequences(), sequence_labels(batch), strict=True)
