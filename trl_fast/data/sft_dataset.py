@@ -17,8 +17,9 @@ from .conversation_checks import named_row_errors, named_template_errors
 from .dataset_packing import pack_dataset
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational
+from .images.columns import load_images
+from .images.preparation import map_rows, with_images
 from .images.reader import ImageReader
-from .images.rows import load_images, map_rows, with_images
 from .question_columns import unseen_questions
 from .row_checks import check_sft_columns, check_sft_row
 from .row_places import place

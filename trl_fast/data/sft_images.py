@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .assistant_turns import joined_rows, turn_rows
 from .chat_template import apply_chat_template
 from .formats import is_conversational
+from .images.columns import fill_images
 from .images.messages import clean_messages, images_of, prepare_multimodal_messages
 from .images.reader import ImageReader
-from .images.rows import fill_images
 from .sft_batch import IGNORED
 from .sft_format import SFTFormat
 from .tokenization import template_options

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .images.columns import load_images
 from .images.inputs import ImageInput
 from .images.joining import join_images
 from .images.reader import ImageReader
-from .images.rows import load_images
 from .images.tokenization import tokenize_with_images
 from .padded_rows import pad, padded_completions, padded_sequences
 from .sft_batch import IGNORED

@@ -45,7 +45,7 @@ def save_image_settings(model: torch.nn.Module | None, folder: str) -> None:
 
     Training on text needs none of it; who loads or serves the model does.
     """
-    if not isinstance(model, PreTrainedModel) or not reads_more_than_text(model):
+    if not isinstance(model, PreTrainedModel) or not reads_more_than_text(model) or not model.config._name_or_path:
         return
     for name in _IMAGE_SETTINGS:
         file = cached_file(
