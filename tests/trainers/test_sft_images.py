@@ -130,7 +130,7 @@ def test_a_run_is_saved_resumed_and_predicts(tmp_path):
     whole.train()
     resumed = trainer_of(trl_fast, tmp_path / "whole", "llava", "one image", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert_same_logs(resumed.state.log_history[:4], whole.state.log_history[:4], rel=1e-6)
+    assert_same_logs(resumed.state.log_history[2:4], whole.state.log_history[2:4], rel=1e-6)
     whole.save_model(str(tmp_path / "saved"))
     saved = AutoProcessor.from_pretrained(tmp_path / "saved")
     image = pictures(1)[0]

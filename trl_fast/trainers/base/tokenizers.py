@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any
 
@@ -43,7 +44,7 @@ def checked_tokenizer(
 def save_image_settings(model: torch.nn.Module | None, folder: str) -> None:
     """Copies how images are read to the folder of a model that reads them, from the one that it was loaded from.
 
-    Training on text needs none of it; who loads or serves the model does.
+    Training on text needs none of it; who loads or serves the model does. Files of a processor that is saved stay.
     """
     if not isinstance(model, PreTrainedModel) or not reads_more_than_text(model) or not model.config._name_or_path:
         return
@@ -55,7 +56,7 @@ def save_image_settings(model: torch.nn.Module | None, folder: str) -> None:
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
         )
-        if file is not None:
+        if file is not None and not os.path.exists(os.path.join(folder, name)):
             shutil.copy(file, folder)
 
 

@@ -377,8 +377,7 @@ class BaseTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.images is None:
-            save_image_settings(self.model, output_dir or self.args.output_dir)
+        save_image_settings(self.model, output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         self._divergence.check_weights()
