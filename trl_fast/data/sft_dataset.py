@@ -17,9 +17,9 @@ from .conversation_checks import named_row_errors, named_template_errors
 from .dataset_packing import pack_dataset
 from .dataset_types import AnyDataset, map_options
 from .formats import is_conversational
-from .images.columns import load_images
 from .images.preparation import map_rows, with_images
 from .images.reader import ImageReader
+from .images.tokenization import load_readable
 from .question_columns import unseen_questions
 from .row_checks import check_sft_columns, check_sft_row
 from .row_places import place
@@ -329,7 +329,7 @@ def _tokenize_image_row(
     name: str,
     version: int,
 ) -> dict[str, Any]:
-    images = load_images(example, row, name)
+    images = load_readable(example, image_reader, row, name)
     example = maybe_convert_to_chatml(check_sft_row(example, how.text_field, row, name, reads_images=True))
     with named_row_errors(row, name):
         tokens = tokenize_sft_images(example, images, image_reader, how)

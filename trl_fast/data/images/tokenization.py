@@ -29,7 +29,7 @@ def tokenize_with_images(
     Raises:
         ValueError: an image is broken, or there are more or fewer than places; the message names the row.
     """
-    images = _loaded(example, reader, row, name)
+    images = load_readable(example, reader, row, name)
     with named_row_errors(row, name):
         texts = {column: example[column] for column in ("prompt", *columns)}
         if is_conversational(example):
@@ -50,7 +50,7 @@ def tokenize_prompt_with_images(
         ValueError: the prompt is text, an image is broken, or there are more or fewer than places; the message names
             the row.
     """
-    images = _loaded(example, reader, row, name)
+    images = load_readable(example, reader, row, name)
     with named_row_errors(row, name):
         if not is_conversational(example):
             raise ValueError(
@@ -68,7 +68,7 @@ def tokenize_sequences_with_images(
     Raises:
         ValueError: an image is broken, or there are more or fewer than places; the message names the row.
     """
-    images, prompt = _loaded(example, reader, row, name), example.get("prompt")
+    images, prompt = load_readable(example, reader, row, name), example.get("prompt")
 
     def tokenize(completion: str | list[dict]) -> list[int]:
         if isinstance(completion, str):
@@ -80,8 +80,12 @@ def tokenize_sequences_with_images(
         return {f"{column}_ids": tokenize(example[column]) for column in ("chosen", "rejected")}
 
 
-def _loaded(example: dict[str, Any], reader: ImageReader, row: int, name: str) -> list[Image]:
-    """Returns the images of a row; raises ValueError for several where a processor does not read them one by one."""
+def load_readable(example: dict[str, Any], reader: ImageReader, row: int, name: str) -> list[Image]:
+    """Returns the images of a row.
+
+    Raises:
+        ValueError: one is broken, or there are several and the processor does not read them one by one; names the row.
+    """
     images = load_images(example, row, name)
     if len(images) > 1 and not reads_images_one_by_one(reader):
         raise ValueError(
