@@ -193,10 +193,13 @@ def unpacked(
     """Returns the same sequences in the padded layout, rows rounded up to a `multiple`; images: reads theirs."""
     if batch.tree_lengths is None:
         return batch
-    ids, labels = batch.sequences(), sequence_labels(batch)
     if images is not None and batch.images is not None:
-        placed = SequenceImages(images.of_sequences(batch), images.layout)
-        return pack_labelled(list(zip(ids, labels, strict=True)), PADDED, pad_token_id, multiple, placed)
+        here = batch.to("cpu")
+        parts = zip(here.sequences(), sequence_labels(here), strict=True)
+        placed = SequenceImages(images.of_sequences(here), images.layout)
+        sequences = [(ids.tolist(), labels.tolist()) for ids, labels in parts]
+        return pack_labelled(sequences, PADDED, pad_token_id, multiple, placed).to(batch.input_ids.device)
+    ids, labels = batch.sequences(), sequence_labels(batch)
     mask = [torch.ones_like(row) for row in ids]
     rows = (pad(ids, pad_token_id, multiple), pad(labels, IGNORED, multiple))
     return labelled_batch(*rows, attention_mask=pad(mask, 0, multiple))

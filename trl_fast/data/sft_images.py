@@ -60,9 +60,10 @@ def check_images_fit(row: dict[str, list[int]], image_token_id: int, max_length:
 
     Raises ValueError otherwise.
     """
+    if max_length is None:
+        return
     ids = row["input_ids"]
-    bounds = pairwise([0, *accumulate(row.get("seq_lengths", [len(ids)]))])
-    for start, end in bounds if max_length is not None else ():
+    for start, end in pairwise([0, *accumulate(row.get("seq_lengths", [len(ids)]))]):
         places = [place for place in range(end - start) if ids[start + place] == image_token_id]
         if places and places[-1] >= max_length:
             raise ValueError(
