@@ -206,7 +206,7 @@ class PreferenceCollator(TreeCollator):
         return batch
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
-        return (*COMPLETION_ENTRIES, *(batch.images or ()), *batch.extras)
+        return (*COMPLETION_ENTRIES, *(self.images.names(batch) if self.images else ()), *batch.extras)
 
     def entries(self, batch: TokenBatch) -> dict[str, Any]:
         chosen_first = [*range(0, len(batch), 2), *range(1, len(batch), 2)]

@@ -161,7 +161,7 @@ def join_beginnings(
     ids = [ids for ids, _ in sequences]
     shared = neighbours_share(ids)
     if images is not None:
-        shared = images.layout.limit_shared(ids, images.of, shared)
+        shared = images.layout.limit_shared(ids, images.of, shared, images.prompts)
     found: list[tuple[Sequence[int], Sequence[int]]] = []
     kept: list[int] = []
     for number, ((ids_here, labels), common) in enumerate(zip(sequences, shared, strict=True)):
@@ -174,7 +174,10 @@ def join_beginnings(
                 continue
         found.append((ids_here, labels))
         kept.append(number)
-    return found, None if images is None else images._replace(of=[images.of[number] for number in kept])
+    if images is None:
+        return found, None
+    prompts = [_first_learned(labels) for _, labels in found]
+    return found, images._replace(of=[images.of[number] for number in kept], prompts=prompts)
 
 
 def sequence_labels(batch: TokenBatch) -> list[torch.Tensor]:
@@ -196,8 +199,9 @@ def unpacked(
     if images is not None and batch.images is not None:
         here = batch.to("cpu")
         parts = zip(here.sequences(), sequence_labels(here), strict=True)
-        placed = SequenceImages(images.of_sequences(here), images.layout)
         sequences = [(ids.tolist(), labels.tolist()) for ids, labels in parts]
+        prompts = [_first_learned(labels) for _, labels in sequences]
+        placed = SequenceImages(images.of_sequences(here), images.layout, prompts)
         return pack_labelled(sequences, PADDED, pad_token_id, multiple, placed).to(batch.input_ids.device)
     ids, labels = batch.sequences(), sequence_labels(batch)
     mask = [torch.ones_like(row) for row in ids]
@@ -207,6 +211,11 @@ def unpacked(
 
 def _int64(tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(tokens, dtype=torch.int64)
+
+
+def _first_learned(labels: Sequence[int]) -> int:
+    """Returns how many tokens stand before the first learned one: the prompt, where completions are learned."""
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def _cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:
@@ -253,7 +262,8 @@ class LabelledCollator(DictCollator):
         multiple = self.pad_to_multiple_of
         if not self.padding_free:
             multiple = BATCH_LAYOUTS[self.layout].padding_multiple(multiple)
-        placed = SequenceImages(images, self.images.layout) if self.images else None
+        prompts = [_first_learned(labels) for _, labels in sequences]
+        placed = SequenceImages(images, self.images.layout, prompts) if self.images else None
         if not self.joins:
             return pack_labelled(sequences, self.layout, self.pad_token_id, multiple, placed)
         joined, placed = join_beginnings(sequences, placed)
@@ -269,8 +279,12 @@ class LabelledCollator(DictCollator):
         collator = DataCollatorForLanguageModeling(
             self.pad_token_id, padding_free=self.padding_free, pad_to_multiple_of=self.pad_to_multiple_of
         )
-        found = collator([{"input_ids": ids, "labels": labels} for ids, labels in parts])
-        return found | (self.images.entries(batch, range(len(batch)), found["input_ids"]) if self.images else {})
+        rows = [{"input_ids": ids, "labels": labels} for ids, labels in parts]
+        found = collator(rows)
+        if self.images is None:
+            return found
+        prompts = [_first_learned(row["labels"].tolist()) for row in rows]
+        return found | self.images.entries(batch, range(len(batch)), found["input_ids"], prompts)
 
     def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
         images = self.images.given(entries) if self.images else {}

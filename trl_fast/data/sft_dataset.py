@@ -141,15 +141,7 @@ def prepare_sft_dataset(
             _warn_of_questions(dataset, how.text_field, name)
         else:
             dataset = _format(dataset, columns, formatting_func, how.text_field, num_proc, name)
-        desc = f"Tokenizing {name} dataset"
-        arguments = {"how": how, "name": name, "version": FORMAT_VERSION}
-        if image_reader is None:
-            dataset = map_rows(
-                dataset, _tokenize_row, {**arguments, "processing_class": processing_class}, None, num_proc, desc
-            )
-        else:
-            arguments["max_length"] = length.max_length
-            dataset = map_rows(dataset, _tokenize_image_row, arguments, image_reader, num_proc, desc)
+        dataset = _tokenize(dataset, processing_class, how, length, image_reader, num_proc, name)
     if isinstance(dataset, Dataset):
         _report_cut(dataset, length, name)
     if length.packing_strategy is not None and length.max_length is not None:
@@ -162,6 +154,24 @@ def prepare_sft_dataset(
         truncate = _truncate_turns if how.separates_turns else _truncate
         dataset = truncate(dataset, length, num_proc, name, image_reader is not None)
     return dataset if shuffle_seed is None else dataset.shuffle(seed=shuffle_seed)
+
+
+def _tokenize(
+    dataset: AnyDataset,
+    processing_class: PreTrainedTokenizerBase,
+    how: SFTFormat,
+    length: SFTLength,
+    image_reader: ImageReader | None,
+    num_proc: int | None,
+    name: str,
+) -> AnyDataset:
+    """Returns the dataset with token ids and labels."""
+    arguments = {"how": how, "name": name, "version": FORMAT_VERSION}
+    desc = f"Tokenizing {name} dataset"
+    if image_reader is not None:
+        arguments["max_length"] = length.max_length
+        return map_rows(dataset, _tokenize_image_row, arguments, image_reader, num_proc, desc)
+    return map_rows(dataset, _tokenize_row, {**arguments, "processing_class": processing_class}, None, num_proc, desc)
 
 
 def _check_makes_turns(columns: list[str], formatting_func: Callable | None, name: str) -> None:

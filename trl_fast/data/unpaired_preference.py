@@ -264,7 +264,7 @@ class UnpairedCollator(TreeCollator):
         return batch
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
-        names = (*COMPLETION_ENTRIES, *(batch.images or ()))
+        names = (*COMPLETION_ENTRIES, *(self.images.names(batch) if self.images else ()))
         mismatched = self._mismatched_names(batch.images) if MISMATCHED in batch.extras else ()
         return (*names, *mismatched, *(name for name in _NUMBERS if name in batch.extras))
 

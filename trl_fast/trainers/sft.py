@@ -229,13 +229,17 @@ class SFTTrainer(BaseTrainer):
 
     def set_up_data(self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
         """Sets which tokens are learned, by the first row."""
-        if self.images is not None:
-            args.check_for_images(formatted=self.formatting_func is not None)
-            if self._collates_rows:
-                self.signature_columns = (*_ROW_COLUMNS, args.dataset_text_field)
         row = next(iter(train_dataset), {})
         with_prompt = row.keys() >= {"prompt", "completion"} and self.formatting_func is None
         self.completion_only_loss = with_prompt if args.completion_only_loss is None else args.completion_only_loss
+        if self.images is not None:
+            args.check_for_images(
+                formatted=self.formatting_func is not None,
+                learns_prompts=not self.completion_only_loss,
+                whole_prompts=self.images.layout.whole_prompts,
+            )
+            if self._collates_rows:
+                self.signature_columns = (*_ROW_COLUMNS, args.dataset_text_field)
         tokenized = "input_ids" in row
         if args.completion_only_loss and not (with_prompt or tokenized):
             reason = "formatting_func makes one text of each row" if self.formatting_func else f"it has {list(row)}"
