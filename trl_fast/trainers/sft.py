@@ -233,11 +233,8 @@ class SFTTrainer(BaseTrainer):
         with_prompt = row.keys() >= {"prompt", "completion"} and self.formatting_func is None
         self.completion_only_loss = with_prompt if args.completion_only_loss is None else args.completion_only_loss
         if self.images is not None:
-            args.check_for_images(
-                formatted=self.formatting_func is not None,
-                learns_prompts=not self.completion_only_loss,
-                whole_prompts=self.images.layout.whole_prompts,
-            )
+            whole_prompts = self.images.layout.whole_prompts
+            args.check_for_images(self.completion_only_loss, whole_prompts, formatted=self.formatting_func is not None)
             if self._collates_rows:
                 self.signature_columns = (*_ROW_COLUMNS, args.dataset_text_field)
         tokenized = "input_ids" in row

@@ -211,11 +211,11 @@ class SFTConfig(BaseConfig):
                 "only the trainer's own collator keeps apart; leave data_collator out, or set packing=False"
             )
 
-    def check_for_images(self, *, formatted: bool, learns_prompts: bool, whole_prompts: bool) -> None:
+    def check_for_images(self, completion_only: bool, whole_prompts: bool, *, formatted: bool) -> None:
         """Checks the settings for a dataset with images.
 
-        formatted: whether there is a formatting_func. learns_prompts: whether not only completions are learned.
-        whole_prompts: whether all tokens of a prompt with images see each other in the model.
+        completion_only: whether only completions are learned. whole_prompts: whether all tokens of a prompt with
+        images see each other in the model. formatted: whether there is a formatting_func.
 
         Raises:
             ValueError: one of them cannot be had with images, as in TRL.
@@ -230,9 +230,9 @@ class SFTConfig(BaseConfig):
                 "it would cut images off the beginnings of rows; use 'keep_start', or set max_length=None",
             ),
             "completion_only_loss=False": (
-                whole_prompts and learns_prompts,
-                "the tokens of a prompt see each other in this model, so they cannot be learned; give rows of 'prompt' "
-                "and 'completion'",
+                whole_prompts and not completion_only,
+                "the tokens of a prompt see each other in this model, so they cannot be learned; give rows of "
+                "'prompt' and 'completion'",
             ),
             "formatting_func": (formatted, "it makes text, which has no images; give messages, or text, as a column"),
         }
