@@ -39,9 +39,10 @@ def images_of_dataset(
             f"The train dataset has images, which processing_class, a {type(given).__name__}, does not read; give the "
             "model's processor (AutoProcessor.from_pretrained), or leave processing_class out"
         )
-    options = {"revision": dict(args.model_init_kwargs or {}).get("revision", "main")}
+    options: Any = args.model_init_kwargs or {}
+    revision = options.get("revision", "main")
     processor = given or load_processor(
-        model.config._name_or_path, trust_remote_code=args.trust_remote_code, **options
+        model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
     )
     processor.tokenizer = tokenizer
     return RowImages(ImageReader(processor), image_layout(model))

@@ -186,7 +186,6 @@ class BaseTrainer(Trainer):
         model: PreTrainedModel | PeftModel,
     ) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
         """Returns both datasets prepared, after their token ids were held against the model's vocabulary."""
-
         given, inner = self._given_processing_class, base_model(model)
         self.images = together(lambda: images_of_dataset(train_dataset, given, processing_class, inner, args))
         together(lambda: self.set_up_data(train_dataset, processing_class, args))
