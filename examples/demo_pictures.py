@@ -2,7 +2,7 @@
 
     python -m examples.demo_pictures [--pictures 1600] [--epochs 4] [--output_dir runs/pictures]
 
-A LLaVA of half a million parameters with random weights learns to name the color of squares in generated pictures and
+A LLaVA of 440 thousand parameters with random weights learns to name the color of squares in generated pictures and
 to count them. DPO then trains it on pairs of the right answer and the wrong one that it likes best. Prints how often
 it answers rightly on held-out pictures after each stage, and draws the training curves. The exit status is 1 if either
 stage did not raise the accuracy.

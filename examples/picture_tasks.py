@@ -109,7 +109,7 @@ def make_processor() -> LlavaProcessor:
 
 
 def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
-    """Returns a LLaVA of about half a million parameters with random weights, float32."""
+    """Returns a LLaVA of 440 thousand parameters with random weights, float32."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
