@@ -79,7 +79,7 @@ class ImageLayout:
         shape: tuple[int, int],
         prompts: Sequence[int] | None,
     ) -> dict[str, Any]:
-        """Returns the fields of a `TokenBatch` that tell of images; none where there are no images.
+        """Returns the fields of a `TokenBatch` that tell of images; none where there are no images, or types alone.
 
         An image whose first token has the same place in several sequences stands once in the batch.
 
@@ -93,7 +93,8 @@ class ImageLayout:
         Raises:
             ValueError: a sequence has more or fewer image tokens than its images have.
         """
-        if not any(images):
+        # Without types of tokens, PaliGemma would let text see what follows it.
+        if not any(images) and not self.whole_prompts:
             return {}
         at: dict[int, ImageInput] = {}
         marked = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
@@ -108,7 +109,7 @@ class ImageLayout:
             runs.update(_runs(seen))
         ordered = [at[place] for place in sorted(at)]
         return {
-            "images": join_images(ordered) | self.types_of(marked.view(shape)),
+            "images": (join_images(ordered) if ordered else {}) | self.types_of(marked.view(shape)),
             "image_shapes": tuple(ImageShape.of(image) for image in ordered),
             "image_runs": tuple(sorted(runs)) if self.sees_both_ways else None,
             **self._positions(sequences, images, places, shape),
@@ -128,6 +129,8 @@ class ImageLayout:
             places: the indices of its tokens into the flattened rows, (length,).
             joined, shapes: the images of the batch, `TokenBatch.images` and `image_shapes`.
         """
+        if not shapes:
+            return [()] * len(sequences)
         images = split_images({name: each for name, each in joined.items() if name not in self.type_names}, shapes)
         tokens = [place[ids == self.image_token_id] for ids, place in zip(sequences, places, strict=True)]
         ordered = torch.cat(tokens).unique()

@@ -89,7 +89,10 @@ class ImageReader:
         Raises:
             ValueError: there are more or fewer images than places.
         """
-        return _ids(_encode(self._sized, text, images))
+        if images or self.processor.image_token in text:
+            return _ids(_encode(self._sized, text, images))
+        # PaliGemma's processor takes no text without images.
+        return _ids(self.tokenizer([text], add_special_tokens=False))
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Returns the token ids of messages with the images in their parts, open for the answer.
