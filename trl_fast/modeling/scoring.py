@@ -9,7 +9,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from trl_fast.ops.linear_logprob import token_logprobs
 from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
 from trl_fast.parallel.engines import original_class
 
+from .blank_images import needs_blank_image, reading_blank_image
 from .lm_head import HeadParameters, has_float32_head, head_transform
 from .loading import backbone, whole_backbone
 from .memory_budgets import head_workspace
@@ -127,8 +128,10 @@ def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object
     shared = active_group()
     if shared is not None:
         kwargs = shared.deal_tokens(kwargs, LENGTHS_KEYWORD)
-    inner = whole_backbone(model) if scoring.reads_images else backbone(model)
-    output = inner(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+    reads_blank = not scoring.reads_images and needs_blank_image(model)
+    inner = whole_backbone(model) if scoring.reads_images or reads_blank else backbone(model)
+    with reading_blank_image(model) if reads_blank else nullcontext():
+        output = inner(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     states = output.last_hidden_state
     if shared is not None:
         return _score_dealt(
@@ -257,7 +260,11 @@ def _score_logits(
     """Scores the model's own logits at the scored positions: the slow path, for heads that we do not understand."""
     # The model hands its mask on to the layers and to the router's loss, which need different ones of a row.
     counts = {"attention_mask": _token_counts(kwargs)} if kwargs.get("output_router_logits") else {}
-    with _layers_given(model, attention_mask=kwargs.get("attention_mask")) if counts else nullcontext():
+    with ExitStack() as contexts:
+        if counts:
+            contexts.enter_context(_layers_given(model, attention_mask=kwargs.get("attention_mask")))
+        if not scoring.reads_images and needs_blank_image(model):
+            contexts.enter_context(reading_blank_image(model))
         output = forward(model, *args, **{**kwargs, **counts, "use_cache": False, "labels": None})
     logits = scoring.select(output.logits)
     logprobs, entropy = selective_log_softmax_and_entropy(

@@ -7,14 +7,16 @@ not wait for their gradients; what is trained is the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from .blank_images import image_features, tower_parameters
 from .classifier_head import HEAD, has_classifier_head
 from .loading import backbone, reads_more_than_text
 from .model_changes import changes_of
+from .scoring import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,29 @@ def freeze_unread_parts(model: PreTrainedModel) -> None:
         f"{type(model).__name__} is trained on text: the {sum(weight.numel() for weight in unread):,} parameters that "
         "read images or sound stay as they are."
     )
+
+
+def freeze_unreached_weights(model: PreTrainedModel, images: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Freezes the parameters that no image reaches, for whose gradients DDP would wait: LLaVA skips its last layer.
+
+    They never have a gradient, so what is trained is the same.
+
+    images: keywords of the model's forward, of each image.
+    """
+    weights = [weight for weight in tower_parameters(model) if weight.requires_grad]
+    if not weights:
+        return
+    device = weights[0].device
+    given = [{name: tensor.to(device) for name, tensor in image.items()} for image in images]
+    with evaluating(model), torch.enable_grad():
+        features = [each.float().sum() for image in given for each in image_features(model, image)]
+        found = torch.autograd.grad(torch.stack(features).sum(), weights, allow_unused=True)
+    unreached = [weight for weight, gradient in zip(weights, found, strict=True) if gradient is None]
+    if unreached:
+        change = changes_of(model).get_or_add(FROZEN_PARTS, "what images do not reach has no gradient")
+        change.on_undo(_unfreeze, unreached)
+        for weight in unreached:
+            weight.requires_grad_(False)
 
 
 def name_present_layers(model: PreTrainedModel) -> None:

@@ -17,6 +17,8 @@ from trl_fast.parallel.engines import (
 )
 from trl_fast.parallel.failures import failing_together
 
+from .images import share_images
+
 
 def forbid_data_parallel(trainer: Trainer) -> None:
     """Raises ValueError if the trainer would cut batches into parts for several GPUs."""
@@ -55,7 +57,7 @@ def declare_loss_scaling(trainer: Trainer) -> None:
 
 
 def set_up_trainer(trainer: Trainer) -> None:
-    """Sets who scales the loss, and has FSDP2 keep outputs in float32, of a trainer that was just made.
+    """Sets who scales the loss, and what engines that share a model need, of a trainer that was just made.
 
     Raises:
         ValueError: tiled_mlp with FSDP1; or as in `forbid_data_parallel` and `check_quant_storage`.
@@ -68,6 +70,7 @@ def set_up_trainer(trainer: Trainer) -> None:
         raise ValueError(f"tiled_mlp={tokens}: {engine.value} loses gradients of tiles; use FSDP2, or leave it unset")
     keep_float32_outputs(trainer.accelerator)
     keep_buffers_apart(trainer.accelerator)
+    share_images(trainer, trainer.model)
     declare_loss_scaling(trainer)
 
 

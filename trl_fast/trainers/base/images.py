@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import PIL.Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_fast.data import AnyDataset
 from trl_fast.data.images.columns import has_images
 from trl_fast.data.images.reader import ImageReader
 from trl_fast.data.images.row_images import RowImages
+from trl_fast.modeling.blank_images import attach_blank_image
 from trl_fast.modeling.image_models import image_layout
-from trl_fast.modeling.loading import load_processor, reads_images
+from trl_fast.modeling.loading import base_model, load_processor, reads_images
+from trl_fast.modeling.unread_parts import freeze_unreached_weights
+from trl_fast.parallel.engines import Engine, engine_of
 
 from .config import BaseConfig
 
@@ -46,3 +50,19 @@ def images_of_dataset(
     )
     processor.tokenizer = tokenizer
     return RowImages(ImageReader(processor), image_layout(model))
+
+
+def share_images(trainer: Any, model: Any) -> None:
+    """Sets up a model of several processes, before it is prepared, for batches of which only some have images.
+
+    trainer: has `images` and an accelerator; model: of transformers, or of PEFT.
+    """
+    images: RowImages | None = getattr(trainer, "images", None)
+    engine = engine_of(trainer.accelerator)
+    if images is None or engine is Engine.ONE:
+        return
+    blank, wide = (images.reader.image_input(PIL.Image.new("RGB", size)).tensors for size in ((56, 56), (112, 56)))
+    inner = base_model(model)
+    attach_blank_image(inner, blank)
+    if engine is Engine.DDP:
+        freeze_unreached_weights(inner, [blank, wide])

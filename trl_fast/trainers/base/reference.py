@@ -23,6 +23,7 @@ from trl_fast.settings.batch_layouts import AUTO, PADDED
 
 from ..checkpoints.parts import WeightsPart
 from .callbacks import SyncRefModelCallback
+from .images import share_images
 from .model_setup import layout_request, router_coefficient, set_up_layers
 from .reference_config import ReferenceConfig
 from .trainer import BaseTrainer
@@ -155,6 +156,7 @@ class ReferenceTrainer(BaseTrainer):
         super().start(**kwargs)
         if self.ref_model is None:
             return
+        share_images(self, self.ref_model)
         self.ref_model = prepare_frozen(self.accelerator, self.ref_model)
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))

@@ -1,0 +1,75 @@
+"""Runs what reads images on a blank one where a batch has none and other processes wait.
+
+Engines that shard weights gather those of the image tower in all processes at once, and DDP waits for the gradients of
+each. A process whose batch is text alone reads a blank image too, whose features count with weight 0: scores stay the
+same bits, and the gradients of the tower are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trl_fast.parallel.gathering import is_sharded
+
+from .loading import backbone, whole_backbone
+from .model_changes import changes_of
+
+BLANK_IMAGE = "blank image"
+_ATTRIBUTE = "trl_fast_blank_image"
+
+
+def attach_blank_image(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives a model what its processor makes of a blank image: keywords of its forward."""
+    change = changes_of(model).get_or_add(BLANK_IMAGE, "batches of text alone read a blank image, if need be")
+    change.set(model, _ATTRIBUTE, dict(tensors), fixed=False)
+
+
+def needs_blank_image(model: PreTrainedModel) -> bool:
+    """Returns whether other processes wait for this one's tower, should their batches have images."""
+    if getattr(model, _ATTRIBUTE, None) is None:
+        return False
+    return is_sharded(model) or (torch.is_grad_enabled() and any(w.requires_grad for w in tower_parameters(model)))
+
+
+def tower_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Returns the parameters, of any shape, that read images: those beside the text model."""
+    of_text = {id(weight) for weight in backbone(model).parameters()}
+    return [weight for weight in whole_backbone(model).parameters() if id(weight) not in of_text]
+
+
+@contextmanager
+def reading_blank_image(model: PreTrainedModel) -> Iterator[None]:
+    """Has the whole class's forward of text read the blank image within the context, after the embeddings of tokens.
+
+    There the forward of a batch with images reads those: weights are gathered in the same order.
+    """
+    hook = backbone(model).register_forward_pre_hook(partial(_add_features, model), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def image_features(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Returns what a text model reads of images, of any shapes: also what inner layers read (deepstack)."""
+    inner: Any = whole_backbone(model)
+    output = inner.get_image_features(**tensors, return_dict=True)
+    found = [output.pooler_output, getattr(output, "deepstack_features", None)]
+    return [each for part in found if part is not None for each in ([part] if torch.is_tensor(part) else part)]
+
+
+def _add_features(
+    model: PreTrainedModel, _: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[object, ...], dict[str, Any]]:
+    embeddings = kwargs["inputs_embeds"]
+    blank: dict[str, torch.Tensor] = getattr(model, _ATTRIBUTE)
+    features = image_features(model, {name: tensor.to(embeddings.device) for name, tensor in blank.items()})
+    # Weighted one by one: a sum might overflow, and infinity has no weight 0.
+    nothing = torch.stack([(each * 0).sum() for each in features]).sum()
+    return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings.dtype)}
