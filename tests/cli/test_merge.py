@@ -5,12 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from support.models import save_tiny_classifier, save_tiny_model
 from support.tokenizer import build_tokenizer
+from support.vision_processors import pictures, save_tiny_vision_model
 from trl_fast.cli import merge as merge_command
 from trl_fast.cli.main import main
 from trl_fast.modeling.adapter_folder import probe_scores
@@ -240,3 +247,21 @@ def test_models_are_compared_in_float32_whatever_their_dtype(base):
 def test_rounding_that_loses_the_adapter_is_told():
     assert merge_command.Check(error=0.02, effect=0.03).loses
     assert not merge_command.Check(error=0.01, effect=0.5).loses and not merge_command.Check(1e-5, 0.0).loses
+
+
+def test_a_model_that_reads_images_keeps_its_processor(run, tmp_path):
+    """That of its base model, where there is none beside the adapter."""
+    base = save_tiny_vision_model(tmp_path / "base", "qwen2_5_vl")
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    adapter = save_adapter(tmp_path / "adapter", base, config, auto=AutoModelForImageTextToText, tokenizer=False)
+    assert run(adapter)[0] == 0
+    whole = tmp_path / "whole"
+    picture = pictures(1)
+    processors = [AutoProcessor.from_pretrained(folder) for folder in (base, whole)]
+    given, found = (each(text="<|image_pad|>", images=picture, return_tensors="pt") for each in processors)
+    assert torch.equal(found["pixel_values"], given["pixel_values"])
+    assert "= AutoModelForImageTextToText.from_pretrained" in (whole / "README.md").read_text()
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter).eval()
+    merged = AutoModelForImageTextToText.from_pretrained(whole).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**found).logits, adapted(**given).logits, rtol=1e-4, atol=1e-4)

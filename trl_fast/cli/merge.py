@@ -18,7 +18,7 @@ from .positional import parse_with_name
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 # How far log-probs may differ on average because the sum of weights and adapter was rounded once.
 ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -68,7 +68,8 @@ class Check(NamedTuple):
 def prepare(arguments: list[str]) -> Callable[[], int]:
     """Loads adapter and base model; returns what merges, saves and gives the exit status."""
     adapter, parsed = parse_with_name(MergeArguments, arguments, "merge", "ADAPTER_FOLDER")
-    from trl_fast.modeling.adapter_folder import load_with_adapter, read_adapter
+    from trl_fast.modeling.adapter_folder import load_with_adapter, processor_of, read_adapter
+    from trl_fast.modeling.loading import base_model, reads_images
 
     output = output_folder(adapter, parsed.output)
     config = read_adapter(adapter, parsed.revision)
@@ -84,8 +85,13 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         revision=parsed.revision,
         trust_remote_code=parsed.trust_remote_code,
     )
+    processing: PreTrainedTokenizerBase | ProcessorMixin = tokenizer
+    if reads_images(model.config):
+        processing = processor_of(
+            adapter, base_model(model).config._name_or_path, tokenizer, trust_remote_code=parsed.trust_remote_code
+        )
     merged, check = merge(model, tokenizer, adapter)
-    return lambda: _finish(merged, tokenizer, check, adapter, output, parsed.push_to_hub)
+    return lambda: _finish(merged, processing, check, adapter, output, parsed.push_to_hub)
 
 
 def output_folder(adapter: str, output: str | None) -> Path:
@@ -144,13 +150,18 @@ def _difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return (first - second).abs().mean().item()
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Saves model, tokenizer, generation config and card; the folder has its name only when all is in it."""
+def save(
+    model: PreTrainedModel, processing: PreTrainedTokenizerBase | ProcessorMixin, folder: Path, card: str
+) -> None:
+    """Saves model, tokenizer, generation config and card; the folder has its name only when all is in it.
+
+    processing: the tokenizer, or the processor of a model that reads images, with its tokenizer.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merging-") as temporary:
         part = Path(temporary) / "model"
         model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        processing.save_pretrained(part)
         (part / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
             folder.rmdir()
@@ -159,22 +170,27 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 def merged_card(name: str, adapter: str, model: PreTrainedModel) -> str:
     """Returns the text of the merged model's README.md."""
-    auto = "AutoModelForCausalLM" if model.can_generate() else "AutoModelForSequenceClassification"
+    from trl_fast.modeling.loading import language_model_class, reads_images
+
+    auto = "AutoModelForSequenceClassification"
+    if model.can_generate():
+        auto = language_model_class(model.config).__name__
+    reader, variable = ("AutoProcessor", "processor") if reads_images(model.config) else ("AutoTokenizer", "tokenizer")
     origin = model.config._name_or_path
     lines = ["---", "library_name: transformers", f"model_name: {name}"]
     if not Path(origin).is_dir():
         lines.append(f"base_model: {origin}")
     lines += ["tags:", "- trl", "- trl_fast", "---", "", f"# {name}", ""]
     lines += [f"The adapter `{adapter}`, merged into `{origin}` by `trl-fast merge`. To load it:", "", "```python"]
-    lines += [f"from transformers import AutoTokenizer, {auto}", ""]
+    lines += [f"from transformers import {reader}, {auto}", ""]
     lines += [f'model = {auto}.from_pretrained("{name}", dtype="auto")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")', "```", ""]
+    lines += [f'{variable} = {reader}.from_pretrained("{name}")', "```", ""]
     return "\n".join(lines)
 
 
 def _finish(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
     check: Check,
     adapter: str,
     output: Path,
@@ -182,7 +198,7 @@ def _finish(
 ) -> int:
     console = make_console(highlight=False)
     name = hub_name or output.name
-    save(model, tokenizer, output, merged_card(name, adapter, model))
+    save(model, processing, output, merged_card(name, adapter, model))
     what = "log-probs" if model.can_generate() else "rewards"
     console.print(
         f"Checked on a short text: {what} of the merged model differ by {check.error:.2g} on average from the "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, TaskType
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
@@ -18,7 +18,14 @@ from trl_fast.input_errors import error_line
 
 from .chat_template import set_eos_token
 from .finite_weights import check_weights
-from .loading import base_model, load_causal_lm, load_reward_model, load_tokenizer, without_peft_deprecations
+from .loading import (
+    base_model,
+    load_causal_lm,
+    load_processor,
+    load_reward_model,
+    load_tokenizer,
+    without_peft_deprecations,
+)
 from .model_folder import why_not_loaded
 
 _TASKS = (TaskType.CAUSAL_LM, TaskType.SEQ_CLS, None)
@@ -136,6 +143,20 @@ def tokenizer_of(name_or_path: str, base: str, **options: Any) -> PreTrainedToke
         return load_tokenizer(name_or_path, **options)
     except (OSError, ValueError):
         return load_tokenizer(base, **options)
+
+
+def processor_of(name_or_path: str, base: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> ProcessorMixin:
+    """Loads the processor of images beside an adapter, or that of its base model, and gives it the tokenizer.
+
+    Raises:
+        OSError, ValueError: neither has one that can be loaded.
+    """
+    try:
+        processor: Any = load_processor(name_or_path, **options)
+    except (OSError, ValueError):
+        processor = load_processor(base, **options)
+    processor.tokenizer = tokenizer
+    return cast(ProcessorMixin, processor)
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
