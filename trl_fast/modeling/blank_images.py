@@ -25,7 +25,7 @@ _ATTRIBUTE = "trl_fast_blank_image"
 
 
 def attach_blank_image(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives a model what its processor makes of a blank image: keywords of its forward."""
+    """Gives a model what its processor makes of a blank image; tensors: keywords of its forward, of any shapes."""
     change = changes_of(model).get_or_add(BLANK_IMAGE, "batches of text alone read a blank image, if need be")
     change.set(model, _ATTRIBUTE, dict(tensors), fixed=False)
 
@@ -49,7 +49,8 @@ def reading_blank_image(model: PreTrainedModel) -> Iterator[None]:
 
     There the forward of a batch with images reads those: weights are gathered in the same order.
     """
-    hook = backbone(model).register_forward_pre_hook(partial(_add_features, model), with_kwargs=True)
+    # Before the hooks of engines, which count the text model as called from then on.
+    hook = backbone(model).register_forward_pre_hook(partial(_add_features, model), prepend=True, with_kwargs=True)
     try:
         yield
     finally:

@@ -47,7 +47,7 @@ def freeze_unreached_weights(model: PreTrainedModel, images: Sequence[Mapping[st
 
     They never have a gradient, so what is trained is the same.
 
-    images: keywords of the model's forward, of each image.
+    images: of each image the keywords of the model's forward, of any shapes.
     """
     weights = [weight for weight in tower_parameters(model) if weight.requires_grad]
     if not weights:

@@ -61,8 +61,8 @@ def share_images(trainer: Any, model: Any) -> None:
     engine = engine_of(trainer.accelerator)
     if images is None or engine is Engine.ONE:
         return
-    blank, wide = (images.reader.image_input(PIL.Image.new("RGB", size)).tensors for size in ((56, 56), (112, 56)))
-    inner = base_model(model)
-    attach_blank_image(inner, blank)
+    inner, blank = base_model(model), [PIL.Image.new("RGB", size) for size in ((56, 56), (112, 56))]
+    tensors = [images.reader.image_input(image).tensors for image in blank]
+    attach_blank_image(inner, tensors[0])
     if engine is Engine.DDP:
-        freeze_unreached_weights(inner, [blank, wide])
+        freeze_unreached_weights(inner, tensors)
