@@ -176,7 +176,7 @@ _FAMILIES = {
         {"image_seq_length": 70},
         {
             "video_processor": StillImages,
-            "feature_extractor": lambda: transformers.SequenceFeatureExtractor(1, 1, 0.0),
+            "feature_extractor": transformers.Gemma4AudioFeatureExtractor,
         },
     ),
     "llava": _llava(
