@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trl_fast.data import Tree, pack_trees
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import score
 
@@ -12,10 +13,15 @@ LossAndGradients = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 def loss_and_gradients(
-    model: torch.nn.Module, trees: list[Tree], layout: str, *, router: bool = True
+    model: torch.nn.Module,
+    trees: list[Tree],
+    layout: str,
+    *,
+    router: bool = True,
+    image_layout: ImageLayout | None = None,
 ) -> LossAndGradients:
-    """A loss of log-probs, entropies and the routers, and the gradient of every parameter that trains."""
-    batch = pack_trees(trees, layout, 2)
+    """A loss of log-probs, entropies and the routers, and the gradient of every parameter that trains and is read."""
+    batch = pack_trees(trees, layout, 2, image_layout=image_layout)
     router = router and hasattr(base_model(model).config.get_text_config(), "router_aux_loss_coef")
     scores = score(model, batch, outputs=("logprobs", "entropy"), output_router_logits=router)
     tokens = scores.tokens
@@ -25,7 +31,7 @@ def loss_and_gradients(
         loss = loss + scores.aux_loss
     model.zero_grad()
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(got: LossAndGradients, expected: LossAndGradients) -> None:
