@@ -1,4 +1,4 @@
-"""Images in rows of trees: loss and every gradient, the tower's too, as in padded rows, and those as the family's own."""
+"""Images in rows of trees: loss and every gradient, the tower's too, are those of padded rows, and those the family's."""
 
 from __future__ import annotations
 

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from PIL import Image
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trl_fast.data.images.inputs import ImageInput
 from trl_fast.data.images.layout import ImageLayout
+from trl_fast.data.images.reader import ImageReader
+from trl_fast.data.token_trees import Tree
 from trl_fast.parallel.engines import original_class
 
 from .loading import whole_backbone
+from .verification import ImageProbes
 
 # Keywords of forward functions that say which tokens are of images.
 _TYPE_NAMES = ("mm_token_type_ids", "token_type_ids")
@@ -52,6 +56,29 @@ class AxisPositions:
             image_grid_thw=torch.cat(grids) if grids else None,
         )
         return positions[:, 0]
+
+
+def image_probes(reader: ImageReader, layout: ImageLayout) -> ImageProbes:
+    """Returns short conversations with different pictures of noise to try layouts out on, as a processor reads them.
+
+    One of them has two pictures, if the tokens of a picture are the same beside another one.
+    """
+    trees = []
+    for number, count in enumerate((1, 2)):
+        pictures = [_noise(seed=10 * number + index) for index in range(count)]
+        messages = [{"role": "user", "content": [{"type": "image", "image": each} for each in pictures]}]
+        messages[0]["content"].append({"type": "text", "text": "What is it?"})
+        images, ids = reader.image_inputs(messages), reader.prompt_ids(messages)
+        if ids.count(layout.image_token_id) == sum(image.num_tokens for image in images):
+            answers = [reader.text_ids(answer) for answer in ("It is blue.", "Green, and bright.", "No.")]
+            trees.append(Tree(ids, answers, images))
+    return ImageProbes(layout, trees)
+
+
+def _noise(seed: int) -> Image.Image:
+    side = 64
+    pixels = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
 
 
 def image_layout(model: PreTrainedModel) -> ImageLayout:

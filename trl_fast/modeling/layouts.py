@@ -26,7 +26,7 @@ from .model_changes import changes_of
 from .recurrent_layers import RECURRENT_LAYERS
 from .scoring import give_up_fused_head
 from .segment_attention import SEGMENTS, is_replaceable, set_attention, use_segment_attention
-from .verification import Verdict, verify, verify_rewards
+from .verification import ImageProbes, Verdict, verify, verify_rewards
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class LayoutRequest:
     - `max_length`: tokens of the longest sequence, None where there is no limit.
     - `without_dropout`: whether dropout is switched off for training.
     - `pads_because`: why rows of several sequences are refused whatever the model, None if they are not.
+    - `images`: what rows with images are tried out on; None where there are no images.
     """
 
     asked: str
@@ -51,13 +52,14 @@ class LayoutRequest:
     max_length: int | None = None
     without_dropout: bool = True
     pads_because: str | None = None
+    images: ImageProbes | None = None
 
 
 class Readout(NamedTuple):
     """Describes what is read of a model: whether it declares to give it of packed rows, and a comparison of numbers.
 
     - `supports_packed`: from a model and max_length to whether it does, and why not.
-    - `verify`: from a model, sequences and a layout to a Verdict.
+    - `verify`: from a model, sequences, a layout and probes of images to a Verdict.
     """
 
     supports_packed: Callable[[PreTrainedModel, int | None], tuple[bool, str]]
@@ -87,7 +89,7 @@ def choose_layout(
     readout = readout or TOKEN_SCORES
     probes = _probes(sequences)
     layout, refused, verdict = _best_layout(model, request, readout, probes)
-    verdict = verdict or _try_out(model, readout, probes, None)
+    verdict = verdict or _try_out(model, readout, probes, None, request.images)
     if not verdict.fused_ok:
         give_up_fused_head(model, verdict.fused_error)
     _check_asked(request, layout, refused)
@@ -171,7 +173,7 @@ def _best_layout(
             return name, refused, verdict
         elif request.asked in (AUTO, name):
             use_segment_attention(model)
-            verdict = _try_out(model, readout, probes, name)
+            verdict = _try_out(model, readout, probes, name, request.images)
             if verdict.packed_ok:
                 return name, refused, verdict
             refused[name] = verdict.mismatch(name)
@@ -187,9 +189,17 @@ def _probes(sequences: list[list[int]]) -> list[list[int]]:
     return [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
 
 
-def _try_out(model: PreTrainedModel, readout: Readout, probes: list[list[int]] | None, layout: str | None) -> Verdict:
+def _try_out(
+    model: PreTrainedModel,
+    readout: Readout,
+    probes: list[list[int]] | None,
+    layout: str | None,
+    images: ImageProbes | None,
+) -> Verdict:
     """Returns the verdict on a layout, in all processes that of the first one: others may lack the weights."""
-    return decided_by_first(lambda: readout.verify(model, probes, layout=layout), collective=is_sharded(model))
+    return decided_by_first(
+        lambda: readout.verify(model, probes, layout=layout, images=images), collective=is_sharded(model)
+    )
 
 
 def _check_asked(request: LayoutRequest, layout: str, refused: dict[str, str]) -> None:

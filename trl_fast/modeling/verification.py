@@ -2,20 +2,22 @@
 
 Scores alone do not tell whether training is right: a state that is handed from a prompt to its branches without its
 graph gives the right scores and a wrong gradient. So a gradient is compared too, that of the input embeddings, to
-which every path through the layers leads. A model with frozen or quantised weights has it as well.
+which every path through the layers leads. A model with frozen or quantised weights has it as well. Where there are
+images, a gradient of theirs is compared too.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.packing import TokenBatch, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
 from trl_fast.data.segments import TreeLengths
@@ -79,16 +81,28 @@ class Verdict:
         return f"the gradient of its {layout} rows differs from that of single sequences by {self.gradient_error:.2g}"
 
 
-def verify(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
+class ImageProbes(NamedTuple):
+    """Holds trees with images to try a layout out on, and how the model wants to have images."""
+
+    layout: ImageLayout
+    trees: Sequence[Tree]
+
+
+def verify(
+    model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None, images: ImageProbes | None = None
+) -> Verdict:
     """Compares our scores of a few short sequences with the model's own logits; in a row of `layout` too, unless None.
+
+    images: trees with images that are compared beside those of the sequences; None: there are none.
 
     TRL trusts the config to tell what a head does to its logits; a model with a transform that nobody knew is then
     silently trained on another policy. The same goes for architectures that mix the sequences of a row.
     """
     device = _device_of(model)
-    trees = probe_trees(sequences, model.config.get_text_config())
-    alone = _alone(trees, 0, device)
-    row = None if layout is None else pack_trees(trees, layout, 0).to(device)
+    trees = probe_trees(sequences, model.config.get_text_config(), images.trees if images else ())
+    kind = images.layout if images else None
+    alone = _alone(trees, 0, device, kind)
+    row = None if layout is None else pack_trees(trees, layout, 0, image_layout=kind).to(device)
 
     def read(batch: TokenBatch) -> torch.Tensor:
         return score(model, batch).tokens.logprobs
@@ -100,14 +114,18 @@ def verify(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | 
     return _verdict(model, fused_error, found, scale=1.0)
 
 
-def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None) -> Verdict:
+def verify_rewards(
+    model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None, images: ImageProbes | None = None
+) -> Verdict:
     """Compares our rewards of a few short sequences, in a row of `layout`, with the model's own, one by one.
 
-    Differences are shares of the largest reward.
+    Differences are shares of the largest reward. Rows of rewards with images are not tried out, and so not taken.
 
     Raises:
         ValueError: the model's output is not one number a sequence.
     """
+    if images is not None:
+        return Verdict(0.0, float("inf"), 0.0, failure=f"{type(model).__name__}'s rewards of images are not tried out")
     device, config = _device_of(model), model.config.get_text_config()
     pairs = [_first_pair(tree) for tree in probe_trees(sequences, config)]
     alone = _alone([Tree([], [*pair]) for pair in pairs], config.pad_token_id, device)
@@ -127,14 +145,14 @@ def verify_rewards(model: PreTrainedModel, sequences: list[list[int]], *, layout
     return _verdict(model, 0.0, found, scale=found.alone.abs().max().clamp(min=1e-6).item())
 
 
-def probe_trees(sequences: list[list[int]], config: object) -> list[Tree]:
-    """Returns short trees of the tokens of some sequences, in their order, over and over.
+def probe_trees(sequences: list[list[int]], config: object, others: Sequence[Tree] = ()) -> list[Tree]:
+    """Returns short trees of the tokens of some sequences, in their order, over and over; then the others.
 
     config: says how many positions a model has; trees that are longer are left out.
     """
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     tokens = itertools.cycle([token for ids in sequences for token in ids])
-    trees = [_tree_of(shape, tokens) for shape in _SHAPES]
+    trees = [*(_tree_of(shape, tokens) for shape in _SHAPES), *others]
     return [tree for tree in trees if max(len(each.ids) for each in tree_sequences(tree)) <= longest]
 
 
@@ -153,11 +171,13 @@ def _first_pair(tree: Tree) -> tuple[list[int], list[int]]:
     return first.ids, second.ids
 
 
-def _alone(trees: list[Tree], pad_token_id: int, device: torch.device) -> list[TokenBatch]:
+def _alone(
+    trees: list[Tree], pad_token_id: int, device: torch.device, kind: ImageLayout | None = None
+) -> list[TokenBatch]:
     """Returns a batch for each sequence of some trees, in order, which has no padding."""
     sequences = [each for tree in trees for each in tree_sequences(tree)]
-    single = [Tree(each.ids[: each.start], [each.ids[each.start :]]) for each in sequences]
-    return [pack_trees([tree], PADDED, pad_token_id).to(device) for tree in single]
+    single = [Tree(each.ids[: each.start], [each.ids[each.start :]], each.images) for each in sequences]
+    return [pack_trees([tree], PADDED, pad_token_id, image_layout=kind).to(device) for tree in single]
 
 
 @contextmanager
@@ -188,7 +208,7 @@ def _device_of(model: PreTrainedModel) -> torch.device:
 
 
 def _own_logprobs(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits.float().flatten(0, 1)
+    logits = model(input_ids=batch.input_ids, **(batch.images or {}), use_cache=False).logits.float().flatten(0, 1)
     return logits[batch.score_positions].log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
 
 
@@ -211,11 +231,13 @@ class _Reading(NamedTuple):
     - `embeddings` (B · T, H): the gradient of a weighted sum of them in the input embeddings; None where it cannot be
       taken.
     - `vectors`: the gradients of some parameters.
+    - `images`: the gradients of the batch's images, summed over their first dimension.
     """
 
     values: torch.Tensor
     embeddings: torch.Tensor | None = None
     vectors: tuple[torch.Tensor, ...] = ()
+    images: tuple[torch.Tensor, ...] = ()
 
 
 def _compare(
@@ -256,18 +278,32 @@ def _read_with_gradient(
         # Weights are whole in forward alone.
         return _Reading(read(batch))
     vectors = [weight for module in mixers_of(model) for weight in module.parameters() if _is_compared(weight)]
+    batch, images = _images_as_leaves(batch)
     with torch.enable_grad(), _alone_trainable(model, vectors), _embeddings_as_leaf(model) as leaves:
         values = read(batch)
         numbers = torch.arange(start, start + len(values), device=values.device)
         # Different for each value, without a pattern, all positive.
         weights = 0.5 + numbers * 0.618 % 1
+        inputs = [*leaves, *images, *vectors]
         try:
-            gradients = torch.autograd.grad((values * weights).sum(), [*leaves, *vectors], allow_unused=True)
+            gradients = torch.autograd.grad((values * weights).sum(), inputs, allow_unused=True)
         except RuntimeError:
             # Some kernels of quantised layers have no backward pass: such a model trains in no layout.
             return _Reading(values.detach())
-    given = [g if g is not None else torch.zeros_like(x) for g, x in zip(gradients, [*leaves, *vectors], strict=True)]
-    return _Reading(values.detach(), given[0].flatten(0, 1).float() if leaves else None, (*given[len(leaves) :],))
+    given = iter([g if g is not None else torch.zeros_like(x) for g, x in zip(gradients, inputs, strict=True)])
+    embeddings = [next(given).flatten(0, 1).float() for _ in leaves]
+    of_images = tuple(next(given).sum(0) for _ in images)
+    return _Reading(values.detach(), embeddings[0] if embeddings else None, (*given,), of_images)
+
+
+def _images_as_leaves(batch: TokenBatch) -> tuple[TokenBatch, list[torch.Tensor]]:
+    """Returns a batch with images of which a gradient can be taken, and their tensors."""
+    leaves = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in (batch.images or {}).items()
+        if tensor.is_floating_point()
+    }
+    return (replace(batch, images={**(batch.images or {}), **leaves}) if leaves else batch), [*leaves.values()]
 
 
 def _is_compared(weight: torch.nn.Parameter) -> bool:
@@ -321,10 +357,15 @@ def _gradient_error(
     expected = torch.zeros_like(together.embeddings).index_add_(0, places, torch.cat(parts))
     is_shared = torch.bincount(places, minlength=len(expected)) > 1
     pairs = [(together.embeddings[chosen], expected[chosen]) for chosen in (is_shared, ~is_shared)]
-    sums = [torch.stack(each).sum(0) for each in zip(*(each.vectors for each in found), strict=True)]
-    vectors = [*zip(together.vectors, sums, strict=True)]
-    errors = [*_relative_errors(pairs, tolerance), *_relative_errors(vectors, tolerance)]
+    vectors = [*zip(together.vectors, _sums([each.vectors for each in found]), strict=True)]
+    images = [*zip(together.images, _sums([each.images for each in found if each.images]), strict=True)]
+    errors = [error for each in (pairs, vectors, images) for error in _relative_errors(each, tolerance)]
     return torch.tensor(errors).max().item()
+
+
+def _sums(gradients: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """Returns the sum of each of some tensors over sequences."""
+    return [torch.stack(each).sum(0) for each in zip(*gradients, strict=True)]
 
 
 def _places(batch: TokenBatch) -> list[torch.Tensor]:
