@@ -26,7 +26,8 @@ def build(name):
 
 
 def chosen(model, probes):
-    return choose_layout(model, LayoutRequest("auto", max_length=200, images=probes), [[5, 6, 7, 8]])
+    sequences = [[5, 6, 7, 8, *([model.config.image_token_id] * 20 if probes else ()), 9]]
+    return choose_layout(model, LayoutRequest("auto", max_length=200, images=probes), sequences)
 
 
 @pytest.mark.parametrize(

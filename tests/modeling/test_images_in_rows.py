@@ -1,4 +1,4 @@
-"""Images in rows of trees: loss and every gradient, the tower's too, are those of padded rows, and those the family's."""
+"""Images in rows of trees: loss and every gradient, the tower's too, against padded rows; those against the family."""
 
 from __future__ import annotations
 

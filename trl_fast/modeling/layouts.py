@@ -87,7 +87,7 @@ def choose_layout(
         ValueError: the layout that was asked for cannot be.
     """
     readout = readout or TOKEN_SCORES
-    probes = _probes(sequences)
+    probes = _probes(sequences, request.images)
     layout, refused, verdict = _best_layout(model, request, readout, probes)
     verdict = verdict or _try_out(model, readout, probes, None, request.images)
     if not verdict.fused_ok:
@@ -111,7 +111,7 @@ def choose_layout_or_pad(
 
     readout: what is read of the model, REWARDS if None.
     """
-    layout, _, _ = _best_layout(model, request, readout or REWARDS, _probes(sequences))
+    layout, _, _ = _best_layout(model, request, readout or REWARDS, _probes(sequences, request.images))
     if layout == PADDED != request.asked:
         logger.warning(f"batch_layout: {type(model).__name__} is run on padded rows, since it cannot run packed ones.")
     return layout
@@ -184,8 +184,10 @@ def _best_layout(
     raise AssertionError("the last layout serves every model")
 
 
-def _probes(sequences: list[list[int]]) -> list[list[int]]:
-    """Returns the beginnings of sequences, on which a layout is tried out."""
+def _probes(sequences: list[list[int]], images: ImageProbes | None) -> list[list[int]]:
+    """Returns the text at the beginnings of sequences, on which a layout is tried out."""
+    if images is not None:
+        sequences = [[token for token in ids if token != images.layout.image_token_id] for ids in sequences]
     return [ids[:_PROBE_TOKENS] for ids in sequences if len(ids) > 1] or [[0, 1, 2], [2, 1, 0]]
 
 

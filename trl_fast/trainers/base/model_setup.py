@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from trl_fast.data.images.rows import RowImages
 from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.adapters import adapter_refusal
 from trl_fast.modeling.finite_weights import check_weights
+from trl_fast.modeling.image_models import image_probes
 from trl_fast.modeling.layouts import LayoutRequest
 from trl_fast.modeling.liger_kernels import check_liger
 from trl_fast.modeling.loading import base_model, disable_dropout, keep_used_conversions
@@ -90,12 +92,14 @@ class LayoutNeeds(Protocol):
 
     method: str
     shares_prompts: bool
+    images: RowImages | None
 
 
 def layout_request(trainer: LayoutNeeds, model: PreTrainedModel | PeftModel, args: BaseConfig) -> LayoutRequest:
     """Returns what a trainer asks of the layout of its batches for a model."""
-    lengths = args.max_length, args.disable_dropout
-    return LayoutRequest(args.batch_layout, trainer.method, trainer.shares_prompts, *lengths, adapter_refusal(model))
+    probes = None if trainer.images is None else image_probes(trainer.images.reader, trainer.images.layout)
+    limits = args.max_length, args.disable_dropout, adapter_refusal(model)
+    return LayoutRequest(args.batch_layout, trainer.method, trainer.shares_prompts, *limits, probes)
 
 
 def check_trains(model: PreTrainedModel | PeftModel) -> None:
