@@ -61,14 +61,14 @@ CONFIGS = {
     "qwen3_vl": _qwen({"deepstack_visual_indexes": [0], "num_position_embeddings": 64}),
     "qwen3_vl_moe": _qwen({"deepstack_visual_indexes": [0], "num_position_embeddings": 64}, **_EXPERTS),
     "glm4v": _qwen({"out_hidden_size": 32, "image_size": 28}),
-    "llava": _llama_in(model_type="clip_vision_model", projection_dim=32),
+    "llava": _llama_in(model_type="clip_vision_model", projection_dim=32, num_hidden_layers=2),
     "llava_onevision": {
         "text_config": {**_TEXT, "model_type": "qwen2"},
         "vision_config": {**_TOWER, "model_type": "siglip_vision_model"},
         "image_grid_pinpoints": [[28, 28], *TILES],
     },
     "llava_next": {
-        **_llama_in(model_type="clip_vision_model", projection_dim=32),
+        **_llama_in(model_type="clip_vision_model", projection_dim=32, num_hidden_layers=2),
         "image_grid_pinpoints": TILES,
     },
     "paligemma": {

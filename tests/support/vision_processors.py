@@ -122,13 +122,14 @@ def _llava(name: str, image_processor: str, image: dict, **values: object) -> _F
     return _Family((name, image_processor), image, {"image_token": token}, {"image_token_id": token}, token, values)
 
 
-def _idefics(name: str, **others: Callable[[], object]) -> _Family:
+def _idefics(name: str, *, tiles: bool = False, **others: Callable[[], object]) -> _Family:
     tokens = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>"}
     tokens |= {"global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}
+    tokens |= {f"tile_{row}_{column}": f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2) if tiles}
     edge = {"longest_edge": 28}
     return _Family(
         (f"{name}Processor", f"{name}ImageProcessorPil"),
-        {"size": edge, "max_image_size": edge, "do_image_splitting": False},
+        {"size": {"longest_edge": 56} if tiles else edge, "max_image_size": edge, "do_image_splitting": tiles},
         tokens,
         {"image_token_id": "<image>"},
         "<image>",
@@ -213,7 +214,7 @@ _FAMILIES = {
         {"patch_size": 7, "spatial_merge_size": 2},
     ),
     "smolvlm": _idefics("SmolVLM", video_processor=StillImages),
-    "idefics3": _idefics("Idefics3"),
+    "idefics3": _idefics("Idefics3", tiles=True),
     "internvl": _Family(
         ("InternVLProcessor", "GotOcr2ImageProcessorPil"),
         {"size": _SQUARE, "max_patches": 4},

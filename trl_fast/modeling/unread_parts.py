@@ -1,27 +1,33 @@
 """Sets aside what text does not reach in a model that reads images or sound too.
 
 No gradient ever comes there. Frozen, these parts need no place in an optimizer's state, and distributed training does
-not wait for their gradients; what is trained is the same.
+not wait for their gradients; what is trained is the same. Where a dataset has images, these parts train like the
+others, unless they came frozen: then they run without a graph.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import types
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.utils import _pytree
 from transformers import PreTrainedModel
 
 from .blank_images import image_features, tower_parameters
 from .classifier_head import HEAD, has_classifier_head
-from .loading import backbone, reads_more_than_text
-from .model_changes import changes_of
+from .loading import backbone, reads_more_than_text, whole_backbone
+from .model_changes import changes_of, unbound_forward
 from .scoring import evaluating
 
 logger = logging.getLogger(__name__)
 
 FROZEN_PARTS = "frozen parts"
 PRESENT_LAYERS = "present layers"
+FROZEN_READERS = "frozen readers of images"
 
 
 def freeze_unread_parts(model: PreTrainedModel) -> None:
@@ -63,6 +69,34 @@ def freeze_unreached_weights(model: PreTrainedModel, images: Sequence[Mapping[st
         change.on_undo(_unfreeze, unreached)
         for weight in unreached:
             weight.requires_grad_(False)
+
+
+def run_frozen_readers_without_graph(model: PreTrainedModel) -> None:
+    """Has the parts that read images run without gradient wherever nothing in them or before them trains.
+
+    Adapters on the text model make transformers ask for a gradient of every embedding, those of a frozen tower's
+    patches too; the tower would keep its activations, and be computed again and backward, for nothing.
+    """
+    if not reads_more_than_text(model) or FROZEN_READERS in changes_of(model):
+        return
+    change = changes_of(model).get_or_add(FROZEN_READERS, "what reads images runs without gradient where it is frozen")
+    text = backbone(model)
+    for part in whole_backbone(model).children():
+        if not any(module is text for module in part.modules()):
+            change.set(part, "forward", types.MethodType(_without_graph_if_frozen(unbound_forward(part)), part))
+
+
+def _without_graph_if_frozen(forward: Any) -> Any:
+    """Returns a forward that has a graph only if its module's parameters or its inputs need gradients."""
+
+    @functools.wraps(forward)
+    def run(self: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        inputs = (each for each in _pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor))
+        trains = any(each.requires_grad for each in (*self.parameters(), *inputs))
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            return forward(self, *args, **kwargs)
+
+    return run
 
 
 def name_present_layers(model: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from trl_fast.modeling.loading import base_model, disable_dropout, keep_used_con
 from trl_fast.modeling.recurrent_layers import warn_of_missing_kernels, warn_of_unread_adapters
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
-from trl_fast.modeling.unread_parts import freeze_unread_parts, name_present_layers
+from trl_fast.modeling.unread_parts import freeze_unread_parts, name_present_layers, run_frozen_readers_without_graph
 from trl_fast.parallel.weights import has_read_weights
 
 from .config import BaseConfig
@@ -70,7 +70,9 @@ def set_up_layers(
     keep_used_conversions(inner)
     if not trains:
         return
-    if not reads_images:
+    if reads_images:
+        run_frozen_readers_without_graph(inner)
+    else:
         freeze_unread_parts(inner)
     if torch.cuda.is_available():
         warn_of_missing_kernels(inner)
