@@ -1,4 +1,4 @@
-"""What laying out images needs to know of a model, and layouts that are tried out with images."""
+"""Images and models: the facts that laying them out needs, and layouts that are tried out with them."""
 
 from __future__ import annotations
 

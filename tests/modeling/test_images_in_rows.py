@@ -62,10 +62,11 @@ def test_padded_scores_are_the_familys_own(name):
     model, layout = build(name)
     reader = ImageReader(tiny_processor(name))
     images = [pictures(1, size, seed)[0] for seed, size in enumerate(SIZES)]
-    messages = image_trees.question("What color?", images[: 1 if name in PROMPTS else None])
+    images = images[: 1 if name in PROMPTS else None]
+    messages = image_trees.question("What color?", images)
     own = reader.conversation(messages, return_tensors="pt")
     ids = own["input_ids"][0].tolist()
-    batch = pack_trees([Tree([], [ids], reader.image_inputs(messages))], "padded", 2, image_layout=layout)
+    batch = pack_trees([Tree([], [ids], tuple(map(reader.image_input, images)))], "padded", 2, image_layout=layout)
     with torch.no_grad():
         logprobs = model(**own).logits[0].log_softmax(-1)
         found = score(model, batch).tokens.logprobs

@@ -35,5 +35,5 @@ def image_trees(
         images = [pictures(1, size, 10 * number + index)[0] for index, size in enumerate(sizes)]
         messages = question(text, images)
         answers = [processor.tokenizer(answer)["input_ids"] + [1] for answer in ("It is blue.", "green")]
-        trees.append(Tree(reader.prompt_ids(messages), answers, reader.image_inputs(messages)))
+        trees.append(Tree(reader.prompt_ids(messages), answers, tuple(map(reader.image_input, images))))
     return trees

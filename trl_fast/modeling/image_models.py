@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trl_fast.data.images.inputs import ImageInput
 from trl_fast.data.images.layout import ImageLayout
-from trl_fast.data.images.reader import ImageReader
+from trl_fast.data.images.reader import ImageReader, reads_images_one_by_one
 from trl_fast.data.token_trees import Tree
 from trl_fast.parallel.engines import original_class
 
@@ -61,17 +61,15 @@ class AxisPositions:
 def image_probes(reader: ImageReader, layout: ImageLayout) -> ImageProbes:
     """Returns short conversations with different pictures of noise to try layouts out on, as a processor reads them.
 
-    One of them has two pictures, if the tokens of a picture are the same beside another one.
+    One of them has two pictures, where the processor reads those one by one.
     """
     trees = []
-    for number, count in enumerate((1, 2)):
-        pictures = [_noise(seed=10 * number + index) for index in range(count)]
-        messages = [{"role": "user", "content": [{"type": "image", "image": each} for each in pictures]}]
-        messages[0]["content"].append({"type": "text", "text": "What is it?"})
-        images, ids = reader.image_inputs(messages), reader.prompt_ids(messages)
-        if ids.count(layout.image_token_id) == sum(image.num_tokens for image in images):
-            answers = [reader.text_ids(answer) for answer in ("It is blue.", "Green, and bright.", "No.")]
-            trees.append(Tree(ids, answers, images))
+    for count in (1, 2) if reads_images_one_by_one(reader) else (1,):
+        pictures = [_noise(seed=10 * count + index) for index in range(count)]
+        parts = [*({"type": "image", "image": each} for each in pictures), {"type": "text", "text": "What is it?"}]
+        answers = [reader.text_ids(answer) for answer in ("It is blue.", "Green, and bright.", "No.")]
+        ids = reader.prompt_ids([{"role": "user", "content": parts}])
+        trees.append(Tree(ids, answers, tuple(map(reader.image_input, pictures))))
     return ImageProbes(layout, trees)
 
 

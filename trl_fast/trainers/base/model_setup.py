@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from trl_fast.data.images.rows import RowImages
+from trl_fast.data.images.row_images import RowImages
 from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.adapters import adapter_refusal
 from trl_fast.modeling.finite_weights import check_weights
