@@ -32,8 +32,13 @@ def chosen(model, probes):
 
 @pytest.mark.parametrize(
     ("name", "untrue"),
-    [("gemma3", {"sees_both_ways": False}), ("qwen2_5_vl", {"positions": None}), ("llava", {"sees_both_ways": True})],
-    ids=["tokens of an image see each other", "positions of three axes", "tokens of an image see those before"],
+    [
+        pytest.param("gemma3", {"sees_both_ways": False}, id="tokens of an image see each other"),
+        pytest.param("qwen2_5_vl", {"positions": None}, id="positions of three axes"),
+        pytest.param(
+            "llava", {"sees_both_ways": True}, id="tokens of an image see those before", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_layout_is_tried_out_with_images(name, untrue):
     """A family of which something untrue is said runs padded, with a reason; text alone would not tell."""

@@ -21,7 +21,7 @@ from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.unread_parts import FROZEN_READERS, run_frozen_readers_without_graph
 
-BY_DEFAULT = ("gemma3", "idefics3", "qwen3_vl")
+BY_DEFAULT = ("gemma3", "qwen3_vl")
 TRAINED = [name for name in WITH_PROCESSORS if name != "paligemma"]
 FAMILIES = [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in TRAINED]
 # Gemma 4's larger models let the tokens of an image see each other, its smaller ones do not.
