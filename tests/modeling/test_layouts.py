@@ -43,7 +43,7 @@ def readout(bad=(), fused_error=0.0):
     """A readout whose numbers differ in the layouts of `bad`, and a list of all that it is asked."""
     asked = []
 
-    def verify(model, sequences, *, layout):
+    def verify(model, sequences, *, layout, images=None):
         asked.append((layout, sequences))
         return Verdict(fused_error, 7.0 if layout in bad else 0.0, 1.0)
 
@@ -162,6 +162,14 @@ def test_a_fused_head_that_disagrees_is_given_up(caplog):
         choose_layout(model, LayoutRequest("auto"), SEQUENCES, readout(fused_error=3.0)[0])
     assert not model.trl_fast_fused_head
     assert "LlamaForCausalLM: the fused head's log-probs differ from the model's own by up to 3 nats" in caplog.text
+
+
+def test_a_head_behind_a_projection_is_given_up(caplog):
+    model = scored_model("electra", embedding_size=16, is_decoder=True)
+    with caplog.at_level(logging.WARNING, "trl_fast"):
+        assert choose_layout(model, LayoutRequest("auto"), SEQUENCES).name == "shared_prefix"
+    assert not model.trl_fast_fused_head
+    assert "ElectraForCausalLM: its head does not read what its layers give, but a projection of it" in caplog.text
 
 
 def test_a_classifier_beside_the_policy_is_padded_where_nothing_else_serves(caplog, monkeypatch):

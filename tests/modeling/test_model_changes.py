@@ -240,7 +240,7 @@ def test_a_layer_with_something_on_top_stays_as_it_is():
 def test_values_that_are_ours_may_have_changed():
     model = language_model()
     attach_scoring(model)
-    give_up_fused_head(model, 1.0)
+    give_up_fused_head(model, "it is told to")
     tile_mlps(model, 2)
     tile_mlps(model, 4)
     assert model.model.layers[0].mlp.tile_tokens == 4

@@ -26,7 +26,7 @@ from .model_changes import changes_of
 from .recurrent_layers import RECURRENT_LAYERS
 from .scoring import give_up_fused_head
 from .segment_attention import SEGMENTS, is_replaceable, set_attention, use_segment_attention
-from .verification import ImageProbes, Verdict, verify, verify_rewards
+from .verification import ImageProbes, Verdict, head_reads_states, verify, verify_rewards
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +60,12 @@ class Readout(NamedTuple):
 
     - `supports_packed`: from a model and max_length to whether it does, and why not.
     - `verify`: from a model, sequences, a layout and probes of images to a Verdict.
+    - `has_head`: whether a language-modelling head is read.
     """
 
     supports_packed: Callable[[PreTrainedModel, int | None], tuple[bool, str]]
     verify: Callable[..., Verdict]
+    has_head: bool = False
 
 
 class ChosenLayout(NamedTuple):
@@ -88,10 +90,12 @@ def choose_layout(
     """
     readout = readout or TOKEN_SCORES
     probes = _probes(sequences, request.images)
+    if readout.has_head and not decided_by_first(lambda: head_reads_states(model), collective=is_sharded(model)):
+        give_up_fused_head(model, "its head does not read what its layers give, but a projection of it")
     layout, refused, verdict = _best_layout(model, request, readout, probes)
     verdict = verdict or _try_out(model, readout, probes, None, request.images)
     if not verdict.fused_ok:
-        give_up_fused_head(model, verdict.fused_error)
+        give_up_fused_head(model, verdict.head_mismatch())
     _check_asked(request, layout, refused)
     best = layouts_for(shares_prompts=request.shares_prompts)[0]
     if layout == best:
@@ -266,5 +270,5 @@ def supports_packed_rewards(model: PreTrainedModel, max_length: int | None) -> t
     return supports_packed(model, max_length)
 
 
-TOKEN_SCORES = Readout(supports_packed, verify)
+TOKEN_SCORES = Readout(supports_packed, verify, has_head=True)
 REWARDS = Readout(supports_packed_rewards, verify_rewards)

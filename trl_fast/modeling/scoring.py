@@ -111,12 +111,11 @@ def attach_scoring(model: PreTrainedModel) -> None:
     change.set(model, "forward", types.MethodType(forward, model))
 
 
-def give_up_fused_head(model: PreTrainedModel, error: float) -> None:
-    """Lets a model be scored by its own logits from now on, and says so; error: the fused head's, in nats a token."""
+def give_up_fused_head(model: PreTrainedModel, reason: str) -> None:
+    """Lets a model be scored by its own logits from now on, and says so with the reason."""
     logger.warning(
-        f"{type(model).__name__}: the fused head's log-probs differ from the model's own by up to "
-        f"{error:.3g} nats, so its logits are transformed in a way that its config does not "
-        "tell. Training goes on with the model's own logits, which is slower and takes more memory."
+        f"{type(model).__name__}: {reason}. Training goes on with the model's own logits, which is slower and takes more "
+        "memory."
     )
     changed: Any = model
     changed.trl_fast_fused_head = False

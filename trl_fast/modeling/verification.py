@@ -27,6 +27,7 @@ from trl_fast.settings.batch_layouts import PADDED
 
 from .classifier_head import rewards
 from .layer_kinds import layer_kinds, mixers_of, shortened_windows
+from .loading import backbone
 from .scoring import evaluating, score
 
 # How far scores may lie from those of the model's own forward, in nats a token: rounding, not another formula.
@@ -66,6 +67,13 @@ class Verdict:
         """Returns whether the fused head agrees with the model's own logits."""
         return self.fused_error <= self.tolerance
 
+    def head_mismatch(self) -> str:
+        """Returns what is wrong with a fused head that is not OK."""
+        return (
+            f"the fused head's log-probs differ from the model's own by up to {self.fused_error:.3g} nats, so its "
+            "logits are transformed in a way that its config does not tell"
+        )
+
     @property
     def packed_ok(self) -> bool:
         """Returns whether sequences in one row agree with the same ones alone."""
@@ -79,6 +87,15 @@ class Verdict:
         if not self.packed_error <= self.tolerance:
             return f"its {layout} scores differ from the single ones by {self.packed_error:.3g}"
         return f"the gradient of its {layout} rows differs from that of single sequences by {self.gradient_error:.2g}"
+
+
+def head_reads_states(model: PreTrainedModel) -> bool:
+    """Returns whether a model's head reads what its backbone gives; Electra and RemBERT have a projection between."""
+    width = getattr(model.get_output_embeddings(), "in_features", None)
+    with _trying_out(model):
+        token = torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model))
+        states = backbone(model)(input_ids=token, use_cache=False, return_dict=True).last_hidden_state
+    return width in (None, states.shape[-1])
 
 
 class ImageProbes(NamedTuple):
