@@ -114,8 +114,8 @@ def attach_scoring(model: PreTrainedModel) -> None:
 def give_up_fused_head(model: PreTrainedModel, reason: str) -> None:
     """Lets a model be scored by its own logits from now on, and says so with the reason."""
     logger.warning(
-        f"{type(model).__name__}: {reason}. Training goes on with the model's own logits, which is slower and takes more "
-        "memory."
+        f"{type(model).__name__}: {reason}. Training goes on with the model's own logits, which is slower and takes "
+        "more memory."
     )
     changed: Any = model
     changed.trl_fast_fused_head = False
