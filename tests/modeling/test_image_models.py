@@ -88,8 +88,6 @@ def test_workers_count_positions_without_weights():
     assert text.tolist() == [[0, 1, 2]] * 3
 
 
-def test_models_that_cannot_have_images_are_refused():
-    with pytest.raises(ValueError, match="PaliGemma.* cannot be trained on images: all tokens of its prompts see"):
-        image_layout(tiny_vision_model("paligemma"))
+def test_a_model_without_an_image_token_is_refused():
     with pytest.raises(ValueError, match="LlamaForCausalLM has no image token"):
         image_layout(tiny_model())

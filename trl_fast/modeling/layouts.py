@@ -90,8 +90,6 @@ def choose_layout(
     """
     readout = readout or TOKEN_SCORES
     probes = _probes(sequences, request.images)
-    if readout.has_head and not decided_by_first(lambda: head_reads_states(model), collective=is_sharded(model)):
-        give_up_fused_head(model, "its head does not read what its layers give, but a projection of it")
     layout, refused, verdict = _best_layout(model, request, readout, probes)
     verdict = verdict or _try_out(model, readout, probes, None, request.images)
     if not verdict.fused_ok:
@@ -203,9 +201,10 @@ def _try_out(
     images: ImageProbes | None,
 ) -> Verdict:
     """Returns the verdict on a layout, in all processes that of the first one: others may lack the weights."""
-    return decided_by_first(
-        lambda: readout.verify(model, probes, layout=layout, images=images), collective=is_sharded(model)
-    )
+    collective = is_sharded(model)
+    if readout.has_head and not decided_by_first(lambda: head_reads_states(model), collective=collective):
+        give_up_fused_head(model, "its head does not read what its layers give, but a projection of it")
+    return decided_by_first(lambda: readout.verify(model, probes, layout=layout, images=images), collective=collective)
 
 
 def _check_asked(request: LayoutRequest, layout: str, refused: dict[str, str]) -> None:

@@ -90,7 +90,12 @@ class Verdict:
 
 
 def head_reads_states(model: PreTrainedModel) -> bool:
-    """Returns whether a model's head reads what its backbone gives; Electra and RemBERT have a projection between."""
+    """Returns whether a model's head reads what its backbone gives; Electra and RemBERT have a projection between.
+
+    True where the model is scored by its own logits already.
+    """
+    if not getattr(model, "trl_fast_fused_head", False):
+        return True
     width = getattr(model.get_output_embeddings(), "in_features", None)
     with _trying_out(model):
         token = torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model))
