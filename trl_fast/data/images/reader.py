@@ -89,7 +89,8 @@ class ImageReader:
         Raises:
             ValueError: there are more or fewer images than places.
         """
-        if images or self.processor.image_token in text:
+        processor: Any = self.processor
+        if images or processor.image_token in text:
             return _ids(_encode(self._sized, text, images))
         # PaliGemma's processor takes no text without images.
         return _ids(self.tokenizer([text], add_special_tokens=False))
