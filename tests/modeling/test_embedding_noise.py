@@ -6,9 +6,13 @@ from peft import LoraConfig, get_peft_model
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from support.models import tiny_model
+from support.vision_models import tiny_vision_model
+from support.vision_processors import pictures, tiny_processor
+from trl_fast.data.images.reader import ImageReader
 from trl_fast.data.packing import pack_trees
 from trl_fast.data.token_trees import Tree
 from trl_fast.modeling.embedding_noise import SequenceNoise
+from trl_fast.modeling.image_models import image_layout
 from trl_fast.modeling.loading import backbone, base_model
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
@@ -19,8 +23,8 @@ TREES = [Tree([1] * 10, [[2] * 4, [3] * 9]), Tree([4] * 20, [[5] * 14, [6] * 3])
 LONGEST = 34
 
 
-def noise_of(model, layout):
-    """Returns the largest noise in the embeddings of the trees, and the hidden size."""
+def noise_of(model, layout, trees=TREES, image_layout=None):
+    """Returns the largest noise in the embeddings of the trees' text, and the hidden size."""
     inner = base_model(model)
     seen = {}
     weight = inner.get_input_embeddings().weight
@@ -32,11 +36,13 @@ def noise_of(model, layout):
             with_kwargs=True,
         )
     )
-    batch = pack_trees(TREES, layout, 0)
+    batch = pack_trees(trees, layout, 0, image_layout=image_layout)
     with torch.no_grad():
         score(model, batch)
     hook.remove()
-    return (seen["hidden"] - weight.detach()[batch.input_ids]).abs().max().item(), weight.shape[1]
+    noise = (seen["hidden"] - weight.detach()[batch.input_ids]).abs().amax(-1)
+    is_image = batch.input_ids == (-1 if image_layout is None else image_layout.image_token_id)
+    return noise.masked_fill(is_image, 0.0).max().item(), weight.shape[1]
 
 
 @pytest.fixture(params=[False, True], ids=["", "lora"])
@@ -59,6 +65,26 @@ def test_bound_is_that_of_a_sequence(model, layout):
     model.train()
     noise.remove()
     assert noise_of(model, layout)[0] == 0
+
+
+def test_trees_of_trees_and_images_have_the_bound_of_their_longest_sequence():
+    """Whatever batch came before: of rows with images the embeddings are made above the text model."""
+    model = tiny_vision_model("llava").train()
+    attach_scoring(model)
+    use_segment_attention(model)
+    reader, images = ImageReader(tiny_processor("llava")), image_layout(model)
+    image = reader.image_input(pictures(1)[0])
+    prompt = [images.image_token_id] * image.num_tokens
+    nested = [Tree([1] * 40, [Tree([2] * 30, [[3] * 4, [5] * 5]), [6] * 3])]
+    SequenceNoise(model, lambda: ALPHA)
+    for trees, longest in (
+        (nested, 75),
+        ([Tree([7] * 20 + prompt, [[8] * 9, [9] * 3], images=(image,))], 29 + image.num_tokens),
+        (TREES, LONGEST),
+    ):
+        largest, hidden_size = noise_of(model, "shared_prefix", trees, images)
+        bound = ALPHA / (longest * hidden_size) ** 0.5
+        assert 0.97 * bound < largest <= 1.0001 * bound
 
 
 def test_alpha_may_change(model):

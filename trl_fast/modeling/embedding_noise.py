@@ -13,7 +13,9 @@ from peft import PeftModel
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .loading import backbone, base_model
+from trl_fast.data.segments import sequence_lengths
+
+from .loading import backbone, base_model, whole_backbone
 from .segment_attention import LENGTHS_KEYWORD
 
 
@@ -30,7 +32,11 @@ class SequenceNoise:
         inner = base_model(model)
         self._alpha, self._longest = alpha, 0
         self._handles: list[RemovableHandle] = [
-            backbone(inner).register_forward_pre_hook(self._read_lengths, with_kwargs=True),
+            # Of rows with images the embeddings are made above the text model.
+            *(
+                module.register_forward_pre_hook(self._read_lengths, with_kwargs=True)
+                for module in {backbone(inner), whole_backbone(inner)}
+            ),
             inner.get_input_embeddings().register_forward_hook(self._add_noise),
         ]
 
@@ -41,7 +47,7 @@ class SequenceNoise:
 
     def _read_lengths(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         trees = kwargs.get(LENGTHS_KEYWORD) or ()
-        self._longest = max((tree[0] + max(tree[1:], default=0) for tree in trees), default=0)
+        self._longest = max(sequence_lengths(trees), default=0)
 
     def _add_noise(self, module: torch.nn.Module, args: tuple, embeddings: torch.Tensor) -> torch.Tensor:
         if not module.training:
