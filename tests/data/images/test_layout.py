@@ -100,6 +100,14 @@ def test_images_side_by_side_that_see_each_other_are_shared_together():
     assert batch.image_runs == ((24, 27), (28, 34), (35, 41))
 
 
+@pytest.mark.parametrize("whole_prompts", [False, True])
+def test_rows_are_laid_out_without_their_images_to_count_tokens(whole_prompts):
+    """As the run report does."""
+    kind = ImageLayout(IMAGE, ("token_type_ids",), sees_both_ways=True, whole_prompts=whole_prompts)
+    batch = pack([Tree(with_image(image(1)), [[20], [21]])], "padded", kind)
+    assert batch.num_tokens == 2 * (24 + 3 + 24 + 1)
+
+
 def test_whole_prompts_that_see_each_other():
     """Each prompt with images is one run; prompts that only begin alike share nothing."""
     kind = ImageLayout(IMAGE, ("token_type_ids",), sees_both_ways=True, whole_prompts=True)

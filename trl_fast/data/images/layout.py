@@ -91,7 +91,8 @@ class ImageLayout:
             prompts: how many tokens the prompt of each has; None serves where those of whole prompts do not count.
 
         Raises:
-            ValueError: a sequence has more or fewer image tokens than its images have.
+            ValueError: a sequence has more or fewer image tokens than its images have; rows may come without any
+                images, to count tokens.
         """
         # Without types of tokens, PaliGemma would let text see what follows it.
         if not any(images) and not self.whole_prompts:
@@ -101,7 +102,8 @@ class ImageLayout:
         runs: set[tuple[int, int]] = set()
         for number, (ids, own, place) in enumerate(zip(sequences, images, places, strict=True)):
             tokens = place[torch.as_tensor(ids, dtype=torch.int64) == self.image_token_id]
-            _check_tokens(len(tokens), own)
+            if any(images):
+                _check_tokens(len(tokens), own)
             firsts = accumulate((image.num_tokens for image in own[:-1]), initial=0)
             at.update(zip(tokens[[*firsts]].tolist() if own else [], own, strict=True))
             seen = place[: self._end_of_run(prompts, images, number)] if self.whole_prompts else tokens
