@@ -12,9 +12,12 @@ from transformers.models.auto import CONFIG_MAPPING
 from examples.smollm2 import cache_folder, smollm2_folder
 from trl_fast.planning.model_shapes import SHAPES
 
+from .picture_rows import save_vision_model
+
 RANDOM_QWEN = "random-qwen2.5-0.5b"
 RANDOM_HYBRID = "random-hybrid-100m"
 RANDOM_WINDOWED = "random-windowed-100m"
+RANDOM_VISION = "random-vision-100m"
 
 # What the two models of about 100 million weights have in common: the vocabulary is that of their tokenizer.
 _SMALL: dict[str, Any] = {
@@ -44,19 +47,22 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SMALL, "intermediate_size": 2560, "sliding_window": 256, "query_pre_attn_scalar": 64},
     ),
 }
-RANDOM_MODELS = tuple(_MODELS)
+RANDOM_MODELS = (*_MODELS, RANDOM_VISION)
 
 
 def model_folder(name: str | None) -> str:
     """Returns a model's folder: None is SmolLM2-135M-Instruct; one of RANDOM_MODELS is made once and then cached."""
     if name is None:
         return str(smollm2_folder())
-    return str(_random_model(name)) if name in _MODELS else name
+    return str(_random_model(name)) if name in RANDOM_MODELS else name
 
 
 def _random_model(name: str) -> Path:
     folder = cache_folder().parent / name
-    if not (folder / "config.json").is_file():
+    if name == RANDOM_VISION:
+        if not (folder / "processor_config.json").is_file():
+            save_vision_model(folder)
+    elif not (folder / "config.json").is_file():
         model_type, values = _MODELS[name]
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**values))

@@ -3,6 +3,7 @@
     python -m benchmarks.step --method sft|dpo|reward|grpo [--batch 4 --steps 3 --rounds 3]
     python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method dpo --model random-hybrid-100m --prompt_tokens 512 --completion_tokens 128
+    python -m benchmarks.step --method dpo --model random-vision-100m --images --prompt_tokens 64 --completion_tokens 64
     python -m benchmarks.step --method sft --sweep 256 512 1024 2048
 
 SmolLM2-135M-Instruct (or --model) learns from English prose (Python's own documentation). Both trainers get the same
@@ -10,7 +11,8 @@ model, rows, order, dtype and batch, and train in turns in one process; a run's 
 those that TRL counts: no padding, a pair's prompt twice. Peak memory is that of a process of its own for each trainer.
 --sweep trains on single rows of growing length, ours only, and shows that cost grows with the number of tokens.
 With grpo it is the update that is timed: completions are cut from the same prose, 8 for each prompt and all of
---completion_tokens, and rewards are random numbers; --batch counts completions.
+--completion_tokens, and rewards are random numbers; --batch counts completions. With --images every prompt has a
+picture before its text.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from rich.progress import track
 from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -45,6 +49,7 @@ from transformers import (
 from .english_text import continuations, cut_continuations, passages, token_stream
 from .machine_info import describe_machine
 from .memory import MIB, process_peak_bytes
+from .picture_rows import PicturePrompts, tokenizer_of, with_pictures
 from .random_models import RANDOM_MODELS, model_folder
 from .step_workloads import GENERATIONS, random_rewards
 
@@ -169,14 +174,18 @@ def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
     """Returns a trainer of `trl_fast` or of `trl`, on rows enough for one run."""
     method = METHODS[arguments.method]
     library = __import__(module)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    processor = (AutoProcessor if arguments.images else AutoTokenizer).from_pretrained(arguments.model)
+    tokenizer = tokenizer_of(processor)
     torch.manual_seed(0)
-    model = method.model_class.from_pretrained(
-        arguments.model, dtype=getattr(torch, arguments.dtype), **method.settings
-    )
+    model_class = AutoModelForImageTextToText if arguments.images else method.model_class
+    model = model_class.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **method.settings)
     model.config.pad_token_id = tokenizer.pad_token_id
     # One step more than is timed, the warm-up.
     rows = method.rows(arguments, tokenizer, arguments.batch * (arguments.steps + 1))
+    given = method.arguments(arguments, tokenizer)
+    if arguments.images:
+        rows = with_pictures(rows)
+        given |= {"rollout_func": PicturePrompts(processor, given["rollout_func"])} if given else {}
     config = getattr(library, f"{method.stem}Config")(
         folder,
         **method.config(arguments),
@@ -203,10 +212,10 @@ def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
         model=model,
         args=config,
         train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=processor,
         callbacks=[clock],
         peft_config=peft_config,
-        **method.arguments(arguments, tokenizer),
+        **given,
     )
     trainer.remove_callback(PrinterCallback)
     return Run(NAMES[module], trainer, clock)
@@ -309,6 +318,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each trainer")
     parser.add_argument("--prompt_tokens", type=int, default=0)
     parser.add_argument("--completion_tokens", type=int, default=0, help="0: whole paragraphs, of their own lengths")
+    parser.add_argument("--images", action="store_true", help="prompts have a picture; the model reads pictures")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--budget", type=int, help="activation_budget_bytes of ours; default: its own")
@@ -320,6 +330,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--method grpo needs --prompt_tokens and --completion_tokens")
     if arguments.method == "grpo" and arguments.batch % GENERATIONS:
         parser.error(f"--batch {arguments.batch}: --method grpo takes whole groups, a multiple of {GENERATIONS}")
+    if arguments.images and not arguments.completion_tokens:
+        parser.error("--images needs --prompt_tokens and --completion_tokens")
     arguments.model = model_folder(arguments.model)
     return arguments
 
