@@ -3,7 +3,7 @@
     python -m benchmarks.step --method sft|dpo|reward|grpo [--batch 4 --steps 3 --rounds 3]
     python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method dpo --model random-hybrid-100m --prompt_tokens 512 --completion_tokens 128
-    python -m benchmarks.step --method dpo --model random-vision-100m --images --prompt_tokens 64 --completion_tokens 64
+    python -m benchmarks.step --method dpo --images --prompt_tokens 64 --completion_tokens 64
     python -m benchmarks.step --method sft --sweep 256 512 1024 2048
 
 SmolLM2-135M-Instruct (or --model) learns from English prose (Python's own documentation). Both trainers get the same
@@ -12,7 +12,7 @@ those that TRL counts: no padding, a pair's prompt twice. Peak memory is that of
 --sweep trains on single rows of growing length, ours only, and shows that cost grows with the number of tokens.
 With grpo it is the update that is timed: completions are cut from the same prose, 8 for each prompt and all of
 --completion_tokens, and rewards are random numbers; --batch counts completions. With --images every prompt has a
-picture before its text.
+picture before its text, and the model is random-vision-100m.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .english_text import continuations, cut_continuations, passages, token_stre
 from .machine_info import describe_machine
 from .memory import MIB, process_peak_bytes
 from .picture_rows import PicturePrompts, tokenizer_of, with_pictures
-from .random_models import RANDOM_MODELS, model_folder
+from .random_models import RANDOM_MODELS, RANDOM_VISION, model_folder
 from .step_workloads import GENERATIONS, random_rewards
 
 RESULTS = Path(__file__).parent / "results"
@@ -318,7 +318,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each trainer")
     parser.add_argument("--prompt_tokens", type=int, default=0)
     parser.add_argument("--completion_tokens", type=int, default=0, help="0: whole paragraphs, of their own lengths")
-    parser.add_argument("--images", action="store_true", help="prompts have a picture; the model reads pictures")
+    parser.add_argument(
+        "--images", action="store_true", help="prompts have a picture; default model: random-vision-100m"
+    )
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--budget", type=int, help="activation_budget_bytes of ours; default: its own")
@@ -332,7 +334,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch {arguments.batch}: --method grpo takes whole groups, a multiple of {GENERATIONS}")
     if arguments.images and not arguments.completion_tokens:
         parser.error("--images needs --prompt_tokens and --completion_tokens")
-    arguments.model = model_folder(arguments.model)
+    arguments.model = model_folder(arguments.model or (RANDOM_VISION if arguments.images else None))
     return arguments
 
 
