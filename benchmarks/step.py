@@ -318,9 +318,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each trainer")
     parser.add_argument("--prompt_tokens", type=int, default=0)
     parser.add_argument("--completion_tokens", type=int, default=0, help="0: whole paragraphs, of their own lengths")
-    parser.add_argument(
-        "--images", action="store_true", help="prompts have a picture; default model: random-vision-100m"
-    )
+    parser.add_argument("--images", action="store_true", help="prompts have pictures; default: random-vision-100m")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--budget", type=int, help="activation_budget_bytes of ours; default: its own")
