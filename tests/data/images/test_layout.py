@@ -129,7 +129,7 @@ def test_whole_prompts_that_see_each_other():
     # Text alone is read from left to right, and the model is told so.
     alone = pack(trees[3:], "padded", kind)
     assert set(alone.images) == {"token_type_ids"} and (alone.images["token_type_ids"] == 1).all()
-    assert alone.image_runs == ()
+    assert alone.image_runs is None
     padded = pack(trees, "padded", kind).images["token_type_ids"]
     assert (padded == 0).sum(1).tolist() == [51, 51, 52, 51, 0, 0] and (padded.diff() >= 0).all()
 

@@ -94,9 +94,10 @@ class ImageLayout:
             ValueError: a sequence has more or fewer image tokens than its images have; rows may come without any
                 images, to count tokens.
         """
-        # Without types of tokens, PaliGemma would let text see what follows it.
-        if not any(images) and not self.whole_prompts:
-            return {}
+        if not any(images):
+            # Without types of tokens, PaliGemma would let text see what follows it.
+            types = self.types_of(torch.zeros(shape, dtype=torch.bool))
+            return {"images": types} if self.whole_prompts else {}
         at: dict[int, ImageInput] = {}
         marked = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
         runs: set[tuple[int, int]] = set()
@@ -111,7 +112,7 @@ class ImageLayout:
             runs.update(_runs(seen))
         ordered = [at[place] for place in sorted(at)]
         return {
-            "images": (join_images(ordered) if ordered else {}) | self.types_of(marked.view(shape)),
+            "images": join_images(ordered) | self.types_of(marked.view(shape)),
             "image_shapes": tuple(ImageShape.of(image) for image in ordered),
             "image_runs": tuple(sorted(runs)) if self.sees_both_ways else None,
             **self._positions(sequences, images, places, shape),
