@@ -10,8 +10,10 @@ from support.vision_models import tiny_vision_model
 from support.vision_processors import pictures, tiny_processor
 from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.images.reader import ImageReader
+from trl_fast.modeling.image_models import image_layout
 from trl_fast.rollout import RolloutImages, SamplingSettings, TransformersEngine
 from trl_fast.rollout.images import with_images_in_messages
+from trl_fast.rollout.transformers_engine import _say_once
 
 TYPES = {"qwen2_5_vl": ("mm_token_type_ids",), "qwen3_vl": ("mm_token_type_ids",), "gemma3": ("token_type_ids",)}
 
@@ -140,3 +142,21 @@ def test_an_engine_without_a_layout_for_images():
     with pytest.raises(ValueError, match="the engine was made without an image_layout; give it one"):
         images = RolloutImages(reader).of_prompts([prompt])
         engine.generate([reader.prompt_ids(prompt)], SamplingSettings(2), images=images)
+
+
+def test_prompts_whose_tokens_all_see_each_other_are_computed_whole(caplog):
+    """PaliGemma's: the last token of a prompt is seen by those before it, so no cache holds them without it."""
+    model, processor = tiny_vision_model("paligemma"), tiny_processor("paligemma")
+    reader, messages = ImageReader(processor), [asked(image(pictures(1)[0]), text("What is it?"))] * 2
+    images = RolloutImages(reader).of_prompts(messages)
+    engine = TransformersEngine(model, {1}, 2, image_layout=image_layout(model), suppressed=[reader.image_token_id])
+    settings = SamplingSettings(6, generation_kwargs={"do_sample": False, "temperature": None})
+    _say_once.cache_clear()
+    got = engine.generate([reader.prompt_ids(each) for each in messages], settings, images=images).completion_ids
+    assert "of a prompt with images, attend to the last one" in caplog.text
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template(messages[:1], **options)
+    del inputs["labels"]
+    suppressed = {"suppress_tokens": [reader.image_token_id], "eos_token_id": 1, "pad_token_id": 2}
+    row = model.eval().generate(**inputs, max_new_tokens=6, do_sample=False, **suppressed)[0]
+    assert got == [row[inputs["input_ids"].shape[1] :].tolist()] * 2

@@ -190,7 +190,7 @@ class TransformersEngine:
         if are_short:
             reason = "a prompt has one token only, of which nothing comes before its last"
         if any_process(int(self._ends_with_image(prompts))):
-            reason = "a prompt ends with an image, whose last token counts"
+            reason = "tokens of an image, or of a prompt with images, attend to the last one of a prompt"
         if reason is not None:
             _say_once(reason)
         return reason is None
