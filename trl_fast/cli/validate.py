@@ -9,9 +9,10 @@ from pathlib import Path
 
 from trl_fast.console import FILE_WIDTH, make_console
 from trl_fast.data import AnyDataset
+from trl_fast.data.images.columns import has_images
 from trl_fast.data.validation import ValidationReport, validate
 from trl_fast.data.validation.report import FAIL_ON
-from trl_fast.modeling.loading import load_tokenizer
+from trl_fast.modeling.loading import load_processor, load_tokenizer
 from trl_fast.settings.choices import one_of
 from trl_fast.trainers.checkpoints.output_folder import check_output_dir
 
@@ -25,7 +26,7 @@ class ValidateArguments:
     """Says what to check with, and what to write."""
 
     tokenizer: str | None = None
-    """Tokenizer for the checks that depend on tokens: hub name or folder. None: they are left out."""
+    """Tokenizer, or processor of images, for checks that depend on tokens: hub name or folder. None: without them."""
 
     max_length: int | None = None
     """Tokens of prompt + response that training will keep; needs --tokenizer. None: no limit."""
@@ -69,8 +70,11 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     script_args, validate_args = make_parser().parse_args_and_config(arguments)
     if validate_args.output_dir is not None:
         check_output_dir(validate_args.output_dir)
-    tokenizer = load_tokenizer(validate_args.tokenizer) if validate_args.tokenizer else None
-    report = validate(load_splits(script_args), tokenizer, max_length=validate_args.max_length, progress=True)
+    splits, tokenizer = load_splits(script_args), None
+    if validate_args.tokenizer:
+        load = load_processor if any(map(has_images, splits.values())) else load_tokenizer
+        tokenizer = load(validate_args.tokenizer)
+    report = validate(splits, tokenizer, max_length=validate_args.max_length, progress=True)
     return lambda: show(report, validate_args)
 
 
@@ -78,6 +82,9 @@ def show(report: ValidationReport, arguments: ValidateArguments) -> int:
     """Prints the tables, writes the files that were asked for, and returns the exit status."""
     console = make_console(file_width=FILE_WIDTH)
     console.print(report.splits_table())
+    images = report.images_table()
+    if images is not None:
+        console.print(images)
     if report.findings:
         console.print(report.findings_table())
     counts = ", ".join(f"{severity}: {count}" for severity, count in report.counts().items())

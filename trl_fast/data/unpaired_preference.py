@@ -105,9 +105,9 @@ def prepare_unpaired_dataset(
     if kl_batch_size is None:
         return dataset
     # In one process: the parts of several would not end where batches do.
-    options = {"num_proc": None, "desc": f"Pairing {name} prompts with other completions"}
-    batches = {"with_indices": False, "batched": True, "batch_size": kl_batch_size}
-    return add_columns(dataset, _add_other_completions, **options, **batches)
+    batches: dict[str, Any] = {"with_indices": False, "batched": True, "batch_size": kl_batch_size}
+    desc = f"Pairing {name} prompts with other completions"
+    return add_columns(dataset, _add_other_completions, num_proc=None, desc=desc, **batches)
 
 
 def unpair_preference_dataset(dataset: DatasetOrDict, **map_kwargs: Any) -> DatasetOrDict:

@@ -29,13 +29,13 @@ def has_images(dataset: AnyDataset) -> bool:
 
     A stream that does not know its columns is told by its first row.
     """
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    columns = dataset.column_names or list(next(iter(dataset.with_format(None)), {}))
     return any(column in columns for column in IMAGE_COLUMNS) or _in_messages(dataset)
 
 
 def _in_messages(dataset: AnyDataset) -> bool:
     """Says whether parts of messages hold images, by the dataset's features and its first row."""
-    known: list[Mapping[str, Any]] = [dataset.features or {}, next(iter(dataset), {})]
+    known: list[Mapping[str, Any]] = [dataset.features or {}, next(iter(dataset.with_format(None)), {})]
     return any(_holds_image(columns.get(column)) for columns in known for column in _CONVERSATIONS)
 
 

@@ -47,12 +47,17 @@ def load_image(source: Any) -> Image.Image:
         ValueError: there is no image, it is broken, has no pixels, has more than Pillow's limit, or is a URL that
             cannot be read.
     """
+    return load_with_mode(source)[0]
+
+
+def load_with_mode(source: Any) -> tuple[Image.Image, str]:
+    """Returns what `load_image` does, and the mode that the image has in its file."""
     try:
         image = _opened(source)
         _check_size(image)
         _warn_of_frames(image)
         image.load()
-        return _in_rgb(ImageOps.exif_transpose(image))
+        return _in_rgb(ImageOps.exif_transpose(image)), image.mode
     except Image.DecompressionBombError as error:
         raise ValueError(f"{error}; {_BOMB_REMEDY}") from error
     except ValueError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from ..images.messages import clean_messages, images_of
 from .findings import Hits, Kind, quote
 from .preference_record import Context, Record, message_text
 
@@ -107,7 +108,8 @@ def empty_messages(record: Record, context: Context) -> Hits:
     for column, messages in record.messages.items():
         if column == "prompt" or record.texts[column].strip():
             for message in messages:
-                if not message_text(message).strip() and not message.get("tool_calls"):
+                images = images_of(clean_messages([message]))
+                if not message_text(message).strip() and not message.get("tool_calls") and not images:
                     yield EMPTY_MESSAGE, f"{column}: {message['role']}"
 
 

@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 from ..conversation_checks import check_content
 from ..dataset_types import AnyDataset
 from ..formats import is_conversational, maybe_extract_prompt
+from ..images.columns import IMAGE_COLUMNS
 from ..question_columns import QUESTION_COLUMNS
 from ..row_checks import check_preference_columns, check_preference_row
 from ..tokenization import template_options
 from .findings import quote
+from .image_facts import RecordImages, read_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..images.reader import ImageReader
+
 LABELLED_COLUMNS = ("prompt", "completion", "label")
 SIDES = ("chosen", "rejected")
 _KNOWN_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "tools", "chat_template_kwargs")
-READ_COLUMNS = (*_KNOWN_COLUMNS, *QUESTION_COLUMNS)
+READ_COLUMNS = (*_KNOWN_COLUMNS, *QUESTION_COLUMNS, *IMAGE_COLUMNS)
 READ_ROWS = 256
 
 # Text, or a list of messages.
@@ -61,6 +65,7 @@ class Record:
     implicit_prompt: bool = False
     template_options: dict[str, Any] = field(default_factory=dict)
     tokens: TokenIds | None = None
+    images: RecordImages = field(default_factory=RecordImages)
 
     @property
     def paired(self) -> bool:
@@ -111,6 +116,7 @@ class Record:
         prompt = _canonical(self.prompt)
         if isinstance(self.prompt, str):
             prompt = normalise(self.prompt[: len(self.prompt) - len(self.shared_start)])
+        prompt = "\x1c".join([prompt, *self.images.digests])
         sides = {
             column: _hash(f"{prompt}\x1d{_canonical(self.response(column) if isinstance(value, str) else value)}")
             for column, value in self.completions.items()
@@ -123,10 +129,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Context:
-    """Holds the tokenizer and limit that checks may use; without a tokenizer, records have no token ids."""
+    """Holds what checks may use: a tokenizer, without which records have no token ids, a limit, a reader of images."""
 
     tokenizer: "PreTrainedTokenizerBase | None" = None
     max_length: int | None = None
+    image_reader: "ImageReader | None" = None
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str] | None:
@@ -180,7 +187,7 @@ def check_columns(dataset: AnyDataset, name: str) -> list[str]:
     """
     columns = list(next(iter(dataset), {}))
     if not set(LABELLED_COLUMNS) <= set(columns) or {"chosen", "rejected"} <= set(columns):
-        columns = check_preference_columns(dataset, name)
+        columns = check_preference_columns(dataset, name, reads_images=True)
         if not {"chosen", "rejected"} <= set(columns):
             raise ValueError(f"The {name} dataset has only token ids; expected the text that they were made of.")
     return [column for column in READ_COLUMNS if column in columns]
@@ -202,12 +209,16 @@ def make_record(example: dict[str, Any], row: int, name: str) -> Record:
     if "chosen" not in example:
         _check_unpaired_row(example, row, name)
         completions = {"completion": example["completion"]}
-        return Record(row, example["prompt"], completions, bool(example["label"]), template_options=options)
+        images = read_images(example, {"prompt": example["prompt"], **completions})
+        label = bool(example["label"])
+        return Record(row, example["prompt"], completions, label, template_options=options, images=images)
     filled = _fill_empty_completions(example)
-    check_preference_row(filled, row, name)
+    check_preference_row(filled, row, name, reads_images=True)
     split = maybe_extract_prompt(filled)
     completions = {column: split[column] if example[column] else example[column] for column in SIDES}
-    return Record(row, split["prompt"], completions, implicit_prompt=split is not filled, template_options=options)
+    images = read_images(example, {"prompt": split["prompt"], **completions})
+    implicit = split is not filled
+    return Record(row, split["prompt"], completions, None, implicit, options, images=images)
 
 
 def _fill_empty_completions(example: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +249,7 @@ def _check_unpaired_row(example: dict[str, Any], row: int, name: str) -> None:
                 f"{place}, column {column!r}: {quote(value)} is of type {type(value).__name__}; expected a "
                 "string, or a list of messages such as {'role': 'assistant', 'content': 'Hello.'}."
             )
-        check_content(value, column, row, name)
+        check_content(value, column, row, name, reads_images=True)
         kinds.append(isinstance(value, str))
     if kinds[0] != kinds[1]:
         raise ValueError(f"{place}: one of 'prompt' and 'completion' is text, the other messages; expected one kind.")

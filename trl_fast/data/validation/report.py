@@ -73,6 +73,22 @@ class ValidationReport:
             table.add_row(*map(Text, cells))
         return table
 
+    def images_table(self) -> Table | None:
+        """Returns how many images the splits have, their sizes and modes, for rich to print; None without images."""
+        if not any(split.images.rows for split in self.tables):
+            return None
+        title = "Images (pixels: smallest / median / largest)"
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for name in ("split", "rows with images", "images", "width", "height", "modes"):
+            table.add_column(name, justify="right" if name in ("rows with images", "images") else "left")
+        for split in self.tables:
+            facts = split.images.facts()
+            sizes = [" / ".join(f"{value:,}" for value in facts[name]) for name in ("width", "height")]
+            modes = ", ".join(f"{mode} {count:,}" for mode, count in facts["modes"].items())
+            cells = [split.name, f"{facts['rows']:,}", f"{facts['images']:,}", *sizes, modes]
+            table.add_row(*map(Text, cells))
+        return table
+
     def findings_table(self) -> Table:
         """Returns the findings, worst first, for rich to print."""
         table = Table(title="Findings", title_justify="left", header_style="bold", show_lines=True)
@@ -130,6 +146,7 @@ def split_facts(table: SplitTable) -> dict[str, Any]:
         "length_unit": table.unit,
         "lengths": lengths,
         "scripts": scripts,
+        "images": table.images.facts(),
     }
 
 

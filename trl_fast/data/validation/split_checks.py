@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .findings import Finding, Kind
+from .image_facts import ImageTable
 from .preference_record import SIDES, Record
 from .text_checks import main_script
 
@@ -72,8 +73,8 @@ class SplitTable:
     """Holds the few numbers of each readable row that checks of whole splits need, 56 bytes a row.
 
     unit: of lengths, characters or tokens; total: rows, also those that could not be read; scripts: by column, how
-    many rows are mainly in each script. An unpaired row has its completion as chosen if it is desirable, as rejected
-    if not.
+    many rows are mainly in each script; images: those of all rows. An unpaired row has its completion as chosen if it
+    is desirable, as rejected if not.
     """
 
     name: str
@@ -83,6 +84,7 @@ class SplitTable:
     implicit_prompt: bool = False
     total: int = 0
     scripts: dict[str, Counter[str]] = field(default_factory=dict)
+    images: ImageTable = field(default_factory=ImageTable)
     _rows: array = field(default_factory=_integers)
     _keys: array = field(default_factory=lambda: array("Q"))
     _lengths: dict[str, array] = field(default_factory=lambda: {column: _integers() for column in LENGTH_COLUMNS})
@@ -91,6 +93,7 @@ class SplitTable:
         """Enters a row."""
         self.paired, self.conversational = record.paired, record.conversational
         self.implicit_prompt = record.implicit_prompt
+        self.images.add(record.images)
         self._rows.append(record.row)
         self._keys.extend(record.keys())
         names = {"completion": "chosen" if record.label else "rejected"}
