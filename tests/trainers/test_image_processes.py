@@ -61,6 +61,7 @@ def train(family, folder, batch_size, *, trains="all"):
 
 QUICK = ("qwen2_5_vl", "ddp", "all")
 SLOW = [("qwen2_5_vl", *case) for case in product(("ddp", "fsdp2", "zero3"), ("all", "text", "adapter"))]
+SLOW += [("qwen2_5_vl", engine, "all") for engine in ("fsdp1", "zero1", "zero2")] + [("paligemma", "ddp", "all")]
 SLOW += [(*case, "all") for case in product(("gemma3", "gemma4", "llava", "qwen3_vl"), ("ddp", "fsdp2"))]
 
 

@@ -8,19 +8,22 @@ same bits, and the gradients of the tower are zeros.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils import _pytree
 from transformers import PreTrainedModel
 
-from trl_fast.parallel.gathering import is_sharded
+from trl_fast.parallel.gathering import is_sharded, whole_until_backward
 
 from .loading import backbone, whole_backbone
 from .model_changes import changes_of
 
 BLANK_IMAGE = "blank image"
+# Families whose class reads the embedding of the pad token from the weight, by `model_type`.
+_READ_EMBEDDINGS = ("gemma4",)
 _ATTRIBUTE = "trl_fast_blank_image"
 
 
@@ -30,9 +33,12 @@ def attach_blank_image(model: PreTrainedModel, tensors: Mapping[str, torch.Tenso
     change.set(model, _ATTRIBUTE, dict(tensors), fixed=False)
 
 
-def needs_blank_image(model: PreTrainedModel) -> bool:
-    """Returns whether other processes wait for this one's tower, should their batches have images."""
-    if getattr(model, _ATTRIBUTE, None) is None:
+def needs_blank_image(model: PreTrainedModel, inputs: Mapping[str, object]) -> bool:
+    """Returns whether other processes wait for this one's tower, should their batches have images.
+
+    inputs: the keywords of the model's forward, with pixels only where the batch has images.
+    """
+    if getattr(model, _ATTRIBUTE, None) is None or "pixel_values" in inputs:
         return False
     return is_sharded(model) or (torch.is_grad_enabled() and any(w.requires_grad for w in tower_parameters(model)))
 
@@ -44,17 +50,21 @@ def tower_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 
 @contextmanager
-def reading_blank_image(model: PreTrainedModel) -> Iterator[None]:
-    """Has the whole class's forward of text read the blank image within the context, after the embeddings of tokens.
+def reading_images(model: PreTrainedModel, *, blank: bool) -> Iterator[None]:
+    """Has weights whole within the context that the forward of the whole class reads beside the calls of modules.
 
-    There the forward of a batch with images reads those: weights are gathered in the same order.
+    blank: whether that forward, of text, reads the blank image too: after the embeddings of tokens, as images of a
+    batch are read, so that weights are gathered in the same order.
     """
-    # Before the hooks of engines, which count the text model as called from then on.
-    hook = backbone(model).register_forward_pre_hook(partial(_add_features, model), prepend=True, with_kwargs=True)
-    try:
+    with ExitStack() as contexts:
+        if model.config.model_type in _READ_EMBEDDINGS:
+            contexts.enter_context(whole_until_backward(model.get_input_embeddings()))
+        if blank:
+            # Before the hooks of engines, which count the text model as called from then on.
+            add = partial(_add_features, model)
+            hook = backbone(model).register_forward_pre_hook(add, prepend=True, with_kwargs=True)
+            contexts.callback(hook.remove)
         yield
-    finally:
-        hook.remove()
 
 
 def image_features(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -62,7 +72,7 @@ def image_features(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) 
     inner: Any = whole_backbone(model)
     output = inner.get_image_features(**tensors, return_dict=True)
     found = [output.pooler_output, getattr(output, "deepstack_features", None)]
-    return [each for part in found if part is not None for each in ([part] if torch.is_tensor(part) else part)]
+    return [each for each in _pytree.tree_leaves(found) if isinstance(each, torch.Tensor)]
 
 
 def _add_features(

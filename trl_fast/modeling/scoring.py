@@ -26,7 +26,7 @@ from trl_fast.ops.linear_logprob import token_logprobs
 from trl_fast.ops.linear_token_loss import TokenLoss, token_loss_of_head
 from trl_fast.parallel.engines import original_class
 
-from .blank_images import needs_blank_image, reading_blank_image
+from .blank_images import needs_blank_image, reading_images
 from .lm_head import HeadParameters, has_float32_head, head_transform
 from .loading import backbone, whole_backbone
 from .memory_budgets import head_workspace
@@ -127,9 +127,10 @@ def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object
     shared = active_group()
     if shared is not None:
         kwargs = shared.deal_tokens(kwargs, LENGTHS_KEYWORD)
-    reads_blank = not scoring.reads_images and needs_blank_image(model)
-    inner = whole_backbone(model) if scoring.reads_images or reads_blank else backbone(model)
-    with reading_blank_image(model) if reads_blank else nullcontext():
+    reads_blank = needs_blank_image(model, kwargs)
+    whole = scoring.reads_images or reads_blank
+    inner = whole_backbone(model) if whole else backbone(model)
+    with reading_images(model, blank=reads_blank) if whole else nullcontext():
         output = inner(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     states = output.last_hidden_state
     if shared is not None:
@@ -262,8 +263,7 @@ def _score_logits(
     with ExitStack() as contexts:
         if counts:
             contexts.enter_context(_layers_given(model, attention_mask=kwargs.get("attention_mask")))
-        if not scoring.reads_images and needs_blank_image(model):
-            contexts.enter_context(reading_blank_image(model))
+        contexts.enter_context(reading_images(model, blank=needs_blank_image(model, kwargs)))
         output = forward(model, *args, **{**kwargs, **counts, "use_cache": False, "labels": None})
     logits = scoring.select(output.logits)
     logprobs, entropy = selective_log_softmax_and_entropy(

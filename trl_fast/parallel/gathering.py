@@ -82,6 +82,26 @@ def _gathered_by_fsdp2(parts: list[FSDPModule]) -> Iterator[None]:
             group.post_forward_mesh_info = info
 
 
+@contextmanager
+def whole_until_backward(module: torch.nn.Module) -> Iterator[None]:
+    """Leaves a module's weights whole after its forward within the context, where FSDP2 gathers it: others read them.
+
+    With gradients they stay so until backward is through.
+    """
+    state: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+    groups = [] if state is None else state._fsdp_param_groups
+    after_forward = [group.post_forward_mesh_info for group in groups]
+    for group in groups:
+        group.post_forward_mesh_info = None
+    try:
+        yield
+    finally:
+        for group, info in zip(groups, after_forward, strict=True):
+            group.post_forward_mesh_info = info
+        if groups and not torch.is_grad_enabled():
+            module.reshard()
+
+
 def _outermost_gathered_by_fsdp1(model: FullyShardedDataParallel) -> AbstractContextManager[None]:
     return FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False)
 
