@@ -17,12 +17,16 @@ from .attention_masks import strip_padding
 from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
 from .dict_batch import DictCollator, check_entries
+from .images.inputs import ImageInput
+from .images.layout import ImageLayout
 from .images.preparation import map_rows, with_images
 from .images.reader import ImageReader
+from .images.row_images import RowImages
 from .images.tokenization import tokenize_sequences_with_images
 from .packing import TokenBatch, pack_trees
-from .padded_rows import SEQUENCE_ENTRIES, padded_sequences
+from .padded_rows import SEQUENCE_ENTRIES, completion_batch, padded_sequences
 from .row_checks import check_margin, check_preference_columns, check_preference_row
+from .row_places import place
 from .tensor_collator import TensorCollator
 from .token_checks import check_completions
 from .token_trees import Tree
@@ -166,9 +170,22 @@ def _tokenize_row(
     if MARGIN in example:
         check_margin(example[MARGIN], row, name)
     if image_reader is not None:
-        return tokenize_sequences_with_images(example, image_reader, row, name)
+        token_ids = tokenize_sequences_with_images(example, image_reader, row, name)
+        _check_images_are_shared(token_ids, image_reader.image_token_id, row, name)
+        return token_ids
     with named_template_errors(example, processing_class, row, name):
         return tokenize_reward(example, processing_class)
+
+
+def _check_images_are_shared(token_ids: dict[str, list[int]], image_token_id: int, row: int, name: str) -> None:
+    """Raises ValueError if one of the sequences has an image behind the place where they begin to differ."""
+    shared = common_prefix_length(*token_ids.values())
+    for column, ids in token_ids.items():
+        if image_token_id in ids[shared:]:
+            raise ValueError(
+                f"{place(name, row)}, column {column.removesuffix('_ids')!r}: an image stands behind the place where "
+                "'chosen' and 'rejected' begin to differ; images belong to the prompt, which both have in common."
+            )
 
 
 def _is_short_enough(example: dict[str, Any], max_length: int) -> bool:
@@ -181,19 +198,24 @@ def reward_batch(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
     margins: Sequence[float] | None = None,
+    *,
+    images: Sequence[tuple[ImageInput, ...]] | None = None,
+    image_layout: ImageLayout | None = None,
 ) -> TokenBatch:
     """Lays out pairs of chosen and rejected token ids as one batch (see `pack_trees`), each pair's prefix once.
 
     `extras["reward_positions"]` (S,) int64 are the flat positions of the last tokens, which the rewards are read from;
     `extras["margin"]` (P,) float32 are the margins, if there are any. Tokens `pad_token_id` at a sequence's end do not
     count as last ones: that is how transformers finds the last token, which matters where the pad token is the EOS
-    token.
+    token. `images` are those of each pair, in what both sequences begin with, and `image_layout` says how the model
+    wants to have them.
     """
     trees = []
-    for pair in pairs:
+    for pair, own in zip(pairs, images or [()] * len(pairs), strict=True):
         shared = common_prefix_length(*pair)
-        trees.append(Tree(pair[0][:shared], [ids[shared:] for ids in pair]))
-    batch = pack_trees(trees, layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        trees.append(Tree(pair[0][:shared], [ids[shared:] for ids in pair], own))
+    how = {"pad_to_multiple_of": pad_to_multiple_of, "image_layout": image_layout}
+    batch = pack_trees(trees, layout, pad_token_id, **how)
     places = batch.by_sequence(torch.arange(batch.input_ids.numel()).view_as(batch.input_ids))
     last = [_last_index(ids, pad_token_id) for pair in pairs for ids in pair]
     batch.extras[REWARD_POSITIONS] = torch.stack([place[index] for place, index in zip(places, last, strict=True)])
@@ -217,38 +239,65 @@ class RewardCollator(DictCollator):
     pad_token_id: int
     layout: str = PADDED
     pad_to_multiple_of: int | None = None
+    images: RowImages | None = None
 
     def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
         pairs = [(row["chosen_ids"], row["rejected_ids"]) for row in examples]
         margins = [row[MARGIN] for row in examples] if MARGIN in examples[0] else None
-        return self._lay_out(pairs, margins)
+        return self._lay_out(pairs, margins, [self.images.inputs(row) for row in examples] if self.images else None)
 
-    def _lay_out(self, pairs: list[tuple[list[int], list[int]]], margins: list[float] | None) -> TokenBatch:
+    def _lay_out(
+        self,
+        pairs: list[tuple[list[int], list[int]]],
+        margins: list[float] | None,
+        images: list[tuple[ImageInput, ...]] | None = None,
+    ) -> TokenBatch:
         multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
-        return reward_batch(pairs, self.layout, self.pad_token_id, multiple, margins)
+        image_layout = self.images.layout if self.images else None
+        how = {"images": images, "image_layout": image_layout}
+        return reward_batch(pairs, self.layout, self.pad_token_id, multiple, margins, **how)
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
-        return (*SEQUENCE_ENTRIES, *((MARGIN,) if MARGIN in batch.extras else ()))
+        return (*SEQUENCE_ENTRIES, *(batch.images or ()), *((MARGIN,) if MARGIN in batch.extras else ()))
 
     def entries(self, batch: TokenBatch) -> dict[str, Any]:
         sequences = batch.sequences()
         chosen_first = [*sequences[0::2], *sequences[1::2]]
         found = padded_sequences(chosen_first, self.pad_token_id, self.pad_to_multiple_of)
+        if self.images:
+            order = [*range(0, len(sequences), 2), *range(1, len(sequences), 2)]
+            found |= self.images.entries(batch, order, found["input_ids"])
         return {**found, MARGIN: batch.extras[MARGIN]} if MARGIN in batch.extras else found
 
     def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
-        check_entries(entries, set(SEQUENCE_ENTRIES), {MARGIN})
+        images = self.images.given(entries) if self.images else {}
+        check_entries(entries, set(SEQUENCE_ENTRIES), {MARGIN, *images})
         ids, mask = (entries[name] for name in SEQUENCE_ENTRIES)
         if len(ids) % 2:
             raise ValueError(
                 f"The batch has {len(ids)} rows; expected those of all chosen sequences before those of all rejected "
                 "ones"
             )
+        if images:
+            return self._rows_with_images(ids, mask, images, entries.get(MARGIN))
         rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
         half = len(rows) // 2
         pairs = [*zip(rows[:half], rows[half:], strict=True)]
         batch = self._lay_out(pairs, entries[MARGIN].tolist() if MARGIN in entries else None)
         return batch.to(ids.device)
+
+    def _rows_with_images(
+        self, ids: torch.Tensor, mask: torch.Tensor, images: dict[str, torch.Tensor], margins: torch.Tensor | None
+    ) -> TokenBatch:
+        """Returns padded rows (2P, T) with images, of all chosen sequences before all rejected ones, as they are."""
+        batch = completion_batch(ids, mask, torch.zeros_like(mask), branches=2, images=images)
+        width = ids.shape[1]
+        last = [_last_index(row, self.pad_token_id) for row in ids.tolist()]
+        ends = torch.tensor(last, device=ids.device) + torch.arange(len(ids), device=ids.device) * width
+        batch.extras[REWARD_POSITIONS] = ends.view(2, -1).T.flatten()
+        if margins is not None:
+            batch.extras[MARGIN] = margins
+        return batch
 
 
 @dataclass

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl_fast.data.packing import TokenBatch
 from trl_fast.data.reward_modeling import REWARD_POSITIONS
 
-from .loading import backbone
+from .loading import backbone, whole_backbone
 from .model_changes import changes_of, unbound_forward
 from .scoring import model_inputs
 from .segment_attention import keep_score_caps
@@ -42,10 +42,13 @@ def attach_classifier_head(model: PreTrainedModel) -> None:
     original = unbound_forward(model)
 
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, reward_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, reward_positions: torch.Tensor | None = None, with_images: bool = False, **kwargs: Any
+    ) -> Any:
         if reward_positions is None:
             return original(self, *args, **kwargs)
-        return _rewards_at(self, reward_positions, *args, **kwargs)
+        inner = whole_backbone(self) if with_images else backbone(self)
+        return _rewards_at(self, inner, reward_positions, *args, **kwargs)
 
     change = changes.get_or_add(CLASSIFIER_HEAD, "model(..., reward_positions=...) returns the head's numbers there")
     change.set(model, "forward", types.MethodType(forward, model))
@@ -57,19 +60,24 @@ def has_classifier_head(model: object) -> bool:
 
 
 def _rewards_at(
-    model: PreTrainedModel, positions: torch.Tensor, *args: object, labels: None = None, **kwargs: object
+    model: PreTrainedModel,
+    inner: PreTrainedModel,
+    positions: torch.Tensor,
+    *args: object,
+    labels: None = None,
+    **kwargs: object,
 ) -> torch.Tensor:
-    hidden = backbone(model)(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state
+    hidden = inner(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state
     return getattr(model, HEAD)(hidden.reshape(-1, hidden.shape[-1])[positions]).squeeze(-1)
 
 
 def rewards(model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """Computes the rewards (S,) float32 of a batch's sequences.
 
-    `model` had `attach_classifier_head`, and may be wrapped since (PEFT, DDP, autocast); padded rows go through its
-    own forward. The batch comes from `data.reward_modeling.reward_batch`.
+    `model` had `attach_classifier_head`, and may be wrapped since (PEFT, DDP, autocast); padded rows without images go
+    through its own forward. The batch comes from `data.reward_modeling.reward_batch`.
     """
-    if batch.tree_lengths is not None:
+    if batch.tree_lengths is not None or batch.images is not None:
         return read_head(model, batch)
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output.logits.squeeze(-1).float()
@@ -85,7 +93,8 @@ def read_head(model: Callable[..., torch.Tensor], batch: TokenBatch) -> torch.Te
 
 def head_inputs(batch: TokenBatch) -> dict[str, object]:
     """Returns the keywords with which a model reads its head at the tokens that a batch marks."""
-    return {**model_inputs(batch), "reward_positions": batch[REWARD_POSITIONS]}
+    inputs = {**model_inputs(batch), "reward_positions": batch[REWARD_POSITIONS]}
+    return inputs if batch.images is None else {**inputs, "with_images": True}
 
 
 def state_batch(batch: TokenBatch, has_end: torch.Tensor) -> TokenBatch:

@@ -92,7 +92,8 @@ def image_layout(model: PreTrainedModel) -> ImageLayout:
             f"{name} has no image token (its config has no image_token_id), so images have no place in it"
         )
     inner = whole_backbone(model)
-    taken = inspect.signature(type(model).forward).parameters
+    # Classifiers hand the keywords on without naming them.
+    taken = inspect.signature(original_class(inner).forward).parameters
     positions = None
     if hasattr(inner, "get_rope_index"):
         positions = AxisPositions(cast(type[PreTrainedModel], original_class(inner)), config, token)

@@ -29,6 +29,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from trl_fast.input_errors import error_line
 from trl_fast.settings.choices import did_you_mean
 
+from .image_classifiers import register_image_classifier
 from .model_changes import changes_of
 from .model_folder import shape_mismatch, why_not_loaded
 
@@ -73,6 +74,8 @@ def load_reward_model(name_or_path: str, **init_kwargs: Any) -> PreTrainedModel:
             f"model {name_or_path!r} is a classifier with num_labels={config.num_labels}, but a reward is one number; "
             "start from a model with num_labels=1, or from a language model"
         )
+    if reads_images(config):
+        register_image_classifier(config)
     model, missing = _from_pretrained(AutoModelForSequenceClassification, name_or_path, init_kwargs)
     # What stands beside the backbone is the head.
     _check_complete(name_or_path, [name for name in missing if name.startswith(f"{model.base_model_prefix}.")])
@@ -92,6 +95,8 @@ def build_without_weights(name_or_path: str, *, classifier: bool = False, **init
     auto: Any = AutoModelForSequenceClassification if classifier else language_model_class(config)
     if classifier:
         config.num_labels = 1
+        if reads_images(config):
+            register_image_classifier(config)
     with torch.device("meta"):
         return auto.from_config(config, trust_remote_code=init_kwargs.get("trust_remote_code", False))
 

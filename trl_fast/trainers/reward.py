@@ -199,14 +199,19 @@ class RewardTrainer(BaseTrainer):
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
     ) -> AnyDataset:
         return prepare_reward_dataset(
-            dataset, processing_class, max_length=args.max_length, num_proc=args.dataset_num_proc, name=dataset_name
+            dataset,
+            processing_class,
+            image_reader=self.images and self.images.reader,
+            max_length=args.max_length,
+            num_proc=args.dataset_num_proc,
+            name=dataset_name,
         )
 
     def make_collator(
         self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: RewardConfig
     ) -> RewardCollator:
         """Makes what collates prepared rows to a batch of that layout."""
-        return RewardCollator(pad_token_id, layout, args.pad_to_multiple_of)
+        return RewardCollator(pad_token_id, layout, args.pad_to_multiple_of, self.images)
 
     # ---- the loss
 
