@@ -21,11 +21,11 @@ from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.packing import TokenBatch, pack_trees
 from trl_fast.data.reward_modeling import reward_batch
 from trl_fast.data.segments import TreeLengths
-from trl_fast.data.token_trees import Tree, tree_sequences
+from trl_fast.data.token_trees import TokenSequence, Tree, tree_sequences
 from trl_fast.parallel.partitions import is_partitioned, whole_in_forward
 from trl_fast.settings.batch_layouts import PADDED
 
-from .classifier_head import rewards
+from .classifier_head import end_batch, rewards
 from .layer_kinds import layer_kinds, mixers_of, shortened_windows
 from .loading import backbone
 from .scoring import evaluating, score
@@ -141,17 +141,20 @@ def verify_rewards(
 ) -> Verdict:
     """Compares our rewards of a few short sequences, in a row of `layout`, with the model's own, one by one.
 
-    Differences are shares of the largest reward. Rows of rewards with images are not tried out, and so not taken.
+    Differences are shares of the largest reward. images: as in `verify`.
 
     Raises:
         ValueError: the model's output is not one number a sequence.
     """
-    if images is not None:
-        return Verdict(0.0, float("inf"), 0.0, failure=f"{type(model).__name__}'s rewards of images are not tried out")
     device, config = _device_of(model), model.config.get_text_config()
-    pairs = [_first_pair(tree) for tree in probe_trees(sequences, config)]
-    alone = _alone([Tree([], [*pair]) for pair in pairs], config.pad_token_id, device)
-    row = None if layout is None else reward_batch(pairs, layout, config.pad_token_id).to(device)
+    kind, pad = images.layout if images else None, config.pad_token_id
+    pairs = [[*tree_sequences(tree)][:2] for tree in probe_trees(sequences, config, images.trees if images else ())]
+    # The last token may be the pad token, which transformers' classifiers do not read.
+    alone = [end_batch(batch, pad).to(device) for pair in pairs for batch in _singles(pair, pad, kind)]
+    row = None
+    if layout is not None:
+        shown = {"images": [first.images for first, _ in pairs], "image_layout": kind}
+        row = reward_batch([(first.ids, second.ids) for first, second in pairs], layout, pad, **shown).to(device)
 
     def read(batch: TokenBatch) -> torch.Tensor:
         return rewards(model, batch)
@@ -188,18 +191,17 @@ def _tree_of(shape: TreeLengths, tokens: Iterator[int]) -> Tree:
     )
 
 
-def _first_pair(tree: Tree) -> tuple[list[int], list[int]]:
-    first, second, *_ = tree_sequences(tree)
-    return first.ids, second.ids
-
-
 def _alone(
     trees: list[Tree], pad_token_id: int, device: torch.device, kind: ImageLayout | None = None
 ) -> list[TokenBatch]:
     """Returns a batch for each sequence of some trees, in order, which has no padding."""
     sequences = [each for tree in trees for each in tree_sequences(tree)]
+    return [batch.to(device) for batch in _singles(sequences, pad_token_id, kind)]
+
+
+def _singles(sequences: Sequence[TokenSequence], pad_token_id: int, kind: ImageLayout | None) -> list[TokenBatch]:
     single = [Tree(each.ids[: each.start], [each.ids[each.start :]], each.images) for each in sequences]
-    return [pack_trees([tree], PADDED, pad_token_id, image_layout=kind).to(device) for tree in single]
+    return [pack_trees([tree], PADDED, pad_token_id, image_layout=kind) for tree in single]
 
 
 @contextmanager
