@@ -214,8 +214,7 @@ def reward_batch(
     for pair, own in zip(pairs, images or [()] * len(pairs), strict=True):
         shared = common_prefix_length(*pair)
         trees.append(Tree(pair[0][:shared], [ids[shared:] for ids in pair], own))
-    how = {"pad_to_multiple_of": pad_to_multiple_of, "image_layout": image_layout}
-    batch = pack_trees(trees, layout, pad_token_id, **how)
+    batch = pack_trees(trees, layout, pad_token_id, pad_to_multiple_of=pad_to_multiple_of, image_layout=image_layout)
     places = batch.by_sequence(torch.arange(batch.input_ids.numel()).view_as(batch.input_ids))
     last = [_last_index(ids, pad_token_id) for pair in pairs for ids in pair]
     batch.extras[REWARD_POSITIONS] = torch.stack([place[index] for place, index in zip(places, last, strict=True)])
@@ -253,9 +252,9 @@ class RewardCollator(DictCollator):
         images: list[tuple[ImageInput, ...]] | None = None,
     ) -> TokenBatch:
         multiple = BATCH_LAYOUTS[self.layout].padding_multiple(self.pad_to_multiple_of)
-        image_layout = self.images.layout if self.images else None
-        how = {"images": images, "image_layout": image_layout}
-        return reward_batch(pairs, self.layout, self.pad_token_id, multiple, margins, **how)
+        kind = self.images.layout if self.images else None
+        how = (self.layout, self.pad_token_id, multiple, margins)
+        return reward_batch(pairs, *how, images=images, image_layout=kind)
 
     def names(self, batch: TokenBatch) -> tuple[str, ...]:
         return (*SEQUENCE_ENTRIES, *(batch.images or ()), *((MARGIN,) if MARGIN in batch.extras else ()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -33,12 +35,13 @@ def register_image_classifier(config: PretrainedConfig) -> None:
             f"{config.model_type}: transformers has neither a classifier nor a model without a head for it, so there "
             "is nothing to read rewards from; choose a model of another family"
         )
-    whole = MODEL_MAPPING[type(config)]
+    whole: Any = MODEL_MAPPING[type(config)]
+    reads_images: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     family = next(each for each in whole.__mro__ if each.__name__.endswith(_FAMILY))
     name = family.__name__.removesuffix(_FAMILY) + _CLASSIFIER
     made = type(name, (GenericForSequenceClassification, family), {"__module__": whole.__module__})
     # Weights have the names on disk that the family's language models have.
-    names = get_checkpoint_conversion_mapping(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__)
+    names = get_checkpoint_conversion_mapping(reads_images.__name__)
     if names is not None:
         register_checkpoint_conversion_mapping(name, names, overwrite=True)
     # Without exist_ok transformers leaves out what is registered for a config of its own.

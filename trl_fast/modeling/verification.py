@@ -153,8 +153,8 @@ def verify_rewards(
     alone = [end_batch(batch, pad).to(device) for pair in pairs for batch in _singles(pair, pad, kind)]
     row = None
     if layout is not None:
-        shown = {"images": [first.images for first, _ in pairs], "image_layout": kind}
-        row = reward_batch([(first.ids, second.ids) for first, second in pairs], layout, pad, **shown).to(device)
+        ids, shown = [(first.ids, second.ids) for first, second in pairs], [first.images for first, _ in pairs]
+        row = reward_batch(ids, layout, pad, images=shown, image_layout=kind).to(device)
 
     def read(batch: TokenBatch) -> torch.Tensor:
         return rewards(model, batch)
