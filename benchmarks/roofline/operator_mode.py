@@ -10,8 +10,8 @@ import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_fast.planning.data_dependent_operators import ANSWERS
-from trl_fast.planning.roofline.known_values import as_fake, follow, known_result, without_masks
+from trl_fast.planning.data_dependent_operators import run_on_fakes
+from trl_fast.planning.roofline.known_values import follow
 
 from .fake_devices import CPU, CUDA, Devices
 
@@ -63,14 +63,7 @@ def _run(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
         return aten.alias(args[0])
     if func is aten.is_pinned.default:
         return False
-    if func in ANSWERS:
-        if func is not aten.index.Tensor and (known := known_result(func, args, kwargs)) is not None:
-            return as_fake(args[0], known)
-        args = without_masks(func, args)
-        out = ANSWERS[func](*args, **kwargs)
-        if out is not NotImplemented:
-            return out
-    return func(*without_masks(func, args), **kwargs)
+    return run_on_fakes(func, args, kwargs)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import pytest
 
 from support.families import FAMILIES
 from support.models import tiny_config
+from support.vision_processors import save_tiny_vision_model
 from trl_fast.cli.main import main
 from trl_fast.cli.plan import read_arguments
 from trl_fast.planning.comparisons import Row, switches
@@ -285,3 +286,14 @@ def test_lengths_beyond_the_models_positions(folder, tmp_path, capsys, caplog):
     assert "GPT2LMHeadModel has a table of 40 positions" in capsys.readouterr().err
     assert plan("dpo", folder, "--max_length", "513") == 0
     assert "more than the 512 positions that LlamaForCausalLM was made for" in caplog.text
+
+
+def test_a_plan_with_images_says_how_many_tokens_they_have(tmp_path, capsys):
+    folder = save_tiny_vision_model(tmp_path, "llava")
+    size = ("--image_size", "56x56", "--images_per_prompt", "2")
+    assert plan("dpo", folder, "--max_length", "64", "--use_cpu", *size) == 0
+    assert "1 pair of 64 tokens, 32 of 2 images" in words(capsys.readouterr().out)
+    assert plan("dpo", folder, "--max_length", "33", "--use_cpu", *size) == 2
+    assert "max_length=33 cuts the images of a sequence, which have 32 tokens" in words(capsys.readouterr().err)
+    assert plan("ppo", folder, *size) == 2
+    assert "image_size='56x56' has no plan for ppo; images are for dpo, kto" in words(capsys.readouterr().err)

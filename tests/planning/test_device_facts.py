@@ -133,7 +133,7 @@ def test_flex_attention_keeps_what_its_kernels_keep():
         3000 * 3001 // 2 + sum(n * 3000 + n * (n + 1) // 2 for n in (500, 400)),
         [],
     )
-    meter = DeviceMeter(attended=made.append)
+    meter = DeviceMeter(attended=lambda flops, *_: made.append(flops))
     tracker = MemoryTracker(kinds_by_code=KINDS_BY_CODE)
     with FakeTensorMode(), tracker, simulated_device(planned_facts("gpu", meter)):
         states = [torch.empty(1, heads, 3900, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)]

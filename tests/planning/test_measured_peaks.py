@@ -1,7 +1,6 @@
 """Simulated peaks against measured ones of real steps of the trainers on this CPU."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -13,13 +12,11 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 import trl_fast
-from benchmarks.memory import measure_peak
 from support.models import tiny_config
+from support.step_peaks import peak_of_a_step, simulated_peak
 from support.tokenizer import build_tokenizer
 from trl_fast.ops.backends import load_extension
 from trl_fast.planning import baseline_steps
-from trl_fast.planning.memory_timeline import KINDS, OPTIMIZER, REFERENCE, WEIGHTS
-from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TRL, TrainingSetup
 
 SIZES = {
@@ -33,8 +30,6 @@ TRAINERS = {
     "reward": (trl_fast.RewardTrainer, trl_fast.RewardConfig, AutoModelForSequenceClassification),
 }
 ALL_LINEAR = {"lora_target_modules": "all-linear"}
-# What is there before a step and after it.
-RESIDENT = (WEIGHTS, REFERENCE, OPTIMIZER)
 
 
 def rows_of(method, length, count):
@@ -82,24 +77,6 @@ def measured_peak(setup, length, folder):
     return peak_of_a_step(trainer, next(iter(trainer.get_train_dataloader())), setup)
 
 
-def peak_of_a_step(trainer, batch, setup):
-    trainer.create_optimizer()
-    model = trainer.model_wrapped = trainer.accelerator.prepare(trainer.model).train()
-    if setup.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    trainer.current_gradient_accumulation_steps = 1
-
-    def step():
-        trainer.training_step(model, batch)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    step()
-    gc.collect()
-    return measure_peak(step).peak_bytes
-
-
 @pytest.fixture(autouse=True)
 def nothing_held():
     """Memory that our ops hold between calls may be up to twice what the next call asks for."""
@@ -141,12 +118,6 @@ def test_simulated_peaks_are_those_of_real_steps(size, length, changes, tmp_path
     setup = TrainingSetup(config, device="cpu", **changes)
     # 10% is what was asked for; it is nearer to 0.1%.
     assert simulated_peak(setup, length) == pytest.approx(measured_peak(setup, length, tmp_path), rel=0.02)
-
-
-def simulated_peak(setup, length):
-    """Bytes at the peak beyond those that live before a step."""
-    timeline = simulate(setup, length)
-    return timeline.peak().bytes - sum(timeline.levels[KINDS.index(kind)].max() for kind in RESIDENT)
 
 
 class Launches:

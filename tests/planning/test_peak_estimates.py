@@ -24,6 +24,8 @@ from trl_fast.planning.peak_estimates import LENGTH_STEP, LONGEST, TOLERANCE, es
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import FULL_LOGITS, TRL, TrainingSetup
 
+TEXT = TrainingSetup(tiny_config("llama"))
+
 
 @pytest.mark.parametrize(
     "changes",
@@ -133,19 +135,19 @@ def peaks_of(*lines):
 )
 def test_the_longest_context(lines, limit, expected, start):
     found_peaks, calls = peaks_of(*lines)
-    found = longest_context(None, limit, start, found_peaks)
+    found = longest_context(TEXT, limit, start, found_peaks)
     assert expected * (1 - TOLERANCE) - LENGTH_STEP <= found.max_length <= expected
     assert found.peak.bytes <= limit and not found.at_least
     assert len(calls) < 20 and len(set(calls)) == len(calls)
 
 
 def test_nothing_fits():
-    found = longest_context(None, 10, 1024, peaks_of((100, 1))[0])
+    found = longest_context(TEXT, 10, 1024, peaks_of((100, 1))[0])
     assert found.max_length == 0 and found.peak is None
 
 
 def test_everything_fits():
-    found = longest_context(None, 10**9, 1024, peaks_of((100, 1))[0])
+    found = longest_context(TEXT, 10**9, 1024, peaks_of((100, 1))[0])
     assert found.max_length == LONGEST and found.at_least
 
 

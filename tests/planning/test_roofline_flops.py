@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.row_attention import dense_mask
+from trl_fast.modeling.attention.row_attention import RowMask
 from trl_fast.modeling.attention.tree_attention import tree_attention
 from trl_fast.modeling.attention.varlen import _varlen_calls
 from trl_fast.ops.device import device_facts, simulated_device
@@ -42,7 +43,7 @@ def test_rows_with_windows_are_counted_by_what_their_tokens_see(window):
     trees = ((400, 60, (90, 30, 20)), (300,))
     query = torch.empty(900, HEADS, WIDTH, dtype=torch.bfloat16)
     flops = 0.0
-    for call in _varlen_calls(trees, window, CPU, device_facts(CPU)):
+    for call in _varlen_calls(RowMask(trees, window), CPU, device_facts(CPU)):
         given = {"query": query, "key": query, "cum_seq_q": call.cu_seqlens_q, "cum_seq_k": call.cu_seqlens_k}
         flops += flops_of(torch.ops.aten._flash_attention_forward.default, given | call.options).flops
     assert flops == 2 * 2 * HEADS * WIDTH * int(dense_mask(trees, window).sum())

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trl_fast.console import make_console, progress_columns
+from trl_fast.data.images import ImageInput
 from trl_fast.input_errors import error_line
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.position_limits import check_positions
@@ -21,7 +22,9 @@ from trl_fast.planning.host_memory import host_memory
 from trl_fast.planning.memory_sizes import gib, parse_memory
 from trl_fast.planning.model_shapes import SHAPES, model_config
 from trl_fast.planning.peak_estimates import stage_peaks, whole_layers
+from trl_fast.planning.planned_images import parse_image_size, planned_image
 from trl_fast.planning.planned_layers import layers_line
+from trl_fast.planning.planned_methods import PLANNED
 from trl_fast.planning.planned_optimizers import is_known
 from trl_fast.planning.report import (
     peak_table,
@@ -67,6 +70,12 @@ class PlanArguments:
 
     prompt_tokens: int | None = None
     """Tokens of a sequence that are prompt. None: half of max_length; of sampled sequences 512."""
+
+    image_size: str | None = None
+    """Width and height in pixels of the images that a model reads, such as 1280x720. None: it reads text alone."""
+
+    images_per_prompt: int = 1
+    """Images of each prompt, where `image_size` is set."""
 
     compare: bool = True
     """Also simulate TRL's step, and each switch that buys memory or time."""
@@ -160,12 +169,22 @@ def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
     _refuse_unknown(parser, flags)
     try:
         name = policy_name(training, model)
+        config = model_config(name, trust_remote_code=training.trust_remote_code)
+        images: tuple[ImageInput, ...] = ()
+        if plan.image_size is not None:
+            if not PLANNED[method].reads_images:
+                able = ", ".join(name for name, planned in PLANNED.items() if planned.reads_images)
+                raise ValueError(f"image_size={plan.image_size!r} has no plan for {method}; images are for {able}")
+            size = parse_image_size(plan.image_size)
+            image = planned_image(name, config, size, trust_remote_code=training.trust_remote_code)
+            images = (image,) * plan.images_per_prompt
         setup = setup_from_training(
             method,
             training,
             model,
-            model_config(name, trust_remote_code=training.trust_remote_code),
+            config,
             prompt_tokens=plan.prompt_tokens,
+            images=images,
             device="cpu" if parser.plans_cpu else "gpu",
             num_gpus=plan.num_gpus,
             engine=parser.engine,
@@ -326,7 +345,7 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
     console.print(f"Simulated, not measured, of {planned.model}:", soft_wrap=True)
     console.print(f"{setup_line(setup)}.")
     models = planned_models(setup, setup.max_length)
-    console.print(layers_line(base_model(models.policy), models.layout))
+    console.print(layers_line(base_model(models.policy), models.layout.name))
     if not is_known(setup.optim):
         console.print(f"optim={setup.optim} is planned as AdamW.")
     if not setup.generates:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from trl_fast.data import TokenBatch
 from trl_fast.losses.reward import reward_loss
 from trl_fast.modeling.classifier_head import rewards
-from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.loading import base_model, whole_backbone
 from trl_fast.modeling.reference_policy import reference_scope
 
 from .generation import simulate_generation
@@ -83,7 +83,7 @@ def _policy_loss(
 def _full_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
     """Computes log_softmax over the logits of every position, in their own dtype: the least that full logits take."""
     with setup.autocast():
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model(**_inputs(batch), use_cache=False).logits
     every = logits[:, :-1].log_softmax(-1)
     del logits
     logprobs = every.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
@@ -101,13 +101,19 @@ def _tiled_logprobs(setup: TrainingSetup, model: torch.nn.Module, batch: TokenBa
     inner = base_model(model)
     on_cpu = not has_tile_kernels(setup)
     with setup.autocast():
-        hidden = inner.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        hidden = whole_backbone(inner)(**_inputs(batch), use_cache=False)
         every = hidden.last_hidden_state.reshape(-1, hidden.last_hidden_state.shape[-1])
         selected = every if on_cpu else every[batch.score_positions]
         targets = batch.input_ids.reshape(-1) if on_cpu else batch.targets
         dtype = torch.bfloat16 if setup.bf16 else setup.torch_dtype
         scored = TiledHead.apply(selected, inner.get_output_embeddings().weight, targets, dtype, on_cpu)
     return scored[batch.score_positions] if on_cpu else scored
+
+
+def _inputs(batch: TokenBatch) -> dict[str, Any]:
+    """Returns the keywords under which a model's forward takes a padded batch, as TRL gives them."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return {**inputs, **(batch.images or {})}
 
 
 def has_tile_kernels(setup: TrainingSetup) -> bool:

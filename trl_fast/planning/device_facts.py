@@ -240,7 +240,9 @@ def padded_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Computes causal attention of rows (B, heads, T, D) without padding, as transformers does it by default.
+    """Computes attention of rows (B, heads, T, D) without padding, as transformers does it by default.
+
+    It is causal but in vision towers, whose modules say so.
 
     On a GPU that is the flash kernel; the memory-efficient one, which takes a mask, where a window is shorter than the
     row, or heads are wider than flash kernels take; the model's own eager attention, with all scores in memory, where
@@ -250,23 +252,24 @@ def padded_attention(
         (B, T, heads, D) of the query's dtype, and weights or None, as transformers expects.
     """
     tokens, keys = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True)
     if softcap or kwargs.get("s_aux") is not None:
         own = sys.modules[original_class(module).__module__].eager_attention_forward
         mask = query.new_empty(1, 1, tokens, keys)
         return own(module, query, key, value, mask, scaling=scaling, softcap=softcap, **kwargs)
     if not device_facts(query.device).is_cuda:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=causal)
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     masked = sliding_window is not None and sliding_window < keys
     if not masked and query.shape[-1] <= _WIDEST_FLASH:
-        out, *_rest = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
+        out, *_rest = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     # The kernel wants a number to add for every pair, and keys and values for every query head.
     bias = query.new_empty(query.shape[0], 1, tokens, keys).expand(-1, query.shape[1], -1, -1) if masked else None
     out, *_rest = aten._scaled_dot_product_efficient_attention(
-        query, repeat_kv(key, groups), repeat_kv(value, groups), bias, True, 0.0, not masked, scale=scaling
+        query, repeat_kv(key, groups), repeat_kv(value, groups), bias, True, 0.0, causal and not masked, scale=scaling
     )
     return out.transpose(1, 2).contiguous(), None
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from trl_fast.data import TokenBatch, Tree, pack_labelled, pack_trees
+from trl_fast.data.images.inputs import ImageInput
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.reward_modeling import reward_batch
 from trl_fast.data.unpaired_preference import KL_COLUMN, LABEL, UnpairedCollator
 from trl_fast.losses.loss_normalization import LossNormalizer
@@ -25,6 +29,26 @@ from .training_setup import TrainingSetup
 _PROMPT, _CHOSEN, _REJECTED = 1, 2, 3
 _PAD = 0
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class PlannedLayout:
+    """Holds how batches are laid out, one of BATCH_LAYOUTS; images: what laying out images needs to know."""
+
+    name: str
+    images: ImageLayout | None = None
+
+
+@dataclass(frozen=True)
+class _PlannedRowImages:
+    """Stands where a collator asks for the images of a row (`RowImages`): each row has these."""
+
+    images: tuple[ImageInput, ...]
+    layout: ImageLayout
+
+    def inputs(self, row: Mapping[str, object]) -> tuple[ImageInput, ...]:
+        """Returns what the model reads of a row's images."""
+        return self.images
 
 
 @dataclass(frozen=True)
@@ -53,35 +77,38 @@ class PPOInputs:
     update: PPOUpdate
 
 
-def labelled_batch(setup: TrainingSetup, max_length: int, layout: str) -> TokenBatch:
+def labelled_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:
     """Makes sequences of which every token is learned (SFT)."""
     ids = [_PROMPT] * max_length
-    return pack_labelled([(ids, ids)] * setup.per_device_train_batch_size, layout, _PAD)
+    return pack_labelled([(ids, ids)] * setup.per_device_train_batch_size, layout.name, _PAD)
 
 
-def preference_batch(setup: TrainingSetup, max_length: int, layout: str) -> TokenBatch:
+def preference_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:
     """Makes pairs of completions with a prompt that both share (DPO)."""
-    prompt, answers = _pair(setup, max_length)
-    return pack_trees([Tree(prompt, answers)] * setup.per_device_train_batch_size, layout, _PAD)
+    prompt, answers = _pair(setup, max_length, layout)
+    trees = [Tree(prompt, answers, setup.images)] * setup.per_device_train_batch_size
+    return pack_trees(trees, layout.name, _PAD, image_layout=layout.images)
 
 
-def reward_pairs(setup: TrainingSetup, max_length: int, layout: str) -> TokenBatch:
+def reward_pairs(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:
     """Makes pairs of texts that begin alike (reward)."""
-    prompt, (chosen, rejected) = _pair(setup, max_length)
+    prompt, (chosen, rejected) = _pair(setup, max_length, layout)
     pairs = [(prompt + chosen, prompt + rejected)] * setup.per_device_train_batch_size
-    return reward_batch(pairs, layout, _PAD)
+    return reward_batch(pairs, layout.name, _PAD)
 
 
-def unpaired_batch(setup: TrainingSetup, max_length: int, layout: str) -> KTOInputs:
+def unpaired_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> KTOInputs:
     """Makes completions with labels and as long mismatched completions (KTO)."""
-    prompt, (own, other) = _pair(setup, max_length)
+    prompt, (own, other) = _pair(setup, max_length, layout)
     row = {"prompt_ids": prompt, "completion_ids": own, KL_COLUMN: other, LABEL: True}
-    batch = UnpairedCollator(_PAD, layout=layout).collate([row] * setup.per_device_train_batch_size)
+    images: Any = None if layout.images is None else _PlannedRowImages(setup.images, layout.images)
+    collator = UnpairedCollator(_PAD, layout=layout.name, images=images)
+    batch = collator.collate([row] * setup.per_device_train_batch_size)
     backward_passes = 1 + (setup.lora_r is None) + setup.gradient_checkpointing
     return KTOInputs(batch, scores_together(batch, backward_passes))
 
 
-def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: str) -> PolicyInputs:
+def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PolicyInputs:
     """Makes completions of as few prompts as the group size allows, each with an advantage (GRPO, RLOO)."""
     count, group = setup.per_device_train_batch_size, setup.group_size
     samples = _samples(setup, max_length, count, group)
@@ -93,16 +120,16 @@ def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: str) -> Po
         float(samples.lengths.sum()), setup.gradient_accumulation_steps, len(samples.completion_ids[0])
     )
     weights = sequence_weights("grpo" if setup.method == "rloo" else "dapo", samples.lengths, window)
-    update = UpdateMaker(layout, _PAD, None, _CPU).update(samples, list(range(count)), weights)
+    update = UpdateMaker(layout.name, _PAD, None, _CPU).update(samples, list(range(count)), weights)
     total = setup.completions_per_generation
     return PolicyInputs(_generation(setup, max_length, -(-total // group), total), update)
 
 
-def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: str) -> PPOInputs:
+def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PPOInputs:
     """Makes completions of different prompts, for the rollout and for the update (PPO)."""
     scored = min(setup.local_rollout_forward_batch_size, setup.completions_per_generation)
     rollout, batch = (
-        _samples(setup, max_length, count, 1).batch(layout, _PAD)
+        _samples(setup, max_length, count, 1).batch(layout.name, _PAD)
         for count in (scored, setup.per_device_train_batch_size)
     )
     states = state_batch(batch, torch.zeros(len(batch), dtype=torch.bool))
@@ -115,15 +142,23 @@ def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: str) -> PPOIn
     )
 
 
-def _pair(setup: TrainingSetup, max_length: int) -> tuple[list[int], list[list[int]]]:
+def _pair(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> tuple[list[int], list[list[int]]]:
     """Makes a prompt and two completions of it."""
-    prompt = [_PROMPT] * round(max_length * setup.prompt_share)
+    prompt = _with_images([_PROMPT] * setup.prompt_tokens(max_length), setup, layout)
     return prompt, [[token] * (max_length - len(prompt)) for token in (_CHOSEN, _REJECTED)]
+
+
+def _with_images(ids: list[int], setup: TrainingSetup, layout: PlannedLayout) -> list[int]:
+    """Puts the images' tokens in the place of as many of a prompt's; the first one stays text."""
+    if layout.images is None:
+        return ids
+    count = setup.image_tokens
+    return [ids[0], *[layout.images.image_token_id] * count, *ids[1 + count :]]
 
 
 def _prompt_tokens(setup: TrainingSetup, max_length: int) -> int:
     """Returns how long the prompt of a sampled completion is: a token at least, and one is left for the completion."""
-    return min(max(1, round(max_length * setup.prompt_share)), max_length - 1)
+    return min(max(1, setup.prompt_tokens(max_length)), max_length - 1)
 
 
 def _samples(setup: TrainingSetup, max_length: int, count: int, group: int) -> Samples:

@@ -8,20 +8,23 @@ import warnings
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
+from trl_fast.modeling import layer_kinds
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.classifier_head import attach_classifier_head
+from trl_fast.modeling.image_models import image_layout
 from trl_fast.modeling.layouts import REWARDS, TOKEN_SCORES, LayoutRequest, declared_layout
-from trl_fast.modeling.loading import add_adapter, base_model
+from trl_fast.modeling.loading import add_adapter, base_model, language_model_class, whole_backbone
 from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.scoring import attach_scoring
-from trl_fast.modeling.segment_attention import use_segment_attention
+from trl_fast.modeling.segment_attention import set_attention, use_segment_attention
 from trl_fast.ops.device import simulated_device
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 from trl_fast.trainers.base.model_setup import set_up_layers
 
 from .device_facts import PADDED_ATTENTION, planned_facts
+from .example_batches import PlannedLayout
 from .planned_methods import PlannedModels
 from .quantized_layers import quantize
 from .training_setup import ONLINE_METHODS, OURS, TrainingSetup
@@ -40,7 +43,7 @@ def meta_model(setup: TrainingSetup, layers: int | None = None, *, classifier: b
     config.use_cache = False
     if classifier:
         config.num_labels = 1
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if classifier else language_model_class(config)
     try:
         with torch.device("meta"):
             model = auto.from_config(config, dtype=setup.torch_dtype)
@@ -88,7 +91,8 @@ def planned_models(setup: TrainingSetup, max_length: int, layers: int | None = N
         if setup.method == "ppo":
             whole = setup.but(lora_r=None, quantization=None)
             value = prepare(meta_model(setup, layers, classifier=True), whole, layout)
-        return PlannedModels(prepare(policy, setup, layout), layout, reference, value)
+        images = image_layout(policy) if setup.images else None
+        return PlannedModels(prepare(policy, setup, layout), PlannedLayout(layout, images), reference, value)
 
 
 def prepare(
@@ -96,9 +100,12 @@ def prepare(
 ) -> PreTrainedModel | PeftModel:
     """Sets up a model's attention and its adapter, and its layers as the trainers do; `trains`: not a reference."""
     if BATCH_LAYOUTS[layout].pads:
-        model.set_attn_implementation(PADDED_ATTENTION)
+        set_attention(model, PADDED_ATTENTION)
     else:
         use_segment_attention(model)
+    if setup.images:
+        model.set_attn_implementation({"vision_config": PADDED_ATTENTION})
+        whole_backbone(model).register_forward_pre_hook(_give_positions, with_kwargs=True)
     with warnings.catch_warnings():
         # transformers and PEFT about names of theirs.
         warnings.simplefilter("ignore", FutureWarning)
@@ -106,10 +113,18 @@ def prepare(
             model = add_adapter(model, lora_config(setup))
             if setup.gradient_checkpointing:
                 model.enable_input_require_grads()
-        set_up_layers(model, setup, trains=trains)
+        set_up_layers(model, setup, trains=trains, reads_images=bool(setup.images))
         if setup.gradient_checkpointing and trains:
             enable_checkpointing(model)
     return model if trains else freeze(model)
+
+
+def _give_positions(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Gives positions of three axes to a model that would count them from token ids: fake tensors have none."""
+    ids = kwargs.get("input_ids")
+    if ids is not None and kwargs.get("position_ids") is None and hasattr(model, "get_rope_index"):
+        kwargs = {**kwargs, "position_ids": torch.zeros(3, *ids.shape, dtype=torch.int64)}
+    return args, kwargs
 
 
 def lora_config(setup: TrainingSetup) -> LoraConfig:
@@ -148,11 +163,10 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
         ValueError: there is no list of them.
     """
     inner = base_model(model)
-    depth = inner.config.get_text_config().num_hidden_layers
-    for module in inner.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ValueError(f"model: {type(inner).__name__} has no list of its {depth} layers, which the simulation needs")
+    layers = layer_kinds.decoder_layers(inner)
+    if layers is None:
+        raise ValueError(f"model: {type(inner).__name__} has no list of its layers, which the simulation needs")
+    return layers
 
 
 def choose_layout(model: PreTrainedModel, setup: TrainingSetup, max_length: int) -> str:

@@ -89,7 +89,7 @@ class Timeline:
     stages: (name, first operator, last operator), the first of all operators being number 0; results: kind and bytes
     of what gradient checkpointing may keep, a list a layer (`modeling.selective_checkpointing.Budget`);
     default_budget: how many bytes of these it keeps where nothing is set; host_bytes: the most that offloading keeps
-    in the host's memory; work: of each stage, where it was counted.
+    in the host's memory; work: of each stage, where it was counted; image_work: the same of reading images.
     """
 
     levels: np.ndarray
@@ -98,6 +98,7 @@ class Timeline:
     default_budget: int = 0
     host_bytes: int = 0
     work: Mapping[str, Work] = field(default_factory=dict)
+    image_work: Mapping[str, Work] = field(default_factory=dict)
 
     @classmethod
     def of(cls, allocations: Sequence[Allocation], stages: tuple[tuple[str, int, int], ...]) -> Timeline:

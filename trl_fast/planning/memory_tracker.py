@@ -19,8 +19,9 @@ from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .data_dependent_operators import ANSWERS
+from .data_dependent_operators import run_on_fakes
 from .memory_timeline import Allocation, Timeline
+from .roofline.known_values import follow
 
 # What torch.cuda's allocator rounds up to.
 CUDA_GRANULARITY = 512
@@ -38,7 +39,7 @@ class MemoryTracker(TorchDispatchMode):
     """Records every storage that an operator makes, inside `FakeTensorMode`; time is counted in operators.
 
     The project's own custom ops are run by their bodies, so that what they take inside is seen too. What depends on
-    data is answered by `data_dependent_operators.py`.
+    data is known or answered, see `data_dependent_operators.py`.
 
     Args:
         granularity: bytes that sizes are rounded up to.
@@ -121,19 +122,14 @@ class MemoryTracker(TorchDispatchMode):
             with self:
                 out = own._init_fn(*args, **kwargs or {})
         else:
-            out = self._run(func, args, kwargs or {})
+            out = run_on_fakes(func, args, kwargs or {})
+            follow(func, args, kwargs or {}, out)
             if self._observe is not None:
                 self._observe(func, args, kwargs or {}, out)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, FakeTensor):
                 self._see(tensor)
         return out
-
-    @staticmethod
-    def _run(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
-        answer = ANSWERS.get(func)
-        out = NotImplemented if answer is None else answer(*args, **kwargs)
-        return func(*args, **kwargs) if out is NotImplemented else out
 
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -22,7 +22,18 @@ def _shape(
 
 
 _TIED: dict[str, Any] = {"tie_word_embeddings": True}
+_LONG: dict[str, Any] = {"max_position_embeddings": 128000}
+_LONGER: dict[str, Any] = {"max_position_embeddings": 262144}
 _UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
+
+
+def _with_tower(model_type: str, text: dict[str, Any], **tower: Any) -> dict[str, Any]:
+    """Returns the shape of a model that reads images too, from its text model's and its vision tower's sizes."""
+    tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
+    text = {name: value for name, value in text.items() if name != "model_type"}
+    return {"model_type": model_type, "text_config": text, "vision_config": tower, **tied}
+
+
 _LLAMA_3: dict[str, Any] = {"vocabulary": 128256, "max_position_embeddings": 131072}
 _QWEN_3: dict[str, Any] = {"vocabulary": 151936, "max_position_embeddings": 40960}
 # Three layers of the gated delta rule, then one of attention, whose output is gated.
@@ -33,6 +44,20 @@ _GRANITE_4: dict[str, Any] = {
     **{"mamba_n_heads": 64, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2},
     **{"position_embedding_type": "nope"},
     **_TIED,
+}
+# Positions of three axes, in these shares of a head.
+_QWEN_25_VL: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
+_QWEN_25_TOWER: dict[str, Any] = {
+    **{"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14},
+    **{"window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
+}
+_QWEN_3_VL: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+}
+_QWEN_3_TOWER: dict[str, Any] = {"num_heads": 16, "patch_size": 16, "num_position_embeddings": 2304}
+_QWEN_3_SMALL_TOWER: dict[str, Any] = {
+    **{"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]},
+    **_QWEN_3_TOWER,
 }
 _QWEN_25: dict[str, Any] = {"vocabulary": 151936, "max_position_embeddings": 32768}
 
@@ -49,6 +74,37 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": _shape("qwen3", 2048, 6144, 28, (16, 8, 128), **_QWEN_3, **_TIED),
     "qwen3-4b": _shape("qwen3", 2560, 9728, 36, (32, 8, 128), **_QWEN_3, **_TIED),
     "qwen3-8b": _shape("qwen3", 4096, 12288, 36, (32, 8, 128), **_QWEN_3, **_UNTIED),
+    "qwen2.5-vl-3b": _with_tower(
+        "qwen2_5_vl",
+        _shape("qwen2_5_vl_text", 2048, 11008, 36, (16, 2, 128), 151936, **_QWEN_25_VL, **_LONG, **_TIED),
+        **_QWEN_25_TOWER,
+        out_hidden_size=2048,
+    ),
+    "qwen2.5-vl-7b": _with_tower(
+        "qwen2_5_vl",
+        _shape("qwen2_5_vl_text", 3584, 18944, 28, (28, 4, 128), 152064, **_QWEN_25_VL, **_LONG, **_UNTIED),
+        **_QWEN_25_TOWER,
+        out_hidden_size=3584,
+    ),
+    "qwen3-vl-2b": _with_tower(
+        "qwen3_vl",
+        _shape("qwen3_vl_text", 2048, 6144, 28, (16, 8, 128), 151936, **_QWEN_3_VL, **_LONGER, **_TIED),
+        **_QWEN_3_SMALL_TOWER,
+        out_hidden_size=2048,
+    ),
+    "qwen3-vl-4b": _with_tower(
+        "qwen3_vl",
+        _shape("qwen3_vl_text", 2560, 9728, 36, (32, 8, 128), 151936, **_QWEN_3_VL, **_LONGER, **_TIED),
+        **_QWEN_3_SMALL_TOWER,
+        out_hidden_size=2560,
+    ),
+    "qwen3-vl-8b": _with_tower(
+        "qwen3_vl",
+        _shape("qwen3_vl_text", 4096, 12288, 36, (32, 8, 128), 151936, **_QWEN_3_VL, **_LONGER, **_UNTIED),
+        **{"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]},
+        **_QWEN_3_TOWER,
+        out_hidden_size=4096,
+    ),
     "llama-3.2-1b": _shape("llama", 2048, 8192, 16, (32, 8, 64), **_LLAMA_3, **_TIED),
     "llama-3.2-3b": _shape("llama", 3072, 8192, 28, (24, 8, 128), **_LLAMA_3, **_TIED),
     "llama-3.1-8b": _shape("llama", 4096, 14336, 32, (32, 8, 128), **_LLAMA_3, **_UNTIED),
@@ -111,6 +167,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+# The image processors of built-in shapes, by their model type, with the settings of their publishers.
+IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"patch_size": 14, "min_pixels": 56 * 56, "max_pixels": 12845056},
+    "qwen3_vl": {"patch_size": 16, "min_pixels": 256 * 256, "max_pixels": 4096 * 4096},
+}
+
+
 def shape_name(name_or_path: str) -> str | None:
     """Returns the built-in shape of that name, or of the hub model of that name; None: no such one, or a folder.
 
@@ -128,7 +191,7 @@ def model_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretr
     """Returns the configuration of a built-in shape, a folder or a model on the hub.
 
     Raises:
-        ValueError: there is no such model, or it is no text model of decoder layers.
+        ValueError: there is no such model, or it is no model of decoder layers.
     """
     name = shape_name(name_or_path)
     if name is not None:
@@ -143,7 +206,7 @@ def model_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretr
             f"config.json, and cannot be had from the hub{did_you_mean(name_or_path.lower(), SHAPES)}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    if getattr(config, "vision_config", None) is not None or getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"model_name_or_path={name_or_path!r} ({config.model_type}) is no language model of decoder layers alone"
         )

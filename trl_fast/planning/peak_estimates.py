@@ -93,7 +93,7 @@ def simulated(setup: TrainingSetup, max_length: int, layers: int | None = None) 
 def counted_length(setup: TrainingSetup) -> int:
     """Returns the longest sequences whose work is all counted: longer ones would take long."""
     sequences = setup.per_device_train_batch_size * (2 if setup.method in ("dpo", "reward", "kto") else 1)
-    return max(LENGTH_STEP, COUNTED_TOKENS // sequences)
+    return max(setup.image_tokens + LENGTH_STEP, COUNTED_TOKENS // sequences)
 
 
 def _take_off_what_has_no_room(peaks: StagePeaks, results: Sequence[Sequence[tuple[str, int]]], limit: int) -> None:
@@ -178,7 +178,9 @@ def longest_context(
     lines through the last two meets the limit. `start`: a length to begin with.
     """
     tried: dict[int, StagePeaks] = {}
-    length = _rounded(start)
+    # The images, and tokens beside them.
+    shortest = LENGTH_STEP * (1 + -(-setup.image_tokens // LENGTH_STEP))
+    length = _rounded(start, shortest)
     while length not in tried:
         tried[length] = peaks_of(setup, length)
         fits, exceeds = _bounds(tried, limit)
@@ -186,14 +188,14 @@ def longest_context(
         if len(tried) > 1 and fits >= min(meets * (1 - TOLERANCE), LONGEST):
             break
         # On the safe side by half the tolerance, and where the lines mislead, between what fits and what does not.
-        length = _rounded(meets * (1 - TOLERANCE / 2))
+        length = _rounded(meets * (1 - TOLERANCE / 2), shortest)
         if not fits < length < exceeds:
-            length = _rounded((fits + exceeds) / 2 if exceeds < math.inf else 2 * fits)
+            length = _rounded((fits + exceeds) / 2 if exceeds < math.inf else 2 * fits, shortest)
     return Longest(fits, highest(tried[fits]) if fits else None)
 
 
-def _rounded(length: float) -> int:
-    return int(min(LONGEST, max(LENGTH_STEP, length // LENGTH_STEP * LENGTH_STEP)))
+def _rounded(length: float, shortest: int) -> int:
+    return int(min(LONGEST, max(shortest, length // LENGTH_STEP * LENGTH_STEP)))
 
 
 def _bounds(tried: dict[int, StagePeaks], limit: int) -> tuple[int, float]:

@@ -30,6 +30,7 @@ from trl_fast.trainers.kto import sequence_logprobs
 from trl_fast.trainers.methods import METHODS
 
 from .example_batches import (
+    PlannedLayout,
     labelled_batch,
     policy_micro_batch,
     ppo_micro_batch,
@@ -52,7 +53,7 @@ class PlannedModels:
     """
 
     policy: PreTrainedModel | PeftModel
-    layout: str
+    layout: PlannedLayout
     reference: PreTrainedModel | None = None
     value: PreTrainedModel | None = None
 
@@ -67,12 +68,14 @@ class PlannedMethod:
     """Describes how a method is planned.
 
     inputs: from setup, max_length and layout to the micro-batch's real tensors. loss: from setup, models, those inputs
-    and what names a stage to the loss (0-d). unit: what a micro-batch counts.
+    and what names a stage to the loss (0-d). unit: what a micro-batch counts. reads_images: whether its prompts may
+    have images.
     """
 
-    inputs: Callable[[TrainingSetup, int, str], Any]
+    inputs: Callable[[TrainingSetup, int, PlannedLayout], Any]
     loss: Callable[[TrainingSetup, PlannedModels, Any, Enter], torch.Tensor]
     unit: str
+    reads_images: bool = False
 
 
 def _step(setup: TrainingSetup) -> Callable[..., Any]:
@@ -177,9 +180,9 @@ def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:
 
 PLANNED: dict[str, PlannedMethod] = {
     "sft": PlannedMethod(labelled_batch, _sft_loss, "sequence"),
-    "dpo": PlannedMethod(preference_batch, _dpo_loss, "pair"),
+    "dpo": PlannedMethod(preference_batch, _dpo_loss, "pair", reads_images=True),
     "reward": PlannedMethod(reward_pairs, _reward_loss, "pair"),
-    "kto": PlannedMethod(unpaired_batch, _kto_loss, "completion"),
+    "kto": PlannedMethod(unpaired_batch, _kto_loss, "completion", reads_images=True),
     "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
     "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),

@@ -234,4 +234,7 @@ def setup_line(setup: TrainingSetup) -> str:
     devices = f", shared by {setup.num_gpus} GPUs ({sharing_of(setup).title})" if setup.num_gpus > 1 else ""
     where = ", on a CPU" if setup.device == "cpu" else ""
     size = f"{count} {unit} of {setup.max_length:,} tokens"
+    if setup.images:
+        number = len(setup.images)
+        size += f", {setup.image_tokens:,} of {number} image{'s' * (number > 1)}"
     return f"{setup.method}, {what}, {precision}, {size}{sampled}{devices}{where}"

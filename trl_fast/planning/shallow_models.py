@@ -57,6 +57,8 @@ def shallow_models(setup: TrainingSetup) -> ShallowModels | None:
     if period > 1:
         # A layer of each kind between the first and the last.
         fewest = max(fewest, period + 2)
+    # The first layers of some get embeddings of images, and the layer between is not one of these.
+    fewest += len(getattr(getattr(setup.config, "vision_config", None), "deepstack_visual_indexes", ()) or ())
     fewer = fewest + (depth - fewest) % period
     return ShallowModels(fewer, fewer + period) if fewer + period < depth else None
 

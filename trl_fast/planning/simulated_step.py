@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.loading import base_model, whole_backbone
 from trl_fast.ops.device import DeviceFacts, simulated_device
 
 from .baseline_steps import baseline_loss
@@ -40,6 +40,7 @@ from .memory_timeline import (
     Timeline,
 )
 from .memory_tracker import CUDA_GRANULARITY, MemoryTracker, Observer
+from .planned_images import VisionTower
 from .planned_layers import pytorch_layers
 from .planned_methods import PLANNED, PlannedModels
 from .planned_optimizers import PlannedOptimizer, planned_optimizer
@@ -64,19 +65,30 @@ def simulate(
         timeline = _simulated(setup, max_length, layers, _tracker(setup), planned_facts(setup.device, meter))
         return replace(timeline, host_bytes=meter.host_peak)
     tracker = _tracker(setup, lambda *given: counter.observe(*given))
-    counter = WorkCounter(lambda: tracker.stage, tracker.was_there, attention_only=not counts_work)
+    vision = VisionTower()
+    counter = WorkCounter(
+        lambda: tracker.stage,
+        tracker.was_there,
+        lambda: vision.is_reading or (bool(setup.images) and tracker.stage == EMBEDDING_STAGE),
+        attention_only=not counts_work,
+    )
     meter.launched = lambda size: counter.add(Work(moved=size, launches=1))
     meter.attended = lambda flops, read, written: counter.add(
         Work(attention_flops=flops, moved=read + written, launches=1)
     )
     meter.copied = lambda size: counter.add(Work(host_bytes=size))
     facts = planned_facts(setup.device, meter, every_tile=counts_work)
-    timeline = _simulated(setup, max_length, layers, tracker, facts)
-    return replace(timeline, host_bytes=meter.host_peak, work=counter.by_stage)
+    timeline = _simulated(setup, max_length, layers, tracker, facts, vision)
+    return replace(timeline, host_bytes=meter.host_peak, work=counter.by_stage, image_work=counter.of_images)
 
 
 def _simulated(
-    setup: TrainingSetup, max_length: int, layers: int | None, tracker: MemoryTracker, facts: DeviceFacts
+    setup: TrainingSetup,
+    max_length: int,
+    layers: int | None,
+    tracker: MemoryTracker,
+    facts: DeviceFacts,
+    vision: VisionTower | None = None,
 ) -> Timeline:
     models = planned_models(setup, max_length, layers)
     inputs = PLANNED[setup.method].inputs(setup, max_length, models.layout)
@@ -91,6 +103,9 @@ def _simulated(
         _mark_stages(models.policy, tracker, _POLICY_STAGES)
         if models.value is not None:
             _mark_stages(models.value, tracker, _VALUE_STAGES)
+        for model in filter(None, (models.policy, models.reference, models.value)):
+            if vision is not None and setup.images:
+                vision.watch(base_model(model))
         _run(setup, models, inputs, optimizer, tracker)
     selective = base_model(models.policy).trl_fast_selective_checkpointing
     return replace(tracker.timeline(), results=selective.budget.asked, default_budget=selective.default_limit)
@@ -148,7 +163,7 @@ _VALUE_STAGES = _Stages(VALUE_FORWARD_STAGE, None, VALUE_BACKWARD_STAGE, None, N
 
 def _mark_stages(model: PreTrainedModel | PeftModel, tracker: MemoryTracker, stages: _Stages) -> None:
     """Puts hooks into a model that tell the tracker where in the step it is."""
-    layers, backbone = decoder_layers(model), base_model(model).base_model
+    layers, backbone = decoder_layers(model), whole_backbone(base_model(model))
 
     def enter_on_gradient(tensor: torch.Tensor, stage: str | None) -> None:
         if stage is not None and tracker.stage == stages.forward and tensor.requires_grad:

@@ -73,17 +73,18 @@ def step_work(setup: TrainingSetup, max_length: int) -> Work:
 
     Of layers that repeat two shallow models tell it, as they tell the peak. Of sequences longer than those that are
     counted (`counted_length`) all but attention and the update grows with the length; attention is counted as long as
-    they are, be it in windows or not.
+    they are, be it in windows or not. Reading images takes what it takes.
     """
     counted = min(max_length, counted_length(setup))
-    stages = _work_by_stage(setup, counted)
+    stages, images = (_work_by_stage(setup, counted, of_images=of_images) for of_images in (False, True))
     whole = stages if counted == max_length else _work_by_stage(setup, max_length)
     total = Work()
-    for stage, work in stages.items():
+    for stage in {**stages, **images}:
+        work = stages.get(stage, Work())
         if stage != OPTIMIZER_STAGE:
             work = work.times(max_length / counted)
             work = replace(work, attention_flops=whole.get(stage, Work()).attention_flops)
-        total += work.times(_times(stage, setup, max_length))
+        total += (work + images.get(stage, Work())).times(_times(stage, setup, max_length))
     return total
 
 
@@ -108,11 +109,15 @@ def _times(stage: str, setup: TrainingSetup, max_length: int) -> float:
     return micro_batches / setup.num_iterations
 
 
-def _work_by_stage(setup: TrainingSetup, max_length: int) -> Mapping[str, Work]:
+def _work_by_stage(setup: TrainingSetup, max_length: int, *, of_images: bool = False) -> Mapping[str, Work]:
+    def simulated_work(layers: int | None) -> Mapping[str, Work]:
+        found = simulated(setup, max_length, layers)
+        return found.image_work if of_images else found.work
+
     shallow = shallow_models(setup)
     if shallow is None:
-        return simulated(setup, max_length).work
-    fewer, deeper = (simulated(setup, max_length, layers).work for layers in (shallow.fewer, shallow.more))
+        return simulated_work(None)
+    fewer, deeper = (simulated_work(layers) for layers in (shallow.fewer, shallow.more))
     share = shallow.share(setup.num_layers)
     # The stage that only the deeper model has is all of its layer.
     return {stage: fewer.get(stage, Work()).mixed(work, 1 - share, share) for stage, work in deeper.items()}

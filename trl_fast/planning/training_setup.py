@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from transformers import PretrainedConfig
 
+from trl_fast.data.images.inputs import ImageInput
 from trl_fast.ops import HeadOptions
 from trl_fast.settings.batch_layouts import LAYOUT_CHOICES
 from trl_fast.settings.ranges import check_ranges
@@ -38,6 +39,7 @@ class TrainingSetup:
 
     - `method`: one of METHODS; `system`: whose step it is, OURS, TRL or FULL_LOGITS.
     - `max_length`: tokens of every sequence, prompt and completion together.
+    - `images`: those of a prompt, which its first tokens stand for.
     - `prompt_share`: which share of a sequence (dpo) or of what both texts of a pair start with (reward) is prompt.
     - `dtype`: of the weights; `bf16`: whether products are computed in bfloat16 by autocast.
     - `lora_r`: None trains all weights; `lora_target_modules`: None takes PEFT's choice for the architecture.
@@ -57,6 +59,7 @@ class TrainingSetup:
     method: str = "dpo"
     system: str = OURS
     max_length: int = 1024
+    images: tuple[ImageInput, ...] = ()
     prompt_share: float = 0.5
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
@@ -152,6 +155,15 @@ class TrainingSetup:
         return checkpoints and may
 
     @property
+    def image_tokens(self) -> int:
+        """Counts the tokens that stand for a prompt's images."""
+        return sum(image.num_tokens for image in self.images)
+
+    def prompt_tokens(self, max_length: int) -> int:
+        """Returns how many tokens of a sequence are prompt: its share, and with images a token more than these."""
+        return max(round(max_length * self.prompt_share), self.image_tokens + bool(self.images))
+
+    @property
     def max_positions(self) -> int | None:
         """Returns the positions that the model was made for, if its config tells."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -224,6 +236,7 @@ def setup_from_training(
     config: PretrainedConfig,
     *,
     prompt_tokens: int | None = None,
+    images: tuple[ImageInput, ...] = (),
     longest: int | None = None,
     device: str = "gpu",
     num_gpus: int = 1,
@@ -234,7 +247,8 @@ def setup_from_training(
     Args:
         config: of the policy, see `model_shapes.model_config`.
         prompt_tokens: how many of a sequence's tokens are prompt. None: half of them; of sampled completions
-            DEFAULT_PROMPT_TOKENS.
+            DEFAULT_PROMPT_TOKENS, and those of images.
+        images: those of a prompt; their tokens are prompt tokens.
         longest: tokens of the data's longest sequence, where they are known; longer ones are not planned for.
         device: whose kernels to assume, one of DEVICES; num_gpus: how many share the run; engine: how they do.
 
@@ -242,7 +256,8 @@ def setup_from_training(
         ValueError: an argument is missing, out of range, or does not go with another.
     """
     given = {name: getattr(training_args, name) for name in _SAME_NAMES if hasattr(training_args, name)}
-    max_length, share = _lengths(method, training_args, prompt_tokens, longest)
+    image_tokens = sum(image.num_tokens for image in images)
+    max_length, share = _lengths(method, training_args, prompt_tokens, longest, image_tokens)
     modules, excluded = model_args.lora_target_modules, model_args.lora_exclude_modules
     dtype = (training_args.model_init_kwargs or {}).get("dtype", model_args.dtype)
     quantization = "4bit" if model_args.load_in_4bit else "8bit" if model_args.load_in_8bit else None
@@ -250,6 +265,7 @@ def setup_from_training(
         config=config,
         method=method,
         max_length=max_length,
+        images=images,
         prompt_share=share,
         dtype=_dtype_name(dtype, config),
         # Numbers of either 16-bit autocast take the same memory.
@@ -280,10 +296,14 @@ _SAME_NAMES = (
 )
 
 
-def _lengths(method: str, training_args: Any, prompt_tokens: int | None, longest: int | None) -> tuple[int, float]:
+def _lengths(
+    method: str, training_args: Any, prompt_tokens: int | None, longest: int | None, image_tokens: int
+) -> tuple[int, float]:
     """Returns the tokens of a sequence, and the share of them that is prompt."""
+    if prompt_tokens is not None and prompt_tokens <= image_tokens > 0:
+        raise ValueError(f"prompt_tokens={prompt_tokens}: the images of a prompt have {image_tokens} tokens")
     if method in ONLINE_METHODS:
-        prompt = DEFAULT_PROMPT_TOKENS if prompt_tokens is None else prompt_tokens
+        prompt = DEFAULT_PROMPT_TOKENS + image_tokens if prompt_tokens is None else prompt_tokens
         name = "response_length" if method == "ppo" else "max_completion_length"
         completion = getattr(training_args, name)
         if completion is None:
@@ -298,6 +318,8 @@ def _lengths(method: str, training_args: Any, prompt_tokens: int | None, longest
         raise ValueError("max_length is unset, so sequences have no limit; give the length to plan for")
     if length < 2:
         raise ValueError(f"max_length={length}: expected at least 2 tokens")
+    if image_tokens and length < image_tokens + 2:
+        raise ValueError(f"max_length={length} cuts the images of a sequence, which have {image_tokens} tokens")
     if prompt_tokens is None:
         return length, 0.5
     if method == "sft":

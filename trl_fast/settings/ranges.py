@@ -230,6 +230,7 @@ RANGES: dict[str, Range] = {
     "lora_dropout": SHARE,
     "prompt_share": Range(0, 1, below=True),
     "num_gpus": COUNT,
+    "images_per_prompt": COUNT,
 }
 
 

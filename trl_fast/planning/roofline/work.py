@@ -76,19 +76,23 @@ class Work:
 class WorkCounter:
     """Adds up the work of each stage.
 
-    stage: tells the present one; was_there: whether a tensor was there before the step; attention_only: whether all
-    but the operations of attention is left out.
+    stage: tells the present one; was_there: whether a tensor was there before the step; reads_images: whether it is
+    images that are read now, whose work does not grow with the text; attention_only: whether all but the operations of
+    attention is left out.
     """
 
     def __init__(
         self,
         stage: Callable[[], str | None],
         was_there: Callable[[torch.Tensor], bool],
+        reads_images: Callable[[], bool] = lambda: False,
         *,
         attention_only: bool = False,
     ) -> None:
         self._stage, self._was_there, self._attention_only = stage, was_there, attention_only
+        self._reads_images = reads_images
         self.by_stage: dict[str, Work] = {}
+        self.of_images: dict[str, Work] = {}
 
     def add(self, work: Work) -> None:
         """Adds work to the present stage; none before the first one."""
@@ -96,7 +100,8 @@ class WorkCounter:
         if self._attention_only:
             work = Work(attention_flops=work.attention_flops)
         if stage is not None:
-            self.by_stage[stage] = self.by_stage.get(stage, Work()) + work
+            found = self.of_images if self._reads_images() else self.by_stage
+            found[stage] = found.get(stage, Work()) + work
 
     def observe(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict, out: Any) -> None:
         """Adds one operator, its arguments and its result."""
