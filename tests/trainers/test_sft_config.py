@@ -150,3 +150,13 @@ def test_without_arguments_the_output_folder_is_named_as_trl_does(model_path, tm
     monkeypatch.setattr("trl_fast.trainers.base.config.machine_has_bf16", lambda: False)
     trainer = trl_fast.SFTTrainer(model_path, train_dataset=sft_rows("text", 4))
     assert trainer.args.output_dir == f"{model_path.split('/')[-1]}-SFT"
+
+
+def test_a_transformers_that_marks_nothing_beside_images_is_named(monkeypatch, tmp_path):
+    settings = config(tmp_path, assistant_only_loss=True)
+    settings.check_for_images(True, False, formatted=False)
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    with pytest.raises(ValueError, match=r"assistant_only_loss=True is not .*; transformers 5.17.0 marks nothing"):
+        settings.check_for_images(True, False, formatted=False)
+    settings.assistant_turns = "separately"
+    settings.check_for_images(True, False, formatted=False)

@@ -60,7 +60,7 @@ def test_every_kind_of_data(kind, family, tmp_path):
 SETTINGS = {
     "prompts are learned": {"completion_only_loss": False},
     "truncated": {"max_length": 40},
-    "no limit, shuffled": {"max_length": None, "shuffle_dataset": True},
+    "no limit": {"max_length": None},
     "a smaller last batch": {"per_device_train_batch_size": 3, "max_steps": -1, "num_train_epochs": 1},
 }
 
@@ -184,6 +184,24 @@ def test_turns_that_are_learned_apart_share_their_images(tmp_path):
     assert found[2] == sum(map(len, rows["images"])) < expected[2]
 
 
+@SLOW
+def test_prompts_whose_tokens_see_each_other(tmp_path):
+    """TRL does not train PaliGemma: its processor reads no completion, which has no image."""
+    with pytest.raises(ValueError, match="`images` are expected"):
+        logs_of(trl, tmp_path, "paligemma", "prompt and completion")
+    data = {"train_dataset": lambda: picture_rows("prompt and completion").filter(lambda row: len(row["images"]) > 0)}
+    found = []
+    for layout in ("padded", "packed"):
+        trainer = trainer_of(
+            trl_fast, tmp_path / layout, "paligemma", "prompt and completion", data, batch_layout=layout
+        )
+        trainer.train()
+        found.append(trainer.state.log_history)
+    assert_same_logs(*found)
+    with pytest.raises(ValueError, match="the tokens of a prompt see each other in this model"):
+        trainer_of(trl_fast, tmp_path, "paligemma", "messages")
+
+
 WRONG = {
     "packing": ({"packing": True}, "packing=True is not supported with images"),
     "padding-free": ({"padding_free": True, "max_length": None}, "padding_free=True is not supported with images"),
@@ -201,11 +219,14 @@ def test_what_images_do_not_allow_is_named(settings, message, tmp_path):
 def test_wrong_rows_are_named(tmp_path):
     more = [copy.deepcopy(PICTURE_ROWS["messages"](i)) for i in range(3)]
     more[2]["images"].pop()
+    completions = [PICTURE_ROWS["prompt and completion"](1)]
+    said = {"assistant_only_loss": True}
     cases = {
+        "row 0: assistant_only_loss=True learns what the assistant says in 'messages'": completions,
         "row 2: .*1.* does not match number of image placeholders .2.": more,
         "row 0: .*image": [{"images": pictures(1), "text": "no place for it"}],
     }
     for message, rows in cases.items():
         data = {"train_dataset": lambda rows=rows: Dataset.from_list(rows), "eval_dataset": lambda: None}
         with pytest.raises(ValueError, match=f"train dataset, {message}"):
-            trainer_of(trl_fast, tmp_path, "qwen2_5_vl", "messages", data)
+            trainer_of(trl_fast, tmp_path, "qwen2_5_vl", "messages", data, **(said if rows is completions else {}))

@@ -37,7 +37,7 @@ def tokenize_sft_images(
         how: tells the columns and what is learned.
 
     Raises:
-        ValueError: there are more or fewer images than places.
+        ValueError: there are more or fewer images than places, or assistant_only_loss is set for a completion.
     """
     if is_conversational(example):
         example, images = _with_images(example, images), ()
@@ -46,6 +46,11 @@ def tokenize_sft_images(
         template = how.chat_template or reader.chat_template
         return joined_rows(_tokenize_completion(turn, (), reader, True, chat_template=template) for turn in turns)
     if "completion" in example:
+        if how.assistant_only_loss:
+            raise ValueError(
+                "assistant_only_loss=True learns what the assistant says in 'messages' with images, but the row has "
+                "'prompt' and 'completion'. Give it as messages, or set assistant_turns='separately'"
+            )
         return _tokenize_completion(example, images, reader, how.completion_only_loss)
     if not is_conversational(example):
         ids = reader.text_ids(example[how.text_field], images)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import transformers
+from packaging.version import Version
+
 from trl_fast.settings.batch_layouts import PACKED, PADDED
 from trl_fast.settings.choices import (
     ASSISTANT_TURNS,
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
     from trl_fast.data import SFTFormat, SFTLength
 
 _OLDER_DATASET_KWARGS = ("add_special_tokens", "append_concat_token")
+
+
+def _marks_with_images() -> bool:
+    """Says whether a processor marks what the assistant says."""
+    return Version(transformers.__version__) >= Version("5.18.0.dev0")
 
 
 @dataclass
@@ -233,6 +241,11 @@ class SFTConfig(BaseConfig):
                 whole_prompts and not completion_only,
                 "the tokens of a prompt see each other in this model, so they cannot be learned; give rows of "
                 "'prompt' and 'completion'",
+            ),
+            "assistant_only_loss=True": (
+                self.assistant_only_loss and self.assistant_turns != SEPARATELY and not _marks_with_images(),
+                f"transformers {transformers.__version__} marks nothing there, 5.18 does; upgrade it, or set "
+                f"assistant_turns={SEPARATELY!r}",
             ),
             "formatting_func": (formatted, "it makes text, which has no images; give messages, or text, as a column"),
         }
