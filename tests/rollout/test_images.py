@@ -113,7 +113,8 @@ def test_prompts_with_images_are_computed_once_a_group(family):
     assert seen == [sum(len(each.inputs.tensors["pixel_values"]) for each in different)]
     expected = []
     for each in messages:
-        inputs = {**reader.conversation(each, add_generation_prompt=True, return_tensors="pt")}
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+        inputs = processor.apply_chat_template([each], **options)
         suppressed = {"suppress_tokens": [reader.image_token_id], "eos_token_id": 1, "pad_token_id": 2}
         row = model.eval().generate(**inputs, max_new_tokens=6, do_sample=False, **suppressed)[0]
         completion = row[inputs["input_ids"].shape[1] :].tolist()
