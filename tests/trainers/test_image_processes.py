@@ -17,14 +17,22 @@ from support.training import SETTINGS
 from support.vision_models import tiny_vision_model
 from support.vision_processors import pictures, tiny_processor
 from trl_fast.modeling.blank_images import tower_parameters
-from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.loading import base_model, load_reward_model
 
 
-class InOrder(trl_fast.DPOTrainer):
+class _InOrder:
     """Takes the rows as they come: of each two of them the second one has no image."""
 
     def _get_train_sampler(self, *_):
         return SequentialSampler(self.train_dataset)
+
+
+class DPOInOrder(_InOrder, trl_fast.DPOTrainer):
+    pass
+
+
+class RewardInOrder(_InOrder, trl_fast.RewardTrainer):
+    pass
 
 
 def message(role, text):
@@ -38,17 +46,26 @@ def rows():
 
 
 def train(family, folder, batch_size, *, trains="all"):
-    """The numbers of each step and of an evaluation; trains: all, all but the tower, or an adapter of all layers."""
+    """The numbers of each step and of an evaluation.
+
+    trains: all weights, text (all but the tower's), adapter (one of all layers); rewards: all, of a reward model.
+    """
     model = tiny_vision_model(family)
+    trainer_class, config_class = DPOInOrder, trl_fast.DPOConfig
+    if trains == "rewards":
+        model.save_pretrained(folder / "model")
+        torch.manual_seed(0)
+        model = load_reward_model(str(folder / "model"))
+        trainer_class, config_class = RewardInOrder, trl_fast.RewardConfig
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if trains == "adapter" else None
     if trains == "text":
         for weight in tower_parameters(base_model(model)):
             weight.requires_grad_(False)
     settings = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.05, "gradient_accumulation_steps": 1}
     settings |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
-    trainer = InOrder(
+    trainer = trainer_class(
         model=model,
-        args=trl_fast.DPOConfig(str(folder), **{**SETTINGS, **settings}),
+        args=config_class(str(folder), **{**SETTINGS, **settings}),
         train_dataset=Dataset.from_list(rows()),
         eval_dataset=Dataset.from_list(rows()),
         processing_class=tiny_processor(family),
@@ -62,6 +79,7 @@ def train(family, folder, batch_size, *, trains="all"):
 QUICK = ("qwen2_5_vl", "ddp", "all")
 SLOW = [("qwen2_5_vl", *case) for case in product(("ddp", "fsdp2", "zero3"), ("all", "text", "adapter"))]
 SLOW += [("qwen2_5_vl", engine, "all") for engine in ("fsdp1", "zero1", "zero2")] + [("paligemma", "ddp", "all")]
+SLOW += [("qwen2_5_vl", engine, "rewards") for engine in ("ddp", "fsdp2", "zero3")]
 SLOW += [(*case, "all") for case in product(("gemma3", "gemma4", "llava", "qwen3_vl"), ("ddp", "fsdp2"))]
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl_fast.data.packing import TokenBatch
 from trl_fast.data.reward_modeling import REWARD_POSITIONS
 
+from .blank_images import needs_blank_image, reading_images
 from .loading import backbone, whole_backbone
 from .model_changes import changes_of, unbound_forward
 from .scoring import model_inputs
@@ -45,10 +46,12 @@ def attach_classifier_head(model: PreTrainedModel) -> None:
     def forward(
         self: Any, *args: Any, reward_positions: torch.Tensor | None = None, with_images: bool = False, **kwargs: Any
     ) -> Any:
-        if reward_positions is None:
-            return original(self, *args, **kwargs)
-        inner = whole_backbone(self) if with_images else backbone(self)
-        return _rewards_at(self, inner, reward_positions, *args, **kwargs)
+        blank = needs_blank_image(self, kwargs)
+        with reading_images(self, blank=blank):
+            if reward_positions is None:
+                return original(self, *args, **kwargs)
+            inner = whole_backbone(self) if with_images or blank else backbone(self)
+            return _rewards_at(self, inner, reward_positions, *args, **kwargs)
 
     change = changes.get_or_add(CLASSIFIER_HEAD, "model(..., reward_positions=...) returns the head's numbers there")
     change.set(model, "forward", types.MethodType(forward, model))

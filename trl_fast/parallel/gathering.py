@@ -88,8 +88,10 @@ def whole_until_backward(module: torch.nn.Module) -> Iterator[None]:
 
     With gradients they stay so until backward is through.
     """
-    state: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
-    groups = [] if state is None else state._fsdp_param_groups
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    groups = module._get_fsdp_state()._fsdp_param_groups
     after_forward = [group.post_forward_mesh_info for group in groups]
     for group in groups:
         group.post_forward_mesh_info = None
@@ -98,7 +100,7 @@ def whole_until_backward(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for group, info in zip(groups, after_forward, strict=True):
             group.post_forward_mesh_info = info
-        if groups and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             module.reshard()
 
 
