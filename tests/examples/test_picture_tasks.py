@@ -46,7 +46,7 @@ def test_the_seed_decides_and_pairs_hold_the_models_mistakes():
 
 def test_the_demo_runs_from_end_to_end(tmp_path, capsys):
     """With too few steps to learn: the exit status says so."""
-    words = ["--pictures", "64", "--held_out", "20", "--epochs", "0.5", "--output_dir", str(tmp_path)]
+    words = ["--pictures", "16", "--held_out", "8", "--epochs", "1", "--output_dir", str(tmp_path)]
     assert main(words) in (0, 1)
     assert "right answers" in capsys.readouterr().out
     assert (tmp_path / "training.png").stat().st_size > 10_000

@@ -53,7 +53,9 @@ def compare(tmp_path, *data, layouts=("packed",), **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data(kind, family, tmp_path):
-    logs = compare(tmp_path, family, kind, layouts=("packed", "padded"))
+    # The default suite holds the padded layout against the others below.
+    layouts = ("packed",) if (family, kind) == ("qwen2_5_vl", "messages") else ("packed", "padded")
+    logs = compare(tmp_path, family, kind, layouts=layouts)
     assert logs[-1]["eval_mean_token_accuracy"] > 0
 
 
@@ -104,7 +106,8 @@ COLLATORS = {
 }
 
 
-@pytest.mark.parametrize("collator", [pytest.param(COLLATORS["ours"], marks=SLOW), COLLATORS["TRL's"]])
+@SLOW
+@pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS.keys())
 def test_another_collator_gets_rows_as_they_are(collator, tmp_path):
     arguments = {"data_collator": lambda: collator(tiny_processor("qwen2_5_vl"), max_length=1024)}
     compare(tmp_path, "qwen2_5_vl", "messages", arguments)
@@ -127,14 +130,13 @@ def test_entries_are_those_of_trls_collator(tmp_path):
 
 def test_a_run_is_saved_resumed_and_predicts(tmp_path):
     """The processor is saved beside the weights, and what a resumed run logs is what the whole run logged."""
-    settings = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "per_device_train_batch_size": 2}
+    settings = {"save_steps": 1, "save_strategy": "steps", "per_device_train_batch_size": 2}
     whole = trainer_of(trl_fast, tmp_path / "whole", "llava", "one image", **settings)
     whole.train()
     resumed = trainer_of(trl_fast, tmp_path / "whole", "llava", "one image", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert_same_logs(resumed.state.log_history[2:4], whole.state.log_history[2:4], rel=1e-6)
-    whole.save_model(str(tmp_path / "saved"))
-    saved = AutoProcessor.from_pretrained(tmp_path / "saved")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert_same_logs(resumed.state.log_history[1:2], whole.state.log_history[1:2], rel=1e-6)
+    saved = AutoProcessor.from_pretrained(tmp_path / "whole" / "checkpoint-1")
     image = pictures(1)[0]
     texts = [processor(images=[image], text="<image>") for processor in (saved, tiny_processor("llava"))]
     assert texts[0]["input_ids"] == texts[1]["input_ids"]
@@ -145,7 +147,7 @@ def test_a_run_is_saved_resumed_and_predicts(tmp_path):
     assert loss.item() == pytest.approx(found.metrics["test_loss"], rel=1e-5)
 
 
-ROWS = 6
+ROWS = 5
 
 
 def turn_rows():
