@@ -57,11 +57,14 @@ def test_other_adapters_stay_out():
     assert [name for name, _ in merged_weights(model)] == names
 
 
+SLOW = pytest.mark.slow
 # Fused experts, in two namings, and modules that have other names on disk.
 PUBLISHED_OTHERWISE = {name: (OF_EXPERTS | WITH_STATES)[name] for name in ("mixtral", "qwen3_moe", "nemotron_h")}
 
 
-@pytest.mark.parametrize("family", PUBLISHED_OTHERWISE)
+@pytest.mark.parametrize(
+    "family", ["mixtral", *(pytest.param(each, marks=SLOW) for each in ("qwen3_moe", "nemotron_h"))]
+)
 @pytest.mark.parametrize("source", ["made", "loaded", "adapter"])
 def test_names_are_those_of_published_checkpoints(family, source, tmp_path):
     model = tiny_model(family, **PUBLISHED_OTHERWISE[family])
