@@ -25,6 +25,7 @@ from trl_fast.settings.choices import did_you_mean
 
 from .arguments import DatasetMixtureConfig, ScriptArguments
 from .data_files import ENDINGS, builder_of, find_fault, split_name, without_error_logs
+from .image_paths import with_paths_beside
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _load(path: str, argument: str, **options: Any) -> AnyDataset:
         raise ValueError(f"{argument}={path!r}{_reason(error, split)}") from error
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(f"{argument}={path!r}: split={split!r} names no split")
-    return dataset
+    return with_paths_beside(dataset, place if place.is_dir() else place.parent) if files else dataset
 
 
 def _reason(error: Exception, split: str | None) -> str:

@@ -11,6 +11,7 @@ import torch
 from trl_fast.data import TokenBatch, Tree, pack_labelled, pack_trees
 from trl_fast.data.images.inputs import ImageInput
 from trl_fast.data.images.layout import ImageLayout
+from trl_fast.data.packing import SequenceImages
 from trl_fast.data.reward_modeling import reward_batch
 from trl_fast.data.unpaired_preference import KL_COLUMN, LABEL, UnpairedCollator
 from trl_fast.losses.loss_normalization import LossNormalizer
@@ -79,8 +80,9 @@ class PPOInputs:
 
 def labelled_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:
     """Makes sequences of which every token is learned (SFT)."""
-    ids = [_PROMPT] * max_length
-    return pack_labelled([(ids, ids)] * setup.per_device_train_batch_size, layout.name, _PAD)
+    ids, count = _with_images([_PROMPT] * max_length, setup, layout), setup.per_device_train_batch_size
+    images = None if layout.images is None else SequenceImages([setup.images] * count, layout.images)
+    return pack_labelled([(ids, ids)] * count, layout.name, _PAD, images=images)
 
 
 def preference_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:

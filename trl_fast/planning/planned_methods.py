@@ -179,7 +179,7 @@ def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:
 
 
 PLANNED: dict[str, PlannedMethod] = {
-    "sft": PlannedMethod(labelled_batch, _sft_loss, "sequence"),
+    "sft": PlannedMethod(labelled_batch, _sft_loss, "sequence", reads_images=True),
     "dpo": PlannedMethod(preference_batch, _dpo_loss, "pair", reads_images=True),
     "reward": PlannedMethod(reward_pairs, _reward_loss, "pair"),
     "kto": PlannedMethod(unpaired_batch, _kto_loss, "completion", reads_images=True),
