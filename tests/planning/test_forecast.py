@@ -56,6 +56,13 @@ def test_a_forecast_is_the_plan_of_the_trainers_own_run(tmp_path):
     assert found.step_seconds is None and "64 tokens" in found.note and "CPU" in found.note
 
 
+def test_rows_with_images_are_left_to_a_plan(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.images = object()
+    found = forecast(trainer)
+    assert found.peak_bytes is None and found.note.endswith("see trl-fast plan --image_size)")
+
+
 def test_longer_rows_are_cut_to_max_length(tmp_path):
     assert "sequences of 32 tokens" in forecast(trainer_of(tmp_path, max_length=32)).note
 

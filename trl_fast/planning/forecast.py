@@ -116,8 +116,11 @@ def _setup(trainer: BaseTrainer) -> TrainingSetup:
     """Makes the setup of a trainer's run.
 
     Raises:
-        ValueError: the device, or how the run is spread over devices, is none that can be planned.
+        ValueError: the device, or how the run is spread over devices, is none that can be planned; or rows have
+            images, whose sizes are not known beforehand.
     """
+    if trainer.images is not None:
+        raise ValueError("rows have images of sizes of their own: see trl-fast plan --image_size")
     args = cast(BaseConfig, trainer.args)
     kind = args.device.type
     if kind not in ("cuda", "cpu"):
