@@ -239,7 +239,7 @@ def fail_and_resume(model_path, folder):
 def ask_a_server_that_is_gone():
     """The error of this process where the first one's request fails."""
     engine = object.__new__(VLLMServerEngine)
-    engine.state, engine.max_positions = PartialState(), None
+    engine.state, engine.max_positions, engine.image_token_id = PartialState(), None, None
 
     def complete(*args):
         raise ConnectionError("the server is gone")

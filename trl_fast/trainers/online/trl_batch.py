@@ -74,9 +74,8 @@ class BatchFormat:
             if samples.mask is not None:
                 batch["tool_mask"] = _pad_right([row.long() for row in samples.mask], completions, 1) * kept
         if self.images is not None:
-            batch |= image_entries(
-                samples.all_images(), self.images, torch.cat((prompt_ids, batch["completion_ids"]), 1)
-            )
+            whole = torch.cat((prompt_ids, batch["completion_ids"]), 1)
+            batch |= image_entries(samples.all_images(), self.images, whole, prompts)
         return {name: values.to(self.device) if name not in COUNTS else values for name, values in batch.items()}
 
     def _token_values(self, samples: Samples, width: int) -> dict[str, torch.Tensor]:
@@ -177,6 +176,13 @@ def shuffled_parts(batch: Mapping[str, Any], parts: int) -> list[dict[str, Any]]
     return [{**each, **{name: torch.cat(each[name]) for name in of_images}} for each in found]
 
 
+@dataclass(frozen=True, eq=False)
+class PaddedBatch(TokenBatch):
+    """Holds rows of TRL's batch with its entries for images, which tell how many a row has."""
+
+    entries: Mapping[str, Any] | None = None
+
+
 def completion_batch(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -209,7 +215,7 @@ def completion_batch(
     inside = torch.arange(longest, device=input_ids.device) + first < width
     row_of = torch.arange(rows, device=input_ids.device)[:, None].expand_as(scored)
     counts = scored.sum(1)
-    batch = TokenBatch(
+    batch = PaddedBatch(
         input_ids=input_ids.gather(1, source),
         position_ids=torch.arange(longest, device=input_ids.device).repeat(rows, 1),
         attention_mask=(attended.gather(1, source) & inside).long(),
@@ -222,6 +228,7 @@ def completion_batch(
         num_tokens=int(attended.sum()),
         group_sizes=tuple(counts.tolist()),
         images=_images_of(images or {}, source),
+        entries={name: (images or {}).get(name) for name in (*PIXELS, *COUNTS)},
     )
     return batch, scored
 

@@ -15,6 +15,7 @@ import torch
 
 from trl_fast.data.formats import is_conversational
 from trl_fast.data.images.joining import join_images
+from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.images.messages import prepare_multimodal_messages
 from trl_fast.data.prompt_only import PROMPT_IDS, tokenize_prompt
 from trl_fast.rollout import (
@@ -232,10 +233,13 @@ class TRLHooks:
         """Returns what TRL's processor makes of prompts beside their tokens: token types have a list a prompt."""
         if images is None:
             return {}
-        layout = self._trainer.images.layout
-        types = [[int(token == layout.image_token_id) for token in ids] for ids in prompt_ids]
-        every = [image.inputs for own in images for image in own]
-        return {**join_images(every), **dict.fromkeys(layout.type_names, types)}
+        layout: ImageLayout = self._trainer.images.layout
+        types: dict[str, list[list[int]]] = {name: [] for name in layout.type_names}
+        for ids, own in zip(prompt_ids, images, strict=True):
+            marked = layout.marked_tokens(torch.tensor([ids]), [len(ids) if own else 0])
+            for name, values in layout.types_of(marked).items():
+                types[name] += values.tolist()
+        return {**join_images([image.inputs for own in images for image in own]), **types}
 
     def _rewarded(
         self, rows: list[dict[str, Any]], prompts: list, completions: list, completion_ids: list[list[int]]

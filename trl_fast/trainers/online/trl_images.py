@@ -21,18 +21,20 @@ IMAGE_KEYS = (*PIXELS, *TYPES, *COUNTS)
 
 
 def image_entries(
-    images: Sequence[Sequence[ImageInput]], layout: ImageLayout, input_ids: torch.Tensor
+    images: Sequence[Sequence[ImageInput]], layout: ImageLayout, input_ids: torch.Tensor, width: int
 ) -> dict[str, Any]:
     """Returns TRL's entries for the images of B rows; none where there are none.
 
     Args:
         images: of each row, in the order of their tokens.
-        input_ids: (B, T) int64, padded anywhere.
+        input_ids: (B, T) int64, prompts padded on the left, then completions.
+        width: columns of the prompts.
     """
     every = [image for own in images for image in own]
     if not every:
         return {}
-    found: dict[str, Any] = join_images(every) | layout.types_of(input_ids)
+    marked = layout.marked_tokens(input_ids, [width if own else 0 for own in images])
+    found: dict[str, Any] = join_images(every) | layout.types_of(marked)
     found["num_images"] = [len(own) for own in images]
     if "image_grid_thw" not in found and any(len(image.tensors["pixel_values"]) > 1 for image in every):
         found["num_tiles"] = [sum(len(image.tensors["pixel_values"]) for image in own) for own in images]

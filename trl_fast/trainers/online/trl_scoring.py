@@ -10,13 +10,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from trl_fast.data import TokenBatch
-from trl_fast.data.images.layout import ImageLayout
+from trl_fast.data.images.row_images import RowImages
 from trl_fast.modeling.reference_policy import reference_scope
 from trl_fast.modeling.scoring import ModelScores
 from trl_fast.ops import TokenScores
 
 from ..base.step import router_keywords
-from .trl_batch import completion_batch
+from .trl_batch import PaddedBatch, completion_batch
 from .trl_images import COUNTS, IMAGE_KEYS, TYPES, image_entries, split_by_row
 
 
@@ -101,20 +101,21 @@ class TRLScoring:
         keywords: dict[str, Any] = {"batch_size": size, **dict.fromkeys(COUNTS)}
         if in_loss:
             keywords = {"compute_entropy": True, "compute_aux_loss": compute_aux_loss, **dict.fromkeys(IMAGE_KEYS)}
-        keywords |= self._image_entries(batch, input_ids)
+        keywords |= self._image_entries(batch, input_ids, input_ids.shape[1] - max(completions))
         given = (model, input_ids, mask, max(completions))
         logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(*given, **keywords)
         at = (batch.branch, batch.offset)
         return TokenScores(logps[at], entropy=None if entropies is None else entropies[at]), aux_loss
 
-    def _image_entries(self, batch: TokenBatch, input_ids: torch.Tensor) -> dict[str, Any]:
-        """Returns TRL's entries for the images of a batch's sequences, whose padded token ids are input_ids."""
+    def _image_entries(self, batch: TokenBatch, input_ids: torch.Tensor, width: int) -> dict[str, Any]:
+        """Returns TRL's entries for the images of a batch's sequences; input_ids, width: as in `image_entries`."""
         if batch.images is None:
             return {}
-        layout: ImageLayout = self._trainer.images.layout
-        places = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device).view_as(batch.input_ids)
-        found = layout.by_sequence(batch.sequences(), batch.by_sequence(places), batch.images, batch.image_shapes)
-        return image_entries(found, layout, input_ids)
+        images: RowImages = self._trainer.images
+        if isinstance(batch, PaddedBatch) and batch.entries is not None:
+            prompts = [width if count else 0 for count in batch.entries["num_images"]]
+            return {**batch.entries, **images.layout.types_of(images.layout.marked_tokens(input_ids, prompts))}
+        return image_entries(images.of_sequences(batch), images.layout, input_ids, width)
 
     def score_for_loss(
         self,
