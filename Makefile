@@ -18,7 +18,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv wheel demo demo-grpo demo-ppo demo-pictures test test-slow check-recipes test-install fuzz sanitize bench \
+.PHONY: venv wheel demo demo-grpo demo-ppo demo-pictures test test-more test-slow check-recipes test-install fuzz sanitize bench \
   gpu-kit check-gpu-code docs lint format clean
 
 venv: $(READY)
@@ -58,6 +58,12 @@ demo-pictures: $(READY)
 # Two processes with a thread each are twice as fast as one with two, and what a thread adds up is the same everywhere.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# What CI runs beside `make test`: kernels of GPUs, whole steps on simulated GPUs, trainers in several processes.
+# PYTEST_ARGS="-m plans" runs one kind.
+test-more: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "(gpu_code or plans or processes) and not slow" \
+	  $(PYTEST_ARGS)
 
 # The ways to install that docs/install.md lists, each in environments of its own: about 40 minutes on two cores, and
 # 15 GB of downloads. INSTALL_ARGS="--only 3.11-2.13" runs the rows of one environment.

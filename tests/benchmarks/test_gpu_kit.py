@@ -20,6 +20,8 @@ from trl_fast.modeling.attention import block_masks, flex
 from trl_fast.modeling.attention.row_attention import RowMask
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 
+pytestmark = pytest.mark.gpu_code
+
 CPU = torch.device("cpu")
 HEADS = functools.partial(correctness.check_heads, CPU, rows=22, hidden=16, vocab=301)
 LOSSES = functools.partial(correctness.check_losses, CPU, longest=200)

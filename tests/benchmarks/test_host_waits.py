@@ -21,6 +21,8 @@ from trl_fast.modeling.segment_attention import LENGTHS_KEYWORD
 from trl_fast.ops import linear_cross_entropy
 from trl_fast.planning.fake_models import give_fake_memory
 
+pytestmark = pytest.mark.gpu_code
+
 CUDA = torch.device("cuda", 0)
 ONES = [1, 2, 0]
 

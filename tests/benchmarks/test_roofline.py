@@ -15,6 +15,8 @@ from benchmarks.roofline.operator_counter import Counter
 from trl_fast.ops.backends import load_extension
 from trl_fast.planning.gpu_facts import GPUS
 
+pytestmark = pytest.mark.plans
+
 H100 = GPUS["h100-80"]
 R, H, V = 8, 4, 6
 needs_extension = pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there")

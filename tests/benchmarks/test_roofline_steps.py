@@ -14,7 +14,10 @@ from trl_fast.planning.gpu_facts import GPUS
 from trl_fast.planning.model_shapes import SHAPES, model_config
 from trl_fast.planning.roofline.known_values import values_of
 
-pytestmark = pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there")
+pytestmark = [
+    pytest.mark.plans,
+    pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there"),
+]
 
 H100 = GPUS["h100-80"]
 MODEL, LAYERS = "smollm2-135m", 2

@@ -17,6 +17,8 @@ from support.packed_rows import (
 from trl_fast.ops.head.row_statistics import ENTROPY
 from trl_fast.ops.head.sweep import new_state
 
+pytestmark = pytest.mark.gpu_code
+
 
 @pytest.mark.parametrize("transform", [PLAIN, TRANSFORMED], ids=["plain", "transformed"])
 @pytest.mark.parametrize("columns", COLUMNS)

@@ -28,6 +28,8 @@ from trl_fast.ops.head.row_statistics import (
 )
 from trl_fast.ops.head.sweep import finish_scores, new_state
 
+pytestmark = pytest.mark.gpu_code
+
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
 TRANSFORMS = {"plain": (1.0, 0.0, 1.0), "scaled": (0.5, 0.0, 1.25), "capped": (0.5, 30.0, 1.25)}
 

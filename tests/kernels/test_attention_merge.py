@@ -9,6 +9,8 @@ from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import attention_merge
 from trl_fast.ops.attention_merge import merge_attention
 
+pytestmark = pytest.mark.gpu_code
+
 
 def run(parts):
     merged = torch.full(parts.out.shape, float("nan"), dtype=parts.out.dtype)

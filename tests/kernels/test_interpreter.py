@@ -9,6 +9,8 @@ from triton.runtime.errors import InterpreterError
 from benchmarks.kernel_report import KernelCase, compile_kernel
 from support.triton_interpreter import bf16_to_float, float_to_bf16, interpreted, interpreter_repaired
 
+pytestmark = pytest.mark.gpu_code
+
 
 @triton.jit
 def multiply_add(x, y, out, n, BLOCK: tl.constexpr):

@@ -14,6 +14,8 @@ import torch
 from trl_fast.kernels import row_kernels
 from trl_fast.kernels.launching import on_tensors_device
 
+pytestmark = pytest.mark.gpu_code
+
 # What takes a tensor first and is for others to call.
 LAUNCHERS = [
     pytest.param(function, id=f"{path.stem}.{name}")

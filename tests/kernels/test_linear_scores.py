@@ -26,6 +26,8 @@ from trl_fast.ops.head.row_statistics import (
 )
 from trl_fast.ops.head.sweep import finish_scores, new_state
 
+pytestmark = pytest.mark.gpu_code
+
 CPU = torch.device("cpu")
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 EVERYTHING = output_mask(ALL_OUTPUTS)

@@ -19,6 +19,8 @@ from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 from trl_fast.ops.pair_loss import _pair_loss, _pair_loss_backward
 from trl_fast.ops.policy_loss import LOSS_TYPES, _policy_loss
 
+pytestmark = pytest.mark.gpu_code
+
 NUMBERS = {"beta": 0.3, "label_smoothing": 0.15, "discopop_tau": 0.4}
 FLOAT32 = FLOOR[torch.float32]
 

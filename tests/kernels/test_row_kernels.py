@@ -20,6 +20,8 @@ from trl_fast.ops.head.row_kernels import RowKernels, row_grad_reference, row_sc
 from trl_fast.ops.head.row_statistics import ENTROPY, SUM, TOP
 from trl_fast.ops.head.sweep import new_state
 
+pytestmark = pytest.mark.gpu_code
+
 PACKING = RowKernels(
     scores=row_kernels.row_scores,
     grad=row_kernels.row_grad,

@@ -9,6 +9,8 @@ from triton.runtime.jit import create_function_from_signature
 from trl_fast.kernels import attention_merge, linear_scores, row_kernels
 from trl_fast.ops.head.sweep import new_state
 
+pytestmark = pytest.mark.gpu_code
+
 NUM_ROWS, COLUMNS = 48, 64
 # First and last row: lengths of 1 and of multiples of 16, starts at odd addresses, other widths of the states.
 PARTS = ((0, 1), (1, 2), (0, 16), (1, 17), (3, 20), (0, 48))

@@ -12,6 +12,8 @@ from trl_fast.planning.peak_estimates import stage_peaks
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TRL, TrainingSetup
 
+pytestmark = pytest.mark.plans
+
 QWEN, LLAMA = ("qwen2.5-0.5b", None), ("llama-3.1-8b", 16)
 MODELS = [QWEN, ("llama-3.2-1b", None), LLAMA]
 # Micro-batch and length; the trainers' own default is 8 x 1024.

@@ -14,6 +14,8 @@ from trl_fast.planning.forecast import forecast
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TrainingSetup
 
+pytestmark = pytest.mark.plans
+
 PROMPT, ANSWER = 24, 40
 
 

@@ -20,6 +20,8 @@ from trl_fast.planning.memory_timeline import (
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TrainingSetup
 
+pytestmark = pytest.mark.plans
+
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "head_dim": 32, "vocab_size": 4096}
 PROMPTS = [f"What color is{14 * ' very'} bright red, number {number}?" for number in range(10, 18)]
 TRAINERS = {

@@ -19,6 +19,8 @@ from trl_fast.ops.backends import load_extension
 from trl_fast.planning import baseline_steps
 from trl_fast.planning.training_setup import TRL, TrainingSetup
 
+pytestmark = pytest.mark.plans
+
 SIZES = {
     "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "head_dim": 32},
     "wide": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "head_dim": 64},

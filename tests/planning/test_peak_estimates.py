@@ -24,6 +24,8 @@ from trl_fast.planning.peak_estimates import LENGTH_STEP, LONGEST, TOLERANCE, es
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import FULL_LOGITS, TRL, TrainingSetup
 
+pytestmark = pytest.mark.plans
+
 TEXT = TrainingSetup(tiny_config("llama"))
 
 

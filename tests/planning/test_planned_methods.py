@@ -25,6 +25,8 @@ from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TRL, TrainingSetup
 from trl_fast.trainers.methods import METHODS
 
+pytestmark = pytest.mark.plans
+
 LENGTH = 48
 KINDS_OF_LAYERS = ("sliding_attention", "full_attention")
 CONFIG = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}

@@ -24,6 +24,8 @@ from trl_fast.planning.sharding import SHARINGS, model_sizes, sharded
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TrainingSetup
 
+pytestmark = pytest.mark.plans
+
 LENGTH = 64
 
 

@@ -15,6 +15,8 @@ from trl_fast.planning.step_times import planned_wire, planned_work, step_work
 from trl_fast.planning.training_setup import TrainingSetup
 from trl_fast.planning.wire import Passes, wire_of, wire_work
 
+pytestmark = pytest.mark.plans
+
 LENGTH = 64
 H100 = GPUS["h100-80"]
 

@@ -20,6 +20,8 @@ from trl_fast.planning.peak_estimates import stage_peaks, whole_layers
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TRL, TrainingSetup
 
+pytestmark = pytest.mark.plans
+
 DEPTH, LENGTH = 5, 96
 LAST_TWO = slice(3, 5)
 

@@ -18,6 +18,8 @@ from trl_fast.planning.step_times import planned_wire
 from trl_fast.planning.training_setup import TrainingSetup
 from trl_fast.trainers import SFTConfig, SFTTrainer
 
+pytestmark = pytest.mark.plans
+
 LENGTH, RANKS = 16, 2
 MODEL = {"vocab_size": 340, "num_hidden_layers": 2}
 SHARE = (RANKS - 1) / RANKS

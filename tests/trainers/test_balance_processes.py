@@ -12,6 +12,8 @@ from support.ranks import run_on_ranks
 from support.training import assert_same_logs, make_trainer
 from trl_fast.rollout import Rollout
 
+pytestmark = pytest.mark.processes
+
 # Of very different lengths, so that a deal by cost is another one than that of the rows' order.
 LENGTHS = [9, 1, 8, 1, 2, 7, 1, 3, 1, 9, 1, 2, 5, 1, 1, 6]
 

@@ -8,6 +8,8 @@ from support.supervised import sft_rows
 from support.training import make_trainer
 from trl_fast.trainers.base.divergence import DivergedError
 
+pytestmark = pytest.mark.processes
+
 CASES = {
     "loss": "step 2: the loss was nan; training ended with it",
     "gradient": "step 2: the loss was nan and the gradient's norm was nan; weights are NaN or infinite since then",

@@ -24,6 +24,8 @@ from trl_fast.modeling.verification import Verdict
 from trl_fast.ops.validation import NotFiniteError
 from trl_fast.trainers.checkpoints.output_folder import LOCK_FILE
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}
 
 

@@ -22,6 +22,8 @@ from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
 from trl_fast.parallel.weights import whole_weights
 
+pytestmark = pytest.mark.processes
+
 ROWS = {
     "SFT": lambda: sft_rows("prompt and completion", 12),
     "DPO": lambda: color_pairs(12),

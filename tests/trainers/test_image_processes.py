@@ -19,6 +19,8 @@ from support.vision_processors import pictures, tiny_processor
 from trl_fast.modeling.blank_images import tower_parameters
 from trl_fast.modeling.loading import base_model, load_reward_model
 
+pytestmark = pytest.mark.processes
+
 
 class _InOrder:
     """Takes the rows as they come: of each two of them the second one has no image."""

@@ -15,6 +15,8 @@ from support.training import color_labels, color_pairs, make_trainer
 from trl_fast.trainers.checkpoints.files import find_fault
 from trl_fast.trainers.checkpoints.folders import checkpoint_folders
 
+pytestmark = pytest.mark.processes
+
 STEPS = 6
 SETTINGS = {
     "per_device_train_batch_size": 2,

@@ -7,6 +7,8 @@ import trl_fast
 from support.ranks import run_on_ranks
 from support.training import assert_same_logs, color_labels, make_trainer
 
+pytestmark = pytest.mark.processes
+
 
 def train(module, model_path, folder):
     """A short run and an evaluation after it.

@@ -20,6 +20,8 @@ from trl_fast.parallel.gathering import gathered
 from trl_fast.rollout import EngineWrapper, Rollout, SamplingSettings
 from trl_fast.rollout.vllm_engine import VLLMServerEngine
 
+pytestmark = pytest.mark.processes
+
 # Completions of a generation: groups of four, of which one of three is on both ranks.
 GENERATION = 12
 SETTINGS = {"num_generations": 4, "max_completion_length": 8, "optim": "sgd", "learning_rate": 0.1, "max_steps": 2}

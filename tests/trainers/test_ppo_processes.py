@@ -15,6 +15,8 @@ from support.training import assert_same_logs, make_trainer
 from trl_fast.parallel.gathering import gathered
 from trl_fast.rollout import Rollout
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = {
     **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_mini_batches": 2, "max_steps": 2},
     **{"response_length": 5, "num_sample_generations": 0, "per_device_eval_batch_size": 2, "num_ppo_epochs": 2},

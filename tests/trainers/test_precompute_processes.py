@@ -10,6 +10,8 @@ from support.ranks import run_on_ranks
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
 from trl_fast.trainers.base.reference import ReferenceTrainer
 
+pytestmark = pytest.mark.processes
+
 CASES = {
     "DPO": ("DPO", color_pairs, {}),
     # Without the KL estimate, whose rows are paired within a process's batch.

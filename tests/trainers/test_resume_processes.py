@@ -9,6 +9,8 @@ from support.rollouts import brevity, color_prompts
 from support.supervised import sft_rows
 from support.training import make_trainer
 
+pytestmark = pytest.mark.processes
+
 # Epochs of four steps; GRPO's checkpoint is within a generation.
 ONLINE = {"num_generations": 2, "max_completion_length": 4, "steps_per_generation": 2, "beta": 0.1}
 CASES = {

@@ -1,8 +1,12 @@
 """Two processes train as one does on the same rows; the smallest and largest rewards are those of both."""
 
+import pytest
+
 import trl_fast
 from support.ranks import run_on_ranks
 from support.training import assert_same_logs, color_pairs, make_trainer
+
+pytestmark = pytest.mark.processes
 
 
 def train(model_path, folder, batch_size, **settings):

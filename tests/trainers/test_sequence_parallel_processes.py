@@ -12,6 +12,8 @@ from support.ranks import run_on_ranks
 from support.supervised import sft_rows
 from support.training import assert_same_logs, color_pairs, make_trainer
 
+pytestmark = pytest.mark.processes
+
 DATA = {"SFT": sft_rows("prompt and completion", 16), "DPO": color_pairs(16)}
 
 

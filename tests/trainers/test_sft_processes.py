@@ -7,6 +7,8 @@ from support.ranks import run_on_ranks
 from support.supervised import sft_rows
 from support.training import assert_same_logs, make_trainer
 
+pytestmark = pytest.mark.processes
+
 
 def train(model_path, folder, batch_size, **settings):
     """The logs of a short run. The rows are of very different lengths, so a mean of means would be another number."""

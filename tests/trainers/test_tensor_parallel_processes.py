@@ -17,6 +17,8 @@ from support.supervised import sft_rows
 from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
 
+pytestmark = pytest.mark.processes
+
 DATA = {"SFT": sft_rows("prompt and completion", 16), "KTO": color_labels(16), "DPO": color_pairs(16)}
 DATA["Reward"] = DATA["DPO"]
 

@@ -19,6 +19,8 @@ from support.vision_models import tiny_vision_model
 from trl_fast.modeling.loading import load_causal_lm
 from trl_fast.trainers.base.trainer import BaseTrainer
 
+pytestmark = pytest.mark.processes
+
 # Plain steps: Adam makes of a rounding a step where a gradient is nearly nothing.
 SETTINGS = {"gradient_accumulation_steps": 1, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
 

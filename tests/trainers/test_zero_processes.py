@@ -17,6 +17,8 @@ from support.supervised import sft_rows
 from support.tokenizer import build_tokenizer
 from support.training import color_labels, color_pairs, make_trainer
 
+pytestmark = pytest.mark.processes
+
 ROWS = {
     "SFT": lambda: sft_rows("prompt and completion", 16),
     "DPO": lambda: color_pairs(16),
