@@ -12,6 +12,8 @@ from support.vision_processors import pictures, tiny_processor
 from trl_fast.data.images import ImageReader
 from trl_fast.planning.training_setup import TrainingSetup
 
+pytestmark = pytest.mark.plans
+
 PICTURE = (84, 56)
 ROW = {
     "images": pictures(1, PICTURE),
