@@ -3,11 +3,15 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from support.models import tiny_classifier
+from support.vision_models import tiny_vision_model
+from support.vision_processors import pictures, tiny_processor
 from trl_fast.data import LAYOUTS, reward_batch
+from trl_fast.data.images.reader import ImageReader
+from trl_fast.modeling.blank_images import attach_blank_image
 from trl_fast.modeling.classifier_head import attach_classifier_head, rewards
 from trl_fast.modeling.layouts import supports_packed_rewards
 from trl_fast.modeling.loading import base_model, load_reward_model
@@ -179,3 +183,23 @@ def test_a_saved_adapter_brings_its_head(tmp_path):
     model.save_pretrained(tmp_path)
     fresh = tiny_classifier("llama")
     torch.testing.assert_close(own_rewards(PeftModel.from_pretrained(fresh, tmp_path).eval()), own_rewards(model))
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_rewards_of_text_read_a_blank_image_where_other_processes_wait(layout):
+    """The same bits; the tower has gradients, which are zeros."""
+    config = tiny_vision_model("gemma3").config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config).float()
+    attach_classifier_head(model)
+    if layout != "padded":
+        use_segment_attention(model)
+    batch = reward_batch([([*range(5, 25), 6], [*range(5, 25), 7])], layout, 2)
+    expected = rewards(model, batch)
+    blank = ImageReader(tiny_processor("gemma3")).image_input(pictures(1)[0])
+    attach_blank_image(model, blank.tensors)
+    found = rewards(model, batch)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    gradient = model.model.multi_modal_projector.mm_input_projection_weight.grad
+    assert gradient is not None and not gradient.any()
