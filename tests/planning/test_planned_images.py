@@ -9,8 +9,13 @@ from trl_fast.data.images import ImageReader
 from trl_fast.planning.model_shapes import model_config
 from trl_fast.planning.planned_images import num_image_embeddings, parse_image_size, planned_image
 
+FAMILIES = [
+    "qwen2_5_vl",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava_next", "mistral3", "smolvlm")),
+]
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next", "mistral3", "smolvlm"])
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_tower_makes_as_many_embeddings_as_an_image_has_tokens(family):
     config = tiny_vision_model(family).config
     image = ImageReader(tiny_processor(family)).image_input(pictures(1, (90, 40))[0])
