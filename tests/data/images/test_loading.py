@@ -52,7 +52,7 @@ def test_an_image_that_lies_on_its_side_is_put_upright():
         # What is transparent shows white, what is half so is half white.
         (Image.new("RGBA", (1, 1), (0, 0, 0, 0)), [[[255, 255, 255]]]),
         (Image.new("LA", (1, 1), (0, 127)), [[[128, 128, 128]]]),
-        (Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16)), [[[v] * 3 for v in (0, 1, 128, 255)]]),
+        (Image.fromarray(np.array([[0, 257, 65400, 65535]], dtype=np.uint16)), [[[v] * 3 for v in (0, 1, 254, 255)]]),
         (Image.fromarray(np.array([[514]], dtype=np.int32)), [[[2, 2, 2]]]),
     ],
 )

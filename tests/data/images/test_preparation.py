@@ -86,6 +86,18 @@ def test_places_that_mean_the_same_give_the_same_tokens(tmp_path):
         assert load_images(prepared)[0].tobytes() == FIRST.tobytes()
 
 
+def test_keys_that_a_dataset_fills_with_none_count_as_missing(tmp_path):
+    """Each part of a content has the keys that one of them has."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png(FIRST))
+    places = [{"type": "image", "url": str(path)}, {"type": "image", "image": {"bytes": png(SECOND), "path": None}}]
+    row = Dataset.from_list([in_parts(*places, "What is it?")])[0]
+    assert row["prompt"][0]["content"][0]["image"] is None and row["prompt"][0]["content"][2]["url"] is None
+    prepared = prepare("dpo", [row])[0]
+    assert prepared["prompt_ids"] == prepare("dpo", [PAIR | {"images": [FIRST, SECOND]}])[0]["prompt_ids"]
+    assert [image.tobytes() for image in load_images(prepared)] == [FIRST.tobytes(), SECOND.tobytes()]
+
+
 def test_text_marks_the_places_of_images_with_the_processors_own_token():
     row = {"prompt": "<|vision_start|><|image_pad|><|vision_end|>Is it?", "chosen": " Yes.", "rejected": " No."}
     prepared = prepare("dpo", [row | {"images": [FIRST]}])[0]

@@ -112,7 +112,14 @@ def _gathered(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
             f"{place(name, row)}: there are {len(found)} images in the messages and {len(given)} in a column; put all "
             "of them into one of the two."
         )
-    return {IMAGES: found or given}
+    return {IMAGES: [_stored(source) for source in found or given]}
+
+
+def _stored(source: Any) -> Any:
+    """Returns an image as `datasets.Image` stores it: a column cannot hold paths, bytes and dicts of them at once."""
+    if isinstance(source, str):
+        return {"bytes": None, "path": source}
+    return {"bytes": source, "path": None} if isinstance(source, bytes) else source
 
 
 def row_images(example: Mapping[str, Any], row: int | None = None, name: str = "train") -> list[Any]:
