@@ -13,7 +13,7 @@ from support.training import color_labels, color_pairs
 from trl_fast.cli.main import main
 from trl_fast.cli.preview import make_parser
 from trl_fast.cli.preview_examples import Examples
-from trl_fast.cli.preview_report import show
+from trl_fast.cli.preview_report import Report, show
 from trl_fast.cli.preview_tokens import CONTEXT, CUT, LEARNED, TokenTexts, token_lines
 from trl_fast.cli.training import make_trainer, model_options
 from trl_fast.trainers.methods import METHODS
@@ -203,7 +203,7 @@ def test_a_stream_is_read_as_far_as_it_is_shown(examples):
 
 def printed(shown, row=0, limit=160, **console):
     file = io.StringIO()
-    assert show(Console(file=file, width=80, markup=False, **console), shown, row, shown.of_row(row), limit) == 0
+    show(Console(file=file, width=80, markup=False, **console), Report(shown, row, shown.of_row(row), limit))
     return file.getvalue()
 
 

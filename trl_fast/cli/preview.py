@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from trl_fast.console import make_console
 from trl_fast.settings.choices import did_you_mean
@@ -29,11 +30,16 @@ class PreviewArguments:
     shown_tokens: int | None = 160
     """Leave out the middle of parts with more tokens. None: show all."""
 
+    html: str | None = None
+    """HTML file to write the same into, with small copies of the row's images. None: no file."""
+
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("row", 0), ("shown_tokens", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: expected a number from {least} on")
+        if self.html is not None and not Path(self.html).parent.is_dir():
+            raise ValueError(f"html={self.html!r}: there is no such folder; make it, or leave html out")
 
 
 def make_parser(method: Method) -> TrlParser:
@@ -69,7 +75,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     script_args, training_args, model_args, mixture = parsed
     from .datasets import load_train_and_test, named_data
     from .preview_examples import Examples
-    from .preview_report import show
+    from .preview_report import Report, show
 
     try:
         model = policy_name(training_args, model_args)
@@ -82,4 +88,16 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         found = examples.of_row(shown.row)
     except (ValueError, OSError) as error:
         raise parser.located(error, arguments) from error
-    return lambda: show(make_console(highlight=False), examples, shown.row, found, shown.shown_tokens)
+    report = Report(examples, shown.row, found, shown.shown_tokens)
+
+    def run() -> int:
+        console = make_console(highlight=False)
+        show(console, report)
+        if shown.html is not None:
+            from .preview_page import write_page
+
+            write_page(Path(shown.html), report)
+            console.print(f"Written to {shown.html}.", soft_wrap=True)
+        return 0
+
+    return run

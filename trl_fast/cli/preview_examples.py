@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -16,6 +17,8 @@ from datasets import Dataset
 
 from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.data.assistant_turns import split_turns
+from trl_fast.data.images.columns import load_images
+from trl_fast.data.images.reader import ImageReader
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.data.reward_modeling import REWARD_POSITIONS, SEQUENCE_COLUMNS
 from trl_fast.data.row_checks import TOKEN_COLUMNS
@@ -30,7 +33,7 @@ from trl_fast.trainers.base.argument_checks import check_settings
 from trl_fast.trainers.base.model_setup import layout_request
 from trl_fast.trainers.methods import METHODS, Method
 
-from .preview_tokens import CONTEXT, CUT, LEARNED
+from .preview_tokens import CONTEXT, CUT, LEARNED, PlacedImage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +68,7 @@ class Part:
     - `ids`, `kinds`: all tokens, those that are cut away too.
     - `position`: the position of the first token that is kept.
     - `note`: what else is to be said of it.
+    - `images`: those whose tokens are among the ids, in order.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Part:
     kinds: list[str]
     position: int = 0
     note: str = ""
+    images: tuple[PlacedImage, ...] = ()
 
     @property
     def kept(self) -> int:
@@ -162,6 +167,11 @@ class Examples:
             return None
         return self.trainer.make_collator(self.model, self.tokenizer.pad_token_id, layout, args)
 
+    def _counting_collator(self, args: BaseConfig, layout: str) -> Any:
+        """Returns a collator that makes no pixels of images: their tokens are among the ids."""
+        made = self._collator(args, layout)
+        return made and dataclasses.replace(made, images=None)
+
     @property
     def is_online(self) -> bool:
         """Says whether the method samples its completions, so that rows are prompts alone."""
@@ -202,7 +212,11 @@ class Examples:
             return [self._packed(self.prepared[row])]
         whole = [index for index, number in enumerate(self.uncut[_ROW]) if number == row]
         places = self._places.get(row, [])
-        return [self._example(row, self.prepared[p], self.uncut[w]) for p, w in zip(places, whole, strict=False)]
+        found = []
+        for place, index in zip(places, whole, strict=False):
+            prepared = self.prepared[place]
+            found.append(self._with_images(self._example(row, prepared, self.uncut[index]), prepared))
+        return found
 
     def _example(self, row: int, prepared: dict[str, Any], uncut: dict[str, Any]) -> Example:
         if self.is_online:
@@ -217,6 +231,13 @@ class Examples:
         if self.method == "reward":
             return Example(row, self._compared(batch, uncut), batch, ["chosen", "rejected"])
         return self._tree(row, batch, prepared, uncut)
+
+    def _with_images(self, example: Example, prepared: dict[str, Any]) -> Example:
+        """Returns the example with the row's images at their places."""
+        if self.trainer.images is None:
+            return example
+        placed = _place_images(example.parts, self.trainer.images.reader, prepared, has_turns=self.has_turns)
+        return dataclasses.replace(example, parts=placed)
 
     def _labelled(self, batch: TokenBatch, uncut: dict[str, Any], prepared: dict[str, Any]) -> list[Part]:
         """Returns a row's prompt and completion where labels tell them apart, else the row."""
@@ -292,10 +313,10 @@ class Examples:
 
     def batches(self, size: int) -> Iterator[tuple[TokenBatch, TokenBatch]]:
         """Yields batches of so many rows in the prepared order, in the trainer's layout and in padded rows."""
-        padded = self._collator(self.args, PADDED)
+        ours, padded = (self._counting_collator(self.args, layout) for layout in (self.layout, PADDED))
         for start in range(0, len(self.prepared), size):
             rows = [self.prepared[place] for place in range(start, min(start + size, len(self.prepared)))]
-            yield self.collator.collate(rows), padded.collate(rows)
+            yield ours.collate(rows), padded.collate(rows)
 
     def lengths(self) -> dict[str, list[int]]:
         """Returns the tokens of each part of each row, before anything is cut."""
@@ -321,8 +342,8 @@ class Examples:
         """
         whole_args = copy.copy(self.args)
         whole_args.max_length = None
-        before = self._counts(self.uncut, self._collator(whole_args, self.layout))
-        after = self._counts(self.prepared, self.collator)
+        before = self._counts(self.uncut, self._counting_collator(whole_args, self.layout))
+        after = self._counts(self.prepared, self._counting_collator(self.args, self.layout))
         return before[0], after[0], after[1]
 
     def _counts(self, rows: Dataset, collator: Any) -> tuple[dict[int, int], int]:
@@ -381,6 +402,26 @@ def _part(
     kinds = [CUT] * len(whole)
     kinds[start : start + len(kept)] = [LEARNED if index in learned else CONTEXT for index in range(len(kept))]
     return Part(name, whole, kinds, position, note)
+
+
+def _place_images(parts: Sequence[Part], reader: ImageReader, row: dict[str, Any], *, has_turns: bool) -> list[Part]:
+    """Returns the parts with a prepared row's images; has_turns: each begins anew, they do not follow the first."""
+    pictures = load_images(row)
+    counts = [reader.image_input(picture).num_tokens for picture in pictures]
+    found, seen = [], 0
+    for part in parts:
+        tokens = [index for index, token in enumerate(part.ids) if token == reader.image_token_id]
+        firsts = [first - seen for first in accumulate(counts[:-1], initial=0)]
+        images = tuple(
+            # Some processors put other tokens between the rows of an image.
+            PlacedImage(picture, tokens[first], tokens[first + count - 1] + 1)
+            for picture, first, count in zip(pictures, firsts, counts, strict=False)
+            if 0 <= first < len(tokens)
+        )
+        found.append(dataclasses.replace(part, images=images))
+        if part is parts[0] and not has_turns:
+            seen = len(tokens)
+    return found
 
 
 def _place_of(kept: Sequence[int], whole: Sequence[int], *, from_end: bool) -> int:

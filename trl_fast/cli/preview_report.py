@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
@@ -14,37 +16,72 @@ from trl_fast.data.segments import segments_of, sequences_of
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
 from .preview_examples import DROPPED_BECAUSE, Example, Examples, Part
-from .preview_tokens import CUT, LEARNED, TokenTexts, legend, token_lines
+from .preview_tokens import CUT, LEARNED, ShownToken, TokenTexts, legend, token_lines
 
 # Parts and rows of a packed row that are shown.
 _PARTS = 6
 _DRAWING_WIDTH = 48
 
 
-def show(console: Console, examples: Examples, row: int, found: list[Example], shown_tokens: int | None) -> int:
-    """Prints the examples of a row and the summary; returns the exit status.
+@dataclass(frozen=True)
+class Report:
+    """Holds what is shown.
 
-    found: none if the row is dropped. shown_tokens: parts with more tokens lose their middle; None: they do not.
+    - `row`, `found`: the number of a row, and its examples; none if it is dropped.
+    - `shown_tokens`: parts with more tokens lose their middle; None: they do not.
     """
-    texts = TokenTexts(examples.tokenizer)
-    kind = "packed row" if examples.is_packed else "row"
-    for example in found:
-        console.rule(f"{examples.method}: {kind} {row}", align="left", characters="─")
+
+    examples: Examples
+    row: int
+    found: list[Example]
+    shown_tokens: int | None
+
+    @property
+    def title(self) -> str:
+        """Returns the method and which row it is."""
+        return f"{self.examples.method}: {'packed row' if self.examples.is_packed else 'row'} {self.row}"
+
+    @property
+    def dropped(self) -> str:
+        """Returns why the row is dropped."""
+        reason = DROPPED_BECAUSE.get(self.examples.method, "it is cut away")
+        return f"Row {self.row} is dropped: {reason}={self.examples.args.max_length}."
+
+    @functools.cached_property
+    def summary(self) -> list[str | Table]:
+        """Returns what is said of all rows."""
+        return [*_summary(self.examples)]
+
+    def parts(self, example: Example) -> Iterator[tuple[str, list[tuple[list[ShownToken], int]]]]:
+        """Yields the heading of each part that is shown, and its tokens in pieces, as `_pieces` does."""
+        texts = TokenTexts(self.examples.tokenizer)
         for part in example.parts[:_PARTS]:
-            _show_part(console, part, texts, shown_tokens, examples)
+            tokens = texts.shown(part.ids, part.kinds, part.images)
+            yield _heading(part, self.examples), [*_pieces(tokens, self.shown_tokens)]
         if len(example.parts) > _PARTS:
-            console.print(f"... and {len(example.parts) - _PARTS} more in this row", style="dim")
+            yield f"... and {len(example.parts) - _PARTS} more in this row", []
+
+
+def show(console: Console, report: Report) -> None:
+    """Prints the examples of a row and the summary."""
+    for example in report.found:
+        console.rule(report.title, align="left", characters="─")
+        for heading, pieces in report.parts(example):
+            _show_part(console, heading, pieces)
         console.print(legend(coloured=_has_colours(console)))
         console.print()
-        _show_layout(console, examples, example)
-    if not found:
-        reason = DROPPED_BECAUSE.get(examples.method, "it is cut away")
-        console.print(f"Row {row} is dropped: {reason}={examples.args.max_length}.")
+        show_layout(console, report.examples, example)
+    if not report.found:
+        console.print(report.dropped)
     console.rule("summary", align="left", characters="─")
-    for line in _summary(console, examples):
+    show_summary(console, report)
+
+
+def show_summary(console: Console, report: Report) -> None:
+    """Prints what is said of all rows."""
+    for line in report.summary:
         console.print(line)
     console.print("No weights were loaded. `trl-fast validate` looks for faults in preference data.", style="dim")
-    return 0
 
 
 def _has_colours(console: Console) -> bool:
@@ -54,13 +91,18 @@ def _has_colours(console: Console) -> bool:
 # ---- an example
 
 
-def _show_part(console: Console, part: Part, texts: TokenTexts, limit: int | None, examples: Examples) -> None:
-    console.print(_heading(part, examples), style="bold")
+def left_out_line(count: int) -> str:
+    """Returns what stands where tokens are left out."""
+    return f"... {count:,} tokens are left out here ..."
+
+
+def _show_part(console: Console, heading: str, pieces: list[tuple[list[ShownToken], int]]) -> None:
+    console.print(heading, style="bold")
     coloured = _has_colours(console)
-    for ids, kinds, left_out in _pieces(part, limit):
+    for tokens, left_out in pieces:
         if left_out:
-            console.print(f"  ... {left_out:,} tokens are left out here ...", style="dim italic")
-        for line in token_lines(texts.shown(ids, kinds), console.width - 2, coloured=coloured):
+            console.print(f"  {left_out_line(left_out)}", style="dim italic")
+        for line in token_lines(tokens, console.width - 2, coloured=coloured):
             console.print(Text("  ").append_text(line), soft_wrap=True)
 
 
@@ -91,17 +133,18 @@ def _cut(part: Part, examples: Examples) -> str:
     return f"{' and '.join(ends)} by {', '.join(because)}"
 
 
-def _pieces(part: Part, limit: int | None) -> Iterator[tuple[list[int], list[str], int]]:
-    """Yields runs of tokens to show, with their kinds and how many are left out before them.
+def _pieces(tokens: list[ShownToken], limit: int | None) -> Iterator[tuple[list[ShownToken], int]]:
+    """Yields runs of tokens to show, with how many are left out before them.
 
     Of a part with more tokens than the limit the beginning, the end, and where it is cut are shown.
     """
-    count = len(part.ids)
+    count = len(tokens)
     if limit is None or count <= limit:
-        yield part.ids, part.kinds, 0
+        yield tokens, 0
         return
     each = max(1, limit // 4)
-    changes = [index for index in range(1, count) if (part.kinds[index] == CUT) != (part.kinds[index - 1] == CUT)]
+    cut = [token.kind == CUT for token in tokens]
+    changes = [index for index in range(1, count) if cut[index] != cut[index - 1]]
     shown = {*range(2 * each), *range(count - 2 * each, count)}
     for change in changes:
         shown |= {*range(max(0, change - each // 2), min(count, change + each // 2))}
@@ -111,16 +154,17 @@ def _pieces(part: Part, limit: int | None) -> Iterator[tuple[list[int], list[str
         while end < count and (end in shown) == (start in shown):
             end += 1
         if start in shown:
-            yield part.ids[start:end], part.kinds[start:end], left_out
+            yield tokens[start:end], left_out
         else:
-            left_out = end - start
+            left_out = sum(token.count for token in tokens[start:end])
         start = end
 
 
 # ---- rows of a batch
 
 
-def _show_layout(console: Console, examples: Examples, example: Example) -> None:
+def show_layout(console: Console, examples: Examples, example: Example) -> None:
+    """Prints how an example stands in the rows of a batch."""
     if example.batch is None:
         _show_completions(console, examples, example)
         return
@@ -178,7 +222,7 @@ def _show_completions(console: Console, examples: Examples, example: Example) ->
 # ---- the summary
 
 
-def _summary(console: Console, examples: Examples) -> Iterator[str | Table]:
+def _summary(examples: Examples) -> Iterator[str | Table]:
     table = Table(title=None, show_edge=False, pad_edge=False)
     for title in ("tokens before cutting", "min", "median", "95%", "largest"):
         table.add_column(title, justify="left" if title.startswith("tokens") else "right")

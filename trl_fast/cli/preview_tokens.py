@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
 LEARNED, CONTEXT, CUT = "learned", "not learned", "cut"
@@ -31,13 +32,38 @@ _LONGEST_CHARACTER = 8  # tokens
 
 
 @dataclass(frozen=True)
+class PlacedImage:
+    """Holds an image with the indices of its first and last + 1 token among the ids of a part."""
+
+    picture: Image
+    start: int
+    end: int
+
+    @property
+    def text(self) -> str:
+        """Returns the mark that stands for the tokens: with width and height in pixels, and how many tokens."""
+        width, height = self.picture.size
+        count = self.end - self.start
+        return f"<image {width}×{height}, {count:,} token{'' if count == 1 else 's'}>"
+
+
+@dataclass(frozen=True)
 class ShownToken:
-    """Holds a token as it is shown: its text, whether a line ends with it, its kind, and whether it is special."""
+    """Holds a token as it is shown: its text, whether a line ends with it, its kind, and whether it is special.
+
+    All tokens of an image are shown as one. image: that image; None: it is a single token.
+    """
 
     text: str
     ends_line: bool
     kind: str
     special: bool
+    image: PlacedImage | None = None
+
+    @property
+    def count(self) -> int:
+        """Returns how many tokens it stands for."""
+        return 1 if self.image is None else self.image.end - self.image.start
 
     @property
     def mark(self) -> str:
@@ -64,8 +90,17 @@ class TokenTexts:
         """Says whether a token stands for no text, such as the one that ends a turn."""
         return token_id in self._special
 
-    def shown(self, ids: Sequence[int], kinds: Sequence[str]) -> list[ShownToken]:
-        """Returns the tokens as they are shown; tokens that make up one character are shown by their bytes."""
+    def shown(self, ids: Sequence[int], kinds: Sequence[str], images: Sequence[PlacedImage] = ()) -> list[ShownToken]:
+        """Returns the tokens as they are shown, those of an image as one; images: in the order of their places."""
+        found, at = [], 0
+        for image in images:
+            found += self._of_text(ids[at : image.start], kinds[at : image.start])
+            found.append(ShownToken(image.text, False, kinds[image.start], True, image))
+            at = image.end
+        return found + self._of_text(ids[at:], kinds[at:])
+
+    def _of_text(self, ids: Sequence[int], kinds: Sequence[str]) -> list[ShownToken]:
+        """Returns tokens of text; those that make up one character are shown by their bytes."""
         found: list[ShownToken] = []
         pieces = [self._bytes(token) for token in ids]
         at = 0

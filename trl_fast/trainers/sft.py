@@ -135,6 +135,7 @@ class SFTTrainer(BaseTrainer):
         "_enable_gradient_checkpointing": "use gradient_checkpointing and gradient_checkpointing_kwargs",
     }
     formatting_func: Callable[[dict[str, Any]], str] | None = None
+    _collates_rows = False  # whether the collator is given a dataset's rows as they are, where they have images
     # A loss that was divided by the tokens of all micro-batches needs no more dividing; transformers knows which is.
     loss_is_scaled_for_ga = None
 
