@@ -43,3 +43,9 @@ def test_sizes_are_width_and_height():
 def test_a_model_of_text_alone_is_named():
     with pytest.raises(ValueError, match=r"image_size: 'mine' \(llama\) reads no images; leave it out"):
         planned_image("mine", tiny_config("llama"), (8, 8))
+
+
+def test_a_model_that_drops_padding_of_images_is_named():
+    said = r"image_size: 'mine' \(gemma4\) has no plan on images, since its tower drops their padding"
+    with pytest.raises(ValueError, match=said):
+        planned_image("mine", tiny_vision_model("gemma4").config, (56, 56))

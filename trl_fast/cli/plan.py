@@ -174,7 +174,10 @@ def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
         if plan.image_size is not None:
             if not PLANNED[method].reads_images:
                 able = ", ".join(name for name, planned in PLANNED.items() if planned.reads_images)
-                raise ValueError(f"image_size={plan.image_size!r} has no plan for {method}; images are for {able}")
+                raise ValueError(
+                    f"image_size={plan.image_size!r} has no plan for {method}; plans of images are for {able}. "
+                    "Without image_size the run is planned on text alone"
+                )
             size = parse_image_size(plan.image_size)
             image = planned_image(name, config, size, trust_remote_code=training.trust_remote_code)
             images = (image,) * plan.images_per_prompt

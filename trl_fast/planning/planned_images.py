@@ -20,6 +20,8 @@ from .fake_models import give_fake_memory, shortened
 from .memory_tracker import MemoryTracker
 from .model_shapes import IMAGE_PROCESSORS, shape_name
 
+# Their towers drop the padding of images, which only the values of a tensor tell; fake tensors have none.
+_PADDED_IMAGES = ("gemma4",)
 _SIZE = re.compile(r"(\d+)[x×](\d+)")
 
 
@@ -45,10 +47,16 @@ def planned_image(name_or_path: str, config: PretrainedConfig, size: tuple[int, 
         options: of `AutoProcessor.from_pretrained`, such as `trust_remote_code`.
 
     Raises:
-        ValueError: the model reads no images, or its processor cannot be read or cannot read such a picture.
+        ValueError: the model reads no images, its tower drops their padding, or its processor cannot be read or cannot
+            read such a picture.
     """
     if getattr(config, "vision_config", None) is None:
         raise ValueError(f"image_size: {name_or_path!r} ({config.model_type}) reads no images; leave it out")
+    if config.model_type in _PADDED_IMAGES:
+        raise ValueError(
+            f"image_size: {name_or_path!r} ({config.model_type}) has no plan on images, since its tower drops their "
+            "padding, which a simulated step does not see; leave image_size out, which plans the run on text alone"
+        )
     picture = Image.new("RGB", size)
     if shape_name(name_or_path) is not None:
         settings = IMAGE_PROCESSORS[config.model_type]
