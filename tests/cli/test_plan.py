@@ -295,7 +295,7 @@ def test_a_plan_with_images_says_how_many_tokens_they_have(tmp_path, capsys):
     assert "1 pair of 64 tokens, 32 of 2 images" in words(capsys.readouterr().out)
     assert plan("dpo", folder, "--max_length", "33", "--use_cpu", *size) == 2
     assert "max_length=33 cuts the images of a sequence, which have 32 tokens" in words(capsys.readouterr().err)
-    assert plan("grpo", folder, *size) == 2
+    assert plan("grpo", folder, *size, "--per_device_train_batch_size", "8") == 2
     named = (
         "image_size='56x56' has no plan for grpo; plans of images are for sft, dpo, kto. Without image_size the run"
     )
