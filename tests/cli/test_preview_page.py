@@ -33,6 +33,14 @@ def test_one_mark_stands_for_the_tokens_of_an_image(data, tmp_path, capsys):
     assert "[IMG]" not in out and "completion: " in out
 
 
+def test_the_place_of_a_reward_counts_tokens_where_an_image_has_positions_of_several_axes(data, tmp_path, capsys):
+    model = save_tiny_vision_model(tmp_path / "model", "qwen2_5_vl")
+    assert main(["preview", "reward", "--model_name_or_path", model, "--dataset_name", data, *WORDS]) == 0
+    # At the last token of each.
+    found = re.findall(r"positions \d+-(\d+); the reward is read at position (\d+)", capsys.readouterr().out)
+    assert len(found) == 2 and all(last == read for last, read in found)
+
+
 def test_the_page_shows_small_copies_at_their_places(data, tmp_path, capsys):
     model, page = save_tiny_vision_model(tmp_path / "model", "llava"), tmp_path / "page.html"
     words = ["--model_name_or_path", model, "--dataset_name", data, "--html", str(page), *WORDS]

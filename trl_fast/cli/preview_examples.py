@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import torch
 from datasets import Dataset
 
 from trl_fast.data import AnyDataset, TokenBatch
@@ -276,13 +277,14 @@ class Examples:
         """Returns what two texts of a reward model begin with, and the rest of each, whose last token is read."""
         chosen, rejected = (list(uncut[column]) for column in SEQUENCE_COLUMNS)
         shared = common_prefix_length(chosen, rejected)
-        places = batch.extras[REWARD_POSITIONS].tolist()
-        flat = batch.position_ids.flatten().tolist()
+        cells = torch.arange(batch.input_ids.numel()).view_as(batch.input_ids)
+        # Positions of the model are others where an image has those of its rows and columns.
+        places = zip(batch.by_sequence(cells), batch.extras[REWARD_POSITIONS], strict=True)
+        positions = [int((own == place).nonzero()) for own, place in places]
         parts = [_part("what both begin with", chosen[:shared], chosen[:shared], set(), 0)]
-        for name, ids, place in zip(("chosen", "rejected"), (chosen, rejected), places, strict=True):
-            read = flat[place] - shared
-            note = f"the reward is read at position {flat[place]}"
-            parts.append(_part(name, ids[shared:], ids[shared:], {read}, shared, note=note))
+        for name, ids, position in zip(("chosen", "rejected"), (chosen, rejected), positions, strict=True):
+            note = f"the reward is read at position {position}"
+            parts.append(_part(name, ids[shared:], ids[shared:], {position - shared}, shared, note=note))
         return parts
 
     def _tree(self, row: int, batch: TokenBatch, prepared: dict[str, Any], uncut: dict[str, Any]) -> Example:

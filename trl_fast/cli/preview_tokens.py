@@ -95,7 +95,7 @@ class TokenTexts:
         found, at = [], 0
         for image in images:
             found += self._of_text(ids[at : image.start], kinds[at : image.start])
-            found.append(ShownToken(image.text, False, kinds[image.start], True, image))
+            found.append(ShownToken(image.text, False, kinds[image.end - 1], True, image))
             at = image.end
         return found + self._of_text(ids[at:], kinds[at:])
 
