@@ -14,7 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from support.vision_processors import WITH_PROCESSORS, pictures, tiny_processor
 from trl_fast.data.images import ImageReader
 from trl_fast.data.images.joining import join_images
-from trl_fast.data.images.tokenization import tokenize_with_images
+from trl_fast.data.images.tokenization import tokenize_prompt_with_images, tokenize_with_images
 
 # PaliGemma's processor reads no chat messages: it puts images before the text by itself.
 FAMILIES = [name for name in WITH_PROCESSORS if name != "paligemma"]
@@ -120,3 +120,29 @@ def test_a_processor_that_cannot_read_images_is_named():
     processor.chat_template = None
     with pytest.raises(ValueError, match="The train dataset, row 7: .*LlavaProcessor.* has no chat template"):
         tokenize_with_images(with_completions(rows()[0]), ("chosen",), ImageReader(processor), 7, "train")
+
+
+@pytest.mark.parametrize("images", [[], IMAGES[:1]])
+def test_a_text_that_holds_the_token_of_a_part_of_an_image_is_named(images):
+    """Gemma 3's processor counts the marks that open images, and expands those alone."""
+    reader = ImageReader(tiny_processor("gemma3"))
+    row = {**with_completions(rows()[0]), "images": images}
+    row["prompt"] = [{"role": "user", "content": "Is <image_soft_token> a token?"}]
+    message = f"row 4: the text has {1 + 4 * len(images)} image tokens, but its images have {4 * len(images)}"
+    with pytest.raises(ValueError, match=message):
+        tokenize_with_images(row, ("chosen", "rejected"), reader, 4, "train")
+    with pytest.raises(ValueError, match=f"row 5: the text has {1 + 4 * len(images)} image tokens"):
+        tokenize_prompt_with_images(row, reader, 5, "train")
+    row = {**with_completions(rows()[2]), "chosen": [{"role": "assistant", "content": "<image_soft_token>"}]}
+    with pytest.raises(ValueError, match="row 6: the text has 1 image tokens, but its images have 0"):
+        tokenize_with_images(row, ("chosen", "rejected"), reader, 6, "train")
+
+
+def test_a_processor_that_runs_out_of_images_is_named(monkeypatch):
+    """Those of transformers 5.17 do not count the places for images before they fill them."""
+    reader = ImageReader(tiny_processor("llava"))
+    row = {**with_completions(rows()[0]), "prompt": [{"role": "user", "content": "Is <image> a token?"}]}
+    monkeypatch.setattr(type(reader.processor), "__call__", lambda *args, **kwargs: next(iter([])))
+    for tokenize in (tokenize_prompt_with_images, lambda *given: tokenize_with_images(given[0], (), *given[1:])):
+        with pytest.raises(ValueError, match="row 4: the text has more places .* itself hold '<image>'"):
+            tokenize(row, reader, 4, "train")

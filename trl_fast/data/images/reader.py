@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -91,9 +92,13 @@ class ImageReader:
         """
         processor: Any = self.processor
         if images or processor.image_token in text:
-            return _ids(_encode(self._sized, text, images))
-        # PaliGemma's processor takes no text without images.
-        return _ids(self.tokenizer([text], add_special_tokens=False))
+            with self._named_lack_of_images():
+                ids = _ids(_encode(self._sized, text, images))
+        else:
+            # PaliGemma's processor takes no text without images.
+            ids = _ids(self.tokenizer([text], add_special_tokens=False))
+        self._check_tokens(ids, images)
+        return ids
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Returns the token ids of messages with the images in their parts, open for the answer.
@@ -106,14 +111,48 @@ class ImageReader:
         """Returns the token ids of messages with the images in their parts, and their masks, in a batch of one.
 
         options: arguments of the processor's `apply_chat_template`.
+
+        Raises:
+            ValueError: the text has tokens of images beyond those of the messages' images.
         """
         processor: Any = self._sized
         # The chat template has written the special tokens.
         options = {"chat_template": self.chat_template, "processor_kwargs": {"add_special_tokens": False}, **options}
-        batch: Mapping[str, Any] = processor.apply_chat_template(
-            [list(messages)], tokenize=True, return_dict=True, **options
-        )
+        with self._named_lack_of_images():
+            batch: Mapping[str, Any] = processor.apply_chat_template(
+                [list(messages)], tokenize=True, return_dict=True, **options
+            )
+        self._check_tokens(_ids(batch), images_of(messages))
         return {name: value for name, value in batch.items() if name in _OF_TOKENS}
+
+    @contextmanager
+    def _named_lack_of_images(self) -> Iterator[None]:
+        """Raises a ValueError where a processor runs out of images; some of transformers 5.17 do not count them."""
+        try:
+            yield
+        except (StopIteration, IndexError, UnboundLocalError) as error:
+            processor: Any = self.processor
+            raise ValueError(
+                f"the text has more places for images than there are images; does the text itself hold "
+                f"{processor.image_token!r}? Remove it there"
+            ) from error
+
+    def _check_tokens(self, ids: Sequence[int], images: Sequence[PIL.Image.Image]) -> None:
+        """Checks that all image tokens among the ids of a text stand for its images, of which there is one at most.
+
+        Not every processor does that, nor every version of transformers. Of several images pixels would have to be
+        made again; their tokens are counted in the batch.
+        """
+        if len(images) > 1:
+            return
+        token, found = self.image_token_id, ids.count(self.image_token_id)
+        processor: Any = self._sized
+        expected = sum(_ids(_encode(processor, processor.image_token, [image])).count(token) for image in images)
+        if found != expected:
+            raise ValueError(
+                f"the text has {found} image tokens, but its images have {expected}; does the text itself hold "
+                f"{self.tokenizer.convert_ids_to_tokens(token)!r}, which stands for images alone? Remove it there"
+            )
 
     def image_input(self, image: PIL.Image.Image) -> ImageInput:
         """Returns what the model reads of an image: the processor runs on the mark of an image alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import PIL.Image
@@ -20,28 +21,33 @@ from trl_fast.parallel.engines import Engine, engine_of
 from .config import BaseConfig
 
 
-def images_of_dataset(
-    dataset: AnyDataset, given: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: BaseConfig
+def images_of_datasets(
+    datasets: Mapping[str, AnyDataset],
+    given: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    args: BaseConfig,
 ) -> RowImages | None:
-    """Returns how a model reads the images of a dataset; None if its first row has no place for any.
+    """Returns how a model reads the images of datasets; None if their first rows have no place for any.
 
-    given: what came as processing_class, a processor; None loads the model's. tokenizer: that of the trainer, with its
-    chat template and pad token.
+    datasets: by their names in messages. given: what came as processing_class, a processor; None loads the model's.
+    tokenizer: that of the trainer, with its chat template and pad token.
 
     Raises:
-        ValueError: the model or what was given reads no images.
+        ValueError: the model or what was given reads no images, or the processor is another model's.
     """
-    if not has_images(dataset):
+    name = next((name for name, dataset in datasets.items() if has_images(dataset)), None)
+    if name is None:
         return None
     if not reads_images(model.config):
         raise ValueError(
-            f"The train dataset has images, which {type(model).__name__} does not read; give a model that does, or "
+            f"The {name} dataset has images, which {type(model).__name__} does not read; give a model that does, or "
             "remove the column"
         )
     if isinstance(given, PreTrainedTokenizerBase):
         raise ValueError(
-            f"The train dataset has images, which processing_class, a {type(given).__name__}, does not read; give the "
-            "model's processor (AutoProcessor.from_pretrained), or leave processing_class out"
+            f"The {name} dataset has images, which processing_class, a {type(given).__name__}, does not read; give "
+            "the model's processor (AutoProcessor.from_pretrained), or leave processing_class out"
         )
     options: Any = args.model_init_kwargs or {}
     revision = options.get("revision", "main")
@@ -49,7 +55,14 @@ def images_of_dataset(
         model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
     )
     processor.tokenizer = tokenizer
-    return RowImages(ImageReader(processor), image_layout(model))
+    images = RowImages(ImageReader(processor), image_layout(model))
+    written, read = images.reader.image_token_id, images.layout.image_token_id
+    if written != read:
+        raise ValueError(
+            f"processing_class ({type(processor).__name__}) writes the token {written} for images, but "
+            f"{type(model).__name__} reads the token {read} as them; give the model's own processor"
+        )
+    return images
 
 
 def share_images(trainer: Any, model: Any) -> None:

@@ -38,7 +38,7 @@ from .callbacks import own_callbacks, remove_noise
 from .config import BaseConfig
 from .divergence import DivergenceWatch
 from .hf_trainer import evaluates, set_up_trainer
-from .images import images_of_dataset
+from .images import images_of_datasets
 from .loaders import make_loader
 from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
@@ -47,7 +47,7 @@ from .model_card import model_tags, write_model_card
 from .model_setup import check_trains, layout_request, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
 from .parallelism import parallel_options, sum_over_rows
-from .prepared_datasets import check_lengths, prepared_parts
+from .prepared_datasets import check_lengths, named_parts, prepared_parts
 from .progress import close_progress
 from .sequence_parallel import take_sequence_group
 from .stop_signals import StopSignals
@@ -186,8 +186,8 @@ class BaseTrainer(Trainer):
         model: PreTrainedModel | PeftModel,
     ) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
         """Returns both datasets prepared, after their token ids were held against the model's vocabulary."""
-        given, inner = self._given_processing_class, base_model(model)
-        self.images = together(lambda: images_of_dataset(train_dataset, given, processing_class, inner, args))
+        given, inner, parts = self._given_processing_class, base_model(model), named_parts(train_dataset, eval_dataset)
+        self.images = together(lambda: images_of_datasets(parts, given, processing_class, inner, args))
         together(lambda: self.set_up_data(train_dataset, processing_class, args))
         return together(lambda: prepared_parts(self, train_dataset, eval_dataset, processing_class, args, model))
 
