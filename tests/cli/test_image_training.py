@@ -65,3 +65,11 @@ def test_such_data_is_valid(data, tmp_path, capsys):
     model = save_tiny_vision_model(tmp_path / "model", "llava")
     assert main(["validate", "--dataset_name", data("dpo"), "--tokenizer", model, "--max_length", "64"]) == 0
     assert "Passed" in capsys.readouterr().out
+
+
+def test_an_adapter_without_known_modules_says_what_to_name(data, tmp_path, capsys):
+    model = save_tiny_vision_model(tmp_path / "model", "llava")
+    words = ["--model_name_or_path", model, "--dataset_name", data("dpo"), "--output_dir", str(tmp_path / "out")]
+    assert main(["dpo", *words, "--use_cpu", "true", "--bf16", "false", "--use_peft"]) == 2
+    named = "peft_config: peft knows no target_modules of llava by itself; name some, such as 'q_proj' and 'v_proj'"
+    assert named in " ".join(capsys.readouterr().err.split())

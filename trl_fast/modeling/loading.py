@@ -290,7 +290,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
     Raises:
         TypeError: peft_config is no PeftConfig.
-        ValueError: the model has an adapter already.
+        ValueError: the model has an adapter already, or peft does not take the config for it.
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}")
@@ -304,19 +304,28 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         with without_peft_deprecations():
             adapted = get_peft_model(model, peft_config)
     except ValueError as error:
-        text = error_line(error)
-        if "incompatible with Mamba" in text:
-            text = (
-                f"{text.rstrip('.')}: name other modules, or add exclude_modules=['out_proj', 'conv1d'] (in commands "
-                "--lora_exclude_modules out_proj conv1d)"
-            )
-        raise ValueError(f"peft_config: {text}") from error
+        raise ValueError(f"peft_config: {_with_remedy(error_line(error), model)}") from error
     if is_quantized(model):
         for name, parameter in adapted.named_parameters():
             # DoRA's magnitudes take steps too small for bfloat16.
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return adapted
+
+
+def _with_remedy(text: str, model: PreTrainedModel) -> str:
+    """Returns what peft says of a config, with what to do where peft does not know."""
+    if "incompatible with Mamba" in text:
+        return (
+            f"{text.rstrip('.')}: name other modules, or add exclude_modules=['out_proj', 'conv1d'] (in commands "
+            "--lora_exclude_modules out_proj conv1d)"
+        )
+    if "specify `target_modules`" in text:
+        return (
+            f"peft knows no target_modules of {model.config.model_type} by itself; name some, such as 'q_proj' and "
+            "'v_proj', or 'all-linear' for every linear layer (in commands --lora_target_modules)"
+        )
+    return text
 
 
 def _check_modules_to_save(model: PreTrainedModel, peft_config: PeftConfig) -> None:
