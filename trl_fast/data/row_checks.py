@@ -39,7 +39,8 @@ def read_columns(dataset: AnyDataset, expected: str, name: str = "train", *, rea
     if images and not reads_images:
         raise ValueError(
             f"The {name} dataset has the column {images[0]!r}, but nothing reads images: give a model that does, with "
-            "its processor as processing_class, or remove the column to train on the text alone."
+            "its processor as processing_class and a dataset with images (train_dataset or eval_dataset), or remove "
+            "the column to read the text alone."
         )
     return columns
 

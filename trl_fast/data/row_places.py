@@ -16,6 +16,6 @@ def remove_rows(column: str) -> str:
 
 
 def shorten(value: Any) -> str:
-    """Returns a value as a message shows it, in at most 80 characters."""
-    text = repr(value)
+    """Returns a value as a message shows it, in one line of at most 80 characters."""
+    text = " ".join(repr(value).split("\n"))
     return text if len(text) <= 80 else text[:77] + "..."

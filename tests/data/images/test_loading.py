@@ -7,6 +7,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from trl_fast.data.images import load_image, loading
@@ -30,6 +31,7 @@ def test_every_source_gives_the_same_pixels(tmp_path):
     encoded = base64.b64encode(content).decode()
     sources = [IMAGE, content, path, str(path), {"bytes": content, "path": None}, {"bytes": None, "path": str(path)}]
     sources += [f"data:image/png;base64,{encoded}", encoded, PIXELS]
+    sources += [f"{encoded[:9]}\n{encoded[9:]}\n", f"data:image/png;base64,{encoded[:9]}\n{encoded[9:]}"]
     for source in sources:
         image = load_image(source)
         assert image.mode == "RGB" and np.array_equal(np.asarray(image), PIXELS), source
@@ -94,6 +96,7 @@ def test_the_first_of_several_frames_is_used_and_said_once(monkeypatch, caplog):
         (Image.new("F", (1, 1)), "the mode 'F'"),
         (7, "7 is of type int; expected an image of Pillow"),
         (None, "None is of type NoneType"),
+        (torch.zeros(2, 2), "[0., 0.]]) is of type Tensor"),
         ("data:image/png;base64,AAAA", "is no image that Pillow reads"),
     ],
 )

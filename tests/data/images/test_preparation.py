@@ -6,7 +6,8 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, List, load_from_disk
+from datasets import Image as ImageFeature
 
 from support.vision_processors import pictures, tiny_processor
 from trl_fast.data.images import ImageReader
@@ -197,3 +198,11 @@ def test_images_without_a_processor_are_refused(method):
         how(Dataset.from_list([row | {"images": [FIRST]}]), READER.tokenizer)
     with pytest.raises(ValueError, match="row 0, column 'prompt', message 0: .*'image', which needs an image"):
         how(Dataset.from_list([row | {"prompt": in_parts({"type": "image"})["prompt"]}]), READER.tokenizer)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_images_are_read_in_the_mode_that_a_dataset_asks_for(streamed):
+    grey = Dataset.from_list([PAIR | {"images": [FIRST]}]).cast_column("images", List(ImageFeature(mode="L")))
+    prepared = prepare("dpo", grey.to_iterable_dataset() if streamed else grey)
+    shown = load_images(next(iter(prepared)))[0]
+    assert shown.tobytes() == FIRST.convert("L").convert("RGB").tobytes() != FIRST.tobytes()

@@ -50,7 +50,10 @@ def _holds_image(value: Any) -> bool:
 
 
 def with_encoded_images(dataset: AnyDataset) -> AnyDataset:
-    """Returns a dataset whose rows hold images as they are stored, bytes or path, not decoded; nothing is copied."""
+    """Returns a dataset whose rows hold images as they are stored, bytes or path, not decoded; nothing is copied.
+
+    Images that the dataset has in a mode of their own, such as grey ones, stay decoded: a stored one does not tell it.
+    """
     features = dataset.features
     if features is None:
         return dataset
@@ -74,6 +77,8 @@ def with_encoded_images(dataset: AnyDataset) -> AnyDataset:
 
 def _encoded(feature: Any) -> Any:
     if isinstance(feature, ImageFeature):
+        if feature.mode not in (None, "RGB"):
+            return feature
         return ImageFeature(mode=feature.mode, decode=False)
     if isinstance(feature, List):
         return List(_encoded(feature.feature), length=feature.length)

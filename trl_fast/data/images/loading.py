@@ -93,7 +93,8 @@ def _opened_text(source: str) -> Image.Image:
         return Image.open(source)
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
     try:
-        content = base64.b64decode(encoded, validate=not source.startswith("data:"))
+        # Encoders break lines.
+        content = base64.b64decode("".join(encoded.split()), validate=not source.startswith("data:"))
     except ValueError:
         content = b""
     if not content or (len(source) < 256 and not source.startswith("data:") and "." in source):
