@@ -183,7 +183,7 @@ COMMANDS = [
     ("plan dpo --model_name_or_path {model} RUN --betta 1", ["--betta", "did you mean 'beta'?"]),
     ("plan dpo --model_name_or_path {model} RUN --tiled_mlp x", ["tiled_mlp", "'x'"]),
     ("plan dpo --model_name_or_path {model} RUN --prompt_tokens 2000", ["prompt_tokens=2000", "max_length=64"]),
-    ("plan dpo --model_name_or_path {model} RUN --prompt_tokens=-1", ["prompt_tokens=-1"]),
+    ("plan dpo --model_name_or_path {model} RUN --prompt_tokens=-1", ["prompt_tokens: expected an integer >= 0"]),
     ("plan dpo --model_name_or_path {model} RUN --use_peft --lora_r 0", ["lora_r: expected an integer >= 1"]),
     (
         "plan dpo --model_name_or_path {model} RUN --head_workspace_bytes 0",

@@ -11,6 +11,7 @@ import trl
 
 import trl_fast
 from trl_fast.cli.arguments import DatasetConfig, DatasetMixtureConfig, ModelConfig
+from trl_fast.cli.plan import PlanArguments
 from trl_fast.losses.dpo import DPOLossConfig
 from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
@@ -22,7 +23,7 @@ from trl_fast.trainers.methods import METHODS
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 # Other dataclasses with numbers of the same names.
 OTHERS = [ModelConfig, TrainingSetup, SamplingSettings, DPOLossConfig, KTOLossConfig, PolicyLossConfig]
-OTHERS += [DatasetConfig, DatasetMixtureConfig]
+OTHERS += [DatasetConfig, DatasetMixtureConfig, PlanArguments]
 CONFIGS = {config.__name__.removesuffix("Config"): config for config in (m.config_class() for m in METHODS.values())}
 
 

@@ -250,7 +250,7 @@ def test_an_evaluation_by_hand_that_would_cut_groups_apart(model_path, tmp_path)
     [
         ([{"question": "What?"}], "expected 'prompt'"),
         ([{"prompt": 3}], "row 0, column 'prompt': 3"),
-        ([{"prompt": "What?", "image": "x"}], "nothing reads images"),
+        ([{"prompt": "What?", "image": "x"}], "has images, which LlamaForCausalLM does not read"),
         ([], "no rows"),
     ],
 )

@@ -231,6 +231,7 @@ RANGES: dict[str, Range] = {
     "prompt_share": Range(0, 1, below=True),
     "num_gpus": COUNT,
     "images_per_prompt": COUNT,
+    "prompt_tokens": COUNT_FROM_0,
 }
 
 
