@@ -87,3 +87,13 @@ def test_scores_of_the_reference_may_be_computed_before_training(tmp_path):
     )
     for ours, theirs in zip(logs, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@SLOW
+def test_precomputed_references_are_those_of_training(tmp_path):
+    """TRL refuses them with images."""
+    trainer, logs = train(trl_fast, "qwen2_5_vl", tmp_path, precompute_ref_log_probs=True)
+    assert "ref_chosen_logps" in trainer.train_dataset.column_names
+    assert [entry["loss"] for entry in logs] == pytest.approx(
+        [entry["loss"] for entry in train(trl_fast, "qwen2_5_vl", tmp_path)[1]], rel=1e-5
+    )
