@@ -101,11 +101,12 @@ def test_images_side_by_side_that_see_each_other_are_shared_together():
 
 
 @pytest.mark.parametrize("whole_prompts", [False, True])
-def test_rows_are_laid_out_without_their_images_to_count_tokens(whole_prompts):
-    """As the run report does."""
+def test_image_tokens_without_images_are_named(whole_prompts):
+    """Also where no sequence of the batch has images."""
     kind = ImageLayout(IMAGE, ("token_type_ids",), sees_both_ways=True, whole_prompts=whole_prompts)
-    batch = pack([Tree(with_image(image(1)), [[20], [21]])], "padded", kind)
-    assert batch.num_tokens == 2 * (24 + 3 + 24 + 1)
+    for others in ((), (Tree(TEXT, [[20]]),), (Tree(with_image(image(1)), [[20]], images=(image(1),)),)):
+        with pytest.raises(ValueError, match="A sequence has 3 image tokens, but its 0 images have 0; .* keep it"):
+            pack([*others, Tree(with_image(image(1)), [[20], [21]])], "padded", kind)
 
 
 def test_whole_prompts_that_see_each_other():

@@ -91,9 +91,11 @@ class ImageLayout:
             prompts: how many tokens the prompt of each has; None serves where those of whole prompts do not count.
 
         Raises:
-            ValueError: a sequence has more or fewer image tokens than its images have; rows may come without any
-                images, to count tokens.
+            ValueError: a sequence has more or fewer image tokens than its images have.
         """
+        standing = [torch.as_tensor(ids, dtype=torch.int64) == self.image_token_id for ids in sequences]
+        for marks, own in zip(standing, images, strict=True):
+            _check_tokens(int(marks.sum()), own)
         if not any(images):
             # Without types of tokens, PaliGemma would let text see what follows it.
             types = self.types_of(torch.zeros(shape, dtype=torch.bool))
@@ -101,10 +103,8 @@ class ImageLayout:
         at: dict[int, ImageInput] = {}
         marked = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
         runs: set[tuple[int, int]] = set()
-        for number, (ids, own, place) in enumerate(zip(sequences, images, places, strict=True)):
-            tokens = place[torch.as_tensor(ids, dtype=torch.int64) == self.image_token_id]
-            if any(images):
-                _check_tokens(len(tokens), own)
+        for number, (marks, own, place) in enumerate(zip(standing, images, places, strict=True)):
+            tokens = place[marks]
             firsts = accumulate((image.num_tokens for image in own[:-1]), initial=0)
             at.update(zip(tokens[[*firsts]].tolist() if own else [], own, strict=True))
             seen = place[: self._end_of_run(prompts, images, number)] if self.whole_prompts else tokens
@@ -187,7 +187,7 @@ def _check_tokens(found: int, images: Sequence[ImageInput]) -> None:
     if found != expected:
         raise ValueError(
             f"A sequence has {found} image tokens, but its {len(images)} images have {expected}; if max_length cuts "
-            "them, raise it"
+            "them, raise it, and if rows lost their column of images on the way, keep it"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -116,8 +117,10 @@ def _sample_batches(trainer: Any) -> tuple[int, list[TokenBatch]]:
         tokens += sum(len(value) for value in row.values() if hasattr(value, "__len__"))
         if tokens > _SAMPLED_TOKENS:
             break
-    size = trainer.args.per_device_train_batch_size
-    return len(rows), [reader.collator.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    size, collator = trainer.args.per_device_train_batch_size, reader.collator
+    if trainer.images is not None:
+        collator = replace(collator, images=None)  # no pixels are made to count tokens
+    return len(rows), [collator.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def _checkpointing(args: Any) -> str:
