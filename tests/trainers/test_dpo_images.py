@@ -78,17 +78,6 @@ def test_entries_are_those_of_trls_collator(tmp_path):
     assert trainer.compute_loss(trainer.model, batch).item() != pytest.approx(unread.item(), rel=1e-4)
 
 
-def test_scores_of_the_reference_may_be_computed_before_training(tmp_path):
-    """TRL refuses that."""
-    how = {"max_steps": 2}
-    (_, logs), (_, expected) = (
-        train(trl_fast, "qwen2_5_vl", tmp_path / str(early), precompute_ref_log_probs=early, **how)
-        for early in (True, False)
-    )
-    for ours, theirs in zip(logs, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-
-
 @SLOW
 def test_precomputed_references_are_those_of_training(tmp_path):
     """TRL refuses them with images."""
