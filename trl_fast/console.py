@@ -6,6 +6,8 @@ files and models and people's data are none of these.
 
 from __future__ import annotations
 
+import io
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,6 +31,11 @@ def make_console(*, stderr: bool = False, file_width: int | None = None, highlig
     if file_width is not None and not console.is_terminal:
         return Console(stderr=stderr, markup=False, emoji=False, highlight=highlight, width=file_width)
     return console
+
+
+def make_recording_console(width: int) -> Console:
+    """Makes a console of so many columns that shows nothing and keeps what is printed, for `export_html`."""
+    return Console(record=True, file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False)
 
 
 def progress_columns() -> tuple[ProgressColumn, ...]:

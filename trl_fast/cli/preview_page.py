@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from trl_fast.console import make_recording_console
+
 from .preview_report import Report, left_out_line, show_layout, show_summary
 from .preview_tokens import CONTEXT, CUT, LEARNED
 
@@ -86,7 +88,7 @@ def report_page(report: Report) -> str:
     from markupsafe import Markup
 
     def printed(show: Callable[[Console], None]) -> Markup:
-        console = Console(record=True, file=io.StringIO(), width=_WIDTH, highlight=False)
+        console = make_recording_console(_WIDTH)
         show(console)
         return Markup(console.export_html(code_format="{code}", inline_styles=True))
 

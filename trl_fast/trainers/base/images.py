@@ -19,6 +19,7 @@ from trl_fast.modeling.unread_parts import freeze_unreached_weights
 from trl_fast.parallel.engines import Engine, engine_of
 
 from .config import BaseConfig
+from .prepared_datasets import check_dataset_type
 
 
 def images_of_datasets(
@@ -34,8 +35,12 @@ def images_of_datasets(
     tokenizer: that of the trainer, with its chat template and pad token.
 
     Raises:
-        ValueError: the model or what was given reads no images, or the processor is another model's.
+        ValueError: the model or what was given reads no images, or the processor is another model's; or there is no
+            dataset.
+        TypeError: as in `check_dataset_type`.
     """
+    for part, dataset in datasets.items():
+        check_dataset_type(dataset, part)
     name = next((name for name, dataset in datasets.items() if has_images(dataset)), None)
     if name is None:
         return None
