@@ -20,6 +20,21 @@ def reward_model_path(tmp_path_factory):
     return save_tiny_classifier(tmp_path_factory.mktemp("tiny-reward"), build_tokenizer())
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Saves a tiny model that reads images, with its processor, once a family: from its name to the folder's."""
+    from support.vision_processors import save_tiny_vision_model
+
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = save_tiny_vision_model(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return folder
+
+
 @pytest.fixture(params=["shared_prefix", "packed", "padded"])
 def layout(request, monkeypatch):
     """Each layout in turn; the test's short prompts are shared too."""

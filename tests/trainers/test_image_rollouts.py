@@ -14,25 +14,13 @@ import trl_fast.data.packing as packing
 from support.image_rollouts import SETTINGS, brightness, logs_of, picture_prompts, trained
 from support.rollouts import FixedEngine, FixedImageRollout
 from support.training import assert_same_logs, make_trainer
-from support.vision_processors import save_tiny_vision_model, tiny_processor
+from support.vision_processors import tiny_processor
 from trl_fast.trainers.online.completions_log import report_completions
 
 # The metrics are TRL's to the last digit only if no completion is left out or moved to another micro-batch.
 OURS = {"skip_zero_advantages": False, "keep_groups_together": False}
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_vl", "gemma3", "llava")]
 FAMILIES = ["qwen2_5_vl", *OTHERS]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = save_tiny_vision_model(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return folder
 
 
 CASES = [

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree
 from transformers import PreTrainedModel
 
+from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.parallel.gathering import is_sharded, whole_until_backward
 
 from .loading import backbone, whole_backbone
@@ -80,7 +81,8 @@ def _add_features(
 ) -> tuple[tuple[object, ...], dict[str, Any]]:
     embeddings = kwargs["inputs_embeds"]
     blank: dict[str, torch.Tensor] = getattr(model, _ATTRIBUTE)
-    features = image_features(model, {name: tensor.to(embeddings.device) for name, tensor in blank.items()})
+    moved = {name: copy_to_device(tensor, embeddings.device) for name, tensor in blank.items()}
+    features = image_features(model, moved)
     # Weighted one by one: a sum might overflow, and infinity has no weight 0.
     nothing = torch.stack([(each * 0).sum() for each in features]).sum()
     return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings.dtype)}

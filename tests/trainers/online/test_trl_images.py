@@ -7,22 +7,9 @@ import trl
 import trl_fast
 from support.image_rollouts import SETTINGS, logs_of, picture_prompts, trained
 from support.training import assert_same_logs
-from support.vision_processors import save_tiny_vision_model
 from trl_fast.trainers.online.trl_images import split_by_row
 
 OURS = {"skip_zero_advantages": False, "keep_groups_together": False}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = save_tiny_vision_model(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return folder
 
 
 FAMILIES = ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "llava"))]
