@@ -14,7 +14,7 @@ from .engine import (
 from .images import RolloutImage, RolloutImages
 from .reward_model import RewardModel
 from .reward_source import GivenReward, RewardSource
-from .rewards import RewardFunctions
+from .rewards import NoRewards, RewardFunctions
 from .tool_loop import ToolLoop, ToolRollout
 from .tools import Toolbox
 from .transformers_engine import TransformersEngine
@@ -22,6 +22,7 @@ from .transformers_engine import TransformersEngine
 __all__ = [
     "EngineWrapper",
     "GivenReward",
+    "NoRewards",
     "RewardFunctions",
     "RewardModel",
     "RewardSource",

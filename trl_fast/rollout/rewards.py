@@ -169,6 +169,14 @@ class RewardFunctions:
         return answers
 
 
+class NoRewards(RewardFunctions):
+    """Stands where a method learns without rewards: there are no sources."""
+
+    def __init__(self) -> None:
+        self.functions, self.names = [], []
+        self.weights = torch.zeros(0)
+
+
 def _listed_answer(function: RewardSource, count: int, /, **arguments: Any) -> Any:
     return listed(function(**arguments), count)
 

@@ -158,7 +158,7 @@ RANGES: dict[str, Range] = {
         2, whole=True, optional=False, advice="a completion is compared with the others of its prompt"
     ),
     "num_generations_eval": COUNT,
-    "OnlineConfig.max_completion_length": Range(1, whole=True, optional=False),
+    "SamplingConfig.max_completion_length": Range(1, whole=True, optional=False),
     "generation_batch_size": COUNT,
     "steps_per_generation": COUNT,
     "temperature": Range(0, above=True, advice="for greedy decoding use generation_kwargs={'do_sample': False}"),

@@ -40,14 +40,21 @@ class CompletionsLog:
             **{name: defaultdict(column) for name in ("rewards", "extra")},
         }
 
-    def add(self, rewards: dict[str, list[float]], images: list[list] | None = None, **columns: list[Any]) -> None:
+    def add(
+        self,
+        rewards: dict[str, list[float]],
+        images: list[list] | None = None,
+        advantage: list[float] | None = None,
+        **columns: list[Any],
+    ) -> None:
         """Adds one generation's columns, each with one value a completion; `rewards` by source.
 
-        A column that only some generations have is None in the others. images: None: none are logged.
+        A column that only some generations have is None in the others. images: None: none are logged. advantage: None:
+        the method has none.
         """
         self.logs["images"].extend(images or ())
         before, added = len(self.logs["prompt"]), len(columns["prompt"])
-        self.logs["advantages"].extend(columns.pop("advantage"))
+        self.logs["advantages"].extend(advantage or ())
         for name in ("prompt", "completion"):
             self.logs[name].extend(columns.pop(name))
         for kept, given in ((self.logs["rewards"], rewards), (self.logs["extra"], columns)):
@@ -72,7 +79,7 @@ class CompletionsLog:
                 kept.extend(values)
 
     def frame(self, step: int, unique_prompts: bool = False) -> pd.DataFrame:
-        """Returns all columns, with the step first and the advantage last; arguments of tool calls as JSON.
+        """Returns all columns, with the step first and the advantage, if any, last; arguments of tool calls as JSON.
 
         unique_prompts: of each prompt only the first completion.
         """
@@ -81,8 +88,9 @@ class CompletionsLog:
         columns = {
             name: _of_one_kind([_with_text_arguments(value) for value in values]) for name, values in shown.items()
         }
-        advantage = list(logs["advantages"])
-        frame = pd.DataFrame({"step": [step] * len(advantage), **columns, "advantage": advantage})
+        if logs["advantages"]:
+            columns["advantage"] = list(logs["advantages"])
+        frame = pd.DataFrame({"step": [step] * len(logs["prompt"]), **columns})
         return frame[~frame["prompt"].astype(str).duplicated()] if unique_prompts else frame
 
     def save(self, folder: Path, step: int) -> Path:
@@ -96,7 +104,7 @@ class CompletionsLog:
         """Prints the first `count` completions (None: all), of each prompt only one if unique_prompts."""
         frame = self.frame(step, unique_prompts)
         table = Table(title=f"completions at step {step}", title_justify="left", show_lines=True)
-        numbers = [*self.logs["rewards"], "advantage"]
+        numbers = [*self.logs["rewards"], *(["advantage"] if self.logs["advantages"] else [])]
         texts = ("prompt", "completion")
         extras = [name for name in frame if name not in ("step", *texts, *numbers)]
         for name in (*texts, *numbers, *extras):

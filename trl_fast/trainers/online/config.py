@@ -1,134 +1,45 @@
-"""Defines what the configs of GRPO and RLOO share: sampling, engines, rewards, and when completions are made."""
+"""Defines what the configs of GRPO and RLOO share: groups, rewards, and when completions are made."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from trl_fast.settings.choices import check_choice, one_of
 from trl_fast.settings.older_names import older_name
-from trl_fast.settings.ranges import check_ranges
 
 from ..base.reference_config import ReferenceConfig
-
-if TYPE_CHECKING:
-    from trl_fast.rollout import SamplingSettings
-
-VLLM_MODES = ("colocate", "server")
+from .sampling_config import SamplingConfig
 
 
 @dataclass
-class OnlineConfig(ReferenceConfig):
-    """Holds the arguments of the methods that sample their own completions.
+class OnlineConfig(SamplingConfig, ReferenceConfig):
+    """Holds the arguments of the methods that compare completions of their own policy.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    unit: ClassVar[str] = "completions"
     first_metrics: ClassVar[tuple[str, ...]] = (
         *("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio"),
         *("loss", "grad_norm", "learning_rate"),
     )
 
-    disable_dropout: bool = False
-    """Switch dropout off in the model and the reference."""
-
-    remove_unused_columns: bool | None = False
-    """Drop all columns but the prompt; reward functions then cannot read them."""
-
-    max_length: int | None = None
-    """Has no effect: prompts are never cut, and completions have max_completion_length."""
-
     cast_lm_head_to_fp32: bool = False
     """Keep the head's weights in float32 and compute its logits in float32."""
 
-    shuffle_dataset: bool | None = True
-    """Shuffle the training prompts."""
-
-    # Sampling.
+    # Groups.
     num_generations: int | None = 8
     """Completions for each prompt; they are compared with each other."""
 
     num_generations_eval: int | None = None
     """Completions for each prompt in evaluation. None: num_generations."""
 
-    max_completion_length: int | None = 512
-    """Tokens after which a completion is cut off."""
-
     generation_batch_size: int | None = None
     """Completions made at a time, in all processes. None: by steps_per_generation."""
 
     steps_per_generation: int | None = None
     """Micro-batches that one generation serves. None: gradient_accumulation_steps."""
-
-    temperature: float = 1.0
-    """Divides the logits, in sampling and in the loss; higher: more varied completions."""
-
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that have this probability together; 1: from all."""
-
-    top_k: int = 0
-    """Sample from so many likeliest tokens; 0: from all."""
-
-    min_p: float | None = None
-    """Drop tokens less likely than this share of the likeliest one's probability. None: drop none."""
-
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that occurred before get rarer; below 1, more frequent."""
-
-    generation_kwargs: dict[str, Any] | str | None = None
-    """Further arguments of the sampler, which win over those above. None: none."""
-
-    chat_template_kwargs: dict[str, Any] | str | None = None
-    """Keyword arguments of the chat template, for conversational prompts. None: none."""
-
-    cache_implementation: str | None = None
-    """How transformers' generation keeps keys and values. None: its default."""
-
-    ds3_gather_for_generation: bool = True
-    """With DeepSpeed ZeRO-3, gather the weights for generation: faster, but they must fit one GPU."""
-
-    # vLLM.
-    use_vllm: bool = False
-    """Generate with vLLM, which must be installed."""
-
-    vllm_mode: str = one_of(VLLM_MODES, default="colocate")
-    """Where vLLM runs: colocate (on the training GPUs) or server (started by `vllm serve`)."""
-
-    vllm_model_impl: str = "vllm"
-    """Model implementation in vLLM: vllm or transformers."""
-
-    vllm_enable_sleep_mode: bool = False
-    """Free the memory of the colocated engine during the update."""
-
-    vllm_structured_outputs_regex: str | None = None
-    """Regular expression that completions must match. None: any text."""
-
-    vllm_server_base_url: str | None = field(default=None, repr=False)
-    """URL of the server, such as http://localhost:8000. None: vllm_server_host and vllm_server_port."""
-
-    vllm_server_host: str = "0.0.0.0"
-    """Host of the server."""
-
-    vllm_server_port: int = 8000
-    """Port of the server."""
-
-    vllm_server_timeout: float = 240.0
-    """Seconds to wait for the server to be up."""
-
-    vllm_group_port: int = 51216
-    """Port of the process group that sends weights to the server."""
-
-    vllm_gpu_memory_utilization: float = 0.3
-    """Share of a GPU's memory for the colocated engine."""
-
-    vllm_max_model_length: int | None = None
-    """Longest prompt + completion of the engine, in tokens. None: what the model's config says."""
-
-    vllm_tensor_parallel_size: int = 1
-    """GPUs that a colocated engine spans."""
 
     # transformers' continuous batching.
     use_transformers_continuous_batching: bool = False
@@ -173,19 +84,6 @@ class OnlineConfig(ReferenceConfig):
     little.
     """
 
-    # Logging.
-    log_completions: bool = False
-    """Show and save completions with their rewards, every logging_steps steps."""
-
-    num_completions_to_print: int | None = None
-    """Completions that are shown. None: all."""
-
-    log_multimodal: bool = True
-    """Whether the tables of loggers have the images of prompts and of tools' results too."""
-
-    log_unique_prompts: bool = False
-    """Show each prompt once."""
-
     # Names of older TRL versions, and of other methods.
     max_new_tokens: int | None = older_name(now="max_completion_length")
     max_prompt_length: int | None = older_name("it works (longer prompts lose their beginning).")
@@ -194,15 +92,13 @@ class OnlineConfig(ReferenceConfig):
     vllm_guided_decoding_regex: str | None = older_name(now="vllm_structured_outputs_regex")
     use_transformers_paged: bool | None = older_name(now="use_transformers_continuous_batching")
 
-    _VALID_DICT_FIELDS = ReferenceConfig._VALID_DICT_FIELDS + [
-        "generation_kwargs",
-        "chat_template_kwargs",
-        "transformers_continuous_batching_config",
+    _VALID_DICT_FIELDS = [
+        *SamplingConfig._VALID_DICT_FIELDS,
+        *("ref_model_init_kwargs", "transformers_continuous_batching_config"),
     ]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "vllm_mode")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size=True would cut groups of completions apart; set it to False and choose "
@@ -218,17 +114,7 @@ class OnlineConfig(ReferenceConfig):
                 f"sync_ref_model=True with beta={self.beta}: without a KL term there is no reference model to sync; "
                 "set beta above 0 or sync_ref_model=False"
             )
-        if not isinstance(self.generation_kwargs, dict | None):
-            raise ValueError(
-                f"generation_kwargs: expected a dict of the sampler's arguments, got {self.generation_kwargs!r} of "
-                f"type {type(self.generation_kwargs).__name__}; of a GenerationConfig give to_diff_dict()"
-            )
-        if self.vllm_server_base_url is not None or (self.use_vllm and self.vllm_mode == "server"):
-            from trl_fast.settings.server_url import server_url
-
-            server_url(self)
         self._divide_generations()
-        self.sampling_settings()
 
     def _divide_generations(self) -> None:
         """Fills in generation_batch_size and steps_per_generation from each other."""
@@ -268,15 +154,6 @@ class OnlineConfig(ReferenceConfig):
         if self.eval_strategy != "no":
             self.check_eval_batch()
 
-    def check_values(self) -> None:
-        """Checks the arguments that may be changed later.
-
-        Raises:
-            ValueError: one is out of its range, or none of its choices.
-        """
-        check_ranges(self)
-        self.sampling_settings()
-
     def check_eval_batch(self) -> None:
         """Raises ValueError if a batch of the evaluation would not hold all completions of its prompts."""
         from trl_fast.settings.divisors import divisors, either, least_count
@@ -295,23 +172,6 @@ class OnlineConfig(ReferenceConfig):
         """Returns the number of completions for each prompt in "train" or "eval"."""
         return (self.num_generations_eval or self.num_generations) if mode == "eval" else self.num_generations
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields, for files and trackers, without the password of vllm_server_base_url."""
-        return {**super().to_dict(), "vllm_server_base_url": self._shown_url()}
-
-    def __str__(self) -> str:
-        shown = super().__str__()
-        url = self.vllm_server_base_url
-        return shown.replace(url, str(self._shown_url())) if url else shown
-
-    def _shown_url(self) -> str | None:
-        """Returns vllm_server_base_url without its password."""
-        if self.vllm_server_base_url is None:
-            return None
-        from trl_fast.settings.server_url import without_password
-
-        return without_password(self.vllm_server_base_url)
-
     @property
     def generate_every(self) -> int:
         """Returns the number of micro-batches after which new completions are made."""
@@ -321,22 +181,3 @@ class OnlineConfig(ReferenceConfig):
     def is_on_policy(self) -> bool:
         """Says whether the policy of the update is always the one that sampled: each step makes new completions."""
         return self.gradient_accumulation_steps % self.generate_every == 0
-
-    def sampling_settings(self) -> SamplingSettings:
-        """Returns the settings by which completions are sampled.
-
-        Raises:
-            ValueError: a value is out of its range.
-        """
-        from trl_fast.rollout import SamplingSettings
-
-        return SamplingSettings(
-            max_completion_length=self.max_completion_length,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            generation_kwargs=self.generation_kwargs,
-            cache_implementation=self.cache_implementation,
-        )

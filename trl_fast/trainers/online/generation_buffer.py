@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,12 +12,37 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl_fast.data.images.inputs import ImageInput
 from trl_fast.rollout.samples import Samples
 
-from .config import OnlineConfig
-
 logger = logging.getLogger(__name__)
 
 # The name in a checkpoint of TRL's batch.
 _BATCH = "batch"
+
+
+class GenerationSettings(Protocol):
+    """Names the arguments that say when completions are made, and which micro-batches they are cut into."""
+
+    save_only_model: bool
+    per_device_train_batch_size: int
+
+    @property
+    def world_size(self) -> int:
+        """Returns the number of processes."""
+
+    @property
+    def process_index(self) -> int:
+        """Returns this process's number."""
+
+    @property
+    def steps_per_generation(self) -> int | None:
+        """Returns the micro-batches that one generation serves."""
+
+    @property
+    def generate_every(self) -> int:
+        """Returns the number of micro-batches after which new completions are made."""
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Says whether each optimizer step makes new completions."""
 
 
 class GenerationBuffer(TrainerCallback):
@@ -28,7 +53,7 @@ class GenerationBuffer(TrainerCallback):
     ends among the micro-batches of a generation leaves the slices to the next one, so a checkpoint has them too.
     """
 
-    def __init__(self, args: OnlineConfig) -> None:
+    def __init__(self, args: GenerationSettings) -> None:
         self.step = 0
         self.slices: list[Samples] | list[dict[str, Any]] | None = None
         self._every = args.generate_every

@@ -180,6 +180,17 @@ class GenerationMetrics:
         if self._logs_rewards:
             self._record_rewards(rewards, found)
         self._warnings.warn_of_equal_rewards(found.rewards, group, prompts)
+        by_source = dict(zip(self._reward_names(), rewards.t().tolist(), strict=True))
+        self.keep_completions(prompts, completions, by_source, found.advantages.tolist())
+
+    def keep_completions(
+        self,
+        prompts: list,
+        completions: list,
+        rewards: dict[str, list[float]] | None = None,
+        advantages: list[float] | None = None,
+    ) -> None:
+        """Keeps completions for the table, of all processes. prompts, completions: of this process."""
         columns: dict[str, list] = {
             "prompt": gather_object([strip_images_from_messages(prompt) for prompt in prompts]),
             "completion": gather_object([strip_images_from_messages(completion) for completion in completions]),
@@ -190,8 +201,7 @@ class GenerationMetrics:
         for name in sorted(set(gather_object(list(self.columns)))):
             columns[name] = gather_object(self.columns.get(name, [None] * len(prompts)))
         self.columns.clear()
-        by_source = dict(zip(self._reward_names(), rewards.t().tolist(), strict=True))
-        self._completions.add(by_source, **columns, advantage=found.advantages.tolist())
+        self._completions.add(rewards or {}, advantage=advantages, **columns)
 
     def _record_rewards(self, rewards: torch.Tensor, found: Advantages) -> None:
         values = reward_metrics(self._reward_names(), rewards, found)

@@ -28,19 +28,26 @@ from .rollout_checks import check_images, check_rollout
 Outcome = TypeVar("Outcome")
 
 
-class OnlineMethod(Protocol):
-    """Brings what differs between methods; a trainer is one.
+class SamplingMethod(Protocol):
+    """Names what sampling reads of a method; a trainer is one.
 
     - `model`: the policy, in training mode but for evaluation. `state`: the trainer's.
-    - `group_size`: how many completions, one after the other, are compared with each other; None: all.
     - `rollout_func`: a user's function, from prompts and the method to a dict of prompt_ids, completion_ids, logprobs,
       env_mask and further columns for reward sources; it takes the engine's place. None: there is none.
     """
 
     model: torch.nn.Module
     state: TrainerState
-    group_size: int | None
     rollout_func: Callable[[list, Any], dict[str, Any]] | None
+
+
+class OnlineMethod(SamplingMethod, Protocol):
+    """Brings what differs between methods with rewards; a trainer is one.
+
+    - `group_size`: how many completions, one after the other, are compared with each other; None: all.
+    """
+
+    group_size: int | None
 
     def compute_advantages(self, samples: Samples, rewards: torch.Tensor) -> Advantages:
         """Computes the advantages (N,) of all processes' completions.
@@ -123,7 +130,7 @@ class RolloutLoop:
             rows = self.shown(rows)
             rollout, columns = self.generate(rows, method)
             judged = self.judge(rows, rollout, columns, method)
-        samples = self._samples(rollout, method)
+        samples = self.samples_of(rollout, method)
         rewards = self.accelerator.gather(judged.rewards.to(self.accelerator.device))
         found = method.compute_advantages(samples, rewards)
         first = self.accelerator.process_index * len(rows)
@@ -153,7 +160,7 @@ class RolloutLoop:
         waits = self.accelerator.num_processes > 1 and (self.generate_instead or self.reward_instead)
         return nullcontext() if waits else self.rescue.guard()
 
-    def generate(self, rows: list[dict[str, Any]], method: OnlineMethod) -> tuple[Rollout, dict[str, list]]:
+    def generate(self, rows: list[dict[str, Any]], method: SamplingMethod) -> tuple[Rollout, dict[str, list]]:
         """Samples a completion for each row with the policy's present weights.
 
         Returns:
@@ -163,7 +170,7 @@ class RolloutLoop:
         with gathered_weights(self.engine):
             return self._generate(rows, method)
 
-    def _generate(self, rows: list[dict[str, Any]], method: OnlineMethod) -> tuple[Rollout, dict[str, list]]:
+    def _generate(self, rows: list[dict[str, Any]], method: SamplingMethod) -> tuple[Rollout, dict[str, list]]:
         prompts = [row["prompt"] for row in rows]
         images = None if self.images is None else self.images.of_prompts(prompts)
         columns: dict[str, list] = {}
@@ -211,8 +218,8 @@ class RolloutLoop:
         self.metrics.check_columns(len(rows))
         return JudgedRollout(prompts, completions, rollout, rewards)
 
-    def _samples(self, rollout: Rollout, method: OnlineMethod) -> Samples:
-        """Returns samples of a rollout, without advantages yet, and records the completions' lengths."""
+    def samples_of(self, rollout: Rollout, method: SamplingMethod) -> Samples:
+        """Returns samples of a rollout, without advantages, and records the completions' lengths."""
         samples = self.samples_class.of(rollout.prompt_ids, rollout.completion_ids)
         if self.images is not None:
             samples.add_images(rollout.images, rollout.completion_images)
@@ -254,7 +261,7 @@ def _called(kind: str, given: Any, call: Callable[[], Any]) -> Any:
     return outcome.value
 
 
-def _ask(rollout_func: Callable[[list, Any], dict[str, Any]], prompts: list, method: OnlineMethod) -> dict[str, Any]:
+def _ask(rollout_func: Callable[[list, Any], dict[str, Any]], prompts: list, method: SamplingMethod) -> dict[str, Any]:
     """Returns what a rollout_func returned for copies of the prompts.
 
     Raises:
