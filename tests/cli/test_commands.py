@@ -20,7 +20,7 @@ def test_every_command_has_its_module_and_a_group():
 
 def test_the_help_lists_every_command_in_a_line_and_fits_the_terminal():
     lines = usage().splitlines()
-    assert all(f"  {command.name:<9} {command.help}" in lines for command in COMMANDS.values())
+    assert all(f"  {command.name:<12} {command.help}" in lines for command in COMMANDS.values())
     assert max(map(len, lines)) <= 80
 
 

@@ -234,7 +234,7 @@ def value(formula: str, **names: object) -> torch.Tensor:
     known = {
         "σ": torch.sigmoid,
         "logσ": F.logsigmoid,
-        "exp": torch.exp,
+        "exp": lambda x: torch.as_tensor(x, dtype=torch.float64).exp(),
         "log": lambda x: torch.as_tensor(x, dtype=torch.float64).log(),
         "max": lambda x, y: torch.maximum(*_both(x, y)),
         "min": lambda x, y: torch.minimum(*_both(x, y)),

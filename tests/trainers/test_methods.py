@@ -94,7 +94,7 @@ def test_a_name_that_is_not_there():
 def test_every_method_has_exports_a_command_names_in_trl_and_docs(method):
     config, trainer = method.exports
     assert {config, trainer} <= {*trl_fast.__all__}
-    assert f"  {method.name:<9} {method.help}" in usage().splitlines()
+    assert f"  {method.name:<12} {method.help}" in usage().splitlines()
     for package in method.trl_packages:
         assert config in MODULES[f"{package}.{method.name}_config"]
         assert trainer in MODULES[f"{package}.{method.name}_trainer"]

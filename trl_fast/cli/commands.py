@@ -125,4 +125,4 @@ def usage() -> str:
 
 def _entry(name: str, does: str) -> list[str]:
     """Returns the lines of one entry: its name, and beside it what it does."""
-    return textwrap.wrap(f"  {name:<9} {does}", width=80, subsequent_indent=" " * 12)
+    return textwrap.wrap(f"  {name:<12} {does}", width=80, subsequent_indent=" " * 15)

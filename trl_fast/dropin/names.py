@@ -233,7 +233,8 @@ def _method_modules() -> dict[str, dict[str, str]]:
                 **method.trl_names,
                 **(_ONLINE_NAMES if method.reward_argument == "reward_funcs" else {}),
             }
-        modules[f"trl.scripts.{method.name}"] = _script(method)
+        if method.has_trl_script:
+            modules[f"trl.scripts.{method.name}"] = _script(method)
     return modules
 
 

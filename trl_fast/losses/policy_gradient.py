@@ -91,11 +91,18 @@ class PolicyLossConfig:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
+    def ratio_bounds(self) -> tuple[float, float]:
+        """Returns the ratios between which a token is not clipped; GMPO's ε are of logarithms."""
+        if self.loss_type == "gmpo":
+            return math.exp(-self.epsilon), math.exp(self.upper)
+        return 1 - self.epsilon, 1 + self.upper
+
+    @property
     def scope(self) -> str:
         """Returns what a token's gradient depends on: that "token" alone, its "sequence", or the whole "batch"."""
         if self.top_entropy_quantile < 1:
             return "batch"
-        by_sequence = self.has_one_ratio or self.loss_type == "vespo"
+        by_sequence = self.has_one_ratio or self.loss_type in ("vespo", "gmpo")
         return "sequence" if by_sequence or self.off_policy_mask_threshold is not None else "token"
 
     @property
@@ -126,13 +133,17 @@ class PolicyTerms(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """Holds what the terms of a loss type read of the tokens `rows` (R,): every tensor is (R,) float32."""
+    """Holds what the terms of a loss type read of the tokens `rows` (R,): every tensor is (R,) float32.
+
+    `chosen`: 1 for the tokens that policy terms act on, else 0; None: they act on all.
+    """
 
     log_ratio: torch.Tensor
     ratio: torch.Tensor
     logprobs: torch.Tensor
     advantages: torch.Tensor
     rows: Rows
+    chosen: torch.Tensor | None
 
 
 _Terms = tuple[torch.Tensor, torch.Tensor | None]
@@ -140,7 +151,7 @@ _Terms = tuple[torch.Tensor, torch.Tensor | None]
 
 def _clip(tokens: _Tokens, inputs: PolicyLossInputs, config: PolicyLossConfig) -> _Terms:
     delta = math.inf if config.delta is None else config.delta
-    return clip_terms(tokens.ratio, tokens.advantages, 1 - config.epsilon, 1 + config.upper, delta), None
+    return clip_terms(tokens.ratio, tokens.advantages, *config.ratio_bounds, delta), None
 
 
 def _cispo(tokens: _Tokens, inputs: PolicyLossInputs, config: PolicyLossConfig) -> _Terms:
@@ -155,6 +166,21 @@ def _sapo(tokens: _Tokens, inputs: PolicyLossInputs, config: PolicyLossConfig) -
 def _vespo(tokens: _Tokens, inputs: PolicyLossInputs, config: PolicyLossConfig) -> _Terms:
     phi = vespo_weights(tokens.log_ratio.detach(), inputs, config, tokens.rows)
     return -phi * tokens.advantages * tokens.logprobs, phi
+
+
+def _gmpo(tokens: _Tokens, inputs: PolicyLossInputs, config: PolicyLossConfig) -> _Terms:
+    """Computes −A times the geometric mean of a sequence's ratios, each clipped where A holds it back.
+
+    GMPO, arXiv 2507.20673, Eq. 4. It has no kernel: a term needs the sum over its sequence.
+    """
+    raised = tokens.advantages > 0
+    clipped = torch.where(
+        raised, tokens.log_ratio.clamp(max=config.upper), tokens.log_ratio.clamp(min=-config.epsilon)
+    )
+    acts = torch.ones_like(clipped) if tokens.chosen is None else tokens.chosen
+    sums, counts = (inputs.masked_sums(values, tokens.rows) for values in (clipped * acts, acts))
+    means = sums / counts.clamp(min=1)
+    return -means.exp()[inputs.branch[tokens.rows]] * tokens.advantages, None
 
 
 @torch.no_grad()
@@ -193,7 +219,7 @@ class LossType(NamedTuple):
 
 
 # GRPO arXiv 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476; LUSPO 2602.05261; CISPO 2506.13585; SAPO 2511.20347;
-# VESPO 2602.10693; BNPO: the tokens of the local batch.
+# VESPO 2602.10693; GMPO 2507.20673; BNPO: the tokens of the local batch.
 LOSSES: dict[str, LossType] = {
     "grpo": LossType(_clip, "clip", mean_of_sequence_means),
     "bnpo": LossType(_clip, "clip", mean_over_tokens),
@@ -203,6 +229,7 @@ LOSSES: dict[str, LossType] = {
     "cispo": LossType(_cispo, "cispo", mean_over_step_tokens, over_whole_step=True),
     "sapo": LossType(_sapo, "sapo", mean_of_sequence_means),
     "vespo": LossType(_vespo, None, mean_over_step_tokens, over_whole_step=True),
+    "gmpo": LossType(_gmpo, None, mean_of_sequence_means),
 }
 
 
@@ -236,11 +263,11 @@ def policy_terms(
         summary = inputs.masked_means if config.importance_sampling_level == "sequence" else inputs.masked_sums
         leveled = summary(log_ratio, rows)[inputs.branch[rows]]
     ratio = leveled.clamp(max=MAX_LOG_RATIO).exp()
-    tokens = _Tokens(log_ratio, ratio, logprobs, advantages, rows)
+    tokens = _Tokens(log_ratio, ratio, logprobs, advantages, rows, entropy_mask)
     terms, phi = LOSSES[config.loss_type].terms(tokens, inputs, config)
     if config.off_policy_mask_threshold is not None:
         terms = terms * _on_policy(logprobs.detach(), old, inputs, config.off_policy_mask_threshold, rows)
-    if entropy_mask is not None:
+    if entropy_mask is not None and config.loss_type != "gmpo":
         terms = terms * entropy_mask
     if inputs.importance_ratios is not None and config.loss_type != "vespo":
         terms = terms * inputs.importance_ratios[rows]

@@ -52,8 +52,9 @@ def grpo_metrics(
     if config.loss_type == "cispo":
         clipped = {"cispo_clip_ratio": (found.ratio > config.upper) & (advantages > 0)}
         return PolicyMetrics({**means, **_shares(clipped, inputs, config, left_out)}, {})
-    low = (found.ratio < 1 - config.epsilon) & (advantages < 0)
-    high = (found.ratio > 1 + config.upper) & (advantages > 0)
+    least, most = config.ratio_bounds
+    low = (found.ratio < least) & (advantages < 0)
+    high = (found.ratio > most) & (advantages > 0)
     clipped = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
     extremes = {
         name: torch.cat((_by_sequence(flags, inputs), torch.where(left_out > 0, 0.0, torch.nan)))

@@ -117,11 +117,11 @@ def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLay
     samples.advantages = torch.ones(count)
     zeros = [torch.zeros(len(ids)) for ids in samples.completion_ids]
     samples.old_logprobs = zeros if setup.scores_old_policy else None
-    samples.ref_logprobs = zeros if setup.method == "grpo" and setup.needs_reference else None
+    samples.ref_logprobs = zeros if setup.method != "rloo" and setup.needs_reference else None
     window = LossNormalizer(
         float(samples.lengths.sum()), setup.gradient_accumulation_steps, len(samples.completion_ids[0])
     )
-    weights = sequence_weights("grpo" if setup.method == "rloo" else "dapo", samples.lengths, window)
+    weights = sequence_weights("dapo" if setup.method == "grpo" else "grpo", samples.lengths, window)
     update = UpdateMaker(layout.name, _PAD, None, _CPU).update(samples, list(range(count)), weights)
     total = setup.completions_per_generation
     return PolicyInputs(_generation(setup, max_length, -(-total // group), total), update)

@@ -142,7 +142,7 @@ def _kto_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
 
 
 def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
-    """Runs a step of GRPO or RLOO: generation, the scores that its loss or its rewards read, and the update."""
+    """Runs a step of GRPO, GMPO or RLOO: generation, the scores that its loss or its rewards read, and the update."""
     if setup.generates:
         simulate_generation(setup, models.policy, inputs.generation, enter)
     if setup.scores_old_policy:
@@ -172,9 +172,11 @@ def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
 
 
 def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:
-    """Returns the loss of GRPO or RLOO with the defaults of its config."""
+    """Returns the loss of GRPO, GMPO or RLOO with the defaults of its config."""
     if setup.method == "rloo":
         return PolicyLossConfig(loss_type="grpo", importance_sampling_level="product")
+    if setup.method == "gmpo":
+        return PolicyLossConfig(loss_type="gmpo", beta=setup.kl_weight)
     return PolicyLossConfig(beta=setup.kl_weight)
 
 
@@ -185,5 +187,6 @@ PLANNED: dict[str, PlannedMethod] = {
     "kto": PlannedMethod(unpaired_batch, _kto_loss, "completion", reads_images=True),
     "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
     "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
+    "gmpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
 }

@@ -32,7 +32,7 @@ from .peak_estimates import Longest, StagePeaks
 from .planned_methods import PLANNED
 from .roofline.work import Work
 from .sharding import sharing_of
-from .training_setup import TrainingSetup
+from .training_setup import GROUP_METHODS, TrainingSetup
 from .wire import Wire
 
 _COLORS = {
@@ -230,7 +230,7 @@ def setup_line(setup: TrainingSetup) -> str:
     precision = stored + (", bf16 autocast" if setup.bf16 else "")
     count = setup.per_device_train_batch_size
     unit = PLANNED[setup.method].unit + "s" * (count > 1)
-    sampled = f", {setup.completions_per_generation} sampled at a time" if setup.method in ("grpo", "rloo") else ""
+    sampled = f", {setup.completions_per_generation} sampled at a time" if setup.method in GROUP_METHODS else ""
     devices = f", shared by {setup.num_gpus} GPUs ({sharing_of(setup).title})" if setup.num_gpus > 1 else ""
     where = ", on a CPU" if setup.device == "cpu" else ""
     size = f"{count} {unit} of {setup.max_length:,} tokens"

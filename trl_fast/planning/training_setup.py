@@ -19,7 +19,7 @@ from trl_fast.trainers.methods import METHODS
 # Methods of other systems' steps that a plan is compared with.
 COMPARED_METHODS = ("dpo", "sft", "reward", "grpo")
 # Methods whose policy samples what it learns from; of the first two, completions of a prompt are compared.
-GROUP_METHODS = ("grpo", "rloo")
+GROUP_METHODS = ("grpo", "rloo", "gmpo")
 ONLINE_METHODS = (*GROUP_METHODS, "ppo")
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("gpu", "cpu")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .base.progress import RichProgressCallback as RichProgressCallback
     from .dpo import DPOTrainer as DPOTrainer
     from .dpo_config import DPOConfig as DPOConfig
+    from .gmpo import GMPOTrainer as GMPOTrainer
+    from .gmpo_config import GMPOConfig as GMPOConfig
     from .grpo import GRPOTrainer as GRPOTrainer
     from .grpo_config import GRPOConfig as GRPOConfig
     from .kto import KTOTrainer as KTOTrainer

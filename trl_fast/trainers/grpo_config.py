@@ -36,11 +36,11 @@ class GRPOConfig(OnlineConfig):
     """
 
     loss_type: str = one_of("trl_fast.losses.policy_gradient:LOSSES", default="dapo")
-    """Loss, and what normalises it: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.
+    """Loss, and what normalises it: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo or gmpo.
 
     grpo: the mean of each completion; bnpo: the tokens of the batch; dapo: those of the whole step; dr_grpo:
     max_completion_length. cispo clips the ratio's weight; sapo and vespo replace clipping by smooth weights; luspo
-    weighs completions by their length.
+    weighs completions by their length; gmpo takes the geometric mean of clipped ratios (see GMPOConfig).
     """
 
     importance_sampling_level: str = one_of(("token", "sequence"), default="token")

@@ -27,6 +27,7 @@ class Method:
         reward_argument: the trainer's argument that takes reward functions and models; None: it takes none.
         trl_packages: packages of TRL, present or past, that have modules `NAME_config` and `NAME_trainer`.
         trl_names: further names in TRL's `NAME_trainer`, and their places.
+        has_trl_script: whether TRL has, or had, a module `trl.scripts.NAME`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     reward_argument: str | None = None
     trl_packages: tuple[str, ...] = ("trl.trainer",)
     trl_names: Mapping[str, str] = field(default_factory=dict)
+    has_trl_script: bool = True
 
     @property
     def exports(self) -> dict[str, str]:
@@ -89,7 +91,7 @@ _METHODS = (
         config="trl_fast.trainers.kto_config:KTOConfig",
         trainer="trl_fast.trainers.kto:KTOTrainer",
         step="trl_fast.trainers.kto:kto_step",
-        help="Kahneman-Tversky Optimization, from completions marked good or bad",
+        help="Kahneman-Tversky Optimization, from answers marked good or bad",
         trl_packages=("trl.trainer", "trl.experimental.kto"),
         trl_names={
             "DataCollatorForUnpairedPreference": "trl_fast.data:DataCollatorForUnpairedPreference",
@@ -109,15 +111,25 @@ _METHODS = (
         config="trl_fast.trainers.rloo_config:RLOOConfig",
         trainer="trl_fast.trainers.rloo:RLOOTrainer",
         step="trl_fast.trainers.online.policy_step:policy_step",
-        help="REINFORCE with leave-one-out baselines, from rewards of completions",
+        help="REINFORCE with leave-one-out baselines, from completions' rewards",
         reward_argument="reward_funcs",
+    ),
+    Method(
+        name="gmpo",
+        config="trl_fast.trainers.gmpo_config:GMPOConfig",
+        trainer="trl_fast.trainers.gmpo:GMPOTrainer",
+        step="trl_fast.trainers.online.policy_step:policy_step",
+        help="Geometric-Mean Policy Optimization, from completions' rewards",
+        reward_argument="reward_funcs",
+        trl_packages=("trl.experimental.gmpo",),
+        has_trl_script=False,
     ),
     Method(
         name="ppo",
         config="trl_fast.trainers.ppo.config:PPOConfig",
         trainer="trl_fast.trainers.ppo.trainer:PPOTrainer",
         step="trl_fast.trainers.ppo.step:ppo_step",
-        help="Proximal Policy Optimization, with a reward model and a value model",
+        help="Proximal Policy Optimization, with a reward and a value model",
         reward_argument="reward_model",
         trl_packages=("trl.trainer", "trl.experimental.ppo"),
     ),
