@@ -3,6 +3,7 @@
 from .backends import BACKENDS, BackendRow, Support, backend_table, supports
 from .head.plan import HeadOptions
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_divergence import DivergenceLoss, DivergenceScores, linear_divergence, linear_divergence_to_given
 from .linear_logprob import linear_logprob
 from .linear_token_loss import ScoredLoss, linear_token_loss
 from .pair_loss import PairLoss, pair_loss
@@ -13,6 +14,8 @@ from .token_scores import TokenScores
 __all__ = [
     "BACKENDS",
     "BackendRow",
+    "DivergenceLoss",
+    "DivergenceScores",
     "HeadOptions",
     "PairLoss",
     "PolicyLoss",
@@ -21,6 +24,8 @@ __all__ = [
     "TokenScores",
     "backend_table",
     "linear_cross_entropy",
+    "linear_divergence",
+    "linear_divergence_to_given",
     "linear_logprob",
     "linear_token_loss",
     "pair_loss",

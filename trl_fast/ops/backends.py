@@ -29,7 +29,9 @@ VECTOR_OPS = ("pair_loss", "policy_loss")
 # Ops that have a Triton kernel and PyTorch.
 TRITON_OPS = ("attention_merge",)
 HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
-OPS = (*HEAD_OPS, *VECTOR_OPS, *TRITON_OPS)
+# The second is made of the head's row kernels.
+DIVERGENCE_OPS = ("linear_divergence", "linear_divergence_to_given")
+OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -193,11 +195,20 @@ def supports(
     return _support(op, backend, device_facts(torch.device(device)), dtype, formula)
 
 
+def _divergence_backends() -> list[str]:
+    """Returns the backends that have a kernel of the divergence."""
+    from .divergence.row_kernels import DIVERGENCE_KERNELS
+
+    return list(DIVERGENCE_KERNELS)
+
+
 def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, formula: str | None = None) -> Support:
     if backend == "torch":
         return Support(True, "pure PyTorch, always there")
     if op in TRITON_OPS and backend != "triton":
         return Support(False, f"there is no {backend} kernel, only one in Triton")
+    if op == "linear_divergence" and backend not in _divergence_backends():
+        return Support(False, f"there is no {backend} kernel of it")
     if op in VECTOR_OPS and backend == "cpp":
         return Support(False, "there is no C++ kernel: on a CPU, one number a token costs nothing next to the head")
     if op in VECTOR_OPS and dtype != torch.float32:

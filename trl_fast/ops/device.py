@@ -46,7 +46,8 @@ class DeviceFacts:
     What follows is for devices that are not there; the defaults are those of devices that are:
 
     - `serves`: whether a backend serves an op, by their names; None: as `backends.supports` says.
-    - `row_kernels`, `sparse_kernels`: stand in for those of every backend (`RowKernels`, `SparseKernels`).
+    - `row_kernels`, `sparse_kernels`, `divergence_kernel`: stand in for those of every backend (`RowKernels`,
+      `SparseKernels`, `DivergenceKernel`).
     - `pinned_copies`: stands in for `modeling.pinned_copies.copies_of`.
     - `flex_attention`: stands in for FlexAttention's kernels (`modeling.attention.flex`): given query, key, value and
       how many pairs of tokens see each other, returns output and log-sum-exp.
@@ -62,6 +63,7 @@ class DeviceFacts:
     serves: Callable[[str, str], bool] | None = None
     row_kernels: Any = None
     sparse_kernels: Any = None
+    divergence_kernel: Any = None
     pinned_copies: Callable[[torch.device], Any] | None = None
     flex_attention: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     holds: Callable[[torch.Tensor], bool] | None = None

@@ -38,22 +38,38 @@ def check_head_inputs(
     Raises:
         ValueError: naming the argument, what it was and what was expected.
     """
-    _expect(hidden.dim() == 2, "hidden", f"shape {tuple(hidden.shape)}", "shape (N, H)")
-    _expect(weight.dim() == 2, "weight", f"shape {tuple(weight.shape)}", "shape (V, H)")
-    hidden_size = hidden.shape[1]
-    _expect(weight.shape[1] == hidden_size, "weight", f"shape {tuple(weight.shape)}", f"shape (V, {hidden_size})")
-    _expect(weight.shape[0] > 0, "weight", "an empty vocabulary", "at least one row")
-    _expect(hidden.dtype in FLOATS, "hidden", hidden.dtype, "a floating-point dtype")
-    _expect(weight.dtype in FLOATS, "weight", weight.dtype, "a floating-point dtype")
-    if same_dtype:
-        remedy = f"{hidden.dtype} as hidden has (cast one of them, or run under torch.autocast)"
-        _expect(weight.dtype == hidden.dtype, "weight", weight.dtype, remedy)
+    check_head_matrices(hidden, weight, bias, same_dtype=same_dtype)
     _check_targets_type(targets, (hidden.shape[0],), "targets", hidden.device)
-    _expect(weight.device == hidden.device, "weight", weight.device, f"device {hidden.device} as hidden has")
+
+
+def check_head_matrices(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, same_dtype: bool, prefix: str = ""
+) -> None:
+    """Checks shapes, dtypes and devices: hidden (N, H), weight (V, H), bias (V,) or None.
+
+    prefix: of the arguments' names in messages.
+
+    Raises:
+        ValueError: naming the argument, what it was and what was expected.
+    """
+    names = hidden_name, weight_name, bias_name = [f"{prefix}{name}" for name in ("hidden", "weight", "bias")]
+    _expect(hidden.dim() == 2, hidden_name, f"shape {tuple(hidden.shape)}", "shape (N, H)")
+    _expect(weight.dim() == 2, weight_name, f"shape {tuple(weight.shape)}", "shape (V, H)")
+    hidden_size = hidden.shape[1]
+    _expect(weight.shape[1] == hidden_size, weight_name, f"shape {tuple(weight.shape)}", f"shape (V, {hidden_size})")
+    _expect(weight.shape[0] > 0, weight_name, "an empty vocabulary", "at least one row")
+    for name, tensor in zip(names, (hidden, weight, bias), strict=True):
+        if tensor is None:
+            continue
+        _expect(tensor.dtype in FLOATS, name, tensor.dtype, "a floating-point dtype")
+        _expect(tensor.device == hidden.device, name, tensor.device, f"device {hidden.device} as {hidden_name} has")
+    if same_dtype:
+        remedy = f"{hidden.dtype} as {hidden_name} has (cast one of them, or run under torch.autocast)"
+        _expect(weight.dtype == hidden.dtype, weight_name, weight.dtype, remedy)
     if bias is not None:
-        _expect(tuple(bias.shape) == (weight.shape[0],), "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
-        _expect(bias.device == hidden.device, "bias", bias.device, f"device {hidden.device} as hidden has")
-        _expect(bias.dtype in FLOATS, "bias", bias.dtype, "a floating-point dtype")
+        _expect(
+            tuple(bias.shape) == (weight.shape[0],), bias_name, f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)"
+        )
 
 
 def check_head_tensors(
@@ -65,12 +81,29 @@ def check_head_tensors(
     another dtype: it is cast later, tile by tile.
     """
     refuse_forward_mode("the head (linear_logprob)", hidden, weight, bias)
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    hidden, autocast = _autocast(hidden)
     check_head_inputs(hidden, weight, targets, bias, same_dtype=not autocast)
     return hidden
+
+
+def check_untargeted_head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = ""
+) -> torch.Tensor:
+    """Checks the tensors of a head without targets as check_head_call does; returns the same hidden (N, H).
+
+    weight: (V, H); bias: (V,) or None; prefix: of the arguments' names in messages.
+    """
+    hidden, autocast = _autocast(hidden)
+    check_head_matrices(hidden, weight, bias, same_dtype=not autocast, prefix=prefix)
+    check_finite(hidden, f"{prefix}hidden")
+    return hidden
+
+
+def _autocast(hidden: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Returns hidden of any shape in autocast's dtype if autocast is on, and whether it is."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return hidden.to(torch.get_autocast_dtype(device)) if autocast else hidden, autocast
 
 
 def check_head_call(

@@ -1,0 +1,177 @@
+"""Computes divergences to a teacher of whom only some tokens' log-probabilities are known, K a row.
+
+The two distributions are compared on K + 1 classes: each known token, and the tail, all other tokens together (as with
+`loss_add_tail` of TRL's server distillation). By the logits of the tail's tokens the gradient is then s · c with one
+number c a row, so that the head's own row kernels do the row work, on every backend: they sum up the tail's logits and
+write s · c. What is left is arithmetic on (R, K) numbers, in float64.
+
+The tail's probability is the sum of its tokens', and not what the others leave of 1: where the student is sure of a
+known token, nothing would be left.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..head.logit_transform import LogitTransform
+from ..head.row_kernels import RowKernels
+from ..head.row_statistics import ENTROPY, SUM, SUM_X, TOP
+from ..head.sweep import new_state
+from .formulas import DivergenceFormula, divergence_terms
+from .row_kernels import DIVERGENCE_ROW, ENTROPY_ROW, IS_SAME_TOP1_ROW
+
+_MINUS_INF = float("-inf")
+
+
+class KnownTokens(NamedTuple):
+    """Holds what is known of R rows of a teacher, log-probabilities in float64.
+
+    ids: (R, K) int64, distinct but for padding; logprobs: (R, K), −inf is padding, whose id is that of the row's
+    likeliest token; first: (R, 1) int64, the place of that one among the K; tail: (R, 1), of all others together.
+    """
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    first: torch.Tensor
+    tail: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, logprobs: torch.Tensor, tail: torch.Tensor | None = None) -> KnownTokens:
+        """Returns the known tokens ids (R, K) integer of logprobs (R, K), −inf being padding.
+
+        tail: (R, 1) log-probability of all others; None: what these leave of 1.
+        """
+        logprobs = logprobs.double()
+        if tail is None:
+            tail = (-torch.expm1(logprobs.logsumexp(dim=1, keepdim=True))).clamp(min=0).log()
+        first = logprobs.argmax(dim=1, keepdim=True)
+        ids = torch.where(logprobs == _MINUS_INF, ids.gather(1, first), ids)
+        return cls(ids.long(), logprobs, first, tail)
+
+    @classmethod
+    def likeliest(
+        cls,
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        transform: LogitTransform,
+        top_k: int,
+        kernels: RowKernels,
+    ) -> KnownTokens:
+        """Returns the `top_k` likeliest tokens of a teacher's raw products (R, V), which are changed; bias: (V,)."""
+        shown = logits if bias is None else logits + bias.to(logits.dtype)
+        ids = shown.topk(top_k, dim=1, largest=transform.scale > 0).indices
+        u, _ = _logits_at(logits, bias, transform, ids)
+        tail = _Tail.of(kernels, logits, bias, transform, ids, (u > _MINUS_INF).sum(dim=1))
+        lse = torch.cat([u, tail.lse], dim=1).logsumexp(dim=1, keepdim=True)
+        return cls.of(ids, u - lse, tail.lse - lse)
+
+    def rows(self, index: slice) -> KnownTokens:
+        """Returns the same of some rows."""
+        return KnownTokens(*(one[index] for one in self))
+
+
+def _logits_at(
+    logits: torch.Tensor, bias: torch.Tensor | None, transform: LogitTransform, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the logits of tokens ids (R, K), and their derivatives by the raw products (R, V), both in float64."""
+    raw = logits.gather(1, ids).double()
+    if bias is not None:
+        raw = raw + bias.double()[ids]
+    u, cap_derivative = transform.apply(raw, None)
+    slope = torch.full_like(u, transform.scale * transform.inv_temperature)
+    return u, slope if cap_derivative is None else slope * cap_derivative
+
+
+class _Tail(NamedTuple):
+    """Holds what the other tokens' logits have, (R, 1) float64 each: log-sum-exp, mean by probability, the largest."""
+
+    lse: torch.Tensor
+    mean: torch.Tensor
+    top: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        kernels: RowKernels,
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        transform: LogitTransform,
+        ids: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> _Tail:
+        """Sums up the tokens that are not among ids (R, K), of which counts (R,) are distinct; these are ruled out.
+
+        A cap leaves a token that is ruled out at the lowest logit that there is: what this adds is subtracted again.
+        """
+        logits.scatter_(1, ids, _MINUS_INF if transform.scale > 0 else -_MINUS_INF)
+        state = new_state(len(logits), logits.device)
+        kernels.scores(logits, ids[:, 0].contiguous(), bias, *transform, ENTROPY, 0, state)
+        top, total, moment = state[TOP], state[SUM], state[SUM_X]
+        if transform.softcap:
+            # The kernels leave the target out, which is one of them.
+            floor = -transform.softcap * transform.inv_temperature - top
+            added = (counts - 1).clamp(min=0) * floor.exp()
+            total, moment = (total - added).clamp(min=0), moment - added * floor
+        mean = torch.where(total == 0, 0.0, top + moment / total)
+        lse = torch.where(total == 0, _MINUS_INF, top + total.log())
+        return cls(lse[:, None], mean[:, None], top[:, None])
+
+
+def row_divergence_to_known(
+    kernels: RowKernels,
+    student: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: LogitTransform,
+    known: KnownTokens,
+    formula: DivergenceFormula,
+    tail: bool,
+    weights: torch.Tensor,
+    results: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> None:
+    """Computes the divergence of R rows to known tokens, and its gradient by the student's raw product.
+
+    Args:
+        kernels: the head's row kernels.
+        student: (R, V) raw products, which are changed; bias: (V,) or None; transform: from both to the logits.
+        tail: whether the tail is a class. If not, f(s, t) = A t log(t/m) + B s log(s/m) is summed over the known
+            tokens alone.
+        weights, results, gradient: as in row_kernels.py; the gradient has the student's dtype or lies elsewhere.
+    """
+    padding = known.logprobs == _MINUS_INF
+    u, derivative = _logits_at(student, bias, transform, known.ids)
+    others = _Tail.of(kernels, student, bias, transform, known.ids, (~padding).sum(dim=1))
+    u = torch.cat([u.masked_fill(padding, _MINUS_INF), others.lse], dim=1)
+    lse = u.logsumexp(dim=1, keepdim=True)
+    logp_t = torch.cat([known.logprobs, known.tail], dim=1)
+    value, slope = divergence_terms(u - lse, logp_t, formula)
+    p = (u - lse).exp()
+    if not tail:
+        if not formula.is_tvd:
+            value = value - formula.tilt * (p - logp_t.exp())
+            slope = slope + formula.constant * p
+        value[:, -1], slope[:, -1] = 0.0, 0.0
+    means = torch.cat([u[:, :-1], others.mean], dim=1)
+    top = u[:, :-1].gather(1, known.first)
+    is_top = top >= torch.maximum(u[:, :-1].amax(dim=1, keepdim=True), others.top)
+    results[DIVERGENCE_ROW] = value.sum(dim=1).to(results.dtype)
+    results[ENTROPY_ROW] = (lse.squeeze(1) - torch.where(p == 0, 0.0, p * means).sum(dim=1)).to(results.dtype)
+    results[IS_SAME_TOP1_ROW] = is_top.squeeze(1).to(results.dtype)
+    if gradient is None:
+        return
+    factor = weights.double()[:, None]
+    mean = slope.sum(dim=1, keepdim=True)
+    # By the tail's tokens s · share, of the whole tail's slope.
+    share = torch.where(p[:, -1:] == 0, 0.0, slope[:, -1:] / p[:, -1:]) - mean
+    rounded = lse.to(results.dtype)
+    coefficients = torch.zeros(4, len(student), dtype=results.dtype, device=student.device)
+    # The kernels take the rounded log-sum-exp.
+    coefficients[0] = torch.where(factor == 0, 0.0, factor * share * torch.exp(rounded - lse)).squeeze(1)
+    kernels.grad(
+        student, known.ids[:, 0].contiguous(), bias, *transform, rounded.squeeze(1), coefficients, 0, gradient
+    )
+    at_known = torch.where(factor == 0, 0.0, factor * (slope[:, :-1] - p[:, :-1] * mean) * derivative)
+    at_known = torch.where(padding, at_known.gather(1, known.first), at_known)
+    gradient.scatter_(1, known.ids, at_known.to(gradient.dtype))

@@ -1,0 +1,118 @@
+"""Specifies the row kernel of divergences by its PyTorch reference, and holds the table of its implementations.
+
+`row_divergence` does the row work of `linear_divergence`: whole rows of both heads' raw products in; three results a
+row out; and the gradient by the student's raw product, which may take its place. Its signature, for all backends:
+
+    row_divergence(
+        student, student_bias, student_scale, student_softcap,
+        teacher, teacher_bias, teacher_scale, teacher_softcap,
+        inv_temperature, teacher_part, student_part, mixture, is_tvd,
+        weights, results, gradient)
+
+The numbers teacher_part, student_part, mixture, is_tvd are those of `DivergenceFormula`, in this order; formulas.py
+has the arithmetic. Three sweeps over a row do: largest logits, sums; the terms of divergence, slope, entropy; the
+gradient. The largest logit's 1 is best kept apart from a row's sum (log1p(others)): then a row of which both heads
+are sure is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..device import device_facts
+from ..head.logit_transform import LogitTransform
+from .formulas import DivergenceFormula, divergence_terms
+
+# Rows of the results (3, R).
+DIVERGENCE_ROW, ENTROPY_ROW, IS_SAME_TOP1_ROW = range(3)
+NUM_RESULTS = 3
+
+
+class DivergenceKernel(NamedTuple):
+    """Holds one implementation of the row kernel; the signature is that of the reference below.
+
+    bytes_per_element: of temporaries beyond both logits of a token, for which the workspace has to leave room.
+    """
+
+    divergence: Callable[..., None]
+    bytes_per_element: int
+
+
+def row_divergence_reference(
+    student: torch.Tensor,
+    student_bias: torch.Tensor | None,
+    student_scale: float,
+    student_softcap: float,
+    teacher: torch.Tensor,
+    teacher_bias: torch.Tensor | None,
+    teacher_scale: float,
+    teacher_softcap: float,
+    inv_temperature: float,
+    teacher_part: float,
+    student_part: float,
+    mixture: float,
+    is_tvd: bool,
+    weights: torch.Tensor,
+    results: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> None:
+    """Computes the divergence of R rows, and its gradient by the student's raw product.
+
+    Args:
+        student, teacher: (R, V) float32|bfloat16|float16 each (float64 gives the float64 reference), raw products,
+            rows contiguous but strided. −inf rules a token out: no result is NaN for it where the divergence is
+            finite. Where it is infinite, its row's gradient is not defined. The teacher's memory may serve as scratch.
+        student_bias, teacher_bias: (V,) any float dtype, or None; scale, softcap, inv_temperature: of LogitTransform,
+            a softcap of 0 means none.
+        teacher_part, student_part, mixture, is_tvd: of DivergenceFormula.
+        weights: (R,) float32 (float64 for float64 rows), factors of the rows' gradients; the results have none. A
+            row of weight 0 has the gradient 0, whatever its logits are.
+        results: (3, R) float32 (float64 for float64 rows), rows contiguous but strided: the divergence; the student's
+            entropy; 1.0 where no token is more likely for the student than the teacher's first most likely one.
+        gradient: (R, V) of the student's dtype, or None if there is none to compute. It may be the very memory of
+            `student`. On a GPU, float32 logits may have a bfloat16 or float16 gradient, which may lie in the first
+            half of each of their rows: `student.view(dtype)[:, :V]`.
+    """
+    formula = DivergenceFormula(teacher_part, student_part, mixture, is_tvd)
+    transform = LogitTransform(student_scale, student_softcap, inv_temperature)
+    u_s, cap_derivative = transform.apply(student, student_bias)
+    u_t, _ = LogitTransform(teacher_scale, teacher_softcap, inv_temperature).apply(teacher, teacher_bias)
+    logp_s, logp_t = log_softmax(u_s), log_softmax(u_t)
+    value, slope = divergence_terms(logp_s, logp_t, formula)
+    p = logp_s.exp()
+    results[DIVERGENCE_ROW] = value.sum(dim=1)
+    results[ENTROPY_ROW] = -torch.where(p > 0, p * logp_s, p).sum(dim=1)
+    if u_s.numel():
+        top = u_s.gather(1, u_t.argmax(dim=1, keepdim=True)).squeeze(1)
+        results[IS_SAME_TOP1_ROW] = (top >= u_s.amax(dim=1)).to(results.dtype)
+    if gradient is None:
+        return
+    # Of the forward KL the slopes sum up to 1 − 1.
+    mean = 0.0 if mixture == 0.0 and not is_tvd else slope.sum(dim=1, keepdim=True)
+    du = (slope - p * mean) * (weights[:, None].to(p.dtype) * student_scale * inv_temperature)
+    if cap_derivative is not None:
+        du *= cap_derivative
+    gradient.copy_(torch.where(weights[:, None] == 0, 0.0, du))
+
+
+def log_softmax(u: torch.Tensor) -> torch.Tensor:
+    """Computes log-probabilities (R, V) of logits (R, V), exact for rows with one likely token too."""
+    if u.numel() == 0:
+        return u
+    top, place = u.max(dim=1, keepdim=True)
+    x = u - top
+    others = x.exp().scatter_(1, place, 0.0).sum(dim=1, keepdim=True)
+    # The largest logit has 1 of the sum; where it is no number, neither is the row.
+    return x - torch.log1p(others) + torch.where(top.abs() < float("inf"), 0.0, float("nan"))
+
+
+# With 3 or 4 temporaries of each of the reference's steps alive at once.
+DIVERGENCE_KERNELS = {"torch": DivergenceKernel(row_divergence_reference, 64)}
+
+
+def divergence_kernel(backend: str, device: torch.device) -> DivergenceKernel:
+    """Returns a backend's kernel, or the one that stands in for it on a simulated device."""
+    return device_facts(device).divergence_kernel or DIVERGENCE_KERNELS[backend]
