@@ -49,7 +49,6 @@ LEFT = {
     "trl.trainer.callbacks": {"wandb": ["WeaveCallback"]},
     "trl.trainer.distillation_config": {"distillation": ["DistillationConfig"]},
     "trl.trainer.distillation_trainer": {"distillation": ["DistillationTrainer"]},
-    "trl.trainer.grpo_trainer": {"environments": ["EnvironmentFactory"]},
     "trl.trainer.reward_trainer": {"hides a warning": ["suppress_seqcls_warning"]},
     "trl.trainer.utils": {
         "linear_logprob": ["FusedCausalLMOutput", "add_fused_lm_head"],

@@ -221,8 +221,6 @@ def test_other_ways_that_there_are_not(model_path, tool_model_path, tmp_path, mo
         trl_fast.GRPOTrainer(model_path, talk, train_dataset=rows, tools=TOOLS)
     with pytest.raises(NotImplementedError, match="tools: RLOOTrainer has none; use GRPOTrainer"):
         trl_fast.RLOOTrainer(tool_model_path, talk, train_dataset=rows, tools=TOOLS)
-    with pytest.raises(NotImplementedError, match="environment_factory is experimental"):
-        trl_fast.GRPOTrainer(tool_model_path, talk, train_dataset=rows, environment_factory=object)
 
 
 def test_arguments_of_every_type_can_be_kept(tmp_path):

@@ -261,8 +261,6 @@ def test_data_that_cannot_be(rows, message, model_path, tmp_path):
 
 def test_what_is_not_supported_says_so(model_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotImplementedError, match="environment_factory"):
-        trl_fast.GRPOTrainer(model_path, brevity, train_dataset=color_prompts(), environment_factory=object)
     with pytest.raises(ValueError, match="reward_funcs"):
         make(model_path, tmp_path, None)
 

@@ -45,7 +45,6 @@ GONE: dict[str, str] = {
     "OnPolicyConfig": _older("use PPOConfig, or the config of the method"),
     "LengthSampler": _older("use random.randrange"),
     "add_fused_lm_head": _FUSED_HEAD,
-    "EnvironmentFactory": "trl_fast does not have environments, an experiment of TRL's; write a rollout_func",
     "FusedCausalLMOutput": _FUSED_HEAD,
     "patch_chunked_lm_head": _older(_FUSED_HEAD),
     "maybe_gather_lm_head_ctx": _SHARDED,

@@ -210,6 +210,7 @@ _FORMATTING = _places(
 _SET_SEED = _places("transformers", "set_seed")
 _ONLINE_NAMES = {
     "shuffle_tensor_dict": f"{_HELPERS}.tensors:shuffle_sequence_dict",
+    "EnvironmentFactory": "trl_fast.rollout.environments:EnvironmentFactory",
     "RewardFunc": "trl_fast.rollout.reward_source:GivenReward",
     "RolloutFunc": "collections.abc:Callable",
 }

@@ -69,10 +69,10 @@ class RewardFunctions:
         chat_template_kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
     ) -> None:
-        sources = _as_list(reward_funcs)
+        sources = as_list(reward_funcs)
         if not sources:
             raise ValueError("reward_funcs: there is no reward function; pass at least one function or reward model")
-        tokenizers = _as_list(reward_processing_classes) or [None] * len(sources)
+        tokenizers = as_list(reward_processing_classes) or [None] * len(sources)
         weights = [1.0] * len(sources) if weights is None else list(weights)
         for name, given in (("reward_processing_classes", tokenizers), ("reward_weights", weights)):
             if len(given) != len(sources):
@@ -181,7 +181,8 @@ def _listed_answer(function: RewardSource, count: int, /, **arguments: Any) -> A
     return listed(function(**arguments), count)
 
 
-def _as_list(value: Any) -> list:
+def as_list(value: Any) -> list:
+    """Returns one or several values, None for no value, as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

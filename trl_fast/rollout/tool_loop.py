@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from trl_fast.parallel.agreement import largest_over_ranks
 from .engine import EngineWrapper, Rollout, RolloutEngine, SamplingSettings, asks_together, generate
 from .images import PromptImages, RolloutImage, RolloutImages
 from .responses import find_response_template, parse_message, tool_turn_ids
-from .tools import Toolbox
+from .tools import Toolbox, run_tools
 
 
 @dataclass
@@ -32,9 +33,10 @@ class ToolRollout(Rollout):
 
 @dataclass
 class _Dialogue:
-    """Holds a prompt and its completion so far."""
+    """Holds a prompt and its completion so far, and the functions that it may call."""
 
     prompt_ids: list[int]
+    toolbox: Toolbox
     completion_ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -48,8 +50,8 @@ class _Dialogue:
 
     @property
     def open_calls(self) -> list[dict[str, Any]]:
-        """Returns the calls that no tool has answered yet."""
-        return self.messages[-1].get("tool_calls") or []
+        """Returns the calls that no tool has answered yet, but could."""
+        return [] if self.toolbox.lost else self.messages[-1].get("tool_calls") or []
 
     def add(self, ids: list[int], mask: list[int], logprobs: list[float] | None = None) -> None:
         self.completion_ids += ids
@@ -67,7 +69,7 @@ class ToolLoop(EngineWrapper):
 
     Args:
         engine: what generates.
-        toolbox: the functions.
+        toolbox: the functions; or, where each completion has its own, what returns a toolbox for each of so many.
         tokenizer: its chat template must write tool calls and their results. Its `response_template` is set if it has
             none.
         max_iterations: None is no limit.
@@ -82,7 +84,7 @@ class ToolLoop(EngineWrapper):
     def __init__(
         self,
         engine: RolloutEngine,
-        toolbox: Toolbox,
+        toolbox: Toolbox | Callable[[int], Sequence[Toolbox]],
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_iterations: int | None = None,
@@ -92,7 +94,7 @@ class ToolLoop(EngineWrapper):
     ) -> None:
         super().__init__(engine)
         tokenizer.response_template = find_response_template(tokenizer)
-        self.toolbox, self.tokenizer = toolbox, tokenizer
+        self._toolbox, self.tokenizer = toolbox, tokenizer
         self.max_iterations, self.max_positions = max_iterations, max_positions
         self.template_kwargs, self.images = chat_template_kwargs or {}, images
         # Says so now if the template does not serve.
@@ -109,17 +111,18 @@ class ToolLoop(EngineWrapper):
             ValueError: as the engine; or a tool gave an image, and the model reads none.
         """
         own = [()] * len(prompt_ids) if images is None else images
-        dialogues = [_Dialogue(list(ids), prompt_images=each) for ids, each in zip(prompt_ids, own, strict=True)]
+        given = zip(prompt_ids, self._toolboxes(len(prompt_ids)), own, strict=True)
+        dialogues = [_Dialogue(list(ids), box, prompt_images=each) for ids, box, each in given]
         knows_logprobs = self._sample(dialogues, settings, settings.max_completion_length)
         calls = failures = iteration = 0
         open_ = [dialogue for dialogue in dialogues if dialogue.open_calls]
         while self._in_any_process(len(open_)) and iteration != self.max_iterations:
-            results = self.toolbox.run([dialogue.open_calls for dialogue in open_])
+            results = run_tools([dialogue.toolbox for dialogue in open_], [dialogue.open_calls for dialogue in open_])
             calls, failures = calls + results.calls, failures + results.failures
             answered = [
                 dialogue
                 for dialogue, messages in zip(open_, results.messages, strict=True)
-                if self._answer(dialogue, messages, settings.max_completion_length)
+                if not dialogue.toolbox.lost and self._answer(dialogue, messages, settings.max_completion_length)
             ]
             self._go_on(answered, settings)
             open_ = [dialogue for dialogue in answered if dialogue.open_calls]
@@ -134,6 +137,9 @@ class ToolLoop(EngineWrapper):
             failures=failures,
             completion_images=[dialogue.images for dialogue in dialogues],
         )
+
+    def _toolboxes(self, count: int) -> Sequence[Toolbox]:
+        return [self._toolbox] * count if isinstance(self._toolbox, Toolbox) else self._toolbox(count)
 
     def _answer(self, dialogue: _Dialogue, messages: list[dict[str, Any]], longest: int) -> bool:
         """Appends the results of a dialogue's calls; whether they fit."""
@@ -195,5 +201,5 @@ class ToolLoop(EngineWrapper):
             ids = list(rollout.completion_ids[index][:room])
             mask = [1] * len(ids) if rollout.mask is None else rollout.mask[index][:room]
             dialogue.add(ids, mask, None if rollout.logprobs is None else rollout.logprobs[index][:room])
-            dialogue.messages.append(parse_message(self.tokenizer, ids, prefix, self.toolbox.schemas))
+            dialogue.messages.append(parse_message(self.tokenizer, ids, prefix, dialogue.toolbox.schemas))
         return rollout.logprobs is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 
 from .reward_answers import copied
 from .tool_arguments import checked_arguments
-from .user_calls import Outcome, UserCalls, described
+from .user_calls import Outcome, TimeLimitError, UserCalls, described
 
 
 @dataclass
@@ -36,6 +37,10 @@ class Toolbox:
             every argument.
         timeout: seconds that a call may take; None is no limit.
 
+    Attributes:
+        functions: by name.
+        lost: what made the functions useless, such as a failure of the environment that they belong to; None: nothing.
+
     Raises:
         TypeError: `tools` is no list, or one of them is no function.
         ValueError: one has no type hints or no docstring, or two have one name.
@@ -47,6 +52,8 @@ class Toolbox:
         self.functions: dict[str, Callable[..., Any]] = {}
         self._schemas: dict[str, dict[str, Any]] = {}
         self.calls = UserCalls("tool", "tool_timeout", timeout)
+        self.lost: BaseException | None = None
+        self._has_state = False
         for tool in tools:
             schema = _schema(tool)
             name = schema["function"]["name"]
@@ -60,33 +67,21 @@ class Toolbox:
         """Returns a JSON schema for each function, for the chat template."""
         return list(self._schemas.values())
 
-    def run(self, turns: list[list[dict[str, Any]]]) -> ToolResults:
-        """Makes the calls of several completions, given by completion.
+    def bound(self, functions: dict[str, Callable[..., Any]]) -> Toolbox:
+        """Returns a toolbox of the same names and schemas with other functions, which share a state.
 
-        Sync functions run one after the other, in order; then all async ones, side by side. As in TRL, the results of
-        a completion's sync calls come before those of its async ones. An error that a function raises is its result,
-        for the model to read, and so is one of its arguments, with which it is not called.
+        What takes too long goes on behind the state's back, so the toolbox is lost then.
         """
-        results: list[list[tuple[dict[str, Any], str, Outcome]]] = [[] for _ in turns]
-        waiting: list[tuple[int, dict[str, Any], str, Awaitable[Any]]] = []
-        for index, calls in enumerate(turns):
-            for call in calls:
-                name, outcome = self._call(call)
-                if inspect.isawaitable(outcome.value):
-                    waiting.append((index, call, name, outcome.value))
-                else:
-                    results[index].append((call, name, outcome))
-        answers = self.calls.gather([(name, _content_later(value)) for _, _, name, value in waiting])
-        for (index, call, name, _), answer in zip(waiting, answers, strict=True):
-            results[index].append((call, name, answer))
-        return ToolResults(
-            messages=[[_message(*result) for result in of_one] for of_one in results],
-            calls=sum(map(len, turns)),
-            failures=sum(outcome.error is not None for of_one in results for *_, outcome in of_one),
-        )
+        box = copy.copy(self)
+        box.functions, box.lost, box._has_state = functions, None, True
+        return box
 
-    def _call(self, call: dict[str, Any]) -> tuple[str, Outcome]:
-        """Calls a function, and returns its name and how it went."""
+    def run(self, turns: list[list[dict[str, Any]]]) -> ToolResults:
+        """Makes the calls of several completions, given by completion; see `run_tools`."""
+        return run_tools([self] * len(turns), turns)
+
+    def call(self, call: dict[str, Any]) -> tuple[str, Outcome]:
+        """Calls a function, and returns its name and how it went; of an async one the value is what to await."""
         kind = call.get("type")
         if kind != "function":
             return call.get("name", "unknown"), Outcome(error=ValueError(f"Unsupported tool call type: {kind}"))
@@ -101,6 +96,41 @@ class Toolbox:
             return name, Outcome(error=error)
         # The call is part of the completion, which a tool is not to change.
         return name, self.calls.call(name, _content, tool=tool, arguments=copied(arguments))
+
+    def see(self, outcome: Outcome) -> None:
+        """Takes note of how a call went."""
+        if self._has_state and isinstance(outcome.error, TimeLimitError):
+            self.lost = self.lost or outcome.error
+
+
+def run_tools(boxes: Sequence[Toolbox], turns: list[list[dict[str, Any]]]) -> ToolResults:
+    """Makes the calls of several completions, given by completion, each with a toolbox.
+
+    Sync functions run one after the other, in order; then all async ones, side by side. As in TRL, the results of a
+    completion's sync calls come before those of its async ones. An error that a function raises is its result, for the
+    model to read, and so is one of its arguments, with which it is not called.
+    """
+    results: list[list[tuple[dict[str, Any], str, Outcome]]] = [[] for _ in turns]
+    waiting: list[tuple[int, dict[str, Any], str, Awaitable[Any]]] = []
+    for index, (box, calls) in enumerate(zip(boxes, turns, strict=True)):
+        for call in calls:
+            name, outcome = box.call(call)
+            if inspect.isawaitable(outcome.value):
+                waiting.append((index, call, name, outcome.value))
+            else:
+                results[index].append((call, name, outcome))
+    if waiting:
+        answers = boxes[0].calls.gather([(name, _content_later(value)) for _, _, name, value in waiting])
+        for (index, call, name, _), answer in zip(waiting, answers, strict=True):
+            results[index].append((call, name, answer))
+    for box, of_one in zip(boxes, results, strict=True):
+        for *_, outcome in of_one:
+            box.see(outcome)
+    return ToolResults(
+        messages=[[_message(*result) for result in of_one] for of_one in results],
+        calls=sum(map(len, turns)),
+        failures=sum(outcome.error is not None for of_one in results for *_, outcome in of_one),
+    )
 
 
 def _schema(tool: Callable[..., Any]) -> dict[str, Any]:

@@ -172,6 +172,7 @@ RANGES: dict[str, Range] = {
     # GRPO, RLOO and PPO: users' functions
     "reward_timeout": Range(0, above=True, advice=_NONE_MEANS_NO_LIMIT),
     "tool_timeout": Range(0, above=True, advice=_NONE_MEANS_NO_LIMIT),
+    "environment_timeout": Range(0, above=True, advice=_NONE_MEANS_NO_LIMIT),
     # GRPO and RLOO: vLLM
     "vllm_server_port": PORT,
     "vllm_group_port": PORT,

@@ -127,6 +127,9 @@ class GRPOConfig(OnlineConfig):
     tool_timeout: float | None = None
     """Seconds after which a tool that has not answered is an error for the model. None: no limit."""
 
+    environment_timeout: float | None = None
+    """Seconds after which an environment whose reset() or get_reward() has not answered is lost. None: no limit."""
+
     vllm_importance_sampling_cap: float | None = older_name(now="vllm_importance_sampling_clip_max")
 
     def __post_init__(self) -> None:

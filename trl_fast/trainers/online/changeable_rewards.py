@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trl_fast.rollout import GivenReward, RewardFunctions
-from trl_fast.rollout.rewards import RewardModel
+from trl_fast.rollout.rewards import RewardModel, as_list
 
 from .config import OnlineConfig
+from .environments import EnvironmentRollouts
 
 
 class ChangeableRewards(RewardFunctions):
@@ -114,17 +115,25 @@ def make_changeable_rewards(
     given: GivenReward | list[GivenReward] | None,
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None,
     args: OnlineConfig,
+    environments: EnvironmentRollouts | None = None,
 ) -> ChangeableRewards:
-    """Returns the reward sources of GRPO or RLOO.
+    """Returns the reward sources of GRPO or RLOO: those given, and those of environments, which weigh 1.
 
     Raises:
         ValueError, TypeError: as in `RewardFunctions`.
     """
     init_kwargs: Any = args.model_init_kwargs or {}
+    weights = args.reward_weights
+    more: list[Any] = [] if environments is None else list(environments.reward_sources)
+    if more:
+        sources, readers = as_list(given), as_list(tokenizers)
+        more_readers: list[Any] = [*readers, *[None] * len(more)]
+        given, tokenizers = [*sources, *more], more_readers if readers else None
+        weights = None if weights is None else [*weights, *[1.0] * len(more)]
     return ChangeableRewards(
         given,
         reward_processing_classes=tokenizers,
-        weights=args.reward_weights,
+        weights=weights,
         model_init_kwargs={"trust_remote_code": args.trust_remote_code, **init_kwargs},
         device=args.device,
         chat_template_kwargs=args.chat_template_kwargs,

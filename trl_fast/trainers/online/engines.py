@@ -39,7 +39,9 @@ def make_engine(trainer: Any, given: RolloutEngine | None, end_ids: Collection[i
             "True, or generate with vLLM"
         )
     model: Any = base_model(trainer.model)
-    return with_tools(engine, trainer.toolbox, trainer.args, model, trainer.tokenizer, trainer.rollout_images)
+    rollouts = trainer.environment_rollouts
+    toolbox = trainer.toolbox if rollouts is None else rollouts.toolboxes
+    return with_tools(engine, toolbox, trainer.args, model, trainer.tokenizer, trainer.rollout_images)
 
 
 def _engine_of_arguments(trainer: Any, end_ids: Collection[int]) -> Any:

@@ -166,6 +166,11 @@ class GenerationMetrics:
         frequencies = {"call": calls / completions, "failure": failures / calls if calls else 0.0}
         self._recorder.record_values({f"tools/{name}_frequency": value for name, value in frequencies.items()})
 
+    def record_environments(self, failed: torch.Tensor) -> None:
+        """Records how many of all processes' completions lost their environment; failed: (S,) bool, of this one's."""
+        every = self._accelerator.gather(failed.float().to(self._accelerator.device))
+        self._recorder.record_values({"environments/failure_frequency": every.mean().item()})
+
     def record_outcome(
         self, prompts: list, completions: list, rewards: torch.Tensor, found: Advantages, group: int
     ) -> None:

@@ -24,23 +24,24 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.ops import TokenScores
 from trl_fast.parallel.failures import failing_together
 from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, end_token_ids
+from trl_fast.rollout.environments import EnvironmentFactory
 from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
-from ..base.prepared_datasets import check_dataset_type
 from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
 from .changeable_rewards import make_changeable_rewards
 from .config import OnlineConfig
 from .dealing import deal_completions, deal_of_groups
 from .engines import make_engine
+from .environments import rows_or_placeholder
 from .generation_buffer import GenerationBuffer
 from .micro_batches import Slicer, Update, scoring_batches, trained_indices
 from .policy_step import policy_step
 from .prompt_order import PromptOrder
 from .rollout_checks import check_sources
 from .sampling import Sampling
-from .tool_use import open_toolbox
+from .tool_use import open_tools
 from .trainer import OnlineTrainer
 from .trl_attributes import GROUP_ATTRIBUTES
 from .trl_batch import MicroBatch, read_update, shuffled_parts
@@ -59,8 +60,8 @@ class GroupTrainer(OnlineTrainer):
         train_dataset, eval_dataset: rows with `prompt`, text or messages; reward functions see the other columns.
         processing_class: the tokenizer, or the processor for images; None: the model's. Its older name is `tokenizer`.
         reward_processing_classes: tokenizers of the reward models; None loads theirs.
-        tools: functions that the policy may call, sync or async, with type hints and a docstring. Prompts must be
-            conversations.
+        tools: functions that the policy may call, with type hints and a docstring. Prompts must be conversations.
+        environment_factory: makes an environment for each completion, whose methods are tools; or a dict of such.
         rollout_func: (prompts, trainer) to a dict of prompt_ids, completion_ids and logprobs, and maybe env_mask and
             further columns for the reward functions. It may ask `trainer.engine`, which has the step's weights.
         rollout_engine: what generates, a `trl_fast.rollout.RolloutEngine`; None: what the arguments say.
@@ -68,7 +69,7 @@ class GroupTrainer(OnlineTrainer):
 
     Raises:
         ValueError, TypeError: bad arguments or data, by name, before training starts.
-        NotImplementedError: an environment_factory, which is experimental in TRL; tools of a method that has none.
+        NotImplementedError: tools or environments of a method that has none.
     """
 
     config_class = OnlineConfig
@@ -105,7 +106,7 @@ class GroupTrainer(OnlineTrainer):
         peft_config: PeftConfig | None = None,
         tools: list[Callable] | None = None,
         rollout_func: Callable[[list, GroupTrainer], dict[str, Any]] | None = None,
-        environment_factory: object | None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
         *,
         rollout_engine: RolloutEngine | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -114,13 +115,11 @@ class GroupTrainer(OnlineTrainer):
         check_sources(tools, rollout_func, environment_factory, rollout_engine)
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         args = self.resolve_config(args, model).with_older_arguments(type(self), older)
-        check_dataset_type(train_dataset, "train_dataset")
+        train_dataset = rows_or_placeholder(train_dataset, environment_factory, args)
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
-        if tools and not self.has_tools:
-            raise NotImplementedError(f"tools: {type(self).__name__} has none; use GRPOTrainer")
-        self.toolbox = open_toolbox(tools, processing_class, args)
-        rewards = make_changeable_rewards(reward_funcs, reward_processing_classes, args)
+        open_tools(self, tools, environment_factory, processing_class, args)
+        rewards = make_changeable_rewards(reward_funcs, reward_processing_classes, args, self.environment_rollouts)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         if is_conversational(next(iter(train_dataset))):
             rewards.check_conversations()
@@ -184,7 +183,8 @@ class GroupTrainer(OnlineTrainer):
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: OnlineConfig, name: str
     ) -> AnyDataset:
         """Tokenizes the prompts, which tell the policy of its tools."""
-        return prepare_prompt_dataset(
+        prepare = getattr(self.environment_rollouts, "prepare", prepare_prompt_dataset)
+        return prepare(
             dataset,
             processing_class,
             image_reader=self.images and self.images.reader,

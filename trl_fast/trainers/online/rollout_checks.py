@@ -23,18 +23,14 @@ def check_sources(
     """Checks what a user gives to a trainer to make completions with.
 
     Raises:
-        NotImplementedError: an environment_factory.
         TypeError: a rollout_func cannot be called, or an engine lacks a method.
-        ValueError: tools beside a rollout_func.
+        ValueError: tools or an environment_factory beside a rollout_func.
     """
-    if environment_factory:
-        raise NotImplementedError(
-            "environment_factory is experimental in TRL and not supported; use tools or rollout_func"
-        )
     if rollout_func is not None and not callable(rollout_func):
         raise TypeError(f"rollout_func: expected a function, got {shown(rollout_func)}")
-    if tools and rollout_func is not None:
-        raise ValueError("tools and rollout_func: a rollout_func makes whole completions; give one of them")
+    for name, given in (("tools", tools), ("environment_factory", environment_factory)):
+        if given and rollout_func is not None:
+            raise ValueError(f"{name} and rollout_func: a rollout_func makes whole completions; give one of them")
     if rollout_engine is not None:
         check_engine(rollout_engine)
 

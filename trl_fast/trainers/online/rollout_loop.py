@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from trl_fast.rollout.samples import Samples
 from trl_fast.rollout.user_calls import described, outcome_of
 
 from .completion_reader import CompletionReader
+from .environments import EnvironmentRollouts
 from .generation_metrics import GenerationMetrics
 from .rescue import Rescue
 from .rollout_checks import check_images, check_rollout
@@ -93,6 +95,7 @@ class RolloutLoop:
         excludes_cut_off: returns whether completions that were cut off are not learned from.
         prompt_ids_for_rewards: whether reward sources see the prompts' tokens.
         images: reads the images of prompts; None: there are none.
+        environments: those that completions are made in; None: there are none.
         samples_class: the kind of samples that the method fills.
         generate_instead: takes the place of the engine and of `rollout_func`: from rows to what `generate` returns.
         reward_instead: takes the place of `rewards`: from rows, with further columns, prompts, completions and their
@@ -110,6 +113,7 @@ class RolloutLoop:
     excludes_cut_off: Callable[[], bool] = lambda: False
     prompt_ids_for_rewards: bool = False
     images: RolloutImages | None = None
+    environments: EnvironmentRollouts | None = None
     samples_class: type[Samples] = Samples
     generate_instead: Callable[[list[dict[str, Any]]], tuple[Rollout, dict[str, list]]] | None = None
     reward_instead: Callable[[list[dict[str, Any]], list, list, list[list[int]]], torch.Tensor] | None = None
@@ -149,11 +153,13 @@ class RolloutLoop:
             return self.judge(rows, rollout, columns, method)
 
     def shown(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns rows as users see them: with images in the messages of their prompts."""
-        if self.images is None:
-            return rows
-        self.images.forget()
-        return with_images_in_messages(rows)
+        """Returns rows as users see them: with images, and what environments wrote, in their prompts' messages."""
+        if self.environments is not None:
+            rows = self.environments.reset(rows)
+        if self.images is not None:
+            self.images.forget()
+            rows = with_images_in_messages(rows)
+        return rows if self.environments is None else self.environments.with_tokens(rows)
 
     def _guard(self) -> AbstractContextManager[None]:
         # What a user puts in the place of a part may wait for other processes, as TRL's does.
@@ -202,21 +208,35 @@ class RolloutLoop:
         own = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
         completions = self.reader.read(prompts, rollout)
         own |= columns
+        ask = partial(self._ask_rewards, method=method)
+        given = (prompts, completions, rollout.completion_ids, own)
         if self.reward_instead is not None:
             inputs = [{"prompt": prompt, **{name: own[name][i] for name in own}} for i, prompt in enumerate(prompts)]
             rewards = self.reward_instead(inputs, prompts, completions, rollout.completion_ids)
-            return JudgedRollout(prompts, completions, rollout, rewards)
-        rewards = self.rewards(
-            prompts,
-            completions,
-            rollout.completion_ids,
-            own,
+            if self.environments is not None:
+                rewards = self.environments.without_failed(rewards)
+        elif self.environments is not None:
+            rewards = self.environments.rewarded(ask, *given, logged=self.metrics.columns)
+        else:
+            rewards = ask(*given)
+        if self.reward_instead is None:
+            self.metrics.check_columns(len(rows))
+        return JudgedRollout(prompts, completions, rollout, rewards)
+
+    def _ask_rewards(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        columns: dict[str, list],
+        method: OnlineMethod,
+    ) -> torch.Tensor:
+        return self.rewards(
+            *(prompts, completions, completion_ids, columns),
             trainer_state=method.state,
             log_extra=self.metrics.log_column,
             log_metric=self.metrics.log_metric,
         )
-        self.metrics.check_columns(len(rows))
-        return JudgedRollout(prompts, completions, rollout, rewards)
 
     def samples_of(self, rollout: Rollout, method: SamplingMethod) -> Samples:
         """Returns samples of a rollout, without advantages, and records the completions' lengths."""
@@ -228,6 +248,10 @@ class RolloutLoop:
         cut_off = self.metrics.record_lengths(rollout, samples.mask, is_training=method.model.training)
         if self.excludes_cut_off():
             samples.excluded = cut_off
+        if self.environments is not None:
+            failed = self.environments.failed()
+            samples.excluded = samples.excluded | failed
+            self.metrics.record_environments(failed)
         counted = self.accelerator.gather(samples.lengths.sum().to(self.accelerator.device)).sum()
         samples.generation_tokens = counted.clamp(min=1).item() / self.accelerator.num_processes
         return samples

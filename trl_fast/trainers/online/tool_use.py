@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,6 +11,7 @@ from trl_fast.rollout import RolloutEngine, RolloutImages, Toolbox, ToolLoop
 from trl_fast.rollout.responses import find_response_template
 
 from .config import OnlineConfig
+from .environments import open_environments
 
 
 def open_toolbox(
@@ -27,9 +29,25 @@ def open_toolbox(
     return toolbox
 
 
+def open_tools(
+    trainer: Any, tools: list[Callable] | None, environment_factory: Any, tokenizer: PreTrainedTokenizerBase, args: Any
+) -> None:
+    """Gives a trainer its toolbox and its environments; None where there are none.
+
+    Raises:
+        NotImplementedError: the trainer's method has no tools.
+        ValueError, TypeError, RuntimeError: as in `open_toolbox` and `open_environments`.
+    """
+    for name, given in (("tools", tools), ("environment_factory", environment_factory)):
+        if given and not trainer.has_tools:
+            raise NotImplementedError(f"{name}: {type(trainer).__name__} has none; use GRPOTrainer")
+    trainer.environment_rollouts = environments = open_environments(environment_factory, tools, tokenizer, args)
+    trainer.toolbox = open_toolbox(tools, tokenizer, args) if environments is None else environments.toolbox
+
+
 def with_tools(
     engine: RolloutEngine,
-    toolbox: Toolbox,
+    toolbox: Toolbox | Callable[[int], Sequence[Toolbox]],
     args: OnlineConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,7 +55,7 @@ def with_tools(
 ) -> ToolLoop:
     """Returns an engine that runs the tools that completions call.
 
-    images: reads those of results; None: the model reads none.
+    toolbox: as in `ToolLoop`. images: reads those of results; None: the model reads none.
 
     Raises:
         NotImplementedError: several processes share a server.

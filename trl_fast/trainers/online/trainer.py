@@ -30,6 +30,7 @@ from ..base.tokenizers import tokenizer_of
 from .completion_reader import CompletionReader
 from .completions_log import CompletionsLog, report_completions
 from .config import OnlineConfig
+from .environments import EnvironmentRollouts
 from .generation_metrics import GenerationMetrics
 from .generation_warnings import GenerationWarnings
 from .metric_recorder import MetricRecorder
@@ -59,6 +60,8 @@ class OnlineTrainer(ReferenceTrainer):
     loop: RolloutLoop
     # The tools that the policy may call.
     toolbox: Toolbox | None = None
+    # The environments that completions are made in.
+    environment_rollouts: EnvironmentRollouts | None = None
     # As in `OnlineMethod`.
     rollout_func: Callable[[list, Any], dict[str, Any]] | None = None
 
@@ -109,6 +112,8 @@ class OnlineTrainer(ReferenceTrainer):
         args, tokenizer = self.args, self.tokenizer
         if engine_of(self.accelerator).needs.wraps_frozen:
             rewards.prepare_models(partial(prepare_frozen, self.accelerator))
+        if self.environment_rollouts is not None:
+            self.environment_rollouts.attach(self)
         self.completions_log = CompletionsLog(completions_kept)
         if args.log_completions:
             self.checkpoints.parts.append(self.completions_log)
@@ -135,6 +140,7 @@ class OnlineTrainer(ReferenceTrainer):
             accelerator=self.accelerator,
             settings=args.sampling_settings,
             images=self.rollout_images,
+            environments=self.environment_rollouts,
             vocab_size=whole_shape(base_model(self.model).get_output_embeddings().weight)[0],
             **options,
         )

@@ -28,7 +28,7 @@ _MADE_ONCE = (
     *("use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"),
 )
 _SET_BY_DATA = "the datasets tell whether there are images"
-_NO_ENVIRONMENTS = "there are no environments; use tools or rollout_func"
+_OF_FACTORY = "environments are made by the environment_factory that the trainer was given"
 
 
 def _set_beta(trainer: Any, value: float) -> None:
@@ -122,7 +122,38 @@ def _token_of_images(trainer: Any, kind: str) -> int | None:
 
 
 def _tools(trainer: Any) -> list[Callable]:
+    if trainer.environment_rollouts is not None:
+        kinds = trainer.environment_rollouts.environments.kinds.values()
+        return list(dict.fromkeys(tool for kind in kinds for tool in kind.tools))
     return [] if trainer.toolbox is None else [*trainer.toolbox.functions.values()]
+
+
+def _standalone_tools(trainer: Any) -> list[Callable]:
+    if trainer.environment_rollouts is None:
+        return _tools(trainer)
+    kind = next(iter(trainer.environment_rollouts.environments.kinds.values()))
+    return [tool for tool in kind.tools if getattr(tool, "__name__", "") not in kind.methods]
+
+
+def _environments(trainer: Any) -> list[Any] | None:
+    """Returns the environments of the last generation's completions; None before there is one."""
+    rollouts = trainer.environment_rollouts
+    return None if rollouts is None else rollouts.environments.instances or None
+
+
+def _chooses_environments(trainer: Any) -> bool:
+    return trainer.environment_rollouts is not None and trainer.environment_rollouts.environments.by_name
+
+
+def _of_kinds(name: str) -> Callable[[Any], dict[str | None, Any] | None]:
+    """Returns what reads an attribute of each kind of environments, by its name; None where there are none."""
+
+    def read(trainer: Any) -> dict[str | None, Any] | None:
+        rollouts = trainer.environment_rollouts
+        kinds = {} if rollouts is None else rollouts.environments.kinds
+        return {key: getattr(kind, name) for key, kind in kinds.items()} or None
+
+    return read
 
 
 GROUP_ATTRIBUTES = {
@@ -172,11 +203,13 @@ GRPO_ATTRIBUTES = {
         write=_set_entropy_coef,
     ),
     "tools": _fixed(_tools),
-    "_standalone_tools": _fixed(_tools),
+    "_standalone_tools": _fixed(_standalone_tools),
     "chat_template": _constant(None, "conversations go on from their own tokens, whatever the template"),
-    "environment_factories": _constant(None, _NO_ENVIRONMENTS),
-    "environments": _constant(None, _NO_ENVIRONMENTS),
-    "_multi_environment": _constant(False, _NO_ENVIRONMENTS),
+    "environment_factories": _fixed(_of_kinds("factory"), _OF_FACTORY),
+    "environments": _fixed(_environments, _OF_FACTORY),
+    "_multi_environment": _fixed(_chooses_environments, _OF_FACTORY),
+    "_env_tools": _fixed(_of_kinds("tools"), _OF_FACTORY),
+    "_environment_pool": _fixed(_of_kinds("pool"), _OF_FACTORY),
     "_image_pad_token_id": _fixed(lambda trainer: _token_of_images(trainer, "image"), _SET_BY_DATA),
     "_video_pad_token_id": _fixed(lambda trainer: _token_of_images(trainer, "video"), _SET_BY_DATA),
     "_entropy_bonus_enabled": _fixed(lambda trainer: trainer.args.has_entropy_bonus),

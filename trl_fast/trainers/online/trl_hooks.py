@@ -17,7 +17,7 @@ from trl_fast.data.formats import is_conversational
 from trl_fast.data.images.joining import join_images
 from trl_fast.data.images.layout import ImageLayout
 from trl_fast.data.images.messages import prepare_multimodal_messages
-from trl_fast.data.prompt_only import PROMPT_IDS, tokenize_prompt
+from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.rollout import (
     EngineWrapper,
     Rollout,
@@ -33,6 +33,7 @@ from trl_fast.rollout.reward_answers import copied
 from trl_fast.rollout.samples import Samples
 
 from ..base.overrides import overridden
+from .prompt_tokens import prompt_tokens
 from .rollout_loop import RolloutLoop, custom_rollout, token_vectors
 from .trl_batch import BatchFormat, MicroBatch, check_batch
 from .trl_scoring import TRLScoring
@@ -261,9 +262,10 @@ class TRLHooks:
 
     def generate_and_score(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns TRL's batch of new completions of the rows' prompts, with rewards and advantages."""
-        prompt_ids, _, _ = self._trainer._tokenize_prompts([row["prompt"] for row in self._loop.shown(inputs)])
-        rows = [{**row, PROMPT_IDS: ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
-        return self._loop.run(rows, self._trainer, update=self.format.batch)
+        if self._loop.environments is None:
+            prompt_ids, _, _ = self._trainer._tokenize_prompts([row["prompt"] for row in self._loop.shown(inputs)])
+            inputs = [{**row, PROMPT_IDS: ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
+        return self._loop.run(inputs, self._trainer, update=self.format.batch)
 
     def new_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the batch that the subclass's `_generate_and_score_completions` makes of rows."""
@@ -310,14 +312,14 @@ class TRLHooks:
 
     def tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
         """Returns the prompts' token ids, their images by prompt (None: there are none), and what the model reads."""
-        trainer, images = self._trainer, self._trainer.rollout_images
-        keywords, longest = trainer.prompt_template_kwargs(trainer.args), trainer.args.max_prompt_length
+        trainer, images, environments = self._trainer, self._trainer.rollout_images, self._loop.environments
+        if environments is None:
+            keywords = [trainer.prompt_template_kwargs(trainer.args)] * len(prompts)
+        else:
+            keywords = environments.keywords(prompts)
+        ids = prompt_tokens(prompts, keywords, trainer.tokenizer, images, trainer.args.max_prompt_length)
         if images is not None and is_conversational({"prompt": prompts[0]}):
             prompts = [prepare_multimodal_messages(prompt) for prompt in prompts]
-            ids = [images.reader.prompt_ids(prompt, **keywords) for prompt in prompts]
-        else:
-            ids = [tokenize_prompt(prompt, trainer.tokenizer, **keywords) for prompt in prompts]
-        ids = [row if longest is None else row[-longest:] for row in ids]
         found = None if images is None else images.of_prompts(prompts)
         pictures = None if found is None else [[image.picture for image in own] or None for own in found]
         return ids, pictures, self._fields(ids, found)
@@ -343,9 +345,11 @@ class TRLHooks:
     ) -> torch.Tensor:
         """Returns the rewards (N, R) float32 of all processes' completions by reward function."""
         trainer, loop = self._trainer, self._loop
+        columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", PROMPT_IDS)}
+        if loop.environments is not None:
+            columns = loop.environments.with_instances(columns)
         rewards = loop.rewards(
-            *(prompts, completions, completion_ids_list),
-            {name: [row[name] for row in inputs] for name in inputs[0] if name not in ("prompt", PROMPT_IDS)},
+            *(prompts, completions, completion_ids_list, columns),
             trainer_state=trainer.state,
             log_extra=trainer._log_completion_extra,
             log_metric=trainer._log_metric,

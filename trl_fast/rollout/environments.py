@@ -1,0 +1,407 @@
+"""Gives each completion an environment of its own: an object with a state, whose methods the policy calls as tools.
+
+An environment is TRL's: its `reset` takes the dataset's row and may return text for the prompt, its other public
+methods are tools, and its `get_reward`, if it has one, tells the reward. Each of them may be async.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .reward_answers import copied, shown
+from .tools import Toolbox
+from .user_calls import Outcome, UserCalls, described
+
+logger = logging.getLogger(__name__)
+
+EnvironmentFactory = Callable[[], Any]
+
+# Methods with a meaning of their own, which are no tools.
+_RESET, _GET_REWARD = "reset", "get_reward"
+# The first of these ends an environment, if it takes no arguments and returns nothing.
+_CLOSING = ("close", "_close")
+
+
+@dataclass
+class Seat:
+    """Holds one completion's environment.
+
+    - `kind`, `place`: whose it is, and its number among the kind's.
+    - `environment`: None where the factory failed.
+    - `toolbox`: its methods, and the tools of the run; `toolbox.lost` says why it is of no use any more.
+    - `failed_in`: the method that failed.
+    """
+
+    kind: EnvironmentKind
+    place: int
+    environment: Any
+    toolbox: Toolbox
+    failed_in: str = "a method"
+
+    def read(self, method: str, outcome: Outcome) -> Any:
+        """Returns what a method gave; where it failed, the environment is lost and gives None."""
+        if outcome.error is not None:
+            self.toolbox.lost, self.failed_in = outcome.error, f"{method}()"
+        return outcome.value
+
+
+class EnvironmentKind:
+    """Makes and keeps the environments of one factory: each is made once, and reset for every completion.
+
+    Args:
+        key: what rows call it; None: there is no other kind.
+        factory: makes an environment; it is called once now.
+        tools: functions that the policy may call beside the environment's methods.
+        tool_timeout: seconds that a tool may take; None is no limit.
+
+    Attributes:
+        type: the environments' class.
+        methods: the names of those that are tools.
+        toolbox: the functions of the first environment.
+        pool: the environments so far; None in the place of one that was lost.
+
+    Raises:
+        TypeError: the factory cannot be called, or does not make an environment.
+        ValueError: an environment lacks `reset`, has no methods, or one that cannot be described to a model.
+        RuntimeError: the factory raised.
+    """
+
+    def __init__(
+        self, key: str | None, factory: EnvironmentFactory, tools: Sequence[Callable], tool_timeout: float | None
+    ) -> None:
+        self._where = "environment_factory" if key is None else f"environment_factory[{key!r}]"
+        if not callable(factory):
+            raise TypeError(
+                f"{self._where}: expected a class or function that makes an environment, got {shown(factory)} of type "
+                f"{type(factory).__name__}"
+            )
+        self.factory = factory
+        first = self._first()
+        self.type: type = type(first)
+        self.methods = _tool_methods(self.type)
+        if not callable(getattr(self.type, _RESET, None)):
+            raise ValueError(
+                f"{self._where}: {self.name} has no method reset(); define reset(self, **row), which returns None or "
+                "text for the prompt"
+            )
+        if not self.methods and not tools:
+            raise ValueError(
+                f"{self._where}: {self.name} has no public methods, so that the policy could do nothing in it; give "
+                "it methods with type hints and a docstring (reset, get_reward and close are no such ones)"
+            )
+        functions = {name: getattr(first, name) for name in self.methods}
+        try:
+            self.toolbox = Toolbox([*tools, *functions.values()], tool_timeout)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._where}, environment {self.name}: {error}") from error
+        self._tools = {name: each for name, each in self.toolbox.functions.items() if name not in functions}
+        self._reset = inspect.signature(first.reset)
+        self.pool: list[Any] = [first]
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the environments' class."""
+        return self.type.__name__
+
+    @property
+    def tools(self) -> list[Callable[..., Any]]:
+        """Returns what the policy may call: the tools of the run, and the first environment's methods."""
+        return list(self.toolbox.functions.values())
+
+    @property
+    def tells_reward(self) -> bool:
+        """Says whether the environments tell their reward."""
+        return callable(getattr(self.type, _GET_REWARD, None))
+
+    def _first(self) -> Any:
+        try:
+            environment = self.factory()
+        except Exception as error:
+            raise RuntimeError(f"{self._where} raised {described(error)}") from error
+        if inspect.iscoroutine(environment):
+            environment.close()
+        if environment is None or inspect.isawaitable(environment) or inspect.isclass(environment):
+            raise TypeError(
+                f"{self._where} returned {shown(environment)}; expected an environment, which is an object with "
+                "reset() and further methods, from a function that is not async (connect in an async reset)"
+            )
+        return environment
+
+    def check_reset(self, columns: Sequence[str], name: str) -> None:
+        """Checks that `reset` takes the columns of a dataset; `name` is the dataset's.
+
+        Raises:
+            ValueError: it does not.
+        """
+        try:
+            self._reset.bind(**dict.fromkeys(columns))
+        except TypeError as error:
+            raise ValueError(
+                f"{self._where}: {self.name}.reset() is called with the columns {sorted(columns)} of the {name} "
+                f"dataset, which do not fit its arguments {self._reset} ({error}); add **row to them"
+            ) from error
+
+    def seat(self, place: int, calls: UserCalls) -> Seat:
+        """Returns the seat of this number, with its environment, which is made if there is none."""
+        self.pool += [None] * (place + 1 - len(self.pool))
+        outcome = Outcome(self.pool[place])
+        if outcome.value is None:
+            outcome = calls.call(f"{self.name}()", self.factory)
+        environment = self.pool[place] = outcome.value
+        seat = Seat(self, place, environment, self.toolbox.bound({}))
+        seat.read(self.name, outcome)
+        if environment is not None:
+            seat.read(self.name, self._bind(seat))
+        return seat
+
+    def _bind(self, seat: Seat) -> Outcome:
+        """Gives a seat its environment's methods, which a factory of several classes may have others of."""
+        try:
+            methods = {name: getattr(seat.environment, name) for name in self.methods}
+        except AttributeError as error:
+            return Outcome(error=error)
+        seat.toolbox.functions = self._tools | methods
+        return Outcome()
+
+    def clear(self) -> list[Any]:
+        """Forgets the environments, and returns them."""
+        found, self.pool = [each for each in self.pool if each is not None], []
+        return found
+
+
+class Environments:
+    """Holds the environments of a run: those of one factory, or of several that rows choose by a name.
+
+    Args:
+        given: a factory, or a dict of them.
+        tools: functions that the policy may call in every environment.
+        timeout: seconds that a factory, `reset`, `get_reward` or `close` may take; None is no limit.
+        tool_timeout: seconds that any other method may take.
+
+    Attributes:
+        by_name: whether rows choose.
+        kinds: by the rows' name for them; None is that of a single factory.
+        seats: one for each completion of the present generation, in order.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `EnvironmentKind`; or a dict has no factories, or a key that is no
+            text.
+    """
+
+    def __init__(
+        self,
+        given: EnvironmentFactory | Mapping[str, EnvironmentFactory],
+        tools: Sequence[Callable] = (),
+        *,
+        timeout: float | None = None,
+        tool_timeout: float | None = None,
+    ) -> None:
+        self.by_name = isinstance(given, Mapping)
+        factories: Mapping[Any, Any] = given if isinstance(given, Mapping) else {None: given}
+        if not factories:
+            raise ValueError("environment_factory: the dict has no factories; expected a name and a factory at least")
+        for key in factories:
+            if self.by_name and not isinstance(key, str):
+                raise TypeError(f"environment_factory: expected texts as names of environments, got {key!r}")
+        self.kinds: dict[str | None, EnvironmentKind] = {
+            key: EnvironmentKind(key, factory, tools, tool_timeout) for key, factory in factories.items()
+        }
+        self.seats: list[Seat] = []
+        self._calls = UserCalls("environment", "environment_timeout", timeout)
+        self._told: set[tuple[str, str, type]] = set()
+
+    @property
+    def instances(self) -> list[Any]:
+        """Returns the environment of each completion; None where the factory failed."""
+        return [seat.environment for seat in self.seats]
+
+    @property
+    def errors(self) -> list[BaseException | None]:
+        """Returns for each completion what its environment failed with; None where it did not."""
+        return [seat.toolbox.lost for seat in self.seats]
+
+    def kind(self, name: object) -> EnvironmentKind:
+        """Returns the kind that a row names.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        found = self.kinds.get(name) if name is None or isinstance(name, str) else None
+        if found is None:
+            raise ValueError(f"environment={name!r} is none of environment_factory's {list(self.kinds)}")
+        return found
+
+    def reward_sources(self) -> list[EnvironmentReward]:
+        """Returns a reward source for each class of environments that tells its reward."""
+        types = dict.fromkeys(kind.type for kind in self.kinds.values() if kind.tells_reward)
+        return [EnvironmentReward(self, each) for each in types]
+
+    def reset(self, names: Sequence[str | None], rows: Sequence[dict[str, Any]]) -> list[Any]:
+        """Gives each row an environment and resets it.
+
+        Args:
+            names: the kinds that the rows choose.
+            rows: what `reset` is called with.
+
+        Returns:
+            What each `reset` returned: a text, a list of parts of a message, or None; None also where it failed.
+        """
+        self._retire()
+        places: Counter[str | None] = Counter()
+        for name in names:
+            self.seats.append(self.kind(name).seat(places[name], self._calls))
+            places[name] += 1
+        return self.ask(self.seats, _RESET, [copied(row) for row in rows], _observation)
+
+    def ask(
+        self,
+        seats: Sequence[Seat],
+        method: str,
+        arguments: Sequence[dict[str, Any]] | None = None,
+        read: Callable[[Any], Any] | None = None,
+    ) -> list[Any]:
+        """Calls a method of environments: sync ones in order, then async ones side by side.
+
+        Args:
+            seats: whose environments. One that was lost is left out, one that raises or takes too long is lost.
+            method: its name.
+            arguments: of each environment's; None: it takes none.
+            read: makes of what was returned what counts, and may raise; None: all counts.
+
+        Returns:
+            What each gave; None where one was lost.
+        """
+        values: list[Any] = [None] * len(seats)
+        waiting: list[tuple[int, str, Awaitable[Any]]] = []
+        for index, seat in enumerate(seats):
+            if seat.toolbox.lost is None:
+                name, given = f"{seat.kind.name}.{method}", {} if arguments is None else arguments[index]
+                outcome = self._calls.call(name, functools.partial(_called, seat.environment, method, given, read))
+                if inspect.isawaitable(outcome.value):
+                    waiting.append((index, name, outcome.value))
+                else:
+                    values[index] = seat.read(method, outcome)
+        answers = self._calls.gather([(name, _called_later(value, read)) for _, name, value in waiting])
+        for (index, *_), answer in zip(waiting, answers, strict=True):
+            values[index] = seats[index].read(method, answer)
+        return values
+
+    def report(self) -> None:
+        """Names what failed in the present generation, once for each class, method and type of error."""
+        for seat in self.seats:
+            error = seat.toolbox.lost
+            what = (seat.kind.name, seat.failed_in, type(error))
+            if error is not None and what not in self._told:
+                self._told.add(what)
+                logger.warning(
+                    f"environment {seat.kind.name} failed in {seat.failed_in} ({described(error)}). Its completion is "
+                    "not learned from. environments/failure_frequency counts such ones; this line is not repeated."
+                )
+
+    def close(self) -> None:
+        """Closes all environments that can be closed. Others are made where any are needed again."""
+        self._close([each for kind in self.kinds.values() for each in kind.clear()])
+
+    def _retire(self) -> None:
+        """Closes the environments that were lost; others will take their places."""
+        lost = [seat for seat in self.seats if seat.toolbox.lost is not None]
+        for seat in lost:
+            if seat.place < len(seat.kind.pool):  # else all were closed meanwhile
+                seat.kind.pool[seat.place] = None
+        self._close([seat.environment for seat in lost])
+        self.seats = []
+
+    def _close(self, environments: Sequence[Any]) -> None:
+        waiting: list[tuple[str, Awaitable[Any]]] = []
+        outcomes: list[tuple[str, Outcome]] = []
+        for environment in environments:
+            name = _closing_method(type(environment))
+            if name is not None:
+                shown_name = f"{type(environment).__name__}.{name}"
+                outcome = self._calls.call(shown_name, getattr(environment, name))
+                if inspect.isawaitable(outcome.value):
+                    waiting.append((shown_name, outcome.value))
+                else:
+                    outcomes.append((shown_name, outcome))
+        answers = self._calls.gather(waiting)
+        for name, outcome in [*outcomes, *zip([name for name, _ in waiting], answers, strict=True)]:
+            if outcome.error is not None:
+                logger.warning(f"environment {name}() raised {described(outcome.error)}; it may not be closed")
+
+
+class EnvironmentReward:
+    """Tells the rewards of completions whose environment is of one class, by its `get_reward`; TRL's reward source.
+
+    Args:
+        environments: those of the run.
+        kind: the class; a subclass of it has a source of its own.
+    """
+
+    def __init__(self, environments: Environments, kind: type) -> None:
+        self.__name__ = kind.__name__
+        self._environments, self._type = environments, kind
+
+    def __call__(self, environments: list[Any], **_: Any) -> list[Any]:
+        """Returns a reward for each completion; None where its environment is of another class, or is lost."""
+        seats = {id(seat.environment): seat for seat in self._environments.seats}
+        own = [seats[id(each)] for each in environments if type(each) is self._type]
+        found = iter(self._environments.ask(own, _GET_REWARD))
+        return [next(found) if type(each) is self._type else None for each in environments]
+
+
+def _tool_methods(kind: type) -> list[str]:
+    """Returns the names of the methods that are tools: all public ones without a meaning of their own.
+
+    They are looked up in the class, since properties of an object would be computed.
+    """
+    names = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")]
+    return [name for name in names if name not in (_RESET, _GET_REWARD, _closing_method(kind))]
+
+
+def _closing_method(kind: type) -> str | None:
+    """Returns the name of the method that ends an environment of a class; None: there is none.
+
+    One that takes arguments or returns something is a tool, which closes a door.
+    """
+    for name in _CLOSING:
+        method = getattr(kind, name, None)
+        if inspect.isfunction(method):
+            signature = inspect.signature(method)
+            needed = [each for each in signature.parameters.values() if each.default is each.empty]
+            if len(needed) <= 1 and signature.return_annotation in (signature.empty, None, "None"):
+                return name
+    return None
+
+
+def _observation(value: Any) -> Any:
+    """Returns what `reset` returned if it can be added to a prompt.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if isinstance(value, str):
+        # Halves of characters come from games and pages, and no tokenizer takes them.
+        return value.encode("utf-8", "replace").decode("utf-8")
+    parts = value if isinstance(value, list) else [None]
+    if value is not None and not all(isinstance(part, dict) and "type" in part for part in parts):
+        raise TypeError(
+            f"reset() returned {shown(value)} of type {type(value).__name__}; expected None, a text, or a list of "
+            "parts such as {'type': 'text', 'text': 'You are in a maze.'}"
+        )
+    return copied(value)
+
+
+def _called(environment: Any, method: str, arguments: dict[str, Any], read: Callable[[Any], Any] | None) -> Any:
+    """Returns what a method gives, as it counts; of an async one what is to be awaited."""
+    value = getattr(environment, method)(**arguments)
+    return value if read is None or inspect.isawaitable(value) else read(value)
+
+
+async def _called_later(value: Awaitable[Any], read: Callable[[Any], Any] | None) -> Any:
+    return await value if read is None else read(await value)
