@@ -31,7 +31,7 @@ from build_backend import PURE, asked_for, install_command, no_torch, requiremen
 
 ROOT = Path(__file__).parent
 # Kernel sources, compiled once per instruction set; the running CPU decides which is called.
-ISA_SOURCES = ("row_kernels", "sparse_kernels")
+ISA_SOURCES = ("row_kernels", "sparse_kernels", "divergence_kernels")
 # The other sources for the CPU, compiled once.
 CPU_SOURCES = ("bindings", "instruction_sets", "memory_pool")
 ISA_FLAGS = {

@@ -91,6 +91,11 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
   m.def(
       "row_grad_packed(Tensor words, Tensor? index, Tensor targets, float scale, float inv_temperature, Tensor lse, "
       "Tensor coefficients, int column_offset, Tensor(a!) out, Tensor tops) -> ()");
+  m.def(
+      "row_divergence(Tensor student, Tensor? student_bias, float student_scale, float student_softcap, "
+      "Tensor teacher, Tensor? teacher_bias, float teacher_scale, float teacher_softcap, float inv_temperature, "
+      "float teacher_part, float student_part, float mixture, bool is_tvd, Tensor weights, Tensor(a!) results, "
+      "Tensor(b!)? gradient) -> ()");
 }
 
 }  // namespace trl_fast

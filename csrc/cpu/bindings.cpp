@@ -6,9 +6,11 @@
 #include <ATen/TensorIterator.h>
 #include <torch/library.h>
 
+#include "cpu/divergence_kernels.h"
 #include "cpu/memory_pool.h"
 #include "cpu/row_kernels.h"
 #include "cpu/sparse_kernels.h"
+#include "divergence_arguments.h"
 #include "row_arguments.h"
 
 namespace trl_fast {
@@ -85,6 +87,19 @@ void row_grad_packed(const at::Tensor& words, const std::optional<at::Tensor>& i
   const RowKernels& kernels = row_kernels();
   at::parallel_for(0, out.size(0), rows_per_task(out.size(1)),
                    [&](int64_t begin, int64_t end) { kernels.grad_packed(args, from, begin, end); });
+}
+
+void row_divergence(const at::Tensor& student, const std::optional<at::Tensor>& student_bias, double student_scale,
+                    double student_softcap, const at::Tensor& teacher, const std::optional<at::Tensor>& teacher_bias,
+                    double teacher_scale, double teacher_softcap, double inv_temperature, double teacher_part,
+                    double student_part, double mixture, bool is_tvd, const at::Tensor& weights, at::Tensor results,
+                    std::optional<at::Tensor> gradient) {
+  const DivergenceInputs in = divergence_inputs(
+      at::kCPU, student, student_bias, student_scale, student_softcap, teacher, teacher_bias, teacher_scale,
+      teacher_softcap, inv_temperature, teacher_part, student_part, mixture, is_tvd, weights, results, gradient);
+  const DivergenceKernels& kernels = divergence_kernels();
+  at::parallel_for(0, student.size(0), rows_per_task(student.size(1)),
+                   [&](int64_t begin, int64_t end) { kernels.divergence(in.args, begin, end); });
 }
 
 // What one thread keeps of its rows, in order.
@@ -216,6 +231,7 @@ TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
   m.impl("row_grad", &row_grad);
   m.impl("row_scores_packed", &row_scores_packed);
   m.impl("row_grad_packed", &row_grad_packed);
+  m.impl("row_divergence", &row_divergence);
   m.impl("row_samples", &row_samples);
   m.impl("sparse_product", &sparse_product);
 }

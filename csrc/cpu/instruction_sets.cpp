@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "divergence_kernels.h"
 #include "row_kernels.h"
 #include "sparse_kernels.h"
 
@@ -11,14 +12,17 @@ namespace trl_fast {
 #ifdef TRL_FAST_HAS_DEFAULT
 extern const RowKernels kRowKernelsDEFAULT;
 extern const SparseKernels kSparseKernelsDEFAULT;
+extern const DivergenceKernels kDivergenceKernelsDEFAULT;
 #endif
 #ifdef TRL_FAST_HAS_AVX2
 extern const RowKernels kRowKernelsAVX2;
 extern const SparseKernels kSparseKernelsAVX2;
+extern const DivergenceKernels kDivergenceKernelsAVX2;
 #endif
 #ifdef TRL_FAST_HAS_AVX512
 extern const RowKernels kRowKernelsAVX512;
 extern const SparseKernels kSparseKernelsAVX512;
+extern const DivergenceKernels kDivergenceKernelsAVX512;
 #endif
 
 namespace {
@@ -27,23 +31,24 @@ struct Candidate {
   const char* name;  // what TRL_FAST_CPU_ISA calls it
   const RowKernels* rows;
   const SparseKernels* sparse;
+  const DivergenceKernels* divergence;
   bool runs;  // on this CPU
 };
 
 // Best first.
 const Candidate kCandidates[] = {
 #ifdef TRL_FAST_HAS_AVX512
-    {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512,
+    {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512,
      static_cast<bool>(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("fma"))},
 #endif
 #ifdef TRL_FAST_HAS_AVX2
-    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2,
+    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kDivergenceKernelsAVX2,
      static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                        __builtin_cpu_supports("f16c"))},
 #endif
-    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, true},
+    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, true},
 };
 
 const Candidate& choose() {
@@ -70,6 +75,8 @@ const Candidate& chosen() {
 const RowKernels& row_kernels() { return *chosen().rows; }
 
 const SparseKernels& sparse_kernels() { return *chosen().sparse; }
+
+const DivergenceKernels& divergence_kernels() { return *chosen().divergence; }
 
 const char* chosen_isa() { return chosen().name; }
 

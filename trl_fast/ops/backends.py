@@ -95,7 +95,7 @@ def _register_fakes() -> None:
     def writes_to_arguments(*args: object) -> None:
         """Returns nothing: such an op has no result of its own."""
 
-    for name in ("row_scores", "row_weights", "row_scores_packed", "row_grad_packed", "row_grad"):
+    for name in ("row_scores", "row_weights", "row_scores_packed", "row_grad_packed", "row_grad", "row_divergence"):
         torch.library.register_fake(f"trl_fast::{name}", writes_to_arguments)
 
     @torch.library.register_fake("trl_fast::pooled_empty")

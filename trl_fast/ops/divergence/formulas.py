@@ -86,8 +86,13 @@ def divergence_terms(
     if formula.mixture == 1.0:
         return _kl_term(p_s, p_t, -d), torch.where(p_s == 0, 0.0, -p_s * d)
     w, falls = formula.mixture, d <= 0
-    # The larger of s and t lies closer to m: its log-ratio to m, then the other's.
-    near = -torch.log1p(torch.full_like(d, 1 - w).masked_fill_(falls, w) * torch.expm1(-d.abs()))
+    # The larger of s and t lies closer to m: its log-ratio to m, then the other's. m by that one is
+    # 1 − share + share e^−abs(d).
+    share = torch.full_like(d, 1 - w).masked_fill_(falls, w)
+    rest = torch.full_like(d, w).masked_fill_(falls, 1 - w)
+    distance = d.abs()
+    small = torch.log1p(share * torch.expm1(-distance))
+    near = -torch.where(distance < 0.5, small, torch.log(rest + share * torch.exp(-distance)))
     ratio_s, ratio_t = torch.where(falls, near, near - d), torch.where(falls, near + d, near)
     m = (1 - w) * p_s + w * p_t
     value = torch.zeros_like(m)
@@ -99,6 +104,20 @@ def divergence_terms(
         curve = (1 - w) * formula.tilt * p_s * difference / m
         slope = slope + torch.where(m == 0, 0.0, curve)
     return value, slope
+
+
+def far_slope(logp_s: torch.Tensor, logp_t: torch.Tensor, formula: DivergenceFormula) -> torch.Tensor:
+    """Computes s (f' − what f' is where t is 0), for a mixture.
+
+    It is less than the slope of `divergence_terms`, which is 0 where t = s, for rows whose s and t have little in
+    common. Of such a row nothing would be left of the other, less its mean.
+    """
+    p_s, p_t, w = logp_s.exp(), logp_t.exp(), formula.mixture
+    m = (1 - w) * p_s + w * p_t
+    t = torch.where(m == 0, 0.0, p_t / m)
+    few = torch.where(m == 0, 1.0, (1 - w) * p_s / m)
+    log_rest = torch.where(w * t < 0.5, torch.log1p(-w * t), few.log())
+    return torch.where(p_s == 0, 0.0, p_s * (formula.student * log_rest - formula.tilt * t))
 
 
 def _kl_term(p: torch.Tensor, q: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:

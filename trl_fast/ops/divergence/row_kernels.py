@@ -24,7 +24,7 @@ import torch
 
 from ..device import device_facts
 from ..head.logit_transform import LogitTransform
-from .formulas import DivergenceFormula, divergence_terms
+from .formulas import DivergenceFormula, divergence_terms, far_slope
 
 # Rows of the results (3, R).
 DIVERGENCE_ROW, ENTROPY_ROW, IS_SAME_TOP1_ROW = range(3)
@@ -90,9 +90,16 @@ def row_divergence_reference(
         results[IS_SAME_TOP1_ROW] = (top >= u_s.amax(dim=1)).to(results.dtype)
     if gradient is None:
         return
-    # Of the forward KL the slopes sum up to 1 − 1.
-    mean = 0.0 if mixture == 0.0 and not is_tvd else slope.sum(dim=1, keepdim=True)
-    du = (slope - p * mean) * (weights[:, None].to(p.dtype) * student_scale * inv_temperature)
+    if mixture == 0.0 and not is_tvd:
+        du = slope  # whose sum is 1 − 1
+    else:
+        mean = slope.sum(dim=1, keepdim=True)
+        du = slope - p * mean
+        if formula.tilt and 0.0 < mixture < 1.0:
+            far = far_slope(logp_s, logp_t, formula)
+            far_mean = far.sum(dim=1, keepdim=True)
+            du = torch.where(far_mean.abs() < mean.abs(), far - p * far_mean, du)
+    du = du * (weights[:, None].to(p.dtype) * student_scale * inv_temperature)
     if cap_derivative is not None:
         du *= cap_derivative
     gradient.copy_(torch.where(weights[:, None] == 0, 0.0, du))
@@ -109,8 +116,15 @@ def log_softmax(u: torch.Tensor) -> torch.Tensor:
     return x - torch.log1p(others) + torch.where(top.abs() < float("inf"), 0.0, float("nan"))
 
 
+def _compiled(*args: object) -> None:
+    torch.ops.trl_fast.row_divergence(*args)
+
+
 # With 3 or 4 temporaries of each of the reference's steps alive at once.
-DIVERGENCE_KERNELS = {"torch": DivergenceKernel(row_divergence_reference, 64)}
+DIVERGENCE_KERNELS = {
+    "torch": DivergenceKernel(row_divergence_reference, 64),
+    "cpp": DivergenceKernel(_compiled, 0),
+}
 
 
 def divergence_kernel(backend: str, device: torch.device) -> DivergenceKernel:
