@@ -223,7 +223,8 @@ def linear_divergence(
         raise ValueError(f"top_k: expected a number of tokens from 1 to the vocabulary's {vocab_size}, got {top_k!r}")
     op = "linear_divergence" if top_k is None else "linear_divergence_to_given"
     student = (hidden, weight, bias)
-    teacher = (teacher_hidden.detach(), teacher_weight.detach(), teacher_bias, None, None)
+    constants = [None if one is None else one.detach() for one in (teacher_hidden, teacher_weight, teacher_bias)]
+    teacher = (*constants, None, None)
     numbers = (list(transform), list(teacher_transform), [float(one) for one in formula], top_k or 0, tail, vocab_size)
     return _loss(op, student, teacher, weights, numbers, outputs, HeadOptions(backend, workspace_bytes))
 

@@ -4,12 +4,12 @@ import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from support.elementary_functions import check_exponential, check_tanh
+from support.instruction_sets import CPU_FLAGS, check_instruction_set
 from support.packed_rows import COLUMNS, PLAIN, TRANSFORMED, check_packing
 from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
@@ -23,11 +23,6 @@ from trl_fast.ops.head.sweep import finish_scores, new_state
 pytestmark = pytest.mark.usefixtures("extension")
 
 EVERYTHING = ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS | IS_TOP1
-CPU_FLAGS = {
-    "default": (),
-    "avx2": ("avx2", "fma", "f16c"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-}
 
 
 def rows(dtype, columns, transform):
@@ -88,27 +83,9 @@ def compare_everything():
                 compare(dtype, columns, transform)
 
 
-def cpu_has(isa):
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    return all(flag in flags for flag in CPU_FLAGS[isa])
-
-
 @pytest.mark.parametrize("isa", CPU_FLAGS)
 def test_every_instruction_set_of_this_machine(isa):
-    from trl_fast import _C
-
-    assert isa in _C.build_info()["isas"].split(",")
-    if not cpu_has(isa):
-        pytest.skip(f"this CPU has no {isa}: its kernels are compiled here, but not run")
-    program = (
-        "import test_row_kernels as t; from trl_fast.ops.backends import load_extension as l; "
-        f"assert l().reason.endswith({isa!r}), l(); t.compare_everything()"
-    )
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "TRL_FAST_CPU_ISA": isa, "PYTHONPATH": paths}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    check_instruction_set(isa, __file__, "compare_everything")
 
 
 def test_exponentials_and_tanh_of_pytorchs_kernels():
