@@ -1,6 +1,7 @@
 # `make demo` sets up a fresh machine and runs the main job, `make test` runs the tests.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_ARGS ?=
@@ -18,7 +19,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv wheel demo demo-grpo demo-ppo demo-pictures test test-more test-slow check-recipes test-install fuzz sanitize bench \
+.PHONY: venv wheel demo demo-grpo demo-ppo demo-pictures test test-more test-slow test-vllm check-recipes test-install fuzz sanitize bench \
   gpu-kit check-gpu-code docs lint format clean
 
 venv: $(READY)
@@ -69,6 +70,16 @@ test-more: $(READY)
 # 15 GB of downloads. INSTALL_ARGS="--only 3.11-2.13" runs the rows of one environment.
 test-install: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.install_matrix $(INSTALL_ARGS)
+
+# vLLM itself, on this CPU: about 3 GB in an environment of its own.
+$(VLLM_VENV)/.ready: tests/support/install_vllm.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q packaging
+	PYTHONPATH=tests $(VLLM_VENV)/bin/python -m support.install_vllm $(VLLM_VENV)
+	touch $@
+
+test-vllm: $(READY) $(VLLM_VENV)/.ready
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/rollout/test_real_vllm.py $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ from trl_fast.trainers.methods import METHODS
 def test_every_command_has_its_module_and_a_group():
     for name, command in COMMANDS.items():
         assert command.group in GROUPS
-        assert name in METHODS or importlib.util.find_spec(f"trl_fast.cli.{name}") is not None
+        assert name in METHODS or importlib.util.find_spec(f"trl_fast.cli.{name.replace('-', '_')}") is not None
 
 
 def test_the_help_lists_every_command_in_a_line_and_fits_the_terminal():

@@ -40,7 +40,6 @@ LEFT = {
     },
     "trl.models.utils": {"shards": ["add_hooks", "get_all_parameters", "iter_params", "remove_hooks"]},
     "trl.scripts.distillation": {"distillation": ["main", "make_parser"]},
-    "trl.scripts.vllm_serve": {"vllm serve": ["ScriptArguments", "build_command", "main", "make_parser"]},
     "trl.trainer": {
         "distillation": ["DistillationConfig", "DistillationTrainer"],
         "wandb": ["WeaveCallback"],

@@ -1,22 +1,27 @@
 """The vLLM engines against stand-ins for vLLM: requests as TRL's client makes them, weights, groups, errors."""
 
+import json
 import logging
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file
 from trl.generation import vllm_client
 
 from support.models import tiny_model
 from support.tokenizer import build_tokenizer
 from support.vllm import END, fake_server, install_fake_vllm, made_up
-from trl_fast.rollout import SamplingSettings, vllm_server
+from trl_fast.rollout import SamplingSettings, vllm_server, vllm_weights
 from trl_fast.rollout.vllm_engine import VLLMColocatedEngine, VLLMServerEngine, make_vllm_engine
 from trl_fast.rollout.vllm_server import VLLMServer
+from trl_fast.rollout.vllm_weights import open_weights
+from trl_fast.rollout.weights import merged_weights, weight_metadata
 from trl_fast.settings.server_url import ServerURL, read_server_url
 
 PROMPTS = [[5, 6], [5, 6], [7], [8, 9], [8, 9]]
@@ -255,7 +260,7 @@ def test_raw_logprobs_are_warned_of(sent, caplog):
 
 
 def test_colocated_engine_completes_groups(sent):
-    engine = VLLMColocatedEngine("folder", end_ids={END}, max_model_len=64, regex="[ab]+")
+    engine = VLLMColocatedEngine("folder", device=CUDA, end_ids={END}, max_model_len=64, regex="[ab]+")
     model = tiny_model()
     engine.sync_weights(model, 0)
     assert_rollout(engine.generate(PROMPTS, SETTINGS))
@@ -272,7 +277,7 @@ def test_colocated_engine_completes_groups(sent):
 
 
 def test_sleeping_engine_gets_its_weights_before_each_generation(sent):
-    engine, model = VLLMColocatedEngine("folder", end_ids={END}, sleeps=True), tiny_model()
+    engine, model = VLLMColocatedEngine("folder", device=CUDA, end_ids={END}, sleeps=True), tiny_model()
     with pytest.raises(RuntimeError, match="call sync_weights before generate"):
         engine.generate(PROMPTS, SETTINGS)
     for _ in range(2):
@@ -299,6 +304,8 @@ def arguments(**changes):
         "trust_remote_code": False,
         "per_device_train_batch_size": 4,
         "steps_per_generation": 2,
+        "bf16": True,
+        "fp16": False,
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -314,6 +321,7 @@ def test_engine_of_a_config(sent):
     engine = make()
     assert engine.llm.arguments["model"] == "folder"
     assert engine.llm.arguments["max_num_seqs"] == 8
+    assert engine.llm.arguments["dtype"] == "auto" and make(bf16=False).llm.arguments["dtype"] == "float32"
     assert engine.end_ids == [END] and engine.max_positions == 256
     with pytest.raises(ValueError, match="prompt 0 has 250 tokens, .* the 256 positions"):
         engine.generate([[3] * 250], SETTINGS)
@@ -330,6 +338,77 @@ def test_without_vllm():
         make()
 
 
-def test_weights_go_over_nccl_only(sent):
-    with fake_server() as server, pytest.raises(NotImplementedError, match="from a CUDA device; training runs on cpu"):
-        VLLMServer(ServerURL(server.url), timeout=5).join(torch.device("cpu"), 51216)
+def recorded() -> dict[tuple[str, int], dict]:
+    """What vLLM 0.31 answered, by path and status: test_real_vllm.py holds that it still does."""
+    text = (Path(__file__).parent / "recorded_vllm.json").read_text(encoding="utf-8")
+    return {(entry["path"], entry["status"]): entry for entry in json.loads(text)}
+
+
+def test_answers_of_vllm_itself_are_read():
+    entries = recorded()
+    answers = {path: entry["answer"] for (path, status), entry in entries.items() if status == 200}
+    completed = entries["/v1/completions", 200]
+    with fake_server(answers) as own:
+        server = VLLMServer(ServerURL(own.url), timeout=5)
+        found = server.complete(completed["body"]["prompt"], 2, {})
+        generated = server.complete_with_images([[5, 6, 7]], [None], 2, {})
+    assert server.model == "MODEL"
+    assert [len(ids) for ids in found[0]] == [len(logprobs) for logprobs in found[1]] == [4, 4, 4, 4]
+    # The same seed and prompt, asked for in both ways.
+    assert generated[0][0] == found[0][0] and generated[1][0] == found[1][0]
+
+
+@pytest.mark.parametrize(("path", "status"), [key for key in recorded() if key[1] != 200])
+def test_refusals_of_vllm_itself_are_shown(path, status):
+    entry = recorded()[path, status]
+    with fake_server({path: (status, entry["answer"])}) as own:
+        server = VLLMServer(ServerURL(own.url), timeout=5)
+        with pytest.raises(RuntimeError) as error:
+            server.ask("POST", path, json=entry["body"])
+    # A quote is escaped on the way.
+    said = str(error.value).replace("\\", "")
+    assert f"answered {status}" in said and entry["answer"]["error"]["message"][:60] in said
+
+
+def test_weights_go_through_files_from_other_devices():
+    model, found = tiny_model(), {}
+
+    def reload() -> dict:
+        body = next(body for _, path, body in reversed(server.requests) if path == "/collective_rpc")
+        found["folder"] = Path(body["kwargs"]["weights_path"])
+        found["weights"] = {}
+        for file in sorted(found["folder"].glob("*.safetensors")):
+            found["weights"] |= load_file(file)
+        return {"results": [None]}
+
+    with fake_server({"/collective_rpc": reload}) as server:
+        weights = open_weights(VLLMServer(ServerURL(server.url), timeout=5), torch.device("cpu"), 0)
+        weights.send(weight_metadata(model), merged_weights(model))
+        paths = [path for _, path, _ in server.requests]
+    assert paths[-2:] == ["/collective_rpc", "/reset_prefix_cache"]
+    assert list(found["weights"]) != [] and not found["folder"].exists()
+    for name, weight in merged_weights(model):
+        assert torch.equal(found["weights"][name], weight)
+
+
+def test_files_that_the_server_does_not_see():
+    entry = recorded()["/collective_rpc", 500]
+    with fake_server({"/collective_rpc": (500, entry["answer"])}) as server:
+        weights = open_weights(VLLMServer(ServerURL(server.url), timeout=5), torch.device("cpu"), 0)
+        with pytest.raises(RuntimeError, match="the server has to run on a machine that sees .*TMPDIR"):
+            weights.send([], merged_weights(tiny_model()))
+
+
+def test_large_weights_are_written_to_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_weights, "_FILE_BYTES", 1000)
+    model = tiny_model()
+    vllm_weights._write(tmp_path, merged_weights(model))
+    files = [load_file(file) for file in sorted(tmp_path.iterdir())]
+    assert len(files) > 3 and sum(map(len, files)) == len(dict(merged_weights(model)))
+
+
+def test_a_colocated_engine_on_a_cpu_loads_weights_as_a_whole(sent):
+    engine, model = VLLMColocatedEngine("folder", device=torch.device("cpu"), end_ids={END}), tiny_model()
+    engine.sync_weights(model, 0)
+    assert list(engine.llm.weights) == [name for name, _ in model.named_parameters()]
+    assert engine.llm.log == [("collective_rpc", "reload_weights"), ("reset_prefix_cache",)]

@@ -99,7 +99,7 @@ def test_a_server_without_the_endpoints(prompts, processor, monkeypatch):
 def test_llm_in_the_process_is_given_what_trl_gives_it(prompts, processor, monkeypatch):
     install_fake_vllm(monkeypatch)
     ids, images, shown = prompts
-    engine = VLLMColocatedEngine("model", end_ids={END})
+    engine = VLLMColocatedEngine("model", device=torch.device("cuda"), end_ids={END})
     engine.generate(ids, SETTINGS, images=images)
     _, given, parameters = engine.llm.log[-1]
     recorded = []

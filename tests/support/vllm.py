@@ -140,6 +140,10 @@ class FakeLLM:
     def wake_up(self, tags):
         self.log.append(("wake_up", tags))
 
+    def collective_rpc(self, method, kwargs):
+        self.log.append(("collective_rpc", method))
+        self.weights.update(kwargs["weights_iterator"])
+
     def reset_prefix_cache(self):
         self.log.append(("reset_prefix_cache",))
 

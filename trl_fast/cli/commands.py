@@ -24,7 +24,8 @@ _NOTES = (
 
 @dataclass(frozen=True)
 class Command:
-    """Describes one command. Those that are no method of METHODS are `trl_fast.cli.NAME`, with a function `prepare`.
+    """Describes one command. Those that are no method of METHODS are modules `trl_fast.cli.NAME`, - being _, with a
+    function `prepare`.
 
     Args:
         name: what stands after `trl-fast`.
@@ -106,6 +107,13 @@ _COMMANDS = (
     Command("env", MACHINE, "print versions, the kernels in use, and why others are not"),
     Command("bench", MACHINE, "measure the kernels on this machine"),
     Command("run", MACHINE, "run a script written for TRL, unchanged"),
+    Command(
+        "vllm-serve",
+        MACHINE,
+        "start vLLM's server as trainers with use_vllm expect it",
+        ("trl_fast.cli.vllm_serve:VLLMServeArguments",),
+        "--model MODEL",
+    ),
 )
 
 # By name, in the order in which the help shows them.

@@ -124,7 +124,7 @@ def _prepare(command: str, arguments: list[str]) -> Callable[[], int]:
         from .training import prepare_training
 
         return prepare_training(METHODS[command], arguments)
-    return importlib.import_module(f"trl_fast.cli.{command}").prepare(arguments)
+    return importlib.import_module(f"trl_fast.cli.{command.replace('-', '_')}").prepare(arguments)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,6 @@ GONE_MODULES: dict[str, str] = {
     "trl.cli": "use the command trl-fast",
     "trl.distributed": _SHARDED,
     "trl.scripts.distillation": _DISTILLATION,
-    "trl.scripts.vllm_serve": "start the server with `vllm serve`; where none answers, the trainer says "
-    "with which arguments",
     "trl.trainer.distillation_config": _DISTILLATION,
     "trl.trainer.distillation_trainer": _DISTILLATION,
     "trl.trainer.judges": GONE["*Judge"],

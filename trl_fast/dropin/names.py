@@ -319,6 +319,12 @@ MODULES: dict[str, dict[str, str]] = {
         **_places("trl_fast.cli.arguments", "DatasetConfig"),
         **_places(f"{_HELPERS}.scripts", "get_git_commit_hash"),
     },
+    "trl.scripts.vllm_serve": {
+        "ScriptArguments": "trl_fast.cli.vllm_serve:VLLMServeArguments",
+        "build_command": "trl_fast.cli.vllm_serve:build_command",
+        "main": "trl_fast.cli.vllm_serve:serve",
+        "make_parser": f"{_HELPERS}.scripts:make_serve_parser",
+    },
     "trl.utils": _places("trl_fast", "ScriptArguments"),
     "trl.env_utils": {"strtobool": "transformers.utils.generic:strtobool"},
     "trl.commands": _OLDER_COMMANDS,

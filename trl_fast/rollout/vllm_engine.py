@@ -1,7 +1,7 @@
 """Generates completions by vLLM, in a server or in this process, with the log-probabilities of its sampling.
 
-vLLM is optional: `pip install 'trl-fast[vllm]'`. This was tried against stand-ins for vLLM and its server only,
-with requests compared with those of TRL 1.16.0's client: no vLLM has run with this code.
+vLLM is optional: `pip install 'trl-fast[vllm]'`. Requests are those of TRL 1.16.0's client. `make test-vllm` runs this
+with vLLM 0.31 itself on a CPU; weights over NCCL and sleeping need a GPU, and were tried against stand-ins only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .engine import Rollout, SamplingSettings, check_prompts, end_token_ids
 from .images import PromptImages
 from .vllm_images import multi_modal_data, placed_features
 from .vllm_server import VLLMServer
+from .vllm_weights import open_weights
 from .weights import merged_weights, weight_metadata
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class VLLMServerEngine(_VLLMEngine):
     Args:
         url, timeout: as in `VLLMServer`.
         group_port: port of the NCCL group that weights are sent through.
-        device: the CUDA device that they are sent from.
+        device: the device that trains. From a CUDA device weights go over NCCL, from others through files.
         The others are those of _VLLMEngine.
 
     Raises:
@@ -136,7 +137,7 @@ class VLLMServerEngine(_VLLMEngine):
 
         def join() -> None:
             self.server = VLLMServer(url, timeout=timeout)
-            self.server.join(device, group_port)
+            self.weights = open_weights(self.server, device, group_port)
             mode = (self.server.config().get("model_config") or {}).get("logprobs_mode")
             if mode != _LOGPROBS_MODE:
                 logger.warning(
@@ -209,7 +210,7 @@ class VLLMServerEngine(_VLLMEngine):
 
         def send() -> None:
             try:
-                self.server.load(metadata, weights)
+                self.weights.send(metadata, weights)
             finally:
                 # The others take part in gathering sharded weights to the end, whatever became of the request.
                 deque(weights, maxlen=0)
@@ -220,10 +221,11 @@ class VLLMServerEngine(_VLLMEngine):
 
 
 class VLLMColocatedEngine(_VLLMEngine):
-    """Samples from a vLLM in this process, on the GPU that also trains; each process has its own.
+    """Samples from a vLLM in this process, on the device that also trains; each process has its own.
 
     Args:
         model: name or folder that vLLM reads the architecture and the first weights from.
+        device: the device that trains, and that vLLM samples on.
         sleeps: whether vLLM's memory is freed after each generation; its weights are then loaded before the next.
         llm_arguments: further arguments of `vllm.LLM`.
         The others are those of _VLLMEngine.
@@ -236,6 +238,7 @@ class VLLMColocatedEngine(_VLLMEngine):
         self,
         model: str,
         *,
+        device: torch.device,
         end_ids: set[int],
         max_positions: int | None = None,
         sleeps: bool = False,
@@ -246,6 +249,8 @@ class VLLMColocatedEngine(_VLLMEngine):
         super().__init__(end_ids, max_positions, regex, image_token_id)
         self.vllm = _import_vllm()
         self.sleeps = sleeps
+        # On a CPU vLLM keeps weights packed for its products, so that they cannot be written where they are.
+        self.repacks_weights = device.type == "cpu"
         state = PartialState()
         _set_rendezvous(state)
         self.llm = self.vllm.LLM(
@@ -304,9 +309,12 @@ class VLLMColocatedEngine(_VLLMEngine):
         if self.sleeps:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        loader = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-        for name, weight in merged_weights(model):
-            loader.load_weights([(name, weight)])
+        if self.repacks_weights:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
+        else:
+            loader = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+            for name, weight in merged_weights(model):
+                loader.load_weights([(name, weight)])
         self.llm.reset_prefix_cache()
 
     def _sleep(self) -> None:
@@ -339,6 +347,7 @@ def make_vllm_engine(
         raise ValueError("use_vllm=True cannot be used with a model in 4 or 8 bits, whose weights vLLM cannot load")
     limit = args.vllm_max_model_length or getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     common = {
+        "device": accelerator.device,
         "end_ids": end_token_ids(inner, tokenizer),
         "max_positions": limit,
         "regex": args.vllm_structured_outputs_regex,
@@ -347,7 +356,6 @@ def make_vllm_engine(
     if args.vllm_mode == "server":
         return VLLMServerEngine(
             server_url(args),
-            device=accelerator.device,
             timeout=args.vllm_server_timeout,
             group_port=args.vllm_group_port,
             **common,
@@ -359,6 +367,8 @@ def make_vllm_engine(
         )
     return VLLMColocatedEngine(
         cast("str", inner.name_or_path),
+        # By itself vLLM takes weights in float32 for bfloat16: right where the policy computes so too.
+        dtype="float32" if inner.dtype == torch.float32 and not (args.bf16 or args.fp16) else "auto",
         sleeps=args.vllm_enable_sleep_mode,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         max_model_len=args.vllm_max_model_length,

@@ -1,22 +1,19 @@
-"""Asks `vllm serve` over HTTP for completions, and gives it new weights over NCCL.
+"""Asks `vllm serve` over HTTP for completions.
 
-Endpoints and their order are those that TRL 1.16.0 uses. They were tried against a stand-in for the server only: no
-vLLM has run with this code.
+Endpoints and their order are those that TRL 1.16.0 uses.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import requests
-import torch
 from PIL import Image
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
@@ -33,11 +30,11 @@ _POLL_SECONDS = 2.0
 _HEALTH_SECONDS = 5.0
 # Seconds after which it is said again that a server is waited for.
 _LINE_SECONDS = 60.0
-_START = (
+START_COMMAND = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs --max-logprobs -1"
 )
-_IS_IT_VLLM = f"is it vLLM's? Start it with `{_START}`"
+_IS_IT_VLLM = f"is it vLLM's? Start it with `{START_COMMAND}`"
 # What prompts with images are read by, and what that needs.
 _RENDER = "/v1/chat/completions/render"
 _SCALE_OUT = "prompts with images need it: from vLLM 0.30 on, start the server with --enable-scale-out too"
@@ -72,9 +69,8 @@ class VLLMServer:
         again.raise_on_status = False
         for part in ("/v1/", "/inference/v1/"):
             self.session.mount(f"{self.base_url}{part}", HTTPAdapter(max_retries=again))
-        self.group: Any = None
         self._wait(timeout)
-        self.model = self._ask("GET", "/v1/models").read(str, "data", 0, "id")
+        self.model = self.ask("GET", "/v1/models").read(str, "data", 0, "id")
 
     def _wait(self, timeout: float) -> None:
         """Waits until the server is up; says once a minute that it waits, and for what."""
@@ -87,8 +83,8 @@ class VLLMServer:
             now = time.monotonic()
             if now + _POLL_SECONDS > end:
                 raise ConnectionError(
-                    f"the vLLM server at {self.base_url} {state} after {timeout:g} seconds; start it with `{_START}`, "
-                    "or wait longer with vllm_server_timeout"
+                    f"the vLLM server at {self.base_url} {state} after {timeout:g} seconds; start it with "
+                    f"`{START_COMMAND}`, or wait longer with vllm_server_timeout"
                 )
             if said == start or now - said >= _LINE_SECONDS:
                 said = now
@@ -115,8 +111,8 @@ class VLLMServer:
         _Answer("GET", f"{self.base_url}/health", response).check()
         return None
 
-    def _ask(self, method: str, path: str, hint: str = _IS_IT_VLLM, **kwargs: Any) -> _Answer:
-        """Returns the server's answer; hint: what is said where it does not know the path."""
+    def ask(self, method: str, path: str, hint: str = _IS_IT_VLLM, **kwargs: Any) -> _Answer:
+        """Returns the server's answer; hint: what is said where it does not know the path; kwargs: of `requests`."""
         try:
             response = self.session.request(
                 method, f"{self.base_url}{path}", timeout=(_HEALTH_SECONDS, self.request_timeout), **kwargs
@@ -142,7 +138,7 @@ class VLLMServer:
             "return_tokens_as_token_ids": True,
             **parameters,
         }
-        answer = self._ask("POST", "/v1/completions", json=body)
+        answer = self.ask("POST", "/v1/completions", json=body)
         return self._read([answer], n * len(prompts), "token_logprobs")
 
     def image_features(self, pictures: Sequence[Sequence[Image.Image]]) -> list[dict[str, Any] | None]:
@@ -152,7 +148,7 @@ class VLLMServer:
             if not own:
                 return None
             body = {"model": self.model, "messages": image_messages(own), "max_tokens": 1}
-            answer = self._ask("POST", _RENDER, json=body, hint=_SCALE_OUT)
+            answer = self.ask("POST", _RENDER, json=body, hint=_SCALE_OUT)
             answer.read(list, "features", "mm_placeholders", "image")
             found: dict[str, Any] = answer.read(dict, "features")
             return found
@@ -175,7 +171,7 @@ class VLLMServer:
                 "features": features[index],
                 "sampling_params": sampling,
             }
-            return self._ask("POST", "/inference/v1/generate", json=body, hint=_SCALE_OUT)
+            return self.ask("POST", "/inference/v1/generate", json=body, hint=_SCALE_OUT)
 
         with ThreadPoolExecutor(max_workers=_REQUESTS_AT_ONCE) as executor:
             answers = list(executor.map(answer, range(len(prompts))))
@@ -203,70 +199,7 @@ class VLLMServer:
 
     def config(self) -> dict[str, Any]:
         """Returns the server's own configuration."""
-        return self._ask("GET", "/server_info", params={"config_format": "json"}).read(dict, "vllm_config")
-
-    def join(self, device: torch.device, port: int) -> None:
-        """Opens the NCCL group that weights are sent through: the trainer is rank 0, the server's workers follow.
-
-        Raises:
-            NotImplementedError: the device is no CUDA device.
-        """
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-        from vllm.utils.network_utils import get_ip
-
-        if device.type != "cuda":
-            raise NotImplementedError(
-                f"weights are sent to a vLLM server over NCCL, from a CUDA device; training runs on {device}"
-            )
-        if self.config().get("weight_transfer_config") is None:
-            raise RuntimeError(f"the vLLM server at {self.base_url} takes no weights; start it with `{_START}`")
-        workers = self._ask("GET", "/get_world_size").read(int, "world_size")
-        info = {
-            "master_address": get_ip(),
-            "master_port": port,
-            "rank_offset": 1,
-            "world_size": workers + 1,
-            "packed": True,
-        }
-        if device.index is not None:
-            torch.cuda.set_device(device)
-        self.group = self._beside("/init_weight_transfer_engine", {"init_info": info}, lambda: trainer_init(info))
-        atexit.register(self.leave)
-
-    def load(self, metadata: list[tuple[str, str, list[int]]], weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Sends weights through the group, and has the server forget what it computed with the ones before.
-
-        metadata: name, dtype such as bfloat16, and shape of each, in the order of `weights`.
-        """
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
-
-        names, dtypes, shapes = (list(column) for column in zip(*metadata, strict=True))
-        info = {"names": names, "dtype_names": dtypes, "shapes": shapes}
-        self._ask("POST", "/start_weight_update", json={})
-        self._beside(
-            "/update_weights",
-            {"update_info": info},
-            lambda: packed_nccl_broadcast_producer(
-                iterator=weights, group=self.group, src=0, post_iter_func=lambda item: item[1]
-            ),
-        )
-        self._ask("POST", "/finish_weight_update", json={})
-        self._ask("POST", "/reset_prefix_cache")
-
-    def _beside(self, path: str, body: dict[str, Any], act: Any) -> Any:
-        """Does something while the server, in the request, waits for just that."""
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            request = executor.submit(self._ask, "POST", path, json=body)
-            done = act()
-            request.result()
-        return done
-
-    def leave(self) -> None:
-        """Closes the group; its socket would keep the server waiting."""
-        if self.group is not None:
-            self.group.group.store = None
-            self.group.group.socket = None
-            self.group = None
+        return self.ask("GET", "/server_info", params={"config_format": "json"}).read(dict, "vllm_config")
 
 
 class _Answer:
@@ -302,7 +235,7 @@ class _Answer:
             place = "".join(f"[{key!r}]" for key in path)
             raise RuntimeError(
                 f"{self._asked}: expected an answer of vLLM's, JSON with {place}, got {shown(self._response.text)}; "
-                f"is it vLLM's server? Start it with `{_START}`"
+                f"is it vLLM's server? Start it with `{START_COMMAND}`"
             )
         return value
 

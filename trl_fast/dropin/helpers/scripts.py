@@ -13,6 +13,7 @@ from trl_fast.cli.argument_places import argument_types
 from trl_fast.cli.parser import TrlParser
 from trl_fast.cli.rewards import REWARD_FUNCTIONS
 from trl_fast.cli.training import checkpoint_to_resume, make_trainer, train
+from trl_fast.cli.vllm_serve import VLLMServeArguments
 from trl_fast.trainers.methods import METHODS
 
 
@@ -34,6 +35,13 @@ def main(name: str, script_args: Any, training_args: Any, model_args: Any, datas
     status = train(trainer, checkpoint_to_resume(trainer), dataset_name=script_args.dataset_name)
     if status:
         raise SystemExit(status)
+
+
+def make_serve_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None) -> Any:
+    """Makes the parser of `vllm-serve`, as one of several sub-commands if there are `subparsers`."""
+    if subparsers is None:
+        return TrlParser(VLLMServeArguments, prog=prog)
+    return subparsers.add_parser("vllm-serve", dataclass_types=VLLMServeArguments)
 
 
 def get_git_commit_hash(package_name: str) -> str | None:
