@@ -14,7 +14,7 @@ from trl_fast.cli.main import main
 
 @pytest.fixture
 def executed(monkeypatch):
-    """What the process becomes, instead of becoming it."""
+    """Catches the command that the process would become."""
     install_fake_vllm(monkeypatch)
     sys.modules["vllm"].__spec__ = SimpleNamespace()
     found = []

@@ -147,7 +147,7 @@ def test_flags_of_commands_exist(name, words, unpacked, capsys):
     elif command.startswith("--"):
         assert main([command]) == 0
     else:
-        assert importlib.util.find_spec(f"trl_fast.cli.{command}"), command
+        assert importlib.util.find_spec(f"trl_fast.cli.{command.replace('-', '_')}"), command
         method = arguments[:1] if COMMANDS[command].takes_method else []
         with suppress(SystemExit):
             main([command, *method, "--help", *(["all"] if COMMANDS[command].arguments else [])])

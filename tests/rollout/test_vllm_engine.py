@@ -339,7 +339,7 @@ def test_without_vllm():
 
 
 def recorded() -> dict[tuple[str, int], dict]:
-    """What vLLM 0.31 answered, by path and status: test_real_vllm.py holds that it still does."""
+    """Answers of vLLM 0.31 by path and status; test_real_vllm.py holds that it still gives them."""
     text = (Path(__file__).parent / "recorded_vllm.json").read_text(encoding="utf-8")
     return {(entry["path"], entry["status"]): entry for entry in json.loads(text)}
 
