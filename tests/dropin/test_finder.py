@@ -56,7 +56,7 @@ def test_every_way_of_importing(installed):
     "statement, message",
     [
         ("from trl import pack_examples", "trl.pack_examples: TRL had it until 0.19; use pack_dataset"),
-        ("from trl.trainer import ORPOTrainer", "trl.trainer.ORPOTrainer: TRL had it until 0.28.*trl.experimental"),
+        ("from trl.trainer import XPOTrainer", "trl.trainer.XPOTrainer: TRL had it until 0.28.*trl.experimental"),
         ("from trl import DistillationTrainer", "trl.DistillationTrainer: trl_fast does not train by distillation"),
         (
             "from trl.trainer.utils import get_peft_config, unheard",

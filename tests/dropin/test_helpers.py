@@ -394,9 +394,9 @@ def test_a_model_card():
 
 
 def test_configs_of_methods_that_are_gone():
-    orpo = import_place("trl_fast.dropin.helpers.older_arguments:ORPOConfig")
+    prm = import_place("trl_fast.dropin.helpers.older_arguments:PRMConfig")
 
-    class Mine(orpo):
+    class Mine(prm):
         pass
 
     with pytest.raises(NotImplementedError, match="Mine: trl_fast does not have this method"):

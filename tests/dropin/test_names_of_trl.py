@@ -72,6 +72,7 @@ OLDER_MODULES = {
     "trl.experimental.ppo",
     "trl.experimental.ppo.ppo_config",
     "trl.experimental.ppo.ppo_trainer",
+    *(f"trl.trainer.{name}_{part}" for name in ("orpo", "cpo") for part in ("config", "trainer")),
     "trl.experimental.kto.kto_config",
     "trl.experimental.kto.kto_trainer",
     "trl.scripts.ppo",

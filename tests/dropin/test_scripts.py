@@ -13,6 +13,7 @@ SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("*.py"))
 # One deprecation line each for what is older.
 OLDER = {
     "dpo": ["max_prompt_length", "tokenizer"],
+    "orpo": ["max_prompt_length", "tokenizer"],
     "sft": ["tokenizer"],
     "sft_model_name": [],
     "reward": [],

@@ -43,6 +43,14 @@ from trl_fast.losses.loss_inputs import PolicyLossInputs
 from trl_fast.losses.policy_gradient import LOSSES as POLICY_LOSSES
 from trl_fast.losses.policy_gradient import PolicyLossConfig, policy_terms
 from trl_fast.losses.ppo import ppo_loss_inputs, value_loss
+from trl_fast.losses.reference_free import (
+    CPO_LOSSES,
+    TPO_LOSSES,
+    WITHOUT_SMOOTHING,
+    CPOLossConfig,
+    ORPOLossConfig,
+    TPOLossConfig,
+)
 from trl_fast.losses.reward import reward_loss
 from trl_fast.losses.sft import TOKEN_LOSSES
 from trl_fast.trainers.methods import METHODS
@@ -53,6 +61,9 @@ PREPARES = {
     "dpo": prepare_preference_dataset,
     "reward": prepare_reward_dataset,
     "kto": prepare_unpaired_dataset,
+    "orpo": prepare_preference_dataset,
+    "cpo": prepare_preference_dataset,
+    "tpo": lambda rows, tokenizer: prepare_preference_dataset(rows, tokenizer, others=("reference",)),
     "grpo": prepare_prompt_dataset,
     "rloo": prepare_prompt_dataset,
     "ppo": lambda rows, tokenizer: (
@@ -299,6 +310,25 @@ def test_formulas_of_kto_are_those_of_the_code():
             computed = value(in_backticks(cell)[0], r=r, z=z, β=0.3, w_d=1.5, w_u=0.7)
             labels = torch.full_like(r, label, dtype=torch.bool)
             torch.testing.assert_close(computed, kto_losses(r, labels, z, config), msg=name)
+
+
+def test_formulas_of_the_losses_without_a_reference_are_those_of_the_code():
+    chosen, rejected = (-vector.abs() for vector in random_vectors(2))
+    names = {"l_c": chosen, "l_r": rejected, "L_c": chosen, "L_r": rejected, "β": 0.3, "ε": 0.1, "γ": 0.2}
+    computed = value(formulas("orpo", "The formulas")["orpo"], **names)
+    torch.testing.assert_close(computed, ORPOLossConfig(beta=0.3).pair_losses(chosen, rejected))
+    found = {"cpo": formulas("cpo", "The formulas"), "tpo": formulas("tpo", "The formulas")}
+    assert found["cpo"].keys() == set(CPO_LOSSES) and found["tpo"].keys() == set(TPO_LOSSES)
+    for method, known in found.items():
+        for name, formula in known.items():
+            smoothing = {} if name in WITHOUT_SMOOTHING else {"label_smoothing": 0.1}
+            if method == "cpo":
+                config = CPOLossConfig(beta=0.3, loss_type=name, simpo_gamma=0.2, alpha=0.4, **smoothing)
+            else:
+                config = TPOLossConfig(beta=0.3, loss_type=name, tpo_l_gamma=0.2, **smoothing)
+            rewards = {"R_c": config.shaped(chosen), "R_r": config.shaped(rejected)}
+            computed = value(formula, **names, **rewards)
+            torch.testing.assert_close(computed, config.pair_losses(chosen, rejected), msg=name)
 
 
 def test_formulas_of_the_policy_losses_are_those_of_the_code():

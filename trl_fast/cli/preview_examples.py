@@ -20,6 +20,7 @@ from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.data.assistant_turns import split_turns
 from trl_fast.data.images.columns import load_images
 from trl_fast.data.images.reader import ImageReader
+from trl_fast.data.preference import GOLD_COLUMN
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.data.reward_modeling import REWARD_POSITIONS, SEQUENCE_COLUMNS
 from trl_fast.data.row_checks import TOKEN_COLUMNS
@@ -51,6 +52,9 @@ DROPPED_BECAUSE = {
     "sft": "no token to learn within max_length",
     "dpo": "the prompt alone fills max_length",
     "kto": "the prompt alone fills max_length",
+    "orpo": "the prompt alone fills max_length",
+    "cpo": "the prompt alone fills max_length",
+    "tpo": "the prompt alone fills max_length",
     "reward": "chosen or rejected is longer than max_length",
 }
 _NAMES = {
@@ -58,6 +62,7 @@ _NAMES = {
     "chosen_ids": "chosen",
     "rejected_ids": "rejected",
     "completion_ids": "completion",
+    GOLD_COLUMN: "gold",
     KL_COLUMN: "completion of another row",
 }
 
@@ -182,7 +187,8 @@ class Examples:
     def columns(self) -> tuple[str, ...]:
         """Returns the columns of token ids that a row's parts are made of, the prompt first."""
         columns = self.prepared.column_names
-        return tuple(name for name in (PROMPT_IDS, *TOKEN_COLUMNS[1:], "completion_ids", KL_COLUMN) if name in columns)
+        known = (PROMPT_IDS, *TOKEN_COLUMNS[1:], GOLD_COLUMN, "completion_ids", KL_COLUMN)
+        return tuple(name for name in known if name in columns)
 
     @functools.cached_property
     def _places(self) -> dict[int, list[int]]:

@@ -12,7 +12,12 @@ from .dataset_types import AnyDataset
 from .dict_batch import DictBatch, DictCollator
 from .formats import extract_prompt, is_conversational, maybe_extract_prompt
 from .packing import LAYOUTS, TokenBatch, pack_trees
-from .preference import DataCollatorForPreference, PreferenceCollator, prepare_preference_dataset
+from .preference import (
+    DataCollatorForPreference,
+    DataCollatorForTriplePreference,
+    PreferenceCollator,
+    prepare_preference_dataset,
+)
 from .reward_modeling import (
     DataCollatorForReward,
     RewardCollator,
@@ -52,6 +57,7 @@ __all__ = [
     "DataCollatorForLanguageModeling",
     "DataCollatorForPreference",
     "DataCollatorForReward",
+    "DataCollatorForTriplePreference",
     "DataCollatorForUnpairedPreference",
     "DictBatch",
     "DictCollator",

@@ -44,7 +44,7 @@ class TokenBatch:
       the scored token.
     - `targets` (N,) int64: the scored token's id.
     - `branch` (N,) int64: the sequence that it belongs to.
-    - `offset` (N,) int64: its 0-based index in its (truncated) completion.
+    - `offset` (N,) int64: its 0-based index in its (truncated) completion; below 0 for a token of the prompt.
     - `branch_lengths` (S,) int64: completion tokens after truncation, also those that nothing predicts.
     - `num_tokens`: tokens of all sequences after truncation; a prompt counts once for each of its branches.
     - `group_sizes`: how many of the N scored tokens belong to each tree, in order.
@@ -142,6 +142,7 @@ def pack_trees(
     pad_to_multiple_of: int | None = None,
     *,
     compares_tokens: bool = False,
+    scores_prompts: bool = False,
     image_layout: ImageLayout | None = None,
 ) -> TokenBatch:
     """Lays out `trees` as one batch.
@@ -153,6 +154,8 @@ def pack_trees(
 
     compares_tokens: whether sequences also share what they begin alike with where the trees do not say so, such as the
     system message of different prompts, or the first tokens of two completions.
+
+    scores_prompts: whether the prompt of a tree is scored too, with its first branch.
 
     image_layout: how the model wants to have images; needed where the trees have some.
 
@@ -176,8 +179,13 @@ def pack_trees(
         images = SequenceImages([each.images for each in sequences], image_layout, ends)
     rows = lay_out(ids, layout, pad_token_id, pad_to_multiple_of, shared, images)
     # Nothing predicts the first token of a sequence.
-    scored = [range(max(start, 1), len(tokens)) for tokens, start, *_ in sequences]
-    targets = [tokens[max(start, 1) :] for tokens, start, *_ in sequences]
+    firsts = [
+        1 if scores_prompts and number == 0 else max(each.start, 1)
+        for group in groups
+        for number, each in enumerate(group)
+    ]
+    scored = [range(first, len(tokens)) for first, tokens in zip(firsts, ids, strict=True)]
+    targets = [tokens[first:] for first, tokens in zip(firsts, ids, strict=True)]
     sizes = iter(map(len, scored))
     return TokenBatch(
         **rows.fields,

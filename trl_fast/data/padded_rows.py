@@ -49,11 +49,13 @@ def completion_batch(
     completion_mask: torch.Tensor,
     *,
     branches: int,
+    scores_prompts: bool = False,
     images: dict[str, torch.Tensor] | None = None,
 ) -> TokenBatch:
     """Returns the padded batch of sequences whose marked tokens are scored.
 
-    A marked token is scored if one of its row stands before it, as in TRL's shift by one.
+    A marked token is scored if one of its row stands before it, as in TRL's shift by one. With `scores_prompts` so are
+    all tokens of prompts' first completions.
 
     input_ids, attention_mask, completion_mask: (S, T) int64: rows of all prompts' first completions, then of all their
     second ones, and so on. branches: how many completions a prompt has. images: those of the rows, by keyword of the
@@ -62,9 +64,13 @@ def completion_batch(
     rows, width = input_ids.shape
     places = torch.arange(width, device=input_ids.device).expand_as(input_ids).contiguous()
     marked = completion_mask.bool()
+    learned = marked
+    if scores_prompts:
+        learned = marked.clone()
+        learned[: rows // branches] |= attention_mask[: rows // branches].bool()
     # The row of each sequence; sequences are numbered prompt by prompt.
     row_of = torch.arange(rows, device=input_ids.device).view(branches, -1).t().flatten()
-    branch, column = (marked & (places > 0))[row_of].nonzero().unbind(1)
+    branch, column = (learned & (places > 0))[row_of].nonzero().unbind(1)
     scored = row_of[branch] * width + column
     sizes = torch.bincount(branch, minlength=rows).view(-1, branches).sum(1)
     return TokenBatch(
@@ -75,7 +81,7 @@ def completion_batch(
         score_positions=scored - 1,
         targets=input_ids.flatten()[scored],
         branch=branch,
-        offset=(marked.long().cumsum(1) - 1).flatten()[scored],
+        offset=torch.where(marked, marked.long().cumsum(1) - 1, -1).flatten()[scored],
         branch_lengths=marked.sum(1)[row_of],
         num_tokens=int(attention_mask.sum()),
         group_sizes=tuple(sizes.tolist()),

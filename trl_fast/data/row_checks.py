@@ -50,20 +50,22 @@ def check_preference_columns(
     name: str = "train",
     token_columns: tuple[str, ...] = TOKEN_COLUMNS,
     *,
+    others: tuple[str, ...] = (),
     reads_images: bool = False,
 ) -> list[str]:
     """Returns the column names of a preference dataset; a stream's are those of its first row.
 
-    reads_images: whether there is a processor for images.
+    others: further columns of completions. reads_images: whether there is a processor for images.
 
-    Raises ValueError if the dataset is empty, has images that nothing reads, or has neither `chosen` and `rejected`
-    nor all the token columns.
+    Raises ValueError if the dataset is empty, has images that nothing reads, or has neither `chosen`, `rejected` and
+    the others nor all the token columns.
     """
     columns = read_columns(dataset, "at least one preference pair", name, reads_images=reads_images)
     warn_of_system_column(dataset, columns, name)
-    if not ({"chosen", "rejected"} <= set(columns) or set(token_columns) <= set(columns)):
+    if not ({"chosen", "rejected", *others} <= set(columns) or set(token_columns) <= set(columns)):
+        *first, last = (repr(column) for column in ("chosen", "rejected", *others))
         raise ValueError(
-            f"The {name} dataset has the columns {columns}; expected 'chosen' and 'rejected' (with or without "
+            f"The {name} dataset has the columns {columns}; expected {', '.join(first)} and {last} (with or without "
             f"'prompt'), or the tokenized {', '.join(token_columns)}. Rename yours with dataset.rename_column(...)."
         )
     return columns
@@ -136,10 +138,13 @@ def check_preference_row(
     row: int,
     name: str = "train",
     *,
+    others: tuple[str, ...] = (),
     one_may_be_empty: bool = False,
     reads_images: bool = False,
 ) -> None:
     """Checks that `chosen`, `rejected` and `prompt` (if any) are all text or all lists of messages.
+
+    others: columns of further completions, of which the same is expected.
 
     A `prompt` of the other kind than the completions is let through where they are messages: it is then ignored, and
     the prompt taken from the messages that `chosen` and `rejected` share. Empty completions are refused; with
@@ -148,12 +153,14 @@ def check_preference_row(
 
     Raises ValueError otherwise.
     """
-    empty = [column for column in ("chosen", "rejected") if example.get(column) in ("", [])]
+    completions = ("chosen", "rejected", *others)
+    empty = [column for column in completions if example.get(column) in ("", [])]
     if empty and not (one_may_be_empty and len(empty) == 1):
         raise ValueError(f"{place(name, row)}, column {empty[0]!r}: the completion is empty. {remove_rows(empty[0])}")
-    columns = [column for column in ("chosen", "rejected", "prompt") if column != "prompt" or column in example]
+    columns = [column for column in (*completions, "prompt") if column != "prompt" or column in example]
     kinds = {column: _known_kind(example.get(column), column, row, name, reads_images) for column in columns}
-    if kinds["chosen"] != kinds["rejected"] or (kinds["chosen"] == "text" and kinds.get("prompt", "text") != "text"):
+    different = len({kinds[column] for column in completions}) > 1
+    if different or (kinds["chosen"] == "text" and kinds.get("prompt", "text") != "text"):
         found = ", ".join(f"{column!r} is {kind}" for column, kind in kinds.items())
         raise ValueError(f"{place(name, row)}: {found}; expected all of them to be text, or all messages.")
     check_no_question_is_left_out(example, row, name)

@@ -20,25 +20,28 @@ SHOWN_ROWS = 5
 SCAN_ROWS = 1000
 
 
-def check_completions(dataset: Dataset, name: str = "train") -> None:
+def check_completions(dataset: Dataset, name: str = "train", others: tuple[str, ...] = ()) -> None:
     """Looks through the token columns for completions that cannot teach anything.
+
+    others: token columns of further completions, which may equal these.
 
     Raises ValueError if a completion has no token, or if chosen equals rejected in every row; warns once, with the
     count and the first rows, if it does in some.
     """
     identical = []
-    for start, table in token_tables(dataset, TOKEN_COLUMNS[1:]):
-        chosen, rejected = (table[column].combine_chunks() for column in TOKEN_COLUMNS[1:])
+    columns = (*TOKEN_COLUMNS[1:], *others)
+    for start, table in token_tables(dataset, columns):
+        chosen, rejected, *_ = (table[column].combine_chunks() for column in columns)
         lengths = {}
-        for column, values in (("chosen", chosen), ("rejected", rejected)):
-            lengths[column] = pc.fill_null(pc.list_value_length(values), 0)
+        for column in columns:
+            lengths[column] = pc.fill_null(pc.list_value_length(table[column].combine_chunks()), 0)
             empty = pc.index(lengths[column], 0).as_py()
             if empty >= 0:
                 raise ValueError(
-                    f"{place(name, start + empty)}, column '{column}_ids': the completion has no tokens. "
-                    f"{remove_rows(column + '_ids')}"
+                    f"{place(name, start + empty)}, column {column!r}: the completion has no tokens. "
+                    f"{remove_rows(column)}"
                 )
-        same_length = pc.indices_nonzero(pc.equal(lengths["chosen"], lengths["rejected"])).to_pylist()
+        same_length = pc.indices_nonzero(pc.equal(lengths["chosen_ids"], lengths["rejected_ids"])).to_pylist()
         identical += [start + row for row in same_length if chosen[row].values.equals(rejected[row].values)]
     if identical and len(identical) == len(dataset):
         raise ValueError(

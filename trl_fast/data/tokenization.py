@@ -28,20 +28,20 @@ def tokenize_preference(example: dict[str, Any], processing_class: PreTrainedTok
     where prompt + chosen or prompt + rejected first departs from the prompt's own tokens; the end of the prompt after
     that place is left out, with one warning a process.
     """
-    prompt_ids, (chosen, rejected) = _tokenize_parts(example, ("chosen", "rejected"), processing_class)
+    prompt_ids, (chosen, rejected) = tokenize_completions(example, ("chosen", "rejected"), processing_class)
     return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
 def tokenize_unpaired(example: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Returns `prompt_ids` and `completion_ids` of a row, as `tokenize_preference` does."""
-    prompt_ids, (completion,) = _tokenize_parts(example, ("completion",), processing_class)
+    prompt_ids, (completion,) = tokenize_completions(example, ("completion",), processing_class)
     return {"prompt_ids": prompt_ids, "completion_ids": completion}
 
 
-def _tokenize_parts(
+def tokenize_completions(
     example: dict[str, Any], columns: tuple[str, ...], processing_class: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[list[int]]]:
-    """Returns the token ids of the prompt, and of the completion in each of the columns."""
+    """Returns the token ids of the prompt, and of the completion in each column, as `tokenize_preference` does."""
     if is_conversational(example):
         options = template_options(example)
         prompt_ids = _template_ids(processing_class, example["prompt"], add_generation_prompt=True, **options)

@@ -67,9 +67,7 @@ GONE: dict[str, str] = {
         ),
         _until("0.28, then for a while under trl.experimental", _DROPPED),
     ),
-    **dict.fromkeys(
-        (f"{method}Trainer" for method in ("CPO", "GKD", "ORPO", "OnlineDPO")), _until("0.28", _EXPERIMENTAL)
-    ),
+    **dict.fromkeys((f"{method}Trainer" for method in ("GKD", "OnlineDPO")), _until("0.28", _EXPERIMENTAL)),
     "MergeModelCallback": _until("0.26", _EXPERIMENTAL),
     **dict.fromkeys(("*Judge", "WinRateCallback"), _until("0.28", _DROPPED)),
     "BestOfNSampler": _until("0.24", "generate with num_return_sequences and choose the best by its reward"),

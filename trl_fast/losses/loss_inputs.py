@@ -129,6 +129,61 @@ class PreferenceLossInputs:
 
 
 @dataclass(frozen=True, eq=False)
+class CompletionLossInputs:
+    """Holds which of N scored tokens belongs to which of S = k·P completions of P prompts, k for each.
+
+    - `branch` (N,) int64: the completion of each token; those of a prompt follow each other.
+    - `offset` (N,) int64: its index there; a token of the prompt, which counts for no completion, has one below 0.
+    - `num_completions`: S; `width`: k.
+    """
+
+    branch: torch.Tensor
+    offset: torch.Tensor
+    num_completions: int
+    width: int
+
+    def __len__(self) -> int:
+        """Returns the number of prompts P."""
+        return self.num_completions // self.width
+
+    @cached_property
+    def is_completion(self) -> torch.Tensor:
+        """Says which tokens are no prompts', (N,) bool."""
+        return self.offset >= 0
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Counts the scored tokens of each completion, (S,) int64."""
+        return self.sums(torch.ones_like(self.branch))
+
+    def of(self, column: int, *, with_prompts: bool = False) -> torch.Tensor:
+        """Says which tokens are those of the prompts' completions of that number, (N,) bool.
+
+        with_prompts: whether tokens of the prompts that are scored with them are among them.
+        """
+        found = self.branch % self.width == column
+        return found if with_prompts else found & self.is_completion
+
+    def sums(self, values: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
+        """Sums values (R,) of the tokens `rows` by completion, (S,)."""
+        own = torch.where(self.is_completion[rows], values, 0)
+        return sums_by_sequence(own, self.branch, self.num_completions, rows)
+
+    def means(self, values: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
+        """Averages values (R,) of the tokens `rows`, all of some completions, by completion, (S,); 0 without any."""
+        return self.sums(values, rows) / self.lengths.clamp(min=1)
+
+    def has_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Says which prompts (P,) bool have tokens among `rows` (R,); those without any go with the first token."""
+        ones = torch.ones_like(self.branch)
+        without_tokens = self._by_prompt(ones) == 0
+        return (self._by_prompt(ones[rows], rows) > 0) | (without_tokens & (rows[:1] == 0).any())
+
+    def _by_prompt(self, values: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
+        return sums_by_sequence(values, self.branch, self.num_completions, rows).view(-1, self.width).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
 class KTOLossInputs:
     """Holds what the KTO loss reads of N tokens in S labelled completions.
 

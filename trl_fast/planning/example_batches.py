@@ -27,7 +27,7 @@ from .generation import Generation
 from .training_setup import TrainingSetup
 
 # Any ids do; the two texts of a pair must differ after their prompt.
-_PROMPT, _CHOSEN, _REJECTED = 1, 2, 3
+_PROMPT, _CHOSEN, _REJECTED, _GOLD = 1, 2, 3, 4
 _PAD = 0
 _CPU = torch.device("cpu")
 
@@ -86,10 +86,12 @@ def labelled_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout)
 
 
 def preference_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:
-    """Makes pairs of completions with a prompt that both share (DPO)."""
+    """Makes pairs of completions with a prompt that both share; ORPO learns the prompt, TPO a gold completion."""
     prompt, answers = _pair(setup, max_length, layout)
-    trees = [Tree(prompt, answers, setup.images)] * setup.per_device_train_batch_size
-    return pack_trees(trees, layout.name, _PAD, image_layout=layout.images)
+    gold = [[_GOLD] * (max_length - len(prompt))] if setup.method == "tpo" else []
+    trees = [Tree(prompt, [*answers, *gold], setup.images)] * setup.per_device_train_batch_size
+    learns_prompts = setup.method == "orpo"
+    return pack_trees(trees, layout.name, _PAD, scores_prompts=learns_prompts, image_layout=layout.images)
 
 
 def reward_pairs(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:

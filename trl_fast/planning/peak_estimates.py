@@ -92,7 +92,7 @@ def simulated(setup: TrainingSetup, max_length: int, layers: int | None = None) 
 
 def counted_length(setup: TrainingSetup) -> int:
     """Returns the longest sequences whose work is all counted: longer ones would take long."""
-    sequences = setup.per_device_train_batch_size * (2 if setup.method in ("dpo", "reward", "kto") else 1)
+    sequences = setup.per_device_train_batch_size * (2 if setup.method == "kto" else setup.completions_of_a_row)
     return max(setup.image_tokens + LENGTH_STEP, COUNTED_TOKENS // sequences)
 
 

@@ -20,6 +20,7 @@ from trl_fast.lazy_imports import import_place
 from trl_fast.losses.dpo import DPOLossConfig
 from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
+from trl_fast.losses.reference_free import CPOLossConfig, ORPOLossConfig, TPOLossConfig
 from trl_fast.losses.sft import nll_loss
 from trl_fast.modeling.classifier_head import read_head
 from trl_fast.modeling.policy_and_value import PolicyAndValue
@@ -43,6 +44,7 @@ from .memory_timeline import OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE
 from .training_setup import TrainingSetup
 
 Enter = Callable[[str], None]
+_REFERENCE_FREE = {"orpo": ORPOLossConfig, "cpo": CPOLossConfig, "tpo": TPOLossConfig}
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ def _dpo_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: En
     return _step(setup)(policy, batch, reference, DPOLossConfig(), head=setup.head_options).loss
 
 
+def _reference_free_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: Enter) -> torch.Tensor:
+    policy = _under_autocast(setup, models.policy)
+    return _step(setup)(policy, batch, _REFERENCE_FREE[setup.method](), head=setup.head_options).loss
+
+
 def _kto_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
     enter(REFERENCE_STAGE)
     batch, both = inputs.batch, inputs.batch[BOTH]
@@ -185,6 +192,9 @@ PLANNED: dict[str, PlannedMethod] = {
     "dpo": PlannedMethod(preference_batch, _dpo_loss, "pair", reads_images=True),
     "reward": PlannedMethod(reward_pairs, _reward_loss, "pair"),
     "kto": PlannedMethod(unpaired_batch, _kto_loss, "completion", reads_images=True),
+    "orpo": PlannedMethod(preference_batch, _reference_free_loss, "pair"),
+    "cpo": PlannedMethod(preference_batch, _reference_free_loss, "pair", reads_images=True),
+    "tpo": PlannedMethod(preference_batch, _reference_free_loss, "pair"),
     "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
     "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
     "gmpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),

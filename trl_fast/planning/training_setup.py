@@ -20,6 +20,7 @@ from trl_fast.trainers.methods import METHODS
 COMPARED_METHODS = ("dpo", "sft", "reward", "grpo")
 # Methods whose policy samples what it learns from; of the first two, completions of a prompt are compared.
 GROUP_METHODS = ("grpo", "rloo", "gmpo")
+_COMPLETIONS_OF_A_ROW = {"dpo": 2, "reward": 2, "orpo": 2, "cpo": 2, "tpo": 3}
 ONLINE_METHODS = (*GROUP_METHODS, "ppo")
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("gpu", "cpu")
@@ -184,6 +185,11 @@ class TrainingSetup:
     def kl_weight(self) -> float:
         """Returns the weight of the KL divergence from the reference policy (grpo, rloo); 0 for other methods."""
         return self.beta if self.method in GROUP_METHODS else 0.0
+
+    @property
+    def completions_of_a_row(self) -> int:
+        """Returns how many completions a row of data has, which are learned from together; 1 where it is not pairs."""
+        return _COMPLETIONS_OF_A_ROW.get(self.method, 1)
 
     @property
     def group_size(self) -> int:

@@ -156,5 +156,5 @@ _COUNTED: dict[str, Callable[[TrainingSetup, ModelSizes, Passes, float], Wire]] 
 
 def _hidden_bytes(setup: TrainingSetup, max_length: int) -> float:
     """Returns the bytes of a micro-batch's hidden states, of padded rows."""
-    sequences = setup.per_device_train_batch_size * (2 if setup.method in ("dpo", "reward") else 1)
+    sequences = setup.per_device_train_batch_size * setup.completions_of_a_row
     return sequences * max_length * setup.config.get_text_config().hidden_size * wire_itemsize(setup)

@@ -144,6 +144,15 @@ RANGES: dict[str, Range] = {
     "ld_alpha": Range(0, 1, advice="None does not weigh by length"),
     "f_alpha_divergence_coef": FINITE,
     "label_smoothing": SHARE,
+    # Methods without a reference
+    "cpo_alpha": NOT_NEGATIVE,
+    "simpo_gamma": FINITE,
+    "tpo_alpha": NOT_NEGATIVE,
+    "tpo_l_gamma": FINITE,
+    # BCO
+    "prompt_sample_size": COUNT,
+    "min_density_ratio": NOT_NEGATIVE,
+    "max_density_ratio": NOT_NEGATIVE,
     "discopop_tau": POSITIVE,
     "rpo_alpha": FINITE,
     # KTO

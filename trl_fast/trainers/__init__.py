@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .base.callbacks import LogCompletionsCallback as LogCompletionsCallback
     from .base.callbacks import SyncRefModelCallback as SyncRefModelCallback
     from .base.progress import RichProgressCallback as RichProgressCallback
+    from .cpo import CPOTrainer as CPOTrainer
+    from .cpo_config import CPOConfig as CPOConfig
     from .dpo import DPOTrainer as DPOTrainer
     from .dpo_config import DPOConfig as DPOConfig
     from .gmpo import GMPOTrainer as GMPOTrainer
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from .grpo_config import GRPOConfig as GRPOConfig
     from .kto import KTOTrainer as KTOTrainer
     from .kto_config import KTOConfig as KTOConfig
+    from .orpo import ORPOTrainer as ORPOTrainer
+    from .orpo_config import ORPOConfig as ORPOConfig
     from .ppo.config import PPOConfig as PPOConfig
     from .ppo.trainer import PPOTrainer as PPOTrainer
     from .reward import RewardTrainer as RewardTrainer
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
     from .rloo_config import RLOOConfig as RLOOConfig
     from .sft import SFTTrainer as SFTTrainer
     from .sft_config import SFTConfig as SFTConfig
+    from .tpo import TPOTrainer as TPOTrainer
+    from .tpo_config import TPOConfig as TPOConfig
 else:
     __all__ = ["METHODS", *EXPORTS]
     __getattr__, __dir__ = lazy_exports(__name__, EXPORTS)

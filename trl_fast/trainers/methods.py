@@ -55,6 +55,7 @@ class Method:
 
 
 _WITH_IMAGES = "trl_fast.data.vision_collators"
+_WITHOUT_REFERENCE = "trl_fast.trainers.base.reference_free:reference_free_step"
 _METHODS = (
     Method(
         name="sft",
@@ -97,6 +98,34 @@ _METHODS = (
             "DataCollatorForUnpairedPreference": "trl_fast.data:DataCollatorForUnpairedPreference",
             "DataCollatorForVisionUnpairedPreference": f"{_WITH_IMAGES}:DataCollatorForVisionUnpairedPreference",
         },
+    ),
+    Method(
+        name="orpo",
+        config="trl_fast.trainers.orpo_config:ORPOConfig",
+        trainer="trl_fast.trainers.orpo:ORPOTrainer",
+        step=_WITHOUT_REFERENCE,
+        help="Odds Ratio Preference Optimization, from pairs",
+        trl_packages=("trl.trainer", "trl.experimental.orpo"),
+        has_trl_script=False,
+    ),
+    Method(
+        name="cpo",
+        config="trl_fast.trainers.cpo_config:CPOConfig",
+        trainer="trl_fast.trainers.cpo:CPOTrainer",
+        step=_WITHOUT_REFERENCE,
+        help="Contrastive Preference Optimization, SimPO, from pairs",
+        trl_packages=("trl.trainer", "trl.experimental.cpo"),
+        has_trl_script=False,
+    ),
+    Method(
+        name="tpo",
+        config="trl_fast.trainers.tpo_config:TPOConfig",
+        trainer="trl_fast.trainers.tpo:TPOTrainer",
+        step=_WITHOUT_REFERENCE,
+        help="Triple Preference Optimization, from pairs with a third",
+        trl_packages=("trl.experimental.tpo",),
+        has_trl_script=False,
+        trl_names={"DataCollatorForTriplePreference": "trl_fast.data:DataCollatorForTriplePreference"},
     ),
     Method(
         name="grpo",

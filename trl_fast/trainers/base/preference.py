@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_fast.data import AnyDataset, DictCollator, TokenBatch
-from trl_fast.data.padded_rows import SEQUENCE_ENTRIES
 from trl_fast.modeling.reference_cache import reference_hash, with_reference_columns
 from trl_fast.parallel.engines import prepared_for_evaluation
 from trl_fast.parallel.failures import failing_together
 from trl_fast.parallel.partitions import whole_in_forward
 
 from .batch_reader import AnyBatch, BatchReader
+from .padded_outputs import first_sequences, with_padded_outputs
 from .preference_config import PreferenceConfig
 from .prepared_datasets import check_dataset_type
 from .reference import ReferenceTrainer
@@ -136,8 +136,7 @@ class PreferenceTrainer(ReferenceTrainer):
 
     def sample_sequences(self, dataset: AnyDataset) -> list[list[int]]:
         """Returns two token sequences of a prepared dataset's first row, for trying the model out."""
-        row = next(iter(dataset))
-        return [row["prompt_ids"] + row[column] for column in self.token_columns if column != "prompt_ids"]
+        return first_sequences(dataset, self.token_columns)
 
     def sequence_logprobs(self, batch: TokenBatch, token_logprobs: torch.Tensor) -> torch.Tensor:
         """Sums log-probs of the scored tokens (N,) to those of the sequences (S,), as the loss does."""
@@ -166,10 +165,7 @@ class PreferenceTrainer(ReferenceTrainer):
 
     def with_outputs(self, loss: torch.Tensor, model: torch.nn.Module, inputs: AnyBatch) -> tuple[torch.Tensor, Any]:
         """Returns a loss, a scalar, and the model's own output of the batch's padded rows, without gradient."""
-        entries = self.batches.entries(inputs)
-        rows = {name: entries[name] for name in SEQUENCE_ENTRIES}
-        with torch.no_grad():
-            return loss, model(**rows, use_cache=False)
+        return with_padded_outputs(self.batches, loss, model, inputs)
 
     def labels_of(self, inputs: AnyBatch) -> torch.Tensor | None:
         """Returns what compute_metrics is given as labels: the token ids of the padded rows."""

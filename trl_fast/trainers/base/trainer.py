@@ -82,7 +82,7 @@ class BaseTrainer(Trainer):
     _prepare_dataset: Callable[..., AnyDataset]  # TRL's hook: defined unless `prepare_dataset` is overridden
     uncalled_hooks: ClassVar[Mapping[str, str]] = {}  # TRL's methods, and what to do instead: see `overrides`
 
-    def resolve_config(self, args: object | None, model: str | PreTrainedModel) -> BaseConfig:
+    def resolve_config(self, args: object | None, model: str | PreTrainedModel | PeftModel) -> BaseConfig:
         """Returns the trainer's own config: from `args`, or defaults with an output folder named after the model.
 
         Raises:
