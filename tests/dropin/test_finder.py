@@ -68,6 +68,7 @@ def test_every_way_of_importing(installed):
         ("from trl.extras.vllm_client import VLLMClient", "trl.extras.vllm_client: .* use_vllm=True"),
         ("from trl.trainer.judges import PairRMJudge", "trl.trainer.judges: TRL had it until 0.28"),
         ("from trl.chat_template_utils import qwen3_chat_template", "keeps no copies of models' chat templates"),
+        ("from trl import NashMDTrainer", "subclass of OnlineDPOTrainer; neither TRL 1.16"),
         ("import trl.experimental.gold", "experimental methods; run the script with TRL itself"),
         ("from trl.trainer.distillation_trainer import DistillationTrainer", "trl.trainer.distillation_trainer"),
     ],
@@ -121,6 +122,15 @@ def test_kto_where_it_was_experimental(installed):
     from trl.experimental.kto.kto_trainer import KTOTrainer as Again
 
     assert (KTOConfig, KTOTrainer, Again) == (trl_fast.KTOConfig, trl_fast.KTOTrainer, trl_fast.KTOTrainer)
+
+
+def test_methods_of_trls_experimental_package(installed):
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    ours = (trl_fast.GMPOConfig, trl_fast.GMPOTrainer, trl_fast.OnlineDPOConfig, trl_fast.OnlineDPOTrainer)
+    assert (GMPOConfig, GMPOTrainer, OnlineDPOConfig, OnlineDPOTrainer) == ours
+    assert (installed.OnlineDPOTrainer, installed.OnlineDPOConfig) == (OnlineDPOTrainer, OnlineDPOConfig)
 
 
 def test_an_import_of_trl_is_cheap():

@@ -67,6 +67,8 @@ OLDER_MODULES = {
     "trl.env_utils",
     "trl.utils",
     "trl.extras.dataset_formatting",
+    "trl.trainer.online_dpo_config",
+    "trl.trainer.online_dpo_trainer",
     "trl.trainer.ppo_config",
     "trl.trainer.ppo_trainer",
     "trl.experimental.ppo",

@@ -35,11 +35,13 @@ from trl_fast.data import (
     prepare_unpaired_dataset,
 )
 from trl_fast.data.prompt_only import prepare_prompt_dataset
-from trl_fast.losses.dpo import PAIR_LOSSES, DPOLossConfig, PreferencePairs
+from trl_fast.losses.dpo import PAIR_LOSSES, DPOLossConfig, PreferencePairs, dpo_loss
 from trl_fast.losses.f_divergences import F_DIVERGENCES
 from trl_fast.losses.kto import LOSSES as KTO_LOSSES
 from trl_fast.losses.kto import KTOLossConfig, kto_losses
 from trl_fast.losses.loss_inputs import PolicyLossInputs
+from trl_fast.losses.online_dpo import LOSSES as ONLINE_DPO_LOSSES
+from trl_fast.losses.online_dpo import online_dpo_loss_config, online_loss_inputs
 from trl_fast.losses.policy_gradient import LOSSES as POLICY_LOSSES
 from trl_fast.losses.policy_gradient import PolicyLossConfig, policy_terms
 from trl_fast.losses.ppo import ppo_loss_inputs, value_loss
@@ -53,6 +55,7 @@ from trl_fast.losses.reference_free import (
 )
 from trl_fast.losses.reward import reward_loss
 from trl_fast.losses.sft import TOKEN_LOSSES
+from trl_fast.ops import TokenScores
 from trl_fast.trainers.methods import METHODS
 
 # The method pages, and what makes the rows of each ready.
@@ -66,6 +69,7 @@ PREPARES = {
     "tpo": lambda rows, tokenizer: prepare_preference_dataset(rows, tokenizer, others=("reference",)),
     "grpo": prepare_prompt_dataset,
     "rloo": prepare_prompt_dataset,
+    "online_dpo": prepare_prompt_dataset,
     "ppo": lambda rows, tokenizer: (
         rows if "input_ids" in rows.column_names else prepare_prompt_dataset(rows, tokenizer)
     ),
@@ -348,6 +352,20 @@ def test_formulas_of_the_policy_losses_are_those_of_the_code():
     config = PolicyLossConfig("grpo", importance_sampling_level="product", **bounds)
     computed = value(formulas("rloo", "The formulas")["rloo"], **names).float()
     torch.testing.assert_close(computed, policy_terms(logprobs, inputs, config).terms)
+
+
+def test_formulas_of_online_dpo_are_those_of_the_code():
+    logprobs, reference = random_vectors(2)
+    inputs = online_loss_inputs(torch.arange(4), 4)
+    logratios = (logprobs - reference)[:4]
+    found = formulas("online_dpo", "The formulas")
+    assert tuple(found) == ONLINE_DPO_LOSSES
+    for name, formula in found.items():
+        computed = value(formula, δ=logratios[0::2] - logratios[1::2], β=0.3).mean()
+        loss = dpo_loss(
+            TokenScores(logprobs=logprobs[:4]), inputs, reference[:4], online_dpo_loss_config(name, beta=0.3)
+        )
+        torch.testing.assert_close(computed, loss, msg=name)
 
 
 def test_formulas_of_ppo_are_those_of_the_code():

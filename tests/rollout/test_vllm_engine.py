@@ -302,8 +302,7 @@ def arguments(**changes):
         "vllm_gpu_memory_utilization": 0.3,
         "vllm_model_impl": "vllm",
         "trust_remote_code": False,
-        "per_device_train_batch_size": 4,
-        "steps_per_generation": 2,
+        "completions_at_a_time": 8,
         "bf16": True,
         "fp16": False,
     }

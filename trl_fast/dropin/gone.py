@@ -63,11 +63,16 @@ GONE: dict[str, str] = {
             "AutoModelForCausalLMWithValueHead",
             "AutoModelForSeq2SeqLMWithValueHead",
             "PreTrainedModelWrapper",
-            *(f"{method}Trainer" for method in ("BCO", "NashMD", "PRM", "XPO")),
+            *(f"{method}Trainer" for method in ("BCO", "PRM")),
         ),
         _until("0.28, then for a while under trl.experimental", _DROPPED),
     ),
-    **dict.fromkeys((f"{method}Trainer" for method in ("GKD", "OnlineDPO")), _until("0.28", _EXPERIMENTAL)),
+    **dict.fromkeys((f"{method}Trainer" for method in ("GKD",)), _until("0.28", _EXPERIMENTAL)),
+    **dict.fromkeys(
+        ("XPOTrainer", "NashMDTrainer"),
+        "TRL had it until 0.28, then for a while under trl.experimental, as a subclass of OnlineDPOTrainer; neither "
+        "TRL 1.16 nor trl_fast has it: use OnlineDPOTrainer",
+    ),
     "MergeModelCallback": _until("0.26", _EXPERIMENTAL),
     **dict.fromkeys(("*Judge", "WinRateCallback"), _until("0.28", _DROPPED)),
     "BestOfNSampler": _until("0.24", "generate with num_return_sequences and choose the best by its reward"),

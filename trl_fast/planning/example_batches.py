@@ -21,6 +21,7 @@ from trl_fast.modeling.classifier_head import state_batch
 from trl_fast.rollout.samples import Samples
 from trl_fast.trainers.kto import scores_together
 from trl_fast.trainers.online.micro_batches import Update, UpdateMaker
+from trl_fast.trainers.online.pairs import PairUpdate, make_pair_update
 from trl_fast.trainers.ppo.experience import PPOUpdate
 
 from .generation import Generation
@@ -66,6 +67,14 @@ class PolicyInputs:
 
     generation: Generation
     update: Update
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """Holds what a step of Online DPO works on: what is sampled at a time, and a micro-batch of pairs."""
+
+    generation: Generation
+    update: PairUpdate
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,14 @@ def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLay
     update = UpdateMaker(layout.name, _PAD, None, _CPU).update(samples, list(range(count)), weights)
     total = setup.completions_per_generation
     return PolicyInputs(_generation(setup, max_length, -(-total // group), total), update)
+
+
+def pair_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PairInputs:
+    """Makes two completions of each prompt (Online DPO)."""
+    prompts, completions = setup.per_device_train_batch_size, setup.completions_per_generation
+    samples = _samples(setup, max_length, completions, 2)
+    update = make_pair_update(samples, samples.batch(layout.name, _PAD), torch.zeros(completions))
+    return PairInputs(_generation(setup, max_length, prompts, completions), update)
 
 
 def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PPOInputs:

@@ -33,6 +33,7 @@ from trl_fast.trainers.methods import METHODS
 from .example_batches import (
     PlannedLayout,
     labelled_batch,
+    pair_micro_batch,
     policy_micro_batch,
     ppo_micro_batch,
     preference_batch,
@@ -163,6 +164,16 @@ def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter
     return found.loss
 
 
+def _online_dpo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
+    """Runs a step of Online DPO: generation, the reference's scores, and the update."""
+    if setup.generates:
+        simulate_generation(setup, models.policy, inputs.generation, enter)
+    enter(REFERENCE_STAGE)
+    _reference_logprobs(setup, models, inputs.update.batch)
+    policy = _under_autocast(setup, models.policy)
+    return _step(setup)(policy, inputs.update, DPOLossConfig(), head=setup.head_options).loss
+
+
 def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
     """Runs a step of PPO: generation, the scores of the rollout by all three models, and the update of two."""
     simulate_generation(setup, models.policy, inputs.generation, enter)
@@ -198,5 +209,6 @@ PLANNED: dict[str, PlannedMethod] = {
     "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
     "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
     "gmpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
+    "online_dpo": PlannedMethod(pair_micro_batch, _online_dpo_loss, "prompt"),
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
 }

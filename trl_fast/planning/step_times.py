@@ -101,6 +101,8 @@ def _times(stage: str, setup: TrainingSetup, max_length: int) -> float:
         return updates if stage == OPTIMIZER_STAGE else updates * micro_batches
     if stage == OPTIMIZER_STAGE:
         return 1
+    if setup.method == "online_dpo" and stage == GENERATION_STAGE:
+        return micro_batches * completion
     if setup.method not in GROUP_METHODS or stage not in _OF_A_ROLLOUT:
         return micro_batches
     if stage in (PROMPTS_STAGE, GENERATION_STAGE):

@@ -21,7 +21,9 @@ COMPARED_METHODS = ("dpo", "sft", "reward", "grpo")
 # Methods whose policy samples what it learns from; of the first two, completions of a prompt are compared.
 GROUP_METHODS = ("grpo", "rloo", "gmpo")
 _COMPLETIONS_OF_A_ROW = {"dpo": 2, "reward": 2, "orpo": 2, "cpo": 2, "tpo": 3}
-ONLINE_METHODS = (*GROUP_METHODS, "ppo")
+ONLINE_METHODS = (*GROUP_METHODS, "ppo", "online_dpo")
+# Their arguments that limit a completion, where those are not max_completion_length.
+_LENGTH_SETTINGS = {"ppo": "response_length", "online_dpo": "max_new_tokens"}
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = ("gpu", "cpu")
 # Weights of linear layers in 4 or 8 bits, as bitsandbytes keeps them.
@@ -179,7 +181,7 @@ class TrainingSetup:
         """Tells whether a reference policy scores during training."""
         if self.method in ("dpo", "kto"):
             return not self.precompute_ref_log_probs
-        return self.method == "ppo" or self.kl_weight != 0
+        return self.method in ("ppo", "online_dpo") or self.kl_weight != 0
 
     @property
     def kl_weight(self) -> float:
@@ -193,7 +195,9 @@ class TrainingSetup:
 
     @property
     def group_size(self) -> int:
-        """Returns the number of completions of a prompt (grpo, rloo); 1 for other methods."""
+        """Returns the number of completions of a prompt that are held against each other; 1 where none are."""
+        if self.method == "online_dpo":
+            return 2
         return self.num_generations if self.method in GROUP_METHODS else 1
 
     @property
@@ -202,6 +206,8 @@ class TrainingSetup:
         steps = self.gradient_accumulation_steps
         if self.method == "ppo":
             return self.per_device_train_batch_size * steps * self.num_mini_batches
+        if self.method == "online_dpo":
+            return 2 * self.per_device_train_batch_size
         return self.per_device_train_batch_size * (self.steps_per_generation or steps)
 
     @property
@@ -262,6 +268,9 @@ def setup_from_training(
         ValueError: an argument is missing, out of range, or does not go with another.
     """
     given = {name: getattr(training_args, name) for name in _SAME_NAMES if hasattr(training_args, name)}
+    if method not in GROUP_METHODS:
+        # It is no weight of a KL term.
+        given.pop("beta", None)
     image_tokens = sum(image.num_tokens for image in images)
     max_length, share = _lengths(method, training_args, prompt_tokens, longest, image_tokens)
     modules, excluded = model_args.lora_target_modules, model_args.lora_exclude_modules
@@ -310,7 +319,7 @@ def _lengths(
         raise ValueError(f"prompt_tokens={prompt_tokens}: the images of a prompt have {image_tokens} tokens")
     if method in ONLINE_METHODS:
         prompt = DEFAULT_PROMPT_TOKENS + image_tokens if prompt_tokens is None else prompt_tokens
-        name = "response_length" if method == "ppo" else "max_completion_length"
+        name = _LENGTH_SETTINGS.get(method, "max_completion_length")
         completion = getattr(training_args, name)
         if completion is None:
             raise ValueError(f"{name} is unset, so completions have no limit; give the length to plan for")

@@ -372,7 +372,7 @@ def make_vllm_engine(
         sleeps=args.vllm_enable_sleep_mode,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         max_model_len=args.vllm_max_model_length,
-        max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+        max_num_seqs=args.completions_at_a_time,
         model_impl=args.vllm_model_impl,
         trust_remote_code=args.trust_remote_code,
         **common,

@@ -32,7 +32,7 @@ class Range:
         above, below: whether `low` and `high` themselves are excluded.
         whole: whether only integers are taken.
         infinite: whether infinity is taken; NaN never is.
-        many: whether the setting is a list of such numbers.
+        many: whether the setting is a list of such numbers. or_one: or one such number.
         optional: whether None is taken; unset, the field's annotation says so.
         advice: what the message says besides: another setting, or the meaning of special values.
     """
@@ -44,6 +44,7 @@ class Range:
     whole: bool = False
     infinite: bool = False
     many: bool = False
+    or_one: bool = False
     optional: bool | None = None
     advice: str = ""
 
@@ -157,6 +158,8 @@ RANGES: dict[str, Range] = {
     "rpo_alpha": FINITE,
     # KTO
     "KTOConfig.beta": POSITIVE,
+    # A number of epochs.
+    "OnlineDPOConfig.beta": Range(0, above=True, many=True, or_one=True),
     "KTOLossConfig.beta": POSITIVE,
     "desirable_weight": NOT_NEGATIVE,
     "undesirable_weight": NOT_NEGATIVE,
@@ -221,6 +224,7 @@ RANGES: dict[str, Range] = {
     "response_length": COUNT,
     "stop_token_id": COUNT_FROM_0,
     "PPOConfig.temperature": POSITIVE,
+    "OnlineDPOConfig.max_completion_length": COUNT,
     "missing_eos_penalty": NOT_NEGATIVE,
     "num_ppo_epochs": COUNT,
     "kl_coef": NOT_NEGATIVE,
@@ -276,7 +280,7 @@ def _takes_none(owner: type, item: Field, allowed: Range) -> bool:
 
 
 def _check(owner: type, item: Field, value: Any, allowed: Range) -> None:
-    if allowed.many:
+    if allowed.many and not (allowed.or_one and isinstance(value, Real)):
         good = isinstance(value, (list, tuple)) and all(each in allowed for each in value)
     else:
         good = value in allowed

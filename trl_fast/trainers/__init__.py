@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .grpo_config import GRPOConfig as GRPOConfig
     from .kto import KTOTrainer as KTOTrainer
     from .kto_config import KTOConfig as KTOConfig
+    from .online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
+    from .online_dpo_config import OnlineDPOConfig as OnlineDPOConfig
     from .orpo import ORPOTrainer as ORPOTrainer
     from .orpo_config import ORPOConfig as ORPOConfig
     from .ppo.config import PPOConfig as PPOConfig

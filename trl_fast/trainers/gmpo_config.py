@@ -27,7 +27,7 @@ class GMPOConfig(GRPOConfig):
     """
 
     loss_type: str = one_of(("gmpo",), default="gmpo")
-    """The loss is GMPO's; another value has no effect, and a warning says so."""
+    """The loss is gmpo; another value has no effect, and a warning says so."""
 
     epsilon: float = 0.4
     """How far the logarithm of a token's ratio may fall below 0, and rise above it, before it is clipped."""

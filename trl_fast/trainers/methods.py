@@ -154,6 +154,16 @@ _METHODS = (
         has_trl_script=False,
     ),
     Method(
+        name="online_dpo",
+        config="trl_fast.trainers.online_dpo_config:OnlineDPOConfig",
+        trainer="trl_fast.trainers.online_dpo:OnlineDPOTrainer",
+        step="trl_fast.trainers.online_dpo:online_dpo_step",
+        help="DPO of pairs that the model samples and rewards order",
+        reward_argument="reward_funcs",
+        trl_packages=("trl.trainer", "trl.experimental.online_dpo"),
+        has_trl_script=False,
+    ),
+    Method(
         name="ppo",
         config="trl_fast.trainers.ppo.config:PPOConfig",
         trainer="trl_fast.trainers.ppo.trainer:PPOTrainer",

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from trl_fast.rollout import GivenReward, RewardFunctions
 from trl_fast.rollout.rewards import RewardModel, as_list
 
-from .config import OnlineConfig
 from .environments import EnvironmentRollouts
 
 
@@ -114,10 +113,12 @@ class ChangeableRewards(RewardFunctions):
 def make_changeable_rewards(
     given: GivenReward | list[GivenReward] | None,
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None,
-    args: OnlineConfig,
+    args: Any,
     environments: EnvironmentRollouts | None = None,
 ) -> ChangeableRewards:
-    """Returns the reward sources of GRPO or RLOO: those given, and those of environments, which weigh 1.
+    """Returns the reward sources of a trainer: those given, and those of environments, which weigh 1.
+
+    `args`: its config, with reward_weights and reward_timeout.
 
     Raises:
         ValueError, TypeError: as in `RewardFunctions`.

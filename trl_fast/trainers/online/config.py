@@ -178,6 +178,11 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
         return self.steps_per_generation * self.num_iterations
 
     @property
+    def completions_at_a_time(self) -> int:
+        """Returns the completions that a process samples at a time, at most."""
+        return self.per_device_train_batch_size * self.steps_per_generation
+
+    @property
     def is_on_policy(self) -> bool:
         """Says whether the policy of the update is always the one that sampled: each step makes new completions."""
         return self.gradient_accumulation_steps % self.generate_every == 0

@@ -46,7 +46,7 @@ class Sampling:
         args, tokenizer = self._trainer.args, self._trainer.tokenizer
         suppressed = suppressed_tokens(self._trainer)
         return {
-            "max_new_tokens": args.max_completion_length,
+            "max_new_tokens": getattr(args, args.length_setting),
             "do_sample": True,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,

@@ -25,6 +25,8 @@ class SamplingConfig(BaseConfig):
     """
 
     unit: ClassVar[str] = "completions"
+    # The argument that limits a completion's tokens.
+    length_setting: ClassVar[str] = "max_completion_length"
 
     learning_rate: float = 1e-6
     """Initial learning rate of AdamW."""
@@ -166,6 +168,11 @@ class SamplingConfig(BaseConfig):
 
         return without_password(self.vllm_server_base_url)
 
+    @property
+    def completions_at_a_time(self) -> int:
+        """Returns the completions that a process samples at a time, at most."""
+        return self.per_device_train_batch_size
+
     def sampling_settings(self) -> SamplingSettings:
         """Returns the settings by which completions are sampled.
 
@@ -175,7 +182,7 @@ class SamplingConfig(BaseConfig):
         from trl_fast.rollout import SamplingSettings
 
         return SamplingSettings(
-            max_completion_length=self.max_completion_length,
+            max_completion_length=getattr(self, self.length_setting),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,

@@ -1,4 +1,4 @@
-"""Lists the attributes of TRL's GRPO and RLOO trainers, and where their values are kept here."""
+"""Lists the attributes of TRL's online trainers, and where their values are kept here."""
 
 from __future__ import annotations
 
@@ -218,3 +218,16 @@ GRPO_ATTRIBUTES = {
 }
 
 RLOO_ATTRIBUTES = {name: argument(name) for name in ("normalize_advantages", "reward_clip_range")}
+
+_ALIKE = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "use_vllm", "vllm_mode"),
+    *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "reward_funcs", "reward_processing_classes"),
+    *("reward_func_names", "reward_weights", "generation_config", "generation_kwargs", "eos_token_ids", "_tokenizer"),
+)
+ONLINE_DPO_ATTRIBUTES = {
+    **{name: GROUP_ATTRIBUTES[name] for name in _ALIKE},
+    "max_length": argument("max_length"),
+    "vllm_model_impl": TRLAttribute("args.vllm_model_impl", fixed=_MADE_BEFORE),
+    "num_generations": _constant(2, "a pair is two completions"),
+    "is_vision_model": _fixed(lambda trainer: trainer.images is not None, _SET_BY_DATA),
+}

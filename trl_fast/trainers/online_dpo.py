@@ -1,0 +1,318 @@
+"""Defines OnlineDPOTrainer, with TRL's interface and behaviour, on shared prompts and the fused head."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from trl_fast.data import AnyDataset
+from trl_fast.data.formats import is_conversational
+from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
+from trl_fast.losses.advantages import Advantages, summed_rewards
+from trl_fast.losses.dpo import DPOLossConfig, dpo_loss
+from trl_fast.losses.online_dpo import online_dpo_metrics, online_loss_inputs
+from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.scoring import score
+from trl_fast.ops import HeadOptions
+from trl_fast.parallel.failures import failing_together
+from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, end_token_ids
+from trl_fast.settings.older_names import deprecated
+
+from .base.prepared_datasets import check_dataset_type
+from .base.reference import ReferenceTrainer
+from .base.step import StepResult, router_keywords, with_router_loss
+from .base.tokenizers import older_tokenizer_name
+from .base.trl_attributes import answers_to
+from .online.changeable_rewards import make_changeable_rewards
+from .online.engines import make_engine
+from .online.pairs import PairUpdate, ScoredSamples, chosen_first, make_pair_update, with_short_prompts
+from .online.rollout_checks import check_sources
+from .online.sampling import Sampling
+from .online.trainer import OnlineTrainer
+from .online.trl_attributes import ONLINE_DPO_ATTRIBUTES
+from .online_dpo_config import OnlineDPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def online_dpo_step(
+    model: torch.nn.Module,
+    update: PairUpdate,
+    config: DPOLossConfig,
+    *,
+    head: HeadOptions,
+    router_coef: float = 0.0,
+) -> StepResult:
+    """Computes the loss of one micro-batch of pairs and its metrics.
+
+    Args:
+        model: the policy, with `modeling.scoring.attach_scoring`, on the device of the update.
+        update: the pairs.
+        config: the loss, of `losses.online_dpo.online_dpo_loss_config`.
+        head: the user's settings of the head.
+        router_coef: weight of a mixture of experts' load-balancing loss.
+    """
+    scored = score(
+        model,
+        update.batch,
+        token_loss=lambda scores, rows: dpo_loss(scores, update.loss_inputs, update.reference, config, rows),
+        group_sizes=update.group_sizes,
+        head=head,
+        **router_keywords(router_coef),
+    )
+    assert scored.loss is not None, "a token loss was asked for"
+    loss, metrics = with_router_loss(scored.loss, scored, router_coef)
+    vectors = (update.reference, update.scores, update.has_end)
+    found = online_dpo_metrics(scored.tokens.logprobs, update.loss_inputs, *vectors, config.beta)
+    return StepResult(loss, {**metrics, **found}, scored.tokens)
+
+
+@answers_to(ONLINE_DPO_ATTRIBUTES)
+class OnlineDPOTrainer(OnlineTrainer):
+    """Trains by Online Direct Preference Optimization (arXiv 2402.04792): DPO of two completions of the policy itself.
+
+    Args:
+        model: a name, a causal language model, or a PeftModel.
+        ref_model: the reference policy, an object or a name; None: the policy as it is now, which with PEFT is the
+            same model with its adapter off.
+        reward_funcs: one or several of: a function of prompts, completions, completion_ids and the dataset's columns
+            to a list of rewards, sync or async; a reward model or its name. None: `args.reward_model_path`.
+        args: the config; TRL's own is accepted too.
+        data_collator, compute_metrics, preprocess_logits_for_metrics: accepted and not used.
+        train_dataset, eval_dataset: rows with `prompt`, text or messages; reward functions see the other columns.
+        processing_class: the tokenizer, or the processor for images; None: the model's. Its older name is `tokenizer`.
+        reward_processing_classes: tokenizers of the reward models; None loads theirs.
+        rollout_func: (prompts, trainer) to a dict of prompt_ids, completion_ids and logprobs, and maybe further
+            columns for the reward functions. Each prompt comes twice, one after the other.
+        rollout_engine: what generates, a `trl_fast.rollout.RolloutEngine`; None: what the arguments say.
+        older: fields of the config, and `reward_model`, which older scripts give to the trainer.
+
+    Raises:
+        ValueError, TypeError: bad arguments or data, by name, before training starts.
+        NotImplementedError: a judge, which TRL has dropped.
+    """
+
+    method = "online_dpo"
+    config_class = OnlineDPOConfig
+    length_setting = OnlineDPOConfig.length_setting
+    args: OnlineDPOConfig
+    # Prompts come in the order of other trainers' rows: a batch is what is sampled at a time.
+    get_train_dataloader = ReferenceTrainer.get_train_dataloader
+    uncalled_hooks = {
+        **dict.fromkeys(
+            ("_generate", "_generate_vllm", "_generate_vllm_server", "_generate_vllm_colocate"),
+            "give a rollout_func or a rollout_engine",
+        ),
+        "_calculate_rewards_from_functions": "give reward_funcs",
+        "_forward": "override compute_loss(model, inputs)",
+        **dict.fromkeys(
+            ("tokenize_row", "process_vision_row"), "tokenize the dataset before, into prompt_ids beside prompt"
+        ),
+        "_enable_gradient_checkpointing": "use gradient_checkpointing and gradient_checkpointing_kwargs",
+    }
+
+    @failing_together()
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: str | PreTrainedModel | None = None,
+        reward_funcs: GivenReward | list[GivenReward] | None = None,
+        args: OnlineDPOConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        *,
+        quantization_config: object | None = None,
+        rollout_func: Callable[[list, Any], dict[str, Any]] | None = None,
+        rollout_engine: RolloutEngine | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **older: Any,
+    ) -> None:
+        name = type(self).__name__
+        processing_class = older_tokenizer_name(name, processing_class, tokenizer)
+        reward_funcs, reward_processing_classes = _of_older(name, older, reward_funcs, reward_processing_classes)
+        given: Any = model
+        config: Any = self.resolve_config(args, given).with_older_arguments(type(self), older)
+        check_sources(None, rollout_func, None, rollout_engine)
+        check_dataset_type(train_dataset, "train_dataset")
+        _say_unused(
+            name,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        if isinstance(model, torch.nn.Module) and ref_model is model:
+            raise ValueError("ref_model is the very object of model; leave it out to use a copy of the policy")
+        model = self.resolve_model(model, config, quantization_config)
+        processing_class = self.resolve_tokenizer(processing_class, model, config)
+        sources = config.reward_model_path if reward_funcs is None else reward_funcs
+        rewards = make_changeable_rewards(sources, reward_processing_classes, config)
+        data = (train_dataset, eval_dataset, processing_class, config, model)
+        train_dataset, eval_dataset = self.prepare_datasets(*data)
+        if is_conversational(next(iter(train_dataset))):
+            rewards.check_conversations()
+        sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
+        model, layout = self.set_up_models(model, ref_model, config, peft_config, sequences)
+        self.rollout_func, self.sampling = rollout_func, Sampling(self)
+        self.start(
+            model=model,
+            args=config,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._set_up_rollouts(base_model(model), layout, rollout_engine, rewards)
+
+    def _set_up_rollouts(
+        self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None, rewards: RewardFunctions
+    ) -> None:
+        self.seed_sampling(layout)
+        self.end_ids = end_token_ids(model, self.tokenizer)
+        self.set_up_loop(
+            make_engine(self, engine, self.end_ids),
+            rewards,
+            end_ids=self.end_ids,
+            completions_kept=self.args.completions_at_a_time * self.args.world_size,
+            samples_class=ScoredSamples,
+        )
+        self.loop.settings = self.sampling.settings
+
+    # ---- data
+
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: Any, name: str
+    ) -> AnyDataset:
+        """Tokenizes the prompts."""
+        return prepare_prompt_dataset(
+            dataset,
+            processing_class,
+            image_reader=None if self.images is None else self.images.reader,
+            chat_template_kwargs=args.chat_template_kwargs,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        rows: Any = self.train_dataset if dataset is None else dataset
+        if not self.args.shuffle_dataset:
+            return SequentialSampler(rows)
+        return ReferenceTrainer._get_train_sampler(self, dataset)
+
+    # ---- the rollout
+
+    @property
+    def group_size(self) -> int:
+        """Returns the completions of a prompt."""
+        return 2
+
+    @property
+    def beta(self) -> float:
+        """Returns the weight of the reference in the present epoch."""
+        return self.args.beta_of(self.state.epoch or 0.0)
+
+    def compute_advantages(self, samples: Any, rewards: torch.Tensor) -> Advantages:
+        """Computes by how much each completion's score exceeds that of the other one; rewards: (N, R), as in the base.
+
+        A score is the weighted sum of the rewards, 0 where no source gave one, less the penalty where there is no end
+        token.
+        """
+        scores = summed_rewards(rewards, self.reward_functions.weights.to(rewards.device)).nan_to_num(nan=0.0)
+        samples.has_end = torch.tensor([not self.end_ids.isdisjoint(ids) for ids in samples.completion_ids])
+        if self.args.missing_eos_penalty is not None:
+            ended = self.accelerator.gather(samples.has_end.to(rewards.device))
+            scores = scores - self.args.missing_eos_penalty * ~ended
+        first = self.accelerator.process_index * len(samples)
+        samples.scores = scores[first : first + len(samples)].cpu()
+        pairs = scores.view(-1, 2)
+        margins = pairs - pairs.flip(1)
+        return Advantages(margins.flatten(), scores, margins[:, 0] == 0)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Returns the pairs of new completions of the rows' prompts."""
+        method: Any = self
+        return self.loop.run([row for row in inputs for _ in range(2)], method, update=self._pair_update)
+
+    def _pair_update(self, samples: Any) -> PairUpdate:
+        if samples.mask is not None:
+            raise ValueError(
+                f"rollout_func: env_mask cannot be used with {type(self).__name__}, which prefers whole completions; "
+                "leave it out"
+            )
+        samples = samples.select(chosen_first(samples))
+        if self.images is None:
+            samples = with_short_prompts(samples, self.args.max_length)
+        batch = self.updates.token_batch(samples)
+        reference = online_loss_inputs(batch.branch, len(samples)).sequence_logprobs(self.reference_logprobs(batch))
+        return make_pair_update(samples, batch, reference)
+
+    def reference_logprobs(self, batch: Any) -> torch.Tensor:
+        """Computes the reference's log-probabilities of the batch's tokens, (N,) float32, at temperature 1."""
+        return self.score_reference(batch).logprobs
+
+    # ---- the update
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: PairUpdate) -> torch.Tensor:
+        """Computes the loss of one micro-batch of pairs, and records its metrics."""
+        result = online_dpo_step(
+            model,
+            inputs,
+            self.args.loss_config(self.state.epoch or 0.0),
+            head=self.head_options,
+            router_coef=self.router_aux_loss_coef,
+        )
+        self.record(result.metrics)
+        return result.loss
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Computes the loss of pairs that are made for the evaluation."""
+        update = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, update).detach(), None, None
+
+
+def _of_older(name: str, older: dict[str, Any], rewards: Any, tokenizers: Any) -> tuple[Any, Any]:
+    """Returns the reward sources and their tokenizers, also under the names of older TRL, which `older` loses.
+
+    Raises:
+        NotImplementedError: a judge.
+    """
+    if older.pop("judge", None) is not None:
+        raise NotImplementedError(
+            "judge: TRL dropped judges in 0.28; OnlineDPOTrainer has reward_funcs only, so give a function of prompts "
+            "and completions, in which a prompt's two stand side by side, that returns a higher number for the better"
+        )
+    for before, now in (("reward_model", "reward_funcs"), ("reward_processing_class", "reward_processing_classes")):
+        given = older.pop(before, None)
+        if given is None:
+            continue
+        deprecated(name, before, f"it works; `{now}` is the present name.")
+        if now == "reward_funcs":
+            rewards = given if rewards is None else rewards
+        else:
+            tokenizers = given if tokenizers is None else tokenizers
+    return rewards, tokenizers
+
+
+def _say_unused(name: str, **arguments: object) -> None:
+    """Warns of arguments that were given and are not used."""
+    for argument, value in arguments.items():
+        if value is not None:
+            logger.warning(f"{argument} is not used: {name} makes its pairs, and evaluates their loss and metrics.")
