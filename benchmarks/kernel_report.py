@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from trl_fast.kernels import attention_merge, linear_scores, loss_kernels, row_kernels
+from trl_fast.kernels import attention_merge, divergence_kernels, linear_scores, loss_kernels, row_kernels
 
 from .compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from .gpu_machine_code import TARGETS, Resources, read_cubin, resources_of
@@ -168,6 +168,28 @@ def _linear_cases() -> Iterator[KernelCase]:
         )
 
 
+def _divergence_cases() -> Iterator[KernelCase]:
+    heads = {}
+    for head in ("student", "teacher"):
+        heads |= {head: "*fp32", f"{head}_stride": "i64", f"{head}_bias": "*fp32"}
+        heads |= dict.fromkeys((f"{head}_scale", f"{head}_softcap", "inv_temperature", "mixture"), "fp32")
+    rows = {"weights": "*fp32", "results": "*fp32", "results_stride": "i64"}
+    columns = divergence_kernels.BLOCK // (32 * divergence_kernels.NUM_WARPS)
+    for kind in divergence_kernels.KINDS:
+        for everything, out, itemsize in ((False, "bf16", 2), (True, "fp32", 4)):
+            flags = dict.fromkeys(("P_BIAS", "P_SOFTCAP", "Q_BIAS", "Q_SOFTCAP"), everything)
+            yield KernelCase(
+                f"row_divergence {kind}, {'bias, softcap' if everything else 'plain'}, to {out}",
+                divergence_kernels.row_divergence_kernel,
+                {**heads, **rows, "num_columns": "i32", "gradient": f"*{out}", "gradient_stride": "i64"},
+                {"KIND": kind, "HAS_GRADIENT": True, **flags, "BLOCK": divergence_kernels.BLOCK},
+                divergence_kernels.NUM_WARPS,
+                # It streams in loops, the last of which is the busiest: both logits read, a gradient written.
+                scalar_loads=None,
+                least_bytes=columns * (4 + 4 + itemsize),
+            )
+
+
 def _merge_cases() -> Iterator[KernelCase]:
     vectors = {"lse": "*fp32", "other_lse": "*fp32", "place": "*i32", "merged_lse": "*fp32"}
     strides = ["out_token", "out_head", "lse_head", "other_token", "other_head", "other_lse_head"]
@@ -249,8 +271,9 @@ def _loss_cases() -> Iterator[KernelCase]:
 LOSS_KERNELS = tuple(_loss_cases())
 # What moves logits or computes them.
 HEAD_KERNELS = (*_score_cases(), *_grad_cases(), *_linear_cases())
+DIVERGENCE_KERNELS = tuple(_divergence_cases())
 MERGE_KERNELS = tuple(_merge_cases())
-KERNELS = (*HEAD_KERNELS, *MERGE_KERNELS, *LOSS_KERNELS)
+KERNELS = (*HEAD_KERNELS, *DIVERGENCE_KERNELS, *MERGE_KERNELS, *LOSS_KERNELS)
 
 
 def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:

@@ -6,7 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from trl_fast.kernels import attention_merge, linear_scores, row_kernels
+from trl_fast.kernels import attention_merge, divergence_kernels, linear_scores, row_kernels
 from trl_fast.ops.head.sweep import new_state
 
 pytestmark = pytest.mark.gpu_code
@@ -113,4 +113,18 @@ def test_attention_is_merged_by_one_kernel_whatever_the_tokens(keys_of):
         place = torch.zeros(tokens + 1, dtype=torch.int32)[1:]
         other = (torch.zeros(second, 4, 64, dtype=torch.bfloat16), torch.zeros(4, second))
         attention_merge.merge(out, lse, *other, place, torch.empty_like(out), torch.empty_like(lse))
+    assert len(keys) == 1
+
+
+def test_divergences_are_compiled_once_whatever_the_rows_and_the_numbers(keys_of):
+    keys = keys_of(divergence_kernels, "row_divergence_kernel")
+    student, teacher = torch.zeros(2, NUM_ROWS, COLUMNS)
+    weights, results = torch.zeros(NUM_ROWS), torch.zeros(3, NUM_ROWS)
+    heads = ((1.0, 0.0, 0.5), (0.7, 0.0, 0.5), (1.0, 0.0, 0.3))
+    for (first, last), numbers in zip(PARTS, (*heads, *heads), strict=True):
+        part, (scale, softcap, mixture) = slice(first, last), numbers
+        head_p, head_q = (student[part], None, scale, softcap), (teacher[part], None, 1.0, 0.0)
+        formula = (mixture, 1 - mixture, mixture, False)
+        given = (*head_p, *head_q, 1.0, *formula, weights[part], results[:, part], student[part])
+        divergence_kernels.row_divergence(*given)
     assert len(keys) == 1

@@ -120,10 +120,17 @@ def _compiled(*args: object) -> None:
     torch.ops.trl_fast.row_divergence(*args)
 
 
+def _triton(*args: object) -> None:
+    from trl_fast.kernels.divergence_kernels import row_divergence
+
+    row_divergence(*args)
+
+
 # With 3 or 4 temporaries of each of the reference's steps alive at once.
 DIVERGENCE_KERNELS = {
     "torch": DivergenceKernel(row_divergence_reference, 64),
     "cpp": DivergenceKernel(_compiled, 0),
+    "triton": DivergenceKernel(_triton, 0),
 }
 
 
