@@ -295,8 +295,26 @@ def test_a_plan_with_images_says_how_many_tokens_they_have(tmp_path, capsys):
     assert "1 pair of 64 tokens, 32 of 2 images" in words(capsys.readouterr().out)
     assert plan("dpo", folder, "--max_length", "33", "--use_cpu", *size) == 2
     assert "max_length=33 cuts the images of a sequence, which have 32 tokens" in words(capsys.readouterr().err)
-    assert plan("grpo", folder, *size, "--per_device_train_batch_size", "8") == 2
-    named = (
-        "image_size='56x56' has no plan for grpo; plans of images are for sft, dpo, kto. Without image_size the run"
-    )
+    assert plan("ppo", folder, *size) == 2
+    named = "image_size='56x56' has no plan for ppo; plans of images are for sft, dpo, reward, kto,"
     assert named in words(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("method", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
+def test_a_plan_of_sampled_completions_on_images(method, tmp_path, capsys):
+    folder = save_tiny_vision_model(tmp_path, "llava")
+    arguments = ("--per_device_train_batch_size", "8", "--max_completion_length", "16", "--prompt_tokens")
+    assert plan(method, folder, *arguments, "20", "--image_size", "56x56", "--use_cpu") == 0
+    out = words(capsys.readouterr().out)
+    assert "8 completions of 36 tokens, 16 of 1 image, 8 sampled at a time" in out
+    assert "images " in out and "pixels of the batches that are there" in out
+
+
+@pytest.mark.slow
+def test_a_plan_of_rewards_on_images_says_what_trl_has_not(tmp_path, capsys):
+    folder = save_tiny_vision_model(tmp_path, "llava")
+    arguments = ("--max_length", "64", "--image_size", "56x56", "--use_cpu", "--compare", "true")
+    assert plan("reward", folder, *arguments) == 0
+    out = words(capsys.readouterr().out)
+    assert "1 pair of 64 tokens, 16 of 1 image" in out
+    assert "Left out, TRL 1.16: its reward trainer reads no images" in out and "By other systems" not in out

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from benchmarks.memory import measure_peak
-from trl_fast.planning.memory_timeline import KINDS, OPTIMIZER, REFERENCE, WEIGHTS
+from trl_fast.planning.memory_timeline import IMAGES, KINDS, OPTIMIZER, REFERENCE, WEIGHTS
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.training_setup import TrainingSetup
 
 # What is there before a step and after it.
-RESIDENT = (WEIGHTS, REFERENCE, OPTIMIZER)
+RESIDENT = (WEIGHTS, REFERENCE, OPTIMIZER, IMAGES)
 
 
 def peak_of_a_step(trainer: Any, batch: Any, setup: TrainingSetup) -> int:

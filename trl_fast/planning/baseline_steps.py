@@ -6,6 +6,7 @@ Written from what they do, for their memory: hyperparameters, masks and metrics 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from trl_fast.modeling.classifier_head import rewards
 from trl_fast.modeling.loading import base_model, whole_backbone
 from trl_fast.modeling.reference_policy import reference_scope
 
+from .device_batches import pixels_on_device
 from .generation import simulate_generation
 from .memory_timeline import FORWARD_STAGE, HEAD_STAGE, OLD_STAGE, REFERENCE_STAGE
 from .memory_tracker import MemoryTracker
@@ -34,9 +36,14 @@ def baseline_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, trac
     """Computes the loss (0-d) of a padded micro-batch by full logits or by TRL's tiles.
 
     inputs: what the method's function in PLANNED makes.
+
+    Raises:
+        ValueError: TRL has no such step.
     """
     model, reference = models.policy, models.reference
     if setup.method == "reward":
+        if setup.images:
+            raise ValueError("its reward trainer reads no images")
         tracker.enter(FORWARD_STAGE)
         with setup.autocast():
             found = rewards(model, inputs)
@@ -64,9 +71,17 @@ def baseline_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, trac
 def _policy_loss(
     setup: TrainingSetup, models: PlannedModels, inputs: Any, tracker: MemoryTracker, logprobs: LogProbs
 ) -> torch.Tensor:
-    """Computes the loss (0-d) of GRPO, after generation and the passes without gradient that come before it."""
-    model, batch = models.policy, inputs.update.batch
-    simulate_generation(setup, model, inputs.generation, tracker.enter)
+    """Computes the loss (0-d) of GRPO, after generation and the passes without gradient that come before it.
+
+    The images of all that is sampled at a time stay on the device, once for each completion.
+    """
+    model = models.policy
+    if setup.generates:
+        simulate_generation(setup, model, inputs.generation, tracker.enter)
+    held = pixels_on_device(inputs.generation.images)
+    own = {name: held[name][: len(each)] for name, each in (inputs.update.batch.images or {}).items()}
+    batch = replace(inputs.update.batch, images=own)
+    inputs.update = replace(inputs.update, batch=batch)
     with torch.no_grad():
         if setup.scores_old_policy:
             tracker.enter(OLD_STAGE)

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -39,7 +39,9 @@ from trl_fast.ops.head.sparse_gradient import CHUNK_BYTES, SparseKernels
 from trl_fast.parallel.engines import original_class
 
 from .data_dependent_operators import SPARSE_ENTRIES
-from .memory_timeline import ATTENTION, KV_CACHE
+from .device_batches import pixels_on_device
+from .memory_timeline import ATTENTION, IMAGES, KV_CACHE
+from .roofline.known_values import know, values_of
 
 aten = torch.ops.aten
 # Registered with transformers for rows that need no mask: all of a batch's sequences are of one length here.
@@ -140,23 +142,39 @@ def mixed_dtype_workspace(func: torch._ops.OpOverload, args: tuple) -> int:
     return sum(operand.numel() * common.itemsize for operand in args[:2] if operand.dtype != common)
 
 
+class _Copy(NamedTuple):
+    """Holds a copy on the host: shape, dtype, and the values where they are known."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    values: torch.Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
 class SimulatedCopies:
-    """Stands for `PinnedCopies`: of fake tensors that leave the tracked memory only shapes and dtypes are kept."""
+    """Stands for `PinnedCopies`: of fake tensors that leave the tracked memory only shapes and dtypes are kept, and
+    what is known of their values.
+    """
 
     def __init__(self, device: torch.device, meter: DeviceMeter) -> None:
         self._device, self._meter = device, meter
 
-    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    def to_host(self, tensor: torch.Tensor) -> _Copy:
         """Returns what is kept of a tensor of any shape and dtype."""
-        copy = tensor.shape, tensor.dtype
-        self._meter.changes_host(_bytes(copy))
-        self._meter.copied(_bytes(copy))
+        copy = _Copy(tensor.shape, tensor.dtype, values_of(tensor))
+        self._meter.changes_host(copy.bytes)
+        self._meter.copied(copy.bytes)
         return copy
 
-    def to_device(self, copy: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+    def to_device(self, copy: _Copy) -> torch.Tensor:
         """Returns a tensor of the shape and dtype that left."""
-        self._meter.copied(_bytes(copy))
-        return torch.empty(copy[0], dtype=copy[1], device=self._device)
+        self._meter.copied(copy.bytes)
+        made = torch.empty(copy.shape, dtype=copy.dtype, device=self._device)
+        know(made, copy.values)
+        return made
 
     def event(self) -> None:
         """Returns nothing: every copy is done at once."""
@@ -167,18 +185,14 @@ class SimulatedCopies:
     def abandon(self, tensor: torch.Tensor) -> None:
         """Lets go of a tensor of any shape and dtype, whose memory is free at once."""
 
-    def forget(self, copy: tuple[torch.Size, torch.dtype]) -> None:
+    def forget(self, copy: _Copy) -> None:
         """Lets go of a copy."""
-        self._meter.changes_host(-_bytes(copy))
+        self._meter.changes_host(-copy.bytes)
 
 
 def _sizes(tensors: Iterable[torch.Tensor]) -> int:
     """Counts the bytes of tensors of any shape."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _bytes(copy: tuple[torch.Size, torch.dtype]) -> int:
-    return copy[0].numel() * copy[1].itemsize
 
 
 class SimulatedFlexAttention(torch.autograd.Function):
@@ -244,9 +258,9 @@ def padded_attention(
 
     It is causal but in vision towers, whose modules say so.
 
-    On a GPU that is the flash kernel; the memory-efficient one, which takes a mask, where a window is shorter than the
-    row, or heads are wider than flash kernels take; the model's own eager attention, with all scores in memory, where
-    scores are capped or there are sinks.
+    On a GPU that is the flash kernel; the memory-efficient one, which takes a mask, where there is one, a window is
+    shorter than the row, or heads are wider than flash kernels take; the model's own eager attention, with all scores
+    in memory, where scores are capped or there are sinks.
 
     Returns:
         (B, T, heads, D) of the query's dtype, and weights or None, as transformers expects.
@@ -258,10 +272,10 @@ def padded_attention(
         mask = query.new_empty(1, 1, tokens, keys)
         return own(module, query, key, value, mask, scaling=scaling, softcap=softcap, **kwargs)
     if not device_facts(query.device).is_cuda:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=causal)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=causal)
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    masked = sliding_window is not None and sliding_window < keys
+    masked = attention_mask is not None or (sliding_window is not None and sliding_window < keys)
     if not masked and query.shape[-1] <= _WIDEST_FLASH:
         out, *_rest = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -274,11 +288,23 @@ def padded_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(**_: object) -> None:
-    """Returns the mask of rows without padding."""
+def _padded_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    device: torch.device,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **_: object,
+) -> torch.Tensor | None:
+    """Returns the mask of rows without padding: None, or (B, 1, T, T) bool where tokens of images see each other."""
+    if allow_is_causal_skip or allow_is_bidirectional_skip:
+        return None
+    return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=device)
 
 
-AttentionMaskInterface.register(PADDED_ATTENTION, _no_mask)
+AttentionMaskInterface.register(PADDED_ATTENTION, _padded_mask)
 AttentionInterface.register(PADDED_ATTENTION, padded_attention)
 
 # Whose working memory is of which kind, by the code that takes it.
@@ -297,3 +323,4 @@ KINDS_BY_CODE: dict[CodeType, str] = {
     function.__code__: KV_CACHE
     for function in (DynamicLayer.update, DynamicSlidingWindowLayer.update, DynamicLayer.reorder_cache)
 }
+KINDS_BY_CODE[pixels_on_device.__code__] = IMAGES

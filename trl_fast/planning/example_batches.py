@@ -18,6 +18,7 @@ from trl_fast.losses.loss_normalization import LossNormalizer
 from trl_fast.losses.policy_gradient import sequence_weights
 from trl_fast.losses.ppo import ppo_loss_inputs
 from trl_fast.modeling.classifier_head import state_batch
+from trl_fast.rollout.images import image_keywords
 from trl_fast.rollout.samples import Samples
 from trl_fast.trainers.kto import scores_together
 from trl_fast.trainers.online.micro_batches import Update, UpdateMaker
@@ -25,7 +26,7 @@ from trl_fast.trainers.online.pairs import PairUpdate, make_pair_update
 from trl_fast.trainers.ppo.experience import PPOUpdate
 
 from .generation import Generation
-from .training_setup import TrainingSetup
+from .training_setup import OURS, TrainingSetup
 
 # Any ids do; the two texts of a pair must differ after their prompt.
 _PROMPT, _CHOSEN, _REJECTED, _GOLD = 1, 2, 3, 4
@@ -61,9 +62,12 @@ class KTOInputs:
     together: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class PolicyInputs:
-    """Holds what a step of GRPO or RLOO works on: what is sampled at a time, and a micro-batch of the update."""
+    """Holds what a step of GRPO or RLOO works on: what is sampled at a time, and a micro-batch of the update.
+
+    The step puts the images of its micro-batch on the device after generation.
+    """
 
     generation: Generation
     update: Update
@@ -106,8 +110,9 @@ def preference_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayou
 def reward_pairs(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:
     """Makes pairs of texts that begin alike (reward)."""
     prompt, (chosen, rejected) = _pair(setup, max_length, layout)
-    pairs = [(prompt + chosen, prompt + rejected)] * setup.per_device_train_batch_size
-    return reward_batch(pairs, layout.name, _PAD)
+    count = setup.per_device_train_batch_size
+    pairs, images = [(prompt + chosen, prompt + rejected)] * count, [setup.images] * count
+    return reward_batch(pairs, layout.name, _PAD, images=images, image_layout=layout.images)
 
 
 def unpaired_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> KTOInputs:
@@ -124,7 +129,7 @@ def unpaired_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout)
 def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PolicyInputs:
     """Makes completions of as few prompts as the group size allows, each with an advantage (GRPO, RLOO)."""
     count, group = setup.per_device_train_batch_size, setup.group_size
-    samples = _samples(setup, max_length, count, group)
+    samples = _samples(setup, max_length, layout, count, group)
     samples.advantages = torch.ones(count)
     zeros = [torch.zeros(len(ids)) for ids in samples.completion_ids]
     samples.old_logprobs = zeros if setup.scores_old_policy else None
@@ -133,30 +138,31 @@ def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLay
         float(samples.lengths.sum()), setup.gradient_accumulation_steps, len(samples.completion_ids[0])
     )
     weights = sequence_weights("dapo" if setup.method == "grpo" else "grpo", samples.lengths, window)
-    update = UpdateMaker(layout.name, _PAD, None, _CPU).update(samples, list(range(count)), weights)
+    maker = UpdateMaker(layout.name, _PAD, None, _CPU, layout.images)
     total = setup.completions_per_generation
-    return PolicyInputs(_generation(setup, max_length, -(-total // group), total), update)
+    generation = _generation(setup, max_length, layout, -(-total // group), total)
+    return PolicyInputs(generation, maker.update(samples, list(range(count)), weights))
 
 
 def pair_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PairInputs:
     """Makes two completions of each prompt (Online DPO)."""
     prompts, completions = setup.per_device_train_batch_size, setup.completions_per_generation
-    samples = _samples(setup, max_length, completions, 2)
+    samples = _samples(setup, max_length, layout, completions, 2)
     update = make_pair_update(samples, samples.batch(layout.name, _PAD), torch.zeros(completions))
-    return PairInputs(_generation(setup, max_length, prompts, completions), update)
+    return PairInputs(_generation(setup, max_length, layout, prompts, completions), update)
 
 
 def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PPOInputs:
     """Makes completions of different prompts, for the rollout and for the update (PPO)."""
     scored = min(setup.local_rollout_forward_batch_size, setup.completions_per_generation)
     rollout, batch = (
-        _samples(setup, max_length, count, 1).batch(layout.name, _PAD)
+        _samples(setup, max_length, layout, count, 1).batch(layout.name, _PAD)
         for count in (scored, setup.per_device_train_batch_size)
     )
     states = state_batch(batch, torch.zeros(len(batch), dtype=torch.bool))
     zeros = torch.zeros(len(batch.targets))
     return PPOInputs(
-        _generation(setup, max_length, scored, scored),
+        _generation(setup, max_length, layout, scored, scored),
         rollout,
         state_batch(rollout, torch.zeros(len(rollout), dtype=torch.bool)),
         PPOUpdate(batch, ppo_loss_inputs(zeros, torch.ones_like(zeros)), states, zeros, zeros),
@@ -170,11 +176,12 @@ def _pair(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> tuple
 
 
 def _with_images(ids: list[int], setup: TrainingSetup, layout: PlannedLayout) -> list[int]:
-    """Puts the images' tokens in the place of as many of a prompt's; the first one stays text."""
+    """Puts the images' tokens in the place of as many of a prompt's; the first one or two stay text."""
     if layout.images is None:
         return ids
     count = setup.image_tokens
-    return [ids[0], *[layout.images.image_token_id] * count, *ids[1 + count :]]
+    first = min(2, max(1, len(ids) - count - 1))
+    return [*ids[:first], *[layout.images.image_token_id] * count, *ids[first + count :]]
 
 
 def _prompt_tokens(setup: TrainingSetup, max_length: int) -> int:
@@ -182,18 +189,48 @@ def _prompt_tokens(setup: TrainingSetup, max_length: int) -> int:
     return min(max(1, setup.prompt_tokens(max_length)), max_length - 1)
 
 
-def _samples(setup: TrainingSetup, max_length: int, count: int, group: int) -> Samples:
+def _samples(setup: TrainingSetup, max_length: int, layout: PlannedLayout, count: int, group: int) -> Samples:
     """Makes so many completions, `group` of each prompt; none begins as another one of its prompt does."""
+    prompts = [_prompt(setup, max_length, layout, index // group) for index in range(count)]
+    length = max_length - len(prompts[0])
+    samples = Samples.of(prompts, [_text(setup, layout, index, _CHOSEN, length) for index in range(count)])
+    if layout.images is not None:
+        inputs = {str(number): image for number, image in enumerate(setup.images)}
+        samples.images, samples.completion_images = [tuple(inputs)] * count, [()] * count
+        samples.image_inputs = inputs
+    return samples
+
+
+def _prompt(setup: TrainingSetup, max_length: int, layout: PlannedLayout, number: int) -> list[int]:
+    """Makes the prompt of a number, as long as those of sampled completions are, with its images."""
     length = _prompt_tokens(setup, max_length)
-    vocabulary = setup.config.get_text_config().vocab_size
-    prompts = [_text(index // group, _PROMPT, length, vocabulary) for index in range(count)]
-    return Samples.of(prompts, [_text(index, _CHOSEN, max_length - length, vocabulary) for index in range(count)])
+    return _with_images(_text(setup, layout, number, _PROMPT, length), setup, layout)
 
 
-def _text(number: int, token: int, length: int, vocabulary: int) -> list[int]:
+def _text(setup: TrainingSetup, layout: PlannedLayout, number: int, token: int, length: int) -> list[int]:
     """Makes a text of so many tokens, which differs from those of other numbers in its first token, or in two."""
-    return [number % vocabulary, number // vocabulary, *[token] * length][:length]
+    vocabulary = setup.config.get_text_config().vocab_size
+    if layout.images is None:
+        first = [number % vocabulary, number // vocabulary]
+    else:
+        # None of them stands for an image.
+        skipped, words = layout.images.image_token_id, vocabulary - 1
+        first = [digit + (digit >= skipped) for digit in (number % words, number // words)]
+    return [*first, *[token] * length][:length]
 
 
-def _generation(setup: TrainingSetup, max_length: int, prompts: int, completions: int) -> Generation:
-    return Generation(prompts, completions, _prompt_tokens(setup, max_length), max_length)
+def _generation(
+    setup: TrainingSetup, max_length: int, layout: PlannedLayout, prompts: int, completions: int
+) -> Generation:
+    """Makes so many different prompts, or one for each completion where generation reads them so.
+
+    TRL's always does. Ours does where image tokens attend to the last token of a prompt, which is read apart.
+    """
+    images = layout.images
+    one = _prompt(setup, max_length, layout, 0)
+    ends_with_image = images is not None and (images.whole_prompts or one[-1] == images.image_token_id)
+    if ends_with_image or setup.system != OURS:
+        prompts = completions
+    ids = torch.tensor([_prompt(setup, max_length, layout, number) for number in range(prompts)])
+    keywords = {} if images is None else image_keywords([setup.images] * prompts, images, ids)
+    return Generation(ids, completions, max_length, keywords)

@@ -13,9 +13,10 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from trl_fast.modeling import layer_kinds
 from trl_fast.modeling.checkpointing import enable_checkpointing
 from trl_fast.modeling.classifier_head import attach_classifier_head
+from trl_fast.modeling.image_classifiers import register_image_classifier
 from trl_fast.modeling.image_models import image_layout
 from trl_fast.modeling.layouts import REWARDS, TOKEN_SCORES, LayoutRequest, declared_layout
-from trl_fast.modeling.loading import add_adapter, base_model, language_model_class, whole_backbone
+from trl_fast.modeling.loading import add_adapter, base_model, language_model_class, reads_images, whole_backbone
 from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.segment_attention import set_attention, use_segment_attention
@@ -43,6 +44,8 @@ def meta_model(setup: TrainingSetup, layers: int | None = None, *, classifier: b
     config.use_cache = False
     if classifier:
         config.num_labels = 1
+        if reads_images(config):
+            register_image_classifier(config)
     auto = AutoModelForSequenceClassification if classifier else language_model_class(config)
     try:
         with torch.device("meta"):

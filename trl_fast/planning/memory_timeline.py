@@ -14,19 +14,21 @@ REFERENCE = "reference weights"
 OPTIMIZER = "optimizer"
 GRADIENTS = "gradients"
 GATHERED = "gathered weights"
+IMAGES = "images"
 SAVED = "saved activations"
 HEAD = "head"
 ATTENTION = "attention"
 KV_CACHE = "keys and values"
 WORKSPACE = "workspace"
 # In the order of tables and plots: what stays first.
-KINDS = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, GATHERED, SAVED, KV_CACHE, ATTENTION, HEAD, WORKSPACE)
+KINDS = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, GATHERED, IMAGES, SAVED, KV_CACHE, ATTENTION, HEAD, WORKSPACE)
 MEANINGS = {
     WEIGHTS: "the model, adapters included",
     REFERENCE: "a reference model of its own",
     OPTIMIZER: "the optimizer's averages",
     GRADIENTS: "of the weights that train",
     GATHERED: "whole layers, while they are at work",
+    IMAGES: "pixels of the batches that are there",
     SAVED: "what forward keeps for backward",
     KV_CACHE: "of the tokens sampled at a time",
     ATTENTION: "attention's working memory",

@@ -76,6 +76,10 @@ class MemoryTracker(TorchDispatchMode):
         if not self._stages or self._stages[-1].name != stage:
             self._stages.append(_Stage(stage, self._clock + 1))
 
+    def start_again(self) -> None:
+        """Forgets the stages of a step that came before; memory that it left is there from the start."""
+        self._stages.clear()
+
     @property
     def stage(self) -> str | None:
         """Returns the present stage's name."""

@@ -15,6 +15,7 @@ from .memory_timeline import (
     FORWARD_STAGE,
     GRADIENTS,
     HEAD_STAGE,
+    IMAGES,
     KINDS,
     LAST_LAYER,
     OPTIMIZER,
@@ -39,7 +40,7 @@ TOLERANCE = 0.01
 LENGTH_STEP, LONGEST = 64, 1 << 22
 _UNLIMITED = 1 << 60
 # What is there whatever the length.
-RESIDENT = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS)
+RESIDENT = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, IMAGES)
 
 StagePeaks = dict[str, Peak]
 

@@ -30,6 +30,7 @@ from trl_fast.trainers.dpo import preference_loss_inputs
 from trl_fast.trainers.kto import sequence_logprobs
 from trl_fast.trainers.methods import METHODS
 
+from .device_batches import on_device
 from .example_batches import (
     PlannedLayout,
     labelled_batch,
@@ -153,14 +154,15 @@ def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter
     """Runs a step of GRPO, GMPO or RLOO: generation, the scores that its loss or its rewards read, and the update."""
     if setup.generates:
         simulate_generation(setup, models.policy, inputs.generation, enter)
+    inputs.update = update = on_device(inputs.update)
     if setup.scores_old_policy:
         enter(OLD_STAGE)
-        _token_logprobs(setup, models.policy, inputs.update.batch)
+        _token_logprobs(setup, models.policy, update.batch)
     if setup.needs_reference:
         enter(REFERENCE_STAGE)
-        _reference_logprobs(setup, models, inputs.update.batch)
+        _reference_logprobs(setup, models, update.batch)
     policy = _under_autocast(setup, models.policy)
-    found, _ = _step(setup)(policy, inputs.update, policy_loss_config(setup), head=setup.head_options)
+    found, _ = _step(setup)(policy, update, policy_loss_config(setup), head=setup.head_options)
     return found.loss
 
 
@@ -201,14 +203,14 @@ def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:
 PLANNED: dict[str, PlannedMethod] = {
     "sft": PlannedMethod(labelled_batch, _sft_loss, "sequence", reads_images=True),
     "dpo": PlannedMethod(preference_batch, _dpo_loss, "pair", reads_images=True),
-    "reward": PlannedMethod(reward_pairs, _reward_loss, "pair"),
+    "reward": PlannedMethod(reward_pairs, _reward_loss, "pair", reads_images=True),
     "kto": PlannedMethod(unpaired_batch, _kto_loss, "completion", reads_images=True),
     "orpo": PlannedMethod(preference_batch, _reference_free_loss, "pair"),
     "cpo": PlannedMethod(preference_batch, _reference_free_loss, "pair", reads_images=True),
     "tpo": PlannedMethod(preference_batch, _reference_free_loss, "pair"),
-    "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
-    "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
-    "gmpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion"),
+    "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
+    "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
+    "gmpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
     "online_dpo": PlannedMethod(pair_micro_batch, _online_dpo_loss, "prompt"),
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
 }

@@ -17,6 +17,7 @@ from .memory_timeline import (
     GATHERED,
     GRADIENTS,
     HEAD,
+    IMAGES,
     KINDS,
     KV_CACHE,
     MEANINGS,
@@ -38,6 +39,7 @@ from .wire import Wire
 _COLORS = {
     WEIGHTS: "#4c566a",
     GATHERED: "#6c7a96",
+    IMAGES: "#ccb8a4",
     REFERENCE: "#8d99ae",
     OPTIMIZER: "#b48ead",
     GRADIENTS: "#d08770",

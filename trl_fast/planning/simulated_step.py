@@ -15,6 +15,7 @@ from trl_fast.modeling.loading import base_model, whole_backbone
 from trl_fast.ops.device import DeviceFacts, simulated_device
 
 from .baseline_steps import baseline_loss
+from .device_batches import on_device
 from .device_facts import (
     GPU_KERNELS,
     KINDS_BY_CODE,
@@ -106,6 +107,10 @@ def _simulated(
         for model in filter(None, (models.policy, models.reference, models.value)):
             if vision is not None and setup.images:
                 vision.watch(base_model(model))
+        if setup.images and setup.activation_budget != 0:
+            # The layers of a tower keep results where the pass before left room for them.
+            _run(setup, models, inputs, optimizer, tracker)
+            tracker.start_again()
         _run(setup, models, inputs, optimizer, tracker)
     selective = base_model(models.policy).trl_fast_selective_checkpointing
     return replace(tracker.timeline(), results=selective.budget.asked, default_budget=selective.default_limit)
@@ -131,10 +136,12 @@ def _run(
     optimizer: PlannedOptimizer,
     tracker: MemoryTracker,
 ) -> None:
+    # Trainers have the micro-batches of a step on the device at once; what is sampled gets there one by one.
+    held = [on_device(inputs) for _ in range(setup.gradient_accumulation_steps)]
     if setup.system == OURS:
-        loss = PLANNED[setup.method].loss(setup, models, inputs, tracker.enter)
+        loss = PLANNED[setup.method].loss(setup, models, held[0], tracker.enter)
     else:
-        loss = baseline_loss(setup, models, inputs, tracker)
+        loss = baseline_loss(setup, models, held[0], tracker)
     loss.backward()
     trained = [weight for model in models.trained for weight in model.parameters() if weight.grad is not None]
     for weight in trained:

@@ -91,7 +91,7 @@ def step_work(setup: TrainingSetup, max_length: int) -> Work:
 def _times(stage: str, setup: TrainingSetup, max_length: int) -> float:
     """Returns how often an optimizer step runs a stage of the simulation."""
     micro_batches = setup.gradient_accumulation_steps
-    completion = max(1, max_length - round(max_length * setup.prompt_share))
+    completion = max(1, max_length - setup.prompt_tokens(max_length))
     if setup.method == "ppo":
         sampled = setup.completions_per_generation
         chunks = sampled / min(setup.local_rollout_forward_batch_size, sampled)
