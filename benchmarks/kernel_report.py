@@ -4,7 +4,8 @@
 
 Compiles every Triton kernel, and with nvcc every CUDA kernel, ahead of time for each target and reads the machine
 code: registers, spills, shared memory, an estimate of occupancy, how wide global memory is accessed, and tensor-core
-instructions. Nothing is run. With --check, a kernel that spills makes the exit status 1.
+instructions. Nothing is run. With --check, a kernel that spills makes the exit status 1. Triton kernels are compiled
+for AMD's gfx942 (MI300) and gfx950 (MI350) too, but for linear_scores, whose tiles are those of an H100.
 
 The last column is the traffic with global memory as a multiple of the least possible, which is to read every logit
 once and, for row_grad, to write every gradient once; row_scores of Triton may also write packed logits, and is counted
@@ -37,6 +38,8 @@ from triton.runtime.jit import JITFunction
 
 from trl_fast.kernels import attention_merge, divergence_kernels, linear_scores, loss_kernels, row_kernels
 
+from .amd_machine_code import TARGETS as AMD_TARGETS
+from .amd_machine_code import THREADS_OF_WAVE, AMDResources, amd_resources
 from .compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from .gpu_machine_code import TARGETS, Resources, read_cubin, resources_of
 
@@ -276,8 +279,8 @@ MERGE_KERNELS = tuple(_merge_cases())
 KERNELS = (*HEAD_KERNELS, *DIVERGENCE_KERNELS, *MERGE_KERNELS, *LOSS_KERNELS)
 
 
-def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:
-    """Compiles for sm_`target` as the JIT would for aligned tensors: pointers and sizes divisible by 16.
+def compile_kernel(case: KernelCase, target: int | str) -> CompiledKernel:
+    """Compiles for sm_`target` or AMD's `target` as the JIT would for aligned tensors: all divisible by 16.
 
     Sizes that the JIT is told not to look at (do_not_specialize) may be any number here too.
     """
@@ -290,7 +293,8 @@ def compile_kernel(case: KernelCase, target: int) -> CompiledKernel:
     options = {"num_warps": case.num_warps}
     if case.num_stages is not None:
         options["num_stages"] = case.num_stages
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    gpu = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, THREADS_OF_WAVE)
+    return triton.compile(source, target=gpu, options=options)
 
 
 def resources(compiled: CompiledKernel, num_warps: int, target: int, scalar_loads: int | None = 0) -> Resources:
@@ -327,6 +331,23 @@ def add_row(table: Table, language: str, label: str, target: int, found: Resourc
     )
 
 
+def add_amd_row(table: Table, label: str, target: str, found: AMDResources) -> None:
+    """Adds a kernel on one of AMD's targets to the table."""
+    table.add_row(
+        "Triton",
+        label,
+        target,
+        str(found.registers),
+        str(found.spill_bytes),
+        str(found.shared_bytes),
+        f"{found.occupancy:.0%}",
+        f"{found.vector_loads} + {found.narrow_loads}",
+        f"{found.vector_stores} + {found.narrow_stores}",
+        str(found.matrix_instructions),
+        "",
+    )
+
+
 def report_triton(table: Table) -> list[str]:
     """Adds the Triton kernels; the names of those that spill."""
     spilling = []
@@ -336,6 +357,18 @@ def report_triton(table: Table) -> list[str]:
             add_row(table, "Triton", case.label, target, found, case.least_bytes)
             if found.spill_bytes > case.spills_allowed:
                 spilling.append(f"Triton {case.label} sm_{target}")
+    return spilling
+
+
+def report_amd(table: Table) -> list[str]:
+    """Adds the Triton kernels on AMD's GPUs; the names of those that spill."""
+    spilling = []
+    for case in KERNELS:
+        for target in AMD_TARGETS if case.function is not linear_scores.linear_scores_kernel else ():
+            found = amd_resources(compile_kernel(case, target).asm["amdgcn"], case.num_warps, target)
+            add_amd_row(table, case.label, target, found)
+            if found.spill_bytes:
+                spilling.append(f"Triton {case.label} {target}")
     return spilling
 
 
@@ -355,7 +388,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if a kernel spills registers")
     arguments = parser.parse_args()
     table, nvcc = new_table(), find_nvcc()
-    spilling = report_triton(table)
+    spilling = [*report_triton(table), *report_amd(table)]
     notes = "CUDA kernels: skipped, there is no nvcc"
     if nvcc:
         cuda_spilling, count = report_cuda(table, nvcc)

@@ -149,6 +149,8 @@ def _supports_triton(device_kind: str) -> Support:
     if not _triton_installed():
         return Support(False, "triton is not installed")
     if device_kind == "cuda":
+        if torch.version.hip is not None:
+            return Support(True, "Triton kernels over hipBLAS blocks: compiled for AMD's GPUs, never run on one")
         return Support(True, "Triton kernels over cuBLAS blocks")
     import triton
 

@@ -36,9 +36,15 @@ _TRIED, _TOLERANCE = (200, 192, 1500), 2e-3
 def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
     """Returns the fused kernel's configuration for a head of such hidden states, None if it does not serve.
 
-    dtype: in which products are computed. It multiplies 16-bit numbers. In Triton's interpreter any GPU will do.
+    dtype: in which products are computed. It multiplies 16-bit numbers. In Triton's interpreter any GPU will do. Its
+    tiles are an H100's: AMD's GPUs, whose capabilities are numbers of another kind, take two steps.
     """
-    if backend not in ("cuda", "triton") or dtype not in SIXTEEN_BITS or hidden_size % _ALIGNMENT:
+    if (
+        torch.version.hip is not None
+        or backend not in ("cuda", "triton")
+        or dtype not in SIXTEEN_BITS
+        or hidden_size % _ALIGNMENT
+    ):
         return None
     if not supports("linear_logprob", "triton", device, dtype).ok:
         return None
