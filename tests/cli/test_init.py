@@ -21,7 +21,8 @@ REWARDS = {
 def test_the_file_has_the_defaults(method, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     reward = ["--reward", "think_format_reward"] if method.reward_argument else []
-    assert main(["init", method.name, "--model", "m", "--dataset", "d.jsonl", *reward]) == 0
+    teacher = ["--teacher", "t"] if method.takes_teacher else []
+    assert main(["init", method.name, "--model", "m", "--dataset", "d.jsonl", *reward, *teacher]) == 0
     file = f"{method.name}.yaml"
     assert capsys.readouterr().out == f"Written: {file}. Run:\n  trl-fast {method.name} --config {file}\n"
     same = ["--use_cpu", "true", "--bf16", "false"]
@@ -30,6 +31,7 @@ def test_the_file_has_the_defaults(method, tmp_path, monkeypatch, capsys):
     )
     assert not unknown
     flags = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_dir", f"runs/{method.name}", *same]
+    flags += ["--teacher_model_name_or_path", "t"] if method.takes_teacher else []
     expected = make_parser(method).parse_args_and_config(flags)
     changed = {"sft_model_path"}
     if method.reward_argument:
@@ -73,6 +75,7 @@ def test_a_file_is_not_overwritten_silently(tmp_path, capsys):
         (["sft", "--output", "nowhere/x.yaml"], "there is no folder nowhere; make it"),
         (["sft", "--output", "/proc/x.yaml"], "--output /proc/x.yaml: "),
         (["sft", "--reward", "accuracy_reward"], "sft takes no reward; leave it out"),
+        (["sft", "--teacher", "t"], "--teacher t: sft takes no teacher; leave it out"),
     ],
 )
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):

@@ -57,7 +57,6 @@ def test_every_way_of_importing(installed):
     [
         ("from trl import pack_examples", "trl.pack_examples: TRL had it until 0.19; use pack_dataset"),
         ("from trl.trainer import XPOTrainer", "trl.trainer.XPOTrainer: TRL had it until 0.28.*trl.experimental"),
-        ("from trl import DistillationTrainer", "trl.DistillationTrainer: trl_fast does not train by distillation"),
         (
             "from trl.trainer.utils import get_peft_config, unheard",
             "does not have trl.trainer.utils.unheard; leave it out",
@@ -70,7 +69,6 @@ def test_every_way_of_importing(installed):
         ("from trl.chat_template_utils import qwen3_chat_template", "keeps no copies of models' chat templates"),
         ("from trl import NashMDTrainer", "subclass of OnlineDPOTrainer; neither TRL 1.16"),
         ("import trl.experimental.gold", "experimental methods; run the script with TRL itself"),
-        ("from trl.trainer.distillation_trainer import DistillationTrainer", "trl.trainer.distillation_trainer"),
     ],
 )
 def test_what_is_not_there_is_an_import_error_that_says_what_to_do(statement, message, installed):
@@ -79,7 +77,7 @@ def test_what_is_not_there_is_an_import_error_that_says_what_to_do(statement, me
 
 
 def test_attributes_that_are_not_there(installed):
-    assert not hasattr(installed, "DistillationTrainer")
+    assert not hasattr(installed, "PRMTrainer")
     with pytest.raises(AttributeError, match="TRL had it until 0.19"):
         installed.pack_examples  # noqa: B018
     with pytest.raises(AttributeError, match="does not have trl.trainer.utils.unheard"):

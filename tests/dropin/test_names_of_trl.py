@@ -13,7 +13,7 @@ from trl_fast.dropin.names import MODULES, TRL_VERSION
 
 # The names that are not answered, by module, with a word of the reason that is given. The list only shrinks.
 LEFT = {
-    "trl": {"distillation": ["DistillationConfig", "DistillationTrainer"], "wandb": ["WeaveCallback"]},
+    "trl": {"wandb": ["WeaveCallback"]},
     "trl.cli.accelerate_config": {"trl-fast": ["resolve_accelerate_config_argument"]},
     "trl.cli.accelerate_launcher": {"trl-fast": ["launch_training_script"]},
     "trl.cli.commands": {"trl-fast": ["get_commands"]},
@@ -39,15 +39,11 @@ LEFT = {
         "activation_offloading=True": ["OffloadActivations"],
     },
     "trl.models.utils": {"shards": ["add_hooks", "get_all_parameters", "iter_params", "remove_hooks"]},
-    "trl.scripts.distillation": {"distillation": ["main", "make_parser"]},
     "trl.trainer": {
-        "distillation": ["DistillationConfig", "DistillationTrainer"],
         "wandb": ["WeaveCallback"],
         "linear_logprob": ["add_fused_lm_head"],
     },
     "trl.trainer.callbacks": {"wandb": ["WeaveCallback"]},
-    "trl.trainer.distillation_config": {"distillation": ["DistillationConfig"]},
-    "trl.trainer.distillation_trainer": {"distillation": ["DistillationTrainer"]},
     "trl.trainer.reward_trainer": {"hides a warning": ["suppress_seqcls_warning"]},
     "trl.trainer.utils": {
         "linear_logprob": ["FusedCausalLMOutput", "add_fused_lm_head"],
@@ -75,6 +71,10 @@ OLDER_MODULES = {
     "trl.experimental.ppo.ppo_config",
     "trl.experimental.ppo.ppo_trainer",
     *(f"trl.trainer.{name}_{part}" for name in ("orpo", "cpo") for part in ("config", "trainer")),
+    "trl.experimental.distillation.distillation_config",
+    "trl.experimental.distillation.distillation_trainer",
+    "trl.trainer.gkd_config",
+    "trl.trainer.gkd_trainer",
     "trl.experimental.kto.kto_config",
     "trl.experimental.kto.kto_trainer",
     "trl.scripts.ppo",

@@ -70,11 +70,13 @@ PREPARES = {
     "grpo": prepare_prompt_dataset,
     "rloo": prepare_prompt_dataset,
     "online_dpo": prepare_prompt_dataset,
+    "distillation": prepare_prompt_dataset,
     "ppo": lambda rows, tokenizer: (
         rows if "input_ids" in rows.column_names else prepare_prompt_dataset(rows, tokenizer)
     ),
 }
 MODEL, REWARD_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct", "reward-model"
+TEACHER = "HuggingFaceTB/SmolLM2-360M-Instruct"
 # What transformers logs once, when training ends.
 _AT_THE_END = re.compile(r"train_|total_flos")
 # How formulas are written, and what Python reads.
@@ -97,12 +99,13 @@ def models(tmp_path_factory):
     return {
         MODEL: save_tiny_model(tmp_path_factory.mktemp("model"), tokenizer),
         REWARD_MODEL: save_tiny_classifier(tmp_path_factory.mktemp("reward"), tokenizer),
+        TEACHER: save_tiny_model(tmp_path_factory.mktemp("teacher"), tokenizer),
     }
 
 
 def with_models(text: str, models: dict[str, str], name: str) -> str:
     """Puts folders into a text of a page; elsewhere than on PPO's the reward model is what training writes."""
-    text = text.replace(MODEL, models[MODEL])
+    text = text.replace(MODEL, models[MODEL]).replace(TEACHER, models[TEACHER])
     return text.replace(REWARD_MODEL, models[REWARD_MODEL]) if name == "ppo" else text
 
 

@@ -62,6 +62,8 @@ def test_every_method_can_be_planned():
         ("online_dpo", {}, [PROMPTS_STAGE, GENERATION_STAGE, REFERENCE_STAGE]),
         ("rloo", {}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE]),
         ("rloo", {"beta": 0.0}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE]),
+        ("distillation", {}, [PROMPTS_STAGE, GENERATION_STAGE]),
+        ("gkd", {"generates": False}, []),
         ("ppo", {}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE]),
     ],
     ids=str,

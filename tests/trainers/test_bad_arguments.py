@@ -67,7 +67,7 @@ def test_wrong_arguments_of_trainers(method, name, value, kind, message, model_p
 @pytest.mark.parametrize("method", DATA)
 def test_the_config_of_another_trainer(method, model_path, tmp_path):
     for other in CONFIGS.values():
-        if other is not CONFIGS[method]:
+        if not issubclass(other, CONFIGS[method]):
             args = other(str(tmp_path), **CPU)
             with pytest.raises((TypeError, ValueError), match=f"args: .*{other.__name__}"):
                 trainer(method, tmp_path, model=model_path, args=args)

@@ -50,9 +50,9 @@ def test_the_trainer_calls_the_step_function_of_the_table(name):
 
 def test_no_trainer_is_missing_from_the_table():
     folder = ROOT / "trl_fast" / "trainers"
-    names = {path.stem for path in folder.glob("*_config.py")} | {
-        path.parent.name for path in folder.glob("ppo/config.py")
-    }
+    packages = [path for path in folder.glob("*/*config.py") if path.parent.name not in ("base", "online")]
+    names = {path.stem for path in [*folder.glob("*_config.py"), *packages] if path.stem != "config"}
+    names |= {path.parent.name for path in packages if path.stem == "config"}
     assert {name.removesuffix("_config") for name in names} == set(METHODS)
 
 

@@ -56,6 +56,8 @@ def _training(method: Method) -> Command:
     needs = "--model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER"
     if method.reward_argument is not None:
         needs += " --reward_funcs NAME"
+    if method.takes_teacher:
+        needs += " --teacher_model_name_or_path MODEL"
     arguments = (*argument_places(method), "trl_fast.cli.training:RunArguments")
     return Command(method.name, TRAIN, method.help, arguments, needs)
 

@@ -45,8 +45,16 @@ GROUPS = (
     FlagGroup(COMMAND),
     FlagGroup(
         "Model",
-        ("model_name_or_path", "sft_model_path", "reward_model_path", "dtype", "attn_implementation"),
-        ("model_revision", "model_init_kwargs", "trust_remote_code", "disable_dropout", "cast_lm_head_to_fp32")
+        ("model_name_or_path", "teacher_model_name_or_path", "sft_model_path", "reward_model_path", "dtype")
+        + ("attn_implementation",),
+        (
+            "teacher_model_*",
+            "model_revision",
+            "model_init_kwargs",
+            "trust_remote_code",
+            "disable_dropout",
+            "cast_lm_head_to_fp32",
+        )
         + ("router_aux_loss_coef", "use_cache", "chat_template_path", "eos_token"),
     ),
     FlagGroup(
@@ -64,9 +72,25 @@ GROUPS = (
     ),
     FlagGroup(
         METHOD,
-        ("loss_type", "beta", "precompute_ref_log_probs", "desirable_weight", "undesirable_weight")
+        (
+            "loss_type",
+            "divergence",
+            "beta",
+            "lmbda",
+            "precompute_ref_log_probs",
+            "desirable_weight",
+            "undesirable_weight",
+        )
         + ("center_rewards_coefficient", "reward_funcs", "reward_model_name_or_path", "num_generations")
-        + ("max_completion_length", "response_length", "total_episodes", "temperature", "epsilon", "kl_coef")
+        + (
+            "max_completion_length",
+            "max_new_tokens",
+            "response_length",
+            "total_episodes",
+            "temperature",
+            "epsilon",
+            "kl_coef",
+        )
         + ("num_ppo_epochs", "stop_token"),
     ),
     FlagGroup("Generation with vLLM", ("use_vllm", "vllm_mode"), ("vllm_*",)),

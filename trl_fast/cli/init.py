@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("method", metavar="METHOD", help="what to train with")
     parser.add_argument("--model", help="model to start from: a hub name or a folder")
+    parser.add_argument("--teacher", help="teacher of a distillation: a hub name or a folder")
     parser.add_argument("--dataset", help="dataset: a hub name, a folder or a file")
     parser.add_argument("--reward", help="grpo, rloo: a reward function; ppo: a reward model")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write [METHOD.yaml]")
@@ -70,6 +71,9 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     if given.reward is not None and given.reward not in needed.values():
         raise ValueError(f"--reward {given.reward}: {given.method} takes no reward; leave it out")
 
+    if given.teacher is not None and given.teacher not in needed.values():
+        raise ValueError(f"--teacher {given.teacher}: {given.method} takes no teacher; leave it out")
+
     def run() -> int:
         try:
             path.write_text(settings_file(given.method, needed), encoding="utf-8")
@@ -86,7 +90,8 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
 
 def _needed(method: str) -> dict[str, str]:
     reward = METHODS[method].reward_argument
-    return _NEEDED if reward is None else {**_NEEDED, _REWARD[reward]: "reward"}
+    needed = _NEEDED if reward is None else {**_NEEDED, _REWARD[reward]: "reward"}
+    return {**needed, "teacher_model_name_or_path": "teacher"} if METHODS[method].takes_teacher else needed
 
 
 def settings_file(method: str, needed: dict[str, str | None]) -> str:

@@ -21,6 +21,7 @@ from trl_fast.data.assistant_turns import split_turns
 from trl_fast.data.images.columns import load_images
 from trl_fast.data.images.reader import ImageReader
 from trl_fast.data.preference import GOLD_COLUMN
+from trl_fast.data.prompt_completion import COMPLETION_IDS
 from trl_fast.data.prompt_only import PROMPT_IDS
 from trl_fast.data.reward_modeling import REWARD_POSITIONS, SEQUENCE_COLUMNS
 from trl_fast.data.row_checks import TOKEN_COLUMNS
@@ -33,7 +34,8 @@ from trl_fast.settings.batch_layouts import PADDED
 from trl_fast.settings.choices import SEPARATELY
 from trl_fast.trainers.base.argument_checks import check_settings
 from trl_fast.trainers.base.model_setup import layout_request
-from trl_fast.trainers.methods import METHODS, Method
+from trl_fast.trainers.methods import Method
+from trl_fast.trainers.online.trainer import OnlineTrainer
 
 from .preview_tokens import CONTEXT, CUT, LEARNED, PlacedImage
 
@@ -180,8 +182,8 @@ class Examples:
 
     @property
     def is_online(self) -> bool:
-        """Says whether the method samples its completions, so that rows are prompts alone."""
-        return METHODS[self.method].reward_argument is not None
+        """Says whether the method samples completions, so that rows are prompts, some of them with an answer too."""
+        return isinstance(self.trainer, OnlineTrainer)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -228,7 +230,10 @@ class Examples:
     def _example(self, row: int, prepared: dict[str, Any], uncut: dict[str, Any]) -> Example:
         if self.is_online:
             prompt, kept = list(uncut[PROMPT_IDS]), list(prepared[PROMPT_IDS])
-            return Example(row, [_part("prompt", prompt, kept, {*()}, 0)], None, [])
+            parts = [_part("prompt", prompt, kept, {*()}, 0)]
+            if given := list(prepared.get(COMPLETION_IDS, ())):
+                parts.append(_part("completion", given, given, {*range(len(given))}, len(kept)))
+            return Example(row, parts, None, [])
         batch = self.collator.collate([prepared])
         if self.has_turns:
             return self._turns(row, batch, uncut, prepared)

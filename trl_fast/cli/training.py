@@ -50,6 +50,8 @@ def make_trainer(
     rewards = _rewards(method, script_args, training_args)
     model = policy_name(training_args, model_args)
     training_args.model_init_kwargs = model_options(training_args, model_args)
+    if method.takes_teacher:
+        training_args.teacher_model_init_kwargs = teacher_options(training_args, model_args)
     training_args.trust_remote_code = training_args.trust_remote_code or model_args.trust_remote_code
     # What only a trainer needs is imported here: `--help` comes without it.
     from transformers import PrinterCallback, ProgressCallback
@@ -90,6 +92,15 @@ def model_options(training_args: BaseConfig, model_args: ModelConfig) -> dict[st
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+
+
+def teacher_options(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
+    """Returns the keywords of from_pretrained for a teacher: the dtype and attention of the flags of the model.
+
+    teacher_model_init_kwargs stand over them. As in TRL, a teacher is not quantised with its student.
+    """
+    flags = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    return {**flags, **(training_args.teacher_model_init_kwargs or {})}
 
 
 def policy_name(training_args: BaseConfig, model_args: ModelConfig) -> str:

@@ -174,6 +174,18 @@ def check_unpaired_row(example: dict[str, Any], row: int, name: str = "train", *
     Raises ValueError otherwise, also for an empty completion and for a prompt without messages.
     """
     check_label(example[LABEL], row, name)
+    check_prompt_and_completion(example, row, name, reads_images=reads_images)
+
+
+def check_prompt_and_completion(
+    example: dict[str, Any], row: int, name: str = "train", *, reads_images: bool = False
+) -> None:
+    """Checks that `prompt` and `completion` are both text or both messages, and that there is a completion.
+
+    reads_images: whether messages may have images.
+
+    Raises ValueError otherwise.
+    """
     columns = ("prompt", "completion")
     kinds = {column: _known_kind(example[column], column, row, name, reads_images) for column in columns}
     if not example["completion"]:

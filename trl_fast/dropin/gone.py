@@ -15,7 +15,6 @@ _EXPERIMENTAL = "trl_fast does not have it; TRL 1.16 keeps it under trl.experime
 _DROPPED = "trl_fast does not have it either"
 _OWN_COLLATOR = "leave it out: the trainer makes its own collator"
 _TEXT_ONLY = "trl_fast trains text models only so far"
-_DISTILLATION = "trl_fast does not train by distillation; run the script with TRL itself"
 _TEMPLATE_TEXTS = (
     "trl_fast keeps no copies of models' chat templates: it marks the assistant's words in the tokenizer's own "
     "(get_training_chat_template) and finds out how it writes tool calls (add_response_schema)"
@@ -37,7 +36,6 @@ GONE: dict[str, str] = {
     "DataCollatorForVisionLanguageChatML": _older(_OWN_COLLATOR),
     "*split_pixel_values_by_grid": _TEXT_ONLY,
     "WeaveCallback": "trl_fast does not have it; set report_to='wandb' and add a LogCompletionsCallback",
-    "Distillation*": _DISTILLATION,
     "PPOv2Trainer": _until("0.12", "it became PPOTrainer"),
     "PPOv2Config": _until("0.12", "it became PPOConfig"),
     "PolicyAndValueWrapper": _older("PPOTrainer holds policy and value model by itself"),
@@ -67,7 +65,6 @@ GONE: dict[str, str] = {
         ),
         _until("0.28, then for a while under trl.experimental", _DROPPED),
     ),
-    **dict.fromkeys((f"{method}Trainer" for method in ("GKD",)), _until("0.28", _EXPERIMENTAL)),
     **dict.fromkeys(
         ("XPOTrainer", "NashMDTrainer"),
         "TRL had it until 0.28, then for a while under trl.experimental, as a subclass of OnlineDPOTrainer; neither "
@@ -105,9 +102,6 @@ GONE_MODULES: dict[str, str] = {
     "trl.kernels": "its kernels are those of TRL's own losses; trl_fast's are behind the functions of trl_fast.ops",
     "trl.cli": "use the command trl-fast",
     "trl.distributed": _SHARDED,
-    "trl.scripts.distillation": _DISTILLATION,
-    "trl.trainer.distillation_config": _DISTILLATION,
-    "trl.trainer.distillation_trainer": _DISTILLATION,
     "trl.trainer.judges": GONE["*Judge"],
     "trl.mergekit_utils": _until("0.26", _EXPERIMENTAL),
     "trl.skills": "it is about assistants that write scripts for TRL, and no part of training",

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ from .loading import backbone, whole_backbone
 from .memory_budgets import head_workspace
 from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
-from .sharded_head import call_with_whole_head
+from .sharded_head import ReadHead, call_with_whole_head
 from .ulysses import DealtRows, active_group
 from .upcast_linear_layers import upcast_linear_layers
 
@@ -43,13 +43,23 @@ SCORING = "scoring forward"
 DEFAULT_HEAD = HeadOptions()
 
 
+class Reading(Protocol):
+    """Takes what a model gives at N scored positions where something else than its tokens' scores is wanted."""
+
+    def of_states(self, model: PreTrainedModel, hidden: torch.Tensor, num_tokens: int) -> Any:
+        """Returns what is read of hidden states (N, H); the head is not run yet. num_tokens: those of the batch."""
+
+    def of_logits(self, model: PreTrainedModel, logits: torch.Tensor) -> Any:
+        """Returns what is read of a model's own logits (N, V), where its head is not understood."""
+
+
 @dataclass(frozen=True)
 class ScoringRequest:
     """Asks a call of the model for scores of tokens instead of logits.
 
     score_positions (N,): flat positions, in rows of row_length tokens, whose hidden states predict targets (N,).
     token_loss, group_sizes: as in `ops.linear_token_loss`, for a loss whose gradient is to be taken while the head's
-    logits are there. reads_images: whether the batch has images.
+    logits are there. reads_images: whether the batch has images. reading: what is wanted in the place of scores.
     """
 
     score_positions: torch.Tensor
@@ -61,6 +71,7 @@ class ScoringRequest:
     token_loss: TokenLoss | None = None
     group_sizes: tuple[int, ...] | None = None
     reads_images: bool = False
+    reading: Reading | None = None
 
     def select(self, states: torch.Tensor) -> torch.Tensor:
         """Returns the states (N, D) at the scored positions of (B, T, D), without the virtual tokens of an adapter.
@@ -81,6 +92,14 @@ class ModelScores:
     tokens: TokenScores
     aux_loss: torch.Tensor | None = None
     loss: torch.Tensor | None = None
+
+
+@dataclass
+class ModelReading:
+    """Holds what a `Reading` gave, and the load-balancing loss as in ModelScores."""
+
+    value: Any
+    aux_loss: torch.Tensor | None = None
 
 
 def attach_scoring(model: PreTrainedModel) -> None:
@@ -121,7 +140,9 @@ def give_up_fused_head(model: PreTrainedModel, reason: str) -> None:
     changed.trl_fast_fused_head = False
 
 
-def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object, **kwargs: object) -> ModelScores:
+def _score_hidden(
+    model: PreTrainedModel, scoring: ScoringRequest, *args: object, **kwargs: object
+) -> ModelScores | ModelReading:
     kwargs.pop("labels", None)
     router = kwargs.get("output_router_logits")
     shared = active_group()
@@ -137,14 +158,26 @@ def _score_hidden(model: PreTrainedModel, scoring: ScoringRequest, *args: object
         return _score_dealt(
             model, scoring, DealtRows(shared, scoring.score_positions, scoring.row_length, scoring.group_sizes), states
         )
-    tokens, loss = _run_head(model, scoring.select(states), scoring, states.shape[:-1].numel())
+    found = _read(model, scoring.select(states), scoring, states.shape[:-1].numel())
     if not router:
-        return ModelScores(tokens, None, loss)
+        return found
     router_logits = getattr(output, "router_logits", None)
-    if not router_logits:
+    if router_logits:
+        found.aux_loss = _aux_loss(model, router_logits, _token_counts(kwargs))
+    else:
         _say_no_router(type(model).__name__)
-        return ModelScores(tokens, states.new_zeros(()), loss)
-    return ModelScores(tokens, _aux_loss(model, router_logits, _token_counts(kwargs)), loss)
+        found.aux_loss = states.new_zeros(())
+    return found
+
+
+def _read(
+    model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest, num_tokens: int
+) -> ModelScores | ModelReading:
+    """Returns what is asked of the hidden states (N, H) at the scored positions."""
+    if scoring.reading is not None:
+        return ModelReading(scoring.reading.of_states(model, hidden, num_tokens))
+    tokens, loss = _run_head(model, hidden, scoring, num_tokens)
+    return ModelScores(tokens, None, loss)
 
 
 @functools.cache
@@ -169,24 +202,30 @@ def _score_dealt(
     return ModelScores(tokens, None, loss)
 
 
-@torch.compiler.disable
 def _run_head(
     model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest, num_tokens: int
 ) -> tuple[TokenScores, torch.Tensor | None]:
     """Returns token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions.
 
     num_tokens: those of the batch, scored or not.
+    """
+    found = call_head(model, functools.partial(_read_head, model, scoring, num_tokens), hidden)
+    loss = found.pop("loss", None)
+    return TokenScores(**found), loss
 
-    Not compiled: it has kernels of its own, and chooses them by what is installed and free.
+
+@torch.compiler.disable
+def call_head(model: PreTrainedModel, read: ReadHead, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns what `read` makes of hidden states (N, H) and of the head, which is whole while it runs.
+
+    Not compiled: a head has kernels of its own, and chooses them by what is installed and free.
     """
     if has_float32_head(model) and hidden.dtype != torch.float32:
         with torch.autocast(hidden.device.type, enabled=False):
-            return _run_head(model, hidden.float(), scoring, num_tokens)
+            return call_head(model, read, hidden.float())
     # Copies of all layers' float32 weights, which autocast would keep until the gradient of the head is there.
     torch.clear_autocast_cache()
-    found = call_with_whole_head(model, functools.partial(_read_head, model, scoring, num_tokens), hidden)
-    loss = found.pop("loss", None)
-    return TokenScores(**found), loss
+    return call_with_whole_head(model, read, hidden)
 
 
 def _read_head(
@@ -201,18 +240,28 @@ def _read_head(
     softcap, logit_scale = head_transform(model.config)
     transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)
     tensors = (hidden.to(weight.device), weight, scoring.targets.to(weight.device), bias)
-    options = scoring.head
-    if options.workspace_bytes is None:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        size = head_workspace(model, weight, dtype, len(hidden), num_tokens, shard)
-        options = replace(options, workspace_bytes=size)
+    options = with_workspace(scoring.head, model, head, hidden, num_tokens)
     given = (*tensors, transform, scoring.outputs, options)
     if scoring.token_loss is None:
         return token_logprobs(*given, shard, source).present()
     given_loss = (scoring.token_loss, scoring.group_sizes)
     loss, tokens = token_loss_of_head(*given, *given_loss, shard=shard, source=source)
     return {"loss": loss, **tokens.present()}
+
+
+def with_workspace(
+    options: HeadOptions, model: PreTrainedModel, head: HeadParameters, hidden: torch.Tensor, num_tokens: int
+) -> HeadOptions:
+    """Returns the user's settings of the head, with a size of its workspace for hidden states (N, H) if they lack one.
+
+    num_tokens: those of the batch, scored or not.
+    """
+    if options.workspace_bytes is not None:
+        return options
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    size = head_workspace(model, head.weight, dtype, len(hidden), num_tokens, head.shard)
+    return replace(options, workspace_bytes=size)
 
 
 def _with_loss(tokens: TokenScores, scoring: ScoringRequest) -> tuple[TokenScores, torch.Tensor | None]:
@@ -256,7 +305,7 @@ def _aux_loss(model: PreTrainedModel, router_logits: tuple, counts: torch.Tensor
 
 def _score_logits(
     model: PreTrainedModel, forward: Callable, scoring: ScoringRequest, *args: object, **kwargs: object
-) -> ModelScores:
+) -> ModelScores | ModelReading:
     """Scores the model's own logits at the scored positions: the slow path, for heads that we do not understand."""
     # The model hands its mask on to the layers and to the router's loss, which need different ones of a row.
     counts = {"attention_mask": _token_counts(kwargs)} if kwargs.get("output_router_logits") else {}
@@ -266,6 +315,8 @@ def _score_logits(
         contexts.enter_context(reading_images(model, blank=needs_blank_image(model, kwargs)))
         output = forward(model, *args, **{**kwargs, **counts, "use_cache": False, "labels": None})
     logits = scoring.select(output.logits)
+    if scoring.reading is not None:
+        return ModelReading(scoring.reading.of_logits(model, logits), getattr(output, "aux_loss", None))
     logprobs, entropy = selective_log_softmax_and_entropy(
         logits, scoring.targets, temperature=scoring.temperature, backend=scoring.head.backend
     )
@@ -332,6 +383,18 @@ def scoring_inputs(
     options = (outputs, temperature, head, token_loss, group_sizes, batch.images is not None)
     request = ScoringRequest(batch.score_positions, batch.targets, batch.input_ids.shape[1], *options)
     return {**model_inputs(batch), "scoring": request, **model_kwargs}
+
+
+def read_model(
+    model: Callable[..., ModelReading], batch: TokenBatch, reading: Reading, **model_kwargs: object
+) -> ModelReading:
+    """Returns what `reading` makes of a model at a batch's scored positions; `model` is as in `score`.
+
+    model_kwargs: go to the model's forward, over those of the batch.
+    """
+    given = (batch.score_positions, batch.targets, batch.input_ids.shape[1], ())
+    request = ScoringRequest(*given, reads_images=batch.images is not None, reading=reading)
+    return model(**{**model_inputs(batch), "scoring": request, **model_kwargs})
 
 
 @contextmanager

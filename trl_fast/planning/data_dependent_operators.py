@@ -73,6 +73,8 @@ def _written_to_out(*_: torch.Tensor, out: torch.Tensor, **__: object) -> torch.
 
 ANSWERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _scalar,
+    # What an operator of our own asks for reaches us before it is taken apart.
+    aten.is_nonzero.default: _scalar,
     aten.nonzero.default: _none_found,
     aten.repeat_interleave.self_Tensor: _entries_of_rows,
     aten.repeat_interleave.Tensor: _once_each,

@@ -23,9 +23,11 @@ from trl_fast.losses.policy_gradient import PolicyLossConfig
 from trl_fast.losses.reference_free import CPOLossConfig, ORPOLossConfig, TPOLossConfig
 from trl_fast.losses.sft import nll_loss
 from trl_fast.modeling.classifier_head import read_head
+from trl_fast.modeling.distillation import DivergenceSettings
 from trl_fast.modeling.policy_and_value import PolicyAndValue
 from trl_fast.modeling.scoring import score
 from trl_fast.trainers.base.reference import reference_scores
+from trl_fast.trainers.distillation.step import DistillationUpdate
 from trl_fast.trainers.dpo import preference_loss_inputs
 from trl_fast.trainers.kto import sequence_logprobs
 from trl_fast.trainers.methods import METHODS
@@ -191,6 +193,20 @@ def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
     return _step(setup)(both, inputs.update, head=setup.head_options).loss
 
 
+def _distillation_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
+    """Runs a step of distillation: generation, the teacher's pass, and the update on both heads.
+
+    The teacher is taken to be as large as the student.
+    """
+    if setup.generates:
+        simulate_generation(setup, models.policy, inputs.generation, enter)
+    assert models.reference is not None, "a teacher is a model of its own"
+    student, teacher = (_under_autocast(setup, model) for model in (models.policy, models.reference))
+    batch = inputs.update.batch
+    update = DistillationUpdate(batch, torch.ones(len(batch.targets)))
+    return _step(setup)(student, teacher, update, DivergenceSettings(), head=setup.head_options).loss
+
+
 def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:
     """Returns the loss of GRPO, GMPO or RLOO with the defaults of its config."""
     if setup.method == "rloo":
@@ -213,4 +229,6 @@ PLANNED: dict[str, PlannedMethod] = {
     "gmpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
     "online_dpo": PlannedMethod(pair_micro_batch, _online_dpo_loss, "prompt"),
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
+    "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion"),
+    "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion"),
 }

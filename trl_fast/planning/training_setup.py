@@ -21,7 +21,9 @@ COMPARED_METHODS = ("dpo", "sft", "reward", "grpo")
 # Methods whose policy samples what it learns from; of the first two, completions of a prompt are compared.
 GROUP_METHODS = ("grpo", "rloo", "gmpo")
 _COMPLETIONS_OF_A_ROW = {"dpo": 2, "reward": 2, "orpo": 2, "cpo": 2, "tpo": 3}
-ONLINE_METHODS = (*GROUP_METHODS, "ppo", "online_dpo")
+# Methods of a second model that is never the trained one without an adapter.
+TEACHER_METHODS = ("distillation", "gkd")
+ONLINE_METHODS = (*GROUP_METHODS, "ppo", "online_dpo", *TEACHER_METHODS)
 # Their arguments that limit a completion, where those are not max_completion_length.
 _LENGTH_SETTINGS = {"ppo": "response_length", "online_dpo": "max_new_tokens"}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -173,15 +175,15 @@ class TrainingSetup:
 
     @property
     def needs_reference_model(self) -> bool:
-        """Tells whether a second model holds the reference policy's weights during training."""
-        return self.needs_reference and self.lora_r is None
+        """Tells whether a second model holds the weights of the reference policy, or of a teacher, during training."""
+        return self.needs_reference and (self.lora_r is None or self.method in TEACHER_METHODS)
 
     @property
     def needs_reference(self) -> bool:
-        """Tells whether a reference policy scores during training."""
+        """Tells whether a reference policy, or a teacher, scores during training."""
         if self.method in ("dpo", "kto"):
             return not self.precompute_ref_log_probs
-        return self.method in ("ppo", "online_dpo") or self.kl_weight != 0
+        return self.method in ("ppo", "online_dpo", *TEACHER_METHODS) or self.kl_weight != 0
 
     @property
     def kl_weight(self) -> float:

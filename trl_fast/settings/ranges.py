@@ -169,6 +169,7 @@ RANGES: dict[str, Range] = {
     "num_generations": Range(
         2, whole=True, optional=False, advice="a completion is compared with the others of its prompt"
     ),
+    "DistillationConfig.num_generations": COUNT,
     "num_generations_eval": COUNT,
     "SamplingConfig.max_completion_length": Range(1, whole=True, optional=False),
     "generation_batch_size": COUNT,
@@ -216,6 +217,11 @@ RANGES: dict[str, Range] = {
     "entropy_coef_max": FINITE,
     "entropy_coef_delta": NOT_NEGATIVE,
     "entropy_target": FINITE,
+    # Distillation
+    "DistillationConfig.beta": SHARE,
+    "lmbda": SHARE,
+    "teacher_top_k": COUNT,
+    "GKDConfig.max_completion_length": COUNT,
     # PPO
     "num_mini_batches": COUNT,
     "total_episodes": COUNT,

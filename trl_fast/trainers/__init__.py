@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .base.progress import RichProgressCallback as RichProgressCallback
     from .cpo import CPOTrainer as CPOTrainer
     from .cpo_config import CPOConfig as CPOConfig
+    from .distillation.config import DistillationConfig as DistillationConfig
+    from .distillation.gkd import GKDTrainer as GKDTrainer
+    from .distillation.gkd_config import GKDConfig as GKDConfig
+    from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .dpo import DPOTrainer as DPOTrainer
     from .dpo_config import DPOConfig as DPOConfig
     from .gmpo import GMPOTrainer as GMPOTrainer

@@ -25,6 +25,7 @@ class Method:
             and the planner call it.
         help: what is trained with, for `trl-fast --help`.
         reward_argument: the trainer's argument that takes reward functions and models; None: it takes none.
+        takes_teacher: whether a teacher is needed, which the config's teacher_model_name_or_path names.
         trl_packages: packages of TRL, present or past, that have modules `NAME_config` and `NAME_trainer`.
         trl_names: further names in TRL's `NAME_trainer`, and their places.
         has_trl_script: whether TRL has, or had, a module `trl.scripts.NAME`.
@@ -36,6 +37,7 @@ class Method:
     step: str
     help: str
     reward_argument: str | None = None
+    takes_teacher: bool = False
     trl_packages: tuple[str, ...] = ("trl.trainer",)
     trl_names: Mapping[str, str] = field(default_factory=dict)
     has_trl_script: bool = True
@@ -171,6 +173,25 @@ _METHODS = (
         help="Proximal Policy Optimization, with a reward and a value model",
         reward_argument="reward_model",
         trl_packages=("trl.trainer", "trl.experimental.ppo"),
+    ),
+    Method(
+        name="distillation",
+        config="trl_fast.trainers.distillation.config:DistillationConfig",
+        trainer="trl_fast.trainers.distillation.trainer:DistillationTrainer",
+        step="trl_fast.trainers.distillation.step:distillation_step",
+        help="a teacher's distributions, on the student's own completions",
+        takes_teacher=True,
+        trl_packages=("trl.trainer", "trl.experimental.distillation"),
+    ),
+    Method(
+        name="gkd",
+        config="trl_fast.trainers.distillation.gkd_config:GKDConfig",
+        trainer="trl_fast.trainers.distillation.gkd:GKDTrainer",
+        step="trl_fast.trainers.distillation.step:distillation_step",
+        help="the same, mixed with completions of the dataset",
+        takes_teacher=True,
+        trl_packages=("trl.trainer", "trl.experimental.gkd"),
+        has_trl_script=False,
     ),
 )
 

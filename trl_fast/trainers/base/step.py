@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trl_fast.losses.mean_metric import Metric
-from trl_fast.modeling.scoring import ModelScores
+from trl_fast.modeling.scoring import ModelReading, ModelScores
 from trl_fast.ops import TokenScores
 
 
@@ -32,13 +32,13 @@ def router_keywords(coefficient: float) -> dict[str, bool]:
 
 
 def with_router_loss(
-    loss: torch.Tensor, scored: ModelScores, coefficient: float, divisor: int = 1
+    loss: torch.Tensor, scored: ModelScores | ModelReading, coefficient: float, divisor: int = 1
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """Adds the router's load-balancing loss to a loss, a scalar.
 
     Args:
         loss: a scalar, float32.
-        scored: the scores that the loss was computed from; `aux_loss` is the router's loss, or None.
+        scored: what the loss was computed from; `aux_loss` is the router's loss, or None.
         coefficient: the weight of the router's loss; 0 leaves it out.
         divisor: the accumulation steps, where the loss is divided by them already.
 

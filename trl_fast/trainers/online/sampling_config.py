@@ -34,7 +34,7 @@ class SamplingConfig(BaseConfig):
     disable_dropout: bool = False
     """Switch dropout off in the model and the reference."""
 
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool | None = False  # type: ignore[assignment]  # as TRL's
     """Drop all columns but the prompt; reward functions then cannot read them."""
 
     max_length: int | None = None

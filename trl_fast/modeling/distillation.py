@@ -1,0 +1,201 @@
+"""Reads how far a student's next-token distributions lie from a teacher's, while both heads are whole.
+
+The teacher runs first, without gradient, and leaves its hidden states at the scored positions (`TeacherStates`). Its
+head is read when the student's is: `linear_divergence` then has both, and no logit of either model is kept. An engine
+that holds the heads in parts gathers both for that time, one inside the other.
+
+Where a head is not understood, both models give logits of their own: slower, and with memory for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from trl_fast.data.packing import TokenBatch
+from trl_fast.ops import HeadOptions
+from trl_fast.ops.divergence.formulas import DivergenceFormula
+from trl_fast.ops.divergence.row_kernels import DIVERGENCE_ROW, ENTROPY_ROW, NUM_RESULTS, row_divergence_reference
+from trl_fast.ops.linear_divergence import DivergenceLoss, DivergenceScores, linear_divergence
+
+from .lm_head import HeadParameters, head_transform
+from .scoring import DEFAULT_HEAD, ModelReading, call_head, read_model, with_workspace
+
+# Rows of a model's own logits whose temporaries are there at once.
+_ROWS_OF_LOGITS = 64
+
+
+class TeacherStates(NamedTuple):
+    """Holds what a teacher, `model`, gave at N positions: hidden states (N, H), or logits (N, V) of its own."""
+
+    model: PreTrainedModel
+    hidden: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class _ReadStates:
+    """Takes a teacher's hidden states, or its logits, as they are."""
+
+    def of_states(self, model: PreTrainedModel, hidden: torch.Tensor, num_tokens: int) -> TeacherStates:
+        """Returns hidden states (N, H) with their model."""
+        return TeacherStates(model, hidden=hidden)
+
+    def of_logits(self, model: PreTrainedModel, logits: torch.Tensor) -> TeacherStates:
+        """Returns logits (N, V) with their model."""
+        return TeacherStates(model, logits=logits)
+
+
+@torch.no_grad()
+def teacher_states(teacher: Callable[..., ModelReading], batch: TokenBatch) -> TeacherStates:
+    """Returns a teacher's states at a batch's N scored positions. teacher: as it is called, wrapped or not."""
+    return read_model(teacher, batch, _ReadStates()).value
+
+
+@dataclass(frozen=True)
+class DivergenceSettings:
+    """Holds what is compared: the arguments of `ops.linear_divergence` under their names.
+
+    vocab_size: tokens that both models know; columns of a head behind them are padding. None: all are known.
+    """
+
+    beta: float = 1.0
+    kind: str = "jsd"
+    temperature: float = 1.0
+    top_k: int | None = None
+    vocab_size: int | None = None
+    outputs: tuple[str, ...] = ("divergence", "entropy")
+
+
+@dataclass(frozen=True)
+class ReadDivergence:
+    """Computes the divergence of a student from a teacher's states of the same positions.
+
+    weights: (N,) float32, the weight of each row in the loss; rows of weight 0 are left out.
+    """
+
+    teacher: TeacherStates
+    weights: torch.Tensor
+    settings: DivergenceSettings
+    head: HeadOptions = DEFAULT_HEAD
+
+    def of_states(self, model: PreTrainedModel, hidden: torch.Tensor, num_tokens: int) -> DivergenceLoss:
+        """Returns the loss, 0-d and differentiable, of a student's hidden states (N, H), with the scores of the rows.
+
+        Raises:
+            ValueError: the teacher gave logits, or the heads are on different devices.
+        """
+        if self.teacher.hidden is None:
+            raise ValueError("the teacher gave logits of its own, so the student has to do the same")
+
+        def read(states: torch.Tensor, head: HeadParameters) -> dict[str, torch.Tensor]:
+            options = with_workspace(self.head, model, head, states, num_tokens)
+            return self._beside_teacher(model, states, head, options)
+
+        found = call_head(model, read, hidden)
+        return DivergenceLoss(found.pop("loss"), DivergenceScores(**found))
+
+    def _beside_teacher(
+        self, model: PreTrainedModel, states: torch.Tensor, head: HeadParameters, options: HeadOptions
+    ) -> dict[str, torch.Tensor]:
+        """Returns the loss and the scores, by name, while the teacher's head is whole too."""
+        found: dict[str, torch.Tensor] = {}
+        has_gradient = torch.is_grad_enabled()
+
+        def read(teacher_states: torch.Tensor, teacher_head: HeadParameters) -> dict[str, torch.Tensor]:
+            with torch.set_grad_enabled(has_gradient):
+                found.update(self._divergence(model, states, head, teacher_states, teacher_head, options))
+            return {}
+
+        assert self.teacher.hidden is not None, "it is looked at before"
+        with torch.no_grad():
+            call_head(self.teacher.model, read, self.teacher.hidden)
+        return found
+
+    def _divergence(
+        self,
+        model: PreTrainedModel,
+        states: torch.Tensor,
+        head: HeadParameters,
+        teacher_states: torch.Tensor,
+        teacher_head: HeadParameters,
+        options: HeadOptions,
+    ) -> dict[str, torch.Tensor]:
+        device = head.weight.device
+        if teacher_head.weight.device != device:
+            raise ValueError(
+                f"teacher_model: its head is on {teacher_head.weight.device}, the student's on {device}; place both "
+                "on one device by device_map"
+            )
+        own, given = head_transform(model.config), head_transform(self.teacher.model.config)
+        settings = self.settings
+        loss, scores = linear_divergence(
+            *(states.to(device), head.weight, teacher_states.to(device), teacher_head.weight),
+            weights=self.weights.to(device),
+            beta=settings.beta,
+            kind=settings.kind,
+            temperature=settings.temperature,
+            bias=head.bias,
+            softcap=own.softcap,
+            logit_scale=own.logit_scale,
+            teacher_bias=teacher_head.bias,
+            teacher_softcap=given.softcap,
+            teacher_logit_scale=given.logit_scale,
+            vocab_size=settings.vocab_size,
+            top_k=settings.top_k,
+            outputs=settings.outputs,
+            workspace_bytes=options.workspace_bytes,
+            backend=options.backend,
+        )
+        named = {name: getattr(scores, name) for name in settings.outputs}
+        return {"loss": loss, **named}
+
+    def of_logits(self, model: PreTrainedModel, logits: torch.Tensor) -> DivergenceLoss:
+        """Returns the same of a student's own logits (N, V); what its head does to them is in them.
+
+        Raises:
+            NotImplementedError: only some of the teacher's tokens are to be compared.
+            ValueError: the teacher gave hidden states.
+        """
+        if self.teacher.logits is None:
+            raise ValueError("the student gives logits of its own, so the teacher has to do the same")
+        if self.settings.top_k is not None:
+            raise NotImplementedError(
+                f"teacher_top_k={self.settings.top_k}: models that give logits of their own are compared on the whole "
+                "vocabulary; leave it out"
+            )
+        given = self.teacher.logits.to(logits.device), self.weights.to(logits.device)
+        loss, results = _LogitDivergence.apply(logits, *given, self.settings)
+        return DivergenceLoss(loss, DivergenceScores(results[DIVERGENCE_ROW], results[ENTROPY_ROW]))
+
+
+class _LogitDivergence(torch.autograd.Function):
+    """Computes Σ weight · divergence of logits that are whole already, with the gradient, some rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor, settings: DivergenceSettings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        formula, known = DivergenceFormula.of(settings.kind, settings.beta), slice(settings.vocab_size)
+        results = torch.zeros(NUM_RESULTS, len(student), dtype=torch.float32, device=student.device)
+        gradient: Any = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        as_they_are = (None, 1.0, 0.0)
+        for rows in torch.nonzero(weights).squeeze(1).split(_ROWS_OF_LOGITS):
+            found, part = results.new_empty(NUM_RESULTS, len(rows)), student[rows, known]
+            changed: Any = None if gradient is None else torch.empty_like(part)
+            heads = (part, *as_they_are, teacher[rows, known], *as_they_are)
+            row_divergence_reference(*heads, 1 / settings.temperature, *formula, weights[rows], found, changed)
+            results[:, rows] = found
+            if gradient is not None:
+                gradient[rows, known] = changed
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(results)
+        return (results[DIVERGENCE_ROW] * weights).sum(), results
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None if gradient is None else gradient * grad_loss.to(gradient.dtype), None, None, None

@@ -1,0 +1,1 @@
+"""Trains a student to predict what a teacher predicts."""

@@ -1,0 +1,151 @@
+"""Defines DistillationConfig: TRL's arguments and defaults, and data that a student has not sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from trl_fast.settings.choices import check_choice, one_of
+
+from ..online.sampling_config import SamplingConfig
+
+
+@dataclass
+class DistillationConfig(SamplingConfig):
+    """Holds the arguments of DistillationTrainer: a student learns a teacher's next-token distributions.
+
+    Set first: `output_dir`, `teacher_model_name_or_path`, `learning_rate`, `max_completion_length`,
+    `per_device_train_batch_size`; `beta` for the divergence; `lmbda` below 1 to learn from given completions too.
+
+    Raises:
+        ValueError: a value is out of range or does not go with another; the message names both.
+    """
+
+    first_metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", "entropy", "completions/mean_length", "completions/clipped_ratio", "grad_norm", "learning_rate"),
+        "eval_loss",
+    )
+    # A teacher stays as it is, and is no adapter of the student: what a `ReferenceTrainer` asks of other methods.
+    sync_ref_model: ClassVar[bool] = False
+    model_adapter_name: ClassVar[str | None] = None
+    ref_adapter_name: ClassVar[str | None] = None
+
+    # The teacher.
+    teacher_model_name_or_path: str | None = None
+    """Teacher: a hub name or a folder, for the command line and where the trainer is given none."""
+
+    teacher_model_revision: str | None = None
+    """Branch, tag or commit of the teacher on the hub. None: its main branch."""
+
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    """Keyword arguments of from_pretrained for a teacher given by name. None: none."""
+
+    # What is learned.
+    beta: float = 1.0
+    """Which divergence: 0 is forward KL, 1 reverse KL, between them lies the generalised Jensen-Shannon one."""
+
+    divergence: str = one_of("trl_fast.ops.divergence.formulas:KINDS", default="jsd")
+    """Kind of divergence: jsd, skewed_forward_kl, skewed_reverse_kl (both with beta as their skew) or tvd."""
+
+    teacher_top_k: int | None = None
+    """Compare only so many of the teacher's likeliest tokens, and all others together. None: the whole vocabulary."""
+
+    lmbda: float = 1.0
+    """Share of micro-batches whose completions the student samples; the others learn given ones."""
+
+    seq_kd: bool = False
+    """Let the teacher sample the completions that the student does not, instead of reading them from the dataset."""
+
+    num_generations: int = 1
+    """Completions for each prompt, which is computed once for all of them."""
+
+    tool_timeout: float | None = None
+    """Seconds after which a tool that has not answered is an error. None: no limit."""
+
+    max_tool_calling_iterations: int | None = None
+    """Times that a completion may call tools. None: until it is too long."""
+
+    _VALID_DICT_FIELDS = SamplingConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_values()
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True would change how many completions are made at a time; set it to False and "
+                "choose per_device_train_batch_size"
+            )
+        if self.seq_kd and self.lmbda == 1:
+            raise ValueError("seq_kd=True with lmbda=1: the teacher would sample nothing; set lmbda below 1")
+        self._check_sequence_parallelism()
+        self._check_groups()
+
+    def _check_sequence_parallelism(self) -> None:
+        sizes = self.parallelism_config
+        for name in ("cp_size", "sp_size"):
+            size = getattr(sizes, name, None) or 1
+            if size > 1:
+                raise ValueError(
+                    f"parallelism_config: {name}={size}: a student and its teacher are not computed on shared rows; "
+                    f"use {name}=1, and FSDP2 to share the weights"
+                )
+
+    def _check_groups(self) -> None:
+        from trl_fast.settings.divisors import divisors, either
+
+        sizes = {"per_device_train_batch_size": self.generation_batch_size}
+        if self.eval_strategy != "no":
+            sizes["per_device_eval_batch_size"] = self.per_device_eval_batch_size * self.world_size
+        for name, size in sizes.items():
+            if size % self.num_generations:
+                raise ValueError(
+                    f"num_generations={self.num_generations} does not divide the {size} completions that are made at "
+                    f"a time ({name}={getattr(self, name)}); use num_generations={either(divisors(size))}"
+                )
+
+    def check_values(self) -> None:
+        """Checks the arguments that may be changed later, as the base does, and the divergence.
+
+        Raises:
+            ValueError: one is out of its range, or none of its choices.
+        """
+        super().check_values()
+        check_choice(self, "divergence")
+        from trl_fast.ops.divergence.formulas import DivergenceFormula
+
+        DivergenceFormula.of(self.divergence, self.beta)
+
+    @property
+    def loss_temperature(self) -> float:
+        """Returns what divides both models' logits in the loss."""
+        return self.temperature
+
+    @property
+    def evaluates_given(self) -> bool:
+        """Says whether evaluation is on the dataset's completions, and not on the student's own."""
+        return self.lmbda == 0 and not self.seq_kd
+
+    @property
+    def reads_given(self) -> bool:
+        """Says whether training reads completions of the dataset."""
+        return self.lmbda < 1 and not self.seq_kd
+
+    @property
+    def steps_per_generation(self) -> int:
+        """Returns the micro-batches that one generation serves: those of an optimizer step."""
+        return self.gradient_accumulation_steps
+
+    @property
+    def generate_every(self) -> int:
+        """Returns the number of micro-batches after which new completions are made."""
+        return self.gradient_accumulation_steps
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Says that each optimizer step makes new completions."""
+        return True
+
+    @property
+    def generation_batch_size(self) -> int:
+        """Returns the completions made at a time, in all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size

@@ -1,0 +1,282 @@
+"""Defines DistillationTrainer, with TRL's interface and behaviour, on shared rows and two fused heads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from trl_fast.data import AnyDataset
+from trl_fast.data.device_transfer import copy_to_device
+from trl_fast.data.prompt_completion import COMPLETION_IDS, prepare_given_completions, split_conversations
+from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
+from trl_fast.data.repeat_sampler import RepeatSampler
+from trl_fast.modeling.distillation import DivergenceSettings
+from trl_fast.modeling.layouts import choose_layout
+from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.scoring import give_up_fused_head
+from trl_fast.parallel.engines import engine_of
+from trl_fast.parallel.failures import failing_together
+from trl_fast.rollout import NoRewards, RolloutEngine, end_token_ids
+from trl_fast.rollout.samples import Samples
+
+from ..base.model_setup import layout_request
+from ..base.prepared_datasets import check_dataset_type, check_lengths
+from ..base.tokenizers import older_tokenizer_name
+from ..base.trl_attributes import answers_to
+from ..online.engines import make_engine
+from ..online.generation_buffer import GenerationBuffer
+from ..online.micro_batches import Slicer
+from ..online.prompt_order import PromptOrder
+from ..online.rollout_checks import check_sources
+from ..online.sampling import Sampling
+from ..online.tool_use import open_toolbox
+from ..online.trainer import OnlineTrainer
+from .config import DistillationConfig
+from .mixture import Mixture
+from .step import DistillationUpdate, distillation_step
+from .teacher import check_is_another, check_sharded_head, chosen_teacher, load_teacher, shared_vocabulary
+from .trl_attributes import DISTILLATION_ATTRIBUTES, UNCALLED_HOOKS
+
+
+@answers_to(DISTILLATION_ATTRIBUTES)
+class DistillationTrainer(OnlineTrainer):
+    """Trains a student to predict what a teacher predicts, on completions of its own (arXiv 2306.13649).
+
+    Args:
+        model: the student: a name, a causal language model, or a PeftModel.
+        teacher_model: a name or a model with the student's vocabulary; None: the one that the config names.
+        args: the config; TRL's own is accepted too.
+        train_dataset, eval_dataset: rows with `prompt`, text or messages; with lmbda below 1 also `completion`, or
+            `messages` in the place of both.
+        processing_class: the tokenizer, or the processor for images; None: the model's. Its older name is `tokenizer`.
+        tools: functions that the student may call, sync or async, with type hints and a docstring. Prompts must be
+            conversations.
+        rollout_func: as in GRPOTrainer: (prompts, trainer) to a dict of prompt_ids, completion_ids and logprobs.
+        rollout_engine: what generates, a `trl_fast.rollout.RolloutEngine`; None: what the arguments say.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: bad arguments or data, by name, before training starts.
+    """
+
+    method = "distillation"
+    config_class = DistillationConfig
+    loss_is_scaled_for_ga = True
+    uncalled_hooks = UNCALLED_HOOKS
+
+    @failing_together()
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        teacher_model: str | PreTrainedModel | PeftModel | None = None,
+        args: DistillationConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: object | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        *,
+        rollout_func: Callable[[list, DistillationTrainer], dict[str, Any]] | None = None,
+        rollout_engine: RolloutEngine | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        check_sources(tools, rollout_func, None, rollout_engine)
+        processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
+        args = self.resolve_config(args, model)
+        check_dataset_type(train_dataset, "train_dataset")
+        teacher = chosen_teacher(teacher_model, args)
+        check_is_another(model, teacher, args, quantization_config)
+        model = self.resolve_model(model, args, quantization_config)
+        processing_class = self.resolve_tokenizer(processing_class, model, args)
+        teacher = load_teacher(teacher, args)
+        self.vocab_size = shared_vocabulary(model, teacher, processing_class, args)
+        self.toolbox = open_toolbox(tools, processing_class, args)
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
+        sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
+        model, layout = self.set_up_models(model, teacher, args, peft_config, sequences)
+        self._read_heads_alike(base_model(model), args, sequences)
+        self.rollout_func, self.sampling = rollout_func, Sampling(self)
+        self.generation, self.slicer, self._step_time = GenerationBuffer(args), Slicer(), 0.0
+        self.start(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._set_up_rollouts(base_model(model), layout, rollout_engine)
+
+    def _read_heads_alike(self, model: PreTrainedModel, args: DistillationConfig, sequences: list[list[int]]) -> None:
+        """Lets both models give their own logits where the head of one of them is not understood."""
+        teacher: Any = base_model(self.teacher_model)
+        if type(teacher) is not type(model):
+            # The head of a family is understood, or is not; one of another family is tried out.
+            request = replace(layout_request(self, teacher, args), asked=self.layout.name)
+            choose_layout(teacher, request, sequences, self.readout)
+        for one, other in ((model, teacher), (teacher, model)):
+            if one.trl_fast_fused_head and not other.trl_fast_fused_head:
+                give_up_fused_head(one, f"the head of {type(other).__name__}, which it is compared with, is not read")
+
+    def _set_up_rollouts(self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None) -> None:
+        check_sharded_head(model, shards_weights=engine_of(self.accelerator).needs.shards_weights)
+        self.add_callback(self.generation)
+        self.seed_sampling(layout)
+        self.end_ids = end_ids = end_token_ids(model, self.tokenizer)
+        self.set_up_loop(
+            make_engine(self, engine, end_ids),
+            NoRewards(),
+            end_ids=end_ids,
+            completions_kept=self.args.generation_batch_size,
+            parses_messages=True,
+        )
+        self.loop.settings = self.sampling.settings
+        self.mixture = Mixture(self)
+
+    # ---- data
+
+    def set_up_data(
+        self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig
+    ) -> None:
+        """Sets whether completions of the datasets are read."""
+        if args.reads_given or args.evaluates_given:
+            self.token_columns = (PROMPT_IDS, COMPLETION_IDS)
+
+    def prepare_dataset(
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: DistillationConfig, name: str
+    ) -> AnyDataset:
+        """Tokenizes the prompts, and the completions where they are read."""
+        options: dict[str, Any] = {
+            "image_reader": self.images and self.images.reader,
+            "chat_template_kwargs": self.prompt_template_kwargs(args),
+            "num_proc": args.dataset_num_proc,
+            "name": name,
+        }
+        dataset = split_conversations(dataset, num_proc=args.dataset_num_proc, name=name)
+        if COMPLETION_IDS in self.token_columns:
+            return prepare_given_completions(dataset, processing_class, max_length=args.max_length, **options)
+        return prepare_prompt_dataset(dataset, processing_class, **options)
+
+    def prompt_template_kwargs(self, args: DistillationConfig) -> dict[str, Any]:
+        """Returns what the chat template is given beside a prompt's messages."""
+        tools = {} if self.toolbox is None else {"tools": self.toolbox.schemas}
+        return {**(args.chat_template_kwargs or {}), **tools}
+
+    def check_positions(
+        self, model: PreTrainedModel, dataset: AnyDataset, args: DistillationConfig, name: str
+    ) -> None:
+        """Checks that a model has positions for prompts with sampled completions, and with given ones.
+
+        Raises:
+            ValueError: it has not.
+        """
+        check_lengths(dataset, name, self.token_columns, model, None)
+        if args.lmbda > 0 or args.seq_kd:
+            columns, self.token_columns = self.token_columns, (PROMPT_IDS,)
+            try:
+                super().check_positions(model, dataset, args, name)
+            finally:
+                self.token_columns = columns
+
+    def prompt_order(self) -> PromptOrder:
+        """Returns the order of training prompts: each as often as it gets completions, for all micro-batches."""
+        args = self.args
+        return PromptOrder(
+            repeats=args.num_generations,
+            prompts=args.generation_batch_size // args.num_generations,
+            rounds=args.generate_every,
+            batches=args.steps_per_generation,
+            shuffle=bool(args.shuffle_dataset),
+            seed=args.seed,
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        repeats = 1 if self.args.evaluates_given else self.args.num_generations
+        return RepeatSampler(eval_dataset, mini_repeat_count=repeats, seed=self.args.seed)
+
+    def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
+        """Returns the loader of the evaluation's rows; a stream is read as a whole, to have a dataset's order."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(list(dataset) if isinstance(dataset, IterableDataset) else dataset)
+
+    # ---- the rollout
+
+    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> DistillationUpdate:
+        """Returns a micro-batch; where it is time, of new completions of `rows`."""
+        if not self.model.training:
+            samples = self.mixture.samples(rows, [not self.args.evaluates_given] * len(rows))
+            return self._update(samples, max(samples.lengths.sum().item(), 1))
+        if self.generation.is_used_up:
+            self.generation.slices = self.mixture.slices(rows, self.state.global_step)
+        samples = self.generation.current
+        assert isinstance(samples, Samples), "slices are samples"
+        return self._update(samples, samples.generation_tokens)
+
+    def _update(self, samples: Samples, tokens: float) -> DistillationUpdate:
+        """Returns the micro-batch of samples. tokens: those that the loss is a mean over, a process's share."""
+        part = samples.select(samples.by_beginning(range(len(samples))))
+        batch, mask = self.updates.token_batch(part), part.flat("mask")
+        counted = torch.ones(len(batch.targets)) if mask is None else mask
+        return DistillationUpdate(batch, copy_to_device(counted / tokens, self.accelerator.device))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Makes one micro-batch's step; step_time is that of all micro-batches of an optimizer step."""
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self.generation.step += 1
+        self._step_time += time.perf_counter() - start
+        if self.generation.step % self.current_gradient_accumulation_steps == 0:
+            self.recorder.record_values({"step_time": self._step_time})
+            self._step_time = 0.0
+        return loss
+
+    # ---- the update
+
+    @property
+    def teacher_model(self) -> torch.nn.Module:
+        """Returns the teacher, as the engine has prepared it."""
+        assert self.ref_model is not None, "it is checked that there is one"
+        return self.ref_model
+
+    @property
+    def divergence_settings(self) -> DivergenceSettings:
+        """Returns what the loss compares, as the arguments are now."""
+        args = self.args
+        return DivergenceSettings(
+            *(args.beta, args.divergence, args.loss_temperature), top_k=args.teacher_top_k, vocab_size=self.vocab_size
+        )
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: DistillationUpdate) -> torch.Tensor:
+        """Computes the loss of one micro-batch, and records its metrics."""
+        keywords = {"position_ids": None} if self._adds_virtual_tokens else {}
+        result = distillation_step(
+            *(model, self.teacher_model, inputs, self.divergence_settings),
+            head=self.head_options,
+            router_coef=self.router_aux_loss_coef,
+            loss_divisor=self.current_gradient_accumulation_steps if self.model.training else 1,
+            **keywords,
+        )
+        self.record(result.metrics)
+        return result.loss
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        """Computes the loss of completions that are made for the evaluation, or given for it."""
+        update = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, update).detach(), None, None

@@ -1,0 +1,40 @@
+"""Lists the attributes of TRL's DistillationTrainer, and where their values are kept here."""
+
+from __future__ import annotations
+
+from ..base.trl_attributes import argument, fixed_attribute
+from ..online.trl_attributes import GROUP_ATTRIBUTES, GRPO_ATTRIBUTES
+
+_SHARED = (
+    *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "shuffle_dataset"),
+    *("log_completions", "log_unique_prompts", "num_completions_to_print"),
+    *("pad_to_multiple_of", "use_vllm", "vllm_mode"),
+    *("generation_config", "generation_kwargs", "eos_token_ids", "chat_template_kwargs"),
+    *("_tokenizer", "_is_vlm", "_step", "_buffered_inputs", "_current_train_step_time", "_logs"),
+)
+_OF_TOOLS = ("max_tool_calling_iterations", "tools", "chat_template", "_image_pad_token_id", "_video_pad_token_id")
+
+DISTILLATION_ATTRIBUTES = {
+    **{name: GROUP_ATTRIBUTES[name] for name in _SHARED},
+    **{name: GRPO_ATTRIBUTES[name] for name in _OF_TOOLS},
+    "beta": argument("beta"),
+    "_tool_dict": fixed_attribute(
+        lambda trainer: {} if trainer.toolbox is None else trainer.toolbox.functions, "the prompts tell of them"
+    ),
+}
+
+_OTHER_COMPLETIONS = "give a rollout_func, or a rollout_engine, instead"
+_OTHER_LOSS = "override _compute_loss() instead"
+# Methods of TRL's trainers that nothing here calls, and what to do instead.
+UNCALLED_HOOKS = {
+    **dict.fromkeys(
+        (
+            *("_generate_and_score_completions", "_generate", "_generate_single_turn", "_tokenize_prompts"),
+            *("_tool_call_loop", "_get_tool_suffix_ids", "generate_on_policy_outputs"),
+        ),
+        _OTHER_COMPLETIONS,
+    ),
+    **dict.fromkeys(("_get_last_hidden_state", "generalized_jsd_loss"), _OTHER_LOSS),
+}
+
+GKD_ATTRIBUTES = {name: argument(name) for name in ("lmbda", "seq_kd")}
