@@ -6,8 +6,8 @@ import typing
 
 import pytest
 
+from support.missing_packages import hide_packages
 from trl_fast.cli.main import main
-from trl_fast.settings import packages
 from trl_fast.settings.ranges import range_of
 from trl_fast.trainers.base.config import BaseConfig
 from trl_fast.trainers.methods import METHODS
@@ -205,8 +205,7 @@ def test_a_bad_value(line, named, refused):
 
 @pytest.mark.parametrize("flags, named", PACKAGES, ids=[flags for flags, _ in PACKAGES])
 def test_a_missing_package(flags, named, refused, monkeypatch):
-    find = packages.importlib.util.find_spec
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
+    hide_packages(monkeypatch, "deepspeed", "bitsandbytes")
     refused(DPO.replace("--report_to none", "") + flags, *named)
 
 

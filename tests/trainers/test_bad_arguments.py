@@ -12,8 +12,8 @@ import trl
 from peft import LoraConfig
 
 import trl_fast
+from support.missing_packages import hide_packages
 from support.training import color_labels, color_pairs
-from trl_fast.settings import packages
 from trl_fast.trainers.methods import METHODS
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
@@ -140,6 +140,7 @@ def test_types_that_only_look_different_are_taken(tmp_path):
 
 
 def test_missing_packages_are_named_when_a_trainer_is_made(model_path, tmp_path, monkeypatch):
+    hide_packages(monkeypatch, "deepspeed", "bitsandbytes")
     for settings, message in (
         ({"optim": "adamw_8bit"}, "optim='adamw_8bit': .*pip install -U bitsandbytes"),
         ({"report_to": "wandb"}, r"report_to=\['wandb'\]: .*pip install wandb"),
@@ -147,7 +148,5 @@ def test_missing_packages_are_named_when_a_trainer_is_made(model_path, tmp_path,
         args = CONFIGS["dpo"](str(tmp_path), **{**CPU, **settings})
         with pytest.raises(ImportError, match=message):
             trainer("dpo", tmp_path, model=model_path, args=args)
-    find = packages.importlib.util.find_spec
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
     with pytest.raises(ImportError, match=r"deepspeed=.*`pip install 'trl-fast\[deepspeed\]'`"):
         CONFIGS["dpo"](str(tmp_path), **CPU, deepspeed={"train_batch_size": 2})

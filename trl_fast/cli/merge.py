@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from trl_fast.console import make_console
 from trl_fast.input_errors import error_line
 from trl_fast.settings.choices import one_of
+from trl_fast.settings.packages import check_package
 
-from .arguments import DTYPES
+from .arguments import DTYPES, ModelConfig, get_quantization_config
 from .positional import parse_with_name
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 # How far log-probs may differ on average because the sum of weights and adapter was rounded once.
 ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -47,6 +48,37 @@ class MergeArguments:
 
     trust_remote_code: bool = False
     """Allow models and tokenizers that bring Python code of their own."""
+
+    load_in_4bit: bool = False
+    """Merge into the 4-bit weights that QLoRA trained on, dequantized, instead of those that the base's files hold."""
+
+    load_in_8bit: bool = False
+    """Merge into 8-bit weights, dequantized, as load_in_4bit."""
+
+    bnb_4bit_quant_type: str = one_of(("fp4", "nf4"), default="nf4")
+    """Format of 4-bit weights: fp4 or nf4."""
+
+    use_bnb_nested_quant: bool = False
+    """Whether the scales of 4-bit weights were quantised too (double quantisation)."""
+
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """Returns how the base model is quantised before it is dequantised; None: not at all.
+
+        Raises:
+            ImportError: bitsandbytes is not installed.
+            ValueError: both kinds are asked for.
+        """
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        check_package("bitsandbytes", "bitsandbytes", f"load_in_{4 if self.load_in_4bit else 8}bit=True")
+        return get_quantization_config(
+            ModelConfig(
+                load_in_4bit=self.load_in_4bit,
+                load_in_8bit=self.load_in_8bit,
+                bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+                use_bnb_nested_quant=self.use_bnb_nested_quant,
+            )
+        )
 
 
 class Check(NamedTuple):
@@ -84,6 +116,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         dtype=parsed.dtype,
         revision=parsed.revision,
         trust_remote_code=parsed.trust_remote_code,
+        quantization_config=parsed.quantization(),
     )
     processing: PreTrainedTokenizerBase | ProcessorMixin = tokenizer
     if reads_images(model.config):

@@ -15,11 +15,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from trl_fast.input_errors import error_line
+from trl_fast.settings.packages import check_package
 
 from .chat_template import set_eos_token
 from .finite_weights import check_weights
 from .loading import (
     base_model,
+    is_quantized,
     load_causal_lm,
     load_processor,
     load_reward_model,
@@ -85,6 +87,7 @@ def load_with_adapter(
     revision: str | None = None,
     trust_remote_code: bool = False,
     for_merging: bool = True,
+    quantization_config: object | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Loads an adapter on its base model, in eval mode, and the tokenizer that it was trained with.
 
@@ -92,11 +95,12 @@ def load_with_adapter(
         base: name or folder of the base model; None: the one that the adapter names.
         dtype: of the base model's weights; auto: as they are stored.
         device_map: as in from_pretrained; None: the CPU.
-        for_merging: whether weights are refused that nothing can be merged into.
+        for_merging: whether weights of 4 and 8 bits are dequantized, and other quantized ones refused.
+        quantization_config: of bitsandbytes; how the base is quantized while it is loaded. None: it is not.
 
     Raises:
-        ValueError, OSError: as in `read_adapter`; or the base cannot be loaded, its files are quantized, or the
-            adapter does not fit it or holds NaN.
+        ValueError, OSError: as in `read_adapter`; or the base cannot be loaded, its files are quantized in a way that
+            nothing can be merged into, or the adapter does not fit it or holds NaN.
     """
     config = read_adapter(name_or_path, revision)
     name = base or config.base_model_name_or_path
@@ -104,10 +108,13 @@ def load_with_adapter(
         raise ValueError(f"{name_or_path!r} does not name its base model; give base_model")
     load = load_reward_model if config.task_type == TaskType.SEQ_CLS else load_causal_lm
     options = {"trust_remote_code": trust_remote_code}
+    given = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
         if for_merging:
-            check_not_quantized(name, **options)
-        model = load(name, dtype=dtype, device_map=device_map, **options)
+            check_dequantizable(name, quantization_config is not None, **options)
+        model = load(name, dtype=dtype, device_map=device_map, **given, **options)
+        if for_merging and is_quantized(model):
+            model = dequantized_model(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model of {name_or_path!r}: {error_line(error)}; see base_model") from error
     tokenizer = tokenizer_of(name_or_path, name, **options)
@@ -124,17 +131,40 @@ def load_with_adapter(
     return adapted.eval(), tokenizer
 
 
-def check_not_quantized(name_or_path: str, **options: Any) -> None:
-    """Raises ValueError if a model's files hold quantized weights, or its configuration cannot be read."""
+def check_dequantizable(name_or_path: str, quantizes: bool, **options: Any) -> None:
+    """Checks that nothing but weights of bitsandbytes has to be dequantized.
+
+    quantizes: whether the model is to be quantized when it is loaded.
+
+    Raises:
+        ImportError: its files hold weights of bitsandbytes, which is not installed.
+        ValueError: they are quantized in another way, or already; or its configuration cannot be read.
+    """
     try:
         config = AutoConfig.from_pretrained(name_or_path, **options)
     except Exception as error:
         raise ValueError(f"model {name_or_path!r} cannot be loaded: {why_not_loaded(name_or_path, error)}") from error
-    if getattr(config, "quantization_config", None):
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    method = found["quant_method"] if isinstance(found, dict) else found.quant_method
+    if method != "bitsandbytes":
         raise ValueError(
-            f"the files of {name_or_path!r} are quantized, and nothing can be merged into those; give the 16-bit "
-            "model that they were made from"
+            f"the files of {name_or_path!r} are quantized ({method}), and nothing can be merged into those; give the "
+            "16-bit model that they were made from"
         )
+    if quantizes:
+        raise ValueError(
+            f"the files of {name_or_path!r} are quantized already; leave load_in_4bit and load_in_8bit out"
+        )
+    check_package("bitsandbytes", "bitsandbytes", f"base_model={name_or_path!r}")
+
+
+def dequantized_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model of 4 or 8 bits with linear layers of its dtype in the place of the low-bit ones."""
+    dtype = model.dtype
+    whole: Any = model.dequantize(dtype=dtype)
+    return whole.to(dtype)
 
 
 def tokenizer_of(name_or_path: str, base: str, **options: Any) -> PreTrainedTokenizerBase:

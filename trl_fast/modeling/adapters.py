@@ -1,7 +1,10 @@
-"""Tells what an adapter of peft needs of a batch: rows of one sequence each, or room for virtual tokens."""
+"""Tells what an adapter of peft needs of a batch, rows of one sequence or room for virtual tokens, and its dtypes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
@@ -52,6 +55,21 @@ def check_reads_last_token(model: PreTrainedModel | PeftModel) -> None:
             f"{type(model.active_peft_config).__name__} prepends virtual tokens, with which transformers' classifiers "
             "read a padded row's last token in the place of the sequence's; use LoRA"
         )
+
+
+def adapter_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """Returns the dtypes of what trains of a model with an adapter, by name; of other models nothing."""
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def set_dtypes(model: torch.nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Gives the parameters of these names these dtypes; those that have them, or are not there, stay as they are."""
+    for name, weight in model.named_parameters():
+        wanted = dtypes.get(name, weight.dtype)
+        if weight.dtype != wanted:
+            weight.data = weight.data.to(wanted)
 
 
 def _configs_of(model: PreTrainedModel | PeftModel) -> list[PeftConfig]:

@@ -8,12 +8,14 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trl_fast.ops.head.low_rank_weight import LowRankFactors, LowRankWeight
-from trl_fast.ops.head.transient_weight import TransientWeight
+from trl_fast.ops.head.transient_weight import FrozenWeight, TransientWeight
 from trl_fast.ops.head.vocabulary_shard import VocabularyShard
 
+from .low_bit_layers import bits_of, dequantized_weight
 from .model_changes import changes_of
 from .vocabulary_parallel import own_columns
 
@@ -72,8 +74,21 @@ def head_parameters(model: PreTrainedModel, *, transient: bool = False) -> HeadP
         head = active_copy(head)
     if isinstance(head, BaseTunerLayer):
         return _adapted(head, transient)
+    if bits_of(head):
+        return _low_bit_head(head, model.dtype)
     weight: Any = head.weight
     return HeadParameters(*own_columns(weight, getattr(head, "bias", None)))
+
+
+def _low_bit_head(head: nn.Module, dtype: torch.dtype) -> HeadParameters:
+    """Returns a head of 4 or 8 bits, whose weight is made whole in a dtype anew for each pass."""
+    bias: Any = getattr(head, "bias", None)
+
+    def whole() -> torch.Tensor:
+        return dequantized_weight(head).to(dtype)
+
+    source = FrozenWeight(whole) if torch.is_grad_enabled() else None
+    return HeadParameters(whole(), None if bias is None else bias.to(dtype), source=source)
 
 
 def active_copy(head: ModulesToSaveWrapper) -> torch.nn.Module:
@@ -132,7 +147,7 @@ def use_float32_head(model: PreTrainedModel) -> None:
     Where the head is tied to the embeddings, those become float32 with it; what they give keeps its dtype.
 
     Raises:
-        ValueError: the head carries an adapter.
+        ValueError: the head carries an adapter, or is held in 4 or 8 bits.
     """
     changes = changes_of(model)
     if FLOAT32_HEAD in changes:
@@ -140,6 +155,11 @@ def use_float32_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         raise ValueError("cast_lm_head_to_fp32=True: the head carries an adapter; leave it out of target_modules")
+    if bits_of(head):
+        raise ValueError(
+            f"cast_lm_head_to_fp32=True: the head is held in {bits_of(head)} bits; load the model with it in "
+            "llm_int8_skip_modules of the BitsAndBytesConfig"
+        )
     dtype = head.weight.dtype
     change = changes.get_or_add(FLOAT32_HEAD, "the head's weight and logits are float32")
     change.on_undo(torch.nn.Module.to, head, dtype)

@@ -286,7 +286,7 @@ def without_peft_deprecations() -> Iterator[None]:
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """Puts a fresh adapter on a model. On a quantised one its weights become bfloat16 (QLoRA, arXiv 2305.14314).
+    """Puts a fresh adapter on a model.
 
     Raises:
         TypeError: peft_config is no PeftConfig.
@@ -302,15 +302,9 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     _check_modules_to_save(model, peft_config)
     try:
         with without_peft_deprecations():
-            adapted = get_peft_model(model, peft_config)
+            return get_peft_model(model, peft_config)
     except ValueError as error:
         raise ValueError(f"peft_config: {_with_remedy(error_line(error), model)}") from error
-    if is_quantized(model):
-        for name, parameter in adapted.named_parameters():
-            # DoRA's magnitudes take steps too small for bfloat16.
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    return adapted
 
 
 def _with_remedy(text: str, model: PreTrainedModel) -> str:

@@ -55,6 +55,13 @@ SELECTIVE_CHECKPOINTING = "selective checkpointing"
 PRODUCT, ATTENTION = "product", "attention"
 # Not all of them exist in every build of torch.
 _PRODUCT_OPS = ("mm", "addmm", "_grouped_mm")
+# Of other libraries, registered once they are imported; bitsandbytes' are those of weights of 4 and 8 bits.
+_OTHER_PRODUCTS = (
+    "trl_fast::upcast_linear",
+    "bitsandbytes::gemm_4bit",
+    "bitsandbytes::int8_scaled_mm",
+    "bitsandbytes::int8_mixed_scaled_mm",
+)
 _ATTENTION_OPS = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -428,7 +435,7 @@ def _kind(op: OpOverload | HigherOrderOperator) -> str | None:
     """Returns whether an operator is a product with a weight or attention; None: neither."""
     if not isinstance(op, OpOverload):
         return None
-    if op in _overloads(_PRODUCT_OPS) or op.name() == "trl_fast::upcast_linear":
+    if op in _overloads(_PRODUCT_OPS) or op.name() in _OTHER_PRODUCTS:
         return PRODUCT
     # Kernels from the hub are registered under names of their own.
     return ATTENTION if op in _overloads(_ATTENTION_OPS) or "flash_attn" in str(op) else None

@@ -15,7 +15,8 @@ from accelerate import Accelerator, PartialState
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, TrainingArguments
 
-from trl_fast.modeling.loading import add_adapter
+from trl_fast.modeling.loading import add_adapter, is_quantized
+from trl_fast.modeling.low_bit_layers import train_in_bfloat16
 from trl_fast.parallel.engines import prepare_frozen
 from trl_fast.parallel.gathering import gathered
 
@@ -145,7 +146,12 @@ def prepare_peft_model(model: PreTrainedModel, peft_config: PeftConfig | None, a
     """
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model, args.gradient_checkpointing_kwargs)
-    return model if peft_config is None else add_adapter(model, peft_config)
+    if peft_config is None:
+        return model
+    adapted = add_adapter(model, peft_config)
+    if is_quantized(model):
+        train_in_bfloat16(adapted)
+    return adapted
 
 
 def peft_module_casting_to_bf16(model: torch.nn.Module) -> None:

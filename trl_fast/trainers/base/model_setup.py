@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -16,7 +16,8 @@ from trl_fast.modeling.finite_weights import check_weights
 from trl_fast.modeling.image_models import image_probes
 from trl_fast.modeling.layouts import LayoutRequest
 from trl_fast.modeling.liger_kernels import check_liger
-from trl_fast.modeling.loading import base_model, disable_dropout, keep_used_conversions
+from trl_fast.modeling.loading import base_model, disable_dropout, is_quantized, keep_used_conversions
+from trl_fast.modeling.low_bit_layers import compute_alike, train_in_bfloat16
 from trl_fast.modeling.recurrent_layers import warn_of_missing_kernels, warn_of_unread_adapters
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -27,6 +28,20 @@ from .config import BaseConfig
 from .parallelism import check_model_parallelism, shares_rows
 
 logger = logging.getLogger(__name__)
+
+
+def loading_options(args: BaseConfig, quantization_config: object | None) -> dict[str, Any]:
+    """Returns the keywords of from_pretrained for a model given by name.
+
+    Raises:
+        ValueError: quantization_config is in model_init_kwargs too.
+    """
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is None:
+        return options
+    if "quantization_config" in options:
+        raise ValueError("quantization_config is given twice: to the trainer, and in model_init_kwargs; leave one out")
+    return {**options, "quantization_config": quantization_config}
 
 
 class LayerSettings(Protocol):
@@ -56,7 +71,8 @@ def set_up_layers(
     Raises:
         NotFiniteError: weights are NaN or infinite.
         ValueError: the model is sharded in a way that is not served; tiled_mlp is set, and there is no MLP that can
-            be tiled; or Liger's kernels cannot be used.
+            be tiled; a model of 4 or 8 bits has no adapter, or was packed for inference; or Liger's kernels cannot be
+            used.
     """
     check_model_parallelism(model, args)
     inner = base_model(model)
@@ -66,10 +82,14 @@ def set_up_layers(
         disable_dropout(model)
     if args.tiled_mlp is not None:
         tile_mlps(inner, args.tiled_mlp)
+    compute_alike(inner)
     name_present_layers(inner)
     keep_used_conversions(inner)
     if not trains:
         return
+    if is_quantized(inner):
+        _check_adapter(model)
+        train_in_bfloat16(model)
     if reads_images:
         run_frozen_readers_without_graph(inner)
     else:
@@ -87,6 +107,14 @@ def set_up_layers(
         attention_always=args.keeps_attention,
         whole_layers=not args.activation_offloading and not shares_rows(args),
     )
+
+
+def _check_adapter(model: PreTrainedModel | PeftModel) -> None:
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"{type(model).__name__}: weights in 4 or 8 bits cannot train; give a peft_config for an adapter (in "
+            "commands --use_peft)"
+        )
 
 
 class LayoutNeeds(Protocol):

@@ -44,7 +44,7 @@ from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
 from .metric_lists import MetricLists
 from .model_card import model_tags, write_model_card
-from .model_setup import check_trains, layout_request, set_up_layers, warn_of_reentrant_router
+from .model_setup import check_trains, layout_request, loading_options, set_up_layers, warn_of_reentrant_router
 from .overrides import check_overrides
 from .parallelism import parallel_options, sum_over_rows
 from .prepared_datasets import check_lengths, named_parts, prepared_parts
@@ -98,9 +98,7 @@ class BaseTrainer(Trainer):
         """Returns the model to train, loaded if it is given by name."""
         set_seed(args.seed)  # before everything, since adapters start from random weights
         if isinstance(model, str):
-            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            if quantization_config is not None:
-                options["quantization_config"] = quantization_config
+            options = loading_options(args, quantization_config)
             return self.load_model(model, **options | parallel_options(args, options))
         if args.model_init_kwargs:
             logger.warning("model_init_kwargs is ignored: the model is an object that is loaded already.")
@@ -392,6 +390,7 @@ class BaseTrainer(Trainer):
         """Leaves the push until the checkpoint has its name."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.checkpoints.keep_dtypes()  # before the optimizer's states follow them
         super()._load_optimizer_and_scheduler(checkpoint)
         self.checkpoints.load_parts(checkpoint)
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from trl_fast.modeling.adapters import adapter_dtypes, set_dtypes
 from trl_fast.parallel.agreement import decided_by_first, first_failure, together
 from trl_fast.parallel.engines import Engine, engine_of
 
@@ -61,6 +63,7 @@ class Checkpoints:
         self._run_id: str | None = None
         self._folder: Path | None = None
         self._checked: str | None = None
+        self._adapter_dtypes: dict[str, torch.dtype] = {}
 
     # ---- a run
 
@@ -76,6 +79,7 @@ class Checkpoints:
             self._record = self._make_record()  # before an engine shards the model
             checkpoint = self.resume_point(resume)
             self._checked = None
+            self._adapter_dtypes = adapter_dtypes(self._trainer.model)
             yield checkpoint
 
     def _lock(self, locks: ExitStack) -> None:
@@ -151,8 +155,15 @@ class Checkpoints:
 
     # ---- reading
 
+    def keep_dtypes(self) -> None:
+        """Gives adapters the dtypes back that they trained with: peft makes those float32 that it loads."""
+        if self._adapter_dtypes:
+            model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+            set_dtypes(model, self._adapter_dtypes)
+
     def load_weights(self, checkpoint: str | None) -> None:
         """Reads the model's weights where transformers does not, which knows a checkpoint's names for the model's."""
+        self.keep_dtypes()
         accelerator = self._trainer.accelerator
         engine = engine_of(accelerator)
         # FSDP and DeepSpeed have files of their own, with the model's names.

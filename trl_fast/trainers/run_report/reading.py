@@ -52,7 +52,8 @@ def _adapter(model: PeftModel) -> str:
 
 
 def _dtype(model: Any, args: Any) -> str:
-    weights = "4-bit" if getattr(model, "is_loaded_in_4bit", False) else str(model.dtype).removeprefix("torch.")
+    bits = next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), None)
+    weights = str(model.dtype).removeprefix("torch.") if bits is None else f"{bits}-bit"
     products = "bfloat16" if args.bf16 else "float16" if args.fp16 else weights
     return weights if products == weights else f"{weights} weights, {products} products"
 
