@@ -15,12 +15,15 @@ from transformers import (
     AutoTokenizer,
 )
 
+from support.low_bit import quantization
+from support.missing_packages import hide_packages
 from support.models import save_tiny_classifier, save_tiny_model
 from support.tokenizer import build_tokenizer
 from support.vision_processors import pictures, save_tiny_vision_model
 from trl_fast.cli import merge as merge_command
 from trl_fast.cli.main import main
 from trl_fast.modeling.adapter_folder import probe_scores
+from trl_fast.modeling.low_bit_layers import compute_alike
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +214,11 @@ def test_a_quantized_base_is_refused(adapter, run, base, tmp_path):
     other = tmp_path / "quantized"
     other.mkdir()
     config = json.loads(AutoModelForCausalLM.from_pretrained(base).config.to_json_string())
-    (other / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    (other / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     status, _, error = run(adapter, "--base_model", str(other))
-    assert status == 2 and "are quantized" in error and "16-bit" in error
+    assert status == 2 and "are quantized (gptq)" in error and "16-bit" in error
 
 
 def test_virtual_tokens_cannot_be_merged(base, run, tmp_path):
@@ -265,3 +270,57 @@ def test_a_model_that_reads_images_keeps_its_processor(run, tmp_path):
     merged = AutoModelForImageTextToText.from_pretrained(whole).eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(**found).logits, adapted(**given).logits, rtol=1e-4, atol=1e-4)
+
+
+def low_bit_adapter(tmp_path, kind, **more):
+    """An adapter of random weights, as if trained on a base of low bits, in tmp_path/low; what both say of tokens."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = save_tiny_model(tmp_path / "wide", build_tokenizer(), hidden_size=64)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization(kind, **more))
+    compute_alike(model)
+    tokens = torch.tensor([merge_command.probe_ids(build_tokenizer())])
+    model.save_pretrained(tmp_path / "low")
+    return adapter, probe_scores(PeftModel.from_pretrained(model, adapter), tokens), tokens
+
+
+@pytest.mark.parametrize(
+    "kind, flags, more",
+    [
+        ("nf4", ["--load_in_4bit"], {}),
+        ("int8", ["--load_in_8bit"], {}),
+        ("fp4", ["--load_in_4bit", "--bnb_4bit_quant_type", "fp4"], {}),
+        ("nf4", ["--load_in_4bit", "--use_bnb_nested_quant"], {"bnb_4bit_use_double_quant": True}),
+    ],
+    ids=["nf4", "int8", "fp4", "nested"],
+)
+def test_an_adapter_goes_into_the_weights_that_it_was_trained_on(kind, flags, more, run, tmp_path):
+    adapter, scores, tokens = low_bit_adapter(tmp_path, kind, **more)
+    for output, given in (("dequantized", flags), ("stored", [])):
+        assert run(adapter, *given, output=output)[0] == 0
+    errors = {}
+    for output in ("dequantized", "stored"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / output)
+        assert not hasattr(merged.config, "quantization_config") and merged.dtype == torch.float32
+        assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear
+        errors[output] = (probe_scores(merged, tokens) - scores).abs().mean()
+    # The base's own weights are others than those that the adapter was trained on.
+    assert errors["dequantized"] < 1e-4 < errors["stored"]
+
+
+def test_a_base_whose_files_are_low_bit_is_dequantized(run, tmp_path):
+    adapter, scores, tokens = low_bit_adapter(tmp_path, "nf4")
+    status, _, error = run(adapter, "--base_model", str(tmp_path / "low"), "--load_in_4bit")
+    assert status == 2 and "quantized already; leave load_in_4bit and load_in_8bit out" in error
+    status, _, error = run(adapter, "--base_model", str(tmp_path / "low"))
+    assert status == 0, error
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(probe_scores(merged, tokens), scores, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_into_low_bits_needs_bitsandbytes(adapter, run, monkeypatch):
+    hide_packages(monkeypatch, "bitsandbytes")
+    status, _, error = run(adapter, "--load_in_8bit")
+    assert status == 2 and "load_in_8bit=True needs bitsandbytes: `pip install 'trl-fast[qlora]'`" in error
+    status, _, error = run(adapter, "--load_in_8bit", "--load_in_4bit")
+    assert status == 2

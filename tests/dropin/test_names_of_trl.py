@@ -13,7 +13,6 @@ from trl_fast.dropin.names import MODULES, TRL_VERSION
 
 # The names that are not answered, by module, with a word of the reason that is given. The list only shrinks.
 LEFT = {
-    "trl": {"wandb": ["WeaveCallback"]},
     "trl.cli.accelerate_config": {"trl-fast": ["resolve_accelerate_config_argument"]},
     "trl.cli.accelerate_launcher": {"trl-fast": ["launch_training_script"]},
     "trl.cli.commands": {"trl-fast": ["get_commands"]},
@@ -40,10 +39,8 @@ LEFT = {
     },
     "trl.models.utils": {"shards": ["add_hooks", "get_all_parameters", "iter_params", "remove_hooks"]},
     "trl.trainer": {
-        "wandb": ["WeaveCallback"],
         "linear_logprob": ["add_fused_lm_head"],
     },
-    "trl.trainer.callbacks": {"wandb": ["WeaveCallback"]},
     "trl.trainer.reward_trainer": {"hides a warning": ["suppress_seqcls_warning"]},
     "trl.trainer.utils": {
         "linear_logprob": ["FusedCausalLMOutput", "add_fused_lm_head"],

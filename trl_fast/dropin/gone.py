@@ -35,7 +35,6 @@ GONE: dict[str, str] = {
     "DataCollatorForChatML": _older("give SFTTrainer a dataset of messages and leave the collator out"),
     "DataCollatorForVisionLanguageChatML": _older(_OWN_COLLATOR),
     "*split_pixel_values_by_grid": _TEXT_ONLY,
-    "WeaveCallback": "trl_fast does not have it; set report_to='wandb' and add a LogCompletionsCallback",
     "PPOv2Trainer": _until("0.12", "it became PPOTrainer"),
     "PPOv2Config": _until("0.12", "it became PPOConfig"),
     "PolicyAndValueWrapper": _older("PPOTrainer holds policy and value model by itself"),

@@ -41,7 +41,8 @@ _MODEL_ARGUMENTS = {
     **_places("trl_fast", "get_kbit_device_map", "get_peft_config", "get_quantization_config"),
 }
 _CALLBACKS = _places(
-    "trl_fast", "BEMACallback", "LogCompletionsCallback", "RichProgressCallback", "SyncRefModelCallback"
+    "trl_fast",
+    *("BEMACallback", "LogCompletionsCallback", "RichProgressCallback", "SyncRefModelCallback", "WeaveCallback"),
 )
 _COMPLETION_ONLY = _places(f"{_HELPERS}.completion_only", "DataCollatorForCompletionOnlyLM")
 

@@ -164,7 +164,15 @@ def dequantized_model(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a model of 4 or 8 bits with linear layers of its dtype in the place of the low-bit ones."""
     dtype = model.dtype
     whole: Any = model.dequantize(dtype=dtype)
+    # How low-bit files were read would be undone on saving, which transformers cannot do.
+    conversions = getattr(whole, "_weight_conversions", None) or []
+    whole._weight_conversions = [each for each in conversions if not _reads_low_bits(each)]
     return whole.to(dtype)
+
+
+def _reads_low_bits(conversion: Any) -> bool:
+    steps = getattr(conversion, "operations", None) or ()
+    return any(type(step).__module__ == "transformers.integrations.bitsandbytes" for step in steps)
 
 
 def tokenizer_of(name_or_path: str, base: str, **options: Any) -> PreTrainedTokenizerBase:

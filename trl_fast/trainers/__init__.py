@@ -13,6 +13,7 @@ _CALLBACKS = ("BEMACallback", "LogCompletionsCallback", "SyncRefModelCallback")
 EXPORTS = {
     **{name: place for method in METHODS.values() for name, place in method.exports.items()},
     **{name: f"trl_fast.trainers.base.callbacks:{name}" for name in _CALLBACKS},
+    "WeaveCallback": "trl_fast.trainers.base.weave_callback:WeaveCallback",
     "RichProgressCallback": "trl_fast.trainers.base.progress:RichProgressCallback",
 }
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .distillation.gkd import GKDTrainer as GKDTrainer
     from .distillation.gkd_config import GKDConfig as GKDConfig
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
+    from .base.weave_callback import WeaveCallback as WeaveCallback
     from .dpo import DPOTrainer as DPOTrainer
     from .dpo_config import DPOConfig as DPOConfig
     from .gmpo import GMPOTrainer as GMPOTrainer

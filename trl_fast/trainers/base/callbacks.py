@@ -5,22 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, extract_model_from_parallel, gather_object
-from datasets import Dataset
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from rich.table import Table
 from rich.text import Text
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -29,12 +25,12 @@ from transformers import (
 )
 
 from trl_fast.console import make_console
-from trl_fast.data import maybe_apply_chat_template
 from trl_fast.modeling.embedding_noise import SequenceNoise
 from trl_fast.parallel.weights import local_shards
 
 from ..checkpoints.random_states import random_states, set_random_states
 from .agreed_control import AgreedControl
+from .prompt_completions import PromptCompletions
 
 logger = logging.getLogger(__name__)
 
@@ -174,18 +170,8 @@ class LogCompletionsCallback(TrainerCallback):
         num_prompts: int | None = None,
         freq: int | None = None,
     ) -> None:
-        dataset = trainer.eval_dataset
-        if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
-            raise ValueError(
-                "LogCompletionsCallback needs a trainer whose eval_dataset is a Dataset with a column 'prompt'; "
-                f"it has {getattr(dataset, 'column_names', dataset)}"
-            )
-        if num_prompts is not None and not 0 < num_prompts <= len(dataset):
-            raise ValueError(f"num_prompts must be between 1 and the dataset's {len(dataset)} rows, got {num_prompts}")
-        self.trainer = trainer
-        self.generation_config = generation_config
-        self.freq = freq
-        self.prompts = dataset["prompt"][:num_prompts]
+        self.completions = PromptCompletions(trainer, generation_config, num_prompts, type(self).__name__)
+        self.trainer, self.freq = trainer, freq
         self.table: list[tuple[str, str, str]] = []
         self._last_logged_step = -1
 
@@ -196,37 +182,12 @@ class LogCompletionsCallback(TrainerCallback):
         if state.global_step == self._last_logged_step or state.global_step % (self.freq or state.eval_steps):
             return
         self._last_logged_step = state.global_step
-        tokenizer = kwargs["processing_class"]
-        accelerator = self.trainer.accelerator
-        with accelerator.split_between_processes(self.prompts) as prompts:
-            texts = [maybe_apply_chat_template({"prompt": prompt}, tokenizer)["prompt"] for prompt in prompts]
-            model = accelerator.unwrap_model(self.trainer.model_wrapped)
-            completions = self._generate(model, tokenizer, texts, args.per_device_eval_batch_size)
-        texts, completions = gather_object(texts), gather_object(completions)
-        if accelerator.is_main_process:
+        batch_size = args.per_device_eval_batch_size
+        texts, completions = self.completions.generate(kwargs["processing_class"], batch_size)
+        if self.trainer.accelerator.is_main_process:
             steps = [str(state.global_step)] * len(texts)
             self.table += zip(steps, texts, completions, strict=True)
             self._report(args.report_to)
-
-    def _generate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
-    ) -> list[str]:
-        completions = []
-        with torch.no_grad(), _evaluating(model):
-            for start in range(0, len(prompts), batch_size):
-                batch = tokenizer(
-                    prompts[start : start + batch_size],
-                    return_tensors="pt",
-                    padding=True,
-                    padding_side="left",
-                    truncation=True,
-                    return_token_type_ids=False,
-                ).to(model.device)
-                tokens = model.generate(**batch, generation_config=self.generation_config, use_cache=True)
-                completions += tokenizer.batch_decode(
-                    tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-                )
-        return completions
 
     def _report(self, report_to: list[str]) -> None:
         columns = ["step", "prompt", "completion"]
@@ -247,17 +208,6 @@ class LogCompletionsCallback(TrainerCallback):
                 if row_step == step:
                     table.add_row(Text(prompt), Text(completion))
             make_console().print(table)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switches dropout off, and the gradient checkpointing that forbids a cache of keys and values."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class BEMACallback(TrainerCallback):
