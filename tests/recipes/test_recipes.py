@@ -29,6 +29,7 @@ HUB_NAMES = {
     "qwen3-8b": "Qwen/Qwen3-8B",
 }
 QUICK = ("llama-3.1-8b/dpo-24gb",)
+QLORA = ("llama-3.1-8b/sft-qlora-24gb", "llama-3.1-8b/dpo-qlora-24gb")
 
 
 def name_of(path):
@@ -37,7 +38,7 @@ def name_of(path):
 
 def parts_of(path):
     """Model, method and GiB that a recipe's place names."""
-    method, size = path.stem.split("-")
+    method, *_, size = path.stem.split("-")
     return path.parent.name, method, int(size.removesuffix("gb"))
 
 
@@ -58,7 +59,7 @@ def planned_gib(path, folder):
 def test_there_is_a_recipe_for_each_model_method_and_size():
     names = itertools.product(HUB_NAMES, ("sft", "dpo", "grpo"), (24, 48, 80))
     wanted = {f"{model}/{method}-{size}gb" for model, method, size in names}
-    assert {name_of(path) for path in RECIPES} == wanted
+    assert {name_of(path) for path in RECIPES} == wanted | set(QLORA)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -68,7 +69,9 @@ def test_a_recipe_is_read_by_its_command(path, tmp_path):
     values = yaml.safe_load(path.read_text())
     assert model_args.model_name_or_path == HUB_NAMES[model]
     assert model_args.dtype == "bfloat16"
-    assert values["output_dir"] == f"runs/{model}-{method}"
+    qlora = name_of(path) in QLORA
+    assert values["output_dir"] == f"runs/{model}-{method}" + "-qlora" * qlora
+    assert model_args.load_in_4bit == qlora
     assert script_args.dataset_name.startswith("trl-lib/")
     assert f"trl-fast {method} --config recipes/{name_of(path)}.yaml" in path.read_text()
 
