@@ -1,6 +1,7 @@
 """QLoRA on the command line: trained by flags, said in the run's lines, merged."""
 
 import json
+from pathlib import Path
 
 import pytest
 from peft import AutoPeftModelForCausalLM
@@ -39,7 +40,7 @@ def test_an_adapter_is_trained_and_merged(train, capsys):
     assert {str(weight.dtype) for weight in load_file(f"{folder}/adapter_model.safetensors").values()} == {
         "torch.bfloat16"
     }
-    assert json.loads(open(f"{folder}/run.json").read())["model"]["dtype"] == "4-bit"
+    assert json.loads(Path(folder, "run.json").read_text())["model"]["dtype"] == "4-bit"
     assert not low_bit_layers(AutoPeftModelForCausalLM.from_pretrained(folder))
     assert main(["merge", folder, "--load_in_4bit"]) == 0
     assert AutoModelForCausalLM.from_pretrained(f"{folder}-merged").num_parameters() > 0

@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from .base.callbacks import LogCompletionsCallback as LogCompletionsCallback
     from .base.callbacks import SyncRefModelCallback as SyncRefModelCallback
     from .base.progress import RichProgressCallback as RichProgressCallback
+    from .base.weave_callback import WeaveCallback as WeaveCallback
     from .cpo import CPOTrainer as CPOTrainer
     from .cpo_config import CPOConfig as CPOConfig
+<<<<<<< HEAD
     from .distillation.config import DistillationConfig as DistillationConfig
     from .distillation.gkd import GKDTrainer as GKDTrainer
     from .distillation.gkd_config import GKDConfig as GKDConfig
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .base.weave_callback import WeaveCallback as WeaveCallback
+=======
+>>>>>>> 9c4b5e7 (Types of the parts for low-bit models)
     from .dpo import DPOTrainer as DPOTrainer
     from .dpo_config import DPOConfig as DPOConfig
     from .gmpo import GMPOTrainer as GMPOTrainer

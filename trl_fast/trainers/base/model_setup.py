@@ -36,7 +36,8 @@ def loading_options(args: BaseConfig, quantization_config: object | None) -> dic
     Raises:
         ValueError: quantization_config is in model_init_kwargs too.
     """
-    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    given = cast("dict[str, Any]", args.model_init_kwargs or {})
+    options = {"trust_remote_code": args.trust_remote_code, **given}
     if quantization_config is None:
         return options
     if "quantization_config" in options:

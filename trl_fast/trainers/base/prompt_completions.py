@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 
 from trl_fast.data import maybe_apply_chat_template
 
@@ -50,7 +51,7 @@ class PromptCompletions:
         return gather_object(texts), gather_object(completions)
 
     def _generate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
     ) -> list[str]:
         completions = []
         with torch.no_grad(), _evaluating(model):

@@ -79,7 +79,7 @@ class Checkpoints:
             self._record = self._make_record()  # before an engine shards the model
             checkpoint = self.resume_point(resume)
             self._checked = None
-            self._adapter_dtypes = adapter_dtypes(self._trainer.model)
+            self._adapter_dtypes = adapter_dtypes(self._trainer.accelerator.unwrap_model(self._trainer.model))
             yield checkpoint
 
     def _lock(self, locks: ExitStack) -> None:
