@@ -26,14 +26,10 @@ if TYPE_CHECKING:
     from .base.weave_callback import WeaveCallback as WeaveCallback
     from .cpo import CPOTrainer as CPOTrainer
     from .cpo_config import CPOConfig as CPOConfig
-<<<<<<< HEAD
     from .distillation.config import DistillationConfig as DistillationConfig
     from .distillation.gkd import GKDTrainer as GKDTrainer
     from .distillation.gkd_config import GKDConfig as GKDConfig
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
-    from .base.weave_callback import WeaveCallback as WeaveCallback
-=======
->>>>>>> 9c4b5e7 (Types of the parts for low-bit models)
     from .dpo import DPOTrainer as DPOTrainer
     from .dpo_config import DPOConfig as DPOConfig
     from .gmpo import GMPOTrainer as GMPOTrainer
