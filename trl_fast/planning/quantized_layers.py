@@ -68,11 +68,11 @@ class _Product(torch.autograd.Function):
         if layer.kind == "8bit":
             # The activations in 8 bits, and a constant a row.
             narrow = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1], dtype=torch.float32)
-            wide = torch.empty(*x.shape[:-1], layer.out_features, dtype=torch.int32)
+            sums = torch.empty(*x.shape[:-1], layer.out_features, dtype=torch.int32)
             del narrow
             # A product by name, so that checkpointing may keep it, of a weight that takes no memory.
             out = F.linear(x, torch.zeros(1, dtype=x.dtype).expand(layer.out_features, layer.in_features))
-            del wide
+            del sums
             return out.to(_product_dtype(x.dtype))
         return F.linear(x, layer.dequantized(x.dtype))
 
