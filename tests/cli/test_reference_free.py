@@ -1,4 +1,4 @@
-"""`trl-fast orpo`, `cpo` and `tpo`, as a person runs them."""
+"""`trl-fast orpo`, `cpo`, `tpo` and `bco`, as a person runs them."""
 
 import json
 import shlex
@@ -29,7 +29,8 @@ def run(model_path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "metric"), [("orpo", "log_odds_chosen"), ("cpo", "nll_loss"), ("tpo", "mean_token_accuracy")]
+    ("command", "metric"),
+    [("orpo", "log_odds_chosen"), ("cpo", "nll_loss"), ("tpo", "mean_token_accuracy"), ("bco", "delta")],
 )
 def test_it_trains_evaluates_and_saves(command, metric, run, tmp_path, capsys):
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "1", "--dataset_test_split", "train[:25%]"]

@@ -67,7 +67,8 @@ OLDER_MODULES = {
     "trl.experimental.ppo",
     "trl.experimental.ppo.ppo_config",
     "trl.experimental.ppo.ppo_trainer",
-    *(f"trl.trainer.{name}_{part}" for name in ("orpo", "cpo") for part in ("config", "trainer")),
+    *(f"trl.trainer.{name}_{part}" for name in ("bco", "orpo", "cpo") for part in ("config", "trainer")),
+    *("trl.experimental.bco", "trl.experimental.bco.bco_config", "trl.experimental.bco.bco_trainer"),
     "trl.experimental.distillation.distillation_config",
     "trl.experimental.distillation.distillation_trainer",
     "trl.trainer.gkd_config",
@@ -79,7 +80,8 @@ OLDER_MODULES = {
 OLDER_NAMES = {
     *("DataCollatorForCompletionOnlyLM", "FDivergenceConstants", "FDivergenceType", "PPOConfig", "PPOTrainer"),
     *("DPOScriptArguments", "DpoScriptArguments", "RewardScriptArguments", "SFTScriptArguments", "SftScriptArguments"),
-    *(f"{method}Config" for method in ("BCO", "NashMD", "PRM", "XPO")),
+    *(f"{method}Config" for method in ("NashMD", "PRM", "XPO")),
+    *("BCOConfig", "BCOTrainer"),
     *("SIMPLE_CHAT_TEMPLATE", "compute_accuracy", "conversations_formatting_function", "exact_div", "flatten_dict"),
     *("flush_right", "get_formatting_func_from_dataset", "get_kbit_device_map", "instructions_formatting_function"),
     *(

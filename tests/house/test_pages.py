@@ -35,6 +35,7 @@ from trl_fast.data import (
     prepare_unpaired_dataset,
 )
 from trl_fast.data.prompt_only import prepare_prompt_dataset
+from trl_fast.losses.bco import bco_losses
 from trl_fast.losses.dpo import PAIR_LOSSES, DPOLossConfig, PreferencePairs, dpo_loss
 from trl_fast.losses.f_divergences import F_DIVERGENCES
 from trl_fast.losses.kto import LOSSES as KTO_LOSSES
@@ -64,6 +65,7 @@ PREPARES = {
     "dpo": prepare_preference_dataset,
     "reward": prepare_reward_dataset,
     "kto": prepare_unpaired_dataset,
+    "bco": prepare_unpaired_dataset,
     "orpo": prepare_preference_dataset,
     "cpo": prepare_preference_dataset,
     "tpo": lambda rows, tokenizer: prepare_preference_dataset(rows, tokenizer, others=("reference",)),
@@ -317,6 +319,17 @@ def test_formulas_of_kto_are_those_of_the_code():
             computed = value(in_backticks(cell)[0], r=r, z=z, β=0.3, w_d=1.5, w_u=0.7)
             labels = torch.full_like(r, label, dtype=torch.bool)
             torch.testing.assert_close(computed, kto_losses(r, labels, z, config), msg=name)
+
+
+def test_formulas_of_bco_are_those_of_the_code():
+    r, w = random_vectors(2)
+    ((_, *cells),) = [row[:3] for row in table_rows(page("bco"), "The formulas")]
+    shift, weights = torch.tensor(0.4, dtype=torch.float64), w.abs()
+    for cell, label in zip(cells, (True, False), strict=True):
+        labels = torch.full_like(r, label, dtype=torch.bool)
+        computed = value(in_backticks(cell)[0], r=r, δ=shift, w=weights)
+        expected = bco_losses(r, labels, shift) * (1 if label else weights)
+        torch.testing.assert_close(computed, expected)
 
 
 def test_formulas_of_the_losses_without_a_reference_are_those_of_the_code():

@@ -50,6 +50,7 @@ def test_every_method_can_be_planned():
         ("sft", {}, []),
         ("reward", {}, []),
         ("kto", {}, [REFERENCE_STAGE]),
+        ("bco", {}, [REFERENCE_STAGE]),
         ("orpo", {}, []),
         ("cpo", {}, []),
         ("tpo", {}, []),

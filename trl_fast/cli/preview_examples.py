@@ -54,6 +54,7 @@ DROPPED_BECAUSE = {
     "sft": "no token to learn within max_length",
     "dpo": "the prompt alone fills max_length",
     "kto": "the prompt alone fills max_length",
+    "bco": "the prompt alone fills max_length",
     "orpo": "the prompt alone fills max_length",
     "cpo": "the prompt alone fills max_length",
     "tpo": "the prompt alone fills max_length",

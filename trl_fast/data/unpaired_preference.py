@@ -45,10 +45,12 @@ logger = logging.getLogger(__name__)
 # A completion of another row, with which the policy's distance from the reference is estimated.
 KL_COLUMN = "KL_completion_ids"
 UNPAIRED_REFERENCE_COLUMNS = ("ref_logps", "ref_KL_logps")
+# The weight of a row's loss, by its prompt.
+PROMPT_WEIGHT = "prompt_weight"
 # The entries that show the prompts with the completions of KL_COLUMN, and the numbers that a batch has of each row.
 MISMATCHED_PREFIX = "KL_"
 MISMATCHED_ENTRIES = tuple(MISMATCHED_PREFIX + name for name in COMPLETION_ENTRIES)
-_NUMBERS = (*UNPAIRED_REFERENCE_COLUMNS, LABEL)
+_NUMBERS = (*UNPAIRED_REFERENCE_COLUMNS, PROMPT_WEIGHT, LABEL)
 # Extras of a batch of completions: the same prompts with the completions of KL_COLUMN, and with both.
 MISMATCHED, BOTH = "mismatched", "both"
 # Extra of the batch BOTH: which of its scored tokens are those of the batch itself.
@@ -146,13 +148,7 @@ def warn_of_balance(dataset: Dataset, desirable_weight: float, undesirable_weigh
     labels = dataset.with_format(None)[LABEL]
     good = sum(map(bool, labels))
     bad = len(labels) - good
-    if 0 in (good, bad):
-        logger.warning(
-            f"The train dataset: all {len(labels)} labels are {bool(good)}, so there is nothing to tell the "
-            "completions from. KTO learns from good and bad ones; check how the column 'label' was filled."
-        )
-        return
-    if good == bad:
+    if warn_of_one_label(dataset, "KTO") or good == bad:
         return
     lead = good * desirable_weight / bad
     trail = bad * undesirable_weight / good
@@ -168,6 +164,18 @@ def warn_of_balance(dataset: Dataset, desirable_weight: float, undesirable_weigh
             f"and undesirable_weight={undesirable_weight} do not balance. The KTO paper recommends "
             f"desirable_weight in {list(for_desirable)} or undesirable_weight in {list(for_undesirable)}, not both."
         )
+
+
+def warn_of_one_label(dataset: Dataset, method: str) -> bool:
+    """Says so if all labels are the same, and returns whether they are."""
+    labels = dataset.with_format(None)[LABEL]
+    same = len({bool(label) for label in labels}) == 1
+    if same:
+        logger.warning(
+            f"The train dataset: all {len(labels)} labels are {bool(labels[0])}, so there is nothing to tell the "
+            f"completions from. {method} learns from good and bad ones; check how the column 'label' was filled."
+        )
+    return same
 
 
 def _tokenize(
@@ -255,7 +263,7 @@ class UnpairedCollator(TreeCollator):
     def collate(self, examples: list[dict[str, Any]]) -> TokenBatch:
         images = self.read_images(examples)
         batch = self.pack(examples, "completion_ids", images=images)
-        batch.extras.update(reference_logprobs(examples, UNPAIRED_REFERENCE_COLUMNS))
+        batch.extras.update(reference_logprobs(examples, (*UNPAIRED_REFERENCE_COLUMNS, PROMPT_WEIGHT)))
         batch.extras[LABEL] = torch.tensor([bool(row[LABEL]) for row in examples])
         if KL_COLUMN in examples[0]:
             both = self.pack(examples, "completion_ids", KL_COLUMN, images=images)
@@ -283,7 +291,7 @@ class UnpairedCollator(TreeCollator):
 
     def token_batch(self, entries: Mapping[str, Any]) -> TokenBatch:
         images = self.images.given(entries) if self.images else {}
-        known = {*self._mismatched_names(images), *UNPAIRED_REFERENCE_COLUMNS, *images}
+        known = {*self._mismatched_names(images), *UNPAIRED_REFERENCE_COLUMNS, PROMPT_WEIGHT, *images}
         check_entries(entries, {*COMPLETION_ENTRIES, LABEL}, known)
         batch = completion_batch(*(entries[name] for name in COMPLETION_ENTRIES), branches=1, images=images or None)
         batch.extras.update({name: entries[name] for name in _NUMBERS if name in entries})

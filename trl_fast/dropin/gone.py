@@ -60,7 +60,7 @@ GONE: dict[str, str] = {
             "AutoModelForCausalLMWithValueHead",
             "AutoModelForSeq2SeqLMWithValueHead",
             "PreTrainedModelWrapper",
-            *(f"{method}Trainer" for method in ("BCO", "PRM")),
+            *(f"{method}Trainer" for method in ("PRM",)),
         ),
         _until("0.28, then for a while under trl.experimental", _DROPPED),
     ),

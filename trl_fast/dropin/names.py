@@ -31,7 +31,7 @@ _OLDER_COMMANDS = {
 }
 _GONE_CONFIGS = _places(
     f"{_HELPERS}.older_arguments",
-    *(f"{name}Config" for name in ("BCO", "NashMD", "PRM", "XPO")),
+    *(f"{name}Config" for name in ("NashMD", "PRM", "XPO")),
 )
 _F_DIVERGENCES = _places(f"{_HELPERS}.older_arguments", "FDivergenceConstants", "FDivergenceType")
 

@@ -117,13 +117,26 @@ def reward_pairs(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -
 
 def unpaired_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> KTOInputs:
     """Makes completions with labels and as long mismatched completions (KTO)."""
-    prompt, (own, other) = _pair(setup, max_length, layout)
-    row = {"prompt_ids": prompt, "completion_ids": own, KL_COLUMN: other, LABEL: True}
-    images: Any = None if layout.images is None else _PlannedRowImages(setup.images, layout.images)
-    collator = UnpairedCollator(_PAD, layout=layout.name, images=images)
-    batch = collator.collate([row] * setup.per_device_train_batch_size)
+    _, (_, other) = _pair(setup, max_length, layout)
+    batch = _labelled_completions(setup, max_length, layout, {KL_COLUMN: other})
     backward_passes = 1 + (setup.lora_r is None) + setup.gradient_checkpointing
     return KTOInputs(batch, scores_together(batch, backward_passes))
+
+
+def good_and_bad_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> TokenBatch:
+    """Makes completions with labels (BCO)."""
+    return _labelled_completions(setup, max_length, layout, {})
+
+
+def _labelled_completions(
+    setup: TrainingSetup, max_length: int, layout: PlannedLayout, more: dict[str, list[int]]
+) -> TokenBatch:
+    """Makes completions with labels, and with more columns of token ids."""
+    prompt, (own, _) = _pair(setup, max_length, layout)
+    row = {"prompt_ids": prompt, "completion_ids": own, LABEL: True, **more}
+    images: Any = None if layout.images is None else _PlannedRowImages(setup.images, layout.images)
+    collator = UnpairedCollator(_PAD, layout=layout.name, images=images)
+    return collator.collate([row] * setup.per_device_train_batch_size)
 
 
 def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PolicyInputs:

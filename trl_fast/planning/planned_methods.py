@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from trl_fast.data.unpaired_preference import BOTH
 from trl_fast.lazy_imports import import_place
+from trl_fast.losses.bco import BCOLossConfig
 from trl_fast.losses.dpo import DPOLossConfig
 from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
@@ -27,6 +28,7 @@ from trl_fast.modeling.distillation import DivergenceSettings
 from trl_fast.modeling.policy_and_value import PolicyAndValue
 from trl_fast.modeling.scoring import score
 from trl_fast.trainers.base.reference import reference_scores
+from trl_fast.trainers.base.running_mean import Mean
 from trl_fast.trainers.distillation.step import DistillationUpdate
 from trl_fast.trainers.dpo import preference_loss_inputs
 from trl_fast.trainers.kto import sequence_logprobs
@@ -35,6 +37,7 @@ from trl_fast.trainers.methods import METHODS
 from .device_batches import on_device
 from .example_batches import (
     PlannedLayout,
+    good_and_bad_batch,
     labelled_batch,
     pair_micro_batch,
     policy_micro_batch,
@@ -152,6 +155,18 @@ def _kto_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
     ).loss
 
 
+def _bco_loss(setup: TrainingSetup, models: PlannedModels, batch: Any, enter: Enter) -> torch.Tensor:
+    enter(REFERENCE_STAGE)
+    if setup.precompute_ref_log_probs:
+        reference = torch.zeros(len(batch))
+    else:
+        reference = sequence_logprobs(batch, _reference_logprobs(setup, models, batch))
+    seen = Mean(torch.zeros(()), torch.zeros(()))
+    policy = _under_autocast(setup, models.policy)
+    found, _ = _step(setup)(policy, batch, reference, seen, BCOLossConfig(), learns=True, head=setup.head_options)
+    return found.loss
+
+
 def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
     """Runs a step of GRPO, GMPO or RLOO: generation, the scores that its loss or its rewards read, and the update."""
     if setup.generates:
@@ -221,6 +236,7 @@ PLANNED: dict[str, PlannedMethod] = {
     "dpo": PlannedMethod(preference_batch, _dpo_loss, "pair", reads_images=True),
     "reward": PlannedMethod(reward_pairs, _reward_loss, "pair", reads_images=True),
     "kto": PlannedMethod(unpaired_batch, _kto_loss, "completion", reads_images=True),
+    "bco": PlannedMethod(good_and_bad_batch, _bco_loss, "completion", reads_images=True),
     "orpo": PlannedMethod(preference_batch, _reference_free_loss, "pair"),
     "cpo": PlannedMethod(preference_batch, _reference_free_loss, "pair", reads_images=True),
     "tpo": PlannedMethod(preference_batch, _reference_free_loss, "pair"),

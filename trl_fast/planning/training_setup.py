@@ -181,7 +181,7 @@ class TrainingSetup:
     @property
     def needs_reference(self) -> bool:
         """Tells whether a reference policy, or a teacher, scores during training."""
-        if self.method in ("dpo", "kto"):
+        if self.method in ("dpo", "kto", "bco"):
             return not self.precompute_ref_log_probs
         return self.method in ("ppo", "online_dpo", *TEACHER_METHODS) or self.kl_weight != 0
 

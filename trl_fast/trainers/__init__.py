@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .base.callbacks import SyncRefModelCallback as SyncRefModelCallback
     from .base.progress import RichProgressCallback as RichProgressCallback
     from .base.weave_callback import WeaveCallback as WeaveCallback
+    from .bco import BCOTrainer as BCOTrainer
+    from .bco_config import BCOConfig as BCOConfig
     from .cpo import CPOTrainer as CPOTrainer
     from .cpo_config import CPOConfig as CPOConfig
     from .distillation.config import DistillationConfig as DistillationConfig

@@ -38,6 +38,7 @@ from .base.step import StepResult, insert_after, router_keywords, with_router_lo
 from .base.trl_attributes import answers_to, fixed_attribute, loss_setting
 from .kto_config import KTOConfig
 
+_WEIGHTS = "weights of prompts are BCO's; use BCOTrainer with an embedding_func"
 # TRL logs these only for micro-batches that have such rows.
 _BY_LABEL = {f"{name}/{side}" for name in ("logits", "rewards", "logps") for side in ("chosen", "rejected")}
 
@@ -193,13 +194,9 @@ class KTOTrainer(PreferenceTrainer):
             "override _compute_loss(model, inputs, return_outputs), as TRL calls it today",
         ),
         **dict.fromkeys(
-            ("match_underlying_distribution", "_get_chosen_prob", "_vectorize_prompt", "_get_udm_weight"),
-            "the weights of BCO are not here; use loss_type='kto' or 'apo_zero_unpaired'",
+            ("match_underlying_distribution", "_get_chosen_prob", "_vectorize_prompt", "_get_udm_weight"), _WEIGHTS
         ),
-        **dict.fromkeys(
-            ("_get_prompt_embeddings", "_get_sample_prompt_embeddings"),
-            "the weights of BCO are not here; use loss_type='kto' or 'apo_zero_unpaired'",
-        ),
+        **dict.fromkeys(("_get_prompt_embeddings", "_get_sample_prompt_embeddings"), _WEIGHTS),
     }
 
     @property

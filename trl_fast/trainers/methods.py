@@ -102,6 +102,15 @@ _METHODS = (
         },
     ),
     Method(
+        name="bco",
+        config="trl_fast.trainers.bco_config:BCOConfig",
+        trainer="trl_fast.trainers.bco:BCOTrainer",
+        step="trl_fast.trainers.bco:bco_step",
+        help="Binary Classifier Optimization, from answers marked good or bad",
+        trl_packages=("trl.trainer", "trl.experimental.bco"),
+        has_trl_script=False,
+    ),
+    Method(
         name="orpo",
         config="trl_fast.trainers.orpo_config:ORPOConfig",
         trainer="trl_fast.trainers.orpo:ORPOTrainer",

@@ -94,7 +94,7 @@ class FDivergenceConstants:
 
 
 # Methods of older TRL whose configs scripts subclass beside those of the methods that they run.
-_GONE_METHODS = ("BCO", "NashMD", "PRM", "XPO")
+_GONE_METHODS = ("NashMD", "PRM", "XPO")
 
 
 @dataclass

@@ -21,14 +21,18 @@ class MetricBuffer:
     The logged value of a name is TRL's: the mean over micro-batches of each one's total / count over all processes.
     skip_nan: micro-batches whose value is NaN take no part; a name with no other has the value None.
     optional: names of which micro-batches without a count take no part, instead of counting as 0.
+    pooled: names whose value is the mean over all that was counted, whichever micro-batch it was in, if anything was.
 
     Attributes:
         pairs: what was added since the last `pop`, by name, (2,) float32 each.
     """
 
-    def __init__(self, *, skip_nan: bool = False, optional: Collection[str] = ()) -> None:
+    def __init__(
+        self, *, skip_nan: bool = False, optional: Collection[str] = (), pooled: Collection[str] = ()
+    ) -> None:
         self._skip_nan = skip_nan
-        self._optional = optional
+        self._optional = {*optional, *pooled}
+        self._pooled = pooled
         self.pairs: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, metrics: Recorded) -> None:
@@ -46,7 +50,10 @@ class MetricBuffer:
         pairs = iter(reduce(torch.stack([pair for pairs in self.pairs.values() for pair in pairs])).tolist())
         found = []
         for name, recorded in self.pairs.items():
-            means = [total / max(count, 1) if count > 0 else None for total, count in islice(pairs, len(recorded))]
+            own = list(islice(pairs, len(recorded)))
+            if name in self._pooled:
+                own = [[sum(totals) for totals in zip(*own, strict=True)]]
+            means = [total / max(count, 1) if count > 0 else None for total, count in own]
             if name not in self._optional:
                 means = [0.0 if mean is None else mean for mean in means]
             first = next((index for index, mean in enumerate(means) if mean is not None), None)
