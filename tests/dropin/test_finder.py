@@ -68,7 +68,12 @@ def test_every_way_of_importing(installed):
         ("from trl.trainer.judges import PairRMJudge", "trl.trainer.judges: TRL had it until 0.28"),
         ("from trl.chat_template_utils import qwen3_chat_template", "keeps no copies of models' chat templates"),
         ("from trl import NashMDTrainer", "subclass of OnlineDPOTrainer; neither TRL 1.16"),
-        ("import trl.experimental.gold", "experimental methods; run the script with TRL itself"),
+        ("import trl.experimental.gold", "models of different tokenizers, whose tokens it aligns first"),
+        (
+            "from trl.experimental.harbor import HarborSpec",
+            "the package harbor's tasks, .* import it from TRL itself",
+        ),
+        ("import trl.experimental.unheard", "trl_fast does not have it; run the script with TRL itself"),
     ],
 )
 def test_what_is_not_there_is_an_import_error_that_says_what_to_do(statement, message, installed):

@@ -9,6 +9,7 @@ import pytest
 
 import trl_fast
 from trl_fast.dropin.finder import explain
+from trl_fast.dropin.gone import GONE_MODULES
 from trl_fast.dropin.names import MODULES, TRL_VERSION
 
 # The names that are not answered, by module, with a word of the reason that is given. The list only shrinks.
@@ -152,6 +153,16 @@ def test_only_what_stands_here_is_not_answered(unanswered):
     assert unanswered == {
         module: {name for names in reasons.values() for name in names} for module, reasons in LEFT.items()
     }
+
+
+def test_each_experiment_of_trl_is_here_or_has_its_own_reason():
+    top = {".".join(name.split(".")[:3]) for name in NAMES if name.startswith("trl.experimental.")}
+    coming = {f"trl.experimental.{name}" for name in ("a2po", "iw_opd")}
+    for module in top - coming - {"trl.experimental.utils"}:
+        package, _, name = module.rpartition(".")
+        assert (module in MODULES) != (module in GONE_MODULES), module
+        if module in GONE_MODULES:
+            assert all(GONE_MODULES[module] in explain(*of) for of in ((package, name), (module, "anything"))), module
 
 
 def test_what_is_said_is_about_the_name():

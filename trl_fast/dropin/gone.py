@@ -25,6 +25,35 @@ _SHARDED = (
     "unwrap_model_for_generation does"
 )
 
+_ADAPTER = (
+    "it makes GRPOTrainer's dataset, environment_factory and reward_funcs of the package {0}'s tasks, and reads "
+    "nothing of TRL's trainers; import it from TRL itself, and GRPOTrainer from trl_fast, in a script run by python"
+)
+_SELF_TEACHER = (
+    "its teacher is the policy itself after another prompt than the student's, which {0}; trl_fast's "
+    "DistillationTrainer reads student and teacher on one row. Run the script with TRL itself, or {1}"
+)
+_ASYNCHRONOUS = (
+    "it samples from a vLLM server while it trains, with the weights of earlier steps{0}; trl_fast samples between "
+    "updates: use {1} with use_vllm=True"
+)
+# Modules of trl.experimental in TRL 1.16, why they are not here, and what to do instead.
+_EXPERIMENTS = {
+    "async_distillation": _ASYNCHRONOUS.format(", and asks a second one for the teacher", "DistillationTrainer"),
+    "async_grpo": _ASYNCHRONOUS.format("", "GRPOTrainer"),
+    "gold": "it compares models of different tokenizers, whose tokens it aligns first; trl_fast compares predictions "
+    "over one vocabulary: choose a teacher that has the student's tokenizer, or run the script with TRL itself",
+    "harbor": _ADAPTER.format("harbor"),
+    "merge_model_callback": "it hands checkpoints to the package mergekit; call mergekit on the folder that "
+    "save_model wrote, or in the on_save of a callback of your own",
+    "openreward": _ADAPTER.format("openreward"),
+    "sdft": _SELF_TEACHER.format("shows it a demonstration", "train on the demonstrations by SFTTrainer"),
+    "sdpo": _SELF_TEACHER.format("shows it a rewarded answer or feedback", "train on the rewards by GRPOTrainer"),
+    "server_distillation": "its teacher is a vLLM server that tells the log-probabilities of a few tokens at each "
+    "place; DistillationTrainer has its teacher beside the student, and trl_fast.ops.linear_divergence_to_given "
+    "computes the loss of given log-probabilities",
+}
+
 # Names, which may be patterns as of file names, and what is said of them. The first that fits counts.
 GONE: dict[str, str] = {
     "ConstantLengthDataset": _older("set packing=True in SFTConfig"),
@@ -90,7 +119,8 @@ GONE: dict[str, str] = {
 
 # The same for whole modules, with all that is below them.
 GONE_MODULES: dict[str, str] = {
-    "trl.experimental": "trl_fast does not have TRL's experimental methods; run the script with TRL itself",
+    **{f"trl.experimental.{name}": said for name, said in _EXPERIMENTS.items()},
+    "trl.experimental": "trl_fast does not have it; run the script with TRL itself",
     "trl.chat_template_utils": _TEMPLATE_TEXTS,
     "trl.core": _older("its functions were those of the PPOTrainer of TRL up to 0.11; see PPOTrainer and PPOConfig"),
     "trl.extras.best_of_n_sampler": GONE["BestOfNSampler"],

@@ -44,6 +44,7 @@ _CALLBACKS = _places(
     "trl_fast",
     *("BEMACallback", "LogCompletionsCallback", "RichProgressCallback", "SyncRefModelCallback", "WeaveCallback"),
 )
+_BEMA_FOR_REFERENCE = _places("trl_fast", "BEMACallback", "DPOTrainer")
 _COMPLETION_ONLY = _places(f"{_HELPERS}.completion_only", "DataCollatorForCompletionOnlyLM")
 
 _DATA = {
@@ -331,6 +332,9 @@ MODULES: dict[str, dict[str, str]] = {
     "trl.commands": _OLDER_COMMANDS,
     "trl.commands.cli_utils": _OLDER_COMMANDS,
     "trl.experimental": {},
+    "trl.experimental.bema_for_ref_model": _BEMA_FOR_REFERENCE,
+    "trl.experimental.bema_for_ref_model.callback": _BEMA_FOR_REFERENCE,
+    "trl.experimental.bema_for_ref_model.dpo_trainer": _BEMA_FOR_REFERENCE,
     "trl.experimental.utils": {
         **_REFERENCE,
         **_ADAPTERS,

@@ -225,6 +225,8 @@ class BEMACallback(TrainerCallback):
         multiplier: gamma of the paper.
         min_ema_multiplier: the least share of the present weights in the average.
         device: where the averages are kept.
+        update_ref_model: whether the reference of DPO and its relatives gets the BEMA weights too.
+        ref_model_update_freq, ref_model_update_after: every so many steps, from that step on.
     """
 
     def __init__(
@@ -237,9 +239,13 @@ class BEMACallback(TrainerCallback):
         multiplier: float = 1.0,
         min_ema_multiplier: float = 0.0,
         device: str = "cpu",
+        update_ref_model: bool = False,
+        ref_model_update_freq: int = 400,
+        ref_model_update_after: int = 0,
     ) -> None:
-        if update_freq < 1:
-            raise ValueError(f"update_freq must be a positive number of steps, got {update_freq}")
+        for name, steps in (("update_freq", update_freq), ("ref_model_update_freq", ref_model_update_freq)):
+            if steps < 1:
+                raise ValueError(f"{name} must be a positive number of steps, got {steps}")
         self.update_freq = update_freq
         self.ema_power = ema_power
         self.bias_power = bias_power
@@ -248,6 +254,11 @@ class BEMACallback(TrainerCallback):
         self.multiplier = multiplier
         self.min_ema_multiplier = min_ema_multiplier
         self.device = device
+        self.update_ref_model = update_ref_model
+        self.ref_model_update_freq = ref_model_update_freq
+        self.ref_model_update_after = ref_model_update_after
+        # A trainer with a reference model lends it.
+        self.ref_model: torch.nn.Module | None = None
         self.running_model: PreTrainedModel | None = None
         # By name, for the parameters that are trained.
         self._start: dict[str, torch.Tensor] = {}
@@ -298,6 +309,10 @@ class BEMACallback(TrainerCallback):
             self._take(model)
         elif age > 0 and age % self.update_freq == 0:
             self._update(model, self.lag + self.multiplier * state.global_step)
+        since = state.global_step - self.ref_model_update_after
+        if self.update_ref_model and since >= 0 and since % self.ref_model_update_freq == 0:
+            reference = extract_model_from_parallel(self.ref_model)
+            reference.load_state_dict(self.running_model.state_dict(), strict=False)
 
     def _update(self, model: torch.nn.Module, age: float) -> None:
         share = max(age**-self.ema_power, self.min_ema_multiplier)

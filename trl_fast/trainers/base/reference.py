@@ -154,14 +154,37 @@ class ReferenceTrainer(BaseTrainer):
     def start(self, **kwargs: Any) -> None:
         """Starts as the base does; then the reference goes where the policy is."""
         super().start(**kwargs)
+        if self.ref_model is not None:
+            share_images(self, self.ref_model)
+            self.ref_model = prepare_frozen(self.accelerator, self.ref_model)
+        for callback in kwargs.get("callbacks") or ():
+            self._lend_reference(callback)
         if self.ref_model is None:
             return
-        share_images(self, self.ref_model)
-        self.ref_model = prepare_frozen(self.accelerator, self.ref_model)
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
-            part = WeightsPart("reference", self.ref_model, self.accelerator, writes=self.args.should_save)
-            self.checkpoints.collective_parts.append(part)
+            self._save_reference()
+
+    def _save_reference(self) -> None:
+        """Puts the reference, which changes, into checkpoints."""
+        part = WeightsPart("reference", self.ref_model, self.accelerator, writes=self.args.should_save)
+        self.checkpoints.collective_parts.append(part)
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a callback, as the base does; one that updates the reference gets it."""
+        super().add_callback(callback)
+        self._lend_reference(callback)
+
+    def _lend_reference(self, callback: Any) -> None:
+        if not getattr(callback, "update_ref_model", False):
+            return
+        if self.ref_model is None or isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            raise ValueError(
+                f"{type(callback).__name__}(update_ref_model=True) needs a reference model of its own, and a policy "
+                "without an adapter, whose weights it can take; leave update_ref_model out"
+            )
+        callback.ref_model = self.ref_model
+        self._save_reference()
 
     @property
     def called_policy(self) -> Callable[..., ModelScores]:
