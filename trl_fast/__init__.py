@@ -29,10 +29,18 @@ _BY_MODULE = {
     "trl_fast.dropin": ("install_as_trl",),
     "trl_fast.modeling.chat_template": ("clone_chat_template", "setup_chat_format"),
     "trl_fast.modeling.reference_policy": ("create_reference_model",),
+    "trl_fast.rollout.tool_templates": (
+        "add_response_schema",
+        "is_chat_template_prefix_preserving",
+        "parse_response",
+        "supports_tool_calling",
+    ),
     "trl_fast.data": (
         "apply_chat_template",
         "extract_prompt",
         "get_training_chat_template",
+        "has_generation_markers",
+        "is_chat_template_stop_token_trained",
         "is_conversational",
         "is_conversational_from_value",
         "maybe_apply_chat_template",
@@ -62,6 +70,8 @@ if TYPE_CHECKING:
     from trl_fast.data import apply_chat_template as apply_chat_template
     from trl_fast.data import extract_prompt as extract_prompt
     from trl_fast.data import get_training_chat_template as get_training_chat_template
+    from trl_fast.data import has_generation_markers as has_generation_markers
+    from trl_fast.data import is_chat_template_stop_token_trained as is_chat_template_stop_token_trained
     from trl_fast.data import is_conversational as is_conversational
     from trl_fast.data import is_conversational_from_value as is_conversational_from_value
     from trl_fast.data import maybe_apply_chat_template as maybe_apply_chat_template
@@ -74,6 +84,12 @@ if TYPE_CHECKING:
     from trl_fast.modeling.chat_template import clone_chat_template as clone_chat_template
     from trl_fast.modeling.chat_template import setup_chat_format as setup_chat_format
     from trl_fast.modeling.reference_policy import create_reference_model as create_reference_model
+    from trl_fast.rollout.tool_templates import add_response_schema as add_response_schema
+    from trl_fast.rollout.tool_templates import (
+        is_chat_template_prefix_preserving as is_chat_template_prefix_preserving,
+    )
+    from trl_fast.rollout.tool_templates import parse_response as parse_response
+    from trl_fast.rollout.tool_templates import supports_tool_calling as supports_tool_calling
     from trl_fast.trainers import *  # noqa: F403
 else:
     __all__ = ["__version__", *EXPORTS]

@@ -8,7 +8,11 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from support.tokenizer import EOS, build_tokenizer
-from trl_fast.data.training_chat_template import get_training_chat_template, has_generation_marks, trains_stop_token
+from trl_fast.data.training_chat_template import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
 
 TRL_TEMPLATES = files("trl") / "chat_templates"
 
@@ -214,8 +218,8 @@ def test_the_generation_prompt_of_the_template_is_untouched():
 
 def test_a_template_with_marks_needs_no_other():
     marked = "{% for m in messages %}{%- generation -%}{{ m.content }}{%- endgeneration -%}{% endfor %}"
-    assert has_generation_marks(marked) and has_generation_marks({"default": marked})
-    assert not has_generation_marks(None) and not has_generation_marks({"tool_use": marked})
+    assert has_generation_markers(marked) and has_generation_markers({"default": marked})
+    assert not has_generation_markers(None) and not has_generation_markers({"tool_use": marked})
     assert get_training_chat_template(with_template(marked)) is None
 
 
@@ -242,14 +246,14 @@ ENDING_OUTSIDE = "{% for m in messages %}{% generation %}{{ m.content }}{% endge
 def test_whether_the_stop_token_is_learned(template):
     tokenizer = with_template(template)
     expected = trl.chat_template_utils.is_chat_template_stop_token_trained(tokenizer)
-    assert trains_stop_token(tokenizer) == expected
+    assert is_chat_template_stop_token_trained(tokenizer) == expected
     assert expected == (template == ENDING_INSIDE)
 
 
 def test_the_stop_token_is_learned_where_we_put_the_marks():
     tokenizer = with_template(OWN_TEMPLATES["chatml"])
     marked = get_training_chat_template(tokenizer)
-    assert EOS == "<|im_end|>" and trains_stop_token(tokenizer, marked)
+    assert EOS == "<|im_end|>" and is_chat_template_stop_token_trained(tokenizer, marked)
 
 
 def test_gpt_oss_learns_both_of_its_ends():
@@ -259,7 +263,7 @@ def test_gpt_oss_learns_both_of_its_ends():
     extra = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>"]
     tokenizer.add_special_tokens({"eos_token": "<|return|>", "additional_special_tokens": extra})
     marked = get_training_chat_template(tokenizer)
-    assert trains_stop_token(tokenizer, marked)
+    assert is_chat_template_stop_token_trained(tokenizer, marked)
     for name in ("one turn", "two turns", "open end"):
         ours, theirs = (
             tokenizer.apply_chat_template(

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import trl.chat_template_utils as their_templates
 import trl.data_utils as their_data
 import trl.import_utils as their_packages
 import trl.trainer.utils as theirs
@@ -253,31 +252,6 @@ def test_peaks():
     for device in devices:
         for dtype in ("bfloat16", "float16", "float32"):
             assert throughput.get_peak_flops(device, dtype) == theirs.get_peak_flops(device, dtype), device
-
-
-CALLING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
-    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SILENT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-
-
-@pytest.mark.parametrize("template", [None, CALLING, SILENT, SILENT + "{{ raise_exception('no') }}"])
-def test_tool_calls_in_templates(template):
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = template
-    expected = their_templates.supports_tool_calling(tokenizer)
-    assert chat.supports_tool_calling(tokenizer) == expected == (template == CALLING)
-    if template in (CALLING, SILENT):
-        preserves = their_templates.is_chat_template_prefix_preserving(tokenizer)
-        assert chat.is_chat_template_prefix_preserving(tokenizer) == preserves
-    if expected:
-        reader = chat.add_response_schema(tokenizer)
-        ids = tokenizer('<tool_call>\n{"name": "f", "arguments": {"a": 3}}\n</tool_call><|im_end|>')["input_ids"]
-        prefix = tokenizer("<|im_start|>assistant\n")["input_ids"]
-        message = chat.parse_response(reader, ids, prefix)
-        assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 3}}
 
 
 IMAGE = SimpleNamespace(size=(1, 1))

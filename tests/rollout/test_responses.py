@@ -8,9 +8,9 @@ import trl
 import trl.chat_template_utils as theirs
 from jinja2 import TemplateError
 
+import trl_fast as chat
 from support.tokenizer import EOS, build_tokenizer
 from support.tools import TOOLS, ScriptedEngine
-from trl_fast.dropin.helpers import chat
 from trl_fast.rollout import SamplingSettings, Toolbox, ToolLoop
 from trl_fast.rollout.responses import RESPONSE_TEMPLATES, find_response_template, parse_message, tool_turn_ids
 

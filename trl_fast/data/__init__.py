@@ -38,7 +38,11 @@ from .token_checks import check_completions, check_token_ids, longest_sequence
 from .token_trees import Tree
 from .tokenization import tokenize_preference, tokenize_unpaired
 from .tokenizer_checks import check_head_vocabulary, check_tokenizer
-from .training_chat_template import get_training_chat_template, has_generation_marks, trains_stop_token
+from .training_chat_template import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
 from .unpaired_preference import (
     DataCollatorForUnpairedPreference,
     UnpairedCollator,
@@ -77,7 +81,7 @@ __all__ = [
     "check_tokenizer",
     "extract_prompt",
     "get_training_chat_template",
-    "has_generation_marks",
+    "has_generation_markers",
     "is_conversational",
     "is_conversational_from_value",
     "labelled_batch",
@@ -98,7 +102,7 @@ __all__ = [
     "tokenize_reward",
     "tokenize_sft",
     "tokenize_unpaired",
-    "trains_stop_token",
+    "is_chat_template_stop_token_trained",
     "truncate_dataset",
     "unpair_preference_dataset",
     "turn_chat_template",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from .generation_marks import with_marks
+from .text_side import text_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ _PROBE = [
 ]
 
 
-def has_generation_marks(chat_template: str | dict[str, str] | None) -> bool:
+def has_generation_markers(chat_template: str | dict[str, str] | None) -> bool:
     """Says whether a template marks what the assistant said; of named templates the `default` one counts."""
     template = default_template(chat_template)
     return template is not None and _GENERATION_MARK.search(template) is not None
@@ -108,14 +109,14 @@ def get_training_chat_template(
     """
     if tokenizer is not None:
         warnings.warn("`tokenizer` is now called `processing_class`", FutureWarning, stacklevel=2)
-    tokenizer = tokenizer if processing_class is None else processing_class
+    tokenizer = text_side(tokenizer if processing_class is None else processing_class)
     template = None if tokenizer is None else default_template(tokenizer.chat_template)
     if tokenizer is None or template is None:
         raise ValueError(
             "processing_class has no chat template, so nothing tells what the assistant said. Set "
             "processing_class.chat_template, or chat_template_path."
         )
-    if has_generation_marks(template):
+    if has_generation_markers(template):
         return None
     marked = _marked(template)
     try:
@@ -131,8 +132,9 @@ def get_training_chat_template(
     return marked
 
 
-def trains_stop_token(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> bool:
+def is_chat_template_stop_token_trained(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> bool:
     """Says whether a template (None: the tokenizer's own) marks the token that ends the assistant's turn."""
+    tokenizer = text_side(tokenizer)
     try:
         input_ids, mask = _assistant_mask(tokenizer, chat_template)
     except (TemplateError, TypeError):

@@ -70,17 +70,18 @@ _DATA = {
     "IterableDatasetType": "trl_fast.data.dataset_types:DatasetOrDict",
 }
 _CHAT_TEMPLATES = {
-    **_places("trl_fast", "clone_chat_template", "get_training_chat_template"),
     **_places(
-        f"{_HELPERS}.chat",
+        "trl_fast",
         "add_response_schema",
+        "clone_chat_template",
+        "get_training_chat_template",
         "has_generation_markers",
         "is_chat_template_prefix_preserving",
         "is_chat_template_stop_token_trained",
         "parse_response",
         "supports_tool_calling",
     ),
-    "ProcessingClassT": "transformers:PreTrainedTokenizerBase",
+    **_places("trl_fast.rollout.tool_templates", "ProcessingClassT"),
 }
 _ACCURACY_REWARDS = _places(
     "trl_fast.rewards", "accuracy_reward", "get_cosine_scaled_reward", "reasoning_accuracy_reward"
@@ -265,12 +266,7 @@ MODULES: dict[str, dict[str, str]] = {
     **_method_modules(),
     "trl": {
         **_OLDER_PACKAGE_LEVEL,
-        **_places(
-            f"{_HELPERS}.chat",
-            "add_response_schema",
-            "prepare_multimodal_messages_vllm",
-            "supports_tool_calling",
-        ),
+        **_places(f"{_HELPERS}.chat", "prepare_multimodal_messages_vllm"),
         **_places("trl_fast.data.images", "prepare_multimodal_messages"),
     },
     "trl.trainer": {

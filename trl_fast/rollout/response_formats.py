@@ -68,7 +68,7 @@ RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
     # The template has opened a thought, maybe an empty one; it is one only if the completion closes it. Of Qwen 3.5's
     # it would not say so, and so stands before it.
     "Nemotron 3": _format(
-        _CHATML + r"<think>(?:\n(?!\n)|</think>)",
+        _CHATML + r"<think>(?:\n(?!\n)|</think>|\Z)",
         _XML_CALLS,
         r"<\|im_end\|>",
         reasoning_content=_region("(?=.*</think>)", "</think>"),
@@ -183,6 +183,21 @@ CALL_FORMATS: dict[str, dict[str, Any]] = {
         },
     ),
 }
+
+
+def thought_template(header: str, end: str) -> dict[str, Any]:
+    """Returns a response template without tool calls, within turns between two texts.
+
+    A thought may have been opened before the answer; it is one only if the answer closes it.
+    """
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor_pattern": rf"{re.escape(header)}(?:<think>\n?)?",
+        "fields": {
+            "reasoning_content": _region(r"(?:<think>)?(?=(?s:.)*?</think>)", "</think>"),
+            "content": {"close_pattern": rf"(?:{re.escape(end)})\s*|$", "content": "text"},
+        },
+    }
 
 
 def turn_templates(headers: list[str], end: str) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_fast.data.images.messages import prepare_multimodal_messages
 from trl_fast.data.images.reader import ImageReader
 
-from .response_formats import CALL_FORMATS, RESPONSE_TEMPLATES, turn_templates
+from .response_formats import CALL_FORMATS, RESPONSE_TEMPLATES, thought_template, turn_templates
 
 # Names that no template has of its own. Mistral's takes ids of nine letters and digits only.
 _CALL = {
@@ -54,6 +54,21 @@ def find_response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
         f"{'; '.join(RESPONSE_TEMPLATES)}; {'; '.join(CALL_FORMATS)}; or a tokenizer whose response_template says "
         f"how to read them (transformers' response parsing). It writes a call as {rendered[-_SHOWN_CHARACTERS:]!r}"
     )
+
+
+def find_thought_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """Returns a response template that tells a thought, which the generation prompt opens by <think>, from the answer.
+
+    It reads no tool calls. None: there is no such prompt, or where a turn begins and ends cannot be told.
+    """
+    try:
+        asked, prompted = _text(tokenizer, _ASKED[:1]), _text(tokenizer, _ASKED[:1], prompt=True)
+        answered = _text(tokenizer, _ANSWERED)
+    except (TemplateError, TypeError, ValueError):
+        return None
+    header, opened, _ = prompted.removeprefix(asked).partition("<think>")
+    end = answered.rpartition(_ANSWERED[1]["content"])[2].strip()
+    return thought_template(header, end) if header and opened and end else None
 
 
 def _reads_probe(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], rendered: str) -> bool:

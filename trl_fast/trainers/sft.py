@@ -16,10 +16,10 @@ from trl_fast.data import (
     LabelledCollator,
     TokenBatch,
     get_training_chat_template,
+    is_chat_template_stop_token_trained,
     is_conversational,
     is_conversational_from_value,
     prepare_sft_dataset,
-    trains_stop_token,
     turn_chat_template,
 )
 from trl_fast.losses.sft import OUTPUTS, TOKEN_LOSSES, token_metrics
@@ -259,7 +259,7 @@ class SFTTrainer(BaseTrainer):
                 self.chat_template = turn_chat_template(tokenizer)
                 return
             self.chat_template = get_training_chat_template(tokenizer)
-            if not trains_stop_token(tokenizer, self.chat_template):
+            if not is_chat_template_stop_token_trained(tokenizer, self.chat_template):
                 logger.warning(
                     "assistant_only_loss=True: the chat template leaves the token that ends the assistant's turn "
                     "outside {% generation %}, so the model may not learn to stop. Move it inside."

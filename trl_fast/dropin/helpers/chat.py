@@ -1,89 +1,16 @@
-"""Holds the questions about chat templates and tool calls that TRL answers for scripts."""
+"""Shows samples of completions, and renames parts of messages for vLLM, as TRL does for scripts."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from trl_fast.console import make_console
-from trl_fast.data.training_chat_template import has_generation_marks, trains_stop_token
-from trl_fast.rollout.responses import find_response_template, parse_message
-
-
-def has_generation_markers(chat_template: str | dict[str, str]) -> bool:
-    """Says whether a template marks what the assistant said; of named templates the `default` one counts."""
-    return has_generation_marks(chat_template)
-
-
-def is_chat_template_stop_token_trained(
-    processing_class: PreTrainedTokenizerBase, chat_template: str | None = None
-) -> bool:
-    """Says whether a template (None: the tokenizer's own) marks the token that ends the assistant's turn."""
-    return trains_stop_token(processing_class, chat_template)
-
-
-def supports_tool_calling(processing_class: PreTrainedTokenizerBase) -> bool:
-    """Says whether the chat template writes tool calls, with name and arguments, and their results."""
-    try:
-        find_response_template(processing_class)
-    except ValueError as error:
-        # A format that only the parser does not know is written all the same.
-        return "in a format that is not known" in str(error)
-    return True
-
-
-def is_chat_template_prefix_preserving(processing_class: PreTrainedTokenizerBase) -> bool:
-    """Says whether the chat template writes a tool call in the same way whether its result follows or not."""
-
-    def tokens(messages: list[dict[str, Any]], **how: Any) -> list[int]:
-        output: Any = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
-        return output["input_ids"]
-
-    def is_preserved(arguments: dict[str, Any] | str) -> bool:
-        call = {"type": "function", "function": {"name": "dummy", "arguments": arguments}}
-        asked: list[dict[str, Any]] = [
-            {"role": "user", "content": "dummy"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-        before = tokens(asked)
-        answered = [*asked, {"role": "tool", "name": "dummy", "content": "dummy"}]
-        return tokens(answered, add_generation_prompt=True)[: len(before)] == before
-
-    try:
-        return is_preserved({})
-    except TypeError:
-        # DeepSeek-V3's template takes arguments as text only.
-        return is_preserved("{}")
-
-
-def add_response_schema(processing_class: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Gives a tokenizer the response template that reads the tool calls of its chat template.
-
-    Raises:
-        ValueError: the chat template writes no tool calls, or in a format that is not known.
-    """
-    tokenizer: Any = processing_class
-    tokenizer.response_template = find_response_template(processing_class)
-    return processing_class
-
-
-def parse_response(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    prefix: list[int] | None = None,
-    tools: list[dict | Callable] | None = None,
-) -> dict[str, Any]:
-    """Returns a completion as the assistant's message, by the tokenizer's response template (see parse_message).
-
-    prefix: the tokens before it.
-    """
-    return parse_message(tokenizer, ids, prefix or [], tools)
 
 
 def prepare_multimodal_messages_vllm(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
