@@ -18,7 +18,7 @@ from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
-from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
+from trl_fast.modeling.selective_checkpointing import Budget, set_selective_checkpointing
 from trl_fast.modeling.unread_parts import FROZEN_READERS, run_frozen_readers_without_graph
 
 BY_DEFAULT = ("gemma3", "qwen3_vl")
@@ -120,3 +120,30 @@ def test_adapters_with_checkpointing(trains_tower):
     changes_of(inner).undo(FROZEN_READERS)
     assert_same(loss_and_gradients(model, trees, "shared_prefix", image_layout=layout), expected)
     assert graphs == [trains_tower, True]
+
+
+def test_what_a_tower_keeps_counts_for_the_limit(monkeypatch):
+    """It reads before the text's layers begin, in the room that a pass over text alone left."""
+    name, limit = "llava", 2_000_000
+    model, layout = build(name)
+    set_selective_checkpointing(model, limit)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept, take, give_back = [], Budget.take, Budget.give_back
+
+    def taking(self, kind, size):
+        fits = take(self, kind, size)
+        kept.append(size * fits)
+        return fits
+
+    def giving_back(self, size):
+        kept.append(-size)
+        give_back(self, size)
+
+    monkeypatch.setattr(Budget, "take", taking)
+    monkeypatch.setattr(Budget, "give_back", giving_back)
+    loss_and_gradients(model, [Tree([5, 6, 7], [[8, 9]])], "padded", image_layout=layout)
+    assert 0 < sum(kept) < limit // 2
+    kept.clear()
+    trees = trees_of(name)
+    loss_and_gradients(model, trees * 4, "padded", image_layout=layout)
+    assert limit // 2 < sum(kept) <= limit

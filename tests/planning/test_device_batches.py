@@ -51,7 +51,12 @@ def test_images_are_there_once_a_prompt_and_with_trl_once_a_completion():
     assert (packed[PROMPTS_STAGE], packed[FORWARD_STAGE]) == (4, 8)
 
 
-@pytest.mark.parametrize("method, images", [("sft", 1), ("dpo", 1), ("reward", 1), ("kto", 3)])
+def test_both_completions_of_a_sampled_pair_share_the_images_of_their_prompt():
+    found = pixels_by_stage(setup_on_images("online_dpo"))
+    assert found[PROMPTS_STAGE] == found[REFERENCE_STAGE] == found[LAST_LAYER] == 8
+
+
+@pytest.mark.parametrize("method, images", [("sft", 1), ("dpo", 1), ("reward", 1), ("kto", 3), ("cpo", 1)])
 def test_images_of_all_micro_batches_of_a_step_are_there(method, images):
     """KTO's pass over mismatched completions reads them as well."""
     found = pixels_by_stage(setup_on_images(method, per_device_train_batch_size=1))

@@ -34,7 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl_fast.data.layer_sizes import experts_per_token
 
 from .liger_kernels import turn_copies
-from .loading import backbone
+from .loading import backbone, reads_more_than_text, whole_backbone
 from .memory_budgets import default_activation_budget
 from .model_changes import changes_of
 from .uncheckpointed_layers import (
@@ -97,6 +97,8 @@ def _change_checkpointing(model: PreTrainedModel) -> None:
     selective = SelectiveCheckpointing(model)
     change.on_undo(_checkpoint_everything, model)
     change.set(model, "trl_fast_selective_checkpointing", selective)
+    if reads_more_than_text(model):
+        change.add_hook(whole_backbone(model).register_forward_pre_hook(selective.start_reading))
     change.add_hook(backbone(model).register_forward_pre_hook(selective.start))
     method: Any = model._set_gradient_checkpointing
     change.set(model, "plain_set_gradient_checkpointing", method.__func__)
@@ -181,6 +183,8 @@ class SelectiveCheckpointing:
         self._model = model
         # Of the forward pass at work: its budget, and the layers that it does not checkpoint.
         self.budget = Budget(0, 0)
+        # What the pass before had left when this one began to read images.
+        self._left_before = 0
         self.whole: frozenset[torch.nn.Module] = frozenset()
         self.forget()
 
@@ -193,6 +197,10 @@ class SelectiveCheckpointing:
         self._layers: list[torch.nn.Module] | None = None
         self._footprint: Footprint | None = None
         self._meter: Meter | None = None
+
+    def start_reading(self, _module: torch.nn.Module, _args: object) -> None:
+        """Starts a pass that may read images first, by layers that keep results in the room the pass before left."""
+        self._left_before = self.budget.left
 
     def start(self, module: torch.nn.Module, _args: object) -> None:
         """Starts a forward pass of the model's backbone."""
@@ -225,10 +233,11 @@ class SelectiveCheckpointing:
 
     def _settle(self, layers: list[torch.nn.Module], hidden: torch.Tensor) -> None:
         """Settles what a pass does, by the hidden states (B, T, H) that its first layer gets."""
+        kept = max(0, self._left_before - self.budget.left)
         memory = self.device_memory(hidden.device) if self._may_leave_whole and layers else None
         if memory is None or _says_why_none_whole(layers):
             self._meter, self.default_limit = None, default_activation_budget(self._model, hidden)
-            self._share(layers, 0, self.default_limit if self.limit is None else self.limit)
+            self._share(layers, 0, max(0, (self.default_limit if self.limit is None else self.limit) - kept))
             return
         if self._meter is not None and (found := self._meter.footprint()) is not None:
             self._footprint, self._meter = merged(self._footprint, found), None
@@ -239,7 +248,8 @@ class SelectiveCheckpointing:
             self._share(layers, 0, 0)
             return
         self._meter = None
-        split = split_layers(self._footprint, size, memory, missing, self.limit)
+        limit = None if self.limit is None else max(0, self.limit - kept)
+        split = split_layers(self._footprint, size, memory, missing, limit)
         experts = experts_per_token(self._model.config.get_text_config()) or 1
         large = size.tokens * working_weights(layers[0], experts) >= LARGE_LAYER
         self._share(layers, split.whole, split.left if large else 0)

@@ -63,22 +63,14 @@ class KTOInputs:
 
 
 @dataclass
-class PolicyInputs:
-    """Holds what a step of GRPO or RLOO works on: what is sampled at a time, and a micro-batch of the update.
+class SampledInputs:
+    """Holds what a step on sampled completions works on: what is sampled at a time, and a micro-batch of the update.
 
     The step puts the images of its micro-batch on the device after generation.
     """
 
     generation: Generation
-    update: Update
-
-
-@dataclass(frozen=True)
-class PairInputs:
-    """Holds what a step of Online DPO works on: what is sampled at a time, and a micro-batch of pairs."""
-
-    generation: Generation
-    update: PairUpdate
+    update: Update | PairUpdate
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ def _labelled_completions(
     return collator.collate([row] * setup.per_device_train_batch_size)
 
 
-def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PolicyInputs:
+def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> SampledInputs:
     """Makes completions of as few prompts as the group size allows, each with an advantage (GRPO, RLOO)."""
     count, group = setup.per_device_train_batch_size, setup.group_size
     samples = _samples(setup, max_length, layout, count, group)
@@ -154,15 +146,16 @@ def policy_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLay
     maker = UpdateMaker(layout.name, _PAD, None, _CPU, layout.images)
     total = setup.completions_per_generation
     generation = _generation(setup, max_length, layout, -(-total // group), total)
-    return PolicyInputs(generation, maker.update(samples, list(range(count)), weights))
+    return SampledInputs(generation, maker.update(samples, list(range(count)), weights))
 
 
-def pair_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PairInputs:
+def pair_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> SampledInputs:
     """Makes two completions of each prompt (Online DPO)."""
     prompts, completions = setup.per_device_train_batch_size, setup.completions_per_generation
     samples = _samples(setup, max_length, layout, completions, 2)
-    update = make_pair_update(samples, samples.batch(layout.name, _PAD), torch.zeros(completions))
-    return PairInputs(_generation(setup, max_length, layout, prompts, completions), update)
+    batch = samples.batch(layout.name, _PAD, image_layout=layout.images)
+    update = make_pair_update(samples, batch, torch.zeros(completions))
+    return SampledInputs(_generation(setup, max_length, layout, prompts, completions), update)
 
 
 def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PPOInputs:

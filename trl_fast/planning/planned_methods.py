@@ -187,10 +187,11 @@ def _online_dpo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, e
     """Runs a step of Online DPO: generation, the reference's scores, and the update."""
     if setup.generates:
         simulate_generation(setup, models.policy, inputs.generation, enter)
+    inputs.update = update = on_device(inputs.update)
     enter(REFERENCE_STAGE)
-    _reference_logprobs(setup, models, inputs.update.batch)
+    _reference_logprobs(setup, models, update.batch)
     policy = _under_autocast(setup, models.policy)
-    return _step(setup)(policy, inputs.update, DPOLossConfig(), head=setup.head_options).loss
+    return _step(setup)(policy, update, DPOLossConfig(), head=setup.head_options).loss
 
 
 def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
@@ -243,7 +244,7 @@ PLANNED: dict[str, PlannedMethod] = {
     "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
     "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
     "gmpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
-    "online_dpo": PlannedMethod(pair_micro_batch, _online_dpo_loss, "prompt"),
+    "online_dpo": PlannedMethod(pair_micro_batch, _online_dpo_loss, "prompt", reads_images=True),
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
     "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion"),
     "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion"),
