@@ -129,7 +129,7 @@ def test_a_gold_completion_that_was_not_read_cannot_be_learned_later(build):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_that_is_read_gives_the_same_loss(method, build):
-    """What a hook reads and changes is what counts: the entries are padded rows, scored in another layout."""
+    """A hook reads padded rows, scored in another layout, and what it changes counts."""
     trainer = build(method)
     batch = next(iter(trainer.get_train_dataloader()))
     assert isinstance(batch, DictBatch)

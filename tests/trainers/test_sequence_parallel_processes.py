@@ -14,7 +14,7 @@ from support.training import assert_same_logs, color_pairs, make_trainer
 
 pytestmark = pytest.mark.processes
 
-DATA = {"SFT": sft_rows("prompt and completion", 16), "DPO": color_pairs(16)}
+DATA = {"SFT": sft_rows("prompt and completion", 16), "DPO": color_pairs(16), "ORPO": color_pairs(16)}
 
 
 def train(method, model, folder, ranks, **settings):
@@ -51,7 +51,7 @@ def test_rows_are_shared_beside_an_engine_that_shares_the_model(engine, model_pa
         torch.testing.assert_close(torch.tensor(found), torch.tensor(one), rtol=5e-7, atol=1e-7)
 
 
-REST = [("SFT", "packed"), ("DPO", "packed")]
+REST = [("SFT", "packed"), ("DPO", "packed"), ("ORPO", "shared_prefix")]
 
 
 @pytest.mark.parametrize(

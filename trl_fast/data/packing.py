@@ -162,13 +162,7 @@ def pack_trees(
     Raises ValueError for an unknown layout or truncation mode, for `pad_to_multiple_of` in a layout that has no
     padding, and for a `max_length` that cuts an image.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
-    if pad_to_multiple_of is not None and not BATCH_LAYOUTS[layout].pads:
-        raise ValueError(
-            f"pad_to_multiple_of={pad_to_multiple_of} has no meaning in the {layout} layout, which pads nothing; "
-            "leave it None or use the padded layout."
-        )
+    _check_layout(layout, pad_to_multiple_of)
     groups = [truncate_sequences(tree_sequences(tree), max_length, truncation_mode) for tree in trees]
     sequences = [sequence for group in groups for sequence in group]
     ids = [sequence.ids for sequence in sequences]
@@ -194,6 +188,16 @@ def pack_trees(
         num_tokens=sum(map(len, ids)),
         group_sizes=tuple(sum(islice(sizes, len(group))) for group in groups),
     )
+
+
+def _check_layout(layout: str, pad_to_multiple_of: int | None) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; expected one of {', '.join(LAYOUTS)}.")
+    if pad_to_multiple_of is not None and not BATCH_LAYOUTS[layout].pads:
+        raise ValueError(
+            f"pad_to_multiple_of={pad_to_multiple_of} has no meaning in the {layout} layout, which pads nothing; "
+            "leave it None or use the padded layout."
+        )
 
 
 class SequenceImages(NamedTuple):

@@ -50,22 +50,22 @@ class MarginNumbers(Protocol):
 
 
 def sigmoid_loss(margins: torch.Tensor, numbers: MarginNumbers) -> torch.Tensor:
-    """Returns −(1−ε)·log σ(β·δ) − ε·log σ(−β·δ). CPO, arXiv 2401.08417, Eq. 3, with smoothed labels."""
+    """Returns −(1−ε)·log σ(β·δ) − ε·log σ(−β·δ), (P,). CPO, arXiv 2401.08417, Eq. 3, with smoothed labels."""
     return _smoothed_logistic(numbers.beta * margins, numbers.label_smoothing)
 
 
 def hinge_loss(margins: torch.Tensor, numbers: MarginNumbers) -> torch.Tensor:
-    """Returns max(0, 1 − β·δ). SLiC-HF, arXiv 2305.10425."""
+    """Returns max(0, 1 − β·δ), (P,). SLiC-HF, arXiv 2305.10425."""
     return torch.relu(1 - numbers.beta * margins)
 
 
 def ipo_loss(margins: torch.Tensor, numbers: MarginNumbers) -> torch.Tensor:
-    """Returns (δ − 1 / (2β))². IPO, arXiv 2310.12036, Eq. 17 (τ there is β), without a reference."""
+    """Returns (δ − 1 / (2β))², (P,). IPO, arXiv 2310.12036, Eq. 17 (τ there is β), without a reference."""
     return (margins - 1 / (2 * numbers.beta)) ** 2
 
 
 def target_margin_loss(margins: torch.Tensor, numbers: MarginNumbers) -> torch.Tensor:
-    """Returns −(1−ε)·log σ(β·δ − γ) − ε·log σ(γ − β·δ).
+    """Returns −(1−ε)·log σ(β·δ − γ) − ε·log σ(γ − β·δ), (P,).
 
     SimPO, arXiv 2405.14734, Eq. 6, and TPO-L, arXiv 2405.16681, with smoothed labels.
     """

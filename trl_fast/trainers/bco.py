@@ -90,7 +90,10 @@ class BCOMetricBuffer(MetricBuffer):
         super().__init__(pooled=_SIDES)
 
     def pop(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | None]:
-        """Returns what the base does in TRL's order, with the margin of the rewards' means where both are there."""
+        """Returns what the base does in TRL's order, with the margin of the rewards' means where both are there.
+
+        reduce: sums a tensor (M, 2) over processes.
+        """
         found = super().pop(reduce)
         sides = {name: found.pop(name) for name in _SIDES if name in found}
         chosen, rejected = sides.get("rewards/chosen"), sides.get("rewards/rejected")

@@ -25,7 +25,7 @@ def test_what_cannot_share_rows_is_refused():
     model = tiny_model()
     assert "3 processes are no multiple of it; start 2" in refuse(model, sp_size=2, world=3)
     assert "it is not combined with tp_size" in refuse(model, sp_size=2, tp_size=2, world=4)
-    assert "grpo does more with a row than to score it; use it with sft or dpo" in refuse(
+    assert "grpo does more with a row than to score it; use it with one of sft, dpo, orpo, cpo, tpo" in refuse(
         model, sp_size=2, method="grpo"
     )
     assert "batch_layout='padded' has several rows" in refuse(model, sp_size=2, layout="padded")

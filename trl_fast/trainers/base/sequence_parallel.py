@@ -23,7 +23,7 @@ from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 from .parallelism import requested_parallelism
 
 # The methods that score their rows in one pass, and nothing beside it.
-_METHODS = ("sft", "dpo")
+_METHODS = ("sft", "dpo", "orpo", "cpo", "tpo")
 
 
 class RowTrainer(Protocol):
@@ -72,7 +72,8 @@ def _refusal(
     if args.world_size % size:
         return f"{args.world_size} processes are no multiple of it; start {size}, or a multiple of them"
     if method not in _METHODS:
-        return f"{method} does more with a row than to score it; use it with {' or '.join(_METHODS)}, or leave it out"
+        known = ", ".join(_METHODS)
+        return f"{method} does more with a row than to score it; use it with one of {known}, or leave it out"
     if BATCH_LAYOUTS[trainer.layout.name].pads:
         layout = trainer.layout.name
         return f"batch_layout={layout!r} has several rows, and the tokens of one packed row are shared; leave it out"
