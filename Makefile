@@ -19,7 +19,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv wheel demo demo-grpo demo-ppo demo-pictures test test-more test-slow test-vllm check-recipes test-install fuzz sanitize bench \
+.PHONY: venv wheel demo demo-grpo demo-ppo demo-distillation demo-pictures test test-more test-slow test-vllm check-recipes test-install fuzz sanitize bench \
   gpu-kit check-gpu-code docs lint format clean
 
 venv: $(READY)
@@ -52,6 +52,9 @@ demo-grpo: $(READY)
 
 demo-ppo: $(READY)
 	$(BIN)/python -m examples.demo_ppo $(DEMO_ARGS)
+
+demo-distillation: $(READY)
+	$(BIN)/python -m examples.demo_distillation $(DEMO_ARGS)
 
 demo-pictures: $(READY)
 	$(BIN)/python -m examples.demo_pictures $(DEMO_ARGS)

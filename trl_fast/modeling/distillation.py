@@ -24,17 +24,22 @@ from trl_fast.ops.linear_divergence import DivergenceLoss, DivergenceScores, lin
 
 from .lm_head import HeadParameters, head_transform
 from .scoring import DEFAULT_HEAD, ModelReading, call_head, read_model, with_workspace
+from .sharded_head import is_whole_in_forward_only
 
 # Rows of a model's own logits whose temporaries are there at once.
 _ROWS_OF_LOGITS = 64
 
 
 class TeacherStates(NamedTuple):
-    """Holds what a teacher, `model`, gave at N positions: hidden states (N, H), or logits (N, V) of its own."""
+    """Holds what a teacher, `model`, gave at N positions: hidden states (N, H), or logits (N, V) of its own.
+
+    head: a copy of its head, where that is not whole later.
+    """
 
     model: PreTrainedModel
     hidden: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    head: HeadParameters | None = None
 
 
 class _ReadStates:
@@ -42,11 +47,19 @@ class _ReadStates:
 
     def of_states(self, model: PreTrainedModel, hidden: torch.Tensor, num_tokens: int) -> TeacherStates:
         """Returns hidden states (N, H) with their model."""
-        return TeacherStates(model, hidden=hidden)
+        if not is_whole_in_forward_only(model):
+            return TeacherStates(model, hidden=hidden)
+        copies = call_head(model, _copied, hidden)
+        return TeacherStates(model, hidden=hidden, head=HeadParameters(copies["weight"], copies.get("bias")))
 
     def of_logits(self, model: PreTrainedModel, logits: torch.Tensor) -> TeacherStates:
         """Returns logits (N, V) with their model."""
         return TeacherStates(model, logits=logits)
+
+
+def _copied(hidden: torch.Tensor, head: HeadParameters) -> dict[str, torch.Tensor]:
+    """Returns copies of a head's weight (V, H) and bias (V,), if it has one."""
+    return {name: tensor.clone() for name in ("weight", "bias") if (tensor := getattr(head, name)) is not None}
 
 
 @torch.no_grad()
@@ -102,6 +115,9 @@ class ReadDivergence:
         self, model: PreTrainedModel, states: torch.Tensor, head: HeadParameters, options: HeadOptions
     ) -> dict[str, torch.Tensor]:
         """Returns the loss and the scores, by name, while the teacher's head is whole too."""
+        assert self.teacher.hidden is not None, "it is looked at before"
+        if self.teacher.head is not None:
+            return self._divergence(model, states, head, self.teacher.hidden, self.teacher.head, options)
         found: dict[str, torch.Tensor] = {}
         has_gradient = torch.is_grad_enabled()
 
@@ -110,7 +126,6 @@ class ReadDivergence:
                 found.update(self._divergence(model, states, head, teacher_states, teacher_head, options))
             return {}
 
-        assert self.teacher.hidden is not None, "it is looked at before"
         with torch.no_grad():
             call_head(self.teacher.model, read, self.teacher.hidden)
         return found

@@ -75,6 +75,12 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
     return {**found, **constants}
 
 
+def is_whole_in_forward_only(model: PreTrainedModel) -> bool:
+    """Tells whether nothing gathers a model's head by itself: FSDP1 has it with all that stands outside of layers."""
+    sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return sharded and not any(map(_has_gathering_hooks, _modules_of_head(model)))
+
+
 def _free_weights(modules: list[nn.Module]) -> None:
     """Frees a head that FSDP2 keeps whole for a backward pass, before which its hook then gathers it again."""
     for module in modules:

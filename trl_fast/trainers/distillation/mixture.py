@@ -33,12 +33,16 @@ class Mixture:
         self._trainer = trainer
         self._teacher = _sampling_from_teacher(trainer) if trainer.args.seq_kd else None
 
+    def drawn(self, step: int) -> list[bool]:
+        """Returns of each micro-batch of an optimizer step whether its completions are the student's."""
+        args = self._trainer.args
+        draw = random.Random(f"{args.seed} {step}")
+        return [draw.random() < args.lmbda for _ in range(args.steps_per_generation)]
+
     def slices(self, rows: list[dict[str, Any]], step: int) -> list[Samples]:
         """Returns the micro-batches of an optimizer step, from this process's rows of a generation."""
-        args = self._trainer.args
-        size, count = args.per_device_train_batch_size, args.steps_per_generation
-        draw = random.Random(f"{args.seed} {step}")
-        own = [draw.random() < args.lmbda for _ in range(count)]
+        args, own = self._trainer.args, self.drawn(step)
+        size, count = args.per_device_train_batch_size, len(own)
         samples = self.samples(rows, [of_student for of_student in own for _ in range(size)])
         if any(own) and not all(own):
             # Which micro-batch is the student's is drawn; within one, order means nothing.

@@ -183,6 +183,11 @@ def _moved(own: Mapping[str, int], other: Mapping[str, int]) -> bool:
     return any(other.get(token, index) != index for token, index in own.items())
 
 
+def same_family(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Says whether two models are of one class, so that what is understood of one head is understood of the other."""
+    return type(student) is type(teacher)
+
+
 def check_sharded_head(model: Model, *, shards_weights: bool) -> None:
     """Checks that a head whose weight an engine holds in parts carries no adapter.
 

@@ -42,7 +42,14 @@ from ..online.trainer import OnlineTrainer
 from .config import DistillationConfig
 from .mixture import Mixture
 from .step import DistillationUpdate, distillation_step
-from .teacher import check_is_another, check_sharded_head, chosen_teacher, load_teacher, shared_vocabulary
+from .teacher import (
+    check_is_another,
+    check_sharded_head,
+    chosen_teacher,
+    load_teacher,
+    same_family,
+    shared_vocabulary,
+)
 from .trl_attributes import DISTILLATION_ATTRIBUTES, UNCALLED_HOOKS
 
 
@@ -122,7 +129,7 @@ class DistillationTrainer(OnlineTrainer):
     def _read_heads_alike(self, model: PreTrainedModel, args: DistillationConfig, sequences: list[list[int]]) -> None:
         """Lets both models give their own logits where the head of one of them is not understood."""
         teacher: Any = base_model(self.teacher_model)
-        if type(teacher) is not type(model):
+        if not same_family(model, teacher):
             # The head of a family is understood, or is not; one of another family is tried out.
             request = replace(layout_request(self, teacher, args), asked=self.layout.name)
             choose_layout(teacher, request, sequences, self.readout)
