@@ -78,7 +78,7 @@ def test_a_common_offset_of_10000(serving):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_of_one_row_add_up(serving, dtype):
     problem = make_divergence(6, 80, dtype=dtype, bias=True)
-    check(problem, serving, workspace_bytes=80 * (8 + 64))
+    check(problem, serving, workspace_bytes=80 * (8 + 80))
     with pytest.raises(ValueError, match="hold no row of both heads' logits; a row takes"):
         problem.run(backend=serving, workspace_bytes=80)
 
