@@ -15,12 +15,18 @@ from trl_fast.ops.backends import load_extension
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under the interpreter, losses in float16 are slow tests; linear_logprob runs the same row kernels in it."""
+    """Under the interpreter, losses in float16 are slow tests; linear_logprob runs the same row kernels in it.
+
+    Of the divergence, whose kernel has tests of its own, a default run has the values and gradients there.
+    """
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         is_loss = getattr(item, "originalname", "") == "test_loss_and_gradients"
         if is_loss and params.get("backend") == "triton" and params.get("dtype") == torch.float16:
             item.add_marker(pytest.mark.slow)
+        is_divergence = item.path.name == "test_linear_divergence.py"
+        if is_divergence and params.get("backend") == "triton" and item.originalname != "test_value_and_gradients":
+            item.add_marker(pytest.mark.gpu_code)
 
 
 def require_extension() -> None:

@@ -12,13 +12,16 @@ import torch
 from support.fuzz.hold import Held
 from support.fuzz.runner import TRIALS, fuzzing, run_case
 from support.heads import BACKENDS
+from trl_fast.ops.divergence.row_kernels import DIVERGENCE_ROW
+from trl_fast.ops.divergence.sweep import StudentGradients
 from trl_fast.ops.head import sweep
 from trl_fast.ops.head.gradients import HeadGradients
 from trl_fast.ops.head.row_statistics import ENTROPY_ROW, LOGPROB_ROW
 
 # The modules: their names in the package are those of the functions in them.
-policy_module, selective_module = (
-    importlib.import_module(f"trl_fast.ops.{name}") for name in ("policy_loss", "selective_log_softmax")
+policy_module, selective_module, divergence_module = (
+    importlib.import_module(f"trl_fast.ops.{name}")
+    for name in ("policy_loss", "selective_log_softmax", "linear_divergence")
 )
 CASES = 300
 PARTS = 3
@@ -72,6 +75,11 @@ def of_a_gradient(number: int) -> Callable[[tuple[torch.Tensor, ...]], None]:
     return change
 
 
+def of_a_divergence(found: tuple[torch.Tensor, ...]) -> None:
+    """Puts an error of 1e-4 into the first row's divergence."""
+    found[0][DIVERGENCE_ROW, :1] *= 1 + 1e-4
+
+
 def of_a_term(terms: torch.Tensor) -> None:
     """Puts an error of 1e-4 into the first token's term, in float32 only: float64 is what it is held to."""
     if terms.dtype == torch.float32:
@@ -85,6 +93,8 @@ PLANTED = {
     "a row's gradient": ("linear_token_loss", HeadGradients, "results", of_a_gradient(0)),
     "a word's gradient": ("linear_cross_entropy", HeadGradients, "results", of_a_gradient(1)),
     "a bias's gradient": ("linear_token_loss", HeadGradients, "results", of_a_gradient(2)),
+    "a row's divergence": ("linear_divergence", divergence_module, "sweep_divergence", of_a_divergence),
+    "a student's gradient": ("linear_divergence", StudentGradients, "results", of_a_gradient(0)),
     "a given row": ("selective_log_softmax", selective_module, "finish_scores", of_the_first_row(LOGPROB_ROW)),
     "a policy's term": ("policy_loss", policy_module, "clip_terms", of_a_term),
 }

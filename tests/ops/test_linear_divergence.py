@@ -50,8 +50,8 @@ def check(problem, backend, **named):
 @pytest.mark.parametrize("kind, beta", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value_and_gradients(serving, dtype, kind, beta):
-    if serving == "triton" and dtype == torch.float16:
-        pytest.skip("the interpreter is slow; float32 and bfloat16 run in it")
+    if serving == "triton" and dtype != torch.float32:
+        pytest.skip("the interpreter is slow: float32 runs in it here, other dtypes in tests/kernels")
     check(make_divergence(7, 130, dtype=dtype, kind=kind, beta=beta, bias=True), serving)
 
 

@@ -84,12 +84,12 @@ class DivergenceProblem:
     def distributions(self, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Both sides' log-probabilities (N, V) by PyTorch, of what is compared."""
         columns = slice(self.more.get("vocab_size"))
-        logp_s = self.student.logits(dtype)[:, columns].log_softmax(-1)
-        logp_t = self.teacher.logits(dtype)[:, columns].log_softmax(-1).detach()
-        return logp_s, logp_t
+        logits_s, logits_t = self.student.logits(dtype)[:, columns], self.teacher.logits(dtype)[:, columns].detach()
+        # A probability of 0 has a logarithm, so that autograd does not make it NaN.
+        return logits_s.log_softmax(-1).clamp(min=-1e30), logits_t.log_softmax(-1).clamp(min=-1e30)
 
-    def answer(self, dtype: torch.dtype | None = None) -> Answer:
-        """By PyTorch with products in `dtype` (None: the tensors' own)."""
+    def answer(self, dtype: torch.dtype | None = None, leaves: list[torch.Tensor] | None = None) -> Answer:
+        """By PyTorch with products in `dtype` (None: the tensors' own); leaves: of the gradients; None: all."""
         logp_s, logp_t = self.distributions(dtype)
         entropy = kl(logp_s, torch.zeros_like(logp_s)).neg()
         same = logp_s.gather(1, logp_t.argmax(-1, keepdim=True)).squeeze(1) >= logp_s.amax(-1)
@@ -99,7 +99,8 @@ class DivergenceProblem:
         divergence = row_divergences(self.kind, self.beta, logp_s, logp_t)
         weights = torch.ones_like(divergence) if self.weights is None else self.weights.to(divergence.dtype)
         loss = torch.where(weights == 0, 0.0, divergence * weights).sum()
-        gradients = list(torch.autograd.grad(loss, self.student.leaves, allow_unused=True))
+        leaves = self.student.leaves if leaves is None else leaves
+        gradients = list(torch.autograd.grad(loss, leaves, allow_unused=True)) if leaves else []
         return Answer(divergence.detach(), entropy.detach(), same, gradients)
 
     def narrowed(self, logp_s: torch.Tensor, logp_t: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +110,7 @@ class DivergenceProblem:
         has_tail = self.more.get("tail", True) and top_k < logp_t.shape[1]
         tails = [x.masked_fill(~rest, -math.inf).logsumexp(-1, keepdim=True) for x in (logp_s, logp_t)] * has_tail
         found = [torch.cat([x.gather(1, ids), *tails[i : i + 1]], 1) for i, x in enumerate((logp_s, logp_t))]
-        return found[0], found[1]
+        return found[0].log_softmax(-1), found[1].log_softmax(-1)
 
 
 def make_divergence(

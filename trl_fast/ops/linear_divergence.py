@@ -198,7 +198,7 @@ def linear_divergence(
         vocab_size: columns from there on are masked in both heads, as where they are padded to different sizes. None:
             all count, and both heads have as many.
         top_k: compares the teacher's so many likeliest tokens, and all others as one more class; None: every token.
-        tail: whether with top_k the others are a class. If not, the terms of the others are left out.
+        tail: whether with top_k the others are a class. If not, both distributions are those among the top_k.
         outputs: names among divergence, entropy, is_same_top1: which scores are returned.
 
     Returns:
@@ -259,7 +259,8 @@ def linear_divergence_to_given(
         teacher_logprobs: (N, K) floating point, of a distribution over the whole vocabulary; −inf is padding, whose id
             is not looked at.
         teacher_ids: (N, K) integer in [0, V), distinct in a row; usually the teacher's likeliest tokens.
-        tail: whether all other tokens are one more class, whose probability is what is left of 1.
+        tail: whether all other tokens are one more class, whose probability is what is left of 1. If not, both
+            distributions are those among the given tokens.
 
     Returns:
         As linear_divergence does.

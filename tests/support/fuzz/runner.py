@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from support.fuzz import cross_entropy_trial, head_trials, other_trials
+from support.fuzz import cross_entropy_trial, divergence_trial, head_trials, other_trials
 from support.fuzz.draw import Draw
 from support.fuzz.hold import Held
 from support.triton_interpreter import interpreted_kernels
@@ -21,6 +21,7 @@ TRIALS: dict[str, tuple[int, Callable[[Draw, Held], None]]] = {
     "linear_logprob": (6, head_trials.try_logprob),
     "linear_cross_entropy": (5, cross_entropy_trial.try_cross_entropy),
     "linear_token_loss": (5, head_trials.try_token_loss),
+    "linear_divergence": (4, divergence_trial.try_divergence),
     "agreement of passes": (3, head_trials.try_agreement),
     "selective_log_softmax": (5, other_trials.try_selective),
     "pair_loss": (2, other_trials.try_pair_loss),

@@ -62,16 +62,11 @@ class DivergenceFormula(NamedTuple):
         """Returns A (1 − w) − B w, with which f' has (s − t) / m; zero for jsd."""
         return self.teacher * (1 - self.mixture) - self.student * self.mixture
 
-    @property
-    def constant(self) -> float:
-        """Returns f' − slope / s of `divergence_terms`, which is the same for every token."""
-        return 0.0 if self.is_tvd else self.student + self.mixture - 1
-
 
 def divergence_terms(
     logp_s: torch.Tensor, logp_t: torch.Tensor, formula: DivergenceFormula
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes each token's term of the divergence, and its slope s · (f' − constant).
+    """Computes each token's term of the divergence, and its slope s · (f' − what f' is where t = s).
 
     logp_s, logp_t: log-probabilities of any one shape, float32|float64; −inf is a token that is ruled out.
     """

@@ -111,7 +111,7 @@ class _Tail(NamedTuple):
         top, total, moment = state[TOP], state[SUM], state[SUM_X]
         if transform.softcap:
             # The kernels leave the target out, which is one of them.
-            floor = -transform.softcap * transform.inv_temperature - top
+            floor = -transform.softcap * transform.inv_temperature - torch.where(top == _MINUS_INF, 0.0, top)
             added = (counts - 1).clamp(min=0) * floor.exp()
             total, moment = (total - added).clamp(min=0), moment - added * floor
         mean = torch.where(total == 0, 0.0, top + moment / total)
@@ -136,8 +136,7 @@ def row_divergence_to_known(
     Args:
         kernels: the head's row kernels.
         student: (R, V) raw products, which are changed; bias: (V,) or None; transform: from both to the logits.
-        tail: whether the tail is a class. If not, f(s, t) = A t log(t/m) + B s log(s/m) is summed over the known
-            tokens alone.
+        tail: whether the tail is a class. If not, both distributions are those among the known tokens.
         weights, results, gradient: as in row_kernels.py; the gradient has the student's dtype or lies elsewhere.
     """
     padding = known.logprobs == _MINUS_INF
@@ -145,26 +144,27 @@ def row_divergence_to_known(
     others = _Tail.of(kernels, student, bias, transform, known.ids, (~padding).sum(dim=1))
     u = torch.cat([u.masked_fill(padding, _MINUS_INF), others.lse], dim=1)
     lse = u.logsumexp(dim=1, keepdim=True)
-    logp_t = torch.cat([known.logprobs, known.tail], dim=1)
-    value, slope = divergence_terms(u - lse, logp_t, formula)
-    p = (u - lse).exp()
+    p_of_all = (u - lse).exp()
+    logp_s, logp_t = u - lse, torch.cat([known.logprobs, known.tail], dim=1)
     if not tail:
-        if not formula.is_tvd:
-            value = value - formula.tilt * (p - logp_t.exp())
-            slope = slope + formula.constant * p
-        value[:, -1], slope[:, -1] = 0.0, 0.0
+        logp_s[:, -1], logp_t[:, -1] = _MINUS_INF, _MINUS_INF
+        logp_s, logp_t = (logp - logp.logsumexp(dim=1, keepdim=True) for logp in (logp_s, logp_t))
+    value, slope = divergence_terms(logp_s, logp_t, formula)
+    p = logp_s.exp()
     means = torch.cat([u[:, :-1], others.mean], dim=1)
     top = u[:, :-1].gather(1, known.first)
     is_top = top >= torch.maximum(u[:, :-1].amax(dim=1, keepdim=True), others.top)
     results[DIVERGENCE_ROW] = value.sum(dim=1).to(results.dtype)
-    results[ENTROPY_ROW] = (lse.squeeze(1) - torch.where(p == 0, 0.0, p * means).sum(dim=1)).to(results.dtype)
+    results[ENTROPY_ROW] = (lse.squeeze(1) - torch.where(p_of_all == 0, 0.0, p_of_all * means).sum(dim=1)).to(
+        results.dtype
+    )
     results[IS_SAME_TOP1_ROW] = is_top.squeeze(1).to(results.dtype)
     if gradient is None:
         return
     factor = weights.double()[:, None]
     mean = slope.sum(dim=1, keepdim=True)
     # By the tail's tokens s · share, of the whole tail's slope.
-    share = torch.where(p[:, -1:] == 0, 0.0, slope[:, -1:] / p[:, -1:]) - mean
+    share = torch.where(p[:, -1:] == 0, 0.0, slope[:, -1:] / p[:, -1:] - mean)
     rounded = lse.to(results.dtype)
     coefficients = torch.zeros(4, len(student), dtype=results.dtype, device=student.device)
     # The kernels take the rounded log-sum-exp.
