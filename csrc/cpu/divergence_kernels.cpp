@@ -70,7 +70,7 @@ struct Terms {
   Vec value;  // of the divergence
   // Its derivative by the student's probability, times that: less what it is where both probabilities are the same,
   // and less what it is where the teacher's is none.
-  Vec slope, far;
+  Vec rise, far;
 };
 
 template <Kind kKind>
@@ -99,8 +99,8 @@ inline Terms terms(Vec logp_s, Vec logp_t, const DivergenceNumbers& numbers) {
   const Vec student_part = splat(numbers.student_part), teacher_part = splat(numbers.teacher_part);
   const Vec value = (numbers.teacher_part == 0 ? Vec{} : teacher_part * kl_term(p_t, m, ratio_t)) +
                     (numbers.student_part == 0 ? Vec{} : student_part * kl_term(p_s, m, ratio_s));
-  const Vec slope = p_s == Vec{} ? Vec{} : student_part * p_s * ratio_s;
-  if constexpr (kKind == Kind::kJensenShannon) return {p_s, value, slope, Vec{}};
+  const Vec rise = p_s == Vec{} ? Vec{} : student_part * p_s * ratio_s;
+  if constexpr (kKind == Kind::kJensenShannon) return {p_s, value, rise, Vec{}};
   const Vec tilt = splat(numbers.tilt), t = m == Vec{} ? Vec{} : p_t / m;
   const Vec tilted = m == Vec{} ? Vec{} : rest * tilt * p_s * difference / m;
   Vec far = -tilt * t;
@@ -111,7 +111,7 @@ inline Terms terms(Vec logp_s, Vec logp_t, const DivergenceNumbers& numbers) {
     const Vec exact = is_little ? left : maximum(m == Vec{} ? splat(1.0f) : rest * p_s / m, splat(1.2e-38f));
     far += student_part * log_vec(exact, is_little ? (splat(1.0f) - left) - product : Vec{});
   }
-  return {p_s, value, slope + tilted, p_s * far};
+  return {p_s, value, rise + tilted, p_s * far};
 }
 
 void logits_of(const DivergenceSide& side, int64_t row, int64_t start, int64_t n, float* u,
@@ -157,8 +157,8 @@ struct Normalizer {
     Vec best[2] = {splat(-kInf), splat(-kInf)};
     for_vectors(n, [&](int64_t i, int k) { best[k] = maximum(load(u + i), best[k]); });
     const float top = max_of(maximum(best[0], best[1]));
-    const bool rises = top > m;
-    if (rises) {
+    const bool grows = top > m;
+    if (grows) {
       if (m > -kInf) others = std::exp(static_cast<double>(m) - top) * (others + tops);
       tops = 0;
       m = top;
@@ -177,7 +177,7 @@ struct Normalizer {
       others += sum_of(sum[0]) + sum_of(sum[1]);
       tops += sum_of(count[0]) + sum_of(count[1]);
     });
-    return rises;
+    return grows;
   }
 
   // log of the sum of all e^(u - m)
@@ -205,7 +205,7 @@ void divergence_row(const DivergenceArgs& args, int64_t row) {
     if (teacher.add(t, n)) at_teachers_top = s[std::find(t, t + n, teacher.m) - t];
   }
   const float sum_s = student.log_sum(), sum_t = teacher.log_sum();
-  double value = 0, slope = 0, far = 0, entropy = 0;
+  double value = 0, rise = 0, far = 0, entropy = 0;
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
     logits_of(args.student, row, start, n, s);
@@ -213,17 +213,17 @@ void divergence_row(const DivergenceArgs& args, int64_t row) {
     normalize(s, n, student.m, sum_s);
     normalize(t, n, teacher.m, sum_t);
     for_blocks(n, [&](int64_t first, int64_t size) {
-      Vec values[2] = {}, slopes[2] = {}, fars[2] = {}, entropies[2] = {};
+      Vec values[2] = {}, rises[2] = {}, fars[2] = {}, entropies[2] = {};
       for_vectors(size, [&](int64_t i, int k) {
         const Vec logp = load(s + first + i);
         const Terms found = terms<kKind>(logp, load(t + first + i), args.numbers);
         values[k] += found.value;
-        slopes[k] += found.slope;
+        rises[k] += found.rise;
         if constexpr (kKind == Kind::kSkewed) fars[k] += found.far;
         entropies[k] -= found.p == Vec{} ? Vec{} : found.p * logp;
       });
       value += sum_of(values[0]) + sum_of(values[1]);
-      slope += sum_of(slopes[0]) + sum_of(slopes[1]);
+      rise += sum_of(rises[0]) + sum_of(rises[1]);
       far += sum_of(fars[0]) + sum_of(fars[1]);
       entropy += sum_of(entropies[0]) + sum_of(entropies[1]);
     });
@@ -232,9 +232,9 @@ void divergence_row(const DivergenceArgs& args, int64_t row) {
   results[trl_fast::kStudentEntropy * args.results_stride] = static_cast<float>(entropy);
   results[trl_fast::kIsSameTop1 * args.results_stride] = at_teachers_top >= student.m ? 1.0f : 0.0f;
   if (!args.gradient) return;
-  // Of the forward KL the slopes sum up to 1 - 1.
-  const bool is_far = kKind == Kind::kSkewed && std::abs(far) < std::abs(slope);
-  const Vec mean = splat(kKind == Kind::kForward ? 0.0f : static_cast<float>(is_far ? far : slope));
+  // Of the forward KL the rises sum up to 1 - 1.
+  const bool is_far = kKind == Kind::kSkewed && std::abs(far) < std::abs(rise);
+  const Vec mean = splat(kKind == Kind::kForward ? 0.0f : static_cast<float>(is_far ? far : rise));
   const Vec weight = splat(args.weights[row]);
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
@@ -247,7 +247,7 @@ void divergence_row(const DivergenceArgs& args, int64_t row) {
       normalize(t, n, teacher.m, sum_t);
       for (int64_t i = 0; i < n; i += kWidth) {
         const Terms found = terms<kKind>(load(s + i), load(t + i), args.numbers);
-        store(s + i, ((is_far ? found.far : found.slope) - found.p * mean) * (weight * load(derivative + i)));
+        store(s + i, ((is_far ? found.far : found.rise) - found.p * mean) * (weight * load(derivative + i)));
       }
     }
     write_gradient(args, row, start, n, s);

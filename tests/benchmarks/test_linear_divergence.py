@@ -19,7 +19,7 @@ def heads():
 
 
 def gradients(run, pair):
-    """What a run leaves before it drops it."""
+    """Gradients that a run leaves, before it drops them."""
     found = []
     pair.finish = lambda loss: found.extend(torch.autograd.grad(loss, pair.tensors[:2]))
     run()

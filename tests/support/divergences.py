@@ -77,7 +77,7 @@ class DivergenceProblem:
         }
 
     def run(self, outputs: tuple[str, ...] = EVERYTHING, **named: object):
-        """What the op gives."""
+        """Runs the op."""
         s, t = self.student, self.teacher
         return linear_divergence(s.hidden, s.weight, t.hidden, t.weight, outputs=outputs, **self.arguments, **named)
 

@@ -178,55 +178,34 @@ def linear_divergence(
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> DivergenceLoss:
-    """Computes the weighted sum of divergences between a student's and a teacher's heads, row by row.
+    """Computes the weighted sum of divergences between a student's and a teacher's heads; gradient to the student.
 
-    Each head's distribution is softmax(cap(logit_scale · (hidden weightᵀ + bias)) / temperature). The gradient goes to
-    the student alone, and is computed in the forward pass.
+    The heads, their transforms, workspace_bytes and backend are as in linear_logprob, each side with its own width
+    and dtype. docs/ops.md has the divergences, by kind and beta.
 
     Args:
-        hidden: (N, H) float32|bfloat16|float16, the student's; teacher_hidden: (N, H'), its width and dtype its own.
-        weight: (V, H), dtype of hidden (any float dtype under autocast); teacher_weight: (V', H') likewise.
+        hidden, teacher_hidden: (N, H) and (N, H'); weight, teacher_weight: (V, H) and (V', H').
         weights: (N,) floating point without gradient, factors of the rows in the loss; None: all 1. A row of weight 0
-            is left out of the products: all that is asked for of it is 0.
-        beta: of jsd: 0 is the forward KL(teacher‖student), 1 the reverse KL(student‖teacher), and between them the
-            generalised Jensen-Shannon divergence with the mixture (1 − beta) · student + beta · teacher, as in TRL.
-            Of the skewed ones: α of DistiLLM, below 1. Total variation has none.
-        kind: "jsd", "skewed_forward_kl", "skewed_reverse_kl" or "tvd"; divergence/formulas.py has their formulas.
-        temperature: both heads' logits are divided by it, last.
-        bias, softcap, logit_scale, workspace_bytes, backend: as in linear_logprob; bias, softcap and scale also of the
-            teacher. A scale of 0 is refused.
-        vocab_size: columns from there on are masked in both heads, as where they are padded to different sizes. None:
-            all count, and both heads have as many.
-        top_k: compares the teacher's so many likeliest tokens, and all others as one more class; None: every token.
-        tail: whether with top_k the others are a class. If not, both distributions are those among the top_k.
-        outputs: names among divergence, entropy, is_same_top1: which scores are returned.
-
-    Returns:
-        DivergenceLoss: the sum over rows of weights · divergence, 0-d float32, and DivergenceScores.
+            is left out of the products, and its scores are 0.
+        beta: in [0, 1]; of jsd 0 is the forward KL(teacher‖student), 1 the reverse KL.
+        kind: "jsd", "skewed_forward_kl", "skewed_reverse_kl" or "tvd".
+        vocab_size: columns from there on count in neither head, as where they are padded; None: all count.
+        top_k: compares the teacher's so many likeliest tokens; None: every token.
+        tail: whether with top_k all others are one more class; if not, the distributions among the top_k are compared.
+        outputs: scores to return, among divergence, entropy, is_same_top1.
 
     Raises:
-        ValueError: a shape, dtype, device, name or number is not as above; or workspace_bytes holds no row of both
-            heads' logits. With the environment variable TRL_FAST_CHECK=1 also if hidden states are not finite.
+        ValueError: what is given is not as above, or workspace_bytes holds no row of both heads' logits.
         RuntimeError: the forced backend cannot serve.
     """
-    formula = DivergenceFormula.of(kind, beta)
-    transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    teacher_transform = LogitTransform.of(
-        temperature=temperature, softcap=teacher_softcap, logit_scale=teacher_logit_scale
-    )
-    heads = [
-        HeadArguments(hidden, weight, bias, transform),
-        HeadArguments(teacher_hidden, teacher_weight, teacher_bias, teacher_transform),
+    transforms = [
+        LogitTransform.of(temperature=temperature, softcap=cap, logit_scale=scale)
+        for cap, scale in ((softcap, logit_scale), (teacher_softcap, teacher_logit_scale))
     ]
-    (hidden, teacher_hidden), vocab_size = check_heads(heads, vocab_size)
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(f"top_k: expected a number of tokens from 1 to the vocabulary's {vocab_size}, got {top_k!r}")
-    op = "linear_divergence" if top_k is None else "linear_divergence_to_given"
-    student = (hidden, weight, bias)
-    constants = [None if one is None else one.detach() for one in (teacher_hidden, teacher_weight, teacher_bias)]
-    teacher = (*constants, None, None)
-    numbers = (list(transform), list(teacher_transform), [float(one) for one in formula], top_k or 0, tail, vocab_size)
-    return _loss(op, student, teacher, weights, numbers, outputs, HeadOptions(backend, workspace_bytes))
+    student = HeadArguments(hidden, weight, bias, transforms[0])
+    teacher = HeadArguments(teacher_hidden, teacher_weight, teacher_bias, transforms[1])
+    how = _Comparison(DivergenceFormula.of(kind, beta), top_k, tail, vocab_size)
+    return _loss(student, teacher, None, weights, how, outputs, HeadOptions(backend, workspace_bytes))
 
 
 def linear_divergence_to_given(
@@ -250,69 +229,76 @@ def linear_divergence_to_given(
 ) -> DivergenceLoss:
     """Computes the weighted sum of divergences to a teacher of whom some tokens' log-probabilities are given.
 
-    They may come from a file or a server. That takes a pass less than `linear_divergence` does.
+    They may come from a file or a server. That takes a pass less than `linear_divergence` does, whose arguments the
+    others are. The temperature is the student's: the teacher's log-probabilities are taken as they are.
 
     Args:
-        hidden, weight, weights, beta, kind, temperature, bias, softcap, logit_scale, vocab_size, outputs,
-            workspace_bytes, backend: as in linear_divergence. The temperature is the student's: the teacher's
-            log-probabilities are taken as they are.
+        hidden: (N, H); weight: (V, H).
         teacher_logprobs: (N, K) floating point, of a distribution over the whole vocabulary; −inf is padding, whose id
             is not looked at.
         teacher_ids: (N, K) integer in [0, V), distinct in a row; usually the teacher's likeliest tokens.
-        tail: whether all other tokens are one more class, whose probability is what is left of 1. If not, both
-            distributions are those among the given tokens.
-
-    Returns:
-        As linear_divergence does.
+        tail: whether all other tokens are one more class, whose probability is what is left of 1. If not, the
+            distributions among the given tokens are compared.
 
     Raises:
         ValueError, RuntimeError: as in linear_divergence; and if a row that counts names a token twice or outside the
             vocabulary, none, or has probabilities of more than 1 in all. A GPU looks at these values only with
             TRL_FAST_CHECK=1.
     """
-    formula = DivergenceFormula.of(kind, beta)
     transform = LogitTransform.of(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-    (hidden,), vocab_size = check_heads([HeadArguments(hidden, weight, bias, transform)], vocab_size)
-    check_given(teacher_logprobs, teacher_ids, weights, hidden, vocab_size)
-    student, teacher = (hidden, weight, bias), (None, None, None, teacher_logprobs.detach(), teacher_ids)
-    numbers = (list(transform), list(LogitTransform()), [float(one) for one in formula], 0, tail, vocab_size)
-    options = HeadOptions(backend, workspace_bytes)
-    return _loss("linear_divergence_to_given", student, teacher, weights, numbers, outputs, options)
+    student = HeadArguments(hidden, weight, bias, transform)
+    how = _Comparison(DivergenceFormula.of(kind, beta), None, tail, vocab_size)
+    given = (teacher_logprobs, teacher_ids)
+    return _loss(student, None, given, weights, how, outputs, HeadOptions(backend, workspace_bytes))
+
+
+class _Comparison(NamedTuple):
+    """Holds how two distributions are compared; the numbers are those of linear_divergence."""
+
+    formula: DivergenceFormula
+    top_k: int | None
+    tail: bool
+    vocab_size: int | None
 
 
 def _loss(
-    op: str,
-    student: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    teacher: tuple[torch.Tensor | None, ...],
+    student: HeadArguments,
+    teacher: HeadArguments | None,
+    given: tuple[torch.Tensor, torch.Tensor] | None,
     weights: torch.Tensor | None,
-    numbers: tuple[Any, ...],
+    how: _Comparison,
     outputs: tuple[str, ...],
     options: HeadOptions,
 ) -> DivergenceLoss:
-    """Calls the op, and names its results.
+    """Checks what is given, calls the op, and names its results.
 
-    student: hidden (N, H), weight (V, H), bias (V,) or None; teacher: the op's next five arguments; weights: (N,) or
-    None; numbers: the arguments after it.
+    teacher: a head; or given: log-probabilities and ids (N, K); weights: (N,) or None.
     """
-    hidden, weight, bias = student
+    refuse_forward_mode("linear_divergence", *student[:3], *(teacher or ())[:3], *(given or ()))
+    found, vocab_size = check_heads([student] if teacher is None else [student, teacher], how.vocab_size)
     for name in outputs:
         check_choice("outputs", name, _OUTPUT_ROWS)
-    refuse_forward_mode(op, *student, *teacher)
+    hidden, (_, weight, bias, transform) = found[0], student
+    if how.top_k is not None and not 1 <= how.top_k <= vocab_size:
+        raise ValueError(f"top_k: expected 1 to the {vocab_size} tokens that count, got {how.top_k!r}")
     if weights is not None:
         check_rows(weights, hidden)
-        weights = weights.detach()
-    facts = device_facts(hidden.device)
-    grad_enabled = torch.is_grad_enabled()
+    if given is not None:
+        check_given(*given, weights, hidden, vocab_size)
+    tensors = (found[-1], *teacher[1:3], None, None) if teacher else (None, None, None, *(given or ()))
+    facts, trains = device_facts(hidden.device), torch.is_grad_enabled()
     loss, results, *_ = _linear_divergence(
-        *student,
-        *teacher,
-        weights,
-        *numbers,
-        grad_enabled and hidden.requires_grad,
-        grad_enabled and weight.requires_grad,
-        grad_enabled and bias is not None and bias.requires_grad,
+        *(hidden, weight, bias, *(None if one is None else one.detach() for one in (*tensors, weights))),
+        list(transform),
+        list(LogitTransform() if teacher is None else teacher.transform),
+        [float(number) for number in how.formula],
+        *(how.top_k or 0, how.tail, vocab_size),
+        *(trains and one is not None and one.requires_grad for one in (hidden, weight, bias)),
         options.workspace_on(hidden.device, facts),
-        choose_backend(op, options.backend, facts, hidden.dtype),
+        choose_backend(
+            "linear_divergence" if given is None and how.top_k is None else "linear_divergence_to_given",
+            *(options.backend, facts, hidden.dtype),
+        ),
     )
     results = results.detach()
     return DivergenceLoss(loss, DivergenceScores(**{name: results[_OUTPUT_ROWS[name]] for name in outputs}))

@@ -44,20 +44,20 @@ def run(kernel, s, t, kind, beta, numbers=PLAIN, biases=(None, None), weights=No
     """Results (3, R), poisoned before, and the gradient in the student's place."""
     weights = torch.linspace(0.5, 2, R, dtype=torch.float32) if weights is None else weights
     exact = s.dtype == torch.float64
-    wide = torch.full((3, R + 2), math.nan, dtype=s.dtype if exact else torch.float32)
+    room = torch.full((3, R + 2), math.nan, dtype=s.dtype if exact else torch.float32)
     out = s.clone(memory_format=torch.preserve_format)
     (scale_s, cap_s), (scale_t, cap_t), inv_temperature = numbers
     formula = DivergenceFormula.of(kind, beta)
     kernel(
         *(out, biases[0], scale_s, cap_s, t.clone(), biases[1], scale_t, cap_t, inv_temperature, *formula),
-        *(weights.to(wide.dtype), wide[:, :R], out),
+        *(weights.to(room.dtype), room[:, :R], out),
     )
-    assert wide[:, R:].isnan().all()
-    return wide[:, :R], out
+    assert room[:, R:].isnan().all()
+    return room[:, :R], out
 
 
 def by_pytorch(s, t, kind, beta, numbers, biases):
-    """What run gives, by autograd in the dtype of the products."""
+    """Divergences (R,) and gradient by autograd, in the dtype of the products."""
     (scale_s, cap_s), (scale_t, cap_t), inv_temperature = numbers
     leaf = s.detach().clone().requires_grad_()
     logps = []

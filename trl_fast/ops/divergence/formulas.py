@@ -66,7 +66,7 @@ class DivergenceFormula(NamedTuple):
 def divergence_terms(
     logp_s: torch.Tensor, logp_t: torch.Tensor, formula: DivergenceFormula
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes each token's term of the divergence, and its slope s · (f' − what f' is where t = s).
+    """Computes each token's term of the divergence, and its rise s · (f' − what f' is where t = s).
 
     logp_s, logp_t: log-probabilities of any one shape, float32|float64; −inf is a token that is ruled out.
     """
@@ -94,17 +94,17 @@ def divergence_terms(
     for part, p, ratio in ((formula.teacher, p_t, ratio_t), (formula.student, p_s, ratio_s)):
         if part:
             value = value + part * _kl_term(p, m, ratio)
-    slope = torch.where(p_s == 0, 0.0, formula.student * p_s * ratio_s)
+    rise = torch.where(p_s == 0, 0.0, formula.student * p_s * ratio_s)
     if formula.tilt:
         curve = (1 - w) * formula.tilt * p_s * difference / m
-        slope = slope + torch.where(m == 0, 0.0, curve)
-    return value, slope
+        rise = rise + torch.where(m == 0, 0.0, curve)
+    return value, rise
 
 
-def far_slope(logp_s: torch.Tensor, logp_t: torch.Tensor, formula: DivergenceFormula) -> torch.Tensor:
-    """Computes s (f' − what f' is where t is 0), for a mixture.
+def far_rise(logp_s: torch.Tensor, logp_t: torch.Tensor, formula: DivergenceFormula) -> torch.Tensor:
+    """Computes s (f' − what f' is where t is 0), for a mixture; log-probabilities and result have any one shape.
 
-    It is less than the slope of `divergence_terms`, which is 0 where t = s, for rows whose s and t have little in
+    It is less than the rise of `divergence_terms`, which is 0 where t = s, for rows whose s and t have little in
     common. Of such a row nothing would be left of the other, less its mean.
     """
     p_s, p_t, w = logp_s.exp(), logp_t.exp(), formula.mixture

@@ -80,8 +80,8 @@ def _logits_at(
     if bias is not None:
         raw = raw + bias.double()[ids]
     u, cap_derivative = transform.apply(raw, None)
-    slope = torch.full_like(u, transform.scale * transform.inv_temperature)
-    return u, slope if cap_derivative is None else slope * cap_derivative
+    rise = torch.full_like(u, transform.scale * transform.inv_temperature)
+    return u, rise if cap_derivative is None else rise * cap_derivative
 
 
 class _Tail(NamedTuple):
@@ -149,7 +149,7 @@ def row_divergence_to_known(
     if not tail:
         logp_s[:, -1], logp_t[:, -1] = _MINUS_INF, _MINUS_INF
         logp_s, logp_t = (logp - logp.logsumexp(dim=1, keepdim=True) for logp in (logp_s, logp_t))
-    value, slope = divergence_terms(logp_s, logp_t, formula)
+    value, rise = divergence_terms(logp_s, logp_t, formula)
     p = logp_s.exp()
     means = torch.cat([u[:, :-1], others.mean], dim=1)
     top = u[:, :-1].gather(1, known.first)
@@ -162,9 +162,9 @@ def row_divergence_to_known(
     if gradient is None:
         return
     factor = weights.double()[:, None]
-    mean = slope.sum(dim=1, keepdim=True)
-    # By the tail's tokens s · share, of the whole tail's slope.
-    share = torch.where(p[:, -1:] == 0, 0.0, slope[:, -1:] / p[:, -1:] - mean)
+    mean = rise.sum(dim=1, keepdim=True)
+    # By the tail's tokens s · share, of the whole tail's rise.
+    share = torch.where(p[:, -1:] == 0, 0.0, rise[:, -1:] / p[:, -1:] - mean)
     rounded = lse.to(results.dtype)
     coefficients = torch.zeros(4, len(student), dtype=results.dtype, device=student.device)
     # The kernels take the rounded log-sum-exp.
@@ -172,6 +172,6 @@ def row_divergence_to_known(
     kernels.grad(
         student, known.ids[:, 0].contiguous(), bias, *transform, rounded.squeeze(1), coefficients, 0, gradient
     )
-    at_known = torch.where(factor == 0, 0.0, factor * (slope[:, :-1] - p[:, :-1] * mean) * derivative)
+    at_known = torch.where(factor == 0, 0.0, factor * (rise[:, :-1] - p[:, :-1] * mean) * derivative)
     at_known = torch.where(padding, at_known.gather(1, known.first), at_known)
     gradient.scatter_(1, known.ids, at_known.to(gradient.dtype))

@@ -10,9 +10,16 @@ row out; and the gradient by the student's raw product, which may take its place
         weights, results, gradient)
 
 The numbers teacher_part, student_part, mixture, is_tvd are those of `DivergenceFormula`, in this order; formulas.py
-has the arithmetic. Three sweeps over a row do: largest logits, sums; the terms of divergence, slope, entropy; the
-gradient. The largest logit's 1 is best kept apart from a row's sum (log1p(others)): then a row of which both heads
-are sure is exact.
+has the arithmetic. Scale, softcap and inv_temperature are those of LogitTransform; a softcap of 0 means none.
+
+Rows of student, teacher, results and gradient are contiguous, but strided. The gradient may be the very memory of the
+student's products, and the teacher's may serve as scratch. On a GPU, float32 logits may have a bfloat16 or float16
+gradient, which may lie in the first half of each of their rows: `student.view(dtype)[:, :V]`. A row of weight 0 has
+the gradient 0, whatever its logits are. A logit of −inf rules a token out: nothing is NaN for it where the divergence
+is finite. Where it is infinite, its row's gradient is not defined.
+
+Three sweeps over a row do: largest logits, sums; the terms of divergence, rise, entropy; the gradient. The largest
+logit's 1 is best kept apart from a row's sum (log1p(others)): then a row of which both heads are sure is exact.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ import torch
 
 from ..device import device_facts
 from ..head.logit_transform import LogitTransform
-from .formulas import DivergenceFormula, divergence_terms, far_slope
+from .formulas import DivergenceFormula, divergence_terms, far_rise
 
 # Rows of the results (3, R).
 DIVERGENCE_ROW, ENTROPY_ROW, IS_SAME_TOP1_ROW = range(3)
@@ -59,50 +66,48 @@ def row_divergence_reference(
     results: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> None:
-    """Computes the divergence of R rows, and its gradient by the student's raw product.
+    """Computes the divergence of R rows, and its gradient by the student's raw product; the module says more.
 
     Args:
-        student, teacher: (R, V) float32|bfloat16|float16 each (float64 gives the float64 reference), raw products,
-            rows contiguous but strided. −inf rules a token out: no result is NaN for it where the divergence is
-            finite. Where it is infinite, its row's gradient is not defined. The teacher's memory may serve as scratch.
-        student_bias, teacher_bias: (V,) any float dtype, or None; scale, softcap, inv_temperature: of LogitTransform,
-            a softcap of 0 means none.
-        teacher_part, student_part, mixture, is_tvd: of DivergenceFormula.
-        weights: (R,) float32 (float64 for float64 rows), factors of the rows' gradients; the results have none. A
-            row of weight 0 has the gradient 0, whatever its logits are.
-        results: (3, R) float32 (float64 for float64 rows), rows contiguous but strided: the divergence; the student's
-            entropy; 1.0 where no token is more likely for the student than the teacher's first most likely one.
-        gradient: (R, V) of the student's dtype, or None if there is none to compute. It may be the very memory of
-            `student`. On a GPU, float32 logits may have a bfloat16 or float16 gradient, which may lie in the first
-            half of each of their rows: `student.view(dtype)[:, :V]`.
+        student, teacher: (R, V) float32|bfloat16|float16 each (float64 gives the float64 reference), raw products.
+        student_bias, teacher_bias: (V,) any float dtype, or None.
+        weights: (R,) float32 (float64 for float64 rows), factors of the rows' gradients; the results have none.
+        results: (3, R) float32 (float64 for float64 rows): the divergence; the student's entropy; 1.0 where no token
+            is more likely for the student than the teacher's first most likely one.
+        gradient: (R, V) of the student's dtype, or None if there is none to compute.
     """
     formula = DivergenceFormula(teacher_part, student_part, mixture, is_tvd)
     transform = LogitTransform(student_scale, student_softcap, inv_temperature)
     u_s, cap_derivative = transform.apply(student, student_bias)
     u_t, _ = LogitTransform(teacher_scale, teacher_softcap, inv_temperature).apply(teacher, teacher_bias)
     logp_s, logp_t = log_softmax(u_s), log_softmax(u_t)
-    value, slope = divergence_terms(logp_s, logp_t, formula)
+    value, rise = divergence_terms(logp_s, logp_t, formula)
     p = logp_s.exp()
     results[DIVERGENCE_ROW] = value.sum(dim=1)
     results[ENTROPY_ROW] = -torch.where(p > 0, p * logp_s, p).sum(dim=1)
     if u_s.numel():
         top = u_s.gather(1, u_t.argmax(dim=1, keepdim=True)).squeeze(1)
         results[IS_SAME_TOP1_ROW] = (top >= u_s.amax(dim=1)).to(results.dtype)
-    if gradient is None:
-        return
-    if mixture == 0.0 and not is_tvd:
-        du = slope  # whose sum is 1 − 1
-    else:
-        mean = slope.sum(dim=1, keepdim=True)
-        du = slope - p * mean
-        if formula.tilt and 0.0 < mixture < 1.0:
-            far = far_slope(logp_s, logp_t, formula)
-            far_mean = far.sum(dim=1, keepdim=True)
-            du = torch.where(far_mean.abs() < mean.abs(), far - p * far_mean, du)
-    du = du * (weights[:, None].to(p.dtype) * student_scale * inv_temperature)
-    if cap_derivative is not None:
-        du *= cap_derivative
-    gradient.copy_(torch.where(weights[:, None] == 0, 0.0, du))
+    if gradient is not None:
+        du = _centred(rise, logp_s, logp_t, formula)
+        du = du * (weights[:, None].to(p.dtype) * student_scale * inv_temperature)
+        if cap_derivative is not None:
+            du *= cap_derivative
+        gradient.copy_(torch.where(weights[:, None] == 0, 0.0, du))
+
+
+def _centred(
+    rise: torch.Tensor, logp_s: torch.Tensor, logp_t: torch.Tensor, formula: DivergenceFormula
+) -> torch.Tensor:
+    """Returns the derivative of the rows' divergences by the student's logits, all (R, V): s (f' − its mean)."""
+    if formula.mixture == 0.0 and not formula.is_tvd:
+        return rise  # whose sum is 1 − 1
+    p, mean = logp_s.exp(), rise.sum(dim=1, keepdim=True)
+    if not formula.tilt or formula.mixture == 1.0:
+        return rise - p * mean
+    far = far_rise(logp_s, logp_t, formula)
+    far_mean = far.sum(dim=1, keepdim=True)
+    return torch.where(far_mean.abs() < mean.abs(), far - p * far_mean, rise - p * mean)
 
 
 def log_softmax(u: torch.Tensor) -> torch.Tensor:
