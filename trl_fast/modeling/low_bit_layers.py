@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from .model_changes import Change, changes_of, unbound_forward
 
 ONE_PRODUCT = "one product of low-bit layers"
+ANY_INPUT = "inputs of any dtype"
 # bitsandbytes' names; it is installed only where such layers are.
 _KINDS = {"Params4bit": 4, "Int8Params": 8}
 _REPACKS = "support_avx512bf16_for_cpu"
@@ -32,11 +35,27 @@ def dequantized_weight(layer: Any) -> torch.Tensor:
 
 
 def train_in_bfloat16(model: PreTrainedModel | PeftModel) -> None:
-    """Makes what trains on a quantised model bfloat16, as TRL does (QLoRA, arXiv 2305.14314)."""
+    """Makes what trains on a quantised model bfloat16, as TRL does (QLoRA, arXiv 2305.14314).
+
+    Linear layers that are trained whole, such as the head, take inputs of any dtype then: those of TRL only do under
+    autocast.
+    """
     for name, parameter in model.named_parameters():
         # DoRA's magnitudes take steps too small for bfloat16.
         if parameter.requires_grad and "lora_magnitude_vector" not in name:
             parameter.data = parameter.data.to(torch.bfloat16)
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    copies = [copy for wrapper in wrappers for copy in wrapper.modules_to_save.values() if isinstance(copy, nn.Linear)]
+    changes = changes_of(model)
+    if copies and ANY_INPUT not in changes:
+        change = changes.get_or_add(ANY_INPUT, "layers that are trained whole take inputs of any dtype")
+        for copy in copies:
+            change.set(copy, "forward", types.MethodType(_forward_in_dtype_of_input, copy))
+
+
+def _forward_in_dtype_of_input(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    bias = layer.bias
+    return F.linear(x, layer.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def compute_alike(model: PreTrainedModel) -> None:

@@ -53,7 +53,7 @@ def call_with_whole_head(model: PreTrainedModel, read: ReadHead, hidden: torch.T
     """
     modules = [module for module in _modules_of_head(model) if _has_gathering_hooks(module)]
     if not modules:
-        return dict(read(hidden, _whole_head(model, [])))
+        return dict(read(hidden, _upcast(_whole_head(model, []), hidden)))
     alone = _gathered_alone(modules)
     # Hooks may keep and cast what they see: only what has a gradient goes through them.
     constants: dict[str, torch.Tensor] = {}
@@ -79,6 +79,14 @@ def is_whole_in_forward_only(model: PreTrainedModel) -> bool:
     """Tells whether nothing gathers a model's head by itself: FSDP1 has it with all that stands outside of layers."""
     sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     return sharded and not any(map(_has_gathering_hooks, _modules_of_head(model)))
+
+
+def _upcast(head: HeadParameters, hidden: torch.Tensor) -> HeadParameters:
+    """Returns a 16-bit head in float32 where the hidden states are, as one that QLoRA trains beside float32 layers."""
+    weight, bias = head.weight, head.bias
+    if hidden.dtype != torch.float32 or weight.dtype == torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+        return head
+    return head._replace(weight=weight.float(), bias=None if bias is None else bias.float())
 
 
 def _free_weights(modules: list[nn.Module]) -> None:
