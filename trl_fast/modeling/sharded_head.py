@@ -84,7 +84,8 @@ def is_whole_in_forward_only(model: PreTrainedModel) -> bool:
 def _upcast(head: HeadParameters, hidden: torch.Tensor) -> HeadParameters:
     """Returns a 16-bit head in float32 where the hidden states are, as one that QLoRA trains beside float32 layers."""
     weight, bias = head.weight, head.bias
-    if hidden.dtype != torch.float32 or weight.dtype == torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+    is_narrower = hidden.dtype == torch.float32 and weight.dtype != torch.float32 and head.source is None
+    if not is_narrower or torch.is_autocast_enabled(hidden.device.type):
         return head
     return head._replace(weight=weight.float(), bias=None if bias is None else bias.float())
 
