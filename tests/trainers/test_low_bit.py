@@ -99,22 +99,28 @@ def compare(method, path, folder, *, rel=1e-4, abs=1e-5, padded=False, **how):
 
 CASES = [("SFT", "nf4"), ("DPO", "int8"), ("GRPO", "nf4")]
 MORE = [("SFT", "int8"), ("SFT", "fp4"), ("DPO", "nf4"), ("GRPO", "int8"), ("KTO", "nf4"), ("RLOO", "int8")]
-EACH = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 
 
-@pytest.mark.parametrize("method, kind", EACH)
+def but(*slow, first=()):
+    """Cases of which those after the first ones are slow tests."""
+    return [*first, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+
+
+@pytest.mark.parametrize("method, kind", but(*MORE, first=CASES))
 def test_equal_to_trl(method, kind, path, tmp_path):
     trainer = compare(method, path, tmp_path, quantized=lambda: quantization(kind), whole_steps=True)
     assert len(low_bit_layers(trainer.model)) == 14
 
 
-@pytest.mark.parametrize("method, kind", EACH)
+@pytest.mark.parametrize("method, kind", but(*CASES[:2], *MORE, first=CASES[2:]))
 def test_equal_to_trl_but_for_the_rounding_of_an_adapter(method, kind, path, tmp_path):
     compare(method, path, tmp_path, quantized=lambda: quantization(kind), learning_rate=1e-3, rel=1e-2, abs=1e-3)
 
 
 # KTO's estimate of a KL divergence is all rounding there.
-@pytest.mark.parametrize("method, kind", [case for case in EACH if "KTO" not in str(case)])
+@pytest.mark.parametrize(
+    "method, kind", but(*CASES[1:], *(case for case in MORE if case[0] != "KTO"), first=CASES[:1])
+)
 def test_products_in_bfloat16(method, kind, path, tmp_path):
     # Padded rows, since what a row holds besides changes how sums are rounded.
     def quantized():
@@ -142,7 +148,7 @@ WAYS = {
         "arguments": lambda: {"model": loaded(path, prepared=True, adapted=True), "peft_config": None}
     },
 }
-DEFAULT = ("by name with double quantisation", "prepared by peft, with an adapter")
+DEFAULT = ("prepared by peft, with an adapter",)
 
 
 @pytest.mark.parametrize("way", [way if way in DEFAULT else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
@@ -150,6 +156,7 @@ def test_ways_to_give_a_low_bit_model(way, path, tmp_path):
     compare("DPO", path, tmp_path, whole_steps=True, **WAYS[way](path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"activation_offloading": True}], ids=str)
 def test_what_is_kept_for_backward_changes_nothing(settings, path, tmp_path):
     settings = {"gradient_checkpointing": False, **settings}
@@ -160,7 +167,8 @@ def test_what_is_kept_for_backward_changes_nothing(settings, path, tmp_path):
     assert_same_logs(*runs)
 
 
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_each_layout(kind, path, tmp_path):
     runs = [
         logs(trained(trl_fast, "DPO", path, tmp_path, quantization(kind), whole_steps=True, batch_layout=layout))
@@ -170,7 +178,8 @@ def test_each_layout(kind, path, tmp_path):
         assert_same_logs(run, runs[0])
 
 
-@pytest.mark.parametrize("method", ["SFT", pytest.param("DPO", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["SFT", "DPO"])
 def test_a_head_that_is_trained_whole_beside_float32_layers(method, path, tmp_path):
     def arguments():
         return {"peft_config": lora(modules_to_save=["lm_head"], target_modules=["q_proj", "up_proj"])}
@@ -180,7 +189,8 @@ def test_a_head_that_is_trained_whole_beside_float32_layers(method, path, tmp_pa
     assert base_model(trainer.model).trl_fast_fused_head
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_reward_models(dtype, reward_path, tmp_path):
     def run(module, **settings):
         adapter = lora(task_type="SEQ_CLS", target_modules=["q_proj", "up_proj"])
@@ -198,11 +208,8 @@ def test_reward_models(dtype, reward_path, tmp_path):
     assert losses[0] == pytest.approx(losses[2], rel=3e-2) and losses[1] == pytest.approx(losses[2], rel=3e-2)
 
 
-HEADS = [("nf4", "DPO"), ("int8", "SFT"), ("nf4", "SFT"), ("int8", "GRPO")]
-
-
 @pytest.mark.parametrize(
-    "kind, method", [*HEADS[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in HEADS[2:])]
+    "kind, method", but(("nf4", "DPO"), ("nf4", "SFT"), ("int8", "GRPO"), first=[("int8", "SFT")])
 )
 def test_a_head_of_low_bits(kind, method, path, tmp_path, monkeypatch, caplog):
     # TRL 1.16 takes the stored integers for the head's weight: it fails with 4 bits, and trains on nonsense with 8.
