@@ -47,7 +47,11 @@ def test_a_dry_run_and_a_preview(run, tmp_path, capsys):
     assert run("preview tpo", trains=False) == 0
     shown = capsys.readouterr().out
     assert "gold" in shown and "rejected" in shown
+    (prompt,) = [line for line in shown.splitlines() if line.startswith("prompt:")]
+    assert prompt.endswith("not learned")
     assert run("preview orpo", "--max_length", "14", trains=False) == 0
+    (prompt,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt:")]
+    assert prompt.endswith("learned") and "not" not in prompt
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,9 @@ class Examples:
         mode, kept_prompt = self.args.truncation_mode, scored[longest][0]
         cuts_start = mode == "keep_end" or getattr(self.args, "max_prompt_length", None) is not None
         how = "keep_end" if cuts_start else "keep_start"
-        parts = [_part("prompt", list(uncut[prompt_column]), kept_prompt, set(), 0, mode=how)]
+        # Of a method that learns prompts, they come with the first completion.
+        of_prompt = {len(scored[0][0]) + index for index in scored[0][2] if index < 0} if longest == 0 else set()
+        parts = [_part("prompt", list(uncut[prompt_column]), kept_prompt, of_prompt, 0, mode=how)]
         for column, name, (prompt, completion, learned) in zip(columns, names, scored, strict=True):
             note = "" if len(prompt) == len(kept_prompt) else f"of its prompt the last {len(prompt)} tokens are kept"
             if column == KL_COLUMN:
