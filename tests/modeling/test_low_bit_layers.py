@@ -55,7 +55,7 @@ def test_evaluation_computes_what_training_does(kind, path, monkeypatch):
     x = torch.randn(5, 64, requires_grad=True)
     trained = layer.train()(x)
     with torch.no_grad():
-        assert torch.equal(layer.eval()(x), trained)
+        assert torch.equal(layer.eval()(x.detach()), trained)
     assert not layer.training
     (gradient,) = torch.autograd.grad(layer.train()(x).sum(), x)
     torch.testing.assert_close(gradient, dequantized_weight(layer).sum(0).expand(5, -1))
