@@ -157,8 +157,7 @@ def test_only_what_stands_here_is_not_answered(unanswered):
 
 def test_each_experiment_of_trl_is_here_or_has_its_own_reason():
     top = {".".join(name.split(".")[:3]) for name in NAMES if name.startswith("trl.experimental.")}
-    coming = {f"trl.experimental.{name}" for name in ("a2po", "iw_opd")}
-    for module in top - coming - {"trl.experimental.utils"}:
+    for module in top - {"trl.experimental.utils"}:
         package, _, name = module.rpartition(".")
         assert (module in MODULES) != (module in GONE_MODULES), module
         if module in GONE_MODULES:

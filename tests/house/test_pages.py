@@ -35,6 +35,7 @@ from trl_fast.data import (
     prepare_unpaired_dataset,
 )
 from trl_fast.data.prompt_only import prepare_prompt_dataset
+from trl_fast.losses.a2po import a2po_loss, optimal_values
 from trl_fast.losses.bco import bco_losses
 from trl_fast.losses.dpo import PAIR_LOSSES, DPOLossConfig, PreferencePairs, dpo_loss
 from trl_fast.losses.f_divergences import F_DIVERGENCES
@@ -72,6 +73,7 @@ PREPARES = {
     "grpo": prepare_prompt_dataset,
     "rloo": prepare_prompt_dataset,
     "online_dpo": prepare_prompt_dataset,
+    "a2po": prepare_prompt_dataset,
     "distillation": prepare_prompt_dataset,
     "ppo": lambda rows, tokenizer: (
         rows if "input_ids" in rows.column_names else prepare_prompt_dataset(rows, tokenizer)
@@ -382,6 +384,15 @@ def test_formulas_of_online_dpo_are_those_of_the_code():
             TokenScores(logprobs=logprobs[:4]), inputs, reference[:4], online_dpo_loss_config(name, beta=0.3)
         )
         torch.testing.assert_close(computed, loss, msg=name)
+
+
+def test_the_formula_of_a2po_is_that_of_the_code():
+    logprobs, reference, rewards, values = random_vectors(4)
+    computed = value(formulas("a2po", "The formulas")["a2po"], d=logprobs - reference, r=rewards, V=values, β=0.3)
+    loss = a2po_loss(logprobs, torch.arange(5), reference, rewards - values, 0.3)
+    torch.testing.assert_close(computed.mean(), loss)
+    grouped = torch.stack((rewards, values), 1)
+    torch.testing.assert_close(optimal_values(grouped, 0.5), 0.5 * (grouped / 0.5).exp().mean(1).log())
 
 
 def test_formulas_of_ppo_are_those_of_the_code():

@@ -60,6 +60,7 @@ def test_every_method_can_be_planned():
         ("grpo", {"steps_per_generation": 2, "gradient_accumulation_steps": 2}, [PROMPTS_STAGE, GENERATION_STAGE]),
         ("grpo", {"generates": False, "beta": 0.1}, [REFERENCE_STAGE]),
         ("gmpo", {"beta": 0.1}, [PROMPTS_STAGE, GENERATION_STAGE, REFERENCE_STAGE]),
+        ("a2po", {}, [PROMPTS_STAGE, GENERATION_STAGE, REFERENCE_STAGE]),
         ("online_dpo", {}, [PROMPTS_STAGE, GENERATION_STAGE, REFERENCE_STAGE]),
         ("rloo", {}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE]),
         ("rloo", {"beta": 0.0}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE]),

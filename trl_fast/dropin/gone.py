@@ -44,6 +44,9 @@ _EXPERIMENTS = {
     "gold": "it compares models of different tokenizers, whose tokens it aligns first; trl_fast compares predictions "
     "over one vocabulary: choose a teacher that has the student's tokenizer, or run the script with TRL itself",
     "harbor": _ADAPTER.format("harbor"),
+    "iw_opd": "it weighs a policy gradient on sampled tokens by what the teacher says of them, on data, arguments and "
+    "teacher servers of its own, as DistillationTrainer's were before TRL 1.16; use DistillationTrainer with lmbda=1, "
+    "which compares whole distributions, or run the script with TRL itself",
     "merge_model_callback": "it hands checkpoints to the package mergekit; call mergekit on the folder that "
     "save_model wrote, or in the on_save of a callback of your own",
     "openreward": _ADAPTER.format("openreward"),

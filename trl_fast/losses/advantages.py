@@ -20,7 +20,8 @@ class Advantages(NamedTuple):
     Attributes:
         advantages: (N,) float32, finite.
         rewards: (N,) float32, the weighted sum of the reward functions; NaN where none said anything.
-        is_flat: bool, one value a completion or a group: whether the spread of the rewards there is zero.
+        is_flat: bool, one value a completion or a group: whether the spread of the rewards there is zero. Empty where
+            completions are compared with no others.
     """
 
     advantages: torch.Tensor

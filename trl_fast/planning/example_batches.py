@@ -20,6 +20,7 @@ from trl_fast.losses.ppo import ppo_loss_inputs
 from trl_fast.modeling.classifier_head import state_batch
 from trl_fast.rollout.images import image_keywords
 from trl_fast.rollout.samples import Samples
+from trl_fast.trainers.a2po import ValueUpdate
 from trl_fast.trainers.kto import scores_together
 from trl_fast.trainers.online.micro_batches import Update, UpdateMaker
 from trl_fast.trainers.online.pairs import PairUpdate, make_pair_update
@@ -156,6 +157,15 @@ def pair_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayou
     batch = samples.batch(layout.name, _PAD, image_layout=layout.images)
     update = make_pair_update(samples, batch, torch.zeros(completions))
     return SampledInputs(_generation(setup, max_length, layout, prompts, completions), update)
+
+
+def value_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> SampledInputs:
+    """Makes one completion of each prompt (A*-PO)."""
+    count = setup.per_device_train_batch_size
+    samples = _samples(setup, max_length, layout, count, 1)
+    batch, zeros = samples.batch(layout.name, _PAD), torch.zeros(count)
+    update = ValueUpdate(batch, tuple(map(len, samples.completion_ids)), zeros, zeros, zeros)
+    return SampledInputs(_generation(setup, max_length, layout, count, count), update)
 
 
 def ppo_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayout) -> PPOInputs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from .example_batches import (
     preference_batch,
     reward_pairs,
     unpaired_batch,
+    value_micro_batch,
 )
 from .generation import simulate_generation
 from .memory_timeline import OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE
@@ -183,15 +185,20 @@ def _policy_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter
     return found.loss
 
 
-def _online_dpo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
-    """Runs a step of Online DPO: generation, the reference's scores, and the update."""
+def _sampled_loss(
+    setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter, loss: DPOLossConfig | float
+) -> torch.Tensor:
+    """Runs a step of Online DPO or A*-PO: generation, the reference's scores, and the update.
+
+    loss: what the step function reads of the arguments.
+    """
     if setup.generates:
         simulate_generation(setup, models.policy, inputs.generation, enter)
     inputs.update = update = on_device(inputs.update)
     enter(REFERENCE_STAGE)
     _reference_logprobs(setup, models, update.batch)
     policy = _under_autocast(setup, models.policy)
-    return _step(setup)(policy, update, DPOLossConfig(), head=setup.head_options).loss
+    return _step(setup)(policy, update, loss, head=setup.head_options).loss
 
 
 def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
@@ -244,7 +251,10 @@ PLANNED: dict[str, PlannedMethod] = {
     "grpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
     "rloo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
     "gmpo": PlannedMethod(policy_micro_batch, _policy_loss, "completion", reads_images=True),
-    "online_dpo": PlannedMethod(pair_micro_batch, _online_dpo_loss, "prompt", reads_images=True),
+    "online_dpo": PlannedMethod(
+        pair_micro_batch, partial(_sampled_loss, loss=DPOLossConfig()), "prompt", reads_images=True
+    ),
+    "a2po": PlannedMethod(value_micro_batch, partial(_sampled_loss, loss=1e-3), "prompt"),
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
     "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion"),
     "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion"),

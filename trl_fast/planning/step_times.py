@@ -101,7 +101,7 @@ def _times(stage: str, setup: TrainingSetup, max_length: int) -> float:
         return updates if stage == OPTIMIZER_STAGE else updates * micro_batches
     if stage == OPTIMIZER_STAGE:
         return 1
-    if setup.method == "online_dpo" and stage == GENERATION_STAGE:
+    if setup.method in ("online_dpo", "a2po") and stage == GENERATION_STAGE:
         return micro_batches * completion
     if setup.method not in GROUP_METHODS or stage not in _OF_A_ROLLOUT:
         return micro_batches

@@ -23,7 +23,7 @@ GROUP_METHODS = ("grpo", "rloo", "gmpo")
 _COMPLETIONS_OF_A_ROW = {"dpo": 2, "reward": 2, "orpo": 2, "cpo": 2, "tpo": 3}
 # Methods of a second model that is never the trained one without an adapter.
 TEACHER_METHODS = ("distillation", "gkd")
-ONLINE_METHODS = (*GROUP_METHODS, "ppo", "online_dpo", *TEACHER_METHODS)
+ONLINE_METHODS = (*GROUP_METHODS, "ppo", "online_dpo", "a2po", *TEACHER_METHODS)
 # Their arguments that limit a completion, where those are not max_completion_length.
 _LENGTH_SETTINGS = {"ppo": "response_length", "online_dpo": "max_new_tokens"}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -183,7 +183,7 @@ class TrainingSetup:
         """Tells whether a reference policy, or a teacher, scores during training."""
         if self.method in ("dpo", "kto", "bco"):
             return not self.precompute_ref_log_probs
-        return self.method in ("ppo", "online_dpo", *TEACHER_METHODS) or self.kl_weight != 0
+        return self.method in ("ppo", "online_dpo", "a2po", *TEACHER_METHODS) or self.kl_weight != 0
 
     @property
     def kl_weight(self) -> float:
@@ -210,6 +210,8 @@ class TrainingSetup:
             return self.per_device_train_batch_size * steps * self.num_mini_batches
         if self.method == "online_dpo":
             return 2 * self.per_device_train_batch_size
+        if self.method == "a2po":
+            return self.per_device_train_batch_size
         return self.per_device_train_batch_size * (self.steps_per_generation or steps)
 
     @property

@@ -230,6 +230,11 @@ RANGES: dict[str, Range] = {
     "response_length": COUNT,
     "stop_token_id": COUNT_FROM_0,
     "PPOConfig.temperature": POSITIVE,
+    # A*-PO
+    "A2POConfig.max_completion_length": Range(1, whole=True, optional=False),
+    "num_value_samples": COUNT,
+    "beta1": POSITIVE,
+    "beta2": POSITIVE,
     "OnlineDPOConfig.max_completion_length": COUNT,
     "missing_eos_penalty": NOT_NEGATIVE,
     "num_ppo_epochs": COUNT,

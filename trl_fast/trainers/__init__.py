@@ -19,6 +19,8 @@ EXPORTS = {
 
 if TYPE_CHECKING:
     # The same names for type checkers, which cannot read the table; a test compares.
+    from .a2po import A2POTrainer as A2POTrainer
+    from .a2po_config import A2POConfig as A2POConfig
     from .base.callbacks import BEMACallback as BEMACallback
     from .base.callbacks import LogCompletionsCallback as LogCompletionsCallback
     from .base.callbacks import SyncRefModelCallback as SyncRefModelCallback

@@ -175,6 +175,16 @@ _METHODS = (
         has_trl_script=False,
     ),
     Method(
+        name="a2po",
+        config="trl_fast.trainers.a2po_config:A2POConfig",
+        trainer="trl_fast.trainers.a2po:A2POTrainer",
+        step="trl_fast.trainers.a2po:a2po_step",
+        help="A*-PO: regression onto rewards less the prompts' values",
+        reward_argument="reward_funcs",
+        trl_packages=("trl.experimental.a2po",),
+        has_trl_script=False,
+    ),
+    Method(
         name="ppo",
         config="trl_fast.trainers.ppo.config:PPOConfig",
         trainer="trl_fast.trainers.ppo.trainer:PPOTrainer",

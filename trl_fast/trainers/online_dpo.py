@@ -8,33 +8,23 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from trl_fast.data import AnyDataset
-from trl_fast.data.formats import is_conversational
-from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.losses.advantages import Advantages, summed_rewards
 from trl_fast.losses.dpo import DPOLossConfig, dpo_loss
 from trl_fast.losses.online_dpo import online_dpo_metrics, online_loss_inputs
-from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import score
 from trl_fast.ops import HeadOptions
 from trl_fast.parallel.failures import failing_together
-from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, end_token_ids
+from trl_fast.rollout import GivenReward, RolloutEngine
 from trl_fast.settings.older_names import deprecated
 
-from .base.prepared_datasets import check_dataset_type
-from .base.reference import ReferenceTrainer
 from .base.step import StepResult, router_keywords, with_router_loss
 from .base.tokenizers import older_tokenizer_name
 from .base.trl_attributes import answers_to
-from .online.changeable_rewards import make_changeable_rewards
-from .online.engines import make_engine
+from .online.batch_trainer import BatchTrainer
 from .online.pairs import PairUpdate, ScoredSamples, chosen_first, make_pair_update, with_short_prompts
-from .online.rollout_checks import check_sources
-from .online.sampling import Sampling
-from .online.trainer import OnlineTrainer
 from .online.trl_attributes import ONLINE_DPO_ATTRIBUTES
 from .online_dpo_config import OnlineDPOConfig
 
@@ -74,7 +64,7 @@ def online_dpo_step(
 
 
 @answers_to(ONLINE_DPO_ATTRIBUTES)
-class OnlineDPOTrainer(OnlineTrainer):
+class OnlineDPOTrainer(BatchTrainer):
     """Trains by Online Direct Preference Optimization (arXiv 2402.04792): DPO of two completions of the policy itself.
 
     Args:
@@ -102,8 +92,7 @@ class OnlineDPOTrainer(OnlineTrainer):
     config_class = OnlineDPOConfig
     length_setting = OnlineDPOConfig.length_setting
     args: OnlineDPOConfig
-    # Prompts come in the order of other trainers' rows: a batch is what is sampled at a time.
-    get_train_dataloader = ReferenceTrainer.get_train_dataloader
+    samples_class = ScoredSamples
     uncalled_hooks = {
         **dict.fromkeys(
             ("_generate", "_generate_vllm", "_generate_vllm_server", "_generate_vllm_colocate"),
@@ -146,73 +135,24 @@ class OnlineDPOTrainer(OnlineTrainer):
         reward_funcs, reward_processing_classes = _of_older(name, older, reward_funcs, reward_processing_classes)
         given: Any = model
         config: Any = self.resolve_config(args, given).with_older_arguments(type(self), older)
-        check_sources(None, rollout_func, None, rollout_engine)
-        check_dataset_type(train_dataset, "train_dataset")
         _say_unused(
             name,
             data_collator=data_collator,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if isinstance(model, torch.nn.Module) and ref_model is model:
-            raise ValueError("ref_model is the very object of model; leave it out to use a copy of the policy")
-        model = self.resolve_model(model, config, quantization_config)
-        processing_class = self.resolve_tokenizer(processing_class, model, config)
-        sources = config.reward_model_path if reward_funcs is None else reward_funcs
-        rewards = make_changeable_rewards(sources, reward_processing_classes, config)
-        data = (train_dataset, eval_dataset, processing_class, config, model)
-        train_dataset, eval_dataset = self.prepare_datasets(*data)
-        if is_conversational(next(iter(train_dataset))):
-            rewards.check_conversations()
-        sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
-        model, layout = self.set_up_models(model, ref_model, config, peft_config, sequences)
-        self.rollout_func, self.sampling = rollout_func, Sampling(self)
-        self.start(
-            model=model,
-            args=config,
-            data_collator=list,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
+        self.set_up(
+            *(model, config, train_dataset, eval_dataset, processing_class),
+            ref_model=ref_model,
+            reward_funcs=config.reward_model_path if reward_funcs is None else reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            rollout_func=rollout_func,
+            rollout_engine=rollout_engine,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._set_up_rollouts(base_model(model), layout, rollout_engine, rewards)
-
-    def _set_up_rollouts(
-        self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None, rewards: RewardFunctions
-    ) -> None:
-        self.seed_sampling(layout)
-        self.end_ids = end_token_ids(model, self.tokenizer)
-        self.set_up_loop(
-            make_engine(self, engine, self.end_ids),
-            rewards,
-            end_ids=self.end_ids,
-            completions_kept=self.args.completions_at_a_time * self.args.world_size,
-            samples_class=ScoredSamples,
-        )
-        self.loop.settings = self.sampling.settings
-
-    # ---- data
-
-    def prepare_dataset(
-        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: Any, name: str
-    ) -> AnyDataset:
-        """Tokenizes the prompts."""
-        return prepare_prompt_dataset(
-            dataset,
-            processing_class,
-            image_reader=None if self.images is None else self.images.reader,
-            chat_template_kwargs=args.chat_template_kwargs,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
-
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        rows: Any = self.train_dataset if dataset is None else dataset
-        if not self.args.shuffle_dataset:
-            return SequentialSampler(rows)
-        return ReferenceTrainer._get_train_sampler(self, dataset)
 
     # ---- the rollout
 
@@ -243,27 +183,14 @@ class OnlineDPOTrainer(OnlineTrainer):
         margins = pairs - pairs.flip(1)
         return Advantages(margins.flatten(), scores, margins[:, 0] == 0)
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """Returns the pairs of new completions of the rows' prompts."""
-        method: Any = self
-        return self.loop.run([row for row in inputs for _ in range(2)], method, update=self._pair_update)
-
-    def _pair_update(self, samples: Any) -> PairUpdate:
-        if samples.mask is not None:
-            raise ValueError(
-                f"rollout_func: env_mask cannot be used with {type(self).__name__}, which prefers whole completions; "
-                "leave it out"
-            )
+    def update_of(self, samples: Any) -> PairUpdate:
+        """Returns the pairs of completions whose scores are known."""
         samples = samples.select(chosen_first(samples))
         if self.images is None:
             samples = with_short_prompts(samples, self.args.max_length)
         batch = self.updates.token_batch(samples)
         reference = online_loss_inputs(batch.branch, len(samples)).sequence_logprobs(self.reference_logprobs(batch))
         return make_pair_update(samples, batch, reference)
-
-    def reference_logprobs(self, batch: Any) -> torch.Tensor:
-        """Computes the reference's log-probabilities of the batch's tokens, (N,) float32, at temperature 1."""
-        return self.score_reference(batch).logprobs
 
     # ---- the update
 
@@ -278,14 +205,6 @@ class OnlineDPOTrainer(OnlineTrainer):
         )
         self.record(result.metrics)
         return result.loss
-
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor, None, None]:
-        """Computes the loss of pairs that are made for the evaluation."""
-        update = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, update).detach(), None, None
 
 
 def _of_older(name: str, older: dict[str, Any], rewards: Any, tokenizers: Any) -> tuple[Any, Any]:

@@ -54,7 +54,8 @@ def reward_metrics(names: Sequence[str], rewards: torch.Tensor, found: Advantage
     for name, column in zip(names, rewards.unbind(dim=1), strict=True):
         values += [(f"rewards/{name}/mean", column.nanmean()), (f"rewards/{name}/std", nan_std(column))]
     values += [("reward", found.rewards.nanmean()), ("reward_std", nan_std(found.rewards))]
-    values.append(("frac_reward_zero_std", found.is_flat.float().mean()))
+    if len(found.is_flat):
+        values.append(("frac_reward_zero_std", found.is_flat.float().mean()))
     numbers = torch.stack([value for _, value in values]).tolist()
     return [(name, number) for (name, _), number in zip(values, numbers, strict=True)]
 

@@ -51,9 +51,9 @@ class GenerationWarnings:
         self._warned_of.add(kind)
 
     def warn_of_equal_rewards(self, rewards: torch.Tensor, group: int, prompts: list) -> None:
-        """Warns if rewards (N,) float32, sums over the sources, are equal in each `group` of completions."""
+        """Warns if rewards (N,) float32, sums over the sources, are equal in each `group` of two or more."""
         known = rewards[~rewards.isnan()]
-        if not len(known) or not are_all_equal(rewards, group):
+        if not len(known) or group == 1 or not are_all_equal(rewards, group):
             return
         names = ", ".join(map(repr, self._reward_names()))
         where = "of each prompt" if group < len(rewards) else "of a generation"

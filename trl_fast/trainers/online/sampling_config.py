@@ -181,6 +181,7 @@ class SamplingConfig(BaseConfig):
         """
         from trl_fast.rollout import SamplingSettings
 
+        keywords: Any = self.generation_kwargs
         return SamplingSettings(
             max_completion_length=getattr(self, self.length_setting),
             temperature=self.temperature,
@@ -188,6 +189,6 @@ class SamplingConfig(BaseConfig):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            generation_kwargs=self.generation_kwargs,
+            generation_kwargs=keywords,
             cache_implementation=self.cache_implementation,
         )
