@@ -175,7 +175,8 @@ def _divergence_cases() -> Iterator[KernelCase]:
     heads = {}
     for head in ("student", "teacher"):
         heads |= {head: "*fp32", f"{head}_stride": "i64", f"{head}_bias": "*fp32"}
-        heads |= dict.fromkeys((f"{head}_scale", f"{head}_softcap", "inv_temperature", "mixture"), "fp32")
+        heads |= dict.fromkeys((f"{head}_scale", f"{head}_softcap"), "fp32")
+    heads |= dict.fromkeys(("inv_temperature", "p_share", "q_share"), "fp32")
     rows = {"weights": "*fp32", "results": "*fp32", "results_stride": "i64"}
     columns = divergence_kernels.BLOCK // (32 * divergence_kernels.NUM_WARPS)
     for kind in divergence_kernels.KINDS:

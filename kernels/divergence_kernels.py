@@ -25,7 +25,7 @@ TWO_SWEEPS = ("forward_kl", "reverse_kl")
 
 _ANY_VALUE = [
     *(f"{head}_{name}" for head in ("student", "teacher") for name in ("scale", "softcap")),
-    *("inv_temperature", "mixture", "weights", "results", "results_stride"),
+    *("inv_temperature", "p_share", "q_share", "weights", "results", "results_stride"),
 ]
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -97,12 +97,12 @@ def _log_sum(top, others):
 
 
 @triton.jit
-def _class_terms(log_p, log_q, mixture, KIND: tl.constexpr):
+def _class_terms(log_p, log_q, shares, KIND: tl.constexpr):
     """Returns p, a class's term of the divergence, and its slope; log_p: the student's, log_q: the teacher's.
 
-    Everything comes from the larger of p and q and the ratio of the smaller to it. A term is x·(log(x/m) − 1 + m/x),
-    which is never negative and, with δ = 1 − ratio and ψ = −log ratio − δ by their series where these are small,
-    cancels nowhere.
+    shares: those of p and q in the mixture. Everything comes from the larger of p and q and the ratio of the smaller
+    to it. A term is x·(log(x/m) − 1 + m/x), which is never negative. With δ = 1 − ratio and ψ = −log ratio − δ by
+    their series where these are small, nothing cancels in it.
     """
     top = tl.maximum(log_p, log_q)
     gap = tl.where(top == -float("inf"), 0.0, log_p - log_q)
@@ -114,50 +114,54 @@ def _class_terms(log_p, log_q, mixture, KIND: tl.constexpr):
     series = distance * distance * (0.5 - distance * (1.0 / 6 - distance * (1.0 / 24 - distance * (1.0 / 120))))
     delta = tl.where(near, distance - series, 1.0 - ratio)
     psi = tl.where(near, series, distance - delta)
-    # An infinite ψ would make NaN of a ratio of 0.
-    psi_ratio = ratio * tl.minimum(psi, 1e4)
+    # Of the one that is the smaller, if m is the larger. An infinite ψ would make NaN of a ratio of 0.
+    of_smaller = larger * (delta * delta - ratio * tl.minimum(psi, 1e4))
     if KIND == "tvd":
         term = 0.5 * larger * delta
         slope = p * tl.where(p_is_smaller, -0.5, tl.where(gap == 0.0, 0.0, 0.5))
     elif KIND == "forward_kl":
-        term = tl.where(p_is_smaller, _moment(larger, psi), larger * (delta * delta - psi_ratio))
+        term = tl.where(p_is_smaller, _moment(larger, psi), of_smaller)
         slope = larger * tl.where(p_is_smaller, -delta, delta)
     elif KIND == "reverse_kl":
-        term = tl.where(p_is_smaller, larger * (delta * delta - psi_ratio), _moment(larger, psi))
+        term = tl.where(p_is_smaller, of_smaller, _moment(larger, psi))
         slope = _moment(p, gap)
     else:
-        term, slope = _mixture_terms(p, larger, ratio, distance, p_is_smaller, delta, psi_ratio, mixture, KIND)
+        term, slope = _mixture_terms(p, larger, ratio, distance, p_is_smaller, delta, shares, KIND)
     return p, term, slope
 
 
 @triton.jit
-def _mixture_terms(p, larger, ratio, distance, p_is_smaller, delta, psi_ratio, mixture, KIND: tl.constexpr):
-    """Returns a class's term and slope, of a mixture m with the share `mixture` of q; the rest is of _class_terms.
+def _mixture_terms(p, larger, ratio, distance, p_is_smaller, delta, shares, KIND: tl.constexpr):
+    """Returns a class's term and slope, of a mixture m of p and q with these shares; the rest is of _class_terms.
 
-    With a the smaller one's share of m, m is the larger times 1 − y, y = aδ. With φ = −log(1 − y) − y, the larger's
-    term is itself times φ, the smaller's the larger times ratio·(φ − ψ) + δ(δ − y). Slopes have no part in what is
-    exact where p and q are close: the gradient's sweep needs no series.
+    With a and b the smaller's and the larger's share, m is the larger times 1 − aδ, the smaller times 1 + bδ/ratio.
+    The larger's term is itself times −log(1 − y) − y, y = aδ, the smaller's itself times e − log(1 + e), e = bδ/ratio.
+    Slopes take logarithms as they are: the gradient's sweep needs no series.
     """
-    share = tl.where(p_is_smaller, 1.0 - mixture, mixture)
-    rest = tl.maximum(1.0 - share * (1.0 - ratio), 1e-7)
-    log_larger = -tl.log(rest)
-    log_p = log_larger - tl.where(p_is_smaller, tl.minimum(distance, 1e4), 0.0)
-    difference = tl.where(p_is_smaller, ratio - 1.0, 1.0 - ratio) / rest
-    y = share * delta
-    series = y * y * (1.0 / 2 + y * (1.0 / 3 + y * (1.0 / 4 + y * (1.0 / 5 + y * (1.0 / 6 + y * (1.0 / 7))))))
-    phi = tl.where(y < 0.125, series, log_larger - y)
-    of_smaller = ratio * phi - psi_ratio + delta * (delta - y)
+    p_share, q_share = shares
+    a, b = tl.where(p_is_smaller, p_share, q_share), tl.where(p_is_smaller, q_share, p_share)
+    m = b + a * ratio
+    log_larger = -tl.log(m)
+    log_smaller = log_larger - tl.minimum(distance, 1e4)
+    log_p = tl.where(p_is_smaller, log_smaller, log_larger)
+    difference = tl.where(p_is_smaller, ratio - 1.0, 1.0 - ratio) / m
+    y, c = a * delta, b * delta
+    e = c / ratio
+    y_series = y * y * (1.0 / 2 + y * (1.0 / 3 + y * (1.0 / 4 + y * (1.0 / 5 + y * (1.0 / 6 + y * (1.0 / 7))))))
+    e_series = c * e * (1.0 / 2 - e * (1.0 / 3 - e * (1.0 / 4 - e * (1.0 / 5 - e * (1.0 / 6 - e * (1.0 / 7))))))
+    of_larger = tl.where(y < 0.125, y_series, log_larger - y)
+    of_smaller = tl.where(c < 0.125 * ratio, e_series, c + ratio * log_smaller)
     if KIND == "jsd":
-        # The larger one's share of the divergence is that of the mixture, too.
-        term = larger * ((1.0 - share) * phi + share * of_smaller)
-        slope = (1.0 - mixture) * p * log_p
+        # Their shares of the divergence are those of the mixture, too.
+        term = larger * (b * of_larger + a * of_smaller)
+        slope = p_share * p * log_p
     elif KIND == "skewed_forward_kl":
-        term = larger * tl.where(p_is_smaller, phi, of_smaller)
-        slope = (1.0 - mixture) * (1.0 - mixture) * p * difference
+        term = larger * tl.where(p_is_smaller, of_larger, of_smaller)
+        slope = p_share * p_share * p * difference
     else:
         tl.static_assert(KIND == "skewed_reverse_kl")
-        term = larger * tl.where(p_is_smaller, of_smaller, phi)
-        slope = p * (log_p - (1.0 - mixture) * mixture * difference)
+        term = larger * tl.where(p_is_smaller, of_smaller, of_larger)
+        slope = p * (log_p - p_share * q_share * difference)
     return term, slope
 
 
@@ -221,7 +225,8 @@ def row_divergence_kernel(
     teacher_softcap,
     num_columns,
     inv_temperature,
-    mixture,
+    p_share,
+    q_share,
     weights,
     results,
     results_stride,
@@ -251,7 +256,7 @@ def row_divergence_kernel(
             columns = start + tl.arange(0, BLOCK)
             u = _load_logits(head_p, columns, columns < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)[0]
             v = _load_logits(head_q, columns, columns < num_columns, inv_temperature, Q_BIAS, Q_SOFTCAP)[0]
-            p, term, slope = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, mixture, KIND)
+            p, term, slope = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, (p_share, q_share), KIND)
             divergence += term
             slopes += slope
         mean = tl.sum(slopes, 0)
@@ -261,7 +266,7 @@ def row_divergence_kernel(
             columns = start + tl.arange(0, BLOCK)
             u, du = _load_logits(head_p, columns, columns < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)
             v = _load_logits(head_q, columns, columns < num_columns, inv_temperature, Q_BIAS, Q_SOFTCAP)[0]
-            p, term, slope = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, mixture, KIND)
+            p, term, slope = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, (p_share, q_share), KIND)
             if KIND == "forward_kl" or KIND == "reverse_kl":
                 divergence += term
             grad = tl.where(weight == 0.0, 0.0, weight * du * (slope - p * mean))
@@ -323,6 +328,7 @@ def row_divergence(
         teacher_softcap,
         columns,
         inv_temperature,
+        1 - mixture,
         mixture,
         weights.contiguous(),
         results,
