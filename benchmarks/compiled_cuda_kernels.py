@@ -35,6 +35,9 @@ _TOKENS = {
     "policy_loss": (r"STG\.E\.U8", 8 + 3 * 4 + 4 + 1 + 4),
 }
 _PACKED_SCORES = re.compile(r"row_scores_packed_kernelILb([01])ELi(\d+)E")
+# The number of a kind in csrc/cuda/divergence_kernels.cuh, and whether neither head has a bias or a softcap.
+_DIVERGENCE = re.compile(r"row_divergence_kernelILN\w+?DivergenceE(\d)ELb([01])E")
+_DIVERGENCES = ("forward KL", "reverse KL", "jsd", "skewed forward KL", "skewed reverse KL", "tvd")
 _PACKED_GRAD = re.compile(rf"row_grad_packed_kernelI({_TYPE})E")
 # Without any flag (bias, softcap, outputs), and with all of them.
 _ENDS = {("0", "0", None), ("1", "1", None), ("0", "0", "0"), ("1", "1", "15")}
@@ -59,6 +62,9 @@ def find_nvcc() -> str | None:
 
 def _label(mangled: str, name: str) -> tuple[str, bool]:
     """Returns a kernel's name for people, and whether it is shown."""
+    if divergence := re.search(_DIVERGENCE, mangled):
+        kind, plain = divergence.groups()
+        return f"{name} {_DIVERGENCES[int(kind)]}, {'plain' if plain == '1' else 'bias, softcap'}", True
     if packed := re.search(_PACKED_GRAD, mangled):
         return f"{name} to {_DTYPES[packed.group(1)]}", True
     if packed := re.search(_PACKED_SCORES, mangled):
@@ -76,7 +82,12 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
 
 
 def _least_bytes(label: str, code: MachineCode) -> int:
-    """Returns the least bytes that a thread moves: logits read and gradients written; for tokens, as in _TOKENS."""
+    """Returns the least bytes that a thread moves: logits read and gradients written; for tokens, as in _TOKENS.
+
+    0 for row_divergence: a loop of it writes gradients of three dtypes, of which one is asked for.
+    """
+    if label.startswith("row_divergence"):
+        return 0
     if label in _TOKENS:
         once, each = _TOKENS[label]
         return each * sum(re.match(once, opcode) is not None for opcode in code.busiest_loop())

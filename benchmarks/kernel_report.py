@@ -60,6 +60,7 @@ class KernelCase:
     targets: tuple[int, ...] = TARGETS
     # None: the compiler's default.
     num_stages: int | None = None
+    max_registers: int | None = None
     # Bytes of spilled registers that are no reason to worry.
     spills_allowed: int = 0
 
@@ -191,6 +192,7 @@ def _divergence_cases() -> Iterator[KernelCase]:
                 # It streams in loops, the last of which is the busiest: both logits read, a gradient written.
                 scalar_loads=None,
                 least_bytes=columns * (4 + 4 + itemsize),
+                max_registers=divergence_kernels.MAX_REGISTERS,
             )
 
 
@@ -294,6 +296,8 @@ def compile_kernel(case: KernelCase, target: int | str) -> CompiledKernel:
     options = {"num_warps": case.num_warps}
     if case.num_stages is not None:
         options["num_stages"] = case.num_stages
+    if case.max_registers is not None and isinstance(target, int):
+        options["maxnreg"] = case.max_registers
     gpu = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, THREADS_OF_WAVE)
     return triton.compile(source, target=gpu, options=options)
 

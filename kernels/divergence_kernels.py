@@ -19,6 +19,9 @@ from .launching import on_tensors_device
 from .online_softmax import transformed
 
 BLOCK, NUM_WARPS = 2048, 8
+# Left alone, NVIDIA's assembler spills a few registers of a thread to fit one more block into a multiprocessor. AMD's
+# knows no such option.
+MAX_REGISTERS = 128
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tvd")
 # Those whose gradient needs no sums beyond the first sweep's.
 TWO_SWEEPS = ("forward_kl", "reverse_kl")
@@ -179,36 +182,41 @@ def _statistics(
     BLOCK: tl.constexpr,
 ):
     """Returns what to subtract from the logits of both heads for log p and log q: the largest one, then a logarithm;
-    the entropy of p; the first of q's largest columns; and, if it is known by now, the mean slope."""
+    the entropy of p; the first of q's largest columns. And of a reverse KL q's logit where p has its largest one, and
+    the mean slope relative to that: in a row of which p is sure, nothing else would be left."""
     top_p, past_p = tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32)
     first_p, others_p = tl.full([], 0, tl.int32), tl.zeros([BLOCK], tl.float32)
     top_q, past_q, first_q, others_q = top_p, past_p, first_p, others_p
-    # Σ p x, and Σ p (x − y); of each, the share of logits that were the largest ones is kept apart as in the sums.
-    moment, past_moment, cross, past_cross = others_p, past_p, others_p, past_p
+    # Σ p x, and Σ p (x − v + v_top); of each, the share of logits that were the largest is apart as in the sums.
+    moment, past_moment, cross, past_cross, v_top = others_p, past_p, others_p, past_p, past_p
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         u = _load_logits(head_p, columns, columns < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)[0]
         v = _load_logits(head_q, columns, columns < num_columns, inv_temperature, Q_BIAS, Q_SOFTCAP)[0]
-        before, past_before = others_p, past_p
+        before, past_before, before_top = others_p, past_p, top_p
         top_p, first_p, others_p, past_p, x, p, shift_p, factor_p, seen = _add_block(
             top_p, first_p, others_p, past_p, u, columns
         )
-        top_q, first_q, others_q, past_q, y, q, shift_q, factor_q, _ = _add_block(
+        top_q, first_q, others_q, past_q, _y, _q, _shift, _factor, _seen = _add_block(
             top_q, first_q, others_q, past_q, v, columns
         )
         moment = factor_p * (moment + shift_p * before) + _moment(p, x)
         past_moment = factor_p * (past_moment + shift_p * (past_before + seen))
         if KIND == "reverse_kl":
-            shift = shift_p - shift_q
+            shift = 0.0
+            if top_p > before_top:
+                v_before = v_top
+                v_top = tl.sum(tl.where(columns == first_p, v, 0.0), 0)
+                shift = tl.where(seen == 0.0, 0.0, shift_p - (v_before - v_top))
             # A difference that is infinite fades with its probability.
-            cross = tl.where(factor_p == 0.0, 0.0, factor_p * (cross + shift * before)) + _moment(p, x - y)
+            cross = tl.where(factor_p == 0.0, 0.0, factor_p * (cross + shift * before)) + _moment(p, x - (v - v_top))
             past_cross = factor_p * (past_cross + shift * (past_before + seen))
     others = tl.sum(others_p, 0) + past_p
     log_sum_p, log_sum_q = _log_sum(top_p, others), _log_sum(top_q, tl.sum(others_q, 0) + past_q)
     entropy = log_sum_p - (tl.sum(moment, 0) + past_moment) / (1.0 + others)
     # Slopes of a forward KL are p − q, which add up to 0.
-    mean = (tl.sum(cross, 0) + past_cross) / (1.0 + others) - log_sum_p + log_sum_q if KIND == "reverse_kl" else 0.0
-    return top_p, log_sum_p, top_q, log_sum_q, entropy, first_q, mean
+    mean = (tl.sum(cross, 0) + past_cross) / (1.0 + others)
+    return top_p, log_sum_p, top_q, log_sum_q, entropy, first_q, v_top, mean
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -244,12 +252,13 @@ def row_divergence_kernel(
     index = tl.program_id(0).to(tl.int64)
     head_p = (student + index * student_stride, student_bias, student_scale, student_softcap)
     head_q = (teacher + index * teacher_stride, teacher_bias, teacher_scale, teacher_softcap)
-    top_p, log_sum_p, top_q, log_sum_q, entropy, choice, mean = _statistics(
+    top_p, log_sum_p, top_q, log_sum_q, entropy, choice, v_top, mean = _statistics(
         head_p, head_q, num_columns, inv_temperature, KIND, P_BIAS, P_SOFTCAP, Q_BIAS, Q_SOFTCAP, BLOCK
     )
     of_choice = _load_logits(head_p, choice, choice < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)[0]
     tl.store(results + index + results_stride, entropy)
     tl.store(results + index + 2 * results_stride, tl.where(of_choice >= top_p, 1.0, 0.0))
+    tl.debug_barrier()  # a gradient may take the place of what was chosen
     divergence, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if not (KIND == "forward_kl" or KIND == "reverse_kl") or not HAS_GRADIENT:
         for start in range(0, num_columns, BLOCK):
@@ -269,7 +278,11 @@ def row_divergence_kernel(
             p, term, slope = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, (p_share, q_share), KIND)
             if KIND == "forward_kl" or KIND == "reverse_kl":
                 divergence += term
-            grad = tl.where(weight == 0.0, 0.0, weight * du * (slope - p * mean))
+            if KIND == "reverse_kl":
+                change = _moment(p, (u - top_p) - (v - v_top) - mean)
+            else:
+                change = slope - p * mean
+            grad = tl.where(weight == 0.0, 0.0, weight * du * change)
             # A narrower gradient may lie in the first half of the row: all of this block's logits have to be read.
             if student.dtype.element_ty != gradient.dtype.element_ty:
                 tl.debug_barrier()
@@ -343,4 +356,5 @@ def row_divergence(
         Q_SOFTCAP=teacher_softcap != 0.0,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
+        **({} if torch.version.hip else {"maxnreg": MAX_REGISTERS}),
     )

@@ -1,8 +1,9 @@
-"""Calls the CUDA row kernels, compiled as host C++ (tests/csrc/row_kernels_simt.cpp), from Python."""
+"""Calls the CUDA row kernels, compiled as host C++ (tests/csrc/*_simt.cpp), from Python."""
 
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from pathlib import Path
 
 import torch
@@ -66,6 +67,79 @@ class PackedRows(ctypes.Structure):
         ("tops_stride", ctypes.c_int64),
         ("index", ctypes.c_void_p),
     ]
+
+
+class DivergenceSide(ctypes.Structure):
+    """Mirrors trl_fast::DivergenceSide; the divergence's structures are those of csrc/divergence_types.h."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("row_stride", ctypes.c_int64),
+        ("transform", Transform),
+    ]
+
+
+class DivergenceNumbers(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("teacher_part", "student_part", "mixture", "one_minus_mixture", "tilt")),
+        ("is_tvd", ctypes.c_bool),
+    ]
+
+
+class DivergenceArgs(ctypes.Structure):
+    _fields_ = [
+        ("student", DivergenceSide),
+        ("teacher", DivergenceSide),
+        ("columns", ctypes.c_int64),
+        ("numbers", DivergenceNumbers),
+        ("weights", ctypes.c_void_p),
+        ("results", ctypes.c_void_p),
+        ("results_stride", ctypes.c_int64),
+        ("gradient", ctypes.c_void_p),
+        ("gradient_stride", ctypes.c_int64),
+        ("gradient_dtype", ctypes.c_int),
+    ]
+
+
+def run_sanitized(program: Path, what: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program of tests/csrc, compiled with a sanitizer; what: the defect that it plants, "clean" for none."""
+    command = [str(program), what]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if "unexpected memory mapping" in result.stderr:  # older sanitizers cannot live with much address randomisation
+        result = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True, timeout=60)
+    return result
+
+
+class HostDivergence:
+    """The simulation of the divergence's kernel; each call shuffles the threads anew."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.calls = 0
+
+    @staticmethod
+    def _side(logits, bias, scale, softcap, inv_temperature) -> DivergenceSide:
+        assert bias is None or (bias.is_contiguous() and bias.dtype == torch.float32)
+        transform = Transform(None if bias is None else bias.data_ptr(), scale, softcap, inv_temperature)
+        return DivergenceSide(logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), transform)
+
+    def __call__(self, *given) -> None:
+        """Computes the rows; the arguments are those of row_divergence_reference."""
+        student, teacher, (inv_temperature, *formula, weights, results, gradient) = given[:4], given[4:8], given[8:]
+        teacher_part, student_part, mixture, is_tvd = formula
+        assert weights.is_contiguous() and student[0].dtype == torch.float32
+        rest = 1 - mixture
+        tilt = teacher_part * rest - student_part * mixture
+        to = (None, 0, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0), DTYPES[gradient.dtype])
+        args = DivergenceArgs(
+            *(self._side(*student, inv_temperature), self._side(*teacher, inv_temperature), student[0].shape[1]),
+            DivergenceNumbers(teacher_part, student_part, mixture, rest, tilt, is_tvd),
+            *(weights.data_ptr(), results.data_ptr(), results.stride(0), *to),
+        )
+        self.calls += 1
+        rows = ctypes.c_int64(len(student[0]))
+        self.library.simt_row_divergence(ctypes.byref(args), rows, ctypes.c_uint(self.calls))
 
 
 class HostKernels:

@@ -135,6 +135,7 @@ def _triton(*args: object) -> None:
 DIVERGENCE_KERNELS = {
     "torch": DivergenceKernel(row_divergence_reference, 80),
     "cpp": DivergenceKernel(_compiled, 0),
+    "cuda": DivergenceKernel(_compiled, 0),
     "triton": DivergenceKernel(_triton, 0),
 }
 
