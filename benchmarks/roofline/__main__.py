@@ -1,7 +1,9 @@
 """Counts the work of the head and of whole optimizer steps, ours and TRL 1.16's, against a roofline.
 
-    python -m benchmarks.roofline [head] [steps] [--gpu h100-80|h200|...] [--operators] [--waits] [--json FILE]
+    python -m benchmarks.roofline [head] [divergence] [steps] [--gpu h100-80|h200|...] [--operators] [--waits]
+                                  [--json FILE]
         head:  [--sizes 8192/4096/151936 ...] [--modes "trained token" ...] [--workspace BYTES]
+        divergence: of two heads, [--divergence_sizes 8192/4096/151936 ...] [--workspace BYTES]
         steps: [--methods dpo sft grpo] [--models qwen2.5-0.5b llama-3.2-1b llama-3.1-8b]
                [--num_gpus N] [--accelerate_config fsdp2|zero3|...]: also what each of N GPUs sends in such a step
 
@@ -40,11 +42,14 @@ from trl_fast.planning.sharding import SHARINGS
 from trl_fast.planning.training_setup import DEFAULT_ENGINE
 
 from ..head_size import Size, parse_size
+from .divergence import MODES as DIVERGENCE_MODES
+from .divergence import SIZES as DIVERGENCE_SIZES
+from .divergence import count_divergence
 from .head import MODES, SIZES, HeadCase, count_head, misses
 from .report import head_facts, print_cases, roofline_of, step_facts, wire_of_step
 from .steps import METHODS, MODELS, Step, StepCase, count_step, quiet
 
-PARTS = ("head", "steps")
+PARTS = ("head", "divergence", "steps")
 
 
 def main() -> None:
@@ -55,6 +60,9 @@ def main() -> None:
     if "head" in arguments.parts:
         heads = [(size, mode) for mode in arguments.modes for size in arguments.sizes]
         wanted += [lambda case=case: count_head(*case, gpu, arguments.workspace) for case in heads]
+    if "divergence" in arguments.parts:
+        pairs = [(size, mode) for mode in DIVERGENCE_MODES for size in arguments.divergence_sizes]
+        wanted += [lambda case=case: count_divergence(*case, gpu, arguments.workspace) for case in pairs]
     if "steps" in arguments.parts:
         steps = [Step(method, model, MODELS[model]) for model in arguments.models for method in arguments.methods]
         wanted += [lambda step=step: count_step(step, gpu) for step in steps]
@@ -67,7 +75,7 @@ def main() -> None:
         for case in steps:
             console.print(f"{case.step}: {wire_of_step(case, arguments.accelerate_config, arguments.num_gpus)}")
     console.print(roofline_of(gpu))
-    for miss in misses(heads):
+    for miss in misses([case for case in heads if case.mode in MODES]):
         console.print(f"[red]beyond its bound:[/] {miss}")
     if arguments.json:
         facts = [*map(head_facts, heads), *map(step_facts, steps)]
@@ -76,8 +84,11 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", type=_part, default=["head"], help="head, steps or both; default: head")
+    parser.add_argument(
+        "parts", nargs="*", type=_part, default=["head"], help="head, divergence, steps; default: head"
+    )
     parser.add_argument("--sizes", nargs="+", type=_size, default=list(SIZES), help="rows/hidden/vocabulary")
+    parser.add_argument("--divergence_sizes", nargs="+", type=_size, default=list(DIVERGENCE_SIZES), metavar="SIZE")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES), metavar="MODE")
     parser.add_argument("--workspace", type=int, help="workspace_bytes of ours; default: its own choice")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 
-from trl_fast.ops.backends import HEAD_OPS, load_extension
+from trl_fast.ops.backends import DIVERGENCE_OPS, HEAD_OPS, load_extension
 from trl_fast.ops.device import DeviceFacts, DeviceMemory, simulated_device
 from trl_fast.planning.device_facts import DeviceMeter, SimulatedFlexAttention
 from trl_fast.planning.gpu_facts import Gpu
@@ -86,7 +86,7 @@ def _facts(gpu: Gpu, counter: Counter) -> DeviceFacts:
         read_memory=lambda: DeviceMemory(
             gpu.memory_bytes - counter.live_bytes, gpu.memory_bytes, counter.live_bytes, counter.highest_bytes
         ),
-        serves=lambda op, backend: backend == "cuda" and op in HEAD_OPS and load_extension().ok,
+        serves=lambda op, backend: backend == "cuda" and op in (*HEAD_OPS, *DIVERGENCE_OPS) and load_extension().ok,
         flex_attention=functools.partial(SimulatedFlexAttention.apply, _flex_meter(counter)),
     )
 

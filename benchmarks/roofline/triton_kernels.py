@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from trl.kernels import chunked_logprob
+from trl.kernels import chunked_divergence, chunked_logprob
 
 from trl_fast.kernels import attention_merge
 from trl_fast.ops.backends import TRITON_OPS
@@ -36,6 +36,10 @@ class Touched:
     flagged: tuple[tuple[str, str], ...] = ()
 
 
+_DIVERGENCE_SUMS = (
+    *("s_max_ptr", "s_sum_ptr", "s_x_sum_ptr", "t_max_ptr", "t_sum_ptr"),
+    *("t_weighted_gap_ptr", "s_weighted_gap_ptr"),
+)
 KERNELS = (
     # trl/kernels/chunked_logprob.py, _forward_kernel: one program a row; loads the tile and all of the row's numbers,
     # stores those that were asked for.
@@ -66,6 +70,27 @@ KERNELS = (
         "_backward_kernel",
         reads=("mm_ptr", "targets_ptr", "log_z_ptr", "entropy_ptr", "grad_logprobs_ptr", "grad_entropy_ptr"),
         writes=("mm_ptr",),
+    ),
+    # trl/kernels/chunked_divergence.py, _stats_kernel and _jsd_kernel: one program a row; load both tiles and the
+    # row's numbers, store these again.
+    Touched(
+        chunked_divergence,
+        "_stats_kernel",
+        reads=("s_ptr", "t_ptr", *_DIVERGENCE_SUMS),
+        writes=_DIVERGENCE_SUMS,
+    ),
+    Touched(
+        chunked_divergence,
+        "_jsd_kernel",
+        reads=("s_ptr", "t_ptr", "s_log_z_ptr", "t_log_z_ptr", "jsd_ptr", "kl_student_ptr"),
+        writes=("jsd_ptr", "kl_student_ptr"),
+    ),
+    # The same, _backward_kernel: loads both tiles, stores the gradient in the student's place.
+    Touched(
+        chunked_divergence,
+        "_backward_kernel",
+        reads=("s_ptr", "t_ptr", "s_log_z_ptr", "t_log_z_ptr", "aux_ptr", "grad_ptr"),
+        writes=("s_ptr",),
     ),
     # kernels/attention_merge.py: every row of both outputs is loaded once, every merged one stored once.
     Touched(
@@ -100,7 +125,7 @@ class _Launches:
 
     def __init__(self, kernel: Any, touched: Touched, counter: Counter) -> None:
         self._signature = inspect.signature(kernel.fn)
-        self._library = "trl" if touched.module is chunked_logprob else "trl_fast"
+        self._library = touched.module.__name__.partition(".")[0]
         self._touched = touched
         self._counter = counter
 

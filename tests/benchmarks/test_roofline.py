@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.head_size import Size, parse_size
 from benchmarks.roofline import __main__ as command
+from benchmarks.roofline.divergence import count_divergence
 from benchmarks.roofline.fake_devices import CPU, CUDA, is_on_gpu
 from benchmarks.roofline.fake_gpu import fake_gpu
 from benchmarks.roofline.head import BOUNDS, MODES, REFERENCE, SIZES, count_head, misses
@@ -209,6 +210,21 @@ def test_host_waits_are_seen_where_they_are(run, waits):
     assert all(place.startswith("tests/benchmarks/test_roofline.py:") for place in counts.waits)
 
 
+@needs_extension
+@pytest.mark.parametrize(
+    ("mixture", "is_tvd", "sweeps"), [(0.0, False, 2), (1.0, False, 2), (0.3, False, 3), (0.0, True, 3)]
+)
+def test_a_divergence_is_counted_as_often_as_it_reads(mixture, is_tvd, sweeps):
+    def run(student, teacher, weights, results, gradient):
+        heads = (student, None, 1.0, 0.0, teacher, None, 1.0, 0.0)
+        torch.ops.trl_fast.row_divergence(*heads, 1.0, 0.7, 0.3, mixture, is_tvd, weights, results, gradient)
+
+    made = [lambda: fp32(R, V), lambda: fp32(R, V), lambda: fp32(R), lambda: fp32(3, R)]
+    counts = counted(run, *made, lambda: empty(R, V))
+    assert (counts.read, counts.written) == (sweeps * 2 * 4 * LOGITS + 4 * R, 2 * LOGITS + 3 * 4 * R)
+    assert counted(run, *made, lambda: None).read == 2 * 2 * 4 * LOGITS + 4 * R
+
+
 def test_the_peak_is_of_what_lives_at_once():
     def freed_between(_):
         for _ in range(3):
@@ -260,6 +276,16 @@ def cases():
 @needs_extension
 def test_the_head_stays_within_its_bounds(cases):
     assert misses(cases) == []
+
+
+@needs_extension
+@pytest.mark.parametrize(("mode", "trl_passes"), [("JSD, trained", 8), ("reverse KL, frozen", 5)])
+def test_a_divergence_takes_its_passes_and_less_than_trls(mode, trl_passes):
+    case = count_divergence(Size(512, 256, 65536), mode, H100)
+    assert case.ours.flops == case.floor_flops
+    assert case.trl.flops == trl_passes * 2.0 * 512 * 256 * 65536
+    assert case.ours.moved < case.trl.moved and case.trl_over_ours > 1.5
+    assert not case.ours.waits.total()
 
 
 def test_bounds_are_there_for_every_mode():

@@ -48,6 +48,14 @@ class DivergenceKernel(NamedTuple):
     bytes_per_element: int
 
 
+def num_sweeps(mixture: float, is_tvd: bool, with_gradient: bool) -> int:
+    """Returns how often a GPU's kernel reads both logits; mixture, is_tvd: of DivergenceFormula.
+
+    A plain KL knows its slopes' mean after the first sweep, and takes its terms with the gradient.
+    """
+    return 2 if not with_gradient or (mixture in (0.0, 1.0) and not is_tvd) else 3
+
+
 def row_divergence_reference(
     student: torch.Tensor,
     student_bias: torch.Tensor | None,

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from trl_fast.ops.divergence.row_kernels import num_sweeps
+
 # Operators that only make or describe tensors.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "is_pinned"}
 # In place, without a look at what was there.
@@ -52,7 +54,14 @@ def touched(
         put = [tensor for tensor in tensors if all(tensor is not other for other in changed)]
         values = extent([tensor for tensor in put if tensor.dtype == changed[0].dtype])
         return extent(put) + (values if name in _ADDING else 0), values
-    return extent([tensor for tensor in tensors if id(tensor) not in overwritten]), written
+    read = extent([tensor for tensor in tensors if id(tensor) not in overwritten])
+    return read + (_read_again(given) if name == "row_divergence" else 0), written
+
+
+def _read_again(given: dict[str, Any]) -> int:
+    """Counts the bytes that the kernel of divergences reads more than once. given: its arguments by name."""
+    sweeps = num_sweeps(given["mixture"], given["is_tvd"], given.get("gradient") is not None)
+    return (sweeps - 1) * extent([given["student"], given["teacher"]])
 
 
 def name_of(func: torch._ops.OpOverload) -> str:
