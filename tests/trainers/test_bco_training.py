@@ -134,7 +134,7 @@ def test_weights_of_prompts_that_are_messages(build, tokenizer):
     assert len(set(build(arguments).train_dataset[PROMPT_WEIGHT])) > 1
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["whole model", "LoRA"])
+@pytest.mark.parametrize("peft", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole model", "LoRA"])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(peft, build, tmp_path):
     class PullThePlug(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

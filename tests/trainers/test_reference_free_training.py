@@ -148,7 +148,7 @@ def test_a_batch_that_is_read_gives_the_same_loss(method, build):
 
 
 @pytest.mark.parametrize("method", ["ORPO", pytest.param("TPO", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("peft", [False, True], ids=["whole model", "LoRA"])
+@pytest.mark.parametrize("peft", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole model", "LoRA"])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(method, peft, build):
     class PullThePlug(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
