@@ -19,7 +19,7 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
-.PHONY: venv wheel demo demo-grpo demo-ppo demo-distillation demo-pictures test test-more test-slow test-vllm check-recipes test-install fuzz sanitize bench \
+.PHONY: venv wheel demo demo-grpo demo-ppo demo-distillation demo-pictures demo-environment test test-more test-slow test-vllm check-recipes test-install fuzz sanitize bench \
   gpu-kit check-gpu-code docs lint format clean
 
 venv: $(READY)
@@ -58,6 +58,9 @@ demo-distillation: $(READY)
 
 demo-pictures: $(READY)
 	$(BIN)/python -m examples.demo_pictures $(DEMO_ARGS)
+
+demo-environment: $(READY)
+	$(BIN)/python -m examples.demo_environment $(DEMO_ARGS)
 
 # Two processes with a thread each are twice as fast as one with two, and what a thread adds up is the same everywhere.
 test: $(READY)

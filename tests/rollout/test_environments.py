@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from support.environments import Judged, Sums, Words
 from support.source_tree import ROOT
@@ -115,6 +116,51 @@ def test_async_environments_run_side_by_side():
     assert environments.errors == [None] * 3 and len(Together.arrived["close"]) == 3
 
 
+class Crowd:
+    """Waits in each of its methods, none of which is async, until all others wait there."""
+
+    barrier = threading.Barrier(3)
+
+    def __init__(self):
+        if len(self.made) > 0:
+            self.barrier.wait(5)
+        self.made.append(self)
+
+    made: list = []
+
+    def reset(self, place, **row):
+        self.barrier.wait(5)
+        return f"Place {place}."
+
+    def step(self) -> str:
+        """Steps."""
+        self.barrier.wait(5)
+        return f"{torch.is_grad_enabled()}"
+
+    def get_reward(self):
+        self.barrier.wait(5)
+        return 1.0
+
+    def close(self):
+        self.barrier.wait(5)
+
+
+def test_sync_environments_run_side_by_side_where_workers_are_asked_for():
+    Crowd.made = []
+    environments = Environments(Crowd, timeout=5, workers=4)
+    environments.kinds[None].pool = []
+    assert environments.reset([None] * 3, [{"place": i} for i in range(3)]) == [f"Place {i}." for i in range(3)]
+    tokenizer = tool_tokenizer()
+    engine = ScriptedEngine(tokenizer, *[call("step")] * 3, *[ANSWER] * 3)
+    loop = ToolLoop(engine, lambda _: [seat.toolbox for seat in environments.seats], tokenizer, workers=3)
+    with torch.no_grad():
+        rollout = loop.generate([[5, 6]] * 3, SamplingSettings(120))
+    assert [messages[1]["content"] for messages in rollout.messages] == ["False"] * 3
+    assert environments.reward_sources()[0](environments.instances) == [1.0] * 3
+    environments.close()
+    assert environments.errors == [None] * 3
+
+
 class Flaky(Sums):
     """Fails where its row says so; it notes what was closed."""
 
@@ -145,9 +191,10 @@ class Flaky(Sums):
             raise OSError("already gone")
 
 
-def test_one_that_fails_is_lost_alone_and_another_takes_its_place(caplog):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_one_that_fails_is_lost_alone_and_another_takes_its_place(workers, caplog):
     Flaky.closed = []
-    environments = Environments(Flaky, timeout=0.2, tool_timeout=0.1)
+    environments = Environments(Flaky, timeout=0.2, tool_timeout=0.1, workers=workers)
     fails = [None, "reset", "hang", "type", "reward", "reset"]
     environments.reset([None] * 6, [{"start": 1, "fails": each} for each in fails])
     source = environments.reward_sources()[0]
@@ -164,7 +211,7 @@ def test_one_that_fails_is_lost_alone_and_another_takes_its_place(caplog):
         assert message.startswith("environment Flaky failed in ") and part in message
     caplog.clear()
     environments.reset([None] * 6, [{"start": 1}] * 6)
-    assert Flaky.closed == lost and not any(environments.errors)
+    assert set(map(id, Flaky.closed)) == set(map(id, lost)) and not any(environments.errors)
     assert not set(map(id, lost)) & set(map(id, environments.instances))
     assert "environment Flaky.close() raised OSError: already gone" in caplog.text
 

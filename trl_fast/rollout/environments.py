@@ -16,7 +16,7 @@ from typing import Any
 
 from .reward_answers import copied, shown
 from .tools import Toolbox
-from .user_calls import Outcome, UserCalls, described
+from .user_calls import Outcome, UserCalls, described, side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +147,12 @@ class EnvironmentKind:
                 f"dataset, which do not fit its arguments {self._reset} ({error}); add **row to them"
             ) from error
 
+    def reserve(self, count: int) -> None:
+        """Makes places for so many environments."""
+        self.pool += [None] * (count - len(self.pool))
+
     def seat(self, place: int, calls: UserCalls) -> Seat:
         """Returns the seat of this number, with its environment, which is made if there is none."""
-        self.pool += [None] * (place + 1 - len(self.pool))
         outcome = Outcome(self.pool[place])
         if outcome.value is None:
             outcome = calls.call(f"{self.name}()", self.factory)
@@ -183,6 +186,7 @@ class Environments:
         tools: functions that the policy may call in every environment.
         timeout: seconds that a factory, `reset`, `get_reward` or `close` may take; None is no limit.
         tool_timeout: seconds that any other method may take.
+        workers: environments of which sync methods run at a time, in threads if there are several.
 
     Attributes:
         by_name: whether rows choose.
@@ -201,6 +205,7 @@ class Environments:
         *,
         timeout: float | None = None,
         tool_timeout: float | None = None,
+        workers: int = 1,
     ) -> None:
         self.by_name = isinstance(given, Mapping)
         factories: Mapping[Any, Any] = given if isinstance(given, Mapping) else {None: given}
@@ -213,6 +218,7 @@ class Environments:
             key: EnvironmentKind(key, factory, tools, tool_timeout) for key, factory in factories.items()
         }
         self.seats: list[Seat] = []
+        self._workers = workers
         self._calls = UserCalls("environment", "environment_timeout", timeout)
         self._told: set[tuple[str, str, type]] = set()
 
@@ -254,9 +260,13 @@ class Environments:
         """
         self._retire()
         places: Counter[str | None] = Counter()
+        jobs = []
         for name in names:
-            self.seats.append(self.kind(name).seat(places[name], self._calls))
+            jobs.append(functools.partial(self.kind(name).seat, places[name], self._calls))
             places[name] += 1
+        for name, count in places.items():
+            self.kind(name).reserve(count)
+        self.seats = side_by_side(jobs, self._workers)
         return self.ask(self.seats, _RESET, [copied(row) for row in rows], _observation)
 
     def ask(
@@ -266,7 +276,7 @@ class Environments:
         arguments: Sequence[dict[str, Any]] | None = None,
         read: Callable[[Any], Any] | None = None,
     ) -> list[Any]:
-        """Calls a method of environments: sync ones in order, then async ones side by side.
+        """Calls a method of environments: sync ones in order, or several at a time, then async ones side by side.
 
         Args:
             seats: whose environments. One that was lost is left out, one that raises or takes too long is lost.
@@ -279,14 +289,17 @@ class Environments:
         """
         values: list[Any] = [None] * len(seats)
         waiting: list[tuple[int, str, Awaitable[Any]]] = []
-        for index, seat in enumerate(seats):
-            if seat.toolbox.lost is None:
-                name, given = f"{seat.kind.name}.{method}", {} if arguments is None else arguments[index]
-                outcome = self._calls.call(name, functools.partial(_called, seat.environment, method, given, read))
-                if inspect.isawaitable(outcome.value):
-                    waiting.append((index, name, outcome.value))
-                else:
-                    values[index] = seat.read(method, outcome)
+        working = [index for index, seat in enumerate(seats) if seat.toolbox.lost is None]
+        jobs = []
+        for index in working:
+            given = {} if arguments is None else arguments[index]
+            call = functools.partial(_called, seats[index].environment, method, given, read)
+            jobs.append(functools.partial(self._calls.call, f"{seats[index].kind.name}.{method}", call))
+        for index, outcome in zip(working, side_by_side(jobs, self._workers), strict=True):
+            if inspect.isawaitable(outcome.value):
+                waiting.append((index, f"{seats[index].kind.name}.{method}", outcome.value))
+            else:
+                values[index] = seats[index].read(method, outcome)
         answers = self._calls.gather([(name, _called_later(value, read)) for _, name, value in waiting])
         for (index, *_), answer in zip(waiting, answers, strict=True):
             values[index] = seats[index].read(method, answer)
@@ -318,19 +331,14 @@ class Environments:
         self.seats = []
 
     def _close(self, environments: Sequence[Any]) -> None:
-        waiting: list[tuple[str, Awaitable[Any]]] = []
-        outcomes: list[tuple[str, Outcome]] = []
-        for environment in environments:
-            name = _closing_method(type(environment))
-            if name is not None:
-                shown_name = f"{type(environment).__name__}.{name}"
-                outcome = self._calls.call(shown_name, getattr(environment, name))
-                if inspect.isawaitable(outcome.value):
-                    waiting.append((shown_name, outcome.value))
-                else:
-                    outcomes.append((shown_name, outcome))
-        answers = self._calls.gather(waiting)
-        for name, outcome in [*outcomes, *zip([name for name, _ in waiting], answers, strict=True)]:
+        pairs = [(each, _closing_method(type(each))) for each in environments]
+        closed = [(f"{type(each).__name__}.{name}", getattr(each, name)) for each, name in pairs if name is not None]
+        jobs = [functools.partial(self._calls.call, name, method) for name, method in closed]
+        outcomes = side_by_side(jobs, self._workers)
+        named = [(name, outcome) for (name, _), outcome in zip(closed, outcomes, strict=True)]
+        waiting = [(name, outcome.value) for name, outcome in named if inspect.isawaitable(outcome.value)]
+        later = zip([name for name, _ in waiting], self._calls.gather(waiting), strict=True)
+        for name, outcome in [*named, *later]:
             if outcome.error is not None:
                 logger.warning(f"environment {name}() raised {described(outcome.error)}; it may not be closed")
 

@@ -76,6 +76,7 @@ class ToolLoop(EngineWrapper):
         max_positions: the most tokens, prompt and completion together, that the model takes; None if it has no limit.
         chat_template_kwargs: for the template, as for the prompts.
         images: reads those of results; None: the model reads none.
+        workers: as in `run_tools`.
 
     Raises:
         ValueError: the chat template does not serve.
@@ -91,8 +92,10 @@ class ToolLoop(EngineWrapper):
         max_positions: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         images: RolloutImages | None = None,
+        workers: int = 1,
     ) -> None:
         super().__init__(engine)
+        self._workers = workers
         tokenizer.response_template = find_response_template(tokenizer)
         self._toolbox, self.tokenizer = toolbox, tokenizer
         self.max_iterations, self.max_positions = max_iterations, max_positions
@@ -117,7 +120,8 @@ class ToolLoop(EngineWrapper):
         calls = failures = iteration = 0
         open_ = [dialogue for dialogue in dialogues if dialogue.open_calls]
         while self._in_any_process(len(open_)) and iteration != self.max_iterations:
-            results = run_tools([dialogue.toolbox for dialogue in open_], [dialogue.open_calls for dialogue in open_])
+            calls_now = [dialogue.open_calls for dialogue in open_]
+            results = run_tools([dialogue.toolbox for dialogue in open_], calls_now, self._workers)
             calls, failures = calls + results.calls, failures + results.failures
             answered = [
                 dialogue

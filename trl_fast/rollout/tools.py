@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers.utils import get_json_schema
@@ -13,7 +14,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 
 from .reward_answers import copied
 from .tool_arguments import checked_arguments
-from .user_calls import Outcome, TimeLimitError, UserCalls, described
+from .user_calls import Outcome, TimeLimitError, UserCalls, described, side_by_side
 
 
 @dataclass
@@ -103,18 +104,20 @@ class Toolbox:
             self.lost = self.lost or outcome.error
 
 
-def run_tools(boxes: Sequence[Toolbox], turns: list[list[dict[str, Any]]]) -> ToolResults:
+def run_tools(boxes: Sequence[Toolbox], turns: list[list[dict[str, Any]]], workers: int = 1) -> ToolResults:
     """Makes the calls of several completions, given by completion, each with a toolbox.
 
     Sync functions run one after the other, in order; then all async ones, side by side. As in TRL, the results of a
     completion's sync calls come before those of its async ones. An error that a function raises is its result, for the
     model to read, and so is one of its arguments, with which it is not called.
+
+    workers: completions whose sync functions run at a time, in threads if there are several.
     """
     results: list[list[tuple[dict[str, Any], str, Outcome]]] = [[] for _ in turns]
     waiting: list[tuple[int, dict[str, Any], str, Awaitable[Any]]] = []
-    for index, (box, calls) in enumerate(zip(boxes, turns, strict=True)):
-        for call in calls:
-            name, outcome = box.call(call)
+    jobs = [partial(_called_in_turn, box, calls) for box, calls in zip(boxes, turns, strict=True)]
+    for index, found in enumerate(side_by_side(jobs, workers)):
+        for call, name, outcome in found:
             if inspect.isawaitable(outcome.value):
                 waiting.append((index, call, name, outcome.value))
             else:
@@ -131,6 +134,10 @@ def run_tools(boxes: Sequence[Toolbox], turns: list[list[dict[str, Any]]]) -> To
         calls=sum(map(len, turns)),
         failures=sum(outcome.error is not None for of_one in results for *_, outcome in of_one),
     )
+
+
+def _called_in_turn(box: Toolbox, calls: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str, Outcome]]:
+    return [(call, *box.call(call)) for call in calls]
 
 
 def _schema(tool: Callable[..., Any]) -> dict[str, Any]:

@@ -7,18 +7,21 @@ import concurrent.futures
 import contextvars
 import functools
 import logging
+import os
 import queue
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Seconds after which a function that is waited for is named, again and again.
 _LINE_SECONDS = 60.0
@@ -126,6 +129,42 @@ class UserCalls:
             done.set()
 
 
+def side_by_side(jobs: Sequence[Callable[[], T]], workers: int) -> list[T]:
+    """Runs jobs, so many at a time in threads, and returns what each gave; a single worker is this thread.
+
+    Raises:
+        BaseException: what the first job that raised did.
+    """
+    if workers == 1 or len(jobs) < 2:
+        return [job() for job in jobs]
+    waiting = list(enumerate(map(_with_callers_state, jobs)))[::-1]
+    done: dict[int, Outcome] = {}
+
+    def work() -> None:
+        while waiting:
+            with suppress(IndexError):  # another thread took the last one
+                index, job = waiting.pop()
+                done[index] = _outcome_here(job)
+
+    threads = [threading.Thread(target=work, name="side by side", daemon=True) for _ in range(min(workers, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    outcomes = [done[index] for index in range(len(jobs))]
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [outcome.value for outcome in outcomes]
+
+
+def _outcome_here(job: Callable[[], Any]) -> Outcome:
+    try:
+        return Outcome(job())
+    except BaseException as error:
+        return Outcome(error=error)
+
+
 def outcome_of(function: Callable[..., Any], arguments: dict[str, Any]) -> Outcome:
     """Calls a function in this thread. Only what a signal's handler raises passes through."""
     with _raised_by_signals() as by_signals:
@@ -170,13 +209,13 @@ def _raised_by_signals() -> Iterator[list[BaseException]]:
                 signal.signal(number, handler)
 
 
-def _with_callers_state(call: Callable[[], Outcome]) -> Callable[[], Outcome]:
+def _with_callers_state(call: Callable[[], T]) -> Callable[[], T]:
     """Returns a call that finds, in another thread, the context, the grad mode and the CUDA device of this one."""
     context = contextvars.copy_context()
     grad = torch.is_grad_enabled()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
-    def there() -> Outcome:
+    def there() -> T:
         if device is not None:
             torch.cuda.set_device(device)
         with torch.set_grad_enabled(grad):
@@ -210,6 +249,10 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=_run_for_ever, args=(loop,), name="async functions", daemon=True).start()
     return loop
+
+
+# The loop's thread is not there in a process that was forked.
+os.register_at_fork(after_in_child=_event_loop.cache_clear)
 
 
 def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:

@@ -186,6 +186,7 @@ RANGES: dict[str, Range] = {
     "reward_timeout": Range(0, above=True, advice=_NONE_MEANS_NO_LIMIT),
     "tool_timeout": Range(0, above=True, advice=_NONE_MEANS_NO_LIMIT),
     "environment_timeout": Range(0, above=True, advice=_NONE_MEANS_NO_LIMIT),
+    "environment_workers": COUNT,
     # GRPO and RLOO: vLLM
     "vllm_server_port": PORT,
     "vllm_group_port": PORT,

@@ -130,6 +130,9 @@ class GRPOConfig(OnlineConfig):
     environment_timeout: float | None = None
     """Seconds after which an environment whose reset() or get_reward() has not answered is lost. None: no limit."""
 
+    environment_workers: int = 1
+    """Environments whose sync methods run at a time, in threads. 1: one after the other, as in TRL."""
+
     vllm_importance_sampling_cap: float | None = older_name(now="vllm_importance_sampling_clip_max")
 
     def __post_init__(self) -> None:

@@ -278,8 +278,14 @@ def open_environments(
     if environment_factory is None:
         return None
     find_response_template(tokenizer)
-    timeouts = {"timeout": args.environment_timeout, "tool_timeout": args.tool_timeout}
-    return EnvironmentRollouts(Environments(environment_factory, tools or (), **timeouts), tokenizer, args)
+    environments = Environments(
+        environment_factory,
+        tools or (),
+        timeout=args.environment_timeout,
+        tool_timeout=args.tool_timeout,
+        workers=args.environment_workers,
+    )
+    return EnvironmentRollouts(environments, tokenizer, args)
 
 
 # At module level: datasets pickles it for its worker processes and hashes it for its cache.

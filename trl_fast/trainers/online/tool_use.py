@@ -74,4 +74,5 @@ def with_tools(
         max_positions=(args.vllm_max_model_length if args.use_vllm else None) or positions,
         chat_template_kwargs=args.chat_template_kwargs,
         images=images,
+        workers=args.environment_workers,
     )
