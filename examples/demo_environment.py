@@ -1,12 +1,12 @@
 """Trains GRPO in an environment end to end: a tiny model learns to find a number by listening to what it is told.
 
-    python -m examples.demo_environment [--steps 60] [--warm_up_steps 80] [--output_dir runs/environment]
+    python -m examples.demo_environment [--steps 120] [--warm_up_steps 200] [--output_dir runs/environment]
 
-A Llama of half a million parameters with random weights is first shown games that were played at random: it learns to
-call the tool `guess`, and nothing more. GRPO then plays in the environment, which tells whether a number was found in
-two guesses. There are three, so who asks for the middle first and listens wins each time. Prints how often games are
-won before and after, and one of them, and draws the training curves. The exit status is 1 if they are not won clearly
-more often.
+A Llama of half a million parameters with random weights is first shown clumsy games: it learns to call the tool
+`guess`, and when to stop. GRPO then plays in the environment, which tells of each guess whether the number is higher
+or lower, and at the end whether it was found. Three guesses find each of seven numbers, if what is left is halved.
+Prints how often games are won before and after, and one of them, and draws the training curves. The exit status is 1
+if they are not won clearly more often.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_fast import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from .number_game import GUESSES, NUMBERS, NumberGame, aimless_plays, games, heed, make_model, make_tokenizer
+from .number_game import GUESSES, NUMBERS, NumberGame, clumsy_plays, games, heed, make_model, make_tokenizer
 from .online_demo import common_settings, make_console, plot, quiet
 
-GENERATIONS = 32
+GENERATIONS = 48
 # What the share of won games has to gain.
-CLEARLY = 0.3
+CLEARLY = 0.2
 WON = "rewards/NumberGame/mean"
 CURVES = (WON, "rewards/heed/mean", "tools/call_frequency", "entropy")
 
@@ -36,8 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns a parser of the demo's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/environment"))
-    parser.add_argument("--steps", type=int, default=60, help="steps of GRPO")
-    parser.add_argument("--warm_up_steps", type=int, default=80, help="supervised steps before")
+    parser.add_argument("--steps", type=int, default=120, help="steps of GRPO")
+    parser.add_argument("--warm_up_steps", type=int, default=200, help="supervised steps before")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -53,7 +53,7 @@ def warm_up(
         bf16=False,
         **common_settings(arguments, "warm_up"),
     )
-    rows = aimless_plays(64 * 32, arguments.seed)
+    rows = clumsy_plays(64 * 32, arguments.seed)
     trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
     quiet(trainer, console)
     trainer.train()
@@ -70,8 +70,8 @@ def make_trainer(
         num_generations=GENERATIONS,
         max_completion_length=64,
         max_tool_calling_iterations=GUESSES,
-        learning_rate=5e-4,
-        beta=0.02,
+        learning_rate=1e-3,
+        beta=0.05,
         bf16=False,
         **common_settings(arguments, "grpo"),
     )
@@ -80,7 +80,7 @@ def make_trainer(
         reward_funcs=heed,
         args=config,
         train_dataset=games(),
-        eval_dataset=games(repeats=2),
+        eval_dataset=games(),
         processing_class=tokenizer,
         environment_factory=NumberGame,
     )

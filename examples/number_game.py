@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import get_json_schema
 
 # The numbers are 1 to NUMBERS. Who halves what is left finds each of them with GUESSES guesses.
-NUMBERS, GUESSES = 3, 2
+NUMBERS, GUESSES = 7, 3
+# How often the players that a model is shown heed what they were told.
 HEED = 0.5
 _START, _END, _PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 # What a call is written as, around its number: a token each.
@@ -80,10 +81,10 @@ def games(repeats: int = 1) -> Dataset:
     return Dataset.from_list([{"prompt": prompt, "number": 1 + i % NUMBERS} for i in range(repeats * NUMBERS)])
 
 
-def aimless_plays(count: int, seed: int) -> Dataset:
-    """Returns rows of `prompt`, `completion` and `tools` for SFT: each turn of games that are played at random.
+def clumsy_plays(count: int, seed: int) -> Dataset:
+    """Returns rows of `prompt`, `completion` and `tools` for SFT: each turn of games that are played clumsily.
 
-    Whoever plays like that knows how to guess and when to stop, but does not listen.
+    The player heeds what it was told before about half of the guesses, and guesses anything else.
     """
     rng = random.Random(seed)
     tools = [get_json_schema(NumberGame().guess)]

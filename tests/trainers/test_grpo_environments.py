@@ -11,10 +11,13 @@ from datasets import Dataset
 
 import trl_fast
 import trl_fast.data.packing as packing
+from support import vllm
 from support.environments import Judged, Sums, Visits, Words, questions_with_start
 from support.models import save_tiny_model
+from support.tokenizer import EOS
 from support.tools import ADD, ANSWER, ToolPolicy, tool_tokenizer
 from support.training import assert_same_logs, make_trainer
+from support.vllm import install_fake_vllm
 from trl_fast.rollout.responses import RESPONSE_TEMPLATES
 
 SETTINGS = {
@@ -321,3 +324,25 @@ def test_what_cannot_be_is_named_before_training(given, error, message, tool_mod
 def test_methods_without_tools_have_no_environments(tool_model_path, tmp_path):
     with pytest.raises(NotImplementedError, match="environment_factory: RLOOTrainer has none; use GRPOTrainer"):
         trl_fast.RLOOTrainer(tool_model_path, gone, train_dataset=questions_with_start(), environment_factory=Sums)
+
+
+def test_vllm_plays_too(tool_model_path, tmp_path, monkeypatch):
+    tokenizer = tool_tokenizer()
+
+    def turn(prompt, index, max_tokens):
+        told = tokenizer.decode(prompt)
+        text = ADD + EOS if told.count("<|im_start|>tool") < 1 + index % 2 else ANSWER
+        ids = tokenizer(text=text)["input_ids"]
+        return ids, [-0.5] * len(ids)
+
+    install_fake_vllm(monkeypatch)
+    monkeypatch.setattr(vllm, "made_up", turn)
+    policy = {"use_vllm": True, "vllm_importance_sampling_mode": "token_truncate"}
+    rows = questions_with_start(2)
+    trainer = make(trl_fast, tmp_path, tool_model_path, policy=GENERATES, train_dataset=rows, **policy)
+    trainer.train()
+    asked = next(given for name, *given in trainer.engine.engine.llm.log if name == "generate")
+    prompts = [each["prompt_token_ids"] for each in asked[0]]
+    assert {"Begin" in tokenizer.decode(prompt) for prompt in prompts} == {False, True}
+    assert sorted(each.total for each in trainer.environments) == [3, 3, 4, 4, 6, 6, 7, 7]
+    assert trainer.state.log_history[0]["tools/call_frequency"] >= 1
