@@ -41,7 +41,8 @@ def make_engine(trainer: Any, given: RolloutEngine | None, end_ids: Collection[i
     model: Any = base_model(trainer.model)
     rollouts = trainer.environment_rollouts
     toolbox = trainer.toolbox if rollouts is None else rollouts.toolboxes
-    return with_tools(engine, toolbox, trainer.args, model, trainer.tokenizer, trainer.rollout_images)
+    workers = 1 if rollouts is None else trainer.args.environment_workers
+    return with_tools(engine, toolbox, trainer.args, model, trainer.tokenizer, trainer.rollout_images, workers)
 
 
 def _engine_of_arguments(trainer: Any, end_ids: Collection[int]) -> Any:

@@ -52,10 +52,11 @@ def with_tools(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     images: RolloutImages | None = None,
+    workers: int = 1,
 ) -> ToolLoop:
     """Returns an engine that runs the tools that completions call.
 
-    toolbox: as in `ToolLoop`. images: reads those of results; None: the model reads none.
+    toolbox, workers: as in `ToolLoop`. images: reads those of results; None: the model reads none.
 
     Raises:
         NotImplementedError: several processes share a server.
@@ -74,5 +75,5 @@ def with_tools(
         max_positions=(args.vllm_max_model_length if args.use_vllm else None) or positions,
         chat_template_kwargs=args.chat_template_kwargs,
         images=images,
-        workers=args.environment_workers,
+        workers=workers,
     )
