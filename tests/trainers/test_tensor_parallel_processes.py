@@ -20,7 +20,7 @@ from support.training import assert_same_logs, color_labels, color_pairs, make_t
 pytestmark = pytest.mark.processes
 
 DATA = {"SFT": sft_rows("prompt and completion", 16), "KTO": color_labels(16), "DPO": color_pairs(16)}
-DATA["Reward"] = DATA["DPO"]
+DATA |= {"Reward": DATA["DPO"], "ORPO": DATA["DPO"], "BCO": DATA["KTO"]}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def held(model):
     return sum(getattr(weight, "_local_tensor", weight).numel() for weight in model.parameters())
 
 
-SLOW = ("DPO", "KTO", "Reward")
+SLOW = ("DPO", "KTO", "Reward", "ORPO", "BCO")
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in DATA])
