@@ -71,7 +71,7 @@ class SampledInputs:
     """
 
     generation: Generation
-    update: Update | PairUpdate
+    update: Update | PairUpdate | ValueUpdate
 
 
 @dataclass(frozen=True)

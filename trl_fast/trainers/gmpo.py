@@ -9,6 +9,8 @@ from .grpo import GRPOTrainer
 class GMPOTrainer(GRPOTrainer):
     """Trains by Geometric-Mean Policy Optimization (arXiv 2507.20673); arguments as in GRPOTrainer.
 
+    As in TRL it is a GRPOTrainer, for scripts that ask; the loss is that of its config.
+
     Raises:
         ValueError, TypeError, NotImplementedError: as in GRPOTrainer.
     """
