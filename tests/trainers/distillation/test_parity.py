@@ -1,14 +1,18 @@
 """DistillationTrainer and GKDTrainer against TRL 1.16.0's: loss, gradient norm and every logged metric."""
 
 import pytest
+import torch
 import trl
 import trl.experimental.gkd as trl_gkd
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoModelForImageTextToText
 
 import trl_fast
-from support.rollouts import FixedRollout, color_prompts
+from support.image_rollouts import picture_prompts
+from support.rollouts import FixedImageRollout, FixedRollout, color_prompts
 from support.training import NOT_COMPARED, assert_same_logs, make_trainer
+from support.vision_processors import tiny_processor
 
 BASE = {"max_completion_length": 8, "max_steps": 2, "temperature": 0.8}
 
@@ -198,3 +202,34 @@ def _same_where_trl_logs(got, expected):
         for name, value in theirs.items():
             if not any(part in name for part in NOT_COMPARED):
                 assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name} at step {theirs.get('step')}"
+
+
+# ---- images
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_prompts_with_images(family, folders, tmp_path, monkeypatch):
+    model, processor = folders(family), tiny_processor(family)
+    teacher = AutoModelForImageTextToText.from_pretrained(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.02)
+    teacher.save_pretrained(tmp_path / "teacher")
+    processor.save_pretrained(tmp_path / "teacher")
+    rollout = FixedImageRollout(processor)
+    fixed = lambda trainer, ids, *_, **__: rollout.completions(ids)  # noqa: E731
+    monkeypatch.setattr(trl.DistillationTrainer, "_generate_single_turn", fixed)
+
+    def arguments():
+        return {
+            "model": model,
+            "teacher_model": str(tmp_path / "teacher"),
+            "train_dataset": picture_prompts().remove_columns("shade"),
+        }
+
+    settings = {**BASE, "beta": 0.5, "adam_epsilon": 1e-2, "gradient_accumulation_steps": 1}
+    expected = logs_of(trl, tmp_path / "trl", arguments(), settings)
+    given = {**arguments(), "rollout_func": FixedImageRollout(processor)}
+    assert_same_logs(logs_of(trl_fast, tmp_path / "ours", given, settings), expected)
+    assert expected[0]["loss"] > 1e-4

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import trl_fast
 import trl_fast.data.packing as packing
-from support.models import save_tiny_model
+from support.models import save_tiny_model, tiny_model
 from support.resuming import assert_resumes
 from support.rollouts import FixedEngine, FixedRollout, color_prompts
 from support.tokenizer import build_tokenizer
@@ -244,3 +244,31 @@ def test_a_teacher_with_an_adapter(make, teacher_path):
                 weight.add_(torch.ones_like(weight), alpha=0.05)
     plain, with_adapter = losses(make()), losses(make(teacher_model=adapted))
     assert abs(plain[0] - with_adapter[0]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True},
+        {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+        {"model_init_kwargs": {"dtype": "bfloat16"}},
+    ],
+    ids=["autocast", "teacher", "student"],
+)
+def test_dtypes(settings, make):
+    """The divergence is that of float32 but for rounding."""
+    exact, rounded = losses(make(beta=0.5, max_steps=1)), losses(make(beta=0.5, max_steps=1, **settings))
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
+def test_a_mixture_of_experts_keeps_its_router_loss(make, tmp_path, tokenizer):
+    student, teacher = tiny_model("mixtral"), tiny_model("mixtral")
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.mul_(1.3)
+    teacher.config._name_or_path = ""
+    given = {"model": student, "teacher_model": teacher, "processing_class": tokenizer, "max_steps": 1}
+    trainer = make(**given, router_aux_loss_coef=0.5)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["aux_loss"] > 0 and log["loss"] > 0.4 * log["aux_loss"]

@@ -148,6 +148,8 @@ class DistillationTrainer(OnlineTrainer):
             end_ids=end_ids,
             completions_kept=self.args.generation_batch_size,
             parses_messages=True,
+            # What a template writes behind an end token is part of a given completion.
+            warns_of_cut_off=self.args.lmbda == 1,
         )
         self.loop.settings = self.sampling.settings
         self.mixture = Mixture(self)
