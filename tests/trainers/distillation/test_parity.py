@@ -64,9 +64,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_settings(settings, compare):
-    compare(**settings)
+# Those of the default tests.
+QUICK = ("one micro-batch", "four of them")
+CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_settings(name, compare):
+    compare(**SETTINGS[name])
 
 
 def test_layouts(main_layout, compare):
@@ -107,7 +112,7 @@ def gkd_logs(module, folder, arguments, settings):
     return trainer.state.log_history
 
 
-@pytest.mark.parametrize("beta", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 1.0])
+@pytest.mark.parametrize("beta", [0.5, *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.0, 1.0))])
 def test_gkd_on_given_completions(beta, model_path, teacher_path, tokenizer, tmp_path):
     logs = {}
     for module in (trl_gkd, trl_fast):

@@ -89,7 +89,7 @@ def losses(trainer):
     return [log[name] for log in trainer.state.log_history if "loss" in log for name in ("loss", "grad_norm")]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [0.5, *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.0, 1.0))])
 def test_models_that_give_their_own_logits_are_trained_alike(beta, make, tokenizer):
     fused, own = (make(rollout_engine=FixedEngine(tokenizer), beta=beta) for _ in range(2))
     for model in (own.model, own.teacher_model):
@@ -139,7 +139,7 @@ def test_all_of_the_vocabulary_is_as_none(make, model_path):
     assert losses(make(beta=0.5, teacher_top_k=size)) == pytest.approx(losses(make(beta=0.5)), rel=1e-4)
 
 
-@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("peft", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_resuming(peft, make, tmp_path):
     def trainer(folder, **changes):
         adapter = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")} if peft else {}
@@ -250,8 +250,8 @@ def test_a_teacher_with_an_adapter(make, teacher_path):
     "settings",
     [
         {"bf16": True},
-        {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
-        {"model_init_kwargs": {"dtype": "bfloat16"}},
+        pytest.param({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, marks=pytest.mark.slow),
+        pytest.param({"model_init_kwargs": {"dtype": "bfloat16"}}, marks=pytest.mark.slow),
     ],
     ids=["autocast", "teacher", "student"],
 )
