@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import trl_fast
 import trl_fast.data.packing as packing
+from support.image_rollouts import brightness, picture_prompts
 from support.resuming import assert_resumes
-from support.rollouts import FixedRollout, brevity, color_prompts
-from support.training import make_trainer
+from support.rollouts import FixedImageRollout, FixedRollout, brevity, color_prompts
+from support.training import assert_same_logs, make_trainer
+from support.vision_processors import tiny_processor
 from trl_fast.rollout import Rollout
 
 BASE = {"max_new_tokens": 4, "max_steps": 2, "gradient_accumulation_steps": 1}
@@ -177,6 +179,25 @@ def test_a_reward_model_under_its_older_names(make, reward_model_path, caplog):
     by_config = make(given={"reward_funcs": None, "compute_metrics": len}, reward_model_path=reward_model_path)
     assert by_config.reward_func_names == trainer.reward_func_names
     assert "compute_metrics is not used" in caplog.text
+
+
+@pytest.mark.slow
+def test_images_are_read_once_a_pair(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+    logs = {}
+    for layout in ("shared_prefix", "padded"):
+        arguments = {
+            "model": folders("qwen2_5_vl"),
+            "reward_funcs": brightness,
+            "train_dataset": picture_prompts(),
+            "rollout_func": FixedImageRollout(tiny_processor("qwen2_5_vl")),
+        }
+        settings = {**BASE, "batch_layout": layout, "max_new_tokens": 8, "per_device_train_batch_size": 4}
+        trainer = make_trainer(trl_fast, tmp_path / layout, method="OnlineDPO", arguments=arguments, **settings)
+        assert trainer.updates.layout == layout
+        trainer.train()
+        logs[layout] = trainer.state.log_history
+    assert_same_logs(logs["shared_prefix"], logs["padded"], rel=1e-3, abs=1e-4)
 
 
 LEFT = {
