@@ -288,6 +288,19 @@ def test_lengths_beyond_the_models_positions(folder, tmp_path, capsys, caplog):
     assert "more than the 512 positions that LlamaForCausalLM was made for" in caplog.text
 
 
+def test_a_plan_of_distillation_has_its_teacher(folder, tmp_path, capsys):
+    tiny_config("llama", num_hidden_layers=3).save_pretrained(tmp_path / "teacher")
+    named = ("--teacher_model_name_or_path", str(tmp_path / "teacher"), "--use_cpu", "--max_completion_length", "16")
+    assert plan("distillation", folder, *named, "--prompt_tokens", "16") == 0
+    assert f"Teacher: {tmp_path / 'teacher'}, float32 weights." in words(capsys.readouterr().out)
+    assert plan("gkd", folder, "--use_cpu", "--lmbda", "0", "--prompt_tokens", "16") == 0
+    out = words(capsys.readouterr().out)
+    assert "No teacher is named (teacher_model_name_or_path): one as large" in out
+    assert "sampled at a time" not in out and "vLLM" not in out
+    assert plan("distillation", folder, "--teacher_model_name_or_path", str(folder), "--use_cpu") == 2
+    assert "is the model that is trained" in capsys.readouterr().err
+
+
 def test_a_plan_with_images_says_how_many_tokens_they_have(tmp_path, capsys):
     folder = save_tiny_vision_model(tmp_path, "llava")
     size = ("--image_size", "56x56", "--images_per_prompt", "2")

@@ -18,17 +18,22 @@ from trl_fast.planning.memory_timeline import (
     WEIGHTS,
 )
 from trl_fast.planning.simulated_step import simulate
-from trl_fast.planning.training_setup import TrainingSetup
+from trl_fast.planning.training_setup import PlannedTeacher, TrainingSetup
 
 pytestmark = pytest.mark.plans
 
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "head_dim": 32, "vocab_size": 4096}
 PROMPTS = [f"What color is{14 * ' very'} bright red, number {number}?" for number in range(10, 18)]
+TEACHER = PlannedTeacher(
+    tiny_config("llama", max_position_embeddings=2048, **{**SIZE, "hidden_size": 256, "num_hidden_layers": 2}),
+    "bfloat16",
+)
 TRAINERS = {
     "kto": (trl_fast.KTOTrainer, trl_fast.KTOConfig),
     "grpo": (trl_fast.GRPOTrainer, trl_fast.GRPOConfig),
     "rloo": (trl_fast.RLOOTrainer, trl_fast.RLOOConfig),
     "ppo": (trl_fast.PPOTrainer, trl_fast.PPOConfig),
+    "distillation": (trl_fast.DistillationTrainer, trl_fast.DistillationConfig),
 }
 
 
@@ -60,6 +65,10 @@ def arguments_of(setup, prompt_tokens, length):
     if setup.method == "ppo":
         settings = {"response_length": completion, "num_ppo_epochs": 1}
         return settings, {"train_dataset": rows, "reward_model": by_length}
+    if setup.method == "distillation":
+        teacher = AutoModelForCausalLM.from_config(setup.teacher.config, dtype=getattr(torch, setup.teacher.dtype))
+        settings = {"max_completion_length": completion, "num_generations": setup.num_generations}
+        return settings, {"train_dataset": rows, "teacher_model": teacher}
     settings = {"max_completion_length": completion, "num_generations": setup.num_generations, "beta": setup.beta}
     settings["steps_per_generation"] = setup.steps_per_generation
     return settings, {"train_dataset": rows, "reward_funcs": by_length}
@@ -111,11 +120,16 @@ def simulated_peak(setup, length):
             *("rloo", 160, {"num_generations": 4, "gradient_checkpointing": False}, 0.02), marks=pytest.mark.slow
         ),
         pytest.param(*("ppo", 160, {}, 0.02), marks=pytest.mark.slow),
+        ("distillation", 160, {"num_generations": 4, "teacher": TEACHER}, 0.02),
+        pytest.param(
+            *("distillation", 160, {"num_generations": 4, "teacher": TEACHER, "dtype": "float32"}, 0.02),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("ppo", 160, {"gradient_checkpointing": False, "dtype": "float32"}, 0.02), marks=pytest.mark.slow
         ),
     ],
-    ids=str,
+    ids=lambda value: str({**value, "teacher": "wide"}) if "teacher" in str(value) else str(value),
 )
 def test_simulated_peaks_are_those_of_real_training(method, length, changes, tolerance, tmp_path):
     torch.manual_seed(0)

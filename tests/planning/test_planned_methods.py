@@ -16,13 +16,16 @@ from trl_fast.planning.memory_timeline import (
     PROMPTS_STAGE,
     REFERENCE,
     REFERENCE_STAGE,
+    TEACHER_STAGE,
     VALUE_BACKWARD_STAGE,
     VALUES_STAGE,
     WEIGHTS,
 )
+from trl_fast.planning.peak_estimates import stage_peaks
 from trl_fast.planning.planned_methods import PLANNED
 from trl_fast.planning.simulated_step import simulate
-from trl_fast.planning.training_setup import TRL, TrainingSetup
+from trl_fast.planning.step_times import planned_wire, step_work
+from trl_fast.planning.training_setup import TRL, PlannedTeacher, TrainingSetup
 from trl_fast.trainers.methods import METHODS
 
 pytestmark = pytest.mark.plans
@@ -64,8 +67,8 @@ def test_every_method_can_be_planned():
         ("online_dpo", {}, [PROMPTS_STAGE, GENERATION_STAGE, REFERENCE_STAGE]),
         ("rloo", {}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE]),
         ("rloo", {"beta": 0.0}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE]),
-        ("distillation", {}, [PROMPTS_STAGE, GENERATION_STAGE]),
-        ("gkd", {"generates": False}, []),
+        ("distillation", {}, [PROMPTS_STAGE, GENERATION_STAGE, TEACHER_STAGE]),
+        ("gkd", {"generates": False, "lora_r": 4}, [TEACHER_STAGE]),
         ("ppo", {}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE]),
     ],
     ids=str,
@@ -129,6 +132,45 @@ def test_two_models_of_ppo_train():
     assert levels[KINDS.index(WEIGHTS)] == pytest.approx(policy + value, rel=0.01)
     assert levels[KINDS.index(OPTIMIZER)] == pytest.approx(2 * (policy + value), rel=0.01)
     assert levels[KINDS.index(REFERENCE)] == pytest.approx(policy, rel=0.01)
+
+
+def larger_teacher():
+    return PlannedTeacher(tiny_config("llama", hidden_size=64, **{**CONFIG, "num_hidden_layers": 6}), "float32")
+
+
+def test_a_teacher_has_its_own_shape_and_dtype():
+    setup = setup_of("distillation", device="cpu", lora_r=4, teacher=larger_teacher())
+    timeline = simulate(setup, LENGTH)
+    held = timeline.levels[KINDS.index(REFERENCE)].max()
+    assert held == pytest.approx(weights_of(setup.of_teacher), rel=0.001) and held > 4 * weights_of(setup)
+    lengths = {name: end - start for name, start, end in timeline.stages}
+    assert lengths[TEACHER_STAGE] > 1.5 * lengths[FORWARD_STAGE]
+    # Two shallow students of a deep one each have the whole teacher.
+    deep = setup.but(config=tiny_config("llama", **{**CONFIG, "num_hidden_layers": 8}))
+    peak = stage_peaks(deep, LENGTH)[TEACHER_STAGE]
+    assert peak.parts[REFERENCE] == held
+    assert peak.bytes == pytest.approx(simulate(deep, LENGTH).stage_peaks()[TEACHER_STAGE].bytes, rel=0.01)
+
+
+def test_a_teachers_work_and_wire_are_counted():
+    setup = setup_of("gkd", generates=False, num_gpus=4)
+    taught = setup.but(teacher=larger_teacher())
+    assert step_work(taught, LENGTH).narrow_flops > 1.5 * step_work(setup, LENGTH).narrow_flops
+    one, two = (planned_wire(each, LENGTH) for each in (setup, taught))
+    # Weights of 16 bits are gathered once for the teacher's pass.
+    more = sum(weight.numel() for weight in meta_model(taught.of_teacher).parameters())
+    own = sum(weight.numel() for weight in meta_model(setup.of_teacher).parameters())
+    assert two.all_gather - one.all_gather == pytest.approx(2 * (more - own) * 3 / 4)
+    assert two.reduce_scatter == one.reduce_scatter
+
+
+def test_the_share_that_a_student_samples():
+    setup = setup_of("distillation", num_generations=2)
+    half, all_by_teacher = setup.but(lmbda=0.5), setup.but(lmbda=0.5, seq_kd=True, teacher=larger_teacher())
+    sampling = simulate(setup, LENGTH, counts_work=True).work[GENERATION_STAGE].launches * LENGTH / 2
+    assert step_work(setup, LENGTH).launches - step_work(half, LENGTH).launches == pytest.approx(sampling / 2, rel=0.1)
+    assert step_work(all_by_teacher, LENGTH).launches > 2 * step_work(setup, LENGTH).launches
+    assert setup.group_size == 2 and setup_of("distillation").group_size == 1
 
 
 def test_groups_have_the_methods_own_size():

@@ -34,6 +34,7 @@ from trl_fast.planning.report import (
     setup_line,
     stages_table,
     step_time,
+    teacher_line,
     tokens,
     verdict,
     wire_line,
@@ -41,15 +42,25 @@ from trl_fast.planning.report import (
 from trl_fast.planning.sharding import engine_named
 from trl_fast.planning.simulated_step import simulate
 from trl_fast.planning.step_times import planned_wire
-from trl_fast.planning.training_setup import DEFAULT_ENGINE, METHODS, TrainingSetup, setup_from_training
+from trl_fast.planning.training_setup import (
+    DEFAULT_ENGINE,
+    METHODS,
+    TEACHER_METHODS,
+    PlannedTeacher,
+    TrainingSetup,
+    dtype_name,
+    setup_from_training,
+)
 from trl_fast.settings.choices import did_you_mean
 from trl_fast.settings.ranges import check_ranges
 from trl_fast.trainers.base.config import DEFAULT_TILE_TOKENS
+from trl_fast.trainers.distillation.teacher import check_is_another
 
 from .argument_places import argument_types
+from .arguments import get_quantization_config
 from .launch import launcher_flags, launcher_options, read_config
 from .parser import TrlParser
-from .training import RunArguments, policy_name
+from .training import RunArguments, policy_name, teacher_options
 
 
 @dataclass
@@ -153,6 +164,7 @@ class PlannedRun:
     gpu: Gpu | None
     limit: int | None
     has_dataset: bool
+    teacher: str | None = None
 
 
 def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
@@ -188,6 +200,7 @@ def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
             config,
             prompt_tokens=plan.prompt_tokens,
             images=images,
+            teacher=_teacher(training, model, name),
             device="cpu" if parser.plans_cpu else "gpu",
             num_gpus=plan.num_gpus,
             engine=parser.engine,
@@ -199,7 +212,27 @@ def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
     if plan.plot is not None and not Path(plan.plot).parent.is_dir():
         raise ValueError(f"plot={plan.plot!r}: there is no such folder; make it, or leave plot out")
     gpu, limit = _device(plan, setup)
-    return PlannedRun(plan, setup, name, gpu, limit, bool(script.dataset_name or mixture.datasets))
+    has_dataset = bool(script.dataset_name or mixture.datasets)
+    return PlannedRun(
+        plan, setup, name, gpu, limit, has_dataset, getattr(training, "teacher_model_name_or_path", None)
+    )
+
+
+def _teacher(training: Any, model: Any, student: str) -> PlannedTeacher | None:
+    """Returns the teacher that the arguments of a distillation name; None where none is named, or none is needed.
+
+    Raises:
+        ValueError: it is unknown, or the student.
+    """
+    name = getattr(training, "teacher_model_name_or_path", None)
+    if name is None:
+        return None
+    check_is_another(student, name, training, get_quantization_config(model))
+    try:
+        config = model_config(name, trust_remote_code=training.trust_remote_code)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model_name_or_path", "teacher_model_name_or_path", 1)) from error
+    return PlannedTeacher(config, dtype_name(teacher_options(training, model)["dtype"], config))
 
 
 def _refuse_unknown(parser: TrlParser, flags: list[str]) -> None:
@@ -351,8 +384,10 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
     console.print(layers_line(base_model(models.policy), models.layout.name))
     if not is_known(setup.optim):
         console.print(f"optim={setup.optim} is planned as AdamW.")
-    if not setup.generates:
+    if not setup.generates and setup.lmbda > 0:
         console.print("vLLM samples: its memory is not part of this plan.")
+    if setup.method in TEACHER_METHODS:
+        console.print(teacher_line(setup, planned.teacher), soft_wrap=True, markup=False)
     if planned.has_dataset:
         console.print("The dataset is not read: every sequence is taken to be as long as the settings allow.")
 

@@ -34,6 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from trl_fast.modeling.attention.cpu import CpuRowAttention
 from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops.device import DeviceFacts, device_facts
+from trl_fast.ops.divergence.row_kernels import DivergenceKernel
 from trl_fast.ops.head.row_kernels import RowKernels
 from trl_fast.ops.head.sparse_gradient import CHUNK_BYTES, SparseKernels
 from trl_fast.parallel.engines import original_class
@@ -111,6 +112,7 @@ def planned_facts(device: str, meter: DeviceMeter | None = None, *, every_tile: 
         capability=_CAPABILITY,
         serves=lambda op, backend: backend == "torch",
         row_kernels=RowKernels(kernel, kernel, 0, kernel, kernel, kernel),
+        divergence_kernel=DivergenceKernel(kernel, 0),
         pinned_copies=functools.partial(SimulatedCopies, meter=meter),
         flex_attention=functools.partial(SimulatedFlexAttention.apply, meter),
         holds=lambda tensor: isinstance(tensor, FakeTensor),

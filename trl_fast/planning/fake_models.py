@@ -28,7 +28,7 @@ from .device_facts import PADDED_ATTENTION, planned_facts
 from .example_batches import PlannedLayout
 from .planned_methods import PlannedModels
 from .quantized_layers import quantize
-from .training_setup import ONLINE_METHODS, OURS, TrainingSetup
+from .training_setup import ONLINE_METHODS, OURS, TEACHER_METHODS, TrainingSetup
 
 
 def meta_model(setup: TrainingSetup, layers: int | None = None, *, classifier: bool | None = None) -> PreTrainedModel:
@@ -90,12 +90,19 @@ def planned_models(setup: TrainingSetup, max_length: int, layers: int | None = N
         layout = choose_layout(policy, setup, max_length)
         reference = value = None
         if setup.needs_reference_model:
-            reference = prepare(meta_model(setup, layers), setup, layout, trains=False)
+            reference = _second_model(setup, layout, layers)
         if setup.method == "ppo":
             whole = setup.but(lora_r=None, quantization=None)
             value = prepare(meta_model(setup, layers, classifier=True), whole, layout)
         images = image_layout(policy) if setup.images else None
         return PlannedModels(prepare(policy, setup, layout), PlannedLayout(layout, images), reference, value)
+
+
+def _second_model(setup: TrainingSetup, layout: str, layers: int | None) -> PreTrainedModel | PeftModel:
+    """Makes the reference of a step, or its teacher: one with a config of its own has all of its layers."""
+    if setup.method in TEACHER_METHODS:
+        setup, layers = setup.of_teacher, layers if setup.teacher is None else None
+    return prepare(meta_model(setup, layers), setup, layout, trains=False)
 
 
 def prepare(

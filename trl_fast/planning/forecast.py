@@ -27,7 +27,15 @@ from .peak_estimates import stage_peaks, whole_layers
 from .planned_layers import installed_kernels
 from .shallow_models import shallow_models
 from .step_times import planned_work
-from .training_setup import DEFAULT_ENGINE, ONLINE_METHODS, TrainingSetup, setup_from_training
+from .training_setup import (
+    DEFAULT_ENGINE,
+    ONLINE_METHODS,
+    TEACHER_METHODS,
+    PlannedTeacher,
+    TrainingSetup,
+    dtype_name,
+    setup_from_training,
+)
 
 # Engines of `parallel.engines` by their names in `sharding.SHARINGS`.
 _ENGINES = {
@@ -134,10 +142,18 @@ def _setup(trainer: BaseTrainer) -> TrainingSetup:
         base_model(model).config,
         longest=longest,
         prompt_tokens=prompt,
+        teacher=_teacher(trainer),
         device="gpu" if kind == "cuda" else "cpu",
         num_gpus=args.world_size,
         engine=_ENGINES.get(engine_of(trainer.accelerator), DEFAULT_ENGINE),
     )
+
+
+def _teacher(trainer: BaseTrainer) -> PlannedTeacher | None:
+    if trainer.method not in TEACHER_METHODS:
+        return None
+    teacher = base_model(trainer.accelerator.unwrap_model(trainer.ref_model))
+    return PlannedTeacher(teacher.config, dtype_name(teacher.dtype, teacher.config))
 
 
 def _model_arguments(model: Any) -> _ModelOfTrainer:

@@ -8,7 +8,7 @@ from .fake_models import meta_model
 from .memory_sizes import GIB, gib
 from .peak_estimates import simulated
 from .shallow_models import shallow_models
-from .training_setup import TrainingSetup
+from .training_setup import TEACHER_METHODS, TrainingSetup
 
 # Python, torch with CUDA, and the other libraries.
 LIBRARIES_BYTES = 2 * GIB
@@ -43,9 +43,14 @@ def host_memory(setup: TrainingSetup, max_length: int) -> HostMemory:
     """
     size = 0
     if setup.device == "gpu" and setup.quantization is None:
-        copies = 1 + setup.needs_reference_model + (setup.method == "ppo")
-        size = copies * sum(weight.nbytes for weight in meta_model(setup).parameters())
+        teaches = setup.method in TEACHER_METHODS
+        copies = 1 + (setup.needs_reference_model and not teaches) + (setup.method == "ppo")
+        size = copies * _weight_bytes(setup) + (_weight_bytes(setup.of_teacher) if teaches else 0)
     return HostMemory(size, _offloaded(setup, max_length) if setup.activation_offloading else 0)
+
+
+def _weight_bytes(setup: TrainingSetup) -> int:
+    return sum(weight.nbytes for weight in meta_model(setup).parameters())
 
 
 def _offloaded(setup: TrainingSetup, max_length: int) -> int:

@@ -24,7 +24,7 @@ WORKSPACE = "workspace"
 KINDS = (WEIGHTS, REFERENCE, OPTIMIZER, GRADIENTS, GATHERED, IMAGES, SAVED, KV_CACHE, ATTENTION, HEAD, WORKSPACE)
 MEANINGS = {
     WEIGHTS: "the model, adapters included",
-    REFERENCE: "a reference model of its own",
+    REFERENCE: "a reference or a teacher of its own",
     OPTIMIZER: "the optimizer's averages",
     GRADIENTS: "of the weights that train",
     GATHERED: "whole layers, while they are at work",
@@ -40,6 +40,7 @@ PROMPTS_STAGE = "generation, prompts"
 GENERATION_STAGE = "generation, completions"
 OLD_STAGE = "scores of the sampled completions"
 REFERENCE_STAGE = "reference pass"
+TEACHER_STAGE = "teacher's pass"
 VALUES_STAGE = "values of the sampled completions"
 FORWARD_STAGE = "forward"
 HEAD_STAGE = "head and loss"

@@ -49,7 +49,7 @@ from .example_batches import (
     value_micro_batch,
 )
 from .generation import simulate_generation
-from .memory_timeline import OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE
+from .memory_timeline import OLD_STAGE, REFERENCE_STAGE, TEACHER_STAGE, VALUES_STAGE
 from .training_setup import TrainingSetup
 
 Enter = Callable[[str], None]
@@ -219,15 +219,20 @@ def _ppo_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: E
 def _distillation_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
     """Runs a step of distillation: generation, the teacher's pass, and the update on both heads.
 
-    The teacher is taken to be as large as the student.
+    Where the teacher samples too, its generation alone is run, which is taken to be the dearer one.
     """
-    if setup.generates:
-        simulate_generation(setup, models.policy, inputs.generation, enter)
     assert models.reference is not None, "a teacher is a model of its own"
+    if setup.generates:
+        sampling = models.reference if setup.seq_kd else models.policy
+        simulate_generation(setup, sampling, inputs.generation, enter)
+    inputs.update = update = on_device(inputs.update)
     student, teacher = (_under_autocast(setup, model) for model in (models.policy, models.reference))
-    batch = inputs.update.batch
-    update = DistillationUpdate(batch, torch.ones(len(batch.targets)))
-    return _step(setup)(student, teacher, update, DivergenceSettings(), head=setup.head_options).loss
+    weighted = DistillationUpdate(update.batch, torch.ones(len(update.batch.targets)))
+    # The student's forward begins the next stage.
+    enter(TEACHER_STAGE)
+    sizes = {model.config.get_text_config().vocab_size for model in (models.policy, models.reference)}
+    settings = DivergenceSettings(vocab_size=min(sizes) if len(sizes) > 1 else None)
+    return _step(setup)(student, teacher, weighted, settings, head=setup.head_options).loss
 
 
 def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:
@@ -256,6 +261,6 @@ PLANNED: dict[str, PlannedMethod] = {
     ),
     "a2po": PlannedMethod(value_micro_batch, partial(_sampled_loss, loss=1e-3), "prompt"),
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
-    "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion"),
-    "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion"),
+    "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
+    "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
 }

@@ -33,7 +33,7 @@ from .peak_estimates import Longest, StagePeaks
 from .planned_methods import PLANNED
 from .roofline.work import Work
 from .sharding import sharing_of
-from .training_setup import GROUP_METHODS, TrainingSetup
+from .training_setup import GROUP_METHODS, TEACHER_METHODS, TrainingSetup
 from .wire import Wire
 
 _COLORS = {
@@ -225,6 +225,17 @@ def _mark_stages(axes: object, timeline: Timeline, top: float) -> None:
             axes.text((start + end) / 2, 0.98 * top, name, **place)
 
 
+def teacher_line(setup: TrainingSetup, name: str | None) -> str:
+    """Says which teacher is planned. name: its own, None where none is given."""
+    if setup.teacher is None or name is None:
+        return "No teacher is named (teacher_model_name_or_path): one as large as the student is planned."
+    return f"Teacher: {name}, {setup.teacher.dtype} weights."
+
+
+def _samples_together(setup: TrainingSetup) -> bool:
+    return setup.method in GROUP_METHODS or (setup.method in TEACHER_METHODS and setup.generates)
+
+
 def setup_line(setup: TrainingSetup) -> str:
     """Describes the planned run in one line, without the model's name."""
     what = "all weights" if setup.lora_r is None else f"LoRA r={setup.lora_r}"
@@ -232,7 +243,7 @@ def setup_line(setup: TrainingSetup) -> str:
     precision = stored + (", bf16 autocast" if setup.bf16 else "")
     count = setup.per_device_train_batch_size
     unit = PLANNED[setup.method].unit + "s" * (count > 1)
-    sampled = f", {setup.completions_per_generation} sampled at a time" if setup.method in GROUP_METHODS else ""
+    sampled = f", {setup.completions_per_generation} sampled at a time" if _samples_together(setup) else ""
     devices = f", shared by {setup.num_gpus} GPUs ({sharing_of(setup).title})" if setup.num_gpus > 1 else ""
     where = ", on a CPU" if setup.device == "cpu" else ""
     size = f"{count} {unit} of {setup.max_length:,} tokens"

@@ -37,6 +37,7 @@ from .memory_timeline import (
     OPTIMIZER_STAGE,
     REFERENCE,
     SAVED,
+    TEACHER_STAGE,
     VALUE_BACKWARD_STAGE,
     WEIGHTS,
     WORKSPACE,
@@ -235,6 +236,8 @@ def _on_one(stage: str, peak: Peak, setup: TrainingSetup, sizes: ModelSizes) -> 
         summed = sizes.whole_gradients if setup.engine == "fsdp2" else sizes.trained
         # What is summed in tiles is there as float32 shares.
         parts[GRADIENTS] = summed * wire_itemsize(setup) + (sizes.trained - summed) * 4 / setup.num_gpus
+    if stage == TEACHER_STAGE:
+        setup, sizes = setup.of_teacher, model_sizes(setup.of_teacher)
     parts[GATHERED] = sharing.whole(setup, sizes, stage)
     return replace(peak, parts=parts)
 

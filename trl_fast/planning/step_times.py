@@ -12,13 +12,14 @@ from .memory_timeline import (
     OPTIMIZER_STAGE,
     PROMPTS_STAGE,
     REFERENCE_STAGE,
+    TEACHER_STAGE,
     VALUES_STAGE,
 )
 from .peak_estimates import counted_length, simulated, whole_layers
 from .roofline.work import Work
 from .shallow_models import shallow_models
 from .sharding import sharing_of
-from .training_setup import GROUP_METHODS, TrainingSetup
+from .training_setup import GROUP_METHODS, TEACHER_METHODS, TrainingSetup
 from .wire import Passes, Wire, wire_of, wire_work
 
 # Passes over what was sampled, before updates learn from it.
@@ -32,9 +33,16 @@ def planned_wire(setup: TrainingSetup, max_length: int) -> Wire:
     generations = times.get(PROMPTS_STAGE, 0)
     # The stage begins and ends at once where the scores are known.
     scored = times.get(REFERENCE_STAGE, 0) if setup.needs_reference else 0
-    if setup.scores_old_policy or setup.method == "ppo":
+    if (setup.scores_old_policy and OLD_STAGE in times) or setup.method == "ppo":
         scored += times.get(OLD_STAGE, 0)
-    return wire_of(setup, max_length, Passes(times[FORWARD_STAGE], scored, generations))
+    wire = wire_of(setup, max_length, Passes(times[FORWARD_STAGE], scored, generations))
+    return wire + _wire_of_teacher(setup, max_length, times[TEACHER_STAGE]) if TEACHER_STAGE in times else wire
+
+
+def _wire_of_teacher(setup: TrainingSetup, max_length: int, passes: float) -> Wire:
+    """Counts what the passes of a teacher send, which does not train."""
+    scoring, idle = (wire_of(setup.of_teacher, max_length, Passes(0, count)) for count in (passes, 0))
+    return scoring - idle
 
 
 def _stages(setup: TrainingSetup, max_length: int) -> list[str]:
@@ -103,11 +111,12 @@ def _times(stage: str, setup: TrainingSetup, max_length: int) -> float:
         return 1
     if setup.method in ("online_dpo", "a2po") and stage == GENERATION_STAGE:
         return micro_batches * completion
-    if setup.method not in GROUP_METHODS or stage not in _OF_A_ROLLOUT:
+    if setup.method not in (*GROUP_METHODS, *TEACHER_METHODS) or stage not in _OF_A_ROLLOUT:
         return micro_batches
     if stage in (PROMPTS_STAGE, GENERATION_STAGE):
         steps = (setup.steps_per_generation or micro_batches) * setup.num_iterations
-        return micro_batches / steps * (completion if stage == GENERATION_STAGE else 1)
+        generations = micro_batches / steps * (1.0 if setup.seq_kd else setup.lmbda)
+        return generations * (completion if stage == GENERATION_STAGE else 1)
     return micro_batches / setup.num_iterations
 
 

@@ -39,6 +39,14 @@ OURS, TRL, FULL_LOGITS = "trl_fast", "TRL", "full logits"
 
 
 @dataclass(frozen=True, eq=False)
+class PlannedTeacher:
+    """Holds a teacher's config and the dtype of its weights, one of DTYPES."""
+
+    config: PretrainedConfig
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
 class TrainingSetup:
     """Describes a training run. Names and defaults are those of the trainers' arguments, where they have them.
 
@@ -53,7 +61,9 @@ class TrainingSetup:
     - `num_gpus`: devices that share the run; `engine`: how, one of `sharding.SHARINGS`.
     - `tiled_mlp`: tokens of a tile, None for whole rows.
     - `num_generations`, `beta`: None takes the method's default (grpo, rloo).
-    - `steps_per_generation`: None takes the accumulation steps (grpo, rloo).
+    - `steps_per_generation`: None takes the accumulation steps (grpo, rloo, distillation).
+    - `teacher`: of distillation; None: one as large as the student. `lmbda`, `seq_kd`: the share of micro-batches that
+      the student samples, and whether the teacher samples the others.
     - `num_mini_batches`, `local_rollout_forward_batch_size`: ppo's.
     - `generates`: False where another process samples (vLLM).
     - `fused_head`: False takes the slow path of `modeling.scoring`, with the model's own logits.
@@ -87,6 +97,9 @@ class TrainingSetup:
     head_grad: str = "exact"
     head_workspace_bytes: int | None = None
     precompute_ref_log_probs: bool = False
+    teacher: PlannedTeacher | None = None
+    lmbda: float = 1.0
+    seq_kd: bool = False
     num_generations: int | None = None
     steps_per_generation: int | None = None
     num_iterations: int = 1
@@ -112,7 +125,7 @@ class TrainingSetup:
         if self.system != OURS and self.method not in COMPARED_METHODS:
             raise ValueError(f"system={self.system!r} has no step of method={self.method!r} to compare with")
         # Other methods have no groups, and do not look at the number.
-        group_method = self.method if self.method in GROUP_METHODS else GROUP_METHODS[0]
+        group_method = self.method if self.method in (*GROUP_METHODS, *TEACHER_METHODS) else GROUP_METHODS[0]
         for name in ("num_generations", "beta"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, METHODS[group_method].config_class().__dataclass_fields__[name].default)
@@ -173,6 +186,12 @@ class TrainingSetup:
         """Returns the positions that the model was made for, if its config tells."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    @functools.cached_property
+    def of_teacher(self) -> TrainingSetup:
+        """Returns the setup whose model is the teacher: whole weights of its own, which read the same rows."""
+        own = PlannedTeacher(self.config, self.dtype) if self.teacher is None else self.teacher
+        return self.but(method="sft", config=own.config, dtype=own.dtype, lora_r=None, quantization=None)
+
     @property
     def needs_reference_model(self) -> bool:
         """Tells whether a second model holds the weights of the reference policy, or of a teacher, during training."""
@@ -200,7 +219,7 @@ class TrainingSetup:
         """Returns the number of completions of a prompt that are held against each other; 1 where none are."""
         if self.method == "online_dpo":
             return 2
-        return self.num_generations if self.method in GROUP_METHODS else 1
+        return self.num_generations if self.method in (*GROUP_METHODS, *TEACHER_METHODS) else 1
 
     @property
     def completions_per_generation(self) -> int:
@@ -253,6 +272,7 @@ def setup_from_training(
     *,
     prompt_tokens: int | None = None,
     images: tuple[ImageInput, ...] = (),
+    teacher: PlannedTeacher | None = None,
     longest: int | None = None,
     device: str = "gpu",
     num_gpus: int = 1,
@@ -265,6 +285,7 @@ def setup_from_training(
         prompt_tokens: how many of a sequence's tokens are prompt. None: half of them; of sampled completions
             DEFAULT_PROMPT_TOKENS, and those of images.
         images: those of a prompt; their tokens are prompt tokens.
+        teacher: of a distillation; None: one as large as the policy.
         longest: tokens of the data's longest sequence, where they are known; longer ones are not planned for.
         device: whose kernels to assume, one of DEVICES; num_gpus: how many share the run; engine: how they do.
 
@@ -285,8 +306,9 @@ def setup_from_training(
         method=method,
         max_length=max_length,
         images=images,
+        teacher=teacher,
         prompt_share=share,
-        dtype=_dtype_name(dtype, config),
+        dtype=dtype_name(dtype, config),
         # Numbers of either 16-bit autocast take the same memory.
         bf16=bool(training_args.bf16 or training_args.fp16),
         lora_r=model_args.lora_r if model_args.use_peft else None,
@@ -298,7 +320,7 @@ def setup_from_training(
         nested_quantization=model_args.use_bnb_nested_quant,
         optim=str(getattr(training_args.optim, "value", training_args.optim)),
         precompute_ref_log_probs=_needs_no_reference(training_args),
-        generates=not getattr(training_args, "use_vllm", False),
+        generates=not getattr(training_args, "use_vllm", False) and _samples(training_args),
         num_gpus=num_gpus,
         engine=engine,
         device=device,
@@ -311,7 +333,7 @@ _SAME_NAMES = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
     *("activation_budget_bytes", "activation_offloading", "tiled_mlp", "batch_layout"),
     *("head_grad", "head_workspace_bytes", "beta", "num_generations", "steps_per_generation", "num_iterations"),
-    *("num_mini_batches", "local_rollout_forward_batch_size", "num_ppo_epochs"),
+    *("num_mini_batches", "local_rollout_forward_batch_size", "num_ppo_epochs", "lmbda", "seq_kd"),
 )
 
 
@@ -350,7 +372,7 @@ def _lengths(
     return length, prompt_tokens / length
 
 
-def _dtype_name(dtype: str | torch.dtype | None, config: PretrainedConfig) -> str:
+def dtype_name(dtype: str | torch.dtype | None, config: PretrainedConfig) -> str:
     """Returns the name of the weights' dtype; "auto": the one that the model's config names."""
     if dtype in (None, "auto"):
         dtype = getattr(config, "dtype", None) or torch.float32
@@ -360,3 +382,8 @@ def _dtype_name(dtype: str | torch.dtype | None, config: PretrainedConfig) -> st
 def _needs_no_reference(training_args: Any) -> bool:
     """Says whether a method with a reference has its scores before training, or takes zeros for them."""
     return any(getattr(training_args, name, None) for name in ("precompute_ref_log_probs", "reference_free"))
+
+
+def _samples(training_args: Any) -> bool:
+    """Says whether completions are sampled at all: distillation may take those of its dataset."""
+    return getattr(training_args, "lmbda", 1.0) > 0 or bool(getattr(training_args, "seq_kd", False))

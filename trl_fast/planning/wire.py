@@ -42,6 +42,16 @@ class Wire:
     all_reduce: float = 0.0
     all_to_all: float = 0.0
 
+    def __add__(self, other: Wire) -> Wire:
+        return self._with(other, 1.0)
+
+    def __sub__(self, other: Wire) -> Wire:
+        return self._with(other, -1.0)
+
+    def _with(self, other: Wire, factor: float) -> Wire:
+        names = (item.name for item in fields(self))
+        return Wire(*(getattr(self, name) + factor * getattr(other, name) for name in names))
+
     @property
     def bytes(self) -> float:
         """Returns the bytes of all."""

@@ -170,6 +170,8 @@ RANGES: dict[str, Range] = {
         2, whole=True, optional=False, advice="a completion is compared with the others of its prompt"
     ),
     "DistillationConfig.num_generations": COUNT,
+    # Of any method: its config has been checked.
+    "TrainingSetup.num_generations": COUNT,
     "num_generations_eval": COUNT,
     "SamplingConfig.max_completion_length": Range(1, whole=True, optional=False),
     "generation_batch_size": COUNT,
