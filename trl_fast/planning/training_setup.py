@@ -298,7 +298,6 @@ def setup_from_training(
         given.pop("beta", None)
     image_tokens = sum(image.num_tokens for image in images)
     max_length, share = _lengths(method, training_args, prompt_tokens, longest, image_tokens)
-    modules, excluded = model_args.lora_target_modules, model_args.lora_exclude_modules
     dtype = (training_args.model_init_kwargs or {}).get("dtype", model_args.dtype)
     quantization = "4bit" if model_args.load_in_4bit else "8bit" if model_args.load_in_8bit else None
     return TrainingSetup(
@@ -311,11 +310,6 @@ def setup_from_training(
         dtype=dtype_name(dtype, config),
         # Numbers of either 16-bit autocast take the same memory.
         bf16=bool(training_args.bf16 or training_args.fp16),
-        lora_r=model_args.lora_r if model_args.use_peft else None,
-        lora_target_modules=tuple(modules) if isinstance(modules, list) else modules,
-        lora_modules_to_save=tuple(model_args.lora_modules_to_save or ()) or None,
-        lora_exclude_modules=tuple(excluded) if isinstance(excluded, list) else excluded,
-        use_dora=model_args.use_dora,
         quantization=quantization,
         nested_quantization=model_args.use_bnb_nested_quant,
         optim=str(getattr(training_args.optim, "value", training_args.optim)),
@@ -324,8 +318,21 @@ def setup_from_training(
         num_gpus=num_gpus,
         engine=engine,
         device=device,
+        **_adapter(model_args),
         **given,
     )
+
+
+def _adapter(model_args: ModelArguments) -> dict[str, Any]:
+    """Returns the fields of a setup that tell of an adapter."""
+    modules, excluded = model_args.lora_target_modules, model_args.lora_exclude_modules
+    return {
+        "lora_r": model_args.lora_r if model_args.use_peft else None,
+        "lora_target_modules": tuple(modules) if isinstance(modules, list) else modules,
+        "lora_modules_to_save": tuple(model_args.lora_modules_to_save or ()) or None,
+        "lora_exclude_modules": tuple(excluded) if isinstance(excluded, list) else excluded,
+        "use_dora": model_args.use_dora,
+    }
 
 
 # Arguments of training that a setup has under their names.
