@@ -3,6 +3,7 @@
 import pytest
 import torch
 import trl.experimental.a2po as trl_a2po
+from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
@@ -143,3 +144,20 @@ def test_bad_input(make, tmp_path):
             trl_fast.A2POConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
     theirs = trl_a2po.A2POConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta2=0.1)
     assert trl_fast.A2POConfig.from_any(theirs).beta2 == 0.1
+
+
+@pytest.mark.slow
+def test_a_run_that_learns(make):
+    def is_good(completion_ids, **_):
+        return [float(sum(token % 3 == 0 for token in ids) > len(ids) / 2) for ids in completion_ids]
+
+    rows = Dataset.from_list([{"prompt": f"What color is {number}?"} for number in range(100, 196)])
+    given = {"rollout_func": None, "reward_funcs": is_good, "train_dataset": rows.select(range(64))}
+    given["eval_dataset"] = rows.select(range(64, 96))
+    settings = {"beta2": 0.05, "num_value_samples": 4, "filter_all_incorrect": False, "learning_rate": 3e-3}
+    settings |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "max_steps": 200}
+    trainer = make(trl_fast, given=given, lr_scheduler_type="constant", gradient_checkpointing=False, **settings)
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    after = trainer.evaluate()["eval_reward"]
+    assert before < 0.4 and after > before + 0.3
