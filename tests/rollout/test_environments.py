@@ -65,12 +65,14 @@ def len_of(text: str) -> int:
 
 
 def test_a_class_tells_the_rewards_of_its_own_and_of_no_subclass():
-    environments = Environments({"sums": Sums, "words": Words, "judged": Judged})
-    environments.reset(["sums", "judged", "words", "judged"], rows(4))
+    environments = Environments({"sums": Sums, "words": Words, "judged": Judged, "door": Door, "again": Sums})
+    environments.reset(["sums", "judged", "words", "judged", "door", "again"], rows(6))
     environments.instances[3].words.append("more")
     sources = environments.reward_sources()
-    assert [source.__name__ for source in sources] == ["Sums", "Judged"]
-    assert [source(environments.instances) for source in sources] == [[1.0, *[None] * 3], [*[None] * 3, 2.0]]
+    assert [source.__name__ for source in sources] == ["Sums", "Judged", "Door"]
+    found = [source(environments.instances) for source in sources]
+    assert found[0] == [1.0, *[None] * 4, 11.0]
+    assert found[1] == [*[None] * 3, 2.0, None, None] and found[2] == [*[None] * 4, 9.0, None]
 
 
 class Together:
