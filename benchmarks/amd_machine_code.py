@@ -50,17 +50,17 @@ def amd_resources(assembly: str, num_warps: int, target: str) -> AMDResources:
         return len(re.findall(rf"^\s+{pattern}", assembly, re.M))
 
     loads, stores = count(r"(?:global|buffer)_load_"), count(r"(?:global|buffer)_store_")
-    wide_loads, wide_stores = (count(rf"(?:global|buffer)_{kind}_dwordx4") for kind in ("load", "store"))
+    vector_loads, vector_stores = (count(rf"(?:global|buffer)_{kind}_dwordx4") for kind in ("load", "store"))
     registers, shared = metadata("vgpr_count"), metadata("group_segment_fixed_size")
     return AMDResources(
         registers=registers,
         spill_bytes=4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count")),
         shared_bytes=shared,
         occupancy=occupancy(registers, shared, num_warps, target),
-        vector_loads=wide_loads,
-        narrow_loads=loads - wide_loads,
-        vector_stores=wide_stores,
-        narrow_stores=stores - wide_stores,
+        vector_loads=vector_loads,
+        narrow_loads=loads - vector_loads,
+        vector_stores=vector_stores,
+        narrow_stores=stores - vector_stores,
         matrix_instructions=count(r"v_mfma_"),
     )
 
