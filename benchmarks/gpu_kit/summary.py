@@ -46,7 +46,7 @@ def _races(console: Console, facts: list[dict]) -> None:
     """Returns a table: a line a contender, a column a size: milliseconds, over the floor, over ours."""
     times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for fact in facts:
-        if fact["phase"] == "heads" and "ms" in fact:
+        if fact["phase"] in ("heads", "divergences") and "ms" in fact:
             mode, name = fact["what"].split(": ", 1)
             times[mode, name][fact["size"]] = fact["ms"]
     sizes = list(dict.fromkeys(size for row in times.values() for size in row))

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu_kit import __main__ as kit_main
-from benchmarks.gpu_kit import correctness, float64_cases
+from benchmarks.gpu_kit import correctness, divergences, float64_cases
 from benchmarks.gpu_kit.facts import Facts, default_path, read_facts
 from benchmarks.gpu_kit.gpu_timing import Clock, Timed
 from benchmarks.gpu_kit.phases import PLANS, Phase
@@ -38,7 +38,7 @@ def test_the_rehearsal(tmp_path, capsys):
     assert {phase.module for phase in PLANS["first"]} == {phase.module for phase in PLANS["rehearsal"]}
     assert not [fact for fact in facts if fact["what"].startswith("WRONG")]
     checked = {fact["what"]: fact["right"] for fact in facts if fact["what"].startswith("check ")}
-    assert all(checked[f"check {name}"] > 0 for name in ("heads", "losses", "attention", "layouts", "many logits"))
+    assert all(checked[f"check {name}"] > 0 for name in ("heads", "losses", "attention", "layouts", "divergences"))
     losses = {fact["phase"]: fact["losses"] for fact in facts if "losses" in fact}
     assert losses["step dpo trl_fast host"] == pytest.approx(losses["step dpo trl"], rel=1e-5)
     peaks = [fact for fact in facts if "predicted_bytes" in fact]
@@ -48,6 +48,16 @@ def test_the_rehearsal(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "left out: watching, hardware counters: ncu is not installed" in printed
     assert "check heads:" in printed and len(printed) < MOST_CHARACTERS + 2000
+
+
+def test_divergences_are_checked(monkeypatch):
+    """Every kind on the backends of this CPU, and a beta that is not asked for is found."""
+    check = functools.partial(divergences.check_divergences, CPU, rows=9, hidden=16, vocab=301)
+    found = list(check())
+    assert len(found) % (3 * len(divergences.CASES)) == 0 and all(one.ok for one in found)
+    right = divergences.linear_divergence
+    monkeypatch.setattr(divergences, "linear_divergence", lambda *given, **more: right(*given, **more | {"beta": 0.2}))
+    assert not any(one.ok for one in check() if "tvd" not in one.what)
 
 
 def phases_of(*words):
