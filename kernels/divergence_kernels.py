@@ -1,9 +1,9 @@
 """Computes the divergences of rows of two heads' logits, and their gradient, in Triton.
 
 `trl_fast/ops/divergence/row_kernels.py` specifies the kernel and explains the names. One program works on one row, in
-sweeps over both heads' logits: largest logits and sums; the terms of the divergence and their slopes; the gradient.
-Of a Kullback-Leibler divergence of the two heads alone, the mean slope is known after the first sweep: then the last
-two are one.
+sweeps over both heads' logits: largest logits and sums; the terms of the divergence and their rises (formulas.py); the
+gradient. Of a Kullback-Leibler divergence of the two heads alone, the mean rise is known after the first sweep: then
+the last two are one.
 
 Row offsets are 64-bit, sums are float32. Largest logits are numbers of the row, sums have an entry a column of a
 block, so that only the largest logits cost a reduction in each trip. The largest logit's own 1 is not in a sum: a row
@@ -78,18 +78,18 @@ def _add_block(top, first, others, past, u, columns):
     e^(u − top); how much exponents fell by, and the factor that goes with it; 1 if there was a largest logit before.
     """
     block_top, place = tl.max(u, 0, return_indices=True)
-    rises = block_top > top
+    grows = block_top > top
     seen = tl.where(top == -float("inf"), 0.0, 1.0)
-    new_top = tl.where(rises, block_top, top)
+    new_top = tl.where(grows, block_top, top)
     # While everything is -inf, subtract 0: -inf - -inf would be NaN.
     anchor = tl.where(new_top == -float("inf"), 0.0, new_top)
     shift = tl.where(top == -float("inf"), 0.0, top - anchor)
     factor = tl.exp2(shift * _LOG2E)
-    first = tl.where(rises, tl.min(columns, 0) + place, first)
+    first = tl.where(grows, tl.min(columns, 0) + place, first)
     x = u - anchor
     e = tl.exp2(x * _LOG2E)
-    others = factor * others + tl.where(columns == tl.where(rises, first, -1), 0.0, e)
-    past = factor * past + tl.where(rises, factor * seen, 0.0)
+    others = factor * others + tl.where(columns == tl.where(grows, first, -1), 0.0, e)
+    past = factor * past + tl.where(grows, factor * seen, 0.0)
     return new_top, first, others, past, x, e, shift, factor, seen
 
 
@@ -101,7 +101,7 @@ def _log_sum(top, others):
 
 @triton.jit
 def _class_terms(log_p, log_q, shares, KIND: tl.constexpr):
-    """Returns p, a class's term of the divergence, and its slope; log_p: the student's, log_q: the teacher's.
+    """Returns p, a class's term of the divergence, and its rise; log_p: the student's, log_q: the teacher's.
 
     shares: those of p and q in the mixture. Everything comes from the larger of p and q and the ratio of the smaller
     to it. A term is x·(log(x/m) − 1 + m/x), which is never negative. With δ = 1 − ratio and ψ = −log ratio − δ by
@@ -121,25 +121,25 @@ def _class_terms(log_p, log_q, shares, KIND: tl.constexpr):
     of_smaller = larger * (delta * delta - ratio * tl.minimum(psi, 1e4))
     if KIND == "tvd":
         term = 0.5 * larger * delta
-        slope = p * tl.where(p_is_smaller, -0.5, tl.where(gap == 0.0, 0.0, 0.5))
+        rise = p * tl.where(p_is_smaller, -0.5, tl.where(gap == 0.0, 0.0, 0.5))
     elif KIND == "forward_kl":
         term = tl.where(p_is_smaller, _moment(larger, psi), of_smaller)
-        slope = larger * tl.where(p_is_smaller, -delta, delta)
+        rise = larger * tl.where(p_is_smaller, -delta, delta)
     elif KIND == "reverse_kl":
         term = tl.where(p_is_smaller, of_smaller, _moment(larger, psi))
-        slope = _moment(p, gap)
+        rise = _moment(p, gap)
     else:
-        term, slope = _mixture_terms(p, larger, ratio, distance, p_is_smaller, delta, shares, KIND)
-    return p, term, slope
+        term, rise = _mixture_terms(p, larger, ratio, distance, p_is_smaller, delta, shares, KIND)
+    return p, term, rise
 
 
 @triton.jit
 def _mixture_terms(p, larger, ratio, distance, p_is_smaller, delta, shares, KIND: tl.constexpr):
-    """Returns a class's term and slope, of a mixture m of p and q with these shares; the rest is of _class_terms.
+    """Returns a class's term and rise, of a mixture m of p and q with these shares; the rest is of _class_terms.
 
     With a and b the smaller's and the larger's share, m is the larger times 1 − aδ, the smaller times 1 + bδ/ratio.
     The larger's term is itself times −log(1 − y) − y, y = aδ, the smaller's itself times e − log(1 + e), e = bδ/ratio.
-    Slopes take logarithms as they are: the gradient's sweep needs no series.
+    Rises take logarithms as they are: the gradient's sweep needs no series.
     """
     p_share, q_share = shares
     a, b = tl.where(p_is_smaller, p_share, q_share), tl.where(p_is_smaller, q_share, p_share)
@@ -157,15 +157,15 @@ def _mixture_terms(p, larger, ratio, distance, p_is_smaller, delta, shares, KIND
     if KIND == "jsd":
         # Their shares of the divergence are those of the mixture, too.
         term = larger * (b * of_larger + a * of_smaller)
-        slope = p_share * p * log_p
+        rise = p_share * p * log_p
     elif KIND == "skewed_forward_kl":
         term = larger * tl.where(p_is_smaller, of_larger, of_smaller)
-        slope = p_share * p_share * p * difference
+        rise = p_share * p_share * p * difference
     else:
         tl.static_assert(KIND == "skewed_reverse_kl")
         term = larger * tl.where(p_is_smaller, of_smaller, of_larger)
-        slope = p * (log_p - p_share * q_share * difference)
-    return term, slope
+        rise = p * (log_p - p_share * q_share * difference)
+    return term, rise
 
 
 @triton.jit
@@ -182,8 +182,8 @@ def _statistics(
     BLOCK: tl.constexpr,
 ):
     """Returns what to subtract from the logits of both heads for log p and log q: the largest one, then a logarithm;
-    the entropy of p; the first of q's largest columns. And of a reverse KL q's logit where p has its largest one, and
-    the mean slope relative to that: in a row of which p is sure, nothing else would be left."""
+    the entropy of p; whether it is largest where q is. And of a reverse KL q's logit where p has its largest one, and
+    the mean rise relative to that: in a row of which p is sure, nothing else would be left."""
     top_p, past_p = tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32)
     first_p, others_p = tl.full([], 0, tl.int32), tl.zeros([BLOCK], tl.float32)
     top_q, past_q, first_q, others_q = top_p, past_p, first_p, others_p
@@ -214,9 +214,85 @@ def _statistics(
     others = tl.sum(others_p, 0) + past_p
     log_sum_p, log_sum_q = _log_sum(top_p, others), _log_sum(top_q, tl.sum(others_q, 0) + past_q)
     entropy = log_sum_p - (tl.sum(moment, 0) + past_moment) / (1.0 + others)
-    # Slopes of a forward KL are p − q, which add up to 0.
+    of_choice = _load_logits(head_p, first_q, first_q < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)[0]
+    # Rises of a forward KL are p − q, which add up to 0.
     mean = (tl.sum(cross, 0) + past_cross) / (1.0 + others)
-    return top_p, log_sum_p, top_q, log_sum_q, entropy, first_q, v_top, mean
+    return (top_p, log_sum_p, top_q, log_sum_q), entropy, tl.where(of_choice >= top_p, 1.0, 0.0), v_top, mean
+
+
+@triton.jit
+def _sum_terms(
+    head_p,
+    head_q,
+    normal,
+    shares,
+    num_columns,
+    inv_temperature,
+    KIND: tl.constexpr,
+    P_BIAS: tl.constexpr,
+    P_SOFTCAP: tl.constexpr,
+    Q_BIAS: tl.constexpr,
+    Q_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Returns the sums of the terms and of their rises, the first with an entry a column of a block.
+
+    normal: what is subtracted from logits, as _statistics returns it.
+    """
+    top_p, log_sum_p, top_q, log_sum_q = normal
+    divergence, rises = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        u = _load_logits(head_p, columns, columns < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)[0]
+        v = _load_logits(head_q, columns, columns < num_columns, inv_temperature, Q_BIAS, Q_SOFTCAP)[0]
+        p, term, rise = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, shares, KIND)
+        divergence += term
+        rises += rise
+    return divergence, tl.sum(rises, 0)
+
+
+@triton.jit
+def _write_gradient(
+    head_p,
+    head_q,
+    normal,
+    v_top,
+    mean,
+    shares,
+    num_columns,
+    inv_temperature,
+    weight,
+    gradient,
+    KIND: tl.constexpr,
+    IS_NARROW: tl.constexpr,
+    P_BIAS: tl.constexpr,
+    P_SOFTCAP: tl.constexpr,
+    Q_BIAS: tl.constexpr,
+    Q_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes a row's gradient, and returns the sums of the terms as _sum_terms does.
+
+    v_top, mean: of a reverse KL as _statistics returns them, mean of others as _sum_terms does.
+    """
+    top_p, log_sum_p, top_q, log_sum_q = normal
+    divergence = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        u, du = _load_logits(head_p, columns, columns < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)
+        v = _load_logits(head_q, columns, columns < num_columns, inv_temperature, Q_BIAS, Q_SOFTCAP)[0]
+        p, term, rise = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, shares, KIND)
+        divergence += term
+        if KIND == "reverse_kl":
+            change = _moment(p, (u - top_p) - (v - v_top) - mean)
+        else:
+            change = rise - p * mean
+        grad = tl.where(weight == 0.0, 0.0, weight * du * change)
+        # A narrower gradient may lie in the first half of the row: all of this block's logits have to be read.
+        if IS_NARROW:
+            tl.debug_barrier()
+        tl.store(gradient + columns, grad.to(gradient.dtype.element_ty), mask=columns < num_columns)
+    return divergence
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -252,42 +328,28 @@ def row_divergence_kernel(
     index = tl.program_id(0).to(tl.int64)
     head_p = (student + index * student_stride, student_bias, student_scale, student_softcap)
     head_q = (teacher + index * teacher_stride, teacher_bias, teacher_scale, teacher_softcap)
-    top_p, log_sum_p, top_q, log_sum_q, entropy, choice, v_top, mean = _statistics(
+    normal, entropy, is_same_top1, v_top, mean = _statistics(
         head_p, head_q, num_columns, inv_temperature, KIND, P_BIAS, P_SOFTCAP, Q_BIAS, Q_SOFTCAP, BLOCK
     )
-    of_choice = _load_logits(head_p, choice, choice < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)[0]
     tl.store(results + index + results_stride, entropy)
-    tl.store(results + index + 2 * results_stride, tl.where(of_choice >= top_p, 1.0, 0.0))
-    tl.debug_barrier()  # a gradient may take the place of what was chosen
-    divergence, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    tl.store(results + index + 2 * results_stride, is_same_top1)
+    tl.debug_barrier()  # a gradient may take the place of what was read last
+    divergence = tl.zeros([BLOCK], tl.float32)
+    shares = (p_share, q_share)
     if not (KIND == "forward_kl" or KIND == "reverse_kl") or not HAS_GRADIENT:
-        for start in range(0, num_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            u = _load_logits(head_p, columns, columns < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)[0]
-            v = _load_logits(head_q, columns, columns < num_columns, inv_temperature, Q_BIAS, Q_SOFTCAP)[0]
-            p, term, slope = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, (p_share, q_share), KIND)
-            divergence += term
-            slopes += slope
-        mean = tl.sum(slopes, 0)
+        divergence, mean = _sum_terms(
+            head_p, head_q, normal, shares, num_columns, inv_temperature,
+            KIND, P_BIAS, P_SOFTCAP, Q_BIAS, Q_SOFTCAP, BLOCK,
+        )  # fmt: skip
     if HAS_GRADIENT:
-        weight = tl.load(weights + index)
-        for start in range(0, num_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            u, du = _load_logits(head_p, columns, columns < num_columns, inv_temperature, P_BIAS, P_SOFTCAP)
-            v = _load_logits(head_q, columns, columns < num_columns, inv_temperature, Q_BIAS, Q_SOFTCAP)[0]
-            p, term, slope = _class_terms(u - top_p - log_sum_p, v - top_q - log_sum_q, (p_share, q_share), KIND)
-            if KIND == "forward_kl" or KIND == "reverse_kl":
-                divergence += term
-            if KIND == "reverse_kl":
-                change = _moment(p, (u - top_p) - (v - v_top) - mean)
-            else:
-                change = slope - p * mean
-            grad = tl.where(weight == 0.0, 0.0, weight * du * change)
-            # A narrower gradient may lie in the first half of the row: all of this block's logits have to be read.
-            if student.dtype.element_ty != gradient.dtype.element_ty:
-                tl.debug_barrier()
-            to = gradient + index * gradient_stride + columns
-            tl.store(to, grad.to(gradient.dtype.element_ty), mask=columns < num_columns)
+        is_narrow: tl.constexpr = student.dtype.element_ty != gradient.dtype.element_ty
+        terms = _write_gradient(
+            head_p, head_q, normal, v_top, mean, shares, num_columns, inv_temperature,
+            tl.load(weights + index), gradient + index * gradient_stride,
+            KIND, is_narrow, P_BIAS, P_SOFTCAP, Q_BIAS, Q_SOFTCAP, BLOCK,
+        )  # fmt: skip
+        if KIND == "forward_kl" or KIND == "reverse_kl":
+            divergence = terms
     tl.store(results + index, tl.sum(divergence, 0))
 
 

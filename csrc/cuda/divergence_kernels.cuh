@@ -1,9 +1,9 @@
 // The divergence's row kernel for CUDA; trl_fast/ops/divergence/row_kernels.py specifies what it computes.
 //
 // One block works on one row of both heads, in sweeps: largest logits and sums; the terms of the divergence and their
-// slopes; the gradient. Of a Kullback-Leibler divergence of the two heads alone the mean slope is known after the
-// first sweep: then the last two are one. A sweep reads each logit once, sixteen bytes at a time; p is the student's,
-// q the teacher's. No torch headers: the same source compiles as host C++ (tests/support/simt.h).
+// rises (formulas.py); the gradient. Of a Kullback-Leibler divergence of the two heads alone the mean rise is known
+// after the first sweep: then the last two are one. A sweep reads each logit once, sixteen bytes at a time; p is the
+// student's, q the teacher's. No torch headers: the same source compiles as host C++ (tests/support/simt.h).
 #pragma once
 
 #include "cuda/row_kernels.cuh"
@@ -152,19 +152,19 @@ struct Largest {
 template <bool kCross>
 __device__ void add(RowSums& sums, const float (&u)[kShare], const float (&v)[kShare], int first) {
   const Largest of_p(u, v), of_q(v, u);
-  const bool p_rises = of_p.u > sums.p.top, q_rises = of_q.u > sums.q.top;
-  if (q_rises) {
+  const bool p_grows = of_p.u > sums.p.top, q_grows = of_q.u > sums.q.top;
+  if (q_grows) {
     raise_q(sums.q, of_q.u);
     sums.choice = first + of_q.k;
   }
-  if (p_rises) raise_p(sums, of_p.u, of_p.other);
+  if (p_grows) raise_p(sums, of_p.u, of_p.other);
   const float p_anchor = sums.p.anchor(), q_anchor = sums.q.anchor();
 #pragma unroll
   for (int k = 0; k < kShare; ++k) {
     const float x = u[k] - p_anchor, y = v[k] - q_anchor;
     const float p = exp_flushed(x), q = exp_flushed(y);
-    sums.p.others += p_rises && k == of_p.k ? 0.0f : p;
-    sums.q.others += q_rises && k == of_q.k ? 0.0f : q;
+    sums.p.others += p_grows && k == of_p.k ? 0.0f : p;
+    sums.q.others += q_grows && k == of_q.k ? 0.0f : q;
     sums.moment += faded(p, x);
     if constexpr (kCross) sums.cross += faded(p, x - (v[k] - sums.v_top));
   }
@@ -225,11 +225,11 @@ __device__ inline float block_total(float value) {
   return total;
 }
 
-// A class's probability p, its term of the divergence, and its slope.
+// A class's probability p, its term of the divergence, and its rise.
 struct ClassTerms {
   float p;
   float term;
-  float slope;
+  float rise;
 };
 
 // What a class of a mixture m needs of its two probabilities: the larger one, and the ratio of the smaller to it.
@@ -243,7 +243,7 @@ struct Closeness {
 
 // With a and b the smaller's and the larger's share, m is the larger times 1 - a delta, the smaller times 1 + b delta
 // / ratio. The larger's term is itself times -log(1 - y) - y, y = a delta, the smaller's itself times e - log(1 + e),
-// e = b delta / ratio. Slopes take logarithms as they are: the gradient's sweep needs no series.
+// e = b delta / ratio. Rises take logarithms as they are: the gradient's sweep needs no series.
 template <Divergence kKind>
 __device__ ClassTerms mixture_terms(float p, const Closeness& is, const DivergenceNumbers& numbers) {
   const float p_share = numbers.one_minus_mixture, q_share = numbers.mixture;
@@ -342,11 +342,11 @@ __device__ void divergence_row(const DivergenceArgs& args, const HeadRow<kPlain>
     results[kIsSameTop1 * args.results_stride] = chosen >= sums.p.top ? 1.0f : 0.0f;
   }
   __syncthreads();                       // a gradient may take the place of what was chosen
-  float divergence = 0.0f, mean = 0.0f;  // slopes of a forward KL are p - q, which add up to 0
+  float divergence = 0.0f, mean = 0.0f;  // rises of a forward KL are p - q, which add up to 0
   // Those of a reverse KL are taken relative to that of the largest logit: in a sure row nothing else would be left.
   if constexpr (kKind == Divergence::kReverseKl) mean = sums.cross / total;
   if (!kIsPlainKl<kKind> || args.gradient == nullptr) {
-    float slopes = 0.0f;
+    float rises = 0.0f;
     sweep<kWhole>(student.logits, teacher.logits, columns,
                   [&](int first, const Share<float>& raw_p, const Share<float>& raw_q) {
                     float u[kShare], v[kShare];
@@ -356,10 +356,10 @@ __device__ void divergence_row(const DivergenceArgs& args, const HeadRow<kPlain>
                     for (int k = 0; k < kShare; ++k) {
                       const ClassTerms of = class_terms<kKind>(log_p(u[k]), log_q(v[k]), args.numbers);
                       divergence += of.term;
-                      slopes += of.slope;
+                      rises += of.rise;
                     }
                   });
-    if (args.gradient != nullptr) mean = block_total(slopes);
+    if (args.gradient != nullptr) mean = block_total(rises);
   }
   if (args.gradient != nullptr) {
     const float weight = args.weights[row];
@@ -373,7 +373,7 @@ __device__ void divergence_row(const DivergenceArgs& args, const HeadRow<kPlain>
             const Logit u = student(raw_p[k], there ? first + k : 0), v = teacher(raw_q[k], there ? first + k : 0);
             const ClassTerms of = class_terms<kKind>(log_p(u.u), log_q(v.u), args.numbers);
             if constexpr (kIsPlainKl<kKind>) divergence += there ? of.term : 0.0f;
-            float change = of.slope - of.p * mean;
+            float change = of.rise - of.p * mean;
             if constexpr (kKind == Divergence::kReverseKl) {
               change = faded(of.p, (u.u - sums.p.top) - (v.u - sums.v_top) - mean);
             }

@@ -95,8 +95,8 @@ def run(
     gradient: torch.Tensor | None,
 ) -> torch.Tensor:
     """Returns the results (3, R) that a kernel writes, into a room that is wider and holds NaN."""
-    wide = torch.float64 if rows.student.dtype == torch.float64 else torch.float32
-    room = torch.full((NUM_RESULTS, len(rows.student) + 1), float("nan"), dtype=wide)
+    precise = torch.float64 if rows.student.dtype == torch.float64 else torch.float32
+    room = torch.full((NUM_RESULTS, len(rows.student) + 1), float("nan"), dtype=precise)
     student = (rows.student, rows.student_bias, *numbers.student)
     teacher = (rows.teacher, rows.teacher_bias, *numbers.teacher)
     kernel(*student, *teacher, numbers.inv_temperature, *formula, rows.weights, room[:, :-1], gradient)

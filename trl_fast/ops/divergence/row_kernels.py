@@ -51,7 +51,7 @@ class DivergenceKernel(NamedTuple):
 def num_sweeps(mixture: float, is_tvd: bool, with_gradient: bool) -> int:
     """Returns how often a GPU's kernel reads both logits; mixture, is_tvd: of DivergenceFormula.
 
-    A plain KL knows its slopes' mean after the first sweep, and takes its terms with the gradient.
+    A plain KL knows its rises' mean after the first sweep, and takes its terms with the gradient.
     """
     return 2 if not with_gradient or (mixture in (0.0, 1.0) and not is_tvd) else 3
 
