@@ -126,7 +126,8 @@ check-gpu-code: $(READY)
 	    || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.kernel_report --check
-	$(BIN)/python -m pytest -q -m slow tests/benchmarks/test_gpu_kit.py tests/csrc/test_cuda_rows.py tests/kernels/test_linear_scores.py
+	$(BIN)/python -m pytest -q -m slow tests/benchmarks/test_gpu_kit.py tests/csrc/test_cuda_rows.py \
+	  tests/csrc/test_cuda_divergence.py tests/kernels/test_linear_scores.py tests/kernels/test_divergence_kernels.py
 
 # The documentation as a site in build/site. Warnings are errors, and nothing in the site comes from the net.
 docs: $(READY)
