@@ -127,6 +127,24 @@ def test_heads_padded_to_different_sizes(make, teacher_path, tmp_path, tokenizer
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-4)
 
 
+@pytest.mark.parametrize("samples", ["student", "teacher"])
+def test_no_token_is_sampled_that_only_one_head_has(samples, make, model_path, teacher_path, tmp_path, tokenizer):
+    """The other model would have no embedding of it."""
+    padded = AutoModelForCausalLM.from_pretrained(teacher_path)
+    size = padded.config.vocab_size
+    padded.resize_token_embeddings(size + 200, mean_resizing=False)
+    padded.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    student, teacher = str(tmp_path / "padded"), model_path
+    if samples == "teacher":
+        student, teacher = teacher, student
+    given = {"lmbda": 0.0, "seq_kd": True} if samples == "teacher" else {}
+    trainer = make(model=student, teacher_model=teacher, rollout_engine=None, temperature=50.0, max_steps=1, **given)
+    trainer.train()
+    found = trainer.mixture.samples([*trainer.train_dataset], [samples == "student"] * len(trainer.train_dataset))
+    assert max(map(max, found.completion_ids)) < size
+
+
 @pytest.mark.parametrize("kind", ["skewed_forward_kl", "skewed_reverse_kl", "tvd"])
 def test_other_divergences_and_likeliest_tokens(kind, make):
     for settings in ({}, {"teacher_top_k": 16}):
@@ -223,6 +241,7 @@ def test_gkd_reads_conversations_and_evaluates_on_them(make):
     trainer.train()
     first, second = (trainer.evaluate()["eval_loss"] for _ in range(2))
     assert first == second > 0
+    assert list(trainer._get_eval_sampler(trainer.eval_dataset)) == [0, 1, 2, 3]
     assert trainer.divergence_settings.temperature == 1.0 and trainer.args.sampling_settings().temperature == 0.9
     assert trainer.lmbda == 0.5 and trainer.seq_kd is False
 

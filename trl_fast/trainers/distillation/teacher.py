@@ -108,7 +108,7 @@ def shared_vocabulary(
     Raises:
         ValueError: tokenizers or vocabularies differ, or teacher_top_k is larger than the vocabulary.
     """
-    sizes = [whole_shape(_head_of(model).weight)[0] for model in (student, teacher)]
+    sizes = _head_sizes(student, teacher)
     other = _tokenizer_of(teacher, args)
     if other is not None:
         _check_tokens(tokenizer, other)
@@ -132,6 +132,15 @@ def shared_vocabulary(
             "leave it out to compare all"
         )
     return None if sizes[0] == sizes[1] else known
+
+
+def columns_of_one(student: Model, teacher: Model) -> range:
+    """Returns the columns that only the larger one of two heads has."""
+    return range(*sorted(_head_sizes(student, teacher)))
+
+
+def _head_sizes(*models: Model) -> list[int]:
+    return [whole_shape(_head_of(model).weight)[0] for model in models]
 
 
 def _head_of(model: Model) -> Any:

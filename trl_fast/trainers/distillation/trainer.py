@@ -46,6 +46,7 @@ from .teacher import (
     check_is_another,
     check_sharded_head,
     chosen_teacher,
+    columns_of_one,
     load_teacher,
     same_family,
     shared_vocabulary,
@@ -107,6 +108,8 @@ class DistillationTrainer(OnlineTrainer):
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         teacher = load_teacher(teacher, args)
         self.vocab_size = shared_vocabulary(model, teacher, processing_class, args)
+        # The other model has no embedding of these.
+        self.unsampled_tokens = columns_of_one(model, teacher)
         self.toolbox = open_toolbox(tools, processing_class, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
@@ -212,8 +215,10 @@ class DistillationTrainer(OnlineTrainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        repeats = 1 if self.args.evaluates_given else self.args.num_generations
-        return RepeatSampler(eval_dataset, mini_repeat_count=repeats, seed=self.args.seed)
+        if self.args.evaluates_given:
+            # In order, as in TRL's GKD: a batch's loss is a mean over its tokens, so its rows matter.
+            return RepeatSampler(eval_dataset, mini_repeat_count=1, shuffle=False)
+        return RepeatSampler(eval_dataset, mini_repeat_count=self.args.num_generations, seed=self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
         """Returns the loader of the evaluation's rows; a stream is read as a whole, to have a dataset's order."""

@@ -15,11 +15,15 @@ _NOT_SETTINGS = {"transformers_version", "disable_compile"}
 
 
 def suppressed_tokens(trainer: Any) -> list[int]:
-    """Returns the tokens that stand for images and videos: a sampled one would have no image. TRL has images' only."""
+    """Returns the tokens that are never sampled: a trainer's own, and those that stand for images and videos.
+
+    One of these would have no image. TRL has images' only.
+    """
+    own = list(trainer.unsampled_tokens)
     if trainer.images is None:
-        return []
+        return own
     video = getattr(base_model(trainer.model).config, "video_token_id", None)
-    return [trainer.images.layout.image_token_id, *([video] if isinstance(video, int) else [])]
+    return [*own, trainer.images.layout.image_token_id, *([video] if isinstance(video, int) else [])]
 
 
 class Sampling:

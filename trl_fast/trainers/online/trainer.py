@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -62,6 +62,8 @@ class OnlineTrainer(ReferenceTrainer):
     toolbox: Toolbox | None = None
     # The environments that completions are made in.
     environment_rollouts: EnvironmentRollouts | None = None
+    # Tokens that are never sampled, beside those of images.
+    unsampled_tokens: Sequence[int] = ()
     # As in `OnlineMethod`.
     rollout_func: Callable[[list, Any], dict[str, Any]] | None = None
 
