@@ -31,7 +31,7 @@ def test_every_name_of_the_table_is_there(installed):
         for name, place in places.items():
             value = getattr(ours, name)
             if place.startswith("trl_fast") and hasattr(value, "__module__"):
-                assert value.__module__.split(".")[0] in ("trl_fast", "functools", "typing", "types"), (
+                assert value.__module__.split(".")[0] in ("trl_fast", "functools", "typing", "types", "collections"), (
                     f"{module}.{name}"
                 )
         assert set(places) <= set(dir(ours))
@@ -68,6 +68,8 @@ def test_every_way_of_importing(installed):
         ("from trl.trainer.judges import PairRMJudge", "trl.trainer.judges: TRL had it until 0.28"),
         ("from trl.chat_template_utils import qwen3_chat_template", "keeps no copies of models' chat templates"),
         ("from trl import NashMDTrainer", "subclass of OnlineDPOTrainer; neither TRL 1.16"),
+        ("import trl.experimental.nash_md", "use OnlineDPOTrainer"),
+        ("from trl.experimental.judges import PairRMJudge", "judges: TRL had it until 0.28"),
         ("import trl.experimental.gold", "models of different tokenizers, whose tokens it aligns first"),
         (
             "from trl.experimental.harbor import HarborSpec",

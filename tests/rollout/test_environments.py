@@ -185,7 +185,7 @@ class Flaky(Sums):
     def get_reward(self):
         if self.fails == "reward":
             raise KeyError("score")
-        return 1.0
+        return float("nan") if self.fails == "nan" else 1.0
 
     def close(self):
         self.closed.append(self)
@@ -197,10 +197,10 @@ class Flaky(Sums):
 def test_one_that_fails_is_lost_alone_and_another_takes_its_place(workers, caplog):
     Flaky.closed = []
     environments = Environments(Flaky, timeout=0.2, tool_timeout=0.1, workers=workers)
-    fails = [None, "reset", "hang", "type", "reward", "reset"]
-    environments.reset([None] * 6, [{"start": 1, "fails": each} for each in fails])
+    fails = [None, "reset", "hang", "type", "reward", "reset", "nan"]
+    environments.reset([None] * 7, [{"start": 1, "fails": each} for each in fails])
     source = environments.reward_sources()[0]
-    assert source(environments.instances) == [1.0, *[None] * 5]
+    assert source(environments.instances) == [1.0, *[None] * 6]
     # What hangs goes on behind the environment's back.
     assert environments.seats[0].toolbox.run([turn("wait")]).failures == 1
     assert all(environments.errors)
@@ -208,11 +208,18 @@ def test_one_that_fails_is_lost_alone_and_another_takes_its_place(workers, caplo
     for _ in range(2):
         environments.report()
     told = [record.message for record in caplog.records if "is not learned from" in record.message]
-    parts = ("a method (TimeLimit", "reset() (Conn", "environment_timeout=0.2", "returned 7", "get_reward() (Key")
+    parts = (
+        "a method (TimeLimit",
+        "reset() (Conn",
+        "environment_timeout=0.2",
+        "returned 7",
+        "get_reward() (Key",
+        "returned nan",
+    )
     for part, message in zip(parts, told, strict=True):
         assert message.startswith("environment Flaky failed in ") and part in message
     caplog.clear()
-    environments.reset([None] * 6, [{"start": 1}] * 6)
+    environments.reset([None] * 7, [{"start": 1}] * 7)
     assert set(map(id, Flaky.closed)) == set(map(id, lost)) and not any(environments.errors)
     assert not set(map(id, lost)) & set(map(id, environments.instances))
     assert "environment Flaky.close() raised OSError: already gone" in caplog.text

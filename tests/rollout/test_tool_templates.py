@@ -3,6 +3,7 @@
 from importlib.resources import files
 
 import pytest
+import torch
 import trl.chat_template_utils as theirs
 
 import trl_fast
@@ -104,6 +105,8 @@ def test_templates_that_nobody_knows(template):
     # As the docstring of TRL's has it; without a prefix TRL itself reads no calls.
     for prefix in (tokenizer("<|im_start|>assistant\n")["input_ids"], None):
         message = trl_fast.parse_response(reader, ids, prefix)
+        vectors = [None if each is None else torch.tensor(each) for each in (ids, prefix)]
+        assert trl_fast.parse_response(reader, *vectors) == message
         assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 3}}
 
 

@@ -251,6 +251,22 @@ def test_a_run_goes_on_from_a_checkpoint_within_a_generation(tool_model_path, tm
     assert_same_logs(logs[1:], logs[:1], rel=0, abs=0)
 
 
+def test_a_text_of_reset_that_is_too_long_costs_its_completion(tool_model_path, tmp_path, caplog):
+    class Pages(Sums):
+        opened = 0
+
+        def reset(self, **row):
+            Pages.opened += 1
+            self.total = Pages.opened
+            return "word " * 300 if Pages.opened in (2, 7) else None
+
+    settings = {"environment_factory": Pages, "max_completion_length": 8, "max_steps": 1}
+    trainer = make(trl_fast, tmp_path, tool_model_path, policy=GENERATES, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0][FAILURES] == 0.25
+    assert "failed in reset() (ValueError: its text makes a prompt of" in caplog.text
+
+
 # How many environments each of them finds: one a completion, once they are reset.
 HOOKS = {"_generate_and_score_completions": 0, "_calculate_rewards": 8, "_tokenize_prompts": 8, "_generate": 8}
 

@@ -123,6 +123,9 @@ GONE: dict[str, str] = {
 # The same for whole modules, with all that is below them.
 GONE_MODULES: dict[str, str] = {
     **{f"trl.experimental.{name}": said for name, said in _EXPERIMENTS.items()},
+    **{f"trl.experimental.{name}": GONE["XPOTrainer"] for name in ("nash_md", "xpo")},
+    **{f"trl.experimental.{name}": GONE["*Judge"] for name in ("judges", "winrate_callback")},
+    "trl.experimental.prm": GONE["PRMTrainer"],
     "trl.experimental": "trl_fast does not have it; run the script with TRL itself",
     "trl.chat_template_utils": _TEMPLATE_TEXTS,
     "trl.core": _older("its functions were those of the PPOTrainer of TRL up to 0.11; see PPOTrainer and PPOConfig"),

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .reward_answers import copied, shown
+from .reward_answers import checked_reward, copied, shown
 from .tools import Toolbox
 from .user_calls import Outcome, UserCalls, described, side_by_side
 
@@ -359,7 +359,7 @@ class EnvironmentReward:
         """Returns a reward for each completion; None where its environment is of another class, or is lost."""
         seats = {id(seat.environment): seat for seat in self._environments.seats}
         own = [seats[id(each)] for each in environments if type(each) is self._type]
-        found = iter(self._environments.ask(own, _GET_REWARD))
+        found = iter(self._environments.ask(own, _GET_REWARD, read=checked_reward))
         return [next(found) if type(each) is self._type else None for each in environments]
 
 

@@ -78,6 +78,22 @@ def checked_rewards(name: str, answer: Any, prompts: list) -> list[float]:
     return [_as_float(value, f"{who}, completion {i}", prompts[i]) for i, value in enumerate(values)]
 
 
+def checked_reward(value: Any) -> Any:
+    """Returns what an environment told as its reward.
+
+    Raises:
+        ValueError: it is neither a finite number nor None.
+    """
+    try:
+        _as_float(value, "get_reward()", None)
+    except ValueError as error:
+        raise ValueError(
+            f"get_reward() returned {shown(value)} of type {type(value).__name__}; expected a finite number, or None "
+            "for no reward"
+        ) from error
+    return value
+
+
 def _as_float(value: Any, where: str, prompt: Any) -> float:
     if value is None:
         return math.nan

@@ -92,9 +92,13 @@ def parse_response(
 
     Args:
         tokenizer: as `add_response_schema` leaves it.
-        ids: the completion's tokens.
+        ids: the completion's tokens, a list or a vector.
         prefix: the tokens before it, which may have opened a thought. None: nothing was opened. TRL then reads no tool
             calls at all.
         tools: JSON schemas or functions, which say of what type arguments are that are written as text.
     """
-    return parse_message(tokenizer, ids, prefix or [], tools)
+    return parse_message(tokenizer, _listed(ids), [] if prefix is None else _listed(prefix), tools)
+
+
+def _listed(ids: Any) -> list[int]:
+    return ids.tolist() if hasattr(ids, "tolist") else ids

@@ -18,7 +18,7 @@ from trl_fast.rollout import RolloutImages, Toolbox
 from trl_fast.rollout.environments import EnvironmentReward, Environments
 from trl_fast.rollout.responses import find_response_template
 from trl_fast.rollout.reward_answers import shown
-from trl_fast.rollout.user_calls import described
+from trl_fast.rollout.user_calls import Outcome, described
 
 from ..base.prepared_datasets import check_dataset_type
 from .config import OnlineConfig
@@ -74,10 +74,14 @@ class EnvironmentRollouts(TrainerCallback):
         self.images: RolloutImages | None = None
         self.toolbox = next(iter(environments.kinds.values())).toolbox
         self._tokenizer, self._args = tokenizer, args
+        # Tokens that a prompt may have; None is no limit.
+        self._room: int | None = None
 
     def attach(self, trainer: Any) -> None:
         """Takes part in a trainer's run, and closes the environments when the trainer is no more, or Python ends."""
         self.images = trainer.rollout_images
+        positions = most_positions(trainer.model, self._args)
+        self._room = None if positions is None else positions - (self._args.max_completion_length or 0)
         trainer.add_callback(self)
         weakref.finalize(trainer, self.environments.close)
 
@@ -205,7 +209,21 @@ class EnvironmentRollouts(TrainerCallback):
         """Returns rows with the tokens of their prompts as they are now."""
         prompts, longest = [row["prompt"] for row in rows], self._args.max_prompt_length
         ids = prompt_tokens(prompts, self.keywords(prompts), self._tokenizer, self.images, longest)
+        if self._room is not None and self.images is None:
+            ids = self._fitting(ids, self._room)
         return [{**row, PROMPT_IDS: each} for row, each in zip(rows, ids, strict=True)]
+
+    def _fitting(self, ids: list[list[int]], room: int) -> list[list[int]]:
+        """Returns prompts of at most `room` tokens; the environment that wrote a longer one is lost."""
+        for seat, each in zip(self.environments.seats, ids, strict=True):
+            if len(each) > room and seat.toolbox.lost is None:
+                too_long = ValueError(
+                    f"its text makes a prompt of {len(each)} tokens, and the model has positions for {room} beside "
+                    f"max_completion_length={self._args.max_completion_length}"
+                )
+                seat.read("reset", Outcome(error=too_long))
+        self._check_some_work()
+        return [each[-room:] for each in ids]
 
     def rewarded(
         self,
@@ -286,6 +304,12 @@ def open_environments(
         workers=args.environment_workers,
     )
     return EnvironmentRollouts(environments, tokenizer, args)
+
+
+def most_positions(model: Any, args: Any) -> int | None:
+    """Returns the most tokens, prompt and completion together, that the model takes; None if it has no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return (args.vllm_max_model_length if args.use_vllm else None) or positions
 
 
 # At module level: datasets pickles it for its worker processes and hashes it for its cache.

@@ -11,7 +11,7 @@ from trl_fast.rollout import RolloutEngine, RolloutImages, Toolbox, ToolLoop
 from trl_fast.rollout.responses import find_response_template
 
 from .config import OnlineConfig
-from .environments import open_environments
+from .environments import most_positions, open_environments
 
 
 def open_toolbox(
@@ -66,13 +66,12 @@ def with_tools(
             f"tools with vllm_mode='server' and {args.world_size} processes, which ask the server together but "
             "need not have equally many turns; use vllm_mode='colocate'"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return ToolLoop(
         engine,
         toolbox,
         tokenizer,
         max_iterations=args.max_tool_calling_iterations,
-        max_positions=(args.vllm_max_model_length if args.use_vllm else None) or positions,
+        max_positions=most_positions(model, args),
         chat_template_kwargs=args.chat_template_kwargs,
         images=images,
         workers=workers,
