@@ -279,7 +279,7 @@ def _loss(
     for name in outputs:
         check_choice("outputs", name, _OUTPUT_ROWS)
     hidden, (_, weight, bias, transform) = found[0], student
-    if how.top_k is not None and not 1 <= how.top_k <= vocab_size:
+    if how.top_k is not None and (type(how.top_k) is not int or not 1 <= how.top_k <= vocab_size):
         raise ValueError(f"top_k: expected 1 to the {vocab_size} tokens that count, got {how.top_k!r}")
     if weights is not None:
         check_rows(weights, hidden)

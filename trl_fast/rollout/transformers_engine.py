@@ -214,13 +214,14 @@ class TransformersEngine:
             "min_p": settings.min_p,
             "repetition_penalty": settings.repetition_penalty,
             "cache_implementation": settings.cache_implementation,
-            "suppress_tokens": self.suppressed or None,
             "pad_token_id": self.pad_token_id,
             "eos_token_id": self.eos_token_ids,
             # Training switches the model's own default off.
             "use_cache": True,
             "disable_compile": True,
         }
+        # Tokens that cannot be sampled stay so, whatever else the user leaves out.
+        values["suppress_tokens"] = [*self.suppressed, *extra.pop("suppress_tokens", ())] or None
         config = GenerationConfig(**{**values, **extra, **_ONE_ROW_EACH})
         config.update(**model.generation_config.to_dict(), defaults_only=True)
         if (config.stop_strings is not None or config.token_healing) and self.tokenizer is None:

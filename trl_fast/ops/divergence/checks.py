@@ -51,7 +51,7 @@ def _columns(sizes: Sequence[int], vocab_size: int | None) -> int:
             f"teacher_weight: its vocabulary has {sizes[1]} columns, the student's {sizes[0]}; if both have one "
             "tokenizer, give its size as vocab_size: the rest is padding"
         )
-    if vocab_size is not None and not 1 <= vocab_size <= min(sizes):
+    if vocab_size is not None and (type(vocab_size) is not int or not 1 <= vocab_size <= min(sizes)):
         raise ValueError(f"vocab_size: expected 1 to the {min(sizes)} columns of the smaller head, got {vocab_size!r}")
     return min(sizes) if vocab_size is None else vocab_size
 

@@ -44,7 +44,7 @@ class DivergenceFormula(NamedTuple):
         """
         if kind not in KINDS:
             raise ValueError(f"kind: unknown divergence {kind!r}; expected one of {', '.join(KINDS)}")
-        if not 0.0 <= beta <= 1.0:
+        if not isinstance(beta, (int, float)) or not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta must lie in [0, 1], got {beta!r}")
         beta = float(beta)
         if kind == "tvd":

@@ -48,7 +48,8 @@ class Sampling:
     def arguments(self) -> dict[str, Any]:
         """Returns what the trainer's arguments say, under the names of transformers' `generate`."""
         args, tokenizer = self._trainer.args, self._trainer.tokenizer
-        suppressed = suppressed_tokens(self._trainer)
+        given = dict(args.generation_kwargs or {})
+        suppressed = [*suppressed_tokens(self._trainer), *(given.pop("suppress_tokens", None) or ())]
         return {
             "max_new_tokens": getattr(args, args.length_setting),
             "do_sample": True,
@@ -59,7 +60,7 @@ class Sampling:
             "repetition_penalty": args.repetition_penalty,
             "cache_implementation": args.cache_implementation,
             **({"suppress_tokens": suppressed} if suppressed else {}),
-            **(args.generation_kwargs or {}),
+            **given,
         }
 
     @property
