@@ -31,9 +31,9 @@ from build_backend import PURE, asked_for, install_command, no_torch, requiremen
 
 ROOT = Path(__file__).parent
 # Kernel sources, compiled once per instruction set; the running CPU decides which is called.
-ISA_SOURCES = ("row_kernels", "sparse_kernels", "divergence_kernels")
+ISA_SOURCES = ("row_kernels", "sparse_kernels", "divergence_kernels", "layer_kernels")
 # The other sources for the CPU, compiled once.
-CPU_SOURCES = ("bindings", "instruction_sets", "memory_pool")
+CPU_SOURCES = ("bindings", "instruction_sets", "layer_bindings", "memory_pool")
 ISA_FLAGS = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "divergence_kernels.h"
+#include "layer_kernels.h"
 #include "row_kernels.h"
 #include "sparse_kernels.h"
 
@@ -13,16 +14,19 @@ namespace trl_fast {
 extern const RowKernels kRowKernelsDEFAULT;
 extern const SparseKernels kSparseKernelsDEFAULT;
 extern const DivergenceKernels kDivergenceKernelsDEFAULT;
+extern const LayerKernels kLayerKernelsDEFAULT;
 #endif
 #ifdef TRL_FAST_HAS_AVX2
 extern const RowKernels kRowKernelsAVX2;
 extern const SparseKernels kSparseKernelsAVX2;
 extern const DivergenceKernels kDivergenceKernelsAVX2;
+extern const LayerKernels kLayerKernelsAVX2;
 #endif
 #ifdef TRL_FAST_HAS_AVX512
 extern const RowKernels kRowKernelsAVX512;
 extern const SparseKernels kSparseKernelsAVX512;
 extern const DivergenceKernels kDivergenceKernelsAVX512;
+extern const LayerKernels kLayerKernelsAVX512;
 #endif
 
 namespace {
@@ -32,23 +36,24 @@ struct Candidate {
   const RowKernels* rows;
   const SparseKernels* sparse;
   const DivergenceKernels* divergence;
+  const LayerKernels* layers;
   bool runs;  // on this CPU
 };
 
 // Best first.
 const Candidate kCandidates[] = {
 #ifdef TRL_FAST_HAS_AVX512
-    {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512,
+    {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512, &kLayerKernelsAVX512,
      static_cast<bool>(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("fma"))},
 #endif
 #ifdef TRL_FAST_HAS_AVX2
-    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kDivergenceKernelsAVX2,
+    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kDivergenceKernelsAVX2, &kLayerKernelsAVX2,
      static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                        __builtin_cpu_supports("f16c"))},
 #endif
-    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, true},
+    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, &kLayerKernelsDEFAULT, true},
 };
 
 const Candidate& choose() {
@@ -77,6 +82,8 @@ const RowKernels& row_kernels() { return *chosen().rows; }
 const SparseKernels& sparse_kernels() { return *chosen().sparse; }
 
 const DivergenceKernels& divergence_kernels() { return *chosen().divergence; }
+
+const LayerKernels& layer_kernels() { return *chosen().layers; }
 
 const char* chosen_isa() { return chosen().name; }
 

@@ -31,7 +31,9 @@ TRITON_OPS = ("attention_merge",)
 HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
 # The second is made of the head's row kernels.
 DIVERGENCE_OPS = ("linear_divergence", "linear_divergence_to_given")
-OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS)
+# Ops of a transformer's layers, which have a C++ kernel and PyTorch.
+LAYER_OPS = ("rms_norm", "gated_activation", "rotary")
+OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS, *LAYER_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -209,6 +211,8 @@ def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, form
         return Support(True, "pure PyTorch, always there")
     if op in TRITON_OPS and backend != "triton":
         return Support(False, f"there is no {backend} kernel, only one in Triton")
+    if op in LAYER_OPS and backend != "cpp":
+        return Support(False, f"there is no {backend} kernel of it, only one in C++")
     if op == "linear_divergence" and backend not in _divergence_backends():
         return Support(False, f"there is no {backend} kernel of it")
     if op in VECTOR_OPS and backend == "cpp":

@@ -1,0 +1,115 @@
+"""Multiplies an activated gate by a second vector (SwiGLU, GeGLU: arXiv 2002.05202), and keeps nothing but the two.
+
+The activation is computed in float32 and rounded to the dtype before the product, as PyTorch does it. Backward
+computes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..backends import choose_backend
+from ..device import device_facts
+from ..named_gradients import AutogradContext
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# The numbers are those of `Activation` in csrc/cpu/layer_kernels.h: the place in this table.
+_FORWARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu_tanh": _gelu_tanh, "gelu": F.gelu}
+_BACKWARD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": torch.ops.aten.silu_backward.default,
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward.default(grad, x, approximate="tanh"),
+    "gelu": torch.ops.aten.gelu_backward.default,
+}
+ACTIVATIONS = tuple(_FORWARD)
+
+
+def _in_torch(gate: torch.Tensor, backend: str | None) -> bool:
+    return choose_backend("gated_activation", backend, device_facts(gate.device), gate.dtype) == "torch"
+
+
+@torch.library.custom_op("trl_fast::gated_activation", mutates_args=())
+def _gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None) -> torch.Tensor:
+    if _in_torch(gate, backend):
+        return (_FORWARD[activation](gate) * up).contiguous()
+    out = gate.new_empty(gate.shape)
+    number = ACTIVATIONS.index(activation)
+    torch.ops.trl_fast.layer_gated_activation(gate.contiguous(), up.contiguous(), number, out)
+    return out
+
+
+@_gated_activation.register_fake
+def _(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None) -> torch.Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("trl_fast::gated_activation_backward", mutates_args=())
+def _gated_activation_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    if _in_torch(gate, backend):
+        grad_gate.copy_(_BACKWARD[activation](grad * up, gate))
+        return grad_gate, torch.mul(grad, _FORWARD[activation](gate), out=grad_up)
+    dense = (grad.contiguous(), gate.contiguous(), up.contiguous())
+    number = ACTIVATIONS.index(activation)
+    torch.ops.trl_fast.layer_gated_activation_backward(*dense, number, grad_gate, grad_up)
+    return grad_gate, grad_up
+
+
+@_gated_activation_backward.register_fake
+def _(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+class _Context(AutogradContext):
+    choices: tuple[str, str | None]
+
+
+def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.choices = inputs[2:]
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: _Context, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    gate, up = ctx.saved_tensors
+    return *_gated_activation_backward(grad, gate, up, *ctx.choices), None, None
+
+
+_gated_activation.register_autograd(_backward, setup_context=_setup_context)
+
+
+def gated_activation(
+    gate: torch.Tensor, up: torch.Tensor, activation: str = "silu", *, backend: str | None = None
+) -> torch.Tensor:
+    """Computes activation(gate) · up.
+
+    Args:
+        gate: any shape, strides and float dtype; up: the same shape and dtype.
+        activation: "silu", "gelu_tanh" (the approximation by tanh) or "gelu".
+        backend: "cpp" or "torch"; None: the first that serves.
+
+    Returns:
+        The product, shape and dtype of gate, contiguous; differentiable by both, once.
+
+    Raises:
+        ValueError: a shape, dtype or the activation is not as above.
+        RuntimeError: the forced backend cannot serve; the message says why.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: unknown name {activation!r}; expected one of {ACTIVATIONS}")
+    if up.shape != gate.shape or up.dtype != gate.dtype or not gate.is_floating_point():
+        raise ValueError(
+            f"up: expected the floats of gate, {gate.dtype} of shape {tuple(gate.shape)}, "
+            f"got {up.dtype} {tuple(up.shape)}"
+        )
+    return _gated_activation(gate, up, activation, backend)
