@@ -54,6 +54,20 @@ def test_clipped_means(compare):
     assert 0 < max(log.get("clip_ratio/region_mean", 0) for log in logs) < 1
 
 
+def test_what_is_cut_off_and_masked_differs_in_a_constant_of_the_loss(model_path, tokenizer, tmp_path):
+    settings, how = (
+        {**BASE, "mask_truncated_completions": True, "beta": 0.1},
+        (model_path, tokenizer, None, False, False),
+    )
+    expected = logs_of(trl_gmpo, tmp_path / "trl", *how, settings)
+    got = logs_of(trl_fast, tmp_path / "ours", *how, {**settings, **OURS})
+    without_losses = [[{k: v for k, v in log.items() if "loss" not in k} for log in logs] for logs in (got, expected)]
+    assert expected[0]["completions/clipped_ratio"] > 0 and expected[1]["loss"] != pytest.approx(
+        got[1]["loss"], rel=0.1
+    )
+    assert_same_logs(*without_losses)
+
+
 SETTINGS = {
     "defaults": {},
     "kl": {"beta": 0.2},
