@@ -173,7 +173,7 @@ def test_prepared_rows_come_from_the_cache_the_second_time(tmp_path, monkeypatch
 
     first = prepare(max_length=100)
     assert first.cache_files
-    monkeypatch.setattr("trl_fast.data.preference.tokenize_preference", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr("trl_fast.data.preference.tokenize_completions", lambda *_: pytest.fail("tokenized again"))
     second = prepare(max_length=100)
     assert second._fingerprint == first._fingerprint
     assert token_rows(second) == token_rows(first)

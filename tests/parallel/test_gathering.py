@@ -132,7 +132,7 @@ def sync(fails):
             raise ConnectionError("the server is gone")
         sent.update({name: weight.clone()} | {name: weight.clone() for name, weight in weights})
 
-    engine.server = SimpleNamespace(load=load)
+    engine.weights = SimpleNamespace(send=load)
     try:
         engine.sync_weights(model, 0)
     except ConnectionError as error:

@@ -147,6 +147,7 @@ RANGES: dict[str, Range] = {
     "label_smoothing": SHARE,
     # Methods without a reference
     "cpo_alpha": NOT_NEGATIVE,
+    "alpha": FINITE,
     "simpo_gamma": FINITE,
     "tpo_alpha": NOT_NEGATIVE,
     "tpo_l_gamma": FINITE,

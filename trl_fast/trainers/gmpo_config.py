@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from trl_fast.settings.choices import one_of
+from trl_fast.losses.policy_gradient import LOSSES
+from trl_fast.settings.choices import check_choice, one_of
 
 from .grpo_config import GRPOConfig
 
@@ -40,6 +41,9 @@ class GMPOConfig(GRPOConfig):
 
     def check_values(self) -> None:
         """Checks the arguments that may be changed later, as the base does; the loss stays GMPO's."""
+        if self.loss_type not in LOSSES:
+            check_choice(self, "loss_type")
+        check_choice(self, "importance_sampling_level")
         for name, value in _GIVEN_BY_THE_METHOD.items():
             if getattr(self, name) != value:
                 logger.warning(f"{name}={getattr(self, name)!r} has no effect: GMPO's loss is one formula.")

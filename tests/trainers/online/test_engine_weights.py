@@ -13,7 +13,8 @@ import trl_fast
 from support.rollouts import FixedEngine, color_prompts
 from support.training import make_trainer
 from support.vllm import FakeLLM, fake_server, install_fake_vllm
-from trl_fast.rollout.vllm_server import VLLMServer
+from trl_fast.rollout import vllm_engine
+from trl_fast.rollout.vllm_weights import open_weights
 
 SETTINGS = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2}
 METHODS = {
@@ -93,8 +94,9 @@ def test_an_engine_gets_the_weights_of_each_step(method, calls, model_path, toke
 @pytest.fixture
 def sent(monkeypatch):
     """vLLM's stand-in, and what goes to its server; weights leave from the CPU as if it were a GPU."""
-    join = VLLMServer.join
-    monkeypatch.setattr(VLLMServer, "join", lambda self, _, port: join(self, torch.device("cuda"), port))
+    monkeypatch.setattr(
+        vllm_engine, "open_weights", lambda server, _, port: open_weights(server, torch.device("cuda"), port)
+    )
     return install_fake_vllm(monkeypatch)
 
 
@@ -123,7 +125,7 @@ def test_a_colocated_engine_gets_the_weights_of_each_step(model_path, tmp_path, 
     assert_sent(loaded, weights.before)
     llm = trainer.engine.llm
     assert llm.arguments["model"] == model_path and llm.arguments["max_num_seqs"] == 4
-    assert [name for name, *_ in llm.log] == ["reset_prefix_cache", "generate", "generate"] * 3
+    assert [name for name, *_ in llm.log] == ["collective_rpc", "reset_prefix_cache", "generate", "generate"] * 3
 
 
 def test_a_server_that_is_gone_is_named_and_training_goes_on_later(model_path, tmp_path, sent):

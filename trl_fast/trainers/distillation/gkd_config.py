@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trl_fast.settings.ranges import RANGES
+
 from ..sft_config import SFTConfig
 from .config import DistillationConfig
 
@@ -61,12 +63,15 @@ class GKDConfig(DistillationConfig, SFTConfig):
     ]
 
     def __post_init__(self) -> None:
-        if self.max_completion_length not in (None, self.max_new_tokens):
-            raise ValueError(
-                f"max_completion_length={self.max_completion_length}: GKDConfig has max_new_tokens="
-                f"{self.max_new_tokens} in its place; set that one"
-            )
-        self.max_completion_length = self.max_new_tokens
+        lengths = {name: getattr(self, name) for name in ("max_completion_length", "max_new_tokens")}
+        # One that is out of range is named by the base, as it was given.
+        if all(value is None or value in RANGES[name] for name, value in lengths.items()):
+            if self.max_completion_length not in (None, self.max_new_tokens):
+                raise ValueError(
+                    f"max_completion_length={self.max_completion_length}: GKDConfig has max_new_tokens="
+                    f"{self.max_new_tokens} in its place; set that one"
+                )
+            self.max_completion_length = self.max_new_tokens
         super().__post_init__()
 
     @property
