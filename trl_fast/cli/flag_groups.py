@@ -98,7 +98,8 @@ GROUPS = (
         "Batch and memory",
         ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16"),
         ("batch_layout", "padding_free", "pad_to_multiple_of", "activation_*", "gradient_checkpointing_kwargs")
-        + ("balance_batches", "tiled_mlp", "head_*", "fp16", "tf32", "auto_find_batch_size", "torch_*", "*liger*"),
+        + ("balance_batches", "fused_layers", "tiled_mlp", "head_*", "fp16", "tf32", "auto_find_batch_size")
+        + ("torch_*", "*liger*"),
     ),
     FlagGroup(
         "Optimizer",

@@ -152,6 +152,7 @@ class TrainingSetup:
     # What else the trainers' set-up of layers asks for.
     disable_dropout: ClassVar[bool] = True
     use_liger_kernel: ClassVar[bool] = False
+    fused_layers: ClassVar[bool] = False
     keeps_attention: ClassVar[bool] = False
 
     @property

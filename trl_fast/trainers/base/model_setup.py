@@ -13,6 +13,7 @@ from trl_fast.data.images.row_images import RowImages
 from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.adapters import adapter_refusal
 from trl_fast.modeling.finite_weights import check_weights
+from trl_fast.modeling.fused_layers import fuse_layers
 from trl_fast.modeling.image_models import image_probes
 from trl_fast.modeling.layouts import LayoutRequest
 from trl_fast.modeling.liger_kernels import check_liger
@@ -51,6 +52,7 @@ class LayerSettings(Protocol):
     disable_dropout: bool
     tiled_mlp: int | None
     use_liger_kernel: bool
+    fused_layers: bool
     activation_offloading: bool
 
     @property
@@ -71,9 +73,9 @@ def set_up_layers(
 
     Raises:
         NotFiniteError: weights are NaN or infinite.
-        ValueError: the model is sharded in a way that is not served; tiled_mlp is set, and there is no MLP that can
-            be tiled; a model of 4 or 8 bits has no adapter, or was packed for inference; or Liger's kernels cannot be
-            used.
+        ValueError: the model is sharded in a way that is not served; fused_layers is set, and nothing of the model can
+            be fused; tiled_mlp is set, and there is no MLP that can be tiled; a model of 4 or 8 bits has no adapter,
+            or was packed for inference; or Liger's kernels cannot be used.
     """
     check_model_parallelism(model, args)
     inner = base_model(model)
@@ -81,6 +83,8 @@ def set_up_layers(
         check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
     if args.disable_dropout:
         disable_dropout(model)
+    if args.fused_layers:
+        fuse_layers(inner, cast(BaseConfig, args).device)
     if args.tiled_mlp is not None:
         tile_mlps(inner, args.tiled_mlp)
     compute_alike(inner)
