@@ -108,6 +108,9 @@ def test_templates_that_nobody_knows(template):
         vectors = [None if each is None else torch.tensor(each) for each in (ids, prefix)]
         assert trl_fast.parse_response(reader, *vectors) == message
         assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 3}}
+    for batch in ([ids, ids], torch.tensor([ids, ids])):
+        with pytest.raises(TypeError, match="ids: expected the tokens of one completion, .* a batch of 2 such lists"):
+            trl_fast.parse_response(reader, batch)
 
 
 THOUGHTS = {

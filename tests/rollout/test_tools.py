@@ -228,7 +228,7 @@ def untyped(a):
         (add, TypeError, "tools: expected a list of functions"),
         ([add, "add"], TypeError, "tools: expected functions .* got 'add' of type str"),
         ([undocumented], ValueError, "tools: 'undocumented' cannot be described .*docstring"),
-        ([untyped], ValueError, "tools: 'untyped' cannot be described .*type hint"),
+        ([untyped], ValueError, r"tools: 'untyped' cannot be described .*type hint in function untyped\. Expected"),
         ([add, TOOLS[1], add], ValueError, "tools: two functions have the name 'add'"),
     ],
 )

@@ -149,7 +149,10 @@ def test_a_server_that_is_waited_for_is_named_with_the_setting(monkeypatch, capl
 
 HTML = "<html>\n<body>Welcome to nginx</body>\n</html>"
 SERVED = {
-    "no health": ({"/health": (404, "nginx")}, "GET .*/health: the server answered 404: .*nginx.*vllm serve MODEL"),
+    "no health": (
+        {"/health": (404, "nginx")},
+        "GET .*/health: the server answered 404: .*nginx.*`trl-fast vllm-serve",
+    ),
     "login": ({"/health": (401, "login")}, "GET .*/health: the server answered 401: .*login"),
     "page": ({"/v1/models": HTML.encode()}, "/v1/models: expected an answer of vLLM's, .* got '<html>.*nginx"),
     "nothing": ({"/v1/models": b""}, "/v1/models: expected an answer .* got ''; is it vLLM's"),
@@ -243,7 +246,7 @@ def test_server_that_never_answers():
             "POST .*/v1/completions: the server answered 400: .*too long",
         ),
         ({"/v1/completions": {"choices": []}}, "returned 0 completions; 1 were asked for"),
-        ({"/server_info": (404, "")}, "/server_info: the server answered 404: .*VLLM_SERVER_DEV_MODE=1"),
+        ({"/server_info": (404, "")}, "/server_info: the server answered 404: .*trl-fast vllm-serve --model"),
         ({"/server_info": {"vllm_config": {"weight_transfer_config": None}}}, "takes no weights; start it with"),
     ],
 )

@@ -294,6 +294,14 @@ def test_what_a_subclass_overrides_of_trl_finds_the_environments(name, tool_mode
     assert_same_logs(logs[Own], logs[trl_fast.GRPOTrainer])
 
 
+def test_a_row_of_a_stream_that_chooses_what_there_is_not_is_named(tool_model_path, tmp_path):
+    rows = questions_with_start(4, ("sums", "sums", "sum")).to_iterable_dataset()
+    settings = {"environment_factory": {"sums": Sums}, "train_dataset": rows, "max_steps": 4}
+    message = r"The train dataset, row 2, column 'environment': 'sum' is none of environment_factory's \['sums'\]"
+    with pytest.raises(ValueError, match=message):
+        make(trl_fast, tmp_path, tool_model_path, **settings).train()
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

@@ -96,9 +96,18 @@ def parse_response(
         prefix: the tokens before it, which may have opened a thought. None: nothing was opened. TRL then reads no tool
             calls at all.
         tools: JSON schemas or functions, which say of what type arguments are that are written as text.
+
+    Raises:
+        TypeError: `ids` or `prefix` is a batch, which TRL does not take either.
     """
-    return parse_message(tokenizer, _listed(ids), [] if prefix is None else _listed(prefix), tools)
+    return parse_message(tokenizer, _tokens("ids", ids), [] if prefix is None else _tokens("prefix", prefix), tools)
 
 
-def _listed(ids: Any) -> list[int]:
-    return ids.tolist() if hasattr(ids, "tolist") else ids
+def _tokens(name: str, given: Any) -> list[int]:
+    found: list[Any] = given.tolist() if hasattr(given, "tolist") else given
+    if any(isinstance(each, list | tuple) or getattr(each, "ndim", 0) for each in found):
+        raise TypeError(
+            f"{name}: expected the tokens of one completion, got a batch of {len(found)} such lists; "
+            "parse each by itself, [parse_response(tokenizer, each) for each in ids]"
+        )
+    return found

@@ -148,8 +148,10 @@ def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_json_schema(tool)
     except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
+        why = str(error).rstrip()
+        why += "" if why.endswith((".", "!", "?")) else "."
         raise ValueError(
-            f"tools: {tool.__name__!r} cannot be described to the model: {error} Expected type hints, and a docstring "
+            f"tools: {tool.__name__!r} cannot be described to the model: {why} Expected type hints, and a docstring "
             "that describes the function and, under 'Args:', each argument"
         ) from error
 

@@ -30,10 +30,7 @@ _POLL_SECONDS = 2.0
 _HEALTH_SECONDS = 5.0
 # Seconds after which it is said again that a server is waited for.
 _LINE_SECONDS = 60.0
-START_COMMAND = (
-    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
-    "--logprobs-mode processed_logprobs --max-logprobs -1"
-)
+START_COMMAND = "trl-fast vllm-serve --model MODEL"
 _IS_IT_VLLM = f"is it vLLM's? Start it with `{START_COMMAND}`"
 # What prompts with images are read by, and what that needs.
 _RENDER = "/v1/chat/completions/render"

@@ -136,7 +136,7 @@ class EnvironmentRollouts(TrainerCallback):
                 "as; rename the column"
             )
         if self.environments.by_name:
-            self._check_choices(dataset, columns, name)
+            dataset = self._with_checked_choices(dataset, columns, name)
         for kind in self.environments.kinds.values():
             kind.check_reset([column for column in columns if column not in self._not_for_reset], name)
         if columns and "prompt" not in columns:
@@ -146,20 +146,19 @@ class EnvironmentRollouts(TrainerCallback):
             dataset, tokenizer, chat_template_kwargs=chat_template_kwargs, name=name, **options
         )
 
-    def _check_choices(self, dataset: AnyDataset, columns: list[str], name: str) -> None:
+    def _with_checked_choices(self, dataset: AnyDataset, columns: list[str], name: str) -> AnyDataset:
+        """Returns the dataset whose choices were checked; those of a stream are, when their rows come."""
         known = list(self.environments.kinds)
         if columns and CHOICE not in columns:
             raise ValueError(
                 f"The {name} dataset has the columns {columns}; expected {CHOICE!r} too, by which each row chooses "
                 f"one of environment_factory's {known}"
             )
-        choices = [] if isinstance(dataset, IterableDataset) else dataset[CHOICE]
-        for row, choice in enumerate(choices):
-            if choice not in known:
-                raise ValueError(
-                    f"{place(name, row)}, column {CHOICE!r}: {choice!r} is none of environment_factory's {known}; "
-                    "mend the row, or add a factory of this name"
-                )
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(_with_checked_choice, with_indices=True, fn_kwargs={"known": known, "name": name})
+        for row, choice in enumerate(dataset[CHOICE] if columns else []):
+            _check_choice(choice, row, known, name)
+        return dataset
 
     @property
     def _not_for_reset(self) -> tuple[str, ...]:
@@ -313,6 +312,19 @@ def most_positions(model: Any, args: Any) -> int | None:
 
 
 # At module level: datasets pickles it for its worker processes and hashes it for its cache.
+def _with_checked_choice(example: dict[str, Any], row: int, known: list[str], name: str) -> dict[str, Any]:
+    _check_choice(example[CHOICE], row, known, name)
+    return {}
+
+
+def _check_choice(choice: object, row: int, known: list[str], name: str) -> None:
+    if choice not in known:
+        raise ValueError(
+            f"{place(name, row)}, column {CHOICE!r}: {choice!r} is none of environment_factory's {known}; mend the "
+            "row, or add a factory of this name"
+        )
+
+
 def _with_tokens(example: dict[str, Any], ids: list[int]) -> dict[str, list[int]]:
     return {PROMPT_IDS: ids}
 
