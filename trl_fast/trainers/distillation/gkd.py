@@ -36,8 +36,8 @@ class GKDTrainer(DistillationTrainer):
     """Trains by Generalized Knowledge Distillation (arXiv 2306.13649), with TRL's arguments.
 
     Args:
-        model, teacher_model, args, processing_class, callbacks, optimizers, peft_config, quantization_config,
-            rollout_engine, tokenizer: as in DistillationTrainer.
+        model, teacher_model, args, processing_class, callbacks, optimizers: as in DistillationTrainer.
+        peft_config, quantization_config, rollout_engine, tokenizer: as there, too.
         train_dataset, eval_dataset: rows with `messages`, of which the last one is the answer, or with `prompt` and
             `completion`.
         data_collator, formatting_func: not used.
