@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from support.source_tree import ROOT
 from support.tools import ADD, ANSWER, ScriptedEngine, call, tool_tokenizer
 from trl_fast.rollout import SamplingSettings, ToolLoop
 from trl_fast.rollout.environments import Environments
+from trl_fast.rollout.tools import run_tools
+from trl_fast.rollout.user_calls import UserCalls
 
 
 def rows(count, **more):
@@ -191,6 +194,80 @@ class Flaky(Sums):
         self.closed.append(self)
         if self.fails == "type":
             raise OSError("already gone")
+
+
+class Ledger:
+    """Keeps its sums in a connection, which is bound to the thread that made it."""
+
+    closed: list = []
+
+    def __init__(self):
+        self.thread = threading.current_thread()
+        self.connection = sqlite3.connect(":memory:")
+        self.connection.execute("create table sums (n)")
+
+    def reset(self, start, **row):
+        self.connection.execute("delete from sums")
+        self.add(start)
+
+    def add(self, n: int) -> int:
+        """
+        Adds.
+
+        Args:
+            n: What.
+        """
+        self.connection.execute("insert into sums values (?)", (n,))
+        return self.get_reward()
+
+    def wait(self) -> str:
+        """Waits."""
+        time.sleep(0.5)
+        return "late"
+
+    def get_reward(self):
+        return self.connection.execute("select sum(n) from sums").fetchone()[0]
+
+    def close(self):
+        self.connection.close()
+        self.closed.append(self)
+
+
+OWN_THREADS = [{"timeout": 5}, {"tool_timeout": 5}, {"workers": 2}, {"in_threads": True}]
+
+
+@pytest.mark.parametrize("settings", OWN_THREADS, ids=lambda settings: next(iter(settings)))
+def test_what_is_bound_to_a_thread_works_where_calls_are_made_in_threads(settings):
+    Ledger.closed = []
+    environments = Environments(Ledger, [len_of], **settings)
+    for count in (2, 3):
+        environments.reset([None] * count, rows(count))
+    boxes = [seat.toolbox for seat in environments.seats]
+    results = run_tools(boxes, [turn("add", n=1), [*turn("add", n=1) * 2, *turn("len_of", text="abc")], []], 2)
+    contents = [[message["content"] for message in messages] for messages in results.messages]
+    assert contents == [["2"], ["4", "5", "3"], []]
+    # As with a time limit of the reward functions.
+    source = environments.reward_sources()[0]
+    calls = UserCalls("reward function", "reward_timeout", 5)
+    answer = calls.call("Ledger", source, environments=environments.instances)
+    assert answer.value == [2, 5, 5] and environments.errors == [None] * 3
+    threads = {each.thread for each in environments.instances}
+    environments.close()
+    assert len(Ledger.closed) == len(threads) == 3
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_one_that_hangs_leaves_its_thread_to_itself():
+    environments = Environments(Ledger, tool_timeout=0.1)
+    environments.reset([None] * 2, rows(2))
+    first = environments.instances[0]
+    assert environments.seats[0].toolbox.run([turn("wait")]).failures == 1
+    environments.reset([None] * 2, rows(2))
+    assert environments.errors == [None] * 2 and environments.instances[0].thread is not first.thread
+    first.thread.join(5)
+    assert not first.thread.is_alive()
 
 
 @pytest.mark.parametrize("workers", [1, 3])

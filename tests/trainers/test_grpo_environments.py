@@ -1,6 +1,7 @@
 """GRPOTrainer in environments, against TRL 1.16.0's for the same turns, and as a person uses it."""
 
 import copy
+import sqlite3
 import threading
 import time
 from types import SimpleNamespace
@@ -292,6 +293,24 @@ def test_what_a_subclass_overrides_of_trl_finds_the_environments(name, tool_mode
         logs[kind] = [{k: log[k] for k in sorted(log) if k != "step_time"} for log in history]
     assert set(called) == {HOOKS[name]}
     assert_same_logs(logs[Own], logs[trl_fast.GRPOTrainer])
+
+
+@pytest.mark.parametrize("setting", ["environment_timeout", "reward_timeout"])
+def test_what_is_bound_to_a_thread_works_with_a_time_limit(setting, tool_model_path, tmp_path):
+    class Stored(Sums):
+        def __init__(self):
+            self.connection = sqlite3.connect(":memory:")
+
+        def reset(self, **row):
+            self.total = self.connection.execute("select 1").fetchone()[0]
+
+        def get_reward(self):
+            return self.connection.execute("select ?", (self.total,)).fetchone()[0]
+
+    settings = {"environment_factory": Stored, "max_steps": 1, setting: 5}
+    trainer = make(trl_fast, tmp_path, tool_model_path, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0][FAILURES] == 0
 
 
 def test_a_row_of_a_stream_that_chooses_what_there_is_not_is_named(tool_model_path, tmp_path):

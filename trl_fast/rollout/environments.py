@@ -16,7 +16,7 @@ from typing import Any
 
 from .reward_answers import checked_reward, copied, shown
 from .tools import Toolbox
-from .user_calls import Outcome, UserCalls, described, side_by_side
+from .user_calls import LastingThread, Outcome, UserCalls, described, side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class Seat:
     - `kind`, `place`: whose it is, and its number among the kind's.
     - `environment`: None where the factory failed.
     - `toolbox`: its methods, and the tools of the run; `toolbox.lost` says why it is of no use any more.
+    - `thread`: where its sync methods are called, and it was made; None: in the caller's.
     - `failed_in`: the method that failed.
     """
 
@@ -42,6 +43,7 @@ class Seat:
     place: int
     environment: Any
     toolbox: Toolbox
+    thread: LastingThread | None
     failed_in: str = "a method"
 
     def read(self, method: str, outcome: Outcome) -> Any:
@@ -59,6 +61,8 @@ class EnvironmentKind:
         factory: makes an environment; it is called once now.
         tools: functions that the policy may call beside the environment's methods.
         tool_timeout: seconds that a tool may take; None is no limit.
+        calls: what calls the factory.
+        in_threads: whether each environment has a thread of its own, in which it is made, used and closed.
 
     Attributes:
         type: the environments' class.
@@ -73,7 +77,13 @@ class EnvironmentKind:
     """
 
     def __init__(
-        self, key: str | None, factory: EnvironmentFactory, tools: Sequence[Callable], tool_timeout: float | None
+        self,
+        key: str | None,
+        factory: EnvironmentFactory,
+        tools: Sequence[Callable],
+        tool_timeout: float | None,
+        calls: UserCalls,
+        in_threads: bool,
     ) -> None:
         self._where = "environment_factory" if key is None else f"environment_factory[{key!r}]"
         if not callable(factory):
@@ -82,6 +92,8 @@ class EnvironmentKind:
                 f"{type(factory).__name__}"
             )
         self.factory = factory
+        self._calls, self._in_threads = calls, in_threads
+        self._threads: dict[int, LastingThread] = {}
         first = self._first()
         self.type: type = type(first)
         self.methods = _tool_methods(self.type)
@@ -120,10 +132,10 @@ class EnvironmentKind:
         return callable(getattr(self.type, _GET_REWARD, None))
 
     def _first(self) -> Any:
-        try:
-            environment = self.factory()
-        except Exception as error:
-            raise RuntimeError(f"{self._where} raised {described(error)}") from error
+        outcome = self._calls.call(self._where, self.factory, self._thread(0))
+        if outcome.error is not None:
+            raise RuntimeError(f"{self._where} raised {described(outcome.error)}") from outcome.error
+        environment = outcome.value
         if inspect.iscoroutine(environment):
             environment.close()
         if environment is None or inspect.isawaitable(environment) or inspect.isclass(environment):
@@ -151,13 +163,17 @@ class EnvironmentKind:
         """Makes places for so many environments."""
         self.pool += [None] * (count - len(self.pool))
 
-    def seat(self, place: int, calls: UserCalls) -> Seat:
+    def _thread(self, place: int) -> LastingThread | None:
+        """Returns the thread of a place's environment; None: it has none of its own."""
+        return self._threads.setdefault(place, LastingThread(f"environment {place}")) if self._in_threads else None
+
+    def seat(self, place: int) -> Seat:
         """Returns the seat of this number, with its environment, which is made if there is none."""
-        outcome = Outcome(self.pool[place])
+        outcome, thread = Outcome(self.pool[place]), self._thread(place)
         if outcome.value is None:
-            outcome = calls.call(f"{self.name}()", self.factory)
+            outcome = self._calls.call(f"{self.name}()", self.factory, thread)
         environment = self.pool[place] = outcome.value
-        seat = Seat(self, place, environment, self.toolbox.bound({}))
+        seat = Seat(self, place, environment, self.toolbox.bound({}), thread)
         seat.read(self.name, outcome)
         if environment is not None:
             seat.read(self.name, self._bind(seat))
@@ -170,12 +186,20 @@ class EnvironmentKind:
         except AttributeError as error:
             return Outcome(error=error)
         seat.toolbox.functions = self._tools | methods
+        seat.toolbox.threads = {} if seat.thread is None else dict.fromkeys(methods, seat.thread)
         return Outcome()
 
-    def clear(self) -> list[Any]:
-        """Forgets the environments, and returns them."""
-        found, self.pool = [each for each in self.pool if each is not None], []
+    def clear(self) -> list[tuple[Any, LastingThread | None]]:
+        """Forgets the environments, and returns them with their threads."""
+        found = [(each, self._threads.get(place)) for place, each in enumerate(self.pool)]
+        self.pool, self._threads = [], {}
         return found
+
+    def forget(self, place: int) -> None:
+        """Makes room for another environment in a place, and another thread."""
+        if place < len(self.pool):  # else all were closed meanwhile
+            self.pool[place] = None
+            self._threads.pop(place, None)
 
 
 class Environments:
@@ -187,6 +211,8 @@ class Environments:
         timeout: seconds that a factory, `reset`, `get_reward` or `close` may take; None is no limit.
         tool_timeout: seconds that any other method may take.
         workers: environments of which sync methods run at a time, in threads if there are several.
+        in_threads: whether each environment has a thread of its own even so; with a time limit or several workers it
+            has. All its sync methods are called there, since what it holds may be bound to the thread that made it.
 
     Attributes:
         by_name: whether rows choose.
@@ -206,6 +232,7 @@ class Environments:
         timeout: float | None = None,
         tool_timeout: float | None = None,
         workers: int = 1,
+        in_threads: bool = False,
     ) -> None:
         self.by_name = isinstance(given, Mapping)
         factories: Mapping[Any, Any] = given if isinstance(given, Mapping) else {None: given}
@@ -214,12 +241,14 @@ class Environments:
         for key in factories:
             if self.by_name and not isinstance(key, str):
                 raise TypeError(f"environment_factory: expected texts as names of environments, got {key!r}")
-        self.kinds: dict[str | None, EnvironmentKind] = {
-            key: EnvironmentKind(key, factory, tools, tool_timeout) for key, factory in factories.items()
-        }
-        self.seats: list[Seat] = []
         self._workers = workers
         self._calls = UserCalls("environment", "environment_timeout", timeout)
+        in_threads = in_threads or workers > 1 or timeout is not None or tool_timeout is not None
+        self.kinds: dict[str | None, EnvironmentKind] = {
+            key: EnvironmentKind(key, factory, tools, tool_timeout, self._calls, in_threads)
+            for key, factory in factories.items()
+        }
+        self.seats: list[Seat] = []
         self._told: set[tuple[str, str, type]] = set()
 
     @property
@@ -262,7 +291,7 @@ class Environments:
         places: Counter[str | None] = Counter()
         jobs = []
         for name in names:
-            jobs.append(functools.partial(self.kind(name).seat, places[name], self._calls))
+            jobs.append(functools.partial(self.kind(name).seat, places[name]))
             places[name] += 1
         for name, count in places.items():
             self.kind(name).reserve(count)
@@ -294,7 +323,8 @@ class Environments:
         for index in working:
             given = {} if arguments is None else arguments[index]
             call = functools.partial(_called, seats[index].environment, method, given, read)
-            jobs.append(functools.partial(self._calls.call, f"{seats[index].kind.name}.{method}", call))
+            named = f"{seats[index].kind.name}.{method}"
+            jobs.append(functools.partial(self._calls.call, named, call, seats[index].thread))
         for index, outcome in zip(working, side_by_side(jobs, self._workers), strict=True):
             if inspect.isawaitable(outcome.value):
                 waiting.append((index, f"{seats[index].kind.name}.{method}", outcome.value))
@@ -319,23 +349,29 @@ class Environments:
 
     def close(self) -> None:
         """Closes all environments that can be closed. Others are made where any are needed again."""
-        self._close([each for kind in self.kinds.values() for each in kind.clear()])
+        self._close([each for kind in self.kinds.values() for each in kind.clear() if each[0] is not None])
 
     def _retire(self) -> None:
         """Closes the environments that were lost; others will take their places."""
         lost = [seat for seat in self.seats if seat.toolbox.lost is not None]
         for seat in lost:
-            if seat.place < len(seat.kind.pool):  # else all were closed meanwhile
-                seat.kind.pool[seat.place] = None
-        self._close([seat.environment for seat in lost])
+            seat.kind.forget(seat.place)
+        self._close([(seat.environment, seat.thread) for seat in lost])
         self.seats = []
 
-    def _close(self, environments: Sequence[Any]) -> None:
-        pairs = [(each, _closing_method(type(each))) for each in environments]
-        closed = [(f"{type(each).__name__}.{name}", getattr(each, name)) for each, name in pairs if name is not None]
-        jobs = [functools.partial(self._calls.call, name, method) for name, method in closed]
-        outcomes = side_by_side(jobs, self._workers)
-        named = [(name, outcome) for (name, _), outcome in zip(closed, outcomes, strict=True)]
+    def _close(self, environments: Sequence[tuple[Any, LastingThread | None]]) -> None:
+        """Closes environments in their threads, which end then."""
+        found = [(each, _closing_method(type(each)), thread) for each, thread in environments]
+        closed = [
+            (f"{type(each).__name__}.{name}", getattr(each, name), thread)
+            for each, name, thread in found
+            if name is not None
+        ]
+        outcomes = side_by_side([functools.partial(self._calls.call, *each) for each in closed], self._workers)
+        for _, thread in environments:
+            if thread is not None:
+                thread.leave()
+        named = [(name, outcome) for (name, *_), outcome in zip(closed, outcomes, strict=True)]
         waiting = [(name, outcome.value) for name, outcome in named if inspect.isawaitable(outcome.value)]
         later = zip([name for name, _ in waiting], self._calls.gather(waiting), strict=True)
         for name, outcome in [*named, *later]:

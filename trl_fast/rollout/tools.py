@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 
 from .reward_answers import copied
 from .tool_arguments import checked_arguments
-from .user_calls import Outcome, TimeLimitError, UserCalls, described, side_by_side
+from .user_calls import LastingThread, Outcome, TimeLimitError, UserCalls, described, side_by_side
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Toolbox:
 
     Attributes:
         functions: by name.
+        threads: where functions are called that have to be in a thread of their own, by name.
         lost: what made the functions useless, such as a failure of the environment that they belong to; None: nothing.
 
     Raises:
@@ -53,6 +54,7 @@ class Toolbox:
         self.functions: dict[str, Callable[..., Any]] = {}
         self._schemas: dict[str, dict[str, Any]] = {}
         self.calls = UserCalls("tool", "tool_timeout", timeout)
+        self.threads: Mapping[str, LastingThread] = {}
         self.lost: BaseException | None = None
         self._has_state = False
         for tool in tools:
@@ -96,7 +98,8 @@ class Toolbox:
         except ValueError as error:
             return name, Outcome(error=error)
         # The call is part of the completion, which a tool is not to change.
-        return name, self.calls.call(name, _content, tool=tool, arguments=copied(arguments))
+        given = {"tool": tool, "arguments": copied(arguments)}
+        return name, self.calls.call(name, _content, self.threads.get(name), **given)
 
     def see(self, outcome: Outcome) -> None:
         """Takes note of how a call went."""

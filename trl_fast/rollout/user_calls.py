@@ -49,13 +49,44 @@ class TimeLimitError(TimeoutError):
     """Says that a function gave no answer within its time limit."""
 
 
+class LastingThread:
+    """Runs calls one after the other, all in one thread, which begins with the first of them.
+
+    Objects that are bound to the thread that made them, such as connections of sqlite3, can be made and used in it.
+
+    Args:
+        name: the thread's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._jobs: _Jobs | None = None
+
+    def start(self, call: Callable[[], Outcome]) -> queue.SimpleQueue[Outcome]:
+        """Begins a call, once those before have ended; its outcome comes to what is returned."""
+        if self._jobs is None:
+            self._jobs = queue.SimpleQueue()
+            threading.Thread(target=_run_jobs, args=(self._jobs,), name=self.name, daemon=True).start()
+        answers: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._jobs.put((_with_callers_state(call), answers))
+        return answers
+
+    def leave(self) -> None:
+        """Has the thread end after its calls, of which one may never end; a later call gets another thread."""
+        if self._jobs is not None:
+            self._jobs.put(None)
+            self._jobs = None
+
+    __del__ = leave
+
+
 class UserCalls:
     """Calls functions of one kind and returns how each went. Whatever a function raises is its outcome, exits too.
 
     Only what a signal raises passes through: Ctrl-C ends the run while a function is called. Without a time limit sync
-    functions are called in the caller's thread; with one each gets a thread, which is left behind at the limit, since
-    Python cannot end it. Async functions run in the event loop of a thread that lives as long as the process, so
-    that open connections stay usable.
+    functions are called in the caller's thread; with one each gets a thread, unless it is given one that lasts. It is
+    left behind at the limit, since Python cannot end it. Async functions run in the event loop of a thread that lives
+    as long as the process, so that open connections stay usable.
 
     A warning names each minute what is waited for.
 
@@ -68,12 +99,18 @@ class UserCalls:
     def __init__(self, kind: str, setting: str, timeout: float | None = None) -> None:
         self.kind, self.setting, self.timeout = kind, setting, timeout
 
-    def call(self, name: str, function: Callable[..., Any], /, **arguments: Any) -> Outcome:
-        """Calls a function. What an async function gives is its coroutine, which has not run yet."""
+    def call(
+        self, name: str, function: Callable[..., Any], thread: LastingThread | None = None, /, **arguments: Any
+    ) -> Outcome:
+        """Calls a function. What an async function gives is its coroutine, which has not run yet.
+
+        thread: where a sync function is called, with a time limit or without.
+        """
         with self._named_while_waiting(lambda: [name]):
-            if self.timeout is None:
-                return outcome_of(function, arguments)
-            return self._call_in_thread(name, function, arguments)
+            call = functools.partial(outcome_of, function, arguments)
+            if thread is not None:
+                return self._call_in_thread(name, call, thread)
+            return call() if self.timeout is None else self._call_in_own_thread(name, call)
 
     def gather(self, awaitables: list[tuple[str, Awaitable[Any]]]) -> list[Outcome]:
         """Awaits named awaitables side by side."""
@@ -95,14 +132,23 @@ class UserCalls:
             for name, future in zip(names, futures, strict=True)
         ]
 
-    def _call_in_thread(self, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Outcome:
-        answers: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        call = _with_callers_state(functools.partial(outcome_of, function, arguments))
-        threading.Thread(target=lambda: answers.put(call()), name=f"{self.kind} {name}", daemon=True).start()
+    def _call_in_own_thread(self, name: str, call: Callable[[], Outcome]) -> Outcome:
+        thread = LastingThread(f"{self.kind} {name}")
+        try:
+            return self._call_in_thread(name, call, thread)
+        finally:
+            thread.leave()
+
+    def _call_in_thread(self, name: str, call: Callable[[], Outcome], thread: LastingThread) -> Outcome:
+        answers = thread.start(call)
         try:
             return answers.get(timeout=self.timeout)
         except queue.Empty:
+            thread.leave()
             return Outcome(error=self._too_late(name))
+        except BaseException:  # Ctrl-C, maybe: nobody knows when the call ends
+            thread.leave()
+            raise
 
     def _too_late(self, name: str) -> TimeLimitError:
         return TimeLimitError(
@@ -207,6 +253,19 @@ def _raised_by_signals() -> Iterator[list[BaseException]]:
             # The function may have set its own.
             if signal.getsignal(number) is ours:
                 signal.signal(number, handler)
+
+
+# Calls with where their outcomes go; None is the last one.
+_Jobs = queue.SimpleQueue[tuple[Callable[[], Outcome], "queue.SimpleQueue[Outcome]"] | None]
+
+
+def _run_jobs(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        call, answers = job
+        outcome = _outcome_here(call)
+        answers.put(outcome.value if outcome.error is None else outcome)
+        # What was called, and its answer, may be gone before the next call comes.
+        del job, call, answers, outcome
 
 
 def _with_callers_state(call: Callable[[], T]) -> Callable[[], T]:

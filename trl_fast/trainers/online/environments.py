@@ -301,6 +301,8 @@ def open_environments(
         timeout=args.environment_timeout,
         tool_timeout=args.tool_timeout,
         workers=args.environment_workers,
+        # With a time limit reward functions, of which get_reward is one, are asked in another thread.
+        in_threads=args.reward_timeout is not None,
     )
     return EnvironmentRollouts(environments, tokenizer, args)
 
@@ -312,12 +314,12 @@ def most_positions(model: Any, args: Any) -> int | None:
 
 
 # At module level: datasets pickles it for its worker processes and hashes it for its cache.
-def _with_checked_choice(example: dict[str, Any], row: int, known: list[str], name: str) -> dict[str, Any]:
+def _with_checked_choice(example: dict[str, Any], row: int, known: list[str | None], name: str) -> dict[str, Any]:
     _check_choice(example[CHOICE], row, known, name)
     return {}
 
 
-def _check_choice(choice: object, row: int, known: list[str], name: str) -> None:
+def _check_choice(choice: object, row: int, known: list[str | None], name: str) -> None:
     if choice not in known:
         raise ValueError(
             f"{place(name, row)}, column {CHOICE!r}: {choice!r} is none of environment_factory's {known}; mend the "
