@@ -313,6 +313,32 @@ def test_what_is_bound_to_a_thread_works_with_a_time_limit(setting, tool_model_p
     assert trainer.state.log_history[0][FAILURES] == 0
 
 
+def test_rewards_of_one_name_have_metrics_of_their_own(tool_model_path, tmp_path):
+    def named(value):
+        class Sums(Words):
+            def get_reward(self):
+                return value
+
+        return Sums
+
+    def rewards(factory, **given):
+        trainer = make(trl_fast, tmp_path, tool_model_path, environment_factory=factory, max_steps=1, **given)
+        trainer.train()
+        found = {name: value for name, value in trainer.state.log_history[0].items() if name.startswith("rewards/")}
+        return {name.split("/")[1]: value for name, value in found.items() if name.endswith("mean")}
+
+    rows = questions_with_start(2, ("a", "b"))
+    found = rewards({"a": named(1.0), "b": named(2.0)}, train_dataset=rows)
+    assert found.keys() - {"talk"} == {"a.Sums", "b.Sums"}
+    assert (found["a.Sums"], found["b.Sums"]) == (1, 2)
+
+    def sums(completions, **_):
+        return [3.0] * len(completions)
+
+    sums.__name__ = "Sums"
+    assert rewards(named(1.0), reward_funcs=sums) == {"Sums": 3, "environment.Sums": 1}
+
+
 def test_a_row_of_a_stream_that_chooses_what_there_is_not_is_named(tool_model_path, tmp_path):
     rows = questions_with_start(4, ("sums", "sums", "sum")).to_iterable_dataset()
     settings = {"environment_factory": {"sums": Sums}, "train_dataset": rows, "max_steps": 4}

@@ -274,8 +274,11 @@ class Environments:
 
     def reward_sources(self) -> list[EnvironmentReward]:
         """Returns a reward source for each class of environments that tells its reward."""
-        types = dict.fromkeys(kind.type for kind in self.kinds.values() if kind.tells_reward)
-        return [EnvironmentReward(self, each) for each in types]
+        keys: dict[type, str | None] = {}
+        for key, kind in self.kinds.items():
+            if kind.tells_reward:
+                keys.setdefault(kind.type, key)
+        return [EnvironmentReward(self, each, key) for each, key in keys.items()]
 
     def reset(self, names: Sequence[str | None], rows: Sequence[dict[str, Any]]) -> list[Any]:
         """Gives each row an environment and resets it.
@@ -385,10 +388,12 @@ class EnvironmentReward:
     Args:
         environments: those of the run.
         kind: the class; a subclass of it has a source of its own.
+        key: what rows call the first factory of this class; None: there is a single factory.
     """
 
-    def __init__(self, environments: Environments, kind: type) -> None:
+    def __init__(self, environments: Environments, kind: type, key: str | None) -> None:
         self.__name__ = kind.__name__
+        self.longer_name = f"{'environment' if key is None else key}.{kind.__name__}"
         self._environments, self._type = environments, kind
 
     def __call__(self, environments: list[Any], **_: Any) -> list[Any]:
@@ -397,6 +402,15 @@ class EnvironmentReward:
         own = [seats[id(each)] for each in environments if type(each) is self._type]
         found = iter(self._environments.ask(own, _GET_REWARD, read=checked_reward))
         return [next(found) if type(each) is self._type else None for each in environments]
+
+
+def distinct_names(sources: Sequence[EnvironmentReward], others: Sequence[str]) -> list[str]:
+    """Returns a name for each source: its class's, or the longer one where something else has that name too.
+
+    others: the names of other reward sources.
+    """
+    counts = Counter([*others, *(source.__name__ for source in sources)])
+    return [source.__name__ if counts[source.__name__] == 1 else source.longer_name for source in sources]
 
 
 def _tool_methods(kind: type) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trl_fast.rollout import GivenReward, RewardFunctions
+from trl_fast.rollout.environments import distinct_names
 from trl_fast.rollout.rewards import RewardModel, as_list
 
 from .environments import EnvironmentRollouts
@@ -131,7 +132,7 @@ def make_changeable_rewards(
         more_readers: list[Any] = [*readers, *[None] * len(more)]
         given, tokenizers = [*sources, *more], more_readers if readers else None
         weights = None if weights is None else [*weights, *[1.0] * len(more)]
-    return ChangeableRewards(
+    rewards = ChangeableRewards(
         given,
         reward_processing_classes=tokenizers,
         weights=weights,
@@ -140,3 +141,6 @@ def make_changeable_rewards(
         chat_template_kwargs=args.chat_template_kwargs,
         timeout=args.reward_timeout,
     )
+    own_names = rewards.names[: len(rewards) - len(more)]
+    rewards.set_names([*own_names, *distinct_names(more, own_names)])
+    return rewards
