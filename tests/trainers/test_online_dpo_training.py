@@ -43,6 +43,29 @@ def test_beta_of_each_epoch(make):
     assert betas == [0.5] * 3 + [0.25] * 6 and trainer.beta == 0.25
 
 
+@pytest.mark.parametrize("unscored", [(0, 1), (1,)])
+def test_a_pair_without_rewards_is_not_learned_from(unscored, make, tokenizer):
+    def judge(completion_ids, **_):
+        return [None if index in unscored else noise([ids])[0] for index, ids in enumerate(completion_ids)]
+
+    losses = {}
+    for name, rewards in (
+        ("all", noise),
+        ("some", judge),
+        ("none", lambda completion_ids, **_: [None] * len(completion_ids)),
+    ):
+        given = {"reward_funcs": rewards, "rollout_func": FixedRollout(tokenizer)}
+        trainer = make(given=given, max_steps=1, missing_eos_penalty=1.0)
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        trainer.train()
+        losses[name] = trainer.state.log_history[0]["loss"]
+        moved = any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+        assert moved == (name != "none")
+    pairs = trainer.args.per_device_train_batch_size
+    assert losses["none"] == 0 and losses["all"] == pytest.approx(0.6931, abs=1e-4)
+    assert losses["some"] == pytest.approx(losses["all"] * (pairs - 1) / pairs, abs=1e-4)
+
+
 def test_evaluation_and_prompts_of_messages(make):
     rows = [{"prompt": [{"role": "user", "content": f"Which color is {i}?"}], "shade": i} for i in range(6)]
     seen = []

@@ -229,6 +229,8 @@ def dpo_loss(
         losses = fused[name] if fused else PAIR_LOSSES[name](pairs, config)
         if config.use_weighting:
             losses = losses * weights
+        if inputs.pair_weights is not None:
+            losses = losses * inputs.pair_weights
         # The likelihood of a batch is in every pair; its share is made up of the tokens that are there.
         if present is not None and name != "sft":
             losses = torch.where(present, losses, 0)

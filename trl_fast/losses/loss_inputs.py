@@ -81,12 +81,14 @@ class PolicyLossInputs:
 class PreferenceLossInputs:
     """Holds which of N scored tokens belongs to which of S = 2P sequences: the int64 tensors of a `TokenBatch`.
 
-    branch, offset: (N,); branch_lengths: (S,).
+    branch, offset: (N,); branch_lengths: (S,). pair_weights: (P,) float32, what each pair counts in the loss's mean
+    over all P; None: 1.
     """
 
     branch: torch.Tensor
     offset: torch.Tensor
     branch_lengths: torch.Tensor
+    pair_weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Returns the number of pairs P."""

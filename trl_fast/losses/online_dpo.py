@@ -26,12 +26,18 @@ def online_dpo_loss_config(loss_type: str, beta: float) -> DPOLossConfig:
     return DPOLossConfig(loss_type=(loss_type,), beta=beta)
 
 
-def online_loss_inputs(branch: torch.Tensor, num_sequences: int) -> PreferenceLossInputs:
+def online_loss_inputs(
+    branch: torch.Tensor, num_sequences: int, has_score: torch.Tensor | None = None
+) -> PreferenceLossInputs:
     """Returns what the loss reads of N tokens in S sequences.
 
-    branch: (N,) int64, the sequence of each token. Lengths are 1, so that nothing is divided by them.
+    Args:
+        branch: (N,) int64, the sequence of each token. Lengths are 1, so that nothing is divided by them.
+        num_sequences: S.
+        has_score: (S,) bool; a pair of which a sequence has none counts 0. None: all have one.
     """
-    return PreferenceLossInputs(branch, torch.zeros_like(branch), branch.new_ones(num_sequences))
+    weights = None if has_score is None else has_score.view(-1, 2).all(1).float()
+    return PreferenceLossInputs(branch, torch.zeros_like(branch), branch.new_ones(num_sequences), weights)
 
 
 @torch.no_grad()

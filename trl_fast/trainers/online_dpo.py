@@ -169,16 +169,18 @@ class OnlineDPOTrainer(BatchTrainer):
     def compute_advantages(self, samples: Any, rewards: torch.Tensor) -> Advantages:
         """Computes by how much each completion's score exceeds that of the other one; rewards: (N, R), as in the base.
 
-        A score is the weighted sum of the rewards, 0 where no source gave one, less the penalty where there is no end
-        token.
+        A score is the weighted sum of the rewards, less the penalty where there is no end token. Where no source gave
+        a reward that sum is 0, as in TRL, and the pair is not learned from.
         """
-        scores = summed_rewards(rewards, self.reward_functions.weights.to(rewards.device)).nan_to_num(nan=0.0)
+        summed = summed_rewards(rewards, self.reward_functions.weights.to(rewards.device))
+        scores = summed.nan_to_num(nan=0.0)
         samples.has_end = torch.tensor([not self.end_ids.isdisjoint(ids) for ids in samples.completion_ids])
         if self.args.missing_eos_penalty is not None:
             ended = self.accelerator.gather(samples.has_end.to(rewards.device))
             scores = scores - self.args.missing_eos_penalty * ~ended
         first = self.accelerator.process_index * len(samples)
         samples.scores = scores[first : first + len(samples)].cpu()
+        samples.has_score = ~summed[first : first + len(samples)].isnan().cpu()
         pairs = scores.view(-1, 2)
         margins = pairs - pairs.flip(1)
         return Advantages(margins.flatten(), scores, margins[:, 0] == 0)

@@ -16,11 +16,12 @@ from trl_fast.rollout.samples import Samples
 class ScoredSamples(Samples):
     """Holds S completions with what they are ordered by.
 
-    - `scores` (S,) float32, the weighted sums of rewards, less penalties. `has_end` (S,) bool: whether an end token is
-      among the tokens.
+    - `scores` (S,) float32, the weighted sums of rewards, less penalties. `has_score` (S,) bool: whether a reward
+      source gave one. `has_end` (S,) bool: whether an end token is among the tokens.
     """
 
     scores: torch.Tensor | None = None
+    has_score: torch.Tensor | None = None
     has_end: torch.Tensor | None = None
 
 
@@ -49,7 +50,10 @@ def make_pair_update(samples: Samples, batch: TokenBatch, reference: torch.Tenso
     known = (getattr(samples, name, None) for name in ("scores", "has_end"))
     scores, has_end = ((unknown if values is None else values).float().to(reference.device) for values in known)
     sizes = tuple(first + second for first, second in zip(lengths[0::2], lengths[1::2], strict=True))
-    return PairUpdate(batch, sizes, online_loss_inputs(batch.branch, len(samples)), reference, scores, has_end)
+    has_score = getattr(samples, "has_score", None)
+    has_score = None if has_score is None else has_score.to(batch.branch.device)
+    inputs = online_loss_inputs(batch.branch, len(samples), has_score)
+    return PairUpdate(batch, sizes, inputs, reference, scores, has_end)
 
 
 def chosen_first(samples: Samples) -> list[int]:
