@@ -22,10 +22,21 @@ def pooled_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    large = math.prod(shape) * dtype.itemsize >= _POOLED_FROM_BYTES
-    if large and device_facts(device).kind == "cpu" and load_extension().ok:
+    if _is_pooled(shape, dtype, device):
         return torch.ops.trl_fast.pooled_empty(shape, dtype)
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def reused_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns an uninitialised tensor, from the pool where `pooled_empty` takes it from there."""
+    if device.type == "cpu" and _is_pooled(shape, dtype, device):
+        return torch.ops.trl_fast.pooled_empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _is_pooled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    large = math.prod(shape) * dtype.itemsize >= _POOLED_FROM_BYTES
+    return large and device_facts(device).kind == "cpu" and load_extension().ok
 
 
 def _graph_is_retained() -> bool:

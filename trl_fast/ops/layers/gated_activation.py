@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
 
 
@@ -39,7 +40,7 @@ def _in_torch(gate: torch.Tensor, backend: str | None) -> bool:
 def _gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None) -> torch.Tensor:
     if _in_torch(gate, backend):
         return (_FORWARD[activation](gate) * up).contiguous()
-    out = gate.new_empty(gate.shape)
+    out = reused_empty(gate.shape, gate.dtype, gate.device)
     number = ACTIVATIONS.index(activation)
     torch.ops.trl_fast.layer_gated_activation(gate.contiguous(), up.contiguous(), number, out)
     return out
@@ -54,7 +55,7 @@ def _(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None
 def _gated_activation_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    grad_gate, grad_up = (reused_empty(gate.shape, gate.dtype, gate.device) for _ in range(2))
     if _in_torch(gate, backend):
         grad_gate.copy_(_BACKWARD[activation](grad * up, gate))
         return grad_gate, torch.mul(grad, _FORWARD[activation](gate), out=grad_up)

@@ -12,6 +12,7 @@ import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
 
 # Rows whose gradients by the weight the C++ kernel sums into one row (kNormBlock of csrc/cpu/layer_kernels.h).
@@ -42,7 +43,7 @@ def _rms_norm(
         y, rstd = _forward_reference(x, weight, eps, is_gemma)
         return y.contiguous(), rstd
     rows = _rows(x)
-    y, rstd = rows.new_empty(rows.shape), rows.new_empty(len(rows), dtype=torch.float32)
+    y, rstd = reused_empty(rows.shape, x.dtype, x.device), rows.new_empty(len(rows), dtype=torch.float32)
     torch.ops.trl_fast.layer_rms_norm(rows, weight.contiguous(), eps, is_gemma, y, rstd)
     return y.view(x.shape), rstd
 
@@ -83,7 +84,7 @@ def _rms_norm_backward(
         by_x, by_weight = _backward_reference(grad, x, weight, rstd, is_gemma)
         return by_x.contiguous() if needs_x else nothing, by_weight if needs_weight else nothing.clone()
     rows = _rows(x)
-    grad_x = rows.new_empty(rows.shape) if needs_x else None
+    grad_x = reused_empty(rows.shape, x.dtype, x.device) if needs_x else None
     blocks = (len(rows) + _ROWS_A_BLOCK - 1) // _ROWS_A_BLOCK
     partials = rows.new_empty(blocks, x.shape[-1], dtype=torch.float32) if needs_weight else None
     torch.ops.trl_fast.layer_rms_norm_backward(

@@ -10,6 +10,7 @@ import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
 
 
@@ -26,6 +27,12 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
+def _room_for(x: torch.Tensor) -> torch.Tensor:
+    """Returns the same in memory of the pool, where there is much of it."""
+    shape = x.shape[0], x.shape[2], x.shape[1], x.shape[3]
+    return reused_empty(shape, x.dtype, x.device).transpose(1, 2)
+
+
 @torch.library.custom_op("trl_fast::rotary", mutates_args=())
 def _rotary(
     query: torch.Tensor,
@@ -35,7 +42,7 @@ def _rotary(
     is_backward: bool,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = _empty_like(query), _empty_like(key)
+    out = _room_for(query), _room_for(key)
     in_torch = choose_backend("rotary", backend, device_facts(query.device), query.dtype) == "torch"
     if not in_torch:
         cos, sin, query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin, query, key))
