@@ -116,6 +116,20 @@ def test_tiles_and_checkpointing(tile, checkpointing):
     assert_same(run(model), expected)
 
 
+@pytest.mark.slow
+def test_compiled():
+    """A compiler sees the ops whole: no graph breaks at them."""
+    model = tiny_model()
+    expected = run(model)
+    fuse_layers(model, CPU)
+    torch._dynamo.reset()
+    model.model.forward = torch.compile(model.model.forward, backend="aot_eager", fullgraph=True)
+    try:
+        assert_same(run(model), expected)
+    finally:
+        torch._dynamo.reset()
+
+
 def test_adapters_are_called():
     torch.manual_seed(0)
     targets = ["gate_proj", "down_proj", "q_proj"]
