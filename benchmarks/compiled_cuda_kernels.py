@@ -100,13 +100,13 @@ def _least_bytes(label: str, code: MachineCode) -> int:
     return BATCH * (16 + (8 if " to " in label else 16))
 
 
-def compile_cuda_kernels(nvcc: str, target: int) -> Iterator[CudaKernel]:
-    """Compiles every kernel of csrc/cuda for sm_`target`.
+def compile_cuda_kernels(nvcc: str, target: int, sources: str = "*.cu") -> Iterator[CudaKernel]:
+    """Compiles every kernel of csrc/cuda for sm_`target`; sources: pattern of the names of its files.
 
     Raises:
         subprocess.CalledProcessError: nvcc failed; its messages are on the terminal.
     """
-    for source in sorted((SOURCES / "cuda").glob("*.cu")):
+    for source in sorted((SOURCES / "cuda").glob(sources)):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "kernels.cubin")
             command = [nvcc, "-O3", f"-I{SOURCES}", "-cubin", f"-arch=sm_{target}", str(source), "-o", str(path)]

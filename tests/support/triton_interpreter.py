@@ -121,7 +121,10 @@ def _repair_bf16(patches: _Patches) -> None:
 
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         left, right = (_values(x).astype(np.float32) for x in (a, b))
-        return Handle(np.matmul(left, right).astype(d.data.dtype) + d.data, d.dtype.scalar)
+        # In float64, where sums of 16-bit numbers' products are exact: in float32 a row's bits depend on its place in
+        # the tile, on some CPUs, as on no GPU.
+        product = np.matmul(left.astype(np.float64), right.astype(np.float64))
+        return Handle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     stock_binary = patches.set(Builder, "binary_op", binary_op)
     stock_unary = patches.set(Builder, "unary_op", unary_op)
