@@ -137,7 +137,7 @@ class BaseConfig(TrainingArguments):
     """
 
     fused_layers: bool = False
-    """Run norms, gated MLPs and rotary embeddings in one pass each: faster on a CPU, not yet there for a GPU."""
+    """Run norms, gated MLPs and rotary embeddings in one pass each, with less kept for backward; on a CPU only."""
 
     batch_layout: str = one_of(LAYOUT_CHOICES, default="auto")
     """How a batch is laid out: auto, shared_prefix, packed or padded.
