@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from trl_fast.losses.policy_gradient import LOSSES
 from trl_fast.settings.choices import check_choice, one_of
 
 from .grpo_config import GRPOConfig
 
 logger = logging.getLogger(__name__)
 
+# GRPO's, which have no effect here.
+_LOSSES = GRPOConfig.__dataclass_fields__["loss_type"].metadata["choices"]
 # What GRPO's losses read and GMPO's does not, with the values that it has.
 _GIVEN_BY_THE_METHOD = {"loss_type": "gmpo", "importance_sampling_level": "token", "delta": None}
 
@@ -41,7 +42,7 @@ class GMPOConfig(GRPOConfig):
 
     def check_values(self) -> None:
         """Checks the arguments that may be changed later, as the base does; the loss stays GMPO's."""
-        if self.loss_type not in LOSSES:
+        if self.loss_type not in _LOSSES:
             check_choice(self, "loss_type")
         check_choice(self, "importance_sampling_level")
         for name, value in _GIVEN_BY_THE_METHOD.items():
