@@ -46,7 +46,7 @@ LEFT = {
     "trl.trainer.utils": {
         "linear_logprob": ["FusedCausalLMOutput", "add_fused_lm_head"],
         "shards": ["maybe_gather_lm_head_ctx"],
-        "text models only": ["split_pixel_values_by_grid", "unsplit_pixel_values_by_grid"],
+        "keeps images by row": ["split_pixel_values_by_grid", "unsplit_pixel_values_by_grid"],
     },
 }
 # The texts of models' templates, and how to read what they write: so many names end like that.

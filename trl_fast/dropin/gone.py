@@ -14,7 +14,7 @@ def _older(advice: str) -> str:
 _EXPERIMENTAL = "trl_fast does not have it; TRL 1.16 keeps it under trl.experimental"
 _DROPPED = "trl_fast does not have it either"
 _OWN_COLLATOR = "leave it out: the trainer makes its own collator"
-_TEXT_ONLY = "trl_fast trains text models only so far"
+_PIXELS = "TRL's own way to cut the pixels of a batch; trl_fast keeps images by row (trl_fast.data.images)"
 _TEMPLATE_TEXTS = (
     "trl_fast keeps no copies of models' chat templates: it marks the assistant's words in the tokenizer's own "
     "(get_training_chat_template) and finds out how it writes tool calls (add_response_schema)"
@@ -66,7 +66,7 @@ GONE: dict[str, str] = {
     "RewardDataCollatorWithPadding": _older(_OWN_COLLATOR),
     "DataCollatorForChatML": _older("give SFTTrainer a dataset of messages and leave the collator out"),
     "DataCollatorForVisionLanguageChatML": _older(_OWN_COLLATOR),
-    "*split_pixel_values_by_grid": _TEXT_ONLY,
+    "*split_pixel_values_by_grid": _PIXELS,
     "PPOv2Trainer": _until("0.12", "it became PPOTrainer"),
     "PPOv2Config": _until("0.12", "it became PPOConfig"),
     "PolicyAndValueWrapper": _older("PPOTrainer holds policy and value model by itself"),

@@ -7,8 +7,6 @@ teacher's log-probabilities are given.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ..device import device_facts
@@ -89,12 +87,12 @@ class StudentGradients:
             self._bias[: self._head.vocab_size] += gradient.sum(dim=0, dtype=self._sums)
         self._is_first = False
 
-    def results(self, factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the sums over `factor`, in the dtypes of the results; empty where not needed."""
+    def results(self, factor: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the sums over `factor` (0-d; None for 1), in the dtypes of the results; empty where not needed."""
         hidden, weight, bias = (
             torch.empty(0, dtype=dtype, device=self._head.weight.device)
             if total is None
-            else as_dtype(total if factor == 1.0 else total.mul_(1 / factor), dtype)
+            else as_dtype(total if factor is None else total.div_(factor), dtype)
             for total, dtype in zip((self._hidden, self._weight, self._bias), self._dtypes, strict=True)
         )
         return hidden, weight, bias
@@ -125,14 +123,14 @@ def sweep_divergence(
     row_bytes = max(1, student.vocab_size * teacher.bytes_per_column(student))
     height = block_rows(len(kept_hidden), row_bytes, workspace_bytes, device)
     blocks = slices(0, len(kept_hidden), height)
-    factor = _loss_scale(student, kept_weights) if any(needs) else 1.0
+    factor = _loss_scale(student, kept_weights) if any(needs) else None
     given = (student, needs, len(kept_hidden), total_columns, dtypes)
     gradients = StudentGradients(*given, one_block=len(blocks) == 1)
     results = torch.full((NUM_RESULTS, len(kept_hidden)), float("nan"), dtype=sums, device=device)
     logits = pooled_empty((min(height, len(kept_hidden)), student.vocab_size), student.logits, device)
     for rows in blocks:
         products = student.multiply(kept_hidden[rows], logits[: rows.stop - rows.start])
-        scaled = kept_weights[rows] if factor == 1.0 else kept_weights[rows] * factor
+        scaled = kept_weights[rows] if factor is None else kept_weights[rows] * factor
         gradient = teacher.compare(rows, student, products, scaled, results[:, rows], any(needs))
         if gradient is not None:
             gradients.add(rows, gradient, kept_hidden[rows])
@@ -153,13 +151,15 @@ def _counting_rows(weights: torch.Tensor) -> torch.Tensor | None:
     return weights.nonzero().squeeze(1)
 
 
-def _loss_scale(student: DivergenceHead, weights: torch.Tensor) -> float:
-    """Returns what gradients of logits are multiplied with, so that float16 has them; 1 for other dtypes.
+def _loss_scale(student: DivergenceHead, weights: torch.Tensor) -> torch.Tensor | None:
+    """Returns what gradients of logits are multiplied with, so that float16 has them, 0-d; None for other dtypes.
 
     weights: (N,). float16 ends at 6e-8, below which probabilities times a mean's weight lie.
     """
     if student.product != torch.float16 or not len(weights):
-        return 1.0
+        return None
     steepest = abs(student.transform.scale) * student.transform.inv_temperature
-    largest = steepest * float(weights.abs().amax())
-    return math.ldexp(1.0, min(100, 10 - math.frexp(largest)[1])) if largest else 1.0
+    # On the device: a GPU's host does not wait for it.
+    largest = steepest * weights.abs().amax()
+    power = (10 - torch.frexp(largest).exponent).clamp(max=100)
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), power), 1.0)

@@ -204,15 +204,7 @@ class DistillationTrainer(OnlineTrainer):
 
     def prompt_order(self) -> PromptOrder:
         """Returns the order of training prompts: each as often as it gets completions, for all micro-batches."""
-        args = self.args
-        return PromptOrder(
-            repeats=args.num_generations,
-            prompts=args.generation_batch_size // args.num_generations,
-            rounds=args.generate_every,
-            batches=args.steps_per_generation,
-            shuffle=bool(args.shuffle_dataset),
-            seed=args.seed,
-        )
+        return PromptOrder.of_generations(self.args)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         if self.args.evaluates_given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 
@@ -27,6 +28,18 @@ class PromptOrder:
     batches: int = 1
     shuffle: bool = True
     seed: int = 0
+
+    @classmethod
+    def of_generations(cls, args: Any) -> PromptOrder:
+        """Returns the order of a config that generates several completions a prompt, for all updates on them."""
+        return cls(
+            repeats=args.num_generations,
+            prompts=args.generation_batch_size // args.num_generations,
+            rounds=args.generate_every,
+            batches=args.steps_per_generation,
+            shuffle=bool(args.shuffle_dataset),
+            seed=args.seed,
+        )
 
     def sampler(self, dataset: Dataset) -> RepeatSampler:
         """Returns the sampler of a dataset."""
