@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -80,7 +80,7 @@ def change_parts(
 class DatasetPreparer(Protocol):
     """Prepares and checks datasets; a trainer is one."""
 
-    token_columns: ClassVar[tuple[str, ...]]
+    token_columns: tuple[str, ...]
 
     def prepare_dataset(
         self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: BaseConfig, name: str

@@ -120,7 +120,7 @@ class ReferenceFreeTrainer(BaseTrainer):
     """
 
     config_class = ReferenceFreeConfig
-    token_columns: ClassVar[tuple[str, ...]] = TOKEN_COLUMNS
+    token_columns: tuple[str, ...] = TOKEN_COLUMNS
     shares_prompts = True
     loss_config: Any  # of the config's `loss_config`
     uncalled_hooks: ClassVar[Mapping[str, str]] = {

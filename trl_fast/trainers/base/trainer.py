@@ -66,7 +66,7 @@ class BaseTrainer(Trainer):
 
     method = ""
     config_class = BaseConfig
-    token_columns: ClassVar[tuple[str, ...]] = ()
+    token_columns: tuple[str, ...] = ()
     signature_columns: ClassVar[tuple[str, ...] | None] = None
     # How a model comes from a name, and what its forward is taught: see `modeling.scoring`.
     load_model: ClassVar[Callable[..., PreTrainedModel]] = staticmethod(load_causal_lm)

@@ -48,7 +48,7 @@ class GKDTrainer(DistillationTrainer):
     """
 
     method = "gkd"
-    config_class = GKDConfig  # type: ignore[assignment]  # its own kind
+    config_class = GKDConfig
     length_setting = "max_new_tokens"
 
     def __init__(

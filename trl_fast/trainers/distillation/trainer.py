@@ -75,9 +75,11 @@ class DistillationTrainer(OnlineTrainer):
     """
 
     method = "distillation"
-    config_class = DistillationConfig
+    config_class: Any = DistillationConfig
     loss_is_scaled_for_ga = True
     uncalled_hooks = UNCALLED_HOOKS
+    args: DistillationConfig
+    model: Any  # there always is one
 
     @failing_together()
     def __init__(
@@ -100,38 +102,39 @@ class DistillationTrainer(OnlineTrainer):
     ) -> None:
         check_sources(tools, rollout_func, None, rollout_engine)
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
-        args = self.resolve_config(args, model)
+        config: Any = self.resolve_config(args, model)
         check_dataset_type(train_dataset, "train_dataset")
-        teacher = chosen_teacher(teacher_model, args)
-        check_is_another(model, teacher, args, quantization_config)
-        model = self.resolve_model(model, args, quantization_config)
-        processing_class = self.resolve_tokenizer(processing_class, model, args)
-        teacher = load_teacher(teacher, args)
-        self.vocab_size = shared_vocabulary(model, teacher, processing_class, args)
+        teacher: Any = chosen_teacher(teacher_model, config)
+        check_is_another(model, teacher, config, quantization_config)
+        student: Any = self.resolve_model(model, config, quantization_config)
+        processing_class = self.resolve_tokenizer(processing_class, student, config)
+        teacher = load_teacher(teacher, config)
+        self.vocab_size = shared_vocabulary(student, teacher, processing_class, config)
         # The other model has no embedding of these.
-        self.unsampled_tokens = columns_of_one(model, teacher)
-        self.toolbox = open_toolbox(tools, processing_class, args)
-        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
-        sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
-        model, layout = self.set_up_models(model, teacher, args, peft_config, sequences)
-        self._read_heads_alike(base_model(model), args, sequences)
+        self.unsampled_tokens = columns_of_one(student, teacher)
+        self.toolbox = open_toolbox(tools, processing_class, config)
+        train, evaluated = self.prepare_datasets(train_dataset, eval_dataset, processing_class, config, student)
+        sequences = [list(row[PROMPT_IDS]) for row in train.take(2)]
+        student, layout = self.set_up_models(student, teacher, config, peft_config, sequences)
+        self._read_heads_alike(base_model(student), config, sequences)
         self.rollout_func, self.sampling = rollout_func, Sampling(self)
-        self.generation, self.slicer, self._step_time = GenerationBuffer(args), Slicer(), 0.0
+        self.generation, self.slicer, self._step_time = GenerationBuffer(config), Slicer(), 0.0
         self.start(
-            model=model,
-            args=args,
+            model=student,
+            args=config,
             data_collator=list,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=train,
+            eval_dataset=evaluated,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._set_up_rollouts(base_model(model), layout, rollout_engine)
+        self._set_up_rollouts(base_model(student), layout, rollout_engine)
 
     def _read_heads_alike(self, model: PreTrainedModel, args: DistillationConfig, sequences: list[list[int]]) -> None:
         """Lets both models give their own logits where the head of one of them is not understood."""
-        teacher: Any = base_model(self.teacher_model)
+        given: Any = self.teacher_model
+        teacher: Any = base_model(given)
         if not same_family(model, teacher):
             # The head of a family is understood, or is not; one of another family is tried out.
             request = replace(layout_request(self, teacher, args), asked=self.layout.name)
@@ -159,15 +162,13 @@ class DistillationTrainer(OnlineTrainer):
 
     # ---- data
 
-    def set_up_data(
-        self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig
-    ) -> None:
+    def set_up_data(self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
         """Sets whether completions of the datasets are read."""
         if args.reads_given or args.evaluates_given:
             self.token_columns = (PROMPT_IDS, COMPLETION_IDS)
 
     def prepare_dataset(
-        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: DistillationConfig, name: str
+        self, dataset: AnyDataset, processing_class: PreTrainedTokenizerBase, args: Any, name: str
     ) -> AnyDataset:
         """Tokenizes the prompts, and the completions where they are read."""
         options: dict[str, Any] = {
@@ -181,14 +182,12 @@ class DistillationTrainer(OnlineTrainer):
             return prepare_given_completions(dataset, processing_class, max_length=args.max_length, **options)
         return prepare_prompt_dataset(dataset, processing_class, **options)
 
-    def prompt_template_kwargs(self, args: DistillationConfig) -> dict[str, Any]:
+    def prompt_template_kwargs(self, args: Any) -> dict[str, Any]:
         """Returns what the chat template is given beside a prompt's messages."""
         tools = {} if self.toolbox is None else {"tools": self.toolbox.schemas}
         return {**(args.chat_template_kwargs or {}), **tools}
 
-    def check_positions(
-        self, model: PreTrainedModel, dataset: AnyDataset, args: DistillationConfig, name: str
-    ) -> None:
+    def check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: Any, name: str) -> None:
         """Checks that a model has positions for prompts with sampled completions, and with given ones.
 
         Raises:
@@ -214,23 +213,26 @@ class DistillationTrainer(OnlineTrainer):
 
     def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None) -> DataLoader:
         """Returns the loader of the evaluation's rows; a stream is read as a whole, to have a dataset's order."""
+        datasets: Any = self.eval_dataset
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(list(dataset) if isinstance(dataset, IterableDataset) else dataset)
+            eval_dataset = datasets[eval_dataset]
+        dataset: Any = datasets if eval_dataset is None else eval_dataset
+        if isinstance(dataset, IterableDataset):
+            dataset = list(dataset)
+        return super().get_eval_dataloader(dataset)
 
     # ---- the rollout
 
-    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> DistillationUpdate:
+    def _prepare_inputs(self, rows: Any) -> Any:
         """Returns a micro-batch; where it is time, of new completions of `rows`."""
         if not self.model.training:
             samples = self.mixture.samples(rows, [not self.args.evaluates_given] * len(rows))
             return self._update(samples, max(samples.lengths.sum().item(), 1))
         if self.generation.is_used_up:
             self.generation.slices = self.mixture.slices(rows, self.state.global_step)
-        samples = self.generation.current
-        assert isinstance(samples, Samples), "slices are samples"
-        return self._update(samples, samples.generation_tokens)
+        current = self.generation.current
+        assert isinstance(current, Samples), "slices are samples"
+        return self._update(current, current.generation_tokens)
 
     def _update(self, samples: Samples, tokens: float) -> DistillationUpdate:
         """Returns the micro-batch of samples. tokens: those that the loss is a mean over, a process's share."""
@@ -268,7 +270,7 @@ class DistillationTrainer(OnlineTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: DistillationUpdate) -> torch.Tensor:
         """Computes the loss of one micro-batch, and records its metrics."""
-        keywords = {"position_ids": None} if self._adds_virtual_tokens else {}
+        keywords: dict[str, Any] = {"position_ids": None} if self._adds_virtual_tokens else {}
         result = distillation_step(
             *(model, self.teacher_model, inputs, self.divergence_settings),
             head=self.head_options,
@@ -280,7 +282,7 @@ class DistillationTrainer(OnlineTrainer):
         return result.loss
 
     def prediction_step(
-        self, model: torch.nn.Module, inputs: list[dict[str, Any]], *_: Any, **__: Any
+        self, model: torch.nn.Module, inputs: Any, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None, None]:
         """Computes the loss of completions that are made for the evaluation, or given for it."""
         update = self._prepare_inputs(inputs)

@@ -53,7 +53,7 @@ class OnlineTrainer(ReferenceTrainer):
     """
 
     shares_prompts = True
-    token_columns: ClassVar[tuple[str, ...]] = (PROMPT_IDS,)
+    token_columns: tuple[str, ...] = (PROMPT_IDS,)
     signature_columns: ClassVar[tuple[str, ...]] = ("prompt", PROMPT_IDS, "image")
     # The argument that limits a completion's tokens.
     length_setting: ClassVar[str] = "max_completion_length"
