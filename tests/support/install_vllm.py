@@ -27,11 +27,16 @@ def pip(python: Path, *words: str) -> None:
     subprocess.run([python, "-m", "pip", *words, "-q", "--disable-pip-version-check"], check=True)
 
 
+def extras(requirement: Requirement) -> str:
+    """Returns the extras of a requirement, in brackets; nothing where it has none."""
+    return f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+
+
 def needed(distribution: Distribution) -> list[str]:
     """Returns what a distribution asks for on this machine, without extras, as pip takes it."""
     wanted = map(Requirement, distribution.requires or [])
     here = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return [f"{one.name}{one.specifier}" for one in here if one.name not in LEFT_OUT]
+    return [f"{one.name}{extras(one)}{one.specifier}" for one in here if one.name not in LEFT_OUT]
 
 
 def answer_to_own_name(packages: Path) -> None:

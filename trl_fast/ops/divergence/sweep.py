@@ -88,7 +88,7 @@ class StudentGradients:
         self._is_first = False
 
     def results(self, factor: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the sums over `factor`, a scalar or None for 1, in the dtypes of the results; empty where not needed."""
+        """Returns the sums over `factor`, a scalar or None for 1, in the results' dtypes; empty where not needed."""
         hidden, weight, bias = (
             torch.empty(0, dtype=dtype, device=self._head.weight.device)
             if total is None
