@@ -29,7 +29,8 @@ typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-inline Vec splat(float x) { return Vec{} + x; }
+// x - 0 is x for every x, as 0 + x is not for -0: the compiler leaves it out.
+inline Vec splat(float x) { return x - Vec{}; }
 
 template <typename To, typename From>
 inline To bits_as(From x) {
