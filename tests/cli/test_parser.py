@@ -53,6 +53,15 @@ def test_a_truth_value_that_may_be_none_is_true_without_a_value(flags, value):
     assert vars(parser.parse_args(flags))["tf32"] is value
 
 
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [("", "auto"), ("--fused_layers", True), ("--fused-layers true", True), ("--fused_layers False", False)],
+)
+def test_a_name_or_a_truth_value(flags, value, tmp_path):
+    assert parse(*flags.split())[1].fused_layers is value
+    assert parse(*write(tmp_path, fused_layers=value))[1].fused_layers is value
+
+
 def test_yaml_gives_defaults_and_flags_win(tmp_path, monkeypatch):
     monkeypatch.delenv("TRL_FAST_TEST_VARIABLE", raising=False)
     config = write(

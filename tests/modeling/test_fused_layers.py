@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from support.models import tiny_model
-from trl_fast.modeling.fused_layers import FUSED_LAYERS, fuse_layers
+from trl_fast.modeling.fused_layers import FUSED_LAYERS, fuse_layers, try_outs
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 IDS = torch.randint(3, 340, (2, 13), generator=torch.Generator().manual_seed(0))
 # Norms and MLPs of two layers, and the last norm; with the norms of queries and keys.
 FUSED = {"llama": (5, 2), "qwen2": (5, 2), "qwen3": (9, 2), "gemma": (5, 2), "granite": (5, 2), "cohere": (0, 2)}
+OPS = [("fused_classes", "rms_norm"), ("fused_classes", "gated_activation"), ("rotary_functions", "rotary")]
 TURNS = {"llama", "qwen2", "qwen3", "gemma", "granite"}
 
 
@@ -81,8 +82,8 @@ def test_16_bits(dtype):
 
 def test_the_ops_run(monkeypatch):
     calls = []
-    for name in ("rms_norm", "gated_activation", "rotary"):
-        monkeypatch.setattr(f"trl_fast.modeling.fused_layers.{name}", counting(name, calls))
+    for place, name in OPS:
+        monkeypatch.setattr(f"trl_fast.modeling.fused_layers.{place}.{name}", counting(name, calls))
     model = tiny_model()
     fuse_layers(model, CPU)
     calls.clear()
@@ -172,25 +173,38 @@ class Doubled(modeling_llama.LlamaRMSNorm):
         return 2 * super().forward(hidden_states)
 
 
-class Unsteady(nn.Linear):
-    """A layer that adds other numbers each time."""
-
-    def forward(self, x):
-        return super().forward(x) + torch.randn(())
-
-
-def test_what_is_not_known_stays_as_it_is(caplog):
+def test_what_is_not_known_stays_as_it_is():
     model = tiny_model()
     layers = model.model.layers
     layers[0].input_layernorm.__class__ = Doubled
     norm = layers[0].post_attention_layernorm
     norm.forward = types.MethodType(lambda self, x: 3 * type(self).forward(self, x), norm)
-    layers[0].mlp.gate_proj.__class__ = Unsteady
     layers[1].mlp.act_fn = nn.Softplus()
     fuse_layers(model, CPU)
     fused = fused_modules(model)
-    assert fused == [layers[1].input_layernorm, layers[1].post_attention_layernorm, model.model.norm]
-    assert "1 modules run as before. LlamaMLP: its numbers are others" in caplog.text
+    assert fused == [layers[0].mlp, layers[1].input_layernorm, layers[1].post_attention_layernorm, model.model.norm]
+
+
+def wrong(x, weight, eps, *, cast):
+    return 1.01 * x
+
+
+def broken(x, weight, eps, *, cast):
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [(wrong, "its numbers are others than those of the module's own code"), (broken, "it failed when tried")],
+)
+def test_a_kernel_that_differs_or_fails_is_not_taken(kernel, reason, monkeypatch, caplog):
+    monkeypatch.setattr("trl_fast.modeling.fused_layers.fused_classes.rms_norm", kernel)
+    monkeypatch.setattr(try_outs, "_found", {})
+    caplog.set_level("INFO")
+    model = tiny_model()
+    fuse_layers(model, CPU)
+    assert fused_modules(model) == [layer.mlp for layer in model.model.layers]
+    assert f"5 modules of LlamaForCausalLM run as before. LlamaRMSNorm: {reason}" in caplog.text
 
 
 def test_norms_in_float32_of_a_model_in_bfloat16():
@@ -209,11 +223,11 @@ def test_norms_in_float32_of_a_model_in_bfloat16():
     ("family", "device", "message"),
     [
         ("gpt2", "cpu", "fused_layers=True: nothing of GPT2LMHeadModel can be fused: the code of its norms"),
-        ("llama", "cuda", "fused_layers=True: the C.. kernels run on the CPU, not on cuda; leave it out"),
+        ("llama", "cuda", "can be fused: there is no triton kernel of it, only one in C..; leave it out"),
     ],
 )
 def test_refused(family, device, message):
     model = tiny_model(family)
     with pytest.raises(ValueError, match=message):
-        fuse_layers(model, torch.device(device))
+        fuse_layers(model, torch.device(device), required=True)
     assert FUSED_LAYERS not in changes_of(model)

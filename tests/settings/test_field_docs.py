@@ -89,6 +89,7 @@ class Settings(Base):
     """
     how: str = field(default="fast", metadata={"help": "90%% of it.", "choices": HOW})
     colour: Colour | str = "red"
+    fused: Literal["auto", True] = "auto"
     computed: int = len(HOW)
     moved: int = 2
     """After."""
@@ -99,12 +100,13 @@ def test_what_is_read_of_a_source(tmp_path, monkeypatch):
     (tmp_path / "field_docs_example.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(str(tmp_path))
     docs = read_fields("field_docs_example:Settings")
-    assert list(docs) == ["bare", "kept", "moved", "made", "empty", "how", "colour", "computed"]
+    assert list(docs) == ["bare", "kept", "moved", "made", "empty", "how", "colour", "fused", "computed"]
     assert [docs[name].text for name in ("kept", "moved", "bare", "how")] == ["Kept.", "After.", "", "90% of it."]
     assert [docs[name].owner for name in ("kept", "moved")] == ["Base", "Settings"]
     assert docs["empty"].summary == "A summary of two lines." and docs["empty"].text.endswith("And more.")
     assert [docs[name].default for name in ("made", "empty", "moved")] == [["x"], {}, 2]
     assert docs["how"].choices == ("fast", "a", "b") and docs["colour"].choices == ("red",)
+    assert docs["fused"].choices == ("auto", True)
     assert docs["bare"].default is UNKNOWN and docs["computed"].default is UNKNOWN
     with pytest.raises(KeyError):
         read_fields("field_docs_example:Nothing")

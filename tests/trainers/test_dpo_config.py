@@ -185,6 +185,18 @@ def test_tiles_of_no_size(value, tmp_path):
         trl_fast.DPOConfig(str(tmp_path), **CPU, tiled_mlp=value)
 
 
+@pytest.mark.parametrize("value", ["auto", True, False])
+def test_fused_layers(value, tmp_path):
+    for given in (value, str(value), str(value).lower()):
+        assert trl_fast.DPOConfig(str(tmp_path), **CPU, fused_layers=given).fused_layers is value
+
+
+@pytest.mark.parametrize("value", ["maybe", None, 2])
+def test_fused_layers_of_another_kind(value, tmp_path):
+    with pytest.raises(ValueError, match=f"fused_layers='?{value}'? is unknown; expected one of auto, True, False"):
+        trl_fast.DPOConfig(str(tmp_path), **CPU, fused_layers=value)
+
+
 def test_trls_own_config_is_accepted(tmp_path, model_path):
     config = trl.DPOConfig(str(tmp_path), **CPU, beta=0.3, loss_type=["ipo"], max_length=77)
     trainer = trl_fast.DPOTrainer(model_path, args=config, train_dataset=color_pairs(4))

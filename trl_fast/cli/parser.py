@@ -46,6 +46,9 @@ class TrlParser(HfArgumentParser):
         if self._adds_trust_remote_code:
             self._add_trust_remote_code()
         for action in self._actions:
+            if action.choices is not None and True in action.choices:
+                # One of several texts or a truth value: true without a value, and written in either case.
+                action.nargs, action.const, action.type = "?", True, _choice_of(action.choices)
             if action.type is string_to_bool and action.nargs is None:
                 # One that may be None, too, is true without a value: --bf16.
                 action.nargs, action.const = "?", True
@@ -218,6 +221,12 @@ class _Finder(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2 and the line."""
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _choice_of(choices: Iterable[Any]) -> Callable[[str], Any]:
+    """Returns what reads one of several values, whose texts may be written in either case."""
+    by_text = {str(choice).lower(): choice for choice in choices}
+    return lambda text: by_text.get(text.lower(), text)
 
 
 def _none_or(convert: Callable[[str], Any]) -> Callable[[str], Any]:

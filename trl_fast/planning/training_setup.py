@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from transformers import PretrainedConfig
@@ -152,8 +152,12 @@ class TrainingSetup:
     # What else the trainers' set-up of layers asks for.
     disable_dropout: ClassVar[bool] = True
     use_liger_kernel: ClassVar[bool] = False
-    fused_layers: ClassVar[bool] = False
     keeps_attention: ClassVar[bool] = False
+
+    @property
+    def fused_layers(self) -> Literal["auto", True, False]:
+        """Returns whether layers run in one pass where that can be: ours do, as is their default."""
+        return "auto" if self.system == OURS else False
 
     @property
     def activation_budget(self) -> int | None:

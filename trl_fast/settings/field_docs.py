@@ -102,7 +102,7 @@ def _field(field: ast.AnnAssign, owner: ast.ClassDef, module: _Module) -> FieldD
         default, given["help"] = ast.Constant(None), ast.Constant("Older name.")
     if default is not None:
         default = local.get(default.id, default) if isinstance(default, ast.Name) else default
-    choices = _value(given["choices"], module) if "choices" in given else _enum_values(field.annotation, module)
+    choices = _value(given["choices"], module) if "choices" in given else _listed_values(field.annotation, module)
     if isinstance(choices, str):
         table, _, name = choices.partition(":")
         choices = _named_value(name, _module(table))
@@ -190,8 +190,10 @@ def _assignments(body: list[ast.stmt]) -> dict[str, ast.expr]:
     return found
 
 
-def _enum_values(annotation: ast.expr, module: _Module) -> Any:
-    """Returns the values of an enum that an annotation names, alone or beside str and None, but not in a list."""
+def _listed_values(annotation: ast.expr, module: _Module) -> Any:
+    """Returns the values of a Literal, or of an enum that an annotation names, alone or beside str and None."""
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
+        return ast.literal_eval(annotation.slice)
     for part in _parts(annotation):
         place = module.place_of(part.id) if isinstance(part, ast.Name) else None
         if place is None:

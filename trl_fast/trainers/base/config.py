@@ -7,7 +7,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from transformers.training_args import TrainingArguments
@@ -136,8 +136,12 @@ class BaseConfig(TrainingArguments):
     It costs one more forward pass of the MLPs. True: 4096 tokens. None: whole rows.
     """
 
-    fused_layers: bool = False
-    """Run norms, gated MLPs and rotary embeddings in one pass each, with less kept for backward; on a CPU only."""
+    fused_layers: Literal["auto", True, False] = "auto"
+    """Run what a model's layers compute row by row in one pass each, with less kept for backward.
+
+    Norms, gated MLPs, rotary embeddings and more, where their code is known and kernels are here. auto: what can be;
+    True: an error where nothing can be; False: nothing.
+    """
 
     batch_layout: str = one_of(LAYOUT_CHOICES, default="auto")
     """How a batch is laid out: auto, shared_prefix, packed or padded.
@@ -204,6 +208,7 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
         self.tiled_mlp = self._tile_tokens(self.tiled_mlp)
+        self.fused_layers = self._auto_or_truth(self.fused_layers)
         # Imported here, for importing a config is to load few modules.
         from trl_fast.settings.field_types import check_maps, check_types
 
@@ -234,7 +239,7 @@ class BaseConfig(TrainingArguments):
         check_ranges(self)
         self._check_checkpointing()
         if self.use_liger_kernel:
-            if self.fused_layers:
+            if self.fused_layers is True:
                 raise ValueError("fused_layers=True: use_liger_kernel=True fuses the same layers; leave one out")
             self._keep_head_from_liger()
 
@@ -310,6 +315,13 @@ class BaseConfig(TrainingArguments):
         if text in ("none", "null", "false"):
             return None
         return DEFAULT_TILE_TOKENS if text == "true" else _number(value)
+
+    @staticmethod
+    def _auto_or_truth(value: object) -> Literal["auto", True, False]:
+        found = {"auto": "auto", "true": True, "false": False, "1": True, "0": False}.get(str(value).lower())
+        if found is None:
+            raise ValueError(f"fused_layers={value!r} is unknown; expected one of auto, True, False")
+        return cast('Literal["auto", True, False]', found)
 
     @classmethod
     def from_any(cls, args: object) -> BaseConfig:

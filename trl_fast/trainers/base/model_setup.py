@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -52,8 +52,11 @@ class LayerSettings(Protocol):
     disable_dropout: bool
     tiled_mlp: int | None
     use_liger_kernel: bool
-    fused_layers: bool
     activation_offloading: bool
+
+    @property
+    def fused_layers(self) -> Literal["auto", True, False]:
+        """Returns whether layers run in one pass each where that can be."""
 
     @property
     def activation_budget(self) -> int | None:
@@ -83,8 +86,10 @@ def set_up_layers(
         check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
     if args.disable_dropout:
         disable_dropout(model)
-    if args.fused_layers:
-        fuse_layers(inner, cast(BaseConfig, args).device)
+    if args.fused_layers and not args.use_liger_kernel:
+        # A plan's tensors are on the CPU, which then counts as the planned device.
+        device = args.device if isinstance(args, BaseConfig) else torch.device("cpu")
+        fuse_layers(inner, device, required=args.fused_layers is True)
     if args.tiled_mlp is not None:
         tile_mlps(inner, args.tiled_mlp)
     compute_alike(inner)
@@ -103,6 +108,7 @@ def set_up_layers(
         warn_of_missing_kernels(inner)
         warn_of_unread_adapters(inner)
     if args.use_liger_kernel:
+        logger.info("fused_layers: off, since use_liger_kernel=True fuses the same layers.")
         check_liger(inner, cast(BaseConfig, args).device)
     if args.activation_offloading:
         offload_activations(inner)

@@ -1,0 +1,149 @@
+"""Attaches what computes in one pass to a model: looks what is known of it, tries it out, and exchanges it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from trl_fast.modeling.model_changes import changes_of
+from trl_fast.ops.backends import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, Support, choose_backend, supports
+from trl_fast.ops.device import device_facts
+
+from .fused_classes import fused_class_for
+from .known_code import GATED_MLP, NORM, known_class
+from .rotary_functions import RotaryFunction, restore_function, rotary_functions, why_rotary_differs
+from .try_outs import why_class_differs
+
+logger = logging.getLogger(__name__)
+
+FUSED_LAYERS = "fused layers"
+# The op of each kind of module.
+_OPS = {NORM: "rms_norm", GATED_MLP: "gated_activation"}
+
+
+def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool = False) -> None:
+    """Lets what a model has of norms, gated MLPs and rotary embeddings run in one pass each.
+
+    Args:
+        device: where the model will train; its weights may be elsewhere still.
+        required: whether it is an error if nothing can be fused; else one line says why.
+
+    Raises:
+        ValueError: nothing of the model can be fused, and it is required; the message has the reasons.
+    """
+    changes = changes_of(model)
+    if FUSED_LAYERS in changes:
+        return
+    found, name = _look(model, device), type(model).__name__
+    if not (found.modules or found.rotaries):
+        known = "; ".join(found.reasons) or "the code of its norms, MLPs and rotary embeddings is none that is known"
+        if required:
+            raise ValueError(f"fused_layers=True: nothing of {name} can be fused: {known}; leave it out")
+        _say_once(f"fused_layers: nothing of {name} runs in one pass: {known}.")
+        return
+    _say_once(f"fused_layers: of {name} {found.counts()} run in one pass each.")
+    for reason, count in found.reasons.items():
+        _say_once(f"fused_layers: {count} modules of {name} run as before. {reason}.")
+    change = changes.get_or_add(FUSED_LAYERS, "norms, gated MLPs and rotary embeddings run in one pass each")
+    for module, fused in found.modules:
+        change.set_class(module, fused)
+    for function in found.rotaries:
+        function.exchange()
+        change.on_undo(restore_function, function.module, function.name, function.plain)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.info(line)
+
+
+@dataclass
+class _Found:
+    """Holds what can be exchanged on a model, and why the rest cannot, each reason with how often it was met."""
+
+    modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    rotaries: list[RotaryFunction] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def counts(self) -> str:
+        kinds = Counter(known.kind for module, _ in self.modules if (known := known_class(type(module))) is not None)
+        parts = [f"{count} {kind}s" for kind, count in kinds.items()]
+        return ", ".join([*parts, *(["rotary embeddings"] if self.rotaries else [])])
+
+
+def _look(model: PreTrainedModel, device: torch.device) -> _Found:
+    found = _Found()
+    for module, fused in _candidates(model):
+        reason = _why_not_fused(module, fused, device)
+        if reason:
+            found.reasons[reason] += 1
+        else:
+            found.modules.append((module, fused))
+    for function in rotary_functions(model):
+        reason = _why_not_turned(function, model, device)
+        if reason:
+            found.reasons[reason] += 1
+        else:
+            found.rotaries.append(function)
+    return found
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    for module in model.modules():
+        fused = fused_class_for(module)
+        if fused is not None:
+            yield module, fused
+
+
+def _why_not_fused(module: nn.Module, fused: type[nn.Module], device: torch.device) -> str:
+    known, dtype = known_class(type(module)), _dtype_of(module)
+    assert known is not None, "it has a fused class"
+    served = _kernel_for(_OPS[known.kind], device, dtype)
+    if not served.ok:
+        return served.reason
+    if any(isinstance(weight, DTensor) for weight in module.parameters()):
+        return f"{type(module).__name__}: tensor parallelism shares its weights"
+    reason = "" if _is_planned(device) else why_class_differs(module, fused, device, dtype)
+    return f"{type(module).__name__}: {reason}" if reason else ""
+
+
+def _why_not_turned(function: RotaryFunction, model: PreTrainedModel, device: torch.device) -> str:
+    dtype = _dtype_of(model)
+    served = _kernel_for("rotary", device, dtype)
+    if not served.ok:
+        return served.reason
+    reason = "" if _is_planned(device) else why_rotary_differs(function, device, dtype)
+    return f"{function.name}: {reason}" if reason else ""
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """Returns the first dtype of a module's weights that kernels take; float32 without one."""
+    dtypes = (weight.dtype for weight in module.parameters())
+    return next((dtype for dtype in dtypes if dtype in KERNEL_DTYPES), torch.float32)
+
+
+def _is_planned(device: torch.device) -> bool:
+    """Tells whether a device is simulated: there is nothing to try kernels on."""
+    return device_facts(device).serves is not None
+
+
+def _kernel_for(op: str, device: torch.device, dtype: torch.dtype) -> Support:
+    """Tells whether a kernel serves an op, rather than PyTorch's own code, and why not."""
+    try:
+        backend = choose_backend(op, None, device_facts(device), dtype)
+    except RuntimeError as error:
+        return Support(False, str(error))
+    if backend != "torch":
+        return Support(True, backend)
+    if os.environ.get(ENVIRONMENT_VARIABLE):
+        return Support(False, f"{ENVIRONMENT_VARIABLE}=torch")
+    return supports(op, "cpp" if device.type == "cpu" else "triton", device, dtype)

@@ -1,0 +1,164 @@
+"""Holds the code that is known: what transformers' norms, gated MLPs and rotary functions look like."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+
+from .code_meaning import does
+
+NORM, GATED_MLP = "norm", "gated MLP"
+
+
+@dataclass(frozen=True, eq=False)
+class KnownClass:
+    """Describes what classes of modules compute.
+
+    - `kind`: NORM or GATED_MLP.
+    - `methods`: the code of each method that has to be known, by its name.
+    - `cast`: of a norm, where numbers are rounded: `cast` of ops.layers.rms_norm.
+    - `gate_and_up`: of an MLP, whether one layer, `gate_up_proj`, gives both.
+    - `activation`: of an MLP, the name of its activation.
+    """
+
+    kind: str
+    methods: dict[str, str]
+    cast: str = ""
+    gate_and_up: bool = False
+    activation: str = ""
+
+
+# Llama: 140 norms of transformers 5.23 are this one.
+_LLAMA_NORM = """
+def forward(self, x):
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + self.eps)
+    return self.weight * x.to(dtype)
+"""
+# T5: the same for numbers of the weight's dtype.
+_T5_NORM = """
+def forward(self, x):
+    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + self.eps)
+    if self.weight.dtype in [torch.float16, torch.bfloat16]:
+        x = x.to(self.weight.dtype)
+    return self.weight * x
+"""
+_GEMMA_NORM = """
+def forward(self, x):
+    out = self._norm(x.float())
+    out = out * (1.0 + self.weight.float())
+    return out.type_as(x)
+"""
+_ROOT_MEAN_SQUARE = """
+def _norm(self, x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+"""
+# OLMo 2 and 3, gpt-oss.
+_OLMO_NORM = """
+def forward(self, x):
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + self.eps)
+    return (self.weight * x).to(dtype)
+"""
+# Gemma 3n and 4.
+_SCALED_NORM = """
+def forward(self, x):
+    out = self._norm(x.float())
+    if self.with_scale:
+        out = out * self.weight.float()
+    return out.type_as(x)
+"""
+_POWER_OF_MEAN_SQUARE = """
+def _norm(self, x):
+    mean_squared = x.pow(2).mean(-1, keepdim=True) + self.eps
+    return x * torch.pow(mean_squared, -0.5)
+"""
+# Phi-3, GLM.
+_JOINT_MLP = """
+def forward(self, x):
+    up = self.gate_up_proj(x)
+    gate, up = up.chunk(2, dim=-1)
+    up = up * self.{activation}(gate)
+    return self.down_proj(up)
+"""
+_MLPS = (
+    """
+def forward(self, x):
+    out = self.down_proj(self.{activation}(self.gate_proj(x)) * self.up_proj(x))
+    return out
+""",
+    """
+def forward(self, x):
+    return self.down_proj(self.{activation}(self.gate_proj(x)) * self.up_proj(x))
+""",
+)
+
+KNOWN_CLASSES = (
+    KnownClass(NORM, {"forward": _LLAMA_NORM}, cast="llama"),
+    KnownClass(NORM, {"forward": _T5_NORM}, cast="llama"),
+    KnownClass(NORM, {"forward": _GEMMA_NORM, "_norm": _ROOT_MEAN_SQUARE}, cast="gemma"),
+    KnownClass(NORM, {"forward": _OLMO_NORM}, cast="olmo"),
+    KnownClass(NORM, {"forward": _SCALED_NORM, "_norm": _POWER_OF_MEAN_SQUARE}, cast="olmo"),
+    *(
+        KnownClass(
+            GATED_MLP, {"forward": source.format(activation=name)}, gate_and_up=source is _JOINT_MLP, activation=name
+        )
+        for name in ("act_fn", "activation_fn", "act")
+        for source in (*_MLPS, _JOINT_MLP)
+    ),
+)
+
+
+@functools.cache
+def known_class(cls: type[nn.Module]) -> KnownClass | None:
+    """Returns what a class of modules is known to compute; None if its code is none of these."""
+    for known in KNOWN_CLASSES:
+        if all(does(getattr(cls, name, None), source) for name, source in known.methods.items()):
+            return known
+    return None
+
+
+_HALVES = """
+def rotate_half(x):
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+"""
+_ROTARY = """
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_out = (q * cos) + (rotate_half(q) * sin)
+    k_out = (k * cos) + (rotate_half(k) * sin)
+    return q_out, k_out
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class KnownRotary:
+    """Describes a function that turns queries and keys: its code and that of the function it calls, by their names."""
+
+    function: str
+    source: str
+    helper: str = "rotate_half"
+    helper_source: str = _HALVES
+
+
+KNOWN_ROTARIES = (KnownRotary("apply_rotary_pos_emb", _ROTARY),)
+
+
+def known_rotaries(modeling: ModuleType) -> Iterator[KnownRotary]:
+    """Yields the functions of a module of transformers that turn queries and keys in a way that is known."""
+    for known in KNOWN_ROTARIES:
+        function, helper = getattr(modeling, known.function, None), getattr(modeling, known.helper, None)
+        if does(function, known.source) and does(helper, known.helper_source):
+            yield known
