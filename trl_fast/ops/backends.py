@@ -32,7 +32,7 @@ HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "sele
 # The second is made of the head's row kernels.
 DIVERGENCE_OPS = ("linear_divergence", "linear_divergence_to_given")
 # Ops of a transformer's layers, which have a C++ kernel and PyTorch.
-LAYER_OPS = ("rms_norm", "gated_activation", "rotary")
+LAYER_OPS = ("rms_norm", "residual_rms_norm", "gated_activation", "rotary", "qk_norm_rotary", "embedding")
 OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS, *LAYER_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -4,23 +4,37 @@ import pytest
 
 from support.instruction_sets import CPU_FLAGS, check_instruction_set
 from support.layer_errors import DTYPES
+from support.plain_norms import NORM_SHAPES
+from trl_fast.ops.layers import NORM_CASTS
 
 
 def check_all_kernels():
     # In a process where the tests' folder is a place of modules.
+    import test_chunked_gated_activation
     import test_gated_activation
+    import test_qk_norm_rotary
+    import test_residual_rms_norm
     import test_rms_norm
     import test_rotary
 
     for dtype in DTYPES:
-        for shape in test_rms_norm.SHAPES:
-            test_rms_norm.test_error_is_that_of_pytorch(shape, dtype, "llama", "cpp")
-            test_rms_norm.test_error_is_that_of_pytorch(shape, dtype, "gemma", "cpp")
+        for shape in NORM_SHAPES:
+            for cast in NORM_CASTS:
+                test_rms_norm.test_error_is_that_of_pytorch(shape, dtype, cast, "cpp")
+                test_residual_rms_norm.test_error_is_that_of_pytorch(shape, dtype, cast, "cpp")
         for shape in test_gated_activation.SHAPES:
             for activation in test_gated_activation.ACTIVATIONS:
                 test_gated_activation.test_error_is_that_of_pytorch(shape, dtype, activation, "cpp")
+        for shape in test_chunked_gated_activation.SHAPES:
+            test_chunked_gated_activation.test_error_is_that_of_pytorch(shape, dtype, "silu", "cpp")
         for shape in test_rotary.SHAPES:
             test_rotary.test_error_is_that_of_pytorch(shape, dtype, "cpp")
+        for family in test_rotary.FAMILIES:
+            for width in test_rotary.WIDTHS:
+                test_rotary.test_error_is_that_of_families(width, dtype, family, "cpp")
+        for family in test_qk_norm_rotary.FAMILIES:
+            for shape in test_qk_norm_rotary.SHAPES:
+                test_qk_norm_rotary.test_error_is_that_of_transformers(shape, dtype, family, "cpp")
 
 
 @pytest.mark.parametrize("isa", CPU_FLAGS)

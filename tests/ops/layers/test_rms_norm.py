@@ -4,33 +4,8 @@ import pytest
 import torch
 
 from support.layer_errors import BACKENDS, DTYPES, check_errors, draw, results
+from support.plain_norms import EPS, NORM_SHAPES, PLAIN_NORMS, exact_norm, llama, olmo
 from trl_fast.ops.layers import rms_norm
-
-EPS = 1e-5
-SHAPES = [(3, 7, 20), (130, 9), (1, 64), (0, 16), (2, 0, 16), (5, 1), (33,)]
-
-
-def llama(x, weight):
-    upcast = x.to(torch.float32)
-    upcast = upcast * torch.rsqrt(upcast.pow(2).mean(-1, keepdim=True) + EPS)
-    return weight * upcast.to(x.dtype)
-
-
-def gemma(x, weight):
-    upcast = x.float()
-    upcast = upcast * torch.rsqrt(upcast.pow(2).mean(-1, keepdim=True) + EPS)
-    return (upcast * (1.0 + weight.float())).type_as(x)
-
-
-def exact(cast):
-    def norm(x, weight):
-        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
-        return normed * (1 + weight) if cast == "gemma" else normed * weight
-
-    return norm
-
-
-PLAIN = {"llama": llama, "gemma": gemma}
 
 
 def ours(cast, backend):
@@ -38,21 +13,21 @@ def ours(cast, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cast", PLAIN)
+@pytest.mark.parametrize("cast", PLAIN_NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
 def test_error_is_that_of_pytorch(shape, dtype, cast, backend):
     given = draw(*shape, dtype=dtype), draw(shape[-1], seed=1, dtype=dtype)
-    check_errors(ours(cast, backend), PLAIN[cast], exact(cast), given)
+    check_errors(ours(cast, backend), PLAIN_NORMS[cast], exact_norm(cast), given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cast", PLAIN)
+@pytest.mark.parametrize("cast", PLAIN_NORMS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_16_bits_are_those_of_transformers(dtype, cast, backend):
     """One rounding elsewhere would change a tenth of the numbers; float32's sums change hardly any."""
     x, weight = draw(64, 576, dtype=dtype).detach(), draw(576, seed=1, dtype=dtype).detach()
-    same = ours(cast, backend)(x, weight) == PLAIN[cast](x, weight)
+    same = ours(cast, backend)(x, weight) == PLAIN_NORMS[cast](x, weight)
     assert same.float().mean() > 0.999
 
 
@@ -62,7 +37,7 @@ def test_huge_and_tiny_numbers(scale, backend):
     """Against float64: autograd through transformers' code loses the cube of tiny factors."""
     given = draw(3, 20, scale=scale), draw(20, seed=1)
     upcast = [t.detach().double().requires_grad_() for t in given]
-    for got, want in zip(results(ours("llama", backend), given), results(exact("llama"), upcast), strict=True):
+    for got, want in zip(results(ours("llama", backend), given), results(exact_norm("llama"), upcast), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
@@ -84,6 +59,45 @@ def test_strided_rows_and_gradients(backend):
         strict=True,
     ):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cast", PLAIN_NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_weight(dtype, cast, backend):
+    given = (draw(5, 20, dtype=dtype),)
+    ones = torch.ones(20, dtype=dtype)
+    check_errors(
+        lambda x: rms_norm(x, None, EPS, cast=cast, backend=backend),
+        lambda x: olmo(x, ones),
+        lambda x: exact_norm("olmo")(x, ones.double()),
+        given,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("arrange", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 1, 0, 3), (1, 0, 3, 2)], ids=str)
+def test_heads_of_any_strides(arrange, backend):
+    """Up to three dimensions of rows that are not joined, in the input and in the gradient of the result."""
+    whole, weight = draw(3, 5, 4, 20)[:, :, 1:], draw(20 if arrange[3] == 3 else 3, seed=1)
+
+    def run(function):
+        return lambda w, g: function(w.permute(arrange), g).transpose(0, 2).contiguous().transpose(1, 2)
+
+    given = whole.detach().requires_grad_(), weight
+    for got, want in zip(results(run(ours("llama", backend)), given), results(run(llama), given), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_head_views_are_not_copied(monkeypatch):
+    """The kernel gets the heads of a fused projection where they lie."""
+    heads = torch.randn(2, 5, 3 * 4 * 8).unflatten(-1, (3, 4, 8))[:, :, 1].transpose(1, 2)
+    seen = []
+    kernel = torch.ops.trl_fast.layer_rms_norm
+    monkeypatch.setattr(torch.ops.trl_fast, "layer_rms_norm", lambda x, *rest: seen.append(x) or kernel(x, *rest))
+    got = rms_norm(heads, torch.ones(8), EPS, backend="cpp")
+    assert [x.data_ptr() for x in seen] == [heads.data_ptr()]
+    torch.testing.assert_close(got, llama(heads, torch.ones(8)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -110,11 +124,12 @@ def test_backward_keeps_the_input_and_a_number_a_row():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     given = draw(3, 20), draw(20, seed=1)
-    torch.library.opcheck(torch.ops.trl_fast.rms_norm.default, (*given, EPS, False, backend))
+    torch.library.opcheck(torch.ops.trl_fast.rms_norm.default, (*given, EPS, "llama", backend))
     rstd = torch.ones(3)
     backward = torch.ops.trl_fast.rms_norm_backward.default
     x, weight = (t.detach() for t in given)
-    torch.library.opcheck(backward, (x, x, weight, rstd, True, True, False, backend))
+    torch.library.opcheck(backward, (x, None, x, weight, rstd, "gemma", True, False, backend))
+    torch.library.opcheck(backward, (x, x, x, None, rstd, "olmo", True, True, backend))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +139,8 @@ def test_opcheck(backend):
 def test_bad_input(weight, cast, message):
     with pytest.raises(ValueError, match=message):
         rms_norm(torch.ones(2, 20), weight, EPS, cast=cast)
+    with pytest.raises(ValueError, match="x: "):
+        rms_norm(torch.ones(2, 0), None, EPS)
 
 
 def test_a_second_derivative_is_refused():

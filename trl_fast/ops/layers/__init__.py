@@ -4,8 +4,29 @@ Numbers are rounded where transformers' code rounds them, so that a model comput
 than inputs that are there anyway. The C++ kernels are csrc/cpu/layer_kernels.cpp, and PyTorch serves everything else.
 """
 
+from .chunked_gated_activation import chunked_gated_activation
+from .embedding import embedding
 from .gated_activation import ACTIVATIONS, gated_activation
+from .lora_linear import lora_linear
+from .norm_casts import NORM_CASTS
+from .qk_norm_rotary import qk_norm_rotary
+from .residual_rms_norm import residual_rms_norm
 from .rms_norm import rms_norm
 from .rotary import rotary
+from .rotations import PAIRS
+from .tied_embedding import tied_embedding
 
-__all__ = ["ACTIVATIONS", "gated_activation", "rms_norm", "rotary"]
+__all__ = [
+    "ACTIVATIONS",
+    "NORM_CASTS",
+    "PAIRS",
+    "chunked_gated_activation",
+    "embedding",
+    "gated_activation",
+    "lora_linear",
+    "qk_norm_rotary",
+    "residual_rms_norm",
+    "rms_norm",
+    "rotary",
+    "tied_embedding",
+]

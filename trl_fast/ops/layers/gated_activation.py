@@ -23,27 +23,46 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 # The numbers are those of `Activation` in csrc/cpu/layer_kernels.h: the place in this table.
-_FORWARD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu_tanh": _gelu_tanh, "gelu": F.gelu}
-_BACKWARD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+_FORWARD_OF: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": _gelu_tanh,
+    "gelu": F.gelu,
+}
+_BACKWARD_OF: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "silu": torch.ops.aten.silu_backward.default,
     "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward.default(grad, x, approximate="tanh"),
     "gelu": torch.ops.aten.gelu_backward.default,
 }
-ACTIVATIONS = tuple(_FORWARD)
+ACTIVATIONS = tuple(_FORWARD_OF)
 
 
-def _in_torch(gate: torch.Tensor, backend: str | None) -> bool:
-    return choose_backend("gated_activation", backend, device_facts(gate.device), gate.dtype) == "torch"
+def _forward_in_torch(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    return (_FORWARD_OF[activation](gate) * up).contiguous()
+
+
+def _as_matrices(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Returns tensors of one shape (..., I) as (R, I) of one stride: views where that can be, else copies."""
+    width = tensors[0].shape[-1] if tensors[0].dim() and tensors[0].numel() else 1
+    rows = [t.reshape(-1, width) for t in tensors]
+    alike = len({t.stride(0) for t in rows}) == 1 and (width == 1 or all(t.stride(1) == 1 for t in rows))
+    return rows if alike else [t.contiguous() for t in rows]
+
+
+def _forward_in_cpp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    out = reused_empty(gate.shape, gate.dtype, gate.device)
+    rows = _as_matrices(gate, up)
+    torch.ops.trl_fast.layer_gated_activation(*rows, ACTIVATIONS.index(activation), out.view(rows[0].shape))
+    return out
+
+
+# By backend: (gate, up, activation) to the product.
+FORWARD = {"torch": _forward_in_torch, "cpp": _forward_in_cpp}
 
 
 @torch.library.custom_op("trl_fast::gated_activation", mutates_args=())
 def _gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None) -> torch.Tensor:
-    if _in_torch(gate, backend):
-        return (_FORWARD[activation](gate) * up).contiguous()
-    out = reused_empty(gate.shape, gate.dtype, gate.device)
-    number = ACTIVATIONS.index(activation)
-    torch.ops.trl_fast.layer_gated_activation(gate.contiguous(), up.contiguous(), number, out)
-    return out
+    run = FORWARD[choose_backend("gated_activation", backend, device_facts(gate.device), gate.dtype)]
+    return run(gate, up, activation)
 
 
 @_gated_activation.register_fake
@@ -51,17 +70,45 @@ def _(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None
     return gate.new_empty(gate.shape)
 
 
+def _backward_in_torch(
+    grad: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    grad_gate: torch.Tensor,
+    grad_up: torch.Tensor,
+) -> None:
+    grad_gate.copy_(_BACKWARD_OF[activation](grad * up, gate))
+    grad_up.copy_(grad * _FORWARD_OF[activation](gate))
+
+
+def _backward_in_cpp(
+    grad: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    grad_gate: torch.Tensor,
+    grad_up: torch.Tensor,
+) -> None:
+    given = _as_matrices(gate, up)
+    shape = given[0].shape
+    outs = grad_gate.view(shape), grad_up.view(shape)
+    torch.ops.trl_fast.layer_gated_activation_backward(
+        grad.reshape(shape).contiguous(), *given, ACTIVATIONS.index(activation), *outs
+    )
+
+
+# By backend: (grad, gate, up, activation, grad_gate, grad_up), of which the last two are written.
+BACKWARD = {"torch": _backward_in_torch, "cpp": _backward_in_cpp}
+
+
 @torch.library.custom_op("trl_fast::gated_activation_backward", mutates_args=())
 def _gated_activation_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad_gate, grad_up = (reused_empty(gate.shape, gate.dtype, gate.device) for _ in range(2))
-    if _in_torch(gate, backend):
-        grad_gate.copy_(_BACKWARD[activation](grad * up, gate))
-        return grad_gate, torch.mul(grad, _FORWARD[activation](gate), out=grad_up)
-    dense = (grad.contiguous(), gate.contiguous(), up.contiguous())
-    number = ACTIVATIONS.index(activation)
-    torch.ops.trl_fast.layer_gated_activation_backward(*dense, number, grad_gate, grad_up)
+    run = BACKWARD[choose_backend("gated_activation", backend, device_facts(gate.device), gate.dtype)]
+    run(grad, gate, up, activation, grad_gate, grad_up)
     return grad_gate, grad_up
 
 

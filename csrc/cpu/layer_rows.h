@@ -1,0 +1,102 @@
+// What the kernels of layers share: rows of strided tensors, whole vectors and the rest of a row, roundings. Like
+// simd.h it lives in an unnamed namespace, once per translation unit.
+#pragma once
+
+#include <memory>
+
+#include "layer_kernels.h"
+#include "row_chunks.h"
+
+namespace {
+
+// Room for numbers, with whole vectors. A std::vector of floats would be one type for all instruction sets, and the
+// linker would keep the code of any of them.
+template <typename T>
+class Room {
+ public:
+  explicit Room(int64_t size) : numbers_(new T[padded(size)]()) {}
+  T* data() const { return numbers_.get(); }
+
+ private:
+  struct Delete {
+    void operator()(T* numbers) const { delete[] numbers; }
+  };
+  std::unique_ptr<T[], Delete> numbers_;
+};
+
+// A whole vector, where a function takes the number of values that are there.
+struct Whole {};
+
+// The first n values, or all of a vector; zeros after them.
+template <typename T>
+inline Vec widen_part(const T* from, int64_t n) {
+  if (n >= kWidth) return widen(from);
+  T part[kWidth] = {};
+  if (n > 0) std::memcpy(part, from, n * sizeof(T));
+  return widen(part);
+}
+template <typename T>
+inline Vec widen_part(const T* from, Whole) {
+  return widen(from);
+}
+template <typename T>
+inline void narrow_part(Vec from, Whole, T* to) {
+  narrow(to, from);
+}
+
+// Rounds to the dtype.
+template <typename T>
+inline Vec rounded(Vec x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  T narrowed[kWidth];
+  narrow(narrowed, x);
+  return widen(narrowed);
+}
+
+// Calls f(i, k, n) for the vectors of a row, n being Whole or the number of values in the last one; k is 0 and 1 in
+// turn: two sums that do not wait for each other.
+template <typename F>
+inline void for_row(int64_t columns, F f) {
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= columns; i += 2 * kWidth) {
+    f(i, 0, Whole{});
+    f(i + kWidth, 1, Whole{});
+  }
+  if (i + kWidth <= columns) {
+    f(i, 0, Whole{});
+    i += kWidth;
+  }
+  if (i < columns) f(i, 1, columns - i);
+}
+
+// The sum of a vector's numbers, in pairs: short rows would wait for a chain of additions.
+inline float sum_in_pairs(Vec x) {
+  float parts[kWidth];
+  store(parts, x);
+  for (int width = kWidth / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  }
+  return parts[0];
+}
+
+template <typename T>
+inline const T* row_of(const trl_fast::Rows& rows, int64_t r) {
+  const int64_t outer = r / rows.sizes[1], inner = r % rows.sizes[1];
+  const int64_t offset = outer / rows.sizes[0] * rows.strides[0] + outer % rows.sizes[0] * rows.strides[1];
+  return static_cast<const T*>(rows.data) + offset + inner * rows.strides[2];
+}
+
+// Calls a function with a null pointer of the C++ type of a dtype.
+template <typename F>
+inline void with_type(trl_fast::Dtype dtype, F f) {
+  switch (dtype) {
+    case trl_fast::Dtype::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case trl_fast::Dtype::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case trl_fast::Dtype::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
+  }
+}
+
+}  // namespace

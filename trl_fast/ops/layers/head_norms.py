@@ -1,0 +1,101 @@
+"""Normalises heads and turns them: what each backend runs for queries, and again for keys.
+
+Heads are x (B, heads, T, D). A norm has the length of its weight: D, one a head, or heads · D, one a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .norm_casts import NORM_CASTS, norm_backward_reference, norm_reference
+from .rotations import PAIRS, room_by_tokens, turn_reference, with_contiguous_rows
+
+# Tokens whose gradients by a weight the C++ kernel sums into one row (kTokenBlock of csrc/cpu/layer_kernels.h).
+_TOKENS_A_BLOCK = 16
+
+
+def _by_norms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Returns (B, heads, T, D) as (B, T, norms, H), H being the weight's length."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], _norms(x, weight), len(weight))
+
+
+def _by_heads(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Returns (B, T, norms, H) in the shape of x, (B, heads, T, D)."""
+    return rows.reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _norms(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """Returns the norms of a token: one a head, or one of all heads if the weight is as long as they."""
+    return x.shape[1] * x.shape[3] // len(weight)
+
+
+def new_rstd(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Returns room for a float32 number a norm of x (B, heads, T, D), of the weight (H,)."""
+    return x.new_empty(x.shape[0] * x.shape[2] * _norms(x, weight), dtype=torch.float32)
+
+
+def _forward_in_torch(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, cast: str, *rotation: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, rstd = norm_reference(_by_norms(x, weight), weight, eps, cast)
+    return room_by_tokens(x).copy_(turn_reference(_by_heads(normed, x), *rotation, False)), rstd
+
+
+def _side_by_side(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Returns x so that what has one norm lies in one piece: a copy where it does not."""
+    heads, width = x.shape[1], x.shape[3]
+    if x.stride(3) == 1 and (len(weight) == width or heads == 1 or x.stride(1) == width):
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _forward_in_cpp(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, cast: str, cos: torch.Tensor, sin: torch.Tensor, *way: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, rstd = room_by_tokens(x), new_rstd(x, weight)
+    angles = with_contiguous_rows(cos, sin)
+    norm = (_side_by_side(x, weight), weight.contiguous(), eps, NORM_CASTS.index(cast))
+    torch.ops.trl_fast.layer_norm_rotary(*norm, *angles, PAIRS.index(way[0]), *way[1:], out, rstd)
+    return out, rstd
+
+
+def _backward_in_torch(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    cast: str,
+    needs_weight: bool,
+    *rotation: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    by_normed = _by_norms(turn_reference(grad, *rotation, True), weight)
+    by_x, by_weight = norm_backward_reference(by_normed, _by_norms(x, weight), weight, rstd, cast)
+    return room_by_tokens(x).copy_(_by_heads(by_x, x)), by_weight if needs_weight else None
+
+
+def _backward_in_cpp(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    cast: str,
+    needs_weight: bool,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *way: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out = room_by_tokens(x)
+    blocks = (x.shape[0] * x.shape[2] + _TOKENS_A_BLOCK - 1) // _TOKENS_A_BLOCK
+    partials = x.new_empty(blocks, len(weight), dtype=torch.float32) if needs_weight else None
+    grad, *angles = with_contiguous_rows(grad, cos, sin)
+    norm = (grad, _side_by_side(x, weight), weight.contiguous(), rstd, NORM_CASTS.index(cast))
+    torch.ops.trl_fast.layer_norm_rotary_backward(*norm, *angles, PAIRS.index(way[0]), *way[1:], out, partials)
+    return out, None if partials is None else partials.sum(0).to(x.dtype)
+
+
+# By backend: (x, weight, eps, cast, cos, sin, pairs, one_angle_a_pair, upcast) to the heads and rstd; and
+# (grad, x, weight, rstd, cast, needs_weight, cos, sin, pairs, one_angle_a_pair, upcast) to the gradients.
+FORWARD = {"torch": _forward_in_torch, "cpp": _forward_in_cpp}
+BACKWARD = {"torch": _backward_in_torch, "cpp": _backward_in_cpp}
