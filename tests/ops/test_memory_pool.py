@@ -7,15 +7,14 @@ import os
 import resource
 import subprocess
 import sys
-import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.memory import MIB, measure_peak
+from support.forks import forked
 from support.heads import error, make_problem
 from trl_fast import _C
 from trl_fast.ops import linear_logprob
@@ -133,26 +132,6 @@ def test_two_graphs_do_not_share_their_logits():
         logp = problem.logits(torch.float64).log_softmax(-1).gather(1, problem.targets[:, None])
         for grad, exact in zip(got, torch.autograd.grad(logp.sum(), problem.leaves), strict=True):
             assert error(grad, exact) < 5e-6
-
-
-def forked(work: Callable[[], None]) -> None:
-    """Runs `work` in a fork, with one thread; fails with its traceback."""
-    reader, writer = os.pipe()
-    process = os.fork()
-    if not process:
-        said = b""
-        try:
-            torch.set_num_threads(1)
-            work()
-        except BaseException:
-            said = traceback.format_exc().encode()
-        os.write(writer, said[-4000:])
-        os._exit(bool(said))
-    os.close(writer)
-    with os.fdopen(reader) as said:
-        text = said.read()
-    _, status = os.waitpid(process, 0)
-    assert status == 0, text or f"wait status {status}"
 
 
 def address_space_mib() -> int:

@@ -21,6 +21,7 @@ from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.modeling.ulysses import sharing_rows
 from trl_fast.ops import HeadOptions
+from trl_fast.ops.heap import freed_memory_kept
 from trl_fast.ops.validation import NotFiniteError
 from trl_fast.parallel.agreement import decided_by_first, together
 from trl_fast.parallel.engines import saved_whole
@@ -332,9 +333,8 @@ class BaseTrainer(Trainer):
         """Trains. resume_from_checkpoint=True goes on from the newest checkpoint that is whole.
 
         Raises:
-            ValueError: every weight of the model is frozen; a method was put in that is never called; True was given
-                and there is no such checkpoint; the given one is not whole, or is one of another run; or another run
-                uses the output folder.
+            ValueError: every weight is frozen; a method was put in that is never called; True was given and there is
+                no such checkpoint; the given one is not whole, or another run's; or another run uses the folder.
             DivergedError: weights became NaN or infinite, or losses and gradients stayed so; names the step.
             CheckpointError: there is no room for a checkpoint.
             KeyboardInterrupt, SystemExit: as in `StopSignals.caught`.
@@ -348,6 +348,7 @@ class BaseTrainer(Trainer):
                 self.checkpoints.run(resume_from_checkpoint) as checkpoint,
                 self.run_report.running(),
                 failing_together(),
+                freed_memory_kept(self.args.device),
             ):
                 result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
                 self._divergence.finish()
