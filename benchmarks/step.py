@@ -4,12 +4,16 @@
     python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method dpo --model random-hybrid-100m --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method dpo --images --prompt_tokens 64 --completion_tokens 64
+    python -m benchmarks.step --method sft --packing
+    python -m benchmarks.step --method sft --profile
     python -m benchmarks.step --method sft --sweep 256 512 1024 2048
 
 SmolLM2-135M-Instruct (or --model) learns from English prose (Python's own documentation). Both trainers get the same
 model, rows, order, dtype and batch, and train in turns in one process; a run's first step is its warm-up. Tokens are
 those that TRL counts: no padding, a pair's prompt twice. Peak memory is that of a process of its own for each trainer.
---sweep trains on single rows of growing length, ours only, and shows that cost grows with the number of tokens.
+--packing fills rows of --max_length with several texts each. --profile trains once, ours only, and prints what the
+last step's time goes into. --sweep trains on single rows of growing length, ours only, and shows that cost grows with
+the number of tokens.
 With grpo it is the update that is timed: completions are cut from the same prose, 8 for each prompt and all of
 --completion_tokens, and rewards are random numbers; --batch counts completions. With --images every prompt has a
 picture before its text, and the model is random-vision-100m.
@@ -51,6 +55,7 @@ from .machine_info import describe_machine
 from .memory import MIB, process_peak_bytes
 from .picture_rows import PicturePrompts, tokenizer_of, with_pictures
 from .random_models import RANDOM_MODELS, RANDOM_VISION, model_folder
+from .step_profile import profile_last_step
 from .step_workloads import GENERATIONS, random_rewards
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,7 +77,8 @@ class Method:
 
 def _passages(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
     if not arguments.completion_tokens:
-        return passages(count)
+        # A passage has 64 tokens at least, on average some 300.
+        return passages(count * (arguments.max_length // 128 if arguments.packing else 1))
     pairs = cut_continuations(count, arguments.prompt_tokens, arguments.completion_tokens, tokenizer)
     return pairs.map(lambda row: {"text": row["prompt"] + row["chosen"]}, remove_columns=pairs.column_names)
 
@@ -115,7 +121,12 @@ class CutCompletions:
 
 
 METHODS = {
-    "sft": Method("SFT", AutoModelForCausalLM, _passages),
+    "sft": Method(
+        "SFT",
+        AutoModelForCausalLM,
+        _passages,
+        config=lambda arguments: {"max_length": arguments.max_length, "packing": arguments.packing},
+    ),
     "dpo": Method("DPO", AutoModelForCausalLM, _pairs),
     "reward": Method("Reward", AutoModelForSequenceClassification, _whole_pairs, {"num_labels": 1}),
     "grpo": Method(
@@ -231,6 +242,14 @@ def race(arguments: argparse.Namespace) -> list[Run]:
     return runs
 
 
+def print_profile(console: Console, arguments: argparse.Namespace) -> None:
+    """Trains ours once and prints what its last step's time goes into."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(OURS, arguments, folder)
+        found = profile_last_step(run.trainer)
+    found.print(console, f"{arguments.method}, a whole optimizer step: batch of {arguments.batch}, {arguments.dtype}")
+
+
 def process_memory(module: str, words: list[str]) -> dict[str, int]:
     """Measures peak memory of a fresh process that trains once: before the first step, and in all."""
     command = [sys.executable, "-m", "benchmarks.step", *words, "--memory_of", module]
@@ -322,6 +341,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--budget", type=int, help="activation_budget_bytes of ours; default: its own")
+    parser.add_argument("--packing", action="store_true", help="with sft: rows of --max_length, several texts in each")
+    parser.add_argument("--profile", action="store_true", help="print what our step's time goes into")
     parser.add_argument("--sweep", type=int, nargs="+", help="lengths in tokens")
     parser.add_argument("--name", help="of the JSON file; default: the method")
     parser.add_argument("--memory_of", choices=[OURS, TRL], help="run only this trainer and print its peak memory")
@@ -330,6 +351,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--method grpo needs --prompt_tokens and --completion_tokens")
     if arguments.method == "grpo" and arguments.batch % GENERATIONS:
         parser.error(f"--batch {arguments.batch}: --method grpo takes whole groups, a multiple of {GENERATIONS}")
+    if arguments.packing and arguments.method != "sft":
+        parser.error("--packing is for --method sft")
     if arguments.images and not arguments.completion_tokens:
         parser.error("--images needs --prompt_tokens and --completion_tokens")
     arguments.model = model_folder(arguments.model or (RANDOM_VISION if arguments.images else None))
@@ -344,6 +367,9 @@ def main(words: list[str] | None = None) -> None:
         return
     console = Console(width=max(120, Console().width))
     console.print(", ".join(f"{name} {value}" for name, value in describe_machine().items()))
+    if arguments.profile:
+        print_profile(console, arguments)
+        return
     RESULTS.mkdir(exist_ok=True)
     if arguments.sweep:
         figures = sweep(console, arguments)
