@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
+from benchmarks.families import tiny_config
 from support.models import tiny_model
 from trl_fast.modeling.fused_layers import FUSED_LAYERS, fuse_layers, try_outs
 from trl_fast.modeling.loading import base_model, disable_dropout
@@ -19,18 +24,48 @@ from trl_fast.modeling.tiled_mlp import tile_mlps
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 340, (2, 13), generator=torch.Generator().manual_seed(0))
-# Norms and MLPs of two layers, and the last norm; with the norms of queries and keys.
-FUSED = {"llama": (5, 2), "qwen2": (5, 2), "qwen3": (9, 2), "gemma": (5, 2), "granite": (5, 2), "cohere": (0, 2)}
-OPS = [("fused_classes", "rms_norm"), ("fused_classes", "gated_activation"), ("rotary_functions", "rotary")]
-TURNS = {"llama", "qwen2", "qwen3", "gemma", "granite"}
+# Norms, gated MLPs and layers that add and normalise at once, and whether queries and keys are turned in one pass.
+FUSED = {
+    "llama": (5, 2, 2, True),
+    "qwen2": (5, 2, 2, True),
+    "qwen3": (9, 2, 2, True),  # norms of queries and keys
+    "gemma": (5, 2, 2, True),
+    "gemma2": (9, 2, 2, True),
+    "gemma3_text": (13, 2, 2, True),
+    "gemma4_text": (30, 4, 4, True),  # some norms have no weight; its function turns one tensor
+    "granite": (5, 2, 2, True),  # what is added is multiplied first
+    "cohere": (0, 2, 0, True),
+    "olmo2": (9, 2, 0, True),
+    "phi3": (5, 2, 2, True),  # one layer gives gate and up
+    "glm4": (9, 2, 2, True),  # and a part of each head is turned, by pairs
+    "gpt_neox": (0, 0, 0, True),
+    "gpt_oss": (5, 0, 2, True),  # half of the angles
+    "deepseek_v3": (9, 2, 2, True),
+    "ernie4_5": (5, 2, 2, True),
+    "nanochat": (9, 0, 2, False),
+    "starcoder2": (0, 0, 0, True),
+}
+# Their experts' products are not to be had in float64.
+GROUPED = {"gpt_oss", "deepseek_v3"}
+OPS = {
+    "fused_classes": ["rms_norm", "residual_rms_norm", "gated_activation"],
+    "rotary_functions": ["rotary"],
+}
 
 
 @pytest.fixture(autouse=True)
 def _own_functions(monkeypatch):
     """Puts back what a model of a test changed in transformers."""
-    for family in TURNS:
-        modeling = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["_"])
-        monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
+    from trl_fast.modeling.fused_layers.rotary_functions import RotaryFunction
+
+    plain = RotaryFunction.exchange
+
+    def exchange(function):
+        modeling = sys.modules[function.module]
+        monkeypatch.setattr(modeling, function.known.name, getattr(modeling, function.known.name))
+        plain(function)
+
+    monkeypatch.setattr(RotaryFunction, "exchange", exchange)
 
 
 def run(model):
@@ -49,25 +84,45 @@ def assert_same(got, expected, rtol=1e-5):
         assert (got[1][name] - gradient).norm() <= rtol * max(gradient.norm(), 1e-3), name
 
 
+def errors(got, exact):
+    """How far each gradient is from that of float64, as a share of it."""
+    assert got[1].keys() == exact[1].keys()
+    return [((got[1][name] - right).norm() / right.norm().clamp(min=1e-6)).item() for name, right in exact[1].items()]
+
+
+def family_model(family):
+    """A small random model in training mode whose dropout is off."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).float().train()
+    disable_dropout(model)
+    return model
+
+
 def fused_modules(model):
     return [module for module in model.modules() if hasattr(module, "fused_class")]
 
 
 @pytest.mark.parametrize("family", FUSED)
 def test_numbers_of_a_family(family):
-    model = tiny_model(family)
-    modeling = __import__(type(model).__module__, fromlist=["_"])
-    # What starts as ones or zeros would hide a wrong gradient.
+    model = family_model(family)
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            # What starts as ones or zeros would hide a wrong gradient.
             weight.add_(torch.randn_like(weight), alpha=0.1 if "norm" in name else 0.0)
     expected, names = run(model), [type(module).__name__ for module in model.modules()]
+    exact = None if family in GROUPED else run(copy.deepcopy(model).double())
     fuse_layers(model, CPU)
-    fused = fused_modules(model)
-    mlps = [module for module in fused if hasattr(module, "gate_proj")]
-    assert (len(fused) - len(mlps), len(mlps)) == FUSED[family]
-    assert hasattr(modeling.apply_rotary_pos_emb, "fused_from") is (family in TURNS)
-    assert_same(run(model), expected)
+    norms, mlps, layers, turns = FUSED[family]
+    fused = [type(module) for module in fused_modules(model)]
+    assert sum("Norm" in cls.__name__ for cls in fused) == norms
+    assert sum("MLP" in cls.__name__ for cls in fused) == mlps
+    assert sum("DecoderLayer" in cls.__name__ for cls in fused) == layers and len(fused) == norms + mlps + layers
+    rotaries = vars(sys.modules[type(model).__module__]).values()
+    assert any(hasattr(value, "fused_from") for value in rotaries) is turns
+    if exact is None:
+        assert_same(run(model), expected)
+    else:
+        assert max(errors(run(model), exact)) <= 2 * max(errors(expected, exact)) + 1e-6
     assert [type(module).__name__ for module in model.modules()] == names
 
 
@@ -82,13 +137,14 @@ def test_16_bits(dtype):
 
 def test_the_ops_run(monkeypatch):
     calls = []
-    for place, name in OPS:
-        monkeypatch.setattr(f"trl_fast.modeling.fused_layers.{place}.{name}", counting(name, calls))
+    for place, names in OPS.items():
+        for name in names:
+            monkeypatch.setattr(f"trl_fast.modeling.fused_layers.{place}.{name}", counting(name, calls))
     model = tiny_model()
     fuse_layers(model, CPU)
     calls.clear()
     model(input_ids=IDS, use_cache=False)
-    assert [calls.count(name) for name in ("rms_norm", "gated_activation", "rotary")] == [5, 2, 2]
+    assert Counter(calls) == {"rms_norm": 3, "residual_rms_norm": 2, "gated_activation": 2, "rotary": 2}
 
 
 def counting(name, calls):
@@ -140,12 +196,37 @@ def test_adapters_are_called():
             weight.add_(0.1 if "lora_B" in name else 0.0)
     inner = base_model(model)
     fuse_layers(inner, CPU)
-    assert len(fused_modules(model)) == 7 and all(module.training for module in model.modules())
+    assert len(fused_modules(model)) == 9 and all(module.training for module in model.modules())
     disable_dropout(model)
     got = run(model)
     changes_of(model).undo(FUSED_LAYERS)
     assert_same(got, run(model))
     assert len(got[1]) == 2 * 2 * len(targets)
+
+
+def test_hooks_of_a_norm_run():
+    """Nothing that is put upon a norm is passed by: the layer then adds and normalises as before."""
+    model = tiny_model()
+    fuse_layers(model, CPU)
+    expected, seen = run(model), []
+    hooked, replaced = (layer.post_attention_layernorm for layer in model.model.layers)
+    hooked.register_forward_hook(lambda *_: seen.append("hook"))
+    replaced.forward = types.MethodType(
+        lambda self, x: seen.append("forward") or type(self).forward(self, x), replaced
+    )
+    assert_same(run(model), expected)
+    assert seen == ["hook", "forward"]
+
+
+def test_printed_pickled_and_copied():
+    model = tiny_model()
+    printed, classes = str(model), [type(module) for module in model.modules()]
+    fuse_layers(model, CPU)
+    assert str(model) == printed
+    loaded = pickle.loads(pickle.dumps(model))
+    assert [type(module) for module in loaded.modules()] == classes
+    assert_same(run(loaded), run(model))
+    assert len(fused_modules(copy.deepcopy(model))) == len(fused_modules(model)) == 9
 
 
 def test_undone_it_is_the_model_of_before():
@@ -182,7 +263,8 @@ def test_what_is_not_known_stays_as_it_is():
     layers[1].mlp.act_fn = nn.Softplus()
     fuse_layers(model, CPU)
     fused = fused_modules(model)
-    assert fused == [layers[0].mlp, layers[1].input_layernorm, layers[1].post_attention_layernorm, model.model.norm]
+    assert fused[0] is layers[0].mlp and layers[0] not in fused
+    assert fused[1:] == [layers[1], layers[1].input_layernorm, layers[1].post_attention_layernorm, model.model.norm]
 
 
 def wrong(x, weight, eps, *, cast):

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from trl_fast.ops.device import device_facts
 
 from .fused_classes import fused_class_for
 from .known_code import GATED_MLP, NORM, known_class
+from .residual_sums import layer_class_for
 from .rotary_functions import RotaryFunction, restore_function, rotary_functions, why_rotary_differs
 from .try_outs import why_class_differs
 
@@ -54,11 +55,11 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool 
     for reason, count in found.reasons.items():
         _say_once(f"fused_layers: {count} modules of {name} run as before. {reason}.")
     change = changes.get_or_add(FUSED_LAYERS, "norms, gated MLPs and rotary embeddings run in one pass each")
-    for module, fused in found.modules:
+    for module, fused in (*found.modules, *found.layers):
         change.set_class(module, fused)
     for function in found.rotaries:
         function.exchange()
-        change.on_undo(restore_function, function.module, function.name, function.plain)
+        change.on_undo(restore_function, function.module, function.known.name)
 
 
 @functools.cache
@@ -71,13 +72,16 @@ class _Found:
     """Holds what can be exchanged on a model, and why the rest cannot, each reason with how often it was met."""
 
     modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    layers: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     rotaries: list[RotaryFunction] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
     def counts(self) -> str:
         kinds = Counter(known.kind for module, _ in self.modules if (known := known_class(type(module))) is not None)
         parts = [f"{count} {kind}s" for kind, count in kinds.items()]
-        return ", ".join([*parts, *(["rotary embeddings"] if self.rotaries else [])])
+        parts += [f"sums in {len(self.layers)} layers"] if self.layers else []
+        parts += ["rotary embeddings"] if self.rotaries else []
+        return ", ".join(parts)
 
 
 def _look(model: PreTrainedModel, device: torch.device) -> _Found:
@@ -88,6 +92,8 @@ def _look(model: PreTrainedModel, device: torch.device) -> _Found:
             found.reasons[reason] += 1
         else:
             found.modules.append((module, fused))
+    norms = {module for module, fused in found.modules if hasattr(fused, "add_and_normalize")}
+    found.layers = list(_layers_that_add(model, norms))
     for function in rotary_functions(model):
         reason = _why_not_turned(function, model, device)
         if reason:
@@ -100,6 +106,16 @@ def _look(model: PreTrainedModel, device: torch.device) -> _Found:
 def _candidates(model: PreTrainedModel) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     for module in model.modules():
         fused = fused_class_for(module)
+        if fused is not None:
+            yield module, fused
+
+
+def _layers_that_add(
+    model: PreTrainedModel, norms: Collection[nn.Module]
+) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Yields layers, and the class of each that adds a residual and normalises the sum by a fused norm at once."""
+    for module in model.modules():
+        fused = None if "forward" in vars(module) else layer_class_for(module, norms)
         if fused is not None:
             yield module, fused
 
@@ -122,7 +138,7 @@ def _why_not_turned(function: RotaryFunction, model: PreTrainedModel, device: to
     if not served.ok:
         return served.reason
     reason = "" if _is_planned(device) else why_rotary_differs(function, device, dtype)
-    return f"{function.name}: {reason}" if reason else ""
+    return f"{function.known.name}: {reason}" if reason else ""
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

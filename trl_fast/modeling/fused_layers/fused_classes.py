@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -11,7 +11,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trl_fast.ops.layers import ACTIVATIONS, gated_activation, rms_norm
+from trl_fast.ops.layers import (
+    ACTIVATIONS,
+    chunked_gated_activation,
+    gated_activation,
+    residual_rms_norm,
+    rms_norm,
+)
 
 from .code_meaning import EPS_NAMES
 from .known_code import GATED_MLP, KnownClass, known_class
@@ -29,53 +35,62 @@ def fused_class_for(module: nn.Module) -> type[nn.Module] | None:
     if known.kind == GATED_MLP:
         activation = _activation_of(getattr(module, known.activation, None))
         return None if activation is None else _fused_mlp(cls, known, activation)
-    if not isinstance(getattr(module, "weight", None), nn.Parameter):
-        return None
     return _fused_norm(cls, known, next(name for name in EPS_NAMES if hasattr(module, name)))
 
 
+class _FusedType(type):
+    """Is the type of classes that are made here: they are pickled as the class that their name is found by."""
+
+
+def _as_plain(made: Any) -> tuple[Callable[[type], type], tuple[type]]:
+    return _given, (made.fused_class.__base__,)
+
+
+def _given(cls: type) -> type:
+    return cls
+
+
+copyreg.pickle(cast("Any", _FusedType), _as_plain)
+
+
 def make_class(cls: type[nn.Module], **methods: Callable) -> type[nn.Module]:
-    """Returns a class with other methods under its name: transformers, PEFT and `print` tell modules by it.
-
-    Its modules are pickled as those of the class itself, which is the one that its name is found by.
-    """
-    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    made = type(cls.__name__, (cls,), {**named, **methods, "__reduce_ex__": _reduce, "__deepcopy__": _copy})
-    cast("Any", made).fused_class = made
+    """Returns a class with other methods under its name: transformers, PEFT and `print` tell modules by it."""
+    made: Any = _FusedType(
+        cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **methods}
+    )
+    made.fused_class = made
     return made
-
-
-def _reduce(self: Any, _protocol: object) -> tuple:
-    return _new, (self.fused_class.__base__,), vars(self)
-
-
-def _new(cls: type) -> object:
-    return cls.__new__(cls)
-
-
-def _copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    copied = memo[id(self)] = type(self).__new__(type(self))
-    copied.__dict__.update(copy.deepcopy(vars(self), memo))
-    return copied
 
 
 @functools.cache
 def _fused_norm(cls: type[nn.Module], known: KnownClass, eps_name: str) -> type[nn.Module]:
-    cast_as = cast("Any", known.cast)
+    def weight_of(module: Any) -> torch.Tensor | None:
+        return getattr(module, "weight", None) if known.reads_weight else None
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype != self.weight.dtype:
+        weight = weight_of(self)
+        if weight is not None and hidden_states.dtype != weight.dtype:
             return super(made, self).forward(hidden_states)
-        return rms_norm(hidden_states, self.weight, getattr(self, eps_name), cast=cast_as)
+        return rms_norm(hidden_states, weight, getattr(self, eps_name), cast=known.cast)
 
-    made = make_class(cls, forward=forward)
+    def add_and_normalize(self: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = weight_of(self)
+        one_dtype = x.dtype == residual.dtype and (weight is None or weight.dtype == x.dtype)
+        if not one_dtype or x.shape != residual.shape:
+            total = residual + x
+            return self.forward(total), total
+        return residual_rms_norm(x, residual, weight, getattr(self, eps_name), cast=known.cast)
+
+    made = make_class(cls, forward=forward, add_and_normalize=add_and_normalize)
     return made
 
 
 @functools.cache
 def _fused_mlp(cls: type[nn.Module], known: KnownClass, activation: str) -> type[nn.Module]:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if known.gate_and_up else (self.gate_proj(x), self.up_proj(x))
+        if known.gate_and_up:
+            return self.down_proj(chunked_gated_activation(self.gate_up_proj(x), activation))
+        gate, up = self.gate_proj(x), self.up_proj(x)
         if gate.dtype != up.dtype or gate.shape != up.shape:
             return self.down_proj(getattr(self, known.activation)(gate) * up)
         return self.down_proj(gated_activation(gate, up, activation))

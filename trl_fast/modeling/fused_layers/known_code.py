@@ -1,13 +1,13 @@
-"""Holds the code that is known: what transformers' norms, gated MLPs and rotary functions look like."""
+"""Holds the code of norms and gated MLPs that is known."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 from torch import nn
+
+from trl_fast.ops.layers.norm_casts import NormCast
 
 from .code_meaning import does
 
@@ -20,14 +20,16 @@ class KnownClass:
 
     - `kind`: NORM or GATED_MLP.
     - `methods`: the code of each method that has to be known, by its name.
-    - `cast`: of a norm, where numbers are rounded: `cast` of ops.layers.rms_norm.
+    - `cast`: of a norm, where numbers are rounded, as ops.layers.rms_norm calls it.
+    - `reads_weight`: of a norm, whether it has a weight, or may.
     - `gate_and_up`: of an MLP, whether one layer, `gate_up_proj`, gives both.
     - `activation`: of an MLP, the name of its activation.
     """
 
     kind: str
     methods: dict[str, str]
-    cast: str = ""
+    cast: NormCast = "llama"
+    reads_weight: bool = True
     gate_and_up: bool = False
     activation: str = ""
 
@@ -77,6 +79,11 @@ def forward(self, x):
         out = out * self.weight.float()
     return out.type_as(x)
 """
+# Without a weight: nanochat, Llama 4's queries and keys.
+_BARE_NORM = """
+def forward(self, x):
+    return self._norm(x.float()).type_as(x)
+"""
 _POWER_OF_MEAN_SQUARE = """
 def _norm(self, x):
     mean_squared = x.pow(2).mean(-1, keepdim=True) + self.eps
@@ -108,6 +115,7 @@ KNOWN_CLASSES = (
     KnownClass(NORM, {"forward": _GEMMA_NORM, "_norm": _ROOT_MEAN_SQUARE}, cast="gemma"),
     KnownClass(NORM, {"forward": _OLMO_NORM}, cast="olmo"),
     KnownClass(NORM, {"forward": _SCALED_NORM, "_norm": _POWER_OF_MEAN_SQUARE}, cast="olmo"),
+    KnownClass(NORM, {"forward": _BARE_NORM, "_norm": _ROOT_MEAN_SQUARE}, reads_weight=False),
     *(
         KnownClass(
             GATED_MLP, {"forward": source.format(activation=name)}, gate_and_up=source is _JOINT_MLP, activation=name
@@ -125,40 +133,3 @@ def known_class(cls: type[nn.Module]) -> KnownClass | None:
         if all(does(getattr(cls, name, None), source) for name, source in known.methods.items()):
             return known
     return None
-
-
-_HALVES = """
-def rotate_half(x):
-    x1 = x[..., : x.shape[-1] // 2]
-    x2 = x[..., x.shape[-1] // 2 :]
-    return torch.cat((-x2, x1), dim=-1)
-"""
-_ROTARY = """
-def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    q_out = (q * cos) + (rotate_half(q) * sin)
-    k_out = (k * cos) + (rotate_half(k) * sin)
-    return q_out, k_out
-"""
-
-
-@dataclass(frozen=True, eq=False)
-class KnownRotary:
-    """Describes a function that turns queries and keys: its code and that of the function it calls, by their names."""
-
-    function: str
-    source: str
-    helper: str = "rotate_half"
-    helper_source: str = _HALVES
-
-
-KNOWN_ROTARIES = (KnownRotary("apply_rotary_pos_emb", _ROTARY),)
-
-
-def known_rotaries(modeling: ModuleType) -> Iterator[KnownRotary]:
-    """Yields the functions of a module of transformers that turn queries and keys in a way that is known."""
-    for known in KNOWN_ROTARIES:
-        function, helper = getattr(modeling, known.function, None), getattr(modeling, known.helper, None)
-        if does(function, known.source) and does(helper, known.helper_source):
-            yield known

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +18,7 @@ from trl_fast.ops.backends import KERNEL_DTYPES
 from trl_fast.ops.layers import rotary
 from trl_fast.parallel.engines import original_class
 
-from .known_code import KnownRotary, known_rotaries
+from .known_rotaries import KnownRotary, known_rotaries
 from .try_outs import Draw, why_functions_differ
 
 
@@ -27,61 +26,126 @@ class RotaryFunction(NamedTuple):
     """Names a function of a Python module, what it is known to do, and one that does the same in one pass."""
 
     module: str
-    name: str
+    known: KnownRotary
     plain: Callable
     fused: Callable
 
     def exchange(self) -> None:
         """Puts the fused function in the place of the plain one."""
-        setattr(sys.modules[self.module], self.name, self.fused)
+        setattr(sys.modules[self.module], self.known.name, self.fused)
 
 
-def restore_function(module: str, name: str, function: Callable) -> None:
-    """Gives a Python module its own function back."""
-    setattr(sys.modules[module], name, function)
+def restore_function(module: str, name: str) -> None:
+    """Gives a Python module its own function back, if a fused one stands in its place."""
+    modeling = sys.modules[module]
+    setattr(modeling, name, getattr(getattr(modeling, name), "fused_from", getattr(modeling, name)))
 
 
 def rotary_functions(model: PreTrainedModel) -> Iterator[RotaryFunction]:
     """Yields what turns the queries and keys of a model and can be exchanged."""
     names = {original_class(module).__module__ for module in model.modules()}
-    for modeling in (sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")):
-        yield from _functions_of(modeling)
-
-
-def _functions_of(modeling: ModuleType) -> Iterator[RotaryFunction]:
-    for known in known_rotaries(modeling):
-        plain = getattr(modeling, known.function)
-        if not hasattr(plain, "fused_from"):
-            yield RotaryFunction(modeling.__name__, known.function, plain, _fused(plain, known))
+    for name in sorted(name for name in names if name.startswith("transformers.models.")):
+        modeling = sys.modules[name]
+        for known in known_rotaries(modeling):
+            plain = getattr(modeling, known.name)
+            if not hasattr(plain, "fused_from"):
+                yield RotaryFunction(name, known, plain, _fused(plain, known))
 
 
 def why_rotary_differs(function: RotaryFunction, device: torch.device, dtype: torch.dtype) -> str:
     """Tries a fused function; returns why it does not serve, empty if all numbers agree."""
-    draw = Draw(device, dtype)
-    query, key, cos, sin = draw(2, 3, 5, 8), draw(2, 1, 5, 8), draw(2, 5, 8), draw(2, 5, 8)
-    plain, ours = (lambda q, k, turn=turn: turn(q, k, cos, sin) for turn in (function.plain, function.fused))
-    return why_functions_differ(plain, ours, [query, key])
+    key = function.module, function.known, device, dtype
+    if key not in _found:
+        _found[key] = _try(function, Draw(device, dtype))
+    return _found[key]
+
+
+_found: dict[tuple[object, ...], str] = {}
+
+
+def _try(function: RotaryFunction, draw: Draw) -> str:
+    known, angles = function.known, 4 if function.known.one_angle_a_pair and not function.known.half_of_angles else 8
+    if known.without_batch:
+        inputs, turns = [draw(5, 3, 8), draw(5, 3, 8)], [draw(5, angles), draw(5, angles)]
+    else:
+        inputs, turns = [draw(2, 3, 5, 8), draw(2, 1, 5, 8)], [draw(2, 5, angles), draw(2, 5, angles)]
+    if known.half_of_angles or not known.one_angle_a_pair:
+        # As transformers makes them: a pair's two numbers have one angle.
+        turns = [_repeated(turn, known) for turn in turns]
+    inputs = inputs[: 1 if known.one_tensor else 2]
+    plain, ours = (lambda *given, turn=turn: turn(*given, *turns) for turn in (function.plain, function.fused))
+    return why_functions_differ(plain, ours, inputs)
+
+
+def _repeated(angles: torch.Tensor, known: KnownRotary) -> torch.Tensor:
+    half = angles[..., : angles.shape[-1] // 2]
+    in_turn = known.pairs == "adjacent" and not known.half_of_angles
+    return half.repeat_interleave(2, dim=-1) if in_turn else torch.cat((half, half), dim=-1)
 
 
 def _fused(plain: Callable, known: KnownRotary) -> Callable:
     """Returns the function in one pass, which calls the plain one with what the kernels do not take."""
 
+    def turn(q: Any, k: Any, cos: Any, sin: Any, **options: Any) -> Any:
+        heads_at = options.get("unsqueeze_dim", 1)
+        if options.keys() - {"unsqueeze_dim"} or heads_at not in (1, 2):
+            return None
+        given = [_with_heads_first(x, heads_at, known) for x in (q, k)]
+        cos, sin = (_angles(angles, known) for angles in (cos, sin))
+        upcast = cos.dtype != q.dtype if known.upcast is None else known.upcast
+        if not _can_turn(*given, cos, sin, known, upcast=upcast):
+            return None
+        way = {"pairs": known.pairs, "one_angle_a_pair": known.one_angle_a_pair, "upcast": upcast}
+        return tuple(_with_heads_at(x, heads_at, known) for x in rotary(*given, cos, sin, **cast("Any", way)))
+
     @functools.wraps(plain)
-    def turn(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if unsqueeze_dim != 1 or not _can_turn(q, k, cos, sin):
-            return plain(q, k, cos, sin, unsqueeze_dim)
-        return rotary(q, k, cos, sin)
+    def turn_both(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any):
+        turned = None if args else turn(q, k, cos, sin, **options)
+        return plain(q, k, cos, sin, *args, **options) if turned is None else turned
 
-    cast("Any", turn).fused_from = plain
-    return turn
+    @functools.wraps(plain)
+    def turn_one(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any):
+        turned = None if args else turn(x, None, cos, sin, **options)
+        return plain(x, cos, sin, *args, **options) if turned is None else turned[0]
+
+    fused: Any = turn_one if known.one_tensor else turn_both
+    fused.fused_from = plain
+    return fused
 
 
-def _can_turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
+def _with_heads_first(x: torch.Tensor | None, heads_at: int, known: KnownRotary) -> torch.Tensor | None:
+    """Returns queries or keys as (B, heads, T, D), a view."""
+    if x is None:
+        return None
+    if known.without_batch:
+        return x.transpose(0, 1)[None]
+    return x if heads_at == 1 else x.transpose(1, 2)
+
+
+def _with_heads_at(x: torch.Tensor | None, heads_at: int, known: KnownRotary) -> torch.Tensor | None:
+    """Returns (B, heads, T, D) as the function was given them."""
+    if x is None:
+        return None
+    if known.without_batch:
+        return x[0].transpose(0, 1)
+    return x if heads_at == 1 else x.transpose(1, 2)
+
+
+def _angles(angles: torch.Tensor, known: KnownRotary) -> torch.Tensor:
+    """Returns cosines or sines as the kernels read them, (B or 1, T, R or R / 2)."""
+    angles = angles[..., : angles.shape[-1] // 2] if known.half_of_angles else angles
+    return angles[None] if known.without_batch else angles
+
+
+def _can_turn(
+    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, known: KnownRotary, *, upcast: bool
+) -> bool:
+    """Tells whether the kernels take queries, keys and angles."""
+    if q.dim() != 4 or cos.dim() != 3 or q.dtype not in KERNEL_DTYPES or cos.shape != sin.shape:
         return False
-    one_dtype = q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in KERNEL_DTYPES
-    shapes = (q.shape[0], *q.shape[2:]), (k.shape[0], *k.shape[2:])
-    fits = shapes[0] == shapes[1] and cos.shape[1:] == q.shape[2:] and cos.shape[0] in (1, q.shape[0])
-    return one_dtype and fits and q.shape[-1] % 2 == 0 and not (cos.requires_grad or sin.requires_grad)
+    if k is not None and (k.dim() != 4 or (k.dtype, k.shape[0], k.shape[2:]) != (q.dtype, q.shape[0], q.shape[2:])):
+        return False
+    dtypes = (q.dtype, torch.float32) if upcast else (q.dtype,)
+    width = cos.shape[-1] * (2 if known.one_angle_a_pair else 1)
+    fits = cos.shape[1] == q.shape[2] and cos.shape[0] in (1, q.shape[0]) and width % 2 == 0 and width <= q.shape[-1]
+    return fits and cos.dtype == sin.dtype and cos.dtype in dtypes and not (cos.requires_grad or sin.requires_grad)
