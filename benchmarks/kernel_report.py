@@ -18,7 +18,8 @@ kernel with a bias shows more than 1 but need not move more memory.
 linear_scores moves no logits, and its factors by TMA, which the widths of loads do not show: no column. The loss
 kernels move vectors of one number a token: theirs compares what one trip over tokens loads and stores with what
 belongs to those tokens. policy_loss shows more than 1, because it also loads two numbers of each token's sequence,
-which come from the cache. attention_merge reads two outputs and writes one.
+which come from the cache. attention_merge reads two outputs and writes one. Kernels of layers are compared with what
+their tile needs: rows read and written once; angles and weights, which rows share, are said to be in the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -42,28 +42,8 @@ from .amd_machine_code import TARGETS as AMD_TARGETS
 from .amd_machine_code import THREADS_OF_WAVE, AMDResources, amd_resources
 from .compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from .gpu_machine_code import TARGETS, Resources, read_cubin, resources_of
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """Holds a kernel with the types of its arguments (Triton's spelling) and its compile-time constants."""
-
-    label: str
-    function: JITFunction
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    # Loads of single values, such as a row's target, which cannot be wide; None for a kernel that streams in a loop.
-    scalar_loads: int | None
-    # Of global memory, that a thread has to move for its share of a tile.
-    least_bytes: int = 0
-    targets: tuple[int, ...] = TARGETS
-    # None: the compiler's default.
-    num_stages: int | None = None
-    max_registers: int | None = None
-    # Bytes of spilled registers that are no reason to worry.
-    spills_allowed: int = 0
-
+from .kernel_case import KernelCase
+from .layer_kernel_cases import LAYER_KERNELS
 
 # The accumulators of a tile take half of the registers there are. What the statistics spill is written and read once a
 # tile, behind its product: 712 bytes a thread with every output and a bias. More than the registers' own 1020 bytes
@@ -279,7 +259,7 @@ LOSS_KERNELS = tuple(_loss_cases())
 HEAD_KERNELS = (*_score_cases(), *_grad_cases(), *_linear_cases())
 DIVERGENCE_KERNELS = tuple(_divergence_cases())
 MERGE_KERNELS = tuple(_merge_cases())
-KERNELS = (*HEAD_KERNELS, *DIVERGENCE_KERNELS, *MERGE_KERNELS, *LOSS_KERNELS)
+KERNELS = (*HEAD_KERNELS, *DIVERGENCE_KERNELS, *MERGE_KERNELS, *LAYER_KERNELS, *LOSS_KERNELS)
 
 
 def compile_kernel(case: KernelCase, target: int | str) -> CompiledKernel:
@@ -293,7 +273,7 @@ def compile_kernel(case: KernelCase, target: int | str) -> CompiledKernel:
     aligned = [i for i, kind in enumerate(types.values()) if kind.startswith(("*", "i")) and not plain[i]]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(case.function, types, case.constants, attributes)
-    options = {"num_warps": case.num_warps}
+    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fuses_products}
     if case.num_stages is not None:
         options["num_stages"] = case.num_stages
     if case.max_registers is not None and isinstance(target, int):

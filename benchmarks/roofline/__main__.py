@@ -13,7 +13,8 @@ places where the host waits, and the peak of memory: of the head beyond inputs a
 and the optimizer's averages. TRL's code is its own; of its Triton kernels, which cannot be run, `triton_kernels.py`
 says what they touch, with their places. A step is the trainer's own on a batch of its own collator, eager model code
 with random weights, gradient checkpointing as both have it by default, clipping and fused AdamW; the 8B model trains
-adapters on all linear layers. GRPO's sampling and rewards are not counted, nor is logging.
+adapters on all linear layers. Ours is counted twice, with fused layers, as is the default, and without ("plain").
+GRPO's sampling and rewards are not counted, nor is logging.
 
 A tensor that an operator is given is read once from memory, one that it makes is written once, whatever a cache holds
 in between. Views are free. A product's factors that were there before (the head's hidden states, weights) are not
@@ -23,8 +24,8 @@ Milliseconds are ESTIMATES by a named roofline (`trl_fast/planning/gpu_facts.py`
 large products reach, plus bytes at the rate that its memory reaches. Bytes are taken as not hidden behind products,
 attention as fast as products, launches and host waits as free, padding of small tiles as nothing: small models are
 slower than this, being bound by the host. The head's floor is 1, 2 or 3 passes (scoring, frozen, trained) of 2·N·V·H
-FLOPs and no byte. Of ours the head is that of the backend "cuda", scoring takes two steps, and losses on one number a
-token are their PyTorch formulas.
+FLOPs and no byte. Of ours the head and the layers are those of the backend "cuda", scoring takes two steps, and losses
+on one number a token are their PyTorch formulas.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 
-from trl_fast.ops.backends import DIVERGENCE_OPS, HEAD_OPS, load_extension
+from trl_fast.ops.backends import DIVERGENCE_OPS, HEAD_OPS, LAYER_OPS, load_extension
 from trl_fast.ops.device import DeviceFacts, DeviceMemory, simulated_device
 from trl_fast.planning.device_facts import DeviceMeter, SimulatedFlexAttention
 from trl_fast.planning.gpu_facts import Gpu
@@ -29,6 +29,7 @@ from .operator_counter import Counter
 from .operator_mode import WHOLE_ON_CUDA, Operators
 
 _GROUP = "_group_tensors_by_device_and_dtype"
+_COMPILED_OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *LAYER_OPS)
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def _grouped_by_device(usual: Callable[..., dict]) -> Callable[..., dict]:
 
 
 def _facts(gpu: Gpu, counter: Counter) -> DeviceFacts:
-    """Returns what our code is told of the GPU: compiled kernels serve the head, and PyTorch the rest.
+    """Returns what our code is told of the GPU: compiled kernels serve the head and layers, and PyTorch the rest.
 
     Compiled losses on vectors, one number a token, are known to a build with CUDA only, and Triton's kernels would be
     launched on memory that fake tensors do not have: what is counted are their PyTorch formulas.
@@ -86,7 +87,7 @@ def _facts(gpu: Gpu, counter: Counter) -> DeviceFacts:
         read_memory=lambda: DeviceMemory(
             gpu.memory_bytes - counter.live_bytes, gpu.memory_bytes, counter.live_bytes, counter.highest_bytes
         ),
-        serves=lambda op, backend: backend == "cuda" and op in (*HEAD_OPS, *DIVERGENCE_OPS) and load_extension().ok,
+        serves=lambda op, backend: backend == "cuda" and op in _COMPILED_OPS and load_extension().ok,
         flex_attention=functools.partial(SimulatedFlexAttention.apply, _flex_meter(counter)),
     )
 

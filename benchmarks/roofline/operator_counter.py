@@ -6,6 +6,7 @@ What an operator does is counted by `trl_fast.planning.roofline`, which the plan
 from __future__ import annotations
 
 import collections
+import re
 import sys
 import weakref
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ from trl_fast.planning.roofline.flops import flops_of
 from .fake_devices import is_on_gpu
 from .host_wait_rule import makes_host_wait
 
+# Products and attention, the head's kernels, the optimizer's: what is left of a step goes number by number.
+_NOT_ELEMENTWISE = re.compile(
+    r"(.*::)?(mm|addmm|bmm|baddbmm|\w*attention\w*|merge_kernel|row_\w+|_\w+_kernel|_fused_adamw_|_foreach_\w+)(\..*)?"
+)
 # Where a wait is looked for in the source: the innermost frame outside of torch and of this package.
 _NOT_THE_PLACE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -69,6 +74,11 @@ class Counts:
     @property
     def moved(self) -> int:
         return self.read + self.written
+
+    @property
+    def elementwise(self) -> int:
+        """Counts the bytes that go number by number: norms, activations, rotations, sums, conversions, copies."""
+        return sum(tally.moved for name, tally in self.by_operator.items() if not re.fullmatch(_NOT_ELEMENTWISE, name))
 
     @property
     def launches(self) -> int:

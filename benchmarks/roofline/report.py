@@ -81,6 +81,8 @@ STEP_COLUMNS = (
     "ours ms",
     "TRL ms",
     "TRL / ours",
+    "plain ms",
+    "elementwise GB",
     "TFLOP",
     "GB",
     "launches",
@@ -91,7 +93,8 @@ STEP_COLUMNS = (
 
 def step_table(cases: Sequence[StepCase]) -> Table:
     """Returns a table with a row for each step."""
-    table = Table(title="Optimizer steps: ms are estimates; pairs are ours | TRL's")
+    title = "Optimizer steps: ms are estimates; pairs are ours | TRL's; plain: ours without fused layers"
+    table = Table(title=f"{title}; elementwise: ours | plain | TRL's")
     for column in STEP_COLUMNS:
         table.add_column(column, justify="left" if column == "step" else "right")
     for case in cases:
@@ -100,6 +103,8 @@ def step_table(cases: Sequence[StepCase]) -> Table:
             f"{case.step}, {case.shape.batch} × ({case.shape.prompt} + {case.shape.completion})",
             *(f"{counts.milliseconds(case.gpu):.0f}" for counts in pair),
             f"{case.trl_over_ours:.2f}",
+            f"{case.plain.milliseconds(case.gpu):.0f}",
+            " | ".join(f"{counts.elementwise / _GB:.1f}" for counts in (case.ours, case.plain, case.trl)),
             " | ".join(f"{counts.flops / 1e12:.0f}" for counts in pair),
             " | ".join(f"{counts.moved / _GB:.0f}" for counts in pair),
             " | ".join(str(counts.launches) for counts in pair),
@@ -135,6 +140,7 @@ def step_facts(case: StepCase) -> dict[str, Any]:
         **vars(case.shape),
         "gpu": case.gpu.name,
         "ours": counts_facts(case.ours, case.gpu),
+        "ours_without_fused_layers": counts_facts(case.plain, case.gpu),
         "trl": counts_facts(case.trl, case.gpu),
     }
 
@@ -171,6 +177,7 @@ def counts_facts(counts: Counts, gpu: Gpu) -> dict[str, Any]:
         "bytes_read": counts.read,
         "bytes_written": counts.written,
         "bytes_of_given_factors": counts.factors,
+        "elementwise_bytes": counts.elementwise,
         "launches": counts.launches,
         "host_waits": dict(counts.waits),
         "peak_extra_bytes": counts.peak_bytes,

@@ -29,7 +29,9 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 import trl_fast
 from tests.support.tokenizer import build_tokenizer
+from trl_fast.modeling.fused_layers import FUSED_LAYERS
 from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.segment_attention import EAGER_SEGMENT_ATTENTION, SEGMENT_ATTENTION, use_segment_attention
 from trl_fast.planning.fake_models import give_fake_memory, shortened
@@ -72,11 +74,15 @@ MODELS = {"qwen2.5-0.5b": None, "llama-3.2-1b": None, "llama-3.1-8b": 16}
 
 @dataclass(frozen=True)
 class StepCase:
-    """Holds the counts of a step, ours and TRL's; peak memory beyond weights and the optimizer's averages."""
+    """Holds the counts of a step, ours and TRL's; peak memory beyond weights and the optimizer's averages.
+
+    plain: ours without fused layers.
+    """
 
     step: Step
     shape: Shape
     ours: Counts
+    plain: Counts
     trl: Counts
     gpu: Gpu
 
@@ -108,22 +114,35 @@ def count_step(step: Step, gpu: Gpu, shape: Shape | None = None, layers_of: int 
     """Counts a step of both libraries. layers_of: only so many of the model's layers."""
     shape = shape or SHAPES[step.method]
     config = shortened(model_config(step.model), layers_of)
-    return StepCase(step, shape, *(count_library(name, step, shape, config, gpu) for name in LIBRARIES), gpu)
+    ours, trls = (count_library(name, step, shape, config, gpu) for name in LIBRARIES)
+    plain = count_library("trl_fast", step, shape, config, gpu, fused_layers=False)
+    return StepCase(step, shape, ours, plain, trls, gpu)
 
 
-def count_library(library: str, step: Step, shape: Shape, config: PretrainedConfig, gpu: Gpu) -> Counts:
-    """Counts a step of one of LIBRARIES on a model of this config."""
+def count_library(
+    library: str, step: Step, shape: Shape, config: PretrainedConfig, gpu: Gpu, **settings: object
+) -> Counts:
+    """Counts a step of one of LIBRARIES on a model of this config; settings: more of its trainer's."""
     counter = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, heads = _make_trainer(library, step, shape, config, folder)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trainer, heads = _make_trainer(library, step, shape, config, folder, settings)
+        stack.callback(_undo_fused_layers, trainer.model)
         batch = next(iter(trainer.get_train_dataloader()))
         if step.method == "grpo":
             batch = _finished_rollout(library, trainer, batch)
-        with answering(gpu, counter):
+        with answering(gpu, counter), _on_gpu(trainer):
             _put_in(library, trainer, config, _lora(step), heads)
+        stack.callback(_undo_fused_layers, trainer.model)
         with fake_gpu(gpu, counter), counted_kernels(counter), _on_gpu(trainer):
             _run(trainer, batch, counter, is_on_gpu_already=step.method == "grpo")
     return counter.counts
+
+
+def _undo_fused_layers(model: torch.nn.Module) -> None:
+    """Gives transformers' functions that turn queries and keys back to all models: the next count may want them."""
+    changes = changes_of(base_model(model))
+    if FUSED_LAYERS in changes:
+        changes.undo(FUSED_LAYERS)
 
 
 def _lora(step: Step) -> LoraConfig | None:
@@ -133,7 +152,7 @@ def _lora(step: Step) -> LoraConfig | None:
 
 
 def _make_trainer(
-    library: str, step: Step, shape: Shape, config: PretrainedConfig, folder: str
+    library: str, step: Step, shape: Shape, config: PretrainedConfig, folder: str, more: dict[str, Any]
 ) -> tuple[Trainer, list[dict[str, Any]]]:
     """Returns a trainer of a tiny model, and what TRL's asks of the fused heads of its policy and of its reference."""
     stem, tokenizer = step.method.upper(), build_tokenizer()
@@ -157,6 +176,7 @@ def _make_trainer(
         report_to="none",
         optim="adamw_torch_fused",
         dataloader_pin_memory=False,
+        **more,
     )
     heads: list[dict[str, Any]] = []
     module = importlib.import_module(f"trl.trainer.{step.method}_trainer")

@@ -3,41 +3,16 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "cpu/layer_arguments.h"
+#include "cpu/layer_kernels.h"
+#include "layer_arguments.h"
 
 namespace trl_fast {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-NormArgs norm_args(const at::Tensor& x, const RowsOf& x_rows, const OptionalTensor& weight, int64_t cast,
-                   const at::Tensor& rstd) {
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.device().is_cpu(), "x: expected rows on the CPU, got shape ", x.sizes());
-  const int64_t columns = x.size(-1);
-  NormArgs args = {};
-  args.weight = norm_weight(weight, columns, cast, x);
-  args.rows = columns ? x.numel() / columns : 0;
-  args.x = x_rows.rows();
-  check_vector(rstd, "rstd", args.rows, at::kFloat, at::kCPU);
-  TORCH_CHECK_VALUE(rstd.is_contiguous(), "rstd: expected a contiguous tensor");
-  args.rstd = static_cast<float*>(rstd.data_ptr());
-  return args;
-}
-
 void layer_rms_norm(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, double eps,
                     int64_t cast, at::Tensor out, OptionalTensor sum, at::Tensor rstd) {
   const RowsOf x_rows(x), residual_rows(residual ? *residual : x);
-  NormArgs args = norm_args(x, x_rows, weight, cast, rstd);
-  args.eps = static_cast<float>(eps);
-  check_dense(out, "out", x);
-  args.out = out.mutable_data_ptr();
-  TORCH_CHECK_VALUE(residual.has_value() == sum.has_value(), "sum: expected where there is a residual, only there");
-  if (residual) {
-    check_same(*residual, "residual", x);
-    check_dense(*sum, "sum", x);
-    args.residual = residual_rows.rows();
-    args.sum = sum->mutable_data_ptr();
-  }
+  const NormArgs args = norm_forward_args(x, x_rows, residual, residual_rows, weight, eps, cast, out, sum, rstd);
   const int64_t rows_a_task = std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, x.size(-1)));
   at::parallel_for(0, args.rows, rows_a_task,
                    [&](int64_t begin, int64_t end) { layer_kernels().norm(args, begin, end); });
@@ -47,43 +22,12 @@ void layer_rms_norm_backward(const at::Tensor& grad, const OptionalTensor& grad_
                              const OptionalTensor& weight, const at::Tensor& rstd, int64_t cast, OptionalTensor grad_x,
                              OptionalTensor partials) {
   const RowsOf x_rows(x), grad_rows(grad), sum_rows(grad_sum ? *grad_sum : x);
-  NormArgs args = norm_args(x, x_rows, weight, cast, rstd);
-  check_same(grad, "grad", x);
-  args.grad = grad_rows.rows();
-  if (grad_sum) {
-    check_same(*grad_sum, "grad_sum", x);
-    args.grad_sum = sum_rows.rows();
-  }
-  if (grad_x) {
-    check_dense(*grad_x, "grad_x", x);
-    args.out = grad_x->mutable_data_ptr();
-  }
+  NormArgs args = norm_backward_args(grad, grad_rows, grad_sum, sum_rows, x, x_rows, weight, rstd, cast, grad_x);
   const int64_t blocks = (args.rows + kNormBlock - 1) / kNormBlock;
-  args.partials = partial_sums(partials, blocks, x.size(-1));
+  args.partials = partial_sums(partials, blocks, x.size(-1), x.device());
   const int64_t block_size = std::max<int64_t>(1, kNormBlock * x.size(-1));
   at::parallel_for(0, blocks, std::max<int64_t>(1, at::internal::GRAIN_SIZE / block_size),
                    [&](int64_t begin, int64_t end) { layer_kernels().norm_backward(args, begin, end); });
-}
-
-// Checks a matrix of contiguous rows; returns the elements from one row to the next.
-int64_t check_matrix(const at::Tensor& tensor, const char* name, const at::Tensor& as) {
-  check_same(tensor, name, as);
-  check_rows(tensor, name, at::kCPU);
-  return tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1);
-}
-
-GateArgs gate_args(const at::Tensor& gate, const at::Tensor& up, int64_t activation) {
-  TORCH_CHECK_VALUE(activation >= 0 && activation <= 2, "activation: expected 0, 1 or 2, got ", activation);
-  GateArgs args = {};
-  args.stride = check_matrix(gate, "gate", gate);
-  TORCH_CHECK_VALUE(check_matrix(up, "up", gate) == args.stride, "up: expected the strides of gate, ", gate.strides(),
-                    ", got ", up.strides());
-  args.gate = gate.const_data_ptr();
-  args.up = up.const_data_ptr();
-  args.columns = gate.size(1);
-  args.dtype = dtype_of(gate, "gate");
-  args.activation = static_cast<Activation>(activation);
-  return args;
 }
 
 void layer_gated_activation(const at::Tensor& gate, const at::Tensor& up, int64_t activation, at::Tensor out) {
@@ -96,14 +40,7 @@ void layer_gated_activation(const at::Tensor& gate, const at::Tensor& up, int64_
 
 void layer_gated_activation_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
                                      int64_t activation, at::Tensor grad_gate, at::Tensor grad_up) {
-  GateArgs args = gate_args(gate, up, activation);
-  check_dense(grad, "grad", gate);
-  args.grad_stride = check_matrix(grad_gate, "grad_gate", gate);
-  TORCH_CHECK_VALUE(check_matrix(grad_up, "grad_up", gate) == args.grad_stride,
-                    "grad_up: expected the strides of grad_gate, ", grad_gate.strides(), ", got ", grad_up.strides());
-  args.grad = grad.const_data_ptr();
-  args.grad_gate = grad_gate.mutable_data_ptr();
-  args.grad_up = grad_up.mutable_data_ptr();
+  const GateArgs args = gate_backward_args(grad, gate, up, activation, grad_gate, grad_up);
   at::parallel_for(0, gate.numel(), at::internal::GRAIN_SIZE / 4,
                    [&](int64_t begin, int64_t end) { layer_kernels().gate_backward(args, begin, end); });
 }

@@ -7,14 +7,12 @@
 // same bits. Row offsets are 64-bit. No torch headers: the same source compiles as host C++ (tests/support/simt.h).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
 #include "cuda/block.cuh"
+#include "cuda/packs.cuh"
 #include "packed_logits.h"
 #include "row_types.h"
 
@@ -26,25 +24,6 @@ constexpr int kBatch = 2;
 // Columns of a chunk that a thread of row_scores has: sixteen bytes of a 16-bit type, twice that of float32.
 constexpr int kShare = kPackedChunk / kThreads;
 constexpr float kLog2e = 1.4426950408889634f;
-
-// What one load or store moves: sixteen bytes, or the eight that they become in a narrower type. It travels as words:
-// as an array of halves it would be taken apart and put together again.
-template <typename T, int kCount = sizeof(uint4) / sizeof(T)>
-struct Pack {
-  static constexpr int kSize = kCount;
-  std::conditional_t<kCount * sizeof(T) == sizeof(uint4), uint4, uint2> words;
-
-  __device__ T& operator[](int k) { return reinterpret_cast<T*>(&words)[k]; }
-  __device__ T operator[](int k) const { return reinterpret_cast<const T*>(&words)[k]; }
-};
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-
-__device__ inline void narrow(float x, float& to) { to = x; }
-__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
-__device__ inline void narrow(float x, __half& to) { to = __float2half(x); }
 
 // CUDA's exp2f spends three more instructions on subnormal results, which are nothing next to a row's largest term.
 __device__ inline float exp2_flushed(float x) {
@@ -67,15 +46,6 @@ __device__ inline float maximum(float a, float b) {
   return result;
 #else
   return a > b || a != a ? a : b;
-#endif
-}
-
-// A product that the compiler fuses with no sum: a logit must be the same number wherever it is used.
-__device__ inline float product(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
 #endif
 }
 

@@ -69,6 +69,14 @@ def test_merging_reads_two_outputs_and_writes_one(dpo):
     assert merged.written == merged.calls * (2 * HIDDEN + 4 * HEADS) * every
 
 
+def test_fused_layers_are_counted_with_what_they_read_and_write(dpo):
+    rows = (DPO.prompt + 2 * ANSWER) * DPO.batch
+    gate = dpo.ours.by_operator["trl_fast::layer_gated_activation_backward"]
+    assert gate.calls == LAYERS and gate.moved == LAYERS * rows * MLP * 2 * 5
+    assert dpo.ours.flops == dpo.plain.flops and not any("layer_" in name for name in dpo.plain.by_operator)
+    assert dpo.ours.elementwise < dpo.plain.elementwise - LAYERS * rows * MLP * 2 * 5
+
+
 def test_waits_are_named_by_the_place_in_the_source(dpo):
     assert any(place.startswith("trl/trainer/dpo_trainer.py:") for place in dpo.trl.waits)
     assert all(not place.startswith(("torch/", "benchmarks/")) for place in (*dpo.trl.waits, *dpo.ours.waits))

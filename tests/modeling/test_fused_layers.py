@@ -305,7 +305,7 @@ def test_norms_in_float32_of_a_model_in_bfloat16():
     ("family", "device", "message"),
     [
         ("gpt2", "cpu", "fused_layers=True: nothing of GPT2LMHeadModel can be fused: the code of its norms"),
-        ("llama", "cuda", "can be fused: there is no triton kernel of it, only one in C..; leave it out"),
+        ("llama", "mps", "can be fused: Triton kernels need a CUDA device, not mps; leave it out"),
     ],
 )
 def test_refused(family, device, message):

@@ -233,11 +233,22 @@ def interpreted(kernel: JITFunction) -> interpreter.InterpretedFunction:
 @contextlib.contextmanager
 def interpreted_kernels(**options: Any) -> Iterator[None]:
     """Runs the launchers of all kernels but those of losses interpreted, on CPU tensors."""
-    from trl_fast.kernels import attention_merge, divergence_kernels, linear_scores, row_kernels
+    from trl_fast.kernels import (
+        attention_merge,
+        divergence_kernels,
+        layer_kernels,
+        linear_scores,
+        rotary_kernels,
+        row_kernels,
+    )
 
     kernels = [(row_kernels, name) for name in ("row_scores_kernel", "row_grad_kernel", "row_grad_packed_kernel")]
     kernels += [(linear_scores, name) for name in ("linear_scores_kernel", "merge_tiles_kernel")]
     kernels += [(attention_merge, "merge_kernel"), (divergence_kernels, "row_divergence_kernel")]
+    layers = ("norm_kernel", "norm_backward_kernel", "gate_kernel", "gate_backward_kernel")
+    kernels += [(layer_kernels, name) for name in layers]
+    heads = ("rotary_kernel", "norm_rotary_kernel", "norm_rotary_backward_kernel")
+    kernels += [(rotary_kernels, name) for name in heads]
     with interpreter_repaired(**options), _Patches() as patches:
         for module, name in kernels:
             patches.set(module, name, interpreted(getattr(module, name)))

@@ -31,7 +31,7 @@ TRITON_OPS = ("attention_merge",)
 HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
 # The second is made of the head's row kernels.
 DIVERGENCE_OPS = ("linear_divergence", "linear_divergence_to_given")
-# Ops of a transformer's layers, which have a C++ kernel and PyTorch.
+# Ops of a transformer's layers.
 LAYER_OPS = ("rms_norm", "residual_rms_norm", "gated_activation", "rotary", "qk_norm_rotary", "embedding")
 OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS, *LAYER_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
@@ -97,7 +97,10 @@ def _register_fakes() -> None:
     def writes_to_arguments(*args: object) -> None:
         """Returns nothing: such an op has no result of its own."""
 
-    for name in ("row_scores", "row_weights", "row_scores_packed", "row_grad_packed", "row_grad", "row_divergence"):
+    rows = ("scores", "weights", "scores_packed", "grad_packed", "grad", "divergence")
+    layers = ("rms_norm", "rms_norm_backward", "gated_activation", "gated_activation_backward")
+    layers += ("rotary", "norm_rotary", "norm_rotary_backward")
+    for name in (*(f"row_{name}" for name in rows), *(f"layer_{name}" for name in layers)):
         torch.library.register_fake(f"trl_fast::{name}", writes_to_arguments)
 
     @torch.library.register_fake("trl_fast::pooled_empty")
@@ -211,7 +214,7 @@ def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, form
         return Support(True, "pure PyTorch, always there")
     if op in TRITON_OPS and backend != "triton":
         return Support(False, f"there is no {backend} kernel, only one in Triton")
-    if op in LAYER_OPS and backend != "cpp":
+    if op == "embedding" and backend in ("cuda", "triton"):
         return Support(False, f"there is no {backend} kernel of it, only one in C++")
     if op == "linear_divergence" and backend not in _divergence_backends():
         return Support(False, f"there is no {backend} kernel of it")

@@ -16,13 +16,14 @@ from ..backends import choose_backend
 from ..device import device_facts
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
+from .kernels import by_kernels, layer_kernel
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# The numbers are those of `Activation` in csrc/cpu/layer_kernels.h: the place in this table.
+# The numbers are those of `Activation` in csrc/layer_types.h: the place in this table.
 _FORWARD_OF: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": _gelu_tanh,
@@ -48,15 +49,15 @@ def _as_matrices(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return rows if alike else [t.contiguous() for t in rows]
 
 
-def _forward_in_cpp(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+def _forward_by_kernel(backend: str, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     out = reused_empty(gate.shape, gate.dtype, gate.device)
     rows = _as_matrices(gate, up)
-    torch.ops.trl_fast.layer_gated_activation(*rows, ACTIVATIONS.index(activation), out.view(rows[0].shape))
+    layer_kernel("gated_activation", backend)(*rows, ACTIVATIONS.index(activation), out.view(rows[0].shape))
     return out
 
 
 # By backend: (gate, up, activation) to the product.
-FORWARD = {"torch": _forward_in_torch, "cpp": _forward_in_cpp}
+FORWARD = {"torch": _forward_in_torch, **by_kernels(_forward_by_kernel)}
 
 
 @torch.library.custom_op("trl_fast::gated_activation", mutates_args=())
@@ -82,7 +83,8 @@ def _backward_in_torch(
     grad_up.copy_(grad * _FORWARD_OF[activation](gate))
 
 
-def _backward_in_cpp(
+def _backward_by_kernel(
+    backend: str,
     grad: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -93,13 +95,13 @@ def _backward_in_cpp(
     given = _as_matrices(gate, up)
     shape = given[0].shape
     outs = grad_gate.view(shape), grad_up.view(shape)
-    torch.ops.trl_fast.layer_gated_activation_backward(
+    layer_kernel("gated_activation_backward", backend)(
         grad.reshape(shape).contiguous(), *given, ACTIVATIONS.index(activation), *outs
     )
 
 
 # By backend: (grad, gate, up, activation, grad_gate, grad_up), of which the last two are written.
-BACKWARD = {"torch": _backward_in_torch, "cpp": _backward_in_cpp}
+BACKWARD = {"torch": _backward_in_torch, **by_kernels(_backward_by_kernel)}
 
 
 @torch.library.custom_op("trl_fast::gated_activation_backward", mutates_args=())
@@ -144,7 +146,7 @@ def gated_activation(
     Args:
         gate: any shape, strides and float dtype; up: the same shape and dtype.
         activation: "silu", "gelu_tanh" (the approximation by tanh) or "gelu".
-        backend: "cpp" or "torch"; None: the first that serves.
+        backend: one of `backends.BACKENDS`; None: the first that serves.
 
     Returns:
         The product, shape and dtype of gate, contiguous; differentiable by both, once.

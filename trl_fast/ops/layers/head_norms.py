@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .kernels import by_kernels, layer_kernel, new_partials
 from .norm_casts import NORM_CASTS, norm_backward_reference, norm_reference
 from .rotations import PAIRS, room_by_tokens, turn_reference, with_contiguous_rows
 
@@ -51,13 +52,31 @@ def _side_by_side(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _forward_in_cpp(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, cast: str, cos: torch.Tensor, sin: torch.Tensor, *way: Any
+def _has_kernel(backend: str, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Tells whether one kernel normalises and turns; those on GPUs have no norm of all heads of a token."""
+    return backend == "cpp" or len(weight) == x.shape[3]
+
+
+def _forward_by_kernel(
+    backend: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cast: str,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *way: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, rstd = room_by_tokens(x), new_rstd(x, weight)
-    angles = with_contiguous_rows(cos, sin)
-    norm = (_side_by_side(x, weight), weight.contiguous(), eps, NORM_CASTS.index(cast))
-    torch.ops.trl_fast.layer_norm_rotary(*norm, *angles, PAIRS.index(way[0]), *way[1:], out, rstd)
+    turn = (*with_contiguous_rows(cos, sin), PAIRS.index(way[0]), *way[1:])
+    x, weight, number = _side_by_side(x, weight), weight.contiguous(), NORM_CASTS.index(cast)
+    if _has_kernel(backend, x, weight):
+        layer_kernel("norm_rotary", backend)(x, weight, eps, number, *turn, out, rstd)
+    else:
+        rows = _by_norms(x, weight)
+        normed = torch.empty_like(rows)
+        layer_kernel("rms_norm", backend)(rows, None, weight, eps, number, normed, None, rstd)
+        layer_kernel("rotary", backend)(_by_heads(normed, x), *turn, False, out)
     return out, rstd
 
 
@@ -75,7 +94,8 @@ def _backward_in_torch(
     return room_by_tokens(x).copy_(_by_heads(by_x, x)), by_weight if needs_weight else None
 
 
-def _backward_in_cpp(
+def _backward_by_kernel(
+    backend: str,
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -88,14 +108,22 @@ def _backward_in_cpp(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     out = room_by_tokens(x)
     blocks = (x.shape[0] * x.shape[2] + _TOKENS_A_BLOCK - 1) // _TOKENS_A_BLOCK
-    partials = x.new_empty(blocks, len(weight), dtype=torch.float32) if needs_weight else None
+    partials = new_partials(backend, x, len(weight), len(rstd), blocks) if needs_weight else None
     grad, *angles = with_contiguous_rows(grad, cos, sin)
-    norm = (grad, _side_by_side(x, weight), weight.contiguous(), rstd, NORM_CASTS.index(cast))
-    torch.ops.trl_fast.layer_norm_rotary_backward(*norm, *angles, PAIRS.index(way[0]), *way[1:], out, partials)
+    turn = (*angles, PAIRS.index(way[0]), *way[1:])
+    x, weight, number = _side_by_side(x, weight), weight.contiguous(), NORM_CASTS.index(cast)
+    if _has_kernel(backend, x, weight):
+        layer_kernel("norm_rotary_backward", backend)(grad, x, weight, rstd, number, *turn, out, partials)
+    else:
+        turned = room_by_tokens(x)
+        layer_kernel("rotary", backend)(grad, *turn, True, turned)
+        rows = (_by_norms(turned, weight), None, _by_norms(x, weight))
+        by_rows = _by_norms(out, weight)
+        layer_kernel("rms_norm_backward", backend)(*rows, weight, rstd, number, by_rows, partials)
     return out, None if partials is None else partials.sum(0).to(x.dtype)
 
 
 # By backend: (x, weight, eps, cast, cos, sin, pairs, one_angle_a_pair, upcast) to the heads and rstd; and
 # (grad, x, weight, rstd, cast, needs_weight, cos, sin, pairs, one_angle_a_pair, upcast) to the gradients.
-FORWARD = {"torch": _forward_in_torch, "cpp": _forward_in_cpp}
-BACKWARD = {"torch": _backward_in_torch, "cpp": _backward_in_cpp}
+FORWARD = {"torch": _forward_in_torch, **by_kernels(_forward_by_kernel)}
+BACKWARD = {"torch": _backward_in_torch, **by_kernels(_backward_by_kernel)}

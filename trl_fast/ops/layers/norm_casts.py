@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 
 NormCast = Literal["llama", "gemma", "olmo"]
-# The numbers are those of `NormCast` in csrc/cpu/layer_kernels.h: the place in this table.
+# The numbers are those of `NormCast` in csrc/layer_types.h: the place in this table.
 NORM_CASTS: tuple[NormCast, ...] = get_args(NormCast)
 
 

@@ -14,6 +14,7 @@ from ..backends import choose_backend
 from ..device import device_facts
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
+from .kernels import by_kernels, layer_kernel
 from .norm_casts import NORM_CASTS, NormCast, check_norm, norm_reference
 from .rms_norm import rms_norm_backward
 
@@ -26,17 +27,17 @@ def _in_torch(
     return y, total, rstd
 
 
-def _in_cpp(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, cast: str
+def _by_kernel(
+    backend: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, cast: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, total = (reused_empty(x.shape, x.dtype, x.device) for _ in range(2))
     rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     weight = None if weight is None else weight.contiguous()
-    torch.ops.trl_fast.layer_rms_norm(x, residual, weight, eps, NORM_CASTS.index(cast), y, total, rstd)
+    layer_kernel("rms_norm", backend)(x, residual, weight, eps, NORM_CASTS.index(cast), y, total, rstd)
     return y, total, rstd
 
 
-_FORWARD = {"torch": _in_torch, "cpp": _in_cpp}
+_FORWARD = {"torch": _in_torch, **by_kernels(_by_kernel)}
 
 
 @torch.library.custom_op("trl_fast::residual_rms_norm", mutates_args=())

@@ -13,6 +13,7 @@ from ..backends import choose_backend
 from ..device import device_facts
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
+from .kernels import by_kernels, layer_kernel, new_partials
 from .norm_casts import NORM_CASTS, NormCast, check_norm, norm_backward_reference, norm_reference
 
 # Rows whose gradients by the weight the C++ kernel sums into one row (kNormBlock of csrc/cpu/layer_kernels.h).
@@ -26,16 +27,16 @@ def _norm_in_torch(
     return y.contiguous(), rstd
 
 
-def _norm_in_cpp(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, cast: str
+def _norm_by_kernel(
+    backend: str, x: torch.Tensor, weight: torch.Tensor | None, eps: float, cast: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, rstd = reused_empty(x.shape, x.dtype, x.device), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     weight = None if weight is None else weight.contiguous()
-    torch.ops.trl_fast.layer_rms_norm(x, None, weight, eps, NORM_CASTS.index(cast), y, None, rstd)
+    layer_kernel("rms_norm", backend)(x, None, weight, eps, NORM_CASTS.index(cast), y, None, rstd)
     return y, rstd
 
 
-_FORWARD = {"torch": _norm_in_torch, "cpp": _norm_in_cpp}
+_FORWARD = {"torch": _norm_in_torch, **by_kernels(_norm_by_kernel)}
 
 
 @torch.library.custom_op("trl_fast::rms_norm", mutates_args=())
@@ -68,7 +69,8 @@ def _backward_in_torch(
     return by_x.contiguous() if needs_x else None, by_weight if needs_weight else None
 
 
-def _backward_in_cpp(
+def _backward_by_kernel(
+    backend: str,
     grad: torch.Tensor,
     grad_sum: torch.Tensor | None,
     x: torch.Tensor,
@@ -80,14 +82,14 @@ def _backward_in_cpp(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     grad_x = reused_empty(x.shape, x.dtype, x.device) if needs_x else None
     blocks = (len(rstd) + _ROWS_A_BLOCK - 1) // _ROWS_A_BLOCK
-    partials = x.new_empty(blocks, x.shape[-1], dtype=torch.float32) if needs_weight else None
+    partials = new_partials(backend, x, x.shape[-1], len(rstd), blocks) if needs_weight else None
     weight = None if weight is None else weight.contiguous()
     number = NORM_CASTS.index(cast)
-    torch.ops.trl_fast.layer_rms_norm_backward(grad, grad_sum, x, weight, rstd, number, grad_x, partials)
+    layer_kernel("rms_norm_backward", backend)(grad, grad_sum, x, weight, rstd, number, grad_x, partials)
     return grad_x, None if partials is None else partials.sum(0).to(x.dtype)
 
 
-_BACKWARD = {"torch": _backward_in_torch, "cpp": _backward_in_cpp}
+_BACKWARD = {"torch": _backward_in_torch, **by_kernels(_backward_by_kernel)}
 
 
 @torch.library.custom_op("trl_fast::rms_norm_backward", mutates_args=())
@@ -164,7 +166,7 @@ def rms_norm(
         eps: added to the mean of the squares.
         cast: where is rounded, a family of `norm_casts.py`: "llama" rounds to the dtype before the product with the
             weight, "olmo" after it, and "gemma" after that with 1 + weight.
-        backend: "cpp" or "torch"; None: the first that serves.
+        backend: one of `backends.BACKENDS`; None: the first that serves.
 
     Returns:
         (..., H), dtype of x, contiguous; differentiable by x and weight, once.

@@ -12,6 +12,7 @@ import torch
 from ..backends import choose_backend
 from ..device import device_facts
 from ..named_gradients import AutogradContext
+from .kernels import by_kernels, layer_kernel
 from .rotations import (
     PAIRS,
     Pairs,
@@ -28,7 +29,8 @@ def _in_torch(x: torch.Tensor, *rotation: Any) -> torch.Tensor:
     return room_by_tokens(x).copy_(turn_reference(x, *rotation))
 
 
-def _in_cpp(
+def _by_kernel(
+    backend: str,
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -40,11 +42,11 @@ def _in_cpp(
     out = room_by_tokens(x)
     number = PAIRS.index(pairs)
     given = with_contiguous_rows(x, cos, sin)
-    torch.ops.trl_fast.layer_rotary(*given, number, one_angle_a_pair, upcast, is_backward, out)
+    layer_kernel("rotary", backend)(*given, number, one_angle_a_pair, upcast, is_backward, out)
     return out
 
 
-_TURN = {"torch": _in_torch, "cpp": _in_cpp}
+_TURN = {"torch": _in_torch, **by_kernels(_by_kernel)}
 
 
 @torch.library.custom_op("trl_fast::rotary", mutates_args=())
@@ -122,7 +124,7 @@ def rotary(
             Cohere, ERNIE); "adjacent_to_halves", these, and they come out as halves (DeepSeek-V3).
         one_angle_a_pair: cos and sin are (B or 1, T, R / 2).
         upcast: computes in float32 and rounds once (Cohere, OLMo); cos and sin may then be float32.
-        backend: "cpp" or "torch"; None: the first that serves.
+        backend: one of `backends.BACKENDS`; None: the first that serves.
 
     Returns:
         Query and key turned (None without key), views of contiguous (B, T, heads, D); differentiable by both.

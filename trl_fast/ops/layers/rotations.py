@@ -13,7 +13,7 @@ import torch
 from ..memory_pool import reused_empty
 
 Pairs = Literal["halves", "adjacent", "adjacent_to_halves"]
-# The numbers are those of `Pairs` in csrc/cpu/layer_kernels.h: the place in this table.
+# The numbers are those of `Pairs` in csrc/layer_types.h: the place in this table.
 PAIRS: tuple[Pairs, ...] = get_args(Pairs)
 
 
