@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from tests.support.models import tiny_model
 from trl_fast.modeling.memory_budgets import default_activation_budget, head_workspace
@@ -89,8 +90,9 @@ def test_an_mlp_in_tiles_leaves_the_head_no_more_than_tiles_of_logits(model):
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
-        (8, 8 * 384 * KIB),
-        (8192, GIB),
+        (8, 8 * 576 * KIB),
+        (4096, 4096 * 576 * KIB),
+        (8192, 4096 * 576 * KIB),
         # TRL's tiles of logits grow no more, a layer in backward does.
         (24576, 4096 * 960 * KIB - 24576 * 6 * (MLP + HIDDEN) * 4),
         (1 << 20, 0),
@@ -101,6 +103,13 @@ def test_results_that_stay_on_a_cpu_grow_with_the_tokens_while_a_layer_is_small(
     assert default_activation_budget(model, hidden) == expected
     with simulated_device(GPU):
         assert default_activation_budget(model, hidden) == 0
+
+
+def test_where_no_head_reads_the_vocabulary_less_stays(model):
+    classifier = AutoModelForSequenceClassification.from_config(model.config)
+    for tokens, expected in ((8, 8 * 384 * KIB), (8192, GIB)):
+        hidden = torch.empty(1).expand(1, tokens, HIDDEN)
+        assert default_activation_budget(classifier, hidden) == expected
 
 
 def test_layers_of_16_bits_and_mlps_in_tiles_leave_more_room_for_results(model):

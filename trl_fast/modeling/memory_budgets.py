@@ -24,6 +24,7 @@ TILED_LAYERS = "tiled layers"
 _TILE_ROWS_OF_TRL, _TILE_COLUMNS_OF_TRL = 4096, 32768
 _ROW_BYTES_OF_TRL_ON_CPU = 960 << 10
 _ROW_BYTES_ON_CPU, _ROW_BYTES_ON_GPU = 384 << 10, 56 << 10
+_KEPT_ROW_BYTES_ON_CPU = _ROW_BYTES_OF_TRL_ON_CPU - _ROW_BYTES_ON_CPU
 # With more, a frozen head is no faster, and neither is a trained one.
 _MOST_BYTES, _MOST_TRAINED_BYTES = 1 << 30, 8 << 30
 # Rows of float32 logits that a workspace has room for, however few rows are scored.
@@ -87,7 +88,8 @@ def default_activation_budget(model: PreTrainedModel, hidden: torch.Tensor) -> i
 
     On GPUs none: there only what is free is spent. On a CPU no more than what TRL's tiles of logits take above a layer
     in backward, beside which the results are still kept: six intermediate results of its MLP, and of the hidden size
-    six more than stand beside the tiles.
+    six more than stand beside the tiles; and no more than the head's workspace leaves of them. Where TRL has no tiles,
+    because no head reads the vocabulary, as much as that workspace would have been.
 
     hidden: the first layer's hidden states (B, T, H); Gemma 3n has several of them (A, B, T, H).
     """
@@ -100,4 +102,6 @@ def default_activation_budget(model: PreTrainedModel, hidden: torch.Tensor) -> i
     above = (
         min(tokens, _TILE_ROWS_OF_TRL) * _ROW_BYTES_OF_TRL_ON_CPU - tokens * 6 * (mlp + hidden_size) * dtype.itemsize
     )
-    return max(0, min(tokens * _ROW_BYTES_ON_CPU, _MOST_BYTES, above))
+    if model.get_output_embeddings() is None:
+        return max(0, min(tokens * _ROW_BYTES_ON_CPU, _MOST_BYTES, above))
+    return max(0, min(min(tokens, _TILE_ROWS_OF_TRL) * _KEPT_ROW_BYTES_ON_CPU, above))
