@@ -19,9 +19,11 @@ _KINDS = {
     "attention": r"attention|_TreeAttention",
     "optimizer": r"adam|foreach|linalg_vector_norm|Optimizer",
     "products": r"::(mm|addmm_?|bmm|baddbmm|_linear_pointwise|((upcast|lora)_)?linear|product)(_backward)?$",
+    "copies, fills, pages": (
+        r"::(copy_|fill_|zero_|cat|clone|_to_copy|embedding_dense_backward|index_select|gather|pooled_empty)$"
+    ),
     "row kernels": r"trl_fast::(row|linear|selective|policy|pair|sparse)_",
     "layer kernels": r"trl_fast::",
-    "copies and fills": r"::(copy_|fill_|zero_|cat|clone|_to_copy|embedding_dense_backward|index_select|gather)$",
     "host": (
         r"^(?!\w+::)|autograd::|PythonDispatchMode|::(empty\w*|view|as_strided|slice|transpose|t|reshape|expand|select"
         r"|unsqueeze|squeeze|detach\w*|resize_\w*|alias|result_type|to|narrow|split\w*|permute|contiguous|set_data|item"

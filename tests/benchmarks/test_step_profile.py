@@ -19,7 +19,7 @@ KINDS = {
     "row kernels": ("trl_fast::row_scores", "trl_fast::linear_scores", "trl_fast::selective_scores_backward"),
     "layer kernels": ("trl_fast::rms_norm", "trl_fast::residual_rms_norm", "trl_fast::rotary", "trl_fast::embedding"),
     "optimizer": ("aten::_fused_adamw_", "aten::linalg_vector_norm", "aten::_foreach_mul_"),
-    "copies and fills": ("aten::copy_", "aten::fill_", "aten::cat"),
+    "copies, fills, pages": ("aten::copy_", "aten::fill_", "aten::cat", "trl_fast::pooled_empty"),
     "elementwise": ("aten::mul", "aten::add_", "aten::silu_backward"),
     "host": ("aten::view", "aten::empty", "PythonDispatchMode", "autograd::engine::evaluate_function: MmBackward0"),
 }
