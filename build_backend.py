@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent
 PURE = "TRL_FAST_PURE"
 SETUPTOOLS = 77
+CUTLASS_PATH, CUTLASS_HEADER = "CUTLASS_PATH", "cutlass/cutlass.h"
 # Folders of the environments that uv and build make for a build.
 ISOLATED = ("*/builds-v0/.tmp*", "*/build-env-*")
 NEEDED = f"torch ninja 'setuptools>={SETUPTOOLS}'"
@@ -74,6 +75,36 @@ def has_torch() -> bool:
     """Says whether torch can be imported."""
     importlib.invalidate_caches()
     return importlib.util.find_spec("torch") is not None
+
+
+def find_cutlass() -> str | None:
+    """Returns the folder of CUTLASS's headers: that of CUTLASS_PATH, a source tree, or of the package from pip."""
+    if asked := os.environ.get(CUTLASS_PATH):
+        folders = (Path(asked, "include"), Path(asked))
+        return next((str(folder) for folder in folders if (folder / CUTLASS_HEADER).exists()), None)
+    try:
+        files = importlib.metadata.files("nvidia-cutlass") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    header = next((file for file in files if file.as_posix().endswith(f"include/{CUTLASS_HEADER}")), None)
+    return str(Path(str(header.locate())).parents[1]) if header else None
+
+
+def why_no_cutlass(cutlass: str | None) -> str:
+    """Returns why there will be no kernel made with CUTLASS; empty if nothing is missing."""
+    if cutlass:
+        return ""
+    if asked := os.environ.get(CUTLASS_PATH):
+        return f"there is no {CUTLASS_HEADER} in {CUTLASS_PATH}={asked}"
+    return "its headers were not found (`pip install nvidia-cutlass`, or set CUTLASS_PATH)"
+
+
+def cutlass_flags(cutlass: str) -> list[str]:
+    """Returns what nvcc needs for a source that includes the CUTLASS of a folder.
+
+    Its asserts would be calls, and with calls between them the tensor cores' instructions wait for each other.
+    """
+    return ["-DNDEBUG", "--expt-relaxed-constexpr", f"-isystem{cutlass}"]
 
 
 def torch_release() -> str:

@@ -4,7 +4,9 @@ Nothing is left out silently. What fails to compile ends the build with one line
 works. TRL_FAST_PURE=1 asks for the package in plain PyTorch. The CUDA part is compiled where torch is built with CUDA
 and a whole toolkit of that version is found; elsewhere Triton's kernels serve a GPU, and `trl-fast env` says so.
 TRL_FAST_CUDA=1, or a CUDA_HOME that was set, asks for it: then it is an error that it cannot be built. TRL_FAST_CUDA=0
-leaves it out. TRL_FAST_NAMED_WHEEL=1 (`make wheel`) puts the torch into the version: 0.1.0+torch2.13.cpu.
+leaves it out. One kernel of it, for Hopper's GPUs, needs CUTLASS's headers: those of CUTLASS_PATH, or of the package
+nvidia-cutlass; without them it is left out. TRL_FAST_NAMED_WHEEL=1 (`make wheel`) puts the torch into the version:
+0.1.0+torch2.13.cpu.
 """
 
 from __future__ import annotations
@@ -27,7 +29,18 @@ from typing import Any
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-from build_backend import PURE, asked_for, install_command, no_torch, requirements, stop, torch_release
+from build_backend import (
+    PURE,
+    asked_for,
+    cutlass_flags,
+    find_cutlass,
+    install_command,
+    no_torch,
+    requirements,
+    stop,
+    torch_release,
+    why_no_cutlass,
+)
 
 ROOT = Path(__file__).parent
 # Kernel sources, compiled once per instruction set; the running CPU decides which is called.
@@ -50,7 +63,9 @@ ISA_FLAGS = {
 # The GPUs that CUDA sources are compiled for, unless TORCH_CUDA_ARCH_LIST asks for others.
 CUDA_TARGETS = ("80", "90", "100")
 # Sources that serve the instructions of some GPUs only, such as {"name_of_file": ("90a",)}: for these GPUs always.
-CUDA_TARGETS_OF_SOURCE: dict[str, tuple[str, ...]] = {}
+CUDA_TARGETS_OF_SOURCE: dict[str, tuple[str, ...]] = {"fused_scores_sm90": ("90a",)}
+# Those of them that include CUTLASS.
+CUTLASS_SOURCES = ("fused_scores_sm90",)
 # Without these nothing of CUDA compiles; an nvcc that is a wrapper outside its toolkit has none beside it.
 CUDA_HEADERS = ("cuda_runtime.h", "crt/host_config.h")
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-fno-math-errno"]
@@ -152,15 +167,20 @@ def cuda_arch_flags(known: str) -> list[str]:
     return machine_code_flags(targets) + newest
 
 
-def compile_for_some_gpus(cuda_home: str, build_dir: Path) -> list[str]:
+def compile_for_some_gpus(cuda_home: str, build_dir: Path, cutlass: str | None = None) -> list[str]:
     """Compiles the sources of CUDA_TARGETS_OF_SOURCE, each for its own GPUs; returns their object files.
 
-    torch compiles all sources of an extension with the same flags.
+    torch compiles all sources of an extension with the same flags. cutlass: the folder of its headers; without it,
+    sources that need them are left out.
     """
     build_dir.mkdir(parents=True, exist_ok=True)
     objects, commands = [], []
     for name, targets in CUDA_TARGETS_OF_SOURCE.items():
         flags = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC", *machine_code_flags(targets), f"-I{ROOT / 'csrc'}"]
+        if name in CUTLASS_SOURCES:
+            if cutlass is None:
+                continue
+            flags += cutlass_flags(cutlass)
         source, target = ROOT / "csrc" / "cuda" / f"{name}.cu", build_dir / f"{name}.o"
         commands.append([str(Path(cuda_home, "bin", "nvcc")), *flags, "-c", str(source), "-o", str(target)])
         objects.append(str(target))
@@ -206,8 +226,8 @@ def pip_cuda_includes() -> list[str]:
     return [str(path) for path in sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))]
 
 
-def make_extension(objects: list[str], cuda_home: str | None) -> Extension:
-    """Describes the extension, with the CUDA part if a toolkit is given."""
+def make_extension(objects: list[str], cuda_home: str | None, cutlass: str | None = None) -> Extension:
+    """Describes the extension, with the CUDA part if a toolkit is given, and of it what needs CUTLASS if that is."""
     from torch.utils import cpp_extension
 
     # torch takes the folder of the first nvcc in PATH, which may be a wrapper.
@@ -216,7 +236,8 @@ def make_extension(objects: list[str], cuda_home: str | None) -> Extension:
     kind = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
     cxx_flags = COMMON_FLAGS + parallel_flags(compiler())
     isas = instruction_sets(platform.machine())
-    macros = [(f"TRL_FAST_HAS_{isa}", "1") for isa in isas] + ([("TRL_FAST_HAS_CUDA", "1")] if cuda_home else [])
+    parts = [*isas, *(["CUDA"] if cuda_home else []), *(["CUTLASS"] if cuda_home and cutlass else [])]
+    macros = [(f"TRL_FAST_HAS_{part}", "1") for part in parts]
     return kind(
         name="trl_fast._C",
         sources=sources + (cuda_sources() if cuda_home else []),
@@ -348,16 +369,20 @@ class CompileKernels(build_ext):
             stop_without_cuda(failure, cuda_home, torch_cuda)
         if failure:
             stop_without_extension(failure)
-        built = None if missing else torch_cuda
-        return {"torch": torch_release(), "cuda": built, "missing": {"cuda": missing} if missing else {}}
+        if missing:
+            return {"torch": torch_release(), "cuda": None, "missing": {"cuda": missing}}
+        without_cutlass = why_no_cutlass(find_cutlass())
+        left_out = {"cutlass": without_cutlass} if without_cutlass else {}
+        return {"torch": torch_release(), "cuda": torch_cuda, "missing": left_out}
 
     def compile_and_link(self, objects: list[str], cuda_home: str | None) -> None:
         """Builds the extension, with its CUDA part if a toolkit is given."""
         from torch.utils.cpp_extension import BuildExtension
 
+        cutlass = find_cutlass() if cuda_home else None
         if cuda_home:
-            objects = objects + compile_for_some_gpus(cuda_home, Path(self.build_temp).resolve() / "cuda")
-        self.distribution.ext_modules = [make_extension(objects, cuda_home)]
+            objects = objects + compile_for_some_gpus(cuda_home, Path(self.build_temp).resolve() / "cuda", cutlass)
+        self.distribution.ext_modules = [make_extension(objects, cuda_home, cutlass)]
         command = BuildExtension(self.distribution, use_ninja=True)
         command.inplace = self.inplace
         command.ensure_finalized()

@@ -10,11 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_backend import cutlass_flags, find_cutlass
+
 from .gpu_machine_code import MachineCode, Resources, read_cubin, resources_of
 
 SOURCES = Path(__file__).parents[1] / "csrc"
-# Every kernel has blocks of 256 threads. A thread of row_scores has so many columns of a chunk; one of row_grad takes
-# so many packs of sixteen bytes, or shares of packed chunks, at once.
+# Made with CUTLASS, for one target; its blocks are three warpgroups.
+CUTLASS_SOURCE, CUTLASS_TARGET, CUTLASS_WARPS = "fused_scores_sm90", 90, 12
+# What its speed rests on: products, loads by TMA, and registers that move from the loading warps to the others.
+CUTLASS_DETAILS = ("HGMMA", "UTMALDG", "USETMAXREG")
+# Every other kernel has blocks of 256 threads. A thread of row_scores has so many columns of a chunk; one of row_grad
+# takes so many packs of sixteen bytes, or shares of packed chunks, at once.
 NUM_WARPS, SHARE, BATCH = 8, 8, 2
 # Loads of values that belong to a row of row_grad, its packed form's index and largest logits of chunks among them.
 # row_scores has a loop, where there are none.
@@ -62,6 +68,8 @@ def find_nvcc() -> str | None:
 
 def _label(mangled: str, name: str) -> tuple[str, bool]:
     """Returns a kernel's name for people, and whether it is shown."""
+    if name == "fused_scores":
+        return f"{name} {'bf16' if 'bfloat16_t' in mangled else 'fp16'}", True
     if divergence := re.search(_DIVERGENCE, mangled):
         kind, plain = divergence.groups()
         return f"{name} {_DIVERGENCES[int(kind)]}, {'plain' if plain == '1' else 'bias, softcap'}", True
@@ -84,9 +92,10 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
 def _least_bytes(label: str, code: MachineCode) -> int:
     """Returns the least bytes that a thread moves: logits read and gradients written; for tokens, as in _TOKENS.
 
-    0 for row_divergence: a loop of it writes gradients of three dtypes, of which one is asked for.
+    0 for row_divergence: a loop of it writes gradients of three dtypes, of which one is asked for. And for what moves
+    no logits of its own, or these as one of several things.
     """
-    if label.startswith("row_divergence"):
+    if label.startswith(("row_divergence", "fused_scores", "merge_parts")):
         return 0
     if label in _TOKENS:
         once, each = _TOKENS[label]
@@ -100,6 +109,15 @@ def _least_bytes(label: str, code: MachineCode) -> int:
     return BATCH * (16 + (8 if " to " in label else 16))
 
 
+def _targets(source: Path, target: int) -> list[str] | None:
+    """Returns nvcc's flags for a source and a target; None if it is for another one, or CUTLASS is not here."""
+    if source.stem != CUTLASS_SOURCE:
+        return [f"-arch=sm_{target}"]
+    cutlass = find_cutlass() if target == CUTLASS_TARGET else None
+    arch = f"-gencode=arch=compute_{target}a,code=sm_{target}a"
+    return [arch, "-std=c++20", *cutlass_flags(cutlass)] if cutlass else None
+
+
 def compile_cuda_kernels(nvcc: str, target: int, sources: str = "*.cu") -> Iterator[CudaKernel]:
     """Compiles every kernel of csrc/cuda for sm_`target`; sources: pattern of the names of its files.
 
@@ -107,16 +125,27 @@ def compile_cuda_kernels(nvcc: str, target: int, sources: str = "*.cu") -> Itera
         subprocess.CalledProcessError: nvcc failed; its messages are on the terminal.
     """
     for source in sorted((SOURCES / "cuda").glob(sources)):
+        flags = _targets(source, target)
+        if flags is None:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "kernels.cubin")
-            command = [nvcc, "-O3", f"-I{SOURCES}", "-cubin", f"-arch=sm_{target}", str(source), "-o", str(path)]
+            command = [nvcc, "-O3", f"-I{SOURCES}", "-cubin", *flags, str(source), "-o", str(path)]
             subprocess.run(command, check=True)
             code = read_cubin(path.read_bytes(), target)
         for mangled, function in sorted(code.items()):
-            name = re.search(_NAME, mangled).group(1)
-            label, shown = _label(mangled, name)
-            packed_grad = label.startswith("row_grad_packed")
-            scalar_loads = PACKED_GRAD_SCALAR_LOADS if packed_grad else GRAD_SCALAR_LOADS
-            scalar_loads = None if label in _TOKENS else scalar_loads
-            found = resources_of(function, function.shared_bytes, NUM_WARPS, target, scalar_loads)
-            yield CudaKernel(label, shown, _least_bytes(label, function), found)
+            yield _cuda_kernel(mangled, function, target)
+
+
+def _cuda_kernel(mangled: str, function: MachineCode, target: int) -> CudaKernel:
+    """Returns what is said of a compiled kernel."""
+    name = re.search(_NAME, mangled)[1]
+    label, shown = _label(mangled, name)
+    packed_grad = label.startswith("row_grad_packed")
+    scalar_loads = PACKED_GRAD_SCALAR_LOADS if packed_grad else GRAD_SCALAR_LOADS
+    scalar_loads = None if label in _TOKENS or name in ("fused_scores", "merge_parts") else scalar_loads
+    num_warps = CUTLASS_WARPS if name == "fused_scores" else NUM_WARPS
+    found = resources_of(function, function.shared_bytes, num_warps, target, scalar_loads)
+    if name == "fused_scores":
+        found.details.update({opcode: function.count(opcode) for opcode in CUTLASS_DETAILS})
+    return CudaKernel(label, shown, _least_bytes(label, function), found)

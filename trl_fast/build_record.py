@@ -21,7 +21,7 @@ class BuildRecord:
 
     - `torch`: the release of torch that was compiled against, such as "2.13"; None: nothing was compiled.
     - `cuda`: the CUDA of the part for GPUs, such as "13.0"; None: there is no such part.
-    - `missing`: why "extension" or "cuda" is missing.
+    - `missing`: why "extension", "cuda" or, of the latter, "cutlass" is missing.
     """
 
     torch: str | None = None
@@ -29,7 +29,7 @@ class BuildRecord:
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def why_missing(self, part: str) -> str:
-        """Returns why "extension" or "cuda" is missing."""
+        """Returns why "extension", "cuda" or "cutlass" is missing."""
         return self.missing.get(part, NO_RECORD)
 
 

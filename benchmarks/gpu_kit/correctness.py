@@ -7,6 +7,7 @@ float64, and one head whose logits are more than 2³¹.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
-from trl_fast.ops.head.fused_kernel import SlicedWeight, fused_tiles, score_rows_fused
+from trl_fast.ops.head.fused_kernel import FUSED_KERNELS, SlicedWeight, fused_tiles, score_rows_fused, tiles_of
 from trl_fast.ops.head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 from trl_fast.ops.head.sweep import finish_scores, new_state
 from trl_fast.settings.batch_layouts import PACKED, PADDED, SHARED_PREFIX
@@ -340,10 +341,12 @@ def check_layouts(device: torch.device) -> Iterator[Checked]:
 
 
 def check_fused_scores(device: torch.device, vocab: int = 32003, rows: int = 300) -> Iterator[Checked]:
-    """Checks log-probs and entropies of the fused kernel, which accumulates in float32."""
-    for dtype in (torch.bfloat16, torch.float16):
+    """Checks log-probs and entropies of the fused kernels, which accumulate in float32."""
+    if fused_tiles("triton", 128, torch.bfloat16, device) is None:
+        return
+    for kernel, dtype in itertools.product(FUSED_KERNELS, (torch.bfloat16, torch.float16)):
         problem = HeadProblem.random(rows, 128, vocab, dtype, device)
-        tiles = fused_tiles("triton", 128, dtype, device)
+        tiles, _ = tiles_of(kernel, device)
         if tiles is None:
             continue
         state = new_state(rows, device)
@@ -353,7 +356,7 @@ def check_fused_scores(device: torch.device, vocab: int = 32003, rows: int = 300
         logp = (problem.hidden.double() @ problem.weight.double().T).log_softmax(-1)
         chosen, entropy = logp.gather(1, problem.targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)
         for name, row, exact in (("log-probs", LOGPROB_ROW, chosen), ("entropies", ENTROPY_ROW, entropy)):
-            what = f"fused scores, {name}, {dtype}".replace("torch.", "")
+            what = f"fused scores, {kernel}, {name}, {dtype}".replace("torch.", "")
             yield Checked(what, relative_error(got[row], exact), TOLERANCE[torch.float32])
 
 

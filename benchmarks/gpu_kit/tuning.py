@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from trl_fast.ops import BACKENDS, supports
-from trl_fast.ops.head.fused_kernel import SlicedWeight, empty_packed, fused_tiles, score_rows_fused
+from trl_fast.ops.head.fused_kernel import SlicedWeight, empty_packed, fused_tiles, score_rows_fused, tiles_of
 from trl_fast.ops.head.kept_logits import CHUNK
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.ops.head.sweep import new_state
@@ -28,14 +28,15 @@ _COMPILING = 6
 
 
 def variants(device: torch.device) -> list:
-    """Returns configurations around the one that is used; none where the fused kernel does not serve."""
+    """Returns configurations around the one that is used, and that of CUTLASS; none where Triton's does not serve."""
     now = fused_tiles("triton", SIZES[0].hidden, torch.bfloat16, device)
     if now is None:
         return []
     changes = [{}, {"pieces": 4}, {"pieces": 2}, {"num_stages": 4}, {"pieces": 4, "num_stages": 4}, {"group": 4}]
     changes += [{"group": 16}, {"rows": 256, "columns": 128, "pieces": 4}, {"rows": 256, "columns": 128, "pieces": 2}]
     changes += [{"columns": 128, "num_warps": 4, "pieces": 4, "num_stages": 4}, {"depth": 128, "num_stages": 2}]
-    return [now._replace(**change) for change in changes]
+    made_with_cutlass, _ = tiles_of("cutlass", device)
+    return [*(now._replace(**change) for change in changes), *([made_with_cutlass] if made_with_cutlass else [])]
 
 
 def prepare(device: torch.device, tiny: bool) -> None:

@@ -68,6 +68,10 @@ def machine(setup_module, monkeypatch, tmp_path):
     for name in setup_module.CUDA_HEADERS:
         (cuda_home / "include" / name).parent.mkdir(parents=True, exist_ok=True)
         (cuda_home / "include" / name).touch()
+    header = tmp_path / "cutlass" / "include" / "cutlass" / "cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path / "cutlass"))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
@@ -130,6 +134,48 @@ def test_a_source_is_compiled_for_its_own_gpus(machine, setup_module, monkeypatc
     assert targets_of(machine.commands(), "cuda/loss_kernels.cu") == others
     (link,) = [line for line in machine.commands() if "-shared" in line]
     assert link.count("cuda/row_kernels.o") == 1 and link.count("cuda/loss_kernels.o") == 1
+
+
+def of_cutlass(machine) -> tuple[list[str], list[str], list[str]]:
+    """Returns the commands that compile its source, its bindings, and that link it."""
+    commands = machine.commands()
+    compiled = [line for line in commands if "cuda/fused_scores_sm90.cu" in line]
+    bindings = [line for line in commands if "cuda/fused_scores_bindings.cpp" in line and " -c " in line]
+    linked = [line for line in commands if "-shared" in line and "cuda/fused_scores_sm90.o" in line]
+    assert len(bindings) == 1
+    return compiled, bindings, linked
+
+
+def test_what_needs_cutlass_is_built_with_its_headers(machine, tmp_path):
+    assert machine.build() == WHOLE
+    (compiled,), (bindings,), (linked,) = of_cutlass(machine)
+    assert f"-isystem{tmp_path / 'cutlass' / 'include'}" in compiled and "-DNDEBUG" in compiled
+    assert targets_of([compiled], "fused_scores_sm90.cu") == {"sm_90a"}
+    assert "-DTRL_FAST_HAS_CUTLASS=1" in bindings
+
+
+def test_without_the_headers_of_cutlass_the_rest_is_built_and_it_is_on_record(machine, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUTLASS_PATH", str(tmp_path))
+    reason = f"there is no cutlass/cutlass.h in CUTLASS_PATH={tmp_path}"
+    assert machine.build() == {**WHOLE, "missing": {"cutlass": reason}} and machine.built()
+    compiled, (bindings,), linked = of_cutlass(machine)
+    assert compiled == linked == [] and "TRL_FAST_HAS_CUTLASS" not in bindings
+
+
+def test_cutlass_is_found_where_pip_put_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUTLASS_PATH", raising=False)
+    header = tmp_path / "cutlass_library" / "source" / "include" / "cutlass" / "cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    about = tmp_path / "nvidia_cutlass-4.2.0.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cutlass\nVersion: 4.2.0.0\n")
+    (about / "RECORD").write_text(f"{header.relative_to(tmp_path)},,\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert build_backend.find_cutlass() == str(header.parents[1])
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere")])
+    assert build_backend.find_cutlass() is None
+    assert "pip install nvidia-cutlass" in build_backend.why_no_cutlass(None)
 
 
 def test_a_source_that_fails_for_its_own_gpus_ends_the_build(machine, setup_module, monkeypatch):

@@ -56,6 +56,7 @@ def binary_parts() -> list[tuple[str, str]]:
     """Returns (name, value) of the compiled extension and of the Triton kernels, with the files they come from."""
     from trl_fast.build_record import read_build_record
     from trl_fast.ops.backends import load_extension
+    from trl_fast.ops.head.cutlass_scores import cutlass_is_built
 
     rows, record = [], read_build_record()
     spec = importlib.util.find_spec("trl_fast._C")
@@ -70,6 +71,8 @@ def binary_parts() -> list[tuple[str, str]]:
             rows += [(f"  {name}", str(value)) for name, value in _C.build_info().items()]
             if not _C.build_info()["cuda"]:
                 rows.append(("  CUDA part", f"not built: {record.why_missing('cuda')}"))
+            elif not cutlass_is_built():
+                rows.append(("  CUTLASS part", f"not built: {record.why_missing('cutlass')}"))
         else:
             rows.append(("  does not load", loaded.reason))
     kernels = importlib.util.find_spec("trl_fast.kernels")

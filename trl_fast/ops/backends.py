@@ -54,7 +54,7 @@ class BackendRow(NamedTuple):
 
 
 def why_not_built(part: str) -> str:
-    """Returns why the build left out "extension" or "cuda", with the command that builds it."""
+    """Returns why the build left out "extension", "cuda" or "cutlass", with the command that builds it."""
     variables = {"CUDA_HOME": f"/path/to/cuda-{torch.version.cuda}"} if part == "cuda" and torch.version.cuda else {}
     reason = read_build_record().why_missing(part)
     return f"{reason}; to build it run {build_again(read_installation(), **variables)}"

@@ -2,22 +2,26 @@
 
 The usual way is two steps: a library's product writes a tile of float32 logits, a row kernel reads it again. The fused
 kernel does without that traffic, and a row's bits do not depend on how many other rows there are, which a library's
-choice of kernels by shape cannot promise. It serves where a sketch of it was measured to be faster
-(kernels/linear_scores.py), after it has been tried out there.
+choice of kernels by shape cannot promise. There are two of it. Triton's serves where a sketch of it was measured to be
+faster (kernels/linear_scores.py). That of CUTLASS (cutlass_scores.py) serves where it is asked for: by count it is the
+faster one, because its scoring runs while it multiplies, but it has not been run on a GPU yet. Both are tried out on
+the GPU first.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import supports
 from ..matmul import SIXTEEN_BITS
+from . import cutlass_scores
 from .kept_logits import CHUNK, PACKED_DTYPE, KeptLogits, num_chunks, unpack
 from .plan import kept_shape
 from .row_statistics import NUM_STATES, SUM, TARGET, TOP
@@ -25,19 +29,28 @@ from .row_statistics import NUM_STATES, SUM, TARGET, TOP
 if TYPE_CHECKING:
     from trl_fast.kernels.linear_scores import Tiles
 
+    FusedTiles: TypeAlias = Tiles | cutlass_scores.CutlassTiles
+
 logger = logging.getLogger(__name__)
 
+# Names the fused kernel that serves: the first of these unless the variable asks for another.
+FUSED_KERNELS = ("triton", "cutlass")
+FUSED_VARIABLE = "TRL_FAST_FUSED_KERNEL"
 # TMA reads and writes rows at multiples of 16 bytes.
 _ALIGNMENT = 8
 # Rows, hidden units and columns that the kernel is tried out on, and how far off its numbers may be.
 _TRIED, _TOLERANCE = (200, 192, 1500), 2e-3
 
 
-def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
+def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torch.device) -> FusedTiles | None:
     """Returns the fused kernel's configuration for a head of such hidden states, None if it does not serve.
 
     dtype: in which products are computed. It multiplies 16-bit numbers. In Triton's interpreter any GPU will do. Its
     tiles are an H100's: AMD's GPUs, whose capabilities are numbers of another kind, take two steps.
+
+    Raises:
+        ValueError: TRL_FAST_FUSED_KERNEL names no fused kernel.
+        RuntimeError: the one that it names cannot serve on this device; the message has the reason.
     """
     if (
         torch.version.hip is not None
@@ -46,18 +59,40 @@ def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torc
         or hidden_size % _ALIGNMENT
     ):
         return None
+    # Gradients of kept logits are Triton's, whichever kernel kept them.
     if not supports("linear_logprob", "triton", device, dtype).ok:
         return None
+    asked = os.environ.get(FUSED_VARIABLE) or None
+    kernel = asked or FUSED_KERNELS[0]
+    tiles, reason = tiles_of(kernel, device)
+    if asked and tiles is None:
+        raise RuntimeError(f"{FUSED_VARIABLE}={asked} was set, but it cannot serve: {reason}")
+    if tiles is None or device.type != "cuda":
+        return tiles
+    return tiles if _works(tiles, dtype, device) else None
+
+
+def tiles_of(kernel: str, device: torch.device) -> tuple[FusedTiles | None, str]:
+    """Returns the configuration of a fused kernel for a device, None if it does not serve there, and the reason.
+
+    Raises:
+        ValueError: the kernel is unknown.
+    """
+    if kernel not in FUSED_KERNELS:
+        raise ValueError(f"{FUSED_VARIABLE}: unknown name {kernel!r}; expected one of {FUSED_KERNELS}")
+    if kernel == "cutlass":
+        support = cutlass_scores.supports_cutlass(device)
+        return (cutlass_scores.CutlassTiles() if support.ok else None), support.reason
     from trl_fast.kernels.linear_scores import INTERPRETED_TILES, TILES
 
     if device.type != "cuda":
-        return INTERPRETED_TILES
+        return INTERPRETED_TILES, "Triton's interpreter, for tests only"
     tiles = TILES.get(torch.cuda.get_device_capability(device))
-    return tiles if tiles is not None and _works(tiles, dtype, device) else None
+    return tiles, "product and statistics in one Triton kernel" if tiles else "there are no tiles for this GPU"
 
 
 @functools.cache
-def _works(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> bool:
+def _works(tiles: FusedTiles, dtype: torch.dtype, device: torch.device) -> bool:
     """Tells whether the kernel does on this GPU, with this Triton, what it should; if not, it is said once."""
     try:
         # The first to ask may be a compiler, whose tensors have no data.
@@ -70,7 +105,7 @@ def _works(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> bool:
     return not wrong
 
 
-def try_out(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> str:
+def try_out(tiles: FusedTiles, dtype: torch.dtype, device: torch.device) -> str:
     """Tells what is wrong with the kernel's scores and kept logits of a small random head; nothing if all is right."""
     num_rows, hidden_size, vocab_size = _TRIED
     generator = torch.Generator(device).manual_seed(0)
@@ -132,7 +167,7 @@ def score_rows_fused(
     outputs: int,
     state: torch.Tensor,
     keep: KeptLogits | None,
-    tiles: Tiles,
+    tiles: FusedTiles,
     part_bytes: int,
 ) -> None:
     """Writes the state (7, N) float64 of all rows after all columns; `keep` takes the logits of the first rows.
@@ -153,7 +188,10 @@ def score_rows_fused(
         # The kernel writes to a state of its own rows; a slice of the state has the same stride.
         weights = (_aligned(weight.tile(columns)) for columns in weight.columns)
         given = (hidden[rows], weights, targets[rows], bias, logit_factor, outputs, state[:, rows])
-        linear_scores.linear_scores(*given, *room, tiles, vocab_size=vocab_size)
+        if isinstance(tiles, cutlass_scores.CutlassTiles):
+            cutlass_scores.linear_scores(*given, *room, tiles, vocab_size=vocab_size)
+        else:
+            linear_scores.linear_scores(*given, *room, tiles, vocab_size=vocab_size)
     state[TARGET].masked_fill_((targets < 0) | (targets >= vocab_size), float("nan"))
 
 

@@ -1,0 +1,81 @@
+"""Calls the fused kernel that is made with CUTLASS, csrc/cuda/fused_scores_sm90.cu; compiled for Hopper's GPUs only.
+
+It writes what the Triton kernel does (kernels/linear_scores.py), but in parts of 64 columns, whatever its tiles are.
+While one half of a block multiplies, the other scores, so that by count scoring is hidden behind the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from ..backends import Support, load_cuda_kernels, why_not_built
+
+# What the kernel is compiled for.
+CAPABILITY = (9, 0)
+
+
+class CutlassTiles(NamedTuple):
+    """Holds rows of a tile of logits, and columns of a part of one, which are a chunk of kept logits.
+
+    They are compiled in: csrc/cuda/tile_scores.h has the same numbers.
+    """
+
+    rows: int = 128
+    columns: int = 64
+
+
+def supports_cutlass(device: torch.device) -> Support:
+    """Tells whether the kernel was built and serves a device, and why."""
+    if device.type != "cuda":
+        return Support(False, f"the kernel made with CUTLASS runs on a GPU, not on {device.type}")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != CAPABILITY:
+        return Support(False, f"the kernel made with CUTLASS is for sm_90a, and this GPU is sm_{major}{minor}")
+    loaded = load_cuda_kernels()
+    if not loaded.ok:
+        return loaded
+    if not cutlass_is_built():
+        return Support(False, f"the extension was built without CUTLASS: {why_not_built('cutlass')}")
+    return Support(True, "product and statistics in one kernel made with CUTLASS")
+
+
+def cutlass_is_built() -> bool:
+    """Tells whether the loaded extension has the kernel."""
+    return hasattr(torch.ops.trl_fast, "fused_scores")
+
+
+def linear_scores(
+    hidden: torch.Tensor,
+    weights: Iterable[torch.Tensor],
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_factor: float,
+    outputs: int,
+    state: torch.Tensor,
+    words: torch.Tensor | None,
+    tops: torch.Tensor | None,
+    tiles: CutlassTiles,
+    *,
+    vocab_size: int,
+) -> None:
+    """Does what the function of this name in kernels/linear_scores.py does, with its arguments; tops: (N, parts)."""
+    num_rows, num_parts = hidden.shape[0], -(-vocab_size // tiles.columns)
+    if num_rows == 0:
+        return
+    ops = torch.ops.trl_fast
+    parts = torch.empty(2 + outputs.bit_count(), num_parts, num_rows, dtype=torch.float32, device=hidden.device)
+    start = 0
+    for weight in weights:
+        stop = start + weight.shape[0]
+        # Columns are counted from the slice's first one.
+        own_bias = None if bias is None else bias[start:stop]
+        own_words = None if words is None else words[:, start:stop]
+        own_parts = parts[:, start // tiles.columns :]
+        ops.fused_scores(
+            hidden, weight, targets - start, own_bias, logit_factor, 0.0, 1.0, outputs, own_parts, state, own_words
+        )
+        start = stop
+    ops.merge_parts(parts, outputs, state, tops)
