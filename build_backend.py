@@ -104,7 +104,7 @@ def cutlass_flags(cutlass: str) -> list[str]:
 
     Its asserts would be calls, and with calls between them the tensor cores' instructions wait for each other.
     """
-    return ["-DNDEBUG", "--expt-relaxed-constexpr", f"-isystem{cutlass}"]
+    return ["-DNDEBUG", "--expt-relaxed-constexpr", f"-isystem={cutlass}"]
 
 
 def torch_release() -> str:

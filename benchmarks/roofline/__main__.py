@@ -38,6 +38,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from trl_fast.ops.head.cutlass_scores import CAPABILITY
 from trl_fast.planning.gpu_facts import GPUS
 from trl_fast.planning.sharding import SHARINGS
 from trl_fast.planning.training_setup import DEFAULT_ENGINE
@@ -47,6 +48,7 @@ from .divergence import MODES as DIVERGENCE_MODES
 from .divergence import SIZES as DIVERGENCE_SIZES
 from .divergence import count_divergence
 from .head import MODES, SIZES, HeadCase, count_head, misses
+from .overlapped_scoring import overlapped_milliseconds
 from .report import head_facts, print_cases, roofline_of, step_facts, wire_of_step
 from .steps import METHODS, MODELS, Step, StepCase, count_step, quiet
 
@@ -75,6 +77,10 @@ def main() -> None:
     if arguments.num_gpus > 1:
         for case in steps:
             console.print(f"{case.step}: {wire_of_step(case, arguments.accelerate_config, arguments.num_gpus)}")
+    for case in heads:
+        if case.mode == "scoring" and gpu.capability == CAPABILITY:
+            overlapped = overlapped_milliseconds(case.size, gpu) / case.floor
+            console.print(f"{case.name} by the kernel made with CUTLASS: {overlapped:.2f} x the floor")
     console.print(roofline_of(gpu))
     for miss in misses([case for case in heads if case.mode in MODES]):
         console.print(f"[red]beyond its bound:[/] {miss}")

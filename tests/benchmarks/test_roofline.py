@@ -13,6 +13,7 @@ from benchmarks.roofline.fake_devices import CPU, CUDA, is_on_gpu
 from benchmarks.roofline.fake_gpu import fake_gpu
 from benchmarks.roofline.head import BOUNDS, MODES, REFERENCE, SIZES, count_head, misses
 from benchmarks.roofline.operator_counter import Counter
+from benchmarks.roofline.overlapped_scoring import overlapped_milliseconds
 from trl_fast.ops.backends import load_extension
 from trl_fast.planning.gpu_facts import GPUS
 
@@ -21,6 +22,17 @@ pytestmark = pytest.mark.plans
 H100 = GPUS["h100-80"]
 R, H, V = 8, 4, 6
 needs_extension = pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_scoring_by_the_kernel_made_with_cutlass_is_near_the_floor(size):
+    """By count, not by time: logits kept or not, all but 5% is the product."""
+    floor = 1e3 * size.pass_flops / H100.products
+    for keep in (False, True):
+        assert floor < overlapped_milliseconds(size, H100, keep=keep) <= 1.05 * floor
+    # Where a tile's product is shorter than its scoring, it is not hidden.
+    narrow = size._replace(hidden=64)
+    assert overlapped_milliseconds(narrow, H100) > 2e3 * narrow.pass_flops / H100.products
 
 
 def empty(*shape, dtype=torch.bfloat16):

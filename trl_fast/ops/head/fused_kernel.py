@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Names the fused kernel that serves: the first of these unless the variable asks for another.
+# The fused kernel that serves is the first of these, unless the variable names another. QuACK's, read in its release
+# 0.6.5, is none of them: it always writes the logits, and its log-sum-exp has the target in it. The state needs the
+# sum of the others, without which -log p of a token that the model is sure of is lost.
 FUSED_KERNELS = ("triton", "cutlass")
 FUSED_VARIABLE = "TRL_FAST_FUSED_KERNEL"
 # TMA reads and writes rows at multiples of 16 bytes.
@@ -184,14 +186,14 @@ def score_rows_fused(
     step = max(tiles.rows, part_bytes // per_row // tiles.rows * tiles.rows)
     for start in (*range(0, kept, step), *range(kept, num_rows, step)):
         rows = slice(start, min(start + step, kept if start < kept else num_rows))
-        room = (None, None) if keep is None or start >= kept else keep.tile(slice(0, vocab_size), rows)
+        words, tops = (None, None) if keep is None or start >= kept else keep.tile(slice(0, vocab_size), rows)
         # The kernel writes to a state of its own rows; a slice of the state has the same stride.
         weights = (_aligned(weight.tile(columns)) for columns in weight.columns)
         given = (hidden[rows], weights, targets[rows], bias, logit_factor, outputs, state[:, rows])
         if isinstance(tiles, cutlass_scores.CutlassTiles):
-            cutlass_scores.linear_scores(*given, *room, tiles, vocab_size=vocab_size)
+            cutlass_scores.linear_scores(*given, words, tops, tiles, vocab_size=vocab_size)
         else:
-            linear_scores.linear_scores(*given, *room, tiles, vocab_size=vocab_size)
+            linear_scores.linear_scores(*given, words, tops, tiles, vocab_size=vocab_size)
     state[TARGET].masked_fill_((targets < 0) | (targets >= vocab_size), float("nan"))
 
 
