@@ -23,6 +23,7 @@ from trl_fast.cli import env
 from trl_fast.ops import backends
 from trl_fast.ops.backends import Support
 from trl_fast.ops.device import device_facts
+from trl_fast.ops.head import cutlass_scores
 
 AGAIN = "--force-reinstall --no-deps --no-cache-dir"
 REASON = "row_kernels.cu(7): error: no instance matches; CUDA_HOME is /opt/cuda"
@@ -54,6 +55,16 @@ def test_env_says_so_too(without_cuda, monkeypatch):
     monkeypatch.setattr(env.importlib.util, "find_spec", lambda name: found)
     monkeypatch.setattr(build_record, "read_build_record", lambda: BuildRecord("2.13", None, {"cuda": REASON}))
     assert ("  CUDA part", f"not built: {REASON}") in env.binary_parts()
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+def test_env_says_whether_the_kernel_made_with_cutlass_is_there(without_cuda, monkeypatch, is_built):
+    monkeypatch.setattr(trl_fast._C, "build_info", lambda: {"cuda": True, "isa": "avx2"})
+    monkeypatch.setattr(cutlass_scores, "cutlass_is_built", lambda: is_built)
+    found = SimpleNamespace(origin="_C.so", submodule_search_locations=None)
+    monkeypatch.setattr(env.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(build_record, "read_build_record", lambda: BuildRecord("2.13", "13.0", {"cutlass": REASON}))
+    assert (("  CUTLASS part", f"not built: {REASON}") in env.binary_parts()) != is_built
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"other": 1}'])

@@ -52,16 +52,20 @@ def linear_scores(
     weights: Iterable[torch.Tensor],
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    logit_factor: float,
+    transform: tuple[float, float, float],
     outputs: int,
     state: torch.Tensor,
-    words: torch.Tensor | None,
+    kept: torch.Tensor | None,
     tops: torch.Tensor | None,
     tiles: CutlassTiles,
     *,
     vocab_size: int,
 ) -> None:
-    """Does what the function of this name in kernels/linear_scores.py does, with its arguments; tops: (N, parts)."""
+    """Does what the function of this name in kernels/linear_scores.py does.
+
+    Its arguments are that one's but for these. transform: scale, softcap or 0, inv_temperature of LogitTransform;
+    kept: (N, V) int16 takes words, with tops (N, parts) float32; float32 takes the product as it is, without tops.
+    """
     num_rows, num_parts = hidden.shape[0], -(-vocab_size // tiles.columns)
     if num_rows == 0:
         return
@@ -72,10 +76,9 @@ def linear_scores(
         stop = start + weight.shape[0]
         # Columns are counted from the slice's first one.
         own_bias = None if bias is None else bias[start:stop]
-        own_words = None if words is None else words[:, start:stop]
+        own_kept = None if kept is None else kept[:, start:stop]
         own_parts = parts[:, start // tiles.columns :]
-        ops.fused_scores(
-            hidden, weight, targets - start, own_bias, logit_factor, 0.0, 1.0, outputs, own_parts, state, own_words
-        )
+        given = (hidden, weight, targets - start, own_bias, *transform, outputs)
+        ops.fused_scores(*given, own_parts, state, own_kept)
         start = stop
     ops.merge_parts(parts, outputs, state, tops)

@@ -189,11 +189,12 @@ def score_rows_fused(
         words, tops = (None, None) if keep is None or start >= kept else keep.tile(slice(0, vocab_size), rows)
         # The kernel writes to a state of its own rows; a slice of the state has the same stride.
         weights = (_aligned(weight.tile(columns)) for columns in weight.columns)
-        given = (hidden[rows], weights, targets[rows], bias, logit_factor, outputs, state[:, rows])
+        given, to = (hidden[rows], weights, targets[rows], bias), (outputs, state[:, rows], words, tops)
         if isinstance(tiles, cutlass_scores.CutlassTiles):
-            cutlass_scores.linear_scores(*given, words, tops, tiles, vocab_size=vocab_size)
+            transform = (logit_factor, 0.0, 1.0)
+            cutlass_scores.linear_scores(*given, transform, *to, tiles, vocab_size=vocab_size)
         else:
-            linear_scores.linear_scores(*given, words, tops, tiles, vocab_size=vocab_size)
+            linear_scores.linear_scores(*given, logit_factor, *to, tiles, vocab_size=vocab_size)
     state[TARGET].masked_fill_((targets < 0) | (targets >= vocab_size), float("nan"))
 
 
