@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-# mallopt's parameters (malloc.h), and glibc's values for them: of the first the most that it raises it to by itself.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_USUAL_TRIM_THRESHOLD, _USUAL_MMAP_MAX = 64 << 20, 65536
+# mallopt's parameters (malloc.h), and glibc's values for them: of both thresholds the most that it raises them to.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
 # What glibc reads when a process starts: who set one of them has chosen.
 _CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
 
@@ -29,8 +29,8 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     """Keeps freed memory in the heap of the process within the context, and gives it to the system at its end.
 
     Nothing is done where `device`, that of the training, is no CPU; where the C library is not glibc; with
-    TRL_FAST_HELD_BYTES=0; or where the environment chooses how glibc keeps memory. glibc adapts its threshold for
-    large blocks to what a process frees; after a context it stays where it was.
+    TRL_FAST_HELD_BYTES=0; or where the environment chooses how glibc keeps memory. By itself, glibc raises its
+    thresholds with the blocks that a process frees; after a context they are as high as they would become.
     """
     library = _glibc() if device.type == "cpu" and not _environment_chooses() else None
     if library is None:
@@ -41,8 +41,8 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        library.mallopt(_MMAP_MAX, _USUAL_MMAP_MAX)
-        library.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM_THRESHOLD)
+        for parameter, value in _USUAL.items():
+            library.mallopt(parameter, value)
         library.malloc_trim(0)
 
 
