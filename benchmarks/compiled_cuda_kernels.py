@@ -44,6 +44,9 @@ _PACKED_SCORES = re.compile(r"row_scores_packed_kernelILb([01])ELi(\d+)E")
 # The number of a kind in csrc/cuda/divergence_kernels.cuh, and whether neither head has a bias or a softcap.
 _DIVERGENCE = re.compile(r"row_divergence_kernelILN\w+?DivergenceE(\d)ELb([01])E")
 _DIVERGENCES = ("forward KL", "reverse KL", "jsd", "skewed forward KL", "skewed reverse KL", "tvd")
+# Of a layer's kernel the type, and of a norm's the threads that share a row and the packs that each of them has.
+_LAYER = re.compile(rf"(?:rms_norm|gate|rotary)\w*?_kernelI({_TYPE})(?:Li(\d+)ELi(\d+)E)?")
+_LAYERS = ("rms_norm", "gate", "rotary", "norm_rotary")
 _PACKED_GRAD = re.compile(rf"row_grad_packed_kernelI({_TYPE})E")
 # Without any flag (bias, softcap, outputs), and with all of them.
 _ENDS = {("0", "0", None), ("1", "1", None), ("0", "0", "0"), ("1", "1", "15")}
@@ -73,6 +76,9 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
     if divergence := re.search(_DIVERGENCE, mangled):
         kind, plain = divergence.groups()
         return f"{name} {_DIVERGENCES[int(kind)]}, {'plain' if plain == '1' else 'bias, softcap'}", True
+    if layer := re.search(_LAYER, mangled):
+        dtype, threads, packs = layer.groups()
+        return f"{name} {_DTYPES[dtype]}{f', {threads} threads of {packs} packs' if threads else ''}", True
     if packed := re.search(_PACKED_GRAD, mangled):
         return f"{name} to {_DTYPES[packed.group(1)]}", True
     if packed := re.search(_PACKED_SCORES, mangled):
@@ -93,9 +99,10 @@ def _least_bytes(label: str, code: MachineCode) -> int:
     """Returns the least bytes that a thread moves: logits read and gradients written; for tokens, as in _TOKENS.
 
     0 for row_divergence: a loop of it writes gradients of three dtypes, of which one is asked for. And for what moves
-    no logits of its own, or these as one of several things.
+    no logits of its own, or these as one of several things, and for layers, whose code has a way for rows in packs and
+    one for others.
     """
-    if label.startswith(("row_divergence", "fused_scores", "merge_parts")):
+    if label.startswith(("row_divergence", "fused_scores", "merge_parts", *_LAYERS)):
         return 0
     if label in _TOKENS:
         once, each = _TOKENS[label]

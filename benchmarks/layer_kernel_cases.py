@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trl_fast.kernels import layer_kernels, rotary_kernels
+from trl_fast.kernels import embedding_kernels, layer_kernels, rotary_kernels
 
 from .kernel_case import KernelCase
 
@@ -146,4 +146,26 @@ def _rotary_cases() -> Iterator[KernelCase]:
         )
 
 
-LAYER_KERNELS = (*_norm_cases(), *_gate_cases(), *_rotary_cases())
+def _embedding_cases() -> Iterator[KernelCase]:
+    rows, columns, num_warps = embedding_kernels.ROWS, embedding_kernels.BLOCK, embedding_kernels.NUM_WARPS
+    for dtype in ("bf16", "fp32"):
+        share = _ITEMSIZE[dtype] * _share(columns, num_warps)
+        yield KernelCase(
+            f"embedding_sums {dtype}",
+            embedding_kernels.embedding_sums_kernel,
+            {
+                **dict.fromkeys(("grad", "out"), f"*{dtype}"),
+                **dict.fromkeys(("order", "tokens"), "*i64"),
+                **dict.fromkeys(("num_places", "num_columns"), "i32"),
+            },
+            {"ADDS": True, "ROWS": rows, "BLOCK": columns},
+            num_warps,
+            scalar_loads=None,
+            # Of a token's first rows; what the row had before, and the result, come on top.
+            least_bytes=rows * share,
+            # Tokens and places of all rows.
+            cached_bytes=2 * 8 * rows,
+        )
+
+
+LAYER_KERNELS = (*_norm_cases(), *_gate_cases(), *_rotary_cases(), *_embedding_cases())

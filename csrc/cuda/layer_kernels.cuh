@@ -5,7 +5,7 @@
 // which takes its rows in order and leaves one row of sums: the same numbers give the same bits. Offsets are 64-bit.
 #pragma once
 
-#include <utility>
+#include <type_traits>
 
 #include "cuda/layer_kernels.h"
 #include "cuda/layer_rows.cuh"
@@ -247,15 +247,14 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateArgs args, 
 // Calls f with the type of the rows, and with the threads and the packs of a thread that a row of them needs.
 template <typename F>
 void with_lanes(const NormWeight& weight, F f) {
-  with_type(weight.dtype, [&]<typename T>(T*) {
-    const int64_t packs = ceil_div(weight.columns, Pack<T>::kSize);
-    const auto with = [&]<int kLanes, int kPacks>(std::integer_sequence<int, kLanes, kPacks>) {
-      f.template operator()<T, kLanes, kPacks>();
-    };
-    if (packs <= 16 * 2) return with(std::integer_sequence<int, 16, 2>{});
-    if (packs <= 64 * 2) return with(std::integer_sequence<int, 64, 2>{});
-    if (packs <= kThreads * 2) return with(std::integer_sequence<int, kThreads, 2>{});
-    with(std::integer_sequence<int, kThreads, 8>{});
+  with_type(weight.dtype, [&](auto type) {
+    const int64_t packs = ceil_div(weight.columns, Pack<type_of<decltype(type)>>::kSize);
+    const auto two = std::integral_constant<int, 2>{};
+    const auto all = std::integral_constant<int, kThreads>{};
+    if (packs <= 16 * 2) return f(type, std::integral_constant<int, 16>{}, two);
+    if (packs <= 64 * 2) return f(type, std::integral_constant<int, 64>{}, two);
+    if (packs <= kThreads * 2) return f(type, all, two);
+    f(type, all, std::integral_constant<int, 8>{});
   });
 }
 
@@ -273,18 +272,20 @@ bool in_packs(const NormArgs& args) {
 template <typename Launch>
 void dispatch_rms_norm(const NormArgs& args, Launch launch) {
   if (args.rows == 0) return;
-  with_lanes(args.weight, [&]<typename T, int kLanes, int kPacks>() {
-    const int64_t blocks = ceil_div(args.rows, kThreads / kLanes);
-    launch(rms_norm_kernel<T, kLanes, kPacks>, grid_of(blocks), args, in_packs<T>(args));
+  with_lanes(args.weight, [&](auto type, auto lanes, auto packs) {
+    using T = type_of<decltype(type)>;
+    const int64_t blocks = ceil_div(args.rows, kThreads / lanes.value);
+    launch(rms_norm_kernel<T, lanes.value, packs.value>, grid_of(blocks), args, in_packs<T>(args));
   });
 }
 
 template <typename Launch>
 void dispatch_rms_norm_backward(const NormArgs& args, int64_t workers, Launch launch) {
   if (args.rows == 0) return;
-  with_lanes(args.weight, [&]<typename T, int kLanes, int kPacks>() {
-    const int64_t blocks = ceil_div(workers, kThreads / kLanes);
-    launch(rms_norm_backward_kernel<T, kLanes, kPacks>, grid_of(blocks), args, workers, in_packs<T>(args));
+  with_lanes(args.weight, [&](auto type, auto lanes, auto packs) {
+    using T = type_of<decltype(type)>;
+    const int64_t blocks = ceil_div(workers, kThreads / lanes.value);
+    launch(rms_norm_backward_kernel<T, lanes.value, packs.value>, grid_of(blocks), args, workers, in_packs<T>(args));
   });
 }
 
@@ -309,7 +310,8 @@ void with_gate_rows(GateArgs args, int64_t rows, bool is_dense, F f) {
 template <typename Launch>
 void dispatch_gated_activation(const GateArgs& args, int64_t rows, Launch launch) {
   if (rows * args.columns == 0) return;
-  with_type(args.dtype, [&]<typename T>(T*) {
+  with_type(args.dtype, [&](auto type) {
+    using T = type_of<decltype(type)>;
     with_gate_rows<T>(args, rows, args.stride == args.columns,
                       [&](const GateArgs& given, dim3 grid, int blocks_a_row, bool aligned) {
                         launch(gate_kernel<T>, grid, given, blocks_a_row, aligned);
@@ -320,7 +322,8 @@ void dispatch_gated_activation(const GateArgs& args, int64_t rows, Launch launch
 template <typename Launch>
 void dispatch_gated_activation_backward(const GateArgs& args, int64_t rows, Launch launch) {
   if (rows * args.columns == 0) return;
-  with_type(args.dtype, [&]<typename T>(T*) {
+  with_type(args.dtype, [&](auto type) {
+    using T = type_of<decltype(type)>;
     with_gate_rows<T>(args, rows, args.stride == args.columns && args.grad_stride == args.columns,
                       [&](const GateArgs& given, dim3 grid, int blocks_a_row, bool aligned) {
                         launch(gate_backward_kernel<T>, grid, given, blocks_a_row, aligned);

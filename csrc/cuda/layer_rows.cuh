@@ -57,7 +57,7 @@ __device__ inline void store_values(const float (&from)[kSize], int64_t column, 
     for (int i = 0; i < kSize; i += Pack<T>::kSize) {
       Pack<T> pack;
       for (int k = 0; k < Pack<T>::kSize; ++k) narrow(from[i + k], pack[k]);
-      *reinterpret_cast<Pack<T>*>(row + column + i) = pack;
+      store_words(row + column + i, pack.words);
     }
   } else {
     for (int k = 0; k < kSize; ++k) {
@@ -100,16 +100,25 @@ inline bool is_aligned(const Rows& rows) {
          is_aligned<T>(rows.data, rows.strides[2]);
 }
 
-// Calls f with a null pointer of the C++ type of a dtype.
+// A type, as a value.
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+template <typename Value>
+using type_of = typename Value::type;
+
+// Calls f with the C++ type of a dtype.
 template <typename F>
 void with_type(Dtype dtype, F f) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return f(static_cast<float*>(nullptr));
+      return f(Type<float>{});
     case Dtype::kBFloat16:
-      return f(static_cast<__nv_bfloat16*>(nullptr));
+      return f(Type<__nv_bfloat16>{});
     case Dtype::kFloat16:
-      return f(static_cast<__half*>(nullptr));
+      return f(Type<__half>{});
   }
 }
 

@@ -20,6 +20,19 @@ struct Pack {
   __device__ T operator[](int k) const { return reinterpret_cast<const T*>(&words)[k]; }
 };
 
+// Stores sixteen bytes of global memory at once. An assignment is taken apart where another branch stores the same
+// numbers one by one.
+__device__ inline void store_words(void* to, uint4 words) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = words;
+#endif
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -28,8 +41,8 @@ __device__ inline void narrow(float x, float& to) { to = x; }
 __device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
 __device__ inline void narrow(float x, __half& to) { to = __float2half(x); }
 
-// A product that the compiler fuses with no sum: a number must be the same wherever it is used, and
-// rounded where PyTorch rounds it.
+// A product that the compiler fuses with no sum: a number must be the same wherever it is used, and rounded where
+// PyTorch rounds it.
 __device__ inline float product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);

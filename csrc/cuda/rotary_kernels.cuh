@@ -390,7 +390,8 @@ bool in_packs(const Heads& heads, const Turns& turns, const void* out) {
 template <typename Launch>
 void dispatch_rotary(const RotaryArgs& args, int64_t rows, Launch launch) {
   if (rows * args.heads.width == 0) return;
-  with_type(args.heads.dtype, [&]<typename T>(T*) {
+  with_type(args.heads.dtype, [&](auto type) {
+    using T = type_of<decltype(type)>;
     const int64_t blocks = ceil_div(rows, kThreads / kHeadLanes);
     launch(rotary_kernel<T>, grid_of(blocks), args, rows, in_packs<T>(args.heads, args.turns, args.out));
   });
@@ -399,7 +400,8 @@ void dispatch_rotary(const RotaryArgs& args, int64_t rows, Launch launch) {
 template <typename Launch>
 void dispatch_norm_rotary(const NormRotaryArgs& args, int64_t rows, Launch launch) {
   if (rows * args.heads.width == 0) return;
-  with_type(args.heads.dtype, [&]<typename T>(T*) {
+  with_type(args.heads.dtype, [&](auto type) {
+    using T = type_of<decltype(type)>;
     const int64_t blocks = ceil_div(rows, kThreads / kHeadLanes);
     const bool aligned = in_packs<T>(args.heads, args.turns, args.out) && is_aligned<T>(args.norm.data);
     launch(norm_rotary_kernel<T>, grid_of(blocks), args, rows, aligned);
@@ -409,7 +411,8 @@ void dispatch_norm_rotary(const NormRotaryArgs& args, int64_t rows, Launch launc
 template <typename Launch>
 void dispatch_norm_rotary_backward(const NormRotaryArgs& args, int64_t rows, int64_t workers, Launch launch) {
   if (rows * args.heads.width == 0) return;
-  with_type(args.heads.dtype, [&]<typename T>(T*) {
+  with_type(args.heads.dtype, [&](auto type) {
+    using T = type_of<decltype(type)>;
     const int64_t blocks = ceil_div(workers, kThreads / kHeadLanes);
     bool aligned = in_packs<T>(args.heads, args.turns, args.out) && is_aligned<T>(args.norm.data);
     for (int64_t stride : args.grad_strides) aligned = aligned && is_aligned<T>(args.grad, stride);

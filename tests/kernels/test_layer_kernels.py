@@ -1,5 +1,6 @@
 """Tests the Triton kernels of layers: in the interpreter, and what they compile to."""
 
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -24,6 +25,9 @@ from trl_fast.ops.layers import kernels as layer_ops
 from trl_fast.ops.layers.gated_activation import ACTIVATIONS
 from trl_fast.ops.layers.norm_casts import NORM_CASTS
 from trl_fast.ops.layers.rotations import PAIRS
+
+# The package has a function of that name.
+embedding = importlib.import_module("trl_fast.ops.layers.embedding")
 
 pytestmark = pytest.mark.gpu_code
 
@@ -97,6 +101,30 @@ def test_ops_run_by_the_kernels(name):
     for got, twin in zip(ours, twins, strict=True):
         torch.testing.assert_close(got, twin, rtol=1e-5, atol=1e-5)
     assert calls and all(backend == "triton" for _, backend in calls)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
+@pytest.mark.parametrize("adds", [False, True])
+def test_gradients_of_equal_tokens_are_summed_once(adds, dtype):
+    """Tokens that come once, and one that comes more often than a program has rows; other rows are left alone."""
+    ids = torch.tensor([5, 2, 9, *[7] * 19, 2, 0])
+    for width in (3, 600):
+        grad, before = checks.draw(len(ids), width, dtype=dtype), checks.draw(11, width, dtype=dtype, seed=1)
+        exact = (before.double() if adds else torch.zeros(11, width).double()).index_add(0, ids, grad.double())
+        sums = [torch.zeros(width) for _ in range(11)]
+        for token, row in zip(ids, grad, strict=True):
+            sums[token] = sums[token] + row.float()
+        total = before.clone()
+        if adds:
+            embedding._ADD["triton"](total, grad, ids)
+        else:
+            total = embedding._SUM["triton"](grad, ids, 11)
+        twin = ((before.float() if adds else 0) + torch.stack(sums)).to(dtype)
+        checks.hold(total, twin, exact)
+        untouched = [1, 3, 4, 6, 8, 10]
+        assert torch.equal(total[untouched], before[untouched] if adds else torch.zeros(6, width).to(dtype))
+    embedding._ADD["triton"](total, grad[:0], ids[:0])
 
 
 def test_no_rows(kernels):

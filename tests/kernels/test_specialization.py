@@ -6,7 +6,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from trl_fast.kernels import attention_merge, divergence_kernels, linear_scores, row_kernels
+from trl_fast.kernels import (
+    attention_merge,
+    divergence_kernels,
+    layer_kernels,
+    linear_scores,
+    rotary_kernels,
+    row_kernels,
+)
 from trl_fast.ops.head.sweep import new_state
 
 pytestmark = pytest.mark.gpu_code
@@ -114,6 +121,24 @@ def test_attention_is_merged_by_one_kernel_whatever_the_tokens(keys_of):
         other = (torch.zeros(second, 4, 64, dtype=torch.bfloat16), torch.zeros(4, second))
         attention_merge.merge(out, lse, *other, place, torch.empty_like(out), torch.empty_like(lse))
     assert len(keys) == 1
+
+
+def test_layers_are_compiled_once_whatever_the_rows(keys_of):
+    norms, norms_back = keys_of(layer_kernels, "norm_kernel"), keys_of(layer_kernels, "norm_backward_kernel")
+    gates, rotations = keys_of(layer_kernels, "gate_kernel"), keys_of(rotary_kernels, "norm_rotary_kernel")
+    rotations_back = keys_of(rotary_kernels, "norm_rotary_backward_kernel")
+    weight, whole = torch.zeros(COLUMNS), torch.zeros(NUM_ROWS + 1, COLUMNS)
+    for first, last in PARTS:
+        x, rstd = whole[first:last], torch.zeros(NUM_ROWS)[first:last]
+        layer_kernels.rms_norm(x, x, weight, 1e-6, 0, x, x, rstd)
+        layer_kernels.rms_norm_backward(x, x, x, weight, rstd, 0, x, torch.zeros(last - first, COLUMNS))
+        layer_kernels.gated_activation(whole[:, :32][first:last], whole[:, 32:][first:last], 0, torch.zeros(1, 32))
+        heads, angles = x.view(1, -1, 2, 32).transpose(1, 2), torch.zeros(1, last - first, 32)
+        way = (angles, angles, 0, False, False)
+        rotary_kernels.norm_rotary(heads, weight[:32], 1e-6, 0, *way, heads, rstd)
+        rotary_kernels.norm_rotary_backward(heads, heads, weight[:32], rstd, 0, *way, heads, torch.zeros(1, 32))
+    assert len(norms) == len(norms_back) == len(rotations) == len(rotations_back) == 1
+    assert len(gates) == 1
 
 
 def test_divergences_are_compiled_once_whatever_the_rows_and_the_numbers(keys_of):

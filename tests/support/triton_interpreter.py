@@ -236,6 +236,7 @@ def interpreted_kernels(**options: Any) -> Iterator[None]:
     from trl_fast.kernels import (
         attention_merge,
         divergence_kernels,
+        embedding_kernels,
         layer_kernels,
         linear_scores,
         rotary_kernels,
@@ -245,6 +246,7 @@ def interpreted_kernels(**options: Any) -> Iterator[None]:
     kernels = [(row_kernels, name) for name in ("row_scores_kernel", "row_grad_kernel", "row_grad_packed_kernel")]
     kernels += [(linear_scores, name) for name in ("linear_scores_kernel", "merge_tiles_kernel")]
     kernels += [(attention_merge, "merge_kernel"), (divergence_kernels, "row_divergence_kernel")]
+    kernels += [(embedding_kernels, "embedding_sums_kernel")]
     layers = ("norm_kernel", "norm_backward_kernel", "gate_kernel", "gate_backward_kernel")
     kernels += [(layer_kernels, name) for name in layers]
     heads = ("rotary_kernel", "norm_rotary_kernel", "norm_rotary_backward_kernel")

@@ -214,8 +214,8 @@ def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, form
         return Support(True, "pure PyTorch, always there")
     if op in TRITON_OPS and backend != "triton":
         return Support(False, f"there is no {backend} kernel, only one in Triton")
-    if op == "embedding" and backend in ("cuda", "triton"):
-        return Support(False, f"there is no {backend} kernel of it, only one in C++")
+    if op == "embedding" and backend == "cuda":
+        return Support(False, "there is no cuda kernel of it, only one in Triton")
     if op == "linear_divergence" and backend not in _divergence_backends():
         return Support(False, f"there is no {backend} kernel of it")
     if op in VECTOR_OPS and backend == "cpp":

@@ -1,7 +1,7 @@
 """Looks up the rows of tokens, and sums the gradients of equal tokens once, in the order in which they come.
 
 PyTorch fills a gradient as large as the weight with zeros and adds rows to it, in an order of its own on a GPU. Here
-every row of the gradient is written once.
+every row of the gradient is written once, by C++; on a GPU, Triton's kernel writes those of tokens over zeros.
 """
 
 from __future__ import annotations
@@ -33,8 +33,21 @@ def _sum_in_cpp(grad: torch.Tensor, ids: torch.Tensor, rows: int) -> torch.Tenso
     return out
 
 
+def _sum_in_triton(grad: torch.Tensor, ids: torch.Tensor, rows: int) -> torch.Tensor:
+    out = grad.new_zeros(rows, grad.shape[1])
+    _add_sums(out, grad, ids, adds=False)
+    return out
+
+
+def _add_sums(out: torch.Tensor, grad: torch.Tensor, ids: torch.Tensor, *, adds: bool) -> None:
+    from trl_fast.kernels.embedding_kernels import embedding_sums
+
+    tokens, order = torch.sort(ids, stable=True)
+    embedding_sums(grad.contiguous(), order, tokens, adds, out)
+
+
 # By backend: (grad (N, H), ids (N,), rows) to the sums, (rows, H).
-_SUM = {"torch": _sum_in_torch, "cpp": _sum_in_cpp}
+_SUM = {"torch": _sum_in_torch, "cpp": _sum_in_cpp, "triton": _sum_in_triton}
 
 
 def _add_in_torch(total: torch.Tensor, grad: torch.Tensor, ids: torch.Tensor) -> None:
@@ -46,8 +59,12 @@ def _add_in_cpp(total: torch.Tensor, grad: torch.Tensor, ids: torch.Tensor) -> N
     torch.ops.trl_fast.layer_embedding_gradient(grad.contiguous(), *_groups(ids), True, total)
 
 
+def _add_in_triton(total: torch.Tensor, grad: torch.Tensor, ids: torch.Tensor) -> None:
+    _add_sums(total, grad, ids, adds=True)
+
+
 # By backend: (total (V, H), grad (N, H), ids (N,)), of which the first is added to.
-_ADD = {"torch": _add_in_torch, "cpp": _add_in_cpp}
+_ADD = {"torch": _add_in_torch, "cpp": _add_in_cpp, "triton": _add_in_triton}
 
 
 @torch.library.custom_op("trl_fast::embedding", mutates_args=())
