@@ -44,9 +44,17 @@ from build_backend import (
 
 ROOT = Path(__file__).parent
 # Kernel sources, compiled once per instruction set; the running CPU decides which is called.
-ISA_SOURCES = ("row_kernels", "sparse_kernels", "divergence_kernels", "layer_kernels")
+ISA_SOURCES = ("row_kernels", "sparse_kernels", "divergence_kernels", "layer_kernels", "attention_kernels")
 # The other sources for the CPU, compiled once.
-CPU_SOURCES = ("bindings", "instruction_sets", "layer_bindings", "layer_rotation_bindings", "memory_pool")
+CPU_SOURCES = (
+    "bindings",
+    "instruction_sets",
+    "layer_bindings",
+    "layer_rotation_bindings",
+    "attention_bindings",
+    "attention_plan",
+    "memory_pool",
+)
 ISA_FLAGS = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_kernels.h"
 #include "divergence_kernels.h"
 #include "layer_kernels.h"
 #include "row_kernels.h"
@@ -15,18 +16,21 @@ extern const RowKernels kRowKernelsDEFAULT;
 extern const SparseKernels kSparseKernelsDEFAULT;
 extern const DivergenceKernels kDivergenceKernelsDEFAULT;
 extern const LayerKernels kLayerKernelsDEFAULT;
+extern const AttentionKernels kAttentionKernelsDEFAULT;
 #endif
 #ifdef TRL_FAST_HAS_AVX2
 extern const RowKernels kRowKernelsAVX2;
 extern const SparseKernels kSparseKernelsAVX2;
 extern const DivergenceKernels kDivergenceKernelsAVX2;
 extern const LayerKernels kLayerKernelsAVX2;
+extern const AttentionKernels kAttentionKernelsAVX2;
 #endif
 #ifdef TRL_FAST_HAS_AVX512
 extern const RowKernels kRowKernelsAVX512;
 extern const SparseKernels kSparseKernelsAVX512;
 extern const DivergenceKernels kDivergenceKernelsAVX512;
 extern const LayerKernels kLayerKernelsAVX512;
+extern const AttentionKernels kAttentionKernelsAVX512;
 #endif
 
 namespace {
@@ -37,6 +41,7 @@ struct Candidate {
   const SparseKernels* sparse;
   const DivergenceKernels* divergence;
   const LayerKernels* layers;
+  const AttentionKernels* attention;
   bool runs;  // on this CPU
 };
 
@@ -44,16 +49,19 @@ struct Candidate {
 const Candidate kCandidates[] = {
 #ifdef TRL_FAST_HAS_AVX512
     {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512, &kLayerKernelsAVX512,
+     &kAttentionKernelsAVX512,
      static_cast<bool>(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("fma"))},
 #endif
 #ifdef TRL_FAST_HAS_AVX2
     {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kDivergenceKernelsAVX2, &kLayerKernelsAVX2,
+     &kAttentionKernelsAVX2,
      static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                        __builtin_cpu_supports("f16c"))},
 #endif
-    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, &kLayerKernelsDEFAULT, true},
+    {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, &kLayerKernelsDEFAULT,
+     &kAttentionKernelsDEFAULT, true},
 };
 
 const Candidate& choose() {
@@ -84,6 +92,8 @@ const SparseKernels& sparse_kernels() { return *chosen().sparse; }
 const DivergenceKernels& divergence_kernels() { return *chosen().divergence; }
 
 const LayerKernels& layer_kernels() { return *chosen().layers; }
+
+const AttentionKernels& attention_kernels() { return *chosen().attention; }
 
 const char* chosen_isa() { return chosen().name; }
 

@@ -45,13 +45,14 @@ struct PlainLeft {
 };
 
 // Computes out = left @ right for kRows rows and kTileColumns columns, or adds that to `out`.
-// right: (steps, kTileColumns), as pack_right writes it.
+// right: (steps, kTileColumns), as pack_right writes it, or with steps that are right_stride apart.
 template <int kRows, bool kAdds, typename Left>
-inline void multiply_tile(Left left, const float* right, int64_t steps, float* out, int64_t out_stride) {
+inline void multiply_tile(Left left, const float* right, int64_t steps, float* out, int64_t out_stride,
+                          int64_t right_stride = kTileColumns) {
   Vec sums[kRows][kTileVectors] = {};
   for (int64_t step = 0; step < steps; ++step) {
     Vec columns[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) columns[v] = load(right + step * kTileColumns + v * kWidth);
+    for (int v = 0; v < kTileVectors; ++v) columns[v] = load(right + step * right_stride + v * kWidth);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       const Vec factor = splat(left.at(row, step));

@@ -70,6 +70,7 @@ _ATTENTION_OPS = (
     "_flash_attention_forward",
     "_efficient_attention_forward",
 )
+_OTHER_ATTENTION = ("trl_fast::row_attention",)
 
 
 def set_selective_checkpointing(
@@ -448,7 +449,8 @@ def _kind(op: OpOverload | HigherOrderOperator) -> str | None:
     if op in _overloads(_PRODUCT_OPS) or op.name() in _OTHER_PRODUCTS:
         return PRODUCT
     # Kernels from the hub are registered under names of their own.
-    return ATTENTION if op in _overloads(_ATTENTION_OPS) or "flash_attn" in str(op) else None
+    is_attention = op in _overloads(_ATTENTION_OPS) or op.name() in _OTHER_ATTENTION or "flash_attn" in str(op)
+    return ATTENTION if is_attention else None
 
 
 def _draws_random_numbers(op: OpOverload, args: tuple, kwargs: dict) -> bool:

@@ -33,7 +33,9 @@ HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "sele
 DIVERGENCE_OPS = ("linear_divergence", "linear_divergence_to_given")
 # Ops of a transformer's layers.
 LAYER_OPS = ("rms_norm", "residual_rms_norm", "gated_activation", "rotary", "qk_norm_rotary", "embedding")
-OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS, *LAYER_OPS)
+# Attention over a row of token trees: a C++ kernel and PyTorch.
+ATTENTION_OPS = ("row_attention",)
+OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS, *LAYER_OPS, *ATTENTION_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -216,6 +218,8 @@ def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, form
         return Support(False, f"there is no {backend} kernel, only one in Triton")
     if op == "embedding" and backend == "cuda":
         return Support(False, "there is no cuda kernel of it, only one in Triton")
+    if op in ATTENTION_OPS and backend != "cpp":
+        return Support(False, f"there is no {backend} kernel of it, only one in C++")
     if op == "linear_divergence" and backend not in _divergence_backends():
         return Support(False, f"there is no {backend} kernel of it")
     if op in VECTOR_OPS and backend == "cpp":

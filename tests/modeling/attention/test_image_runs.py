@@ -13,7 +13,7 @@ from support.row_attention import VarlenOnTheCpu, dense, problem, random_runs, r
 from trl_fast.data.segments import num_tokens
 from trl_fast.modeling.attention import plain
 from trl_fast.modeling.attention import tree_attention as op
-from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.cpu import CompiledRowAttention, CpuRowAttention
 from trl_fast.modeling.attention.parts import longest_sequence
 from trl_fast.modeling.attention.tree_attention import tree_attention
 from trl_fast.ops.device import simulated_device
@@ -54,6 +54,13 @@ def test_random_rows_to_the_last_digits(kernels, monkeypatch):
     for number, (trees, mask, (heads, groups)) in enumerate(random_rows(40)):
         softcap = 1.5 if number % 2 and kernels is plain.PlainRowAttention else None
         compare(trees, mask, heads, groups, torch.float64, 1e-13, softcap, number % 3 > 0, seed=number)
+
+
+def test_random_rows_on_the_compiled_kernels(monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", (CompiledRowAttention,))
+    for number, (trees, mask, (heads, groups)) in enumerate(random_rows(40)):
+        softcap = 1.5 if number % 2 else None
+        compare(trees, mask, heads, groups, torch.float32, 4e-6, softcap, number % 3 > 0, seed=number)
 
 
 def test_16_bits():

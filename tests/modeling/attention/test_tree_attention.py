@@ -14,7 +14,7 @@ from support.row_attention import TREES, VarlenOnTheCpu, dense, dense_mask, prob
 from trl_fast.data.segments import segments_of
 from trl_fast.modeling.attention import flex, plain
 from trl_fast.modeling.attention import tree_attention as op
-from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.cpu import CompiledRowAttention, CpuRowAttention
 from trl_fast.modeling.attention.flex import FlexAttention
 from trl_fast.modeling.attention.row_attention import AttentionSpec, RowMask
 from trl_fast.modeling.attention.tree_attention import choose_kernels, fused_kernels_serve, tree_attention
@@ -33,7 +33,9 @@ def sdpa(query, key, value, trees, scale, dtype):
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_output_and_gradients(trees, groups, scale, dtype):
+@pytest.mark.parametrize("kernels", [CompiledRowAttention, CpuRowAttention], ids=lambda kernels: kernels.__name__)
+def test_output_and_gradients(trees, groups, scale, dtype, kernels, monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", (kernels,))
     query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
     got = tree_attention(query, key, value, trees, scale)
     exact, upcast = sdpa(query, key, value, trees, scale, torch.float64)
@@ -94,6 +96,7 @@ def test_what_the_varlen_kernels_are_told(trees, monkeypatch):
 def test_plain_parts(trees, groups, scale, softcap, dtype, monkeypatch):
     """Tile by tile, with a score cap, and with values of another width than the keys."""
     monkeypatch.setattr(plain, "_TILE_BYTES", 4 * 4 * 40 * 7)
+    monkeypatch.setattr(op, "KERNELS", (plain.PlainRowAttention,))
     query, key, value, upstream = problem(trees, groups=groups, dtype=dtype)
     value, upstream = value[..., :8].detach().requires_grad_(), upstream[..., :8]
     got = tree_attention(query, key, value, trees, scale, softcap)
@@ -121,10 +124,37 @@ def spec(trees=((9,),), softcap=None):
         (torch.empty(8), 4, None, "keys of 8 and values of 4 channels"),
     ],
 )
-def test_what_the_flash_kernel_of_the_cpu_serves(tensor, width, softcap, reason):
+def test_what_the_flash_kernel_of_the_cpu_serves(tensor, width, softcap, reason, monkeypatch):
+    monkeypatch.setenv("TRL_FAST_BACKEND", "torch")
     ok, why = CpuRowAttention.supports(tensor, tensor[:width], spec(softcap=softcap))
     assert ok == (reason is None) and (ok or reason in why)
     assert fused_kernels_serve(tensor, tensor[:width], spec(softcap=softcap)) == ok
+
+
+def test_what_the_compiled_kernels_serve(monkeypatch):
+    """Every width and cap, in the dtypes of the kernels; what they do not serve has torch's flash kernel."""
+    for dtype in (torch.float32, torch.float16):
+        tensor = torch.empty(8, dtype=dtype)
+        assert choose_kernels(tensor, tensor[:4], spec(softcap=50.0)) is CompiledRowAttention
+        assert choose_kernels(tensor, tensor, spec()) is CompiledRowAttention
+    tensor = torch.empty(8, dtype=torch.bfloat16)
+    for has_tiles, chosen in ((False, CompiledRowAttention), (True, CpuRowAttention)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_tiles=has_tiles: has_tiles)
+        assert choose_kernels(tensor, tensor, spec()) is chosen
+    assert choose_kernels(tensor.double(), tensor.double(), spec()) is CpuRowAttention
+    monkeypatch.setenv("TRL_FAST_BACKEND", "torch")
+    ok, why = CompiledRowAttention.supports(tensor.float(), tensor.float(), spec())
+    assert not ok and why == "TRL_FAST_BACKEND=torch"
+    assert choose_kernels(tensor.float(), tensor.float(), spec()) is CpuRowAttention
+
+
+def test_a_row_is_returned_as_the_next_layer_reads_it():
+    """Tokens first, as projections give and take them: nothing is copied on the way."""
+    query, key, value, upstream = problem(((9, 4, 3),))
+    out = tree_attention(query, key, value, ((9, 4, 3),))
+    assert out.transpose(1, 2).is_contiguous()
+    for gradient in torch.autograd.grad(out, (query, key, value), upstream):
+        assert gradient.transpose(1, 2).is_contiguous()
 
 
 def test_another_kind_of_device_has_plain_pytorch():

@@ -13,7 +13,7 @@ from support.row_attention import TREES, VarlenOnTheCpu, dense, problem, random_
 from trl_fast.data.segments import num_tokens
 from trl_fast.modeling.attention import plain
 from trl_fast.modeling.attention import tree_attention as op
-from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.cpu import CompiledRowAttention, CpuRowAttention
 from trl_fast.modeling.attention.parts import attention_parts, longest_sequence
 from trl_fast.modeling.attention.row_attention import RowMask
 from trl_fast.modeling.attention.tree_attention import attention_spec, tree_attention
@@ -64,6 +64,13 @@ def test_random_rows_to_the_last_digits(kernels, monkeypatch):
     for number, (trees, window, (heads, groups)) in enumerate(random_rows(60)):
         softcap = 1.5 if number % 2 and kernels is plain.PlainRowAttention else None
         compare(trees, window, heads, groups, torch.float64, 1e-13, softcap, number % 3 > 0, seed=number)
+
+
+def test_random_rows_on_the_compiled_kernels(monkeypatch):
+    monkeypatch.setattr(op, "KERNELS", (CompiledRowAttention,))
+    for number, (trees, window, (heads, groups)) in enumerate(random_rows(40)):
+        softcap = 1.5 if number % 2 else None
+        compare(trees, window, heads, groups, torch.float32, 2e-6, softcap, number % 3 > 0, seed=number)
 
 
 # Where a query sees few keys, the gradients of its scores are differences of numbers that 16 bits round to be alike.

@@ -4,7 +4,8 @@ Every segment attends to itself, causally; all that continues a segment, as one 
 of it. The tokens of an image may attend to all of it: what stands behind each of them is one more causal block, read
 backwards. The partial results of a token are merged by their log-sum-exps, as the blocks of FlashAttention are (arXiv
 2205.14135, section 3.1). A flash backward needs of the forward pass only the output and the log-sum-exp of the whole
-softmax, so the same kernels give exact gradients part by part, from the merged ones.
+softmax, so the same kernels give exact gradients part by part, from the merged ones. On a CPU our own kernels take the
+whole row in one call (ops/attention.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trl_fast.data.segments import TreeLengths, num_tokens
 from trl_fast.ops.device import device_facts
 from trl_fast.ops.named_gradients import first_derivative, gradients_of, needs_gradients
 
-from .cpu import CpuRowAttention
+from .cpu import CompiledRowAttention, CpuRowAttention
 from .flex import FlexAttention
 from .parts import longest_sequence, run_across_segments
 from .plain import PlainRowAttention
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 KERNELS: tuple[type[RowAttention] | type[FlexAttention], ...] = (
     CudaRowAttention,
     FlexAttention,
+    CompiledRowAttention,
     CpuRowAttention,
     PlainRowAttention,
 )

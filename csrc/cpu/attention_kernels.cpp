@@ -1,0 +1,399 @@
+// Attention over a row of token trees, for one instruction set; CPU_CAPABILITY is its name (DEFAULT, AVX2, AVX512).
+//
+// Forward is the online softmax of FlashAttention (arXiv 2205.14135, algorithm 1). Backward computes the weights again
+// from the log-sum-exp: five products a tile and block, of which those for keys and values are summed over the tiles
+// of a block, and that for queries is added to the gradient block after block.
+#include "attention_kernels.h"
+
+#include <sched.h>
+
+#include "attention_tiles.h"
+
+namespace {
+
+using trl_fast::Dtype;
+
+// A row's scores are taken relative to a number that is at most so much below their top: it rarely has to be changed,
+// and no weight overflows.
+constexpr float kSlack = 6.0f;
+// Below every score: exponents are never the difference of two infinities.
+constexpr float kLowest = -1e38f;
+
+// ---- packing
+
+int64_t packed_keys_size(const AttentionArgs& args) { return args.groups * args.num_blocks * kKeyBlock * args.width; }
+
+int64_t packed_values_size(const AttentionArgs& args) {
+  return args.groups * args.num_blocks * kKeyBlock * whole_panels(args.value_width);
+}
+
+template <typename T>
+void pack(const AttentionArgs& args, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t group = n / args.num_blocks, block = n % args.num_blocks;
+    pack_block<true, T>(args, args.key, group, block, args.width, args.packed_keys + n * kKeyBlock * args.width);
+    pack_block<false, T>(args, args.value, group, block, args.value_width,
+                         args.packed_values + n * kKeyBlock * whole_panels(args.value_width));
+  }
+}
+
+// ---- forward
+
+// Rows of a tile while it goes over its blocks.
+struct Softmax {
+  float* query;   // (rows, padded width)
+  float* out;     // (rows, columns), relative to e^top
+  float* tops;    // (rows,) what exponents are relative to
+  float* sums;    // (rows, kWidth) of weights
+  float* scores;  // (kStrip, kKeyBlock)
+  Seen* seen;     // of each strip
+  int64_t columns;
+};
+
+Softmax forward_room(const AttentionArgs& args, Room& room) {
+  const int64_t rows = most_rows(args);
+  Softmax s;
+  s.columns = whole_panels(args.value_width);
+  s.query = room.take(rows * padded(args.width));
+  s.out = room.take(rows * s.columns);
+  s.tops = room.take(rows);
+  s.sums = room.take(rows * kWidth);
+  s.scores = room.take(kStrip * kKeyBlock);
+  s.seen = reinterpret_cast<Seen*>(room.take(sizeof(Seen) / sizeof(float) * rows / kStrip));
+  return s;
+}
+
+int64_t forward_scratch(const AttentionArgs& args) {
+  Room room{nullptr};
+  forward_room(args, room);
+  return room.used;
+}
+
+// Raises the tops of a strip's rows to their largest score.
+void raise_tops(const Softmax& state, int64_t row, Columns at, Vec scale) {
+  for (int64_t r = 0; r < kStrip; ++r) {
+    Vec largest = splat(kLowest);
+    for (int64_t i = at.begin; i < at.end; i += kWidth) {
+      largest = maximum(load(state.scores + r * kKeyBlock + i) * scale, largest);
+    }
+    float& top = state.tops[row + r];
+    const float raised = max_of(largest);
+    if (!(raised > top)) continue;
+    const Vec factor = weight_vec(splat(top - raised));
+    top = raised;
+    float* const sums = state.sums + (row + r) * kWidth;
+    store(sums, load(sums) * factor);
+    float* const out = state.out + (row + r) * state.columns;
+    for (int64_t i = 0; i < state.columns; i += kWidth) store(out + i, load(out + i) * factor);
+  }
+}
+
+// Puts caps on a strip's scores, times the scale.
+void cap(const AttentionArgs& args, float* scores, Columns at) {
+  const Vec inner = splat(args.scale / args.softcap), softcap = splat(args.softcap);
+  for (int64_t r = 0; r < kStrip; ++r) {
+    for (int64_t i = at.begin; i < at.end; i += kWidth) {
+      float* const x = scores + r * kKeyBlock + i;
+      store(x, tanh_vec(load(x) * inner).value * softcap);
+    }
+  }
+}
+
+// Turns a strip's scores into weights relative to its tops, and adds them up.
+void compute_weights(const Softmax& state, int64_t row, const Seen& seen, Columns at, Vec scale) {
+  Vec excess = splat(kLowest);
+  for (int64_t r = 0; r < kStrip; ++r) {
+    float* const scores = state.scores + r * kKeyBlock;
+    Vec largest = splat(-kInf);
+    for (int64_t i = at.begin; i < at.end; i += kWidth) {
+      Vec x = load(scores + i);
+      if (seen.all != ~uint64_t{0}) store(scores + i, x = only_seen(x, seen.by_row[r], i, -kInf));
+      largest = maximum(x * scale, largest);
+    }
+    excess = maximum(largest - splat(state.tops[row + r]), excess);
+  }
+  if (max_of(excess) > kSlack) raise_tops(state, row, at, scale);
+  for (int64_t r = 0; r < kStrip; ++r) {
+    float* const scores = state.scores + r * kKeyBlock;
+    const Vec top = splat(state.tops[row + r]);
+    Vec sums[2] = {load(state.sums + (row + r) * kWidth), Vec{}};
+    for (int64_t i = at.begin; i < at.end; i += 2 * kWidth) {
+      for (int k = 0; k < 2; ++k) {
+        const Vec weights = weight_vec(load(scores + i + k * kWidth) * scale - top);
+        store(scores + i + k * kWidth, weights);
+        sums[k] += weights;
+      }
+    }
+    store(state.sums + (row + r) * kWidth, sums[0] + sums[1]);
+  }
+}
+
+void attend_block(const AttentionArgs& args, const Softmax& state, const Tile& tile, int64_t group, int64_t block) {
+  const int64_t place = group * args.num_blocks + block, stride = padded(args.width);
+  const int64_t tokens = std::min(kKeyBlock, args.tokens - block * kKeyBlock);
+  const float* keys = args.packed_keys + place * kKeyBlock * args.width;
+  const float* values = args.packed_values + place * kKeyBlock * state.columns;
+  const Vec scale = splat(args.softcap ? 1.0f : args.scale);
+  for (int64_t row = 0; row < tile.whole_rows; row += kStrip) {
+    const Seen& seen = state.seen[row / kStrip];
+    if (!seen.any) continue;
+    const Columns at(seen);
+    multiply_strip<false>(PlainLeft{state.query + row * stride, stride}, keys + at.begin * args.width,
+                          kTileColumns * args.width, args.width, at.end - at.begin, state.scores + at.begin,
+                          kKeyBlock);
+    if (args.softcap) cap(args, state.scores, at);
+    compute_weights(state, row, seen, at, scale);
+    multiply_strip<true>(PlainLeft{state.scores + seen.begin(), kKeyBlock}, values + seen.begin() * kTileColumns,
+                         tokens * kTileColumns, seen.end() - seen.begin(), state.columns,
+                         state.out + row * state.columns, state.columns);
+  }
+}
+
+template <typename T>
+void forward(const AttentionArgs& args, int64_t task, float* scratch) {
+  const int64_t group = task % args.groups, index = args.num_tiles - 1 - task / args.groups;
+  const Tile tile = tile_of(args, index);
+  Room room{scratch};
+  const Softmax state = forward_room(args, room);
+  gather<T>(args, args.query, group, tile, args.width, padded(args.width), state.query);
+  std::fill(state.out, state.out + tile.whole_rows * state.columns, 0.0f);
+  std::fill(state.sums, state.sums + tile.whole_rows * kWidth, 0.0f);
+  std::fill(state.tops, state.tops + tile.whole_rows, kLowest);
+  for (int64_t n = args.plan.tile_offsets[index]; n < args.plan.tile_offsets[index + 1]; ++n) {
+    const int64_t block = args.plan.tile_blocks[n];
+    look(args, tile, block, state.seen);
+    attend_block(args, state, tile, group, block);
+  }
+  for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
+    const float sum = static_cast<float>(sum_of(load(state.sums + row * kWidth)));
+    args.lse[head * args.tokens + token] = state.tops[row] + std::log(sum);
+    const Vec share = splat(1.0f / sum);
+    float* const out = state.out + row * state.columns;
+    for (int64_t i = 0; i < state.columns; i += kWidth) store(out + i, load(out + i) * share);
+    narrow_chunk(out, args.value_width, row_of<T>(args.out, head, token));
+  });
+}
+
+// ---- backward
+
+template <typename T>
+void prepare_backward(const AttentionArgs& args, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    for (int64_t head = 0; head < args.groups * args.group_size; ++head) {
+      const T* grad = row_of<T>(args.grad, head, token);
+      const T* out = row_of<T>(args.out, head, token);
+      Vec sum = {};
+      for (int64_t i = 0; i < args.value_width; i += kWidth) {
+        sum += widen_first(grad + i, args.value_width - i) * widen_first(out + i, args.value_width - i);
+      }
+      args.deltas[head * args.tokens + token] = static_cast<float>(sum_of(sum));
+    }
+  }
+}
+
+// What one block of keys needs, and the tile at work.
+struct Backward {
+  float* keys;           // right factors: tokens as columns,
+  float* values;         //
+  float* keys_as_steps;  // and as steps
+  float* grad_key;       // (kKeyBlock, key_columns)
+  float* grad_value;     // (kKeyBlock, value_columns)
+  float* query;          // (rows, key_columns)
+  float* grad;           // (rows, value_columns)
+  float* weights;        // (rows, kKeyBlock)
+  float* grad_scores;    // (rows, kKeyBlock)
+  float* lse;            // (rows,)
+  float* deltas;         // (rows,)
+  float** grad_query;    // (rows,) their places
+  float* strip;          // (kStrip, key_columns)
+  Seen* seen;            // of each strip
+  int64_t key_columns, value_columns;
+};
+
+Backward backward_room(const AttentionArgs& args, Room& room) {
+  const int64_t rows = most_rows(args);
+  Backward b;
+  b.key_columns = whole_panels(args.width);
+  b.value_columns = whole_panels(args.value_width);
+  b.keys = room.take(kKeyBlock * args.width);
+  b.values = room.take(kKeyBlock * args.value_width);
+  b.keys_as_steps = room.take(kKeyBlock * b.key_columns);
+  b.grad_key = room.take(kKeyBlock * b.key_columns);
+  b.grad_value = room.take(kKeyBlock * b.value_columns);
+  b.query = room.take(rows * b.key_columns);
+  b.grad = room.take(rows * b.value_columns);
+  b.weights = room.take(rows * kKeyBlock);
+  b.grad_scores = room.take(rows * kKeyBlock);
+  b.lse = room.take(rows);
+  b.deltas = room.take(rows);
+  b.grad_query = reinterpret_cast<float**>(room.take(2 * rows));
+  b.strip = room.take(kStrip * b.key_columns);
+  b.seen = reinterpret_cast<Seen*>(room.take(sizeof(Seen) / sizeof(float) * rows / kStrip));
+  return b;
+}
+
+int64_t backward_scratch(const AttentionArgs& args) {
+  Room room{nullptr};
+  backward_room(args, room);
+  return room.used;
+}
+
+template <typename T>
+void load_tile(const AttentionArgs& args, const Backward& b, const Tile& tile, int64_t group) {
+  gather<T>(args, args.query, group, tile, args.width, b.key_columns, b.query);
+  gather<T>(args, args.grad, group, tile, args.value_width, b.value_columns, b.grad);
+  for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
+    b.lse[row] = args.lse[head * args.tokens + token];
+    b.deltas[row] = args.deltas[head * args.tokens + token];
+    b.grad_query[row] = row_of<float>(args.grad_query, head, token);
+  });
+  std::fill(b.lse + tile.rows, b.lse + tile.whole_rows, 0.0f);
+  std::fill(b.deltas + tile.rows, b.deltas + tile.whole_rows, 0.0f);
+}
+
+// Scores from products of queries and keys; and the derivative of capped scores, if there is a cap.
+template <bool kCapped>
+inline Vec scores_of(const AttentionArgs& args, Vec products, Vec* derivative) {
+  if constexpr (!kCapped) return products * splat(args.scale);
+  const Tanh tanh = tanh_vec(products * splat(args.scale / args.softcap));
+  *derivative = tanh.derivative;
+  return tanh.value * splat(args.softcap);
+}
+
+// Computes a strip's weights and the gradient of its scores, times the scale, from the products that stand there.
+template <bool kCapped>
+void differentiate(const AttentionArgs& args, const Backward& b, int64_t row, const Seen& seen, Columns at) {
+  const Vec scale = splat(args.scale);
+  for (int64_t r = row; r < row + kStrip; ++r) {
+    float* const weights = b.weights + r * kKeyBlock;
+    float* const grad_scores = b.grad_scores + r * kKeyBlock;
+    const Vec lse = splat(b.lse[r]), delta = splat(b.deltas[r]);
+    for (int64_t i = at.begin; i < at.end; i += kWidth) {
+      Vec derivative = splat(1.0f);
+      Vec w = weight_vec(scores_of<kCapped>(args, load(weights + i), &derivative) - lse);
+      if (seen.all != ~uint64_t{0}) w = only_seen(w, seen.by_row[r - row], i, 0.0f);
+      store(weights + i, w);
+      const Vec by_score = w * scale * (load(grad_scores + i) - delta);
+      store(grad_scores + i, kCapped ? by_score * derivative : by_score);
+    }
+  }
+}
+
+// Computes weights (rows, kKeyBlock) of a tile and the gradient of its scores, zeros where nothing is seen.
+void compute_tile_weights(const AttentionArgs& args, const Backward& b, const Tile& tile) {
+  for (int64_t row = 0; row < tile.whole_rows; row += kStrip) {
+    const Seen& seen = b.seen[row / kStrip];
+    float* const weights = b.weights + row * kKeyBlock;
+    float* const grad_scores = b.grad_scores + row * kKeyBlock;
+    if (seen.all != ~uint64_t{0}) {
+      std::fill(weights, weights + kStrip * kKeyBlock, 0.0f);
+      std::fill(grad_scores, grad_scores + kStrip * kKeyBlock, 0.0f);
+    }
+    if (!seen.any) continue;
+    const Columns at(seen);
+    const int64_t size = at.end - at.begin;
+    multiply_strip<false>(PlainLeft{b.query + row * b.key_columns, b.key_columns}, b.keys + at.begin * args.width,
+                          kTileColumns * args.width, args.width, size, weights + at.begin, kKeyBlock);
+    multiply_strip<false>(PlainLeft{b.grad + row * b.value_columns, b.value_columns},
+                          b.values + at.begin * args.value_width, kTileColumns * args.value_width, args.value_width,
+                          size, grad_scores + at.begin, kKeyBlock);
+    (args.softcap ? differentiate<true> : differentiate<false>)(args, b, row, seen, at);
+  }
+}
+
+// Adds a tile's share of the gradients of a block's keys and values.
+void add_to_block(const Backward& b, const Tile& tile) {
+  for (int64_t key = 0; key < kKeyBlock; key += kStrip) {
+    const uint64_t keys = ((uint64_t{1} << kStrip) - 1) << key;
+    int64_t begin = 0, end = tile.whole_rows;
+    while (begin < end && !(b.seen[begin / kStrip].any & keys)) begin += kStrip;
+    while (begin < end && !(b.seen[end / kStrip - 1].any & keys)) end -= kStrip;
+    if (begin == end) continue;
+    const int64_t from = begin * kKeyBlock + key;
+    multiply_rows<true>(TransposedLeft{b.weights + from, kKeyBlock}, b.grad + begin * b.value_columns, b.value_columns,
+                        end - begin, b.value_columns, b.grad_value + key * b.value_columns, b.value_columns);
+    multiply_rows<true>(TransposedLeft{b.grad_scores + from, kKeyBlock}, b.query + begin * b.key_columns,
+                        b.key_columns, end - begin, b.key_columns, b.grad_key + key * b.key_columns, b.key_columns);
+  }
+}
+
+// Adds a block's share of the gradient of a tile's queries.
+void add_to_queries(const AttentionArgs& args, const Backward& b, const Tile& tile, int64_t tokens) {
+  for (int64_t row = 0; row < tile.whole_rows; row += kStrip) {
+    const Seen& seen = b.seen[row / kStrip];
+    if (!seen.any) continue;
+    multiply_strip<false>(PlainLeft{b.grad_scores + row * kKeyBlock + seen.begin(), kKeyBlock},
+                          b.keys_as_steps + seen.begin() * kTileColumns, tokens * kTileColumns,
+                          seen.end() - seen.begin(), b.key_columns, b.strip, b.key_columns);
+    for (int64_t r = row; r < std::min(row + kStrip, tile.rows); ++r) {
+      const float* sums = b.strip + (r - row) * b.key_columns;
+      float* const to = b.grad_query[r];
+      for (int64_t i = 0; i < args.width; i += kWidth) {
+        narrow_part(widen_first(to + i, args.width - i) + load(sums + i), args.width - i, to + i);
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward(const AttentionArgs& args, int64_t task, float* scratch) {
+  const int64_t group = task % args.groups, block = task / args.groups;
+  const int64_t first = block * kKeyBlock, tokens = std::min(kKeyBlock, args.tokens - first);
+  Room room{scratch};
+  const Backward b = backward_room(args, room);
+  pack_block<true, T>(args, args.key, group, block, args.width, b.keys);
+  pack_block<true, T>(args, args.value, group, block, args.value_width, b.values);
+  pack_block<false, T>(args, args.key, group, block, args.width, b.keys_as_steps);
+  std::fill(b.grad_key, b.grad_key + kKeyBlock * b.key_columns, 0.0f);
+  std::fill(b.grad_value, b.grad_value + kKeyBlock * b.value_columns, 0.0f);
+  for (int64_t n = args.plan.block_offsets[block]; n < args.plan.block_offsets[block + 1]; ++n) {
+    const int64_t index = args.plan.block_tiles[n];
+    const Tile tile = tile_of(args, index);
+    load_tile<T>(args, b, tile, group);
+    look(args, tile, block, b.seen);
+    compute_tile_weights(args, b, tile);
+    add_to_block(b, tile);
+    // In the order of the blocks, whoever computes them: sums do not depend on the number of threads.
+    int32_t* const turn = args.turns + group * args.num_tiles + index;
+    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != args.plan.block_turns[n]) sched_yield();
+    add_to_queries(args, b, tile, tokens);
+    __atomic_store_n(turn, args.plan.block_turns[n] + 1, __ATOMIC_RELEASE);
+  }
+  for (int64_t key = 0; key < tokens; ++key) {
+    narrow_chunk(b.grad_key + key * b.key_columns, args.width, row_of<T>(args.grad_key, group, first + key));
+    narrow_chunk(b.grad_value + key * b.value_columns, args.value_width,
+                 row_of<T>(args.grad_value, group, first + key));
+  }
+}
+
+// One of three functions by the dtype of `args`.
+template <auto kFloat, auto kBFloat16, auto kFloat16, typename... Rest>
+void by_dtype(const AttentionArgs& args, Rest... rest) {
+  switch (args.dtype) {
+    case Dtype::kFloat32:
+      return kFloat(args, rest...);
+    case Dtype::kBFloat16:
+      return kBFloat16(args, rest...);
+    case Dtype::kFloat16:
+      return kFloat16(args, rest...);
+  }
+}
+
+}  // namespace
+
+namespace trl_fast {
+
+extern const AttentionKernels TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY);
+const AttentionKernels TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY) = {
+    sees,
+    forward_scratch,
+    backward_scratch,
+    packed_keys_size,
+    packed_values_size,
+    by_dtype<pack<float>, pack<BFloat16>, pack<Float16>>,
+    by_dtype<forward<float>, forward<BFloat16>, forward<Float16>>,
+    by_dtype<prepare_backward<float>, prepare_backward<BFloat16>, prepare_backward<Float16>>,
+    by_dtype<backward<float>, backward<BFloat16>, backward<Float16>>,
+};
+
+}  // namespace trl_fast

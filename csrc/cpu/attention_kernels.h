@@ -1,0 +1,92 @@
+// Declares attention over a row of token trees on the CPU, forward and backward.
+//
+// trl_fast/ops/attention.py specifies what is computed. Key heads are shared by groups of query heads. A row's
+// queries are cut into tiles, all heads of a group together, its keys into blocks; scores of a tile and a block stand
+// in the cache, and tiles and blocks of which no query sees a key are left out. Compiled once per instruction set,
+// without torch headers.
+#pragma once
+
+#include <cstdint>
+
+#include "row_types.h"
+
+namespace trl_fast {
+
+// Keys of a block: which of them a token sees are the bits of a word.
+constexpr int64_t kKeyBlock = 64;
+// A tile has about so many rows, one for each of its tokens and heads of the group.
+constexpr int64_t kAimedRows = 96;
+// Rows are multiplied in strips of at most so many.
+constexpr int64_t kMostStripRows = 8;
+
+// Tokens [start, end) of a row, seen by themselves and by all that continues them, which ends at tree_end; offset:
+// the position of `start` in its sequence.
+struct TreeSegment {
+  int64_t start, end, tree_end, offset;
+};
+
+// (heads, T, D), contiguous in D.
+struct AttentionHeads {
+  void* data;
+  int64_t head_stride, token_stride;
+};
+
+// Which tokens see which: a token sees, of its own segment and of those that this one continues, what is behind its
+// first_in_run or among its last `window` tokens, and before its end_of_run.
+struct AttentionMask {
+  const TreeSegment* segments;  // that have tokens, in order
+  int64_t num_segments;
+  const int32_t* first_segments;  // of each block, the first segment with keys in it
+  const int32_t* positions;       // (T,) of tokens in their sequences
+  const int32_t* first_in_runs;   // (T,)
+  const int32_t* ends_of_runs;    // (T,)
+  int64_t window;
+};
+
+// Which tiles see keys of which blocks. Blocks of tile i: tile_blocks[tile_offsets[i]], ..., in ascending order. Tiles
+// of block i: block_tiles[block_offsets[i]], ..., and which one of the tile's blocks it is, block_turns.
+struct AttentionPlan {
+  const int32_t* tile_offsets;
+  const int32_t* tile_blocks;
+  const int32_t* block_offsets;
+  const int32_t* block_tiles;
+  const int32_t* block_turns;
+};
+
+struct AttentionArgs {
+  Dtype dtype;  // of heads, but for grad_query
+  int64_t tokens, groups, group_size, width, value_width;
+  int64_t tile_tokens, num_tiles, num_blocks;
+  float scale;
+  float softcap;  // scores are softcap * tanh(scores / softcap); 0: as they are
+  AttentionMask mask;
+  AttentionPlan plan;
+  AttentionHeads query, key, value, out;
+  float* lse;  // (heads, T), natural
+  // Forward: room for packed_keys_size(args) and packed_values_size(args) floats.
+  float* packed_keys;
+  float* packed_values;
+  // Backward.
+  AttentionHeads grad, grad_key, grad_value;
+  AttentionHeads grad_query;  // float32, zeros before
+  float* deltas;              // (heads, T): sum of gradient times output
+  int32_t* turns;             // (groups, num_tiles), zeros before: how many blocks have added to a tile's gradient
+};
+
+struct AttentionKernels {
+  bool (*sees)(const AttentionArgs&, int64_t tile, int64_t block);  // whether a token of the tile sees a key
+  int64_t (*forward_scratch)(const AttentionArgs&);                 // floats
+  int64_t (*backward_scratch)(const AttentionArgs&);
+  int64_t (*packed_keys_size)(const AttentionArgs&);
+  int64_t (*packed_values_size)(const AttentionArgs&);
+  void (*pack)(const AttentionArgs&, int64_t begin, int64_t end);              // groups x blocks
+  void (*forward)(const AttentionArgs&, int64_t task, float* scratch);         // tiles x groups, the longest first
+  void (*prepare_backward)(const AttentionArgs&, int64_t begin, int64_t end);  // tokens
+  // Blocks x groups. A task waits for tasks of smaller numbers, so they must be begun in order.
+  void (*backward)(const AttentionArgs&, int64_t task, float* scratch);
+};
+
+// The kernels of the instruction set that row_kernels() has.
+const AttentionKernels& attention_kernels();
+
+}  // namespace trl_fast

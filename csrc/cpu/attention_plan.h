@@ -1,0 +1,26 @@
+// Plans attention over a row of token trees: which tiles of queries see which blocks of keys.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention_kernels.h"
+
+namespace trl_fast {
+
+// A row of tokens, and what AttentionMask and AttentionPlan point into.
+struct AttentionRow {
+  std::vector<TreeSegment> segments;
+  std::vector<int32_t> first_segments, positions, first_in_runs, ends_of_runs;
+  std::vector<int32_t> tile_offsets, tile_blocks, block_offsets, block_tiles, block_turns, turns;
+
+  // segments: start, end, tree_end, offset of each; runs: start and end of each, in tokens of the row. Throws
+  // std::invalid_argument if they are not those of a row of so many tokens.
+  AttentionRow(const int64_t* segment_numbers, int64_t num_segments, const int64_t* run_numbers, int64_t num_runs,
+               bool whole_runs, int64_t tokens);
+};
+
+// Completes the arguments of a row whose tokens, groups and group_size are set: tiles, blocks, mask and plan.
+void plan_attention(AttentionArgs& args, AttentionRow& row, int64_t window);
+
+}  // namespace trl_fast
