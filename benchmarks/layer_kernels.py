@@ -3,7 +3,7 @@
     python -m benchmarks.layer_kernels [--rows 8192 --width 1024 --rounds 15]
 
 Bytes are counted: each input is read once, each result written once. Kernel and copy run in turns, and the shortest
-time of each counts, so that other processes disturb least. Writes benchmarks/results/layer_kernels.json.
+CPU time of each counts, so that other processes disturb least. Writes benchmarks/results/layer_kernels.json.
 """
 
 from __future__ import annotations
@@ -155,13 +155,13 @@ def embedding_cases(rows: int, width: int, dtype: torch.dtype) -> Iterator[Case]
 
 
 def shortest(runs: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Returns the shortest seconds of each of several calls, which are made in turns."""
+    """Returns the shortest CPU seconds of each of several calls, which are made in turns."""
     best = [float("inf")] * len(runs)
     for _ in range(rounds):
         for i, run in enumerate(runs):
-            start = time.perf_counter()
+            start = time.thread_time()
             run()
-            best[i] = min(best[i], time.perf_counter() - start)
+            best[i] = min(best[i], time.thread_time() - start)
     return best
 
 

@@ -80,7 +80,7 @@ void gate(const GateArgs& args, int64_t begin, int64_t end) {
     const int64_t from = row * args.stride + column;
     const T *gates = static_cast<const T*>(args.gate) + from, *ups = static_cast<const T*>(args.up) + from;
     T* out = static_cast<T*>(args.out) + row * args.columns + column;
-    for_row(count, [&](int64_t i, int, auto n) {
+    for_row(count, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
       const Vec value = rounded<T>(activated<kind>(widen_part(gates + i, n)).value);
       narrow_part(value * widen_part(ups + i, n), n, out + i);
     });
@@ -94,7 +94,7 @@ void gate_backward(const GateArgs& args, int64_t begin, int64_t end) {
     const T *gates = static_cast<const T*>(args.gate) + from, *ups = static_cast<const T*>(args.up) + from;
     const T* grads = static_cast<const T*>(args.grad) + row * args.columns + column;
     T *grad_gate = static_cast<T*>(args.grad_gate) + to, *grad_up = static_cast<T*>(args.grad_up) + to;
-    for_row(count, [&](int64_t i, int, auto n) {
+    for_row(count, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
       const Activated act = activated<kind>(widen_part(gates + i, n));
       const Vec grad = widen_part(grads + i, n);
       narrow_part(rounded<T>(grad * widen_part(ups + i, n)) * act.derivative, n, grad_gate + i);

@@ -1,6 +1,7 @@
 // Rotary embeddings of heads, alone and after a norm, once per translation unit.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "layer_norms.h"
@@ -47,25 +48,37 @@ inline Pair join_pairs(Vec a, Vec b, std::integer_sequence<int, kPlaces...>) {
   return {load(both), load(both + kWidth)};
 }
 #endif
-constexpr std::make_integer_sequence<int, kWidth> kPlacesOfVector;
+constexpr std::make_integer_sequence<int, kWidth> kPlacesOfVector{};
 
 // Values i to i + n of the first and the second numbers of pairs.
-template <bool kAdjacent, typename T>
-inline Pair load_pairs(const T* x, int64_t half, int64_t i, int64_t n) {
-  if constexpr (!kAdjacent) return {widen_part(x + i, n), widen_part(x + half + i, n)};
-  const T* from = x + 2 * i;
-  return split_pairs(widen_part(from, 2 * n), widen_part(from + kWidth, 2 * n - kWidth), kPlacesOfVector);
+template <bool kAdjacent, typename T, typename N>
+inline Pair load_pairs(const T* x, int64_t half, int64_t i, N n) {
+  if constexpr (!kAdjacent) {
+    return {widen_part(x + i, n), widen_part(x + half + i, n)};
+  } else {
+    const T* from = x + 2 * i;
+    if constexpr (std::is_same_v<N, Whole>)
+      return split_pairs(widen(from), widen(from + kWidth), kPlacesOfVector);
+    else
+      return split_pairs(widen_part(from, 2 * n), widen_part(from + kWidth, 2 * n - kWidth), kPlacesOfVector);
+  }
 }
 
-template <bool kAdjacent, typename T>
-inline void store_pairs(Pair pair, T* x, int64_t half, int64_t i, int64_t n) {
+template <bool kAdjacent, typename T, typename N>
+inline void store_pairs(Pair pair, T* x, int64_t half, int64_t i, N n) {
   if constexpr (!kAdjacent) {
     narrow_part(pair.a, n, x + i);
     narrow_part(pair.b, n, x + half + i);
   } else {
     const Pair joined = join_pairs(pair.a, pair.b, kPlacesOfVector);
-    narrow_part(joined.a, 2 * n, x + 2 * i);
-    if (2 * n > kWidth) narrow_part(joined.b, 2 * n - kWidth, x + 2 * i + kWidth);
+    T* to = x + 2 * i;
+    if constexpr (std::is_same_v<N, Whole>) {
+      narrow(to, joined.a);
+      narrow(to + kWidth, joined.b);
+    } else {
+      narrow_part(joined.a, 2 * n, to);
+      if (2 * n > kWidth) narrow_part(joined.b, 2 * n - kWidth, to + kWidth);
+    }
   }
 }
 
@@ -128,7 +141,8 @@ class TokenTurn {
 
   template <typename T>
   static void widen_values(const T* from, int64_t n, float* to) {
-    for_row(n, [&](int64_t i, int, auto count) { narrow_part(widen_part(from + i, count), count, to + i); });
+    for_row(n, [&](int64_t i, int, auto count)
+                   TRL_FAST_INLINE { narrow_part(widen_part(from + i, count), count, to + i); });
   }
 
   template <typename T, bool kRounds>
@@ -143,13 +157,12 @@ class TokenTurn {
   void turn_pairs(const T* x, T* out) const {
     const auto product = [](Vec left, Vec right) { return kRounds ? rounded<T>(left * right) : left * right; };
     const float *cos = factors_.data(), *sin = cos + 2 * room_;
-    for (int64_t i = 0; i < half_; i += kWidth) {
-      const int64_t n = std::min<int64_t>(kWidth, half_ - i);
+    for_row(half_, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
       const Pair pair = load_pairs<kFrom>(x, half_, i, n);
       const Vec a = product(pair.a, load(cos + i)) - product(pair.b, load(sin + i));
       const Vec b = product(pair.b, load(cos + room_ + i)) + product(pair.a, load(sin + room_ + i));
       store_pairs<kTo>({a, b}, out, half_, i, n);
-    }
+    });
   }
 
   const Turns& turns_;
@@ -177,20 +190,23 @@ void rotary(const RotaryArgs& args, int64_t begin, int64_t end) {
   });
 }
 
+// The norms of a token are begun together, and then ended: one would wait for its sum and its root.
 void norm_rotary(const NormRotaryArgs& args, int64_t begin, int64_t end) {
   const Heads& heads = args.heads;
   const int64_t columns = args.norm.columns, norms = heads.heads * heads.width / columns;
   TokenTurn turn(args.turns);
   with_norm(args.norm, [&]<typename T, bool kRoundsFirst>(T*, std::bool_constant<kRoundsFirst>) {
-    const Room<float> factors = norm_factors<T>(args.norm);
+    const NormFactors<T> factors(args.norm);
     const Room<T> normed(columns);
     for (int64_t place = begin; place < end; ++place) {
       const int64_t row = place / heads.tokens, token = place % heads.tokens;
+      const auto x = [&](int64_t k) { return head_at<T>(heads.x, heads.x_strides, row, k, token); };
+      float* rstd = args.rstd + place * norms;
+      for (int64_t k = 0; k < norms; ++k) rstd[k] = row_rstd(x(k), columns, args.eps);
       turn.read(row, token);
       T* out = static_cast<T*>(args.out) + place * heads.heads * heads.width;
       for (int64_t k = 0; k < norms; ++k) {
-        const T* x = head_at<T>(heads.x, heads.x_strides, row, k, token);
-        args.rstd[place * norms + k] = norm_row<T, kRoundsFirst>(x, factors.data(), columns, args.eps, normed.data());
+        norm_row<T, kRoundsFirst>(x(k), factors.data(), columns, rstd[k], normed.data());
         for (int64_t i = 0; i < columns; i += heads.width, out += heads.width) {
           turn.apply(normed.data() + i, heads.width, out);
         }
@@ -202,27 +218,32 @@ void norm_rotary(const NormRotaryArgs& args, int64_t begin, int64_t end) {
 void norm_rotary_backward(const NormRotaryArgs& args, int64_t tokens, int64_t begin, int64_t end) {
   const Heads& heads = args.heads;
   const int64_t columns = args.norm.columns, norms = heads.heads * heads.width / columns;
-  const int64_t heads_a_norm = columns / heads.width;
   TokenTurn turn(args.turns);
   with_norm(args.norm, [&]<typename T, bool kRoundsFirst>(T*, std::bool_constant<kRoundsFirst>) {
-    const Room<float> factors = norm_factors<T>(args.norm);
-    const Room<T> grad(columns);
+    const NormFactors<T> factors(args.norm);
+    const Room<float> means(norms);
+    const Room<T> grads(heads.heads * heads.width);
     for (int64_t block = begin; block < end; ++block) {
       float* partial = args.partials ? args.partials + block * columns : nullptr;
       if (partial) std::fill(partial, partial + columns, 0.0f);
       const int64_t last = std::min((block + 1) * trl_fast::kTokenBlock, tokens);
       for (int64_t place = block * trl_fast::kTokenBlock; place < last; ++place) {
         const int64_t row = place / heads.tokens, token = place % heads.tokens;
+        const auto x = [&](int64_t k) { return head_at<T>(heads.x, heads.x_strides, row, k, token); };
+        const float* rstd = args.rstd + place * norms;
         turn.read(row, token);
+        for (int64_t head = 0; head < heads.heads; ++head) {
+          const T* turned = head_at<T>(args.grad, args.grad_strides, row, head, token);
+          turn.apply(turned, heads.width, grads.data() + head * heads.width);
+        }
         for (int64_t k = 0; k < norms; ++k) {
-          for (int64_t head = 0; head < heads_a_norm; ++head) {
-            const T* turned = head_at<T>(args.grad, args.grad_strides, row, k * heads_a_norm + head, token);
-            turn.apply(turned, heads.width, grad.data() + head * heads.width);
-          }
-          T* out = args.out ? static_cast<T*>(args.out) + (place * norms + k) * columns : nullptr;
-          norm_backward_row<T, kRoundsFirst>(grad.data(), head_at<T>(heads.x, heads.x_strides, row, k, token),
-                                             factors.data(), columns, args.rstd[place * norms + k],
-                                             static_cast<const T*>(nullptr), partial, out);
+          means.data()[k] = mean_product<T, kRoundsFirst>(grads.data() + k * columns, x(k), factors.data(), columns,
+                                                          rstd[k], partial);
+        }
+        for (int64_t k = 0; args.out && k < norms; ++k) {
+          T* out = static_cast<T*>(args.out) + (place * norms + k) * columns;
+          norm_backward_row<T, kRoundsFirst>(grads.data() + k * columns, x(k), factors.data(), columns, rstd[k],
+                                             means.data()[k], static_cast<const T*>(nullptr), out);
         }
       }
     }

@@ -2,26 +2,29 @@
 // simd.h it lives in an unnamed namespace, once per translation unit.
 #pragma once
 
-#include <memory>
+#include <new>
+#include <utility>
 
 #include "layer_kernels.h"
 #include "row_chunks.h"
 
 namespace {
 
-// Room for numbers, with whole vectors. A std::vector of floats would be one type for all instruction sets, and the
-// linker would keep the code of any of them.
+// Room for numbers, with whole vectors that lie in one cache line each. A std::vector of floats would be one type for
+// all instruction sets, and the linker would keep the code of any of them.
 template <typename T>
 class Room {
  public:
-  explicit Room(int64_t size) : numbers_(new T[padded(size)]()) {}
-  T* data() const { return numbers_.get(); }
+  explicit Room(int64_t size)
+      : numbers_(static_cast<T*>(::operator new(padded(size) * sizeof(T), std::align_val_t{64}))) {
+    std::memset(numbers_, 0, padded(size) * sizeof(T));
+  }
+  Room(const Room&) = delete;
+  ~Room() { ::operator delete(numbers_, std::align_val_t{64}); }
+  T* data() const { return numbers_; }
 
  private:
-  struct Delete {
-    void operator()(T* numbers) const { delete[] numbers; }
-  };
-  std::unique_ptr<T[], Delete> numbers_;
+  T* numbers_;
 };
 
 // A whole vector, where a function takes the number of values that are there.
@@ -47,11 +50,11 @@ inline void narrow_part(Vec from, Whole, T* to) {
 // Rounds to the dtype.
 template <typename T>
 inline Vec rounded(Vec x) {
-  if constexpr (sizeof(T) == sizeof(float)) return x;
-  T narrowed[kWidth];
-  narrow(narrowed, x);
-  return widen(narrowed);
+  return rounded_to(static_cast<const T*>(nullptr), x);
 }
+
+// Behind the arguments of a lambda that is called in several places of a loop: GCC makes a function of a longer one.
+#define TRL_FAST_INLINE __attribute__((always_inline))
 
 // Calls f(i, k, n) for the vectors of a row, n being Whole or the number of values in the last one; k is 0 and 1 in
 // turn: two sums that do not wait for each other.
@@ -70,6 +73,17 @@ inline void for_row(int64_t columns, F f) {
 }
 
 // The sum of a vector's numbers, in pairs: short rows would wait for a chain of additions.
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+template <int... kPlaces>
+inline float sum_in_pairs(Vec x, std::integer_sequence<int, kPlaces...>) {
+  x += __builtin_shufflevector(x, x, ((kPlaces + kWidth / 2) % kWidth)...);
+  x += __builtin_shufflevector(x, x, ((kPlaces + kWidth / 4) % kWidth)...);
+  if constexpr (kWidth > 4) x += __builtin_shufflevector(x, x, ((kPlaces + kWidth / 8) % kWidth)...);
+  if constexpr (kWidth > 8) x += __builtin_shufflevector(x, x, ((kPlaces + kWidth / 16) % kWidth)...);
+  return x[0];
+}
+inline float sum_in_pairs(Vec x) { return sum_in_pairs(x, std::make_integer_sequence<int, kWidth>{}); }
+#else
 inline float sum_in_pairs(Vec x) {
   float parts[kWidth];
   store(parts, x);
@@ -78,6 +92,7 @@ inline float sum_in_pairs(Vec x) {
   }
   return parts[0];
 }
+#endif
 
 template <typename T>
 inline const T* row_of(const trl_fast::Rows& rows, int64_t r) {

@@ -116,25 +116,40 @@ struct Float16 {
 
 inline Vec widen(const float* p) { return load(p); }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// The masked forms, all lanes on: GCC 12 warns of an uninitialised variable inside its own unmasked ones.
+inline Vec widen(const BFloat16* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bits_as<Vec>(bits_as<UVec>(_mm512_maskz_cvtepu16_epi32(0xffff, h)) << 16);
+}
+inline void store_halves(void* p, UVec low) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(low)));
+}
+#else
 inline Vec widen(const BFloat16* p) {
   HVec h;
   std::memcpy(&h, p, sizeof(h));
   return bits_as<Vec>(__builtin_convertvector(h, UVec) << 16);
 }
+// The low halves of 32-bit numbers.
+inline void store_halves(void* p, UVec low) {
+  const HVec h = __builtin_convertvector(low, HVec);
+  std::memcpy(p, &h, sizeof(h));
+}
+#endif
 
 inline void narrow(float* p, Vec x) { store(p, x); }
 
-// Round to nearest even; NaN becomes the quiet NaN.
-inline void narrow(BFloat16* p, Vec x) {
+// Round to nearest even; NaN becomes the quiet NaN. The bits of the result are the upper halves.
+inline UVec bfloat16_bits(Vec x) {
   const UVec u = bits_as<UVec>(x);
-  const UVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const UVec kept = (x == x) ? rounded : (UVec{} + 0x7fc0u);
-  const HVec h = __builtin_convertvector(kept, HVec);
-  std::memcpy(p, &h, sizeof(h));
+  const UVec rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return x == x ? rounded : UVec{} + 0x7fc00000u;
 }
 
+inline void narrow(BFloat16* p, Vec x) { store_halves(p, bfloat16_bits(x) >> 16); }
+
 #if defined(CPU_CAPABILITY_AVX512)
-// The masked forms, all lanes on: GCC 12 warns of an uninitialised variable inside its own unmasked ones.
 inline Vec widen(const Float16* p) {
   return bits_as<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
@@ -184,5 +199,25 @@ inline void narrow(Float16* p, Vec x) {
   for (int i = 0; i < kWidth; ++i) p[i].bits = float_to_half(x[i]);
 }
 #endif
+
+// Rounds to a dtype and widens again; of bfloat16's NaN, only those stay NaN of which a lower half is not full of
+// ones, as those of instructions and of bfloat16 numbers are.
+inline Vec rounded_to(const float*, Vec x) { return x; }
+inline Vec rounded_to(const BFloat16*, Vec x) {
+  const UVec u = bits_as<UVec>(x);
+  return bits_as<Vec>((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+}
+inline Vec rounded_to(const Float16*, Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return bits_as<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(x), mode)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return bits_as<Vec>(_mm256_cvtph_ps(_mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT)));
+#else
+  Float16 narrowed[kWidth];
+  narrow(narrowed, x);
+  return widen(narrowed);
+#endif
+}
 
 }  // namespace
