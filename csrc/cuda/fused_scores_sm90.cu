@@ -138,6 +138,7 @@ void check(cudaError_t error) { check(error == cudaSuccess, cudaGetErrorString(e
 template <typename Element>
 void run(const FusedFactors& factors, const TileScoreArgs& args, cudaStream_t stream) {
   using Kernel = typename Fused<Element>::Kernel;
+  static_assert(Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
   typename Kernel::Arguments arguments{};
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
   arguments.problem_shape = {static_cast<int>(args.rows), static_cast<int>(args.columns),
