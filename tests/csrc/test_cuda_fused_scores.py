@@ -16,7 +16,8 @@ from support.host_kernels import run_sanitized
 from support.packed_rows import same_bits
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import linear_scores
-from trl_fast.ops.head import cutlass_scores, fused_kernel
+from trl_fast.ops import device, linear_logprob
+from trl_fast.ops.head import cutlass_scores, fused_kernel, gradients, sweep
 from trl_fast.ops.head.cutlass_scores import CutlassTiles
 from trl_fast.ops.head.fused_kernel import SlicedWeight, empty_packed, score_rows_fused, try_out
 from trl_fast.ops.head.kept_logits import pack, unpack
@@ -272,6 +273,40 @@ def test_it_is_tried_out_and_wrong_numbers_are_found(ops, monkeypatch):
     for wrong, what in ((wrong_state, "log-probs"), (wrong_words, "kept logits")):
         monkeypatch.setattr(torch.ops.trl_fast, "fused_scores", wrong)
         assert try_out(TILES, torch.bfloat16, CPU) == f"{what} differ from PyTorch's"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Heads are cut, and compute, as on a GPU that this kernel serves; other kernels are Triton's, interpreted."""
+    monkeypatch.setenv("TRL_FAST_FUSED_KERNEL", "cutlass")
+    monkeypatch.setattr(cutlass_scores, "supports_cutlass", lambda device: cutlass_scores.Support(True, ""))
+    monkeypatch.setitem(device._simulated.facts, "cpu", device.DeviceFacts("cuda", multiplies_bf16=True))
+    for module in (sweep, gradients):
+        product = lambda out, left, right: out.copy_(left.float() @ right.float())  # noqa: E731
+        monkeypatch.setattr(module, "mm_into", product)
+        monkeypatch.setattr(module, "add_mm", lambda total, left, right: total.add_(left.float() @ right.float()))
+    with interpreted_kernels():
+        yield
+
+
+@pytest.mark.parametrize("shape", [dict(v=333, bias=True), dict(v=4500, h=16, temperature=0.7)], ids=str)
+def test_the_op_scores_by_it_and_its_words_give_gradients(ops, on_a_gpu, shape):
+    problem = make_problem(9, **shape, dtype=torch.bfloat16, spread=0.5)
+    options = {"bias": problem.bias, "temperature": problem.temperature, "backend": "triton"}
+    given = (problem.hidden, problem.weight, problem.targets)
+    with torch.no_grad():
+        alone = linear_logprob(*given, **options).logprobs
+    before = ops.calls
+    scores = linear_logprob(*given, **options).logprobs
+    assert ops.calls == before + 2 and torch.equal(scores, alone)
+    upstream = torch.linspace(-1, 1, 9)
+    ours = torch.autograd.grad((scores * upstream).sum(), problem.leaves)
+    results = []
+    for dtype in (None, torch.float64):
+        logp = problem.logits(dtype).log_softmax(-1).gather(1, problem.targets[:, None])[:, 0]
+        results.append(torch.autograd.grad((logp * upstream).sum(), problem.leaves))
+    for got, baseline, exact in zip(ours, *results, strict=True):
+        assert_as_good(got, baseline, exact, str(tuple(got.shape)), FLOOR[torch.bfloat16])
 
 
 def test_which_kernel_serves_is_said_and_can_be_asked_for(monkeypatch):
