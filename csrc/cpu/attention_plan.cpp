@@ -16,6 +16,23 @@ int64_t tile_tokens(int64_t group_size) {
   return std::max<int64_t>(1, (kAimedRows / group_size + step / 2) / step) * step;
 }
 
+// How far the keys of a block are seen: before which token their readers end, and the last of their positions.
+struct Reach {
+  int64_t readers_end = 0, last_position = 0;
+};
+
+std::vector<Reach> reach_of_blocks(const AttentionRow& row, const AttentionArgs& args) {
+  std::vector<Reach> reach(args.num_blocks);
+  for (const TreeSegment& s : row.segments) {
+    for (int64_t block = s.start / kKeyBlock; block * kKeyBlock < s.end; ++block) {
+      const int64_t last = std::min((block + 1) * kKeyBlock, s.end) - 1;
+      reach[block].readers_end = std::max(reach[block].readers_end, s.tree_end);
+      reach[block].last_position = std::max<int64_t>(reach[block].last_position, row.positions[last]);
+    }
+  }
+  return reach;
+}
+
 }  // namespace
 
 AttentionRow::AttentionRow(const int64_t* segment_numbers, int64_t num_segments, const int64_t* run_numbers,
@@ -65,13 +82,20 @@ void plan_attention(AttentionArgs& args, AttentionRow& row, int64_t window) {
                row.first_in_runs.data(),
                row.ends_of_runs.data(),
                window};
+  const std::vector<Reach> reach = reach_of_blocks(row, args);
   std::vector<std::vector<std::pair<int32_t, int32_t>>> tiles_of(args.num_blocks);
   row.tile_offsets.push_back(0);
   for (int64_t tile = 0; tile < args.num_tiles; ++tile) {
-    const auto ends = row.ends_of_runs.begin() + tile * args.tile_tokens;
-    const int64_t last_key =
-        *std::max_element(ends, ends + std::min(args.tile_tokens, args.tokens - (ends - row.ends_of_runs.begin())));
+    const int64_t first = tile * args.tile_tokens, end = std::min(first + args.tile_tokens, args.tokens);
+    const auto of_tile = [&](const std::vector<int32_t>& numbers) {
+      return std::minmax_element(numbers.begin() + first, numbers.begin() + end);
+    };
+    const int64_t last_key = *of_tile(row.ends_of_runs).second, first_in_run = *of_tile(row.first_in_runs).first;
+    const int64_t in_window = *of_tile(row.positions).first - window;
     for (int64_t block = 0; block * kKeyBlock < last_key; ++block) {
+      // Most blocks of a long row are left out without a look at every token.
+      if (reach[block].readers_end <= first) continue;
+      if (reach[block].last_position <= in_window && (block + 1) * kKeyBlock <= first_in_run) continue;
       if (!attention_kernels().sees(args, tile, block)) continue;
       tiles_of[block].emplace_back(tile, row.tile_blocks.size() - row.tile_offsets.back());
       row.tile_blocks.push_back(block);
