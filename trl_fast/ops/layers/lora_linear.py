@@ -82,7 +82,7 @@ def _lora_linear_backward(
         lambda: _product(grad.t(), rows),
         lambda: grad.sum(0),
         lambda: _product(by_low.t(), rows.to(lora_a.dtype)),
-        lambda: _product(upcast.t(), low),
+        lambda: _product(low.t(), upcast).t().contiguous(),
     )
     return [make() for make, needed in zip(makes, needs, strict=True) if needed]
 
