@@ -44,7 +44,14 @@ from build_backend import (
 
 ROOT = Path(__file__).parent
 # Kernel sources, compiled once per instruction set; the running CPU decides which is called.
-ISA_SOURCES = ("row_kernels", "sparse_kernels", "divergence_kernels", "layer_kernels", "attention_kernels")
+ISA_SOURCES = (
+    "row_kernels",
+    "sparse_kernels",
+    "divergence_kernels",
+    "layer_kernels",
+    "attention_kernels",
+    "product_kernels",
+)
 # The other sources for the CPU, compiled once.
 CPU_SOURCES = (
     "bindings",
@@ -54,6 +61,7 @@ CPU_SOURCES = (
     "attention_bindings",
     "attention_plan",
     "memory_pool",
+    "product_bindings",
 )
 ISA_FLAGS = {
     "DEFAULT": [],

@@ -6,6 +6,7 @@
 #include "attention_kernels.h"
 #include "divergence_kernels.h"
 #include "layer_kernels.h"
+#include "product_kernels.h"
 #include "row_kernels.h"
 #include "sparse_kernels.h"
 
@@ -16,6 +17,7 @@ extern const RowKernels kRowKernelsDEFAULT;
 extern const SparseKernels kSparseKernelsDEFAULT;
 extern const DivergenceKernels kDivergenceKernelsDEFAULT;
 extern const LayerKernels kLayerKernelsDEFAULT;
+extern const ProductKernels kProductKernelsDEFAULT;
 extern const AttentionKernels kAttentionKernelsDEFAULT;
 #endif
 #ifdef TRL_FAST_HAS_AVX2
@@ -23,6 +25,7 @@ extern const RowKernels kRowKernelsAVX2;
 extern const SparseKernels kSparseKernelsAVX2;
 extern const DivergenceKernels kDivergenceKernelsAVX2;
 extern const LayerKernels kLayerKernelsAVX2;
+extern const ProductKernels kProductKernelsAVX2;
 extern const AttentionKernels kAttentionKernelsAVX2;
 #endif
 #ifdef TRL_FAST_HAS_AVX512
@@ -30,6 +33,7 @@ extern const RowKernels kRowKernelsAVX512;
 extern const SparseKernels kSparseKernelsAVX512;
 extern const DivergenceKernels kDivergenceKernelsAVX512;
 extern const LayerKernels kLayerKernelsAVX512;
+extern const ProductKernels kProductKernelsAVX512;
 extern const AttentionKernels kAttentionKernelsAVX512;
 #endif
 
@@ -41,6 +45,7 @@ struct Candidate {
   const SparseKernels* sparse;
   const DivergenceKernels* divergence;
   const LayerKernels* layers;
+  const ProductKernels* products;
   const AttentionKernels* attention;
   bool runs;  // on this CPU
 };
@@ -49,19 +54,19 @@ struct Candidate {
 const Candidate kCandidates[] = {
 #ifdef TRL_FAST_HAS_AVX512
     {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512, &kLayerKernelsAVX512,
-     &kAttentionKernelsAVX512,
+     &kProductKernelsAVX512, &kAttentionKernelsAVX512,
      static_cast<bool>(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("fma"))},
 #endif
 #ifdef TRL_FAST_HAS_AVX2
-    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kDivergenceKernelsAVX2, &kLayerKernelsAVX2,
+    {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kDivergenceKernelsAVX2, &kLayerKernelsAVX2, &kProductKernelsAVX2,
      &kAttentionKernelsAVX2,
      static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                        __builtin_cpu_supports("f16c"))},
 #endif
     {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, &kLayerKernelsDEFAULT,
-     &kAttentionKernelsDEFAULT, true},
+     &kProductKernelsDEFAULT, &kAttentionKernelsDEFAULT, true},
 };
 
 const Candidate& choose() {
@@ -92,6 +97,8 @@ const SparseKernels& sparse_kernels() { return *chosen().sparse; }
 const DivergenceKernels& divergence_kernels() { return *chosen().divergence; }
 
 const LayerKernels& layer_kernels() { return *chosen().layers; }
+
+const ProductKernels& product_kernels() { return *chosen().products; }
 
 const AttentionKernels& attention_kernels() { return *chosen().attention; }
 

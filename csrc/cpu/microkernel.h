@@ -139,8 +139,8 @@ inline float widen_one(Float16 x) {
   return widen(part)[0];
 }
 
-// A factor of a product. `lanes` are a left factor's rows or a right one's columns; strides are in elements, and one of
-// them should be 1: else every number is read for itself.
+// A factor of a product. `lanes` are a left factor's rows or a right one's columns; strides are in elements, and one
+// of them should be 1: else every number is read for itself.
 template <typename T>
 struct Factor {
   const T* data;
@@ -194,11 +194,21 @@ void pack_left(Factor<T> from, float* to) {
   }
 }
 
-// Packs a right factor of any number of columns: panels of kTileColumns columns, (steps, kTileColumns) each, with zeros
-// for the columns that the last one lacks. The panel of column c begins at to + c * steps.
+// Packs a right factor of any number of columns: panels of kTileColumns columns, (steps, kTileColumns) each, with
+// zeros for the columns that the last one lacks. The panel of column c begins at to + c * steps.
 template <typename T>
 void pack_right(Factor<T> from, float* to) {
-  for (int64_t column = 0; column < from.lanes; column += kTileColumns) {
+  const int64_t whole = from.lane_stride == 1 ? from.lanes / kTileColumns * kTileColumns : 0;
+  // Rows that lie are read as such, a page at a time.
+  for (int64_t step = 0; step < from.steps && whole > 0; ++step) {
+    const T* const row = from.data + step * from.step_stride;
+    float* const panel = to + step * kTileColumns;
+    for (int64_t column = 0; column < whole; column += kWidth) {
+      const int64_t inside = column % kTileColumns;
+      store(panel + (column - inside) * from.steps + inside, widen(row + column));
+    }
+  }
+  for (int64_t column = whole; column < from.lanes; column += kTileColumns) {
     for (int v = 0; v < kTileVectors; ++v) {
       const int64_t first = column + v * kWidth;
       const int64_t columns = std::clamp<int64_t>(from.lanes - first, 0, kWidth);

@@ -1,0 +1,136 @@
+// Registers torch.ops.trl_fast.product; trl_fast/ops/matmul.py calls it.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/product_kernels.h"
+#include "row_arguments.h"
+
+namespace trl_fast {
+namespace {
+
+// Multiplications that are worth a thread of their own: some microseconds.
+constexpr int64_t kTaskProducts = int64_t{1} << 19;
+
+// A thread's memory for packed factors, kept from call to call: fresh pages would take as long as small products do.
+class ThreadScratch {
+ public:
+  float* of(int64_t floats) {
+    const std::size_t bytes = (floats * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
+    if (bytes > bytes_) {
+      memory_.reset();
+      bytes_ = 0;
+      memory_.reset(std::aligned_alloc(kHugePage, bytes));
+      if (!memory_) throw std::bad_alloc();
+      bytes_ = bytes;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+      madvise(memory_.get(), bytes, MADV_HUGEPAGE);
+#endif
+    }
+    return static_cast<float*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
+  std::unique_ptr<void, Free> memory_;
+  std::size_t bytes_ = 0;
+};
+
+float* thread_scratch(int64_t floats) {
+  static thread_local ThreadScratch scratch;
+  return scratch.of(floats);
+}
+
+int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Parts of a product: bands of rows times bands of columns, of whole tiles.
+struct Grid {
+  int64_t bands, columns;            // how many
+  int64_t band_tiles, column_tiles;  // of each, at most
+
+  ProductPart part(int64_t index, const MatrixProduct& product, const ProductKernels& kernels) const {
+    const int64_t height = band_tiles * kernels.tile_rows, width = column_tiles * kernels.tile_columns;
+    const int64_t row = index / columns * height, column = index % columns * width;
+    return {row, column, std::min(height, product.rows - row), std::min(width, product.columns - column)};
+  }
+};
+
+// The grid of at most `threads` parts whose largest is smallest; of several such, the one that packs least.
+Grid grid_of(const MatrixProduct& product, const ProductKernels& kernels, int64_t threads) {
+  const int64_t tiles = divided_up(product.rows, kernels.tile_rows);
+  const int64_t column_tiles = divided_up(product.columns, kernels.tile_columns);
+  Grid best = {};
+  int64_t best_work = 0, best_packing = 0;
+  for (int64_t bands = 1; bands <= std::min(threads, tiles); ++bands) {
+    const int64_t band_tiles = divided_up(tiles, bands);
+    const int64_t width = divided_up(column_tiles, std::max<int64_t>(1, threads / bands));
+    const int64_t work = band_tiles * width;
+    const int64_t packing = band_tiles * kernels.tile_rows + width * kernels.tile_columns;
+    if (bands == 1 || work < best_work || (work == best_work && packing < best_packing)) {
+      best = {divided_up(tiles, band_tiles), divided_up(column_tiles, width), band_tiles, width};
+      best_work = work;
+      best_packing = packing;
+    }
+  }
+  return best;
+}
+
+Matrix matrix_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.device().is_cpu(), name, ": expected a CPU tensor of two dimensions, ",
+                    "got ", tensor.sizes(), " on ", tensor.device());
+  return {tensor.const_data_ptr(), dtype_of(tensor, name), tensor.stride(0), tensor.stride(1)};
+}
+
+void product(const at::Tensor& left, const at::Tensor& right, at::Tensor out, bool accumulate) {
+  Matrix l = matrix_of(left, "left"), r = matrix_of(right, "right");
+  const int64_t steps = left.size(1);
+  TORCH_CHECK_VALUE(right.size(0) == steps, "right: expected ", steps, " rows, as left has columns, got ",
+                    right.sizes());
+  TORCH_CHECK_VALUE(
+      out.dim() == 2 && out.size(0) == left.size(0) && out.size(1) == right.size(1) && out.device().is_cpu(),
+      "out: expected a CPU tensor of shape (", left.size(0), ", ", right.size(1), "), got ", out.sizes());
+  const Dtype dtype = dtype_of(out, "out");
+  int64_t rows = out.size(0), columns = out.size(1), stride = out.stride(0);
+  const bool rows_lie = columns <= 1 || out.stride(1) == 1;
+  TORCH_CHECK_VALUE(rows_lie || rows <= 1 || out.stride(0) == 1, "out: expected contiguous rows or columns, got ",
+                    "strides ", out.strides());
+  if (!rows_lie) {
+    // outᵀ = rightᵀ leftᵀ, with the same bits.
+    std::swap(l, r);
+    std::swap(l.row_stride, l.column_stride);
+    std::swap(r.row_stride, r.column_stride);
+    std::swap(rows, columns);
+    stride = out.stride(1);
+  }
+  if (rows == 0 || columns == 0) return;
+  const MatrixProduct args = {l, r, rows, columns, steps, out.mutable_data_ptr(), dtype, stride, accumulate};
+  const ProductKernels& kernels = product_kernels();
+  const int64_t worth = static_cast<int64_t>(static_cast<double>(rows) * columns * steps / kTaskProducts);
+  const Grid grid = grid_of(args, kernels, std::clamp<int64_t>(worth, 1, at::get_num_threads()));
+  at::parallel_for(0, grid.bands * grid.columns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const ProductPart part = grid.part(index, args, kernels);
+      kernels.multiply(args, part, thread_scratch(kernels.scratch_floats(args, part)));
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
+  m.def("product(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(trl_fast, CPU, m) { m.impl("product", &product); }
+
+}  // namespace trl_fast
