@@ -64,7 +64,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(upcasting, "product_dtype", lambda dtype, device: torch.float32)
-    monkeypatch.setattr("trl_fast.ops.upcast_linear.product_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr("trl_fast.ops.linear.product_dtype", lambda dtype, device: torch.float32)
 
 
 def hooks_of(module):

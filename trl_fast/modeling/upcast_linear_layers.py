@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from trl_fast.ops.linear import linear, upcast_is_faster
 from trl_fast.ops.matmul import product_dtype
-from trl_fast.ops.upcast_linear import upcast_is_faster, upcast_linear
 from trl_fast.ops.validation import refuse_forward_mode
 
 from .loading import backbone
@@ -21,7 +21,7 @@ UPCAST = "upcast linear layers"
 
 
 def upcast_linear_layers(model: PreTrainedModel) -> None:
-    """Lets the linear layers of a model compute in float32 wherever that is faster; see ops/upcast_linear.py.
+    """Lets the linear layers of a model compute in float32 wherever that is faster; see ops/linear.py.
 
     They are changed only while that can be: on a CPU without 16-bit products, of a model with 16-bit weights or under
     autocast. The model may be moved or cast later: that is looked at before its layers run. What is changed decides
@@ -103,5 +103,5 @@ def _forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         plain: Any = self.plain_forward
         return plain(self, x)
     bias = None if self.bias is None else self.bias.to(dtype)
-    refuse_forward_mode("upcast_linear", x, self.weight)
-    return upcast_linear(x.to(dtype), self.weight.to(dtype), bias)
+    refuse_forward_mode("linear", x, self.weight)
+    return linear(x.to(dtype), self.weight.to(dtype), bias)

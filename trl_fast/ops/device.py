@@ -12,13 +12,19 @@ count.
 from __future__ import annotations
 
 import functools
+import os
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+# 1 or 0: whether float32 matrices are multiplied by our kernels, whatever the CPU.
+OWN_PRODUCTS = "TRL_FAST_OWN_PRODUCTS"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class DeviceFacts:
     - `multiplies_bf16`: whether products of bfloat16 numbers are fast there.
     - `capability`: a CUDA device's compute capability, (0, 0) for others.
     - `read_memory`: the memory now; None where it is not known, or where others live in it too.
+    - `own_products`: whether our kernels multiply float32 matrices faster than ATen's library does (ops/matmul.py).
 
     What follows is for devices that are not there; the defaults are those of devices that are:
 
@@ -60,6 +67,7 @@ class DeviceFacts:
     multiplies_bf16: bool
     capability: tuple[int, int] = (0, 0)
     read_memory: Callable[[], DeviceMemory | None] = lambda: None
+    own_products: bool = False
     serves: Callable[[str, str], bool] | None = None
     row_kernels: Any = None
     sparse_kernels: Any = None
@@ -123,7 +131,39 @@ def _facts_of(device: torch.device) -> DeviceFacts:
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
         return DeviceFacts("cuda", True, capability, functools.partial(_cuda_memory, device))
-    return DeviceFacts(device.type, device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type == "cpu":
+        multiplies_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return DeviceFacts("cpu", multiplies_bf16, own_products=_has_own_products())
+    return DeviceFacts(device.type, True)
+
+
+def _has_own_products() -> bool:
+    """Returns whether products are ours: with AVX-512, but on Intel's CPUs, whose library ATen calls.
+
+    On others that library, MKL, takes kernels of AVX2. TRL_FAST_OWN_PRODUCTS decides otherwise.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+        RuntimeError: it asks for kernels that are not there.
+    """
+    from .backends import load_extension
+
+    forced = os.environ.get(OWN_PRODUCTS, "")
+    if forced not in ("", "0", "1"):
+        raise ValueError(f"{OWN_PRODUCTS}={forced}: expected 0 or 1")
+    extension = load_extension()
+    if forced == "1" and not extension.ok:
+        raise RuntimeError(f"{OWN_PRODUCTS}=1: {extension.reason}")
+    if forced or not extension.ok:
+        return forced == "1"
+    from trl_fast import _C
+
+    return _C.build_info()["isa"] == "avx512" and not _is_intel()
+
+
+def _is_intel() -> bool:
+    cpus = Path("/proc/cpuinfo")
+    return "GenuineIntel" in platform.processor() + (cpus.read_text() if cpus.exists() else "")
 
 
 def _cuda_memory(device: torch.device) -> DeviceMemory:

@@ -2,6 +2,10 @@
 
 A GPU accumulates products of 16-bit numbers in float32 and can hand the sums over as they are; a CPU rounds them
 first.
+
+Products that a CPU computes in float32 are those of our kernels (csrc/cpu/product_kernels.h) where these are faster
+than ATen's library. They widen 16-bit factors as they pack them, and the bits of a result do not depend on how many
+rows and columns it is computed with, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import torch
 from .device import device_facts
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_OWN_DTYPES = (torch.float32, *SIXTEEN_BITS)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -23,8 +28,19 @@ def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
     return product_dtype(tensor.dtype, tensor.device)
 
 
+def own_product_serves(out: torch.Tensor, *factors: torch.Tensor) -> bool:
+    """Tells whether our kernels compute a product of 2-D factors into `out`: on a CPU, in float32."""
+    facts = device_facts(out.device)
+    if not facts.own_products or out.dtype not in _OWN_DTYPES or 1 not in out.stride():
+        return False
+    return all(facts.product_dtypes.get(factor.dtype, factor.dtype) == torch.float32 for factor in factors)
+
+
 def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Computes out = left @ right, (R, C) = (R, H) @ (H, C); out may be wider than the factors."""
+    if own_product_serves(out, left, right):
+        torch.ops.trl_fast.product(left, right, out, False)
+        return out
     if out.dtype == left.dtype:
         return torch.mm(left, right, out=out)
     if device_facts(out.device).is_cuda:
@@ -34,7 +50,9 @@ def mm_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch
 
 def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Computes total += left @ right, (R, C) += (R, H) @ (H, C); total may be wider than the factors."""
-    if total.dtype == left.dtype:
+    if own_product_serves(total, left, right):
+        torch.ops.trl_fast.product(left, right, total, True)
+    elif total.dtype == left.dtype:
         total.addmm_(left, right)
     elif device_facts(total.device).is_cuda:
         # Inside the product: a sum of its own would be read and written once more.

@@ -104,7 +104,7 @@ def planned_facts(device: str, meter: DeviceMeter | None = None, *, every_tile: 
     if device == "cpu":
         kernels = SparseKernels(_sparse_samples, _sparse_product)
         here = device_facts(torch.device("cpu"))
-        return replace(here, sparse_kernels=kernels, first_tiles_only=not every_tile)
+        return replace(here, own_products=False, sparse_kernels=kernels, first_tiles_only=not every_tile)
     kernel = meter.row_kernel
     return DeviceFacts(
         "cuda",

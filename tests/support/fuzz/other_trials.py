@@ -17,9 +17,9 @@ from support.triton_interpreter import interpreted
 from trl_fast.kernels import loss_kernels
 from trl_fast.ops import pair_loss, policy_loss, selective_log_softmax, selective_log_softmax_and_entropy
 from trl_fast.ops.attention_merge import merge_attention
+from trl_fast.ops.linear import linear
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 from trl_fast.ops.policy_loss import LOSS_TYPES
-from trl_fast.ops.upcast_linear import upcast_linear
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -193,8 +193,8 @@ def try_merge(draw: Draw, held: Held) -> None:
     held.close("lse", lse, exact_lse.float(), exact_lse, 1 + exact_lse.abs().nan_to_num(0.0, 0.0, 0.0), 4 * EPS)
 
 
-def try_upcast(draw: Draw, held: Held) -> None:
-    """Tries upcast_linear and its gradients."""
+def try_linear(draw: Draw, held: Held) -> None:
+    """Tries linear and its gradients."""
     dtype = draw.choose("dtype", torch.bfloat16, torch.float16)
     shape = draw.choose("shape", (0,), (1,), (5,), (2, 3), ())
     h, v = draw.choose("h", 0, 1, 7, 40), draw.choose("v", 1, 6, 33)
@@ -206,7 +206,7 @@ def try_upcast(draw: Draw, held: Held) -> None:
         leaves.append(draw.normal(v).to(dtype))
     leaves = [leaf.requires_grad_() for leaf in leaves]
     upstream = draw.normal(*shape, v).to(dtype)
-    got = upcast_linear(*leaves, *[None] * (3 - len(leaves)))
+    got = linear(*leaves, *[None] * (3 - len(leaves)))
     plain = torch.nn.functional.linear(*leaves)
     exact = torch.nn.functional.linear(*(leaf.double() for leaf in leaves))
     sizes = [leaf.detach().double().abs() for leaf in leaves]

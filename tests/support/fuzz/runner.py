@@ -27,8 +27,8 @@ TRIALS: dict[str, tuple[int, Callable[[Draw, Held], None]]] = {
     "pair_loss": (2, other_trials.try_pair_loss),
     "policy_loss": (3, other_trials.try_policy_loss),
     "merge_attention": (1, other_trials.try_merge),
-    "upcast_linear": (1, other_trials.try_upcast),
     "row_attention": (3, attention_trial.try_attention),
+    "linear": (1, other_trials.try_linear),
 }
 
 
