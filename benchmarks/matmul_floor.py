@@ -3,7 +3,8 @@
 A product covers all N x V logits block by block. It may be whole blocks of rows or tiles of the vocabulary, and the
 weight's gradient may come out as [V, H] or, from contiguous transposed hidden states, as [H, V]. Which is fastest
 differs between machines and sizes by more than the floor is used to tell apart, so each is tried once, on all columns
-and as many rows as its block has.
+and as many rows as its block has, by every library: the one that ATen chooses, oneDNN, which it has beside that for
+CPUs, and our kernels where they serve.
 
 The floor is generous. Operands are in the product's dtype before it starts, and all memory is there, in huge pages as
 ours. Every block of logits is the same buffer: a tile stays in the cache, and what it costs to keep logits until
@@ -13,6 +14,7 @@ backward is not the floor's. Each product has its own layout, though an op has t
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +23,7 @@ import torch
 
 from trl_fast.ops.device import device_facts
 from trl_fast.ops.head.plan import slices, workspace_of
+from trl_fast.ops.matmul import add_mm, mm_into, own_product_serves
 from trl_fast.ops.memory_pool import pooled_empty
 
 from .timing import first_seconds
@@ -36,15 +39,32 @@ TILE_COLUMNS = (2048, 8192)
 FILL = 0.01
 
 
+def _multiply_by_aten(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, adds: bool) -> None:
+    out.addmm_(left, right, beta=adds)
+
+
+def _multiply_by_onednn(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, adds: bool) -> None:
+    """Computes the product alone: the op writes and adds to no memory that is given."""
+    torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+
+
+def _multiply_by_kernels(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, adds: bool) -> None:
+    (add_mm if adds else mm_into)(out, left, right)
+
+
+LIBRARIES = {"ATen": _multiply_by_aten, "oneDNN": _multiply_by_onednn, "ours": _multiply_by_kernels}
+
+
 class Layout(NamedTuple):
     """Holds rows and columns of a block of logits; transposed: the weight's gradient is written as [H, V]."""
 
     rows: int
     columns: int
     transposed: bool = False
+    library: str = "ATen"
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.columns}{', [H, V]' if self.transposed else ''}"
+        return f"{self.rows} x {self.columns}{', [H, V]' if self.transposed else ''}, {self.library}"
 
 
 class Floor:
@@ -85,24 +105,35 @@ class Floor:
         block = min(num_rows, workspace // (vocab * self.hidden.dtype.itemsize))
         blocks = [(block, vocab), *((min(num_rows, TILE_ROWS), min(vocab, columns)) for columns in TILE_COLUMNS)]
         ways = (False, True) if product == "grad_weight" else (False,)
-        return list(dict.fromkeys(Layout(*block, transposed) for block in blocks for transposed in ways))
+        every = itertools.product(blocks, ways, self.libraries)
+        return list(dict.fromkeys(Layout(*block, transposed, library) for block, transposed, library in every))
+
+    @property
+    def libraries(self) -> list[str]:
+        """Returns the names of what multiplies matrices of this dtype on this device."""
+        hidden, is_cpu = self.hidden, self.hidden.device.type == "cpu"
+        return [
+            "ATen",
+            *(["oneDNN"] if is_cpu and hidden.dtype == torch.float32 else []),
+            *(["ours"] if own_product_serves(hidden, hidden, hidden) else []),
+        ]
 
     def multiply(self, product: str, layout: Layout, num_rows: int) -> None:
         """Computes the product for the first rows, block by block, into memory that is there."""
-        hidden, weight = self.hidden, self.weight
+        hidden, weight, run = self.hidden, self.weight, LIBRARIES[layout.library]
         grad_weight_t = self.grad_weight.view(hidden.shape[1], -1) if layout.transposed else None
         for columns in slices(0, weight.shape[0], layout.columns):
             for rows in slices(0, num_rows, layout.rows):
                 shape = (rows.stop - rows.start, columns.stop - columns.start)
                 logits = self.logits[: math.prod(shape)].view(shape)
                 if product == "logits":
-                    torch.mm(hidden[rows], weight[columns].t(), out=logits)
+                    run(logits, hidden[rows], weight[columns].t(), False)
                 elif product == "grad_hidden":
-                    self.grad_hidden[rows].addmm_(logits, weight[columns], beta=columns.start > 0)
-                elif layout.transposed:
-                    grad_weight_t[:, columns].addmm_(self.hidden_t[:, rows], logits, beta=rows.start > 0)
+                    run(self.grad_hidden[rows], logits, weight[columns], columns.start > 0)
+                elif grad_weight_t is not None:
+                    run(grad_weight_t[:, columns], self.hidden_t[:, rows], logits, rows.start > 0)
                 else:
-                    self.grad_weight[columns].addmm_(logits.t(), hidden[rows], beta=rows.start > 0)
+                    run(self.grad_weight[columns], logits.t(), hidden[rows], rows.start > 0)
 
     def best(self, product: str) -> Layout:
         """Returns the fastest layout of a product; tries all of them when it is first asked."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..matmul import add_mm, mm_into
 from .transient_weight import piece_numbers
 
 
@@ -79,8 +80,8 @@ class LowRankGradient:
     def add(self, rows: slice, tile: torch.Tensor) -> None:
         """Takes the gradient (C, H) of these rows of the whole weight."""
         for adapter, (down, up) in zip(self._adapters, self._sums, strict=True):
-            torch.mm(tile, adapter.down.t(), out=up[rows]).mul_(adapter.scale)
-            down.addmm_(adapter.up[rows].to(tile.dtype).t(), tile, alpha=adapter.scale)
+            mm_into(up[rows], tile, adapter.down.t()).mul_(adapter.scale)
+            add_mm(down, (adapter.up[rows].to(tile.dtype) * adapter.scale).t(), tile)
 
     def results(self) -> tuple[torch.Tensor, ...]:
         """Returns the gradients of down (r, H) and up (V, r) of one adapter after the other."""
