@@ -154,12 +154,16 @@ struct Factor {
   }
 };
 
+// Rows that lie are fetched so many before they are read: their order in memory is none that a CPU foresees.
+constexpr int64_t kAhead = 4;
+
 // Writes the first kWidth lanes of all steps, zeros for lanes that the factor lacks, as vectors that are `to_stride`
 // apart. They are written one after the other: a later one may overlap an earlier one.
 template <typename T>
 void pack_lanes(Factor<T> from, int64_t to_stride, float* to) {
   if (from.lane_stride == 1) {
     for (int64_t step = 0; step < from.steps; ++step) {
+      __builtin_prefetch(from.data + (step + 4 * kAhead) * from.step_stride);
       store(to + step * to_stride, widen_first(from.data + step * from.step_stride, from.lanes));
     }
   } else if (from.step_stride == 1) {
@@ -167,6 +171,7 @@ void pack_lanes(Factor<T> from, int64_t to_stride, float* to) {
       const int64_t steps = std::min<int64_t>(kWidth, from.steps - step);
       Vec rows[kWidth];
       for (int lane = 0; lane < kWidth; ++lane) {
+        __builtin_prefetch(from.data + (lane + kWidth) * from.lane_stride + step);
         rows[lane] = lane < from.lanes ? widen_first(from.data + lane * from.lane_stride + step, steps) : Vec{};
       }
       transpose(rows);
@@ -205,6 +210,7 @@ void pack_right(Factor<T> from, float* to) {
     float* const panel = to + step * kTileColumns;
     for (int64_t column = 0; column < whole; column += kWidth) {
       const int64_t inside = column % kTileColumns;
+      __builtin_prefetch(row + kAhead * from.step_stride + column);
       store(panel + (column - inside) * from.steps + inside, widen(row + column));
     }
   }

@@ -15,11 +15,11 @@ using trl_fast::Matrix;
 using trl_fast::MatrixProduct;
 using trl_fast::ProductPart;
 
-// Panels of so many steps, of both factors, fit into 48 KiB of first-level cache with AVX-512.
-constexpr int64_t kMostSteps = 256;
+// A panel of `right` of so many steps, and most of one of `left`, fit into 48 KiB of first-level cache with AVX-512.
+constexpr int64_t kMostSteps = 320;
 // Rows of `left` and columns of `right` of a block of steps that share 1 MiB of second-level cache.
-constexpr int64_t kPackedRows = 24 * kTileRows;
-constexpr int64_t kPackedColumns = 256;
+constexpr int64_t kPackedRows = 18 * kTileRows;
+constexpr int64_t kPackedColumns = 128;
 static_assert(kPackedColumns % kTileColumns == 0);
 // 8 MiB of packed rows of `left`.
 constexpr int64_t kLeftFloats = int64_t{1} << 21;
