@@ -17,6 +17,8 @@ using trl_fast::ProductPart;
 
 // A panel of `right` of so many steps, and most of one of `left`, fit into 48 KiB of first-level cache with AVX-512.
 constexpr int64_t kMostSteps = 320;
+// Short sums are cut finer, as they would have no second block otherwise: their error is then that of ATen's.
+constexpr int64_t kShort = 768, kMostStepsOfShort = 192;
 // Rows of `left` and columns of `right` of a block of steps that share 1 MiB of second-level cache.
 constexpr int64_t kPackedRows = 18 * kTileRows;
 constexpr int64_t kPackedColumns = 128;
@@ -41,7 +43,8 @@ int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Cut cut_of(const MatrixProduct& product, const ProductPart& part) {
   Cut cut = {};
-  cut.blocks = std::max<int64_t>(1, divided_up(product.steps, kMostSteps));
+  cut.blocks =
+      std::max<int64_t>(1, divided_up(product.steps, product.steps > kShort ? kMostSteps : kMostStepsOfShort));
   const int64_t block_steps = std::max<int64_t>(1, divided_up(product.steps, cut.blocks));
   // Sums that are rounded in the end are not written in between.
   const bool rounds = product.out_dtype != Dtype::kFloat32;
