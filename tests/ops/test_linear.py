@@ -109,10 +109,10 @@ def test_serves(dtype, hardware, rows, expected, monkeypatch):
 def test_layouts_and_a_retained_graph(products):
     """Any strides serve, also those of an expanded gradient, and backward may be asked again."""
     x, weight, _ = tensors(torch.float32, (6, 20))
-    turned, wide = x.detach().t().contiguous().t().requires_grad_(), weight.detach()[:, ::2].requires_grad_()
-    out = linear(turned[:, ::2], wide)
-    first, again = (torch.autograd.grad(out.sum(), (turned, wide), retain_graph=True) for _ in range(2))
-    expected = torch.autograd.grad(F.linear(turned[:, ::2], wide).sum(), (turned, wide))
+    turned, narrow = x.detach().t().contiguous().t().requires_grad_(), weight.detach()[:, ::2].requires_grad_()
+    out = linear(turned[:, ::2], narrow)
+    first, again = (torch.autograd.grad(out.sum(), (turned, narrow), retain_graph=True) for _ in range(2))
+    expected = torch.autograd.grad(F.linear(turned[:, ::2], narrow).sum(), (turned, narrow))
     for a, b, c in zip(first, again, expected, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c)

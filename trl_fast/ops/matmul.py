@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from .backends import load_extension
 from .device import device_facts
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -29,9 +30,9 @@ def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def own_product_serves(out: torch.Tensor, *factors: torch.Tensor) -> bool:
-    """Tells whether our kernels compute a product of 2-D factors into `out`: on a CPU, in float32."""
+    """Tells whether our kernels compute out (R, C) = (R, H) @ (H, C), given the factors: on a CPU, in float32."""
     facts = device_facts(out.device)
-    if not facts.own_products or out.dtype not in _OWN_DTYPES or 1 not in out.stride():
+    if not facts.own_products or out.dtype not in _OWN_DTYPES or 1 not in out.stride() or not load_extension().ok:
         return False
     return all(facts.product_dtypes.get(factor.dtype, factor.dtype) == torch.float32 for factor in factors)
 
