@@ -44,8 +44,9 @@ _PACKED_SCORES = re.compile(r"row_scores_packed_kernelILb([01])ELi(\d+)E")
 # The number of a kind in csrc/cuda/divergence_kernels.cuh, and whether neither head has a bias or a softcap.
 _DIVERGENCE = re.compile(r"row_divergence_kernelILN\w+?DivergenceE(\d)ELb([01])E")
 _DIVERGENCES = ("forward KL", "reverse KL", "jsd", "skewed forward KL", "skewed reverse KL", "tvd")
-# Of a layer's kernel the type, and of a norm's the threads that share a row and the packs that each of them has.
-_LAYER = re.compile(rf"(?:rms_norm|gate|rotary)\w*?_kernelI({_TYPE})(?:Li(\d+)ELi(\d+)E)?")
+# Of a layer's kernel the type, of a norm's the threads that share a row and the packs that each of them has, and
+# whether rows lie in packs.
+_LAYER = re.compile(rf"(?:rms_norm|gate|rotary)\w*?_kernelI({_TYPE})(?:Li(\d+)ELi(\d+)E)?Lb([01])E")
 _LAYERS = ("rms_norm", "gate", "rotary", "norm_rotary")
 _PACKED_GRAD = re.compile(rf"row_grad_packed_kernelI({_TYPE})E")
 # Without any flag (bias, softcap, outputs), and with all of them.
@@ -77,8 +78,9 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
         kind, plain = divergence.groups()
         return f"{name} {_DIVERGENCES[int(kind)]}, {'plain' if plain == '1' else 'bias, softcap'}", True
     if layer := re.search(_LAYER, mangled):
-        dtype, threads, packs = layer.groups()
-        return f"{name} {_DTYPES[dtype]}{f', {threads} threads of {packs} packs' if threads else ''}", True
+        dtype, threads, packs, whole = layer.groups()
+        shared = f", {threads} threads of {packs} packs" if threads else ""
+        return f"{name} {_DTYPES[dtype]}{shared}{', number by number' * (whole == '0')}", whole == "1"
     if packed := re.search(_PACKED_GRAD, mangled):
         return f"{name} to {_DTYPES[packed.group(1)]}", True
     if packed := re.search(_PACKED_SCORES, mangled):
@@ -99,8 +101,7 @@ def _least_bytes(label: str, code: MachineCode) -> int:
     """Returns the least bytes that a thread moves: logits read and gradients written; for tokens, as in _TOKENS.
 
     0 for row_divergence: a loop of it writes gradients of three dtypes, of which one is asked for. And for what moves
-    no logits of its own, or these as one of several things, and for layers, whose code has a way for rows in packs and
-    one for others.
+    no logits of its own, or these as one of several things, and for layers, whose code has several ways.
     """
     if label.startswith(("row_divergence", "fused_scores", "merge_parts", *_LAYERS)):
         return 0

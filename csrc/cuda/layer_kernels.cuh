@@ -14,11 +14,11 @@ namespace trl_fast {
 namespace {
 
 // What a norm is multiplied by at a column, in float32: the weight, one more for Gemma's; 1 without a weight.
-template <typename T, int kSize>
-__device__ inline void load_factors(const NormWeight& weight, int64_t column, bool aligned, float (&to)[kSize]) {
+template <bool kWhole, typename T, int kSize>
+__device__ inline void load_factors(const NormWeight& weight, int64_t column, float (&to)[kSize]) {
   for (int k = 0; k < kSize; ++k) to[k] = 1.0f;
   if (weight.data == nullptr) return;
-  load_values(static_cast<const T*>(weight.data), column, weight.columns, aligned, to);
+  load_values<kWhole>(static_cast<const T*>(weight.data), column, weight.columns, to);
   if (weight.cast != NormCast::kGemma) return;
   for (int k = 0; k < kSize; ++k) to[k] += 1.0f;
 }
@@ -29,7 +29,7 @@ __device__ inline bool rounds_first(const NormWeight& weight) {
 }
 
 // A thread's part of a row, of which the row's threads have a span at once.
-template <typename T, int kLanes, int kPacks>
+template <typename T, int kLanes, int kPacks, bool kWhole>
 struct Share {
   static constexpr int kSize = Pack<T>::kSize;
   static constexpr int64_t kSpan = int64_t{kLanes} * kPacks * kSize;
@@ -39,14 +39,14 @@ struct Share {
     return start + (pack * kLanes + threadIdx.x % kLanes) * kSize;
   }
 
-  __device__ void load(const T* row, int64_t start, int64_t columns, bool aligned) {
+  __device__ void load(const T* row, int64_t start, int64_t columns) {
     for (int i = 0; i < kPacks; ++i) {
       const int64_t first = column(start, i);
-      if (aligned && first + kSize <= columns) {
-        packs[i] = *reinterpret_cast<const Pack<T>*>(row + first);
+      packs[i] = {};
+      if constexpr (kWhole) {
+        if (first < columns) packs[i] = *reinterpret_cast<const Pack<T>*>(row + first);
       } else {
         for (int k = 0; k < kSize; ++k) {
-          narrow(0.0f, packs[i][k]);
           if (first + k < columns) packs[i][k] = row[first + k];
         }
       }
@@ -54,9 +54,9 @@ struct Share {
   }
 };
 
-template <typename T, int kLanes, int kPacks>
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(NormArgs args, bool aligned) {
-  using Part = Share<T, kLanes, kPacks>;
+template <typename T, int kLanes, int kPacks, bool kWhole>
+__global__ void __launch_bounds__(kThreads) rms_norm_kernel(NormArgs args) {
+  using Part = Share<T, kLanes, kPacks, kWhole>;
   constexpr int kSize = Part::kSize;
   const int64_t columns = args.weight.columns;
   const int64_t row = int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
@@ -69,19 +69,19 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(NormArgs args, bool 
   Part part;
   float squares = 0.0f;
   for (int64_t start = 0; start < columns; start += Part::kSpan) {
-    part.load(x, start, end, aligned);
+    part.load(x, start, end);
     for (int i = 0; i < kPacks; ++i) {
       const int64_t column = Part::column(start, i);
       float values[kSize];
       for (int k = 0; k < kSize; ++k) values[k] = to_float(part.packs[i][k]);
       if (residual) {
         float more[kSize];
-        load_values(residual, column, end, aligned, more);
+        load_values<kWhole>(residual, column, end, more);
         for (int k = 0; k < kSize; ++k) {
           narrow(values[k] + more[k], part.packs[i][k]);
           values[k] = to_float(part.packs[i][k]);
         }
-        store_values(values, column, end, aligned, sum);
+        store_values<kWhole>(values, column, end, sum);
       }
       for (int k = 0; k < kSize; ++k) squares = fmaf(values[k], values[k], squares);
     }
@@ -91,25 +91,25 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(NormArgs args, bool 
   if (threadIdx.x % kLanes == 0 && row < args.rows) args.rstd[row] = rstd;
   const bool first_rounded = rounds_first(args.weight);
   for (int64_t start = 0; start < end; start += Part::kSpan) {
-    if (columns > Part::kSpan) part.load(residual ? sum : x, start, end, aligned);
+    if (columns > Part::kSpan) part.load(residual ? sum : x, start, end);
     for (int i = 0; i < kPacks; ++i) {
       const int64_t column = Part::column(start, i);
       float factors[kSize], values[kSize];
-      load_factors<T>(args.weight, column, aligned, factors);
+      load_factors<kWhole, T>(args.weight, column, factors);
       for (int k = 0; k < kSize; ++k) {
         const float normed = product(to_float(part.packs[i][k]), rstd);
         values[k] = product(first_rounded ? rounded<T>(normed) : normed, factors[k]);
       }
-      store_values(values, column, end, aligned, out);
+      store_values<kWhole>(values, column, end, out);
     }
   }
 }
 
 // With g the gradient by the normalised row n = x rstd, the one by x is rstd (g - n mean(g n)). Every worker, kLanes
 // threads, takes the rows behind its own number, `workers` apart.
-template <typename T, int kLanes, int kPacks>
-__global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(NormArgs args, int64_t workers, bool aligned) {
-  using Part = Share<T, kLanes, kPacks>;
+template <typename T, int kLanes, int kPacks, bool kWhole>
+__global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(NormArgs args, int64_t workers) {
+  using Part = Share<T, kLanes, kPacks, kWhole>;
   constexpr int kSize = Part::kSize;
   const int64_t columns = args.weight.columns;
   const int64_t worker = int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(NormArgs ar
     };
     float products = 0.0f;
     for (int64_t start = 0; start < columns; start += Part::kSpan) {
-      part.load(x, start, end, aligned);
-      gradient.load(grad, start, end, aligned);
+      part.load(x, start, end);
+      gradient.load(grad, start, end);
       for (int i = 0; i < kPacks; ++i) {
         const int64_t column = Part::column(start, i);
         float factors[kSize];
-        load_factors<T>(args.weight, column, aligned, factors);
+        load_factors<kWhole, T>(args.weight, column, factors);
         for (int k = 0; k < kSize; ++k) {
           const float g = to_float(gradient.packs[i][k]), normed = product(to_float(part.packs[i][k]), rstd);
           products = fmaf(by_normed(g, factors[k]), normed, products);
@@ -154,19 +154,19 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(NormArgs ar
     }
     const float mean = lanes_sum<kLanes>(products, parity) / static_cast<float>(columns);
     for (int64_t start = 0; out != nullptr && start < end; start += Part::kSpan) {
-      if (!fits) part.load(x, start, end, aligned);
-      if (!fits) gradient.load(grad, start, end, aligned);
+      if (!fits) part.load(x, start, end);
+      if (!fits) gradient.load(grad, start, end);
       for (int i = 0; i < kPacks; ++i) {
         const int64_t column = Part::column(start, i);
         float factors[kSize], values[kSize], more[kSize];
-        load_factors<T>(args.weight, column, aligned, factors);
-        if (grad_sum) load_values(grad_sum, column, end, aligned, more);
+        load_factors<kWhole, T>(args.weight, column, factors);
+        if (grad_sum) load_values<kWhole>(grad_sum, column, end, more);
         for (int k = 0; k < kSize; ++k) {
           const float normed = product(to_float(part.packs[i][k]), rstd);
           values[k] = rstd * (by_normed(to_float(gradient.packs[i][k]), factors[k]) - normed * mean);
           if (grad_sum) values[k] = rounded<T>(values[k]) + more[k];
         }
-        store_values(values, column, end, aligned, out);
+        store_values<kWhole>(values, column, end, out);
       }
     }
   }
@@ -213,49 +213,35 @@ __device__ inline Place place_of(int blocks_a_row, int size) {
   return {blockIdx.x / blocks_a_row, (block * kThreads + threadIdx.x) * size};
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs args, int blocks_a_row, bool aligned) {
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs args, int blocks_a_row) {
   constexpr int kSize = Pack<T>::kSize;
   const Place at = place_of(blocks_a_row, kSize);
   if (at.column >= args.columns) return;
   float gates[kSize], ups[kSize];
-  load_values(static_cast<const T*>(args.gate) + at.row * args.stride, at.column, args.columns, aligned, gates);
-  load_values(static_cast<const T*>(args.up) + at.row * args.stride, at.column, args.columns, aligned, ups);
+  load_values<kWhole>(static_cast<const T*>(args.gate) + at.row * args.stride, at.column, args.columns, gates);
+  load_values<kWhole>(static_cast<const T*>(args.up) + at.row * args.stride, at.column, args.columns, ups);
   for (int k = 0; k < kSize; ++k) gates[k] = rounded<T>(activated(args.activation, gates[k]).value) * ups[k];
-  store_values(gates, at.column, args.columns, aligned, static_cast<T*>(args.out) + at.row * args.columns);
+  store_values<kWhole>(gates, at.column, args.columns, static_cast<T*>(args.out) + at.row * args.columns);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateArgs args, int blocks_a_row, bool aligned) {
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateArgs args, int blocks_a_row) {
   constexpr int kSize = Pack<T>::kSize;
   const Place at = place_of(blocks_a_row, kSize);
   if (at.column >= args.columns) return;
   const int64_t from = at.row * args.stride, to = at.row * args.grad_stride;
   float grads[kSize], gates[kSize], ups[kSize];
-  load_values(static_cast<const T*>(args.grad) + at.row * args.columns, at.column, args.columns, aligned, grads);
-  load_values(static_cast<const T*>(args.gate) + from, at.column, args.columns, aligned, gates);
-  load_values(static_cast<const T*>(args.up) + from, at.column, args.columns, aligned, ups);
+  load_values<kWhole>(static_cast<const T*>(args.grad) + at.row * args.columns, at.column, args.columns, grads);
+  load_values<kWhole>(static_cast<const T*>(args.gate) + from, at.column, args.columns, gates);
+  load_values<kWhole>(static_cast<const T*>(args.up) + from, at.column, args.columns, ups);
   for (int k = 0; k < kSize; ++k) {
     const Activated act = activated(args.activation, gates[k]);
     gates[k] = rounded<T>(grads[k] * ups[k]) * act.derivative;
     ups[k] = grads[k] * rounded<T>(act.value);
   }
-  store_values(gates, at.column, args.columns, aligned, static_cast<T*>(args.grad_gate) + to);
-  store_values(ups, at.column, args.columns, aligned, static_cast<T*>(args.grad_up) + to);
-}
-
-// Calls f with the type of the rows, and with the threads and the packs of a thread that a row of them needs.
-template <typename F>
-void with_lanes(const NormWeight& weight, F f) {
-  with_type(weight.dtype, [&](auto type) {
-    const int64_t packs = ceil_div(weight.columns, Pack<type_of<decltype(type)>>::kSize);
-    const auto two = std::integral_constant<int, 2>{};
-    const auto all = std::integral_constant<int, kThreads>{};
-    if (packs <= 16 * 2) return f(type, std::integral_constant<int, 16>{}, two);
-    if (packs <= 64 * 2) return f(type, std::integral_constant<int, 64>{}, two);
-    if (packs <= kThreads * 2) return f(type, all, two);
-    f(type, all, std::integral_constant<int, 8>{});
-  });
+  store_values<kWhole>(gates, at.column, args.columns, static_cast<T*>(args.grad_gate) + to);
+  store_values<kWhole>(ups, at.column, args.columns, static_cast<T*>(args.grad_up) + to);
 }
 
 // Whether all rows of a norm can be read and written in packs.
@@ -268,24 +254,41 @@ bool in_packs(const NormArgs& args) {
   return aligned;
 }
 
+// Calls f with the type of the rows, with the threads and the packs of a thread that a row of them needs, and with
+// whether rows lie in packs; all as constants.
+template <typename F>
+void with_lanes(const NormArgs& args, F f) {
+  with_type(args.weight.dtype, [&](auto type) {
+    using T = type_of<decltype(type)>;
+    const int64_t packs = ceil_div(args.weight.columns, Pack<T>::kSize);
+    const auto two = std::integral_constant<int, 2>{};
+    const auto all = std::integral_constant<int, kThreads>{};
+    if (!in_packs<T>(args)) return f(type, all, two, std::false_type{});
+    if (packs <= 16 * 2) return f(type, std::integral_constant<int, 16>{}, two, std::true_type{});
+    if (packs <= 64 * 2) return f(type, std::integral_constant<int, 64>{}, two, std::true_type{});
+    if (packs <= kThreads * 2) return f(type, all, two, std::true_type{});
+    f(type, all, std::integral_constant<int, 8>{}, std::true_type{});
+  });
+}
+
 // Calls launch(kernel, grid, arguments...); these do nothing where there is nothing to compute.
 template <typename Launch>
 void dispatch_rms_norm(const NormArgs& args, Launch launch) {
   if (args.rows == 0) return;
-  with_lanes(args.weight, [&](auto type, auto lanes, auto packs) {
+  with_lanes(args, [&](auto type, auto lanes, auto packs, auto whole) {
     using T = type_of<decltype(type)>;
     const int64_t blocks = ceil_div(args.rows, kThreads / lanes.value);
-    launch(rms_norm_kernel<T, lanes.value, packs.value>, grid_of(blocks), args, in_packs<T>(args));
+    launch(rms_norm_kernel<T, lanes.value, packs.value, whole.value>, grid_of(blocks), args);
   });
 }
 
 template <typename Launch>
 void dispatch_rms_norm_backward(const NormArgs& args, int64_t workers, Launch launch) {
   if (args.rows == 0) return;
-  with_lanes(args.weight, [&](auto type, auto lanes, auto packs) {
+  with_lanes(args, [&](auto type, auto lanes, auto packs, auto whole) {
     using T = type_of<decltype(type)>;
     const int64_t blocks = ceil_div(workers, kThreads / lanes.value);
-    launch(rms_norm_backward_kernel<T, lanes.value, packs.value>, grid_of(blocks), args, workers, in_packs<T>(args));
+    launch(rms_norm_backward_kernel<T, lanes.value, packs.value, whole.value>, grid_of(blocks), args, workers);
   });
 }
 
@@ -300,11 +303,12 @@ void with_gate_rows(GateArgs args, int64_t rows, bool is_dense, F f) {
   const auto are_aligned = [&](const void* first, const void* second, int64_t stride) {
     return is_aligned<T>(first, rows > 1 ? stride : 0) && is_aligned<T>(second, rows > 1 ? stride : 0);
   };
-  const bool aligned = are_aligned(args.out, args.grad, args.columns) &&
-                       are_aligned(args.gate, args.up, args.stride) &&
-                       are_aligned(args.grad_gate, args.grad_up, args.grad_stride);
+  const bool whole = args.columns % Pack<T>::kSize == 0 && are_aligned(args.out, args.grad, args.columns) &&
+                     are_aligned(args.gate, args.up, args.stride) &&
+                     are_aligned(args.grad_gate, args.grad_up, args.grad_stride);
   const int64_t blocks_a_row = ceil_div(args.columns, int64_t{kThreads} * Pack<T>::kSize);
-  f(args, grid_of(rows * blocks_a_row), static_cast<int>(blocks_a_row), aligned);
+  with_constant(whole,
+                [&](auto whole) { f(args, grid_of(rows * blocks_a_row), static_cast<int>(blocks_a_row), whole); });
 }
 
 template <typename Launch>
@@ -313,8 +317,8 @@ void dispatch_gated_activation(const GateArgs& args, int64_t rows, Launch launch
   with_type(args.dtype, [&](auto type) {
     using T = type_of<decltype(type)>;
     with_gate_rows<T>(args, rows, args.stride == args.columns,
-                      [&](const GateArgs& given, dim3 grid, int blocks_a_row, bool aligned) {
-                        launch(gate_kernel<T>, grid, given, blocks_a_row, aligned);
+                      [&](const GateArgs& given, dim3 grid, int blocks_a_row, auto whole) {
+                        launch(gate_kernel<T, whole.value>, grid, given, blocks_a_row);
                       });
   });
 }
@@ -325,8 +329,8 @@ void dispatch_gated_activation_backward(const GateArgs& args, int64_t rows, Laun
   with_type(args.dtype, [&](auto type) {
     using T = type_of<decltype(type)>;
     with_gate_rows<T>(args, rows, args.stride == args.columns && args.grad_stride == args.columns,
-                      [&](const GateArgs& given, dim3 grid, int blocks_a_row, bool aligned) {
-                        launch(gate_backward_kernel<T>, grid, given, blocks_a_row, aligned);
+                      [&](const GateArgs& given, dim3 grid, int blocks_a_row, auto whole) {
+                        launch(gate_backward_kernel<T, whole.value>, grid, given, blocks_a_row);
                       });
   });
 }

@@ -34,14 +34,15 @@ __device__ inline const T* row_of(const Rows& rows, int64_t r) {
   return static_cast<const T*>(rows.data) + offset + r * rows.strides[2];
 }
 
-// Values [column, column + kSize) of a row, as far as there are such, zeros behind; aligned: the row begins at a
-// multiple of sixteen bytes, and so does column.
-template <typename T, int kSize>
-__device__ inline void load_values(const T* row, int64_t column, int64_t columns, bool aligned, float (&to)[kSize]) {
+// Values [column, column + kSize) of a row, as far as there are such, zeros behind. kWhole: all of them are there or
+// none, and they begin at a multiple of sixteen bytes.
+template <bool kWhole, typename T, int kSize>
+__device__ inline void load_values(const T* row, int64_t column, int64_t columns, float (&to)[kSize]) {
   static_assert(kSize % Pack<T>::kSize == 0);
-  if (aligned && column + kSize <= columns) {
+  if constexpr (kWhole) {
     for (int i = 0; i < kSize; i += Pack<T>::kSize) {
-      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(row + column + i);
+      Pack<T> pack{};
+      if (column < columns) pack = *reinterpret_cast<const Pack<T>*>(row + column + i);
       for (int k = 0; k < Pack<T>::kSize; ++k) to[i + k] = to_float(pack[k]);
     }
   } else {
@@ -49,15 +50,14 @@ __device__ inline void load_values(const T* row, int64_t column, int64_t columns
   }
 }
 
-template <typename T, int kSize>
-__device__ inline void store_values(const float (&from)[kSize], int64_t column, int64_t columns, bool aligned,
-                                    T* row) {
+template <bool kWhole, typename T, int kSize>
+__device__ inline void store_values(const float (&from)[kSize], int64_t column, int64_t columns, T* row) {
   static_assert(kSize % Pack<T>::kSize == 0);
-  if (aligned && column + kSize <= columns) {
+  if constexpr (kWhole) {
     for (int i = 0; i < kSize; i += Pack<T>::kSize) {
       Pack<T> pack;
       for (int k = 0; k < Pack<T>::kSize; ++k) narrow(from[i + k], pack[k]);
-      store_words(row + column + i, pack.words);
+      if (column < columns) store_words(row + column + i, pack.words);
     }
   } else {
     for (int k = 0; k < kSize; ++k) {
@@ -120,6 +120,13 @@ void with_type(Dtype dtype, F f) {
     case Dtype::kFloat16:
       return f(Type<__half>{});
   }
+}
+
+// Calls f with true or false as a constant.
+template <typename F>
+void with_constant(bool value, F f) {
+  if (value) return f(std::true_type{});
+  f(std::false_type{});
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -20,8 +20,7 @@ struct Pack {
   __device__ T operator[](int k) const { return reinterpret_cast<const T*>(&words)[k]; }
 };
 
-// Stores sixteen bytes of global memory at once. An assignment is taken apart where another branch stores the same
-// numbers one by one.
+// Stores sixteen bytes of global memory at once: a pack that is made number by number would be stored in four pieces.
 __device__ inline void store_words(void* to, uint4 words) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"

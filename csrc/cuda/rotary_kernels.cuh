@@ -37,17 +37,16 @@ struct PairValues {
 };
 
 // Pairs [first, first + kSize) of a row, as far as there are such.
-template <typename T, int kSize>
-__device__ inline PairValues<kSize> load_pairs(const T* row, int64_t half, int64_t first, bool adjacent,
-                                               bool aligned) {
+template <bool kWhole, typename T, int kSize>
+__device__ inline PairValues<kSize> load_pairs(const T* row, int64_t half, int64_t first, bool adjacent) {
   PairValues<kSize> pairs;
   if (!adjacent) {
-    load_values(row, first, half, aligned, pairs.a);
-    load_values(row + half, first, half, aligned, pairs.b);
+    load_values<kWhole>(row, first, half, pairs.a);
+    load_values<kWhole>(row + half, first, half, pairs.b);
     return pairs;
   }
   float both[2 * kSize];
-  load_values(row, 2 * first, 2 * half, aligned, both);
+  load_values<kWhole>(row, 2 * first, 2 * half, both);
   for (int k = 0; k < kSize; ++k) {
     pairs.a[k] = both[2 * k];
     pairs.b[k] = both[2 * k + 1];
@@ -55,12 +54,12 @@ __device__ inline PairValues<kSize> load_pairs(const T* row, int64_t half, int64
   return pairs;
 }
 
-template <typename T, int kSize>
+template <bool kWhole, typename T, int kSize>
 __device__ inline void store_pairs(const PairValues<kSize>& pairs, int64_t half, int64_t first, bool adjacent,
-                                   bool aligned, T* row) {
+                                   T* row) {
   if (!adjacent) {
-    store_values(pairs.a, first, half, aligned, row);
-    store_values(pairs.b, first, half, aligned, row + half);
+    store_values<kWhole>(pairs.a, first, half, row);
+    store_values<kWhole>(pairs.b, first, half, row + half);
     return;
   }
   float both[2 * kSize];
@@ -68,7 +67,7 @@ __device__ inline void store_pairs(const PairValues<kSize>& pairs, int64_t half,
     both[2 * k] = pairs.a[k];
     both[2 * k + 1] = pairs.b[k];
   }
-  store_values(both, 2 * first, 2 * half, aligned, row);
+  store_values<kWhole>(both, 2 * first, 2 * half, row);
 }
 
 __device__ inline bool reads_adjacent(const Turns& turns) {
@@ -79,34 +78,34 @@ __device__ inline bool writes_adjacent(const Turns& turns) {
   return turns.pairs == Pairs::kAdjacent || (turns.pairs == Pairs::kAdjacentToHalves && turns.is_backward);
 }
 
-template <typename T, int kSize>
-__device__ inline PairValues<kSize> load_angles(const Turns& turns, const T* row, int64_t first, bool aligned) {
+template <bool kWhole, typename T, int kSize>
+__device__ inline PairValues<kSize> load_angles(const Turns& turns, const T* row, int64_t first) {
   const int64_t half = turns.width / 2;
   if (!turns.one_angle_a_pair) {
-    return load_pairs<T, kSize>(row, half, first, turns.pairs != Pairs::kHalves, aligned);
+    return load_pairs<kWhole, T, kSize>(row, half, first, turns.pairs != Pairs::kHalves);
   }
   PairValues<kSize> angles;
-  load_values(row, first, half, aligned, angles.a);
+  load_values<kWhole>(row, first, half, angles.a);
   for (int k = 0; k < kSize; ++k) angles.b[k] = angles.a[k];
   return angles;
 }
 
-template <typename T, int kSize>
+template <bool kWhole, typename T, int kSize>
 __device__ inline PairValues<kSize> angles_of(const Turns& turns, const void* from, const int64_t (&strides)[2],
-                                              const HeadPlace& at, int64_t first, bool aligned) {
+                                              const HeadPlace& at, int64_t first) {
   const int64_t offset = at.batch * strides[0] + at.token * strides[1];
   if (turns.dtype == Dtype::kFloat32) {
-    return load_angles<float, kSize>(turns, static_cast<const float*>(from) + offset, first, aligned);
+    return load_angles<kWhole, float, kSize>(turns, static_cast<const float*>(from) + offset, first);
   }
-  return load_angles<T, kSize>(turns, static_cast<const T*>(from) + offset, first, aligned);
+  return load_angles<kWhole, T, kSize>(turns, static_cast<const T*>(from) + offset, first);
 }
 
 // (a, b) becomes (a cos_a - b sin_a, b cos_b + a sin_b); backward it is (a cos_a + b sin_b, b cos_b - a sin_a).
-template <typename T, int kSize>
-__device__ inline PairValues<kSize> turned(const Turns& turns, const HeadPlace& at, PairValues<kSize> x, int64_t first,
-                                           bool aligned) {
-  const PairValues<kSize> cos = angles_of<T, kSize>(turns, turns.cos, turns.cos_strides, at, first, aligned);
-  const PairValues<kSize> sin = angles_of<T, kSize>(turns, turns.sin, turns.sin_strides, at, first, aligned);
+template <bool kWhole, typename T, int kSize>
+__device__ inline PairValues<kSize> turned(const Turns& turns, const HeadPlace& at, PairValues<kSize> x,
+                                           int64_t first) {
+  const PairValues<kSize> cos = angles_of<kWhole, T, kSize>(turns, turns.cos, turns.cos_strides, at, first);
+  const PairValues<kSize> sin = angles_of<kWhole, T, kSize>(turns, turns.sin, turns.sin_strides, at, first);
   const auto times = [&](float left, float right) {
     return turns.upcast ? product(left, right) : rounded<T>(product(left, right));
   };
@@ -119,8 +118,8 @@ __device__ inline PairValues<kSize> turned(const Turns& turns, const HeadPlace& 
   return x;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) rotary_kernel(RotaryArgs args, int64_t rows, bool aligned) {
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(kThreads) rotary_kernel(RotaryArgs args, int64_t rows) {
   constexpr int kSize = Pack<T>::kSize;
   const Turns& turns = args.turns;
   const int64_t row = int64_t{blockIdx.x} * (kThreads / kHeadLanes) + threadIdx.x / kHeadLanes;
@@ -129,14 +128,16 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(RotaryArgs args, int64
   const T* x = static_cast<const T*>(args.heads.x) + head_offset(args.heads.x_strides, at);
   T* out = static_cast<T*>(args.out) + row * args.heads.width;
   const int64_t half = turns.width / 2, lane = threadIdx.x % kHeadLanes;
+#pragma unroll 1
   for (int64_t first = lane * kSize; first < half; first += kHeadLanes * kSize) {
-    const auto pairs = load_pairs<T, kSize>(x, half, first, reads_adjacent(turns), aligned);
-    store_pairs(turned<T>(turns, at, pairs, first, aligned), half, first, writes_adjacent(turns), aligned, out);
+    const auto pairs = load_pairs<kWhole, T, kSize>(x, half, first, reads_adjacent(turns));
+    store_pairs<kWhole>(turned<kWhole, T>(turns, at, pairs, first), half, first, writes_adjacent(turns), out);
   }
+#pragma unroll 1
   for (int64_t i = turns.width + lane * kSize; i < args.heads.width; i += kHeadLanes * kSize) {
     float values[kSize];
-    load_values(x, i, args.heads.width, aligned, values);
-    store_values(values, i, args.heads.width, aligned, out);
+    load_values<kWhole>(x, i, args.heads.width, values);
+    store_values<kWhole>(values, i, args.heads.width, out);
   }
 }
 
@@ -148,10 +149,10 @@ __device__ inline void with_columns(int64_t half, int64_t pair, bool adjacent, F
 }
 
 // The factors of a norm for pairs [first, first + kSize).
-template <typename T, int kSize>
-__device__ inline PairValues<kSize> pair_factors(const NormWeight& weight, int64_t half, int64_t first, bool adjacent,
-                                                 bool aligned) {
-  auto factors = load_pairs<T, kSize>(static_cast<const T*>(weight.data), half, first, adjacent, aligned);
+template <bool kWhole, typename T, int kSize>
+__device__ inline PairValues<kSize> pair_factors(const NormWeight& weight, int64_t half, int64_t first,
+                                                 bool adjacent) {
+  auto factors = load_pairs<kWhole, T, kSize>(static_cast<const T*>(weight.data), half, first, adjacent);
   const float more = weight.cast == NormCast::kGemma ? 1.0f : 0.0f;
   for (int k = 0; k < kSize; ++k) {
     factors.a[k] += more;
@@ -160,8 +161,8 @@ __device__ inline PairValues<kSize> pair_factors(const NormWeight& weight, int64
   return factors;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) norm_rotary_kernel(NormRotaryArgs args, int64_t rows, bool aligned) {
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(kThreads) norm_rotary_kernel(NormRotaryArgs args, int64_t rows) {
   constexpr int kSize = Pack<T>::kSize, kStep = kHeadLanes * kSize;
   const Turns& turns = args.turns;
   const int64_t row = int64_t{blockIdx.x} * (kThreads / kHeadLanes) + threadIdx.x / kHeadLanes;
@@ -170,9 +171,10 @@ __global__ void __launch_bounds__(kThreads) norm_rotary_kernel(NormRotaryArgs ar
   const HeadPlace at = head_place(args.heads, has_row ? row : 0);
   const T* x = static_cast<const T*>(args.heads.x) + head_offset(args.heads.x_strides, at);
   float squares = 0.0f;
+#pragma unroll 1
   for (int64_t i = lane * kSize; i < width; i += kStep) {
     float values[kSize];
-    load_values(x, i, width, aligned, values);
+    load_values<kWhole>(x, i, width, values);
     for (int k = 0; k < kSize; ++k) squares = fmaf(values[k], values[k], squares);
   }
   squares = lanes_sum<kHeadLanes>(squares, 0);
@@ -185,26 +187,28 @@ __global__ void __launch_bounds__(kThreads) norm_rotary_kernel(NormRotaryArgs ar
     return rounded<T>(product(first_rounded ? rounded<T>(n) : n, factor));
   };
   T* out = static_cast<T*>(args.out) + row * width;
+#pragma unroll 1
   for (int64_t first = lane * kSize; first < half; first += kStep) {
-    auto pairs = load_pairs<T, kSize>(x, half, first, reads_adjacent(turns), aligned);
-    const auto factors = pair_factors<T, kSize>(args.norm, half, first, reads_adjacent(turns), aligned);
+    auto pairs = load_pairs<kWhole, T, kSize>(x, half, first, reads_adjacent(turns));
+    const auto factors = pair_factors<kWhole, T, kSize>(args.norm, half, first, reads_adjacent(turns));
     for (int k = 0; k < kSize; ++k) {
       pairs.a[k] = normed(pairs.a[k], factors.a[k]);
       pairs.b[k] = normed(pairs.b[k], factors.b[k]);
     }
-    store_pairs(turned<T>(turns, at, pairs, first, aligned), half, first, writes_adjacent(turns), aligned, out);
+    store_pairs<kWhole>(turned<kWhole, T>(turns, at, pairs, first), half, first, writes_adjacent(turns), out);
   }
+#pragma unroll 1
   for (int64_t i = turns.width + lane * kSize; i < width; i += kStep) {
     float values[kSize], factors[kSize];
-    load_values(x, i, width, aligned, values);
-    load_factors<T>(args.norm, i, aligned, factors);
+    load_values<kWhole>(x, i, width, values);
+    load_factors<kWhole, T>(args.norm, i, factors);
     for (int k = 0; k < kSize; ++k) values[k] = normed(values[k], factors[k]);
-    store_values(values, i, width, aligned, out);
+    store_values<kWhole>(values, i, width, out);
   }
 }
 
 // What a row's gradient goes through: turned back and rounded, then as in rms_norm_backward_kernel.
-template <typename T>
+template <typename T, bool kWhole>
 struct HeadBackward {
   static constexpr int kSize = Pack<T>::kSize;
   const NormRotaryArgs& args;
@@ -212,10 +216,9 @@ struct HeadBackward {
   const T* x;
   const T* grad;
   float rstd;
-  bool first_rounded, aligned;
+  bool first_rounded;
 
-  __device__ HeadBackward(const NormRotaryArgs& args, int64_t row, bool aligned)
-      : args(args), at(head_place(args.heads, row)), aligned(aligned) {
+  __device__ HeadBackward(const NormRotaryArgs& args, int64_t row) : args(args), at(head_place(args.heads, row)) {
     x = static_cast<const T*>(args.heads.x) + head_offset(args.heads.x_strides, at);
     grad = static_cast<const T*>(args.grad) + head_offset(args.grad_strides, at);
     rstd = args.rstd[row];
@@ -237,9 +240,9 @@ struct HeadBackward {
     const Turns& turns = args.turns;
     const int64_t half = turns.width / 2;
     auto g =
-        turned<T>(turns, at, load_pairs<T, kSize>(grad, half, first, reads_adjacent(turns), aligned), first, aligned);
-    auto values = load_pairs<T, kSize>(x, half, first, writes_adjacent(turns), aligned);
-    const auto factors = pair_factors<T, kSize>(args.norm, half, first, writes_adjacent(turns), aligned);
+        turned<kWhole, T>(turns, at, load_pairs<kWhole, T, kSize>(grad, half, first, reads_adjacent(turns)), first);
+    auto values = load_pairs<kWhole, T, kSize>(x, half, first, writes_adjacent(turns));
+    const auto factors = pair_factors<kWhole, T, kSize>(args.norm, half, first, writes_adjacent(turns));
     PairValues<kSize> by_weight;
     for (int k = 0; k < kSize; ++k) {
       g.a[k] = rounded<T>(g.a[k]);
@@ -254,9 +257,9 @@ struct HeadBackward {
   template <typename F>
   __device__ void rest_at(int64_t i, F f) const {
     float values[kSize], g[kSize], factors[kSize], by_weight[kSize];
-    load_values(x, i, args.heads.width, aligned, values);
-    load_values(grad, i, args.heads.width, aligned, g);
-    load_factors<T>(args.norm, i, aligned, factors);
+    load_values<kWhole>(x, i, args.heads.width, values);
+    load_values<kWhole>(grad, i, args.heads.width, g);
+    load_factors<kWhole, T>(args.norm, i, factors);
     for (int k = 0; k < kSize; ++k) by_weight[k] = through_norm(factors[k], values[k], g[k]);
     f(values, g, by_weight);
   }
@@ -319,9 +322,9 @@ struct HeadSums {
   }
 };
 
-template <typename T>
+template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kThreads)
-    norm_rotary_backward_kernel(NormRotaryArgs args, int64_t rows, int64_t workers, bool aligned) {
+    norm_rotary_backward_kernel(NormRotaryArgs args, int64_t rows, int64_t workers) {
   constexpr int kSize = Pack<T>::kSize, kStep = kHeadLanes * kSize;
   const Turns& turns = args.turns;
   const int64_t width = args.heads.width, half = turns.width / 2, lane = threadIdx.x % kHeadLanes;
@@ -333,8 +336,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t start = 0; start < rows; start += workers) {
     const int64_t row = start + worker;
     const bool has_row = worker < workers && row < rows;
-    const HeadBackward<T> at(args, has_row ? row : 0, aligned);
+    const HeadBackward<T, kWhole> at(args, has_row ? row : 0);
     float products = 0.0f;
+#pragma unroll 1
     for (int64_t i = 0; has_row && lane * kSize + i * kStep < half; ++i) {
       const int64_t first = lane * kSize + i * kStep;
       at.pairs_at(first, [&](const auto& n, const auto& g, const auto& by_weight) {
@@ -342,6 +346,7 @@ __global__ void __launch_bounds__(kThreads)
         if (has_partials) sums.add_pairs(by_weight, i, first, half, adjacent, start == 0, partial);
       });
     }
+#pragma unroll 1
     for (int64_t i = 0; has_row && turns.width + lane * kSize + i * kStep < width; ++i) {
       const int64_t column = turns.width + lane * kSize + i * kStep;
       at.rest_at(column, [&](const auto& n, const auto& g, const auto& by_weight) {
@@ -353,19 +358,21 @@ __global__ void __launch_bounds__(kThreads)
     if (!has_row || args.out == nullptr) continue;
     const float mean = products / static_cast<float>(width);
     T* out = static_cast<T*>(args.out) + row * width;
+#pragma unroll 1
     for (int64_t first = lane * kSize; first < half; first += kStep) {
       at.pairs_at(first, [&](const auto& n, auto g, const auto&) {
         for (int k = 0; k < kSize; ++k) {
           g.a[k] = at.rstd * (g.a[k] - n.a[k] * mean);
           g.b[k] = at.rstd * (g.b[k] - n.b[k] * mean);
         }
-        store_pairs(g, half, first, adjacent, aligned, out);
+        store_pairs<kWhole>(g, half, first, adjacent, out);
       });
     }
+#pragma unroll 1
     for (int64_t i = turns.width + lane * kSize; i < width; i += kStep) {
       at.rest_at(i, [&](const auto& n, auto& g, const auto&) {
         for (int k = 0; k < kSize; ++k) g[k] = at.rstd * (g[k] - n[k] * mean);
-        store_values(g, i, width, aligned, out);
+        store_values<kWhole>(g, i, width, out);
       });
     }
   }
@@ -393,7 +400,8 @@ void dispatch_rotary(const RotaryArgs& args, int64_t rows, Launch launch) {
   with_type(args.heads.dtype, [&](auto type) {
     using T = type_of<decltype(type)>;
     const int64_t blocks = ceil_div(rows, kThreads / kHeadLanes);
-    launch(rotary_kernel<T>, grid_of(blocks), args, rows, in_packs<T>(args.heads, args.turns, args.out));
+    with_constant(in_packs<T>(args.heads, args.turns, args.out),
+                  [&](auto whole) { launch(rotary_kernel<T, whole.value>, grid_of(blocks), args, rows); });
   });
 }
 
@@ -403,8 +411,8 @@ void dispatch_norm_rotary(const NormRotaryArgs& args, int64_t rows, Launch launc
   with_type(args.heads.dtype, [&](auto type) {
     using T = type_of<decltype(type)>;
     const int64_t blocks = ceil_div(rows, kThreads / kHeadLanes);
-    const bool aligned = in_packs<T>(args.heads, args.turns, args.out) && is_aligned<T>(args.norm.data);
-    launch(norm_rotary_kernel<T>, grid_of(blocks), args, rows, aligned);
+    with_constant(in_packs<T>(args.heads, args.turns, args.out) && is_aligned<T>(args.norm.data),
+                  [&](auto whole) { launch(norm_rotary_kernel<T, whole.value>, grid_of(blocks), args, rows); });
   });
 }
 
@@ -414,9 +422,11 @@ void dispatch_norm_rotary_backward(const NormRotaryArgs& args, int64_t rows, int
   with_type(args.heads.dtype, [&](auto type) {
     using T = type_of<decltype(type)>;
     const int64_t blocks = ceil_div(workers, kThreads / kHeadLanes);
-    bool aligned = in_packs<T>(args.heads, args.turns, args.out) && is_aligned<T>(args.norm.data);
-    for (int64_t stride : args.grad_strides) aligned = aligned && is_aligned<T>(args.grad, stride);
-    launch(norm_rotary_backward_kernel<T>, grid_of(blocks), args, rows, workers, aligned);
+    bool in_whole_packs = in_packs<T>(args.heads, args.turns, args.out) && is_aligned<T>(args.norm.data);
+    for (int64_t stride : args.grad_strides) in_whole_packs = in_whole_packs && is_aligned<T>(args.grad, stride);
+    with_constant(in_whole_packs, [&](auto whole) {
+      launch(norm_rotary_backward_kernel<T, whole.value>, grid_of(blocks), args, rows, workers);
+    });
   });
 }
 

@@ -202,13 +202,19 @@ def test_rows_in_three_dimensions_are_read_where_they_lie(kernels):
 
 
 @pytest.mark.parametrize("target", QUICK_TARGETS)
-def test_compiled_kernels_do_not_spill_and_move_no_byte_twice(target):
+def test_compiled_kernels_do_not_spill_and_move_sixteen_bytes_at_once(target):
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("needs nvcc")
     for kernel in (k for name in ("layer_*.cu", "rotary_*.cu") for k in compile_cuda_kernels(nvcc, target, name)):
         found = kernel.resources
-        assert found.spill_bytes == 0 and found.vector_loads and found.vector_stores, kernel.label
+        assert found.spill_bytes == 0, kernel.label
+        if kernel.shown:
+            assert found.vector_loads and found.vector_stores, kernel.label
+        if kernel.shown and kernel.label.startswith("gate"):
+            # Two tensors read and one written; backward three and two.
+            accesses = (found.vector_loads, found.vector_stores, found.narrow_loads, found.narrow_stores)
+            assert accesses == ((3, 2, 0, 0) if "backward" in kernel.label else (2, 1, 0, 0))
 
 
 @pytest.mark.slow
