@@ -1,5 +1,7 @@
 """Linear layers with a low-rank adapter: PEFT's numbers, gradients of everything, and what backward keeps."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,15 @@ def test_error_is_that_of_peft(shape, has_bias, dtype, adapter):
         return check_errors(ours, peft, peft, (x, weight, bias, a, b))
     ways = (lambda *t, f=f: f(*t[:2], None, *t[2:]) for f in (ours, peft, peft))
     check_errors(*ways, (x, weight, a, b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cpu_that_multiplies_in_float32_by_the_library(dtype, monkeypatch):
+    """Products of 16 bits are then computed in float32 and rounded once."""
+    module = sys.modules["trl_fast.ops.layers.lora_linear"]
+    monkeypatch.setattr(module, "own_product_serves", lambda *_: False)
+    monkeypatch.setattr(module, "product_dtype", lambda *_: torch.float32)
+    check_errors(ours, peft, peft, inputs(3, 7, 20, 12, 4, dtype))
 
 
 def test_numbers_of_a_peft_model():

@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ..matmul import add_mm, mm_into
+from ..matmul import add_mm, mm_into, own_product_serves, product_dtype
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext, gradients_of
 
@@ -29,9 +28,19 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     return total.copy_(upcast)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Returns left @ right, (R, C), in memory of the pool where that is large."""
-    return mm_into(reused_empty((left.shape[0], right.shape[1]), left.dtype, left.device), left, right)
+def _product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns left @ right + bias, (R, C), in memory of the pool where that is large."""
+    out = reused_empty((left.shape[0], right.shape[1]), left.dtype, left.device)
+    dtype = product_dtype(left.dtype, left.device)
+    if own_product_serves(out, left, right):
+        if bias is None:
+            return mm_into(out, left, right)
+        add_mm(out.copy_(bias), left, right)
+        return out
+    if dtype == left.dtype:
+        return mm_into(out, left, right) if bias is None else torch.addmm(bias, left, right, out=out)
+    upcast = torch.mm(left.to(dtype), right.to(dtype))
+    return out.copy_(upcast if bias is None else upcast.add_(bias))
 
 
 @torch.library.custom_op(_NAME, mutates_args=())
@@ -44,7 +53,7 @@ def _lora_linear(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    y = _product(rows, weight.t()) if bias is None else F.linear(rows, weight, bias)
+    y = _product(rows, weight.t(), bias)
     low = _product(rows.to(lora_a.dtype), lora_a.t()).mul_(scaling)
     return _add_product(y, low, lora_b.t()).view(*x.shape[:-1], weight.shape[0]), low
 
