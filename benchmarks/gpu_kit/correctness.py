@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,6 +28,7 @@ from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
 from trl_fast.ops.head.fused_kernel import FUSED_KERNELS, SlicedWeight, fused_tiles, score_rows_fused, tiles_of
 from trl_fast.ops.head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 from trl_fast.ops.head.sweep import finish_scores, new_state
+from trl_fast.ops.layers import gated_activation, qk_norm_rotary, residual_rms_norm, rms_norm, rotary
 from trl_fast.settings.batch_layouts import PACKED, PADDED, SHARED_PREFIX
 
 from ..head_size import Size
@@ -59,6 +60,7 @@ def run(kit: Kit) -> None:
     sizes = {"rows": 22, "hidden": 16, "vocab": 301} if kit.tiny else {}
     checks = {
         "heads": functools.partial(check_heads, kit.device, **sizes),
+        "layers": functools.partial(check_layers, kit.device, scale=1 if kit.tiny else 8),
         "losses": functools.partial(check_losses, kit.device, longest=40 if kit.tiny else 3000),
         "attention": functools.partial(check_attention, kit.device, scale=1 if kit.tiny else 8),
         "layouts": functools.partial(check_layouts, kit.device),
@@ -127,6 +129,38 @@ def check_heads(device: torch.device, rows: int = 300, hidden: int = 128, vocab:
                 run = functools.partial(case.run, problem, backend, rows * vocab * 4 // 3)
                 what = f"{case.what}, {backend}, {dtype}".replace("torch.", "")
                 yield compare(what, run, exact, TOLERANCE[dtype])
+
+
+# A layer's op on heads (B, heads, T, D) and a weight (D,), with angles (cos, sin) of (1, T, D).
+LAYERS: dict[str, Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]] = {
+    "rms_norm": lambda x, w, angles, **way: rms_norm(x, w, 1e-6, cast="gemma", **way),
+    "residual_rms_norm": lambda x, w, angles, **way: residual_rms_norm(x[:1], x[1:], w, 1e-6, **way),
+    "gated_activation": lambda x, w, angles, **way: gated_activation(x * w, x, "gelu", **way),
+    "rotary": lambda x, w, angles, **way: rotary(x[:, :2] * w, x[:, 2:], *angles, **way),
+    "qk_norm_rotary": lambda x, w, angles, **way: qk_norm_rotary(x[:, :2], x[:, 2:], w, w, 1e-6, *angles, **way),
+}
+
+
+def check_layers(device: torch.device, scale: int = 8) -> Iterator[Checked]:
+    """Checks the ops of a layer, results and gradients, on every backend and in every dtype."""
+    for (op, function), dtype, width in itertools.product(LAYERS.items(), DTYPES, (64, 14)):
+        generator = torch.Generator().manual_seed(0)
+        sizes = ((2, 4, 16 * scale + 3, width), (width,), (1, 16 * scale + 3, width), (1, 16 * scale + 3, width))
+        given = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+        exact = functools.partial(_layer, function, [tensor.double() for tensor in given], "torch")
+        for backend in backends_for(op, device, dtype):
+            run = functools.partial(_layer, function, given, backend)
+            yield compare(f"{op}, {backend}, {dtype}, {width}".replace("torch.", ""), run, exact, TOLERANCE[dtype])
+
+
+def _layer(function: Callable[..., Any], given: list[torch.Tensor], backend: str) -> Tensors:
+    x, weight, *angles = (tensor.detach().clone() for tensor in given)
+    out = function(x.requires_grad_(), weight.requires_grad_(), angles, backend=backend)
+    outs = out if isinstance(out, tuple) else (out,)
+    upstream = [torch.linspace(-1, 1, part.numel()).view(part.shape).to(part) for part in outs]
+    torch.autograd.backward(outs, upstream)
+    results = {f"result {i}": part.detach() for i, part in enumerate(outs)}
+    return {**results, "gradient of x": x.grad, "gradient of the weight": weight.grad}
 
 
 def check_losses(device: torch.device, longest: int = 3000) -> Iterator[Checked]:

@@ -14,6 +14,9 @@ LABELS = (
     "row_grad bf16 bias, softcap",
     "row_grad_packed to bf16",
     "attention_merge bf16, 128 channels",
+    "rms_norm backward, bf16, 4096 columns, weight trained",
+    "norm_rotary bf16, 128 numbers",
+    "gated_activation silu bf16",
     "policy_loss clip",
 )
 
