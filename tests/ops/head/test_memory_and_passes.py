@@ -139,7 +139,7 @@ class CountedProducts:
 
     def __init__(self, monkeypatch):
         self.flops = 0
-        mm, addmm_ = torch.mm, torch.Tensor.addmm_
+        mm, addmm_, product = torch.mm, torch.Tensor.addmm_, torch.ops.trl_fast.product
 
         def counted_mm(left, right, **kwargs):
             self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
@@ -149,7 +149,12 @@ class CountedProducts:
             self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
             return addmm_(total, left, right)
 
+        def counted_product(left, right, out, accumulate):
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            product(left, right, out, accumulate)
+
         monkeypatch.setattr(torch, "mm", counted_mm)
+        monkeypatch.setattr(torch.ops.trl_fast, "product", counted_product)
         monkeypatch.setattr(torch.Tensor, "addmm_", counted_addmm_)
 
     @property
