@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import trl_fast.planning
 from support.models import tiny_config
-from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.cpu import CompiledRowAttention
 from trl_fast.modeling.attention.flex import FlexAttention
 from trl_fast.modeling.attention.row_attention import AttentionSpec, RowMask
 from trl_fast.modeling.attention.tree_attention import choose_kernels, tree_attention
@@ -59,7 +59,7 @@ def test_tiles_of_a_gpu_know_no_cache():
     [
         ("gpu", torch.bfloat16, CudaRowAttention),
         ("gpu", torch.float32, FlexAttention),
-        ("cpu", torch.float32, CpuRowAttention),
+        ("cpu", torch.float32, CompiledRowAttention),
     ],
 )
 def test_attention_is_that_of_the_device(device, dtype, parts):

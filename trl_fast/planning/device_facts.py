@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from trl_fast.modeling.attention.cpu import CpuRowAttention
+from trl_fast.modeling.attention.cpu import CompiledRowAttention, CpuRowAttention
 from trl_fast.modeling.attention.varlen import CudaRowAttention
 from trl_fast.ops.device import DeviceFacts, device_facts
 from trl_fast.ops.divergence.row_kernels import DivergenceKernel
@@ -313,6 +313,8 @@ AttentionInterface.register(PADDED_ATTENTION, padded_attention)
 KINDS_BY_CODE: dict[CodeType, str] = {
     function.__code__: ATTENTION
     for function in (
+        CompiledRowAttention.forward,
+        CompiledRowAttention.backward,
         CpuRowAttention.forward,
         CpuRowAttention.backward,
         CudaRowAttention.forward,
