@@ -8,6 +8,7 @@ import torch
 from benchmarks.memory import measure_peak
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
+from trl_fast.ops.backends import load_extension
 from trl_fast.ops.head.plan import row_bytes
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 
@@ -139,6 +140,7 @@ class CountedProducts:
 
     def __init__(self, monkeypatch):
         self.flops = 0
+        assert load_extension().ok
         mm, addmm_, product = torch.mm, torch.Tensor.addmm_, torch.ops.trl_fast.product
 
         def counted_mm(left, right, **kwargs):

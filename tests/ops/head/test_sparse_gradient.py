@@ -9,6 +9,7 @@ import torch
 
 from support.heads import DTYPES, HeadProblem, error, make_problem, scores_from_logits
 from trl_fast.ops import linear_cross_entropy, linear_logprob
+from trl_fast.ops.backends import load_extension
 from trl_fast.ops.head.autograd import linear_scores_sparse
 from trl_fast.ops.head.sparse_gradient import SPARSE_KERNELS
 
@@ -202,6 +203,7 @@ def test_the_seed_decides(backend):
 def test_it_takes_one_product(backend, monkeypatch):
     problem = make_problem(N, V)
     products = []
+    assert load_extension().ok
     for place, name in ((torch, "mm"), (torch.ops.trl_fast, "product")):
         multiply = getattr(place, name)
 
