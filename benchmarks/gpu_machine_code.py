@@ -14,7 +14,7 @@ TARGETS = (80, 90, 100)
 # Per multiprocessor: registers, warps, blocks, and bytes of shared memory (NVIDIA, CUDA C++ Programming Guide, table
 # of technical specifications per compute capability).
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
-SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+SHARED_BYTES = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
 SHARED_RESERVED = 1024
 
 _LABEL = re.compile(r"^(\.L\w+):")

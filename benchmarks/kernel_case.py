@@ -31,5 +31,3 @@ class KernelCase:
     max_registers: int | None = None
     # Whether a product and the sum behind it become one instruction, with one rounding.
     fuses_products: bool = True
-    # Bytes of spilled registers that are no reason to worry.
-    spills_allowed: int = 0

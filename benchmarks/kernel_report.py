@@ -36,7 +36,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from trl_fast.kernels import attention_merge, divergence_kernels, linear_scores, loss_kernels, row_kernels
+from trl_fast.kernels import (
+    attention_merge,
+    divergence_kernels,
+    gradient_scale,
+    linear_scores,
+    loss_kernels,
+    row_kernels,
+)
 
 from .amd_machine_code import TARGETS as AMD_TARGETS
 from .amd_machine_code import THREADS_OF_WAVE, AMDResources, amd_resources
@@ -45,10 +52,6 @@ from .gpu_machine_code import TARGETS, Resources, read_cubin, resources_of
 from .kernel_case import KernelCase
 from .layer_kernel_cases import LAYER_KERNELS
 
-# The accumulators of a tile take half of the registers there are. What the statistics spill is written and read once a
-# tile, behind its product: 712 bytes a thread with every output and a bias. More than the registers' own 1020 bytes
-# would be a configuration that does not fit.
-_SPILLS_OF_A_TILE = 768
 _FLOATS = dict.fromkeys(("scale", "softcap", "inv_temperature"), "fp32")
 _TILE_SIZES = dict.fromkeys(("num_columns", "column_offset"), "i32")
 # Bytes of logits that a thread of row_grad gets at once, and columns of a chunk that a thread has.
@@ -107,40 +110,66 @@ def _grad_cases() -> Iterator[KernelCase]:
             )
 
 
+# Outputs, and whether there are bias, softcap and scale: the log-probs alone, with their entropy, and all there is.
+_LINEAR_KINDS = (
+    ("log-probs", 0, (False, False, False)),
+    ("log-probs, entropy", 1, (False, False, False)),
+    ("everything", 15, (True, False, True)),
+    ("everything, softcap", 15, (True, True, True)),
+)
+_KEPT = {linear_scores.NOTHING.value: "", linear_scores.WORDS.value: ", kept", linear_scores.RAW.value: ", raw kept"}
+_STRIDES = {"slot_stride": "i64", "tile_stride": "i64", "state": "*fp64", "state_stride": "i64"}
+
+
+def linear_case(
+    capability: tuple[int, int], tiles: linear_scores.Tiles, dtype: str, kind: tuple[str, int, tuple], keep: int
+) -> KernelCase:
+    """Makes a case of linear_scores. kind: one of _LINEAR_KINDS; keep: what of the logits is kept, a key of _KEPT."""
+    label, outputs, flags = kind
+    room = {linear_scores.WORDS.value: "i16", linear_scores.RAW.value: "fp32"}.get(keep, dtype)
+    blocks = {
+        "hidden": (dtype, tiles.rows, tiles.depth),
+        "weight": (dtype, tiles.columns, tiles.depth),
+        "kept": (room, tiles.rows, tiles.columns // tiles.pieces),
+    }
+    matrices = {
+        name: f"tensordesc<{number}[{rows},{columns}]>" if tiles.tma else f"*{number}"
+        for name, (number, rows, columns) in blocks.items()
+    }
+    strides = ("hidden_stride", "weight_stride", "kept_stride")
+    sizes = dict.fromkeys((*strides, "num_rows", "vocab_size", "hidden_size"), "i32")
+    constants = dict(zip(("HAS_BIAS", "HAS_SOFTCAP", "SCALED"), flags, strict=True)) | {
+        **{"OUTPUTS": outputs, "KEEP": keep, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth},
+        **{"GROUP": tiles.group, "PIECES": tiles.pieces, "TMA": tiles.tma, "FLATTEN": tiles.flatten},
+    }
+    return KernelCase(
+        f"linear_scores {dtype} {label}{_KEPT[keep]}",
+        linear_scores.linear_scores_kernel,
+        {**matrices, "targets": "*i64", "bias": f"*{dtype}", "parts": "*fp32", **_STRIDES, **sizes, **_FLOATS},
+        constants,
+        tiles.num_warps,
+        scalar_loads=None,
+        targets=(10 * capability[0] + capability[1],),
+        num_stages=tiles.num_stages,
+    )
+
+
 def _linear_cases() -> Iterator[KernelCase]:
-    strides = {"slot_stride": "i64", "tile_stride": "i64", "state": "*fp64", "state_stride": "i64"}
-    each = (("log-probs", 0, False), ("log-probs, entropy", 1, False), ("everything", 15, True))
-    for dtype, (label, outputs, flags) in (*(("bf16", one) for one in each), ("fp16", each[-1])):
-        for (major, minor), tiles in linear_scores.TILES.items():
-            rows_of, columns = tiles.rows, tiles.columns
-            for keep in (False, True):
-                kept = f"{'i16' if keep else dtype}[{rows_of},{columns // tiles.pieces}]"
-                factors = {
-                    "hidden": f"{dtype}[{rows_of},{tiles.depth}]",
-                    "weight": f"{dtype}[{columns},{tiles.depth}]",
-                }
-                descriptors = {name: f"tensordesc<{block}>" for name, block in (*factors.items(), ("words", kept))}
-                sizes = {**dict.fromkeys(("num_rows", "vocab_size", "hidden_size"), "i32"), "logit_factor": "fp32"}
-                constants = {"ROWS": rows_of, "COLUMNS": columns, "DEPTH": tiles.depth, "PIECES": tiles.pieces}
-                constants |= {"HAS_BIAS": flags, "SCALED": flags, "OUTPUTS": outputs, "KEEP": keep}
-                yield KernelCase(
-                    f"linear_scores {dtype} {label}{', kept' * keep}",
-                    linear_scores.linear_scores_kernel,
-                    {**descriptors, "targets": "*i64", "bias": f"*{dtype}", "parts": "*fp32", **strides, **sizes},
-                    {**constants, "GROUP": tiles.group},
-                    tiles.num_warps,
-                    scalar_loads=None,
-                    targets=(10 * major + minor,),
-                    num_stages=tiles.num_stages,
-                    spills_allowed=_SPILLS_OF_A_TILE,
-                )
+    kinds = [("bf16", kind) for kind in _LINEAR_KINDS] + [("fp16", kind) for kind in _LINEAR_KINDS[-2:]]
+    for capability, tiles in linear_scores.TILES.items():
+        for dtype, kind in kinds:
+            capped = kind[2][1]
+            if capped and not tiles.capped:
+                continue
+            for keep in (linear_scores.NOTHING, linear_scores.RAW if capped else linear_scores.WORDS):
+                yield linear_case(capability, tiles, dtype, kind, keep.value)
     for outputs in (0, 15):
         yield KernelCase(
             f"merge_tiles {'all outputs' if outputs else 'log-probs'}",
             linear_scores.merge_tiles_kernel,
             {
                 "parts": "*fp32",
-                **strides,
+                **_STRIDES,
                 "tops": "*fp32",
                 "tops_stride": "i64",
                 "num_rows": "i32",
@@ -192,6 +221,19 @@ def _merge_cases() -> Iterator[KernelCase]:
             scalar_loads=9 if itemsize == 2 else 15,
             # Two outputs read, one written, and a log-sum-exp.
             least_bytes=3 * itemsize * attention_merge.BLOCK_ELEMENTS // (32 * attention_merge.NUM_WARPS) + 4,
+        )
+
+
+def _scale_cases() -> Iterator[KernelCase]:
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        yield KernelCase(
+            f"gradient_scale {dtype}",
+            gradient_scale.scale_kernel,
+            {"gradient": f"*{dtype}", "factor": f"*{dtype}", "count": "i64"},
+            {"BLOCK": gradient_scale.BLOCK},
+            gradient_scale.NUM_WARPS,
+            scalar_loads=None,
+            least_bytes=2 * itemsize * gradient_scale.BLOCK // (32 * gradient_scale.NUM_WARPS),
         )
 
 
@@ -259,7 +301,8 @@ LOSS_KERNELS = tuple(_loss_cases())
 HEAD_KERNELS = (*_score_cases(), *_grad_cases(), *_linear_cases())
 DIVERGENCE_KERNELS = tuple(_divergence_cases())
 MERGE_KERNELS = tuple(_merge_cases())
-KERNELS = (*HEAD_KERNELS, *DIVERGENCE_KERNELS, *MERGE_KERNELS, *LAYER_KERNELS, *LOSS_KERNELS)
+SCALE_KERNELS = tuple(_scale_cases())
+KERNELS = (*HEAD_KERNELS, *DIVERGENCE_KERNELS, *MERGE_KERNELS, *SCALE_KERNELS, *LAYER_KERNELS, *LOSS_KERNELS)
 
 
 def compile_kernel(case: KernelCase, target: int | str) -> CompiledKernel:
@@ -340,7 +383,7 @@ def report_triton(table: Table) -> list[str]:
         for target in case.targets:
             found = resources(compile_kernel(case, target), case.num_warps, target, case.scalar_loads)
             add_row(table, "Triton", case.label, target, found, case.least_bytes)
-            if found.spill_bytes > case.spills_allowed:
+            if found.spill_bytes:
                 spilling.append(f"Triton {case.label} sm_{target}")
     return spilling
 

@@ -24,8 +24,8 @@ Milliseconds are ESTIMATES by a named roofline (`trl_fast/planning/gpu_facts.py`
 large products reach, plus bytes at the rate that its memory reaches. Bytes are taken as not hidden behind products,
 attention as fast as products, launches and host waits as free, padding of small tiles as nothing: small models are
 slower than this, being bound by the host. The head's floor is 1, 2 or 3 passes (scoring, frozen, trained) of 2·N·V·H
-FLOPs and no byte. Of ours the head and the layers are those of the backend "cuda", scoring takes two steps, and losses
-on one number a token are their PyTorch formulas.
+FLOPs and no byte. Of ours the head and the layers are those of the backend "cuda", with the head's fused Triton kernel
+where the GPU has one (triton_kernels.py), and losses on one number a token are their PyTorch formulas.
 """
 
 from __future__ import annotations

@@ -144,6 +144,19 @@ class Counter:
         """Counts a kernel that is no operator."""
         self.counts.add(name, read, written, flops)
 
+    def product(
+        self,
+        name: str,
+        factors: list[FakeTensor],
+        read: list[FakeTensor],
+        written: list[FakeTensor],
+        flops: float,
+    ) -> None:
+        """Counts a product of 16-bit numbers in a kernel that is no operator."""
+        brought = extent([factor for factor in factors if self._was_given(factor)])
+        self.counts.factors += brought
+        self.launch(name, extent([*factors, *read]) - brought, extent(written), flops)
+
     def _see(self, tensor: FakeTensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata

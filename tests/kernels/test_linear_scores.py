@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.gpu_machine_code import SHARED_BYTES, SHARED_RESERVED
 from benchmarks.kernel_report import HEAD_KERNELS, compile_kernel, resources
 from support.heads import FLOOR, assert_as_good, make_problem, scores_from_logits
 from support.triton_interpreter import interpreted_kernels
@@ -12,7 +13,7 @@ from trl_fast.kernels.linear_scores import INTERPRETED_TILES
 from trl_fast.ops import device, linear_logprob, linear_token_loss
 from trl_fast.ops.head import fused_kernel, gradients, sweep
 from trl_fast.ops.head.fused_kernel import SlicedWeight, empty_packed, fused_tiles, score_rows_fused, try_out
-from trl_fast.ops.head.kept_logits import unpack
+from trl_fast.ops.head.kept_logits import KeptLogits, unpack
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.head.plan import slices
 from trl_fast.ops.head.row_statistics import (
@@ -39,6 +40,13 @@ ROW_OF = {
 }
 # The interpreter is slow: tiles of 16 rows and 128 columns.
 SMALL, THREE_TILES = INTERPRETED_TILES, 2 * 128 + 77
+# Matrices by TMA or by pointers, loops flattened or not, a single piece: what configurations differ in.
+KINDS = {
+    "tma": SMALL,
+    "pointers": SMALL._replace(tma=False, flatten=False),
+    "pieces of 16": SMALL._replace(pieces=8, flatten=False),
+    "one piece": SMALL._replace(pieces=1, group=2),
+}
 # First and last columns of tiles and of their pieces.
 EDGES = (0, 63, 64, 127, 128, 255, 256, THREE_TILES - 1)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -55,6 +63,8 @@ SHAPES = {
     "offset 1e4": dict(n=9, v=300, offset=1e4),
     "temperature": dict(n=9, v=300, temperature=0.6),
     "all": dict(n=9, v=300, bias=True, logit_scale=0.5, temperature=1.7),
+    "softcap": dict(n=9, v=300, softcap=3.0),
+    "softcap and all": dict(n=9, v=300, bias=True, softcap=2.0, logit_scale=1.5, temperature=0.8),
     "peaked": dict(n=9, v=300, spread=20.0),
 }
 
@@ -87,24 +97,30 @@ def sliced(weight, columns):
     return SlicedWeight(slices(0, len(weight), columns), tile)
 
 
-def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30, columns=None):
+def raw_room(kept, v):
+    values = torch.empty(1, kept, -(-v // 64) * 64)
+    return KeptLogits(values, None, v)
+
+
+def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30, columns=None, tiles=SMALL, raw=False):
     """Statistics (7, N), and what was kept of the first rows; memory is poisoned before.
 
-    columns: of a slice of the weight.
+    columns: of a slice of the weight; raw: float32 logits are kept, not words.
     """
     n, v = len(problem.targets), len(problem.weight)
-    keep = empty_packed(kept, v, CPU, SMALL.columns) if kept else None
-    if kept:
+    keep = (raw_room(kept, v) if raw else empty_packed(kept, v, CPU, SMALL.columns)) if kept else None
+    if raw:
+        keep.values.fill_(float("nan"))
+    elif kept:
         keep.values.fill_(12345)
         keep.tops.fill_(float("nan"))
     transform = LogitTransform.of(**problem.transform)
-    logit_factor = transform.scale * transform.inv_temperature
     bias = None if problem.bias is None else problem.bias.detach()
     weight = problem.weight.detach()
     weight = SlicedWeight.whole(weight) if columns is None else sliced(weight, columns)
-    given = (problem.hidden.detach(), weight, problem.targets, bias, logit_factor, outputs)
+    given = (problem.hidden.detach(), weight, problem.targets, bias, transform, outputs)
     state = new_state(n, CPU)
-    score_rows_fused(*given, state, keep, SMALL, part_bytes)
+    score_rows_fused(*given, state, keep, tiles, part_bytes)
     return finish_scores(state, outputs, v, torch.float32), keep
 
 
@@ -116,10 +132,11 @@ def assert_scores(problem, statistics, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_against_float64(shape, dtype):
+def test_against_float64(shape, tiles, dtype):
     problem = problem_of(shape, dtype)
-    statistics, _ = run(problem)
+    statistics, _ = run(problem, tiles=tiles)
     assert_scores(problem, statistics, dtype)
     if not shape.get("offset"):
         # Products of 16-bit numbers are exact in float32, and so is, nearly, their sum: there are no ties.
@@ -128,17 +145,29 @@ def test_against_float64(shape, dtype):
 
 
 @pytest.mark.parametrize("kept", [1, 20, 37])
+@pytest.mark.parametrize("tiles", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("shape", [dict(v=THREE_TILES), dict(v=300, bias=True, temperature=0.7)])
-def test_kept_logits_and_the_same_bits_with_and_without(kept, shape):
+def test_kept_logits_and_the_same_bits_with_and_without(kept, tiles, shape):
     problem = make_problem(n=37, **shape, dtype=torch.bfloat16, spread=0.5)
-    statistics, keep = run(problem, kept=kept)
-    assert torch.equal(statistics, run(problem)[0])
+    statistics, keep = run(problem, kept=kept, tiles=tiles)
+    assert torch.equal(statistics, run(problem, tiles=tiles)[0])
     v = shape["v"]
     logits = unpack(keep.values[0, :, :v], keep.tops[0], SMALL.columns)
     targets = problem.targets[:kept, None]
     assert (logits.gather(1, targets) == float("-inf")).all()
     away = (logits - problem.logits(torch.float64)[:kept]).scatter(1, targets, 0.0)
     assert away.abs().max() <= 2**-11 + 1e-5
+
+
+@pytest.mark.parametrize("kept", [1, 20, 37])
+@pytest.mark.parametrize("tiles", KINDS.values(), ids=KINDS.keys())
+def test_raw_logits_of_a_capped_head_and_the_same_bits_with_and_without(kept, tiles):
+    problem = make_problem(n=37, v=THREE_TILES, dtype=torch.bfloat16, softcap=2.0, bias=True)
+    statistics, keep = run(problem, kept=kept, tiles=tiles, raw=True)
+    assert torch.equal(statistics, run(problem, tiles=tiles)[0])
+    raw = problem.hidden.detach().double() @ problem.weight.detach().double().t()
+    torch.testing.assert_close(keep.values[0, :, :THREE_TILES].double(), raw[:kept], rtol=1e-6, atol=1e-6)
+    assert keep.values[0, :, THREE_TILES:].isnan().all()
 
 
 def test_a_row_has_the_same_bits_whatever_the_others():
@@ -152,9 +181,12 @@ def test_a_row_has_the_same_bits_whatever_the_others():
 
 @pytest.mark.parametrize("shape", [dict(n=len(EDGES), v=THREE_TILES), dict(n=5, v=300, bias=True, temperature=0.7)])
 @pytest.mark.parametrize("columns", [128, 256])
-def test_slices_of_the_weight_give_the_same_bits(shape, columns):
+@pytest.mark.parametrize("tiles", [KINDS["tma"], KINDS["pointers"]], ids=["tma", "pointers"])
+def test_slices_of_the_weight_give_the_same_bits(shape, columns, tiles):
     problem = problem_of(shape, torch.bfloat16)
-    (whole, kept), (by_slices, kept_by_slices) = (run(problem, kept=4, columns=one) for one in (None, columns))
+    (whole, kept), (by_slices, kept_by_slices) = (
+        run(problem, kept=4, columns=one, tiles=tiles) for one in (None, columns)
+    )
     assert torch.equal(by_slices, whole)
     v = shape["v"]
     assert torch.equal(kept_by_slices.values[..., :v], kept.values[..., :v])
@@ -242,10 +274,11 @@ def fused_calls(monkeypatch):
     return calls
 
 
-def test_the_op_scores_by_it_with_and_without_a_gradient(fused_calls):
-    problem = make_problem(40, THREE_TILES, dtype=torch.bfloat16, bias=True)
+@pytest.mark.parametrize("transform", [{}, {"softcap": 2.0, "temperature": 0.7}], ids=["plain", "capped"])
+def test_the_op_scores_by_it_with_and_without_a_gradient(fused_calls, transform):
+    problem = make_problem(40, THREE_TILES, dtype=torch.bfloat16, bias=True, **transform)
     given = (problem.hidden, problem.weight, problem.targets)
-    options = {"bias": problem.bias, "outputs": ("logprobs", *ALL_OUTPUTS), "backend": "triton"}
+    options = {"bias": problem.bias, "outputs": ("logprobs", *ALL_OUTPUTS), "backend": "triton", **transform}
     with torch.no_grad():
         alone = linear_logprob(*given, **options)
     assert fused_calls == [(40, False)]
@@ -267,7 +300,6 @@ def test_the_op_scores_by_it_where_that_serves_only(fused_calls):
     with torch.no_grad():
         linear_logprob(*given, backend="torch")
         linear_logprob(problem.hidden.float(), problem.weight.float(), problem.targets, backend="triton")
-        linear_logprob(*given, softcap=30.0, backend="triton")
     assert fused_calls == []
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         linear_logprob(problem.hidden, problem.weight.float(), problem.targets, backend="triton")
@@ -287,8 +319,8 @@ FUSED = [
 def test_compiles_to_tensor_cores(case, target):
     found = resources(compile_kernel(case, target), case.num_warps, target)
     assert found.tensor_core_instructions > 0
-    assert found.shared_bytes <= 227 * 1024
-    assert found.spill_bytes <= case.spills_allowed
+    assert found.shared_bytes <= SHARED_BYTES[target] - SHARED_RESERVED
+    assert found.spill_bytes == 0
 
 
 @pytest.mark.slow

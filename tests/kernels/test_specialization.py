@@ -100,16 +100,17 @@ def test_packed_gradients_are_compiled_once_whatever_the_rows(keys_of):
     assert len(keys) == 1
 
 
-def test_the_fused_kernel_is_compiled_once_whatever_the_rows_and_the_vocabulary(keys_of):
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
+def test_the_fused_kernel_is_compiled_once_whatever_the_rows_and_the_vocabulary(keys_of, capability):
     keys = keys_of(linear_scores, "linear_scores_kernel")
     merges = keys_of(linear_scores, "merge_tiles_kernel")
     hidden = torch.zeros(NUM_ROWS, 32, dtype=torch.bfloat16)
     targets = torch.zeros(NUM_ROWS, dtype=torch.int64)
-    for logit_factor, count in ((1.0, 1), (0.7, 2), (0.3, 2)):
+    for scale, count in ((1.0, 1), (0.7, 2), (0.3, 2)):
         for (first, last), vocab_size in zip(PARTS, (1, 7, 16, 2049, 4096, 5000), strict=True):
             weight, state = torch.zeros(vocab_size, 32, dtype=torch.bfloat16), torch.zeros(7, last - first)
-            given = (hidden[first:last], [weight], targets[first:last], None, logit_factor, 0, state, None, None)
-            linear_scores.linear_scores(*given, linear_scores.TILES[9, 0], vocab_size=vocab_size)
+            given = (hidden[first:last], [weight], targets[first:last], None, (scale, 0.0, 1.0), 0, state, None, None)
+            linear_scores.linear_scores(*given, linear_scores.TILES[capability], vocab_size=vocab_size)
         assert (len(keys), len(merges)) == (count, 1)
 
 

@@ -237,6 +237,7 @@ def interpreted_kernels(**options: Any) -> Iterator[None]:
         attention_merge,
         divergence_kernels,
         embedding_kernels,
+        gradient_scale,
         layer_kernels,
         linear_scores,
         rotary_kernels,
@@ -251,6 +252,7 @@ def interpreted_kernels(**options: Any) -> Iterator[None]:
     kernels += [(layer_kernels, name) for name in layers]
     heads = ("rotary_kernel", "norm_rotary_kernel", "norm_rotary_backward_kernel")
     kernels += [(rotary_kernels, name) for name in heads]
+    kernels.append((gradient_scale, "scale_kernel"))
     with interpreter_repaired(**options), _Patches() as patches:
         for module, name in kernels:
             patches.set(module, name, interpreted(getattr(module, name)))

@@ -27,7 +27,7 @@ BACKENDS = ("cuda", "triton", "cpp", "torch")
 # Ops on vectors of one number a token.
 VECTOR_OPS = ("pair_loss", "policy_loss")
 # Ops that have a Triton kernel and PyTorch.
-TRITON_OPS = ("attention_merge",)
+TRITON_OPS = ("attention_merge", "gradient_scale")
 HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
 # The second is made of the head's row kernels.
 DIVERGENCE_OPS = ("linear_divergence", "linear_divergence_to_given")

@@ -9,6 +9,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .backends import load_extension
 from .device import device_facts
+from .gradient_scale import scale_in_place
 
 # The pool's blocks are huge pages of 2 MiB: a smaller tensor would waste too much of one.
 _POOLED_FROM_BYTES = 8 << 20
@@ -59,6 +60,6 @@ def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> 
     """
     traced = torch.compiler.is_compiling() or isinstance(gradient, FunctionalTensor)
     if gradient.dtype == dtype and not traced and not _graph_is_retained():
-        return gradient.mul_(factor.to(dtype))
+        return scale_in_place(gradient, factor)
     out = pooled_empty(gradient.shape, dtype, gradient.device)
     return torch.mul(gradient, factor.to(gradient.dtype), out=out)

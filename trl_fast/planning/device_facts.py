@@ -48,7 +48,7 @@ aten = torch.ops.aten
 # Registered with transformers for rows that need no mask: all of a batch's sequences are of one length here.
 PADDED_ATTENTION = "trl_fast_planning"
 # Custom ops that are one kernel on a GPU, which takes nothing but the memory of its results.
-GPU_KERNELS = frozenset({"trl_fast::attention_merge"})
+GPU_KERNELS = frozenset({"trl_fast::attention_merge", "trl_fast::gradient_scale"})
 # Channels of a head that flash kernels take.
 _WIDEST_FLASH = 256
 # Of the GPUs that are planned for: flash kernels need 8.0.

@@ -120,18 +120,18 @@ def planned_head(
         ValueError: the workspace holds no row of logits.
     """
     facts = device_facts(weight.device)
-    kernels = facts.row_kernels or ROW_KERNELS[backend]
+    kernels, capped = facts.row_kernels or ROW_KERNELS[backend], transform.softcap != 0.0
     plan = plan_head(
         hidden.shape[0],
         weight.shape if shard is None else (shard.widest, weight.shape[1]),
         dtype=hidden.dtype,
         weight_dtype=weight.dtype,
-        capped=transform.softcap != 0.0,
+        capped=capped,
         keep=keep,
         kernels=kernels,
         workspace_bytes=workspace_bytes,
         facts=facts,
-        find_fused=functools.partial(fused_tiles, backend, weight.shape[1], device=weight.device),
+        find_fused=functools.partial(fused_tiles, backend, weight.shape[1], device=weight.device, capped=capped),
     )
     if shard is None:
         return TiledHead(weight, bias, transform, plan, kernels, plan.vocab_size)

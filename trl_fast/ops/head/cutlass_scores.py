@@ -20,11 +20,12 @@ CAPABILITY = (9, 0)
 class CutlassTiles(NamedTuple):
     """Holds rows of a tile of logits, and columns of a part of one, which are a chunk of kept logits.
 
-    They are compiled in: csrc/cuda/tile_scores.h has the same numbers.
+    They are compiled in: csrc/cuda/tile_scores.h has the same numbers. capped: as of Triton's tiles.
     """
 
     rows: int = 128
     columns: int = 64
+    capped: bool = True
 
 
 def supports_cutlass(device: torch.device) -> Support:

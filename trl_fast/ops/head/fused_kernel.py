@@ -2,10 +2,10 @@
 
 The usual way is two steps: a library's product writes a tile of float32 logits, a row kernel reads it again. The fused
 kernel does without that traffic, and a row's bits do not depend on how many other rows there are, which a library's
-choice of kernels by shape cannot promise. There are two of it. Triton's serves where a sketch of it was measured to be
-faster (kernels/linear_scores.py). That of CUTLASS (cutlass_scores.py) serves where it is asked for: by count it is the
-faster one, because its scoring runs while it multiplies, but it has not been run on a GPU yet. Both are tried out on
-the GPU first.
+choice of kernels by shape cannot promise. There are two of it. Triton's serves where it was measured or is counted to
+be faster (kernels/linear_scores.py). That of CUTLASS (cutlass_scores.py) serves where it is asked for: by count it is
+the faster one, because its scoring runs while it multiplies, but it has not been run on a GPU yet. Both are tried out
+on the GPU first.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import supports
+from ..device import device_facts
 from ..matmul import SIXTEEN_BITS
 from . import cutlass_scores
 from .kept_logits import CHUNK, PACKED_DTYPE, KeptLogits, num_chunks, unpack
+from .logit_transform import LogitTransform
 from .plan import kept_shape
 from .row_statistics import NUM_STATES, SUM, TARGET, TOP
 
@@ -44,11 +46,14 @@ _ALIGNMENT = 8
 _TRIED, _TOLERANCE = (200, 192, 1500), 2e-3
 
 
-def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torch.device) -> FusedTiles | None:
+def fused_tiles(
+    backend: str, hidden_size: int, dtype: torch.dtype, device: torch.device, *, capped: bool = False
+) -> FusedTiles | None:
     """Returns the fused kernel's configuration for a head of such hidden states, None if it does not serve.
 
-    dtype: in which products are computed. It multiplies 16-bit numbers. In Triton's interpreter any GPU will do. Its
-    tiles are an H100's: AMD's GPUs, whose capabilities are numbers of another kind, take two steps.
+    dtype: in which products are computed; capped: whether logits have a softcap. It multiplies 16-bit numbers. In
+    Triton's interpreter any GPU will do. Its tiles are NVIDIA's: AMD's GPUs, whose capabilities are numbers of another
+    kind, take two steps.
 
     Raises:
         ValueError: TRL_FAST_FUSED_KERNEL names no fused kernel.
@@ -69,7 +74,10 @@ def fused_tiles(backend: str, hidden_size: int, dtype: torch.dtype, device: torc
     tiles, reason = tiles_of(kernel, device)
     if asked and tiles is None:
         raise RuntimeError(f"{FUSED_VARIABLE}={asked} was set, but it cannot serve: {reason}")
-    if tiles is None or device.type != "cuda":
+    if tiles is None or capped and not tiles.capped:
+        return None
+    # A device that is not there cannot be tried out.
+    if device.type != "cuda" or device_facts(device).serves is not None:
         return tiles
     return tiles if _works(tiles, dtype, device) else None
 
@@ -89,7 +97,7 @@ def tiles_of(kernel: str, device: torch.device) -> tuple[FusedTiles | None, str]
 
     if device.type != "cuda":
         return INTERPRETED_TILES, "Triton's interpreter, for tests only"
-    tiles = TILES.get(torch.cuda.get_device_capability(device))
+    tiles = TILES.get(device_facts(device).capability)
     return tiles, "product and statistics in one Triton kernel" if tiles else "there are no tiles for this GPU"
 
 
@@ -121,7 +129,8 @@ def try_out(tiles: FusedTiles, dtype: torch.dtype, device: torch.device) -> str:
     room = empty_packed(num_rows, vocab_size, device, tiles.columns)
     for keep in (None, room):
         state = torch.zeros(NUM_STATES, num_rows, dtype=torch.float64, device=device)
-        score_rows_fused(hidden, SlicedWeight.whole(weight), targets, None, 1.0, 0, state, keep, tiles, 1 << 30)
+        given = (hidden, SlicedWeight.whole(weight), targets, None, LogitTransform(), 0, state, keep, tiles, 1 << 30)
+        score_rows_fused(*given)
         found = state[TOP] + state[SUM].log(), state[TARGET]
         if not all(torch.allclose(a, b, rtol=0, atol=_TOLERANCE) for a, b in zip(found, exact, strict=True)):
             return "log-probs differ from PyTorch's"
@@ -165,7 +174,7 @@ def score_rows_fused(
     weight: SlicedWeight,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    logit_factor: float,
+    transform: LogitTransform,
     outputs: int,
     state: torch.Tensor,
     keep: KeptLogits | None,
@@ -174,8 +183,9 @@ def score_rows_fused(
 ) -> None:
     """Writes the state (7, N) float64 of all rows after all columns; `keep` takes the logits of the first rows.
 
-    hidden: (N, H), weight: of (V, H), both of the same dtype; targets: (N,) int64; bias: (V,) or None;
-    logit_factor: of the logits; part_bytes: how much may stand between the kernel and the one that merges its tiles.
+    hidden: (N, H), weight: of (V, H), both of the same dtype; targets: (N,) int64; bias: (V,) or None; transform: of
+    the logits; keep: of packed logits, or of raw float32 ones; part_bytes: how much may stand between the kernel and
+    the one that merges its tiles.
     """
     from trl_fast.kernels import linear_scores
 
@@ -189,12 +199,11 @@ def score_rows_fused(
         words, tops = (None, None) if keep is None or start >= kept else keep.tile(slice(0, vocab_size), rows)
         # The kernel writes to a state of its own rows; a slice of the state has the same stride.
         weights = (_aligned(weight.tile(columns)) for columns in weight.columns)
-        given, to = (hidden[rows], weights, targets[rows], bias), (outputs, state[:, rows], words, tops)
+        given, to = (hidden[rows], weights, targets[rows], bias, transform), (outputs, state[:, rows], words, tops)
         if isinstance(tiles, cutlass_scores.CutlassTiles):
-            transform = (logit_factor, 0.0, 1.0)
-            cutlass_scores.linear_scores(*given, transform, *to, tiles, vocab_size=vocab_size)
+            cutlass_scores.linear_scores(*given, *to, tiles, vocab_size=vocab_size)
         else:
-            linear_scores.linear_scores(*given, logit_factor, *to, tiles, vocab_size=vocab_size)
+            linear_scores.linear_scores(*given, *to, tiles, vocab_size=vocab_size)
     state[TARGET].masked_fill_((targets < 0) | (targets >= vocab_size), float("nan"))
 
 

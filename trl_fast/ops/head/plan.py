@@ -386,9 +386,10 @@ def plan_head(
     least = row_bytes(vocab_size, logits, kernels)
     if workspace_bytes < least:
         raise ValueError(f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; a row takes {least} bytes")
-    packs = not capped and _packs(product, weight_dtype, logits, kernels)
+    fuses = _fits_words(product, weight_dtype, logits, kernels)
+    packs = fuses and not capped
     columns, workspace_bytes = _weight_tile(weight_shape, product, weight_dtype, workspace_bytes, least, policy)
-    fused = find_fused(product) if packs and policy.whole_rows else None
+    fused = find_fused(product) if fuses and policy.whole_rows else None
     chunk, packed = fused.columns if fused else CHUNK, packs and keep != RAW_BLOCKS
     packed_bytes = vocab_size * PACKED_DTYPE.itemsize + num_chunks(vocab_size, chunk) * 4 if packs else least
     limits = TileLimits(
@@ -440,8 +441,8 @@ def _weight_tile(
     return columns, max(least, workspace_bytes - columns * column_bytes)
 
 
-def _packs(product: torch.dtype, weight_dtype: torch.dtype, logits: torch.dtype, kernels: RowKernels) -> bool:
-    """Tells whether kept logits are packed: float32 products of 16-bit numbers take more room than they know."""
+def _fits_words(product: torch.dtype, weight_dtype: torch.dtype, logits: torch.dtype, kernels: RowKernels) -> bool:
+    """Tells whether kept logits can be packed: float32 products of 16-bit numbers take more room than they know."""
     sixteen_bits = product in SIXTEEN_BITS or weight_dtype in SIXTEEN_BITS
     return kernels.grad_packed is not None and sixteen_bits and logits == torch.float32
 

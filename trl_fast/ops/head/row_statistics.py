@@ -125,4 +125,7 @@ class Upstream(NamedTuple):
 
     def of_unit_gradient(self, cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Returns the gradient of hidden (N, H) in its dtype; cache: d logprob / d hidden (N, H)."""
-        return None if self.logprobs is None else (cache * self.logprobs[:, None]).to(dtype)
+        if self.logprobs is None:
+            return None
+        # One pass: a GPU rounds what it computes in the cache's dtype as it writes.
+        return torch.mul(cache, self.logprobs[:, None], out=cache.new_empty(cache.shape, dtype=dtype))

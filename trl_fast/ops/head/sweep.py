@@ -63,9 +63,8 @@ def score_rows(
     state = new_state(hidden.shape[0], hidden.device)
     plan = head.plan
     if plan.fused is not None:
-        logit_factor = head.transform.scale * head.transform.inv_temperature
         weight = SlicedWeight(plan.weight_slices, head.cast_tile if plan.casts_weight else head.weight.__getitem__)
-        given = (hidden, weight, targets, head.bias, logit_factor, outputs, state, keep)
+        given = (hidden, weight, targets, head.bias, head.transform, outputs, state, keep)
         score_rows_fused(*given, plan.fused, plan.limits.tile_bytes)
     else:
         _score_tiles(head, hidden, targets, outputs, state, keep)
