@@ -259,7 +259,7 @@ def fused_calls(monkeypatch):
     launch = linear_scores.linear_scores
 
     def counted(*given, **sizes):
-        calls.append((len(given[0]), given[-2] is not None))
+        calls.append((len(given[0]), given[-3] is not None))
         return launch(*given, **sizes)
 
     monkeypatch.setattr(linear_scores, "linear_scores", counted)
@@ -292,6 +292,17 @@ def test_the_op_scores_by_it_with_and_without_a_gradient(fused_calls, transform)
         assert_as_good(getattr(alone, name), baseline[name], exact[name], name, FLOOR[torch.bfloat16])
         for scores in (trained, by_token) if name != "logprobs" else (trained, frozen, by_token):
             assert torch.equal(getattr(scores, name), getattr(alone, name)), name
+    # What was kept on the way is what the gradient needs.
+    trained.logprobs.sum().backward()
+    inputs = (problem.hidden, problem.weight)
+    wide, narrow = (torch.autograd.grad(gathered(problem, dtype).sum(), inputs) for dtype in (torch.float64, None))
+    for own, exact, baseline in zip(inputs, wide, narrow, strict=True):
+        assert_as_good(own.grad, baseline, exact, "gradient", FLOOR[torch.bfloat16])
+
+
+def gathered(problem, dtype):
+    """The targets' log-probs by plain PyTorch."""
+    return problem.logits(dtype).log_softmax(-1).gather(1, problem.targets[:, None])
 
 
 def test_the_op_scores_by_it_where_that_serves_only(fused_calls):
