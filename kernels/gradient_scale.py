@@ -28,7 +28,7 @@ def scale_kernel(gradient, factor, count, BLOCK: tl.constexpr):
 
 @on_tensors_device
 def scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiplies a contiguous gradient float32|bfloat16|float16 by `factor`, 0-d of its dtype, in its place."""
+    """Multiplies a contiguous gradient, any shape, float32|bfloat16|float16, by `factor`, 0-d of its dtype."""
     count = gradient.numel()
     programs = min(triton.cdiv(count, BLOCK), MOST_PROGRAMS)
     if programs:

@@ -22,16 +22,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launching import on_tensors_device
-from .online_softmax import (
-    ENTROPY,
-    IS_TOP1,
-    LOG_SUM_SQ_PROBS,
-    MEAN_LOGITS,
-    TARGET,
-    packed_words,
-    store_sums,
-    transformed,
-)
+from .logit_tiles import NOTHING, RAW, WORDS, product, store_tile, tile_sums
+from .online_softmax import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, TARGET, store_sums
 
 
 class Tiles(NamedTuple):
@@ -59,12 +51,13 @@ class Tiles(NamedTuple):
 # By compute capability; a GPU that is not here takes two steps, a product and a row kernel. On an H200 a sketch of
 # this kernel was measured to be faster than two steps, and with these tiles the fastest of twelve
 # (benchmarks/results/gpu). The others are counted to be faster (docs/benchmarks.md has the arithmetic), compiled
-# without spills, and not timed. TMA came with 9.0. GPUs with 100 KB of shared memory, whose tensor cores are a quarter
-# as fast a processor, take tiles of half the size. On 10.0 flattened loops would spill registers.
+# without spills, and not timed. TMA came with 9.0. Pointers take registers too, so without it tiles have half the
+# columns; on 12.0 the 100 KB of shared memory hold no more. On 10.0 flattened loops would spill registers.
+_WITHOUT_TMA = Tiles(128, 128, 64, 4, tma=False, flatten=False)
 TILES = {
-    (8, 0): Tiles(128, 256, 32, 8, num_stages=5, tma=False, flatten=False, capped=False),
-    (8, 6): Tiles(128, 128, 64, 4, tma=False, flatten=False),
-    (8, 9): Tiles(128, 128, 64, 4, tma=False, flatten=False),
+    (8, 0): _WITHOUT_TMA._replace(num_stages=4),
+    (8, 6): _WITHOUT_TMA,
+    (8, 9): _WITHOUT_TMA,
     (9, 0): Tiles(128, 256, 64, 8),
     (10, 0): Tiles(128, 256, 64, 8, flatten=False, capped=False),
     (12, 0): Tiles(128, 128, 64, 4, flatten=False),
@@ -72,155 +65,12 @@ TILES = {
 # The interpreter is slow; any configuration will do.
 INTERPRETED_TILES = Tiles(16, 128, 32, 2)
 MERGED_ROWS, MERGED_TILES = 32, 32
-# What of the logits is kept.
-NOTHING, WORDS, RAW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _begun(matrix, first, num_rows, stride, ROWS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
-    """Returns where the first DEPTH numbers of ROWS rows of a factor lie, (ROWS, DEPTH); by TMA nothing of use.
-
-    A row that is not there is one that is: its products are left out of all sums.
-    """
-    if TMA:
-        return first
-    else:
-        rows = tl.minimum(first + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
-        return matrix + rows[:, None] * tl.multiple_of(stride, 8) + tl.arange(0, DEPTH)[None, :]
-
-
-@triton.jit
-def _product(
-    hidden,
-    weight,
-    first_row,
-    first_column,
-    num_rows,
-    num_columns,
-    hidden_size,
-    hidden_stride,
-    weight_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Returns a tile (ROWS, COLUMNS) float32 of hidden weightᵀ."""
-    z = tl.zeros([ROWS, COLUMNS], tl.float32)
-    x_place = _begun(hidden, first_row, num_rows, hidden_stride, ROWS, DEPTH, TMA)
-    w_place = _begun(weight, first_column, num_columns, weight_stride, COLUMNS, DEPTH, TMA)
-    for begin in range(0, hidden_size, DEPTH):
-        if TMA:
-            x, w = hidden.load([first_row, begin]), weight.load([first_column, begin])
-        else:
-            mask = (tl.arange(0, DEPTH) < tl.multiple_of(hidden_size, 8) - begin)[None, :]
-            x = tl.load(x_place + begin, mask=mask, other=0.0)
-            w = tl.load(w_place + begin, mask=mask, other=0.0)
-        z = tl.dot(x, w.T, z)
-    return z
-
-
-@triton.jit
-def _cut(z, PIECES: tl.constexpr):
-    """Returns the columns of z (R, C) as a tuple of so many tensors (R, C / PIECES)."""
-    if PIECES == 1:
-        return (z,)
-    else:
-        half: tl.constexpr = z.shape[1] // 2
-        left, right = tl.split(tl.permute(tl.reshape(z, [z.shape[0], 2, half]), (0, 2, 1)))
-        return _cut(left, PIECES // 2) + _cut(right, PIECES // 2)
-
-
-@triton.jit
-def _keep(kept, stride, first_row, start, num_rows, num_columns, values, TMA: tl.constexpr):
-    """Writes values (R, C) to their place among kept logits; what is beyond rows and columns is left out."""
-    if TMA:
-        kept.store([first_row, start], values)
-    else:
-        rows = first_row + tl.arange(0, values.shape[0])
-        columns = start + tl.arange(0, values.shape[1])
-        place = kept + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-        tl.store(place, values, mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :])
-
-
-@triton.jit
-def _others(
-    z,
-    from_target,
-    columns_left,
-    bias,
-    numbers,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """Returns logits u (R, C), -inf for targets and beyond the vocabulary, and the targets' own (R,), 0 without one.
-
-    z: raw; from_target: (R,) the target's column of these; columns_left: of the vocabulary; numbers: scale, softcap,
-    inv_temperature; without a softcap the first is the factor of logits.
-    """
-    offsets = tl.arange(0, z.shape[1])
-    if HAS_BIAS:
-        z += tl.load(bias + offsets, mask=offsets < columns_left, other=0.0).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        scale, softcap, inv_temperature = numbers
-        z, _ = transformed(z, scale, softcap, inv_temperature, True)
-    elif SCALED:
-        z = z * numbers[0]
-    is_target = offsets[None, :] == from_target[:, None]
-    others = tl.where(is_target | (offsets >= columns_left)[None, :], -float("inf"), z)
-    return others, tl.sum(tl.where(is_target, z, 0.0), 1)
-
-
-@triton.jit
-def _add_piece(sums, u, from_target, columns_left, anchor, OUTPUTS: tl.constexpr):
-    """Returns the sums relative to `anchor` (R,) with logits u (R, C) added; see _others.
-
-    The targets' are -inf, and are no part of the sum of logits.
-    """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    s, sum_x, sum_sq, total, before = sums
-    offsets = tl.arange(0, u.shape[1])[None, :]
-    x = u - anchor[:, None]
-    e = tl.exp2(x * LOG2E)
-    s += tl.sum(e, 1)
-    if ENTROPY & OUTPUTS:
-        sum_x += tl.sum(tl.where(e == 0.0, 0.0, e * x), 1)
-    if LOG_SUM_SQ_PROBS & OUTPUTS:
-        sum_sq += tl.sum(e * e, 1)
-    if MEAN_LOGITS & OUTPUTS:
-        counted = (offsets < columns_left) & (offsets != from_target[:, None])
-        total += tl.sum(tl.where(counted, u, 0.0), 1)
-    if IS_TOP1 & OUTPUTS:
-        before = tl.maximum(before, tl.max(tl.where(offsets < from_target[:, None], u, -float("inf")), 1))
-    return s, sum_x, sum_sq, total, before
-
-
-@triton.jit
-def _store_sums(parts, slot_stride, top, sums, mask, OUTPUTS: tl.constexpr):
-    """Writes a tile's largest logits and the sums that OUTPUTS asks for to its slots."""
-    s, sum_x, sum_sq, total, before = sums
-    tl.store(parts, top, mask=mask)
-    tl.store(parts + slot_stride, s, mask=mask)
-    slot = parts + 2 * slot_stride
-    if ENTROPY & OUTPUTS:
-        tl.store(slot, sum_x, mask=mask)
-        slot += slot_stride
-    if LOG_SUM_SQ_PROBS & OUTPUTS:
-        tl.store(slot, sum_sq, mask=mask)
-        slot += slot_stride
-    if MEAN_LOGITS & OUTPUTS:
-        tl.store(slot, total, mask=mask)
-        slot += slot_stride
-    if IS_TOP1 & OUTPUTS:
-        tl.store(slot, before, mask=mask)
 
 
 _PER_ROW = ["targets", "parts", "slot_stride", "tile_stride", "num_rows", "state", "state_stride"]
-_NUMBERS = ["scale", "softcap", "inv_temperature"]
 
 
-@triton.jit(do_not_specialize=["vocab_size", *_NUMBERS, *_PER_ROW])
+@triton.jit(do_not_specialize=["vocab_size", "scale", "softcap", "inv_temperature", *_PER_ROW])
 def linear_scores_kernel(
     hidden,
     weight,
@@ -258,68 +108,25 @@ def linear_scores_kernel(
 
     hidden, weight, kept: TMA descriptors, or pointers with strides; KEEP: NOTHING, WORDS or RAW.
     """
-    WIDTH: tl.constexpr = COLUMNS // PIECES
-    row_tiles = tl.cdiv(num_rows, ROWS)
-    column_tiles = tl.cdiv(vocab_size, COLUMNS)
-    numbers = (scale, softcap, inv_temperature)
+    row_tiles, column_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(vocab_size, COLUMNS)
+    factors = (hidden, weight, hidden_stride, weight_stride, hidden_size)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         first_tile = tile // (GROUP * row_tiles) * GROUP
         size, within = tl.minimum(column_tiles - first_tile, GROUP), tile % (GROUP * row_tiles)
-        column_tile = first_tile + within % size
-        first_row = within // size * ROWS
-        first_column = column_tile * COLUMNS
-        z = _product(
-            *(
-                hidden,
-                weight,
-                first_row,
-                first_column,
-                num_rows,
-                vocab_size,
-                hidden_size,
-                hidden_stride,
-                weight_stride,
-            ),
-            *(ROWS, COLUMNS, DEPTH, TMA),
+        place = (within // size * ROWS, (first_tile + within % size) * COLUMNS, num_rows, vocab_size)
+        z = product(factors, place, ROWS, COLUMNS, DEPTH, TMA)
+        rows = place[0] + tl.arange(0, ROWS)
+        target = tl.load(targets + rows, mask=rows < num_rows, other=-1).to(tl.int32)
+        target = tl.where(target < vocab_size, target, -1)
+        numbers = (bias, scale, softcap, inv_temperature)
+        top, sums = tile_sums(
+            *(z, place, target, numbers, kept, kept_stride),
+            *(HAS_BIAS, HAS_SOFTCAP, SCALED, OUTPUTS, KEEP, PIECES, TMA),
         )
-        rows = first_row + tl.arange(0, ROWS)
-        there = rows < num_rows
-        target = tl.load(targets + rows, mask=there, other=-1).to(tl.int32)
-        top = tl.zeros([ROWS], tl.float32) - float("inf")
-        target_logit = tl.zeros([ROWS], tl.float32)
-        pieces = _cut(z, PIECES)
-        others = ()
-        # Branches, which are hardly ever not taken, keep the compiler from working on several pieces at once, for
-        # whose temporaries there are no registers.
-        if KEEP == RAW:
-            for i in tl.static_range(PIECES):
-                start = first_column + i * WIDTH
-                if start < vocab_size:
-                    _keep(kept, kept_stride, first_row, start, num_rows, vocab_size, pieces[i], TMA)
-        for i in tl.static_range(PIECES):
-            start = first_column + i * WIDTH
-            u = pieces[i]
-            if start < vocab_size:
-                given = (u, target - start, vocab_size - start, bias + start, numbers)
-                u, own = _others(*given, HAS_BIAS, HAS_SOFTCAP, SCALED)
-                top = tl.maximum(top, tl.max(u, 1))
-                target_logit += own
-            others = others + (u,)
-        # Where everything is -inf, subtract 0: -inf - -inf would be NaN.
-        anchor = tl.where(top == -float("inf"), 0.0, top)
-        zeros = tl.zeros([ROWS], tl.float32)
-        here = there & (target // COLUMNS == column_tile) & (target >= 0) & (target < vocab_size)
-        sums = (zeros, zeros, zeros, tl.where(here, target_logit, 0.0), zeros - float("inf"))
-        for i in tl.static_range(PIECES):
-            start = first_column + i * WIDTH
-            if start < vocab_size:
-                if KEEP == WORDS:
-                    packed = packed_words(others[i], anchor)
-                    _keep(kept, kept_stride, first_row, start, num_rows, vocab_size, packed, TMA)
-                sums = _add_piece(sums, others[i], target - start, vocab_size - start, anchor, OUTPUTS)
-        slots = parts + column_tile.to(tl.int64) * tile_stride + rows
-        _store_sums(slots, slot_stride, top, sums, there, OUTPUTS)
-        tl.store(state + state_stride * TARGET + rows, target_logit.to(tl.float64), mask=here)
+        slots = parts + (place[1] // COLUMNS).to(tl.int64) * tile_stride + rows
+        store_tile(slots, slot_stride, top, sums, rows < num_rows, OUTPUTS)
+        here = (target >= place[1]) & (target < place[1] + COLUMNS)
+        tl.store(state + state_stride * TARGET + rows, sums[5].to(tl.float64), mask=here)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "tops_stride", *_PER_ROW])

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_fast.data import TokenBatch, Tree, pack_trees
 from trl_fast.data.segments import num_tokens, segments_of, sequences_of
+from trl_fast.kernels.linear_scores import Tiles
 from trl_fast.modeling.activation_offloading import offload_activations
 from trl_fast.modeling.attention.flex import FlexAttention
 from trl_fast.modeling.attention.row_attention import AttentionSpec, RowMask
@@ -25,7 +26,17 @@ from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
-from trl_fast.ops.head.fused_kernel import FUSED_KERNELS, SlicedWeight, fused_tiles, score_rows_fused, tiles_of
+from trl_fast.ops.head.cutlass_scores import CutlassTiles
+from trl_fast.ops.head.fused_kernel import (
+    FUSED_KERNELS,
+    SlicedWeight,
+    empty_packed,
+    fused_tiles,
+    score_rows_fused,
+    tiles_of,
+)
+from trl_fast.ops.head.kept_logits import KeptLogits
+from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.head.row_statistics import ENTROPY, ENTROPY_ROW, LOGPROB_ROW
 from trl_fast.ops.head.sweep import finish_scores, new_state
 from trl_fast.ops.layers import gated_activation, qk_norm_rotary, residual_rms_norm, rms_norm, rotary
@@ -375,23 +386,38 @@ def check_layouts(device: torch.device) -> Iterator[Checked]:
 
 
 def check_fused_scores(device: torch.device, vocab: int = 32003, rows: int = 300) -> Iterator[Checked]:
-    """Checks log-probs and entropies of the fused kernels, which accumulate in float32."""
+    """Checks log-probs and entropies of the fused kernels, which sum in float32, and that keeping changes no bit."""
     if fused_tiles("triton", 128, torch.bfloat16, device) is None:
         return
     for kernel, dtype in itertools.product(FUSED_KERNELS, (torch.bfloat16, torch.float16)):
         problem = HeadProblem.random(rows, 128, vocab, dtype, device)
         tiles, _ = tiles_of(kernel, device)
-        if tiles is None:
-            continue
+        for transform in (LogitTransform(), LogitTransform(0.8, 5.0, 1.5)):
+            if tiles is not None and (tiles.capped or not transform.softcap):
+                yield from _check_fused(problem, transform, tiles, f"{kernel}, {dtype}")
+
+
+def _check_fused(
+    problem: HeadProblem, transform: LogitTransform, tiles: Tiles | CutlassTiles, label: str
+) -> Iterator[Checked]:
+    """Checks the fused kernel's log-probs and entropies against float64, without room for logits and with."""
+    (rows, _), vocab, device = problem.hidden.shape, len(problem.weight), problem.hidden.device
+    room = empty_packed(rows, vocab, device, tiles.columns)
+    if transform.softcap:
+        room = KeptLogits(torch.empty(room.values.shape, device=device), None, vocab)
+    found = []
+    for keep in (None, room):
         state = new_state(rows, device)
-        given = (problem.hidden, SlicedWeight.whole(problem.weight), problem.targets, None, 1.0)
-        score_rows_fused(*given, ENTROPY, state, None, tiles, 1 << 30)
-        got = finish_scores(state, ENTROPY, vocab, torch.float32)
-        logp = (problem.hidden.double() @ problem.weight.double().T).log_softmax(-1)
-        chosen, entropy = logp.gather(1, problem.targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)
-        for name, row, exact in (("log-probs", LOGPROB_ROW, chosen), ("entropies", ENTROPY_ROW, entropy)):
-            what = f"fused scores, {kernel}, {name}, {dtype}".replace("torch.", "")
-            yield Checked(what, relative_error(got[row], exact), TOLERANCE[torch.float32])
+        given = (problem.hidden, SlicedWeight.whole(problem.weight), problem.targets, None, transform)
+        score_rows_fused(*given, ENTROPY, state, keep, tiles, 1 << 30)
+        found.append(finish_scores(state, ENTROPY, vocab, torch.float32))
+    u, _ = transform.apply(problem.hidden.double() @ problem.weight.double().T, None)
+    logp = u.log_softmax(-1)
+    chosen, entropy = logp.gather(1, problem.targets[:, None])[:, 0], torch.special.entr(logp.exp()).sum(-1)
+    for name, row, exact in (("log-probs", LOGPROB_ROW, chosen), ("entropies", ENTROPY_ROW, entropy)):
+        what = f"fused scores, {name}, {label}{', capped' if transform.softcap else ''}".replace("torch.", "")
+        yield Checked(what, relative_error(found[0][row], exact), TOLERANCE[torch.float32])
+        yield Checked(f"{what}, kept", relative_error(found[1][row], found[0][row].double()), 0.0)
 
 
 def check_many_logits(device: torch.device, tiny: bool) -> Iterator[Checked]:

@@ -95,9 +95,8 @@ def run(problem, outputs=EVERYTHING, kept=0, part_bytes=1 << 30, columns=None):
     bias = None if problem.bias is None else problem.bias.detach()
     weight = problem.weight.detach()
     weight = SlicedWeight(slices(0, v, columns or v), weight.__getitem__)
-    factor = transform.scale * transform.inv_temperature
     state = new_state(n, CPU)
-    given = (problem.hidden.detach(), weight, problem.targets, bias, factor, outputs, state, keep)
+    given = (problem.hidden.detach(), weight, problem.targets, bias, transform, outputs, state, keep)
     score_rows_fused(*given, TILES, part_bytes)
     return finish_scores(state, outputs, v, torch.float32), keep
 
@@ -128,7 +127,7 @@ def test_some_outputs_are_those_of_all(ops, outputs):
     untouched = some.clone()
     for state, asked in ((whole, EVERYTHING), (some, outputs)):
         given = (problem.hidden.detach(), SlicedWeight.whole(problem.weight.detach()), problem.targets)
-        score_rows_fused(*given, problem.bias.detach(), 1.0, asked, state, None, TILES, 1 << 30)
+        score_rows_fused(*given, problem.bias.detach(), LogitTransform(), asked, state, None, TILES, 1 << 30)
     rows = {ENTROPY: (2,), MEAN_LOGITS: (4,), 0: (), EVERYTHING - ENTROPY: (3, 4, 6)}[outputs]
     for row in range(7):
         assert same_bits(some[row], whole[row] if row in (0, 1, 5, *rows) else untouched[row]), row
@@ -217,7 +216,8 @@ def test_words_are_those_of_the_triton_kernel_bit_for_bit(ops, v):
     given = (problem.hidden.detach(), SlicedWeight.whole(problem.weight.detach()), problem.targets)
     with interpreted_kernels():
         tiles = linear_scores.Tiles(16, PART, 16, 1)
-        score_rows_fused(*given, problem.bias.detach(), 1 / 0.7, EVERYTHING, state, theirs, tiles, 1 << 30)
+        transform = LogitTransform.of(temperature=0.7)
+        score_rows_fused(*given, problem.bias.detach(), transform, EVERYTHING, state, theirs, tiles, 1 << 30)
     assert torch.equal(keep.values[..., :v], theirs.values[..., :v]) and torch.equal(keep.tops, theirs.tops)
     expected = finish_scores(state, EVERYTHING, v, torch.float32)
     torch.testing.assert_close(statistics, expected, rtol=2e-6, atol=2e-6)

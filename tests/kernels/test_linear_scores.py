@@ -227,10 +227,15 @@ def test_minus_infinity():
     assert (run(problem)[0][LSE_ROW] == float("-inf")).all()
 
 
-def test_a_target_outside_the_vocabulary_is_nan():
+@pytest.mark.parametrize("tiles", [KINDS["tma"], KINDS["pointers"]], ids=["tma", "pointers"])
+def test_a_target_outside_the_vocabulary_is_nan(tiles):
     problem = make_problem(3, 200, dtype=torch.bfloat16)
     problem.targets = torch.tensor([5, 200, -1])
-    assert run(problem)[0][LOGPROB_ROW].isnan().tolist() == [False, True, True]
+    statistics, _ = run(problem, tiles=tiles)
+    assert statistics[LOGPROB_ROW].isnan().tolist() == [False, True, True]
+    # The mean does not ask for the target.
+    mean = problem.logits(torch.float64).detach().mean(1).float()
+    torch.testing.assert_close(statistics[MEAN_LOGITS_ROW], mean, rtol=1e-5, atol=1e-5)
 
 
 def test_layouts():
@@ -295,8 +300,10 @@ def test_the_op_scores_by_it_with_and_without_a_gradient(fused_calls, transform)
     # What was kept on the way is what the gradient needs.
     trained.logprobs.sum().backward()
     inputs = (problem.hidden, problem.weight)
-    wide, narrow = (torch.autograd.grad(gathered(problem, dtype).sum(), inputs) for dtype in (torch.float64, None))
-    for own, exact, baseline in zip(inputs, wide, narrow, strict=True):
+    in_float64, in_bfloat16 = (
+        torch.autograd.grad(gathered(problem, dtype).sum(), inputs) for dtype in (torch.float64, None)
+    )
+    for own, exact, baseline in zip(inputs, in_float64, in_bfloat16, strict=True):
         assert_as_good(own.grad, baseline, exact, "gradient", FLOOR[torch.bfloat16])
 
 

@@ -152,7 +152,8 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _supports_triton(device_kind: str) -> Support:
+def supports_triton(device_kind: str) -> Support:
+    """Tells whether Triton's kernels run on tensors of a kind of device."""
     if not _triton_installed():
         return Support(False, "triton is not installed")
     if device_kind == "cuda":
@@ -231,7 +232,7 @@ def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, form
     if facts.serves is not None:
         return Support(facts.serves(op, backend), "on a simulated device")
     if backend in ("triton", "cuda"):
-        support = _supports_triton(facts.kind) if backend == "triton" else _supports_cuda(facts.kind)
+        support = supports_triton(facts.kind) if backend == "triton" else _supports_cuda(facts.kind)
         missing = _missing_formula(op, backend, formula) if support.ok else ""
         return Support(False, missing) if missing else support
     if facts.kind != "cpu":

@@ -11,14 +11,15 @@ import os
 
 import torch
 
-from .backends import ENVIRONMENT_VARIABLE, supports
+from .backends import ENVIRONMENT_VARIABLE, supports, supports_triton
 
 
 @torch.library.custom_op("trl_fast::gradient_scale", mutates_args=("gradient",))
 def _gradient_scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    in_torch = os.environ.get(ENVIRONMENT_VARIABLE) == "torch"
+    in_torch = os.environ.get(ENVIRONMENT_VARIABLE) == "torch" or not gradient.is_contiguous()
+    # Tensors of a GPU that is not there may be a CPU's.
     serves = supports("gradient_scale", "triton", gradient.device, gradient.dtype).ok
-    if in_torch or not serves or not gradient.is_contiguous():
+    if in_torch or not serves or not supports_triton(gradient.device.type).ok:
         gradient.mul_(factor)
         return
     from trl_fast.kernels.gradient_scale import scale

@@ -258,7 +258,7 @@ def test_a_workspace_larger_than_the_gpu_is_refused_by_name():
 
 
 def test_the_sparse_gradient_is_for_cpus():
-    with pytest.raises(ValueError, match="head_grad='sparse' has kernels for a CPU only, not for cuda"):
+    with pytest.raises(ValueError, match="head_grad='sparse' is for a CPU only, not for cuda"):
         HeadOptions(head_grad="sparse").check(torch.device("cuda"))
 
 

@@ -86,13 +86,15 @@ def test_kept_logits_lie_in_the_tiles_that_score_them_or_on_a_gpu_in_one(facts, 
     assert smaller.num_columns == (columns if facts is SLOW_CPU else 131072)
 
 
-def test_a_softcap_is_never_packed_and_the_fused_kernel_only_scores_what_is():
+def test_a_softcap_is_never_packed_and_the_fused_kernel_scores_products_of_16_bits():
     class Fused:
         columns = 256
 
     fused = plan_of(GPU, "cuda", BF16, QWEN, 64, fused=Fused)
     assert fused.fused is Fused and fused.chunk == 256
-    for options in ({"capped": True}, {"dtype": F32}, {"facts": SLOW_CPU}):
+    capped = plan_of(GPU, "cuda", BF16, QWEN, 64, fused=Fused, capped=True)
+    assert capped.fused is Fused and not capped.packed
+    for options in ({"dtype": F32}, {"facts": SLOW_CPU}):
         given = {"facts": GPU, "backend": "cuda", "dtype": BF16, "shape": QWEN, "num_rows": 64, "fused": Fused}
         plan = plan_of(**{**given, **options})
         assert plan.fused is None and plan.chunk == 2048

@@ -80,8 +80,9 @@ class HeadOptions:
             raise ValueError(f"head_grad: unknown value {self.head_grad!r}; expected one of {HEAD_GRADS}")
         if self.head_grad == "sparse" and device.type != "cpu":
             raise ValueError(
-                f"head_grad='sparse' has kernels for a CPU only, not for {device.type}, where it would take many "
-                "times as long as the products that it spares; use head_grad='exact'"
+                f"head_grad='sparse' is for a CPU only, not for {device.type}, where gathering a row of the weight "
+                "and one of the hidden states for every entry takes as long as the products that it spares "
+                "(docs/benchmarks.md has the arithmetic); use head_grad='exact'"
             )
         if not 0.0 < self.sparse_threshold < 1.0:
             raise ValueError(f"sparse_threshold must lie between 0 and 1, got {self.sparse_threshold!r}")
@@ -386,8 +387,7 @@ def plan_head(
     least = row_bytes(vocab_size, logits, kernels)
     if workspace_bytes < least:
         raise ValueError(f"workspace_bytes: {workspace_bytes} bytes hold no row of logits; a row takes {least} bytes")
-    fuses = _fits_words(product, weight_dtype, logits, kernels)
-    packs = fuses and not capped
+    packs = (fuses := _fits_words(product, weight_dtype, logits, kernels)) and not capped
     columns, workspace_bytes = _weight_tile(weight_shape, product, weight_dtype, workspace_bytes, least, policy)
     fused = find_fused(product) if fuses and policy.whole_rows else None
     chunk, packed = fused.columns if fused else CHUNK, packs and keep != RAW_BLOCKS
