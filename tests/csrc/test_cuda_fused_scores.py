@@ -62,6 +62,7 @@ SHAPES = {
     "many parts": dict(n=3, v=40 * PART + 5),
     "offset 1e4": dict(n=9, v=300, offset=1e4),
     "temperature": dict(n=9, v=300, temperature=0.6),
+    "softcap": dict(n=9, v=300, bias=True, softcap=3.0, temperature=0.7),
     "all": dict(n=9, v=300, bias=True, logit_scale=0.5, temperature=1.7),
     "peaked": dict(n=9, v=300, spread=20.0),
 }
