@@ -268,7 +268,7 @@ def fused_calls(monkeypatch):
         return launch(*given, **sizes)
 
     monkeypatch.setattr(linear_scores, "linear_scores", counted)
-    monkeypatch.setitem(device._simulated.facts, "cpu", device.DeviceFacts("cuda", multiplies_bf16=True))
+    monkeypatch.setitem(device.simulated.facts, "cpu", device.DeviceFacts("cuda", multiplies_bf16=True))
 
     def float32_product(out, left, right):
         return out.copy_(left.float() @ right.float())

@@ -55,4 +55,4 @@ def _tensors(values) -> list[torch.Tensor]:
 def set_bf16_products(monkeypatch, fast: bool) -> None:
     """Lets this CPU count, for a test, as one that has fast products of bfloat16 numbers or has not."""
     cpu = torch.device("cpu")
-    monkeypatch.setitem(device._simulated.facts, "cpu", replace(device_facts(cpu), multiplies_bf16=fast))
+    monkeypatch.setitem(device.simulated.facts, "cpu", replace(device_facts(cpu), multiplies_bf16=fast))

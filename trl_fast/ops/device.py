@@ -102,32 +102,33 @@ class _Simulated(threading.local):
         self.facts: dict[str, DeviceFacts] = {}
 
 
-_simulated = _Simulated()
+simulated = _Simulated()
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
     """Returns the facts of a device: those of a simulation if one runs on such a device, else torch's."""
-    return _simulated.facts.get(device.type) or _facts_of(device)
+    return simulated.facts.get(device.type) or real_facts(device)
 
 
 @contextmanager
 def simulated_device(facts: DeviceFacts, on: str = "cpu") -> Iterator[None]:
     """Lets tensors on devices of the type `on` count as being on a device with these facts, within, in this thread."""
-    before = _simulated.facts
-    _simulated.facts = {**before, on: facts}
+    before = simulated.facts
+    simulated.facts = {**before, on: facts}
     try:
         yield
     finally:
-        _simulated.facts = before
+        simulated.facts = before
 
 
 def has_gpu() -> bool:
     """Returns whether there is a CUDA device, or a simulation of one in this thread."""
-    return any(facts.is_cuda for facts in _simulated.facts.values()) or torch.cuda.is_available()
+    return any(facts.is_cuda for facts in simulated.facts.values()) or torch.cuda.is_available()
 
 
 @functools.cache
-def _facts_of(device: torch.device) -> DeviceFacts:
+def real_facts(device: torch.device) -> DeviceFacts:
+    """Returns torch's facts of a device, whatever is simulated."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
         return DeviceFacts("cuda", True, capability, functools.partial(_cuda_memory, device))

@@ -41,7 +41,7 @@ def _like_a_gpu(monkeypatch):
     def float32_add_mm(total, left, right):
         total.add_(float32_mm(left, right))
 
-    monkeypatch.setitem(device._simulated.facts, "cpu", DeviceFacts("cuda", multiplies_bf16=True))
+    monkeypatch.setitem(device.simulated.facts, "cpu", DeviceFacts("cuda", multiplies_bf16=True))
     monkeypatch.setattr(plan, "GPU_TILES", plan.GPU_TILES._replace(row_step=8))
     packed = {"scores_packed": row_scores_packed_reference, "grad_packed": row_grad_packed_reference}
     monkeypatch.setitem(ROW_KERNELS, "torch", ROW_KERNELS["torch"]._replace(**packed))
@@ -215,7 +215,7 @@ def test_a_step_stays_inside_its_workspace(op, frozen, monkeypatch):
 
 def test_products_of_the_cpu(monkeypatch):
     """Without a GPU: the factors' product, rounded to their dtype, then cast."""
-    monkeypatch.delitem(device._simulated.facts, "cpu")
+    monkeypatch.delitem(device.simulated.facts, "cpu")
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 7), (7, 3)))
     for dtype in (torch.bfloat16, torch.float32):
