@@ -55,7 +55,7 @@ struct Share {
 };
 
 template <typename T, int kLanes, int kPacks, bool kWhole>
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(NormArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) rms_norm_kernel(NormArgs args) {
   using Part = Share<T, kLanes, kPacks, kWhole>;
   constexpr int kSize = Part::kSize;
   const int64_t columns = args.weight.columns;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(NormArgs args) {
 // With g the gradient by the normalised row n = x rstd, the one by x is rstd (g - n mean(g n)). Every worker, kLanes
 // threads, takes the rows behind its own number, `workers` apart.
 template <typename T, int kLanes, int kPacks, bool kWhole>
-__global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(NormArgs args, int64_t workers) {
+__global__ void __launch_bounds__(kThreads, 1) rms_norm_backward_kernel(NormArgs args, int64_t workers) {
   using Part = Share<T, kLanes, kPacks, kWhole>;
   constexpr int kSize = Part::kSize;
   const int64_t columns = args.weight.columns;
@@ -214,7 +214,7 @@ __device__ inline Place place_of(int blocks_a_row, int size) {
 }
 
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs args, int blocks_a_row) {
+__global__ void __launch_bounds__(kThreads, 1) gate_kernel(GateArgs args, int blocks_a_row) {
   constexpr int kSize = Pack<T>::kSize;
   const Place at = place_of(blocks_a_row, kSize);
   if (at.column >= args.columns) return;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(GateArgs args, int block
 }
 
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads) gate_backward_kernel(GateArgs args, int blocks_a_row) {
+__global__ void __launch_bounds__(kThreads, 1) gate_backward_kernel(GateArgs args, int blocks_a_row) {
   constexpr int kSize = Pack<T>::kSize;
   const Place at = place_of(blocks_a_row, kSize);
   if (at.column >= args.columns) return;

@@ -119,7 +119,7 @@ __device__ inline PairValues<kSize> turned(const Turns& turns, const HeadPlace& 
 }
 
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads) rotary_kernel(RotaryArgs args, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 1) rotary_kernel(RotaryArgs args, int64_t rows) {
   constexpr int kSize = Pack<T>::kSize;
   const Turns& turns = args.turns;
   const int64_t row = int64_t{blockIdx.x} * (kThreads / kHeadLanes) + threadIdx.x / kHeadLanes;
@@ -162,7 +162,7 @@ __device__ inline PairValues<kSize> pair_factors(const NormWeight& weight, int64
 }
 
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads) norm_rotary_kernel(NormRotaryArgs args, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, 1) norm_rotary_kernel(NormRotaryArgs args, int64_t rows) {
   constexpr int kSize = Pack<T>::kSize, kStep = kHeadLanes * kSize;
   const Turns& turns = args.turns;
   const int64_t row = int64_t{blockIdx.x} * (kThreads / kHeadLanes) + threadIdx.x / kHeadLanes;
@@ -323,7 +323,7 @@ struct HeadSums {
 };
 
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     norm_rotary_backward_kernel(NormRotaryArgs args, int64_t rows, int64_t workers) {
   constexpr int kSize = Pack<T>::kSize, kStep = kHeadLanes * kSize;
   const Turns& turns = args.turns;
