@@ -7,6 +7,7 @@ import pickle
 import sys
 import types
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from trl_fast.modeling.fused_layers import FUSED_LAYERS, fuse_layers, try_outs
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.tiled_mlp import tile_mlps
+from trl_fast.ops.device import device_facts, simulated_device
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 340, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -99,11 +101,15 @@ def family_model(family):
 
 
 def fused_modules(model):
-    return [module for module in model.modules() if hasattr(module, "fused_class")]
+    """Those whose code is transformers'."""
+    is_theirs = "transformers.models."
+    return [m for m in model.modules() if hasattr(m, "fused_class") and type(m).__module__.startswith(is_theirs)]
 
 
 @pytest.mark.parametrize("family", FUSED)
-def test_numbers_of_a_family(family):
+def test_numbers_of_a_family(family, monkeypatch):
+    calls = []
+    monkeypatch.setattr("trl_fast.modeling.fused_layers.rotary_functions.rotary", counting("rotary", calls))
     model = family_model(family)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -119,10 +125,12 @@ def test_numbers_of_a_family(family):
     assert sum("DecoderLayer" in cls.__name__ for cls in fused) == layers and len(fused) == norms + mlps + layers
     rotaries = vars(sys.modules[type(model).__module__]).values()
     assert any(hasattr(value, "fused_from") for value in rotaries) is turns
+    calls.clear()
     if exact is None:
         assert_same(run(model), expected)
     else:
         assert max(errors(run(model), exact)) <= 2 * max(errors(expected, exact)) + 1e-6
+    assert (calls != []) is turns
     assert [type(module).__name__ for module in model.modules()] == names
 
 
@@ -244,7 +252,7 @@ def test_undone_it_is_the_model_of_before():
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
     changes_of(copied).undo_all()
-    assert not fused_modules(copied)
+    assert not any(hasattr(module, "fused_class") for module in copied.modules())
 
 
 class Doubled(modeling_llama.LlamaRMSNorm):
@@ -302,14 +310,21 @@ def test_norms_in_float32_of_a_model_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    ("family", "device", "message"),
+    ("family", "message"),
     [
-        ("gpt2", "cpu", "fused_layers=True: nothing of GPT2LMHeadModel can be fused: the code of its norms"),
-        ("llama", "mps", "can be fused: Triton kernels need a CUDA device, not mps; leave it out"),
+        ("gpt2", "fused_layers=True: nothing of GPT2LMHeadModel can be fused: the code of its norms"),
+        ("llama", "fused_layers=True: nothing of LlamaForCausalLM can be fused: TRL_FAST_BACKEND=torch; leave it out"),
     ],
 )
-def test_refused(family, device, message):
+def test_refused(family, message, monkeypatch, caplog):
+    """Where nothing can be fused it is an error if it is asked for, and else a line."""
+    monkeypatch.setenv("TRL_FAST_BACKEND", "torch")
+    caplog.set_level("INFO")
     model = tiny_model(family)
-    with pytest.raises(ValueError, match=message):
-        fuse_layers(model, torch.device(device), required=True)
+    with simulated_device(replace(device_facts(CPU), own_products=False)):
+        with pytest.raises(ValueError, match=message):
+            fuse_layers(model, CPU, required=True)
+        assert not caplog.text
+        fuse_layers(model, CPU)
     assert FUSED_LAYERS not in changes_of(model)
+    assert f"fused_layers: nothing of {type(model).__name__} runs in one pass: " in caplog.text

@@ -58,6 +58,7 @@ _PRODUCT_OPS = ("mm", "addmm", "_grouped_mm")
 # Of other libraries, registered once they are imported; bitsandbytes' are those of weights of 4 and 8 bits.
 _OTHER_PRODUCTS = (
     "trl_fast::linear",
+    "trl_fast::lora_linear",
     "bitsandbytes::gemm_4bit",
     "bitsandbytes::int8_scaled_mm",
     "bitsandbytes::int8_mixed_scaled_mm",

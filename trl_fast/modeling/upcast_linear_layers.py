@@ -14,6 +14,7 @@ from trl_fast.ops.linear import linear, upcast_is_faster
 from trl_fast.ops.matmul import product_dtype
 from trl_fast.ops.validation import refuse_forward_mode
 
+from .fused_layers.plain_modules import is_linear
 from .loading import backbone
 from .model_changes import changes_of, unbound_forward
 
@@ -53,9 +54,9 @@ def _follow(model: PreTrainedModel, layers: nn.Module, _args: object) -> None:
     changed.trl_fast_upcast = upcast
     modules: list[Any] = [*model.modules()]
     for module in modules:
-        plain = type(module) is nn.Linear and not hasattr(module, "plain_forward")
+        plain = is_linear(module) and not hasattr(module, "plain_forward")
         if upcast and plain:
-            module.plain_forward = unbound_forward(module)
+            module.plain_forward = unbound_forward(module) if "forward" in vars(module) else nn.Linear.forward
             module.forward = types.MethodType(_forward, module)
         elif not upcast and _is_upcast(module):
             _restore_layer(module)
@@ -67,7 +68,7 @@ def _is_upcast(module: nn.Module) -> bool:
 
 
 def _restore_layer(module: Any) -> None:
-    if module.plain_forward is type(module).forward:
+    if module.plain_forward is nn.Linear.forward:
         del module.forward
     else:
         module.forward = types.MethodType(module.plain_forward, module)

@@ -44,7 +44,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op(_NAME, mutates_args=())
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _product(_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
+    # No view for autograd, as of `F.linear`: who gets it may write to it.
+    return torch.ops.aten._unsafe_view(_product(_rows(x), weight.t(), bias), [*x.shape[:-1], weight.shape[0]])
 
 
 @_linear.register_fake

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +13,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from trl_fast.modeling.loading import whole_backbone
 from trl_fast.modeling.model_changes import changes_of
-from trl_fast.ops.backends import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, Support, choose_backend, supports
+from trl_fast.ops.backends import KERNEL_DTYPES
 from trl_fast.ops.device import device_facts
 
 from .fused_classes import fused_class_for
+from .kernels import kernel_for
 from .known_code import GATED_MLP, NORM, known_class
+from .plain_modules import plain_class_for, plain_kind
 from .residual_sums import layer_class_for
 from .rotary_functions import RotaryFunction, restore_function, rotary_functions, why_rotary_differs
 from .try_outs import why_class_differs
@@ -45,7 +47,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool 
     if FUSED_LAYERS in changes:
         return
     found, name = _look(model, device), type(model).__name__
-    if not (found.modules or found.rotaries):
+    if not (found.modules or found.plain or found.rotaries):
         known = "; ".join(found.reasons) or "the code of its norms, MLPs and rotary embeddings is none that is known"
         if required:
             raise ValueError(f"fused_layers=True: nothing of {name} can be fused: {known}; leave it out")
@@ -55,7 +57,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool 
     for reason, count in found.reasons.items():
         _say_once(f"fused_layers: {count} modules of {name} run as before. {reason}.")
     change = changes.get_or_add(FUSED_LAYERS, "norms, gated MLPs and rotary embeddings run in one pass each")
-    for module, fused in (*found.modules, *found.layers):
+    for module, fused in (*found.modules, *found.layers, *found.plain):
         change.set_class(module, fused)
     for function in found.rotaries:
         function.exchange()
@@ -73,6 +75,7 @@ class _Found:
 
     modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     layers: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    plain: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     rotaries: list[RotaryFunction] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
@@ -80,6 +83,8 @@ class _Found:
         kinds = Counter(known.kind for module, _ in self.modules if (known := known_class(type(module))) is not None)
         parts = [f"{count} {kind}s" for kind, count in kinds.items()]
         parts += [f"sums in {len(self.layers)} layers"] if self.layers else []
+        plain = Counter(plain_kind(module) for module, _ in self.plain)
+        parts += [f"{count} {kind}s" for kind, count in plain.items()]
         parts += ["rotary embeddings"] if self.rotaries else []
         return ", ".join(parts)
 
@@ -94,6 +99,11 @@ def _look(model: PreTrainedModel, device: torch.device) -> _Found:
             found.modules.append((module, fused))
     norms = {module for module, fused in found.modules if hasattr(fused, "add_and_normalize")}
     found.layers = list(_layers_that_add(model, norms))
+    # The head's products are those of ops.head.
+    for module in whole_backbone(model).modules():
+        fused_plain = None if _is_shared_out(module) else plain_class_for(module, device)
+        if fused_plain is not None:
+            found.plain.append((module, fused_plain))
     for function in rotary_functions(model):
         reason = _why_not_turned(function, model, device)
         if reason:
@@ -123,10 +133,10 @@ def _layers_that_add(
 def _why_not_fused(module: nn.Module, fused: type[nn.Module], device: torch.device) -> str:
     known, dtype = known_class(type(module)), _dtype_of(module)
     assert known is not None, "it has a fused class"
-    served = _kernel_for(_OPS[known.kind], device, dtype)
+    served = kernel_for(_OPS[known.kind], device, dtype)
     if not served.ok:
         return served.reason
-    if any(isinstance(weight, DTensor) for weight in module.parameters()):
+    if _is_shared_out(module):
         return f"{type(module).__name__}: tensor parallelism shares its weights"
     reason = "" if _is_planned(device) else why_class_differs(module, fused, device, dtype)
     return f"{type(module).__name__}: {reason}" if reason else ""
@@ -134,11 +144,16 @@ def _why_not_fused(module: nn.Module, fused: type[nn.Module], device: torch.devi
 
 def _why_not_turned(function: RotaryFunction, model: PreTrainedModel, device: torch.device) -> str:
     dtype = _dtype_of(model)
-    served = _kernel_for("rotary", device, dtype)
+    served = kernel_for("rotary", device, dtype)
     if not served.ok:
         return served.reason
     reason = "" if _is_planned(device) else why_rotary_differs(function, device, dtype)
     return f"{function.known.name}: {reason}" if reason else ""
+
+
+def _is_shared_out(module: nn.Module) -> bool:
+    """Tells whether tensor parallelism shares a module's weights."""
+    return any(isinstance(weight, DTensor) for weight in module.parameters())
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -150,16 +165,3 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
 def _is_planned(device: torch.device) -> bool:
     """Tells whether a device is simulated: there is nothing to try kernels on."""
     return device_facts(device).serves is not None
-
-
-def _kernel_for(op: str, device: torch.device, dtype: torch.dtype) -> Support:
-    """Tells whether a kernel serves an op, rather than PyTorch's own code, and why not."""
-    try:
-        backend = choose_backend(op, None, device_facts(device), dtype)
-    except RuntimeError as error:
-        return Support(False, str(error))
-    if backend != "torch":
-        return Support(True, backend)
-    if os.environ.get(ENVIRONMENT_VARIABLE):
-        return Support(False, f"{ENVIRONMENT_VARIABLE}=torch")
-    return supports(op, "cpp" if device.type == "cpu" else "triton", device, dtype)

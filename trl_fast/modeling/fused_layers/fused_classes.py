@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.modules.module import _has_any_global_hook
 
 from trl_fast.ops.layers import (
     ACTIVATIONS,
@@ -21,6 +22,8 @@ from trl_fast.ops.layers import (
 
 from .code_meaning import EPS_NAMES
 from .known_code import GATED_MLP, KnownClass, known_class
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fused_class_for(module: nn.Module) -> type[nn.Module] | None:
@@ -38,28 +41,33 @@ def fused_class_for(module: nn.Module) -> type[nn.Module] | None:
     return _fused_norm(cls, known, next(name for name in EPS_NAMES if hasattr(module, name)))
 
 
-class _FusedType(type):
-    """Is the type of classes that are made here: they are pickled as the class that their name is found by."""
+def make_class(cls: type[nn.Module], **methods: Callable) -> type[nn.Module]:
+    """Returns a class with other methods under its name: transformers, PEFT and `print` tell modules by it.
+
+    It is pickled as the class itself, which is the one that its name is found by.
+    """
+    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    made: Any = _pickled_type(type(cls))(cls.__name__, (cls,), {**named, **methods})
+    made.fused_class = made
+    return made
 
 
-def _as_plain(made: Any) -> tuple[Callable[[type], type], tuple[type]]:
-    return _given, (made.fused_class.__base__,)
+@functools.cache
+def _pickled_type(meta: type) -> type:
+    """Returns a type of classes that are pickled as the classes that they are made of."""
+    made: Any = type(meta.__name__, (meta,), {})
+    copyreg.pickle(made, lambda fused: (_given, (fused.fused_class.__base__,)))
+    return made
 
 
 def _given(cls: type) -> type:
     return cls
 
 
-copyreg.pickle(cast("Any", _FusedType), _as_plain)
-
-
-def make_class(cls: type[nn.Module], **methods: Callable) -> type[nn.Module]:
-    """Returns a class with other methods under its name: transformers, PEFT and `print` tell modules by it."""
-    made: Any = _FusedType(
-        cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **methods}
-    )
-    made.fused_class = made
-    return made
+def is_bare(module: nn.Module) -> bool:
+    """Tells whether nothing is put upon a module, so that what it computes may be computed without calling it."""
+    is_called_plainly = type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
+    return is_called_plainly and not _has_any_global_hook() and not any(getattr(module, name) for name in _HOOKS)
 
 
 @functools.cache

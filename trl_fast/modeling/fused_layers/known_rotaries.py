@@ -40,12 +40,16 @@ class KnownRotary:
         """Returns the function's name."""
         return _name(self.source)
 
+    @property
+    def functions(self) -> dict[str, str]:
+        """Returns the code of the function and of what it calls, by their names."""
+        return {_name(source): source for source in (self.source, self.helper) if source}
+
 
 def known_rotaries(modeling: ModuleType) -> Iterator[KnownRotary]:
     """Yields the functions of a module of transformers that turn queries and keys in a way that is known."""
     for known in KNOWN_ROTARIES:
-        function, helper = getattr(modeling, known.name, None), getattr(modeling, _name(known.helper), None)
-        if function is not None and does(function, known.source) and (not known.helper or does(helper, known.helper)):
+        if all(does(getattr(modeling, name, None), source) for name, source in known.functions.items()):
             yield known
 
 

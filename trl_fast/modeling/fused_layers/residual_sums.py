@@ -20,14 +20,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .code_meaning import source_of
-from .fused_classes import make_class
+from .fused_classes import is_bare, make_class
 
 # What transformers 5.20 wraps the forward of layers in that can be checkpointed.
 _CHECKPOINTING = "forward_with_checkpointing"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def layer_class_for(layer: nn.Module, norms: Collection[nn.Module]) -> type[nn.Module] | None:
@@ -57,8 +55,7 @@ def add_and_normalize(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tup
     A norm that something else is put upon, hooks or another forward, is called as before.
     """
     in_one_pass = getattr(norm, "add_and_normalize", None)
-    is_bare = type(norm).__call__ is nn.Module.__call__ and "forward" not in vars(norm)
-    if in_one_pass is None or not is_bare or _has_any_global_hook() or any(getattr(norm, name) for name in _HOOKS):
+    if in_one_pass is None or not is_bare(norm):
         total = residual + x
         return norm(total), total
     return in_one_pass(x, residual)
@@ -77,7 +74,7 @@ def _rewritten(forward: Callable) -> tuple[Callable | None, tuple[str, ...]]:
         return None, ()
     source = source_of(forward)
     function = ast.parse(textwrap.dedent(source)).body[0] if source else None
-    norms = _rewrite(function) if isinstance(function, ast.FunctionDef) else ()
+    norms = norms_after_sums(function) if isinstance(function, ast.FunctionDef) else ()
     if not norms or not isinstance(function, ast.FunctionDef):
         return None, ()
     function.decorator_list, function.returns = [], None
@@ -94,7 +91,7 @@ def _rewritten(forward: Callable) -> tuple[Callable | None, tuple[str, ...]]:
     return functools.wraps(forward)(made["make"](add_and_normalize)), norms
 
 
-def _rewrite(function: ast.FunctionDef) -> tuple[str, ...]:
+def norms_after_sums(function: ast.FunctionDef) -> tuple[str, ...]:
     """Rewrites the statements of a function that add and normalise; returns the names of the norms."""
     body = function.body
     threes = list(enumerate(zip(body, body[1:], body[2:], strict=False)))

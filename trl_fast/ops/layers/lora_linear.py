@@ -55,7 +55,9 @@ def _lora_linear(
     rows = x.reshape(-1, x.shape[-1])
     y = _product(rows, weight.t(), bias)
     low = _product(rows.to(lora_a.dtype), lora_a.t()).mul_(scaling)
-    return _add_product(y, low, lora_b.t()).view(*x.shape[:-1], weight.shape[0]), low
+    # No view for autograd: who gets it may write to it.
+    shape = [*x.shape[:-1], weight.shape[0]]
+    return torch.ops.aten._unsafe_view(_add_product(y, low, lora_b.t()), shape), low
 
 
 @_lora_linear.register_fake

@@ -86,7 +86,9 @@ def set_up_layers(
         check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
     if args.disable_dropout:
         disable_dropout(model)
-    if args.fused_layers and not args.use_liger_kernel:
+    if args.fused_layers and args.use_liger_kernel:
+        logger.info("fused_layers: off, since use_liger_kernel=True fuses the same layers.")
+    elif args.fused_layers:
         # A plan's tensors are on the CPU, which then counts as the planned device.
         device = args.device if isinstance(args, BaseConfig) else torch.device("cpu")
         fuse_layers(inner, device, required=args.fused_layers is True)
@@ -108,7 +110,6 @@ def set_up_layers(
         warn_of_missing_kernels(inner)
         warn_of_unread_adapters(inner)
     if args.use_liger_kernel:
-        logger.info("fused_layers: off, since use_liger_kernel=True fuses the same layers.")
         check_liger(inner, cast(BaseConfig, args).device)
     if args.activation_offloading:
         offload_activations(inner)

@@ -1,0 +1,131 @@
+"""Makes classes of linear layers, embeddings and LoRA layers: those of PyTorch, transformers and PEFT themselves.
+
+Linear layers multiply by kernels of our own where those are faster, LoRA layers sum the adapter's product into the
+layer's, and embeddings write each row of their gradient once. Subclasses stay as they are, such as layers of 4 and 8
+bits. What a call brings that the ops do not take, such as autocast or single tokens, runs as before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from trl_fast.ops.device import device_facts
+from trl_fast.ops.layers import embedding, lora_linear
+from trl_fast.ops.linear import MIN_ROWS, linear
+from trl_fast.parallel.partitions import is_partitioned
+
+from .fused_classes import is_bare, make_class
+from .kernels import kernel_for
+
+
+def plain_class_for(module: nn.Module, device: torch.device) -> type[nn.Module] | None:
+    """Returns a class for a linear layer, an embedding or a LoRA layer that computes faster; None if there is none."""
+    kind = None if "forward" in vars(module) else _KINDS.get(type(module))
+    return None if kind is None else kind.find(module, device)
+
+
+def plain_kind(module: nn.Module) -> str:
+    """Returns what a module with such a class is called."""
+    return _KINDS[type(module)].name
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tells whether a module is PyTorch's linear layer, no subclass of it but the one that is made here."""
+    cls = type(module)
+    return cls is nn.Linear or (cls.__base__ is nn.Linear and hasattr(cls, "fused_class"))
+
+
+def _find_linear(module: Any, device: torch.device) -> type[nn.Module] | None:
+    if not device_facts(device).own_products or module.weight.dtype != torch.float32:
+        return None
+    # The transpose of a weight in parts, kept for backward, would be empty by then.
+    return None if type(module) is Conv1D and is_partitioned(module.weight) else _linear_class(type(module))
+
+
+def _find_embedding(module: Any, device: torch.device) -> type[nn.Module] | None:
+    does_more = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    return None if does_more or not kernel_for("embedding", device, module.weight.dtype).ok else _embedding_class()
+
+
+def _find_lora(_module: Any, _device: torch.device) -> type[nn.Module] | None:
+    return _lora_class()
+
+
+class _Kind(NamedTuple):
+    """Holds what a kind of modules is called, and what finds a class for one of them on a device."""
+
+    name: str
+    find: Callable[[Any, torch.device], type[nn.Module] | None]
+
+
+_KINDS: dict[type, _Kind] = {
+    nn.Linear: _Kind("linear layer", _find_linear),
+    Conv1D: _Kind("linear layer", _find_linear),
+    nn.Embedding: _Kind("embedding", _find_embedding),
+    LoraLinear: _Kind("LoRA layer", _find_lora),
+}
+
+
+@functools.cache
+def _linear_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if not _is_ours(x, self.weight):
+            return cls.forward(self, x)
+        return linear(x, self.weight.t() if cls is Conv1D else self.weight, self.bias)
+
+    return make_class(cls, forward=forward)
+
+
+def _is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Tells whether the product of x (..., H) and a weight is one that our kernels are for."""
+    one_dtype = x.dtype == weight.dtype == torch.float32 and x.device == weight.device
+    return one_dtype and x.numel() >= MIN_ROWS * x.shape[-1] and not torch.is_autocast_enabled(x.device.type)
+
+
+@functools.cache
+def _embedding_class() -> type[nn.Module]:
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if not self.weight.requires_grad or input.device != self.weight.device:
+            return nn.Embedding.forward(self, input)
+        return embedding(input, self.weight, self.padding_idx)
+
+    return make_class(nn.Embedding, forward=forward)
+
+
+@functools.cache
+def _lora_class() -> type[nn.Module]:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        name = None if args or kwargs else _only_adapter(self)
+        if name is None:
+            return LoraLinear.forward(self, x, *args, **kwargs)
+        base, lora_a, lora_b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        one_dtype = x.dtype == base.weight.dtype == lora_a.dtype == lora_b.dtype
+        # Elsewhere products of 16-bit numbers have ways of their own.
+        served = x.dtype == torch.float32 or x.device.type == "cuda"
+        if not (one_dtype and served) or torch.is_autocast_enabled(x.device.type):
+            return LoraLinear.forward(self, x)
+        return lora_linear(x, base.weight, base.bias, lora_a, lora_b, self.scaling[name])
+
+    return make_class(LoraLinear, forward=forward)
+
+
+def _only_adapter(layer: Any) -> str | None:
+    """Returns the name of the one adapter that a layer adds to a plain linear layer; None where it does otherwise."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] in layer.lora_variant:
+        return None
+    (name,) = names
+    parts = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    are_plain = all(is_linear(part) and is_bare(part) for part in parts) and all(
+        part.bias is None for part in parts[1:]
+    )
+    dropout = layer.lora_dropout[name]
+    drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+    return name if are_plain and not drops and isinstance(dropout, (nn.Identity, nn.Dropout)) else None
