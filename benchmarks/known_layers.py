@@ -1,4 +1,4 @@
-"""Counts which norms, MLPs and rotary functions of transformers are known, so that they run in one pass.
+"""Counts the norms, MLPs and rotary functions of transformers that are known, and so run in one pass.
 
 `python -m benchmarks.known_layers` prints the table of docs/models.md, `--families` which families have what, and
 `--unknown` the classes that are not known. Nothing is built: the code of all `modeling_*.py` is read.

@@ -1,4 +1,4 @@
-"""What of transformers' layers is known is counted from their code."""
+"""The layers of transformers that are known are counted from their code."""
 
 from __future__ import annotations
 
