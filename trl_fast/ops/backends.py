@@ -100,7 +100,7 @@ def _register_fakes() -> None:
         """Returns nothing: such an op has no result of its own."""
 
     rows = ("scores", "weights", "scores_packed", "grad_packed", "grad", "divergence")
-    layers = ("rms_norm", "rms_norm_backward", "gated_activation", "gated_activation_backward")
+    layers: tuple[str, ...] = ("rms_norm", "rms_norm_backward", "gated_activation", "gated_activation_backward")
     layers += ("rotary", "norm_rotary", "norm_rotary_backward")
     for name in ("product", *(f"row_{name}" for name in rows), *(f"layer_{name}" for name in layers)):
         torch.library.register_fake(f"trl_fast::{name}", writes_to_arguments)

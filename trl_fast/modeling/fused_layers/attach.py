@@ -80,7 +80,7 @@ class _Found:
     reasons: Counter[str] = field(default_factory=Counter)
 
     def counts(self) -> str:
-        kinds = Counter(known.kind for module, _ in self.modules if (known := known_class(type(module))) is not None)
+        kinds = Counter(known.kind for module, _ in self.modules if (known := known_class(module)) is not None)
         parts = [f"{count} {kind}s" for kind, count in kinds.items()]
         parts += [f"sums in {len(self.layers)} layers"] if self.layers else []
         plain = Counter(plain_kind(module) for module, _ in self.plain)
@@ -131,7 +131,7 @@ def _layers_that_add(
 
 
 def _why_not_fused(module: nn.Module, fused: type[nn.Module], device: torch.device) -> str:
-    known, dtype = known_class(type(module)), _dtype_of(module)
+    known, dtype = known_class(module), _dtype_of(module)
     assert known is not None, "it has a fused class"
     served = kernel_for(_OPS[known.kind], device, dtype)
     if not served.ok:

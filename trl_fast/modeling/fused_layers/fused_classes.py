@@ -31,8 +31,7 @@ def fused_class_for(module: nn.Module) -> type[nn.Module] | None:
 
     A module whose forward is exchanged, as by Liger, keeps it, and so does one that is fused already.
     """
-    cls = cast("type[nn.Module]", type(module))
-    known = known_class(cls)
+    cls, known = cast("Any", type(module)), known_class(module)
     if known is None or "forward" in vars(module) or hasattr(cls, "fused_class"):
         return None
     if known.kind == GATED_MLP:
@@ -47,7 +46,7 @@ def make_class(cls: type[nn.Module], **methods: Callable) -> type[nn.Module]:
     It is pickled as the class itself, which is the one that its name is found by.
     """
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    made: Any = _pickled_type(type(cls))(cls.__name__, (cls,), {**named, **methods})
+    made: Any = _pickled_type(cast("Any", type(cls)))(cls.__name__, (cls,), {**named, **methods})
     made.fused_class = made
     return made
 

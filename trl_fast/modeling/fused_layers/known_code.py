@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -126,9 +127,14 @@ KNOWN_CLASSES = (
 )
 
 
+def known_class(module: nn.Module) -> KnownClass | None:
+    """Returns what a module's class is known to compute; None if its code is none of these."""
+    # A class of modules is hashable, which mypy does not see.
+    return _known_class(cast("Any", type(module)))
+
+
 @functools.cache
-def known_class(cls: type[nn.Module]) -> KnownClass | None:
-    """Returns what a class of modules is known to compute; None if its code is none of these."""
+def _known_class(cls: type[nn.Module]) -> KnownClass | None:
     for known in KNOWN_CLASSES:
         if all(does(getattr(cls, name, None), source) for name, source in known.methods.items()):
             return known

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+from trl_fast.ops.layers.rotations import Pairs
+
 from .code_meaning import does
 
 
@@ -28,7 +30,7 @@ class KnownRotary:
 
     source: str
     helper: str
-    pairs: str = "halves"
+    pairs: Pairs = "halves"
     one_angle_a_pair: bool = False
     half_of_angles: bool = False
     upcast: bool | None = False

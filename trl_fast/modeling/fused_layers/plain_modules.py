@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -45,8 +45,9 @@ def is_linear(module: nn.Module) -> bool:
 def _find_linear(module: Any, device: torch.device) -> type[nn.Module] | None:
     if not device_facts(device).own_products or module.weight.dtype != torch.float32:
         return None
+    cls = cast("Any", type(module))
     # The transpose of a weight in parts, kept for backward, would be empty by then.
-    return None if type(module) is Conv1D and is_partitioned(module.weight) else _linear_class(type(module))
+    return None if cls is Conv1D and is_partitioned(module.weight) else _linear_class(cls)
 
 
 def _find_embedding(module: Any, device: torch.device) -> type[nn.Module] | None:

@@ -30,7 +30,7 @@ _CHECKPOINTING = "forward_with_checkpointing"
 
 def layer_class_for(layer: nn.Module, norms: Collection[nn.Module]) -> type[nn.Module] | None:
     """Returns a class for a decoder layer that adds and normalises at once; None if no norm of `norms` gains by it."""
-    found = _layer_class(cast("type[nn.Module]", type(layer)))
+    found = _layer_class(cast("Any", type(layer)))
     return (
         found.cls if found is not None and any(getattr(layer, name, None) in norms for name in found.norms) else None
     )

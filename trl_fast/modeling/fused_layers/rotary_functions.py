@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -86,25 +86,31 @@ def _repeated(angles: torch.Tensor, known: KnownRotary) -> torch.Tensor:
 def _fused(plain: Callable, known: KnownRotary) -> Callable:
     """Returns the function in one pass, which calls the plain one with what the kernels do not take."""
 
-    def turn(q: Any, k: Any, cos: Any, sin: Any, **options: Any) -> Any:
+    def turn(
+        q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor | None, ...] | None:
         heads_at = options.get("unsqueeze_dim", 1)
         if options.keys() - {"unsqueeze_dim"} or heads_at not in (1, 2):
             return None
-        given = [_with_heads_first(x, heads_at, known) for x in (q, k)]
+        query = _with_heads_first(q, heads_at, known)
+        key = None if k is None else _with_heads_first(k, heads_at, known)
         cos, sin = (_angles(angles, known) for angles in (cos, sin))
         upcast = cos.dtype != q.dtype if known.upcast is None else known.upcast
-        if not _can_turn(*given, cos, sin, known, upcast=upcast):
+        if not _can_turn(query, key, cos, sin, known, upcast=upcast):
             return None
-        way = {"pairs": known.pairs, "one_angle_a_pair": known.one_angle_a_pair, "upcast": upcast}
-        return tuple(_with_heads_at(x, heads_at, known) for x in rotary(*given, cos, sin, **cast("Any", way)))
+        pairs, one_angle_a_pair = known.pairs, known.one_angle_a_pair
+        turned = rotary(query, key, cos, sin, pairs=pairs, one_angle_a_pair=one_angle_a_pair, upcast=upcast)
+        return tuple(None if x is None else _with_heads_at(x, heads_at, known) for x in turned)
 
     @functools.wraps(plain)
-    def turn_both(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any):
+    def turn_both(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any
+    ) -> Any:
         turned = None if args else turn(q, k, cos, sin, **options)
         return plain(q, k, cos, sin, *args, **options) if turned is None else turned
 
     @functools.wraps(plain)
-    def turn_one(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any):
+    def turn_one(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any) -> Any:
         turned = None if args else turn(x, None, cos, sin, **options)
         return plain(x, cos, sin, *args, **options) if turned is None else turned[0]
 
@@ -113,19 +119,15 @@ def _fused(plain: Callable, known: KnownRotary) -> Callable:
     return fused
 
 
-def _with_heads_first(x: torch.Tensor | None, heads_at: int, known: KnownRotary) -> torch.Tensor | None:
+def _with_heads_first(x: torch.Tensor, heads_at: int, known: KnownRotary) -> torch.Tensor:
     """Returns queries or keys as (B, heads, T, D), a view."""
-    if x is None:
-        return None
     if known.without_batch:
         return x.transpose(0, 1)[None]
     return x if heads_at == 1 else x.transpose(1, 2)
 
 
-def _with_heads_at(x: torch.Tensor | None, heads_at: int, known: KnownRotary) -> torch.Tensor | None:
+def _with_heads_at(x: torch.Tensor, heads_at: int, known: KnownRotary) -> torch.Tensor:
     """Returns (B, heads, T, D) as the function was given them."""
-    if x is None:
-        return None
     if known.without_batch:
         return x[0].transpose(0, 1)
     return x if heads_at == 1 else x.transpose(1, 2)

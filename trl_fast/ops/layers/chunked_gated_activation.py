@@ -20,7 +20,8 @@ def _backend(gate_up: torch.Tensor, backend: str | None) -> str:
 
 @torch.library.custom_op("trl_fast::chunked_gated_activation", mutates_args=())
 def _chunked_gated_activation(gate_up: torch.Tensor, activation: str, backend: str | None) -> torch.Tensor:
-    return FORWARD[_backend(gate_up, backend)](*gate_up.chunk(2, dim=-1), activation)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return FORWARD[_backend(gate_up, backend)](gate, up, activation)
 
 
 @_chunked_gated_activation.register_fake
@@ -33,8 +34,9 @@ def _chunked_gated_activation_backward(
     grad: torch.Tensor, gate_up: torch.Tensor, activation: str, backend: str | None
 ) -> torch.Tensor:
     out = reused_empty(gate_up.shape, gate_up.dtype, gate_up.device)
-    halves = *gate_up.chunk(2, dim=-1), activation, *out.chunk(2, dim=-1)
-    BACKWARD[_backend(gate_up, backend)](grad, *halves)
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    BACKWARD[_backend(gate_up, backend)](grad, gate, up, activation, grad_gate, grad_up)
     return out
 
 
@@ -48,8 +50,8 @@ class _Context(AutogradContext):
 
 
 def _setup_context(ctx: _Context, inputs: tuple[torch.Tensor, str, str | None], output: torch.Tensor) -> None:
-    gate_up, *choices = inputs
-    ctx.choices = (choices[0], choices[1])
+    gate_up, activation, backend = inputs
+    ctx.choices = (activation, backend)
     ctx.save_for_backward(gate_up)
 
 

@@ -38,10 +38,19 @@ def new_rstd(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _forward_in_torch(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, cast: str, *rotation: Any
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cast: str,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pairs: str,
+    one_angle_a_pair: bool,
+    upcast: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     normed, rstd = norm_reference(_by_norms(x, weight), weight, eps, cast)
-    return room_by_tokens(x).copy_(turn_reference(_by_heads(normed, x), *rotation, False)), rstd
+    turned = turn_reference(_by_heads(normed, x), cos, sin, pairs, one_angle_a_pair, upcast, False)
+    return room_by_tokens(x).copy_(turned), rstd
 
 
 def _side_by_side(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -87,9 +96,14 @@ def _backward_in_torch(
     rstd: torch.Tensor,
     cast: str,
     needs_weight: bool,
-    *rotation: Any,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pairs: str,
+    one_angle_a_pair: bool,
+    upcast: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    by_normed = _by_norms(turn_reference(grad, *rotation, True), weight)
+    turned_back = turn_reference(grad, cos, sin, pairs, one_angle_a_pair, upcast, True)
+    by_normed = _by_norms(turned_back, weight)
     by_x, by_weight = norm_backward_reference(by_normed, _by_norms(x, weight), weight, rstd, cast)
     return room_by_tokens(x).copy_(_by_heads(by_x, x)), by_weight if needs_weight else None
 

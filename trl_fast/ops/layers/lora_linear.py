@@ -160,14 +160,15 @@ def lora_linear(
     """
     if x.dim() < 1 or not x.is_floating_point() or x.shape[-1] < 1:
         raise ValueError(f"x: expected floats of shape (..., I), got {x.dtype} {tuple(x.shape)}")
-    outputs, rank = weight.shape[0], lora_a.shape[0]
-    expected = {"weight": (weight, (outputs, x.shape[-1])), "bias": (bias, (outputs,))}
-    adapters = {"lora_a": (lora_a, (rank, x.shape[-1])), "lora_b": (lora_b, (outputs, rank))}
-    dtypes = [(expected, (x.dtype,)), (adapters, (x.dtype, torch.float32))]
-    for tensors, allowed in dtypes:
-        for name, (tensor, shape) in tensors.items():
-            if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype not in allowed):
-                raise ValueError(f"{name}: expected {allowed} of shape {shape}, got {tensor.dtype} {tensor.shape}")
+    inputs, outputs, rank = x.shape[-1], weight.shape[0], lora_a.shape[0]
+    for name, tensor, shape, allowed in (
+        ("weight", weight, (outputs, inputs), (x.dtype,)),
+        ("bias", bias, (outputs,), (x.dtype,)),
+        ("lora_a", lora_a, (rank, inputs), (x.dtype, torch.float32)),
+        ("lora_b", lora_b, (outputs, rank), (x.dtype, torch.float32)),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype not in allowed):
+            raise ValueError(f"{name}: expected {allowed} of shape {shape}, got {tensor.dtype} {tensor.shape}")
     if lora_b.dtype != lora_a.dtype:
         raise ValueError(f"lora_b: expected {lora_a.dtype}, as lora_a has, got {lora_b.dtype}")
     return _lora_linear(x, weight, bias, lora_a, lora_b, float(scaling))[0]

@@ -70,8 +70,8 @@ def _qk_norm_rotary_backward(
     way = (cast, needs_weights, cos, sin, pairs, one_angle_a_pair, upcast)
     by_query, by_query_weight = run(grad_query, query, query_weight, query_rstd, *way)
     by_key, by_key_weight = run(grad_key, key, key_weight, key_rstd, *way)
-    by_weights = (query.new_empty(0) if by is None else by for by in (by_query_weight, by_key_weight))
-    return by_query, by_key, *by_weights
+    first, second = (query.new_empty(0) if by is None else by for by in (by_query_weight, by_key_weight))
+    return by_query, by_key, first, second
 
 
 @_qk_norm_rotary_backward.register_fake
@@ -90,8 +90,8 @@ def _(
     needs_weights: bool,
     *way: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    by_weights = (query.new_empty(weight.shape if needs_weights else 0) for weight in (query_weight, key_weight))
-    return empty_by_tokens(query), empty_by_tokens(key), *by_weights
+    first, second = (query.new_empty(weight.shape if needs_weights else 0) for weight in (query_weight, key_weight))
+    return empty_by_tokens(query), empty_by_tokens(key), first, second
 
 
 class _Context(AutogradContext):
