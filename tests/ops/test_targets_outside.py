@@ -57,6 +57,8 @@ def vars_of(problem):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("op", [of_logprob, of_sparse, of_cross_entropy, of_token_loss])
 def test_loss_and_gradient_are_nan_for_these_rows_only(op, frozen, backend):
+    if op is of_sparse and backend == "triton":
+        pytest.skip("Triton has no kernels of the sparse gradient")
     problem, exact = problem_of()
     (true,) = torch.autograd.grad(exact.sum(), problem.hidden)
     problem.weight.requires_grad_(not frozen)

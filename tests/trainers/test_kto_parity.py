@@ -146,7 +146,9 @@ OTHER_FORMATS = [pytest.param(make, marks=pytest.mark.slow) for make in (implici
 
 @pytest.mark.parametrize("dataset", [conversations, color_pairs, *OTHER_FORMATS])
 def test_formats(dataset, model_path, tmp_path):
-    compare(tmp_path, {"model": model_path, "train_dataset": dataset, "eval_dataset": dataset}, max_steps=2)
+    # Adam would divide by gradients that are hardly more than roundings, which fused layers have other ones of.
+    data = {"train_dataset": dataset, "eval_dataset": dataset}
+    compare(tmp_path, {"model": model_path, **data}, max_steps=2, optim="sgd", learning_rate=0.1)
 
 
 def test_a_stream(model_path, tmp_path):

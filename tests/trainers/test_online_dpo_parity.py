@@ -106,7 +106,8 @@ def test_every_metric(compare):
 
 
 def test_ipo_and_the_penalty_of_completions_of_different_lengths(compare):
-    logs = compare(loss_type="ipo", missing_eos_penalty=1.5, reward_weights=[0.5, 2.0])
+    # Adam divides by gradients, so that roundings of fused layers show in the squares of the next steps.
+    logs = compare(loss_type="ipo", missing_eos_penalty=1.5, reward_weights=[0.5, 2.0], optim="sgd")
     assert min(log["val/contain_eos_token"] for log in logs[:-1]) < 1
 
 

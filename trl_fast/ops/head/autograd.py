@@ -43,7 +43,7 @@ from .row_statistics import (
     Upstream,
     row_coefficients,
 )
-from .sparse_gradient import SPARSE_KERNELS, sparse_gradients
+from .sparse_gradient import sparse_gradients, sparse_kernels_of
 from .sweep import empty_kept_logits, score_rows, score_rows_and_keep, score_rows_with_unit_gradient
 from .tiled_head import TiledHead
 from .vocabulary_shard import VocabularyShard
@@ -373,7 +373,7 @@ def linear_scores_sparse(
     with torch.autocast(hidden.device.type, enabled=False):
         transform = LogitTransform(scale, softcap, inv_temperature)
         head = planned_head(hidden, weight, bias, transform, RAW_BLOCKS, workspace_bytes, backend)
-        sample = (device_facts(hidden.device).sparse_kernels or SPARSE_KERNELS[backend]).samples
+        sample = sparse_kernels_of(backend, hidden.device).samples
         hidden, sums = hidden.to(head.plan.product_dtype), head.plan.sum_dtype
         logits = empty_kept_logits(head)
         statistics = torch.empty(NUM_STATISTICS, hidden.shape[0], dtype=sums, device=hidden.device)
@@ -425,7 +425,7 @@ def linear_scores_sparse_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the needed gradients of hidden (N, H), weight (V, H), bias (V,) from row coefficients (4, N)."""
     transform = LogitTransform(scale, softcap, inv_temperature)
-    product = (device_facts(hidden.device).sparse_kernels or SPARSE_KERNELS[backend]).product
+    product = sparse_kernels_of(backend, hidden.device).product
     given = (hidden, weight, targets, bias, statistics, coefficients, counts, columns, logprobs)
     found = sparse_gradients(*given, transform, threshold, need_hidden, need_weight, need_bias, product)
     empty = _empty_gradients(hidden, weight, bias, False, False, False)

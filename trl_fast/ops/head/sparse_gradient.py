@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..device import device_facts
 from .logit_transform import LogitTransform
 from .row_statistics import LOGPROB_ROW, LSE_ROW
 
@@ -129,6 +130,18 @@ SPARSE_KERNELS = {
     "torch": SparseKernels(row_samples_reference, sparse_product_reference),
     "cpp": SparseKernels(_cpp_samples, _cpp_product),
 }
+
+
+def sparse_kernels_of(backend: str, device: torch.device) -> SparseKernels:
+    """Returns the kernels of a backend, or those that stand in for them on a simulated device.
+
+    Raises:
+        RuntimeError: the backend has none.
+    """
+    found = device_facts(device).sparse_kernels or SPARSE_KERNELS.get(backend)
+    if found is None:
+        raise RuntimeError(f"backend={backend!r}: head_grad='sparse' has kernels for {list(SPARSE_KERNELS)} only")
+    return found
 
 
 def sparse_gradients(
