@@ -246,6 +246,7 @@ def linear_scores(
     )
 
 
+@on_tensors_device
 def score_slice(
     hidden: torch.Tensor,
     weight: torch.Tensor,

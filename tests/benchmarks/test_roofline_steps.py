@@ -8,6 +8,7 @@ from benchmarks.roofline.fake_gpu import fake_gpu
 from benchmarks.roofline.operator_counter import Counter
 from benchmarks.roofline.steps import Step, count_library, count_step, quiet
 from benchmarks.step_workloads import Shape
+from trl_fast.modeling.fused_layers.rotary_functions import restore_function
 from trl_fast.ops.backends import load_extension
 from trl_fast.planning.fake_models import shortened
 from trl_fast.planning.gpu_facts import GPUS
@@ -37,6 +38,8 @@ def count(step, shape):
 
 @pytest.fixture(scope="module")
 def dpo():
+    # Llamas of other tests may have left their fused function to all.
+    restore_function("transformers.models.llama.modeling_llama", "apply_rotary_pos_emb")
     return count(Step("dpo", MODEL), DPO)
 
 

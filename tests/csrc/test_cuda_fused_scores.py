@@ -281,7 +281,7 @@ def on_a_gpu(monkeypatch):
     """Heads are cut, and compute, as on a GPU that this kernel serves; other kernels are Triton's, interpreted."""
     monkeypatch.setenv("TRL_FAST_FUSED_KERNEL", "cutlass")
     monkeypatch.setattr(cutlass_scores, "supports_cutlass", lambda device: cutlass_scores.Support(True, ""))
-    monkeypatch.setitem(device._simulated.facts, "cpu", device.DeviceFacts("cuda", multiplies_bf16=True))
+    monkeypatch.setitem(device.simulated.facts, "cpu", device.DeviceFacts("cuda", multiplies_bf16=True))
     for module in (sweep, gradients):
         product = lambda out, left, right: out.copy_(left.float() @ right.float())  # noqa: E731
         monkeypatch.setattr(module, "mm_into", product)

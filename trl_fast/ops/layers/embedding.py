@@ -82,10 +82,13 @@ def _(input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: int, backend: 
 
 def _rows_and_ids(grad: torch.Tensor, input_ids: torch.Tensor, padding_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, ids = grad.reshape(-1, grad.shape[-1]), input_ids.reshape(-1).long()
-    if padding_idx >= 0:
-        kept = ids != padding_idx
-        rows, ids = rows[kept], ids[kept]
-    return rows, ids
+    if padding_idx < 0:
+        return rows, ids
+    kept = ids != padding_idx
+    if device_facts(grad.device).is_cuda:
+        # How many are left is not known without a wait of the host.
+        return rows * kept[:, None], ids
+    return rows[kept], ids[kept]
 
 
 @torch.library.custom_op("trl_fast::embedding_backward", mutates_args=())
