@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from support.layer_errors import BACKENDS, DTYPES, check_errors, draw
+from trl_fast.ops.device import DeviceFacts, simulated_device
 from trl_fast.ops.layers import embedding
+from trl_fast.ops.layers.embedding import rows_and_ids
 
 # Rows of the weight, its width, and the shape of tokens.
 CASES = [(11, 20, (3, 7)), (1, 5, (4,)), (9, 16, (0,)), (9, 16, (2, 0)), (300, 33, (2, 2, 90)), (7, 1, ())]
@@ -87,3 +89,14 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(embedding(ids, weight).square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
+
+
+def test_on_a_gpu_rows_of_padding_count_for_nothing_and_none_is_left_out():
+    """How many are left would be known after a wait of the host only; a NaN of one stays out, too."""
+    grad = torch.tensor([[1.0, 2.0], [float("nan"), float("inf")], [3.0, 4.0]])
+    ids = torch.tensor([7, 2, 7])
+    with simulated_device(DeviceFacts("cuda", multiplies_bf16=True)):
+        rows, found = rows_and_ids(grad, ids, 2)
+    assert rows.tolist() == [[1, 2], [0, 0], [3, 4]] and found.tolist() == [7, 2, 7]
+    rows, found = rows_and_ids(grad, ids, 2)
+    assert rows.tolist() == [[1, 2], [3, 4]] and found.tolist() == [7, 7]

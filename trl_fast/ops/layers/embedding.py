@@ -80,14 +80,15 @@ def _(input_ids: torch.Tensor, weight: torch.Tensor, padding_idx: int, backend: 
     return weight.new_empty(*input_ids.shape, weight.shape[1])
 
 
-def _rows_and_ids(grad: torch.Tensor, input_ids: torch.Tensor, padding_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_and_ids(grad: torch.Tensor, input_ids: torch.Tensor, padding_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns rows (N, H) of the gradient and their tokens (N,) without those of padding, which are 0 on a GPU."""
     rows, ids = grad.reshape(-1, grad.shape[-1]), input_ids.reshape(-1).long()
     if padding_idx < 0:
         return rows, ids
     kept = ids != padding_idx
     if device_facts(grad.device).is_cuda:
         # How many are left is not known without a wait of the host.
-        return rows * kept[:, None], ids
+        return rows.masked_fill(~kept[:, None], 0.0), ids
     return rows[kept], ids[kept]
 
 
@@ -97,7 +98,7 @@ def gradient_of_rows(
 ) -> torch.Tensor:
     """Returns the gradient (V, H) by the weight, V being `rows`. grad: (..., H), by the rows of tokens."""
     chosen = choose_backend("embedding", backend, device_facts(grad.device), grad.dtype)
-    return _SUM[chosen](*_rows_and_ids(grad, input_ids, padding_idx), rows)
+    return _SUM[chosen](*rows_and_ids(grad, input_ids, padding_idx), rows)
 
 
 @gradient_of_rows.register_fake
@@ -111,7 +112,7 @@ def add_gradient_of_rows(
 ) -> None:
     """Adds that gradient to `total`, (V, H) and contiguous, dtype of grad: only rows of tokens are read or written."""
     chosen = choose_backend("embedding", backend, device_facts(grad.device), grad.dtype)
-    _ADD[chosen](total, *_rows_and_ids(grad, input_ids, padding_idx))
+    _ADD[chosen](total, *rows_and_ids(grad, input_ids, padding_idx))
 
 
 @add_gradient_of_rows.register_fake
