@@ -4,11 +4,12 @@ import os
 import resource
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from support.forks import forked
+from support.forks import fresh
 from trl_fast.ops.heap import _glibc, freed_memory_kept
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or _glibc() is None, reason="the C library is not glibc")
@@ -37,56 +38,51 @@ def resident_mib() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // MIB
 
 
-def without_choices() -> None:
+@pytest.fixture
+def no_choices(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_", "TRL_FAST_HELD"))]:
-        del os.environ[name]
+        monkeypatch.delenv(name)
 
 
-def test_a_second_step_meets_no_fresh_pages_and_the_end_gives_all_back():
-    def work() -> None:
-        without_choices()
-        usual = faults()
-        # What other tests freed would be taken before fresh pages are.
-        _glibc().malloc_trim(0)
-        before = resident_mib()
-        with freed_memory_kept(CPU):
-            assert faults() < 20 < usual
-            assert resident_mib() > before + sum(SIZES_MIB) / 2
-        assert resident_mib() < before + sum(SIZES_MIB) / 2
-        assert faults() > 20
-
-    forked(work)
+def a_second_step() -> None:
+    usual = faults()
+    before = resident_mib()
+    with freed_memory_kept(CPU):
+        assert faults() < 20 < usual
+        assert resident_mib() > before + sum(SIZES_MIB) / 2
+    assert resident_mib() < before + sum(SIZES_MIB) / 2
+    assert faults() > 20
 
 
-def test_an_error_gives_it_back_too():
-    def work() -> None:
-        without_choices()
-        before = resident_mib()
-        with pytest.raises(RuntimeError, match="of the step"), freed_memory_kept(CPU):
-            step()
-            raise RuntimeError("of the step")
-        assert resident_mib() < before + sum(SIZES_MIB) / 2
-
-    forked(work)
+def an_error() -> None:
+    before = resident_mib()
+    with pytest.raises(RuntimeError, match="of the step"), freed_memory_kept(CPU):
+        step()
+        raise RuntimeError("of the step")
+    assert resident_mib() < before + sum(SIZES_MIB) / 2
 
 
-@pytest.mark.parametrize(
-    ("device", "environment"),
-    [
+def nothing_kept() -> None:
+    step()
+    for device, choice in (
         ("cuda", {}),
         ("cpu", {"TRL_FAST_HELD_BYTES": "0"}),
         ("cpu", {"MALLOC_TRIM_THRESHOLD_": "131072"}),
         ("cpu", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}),
-    ],
-)
-def test_nothing_is_done_for_another_device_or_against_a_choice(device, environment):
-    def work() -> None:
-        without_choices()
-        os.environ.update(environment)
-        step()
+    ):
         before = resident_mib()
-        with freed_memory_kept(torch.device(device)):
+        with patch.dict(os.environ, choice), freed_memory_kept(torch.device(device)):
             step()
-            assert resident_mib() < before + sum(SIZES_MIB) / 2
+            assert resident_mib() < before + sum(SIZES_MIB) / 2, (device, choice)
 
-    forked(work)
+
+def test_a_second_step_meets_no_fresh_pages_and_the_end_gives_all_back(no_choices):
+    fresh(__name__, "a_second_step")
+
+
+def test_an_error_gives_it_back_too(no_choices):
+    fresh(__name__, "an_error")
+
+
+def test_nothing_is_done_for_another_device_or_against_a_choice(no_choices):
+    fresh(__name__, "nothing_kept")

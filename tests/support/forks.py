@@ -1,6 +1,8 @@
 """Runs a test's work in a process of its own, where limits and the heap are nobody else's."""
 
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -25,3 +27,14 @@ def forked(work: Callable[[], None]) -> None:
         text = said.read()
     _, status = os.waitpid(process, 0)
     assert status == 0, text or f"wait status {status}"
+
+
+def fresh(module: str, function: str, *arguments: str) -> None:
+    """Calls a test module's function in a new interpreter; fails with what it printed.
+
+    A fork has its parent's heap: what others freed there, and how glibc then keeps memory.
+    """
+    call = f"import {module}; {module}.{function}(*{arguments!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", call], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
