@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 import trl_fast
-from support.forks import forked
+from support.forks import fresh
 from support.supervised import sft_rows
 from support.training import make_trainer
 from trl_fast.ops.heap import _glibc
@@ -33,22 +33,21 @@ class Freeing(TrainerCallback):
         self.held.append(resident_mib() - before)
 
 
+def train(model_path: str, folder: str) -> None:
+    freeing = Freeing()
+    arguments = {"model": model_path, "train_dataset": sft_rows("text", 16), "callbacks": [freeing]}
+    make_trainer(trl_fast, Path(folder), method="SFT", arguments=arguments, max_steps=2).train()
+    first, second = freeing.held
+    assert first > 150, freeing.held
+    assert second < 100, freeing.held
+    held = resident_mib()
+    freeing.on_step_end(None, None, None)
+    assert freeing.held[-1] < 100, freeing.held
+    assert resident_mib() < held + 100
+
+
 @pytest.mark.skipif(sys.platform != "linux" or _glibc() is None, reason="the C library is not glibc")
 def test_freed_memory_is_kept_from_step_to_step_and_no_longer(model_path, tmp_path, monkeypatch):
     for name in ("GLIBC_TUNABLES", "TRL_FAST_HELD_BYTES", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.delenv(name, raising=False)
-    freeing = Freeing()
-    arguments = {"model": model_path, "train_dataset": sft_rows("text", 16), "callbacks": [freeing]}
-    trainer = make_trainer(trl_fast, tmp_path, method="SFT", arguments=arguments, max_steps=2)
-
-    def work() -> None:
-        trainer.train()
-        first, second = freeing.held
-        assert first > 150, freeing.held
-        assert second < 100, freeing.held
-        held = resident_mib()
-        freeing.on_step_end(None, None, None)
-        assert freeing.held[-1] < 100, freeing.held
-        assert resident_mib() < held + 100
-
-    forked(work)
+    fresh(__name__, "train", str(model_path), str(tmp_path))
