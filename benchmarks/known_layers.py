@@ -1,4 +1,4 @@
-"""Counts the norms, MLPs and rotary functions of transformers that are known, and so run in one pass.
+"""Counts the norms, MLPs, attentions and rotary functions of transformers that are known, and so run in one pass.
 
 `python -m benchmarks.known_layers` prints the table of docs/models.md, `--families` which families have what, and
 `--unknown` the classes that are not known. Nothing is built: the code of all `modeling_*.py` is read.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +19,11 @@ from trl_fast.modeling.fused_layers.code_meaning import meaning_of_source
 from trl_fast.modeling.fused_layers.known_code import GATED_MLP, KNOWN_CLASSES, NORM
 from trl_fast.modeling.fused_layers.known_rotaries import KNOWN_ROTARIES
 from trl_fast.modeling.fused_layers.residual_sums import norms_after_sums
+from trl_fast.modeling.fused_layers.turned_norms import norms_before_turn
 
-ROTARY, LAYER = "rotary function", "decoder layer"
+ROTARY, LAYER, ATTENTION = "rotary function", "decoder layer", "normalising attention"
 # How the names of what may be known end or, of functions, begin.
-_ENDINGS = {NORM: "RMSNorm", GATED_MLP: "MLP", LAYER: "DecoderLayer"}
+_ENDINGS = {NORM: "RMSNorm", GATED_MLP: "MLP", LAYER: "DecoderLayer", ATTENTION: "Attention"}
 _BEGINNING = "apply_rotary_pos_emb"
 
 
@@ -35,7 +37,7 @@ class Place(NamedTuple):
 
 
 def places() -> Iterator[Place]:
-    """Yields all norms, MLPs, decoder layers and rotary functions of transformers' models, family by family."""
+    """Yields what is looked for in transformers' models, family by family."""
     folder = Path(transformers.__file__).parent / "models"
     for path in sorted(folder.glob("*/modeling_*.py")):
         yield from _places_of(path.parent.name, ast.parse(path.read_text(encoding="utf-8")).body)
@@ -50,14 +52,24 @@ def _places_of(family: str, body: list[ast.stmt]) -> Iterator[Place]:
             methods = {method.name: method for method in node.body if isinstance(method, ast.FunctionDef)}
             kind = next((kind for kind, ending in _ENDINGS.items() if node.name.endswith(ending)), None)
             forward = methods.get("forward")
-            if kind is None or forward is None or (kind == GATED_MLP and "gate" not in ast.unparse(forward)):
+            if kind is None or forward is None or not _counts(kind, ast.unparse(forward)):
                 continue
             yield Place(kind, family, node.name, _is_known(kind, methods))
+
+
+def _counts(kind: str, forward: str) -> bool:
+    """Tells whether a class with such a forward is one of a kind: by its name it may be something simpler."""
+    if kind == ATTENTION:
+        # With norms of queries and keys, and turned by positions.
+        return re.search(r"self\.(q|qk|query)_(layer)?norm\(", forward) is not None and _BEGINNING in forward
+    return kind != GATED_MLP or "gate" in forward
 
 
 def _is_known(kind: str, methods: dict[str, ast.FunctionDef]) -> bool:
     if kind == LAYER:
         return bool(norms_after_sums(methods["forward"]))
+    if kind == ATTENTION:
+        return bool(norms_before_turn(methods["forward"]))
     meanings = {name: meaning_of_source(ast.unparse(method)) for name, method in methods.items()}
     return any(
         all(meanings.get(name) == meaning_of_source(source) for name, source in known.methods.items())
@@ -78,7 +90,7 @@ def table() -> str:
     """Returns how many of each kind there are and are known, as a table in Markdown."""
     found = list(places())
     lines = [f"| of transformers {transformers.__version__} | known | families |", "|---|---|---|"]
-    for kind in (NORM, GATED_MLP, ROTARY, LAYER):
+    for kind in (NORM, GATED_MLP, ROTARY, LAYER, ATTENTION):
         of_kind = [place for place in found if place.kind == kind]
         known = [place for place in of_kind if place.is_known]
         lines.append(f"| {kind}s | {len(known)} of {len(of_kind)} | {len({place.family for place in known})} |")

@@ -42,6 +42,25 @@ class SomeDecoderLayer(nn.Module):
         return x
 
 
+class SomeAttention(nn.Module):
+    def forward(self, x, cos, sin):
+        q = self.q_norm(self.q_proj(x).view(x.shape[:-1], -1, 8)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(x.shape[:-1], -1, 8)).transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return q, k
+
+
+class OtherAttention(nn.Module):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary_pos_emb(self.q_proj(x), self.k_proj(x), cos, sin)
+        return self.q_norm(q), self.k_norm(k)
+
+
+class PlainAttention(nn.Module):
+    def forward(self, x, cos, sin):
+        return apply_rotary_pos_emb(self.q_proj(x), self.k_proj(x), cos, sin)
+
+
 def rotate_half(x):
     x1 = x[..., : x.shape[-1] // 2]
     x2 = x[..., x.shape[-1] // 2 :]
@@ -68,6 +87,8 @@ def test_places_of_a_family(tmp_path, monkeypatch):
         ("norm", "OtherRMSNorm", False),
         ("gated MLP", "GatedMLP", True),
         ("decoder layer", "SomeDecoderLayer", True),
+        ("normalising attention", "SomeAttention", True),
+        ("normalising attention", "OtherAttention", False),
         ("rotary function", "apply_rotary_pos_emb", True),
         ("rotary function", "apply_rotary_pos_emb_vision", False),
     ]

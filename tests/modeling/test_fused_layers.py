@@ -26,32 +26,34 @@ from trl_fast.ops.device import device_facts, simulated_device
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 340, (2, 13), generator=torch.Generator().manual_seed(0))
-# Norms, gated MLPs and layers that add and normalise at once, and whether queries and keys are turned in one pass.
+# Norms, gated MLPs, layers that add and normalise at once and attentions that normalise and turn at once, and whether
+# queries and keys are turned in one pass.
 FUSED = {
-    "llama": (5, 2, 2, True),
-    "qwen2": (5, 2, 2, True),
-    "qwen3": (9, 2, 2, True),  # norms of queries and keys
-    "gemma": (5, 2, 2, True),
-    "gemma2": (9, 2, 2, True),
-    "gemma3_text": (13, 2, 2, True),
-    "gemma4_text": (30, 4, 4, True),  # some norms have no weight; its function turns one tensor
-    "granite": (5, 2, 2, True),  # what is added is multiplied first
-    "cohere": (0, 2, 0, True),
-    "olmo2": (9, 2, 0, True),
-    "phi3": (5, 2, 2, True),  # one layer gives gate and up
-    "glm4": (9, 2, 2, True),  # and a part of each head is turned, by pairs
-    "gpt_neox": (0, 0, 0, True),
-    "gpt_oss": (5, 0, 2, True),  # half of the angles
-    "deepseek_v3": (9, 2, 2, True),
-    "ernie4_5": (5, 2, 2, True),
-    "nanochat": (9, 0, 2, False),
-    "starcoder2": (0, 0, 0, True),
+    "llama": (5, 2, 2, 0, True),
+    "qwen2": (5, 2, 2, 0, True),
+    "qwen3": (9, 2, 2, 2, True),  # norms of queries and keys
+    "gemma": (5, 2, 2, 0, True),
+    "gemma2": (9, 2, 2, 0, True),
+    "gemma3_text": (13, 2, 2, 2, True),
+    "qwen3_next": (7, 2, 2, 1, True),  # a gate beside the queries; a part of each head is turned
+    "gemma4_text": (30, 4, 4, 0, True),  # some norms have no weight; its function turns one tensor
+    "granite": (5, 2, 2, 0, True),  # what is added is multiplied first
+    "cohere": (0, 2, 0, 0, True),
+    "olmo2": (9, 2, 0, 2, True),
+    "phi3": (5, 2, 2, 0, True),  # one layer gives gate and up
+    "glm4": (9, 2, 2, 0, True),  # and a part of each head is turned, by pairs
+    "gpt_neox": (0, 0, 0, 0, True),
+    "gpt_oss": (5, 0, 2, 0, True),  # half of the angles
+    "deepseek_v3": (9, 2, 2, 0, True),
+    "ernie4_5": (5, 2, 2, 0, True),
+    "nanochat": (9, 0, 2, 0, False),
+    "starcoder2": (0, 0, 0, 0, True),
 }
 # Their experts' products are not to be had in float64.
-GROUPED = {"gpt_oss", "deepseek_v3"}
+GROUPED = {"gpt_oss", "deepseek_v3", "qwen3_next"}
 OPS = {
     "fused_classes": ["rms_norm", "residual_rms_norm", "gated_activation"],
-    "rotary_functions": ["rotary"],
+    "rotary_functions": ["rotary", "qk_norm_rotary"],
 }
 
 
@@ -109,7 +111,8 @@ def fused_modules(model):
 @pytest.mark.parametrize("family", FUSED)
 def test_numbers_of_a_family(family, monkeypatch):
     calls = []
-    monkeypatch.setattr("trl_fast.modeling.fused_layers.rotary_functions.rotary", counting("rotary", calls))
+    for name in OPS["rotary_functions"]:
+        monkeypatch.setattr(f"trl_fast.modeling.fused_layers.rotary_functions.{name}", counting(name, calls))
     model = family_model(family)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -118,11 +121,13 @@ def test_numbers_of_a_family(family, monkeypatch):
     expected, names = run(model), [type(module).__name__ for module in model.modules()]
     exact = None if family in GROUPED else run(copy.deepcopy(model).double())
     fuse_layers(model, CPU)
-    norms, mlps, layers, turns = FUSED[family]
+    norms, mlps, layers, attentions, turns = FUSED[family]
     fused = [type(module) for module in fused_modules(model)]
     assert sum("Norm" in cls.__name__ for cls in fused) == norms
     assert sum("MLP" in cls.__name__ for cls in fused) == mlps
-    assert sum("DecoderLayer" in cls.__name__ for cls in fused) == layers and len(fused) == norms + mlps + layers
+    assert sum("DecoderLayer" in cls.__name__ for cls in fused) == layers
+    assert sum("Attention" in cls.__name__ for cls in fused) == attentions
+    assert len(fused) == norms + mlps + layers + attentions
     rotaries = vars(sys.modules[type(model).__module__]).values()
     assert any(hasattr(value, "fused_from") for value in rotaries) is turns
     calls.clear()

@@ -1,4 +1,4 @@
-"""Lets a model's norms, gated MLPs and rotary embeddings run in one pass each; see ops/layers.
+"""Lets a model's norms, gated MLPs, rotary embeddings and what is made of them run in one pass each; see ops/layers.
 
 What they compute is told by their code: the forward of a module's class has to be one that known_code.py has, whatever
 its variables are called. Each class is tried on a few numbers first, results and gradients. A module gets a class of

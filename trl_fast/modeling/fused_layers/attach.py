@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,14 +17,22 @@ from trl_fast.modeling.loading import whole_backbone
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.ops.backends import KERNEL_DTYPES
 from trl_fast.ops.device import device_facts
+from trl_fast.parallel.engines import original_class
 
 from .fused_classes import fused_class_for
 from .kernels import kernel_for
 from .known_code import GATED_MLP, NORM, known_class
 from .plain_modules import plain_class_for, plain_kind
 from .residual_sums import layer_class_for
-from .rotary_functions import RotaryFunction, restore_function, rotary_functions, why_rotary_differs
+from .rotary_functions import (
+    RotaryFunction,
+    restore_function,
+    rotary_functions,
+    turns_after_norms,
+    why_rotary_differs,
+)
 from .try_outs import why_class_differs
+from .turned_norms import turning_attention, why_attention_differs
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +65,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool 
     for reason, count in found.reasons.items():
         _say_once(f"fused_layers: {count} modules of {name} run as before. {reason}.")
     change = changes.get_or_add(FUSED_LAYERS, "norms, gated MLPs and rotary embeddings run in one pass each")
-    for module, fused in (*found.modules, *found.layers, *found.plain):
+    for module, fused in (*found.modules, *found.layers, *found.attentions, *found.plain):
         change.set_class(module, fused)
     for function in found.rotaries:
         function.exchange()
@@ -75,6 +83,7 @@ class _Found:
 
     modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     layers: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    attentions: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     plain: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     rotaries: list[RotaryFunction] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -86,6 +95,7 @@ class _Found:
         plain = Counter(plain_kind(module) for module, _ in self.plain)
         parts += [f"{count} {kind}s" for kind, count in plain.items()]
         parts += ["rotary embeddings"] if self.rotaries else []
+        parts += [f"with norms of queries and keys in {len(self.attentions)} layers"] if self.attentions else []
         return ", ".join(parts)
 
 
@@ -110,6 +120,7 @@ def _look(model: PreTrainedModel, device: torch.device) -> _Found:
             found.reasons[reason] += 1
         else:
             found.rotaries.append(function)
+    _look_at_attentions(model, found, device)
     return found
 
 
@@ -128,6 +139,34 @@ def _layers_that_add(
         fused = None if "forward" in vars(module) else layer_class_for(module, norms)
         if fused is not None:
             yield module, fused
+
+
+def _look_at_attentions(model: PreTrainedModel, found: _Found, device: torch.device) -> None:
+    """Adds to what was found the attentions that can normalise and turn queries and keys at once."""
+    fused_norms = dict(found.modules)
+    for module in model.modules():
+        turning = turning_attention(module)
+        turns = [] if turning is None else turns_after_norms(original_class(module).__module__, found.rotaries)
+        if turning is None or not turns or any(norm not in fused_norms for norm in turning.norms):
+            continue
+        reason = _why_not_at_once(module, turning.norms[0], fused_norms[turning.norms[0]], turns, device)
+        if reason:
+            found.reasons[reason] += 1
+        else:
+            found.attentions.append((module, turning.cls))
+
+
+def _why_not_at_once(
+    attention: nn.Module, norm: nn.Module, fused: type[nn.Module], turns: list[Callable], device: torch.device
+) -> str:
+    dtype = _dtype_of(norm)
+    served = kernel_for("qk_norm_rotary", device, dtype)
+    if not served.ok:
+        return served.reason
+    if _is_planned(device):
+        return ""
+    reasons = (why_attention_differs(attention, norm, fused, turn, device, dtype) for turn in turns)
+    return next((f"{type(attention).__name__}: {reason}" for reason in reasons if reason), "")
 
 
 def _why_not_fused(module: nn.Module, fused: type[nn.Module], device: torch.device) -> str:

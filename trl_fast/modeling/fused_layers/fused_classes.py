@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -19,11 +19,20 @@ from trl_fast.ops.layers import (
     residual_rms_norm,
     rms_norm,
 )
+from trl_fast.ops.layers.norm_casts import NormCast
 
 from .code_meaning import EPS_NAMES
 from .known_code import GATED_MLP, KnownClass, known_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class NormSettings(NamedTuple):
+    """Holds what a norm computes with: its weight (H,) or None, and what `rms_norm` takes beside it."""
+
+    weight: torch.Tensor | None
+    eps: float
+    cast: NormCast
 
 
 def fused_class_for(module: nn.Module) -> type[nn.Module] | None:
@@ -88,7 +97,10 @@ def _fused_norm(cls: type[nn.Module], known: KnownClass, eps_name: str) -> type[
             return self.forward(total), total
         return residual_rms_norm(x, residual, weight, getattr(self, eps_name), cast=known.cast)
 
-    made = make_class(cls, forward=forward, add_and_normalize=add_and_normalize)
+    def settings(self: Any) -> NormSettings:
+        return NormSettings(weight_of(self), getattr(self, eps_name), known.cast)
+
+    made = make_class(cls, forward=forward, add_and_normalize=add_and_normalize, settings=settings)
     return made
 
 

@@ -14,39 +14,26 @@ from __future__ import annotations
 
 import ast
 import functools
-import textwrap
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, cast
+from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from .code_meaning import source_of
-from .fused_classes import is_bare, make_class
-
-# What transformers 5.20 wraps the forward of layers in that can be checkpointed.
-_CHECKPOINTING = "forward_with_checkpointing"
+from .fused_classes import is_bare
+from .rewritten_code import RewrittenClass, rewritten_class
 
 
 def layer_class_for(layer: nn.Module, norms: Collection[nn.Module]) -> type[nn.Module] | None:
     """Returns a class for a decoder layer that adds and normalises at once; None if no norm of `norms` gains by it."""
     found = _layer_class(cast("Any", type(layer)))
-    return (
-        found.cls if found is not None and any(getattr(layer, name, None) in norms for name in found.norms) else None
-    )
-
-
-class _LayerClass(NamedTuple):
-    """Holds a class that is made, and the names of the modules that it adds and calls at once."""
-
-    cls: type[nn.Module]
-    norms: tuple[str, ...]
+    gains = found is not None and any(getattr(layer, name, None) in norms for name in found.names)
+    return found.cls if found is not None and gains else None
 
 
 @functools.cache
-def _layer_class(cls: type[nn.Module]) -> _LayerClass | None:
-    forward, norms = _rewritten(cls.forward)
-    return None if forward is None else _LayerClass(make_class(cls, forward=forward), norms)
+def _layer_class(cls: type[nn.Module]) -> RewrittenClass | None:
+    return rewritten_class(cls, norms_after_sums, add_and_normalize)
 
 
 def add_and_normalize(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,36 +46,6 @@ def add_and_normalize(norm: Any, x: torch.Tensor, residual: torch.Tensor) -> tup
         total = residual + x
         return norm(total), total
     return in_one_pass(x, residual)
-
-
-def _rewritten(forward: Callable) -> tuple[Callable | None, tuple[str, ...]]:
-    """Returns a layer's forward with sums and norms at once, and the norms' names.
-
-    None if there are none, or its code is not to be had.
-    """
-    if forward.__code__.co_name == _CHECKPOINTING:
-        # The class that is made is wrapped again.
-        forward = cast("Any", forward).__wrapped__
-    code = forward.__code__
-    if code.co_freevars or hasattr(forward, "__wrapped__"):
-        return None, ()
-    source = source_of(forward)
-    function = ast.parse(textwrap.dedent(source)).body[0] if source else None
-    norms = norms_after_sums(function) if isinstance(function, ast.FunctionDef) else ()
-    if not norms or not isinstance(function, ast.FunctionDef):
-        return None, ()
-    function.decorator_list, function.returns = [], None
-    for argument in ast.walk(function.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    # Within a function that has ours, so that the names of the layer's own module stay as they are.
-    maker = ast.parse("def make(_add_and_normalize):\n    return None").body[0]
-    assert isinstance(maker, ast.FunctionDef)
-    maker.body = [function, ast.Return(ast.Name(function.name, ast.Load()))]
-    tree = ast.increment_lineno(ast.fix_missing_locations(ast.Module([maker], [])), code.co_firstlineno - 1)
-    made: dict[str, Any] = {}
-    exec(compile(tree, code.co_filename, "exec"), cast("Any", forward).__globals__, made)
-    return functools.wraps(forward)(made["make"](add_and_normalize)), norms
 
 
 def norms_after_sums(function: ast.FunctionDef) -> tuple[str, ...]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from trl_fast.ops.backends import KERNEL_DTYPES
-from trl_fast.ops.layers import rotary
+from trl_fast.ops.layers import qk_norm_rotary, rotary
 from trl_fast.parallel.engines import original_class
 
+from .fused_classes import NormSettings
 from .known_rotaries import KnownRotary, known_rotaries
 from .try_outs import Draw, why_functions_differ
 
@@ -52,6 +53,12 @@ def rotary_functions(model: PreTrainedModel) -> Iterator[RotaryFunction]:
                 yield RotaryFunction(name, known, plain, _fused(plain, known))
 
 
+def turns_after_norms(module: str, found: Iterable[RotaryFunction]) -> list[Callable]:
+    """Returns a Python module's fused functions that normalise too: those found, and those in their places already."""
+    ours = [function.fused for function in found if function.module == module]
+    return [turn for turn in (*ours, *vars(sys.modules[module]).values()) if hasattr(turn, "norm_and_turn")]
+
+
 def why_rotary_differs(function: RotaryFunction, device: torch.device, dtype: torch.dtype) -> str:
     """Tries a fused function; returns why it does not serve, empty if all numbers agree."""
     key = function.module, function.known, device, dtype
@@ -64,17 +71,25 @@ _found: dict[tuple[object, ...], str] = {}
 
 
 def _try(function: RotaryFunction, draw: Draw) -> str:
-    known, angles = function.known, 4 if function.known.one_angle_a_pair and not function.known.half_of_angles else 8
+    known = function.known
     if known.without_batch:
-        inputs, turns = [draw(5, 3, 8), draw(5, 3, 8)], [draw(5, angles), draw(5, angles)]
+        inputs = [draw(5, 3, 8), draw(5, 3, 8)]
     else:
-        inputs, turns = [draw(2, 3, 5, 8), draw(2, 1, 5, 8)], [draw(2, 5, angles), draw(2, 5, angles)]
-    if known.half_of_angles or not known.one_angle_a_pair:
-        # As transformers makes them: a pair's two numbers have one angle.
-        turns = [_repeated(turn, known) for turn in turns]
-    inputs = inputs[: 1 if known.one_tensor else 2]
+        inputs = [draw(2, 3, 5, 8), draw(2, 1, 5, 8)]
+    turns, inputs = drawn_angles(known, draw, inputs[0], 8), inputs[: 1 if known.one_tensor else 2]
     plain, ours = (lambda *given, turn=turn: turn(*given, *turns) for turn in (function.plain, function.fused))
     return why_functions_differ(plain, ours, inputs)
+
+
+def drawn_angles(known: KnownRotary, draw: Draw, like: torch.Tensor, width: int) -> list[torch.Tensor]:
+    """Returns random cosines and sines for heads (B, heads, T, width), or (T, heads, width), as a function reads them.
+
+    As transformers makes them: a pair's two numbers have one angle.
+    """
+    rows = like.shape[:1] if known.without_batch else (like.shape[0], like.shape[2])
+    has_all = known.half_of_angles or not known.one_angle_a_pair
+    turns = [draw(*rows, width if has_all else width // 2) for _ in range(2)]
+    return [_repeated(turn, known) for turn in turns] if has_all else turns
 
 
 def _repeated(angles: torch.Tensor, known: KnownRotary) -> torch.Tensor:
@@ -84,7 +99,10 @@ def _repeated(angles: torch.Tensor, known: KnownRotary) -> torch.Tensor:
 
 
 def _fused(plain: Callable, known: KnownRotary) -> Callable:
-    """Returns the function in one pass, which calls the plain one with what the kernels do not take."""
+    """Returns the function in one pass, which calls the plain one with what the kernels do not take.
+
+    Of a function that turns queries and keys, `norm_and_turn` normalises both before; see `turned_norms.py`.
+    """
 
     def turn(
         q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, **options: Any
@@ -95,11 +113,9 @@ def _fused(plain: Callable, known: KnownRotary) -> Callable:
         query = _with_heads_first(q, heads_at, known)
         key = None if k is None else _with_heads_first(k, heads_at, known)
         cos, sin = (_angles(angles, known) for angles in (cos, sin))
-        upcast = cos.dtype != q.dtype if known.upcast is None else known.upcast
-        if not _can_turn(query, key, cos, sin, known, upcast=upcast):
+        if not _can_turn(query, key, cos, sin, known):
             return None
-        pairs, one_angle_a_pair = known.pairs, known.one_angle_a_pair
-        turned = rotary(query, key, cos, sin, pairs=pairs, one_angle_a_pair=one_angle_a_pair, upcast=upcast)
+        turned = rotary(query, key, cos, sin, **_way(query, cos, known))
         return tuple(None if x is None else _with_heads_at(x, heads_at, known) for x in turned)
 
     @functools.wraps(plain)
@@ -115,8 +131,45 @@ def _fused(plain: Callable, known: KnownRotary) -> Callable:
         return plain(x, cos, sin, *args, **options) if turned is None else turned[0]
 
     fused: Any = turn_one if known.one_tensor else turn_both
-    fused.fused_from = plain
+    fused.fused_from, fused.known = plain, known
+    if not (known.one_tensor or known.without_batch):
+        fused.norm_and_turn = functools.partial(_norm_and_turn, known)
     return fused
+
+
+def _norm_and_turn(
+    known: KnownRotary,
+    query_norm: NormSettings,
+    key_norm: NormSettings,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    of_all_heads: bool,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Returns queries and keys (B, heads, T, D) normalised and turned; None where the kernels do not take them."""
+    cos, sin = (_angles(angles, known) for angles in (cos, sin))
+    if not _can_turn(query, key, cos, sin, known) or query_norm[1:] != key_norm[1:]:
+        return None
+    weights = query_norm.weight, key_norm.weight
+    lengths = [x.shape[3] * (x.shape[1] if of_all_heads else 1) for x in (query, key)]
+    for weight, length in zip(weights, lengths, strict=True):
+        if weight is None or weight.dtype != query.dtype or weight.shape != (length,):
+            return None
+    return qk_norm_rotary(
+        query, key, *weights, query_norm.eps, cos, sin, cast=query_norm.cast, **_way(query, cos, known)
+    )
+
+
+def _way(query: torch.Tensor, cos: torch.Tensor, known: KnownRotary) -> dict[str, Any]:
+    """Returns how ops.layers turns queries by cosines as a function does."""
+    upcast = _upcasts(query, cos, known)
+    return {"pairs": known.pairs, "one_angle_a_pair": known.one_angle_a_pair, "upcast": upcast}
+
+
+def _upcasts(query: torch.Tensor, cos: torch.Tensor, known: KnownRotary) -> bool:
+    return cos.dtype != query.dtype if known.upcast is None else known.upcast
 
 
 def _with_heads_first(x: torch.Tensor, heads_at: int, known: KnownRotary) -> torch.Tensor:
@@ -140,14 +193,14 @@ def _angles(angles: torch.Tensor, known: KnownRotary) -> torch.Tensor:
 
 
 def _can_turn(
-    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, known: KnownRotary, *, upcast: bool
+    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, known: KnownRotary
 ) -> bool:
     """Tells whether the kernels take queries, keys and angles."""
     if q.dim() != 4 or cos.dim() != 3 or q.dtype not in KERNEL_DTYPES or cos.shape != sin.shape:
         return False
     if k is not None and (k.dim() != 4 or (k.dtype, k.shape[0], k.shape[2:]) != (q.dtype, q.shape[0], q.shape[2:])):
         return False
-    dtypes = (q.dtype, torch.float32) if upcast else (q.dtype,)
+    dtypes = (q.dtype, torch.float32) if _upcasts(q, cos, known) else (q.dtype,)
     width = cos.shape[-1] * (2 if known.one_angle_a_pair else 1)
     fits = cos.shape[1] == q.shape[2] and cos.shape[0] in (1, q.shape[0]) and width % 2 == 0 and width <= q.shape[-1]
     return fits and cos.dtype == sin.dtype and cos.dtype in dtypes and not (cos.requires_grad or sin.requires_grad)

@@ -25,17 +25,27 @@ def why_class_differs(module: nn.Module, fused: type[nn.Module], device: torch.d
 
     device, dtype: where the module will compute, and in what.
     """
-    weight: Any = getattr(module, "weight", None)
-    width = _HIDDEN if weight is None else getattr(weight, "ds_shape", weight.shape)[0]
+    width = norm_width(module)
     key = type(module), fused, width, device, dtype
     if key not in _found:
         draw = Draw(device, dtype)
-        plain = _stand_in(module, width, draw)
-        ours = fused.__new__(fused)
-        vars(ours).update(vars(plain))
-        x = draw(_ROWS, width)
+        plain = stand_in(module, width, draw)
+        ours, x = in_class(plain, fused), draw(_ROWS, width)
         _found[key] = why_functions_differ(plain.forward, ours.forward, [x], list(plain.parameters()))
     return _found[key]
+
+
+def norm_width(module: nn.Module) -> int:
+    """Returns the length of a norm's weight, wherever the weight is; some number for modules without one."""
+    weight: Any = getattr(module, "weight", None)
+    return _HIDDEN if weight is None else getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def in_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Returns a module of that class with the weights and settings of another."""
+    made = cls.__new__(cls)
+    vars(made).update(vars(module))
+    return made
 
 
 class Draw:
@@ -66,7 +76,7 @@ def why_functions_differ(
     return "" if _agree(got, expected) else "its numbers are others than those of the module's own code"
 
 
-def _stand_in(module: Any, width: int, draw: Draw) -> nn.Module:
+def stand_in(module: Any, width: int, draw: Draw) -> nn.Module:
     """Returns a module of the same class and settings with random weights of its own."""
     cls = cast("Any", type(module))
     made = cls.__new__(cls)
