@@ -137,8 +137,8 @@ def test_what_the_op_does_not_take():
     states, turns = torch.randn(2, 5, 32), (torch.randn(2, 5, 8), torch.randn(2, 5, 8))
 
     def given():
-        wide = layers[1].self_attn.q_norm(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
-        return layers[0].self_attn(states, position_embeddings=turns, attention_mask=None)[0], wide
+        normed = layers[1].self_attn.q_norm(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
+        return layers[0].self_attn(states, position_embeddings=turns, attention_mask=None)[0], normed
 
     expected = given()
     fuse_layers(model, CPU)

@@ -131,6 +131,11 @@ def changes_of(model: torch.nn.Module) -> ModelChanges:
     return changes
 
 
+def has_change(model: torch.nn.Module, name: str) -> bool:
+    """Tells whether a model of transformers has a change of that name; unlike `changes_of` it makes no list."""
+    return name in vars(model).get(_ATTRIBUTE, ())
+
+
 def unbound_forward(module: torch.nn.Module) -> Callable[..., Any]:
     """Returns a module's forward as a function that takes the module too: what wraps it also serves a copy of it.
 

@@ -7,6 +7,6 @@ the family share; all is undone by `changes_of(model).undo("fused layers")`. Wha
 take, such as numbers of two dtypes, runs as before.
 """
 
-from .attach import FUSED_LAYERS, fuse_layers
+from .attach import FUSED_LAYERS, fuse_layers, restore_layers
 
-__all__ = ["FUSED_LAYERS", "fuse_layers"]
+__all__ = ["FUSED_LAYERS", "fuse_layers", "restore_layers"]

@@ -41,6 +41,20 @@ FUSED_LAYERS = "fused layers"
 _OPS = {NORM: "rms_norm", GATED_MLP: "gated_activation"}
 
 
+def restore_layers(model: PreTrainedModel) -> None:
+    """Gives the layers of a model their own code back, where they were fused.
+
+    They stay as they are where something has been put on top since, as FSDP2 puts classes; a line says so.
+    """
+    changes = changes_of(model)
+    if FUSED_LAYERS not in changes:
+        return
+    try:
+        changes.undo(FUSED_LAYERS)
+    except RuntimeError as error:
+        _say_once(f"fused_layers: layers of {type(model).__name__} stay fused after training: {error}.")
+
+
 def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool = False) -> None:
     """Lets what a model has of norms, gated MLPs and rotary embeddings run in one pass each.
 
@@ -53,6 +67,10 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool 
     """
     changes = changes_of(model)
     if FUSED_LAYERS in changes:
+        # Another model of the family may have given the functions back.
+        for function in rotary_functions(model):
+            if not _why_not_turned(function, model, device):
+                function.exchange()
         return
     found, name = _look(model, device), type(model).__name__
     if not (found.modules or found.plain or found.rotaries):
@@ -120,7 +138,7 @@ def _look(model: PreTrainedModel, device: torch.device) -> _Found:
             found.reasons[reason] += 1
         else:
             found.rotaries.append(function)
-    _look_at_attentions(model, found, device)
+    _find_attentions(model, found, device)
     return found
 
 
@@ -141,7 +159,7 @@ def _layers_that_add(
             yield module, fused
 
 
-def _look_at_attentions(model: PreTrainedModel, found: _Found, device: torch.device) -> None:
+def _find_attentions(model: PreTrainedModel, found: _Found, device: torch.device) -> None:
     """Adds to what was found the attentions that can normalise and turn queries and keys at once."""
     fused_norms = dict(found.modules)
     for module in model.modules():

@@ -48,15 +48,16 @@ def rotary_functions(model: PreTrainedModel) -> Iterator[RotaryFunction]:
     for name in sorted(name for name in names if name.startswith("transformers.models.")):
         modeling = sys.modules[name]
         for known in known_rotaries(modeling):
-            plain = getattr(modeling, known.name)
-            if not hasattr(plain, "fused_from"):
-                yield RotaryFunction(name, known, plain, _fused(plain, known))
+            present = getattr(modeling, known.name)
+            if hasattr(present, "fused_from"):  # another model of the family has exchanged it
+                yield RotaryFunction(name, known, present.fused_from, present)
+            else:
+                yield RotaryFunction(name, known, present, _fused(present, known))
 
 
 def turns_after_norms(module: str, found: Iterable[RotaryFunction]) -> list[Callable]:
-    """Returns a Python module's fused functions that normalise too: those found, and those in their places already."""
-    ours = [function.fused for function in found if function.module == module]
-    return [turn for turn in (*ours, *vars(sys.modules[module]).values()) if hasattr(turn, "norm_and_turn")]
+    """Returns those of the fused functions found in a Python module that normalise, too."""
+    return [each.fused for each in found if each.module == module and hasattr(each.fused, "norm_and_turn")]
 
 
 def why_rotary_differs(function: RotaryFunction, device: torch.device, dtype: torch.dtype) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import Trainer
@@ -17,7 +18,9 @@ from trl_fast.parallel.engines import (
 )
 from trl_fast.parallel.failures import failing_together
 
+from .callbacks import remove_noise
 from .images import share_images
+from .progress import close_progress
 
 
 def forbid_data_parallel(trainer: Trainer) -> None:
@@ -74,12 +77,23 @@ def set_up_trainer(trainer: Trainer) -> None:
     declare_loss_scaling(trainer)
 
 
+@contextmanager
+def tidied(trainer: Any) -> Iterator[None]:
+    """Takes away what training shows and puts on models, whatever ends it: progress, noise, fused layers."""
+    try:
+        with trainer.fused_models.running():
+            yield
+    finally:
+        close_progress(trainer.callback_handler.callbacks)
+        remove_noise(trainer)
+
+
 def evaluates(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a trainer's method that evaluates: its model is prepared for it, and processes fail together."""
+    """Returns a trainer's method that evaluates: models are prepared for it, and processes fail together."""
 
     @functools.wraps(method)
-    def evaluate(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        with failing_together(), prepared_for_evaluation(self):
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with failing_together(), self.fused_models.running(), prepared_for_evaluation(self):
             return method(self, *args, **kwargs)
 
     return evaluate

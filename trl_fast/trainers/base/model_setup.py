@@ -86,14 +86,15 @@ def set_up_layers(
         check_weights(model, f"{type(inner).__name__} {inner.config._name_or_path!r}")
     if args.disable_dropout:
         disable_dropout(model)
+    # Before layers are fused, so that what is fused can be undone.
+    if args.tiled_mlp is not None:
+        tile_mlps(inner, args.tiled_mlp)
     if args.fused_layers and args.use_liger_kernel:
         logger.info("fused_layers: off, since use_liger_kernel=True fuses the same layers.")
     elif args.fused_layers:
         # A plan's tensors are on the CPU, which then counts as the planned device.
         device = args.device if isinstance(args, BaseConfig) else torch.device("cpu")
         fuse_layers(inner, device, required=args.fused_layers is True)
-    if args.tiled_mlp is not None:
-        tile_mlps(inner, args.tiled_mlp)
     compute_alike(inner)
     name_present_layers(inner)
     keep_used_conversions(inner)

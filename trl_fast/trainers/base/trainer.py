@@ -35,10 +35,11 @@ from ..run_report.token_counts import TokenCounter
 from .argument_checks import check_settings, checked_arguments, checked_config
 from .balancing import FreeDeal, chosen_balance
 from .batch_reader import BatchReader
-from .callbacks import own_callbacks, remove_noise
+from .callbacks import own_callbacks
 from .config import BaseConfig
 from .divergence import DivergenceWatch
-from .hf_trainer import evaluates, set_up_trainer
+from .fused_models import FusedModels
+from .hf_trainer import evaluates, set_up_trainer, tidied
 from .images import images_of_datasets
 from .loaders import make_loader
 from .log_window import LogWindow
@@ -49,7 +50,6 @@ from .model_setup import check_trains, layout_request, loading_options, set_up_l
 from .overrides import check_overrides
 from .parallelism import parallel_options, sum_over_rows
 from .prepared_datasets import check_lengths, named_parts, prepared_parts
-from .progress import close_progress
 from .sequence_parallel import take_sequence_group
 from .stop_signals import StopSignals
 from .stream_loader import forbid_dispatching, in_step
@@ -155,6 +155,7 @@ class BaseTrainer(Trainer):
         chosen_balance(self)
         self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
         self._tokens = TokenCounter()
+        self.fused_models = FusedModels(self)
         self.checkpoints = Checkpoints(self, lambda: RunRecord(self, self.method, self.token_columns))
         self.log_window = LogWindow(self, self._tokens, lambda: self._buffers["train"])
         self._signals = StopSignals(self.accelerator)
@@ -342,20 +343,17 @@ class BaseTrainer(Trainer):
         check_overrides(type(self), vars(self))
         check_trains(self.accelerator.unwrap_model(self.model))
         check_settings(self.args)  # also what was set since the trainer was made
-        try:
-            with (
-                self._signals.caught(saves=self.args.save_strategy != "no"),
-                self.checkpoints.run(resume_from_checkpoint) as checkpoint,
-                self.run_report.running(),
-                failing_together(),
-                freed_memory_kept(self.args.device),
-            ):
-                result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-                self._divergence.finish()
-                return result
-        finally:
-            close_progress(self.callback_handler.callbacks)
-            remove_noise(self)
+        with (
+            tidied(self),
+            self._signals.caught(saves=self.args.save_strategy != "no"),
+            self.checkpoints.run(resume_from_checkpoint) as checkpoint,
+            self.run_report.running(),
+            failing_together(),
+            freed_memory_kept(self.args.device),
+        ):
+            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            self._divergence.finish()
+            return result
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
