@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1) rms_norm_backward_kernel(NormArgs
   float* partial = args.partials + worker * columns;
   const bool first_rounded = rounds_first(args.weight);
   Part part, gradient;
+  // In registers, as `part`, only where loops over packs are unrolled; for some GPUs nvcc leaves them.
   float by_weight[kPacks][kSize] = {};
   int parity = 0;
   // Every thread makes as many rounds: those without a row go along with their block.
@@ -136,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1) rms_norm_backward_kernel(NormArgs
     for (int64_t start = 0; start < columns; start += Part::kSpan) {
       part.load(x, start, end);
       gradient.load(grad, start, end);
+#pragma unroll
       for (int i = 0; i < kPacks; ++i) {
         const int64_t column = Part::column(start, i);
         float factors[kSize];
@@ -156,6 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) rms_norm_backward_kernel(NormArgs
     for (int64_t start = 0; out != nullptr && start < end; start += Part::kSpan) {
       if (!fits) part.load(x, start, end);
       if (!fits) gradient.load(grad, start, end);
+#pragma unroll
       for (int i = 0; i < kPacks; ++i) {
         const int64_t column = Part::column(start, i);
         float factors[kSize], values[kSize], more[kSize];
@@ -171,6 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1) rms_norm_backward_kernel(NormArgs
     }
   }
   if (!has_partials || !fits) return;
+#pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     for (int k = 0; k < kSize; ++k) {
       const int64_t column = Part::column(0, i) + k;

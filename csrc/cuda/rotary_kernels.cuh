@@ -265,7 +265,8 @@ struct HeadBackward {
   }
 };
 
-// A worker's sums of the gradient by the weight: a thread's own columns, the first of them in registers.
+// A worker's sums of the gradient by the weight: a thread's own columns, the first of them in registers, which takes
+// loops that are unrolled; for some GPUs nvcc leaves them.
 template <typename T>
 struct HeadSums {
   static constexpr int kSize = Pack<T>::kSize;
@@ -277,8 +278,11 @@ struct HeadSums {
   // index: of the thread's pack; is_first: of the worker's rows.
   __device__ void add_pairs(const PairValues<kSize>& more, int64_t index, int64_t first, int64_t half, bool adjacent,
                             bool is_first, float* partial) {
+#pragma unroll
     for (int i = 0; i < kPairPacks; ++i) {
-      for (int k = 0; k < kSize && i == index; ++k) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        if (i != index) continue;
         pairs[i].a[k] += more.a[k];
         pairs[i].b[k] += more.b[k];
       }
@@ -293,8 +297,12 @@ struct HeadSums {
 
   __device__ void add_rest(const float (&more)[kSize], int64_t index, int64_t column, int64_t width, bool is_first,
                            float* partial) {
+#pragma unroll
     for (int i = 0; i < kRestPacks; ++i) {
-      for (int k = 0; k < kSize && i == index; ++k) rest[i][k] += more[k];
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        if (i == index) rest[i][k] += more[k];
+      }
     }
     for (int k = 0; k < kSize && index >= kRestPacks && column + k < width; ++k) {
       add(more[k], is_first, partial[column + k]);
@@ -303,7 +311,9 @@ struct HeadSums {
 
   __device__ void store(int64_t turned_width, int64_t width, bool adjacent, float* partial) const {
     const int64_t half = turned_width / 2, lane = threadIdx.x % kHeadLanes;
+#pragma unroll
     for (int i = 0; i < kPairPacks; ++i) {
+#pragma unroll
       for (int k = 0; k < kSize; ++k) {
         const int64_t pair = (i * kHeadLanes + lane) * kSize + k;
         if (pair >= half) continue;
@@ -313,7 +323,9 @@ struct HeadSums {
         });
       }
     }
+#pragma unroll
     for (int i = 0; i < kRestPacks; ++i) {
+#pragma unroll
       for (int k = 0; k < kSize; ++k) {
         const int64_t column = turned_width + (i * kHeadLanes + lane) * kSize + k;
         if (column < width) partial[column] = rest[i][k];
