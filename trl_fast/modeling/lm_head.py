@@ -17,6 +17,7 @@ from trl_fast.ops.head.vocabulary_shard import VocabularyShard
 
 from .low_bit_layers import bits_of, dequantized_weight
 from .model_changes import changes_of
+from .tied_weight import weight_of_head
 from .vocabulary_parallel import own_columns
 
 FLOAT32_HEAD = "float32 head"
@@ -76,8 +77,7 @@ def head_parameters(model: PreTrainedModel, *, transient: bool = False) -> HeadP
         return _adapted(head, transient)
     if bits_of(head):
         return _low_bit_head(head, model.dtype)
-    weight: Any = head.weight
-    return HeadParameters(*own_columns(weight, getattr(head, "bias", None)))
+    return HeadParameters(*own_columns(weight_of_head(model, head), getattr(head, "bias", None)))
 
 
 def _low_bit_head(head: nn.Module, dtype: torch.dtype) -> HeadParameters:

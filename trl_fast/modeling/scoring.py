@@ -33,6 +33,7 @@ from .memory_budgets import head_workspace
 from .model_changes import changes_of, unbound_forward
 from .segment_attention import LENGTHS_KEYWORD, keep_score_caps, row_inputs
 from .sharded_head import ReadHead, call_with_whole_head
+from .tied_weight import one_gradient_of_tied_weight
 from .ulysses import DealtRows, active_group
 from .upcast_linear_layers import upcast_linear_layers
 
@@ -125,7 +126,8 @@ def attach_scoring(model: PreTrainedModel) -> None:
             return original(self, *args, **kwargs)
         if not self.trl_fast_fused_head:
             return _score_logits(self, original, scoring, *args, **kwargs)
-        return _score_hidden(self, scoring, *args, **kwargs)
+        with one_gradient_of_tied_weight(self):
+            return _score_hidden(self, scoring, *args, **kwargs)
 
     change.set(model, "forward", types.MethodType(forward, model))
 

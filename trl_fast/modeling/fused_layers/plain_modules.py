@@ -16,8 +16,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trl_fast.modeling.tied_weight import HEAD_WEIGHT
 from trl_fast.ops.device import device_facts
-from trl_fast.ops.layers import embedding, lora_linear
+from trl_fast.ops.layers import embedding, lora_linear, tied_embedding
 from trl_fast.ops.linear import MIN_ROWS, linear
 from trl_fast.parallel.partitions import is_partitioned
 
@@ -95,9 +96,14 @@ def _embedding_class() -> type[nn.Module]:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if not self.weight.requires_grad or input.device != self.weight.device:
             return nn.Embedding.forward(self, input)
-        return embedding(input, self.weight, self.padding_idx)
+        if HEAD_WEIGHT not in vars(self) or torch.compiler.is_compiling():
+            return embedding(input, self.weight, self.padding_idx)
+        rows, vars(self)[HEAD_WEIGHT] = tied_embedding(input, self.weight, self.padding_idx)
+        return rows
 
-    return make_class(nn.Embedding, forward=forward)
+    made = make_class(nn.Embedding, forward=forward)
+    made.hands_weight_on = True
+    return made
 
 
 @functools.cache
