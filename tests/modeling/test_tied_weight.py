@@ -20,6 +20,7 @@ from trl_fast.ops.layers import embedding as embedding_module
 from trl_fast.ops.layers import tied_embedding as tied_module
 
 CPU = torch.device("cpu")
+SPARSE = HeadOptions(head_grad="sparse")
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def assert_same_gradients(got, expected, rtol=1e-4):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("options", [{}, {"token_loss": token_loss}, {"head": HeadOptions(head_grad="sparse")}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"token_loss": token_loss}, {"head": SPARSE}], ids=str)
 def test_rows_are_added_to_the_gradient_of_the_head(options, layout, trees, sums):
     """Also where it accumulates: one large gradient a micro-batch, and autograd adds it to the one that is there."""
     batch = pack_trees(trees, layout, 2)

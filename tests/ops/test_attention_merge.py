@@ -54,7 +54,7 @@ def test_opcheck():
 def test_there_is_a_triton_kernel_only():
     for backend in ("cuda", "cpp"):
         found = supports("attention_merge", backend, "cpu", torch.bfloat16)
-        assert found == (False, f"there is no {backend} kernel, only one in Triton")
+        assert found == (False, f"there is no {backend} kernel of it, only in triton")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ dS = scale · P · (dO Vᵀ - Σ dO O), dQ = dS K, dK = dSᵀ Q; with capped sco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -104,18 +104,7 @@ def _empty_results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tens
 
 
 @_row_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Sequence[int],
-    runs: Sequence[int],
-    whole_runs: bool,
-    window: int,
-    scale: float,
-    softcap: float,
-    backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty_results(query, value)
 
 
@@ -173,19 +162,7 @@ def _row_attention_backward(
 
 @_row_attention_backward.register_fake
 def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    segments: Sequence[int],
-    runs: Sequence[int],
-    whole_runs: bool,
-    window: int,
-    scale: float,
-    softcap: float,
-    backend: str | None,
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     by_query, by_key, by_value = _empty_gradients(query, key, value)
     return by_query, by_key, by_value

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 # Ops on vectors of one number a token.
 VECTOR_OPS = ("pair_loss", "policy_loss")
-# Ops that have a Triton kernel and PyTorch.
+# Ops that have a Triton kernel and PyTorch alone.
 TRITON_OPS = ("attention_merge", "gradient_scale")
 HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
 # The second is made of the head's row kernels.
@@ -35,6 +35,12 @@ DIVERGENCE_OPS = ("linear_divergence", "linear_divergence_to_given")
 LAYER_OPS = ("rms_norm", "residual_rms_norm", "gated_activation", "rotary", "qk_norm_rotary", "embedding")
 # Attention over a row of token trees: a C++ kernel and PyTorch.
 ATTENTION_OPS = ("row_attention",)
+# Ops that not all backends have a kernel of, and those that have one.
+_ONLY_KERNELS = {
+    **dict.fromkeys(TRITON_OPS, ("triton",)),
+    **dict.fromkeys(ATTENTION_OPS, ("cpp",)),
+    "embedding": ("triton", "cpp"),
+}
 OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS, *LAYER_OPS, *ATTENTION_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -205,24 +211,20 @@ def supports(
     return _support(op, backend, device_facts(torch.device(device)), dtype, formula)
 
 
-def _divergence_backends() -> list[str]:
-    """Returns the backends that have a kernel of the divergence."""
-    from .divergence.row_kernels import DIVERGENCE_KERNELS
+def _backends_with_kernel(op: str) -> Collection[str]:
+    """Returns the backends that have a kernel of an op, or say themselves why they have none."""
+    if op == "linear_divergence":
+        from .divergence.row_kernels import DIVERGENCE_KERNELS
 
-    return list(DIVERGENCE_KERNELS)
+        return DIVERGENCE_KERNELS
+    return _ONLY_KERNELS.get(op, BACKENDS)
 
 
 def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, formula: str | None = None) -> Support:
     if backend == "torch":
         return Support(True, "pure PyTorch, always there")
-    if op in TRITON_OPS and backend != "triton":
-        return Support(False, f"there is no {backend} kernel, only one in Triton")
-    if op == "embedding" and backend == "cuda":
-        return Support(False, "there is no cuda kernel of it, only one in Triton")
-    if op in ATTENTION_OPS and backend != "cpp":
-        return Support(False, f"there is no {backend} kernel of it, only one in C++")
-    if op == "linear_divergence" and backend not in _divergence_backends():
-        return Support(False, f"there is no {backend} kernel of it")
+    if backend not in (having := _backends_with_kernel(op)):
+        return Support(False, f"there is no {backend} kernel of it, only in {' and '.join(having)}")
     if op in VECTOR_OPS and backend == "cpp":
         return Support(False, "there is no C++ kernel: on a CPU, one number a token costs nothing next to the head")
     if op in VECTOR_OPS and dtype != torch.float32:

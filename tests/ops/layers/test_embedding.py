@@ -1,13 +1,17 @@
 """Embeddings: PyTorch's rows and gradients, each written once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from support.layer_errors import BACKENDS, DTYPES, check_errors, draw
-from trl_fast.ops.device import DeviceFacts, simulated_device
+from trl_fast.ops.backends import BACKENDS as BACKENDS_OF_OPS
+from trl_fast.ops.backends import supports
+from trl_fast.ops.device import DeviceFacts, device_facts, simulated_device
 from trl_fast.ops.layers import embedding
-from trl_fast.ops.layers.embedding import rows_and_ids
+from trl_fast.ops.layers.embedding import _ADD, _SUM, rows_and_ids
 
 # Rows of the weight, its width, and the shape of tokens.
 CASES = [(11, 20, (3, 7)), (1, 5, (4,)), (9, 16, (0,)), (9, 16, (2, 0)), (300, 33, (2, 2, 90)), (7, 1, ())]
@@ -100,3 +104,11 @@ def test_on_a_gpu_rows_of_padding_count_for_nothing_and_none_is_left_out():
     assert rows.tolist() == [[1, 2], [0, 0], [3, 4]] and found.tolist() == [7, 2, 7]
     rows, found = rows_and_ids(grad, ids, 2)
     assert rows.tolist() == [[1, 2], [3, 4]] and found.tolist() == [7, 7]
+
+
+def test_backends_without_a_kernel_say_so():
+    """Where all that have one serve, they are those that this module has a function of."""
+    with simulated_device(replace(device_facts(torch.device("cpu")), serves=lambda op, backend: True)):
+        served = {name: supports("embedding", name, "cpu", torch.float32) for name in BACKENDS_OF_OPS}
+    assert {name for name, support in served.items() if support.ok} == set(_SUM) == set(_ADD)
+    assert served["cuda"].reason == "there is no cuda kernel of it, only in triton and cpp"

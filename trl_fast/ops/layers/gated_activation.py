@@ -67,7 +67,7 @@ def _gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str, bac
 
 
 @_gated_activation.register_fake
-def _(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None) -> torch.Tensor:
+def _(gate: torch.Tensor, *_: Any) -> torch.Tensor:
     return gate.new_empty(gate.shape)
 
 
@@ -115,9 +115,7 @@ def _gated_activation_backward(
 
 
 @_gated_activation_backward.register_fake
-def _(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 

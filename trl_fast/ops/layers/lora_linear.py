@@ -62,12 +62,7 @@ def _lora_linear(
 
 @_lora_linear.register_fake
 def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), lora_a.new_empty(rows, lora_a.shape[0])

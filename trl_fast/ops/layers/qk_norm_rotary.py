@@ -51,6 +51,7 @@ def _(
 def _qk_norm_rotary_backward(
     grad_query: torch.Tensor,
     grad_key: torch.Tensor,
+    needs_weights: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     query_weight: torch.Tensor,
@@ -60,7 +61,6 @@ def _qk_norm_rotary_backward(
     cos: torch.Tensor,
     sin: torch.Tensor,
     cast: str,
-    needs_weights: bool,
     pairs: str,
     one_angle_a_pair: bool,
     upcast: bool,
@@ -78,17 +78,12 @@ def _qk_norm_rotary_backward(
 def _(
     grad_query: torch.Tensor,
     grad_key: torch.Tensor,
+    needs_weights: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     query_weight: torch.Tensor,
     key_weight: torch.Tensor,
-    query_rstd: torch.Tensor,
-    key_rstd: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    cast: str,
-    needs_weights: bool,
-    *way: Any,
+    *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     first, second = (query.new_empty(weight.shape if needs_weights else 0) for weight in (query_weight, key_weight))
     return empty_by_tokens(query), empty_by_tokens(key), first, second
@@ -109,7 +104,7 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.T
 def _backward(ctx: _Context, grad_query: torch.Tensor, grad_key: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     cast, *way = ctx.choices
     needs = ctx.needs_input_grad[:4]
-    grads = _qk_norm_rotary_backward(grad_query, grad_key, *ctx.saved_tensors, cast, needs[2] or needs[3], *way)
+    grads = _qk_norm_rotary_backward(grad_query, grad_key, needs[2] or needs[3], *ctx.saved_tensors, cast, *way)
     return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 8
 
 

@@ -54,14 +54,7 @@ def _residual_rms_norm(
 
 
 @_residual_rms_norm.register_fake
-def _(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    cast: str,
-    backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape), rstd
 

@@ -67,17 +67,7 @@ def _rotary(
 
 
 @_rotary.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    pairs: str,
-    one_angle_a_pair: bool,
-    upcast: bool,
-    is_backward: bool,
-    backend: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, key: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_by_tokens(query), query.new_empty(0) if key is None else empty_by_tokens(key)
 
 
