@@ -45,6 +45,42 @@ def test_error_is_that_of_peft(shape, has_bias, dtype, adapter):
     check_errors(*ways, (x, weight, a, b))
 
 
+def autocast(function):
+    def run(*given):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(*given)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_under_autocast_is_that_of_peft(shape, dtype):
+    """Base weights of either width, and an adapter in float32, as PEFT makes it."""
+    given = inputs(*shape, dtype, torch.float32)
+    check_errors(autocast(ours), autocast(peft), peft, given)
+    assert autocast(ours)(*given).dtype == torch.bfloat16
+
+
+def test_autocast_casts_the_input_once():
+    """What PEFT's layer keeps of it besides are its casts to the adapter's dtype and back."""
+
+    def kept(function):
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
+            autocast(function)(*given)
+        return sum(t.nbytes for t in saved.values() if t.shape[-1] == 20 and t.numel() == 3 * 7 * 20)
+
+    given = inputs(3, 7, 20, 12, 4, torch.bfloat16, torch.float32)
+    assert kept(ours) == 2 * 3 * 7 * 20 < kept(peft)
+
+
+def test_autocast_leaves_float64_alone():
+    x, *rest = inputs(3, 7, 20, 12, 4)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="weight"):
+        ours(x.double(), *rest)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cpu_that_multiplies_in_float32_by_the_library(dtype, monkeypatch):
     """Products of 16 bits are then computed in float32 and rounded once."""

@@ -3,6 +3,9 @@
 The adapter's part is summed into y, and into the gradient by x, by the matrix product that computes it, where PEFT
 writes it out, scales it and adds it. So a sum of 16-bit numbers is rounded once; x Wᵀ + b and x Aᵀ are rounded as
 PEFT rounds them. Backward keeps x and s x Aᵀ.
+
+Under autocast all is computed in its dtype, as PEFT's layer is. x is cast once, where PEFT casts it to the adapter's
+dtype and autocast casts both it and x back, each with a gradient that is cast and added.
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from typing import Any
 
 import torch
 
-from ..matmul import add_mm, mm_into, own_product_serves, product_dtype
+from ..matmul import SIXTEEN_BITS, add_mm, mm_into, own_product_serves, product_dtype
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext, gradients_of
 
 _NAME = "trl_fast::lora_linear"
+# What autocast casts.
+_CASTABLE = (torch.float32, *SIXTEEN_BITS)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -132,6 +137,11 @@ def _backward(ctx: _Context, grad: torch.Tensor, _: object) -> tuple[torch.Tenso
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a tensor of any shape as autocast hands it to a product: numbers of 16 and 32 bits in its dtype."""
+    return tensor.to(dtype) if tensor.dtype in _CASTABLE else tensor
+
+
 def lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -144,15 +154,22 @@ def lora_linear(
 
     Args:
         x: (..., I), any strides; weight: (O, I); bias: (O,) or None: one float dtype.
-        lora_a: (r, I); lora_b: (O, r): that dtype, or float32 beside 16 bits.
+        lora_a: (r, I); lora_b: (O, r): that dtype, or float32 beside 16 bits. Under autocast each may have another
+            dtype, none wider than float32.
         scaling: usually alpha / r.
 
     Returns:
-        (..., O), dtype of x, contiguous; differentiable by all tensors, once.
+        (..., O), dtype of x or of autocast, contiguous; differentiable by all tensors, once.
 
     Raises:
         ValueError: a shape or dtype is not as above.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, lora_a, lora_b = (_cast(tensor, dtype) for tensor in (x, weight, lora_a, lora_b))
+        bias = None if bias is None else _cast(bias, dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(x, weight, bias, lora_a, lora_b, scaling)
     if x.dim() < 1 or not x.is_floating_point() or x.shape[-1] < 1:
         raise ValueError(f"x: expected floats of shape (..., I), got {x.dtype} {tuple(x.shape)}")
     inputs, outputs, rank = x.shape[-1], weight.shape[0], lora_a.shape[0]
