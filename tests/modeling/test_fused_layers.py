@@ -19,6 +19,8 @@ from transformers.models.llama import modeling_llama
 from benchmarks.families import tiny_config
 from support.models import tiny_model
 from trl_fast.modeling.fused_layers import FUSED_LAYERS, fuse_layers, try_outs
+from trl_fast.modeling.fused_layers.fused_classes import fused_class_for
+from trl_fast.modeling.fused_layers.try_outs import Draw
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -38,7 +40,7 @@ FUSED = {
     "qwen3_next": (7, 2, 2, 1, True),  # a gate beside the queries; a part of each head is turned
     "gemma4_text": (30, 4, 4, 0, True),  # some norms have no weight; its function turns one tensor
     "granite": (5, 2, 2, 0, True),  # what is added is multiplied first
-    "cohere": (0, 2, 0, 0, True),
+    "cohere": (3, 2, 0, 0, True),  # by PyTorch's layer_norm
     "olmo2": (9, 2, 0, 2, True),
     "phi3": (5, 2, 2, 0, True),  # one layer gives gate and up
     "glm4": (9, 2, 2, 0, True),  # and a part of each head is turned, by pairs
@@ -146,6 +148,33 @@ def test_16_bits(dtype):
     expected = run(model)
     fuse_layers(model, CPU)
     assert_same(run(model), expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_coheres_norm(autocast, dtype):
+    """Its numbers, and its own code for norms of heads, each with a weight of its own."""
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+
+    draw = Draw(CPU, dtype)
+    for shape in (24, (3, 24)):
+        norm = CohereLayerNorm(shape, eps=1e-3).to(dtype)
+        norm.weight.data.copy_(draw(*norm.weight.shape))
+        fused = fused_class_for(norm)
+        ours = fused.__new__(fused)
+        vars(ours).update(vars(norm))
+        x, got, expected = 2 + draw(5, 3, 24), [], []
+        for module, results in ((norm, expected), (ours, got)):
+            given = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = module(given)
+            norm.weight.grad = None
+            y.float().square().sum().backward()
+            results += [y.detach(), given.grad, norm.weight.grad]
+        for one, other in zip(got, expected, strict=True):
+            assert one.dtype == other.dtype
+            rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+            assert (one.float() - other.float()).norm() <= rounding * other.float().norm()
 
 
 def test_the_ops_run(monkeypatch):

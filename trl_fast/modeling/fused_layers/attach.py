@@ -37,7 +37,7 @@ from .turned_norms import turning_attention, why_attention_differs
 logger = logging.getLogger(__name__)
 
 FUSED_LAYERS = "fused layers"
-# The op of each kind of module.
+# The op of each kind of module; what is not here is computed by PyTorch, whatever the device.
 _OPS = {NORM: "rms_norm", GATED_MLP: "gated_activation"}
 
 
@@ -161,7 +161,7 @@ def _layers_that_add(
 
 def _find_attentions(model: PreTrainedModel, found: _Found, device: torch.device) -> None:
     """Adds to what was found the attentions that can normalise and turn queries and keys at once."""
-    fused_norms = dict(found.modules)
+    fused_norms = {module: fused for module, fused in found.modules if hasattr(fused, "settings")}
     for module in model.modules():
         turning = turning_attention(module)
         turns = [] if turning is None else turns_after_norms(original_class(module).__module__, found.rotaries)
@@ -190,8 +190,7 @@ def _why_not_at_once(
 def _why_not_fused(module: nn.Module, fused: type[nn.Module], device: torch.device) -> str:
     known, dtype = known_class(module), _dtype_of(module)
     assert known is not None, "it has a fused class"
-    served = kernel_for(_OPS[known.kind], device, dtype)
-    if not served.ok:
+    if known.kind in _OPS and not (served := kernel_for(_OPS[known.kind], device, dtype)).ok:
         return served.reason
     if _is_shared_out(module):
         return f"{type(module).__name__}: tensor parallelism shares its weights"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.modules.module import _has_any_global_hook
@@ -22,7 +23,7 @@ from trl_fast.ops.layers import (
 from trl_fast.ops.layers.norm_casts import NormCast
 
 from .code_meaning import EPS_NAMES
-from .known_code import GATED_MLP, KnownClass, known_class
+from .known_code import GATED_MLP, LAYER_NORM, KnownClass, known_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -46,7 +47,8 @@ def fused_class_for(module: nn.Module) -> type[nn.Module] | None:
     if known.kind == GATED_MLP:
         activation = _activation_of(getattr(module, known.activation, None))
         return None if activation is None else _fused_mlp(cls, known, activation)
-    return _fused_norm(cls, known, next(name for name in EPS_NAMES if hasattr(module, name)))
+    eps_name = next(name for name in EPS_NAMES if hasattr(module, name))
+    return _fused_layer_norm(cls, eps_name) if known.kind == LAYER_NORM else _fused_norm(cls, known, eps_name)
 
 
 def make_class(cls: type[nn.Module], **methods: Callable) -> type[nn.Module]:
@@ -101,6 +103,21 @@ def _fused_norm(cls: type[nn.Module], known: KnownClass, eps_name: str) -> type[
         return NormSettings(weight_of(self), getattr(self, eps_name), known.cast)
 
     made = make_class(cls, forward=forward, add_and_normalize=add_and_normalize, settings=settings)
+    return made
+
+
+@functools.cache
+def _fused_layer_norm(cls: type[nn.Module], eps_name: str) -> type[nn.Module]:
+    """Returns a class that calls PyTorch's own function: it computes in float32, and rounds once, too."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        if weight.dim() != 1 or hidden_states.dtype != weight.dtype:
+            return super(made, self).forward(hidden_states)
+        # Autocast gives float32.
+        return F.layer_norm(hidden_states, weight.shape, weight, None, getattr(self, eps_name)).to(weight.dtype)
+
+    made = make_class(cls, forward=forward)
     return made
 
 

@@ -12,14 +12,14 @@ from trl_fast.ops.layers.norm_casts import NormCast
 
 from .code_meaning import does
 
-NORM, GATED_MLP = "norm", "gated MLP"
+NORM, LAYER_NORM, GATED_MLP = "norm", "layer norm", "gated MLP"
 
 
 @dataclass(frozen=True, eq=False)
 class KnownClass:
     """Describes what classes of modules compute.
 
-    - `kind`: NORM or GATED_MLP.
+    - `kind`: NORM (by the root mean square), LAYER_NORM (which subtracts the mean before) or GATED_MLP.
     - `methods`: the code of each method that has to be known, by its name.
     - `cast`: of a norm, where numbers are rounded, as ops.layers.rms_norm calls it.
     - `reads_weight`: of a norm, whether it has a weight, or may.
@@ -85,6 +85,17 @@ _BARE_NORM = """
 def forward(self, x):
     return self._norm(x.float()).type_as(x)
 """
+# Cohere: without a bias, and in float32 to the end.
+_COHERE_NORM = """
+def forward(self, x):
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    x = (x - mean) * torch.rsqrt(variance + self.eps)
+    x = self.weight.to(torch.float32) * x
+    return x.to(dtype)
+"""
 _POWER_OF_MEAN_SQUARE = """
 def _norm(self, x):
     mean_squared = x.pow(2).mean(-1, keepdim=True) + self.eps
@@ -117,6 +128,7 @@ KNOWN_CLASSES = (
     KnownClass(NORM, {"forward": _OLMO_NORM}, cast="olmo"),
     KnownClass(NORM, {"forward": _SCALED_NORM, "_norm": _POWER_OF_MEAN_SQUARE}, cast="olmo"),
     KnownClass(NORM, {"forward": _BARE_NORM, "_norm": _ROOT_MEAN_SQUARE}, reads_weight=False),
+    KnownClass(LAYER_NORM, {"forward": _COHERE_NORM}),
     *(
         KnownClass(
             GATED_MLP, {"forward": source.format(activation=name)}, gate_and_up=source is _JOINT_MLP, activation=name
