@@ -64,9 +64,9 @@ def test_evaluate_takes_datasets_that_were_not_prepared(model_path, tmp_path):
 
 def test_precomputed_references_are_computed_once(model_path, tmp_path, monkeypatch):
     passes = []
-    original = trl_fast.KTOTrainer.score_reference
+    original = reference.ReferencePolicy.score
     monkeypatch.setattr(
-        trl_fast.KTOTrainer, "score_reference", lambda self, batch: passes.append(len(batch)) or original(self, batch)
+        reference.ReferencePolicy, "score", lambda self, batch: passes.append(len(batch)) or original(self, batch)
     )
     color_labels().add_column("run", [str(tmp_path)] * 24).save_to_disk(tmp_path / "data")
     dataset = Dataset.load_from_disk(str(tmp_path / "data"))

@@ -8,7 +8,7 @@ from datasets import Dataset
 import trl_fast
 from support.ranks import run_on_ranks
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
-from trl_fast.trainers.base.reference import ReferenceTrainer
+from trl_fast.trainers.base.reference import ReferencePolicy
 
 pytestmark = pytest.mark.processes
 
@@ -29,8 +29,8 @@ def train(case, model_path, folder, *, batch_size, data=None, **settings):
     # Global batches are the same, and whole; those in which references are computed are not.
     sizes = {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
     sizes |= {"precompute_ref_batch_size": 3, "gradient_accumulation_steps": 1}
-    calls, score = [], ReferenceTrainer.score_reference
-    with patch.object(ReferenceTrainer, "score_reference", lambda *args: calls.append(1) or score(*args)):
+    calls, score = [], ReferencePolicy.score
+    with patch.object(ReferencePolicy, "score", lambda *args: calls.append(1) or score(*args)):
         trainer = make_trainer(trl_fast, folder, method=method, arguments=arguments, **sizes, **settings)
     trainer.train()
     trainer.evaluate()

@@ -146,6 +146,6 @@ def _set_trained(trained: list[tuple[torch.nn.Parameter, bool]]) -> None:
             parameter.requires_grad_(trains)
 
 
-def reference_scope(model: torch.nn.Module, adapter: str | None = None) -> AbstractContextManager[None]:
+def reference_scope(model: torch.nn.Module | None, adapter: str | None = None) -> AbstractContextManager[None]:
     """Returns the context `adapter_reference` for a PeftModel, and one without effect for others."""
     return adapter_reference(model, adapter) if isinstance(model, PeftModel) else nullcontext()

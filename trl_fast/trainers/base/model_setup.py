@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from trl_fast.data.images.row_images import RowImages
 from trl_fast.modeling.activation_offloading import offload_activations
-from trl_fast.modeling.adapters import adapter_refusal
+from trl_fast.modeling.adapters import adapter_refusal, check_virtual_tokens
 from trl_fast.modeling.finite_weights import check_weights
 from trl_fast.modeling.fused_layers import fuse_layers
 from trl_fast.modeling.image_models import image_probes
 from trl_fast.modeling.layouts import LayoutRequest
 from trl_fast.modeling.liger_kernels import check_liger
-from trl_fast.modeling.loading import base_model, disable_dropout, is_quantized, keep_used_conversions
+from trl_fast.modeling.loading import add_adapter, base_model, disable_dropout, is_quantized, keep_used_conversions
 from trl_fast.modeling.low_bit_layers import compute_alike, train_in_bfloat16
 from trl_fast.modeling.recurrent_layers import warn_of_missing_kernels, warn_of_unread_adapters
 from trl_fast.modeling.selective_checkpointing import set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.modeling.unread_parts import freeze_unread_parts, name_present_layers, run_frozen_readers_without_graph
+from trl_fast.parallel.agreement import together
 from trl_fast.parallel.weights import has_read_weights
 
 from .config import BaseConfig
-from .parallelism import check_model_parallelism, shares_rows
+from .parallelism import check_model_parallelism, parallel_options, shares_rows
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,27 @@ def loading_options(args: BaseConfig, quantization_config: object | None) -> dic
     if "quantization_config" in options:
         raise ValueError("quantization_config is given twice: to the trainer, and in model_init_kwargs; leave one out")
     return {**options, "quantization_config": quantization_config}
+
+
+def loaded_model(
+    load: Callable[..., PreTrainedModel],
+    model: str | PreTrainedModel | PeftModel,
+    args: BaseConfig,
+    quantization_config: object | None,
+) -> PreTrainedModel | PeftModel:
+    """Returns a model as it is, or, where a name is given, what `load` makes of it and of keywords of from_pretrained.
+
+    Raises:
+        ValueError: a quantization_config for a model that is loaded already; or as in `loading_options`.
+    """
+    if isinstance(model, str):
+        options = loading_options(args, quantization_config)
+        return load(model, **options | parallel_options(args, options))
+    if args.model_init_kwargs:
+        logger.warning("model_init_kwargs is ignored: the model is an object that is loaded already.")
+    if quantization_config is not None:
+        raise ValueError("quantization_config needs a model given by name; this one is loaded already")
+    return model
 
 
 class LayerSettings(Protocol):
@@ -65,6 +88,19 @@ class LayerSettings(Protocol):
     @property
     def keeps_attention(self) -> bool:
         """Tells whether checkpointing keeps what attention gives whatever the budget."""
+
+
+def adapt_model(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: BaseConfig, *, reads_images: bool
+) -> PreTrainedModel | PeftModel:
+    """Returns a model that trains with its adapter, its layers set up; reads_images as in `set_up_layers`."""
+    if peft_config is not None:
+        model = add_adapter(cast(PreTrainedModel, model), peft_config)
+    check_virtual_tokens(model, gradient_checkpointing=args.gradient_checkpointing)
+    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    together(lambda: set_up_layers(model, cast(LayerSettings, args), reads_images=reads_images))
+    return model
 
 
 def set_up_layers(

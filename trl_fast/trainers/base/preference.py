@@ -23,8 +23,9 @@ from .batch_reader import AnyBatch, BatchReader
 from .padded_outputs import first_sequences, with_padded_outputs
 from .preference_config import PreferenceConfig
 from .prepared_datasets import check_dataset_type
-from .reference import ReferenceTrainer
+from .reference import REFERENCE_ATTRIBUTES, ReferencePolicy
 from .tokenizers import older_tokenizer_name
+from .trainer import BaseTrainer
 from .trl_attributes import ROW_ATTRIBUTES, answers_to, fixed_attribute, loss_setting
 
 _PRECOMPUTED = "the datasets have the reference's log-probs, or not, since the trainer was made"
@@ -33,11 +34,12 @@ _PRECOMPUTED = "the datasets have the reference's log-probs, or not, since the t
 @answers_to(
     {
         **ROW_ATTRIBUTES,
+        **REFERENCE_ATTRIBUTES,
         "beta": loss_setting("beta"),
         "precompute_ref_logps": fixed_attribute(lambda trainer: trainer.args.precompute_ref_log_probs, _PRECOMPUTED),
     }
 )
-class PreferenceTrainer(ReferenceTrainer):
+class PreferenceTrainer(BaseTrainer):
     """Trains on preference data; a subclass brings its data, its collator and its loss.
 
     `reference_columns` hold precomputed log-probabilities of a row's sequences under the reference, in their order in
@@ -45,6 +47,7 @@ class PreferenceTrainer(ReferenceTrainer):
     """
 
     config_class = PreferenceConfig
+    reference: ReferencePolicy
     shares_prompts = True
     reference_columns: ClassVar[tuple[str, ...]] = ()
     uncalled_hooks: ClassVar[Mapping[str, str]] = {
@@ -99,7 +102,8 @@ class PreferenceTrainer(ReferenceTrainer):
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
         sequences, wanted = self.sample_sequences(train_dataset), self.needs_reference(args)
-        model, layout = self.set_up_models(model, ref_model, args, peft_config, sequences, wanted=wanted)
+        self.reference = ReferencePolicy(self)
+        model, layout = self.reference.set_up(model, ref_model, args, peft_config, sequences, wanted=wanted)
         collator = self.make_collator(model, processing_class.pad_token_id, layout, args)
         self.batches = BatchReader(collator)
         self.start(
@@ -179,7 +183,7 @@ class PreferenceTrainer(ReferenceTrainer):
         columns = self.reference_columns
         if columns[0] in batch.extras:
             return torch.stack([batch.extras[column] for column in columns], dim=1).flatten()
-        return self.sequence_logprobs(batch, self.score_reference(batch).logprobs)
+        return self.sequence_logprobs(batch, self.reference.score(batch).logprobs)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: AnyBatch) -> tuple[torch.Tensor, ...]:
         """Computes log π_ref of a batch for each of the `reference_columns`, a number a row, (P,) float32.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -24,9 +24,12 @@ from trl_fast.settings.batch_layouts import AUTO, PADDED
 from ..checkpoints.parts import WeightsPart
 from .callbacks import SyncRefModelCallback
 from .images import share_images
-from .model_setup import layout_request, router_coefficient, set_up_layers
+from .model_setup import LayerSettings, layout_request, router_coefficient, set_up_layers
 from .reference_config import ReferenceConfig
-from .trainer import BaseTrainer
+from .trl_attributes import TRLAttribute
+
+# Of all trainers with a reference.
+REFERENCE_ATTRIBUTES = {"ref_model": TRLAttribute("reference.model")}
 
 
 @torch.no_grad()
@@ -52,20 +55,22 @@ def reference_scores(
         return score(model, batch, **keywords).tokens
 
 
-class ReferenceTrainer(BaseTrainer):
-    """Trains with a loss that reads log-probabilities of a reference policy.
+class ReferencePolicy:
+    """Holds the policy that a trainer's loss is held against, scores with it, and lends it to callbacks.
 
-    `ref_model` is that policy; None where it is the model itself without its adapter, or where there is none. A
-    subclass calls `set_up_models` and then `start`.
+    - `model`: that policy; None where it is the trainer's model without its adapter, or where there is none.
+
+    A trainer calls `set_up` before it starts; `BaseTrainer.start` calls `start`.
     """
 
-    config_class = ReferenceConfig
-    ref_model: torch.nn.Module | None = None
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.model: Any = None
 
-    def set_up_models(
+    def set_up(
         self,
-        model: PreTrainedModel | PeftModel,
-        ref_model: str | PreTrainedModel | None,
+        policy: Any,
+        given: str | PreTrainedModel | None,
         args: ReferenceConfig,
         peft_config: PeftConfig | None,
         sequences: list[list[int]],
@@ -73,64 +78,49 @@ class ReferenceTrainer(BaseTrainer):
         wanted: bool = True,
         adapter_wanted: bool = True,
     ) -> tuple[PreTrainedModel | PeftModel, str]:
-        """Returns the policy, adapted, and both models' batch layout; `ref_model` becomes the reference policy.
+        """Returns the policy, adapted, and both models' batch layout; makes the reference.
 
-        sequences: a few, to try the model out on. wanted: whether a copy of the policy is made where no ref_model is
-        given and no adapter tells policy and reference apart. adapter_wanted: the same of an adapter that the model
-        came with.
+        Args:
+            policy: the model that is trained, with its adapter if it came with one.
+            given: the argument `ref_model`.
+            args, peft_config: the trainer's arguments.
+            sequences: a few, to try the model out on.
+            wanted: whether a copy of the policy is made where no reference is given and no adapter tells policy and
+                reference apart.
+            adapter_wanted: the same of an adapter that the policy came with.
 
         Raises:
             NotImplementedError: sync_ref_model with an adapter and no ref_model.
-            ValueError: as in `adapt` and `choose_layout`.
+            ValueError: as in `BaseTrainer.adapt` and `BaseTrainer.choose_layout`.
         """
-        self.ref_model = self._make_reference(model, ref_model, args, peft_config, wanted)
-        came_with_adapter = isinstance(model, PeftModel)
-        model = self.adapt(model, peft_config, args)
+        trainer = self._trainer
+        self.model = _made_reference(policy, given, args, peft_config, wanted)
+        came_with_adapter = isinstance(policy, PeftModel)
+        policy = trainer.adapt(policy, peft_config, args)
         if came_with_adapter:
-            self._prepare_adapters(model, args, adapter_wanted)
-        layout = self.choose_layout(model, args, sequences)
-        if self.ref_model is not None:
-            self._prepare_reference(base_model(model), args)
-            layout = self._layout_of_both(base_model(model), args, sequences)
-        self.router_aux_loss_coef = router_coefficient(base_model(model), args.router_aux_loss_coef)
-        return model, layout
+            self._prepare_adapters(policy, args, adapter_wanted)
+        layout = trainer.choose_layout(policy, args, sequences)
+        if self.model is not None:
+            self._prepare(base_model(policy), args)
+            layout = self._layout_of_both(base_model(policy), args, sequences)
+        trainer.router_aux_loss_coef = router_coefficient(base_model(policy), args.router_aux_loss_coef)
+        return policy, layout
 
-    def _make_reference(
-        self,
-        model: PreTrainedModel | PeftModel,
-        ref_model: str | PreTrainedModel | None,
-        args: ReferenceConfig,
-        peft_config: PeftConfig | None,
-        wanted: bool,
-    ) -> PreTrainedModel | None:
-        with_adapter = peft_config is not None or isinstance(model, PeftModel)
-        if args.sync_ref_model and with_adapter and ref_model is None:
-            raise NotImplementedError(
-                "sync_ref_model=True needs a reference model of its own, but with PEFT the reference is the same "
-                "model without its adapter; give a ref_model or set sync_ref_model=False"
-            )
-        if isinstance(ref_model, str):
-            options = args.ref_model_init_kwargs or {"dtype": model.dtype}
-            return freeze(load_causal_lm(ref_model, **{"trust_remote_code": args.trust_remote_code, **options}))
-        if ref_model is not None:
-            return freeze(ref_model)
-        return None if with_adapter or not wanted else copy_as_reference(model)
-
-    def _prepare_adapters(self, model: PeftModel, args: ReferenceConfig, wanted: bool) -> None:
+    def _prepare_adapters(self, policy: PeftModel, args: ReferenceConfig, wanted: bool) -> None:
         if args.model_adapter_name is not None:
-            model.set_adapter(args.model_adapter_name)
-        # Training goes on from the adapter that the model came with, so a frozen copy of it is the reference.
-        if wanted and self.ref_model is None and args.ref_adapter_name is None:
-            copy_adapter_as_reference(model)
+            policy.set_adapter(args.model_adapter_name)
+        # Training goes on from the adapter that the policy came with, so a frozen copy of it is the reference.
+        if wanted and self.model is None and args.ref_adapter_name is None:
+            copy_adapter_as_reference(policy)
 
-    def _prepare_reference(self, policy: PreTrainedModel, args: ReferenceConfig) -> None:
-        inner = base_model(self.ref_model)
+    def _prepare(self, policy: PreTrainedModel, args: ReferenceConfig) -> None:
+        inner: Any = base_model(self.model)
         attach_scoring(inner)
         inner.trl_fast_fused_head = policy.trl_fast_fused_head
         # Of another family, it gets the attention of the layout that it is tried out in.
         if type(inner) is type(policy):
             follow_attention(inner, policy)
-        together(lambda: set_up_layers(inner, args, trains=False))
+        together(lambda: set_up_layers(inner, cast(LayerSettings, args), trains=False))
 
     def _layout_of_both(self, policy: PreTrainedModel, args: ReferenceConfig, sequences: list[list[int]]) -> str:
         """Returns the policy's layout, or the padded one where the reference is of another family that needs it.
@@ -138,63 +128,80 @@ class ReferenceTrainer(BaseTrainer):
         Raises:
             ValueError: the layout was asked for by name, and the reference cannot run it.
         """
-        inner = base_model(self.ref_model)
-        layout = self.layout.name
+        inner, trainer = base_model(self.model), self._trainer
+        layout = trainer.layout.name
         if type(inner) is type(policy) or layout == PADDED:
             return layout
-        request = replace(layout_request(self, inner, args), asked=layout)
-        if choose_layout_or_pad(inner, request, sequences, self.readout) == layout:
+        request = replace(layout_request(trainer, inner, args), asked=layout)
+        if choose_layout_or_pad(inner, request, sequences, trainer.readout) == layout:
             return layout
         reason = f"the reference, {type(inner).__name__}, runs padded rows only"
         if args.batch_layout != AUTO:
             raise ValueError(f"batch_layout={layout!r} cannot be used: {reason}; use 'auto' or {PADDED!r}")
-        self.layout = ChosenLayout(PADDED, reason)
+        trainer.layout = ChosenLayout(PADDED, reason)
         return PADDED
 
-    def start(self, **kwargs: Any) -> None:
-        """Starts as the base does; then the reference goes where the policy is."""
-        super().start(**kwargs)
-        if self.ref_model is not None:
-            share_images(self, self.ref_model)
-            self.ref_model = prepare_frozen(self.accelerator, self.ref_model)
-        for callback in kwargs.get("callbacks") or ():
-            self._lend_reference(callback)
-        if self.ref_model is None:
-            return
-        if self.args.sync_ref_model:
-            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
-            self._save_reference()
+    def start(self, callbacks: Iterable[Any]) -> None:
+        """Puts the reference where the policy is, when the trainer has started with those callbacks."""
+        trainer = self._trainer
+        if self.model is not None:
+            share_images(trainer, self.model)
+            self.model = prepare_frozen(trainer.accelerator, self.model)
+        for callback in callbacks:
+            self.lend(callback)
+        if self.model is not None and trainer.args.sync_ref_model:
+            trainer.add_callback(SyncRefModelCallback(self.model, trainer.accelerator))
+            self._save()
 
-    def _save_reference(self) -> None:
+    def _save(self) -> None:
         """Puts the reference, which changes, into checkpoints."""
-        part = WeightsPart("reference", self.ref_model, self.accelerator, writes=self.args.should_save)
-        self.checkpoints.collective_parts.append(part)
+        trainer = self._trainer
+        part = WeightsPart("reference", self.model, trainer.accelerator, writes=trainer.args.should_save)
+        trainer.checkpoints.collective_parts.append(part)
 
-    def add_callback(self, callback: Any) -> None:
-        """Adds a callback, as the base does; one that updates the reference gets it."""
-        super().add_callback(callback)
-        self._lend_reference(callback)
+    def lend(self, callback: Any) -> None:
+        """Gives the reference to a callback that updates it.
 
-    def _lend_reference(self, callback: Any) -> None:
+        Raises:
+            ValueError: it cannot be updated.
+        """
         if not getattr(callback, "update_ref_model", False):
             return
-        if self.ref_model is None or isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+        trainer = self._trainer
+        if self.model is None or isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
             raise ValueError(
                 f"{type(callback).__name__}(update_ref_model=True) needs a reference model of its own, and a policy "
                 "without an adapter, whose weights it can take; leave update_ref_model out"
             )
-        callback.ref_model = self.ref_model
-        self._save_reference()
+        callback.ref_model = self.model
+        self._save()
 
-    @property
-    def called_policy(self) -> Callable[..., ModelScores]:
-        """Returns the policy as it is called to score a batch outside of a step's loss."""
-        return self.model
-
-    def score_reference(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
-        """Scores a batch's N tokens under the reference; `kwargs` are those of `modeling.scoring.score`."""
-        model = self.called_policy if self.ref_model is None else self.ref_model
-        policy = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
-        options = {"policy": policy, "adapter": self.args.ref_adapter_name, "head": self.head_options}
-        with self.compute_loss_context_manager():
+    def score(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
+        """Scores a batch's N tokens; `kwargs` are those of `modeling.scoring.score`."""
+        trainer = self._trainer
+        model = trainer.called_policy if self.model is None else self.model
+        policy = trainer.accelerator.unwrap_model(trainer.model) if self.model is None else None
+        options = {"policy": policy, "adapter": trainer.args.ref_adapter_name, "head": trainer.head_options}
+        with trainer.compute_loss_context_manager():
             return reference_scores(model, batch, **options, **kwargs)
+
+
+def _made_reference(
+    policy: Any,
+    given: str | PreTrainedModel | None,
+    args: ReferenceConfig,
+    peft_config: PeftConfig | None,
+    wanted: bool,
+) -> PreTrainedModel | None:
+    with_adapter = peft_config is not None or isinstance(policy, PeftModel)
+    if args.sync_ref_model and with_adapter and given is None:
+        raise NotImplementedError(
+            "sync_ref_model=True needs a reference model of its own, but with PEFT the reference is the same model "
+            "without its adapter; give a ref_model or set sync_ref_model=False"
+        )
+    if isinstance(given, str):
+        options: Any = args.ref_model_init_kwargs or {"dtype": policy.dtype}
+        return freeze(load_causal_lm(given, **{"trust_remote_code": args.trust_remote_code, **options}))
+    if given is not None:
+        return freeze(given)
+    return None if with_adapter or not wanted else copy_as_reference(policy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -15,9 +14,9 @@ from transformers.trainer_utils import PredictionOutput
 from trl_fast.data import AnyDataset, DictBatch, TokenBatch
 from trl_fast.data.images.columns import IMAGE_COLUMNS
 from trl_fast.data.images.row_images import RowImages
-from trl_fast.modeling.adapters import check_virtual_tokens, has_virtual_tokens
+from trl_fast.modeling.adapters import has_virtual_tokens
 from trl_fast.modeling.layouts import TOKEN_SCORES, Readout, choose_layout
-from trl_fast.modeling.loading import add_adapter, base_model, load_causal_lm
+from trl_fast.modeling.loading import base_model, load_causal_lm
 from trl_fast.modeling.scoring import ModelScores, attach_scoring, score
 from trl_fast.modeling.ulysses import sharing_rows
 from trl_fast.ops import HeadOptions
@@ -46,16 +45,15 @@ from .log_window import LogWindow
 from .metric_buffer import MetricBuffer, Recorded
 from .metric_lists import MetricLists
 from .model_card import model_tags, write_model_card
-from .model_setup import check_trains, layout_request, loading_options, set_up_layers, warn_of_reentrant_router
+from .model_setup import adapt_model, check_trains, layout_request, loaded_model, warn_of_reentrant_router
 from .overrides import check_overrides
-from .parallelism import parallel_options, sum_over_rows
+from .parallelism import sum_over_rows
 from .prepared_datasets import check_lengths, named_parts, prepared_parts
+from .reference import ReferencePolicy
 from .sequence_parallel import take_sequence_group
 from .stop_signals import StopSignals
 from .stream_loader import forbid_dispatching, in_step
 from .tokenizers import checked_tokenizer, save_image_settings, set_pad_token, tokenizer_of
-
-logger = logging.getLogger(__name__)
 
 
 class BaseTrainer(Trainer):
@@ -80,6 +78,7 @@ class BaseTrainer(Trainer):
     forecast: Forecast | None = None  # what a plan expects of the run; whoever has one sets it before `train`
     images: RowImages | None = None  # how the model reads those of the datasets; None: they have none
     batches: BatchReader | None = None  # reads batches, where those are dicts in TRL; a trainer sets its own
+    reference: ReferencePolicy | None = None  # what the policy is held against; a trainer sets its own
     _prepare_dataset: Callable[..., AnyDataset]  # TRL's hook: defined unless `prepare_dataset` is overridden
     uncalled_hooks: ClassVar[Mapping[str, str]] = {}  # TRL's methods, and what to do instead: see `overrides`
 
@@ -98,14 +97,7 @@ class BaseTrainer(Trainer):
     ) -> PreTrainedModel | PeftModel:
         """Returns the model to train, loaded if it is given by name."""
         set_seed(args.seed)  # before everything, since adapters start from random weights
-        if isinstance(model, str):
-            options = loading_options(args, quantization_config)
-            return self.load_model(model, **options | parallel_options(args, options))
-        if args.model_init_kwargs:
-            logger.warning("model_init_kwargs is ignored: the model is an object that is loaded already.")
-        if quantization_config is not None:
-            raise ValueError("quantization_config needs a model given by name; this one is loaded already")
-        return model
+        return loaded_model(self.load_model, model, args, quantization_config)
 
     def resolve_tokenizer(
         self, processing_class: PreTrainedTokenizerBase | None, model: PreTrainedModel | PeftModel, args: BaseConfig
@@ -128,13 +120,7 @@ class BaseTrainer(Trainer):
     ) -> PreTrainedModel | PeftModel:
         """Returns the model with its adapter, scoring forward and dropout as the arguments ask."""
         self.attach(base_model(model))
-        if peft_config is not None:
-            model = add_adapter(model, peft_config)
-        check_virtual_tokens(model, gradient_checkpointing=args.gradient_checkpointing)
-        if isinstance(model, PeftModel) and args.gradient_checkpointing:
-            model.enable_input_require_grads()
-        together(lambda: set_up_layers(model, args, reads_images=self.images is not None))
-        return model
+        return adapt_model(model, peft_config, args, reads_images=self.images is not None)
 
     def choose_layout(self, model: PreTrainedModel | PeftModel, args: BaseConfig, sequences: list[list[int]]) -> str:
         """Returns the best batch layout for a model; see `modeling.layouts.choose_layout`."""
@@ -167,6 +153,14 @@ class BaseTrainer(Trainer):
         for callback in (self.log_window, self._signals, self._divergence, *own_callbacks(self)):
             self.add_callback(callback)
         base_model(self.model).add_model_tags([*model_tags(self.method), *getattr(self, "_tag_names", ())])
+        if self.reference is not None:
+            self.reference.start(kwargs.get("callbacks") or ())
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a callback, as the base does; one that updates the reference gets it."""
+        super().add_callback(callback)
+        if self.reference is not None:
+            self.reference.lend(callback)
 
     def set_up_data(self, train_dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: BaseConfig) -> None:
         """Sets what preparing the datasets reads of the trainer, from the arguments and the first row."""
@@ -211,6 +205,11 @@ class BaseTrainer(Trainer):
         if self._adds_virtual_tokens:
             kwargs["position_ids"] = None  # peft counts them itself, with the virtual tokens first
         return score(model, batch, outputs=outputs, head=self.head_options, **kwargs)
+
+    @property
+    def called_policy(self) -> Callable[..., ModelScores]:
+        """Returns the policy as it is called to score a batch outside of a step's loss."""
+        return self.model
 
     @property
     def head_options(self) -> HeadOptions:
@@ -314,11 +313,7 @@ class BaseTrainer(Trainer):
 
     def count_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns num_tokens as a metric: all tokens trained on so far, by every process."""
-        if self.mode == "train":
-            self._tokens.add(batch)
-        device = batch.input_ids.device
-        # Every micro-batch enters with the running total, and the last one is what is logged, as in TRL.
-        return torch.full((), float(self._tokens.seen), device=device), torch.ones((), device=device)
+        return self._tokens.metric(batch, trains=self.mode == "train")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last log, with "eval_" before their names in evaluation."""

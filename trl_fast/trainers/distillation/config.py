@@ -25,7 +25,7 @@ class DistillationConfig(SamplingConfig):
         *("loss", "entropy", "completions/mean_length", "completions/clipped_ratio", "grad_norm", "learning_rate"),
         "eval_loss",
     )
-    # A teacher stays as it is, and is no adapter of the student: what a `ReferenceTrainer` asks of other methods.
+    # A teacher stays as it is, and is no adapter of the student: what a `ReferencePolicy` asks of other methods.
     sync_ref_model: ClassVar[bool] = False
     model_adapter_name: ClassVar[str | None] = None
     ref_adapter_name: ClassVar[str | None] = None

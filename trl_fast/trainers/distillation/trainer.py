@@ -29,6 +29,7 @@ from trl_fast.rollout.samples import Samples
 
 from ..base.model_setup import layout_request
 from ..base.prepared_datasets import check_dataset_type, check_lengths
+from ..base.reference import ReferencePolicy
 from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
 from ..online.engines import make_engine
@@ -115,7 +116,8 @@ class DistillationTrainer(OnlineTrainer):
         self.toolbox = open_toolbox(tools, processing_class, config)
         train, evaluated = self.prepare_datasets(train_dataset, eval_dataset, processing_class, config, student)
         sequences = [list(row[PROMPT_IDS]) for row in train.take(2)]
-        student, layout = self.set_up_models(student, teacher, config, peft_config, sequences)
+        self.reference = ReferencePolicy(self)
+        student, layout = self.reference.set_up(student, teacher, config, peft_config, sequences)
         self._read_heads_alike(base_model(student), config, sequences)
         self.rollout_func, self.sampling = rollout_func, Sampling(self)
         self.generation, self.slicer, self._step_time = GenerationBuffer(config), Slicer(), 0.0

@@ -18,7 +18,8 @@ from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine, end_to
 from trl_fast.rollout.samples import Samples
 
 from ..base.prepared_datasets import check_dataset_type
-from ..base.reference import ReferenceTrainer
+from ..base.reference import ReferencePolicy
+from ..base.trainer import BaseTrainer
 from .changeable_rewards import make_changeable_rewards
 from .engines import make_engine
 from .rollout_checks import check_sources
@@ -35,7 +36,7 @@ class BatchTrainer(OnlineTrainer):
     args: Any
     samples_class: ClassVar[type[Samples]] = Samples
     # Prompts come in the order of other trainers' rows: a batch is what is sampled at a time.
-    get_train_dataloader = ReferenceTrainer.get_train_dataloader
+    get_train_dataloader = BaseTrainer.get_train_dataloader
 
     def set_up(
         self,
@@ -72,7 +73,8 @@ class BatchTrainer(OnlineTrainer):
         if is_conversational(next(iter(train_dataset))):
             rewards.check_conversations()
         sequences = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)]
-        model, layout = self.set_up_models(model, ref_model, config, peft_config, sequences)
+        self.reference = ReferencePolicy(self)
+        model, layout = self.reference.set_up(model, ref_model, config, peft_config, sequences)
         self.rollout_func, self.sampling = rollout_func, Sampling(self)
         self.start(
             model=model,
@@ -120,7 +122,7 @@ class BatchTrainer(OnlineTrainer):
         rows: Any = self.train_dataset if dataset is None else dataset
         if not self.args.shuffle_dataset:
             return SequentialSampler(rows)
-        return ReferenceTrainer._get_train_sampler(self, dataset)
+        return BaseTrainer._get_train_sampler(self, dataset)
 
     # ---- a micro-batch
 
@@ -148,7 +150,7 @@ class BatchTrainer(OnlineTrainer):
 
     def reference_logprobs(self, batch: Any) -> torch.Tensor:
         """Computes the reference's log-probabilities of the batch's tokens, (N,) float32, at temperature 1."""
-        return self.score_reference(batch).logprobs
+        return self.reference.score(batch).logprobs
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

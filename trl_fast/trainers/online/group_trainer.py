@@ -28,6 +28,7 @@ from trl_fast.rollout.environments import EnvironmentFactory
 from trl_fast.rollout.samples import Samples
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS
 
+from ..base.reference import ReferencePolicy
 from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
 from .changeable_rewards import make_changeable_rewards
@@ -152,7 +153,8 @@ class GroupTrainer(OnlineTrainer):
     ) -> tuple[PreTrainedModel | PeftModel, str]:
         """Returns the policy as it is trained, and its batch layout; makes the reference where there is a KL term."""
         sequences, wanted = [list(row[PROMPT_IDS]) for row in train_dataset.take(2)], args.beta != 0
-        model, layout = self.set_up_models(
+        self.reference = ReferencePolicy(self)
+        model, layout = self.reference.set_up(
             *(model, None, args, peft_config, sequences), wanted=wanted, adapter_wanted=wanted
         )
         if args.cast_lm_head_to_fp32:

@@ -25,8 +25,10 @@ from trl_fast.rollout.samples import Samples
 from ..base.metric_buffer import MetricBuffer
 from ..base.parallelism import check_online
 from ..base.prepared_datasets import shows_tokens
-from ..base.reference import ReferenceTrainer
+from ..base.reference import REFERENCE_ATTRIBUTES, ReferencePolicy
 from ..base.tokenizers import tokenizer_of
+from ..base.trainer import BaseTrainer
+from ..base.trl_attributes import answers_to
 from .completion_reader import CompletionReader
 from .completions_log import CompletionsLog, report_completions
 from .config import OnlineConfig
@@ -40,7 +42,8 @@ from .rescue import Rescue
 from .rollout_loop import RolloutLoop
 
 
-class OnlineTrainer(ReferenceTrainer):
+@answers_to(REFERENCE_ATTRIBUTES)
+class OnlineTrainer(BaseTrainer):
     """Trains on completions of the policy itself.
 
     A subclass makes its engine, calls `set_up_loop` at the end of its constructor, and brings `compute_advantages`.
@@ -58,6 +61,8 @@ class OnlineTrainer(ReferenceTrainer):
     # The argument that limits a completion's tokens.
     length_setting: ClassVar[str] = "max_completion_length"
     loop: RolloutLoop
+    reference: ReferencePolicy
+    ref_model: Any
     # The tools that the policy may call.
     toolbox: Toolbox | None = None
     # The environments that completions are made in.
@@ -247,7 +252,7 @@ class OnlineTrainer(ReferenceTrainer):
 
     def reference_logprobs(self, batch: TokenBatch) -> torch.Tensor:
         """Computes the reference's log-probabilities of the batch's tokens, (N,) float32."""
-        return self.score_reference(batch, temperature=self.args.temperature).logprobs
+        return self.reference.score(batch, temperature=self.args.temperature).logprobs
 
     # ---- the update
 

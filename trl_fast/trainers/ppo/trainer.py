@@ -28,6 +28,7 @@ from trl_fast.rollout import GivenReward, RewardFunctions, RolloutEngine
 
 from ..base.overrides import overridden
 from ..base.prepared_datasets import check_dataset_type
+from ..base.reference import ReferencePolicy
 from ..base.tokenizers import older_tokenizer_name
 from ..base.trl_attributes import answers_to
 from ..checkpoints.parts import NumbersPart
@@ -122,7 +123,8 @@ class PPOTrainer(ActorCriticTrainer):
         rewards = make_rewards(reward_model, processing_class, args, sequences, vocab_size)
         value_model = value_model_like(reward_model, model) if value_model is None else value_model
         self.critic = Critic(value_model, args, processing_class, sequences, vocab_size)
-        model, layout = self.set_up_models(model, ref_model, args, peft_config, sequences)
+        self.reference = ReferencePolicy(self)
+        model, layout = self.reference.set_up(model, ref_model, args, peft_config, sequences)
         if self.ref_model is not None:
             check_vocabulary(base_model(self.ref_model), "ref_model", vocab_size)
         self.start(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from trl_fast.data import TokenBatch
 from trl_fast.data.segments import sequence_lengths
 
@@ -25,6 +27,16 @@ class TokenCounter:
         self.seen += batch.num_tokens
         self.computed += batch.input_ids.numel()
         self.padded += padded_positions(batch)
+
+    def metric(self, batch: TokenBatch, *, trains: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the tokens seen so far as a metric of the batch's micro-batch, which counts if it `trains`.
+
+        Every micro-batch enters with the running total, and the last one is what is logged, as in TRL.
+        """
+        if trains:
+            self.add(batch)
+        device = batch.input_ids.device
+        return torch.full((), float(self.seen), device=device), torch.ones((), device=device)
 
     @property
     def saved(self) -> float | None:
