@@ -10,6 +10,7 @@ import trl_fast
 import trl_fast.data.packing as packing
 import trl_fast.rollout.vllm_engine as vllm_engine
 import trl_fast.trainers.online.policy_step as policy_step
+from support.entropies import no_ties
 from support.rollouts import FixedEngine, FixedRollout, brevity, color_prompts, vowels
 from support.training import assert_same_logs, make_trainer
 from trl_fast.losses.policy_gradient import LOSSES
@@ -46,7 +47,9 @@ def compare(tmp_path, model_path, tokenizer, *, evaluates=False, with_mask=False
     how = (model_path, tokenizer, evaluates, {"with_mask": with_mask, "ends": ends}, peft)
     theirs = {name: value for name, value in settings.items() if name not in OURS}
     expected = logs_of(trl, tmp_path / "trl", *how, theirs)
-    assert_same_logs(logs_of(trl_fast, tmp_path / "ours", *how, settings), expected)
+    with no_ties(settings):
+        logs = logs_of(trl_fast, tmp_path / "ours", *how, settings)
+    assert_same_logs(logs, expected)
 
 
 # TRL has the others in a trainer of their own.
@@ -74,11 +77,11 @@ SETTINGS = {
     "no scale": {"scale_rewards": "none"},
     "normalize then sum": {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [0.5, 2.0]},
     "truncated are masked": {"mask_truncated_completions": True, "loss_type": "grpo"},
-    "high entropy": {"top_entropy_quantile": 0.4},
+    "high entropy": {"top_entropy_quantile": 0.47},
     "highest entropy": {"top_entropy_quantile": 0.0},
     "entropy bonus": {"entropy_coef": 0.3, "loss_type": "bnpo"},
     "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.1},
-    "entropy bonus of high entropy": {"entropy_coef": 0.3, "top_entropy_quantile": 0.5},
+    "entropy bonus of high entropy": {"entropy_coef": 0.3, "top_entropy_quantile": 0.44},
     "off-policy mask": {"off_policy_mask_threshold": 0.01, "num_iterations": 2, "learning_rate": 5e-3},
     "more steps a generation": {"steps_per_generation": 4},
     "fewer steps a generation": {"steps_per_generation": 1},
@@ -101,7 +104,7 @@ def test_tokens_of_an_environment_do_not_count(main_layout, model_path, tokenize
 
 
 def test_tokens_of_an_environment_have_no_say_in_what_high_entropy_is(model_path, tokenizer, tmp_path):
-    settings = {"top_entropy_quantile": 0.4, "entropy_coef": 0.3}
+    settings = {"top_entropy_quantile": 0.48, "entropy_coef": 0.3}
     compare(tmp_path, model_path, tokenizer, with_mask=True, **settings)
 
 
