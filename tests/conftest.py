@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import os
 import signal
 
@@ -11,6 +13,10 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+# accelerate parses the metadata of the same packages for every trainer, a tenth of a tiny trainer's time.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 # A process that a shell starts in the background ignores Ctrl-C, and the tests of signals would wait for it in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -36,7 +36,8 @@ def identifiers(source: Source) -> Iterator[str]:
 def test_no_private_words_in_python():
     found = set()
     for source in sources(*PYTHON_FOLDERS, "."):
-        if source.path != "tests/house/test_names.py":
+        # A name that has such a word has it in the text too, which is searched sooner.
+        if source.path != "tests/house/test_names.py" and WORD.search(source.text):
             names = {name for name in identifiers(source) if not name.startswith("test_")}
             found |= {f"{source.path} {name}" for name in names if WORD.search(name)}
     hold("private_word", found)
