@@ -39,7 +39,9 @@ class FusedModels:
                 restore_layers(model)
 
     def _found(self) -> Iterator[PreTrainedModel]:
-        held = [value for value in vars(self._trainer).values() if isinstance(value, torch.nn.Module)]
-        modules = dict.fromkeys(module for value in held for module in value.modules())
+        reference = getattr(self._trainer, "reference", None)
+        held = [*vars(self._trainer).values(), getattr(reference, "model", None)]
+        found = (value for value in held if isinstance(value, torch.nn.Module))
+        modules = dict.fromkeys(module for value in found for module in value.modules())
         models = (module for module in modules if isinstance(module, PreTrainedModel))
         return (model for model in models if has_change(model, FUSED_LAYERS))
