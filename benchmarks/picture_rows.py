@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,11 +79,15 @@ def picture(seed: int) -> Image.Image:
 
 def with_pictures(rows: Dataset) -> Dataset:
     """Returns rows of texts as rows of messages, each prompt with a picture of its own before it."""
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    roles = {"prompt": "user"} | dict.fromkeys(("chosen", "rejected", "completion", "reference"), "assistant")
+
+    def entry(name: str, value: object) -> object:
+        return [{"role": roles[name], "content": value}] if name in roles else value
+
     return Dataset.from_list(
         [
             {
-                **{name: [{"role": roles[name], "content": text}] for name, text in row.items()},
+                **{name: entry(name, value) for name, value in row.items()},
                 "images": [picture(number)],
             }
             for number, row in enumerate(rows)
@@ -92,10 +96,14 @@ def with_pictures(rows: Dataset) -> Dataset:
 
 
 class PicturePrompts:
-    """Serves as a `rollout_func` on rows with pictures: the completions of another one, prompts with image tokens."""
+    """Serves as a `rollout_func` on rows with pictures: the completions of another one, prompts with image tokens.
 
-    def __init__(self, processor: ProcessorMixin, rollout: Callable[[list[str], Trainer], dict[str, list]]) -> None:
+    rollout: a `benchmarks.step_methods.CutCompletions`.
+    """
+
+    def __init__(self, processor: ProcessorMixin, rollout: Any) -> None:
         self.processor, self.rollout = processor, rollout
+        self.completions = rollout.completions
 
     def __call__(self, prompts: list, trainer: Trainer) -> dict[str, list]:
         text = self.processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)

@@ -1,6 +1,7 @@
 """Times whole optimizer steps on a real model and real text against TRL 1.16.0, and measures their memory.
 
-    python -m benchmarks.step --method sft|dpo|reward|grpo [--batch 4 --steps 3 --rounds 3]
+    python -m benchmarks.step --method sft|dpo|kto|bco|orpo|cpo|tpo|reward [--batch 4 --steps 3 --rounds 3]
+    python -m benchmarks.step --method grpo|gmpo|rloo|ppo --batch 8 --prompt_tokens 256 --completion_tokens 64
     python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method dpo --model random-hybrid-100m --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method dpo --images --prompt_tokens 64 --completion_tokens 64
@@ -14,132 +15,46 @@ those that TRL counts: no padding, a pair's prompt twice. Peak memory is that of
 --packing fills rows of --max_length with several texts each. --profile trains once, ours only, and prints what the
 last step's time goes into. --sweep trains on single rows of growing length, ours only, and shows that cost grows with
 the number of tokens.
-With grpo it is the update that is timed: completions are cut from the same prose, 8 for each prompt and all of
---completion_tokens, and rewards are random numbers; --batch counts completions. With --images every prompt has a
-picture before its text, and the model is random-vision-100m.
+With grpo, gmpo, rloo and ppo it is the update that is timed: completions are cut from the same prose, 8 for each
+prompt (ppo: one) and all of --completion_tokens, and rewards are random numbers; --batch counts completions. TRL
+1.16.0 has no BCO and no PPO: ours run alone. With --images every prompt has a picture before its text, and the model
+is random-vision-100m.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
 )
 
-from .english_text import continuations, cut_continuations, passages, token_stream
 from .machine_info import describe_machine
 from .memory import MIB, process_peak_bytes
-from .picture_rows import PicturePrompts, tokenizer_of, with_pictures
+from .picture_rows import tokenizer_of, with_pictures
 from .random_models import RANDOM_MODELS, RANDOM_VISION, model_folder
+from .step_methods import METHODS, OURS, TRL
 from .step_profile import profile_last_step
-from .step_workloads import GENERATIONS, random_rewards
 
 RESULTS = Path(__file__).parent / "results"
-OURS, TRL = "trl_fast", "trl"
 NAMES = {OURS: "ours", TRL: "TRL 1.16.0"}
-
-
-@dataclass(frozen=True)
-class Method:
-    """Describes a method: its trainer by the stem of its name, the class of its models, the rows it learns from."""
-
-    stem: str
-    model_class: type
-    rows: Callable[[argparse.Namespace, PreTrainedTokenizerBase, int], Dataset]
-    settings: dict[str, object] = field(default_factory=dict)
-    config: Callable[[argparse.Namespace], dict] = lambda arguments: {"max_length": arguments.max_length}
-    arguments: Callable[[argparse.Namespace, PreTrainedTokenizerBase], dict] = lambda *_: {}
-
-
-def _passages(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
-    if not arguments.completion_tokens:
-        # A passage has 64 tokens at least, on average some 300.
-        return passages(count * (arguments.max_length // 128 if arguments.packing else 1))
-    pairs = cut_continuations(count, arguments.prompt_tokens, arguments.completion_tokens, tokenizer)
-    return pairs.map(lambda row: {"text": row["prompt"] + row["chosen"]}, remove_columns=pairs.column_names)
-
-
-def _pairs(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
-    if not arguments.completion_tokens:
-        return continuations(count)
-    return cut_continuations(count, arguments.prompt_tokens, arguments.completion_tokens, tokenizer)
-
-
-def _whole_pairs(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
-    """Joins prompt and completion: a reward model of TRL's reads them as one text."""
-    return _pairs(arguments, tokenizer, count).map(
-        lambda row: {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]},
-        remove_columns="prompt",
-    )
-
-
-def _prompts(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, count: int) -> Dataset:
-    pairs = cut_continuations(
-        -(-count // GENERATIONS), arguments.prompt_tokens, arguments.completion_tokens, tokenizer
-    )
-    return pairs.select_columns("prompt")
-
-
-class CutCompletions:
-    """Serves as a `rollout_func`: for every prompt `completion_tokens` consecutive tokens of the text."""
-
-    def __init__(self, arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.length = tokenizer, arguments.completion_tokens
-        self.stream, self.rng = token_stream(tokenizer).tolist(), random.Random(0)
-
-    def __call__(self, prompts: list[str], trainer: Trainer) -> dict[str, list]:
-        firsts = [self.rng.randrange(len(self.stream) - self.length) for _ in prompts]
-        return {
-            "prompt_ids": self.tokenizer(text=prompts)["input_ids"],
-            "completion_ids": [self.stream[start : start + self.length] for start in firsts],
-            "logprobs": [[0.0] * self.length for _ in prompts],
-        }
-
-
-METHODS = {
-    "sft": Method(
-        "SFT",
-        AutoModelForCausalLM,
-        _passages,
-        config=lambda arguments: {"max_length": arguments.max_length, "packing": arguments.packing},
-    ),
-    "dpo": Method("DPO", AutoModelForCausalLM, _pairs),
-    "reward": Method("Reward", AutoModelForSequenceClassification, _whole_pairs, {"num_labels": 1}),
-    "grpo": Method(
-        "GRPO",
-        AutoModelForCausalLM,
-        _prompts,
-        config=lambda arguments: {
-            "max_completion_length": arguments.completion_tokens,
-            "num_generations": GENERATIONS,
-        },
-        arguments=lambda *given: {"rollout_func": CutCompletions(*given), "reward_funcs": random_rewards},
-    ),
-}
 
 
 class StepClock(TrainerCallback):
@@ -168,36 +83,30 @@ class Run:
     name: str
     trainer: Trainer
     clock: StepClock
-    runs: int = 0
-
-    def train(self) -> None:
-        self.trainer.train()
-        self.runs += 1
 
     @property
     def tokens(self) -> int:
-        """Counts the tokens of all steps of one run, as the trainer itself counts them: on and on, from run to run."""
-        counts = [log["num_tokens"] for log in self.trainer.state.log_history if "num_tokens" in log]
-        return int(counts[-1]) // self.runs
+        """Returns the tokens of all steps of the last run, of a trainer of ours."""
+        return self.trainer._tokens.seen
 
 
-def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
-    """Returns a trainer of `trl_fast` or of `trl`, on rows enough for one run."""
+def make_run(library: str, arguments: argparse.Namespace, folder: str) -> Run:
+    """Returns the method's trainer of `trl_fast` or of `trl`, on rows enough for one run."""
     method = METHODS[arguments.method]
-    library = __import__(module)
+    config_class, trainer_class = method.classes(library)
     processor = (AutoProcessor if arguments.images else AutoTokenizer).from_pretrained(arguments.model)
     tokenizer = tokenizer_of(processor)
     torch.manual_seed(0)
     model_class = AutoModelForImageTextToText if arguments.images else method.model_class
-    model = model_class.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **method.settings)
+    model = model_class.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype), **dict(method.model_options)
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
     # One step more than is timed, the warm-up.
     rows = method.rows(arguments, tokenizer, arguments.batch * (arguments.steps + 1))
-    given = method.arguments(arguments, tokenizer)
     if arguments.images:
         rows = with_pictures(rows)
-        given |= {"rollout_func": PicturePrompts(processor, given["rollout_func"])} if given else {}
-    config = getattr(library, f"{method.stem}Config")(
+    config = config_class(
         folder,
         **method.config(arguments),
         per_device_train_batch_size=arguments.batch,
@@ -205,7 +114,7 @@ def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
         logging_steps=1,
         learning_rate=1e-6,
         gradient_checkpointing=not arguments.no_checkpointing,
-        **({"activation_budget_bytes": arguments.budget} if module == OURS else {}),
+        **({"activation_budget_bytes": arguments.budget} if library == OURS else {}),
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
@@ -219,26 +128,27 @@ def make_run(module: str, arguments: argparse.Namespace, folder: str) -> Run:
 
         peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     clock = StepClock()
-    trainer = getattr(library, f"{method.stem}Trainer")(
+    trainer = trainer_class(
         model=model,
         args=config,
         train_dataset=rows,
         processing_class=processor,
         callbacks=[clock],
         peft_config=peft_config,
-        **given,
+        **method.trainer(arguments, processor),
     )
     trainer.remove_callback(PrinterCallback)
-    return Run(NAMES[module], trainer, clock)
+    return Run(NAMES[library], trainer, clock)
 
 
 def race(arguments: argparse.Namespace) -> list[Run]:
-    """Times both trainers in turns."""
+    """Times both trainers in turns; ours alone where TRL has none."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = [make_run(module, arguments, f"{folder}/{module}") for module in (OURS, TRL)]
+        libraries = METHODS[arguments.method].libraries
+        runs = [make_run(library, arguments, f"{folder}/{library}") for library in libraries]
         for _ in track(range(arguments.rounds), description=arguments.method, transient=True):
             for run in runs:
-                run.train()
+                run.trainer.train()
     return runs
 
 
@@ -250,9 +160,9 @@ def print_profile(console: Console, arguments: argparse.Namespace) -> None:
     found.print(console, f"{arguments.method}, a whole optimizer step: batch of {arguments.batch}, {arguments.dtype}")
 
 
-def process_memory(module: str, words: list[str]) -> dict[str, int]:
+def process_memory(library: str, words: list[str]) -> dict[str, int]:
     """Measures peak memory of a fresh process that trains once: before the first step, and in all."""
-    command = [sys.executable, "-m", "benchmarks.step", *words, "--memory_of", module]
+    command = [sys.executable, "-m", "benchmarks.step", *words, "--memory_of", library]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(found.stdout.splitlines()[-1])
 
@@ -262,9 +172,9 @@ def print_memory(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(arguments.memory_of, arguments, folder)
         before, start = process_peak_bytes(), time.perf_counter()
-        run.train()
+        run.trainer.train()
     seconds = time.perf_counter() - start
-    print(json.dumps({"before": before, "peak": process_peak_bytes(), "seconds": seconds, "tokens": run.tokens}))
+    print(json.dumps({"before": before, "peak": process_peak_bytes(), "seconds": seconds}))
 
 
 def report(console: Console, runs: list[Run], memory: list[dict[str, int]], arguments: argparse.Namespace) -> dict:
@@ -273,22 +183,23 @@ def report(console: Console, runs: list[Run], memory: list[dict[str, int]], argu
     for column in ("", "median s", "min – max s", "tokens per second", "TRL is slower by", "peak MiB of the process"):
         table.add_column(column, justify="left" if not column else "right")
     medians = [statistics.median(run.clock.seconds) for run in runs]
-    rows = []
+    rows: list[dict[str, object]] = []
     for run, median, peak in zip(runs, medians, memory, strict=True):
-        # The runs' rows are the same, so every run of either has the tokens of the first of ours.
+        # The runs' rows are the same, so every run of either has the tokens of ours.
         speed = runs[0].tokens / (arguments.steps + 1) / median
         rows.append(
             {
                 "name": run.name,
                 "seconds": run.clock.seconds,
                 "tokens_per_second": speed,
-                "trl_over_this": medians[1] / median,
+                "trl_over_this": medians[-1] / median if len(runs) > 1 else None,
                 "peak_bytes": peak["peak"],
                 "before_bytes": peak["before"],
             }
         )
         spread = f"{min(run.clock.seconds):.2f} – {max(run.clock.seconds):.2f}"
-        cells = (f"{median:.2f}", spread, f"{speed:.0f}", f"{medians[1] / median:.2f}×", f"{peak['peak'] / MIB:.0f}")
+        ratio = f"{medians[-1] / median:.2f}×" if len(runs) > 1 else "TRL has none"
+        cells = (f"{median:.2f}", spread, f"{speed:.0f}", ratio, f"{peak['peak'] / MIB:.0f}")
         table.add_row(run.name, *cells)
     console.print(table)
     return {"machine": describe_machine(), "arguments": vars(arguments), "runs": rows}
@@ -311,7 +222,7 @@ def sweep(console: Console, arguments: argparse.Namespace) -> dict:
         given = argparse.Namespace(**{**vars(arguments), **sizes, "max_length": 2 * length})
         with tempfile.TemporaryDirectory() as folder:
             run = make_run(OURS, given, folder)
-            run.train()
+            run.trainer.train()
         tokens, seconds = run.tokens / (arguments.steps + 1), statistics.median(run.clock.seconds)
         points.append({"tokens": tokens, "seconds": seconds})
         table.add_row(f"{tokens:.0f}", f"{seconds:.2f}", f"{1e6 * seconds / tokens:.0f}")
@@ -347,10 +258,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the JSON file; default: the method")
     parser.add_argument("--memory_of", choices=[OURS, TRL], help="run only this trainer and print its peak memory")
     arguments = parser.parse_args(words)
-    if arguments.method == "grpo" and not (arguments.prompt_tokens and arguments.completion_tokens):
-        parser.error("--method grpo needs --prompt_tokens and --completion_tokens")
-    if arguments.method == "grpo" and arguments.batch % GENERATIONS:
-        parser.error(f"--batch {arguments.batch}: --method grpo takes whole groups, a multiple of {GENERATIONS}")
+    method, group = METHODS[arguments.method], METHODS[arguments.method].group
+    if group and not (arguments.prompt_tokens and arguments.completion_tokens):
+        parser.error(f"--method {arguments.method} needs --prompt_tokens and --completion_tokens")
+    if group and arguments.batch % group:
+        parser.error(
+            f"--batch {arguments.batch}: --method {arguments.method} takes whole groups, a multiple of {group}"
+        )
+    if arguments.memory_of not in (None, *method.libraries):
+        parser.error(f"--memory_of {arguments.memory_of}: TRL 1.16.0 has no {method.stem}Trainer")
     if arguments.packing and arguments.method != "sft":
         parser.error("--packing is for --method sft")
     if arguments.images and not arguments.completion_tokens:
@@ -375,7 +291,8 @@ def main(words: list[str] | None = None) -> None:
         figures = sweep(console, arguments)
     else:
         runs = race(arguments)
-        figures = report(console, runs, [process_memory(module, words) for module in (OURS, TRL)], arguments)
+        libraries = METHODS[arguments.method].libraries
+        figures = report(console, runs, [process_memory(library, words) for library in libraries], arguments)
     name = arguments.name or (f"{arguments.method}_lengths" if arguments.sweep else arguments.method)
     (RESULTS / f"step_{name}.json").write_text(json.dumps(figures, indent=1, default=str))
 
