@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,29 @@ from trl_fast.ops.backends import load_extension
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under the interpreter, losses in float16 are slow tests; linear_logprob runs the same row kernels in it.
-
-    Of the divergence, whose kernel has tests of its own, a default run has the values and gradients there.
-    """
+    """Under the interpreter, losses in float16 are slow tests, and what adds little waits for `make test-more`."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        is_loss = getattr(item, "originalname", "") == "test_loss_and_gradients"
-        if is_loss and params.get("backend") == "triton" and params.get("dtype") == torch.float16:
+        if params.get("backend") != "triton":
+            continue
+        if item.originalname == "test_loss_and_gradients" and params.get("dtype") == torch.float16:
             item.add_marker(pytest.mark.slow)
-        is_divergence = item.path.name == "test_linear_divergence.py"
-        if is_divergence and params.get("backend") == "triton" and item.originalname != "test_value_and_gradients":
+        if _adds_little(item.path.name, item.originalname, params):
             item.add_marker(pytest.mark.gpu_code)
+
+
+def _adds_little(file: str, test: str, params: dict[str, Any]) -> bool:
+    """Says whether a default run has the test's kernels by another one, and its path with other numbers.
+
+    linear_logprob runs the row kernels in every dtype, and the other ops in float32; the divergence's kernel and those
+    of pair losses have tests of their own.
+    """
+    return (
+        (params.get("dtype") == torch.bfloat16 and file != "test_linear_logprob.py")
+        or (file == "test_linear_divergence.py" and test != "test_value_and_gradients")
+        or (test == "test_groups_are_seen_whole_and_have_exact_gradients" and params["workspace_bytes"] is not None)
+        or (test == "test_pair_losses" and params["loss_type"] != "sigmoid")
+    )
 
 
 def require_extension() -> None:

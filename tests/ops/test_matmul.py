@@ -75,7 +75,7 @@ def check_all():
 
 @pytest.mark.parametrize("isa", CPU_FLAGS)
 def test_every_instruction_set(isa):
-    check_instruction_set(isa, __file__, "check_all")
+    check_instruction_set(isa, check_all)
 
 
 def test_sums_are_added_in_the_result():

@@ -1,10 +1,13 @@
-"""Runs a program with the C++ kernels of each instruction set that they are compiled for."""
+"""Runs functions with the C++ kernels of each instruction set that they are compiled for."""
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
-import subprocess
-import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -23,19 +26,51 @@ def cpu_has(isa: str) -> bool:
     return all(flag in flags for flag in CPU_FLAGS[isa])
 
 
-def check_instruction_set(isa: str, test_file: str, function: str) -> None:
-    """Calls a function of a test file, `__file__`, in a process whose kernels are those of an instruction set."""
+def check_instruction_set(isa: str, function: Callable[[], None], *, tested_here: bool = False) -> None:
+    """Calls a function of a test file in a process whose kernels are those of an instruction set.
+
+    That is this process if they are its own. All tests of this process share the others: each takes seconds to start.
+    tested_here: whether other tests make the same calls with the kernels of this process.
+    """
     from trl_fast import _C
 
     assert isa in _C.build_info()["isas"].split(",")
     if not cpu_has(isa):
         pytest.skip(f"this CPU has no {isa}: its kernels are compiled here, but not run")
-    module = Path(test_file)
-    program = (
-        f"import {module.stem} as t; from trl_fast.ops.backends import load_extension as l; "
-        f"assert l().reason.endswith({isa!r}), l(); t.{function}()"
-    )
-    paths = os.pathsep.join([str(module.parent), *sys.path])
-    environment = {**os.environ, "TRL_FAST_CPU_ISA": isa, "PYTHONPATH": paths}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    if _kernels_are_of(isa):
+        if tested_here:
+            pytest.skip(f"{isa} is this process's own instruction set, whose kernels the other tests have called")
+        function()
+        return
+    process = _process_of(isa)
+    process.send(function)
+    error = process.recv()
+    assert error is None, error[-2000:]
+
+
+def _kernels_are_of(isa: str) -> bool:
+    from trl_fast.ops.backends import load_extension
+
+    return load_extension().reason.endswith(isa)
+
+
+@functools.cache
+def _process_of(isa: str) -> Connection:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    # It ends with this process.
+    context.Process(target=_serve, args=(isa, there), daemon=True).start()
+    return here
+
+
+def _serve(isa: str, calls: Connection) -> None:
+    """Calls the functions that come, and answers with None or the traceback."""
+    os.environ["TRL_FAST_CPU_ISA"] = isa
+    while True:
+        try:
+            function = calls.recv()
+            assert _kernels_are_of(isa)
+            function()
+            calls.send(None)
+        except Exception:
+            calls.send(traceback.format_exc())

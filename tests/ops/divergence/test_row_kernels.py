@@ -104,7 +104,7 @@ def compare_everything(kernel=None):
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize("isa", CPU_FLAGS)
 def test_every_instruction_set_of_this_machine(isa):
-    check_instruction_set(isa, __file__, "compare_everything")
+    check_instruction_set(isa, compare_everything)
 
 
 def test_pytorchs_kernel():

@@ -5,18 +5,18 @@ import pytest
 from support.instruction_sets import CPU_FLAGS, check_instruction_set
 from support.layer_errors import DTYPES
 from support.plain_norms import NORM_SHAPES
+from tests.ops.layers import (
+    test_chunked_gated_activation,
+    test_gated_activation,
+    test_qk_norm_rotary,
+    test_residual_rms_norm,
+    test_rms_norm,
+    test_rotary,
+)
 from trl_fast.ops.layers import NORM_CASTS
 
 
 def check_all_kernels():
-    # In a process where the tests' folder is a place of modules.
-    import test_chunked_gated_activation
-    import test_gated_activation
-    import test_qk_norm_rotary
-    import test_residual_rms_norm
-    import test_rms_norm
-    import test_rotary
-
     for dtype in DTYPES:
         for shape in NORM_SHAPES:
             for cast in NORM_CASTS:
@@ -39,4 +39,4 @@ def check_all_kernels():
 
 @pytest.mark.parametrize("isa", CPU_FLAGS)
 def test_every_instruction_set(isa):
-    check_instruction_set(isa, __file__, "check_all_kernels")
+    check_instruction_set(isa, check_all_kernels, tested_here=True)
