@@ -63,7 +63,7 @@ def test_error_under_autocast_is_that_of_peft(shape, dtype):
 
 
 def test_autocast_casts_the_input_once():
-    """What PEFT's layer keeps of it besides are its casts to the adapter's dtype and back."""
+    """The rest of what PEFT's layer keeps of it are its casts to the adapter's dtype and back."""
 
     def kept(function):
         saved = {}

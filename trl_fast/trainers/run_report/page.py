@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,23 @@ def report_page(run: Mapping[str, Any], history: Sequence[Mapping[str, float]], 
     run: the contents of run.json. history: the logs of the whole run, also before it was resumed. first: names of
     the metrics whose curves come first.
     """
-    # It is needed once a run, at its end.
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
-    options |= {"trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=PackageLoader(str(__package__)), **options)
-    return environment.get_template(_TEMPLATE).render(
+    return _template().render(
         run=run,
         charts=charts.make_charts(history, first),
         frame=charts,
         facts=_facts(run),
         planned=_planned(run),
     )
+
+
+@functools.cache
+def _template() -> Any:
+    # It is needed at a run's end, and takes longer to compile than to fill.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
+    options |= {"trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=PackageLoader(str(__package__)), **options).get_template(_TEMPLATE)
 
 
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
