@@ -12,6 +12,9 @@ import trl_fast
 import trl_fast.trainers.ppo.rewards as rewards
 from support.rollouts import FixedEngine, color_prompts
 from support.training import make_trainer
+from trl_fast.modeling.fused_layers import FUSED_LAYERS
+from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.model_changes import has_change
 
 SETTINGS = {
     "per_device_train_batch_size": 2,
@@ -67,6 +70,16 @@ def weights(model):
 
 def moved(model, before):
     return {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+
+
+def test_models_that_are_fused_have_their_own_layers_after_training(make):
+    """Policy, reference and value model, by whatever the trainer holds them."""
+    trainer = make()
+    models = [base_model(model) for model in (trainer.model, trainer.ref_model, trainer.critic.plain)]
+    assert all(has_change(model, FUSED_LAYERS) for model in models)
+    trainer.train()
+    assert not any(has_change(model, FUSED_LAYERS) for model in models)
+    assert not any(hasattr(module, "fused_class") for model in models for module in model.modules())
 
 
 def test_metrics_evaluation_and_completions(make, capsys):

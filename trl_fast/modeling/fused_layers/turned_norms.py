@@ -33,7 +33,7 @@ class TurningAttention(NamedTuple):
     """Holds an attention's class that normalises and turns at once, and its norms, of queries and of keys."""
 
     cls: type[nn.Module]
-    norms: tuple[nn.Module, nn.Module]
+    norms: tuple[nn.Module | None, nn.Module | None]
 
 
 def turning_attention(attention: nn.Module) -> TurningAttention | None:
@@ -41,7 +41,7 @@ def turning_attention(attention: nn.Module) -> TurningAttention | None:
     found = None if "forward" in vars(attention) else _attention_class(cast("Any", type(attention)))
     if found is None:
         return None
-    query_norm, key_norm = (getattr(attention, name) for name in found.names)
+    query_norm, key_norm = (getattr(attention, name, None) for name in found.names)
     return TurningAttention(found.cls, (query_norm, key_norm))
 
 
