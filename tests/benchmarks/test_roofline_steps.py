@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from benchmarks.roofline.fake_devices import CUDA
 from benchmarks.roofline.fake_gpu import fake_gpu
@@ -39,7 +40,7 @@ def count(step, shape):
 @pytest.fixture(scope="module")
 def dpo():
     # Llamas of other tests may have left their fused function to all.
-    restore_function("transformers.models.llama.modeling_llama", "apply_rotary_pos_emb")
+    restore_function(modeling_llama.__name__, "apply_rotary_pos_emb")
     return count(Step("dpo", MODEL), DPO)
 
 
