@@ -1,10 +1,12 @@
 // The row kernels of one instruction set; CPU_CAPABILITY is its name (DEFAULT, AVX2, AVX512).
 //
-// A tile's row is read once: in chunks that stay in the first-level cache, where a chunk is widened to float,
-// transformed, and then read as often as need be. Sums run in vector lanes within a chunk and in double across chunks.
+// A tile's row is read in chunks that stay in the first-level cache. Logits that nothing changes are read where they
+// lie, others are widened and transformed in a copy. Sums run in vector lanes within a chunk and in double across
+// chunks.
 #include "row_kernels.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "packed_row_chunks.h"
 #include "row_chunks.h"
@@ -19,6 +21,46 @@ using trl_fast::PackedRows;
 using trl_fast::ScoreArgs;
 using trl_fast::Transform;
 
+// Logits are read two vectors at a time, and fetched so many before that: a CPU fetches none across a page's end.
+constexpr int64_t kPair = 2 * kWidth, kAhead = 1024;
+static_assert(kChunk % kPair == 0);
+
+// Whether a pointer to logits is one to a copy, which may be changed.
+template <typename Pointer>
+constexpr bool is_copy = std::is_same_v<Pointer, float*>;
+
+// Calls f with the logits of columns [start, start + n): where they lie, if they are whole pairs that nothing changes,
+// else in `room`, padded with -inf to whole pairs. copies: always there.
+template <typename Row, typename F>
+inline void with_chunk(const Row& row, const Transform& t, int64_t start, int64_t n, bool copies, float* room,
+                       float* derivative, F f) {
+  if constexpr (std::is_pointer_v<Row>) {
+    const bool plain = !t.bias && t.softcap == 0.0f && t.scale == 1.0f && t.inv_temperature == 1.0f;
+    if (plain && !copies && n % kPair == 0) return f(row + start);
+  }
+  logits_chunk(row, t, start, n, room, derivative);
+  const int64_t filled = padded(n);
+  if (filled % kPair != 0) {
+    store(room + filled, splat(-kInf));
+    if (derivative) store(derivative + filled, Vec{});
+  }
+  f(room);
+}
+
+// Narrows the first n of a pair that was read from numbers of type From.
+template <typename From, typename T>
+inline void narrow_first(VecPair x, int64_t n, T* to) {
+  if (n < kPair) {
+    narrow_part(x.a, n, to);
+    if (n > kWidth) narrow_part(x.b, n - kWidth, to + kWidth);
+  } else if constexpr (std::is_same_v<From, T>) {
+    narrow_pair(to, x);
+  } else {
+    narrow(to, x.a);
+    narrow(to + kWidth, x.b);
+  }
+}
+
 template <typename Row>
 float derivative_at(const Row& row, const Transform& t, int64_t column) {
   float u[kWidth], derivatives[kWidth];
@@ -26,11 +68,34 @@ float derivative_at(const Row& row, const Transform& t, int64_t column) {
   return derivatives[0];
 }
 
-// Online sums of a row without its target, relative to their running maximum m: s = sum e^(u-m),
-// sx = sum e^(u-m) (u-m), sq = sum e^2(u-m).
+// Sums of a chunk, of e^(u-m), e^(u-m) (u-m) and e^2(u-m), and its largest logit.
+struct ChunkSums {
+  double s, sx, sq;
+  float top;
+};
+
+// Online sums of a row without its target, relative to their running maximum m, as they stand in the row's state.
 struct Online {
-  float m = -kInf;
-  double s = 0, sx = 0, sq = 0, total = 0;
+  float m;
+  double s, sx, sq, total;
+
+  static Online of(const double* state, int64_t stride) {
+    using namespace trl_fast;
+    return {static_cast<float>(state[kTop * stride]), state[kSum * stride], state[kSumX * stride],
+            state[kSumSq * stride], state[kTotal * stride]};
+  }
+
+  void save(double* state, int64_t stride) const {
+    using namespace trl_fast;
+    state[kTop * stride] = m;
+    state[kSum * stride] = s;
+    state[kSumX * stride] = sx;
+    state[kSumSq * stride] = sq;
+    state[kTotal * stride] = total;
+  }
+
+  // What is subtracted: -inf - -inf would be NaN.
+  float anchor() const { return m > -kInf ? m : 0.0f; }
 
   void raise(float to) {
     if (!(to > m)) return;
@@ -42,106 +107,141 @@ struct Online {
     }
     m = to;
   }
+
+  void add(const ChunkSums& sums) {
+    s += sums.s;
+    sx += sums.sx;
+    sq += sums.sq;
+  }
 };
 
-float chunk_max(const float* u, int64_t n) {
+template <typename T>
+float chunk_max(const T* u, int64_t n) {
   Vec best[2] = {splat(-kInf), splat(-kInf)};
-  for_vectors(n, [&](int64_t i, int k) { best[k] = maximum(load(u + i), best[k]); });
+  for (int64_t i = 0; i < n; i += kPair) {
+    __builtin_prefetch(u + i + kAhead);
+    const VecPair logits = widen_pair(u + i);
+    best[0] = maximum(logits.a, best[0]);
+    best[1] = maximum(logits.b, best[1]);
+  }
   return max_of(maximum(best[0], best[1]));
 }
 
-// With kWeights, `u` becomes e^(u-m).
-template <bool kMoments, bool kWeights>
-void add_chunk(float* u, int64_t n, Online& online) {
-  const Vec m = splat(online.m);
-  Vec s[2] = {}, sx[2] = {}, sq[2] = {};
-  for_vectors(n, [&](int64_t i, int k) {
-    const Vec x = load(u + i) - m;
+// One vector's share of ChunkSums.
+template <bool kMoments>
+struct VectorSums {
+  Vec s = {}, sx = {}, sq = {}, best = splat(-kInf);
+
+  // Returns e^(logits - m).
+  Vec add(Vec logits, Vec m) {
+    const Vec x = logits - m;
     const Vec e = exp_vec(x);
-    s[k] += e;
-    if constexpr (kWeights) store(u + i, e);
+    best = maximum(logits, best);
+    s += e;
     if constexpr (kMoments) {
-      sx[k] += e > Vec{} ? e * x : e;  // not 0 * -inf
-      sq[k] += e * e;
+      sx += e > Vec{} ? e * x : e;  // not 0 * -inf
+      sq += e * e;
     }
-  });
-  online.s += sum_of(s[0]) + sum_of(s[1]);
-  if constexpr (kMoments) {
-    online.sx += sum_of(sx[0]) + sum_of(sx[1]);
-    online.sq += sum_of(sq[0]) + sum_of(sq[1]);
+    return e;
   }
+};
+
+// take(i, e): gets a pair of e^(u - anchor).
+template <bool kMoments, typename T, typename Take>
+ChunkSums chunk_sums(const T* u, int64_t n, float anchor, Take take) {
+  const Vec m = splat(anchor);
+  VectorSums<kMoments> one, two;
+  for (int64_t i = 0; i < n; i += kPair) {
+    __builtin_prefetch(u + i + kAhead);
+    const VecPair logits = widen_pair(u + i);
+    take(i, VecPair{one.add(logits.a, m), two.add(logits.b, m)});
+  }
+  return {sum_of(one.s) + sum_of(two.s), sum_of(one.sx) + sum_of(two.sx), sum_of(one.sq) + sum_of(two.sq),
+          max_of(maximum(one.best, two.best))};
 }
 
-double chunk_total(const float* u, int64_t n) {
-  Vec total = {};
-  const int64_t whole = n / kWidth * kWidth;
-  for (int64_t i = 0; i < whole; i += kWidth) total += load(u + i);
-  double sum = sum_of(total);
-  for (int64_t i = whole; i < n; ++i) sum += u[i];
+// Without padding.
+template <typename T>
+double chunk_total(const T* u, int64_t n) {
+  Vec total[2] = {};
+  const int64_t whole = n / kPair * kPair;
+  for (int64_t i = 0; i < whole; i += kPair) {
+    const VecPair logits = widen_pair(u + i);
+    total[0] += logits.a;
+    total[1] += logits.b;
+  }
+  double sum = sum_of(total[0]) + sum_of(total[1]);
+  if constexpr (std::is_same_v<T, float>) {  // others lie in whole pairs
+    for (int64_t i = whole; i < n; ++i) sum += u[i];
+  }
   return sum;
 }
 
-// The largest logit of a tile's row but for its target; `u` is scratch.
+// The largest logit of a tile's row but for its target; `room` is scratch.
 template <typename T>
-float row_max(const T* row, const ScoreArgs& args, int64_t target, float* u) {
+float row_max(const T* row, const ScoreArgs& args, int64_t target, float* room) {
   const int64_t columns = args.tile.columns;
   float top = -kInf;
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
-    logits_chunk(row, args.transform, start, n, u);
-    if (target >= start && target < start + n) u[target - start] = -kInf;
-    top = std::max(top, chunk_max(u, n));
+    const bool has_target = target >= start && target < start + n;
+    with_chunk(row, args.transform, start, n, has_target, room, nullptr, [&](auto* u) {
+      if constexpr (is_copy<decltype(u)>) {
+        if (has_target) u[target - start] = -kInf;
+      }
+      top = std::max(top, chunk_max(u, n));
+    });
   }
   return top;
 }
 
-// The target's logit goes to the state; everything else sees -inf in its place. With kWeights, the row's
-// e^(u - top) du/dz go to `weights`, relative to its largest logit with this tile; finding that takes a look ahead
-// where the tile is wider than a chunk. `packed`, unless null, takes the logits.
+// The target's logit goes to the state; everything else sees -inf in its place. A chunk is read once: if it has a
+// larger logit than all before it, its sums are taken again. With kWeights, the row's e^(u - top) du/dz go to
+// `weights`, relative to its largest logit with this tile, which takes a look ahead. `packed`, unless null, takes the
+// logits.
 template <typename T, bool kMoments, bool kWeights>
 void score_row(const T* row, const ScoreArgs& args, int64_t target, double* state, T* weights,
                const PackedRow* packed) {
   using namespace trl_fast;
-  alignas(64) float u[kChunk], derivative[kWeights ? kChunk : 1];
+  alignas(64) float room[kChunk], derivative[kWeights ? kChunk : 1];
   const int64_t stride = args.state_stride, columns = args.tile.columns;
-  const bool curved = kWeights && args.transform.softcap != 0.0f;
+  const bool curved = kWeights && args.transform.softcap != 0.0f, finds_first = args.outputs & kIsTop1;
   const Vec constant_derivative = splat(args.transform.scale * args.transform.inv_temperature);
-  Online online = {static_cast<float>(state[kTop * stride]), state[kSum * stride], state[kSumX * stride],
-                   state[kSumSq * stride], state[kTotal * stride]};
+  Online online = Online::of(state, stride);
   float before = static_cast<float>(state[kBefore * stride]);
-  if (kWeights && columns > kChunk) online.raise(row_max(row, args, target, u));
+  if (kWeights) online.raise(row_max(row, args, target, room));
   for (int64_t start = 0; start < columns; start += kChunk) {
     const int64_t n = std::min(kChunk, columns - start);
-    logits_chunk(row, args.transform, start, n, u, curved ? derivative : nullptr);
-    if (args.outputs & kMeanLogits) online.total += chunk_total(u, n);
-    if (target >= start && target < start + n) {
-      state[kTarget * stride] = u[target - start];
-      u[target - start] = -kInf;
-    }
-    const float top = chunk_max(u, n);
-    if (args.outputs & kIsTop1) {
-      const int64_t earlier = std::clamp<int64_t>(target - start, 0, n);
-      if (earlier == n) before = std::max(before, top);
-      if (earlier > 0 && earlier < n) before = std::max(before, *std::max_element(u, u + earlier));
-    }
-    if (packed) pack_chunk(u, n, top, packed->chunk(start / kChunk));
-    online.raise(top);
-    // A chunk of nothing but -inf adds nothing; -inf - -inf would be NaN. But NaN has to be seen.
-    const bool counts = online.m > -kInf || !std::all_of(u, u + n, [](float x) { return x == -kInf; });
-    if (counts) add_chunk<kMoments, kWeights>(u, n, online);
-    if constexpr (kWeights) {
-      if (!counts) std::fill(u, u + padded(n), 0.0f);
-      for (int64_t i = 0; i < n; i += kWidth) {
-        const Vec weight = load(u + i) * (curved ? load(derivative + i) : constant_derivative);
-        narrow_part(weight, n - i, weights + start + i);
+    const bool has_target = target >= start && target < start + n;
+    with_chunk(row, args.transform, start, n, has_target, room, curved ? derivative : nullptr, [&](auto* u) {
+      if (args.outputs & kMeanLogits) online.total += chunk_total(u, n);
+      if constexpr (is_copy<decltype(u)>) {
+        if (has_target) {
+          state[kTarget * stride] = u[target - start];
+          u[target - start] = -kInf;
+          if (finds_first && target > start) before = std::max(before, *std::max_element(u, u + (target - start)));
+        }
       }
-    }
+      const auto take = [&](int64_t i, VecPair e) {
+        if constexpr (kWeights) {
+          e.a *= curved ? load(derivative + i) : constant_derivative;
+          e.b *= curved ? load(derivative + i + kWidth) : constant_derivative;
+          narrow_first<std::decay_t<decltype(*u)>>(e, n - i, weights + start + i);
+        }
+      };
+      ChunkSums sums = chunk_sums<kMoments>(u, n, online.anchor(), take);
+      if (sums.top > online.m) {
+        online.raise(sums.top);
+        sums = chunk_sums<kMoments>(u, n, online.anchor(), take);
+      }
+      online.add(sums);
+      if (finds_first && target >= start + n) before = std::max(before, sums.top);
+      if constexpr (std::is_same_v<T, float>) {
+        if (packed) pack_chunk(u, n, sums.top, packed->chunk(start / kChunk));
+      }
+    });
   }
-  state[kTop * stride] = online.m;
-  state[kSum * stride] = online.s;
-  state[kSumX * stride] = online.sx;
-  state[kSumSq * stride] = online.sq;
-  state[kTotal * stride] = online.total;
+  online.save(state, stride);
   state[kBefore * stride] = before;
 }
 
@@ -164,32 +264,46 @@ struct RowCoefficients {
 };
 
 // p (a + b (u - lse)) + e, of every class but the target
-inline Vec logit_grad(Vec u, Vec lse, const RowCoefficients& c) {
+template <bool kHasB>
+inline Vec logit_grad(Vec u, Vec lse, Vec a, Vec b, Vec e) {
   const Vec x = u - lse;
   const Vec p = exp_vec(x);
-  if (c.b == 0.0f) return p * splat(c.a) + splat(c.e);
-  const Vec product = p * (splat(c.a) + splat(c.b) * x);
-  return (p == Vec{} ? Vec{} : product) + splat(c.e);
+  if constexpr (!kHasB) return p * a + e;
+  const Vec product = p * (a + b * x);
+  return (p == Vec{} ? Vec{} : product) + e;
+}
+
+template <bool kHasB, typename Row, typename T>
+void grad_columns(const Row& row, const GradArgs& args, float lse, const RowCoefficients& c, T* out) {
+  alignas(64) float room[kChunk], derivative[kChunk];
+  const int64_t columns = args.tile.columns;
+  const bool curved = args.transform.softcap != 0.0f;
+  const float factor = curved ? 1.0f : args.transform.scale * args.transform.inv_temperature;
+  const Vec lse_vec = splat(lse), a = splat(c.a * factor), b = splat(c.b * factor), e = splat(c.e * factor);
+  for (int64_t start = 0; start < columns; start += kChunk) {
+    const int64_t n = std::min(kChunk, columns - start);
+    with_chunk(row, args.transform, start, n, false, room, curved ? derivative : nullptr, [&](auto* u) {
+      for (int64_t i = 0; i < n; i += kPair) {
+        __builtin_prefetch(u + i + kAhead);
+        VecPair grad = widen_pair(u + i);
+        grad.a = logit_grad<kHasB>(grad.a, lse_vec, a, b, e);
+        grad.b = logit_grad<kHasB>(grad.b, lse_vec, a, b, e);
+        if (curved) {
+          grad.a *= load(derivative + i);
+          grad.b *= load(derivative + i + kWidth);
+        }
+        narrow_first<std::decay_t<decltype(*u)>>(grad, n - i, out + start + i);
+      }
+    });
+  }
 }
 
 template <typename Row, typename T>
 void grad_row(const Row& row, const GradArgs& args, float lse, int64_t target, const RowCoefficients& c, T* out) {
-  alignas(64) float u[kChunk], derivative[kChunk];
-  const int64_t columns = args.tile.columns;
-  const bool has_target = target >= 0 && target < columns;
+  const bool has_target = target >= 0 && target < args.tile.columns;
   // Before `out`, which may be `row`, is written.
   const float target_grad = has_target ? c.d * derivative_at(row, args.transform, target) : 0;
-  const Vec lse_vec = splat(lse);
-  const Vec constant_derivative = splat(args.transform.scale * args.transform.inv_temperature);
-  const bool curved = args.transform.softcap != 0.0f;
-  for (int64_t start = 0; start < columns; start += kChunk) {
-    const int64_t n = std::min(kChunk, columns - start);
-    logits_chunk(row, args.transform, start, n, u, curved ? derivative : nullptr);
-    for (int64_t i = 0; i < n; i += kWidth) {
-      const Vec grad = logit_grad(load(u + i), lse_vec, c) * (curved ? load(derivative + i) : constant_derivative);
-      narrow_part(grad, n - i, out + start + i);
-    }
-  }
+  (c.b == 0.0f ? grad_columns<false, Row, T> : grad_columns<true, Row, T>)(row, args, lse, c, out);
   if (has_target) narrow_part(splat(target_grad), 1, out + target);
 }
 

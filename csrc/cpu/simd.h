@@ -50,34 +50,51 @@ inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
+// In halves: a chain of log2(kWidth) steps.
+template <typename T, typename F>
+inline T folded(Vec x, F f) {
+  T lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = x[i];
+  for (int n = kWidth / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] = f(lanes[i], lanes[i + n]);
+  }
+  return lanes[0];
+}
+
 inline float max_of(Vec x) {
-  float m = x[0];
-  for (int i = 1; i < kWidth; ++i) m = x[i] > m ? x[i] : m;
-  return m;
+  return folded<float>(x, [](float a, float b) { return b > a ? b : a; });
 }
 
 inline double sum_of(Vec x) {
-  double s = 0;
-  for (int i = 0; i < kWidth; ++i) s += x[i];
-  return s;
+  return folded<double>(x, [](double a, double b) { return a + b; });
 }
 
-// e^x to about 1 ulp for x <= 88: x = n ln2 + r, |r| <= ln2 / 2, polynomial in r (Cephes expf), times 2^n.
-// -inf and everything below the normal range give 0; NaN stays NaN.
+// mantissa * 2^n; `shifted` has n in its low bits.
+#if defined(CPU_CAPABILITY_AVX512)
+inline Vec times_power(Vec mantissa, Vec n, Vec) {
+  return bits_as<Vec>(_mm512_maskz_scalef_ps(0xffff, bits_as<__m512>(mantissa), bits_as<__m512>(n)));
+}
+#else
+inline Vec times_power(Vec mantissa, Vec, Vec shifted) {
+  // Unsigned: the bits of what is no power of two, for NaN and far too small x, may overflow.
+  return mantissa * bits_as<Vec>((bits_as<UVec>(shifted) << 23) + bits_as<UVec>(splat(1.0f)));
+}
+#endif
+
+// e^x to about 1 ulp for x <= 88, to 2 ulp below -30: x = n ln2 + r, |r| <= ln2 / 2, a polynomial in r that is off by
+// 3e-9 of e^r, times 2^n. -inf and everything below the normal range give 0; NaN stays NaN.
 inline Vec exp_vec(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
   const Vec shifted = x * splat(1.44269504088896341f) + magic;
   const Vec n = shifted - magic;
-  const Vec r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
-  const Vec r2 = r * r;
-  // In pairs of terms: a chain of additions half as long.
-  Vec p = splat(1.9875691500e-4f) * r + splat(1.3981999507e-3f);
-  p = p * r2 + (splat(8.3334519073e-3f) * r + splat(4.1665795894e-2f));
-  p = p * r2 + (splat(1.6666665459e-1f) * r + splat(5.0000001201e-1f));
-  p = p * r2 + r + splat(1.0f);
-  // Unsigned: the bits of what is no power of two, for NaN and far too small x, may overflow.
-  const Vec power = bits_as<Vec>((bits_as<UVec>(shifted) << 23) + bits_as<UVec>(splat(1.0f)));
-  return x < splat(-87.3f) ? Vec{} : p * power;
+  const Vec r = x - n * splat(0.693147180559945309f);
+  Vec p = splat(1.3814583654e-3f) * r + splat(8.3687240258e-3f);
+  p = p * r + splat(4.1668388993e-2f);
+  p = p * r + splat(1.6666521132e-1f);
+  p = p * r + splat(4.9999994040e-1f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  return x < splat(-87.3f) ? Vec{} : times_power(p, n, shifted);
 }
 
 struct Tanh {
@@ -148,6 +165,33 @@ inline UVec bfloat16_bits(Vec x) {
 }
 
 inline void narrow(BFloat16* p, Vec x) { store_halves(p, bfloat16_bits(x) >> 16); }
+
+// Two vectors of numbers that lie together, in the order in which their type is widened fastest.
+struct VecPair {
+  Vec a, b;
+};
+
+template <typename T>
+inline VecPair widen_pair(const T* p) {
+  return {widen(p), widen(p + kWidth)};
+}
+// Even and odd places: no number changes its half of a register twice.
+inline VecPair widen_pair(const BFloat16* p) {
+  UVec both;
+  std::memcpy(&both, p, sizeof(both));
+  return {bits_as<Vec>(both << 16), bits_as<Vec>(both & 0xffff0000u)};
+}
+
+// Narrows what widen_pair gave in its order.
+template <typename T>
+inline void narrow_pair(T* p, VecPair x) {
+  narrow(p, x.a);
+  narrow(p + kWidth, x.b);
+}
+inline void narrow_pair(BFloat16* p, VecPair x) {
+  const UVec both = (bfloat16_bits(x.a) >> 16) | (bfloat16_bits(x.b) & 0xffff0000u);
+  std::memcpy(p, &both, sizeof(both));
+}
 
 #if defined(CPU_CAPABILITY_AVX512)
 inline Vec widen(const Float16* p) {

@@ -194,3 +194,28 @@ def test_scores_and_weights_in_one_read(columns, dtype, transform, outputs):
     torch.testing.assert_close(found[:, :5], expected[:, :5], rtol=1e-4, atol=1e-5, equal_nan=True)
     assert found[LSE_ROW, 5].isnan() and expected[LSE_ROW, 5].isnan()
     torch.testing.assert_close(tiles[0][:5], tiles[1][:5], rtol=tolerance[0], atol=tolerance[1])
+
+
+@pytest.mark.parametrize("columns", [4096 + 48, 6144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_largest_logit_may_come_late_and_most_may_be_the_least_that_there_is(dtype, columns):
+    """Logits that nothing changes are read where they lie, and sums of a chunk taken again if it has a larger one."""
+    rising = torch.linspace(-30.0, 40.0, columns)
+    masked = torch.full((columns,), torch.finfo(dtype).min)
+    masked[columns - 70 :] = torch.linspace(-2.0, 3.0, 70)
+    logits = torch.stack([rising, rising.flip(0), masked, masked.flip(0), rising.sin()]).to(dtype)
+    targets = torch.tensor([columns - 1, 17, columns - 3, 5, 2 * columns])
+    given = (targets, None, 1.0, 0.0, 1.0)
+    exact = statistics(row_scores_reference, logits.double(), targets, None, (1.0, 0.0, 1.0), EVERYTHING)
+    for tiles in (1, 2):
+        found = statistics(torch.ops.trl_fast.row_scores, logits, targets, None, (1.0, 0.0, 1.0), EVERYTHING, tiles)
+        torch.testing.assert_close(found[:4].double(), exact[:4], rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert torch.equal(found[5].double(), exact[5])
+    states, out, wanted = [new_state(5, logits.device) for _ in range(2)], logits.clone(), logits.double()
+    torch.ops.trl_fast.row_weights(out, *given, EVERYTHING, 0, states[0], out)
+    row_lse_gradient_by_two(ROW_KERNELS["torch"], wanted, *given, EVERYTHING, 0, states[1], wanted)
+    found = finish_scores(states[0], EVERYTHING, columns, torch.float32)
+    torch.testing.assert_close(found[:4].double(), exact[:4], rtol=1e-6, atol=1e-6, equal_nan=True)
+    # u - m is rounded to float32, where it is up to 70.
+    tolerance = {"rtol": max(1e-5, torch.finfo(dtype).eps), "atol": torch.finfo(dtype).tiny}
+    torch.testing.assert_close(out.double(), wanted, **tolerance)
