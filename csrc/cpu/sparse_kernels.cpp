@@ -26,6 +26,13 @@ struct Sampler {
     count += count <= capacity;
   }
 
+  // Adds small probabilities that sum to so much, unless one of them has to be kept.
+  bool pass(double sum) {
+    if (!(carry + sum < threshold)) return false;
+    carry += sum;
+    return true;
+  }
+
   void visit(int64_t column, float logprob, float p) {
     if (p >= threshold) return keep(column, logprob);
     carry += p;
@@ -35,17 +42,25 @@ struct Sampler {
   }
 };
 
-// Chunk of log-probabilities of columns [start, start + n). Most vectors keep nothing: those are summed as a whole.
+// Vectors that are looked at together: most keep nothing, and are summed as a whole.
+constexpr int64_t kTogether = 4;
+static_assert(kChunk % (kTogether * kWidth) == 0);
+
+// Chunk of log-probabilities of columns [start, start + n), padded with -inf to whole vectors.
 void sample_chunk(const float* logprobs, int64_t start, int64_t n, Sampler& sampler) {
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const Vec p = exp_vec(load(logprobs + i));
-    const double sum = sum_of(p);
-    if (sampler.carry + sum < sampler.threshold) {
-      sampler.carry += sum;
-      continue;
+  for (int64_t first = 0; first < n; first += kTogether * kWidth) {
+    const int64_t vectors = std::min(kTogether, (n - first + kWidth - 1) / kWidth);
+    Vec p[kTogether], total = {};
+    for (int64_t v = 0; v < vectors; ++v) {
+      p[v] = exp_vec(load(logprobs + first + v * kWidth));
+      total += p[v];
     }
-    const int64_t lanes = std::min<int64_t>(kWidth, n - i);
-    for (int64_t k = 0; k < lanes; ++k) sampler.visit(start + i + k, logprobs[i + k], p[k]);
+    if (sampler.pass(sum_of(total))) continue;
+    for (int64_t v = 0; v < vectors; ++v) {
+      if (sampler.pass(sum_of(p[v]))) continue;
+      const int64_t column = first + v * kWidth, lanes = std::min<int64_t>(kWidth, n - column);
+      for (int64_t k = 0; k < lanes; ++k) sampler.visit(start + column + k, logprobs[column + k], p[v][k]);
+    }
   }
 }
 

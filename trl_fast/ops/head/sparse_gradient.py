@@ -177,14 +177,15 @@ def sparse_gradients(
     values = torch.cat((values, d * transform.derivative(target_logprobs + lse)))
     # A target outside the vocabulary has made its row NaN already.
     rows, columns = torch.cat((rows, numbers)), torch.cat((columns, targets.clamp(0, vocab_size - 1)))
-    active = values != 0
-    rows, columns, values = rows[active], columns[active], values[active]
+    order = _targets_behind_entries(rows, counts)
+    order = order[values[order] != 0]
+    rows, columns, values = rows[order], columns[order], values[order]
     grad_hidden = grad_weight = grad_bias = None
     if need_hidden:
-        row_offsets, order = _grouped(rows, num_rows)
-        grad_hidden = product(row_offsets, columns[order], values[order], weight, hidden.dtype)
+        grad_hidden = product(_offsets(rows, num_rows), columns, values, weight, hidden.dtype)
     if need_weight or need_bias:
-        row_offsets, order = _grouped(columns, vocab_size)
+        # 32 bits are sorted in two thirds of the time of 64.
+        row_offsets, order = _offsets(columns, vocab_size), torch.argsort(columns.int(), stable=True)
     if need_weight:
         grad_weight = product(row_offsets, rows[order], values[order], hidden, weight.dtype)
     if need_bias:
@@ -195,8 +196,21 @@ def sparse_gradients(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _grouped(keys: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns where each group begins (G + 1,) once the entries are in `order` (E,), and that order."""
-    row_offsets = keys.new_zeros(num_groups + 1)
-    torch.cumsum(torch.bincount(keys, minlength=num_groups), dim=0, out=row_offsets[1:])
-    return row_offsets, torch.argsort(keys, stable=True)
+def _targets_behind_entries(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Returns the order (E + N,) in which each row's target follows its entries.
+
+    rows: (E + N,) of all entries, row after row, and then of all targets; counts: (N,) of the entries.
+    """
+    num_entries = len(rows) - len(counts)
+    numbers = torch.arange(len(rows), device=rows.device)
+    order = torch.empty_like(rows)
+    order[numbers[:num_entries] + rows[:num_entries]] = numbers[:num_entries]
+    order[counts.cumsum(dim=0) + rows[num_entries:]] = numbers[num_entries:]
+    return order
+
+
+def _offsets(keys: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Returns where each group begins, (G + 1,), once the entries are sorted by their groups, keys (E,)."""
+    offsets = keys.new_zeros(num_groups + 1)
+    torch.cumsum(torch.bincount(keys, minlength=num_groups), dim=0, out=offsets[1:])
+    return offsets
