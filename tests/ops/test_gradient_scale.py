@@ -49,6 +49,16 @@ def test_without_a_kernel(dtype):
     assert torch.equal(scale_in_place(gradient, torch.tensor(0.5)), wanted)
 
 
+@pytest.mark.parametrize("factor, products", [(1.0, 0), (0.5, 1)])
+def test_without_a_kernel_there_is_no_product_with_one(factor, products):
+    gradient = problem((4, 6), torch.float32)
+    wanted = gradient * factor
+    with torch.profiler.profile() as profile:
+        scale_in_place(gradient, torch.tensor(factor))
+    assert sum(event.name == "aten::mul_" for event in profile.events()) == products
+    assert torch.equal(gradient, wanted)
+
+
 def test_the_op_passes_opcheck():
     torch.library.opcheck(torch.ops.trl_fast.gradient_scale, (problem((3, 7), torch.float32), torch.tensor(2.0)))
 
