@@ -29,7 +29,7 @@ def one_gradient_of_tied_weight(model: PreTrainedModel) -> Iterator[None]:
     """
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    weight = getattr(embeddings, "weight", None)
+    weight: Any = getattr(embeddings, "weight", None)
     is_tied = isinstance(weight, nn.Parameter) and getattr(head, "weight", None) is weight
     can = getattr(embeddings, "hands_weight_on", False) and not torch.compiler.is_compiling()
     if not (is_tied and can and weight.requires_grad and torch.is_grad_enabled()) or _in_parts(model, weight):

@@ -165,9 +165,9 @@ def _find_attentions(model: PreTrainedModel, found: _Found, device: torch.device
     for module in model.modules():
         turning = turning_attention(module)
         turns = [] if turning is None else turns_after_norms(original_class(module).__module__, found.rotaries)
-        if turning is None or not turns or any(norm not in fused_norms for norm in turning.norms):
+        if turning is None or not turns or not fused_norms.keys() >= {turning.query_norm, turning.key_norm}:
             continue
-        reason = _why_not_at_once(module, turning.norms[0], fused_norms[turning.norms[0]], turns, device)
+        reason = _why_not_at_once(module, turning.query_norm, fused_norms[turning.query_norm], turns, device)
         if reason:
             found.reasons[reason] += 1
         else:

@@ -101,7 +101,7 @@ def _embedding_class() -> type[nn.Module]:
         rows, vars(self)[HEAD_WEIGHT] = tied_embedding(input, self.weight, self.padding_idx)
         return rows
 
-    made = make_class(nn.Embedding, forward=forward)
+    made: Any = make_class(nn.Embedding, forward=forward)
     made.hands_weight_on = True
     return made
 

@@ -153,14 +153,14 @@ def _norm_and_turn(
     cos, sin = (_angles(angles, known) for angles in (cos, sin))
     if not _can_turn(query, key, cos, sin, known) or query_norm[1:] != key_norm[1:]:
         return None
-    weights = query_norm.weight, key_norm.weight
-    lengths = [x.shape[3] * (x.shape[1] if of_all_heads else 1) for x in (query, key)]
-    for weight, length in zip(weights, lengths, strict=True):
-        if weight is None or weight.dtype != query.dtype or weight.shape != (length,):
+    weights: list[torch.Tensor] = []
+    for norm, x in ((query_norm, query), (key_norm, key)):
+        length = x.shape[3] * (x.shape[1] if of_all_heads else 1)
+        if norm.weight is None or norm.weight.dtype != query.dtype or norm.weight.shape != (length,):
             return None
-    return qk_norm_rotary(
-        query, key, *weights, query_norm.eps, cos, sin, cast=query_norm.cast, **_way(query, cos, known)
-    )
+        weights.append(norm.weight)
+    given = (query, key, weights[0], weights[1], query_norm.eps, cos, sin)
+    return qk_norm_rotary(*given, cast=query_norm.cast, **_way(query, cos, known))
 
 
 def _way(query: torch.Tensor, cos: torch.Tensor, known: KnownRotary) -> dict[str, Any]:

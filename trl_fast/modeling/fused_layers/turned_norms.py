@@ -30,10 +30,11 @@ _VIEWS = ("view", "reshape")
 
 
 class TurningAttention(NamedTuple):
-    """Holds an attention's class that normalises and turns at once, and its norms, of queries and of keys."""
+    """Holds an attention's class that normalises and turns at once, and its norms."""
 
     cls: type[nn.Module]
-    norms: tuple[nn.Module | None, nn.Module | None]
+    query_norm: nn.Module
+    key_norm: nn.Module
 
 
 def turning_attention(attention: nn.Module) -> TurningAttention | None:
@@ -42,7 +43,9 @@ def turning_attention(attention: nn.Module) -> TurningAttention | None:
     if found is None:
         return None
     query_norm, key_norm = (getattr(attention, name, None) for name in found.names)
-    return TurningAttention(found.cls, (query_norm, key_norm))
+    if not isinstance(query_norm, nn.Module) or not isinstance(key_norm, nn.Module):
+        return None
+    return TurningAttention(found.cls, query_norm, key_norm)
 
 
 def why_attention_differs(
@@ -135,18 +138,19 @@ def norms_before_turn(function: ast.FunctionDef) -> tuple[str, ...]:
                 [ast.Tuple([ast.Name(query), ast.Name(key)])],
                 ast.Call(ast.Name() as turn, [ast.Name(given), ast.Name(given_key), cos, sin], []),
             ) if (query, key) == (given, given_key):
-                norms = [_norm_of(name, function.body[:at]) for name in (query, key)]
-                if None in norms or norms[0].of_all_heads != norms[1].of_all_heads:
+                norms = [_norm_of(query, function.body[:at]), _norm_of(key, function.body[:at])]
+                found = [norm for norm in norms if norm is not None]
+                if len(found) < 2 or found[0].of_all_heads != found[1].of_all_heads:
                     return ()
-                for norm in norms:
+                for norm in found:
                     _take_out(norm.call, function)
-                modules = ", ".join(f"self.{norm.name}" for norm in norms)
-                flag = f"of_all_heads={norms[0].of_all_heads}"
+                modules = ", ".join(f"self.{norm.name}" for norm in found)
+                flag = f"of_all_heads={found[0].of_all_heads}"
                 source = f"{query}, {key} = _norm_and_turn({modules}, {turn.id}, {query}, {key}, None, None, {flag})"
                 made = ast.parse(source).body[0]
                 cast("Any", made).value.args[-2:] = [cos, sin]
                 function.body[at] = ast.copy_location(made, statement)
-                return tuple(norm.name for norm in norms)
+                return tuple(norm.name for norm in found)
     return ()
 
 
@@ -172,7 +176,7 @@ def _norm_of(name: str, statements: list[ast.stmt]) -> _Norm | None:
         match value:
             case ast.Call(ast.Attribute(ast.Name("self"), norm), [given], []) as call:
                 return _Norm(call, norm, has_view) if not has_view or _is_projection(given) else None
-            case ast.Name(viewed) if viewed == name:
+            case ast.Name(variable) if variable == name:
                 continue
             case _:
                 return None
