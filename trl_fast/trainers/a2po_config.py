@@ -63,11 +63,6 @@ class A2POConfig(SamplingConfig, ReferenceConfig):
         if self.data_seed is None:
             # Each process samples by a seed of its own, but all read prompts in one order.
             self.data_seed = self.seed
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size=True would sample a batch's completions again; set it to False and choose "
-                "per_device_train_batch_size"
-            )
         if self.sync_ref_model:
             raise ValueError(
                 "sync_ref_model=True: the prompts' values are those of the reference at the start; set it to False"

@@ -133,6 +133,7 @@ class BCOTrainer(PreferenceTrainer):
 
     method = "bco"
     config_class = BCOConfig
+    collator_class = UnpairedCollator
     token_columns = UNPAIRED_TOKEN_COLUMNS
     reference_columns: ClassVar[tuple[str, ...]] = UNPAIRED_REFERENCE_COLUMNS[:1]
     signature_columns = (*UNPAIRED_TOKEN_COLUMNS, LABEL, PROMPT_WEIGHT, *UNPAIRED_REFERENCE_COLUMNS[:1])
@@ -211,18 +212,6 @@ class BCOTrainer(PreferenceTrainer):
         if self.prompt_weights is None:
             return dataset
         return self.prompt_weights.weighed(dataset, processing_class, args, dataset_name)
-
-    def make_collator(
-        self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: Any
-    ) -> UnpairedCollator:
-        return UnpairedCollator(
-            pad_token_id=pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            layout=layout,
-            images=self.images,
-        )
 
     def start(self, **kwargs: Any) -> None:
         """Starts as the base does, with the mean of the rewards as a part of checkpoints."""

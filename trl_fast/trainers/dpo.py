@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trl_fast.data import TOKEN_COLUMNS, AnyDataset, PreferenceCollator, TokenBatch, prepare_preference_dataset
 from trl_fast.data.preference import REFERENCE_COLUMNS
@@ -100,6 +99,7 @@ class DPOTrainer(PreferenceTrainer):
     method = "dpo"
     config_class = DPOConfig
     token_columns = TOKEN_COLUMNS
+    collator_class = PreferenceCollator
     reference_columns = REFERENCE_COLUMNS
     signature_columns = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS)
     uncalled_hooks = dict.fromkeys(
@@ -122,18 +122,6 @@ class DPOTrainer(PreferenceTrainer):
             image_reader=self.images and self.images.reader,
             num_proc=args.dataset_num_proc,
             name=dataset_name,
-        )
-
-    def make_collator(
-        self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: DPOConfig
-    ) -> PreferenceCollator:
-        return PreferenceCollator(
-            pad_token_id=pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            layout=layout,
-            images=self.images,
         )
 
     # ---- the reference

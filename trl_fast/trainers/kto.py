@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trl_fast.data import AnyDataset, TokenBatch
 from trl_fast.data.unpaired_preference import (
@@ -187,6 +187,7 @@ class KTOTrainer(PreferenceTrainer):
 
     method = "kto"
     config_class = KTOConfig
+    collator_class = UnpairedCollator
     signature_columns = (*UNPAIRED_TOKEN_COLUMNS, KL_COLUMN, LABEL, *UNPAIRED_REFERENCE_COLUMNS)
     uncalled_hooks = {
         **dict.fromkeys(
@@ -229,18 +230,6 @@ class KTOTrainer(PreferenceTrainer):
         if dataset_name == "train" and isinstance(dataset, Dataset):
             warn_of_balance(dataset, args.desirable_weight, args.undesirable_weight)
         return dataset
-
-    def make_collator(
-        self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: KTOConfig
-    ) -> UnpairedCollator:
-        return UnpairedCollator(
-            pad_token_id=pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            layout=layout,
-            images=self.images,
-        )
 
     def start(self, **kwargs: Any) -> None:
         super().start(**kwargs)

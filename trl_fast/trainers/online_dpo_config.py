@@ -87,11 +87,6 @@ class OnlineDPOConfig(SamplingConfig, ReferenceConfig):
         if self.data_seed is None:
             # Each process samples by a seed of its own, but all read prompts in one order.
             self.data_seed = self.seed
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size=True would sample a batch's completions again; set it to False and choose "
-                "per_device_train_batch_size"
-            )
         self.check_values()
 
     def check_values(self) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from trl_fast.data import AnyDataset, DictCollator, TokenBatch
+from trl_fast.data import AnyDataset, DictCollator, PreferenceCollator, TokenBatch, UnpairedCollator
 from trl_fast.modeling.reference_cache import reference_hash, with_reference_columns
 from trl_fast.parallel.engines import prepared_for_evaluation
 from trl_fast.parallel.failures import failing_together
@@ -49,6 +49,7 @@ class PreferenceTrainer(BaseTrainer):
     config_class = PreferenceConfig
     reference: ReferencePolicy
     shares_prompts = True
+    collator_class: ClassVar[type[PreferenceCollator] | type[UnpairedCollator]]
     reference_columns: ClassVar[tuple[str, ...]] = ()
     uncalled_hooks: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
@@ -136,7 +137,14 @@ class PreferenceTrainer(BaseTrainer):
         self, model: PreTrainedModel | PeftModel, pad_token_id: int, layout: str, args: PreferenceConfig
     ) -> DictCollator:
         """Makes what collates prepared rows to a batch of that layout; `model` is as it will be trained."""
-        raise NotImplementedError
+        return self.collator_class(
+            pad_token_id=pad_token_id,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            layout=layout,
+            images=self.images,
+        )
 
     def sample_sequences(self, dataset: AnyDataset) -> list[list[int]]:
         """Returns two token sequences of a prepared dataset's first row, for trying the model out."""

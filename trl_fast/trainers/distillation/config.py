@@ -21,6 +21,7 @@ class DistillationConfig(SamplingConfig):
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
+    other_batch_size: ClassVar[str] = "change how many completions are made at a time"
     first_metrics: ClassVar[tuple[str, ...]] = (
         *("loss", "entropy", "completions/mean_length", "completions/clipped_ratio", "grad_norm", "learning_rate"),
         "eval_loss",
@@ -70,11 +71,6 @@ class DistillationConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_values()
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size=True would change how many completions are made at a time; set it to False and "
-                "choose per_device_train_batch_size"
-            )
         if self.seq_kd and self.lmbda == 1:
             raise ValueError("seq_kd=True with lmbda=1: the teacher would sample nothing; set lmbda below 1")
         self._check_sequence_parallelism()

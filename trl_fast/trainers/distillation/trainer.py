@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -120,7 +119,7 @@ class DistillationTrainer(OnlineTrainer):
         student, layout = self.reference.set_up(student, teacher, config, peft_config, sequences)
         self._read_heads_alike(base_model(student), config, sequences)
         self.rollout_func, self.sampling = rollout_func, Sampling(self)
-        self.generation, self.slicer, self._step_time = GenerationBuffer(config), Slicer(), 0.0
+        self.generation, self.slicer = GenerationBuffer(config), Slicer()
         self.start(
             model=student,
             args=config,
@@ -245,14 +244,8 @@ class DistillationTrainer(OnlineTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Makes one micro-batch's step; step_time is that of all micro-batches of an optimizer step."""
-        start = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self.generation.step += 1
-        self._step_time += time.perf_counter() - start
-        if self.generation.step % self.current_gradient_accumulation_steps == 0:
-            self.recorder.record_values({"step_time": self._step_time})
-            self._step_time = 0.0
-        return loss
+        with self.generation.timed_step(self.current_gradient_accumulation_steps, self.recorder):
+            return super().training_step(*args, **kwargs)
 
     # ---- the update
 

@@ -20,6 +20,7 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
+    other_batch_size: ClassVar[str] = "cut groups of completions apart"
     first_metrics: ClassVar[tuple[str, ...]] = (
         *("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio"),
         *("loss", "grad_norm", "learning_rate"),
@@ -99,11 +100,6 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size=True would cut groups of completions apart; set it to False and choose "
-                "per_device_train_batch_size"
-            )
         if self.use_transformers_continuous_batching:
             raise ValueError(
                 "use_transformers_continuous_batching=True is not served: generation computes each prompt once by "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from trl_fast.data.images.inputs import ImageInput
 from trl_fast.rollout.samples import Samples
+
+from .metric_recorder import MetricRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +54,13 @@ class GenerationBuffer(TrainerCallback):
     """Holds one generation's completions, cut into slices that micro-batches read in turn.
 
     A slice is TRL's batch, a dict, where a subclass of the trainer makes such batches itself. `step` counts the
-    micro-batches of the run, `slices` are this process's, None before the first generation. An optimizer step that
-    ends among the micro-batches of a generation leaves the slices to the next one, so a checkpoint has them too.
+    micro-batches of the run, `step_time` is the time in seconds of those of the present optimizer step, `slices` are
+    this process's, None before the first generation. An optimizer step that ends among the micro-batches of a
+    generation leaves the slices to the next one, so a checkpoint has them too.
     """
 
     def __init__(self, args: GenerationSettings) -> None:
-        self.step = 0
+        self.step, self.step_time = 0, 0.0
         self.slices: list[Samples] | list[dict[str, Any]] | None = None
         self._every = args.generate_every
         # Where each optimizer step ends a generation, a checkpoint needs none of this.
@@ -73,6 +79,17 @@ class GenerationBuffer(TrainerCallback):
         """Returns the completions of the next micro-batch."""
         assert self.slices is not None, "it is filled before it is read"
         return self.slices[self.step % len(self.slices)]
+
+    @contextmanager
+    def timed_step(self, micro_batches: int, recorder: MetricRecorder) -> Iterator[None]:
+        """Counts the micro-batch that is learned from within; after the last of so many records their step_time."""
+        start = time.perf_counter()
+        yield
+        self.step += 1
+        self.step_time += time.perf_counter() - start
+        if self.step % micro_batches == 0:
+            recorder.record_values({"step_time": self.step_time})
+            self.step_time = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

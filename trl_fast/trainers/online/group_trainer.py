@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,7 +126,7 @@ class GroupTrainer(OnlineTrainer):
         model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
         self.rollout_func, self.sampling = rollout_func, Sampling(self)
         self.trl_hooks = TRLHooks(self, returns_more=self.has_tools)
-        self.generation, self.slicer, self._step_time = GenerationBuffer(args), Slicer(), 0.0
+        self.generation, self.slicer = GenerationBuffer(args), Slicer()
         self.start(
             model=model,
             args=args,
@@ -273,14 +272,8 @@ class GroupTrainer(OnlineTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Makes one micro-batch's step; step_time is that of all micro-batches of an optimizer step."""
-        start = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        self.generation.step += 1
-        self._step_time += time.perf_counter() - start
-        if self.generation.step % self.current_gradient_accumulation_steps == 0:
-            self.recorder.record_values({"step_time": self._step_time})
-            self._step_time = 0.0
-        return loss
+        with self.generation.timed_step(self.current_gradient_accumulation_steps, self.recorder):
+            return super().training_step(*args, **kwargs)
 
     def score_samples(
         self, samples: Samples, score: Callable[[TokenBatch], torch.Tensor], *, everyone: bool = True

@@ -27,6 +27,8 @@ class SamplingConfig(BaseConfig):
     unit: ClassVar[str] = "completions"
     # The argument that limits a completion's tokens.
     length_setting: ClassVar[str] = "max_completion_length"
+    # What a batch size that changes during training would do.
+    other_batch_size: ClassVar[str] = "sample a batch's completions again"
 
     learning_rate: float = 1e-6
     """Initial learning rate of AdamW."""
@@ -131,6 +133,11 @@ class SamplingConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "vllm_mode")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                f"auto_find_batch_size=True would {self.other_batch_size}; set it to False and choose "
+                "per_device_train_batch_size"
+            )
         if not isinstance(self.generation_kwargs, dict | None):
             raise ValueError(
                 f"generation_kwargs: expected a dict of the sampler's arguments, got {self.generation_kwargs!r} of "

@@ -183,7 +183,7 @@ GROUP_ATTRIBUTES = {
     "_is_vlm": _fixed(lambda trainer: trainer.images is not None, _SET_BY_DATA),
     "_step": TRLAttribute("generation.step"),
     "_buffered_inputs": TRLAttribute("generation.slices"),
-    "_current_train_step_time": TRLAttribute("_step_time"),
+    "_current_train_step_time": TRLAttribute("generation.step_time"),
     "_logs": _fixed(lambda trainer: trainer.completions_log.logs, "change its lists"),
     "_pending_extra_logs": _fixed(lambda trainer: trainer.loop.metrics.columns, "change its lists"),
     "_pending_metrics": _fixed(lambda trainer: trainer.loop.metrics.numbers, "change its lists"),
